@@ -1,0 +1,16 @@
+"""Sequence-mixing operators: functions of tensors, torch alone. Kernels compile at first call, never at import."""
+
+from lkda.ops.backend import available_backends, resolve_backend
+from lkda.ops.kda.op import kda_attention, kda_step
+from lkda.ops.simplified.op import simplified_attention, simplified_step
+from lkda.ops.softmax.op import softmax_attention
+
+__all__ = [
+    "available_backends",
+    "kda_attention",
+    "kda_step",
+    "resolve_backend",
+    "simplified_attention",
+    "simplified_step",
+    "softmax_attention",
+]

@@ -1,0 +1,77 @@
+"""Which implementation runs: a word, resolved once, never guessed silently.
+
+Each op's module `lkda.ops.<op>.op` holds `BACKENDS`, a dict from a word to a `Backend`, fastest first. `auto` is the
+first of them that may be chosen by itself and can run on the device; asking for one that cannot is an error that says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+def always(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """A backend in plain PyTorch: nothing stops it."""
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        run: the function; it takes the op's tensors, validated.
+        cannot_run: (device, head_dim, dtype) -> the reason why it cannot run there, or None.
+        automatic: whether `auto` may pick it.
+    """
+
+    run: Callable[..., Any]
+    cannot_run: Callable[[torch.device, int, torch.dtype], str | None] = always
+    automatic: bool = True
+
+
+def choose(
+    name: str,
+    backends: Mapping[str, Backend],
+    backend: str,
+    *,
+    device: torch.device,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> str:
+    """The word of the backend that runs. Raises ValueError where `backend` is unknown or cannot run."""
+    if backend == "auto":
+        for word, candidate in backends.items():
+            if candidate.automatic and candidate.cannot_run(device, head_dim, dtype) is None:
+                return word
+        raise ValueError(f"{name}(backend='auto'): none of {', '.join(backends)} can run on {device} in {dtype}.")
+    if backend not in backends:
+        raise ValueError(f"{name}: backend must be one of auto, {', '.join(backends)}, got {backend!r}.")
+    reason = backends[backend].cannot_run(device, head_dim, dtype)
+    if reason is not None:
+        raise ValueError(f"{name}(backend={backend!r}): {reason}")
+    return backend
+
+
+def _backends(op: str) -> Mapping[str, Backend]:
+    try:
+        return importlib.import_module(f"lkda.ops.{op}.op").BACKENDS
+    except ModuleNotFoundError as error:
+        raise ValueError(f"there is no op {op!r} in lkda.ops (looked for lkda/ops/{op}/op.py)") from error
+
+
+def available_backends(op: str) -> tuple[str, ...]:
+    """The words that `backend` may be for `op` ("kda", "simplified", "softmax"), `auto` first."""
+    return ("auto", *_backends(op))
+
+
+def resolve_backend(op: str, backend: str, *, device: torch.device | str, head_dim: int, dtype: torch.dtype) -> str:
+    """The word that `backend` (which may be `auto`) comes to for `op` on `device`.
+
+    Raises: ValueError for an unknown word, or one that cannot run there, with the reason.
+    """
+    return choose(op, _backends(op), backend, device=torch.device(device), head_dim=head_dim, dtype=dtype)

@@ -1,0 +1,94 @@
+"""The public KDA functions: they validate, pick a backend and run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lkda.ops.backend import Backend, choose
+from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
+from lkda.ops.kda.chunk import kda_chunk
+from lkda.ops.kda.recurrent import kda_recurrent, kda_step_recurrent
+from lkda.ops.recurrence import compute_dtype
+
+BACKENDS: dict[str, Backend] = {
+    "chunk": Backend(kda_chunk),
+    "recurrent": Backend(kda_recurrent),
+}
+
+
+def kda_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal Kimi Delta Attention (arXiv:2510.26692, Eq. 1).
+
+        S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T,    o_t = scale * S_t^T q_t
+
+    Exact for every gate from 0 to a hard reset (-inf); no lower bound on g is assumed.
+
+    Args:
+        q, k: [B, T, H, K]; k of unit L2 norm over K.
+        v: [B, T, H, V], of the dtype of q and k.
+        g: [B, T, H, K], log decay per token in nats, <= 0.
+        beta: [B, T, H], write strength in [0, 2].
+        scale: of the output; K^-0.5 where None.
+        initial_state: [B, H, K, V], or [N, H, K, V] with cu_seqlens; zeros where None.
+        cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1); empty ones are legal.
+        backend: auto | chunk | recurrent.
+    Returns: o [B, T, H, V] in v's dtype, final_state [B or N, H, K, V] in float32 (float64 for float64 inputs).
+    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    """
+    fn = "kda_attention"
+    sizes: dict[str, int] = {}
+    check_shape(fn, "q", q, "B T H K", sizes)
+    check_shape(fn, "k", k, "B T H K", sizes)
+    check_shape(fn, "v", v, "B T H V", sizes)
+    check_shape(fn, "g", g, "B T H K", sizes)
+    check_shape(fn, "beta", beta, "B T H", sizes)
+    if sizes["T"] == 0:
+        raise ValueError(f"{fn}: T must be at least 1, got q of {list(q.shape)}.")
+    if cu_seqlens is not None:
+        check_cu_seqlens(fn, cu_seqlens, sizes["B"], sizes["T"])
+        sizes["N"] = len(cu_seqlens) - 1
+    if initial_state is not None:
+        check_shape(fn, "initial_state", initial_state, "B H K V" if cu_seqlens is None else "N H K V", sizes)
+    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
+    check_alike(fn, tensors, same_dtype=("q", "k", "v"))
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    word = choose(fn, BACKENDS, backend, device=q.device, head_dim=sizes["K"], dtype=q.dtype)
+    return BACKENDS[word].run(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+
+
+def kda_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of `kda_attention`, for decoding.
+
+    Args:
+        q, k, g: [B, H, K].   v: [B, H, V].   beta: [B, H].   state: [B, H, K, V], float32 or float64.
+        scale: of the output; K^-0.5 where None.
+    Returns: o [B, H, V] in v's dtype, and the state after the token, in the given state's dtype.
+    Raises: ValueError where a shape, dtype or device does not fit.
+    """
+    fn = "kda_step"
+    sizes: dict[str, int] = {}
+    check_shape(fn, "q", q, "B H K", sizes)
+    check_shape(fn, "k", k, "B H K", sizes)
+    check_shape(fn, "v", v, "B H V", sizes)
+    check_shape(fn, "g", g, "B H K", sizes)
+    check_shape(fn, "beta", beta, "B H", sizes)
+    check_shape(fn, "state", state, "B H K V", sizes)
+    check_alike(fn, {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}, same_dtype=("q", "k", "v"))
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(compute_dtype(v), state.dtype)
+    o, state_after = kda_step_recurrent(*(x.to(dtype) for x in (q, k, v, g, beta, state)), scale)  # type: ignore[call-arg, misc]
+    return o.to(v.dtype), state_after.to(state.dtype)

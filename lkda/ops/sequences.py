@@ -1,0 +1,84 @@
+"""Sequences of a batch cut into chunks, laid out so that a scan over time runs all of them side by side.
+
+Chunk number m of every sequence that has one stands together; sequences are ordered by falling length, so those still
+alive at step m are always the first few. One layout serves [B, T] batches and packed rows with cu_seqlens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lengths_of(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
+    """Tokens in each sequence: `batch` times `length`, or what cu_seqlens [N + 1] says (read from its device)."""
+    if cu_seqlens is None:
+        return [length] * batch
+    bounds = cu_seqlens.tolist()
+    return [end - start for start, end in zip(bounds, bounds[1:])]
+
+
+class Chunks:
+    """The layout of chunks of `size` tokens; the last chunk of a sequence is filled up.
+
+    Attributes:
+        count: M, chunks in all.
+        alive: for each step of the scan, how many sequences still have a chunk; its chunks are the next `alive[m]`.
+    """
+
+    def __init__(self, lengths: list[int], size: int, device: torch.device) -> None:
+        counts = [-(-n // size) for n in lengths]
+        order = sorted(range(len(lengths)), key=lambda n: -counts[n])
+        self.size = size
+        self.count = sum(counts)
+        self.alive = [sum(c > m for c in counts) for m in range(max(counts, default=0))]
+        self._uniform = len(set(lengths)) == 1 and lengths[0] % size == 0
+        self._sequences = len(lengths)
+        self._order = torch.tensor(order, device=device)
+        if self._uniform:
+            return
+        starts = [0]
+        for n in lengths:
+            starts.append(starts[-1] + n)
+        total = starts[-1]
+        index = torch.full((self.count, size), total)  # row `total` fills up
+        offset = 0
+        for m, alive in enumerate(self.alive):
+            for row, n in enumerate(order[:alive]):
+                tokens = min(size, lengths[n] - m * size)
+                first = starts[n] + m * size
+                index[offset + row, :tokens] = torch.arange(first, first + tokens)
+            offset += alive
+        self._index = index.flatten().to(device)
+        flat = self._index.cpu()
+        inverse = torch.empty(total + 1, dtype=torch.long)
+        inverse[flat] = torch.arange(len(flat))
+        self._inverse = inverse[:total].to(device)
+
+    def cut(self, x: Tensor, dtype: torch.dtype, *, fill: float = 0.0) -> Tensor:
+        """[B, T, H, ...] -> [M, H, size, ...] in `dtype`, contiguous; places past a sequence's end hold `fill`."""
+        _, _, heads, *rest = x.shape
+        if self._uniform:
+            x = x.reshape(self._sequences, -1, self.size, heads, *rest).transpose(0, 1)
+        else:
+            rows = x.reshape(-1, heads, *rest)
+            x = torch.cat([rows, rows.new_full((1, heads, *rest), fill)])[self._index]
+        return x.reshape(self.count, self.size, heads, *rest).transpose(1, 2).to(dtype).contiguous()
+
+    def join(self, y: Tensor, like: Tensor) -> Tensor:
+        """[M, H, size, ...] -> the shape and dtype of `like` [B, T, H, ...]; the inverse of `cut`."""
+        y = y.transpose(1, 2).to(like.dtype)
+        if self._uniform:
+            y = y.reshape(-1, self._sequences, self.size, *y.shape[2:]).transpose(0, 1)
+            return y.reshape(like.shape)
+        return y.reshape(-1, *y.shape[2:])[self._inverse].reshape(like.shape)
+
+    def sort(self, state: Tensor) -> Tensor:
+        """[N, ...] in the caller's order -> by falling length."""
+        return state[self._order]
+
+    def unsort(self, state: Tensor) -> Tensor:
+        """The inverse of `sort`."""
+        out = torch.empty_like(state)
+        out[self._order] = state
+        return out

@@ -1,0 +1,1 @@
+"""Simplified linear attention: an elementwise gated recurrence with two numbers a channel."""

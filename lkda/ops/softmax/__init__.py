@@ -1,0 +1,1 @@
+"""Softmax attention, through PyTorch's fused implementation."""

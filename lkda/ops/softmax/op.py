@@ -1,0 +1,106 @@
+"""Causal softmax attention: PyTorch's fused kernels, and the quadratic form as it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lkda.ops.backend import Backend, choose
+from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
+from lkda.ops.sequences import lengths_of
+
+try:  # packed sequences in one kernel: torch >= 2.10
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [B, H, T, K], k [B, H, S, K], v [B, H, S, V]: the T x S matrix of scores in full, in float32 or float64."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    T, S = q.shape[-2], k.shape[-2]
+    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = (scale * q.to(dtype) @ k.to(dtype).mT).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ v.to(dtype)).to(v.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    T, S = q.shape[-2], k.shape[-2]
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    # The queries are the last T of S positions; a lone query sees all.
+    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _per_sequence(
+    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if cu_seqlens is None:
+            return attend(q, k, v, scale).transpose(1, 2)
+        lengths = lengths_of(1, q.shape[2], cu_seqlens)
+        rows = zip(*(x.split(lengths, 2) for x in (q, k, v)))
+        return torch.cat([attend(*row, scale) for row in rows if row[0].shape[2]], 2).transpose(1, 2)
+
+    return run
+
+
+def _sdpa_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if cu_seqlens is None or varlen_attn is None or not (q.is_cuda and half and q.shape[-1] == v.shape[-1]):
+        return _per_sequence(_sdpa)(q, k, v, scale, cu_seqlens)
+    bounds = cu_seqlens.to(torch.int32)
+    # The kernel's own scale is K^-0.5; what differs is put on q.
+    q = q if scale == q.shape[-1] ** -0.5 else q * (scale * q.shape[-1] ** 0.5)
+    T = q.shape[1]
+    return varlen_attn(q[0], k[0], v[0], bounds, bounds, T, T, is_causal=True).unsqueeze(0)
+
+
+BACKENDS: dict[str, Backend] = {
+    "sdpa": Backend(_sdpa_packed),
+    "naive": Backend(_per_sequence(_naive)),
+}
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal softmax attention, o_t = sum_{s <= t} softmax_s(scale q_t . k_s) v_s.
+
+    Args:
+        q: [B, T, H, K], the last T of S positions (T = S, unless keys were carried over).
+        k: [B, S, H, K].   v: [B, S, H, V].
+        scale: of the scores; K^-0.5 where None.
+        cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1, T = S); empty ones are legal.
+        backend: auto | sdpa | naive (the S x S matrix in full: what it costs).
+    Returns: o [B, T, H, V] in v's dtype.
+    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    """
+    fn = "softmax_attention"
+    sizes: dict[str, int] = {}
+    check_shape(fn, "q", q, "B T H K", sizes)
+    check_shape(fn, "k", k, "B S H K", sizes)
+    check_shape(fn, "v", v, "B S H V", sizes)
+    if not 1 <= sizes["T"] <= sizes["S"]:
+        raise ValueError(
+            f"{fn}: q holds the last T of S positions, 1 <= T <= S; got T = {sizes['T']}, S = {sizes['S']}."
+        )
+    if cu_seqlens is not None:
+        check_cu_seqlens(fn, cu_seqlens, sizes["B"], sizes["T"])
+        if sizes["S"] != sizes["T"]:
+            raise ValueError(f"{fn}: with cu_seqlens q and k have one length, got T = {sizes['T']}, S = {sizes['S']}.")
+    check_alike(fn, {"q": q, "k": k, "v": v}, same_dtype=("q", "k", "v"))
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    word = choose(fn, BACKENDS, backend, device=q.device, head_dim=sizes["K"], dtype=q.dtype)
+    return BACKENDS[word].run(q, k, v, scale, cu_seqlens)
