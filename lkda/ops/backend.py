@@ -1,7 +1,8 @@
 """Which implementation runs: a word, resolved once, never guessed silently.
 
 Each op's module `lkda.ops.<op>.op` holds `BACKENDS`, a dict from a word to a `Backend`, fastest first. `auto` is the
-first of them that may be chosen by itself and can run on the device; asking for one that cannot is an error that says why.
+first of them that may be chosen by itself and can run on the device; asking for one that cannot is an error that says
+why.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_shape(fn: str, name: str, x: Tensor, axes: str, sizes: dict[str, int]) -> None:
-    """`x` must have the axes (letters, as in "B T H K") with the sizes known so far; a new letter is learnt from `x`."""
+    """`x` has the axes (letters, as in "B T H K") with the sizes known so far; a new letter is learnt from `x`."""
     letters = axes.split()
     if x.dim() != len(letters):
         raise ValueError(f"{fn}: {name} must be [{', '.join(letters)}], got a shape of {list(x.shape)}.")

@@ -71,7 +71,7 @@ class _KDA(torch.autograd.Function):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(v)
-        chunks = Chunks(lengths_of(*v.shape[:2], cu_seqlens), CHUNK, v.device)
+        chunks = Chunks(lengths_of(v.shape[0], v.shape[1], cu_seqlens), CHUNK, v.device)
         qc, kc, vc, gc = (chunks.cut(x, dtype) for x in (q, k, v, g))
         c = _prepare(qc, kc, vc, gc, chunks.cut(beta, dtype).unsqueeze(-1))
         state = chunks.sort(initial_state.to(dtype)).clone()
@@ -124,7 +124,7 @@ class _KDA(torch.autograd.Function):
         dq, dk, dg = pair_gradients(qc, kc, c.E, c.decay, -bc * YN, dP, product)
         dq += c.decay.before * dqg
         dk += c.decay.before * dkg + c.decay.after * dkd
-        # g_t decays what enters the chunk on its way to rows >= t, what columns < t leave to later chunks, and S0 to S1.
+        # g_t decays what entered the chunk, for rows >= t; what columns < t leave to later chunks; and S0 on to S1.
         dg += from_here(c.qg * dqg + c.kg * dkg) + before_here(c.kd * dkd)
         dg += (c.total * S0 * dS1).sum(-1).unsqueeze(-2)
         return (

@@ -90,5 +90,6 @@ def kda_step(
     check_alike(fn, {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}, same_dtype=("q", "k", "v"))
     scale = sizes["K"] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(compute_dtype(v), state.dtype)
-    o, state_after = kda_step_recurrent(*(x.to(dtype) for x in (q, k, v, g, beta, state)), scale)  # type: ignore[call-arg, misc]
+    q_, k_, v_, g_, beta_, state_ = (x.to(dtype) for x in (q, k, v, g, beta, state))
+    o, state_after = kda_step_recurrent(q_, k_, v_, g_, beta_, state_, scale)
     return o.to(v.dtype), state_after.to(state.dtype)

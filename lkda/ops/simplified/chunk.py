@@ -62,7 +62,7 @@ class _Simplified(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(v)
-        chunks = Chunks(lengths_of(*v.shape[:2], cu_seqlens), CHUNK, v.device)
+        chunks = Chunks(lengths_of(v.shape[0], v.shape[1], cu_seqlens), CHUNK, v.device)
         qc, kc, vc, b = _cut(chunks, q, k, v, decay)
         L, p = _decays(b)
         n = L @ _writes(kc, vc)

@@ -12,11 +12,6 @@ from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.sequences import lengths_of
 
-try:  # packed sequences in one kernel: torch >= 2.10
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q [B, H, T, K], k [B, H, S, K], v [B, H, S, V]: the T x S matrix of scores in full, in float32 or float64."""
@@ -44,21 +39,23 @@ def _per_sequence(
         if cu_seqlens is None:
             return attend(q, k, v, scale).transpose(1, 2)
         lengths = lengths_of(1, q.shape[2], cu_seqlens)
-        rows = zip(*(x.split(lengths, 2) for x in (q, k, v)))
-        return torch.cat([attend(*row, scale) for row in rows if row[0].shape[2]], 2).transpose(1, 2)
+        rows = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
+        parts = [attend(q, k, v, scale) for q, k, v in rows if q.shape[2]]
+        return torch.cat(parts, 2).transpose(1, 2)
 
     return run
 
 
 def _sdpa_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if cu_seqlens is None or varlen_attn is None or not (q.is_cuda and half and q.shape[-1] == v.shape[-1]):
+    if cu_seqlens is None or not (q.is_cuda and half and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0):
         return _per_sequence(_sdpa)(q, k, v, scale, cu_seqlens)
-    bounds = cu_seqlens.to(torch.int32)
-    # The kernel's own scale is K^-0.5; what differs is put on q.
-    q = q if scale == q.shape[-1] ** -0.5 else q * (scale * q.shape[-1] ** 0.5)
-    T = q.shape[1]
-    return varlen_attn(q[0], k[0], v[0], bounds, bounds, T, T, is_causal=True).unsqueeze(0)
+    # All sequences in one launch, with no word between host and device: the kernel behind SDPA, called by its name.
+    bounds, T = cu_seqlens.to(torch.int32), q.shape[1]
+    o, *_ = torch.ops.aten._flash_attention_forward(
+        q[0], k[0], v[0], bounds, bounds, T, T, 0.0, True, False, scale=scale
+    )
+    return o.unsqueeze(0)
 
 
 BACKENDS: dict[str, Backend] = {
