@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.ops.backend import Backend, choose
+from lkda.ops.backend import Backend, choose, cuda_backend
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.kda.chunk import kda_chunk
 from lkda.ops.kda.recurrent import kda_recurrent, kda_step_recurrent
 from lkda.ops.recurrence import compute_dtype
 
 BACKENDS: dict[str, Backend] = {
+    "cuda": cuda_backend("lkda.ops.kda.cuda", "kda_cuda"),
+    "cuda_recurrent": cuda_backend("lkda.ops.kda.cuda_recurrent", "kda_cuda_recurrent", automatic=False),
     "chunk": Backend(kda_chunk),
     "recurrent": Backend(kda_recurrent),
 }
@@ -43,7 +45,7 @@ def kda_attention(
         scale: of the output; K^-0.5 where None.
         initial_state: [B, H, K, V], or [N, H, K, V] with cu_seqlens; zeros where None.
         cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1); empty ones are legal.
-        backend: auto | chunk | recurrent.
+        backend: auto | cuda | cuda_recurrent | chunk | recurrent.
     Returns: o [B, T, H, V] in v's dtype, final_state [B or N, H, K, V] in float32 (float64 for float64 inputs).
     Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
     """

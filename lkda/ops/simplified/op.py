@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.ops.backend import Backend, choose
+from lkda.ops.backend import Backend, choose, cuda_backend
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.simplified.chunk import simplified_chunk
 from lkda.ops.simplified.recurrent import simplified_recurrent, simplified_step_recurrent
 
 BACKENDS: dict[str, Backend] = {
+    "cuda": cuda_backend("lkda.ops.simplified.cuda", "simplified_cuda"),
+    "cuda_baseline": cuda_backend("lkda.ops.simplified.cuda", "simplified_cuda_baseline", automatic=False),
     "chunk": Backend(simplified_chunk),
     "recurrent": Backend(simplified_recurrent),
 }
@@ -37,7 +39,7 @@ def simplified_attention(
         decay: b, [B, T, H] or, constant over tokens, [H]; in (0, 1].
         initial_state: [B, H, 2, D] (num, den), or [N, H, 2, D] with cu_seqlens; zeros where None.
         cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1); empty ones are legal.
-        backend: auto | chunk | recurrent.
+        backend: auto | cuda | cuda_baseline | chunk | recurrent.
     Returns: o [B, T, H, D] in v's dtype, final_state [B or N, H, 2, D] in float32 (float64 for float64 inputs).
     Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
     """
