@@ -1,0 +1,70 @@
+// Element types in memory and their float32 values, in pairs. No toolkit header: NVRTC parses nothing else.
+#pragma once
+
+struct bfloat16 {
+  unsigned short bits;
+};
+struct float16 {
+  unsigned short bits;
+};
+
+// Two neighbours in one 32-bit word, the first in the low half.
+__device__ __forceinline__ float2 unpack(bfloat16, unsigned pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+__device__ __forceinline__ float2 unpack(float16, unsigned pair) {
+  float2 x;
+  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
+      : "=f"(x.x), "=f"(x.y)
+      : "r"(pair));
+  return x;
+}
+
+__device__ __forceinline__ unsigned pack(bfloat16, float2 x) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(x.y), "f"(x.x));
+  return pair;
+}
+
+__device__ __forceinline__ unsigned pack(float16, float2 x) {
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(x.y), "f"(x.x));
+  return pair;
+}
+
+// Two neighbours at an address of either's alignment times two.
+template <class Half>
+__device__ __forceinline__ float2 load_pair(const Half* at) {
+  return unpack(Half{}, *reinterpret_cast<const unsigned*>(at));
+}
+
+__device__ __forceinline__ float2 load_pair(const float* at) { return *reinterpret_cast<const float2*>(at); }
+
+template <class Half>
+__device__ __forceinline__ void store_pair(Half* at, float2 x) {
+  *reinterpret_cast<unsigned*>(at) = pack(Half{}, x);
+}
+
+__device__ __forceinline__ void store_pair(float* at, float2 x) { *reinterpret_cast<float2*>(at) = x; }
+
+// -infinity, repeated through a 32-bit word.
+__device__ __forceinline__ constexpr unsigned minus_infinity(bfloat16) { return 0xff80ff80u; }
+__device__ __forceinline__ constexpr unsigned minus_infinity(float16) { return 0xfc00fc00u; }
+__device__ __forceinline__ constexpr unsigned minus_infinity(float) { return 0xff800000u; }
+
+// Relative error about 2^-22; a result below 2^-126 is 0.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / (1 + exp(-x)); 0 for x below -87, without an infinity on the way out.
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-1.4426950408889634f * x)); }
