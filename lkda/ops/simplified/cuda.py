@@ -28,6 +28,7 @@ FORWARD_BLOCKS, BACKWARD_BLOCKS = 4, 3
 _TENSOR = "Pqqq"  # address and strides of batch, token, head
 
 
+@torch.compiler.assume_constant_result
 def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take such tensors, or None."""
     if head_dim not in HEAD_DIMS:
