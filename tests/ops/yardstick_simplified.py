@@ -1,9 +1,9 @@
 """Truth and allowance for the simplified kernels.
 
 The truth is the float64 recurrence, computed by doubling (the same sums, in log2 T steps instead of T), so that a
-hundred thousand tokens are affordable. The operator has no matrix product, so the yardstick is the truth itself, rounded
-to the dtype in which a tensor is stored; a kernel may err twice that, and never needs to be better than float32 sums
-are: 1e-5, and 1e-4 for the gradient of the decay.
+hundred thousand tokens are affordable. The operator has no matrix product, so the yardstick is the truth itself,
+rounded to the dtype in which a tensor is stored; a kernel may err twice that, and need not beat float32 sums:
+1e-5, and 1e-4 for the gradient of the decay.
 """
 
 from __future__ import annotations
