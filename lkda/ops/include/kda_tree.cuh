@@ -1,0 +1,113 @@
+// The tree of anchors: products of E = exp(g) inside a leaf of 8 tokens, and from a leaf to the boundaries of its groups.
+//
+// A thread holds two channels of the 8 tokens of one leaf. Leaf number l is in the second half (rows) of its group of
+// level b (halves of 8 << b tokens) where bit b of l is set, else in the first half (columns).
+#pragma once
+#include "kda_chunk.cuh"
+
+__device__ __forceinline__ float2 times(float2 a, float2 b) { return make_float2(a.x * b.x, a.y * b.y); }
+__device__ __forceinline__ void add_to(float2& a, float2 b) {
+  a.x += b.x;
+  a.y += b.y;
+}
+
+// Two channels of a leaf's tokens, read from [rows, H, D], zeros past the chunk's last token; kept as they lie in memory.
+template <class T>
+struct Leaf {
+  struct Pair {
+    alignas(2 * sizeof(T)) T x[2];
+  };
+  Pair pair[LEAF];
+
+  __device__ __forceinline__ void read(const T* from, const Span& span, int heads, int head, int leaf, int channel) {
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) {
+      const int t = leaf * LEAF + i;
+      pair[i] = Pair{};
+      if (t < span.tokens) pair[i] = *reinterpret_cast<const Pair*>(from + (static_cast<long long>(span.start + t) * heads + head) * D + channel);
+    }
+  }
+  __device__ __forceinline__ float2 operator[](int i) const { return load_pair(pair[i].x); }
+};
+
+// E of a leaf's tokens, 1 past the chunk's last token. decay(j..i) and the factors are running products of them.
+struct Gates {
+  float2 e[LEAF];
+
+  __device__ __forceinline__ void read(const float* g, const Span& span, int heads, int head, int leaf, int channel) {
+    Leaf<float> nats;
+    nats.read(g, span, heads, head, leaf, channel);
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) e[i] = make_float2(exp2_fast(nats[i].x * 1.4426950408889634f), exp2_fast(nats[i].y * 1.4426950408889634f));
+  }
+  // The whole leaf's product, for the other threads: leaf_decay [LEAVES][D].
+  __device__ __forceinline__ void share(float* leaf_decay, int leaf, int channel) const {
+    float2 product = e[0];
+#pragma unroll
+    for (int i = 1; i < LEAF; ++i) product = times(product, e[i]);
+    *reinterpret_cast<float2*>(leaf_decay + leaf * D + channel) = product;
+  }
+  // use(i, f_i) for tokens in rising order: f_i = before * product of E from the leaf's first token through i.
+  template <class Use>
+  __device__ __forceinline__ float2 rows(float2 before, Use use) const {
+    float2 f = before;
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) {
+      f = times(f, e[i]);
+      use(i, f);
+    }
+    return f;
+  }
+  // use(j, f_j) in falling order: f_j = after * product of E after j to the leaf's end.
+  template <class Use>
+  __device__ __forceinline__ void columns(float2 after, Use use) const {
+    float2 f = after;
+#pragma unroll
+    for (int j = LEAF - 1; j >= 0; --j) {
+      use(j, f);
+      f = times(f, e[j]);
+    }
+  }
+};
+
+// Products of whole leaves between this leaf and the boundary of its group: `before` from the group's middle (as rows),
+// `after` to it (as columns); after the last level, from the chunk's start and to its end.
+struct Reach {
+  float2 before = {1.f, 1.f}, after = {1.f, 1.f};
+
+  __device__ __forceinline__ void widen(const float* leaf_decay, int level, int leaf, int channel) {
+    const int first = ((leaf >> level) ^ 1) << level;  // of the other half's leaves
+    float2 other = make_float2(1.f, 1.f);
+    for (int l = first; l < first + (1 << level); ++l) other = times(other, *reinterpret_cast<const float2*>(leaf_decay + l * D + channel));
+    if (leaf >> level & 1) {
+      before = times(other, before);
+    } else {
+      after = times(after, other);
+    }
+  }
+};
+
+// The operands of one level, k^ = f k and q^ = f q. Group n has rows 2 h n: h tokens of k^, then the same h of scale q^, from
+// its second half; columns h n: h tokens of k^ from its first half.
+struct Level {
+  using Rows = Tile<Operand, C, D>;
+  using Columns = Tile<Operand, C / 2, D>;
+  static constexpr int rows = 0;
+  static constexpr int columns = Rows::bytes;
+  static constexpr int bytes = Rows::bytes + Columns::bytes;
+
+  static __device__ __forceinline__ void write(
+      char* tile, int level, int leaf, int channel, const Gates& gates, const Reach& reach, const Leaf<Element>& q, const Leaf<Element>& k, float scale) {
+    const int half = LEAF << level, group = leaf >> (level + 1), first = (leaf & ((1 << level) - 1)) * LEAF;
+    if (leaf >> level & 1) {
+      gates.rows(reach.before, [&](int i, float2 f) {
+        store_pair(Rows::at(tile + rows, 2 * half * group + first + i, channel), times(f, k[i]));
+        store_pair(Rows::at(tile + rows, 2 * half * group + half + first + i, channel), times(make_float2(scale * f.x, scale * f.y), q[i]));
+      });
+    } else {
+      gates.columns(reach.after, [&](int j, float2 f) {
+        store_pair(Columns::at(tile + columns, half * group + first + j, channel), times(f, k[j]));
+      });
+    }
+  }
+};

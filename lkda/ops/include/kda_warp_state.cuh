@@ -1,0 +1,65 @@
+// A warp's part of a state: 16 columns of V, all of K, transposed: S^T [16 of V, K], float32 in registers; and the ring
+// of shared-memory stages that feeds the warps of a block, one chunk a stage.
+#pragma once
+#include "kda_chunk.cuh"
+
+constexpr int WIDTH = WARPS * 16;  // columns of V of a block
+constexpr int SPLITS = D / WIDTH;  // blocks of a head
+constexpr int STEPS = D / 16;      // 16-channel blocks of K
+using Values = Tile<Element, C, WIDTH>;
+
+struct Stage {
+  static constexpr int packet = 0;
+  static constexpr int values = (Packet::bytes + 127) / 128 * 128;  // v, or in the reverse scan dO: Values
+  static constexpr int bytes = (values + Values::bytes + 1023) / 1024 * 1024;
+};
+static_assert(STAGES * Stage::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
+
+// A chunk's packet and its rows of `values` [rows, H, D] from column `first`, zeros past the last token.
+__device__ __forceinline__ void fetch_chunk(char* stage, const char* packet, const Element* values, int start, int tokens, int heads, int head, int first) {
+  constexpr int THREADS = WARPS * 32, PIECE = 16 / sizeof(Element), PIECES = WIDTH / PIECE;
+  for (int at = threadIdx.x * 16; at < Packet::bytes; at += THREADS * 16) copy_async(stage + Stage::packet + at, packet + at);
+  for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
+    const int t = n / PIECES, column = n % PIECES * PIECE;
+    const long long row = start + min(t, tokens - 1);
+    copy_async(Values::at(stage + Stage::values, t, column), values + (row * heads + head) * D + first + column, t < tokens);
+  }
+  close_copies();
+}
+
+// S^T from or to S [K, V] in float32; `at` is &S[0][first column of the warp].
+__device__ __forceinline__ void read_state(Sum (&state)[STEPS], const float* at) {
+#pragma unroll
+  for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float* x = at + (n * 16 + quadrant_column(q)) * D + quadrant_row(q);
+      state[n].pair[q] = make_float2(x[0], x[D]);
+    }
+}
+__device__ __forceinline__ void write_state(const Sum (&state)[STEPS], float* at) {
+#pragma unroll
+  for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      float* x = at + (n * 16 + quadrant_column(q)) * D + quadrant_row(q);
+      x[0] = state[n].pair[q].x;
+      x[D] = state[n].pair[q].y;
+    }
+}
+
+// Blocks of a matrix kept in global memory as the image of a tile.
+template <class Image>
+__device__ __forceinline__ void write_block(char* image, int row, int column, const Block<Operand>& block) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) store_quadrant(Image::at(image, row + quadrant_row(q), column + quadrant_column(q)), block, q);
+}
+
+// x[.][t] *= factor[t]: a factor for each of a block's columns.
+__device__ __forceinline__ void scale_columns(Sum& x, const float* factor) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const float2 f = *reinterpret_cast<const float2*>(factor + quadrant_column(q));
+    x.pair[q] = make_float2(x.pair[q].x * f.x, x.pair[q].y * f.y);
+  }
+}

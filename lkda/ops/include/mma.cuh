@@ -1,0 +1,66 @@
+// The instructions this project's tensor-core kernels are made of, one function each; all of sm_80.
+#pragma once
+#include "numeric.cuh"
+
+struct tf32 {
+  float value;
+};
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(unsigned (&word)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&word)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d[16][8] += a[16][16] b[16][8], float32 sums. top = row lane / 4, bottom = row 8 + lane / 4, columns 2 (lane % 4) + {0, 1}.
+__device__ __forceinline__ void multiply(bfloat16, float2& top, float2& bottom, const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(top.x), "+f"(top.y), "+f"(bottom.x), "+f"(bottom.y)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply(float16, float2& top, float2& bottom, const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(top.x), "+f"(top.y), "+f"(bottom.x), "+f"(bottom.y)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d[16][8] += a[16][8] b[8][8] in tf32; the caller may number the 8 terms of the sum as it likes, alike in a and b.
+__device__ __forceinline__ void multiply(tf32, float2& top, float2& bottom, float2 a_top, float2 a_bottom, float2 b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(top.x), "+f"(top.y), "+f"(bottom.x), "+f"(bottom.y)
+               : "r"(__float_as_uint(a_top.x)), "r"(__float_as_uint(a_bottom.x)), "r"(__float_as_uint(a_top.y)),
+                 "r"(__float_as_uint(a_bottom.y)), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
+}
+
+__device__ __forceinline__ float round_to_tf32(float x) {
+  unsigned y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return __uint_as_float(y);
+}
+
+// 16 bytes from global to shared memory in the background; zeros where not `valid`.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most NEWEST of this thread's closed groups are under way.
+template <int NEWEST>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
+}

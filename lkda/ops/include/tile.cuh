@@ -1,0 +1,185 @@
+// Matrices in shared memory and the 16x16 blocks of them that a warp multiplies.
+//
+// A warp holds a block as four quadrants of 8x8: 0 rows 0-7 columns 0-7, 1 rows 8-15 columns 0-7, 2 rows 0-7 columns
+// 8-15, 3 rows 8-15 columns 8-15. In each, lane l has row l / 4, columns 2 (l % 4) and the next: a pair. Operands
+// (Block) and float32 sums (Sum) are held alike, so a sum, rounded, is at once an operand of the next product.
+#pragma once
+#include "mma.cuh"
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+__device__ __forceinline__ int lane_row() { return lane_id() / 4; }
+__device__ __forceinline__ int lane_column() { return 2 * (lane_id() % 4); }
+__device__ __forceinline__ int quadrant_row(int quadrant) { return (quadrant & 1) * 8 + lane_row(); }
+__device__ __forceinline__ int quadrant_column(int quadrant) { return (quadrant >> 1) * 8 + lane_column(); }
+
+template <class T>
+struct Block {  // 16-bit elements
+  unsigned word[4];
+};
+template <>
+struct Block<tf32> {
+  float2 pair[4];
+};
+template <>
+struct Block<float> {
+  float2 pair[4];
+};
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+struct Sum {
+  float2 pair[4];
+};
+
+__device__ __forceinline__ void clear(Sum& sum) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) sum.pair[q] = make_float2(0.f, 0.f);
+}
+
+// Elements in memory, beyond numeric.cuh.
+__device__ __forceinline__ float2 load_pair(const tf32* at) { return *reinterpret_cast<const float2*>(at); }
+__device__ __forceinline__ void store_pair(tf32* at, float2 x) {
+  *reinterpret_cast<float2*>(at) = make_float2(round_to_tf32(x.x), round_to_tf32(x.y));
+}
+template <class Half>
+__device__ __forceinline__ void store_one(Half* at, float x) {
+  at->bits = static_cast<unsigned short>(pack(Half{}, make_float2(x, 0.f)));
+}
+__device__ __forceinline__ void store_one(tf32* at, float x) { at->value = round_to_tf32(x); }
+
+// Blocks from numbers and back.
+template <class T>
+__device__ __forceinline__ void set_pair(Block<T>& block, int q, float2 x) { block.word[q] = pack(T{}, x); }
+__device__ __forceinline__ void set_pair(Block<tf32>& block, int q, float2 x) {
+  block.pair[q] = make_float2(round_to_tf32(x.x), round_to_tf32(x.y));
+}
+template <class T>
+__device__ __forceinline__ float2 get_pair(const Block<T>& block, int q) { return unpack(T{}, block.word[q]); }
+__device__ __forceinline__ float2 get_pair(const Block<tf32>& block, int q) { return block.pair[q]; }
+__device__ __forceinline__ float2 get_pair(const Block<float>& block, int q) { return block.pair[q]; }
+
+template <class T>
+__device__ __forceinline__ void store_quadrant(T* at, const Block<T>& block, int q) { *reinterpret_cast<unsigned*>(at) = block.word[q]; }
+__device__ __forceinline__ void store_quadrant(tf32* at, const Block<tf32>& block, int q) { *reinterpret_cast<float2*>(at) = block.pair[q]; }
+
+template <class T>
+__device__ __forceinline__ Block<T> round_to(const Sum& sum) {
+  Block<T> block;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) set_pair(block, q, sum.pair[q]);
+  return block;
+}
+
+template <class To, class From>
+__device__ __forceinline__ Block<To> convert(const Block<From>& from) {
+  if constexpr (same<To, From>) {
+    return from;
+  } else {
+    Block<To> to;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) set_pair(to, q, get_pair(from, q));
+    return to;
+  }
+}
+
+// sum[m][n] += sum_k a[m][k] b[n][k]: both operands have the summed index along their columns.
+template <class T>
+__device__ __forceinline__ void product(Sum& sum, const Block<T>& a, const Block<T>& b) {
+  multiply(T(), sum.pair[0], sum.pair[1], a.word, b.word[0], b.word[2]);
+  multiply(T(), sum.pair[2], sum.pair[3], a.word, b.word[1], b.word[3]);
+}
+__device__ __forceinline__ void product(Sum& sum, const Block<tf32>& a, const Block<tf32>& b) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    multiply(tf32(), sum.pair[0], sum.pair[1], a.pair[2 * half], a.pair[2 * half + 1], b.pair[2 * half]);
+    multiply(tf32(), sum.pair[2], sum.pair[3], a.pair[2 * half], a.pair[2 * half + 1], b.pair[2 * half + 1]);
+  }
+}
+
+// Keeps the elements of a diagonal block below the diagonal (row > column), or above it; on it where `diagonal`.
+enum class Triangle { lower, upper };
+template <Triangle SIDE, bool diagonal, class T>
+__device__ __forceinline__ void keep(Block<T>& block) {
+  const int row = lane_row(), column = lane_column();
+  const bool first = SIDE == Triangle::lower ? (diagonal ? row >= column : row > column) : (diagonal ? row <= column : row < column);
+  const bool second =
+      SIDE == Triangle::lower ? (diagonal ? row >= column + 1 : row > column + 1) : (diagonal ? row <= column + 1 : row < column + 1);
+  const int empty = SIDE == Triangle::lower ? 2 : 1;
+  if constexpr (sizeof(Block<T>) == 16) {
+    const unsigned mask = (first ? 0x0000ffffu : 0u) | (second ? 0xffff0000u : 0u);
+    block.word[0] &= mask;
+    block.word[3] &= mask;
+    block.word[empty] = 0u;
+  } else {
+#pragma unroll
+    for (int q = 0; q < 4; q += 3) {
+      block.pair[q].x = first ? block.pair[q].x : 0.f;
+      block.pair[q].y = second ? block.pair[q].y : 0.f;
+    }
+    block.pair[empty] = make_float2(0.f, 0.f);
+  }
+}
+
+// A matrix of ROWS x COLUMNS, in panels 128 bytes wide (64 for a matrix no wider than that), each panel row after row.
+// The 16-byte pieces of a row are permuted by the row's number, so that eight rows of one column of pieces lie in
+// different banks. The same image is stored in global memory where one kernel hands a matrix to another.
+template <class T, int ROWS, int COLUMNS>
+struct Tile {
+  static constexpr int bytes = ROWS * COLUMNS * sizeof(T);
+  static constexpr int row_bytes = COLUMNS * sizeof(T);
+  static_assert(row_bytes == 64 || row_bytes % 128 == 0, "a row is 64 bytes or panels of 128");
+
+  static __device__ __forceinline__ int offset(int row, int column) {  // in bytes
+    const int byte = column * static_cast<int>(sizeof(T));
+    if constexpr (row_bytes == 64) {
+      return row * 64 + (byte ^ (((row >> 1) & 3) << 4));
+    } else {
+      return (byte >> 7) * (ROWS * 128) + row * 128 + ((byte & 127) ^ ((row & 7) << 4));
+    }
+  }
+  static __device__ __forceinline__ T* at(void* tile, int row, int column) {
+    return reinterpret_cast<T*>(static_cast<char*>(tile) + offset(row, column));
+  }
+  static __device__ __forceinline__ const T* at(const void* tile, int row, int column) {
+    return reinterpret_cast<const T*>(static_cast<const char*>(tile) + offset(row, column));
+  }
+
+  // block[r][c] = tile[row + r][column + c]
+  static __device__ __forceinline__ Block<T> load(const void* tile, int row, int column) {
+    Block<T> block;
+    if constexpr (sizeof(T) == 2) {
+      const int lane = lane_id();
+      load_matrices(block.word, at(tile, row + lane % 16, column + lane / 16 * 8));
+    } else {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) block.pair[q] = rounded(load_pair(at(tile, row + quadrant_row(q), column + quadrant_column(q))));
+    }
+    return block;
+  }
+
+  // block[r][c] = tile[row + c][column + r]
+  static __device__ __forceinline__ Block<T> load_transposed(const void* tile, int row, int column) {
+    Block<T> block;
+    if constexpr (sizeof(T) == 2) {
+      const int lane = lane_id();
+      load_matrices_transposed(block.word, at(tile, row + lane % 8 + lane / 16 * 8, column + (lane / 8 % 2) * 8));
+    } else {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const float* first = reinterpret_cast<const float*>(at(tile, row + quadrant_column(q), column + quadrant_row(q)));
+        const float* second = reinterpret_cast<const float*>(at(tile, row + quadrant_column(q) + 1, column + quadrant_row(q)));
+        block.pair[q] = rounded(make_float2(*first, *second));
+      }
+    }
+    return block;
+  }
+
+ private:
+  static __device__ __forceinline__ float2 rounded(float2 x) {
+    if constexpr (same<T, tf32>) return make_float2(round_to_tf32(x.x), round_to_tf32(x.y));
+    return x;
+  }
+};

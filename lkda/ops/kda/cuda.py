@@ -1,0 +1,337 @@
+"""KDA on tensor cores: the kernels' launches, as custom ops with fakes and autograd. docs/kernels.md explains them.
+
+Forward: `prepare.cu` (all chunks at once: everything that does not need the state), then `scan.cu` (chunk after chunk:
+state and output). Backward: prepare again, `reverse.cu` (chunk after chunk, backwards: the state's gradient), then
+`gradients.cu` (all chunks at once). For the backward the forward keeps the state entering each chunk and N~.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture
+from lkda.ops.jit import reason_cannot_run as reason_no_kernels
+
+HEAD_DIMS = (32, 64, 128)
+ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
+HERE = Path(__file__).parent
+
+LEAF = 8
+MOST_STAGES = 3  # chunks of the scan in shared memory: the one at work and those being fetched
+
+
+@torch.compiler.assume_constant_result
+def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take such tensors, or None."""
+    if head_dim not in HEAD_DIMS:
+        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='chunk'"
+    if dtype not in ELEMENTS:
+        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='chunk'"
+    return reason_no_kernels(device)
+
+
+class Layout:
+    """Sizes of the kernels for heads of D and a dtype, as the .cu files compute them (and check at compile time).
+
+    Attributes:
+        chunk: C, tokens of a chunk. Half-precision inputs are multiplied in bf16, float32 in tf32.
+        packet, state, columns: bytes of a Packet, of a state [V, K] and of [V, C] in the operands' type.
+        threads: of the chunk-parallel kernels.   warps: of the scans, 16 columns of V each.
+    """
+
+    def __init__(self, D: int, dtype: torch.dtype):
+        wide = dtype == torch.float32
+        self.D, self.item = D, dtype.itemsize
+        self.chunk = C = 32 if wide else 64
+        self.operand = size = 4 if wide else 2
+        self.levels = 2 if wide else 3
+        self.leaves = C // LEAF
+        self.packet = 3 * C * D * size + C * C * size + 4 * D + 4 * C
+        self.state = D * D * size
+        self.columns = D * C * size
+        self.threads = D * self.leaves // 2
+        self.warps = min(4, D // 16)
+        self.defines: dict[str, str | int | float] = {
+            "HEAD_DIM": D,
+            "CHUNK": C,
+            "ELEMENT": ELEMENTS[dtype],
+            "OPERAND": "tf32" if wide else "bfloat16",
+        }
+        self.merge = "tf32" if wide else "float16"
+
+    def prepare_shared(self) -> int:
+        C, D, size = self.chunk, self.D, self.operand
+        small = _round_up(4 * self.leaves * D + 4 * C + 4 * (C // 16) * 16 * 17, 128)
+        tree = self.levels * (C + C // 2) * D * size
+        return small + 2 * C * C * size + max(tree, 2 * C * C * size)
+
+    def stage(self) -> int:
+        return _round_up(_round_up(self.packet, 128) + self.chunk * 16 * self.warps * self.item, 1024)
+
+    def gradients_shared(self) -> int:
+        C, D, size = self.chunk, self.D, self.operand
+        slice_ = 32 if D == 32 or size == 4 else 64
+        small = _round_up(4 * (self.levels + 3) * self.leaves * D + 4 * C + 8 * 64 * self.leaves, 128)
+        slices = 2 * slice_ * (D + C) * size + C * slice_ * self.item
+        return small + self.levels * C * (C // 2) * size + max(slices, (C + C // 2) * (D + 8) * 4)
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+@cache
+def _layout(D: int, dtype: torch.dtype) -> Layout:
+    return Layout(D, dtype)
+
+
+@cache
+def _prepare_kernel(D: int, dtype: torch.dtype) -> Kernel:
+    layout = _layout(D, dtype)
+    shared_bytes = layout.prepare_shared()
+    defines = layout.defines | {"MERGE": layout.merge, "SHARED_BYTES": shared_bytes}
+    return Module(HERE / "prepare.cu", defines).kernel("kda_prepare", "PPPPPPiif", shared_bytes=shared_bytes)
+
+
+@cache
+def _scan_kernel(name: str, D: int, dtype: torch.dtype, arch: str) -> Kernel:
+    layout = _layout(D, dtype)
+    stages = min(MOST_STAGES, SHARED_BYTES_PER_BLOCK[arch] // layout.stage())
+    shared_bytes = stages * layout.stage()
+    defines = layout.defines | {"WARPS": layout.warps, "STAGES": stages, "SHARED_BYTES": shared_bytes}
+    signature = {"scan": "PPPPPPPPiii", "reverse": "PPPPPPPiii"}[name]
+    return Module(HERE / f"{name}.cu", defines).kernel(f"kda_{name}", signature, shared_bytes=shared_bytes)
+
+
+@cache
+def _gradients_kernel(D: int, dtype: torch.dtype) -> Kernel:
+    layout = _layout(D, dtype)
+    shared_bytes = layout.gradients_shared()
+    module = Module(HERE / "gradients.cu", layout.defines | {"SHARED_BYTES": shared_bytes})
+    return module.kernel("kda_gradients", "PPPPPPPPPPPPPPPiif", shared_bytes=shared_bytes)
+
+
+@cache
+def _sequences_kernel(dtype: torch.dtype) -> Kernel:
+    return Module(HERE / "sequences.cu", _layout(64, dtype).defines).kernel("kda_sequences", "PPPii")
+
+
+def kernels(arch: str) -> list[Kernel]:
+    """Every kernel that runs on `arch`, for every head size and dtype."""
+    variants = [(D, dtype) for D in HEAD_DIMS for dtype in ELEMENTS]
+    chunked = [kernel(*variant) for kernel in (_prepare_kernel, _gradients_kernel) for variant in variants]
+    scans = [_scan_kernel(name, *variant, arch) for name in ("scan", "reverse") for variant in variants]
+    return chunked + scans + [_sequences_kernel(torch.bfloat16), _sequences_kernel(torch.float32)]
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    return architecture(device)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x itself where it is contiguous and aligned to 16 bytes, else a copy."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+class _Chunks:
+    """The chunks of a batch: how many (at most, where cu_seqlens is on the device), and where they lie."""
+
+    def __init__(self, q: Tensor, cu_seqlens: Tensor | None):
+        B, T, _, D = q.shape
+        C = _layout(D, q.dtype).chunk
+        self.bounds = self.spans = None
+        if cu_seqlens is None:
+            self.sequences, self.slots = B, B * -(-T // C)
+            return
+        self.sequences = N = cu_seqlens.shape[0] - 1
+        self.slots = T // C + N
+        self.bounds = torch.empty(2 * (N + 1), dtype=torch.int32, device=q.device)
+        self.spans = torch.empty(self.slots, 4, dtype=torch.int32, device=q.device)
+        launch = _sequences_kernel(torch.float32 if q.dtype == torch.float32 else torch.bfloat16)
+        launch((1, 1, 1), 1024, cu_seqlens, self.bounds, self.spans, N, self.slots, device=q.device)
+
+
+def _prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: _Chunks, scale: float) -> Tensor:
+    _, T, H, D = q.shape
+    layout = _layout(D, q.dtype)
+    packets = torch.empty(chunks.slots * H * layout.packet, dtype=torch.uint8, device=q.device)
+    launch = _prepare_kernel(D, q.dtype)
+    arguments = (q, k, g, beta, packets, chunks.spans, T, H, scale)
+    launch((chunks.slots * H, 1, 1), layout.threads, *arguments, device=q.device)
+    return packets
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, T, H, D = q.shape
+    q, k, v, g, beta = _readable(q), _readable(k), _readable(v), _readable(g), _readable(beta)
+    chunks = _Chunks(q, cu_seqlens)
+    packets = _prepare(q, k, g, beta, chunks, scale)
+    o, final_state, states, corrections = _forward_outputs(v, cu_seqlens, keep)
+    layout = _layout(D, q.dtype)
+    launch = _scan_kernel("scan", D, q.dtype, _architecture(q.device))
+    launch(
+        (chunks.sequences * H * (D // 16 // layout.warps), 1, 1),
+        32 * layout.warps,
+        *(packets, v, initial_state, o, final_state, states if keep else None, corrections if keep else None),
+        *(chunks.bounds, chunks.sequences, T, H),
+        device=q.device,
+    )
+    return o, final_state, states, corrections
+
+
+def _forward_outputs(v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, final_state, and if kept the states [slots, H, D, D] and N~ [slots, H, D, C] as operands; uninitialised."""
+    B, T, H, D = v.shape
+    C = _layout(D, v.dtype).chunk
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots = 0 if not keep else B * ((T + C - 1) // C) if cu_seqlens is None else T // C + N
+    operand = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
+    return (
+        torch.empty((B, T, H, D), dtype=v.dtype, device=v.device),
+        torch.empty((N, H, D, D), dtype=torch.float32, device=v.device),
+        torch.empty((slots, H, D, D), dtype=operand, device=v.device),
+        torch.empty((slots, H, D, C), dtype=operand, device=v.device),
+    )
+
+
+def _backward(
+    grad_o: Tensor,
+    grad_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor | None,
+    states: Tensor,
+    corrections: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, T, H, D = q.shape
+    q, k, g, beta, grad_o = _readable(q), _readable(k), _readable(g), _readable(beta), _readable(grad_o)
+    chunks = _Chunks(q, cu_seqlens)
+    layout = _layout(D, q.dtype)
+    packets = _prepare(q, k, g, beta, chunks, scale)
+    d_states, d_corrections = torch.empty_like(states), torch.empty_like(corrections)
+    d_initial = torch.empty((chunks.sequences, H, D, D), dtype=torch.float32, device=q.device)
+    _scan_kernel("reverse", D, q.dtype, _architecture(q.device))(
+        (chunks.sequences * H * (D // 16 // layout.warps), 1, 1),
+        32 * layout.warps,
+        *(packets, grad_o, None if grad_final is None else _readable(grad_final)),
+        *(d_initial, d_states, d_corrections, chunks.bounds, chunks.sequences, T, H),
+        device=q.device,
+    )
+    del packets  # their memory serves the gradients
+    grads = _gradients_of(q, g, beta)
+    _gradients_kernel(D, q.dtype)(
+        (chunks.slots * H, 1, 1),
+        layout.threads,
+        *(q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, *grads, chunks.spans, T, H, scale),
+        device=q.device,
+    )
+    return *grads, d_initial
+
+
+def _gradients_of(q: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g and beta, contiguous, uninitialised."""
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    return (
+        dq,
+        dk,
+        dv,
+        torch.empty(g.shape, dtype=g.dtype, device=g.device),
+        torch.empty(beta.shape, dtype=beta.dtype, device=beta.device),
+    )
+
+
+_library = torch.library.Library("lkda", "FRAGMENT")
+_library.define(
+    "kda_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens,"
+    " float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "kda_backward(Tensor grad_o, Tensor? grad_final, Tensor q, Tensor k, Tensor g, Tensor beta, Tensor? cu_seqlens,"
+    " Tensor states, Tensor corrections, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.impl("kda_forward", _forward, "CUDA")
+_library.impl("kda_backward", _backward, "CUDA")
+
+
+@torch.library.register_fake("lkda::kda_forward", lib=_library)
+def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, keep):
+    return _forward_outputs(v, cu_seqlens, keep)
+
+
+@torch.library.register_fake("lkda::kda_backward", lib=_library)
+def _(grad_o, grad_final, q, k, g, beta, cu_seqlens, states, corrections, scale):
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _, _, H, D = q.shape
+    return *_gradients_of(q, g, beta), torch.empty((N, H, D, D), dtype=torch.float32, device=q.device)
+
+
+def _save(ctx, inputs, output):
+    q, k, _, g, beta, initial_state, cu_seqlens, scale, keep = inputs
+    if not keep:
+        raise RuntimeError("lkda::kda_forward needs keep=True where a gradient is wanted")
+    ctx.set_materialize_grads(False)
+    ctx.has_initial_state, ctx.scale = initial_state is not None, scale
+    ctx.save_for_backward(q, k, g, beta, cu_seqlens, output[2], output[3])
+
+
+def _gradients(ctx, grad_o, grad_final, grad_states, grad_corrections):
+    q, k, g, beta, cu_seqlens, states, corrections = ctx.saved_tensors
+    if grad_o is None:
+        grad_o = torch.zeros_like(q)
+    *grads, d_initial = torch.ops.lkda.kda_backward(
+        grad_o, grad_final, q, k, g, beta, cu_seqlens, states, corrections, ctx.scale
+    )
+    return *grads, d_initial if ctx.has_initial_state else None, None, None, None
+
+
+torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)
+
+
+def kda_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The chunked kernels, differentiable; arguments and results as in `kda_attention`.
+
+    Raises: ValueError where K and V differ.
+    """
+    if k.shape[-1] != v.shape[-1]:
+        raise ValueError(
+            f"kda_attention(backend='cuda'): K and V must be equal, got K = {k.shape[-1]} and V = {v.shape[-1]}; "
+            "use backend='chunk'."
+        )
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    inputs = (q, k, v, g, beta, initial_state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, final_state, _, _ = torch.ops.lkda.kda_forward(
+        q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, keep
+    )
+    return o, final_state

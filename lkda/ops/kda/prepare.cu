@@ -1,0 +1,272 @@
+// Everything about a chunk that does not depend on the state: one block a chunk and head, all chunks at once.
+//
+//   E_t = exp(g_t)    M_ij = sum_d k_i k_j decay(j..i), j < i    P_ij = sum_d q_i k_j decay(j..i), j <= i
+//   T = (I + B M)^-1 = I + B T~,  B = diag(beta)
+//
+// decay(j..i) = product of E over (j, i]. It is never a quotient of running products: pairs are sorted by the smallest
+// group of 2h tokens (h = 8, 16, 32) that has j in its first half and i in its second; from the boundary between the
+// halves f_i = prod E from the boundary through i and f_j = prod E after j up to it, both <= 1, and decay = f_i f_j. So
+// each level is a product of two matrices of rounded numbers <= |k|. Pairs inside 8 tokens are summed in float32.
+#include "kda_tree.cuh"
+
+constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
+constexpr int WARPS = THREADS / 32;
+constexpr int LANES = D / 2 < 32 ? D / 2 : 32;        // of a warp that share a leaf
+constexpr int WARPS_PER_LEAF = D / 2 > 32 ? D / 64 : 1;
+
+using Merge = MERGE;  // operands of the merges: float16 (entries of T and M are small and want its digits) or tf32
+using MergeSquare = Tile<Merge, C, C>;
+
+struct Shared {
+  static constexpr int leaf_decay = 0;                                       // float [LEAVES][D]
+  static constexpr int beta = leaf_decay + LEAVES * D * 4;                   // float [C]
+  static constexpr int corner = beta + C * 4;                                // float [BLOCKS][16][17]: M on the diagonal
+  static constexpr int pairs = (corner + BLOCKS * 16 * 17 * 4 + 127) / 128 * 128;  // Square
+  static constexpr int below = pairs + Square::bytes;                        // MergeSquare: M below the diagonal blocks
+  static constexpr int tree = below + MergeSquare::bytes;                    // LEVELS x Level, then T and T~
+  static constexpr int inverse = tree, inverse_rest = tree + MergeSquare::bytes;
+  static constexpr int tree_bytes = LEVELS * Level::bytes > 2 * MergeSquare::bytes ? LEVELS * Level::bytes : 2 * MergeSquare::bytes;
+  static constexpr int partial = below;                                      // float [WARPS][64], before M: sums over half the channels
+  static constexpr int bytes = tree + tree_bytes;
+};
+static_assert(WARPS_PER_LEAF == 1 || WARPS * 64 * 4 <= MergeSquare::bytes, "the partial sums fit where M will be");
+static_assert(Shared::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
+
+// values[0..31] summed over LANES lanes: lane l of them ends up with the sums of values 32 / LANES * l and on.
+__device__ __forceinline__ void sum_over_lanes(float (&value)[32]) {
+  int count = 32;
+#pragma unroll
+  for (int step = LANES / 2; step >= 1; step /= 2) {
+    count /= 2;
+    const bool upper = lane_id() & step;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (i < count) {
+        const float mine = upper ? value[i + count] : value[i];
+        const float other = upper ? value[i] : value[i + count];
+        value[i] = mine + __shfl_xor_sync(0xffffffffu, other, step);
+      }
+    }
+  }
+}
+
+// The pair number n of a leaf: i (i - 1) / 2 + j for j < i, 28 of them.
+__device__ __forceinline__ int pair_row(int n) { return n < 1 ? 1 : n < 3 ? 2 : n < 6 ? 3 : n < 10 ? 4 : n < 15 ? 5 : n < 21 ? 6 : 7; }
+
+__device__ __forceinline__ void store_leaf_sum(char* shared, int leaf, int batch, int n, float sum) {
+  const int first = leaf * LEAF;
+  if (n >= 28) {  // P_ii
+    const int i = first + (n - 28) + 4 * batch;
+    store_one(Square::at(shared + Shared::pairs, i, i), sum);
+    return;
+  }
+  const int i = pair_row(n), j = n - i * (i - 1) / 2;
+  if (batch == 0) {
+    float* corner = reinterpret_cast<float*>(shared + Shared::corner);
+    const int row = first + i, column = first + j;
+    corner[(row / 16 * 16 + row % 16) * 17 + column % 16] = sum;
+  } else {
+    store_one(Square::at(shared + Shared::pairs, first + i, first + j), sum);
+  }
+}
+
+// M and P inside a leaf. Batch 0 is the 28 entries of M and P_00..P_33, batch 1 the 28 of P and P_44..P_77.
+__device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& gates, const Leaf<Element>& q, const Leaf<Element>& k, float scale) {
+#pragma unroll
+  for (int batch = 0; batch < 2; ++batch) {
+    float sum[32];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[28 + i] = scale * (q[i + 4 * batch].x * k[i + 4 * batch].x + q[i + 4 * batch].y * k[i + 4 * batch].y);
+    float2 decayed[LEAF];  // k_j decay(j..i)
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) {
+#pragma unroll
+      for (int j = 0; j < i; ++j) {
+        decayed[j] = times(decayed[j], gates.e[i]);
+        const float2 row = batch == 0 ? k[i] : make_float2(scale * q[i].x, scale * q[i].y);
+        sum[i * (i - 1) / 2 + j] = row.x * decayed[j].x + row.y * decayed[j].y;
+      }
+      decayed[i] = k[i];
+    }
+    sum_over_lanes(sum);
+    const int each = 32 / LANES, lane = lane_id() % LANES;
+    if constexpr (WARPS_PER_LEAF > 1) {
+      reinterpret_cast<float*>(shared + Shared::partial)[(threadIdx.x / 32) * 64 + batch * 32 + lane] = sum[0];
+    } else {
+#pragma unroll
+      for (int n = 0; n < each; ++n) store_leaf_sum(shared, leaf, batch, lane * each + n, sum[n]);
+    }
+  }
+  if constexpr (WARPS_PER_LEAF > 1) {
+    __syncthreads();
+    const float* partial = reinterpret_cast<const float*>(shared + Shared::partial);
+    for (int n = threadIdx.x; n < LEAVES * 64; n += THREADS) {
+      const int of = n / 64;
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS_PER_LEAF; ++w) sum += partial[(of * WARPS_PER_LEAF + w) * 64 + n % 64];
+      store_leaf_sum(shared, of, n % 64 / 32, n % 32, sum);
+    }
+  }
+}
+
+// M and P between the halves of every group of every level, on tensor cores: a task is 16 rows of one level.
+__device__ __forceinline__ void tree_pairs(char* shared) {
+  for (int task = threadIdx.x / 32; task < LEVELS * BLOCKS; task += WARPS) {
+    const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, half = LEAF << level;
+    const char* tree = shared + Shared::tree + level * Level::bytes;
+    const int group = rows / (2 * half), columns = (half + 15) / 16;
+    Sum sum[BLOCKS / 2];
+#pragma unroll
+    for (int n = 0; n < BLOCKS / 2; ++n) clear(sum[n]);
+#pragma unroll
+    for (int d = 0; d < D; d += 16) {
+      const Block<Operand> a = Level::Rows::load(tree + Level::rows, rows, d);
+#pragma unroll
+      for (int n = 0; n < BLOCKS / 2; ++n) {
+        if (n < columns) product(sum[n], a, Level::Columns::load(tree + Level::columns, group * half / 16 * 16 + n * 16, d));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < BLOCKS / 2; ++n) {
+      if (n < columns) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          const int row = rows + quadrant_row(q);                              // of the level's rows: k first, then q
+          const int column = group * half / 16 * 16 + n * 16 + quadrant_column(q);
+          if (column / half != group) continue;                                // level 0: half a block
+          const int within = row % (2 * half);
+          const int i = group * 2 * half + half + within % half, j = group * 2 * half + column % half;
+          if (within >= half) {
+            store_pair(Square::at(shared + Shared::pairs, i, j), sum[n].pair[q]);
+          } else if (level == 0) {
+            float* corner = reinterpret_cast<float*>(shared + Shared::corner) + i * 17 + j % 16;
+            corner[0] = sum[n].pair[q].x;
+            corner[1] = sum[n].pair[q].y;
+          } else {
+            store_pair(MergeSquare::at(shared + Shared::below, i, j), sum[n].pair[q]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// T and T~ of the 16x16 diagonal blocks, by substitution in float32; a thread a column c:
+//   T~_ic = -sum_{c <= j < i} M_ij T_jc,    T_ic = [i = c] + beta_i T~_ic
+__device__ __forceinline__ void invert_corners(char* shared) {
+  if (threadIdx.x >= C) return;
+  const int block = threadIdx.x / 16, c = threadIdx.x % 16, first = block * 16;
+  const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + block * 16 * 17;
+  const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + first;
+  float t[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    float rest = 0.f;
+#pragma unroll
+    for (int j = 0; j < i; ++j) rest -= j >= c ? m[i * 17 + j] * t[j] : 0.f;
+    t[i] = i == c ? 1.f : i > c ? beta[i] * rest : 0.f;
+    store_one(MergeSquare::at(shared + Shared::inverse, first + i, first + c), t[i]);
+    store_one(MergeSquare::at(shared + Shared::inverse_rest, first + i, first + c), rest);
+    if (i > c) store_one(Square::at(shared + Shared::pairs, first + c, first + i), rest);
+  }
+}
+
+// The block of T~ below two inverted diagonal blocks of HALF tokens, 1 above 2:
+//   T~_21 = -(I + T~_22 B_2) X,    X = M_21 T_11.
+// Transposed, so that a sum is the next operand and the result lies as it is packed: X^T = T_11^T M_21^T.
+template <int HALF>
+__device__ __forceinline__ void merge(char* shared) {
+  constexpr int N = HALF / 16;
+  const float* beta = reinterpret_cast<const float*>(shared + Shared::beta);
+  for (int task = threadIdx.x / 32; task < C / (2 * HALF) * N; task += WARPS) {
+    const int upper = task / N * 2 * HALF, lower = upper + HALF, column = upper + task % N * 16;
+    Sum x[N];
+    Block<Merge> weighted[N];  // X^T B_2
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      clear(x[n]);
+#pragma unroll
+      for (int l = 0; l < N; ++l)
+        if (upper + l * 16 >= column)  // T_11 is lower triangular, and no more of it was written
+          product(x[n], MergeSquare::load_transposed(shared + Shared::inverse, upper + l * 16, column),
+                  MergeSquare::load(shared + Shared::below, lower + n * 16, upper + l * 16));
+      Sum scaled;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int i = lower + n * 16 + quadrant_column(q);
+        scaled.pair[q] = make_float2(x[n].pair[q].x * beta[i], x[n].pair[q].y * beta[i + 1]);
+      }
+      weighted[n] = round_to<Merge>(scaled);
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int l = 0; l <= n; ++l) product(x[n], weighted[l], MergeSquare::load(shared + Shared::inverse_rest, lower + n * 16, lower + l * 16));
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int j = column + quadrant_row(q), i = lower + n * 16 + quadrant_column(q);
+        const float2 rest = make_float2(-x[n].pair[q].x, -x[n].pair[q].y);
+        store_pair(Square::at(shared + Shared::pairs, j, i), rest);
+        if (2 * HALF < C) {
+          store_one(MergeSquare::at(shared + Shared::inverse_rest, i, j), rest.x);
+          store_one(MergeSquare::at(shared + Shared::inverse_rest, i + 1, j), rest.y);
+          store_one(MergeSquare::at(shared + Shared::inverse, i, j), rest.x * beta[i]);
+          store_one(MergeSquare::at(shared + Shared::inverse, i + 1, j), rest.y * beta[i + 1]);
+        }
+      }
+    }
+  }
+}
+
+// q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. packets: [chunks, H] Packet. Grid: chunks x H.
+extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda_prepare(
+    const Element* q, const Element* k, const float* g, const float* beta, char* packets, const int4* spans, int length, int heads, float scale) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  char* shared = reinterpret_cast<char*>(shared_memory);
+  const int chunk = blockIdx.x / heads, head = blockIdx.x % heads;
+  const Span span = span_of(chunk, length, spans);
+  if (span.tokens <= 0) return;
+  char* packet = packets + static_cast<long long>(blockIdx.x) * Packet::bytes;
+  const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
+
+  if (threadIdx.x < C) {
+    const float b = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
+    reinterpret_cast<float*>(shared + Shared::beta)[threadIdx.x] = b;
+    reinterpret_cast<float*>(packet + Packet::beta)[threadIdx.x] = b;
+  }
+  Gates gates;
+  Leaf<Element> qs, ks;
+  gates.read(g, span, heads, head, leaf, channel);
+  qs.read(q, span, heads, head, leaf, channel);
+  ks.read(k, span, heads, head, leaf, channel);
+  gates.share(reinterpret_cast<float*>(shared + Shared::leaf_decay), leaf, channel);
+  __syncthreads();
+
+  Reach reach;
+#pragma unroll
+  for (int level = 0; level < LEVELS; ++level) {
+    Level::write(shared + Shared::tree + level * Level::bytes, level, leaf, channel, gates, reach, qs, ks, scale);
+    reach.widen(reinterpret_cast<const float*>(shared + Shared::leaf_decay), level, leaf, channel);
+  }
+  const float2 all = gates.rows(reach.before, [&](int i, float2 pre) {
+    store_pair(Rows::at(packet + Packet::kg, leaf * LEAF + i, channel), times(pre, ks[i]));
+    store_pair(Rows::at(packet + Packet::qg, leaf * LEAF + i, channel), times(make_float2(scale * pre.x, scale * pre.y), qs[i]));
+  });
+  gates.columns(reach.after, [&](int j, float2 suf) { store_pair(Rows::at(packet + Packet::kd, leaf * LEAF + j, channel), times(suf, ks[j])); });
+  if (leaf == LEAVES - 1) *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = all;
+  leaf_pairs(shared, leaf, gates, qs, ks, scale);
+  __syncthreads();
+  tree_pairs(shared);
+  __syncthreads();  // the level tiles give way to T and T~
+  invert_corners(shared);
+  __syncthreads();
+  merge<16>(shared);
+  if constexpr (C == 64) {
+    __syncthreads();
+    merge<32>(shared);
+  }
+  __syncthreads();
+  for (int at = threadIdx.x * 16; at < Square::bytes; at += THREADS * 16)
+    *reinterpret_cast<uint4*>(packet + Packet::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
+}

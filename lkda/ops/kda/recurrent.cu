@@ -1,0 +1,59 @@
+// The recurrence as it is written, one token after another: what Kimi Delta Attention costs without chunks.
+//
+//   S' = Diag(exp g) S     S = S' + k (beta (v - S'^T k))^T     o = scale S^T q
+//
+// A block is a head of a sequence, a thread a column of V: the column of S is in its registers.
+#include "numeric.cuh"
+
+constexpr int D = HEAD_DIM;
+using Element = ELEMENT;
+
+__device__ __forceinline__ float load_one(const float* at) { return *at; }
+template <class Half>
+__device__ __forceinline__ float load_one(const Half* at) {
+  return unpack(Half{}, at->bits).x;
+}
+__device__ __forceinline__ void store_one(float* at, float x) { *at = x; }
+template <class Half>
+__device__ __forceinline__ void store_one(Half* at, float x) {
+  at->bits = static_cast<unsigned short>(pack(Half{}, make_float2(x, 0.f)));
+}
+
+// q, k, v, o: [rows, H, D]. g: [rows, H, D], beta: [rows, H] float32. initial_state (may be null), final_state: [N, H, K, V].
+// cu_seqlens: [N + 1], or null where each sequence has `length` tokens. Grid: N x H.
+extern "C" __global__ void __launch_bounds__(D, 1) kda_recurrent(
+    const Element* q, const Element* k, const Element* v, const float* g, const float* beta, const float* initial_state, Element* o,
+    float* final_state, const int* cu_seqlens, int length, int heads, float scale) {
+  __shared__ float qs[D], ks[D], decay[D];
+  const int n = blockIdx.x / heads, head = blockIdx.x % heads, column = threadIdx.x;
+  const long long begin = cu_seqlens != nullptr ? cu_seqlens[n] : static_cast<long long>(n) * length;
+  const long long end = cu_seqlens != nullptr ? cu_seqlens[n + 1] : begin + length;
+  const long long state_at = static_cast<long long>(blockIdx.x) * D * D + column;
+  float state[D];
+#pragma unroll
+  for (int d = 0; d < D; ++d) state[d] = initial_state != nullptr ? initial_state[state_at + d * D] : 0.f;
+  for (long long t = begin; t < end; ++t) {
+    const long long at = (t * heads + head) * D + column;
+    __syncthreads();  // the last token has been used
+    qs[column] = scale * load_one(q + at);
+    ks[column] = load_one(k + at);
+    decay[column] = exp2_fast(1.4426950408889634f * g[at]);
+    __syncthreads();
+    float seen = 0.f;
+#pragma unroll
+    for (int d = 0; d < D; ++d) {
+      state[d] *= decay[d];
+      seen += state[d] * ks[d];
+    }
+    const float correction = beta[t * heads + head] * (load_one(v + at) - seen);
+    float out = 0.f;
+#pragma unroll
+    for (int d = 0; d < D; ++d) {
+      state[d] += ks[d] * correction;
+      out += state[d] * qs[d];
+    }
+    store_one(o + at, out);
+  }
+#pragma unroll
+  for (int d = 0; d < D; ++d) final_state[state_at + d * D] = state[d];
+}

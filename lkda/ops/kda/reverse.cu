@@ -1,0 +1,120 @@
+// The state's gradient from chunk to chunk, backwards; laid out as scan.cu. S1 is the state after the chunk.
+//
+//   dN = P^T dO + kd dS1     Y = dN + T~^T (B dN)     dS0 = Gam dS1 + qg^T dO - kg^T (B Y)            (qg, P with the scale)
+#include "kda_warp_state.cuh"
+
+// packets: [chunks, H] Packet. d_o: [rows, H, D]. d_final (may be null), d_initial (may be null): [N, H, K, V] float32.
+// d_states: [chunks, H] State, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T. Grid: N x H x SPLITS.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
+    const char* packets, const Element* d_o, const float* d_final, float* d_initial, char* d_states, char* d_corrections,
+    const int* bounds, int sequences, int length, int heads) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  char* shared = reinterpret_cast<char*>(shared_memory);
+  const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, n = blockIdx.x / SPLITS / heads;
+  const Sequence sequence = sequence_of(n, sequences, length, bounds);
+  const int chunks = (sequence.length + C - 1) / C;
+  const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
+
+  auto fetch = [&](int step) {  // steps count chunks from the last one
+    const int m = chunks - 1 - step;
+    const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
+    fetch_chunk(shared + step % STAGES * Stage::bytes, packets + slot * Packet::bytes, d_o, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
+  };
+  for (int step = 0; step < STAGES - 1; ++step) {
+    if (step < chunks) {
+      fetch(step);
+    } else {
+      close_copies();
+    }
+  }
+
+  Sum state[STEPS];  // dS^T
+  const long long state_at = (static_cast<long long>(n) * heads + head) * D * D + columns + mine;
+  if (d_final != nullptr) {
+    read_state(state, d_final + state_at);
+  } else {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) clear(state[i]);
+  }
+
+  for (int step = 0; step < chunks; ++step) {
+    if constexpr (STAGES == 1) {
+      __syncthreads();  // every warp is done with the last chunk
+      fetch(step);
+      wait_copies<0>();
+      __syncthreads();
+    } else {
+      wait_copies<STAGES - 2>();
+      __syncthreads();  // this chunk is there for all, and all are done with the one before, whose stage is next to fill
+      if (step + STAGES - 1 < chunks) {
+        fetch(step + STAGES - 1);
+      } else {
+        close_copies();
+      }
+    }
+    char* stage = shared + step % STAGES * Stage::bytes;
+    const char* packet = stage + Stage::packet;
+    const char* pairs = packet + Packet::pairs;
+    const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
+    const long long slot = static_cast<long long>(sequence.first_chunk + chunks - 1 - step) * heads + head;
+
+    Block<Operand> entry[STEPS];  // the operand copy of dS1^T
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      entry[i] = round_to<Operand>(state[i]);
+      write_block<State>(d_states + slot * State::bytes, columns + mine, i * 16, entry[i]);
+    }
+    Block<Operand> d_out[BLOCKS];  // dO^T
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t) d_out[t] = convert<Operand>(Values::load_transposed(stage + Stage::values, t * 16, mine));
+
+    Sum x[BLOCKS];  // dN^T, then Y^T
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) {
+      clear(x[j]);
+#pragma unroll
+      for (int i = j; i < BLOCKS; ++i) {
+        Block<Operand> p = Square::load_transposed(pairs, i * 16, j * 16);
+        if (i == j) keep<Triangle::upper, true>(p);
+        product(x[j], d_out[i], p);
+      }
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) product(x[j], entry[i], Rows::load(packet + Packet::kd, j * 16, i * 16));
+    }
+    Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i) {
+      Sum y = x[i];
+      scale_columns(y, beta + i * 16);
+      weighted[i] = round_to<Operand>(y);
+    }
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+      for (int i = j; i < BLOCKS; ++i) {
+        Block<Operand> t = Square::load(pairs, j * 16, i * 16);
+        if (i == j) keep<Triangle::upper, false>(t);
+        product(x[j], weighted[i], t);
+      }
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) {
+      write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
+      scale_columns(x[j], beta + j * 16);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) x[j].pair[q] = make_float2(-x[j].pair[q].x, -x[j].pair[q].y);
+      weighted[j] = round_to<Operand>(x[j]);
+    }
+
+    const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      scale_columns(state[i], decay + i * 16);
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t) {
+        product(state[i], d_out[t], Rows::load_transposed(packet + Packet::qg, t * 16, i * 16));
+        product(state[i], weighted[t], Rows::load_transposed(packet + Packet::kg, t * 16, i * 16));
+      }
+    }
+  }
+  if (d_initial != nullptr) write_state(state, d_initial + state_at);
+}

@@ -1,0 +1,146 @@
+// The state from chunk to chunk, and the output: one block for each WIDTH columns of V of a head of a sequence.
+//
+//   R = v - kg S     N~ = R + T~ (B R)     N = B N~     o = qg S + P N     S <- Gam S + kd^T N        (qg, P with the scale)
+//
+// A warp has 16 columns of V, transposed: R^T, N^T [16, C] and S^T [16, K]. A float32 sum of one product, rounded, is the
+// first operand of the next, so nothing passes between warps; they share the chunk's packet, fetched STAGES - 1 ahead.
+#include "kda_warp_state.cuh"
+
+// -N~^T = -R^T + (-R^T B) T~^T, from -R^T; x are the C / 16 blocks of [16 of V, C].
+__device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const float* beta) {
+  Block<Operand> weighted[BLOCKS];
+#pragma unroll
+  for (int j = 0; j < BLOCKS; ++j) {
+    Sum y = x[j];
+    scale_columns(y, beta + j * 16);
+    weighted[j] = round_to<Operand>(y);
+  }
+#pragma unroll
+  for (int i = 0; i < BLOCKS; ++i)
+#pragma unroll
+    for (int j = 0; j <= i; ++j) {
+      Block<Operand> t = Square::load_transposed(pairs, j * 16, i * 16);
+      if (i == j) keep<Triangle::lower, false>(t);
+      product(x[i], weighted[j], t);
+    }
+}
+
+// packets: [chunks, H] Packet. v, o: [rows, H, D]. initial_state (may be null), final_state: [N, H, K, V] float32.
+// Kept for the backward, both null where none follows: states [chunks, H] State, the state each chunk was entered with,
+// and corrections [chunks, H] Columns, N~^T. Grid: N x H x SPLITS.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
+    const char* packets, const Element* v, const float* initial_state, Element* o, float* final_state, char* states, char* corrections,
+    const int* bounds, int sequences, int length, int heads) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  char* shared = reinterpret_cast<char*>(shared_memory);
+  const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, n = blockIdx.x / SPLITS / heads;
+  const Sequence sequence = sequence_of(n, sequences, length, bounds);
+  const int chunks = (sequence.length + C - 1) / C;
+  const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
+
+  auto fetch = [&](int m) {
+    const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
+    fetch_chunk(shared + m % STAGES * Stage::bytes, packets + slot * Packet::bytes, v, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
+  };
+  for (int m = 0; m < STAGES - 1; ++m) {
+    if (m < chunks) {
+      fetch(m);
+    } else {
+      close_copies();
+    }
+  }
+
+  Sum state[STEPS];
+  const long long state_at = (static_cast<long long>(n) * heads + head) * D * D + columns + mine;
+  if (initial_state != nullptr) {
+    read_state(state, initial_state + state_at);
+  } else {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) clear(state[i]);
+  }
+
+  for (int m = 0; m < chunks; ++m) {
+    if constexpr (STAGES == 1) {
+      __syncthreads();  // every warp is done with the last chunk
+      fetch(m);
+      wait_copies<0>();
+      __syncthreads();
+    } else {
+      wait_copies<STAGES - 2>();
+      __syncthreads();  // chunk m is there for all, and all are done with chunk m - 1, whose stage is next to fill
+      if (m + STAGES - 1 < chunks) {
+        fetch(m + STAGES - 1);
+      } else {
+        close_copies();
+      }
+    }
+    char* stage = shared + m % STAGES * Stage::bytes;
+    const char* packet = stage + Stage::packet;
+    const char* pairs = packet + Packet::pairs;
+    const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
+    const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
+
+    Block<Operand> entry[STEPS];  // the operand copy of S^T
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
+    if (states != nullptr) {
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) write_block<State>(states + slot * State::bytes, columns + mine, i * 16, entry[i]);
+    }
+
+    Sum x[BLOCKS];  // -R^T, then -N~^T, then N^T
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t) {
+      const Block<Element> value = Values::load_transposed(stage + Stage::values, t * 16, mine);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const float2 pair = get_pair(value, q);
+        x[t].pair[q] = make_float2(-pair.x, -pair.y);
+      }
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) product(x[t], entry[i], Rows::load(packet + Packet::kg, t * 16, i * 16));
+    }
+    solve(x, pairs, beta);
+    Block<Operand> written[BLOCKS];  // N^T
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) x[t].pair[q] = make_float2(-x[t].pair[q].x, -x[t].pair[q].y);
+      if (corrections != nullptr) write_block<Columns>(corrections + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
+      scale_columns(x[t], beta + t * 16);
+      written[t] = round_to<Operand>(x[t]);
+    }
+
+    const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      scale_columns(state[i], decay + i * 16);
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t) product(state[i], written[t], Rows::load_transposed(packet + Packet::kd, t * 16, i * 16));
+    }
+
+    const int tokens = min(C, sequence.length - m * C);
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t) {
+      Sum out;  // [tokens, 16 of V]
+      clear(out);
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) product(out, Rows::load(packet + Packet::qg, t * 16, i * 16), entry[i]);
+#pragma unroll
+      for (int j = 0; j <= t; ++j) {
+        Block<Operand> p = Square::load(pairs, t * 16, j * 16);
+        if (j == t) keep<Triangle::lower, true>(p);
+        product(out, p, written[j]);
+      }
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int token = t * 16 + quadrant_row(q);
+        if (token < tokens) {
+          const long long row = static_cast<long long>(sequence.start + m * C + token) * heads + head;
+          store_pair(o + row * D + columns + mine + quadrant_column(q), out.pair[q]);
+        }
+      }
+    }
+  }
+  write_state(state, final_state + state_at);
+}
