@@ -1,0 +1,34 @@
+"""One layer: x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lkda.models.mixer import Mixer, State
+from lkda.models.mlp import SwiGLU
+
+
+class Block(nn.Module):
+    """Pre-norm. No feed-forward layer where mlp_hidden is 0."""
+
+    def __init__(self, mixer: Mixer, d_model: int, *, mlp_hidden: int, norm_eps: float) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.mixer = mixer
+        self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps) if mlp_hidden else None
+        self.mlp = SwiGLU(d_model, mlp_hidden) if mlp_hidden else None
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        y, state = self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, state=state)
+        return self._feed_forward(x + y), state
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, state = self.mixer.step(self.mixer_norm(x), state)
+        return self._feed_forward(x + y), state
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if self.mlp is None or self.mlp_norm is None:
+            return x
+        return x + self.mlp(self.mlp_norm(x))

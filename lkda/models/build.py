@@ -1,0 +1,76 @@
+"""A plain dict of names and numbers -> a model. No name in it is imported but that of a mixer of this package."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from lkda.models.block import Block
+from lkda.models.init import init_weights
+from lkda.models.lm import LanguageModel
+from lkda.models.mixer import Mixer
+from lkda.models.mixers import find_mixer
+from lkda.ops import available_backends
+
+DEFAULTS: dict[str, Any] = {"mlp_hidden": 0, "norm_eps": 1e-5, "tie_embeddings": True, "backend": "auto", "context": 0}
+REQUIRED = ("vocab_size", "d_model", "num_layers", "mixer")
+
+
+def build_model(config: Mapping[str, Any]) -> LanguageModel:
+    """Builds and initialises a model from plain values, drawing from torch's global generator.
+
+    Args:
+        config: vocab_size, d_model, num_layers, mixer; optionally mlp_hidden (0: no feed-forward layers), norm_eps,
+            tie_embeddings, backend and context (the length trained at, for the record). `mixer` holds `pattern` (mixer
+            names, repeated over depth), `num_heads`, and under each mixer's name its options.
+    Raises: ValueError for a missing, unknown or impossible value, saying what would do.
+    """
+    unknown = set(config) - {*REQUIRED, *DEFAULTS}
+    missing = [key for key in REQUIRED if key not in config]
+    if unknown or missing:
+        raise ValueError(
+            f"a model's config holds {', '.join((*REQUIRED, *DEFAULTS))}; "
+            f"missing here: {', '.join(missing) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}."
+        )
+    plain: dict[str, Any] = {**DEFAULTS, **config, "mixer": dict(config["mixer"])}
+    for key in ("vocab_size", "d_model", "num_layers"):
+        if not isinstance(plain[key], int) or plain[key] < 1:
+            raise ValueError(f"model.{key} must be a positive integer, got {plain[key]!r}.")
+    if not isinstance(plain["mlp_hidden"], int) or plain["mlp_hidden"] < 0:
+        raise ValueError(f"model.mlp_hidden must be an integer >= 0 (0: no MLP), got {plain['mlp_hidden']!r}.")
+    mixers = _mixers(plain)
+    blocks = [
+        Block(mixer, plain["d_model"], mlp_hidden=plain["mlp_hidden"], norm_eps=plain["norm_eps"]) for mixer in mixers
+    ]
+    model = LanguageModel(blocks, plain)
+    model.apply(init_weights)
+    return model
+
+
+def _mixers(config: dict[str, Any]) -> list[Mixer]:
+    mixer = config["mixer"]
+    pattern = list(mixer.get("pattern") or [])
+    if not pattern or "num_heads" not in mixer:
+        raise ValueError("mixer must hold `pattern`, a list of mixer names, and `num_heads`.")
+    classes = {name: find_mixer(name) for name in pattern}
+    backend = config["backend"]
+    known = {name: backend in available_backends(cls.op) for name, cls in classes.items()}
+    if not any(known.values()):
+        words = sorted({word for cls in classes.values() for word in available_backends(cls.op)})
+        raise ValueError(f"no mixer of {', '.join(classes)} has a backend {backend!r}; they have {', '.join(words)}.")
+    layers = (pattern[i % len(pattern)] for i in range(config["num_layers"]))
+    return [_mixer(name, classes[name], config, mixer, backend if known[name] else "auto") for name in layers]
+
+
+def _mixer(name: str, cls: type[Mixer], config: dict[str, Any], mixer: dict[str, Any], backend: str) -> Mixer:
+    options = dict(mixer.get(name) or {})
+    allowed = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    takes_backend = "backend" in allowed
+    allowed = [option for option in allowed if option != "backend"]
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        raise ValueError(f"mixer {name!r} has no option {', '.join(unknown)}; it has {', '.join(allowed)}.")
+    if takes_backend:
+        options["backend"] = backend
+    return cls(config["d_model"], mixer["num_heads"], **options)

@@ -1,0 +1,55 @@
+"""The decoding loop: the prompt in one forward, then a token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lkda.models.lm import LanguageModel
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yields the tokens that follow a prompt, one by one.
+
+    Args:
+        tokens: [1, T], the prompt, T >= 1.
+        max_new_tokens: how many to draw.
+        temperature: the logits are divided by it; 0 takes the likeliest token.
+        top_p: draw from the fewest tokens whose probabilities reach it, in (0, 1].
+        seed: of the draws.
+    Raises: ValueError for a prompt, temperature or top_p out of range.
+    """
+    if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
+        raise ValueError(f"generate: tokens must be [1, T] with T >= 1, got {list(tokens.shape)}.")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"generate: temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}.")
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens must be >= 0, got {max_new_tokens}.")
+    generator = torch.Generator().manual_seed(seed)
+    logits, state = model.forward_from(tokens, model.init_state(1))
+    logits = logits[:, -1]
+    for drawn in range(max_new_tokens):
+        token = _draw(logits[0].float().cpu(), temperature, top_p, generator)
+        yield token
+        if drawn + 1 < max_new_tokens:
+            logits, state = model.step(tokens.new_tensor([token]), state)
+
+
+def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True, stable=True)
+    # Keep a token where the ones before it have not yet reached top_p; the first always stays.
+    kept = torch.where(probabilities.cumsum(-1) - probabilities < top_p, probabilities, 0)
+    return int(order[torch.multinomial(kept, 1, generator=generator)])

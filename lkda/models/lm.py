@@ -1,0 +1,92 @@
+"""The language model: tokens -> logits, whole sequences or one token at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lkda.models.block import Block
+from lkda.models.mixer import Mixer, State
+from lkda.ops import resolve_backend
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, norm and head. Built by `build_model`.
+
+    Attributes:
+        config: the plain dict it was built from; with the weights it is all that a checkpoint needs.
+    """
+
+    def __init__(self, blocks: list[Block], config: dict[str, Any]) -> None:
+        super().__init__()
+        vocab_size, d_model = config["vocab_size"], config["d_model"]
+        self.config = config
+        self.embed_tokens = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(d_model, eps=config["norm_eps"])
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        if config["tie_embeddings"]:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> logits [B, T, vocab]. With cu_seqlens (B = 1) packed sequences never see each other."""
+        return self.lm_head(self.hidden(tokens, cu_seqlens=cu_seqlens))
+
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> [B, T, d_model], what the head reads."""
+        x = self.embed_tokens(tokens)
+        for block in self.blocks:
+            x, _ = block(x, cu_seqlens=cu_seqlens)
+        return self.norm(x)
+
+    def forward_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        """tokens [B, T] that follow what left `state` -> logits [B, T, vocab], and the state after them."""
+        x, after = self.embed_tokens(tokens), []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, new = block(x, state=before)
+            after.append(new)
+        return self.lm_head(self.norm(x)), after
+
+    def step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        """One token a sequence: tokens [B] -> logits [B, vocab], and the state after it."""
+        x, after = self.embed_tokens(tokens), []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, new = block.step(x, before)  # type: ignore[operator]
+            after.append(new)
+        return self.lm_head(self.norm(x)), after
+
+    def init_state(self, batch_size: int) -> list[State]:
+        """The state before the first token, one a layer."""
+        return [mixer.init_state(batch_size) for mixer in self.mixers()]
+
+    def mixers(self) -> list[Mixer]:
+        """The layers' mixers, in order."""
+        return [block.mixer for block in self.blocks]  # type: ignore[misc]
+
+    def state_bytes(self, context: int) -> int:
+        """Bytes that one sequence of `context` tokens leaves behind, over all layers, convolution caches included."""
+        return sum(mixer.state_bytes(context) for mixer in self.mixers())
+
+    def flops_per_token(self, context: int) -> float:
+        """Of the forward, a multiply-add counting two, averaged over a sequence of `context` tokens."""
+        blocks: list[Any] = list(self.blocks)
+        mlps = sum(2 * p.numel() for block in blocks if block.mlp is not None for p in block.mlp.parameters())
+        return sum(mixer.flops_per_token(context) for mixer in self.mixers()) + mlps + 2 * self.lm_head.weight.numel()
+
+    def num_parameters(self, *, embedding: bool = True) -> int:
+        """Parameters, each counted once; without the token embedding and the head where `embedding` is False."""
+        skip = set() if embedding else {id(self.embed_tokens.weight), id(self.lm_head.weight)}
+        return sum(p.numel() for p in self.parameters() if id(p) not in skip)
+
+    def resolve_backends(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+        """The backend that each operator of the model runs on `device`, as {"kda": "chunk"}.
+
+        Raises: ValueError where one cannot run there, with the reason.
+        """
+        resolved = {}
+        for mixer in self.mixers():
+            word = str(getattr(mixer, "backend", "auto"))
+            resolved[mixer.op] = resolve_backend(mixer.op, word, device=device, head_dim=mixer.head_dim, dtype=dtype)
+        return resolved

@@ -1,0 +1,95 @@
+"""Kimi Delta Attention, the layer (arXiv:2510.26692, section 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lkda.models.init import inverse_softplus, log_uniform
+from lkda.models.norm import l2_normalized
+from lkda.models.recurrent_mixer import RecurrentMixer, linear
+from lkda.ops import kda_attention, kda_step
+
+
+class KimiDeltaAttention(RecurrentMixer):
+    """A D x D state a head, written by the delta rule, forgotten channel by channel.
+
+        q, k, v = SiLU(conv(W x)), q and k of unit norm           beta = sigmoid(W_beta x), one a head
+        g = -exp(A_log) softplus(f_b(f_a(x)) + dt_bias)           (W_alpha, of low rank D)
+        y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x))))        o = kda_attention(q, k, v, g, beta)
+
+    Args:
+        conv_width: of the short convolutions; 0 for none (then no SiLU either).
+        gate: "channel" (a decay a channel), "head" (one a head) or "none" (no decay: the plain delta rule).
+        gate_form: "softplus", or "bounded": g = lower_bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias)).
+        lower_bound: of g in the bounded form, in [-5, 0).
+        negative_eigenvalues: beta in [0, 2] instead of [0, 1].
+        output_gate: whether o is gated.
+        backend: of `kda_attention`.
+    """
+
+    op = "kda"
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        conv_width: int = 4,
+        gate: str = "channel",
+        gate_form: str = "softplus",
+        lower_bound: float = -5.0,
+        negative_eigenvalues: bool = False,
+        output_gate: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(d_model, num_heads, conv_width=conv_width, output_norm=True, output_gate=output_gate)
+        gates = {"channel": d_model, "head": num_heads, "none": 0}
+        if gate not in gates:
+            raise ValueError(f"mixer.kda.gate must be one of {', '.join(gates)}, got {gate!r}.")
+        if gate_form not in ("softplus", "bounded"):
+            raise ValueError(f"mixer.kda.gate_form must be softplus or bounded, got {gate_form!r}.")
+        if not -5 <= lower_bound < 0:
+            raise ValueError(f"mixer.kda.lower_bound must be in [-5, 0), got {lower_bound}.")
+        self.gate, self.gate_form, self.lower_bound = gate, gate_form, lower_bound
+        self.negative_eigenvalues, self.backend = negative_eigenvalues, backend
+        if gate != "none":
+            self.f_a_proj, self.f_b_proj = linear(d_model, self.head_dim), linear(self.head_dim, gates[gate])
+            self.A_log = nn.Parameter(torch.empty(1, 1, num_heads, 1).uniform_(1, 16).log())
+            self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(gates[gate], low=1e-3, high=1e-1)))
+        self.b_proj = linear(d_model, num_heads)
+
+    def attend(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        q, k = l2_normalized(q), l2_normalized(k)
+        g, beta = self.log_decay(x), self.write_strength(x)
+        return kda_attention(q, k, v, g, beta, initial_state=state, cu_seqlens=cu_seqlens, backend=self.backend)
+
+    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
+        return kda_step(l2_normalized(q), l2_normalized(k), v, self.log_decay(x), self.write_strength(x), state)
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """g [..., H, D] in float32, <= 0."""
+        shape = (*x.shape[:-1], self.num_heads, self.head_dim)
+        if self.gate == "none":
+            return torch.zeros(shape, device=x.device)
+        raw = self.heads(self.f_b_proj(self.f_a_proj(x)).float() + self.dt_bias.float())
+        A = self.A_log.float().exp().view(self.num_heads, 1)
+        if self.gate_form == "bounded":
+            return (self.lower_bound * torch.sigmoid(A * raw)).expand(shape)
+        return (-A * F.softplus(raw)).expand(shape)
+
+    def write_strength(self, x: Tensor) -> Tensor:
+        """beta [..., H] in float32."""
+        beta = torch.sigmoid(self.b_proj(x).float())
+        return 2 * beta if self.negative_eigenvalues else beta
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return (self.num_heads, self.head_dim, self.head_dim)
+
+    def flops_per_token(self, context: int) -> float:
+        """Linear layers, convolutions, and the recurrence as written: decay, read, write and query of a D x D state."""
+        return self.projection_flops() + 7 * self.num_heads * self.head_dim**2

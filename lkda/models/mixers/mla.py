@@ -1,0 +1,86 @@
+"""Multi-head latent attention without position encoding, as Kimi Linear interleaves it (arXiv:2510.26692)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
+from lkda.models.recurrent_mixer import linear
+from lkda.ops import softmax_attention
+
+
+class MultiHeadLatentAttention(Mixer):
+    """Softmax attention whose keys and values grow from one latent a token, which is all that the cache holds.
+
+        c, r = split(kv_a x)        k = [k_nope(RMSNorm c), r], v = v(RMSNorm c)        scale = (nope + rope)^-0.5
+
+    Args:
+        kv_lora_rank: width of the latent c; half of d_model where None.
+        qk_nope_head_dim: key channels a head from the latent; d_model / num_heads where None.
+        qk_rope_head_dim: key channels r shared by the heads (named for the rotary part they are elsewhere; none is
+            applied); half a head where None.
+        v_head_dim: value channels a head; d_model / num_heads where None.
+        norm_eps: of the latent's RMSNorm.
+        backend: of `softmax_attention`.
+    """
+
+    op = "softmax"
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int | None = None,
+        qk_nope_head_dim: int | None = None,
+        qk_rope_head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        norm_eps: float = 1e-5,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(d_model, num_heads)
+        self.rank = kv_lora_rank or d_model // 2
+        self.nope = qk_nope_head_dim or self.head_dim
+        self.rope = qk_rope_head_dim or self.head_dim // 2
+        self.v_dim = v_head_dim or self.head_dim
+        self.backend = backend
+        self.q_proj = linear(d_model, num_heads * (self.nope + self.rope))
+        self.kv_a_proj_with_mqa = linear(d_model, self.rank + self.rope)
+        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=norm_eps)
+        self.kv_b_proj = linear(self.rank, num_heads * (self.nope + self.v_dim))
+        self.o_proj = linear(num_heads * self.v_dim, d_model)
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        refuse_packed_state(cu_seqlens, state)
+        q = self.heads(self.q_proj(x))
+        latent, shared = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], -1)
+        latent = self.kv_a_layernorm(latent)
+        if state is not None:
+            latent, shared = (torch.cat([past, y.to(past.dtype)], 1) for past, y in zip(state, (latent, shared)))
+        k, v = self.heads(self.kv_b_proj(latent)).split([self.nope, self.v_dim], -1)
+        shared_heads = shared.unsqueeze(2).expand(-1, -1, self.num_heads, -1).to(k.dtype)
+        k = torch.cat([k, shared_heads], -1)
+        o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
+        return self.o_proj(o.flatten(-2)), () if cu_seqlens is not None else (latent, shared)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, state = self.forward(x.unsqueeze(1), state=state)
+        return y.squeeze(1), state
+
+    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
+        w = self.o_proj.weight
+        latent, shared = (
+            torch.empty(batch_size, 0, width, device=device or w.device, dtype=w.dtype)
+            for width in (self.rank, self.rope)
+        )
+        return latent, shared
+
+    def state_bytes(self, context: int) -> int:
+        return context * (self.rank + self.rope) * self.o_proj.weight.element_size()
+
+    def flops_per_token(self, context: int) -> float:
+        """Linear layers, and scores and sums over the (context + 1) / 2 tokens that a token sees on average."""
+        return linear_flops(self) + (context + 1) * self.num_heads * (self.nope + self.rope + self.v_dim)

@@ -1,0 +1,104 @@
+"""What mixers with a constant state share: short convolutions before the operator, a gated head norm after it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
+from lkda.models.norm import GatedHeadNorm
+from lkda.models.short_conv import ShortConvolution, positions
+
+
+class RecurrentMixer(Mixer):
+    """q, k, v = SiLU(conv(W x)), then the operator, then y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x)))).
+
+    The state is the convolutions' caches followed by the operator's own state.
+
+    Args:
+        conv_width: of the short convolutions; 0 for none (then no SiLU either).
+        output_norm: whether each head's output is normalised.
+        output_gate: whether the normalised output is gated.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, *, conv_width: int, output_norm: bool, output_gate: bool) -> None:
+        super().__init__(d_model, num_heads)
+        if output_gate and not output_norm:
+            raise ValueError("output_gate gates the normalised output: set output_norm=true too, or output_gate=false.")
+        self.q_proj, self.k_proj, self.v_proj = (linear(d_model, d_model) for _ in range(3))
+        convolutions = (ShortConvolution(d_model, conv_width) if conv_width else None for _ in range(3))
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = convolutions
+        self.g_a_proj = linear(d_model, self.head_dim) if output_gate else None
+        self.g_b_proj = linear(self.head_dim, d_model) if output_gate else None
+        self.o_norm = GatedHeadNorm(self.head_dim) if output_norm else None
+        self.o_proj = linear(d_model, d_model)
+
+    @abstractmethod
+    def attend(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The operator on q, k, v [B, T, H, D]; its gates come from x [B, T, d_model]."""
+
+    @abstractmethod
+    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The operator on one token, q, k, v [B, H, D], x [B, d_model]."""
+
+    @property
+    @abstractmethod
+    def state_shape(self) -> tuple[int, ...]:
+        """Of the operator's own state of one sequence."""
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        refuse_packed_state(cu_seqlens, state)
+        position = None if cu_seqlens is None else positions(cu_seqlens, x.shape[1])
+        caches = iter(() if state is None else state[:-1])
+        inputs, after = [], []
+        for project, convolve in self._paths():
+            y = project(x)
+            if convolve is not None:
+                y, cache = convolve(y, position=position, state=next(caches, None))
+                after.append(cache)
+            inputs.append(self.heads(y))
+        q, k, v = inputs
+        o, own = self.attend(x, q, k, v, state=None if state is None else state[-1], cu_seqlens=cu_seqlens)
+        return self._output(o, x), () if cu_seqlens is not None else (*after, own)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        caches = iter(state[:-1])
+        inputs, after = [], []
+        for project, convolve in self._paths():
+            y = project(x)
+            if convolve is not None:
+                y, cache = convolve.step(y, next(caches))
+                after.append(cache)
+            inputs.append(self.heads(y))
+        q, k, v = inputs
+        o, own = self.attend_step(x, q, k, v, state=state[-1])
+        return self._output(o, x), (*after, own)
+
+    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
+        device = device or self.o_proj.weight.device
+        caches = (conv.init_state(batch_size, device=device) for _, conv in self._paths() if conv is not None)
+        return (*caches, torch.zeros(batch_size, *self.state_shape, device=device))
+
+    def projection_flops(self) -> float:
+        """Of one token through the linear layers and convolutions."""
+        return linear_flops(self) + sum(2.0 * conv.weight.numel() for _, conv in self._paths() if conv is not None)
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        if self.o_norm is not None:
+            gated = self.g_a_proj is not None and self.g_b_proj is not None
+            o = self.o_norm(o, self.heads(self.g_b_proj(self.g_a_proj(x))) if gated else None)  # type: ignore[misc]
+        return self.o_proj(o.flatten(-2))
+
+    def _paths(self) -> list[tuple[nn.Linear, ShortConvolution | None]]:
+        return [(self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d)]
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer without a bias."""
+    return nn.Linear(inputs, outputs, bias=False)

@@ -1,0 +1,44 @@
+"""The decoding loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lkda.models import generate
+from tests.models.helpers import IDS, PATTERNS, small, tokens
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_greedy_takes_the_likeliest_token_of_the_whole(pattern):
+    model, x = small(pattern), tokens(1, 7)
+    drawn = list(generate(model, x, max_new_tokens=8, temperature=0))
+    for token in drawn:
+        assert token == int(model(x)[0, -1].argmax())
+        x = torch.cat([x, torch.tensor([[token]])], 1)
+    assert len(drawn) == 8
+
+
+def test_a_seed_repeats_the_draws():
+    model, x = small(["kda"]), tokens(1, 5)
+    one, two, other = (list(generate(model, x, max_new_tokens=30, seed=seed)) for seed in (1, 1, 2))
+    assert one == two != other
+
+
+def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
+    model, x = small(["kda"]), tokens(1, 5)
+    greedy = list(generate(model, x, max_new_tokens=10, temperature=0))
+    assert list(generate(model, x, max_new_tokens=10, top_p=1e-6, seed=3)) == greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"top_p": 0.0}, "top_p in"),
+        ({"max_new_tokens": -1}, ">= 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        list(generate(small(["kda"]), tokens(1, 5), **({"max_new_tokens": 1} | options)))

@@ -1,0 +1,183 @@
+"""The mixers' contract: whole, in pieces, token by token and packed are one function."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from lkda.models import build_model, mixers
+from tests.models.helpers import IDS, PATTERNS, config, small, tokens
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+class TestEveryMixer:
+    def test_steps_equal_forward(self, pattern):
+        model, x = small(pattern), tokens(3, 20)
+        want, state = model(x), model.init_state(3)
+        for t in range(20):
+            logits, state = model.step(x[:, t], state)
+            close(logits, want[:, t])
+
+    def test_a_carried_state_continues_the_sequence(self, pattern):
+        model, x = small(pattern), tokens(2, 90)
+        want, state = model(x), model.init_state(2)
+        parts = []
+        for piece in x.split([1, 2, 70, 17], 1):
+            logits, state = model.forward_from(piece, state)
+            parts.append(logits)
+        close(torch.cat(parts, 1), want)
+
+    def test_packed_documents_have_the_logits_they_have_alone(self, pattern):
+        model, x = small(pattern), tokens(1, 100)
+        bounds = [0, 0, 2, 3, 70, 100, 100]
+        packed = model(x, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+        for start, end in zip(bounds, bounds[1:]):
+            if start < end:
+                close(packed[:, start:end], model(x[:, start:end]))
+
+    def test_packed_documents_do_not_reach_each_other(self, pattern):
+        model, x = small(pattern), tokens(1, 40)
+        embedded = model.embed_tokens(x).detach().requires_grad_()
+        hidden, cu_seqlens = embedded, torch.tensor([0, 25, 40])
+        for block in model.blocks:
+            hidden, _ = block(hidden, cu_seqlens=cu_seqlens)
+        hidden[:, 25:].square().sum().backward()
+        assert embedded.grad[:, :25].abs().max() == 0
+        assert embedded.grad[:, 25:].abs().max() > 0
+
+    def test_future_tokens_change_nothing_before_them(self, pattern):
+        model, x = small(pattern), tokens(1, 50)
+        changed = torch.cat([x[:, :30], tokens(1, 20, seed=1)], 1)
+        close(model(changed)[:, :30], model(x)[:, :30])
+        assert not torch.allclose(model(changed)[:, 30:], model(x)[:, 30:], atol=1e-3)
+
+    def test_every_parameter_learns(self, pattern):
+        model, x = small(pattern), tokens(2, 40)
+        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.roll(-1, 1).flatten()).backward()
+        silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert silent == []
+
+    def test_state_bytes_are_those_of_the_state(self, pattern):
+        model, x = small(pattern), tokens(1, 24)
+        _, state = model.forward_from(x, model.init_state(1))
+        held = sum(part.numel() * part.element_size() for layer in state for part in layer)
+        assert model.state_bytes(24) == held
+
+    def test_flops_are_at_least_two_a_weight(self, pattern):
+        model = small(pattern)
+        weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+        assert 2 * weights <= model.flops_per_token(16) < 4 * weights
+
+    def test_state_cannot_be_carried_into_packed_sequences(self, pattern):
+        model = small(pattern)
+        mixer = model.mixers()[0]
+        with pytest.raises(ValueError, match="cannot be given together with cu_seqlens"):
+            mixer(torch.zeros(1, 4, 32), cu_seqlens=torch.tensor([0, 4]), state=mixer.init_state(1))
+
+    def test_bfloat16_autocast_stays_near(self, pattern):
+        model, x = small(pattern), tokens(1, 40)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model(x).float()
+        want = model(x)
+        assert (got - want).norm() / want.norm() < 0.05
+
+
+OPTIONS = [
+    ("kda", {"conv_width": 0}),
+    ("kda", {"gate": "head"}),
+    ("kda", {"gate": "none"}),
+    ("kda", {"gate_form": "bounded", "lower_bound": -3.0}),
+    ("kda", {"negative_eigenvalues": True, "output_gate": False}),
+    ("simplified", {"conv_width": 0, "decay": "constant", "output_norm": False, "output_gate": False}),
+    ("simplified", {"output_gate": False}),
+    ("mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 10}),
+    ("softmax", {"rope_base": 500.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_options_keep_the_contract(name, options):
+    x = tokens(1, 20)
+    model = small([name], mixer={"pattern": [name], "num_heads": 2, name: options})
+    want, state = model(x), model.init_state(1)
+    assert not torch.allclose(want, small([name])(x), atol=1e-3)
+    for t in range(20):
+        logits, state = model.step(x[:, t], state)
+        close(logits, want[:, t])
+
+
+def test_kda_begins_with_a_long_memory():
+    torch.manual_seed(0)
+    mixer = build_model(config(["kda"], d_model=256)).mixers()[0]
+    g = mixer.log_decay(torch.randn(1, 100, 256))
+    A = mixer.A_log.exp()
+    dt = torch.nn.functional.softplus(mixer.dt_bias)
+    assert A.min() >= 1
+    assert A.max() <= 16
+    assert dt.min() >= 1e-3
+    assert dt.max() <= 0.1001
+    assert -0.5 < g.median() < 0
+
+
+def test_simplified_heads_remember_from_4_to_4096_tokens():
+    mixer = build_model(config(["simplified"])).mixers()[0]
+    memory = 1 / (1 - mixer.decay(torch.zeros(1, 32)))
+    torch.testing.assert_close(memory[0], torch.tensor([4.0, 4096.0]), rtol=1e-2, atol=0)
+
+
+def test_a_mixer_dropped_into_the_package_is_found(tmp_path, monkeypatch):
+    (tmp_path / "echo.py").write_text(
+        "from lkda.models.mixer import Mixer\n"
+        "class Echo(Mixer):\n"
+        "    op = 'softmax'\n"
+        "    def forward(self, x, *, cu_seqlens=None, state=None):\n        return x, ()\n"
+        "    def step(self, x, state):\n        return x, ()\n"
+        "    def init_state(self, batch_size, *, device=None):\n        return ()\n"
+        "    def flops_per_token(self, context):\n        return 0.0\n"
+    )
+    monkeypatch.setattr(mixers, "__path__", [*mixers.__path__, str(tmp_path)])
+    assert "echo" in mixers.mixer_names()
+    model = build_model(config(["echo"]))
+    assert model(tokens(1, 4)).shape == (1, 4, 50)
+    sys.modules.pop("lkda.models.mixers.echo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mixer": {"pattern": ["kdaa"], "num_heads": 2}},
+            r"unknown mixer 'kdaa'; there are kda, mla, simplified, softmax",
+        ),
+        (
+            {"mixer": {"pattern": ["kda"], "num_heads": 5}},
+            r"mixer.num_heads must divide model.d_model = 32, got 5; choose",
+        ),
+        (
+            {"mixer": {"pattern": ["kda"], "num_heads": 2, "kda": {"gat": 1}}},
+            r"mixer 'kda' has no option gat; it has conv",
+        ),
+        (
+            {"mixer": {"pattern": ["kda"], "num_heads": 2, "kda": {"gate": "x"}}},
+            r"gate must be one of channel, head, none",
+        ),
+        ({"mixer": {"pattern": [], "num_heads": 2}}, "mixer must hold `pattern`"),
+        ({"num_layers": 0}, "model.num_layers must be a positive integer, got 0"),
+        ({"d_modle": 3}, "unknown: d_modle"),
+        ({"backend": "fast"}, "no mixer of kda has a backend 'fast'; they have auto, chunk, cuda"),
+    ],
+)
+def test_what_cannot_be_built_is_said(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(config(["kda"]) | changes)
+
+
+def test_a_backend_word_goes_to_the_mixers_that_know_it():
+    model = small(["kda", "softmax"], backend="recurrent")
+    assert model.resolve_backends(torch.device("cpu"), torch.float32) == {"kda": "recurrent", "softmax": "sdpa"}
