@@ -1,0 +1,1 @@
+"""From the files of runs and benchmarks to tables, plots and pages. Imports nothing else of lkda."""
