@@ -29,7 +29,8 @@ def compare(config: DictConfig) -> None:
         raise ValueError(f"cannot write the directory {out}: {error.strerror}.") from error
     kernel_ms = None if config.bench is None else _kernel_times(Path(config.bench))
     result = compare_runs(directories, out, title=config.title, kernel_ms=kernel_ms)
-    console = Console()
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=120)
     console.print(as_rich(result.rows))
     for note in result.notes:
         console.print(note, style="dim")

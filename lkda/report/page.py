@@ -14,7 +14,7 @@ _STYLE = """
   :root { --text: #e8e8e8; --faint: #a0a0a0; --line: #333333; --back: #141414; }
   img { filter: invert(0.92) hue-rotate(180deg); }
 }
-body { margin: 3rem auto; max-width: 62rem; padding: 0 1.5rem; background: var(--back); color: var(--text);
+body { margin: 3rem auto; max-width: 74rem; padding: 0 1.5rem; background: var(--back); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-weight: 600; font-size: 1.6rem; } h2 { font-weight: 600; font-size: 1.1rem; margin-top: 2.5rem; }
 .scroll { overflow-x: auto; }

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from lkda.report.runs import Group
+from lkda.report.table import count, memory
 
 # Okabe and Ito's colours, which most colour-blind readers tell apart. The mixers of this package keep theirs.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -54,7 +55,7 @@ def loss_curves(groups: Sequence[Group], *, x: str, y: str) -> bytes:
         axes.set_xlabel(names[x])
         axes.set_ylabel("bits per byte" if y.endswith("bits_per_byte") else "loss (nats per token)")
         axes.set_title("validation (points) and training (faint)", fontsize=9, color="#666666", loc="left")
-        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
         return _png(figure)
 
 
@@ -78,7 +79,7 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> bytes:
             axes.annotate(group.label, (state, mean), (9, 6), textcoords="offset points", color=colour, fontsize=9)
         axes.set_xscale("log", base=2)
         axes.margins(x=0.25, y=0.2)
-        axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: memory(x)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("state of one sequence at the training context")
         axes.set_ylabel("bits per byte" if y.endswith("bits_per_byte") else "validation loss (nats per token)")
@@ -106,20 +107,6 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     right = max(end[0] for end in ends)
     axes.set_xlim(right=right * 1.26)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-
-
-def _short(value: float, _: int) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
-
-
-def _bytes(value: float, _: int) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= size:
-            return f"{value / size:g} {unit}"
-    return f"{value:g} B"
 
 
 def _png(figure: Figure) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +20,41 @@ class Column:
 
     heading: str
     key: str
-    form: str
+    write: Callable[[float], str]
     spread: bool = False
 
 
+def digits(form: str) -> Callable[[float], str]:
+    """A number in the format `form`."""
+    return form.format
+
+
+def count(x: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def memory(x: float) -> str:
+    """131072 -> 128 KiB"""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if x >= size:
+            return f"{x / size:.3g} {unit}"
+    return f"{x:.0f} B"
+
+
 COLUMNS = (
-    Column("val loss", "val/loss", "{:.3f}", spread=True),
-    Column("bits/byte", "val/bits_per_byte", "{:.3f}", spread=True),
-    Column("perplexity", "val/perplexity", "{:.1f}"),
-    Column("parameters", "params", "{:,.0f}"),
-    Column("state bytes", "state_bytes", "{:,.0f}"),
-    Column("MFLOP/token", "flops_per_token", "{:.2f}"),
-    Column("tokens", "tokens", "{:,.0f}"),
-    Column("tokens/s", "tokens_per_s", "{:,.0f}", spread=True),
+    Column("val loss", "val/loss", digits("{:.3f}"), spread=True),
+    Column("bits/byte", "val/bits_per_byte", digits("{:.3f}"), spread=True),
+    Column("perplexity", "val/perplexity", digits("{:.1f}")),
+    Column("params", "params", count),
+    Column("state", "state_bytes", memory),
+    Column("FLOP/token", "flops_per_token", count),
+    Column("tokens", "tokens", count),
+    Column("tokens/s", "tokens_per_s", count, spread=True),
 )
-_SCALE = {"flops_per_token": 1e-6}
 
 Row = dict[str, Any]
 
@@ -51,7 +71,7 @@ def rows(groups: Sequence[Group], kernel_ms: dict[str, float] | None = None) -> 
         for column in COLUMNS:
             if any(column.key not in run.summary for run in group.runs):
                 continue
-            values = [x * _SCALE.get(column.key, 1) for x in group.values(column.key)]
+            values = group.values(column.key)
             row[column.key] = statistics.fmean(values)
             if column.spread and len(values) > 1:
                 row[f"{column.key} sd"] = statistics.stdev(values)
@@ -62,16 +82,16 @@ def rows(groups: Sequence[Group], kernel_ms: dict[str, float] | None = None) -> 
 
 
 def _headings(table: Sequence[Row]) -> list[Column]:
-    kernel = Column("kernel ms", "kernel_ms", "{:.3f}")
+    kernel = Column("kernel ms", "kernel_ms", digits("{:.3f}"))
     return [column for column in (*COLUMNS, kernel) if any(column.key in row for row in table)]
 
 
 def _cell(row: Row, column: Column) -> str:
     if column.key not in row:
         return ""
-    text = column.form.format(row[column.key])
+    text = column.write(row[column.key])
     spread = row.get(f"{column.key} sd")
-    return text if spread is None else f"{text} ± {column.form.format(spread)}"
+    return text if spread is None else f"{text} ± {column.write(spread)}"
 
 
 def as_lines(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
