@@ -1,0 +1,123 @@
+"""A stream of tokens -> packed batches of fixed shape.
+
+A row is `context` consecutive tokens of the stream, its targets the tokens one further. A batch is its rows end to end
+in one line [1, N]; cu_seqlens marks where sequences begin, at every row and at every document, padded to one length by
+repeating its last value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+IGNORED = -100
+
+
+class Rows:
+    """The rows of a stream.
+
+    Args:
+        stream: token ids; every document begins with `start`.
+        context: tokens a row.
+        start: the token that begins a document.
+        partial: whether the last tokens, fewer than a row, are a row too (filled up, nothing asked there).
+    """
+
+    def __init__(self, stream: np.ndarray, *, context: int, start: int, partial: bool) -> None:
+        self.stream, self.context, self.start = stream, context, start
+        asked = max(0, len(stream) - 1)
+        self.count = -(-asked // context) if partial else asked // context
+        # Sequences a row: one, and one more for each document that begins inside it.
+        begins = np.flatnonzero(np.asarray(stream[: self.count * context]) == start)
+        inside = begins[begins % context != 0] // context
+        self.most_sequences = 1 + int(np.bincount(inside).max(initial=0))
+
+    def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """tokens and targets [context] of row n; a row past the end is empty, with nothing asked."""
+        tokens = np.full(self.context + 1, self.start, dtype=np.int64)
+        piece = self.stream[n * self.context : (n + 1) * self.context + 1] if n < self.count else self.stream[:0]
+        tokens[: len(piece)] = piece
+        targets = tokens[1:].copy()
+        targets[max(0, len(piece) - 1) :] = IGNORED
+        return tokens[:-1], targets
+
+
+def pack(rows: Rows, numbers: Sequence[int]) -> dict[str, Tensor]:
+    """A batch of those rows: tokens, targets int64 [1, N], cu_seqlens int32 [S + 1], of shapes that never change."""
+    pairs = [rows.row(n) for n in numbers]
+    tokens = np.concatenate([pair[0] for pair in pairs])
+    targets = np.concatenate([pair[1] for pair in pairs])
+    asked = np.concatenate([pair[1] != IGNORED for pair in pairs])
+    begins = (tokens == rows.start) & asked
+    begins[:: rows.context] = True
+    bounds = np.full(len(numbers) * rows.most_sequences + 1, len(tokens), dtype=np.int32)
+    starts = np.flatnonzero(begins)
+    bounds[: len(starts)] = starts
+    return {
+        "tokens": torch.from_numpy(tokens).unsqueeze(0),
+        "targets": torch.from_numpy(targets).unsqueeze(0),
+        "cu_seqlens": torch.from_numpy(bounds),
+    }
+
+
+class TrainingBatches(Dataset[dict[str, Tensor]]):
+    """Batch b of an endless stream: epoch after epoch, each an order of the rows that (seed, epoch) alone decides.
+
+    Args:
+        batch_size: rows a batch, on this rank.
+        rank, world_size: of data-parallel processes, which share out the rows of a step.
+    """
+
+    def __init__(self, rows: Rows, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.rows.count)
+
+    def __getitem__(self, batch: int) -> dict[str, Tensor]:
+        first = batch * self.batch_size * self.world_size + self.rank
+        numbers = range(first, first + self.batch_size * self.world_size, self.world_size)
+        places = (divmod(n, self.rows.count) for n in numbers)
+        return pack(self.rows, [int(self._order(epoch)[place]) for epoch, place in places])
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+
+class ValidationBatches(Dataset[dict[str, Tensor]]):
+    """All rows once, in order; the last batch is filled up with empty rows."""
+
+    def __init__(self, rows: Rows, *, batch_size: int) -> None:
+        self.rows, self.batch_size = rows, batch_size
+
+    def __len__(self) -> int:
+        return -(-self.rows.count // self.batch_size)
+
+    def __getitem__(self, batch: int) -> dict[str, Tensor]:
+        if not 0 <= batch < len(self):
+            raise IndexError(batch)
+        return pack(self.rows, range(batch * self.batch_size, (batch + 1) * self.batch_size))
+
+
+class CountFrom(Sampler[int]):
+    """start, start + 1, ... without an end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        n = self.start
+        while True:
+            yield n
+            n += 1

