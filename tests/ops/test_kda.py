@@ -158,6 +158,7 @@ def test_mixed_dtypes_are_refused():
         kda_attention(**inputs)
 
 
+@pytest.mark.serial
 def test_chunk_is_ten_times_faster_than_the_recurrence_on_two_threads():
     inputs = kda_inputs(1, 1024, 4, 64, 64, dtype=torch.float32)
 
