@@ -1,0 +1,91 @@
+"""The outside of every command: a caller's mistake is one line and exit code 2, a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, InterpolationResolutionError, MissingMandatoryValue
+
+import lkda
+
+BAD_INPUT = 2
+FAILED = 1
+
+
+class CommandError(RuntimeError):
+    """A command ended badly for a reason that is neither a bug nor bad input; its text is all there is to say."""
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line `error: ...` and exit code 2. HYDRA_FULL_ERROR=1 keeps the traceback.
+
+    Use it around `main()`, where it also catches what Hydra finds wrong with the command line, and around the command
+    inside, where it speaks before Hydra adds a line of its own.
+    """
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if not full:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them and exiting with 1
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        message = _message(error)
+        if full or message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        if _in_a_sweep():
+            raise  # an exception fails this job alone; the sweep's other jobs go on
+        raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None
+    finally:
+        if not full:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def _in_a_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _message(error: Exception) -> str | None:
+    """The one line for an error that the user can mend; None for a bug."""
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+        return _message(error.__cause__)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is required: give {error.full_key}=..."
+    if isinstance(error, (HydraException, InterpolationResolutionError)):
+        return _configuration_message(error)
+    if isinstance(error, CommandError) or (isinstance(error, ValueError) and _raised_by_lkda(error)):
+        return str(error)
+    if isinstance(error, OSError) and not HydraConfig.initialized():
+        return f"cannot create the output directory {error.filename}: {error.strerror}."
+    return None
+
+
+def _raised_by_lkda(error: Exception) -> bool:
+    """Whether a `raise` of this package is where the error comes from, rather than a failing call inside it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and Path(frames[-1][0].f_code.co_filename).is_relative_to(Path(lkda.__file__).parent)
+
+
+def _configuration_message(error: Exception) -> str:
+    """Hydra's own words on one line; for an unknown key, those that exist, the nearest one first."""
+    text = " ".join(str(error).split("\nfull_key")[0].split())
+    cause = error.__cause__
+    if not isinstance(cause, ConfigAttributeError) or not isinstance(cause.parent_node, DictConfig):
+        return text
+    known = [str(key) for key in cause.parent_node]
+    near = difflib.get_close_matches(str(cause.key), known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"{text.split(' To append')[0]}{hint} It has {', '.join(known)}."

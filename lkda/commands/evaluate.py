@@ -1,0 +1,83 @@
+"""Measure a trained model on the validation part of a corpus."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lkda.commands.model_source import TrainedModel, load_trained
+from lkda.commands.settings import device_of, plain
+from lkda.models.lm import LanguageModel
+from lkda.training.task import next_token_loss
+
+
+def evaluate(config: DictConfig) -> dict[str, float]:
+    """Loss, perplexity and bits per byte of `ckpt`.
+
+    Args:
+        config: composed from configs/evaluate.yaml; `data` is the run's own where it is not given.
+    Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens"}.
+    Raises:
+        ValueError: no usable checkpoint or data.
+    """
+    plain(config)
+    console = Console(soft_wrap=True)
+    device = device_of(config.accelerator)
+    trained = load_trained(config.ckpt, backend=config.backend)
+    trained.model.resolve_backends(device, torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Path(folder) / "tokenizer.json"
+        trained.tokenizer.save(str(tokenizer))
+        data = instantiate(_data_config(config, trained), tokenizer_path=str(tokenizer))
+        data.prepare()
+    loss, tokens = mean_loss(trained.model.to(device), data.val_dataloader(), device=device, total=data.val_batches)
+    result = {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss / math.log(2) / data.bytes_per_token,
+        "unigram_entropy": data.unigram_entropy,
+        "tokens": tokens,
+    }
+    table = Table(title=f"{trained.path} on {data.source}, validation", show_header=False)
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+    return result
+
+
+@torch.inference_mode()
+def mean_loss(model: LanguageModel, batches: Any, *, device: torch.device, total: int) -> tuple[float, int]:
+    """The mean loss in nats over every target of `batches`, and their number."""
+    nats, count = 0.0, 0
+    for batch in track(batches, description="evaluating", total=total, transient=True):
+        tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
+        cu_seqlens = None if batch["cu_seqlens"] is None else batch["cu_seqlens"].to(device)
+        asked = int((targets != -100).sum())
+        nats += float(next_token_loss(model(tokens, cu_seqlens=cu_seqlens), targets)) * asked
+        count += asked
+    return nats / count, count
+
+
+def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
+    """The chosen data; where none is chosen, that of the run in whose directory the checkpoint lies, else the default.
+
+    A run's config.yaml is only followed to this project's own data modules: `_target_` names code.
+    """
+    if config.data is not None:
+        return config.data
+    recorded = trained.path.parent.parent / "config.yaml"
+    if not recorded.is_file():
+        raise ValueError(f"{trained.path} lies in no run directory that says what data it saw: give data=...")
+    data = OmegaConf.load(recorded).data
+    if not str(data.get("_target_")).startswith("lkda.data."):
+        raise ValueError(f"{recorded} names a data module outside lkda.data ({data.get('_target_')}): give data=...")
+    return data

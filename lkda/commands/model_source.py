@@ -1,0 +1,57 @@
+"""Where a trained model comes from: a checkpoint, a run directory, or an exported directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lkda.formats.native import build_with_weights, load
+from lkda.models.lm import LanguageModel
+from lkda.training.checkpoint import read_checkpoint
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with its tokenizer, and the facts of its run where they are known.
+
+    Attributes:
+        model: on the CPU, in eval mode.
+        tokenizer: the one it was trained with.
+        run: plain facts (mixer, data, bytes_per_token, ...), {} for an exported directory.
+        path: the file or directory that was read.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    path: Path
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
+    """Read a checkpoint file, a run directory (its last checkpoint) or an exported directory.
+
+    Args:
+        path: of it.
+        backend: of the ops.
+    Raises:
+        ValueError: nothing is there, or it is truncated, of another kind, or holds another model's weights.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "config.json").exists():
+        model, tokenizer = load(path, backend=backend)
+        return TrainedModel(model, tokenizer, path)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
+    ours = checkpoint["lkda"]
+    prefix = "model."
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    model = build_with_weights(ours["model"], weights, source=path, backend=backend)
+    return TrainedModel(model, Tokenizer.from_str(ours["tokenizer"]), path, ours["run"])

@@ -1,0 +1,90 @@
+"""What a configuration must satisfy before any time is spent on it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from lkda.models.build import build_model
+
+_AT_LEAST = {
+    "seed": 0,
+    "trainer.max_steps": 1,
+    "trainer.max_tokens": 1,
+    "trainer.val_check_interval": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "checkpoint.every_n_steps": 1,
+    "checkpoint.keep": 1,
+    "sample.max_new_tokens": 0,
+}
+_MAY_BE_NULL = ("trainer.max_tokens",)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as a resolved plain dict. Raises ValueError naming a value that is required and missing."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"{missing[0]} is required: give {missing[0]}=...")
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def check_counts(config: DictConfig) -> None:
+    """Raise ValueError for a step count, interval or seed that is not a whole number in its range."""
+    for key, least in _AT_LEAST.items():
+        value = OmegaConf.select(config, key)
+        if value is None and key in _MAY_BE_NULL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{key} must be a whole number of {least} or more, got {value!r}.")
+
+
+def model_config(config: dict[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:
+    """The plain dict of `build_model` from the groups model, mixer and backend.
+
+    Args:
+        config: the resolved configuration.
+        vocab_size: of the tokenizer; the model has as many rows unless model.vocab_size asks for more.
+        context: length trained at.
+    Raises:
+        ValueError: the tokenizer has more tokens than the model has rows, or the model cannot be built.
+    """
+    model = {key: value for key, value in config["model"].items() if key not in ("name", "num_heads")}
+    rows = model["vocab_size"] or vocab_size
+    if vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} tokens and the model {rows} rows: "
+            f"set model.vocab_size to {vocab_size} or more, or data.vocab_size to {rows} or less."
+        )
+    return {**model, "vocab_size": rows, "context": context, "backend": config["backend"], "mixer": config["mixer"]}
+
+
+def check_model(made: dict[str, Any], *, device: torch.device, precision: torch.dtype) -> dict[str, str]:
+    """Build the model without memory, and resolve its backends on the device it will run on, as {"kda": "chunk"}.
+
+    Raises:
+        ValueError: it cannot be built, or a backend cannot run there.
+    """
+    with torch.device("meta"):
+        return build_model(made).resolve_backends(device, precision)
+
+
+def device_of(accelerator: str) -> torch.device:
+    """The device that the word auto, cpu or gpu stands for. Raises ValueError where it is absent."""
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"the accelerator must be auto, cpu or gpu, got {accelerator!r}.")
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("a GPU was asked for and torch sees no CUDA device; use trainer=cpu or trainer=auto.")
+    return torch.device("cuda")
+
+
+def steps_for(max_steps: int, max_tokens: int | None, *, tokens_per_step: int) -> int:
+    """Steps of the run: enough for the token budget where there is one, else max_steps."""
+    return max_steps if max_tokens is None else math.ceil(max_tokens / tokens_per_step)

@@ -1,0 +1,91 @@
+"""summary.json: the result of a run, with what is needed to compare it with another."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+import lkda
+from lkda.commands.run_directory import RunDirectory
+from lkda.models.lm import LanguageModel
+from lkda.training.metrics_csv import COLUMNS
+
+
+def summarize(
+    run: RunDirectory,
+    model: LanguageModel,
+    settings: dict[str, Any],
+    facts: dict[str, Any],
+    *,
+    status: str,
+    device: torch.device,
+    backends: dict[str, str],
+) -> dict[str, Any]:
+    """What summary.json holds; what was measured comes from metrics.csv, so that a resumed run sums up as a whole.
+
+    Args:
+        status: finished, interrupted or diverged.
+        facts: of the run, as in its checkpoints.
+        backends: that ran, by operator.
+    """
+    context = facts["context"]
+    latest = {name: values[-1] for name in COLUMNS if (values := run.column(name))}
+    steps, tokens, seconds = (latest.get(name, 0.0) for name in ("step", "tokens", "seconds"))
+    speeds = run.column("tokens_per_s")
+    loss = latest.get("val/loss")
+    return {
+        "status": status,
+        "val/loss": loss,
+        "val/perplexity": None if loss is None else math.exp(loss),
+        "val/bits_per_byte": latest.get("val/bits_per_byte"),
+        "unigram_entropy": facts["unigram_entropy"],
+        "tokens": int(tokens),
+        # A run shorter than the warm-up has no row with a speed.
+        "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
+        "params": model.num_parameters(embedding=True),
+        "params_non_embedding": model.num_parameters(embedding=False),
+        "state_bytes": model.state_bytes(context),
+        "flops_per_token": model.flops_per_token(context),
+        "mixer": facts["mixer"],
+        "model": facts["model"],
+        "data": facts["data"],
+        "context": context,
+        "backend": " ".join(dict.fromkeys(backends.values())),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        "precision": settings["trainer"]["precision"],
+        "seed": facts["seed"],
+        "steps": int(steps),
+        "seconds": seconds,
+        "learning_rate": settings["optimizer"]["lr"],
+        "git_commit": git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "lkda": lkda.__version__,
+        },
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree that runs, with `+changes` where it has uncommitted ones; None outside git."""
+    here = Path(lkda.__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return described.stdout.strip() or None

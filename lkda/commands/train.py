@@ -1,0 +1,183 @@
+"""Train a language model as the configuration says, into a run directory."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+from lkda.commands.closing import draw_sample, print_closing
+from lkda.commands.command_line import CommandError
+from lkda.commands.run_directory import RunDirectory
+from lkda.commands.settings import check_counts, check_model, device_of, model_config, plain, steps_for
+from lkda.commands.summary import summarize
+from lkda.training.callbacks import (
+    Checkpoints,
+    DivergedError,
+    DivergenceGuard,
+    InterruptedRunError,
+    Recorder,
+    StopRequest,
+)
+from lkda.training.checkpoint import AtomicCheckpointIO, step_files
+from lkda.training.metrics_csv import MetricsCSV
+from lkda.training.task import LanguageModelTask
+
+PRECISION = {"cpu": "32-true", "cuda": "bf16-mixed"}
+
+
+def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
+    """Train, validate at the end, and leave everything in `run_dir`.
+
+    Args:
+        config: composed from configs/train.yaml.
+        run_dir: where the run is recorded.
+    Returns: what summary.json holds.
+    Raises:
+        ValueError: before training starts: something in the configuration, the data or the directory does not do.
+        CommandError: the loss diverged.
+        SystemExit: stopped by Ctrl-C (130) or SIGTERM (143), with a checkpoint saved.
+    """
+    quiet()
+    check_counts(config)
+    settings = plain(config)
+    device = device_of(config.trainer.accelerator)
+    if settings["trainer"]["precision"] == "auto":
+        settings["trainer"]["precision"] = PRECISION[device.type]
+    check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=precision_of(settings))
+    run = RunDirectory(run_dir)
+    try:
+        return _train_in(run, config, settings, device)
+    finally:
+        run.release()
+
+
+def quiet() -> None:
+    """Leave the terminal to what this project says: no tips and device lists of the libraries below."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def precision_of(settings: dict[str, Any]) -> torch.dtype:
+    """The type that the ops' inputs have under the trainer's precision."""
+    return torch.bfloat16 if "bf16" in str(settings["trainer"]["precision"]) else torch.float32
+
+
+def _train_in(run: RunDirectory, config: DictConfig, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    console = Console(highlight=False)
+    saved = run.begin(settings, resume=config.resume)
+    data = instantiate(config.data)
+    data.prepare()
+    made = model_config(settings, vocab_size=data.vocab_size, context=data.context)
+    backends = check_model(made, device=device, precision=precision_of(settings))
+    batches_per_step = config.trainer.accumulate_grad_batches
+    tokens_per_step = data.batch_size * data.context * batches_per_step
+    steps = steps_for(config.trainer.max_steps, config.trainer.max_tokens, tokens_per_step=tokens_per_step)
+    resume_from, step = (saved[0], saved[1]["lkda"]["step"]) if saved else (None, 0)
+    if step >= steps and run.read_summary().get("status") == "finished":
+        console.print(f"{run.path} holds a finished run of {step} steps: nothing to do.", soft_wrap=True)
+        return run.read_summary()
+
+    run.write_config(settings)
+    data.tokenizer.save(str(run.tokenizer))
+    facts = {
+        "mixer": settings["mixer"]["name"],
+        "model": settings["model"]["name"],
+        "data": settings["data"]["source"],
+        "seed": config.seed,
+        "context": data.context,
+        "tokens_per_step": tokens_per_step,
+        "bytes_per_token": data.bytes_per_token,
+        "unigram_entropy": data.unigram_entropy,
+    }
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    task = LanguageModelTask(
+        made,
+        optimizer=settings["optimizer"],
+        scheduler=settings["scheduler"],
+        total_steps=steps,
+        bytes_per_token=data.bytes_per_token,
+    )
+    console.print(
+        f"{facts['mixer']} · {facts['model']} · {facts['data']} on {device}, {settings['trainer']['precision']}, "
+        f"backend {' '.join(f'{op}={word}' for op, word in backends.items())}; "
+        f"{steps:,} steps of {tokens_per_step:,} tokens\nrun directory {run.path}",
+        soft_wrap=True,
+    )
+    if config.resume:
+        console.print(f"resuming from step {step}" if saved else "nothing is saved here yet: starting afresh")
+    data.start_batch = step * batches_per_step
+
+    status = "finished"
+    ending: InterruptedRunError | DivergedError | None = None
+    with StopRequest() as stop_request:
+        checkpoints = Checkpoints(
+            run.checkpoints,
+            **settings["checkpoint"],
+            stop_request=stop_request,
+            model=made,
+            tokenizer=data.tokenizer.to_str(),
+            run=facts,
+        )
+        recorder = Recorder(every_n_steps=config.trainer.log_every_n_steps, tokens_per_step=tokens_per_step)
+        callbacks = [DivergenceGuard(), recorder, checkpoints]
+        trainer = _trainer(config, settings, run, callbacks, steps=steps, resume_step=step)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        except InterruptedRunError as error:
+            status, ending = "interrupted", error
+        except DivergedError as error:
+            status, ending = "diverged", error
+    summary = summarize(run, task.model, settings, facts, status=status, device=device, backends=backends)
+    run.write_summary(summary)
+    if isinstance(ending, InterruptedRunError):
+        console.print(f"{ending}. Continue with\n  {_resume_command(run)}", soft_wrap=True)
+        raise SystemExit(ending.exit_code)
+    if isinstance(ending, DivergedError):
+        good = [str(path) for path in step_files(run.checkpoints)] or ["none, it came before the first"]
+        raise CommandError(
+            f"{ending}. Last good checkpoint: {good[-1]}. Try a lower optimizer.lr in a new run directory."
+        )
+    sample = draw_sample(task.model.to(device), data.tokenizer, settings["sample"], seed=config.seed)
+    run.samples.write_text(sample + "\n", encoding="utf-8")
+    print_closing(console, run, summary, sample)
+    return summary
+
+
+def _trainer(
+    config: DictConfig,
+    settings: dict[str, Any],
+    run: RunDirectory,
+    callbacks: list[L.Callback],
+    *,
+    steps: int,
+    resume_step: int,
+) -> L.Trainer:
+    """The trainer of the configuration's group, with this run's callbacks before those of the group callbacks."""
+    chosen = [node for node in config.logger.values() if node]
+    loggers = [MetricsCSV(run.metrics, resume_step=resume_step)]
+    loggers += [instantiate(node)(save_dir=str(run.path), config=settings) for node in chosen]
+    options = {key: value for key, value in settings["trainer"].items() if key != "max_tokens"}
+    return instantiate(
+        {**options, "max_steps": steps, "default_root_dir": str(run.path)},
+        callbacks=callbacks + [instantiate(node) for node in config.callbacks.values() if node],
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+    )
+
+
+def _resume_command(run: RunDirectory) -> str:
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    kept = [override for override in given if not override.startswith("resume=")]
+    return shlex.join(["python", "scripts/train.py", *kept, f"hydra.run.dir={run.path}", "resume=true"])

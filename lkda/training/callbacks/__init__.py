@@ -1,0 +1,19 @@
+"""Lightning callbacks, one idea each."""
+
+from lkda.training.callbacks.checkpoints import Checkpoints
+from lkda.training.callbacks.divergence import DivergedError, DivergenceGuard
+from lkda.training.callbacks.interruption import InterruptedRunError, StopRequest
+from lkda.training.callbacks.overview import ModelOverview
+from lkda.training.callbacks.progress import TrainingProgress
+from lkda.training.callbacks.recorder import Recorder
+
+__all__ = [
+    "Checkpoints",
+    "DivergedError",
+    "DivergenceGuard",
+    "InterruptedRunError",
+    "ModelOverview",
+    "Recorder",
+    "StopRequest",
+    "TrainingProgress",
+]

@@ -1,0 +1,106 @@
+"""Saves the run so that a kill at any moment loses little, and a resumed run repeats nothing and skips nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lkda.training.callbacks.divergence import require_finite
+from lkda.training.callbacks.interruption import InterruptedRunError, StopRequest
+from lkda.training.checkpoint import FORMAT, point_to, step_files, step_path
+
+
+def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates after this training batch: then the step is complete after the validation only."""
+    assert isinstance(trainer.val_check_batch, int)
+    return (batch_idx + 1) % trainer.val_check_batch == 0 or trainer.should_stop
+
+
+class Checkpoints(Checkpoint):
+    """Writes step_N.ckpt every N optimiser steps, at the best validation loss, at the end, and when asked to stop.
+    last.ckpt and best.ckpt are further names of such files, not copies.
+
+    A step that validates is saved after its validation, so that a saved step has all its rows in metrics.csv.
+    Parameters that are not finite are never saved.
+
+    Args:
+        directory: where they go.
+        every_n_steps: optimiser steps between two.
+        keep: how many step checkpoints stay; with more than one, a broken newest has a predecessor.
+        stop_request: consulted at the end of every step.
+        model, tokenizer, run: written into each file (see lkda.training.checkpoint).
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        every_n_steps: int,
+        keep: int,
+        stop_request: StopRequest,
+        model: dict[str, Any],
+        tokenizer: str,
+        run: dict[str, Any],
+    ) -> None:
+        self.directory = Path(directory)
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self.stop_request = stop_request
+        self.facts = {"format": FORMAT, "model": model, "tokenizer": tokenizer, "run": run}
+        self.best = {"step": 0, "loss": float("inf")}
+        self.saved_step = -1
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lkda"] = {**self.facts, "step": trainer.global_step, "best": dict(self.best)}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.best = checkpoint["lkda"]["best"]
+        self.saved_step = checkpoint["lkda"]["step"]
+        # The kill may have come between the writing of the file and of its second names.
+        self._name("last.ckpt", self.saved_step)
+        if self.best["step"] == self.saved_step:
+            self._name("best.ckpt", self.saved_step)
+
+    def _name(self, name: str, step: int) -> None:
+        point_to(step_path(self.directory, step), self.directory / name)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write this step's checkpoint, unless it is written already, and forget the oldest."""
+        step = trainer.global_step
+        if step == self.saved_step:
+            return
+        require_finite(trainer.lightning_module, step=step)
+        trainer.save_checkpoint(step_path(self.directory, step))
+        self._name("last.ckpt", step)
+        self.saved_step = step
+        for old in step_files(self.directory)[: -self.keep]:
+            old.unlink()
+
+    def _end_of_step(self, trainer: L.Trainer, *, due: bool) -> None:
+        signum = self.stop_request.signum if trainer.global_step < trainer.max_steps else None
+        if due or signum is not None or trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
+        if signum is not None:
+            raise InterruptedRunError(signum, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and not validation_follows(trainer, batch_idx):
+            self._end_of_step(trainer, due=False)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        loss = float(trainer.callback_metrics["val/loss"])
+        best = loss < self.best["loss"]
+        if best:
+            self.best = {"step": trainer.global_step, "loss": loss}
+        self._end_of_step(trainer, due=best or trainer.should_stop)
+        if best:
+            self._name("best.ckpt", trainer.global_step)

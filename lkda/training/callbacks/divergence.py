@@ -1,0 +1,54 @@
+"""Stops a run whose loss or parameters stop being numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+
+class DivergedError(RuntimeError):
+    """Training produced a NaN or an infinity.
+
+    Args:
+        what: the loss, or the parameters.
+        step: the optimiser step at which it was seen.
+    """
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(f"{what} became NaN or infinite at step {step}")
+        self.step = step
+
+
+def require_finite(model: nn.Module, *, step: int) -> None:
+    """Raise DivergedError unless every parameter is finite: what must hold before a checkpoint is written."""
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()])
+    if not bool(finite.all()):
+        raise DivergedError("a parameter", step)
+
+
+class DivergenceGuard(L.Callback):
+    """Raises DivergedError, naming the first step whose loss was not finite.
+
+    Reading the loss waits for the device, so a GPU is asked every `every_n_steps` only; the step itself is kept on the
+    device, and the one that is named is still the first.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
+        self.first_bad_step: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"]
+        if self.first_bad_step is None:
+            self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
+        new = ~loss.detach().isfinite() & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(new, trainer.global_step, self.first_bad_step)
+        if loss.device.type == "cpu" or trainer.global_step % self.every_n_steps == 0:
+            step = int(self.first_bad_step)
+            if step >= 0:
+                raise DivergedError("the loss", step)

@@ -1,0 +1,111 @@
+"""Writes the run's rows: what was logged at a step, with the tokens and the seconds that it took to get there."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+# Steps at the start of a process that are left out of the speed: they compile, allocate and fill caches.
+WARMUP_STEPS = 3
+
+
+class Recorder(L.Callback):
+    """Sends one row to every logger at each `every_n_steps`-th step, at the first and at the last, and one after each
+    validation. Written before the step's checkpoint, so that a resumed run has the rows of the steps it builds on.
+
+    The clock counts training alone: validation and the writing of checkpoints stop it.
+
+    Args:
+        every_n_steps: optimiser steps between two rows.
+        tokens_per_step: over all devices and accumulated batches.
+    """
+
+    def __init__(self, *, every_n_steps: int, tokens_per_step: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.tokens_per_step = tokens_per_step
+        self.seconds = 0.0
+        self.latest: dict[str, float] = {}
+        self._running_since: float | None = None
+        self._since: tuple[int, float] | None = None  # tokens and seconds where the next speed begins
+        self._steps_here = 0
+        self._learning_rate = 0.0
+
+    def tokens(self, trainer: L.Trainer) -> int:
+        """Tokens trained on so far, resumes included."""
+        return trainer.global_step * self.tokens_per_step
+
+    def _start_clock(self) -> None:
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        if self._running_since is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - self._running_since
+            self._running_since = None
+
+    def _read_clock(self) -> None:
+        self._stop_clock()
+        self._start_clock()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._start_clock()
+        # Read here: by the end of the batch the scheduler has already set the next step's.
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
+            return
+        step = trainer.global_step
+        self._steps_here += 1
+        last = step >= trainer.max_steps
+        if last:
+            trainer.should_stop = True  # makes Lightning validate at the end, whatever the interval
+        if self._steps_here == WARMUP_STEPS:
+            self._read_clock()
+            self._since = (self.tokens(trainer), self.seconds)
+        if last or step == 1 or step % self.every_n_steps == 0:
+            self._read_clock()
+            self._write_training_row(trainer)
+
+    def _write_training_row(self, trainer: L.Trainer) -> None:
+        row = {
+            "train/loss": float(trainer.callback_metrics["train/loss"]),
+            "train/bits_per_byte": float(trainer.callback_metrics["train/bits_per_byte"]),
+            "lr": self._learning_rate,
+        }
+        if self._since is not None and self._steps_here > WARMUP_STEPS:
+            tokens, seconds = self._since
+            row["tokens_per_s"] = (self.tokens(trainer) - tokens) / (self.seconds - seconds)
+            self._since = (self.tokens(trainer), self.seconds)
+        self._write(trainer, row)
+
+    def _write(self, trainer: L.Trainer, row: dict[str, float]) -> None:
+        self.latest |= row
+        row = {"tokens": self.tokens(trainer), "seconds": self.seconds, **row}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_clock()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            names = ("val/loss", "val/bits_per_byte")
+            self._write(trainer, {name: float(trainer.callback_metrics[name]) for name in names})
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._stop_clock()
+        checkpoint["lkda_seconds"] = self.seconds
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.seconds = checkpoint["lkda_seconds"]

@@ -1,0 +1,125 @@
+"""Checkpoints: written whole or not at all, read as tensors and plain values only.
+
+A file is Lightning's checkpoint plus `checkpoint["lkda"]`, which makes it self-contained:
+    {"format": 1, "model": the dict of `build_model`, "tokenizer": JSON text, "run": plain facts about the run}
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+FORMAT = 1
+_STEP = re.compile(r"step_(\d+)\.ckpt")
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies. No `=` in the name: Hydra's command line cannot take one."""
+    return directory / f"step_{step:07d}.ckpt"
+
+
+def step_files(directory: Path) -> list[Path]:
+    """The step checkpoints of `directory`, oldest first."""
+    found = [(int(match[1]), path) for path in directory.glob("*.ckpt") if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Rename `temporary` over `path`, and make the rename itself survive a power cut."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file so that a reader, or a kill at any moment, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    replace_file(temporary, path)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint writer, through a temporary file, fsync and a rename."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            replace_file(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def point_to(target: Path, link: Path) -> None:
+    """Make `link` another name of the file `target`, atomically and without copying."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(target, temporary)
+    replace_file(temporary, link)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint of ours onto the CPU with `weights_only=True`: nothing in the file is executed.
+
+    Raises:
+        ValueError: the file is missing, truncated, not a checkpoint, or not one of lkda.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint at {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here (RuntimeError, EOFError, UnpicklingError, KeyError, ...)
+        raise ValueError(
+            f"{path} is truncated or not a checkpoint ({type(error).__name__} while reading it)."
+        ) from error
+    if not isinstance(checkpoint, Mapping) or "lkda" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of lkda: it lacks the entry 'lkda' that scripts/train.py writes.")
+    if checkpoint["lkda"]["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {checkpoint['lkda']['format']}, this version of lkda reads {FORMAT}."
+        )
+    return dict(checkpoint)
+
+
+def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest step checkpoint of `directory` that can be read: its path and content; None where none is saved.
+
+    A newer one that is broken is skipped, and set aside under the name *.broken, with a warning that names it.
+
+    Raises:
+        ValueError: checkpoints are there, and none can be read.
+    """
+    files = step_files(Path(directory))
+    for path in reversed(files):
+        try:
+            checkpoint = read_checkpoint(path)
+        except ValueError as error:
+            warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=2)
+            continue
+        for newer in files[files.index(path) + 1 :]:
+            newer.rename(newer.with_name(newer.name + ".broken"))
+        return path, checkpoint
+    if files:
+        raise ValueError(
+            f"none of the {len(files)} checkpoints in {directory} can be read. Delete them to start afresh."
+        )
+    return None

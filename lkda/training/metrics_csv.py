@@ -1,0 +1,68 @@
+"""metrics.csv, the record of a run's course, as a Lightning logger."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from lkda.training.checkpoint import write_atomically
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "seconds",
+    "train/loss",
+    "train/bits_per_byte",
+    "val/loss",
+    "val/bits_per_byte",
+    "tokens_per_s",
+    "lr",
+)
+
+
+class MetricsCSV(Logger):
+    """Appends a row at a time, each on disk when `log_metrics` returns.
+
+    Args:
+        path: of the file; a run that goes on appends to it.
+        resume_step: rows after this step are dropped first: the run resumes there and writes them again.
+    """
+
+    def __init__(self, path: str | Path, *, resume_step: int = 0) -> None:
+        super().__init__()
+        self.path = Path(path)
+        kept = [",".join(COLUMNS)]
+        if self.path.exists():
+            # A kill may have cut the last line short: only what ends in a newline is a row.
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+            kept += [line for line in lines[1:] if int(line.split(",")[0]) <= resume_step]
+        write_atomically(self.path, "\n".join(kept) + "\n")
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write one row. Raises ValueError for a name that is no column: it would be lost."""
+        unknown = metrics.keys() - set(COLUMNS)
+        if unknown:
+            raise ValueError(f"metrics.csv has no column for {', '.join(sorted(unknown))}.")
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow([{"step": step, **metrics}.get(name, "") for name in COLUMNS])
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def log_hyperparams(self, params: Any) -> None:
+        """Nothing: config.yaml holds them."""

@@ -1,0 +1,91 @@
+"""The LightningModule: next-token prediction with any model that `build_model` makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from lkda.models.build import build_model
+from lkda.training.optimizer import build_optimizer, learning_rate_factor
+
+Batch = Mapping[str, Any]  # {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats over the targets that are asked, in float32.
+
+    Args:
+        logits: [B, T, vocab].
+        targets: [B, T] int64; -100 where nothing is asked.
+    """
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+
+class LanguageModelTask(L.LightningModule):
+    """Trains a language model and measures it.
+
+    Logged: train/loss, train/bits_per_byte at every step; val/loss, val/perplexity, val/bits_per_byte, the means over
+    every validation target (not over batches, whose numbers of targets differ).
+
+    Args:
+        model_config: what `build_model` takes: plain names and numbers.
+        optimizer: what `build_optimizer` takes.
+        scheduler: what `learning_rate_factor` takes.
+        total_steps: optimiser steps of the whole run, for the schedule.
+        bytes_per_token: of the validation text; divides nats a token into bits a byte.
+    """
+
+    def __init__(
+        self,
+        model_config: dict[str, Any],
+        *,
+        optimizer: Mapping[str, Any],
+        scheduler: Mapping[str, Any],
+        total_steps: int,
+        bytes_per_token: float,
+    ) -> None:
+        super().__init__()
+        self.model = build_model(model_config)
+        self.optimizer_config = dict(optimizer)
+        self.scheduler_config = dict(scheduler)
+        self.total_steps = total_steps
+        self.bytes_per_token = bytes_per_token
+        self.val_mean = MeanMetric()
+
+    def bits_per_byte(self, loss: Tensor) -> Tensor:
+        """Nats a token -> bits a byte, which compares across tokenizers."""
+        return loss / (math.log(2) * self.bytes_per_token)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = next_token_loss(self.model(batch["tokens"], cu_seqlens=batch["cu_seqlens"]), batch["targets"])
+        self.log_dict(
+            {"train/loss": loss.detach(), "train/bits_per_byte": self.bits_per_byte(loss.detach())}, logger=False
+        )
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        targets: Tensor = batch["targets"]
+        loss = next_token_loss(self.model(batch["tokens"], cu_seqlens=batch["cu_seqlens"]), targets)
+        self.val_mean.update(loss, weight=(targets != -100).sum())
+
+    def on_validation_epoch_end(self) -> None:
+        loss = self.val_mean.compute()
+        self.val_mean.reset()
+        metrics = {"val/loss": loss, "val/perplexity": loss.exp(), "val/bits_per_byte": self.bits_per_byte(loss)}
+        self.log_dict(metrics, logger=False)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = build_optimizer(self.model, self.optimizer_config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: learning_rate_factor(self.scheduler_config, step=step, total_steps=self.total_steps),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

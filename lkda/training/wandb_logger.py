@@ -1,0 +1,68 @@
+"""Weights & Biases, online where it can be, offline where it cannot."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lightning.pytorch.loggers import WandbLogger
+
+
+def why_offline() -> str | None:
+    """The reason why nothing can be sent now, or None."""
+    import wandb
+
+    settings = wandb.Settings()
+    if os.environ.get("WANDB_MODE") == "offline":
+        return "WANDB_MODE=offline"
+    if not wandb.api.api_key:
+        return "no account is logged in (`wandb login`, or WANDB_API_KEY)"
+    address = urlsplit(settings.base_url)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
+    except OSError as error:
+        return f"{address.hostname} cannot be reached ({error})"
+    return None
+
+
+def wandb_logger(
+    *, save_dir: str, config: dict[str, Any], project: str, name: str, group: str, tags: Sequence[str]
+) -> WandbLogger:
+    """A logger that mirrors metrics.csv, with the resolved configuration beside it.
+
+    A resumed run goes on under the same id, which is kept in the run directory.
+
+    Args:
+        save_dir: the run directory.
+        config: the resolved configuration.
+        project, name, group, tags: how the run is filed; runs to be compared share a group.
+    Raises:
+        ValueError: wandb is not installed.
+    """
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError("logger=wandb needs the package wandb: pip install wandb, or use logger=csv.") from error
+    reason = why_offline()
+    if reason is not None:
+        print(f"wandb: offline, because {reason}; send it later with `wandb sync {save_dir}/wandb/offline-run-*`")
+    identity = Path(save_dir) / "wandb_id.txt"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return WandbLogger(
+        save_dir=save_dir,
+        project=project,
+        name=name,
+        group=group,
+        tags=list(tags),
+        config=config,
+        id=identity.read_text(encoding="utf-8").strip(),
+        offline=reason is not None,
+        resume="allow",
+        settings=wandb.Settings(silent=True),
+    )
