@@ -57,7 +57,7 @@ def loss_curves(groups: Sequence[Group], *, x: str, y: str) -> bytes:
         axes.set_ylabel("bits per byte" if y.endswith("bits_per_byte") else "loss (nats per token)")
         axes.set_title("validation (points) and training (faint)", fontsize=9, color="#666666", loc="left")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
-        return _png(figure)
+        return png(figure)
 
 
 def loss_against_state(groups: Sequence[Group], *, y: str) -> bytes:
@@ -84,7 +84,7 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> bytes:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("state of one sequence at the training context")
         axes.set_ylabel("bits per byte" if y.endswith("bits_per_byte") else "validation loss (nats per token)")
-        return _png(figure)
+        return png(figure)
 
 
 def _limit_to_the_interesting(axes: Axes, groups: Sequence[Group], *, x: str, y: str) -> None:
@@ -110,7 +110,8 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file's content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
