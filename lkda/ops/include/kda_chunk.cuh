@@ -8,6 +8,7 @@
 constexpr int D = HEAD_DIM;
 constexpr int C = CHUNK;
 constexpr int LEAF = 8;              // tokens whose pairs are taken one by one in float32
+constexpr int LEAF_BITS = 3;
 constexpr int LEAVES = C / LEAF;     // a power of two
 constexpr int LEVELS = C == 64 ? 3 : 2;  // halves of 8, 16 (, 32) tokens
 constexpr int BLOCKS = C / 16;       // 16-token blocks of a chunk
@@ -17,8 +18,8 @@ static_assert(LEAF << LEVELS == C, "the tree of anchors ends at the chunk");
 
 using Rows = Tile<Operand, C, D>;    // tokens x channels
 using Square = Tile<Operand, C, C>;  // tokens x tokens
-using State = Tile<Operand, D, D>;   // V x K: a state, transposed
-using Columns = Tile<Operand, D, C>; // V x tokens
+using State = Tile<Operand, D, D, true>;    // V x K: a state, transposed
+using Columns = Tile<Operand, D, C, true>;  // V x tokens
 
 // Packet: kg = pre k, qg = scale pre q, kd = suf k, the pairs, Gam = the product of E over the chunk, beta (0 past the end).
 // Pairs: on and below the diagonal scale P_ij at (i, j); above it T~_ij at (j, i), where T = (I + B M)^-1 = I + B T~.
@@ -35,17 +36,18 @@ struct Packet {
 // A chunk: `tokens` (1..C; 0 where this chunk does not exist) from row `start` of [rows, H, D], in a sequence.
 struct Span {
   int sequence, start, tokens;
+  bool first, last;  // of its sequence
 };
 
-// spans: int4 (sequence, start, tokens, 0) of every chunk, or null where each sequence has `length` tokens.
+// spans: int4 (sequence, start, tokens, first + 2 last) of every chunk, or null where each sequence has `length` tokens.
 __device__ __forceinline__ Span span_of(int chunk, int length, const int4* spans) {
   if (spans != nullptr) {
     const int4 s = spans[chunk];
-    return {s.x, s.y, s.z};
+    return {s.x, s.y, s.z, (s.w & 1) != 0, (s.w & 2) != 0};
   }
   const int each = (length + C - 1) / C;
   const int sequence = chunk / each, first = (chunk - sequence * each) * C;
-  return {sequence, sequence * length + first, min(C, length - first)};
+  return {sequence, sequence * length + first, min(C, length - first), first == 0, first + C >= length};
 }
 
 struct Sequence {

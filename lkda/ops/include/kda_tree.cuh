@@ -27,7 +27,15 @@ struct Leaf {
       if (t < span.tokens) pair[i] = *reinterpret_cast<const Pair*>(from + (static_cast<long long>(span.start + t) * heads + head) * D + channel);
     }
   }
-  __device__ __forceinline__ float2 operator[](int i) const { return load_pair(pair[i].x); }
+  __device__ __forceinline__ float2 operator[](int i) const {
+    if constexpr (sizeof(T) == 2) {  // unpacked anew at each use: sixteen registers fewer
+      unsigned word = *reinterpret_cast<const unsigned*>(pair[i].x);
+      asm volatile("" : "+r"(word));
+      return unpack(T{}, word);
+    } else {
+      return load_pair(pair[i].x);
+    }
+  }
 };
 
 // E of a leaf's tokens, 1 past the chunk's last token. decay(j..i) and the factors are running products of them.
@@ -88,7 +96,7 @@ struct Reach {
 };
 
 // The operands of one level, k^ = f k and q^ = f q. Group n has rows 2 h n: h tokens of k^, then the same h of scale q^, from
-// its second half; columns h n: h tokens of k^ from its first half.
+// its second half; columns h n: h tokens of k^ from its first half. Rows of k^ may carry a weight for each token.
 struct Level {
   using Rows = Tile<Operand, C, D>;
   using Columns = Tile<Operand, C / 2, D>;
@@ -96,12 +104,14 @@ struct Level {
   static constexpr int columns = Rows::bytes;
   static constexpr int bytes = Rows::bytes + Columns::bytes;
 
+  template <class Weight>
   static __device__ __forceinline__ void write(
-      char* tile, int level, int leaf, int channel, const Gates& gates, const Reach& reach, const Leaf<Element>& q, const Leaf<Element>& k, float scale) {
+      char* tile, int level, int leaf, int channel, const Gates& gates, const Reach& reach, const Leaf<Element>& q, const Leaf<Element>& k, float scale, Weight weight) {
     const int half = LEAF << level, group = leaf >> (level + 1), first = (leaf & ((1 << level) - 1)) * LEAF;
     if (leaf >> level & 1) {
       gates.rows(reach.before, [&](int i, float2 f) {
-        store_pair(Rows::at(tile + rows, 2 * half * group + first + i, channel), times(f, k[i]));
+        const float w = weight(i);
+        store_pair(Rows::at(tile + rows, 2 * half * group + first + i, channel), times(make_float2(w * f.x, w * f.y), k[i]));
         store_pair(Rows::at(tile + rows, 2 * half * group + half + first + i, channel), times(make_float2(scale * f.x, scale * f.y), q[i]));
       });
     } else {

@@ -10,21 +10,23 @@ using Values = Tile<Element, C, WIDTH>;
 
 struct Stage {
   static constexpr int packet = 0;
-  static constexpr int values = (Packet::bytes + 127) / 128 * 128;  // v, or in the reverse scan dO: Values
-  static constexpr int bytes = (values + Values::bytes + 1023) / 1024 * 1024;
+  static constexpr int values = (Packet::bytes + 127) / 128 * 128;  // Values: v; in the reverse scan v and dO
+  static constexpr int bytes = (values + STREAMS * Values::bytes + 1023) / 1024 * 1024;
 };
 static_assert(STAGES * Stage::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
 
-// A chunk's packet and its rows of `values` [rows, H, D] from column `first`, zeros past the last token.
-__device__ __forceinline__ void fetch_chunk(char* stage, const char* packet, const Element* values, int start, int tokens, int heads, int head, int first) {
+__device__ __forceinline__ void fetch_packet(char* stage, const char* packet) {
+  for (int at = threadIdx.x * 16; at < Packet::bytes; at += WARPS * 32 * 16) copy_async(stage + Stage::packet + at, packet + at);
+}
+
+// A chunk's rows of `values` [rows, H, D] from column `first`, zeros past the last token.
+__device__ __forceinline__ void fetch_values(char* to, const Element* values, int start, int tokens, int heads, int head, int first) {
   constexpr int THREADS = WARPS * 32, PIECE = 16 / sizeof(Element), PIECES = WIDTH / PIECE;
-  for (int at = threadIdx.x * 16; at < Packet::bytes; at += THREADS * 16) copy_async(stage + Stage::packet + at, packet + at);
   for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
     const int t = n / PIECES, column = n % PIECES * PIECE;
     const long long row = start + min(t, tokens - 1);
-    copy_async(Values::at(stage + Stage::values, t, column), values + (row * heads + head) * D + first + column, t < tokens);
+    copy_async(Values::at(to, t, column), values + (row * heads + head) * D + first + column, t < tokens);
   }
-  close_copies();
 }
 
 // S^T from or to S [K, V] in float32; `at` is &S[0][first column of the warp].

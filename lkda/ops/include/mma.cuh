@@ -14,33 +14,31 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 __device__ __forceinline__ void load_matrices(unsigned (&word)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-               : "r"(shared_address(row))
-               : "memory");
+               : "r"(shared_address(row)));
 }
 
 __device__ __forceinline__ void load_matrices_transposed(unsigned (&word)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-               : "r"(shared_address(row))
-               : "memory");
+               : "r"(shared_address(row)));
 }
 
 // d[16][8] += a[16][16] b[16][8], float32 sums. top = row lane / 4, bottom = row 8 + lane / 4, columns 2 (lane % 4) + {0, 1}.
 __device__ __forceinline__ void multiply(bfloat16, float2& top, float2& bottom, const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(top.x), "+f"(top.y), "+f"(bottom.x), "+f"(bottom.y)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void multiply(float16, float2& top, float2& bottom, const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(top.x), "+f"(top.y), "+f"(bottom.x), "+f"(bottom.y)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // d[16][8] += a[16][8] b[8][8] in tf32; the caller may number the 8 terms of the sum as it likes, alike in a and b.
 __device__ __forceinline__ void multiply(tf32, float2& top, float2& bottom, float2 a_top, float2 a_bottom, float2 b) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(top.x), "+f"(top.y), "+f"(bottom.x), "+f"(bottom.y)
                : "r"(__float_as_uint(a_top.x)), "r"(__float_as_uint(a_bottom.x)), "r"(__float_as_uint(a_top.y)),
                  "r"(__float_as_uint(a_bottom.y)), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));

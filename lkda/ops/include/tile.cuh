@@ -2,7 +2,9 @@
 //
 // A warp holds a block as four quadrants of 8x8: 0 rows 0-7 columns 0-7, 1 rows 8-15 columns 0-7, 2 rows 0-7 columns
 // 8-15, 3 rows 8-15 columns 8-15. In each, lane l has row l / 4, columns 2 (l % 4) and the next: a pair. Operands
-// (Block) and float32 sums (Sum) are held alike, so a sum, rounded, is at once an operand of the next product.
+// and float32 sums (Sum) are held alike, so a sum, rounded, is at once an operand of the next product. A left operand
+// (Block) keeps its quadrants in the order 0 1 2 3, a right one (Right) in the order 0 2 1 3: so the registers that one
+// instruction takes are neighbours.
 #pragma once
 #include "mma.cuh"
 
@@ -22,6 +24,15 @@ struct Block<tf32> {
 };
 template <>
 struct Block<float> {
+  float2 pair[4];
+};
+
+template <class T>
+struct Right {
+  unsigned word[4];
+};
+template <>
+struct Right<tf32> {
   float2 pair[4];
 };
 
@@ -85,56 +96,86 @@ __device__ __forceinline__ Block<To> convert(const Block<From>& from) {
   }
 }
 
+template <class T>
+__device__ __forceinline__ Right<T> as_right(const Block<T>& block) {
+  return {{block.word[0], block.word[2], block.word[1], block.word[3]}};
+}
+__device__ __forceinline__ Right<tf32> as_right(const Block<tf32>& block) {
+  return {{block.pair[0], block.pair[2], block.pair[1], block.pair[3]}};
+}
+
 // sum[m][n] += sum_k a[m][k] b[n][k]: both operands have the summed index along their columns.
 template <class T>
-__device__ __forceinline__ void product(Sum& sum, const Block<T>& a, const Block<T>& b) {
-  multiply(T(), sum.pair[0], sum.pair[1], a.word, b.word[0], b.word[2]);
-  multiply(T(), sum.pair[2], sum.pair[3], a.word, b.word[1], b.word[3]);
+__device__ __forceinline__ void product(Sum& sum, const Block<T>& a, const Right<T>& b) {
+  multiply(T{}, sum.pair[0], sum.pair[1], a.word, b.word[0], b.word[1]);
+  multiply(T{}, sum.pair[2], sum.pair[3], a.word, b.word[2], b.word[3]);
 }
-__device__ __forceinline__ void product(Sum& sum, const Block<tf32>& a, const Block<tf32>& b) {
+__device__ __forceinline__ void product(Sum& sum, const Block<tf32>& a, const Right<tf32>& b) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    multiply(tf32(), sum.pair[0], sum.pair[1], a.pair[2 * half], a.pair[2 * half + 1], b.pair[2 * half]);
-    multiply(tf32(), sum.pair[2], sum.pair[3], a.pair[2 * half], a.pair[2 * half + 1], b.pair[2 * half + 1]);
+    multiply(tf32{}, sum.pair[0], sum.pair[1], a.pair[2 * half], a.pair[2 * half + 1], b.pair[half]);
+    multiply(tf32{}, sum.pair[2], sum.pair[3], a.pair[2 * half], a.pair[2 * half + 1], b.pair[2 + half]);
   }
 }
 
-// Keeps the elements of a diagonal block below the diagonal (row > column), or above it; on it where `diagonal`.
+// Keeps the elements of a diagonal block below the diagonal (row > column) or above it; on it where `diagonal`.
 enum class Triangle { lower, upper };
+template <Triangle SIDE, bool diagonal>
+__device__ __forceinline__ bool kept(int row, int column) {
+  return SIDE == Triangle::lower ? row > column || (diagonal && row == column) : row < column || (diagonal && row == column);
+}
+template <Triangle SIDE, bool diagonal, class Operand>
+__device__ __forceinline__ void keep_words(Operand& block, int empty) {
+  const unsigned mask = (kept<SIDE, diagonal>(lane_row(), lane_column()) ? 0x0000ffffu : 0u) |
+                        (kept<SIDE, diagonal>(lane_row(), lane_column() + 1) ? 0xffff0000u : 0u);
+  block.word[0] &= mask;
+  block.word[3] &= mask;
+  block.word[empty] = 0u;
+}
+template <Triangle SIDE, bool diagonal, class Operand>
+__device__ __forceinline__ void keep_pairs(Operand& block, int empty) {
+  const bool first = kept<SIDE, diagonal>(lane_row(), lane_column()), second = kept<SIDE, diagonal>(lane_row(), lane_column() + 1);
+#pragma unroll
+  for (int q = 0; q < 4; q += 3) {
+    block.pair[q].x = first ? block.pair[q].x : 0.f;
+    block.pair[q].y = second ? block.pair[q].y : 0.f;
+  }
+  block.pair[empty] = make_float2(0.f, 0.f);
+}
 template <Triangle SIDE, bool diagonal, class T>
 __device__ __forceinline__ void keep(Block<T>& block) {
-  const int row = lane_row(), column = lane_column();
-  const bool first = SIDE == Triangle::lower ? (diagonal ? row >= column : row > column) : (diagonal ? row <= column : row < column);
-  const bool second =
-      SIDE == Triangle::lower ? (diagonal ? row >= column + 1 : row > column + 1) : (diagonal ? row <= column + 1 : row < column + 1);
-  const int empty = SIDE == Triangle::lower ? 2 : 1;
-  if constexpr (sizeof(Block<T>) == 16) {
-    const unsigned mask = (first ? 0x0000ffffu : 0u) | (second ? 0xffff0000u : 0u);
-    block.word[0] &= mask;
-    block.word[3] &= mask;
-    block.word[empty] = 0u;
+  constexpr int empty = SIDE == Triangle::lower ? 2 : 1;
+  if constexpr (sizeof(T) == 2) {
+    keep_words<SIDE, diagonal>(block, empty);
   } else {
-#pragma unroll
-    for (int q = 0; q < 4; q += 3) {
-      block.pair[q].x = first ? block.pair[q].x : 0.f;
-      block.pair[q].y = second ? block.pair[q].y : 0.f;
-    }
-    block.pair[empty] = make_float2(0.f, 0.f);
+    keep_pairs<SIDE, diagonal>(block, empty);
+  }
+}
+template <Triangle SIDE, bool diagonal, class T>
+__device__ __forceinline__ void keep(Right<T>& block) {
+  constexpr int empty = SIDE == Triangle::lower ? 1 : 2;
+  if constexpr (sizeof(T) == 2) {
+    keep_words<SIDE, diagonal>(block, empty);
+  } else {
+    keep_pairs<SIDE, diagonal>(block, empty);
   }
 }
 
 // A matrix of ROWS x COLUMNS, in panels 128 bytes wide (64 for a matrix no wider than that), each panel row after row.
 // The 16-byte pieces of a row are permuted by the row's number, so that eight rows of one column of pieces lie in
-// different banks. The same image is stored in global memory where one kernel hands a matrix to another.
-template <class T, int ROWS, int COLUMNS>
+// different banks. TILED, in squares of 8x8, each contiguous: what a warp writes best straight from its blocks. The same
+// image is stored in global memory where one kernel hands a matrix to another.
+template <class T, int ROWS, int COLUMNS, bool TILED = false>
 struct Tile {
   static constexpr int bytes = ROWS * COLUMNS * sizeof(T);
   static constexpr int row_bytes = COLUMNS * sizeof(T);
-  static_assert(row_bytes == 64 || row_bytes % 128 == 0, "a row is 64 bytes or panels of 128");
+  static_assert(TILED || row_bytes == 64 || row_bytes % 128 == 0, "a row is 64 bytes or panels of 128");
 
   static __device__ __forceinline__ int offset(int row, int column) {  // in bytes
     const int byte = column * static_cast<int>(sizeof(T));
-    if constexpr (row_bytes == 64) {
+    if constexpr (TILED) {
+      return ((row >> 3) * (COLUMNS / 8) + (column >> 3)) * (64 * sizeof(T)) + ((row & 7) * 8 + (column & 7)) * sizeof(T);
+    } else if constexpr (row_bytes == 64) {
       return row * 64 + (byte ^ (((row >> 1) & 3) << 4));
     } else {
       return (byte >> 7) * (ROWS * 128) + row * 128 + ((byte & 127) ^ ((row & 7) << 4));
@@ -160,6 +201,17 @@ struct Tile {
     return block;
   }
 
+  static __device__ __forceinline__ Right<T> load_right(const void* tile, int row, int column) {
+    if constexpr (sizeof(T) == 2) {
+      Right<T> block;
+      const int lane = lane_id();
+      load_matrices(block.word, at(tile, row + lane % 8 + lane / 16 * 8, column + (lane / 8 % 2) * 8));
+      return block;
+    } else {
+      return as_right(load(tile, row, column));
+    }
+  }
+
   // block[r][c] = tile[row + c][column + r]
   static __device__ __forceinline__ Block<T> load_transposed(const void* tile, int row, int column) {
     Block<T> block;
@@ -175,6 +227,17 @@ struct Tile {
       }
     }
     return block;
+  }
+
+  static __device__ __forceinline__ Right<T> load_right_transposed(const void* tile, int row, int column) {
+    if constexpr (sizeof(T) == 2) {
+      Right<T> block;
+      const int lane = lane_id();
+      load_matrices_transposed(block.word, at(tile, row + lane % 16, column + lane / 16 * 8));
+      return block;
+    } else {
+      return as_right(load_transposed(tile, row, column));
+    }
   }
 
  private:

@@ -69,8 +69,9 @@ class Layout:
         tree = self.levels * (C + C // 2) * D * size
         return small + 2 * C * C * size + max(tree, 2 * C * C * size)
 
-    def stage(self) -> int:
-        return _round_up(_round_up(self.packet, 128) + self.chunk * 16 * self.warps * self.item, 1024)
+    def stage(self, streams: int) -> int:
+        """Of a scan that reads `streams` tensors beside the packet: v, and backwards dO."""
+        return _round_up(_round_up(self.packet, 128) + streams * self.chunk * 16 * self.warps * self.item, 1024)
 
     def gradients_shared(self) -> int:
         C, D, size = self.chunk, self.D, self.operand
@@ -100,10 +101,11 @@ def _prepare_kernel(D: int, dtype: torch.dtype) -> Kernel:
 @cache
 def _scan_kernel(name: str, D: int, dtype: torch.dtype, arch: str) -> Kernel:
     layout = _layout(D, dtype)
-    stages = min(MOST_STAGES, SHARED_BYTES_PER_BLOCK[arch] // layout.stage())
-    shared_bytes = stages * layout.stage()
+    stage = layout.stage({"scan": 1, "reverse": 2}[name])
+    stages = min(MOST_STAGES, SHARED_BYTES_PER_BLOCK[arch] // stage)
+    shared_bytes = stages * stage
     defines = layout.defines | {"WARPS": layout.warps, "STAGES": stages, "SHARED_BYTES": shared_bytes}
-    signature = {"scan": "PPPPPPPPiii", "reverse": "PPPPPPPiii"}[name]
+    signature = {"scan": "PPPPPPPPiii", "reverse": "PPPPPPPPPiii"}[name]
     return Module(HERE / f"{name}.cu", defines).kernel(f"kda_{name}", signature, shared_bytes=shared_bytes)
 
 
@@ -112,7 +114,7 @@ def _gradients_kernel(D: int, dtype: torch.dtype) -> Kernel:
     layout = _layout(D, dtype)
     shared_bytes = layout.gradients_shared()
     module = Module(HERE / "gradients.cu", layout.defines | {"SHARED_BYTES": shared_bytes})
-    return module.kernel("kda_gradients", "PPPPPPPPPPPPPPPiif", shared_bytes=shared_bytes)
+    return module.kernel("kda_gradients", "PPPPPPPPPPPPPPPPPPiif", shared_bytes=shared_bytes)
 
 
 @cache
@@ -179,7 +181,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, T, H, D = q.shape
-    q, k, v, g, beta = _readable(q), _readable(k), _readable(v), _readable(g), _readable(beta)
+    q, k, v, g, beta = (_readable(x) for x in (q, k, v, g, beta))
     chunks = _Chunks(q, cu_seqlens)
     packets = _prepare(q, k, g, beta, chunks, scale)
     o, final_state, states, corrections = _forward_outputs(v, cu_seqlens, keep)
@@ -215,25 +217,29 @@ def _backward(
     grad_final: Tensor | None,
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     g: Tensor,
     beta: Tensor,
+    initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     states: Tensor,
     corrections: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, T, H, D = q.shape
-    q, k, g, beta, grad_o = _readable(q), _readable(k), _readable(g), _readable(beta), _readable(grad_o)
+    q, k, v, g, beta, grad_o = (_readable(x) for x in (q, k, v, g, beta, grad_o))
+    grad_final = None if grad_final is None else _readable(grad_final)
     chunks = _Chunks(q, cu_seqlens)
     layout = _layout(D, q.dtype)
     packets = _prepare(q, k, g, beta, chunks, scale)
     d_states, d_corrections = torch.empty_like(states), torch.empty_like(corrections)
     d_initial = torch.empty((chunks.sequences, H, D, D), dtype=torch.float32, device=q.device)
+    beta_parts = torch.empty((chunks.slots, H, D // 16, layout.chunk), dtype=torch.float32, device=q.device)
     _scan_kernel("reverse", D, q.dtype, _architecture(q.device))(
         (chunks.sequences * H * (D // 16 // layout.warps), 1, 1),
         32 * layout.warps,
-        *(packets, grad_o, None if grad_final is None else _readable(grad_final)),
-        *(d_initial, d_states, d_corrections, chunks.bounds, chunks.sequences, T, H),
+        *(packets, v, grad_o, grad_final, d_initial, d_states, d_corrections, beta_parts),
+        *(chunks.bounds, chunks.sequences, T, H),
         device=q.device,
     )
     del packets  # their memory serves the gradients
@@ -241,7 +247,8 @@ def _backward(
     _gradients_kernel(D, q.dtype)(
         (chunks.slots * H, 1, 1),
         layout.threads,
-        *(q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, *grads, chunks.spans, T, H, scale),
+        *(q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, beta_parts, initial_state, grad_final),
+        *(*grads, chunks.spans, T, H, scale),
         device=q.device,
     )
     return *grads, d_initial
@@ -265,8 +272,9 @@ _library.define(
     " float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "kda_backward(Tensor grad_o, Tensor? grad_final, Tensor q, Tensor k, Tensor g, Tensor beta, Tensor? cu_seqlens,"
-    " Tensor states, Tensor corrections, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "kda_backward(Tensor grad_o, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta,"
+    " Tensor? initial_state, Tensor? cu_seqlens, Tensor states, Tensor corrections, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("kda_forward", _forward, "CUDA")
 _library.impl("kda_backward", _backward, "CUDA")
@@ -278,29 +286,29 @@ def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, keep):
 
 
 @torch.library.register_fake("lkda::kda_backward", lib=_library)
-def _(grad_o, grad_final, q, k, g, beta, cu_seqlens, states, corrections, scale):
+def _(grad_o, grad_final, q, k, v, g, beta, initial_state, cu_seqlens, states, corrections, scale):
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _, _, H, D = q.shape
     return *_gradients_of(q, g, beta), torch.empty((N, H, D, D), dtype=torch.float32, device=q.device)
 
 
 def _save(ctx, inputs, output):
-    q, k, _, g, beta, initial_state, cu_seqlens, scale, keep = inputs
+    q, k, v, g, beta, initial_state, cu_seqlens, scale, keep = inputs
     if not keep:
         raise RuntimeError("lkda::kda_forward needs keep=True where a gradient is wanted")
     ctx.set_materialize_grads(False)
-    ctx.has_initial_state, ctx.scale = initial_state is not None, scale
-    ctx.save_for_backward(q, k, g, beta, cu_seqlens, output[2], output[3])
+    ctx.scale = scale
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, output[2], output[3])
 
 
 def _gradients(ctx, grad_o, grad_final, grad_states, grad_corrections):
-    q, k, g, beta, cu_seqlens, states, corrections = ctx.saved_tensors
+    q, k, v, g, beta, initial_state, cu_seqlens, states, corrections = ctx.saved_tensors
     if grad_o is None:
         grad_o = torch.zeros_like(q)
     *grads, d_initial = torch.ops.lkda.kda_backward(
-        grad_o, grad_final, q, k, g, beta, cu_seqlens, states, corrections, ctx.scale
+        grad_o, grad_final, q, k, v, g, beta, initial_state, cu_seqlens, states, corrections, ctx.scale
     )
-    return *grads, d_initial if ctx.has_initial_state else None, None, None, None
+    return *grads, d_initial if initial_state is not None else None, None, None, None
 
 
 torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)

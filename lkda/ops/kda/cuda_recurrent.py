@@ -50,7 +50,7 @@ def _forward(
     o, final_state = _outputs(v, cu_seqlens)
     grid = (final_state.shape[0] * H, 1, 1)
     arguments = (*inputs, initial_state, o, final_state, cu_seqlens, T, H, scale)
-    _kernel(D, q.dtype)(grid, D, *arguments, device=q.device)
+    _kernel(D, q.dtype)(grid, 2 * D, *arguments, device=q.device)
     return o, final_state
 
 

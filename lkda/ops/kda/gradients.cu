@@ -1,10 +1,11 @@
 // Every gradient of a chunk, from the state it was entered with, the gradient of the state it left, N~ and Y; one block a
 // chunk and head, all chunks at once. S0, dS1, N~, Y and dO are products' operands; q, k and the gates enter in float32.
 //
-//   dP_ij = s beta_j dO_i . N~_j (j <= i)     dM_ij = -beta_i beta_j Y_i . N~_j (j < i)
-//   dqg = s dO S0^T     dkg_i = -beta_i (Y S0^T)_i     dkd_j = beta_j (N~ dS1^T)_j     dv = B Y     dbeta_i = Y_i . N~_i
-//   on each level, I = rows, J = columns:  a_I = f (dP k^)   b_I = f (dM k^)   c_J = f (dP^T q^ + dM^T k^)
-//   dq = pre dqg + sum a + dP_ii k_i      dk = pre dkg + suf dkd + sum b + sum c + dP_ii q_i
+//   dP_ij = s beta_j dO_i . N~_j (j <= i)     dM_ij = -beta_j Y_i . N~_j (j < i; of row i of M, its beta_i left out)
+//   dqg = s dO S0^T     dkg = -Y S0^T (likewise)     dkd_j = beta_j (N~ dS1^T)_j     dv = B Y
+//   on each level, I = rows, J = columns:  a_I = f (dP k^)   b_I = f (dM k^)   c_J = f (dP^T q^ + dM^T (B k^))
+//   dq = pre dqg + sum a + dP_ii k_i      dk = B (pre dkg + sum b) + suf dkd + sum c + dP_ii q_i
+//   dbeta_i = Y_i . v_i + k_i . (pre dkg + sum b)_i      whose first term is the reverse scan's
 //
 // dg_t is the sum of all terms whose decay contains E_t, so that nothing cancels: of rows' terms (q a + k b) those of
 // tokens from t on in the same half, of columns' terms (k c) those before t; and Gam rowsum(S0 dS1), straight through.
@@ -12,13 +13,16 @@
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
+constexpr int RESIDENT = sizeof(Operand) == 4 ? 1 : 512 / THREADS;  // blocks of a multiprocessor: 128 registers a thread
 constexpr int SLICE = D == 32 ? 32 : sizeof(Operand) == 2 ? 64 : 32;  // of V in shared memory at a time
 constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2;                      // 16x16 blocks on and below the diagonal
 constexpr int ROUNDS = (LOWER + WARPS - 1) / WARPS;
+constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // of a warp that share a leaf
+constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
 constexpr int STRIDE = D + 8;  // floats of a row of the exchange: eight rows of a block start in different banks
 
-using StateSlice = Tile<Operand, SLICE, D>;
-using ColumnsSlice = Tile<Operand, SLICE, C>;
+using StateSlice = Tile<Operand, SLICE, D, true>;
+using ColumnsSlice = Tile<Operand, SLICE, C, true>;
 using OutputSlice = Tile<Element, C, SLICE>;
 using Pairs = Tile<Operand, C, C / 2>;  // of a level: rows as Level::rows (dM first, then dP), columns modulo max(half, 16)
 
@@ -43,13 +47,11 @@ struct Shared {
 static_assert(Level::bytes <= Shared::exchange, "a level's operands lie where its results will");
 static_assert(Shared::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
 
-// Rows first .. first + ROWS of the image of a Tile<Operand, ALL, COLUMNS>.
-template <int ALL, int ROWS, int COLUMNS>
+// Rows first .. first + SLICE of a tiled image: consecutive bytes.
+template <class Slice>
 __device__ __forceinline__ void fetch_rows(char* to, const char* image, int first) {
-  constexpr int WIDE = COLUMNS * sizeof(Operand) < 128 ? COLUMNS * sizeof(Operand) : 128;  // bytes of a panel's row
-  constexpr int PANEL = ROWS * WIDE;
-  for (int at = threadIdx.x * 16; at < ROWS * COLUMNS * static_cast<int>(sizeof(Operand)); at += THREADS * 16)
-    copy_async(to + at, image + at / PANEL * (ALL * WIDE) + first * WIDE + at % PANEL);
+  image += Slice::bytes / SLICE * first;
+  for (int at = threadIdx.x * 16; at < Slice::bytes; at += THREADS * 16) copy_async(to + at, image + at);
 }
 
 __device__ __forceinline__ float2 scaled(float a, float2 x) { return make_float2(a * x.x, a * x.y); }
@@ -64,9 +66,9 @@ __device__ __forceinline__ void store_pairs(char* shared, int i, int j, float2 d
     *reinterpret_cast<float2*>(shared + Shared::leaf_m + at * 4) = dm;
     return;
   }
-  const int level = apart >= 4 ? 2 : apart >= 2 ? 1 : 0, half = LEAF << level;
-  const int group = i / (2 * half), row = 2 * half * group + i % half;
-  const int column = (half * group + j % half) % (half < 16 ? 16 : half);
+  const int level = apart >= 4 ? 2 : apart >= 2 ? 1 : 0, bits = LEAF_BITS + level, half = 1 << bits;
+  const int group = i >> (bits + 1), row = (group << (bits + 1)) + (i & (half - 1));
+  const int column = ((group << bits) + (j & (half - 1))) & (half < 16 ? 15 : half - 1);
   char* pairs = shared + Shared::pairs + level * Pairs::bytes;
   store_pair(Pairs::at(pairs, row, column), dm);
   store_pair(Pairs::at(pairs, row + half, column), dp);
@@ -76,67 +78,66 @@ __device__ __forceinline__ void store_pairs(char* shared, int i, int j, float2 d
   }
 }
 
-// What a thread gathers for its two channels and eight tokens.
+// What a thread gathers for its two channels and eight tokens: dq, and dk in the parts that have the token as a row (its
+// beta left out) and as a column.
 struct Gathered {
-  float2 dq[LEAF], dk[LEAF], dg[LEAF];
+  float2 dq[LEAF], row[LEAF], column[LEAF];
 };
 
-// Terms of rows (or of columns) of this leaf into dg: each counts for the tokens up to its own (after its own).
-// Returns the whole leaf's sum, for the leaves before (after) it.
-template <class Term>
-__device__ __forceinline__ float2 spread_rows(Gathered& out, Term term) {
-  float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-  for (int i = LEAF - 1; i >= 0; --i) {
-    add_to(sum, term(i));
-    add_to(out.dg[i], sum);
-  }
-  return sum;
-}
-template <class Term>
-__device__ __forceinline__ float2 spread_columns(Gathered& out, Term term) {
-  float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-  for (int j = 0; j < LEAF; ++j) {
-    add_to(out.dg[j], sum);
-    add_to(sum, term(j));
-  }
-  return sum;
-}
-
-// Pairs inside the leaf, j < i, w = decay(j..i):
-//   a_i += dP w k_j    b_i += dM w k_j    c_j += w (dP q_i + dM k_i)    dg_t += w k_j (dP q_i + dM k_i), j < t <= i
-__device__ __forceinline__ void leaf_gradients(const char* shared, int leaf, const Gates& gates, const Leaf<Element>& q, const Leaf<Element>& k, Gathered& out) {
+// Pairs inside the leaf, j < i, w = decay(j..i), x = dP q_i + beta_i dM k_i:
+//   a_i += dP w k_j    b_i += dM w k_j    c_j += w x    dg_t += w k_j x, j < t <= i
+// Row i is complete when it has met all j < i: done(i, dP_ii, dq_i, its part of dk_i as a row).
+template <class Done>
+__device__ __forceinline__ void leaf_gradients(
+    const char* shared, int leaf, const Gates& gates, const Leaf<Element>& q, const Leaf<Element>& k, const float* beta, Gathered& out,
+    float2 (&dg)[LEAF], Done done) {
   const float* dp = reinterpret_cast<const float*>(shared + Shared::leaf_p) + leaf * LEAF * LEAF;
   const float* dm = reinterpret_cast<const float*>(shared + Shared::leaf_m) + leaf * LEAF * LEAF;
   float2 w[LEAF];
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
-    const float2 qi = q[i], ki = k[i];
+    const float2 qi = q[i], weighted = scaled(beta[i], k[i]);
     float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
     for (int j = 0; j < i; ++j) {
       w[j] = times(w[j], gates.e[i]);
       const float p = dp[i * LEAF + j], m = dm[i * LEAF + j];
-      const float2 column = times(w[j], k[j]), row = fused(p, qi, scaled(m, ki));
+      const float2 column = times(w[j], k[j]), x = fused(p, qi, scaled(m, weighted));
       out.dq[i] = fused(p, column, out.dq[i]);
-      out.dk[i] = fused(m, column, out.dk[i]);
-      add_to(out.dk[j], times(w[j], row));
-      add_to(sum, times(column, row));
-      add_to(out.dg[j + 1], sum);
+      out.row[i] = fused(m, column, out.row[i]);
+      add_to(out.column[j], times(w[j], x));
+      add_to(sum, times(column, x));
+      add_to(dg[j + 1], sum);
     }
-    const float p = dp[i * LEAF + i];
-    out.dq[i] = fused(p, ki, out.dq[i]);
-    out.dk[i] = fused(p, qi, out.dk[i]);
+    done(i, dp[i * LEAF + i], out.dq[i], out.row[i]);
     w[i] = make_float2(1.f, 1.f);
   }
 }
 
+// x[i] summed over the lanes that share a leaf, to out[i].
+__device__ __forceinline__ void sum_over_channels(float (&x)[LEAF], float* out) {
+  int count = LEAF;
+#pragma unroll
+  for (int step = LANES / 2; step >= 1; step /= 2) {
+    if (count > 1) {
+      count /= 2;
+      const bool upper = lane_id() & step;
+#pragma unroll
+      for (int i = 0; i < LEAF / 2; ++i)
+        if (i < count) x[i] = (upper ? x[i + count] : x[i]) + __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + count], step);
+    } else {
+      x[0] += __shfl_xor_sync(0xffffffffu, x[0], step);
+    }
+  }
+  if (lane_id() % (LANES / LEAF) == 0) out[lane_id() % LANES / (LANES / LEAF)] = x[0];
+}
+
 // q, k, d_o, d_q, d_k, d_v: [rows, H, D] Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
+// initial_state, d_final (each may be null): [N, H, K, V] float32. beta_parts: [chunks, H, D / 16, C] float32.
 // states, d_states: [chunks, H] State. corrections, d_corrections: [chunks, H] Columns. Grid: chunks x H.
-extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda_gradients(
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     const Element* q, const Element* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* corrections,
-    const char* d_states, const char* d_corrections, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
+    const char* d_states, const char* d_corrections, const float* beta_parts, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
     const int4* spans, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
@@ -162,14 +163,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda
     clear(dp[n]);
     clear(dm[n]);
   }
+  // S0 . dS1 of this thread's channels and every LEAVES-th of V; a sequence's own ends unrounded: a short one is made of them.
   float2 straight = make_float2(0.f, 0.f);
-  float along[2] = {0.f, 0.f};  // Y . N~ of this warp's rows lane / 4 and 8 + lane / 4
+  const long long ends_at = ((static_cast<long long>(span.sequence) * heads + head) * D + channel) * D;
+  const float* exact_initial = span.first && initial_state != nullptr ? initial_state + ends_at : nullptr;
+  const float* exact_final = span.last && d_final != nullptr ? d_final + ends_at : nullptr;
   for (int first = 0; first < D; first += SLICE) {
     if (first > 0) __syncthreads();
-    fetch_rows<D, SLICE, D>(shared + Shared::state, states + slot * State::bytes, first);
-    fetch_rows<D, SLICE, D>(shared + Shared::d_state, d_states + slot * State::bytes, first);
-    fetch_rows<D, SLICE, C>(shared + Shared::correction, corrections + slot * Columns::bytes, first);
-    fetch_rows<D, SLICE, C>(shared + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
+    fetch_rows<StateSlice>(shared + Shared::state, states + slot * State::bytes, first);
+    fetch_rows<StateSlice>(shared + Shared::d_state, d_states + slot * State::bytes, first);
+    fetch_rows<ColumnsSlice>(shared + Shared::correction, corrections + slot * Columns::bytes, first);
+    fetch_rows<ColumnsSlice>(shared + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
     constexpr int PIECE = 16 / sizeof(Element), PIECES = SLICE / PIECE;
     for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
       const int t = n / PIECES, column = n % PIECES * PIECE;
@@ -179,8 +183,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda
     close_copies();
     wait_copies<0>();
     __syncthreads();
-    for (int v = leaf; v < SLICE; v += LEAVES)
-      add_to(straight, times(load_pair(StateSlice::at(shared + Shared::state, v, channel)), load_pair(StateSlice::at(shared + Shared::d_state, v, channel))));
+#pragma unroll 2
+    for (int n = leaf; n < SLICE; n += LEAVES) {
+      const int v = (n & ~7) | ((n + channel / 8) & 7);  // each square's row from another thread: other banks
+      const float2 s0 = exact_initial != nullptr ? make_float2(exact_initial[first + v], exact_initial[first + v + D])
+                                                 : load_pair(StateSlice::at(shared + Shared::state, v, channel));
+      const float2 ds1 = exact_final != nullptr ? make_float2(exact_final[first + v], exact_final[first + v + D])
+                                                : load_pair(StateSlice::at(shared + Shared::d_state, v, channel));
+      add_to(straight, times(s0, ds1));
+    }
 #pragma unroll 1
     for (int v = 0; v < SLICE; v += 16) {
       const Block<Operand> out = convert<Operand>(OutputSlice::load(shared + Shared::d_output, tokens, v));
@@ -188,19 +199,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda
       const Block<Operand> n = ColumnsSlice::load_transposed(shared + Shared::correction, v, tokens);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const Block<Operand> s0 = StateSlice::load_transposed(shared + Shared::state, v, channels + c * 16);
+        const Right<Operand> s0 = StateSlice::load_right_transposed(shared + Shared::state, v, channels + c * 16);
         product(dqg[c], out, s0);
         product(dkg[c], y, s0);
-        product(dkd[c], n, StateSlice::load_transposed(shared + Shared::d_state, v, channels + c * 16));
+        product(dkd[c], n, StateSlice::load_right_transposed(shared + Shared::d_state, v, channels + c * 16));
       }
-      if (warp / BLOCKS == v / 16 % (D / 32)) {  // a share of dv and dbeta for each of the warps with these tokens
+      if (warp / BLOCKS == v / 16 % (D / 32)) {  // a share of dv for each of the warps with these tokens
 #pragma unroll
         for (int q4 = 0; q4 < 4; ++q4) {
-          const float2 yy = get_pair(y, q4), nn = get_pair(n, q4);
-          along[q4 & 1] += yy.x * nn.x + yy.y * nn.y;
           const int t = tokens + quadrant_row(q4);
           if (t < span.tokens)
-            store_pair(d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4), scaled(betas[t], yy));
+            store_pair(d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4), scaled(betas[t], get_pair(y, q4)));
         }
       }
     }
@@ -209,9 +218,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda
       const int task = round * WARPS + warp;
       if (task >= LOWER) continue;
       const int i = task < 1 ? 0 : task < 3 ? 1 : task < 6 ? 2 : 3, j = task - i * (i + 1) / 2;
-#pragma unroll
+#pragma unroll 1
       for (int v = 0; v < SLICE; v += 16) {
-        const Block<Operand> n = ColumnsSlice::load_transposed(shared + Shared::correction, v, j * 16);
+        const Right<Operand> n = ColumnsSlice::load_right_transposed(shared + Shared::correction, v, j * 16);
         product(dp[round], convert<Operand>(OutputSlice::load(shared + Shared::d_output, i * 16, v)), n);
         product(dm[round], ColumnsSlice::load_transposed(shared + Shared::d_correction, v, i * 16), n);
       }
@@ -220,13 +229,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda
   __syncthreads();  // the slices give way to the exchange
 
   *reinterpret_cast<float2*>(shared + Shared::straight + (leaf * D + channel) * 4) = straight;
-  float* partial = reinterpret_cast<float*>(shared + Shared::totals);  // [D / 32][C], until the totals are written
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    along[h] += __shfl_xor_sync(0xffffffffu, along[h], 1);
-    along[h] += __shfl_xor_sync(0xffffffffu, along[h], 2);
-    if (lane_id() % 4 == 0) partial[warp / BLOCKS * C + tokens + h * 8 + lane_row()] = along[h];
-  }
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const int task = round * WARPS + warp;
@@ -237,15 +239,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda
       const int i = bi * 16 + quadrant_row(q4), j = bj * 16 + quadrant_column(q4);
       if (i / LEAF < j / LEAF) continue;
       const float2 b = make_float2(betas[j], betas[j + 1]);
-      store_pairs(shared, i, j, scaled(scale, times(b, dp[round].pair[q4])), scaled(-betas[i], times(b, dm[round].pair[q4])));
+      store_pairs(shared, i, j, scaled(scale, times(b, dp[round].pair[q4])), scaled(-1.f, times(b, dm[round].pair[q4])));
     }
   }
 
   Gates gates;
-  Leaf<Element> qs, ks;
+  Leaf<Element> qs, ks;  // read again after each barrier instead of held across it: registers are short
+  auto read_rows = [&] {
+    qs.read(q, span, heads, head, leaf, channel);
+    ks.read(k, span, heads, head, leaf, channel);
+  };
   gates.read(g, span, heads, head, leaf, channel);
-  qs.read(q, span, heads, head, leaf, channel);
-  ks.read(k, span, heads, head, leaf, channel);
   const float* leaf_decay = reinterpret_cast<const float*>(shared + Shared::leaf_decay);
   gates.share(reinterpret_cast<float*>(shared + Shared::leaf_decay), leaf, channel);
 
@@ -258,54 +262,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda
   float* totals = reinterpret_cast<float*>(shared + Shared::totals);  // [LEVELS + 1][LEAVES][D]; 0, 1: the chunk's rows, columns
   auto total = [&](int which, int of) { return reinterpret_cast<float2*>(totals + (which * LEAVES + of) * D + channel); };
 
-  // The past's and the future's part, one after another through the exchange.
+  // The past's and the future's part, one after another through the exchange. The sum of a leaf's terms of dg goes to the
+  // other leaves; within the leaf the terms follow from what was gathered.
   Gathered out;
-#pragma unroll
-  for (int i = 0; i < LEAF; ++i) out.dg[i] = out.dk[i] = make_float2(0.f, 0.f);
+  float2 sum = make_float2(0.f, 0.f);
   hand_over(dqg[0], tokens, channels);
   hand_over(dqg[1], tokens, channels + 16);
   __syncthreads();
-  if (threadIdx.x < span.tokens) {
-    float sum = 0.f;
-#pragma unroll
-    for (int n = 0; n < D / 32; ++n) sum += partial[n * C + threadIdx.x];
-    d_beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] = sum;
-  }
   Reach reach;
 #pragma unroll
   for (int level = 0; level < LEVELS; ++level) reach.widen(leaf_decay, level, leaf, channel);
-  gates.rows(reach.before, [&](int i, float2 pre) { out.dq[i] = times(pre, scaled(scale, received(leaf * LEAF + i))); });
+  read_rows();
+  gates.rows(reach.before, [&](int i, float2 pre) {
+    out.dq[i] = times(pre, scaled(scale, received(leaf * LEAF + i)));
+    add_to(sum, times(qs[i], out.dq[i]));
+  });
   __syncthreads();
   hand_over(dkg[0], tokens, channels);
   hand_over(dkg[1], tokens, channels + 16);
   __syncthreads();
-  gates.rows(reach.before, [&](int i, float2 pre) { out.dk[i] = times(pre, scaled(-betas[leaf * LEAF + i], received(leaf * LEAF + i))); });
-  *total(0, leaf) = spread_rows(out, [&](int i) {
-    float2 term = times(qs[i], out.dq[i]);
-    add_to(term, times(ks[i], out.dk[i]));
-    return term;
+  gates.rows(reach.before, [&](int i, float2 pre) {
+    out.row[i] = times(pre, scaled(-1.f, received(leaf * LEAF + i)));
+    add_to(sum, times(ks[i], scaled(betas[leaf * LEAF + i], out.row[i])));
   });
+  *total(0, leaf) = sum;
   __syncthreads();
   hand_over(dkd[0], tokens, channels);
   hand_over(dkd[1], tokens, channels + 16);
   __syncthreads();
-  {
-    float2 c[LEAF];
-    gates.columns(reach.after, [&](int j, float2 suf) {
-      const float2 d = times(suf, scaled(betas[leaf * LEAF + j], received(leaf * LEAF + j)));
-      add_to(out.dk[j], d);
-      c[j] = times(ks[j], d);
-    });
-    *total(1, leaf) = spread_columns(out, [&](int j) { return c[j]; });
-  }
+  sum = make_float2(0.f, 0.f);
+  gates.columns(reach.after, [&](int j, float2 suf) {
+    out.column[j] = times(suf, scaled(betas[leaf * LEAF + j], received(leaf * LEAF + j)));
+    add_to(sum, times(ks[j], out.column[j]));
+  });
+  *total(1, leaf) = sum;
 
   // The levels of the tree.
   Reach near;
 #pragma unroll 1
   for (int level = 0; level < LEVELS; ++level) {
-    const int half = LEAF << level, group = leaf >> (level + 1), within = (leaf & ((1 << level) - 1)) * LEAF;
+    const int bits = LEAF_BITS + level, half = 1 << bits, group = leaf >> (level + 1), within = (leaf & ((1 << level) - 1)) * LEAF;
     __syncthreads();  // the last results have been read
-    Level::write(shared + Shared::work, level, leaf, channel, gates, near, qs, ks, 1.f);
+    read_rows();
+    Level::write(shared + Shared::work, level, leaf, channel, gates, near, qs, ks, 1.f, [&](int i) { return betas[leaf * LEAF + i]; });
     __syncthreads();
     const char* tile = shared + Shared::work;
     const char* pairs = shared + Shared::pairs + level * Pairs::bytes;
@@ -314,80 +313,102 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda
     clear(rows[0]);
     clear(rows[1]);
     clear(columns);
-    {
-      const int first = tokens / (2 * half) * half / 16 * 16;  // of the columns that these rows meet
-      for (int j = 0; j < width; j += 16) {
-        const Block<Operand> a = Pairs::load(pairs, tokens, j);
+    const int met = tokens >> (bits + 1) << bits & ~15;  // the first of the columns that these rows meet
+#pragma unroll 1
+    for (int j = 0; j < width; j += 16) {
+      const Block<Operand> a = Pairs::load(pairs, tokens, j);
 #pragma unroll
-        for (int c = 0; c < 2; ++c) product(rows[c], a, Level::Columns::load_transposed(tile + Level::columns, first + j, channels + c * 16));
-      }
+      for (int c = 0; c < 2; ++c) product(rows[c], a, Level::Columns::load_right_transposed(tile + Level::columns, met + j, channels + c * 16));
     }
     const int column = warp % (BLOCKS / 2) * 16, column_channels = warp / (BLOCKS / 2) * 16;
-    {
-      const int first = half <= 16 ? 2 * column : 0, count = half <= 16 ? 32 : 2 * half;
-      for (int i = first; i < first + count; i += 16)
-        product(columns, Pairs::load_transposed(pairs, i, column % width), Level::Rows::load_transposed(tile + Level::rows, i, column_channels));
-    }
+    const int first = half <= 16 ? 2 * column : 0, count = half <= 16 ? 32 : 2 * half;  // the rows that these columns meet
+#pragma unroll 1
+    for (int i = first; i < first + count; i += 16)
+      product(columns, Pairs::load_transposed(pairs, i, column & (width - 1)), Level::Rows::load_right_transposed(tile + Level::rows, i, column_channels));
     __syncthreads();  // the operands give way to the results
     hand_over(rows[0], tokens, channels);
     hand_over(rows[1], tokens, channels + 16);
     hand_over(columns, C + column, column_channels);
     __syncthreads();
-    float2 sum;
+    sum = make_float2(0.f, 0.f);
+    read_rows();
     if (leaf >> level & 1) {
-      float2 r[LEAF];
       gates.rows(near.before, [&](int i, float2 f) {
         const int row = 2 * half * group + within + i;
         const float2 b = times(f, received(row)), a = times(f, received(row + half));
         add_to(out.dq[i], a);
-        add_to(out.dk[i], b);
-        r[i] = times(qs[i], a);
-        add_to(r[i], times(ks[i], b));
+        add_to(out.row[i], b);
+        add_to(sum, times(qs[i], a));
+        add_to(sum, times(ks[i], scaled(betas[leaf * LEAF + i], b)));
       });
-      sum = spread_rows(out, [&](int i) { return r[i]; });
     } else {
-      float2 c[LEAF];
       gates.columns(near.after, [&](int j, float2 f) {
-        const float2 d = times(f, received(C + half * group + within + j));
-        add_to(out.dk[j], d);
-        c[j] = times(ks[j], d);
+        const float2 c = times(f, received(C + half * group + within + j));
+        add_to(out.column[j], c);
+        add_to(sum, times(ks[j], c));
       });
-      sum = spread_columns(out, [&](int j) { return c[j]; });
     }
     if (level > 0) *total(1 + level, leaf) = sum;
     near.widen(leaf_decay, level, leaf, channel);
   }
-  leaf_gradients(shared, leaf, gates, qs, ks, out);
   __syncthreads();
 
-  // What other leaves' terms and the state's own path add to every token of this leaf.
-  float2 rest = make_float2(0.f, 0.f);
+  // dg of every token of this leaf: other leaves' terms, the state's own path, then this leaf's terms.
+  float2 rest = make_float2(0.f, 0.f), gamma = make_float2(1.f, 1.f);
+#pragma unroll
+  for (int l = 0; l < LEAVES; ++l) {
+    add_to(rest, *reinterpret_cast<const float2*>(shared + Shared::straight + (l * D + channel) * 4));
+    gamma = times(gamma, *reinterpret_cast<const float2*>(leaf_decay + l * D + channel));
+  }
+  rest = times(gamma, rest);
 #pragma unroll
   for (int l = 0; l < LEAVES; ++l) {
     if (l > leaf) add_to(rest, *total(0, l));
     if (l < leaf) add_to(rest, *total(1, l));
 #pragma unroll
     for (int level = 1; level < LEVELS; ++level) {
-      const bool mine = l >> level == leaf >> level;
-      if (mine && (leaf >> level & 1 ? l > leaf : l < leaf)) add_to(rest, *total(1 + level, l));
+      const bool same_half = l >> level == leaf >> level;
+      if (same_half && (leaf >> level & 1 ? l > leaf : l < leaf)) add_to(rest, *total(1 + level, l));
     }
   }
-  float2 along_state = make_float2(0.f, 0.f), gamma = make_float2(1.f, 1.f);
+  read_rows();
+  float2 dg[LEAF];
+  float2 after = rest;  // rows count for the tokens up to their own
 #pragma unroll
-  for (int l = 0; l < LEAVES; ++l) {
-    add_to(along_state, *reinterpret_cast<const float2*>(shared + Shared::straight + (l * D + channel) * 4));
-    gamma = times(gamma, *reinterpret_cast<const float2*>(leaf_decay + l * D + channel));
+  for (int i = LEAF - 1; i >= 0; --i) {
+    add_to(after, times(qs[i], out.dq[i]));
+    add_to(after, times(ks[i], scaled(betas[leaf * LEAF + i], out.row[i])));
+    dg[i] = after;
   }
-  add_to(rest, times(gamma, along_state));
+  float2 before = make_float2(0.f, 0.f);  // columns for those after their own
 #pragma unroll
-  for (int i = 0; i < LEAF; ++i) {
-    const int t = leaf * LEAF + i;
-    if (t < span.tokens) {
-      const long long at = (static_cast<long long>(span.start + t) * heads + head) * D + channel;
-      store_pair(d_q + at, out.dq[i]);
-      store_pair(d_k + at, out.dk[i]);
-      add_to(out.dg[i], rest);
-      store_pair(d_g + at, out.dg[i]);
+  for (int j = 0; j < LEAF; ++j) {
+    add_to(dg[j], before);
+    add_to(before, times(ks[j], out.column[j]));
+  }
+  float share[LEAF];  // of dbeta
+  const long long first_row = (static_cast<long long>(span.start + leaf * LEAF) * heads + head) * D + channel;
+  const int stride = heads * D, left = span.tokens - leaf * LEAF;
+  leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, out, dg, [&](int i, float p, float2 dq, float2 row) {
+    if (i < left) store_pair(d_q + first_row + i * stride, fused(p, ks[i], dq));
+    share[i] = ks[i].x * row.x + ks[i].y * row.y;
+    add_to(out.column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], row)));
+  });
+#pragma unroll
+  for (int i = 0; i < LEAF; ++i)
+    if (i < left) {
+      store_pair(d_k + first_row + i * stride, out.column[i]);
+      store_pair(d_g + first_row + i * stride, dg[i]);
     }
+  float* shares = reinterpret_cast<float*>(shared + Shared::work);  // [PARTS][C]: dbeta of 64 channels
+  sum_over_channels(share, shares + (PARTS > 1 ? warp % PARTS * C : 0) + leaf * LEAF);
+  __syncthreads();
+  if (threadIdx.x < span.tokens) {
+    float d = 0.f;
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) d += beta_parts[(slot * (D / 16) + n) * C + threadIdx.x];
+#pragma unroll
+    for (int n = 0; n < PARTS; ++n) d += shares[n * C + threadIdx.x];
+    d_beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] = d;
   }
 }

@@ -11,6 +11,7 @@
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
+constexpr int RESIDENT = sizeof(Operand) == 4 ? 1 : 512 / THREADS;  // blocks of a multiprocessor: 128 registers a thread
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;        // of a warp that share a leaf
 constexpr int WARPS_PER_LEAF = D / 2 > 32 ? D / 64 : 1;
 
@@ -77,16 +78,22 @@ __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& 
     float sum[32];
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[28 + i] = scale * (q[i + 4 * batch].x * k[i + 4 * batch].x + q[i + 4 * batch].y * k[i + 4 * batch].y);
-    float2 decayed[LEAF];  // k_j decay(j..i)
 #pragma unroll
-    for (int i = 0; i < LEAF; ++i) {
+    for (int channel = 0; channel < 2; ++channel) {
+      float decayed[LEAF];  // k_j decay(j..i)
 #pragma unroll
-      for (int j = 0; j < i; ++j) {
-        decayed[j] = times(decayed[j], gates.e[i]);
-        const float2 row = batch == 0 ? k[i] : make_float2(scale * q[i].x, scale * q[i].y);
-        sum[i * (i - 1) / 2 + j] = row.x * decayed[j].x + row.y * decayed[j].y;
+      for (int i = 0; i < LEAF; ++i) {
+        const float e = channel == 0 ? gates.e[i].x : gates.e[i].y;
+        const float ki = channel == 0 ? k[i].x : k[i].y, qi = channel == 0 ? q[i].x : q[i].y;
+        const float row = batch == 0 ? ki : scale * qi;
+#pragma unroll
+        for (int j = 0; j < i; ++j) {
+          decayed[j] *= e;
+          const float term = row * decayed[j];
+          sum[i * (i - 1) / 2 + j] = channel == 0 ? term : sum[i * (i - 1) / 2 + j] + term;
+        }
+        decayed[i] = ki;
       }
-      decayed[i] = k[i];
     }
     sum_over_lanes(sum);
     const int each = 32 / LANES, lane = lane_id() % LANES;
@@ -113,9 +120,9 @@ __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& 
 // M and P between the halves of every group of every level, on tensor cores: a task is 16 rows of one level.
 __device__ __forceinline__ void tree_pairs(char* shared) {
   for (int task = threadIdx.x / 32; task < LEVELS * BLOCKS; task += WARPS) {
-    const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, half = LEAF << level;
+    const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
     const char* tree = shared + Shared::tree + level * Level::bytes;
-    const int group = rows / (2 * half), columns = (half + 15) / 16;
+    const int group = rows >> (bits + 1), columns = (half + 15) / 16, first = group << bits & ~15;
     Sum sum[BLOCKS / 2];
 #pragma unroll
     for (int n = 0; n < BLOCKS / 2; ++n) clear(sum[n]);
@@ -124,7 +131,7 @@ __device__ __forceinline__ void tree_pairs(char* shared) {
       const Block<Operand> a = Level::Rows::load(tree + Level::rows, rows, d);
 #pragma unroll
       for (int n = 0; n < BLOCKS / 2; ++n) {
-        if (n < columns) product(sum[n], a, Level::Columns::load(tree + Level::columns, group * half / 16 * 16 + n * 16, d));
+        if (n < columns) product(sum[n], a, Level::Columns::load_right(tree + Level::columns, first + n * 16, d));
       }
     }
 #pragma unroll
@@ -132,11 +139,11 @@ __device__ __forceinline__ void tree_pairs(char* shared) {
       if (n < columns) {
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-          const int row = rows + quadrant_row(q);                              // of the level's rows: k first, then q
-          const int column = group * half / 16 * 16 + n * 16 + quadrant_column(q);
-          if (column / half != group) continue;                                // level 0: half a block
-          const int within = row % (2 * half);
-          const int i = group * 2 * half + half + within % half, j = group * 2 * half + column % half;
+          const int row = rows + quadrant_row(q);  // of the level's rows: k first, then q
+          const int column = first + n * 16 + quadrant_column(q);
+          if (column >> bits != row >> (bits + 1)) continue;  // level 0: a block has two groups
+          const int within = row & (2 * half - 1), start = row & ~(2 * half - 1);
+          const int i = start + half + (within & (half - 1)), j = start + (column & (half - 1));
           if (within >= half) {
             store_pair(Square::at(shared + Shared::pairs, i, j), sum[n].pair[q]);
           } else if (level == 0) {
@@ -190,7 +197,7 @@ __device__ __forceinline__ void merge(char* shared) {
       for (int l = 0; l < N; ++l)
         if (upper + l * 16 >= column)  // T_11 is lower triangular, and no more of it was written
           product(x[n], MergeSquare::load_transposed(shared + Shared::inverse, upper + l * 16, column),
-                  MergeSquare::load(shared + Shared::below, lower + n * 16, upper + l * 16));
+                  MergeSquare::load_right(shared + Shared::below, lower + n * 16, upper + l * 16));
       Sum scaled;
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
@@ -202,7 +209,7 @@ __device__ __forceinline__ void merge(char* shared) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
-      for (int l = 0; l <= n; ++l) product(x[n], weighted[l], MergeSquare::load(shared + Shared::inverse_rest, lower + n * 16, lower + l * 16));
+      for (int l = 0; l <= n; ++l) product(x[n], weighted[l], MergeSquare::load_right(shared + Shared::inverse_rest, lower + n * 16, lower + l * 16));
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int j = column + quadrant_row(q), i = lower + n * 16 + quadrant_column(q);
@@ -220,7 +227,7 @@ __device__ __forceinline__ void merge(char* shared) {
 }
 
 // q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. packets: [chunks, H] Packet. Grid: chunks x H.
-extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda_prepare(
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
     const Element* q, const Element* k, const float* g, const float* beta, char* packets, const int4* spans, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
@@ -244,9 +251,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 128 / THREADS) kda
   __syncthreads();
 
   Reach reach;
-#pragma unroll
+#pragma unroll 1
   for (int level = 0; level < LEVELS; ++level) {
-    Level::write(shared + Shared::tree + level * Level::bytes, level, leaf, channel, gates, reach, qs, ks, scale);
+    Level::write(shared + Shared::tree + level * Level::bytes, level, leaf, channel, gates, reach, qs, ks, scale, [](int) { return 1.f; });
     reach.widen(reinterpret_cast<const float*>(shared + Shared::leaf_decay), level, leaf, channel);
   }
   const float2 all = gates.rows(reach.before, [&](int i, float2 pre) {

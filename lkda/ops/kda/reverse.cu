@@ -1,13 +1,42 @@
 // The state's gradient from chunk to chunk, backwards; laid out as scan.cu. S1 is the state after the chunk.
 //
 //   dN = P^T dO + kd dS1     Y = dN + T~^T (B dN)     dS0 = Gam dS1 + qg^T dO - kg^T (B Y)            (qg, P with the scale)
+constexpr int STREAMS = 2;  // of values fetched beside a packet: v and dO
 #include "kda_warp_state.cuh"
 
-// packets: [chunks, H] Packet. d_o: [rows, H, D]. d_final (may be null), d_initial (may be null): [N, H, K, V] float32.
-// d_states: [chunks, H] State, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T. Grid: N x H x SPLITS.
+// Y_i . v_i over a warp's 16 columns of V, in float32: parts [C]. The rest of dbeta is in gradients.cu.
+__device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], const Block<Element> (&v)[BLOCKS]) {
+  float sum[4 * BLOCKS];  // of tokens 8 i + lane_column() + {0, 1}, i the half of the index
+#pragma unroll
+  for (int i = 0; i < 2 * BLOCKS; ++i) {
+    const float2 top = get_pair(v[i / 2], i % 2 * 2), bottom = get_pair(v[i / 2], i % 2 * 2 + 1);
+    const float2 y_top = y[i / 2].pair[i % 2 * 2], y_bottom = y[i / 2].pair[i % 2 * 2 + 1];
+    sum[2 * i] = y_top.x * top.x + y_bottom.x * bottom.x;
+    sum[2 * i + 1] = y_top.y * top.y + y_bottom.y * bottom.y;
+  }
+  int count = 4 * BLOCKS;  // over the eight rows: each step halves what a lane goes on with, down to a pair
+#pragma unroll
+  for (int step = 16; step >= 4; step /= 2) {
+    if (count > 2) {
+      count /= 2;
+      const bool upper = lane_id() & step;
+#pragma unroll
+      for (int i = 0; i < 2 * BLOCKS; ++i)
+        if (i < count) sum[i] = (upper ? sum[i + count] : sum[i]) + __shfl_xor_sync(0xffffffffu, upper ? sum[i] : sum[i + count], step);
+    } else {
+      sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], step);
+      sum[1] += __shfl_xor_sync(0xffffffffu, sum[1], step);
+    }
+  }
+  *reinterpret_cast<float2*>(parts + lane_row() * (2 * BLOCKS) / 8 * 8 + lane_column()) = make_float2(sum[0], sum[1]);
+}
+
+// packets: [chunks, H] Packet. v, d_o: [rows, H, D]. d_final (may be null), d_initial (may be null): [N, H, K, V] float32.
+// d_states: [chunks, H] State, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T.
+// beta_parts: [chunks, H, D / 16, C] float32. Grid: N x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
-    const char* packets, const Element* d_o, const float* d_final, float* d_initial, char* d_states, char* d_corrections,
-    const int* bounds, int sequences, int length, int heads) {
+    const char* packets, const Element* v, const Element* d_o, const float* d_final, float* d_initial,
+    char* d_states, char* d_corrections, float* beta_parts, const int* bounds, int sequences, int length, int heads) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, n = blockIdx.x / SPLITS / heads;
@@ -18,7 +47,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
   auto fetch = [&](int step) {  // steps count chunks from the last one
     const int m = chunks - 1 - step;
     const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
-    fetch_chunk(shared + step % STAGES * Stage::bytes, packets + slot * Packet::bytes, d_o, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
+    char* stage = shared + step % STAGES * Stage::bytes;
+    const int start = sequence.start + m * C, tokens = min(C, sequence.length - m * C);
+    fetch_packet(stage, packets + slot * Packet::bytes);
+    fetch_values(stage + Stage::values, v, start, tokens, heads, head, columns);
+    fetch_values(stage + Stage::values + Values::bytes, d_o, start, tokens, heads, head, columns);
+    close_copies();
   };
   for (int step = 0; step < STAGES - 1; ++step) {
     if (step < chunks) {
@@ -58,28 +92,27 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
     const long long slot = static_cast<long long>(sequence.first_chunk + chunks - 1 - step) * heads + head;
 
-    Block<Operand> entry[STEPS];  // the operand copy of dS1^T
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      entry[i] = round_to<Operand>(state[i]);
-      write_block<State>(d_states + slot * State::bytes, columns + mine, i * 16, entry[i]);
-    }
     Block<Operand> d_out[BLOCKS];  // dO^T
 #pragma unroll
-    for (int t = 0; t < BLOCKS; ++t) d_out[t] = convert<Operand>(Values::load_transposed(stage + Stage::values, t * 16, mine));
+    for (int t = 0; t < BLOCKS; ++t) d_out[t] = convert<Operand>(Values::load_transposed(stage + Stage::values + Values::bytes, t * 16, mine));
 
     Sum x[BLOCKS];  // dN^T, then Y^T
 #pragma unroll
-    for (int j = 0; j < BLOCKS; ++j) {
-      clear(x[j]);
+    for (int j = 0; j < BLOCKS; ++j) clear(x[j]);
 #pragma unroll
-      for (int i = j; i < BLOCKS; ++i) {
-        Block<Operand> p = Square::load_transposed(pairs, i * 16, j * 16);
+    for (int i = 0; i < BLOCKS; ++i)
+#pragma unroll
+      for (int j = 0; j <= i; ++j) {
+        Right<Operand> p = Square::load_right_transposed(pairs, i * 16, j * 16);
         if (i == j) keep<Triangle::upper, true>(p);
         product(x[j], d_out[i], p);
       }
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) product(x[j], entry[i], Rows::load(packet + Packet::kd, j * 16, i * 16));
+    for (int i = 0; i < STEPS; ++i) {
+      const Block<Operand> entry = round_to<Operand>(state[i]);
+      write_block<State>(d_states + slot * State::bytes, columns + mine, i * 16, entry);
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j) product(x[j], entry, Rows::load_right(packet + Packet::kd, j * 16, i * 16));
     }
     Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
 #pragma unroll
@@ -89,13 +122,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       weighted[i] = round_to<Operand>(y);
     }
 #pragma unroll
-    for (int j = 0; j < BLOCKS; ++j)
+    for (int i = 0; i < BLOCKS; ++i)
 #pragma unroll
-      for (int i = j; i < BLOCKS; ++i) {
-        Block<Operand> t = Square::load(pairs, j * 16, i * 16);
+      for (int j = 0; j <= i; ++j) {
+        Right<Operand> t = Square::load_right(pairs, j * 16, i * 16);
         if (i == j) keep<Triangle::upper, false>(t);
         product(x[j], weighted[i], t);
       }
+    Block<Element> value[BLOCKS];
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t) value[t] = Values::load_transposed(stage + Stage::values, t * 16, mine);
+    beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, value);
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
       write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
@@ -107,13 +144,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
 
     const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      scale_columns(state[i], decay + i * 16);
+    for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
 #pragma unroll
-      for (int t = 0; t < BLOCKS; ++t) {
-        product(state[i], d_out[t], Rows::load_transposed(packet + Packet::qg, t * 16, i * 16));
-        product(state[i], weighted[t], Rows::load_transposed(packet + Packet::kg, t * 16, i * 16));
-      }
+    for (int t = 0; t < BLOCKS; ++t) {
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) product(state[i], d_out[t], Rows::load_right_transposed(packet + Packet::qg, t * 16, i * 16));
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) product(state[i], weighted[t], Rows::load_right_transposed(packet + Packet::kg, t * 16, i * 16));
     }
   }
   if (d_initial != nullptr) write_state(state, d_initial + state_at);

@@ -4,6 +4,7 @@
 //
 // A warp has 16 columns of V, transposed: R^T, N^T [16, C] and S^T [16, K]. A float32 sum of one product, rounded, is the
 // first operand of the next, so nothing passes between warps; they share the chunk's packet, fetched STAGES - 1 ahead.
+constexpr int STREAMS = 1;  // of values fetched beside a packet: v
 #include "kda_warp_state.cuh"
 
 // -N~^T = -R^T + (-R^T B) T~^T, from -R^T; x are the C / 16 blocks of [16 of V, C].
@@ -16,10 +17,10 @@ __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const
     weighted[j] = round_to<Operand>(y);
   }
 #pragma unroll
-  for (int i = 0; i < BLOCKS; ++i)
+  for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
-    for (int j = 0; j <= i; ++j) {
-      Block<Operand> t = Square::load_transposed(pairs, j * 16, i * 16);
+    for (int i = j; i < BLOCKS; ++i) {
+      Right<Operand> t = Square::load_right_transposed(pairs, j * 16, i * 16);
       if (i == j) keep<Triangle::lower, false>(t);
       product(x[i], weighted[j], t);
     }
@@ -39,8 +40,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
 
   auto fetch = [&](int m) {
-    const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
-    fetch_chunk(shared + m % STAGES * Stage::bytes, packets + slot * Packet::bytes, v, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
+    char* stage = shared + m % STAGES * Stage::bytes;
+    fetch_packet(stage, packets + (static_cast<long long>(sequence.first_chunk + m) * heads + head) * Packet::bytes);
+    fetch_values(stage + Stage::values, v, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
+    close_copies();
   };
   for (int m = 0; m < STAGES - 1; ++m) {
     if (m < chunks) {
@@ -80,14 +83,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
     const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
 
-    Block<Operand> entry[STEPS];  // the operand copy of S^T
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
-    if (states != nullptr) {
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i) write_block<State>(states + slot * State::bytes, columns + mine, i * 16, entry[i]);
-    }
-
     Sum x[BLOCKS];  // -R^T, then -N~^T, then N^T
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
@@ -97,8 +92,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
         const float2 pair = get_pair(value, q);
         x[t].pair[q] = make_float2(-pair.x, -pair.y);
       }
+    }
+    Sum out[BLOCKS];  // [tokens, 16 of V]
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) product(x[t], entry[i], Rows::load(packet + Packet::kg, t * 16, i * 16));
+    for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      const Block<Operand> entry = round_to<Operand>(state[i]);
+      if (states != nullptr) write_block<State>(states + slot * State::bytes, columns + mine, i * 16, entry);
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t) product(x[t], entry, Rows::load_right(packet + Packet::kg, t * 16, i * 16));
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t) product(out[t], Rows::load(packet + Packet::qg, t * 16, i * 16), as_right(entry));
     }
     solve(x, pairs, beta);
     Block<Operand> written[BLOCKS];  // N^T
@@ -113,31 +118,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
 
     const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      scale_columns(state[i], decay + i * 16);
+    for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
 #pragma unroll
-      for (int t = 0; t < BLOCKS; ++t) product(state[i], written[t], Rows::load_transposed(packet + Packet::kd, t * 16, i * 16));
-    }
+    for (int t = 0; t < BLOCKS; ++t)
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) product(state[i], written[t], Rows::load_right_transposed(packet + Packet::kd, t * 16, i * 16));
 
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+      for (int t = j; t < BLOCKS; ++t) {
+        Block<Operand> p = Square::load(pairs, t * 16, j * 16);
+        if (j == t) keep<Triangle::lower, true>(p);
+        product(out[t], p, as_right(written[j]));
+      }
     const int tokens = min(C, sequence.length - m * C);
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
-      Sum out;  // [tokens, 16 of V]
-      clear(out);
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i) product(out, Rows::load(packet + Packet::qg, t * 16, i * 16), entry[i]);
-#pragma unroll
-      for (int j = 0; j <= t; ++j) {
-        Block<Operand> p = Square::load(pairs, t * 16, j * 16);
-        if (j == t) keep<Triangle::lower, true>(p);
-        product(out, p, written[j]);
-      }
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int token = t * 16 + quadrant_row(q);
         if (token < tokens) {
           const long long row = static_cast<long long>(sequence.start + m * C + token) * heads + head;
-          store_pair(o + row * D + columns + mine + quadrant_column(q), out.pair[q]);
+          store_pair(o + row * D + columns + mine + quadrant_column(q), out[t].pair[q]);
         }
       }
     }

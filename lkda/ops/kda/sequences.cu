@@ -2,7 +2,7 @@
 #include "kda_chunk.cuh"
 
 // cu_seqlens: [N + 1]. bounds: [2 (N + 1)], a copy of it and the number of chunks before each sequence.
-// spans: [slots] (sequence, start, tokens, 0); slots past the last chunk get tokens = 0.
+// spans: [slots] (sequence, start, tokens, first + 2 last); slots past the last chunk get tokens = 0.
 extern "C" __global__ void __launch_bounds__(1024) kda_sequences(const int* cu_seqlens, int* bounds, int4* spans, int sequences, int slots) {
   __shared__ int warp_total[32];
   __shared__ int before_tile;
@@ -32,7 +32,10 @@ extern "C" __global__ void __launch_bounds__(1024) kda_sequences(const int* cu_s
   __syncthreads();
   for (int n = warp; n < sequences; n += 32) {
     const int start = bounds[n], end = bounds[n + 1], first = chunks_before[n];
-    for (int m = lane; start + m * C < end; m += 32) spans[first + m] = make_int4(n, start + m * C, min(C, end - start - m * C), 0);
+    for (int m = lane; start + m * C < end; m += 32) {
+      const int left = end - start - m * C;
+      spans[first + m] = make_int4(n, start + m * C, min(C, left), (m == 0 ? 1 : 0) + (left <= C ? 2 : 0));
+    }
   }
   for (int slot = before_tile + thread; slot < slots; slot += 1024) spans[slot] = make_int4(0, 0, 0, 0);
 }
