@@ -15,7 +15,8 @@ def row(backend="cuda", peer=None, mode="fwd", replay="eager", ms=0.2, T=2048, *
     return {
         "op": "kda", "backend": backend, "peer": peer, "B": 16384 // T, "T": T, "H": 16, "D": 64, "dtype": "bf16",
         "gate": "slow", "mode": mode, "replay": replay, "ms_median": ms, "ms_p20": ms and ms * 0.98,
-        "ms_p80": ms and ms * 1.02, "floor_ms": 0.056, "gb_per_s": 900.0, "error": 4e-3, "peak_mib": 200.0, "reason": None,
+        "ms_p80": ms and ms * 1.02, "floor_ms": 0.056, "gb_per_s": 900.0, "error": 4e-3, "peak_mib": 200.0,
+        "reason": None,
     } | more  # fmt: skip
 
 
