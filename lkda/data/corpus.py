@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,8 @@ def file_sources(paths: Sequence[str], *, val_paths: Sequence[str], val_fraction
 
     Raises: ValueError for a path that is not there or of an unknown kind, or a fraction out of (0, 1).
     """
+    if isinstance(paths, str) or isinstance(val_paths, str):
+        raise ValueError("data.paths and data.val_paths are lists: write [a.txt,b.txt], also for one path.")
     if not paths:
         raise ValueError("data.paths is empty: give files, directories or globs, as in data.paths=[texts/*.txt].")
     if not val_paths and not 0 < val_fraction < 1:
@@ -77,7 +80,8 @@ def file_sources(paths: Sequence[str], *, val_paths: Sequence[str], val_fraction
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
     found: set[Path] = set()
     for pattern in paths:
-        matches = [Path(match) for match in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
+        literal = Path(pattern).expanduser()  # first, for names that hold [ or *
+        matches = [literal] if literal.exists() else [Path(m) for m in glob.glob(str(literal), recursive=True)]
         if not matches:
             raise ValueError(f"data path {pattern} does not exist.")
         for match in matches:
@@ -94,6 +98,9 @@ def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
 def read_documents(sources: Sources, cache_dir: Path) -> tuple[list[str], list[str]]:
     """Training and validation documents, empty ones dropped.
 
+    Args:
+        cache_dir: an empty directory. `datasets` tells versions of a file apart by size and time alone, so what it
+            keeps must not outlive this reading.
     Raises: ValueError for a file that is not UTF-8, lacks the text column or cannot be parsed, or an empty corpus.
     """
     train = _read(sources.train, sources.text_column, cache_dir)
@@ -103,43 +110,53 @@ def read_documents(sources: Sources, cache_dir: Path) -> tuple[list[str], list[s
         cut = len(train[0]) - math.ceil(sources.fraction * len(train[0]))
         return [train[0][:cut]], [train[0][cut:]]
     order = np.random.default_rng(0).permutation(len(train))
-    held_out = set(order[: math.ceil(sources.fraction * len(train))].tolist())
+    held_out = set(order[: min(len(train) - 1, math.ceil(sources.fraction * len(train)))].tolist())
     kept = [text for n, text in enumerate(train) if n not in held_out]
     return kept, [train[n] for n in sorted(held_out)]
 
 
 def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> list[str]:
-    import datasets
-
     builder = BUILDERS[paths[0].suffix]
     if builder != "parquet":
         for path in paths:
             _check_utf8(path)
-    options = {"sample_by": "document"} if builder == "text" else {}
     column = "text" if builder == "text" else text_column
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        names = [glob.escape(str(path)) for path in paths]
-        found = datasets.load_dataset(builder, data_files=names, split="train", cache_dir=str(cache_dir), **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(
-            f"cannot read {paths[0]} and the {len(paths) - 1} files with it as {builder}: {reason}"
-        ) from error
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
+    found = _load(builder, paths, cache_dir)
     if column not in found.column_names:
         raise ValueError(
             f"{paths[0]} has no column {column!r}; it has {', '.join(found.column_names)}. Set data.text_column."
         )
+    kind = getattr(found.features[column], "dtype", "list")
+    if kind not in ("string", "large_string", "null"):
+        raise ValueError(f"column {column!r} of {paths[0]} holds {kind}, not text. Set data.text_column.")
     documents = [text for text in found[column] if text and text.strip()]
     if not documents:
         raise ValueError(
             f"the corpus is empty: no text in {paths[0]}{' and the files with it' if len(paths) > 1 else ''}."
         )
     return documents
+
+
+def _load(builder: str, paths: Sequence[Path], cache_dir: Path) -> Any:
+    """A `datasets.Dataset` of the rows of all files; its progress bars and log lines give way to ours."""
+    import datasets
+
+    options = {"sample_by": "document"} if builder == "text" else {}
+    names = [glob.escape(str(path)) for path in paths]
+    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return datasets.load_dataset(builder, data_files=names, split="train", cache_dir=str(cache_dir), **options)
+    # Errors of pyarrow are ValueErrors, those of datasets are not.
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        among = f"{paths[0]}" if len(paths) == 1 else f"one of {paths[0]} and the {len(paths) - 1} files after it"
+        raise ValueError(f"cannot read {among} as {builder}: {reason}") from error
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _check_utf8(path: Path) -> None:

@@ -96,13 +96,14 @@ class TrainingBatches(Dataset[dict[str, Tensor]]):
 
 
 class ValidationBatches(Dataset[dict[str, Tensor]]):
-    """All rows once, in order; the last batch is filled up with empty rows."""
+    """All rows once, in order; the last batch is filled up with empty rows. With a limit, the first batches alone."""
 
-    def __init__(self, rows: Rows, *, batch_size: int) -> None:
-        self.rows, self.batch_size = rows, batch_size
+    def __init__(self, rows: Rows, *, batch_size: int, limit: int | None = None) -> None:
+        self.rows, self.batch_size, self.limit = rows, batch_size, limit
 
     def __len__(self) -> int:
-        return -(-self.rows.count // self.batch_size)
+        batches = -(-self.rows.count // self.batch_size)
+        return batches if self.limit is None else min(batches, self.limit)
 
     def __getitem__(self, batch: int) -> dict[str, Tensor]:
         if not 0 <= batch < len(self):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,17 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from lkda.data.corpus import Sources, read_documents
-from lkda.data.tokenizer import document_start, load_tokenizer, train_tokenizer
+from lkda.data.tokenizer import document_start, load_tokenizer, train_tokenizer, unknown_token, vocabulary_rows
 
 # Raise it when what a directory holds changes.
 FORMAT = 1
-_DOCUMENTS_AT_ONCE = 256
+# Characters tokenised at a time: what `tokenizers` keeps of a character takes some hundred bytes until it is done.
+_AT_ONCE = 2**21
+_LONGEST_PIECE = 2**18
+# Where a long document may be cut: byte-level BPE never joins a word with a space after it.
+_SEAM = re.compile(r"(?<=\S) (?=\S)")
+# What a killed process left behind is removed after so many seconds.
+_ABANDONED_AFTER = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,12 @@ def prepare_corpus(sources: Sources, *, vocab_size: int, tokenizer_path: Path | 
     if not directory.is_dir():
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(directory.parent)
             building = Path(tempfile.mkdtemp(prefix=".building-", dir=directory.parent))
         except OSError as error:
             raise ValueError(f"cannot write the cache {directory.parent}: {error.strerror}. Set LKDA_CACHE.") from error
         try:
-            _build(building, sources, given, vocab_size, cache_dir)
+            _build(building, sources, given, vocab_size)
             os.rename(building, directory)
         except OSError:
             if not directory.is_dir():  # else another process was first, with the same content
@@ -78,39 +86,82 @@ def prepare_corpus(sources: Sources, *, vocab_size: int, tokenizer_path: Path | 
     return _load(directory)
 
 
-def _build(directory: Path, sources: Sources, given: Tokenizer | None, vocab_size: int, cache_dir: Path) -> None:
+def _remove_abandoned(parent: Path) -> None:
+    for path in parent.glob(".building-*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _build(directory: Path, sources: Sources, given: Tokenizer | None, vocab_size: int) -> None:
     console = Console(stderr=True)
-    with console.status("reading the corpus"):
-        train, validation = read_documents(sources, cache_dir / "datasets")
+    with console.status("reading the corpus"), tempfile.TemporaryDirectory(dir=directory) as arrow:
+        train, validation = read_documents(sources, Path(arrow))
     tokenizer = given
     if tokenizer is None:
         with console.status(f"training a tokenizer of {vocab_size} tokens"):
-            tokenizer = train_tokenizer(train, vocab_size)
+            tokenizer = train_tokenizer((piece for text in train for piece in _pieces(text)), vocab_size)
+    else:
+        _check_alphabet(tokenizer, (*train, *validation))
     tokenizer.save(str(directory / "tokenizer.json"))
-    with Progress(console=console, transient=True) as progress:
-        for name, documents in (("train", train), ("validation", validation)):
-            pieces = progress.track(_pieces(documents), description=f"tokenising {name}", total=_count(documents))
-            np.save(directory / f"{name}.npy", _encode(tokenizer, pieces))
+    for name, documents in (("train", train), ("validation", validation)):
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(f"tokenising {name}", total=sum(map(len, documents)))
+            parts = []
+            for batch in _batches(documents):
+                parts.append(_encode(tokenizer, batch))
+                progress.advance(task, sum(len(piece) for _, piece in batch))
+        np.save(directory / f"{name}.npy", np.concatenate(parts))
     facts = {"validation_bytes": sum(len(text.encode()) for text in validation)}
     (directory / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _count(documents: Sequence[str]) -> int:
-    return math.ceil(len(documents) / _DOCUMENTS_AT_ONCE)
+def _check_alphabet(tokenizer: Tokenizer, documents: Sequence[str]) -> None:
+    """Raises ValueError for a character that a given tokenizer drops without a word."""
+    for character in sorted(set().union(*documents)):
+        if not character.isspace() and not tokenizer.encode(character, add_special_tokens=False).ids:
+            raise ValueError(
+                f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "
+                "give one that knows every byte, or none."
+            )
 
 
-def _pieces(documents: Sequence[str]) -> Iterable[Sequence[str]]:
-    return (documents[n : n + _DOCUMENTS_AT_ONCE] for n in range(0, len(documents), _DOCUMENTS_AT_ONCE))
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of about _LONGEST_PIECE characters, which tokenise as the whole does."""
+    begin = 0
+    while seam := _SEAM.search(text, begin + _LONGEST_PIECE):
+        yield text[begin : seam.start()]
+        begin = seam.start()
+    yield text[begin:]
 
 
-def _encode(tokenizer: Tokenizer, pieces: Iterable[Sequence[str]]) -> np.ndarray:
-    """One stream, END_OF_TEXT before every document."""
-    start = document_start(tokenizer)
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+def _batches(documents: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
+    """Pieces, with whether a document begins there, of about _AT_ONCE characters together."""
+    batch, size = [], 0
+    for text in documents:
+        for n, piece in enumerate(_pieces(text)):
+            batch.append((n == 0, piece))
+            size += len(piece)
+            if size >= _AT_ONCE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> np.ndarray:
+    """One stream, END_OF_TEXT before every document. Raises ValueError for text outside the vocabulary."""
+    start, unknown = document_start(tokenizer), unknown_token(tokenizer)
+    dtype = np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32
     parts = []
-    for piece in pieces:
-        for encoding in tokenizer.encode_batch(list(piece), add_special_tokens=False):
-            parts.append(np.array([start, *encoding.ids], dtype=dtype))
+    encodings = tokenizer.encode_batch([piece for _, piece in batch], add_special_tokens=False)
+    for (begins, piece), encoding in zip(batch, encodings):
+        if unknown in encoding.ids:
+            begin, end = encoding.offsets[encoding.ids.index(unknown)]
+            raise ValueError(
+                f"the tokenizer of data.tokenizer_path has no token for {piece[begin:end]!r}, which is in the text; "
+                "give one that knows every byte, or none."
+            )
+        parts.append(np.array([start, *encoding.ids] if begins else encoding.ids, dtype=dtype))
     return np.concatenate(parts)
 
 

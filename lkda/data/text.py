@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lkda.data.corpus import file_sources, sotu_sources
 from lkda.data.packing import CountFrom, Rows, TrainingBatches, ValidationBatches
 from lkda.data.prepared import default_cache_dir, prepare_corpus
-from lkda.data.tokenizer import document_start
+from lkda.data.tokenizer import check_vocab_size, document_start, vocabulary_rows
 
 SOURCES = ("sotu", "files")
 
@@ -36,6 +36,7 @@ class TextDataModule(L.LightningDataModule):
         text_column: of jsonl and parquet.
         tokenizer_path: a tokenizer.json to use instead of training one.
         cache_dir: LKDA_CACHE or ~/.cache/lkda where None.
+        max_val_batches: validate on so many batches from the beginning; on all where None.
         num_workers: processes that assemble batches; a batch is a slice of a memory map, so few are needed.
 
     After `prepare`: tokenizer, vocab_size, unigram_entropy (nats a token, of the validation tokens), bytes_per_token
@@ -56,20 +57,29 @@ class TextDataModule(L.LightningDataModule):
         text_column: str = "text",
         tokenizer_path: str | None = None,
         cache_dir: str | None = None,
+        max_val_batches: int | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         if source not in SOURCES:
             raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {source!r}.")
-        for name, value in (("context", context), ("batch_size", batch_size), ("vocab_size", vocab_size)):
+        positive = {"context": context, "batch_size": batch_size, "vocab_size": vocab_size}
+        if max_val_batches is not None:
+            positive["max_val_batches"] = max_val_batches
+        for name, value in positive.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"data.{name} must be a positive whole number, got {value!r}.")
+        for name, value in {"seed": seed, "num_workers": num_workers}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"data.{name} must be a whole number of 0 or more, got {value!r}.")
+        if not tokenizer_path:
+            check_vocab_size(vocab_size)
         self.source, self.context, self.batch_size, self.seed = source, context, batch_size, seed
-        self.paths, self.val_paths = [str(p) for p in paths], [str(p) for p in val_paths]
+        self.paths, self.val_paths = paths, val_paths
         self.val_fraction, self.text_column = val_fraction, text_column
         self.wanted_vocab_size, self.tokenizer_path = vocab_size, tokenizer_path
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.num_workers = num_workers
+        self.max_val_batches, self.num_workers = max_val_batches, num_workers
         self.start_batch = 0
         self._prepared = False
 
@@ -94,7 +104,7 @@ class TextDataModule(L.LightningDataModule):
             cache_dir=self.cache_dir,
         )
         self.tokenizer = prepared.tokenizer
-        self.vocab_size = prepared.tokenizer.get_vocab_size()
+        self.vocab_size = vocabulary_rows(prepared.tokenizer)
         for name, stream in (("training", prepared.train), ("validation", prepared.validation)):
             if len(stream) < self.context + 1:
                 raise ValueError(
@@ -105,7 +115,7 @@ class TextDataModule(L.LightningDataModule):
         self._train = Rows(prepared.train, context=self.context, start=start, partial=False)
         self._validation = Rows(prepared.validation, context=self.context, start=start, partial=True)
         self.train_tokens, self.val_tokens = len(prepared.train), len(prepared.validation)
-        self.val_batches = len(ValidationBatches(self._validation, batch_size=self.batch_size))
+        self.val_batches = len(self._validation_batches())
         self.unigram_entropy = prepared.unigram_entropy()
         self.bytes_per_token = prepared.validation_bytes / len(prepared.validation)
         self._prepared = True
@@ -122,8 +132,11 @@ class TextDataModule(L.LightningDataModule):
         return self._loader(batches, sampler=CountFrom(self.start_batch))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The whole validation text, in order."""
-        return self._loader(ValidationBatches(self._validation, batch_size=self.batch_size))
+        """The validation text from its beginning, in order."""
+        return self._loader(self._validation_batches())
+
+    def _validation_batches(self) -> ValidationBatches:
+        return ValidationBatches(self._validation, batch_size=self.batch_size, limit=self.max_val_batches)
 
     def _loader(self, batches: Any, sampler: Any = None) -> DataLoader[Any]:
         return DataLoader(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,15 +14,20 @@ END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError for a vocabulary that cannot hold every byte."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"data.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens, END_OF_TEXT being token 0.
 
     Raises: ValueError for a vocabulary that cannot hold every byte.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(
-            f"data.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
-        )
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -36,7 +42,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer.json. Raises ValueError where it is missing, broken, or lacks END_OF_TEXT."""
+    """Reads a tokenizer.json, without the truncation and padding that it may ask for.
+
+    Raises: ValueError where it is missing, broken, or lacks END_OF_TEXT.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no tokenizer at {path}.")
@@ -46,6 +55,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path} is not a tokenizer.json ({error}).") from error
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise ValueError(f"the tokenizer {path} has no token {END_OF_TEXT}, which begins every document.")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -54,3 +65,17 @@ def document_start(tokenizer: Tokenizer) -> int:
     token = tokenizer.token_to_id(END_OF_TEXT)
     assert token is not None, f"the tokenizer has no token {END_OF_TEXT}"
     return int(token)
+
+
+def vocabulary_rows(tokenizer: Tokenizer) -> int:
+    """Rows that an embedding needs: one more than the largest token, for there may be gaps between tokens."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """The token that stands for text outside the vocabulary, if the tokenizer has one and it means nothing else."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if model.get("unk_id") is not None:
+        return int(model["unk_id"])
+    name = model.get("unk_token")
+    return tokenizer.token_to_id(name) if name and name != END_OF_TEXT else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lkda.data import prepared
 from lkda.data.text import TextDataModule
@@ -40,7 +42,9 @@ def module(tmp_path: Path, files: object, **changes: object) -> TextDataModule:
         "vocab_size": 300,
         "cache_dir": str(tmp_path / "cache"),
     }
-    return TextDataModule(**(options | {"paths": [str(files)]} | changes))
+    return TextDataModule(
+        **(options | {"paths": [str(path) for path in (files if isinstance(files, list) else [files])]} | changes)
+    )
 
 
 def test_files_become_batches_that_decode_to_the_text(tmp_path, texts):
@@ -128,6 +132,90 @@ def test_a_given_tokenizer_is_used(tmp_path, texts):
     assert other.tokenizer.get_vocab() == first.tokenizer.get_vocab()
 
 
+def test_a_changed_file_of_the_same_size_and_time_is_read_again(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(prose(400))
+    times = path.stat()
+    module(tmp_path, path).prepare()
+    path.write_text(prose(400).replace("peace", "quiet"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    data = module(tmp_path, path)
+    data.prepare()
+    text = "".join(data.tokenizer.decode(batch["tokens"][0].tolist()) for batch in islice(data.train_dataloader(), 40))
+    assert "quiet" in text
+    assert "peace" not in text
+
+
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, texts, monkeypatch):
+    whole = module(tmp_path, texts, cache_dir=str(tmp_path / "whole"))
+    whole.prepare()
+    monkeypatch.setattr(prepared, "_LONGEST_PIECE", 100)
+    monkeypatch.setattr(prepared, "_AT_ONCE", 300)
+    cut = module(tmp_path, texts, cache_dir=str(tmp_path / "cut"))
+    cut.prepare()
+    assert len(list(prepared._pieces((texts / "0.txt").read_text()))) > 10
+    assert cut.tokenizer.to_str() == whole.tokenizer.to_str()
+    assert (cut.train_tokens, cut.val_tokens, cut.bytes_per_token) == (
+        whole.train_tokens,
+        whole.val_tokens,
+        whole.bytes_per_token,
+    )
+    for ours, theirs in zip(cut.val_dataloader(), whole.val_dataloader(), strict=True):
+        assert (ours["tokens"] == theirs["tokens"]).all()
+
+
+def test_truncation_and_padding_of_a_given_tokenizer_are_not_followed(tmp_path, texts):
+    first = module(tmp_path, texts)
+    first.prepare()
+    first.tokenizer.enable_truncation(8)
+    first.tokenizer.enable_padding(length=8)
+    first.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    other = module(tmp_path, texts, tokenizer_path=str(tmp_path / "tokenizer.json"))
+    other.prepare()
+    assert other.train_tokens == first.train_tokens
+
+
+def test_the_vocabulary_reaches_to_the_largest_token(tmp_path, texts):
+    first = module(tmp_path, texts)
+    first.prepare()
+    changed = json.loads(first.tokenizer.to_str())
+    used = first.tokenizer.id_to_token(int(next(iter(first.val_dataloader()))["tokens"][0, 1]))
+    changed["model"]["vocab"][used] = 70_000  # a gap, and more than 16 bits
+    (tmp_path / "gap.json").write_text(json.dumps(changed))
+    data = module(tmp_path, texts, tokenizer_path=str(tmp_path / "gap.json"))
+    data.prepare()
+    assert data.vocab_size == 70_001
+    assert max(int(batch["tokens"].max()) for batch in data.val_dataloader()) == 70_000
+
+
+def test_validation_may_be_limited(tmp_path, texts):
+    data = module(tmp_path, texts, max_val_batches=2)
+    data.prepare()
+    assert data.val_batches == len(list(data.val_dataloader())) == 2
+
+
+def test_one_document_at_least_is_trained_on(tmp_path, texts):
+    data = module(tmp_path, [texts / "0.txt", texts / "1.txt"], val_fraction=0.9)
+    data.prepare()
+    assert data.train_tokens > 100
+
+
+def test_a_path_may_hold_the_signs_of_patterns(tmp_path):
+    path = tmp_path / "[draft] *.txt"
+    path.write_text(prose(400))
+    module(tmp_path, path).prepare()
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path, texts):
+    old, new = (tmp_path / "cache" / "corpora" / f".building-{age}" for age in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    module(tmp_path, texts).prepare()
+    assert not old.exists()
+    assert new.exists()
+
+
 def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
@@ -137,6 +225,15 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
     (tmp_path / "page.html").write_text("<p>x")
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken.json").write_text("{}")
+    (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR0")
+    for name, model in (
+        ("words", models.WordLevel({END_OF_TEXT: 0, "the": 1, "[UNK]": 2}, unk_token="[UNK]")),
+        ("letters", models.BPE({END_OF_TEXT: 0, "t": 1, "h": 2}, [])),
+    ):
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(tmp_path / f"{name}.json"))
     good = {"paths": [str(texts)]}
     return {
         "missing": ({"paths": ["/no/such"]}, "data path /no/such does not exist"),
@@ -159,6 +256,23 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "fraction": (good | {"val_fraction": 1.5}, "data.val_fraction must be between 0 and 1"),
         "overlap": (good | {"val_paths": [str(texts / "1.txt")]}, "in data.paths and in data.val_paths"),
         "tokenizer": (good | {"tokenizer_path": "/no/t.json"}, "there is no tokenizer at /no/t.json"),
+        "numbers": (
+            {"paths": [str(tmp_path / "numbers.jsonl")]},
+            "column 'text' of .*numbers.jsonl holds int64, not text",
+        ),
+        "parquet": ({"paths": [str(tmp_path / "broken.parquet")]}, "cannot read .*broken.parquet as parquet"),
+        "one path": (good | {"paths": str(texts)}, "data.paths and data.val_paths are lists"),
+        "seed": (good | {"seed": -1}, "data.seed must be a whole number of 0 or more, got -1"),
+        "workers": (good | {"num_workers": -1}, "data.num_workers must be a whole number of 0 or more, got -1"),
+        "val batches": (good | {"max_val_batches": 0}, "data.max_val_batches must be a positive whole number, got 0"),
+        "unknown word": (
+            good | {"tokenizer_path": str(tmp_path / "words.json")},
+            "no token for '.*', which is in the text",
+        ),
+        "unknown letter": (
+            good | {"tokenizer_path": str(tmp_path / "letters.json")},
+            "no token for '[.]', which is in the text",
+        ),
         "not one": (good | {"tokenizer_path": str(tmp_path / "broken.json")}, "broken.json is not a tokenizer.json"),
     }
 
@@ -166,6 +280,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
 CASES = [
     "missing", "none", "empty", "empty folder", "not utf-8", "short", "short validation", "column", "torn", "suffix",
     "vocabulary", "context", "batch", "source", "fraction", "overlap", "tokenizer", "not one",
+    "numbers", "parquet", "one path", "seed", "workers", "val batches", "unknown word", "unknown letter",
 ]  # fmt: skip
 
 
