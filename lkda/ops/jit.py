@@ -37,6 +37,7 @@ SHARED_BYTES_PER_BLOCK = {
 INCLUDE = Path(__file__).with_name("include")
 _OPTIONS = ("c++17", "-v")
 _INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"]+)[>"]', re.MULTILINE)
+_importing = threading.Lock()
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
@@ -81,6 +82,7 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}" + ("a" if major in (9, 10) else "")
 
 
+@cache
 def reason_cannot_run(device: torch.device) -> str | None:
     """Why no kernel can be compiled for and launched on this device, or None."""
     if device.type != "cuda":
@@ -159,7 +161,7 @@ class Module:
 
         Args:
             entry: its `extern "C"` name.
-            signature: a letter a parameter: P pointer, i int32, q int64, f float32.
+            signature: a letter a parameter: P pointer, i int32, q int64, f float32; a struct's members in parentheses.
             shared_bytes: dynamic shared memory of every launch.
         """
         return Kernel(self, entry, signature, shared_bytes)
@@ -197,7 +199,8 @@ class Module:
 
 
 def _compile(source: Path, arch: str, defines: tuple[str, ...]) -> Binary:
-    from cuda.core import Program, ProgramOptions
+    with _importing:  # two threads that import cuda.core at once can find it half made
+        from cuda.core import Program, ProgramOptions
 
     standard, verbose = _OPTIONS
     options = ProgramOptions(
@@ -244,13 +247,18 @@ class _Arguments(threading.local):
     """One thread's packed kernel arguments, and the array of their addresses that cuLaunchKernel reads."""
 
     def __init__(self, signature: str):
-        layout = "@" + signature
+        # "0q" adds nothing but padding to a multiple of 8, where a struct begins and ends.
+        layout = "@" + signature.replace("(", "0q").replace(")", "0q")
         self.pack_into = struct.Struct(layout).pack_into
         self.buffer = ctypes.create_string_buffer(max(1, struct.calcsize(layout)))
-        start = ctypes.addressof(self.buffer)
-        # "@...0x" rounds a prefix up to the alignment of the next letter: the field's offset.
-        offsets = (struct.calcsize(f"@{signature[:i]}0{letter}") for i, letter in enumerate(signature))
-        self.array = (ctypes.c_void_p * max(1, len(signature)))(*(start + offset for offset in offsets))
+        start, offset, addresses = ctypes.addressof(self.buffer), 0, []
+        for parameter in re.findall(r"\(\w+\)|\w", signature):
+            members = parameter.strip("()")
+            alignment = "0q" if "(" in parameter else f"0{members}"
+            offset = struct.calcsize(f"@{offset}x{alignment}")
+            addresses.append(start + offset)
+            offset = struct.calcsize(f"@{offset}x{members}{alignment}")
+        self.array = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
         self.address = ctypes.addressof(self.array)
         self.has_context = False
 
@@ -292,7 +300,9 @@ class Kernel:
         function = self._functions.get(index)
         if function is None:
             function = self._functions[index] = self._load(index)
-        values = [a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in arguments]
+        values = [
+            a if type(a) is int else 0 if a is None else a if type(a) is float else a.data_ptr() for a in arguments
+        ]
         local.pack_into(local.buffer, 0, *values)
         (status,) = _cu_launch_kernel()(
             function, *grid, block, 1, 1, self.shared_bytes, torch._C._cuda_getCurrentRawStream(index), local.address, 0

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.skipif(jit._reason_no_compiler() is not None, reason=st
 
 SOURCE = """
 #include "scale.cuh"
-extern "C" __global__ void scale(float *x, int n, long long offset, float by) {
+struct Range { int n; long long offset; };
+extern "C" __global__ void scale(float *x, Range range, float by) {
+  const int n = range.n; const long long offset = range.offset;
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) x[i + offset] *= by * FACTOR * HEADER_FACTOR;
 }
@@ -133,6 +135,16 @@ def test_arguments_are_laid_out_as_c_would():
     assert ctypes.c_float.from_address(arguments.array[3]).value == 0.5
 
 
+def test_a_struct_is_one_argument():
+    arguments = jit._Arguments("i(Pqi)(if)Pi")
+    start = ctypes.addressof(arguments.buffer)
+    assert [address - start for address in arguments.array] == [0, 8, 32, 40, 48]
+    arguments.pack_into(arguments.buffer, 0, 1, 2, 3, 4, 5, 0.5, 7, 8)
+    assert ctypes.c_int32.from_address(arguments.array[1] + 16).value == 4
+    assert ctypes.c_float.from_address(arguments.array[2] + 4).value == 0.5
+    assert ctypes.c_int64.from_address(arguments.array[3]).value == 7
+
+
 def test_a_cpu_is_refused_with_a_reason():
     assert "not on a CUDA device" in jit.reason_cannot_run(torch.device("cpu"))
 
@@ -141,7 +153,7 @@ def test_a_cpu_is_refused_with_a_reason():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestLaunch:
     def test_on_every_device_and_on_a_second_stream(self, source):
-        scale = jit.Module(source, {"FACTOR": 3}).kernel("scale", "Piqf")
+        scale = jit.Module(source, {"FACTOR": 3}).kernel("scale", "P(iq)f")
         for index in range(torch.cuda.device_count()):
             device = torch.device("cuda", index)
             stream = torch.cuda.Stream(device)
@@ -156,7 +168,7 @@ class TestLaunch:
             assert x[10:].eq(15).all()
 
     def test_inside_a_cuda_graph(self, source):
-        scale = jit.Module(source, {"FACTOR": 3}).kernel("scale", "Piqf")
+        scale = jit.Module(source, {"FACTOR": 3}).kernel("scale", "P(iq)f")
         x = torch.ones(256, device="cuda")
         scale((1, 1, 1), 256, x, 256, 0, 1.0, device=x.device)
         graph = torch.cuda.CUDAGraph()
@@ -168,7 +180,7 @@ class TestLaunch:
     def test_from_a_fresh_thread(self, source):
         from concurrent.futures import ThreadPoolExecutor
 
-        scale = jit.Module(source, {"FACTOR": 3}).kernel("scale", "Piqf")
+        scale = jit.Module(source, {"FACTOR": 3}).kernel("scale", "P(iq)f")
         x = torch.ones(256, device="cuda")
         torch.cuda.synchronize()
         with ThreadPoolExecutor(1) as pool:
@@ -176,7 +188,7 @@ class TestLaunch:
         assert x.eq(6).all()
 
     def test_a_launch_that_cannot_be_is_an_error(self, source):
-        scale = jit.Module(source, {"FACTOR": 3}).kernel("scale", "Piqf")
+        scale = jit.Module(source, {"FACTOR": 3}).kernel("scale", "P(iq)f")
         x = torch.ones(256, device="cuda")
         with pytest.raises(RuntimeError, match=r"CUDA_ERROR_INVALID_VALUE.*scale"):
             scale((1, 1, 1), 4096, x, 256, 0, 1.0, device=x.device)

@@ -8,12 +8,13 @@ rounded to the dtype in which a tensor is stored; a kernel may err twice that, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lkda.ops.simplified.recurrent import EPS
 from tests.ops.cases import relative
-from tests.ops.yardstick import outputs_and_gradients
 
 
 def scan(b: Tensor, x: Tensor) -> Tensor:
@@ -57,6 +58,18 @@ def simplified_by_doubling(q, k, v, decay, *, initial_state, cu_seqlens=None):
     o = q * y[..., 0, :] / (y[..., 1, :] + EPS)
     final = initial_state.index_put((sequences,), y[0, ends - 1])
     return o[0].unflatten(0, (B, T)), final
+
+
+def outputs_and_gradients(
+    op: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], **options: object
+) -> dict[str, Tensor]:
+    """o, final_state and the gradient of each input, for fixed random gradients of both, exact in bfloat16."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    outputs = op(**leaves, **options)
+    generator = torch.Generator().manual_seed(1)
+    random = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in outputs]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), random)
+    return dict(zip(("o", "final_state"), outputs)) | {f"d{name}": x for name, x in zip(leaves, gradients)}
 
 
 def simplified_truth(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:

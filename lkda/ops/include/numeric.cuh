@@ -8,6 +8,18 @@ struct float16 {
   unsigned short bits;
 };
 
+// Two neighbours as they lie in memory.
+template <class Element>
+struct PairOf {
+  using type = unsigned;
+};
+template <>
+struct PairOf<float> {
+  using type = float2;
+};
+template <class Element>
+using Pair = typename PairOf<Element>::type;
+
 // Two neighbours in one 32-bit word, the first in the low half.
 __device__ __forceinline__ float2 unpack(bfloat16, unsigned pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
@@ -20,6 +32,8 @@ __device__ __forceinline__ float2 unpack(float16, unsigned pair) {
       : "r"(pair));
   return x;
 }
+
+__device__ __forceinline__ float2 unpack(float, float2 pair) { return pair; }
 
 __device__ __forceinline__ unsigned pack(bfloat16, float2 x) {
   unsigned pair;
@@ -47,6 +61,21 @@ __device__ __forceinline__ void store_pair(Half* at, float2 x) {
 }
 
 __device__ __forceinline__ void store_pair(float* at, float2 x) { *reinterpret_cast<float2*>(at) = x; }
+
+// The same for global memory that nobody reads soon (first to leave the caches), if `wanted`. A predicate of the store alone:
+// of an `if`, the compiler makes a branch, moves the arithmetic of x into it, and overlaps it with nothing.
+template <class Half>
+__device__ __forceinline__ void stream_pair_if(bool wanted, Half* at, float2 x) {
+  asm volatile("{.reg .pred p;\n setp.ne.s32 p, %0, 0;\n @p st.global.cs.b32 [%1], %2;}" ::"r"(int(wanted)), "l"(at),
+               "r"(pack(Half{}, x))
+               : "memory");
+}
+
+__device__ __forceinline__ void stream_pair_if(bool wanted, float* at, float2 x) {
+  asm volatile("{.reg .pred p;\n setp.ne.s32 p, %0, 0;\n @p st.global.cs.v2.f32 [%1], {%2, %3};}" ::"r"(int(wanted)), "l"(at),
+               "f"(x.x), "f"(x.y)
+               : "memory");
+}
 
 // -infinity, repeated through a 32-bit word.
 __device__ __forceinline__ constexpr unsigned minus_infinity(bfloat16) { return 0xff80ff80u; }

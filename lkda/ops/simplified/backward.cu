@@ -6,23 +6,31 @@
 // where s = sigmoid(k). What walks from chunk to chunk, last to first, is b_t (N_t, D_t): the gradient of the state before t.
 #include "scan.cuh"
 
-constexpr int STAGES = sizeof(Element) == 2 ? 2 : 1;
 constexpr int WARPS_A_STRIP = LANES > 32 ? LANES / 32 : 1;
 constexpr int LANES_IN_WARP = LANES / WARPS_A_STRIP;
+
+struct Item {
+  Place place;
+  const Element *k, *v, *q, *grad_o;
+  const float* decay;
+};
 
 struct Stage {
   unsigned char k[TILE_BYTES], v[TILE_BYTES], q[TILE_BYTES], grad_o[TILE_BYTES];
   State enters[LANES];
   alignas(16) float decays[CHUNK];
-  int2 marks[PACKED ? CHUNK : 2];
+  alignas(16) int marks[PACKED ? CHUNK : 4];
   Place place;
 };
 
 struct Shared {
   Stage stages[STAGES];
-  Exchange strips, strips_back;  // the first also carries the summaries from other chunks
+  union {
+    Exchange<false> strips, partial;
+  };
+  Exchange<true> strips_back[2];
   float grad_decays[WARPS_A_STRIP][WARPS_A_STRIP > 1 ? CHUNK : 1];
-  Place drawn;
+  Item drawn;
 };
 
 static_assert(sizeof(Shared) <= SHARED_BYTES, "cuda.py allots less");
@@ -56,157 +64,164 @@ __device__ __forceinline__ Local local_gradient(State x, float2 q, float2 grad_o
   return {y, make_float4(n.x, n.y, -n.x * y.x, -n.y * y.y)};
 }
 
-__device__ __forceinline__ State times(float b, State x) { return make_float4(b * x.x, b * x.y, b * x.z, b * x.w); }
-
-extern "C" __global__ void __launch_bounds__(THREADS, PACKED || sizeof(Element) == 4 ? 2 : 3)
-    simplified_backward(const Element* q, long long q_batch, long long q_token, long long q_head,
-                        const Element* k, long long k_batch, long long k_token, long long k_head,
-                        const Element* v, long long v_batch, long long v_token, long long v_head,
-                        const float* decay, long long decay_batch, long long decay_token, long long decay_head,
-                        const Element* grad_o, long long o_batch, long long o_token, long long o_head,
-                        const float* initial, const float* grad_final, const State* entering, const int2* marks,
-                        unsigned* workspace, Element* grad_q, Element* grad_k, Element* grad_v, float* grad_decay,
-                        float* grad_initial, int batch, int length, int heads) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    simplified_backward(Tensor<Element> q, Tensor<Element> k, Tensor<Element> v, Tensor<float> decay,
+                        Tensor<Element> grad_o, const float* initial, const float* grad_final, const State* entering,
+                        const int* marks, unsigned* workspace, Element* grad_q, Element* grad_k, Element* grad_v,
+                        float* grad_decay, float* grad_initial, int batch, int length, int heads) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int strip = strip_of_thread(), lane = lane_of_thread();
   const int rows = batch * heads;
   const int chunks = (length + CHUNK - 1) / CHUNK;
 
+  const auto item_of = [&](unsigned number) {
+    const Place place = place_of(number, batch, heads);
+    return Item{place, k.at(place), v.at(place), q.at(place), grad_o.at(place), decay.at(place)};
+  };
+
   const auto begin_load = [&](Stage& stage) {
-    const Place place = shared.drawn;
-    if (threadIdx.x == 0) stage.place = place;
-    if (place.rank < chunks) {
-      const int chunk = chunks - 1 - place.rank, start = chunk * CHUNK;
-      const long long n = place.batch, h = place.head;
-      const int thread = forgotten_thread();
-      load_tile(stage.k, {k + n * k_batch + h * k_head, k_token}, thread, start, length, minus_infinity(Element{}));
-      load_tile(stage.v, {v + n * v_batch + h * v_head, v_token}, thread, start, length, 0);
-      load_tile(stage.q, {q + n * q_batch + h * q_head, q_token}, thread, start, length, 0);
-      load_tile(stage.grad_o, {grad_o + n * o_batch + h * o_head, o_token}, thread, start, length, 0);
-      load_decays(stage.decays, decay + n * decay_batch + h * decay_head, decay_token, start, length);
-      if (PACKED) load_marks(stage.marks, marks, start, length);
-      if (thread < LANES) {
-        copy_16_async(stage.enters + thread, entering + (static_cast<long long>(place.row) * chunks + chunk) * LANES + thread);
+    const Item& item = shared.drawn;
+    const int chunk = chunks - 1 - item.place.rank, start = chunk * CHUNK;
+    if (threadIdx.x == 0) stage.place = item.place;
+    if (chunk >= 0) {
+      load_tile(stage.k, item.k, k.token, start, length, minus_infinity(Element{}));
+      load_tile(stage.v, item.v, v.token, start, length, 0);
+      load_tile(stage.q, item.q, q.token, start, length, 0);
+      load_tile(stage.grad_o, item.grad_o, grad_o.token, start, length, 0);
+      load_words(stage.decays, item.decay, decay.token, start, length, ONE);
+      if (PACKED) load_words(stage.marks, marks, 1, start, length, 0);
+      if (threadIdx.x < LANES) {
+        const State* from = entering + static_cast<unsigned>(item.place.row * chunks + chunk) * LANES;
+        copy_16_async(stage.enters + threadIdx.x, from + threadIdx.x);
       }
     }
     commit_copies();
   };
 
-  if (threadIdx.x == 0) shared.drawn = place_of(draw(workspace), batch, heads);
+  if (threadIdx.x == 0) shared.drawn = item_of(draw(workspace));
   __syncthreads();
   begin_load(shared.stages[0]);
-  if (STAGES == 2) {
+  if (STAGES == 3) {
     __syncthreads();
-    if (threadIdx.x == 0) shared.drawn = place_of(draw(workspace), batch, heads);
+    if (threadIdx.x == 0) shared.drawn = item_of(draw(workspace));
   }
 
+  State entered = ZERO;  // the state entering this thread's strip of the chunk at hand
   for (int turn = 0;; ++turn) {
-    Stage& stage = shared.stages[turn % STAGES];
+    const Stage& ahead = shared.stages[turn % STAGES];
+    const Stage& stage = shared.stages[(turn + STAGES - 1) % STAGES];
+    Exchange<true>& back_ahead = shared.strips_back[turn % 2];
+    const Exchange<true>& back = shared.strips_back[(turn + 1) % 2];
     wait_copies<0>();
-    __syncthreads();  // the chunk is here, and the work on the one before is done
-    if (stage.place.rank >= chunks) break;
-    if (STAGES == 2) begin_load(shared.stages[(turn + 1) % STAGES]);
+    __syncthreads();  // the chunk ahead is here, and the outputs of the turn before are done
+    const bool more = ahead.place.rank < chunks;
+    const Place at = turn > 0 ? stage.place : Place{0, 0, 0, 0};
+    if (at.rank >= chunks) break;
+    if (STAGES == 3) begin_load(shared.stages[(turn + 1) % STAGES]);
+    Ancestors ancestors({workspace, rows, at.row, chunks}, at.rank);
 
-    // Forward along the strip from a zero state; then from the state that enters it.
-    State states[TOKENS];
-    Summary total = walk_strip(stage, initial, heads, states);
-    shared.strips.put(total);
+    // The chunk ahead, twice along the strip: from a zero state, and from the state that enters it. Reaching back from a
+    // token to the strip's entry, a gradient meets the decays up to there.
+    State enters = ZERO;
+    float2 weights[TOKENS];
+    if (more) {
+      const auto keep = [&](int i, float2 s, State) { weights[i] = s; };
+      shared.strips.put(walk_strip(ahead, initial, heads, ZERO, keep));
+    }
     __syncthreads();
-    const unsigned item = threadIdx.x == 0 ? draw(workspace) : 0;
-    State enters = stage.enters[lane];
-#pragma unroll 2
-    for (int s = 0; s < strip; ++s) {
-      const Summary earlier = shared.strips.get(s);
-      enters = through(earlier.decay, enters, earlier.state);
-    }
-    State carried = enters;
+    if (more) {
+      enters = shared.strips.entering_strip(ahead.enters[lane]);
+      State x = enters;
+      State back = ZERO;
+      Product decay;
+      float4 decays;
 #pragma unroll
-    for (int i = 0; i < TOKENS; ++i) {
-      if (PACKED && stage.marks[strip * TOKENS + i].x >= 0) carried = ZERO;
-      carried = times(stage.decays[strip * TOKENS + i], carried);
-      states[i] = through(1.f, carried, states[i]);
-    }
-
-    // Backward along the strip from a zero gradient.
-    total = {1.f, ZERO};
-#pragma unroll
-    for (int i = TOKENS - 1; i >= 0; --i) {
-      const float b = stage.decays[strip * TOKENS + i];
-      if (PACKED) {
-        const int ends = stage.marks[strip * TOKENS + i].y;
-        if (ends >= 0) total = {0.f, load_state(grad_final, ends * heads + stage.place.head)};
+      for (int i = 0; i < TOKENS; ++i) {
+        const Mark mark = mark_of(ahead, i);
+        if (mark.begins()) x = load_state(initial, mark.sequence() * heads + ahead.place.head);
+        if (i % 4 == 0) decays = decays_of(ahead, i);
+        const float b = pick(decays, i % 4);
+        x = through(b, x, written(ahead, i, weights[i]));
+        const Local local = local_gradient(x, load_pair(in_tile(ahead.q, i)), load_pair(in_tile(ahead.grad_o, i)));
+        decay.by(b);
+        back = through(decay.value, local.grad, back);
+        if (mark.ends()) {
+          const State after = load_state(grad_final, mark.sequence() * heads + ahead.place.head);
+          back = through(decay.value, after, back);
+          decay = {0.f, 0.f};
+        }
+        if (i % 4 == 3) keep_order();
       }
-      const Local local = local_gradient(states[i], load_pair(in_tile(stage.q, i)), load_pair(in_tile(stage.grad_o, i)));
-      total = {b * total.decay, times(b, through(1.f, total.state, local.grad))};
-      if (i % 4 == 0) keep_order();
+      back_ahead.put({decay.rounded(), back});
     }
-    shared.strips_back.put(total);
     __syncthreads();
-
-    Summary own = {1.f, ZERO};
-    if (strip == STRIPS - 1) {
-#pragma unroll 1
-      for (int s = STRIPS - 1; s >= 0; --s) own = then(own, shared.strips_back.get(s));
-    }
-    State back = enter_chunk({workspace, rows, stage.place.row, chunks}, stage.place.rank, own,
-                             PACKED ? nullptr : grad_final, stage.place.row, shared.strips);
-#pragma unroll 2
-    for (int s = STRIPS - 1; s > strip; --s) {
-      const Summary later = shared.strips_back.get(s);
-      back = through(later.decay, back, later.state);
+    const unsigned number = threadIdx.x == 0 ? draw(workspace) : 0;
+    if (more && strip == STRIPS - 1) {
+      const Published published(workspace, rows, ahead.place.row, chunks);
+      published.write(ahead.place.rank, back_ahead.all());
     }
 
-    // Backward along the strip once more, from the gradient that enters it.
-    const Place at = stage.place;
-    const int start = (chunks - 1 - at.rank) * CHUNK + strip * TOKENS;
-    long long out = ((static_cast<long long>(at.batch) * length + start + TOKENS - 1) * heads + at.head) * HEAD_DIM + 2 * lane;
-    float grad_b[TOKENS];
+    // The chunk at hand: forward along the strip, and back from the gradient that enters.
+    if (turn > 0) {
+      State grad = ancestors.wait([&] { return back.all(); }, PACKED ? nullptr : grad_final, at.row, shared.partial);
+      grad = back.entering_strip(grad);
+      State states[TOKENS];
+      const auto keep = [&](int i, float2 s, State x) {
+        weights[i] = s;
+        states[i] = x;
+      };
+      walk_strip(stage, initial, heads, entered, keep);
+      const int start = (chunks - 1 - at.rank) * CHUNK + strip * TOKENS;
+      const long long token = (static_cast<long long>(at.batch) * length + start) * heads + at.head;
+      const long long first = token * HEAD_DIM + 2 * lane;
+      const int step = heads * ROW_BYTES;
+      float grad_b[TOKENS];
+      float4 decays;
 #pragma unroll
-    for (int i = TOKENS - 1; i >= 0; --i) {
-      const float b = stage.decays[strip * TOKENS + i];
-      State before = i > 0 ? states[i > 0 ? i - 1 : 0] : enters;
-      int2 mark = make_int2(-1, -1);
-      if (PACKED) mark = stage.marks[strip * TOKENS + i];
-      if (mark.x >= 0) before = load_state(initial, mark.x * heads + at.head);
-      if (mark.y >= 0) back = load_state(grad_final, mark.y * heads + at.head);
-      const float2 x = load_pair(in_tile(stage.k, i)), y = load_pair(in_tile(stage.v, i));
-      const float2 r = load_pair(in_tile(stage.q, i)), g = load_pair(in_tile(stage.grad_o, i));
-      const Local local = local_gradient(states[i], r, g);
-      const State grad = through(1.f, back, local.grad);
-      const float2 s = make_float2(sigmoid(x.x), sigmoid(x.y));
-      if (start + i < length) {
-        store_pair(grad_q + out, make_float2(g.x * local.y.x, g.y * local.y.y));
-        store_pair(grad_v + out, make_float2(s.x * grad.x, s.y * grad.y));
-        store_pair(grad_k + out, make_float2(fmaf(y.x, grad.x, grad.z) * (s.x * (1.f - s.x)),
-                                             fmaf(y.y, grad.y, grad.w) * (s.y * (1.f - s.y))));
+      for (int i = TOKENS - 1; i >= 0; --i) {
+        if (i % 4 == 3) decays = decays_of(stage, i - 3);
+        const Mark mark = mark_of(stage, i);
+        State before = i > 0 ? states[i > 0 ? i - 1 : 0] : entered;
+        if (mark.begins()) before = load_state(initial, mark.sequence() * heads + at.head);
+        if (mark.ends()) grad = load_state(grad_final, mark.sequence() * heads + at.head);
+        const float2 s = weights[i], y = load_pair(in_tile(stage.v, i));
+        const float2 r = load_pair(in_tile(stage.q, i)), g = load_pair(in_tile(stage.grad_o, i));
+        const Local local = local_gradient(states[i], r, g);
+        grad = through(1.f, grad, local.grad);
+        const bool inside = i < length - start;
+        stream_pair_if(inside, further(grad_q + first, i, step), make_float2(g.x * local.y.x, g.y * local.y.y));
+        stream_pair_if(inside, further(grad_v + first, i, step), make_float2(s.x * grad.x, s.y * grad.y));
+        stream_pair_if(inside, further(grad_k + first, i, step),
+                       make_float2(fmaf(y.x, grad.x, grad.z) * (s.x * (1.f - s.x)),
+                                   fmaf(y.y, grad.y, grad.w) * (s.y * (1.f - s.y))));
+        grad_b[i] = fmaf(grad.x, before.x, fmaf(grad.y, before.y, fmaf(grad.z, before.z, grad.w * before.w)));
+        grad = times(pick(decays, i % 4), grad);
+        if (mark.begins()) store_state(grad_initial, mark.sequence() * heads + at.head, grad);
+        if (i % 2 == 0) keep_order();
       }
-      grad_b[i] = fmaf(grad.x, before.x, fmaf(grad.y, before.y, fmaf(grad.z, before.z, grad.w * before.w)));
-      back = times(b, grad);
-      if (mark.x >= 0) store_state(grad_initial, mark.x * heads + at.head, back);
-      if (!PACKED && i == 0 && strip == 0 && at.rank == chunks - 1) store_state(grad_initial, at.row, back);
-      out -= heads * HEAD_DIM;
-      if (i % 2 == 0) keep_order();
-    }
+      if (!PACKED && strip == 0 && at.rank == chunks - 1) store_state(grad_initial, at.row, grad);
 
-    // The gradients of the strip's decays, summed over its channels.
-    float sum = sum_over_lanes(grad_b);
-    constexpr int SHARED_BY = LANES_IN_WARP / TOKENS;
-    const int token = lane % LANES_IN_WARP / SHARED_BY;
-    if (WARPS_A_STRIP > 1) {
-      if (lane % SHARED_BY == 0) shared.grad_decays[lane / LANES_IN_WARP][strip * TOKENS + token] = sum;
-      __syncthreads();
-      sum = 0.f;
+      // The gradients of the strip's decays, summed over its channels.
+      float sum = sum_over_lanes(grad_b);
+      constexpr int SHARED_BY = LANES_IN_WARP / TOKENS;
+      const int i = lane % LANES_IN_WARP / SHARED_BY;
+      if (WARPS_A_STRIP > 1) {
+        if (lane % SHARED_BY == 0) shared.grad_decays[lane / LANES_IN_WARP][strip * TOKENS + i] = sum;
+        __syncthreads();
+        sum = 0.f;
 #pragma unroll
-      for (int w = 0; w < WARPS_A_STRIP; ++w) sum += shared.grad_decays[w][strip * TOKENS + token];
+        for (int w = 0; w < WARPS_A_STRIP; ++w) sum += shared.grad_decays[w][strip * TOKENS + i];
+      }
+      if (lane < LANES_IN_WARP && lane % SHARED_BY == 0 && i < length - start) {
+        grad_decay[token + static_cast<long long>(i) * heads] = sum;
+      }
     }
-    if (lane < LANES_IN_WARP && lane % SHARED_BY == 0 && start + token < length) {
-      grad_decay[(static_cast<long long>(at.batch) * length + start + token) * heads + at.head] = sum;
-    }
-    if (threadIdx.x == 0) shared.drawn = place_of(item, batch, heads);
-    if (STAGES == 1) {
+    entered = enters;
+    if (threadIdx.x == 0) shared.drawn = item_of(number);
+    if (STAGES == 2) {
       __syncthreads();
-      begin_load(shared.stages[0]);
+      begin_load(shared.stages[(turn + 1) % STAGES]);
     }
   }
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lkda.ops.jit import Kernel, Module
+from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture
 from lkda.ops.jit import reason_cannot_run as reason_no_kernels
 
 HEAD_DIMS = (32, 64, 128)
@@ -21,14 +21,13 @@ ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32:
 HERE = Path(__file__).parent
 
 # As in scan.cuh.
-THREADS, TOKENS, FAN_OUT = 256, 8, 8
-# Blocks that a multiprocessor can hold; more would find no work, fewer would leave it idle.
-FORWARD_BLOCKS, BACKWARD_BLOCKS = 4, 3
+THREADS, FAN_OUT = 256, 8
+# Blocks that a multiprocessor holds at a time; more would find no work, fewer would leave it idle.
+BLOCKS = 2
 
-_TENSOR = "Pqqq"  # address and strides of batch, token, head
+_TENSOR = "(Pqqi)"  # address, and the strides of batch, head and token
 
 
-@torch.compiler.assume_constant_result
 def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take such tensors, or None."""
     if head_dim not in HEAD_DIMS:
@@ -38,38 +37,51 @@ def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -
     return reason_no_kernels(device)
 
 
-def _chunk(head_dim: int) -> int:
-    """Tokens a chunk: TOKENS for each strip of head_dim / 2 threads."""
-    return TOKENS * THREADS // (head_dim // 2)
+# What torch.compiler.assume_constant_result does, but that imports torch._dynamo: seconds, where nobody may compile.
+reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _shared_bytes(head_dim: int, dtype: torch.dtype, packed: bool, *, backward: bool) -> int:
+def _tokens(dtype: torch.dtype, *, backward: bool) -> int:
+    """Tokens that a thread walks in a chunk: so many that the tensors of a chunk fill 32 KiB, 2 of them or 4."""
+    return (16 if backward else 32) // dtype.itemsize
+
+
+def _chunk(head_dim: int, dtype: torch.dtype, *, backward: bool) -> int:
+    """Tokens a chunk: those of a thread for each strip of head_dim / 2 threads."""
+    return _tokens(dtype, backward=backward) * 2 * THREADS // head_dim
+
+
+def _stages(arch: str) -> int:
+    """Chunks in shared memory at a time: 3 let a chunk arrive during a whole turn, 2 are what fits elsewhere."""
+    return 3 if SHARED_BYTES_PER_BLOCK.get(arch, 0) >= 227 * 1024 else 2
+
+
+def _shared_bytes(arch: str, head_dim: int, dtype: torch.dtype, packed: bool, *, backward: bool) -> int:
     """sizeof(Shared) of forward.cu or backward.cu, every member rounded up to 16."""
-    row = head_dim * dtype.itemsize
     strips = 2 * THREADS // head_dim
-    chunk = _chunk(head_dim)
-    tile = strips * (TOKENS * row + (64 if row == 64 else 0))
+    chunk = _chunk(head_dim, dtype, backward=backward)
     exchange = 16 * THREADS + -(-4 * strips // 16) * 16
-    stage = (4 if backward else 3) * tile + 4 * chunk + (8 * chunk if packed else 16) + 16
-    stages = 2 if dtype.itemsize == 2 else 1
+    stage = 32 * 1024 + 4 * chunk + (4 * chunk if packed else 16)
     if not backward:
-        return stages * stage + exchange + 16
-    return stages * (stage + 8 * head_dim) + 2 * exchange + (8 * chunk if head_dim > 64 else 16) + 16
+        return _stages(arch) * (stage + 32) + 3 * exchange + 48
+    grad_decays = 8 * chunk if head_dim > 64 else 16
+    return _stages(arch) * (stage + 8 * head_dim + 16) + 3 * exchange + grad_decays + 64
 
 
 @cache
-def _scan_kernel(name: str, head_dim: int, dtype: torch.dtype, packed: bool) -> Kernel:
+def _scan_kernel(name: str, arch: str, head_dim: int, dtype: torch.dtype, packed: bool) -> Kernel:
     backward = name == "backward"
-    shared_bytes = _shared_bytes(head_dim, dtype, packed, backward=backward)
+    shared_bytes = _shared_bytes(arch, head_dim, dtype, packed, backward=backward)
     defines: dict[str, str | int | float] = {
         "HEAD_DIM": head_dim,
         "ELEMENT": ELEMENTS[dtype],
+        "TOKENS": _tokens(dtype, backward=backward),
         "PACKED": int(packed),
+        "STAGES": _stages(arch),
         "SHARED_BYTES": shared_bytes,
     }
     arguments = _TENSOR * 5 + "PPPPPPPPPPiii" if backward else _TENSOR * 4 + "PPPPPPiii"
-    module = Module(HERE / f"{name}.cu", defines)
-    return module.kernel(f"simplified_{name}", arguments, shared_bytes=shared_bytes)
+    return Module(HERE / f"{name}.cu", defines).kernel(f"simplified_{name}", arguments, shared_bytes=shared_bytes)
 
 
 @cache
@@ -90,13 +102,21 @@ def _mark_kernel() -> Kernel:
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every kernel, for every head size and dtype (the same on all architectures)."""
+    """Every kernel used on an architecture, for every head size and dtype."""
     variants = [(head_dim, dtype) for head_dim in HEAD_DIMS for dtype in ELEMENTS]
     scans = [
-        (name, *variant, packed) for name in ("forward", "backward") for variant in variants for packed in (False, True)
+        (name, arch, *variant, packed)
+        for name in ("forward", "backward")
+        for variant in variants
+        for packed in (False, True)
     ]
     each = [kernel(*variant) for kernel in (_baseline_kernel, _step_kernel) for variant in variants]
     return [_scan_kernel(*scan) for scan in scans] + each + [_mark_kernel()]
+
+
+@cache
+def _arch(device: torch.device) -> str:
+    return architecture(device)
 
 
 @cache
@@ -106,16 +126,19 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _readable(x: Tensor) -> Tensor:
     """x itself where its rows are contiguous and aligned to 16 bytes, else a copy of which that is true."""
-    piece = 16 // x.element_size()
-    *steps, last = x.stride()
-    if last == 1 and x.data_ptr() % 16 == 0 and all(step % piece == 0 for step in steps):
-        return x
+    if x.data_ptr() % 16 == 0:
+        if x.is_contiguous():
+            return x
+        *steps, last = x.stride()
+        if last == 1 and all(step * x.element_size() % 16 == 0 for step in steps):
+            return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def _seen(x: Tensor) -> tuple:
     """A tensor [B, T, H, ...] as kernel arguments."""
-    return (x, *x.stride()[:3])
+    batch, token, head = x.stride()[:3]
+    return x, batch, head, token
 
 
 class _Workspace:
@@ -125,22 +148,21 @@ class _Workspace:
     the marks. All of it starts as -1. An entry is a chunk, a group of FAN_OUT chunks or a span of FAN_OUT groups.
     """
 
-    def __init__(self, q: Tensor, cu_seqlens: Tensor | None):
+    def __init__(self, q: Tensor, cu_seqlens: Tensor | None, *, backward: bool):
         B, T, H, D = q.shape
-        self.chunks = -(-T // _chunk(D))
+        self.chunks = -(-T // _chunk(D, q.dtype, backward=backward))
         groups = -(-self.chunks // FAN_OUT)
         entries = B * H * (self.chunks + groups + -(-groups // FAN_OUT))
         words = 4 + entries * (2 * D + 1)
-        marks_at = -(-words // 4) * 4
-        size = words if cu_seqlens is None else marks_at + 2 * T
+        size = words if cu_seqlens is None else words + T
         self.words = torch.full((size,), -1, dtype=torch.int32, device=q.device)
-        self.marks = None if cu_seqlens is None else self.words[marks_at:]
+        self.marks = None if cu_seqlens is None else self.words[words:]
 
     def mark(self, cu_seqlens: Tensor, through: Tensor | None, result: Tensor, T: int) -> None:
         """Mark where the packed sequences begin and end; the empty ones' rows of `result` become those of `through`."""
         N = len(cu_seqlens) - 1
         words = result[0].numel()
-        _mark_kernel()((N, 1, 1), 128, cu_seqlens, self.marks, T, through, result, words, device=cu_seqlens.device)
+        _mark_kernel()((N, 1, 1), 1024, cu_seqlens, self.marks, T, through, result, words, device=cu_seqlens.device)
 
 
 def _forward(
@@ -148,12 +170,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, D = q.shape
     q, k, v = _readable(q), _readable(k), _readable(v)
-    workspace = _Workspace(q, cu_seqlens)
+    workspace = _Workspace(q, cu_seqlens, backward=False)
     o, final_state, entering = _forward_outputs(q, cu_seqlens, keep)
     if cu_seqlens is not None:
         workspace.mark(cu_seqlens, initial_state, final_state, T)
-    kernel = _scan_kernel("forward", D, q.dtype, cu_seqlens is not None)
-    blocks = min(B * H * workspace.chunks, FORWARD_BLOCKS * _multiprocessors(q.device))
+    kernel = _scan_kernel("forward", _arch(q.device), D, q.dtype, cu_seqlens is not None)
+    blocks = min(B * H * workspace.chunks, BLOCKS * _multiprocessors(q.device))
     kernel(
         (blocks, 1, 1),
         THREADS,
@@ -166,15 +188,13 @@ def _forward(
 
 
 def _forward_outputs(q: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """o, final_state, and the states entering the chunks, [B, H, chunks, D / 2, 4] if kept; uninitialised."""
+    """Unwritten o, final_state, and, if kept, the states entering the backward's chunks [B, H, chunks, D / 2, 4]."""
     B, T, H, D = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunks = (T + _chunk(D) - 1) // _chunk(D) if keep else 0
-    return (
-        torch.empty((B, T, H, D), dtype=q.dtype, device=q.device),
-        torch.empty((N, H, 2, D), dtype=torch.float32, device=q.device),
-        torch.empty((B, H, chunks, D // 2, 4), dtype=torch.float32, device=q.device),
-    )
+    chunk = _chunk(D, q.dtype, backward=True)
+    final_state = q.new_empty((N, H, 2, D), dtype=torch.float32)
+    entering = final_state.new_empty((B, H, (T + chunk - 1) // chunk, D // 2, 4) if keep else 0)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), final_state, entering
 
 
 def _backward(
@@ -191,12 +211,12 @@ def _backward(
     B, T, H, D = q.shape
     grad_o, q, k, v = _readable(grad_o), _readable(q), _readable(k), _readable(v)
     grad_final = None if grad_final is None else grad_final.contiguous()
-    workspace = _Workspace(q, cu_seqlens)
+    workspace = _Workspace(q, cu_seqlens, backward=True)
     grads = _backward_outputs(q, cu_seqlens)
     if cu_seqlens is not None:
         workspace.mark(cu_seqlens, grad_final, grads[4], T)
-    kernel = _scan_kernel("backward", D, q.dtype, cu_seqlens is not None)
-    blocks = min(B * H * workspace.chunks, BACKWARD_BLOCKS * _multiprocessors(q.device))
+    kernel = _scan_kernel("backward", _arch(q.device), D, q.dtype, cu_seqlens is not None)
+    blocks = min(B * H * workspace.chunks, BLOCKS * _multiprocessors(q.device))
     kernel(
         (blocks, 1, 1),
         THREADS,
@@ -212,9 +232,9 @@ def _backward_outputs(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Ten
     """Gradients of q, k, v, decay and the initial state, uninitialised."""
     B, T, H, D = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    grad_q, grad_k, grad_v = (torch.empty((B, T, H, D), dtype=q.dtype, device=q.device) for _ in range(3))
-    grad_decay = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
-    return grad_q, grad_k, grad_v, grad_decay, torch.empty((N, H, 2, D), dtype=torch.float32, device=q.device)
+    grad_q, grad_k, grad_v = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
+    grad_decay = q.new_empty((B, T, H), dtype=torch.float32)
+    return grad_q, grad_k, grad_v, grad_decay, grad_decay.new_empty((N, H, 2, D))
 
 
 def _baseline(
@@ -236,7 +256,7 @@ def _baseline(
 def _step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     B, H, D = q.shape
     q, k, v = _readable(q), _readable(k), _readable(v)
-    o, new_state = torch.empty((B, H, D), dtype=q.dtype, device=q.device), torch.empty_like(state)
+    o, new_state = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(state)
     arguments = [part for x in (q, k, v, decay) for part in (x, *x.stride()[:2])]
     blocks = (-(-B * H * D // 256), 1, 1)
     _step_kernel(D, q.dtype)(blocks, 128, *arguments, state, o, new_state, B * H, H, device=q.device)
@@ -274,7 +294,7 @@ def _(q, k, v, decay, initial_state, cu_seqlens):
 
 @torch.library.register_fake("lkda::simplified_step", lib=_library)
 def _(q, k, v, decay, state):
-    return q.new_empty(q.shape), torch.empty_like(state)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(state)
 
 
 def _save(ctx, inputs, output):

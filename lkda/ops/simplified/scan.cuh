@@ -10,6 +10,9 @@
 //     the state entering its span, through the groups before it in the span, through the chunks before it in the group,
 // in that order whatever the timing, so that results do not change from run to run. Nobody waits for a summary of a chunk
 // that no block has begun: blocks draw chunks from a counter, in rank order.
+//
+// A block is one chunk ahead of itself: it copies chunk i + 2 to shared memory, publishes the summary of chunk i + 1, and
+// writes the outputs of chunk i, whose predecessors have had a whole turn to publish theirs: blocks seldom wait.
 #pragma once
 #include "async_copy.cuh"
 #include "numeric.cuh"
@@ -17,19 +20,21 @@
 using Element = ELEMENT;
 
 constexpr int THREADS = 256;
-constexpr int TOKENS = 8;
 constexpr int LANES = HEAD_DIM / 2;
 constexpr int STRIPS = THREADS / LANES;
 constexpr int CHUNK = STRIPS * TOKENS;
 constexpr int FAN_OUT = 8;
 
 constexpr int ROW_BYTES = HEAD_DIM * sizeof(Element);
-// With rows of 64 bytes two strips share a warp; the padding puts their rows into different banks.
-constexpr int STRIP_BYTES = TOKENS * ROW_BYTES + (ROW_BYTES == 64 ? 64 : 0);
+constexpr int STRIP_BYTES = TOKENS * ROW_BYTES;
 constexpr int TILE_BYTES = STRIPS * STRIP_BYTES;
 
 // The state of two channels: num, num, den, den.
 using State = float4;
+
+constexpr State ZERO = {0.f, 0.f, 0.f, 0.f};
+
+__device__ __forceinline__ State times(float b, State x) { return make_float4(b * x.x, b * x.y, b * x.z, b * x.w); }
 
 __device__ __forceinline__ State through(float decay, State x, State plus) {
   return make_float4(fmaf(decay, x.x, plus.x), fmaf(decay, x.y, plus.y), fmaf(decay, x.z, plus.z), fmaf(decay, x.w, plus.w));
@@ -40,11 +45,17 @@ struct Summary {
   State state;
 };
 
-constexpr State ZERO = {0.f, 0.f, 0.f, 0.f};
-
 __device__ __forceinline__ Summary then(Summary first, Summary second) {
   return {second.decay * first.decay, through(second.decay, first.state, second.state)};
 }
+
+__device__ __forceinline__ int strip_of_thread() { return threadIdx.x / LANES; }
+__device__ __forceinline__ int lane_of_thread() { return threadIdx.x % LANES; }
+
+// No memory access moves across: fetching too many tokens ahead would cost more registers than there are.
+__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+
+// ---- Chunks
 
 // A chunk to be done: its rank, its head, and the head's row = batch * heads + head.
 struct alignas(16) Place {
@@ -61,72 +72,82 @@ __device__ __forceinline__ Place place_of(unsigned item, int batch, int heads) {
   return {static_cast<int>(item / rows), static_cast<int>(row), static_cast<int>(row / heads), static_cast<int>(row % heads)};
 }
 
-// A tensor [B, T, H, D] with D contiguous, seen from one head: rows of D elements, `token` elements apart.
-struct Rows {
-  const Element* data;
-  long long token;
+// A tensor [B, T, H, ...] as the kernel gets it: address and strides in elements.
+template <class T>
+struct Tensor {
+  const T* data;
+  long long batch, head;
+  int token;
+
+  __device__ const T* at(Place place) const { return data + place.batch * batch + place.head * head; }
 };
 
-// The compiler may not move memory accesses across: fetching a whole strip ahead would cost it too many registers.
-__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
-
-__device__ __forceinline__ int strip_of_thread() { return threadIdx.x / LANES; }
-__device__ __forceinline__ int lane_of_thread() { return threadIdx.x % LANES; }
+// Rows of 64 bytes fill half the banks, and two strips share a warp: odd strips keep neighbouring tokens swapped.
+__device__ __forceinline__ int row_in_strip(int strip, int i) { return ROW_BYTES == 64 ? i ^ (strip & 1) : i; }
 
 // Where this thread's pair of channels of token `i` of its strip lies in a tile.
 __device__ __forceinline__ const Element* in_tile(const unsigned char* tile, int i) {
-  return reinterpret_cast<const Element*>(tile + strip_of_thread() * STRIP_BYTES + i * ROW_BYTES) + 2 * lane_of_thread();
+  const int strip = strip_of_thread();
+  return reinterpret_cast<const Element*>(tile + strip * STRIP_BYTES + row_in_strip(strip, i) * ROW_BYTES) + 2 * lane_of_thread();
 }
 
-// threadIdx.x, hidden from the compiler: else it keeps what it derives from it in registers through the kernel.
-__device__ __forceinline__ int forgotten_thread() {
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
-  return thread;
+// Element `i` steps of `bytes` further: one multiply-add a use, where a step in elements would take three instructions.
+template <class T>
+__device__ __forceinline__ T* further(T* at, int i, int bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<unsigned long long>(at) + static_cast<long long>(i) * bytes);
 }
 
-// Begin to copy tokens [start, start + CHUNK) to a tile; tokens from `end` on are filled with a word instead.
-__device__ __forceinline__ void load_tile(unsigned char* tile, Rows from, int thread, int start, int end, unsigned fill) {
-  constexpr int PIECES_A_ROW = ROW_BYTES / 16;
+// Begin to copy tokens [start, start + CHUNK) of one head to a tile; tokens from `end` on are filled with a word instead.
+__device__ __forceinline__ void load_tile(unsigned char* tile, const Element* head, int token, int start, int end, unsigned fill) {
+  constexpr int PIECES = ROW_BYTES / 16, ROWS = THREADS / PIECES;  // of a row; copied at once
+  static_assert(ROWS % TOKENS == 0, "a strip is copied at once");
+  const int row = threadIdx.x / PIECES, column = threadIdx.x % PIECES, strip = row / TOKENS;
+  unsigned char* to = tile + strip * STRIP_BYTES + row_in_strip(strip, row % TOKENS) * ROW_BYTES + column * 16;
+  const int bytes = token * static_cast<int>(sizeof(Element));
+  const Element* from = further(head, start + row, bytes) + column * (16 / sizeof(Element));
+  if (start + CHUNK <= end) {
 #pragma unroll
-  for (int n = 0; n < CHUNK * PIECES_A_ROW / THREADS; ++n) {
-    const int piece = n * THREADS + thread;
-    const int row = piece / PIECES_A_ROW, column = piece % PIECES_A_ROW;
-    unsigned char* to = tile + row / TOKENS * STRIP_BYTES + row % TOKENS * ROW_BYTES + column * 16;
-    const int t = start + row;
-    if (t < end) {
-      copy_16_async(to, reinterpret_cast<const unsigned char*>(from.data + t * from.token) + column * 16);
-    } else {
-      *reinterpret_cast<uint4*>(to) = make_uint4(fill, fill, fill, fill);
+    for (int n = 0; n < CHUNK; n += ROWS) copy_16_async(to + n * ROW_BYTES, further(from, n, bytes));
+  } else {
+    for (int n = 0; n < CHUNK; n += ROWS) {
+      if (start + row + n < end) {
+        copy_16_async(to + n * ROW_BYTES, further(from, n, bytes));
+      } else {
+        *reinterpret_cast<uint4*>(to + n * ROW_BYTES) = make_uint4(fill, fill, fill, fill);
+      }
     }
   }
 }
 
-// The same for the decays, filled with 1.
-__device__ __forceinline__ void load_decays(float* tile, const float* from, long long token, int start, int end) {
+// The same for the decays (fill 1), and for the marks of packed rows (fill 0).
+__device__ __forceinline__ void load_words(void* tile, const void* from, int token, int start, int end, unsigned fill) {
   if (threadIdx.x < CHUNK) {
     const int t = start + threadIdx.x;
+    unsigned* to = static_cast<unsigned*>(tile) + threadIdx.x;
     if (t < end) {
-      copy_4_async(tile + threadIdx.x, from + t * token);
+      copy_4_async(to, static_cast<const unsigned*>(from) + static_cast<long long>(t) * token);
     } else {
-      tile[threadIdx.x] = 1.f;
+      *to = fill;
     }
   }
 }
 
-// For packed rows: which sequence begins (x) and which ends (y) at a token; -1 where none does.
-__device__ __forceinline__ void load_marks(int2* tile, const int2* marks, int start, int end) {
-  if (threadIdx.x < CHUNK) {
-    const int t = start + threadIdx.x;
-    if (t < end) {
-      copy_8_async(tile + threadIdx.x, marks + t);
-    } else {
-      tile[threadIdx.x] = make_int2(-1, -1);
-    }
-  }
+constexpr unsigned ONE = 0x3f800000u;
+
+// Where a packed sequence begins or ends: the mark of a token holds its sequence (sequences.cu).
+struct Mark {
+  int word;
+  __device__ bool begins() const { return word >= 0 && (word & 2); }
+  __device__ bool ends() const { return word >= 0 && (word & 1); }
+  __device__ int sequence() const { return word >> 2; }
+};
+
+template <class Stage>
+__device__ __forceinline__ Mark mark_of(const Stage& stage, int i) {
+  return {PACKED ? stage.marks[strip_of_thread() * TOKENS + i] : 0};
 }
 
-// Two channels of a state tensor [N, H, 2, D], row = n * H + h.
+// Two channels of a state tensor [N, H, 2, D], row = n * H + h; of zeros where it is null.
 __device__ __forceinline__ State load_state(const float* states, int row) {
   if (states == nullptr) return ZERO;
   const float* at = states + row * (2ll * HEAD_DIM) + 2 * lane_of_thread();
@@ -140,25 +161,62 @@ __device__ __forceinline__ void store_state(float* states, int row, State x) {
   store_pair(at + HEAD_DIM, make_float2(x.z, x.w));
 }
 
-// Walk this thread's strip from a zero state, keeping the state after every token. Where a packed sequence begins, the walk
-// goes on from that sequence's initial state.
+// Decays of tokens i .. i + 3 of this thread's strip.
 template <class Stage>
-__device__ __forceinline__ Summary walk_strip(const Stage& stage, const float* initial, int heads, State (&states)[TOKENS]) {
-  Summary x = {1.f, ZERO};
+__device__ __forceinline__ float4 decays_of(const Stage& stage, int i) {
+  return *reinterpret_cast<const float4*>(stage.decays + strip_of_thread() * TOKENS + i);
+}
+
+__device__ __forceinline__ float pick(float4 x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+
+// sigmoid(k) of this thread's channels of token `i`.
+template <class Stage>
+__device__ __forceinline__ float2 weight(const Stage& stage, int i) {
+  const float2 k = load_pair(in_tile(stage.k, i));
+  return make_float2(sigmoid(k.x), sigmoid(k.y));
+}
+
+// What token `i` adds to the state.
+template <class Stage>
+__device__ __forceinline__ State written(const Stage& stage, int i, float2 weight) {
+  const float2 v = load_pair(in_tile(stage.v, i));
+  return make_float4(weight.x * v.x, weight.y * v.y, weight.x, weight.y);
+}
+
+// A running product of decays. Decays of a long memory are 1 less a few units in the last place, and their rounded products
+// err all to one side: over 100,000 tokens that is 1e-4. What rounding drops is carried along.
+struct Product {
+  float value = 1.f, dropped = 0.f;
+
+  __device__ void by(float b) {
+    const float next = b * value;
+    dropped = fmaf(b, dropped, fmaf(b, value, -next));
+    value = next;
+  }
+  __device__ float rounded() const { return value + dropped; }
+};
+
+// Walk this thread's strip on from `x`, and tell the decay through it. Where a packed sequence begins, the walk goes on from that sequence's initial state.
+template <class Stage, class Visit>
+__device__ __forceinline__ Summary walk_strip(const Stage& stage, const float* initial, int heads, State x, Visit visit) {
+  Product decay;
+  float4 decays;
 #pragma unroll
   for (int i = 0; i < TOKENS; ++i) {
-    const float b = stage.decays[strip_of_thread() * TOKENS + i];
-    if (PACKED) {
-      const int begins = stage.marks[strip_of_thread() * TOKENS + i].x;
-      if (begins >= 0) x = {0.f, load_state(initial, begins * heads + stage.place.head)};
+    const Mark mark = mark_of(stage, i);
+    if (mark.begins()) {
+      x = load_state(initial, mark.sequence() * heads + stage.place.head);
+      decay = {0.f, 0.f};
     }
-    const float2 k = load_pair(in_tile(stage.k, i)), v = load_pair(in_tile(stage.v, i));
-    const float2 s = make_float2(sigmoid(k.x), sigmoid(k.y));
-    x = {b * x.decay, through(b, x.state, make_float4(s.x * v.x, s.y * v.y, s.x, s.y))};
-    states[i] = x.state;
+    if (i % 4 == 0) decays = decays_of(stage, i);
+    const float b = pick(decays, i % 4);
+    const float2 s = weight(stage, i);
+    decay.by(b);
+    x = through(b, x, written(stage, i, s));
+    visit(i, s, x);
     if (i % 4 == 3) keep_order();
   }
-  return x;
+  return {decay.rounded(), x};
 }
 
 // ---- Publishing between blocks. Every word is its own flag: the host fills the workspace with UNWRITTEN, and a word that
@@ -200,106 +258,129 @@ __device__ __forceinline__ State peek(const State* at) {
   return x;
 }
 
-// The published summaries of one head. `entries_of` and the layout are mirrored in cuda.py.
+// The published summaries of one head: an entry for every chunk, group and span. cuda.py allots the same.
 struct Published {
-  State* states;  // [entries][LANES]
+  State* states;  // [entries][LANES], from this thread's lane on
   float* decays;  // [entries]
   int chunks, groups;
 
   static __device__ int groups_of(int chunks) { return (chunks + FAN_OUT - 1) / FAN_OUT; }
-  static __device__ int entries_of(int chunks) { return chunks + groups_of(chunks) + groups_of(groups_of(chunks)); }
 
   // workspace: 4 words (the counter first), then the states of all heads, then their decays.
   __device__ Published(unsigned* workspace, int heads, int head, int chunks) : chunks(chunks), groups(groups_of(chunks)) {
-    const long long entries = entries_of(chunks);
+    const unsigned entries = chunks + groups + groups_of(groups);
     State* all = reinterpret_cast<State*>(workspace + 4);
-    states = all + head * entries * LANES;
+    states = all + (head * entries * LANES + lane_of_thread());
     decays = reinterpret_cast<float*>(all + heads * entries * LANES) + head * entries;
   }
 
   __device__ void write(int entry, Summary x) const {
-    publish(states + entry * LANES + lane_of_thread(), x.state);
+    publish(states + entry * LANES, x.state);
     if (lane_of_thread() % 32 == 0) publish(decays + entry, x.decay);  // with 64 lanes both warps write the same word
   }
+  __device__ Summary read(int entry) const { return {peek(decays + entry), peek(states + entry * LANES)}; }
 
-  // Waits until the entry is there.
-  __device__ Summary read(int entry) const {
-    const float* decay = decays + entry;
-    const State* state = states + entry * LANES + lane_of_thread();
-    Summary x;
-    do {
-      x = {peek(decay), peek(state)};
-    } while (!is_written(x.decay) || !is_written(x.state));
-    return x;
-  }
-
-  __device__ void write_span(int span, State leaving) const {
-    publish(states + (chunks + groups + span) * LANES + lane_of_thread(), leaving);
-  }
-
-  __device__ State read_span(int span) const {
-    const State* at = states + (chunks + groups + span) * LANES + lane_of_thread();
-    State x = peek(at);
-    while (!is_written(x)) x = peek(at);
-    return x;
-  }
+  __device__ void write_span(int span, State leaving) const { publish(states + (chunks + groups + span) * LANES, leaving); }
+  __device__ State read_span(int span) const { return peek(states + (chunks + groups + span) * LANES); }
 };
 
-// Shared memory for combining the strips' summaries.
+// Shared memory for combining the strips' summaries, walked from the first strip to the last or, REVERSED, back.
+template <bool REVERSED>
 struct Exchange {
   State states[THREADS];
-  float decays[STRIPS];
+  alignas(16) float decays[STRIPS];
 
   __device__ void put(Summary x) {
     states[threadIdx.x] = x.state;
     if (lane_of_thread() == 0) decays[strip_of_thread()] = x.decay;
   }
-  __device__ Summary get(int strip) const { return {decays[strip], states[strip * LANES + lane_of_thread()]}; }
+  // The n-th strip of the walk.
+  __device__ Summary get(int n) const {
+    const int strip = REVERSED ? STRIPS - 1 - n : n;
+    return {decays[strip], states[strip * LANES + lane_of_thread()]};
+  }
+  __device__ Summary all() const {
+    Summary x = get(0);
+#pragma unroll
+    for (int n = 1; n < STRIPS; ++n) x = then(x, get(n));
+    return x;
+  }
+  // The state that enters this thread's strip, if x enters the chunk.
+  __device__ State entering_strip(State x) const {
+    const int end = REVERSED ? STRIPS - 1 - strip_of_thread() : strip_of_thread();
+#pragma unroll
+    for (int n = 0; n < STRIPS - 1; ++n) {
+      const Summary next = get(n);
+      if (n < end) x = through(next.decay, x, next.state);
+    }
+    return x;
+  }
 };
 
-// The state that enters the chunk of rank `rank`, for every thread; `own` is the chunk's Summary, known to the threads of
-// the last strip. Row `row` of `initial` (may be null) enters rank 0. `partial` must be free; one barrier of the block inside.
-//
-// The first half of the strips gathers the groups, the second half the chunks. The second half has a barrier of its own,
-// so that the group is published without waiting for earlier groups.
-__device__ __forceinline__ State enter_chunk(const Published& published, int rank, Summary own, const float* initial, int row,
-                                             Exchange& partial) {
-  constexpr int HALF = STRIPS / 2;
-  constexpr int SHARE = FAN_OUT / HALF;
-  const int strip = strip_of_thread();
-  const int group = rank / FAN_OUT, span = group / FAN_OUT;
-  const int in_group = rank % FAN_OUT, in_span = group % FAN_OUT;
-  const bool ends_group = in_group == FAN_OUT - 1, ends_span = ends_group && in_span == FAN_OUT - 1;
+// What a chunk has to know of the others, read by all strips together: the first half gathers the groups before it in its
+// span, the second half the chunks before it in its group.
+struct Ancestors {
+  static constexpr int HALF = STRIPS / 2;
+  static constexpr int SHARE = FAN_OUT / HALF;  // entries for each strip
 
-  if (strip == STRIPS - 1 && !ends_group) published.write(rank, own);
+  Published published;
+  int group, span;
+  bool ends_group, ends_span;
+  int entry, count;      // this strip's
+  Summary found[SHARE];  // perhaps not written yet
 
-  const bool of_groups = strip < HALF;
-  const int base = of_groups ? published.chunks + span * FAN_OUT : group * FAN_OUT;
-  Summary share = {1.f, ZERO};
-  if (strip == 0) share.state = span == 0 ? load_state(initial, row) : published.read_span(span - 1);
+  // Ask for the entries, so that they are on their way.
+  __device__ Ancestors(Published published, int rank) : published(published), group(rank / FAN_OUT), span(group / FAN_OUT) {
+    ends_group = rank % FAN_OUT == FAN_OUT - 1;
+    ends_span = ends_group && group % FAN_OUT == FAN_OUT - 1;
+    const int skipped = strip_of_thread() % HALF * SHARE;
+    const bool of_groups = strip_of_thread() < HALF;
+    entry = skipped + (of_groups ? published.chunks + span * FAN_OUT : group * FAN_OUT);
+    count = (of_groups ? group : rank) % FAN_OUT - skipped;
 #pragma unroll
-  for (int n = 0; n < SHARE; ++n) {
-    const int entry = strip % HALF * SHARE + n;
-    if (entry < (of_groups ? in_span : in_group)) share = then(share, published.read(base + entry));
-  }
-  partial.put(share);
-  if (!of_groups && ends_group && !ends_span) {
-    asm volatile("barrier.sync 1, 128;" ::: "memory");
-    if (strip == STRIPS - 1) {
-      Summary whole = partial.get(HALF);
-#pragma unroll 1
-      for (int s = HALF + 1; s < STRIPS; ++s) whole = then(whole, partial.get(s));
-      published.write(published.chunks + group, then(whole, own));
+    for (int n = 0; n < SHARE; ++n) {
+      found[n] = {1.f, ZERO};
+      if (n < count) found[n] = published.read(entry + n);
     }
   }
-  __syncthreads();
 
-  State x = partial.get(0).state;
+  // The state that enters the chunk, for every thread. `own()` is the chunk's Summary, for the last strip; row `row` of
+  // `initial` (may be null) enters rank 0. `partial` must be free; one barrier of the block inside.
+  template <class Own>
+  __device__ State wait(Own own, const float* initial, int row, Exchange<false>& partial) {
+    const int strip = strip_of_thread();
+    Summary share = {1.f, ZERO};
+    if (strip == 0) {
+      share.state = span == 0 ? load_state(initial, row) : published.read_span(span - 1);
+      while (span != 0 && !is_written(share.state)) share.state = published.read_span(span - 1);
+    }
 #pragma unroll
-  for (int s = 1; s < STRIPS; ++s) {
-    const Summary next = partial.get(s);
-    x = through(next.decay, x, next.state);
+    for (int n = 0; n < SHARE; ++n) {
+      while (!is_written(found[n].decay) || !is_written(found[n].state)) found[n] = published.read(entry + n);
+      share = then(share, found[n]);
+    }
+    partial.put(share);
+    if (strip >= HALF && ends_group && !ends_span) {
+      // A barrier of the second half alone: the group is published without waiting for earlier groups.
+      asm volatile("barrier.sync 1, 128;" ::: "memory");
+      if (strip == STRIPS - 1) {
+        Summary whole = partial.get(HALF);
+        for (int s = HALF + 1; s < STRIPS; ++s) whole = then(whole, partial.get(s));
+        published.write(published.chunks + group, then(whole, own()));
+      }
+    }
+    __syncthreads();
+
+    State x = partial.get(0).state;
+#pragma unroll
+    for (int s = 1; s < STRIPS; ++s) {
+      const Summary next = partial.get(s);
+      x = through(next.decay, x, next.state);
+    }
+    if (strip == STRIPS - 1 && ends_span) {
+      const Summary last = own();
+      published.write_span(span, through(last.decay, x, last.state));
+    }
+    return x;
   }
-  if (strip == STRIPS - 1 && ends_span) published.write_span(span, through(own.decay, x, own.state));
-  return x;
-}
+};
