@@ -1,8 +1,8 @@
 """A benchmark's JSON -> a table, and plots of time against the floor and of cost per token against length.
 
 The JSON is {"header": {device, date, copy_gb_per_s, versions ...}, "rows": [...]}. A row holds op, backend, peer (None
-for our own), B, T, H, D, dtype, gate, mode ("fwd" or "fwd+bwd"), replay ("eager" or "graph"), ms_median, ms_p20, ms_p80,
-floor_ms, fraction_of_floor, gb_per_s, error, peak_mib, registers, shared_bytes, and where nothing was measured, reason.
+for our own), B, T, H, D, dtype, gate, mode ("fwd" or "fwd+bwd"), replay ("eager" or "graph"), ms_median, ms_p20,
+ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, peak_mib, registers, shared_bytes, and where nothing was measured, reason.
 """
 
 from __future__ import annotations

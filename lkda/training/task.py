@@ -82,6 +82,17 @@ class LanguageModelTask(L.LightningModule):
         metrics = {"val/loss": loss, "val/perplexity": loss.exp(), "val/bits_per_byte": self.bits_per_byte(loss)}
         self.log_dict(metrics, logger=False)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the norm over all parameters. Lightning's own refuses a fused optimiser under mixed precision, which
+        could unscale gradients itself; bf16 has no scale."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.model, self.optimizer_config)
         schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -48,14 +48,17 @@ def _per_sequence(
 
 def _sdpa_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if cu_seqlens is None or not (q.is_cuda and half and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0):
+    K, V = q.shape[-1], v.shape[-1]
+    if cu_seqlens is None or not (q.is_cuda and half and V <= K <= 256 and K % 8 == 0):
         return _per_sequence(_sdpa)(q, k, v, scale, cu_seqlens)
     # All sequences in one launch, with no word between host and device: the kernel behind SDPA, called by its name.
+    # It takes heads of one size, so narrower values are filled up.
+    v = F.pad(v, (0, K - V))
     bounds, T = cu_seqlens.to(torch.int32), q.shape[1]
     o, *_ = torch.ops.aten._flash_attention_forward(
         q[0], k[0], v[0], bounds, bounds, T, T, 0.0, True, False, scale=scale
     )
-    return o.unsqueeze(0)
+    return o[..., :V].unsqueeze(0)
 
 
 BACKENDS: dict[str, Backend] = {
