@@ -2,7 +2,8 @@
 
 The JSON is {"header": {device, date, copy_gb_per_s, versions ...}, "rows": [...]}. A row holds op, backend, peer (None
 for our own), B, T, H, D, dtype, gate, mode ("fwd" or "fwd+bwd"), replay ("eager" or "graph"), ms_median, ms_p20,
-ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, peak_mib, registers, shared_bytes, and where nothing was measured, reason.
+ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, peak_mib, registers, shared_bytes; and, where nothing was measured,
+its reason.
 """
 
 from __future__ import annotations
