@@ -9,7 +9,8 @@ train: $(VENV)/installed
 	$(BIN)/python scripts/train.py $(ARGS)
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not serial" $(ARGS)
+	$(BIN)/python -m pytest -m serial
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
