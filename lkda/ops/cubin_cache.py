@@ -16,10 +16,8 @@ _warned = False
 
 
 def directory() -> Path:
-    """$LKDA_CACHE_DIR, else $XDG_CACHE_HOME/lkda, else ~/.cache/lkda; the kernels' folder in it."""
-    own = os.environ.get("LKDA_CACHE_DIR")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lkda"
-    return base / "kernels"
+    """The kernels' folder in LKDA_CACHE, or in ~/.cache/lkda."""
+    return Path(os.environ.get("LKDA_CACHE") or Path.home() / ".cache" / "lkda") / "kernels"
 
 
 def key(words: Iterable[str], texts: Iterable[bytes]) -> str:
@@ -70,7 +68,7 @@ def _warn(error: OSError) -> None:
         _warned = True
         warnings.warn(
             f"the kernel cache {directory()} cannot be used ({error}); kernels are compiled anew in every process; "
-            "set LKDA_CACHE_DIR to a writable folder",
+            "set LKDA_CACHE to a writable folder",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -86,9 +86,9 @@ def architecture(device: torch.device) -> str:
 def reason_cannot_run(device: torch.device) -> str | None:
     """Why no kernel can be compiled for and launched on this device, or None."""
     if device.type != "cuda":
-        return f"the tensors are on {device.type}, not on a CUDA device"
+        return f"the tensors are on {device.type}, not on a CUDA device; use backend='chunk', or move them."
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has compute capability below 8.0"
+        return f"{torch.cuda.get_device_name(device)} has compute capability below 8.0; use backend='chunk'."
     return _reason_no_compiler()
 
 
@@ -96,7 +96,7 @@ def reason_cannot_run(device: torch.device) -> str | None:
 def _reason_no_compiler() -> str | None:
     for package in ("cuda", "cuda.core", "cuda.bindings"):
         if importlib.util.find_spec(package) is None:
-            return f"Python package {package} is missing; install lkda[cuda]"
+            return f"Python package {package} is missing; install lkda[cuda]."
     return None
 
 

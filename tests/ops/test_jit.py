@@ -24,7 +24,7 @@ extern "C" __global__ void scale(float *x, Range range, float by) {
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    monkeypatch.setenv("LKDA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("LKDA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cubin_cache, "_warned", False)
     jit._source_closure.cache_clear()
     (tmp_path / "scale.cuh").write_text("#define HEADER_FACTOR 2\n")
@@ -98,13 +98,13 @@ def test_a_damaged_entry_is_compiled_again(source, damage):
 
 def test_an_unusable_cache_costs_one_warning(source, tmp_path, monkeypatch):
     (tmp_path / "a_file").write_text("")
-    monkeypatch.setenv("LKDA_CACHE_DIR", str(tmp_path / "a_file"))
+    monkeypatch.setenv("LKDA_CACHE", str(tmp_path / "a_file"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for factor in (3, 4):
             assert jit.Module(source, {"FACTOR": factor}).binary("sm_90a").cubin
     assert len(caught) == 1
-    assert "LKDA_CACHE_DIR" in str(caught[0].message)
+    assert "LKDA_CACHE" in str(caught[0].message)
 
 
 def test_a_compile_failure_names_the_file_and_quotes_the_compiler(source):

@@ -272,7 +272,7 @@ simplified_attention(q, k, v, decay, backend="cuda")[0].sum().backward()
 torch.cuda.synchronize()
 print(time.perf_counter() - start)
 """
-        environment = os.environ | {"LKDA_CACHE_DIR": str(tmp_path)}
+        environment = os.environ | {"LKDA_CACHE": str(tmp_path)}
         seconds = []
         for _ in range(2):
             done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

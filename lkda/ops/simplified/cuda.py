@@ -31,9 +31,9 @@ _TENSOR = "(Pqqi)"  # address, and the strides of batch, head and token
 def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take such tensors, or None."""
     if head_dim not in HEAD_DIMS:
-        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='chunk'"
+        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='chunk'."
     if dtype not in ELEMENTS:
-        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='chunk'"
+        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='chunk'."
     return reason_no_kernels(device)
 
 
@@ -353,5 +353,5 @@ def simplified_cuda_baseline(
 
 
 def simplified_step_cuda(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token in one kernel, without gradients; q, k, v [B, H, D], decay [B, H], state [B, H, 2, D] float32."""
-    return torch.ops.lkda.simplified_step(q, k, v, decay.float(), state.contiguous())
+    """One token in one kernel, without gradients; arguments as in `simplified_step`, the state in float32."""
+    return torch.ops.lkda.simplified_step(q, k, v, decay.float().expand(q.shape[:2]), state.contiguous())

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.ops.backend import Backend, choose, cuda_backend
+from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.recurrence import compute_dtype
+from lkda.ops.simplified import cuda
 from lkda.ops.simplified.chunk import simplified_chunk
 from lkda.ops.simplified.recurrent import simplified_recurrent, simplified_step_recurrent
 
 BACKENDS: dict[str, Backend] = {
-    "cuda": cuda_backend("lkda.ops.simplified.cuda", "simplified_cuda"),
-    "cuda_baseline": cuda_backend("lkda.ops.simplified.cuda", "simplified_cuda_baseline", automatic=False),
+    "cuda": Backend(cuda.simplified_cuda, cuda.reason_cannot_run),
+    "cuda_baseline": Backend(cuda.simplified_cuda_baseline, cuda.reason_cannot_run, automatic=False),
     "chunk": Backend(simplified_chunk),
     "recurrent": Backend(simplified_recurrent),
 }
@@ -77,6 +78,11 @@ def simplified_step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tenso
     check_shape(fn, "decay", decay, "H" if decay.dim() == 1 else "B H", sizes)
     check_shape(fn, "state", state, "B H 2 D", sizes)
     check_alike(fn, {"q": q, "k": k, "v": v, "decay": decay, "state": state}, same_dtype=("q", "k", "v"))
+    tensors = (q, k, v, decay, state)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    on_gpu = state.dtype == torch.float32 and cuda.reason_cannot_run(q.device, sizes["D"], q.dtype) is None
+    if on_gpu and not differentiable:
+        return cuda.simplified_step_cuda(*tensors)
     dtype = torch.promote_types(compute_dtype(v), state.dtype)
     q_, k_, v_, decay_, state_ = (x.to(dtype) for x in (q, k, v, decay.expand(q.shape[:2]), state))
     o, state_after = simplified_step_recurrent(q_, k_, v_, decay_, state_)
