@@ -20,12 +20,10 @@ struct Leaf {
   Pair pair[LEAF];
 
   __device__ __forceinline__ void read(const T* from, const Span& span, int heads, int head, int leaf, int channel) {
+    const T* at = from + (static_cast<long long>(span.start + leaf * LEAF) * heads + head) * D + channel;
+    const int left = span.tokens - leaf * LEAF;
 #pragma unroll
-    for (int i = 0; i < LEAF; ++i) {
-      const int t = leaf * LEAF + i;
-      pair[i] = Pair{};
-      if (t < span.tokens) pair[i] = *reinterpret_cast<const Pair*>(from + (static_cast<long long>(span.start + t) * heads + head) * D + channel);
-    }
+    for (int i = 0; i < LEAF; ++i, at += heads * D) pair[i] = i < left ? *reinterpret_cast<const Pair*>(at) : Pair{};
   }
   __device__ __forceinline__ float2 operator[](int i) const {
     if constexpr (sizeof(T) == 2) {  // unpacked anew at each use: sixteen registers fewer

@@ -65,9 +65,9 @@ class Layout:
 
     def prepare_shared(self) -> int:
         C, D, size = self.chunk, self.D, self.operand
-        small = _round_up(4 * self.leaves * D + 4 * C + 4 * (C // 16) * 16 * 17, 128)
+        small = _round_up(4 * self.leaves * D + 4 * C + 4 * C * 17, 128)
         tree = self.levels * (C + C // 2) * D * size
-        return small + 2 * C * C * size + max(tree, 2 * C * C * size)
+        return small + 2 * C * C * size + max(tree, 2 * C * C * size + 64 * C)
 
     def stage(self, streams: int) -> int:
         """Of a scan that reads `streams` tensors beside the packet: v, and backwards dO."""

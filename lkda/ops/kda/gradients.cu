@@ -57,25 +57,32 @@ __device__ __forceinline__ void fetch_rows(char* to, const char* image, int firs
 __device__ __forceinline__ float2 scaled(float a, float2 x) { return make_float2(a * x.x, a * x.y); }
 __device__ __forceinline__ float2 fused(float a, float2 x, float2 y) { return make_float2(a * x.x + y.x, a * x.y + y.y); }
 
-// A pair of dP or dM (columns j, j + 1 of row i >= j) to where it is used: its leaf, or its level.
-__device__ __forceinline__ void store_pairs(char* shared, int i, int j, float2 dp, float2 dm) {
-  const int apart = i / LEAF ^ j / LEAF;
-  if (apart == 0) {
-    const int at = ((i / LEAF) * LEAF + i % LEAF) * LEAF + j % LEAF;
-    *reinterpret_cast<float2*>(shared + Shared::leaf_p + at * 4) = dp;
-    *reinterpret_cast<float2*>(shared + Shared::leaf_m + at * 4) = dm;
+// A 16x16 block of dP and dM, on or below the diagonal, to where its pairs are used: their leaf, or their level.
+__device__ __forceinline__ void store_pairs(char* shared, int block_row, int block_column, const Sum& dp, const Sum& dm) {
+  if (block_row != block_column) {
+    const int level = (block_row ^ block_column) >= 2 ? 2 : 1, bits = LEAF_BITS + level, half = 1 << bits, i = block_row * 16;
+    const int row = (i >> (bits + 1) << (bits + 1)) + (i & (half - 1)), column = block_column * 16 & (half - 1);
+    char* pairs = shared + Shared::pairs + level * Pairs::bytes;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      store_pair(Pairs::at(pairs, row + quadrant_row(q), column + quadrant_column(q)), dm.pair[q]);
+      store_pair(Pairs::at(pairs, row + half + quadrant_row(q), column + quadrant_column(q)), dp.pair[q]);
+    }
     return;
   }
-  const int level = apart >= 4 ? 2 : apart >= 2 ? 1 : 0, bits = LEAF_BITS + level, half = 1 << bits;
-  const int group = i >> (bits + 1), row = (group << (bits + 1)) + (i & (half - 1));
-  const int column = ((group << bits) + (j & (half - 1))) & (half < 16 ? 15 : half - 1);
-  char* pairs = shared + Shared::pairs + level * Pairs::bytes;
-  store_pair(Pairs::at(pairs, row, column), dm);
-  store_pair(Pairs::at(pairs, row + half, column), dp);
-  if (level == 0) {  // the other group that shares these 16 columns
-    store_pair(Pairs::at(pairs, row, column ^ LEAF), make_float2(0.f, 0.f));
-    store_pair(Pairs::at(pairs, row + half, column ^ LEAF), make_float2(0.f, 0.f));
+#pragma unroll
+  for (int q = 0; q < 4; q += 3) {
+    const int at = ((block_row * 2 + q / 3) * LEAF + lane_row()) * LEAF + lane_column();
+    *reinterpret_cast<float2*>(shared + Shared::leaf_p + at * 4) = dp.pair[q];
+    *reinterpret_cast<float2*>(shared + Shared::leaf_m + at * 4) = dm.pair[q];
   }
+  const int row = block_row * 16 + lane_row(), column = block_row % 2 * LEAF + lane_column();
+  char* pairs = shared + Shared::pairs;
+  store_pair(Pairs::at(pairs, row, column), dm.pair[1]);
+  store_pair(Pairs::at(pairs, row + LEAF, column), dp.pair[1]);
+  // The other group that shares these 16 columns.
+  store_pair(Pairs::at(pairs, row, column ^ LEAF), make_float2(0.f, 0.f));
+  store_pair(Pairs::at(pairs, row + LEAF, column ^ LEAF), make_float2(0.f, 0.f));
 }
 
 // What a thread gathers for its two channels and eight tokens: dq, and dk in the parts that have the token as a row (its
@@ -183,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     close_copies();
     wait_copies<0>();
     __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
     for (int n = leaf; n < SLICE; n += LEAVES) {
       const int v = (n & ~7) | ((n + channel / 8) & 7);  // each square's row from another thread: other banks
       const float2 s0 = exact_initial != nullptr ? make_float2(exact_initial[first + v], exact_initial[first + v + D])
@@ -236,11 +243,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     const int bi = task < 1 ? 0 : task < 3 ? 1 : task < 6 ? 2 : 3, bj = task - bi * (bi + 1) / 2;
 #pragma unroll
     for (int q4 = 0; q4 < 4; ++q4) {
-      const int i = bi * 16 + quadrant_row(q4), j = bj * 16 + quadrant_column(q4);
-      if (i / LEAF < j / LEAF) continue;
-      const float2 b = make_float2(betas[j], betas[j + 1]);
-      store_pairs(shared, i, j, scaled(scale, times(b, dp[round].pair[q4])), scaled(-1.f, times(b, dm[round].pair[q4])));
+      const float2 b = *reinterpret_cast<const float2*>(betas + bj * 16 + quadrant_column(q4));
+      dp[round].pair[q4] = scaled(scale, times(b, dp[round].pair[q4]));
+      dm[round].pair[q4] = scaled(-1.f, times(b, dm[round].pair[q4]));
     }
+    store_pairs(shared, bi, bj, dp[round], dm[round]);
   }
 
   Gates gates;

@@ -21,12 +21,15 @@ using MergeSquare = Tile<Merge, C, C>;
 struct Shared {
   static constexpr int leaf_decay = 0;                                       // float [LEAVES][D]
   static constexpr int beta = leaf_decay + LEAVES * D * 4;                   // float [C]
-  static constexpr int corner = beta + C * 4;                                // float [BLOCKS][16][17]: M on the diagonal
-  static constexpr int pairs = (corner + BLOCKS * 16 * 17 * 4 + 127) / 128 * 128;  // Square
+  static constexpr int corner = beta + C * 4;                                // float [C][17]: M, its diagonal 16x16 blocks
+  static constexpr int pairs = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square
   static constexpr int below = pairs + Square::bytes;                        // MergeSquare: M below the diagonal blocks
   static constexpr int tree = below + MergeSquare::bytes;                    // LEVELS x Level, then T and T~
   static constexpr int inverse = tree, inverse_rest = tree + MergeSquare::bytes;
-  static constexpr int tree_bytes = LEVELS * Level::bytes > 2 * MergeSquare::bytes ? LEVELS * Level::bytes : 2 * MergeSquare::bytes;
+  static constexpr int leaf_t = inverse_rest + MergeSquare::bytes;           // float [8][C]: columns of the leaves' T, T~
+  static constexpr int leaf_rest = leaf_t + 8 * C * 4;
+  static constexpr int after_tree = leaf_rest + 8 * C * 4 - tree;
+  static constexpr int tree_bytes = LEVELS * Level::bytes > after_tree ? LEVELS * Level::bytes : after_tree;
   static constexpr int partial = below;                                      // float [WARPS][64], before M: sums over half the channels
   static constexpr int bytes = tree + tree_bytes;
 };
@@ -65,7 +68,7 @@ __device__ __forceinline__ void store_leaf_sum(char* shared, int leaf, int batch
   if (batch == 0) {
     float* corner = reinterpret_cast<float*>(shared + Shared::corner);
     const int row = first + i, column = first + j;
-    corner[(row / 16 * 16 + row % 16) * 17 + column % 16] = sum;
+    corner[row * 17 + column % 16] = sum;
   } else {
     store_one(Square::at(shared + Shared::pairs, first + i, first + j), sum);
   }
@@ -73,11 +76,14 @@ __device__ __forceinline__ void store_leaf_sum(char* shared, int leaf, int batch
 
 // M and P inside a leaf. Batch 0 is the 28 entries of M and P_00..P_33, batch 1 the 28 of P and P_44..P_77.
 __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& gates, const Leaf<Element>& q, const Leaf<Element>& k, float scale) {
-#pragma unroll
+#pragma unroll 1
   for (int batch = 0; batch < 2; ++batch) {
     float sum[32];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[28 + i] = scale * (q[i + 4 * batch].x * k[i + 4 * batch].x + q[i + 4 * batch].y * k[i + 4 * batch].y);
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = batch == 0 ? q[i] : q[i + 4], y = batch == 0 ? k[i] : k[i + 4];
+      sum[28 + i] = scale * (x.x * y.x + x.y * y.y);
+    }
 #pragma unroll
     for (int channel = 0; channel < 2; ++channel) {
       float decayed[LEAF];  // k_j decay(j..i)
@@ -134,22 +140,25 @@ __device__ __forceinline__ void tree_pairs(char* shared) {
         if (n < columns) product(sum[n], a, Level::Columns::load_right(tree + Level::columns, first + n * 16, d));
       }
     }
+    const int start = group << (bits + 1);  // the group's first token
+    if (level == 0) {  // rows 0-7 are of k, 8-15 of q; half of the columns are another group's
+      const Sum& s = sum[0];
+      const int i = start + LEAF + lane_row(), j = start + lane_column();
+      float* corner = reinterpret_cast<float*>(shared + Shared::corner) + i * 17 + lane_column();
+      const float2 m = group % 2 == 0 ? s.pair[0] : s.pair[2], p = group % 2 == 0 ? s.pair[1] : s.pair[3];
+      corner[0] = m.x;
+      corner[1] = m.y;
+      store_pair(Square::at(shared + Shared::pairs, i, j), p);
+      continue;
+    }
 #pragma unroll
     for (int n = 0; n < BLOCKS / 2; ++n) {
       if (n < columns) {
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-          const int row = rows + quadrant_row(q);  // of the level's rows: k first, then q
-          const int column = first + n * 16 + quadrant_column(q);
-          if (column >> bits != row >> (bits + 1)) continue;  // level 0: a block has two groups
-          const int within = row & (2 * half - 1), start = row & ~(2 * half - 1);
-          const int i = start + half + (within & (half - 1)), j = start + (column & (half - 1));
-          if (within >= half) {
+          const int i = start + half + (rows & (half - 1)) + quadrant_row(q), j = start + n * 16 + quadrant_column(q);
+          if (rows & half) {
             store_pair(Square::at(shared + Shared::pairs, i, j), sum[n].pair[q]);
-          } else if (level == 0) {
-            float* corner = reinterpret_cast<float*>(shared + Shared::corner) + i * 17 + j % 16;
-            corner[0] = sum[n].pair[q].x;
-            corner[1] = sum[n].pair[q].y;
           } else {
             store_pair(MergeSquare::at(shared + Shared::below, i, j), sum[n].pair[q]);
           }
@@ -159,23 +168,54 @@ __device__ __forceinline__ void tree_pairs(char* shared) {
   }
 }
 
-// T and T~ of the 16x16 diagonal blocks, by substitution in float32; a thread a column c:
+// T and T~ of the 8x8 diagonal blocks, by substitution in float32; a thread a column c:
 //   T~_ic = -sum_{c <= j < i} M_ij T_jc,    T_ic = [i = c] + beta_i T~_ic
-__device__ __forceinline__ void invert_corners(char* shared) {
+__device__ __forceinline__ void invert_leaves(char* shared) {
   if (threadIdx.x >= C) return;
-  const int block = threadIdx.x / 16, c = threadIdx.x % 16, first = block * 16;
-  const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + block * 16 * 17;
+  const int leaf = threadIdx.x / LEAF, c = threadIdx.x % LEAF, first = leaf * LEAF;
+  const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + first * 17 + leaf % 2 * LEAF;
   const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + first;
-  float t[16];
+  float* leaf_t = reinterpret_cast<float*>(shared + Shared::leaf_t) + threadIdx.x;
+  float* leaf_rest = reinterpret_cast<float*>(shared + Shared::leaf_rest) + threadIdx.x;
+  float t[LEAF];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < LEAF; ++i) {
     float rest = 0.f;
 #pragma unroll
     for (int j = 0; j < i; ++j) rest -= j >= c ? m[i * 17 + j] * t[j] : 0.f;
     t[i] = i == c ? 1.f : i > c ? beta[i] * rest : 0.f;
+    leaf_t[i * C] = t[i];
+    leaf_rest[i * C] = rest;
     store_one(MergeSquare::at(shared + Shared::inverse, first + i, first + c), t[i]);
     store_one(MergeSquare::at(shared + Shared::inverse_rest, first + i, first + c), rest);
     if (i > c) store_one(Square::at(shared + Shared::pairs, first + c, first + i), rest);
+  }
+}
+
+// The 8x8 block of T~ below two of them, 1 above 2, in float32; eight neighbouring threads a column:
+//   T~_21 = -(I + T~_22 B_2) X,    X = M_21 T_11
+__device__ __forceinline__ void merge_leaves(char* shared) {
+  for (int n = threadIdx.x; n < BLOCKS * 64; n += THREADS) {
+    const int block = n / 64, c = n % 64 / LEAF, i = n % LEAF, upper = block * 16, lower = upper + LEAF;
+    const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + (lower + i) * 17;
+    const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + lower;
+    const float* leaf_t = reinterpret_cast<const float*>(shared + Shared::leaf_t) + upper + c;
+    const float* leaf_rest = reinterpret_cast<const float*>(shared + Shared::leaf_rest) + lower;
+    float x = 0.f;
+#pragma unroll
+    for (int l = 0; l < LEAF; ++l) x += m[l] * leaf_t[l * C];
+    float rest = -x;
+    const float weighted = beta[i] * x;
+#pragma unroll
+    for (int l = 0; l < LEAF - 1; ++l) {
+      const float other = __shfl_sync(0xffffffffu, weighted, (lane_id() & ~7) + l);
+      rest -= l < i ? leaf_rest[i * C + l] * other : 0.f;
+    }
+    store_one(MergeSquare::at(shared + Shared::inverse, lower + i, upper + c), beta[i] * rest);
+    store_one(MergeSquare::at(shared + Shared::inverse, upper + c, lower + i), 0.f);
+    store_one(MergeSquare::at(shared + Shared::inverse_rest, lower + i, upper + c), rest);
+    store_one(MergeSquare::at(shared + Shared::inverse_rest, upper + c, lower + i), 0.f);
+    store_one(Square::at(shared + Shared::pairs, upper + c, lower + i), rest);
   }
 }
 
@@ -266,7 +306,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
   __syncthreads();
   tree_pairs(shared);
   __syncthreads();  // the level tiles give way to T and T~
-  invert_corners(shared);
+  invert_leaves(shared);
+  __syncthreads();
+  merge_leaves(shared);
   __syncthreads();
   merge<16>(shared);
   if constexpr (C == 64) {

@@ -1,0 +1,259 @@
+"""The KDA kernels against float64. On a CUDA machine: pytest -m gpu tests/ops (torch and pytest suffice)."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lkda.ops import kda_attention
+from lkda.ops.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
+from lkda.ops.kda import cuda, cuda_recurrent
+from tests.ops.cases import GATES, LENGTHS, kda_inputs, relative
+from tests.ops.yardstick import kda_truth, kda_yardstick, outputs_and_gradients
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: the kernels are compiled, not run"
+)
+
+PACKED = [0, 0, 5, 69, 69, 169, 170, 600, 601, 700, 700]
+HEADS = 4  # of each gate: errors of fewer numbers are too much a matter of luck to compare
+# The dimension of the heads in each result.
+HEAD_AXIS = {"final_state": 1, "dinitial_state": 1}
+
+
+def every_gate(B, T, D, *, dtype=torch.bfloat16, seed=0):
+    """Inputs of HEADS heads of every gate, one gate's beside another's."""
+    parts = [kda_inputs(B, T, HEADS, D, D, gate=gate, dtype=dtype, seed=seed + i) for i, gate in enumerate(GATES)]
+    return {name: torch.cat([x[name] for x in parts], HEAD_AXIS.get(f"d{name}", 2)).cuda() for name in parts[0]}
+
+
+def on_gpu(B, T, H, D, **options):
+    return {name: x.cuda() for name, x in kda_inputs(B, T, H, D, D, **{"dtype": torch.bfloat16} | options).items()}
+
+
+@contextmanager
+def poisoned():
+    """Memory that torch.empty hands out is full of NaN."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+def run(inputs, backend="cuda", **options):
+    with poisoned():
+        return outputs_and_gradients(kda_attention, inputs, backend=backend, **options)
+
+
+def assert_within_yardstick(inputs, **options):
+    """At most twice the yardstick's error, in every result, gate by gate."""
+    got, want, yardstick = run(inputs, **options), kda_truth(inputs, **options), kda_yardstick(inputs, **options)
+    for name in want:
+        axis = HEAD_AXIS.get(name, 2)
+        parts = [x[name].split(HEADS, axis) for x in (got, want, yardstick)]
+        for gate, mine, truth, rounded in zip(GATES, *parts):
+            error, allowed = relative(mine, truth), 2 * relative(rounded, truth) + 1e-6
+            assert error <= allowed, f"{name} at {gate} gates: {error:.2e} > {allowed:.2e}"
+
+
+def test_what_the_kernels_cannot_take_is_said():
+    device = torch.device("cuda", 0)
+    assert "heads of 32, 64, 128, got 96" in cuda.reason_cannot_run(device, 96, torch.bfloat16)
+    assert "float64" in cuda.reason_cannot_run(device, 64, torch.float64)
+    assert "not on a CUDA device" in cuda.reason_cannot_run(torch.device("cpu"), 64, torch.bfloat16)
+
+
+def test_values_wider_than_keys_are_refused():
+    inputs = kda_inputs(1, 8, 1, 32, 64, dtype=torch.bfloat16)
+    for function in (cuda.kda_cuda, cuda_recurrent.kda_cuda_recurrent):
+        arguments = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
+        with pytest.raises(ValueError, match="K and V must be equal, got K = 32 and V = 64"):
+            function(*arguments, 1.0, None, None)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_fits_the_architecture(arch):
+    kernels = cuda.kernels(arch) + cuda_recurrent.kernels(arch)
+    assert all(kernel.shared_bytes <= SHARED_BYTES_PER_BLOCK[arch] for kernel in kernels)
+    smallest = min(kernels, key=lambda kernel: kernel.module.source.stat().st_size)
+    assert smallest.module.binary(arch).resources()[smallest.entry].spill_bytes == 0
+
+
+@gpu
+@needs_gpu
+class TestError:
+    @pytest.mark.parametrize("T", LENGTHS)
+    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    def test_at_every_gate_head_size_and_length(self, D, T):
+        assert_within_yardstick(every_gate(2, T, D))
+
+    @pytest.mark.parametrize("T", [17, 65, 200])
+    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_in_other_dtypes(self, dtype, D, T):
+        assert_within_yardstick(every_gate(2, T, D, dtype=dtype))
+
+    def test_over_a_long_sequence(self):
+        assert_within_yardstick(every_gate(1, 8192, 32))
+
+    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_of_packed_sequences_with_empty_ones(self, D, dtype):
+        inputs = every_gate(1, PACKED[-1], D, dtype=dtype)
+        heads = inputs["q"].shape[2]
+        inputs["initial_state"] = torch.randn(len(PACKED) - 1, heads, D, D, device="cuda")
+        assert_within_yardstick(inputs, cu_seqlens=torch.tensor(PACKED, device="cuda"))
+
+    def test_with_beta_of_zero_and_one(self):
+        inputs = every_gate(2, 300, 64)
+        inputs["beta"] = (inputs["beta"] > 0.5).float()
+        assert_within_yardstick(inputs)
+
+    def test_with_one_key_repeated_and_beta_one(self):
+        inputs = every_gate(2, 300, 64)
+        inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"]).contiguous()
+        inputs["beta"] = torch.ones_like(inputs["beta"])
+        assert_within_yardstick(inputs)
+
+    def test_with_a_gate_of_minus_infinity(self):
+        inputs = on_gpu(2, 200, 2, 64)
+        inputs["g"][:, 70:72] = -torch.inf
+        reset = {name: x.clone() for name, x in inputs.items()}
+        reset["g"][:, 70:72] = -1e4
+        with torch.no_grad():
+            for got, want in zip(kda_attention(**inputs, backend="cuda"), kda_attention(**reset, backend="cuda")):
+                assert torch.equal(got, want)
+
+    def test_float32_inputs_keep_more_digits(self):
+        inputs = every_gate(2, 200, 64, dtype=torch.float32)
+        got, want = run(inputs), kda_truth(inputs)
+        for name, x in want.items():
+            assert relative(got[name], x) < 1e-3, name
+
+    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
+    def test_of_the_recurrence(self, D, dtype):
+        inputs = every_gate(2, 130, D, dtype=dtype)
+        with poisoned(), torch.no_grad():
+            got = kda_attention(**inputs, backend="cuda_recurrent")
+            want = kda_attention(**{name: x.double() for name, x in inputs.items()}, backend="recurrent")
+        rounding = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 5e-6}[dtype]
+        assert relative(got[0], want[0]) < rounding
+        assert relative(got[1], want[1]) < 5e-6
+
+
+@gpu
+@needs_gpu
+class TestProperties:
+    def test_strided_inputs(self):
+        fused = torch.nn.functional.normalize(torch.randn(2, 200, 3, 4, 64, device="cuda"), dim=-1).bfloat16()
+        g = -torch.rand(2, 4, 200, 64, device="cuda").transpose(1, 2)
+        inputs = dict(zip("qkv", fused.unbind(2))) | {
+            "g": g,
+            "beta": torch.rand(4, 200, 2, device="cuda").permute(2, 1, 0),
+        }
+        got, want = run(inputs), run({name: x.contiguous() for name, x in inputs.items()})
+        for name, x in want.items():
+            assert torch.equal(got[name], x), name
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        kda_attention(*leaves, backend="cuda")[0].sum().backward()  # a gradient of stride 0
+        assert all(x.grad.isfinite().all() for x in leaves)
+
+    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    def test_bitwise_equal_from_run_to_run(self, D):
+        inputs = on_gpu(2, 1500, 4, D)
+        first = run(inputs)
+        for _ in range(5):
+            again = run(inputs)
+            for name, x in first.items():
+                assert torch.equal(x, again[name]), name
+
+    def test_future_tokens_never_change_past_outputs(self):
+        one, two = on_gpu(1, 300, 2, 64, seed=0), on_gpu(1, 300, 2, 64, seed=1)
+        o, _ = kda_attention(**one, backend="cuda")
+        for t in (1, 7, 64, 100, 150, 191):
+            mixed = {name: torch.cat([one[name][:, :t], two[name][:, t:]], 1) for name in ("q", "k", "v", "g", "beta")}
+            changed, _ = kda_attention(**mixed, initial_state=one["initial_state"], backend="cuda")
+            assert torch.equal(o[:, :t], changed[:, :t]), t
+
+    def test_a_state_carries_on(self):
+        inputs = on_gpu(2, 333, 2, 64, dtype=torch.float32)
+        whole, final = kda_attention(**inputs, backend="cuda")
+        state, parts = inputs.pop("initial_state"), []
+        for tokens in (slice(0, 100), slice(100, 101), slice(101, 333)):
+            o, state = kda_attention(
+                **{name: x[:, tokens] for name, x in inputs.items()}, initial_state=state, backend="cuda"
+            )
+            parts.append(o)
+        assert relative(torch.cat(parts, 1), whole) < 1e-3
+        assert relative(state, final) < 1e-3
+
+    def test_a_loss_of_the_state_alone(self):
+        inputs = on_gpu(1, 100, 2, 64, dtype=torch.float32)
+        results = []
+        for backend, dtype in (("cuda", torch.float32), ("recurrent", torch.float64)):
+            leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+            loss = kda_attention(**leaves, backend=backend)[1].square().sum()
+            results.append(torch.autograd.grad(loss, [leaves[name] for name in ("k", "v", "g", "beta")]))
+        for got, want in zip(*results):
+            assert relative(got, want) < 2e-3
+
+    def test_the_recurrence_refuses_a_gradient(self):
+        inputs = on_gpu(1, 8, 1, 64)
+        inputs["q"].requires_grad_()
+        with pytest.raises(ValueError, match="has no backward"):
+            kda_attention(**inputs, backend="cuda_recurrent")
+
+
+@gpu
+@needs_gpu
+class TestTorch:
+    def test_opcheck(self):
+        q, k, v, g, beta, state = (x.requires_grad_() for x in on_gpu(2, 100, 2, 64).values())
+        forward = (q, k, v, g, beta, state, None, 0.125, True)
+        torch.library.opcheck(torch.ops.lkda.kda_forward, forward)
+        o, _, states, corrections = torch.ops.lkda.kda_forward(*(x.detach() for x in forward[:6]), None, 0.125, True)
+        backward = (o, None, *(x.detach() for x in forward[:6]), None, states, corrections, 0.125)
+        torch.library.opcheck(torch.ops.lkda.kda_backward, backward)
+        torch.library.opcheck(torch.ops.lkda.kda_recurrent, (*(x.detach() for x in forward[:6]), None, 0.125))
+
+    def test_compiles_without_a_graph_break(self):
+        def op(**inputs):
+            return kda_attention(**inputs, backend="auto")
+
+        inputs = on_gpu(2, 100, 2, 64)
+        want = outputs_and_gradients(op, inputs)
+        for name, x in outputs_and_gradients(torch.compile(op, fullgraph=True), inputs).items():
+            assert torch.equal(x, want[name]), name
+
+    @pytest.mark.parametrize("bounds", [None, [0, 300, 300, 1000]])
+    def test_replays_in_a_cuda_graph(self, bounds):
+        inputs = on_gpu(1, 1000, 2, 64)
+        if bounds is not None:
+            inputs["initial_state"] = torch.randn(len(bounds) - 1, 2, 64, 64, device="cuda")
+            bounds = torch.tensor(bounds, device="cuda")
+        inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+
+        def step():
+            o, state = kda_attention(**inputs, cu_seqlens=bounds, backend="cuda")
+            return o, *torch.autograd.grad(o.float().square().sum() + state.sum(), list(inputs.values()))
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            for name in ("q", "k", "v"):
+                inputs[name].copy_(inputs[name].flip(1))
+            if bounds is not None:
+                bounds[1:3] -= 111  # other sequences, the same shapes
+        graph.replay()
+        torch.cuda.synchronize()
+        for got, want in zip(captured, step()):
+            assert torch.equal(got, want)
