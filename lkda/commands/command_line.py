@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import dis
 import os
 import sys
 import traceback
@@ -14,12 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, InterpolationResolutionError, MissingMandatoryValue
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, MissingMandatoryValue
 
 import lkda
 
 BAD_INPUT = 2
 FAILED = 1
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # what the user asked for, before this module asks too
+_HOME = Path(lkda.__file__).parent
 
 
 class CommandError(RuntimeError):
@@ -33,9 +36,8 @@ def readable_errors() -> Iterator[None]:
     Use it around `main()`, where it also catches what Hydra finds wrong with the command line, and around the command
     inside, where it speaks before Hydra adds a line of its own.
     """
-    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    if not full:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them and exiting with 1
+    # Hydra shall raise what it finds instead of printing it in its own way and exiting with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     except KeyboardInterrupt:
@@ -43,15 +45,12 @@ def readable_errors() -> Iterator[None]:
         raise SystemExit(130) from None
     except Exception as error:
         message = _message(error)
-        if full or message is None:
+        if TRACEBACKS or message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         if _in_a_sweep():
             raise  # an exception fails this job alone; the sweep's other jobs go on
         raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None
-    finally:
-        if not full:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def _in_a_sweep() -> bool:
@@ -68,24 +67,38 @@ def _message(error: Exception) -> str | None:
         return _configuration_message(error)
     if isinstance(error, CommandError) or (isinstance(error, ValueError) and _raised_by_lkda(error)):
         return str(error)
-    if isinstance(error, OSError) and not HydraConfig.initialized():
+    if isinstance(error, OSError) and not _inside_lkda(error):
         return f"cannot create the output directory {error.filename}: {error.strerror}."
     return None
 
 
+def _files(error: Exception) -> list[Path]:
+    """The source files that the error passed through, the raising one last."""
+    return [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
 def _raised_by_lkda(error: Exception) -> bool:
-    """Whether a `raise` of this package is where the error comes from, rather than a failing call inside it."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and Path(frames[-1][0].f_code.co_filename).is_relative_to(Path(lkda.__file__).parent)
+    """Whether a `raise` statement of this package made the error, rather than a call inside it that failed."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not Path(last.tb_frame.f_code.co_filename).is_relative_to(_HOME):
+        return False
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _inside_lkda(error: Exception) -> bool:
+    """Whether a command had begun: else Hydra failed to make the output directory."""
+    return any(path.is_relative_to(_HOME) and path != Path(__file__) for path in _files(error))
 
 
 def _configuration_message(error: Exception) -> str:
     """Hydra's own words on one line; for an unknown key, those that exist, the nearest one first."""
     text = " ".join(str(error).split("\nfull_key")[0].split())
     cause = error.__cause__
-    if not isinstance(cause, ConfigAttributeError) or not isinstance(cause.parent_node, DictConfig):
+    if not isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or not isinstance(cause.parent_node, DictConfig):
         return text
-    known = [str(key) for key in cause.parent_node]
+    known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
     near = difflib.get_close_matches(str(cause.key), known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"{text.split(' To append')[0]}{hint} It has {', '.join(known)}."

@@ -72,7 +72,7 @@ def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
 
     A run's config.yaml is only followed to this project's own data modules: `_target_` names code.
     """
-    if config.data is not None:
+    if "data" in config:
         return config.data
     recorded = trained.path.parent.parent / "config.yaml"
     if not recorded.is_file():

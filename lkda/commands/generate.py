@@ -17,10 +17,11 @@ from lkda.commands.text import encode_prompt, text_pieces
 from lkda.models.generate import generate as draw
 
 
-def generate(config: DictConfig, *, out: TextIO = sys.stdout) -> str:
+def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     """Write the prompt and the model's continuation to `out`, piece by piece; the speed goes to stderr.
 
     Args:
+        out: standard output where None.
         config: composed from configs/generate.yaml: ckpt, prompt or prompt_file (else standard input),
             max_new_tokens, temperature, top_p, seed, accelerator, backend.
     Returns: the whole text.
@@ -28,6 +29,7 @@ def generate(config: DictConfig, *, out: TextIO = sys.stdout) -> str:
         ValueError: no usable checkpoint or prompt, or a setting out of its range.
     """
     settings = plain(config)
+    out = out or sys.stdout
     device = device_of(config.accelerator)
     prompt = _prompt(config)
     trained = load_trained(config.ckpt, backend=config.backend)

@@ -35,7 +35,9 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def check_counts(config: DictConfig) -> None:
-    """Raise ValueError for a step count, interval or seed that is not a whole number in its range."""
+    """Raise ValueError for a step count, interval or seed that is not a number in its range."""
+    if not config.trainer.limit_val_batches > 0:
+        raise ValueError("trainer.limit_val_batches must be above 0: a run always validates at the end.")
     for key, least in _AT_LEAST.items():
         value = OmegaConf.select(config, key)
         if value is None and key in _MAY_BE_NULL:

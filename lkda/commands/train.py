@@ -30,6 +30,7 @@ from lkda.training.callbacks import (
 )
 from lkda.training.checkpoint import AtomicCheckpointIO, step_files
 from lkda.training.metrics_csv import MetricsCSV
+from lkda.training.optimizer import check_optimizer, check_schedule
 from lkda.training.task import LanguageModelTask
 
 PRECISION = {"cpu": "32-true", "cuda": "bf16-mixed"}
@@ -50,6 +51,8 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     quiet()
     check_counts(config)
     settings = plain(config)
+    check_optimizer(settings["optimizer"])
+    check_schedule(settings["scheduler"])
     device = device_of(config.trainer.accelerator)
     if settings["trainer"]["precision"] == "auto":
         settings["trainer"]["precision"] = PRECISION[device.type]
@@ -75,7 +78,7 @@ def precision_of(settings: dict[str, Any]) -> torch.dtype:
 
 
 def _train_in(run: RunDirectory, config: DictConfig, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     saved = run.begin(settings, resume=config.resume)
     data = instantiate(config.data)
     data.prepare()

@@ -55,10 +55,14 @@ def load(directory: str | Path, *, backend: str = "auto") -> tuple[LanguageModel
         weights = load_file(directory / "model.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{directory / 'model.safetensors'} is truncated or no safetensors file: {error}.") from error
-    if config["model"]["tie_embeddings"] and "embed_tokens.weight" in weights:
+    if config["model"].get("tie_embeddings") and "embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
     model = build_with_weights(config["model"], weights, source=directory, backend=backend)
-    return model, Tokenizer.from_file(str(directory / "tokenizer.json"))
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{directory / 'tokenizer.json'} is not a tokenizer ({error}).") from error
+    return model, tokenizer
 
 
 def build_with_weights(

@@ -14,6 +14,19 @@ from lkda.training.parameters import parameter_groups
 SCHEDULES = ("constant", "cosine", "wsd")
 
 
+def check_optimizer(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown optimiser, or a number out of its range."""
+    if config["name"] != "adamw":
+        raise ValueError(f"optimizer.name must be adamw, got {config['name']!r}.")
+    if not config["lr"] > 0:
+        raise ValueError(f"optimizer.lr must be greater than 0, got {config['lr']}.")
+    if config["weight_decay"] < 0:
+        raise ValueError(f"optimizer.weight_decay must be 0 or more, got {config['weight_decay']}.")
+    betas = list(config["betas"])
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {betas}.")
+
+
 def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.Optimizer:
     """The optimiser that `config` names.
 
@@ -21,18 +34,24 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.
         model: whose parameters it trains; weight decay acts on matrices alone.
         config: {"name": "adamw", "lr", "betas": [b1, b2], "eps", "weight_decay"}.
     Raises:
-        ValueError: an unknown name, or a number out of its range.
+        ValueError: as `check_optimizer`.
     """
-    if config["name"] != "adamw":
-        raise ValueError(f"optimizer.name must be adamw, got {config['name']!r}.")
-    if not config["lr"] > 0:
-        raise ValueError(f"optimizer.lr must be greater than 0, got {config['lr']}.")
-    if config["weight_decay"] < 0:
-        raise ValueError(f"optimizer.weight_decay must be 0 or more, got {config['weight_decay']}.")
+    check_optimizer(config)
     groups = parameter_groups(model, weight_decay=config["weight_decay"])
-    beta1, beta2 = config["betas"]
     # One fused pass over each group: on small models the optimiser is otherwise a visible part of a step.
-    return torch.optim.AdamW(groups, lr=config["lr"], betas=(beta1, beta2), eps=config["eps"], fused=True)
+    return torch.optim.AdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=config["eps"], fused=True)
+
+
+def check_schedule(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown schedule, or a number out of its range."""
+    if config["name"] not in SCHEDULES:
+        raise ValueError(f"scheduler.name must be one of {', '.join(SCHEDULES)}, got {config['name']!r}.")
+    if config["warmup_steps"] < 0:
+        raise ValueError(f"scheduler.warmup_steps must be 0 or more, got {config['warmup_steps']}.")
+    if not 0 <= config["final"] <= 1:
+        raise ValueError(f"scheduler.final must be in [0, 1], got {config['final']}.")
+    if config["name"] == "wsd" and not 0 < config["decay"] <= 1:
+        raise ValueError(f"scheduler.decay must be in (0, 1], got {config['decay']}.")
 
 
 def learning_rate_factor(config: Mapping[str, Any], *, step: int, total_steps: int) -> float:
@@ -45,15 +64,9 @@ def learning_rate_factor(config: Mapping[str, Any], *, step: int, total_steps: i
                    (warm-up, stable, decay; arXiv:2404.06395)
 
     Args:
-        config: {"name", "warmup_steps", "final", "decay"}; `decay`, a fraction of the steps, is read by wsd alone.
-    Raises:
-        ValueError: an unknown name, or a number out of its range.
+        config: {"name", "warmup_steps", "final", "decay"}, valid; `decay`, a part of the steps, is read by wsd alone.
     """
     name, warmup, final = config["name"], config["warmup_steps"], config["final"]
-    if name not in SCHEDULES:
-        raise ValueError(f"scheduler.name must be one of {', '.join(SCHEDULES)}, got {name!r}.")
-    if warmup < 0 or not 0 <= final <= 1:
-        raise ValueError(f"scheduler: warmup_steps must be >= 0 and final in [0, 1], got {warmup} and {final}.")
     if step < warmup:
         return (step + 1) / warmup
     if name == "constant":
@@ -61,7 +74,5 @@ def learning_rate_factor(config: Mapping[str, Any], *, step: int, total_steps: i
     if name == "cosine":
         progress = (step - warmup) / max(1, total_steps - warmup)
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    if not 0 < config["decay"] <= 1:
-        raise ValueError(f"scheduler.decay must be in (0, 1], got {config['decay']}.")
     remaining = (total_steps - step) / max(1.0, config["decay"] * total_steps)
     return final + (1 - final) * max(0.0, min(1.0, remaining))

@@ -1,0 +1,21 @@
+"""Composes the scripts' configurations for runs of seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def small_run(corpus: Path, *overrides: str) -> list[str]:
+    """Overrides of scripts/train.py for a few steps of a very small model on `corpus`, on the CPU."""
+    return ["debug=fast", "data=files", f"data.paths=[{corpus}]", "trainer=cpu", *overrides]
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    """The configuration of a script, as its command line would compose it."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose(name, overrides=list(overrides))

@@ -1,0 +1,191 @@
+"""A run that was stopped, by whatever means and at whatever moment, ends as one that was not."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lkda.commands.run_directory import RunDirectory
+from lkda.commands.train import train
+from lkda.training.checkpoint import step_path
+from lkda.training.metrics_csv import MetricsCSV
+from tests.commands.small import ROOT, composed, small_run
+
+LONG = ("trainer.max_steps=90", "trainer.val_check_interval=16", "checkpoint.every_n_steps=5")
+SHORT = ("trainer.max_steps=7",)  # saves every 2 steps, validates every 3 and at the end
+
+Rows = list[dict[str, str]]
+
+
+def rows(directory: Path) -> Rows:
+    """metrics.csv without the columns that tell the time."""
+    with open(directory / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in csv.DictReader(file)]
+
+
+def run(corpus: Path, directory: Path, *overrides: str) -> dict[str, Any]:
+    return train(composed("train", *small_run(corpus, *overrides)), directory)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Rows]:
+    """The rows of a run that nothing stops."""
+    known: dict[tuple[str, ...], Rows] = {}
+
+    def rows_of(overrides: tuple[str, ...]) -> Rows:
+        if overrides not in known:
+            directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+            run(corpus, directory, *overrides)
+            known[overrides] = rows(directory)
+        return known[overrides]
+
+    return rows_of
+
+
+def stopped_by(signum: int, corpus: Path, directory: Path) -> subprocess.CompletedProcess[str]:
+    """scripts/train.py as a user runs it, sent `signum` in the middle of training."""
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        *small_run(corpus, *LONG),
+        f"hydra.run.dir={directory}",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    metrics = directory / "metrics.csv"
+    while not metrics.exists() or metrics.read_text().count("\n") < 20:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def test_kill_9_in_the_middle(corpus: Path, tmp_path: Path, uninterrupted: Any, capsys: Any) -> None:
+    directory = tmp_path / "run"
+    assert stopped_by(signal.SIGKILL, corpus, directory).returncode == -signal.SIGKILL
+    assert len(rows(directory)) < len(uninterrupted(LONG))
+    assert not (directory / "summary.json").exists()
+    capsys.readouterr()
+    summary = run(corpus, directory, *LONG, "resume=true")
+    assert "resuming from step " in capsys.readouterr().out
+    assert summary["status"] == "finished"
+    assert rows(directory) == uninterrupted(LONG)
+
+
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm(signum: int, exit_code: int, corpus: Path, tmp_path: Path, uninterrupted: Any) -> None:
+    directory = tmp_path / "run"
+    done = stopped_by(signum, corpus, directory)
+    assert done.returncode == exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"hydra.run.dir={directory} resume=true" in done.stdout.replace("\n", " ")
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert step_path(directory / "checkpoints", summary["steps"]).exists()  # not a step is lost
+    run(corpus, directory, *LONG, "resume=true")
+    assert rows(directory) == uninterrupted(LONG)
+
+
+class Killed(BaseException):
+    """Ends the process in the place where it is raised, as far as a test can."""
+
+
+def test_killed_at_every_write(
+    corpus: Path, tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever file was just renamed, linked or appended to when the kill came, the resumed run is the same run."""
+    left = 0
+
+    def fatal(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            result = function(*args, **kwargs)
+            left -= 1
+            if left == 0:
+                raise Killed
+            return result
+
+        return call
+
+    monkeypatch.setattr(os, "replace", fatal(os.replace))
+    monkeypatch.setattr(os, "link", fatal(os.link))
+    monkeypatch.setattr(MetricsCSV, "log_metrics", fatal(MetricsCSV.log_metrics))
+    kills = 0
+    while True:
+        directory = tmp_path / str(kills)
+        left = kills + 1
+        try:
+            run(corpus, directory, *SHORT)
+        except Killed:
+            left = 0
+            assert run(corpus, directory, *SHORT, "resume=true")["status"] == "finished"
+            assert rows(directory) == uninterrupted(SHORT), f"killed at write {kills + 1}"
+            kills += 1
+        else:
+            break
+    assert kills > 20
+
+
+def test_a_finished_run_stays_as_it_is(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    directory = tmp_path / "run"
+    first = run(corpus, directory, *SHORT)
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run(corpus, directory, *SHORT, "resume=true") == first
+    assert "holds a finished run of 7 steps" in capsys.readouterr().out.replace("\n", "")
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()} == before
+
+
+def test_more_steps_go_on_from_the_end(corpus: Path, tmp_path: Path, uninterrupted: Any, capsys: Any) -> None:
+    """With a schedule that does not depend on the length, 4 steps and then 3 are 7 steps."""
+    directory = tmp_path / "run"
+    constant = "scheduler=constant"
+    run(corpus, directory, constant, "trainer.max_steps=6")
+    run(corpus, directory, constant, *SHORT, "resume=true")
+    assert "resuming from step 6" in capsys.readouterr().out
+    assert rows(directory) == uninterrupted((constant, *SHORT))
+
+
+def test_a_truncated_newest_checkpoint_is_passed_over(corpus: Path, tmp_path: Path, uninterrupted: Any) -> None:
+    directory = tmp_path / "run"
+    run(corpus, directory, *SHORT)
+    newest = step_path(directory / "checkpoints", 7)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"skipping a broken checkpoint: .*step_0000007\.ckpt"):
+        run(corpus, directory, *SHORT, "resume=true")
+    assert rows(directory) == uninterrupted(SHORT)
+
+
+def test_resume_starts_afresh_where_nothing_is_saved(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run(corpus, tmp_path / "run", *SHORT, "resume=true")["steps"] == 7
+    assert "nothing is saved here yet: starting afresh" in capsys.readouterr().out
+
+
+def test_a_directory_that_holds_a_run_is_refused(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path / "run", *SHORT)
+    with pytest.raises(ValueError, match=r"already holds a run. Continue it with resume=true"):
+        run(corpus, tmp_path / "run", *SHORT)
+
+
+def test_a_run_with_other_settings_does_not_resume(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path / "run", *SHORT)
+    with pytest.raises(ValueError, match=r"other settings \(model.d_model: 32 there, 64 here; optimizer.lr: "):
+        run(corpus, tmp_path / "run", *SHORT, "resume=true", "model.d_model=64", "optimizer.lr=0.5")
+
+
+def test_two_processes_do_not_share_a_directory(corpus: Path, tmp_path: Path) -> None:
+    other = RunDirectory(tmp_path / "run")
+    with pytest.raises(ValueError, match="another process is training in"):
+        run(corpus, tmp_path / "run", *SHORT)
+    other.release()
+    run(corpus, tmp_path / "run", *SHORT)

@@ -1,0 +1,78 @@
+"""An exported directory that is not what it should be is refused with one message."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+
+import lkda
+from lkda.formats import names
+from lkda.models.build import build_model
+
+MIXER = {"pattern": ["kda"], "num_heads": 2}
+CONFIG = {"vocab_size": 16, "d_model": 8, "num_layers": 2, "mlp_hidden": 12}
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    model = build_model({**CONFIG, "mixer": MIXER})
+    lkda.export(model, Tokenizer(models.BPE()), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(directory: Path, **change: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_round_trip(tie_embeddings: bool, tmp_path: Path) -> None:
+    made = {**CONFIG, "tie_embeddings": tie_embeddings, "mixer": {"pattern": ["kda", "softmax"], "num_heads": 2}}
+    model = build_model(made).eval()
+    lkda.export(model, Tokenizer(models.BPE()), tmp_path / "model")
+    loaded, _ = lkda.load(tmp_path / "model", backend="auto")
+    tokens = torch.arange(12).view(1, 12)
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert loaded.config == model.config
+    assert (loaded.lm_head.weight is loaded.embed_tokens.weight) == tie_embeddings
+
+
+def test_the_config_is_plain_and_without_a_backend(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    assert config["model_type"] == "lkda"
+    assert config["model"]["d_model"] == 8
+    assert "backend" not in config["model"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), r"is no exported model: it has no config.json"),
+        (lambda d: (d / "tokenizer.json").unlink(), r"is no exported model: it has no tokenizer.json"),
+        (lambda d: (d / "config.json").write_text("{"), r"config.json is not JSON"),
+        (lambda d: change_config(d, model_type="llama"), r"does not say model_type 'lkda'"),
+        (lambda d: change_config(d, format=2), r"does not say model_type 'lkda' and format 1"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\x00" * 40), r"truncated or no safetensors file"),
+        (
+            lambda d: change_config(d, model={**CONFIG, "d_model": 4, "tie_embeddings": True, "mixer": MIXER}),
+            r"another",
+        ),
+        (lambda d: change_config(d, model={"d_model": 8}), r"missing here: vocab_size, num_layers, mixer"),
+        (lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer.json is not a tokenizer"),
+    ],
+)
+def test_a_spoilt_directory_is_refused(spoil: Callable[[Path], object], message: str, exported: Path) -> None:
+    spoil(exported)
+    with pytest.raises(ValueError, match=message):
+        lkda.load(exported)
+
+
+def test_formats_are_found_by_name(tmp_path: Path) -> None:
+    assert "lkda" in names()
+    model = build_model({**CONFIG, "mixer": MIXER})
+    with pytest.raises(ValueError, match=r"format must be one of .*lkda.*, got 'zip'"):
+        lkda.export(model, Tokenizer(models.BPE()), tmp_path / "x", format="zip")
+    assert not (tmp_path / "x").exists()

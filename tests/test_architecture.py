@@ -1,0 +1,105 @@
+"""Imports go one way, and heavy packages are imported where they are used."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import lkda
+
+HOME = Path(lkda.__file__).parent
+# What each room may import of the others. `data` and `report` stand alone; `commands` may import all.
+MAY_IMPORT: dict[str, set[str]] = {
+    "ops": set(),
+    "models": {"ops"},
+    "training": {"models", "ops"},
+    "formats": {"models", "ops"},
+    "bench": {"models", "ops"},
+    "data": set(),
+    "report": set(),
+    "commands": {"ops", "models", "training", "formats", "bench", "data", "report"},
+}
+EVERYWHERE = "everywhere"
+# Packages and the rooms whose modules may import them at all.
+ONLY_IN = {"hydra": {"commands"}, "datasets": {"data"}, "wandb": {"training"}, "transformers": {"formats"}}
+# Packages that must not load with the package that uses them.
+NEVER_AT_IMPORT = {"wandb", "datasets", "transformers", "gguf"}
+
+FILES = sorted(HOME.rglob("*.py"))
+
+
+def imports(path: Path, *, at_import_only: bool = False) -> list[str]:
+    """The absolute names that a file imports; those inside functions only on demand, type-checking blocks never."""
+    found: list[str] = []
+
+    def walk(node: ast.AST, inside_function: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            function = inside_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if not (at_import_only and inside_function):
+                if isinstance(child, ast.Import):
+                    found.extend(alias.name for alias in child.names)
+                elif isinstance(child, ast.ImportFrom):
+                    assert child.level == 0, f"{path}: relative imports hide which room they reach"
+                    found.extend(f"{child.module}.{alias.name}" for alias in child.names)
+            walk(child, function)
+
+    walk(ast.parse(path.read_text(encoding="utf-8")), False)
+    return found
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(HOME).parts
+    return parts[0] if len(parts) > 1 else EVERYWHERE
+
+
+def test_every_room_is_listed() -> None:
+    rooms = {path.name for path in HOME.iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+    assert rooms <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HOME)))
+def test_imports_go_one_way(path: Path) -> None:
+    here = room(path)
+    if here == EVERYWHERE:
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "lkda" and len(parts) > 1 and parts[1] in MAY_IMPORT:
+            assert parts[1] == here or parts[1] in MAY_IMPORT[here], f"{here} imports {name}"
+        if parts[0] in ONLY_IN:
+            assert here in ONLY_IN[parts[0]], f"{here} imports {name}"
+        assert parts[0] != "pytorch_lightning", "import lightning"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HOME)))
+def test_heavy_packages_are_imported_where_they_are_used(path: Path) -> None:
+    assert not NEVER_AT_IMPORT & {name.split(".")[0] for name in imports(path, at_import_only=True)}
+
+
+def test_the_ops_need_torch_alone() -> None:
+    """A machine with nothing but torch can import them: everything else is hidden from the import."""
+    absent = [
+        "hydra",
+        "omegaconf",
+        "lightning",
+        "datasets",
+        "tokenizers",
+        "safetensors",
+        "wandb",
+        "rich",
+        "torchmetrics",
+    ]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import lkda, lkda.ops; print(lkda.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_said_once() -> None:
+    pyproject = tomllib.loads((HOME.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert pyproject["project"]["version"] == lkda.__version__ == importlib.metadata.version("lkda")

@@ -1,0 +1,78 @@
+"""Every configuration that is written down composes and runs, if only for a few steps."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from lkda.commands.settings import model_config, plain
+from lkda.commands.train import train
+from lkda.models.build import build_model
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# A few steps of the real thing, on little text. The model, mixer and optimiser stay the experiment's own, but narrow.
+BRIEF = (
+    "data.context=32",
+    "data.batch_size=2",
+    "model.d_model=32",
+    "model.mlp_hidden=48",
+    "model.num_heads=2",
+    "model.vocab_size=300",
+    "trainer.max_steps=2",
+    "trainer.limit_val_batches=1",
+    "sample.max_new_tokens=2",
+    "callbacks=none",
+)
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def composed(*overrides: str, with_hydra: bool = False) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides=list(overrides), return_hydra_config=with_hydra)
+
+
+def run(config: DictConfig, directory: Path) -> None:
+    summary = train(config, directory)
+    assert summary["status"] == "finished"
+    assert summary["val/loss"] < 20
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_runs(experiment: str, corpus: Path, tmp_path: Path) -> None:
+    """Each job of the sweep, where it is one."""
+    chosen = (f"experiment={experiment}", "data=files", f"data.paths=[{corpus}]", *BRIEF)
+    params = composed(*chosen, with_hydra=True).hydra.sweeper.params or {}
+    jobs = list(product(*(str(values).split(",") for values in params.values())))
+    for number, values in enumerate(jobs):
+        swept = [f"{name}={value}" for name, value in zip(params, values, strict=True)]
+        run(composed(*chosen, *swept), tmp_path / str(number))
+
+
+@pytest.mark.parametrize("debug", names("debug"))
+def test_every_debug_configuration_runs(debug: str, corpus: Path, tmp_path: Path) -> None:
+    run(composed(f"debug={debug}", "data=files", f"data.paths=[{corpus}]", *BRIEF), tmp_path / "run")
+
+
+@pytest.mark.parametrize("mixer", names("mixer"))
+@pytest.mark.parametrize("model", ["small", "base"])
+def test_every_mixer_fits_every_model(model: str, mixer: str) -> None:
+    """Built without memory: the sizes of the larger models are those that are promised."""
+    config = composed(f"model={model}", f"mixer={mixer}")
+    with torch.device("meta"):
+        built = build_model(model_config(plain(config), vocab_size=1, context=1024))
+    layers, width, head = {"small": (8, 512, 64), "base": (24, 1024, 128)}[model]
+    assert len(built.mixers()) == layers
+    assert tuple(built.embed_tokens.weight.shape) == (32000, width)
+    assert {mixer.head_dim for mixer in built.mixers()} == {head}
+
+
+@pytest.mark.parametrize("group", ["optimizer", "scheduler", "trainer", "callbacks", "logger"])
+def test_every_choice_composes(group: str) -> None:
+    for choice in names(group):
+        assert composed(f"{group}={choice}")[group] is not None

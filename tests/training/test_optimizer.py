@@ -1,0 +1,89 @@
+"""Which parameters decay, and what the learning rate does."""
+
+import pytest
+import torch
+
+from lkda.models.build import build_model
+from lkda.models.mixers import mixer_names
+from lkda.training.optimizer import build_optimizer, check_schedule, learning_rate_factor
+from lkda.training.parameters import parameter_groups
+
+ADAMW = {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+COSINE = {"name": "cosine", "warmup_steps": 10, "final": 0.1}
+WSD = {"name": "wsd", "warmup_steps": 10, "decay": 0.5, "final": 0.0}
+
+
+def tiny(mixer: str, *, tie_embeddings: bool = True) -> torch.nn.Module:
+    config = {"vocab_size": 16, "d_model": 8, "num_layers": 2, "mlp_hidden": 12, "tie_embeddings": tie_embeddings}
+    return build_model({**config, "mixer": {"pattern": [mixer], "num_heads": 2}})
+
+
+@pytest.mark.parametrize("mixer", mixer_names())
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_matrices_alone_decay(mixer: str, tie_embeddings: bool) -> None:
+    model = tiny(mixer, tie_embeddings=tie_embeddings)
+    decayed, exempt = (group["params"] for group in parameter_groups(model, weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(map(id, [*decayed, *exempt])) == sorted(names)  # each once
+    for parameter in decayed:
+        assert parameter.ndim == 2
+    free = [names[id(parameter)] for parameter in exempt]
+    assert "embed_tokens.weight" in free
+    exempt_words = ("norm", "conv", "A_log", "bias", "embed")
+    for name in names.values():
+        assert (name in free) == any(word in name for word in exempt_words), name
+
+
+def test_weight_decay_reaches_the_optimizer() -> None:
+    optimizer = build_optimizer(tiny("kda"), ADAMW)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "sgd"}, "optimizer.name must be adamw, got 'sgd'"),
+        ({"lr": 0.0}, "optimizer.lr must be greater than 0"),
+        ({"lr": float("nan")}, "optimizer.lr must be greater than 0"),
+        ({"weight_decay": -0.1}, "optimizer.weight_decay must be 0 or more"),
+        ({"betas": [0.9, 1.0]}, "optimizer.betas must be two numbers in"),
+    ],
+)
+def test_bad_optimizers_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(tiny("kda"), {**ADAMW, **change})
+
+
+def test_cosine_warms_up_and_ends_at_its_floor() -> None:
+    factors = [learning_rate_factor(COSINE, step=step, total_steps=110) for step in range(111)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1.0
+    assert factors[60] == pytest.approx(0.55)
+    assert factors[110] == pytest.approx(0.1)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_wsd_holds_and_comes_down_in_a_line() -> None:
+    factors = [learning_rate_factor(WSD, step=step, total_steps=100) for step in range(101)]
+    assert set(factors[10:50]) == {1.0}
+    assert factors[75] == pytest.approx(0.5)
+    assert factors[100] == 0.0
+
+
+def test_constant_holds() -> None:
+    constant = {"name": "constant", "warmup_steps": 0, "final": 1.0}
+    assert {learning_rate_factor(constant, step=step, total_steps=9) for step in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**COSINE, "name": "linear"}, "scheduler.name must be one of constant, cosine, wsd, got 'linear'"),
+        ({**COSINE, "warmup_steps": -1}, "warmup_steps must be 0 or more"),
+        ({**COSINE, "final": 1.5}, r"scheduler.final must be in \[0, 1\]"),
+        ({**WSD, "decay": 0.0}, r"scheduler.decay must be in \(0, 1\]"),
+    ],
+)
+def test_bad_schedules_are_refused(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_schedule(config)
