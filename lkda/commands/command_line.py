@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import dis
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -94,7 +95,7 @@ def _inside_lkda(error: Exception) -> bool:
 
 def _configuration_message(error: Exception) -> str:
     """Hydra's own words on one line; for an unknown key, those that exist, the nearest one first."""
-    text = " ".join(str(error).split("\nfull_key")[0].split())
+    text = " ".join(re.split(r"\n(?:full_key|Config search path)", str(error))[0].split())
     cause = error.__cause__
     if not isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or not isinstance(cause.parent_node, DictConfig):
         return text

@@ -13,20 +13,27 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers import WandbLogger
 
 
+class FinishingWandbLogger(WandbLogger):
+    """Lightning's logger, which also ends the W&B run when training ends: the next job of a sweep gets one of its own."""
+
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        self.experiment.finish(exit_code=0 if status == "success" else 1)
+
+
 def why_offline() -> str | None:
     """The reason why nothing can be sent now, or None."""
     import wandb
 
-    settings = wandb.Settings()
     if os.environ.get("WANDB_MODE") == "offline":
         return "WANDB_MODE=offline"
-    if not wandb.api.api_key:
-        return "no account is logged in (`wandb login`, or WANDB_API_KEY)"
-    address = urlsplit(settings.base_url)
+    address = urlsplit(wandb.setup().settings.base_url)
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
     except OSError as error:
         return f"{address.hostname} cannot be reached ({error})"
+    if not wandb.login(prompt=False, verify=False):
+        return "no account is logged in (`wandb login`, or WANDB_API_KEY)"
     return None
 
 
@@ -54,7 +61,7 @@ def wandb_logger(
     identity = Path(save_dir) / "wandb_id.txt"
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    return WandbLogger(
+    return FinishingWandbLogger(
         save_dir=save_dir,
         project=project,
         name=name,
@@ -62,7 +69,8 @@ def wandb_logger(
         tags=list(tags),
         config=config,
         id=identity.read_text(encoding="utf-8").strip(),
-        offline=reason is not None,
-        resume="allow",
-        settings=wandb.Settings(silent=True),
+        mode="online" if reason is None else "offline",
+        resume="allow" if reason is None else None,
+        # The terminal belongs to the progress bar, and is not worth recording.
+        settings=wandb.Settings(silent=True, console="off"),
     )
