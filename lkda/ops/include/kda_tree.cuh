@@ -13,10 +13,16 @@ __device__ __forceinline__ void add_to(float2& a, float2 b) {
 
 // Two channels of a leaf's tokens, read from [rows, H, D], zeros past the chunk's last token; kept as they lie in memory.
 template <class T>
+struct Packed {
+  using type = unsigned;
+};
+template <>
+struct Packed<float> {
+  using type = float2;
+};
+template <class T>
 struct Leaf {
-  struct Pair {
-    alignas(2 * sizeof(T)) T x[2];
-  };
+  using Pair = typename Packed<T>::type;
   Pair pair[LEAF];
 
   __device__ __forceinline__ void read(const T* from, const Span& span, int heads, int head, int leaf, int channel) {
@@ -27,11 +33,11 @@ struct Leaf {
   }
   __device__ __forceinline__ float2 operator[](int i) const {
     if constexpr (sizeof(T) == 2) {  // unpacked anew at each use: sixteen registers fewer
-      unsigned word = *reinterpret_cast<const unsigned*>(pair[i].x);
+      unsigned word = pair[i];
       asm volatile("" : "+r"(word));
       return unpack(T{}, word);
     } else {
-      return load_pair(pair[i].x);
+      return pair[i];
     }
   }
 };

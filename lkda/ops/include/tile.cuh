@@ -8,6 +8,12 @@
 #pragma once
 #include "mma.cuh"
 
+// x, of which the compiler knows nothing: what follows from it is computed where it is needed, not held in registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ int lane_row() { return lane_id() / 4; }
 __device__ __forceinline__ int lane_column() { return 2 * (lane_id() % 4); }
@@ -195,8 +201,9 @@ struct Tile {
       const int lane = lane_id();
       load_matrices(block.word, at(tile, row + lane % 16, column + lane / 16 * 8));
     } else {
+      const int lane = opaque(lane_id());
 #pragma unroll
-      for (int q = 0; q < 4; ++q) block.pair[q] = rounded(load_pair(at(tile, row + quadrant_row(q), column + quadrant_column(q))));
+      for (int q = 0; q < 4; ++q) block.pair[q] = rounded(load_pair(at(tile, row + q % 2 * 8 + lane / 4, column + q / 2 * 8 + lane % 4 * 2)));
     }
     return block;
   }
@@ -219,10 +226,12 @@ struct Tile {
       const int lane = lane_id();
       load_matrices_transposed(block.word, at(tile, row + lane % 8 + lane / 16 * 8, column + (lane / 8 % 2) * 8));
     } else {
+      const int lane = opaque(lane_id());
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const float* first = reinterpret_cast<const float*>(at(tile, row + quadrant_column(q), column + quadrant_row(q)));
-        const float* second = reinterpret_cast<const float*>(at(tile, row + quadrant_column(q) + 1, column + quadrant_row(q)));
+        const int r = row + q / 2 * 8 + lane % 4 * 2, c = column + q % 2 * 8 + lane / 4;
+        const float* first = reinterpret_cast<const float*>(at(tile, r, c));
+        const float* second = reinterpret_cast<const float*>(at(tile, r + 1, c));
         block.pair[q] = rounded(make_float2(*first, *second));
       }
     }

@@ -76,7 +76,7 @@ class Layout:
     def gradients_shared(self) -> int:
         C, D, size = self.chunk, self.D, self.operand
         slice_ = 32 if D == 32 or size == 4 else 64
-        small = _round_up(4 * (self.levels + 3) * self.leaves * D + 4 * C + 8 * 64 * self.leaves, 128)
+        small = _round_up(4 * (self.levels + 3) * self.leaves * D + 4 * C + 32 + 8 * 64 * self.leaves, 128)
         slices = 2 * slice_ * (D + C) * size + C * slice_ * self.item
         return small + self.levels * C * (C // 2) * size + max(slices, (C + C // 2) * (D + 8) * 4)
 

@@ -13,7 +13,7 @@
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
-constexpr int RESIDENT = sizeof(Operand) == 4 ? 1 : 512 / THREADS;  // blocks of a multiprocessor: 128 registers a thread
+constexpr int RESIDENT = sizeof(Operand) == 4 ? 1 : D == 32 ? 3 : 512 / THREADS;  // blocks of a multiprocessor: 128 registers a thread
 constexpr int SLICE = D == 32 ? 32 : sizeof(Operand) == 2 ? 64 : 32;  // of V in shared memory at a time
 constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2;                      // 16x16 blocks on and below the diagonal
 constexpr int ROUNDS = (LOWER + WARPS - 1) / WARPS;
@@ -31,7 +31,8 @@ struct Shared {
   static constexpr int straight = leaf_decay + LEAVES * D * 4;          // float [LEAVES][D]: partial sums of S0 dS1
   static constexpr int totals = straight + LEAVES * D * 4;              // float [LEVELS + 1][LEAVES][D]
   static constexpr int beta = totals + (LEVELS + 1) * LEAVES * D * 4;   // float [C]
-  static constexpr int leaf_p = beta + C * 4;                           // float [LEAVES][8][8]
+  static constexpr int place = beta + C * 4;                            // Span and head: read again after each barrier, as q and k
+  static constexpr int leaf_p = place + 32;                           // float [LEAVES][8][8]
   static constexpr int leaf_m = leaf_p + LEAVES * 64 * 4;
   static constexpr int pairs = (leaf_m + LEAVES * 64 * 4 + 127) / 128 * 128;  // LEVELS x Pairs
   static constexpr int work = pairs + LEVELS * Pairs::bytes;            // the slices, a level's operands, the exchange
@@ -51,6 +52,7 @@ static_assert(Shared::bytes == SHARED_BYTES, "cuda.py allocates what this kernel
 template <class Slice>
 __device__ __forceinline__ void fetch_rows(char* to, const char* image, int first) {
   image += Slice::bytes / SLICE * first;
+#pragma unroll 1
   for (int at = threadIdx.x * 16; at < Slice::bytes; at += THREADS * 16) copy_async(to + at, image + at);
 }
 
@@ -93,30 +95,30 @@ struct Gathered {
 
 // Pairs inside the leaf, j < i, w = decay(j..i), x = dP q_i + beta_i dM k_i:
 //   a_i += dP w k_j    b_i += dM w k_j    c_j += w x    dg_t += w k_j x, j < t <= i
-// Row i is complete when it has met all j < i: done(i, dP_ii, dq_i, its part of dk_i as a row).
+// done(i, a_i, b_i) when row i has met all j < i.
 template <class Done>
 __device__ __forceinline__ void leaf_gradients(
-    const char* shared, int leaf, const Gates& gates, const Leaf<Element>& q, const Leaf<Element>& k, const float* beta, Gathered& out,
-    float2 (&dg)[LEAF], Done done) {
+    const char* shared, int leaf, const Gates& gates, const Leaf<Element>& q, const Leaf<Element>& k, const float* beta,
+    float2 (&column)[LEAF], float2 (&dg)[LEAF], Done done) {
   const float* dp = reinterpret_cast<const float*>(shared + Shared::leaf_p) + leaf * LEAF * LEAF;
   const float* dm = reinterpret_cast<const float*>(shared + Shared::leaf_m) + leaf * LEAF * LEAF;
   float2 w[LEAF];
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
     const float2 qi = q[i], weighted = scaled(beta[i], k[i]);
-    float2 sum = make_float2(0.f, 0.f);
+    float2 a = make_float2(0.f, 0.f), b = a, sum = a;
 #pragma unroll
     for (int j = 0; j < i; ++j) {
       w[j] = times(w[j], gates.e[i]);
       const float p = dp[i * LEAF + j], m = dm[i * LEAF + j];
-      const float2 column = times(w[j], k[j]), x = fused(p, qi, scaled(m, weighted));
-      out.dq[i] = fused(p, column, out.dq[i]);
-      out.row[i] = fused(m, column, out.row[i]);
-      add_to(out.column[j], times(w[j], x));
-      add_to(sum, times(column, x));
+      const float2 decayed = times(w[j], k[j]), x = fused(p, qi, scaled(m, weighted));
+      a = fused(p, decayed, a);
+      b = fused(m, decayed, b);
+      add_to(column[j], times(w[j], x));
+      add_to(sum, times(decayed, x));
       add_to(dg[j + 1], sum);
     }
-    done(i, dp[i * LEAF + i], out.dq[i], out.row[i]);
+    done(i, a, b);
     w[i] = make_float2(1.f, 1.f);
   }
 }
@@ -155,6 +157,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
   const int warp = threadIdx.x / 32, tokens = warp % BLOCKS * 16, channels = warp / BLOCKS * 32;  // of a warp's sums
   float* betas = reinterpret_cast<float*>(shared + Shared::beta);
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<Span*>(shared + Shared::place) = span;
+    *reinterpret_cast<int*>(shared + Shared::place + 16) = head;
+  }
   if (threadIdx.x < C) betas[threadIdx.x] = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
 
   // Products with the states, summed over slices of V.
@@ -182,6 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     fetch_rows<ColumnsSlice>(shared + Shared::correction, corrections + slot * Columns::bytes, first);
     fetch_rows<ColumnsSlice>(shared + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
     constexpr int PIECE = 16 / sizeof(Element), PIECES = SLICE / PIECE;
+#pragma unroll 1
     for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
       const int t = n / PIECES, column = n % PIECES * PIECE;
       const long long row = span.start + min(t, span.tokens - 1);
@@ -250,13 +257,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     store_pairs(shared, bi, bj, dp[round], dm[round]);
   }
 
+  auto place_head = [&] { return *reinterpret_cast<const int*>(shared + Shared::place + 16); };
+  auto place = [&] { return *reinterpret_cast<const Span*>(shared + Shared::place); };
   Gates gates;
   Leaf<Element> qs, ks;  // read again after each barrier instead of held across it: registers are short
   auto read_rows = [&] {
-    qs.read(q, span, heads, head, leaf, channel);
-    ks.read(k, span, heads, head, leaf, channel);
+    qs.read(q, place(), heads, place_head(), leaf, channel);
+    ks.read(k, place(), heads, place_head(), leaf, channel);
   };
-  gates.read(g, span, heads, head, leaf, channel);
+  gates.read(g, place(), heads, place_head(), leaf, channel);
   const float* leaf_decay = reinterpret_cast<const float*>(shared + Shared::leaf_decay);
   gates.share(reinterpret_cast<float*>(shared + Shared::leaf_decay), leaf, channel);
 
@@ -308,6 +317,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   Reach near;
 #pragma unroll 1
   for (int level = 0; level < LEVELS; ++level) {
+    const int channel = opaque(threadIdx.x % (D / 2) * 2), warp = opaque(threadIdx.x / 32);
+    const int tokens = warp % BLOCKS * 16, channels = warp / BLOCKS * 32;
+    auto received = [&](int row) { return *reinterpret_cast<const float2*>(exchange + row * STRIDE + channel); };
+    auto total = [&](int which, int of) { return reinterpret_cast<float2*>(totals + (which * LEAVES + of) * D + channel); };
     const int bits = LEAF_BITS + level, half = 1 << bits, group = leaf >> (level + 1), within = (leaf & ((1 << level) - 1)) * LEAF;
     __syncthreads();  // the last results have been read
     read_rows();
@@ -394,28 +407,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     add_to(before, times(ks[j], out.column[j]));
   }
   float share[LEAF];  // of dbeta
-  const long long first_row = (static_cast<long long>(span.start + leaf * LEAF) * heads + head) * D + channel;
-  const int stride = heads * D, left = span.tokens - leaf * LEAF;
-  leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, out, dg, [&](int i, float p, float2 dq, float2 row) {
-    if (i < left) store_pair(d_q + first_row + i * stride, fused(p, ks[i], dq));
-    share[i] = ks[i].x * row.x + ks[i].y * row.y;
-    add_to(out.column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], row)));
+  auto waiting = [&](int row) { return reinterpret_cast<float2*>(exchange + row * STRIDE + channel); };  // for their turn
+  const Span here = place();
+  const int stride = heads * D, left = here.tokens - leaf * LEAF;
+  const long long first_row = (static_cast<long long>(here.start + leaf * LEAF) * heads + place_head()) * D + channel;
+#pragma unroll
+  for (int i = 0; i < LEAF; ++i) *waiting(leaf * LEAF + i) = out.dq[i];
+#pragma unroll
+  for (int i = LEAF / 2; i < LEAF; ++i) *waiting(C + leaf * LEAF / 2 + i - LEAF / 2) = out.row[i];
+  leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, out.column, dg, [&](int i, float2 a, float2 b) {
+    const float p = reinterpret_cast<const float*>(shared + Shared::leaf_p)[(leaf * LEAF + i) * LEAF + i];  // dP_ii
+    add_to(a, *waiting(leaf * LEAF + i));
+    add_to(b, i < LEAF / 2 ? out.row[i] : *waiting(C + leaf * LEAF / 2 + i - LEAF / 2));
+    if (i < left) store_pair(d_q + first_row + i * stride, fused(p, ks[i], a));
+    share[i] = ks[i].x * b.x + ks[i].y * b.y;
+    add_to(out.column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], b)));
   });
 #pragma unroll
-  for (int i = 0; i < LEAF; ++i)
+  for (int i = 0; i < LEAF; ++i) {
     if (i < left) {
       store_pair(d_k + first_row + i * stride, out.column[i]);
       store_pair(d_g + first_row + i * stride, dg[i]);
     }
+  }
+  __syncthreads();  // dq has left the exchange
   float* shares = reinterpret_cast<float*>(shared + Shared::work);  // [PARTS][C]: dbeta of 64 channels
   sum_over_channels(share, shares + (PARTS > 1 ? warp % PARTS * C : 0) + leaf * LEAF);
   __syncthreads();
-  if (threadIdx.x < span.tokens) {
+  if (threadIdx.x < here.tokens) {
     float d = 0.f;
 #pragma unroll
-    for (int n = 0; n < D / 16; ++n) d += beta_parts[(slot * (D / 16) + n) * C + threadIdx.x];
+    for (int n = 0; n < D / 16; ++n) d += beta_parts[(static_cast<long long>(blockIdx.x) * (D / 16) + n) * C + threadIdx.x];
 #pragma unroll
     for (int n = 0; n < PARTS; ++n) d += shares[n * C + threadIdx.x];
-    d_beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] = d;
+    d_beta[static_cast<long long>(here.start + threadIdx.x) * heads + place_head()] = d;
   }
 }

@@ -5,14 +5,17 @@ constexpr int STREAMS = 2;  // of values fetched beside a packet: v and dO
 #include "kda_warp_state.cuh"
 
 // Y_i . v_i over a warp's 16 columns of V, in float32: parts [C]. The rest of dbeta is in gradients.cu.
-__device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], const Block<Element> (&v)[BLOCKS]) {
+__device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], const char* values, int mine) {
   float sum[4 * BLOCKS];  // of tokens 8 i + lane_column() + {0, 1}, i the half of the index
 #pragma unroll
-  for (int i = 0; i < 2 * BLOCKS; ++i) {
-    const float2 top = get_pair(v[i / 2], i % 2 * 2), bottom = get_pair(v[i / 2], i % 2 * 2 + 1);
-    const float2 y_top = y[i / 2].pair[i % 2 * 2], y_bottom = y[i / 2].pair[i % 2 * 2 + 1];
-    sum[2 * i] = y_top.x * top.x + y_bottom.x * bottom.x;
-    sum[2 * i + 1] = y_top.y * top.y + y_bottom.y * bottom.y;
+  for (int t = 0; t < BLOCKS; ++t) {
+    const Block<Element> v = Values::load_transposed(values, t * 16, mine);
+#pragma unroll
+    for (int q = 0; q < 4; q += 2) {
+      const float2 top = get_pair(v, q), bottom = get_pair(v, q + 1);
+      sum[4 * t + q] = y[t].pair[q].x * top.x + y[t].pair[q + 1].x * bottom.x;
+      sum[4 * t + q + 1] = y[t].pair[q].y * top.y + y[t].pair[q + 1].y * bottom.y;
+    }
   }
   int count = 4 * BLOCKS;  // over the eight rows: each step halves what a lane goes on with, down to a pair
 #pragma unroll
@@ -92,21 +95,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
     const long long slot = static_cast<long long>(sequence.first_chunk + chunks - 1 - step) * heads + head;
 
-    Block<Operand> d_out[BLOCKS];  // dO^T
-#pragma unroll
-    for (int t = 0; t < BLOCKS; ++t) d_out[t] = convert<Operand>(Values::load_transposed(stage + Stage::values + Values::bytes, t * 16, mine));
+    auto d_out = [&](int t) {  // dO^T
+      return convert<Operand>(Values::load_transposed(stage + Stage::values + Values::bytes, t * 16, mine));
+    };
 
     Sum x[BLOCKS];  // dN^T, then Y^T
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) clear(x[j]);
 #pragma unroll
-    for (int i = 0; i < BLOCKS; ++i)
+    for (int i = 0; i < BLOCKS; ++i) {
+      const Block<Operand> out = d_out(i);
 #pragma unroll
       for (int j = 0; j <= i; ++j) {
         Right<Operand> p = Square::load_right_transposed(pairs, i * 16, j * 16);
         if (i == j) keep<Triangle::upper, true>(p);
-        product(x[j], d_out[i], p);
+        product(x[j], out, p);
       }
+    }
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       const Block<Operand> entry = round_to<Operand>(state[i]);
@@ -129,10 +134,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
         if (i == j) keep<Triangle::upper, false>(t);
         product(x[j], weighted[i], t);
       }
-    Block<Element> value[BLOCKS];
-#pragma unroll
-    for (int t = 0; t < BLOCKS; ++t) value[t] = Values::load_transposed(stage + Stage::values, t * 16, mine);
-    beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, value);
+    beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values, mine);
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
       write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
@@ -147,8 +149,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
+      const Block<Operand> out = d_out(t);
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) product(state[i], d_out[t], Rows::load_right_transposed(packet + Packet::qg, t * 16, i * 16));
+      for (int i = 0; i < STEPS; ++i) product(state[i], out, Rows::load_right_transposed(packet + Packet::qg, t * 16, i * 16));
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) product(state[i], weighted[t], Rows::load_right_transposed(packet + Packet::kg, t * 16, i * 16));
     }
