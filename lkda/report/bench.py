@@ -1,37 +1,55 @@
-"""A benchmark's JSON -> a table, and plots of time against the floor and of cost per token against length.
+"""A benchmark's JSON -> a table, and an operator's time for the table of runs.
 
-The JSON is {"header": {device, date, copy_gb_per_s, versions ...}, "rows": [...]}. A row holds op, backend, peer (None
-for our own), B, T, H, D, dtype, gate, mode ("fwd" or "fwd+bwd"), replay ("eager" or "graph"), ms_median, ms_p20,
-ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, peak_mib, registers, shared_bytes; and, where nothing was measured,
-its reason.
+The JSON is {"header": {device, torch, lkda, copy_gb_per_s, date}, "rows": [...]}. A row holds op, backend or peer (the
+other absent or None), B, T, H, D, dtype, gate, mode ("fwd" or "fwd+bwd"), replay ("eager" or "graph"), ms_median,
+ms_p20, ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, peak_mib, registers, shared_bytes, and where nothing was
+measured, the reason.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 from rich.table import Table
 
-from lkda.report.plots import PALETTE, STYLE, png
-from lkda.report.table import count
+from lkda.report.table import markdown_table, rich_table
 
 Row = dict[str, Any]
+KEYS = ("op", "B", "T", "H", "D", "dtype", "mode", "replay")
 
 
-def read_benchmark(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Header and rows. Raises ValueError where the file is not a benchmark's."""
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark's file."""
+
+    header: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def device(self) -> str:
+        """Where it ran."""
+        return str(self.header.get("device", "an unnamed device"))
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """Reads the JSON. Raises ValueError where the file is not a benchmark's."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return found["header"], found["rows"]
+        header, rows = found["header"], found["rows"]
+        lacking = [key for row in rows for key in KEYS if key not in row]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a benchmark's JSON ({error}); scripts/benchmark.py writes one.") from error
+    if lacking or not rows:
+        why = f"a row lacks {lacking[0]}" if lacking else "it has no rows"
+        raise ValueError(f"{path} is not a benchmark's JSON ({why}); scripts/benchmark.py writes one.")
+    return Benchmark(header, rows)
 
 
 def shape(row: Row) -> str:
@@ -44,34 +62,70 @@ def implementation(row: Row) -> str:
     return str(row.get("peer") or f"lkda {row['backend']}")
 
 
-def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table."""
-    head = ["op", "shape", "dtype", "gate", "implementation", "mode", "ms", "p20-p80", "graph ms", "x floor", "GB/s"]
-    head += ["error", "peak MiB"]
+def measured(rows: Sequence[Row], *, mode: str, replay: str = "eager") -> list[Row]:
+    """The rows of one mode that hold a time."""
+    return [row for row in rows if row["mode"] == mode and row["replay"] == replay and row.get("ms_median")]
+
+
+@dataclass(frozen=True)
+class _Column:
+    heading: str
+    write: Callable[[Row], str]
+
+
+def _number(key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(key) is None else form.format(row[key])
+
+
+def _times_the_floor(row: Row) -> str:
+    return f"{row['ms_median'] / row['floor_ms']:.2f}" if row.get("floor_ms") else ""
+
+
+NAMES = (
+    _Column("op", lambda row: row["op"]),
+    _Column("B x T x H x D", shape),
+    _Column("dtype", lambda row: row["dtype"]),
+    _Column("gate", lambda row: row.get("gate") or ""),
+    _Column("implementation", implementation),
+    _Column("mode", lambda row: row["mode"]),
+)
+NUMBERS = (
+    _Column("ms", _number("ms_median", "{:.3f}")),
+    _Column("p20-p80", lambda row: f"{row['ms_p20']:.3f}-{row['ms_p80']:.3f}"),
+    _Column("graph ms", _number("graph_ms", "{:.3f}")),
+    _Column("x floor", _times_the_floor),
+    _Column("GB/s", _number("gb_per_s", "{:,.0f}")),
+    _Column("error", _number("error", "{:.1e}")),
+    _Column("peak MiB", _number("peak_mib", "{:,.0f}")),
+    _Column("registers", _number("registers", "{}")),
+    _Column("shared KiB", lambda row: "" if row.get("shared_bytes") is None else f"{row['shared_bytes'] / 1024:.0f}"),
+)
+
+
+def as_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The headings and the cells as text: a line for each eager row, the replayed graph's time beside it.
+
+    What was not measured keeps its line, with the reason as the last cell. Columns that no row fills are left out.
+    """
     graphs = {_key(row): row.get("ms_median") for row in rows if row["replay"] == "graph"}
+    eager = [row | {"graph_ms": graphs.get(_key(row))} for row in rows if row["replay"] != "graph"]
+    timed = [row for row in eager if row.get("ms_median") is not None]
+    names = [column for column in NAMES if any(column.write(row) for row in eager)]
+    numbers = [column for column in NUMBERS if any(column.write(row) for row in timed)]
+    unmeasured = len(timed) < len(eager)
+    head = [column.heading for column in (*names, *numbers)] + (["why not"] if unmeasured else [])
     body = []
-    for row in rows:
-        if row["replay"] == "graph":
-            continue
-        cells = [row["op"], shape(row), row["dtype"], row.get("gate") or "", implementation(row), row["mode"]]
-        if row.get("ms_median") is None:
-            body.append([*cells, row.get("reason") or "not measured", *[""] * (len(head) - len(cells) - 1)])
-            continue
-        over = row["ms_median"] / row["floor_ms"] if row.get("floor_ms") else None
-        graph = graphs.get(_key(row))
-        body.append(
-            [
-                *cells,
-                f"{row['ms_median']:.3f}",
-                f"{row['ms_p20']:.3f}-{row['ms_p80']:.3f}",
-                "" if graph is None else f"{graph:.3f}",
-                "" if over is None else f"{over:.2f}",
-                "" if row.get("gb_per_s") is None else f"{row['gb_per_s']:,.0f}",
-                "" if row.get("error") is None else f"{row['error']:.1e}",
-                "" if row.get("peak_mib") is None else f"{row['peak_mib']:,.0f}",
-            ]
-        )
+    for row in eager:
+        has_time = row.get("ms_median") is not None
+        cells = [column.write(row) for column in names]
+        cells += [column.write(row) if has_time else "" for column in numbers]
+        body.append(cells + ([("" if has_time else row.get("reason") or "not said")] if unmeasured else []))
     return head, body
+
+
+def names_of(head: Sequence[str]) -> int:
+    """How many of the table's first columns are names."""
+    return sum(column.heading in head for column in NAMES)
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -80,83 +134,57 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 def as_rich(rows: Sequence[Row]) -> Table:
     """For the terminal."""
-    head, body = lines(rows)
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for n, heading in enumerate(head):
-        table.add_column(heading, justify="right" if n > 5 else "left", no_wrap=True)
-    for line in body:
-        table.add_row(*line)
-    return table
+    head, body = as_cells(rows)
+    return rich_table(head, body, names=names_of(head))
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """For a page: a pipe table."""
-    head, body = lines(rows)
-    rule = ["---" if n <= 5 else "---:" for n in range(len(head))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *body])
+    head, body = as_cells(rows)
+    return markdown_table(head, body, names=names_of(head))
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """The rows as they are, a column for each entry; of `errors`, one for each tensor."""
+    flat = [_flat(row) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _flat(row: Row) -> Row:
+    inner = {f"{key}.{name}": x for key, found in row.items() if isinstance(found, dict) for name, x in found.items()}
+    return {key: value for key, value in row.items() if not isinstance(value, dict)} | inner
+
+
+def kernel_times(rows: Sequence[Row]) -> tuple[str, dict[str, float]]:
+    """Forward+backward milliseconds of each op: our fastest backend's, eager, at the largest shape that most ops have.
+
+    Returns: what was timed, in words; op -> milliseconds. Empty where there is no such row.
+    """
+    at: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    sizes = {}
+    for row in measured(rows, mode="fwd+bwd"):
+        if row.get("peer"):
+            continue
+        key = (shape(row), row["dtype"], row["mode"])
+        sizes[key] = row["B"] * row["T"] * row["H"] * row["D"]
+        at[key][row["op"]] = min(row["ms_median"], at[key].get(row["op"], row["ms_median"]))
+    if not at:
+        return "", {}
+    best = max(at, key=lambda key: (len(at[key]), sizes[key]))
+    return f"{best[2]} at {best[0]}, {best[1]}", at[best]
 
 
 def time_bars(rows: Sequence[Row], *, mode: str) -> bytes:
-    """PNG: eager time of every implementation at every shape, log axis, a tick at each shape's floor."""
-    rows = [row for row in rows if row["mode"] == mode and row["replay"] == "eager" and row.get("ms_median")]
-    panels: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        panels[f"{row['op']}  {shape(row)}  {row['dtype']}  {row.get('gate') or ''}".strip()].append(row)
-    names = list(dict.fromkeys(implementation(row) for row in rows))
-    colours = {name: PALETTE[n % len(PALETTE)] for n, name in enumerate(names)}
-    with mpl.rc_context(STYLE):
-        height = sum(0.24 * len(panel) + 0.42 for panel in panels.values()) + 0.8
-        figure = Figure(figsize=(7.6, height), layout="constrained")
-        axes = figure.add_subplot()
-        at, ticks, labels = 0.0, [], []
-        for title, panel in panels.items():
-            axes.text(0, at - 0.15, title, transform=axes.get_yaxis_transform(), fontsize=9, weight="bold", va="bottom")
-            top = at
-            for row in sorted(panel, key=lambda row: row["ms_median"]):
-                name, ms = implementation(row), row["ms_median"]
-                at += 1
-                axes.barh(at, ms, color=colours[name], height=0.8)
-                axes.annotate(f"{ms:.3g}", (ms, at), (3, 0), textcoords="offset points", va="center", fontsize=8)
-                ticks.append(at)
-                labels.append(name)
-            if panel[0].get("floor_ms"):
-                axes.plot(
-                    [panel[0]["floor_ms"]] * 2, [top + 0.5, at + 0.5], color="#444444", linewidth=1.4, linestyle=":"
-                )
-            at += 1.7
-        axes.set_yticks(ticks, labels, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.grid(axis="y", visible=False)
-        axes.margins(x=0.1, y=0.01)
-        axes.set_xlabel(f"{mode}, ms (dotted: the floor, the bytes that must move over the memory's measured speed)")
-        return png(figure)
+    from lkda.report.bench_plots import times
+
+    return times(rows, mode=mode).light
 
 
 def cost_by_length(rows: Sequence[Row], *, mode: str) -> bytes:
-    """PNG: nanoseconds a token and head against T, for the rows of one op at H x D heads and fixed B x T."""
-    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for row in rows:
-        if row["mode"] == mode and row["replay"] == "eager" and row.get("ms_median"):
-            tokens = row["B"] * row["T"] * row["H"]
-            curves[implementation(row)].append((row["T"], row["ms_median"] * 1e6 / tokens))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-        axes = figure.add_subplot()
-        for n, (name, points) in enumerate(curves.items()):
-            xs, ys = zip(*sorted(points))
-            colour = PALETTE[n % len(PALETTE)]
-            axes.plot(xs, ys, color=colour, marker="o", markersize=4, linewidth=1.8)
-            axes.annotate(
-                name, (xs[-1], ys[-1]), (6, 0), textcoords="offset points", color=colour, va="center", fontsize=9
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.margins(x=0.14)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("sequence length T, at a fixed number of tokens")
-        axes.set_ylabel(f"{mode}, ns per token and head")
-        return png(figure)
+    from lkda.report import bench_plots
+
+    return bench_plots.cost_by_length(rows, mode=mode).light

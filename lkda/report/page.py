@@ -1,62 +1,91 @@
-"""One self-contained HTML page: the table and the plots."""
+"""One self-contained HTML page of tables and plots, for light and dark screens."""
 
 from __future__ import annotations
 
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from lkda.report.table import Row, as_lines
+from lkda.report.theme import DARK, LIGHT, Picture
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1b1b1b; --faint: #6a6a6a; --line: #e2e2e2; --back: #ffffff; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e8e8e8; --faint: #a0a0a0; --line: #333333; --back: #141414; }
-  img { filter: invert(0.92) hue-rotate(180deg); }
-}
-body { margin: 3rem auto; max-width: 74rem; padding: 0 1.5rem; background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-weight: 600; font-size: 1.6rem; } h2 { font-weight: 600; font-size: 1.1rem; margin-top: 2.5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
-th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } th { color: var(--faint); font-weight: 500; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
-p.note, li { color: var(--faint); font-size: 0.9rem; }
+_STYLE = f"""
+:root {{ color-scheme: light dark;
+  --text: {LIGHT.text}; --faint: {LIGHT.faint}; --line: {LIGHT.grid}; --back: {LIGHT.background}; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --text: {DARK.text}; --faint: {DARK.faint}; --line: {DARK.grid}; --back: {DARK.background}; }} }}
+body {{ margin: 3.5rem auto 5rem; max-width: 70rem; padding: 0 1.5rem; background: var(--back); color: var(--text);
+  font: 16px/1.55 system-ui, sans-serif; }}
+h1 {{ font-weight: 600; font-size: 1.7rem; margin: 0 0 1.5rem; }}
+h2 {{ font-weight: 600; font-size: 1.15rem; margin: 3.2rem 0 0.8rem; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-size: 0.875rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.45rem 0 0.45rem 0.9rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }}
+th {{ color: var(--faint); font-weight: 500; }}
+.name {{ text-align: left; padding-left: 0; padding-right: 0.9rem; }}
+figure {{ margin: 0; }} img {{ display: block; width: 100%; max-width: 46rem; height: auto; }}
+p.note, li {{ color: var(--faint); font-size: 0.875rem; margin: 0.35rem 0; }}
+.scroll + p.note {{ margin-top: 1rem; }} ul {{ padding-left: 1.1rem; }}
 """
 
 
-def page(
-    title: str,
-    table: Sequence[Row],
-    plots: Mapping[str, bytes],
-    *,
-    notes: Sequence[str] = (),
-    skipped: Sequence[str] = (),
-) -> str:
-    """The page as text.
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, in this order.
 
-    Args:
-        plots: heading -> PNG.
-        notes: sentences under the table.
-        skipped: what was left out, a line each.
+    Attributes:
+        heading: none for the first section, which stands under the title.
+        head, body: of the table; the first `names` columns are names.
+        notes: sentences under it.
+        pictures: alternative text -> plot.
+        items: lines of a list.
     """
-    head, body = as_lines(table)
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts.append(f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>')
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
-    for heading, png in plots.items():
-        data = base64.b64encode(png).decode()
-        parts.append(f'<h2>{html.escape(heading)}</h2><figure><img alt="{html.escape(heading)}" ')
-        parts.append(f'src="data:image/png;base64,{data}"></figure>')
-    if skipped:
-        left_out = "".join(f"<li>{html.escape(line)}</li>" for line in skipped)
-        parts.append(f"<h2>Left out</h2><ul>{left_out}</ul>")
+
+    heading: str = ""
+    head: Sequence[str] = ()
+    body: Sequence[Sequence[str]] = ()
+    names: int = 1
+    notes: Sequence[str] = ()
+    pictures: Mapping[str, Picture] = field(default_factory=dict)
+    items: Sequence[str] = ()
+
+
+def page(title: str, sections: Sequence[Section]) -> str:
+    """The page as text; whatever is in it is escaped."""
+    body = "\n".join(_section(section) for section in sections)
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
     )
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{html.escape(section.heading)}</h2>"] if section.heading else []
+    if section.body:
+        lines = "".join(_line("td", line, section.names) for line in section.body)
+        head = _line("th", section.head, section.names)
+        parts.append(f'<div class="scroll"><table><thead>{head}</thead><tbody>{lines}</tbody></table></div>')
+    parts += [f'<p class="note">{html.escape(note)}</p>' for note in section.notes]
+    parts += [_figure(name, picture) for name, picture in section.pictures.items()]
+    if section.items:
+        parts.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in section.items) + "</ul>")
+    return "".join(parts)
+
+
+def _line(tag: str, cells: Sequence[str], names: int) -> str:
+    opened = [f'<{tag} class="name">' if n < names else f"<{tag}>" for n in range(len(cells))]
+    return "<tr>" + "".join(f"{tag_}{html.escape(cell)}</{tag}>" for tag_, cell in zip(opened, cells)) + "</tr>"
+
+
+def _figure(name: str, picture: Picture) -> str:
+    return (
+        f'<figure><picture><source srcset="{_data(picture.dark)}" media="(prefers-color-scheme: dark)">'
+        f'<img alt="{html.escape(name)}" src="{_data(picture.light)}"></picture></figure>'
+    )
+
+
+def _data(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

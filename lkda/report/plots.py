@@ -2,116 +2,124 @@
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Sequence
-from typing import Any
 
-import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from lkda.report.runs import Group
-from lkda.report.table import count, memory
+from lkda.report.curves import Curve, mean_curve, running_mean
+from lkda.report.groups import Group
+from lkda.report.labels import Label, label_ends, label_points
+from lkda.report.theme import LINES, MARKERS, Picture, Theme, picture, turns
+from lkda.report.units import count, memory
 
-# Okabe and Ito's colours, which most colour-blind readers tell apart. The mixers of this package keep theirs.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-KNOWN = ("kda", "softmax", "simplified", "mla", "kda_mla_3to1", "kda_softmax_3to1")
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "figure.dpi": 160,
-    "svg.hashsalt": "lkda",
+SIZE = (7.2, 4.3)  # inches, at 200 dots each; sharp at a README's width
+NAMES = {
+    "tokens": "training tokens",
+    "seconds": "training time (s)",
+    "val/loss": "loss (nats per token)",
+    "val/bits_per_byte": "bits per byte",
 }
+# Below this many validations a run's course is told by its training loss, and the validations are points beside it.
+ENOUGH = 4
 
 
-def colours(groups: Sequence[Group]) -> dict[str, str]:
-    """A colour for each group: the mixer's own where a mixer has one group, the palette in turn where not."""
-    mixers = [group.mixer for group in groups]
-    own = len(set(mixers)) == len(mixers)
-    order = [*KNOWN, *(name for name in mixers if name not in KNOWN)] if own else [group.label for group in groups]
-    keys = {group.label: group.mixer if own else group.label for group in groups}
-    return {label: PALETTE[order.index(key) % len(PALETTE)] for label, key in keys.items()}
+def loss_curves(groups: Sequence[Group], *, x: str, y: str, bits_per_nat: float | None = None) -> Picture:
+    """Loss against `x`, the mean of a group's seeds in a band from the least to the greatest.
 
+    Args:
+        x: tokens or seconds, columns of metrics.csv.
+        y: val/loss or val/bits_per_byte.
+        bits_per_nat: bits per byte for a loss of one nat per token; gives the picture a second scale, at the right.
+    """
+    validations = [mean_curve(group.runs, x, y) for group in groups]
+    course = validations
+    by_training = min(len(curve.x) for curve in validations) < ENOUGH
+    if by_training:
+        course = [running_mean(mean_curve(group.runs, x, y.replace("val", "train"))) for group in groups]
 
-def loss_curves(groups: Sequence[Group], *, x: str, y: str) -> bytes:
-    """PNG of validation loss (or bits per byte) against `tokens` or `seconds`; training loss faint behind it."""
-    names = {"tokens": "training tokens", "seconds": "training time (s)"}
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
-        ends = []
-        for group, colour in zip(groups, colours(groups).values()):
-            for run in group.runs:
-                axes.plot(*run.curve(x, y.replace("val", "train")), color=colour, alpha=0.22, linewidth=0.9)
-                xs, ys = run.curve(x, y)
-                axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=3.5)
-            ends.append((xs[-1], ys[-1], group.label, colour))
-        _limit_to_the_interesting(axes, groups, x=x, y=y)
-        _label_ends(axes, ends)
-        axes.set_xlabel(names[x])
-        axes.set_ylabel("bits per byte" if y.endswith("bits_per_byte") else "loss (nats per token)")
-        axes.set_title("validation (points) and training (faint)", fontsize=9, color="#666666", loc="left")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
-        return png(figure)
-
-
-def loss_against_state(groups: Sequence[Group], *, y: str) -> bytes:
-    """PNG of the final loss against the bytes of state a sequence, log axis; a bar from best to worst seed."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        for group, colour in zip(groups, colours(groups).values()):
-            values, state = group.values(y), group.values("state_bytes")[0]
-            mean = sum(values) / len(values)
-            axes.errorbar(
-                state,
-                mean,
-                [[mean - min(values)], [max(values) - mean]],
-                color=colour,
-                marker="o",
-                markersize=8,
-                capsize=3,
+        labels = []
+        colours = theme.colours([group.mixer for group in groups])
+        for group, curve, points, turn in zip(groups, course, validations, turns([group.mixer for group in groups])):
+            colour = colours[group.mixer]
+            axes.plot(curve.x, curve.y, color=colour, linewidth=1.7, linestyle=LINES[turn % len(LINES)])
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+            marker = MARKERS[turn % len(MARKERS)]
+            axes.plot(points.x, points.y, color=colour, marker=marker, markersize=4.5, linestyle="none")
+            labels.append(Label(points.x[-1], points.y[-1], f"{group.label}  {points.y[-1]:.3f}", colour))
+        axes.set_ylim(*_interesting(course + validations))
+        axes.set_xlim(left=0)
+        axes.set_xlabel(NAMES[x])
+        axes.set_ylabel(("training " if by_training else "validation ") + NAMES[y])
+        if by_training:
+            axes.set_title(
+                "Lines: training, smoothed. Points and numbers: validation.", fontsize=9, color=theme.faint, loc="left"
             )
-            axes.annotate(group.label, (state, mean), (9, 6), textcoords="offset points", color=colour, fontsize=9)
+        if bits_per_nat is not None:
+            _second_scale(axes, bits_per_nat, theme)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+        label_ends(axes, labels)
+        end = max(label.x for label in labels)
+        axes.set_xticks([tick for tick in MaxNLocator(6).tick_values(0, end) if tick <= end * 1.02])
+        return figure
+
+    return picture(draw)
+
+
+def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
+    """The final loss against the bytes of state a sequence, log axis; a bar from best to worst seed."""
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        labels = []
+        colours = theme.colours([group.mixer for group in groups])
+        for group, turn in zip(groups, turns([group.mixer for group in groups])):
+            values, state = group.values(y), group.mean("state_bytes")
+            mean, colour = group.mean(y), colours[group.mixer]
+            marker = MARKERS[turn % len(MARKERS)]
+            bar = [[mean - min(values)], [max(values) - mean]]
+            axes.errorbar(state, mean, bar, color=colour, marker=marker, markersize=8, elinewidth=1.4, capsize=0)
+            labels.append(Label(state, mean, group.label, colour))
         axes.set_xscale("log", base=2)
-        axes.margins(x=0.25, y=0.2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: memory(x)))
+        axes.margins(x=0.15, y=0.15)
+        exponents = [math.log2(label.x) for label in labels]
+        middle, reach = (max(exponents) + min(exponents)) / 2, max(2.0, (max(exponents) - min(exponents)) * 0.65)
+        axes.set_xlim(2 ** (middle - reach), 2 ** (middle + reach))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: memory(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("state of one sequence at the training context")
-        axes.set_ylabel("bits per byte" if y.endswith("bits_per_byte") else "validation loss (nats per token)")
-        return png(figure)
+        axes.set_ylabel("validation " + NAMES[y])
+        if any(len(group.runs) > 1 for group in groups):
+            axes.set_title("Bars: from the best to the worst seed.", fontsize=9, color=theme.faint, loc="left")
+        label_points(axes, labels)
+        return figure
+
+    return picture(draw)
 
 
-def _limit_to_the_interesting(axes: Axes, groups: Sequence[Group], *, x: str, y: str) -> None:
-    """Cuts off the first steep fall: the top of the picture is a little above the first validation."""
-    curves = [run.curve(x, y)[1] for group in groups for run in group.runs]
-    low, high = min(map(min, curves)), max(curve[0] for curve in curves)
-    room = 0.08 * max(high - low, 0.05 * high)
-    axes.set_ylim(low - room, high + 2 * room)
-    axes.margins(x=0.02)
+def _interesting(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Limits that leave out the first steep fall: the top is where the highest curve is after 8% of its way."""
+    starts = []
+    for curve in curves:
+        later = [y for x, y in zip(curve.x, curve.high) if x >= 0.08 * curve.x[-1]]
+        starts.append(later[0])
+    low, high = min(min(curve.low) for curve in curves), max(starts)
+    room = 0.06 * max(high - low, 0.02 * abs(high))
+    return low - room, high + room
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Each curve's name at its end, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    step = (high - low) * 0.055
-    placed: list[float] = []
-    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
-        height = max(y, placed[-1] + step) if placed else y
-        placed.append(height)
-        axes.annotate(label, (x, height), (6, 0), textcoords="offset points", color=colour, va="center", fontsize=9)
-    right = max(end[0] for end in ends)
-    axes.set_xlim(right=right * 1.26)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file's content."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def _second_scale(axes: Axes, bits_per_nat: float, theme: Theme) -> None:
+    """Bits per byte at the right of an axis in nats per token."""
+    scale = axes.secondary_yaxis(
+        "right", functions=(lambda y: np.multiply(y, bits_per_nat), lambda y: np.divide(y, bits_per_nat))
+    )
+    scale.set_ylabel(NAMES["val/bits_per_byte"], color=theme.faint)
+    scale.tick_params(colors=theme.faint, labelcolor=theme.faint)
+    scale.spines["right"].set_visible(False)

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from lkda.report.files import write_atomically
-from lkda.report.table import as_markdown
+from lkda.report.table import as_cells, markdown_table
 
 _BLOCK = re.compile(r"<!-- results:(?P<name>[\w-]+) -->\n.*?<!-- /results:(?P=name) -->", re.DOTALL)
 
@@ -30,7 +30,7 @@ def fill(text: str, results: Path) -> str:
             )
         found = json.loads(path.read_text(encoding="utf-8"))
         notes = " ".join(found["notes"])
-        return f"<!-- results:{name} -->\n{as_markdown(found['rows'])}\n{notes}\n<!-- /results:{name} -->"
+        return f"<!-- results:{name} -->\n{markdown_table(*as_cells(found['rows']))}\n{notes}\n<!-- /results:{name} -->"
 
     return _BLOCK.sub(block, text)
 

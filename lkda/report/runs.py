@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import defaultdict
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What a table or a plot cannot do without.
+import yaml
+
+# What a table or a plot cannot do without; numbers but for the mixer.
 REQUIRED = ("mixer", "val/loss", "val/bits_per_byte", "state_bytes", "tokens", "tokens_per_s", "params")
-# What tells two groups of runs apart besides the mixer, where it differs between them.
-DISTINGUISHING = ("model", "data", "context", "learning_rate", "tokens", "backend", "device")
 
 
 @dataclass(frozen=True)
@@ -21,67 +21,79 @@ class Run:
     """One finished run.
 
     Attributes:
+        config: config.yaml, nested.
         summary: what summary.json holds.
         metrics: the rows of metrics.csv, numbers, only the columns that a row fills.
     """
 
     directory: Path
+    config: dict[str, Any]
     summary: dict[str, Any]
     metrics: list[dict[str, float]]
-
-    def curve(self, x: str, y: str) -> tuple[list[float], list[float]]:
-        """The rows that hold both columns."""
-        rows = [row for row in self.metrics if x in row and y in row]
-        return [row[x] for row in rows], [row[y] for row in rows]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seed alone.
-
-    Attributes:
-        label: the mixer, and what tells this group from the other groups of that mixer.
-    """
-
-    label: str
-    mixer: str
-    runs: list[Run]
-
-    def values(self, key: str) -> list[float]:
-        """That entry of each run's summary."""
-        return [float(run.summary[key]) for run in self.runs]
 
 
 def read_run(directory: Path) -> Run:
     """Reads a run directory. Raises ValueError with the reason why it is none, or not yet one."""
     if not directory.is_dir():
         raise ValueError("not a directory")
-    summary_path = directory / "summary.json"
-    if not summary_path.is_file():
-        started = (directory / "config.yaml").is_file() and (directory / "metrics.csv").is_file()
+    if not (directory / "summary.json").is_file():
+        started = (directory / "config.yaml").is_file()
         raise ValueError("no summary.json: still running, or killed" if started else "no summary.json: not a run")
+    summary = _read_summary(directory / "summary.json")
+    config = _read_config(directory / "config.yaml")
+    return Run(directory, config, summary, _read_metrics(directory / "metrics.csv"))
+
+
+def _read(path: Path) -> str:
     try:
-        summary = json.loads(summary_path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no {path.name}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} cannot be read ({error})") from error
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(_read(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"summary.json is not JSON ({error})") from error
     if not isinstance(summary, dict):
         raise ValueError("summary.json holds no table of values")
     if summary.get("status") != "finished":
         raise ValueError(f"the run is {summary.get('status', 'of an unknown status')}, not finished")
-    missing = [key for key in REQUIRED if not isinstance(summary.get(key), (int, float, str))]
+    missing = [key for key in REQUIRED if key != "mixer" and not _is_number(summary.get(key))]
+    if not isinstance(summary.get("mixer"), str):
+        missing.insert(0, "mixer")
     if missing:
         raise ValueError(f"summary.json lacks {', '.join(missing)}")
-    return Run(directory, summary, _read_metrics(directory / "metrics.csv"))
+    return summary
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(_read(path))
+    except yaml.YAMLError as error:
+        raise ValueError("config.yaml is not YAML") from error
+    if not isinstance(config, dict):
+        raise ValueError("config.yaml holds no settings")
+    return config
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
-    if not path.is_file():
-        raise ValueError("no metrics.csv")
+    lines = _read(path).splitlines()
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(file)]
+        rows = [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(lines)]
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"metrics.csv cannot be read ({error})") from error
+    needed = {"step", "tokens", "seconds", "val/loss", "val/bits_per_byte"}
+    if not any(needed <= row.keys() for row in rows):
+        raise ValueError("metrics.csv holds no validation")
+    return rows
 
 
 def read_runs(directories: Iterable[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
@@ -95,38 +107,6 @@ def read_runs(directories: Iterable[Path]) -> tuple[list[Run], list[tuple[Path, 
     return runs, skipped
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Runs that differ in their seed alone together, best loss first."""
-    runs = list(runs)
-    varying = [key for key in DISTINGUISHING if len({_plain(run, key) for run in runs if key in run.summary}) > 1]
-    # A backend or a token count that follows from the mixer says nothing more than the mixer's name.
-    varying = [key for key in varying if not _determined_by_mixer(runs, key)]
-    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[(str(run.summary["mixer"]), *(_plain(run, key) for key in varying))].append(run)
-    labelled = [
-        Group(" · ".join([mixer, *(_show(key, value) for key, value in zip(varying, values))]), mixer, members)
-        for (mixer, *values), members in groups.items()
-    ]
-    return sorted(labelled, key=lambda group: sum(group.values("val/loss")) / len(group.runs))
-
-
-def _plain(run: Run, key: str) -> str:
-    return str(run.summary.get(key, ""))
-
-
-def _determined_by_mixer(runs: list[Run], key: str) -> bool:
-    seen: dict[str, set[str]] = defaultdict(set)
-    for run in runs:
-        seen[str(run.summary["mixer"])].add(_plain(run, key))
-    return all(len(values) == 1 for values in seen.values())
-
-
-def _show(key: str, value: str) -> str:
-    short = {"learning_rate": "lr", "tokens_per_s": "tok/s"}.get(key, key)
-    return value if key in ("model", "data", "backend", "device") else f"{short} {value}"
-
-
 def tokenizers_differ(runs: Iterable[Run]) -> bool:
     """Whether losses a token do not compare: other data, or another unigram entropy, which another tokenizer gives."""
-    return len({(_plain(run, "data"), _plain(run, "unigram_entropy")) for run in runs}) > 1
+    return len({(run.summary.get("data"), run.summary.get("unigram_entropy")) for run in runs}) > 1

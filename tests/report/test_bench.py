@@ -2,52 +2,97 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 
 import matplotlib.image
 import pytest
 
-from lkda.report import bench
-
-
-def row(backend="cuda", peer=None, mode="fwd", replay="eager", ms=0.2, T=2048, **more):
-    return {
-        "op": "kda", "backend": backend, "peer": peer, "B": 16384 // T, "T": T, "H": 16, "D": 64, "dtype": "bf16",
-        "gate": "slow", "mode": mode, "replay": replay, "ms_median": ms, "ms_p20": ms and ms * 0.98,
-        "ms_p80": ms and ms * 1.02, "floor_ms": 0.056, "gb_per_s": 900.0, "error": 4e-3, "peak_mib": 200.0,
-        "reason": None,
-    } | more  # fmt: skip
-
+from lkda.report import bench, bench_plots, bench_report
+from tests.report.conftest import bench_row
 
 ROWS = [
-    row(),
-    row(replay="graph", ms=0.15),
-    row(backend="chunk", ms=12.0),
-    row(peer="fla chunk_kda", ms=1.1),
-    row(peer="cudnn", ms=None, ms_p20=None, ms_p80=None, reason="cudnn frontend takes heads of 128 only"),
-    row(mode="fwd+bwd", ms=0.6),
+    bench_row(),
+    bench_row(replay="graph", ms=0.15),
+    bench_row(backend="chunk", ms=12.0),
+    bench_row(backend=None, peer="fla chunk_kda", ms=1.1),
+    bench_row(backend=None, peer="cudnn", ms=None, reason="takes heads of 128 only"),
+    bench_row(mode="fwd+bwd", ms=0.6),
 ]
+LENGTHS = [bench_row(op, T=2**n, B=2 ** (14 - n), ms=0.2) for n in range(10, 15) for op in ("kda", "simplified")]
 
 
 def test_the_table_joins_replay_to_eager_and_keeps_what_was_not_measured():
-    head, body = bench.lines(ROWS)
-    assert len(body) == 5
-    first = dict(zip(head, body[0]))
-    assert (first["ms"], first["graph ms"], first["x floor"]) == ("0.200", "0.150", "3.57")
-    assert "heads of 128 only" in body[3][head.index("ms")]
+    head, body = bench.as_cells(ROWS)
+    lines = [dict(zip(head, line)) for line in body]
+    assert len(lines) == 5
+    assert (lines[0]["ms"], lines[0]["graph ms"], lines[0]["x floor"]) == ("0.200", "0.150", "3.57")
+    assert [line["implementation"] for line in lines[:4]] == ["lkda cuda", "lkda chunk", "fla chunk_kda", "cudnn"]
+    assert lines[3]["why not"] == "takes heads of 128 only"
+    assert lines[3]["ms"] == ""
     assert bench.as_markdown(ROWS).count("\n") == 7
 
 
-@pytest.mark.parametrize("draw", [bench.time_bars, bench.cost_by_length])
-def test_plots_show_something(draw):
-    rows = [*ROWS, *(row(T=2**n, ms=0.2 + 0.01 * n) for n in range(10, 15))]
-    pixels = matplotlib.image.imread(io.BytesIO(draw(rows, mode="fwd")))
-    assert pixels[..., :3].std() > 0.02
+def test_csv_has_every_row_and_an_error_for_each_tensor():
+    lines = list(csv.DictReader(io.StringIO(bench.as_csv(ROWS))))
+    assert len(lines) == 6
+    assert float(lines[0]["errors.o"]) == 4e-3
 
 
-def test_a_file_of_another_kind_is_named(tmp_path):
+def test_an_operators_time_is_its_fastest_backends_where_most_operators_were_timed():
+    rows = [
+        bench_row("kda", mode="fwd+bwd", ms=0.6),
+        bench_row("kda", "chunk", mode="fwd+bwd", ms=9.0),
+        bench_row("kda", None, peer="fla", mode="fwd+bwd", ms=0.1),
+        bench_row("kda", mode="fwd+bwd", ms=7.0, T=65536),
+        bench_row("simplified", mode="fwd+bwd", ms=0.2),
+    ]
+    assert bench.kernel_times(rows) == ("fwd+bwd at 8x2048x16x64, bf16", {"kda": 0.6, "simplified": 0.2})
+    assert bench.kernel_times([bench_row()]) == ("", {})
+
+
+def test_cost_by_length_compares_the_same_number_of_tokens():
+    curves = bench_plots.by_length([*ROWS, *LENGTHS], mode="fwd")
+    assert {(name[0], name[4], len(points)) for name, points in curves.items()} == {
+        ("kda", "16K tokens", 5),
+        ("simplified", "16K tokens", 5),
+    }
+    assert next(iter(curves.values()))[0] == (1024, pytest.approx(0.2e6 / (16384 * 16)))
+
+
+@pytest.mark.parametrize(("draw", "rows"), [(bench_plots.times, ROWS), (bench_plots.cost_by_length, LENGTHS)])
+def test_plots_show_something_in_both_themes(draw, rows):
+    picture = draw(rows, mode="fwd")
+    for png, brightness in ((picture.light, 1.0), (picture.dark, 0.1)):
+        pixels = matplotlib.image.imread(io.BytesIO(png))[..., :3]
+        assert pixels[0, 0].mean() == pytest.approx(brightness, abs=0.05)
+        assert (pixels.max(-1) - pixels.min(-1) > 0.3).mean() > 0.001
+    with pytest.raises(ValueError, match="the benchmark has no"):
+        draw(rows, mode="bwd")
+
+
+def test_a_benchmark_is_written_as_table_plots_and_page(tmp_path):
+    path = tmp_path / "benchmark.json"
+    path.write_text(json.dumps({"header": {"device": "an H100", "copy_gb_per_s": 3020.4}, "rows": ROWS}))
+    bench_report.write(bench.read_benchmark(path), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"benchmark.csv", "report.html", "table.md", "time_fwd.png", "time_fwd_bwd.png"}
+    assert "an H100, copies at 3,020 GB/s." in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"rows": []}', "'header'"),
+        ('{"header": {}, "rows": []}', "it has no rows"),
+        ('{"header": {}, "rows": [{"op": "kda"}]}', "a row lacks B"),
+        ("[1]", "list indices"),
+        ("step,loss", "Expecting value"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_the_reason(tmp_path, text, reason):
     path = tmp_path / "x.json"
-    path.write_text(json.dumps({"rows": []}))
-    with pytest.raises(ValueError, match=r"x.json is not a benchmark's JSON \('header'\)"):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"x.json is not a benchmark's JSON \(" + reason):
         bench.read_benchmark(path)

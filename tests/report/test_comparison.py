@@ -1,71 +1,48 @@
-"""Run directories -> table, plots, page."""
+"""Runs -> table, plots, page; and the command."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.image
 import pytest
+from omegaconf import OmegaConf
 
-from lkda.report import table
+from lkda.commands.compare import compare as compare_command
 from lkda.report.comparison import compare
+from lkda.report.groups import group_runs
+from lkda.report.plots import loss_curves
 from lkda.report.readme import fill
-from lkda.report.runs import group_runs, read_runs
-from tests.report.conftest import write_run
+from lkda.report.runs import read_run
+from tests.report.conftest import bench_row, write_run
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 
 
-def test_seeds_are_one_row_with_mean_and_spread(runs):
-    found, skipped = read_runs(runs)
-    rows = {row["mixer"]: row for row in table.rows(group_runs(found))}
-    assert skipped == []
-    assert list(rows) == ["kda_mla_3to1", "kda", "softmax", "simplified"]
-    losses = [run.summary["val/loss"] for run in found if run.summary["mixer"] == "kda"]
-    assert rows["kda"]["seeds"] == 3
-    assert rows["kda"]["val/loss"] == pytest.approx(statistics.fmean(losses))
-    assert rows["kda"]["val/loss sd"] == pytest.approx(statistics.stdev(losses))
-    assert "val/loss sd" not in rows["softmax"]
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    """The result of a comparison with a benchmark and a run that stopped, and its directory."""
+    home = tmp_path_factory.mktemp("compared")
+    rows = [bench_row(mode=mode, ms=1.5) for mode in ("fwd", "fwd+bwd")]
+    (home / "b.json").write_text(json.dumps({"header": {"device": "an H100"}, "rows": rows}))
+    stopped = write_run(home / "stopped <1>", "kda", status="interrupted")
+    result = compare([*runs, stopped], home / "out", title="All & every mixer", benchmark=home / "b.json")
+    return result, home / "out"
 
 
-def test_what_is_no_finished_run_is_left_out_by_name(tmp_path, runs):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("x")
-    write_run(tmp_path / "stopped", "kda", status="interrupted")
-    torn = write_run(tmp_path / "torn", "kda")
-    (torn / "summary.json").write_text('{"mixer": "k')
-    running = write_run(tmp_path / "running", "kda")
-    (running / "summary.json").unlink()
-    poor = write_run(tmp_path / "poor", "kda", state_bytes=None)
-    others = [tmp_path / "empty", tmp_path / "file", tmp_path / "stopped", torn, running, poor]
-    found, skipped = read_runs([*runs, *others])
-    assert len(found) == len(runs)
-    assert {path.name: reason.split(" (")[0] for path, reason in skipped} == {
-        "empty": "no summary.json: not a run",
-        "file": "not a directory",
-        "stopped": "the run is interrupted, not finished",
-        "torn": "summary.json is not JSON",
-        "running": "no summary.json: still running, or killed",
-        "poor": "summary.json lacks state_bytes",
-    }
-    with pytest.raises(ValueError, match=r"none of the 6 directories is a finished run \(empty: no summary"):
-        compare(others, tmp_path / "out", title="t")
+def coloured(path):
+    """Where the picture is neither black nor white nor grey."""
+    pixels = matplotlib.image.imread(path)[..., :3]
+    return pixels.max(-1) - pixels.min(-1) > 0.3
 
 
-def test_what_differs_besides_the_mixer_is_in_the_label(tmp_path):
-    paths = [
-        write_run(tmp_path / "a", "kda", learning_rate=0.01),
-        write_run(tmp_path / "b", "kda", learning_rate=0.02),
-        write_run(tmp_path / "c", "softmax", learning_rate=0.02, backend="sdpa"),
-    ]
-    labels = {group.label for group in group_runs(read_runs(paths)[0])}
-    assert labels == {"kda · lr 0.01", "kda · lr 0.02", "softmax · lr 0.02"}
-
-
-def test_compare_writes_table_plots_and_page(tmp_path, runs):
-    out = tmp_path / "out"
-    result = compare(runs, out, title="All mixers", kernel_ms={"kda": 1.5})
+def test_table_plots_and_page_are_written(compared):
+    _, out = compared
     assert sorted(path.name for path in out.iterdir()) == [
         "loss_by_seconds.png",
         "loss_by_state.png",
@@ -76,32 +53,108 @@ def test_compare_writes_table_plots_and_page(tmp_path, runs):
         "table.md",
     ]
     for name in ("loss_by_tokens", "loss_by_seconds", "loss_by_state"):
-        pixels = matplotlib.image.imread(out / f"{name}.png")
-        assert pixels[..., :3].std() > 0.02
-    rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
-    assert float(rows[1]["kernel_ms"]) == 1.5
-    assert float(rows[0]["state_bytes"]) == 420_000
+        assert 0.002 < coloured(out / f"{name}.png").mean() < 0.2
+
+
+def test_the_tables_hold_the_numbers(compared):
+    result, out = compared
+    written = {row["mixer"]: row for row in csv.DictReader(io.StringIO((out / "table.csv").read_text()))}
+    assert float(written["kda"]["kernel_ms"]) == 1.5
+    assert written["softmax"]["kernel_ms"] == ""
+    assert float(written["kda_mla_3to1"]["state_bytes"]) == 210_944
     assert json.loads((out / "results.json").read_text())["rows"] == result.rows
-    page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    assert "All mixers" in page
-    assert "± " in (out / "table.md").read_text()
+    line = next(line for line in (out / "table.md").read_text().splitlines() if line.startswith("| kda |"))
+    loss = next(row for row in result.rows if row["mixer"] == "kda")
+    assert line.startswith(f"| kda | 3 | {loss['val/loss']:.3f} ± {loss['val/loss sd']:.3f} |")
+    assert "| 7.1k ± 100 |" in line
+    assert line.endswith("| 1.500 |")
+
+
+def test_the_page_stands_alone_in_light_and_dark(compared):
+    page = (compared[1] / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 * (3 + 2)
+    assert "http" not in page
+    assert "src=" not in page.replace('src="data:', "")
+    assert "prefers-color-scheme: dark" in page
+    assert "<h1>All &amp; every mixer</h1>" in page
+    assert "stopped &lt;1&gt;: the run is interrupted, not finished" in page
+
+
+def test_the_same_runs_give_the_same_pictures(compared, runs, tmp_path):
+    compare(runs, tmp_path, title="again")
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes() == (compared[1] / path.name).read_bytes()
 
 
 def test_other_data_are_compared_in_bits_per_byte(tmp_path):
-    paths = [write_run(tmp_path / "a", "kda"), write_run(tmp_path / "b", "kda", data="files", unigram_entropy=5.0)]
+    paths = [
+        write_run(tmp_path / "a", "kda"),
+        write_run(tmp_path / "b", "kda", data="files", unigram_entropy=5.0, settings={"data": {"source": "files"}}),
+    ]
     result = compare(paths, tmp_path / "out", title="t")
-    assert any("compare bits per byte" in note for note in result.notes)
+    assert any("compare in bits per byte" in note for note in result.notes)
     assert {row["mixer"] for row in result.rows} == {"kda · sotu", "kda · files"}
+    assert not any("val/loss" in row or "val/perplexity" in row for row in result.rows)
+    assert "Bits per byte against tokens" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_readme_blocks_are_filled_from_results(tmp_path, runs):
-    compare(runs, tmp_path / "results" / "demo", title="t")
-    text = "before\n<!-- results:demo -->\nold\n<!-- /results:demo -->\nafter\n"
-    filled = fill(text, tmp_path / "results")
+def test_a_course_with_few_validations_is_drawn_by_the_training_loss(tmp_path):
+    seldom = group_runs([read_run(write_run(tmp_path / "a", "kda", every=500))])
+    (tmp_path / "a.png").write_bytes(loss_curves(seldom, x="tokens", y="val/loss").light)
+    assert coloured(tmp_path / "a.png").any(axis=0).mean() > 0.5  # a line, not the one point
+
+
+def configuration(**changes):
+    return OmegaConf.create({"title": "t", "bench": None, **changes})
+
+
+def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, capsys):
+    (tmp_path / "nothing").mkdir()
+    home = runs[0].parent
+    compare_command(configuration(runs=[f"{home}/k*", f"{tmp_path}/n*"], out=f"{tmp_path}/out"))
+    shown = capsys.readouterr().out
+    assert "kda_mla_3to1" in shown
+    assert "softmax" not in shown
+    assert "nothing: no summary.json: not a run" in shown
+    assert f"{tmp_path}/out/report.html" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": "{}/non*"}, r"runs=.*/non\* matches nothing; give run directories"),
+        ({"runs": "{}"}, r"none of the 1 paths is the directory of a finished run \(.*no summary.json: not a run\)"),
+        ({"out": "{}/file"}, r"out=.*/file cannot be written: File exists"),
+        ({"bench": "{}/file"}, r"file is not a benchmark's JSON \(Expecting value"),
+        ({"bench": "{}/missing"}, r"missing is not a benchmark's JSON \(.*No such file"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(tmp_path, runs, changes, message):
+    (tmp_path / "file").write_text("text")
+    given = {"runs": f"{runs[0].parent}/*", "out": "{}/out"} | changes
+    config = configuration(**{name: value.format(tmp_path) for name, value in given.items()})
+    with pytest.raises(ValueError, match=message):
+        compare_command(config)
+
+
+def test_the_script_ends_with_one_line_and_code_2(tmp_path):
+    command = [sys.executable, str(SCRIPT), f"runs={tmp_path}/*", f"out={tmp_path}/out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: runs=")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_readme_blocks_are_filled_from_results(compared):
+    results = compared[1].parent
+    text = "before\n<!-- results:out -->\nold\n<!-- /results:out -->\nafter\n"
+    filled = fill(text, results)
     assert "old" not in filled
     assert "| kda_mla_3to1 |" in filled
+    assert "6 runs on cpu, 2 threads." in filled
     assert filled.startswith("before\n")
-    assert fill(filled, tmp_path / "results") == filled
+    assert filled.endswith("after\n")
+    assert fill(filled, results) == filled
     with pytest.raises(ValueError, match="the block results:none needs"):
-        fill(text.replace("demo", "none"), tmp_path / "results")
+        fill(text.replace(":out", ":none"), results)

@@ -1,0 +1,61 @@
+"""A benchmark -> tables, plots and a page in one directory.
+
+python -m lkda.report.bench_report FILE.json DIRECTORY
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lkda.report import bench_plots
+from lkda.report.bench import Benchmark, as_cells, as_csv, as_markdown, measured, names_of, read_benchmark
+from lkda.report.files import write_atomically
+from lkda.report.page import Section, page
+from lkda.report.theme import Picture
+
+
+def section(benchmark: Benchmark) -> Section:
+    """The benchmark as a part of a page."""
+    head, body = as_cells(benchmark.rows)
+    copy = benchmark.header.get("copy_gb_per_s")
+    facts = [benchmark.device, "" if copy is None else f"copies at {copy:,.0f} GB/s"]
+    facts += [f"{name} {benchmark.header[name]}" for name in ("torch", "lkda") if benchmark.header.get(name)]
+    notes = [", ".join(filter(None, [*facts, str(benchmark.header.get("date") or "")])) + "."]
+    return Section("Operators", head, body, names=names_of(head), notes=notes, pictures=pictures(benchmark))
+
+
+def pictures(benchmark: Benchmark) -> dict[str, Picture]:
+    """By what they show: time against the floor in each mode, and the cost by length where there are lengths."""
+    drawn = {}
+    for mode in ("fwd", "fwd+bwd"):
+        if measured(benchmark.rows, mode=mode):
+            drawn[f"time of {mode}"] = bench_plots.times(benchmark.rows, mode=mode)
+        if bench_plots.by_length(benchmark.rows, mode=mode):
+            drawn[f"cost by length of {mode}"] = bench_plots.cost_by_length(benchmark.rows, mode=mode)
+    return drawn
+
+
+def write(benchmark: Benchmark, out: Path) -> None:
+    """Writes table.md, benchmark.csv, the plots and report.html into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "table.md", as_markdown(benchmark.rows))
+    write_atomically(out / "benchmark.csv", as_csv(benchmark.rows))
+    shown = section(benchmark)
+    for name, picture in shown.pictures.items():
+        write_atomically(out / f"{name.replace(' of ', '_').replace(' ', '_').replace('+', '_')}.png", picture.light)
+    write_atomically(out / "report.html", page("Operators side by side", [shown]))
+
+
+def main() -> None:
+    """Draws a benchmark that lies on disk."""
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    try:
+        write(read_benchmark(Path(sys.argv[1])), Path(sys.argv[2]))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Runs that differ in their seed alone are one group, named by the mixer and by what tells it from the others."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lkda.report.runs import Run
+
+# Settings that change nothing that is compared. A budget and a device show in the summary.
+NEUTRAL = {
+    *("seed", "resume", "backend", "checkpoint", "sample", "logger", "callbacks", "debug"),
+    *("data.seed", "data.cache_dir", "data.num_workers"),
+    *("trainer.accelerator", "trainer.max_steps", "trainer.max_tokens", "trainer.val_check_interval"),
+    *("trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "trainer.enable_model_summary"),
+}
+# What happened, whatever was asked for.
+FACTS = ("tokens", "backend", "device", "precision")
+# Tried first, because one of these names explains the differences in many settings.
+NAMES = ("mixer.name", "model.name", "data.source")
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label: the mixer, and what tells this group from the other groups of that mixer.
+    """
+
+    label: str
+    mixer: str
+    runs: list[Run]
+
+    def values(self, key: str) -> list[float]:
+        """That entry of each run's summary."""
+        return [float(run.summary[key]) for run in self.runs]
+
+    def mean(self, key: str) -> float:
+        """Of that entry over the runs."""
+        return statistics.fmean(self.values(key))
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Groups, fewest bits per byte first."""
+    members: dict[tuple[Any, ...], list[tuple[Run, Settings]]] = defaultdict(list)
+    described = [(run, settings(run)) for run in runs]
+    telling = _telling([found for _, found in described])
+    for run, found in described:
+        members[tuple(found.get(key) for key in telling)].append((run, found))
+    groups = []
+    for same in members.values():
+        run, found = same[0]
+        mixer = str(run.summary["mixer"])
+        label = " · ".join([mixer, *(_show(key, found[key]) for key in telling if key in found and key != "mixer")])
+        groups.append(Group(label, mixer, [run for run, _ in same]))
+    return sorted(groups, key=lambda group: group.mean("val/bits_per_byte"))
+
+
+def settings(run: Run) -> Settings:
+    """What may tell runs apart, in the order in which a label would say it: dotted name -> value, as text."""
+    flat = {key: value for key, value in _flatten(run.config).items() if not _neutral(key)}
+    flat |= {key: str(run.summary[key]) for key in FACTS if key in run.summary}
+    first = {key: flat[key] for key in NAMES if key in flat}
+    return {"mixer": str(run.summary["mixer"])} | first | flat
+
+
+def _neutral(key: str) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[:n]) in NEUTRAL for n in range(1, len(parts) + 1))
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> Settings:
+    flat: Settings = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def _telling(described: Sequence[Settings]) -> list[str]:
+    """The settings that tell the runs apart, each only if those before it do not."""
+    telling = ["mixer"]
+    for key in dict.fromkeys(key for found in described for key in found):
+        seen: dict[tuple[Any, ...], set[Any]] = defaultdict(set)
+        for found in described:
+            seen[tuple(found.get(name) for name in telling)].add(found.get(key))
+        if any(len(values) > 1 for values in seen.values()):
+            telling.append(key)
+    return telling
+
+
+def _show(key: str, value: str) -> str:
+    short = key.split(".")[-1]
+    return value if short in ("name", "source", "backend", "device", "precision") else f"{short} {value}"
+
+
+def also_differing(runs: Sequence[Run]) -> list[str]:
+    """Settings outside the mixer that differ between mixers and so may explain a difference in their place."""
+    described = [settings(run) for run in runs]
+    by_mixer: dict[str, set[str]] = defaultdict(set)
+    found = []
+    for key in dict.fromkeys(key for one in described for key in one):
+        if key.split(".")[0] == "mixer" or key == "backend":
+            continue
+        by_mixer.clear()
+        for one in described:
+            by_mixer[one["mixer"]].add(one.get(key, "none"))
+        if len({frozenset(values) for values in by_mixer.values()}) > 1:
+            found.append(key)
+    return found

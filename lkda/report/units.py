@@ -1,0 +1,25 @@
+"""Numbers as people write them."""
+
+from __future__ import annotations
+
+
+def count(x: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= 0.9995 * size:  # 999,999 is 1M, not 1e+03k
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def memory(x: float) -> str:
+    """131072 -> 128 KiB"""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if x >= size:
+            shown = x / size
+            return f"{shown:.3g} {unit}" if shown < 999.5 else f"{shown:.0f} {unit}"
+    return f"{x:.0f} B"
+
+
+def length(x: float) -> str:
+    """65536 -> 64K, as sequence lengths are said."""
+    return f"{x / 2**20:g}M" if x >= 2**20 else f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"
