@@ -38,6 +38,8 @@ def check_counts(config: DictConfig) -> None:
     """Raise ValueError for a step count, interval or seed that is not a number in its range."""
     if not config.trainer.limit_val_batches > 0:
         raise ValueError("trainer.limit_val_batches must be above 0: a run always validates at the end.")
+    if config.trainer.devices != 1:
+        raise ValueError(f"trainer.devices must be 1, got {config.trainer.devices!r}: a run trains on one device.")
     for key, least in _AT_LEAST.items():
         value = OmegaConf.select(config, key)
         if value is None and key in _MAY_BE_NULL:

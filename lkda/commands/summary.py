@@ -43,7 +43,7 @@ def summarize(
     return {
         "status": status,
         "val/loss": loss,
-        "val/perplexity": None if loss is None else math.exp(loss),
+        "val/perplexity": math.exp(loss) if loss is not None and loss < 700 else None,  # a float ends at exp(709)
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
         "unigram_entropy": facts["unigram_entropy"],
         "tokens": int(tokens),

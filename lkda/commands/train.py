@@ -54,6 +54,8 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     check_optimizer(settings["optimizer"])
     check_schedule(settings["scheduler"])
     device = device_of(config.trainer.accelerator)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32 products
     if settings["trainer"]["precision"] == "auto":
         settings["trainer"]["precision"] = PRECISION[device.type]
     check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=precision_of(settings))
@@ -135,7 +137,7 @@ def _train_in(run: RunDirectory, config: DictConfig, settings: dict[str, Any], d
         )
         recorder = Recorder(every_n_steps=config.trainer.log_every_n_steps, tokens_per_step=tokens_per_step)
         callbacks = [DivergenceGuard(), recorder, checkpoints]
-        trainer = _trainer(config, settings, run, callbacks, steps=steps, resume_step=step)
+        trainer = _trainer(config, settings, run, callbacks, device=device, steps=steps, resume_step=step)
         try:
             trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
         except InterruptedRunError as error:
@@ -164,6 +166,7 @@ def _trainer(
     run: RunDirectory,
     callbacks: list[L.Callback],
     *,
+    device: torch.device,
     steps: int,
     resume_step: int,
 ) -> L.Trainer:
@@ -173,7 +176,7 @@ def _trainer(
     loggers += [instantiate(node)(save_dir=str(run.path), config=settings) for node in chosen]
     options = {key: value for key, value in settings["trainer"].items() if key != "max_tokens"}
     return instantiate(
-        {**options, "max_steps": steps, "default_root_dir": str(run.path)},
+        {**options, "accelerator": device.type, "max_steps": steps, "default_root_dir": str(run.path)},
         callbacks=callbacks + [instantiate(node) for node in config.callbacks.values() if node],
         logger=loggers,
         plugins=[AtomicCheckpointIO()],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,10 +70,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def point_to(target: Path, link: Path) -> None:
-    """Make `link` another name of the file `target`, atomically and without copying."""
+    """Make `link` another name of the file `target`, atomically; a copy where the file system has no hard links."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
-    os.link(target, temporary)
+    try:
+        os.link(target, temporary)
+    except OSError:
+        shutil.copyfile(target, temporary)
     replace_file(temporary, link)
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 
 class FinishingWandbLogger(WandbLogger):
-    """Lightning's logger, which also ends the W&B run when training ends: the next job of a sweep gets one of its own."""
+    """Lightning's logger, which also ends the W&B run with the training: a sweep's next job gets one of its own."""
 
     def finalize(self, status: str) -> None:
         super().finalize(status)

@@ -1,17 +1,13 @@
 """What each mistake is answered with: one line on stderr, exit code 2, nothing trained and nothing lost."""
 
-import os
 import re
 import runpy
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 
 import lkda
 from lkda.commands.train import train
@@ -40,6 +36,8 @@ TRAINING = [
     ("backend=cuda", r"kda\(backend='cuda'\): it needs a CUDA device and the tensors are on cpu"),
     ("backend=cudda", r"no mixer of kda has a backend 'cudda'; they have auto, .*chunk"),
     ("trainer.limit_val_batches=0", r"trainer.limit_val_batches must be above 0: a run always validates at the end"),
+    ("trainer.devices=2", r"trainer.devices must be 1, got 2"),
+    ("trainer=gpu", r"a GPU was asked for and torch sees no CUDA device; use trainer=cpu or trainer=auto"),
     # data
     ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
     ("data.paths=[]", r"data.paths is empty"),
@@ -114,20 +112,11 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     return Places(tmp, run)
 
 
-@pytest.fixture(autouse=True)
-def fresh_hydra() -> Iterator[None]:
-    """Hydra keeps global state that a script of its own process would not find."""
-    HydraConfig.instance().cfg = None
-    yield
-    GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None
-    os.environ.pop("HYDRA_FULL_ERROR", None)
-
-
 def message(
     script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """The one line that the script ends with."""
+    """The one line that the script ends with, on a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as ending:
         runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")

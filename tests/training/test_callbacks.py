@@ -57,6 +57,13 @@ def test_the_first_bad_loss_is_named(bad: float) -> None:
         step(4)
 
 
+def test_a_bad_validation_loss_stops_too() -> None:
+    trainer: Any = SimpleNamespace(global_step=9, callback_metrics={"val/loss": torch.tensor(float("nan"))})
+    model: Any = None
+    with pytest.raises(DivergedError, match="the validation loss became NaN or infinite at step 9"):
+        DivergenceGuard().on_validation_end(trainer, model)
+
+
 def test_parameters_must_be_finite_to_be_saved() -> None:
     layer = torch.nn.Linear(3, 3)
     require_finite(layer, step=7)
@@ -87,4 +94,4 @@ def test_the_overview_adds_up(mlp_hidden: int) -> None:
 
 def test_a_row_is_described_in_one_line() -> None:
     row = {"train/loss": 3.14159, "train/bits_per_byte": 1.5, "lr": 0.1, "tokens_per_s": 12345.6}
-    assert describe(row) == "loss 3.142  1.500 bits/byte  12,346 tokens/s"
+    assert describe(row) == "loss 3.142  1.500 bpb  12,346 tok/s"

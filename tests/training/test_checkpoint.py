@@ -53,6 +53,15 @@ def test_names_point_to_the_same_file(saved: Path) -> None:
     assert read_checkpoint(saved / "last.ckpt")["lkda"]["step"] == 10
 
 
+def test_a_file_system_without_links_gets_a_copy(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*arguments: object) -> None:
+        raise PermissionError("operation not permitted")
+
+    monkeypatch.setattr("os.link", no_links)
+    point_to(step_path(saved, 4), saved / "last.ckpt")
+    assert read_checkpoint(saved / "last.ckpt")["lkda"]["step"] == 4
+
+
 def test_text_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_atomically(path, "old")

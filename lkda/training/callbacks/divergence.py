@@ -52,3 +52,7 @@ class DivergenceGuard(L.Callback):
             step = int(self.first_bad_step)
             if step >= 0:
                 raise DivergedError("the loss", step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.callback_metrics["val/loss"].isfinite():
+            raise DivergedError("the validation loss", trainer.global_step)

@@ -19,8 +19,8 @@ from lkda.training.callbacks.recorder import Recorder
 
 _SHOWN = {
     "train/loss": "loss {:.3f}",
-    "train/bits_per_byte": "{:.3f} bits/byte",
-    "tokens_per_s": "{:,.0f} tokens/s",
+    "train/bits_per_byte": "{:.3f} bpb",
+    "tokens_per_s": "{:,.0f} tok/s",
     "val/loss": "val {:.3f}",
 }
 SECONDS_BETWEEN_LINES = 30
@@ -51,17 +51,18 @@ class TrainingProgress(RichProgressBar):
 
     @property
     def validation_description(self) -> str:
-        return "validate"
+        return "check"
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "train   "
+        return "train"
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
         return [
             TextColumn("{task.description}"),
-            CustomBarColumn(bar_width=10),
+            CustomBarColumn(bar_width=8),
             BatchesProcessedColumn(style=self.theme.batch_progress),
             TimeRemainingColumn(),
+            TextColumn("left"),
         ]
 
     def _row(self, trainer: L.Trainer) -> str:
@@ -69,7 +70,7 @@ class TrainingProgress(RichProgressBar):
         return describe(next(callback for callback in callbacks if isinstance(callback, Recorder)).latest)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        return {"": self._row(trainer)}
+        return {"loss": self._row(trainer).removeprefix("loss ")}
 
     def _print_line(self, trainer: L.Trainer) -> None:
         self._last_line = time.monotonic()

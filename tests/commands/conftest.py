@@ -1,0 +1,18 @@
+"""Scripts are run inside the test's process: starting a new one costs seconds."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+
+@pytest.fixture(autouse=True)
+def fresh_hydra() -> Iterator[None]:
+    """Hydra keeps global state that a script of its own process would not find."""
+    HydraConfig.instance().cfg = None
+    yield
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+    os.environ.pop("HYDRA_FULL_ERROR", None)
