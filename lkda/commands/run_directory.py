@@ -19,7 +19,7 @@ from lkda.training.checkpoint import newest_intact, write_atomically
 _FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed")
 _FIXED_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "val_check_interval", "limit_val_batches")
 # Where things lie and how many hands fetch them is free.
-_FREE = ("cache_dir", "num_workers")
+_FREE = ("cache_dir", "num_workers", "pin_memory")
 
 
 class RunDirectory:
