@@ -17,7 +17,7 @@ needs_gpu = pytest.mark.skipif(
 )
 
 PACKED = [0, 0, 5, 69, 69, 169, 170, 600, 601, 700, 700]
-HEADS = 4  # of each gate: errors of fewer numbers are too much a matter of luck to compare
+HEADS = 8  # of each gate: errors of fewer numbers are too much a matter of luck to compare
 # The dimension of the heads in each result.
 HEAD_AXIS = {"final_state": 1, "dinitial_state": 1}
 

@@ -34,11 +34,16 @@ def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -
     return reason_no_kernels(device)
 
 
+def _chunk(dtype: torch.dtype) -> int:
+    """C, tokens of a chunk."""
+    return 32 if dtype == torch.float32 else 64
+
+
 class Layout:
     """Sizes of the kernels for heads of D and a dtype, as the .cu files compute them (and check at compile time).
 
     Attributes:
-        chunk: C, tokens of a chunk. Half-precision inputs are multiplied in bf16, float32 in tf32.
+        chunk: C. Half-precision inputs are multiplied in bf16, float32 in tf32.
         packet, state, columns: bytes of a Packet, of a state [V, K] and of [V, C] in the operands' type.
         threads: of the chunk-parallel kernels.   warps: of the scans, 16 columns of V each.
     """
@@ -46,7 +51,7 @@ class Layout:
     def __init__(self, D: int, dtype: torch.dtype):
         wide = dtype == torch.float32
         self.D, self.item = D, dtype.itemsize
-        self.chunk = C = 32 if wide else 64
+        self.chunk = C = _chunk(dtype)
         self.operand = size = 4 if wide else 2
         self.levels = 2 if wide else 3
         self.leaves = C // LEAF
@@ -200,7 +205,7 @@ def _forward(
 def _forward_outputs(v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, final_state, and if kept the states [slots, H, D, D] and N~ [slots, H, D, C] as operands; uninitialised."""
     B, T, H, D = v.shape
-    C = _layout(D, v.dtype).chunk
+    C = _chunk(v.dtype)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = 0 if not keep else B * ((T + C - 1) // C) if cu_seqlens is None else T // C + N
     operand = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
