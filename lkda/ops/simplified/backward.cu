@@ -127,7 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     float2 weights[TOKENS];
     if (more) {
       const auto keep = [&](int i, float2 s, State) { weights[i] = s; };
-      shared.strips.put(walk_strip(ahead, initial, heads, ZERO, keep));
+      Product through_strip;
+      const State leaves = walk_strip(ahead, initial, heads, ZERO, through_strip, keep);
+      shared.strips.put(through_strip, leaves);
     }
     __syncthreads();
     if (more) {
@@ -153,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
         if (i % 4 == 3) keep_order();
       }
-      back_ahead.put({decay.rounded(), back});
+      back_ahead.put(decay, back);
     }
     __syncthreads();
     const unsigned number = threadIdx.x == 0 ? draw(workspace) : 0;
@@ -171,7 +173,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         weights[i] = s;
         states[i] = x;
       };
-      walk_strip(stage, initial, heads, entered, keep);
+      Product unused;
+      walk_strip(stage, initial, heads, entered, unused, keep);
       const int start = (chunks - 1 - at.rank) * CHUNK + strip * TOKENS;
       const long long token = (static_cast<long long>(at.batch) * length + start) * heads + at.head;
       const long long first = token * HEAD_DIM + 2 * lane;

@@ -60,7 +60,7 @@ def _shared_bytes(arch: str, head_dim: int, dtype: torch.dtype, packed: bool, *,
     """sizeof(Shared) of forward.cu or backward.cu, every member rounded up to 16."""
     strips = 2 * THREADS // head_dim
     chunk = _chunk(head_dim, dtype, backward=backward)
-    exchange = 16 * THREADS + -(-4 * strips // 16) * 16
+    exchange = 16 * THREADS + 8 * strips
     stage = 32 * 1024 + 4 * chunk + (4 * chunk if packed else 16)
     if not backward:
         return _stages(arch) * (stage + 32) + 3 * exchange + 48
@@ -69,7 +69,7 @@ def _shared_bytes(arch: str, head_dim: int, dtype: torch.dtype, packed: bool, *,
 
 
 @cache
-def _scan_kernel(name: str, arch: str, head_dim: int, dtype: torch.dtype, packed: bool) -> Kernel:
+def scan_kernel(name: str, arch: str, head_dim: int, dtype: torch.dtype, packed: bool) -> Kernel:
     backward = name == "backward"
     shared_bytes = _shared_bytes(arch, head_dim, dtype, packed, backward=backward)
     defines: dict[str, str | int | float] = {
@@ -85,19 +85,19 @@ def _scan_kernel(name: str, arch: str, head_dim: int, dtype: torch.dtype, packed
 
 
 @cache
-def _baseline_kernel(head_dim: int, dtype: torch.dtype) -> Kernel:
+def baseline_kernel(head_dim: int, dtype: torch.dtype) -> Kernel:
     module = Module(HERE / "baseline.cu", {"HEAD_DIM": head_dim, "ELEMENT": ELEMENTS[dtype]})
     return module.kernel("simplified_baseline", _TENSOR * 4 + "PPPPii")
 
 
 @cache
-def _step_kernel(head_dim: int, dtype: torch.dtype) -> Kernel:
+def step_kernel(head_dim: int, dtype: torch.dtype) -> Kernel:
     module = Module(HERE / "step.cu", {"HEAD_DIM": head_dim, "ELEMENT": ELEMENTS[dtype]})
     return module.kernel("simplified_step", "Pqq" * 4 + "PPPii")
 
 
 @cache
-def _mark_kernel() -> Kernel:
+def mark_kernel() -> Kernel:
     return Module(HERE / "sequences.cu", {}).kernel("simplified_mark", "PPiPPi")
 
 
@@ -110,8 +110,8 @@ def kernels(arch: str) -> list[Kernel]:
         for variant in variants
         for packed in (False, True)
     ]
-    each = [kernel(*variant) for kernel in (_baseline_kernel, _step_kernel) for variant in variants]
-    return [_scan_kernel(*scan) for scan in scans] + each + [_mark_kernel()]
+    each = [kernel(*variant) for kernel in (baseline_kernel, step_kernel) for variant in variants]
+    return [scan_kernel(*scan) for scan in scans] + each + [mark_kernel()]
 
 
 @cache
@@ -162,7 +162,7 @@ class _Workspace:
         """Mark where the packed sequences begin and end; the empty ones' rows of `result` become those of `through`."""
         N = len(cu_seqlens) - 1
         words = result[0].numel()
-        _mark_kernel()((N, 1, 1), 1024, cu_seqlens, self.marks, T, through, result, words, device=cu_seqlens.device)
+        mark_kernel()((N, 1, 1), 1024, cu_seqlens, self.marks, T, through, result, words, device=cu_seqlens.device)
 
 
 def _forward(
@@ -174,7 +174,7 @@ def _forward(
     o, final_state, entering = _forward_outputs(q, cu_seqlens, keep)
     if cu_seqlens is not None:
         workspace.mark(cu_seqlens, initial_state, final_state, T)
-    kernel = _scan_kernel("forward", _arch(q.device), D, q.dtype, cu_seqlens is not None)
+    kernel = scan_kernel("forward", _arch(q.device), D, q.dtype, cu_seqlens is not None)
     blocks = min(B * H * workspace.chunks, BLOCKS * _multiprocessors(q.device))
     kernel(
         (blocks, 1, 1),
@@ -215,7 +215,7 @@ def _backward(
     grads = _backward_outputs(q, cu_seqlens)
     if cu_seqlens is not None:
         workspace.mark(cu_seqlens, grad_final, grads[4], T)
-    kernel = _scan_kernel("backward", _arch(q.device), D, q.dtype, cu_seqlens is not None)
+    kernel = scan_kernel("backward", _arch(q.device), D, q.dtype, cu_seqlens is not None)
     blocks = min(B * H * workspace.chunks, BLOCKS * _multiprocessors(q.device))
     kernel(
         (blocks, 1, 1),
@@ -243,7 +243,7 @@ def _baseline(
     _, T, H, D = q.shape
     q, k, v = _readable(q), _readable(k), _readable(v)
     o, final_state, _ = _forward_outputs(q, cu_seqlens, False)
-    _baseline_kernel(D, q.dtype)(
+    baseline_kernel(D, q.dtype)(
         (final_state.shape[0] * H, 1, 1),
         D,
         *(*_seen(q), *_seen(k), *_seen(v), *_seen(decay)),
@@ -259,7 +259,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tupl
     o, new_state = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(state)
     arguments = [part for x in (q, k, v, decay) for part in (x, *x.stride()[:2])]
     blocks = (-(-B * H * D // 256), 1, 1)
-    _step_kernel(D, q.dtype)(blocks, 128, *arguments, state, o, new_state, B * H, H, device=q.device)
+    step_kernel(D, q.dtype)(blocks, 128, *arguments, state, o, new_state, B * H, H, device=q.device)
     return o, new_state
 
 

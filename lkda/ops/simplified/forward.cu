@@ -97,7 +97,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 
     // The summary of the chunk ahead.
     if (more) {
-      strips_ahead.put(walk_strip(ahead, initial, heads, ZERO, [](int, float2, State) {}));
+      Product through_strip;
+      const State leaves = walk_strip(ahead, initial, heads, ZERO, through_strip, [](int, float2, State) {});
+      strips_ahead.put(through_strip, leaves);
     }
     __syncthreads();
     const unsigned number = threadIdx.x == 0 ? draw(workspace) : 0;
@@ -115,7 +117,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         entering[(static_cast<long long>(at.row) * count + start / BACKWARD_CHUNK) * LANES + lane] = x;
       }
       Element* out = o + ((static_cast<long long>(at.batch) * length + start) * heads + at.head) * HEAD_DIM + 2 * lane;
-      const Summary last = walk_strip(stage, initial, heads, x, [&](int i, float2, State x) {
+      Product unused;
+      const State last = walk_strip(stage, initial, heads, x, unused, [&](int i, float2, State x) {
         const float2 r = unpack(Element{}, query[i]);
         const float2 y = make_float2(r.x * (x.x * reciprocal(x.z + 1e-30f)), r.y * (x.y * reciprocal(x.w + 1e-30f)));
         stream_pair_if(i < length - start, further(out, i, heads * ROW_BYTES), y);
@@ -123,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         if (mark.ends()) store_state(final, mark.sequence() * heads + at.head, x);
       });
       // Tokens past the end change nothing, so the last one's state is the final state.
-      if (!PACKED && at.rank == chunks - 1 && strip == STRIPS - 1) store_state(final, at.row, last.state);
+      if (!PACKED && at.rank == chunks - 1 && strip == STRIPS - 1) store_state(final, at.row, last);
     }
     if (threadIdx.x == 0) shared.drawn = item_of(number);
     if (STAGES == 2) {

@@ -186,20 +186,27 @@ __device__ __forceinline__ State written(const Stage& stage, int i, float2 weigh
 // A running product of decays. Decays of a long memory are 1 less a few units in the last place, and their rounded products
 // err all to one side: over 100,000 tokens that is 1e-4. What rounding drops is carried along.
 struct Product {
-  float value = 1.f, dropped = 0.f;
+  float value, dropped;
+
+  __device__ Product(float value = 1.f, float dropped = 0.f) : value(value), dropped(dropped) {}
 
   __device__ void by(float b) {
     const float next = b * value;
     dropped = fmaf(b, dropped, fmaf(b, value, -next));
     value = next;
   }
+  __device__ void by(Product b) {
+    const float more = value * b.dropped;
+    by(b.value);
+    dropped += more;
+  }
   __device__ float rounded() const { return value + dropped; }
 };
 
 // Walk this thread's strip on from `x`, and tell the decay through it. Where a packed sequence begins, the walk goes on from that sequence's initial state.
 template <class Stage, class Visit>
-__device__ __forceinline__ Summary walk_strip(const Stage& stage, const float* initial, int heads, State x, Visit visit) {
-  Product decay;
+__device__ __forceinline__ State walk_strip(const Stage& stage, const float* initial, int heads, State x, Product& decay,
+                                            Visit visit) {
   float4 decays;
 #pragma unroll
   for (int i = 0; i < TOKENS; ++i) {
@@ -216,7 +223,7 @@ __device__ __forceinline__ Summary walk_strip(const Stage& stage, const float* i
     visit(i, s, x);
     if (i % 4 == 3) keep_order();
   }
-  return {decay.rounded(), x};
+  return x;
 }
 
 // ---- Publishing between blocks. Every word is its own flag: the host fills the workspace with UNWRITTEN, and a word that
@@ -288,22 +295,27 @@ struct Published {
 template <bool REVERSED>
 struct Exchange {
   State states[THREADS];
-  alignas(16) float decays[STRIPS];
+  alignas(16) Product decays[STRIPS];
 
-  __device__ void put(Summary x) {
-    states[threadIdx.x] = x.state;
-    if (lane_of_thread() == 0) decays[strip_of_thread()] = x.decay;
+  __device__ void put(Product decay, State state) {
+    states[threadIdx.x] = state;
+    if (lane_of_thread() == 0) decays[strip_of_thread()] = decay;
   }
   // The n-th strip of the walk.
   __device__ Summary get(int n) const {
     const int strip = REVERSED ? STRIPS - 1 - n : n;
-    return {decays[strip], states[strip * LANES + lane_of_thread()]};
+    return {decays[strip].value, states[strip * LANES + lane_of_thread()]};
   }
   __device__ Summary all() const {
-    Summary x = get(0);
+    State x = ZERO;
+    Product decay;
 #pragma unroll
-    for (int n = 1; n < STRIPS; ++n) x = then(x, get(n));
-    return x;
+    for (int n = 0; n < STRIPS; ++n) {
+      const Summary next = get(n);
+      x = through(next.decay, x, next.state);
+      decay.by(decays[REVERSED ? STRIPS - 1 - n : n]);
+    }
+    return {decay.rounded(), x};
   }
   // The state that enters this thread's strip, if x enters the chunk.
   __device__ State entering_strip(State x) const {
@@ -359,7 +371,7 @@ struct Ancestors {
       while (!is_written(found[n].decay) || !is_written(found[n].state)) found[n] = published.read(entry + n);
       share = then(share, found[n]);
     }
-    partial.put(share);
+    partial.put({share.decay, 0.f}, share.state);
     if (strip >= HALF && ends_group && !ends_span) {
       // A barrier of the second half alone: the group is published without waiting for earlier groups.
       asm volatile("barrier.sync 1, 128;" ::: "memory");
