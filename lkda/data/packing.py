@@ -7,13 +7,14 @@ repeating its last value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
+
+from lkda.data.order import endless
 
 IGNORED = -100
 
@@ -47,15 +48,20 @@ class Rows:
         return tokens[:-1], targets
 
 
-def pack(rows: Rows, numbers: Sequence[int]) -> dict[str, Tensor]:
-    """A batch of those rows: tokens, targets int64 [1, N], cu_seqlens int32 [S + 1], of shapes that never change."""
+def cu_seqlens_length(parts: Sequence[Rows], *, batch_size: int) -> int:
+    """What suffices for every batch of every part: training and validation have one shape."""
+    return 1 + batch_size * max(rows.most_sequences for rows in parts)
+
+
+def pack(rows: Rows, numbers: Sequence[int], length: int) -> dict[str, Tensor]:
+    """A batch of those rows: tokens, targets int64 [1, N], cu_seqlens int32 [length]."""
     pairs = [rows.row(n) for n in numbers]
     tokens = np.concatenate([pair[0] for pair in pairs])
     targets = np.concatenate([pair[1] for pair in pairs])
     asked = np.concatenate([pair[1] != IGNORED for pair in pairs])
     begins = (tokens == rows.start) & asked
     begins[:: rows.context] = True
-    bounds = np.full(len(numbers) * rows.most_sequences + 1, len(tokens), dtype=np.int32)
+    bounds = np.full(length, len(tokens), dtype=np.int32)
     starts = np.flatnonzero(begins)
     bounds[: len(starts)] = starts
     return {
@@ -70,36 +76,27 @@ class TrainingBatches(Dataset[dict[str, Tensor]]):
 
     Args:
         batch_size: rows a batch, on this rank.
+        cu_seqlens_length: see the function of that name.
         rank, world_size: of data-parallel processes, which share out the rows of a step.
     """
 
-    def __init__(self, rows: Rows, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+    def __init__(
+        self, rows: Rows, *, batch_size: int, cu_seqlens_length: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.rows, self.batch_size, self.cu_seqlens_length, self.seed = rows, batch_size, cu_seqlens_length, seed
         self.rank, self.world_size = rank, world_size
-        self._order = lru_cache(maxsize=2)(self._draw_order)
-
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.rows.count)
 
     def __getitem__(self, batch: int) -> dict[str, Tensor]:
-        first = batch * self.batch_size * self.world_size + self.rank
-        numbers = range(first, first + self.batch_size * self.world_size, self.world_size)
-        places = (divmod(n, self.rows.count) for n in numbers)
-        return pack(self.rows, [int(self._order(epoch)[place]) for epoch, place in places])
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "_order"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self._order = lru_cache(maxsize=2)(self._draw_order)
+        places = (batch * self.batch_size + np.arange(self.batch_size)) * self.world_size + self.rank
+        numbers = endless(places, self.rows.count, seed=self.seed)
+        return pack(self.rows, numbers.tolist(), self.cu_seqlens_length)
 
 
 class ValidationBatches(Dataset[dict[str, Tensor]]):
     """All rows once, in order; the last batch is filled up with empty rows. With a limit, the first batches alone."""
 
-    def __init__(self, rows: Rows, *, batch_size: int, limit: int | None = None) -> None:
-        self.rows, self.batch_size, self.limit = rows, batch_size, limit
+    def __init__(self, rows: Rows, *, batch_size: int, cu_seqlens_length: int, limit: int | None = None) -> None:
+        self.rows, self.batch_size, self.cu_seqlens_length, self.limit = rows, batch_size, cu_seqlens_length, limit
 
     def __len__(self) -> int:
         batches = -(-self.rows.count // self.batch_size)
@@ -108,17 +105,5 @@ class ValidationBatches(Dataset[dict[str, Tensor]]):
     def __getitem__(self, batch: int) -> dict[str, Tensor]:
         if not 0 <= batch < len(self):
             raise IndexError(batch)
-        return pack(self.rows, range(batch * self.batch_size, (batch + 1) * self.batch_size))
-
-
-class CountFrom(Sampler[int]):
-    """start, start + 1, ... without an end."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        n = self.start
-        while True:
-            yield n
-            n += 1
+        numbers = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+        return pack(self.rows, numbers, self.cu_seqlens_length)

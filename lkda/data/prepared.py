@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
+from lkda.data.cache import building, facts_of, publish
 from lkda.data.corpus import Sources, read_documents
+from lkda.data.progress import patient_progress
 from lkda.data.tokenizer import document_start, load_tokenizer, train_tokenizer, unknown_token, vocabulary_rows
 
 # Raise it when what a directory holds changes.
-FORMAT = 1
+FORMAT = 2
 # Characters tokenised at a time: what `tokenizers` keeps of a character takes some hundred bytes until it is done.
 _AT_ONCE = 2**21
 _LONGEST_PIECE = 2**18
 # Where a long document may be cut: byte-level BPE never joins a word with a space after it.
 _SEAM = re.compile(r"(?<=\S) (?=\S)")
-# What a killed process left behind is removed after so many seconds.
-_ABANDONED_AFTER = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -53,66 +47,52 @@ class Prepared:
         return float(-(share * np.log(share)).sum())
 
 
-def default_cache_dir() -> Path:
-    """LKDA_CACHE, or ~/.cache/lkda."""
-    return Path(os.environ.get("LKDA_CACHE") or Path.home() / ".cache" / "lkda")
-
-
 def prepare_corpus(sources: Sources, *, vocab_size: int, tokenizer_path: Path | None, cache_dir: Path) -> Prepared:
     """The tokenised corpus, from the cache or built into it.
 
-    Two processes may build the same at once: each works in a directory of its own, and the first to finish gives it its
-    name. Raises ValueError for a corpus or a tokenizer that cannot be read.
+    Of processes that want the same at once, one builds and the others wait for it.
+
+    Raises: ValueError for a corpus or a tokenizer that cannot be read, or a cache that cannot be written.
     """
     given = load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
     with_tokenizer = str(vocab_size) if given is None else given.to_str()
     key = hashlib.sha256(f"{FORMAT} {sources.fingerprint()} {with_tokenizer}".encode()).hexdigest()[:32]
-    directory = cache_dir / "corpora" / key
-    if not directory.is_dir():
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(directory.parent)
-            building = Path(tempfile.mkdtemp(prefix=".building-", dir=directory.parent))
-        except OSError as error:
-            raise ValueError(f"cannot write the cache {directory.parent}: {error.strerror}. Set LKDA_CACHE.") from error
-        try:
-            _build(building, sources, given, vocab_size)
-            os.rename(building, directory)
-        except OSError:
-            if not directory.is_dir():  # else another process was first, with the same content
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return _load(directory)
+    entry = cache_dir / "corpora" / key
+    if facts_of(entry) is None:
+        with building(entry) as scratch:
+            if facts_of(entry) is None:
+                built = scratch / "entry"
+                built.mkdir()
+                publish(built, entry, _build(built, scratch / "arrow", sources, given, vocab_size))
+    return _load(entry)
 
 
-def _remove_abandoned(parent: Path) -> None:
-    for path in parent.glob(".building-*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _build(directory: Path, sources: Sources, given: Tokenizer | None, vocab_size: int) -> None:
-    console = Console(stderr=True)
-    with console.status("reading the corpus"), tempfile.TemporaryDirectory(dir=directory) as arrow:
-        train, validation = read_documents(sources, Path(arrow))
-    tokenizer = given
-    if tokenizer is None:
-        with console.status(f"training a tokenizer of {vocab_size} tokens"):
+def _build(directory: Path, arrow: Path, sources: Sources, given: Tokenizer | None, vocab_size: int) -> dict[str, int]:
+    """Fill `directory`; `arrow` is for what `datasets` keeps meanwhile. Returns the facts to keep beside the files."""
+    with patient_progress() as progress:
+        reading = progress.add_task("reading the corpus", total=None)
+        train, validation = read_documents(sources, arrow)
+        progress.remove_task(reading)
+        tokenizer = given
+        if tokenizer is None:
+            training = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=None)
             tokenizer = train_tokenizer((piece for text in train for piece in _pieces(text)), vocab_size)
-    else:
-        _check_alphabet(tokenizer, (*train, *validation))
-    tokenizer.save(str(directory / "tokenizer.json"))
-    for name, documents in (("train", train), ("validation", validation)):
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(f"tokenising {name}", total=sum(map(len, documents)))
-            parts = []
-            for batch in _batches(documents):
-                parts.append(_encode(tokenizer, batch))
-                progress.advance(task, sum(len(piece) for _, piece in batch))
-        np.save(directory / f"{name}.npy", np.concatenate(parts))
-    facts = {"validation_bytes": sum(len(text.encode()) for text in validation)}
-    (directory / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+            progress.remove_task(training)
+        else:
+            _check_alphabet(tokenizer, (*train, *validation))
+        tokenizer.save(str(directory / "tokenizer.json"))
+        for name, documents in (("train", train), ("validation", validation)):
+            np.save(directory / f"{name}.npy", _stream(tokenizer, documents, progress, f"tokenising {name}"))
+    return {"validation_bytes": sum(len(text.encode()) for text in validation)}
+
+
+def _stream(tokenizer: Tokenizer, documents: Sequence[str], progress: Progress, description: str) -> np.ndarray:
+    task = progress.add_task(description, total=sum(map(len, documents)))
+    parts = []
+    for batch in _batches(documents):
+        parts.append(_encode(tokenizer, batch))
+        progress.advance(task, sum(len(piece) for _, piece in batch))
+    return np.concatenate(parts)
 
 
 def _check_alphabet(tokenizer: Tokenizer, documents: Sequence[str]) -> None:
@@ -165,7 +145,8 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> np.ndarr
     return np.concatenate(parts)
 
 
-def _load(directory: Path) -> Prepared:
-    facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
-    train, validation = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
-    return Prepared(load_tokenizer(directory / "tokenizer.json"), train, validation, facts["validation_bytes"])
+def _load(entry: Path) -> Prepared:
+    facts = facts_of(entry)
+    assert facts is not None
+    train, validation = (np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
+    return Prepared(load_tokenizer(entry / "tokenizer.json"), train, validation, facts["validation_bytes"])

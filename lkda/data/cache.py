@@ -1,0 +1,70 @@
+"""Entries on disk: named by the content they are made from, whole or absent, made by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_FACTS = "facts.json"
+
+
+def default_cache_dir() -> Path:
+    """LKDA_CACHE, or ~/.cache/lkda."""
+    return Path(os.environ.get("LKDA_CACHE") or Path.home() / ".cache" / "lkda")
+
+
+@contextmanager
+def building(entry: Path) -> Iterator[Path]:
+    """Hold the entry's lock, which other processes wait for. Yields an empty directory to build in, gone afterwards.
+
+    Raises: ValueError where the cache cannot be written.
+    """
+    scratch = entry.with_name(f".{entry.name}.building")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(entry.with_name(f".{entry.name}.lock"), os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise _not_writable(entry, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left behind
+            scratch.mkdir()
+        except OSError as error:
+            raise _not_writable(entry, error) from error
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def _not_writable(entry: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"cannot write the cache {entry.parent}: {error.strerror}. Set data.cache_dir or LKDA_CACHE to a directory "
+        "that can be written."
+    )
+
+
+def publish(built: Path, entry: Path, facts: dict[str, Any]) -> None:
+    """Give a finished directory its name, with `facts` beside its files. A broken entry of that name gives way."""
+    sizes = {path.name: path.stat().st_size for path in built.iterdir()}
+    (built / _FACTS).write_text(json.dumps({"facts": facts, "sizes": sizes}), encoding="utf-8")
+    if entry.exists():
+        shutil.rmtree(entry)
+    os.rename(built, entry)
+
+
+def facts_of(entry: Path) -> dict[str, Any] | None:
+    """What was published with the entry; None where it is not there, or a file of it has lost its size."""
+    try:
+        record = json.loads((entry / _FACTS).read_text(encoding="utf-8"))
+        whole = all((entry / name).stat().st_size == size for name, size in record["sizes"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return record["facts"] if whole else None

@@ -1,0 +1,90 @@
+"""The DataModule of everything whose batches are functions of their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+
+
+class Numbered(Protocol):
+    """Batches by number, without an end."""
+
+    def __getitem__(self, batch: int) -> dict[str, Tensor]: ...
+
+
+class CountUp(IterableDataset[dict[str, Tensor]]):
+    """Batches start, start + 1, ..., in this order with any number of workers."""
+
+    def __init__(self, batches: Numbered, start: int) -> None:
+        self.batches, self.start = batches, start
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        # A DataLoader asks its workers in turn.
+        n, stride = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
+        while True:
+            yield self.batches[n]
+            n += stride
+
+
+class IndexedDataModule(L.LightningDataModule):
+    """Trains on the endless stream of batches from `start_batch` on, and validates on a fixed list of batches.
+
+    A subclass gives `prepare`, `training_batches` and `validation_batches`. How far training has come is counted by the
+    trainer's steps, never by what a loader has fetched, and a checkpoint holds it: `fit(ckpt_path=...)` goes on with
+    exactly the next batch.
+
+    Args:
+        num_workers: processes that make training batches; 0: the training process does.
+        pin_memory: hand batches over in pinned memory; where None, if there is a GPU.
+    """
+
+    def __init__(self, *, num_workers: int = 0, pin_memory: bool | None = None) -> None:
+        super().__init__()
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"data.num_workers must be a whole number of 0 or more, got {num_workers!r}.")
+        self.num_workers = num_workers
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.start_batch = 0
+
+    def prepare(self) -> None:
+        """Checks the options and the data, and builds what the batches need. A second call does nothing."""
+        raise NotImplementedError
+
+    def training_batches(self, *, rank: int, world_size: int) -> Numbered:
+        """Of one of `world_size` data-parallel processes."""
+        raise NotImplementedError
+
+    def validation_batches(self) -> Dataset[dict[str, Tensor]]:
+        """All of them, on every process, with a length."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        self.prepare()
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """From batch `start_batch` on, without an end."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = CountUp(self.training_batches(rank=rank, world_size=world_size), self.start_batch)
+        return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The validation batches from the first, in order."""
+        batches = self.validation_batches()
+        # Lightning would give any other sampler's batches out among the devices, some of them twice.
+        in_order: DistributedSampler[Any] = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)
+        return DataLoader(batches, batch_size=None, sampler=in_order, pin_memory=self.pin_memory)
+
+    def state_dict(self) -> dict[str, int]:
+        """The next training batch."""
+        if self.trainer is None:
+            return {"start_batch": self.start_batch}
+        return {"start_batch": self.trainer.global_step * self.trainer.accumulate_grad_batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.start_batch = state_dict["start_batch"]
