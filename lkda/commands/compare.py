@@ -23,7 +23,6 @@ def compare(config: DictConfig) -> None:
     out = Path(config.out)
     benchmark = None if config.bench is None else Path(config.bench)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         result = compare_runs(directories, out, title=config.title, benchmark=benchmark)
     except OSError as error:
         raise ValueError(f"out={out} cannot be written: {error.strerror}.") from error

@@ -49,9 +49,8 @@ def compare(directories: Sequence[Path], out: Path, *, title: str, benchmark: Pa
     notes = _notes(runs, groups, across=across)
     if kernels and kernel_ms:
         notes.append(f"kernel ms: the operator alone, {timed}, on {kernels.device}.")
-    pictures = _pictures(groups, across=across)
-
     out.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(groups, across=across)
     for name, picture in pictures.items():
         write_atomically(out / f"{name}.png", picture.light)
     head, body = table.as_cells(rows)
@@ -87,7 +86,7 @@ def _notes(runs: Sequence[Run], groups: Sequence[Group], *, across: bool) -> lis
         return sorted({str(run.summary.get(key, "unknown")) for run in runs})
 
     devices = distinct("device")
-    notes = [f"{len(runs)} run{'s' if len(runs) > 1 else ''} on {', '.join(devices)}."]
+    notes = [f"{len(runs)} run{'s' if len(runs) > 1 else ''} on {'; '.join(devices)}."]
     if len(devices) > 1:
         notes.append("The devices differ: times and tokens/s do not compare.")
     if across:

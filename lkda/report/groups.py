@@ -12,11 +12,16 @@ from lkda.report.runs import Run
 
 # Settings that change nothing that is compared. A budget and a device show in the summary.
 NEUTRAL = {
-    *("seed", "resume", "backend", "checkpoint", "sample", "logger", "callbacks", "debug"),
-    *("data.seed", "data.cache_dir", "data.num_workers"),
-    *("trainer.accelerator", "trainer.max_steps", "trainer.max_tokens", "trainer.val_check_interval"),
-    *("trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "trainer.enable_model_summary"),
+    *("seed", "resume", "backend", "checkpoint", "sample", "logger", "callbacks", "debug", "trainer"),
+    *("data.seed", "data.cache_dir", "data.num_workers", "data.pin_memory"),
 }
+# Those of a neutral section that do.
+TELLING = {
+    *("trainer.devices", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val"),
+    "trainer.limit_val_batches",
+}
+# How a null reads; a setting that is not there counts as null.
+NULL = "None"
 # What happened, whatever was asked for.
 FACTS = ("tokens", "backend", "device", "precision")
 # Tried first, because one of these names explains the differences in many settings.
@@ -51,7 +56,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     described = [(run, settings(run)) for run in runs]
     telling = _telling([found for _, found in described])
     for run, found in described:
-        members[tuple(found.get(key) for key in telling)].append((run, found))
+        members[tuple(found.get(key, NULL) for key in telling)].append((run, found))
     groups = []
     for same in members.values():
         run, found = same[0]
@@ -71,7 +76,7 @@ def settings(run: Run) -> Settings:
 
 def _neutral(key: str) -> bool:
     parts = key.split(".")
-    return any(".".join(parts[:n]) in NEUTRAL for n in range(1, len(parts) + 1))
+    return key not in TELLING and any(".".join(parts[:n]) in NEUTRAL for n in range(1, len(parts) + 1))
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> Settings:
@@ -90,7 +95,7 @@ def _telling(described: Sequence[Settings]) -> list[str]:
     for key in dict.fromkeys(key for found in described for key in found):
         seen: dict[tuple[Any, ...], set[Any]] = defaultdict(set)
         for found in described:
-            seen[tuple(found.get(name) for name in telling)].add(found.get(key))
+            seen[tuple(found.get(name, NULL) for name in telling)].add(found.get(key, NULL))
         if any(len(values) > 1 for values in seen.values()):
             telling.append(key)
     return telling
@@ -111,7 +116,7 @@ def also_differing(runs: Sequence[Run]) -> list[str]:
             continue
         by_mixer.clear()
         for one in described:
-            by_mixer[one["mixer"]].add(one.get(key, "none"))
+            by_mixer[one["mixer"]].add(one.get(key, NULL))
         if len({frozenset(values) for values in by_mixer.values()}) > 1:
             found.append(key)
     return found
