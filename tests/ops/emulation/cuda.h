@@ -1,0 +1,66 @@
+// What a kernel's source takes for granted of CUDA, for a host compiler. Threads of a block are fibers that run in turn and
+// give way at barriers and warp-wide instructions: arithmetic and indices are checked, races and timing are not.
+#pragma once
+#include <csetjmp>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct float2 {
+  float x, y;
+};
+struct int4 {
+  int x, y, z, w;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct Dim {
+  unsigned x, y, z;
+};
+extern Dim threadIdx, blockIdx;
+extern unsigned char shared_memory[];
+
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+template <class T>
+T min(T a, T b) {
+  return a < b ? a : b;
+}
+
+// What the lanes of a warp show each other.
+struct Exchange {
+  unsigned word[32][6];
+  const void* address[32];
+};
+Exchange& exchange();
+void warp_barrier();
+void __syncthreads();
+
+inline float __shfl_sync(unsigned, float x, int lane) {
+  exchange().word[threadIdx.x % 32][0] = __float_as_uint(x);
+  warp_barrier();
+  const float y = __uint_as_float(exchange().word[lane][0]);
+  warp_barrier();
+  return y;
+}
+inline float __shfl_xor_sync(unsigned mask, float x, int lanes) { return __shfl_sync(mask, x, threadIdx.x % 32 ^ lanes); }

@@ -1,0 +1,47 @@
+// As lkda/ops/include/numeric.cuh, for a host compiler.
+#pragma once
+#include "cuda.h"
+
+struct bfloat16 {
+  unsigned short bits;
+};
+struct float16 {
+  unsigned short bits;
+};
+
+inline unsigned rounded(bfloat16, float x) {
+  const unsigned bits = __float_as_uint(x);
+  return std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned rounded(float16, float x) {
+  const _Float16 half = x;
+  unsigned short bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+}
+inline float widened(bfloat16, unsigned bits) { return __uint_as_float(bits << 16); }
+inline float widened(float16, unsigned bits) {
+  const unsigned short low = bits;
+  _Float16 half;
+  memcpy(&half, &low, 2);
+  return half;
+}
+template <class Half>
+float2 unpack(Half, unsigned pair) {
+  return {widened(Half{}, pair & 0xffff), widened(Half{}, pair >> 16)};
+}
+template <class Half>
+unsigned pack(Half, float2 x) {
+  return rounded(Half{}, x.x) | rounded(Half{}, x.y) << 16;
+}
+template <class Half>
+float2 load_pair(const Half* at) {
+  return unpack(Half{}, *reinterpret_cast<const unsigned*>(at));
+}
+inline float2 load_pair(const float* at) { return *reinterpret_cast<const float2*>(at); }
+template <class Half>
+void store_pair(Half* at, float2 x) {
+  *reinterpret_cast<unsigned*>(at) = pack(Half{}, x);
+}
+inline void store_pair(float* at, float2 x) { *reinterpret_cast<float2*>(at) = x; }
+inline float exp2_fast(float x) { return exp2f(x); }

@@ -1,0 +1,56 @@
+"""The KDA kernels' source, run on the CPU, against float64: arithmetic and indices without a GPU."""
+
+import shutil
+
+import pytest
+import torch
+
+from lkda.ops.kda import cuda
+from tests.ops.cases import kda_inputs, relative
+from tests.ops.emulation import Emulated
+from tests.ops.yardstick import kda_truth
+
+ARCH = "sm_90a"
+ALLOWED = {torch.bfloat16: 6e-3, torch.float32: 8e-4}  # about twice what the GPU shows
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("dtype", "gate"), [(torch.bfloat16, "slow"), (torch.bfloat16, "resets"), (torch.float32, "slow")]
+)
+def test_forward_and_backward(dtype, gate, tmp_path):
+    B, T, H, D = 1, 70, 2, 32
+    inputs = kda_inputs(B, T, H, D, D, gate=gate, dtype=dtype)
+    q, k, v, g, beta, state = inputs.values()
+    layout, scale = cuda.Layout(D, dtype), D**-0.5
+    slots = B * -(-T // layout.chunk)
+    generator = torch.Generator().manual_seed(1)  # as `outputs_and_gradients` draws them
+    grad_o, grad_state = torch.randn(v.shape, generator=generator), torch.randn(state.shape, generator=generator)
+    grad_o = grad_o.to(dtype)
+
+    def unwritten(*shape, dtype=torch.float32):
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    operand = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    packets = torch.full((slots * H * layout.packet,), 255, dtype=torch.uint8)
+    states, d_states = (unwritten(slots, H, D, D, dtype=operand) for _ in range(2))
+    corrections, d_corrections = (unwritten(slots, H, D, layout.chunk, dtype=operand) for _ in range(2))
+    got = {"o": unwritten(*v.shape, dtype=dtype), "final_state": unwritten(*state.shape)}
+    got |= {f"d{name}": unwritten(*x.shape, dtype=x.dtype) for name, x in inputs.items()}
+    parts = unwritten(slots, H, D // 16, layout.chunk)
+
+    blocks, threads = B * H * (D // 16 // layout.warps), 32 * layout.warps
+    prepare = Emulated(cuda._prepare_kernel(D, dtype), tmp_path)
+    prepare(slots * H, layout.threads, q, k, g, beta, packets, None, T, H, scale)
+    scan = Emulated(cuda._scan_kernel("scan", D, dtype, ARCH), tmp_path)
+    scan(blocks, threads, packets, v, state, got["o"], got["final_state"], states, corrections, None, B, T, H)
+    reverse = Emulated(cuda._scan_kernel("reverse", D, dtype, ARCH), tmp_path)
+    kept = (got["dinitial_state"], d_states, d_corrections, parts)
+    reverse(blocks, threads, packets, v, grad_o, grad_state, *kept, None, B, T, H)
+    gradients = Emulated(cuda._gradients_kernel(D, dtype), tmp_path)
+    given = (q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, parts, state, grad_state)
+    results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
+    gradients(slots * H, layout.threads, *given, *results, None, T, H, scale)
+
+    for name, want in kda_truth(inputs).items():
+        assert relative(got[name], want) < ALLOWED[dtype], name
