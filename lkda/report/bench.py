@@ -20,6 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from lkda.report.table import markdown_table, rich_table
+from lkda.report.units import three
 
 Row = dict[str, Any]
 KEYS = ("op", "B", "T", "H", "D", "dtype", "mode", "replay")
@@ -94,7 +95,7 @@ NUMBERS = (
     _Column("p20-p80", lambda row: f"{row['ms_p20']:.3f}-{row['ms_p80']:.3f}"),
     _Column("graph ms", _number("graph_ms", "{:.3f}")),
     _Column("x floor", _times_the_floor),
-    _Column("GB/s", _number("gb_per_s", "{:,.0f}")),
+    _Column("GB/s", lambda row: "" if row.get("gb_per_s") is None else three(row["gb_per_s"])),
     _Column("error", _number("error", "{:.1e}")),
     _Column("peak MiB", _number("peak_mib", "{:,.0f}")),
     _Column("registers", _number("registers", "{}")),
@@ -179,12 +180,14 @@ def kernel_times(rows: Sequence[Row]) -> tuple[str, dict[str, float]]:
 
 
 def time_bars(rows: Sequence[Row], *, mode: str) -> bytes:
-    from lkda.report.bench_plots import times
+    """PNG for a light page of `bench_plots.times`."""
+    from lkda.report.bench_plots import times  # that module reads rows with this one
 
     return times(rows, mode=mode).light
 
 
 def cost_by_length(rows: Sequence[Row], *, mode: str) -> bytes:
+    """PNG for a light page of `bench_plots.cost_by_length`."""
     from lkda.report import bench_plots
 
     return bench_plots.cost_by_length(rows, mode=mode).light

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from lkda.report.bench import Row, implementation, measured, shape
 from lkda.report.labels import Label, label_ends
 from lkda.report.theme import LINES, Picture, Theme, picture, turns
-from lkda.report.units import length
+from lkda.report.units import count, length, three
 
 NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 
@@ -58,8 +58,8 @@ def _panel(axes: Axes, rows: Sequence[Row], theme: Theme) -> None:
         colour, ms = theme.palette[1 if row.get("peer") else 0], row["ms_median"]
         axes.plot([start, ms], [n, n], color=colour, linewidth=1.2, alpha=0.45)
         axes.plot(ms, n, "o", color=colour, markersize=5)
-        over = f"   {ms / row['floor_ms']:.3g}x" if row.get("floor_ms") else ""
-        axes.annotate(f"{ms:.3g}{over}", (ms, n), (7, 0), textcoords="offset points", va="center", fontsize=8)
+        over = f"   {three(ms / row['floor_ms'])}x" if row.get("floor_ms") else ""
+        axes.annotate(f"{three(ms)}{over}", (ms, n), (7, 0), textcoords="offset points", va="center", fontsize=8)
     if floors:
         axes.plot([floors[0]] * 2, [-0.4, len(rows) - 0.6], color=theme.text, linewidth=1.4)
     axes.set_yticks(range(len(rows)), [implementation(row) for row in rows], fontsize=8)
@@ -115,7 +115,7 @@ def cost_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(NUMBER)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("sequence length T")
         axes.set_ylabel(f"{mode}, ns per token and head")

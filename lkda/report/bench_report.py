@@ -6,6 +6,7 @@ python -m lkda.report.bench_report FILE.json DIRECTORY
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from lkda.report import bench_plots
@@ -44,7 +45,7 @@ def write(benchmark: Benchmark, out: Path) -> None:
     shown = section(benchmark)
     for name, picture in shown.pictures.items():
         write_atomically(out / f"{name.replace(' of ', '_').replace(' ', '_').replace('+', '_')}.png", picture.light)
-    write_atomically(out / "report.html", page("Operators side by side", [shown]))
+    write_atomically(out / "report.html", page("Operators side by side", [replace(shown, heading="")]))
 
 
 def main() -> None:

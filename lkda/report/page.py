@@ -24,7 +24,8 @@ th, td {{ padding: 0.45rem 0 0.45rem 0.9rem; text-align: right; white-space: now
   border-bottom: 1px solid var(--line); }}
 th {{ color: var(--faint); font-weight: 500; }}
 .name {{ text-align: left; padding-left: 0; padding-right: 0.9rem; }}
-figure {{ margin: 0; }} img {{ display: block; width: 100%; max-width: 46rem; height: auto; }}
+figure {{ margin: 0 0 1.8rem; }} .note + figure {{ margin-top: 1.8rem; }}
+img {{ display: block; width: 100%; max-width: 46rem; height: auto; }}
 p.note, li {{ color: var(--faint); font-size: 0.875rem; margin: 0.35rem 0; }}
 .scroll + p.note {{ margin-top: 1rem; }} ul {{ padding-left: 1.1rem; }}
 """

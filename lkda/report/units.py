@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def three(x: float) -> str:
+    """Three digits that tell, no exponent: 0.0612, 12.3, 1,042."""
+    return f"{x:.3g}" if 1e-4 <= x < 999.5 else f"{x:,.0f}"
+
+
 def count(x: float) -> str:
     """1234567 -> 1.23M"""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

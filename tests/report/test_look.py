@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lkda.report.labels import Label, label_ends, label_points, spread
 from lkda.report.theme import DARK, KNOWN, LIGHT
-from lkda.report.units import count, length, memory
+from lkda.report.units import count, length, memory, three
 
 
 @pytest.mark.parametrize("heights", [[1.0, 1.01, 1.02, 5.0], [0.0, 0.0, 0.0], [1.0, 2.0, 2.9, 3.0, 3.1], [4.0]])
@@ -51,6 +51,10 @@ def test_a_mixer_keeps_its_colour(theme):
 @pytest.mark.parametrize(
     ("write", "x", "text"),
     [
+        (three, 0.06123, "0.0612"),
+        (three, 0.0, "0"),
+        (three, 999.7, "1,000"),
+        (three, 1042.3, "1,042"),
         (count, 950.0, "950"),
         (count, 999_999.0, "1M"),
         (count, 1_234_567.0, "1.23M"),
