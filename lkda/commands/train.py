@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,15 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
         CommandError: the loss diverged.
         SystemExit: stopped by Ctrl-C (130) or SIGTERM (143), with a checkpoint saved.
     """
-    quiet()
+    _quiet()
     check_counts(config)
     settings = plain(config)
     check_optimizer(settings["optimizer"])
     check_schedule(settings["scheduler"])
     device = device_of(config.trainer.accelerator)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32 products
     if settings["trainer"]["precision"] == "auto":
         settings["trainer"]["precision"] = PRECISION[device.type]
-    check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=precision_of(settings))
+    check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=_precision(settings))
     run = RunDirectory(run_dir)
     try:
         return _train_in(run, config, settings, device)
@@ -66,7 +65,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
         run.release()
 
 
-def quiet() -> None:
+def _quiet() -> None:
     """Leave the terminal to what this project says: no tips and device lists of the libraries below."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -74,9 +73,33 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
-def precision_of(settings: dict[str, Any]) -> torch.dtype:
+def _precision(settings: dict[str, Any]) -> torch.dtype:
     """The type that the ops' inputs have under the trainer's precision."""
     return torch.bfloat16 if "bf16" in str(settings["trainer"]["precision"]) else torch.float32
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is settled before the first step.
+
+    Attributes:
+        settings: the resolved configuration, plain.
+        model: the dict of `build_model`.
+        backends: that will run, by operator.
+        facts: plain facts of the run, for its checkpoints and its summary.
+        steps: of the whole run.
+        resume_from, step: the checkpoint to go on from, and its step; None and 0 for a fresh run.
+    """
+
+    config: DictConfig
+    settings: dict[str, Any]
+    device: torch.device
+    model: dict[str, Any]
+    backends: dict[str, str]
+    facts: dict[str, Any]
+    steps: int
+    resume_from: Path | None
+    step: int
 
 
 def _train_in(run: RunDirectory, config: DictConfig, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -84,18 +107,42 @@ def _train_in(run: RunDirectory, config: DictConfig, settings: dict[str, Any], d
     saved = run.begin(settings, resume=config.resume)
     data = instantiate(config.data)
     data.prepare()
-    made = model_config(settings, vocab_size=data.vocab_size, context=data.context)
-    backends = check_model(made, device=device, precision=precision_of(settings))
-    batches_per_step = config.trainer.accumulate_grad_batches
-    tokens_per_step = data.batch_size * data.context * batches_per_step
-    steps = steps_for(config.trainer.max_steps, config.trainer.max_tokens, tokens_per_step=tokens_per_step)
-    resume_from, step = (saved[0], saved[1]["lkda"]["step"]) if saved else (None, 0)
-    if step >= steps and run.read_summary().get("status") == "finished":
-        console.print(f"{run.path} holds a finished run of {step} steps: nothing to do.", soft_wrap=True)
+    plan = _plan(config, settings, device, data, saved)
+    if plan.step >= plan.steps and run.read_summary().get("status") == "finished":
+        console.print(f"{run.path} holds a finished run of {plan.step} steps: nothing to do.", soft_wrap=True)
         return run.read_summary()
-
     run.write_config(settings)
     data.tokenizer.save(str(run.tokenizer))
+    _announce(console, run, plan)
+    model, ending = _fit(run, plan, data)
+
+    status = {InterruptedRunError: "interrupted", DivergedError: "diverged"}.get(type(ending), "finished")
+    summary = summarize(run, model, settings, plan.facts, status=status, device=device, backends=plan.backends)
+    run.write_summary(summary)
+    if isinstance(ending, InterruptedRunError):
+        console.print(f"{ending}. Continue with\n  {_resume_command(run)}", soft_wrap=True)
+        raise SystemExit(ending.exit_code)
+    if isinstance(ending, DivergedError):
+        good = [str(path) for path in step_files(run.checkpoints)] or ["none, it came before the first"]
+        raise CommandError(
+            f"{ending}. Last good checkpoint: {good[-1]}. Try a lower optimizer.lr in a new run directory."
+        )
+    sample = draw_sample(model.to(device), data.tokenizer, settings["sample"], seed=config.seed)
+    run.samples.write_text(sample + "\n", encoding="utf-8")
+    print_closing(console, run, summary, sample)
+    return summary
+
+
+def _plan(
+    config: DictConfig,
+    settings: dict[str, Any],
+    device: torch.device,
+    data: Any,
+    saved: tuple[Path, dict[str, Any]] | None,
+) -> _Plan:
+    """Settle what the prepared `data` decides, and where to go on from. Raises ValueError where it does not fit."""
+    model = model_config(settings, vocab_size=data.vocab_size, context=data.context)
+    tokens_per_step = data.batch_size * data.context * config.trainer.accumulate_grad_batches
     facts = {
         "mixer": settings["mixer"]["name"],
         "model": settings["model"]["name"],
@@ -106,78 +153,77 @@ def _train_in(run: RunDirectory, config: DictConfig, settings: dict[str, Any], d
         "bytes_per_token": data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
     }
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    task = LanguageModelTask(
-        made,
-        optimizer=settings["optimizer"],
-        scheduler=settings["scheduler"],
-        total_steps=steps,
-        bytes_per_token=data.bytes_per_token,
+    return _Plan(
+        config=config,
+        settings=settings,
+        device=device,
+        model=model,
+        backends=check_model(model, device=device, precision=_precision(settings)),
+        facts=facts,
+        steps=steps_for(config.trainer.max_steps, config.trainer.max_tokens, tokens_per_step=tokens_per_step),
+        resume_from=saved[0] if saved else None,
+        step=saved[1]["lkda"]["step"] if saved else 0,
     )
+
+
+def _announce(console: Console, run: RunDirectory, plan: _Plan) -> None:
+    facts = plan.facts
     console.print(
-        f"{facts['mixer']} · {facts['model']} · {facts['data']} on {device}, {settings['trainer']['precision']}, "
-        f"backend {' '.join(f'{op}={word}' for op, word in backends.items())}; "
-        f"{steps:,} steps of {tokens_per_step:,} tokens\nrun directory {run.path}",
+        f"{facts['mixer']} · {facts['model']} · {facts['data']} on {plan.device}, "
+        f"{plan.settings['trainer']['precision']}, "
+        f"backend {' '.join(f'{op}={word}' for op, word in plan.backends.items())}; "
+        f"{plan.steps:,} steps of {facts['tokens_per_step']:,} tokens\nrun directory {run.path}",
         soft_wrap=True,
     )
-    if config.resume:
-        console.print(f"resuming from step {step}" if saved else "nothing is saved here yet: starting afresh")
-    data.start_batch = step * batches_per_step
+    if plan.config.resume:
+        fresh = "nothing is saved here yet: starting afresh"
+        console.print(f"resuming from step {plan.step}" if plan.resume_from else fresh)
 
-    status = "finished"
-    ending: InterruptedRunError | DivergedError | None = None
+
+def _fit(run: RunDirectory, plan: _Plan, data: Any) -> tuple[Any, InterruptedRunError | DivergedError | None]:
+    """Train. Returns the model, and what ended the run before its last step, if something did."""
+    settings = plan.settings
+    L.seed_everything(plan.config.seed, workers=True, verbose=False)
+    if plan.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32 products
+    task = LanguageModelTask(
+        plan.model,
+        optimizer=settings["optimizer"],
+        scheduler=settings["scheduler"],
+        total_steps=plan.steps,
+        bytes_per_token=data.bytes_per_token,
+    )
+    data.start_batch = plan.step * plan.config.trainer.accumulate_grad_batches
     with StopRequest() as stop_request:
         checkpoints = Checkpoints(
             run.checkpoints,
             **settings["checkpoint"],
             stop_request=stop_request,
-            model=made,
+            model=plan.model,
             tokenizer=data.tokenizer.to_str(),
-            run=facts,
+            run=plan.facts,
         )
-        recorder = Recorder(every_n_steps=config.trainer.log_every_n_steps, tokens_per_step=tokens_per_step)
-        callbacks = [DivergenceGuard(), recorder, checkpoints]
-        trainer = _trainer(config, settings, run, callbacks, device=device, steps=steps, resume_step=step)
+        recorder = Recorder(
+            every_n_steps=plan.config.trainer.log_every_n_steps, tokens_per_step=plan.facts["tokens_per_step"]
+        )
+        trainer = _trainer(run, plan, [DivergenceGuard(), recorder, checkpoints])
         try:
-            trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
-        except InterruptedRunError as error:
-            status, ending = "interrupted", error
-        except DivergedError as error:
-            status, ending = "diverged", error
-    summary = summarize(run, task.model, settings, facts, status=status, device=device, backends=backends)
-    run.write_summary(summary)
-    if isinstance(ending, InterruptedRunError):
-        console.print(f"{ending}. Continue with\n  {_resume_command(run)}", soft_wrap=True)
-        raise SystemExit(ending.exit_code)
-    if isinstance(ending, DivergedError):
-        good = [str(path) for path in step_files(run.checkpoints)] or ["none, it came before the first"]
-        raise CommandError(
-            f"{ending}. Last good checkpoint: {good[-1]}. Try a lower optimizer.lr in a new run directory."
-        )
-    sample = draw_sample(task.model.to(device), data.tokenizer, settings["sample"], seed=config.seed)
-    run.samples.write_text(sample + "\n", encoding="utf-8")
-    print_closing(console, run, summary, sample)
-    return summary
+            trainer.fit(task, datamodule=data, ckpt_path=plan.resume_from, weights_only=True)
+        except (InterruptedRunError, DivergedError) as ending:
+            return task.model, ending
+    return task.model, None
 
 
-def _trainer(
-    config: DictConfig,
-    settings: dict[str, Any],
-    run: RunDirectory,
-    callbacks: list[L.Callback],
-    *,
-    device: torch.device,
-    steps: int,
-    resume_step: int,
-) -> L.Trainer:
+def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.Trainer:
     """The trainer of the configuration's group, with this run's callbacks before those of the group callbacks."""
-    chosen = [node for node in config.logger.values() if node]
-    loggers = [MetricsCSV(run.metrics, resume_step=resume_step)]
-    loggers += [instantiate(node)(save_dir=str(run.path), config=settings) for node in chosen]
-    options = {key: value for key, value in settings["trainer"].items() if key != "max_tokens"}
+    chosen = [node for node in plan.config.logger.values() if node]
+    loggers = [MetricsCSV(run.metrics, resume_step=plan.step)]
+    loggers += [instantiate(node)(save_dir=str(run.path), config=plan.settings) for node in chosen]
+    options = {key: value for key, value in plan.settings["trainer"].items() if key != "max_tokens"}
+    options |= {"accelerator": plan.device.type, "max_steps": plan.steps, "default_root_dir": str(run.path)}
     return instantiate(
-        {**options, "accelerator": device.type, "max_steps": steps, "default_root_dir": str(run.path)},
-        callbacks=callbacks + [instantiate(node) for node in config.callbacks.values() if node],
+        options,
+        callbacks=callbacks + [instantiate(node) for node in plan.config.callbacks.values() if node],
         logger=loggers,
         plugins=[AtomicCheckpointIO()],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -15,7 +16,8 @@ def small_run(corpus: Path, *overrides: str) -> list[str]:
     return ["debug=fast", "data=files", f"data.paths=[{corpus}]", "trainer=cpu", *overrides]
 
 
+@cache  # parsing the YAMLs takes longer than such a run
 def composed(name: str, *overrides: str) -> DictConfig:
-    """The configuration of a script, as its command line would compose it."""
+    """The configuration of a script, as its command line would compose it. Nobody changes it."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return compose(name, overrides=list(overrides))
