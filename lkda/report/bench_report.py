@@ -1,16 +1,12 @@
-"""A benchmark -> tables, plots and a page in one directory.
-
-python -m lkda.report.bench_report FILE.json DIRECTORY
-"""
+"""A benchmark -> tables, plots and a page in one directory."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from lkda.report import bench_plots
-from lkda.report.bench import Benchmark, as_cells, as_csv, as_markdown, measured, names_of, read_benchmark
+from lkda.report.bench import Benchmark, as_cells, as_csv, as_markdown, measured, names_of
 from lkda.report.files import write_atomically
 from lkda.report.page import Section, page
 from lkda.report.theme import Picture
@@ -46,17 +42,3 @@ def write(benchmark: Benchmark, out: Path) -> None:
     for name, picture in shown.pictures.items():
         write_atomically(out / f"{name.replace(' of ', '_').replace(' ', '_').replace('+', '_')}.png", picture.light)
     write_atomically(out / "report.html", page("Operators side by side", [replace(shown, heading="")]))
-
-
-def main() -> None:
-    """Draws a benchmark that lies on disk."""
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    try:
-        write(read_benchmark(Path(sys.argv[1])), Path(sys.argv[2]))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
-if __name__ == "__main__":
-    main()

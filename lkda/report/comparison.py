@@ -4,28 +4,72 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lkda.report import bench, bench_report, plots, table
 from lkda.report.files import write_atomically
 from lkda.report.groups import Group, also_differing, group_runs
 from lkda.report.page import Section, page
-from lkda.report.runs import Run, read_runs, tokenizers_differ
+from lkda.report.runs import Run, as_record, from_record, read_runs, tokenizers_differ
 from lkda.report.theme import Picture
+
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared: the rows of the table, notes on reading it, and what was left out, with reasons."""
+    """What is compared.
 
-    rows: list[table.Row]
-    notes: list[str]
-    skipped: list[tuple[Path, str]]
+    Attributes:
+        skipped: what was left out, with the reasons.
+        benchmark: of the operators; None for none.
+    """
+
+    title: str
+    runs: list[Run]
+    skipped: list[tuple[str, str]]
+    benchmark: bench.Benchmark | None
+
+    @property
+    def groups(self) -> list[Group]:
+        """The rows of the table."""
+        return group_runs(self.runs)
+
+    @property
+    def across_tokenizers(self) -> bool:
+        """Whether only bits per byte compare."""
+        return tokenizers_differ(self.runs)
+
+    @property
+    def rows(self) -> list[table.Row]:
+        """The table in full numbers."""
+        kernel_ms = bench.kernel_times(self.benchmark.rows)[1] if self.benchmark else None
+        return table.rows(self.groups, across_tokenizers=self.across_tokenizers, kernel_ms=kernel_ms)
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on reading the table."""
+        devices = sorted({str(run.summary.get("device", "an unnamed device")) for run in self.runs})
+        notes = [f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''} on {'; '.join(devices)}."]
+        if len(devices) > 1:
+            notes.append("The devices differ: times and tokens/s do not compare.")
+        if self.across_tokenizers:
+            notes.append("Data or tokenizers differ: the runs compare in bits per byte; a loss per token does not.")
+        differing = also_differing(self.runs)
+        if differing:
+            notes.append(f"Besides the mixer, these differ between the rows: {', '.join(differing)}.")
+        if any(len(group.runs) > 1 for group in self.groups):
+            notes.append("± is the standard deviation over seeds.")
+        timed = bench.kernel_times(self.benchmark.rows)[0] if self.benchmark else ""
+        if self.benchmark and timed:
+            notes.append(f"kernel ms: the operator alone, {timed}, on {self.benchmark.device}.")
+        return notes
 
 
 def compare(directories: Sequence[Path], out: Path, *, title: str, benchmark: Path | None = None) -> Comparison:
-    """Writes table.csv, table.md, results.json, three plots and report.html into `out`.
+    """Reads run directories and writes table.csv, table.md, results.json, three plots and report.html into `out`.
 
     Args:
         directories: run directories; what is none is left out by name.
@@ -42,60 +86,52 @@ def compare(directories: Sequence[Path], out: Path, *, title: str, benchmark: Pa
             "hold a summary.json."
         )
     kernels = bench.read_benchmark(benchmark) if benchmark else None
-    timed, kernel_ms = bench.kernel_times(kernels.rows) if kernels else ("", {})
-    groups = group_runs(runs)
-    across = tokenizers_differ(runs)
-    rows = table.rows(groups, across_tokenizers=across, kernel_ms=kernel_ms)
-    notes = _notes(runs, groups, across=across)
-    if kernels and kernel_ms:
-        notes.append(f"kernel ms: the operator alone, {timed}, on {kernels.device}.")
+    result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], kernels)
+    write(result, out)
+    return result
+
+
+def read_results(directory: Path) -> Comparison:
+    """The comparison that lies in a directory. Raises ValueError where none does."""
+    path = directory / RESULTS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kernels = found["benchmark"] and bench.Benchmark(**found["benchmark"])
+        runs = [from_record(record) for record in found["runs"]]
+        return Comparison(found["title"], runs, [tuple(pair) for pair in found["skipped"]], kernels)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a comparison's ({error}); scripts/compare.py writes one.") from error
+
+
+def write(comparison: Comparison, out: Path) -> None:
+    """Writes all files of a comparison into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    pictures = _pictures(groups, across=across)
-    for name, picture in pictures.items():
-        write_atomically(out / f"{name}.png", picture.light)
+    rows, notes = comparison.rows, comparison.notes
+    results: dict[str, Any] = {"title": comparison.title, "rows": rows, "notes": notes}
+    results |= {"runs": [as_record(run) for run in comparison.runs], "skipped": comparison.skipped}
+    results |= {"benchmark": comparison.benchmark and asdict(comparison.benchmark)}
+    write_atomically(out / RESULTS, json.dumps(results, indent=1) + "\n")
     head, body = table.as_cells(rows)
     write_atomically(out / "table.csv", table.as_csv(rows))
     write_atomically(out / "table.md", table.markdown_table(head, body) + "\n" + "".join(f"{n}\n" for n in notes))
-    summaries = [run.summary | {"run": run.directory.name} for run in runs]
-    results = {"title": title, "rows": rows, "notes": notes, "runs": summaries}
-    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
-    loss = "Bits per byte" if across else "Loss"
-    headings = (f"{loss} against tokens", f"{loss} against time", f"{loss} against the size of the state")
+    drawn = _pictures(comparison)
+    for (name, _), picture in drawn.items():
+        write_atomically(out / f"{name}.png", picture.light)
     sections = [Section(head=head, body=body, notes=notes)]
-    sections += [Section(name, pictures={name: picture}) for name, picture in zip(headings, pictures.values())]
-    sections += [bench_report.section(kernels)] if kernels else []
-    left_out = [f"{path}: {reason}" for path, reason in skipped]
+    sections += [Section(heading, pictures={heading: picture}) for (_, heading), picture in drawn.items()]
+    sections += [bench_report.section(comparison.benchmark)] if comparison.benchmark else []
+    left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
     sections += [Section("Left out", items=left_out)] if left_out else []
-    write_atomically(out / "report.html", page(title, sections))
-    return Comparison(rows, notes, skipped)
+    write_atomically(out / "report.html", page(comparison.title, sections))
 
 
-def _pictures(groups: Sequence[Group], *, across: bool) -> dict[str, Picture]:
-    """By file name. Across tokenizers in bits per byte alone, else in nats with bits per byte at the right."""
-    y = "val/bits_per_byte" if across else "val/loss"
+def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
+    """By file name and heading. Across tokenizers in bits per byte alone, else in nats with bits per byte beside."""
+    groups, across = comparison.groups, comparison.across_tokenizers
+    y, loss = ("val/bits_per_byte", "Bits per byte") if across else ("val/loss", "Loss")
     scale = None if across else groups[0].mean("val/bits_per_byte") / groups[0].mean("val/loss")
     return {
-        "loss_by_tokens": plots.loss_curves(groups, x="tokens", y=y, bits_per_nat=scale),
-        "loss_by_seconds": plots.loss_curves(groups, x="seconds", y=y, bits_per_nat=scale),
-        "loss_by_state": plots.loss_against_state(groups, y=y),
+        ("loss_by_tokens", f"{loss} against tokens"): plots.loss_curves(groups, x="tokens", y=y, bits_per_nat=scale),
+        ("loss_by_seconds", f"{loss} against time"): plots.loss_curves(groups, x="seconds", y=y, bits_per_nat=scale),
+        ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(groups, y=y),
     }
-
-
-def _notes(runs: Sequence[Run], groups: Sequence[Group], *, across: bool) -> list[str]:
-    def distinct(key: str) -> list[str]:
-        return sorted({str(run.summary.get(key, "unknown")) for run in runs})
-
-    devices = distinct("device")
-    notes = [f"{len(runs)} run{'s' if len(runs) > 1 else ''} on {'; '.join(devices)}."]
-    if len(devices) > 1:
-        notes.append("The devices differ: times and tokens/s do not compare.")
-    if across:
-        notes.append(
-            "The runs differ in data or tokenizer: they compare in bits per byte, and a loss per token does not."
-        )
-    differing = also_differing(runs)
-    if differing:
-        notes.append(f"Besides the mixer, these differ between the rows: {', '.join(differing)}.")
-    if any(len(group.runs) > 1 for group in groups):
-        notes.append("± is the standard deviation over seeds.")
-    return notes

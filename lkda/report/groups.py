@@ -57,12 +57,17 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     telling = _telling([found for _, found in described])
     for run, found in described:
         members[tuple(found.get(key, NULL) for key in telling)].append((run, found))
+    backends: dict[str, set[str]] = defaultdict(set)
+    for _, found in described:
+        backends[found["mixer"]].add(found.get("backend", NULL))
     groups = []
     for same in members.values():
-        run, found = same[0]
-        mixer = str(run.summary["mixer"])
-        label = " · ".join([mixer, *(_show(key, found[key]) for key in telling if key in found and key != "mixer")])
-        groups.append(Group(label, mixer, [run for run, _ in same]))
+        found = same[0][1]
+        shown = [key for key in telling[1:] if key in found]
+        if len(backends[found["mixer"]]) == 1:  # it follows from the mixer, and says nothing more
+            shown = [key for key in shown if key != "backend"]
+        label = " · ".join([found["mixer"], *(_show(key, found[key]) for key in shown)])
+        groups.append(Group(label, found["mixer"], [run for run, _ in same]))
     return sorted(groups, key=lambda group: group.mean("val/bits_per_byte"))
 
 

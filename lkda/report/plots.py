@@ -45,9 +45,8 @@ def loss_curves(groups: Sequence[Group], *, x: str, y: str, bits_per_nat: float 
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         labels = []
-        colours = theme.colours([group.mixer for group in groups])
-        for group, curve, points, turn in zip(groups, course, validations, turns([group.mixer for group in groups])):
-            colour = colours[group.mixer]
+        turn_of = turns([group.mixer for group in groups])
+        for group, curve, points, turn, colour in zip(groups, course, validations, turn_of, _colours(groups, theme)):
             axes.plot(curve.x, curve.y, color=colour, linewidth=1.7, linestyle=LINES[turn % len(LINES)])
             axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
             marker = MARKERS[turn % len(MARKERS)]
@@ -79,16 +78,15 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         labels = []
-        colours = theme.colours([group.mixer for group in groups])
-        for group, turn in zip(groups, turns([group.mixer for group in groups])):
-            values, state = group.values(y), group.mean("state_bytes")
-            mean, colour = group.mean(y), colours[group.mixer]
+        turn_of = turns([group.mixer for group in groups])
+        for group, turn, colour in zip(groups, turn_of, _colours(groups, theme)):
+            values, mean, state = group.values(y), group.mean(y), group.mean("state_bytes")
             marker = MARKERS[turn % len(MARKERS)]
             bar = [[mean - min(values)], [max(values) - mean]]
             axes.errorbar(state, mean, bar, color=colour, marker=marker, markersize=8, elinewidth=1.4, capsize=0)
             labels.append(Label(state, mean, group.label, colour))
         axes.set_xscale("log", base=2)
-        axes.margins(x=0.15, y=0.15)
+        axes.set_ylim(*_at_least(0.02, *axes.get_ylim()))
         exponents = [math.log2(label.x) for label in labels]
         middle, reach = (max(exponents) + min(exponents)) / 2, max(2.0, (max(exponents) - min(exponents)) * 0.65)
         axes.set_xlim(2 ** (middle - reach), 2 ** (middle + reach))
@@ -104,11 +102,27 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
     return picture(draw)
 
 
+def _colours(groups: Sequence[Group], theme: Theme) -> list[str]:
+    """The mixer's colour for each group; where all are of one mixer, another one for each but the first."""
+    names = [group.mixer for group in groups]
+    if len(set(names)) == 1:
+        names[1:] = [group.label for group in groups[1:]]
+    chosen = theme.colours(names)
+    return [chosen[name] for name in names]
+
+
+def _at_least(share: float, low: float, high: float) -> tuple[float, float]:
+    """Limits with room around what lies between, and so wide that a small difference looks small."""
+    span = max(1.2 * (high - low), share * abs(high))
+    middle = (low + high) / 2
+    return middle - span / 2, middle + span / 2
+
+
 def _interesting(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Limits that leave out the first steep fall: the top is where the highest curve is after 8% of its way."""
+    """Limits that leave out the first steep fall: the top is where the highest curve is after an eighth of its way."""
     starts = []
     for curve in curves:
-        later = [y for x, y in zip(curve.x, curve.high) if x >= 0.08 * curve.x[-1]]
+        later = [y for x, y in zip(curve.x, curve.high) if x >= curve.x[-1] / 8]
         starts.append(later[0])
     low, high = min(min(curve.low) for curve in curves), max(starts)
     room = 0.06 * max(high - low, 0.02 * abs(high))

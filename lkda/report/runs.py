@@ -15,18 +15,21 @@ import yaml
 # What a table or a plot cannot do without; numbers but for the mixer.
 REQUIRED = ("mixer", "val/loss", "val/bits_per_byte", "state_bytes", "tokens", "tokens_per_s", "params")
 
+RECORDED_ROWS = 300
+
 
 @dataclass(frozen=True)
 class Run:
     """One finished run.
 
     Attributes:
+        name: of its directory.
         config: config.yaml, nested.
         summary: what summary.json holds.
         metrics: the rows of metrics.csv, numbers, only the columns that a row fills.
     """
 
-    directory: Path
+    name: str
     config: dict[str, Any]
     summary: dict[str, Any]
     metrics: list[dict[str, float]]
@@ -41,7 +44,7 @@ def read_run(directory: Path) -> Run:
         raise ValueError("no summary.json: still running, or killed" if started else "no summary.json: not a run")
     summary = _read_summary(directory / "summary.json")
     config = _read_config(directory / "config.yaml")
-    return Run(directory, config, summary, _read_metrics(directory / "metrics.csv"))
+    return Run(directory.name, config, summary, _read_metrics(directory / "metrics.csv"))
 
 
 def _read(path: Path) -> str:
@@ -105,6 +108,20 @@ def read_runs(directories: Iterable[Path]) -> tuple[list[Run], list[tuple[Path, 
         except ValueError as error:
             skipped.append((directory, str(error)))
     return runs, skipped
+
+
+def as_record(run: Run) -> dict[str, Any]:
+    """The run as it goes into results.json: of a long course every validation, and so many of the other rows."""
+    training = [row for row in run.metrics if "val/loss" not in row]
+    every = math.ceil(len(training) / RECORDED_ROWS) or 1
+    kept = {id(row) for row in training[every - 1 :: every]}
+    metrics = [row for row in run.metrics if "val/loss" in row or id(row) in kept]
+    return {"name": run.name, "config": run.config, "summary": run.summary, "metrics": metrics}
+
+
+def from_record(record: dict[str, Any]) -> Run:
+    """The run that `as_record` wrote down."""
+    return Run(record["name"], record["config"], record["summary"], record["metrics"])
 
 
 def tokenizers_differ(runs: Iterable[Run]) -> bool:

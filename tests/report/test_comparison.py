@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from lkda.report.comparison import compare
 from lkda.report.groups import group_runs
 from lkda.report.plots import loss_curves
 from lkda.report.readme import fill
+from lkda.report.redraw import redraw
 from lkda.report.runs import read_run
 from tests.report.conftest import bench_row, write_run
 
@@ -80,10 +82,20 @@ def test_the_page_stands_alone_in_light_and_dark(compared):
     assert "stopped &lt;1&gt;: the run is interrupted, not finished" in page
 
 
-def test_the_same_runs_give_the_same_pictures(compared, runs, tmp_path):
-    compare(runs, tmp_path, title="again")
-    for path in tmp_path.glob("*.png"):
+def test_everything_is_drawn_again_from_the_json_alone(compared, tmp_path):
+    shutil.copy(compared[1] / "results.json", tmp_path)
+    redraw(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in compared[1].iterdir()}
+    for path in tmp_path.iterdir():
         assert path.read_bytes() == (compared[1] / path.name).read_bytes()
+
+
+def test_what_holds_no_results_cannot_be_redrawn(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no results.json and no benchmark.json"):
+        redraw(tmp_path)
+    (tmp_path / "results.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"results.json is not a comparison's \('benchmark'\)"):
+        redraw(tmp_path)
 
 
 def test_other_data_are_compared_in_bits_per_byte(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from lkda.report import table
 from lkda.report.curves import mean_curve, running_mean
 from lkda.report.groups import also_differing, group_runs
-from lkda.report.runs import read_run, read_runs
+from lkda.report.runs import RECORDED_ROWS, Run, as_record, from_record, read_run, read_runs
 from tests.report.conftest import FLOOR, write_run
 
 
@@ -100,6 +100,11 @@ def test_an_option_of_the_mixer_makes_another_group(tmp_path):
     assert labels(paths) == {"kda · gate channel", "kda · gate head", "softmax"}
 
 
+def test_a_backend_is_named_where_a_mixer_ran_on_several(tmp_path):
+    paths = [write_run(tmp_path / backend, "kda", backend=backend) for backend in ("chunk", "cuda")]
+    assert labels([*paths, write_run(tmp_path / "a", "softmax")]) == {"kda · chunk", "kda · cuda", "softmax"}
+
+
 def test_the_name_of_a_model_stands_for_all_its_sizes(tmp_path):
     small = {"model": {"name": "small", "d_model": 512, "num_layers": 8}}
     paths = [write_run(tmp_path / "a", "kda"), write_run(tmp_path / "b", "kda", settings=small)]
@@ -128,3 +133,18 @@ def test_the_running_mean_keeps_a_line_and_calms_the_noise(tmp_path):
     assert calm.x == curve.x
     jumps = [abs(b - a) for values in (curve.y, calm.y) for a, b in zip(values[30:], values[31:])]
     assert statistics.fmean(jumps[len(jumps) // 2 :]) < 0.7 * statistics.fmean(jumps[: len(jumps) // 2])
+
+
+def test_a_long_course_is_recorded_thinly_but_with_every_validation():
+    rows = [{"step": n, "train/loss": 1.0} for n in range(1, 10_001)]
+    rows += [{"step": n, "val/loss": 1.0} for n in range(100, 10_001, 100)]
+    kept = from_record(as_record(Run("long", {}, {}, rows))).metrics
+    training = [row for row in kept if "train/loss" in row]
+    assert len(kept) - len(training) == 100
+    assert 0.9 * RECORDED_ROWS < len(training) <= RECORDED_ROWS
+    assert training[-1]["step"] > 9_900
+
+
+def test_a_short_course_is_recorded_whole(tmp_path):
+    run = read_run(write_run(tmp_path / "a", "kda"))
+    assert from_record(as_record(run)) == run

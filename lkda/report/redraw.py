@@ -1,0 +1,43 @@
+"""Draws results again from the JSON that lies in their directories: `python -m lkda.report.redraw docs/results/*`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lkda.report import bench_report, comparison
+from lkda.report.bench import read_benchmark
+from lkda.report.comparison import RESULTS, read_results
+
+BENCHMARK = "benchmark.json"
+
+
+def redraw(directory: Path) -> None:
+    """Writes tables, plots and the page of the comparison or benchmark in `directory` anew.
+
+    Raises: ValueError where it holds neither, or a file that is none.
+    """
+    if (directory / RESULTS).is_file():
+        comparison.write(read_results(directory), directory)
+    elif (directory / BENCHMARK).is_file():
+        bench_report.write(read_benchmark(directory / BENCHMARK), directory)
+    else:
+        raise ValueError(f"{directory} holds no {RESULTS} and no {BENCHMARK}.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Redraws each of the arguments that is a directory."""
+    directories = [path for path in map(Path, arguments) if path.is_dir()]
+    if not directories:
+        raise SystemExit(__doc__)
+    try:
+        for directory in directories:
+            redraw(directory)
+            print(f"drew {directory}")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
