@@ -38,7 +38,10 @@ def fill(text: str, results: Path) -> str:
 def main() -> None:
     """Rewrites README.md of the working directory."""
     readme = Path("README.md")
-    write_atomically(readme, fill(readme.read_text(encoding="utf-8"), Path("docs/results")))
+    try:
+        write_atomically(readme, fill(readme.read_text(encoding="utf-8"), Path("docs/results")))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
