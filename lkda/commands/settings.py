@@ -21,6 +21,8 @@ _AT_LEAST = {
     "checkpoint.keep": 1,
     "sample.max_new_tokens": 0,
 }
+# In the group `model` for other groups to refer to.
+_NOT_THE_MODELS = ("name", "num_heads", "learning_rate")
 _MAY_BE_NULL = ("trainer.max_tokens",)
 
 
@@ -58,7 +60,7 @@ def model_config(config: dict[str, Any], *, vocab_size: int, context: int) -> di
     Raises:
         ValueError: the tokenizer has more tokens than the model has rows, or the model cannot be built.
     """
-    model = {key: value for key, value in config["model"].items() if key not in ("name", "num_heads")}
+    model = {key: value for key, value in config["model"].items() if key not in _NOT_THE_MODELS}
     rows = model["vocab_size"] or vocab_size
     if vocab_size > rows:
         raise ValueError(

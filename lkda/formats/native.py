@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -25,7 +26,8 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if config["tie_embeddings"]:
         del weights["lm_head.weight"]  # another name of embed_tokens.weight, and safetensors stores no aliases
-    save_file(weights, directory / "model.safetensors")
+    # Written here rather than by safetensors, whose files only their owner can read.
+    (directory / "model.safetensors").write_bytes(serialize(weights))
     text = json.dumps({"model_type": MODEL_TYPE, "format": FORMAT, "model": config}, indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     tokenizer.save(str(directory / "tokenizer.json"))
