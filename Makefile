@@ -29,7 +29,7 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/installed
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit("lkda needs Python 3.11 or later; try: make PYTHON=python3.12 ..." * (sys.version_info < (3, 11)))'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lkda needs Python 3.11 or later: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 clean:
