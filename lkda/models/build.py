@@ -55,9 +55,10 @@ def _mixers(config: dict[str, Any]) -> list[Mixer]:
         raise ValueError("mixer must hold `pattern`, a list of mixer names, and `num_heads`.")
     classes = {name: find_mixer(name) for name in pattern}
     backend = config["backend"]
-    known = {name: backend in available_backends(cls.op) for name, cls in classes.items()}
+    known_words = {name: ("auto",) if cls.op is None else available_backends(cls.op) for name, cls in classes.items()}
+    known = {name: backend in words for name, words in known_words.items()}
     if not any(known.values()):
-        words = sorted({word for cls in classes.values() for word in available_backends(cls.op)})
+        words = sorted({word for found in known_words.values() for word in found})
         raise ValueError(f"no mixer of {', '.join(classes)} has a backend {backend!r}; they have {', '.join(words)}.")
     layers = (pattern[i % len(pattern)] for i in range(config["num_layers"]))
     return [_mixer(name, classes[name], config, mixer, backend if known[name] else "auto") for name in layers]

@@ -87,6 +87,8 @@ class LanguageModel(nn.Module):
         """
         resolved = {}
         for mixer in self.mixers():
+            if mixer.op is None:
+                continue
             word = str(getattr(mixer, "backend", "auto"))
             resolved[mixer.op] = resolve_backend(mixer.op, word, device=device, head_dim=mixer.head_dim, dtype=dtype)
         return resolved

@@ -17,11 +17,11 @@ class Mixer(nn.Module, ABC):
     A subclass is built as `Class(d_model, num_heads, *, <options>, backend="auto")`; its options are its YAML's keys.
 
     Attributes:
-        op: the operator in `lkda.ops` that it runs, and whose backends `backend` may name.
+        op: the operator in `lkda.ops` that it runs, and whose backends `backend` may name; None where it runs none.
         head_dim: d_model / num_heads.
     """
 
-    op: ClassVar[str]
+    op: ClassVar[str | None] = None
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()

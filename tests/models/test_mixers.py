@@ -135,7 +135,6 @@ def test_a_mixer_dropped_into_the_package_is_found(tmp_path, monkeypatch):
     (tmp_path / "echo.py").write_text(
         "from lkda.models.mixer import Mixer\n"
         "class Echo(Mixer):\n"
-        "    op = 'softmax'\n"
         "    def forward(self, x, *, cu_seqlens=None, state=None):\n        return x, ()\n"
         "    def step(self, x, state):\n        return x, ()\n"
         "    def init_state(self, batch_size, *, device=None):\n        return ()\n"
@@ -145,6 +144,7 @@ def test_a_mixer_dropped_into_the_package_is_found(tmp_path, monkeypatch):
     assert "echo" in mixers.mixer_names()
     model = build_model(config(["echo"]))
     assert model(tokens(1, 4)).shape == (1, 4, 50)
+    assert model.resolve_backends(torch.device("cpu"), torch.float32) == {}
     sys.modules.pop("lkda.models.mixers.echo")
 
 

@@ -17,6 +17,8 @@ BACKENDS: dict[str, Backend] = {
     "chunk": Backend(kda_chunk),
     "recurrent": Backend(kda_recurrent),
 }
+# The kernels keep square states.
+_ANY_STATE = {word: BACKENDS[word] for word in ("chunk", "recurrent")}
 
 
 def kda_attention(
@@ -66,7 +68,8 @@ def kda_attention(
     tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
     check_alike(fn, tensors, same_dtype=("q", "k", "v"))
     scale = sizes["K"] ** -0.5 if scale is None else scale
-    word = choose(fn, BACKENDS, backend, device=q.device, head_dim=sizes["K"], dtype=q.dtype)
+    backends = BACKENDS if sizes["K"] == sizes["V"] else _ANY_STATE
+    word = choose(fn, backends, backend, device=q.device, head_dim=sizes["K"], dtype=q.dtype)
     return BACKENDS[word].run(q, k, v, g, beta, scale, initial_state, cu_seqlens)
 
 
