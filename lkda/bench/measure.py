@@ -1,0 +1,225 @@
+"""A contest -> rows: time, bandwidth, share of the floor, error, memory and resources of each entrant."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lkda
+from lkda.bench.contest import DTYPES, Contest, Entrant, Inputs, Shape
+from lkda.bench.timing import clock, copy_gb_per_s, graph_of
+from lkda.ops.jit import architecture
+
+Row = dict[str, Any]
+MODES = ("fwd", "fwd+bwd")
+PACKAGES = ("torch", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "fla-core", "nvidia-cudnn-frontend")
+TRUE_HEADS = 2  # float64 on so many heads of the first sequence: heads and sequences do not mix
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure; `peer` names its family where `name` is not a backend of ours."""
+
+    contest: Contest
+    shape: Shape
+    dtype: str
+    gate: str | None
+    name: str
+    peer: str | None
+    mode: str
+    replay: str
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured with."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "lkda": lkda.__version__,
+        "copy_gb_per_s": copy_gb_per_s(device),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
+
+
+def cases(
+    contests: Sequence[Contest],
+    shapes: Sequence[Shape],
+    dtypes: Sequence[str],
+    backends: Sequence[str],
+    peers: Sequence[str],
+    modes: Sequence[str],
+    replays: Sequence[str],
+) -> list[Case]:
+    """Every combination, those on the same inputs together. Raises ValueError for a word that no contest knows."""
+    known = {word for contest in contests for word in contest.backends}
+    families = {family for contest in contests for family in contest.peers}
+    for what, words, allowed in (
+        ("backends", backends, known),
+        ("peers", peers, families),
+        ("dtypes", dtypes, set(DTYPES)),
+        ("modes", modes, set(MODES)),
+        ("replays", replays, {"eager", "graph"}),
+    ):
+        for word in words:
+            if word not in allowed:
+                raise ValueError(f"{what}: there is no {word}; there are {', '.join(sorted(allowed))}.")
+    found = []
+    for contest in contests:
+        entrants: list[tuple[str, str | None]] = [(word, None) for word in backends if word in contest.backends]
+        for family in peers:
+            if family in contest.peers:
+                entrants += [(name, family) for name in _names(contest, family)]
+        found += [
+            Case(contest, shape, dtype, gate, name, peer, mode, replay)
+            for shape in shapes
+            for dtype in dtypes
+            for gate in contest.gates
+            for name, peer in entrants
+            for mode in modes
+            for replay in replays
+        ]
+    return found
+
+
+def _names(contest: Contest, family: str) -> list[str]:
+    """A family's entrants; of a missing one its own name, so that it keeps a row."""
+    try:
+        return list(contest.peers[family]())
+    except ImportError:
+        return [family]
+
+
+def measure(
+    cases: Sequence[Case], device: torch.device, copy_speed: float, *, milliseconds: int = 100
+) -> Iterator[Row]:
+    """A row for each case, in order; `reason` says why where there is no time."""
+    inputs: Inputs = {}
+    drawn: tuple[Any, ...] = ()
+    for case in cases:
+        wanted = (case.contest.op, case.shape, case.dtype, case.gate)
+        if drawn != wanted:
+            inputs.clear()  # before the next ones are drawn: they may be as large as the memory
+            torch.manual_seed(0)
+            inputs.update(case.contest.inputs(case.shape, DTYPES[case.dtype], device, case.gate))
+            drawn = wanted
+        yield _row(case, inputs, device, copy_speed, milliseconds)
+
+
+def _row(case: Case, inputs: Inputs, device: torch.device, copy_speed: float, milliseconds: int) -> Row:
+    contest, shape = case.contest, case.shape
+    moved = contest.moved_bytes(shape, DTYPES[case.dtype], case.mode)
+    row: Row = {
+        **{"op": contest.op, "backend": None if case.peer else case.name, "peer": case.name if case.peer else None},
+        **{"B": shape.B, "T": shape.T, "H": shape.H, "D": shape.D, "dtype": case.dtype, "gate": case.gate},
+        **{"mode": case.mode, "replay": case.replay, "ms_median": None, "ms_p20": None, "ms_p80": None},
+        **{"gb_per_s": None, "floor_ms": moved / copy_speed / 1e6, "fraction_of_floor": None},
+        **{"error": None, "errors": {}, "peak_mib": None, "registers": None, "shared_bytes": None, "reason": None},
+    }
+    try:
+        entrant = contest.peers[case.peer]()[case.name] if case.peer else contest.backends[case.name]
+    except ImportError as error:
+        return row | {"reason": f"not installed ({error})"}
+    if case.replay == "graph" and device.type != "cuda":
+        return row | {"reason": "no CUDA graphs on a CPU"}
+    if case.mode == "fwd+bwd" and not entrant.gradients:
+        return row | {"reason": "no backward"}
+    try:
+        call, outputs, peak = _prepare(entrant, inputs, case.mode, device)
+        row["peak_mib"] = peak
+        timing = clock(graph_of(call) if case.replay == "graph" else call, device, milliseconds=milliseconds)
+        if entrant.comparable and case.replay == "eager":
+            row["errors"] = _errors(case, entrant, inputs, outputs)
+            row["error"] = max(row["errors"].values())
+    except Exception as error:  # whatever stops one entrant is told in its row, and the others are measured
+        text = str(error).strip().splitlines()
+        return row | {"reason": f"{type(error).__name__}: {text[0][:200] if text else ''}"}
+    row |= {"ms_median": timing.median, "ms_p20": timing.p20, "ms_p80": timing.p80}
+    row |= {"gb_per_s": moved / timing.median / 1e6, "fraction_of_floor": row["floor_ms"] / timing.median}
+    return row | _resources(case, device)
+
+
+def _prepare(
+    entrant: Entrant, inputs: Inputs, mode: str, device: torch.device
+) -> tuple[Callable[[], object], dict[str, Tensor], float | None]:
+    """The call to time, what it gave once (o and gradients, by name), and the MiB it took beyond its inputs."""
+    own = {name: x.detach() for name, x in entrant.adapt(inputs).items()}
+    if mode == "fwd":
+
+        @torch.inference_mode()
+        def forward() -> Sequence[Tensor]:
+            return entrant.run(own)
+
+        outputs, peak = _with_peak(lambda: {"o": forward()[0]}, device)
+        return forward, outputs, peak
+    leaves = {name: own[name].requires_grad_() for name in entrant.gradients}
+    with torch.no_grad():
+        grad_o = torch.randn_like(entrant.run(own)[0])
+
+    def both() -> Sequence[Tensor]:
+        o = entrant.run(own)[0]
+        gradients = torch.autograd.grad(o, list(leaves.values()), grad_o.to(o.dtype))
+        return o.detach(), *gradients  # a graph kept alive holds on to the stream it was made on
+
+    names = ("o", *(f"d{name}" for name in leaves))
+    outputs, peak = _with_peak(lambda: dict(zip(names, both())), device)
+    return both, outputs | {"grad_o": grad_o}, peak
+
+
+def _with_peak(call: Callable[[], dict[str, Tensor]], device: torch.device) -> tuple[dict[str, Tensor], float | None]:
+    call()  # compiles
+    if device.type != "cuda":
+        return call(), None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    outputs = call()
+    return outputs, (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _errors(case: Case, entrant: Entrant, inputs: Inputs, outputs: dict[str, Tensor]) -> dict[str, float]:
+    """Relative L2 error of o and of each gradient against float64, on a few heads."""
+
+    def few(x: Tensor) -> Tensor:
+        return x[:1, :, :TRUE_HEADS].detach().double()
+
+    exact = {
+        name: few(x).requires_grad_(case.mode != "fwd" and name in entrant.gradients) for name, x in inputs.items()
+    }
+    o = case.contest.truth(exact)[0]
+    truth = {"o": o}
+    if case.mode != "fwd":
+        leaves = [exact[name] for name in entrant.gradients]
+        gradients = torch.autograd.grad(o, leaves, few(outputs["grad_o"]))
+        truth |= {f"d{name}": x for name, x in zip(entrant.gradients, gradients)}
+    return {
+        name: ((few(outputs[name]) - x.detach()).norm() / x.detach().norm().clamp_min(1e-30)).item()
+        for name, x in truth.items()
+    }
+
+
+def _resources(case: Case, device: torch.device) -> Row:
+    """The most registers and shared memory that a kernel of ours takes."""
+    if case.peer or device.type != "cuda":
+        return {}
+    arch = architecture(device)
+    kernels = case.contest.kernels(case.name, case.mode, case.shape, DTYPES[case.dtype], arch)
+    if not kernels:
+        return {}
+    found = [(kernel, kernel.module.binary(arch).resources()[kernel.entry]) for kernel in kernels]
+    return {
+        "registers": max(used.registers for _, used in found),
+        "shared_bytes": max(kernel.shared_bytes + used.static_shared_bytes for kernel, used in found),
+    }

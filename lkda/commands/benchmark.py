@@ -1,0 +1,99 @@
+"""Measure the operators against their floor, against float64 and against the peers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lkda.bench import measure, ops
+from lkda.bench.contest import Shape
+from lkda.report.bench import as_markdown, as_rich, cost_by_length, time_bars
+from lkda.report.files import write_atomically
+
+
+def benchmark(config: DictConfig) -> None:
+    """Measures every combination of `config`; benchmark.json, benchmark.csv, table.md and plots go into `config.out`.
+
+    The files are rewritten after every row: what a stopped run has measured is kept.
+
+    Args:
+        config: composed from configs/benchmark.yaml.
+    Raises: ValueError for a word, a shape or a device that is none, and where `out` cannot be written.
+    """
+    device = _device(config.device)
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write the directory {out}: {error.strerror}.") from error
+    cases = measure.cases(
+        [ops.find(name) for name in config.ops],
+        [Shape.parse(text) for text in config.shapes],
+        list(config.dtypes),
+        list(config.backends),
+        list(config.peers),
+        list(config.modes),
+        list(config.replays),
+    )
+    if not cases:
+        raise ValueError("ops, shapes, dtypes, backends, peers, modes and replays leave nothing to measure.")
+    header = measure.header(device)
+    rows: list[dict[str, Any]] = []
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=160)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(cases))
+        measured = measure.measure(cases, device, header["copy_gb_per_s"], milliseconds=config.milliseconds)
+        for case in cases:
+            what = (
+                f"{case.contest.op} {case.shape} {case.dtype} {case.gate or ''} {case.name} {case.mode} {case.replay}"
+            )
+            progress.update(task, description=what)
+            rows.append(next(measured))
+            _write(out, header, rows)
+            progress.advance(task)
+    _plot(out, rows)
+    console.print(as_rich(rows))
+    console.print(
+        f"\n{header['device']}, copy {header['copy_gb_per_s']:,.0f} GB/s; {out} has JSON, CSV, table and plots."
+    )
+
+
+def _device(word: str) -> torch.device:
+    if word == "auto":
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    if word not in ("cuda", "cpu"):
+        raise ValueError(f"device must be auto, cuda or cpu, got {word}.")
+    if word == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch sees no CUDA device; use device=cpu with backends=[chunk,recurrent].")
+    return torch.device("cuda", torch.cuda.current_device()) if word == "cuda" else torch.device("cpu")
+
+
+def _write(out: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    write_atomically(out / "benchmark.json", json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [name for name in rows[0] if name != "errors"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "benchmark.csv", table.getvalue())
+    write_atomically(out / "table.md", as_markdown(rows))
+
+
+def _plot(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Bars of time for each mode; where one size of heads was measured at several lengths, the cost by length too."""
+    for mode in dict.fromkeys(row["mode"] for row in rows if row["ms_median"] is not None):
+        name = mode.replace("+", "_")
+        write_atomically(out / f"time_{name}.png", time_bars(rows, mode=mode))
+        lengths = {row["T"] for row in rows}
+        heads = {(row["op"], row["H"], row["D"], row["B"] * row["T"]) for row in rows}
+        if len(heads) == 1 and len(lengths) > 1:
+            write_atomically(out / f"cost_by_length_{name}.png", cost_by_length(rows, mode=mode))
