@@ -116,10 +116,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     wait_copies<0>();
     __syncthreads();  // the chunk ahead is here, and the outputs of the turn before are done
     const bool more = ahead.place.rank < chunks;
-    const Place at = turn > 0 ? stage.place : Place{0, 0, 0, 0};
-    if (at.rank >= chunks) break;
+    if (turn > 0 && stage.place.rank >= chunks) break;
     if (STAGES == 3) begin_load(shared.stages[(turn + 1) % STAGES]);
-    Ancestors ancestors({workspace, rows, at.row, chunks}, at.rank);
+    Asked asked;
+    if (turn > 0) asked = ask({workspace, rows, stage.place.row, chunks}, stage.place.rank);
 
     // The chunk ahead, twice along the strip: from a zero state, and from the state that enters it. Reaching back from a
     // token to the strip's entry, a gradient meets the decays up to there.
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       const auto keep = [&](int i, float2 s, State) { weights[i] = s; };
       Product through_strip;
       const State leaves = walk_strip(ahead, initial, heads, ZERO, through_strip, keep);
-      shared.strips.put(through_strip, leaves);
+      shared.strips.put({through_strip, leaves});
     }
     __syncthreads();
     if (more) {
@@ -153,20 +153,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
           back = through(decay.value, after, back);
           decay = {0.f, 0.f};
         }
-        if (i % 4 == 3) keep_order();
       }
-      back_ahead.put(decay, back);
+      decay.settle();
+      back_ahead.put({decay, back});
     }
     __syncthreads();
     const unsigned number = threadIdx.x == 0 ? draw(workspace) : 0;
     if (more && strip == STRIPS - 1) {
-      const Published published(workspace, rows, ahead.place.row, chunks);
-      published.write(ahead.place.rank, back_ahead.all());
+      Published(workspace, rows, ahead.place.row, chunks).write(ahead.place.rank, back_ahead.all());
     }
 
     // The chunk at hand: forward along the strip, and back from the gradient that enters.
     if (turn > 0) {
-      State grad = ancestors.wait([&] { return back.all(); }, PACKED ? nullptr : grad_final, at.row, shared.partial);
+      const Place at = stage.place;
+      State grad = enter_chunk({workspace, rows, at.row, chunks}, at.rank, asked, [&] { return back.all(); },
+                               PACKED ? nullptr : grad_final, at.row, shared.partial);
       grad = back.entering_strip(grad);
       State states[TOKENS];
       const auto keep = [&](int i, float2 s, State x) {
@@ -175,6 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       };
       Product unused;
       walk_strip(stage, initial, heads, entered, unused, keep);
+      __syncwarp();  // ptxas else keeps all it has read of the strip, to read it no second time, and spills
       const int start = (chunks - 1 - at.rank) * CHUNK + strip * TOKENS;
       const long long token = (static_cast<long long>(at.batch) * length + start) * heads + at.head;
       const long long first = token * HEAD_DIM + 2 * lane;
@@ -201,7 +203,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         grad_b[i] = fmaf(grad.x, before.x, fmaf(grad.y, before.y, fmaf(grad.z, before.z, grad.w * before.w)));
         grad = times(pick(decays, i % 4), grad);
         if (mark.begins()) store_state(grad_initial, mark.sequence() * heads + at.head, grad);
-        if (i % 2 == 0) keep_order();
       }
       if (!PACKED && strip == 0 && at.rank == chunks - 1) store_state(grad_initial, at.row, grad);
 

@@ -144,8 +144,8 @@ def _seen(x: Tensor) -> tuple:
 class _Workspace:
     """What the blocks of one launch tell each other: the counter they draw chunks from, and the published summaries.
 
-    Layout as in scan.cuh: 4 words, a state of 2 head_dim words for each entry, a decay for each; then, for packed rows,
-    the marks. All of it starts as -1. An entry is a chunk, a group of FAN_OUT chunks or a span of FAN_OUT groups.
+    Layout as in scan.cuh: 4 words, a state of 2 head_dim words for each entry, a decay of 2 for each; then, for packed
+    rows, the marks. All of it starts as -1. An entry is a chunk, a group of FAN_OUT chunks or a span of FAN_OUT groups.
     """
 
     def __init__(self, q: Tensor, cu_seqlens: Tensor | None, *, backward: bool):
@@ -153,7 +153,7 @@ class _Workspace:
         self.chunks = -(-T // _chunk(D, q.dtype, backward=backward))
         groups = -(-self.chunks // FAN_OUT)
         entries = B * H * (self.chunks + groups + -(-groups // FAN_OUT))
-        words = 4 + entries * (2 * D + 1)
+        words = 4 + entries * (2 * D + 2)
         size = words if cu_seqlens is None else words + T
         self.words = torch.full((size,), -1, dtype=torch.int32, device=q.device)
         self.marks = None if cu_seqlens is None else self.words[words:]

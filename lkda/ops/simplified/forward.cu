@@ -93,24 +93,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         if (i < length - start) query[i] = __ldcs(reinterpret_cast<const Pair<Element>*>(further(from, i, bytes)));
       }
     }
-    Ancestors ancestors({workspace, rows, at.row, chunks}, at.rank);
+    const Published published(workspace, rows, at.row, chunks);
+    Asked asked = ask(published, at.rank);
 
     // The summary of the chunk ahead.
     if (more) {
       Product through_strip;
       const State leaves = walk_strip(ahead, initial, heads, ZERO, through_strip, [](int, float2, State) {});
-      strips_ahead.put(through_strip, leaves);
+      strips_ahead.put({through_strip, leaves});
     }
     __syncthreads();
     const unsigned number = threadIdx.x == 0 ? draw(workspace) : 0;
     if (more && strip == STRIPS - 1) {
-      const Published published(workspace, rows, ahead.place.row, chunks);
-      published.write(ahead.place.rank, strips_ahead.all());
+      Published(workspace, rows, ahead.place.row, chunks).write(ahead.place.rank, strips_ahead.all());
     }
 
     if (turn > 0) {
-      const State enters =
-          ancestors.wait([&] { return strips.all(); }, PACKED ? nullptr : initial, at.row, shared.partial);
+      const State enters = enter_chunk(published, at.rank, asked, [&] { return strips.all(); }, PACKED ? nullptr : initial,
+                                       at.row, shared.partial);
       const State x = strips.entering_strip(enters);
       if (entering != nullptr && strip * TOKENS % BACKWARD_CHUNK == 0 && start < length) {
         const int count = (length + BACKWARD_CHUNK - 1) / BACKWARD_CHUNK;

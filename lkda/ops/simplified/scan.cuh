@@ -40,20 +40,45 @@ __device__ __forceinline__ State through(float decay, State x, State plus) {
   return make_float4(fmaf(decay, x.x, plus.x), fmaf(decay, x.y, plus.y), fmaf(decay, x.z, plus.z), fmaf(decay, x.w, plus.w));
 }
 
+// A product of decays. Decays of a long memory are 1 less a few units in the last place, and their rounded products err all
+// to one side: by 1e-4 over 100,000 tokens. So what rounding drops is carried along.
+struct Product {
+  float value, dropped;
+
+  __device__ Product(float value = 1.f, float dropped = 0.f) : value(value), dropped(dropped) {}
+
+  __device__ void by(float b) {
+    const float next = b * value;
+    dropped = fmaf(b, dropped, fmaf(b, value, -next));
+    value = next;
+  }
+  __device__ void by(Product b) {
+    const float more = value * b.dropped;
+    by(b.value);
+    dropped += more;
+    settle();
+  }
+  // Make `value` the nearest to the product that it can be.
+  __device__ void settle() {
+    const float nearest = value + dropped;
+    dropped -= nearest - value;
+    value = nearest;
+  }
+};
+
 struct Summary {
-  float decay;
+  Product decay;
   State state;
 };
 
 __device__ __forceinline__ Summary then(Summary first, Summary second) {
-  return {second.decay * first.decay, through(second.decay, first.state, second.state)};
+  first.state = through(second.decay.value, first.state, second.state);
+  first.decay.by(second.decay);
+  return first;
 }
 
 __device__ __forceinline__ int strip_of_thread() { return threadIdx.x / LANES; }
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % LANES; }
-
-// No memory access moves across: fetching too many tokens ahead would cost more registers than there are.
-__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 
 // ---- Chunks
 
@@ -183,26 +208,6 @@ __device__ __forceinline__ State written(const Stage& stage, int i, float2 weigh
   return make_float4(weight.x * v.x, weight.y * v.y, weight.x, weight.y);
 }
 
-// A running product of decays. Decays of a long memory are 1 less a few units in the last place, and their rounded products
-// err all to one side: over 100,000 tokens that is 1e-4. What rounding drops is carried along.
-struct Product {
-  float value, dropped;
-
-  __device__ Product(float value = 1.f, float dropped = 0.f) : value(value), dropped(dropped) {}
-
-  __device__ void by(float b) {
-    const float next = b * value;
-    dropped = fmaf(b, dropped, fmaf(b, value, -next));
-    value = next;
-  }
-  __device__ void by(Product b) {
-    const float more = value * b.dropped;
-    by(b.value);
-    dropped += more;
-  }
-  __device__ float rounded() const { return value + dropped; }
-};
-
 // Walk this thread's strip on from `x`, and tell the decay through it. Where a packed sequence begins, the walk goes on from that sequence's initial state.
 template <class Stage, class Visit>
 __device__ __forceinline__ State walk_strip(const Stage& stage, const float* initial, int heads, State x, Product& decay,
@@ -221,8 +226,8 @@ __device__ __forceinline__ State walk_strip(const Stage& stage, const float* ini
     decay.by(b);
     x = through(b, x, written(stage, i, s));
     visit(i, s, x);
-    if (i % 4 == 3) keep_order();
   }
+  decay.settle();
   return x;
 }
 
@@ -236,12 +241,15 @@ __device__ __forceinline__ float as_written(float x) {
 
 __device__ __forceinline__ bool is_written(float x) { return __float_as_uint(x) != UNWRITTEN; }
 
+__device__ __forceinline__ bool is_written(Product x) { return is_written(x.value) && is_written(x.dropped); }
+
 __device__ __forceinline__ bool is_written(State x) {
   return is_written(x.x) && is_written(x.y) && is_written(x.z) && is_written(x.w);
 }
 
-__device__ __forceinline__ void publish(float* at, float x) {
-  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(at), "f"(as_written(x)) : "memory");
+__device__ __forceinline__ void publish(Product* at, Product x) {
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(as_written(x.value)), "f"(as_written(x.dropped))
+               : "memory");
 }
 
 __device__ __forceinline__ void publish(State* at, State x) {
@@ -250,9 +258,9 @@ __device__ __forceinline__ void publish(State* at, State x) {
                : "memory");
 }
 
-__device__ __forceinline__ float peek(const float* at) {
-  float x;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(at) : "memory");
+__device__ __forceinline__ Product peek(const Product* at) {
+  Product x;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.value), "=f"(x.dropped) : "l"(at) : "memory");
   return x;
 }
 
@@ -267,8 +275,8 @@ __device__ __forceinline__ State peek(const State* at) {
 
 // The published summaries of one head: an entry for every chunk, group and span. cuda.py allots the same.
 struct Published {
-  State* states;  // [entries][LANES], from this thread's lane on
-  float* decays;  // [entries]
+  State* states;    // [entries][LANES], from this thread's lane on
+  Product* decays;  // [entries]
   int chunks, groups;
 
   static __device__ int groups_of(int chunks) { return (chunks + FAN_OUT - 1) / FAN_OUT; }
@@ -278,7 +286,7 @@ struct Published {
     const unsigned entries = chunks + groups + groups_of(groups);
     State* all = reinterpret_cast<State*>(workspace + 4);
     states = all + (head * entries * LANES + lane_of_thread());
-    decays = reinterpret_cast<float*>(all + heads * entries * LANES) + head * entries;
+    decays = reinterpret_cast<Product*>(all + heads * entries * LANES) + head * entries;
   }
 
   __device__ void write(int entry, Summary x) const {
@@ -297,33 +305,28 @@ struct Exchange {
   State states[THREADS];
   alignas(16) Product decays[STRIPS];
 
-  __device__ void put(Product decay, State state) {
-    states[threadIdx.x] = state;
-    if (lane_of_thread() == 0) decays[strip_of_thread()] = decay;
+  __device__ void put(Summary x) {
+    states[threadIdx.x] = x.state;
+    if (lane_of_thread() == 0) decays[strip_of_thread()] = x.decay;
   }
   // The n-th strip of the walk.
   __device__ Summary get(int n) const {
     const int strip = REVERSED ? STRIPS - 1 - n : n;
-    return {decays[strip].value, states[strip * LANES + lane_of_thread()]};
+    return {decays[strip], states[strip * LANES + lane_of_thread()]};
   }
   __device__ Summary all() const {
-    State x = ZERO;
-    Product decay;
-#pragma unroll
-    for (int n = 0; n < STRIPS; ++n) {
-      const Summary next = get(n);
-      x = through(next.decay, x, next.state);
-      decay.by(decays[REVERSED ? STRIPS - 1 - n : n]);
-    }
-    return {decay.rounded(), x};
+    Summary x = get(0);
+#pragma unroll 4
+    for (int n = 1; n < STRIPS; ++n) x = then(x, get(n));
+    return x;
   }
   // The state that enters this thread's strip, if x enters the chunk.
   __device__ State entering_strip(State x) const {
     const int end = REVERSED ? STRIPS - 1 - strip_of_thread() : strip_of_thread();
-#pragma unroll
+#pragma unroll 8
     for (int n = 0; n < STRIPS - 1; ++n) {
       const Summary next = get(n);
-      if (n < end) x = through(next.decay, x, next.state);
+      if (n < end) x = through(next.decay.value, x, next.state);
     }
     return x;
   }
@@ -335,64 +338,79 @@ struct Ancestors {
   static constexpr int HALF = STRIPS / 2;
   static constexpr int SHARE = FAN_OUT / HALF;  // entries for each strip
 
-  Published published;
   int group, span;
   bool ends_group, ends_span;
-  int entry, count;      // this strip's
-  Summary found[SHARE];  // perhaps not written yet
+  int entry, count;  // this strip's
 
-  // Ask for the entries, so that they are on their way.
-  __device__ Ancestors(Published published, int rank) : published(published), group(rank / FAN_OUT), span(group / FAN_OUT) {
+  __device__ Ancestors(const Published& published, int rank) : group(rank / FAN_OUT), span(group / FAN_OUT) {
     ends_group = rank % FAN_OUT == FAN_OUT - 1;
     ends_span = ends_group && group % FAN_OUT == FAN_OUT - 1;
     const int skipped = strip_of_thread() % HALF * SHARE;
     const bool of_groups = strip_of_thread() < HALF;
     entry = skipped + (of_groups ? published.chunks + span * FAN_OUT : group * FAN_OUT);
     count = (of_groups ? group : rank) % FAN_OUT - skipped;
-#pragma unroll
-    for (int n = 0; n < SHARE; ++n) {
-      found[n] = {1.f, ZERO};
-      if (n < count) found[n] = published.read(entry + n);
-    }
-  }
-
-  // The state that enters the chunk, for every thread. `own()` is the chunk's Summary, for the last strip; row `row` of
-  // `initial` (may be null) enters rank 0. `partial` must be free; one barrier of the block inside.
-  template <class Own>
-  __device__ State wait(Own own, const float* initial, int row, Exchange<false>& partial) {
-    const int strip = strip_of_thread();
-    Summary share = {1.f, ZERO};
-    if (strip == 0) {
-      share.state = span == 0 ? load_state(initial, row) : published.read_span(span - 1);
-      while (span != 0 && !is_written(share.state)) share.state = published.read_span(span - 1);
-    }
-#pragma unroll
-    for (int n = 0; n < SHARE; ++n) {
-      while (!is_written(found[n].decay) || !is_written(found[n].state)) found[n] = published.read(entry + n);
-      share = then(share, found[n]);
-    }
-    partial.put({share.decay, 0.f}, share.state);
-    if (strip >= HALF && ends_group && !ends_span) {
-      // A barrier of the second half alone: the group is published without waiting for earlier groups.
-      asm volatile("barrier.sync 1, 128;" ::: "memory");
-      if (strip == STRIPS - 1) {
-        Summary whole = partial.get(HALF);
-        for (int s = HALF + 1; s < STRIPS; ++s) whole = then(whole, partial.get(s));
-        published.write(published.chunks + group, then(whole, own()));
-      }
-    }
-    __syncthreads();
-
-    State x = partial.get(0).state;
-#pragma unroll
-    for (int s = 1; s < STRIPS; ++s) {
-      const Summary next = partial.get(s);
-      x = through(next.decay, x, next.state);
-    }
-    if (strip == STRIPS - 1 && ends_span) {
-      const Summary last = own();
-      published.write_span(span, through(last.decay, x, last.state));
-    }
-    return x;
   }
 };
+
+// Their summaries, perhaps not written yet.
+struct Asked {
+  Summary found[Ancestors::SHARE];
+};
+
+// Send for the summaries that the chunk of a rank needs.
+__device__ __forceinline__ Asked ask(const Published& published, int rank) {
+  const Ancestors ancestors(published, rank);
+  Asked asked;
+#pragma unroll
+  for (int n = 0; n < Ancestors::SHARE; ++n) {
+    asked.found[n] = {{}, ZERO};
+    if (n < ancestors.count) asked.found[n] = published.read(ancestors.entry + n);
+  }
+  return asked;
+}
+
+// The state that enters the chunk, for every thread, as soon as all that was asked for is there. `own()` is the chunk's
+// Summary, for the last strip; row `row` of `initial` (may be null) enters rank 0. `partial` must be free; one barrier of the
+// block inside.
+template <class Own>
+__device__ __forceinline__ State enter_chunk(const Published& published, int rank, Asked& asked, Own own, const float* initial,
+                                             int row, Exchange<false>& partial) {
+  constexpr int HALF = Ancestors::HALF;
+  const int strip = strip_of_thread();
+  const Ancestors ancestors(published, rank);
+  Summary share = {{}, ZERO};
+  if (strip == 0) {
+    const int span = ancestors.span;
+    share.state = span == 0 ? load_state(initial, row) : published.read_span(span - 1);
+    while (span != 0 && !is_written(share.state)) share.state = published.read_span(span - 1);
+  }
+#pragma unroll
+  for (int n = 0; n < Ancestors::SHARE; ++n) {
+    Summary& next = asked.found[n];
+    while (!is_written(next.decay) || !is_written(next.state)) next = published.read(ancestors.entry + n);
+    share = then(share, next);
+  }
+  partial.put(share);
+  if (strip >= HALF && ancestors.ends_group && !ancestors.ends_span) {
+    // A barrier of the second half alone: the group is published without waiting for earlier groups.
+    asm volatile("barrier.sync 1, 128;" ::: "memory");
+    if (strip == STRIPS - 1) {
+      Summary whole = partial.get(HALF);
+      for (int s = HALF + 1; s < STRIPS; ++s) whole = then(whole, partial.get(s));
+      published.write(published.chunks + ancestors.group, then(whole, own()));
+    }
+  }
+  __syncthreads();
+
+  State x = partial.get(0).state;
+#pragma unroll 8
+  for (int s = 1; s < STRIPS; ++s) {
+    const Summary next = partial.get(s);
+    x = through(next.decay.value, x, next.state);
+  }
+  if (strip == STRIPS - 1 && ancestors.ends_span) {
+    const Summary last = own();
+    published.write_span(ancestors.span, through(last.decay.value, x, last.state));
+  }
+  return x;
+}
