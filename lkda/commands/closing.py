@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,18 @@ def print_closing(console: Console, run: RunDirectory, summary: dict[str, Any], 
     other = "softmax" if summary["mixer"] != "softmax" else "kda"
     console.print(f"run directory {here}\nnext:", soft_wrap=True)
     for command in (
-        f'python scripts/generate.py ckpt={here}/checkpoints/last.ckpt prompt="The people"',
-        f"python scripts/evaluate.py ckpt={here}/checkpoints/best.ckpt",
-        f"python scripts/train.py mixer={other}",
-        f"python scripts/compare.py 'runs={_short(run.path.parent)}/*' out=comparison",
+        f'scripts/generate.py ckpt={here}/checkpoints/last.ckpt prompt="The people"',
+        f"scripts/evaluate.py ckpt={here}/checkpoints/best.ckpt",
+        f"scripts/train.py mixer={other}",
+        f"scripts/compare.py 'runs={_short(run.path.parent)}/*' out=comparison",
     ):
-        console.print(f"  {command}", markup=False, soft_wrap=True)
+        console.print(f"  {python_command()} {command}", markup=False, soft_wrap=True)
+
+
+def python_command() -> str:
+    """What to type for the interpreter that runs: its path where it is one of an environment that is not activated."""
+    activated = "VIRTUAL_ENV" in os.environ or sys.prefix == sys.base_prefix
+    return "python" if activated else _short(Path(sys.executable))
 
 
 def _short(path: Path) -> str:

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lkda.commands.closing import draw_sample, print_closing
+from lkda.commands.closing import draw_sample, print_closing, python_command
 from lkda.commands.command_line import CommandError
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.settings import check_counts, check_model, device_of, model_config, plain, steps_for
@@ -232,4 +232,4 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
 def _resume_command(run: RunDirectory) -> str:
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [override for override in given if not override.startswith("resume=")]
-    return shlex.join(["python", "scripts/train.py", *kept, f"hydra.run.dir={run.path}", "resume=true"])
+    return shlex.join([python_command(), "scripts/train.py", *kept, f"hydra.run.dir={run.path}", "resume=true"])

@@ -27,8 +27,8 @@ class ModelOverview(L.Callback):
 def overview(model: LanguageModel) -> Table:
     """The table of `ModelOverview`: equal parts together, the whole last."""
     context = model.config["context"]
-    table = Table("part", title="the model")
-    for column in ("parameters", f"state bytes at {context}", "flops a token"):
+    table = Table("part", title=f"the model, its state after {context} tokens")
+    for column in ("parameters", "state bytes", "flops a token"):
         table.add_column(column, justify="right")
     embedding, head = model.embed_tokens.weight, model.lm_head.weight
     table.add_row(f"embedding {embedding.shape[0]} x {embedding.shape[1]}", f"{embedding.numel():,}", "", "0")
