@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lkda.bench import measure, ops
 from lkda.bench.contest import Shape
-from lkda.report.bench import as_markdown, as_rich, cost_by_length, time_bars
+from lkda.report import bench_report
+from lkda.report.bench import Benchmark, as_rich
 from lkda.report.files import write_atomically
 
 
 def benchmark(config: DictConfig) -> None:
-    """Measures every combination of `config`; benchmark.json, benchmark.csv, table.md and plots go into `config.out`.
+    """Measures every combination of `config`; benchmark.json, tables, plots and a page go into `config.out`.
 
-    The files are rewritten after every row: what a stopped run has measured is kept.
+    The JSON is rewritten after every row: what a stopped run has measured is kept.
 
     Args:
         config: composed from configs/benchmark.yaml.
@@ -59,12 +58,12 @@ def benchmark(config: DictConfig) -> None:
             )
             progress.update(task, description=what)
             rows.append(next(measured))
-            _write(out, header, rows)
+            write_atomically(out / "benchmark.json", json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
             progress.advance(task)
-    _plot(out, rows)
+    bench_report.write(Benchmark(header, rows), out)
     console.print(as_rich(rows))
     console.print(
-        f"\n{header['device']}, copy {header['copy_gb_per_s']:,.0f} GB/s; {out} has JSON, CSV, table and plots."
+        f"\n{header['device']}, copy {header['copy_gb_per_s']:,.0f} GB/s; {out} has JSON, tables, plots and a page."
     )
 
 
@@ -76,24 +75,3 @@ def _device(word: str) -> torch.device:
     if word == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch sees no CUDA device; use device=cpu with backends=[chunk,recurrent].")
     return torch.device("cuda", torch.cuda.current_device()) if word == "cuda" else torch.device("cpu")
-
-
-def _write(out: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    write_atomically(out / "benchmark.json", json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
-    table = io.StringIO()
-    writer = csv.DictWriter(table, [name for name in rows[0] if name != "errors"], extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "benchmark.csv", table.getvalue())
-    write_atomically(out / "table.md", as_markdown(rows))
-
-
-def _plot(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Bars of time for each mode; where one size of heads was measured at several lengths, the cost by length too."""
-    for mode in dict.fromkeys(row["mode"] for row in rows if row["ms_median"] is not None):
-        name = mode.replace("+", "_")
-        write_atomically(out / f"time_{name}.png", time_bars(rows, mode=mode))
-        lengths = {row["T"] for row in rows}
-        heads = {(row["op"], row["H"], row["D"], row["B"] * row["T"]) for row in rows}
-        if len(heads) == 1 and len(lengths) > 1:
-            write_atomically(out / f"cost_by_length_{name}.png", cost_by_length(rows, mode=mode))

@@ -1,0 +1,128 @@
+"""A benchmark on a CPU: every combination has a row, and a row says what it measured or why it did not."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lkda.bench import measure, ops, timing
+from lkda.bench.contest import Shape
+from lkda.commands.benchmark import benchmark
+
+CPU = torch.device("cpu")
+
+
+def rows(**changes):
+    words = {"dtypes": ["fp32"], "backends": ["chunk"], "peers": [], "modes": ["fwd"], "replays": ["eager"]} | changes
+    cases = measure.cases([ops.find("simplified")], [Shape(1, 70, 2, 32)], **words)
+    return list(measure.measure(cases, CPU, copy_speed=10.0, milliseconds=2))
+
+
+def test_a_row_has_time_share_of_the_floor_and_error():
+    (row,) = rows()
+    moved = 4 * (4 * 70 * 2 * 32) + 4 * 70 * 2  # q, k, v and o in float32, a decay a head and token
+    assert row["floor_ms"] == pytest.approx(moved / 10e9 * 1e3)
+    assert row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
+    assert row["fraction_of_floor"] == pytest.approx(row["floor_ms"] / row["ms_median"])
+    assert row["gb_per_s"] == pytest.approx(moved / row["ms_median"] / 1e6)
+    assert 0 < row["error"] < 1e-5
+
+
+def test_forward_and_backward_tells_the_error_of_every_gradient():
+    (row,) = rows(modes=["fwd+bwd"], backends=["recurrent"])
+    assert set(row["errors"]) == {"o", "dq", "dk", "dv", "ddecay"}
+    assert row["error"] == max(row["errors"].values())
+    assert 0 < row["error"] < 1e-4
+
+
+def test_a_wrong_result_shows_as_an_error(monkeypatch):
+    contest = ops.find("simplified")
+    entrant = contest.backends["chunk"]
+    wrong = type(entrant)(lambda inputs: [1.5 * entrant.run(inputs)[0]])
+    monkeypatch.setitem(contest.backends, "chunk", wrong)
+    (row,) = rows()
+    assert row["error"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_what_cannot_be_measured_keeps_its_row_and_the_reason():
+    found = rows(backends=["cuda", "cuda_baseline", "chunk"], modes=["fwd", "fwd+bwd"], replays=["eager", "graph"])
+    reasons = {(row["backend"], row["mode"], row["replay"]): row["reason"] for row in found}
+    assert len(reasons) == 12
+    assert "not on a CUDA device" in reasons["cuda", "fwd", "eager"]
+    assert reasons["cuda_baseline", "fwd+bwd", "eager"] == "no backward"
+    assert reasons["chunk", "fwd", "graph"] == "no CUDA graphs on a CPU"
+    assert reasons["chunk", "fwd", "eager"] is None
+
+
+def test_a_peer_that_is_not_installed_keeps_its_row(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'fla'")
+
+    monkeypatch.setitem(ops.find("simplified").peers, "fla", missing)
+    (_, row) = rows(peers=["fla"])
+    assert row["peer"] == "fla"
+    assert row["ms_median"] is None
+    assert "not installed (No module named 'fla')" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backends": ["chnk"]}, r"backends: there is no chnk; there are chunk, chunk_compiled, cuda"),
+        ({"peers": ["flash"]}, r"peers: there is no flash; there are fla"),
+        ({"dtypes": ["int8"]}, r"dtypes: there is no int8"),
+        ({"modes": ["bwd"]}, r"modes: there is no bwd"),
+        ({"replays": ["twice"]}, r"replays: there is no twice"),
+    ],
+)
+def test_an_unknown_word_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rows(**changes)
+
+
+def test_shapes_and_operators_are_read_strictly():
+    assert Shape.parse("8x8192x16x64") == Shape(8, 8192, 16, 64)
+    for text in ("8x8192x16", "8x8192x16x0", "8,8192,16,64"):
+        with pytest.raises(ValueError, match="B x T x H x D"):
+            Shape.parse(text)
+    with pytest.raises(ValueError, match=r"there is no such benchmark; there are .*simplified"):
+        ops.find("convolution")
+
+
+def test_the_clock_tells_a_slow_call_from_a_quick_one():
+    x = torch.randn(400, 400)
+    slow = timing.clock(lambda: x @ x @ x @ x, CPU, milliseconds=20)
+    quick = timing.clock(lambda: x[0, 0] + 1, CPU, milliseconds=20)
+    assert quick.median < slow.median
+    assert quick.p20 <= quick.median <= quick.p80
+
+
+def test_the_command_writes_json_tables_and_plots(tmp_path):
+    config = {
+        **{
+            "ops": ["simplified"],
+            "shapes": ["1x64x2x32", "1x128x2x32"],
+            "dtypes": ["fp32"],
+            "backends": ["chunk", "cuda"],
+        },
+        **{
+            "peers": [],
+            "modes": ["fwd"],
+            "replays": ["eager"],
+            "device": "cpu",
+            "milliseconds": 2,
+            "out": str(tmp_path),
+        },
+    }
+    benchmark(OmegaConf.create(config))
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["header"]["device"] == "cpu"
+    assert written["header"]["copy_gb_per_s"] > 0
+    assert [(row["T"], row["backend"]) for row in written["rows"]] == [
+        (64, "chunk"),
+        (64, "cuda"),
+        (128, "chunk"),
+        (128, "cuda"),
+    ]
+    assert {"benchmark.csv", "table.md", "time_fwd.png"} <= {path.name for path in tmp_path.iterdir()}
