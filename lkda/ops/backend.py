@@ -35,21 +35,6 @@ class Backend:
     automatic: bool = True
 
 
-def cuda_backend(module: str, function: str, *, automatic: bool = True) -> Backend:
-    """`function` of `module`, which is imported at first use on a CUDA device, and says itself (by
-    `reason_cannot_run(device, head_dim, dtype)`) what it cannot do there."""
-
-    def run(*tensors: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*tensors)
-
-    def cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-        if device.type != "cuda":
-            return f"it needs a CUDA device and the tensors are on {device}. Use backend='chunk', or move them."
-        return importlib.import_module(module).reason_cannot_run(device, head_dim, dtype)
-
-    return Backend(run, cannot_run, automatic)
-
-
 def choose(
     name: str,
     backends: Mapping[str, Backend],

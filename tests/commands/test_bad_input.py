@@ -33,7 +33,7 @@ TRAINING = [
     ("seed=-1", r"seed must be a whole number of 0 or more, got -1"),
     ("optimizer.lr=0", r"optimizer.lr must be greater than 0, got 0"),
     ("scheduler.name=linear", r"scheduler.name must be one of constant, cosine, wsd, got 'linear'"),
-    ("backend=cuda", r"kda\(backend='cuda'\): it needs a CUDA device and the tensors are on cpu"),
+    ("backend=cuda", r"kda\(backend='cuda'\): the tensors are on cpu, not on a CUDA device"),
     ("backend=cudda", r"no mixer of kda has a backend 'cudda'; they have auto, .*chunk"),
     ("trainer.limit_val_batches=0", r"trainer.limit_val_batches must be above 0: a run always validates at the end"),
     ("trainer.devices=2", r"trainer.devices must be 1, got 2"),
@@ -71,7 +71,7 @@ GENERATE = [
     ("ckpt={run} prompt=a prompt_file={tmp}/short.txt", r"give either prompt=... or prompt_file=..., not both"),
     ("ckpt={run} prompt_file={tmp}/missing.txt", r"cannot read prompt_file .*missing.txt: No such file"),
     ("ckpt={run} prompt_file={tmp}/latin1.txt", r"the prompt in .*latin1.txt is not UTF-8"),
-    ("ckpt={run} prompt=a backend=cuda", r"it needs a CUDA device"),
+    ("ckpt={run} prompt=a backend=cuda", r"not on a CUDA device"),
     ("ckpt={run} prompt=a accelerator=gpu", r"a GPU was asked for and torch sees no CUDA device"),
 ]
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.ops.backend import Backend, choose, cuda_backend
+from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
+from lkda.ops.kda import cuda, cuda_recurrent
 from lkda.ops.kda.chunk import kda_chunk
 from lkda.ops.kda.recurrent import kda_recurrent, kda_step_recurrent
 from lkda.ops.recurrence import compute_dtype
 
 BACKENDS: dict[str, Backend] = {
-    "cuda": cuda_backend("lkda.ops.kda.cuda", "kda_cuda"),
-    "cuda_recurrent": cuda_backend("lkda.ops.kda.cuda_recurrent", "kda_cuda_recurrent", automatic=False),
+    "cuda": Backend(cuda.kda_cuda, cuda.reason_cannot_run),
+    "cuda_recurrent": Backend(cuda_recurrent.kda_cuda_recurrent, cuda_recurrent.reason_cannot_run, automatic=False),
     "chunk": Backend(kda_chunk),
     "recurrent": Backend(kda_recurrent),
 }
