@@ -30,14 +30,11 @@ _TENSOR = "(Pqqi)"  # address, and the strides of batch, head and token
 
 def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take such tensors, or None."""
-    reason = reason_no_kernels(device)
-    if reason is not None:
-        return reason
-    if head_dim not in HEAD_DIMS:
+    if device.type == "cuda" and head_dim not in HEAD_DIMS:
         return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='chunk'."
-    if dtype not in ELEMENTS:
+    if device.type == "cuda" and dtype not in ELEMENTS:
         return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='chunk'."
-    return None
+    return reason_no_kernels(device)
 
 
 # What torch.compiler.assume_constant_result does, but that imports torch._dynamo: seconds, where nobody may compile.
