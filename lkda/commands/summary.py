@@ -25,6 +25,7 @@ def summarize(
     facts: dict[str, Any],
     *,
     status: str,
+    step: int,
     device: torch.device,
     backends: dict[str, str],
 ) -> dict[str, Any]:
@@ -32,12 +33,13 @@ def summarize(
 
     Args:
         status: finished, interrupted or diverged.
+        step: the last one; metrics.csv has a row every few steps only.
         facts: of the run, as in its checkpoints.
         backends: that ran, by operator.
     """
     context = facts["context"]
     latest = {name: values[-1] for name in COLUMNS if (values := run.column(name))}
-    steps, tokens, seconds = (latest.get(name, 0.0) for name in ("step", "tokens", "seconds"))
+    tokens, seconds = step * facts["tokens_per_step"], latest.get("seconds", 0.0)
     speeds = run.column("tokens_per_s")
     loss = latest.get("val/loss")
     return {
@@ -46,7 +48,7 @@ def summarize(
         "val/perplexity": math.exp(loss) if loss is not None and loss < 700 else None,  # a float ends at exp(709)
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
         "unigram_entropy": facts["unigram_entropy"],
-        "tokens": int(tokens),
+        "tokens": tokens,
         # A run shorter than the warm-up has no row with a speed.
         "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
         "params": model.num_parameters(embedding=True),
@@ -63,7 +65,7 @@ def summarize(
         else f"cpu, {torch.get_num_threads()} threads",
         "precision": settings["trainer"]["precision"],
         "seed": facts["seed"],
-        "steps": int(steps),
+        "steps": step,
         "seconds": seconds,
         "learning_rate": settings["optimizer"]["lr"],
         "git_commit": git_commit(),

@@ -117,7 +117,10 @@ def _train_in(run: RunDirectory, config: DictConfig, settings: dict[str, Any], d
     model, ending = _fit(run, plan, data)
 
     status = {InterruptedRunError: "interrupted", DivergedError: "diverged"}.get(type(ending), "finished")
-    summary = summarize(run, model, settings, plan.facts, status=status, device=device, backends=plan.backends)
+    step = ending.step if ending is not None else max(plan.step, plan.steps)
+    summary = summarize(
+        run, model, settings, plan.facts, status=status, step=step, device=device, backends=plan.backends
+    )
     run.write_summary(summary)
     if isinstance(ending, InterruptedRunError):
         console.print(f"{ending}. Continue with\n  {_resume_command(run)}", soft_wrap=True)
