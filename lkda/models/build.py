@@ -10,7 +10,7 @@ from lkda.models.block import Block
 from lkda.models.init import init_weights
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
-from lkda.models.mixers import find_mixer
+from lkda.models.mixers import find_mixer, mixer_names
 from lkda.ops import available_backends
 
 DEFAULTS: dict[str, Any] = {"mlp_hidden": 0, "norm_eps": 1e-5, "tie_embeddings": True, "backend": "auto", "context": 0}
@@ -50,9 +50,18 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
 
 def _mixers(config: dict[str, Any]) -> list[Mixer]:
     mixer = config["mixer"]
-    pattern = list(mixer.get("pattern") or [])
-    if not pattern or "num_heads" not in mixer:
-        raise ValueError("mixer must hold `pattern`, a list of mixer names, and `num_heads`.")
+    pattern = mixer.get("pattern")
+    if not pattern or isinstance(pattern, str) or "num_heads" not in mixer:
+        raise ValueError(
+            f"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern {pattern!r} and "
+            f"num_heads {mixer.get('num_heads')!r}. A model of one mixer has a pattern of one name, as [kda]."
+        )
+    unknown = set(mixer) - {"pattern", "num_heads", *mixer_names()}
+    if unknown:
+        raise ValueError(
+            f"mixer holds `pattern`, `num_heads` and options under the mixers' names ({', '.join(mixer_names())}); "
+            f"unknown: {', '.join(sorted(unknown))}."
+        )
     classes = {name: find_mixer(name) for name in pattern}
     backend = config["backend"]
     known_words = {name: ("auto",) if cls.op is None else available_backends(cls.op) for name, cls in classes.items()}

@@ -32,13 +32,18 @@ def generate(
     """
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
         raise ValueError(f"generate: tokens must be [1, T] with T >= 1, got {list(tokens.shape)}.")
+    vocab_size = model.embed_tokens.num_embeddings
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        raise ValueError(
+            f"generate: the prompt holds token ids from {int(tokens.min())} to {int(tokens.max())} and the model knows "
+            f"0 to {vocab_size - 1}; encode the prompt with the tokenizer that the model was trained with."
+        )
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}.")
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be >= 0, got {max_new_tokens}.")
     generator = torch.Generator().manual_seed(seed)
-    logits, state = model.forward_from(tokens, model.init_state(1))
-    logits = logits[:, -1]
+    logits, state = model.prefill(tokens, model.init_state(1))
     for drawn in range(max_new_tokens):
         token = _draw(logits[0].float().cpu(), temperature, top_p, generator)
         yield token

@@ -43,11 +43,13 @@ class LanguageModel(nn.Module):
 
     def forward_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """tokens [B, T] that follow what left `state` -> logits [B, T, vocab], and the state after them."""
-        x, after = self.embed_tokens(tokens), []
-        for block, before in zip(self.blocks, state, strict=True):
-            x, new = block(x, state=before)
-            after.append(new)
+        x, after = self._hidden_from(tokens, state)
         return self.lm_head(self.norm(x)), after
+
+    def prefill(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        """As `forward_from`, but the head reads the last token alone: logits [B, vocab]."""
+        x, after = self._hidden_from(tokens, state)
+        return self.lm_head(self.norm(x[:, -1])), after
 
     def step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """One token a sequence: tokens [B] -> logits [B, vocab], and the state after it."""
@@ -56,6 +58,13 @@ class LanguageModel(nn.Module):
             x, new = block.step(x, before)  # type: ignore[operator]
             after.append(new)
         return self.lm_head(self.norm(x)), after
+
+    def _hidden_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        x, after = self.embed_tokens(tokens), []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, new = block(x, state=before)
+            after.append(new)
+        return x, after
 
     def init_state(self, batch_size: int) -> list[State]:
         """The state before the first token, one a layer."""

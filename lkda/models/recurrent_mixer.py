@@ -81,9 +81,10 @@ class RecurrentMixer(Mixer):
         return self._output(o, x), (*after, own)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
-        device = device or self.o_proj.weight.device
+        w = self.o_proj.weight
+        device, dtype = device or w.device, torch.promote_types(w.dtype, torch.float32)
         caches = (conv.init_state(batch_size, device=device) for _, conv in self._paths() if conv is not None)
-        return (*caches, torch.zeros(batch_size, *self.state_shape, device=device))
+        return (*caches, torch.zeros(batch_size, *self.state_shape, device=device, dtype=dtype))
 
     def projection_flops(self) -> float:
         """Of one token through the linear layers and convolutions."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.models.precision import at_least_float32
+
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
     """Turns the pairs (x_i, x_{i + D/2}) of x [B, T, H, D] by position * base^(-2i/D); position [T]."""
     half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = position.float().unsqueeze(-1) * frequency  # [T, D/2]
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)) / half)
+    angle = position.to(frequency.dtype).unsqueeze(-1) * frequency  # [T, D/2]
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    a, b = x.float().chunk(2, -1)
+    a, b = at_least_float32(x).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

@@ -25,14 +25,14 @@ def config(pattern: list[str], **changes: Any) -> dict[str, Any]:
     return plain | changes
 
 
-def small(pattern: list[str], **changes: Any) -> LanguageModel:
-    """Seeded; weights larger than at initialisation, so that a mistake in a mixer shows in the logits."""
+def small(pattern: list[str], *, scale: float = 5, **changes: Any) -> LanguageModel:
+    """Seeded; weights `scale` times those at initialisation, so that a mistake in a mixer shows in the logits."""
     torch.manual_seed(0)
     model = build_model(config(pattern, **changes))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2 and "embed" not in name:
-                p.mul_(5)
+                p.mul_(scale)
     return model.eval()
 
 

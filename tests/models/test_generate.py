@@ -42,3 +42,9 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         list(generate(small(["kda"]), tokens(1, 5), **({"max_new_tokens": 1} | options)))
+
+
+@pytest.mark.parametrize("token", [-1, 50])
+def test_a_token_that_the_model_does_not_know_is_refused(token):
+    with pytest.raises(ValueError, match=r"the prompt holds token ids from .* knows 0 to 49; encode the prompt"):
+        list(generate(small(["kda"]), torch.tensor([[3, token]]), max_new_tokens=1))

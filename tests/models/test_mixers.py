@@ -87,6 +87,32 @@ class TestEveryMixer:
         want = model(x)
         assert (got - want).norm() / want.norm() < 0.05
 
+    def test_float64_is_computed_in_float64(self, pattern):
+        """Steps and the whole agree to float64's digits, which nothing done in float32 on the way would."""
+        model, x = small(pattern).double(), tokens(2, 20)
+        want, state = model(x), model.init_state(2)
+        assert want.dtype == torch.float64
+        for t in range(20):
+            logits, state = model.step(x[:, t], state)
+            torch.testing.assert_close(logits, want[:, t], rtol=1e-11, atol=1e-11)
+
+    def test_the_tracer_takes_it_whole(self, pattern):
+        """torch.compile(fullgraph=True): no graph break, forward and backward; the backend adds no rounding."""
+        model, x = small(pattern, num_layers=len(pattern)), tokens(2, 20)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        want, got = model(x), compiled(x)
+        close(got, want)
+        (wanted,) = torch.autograd.grad(want.square().sum(), model.embed_tokens.weight)
+        (gotten,) = torch.autograd.grad(got.square().sum(), model.embed_tokens.weight)
+        assert (gotten - wanted).norm() <= 1e-4 * wanted.norm()
+
+    def test_prefill_gives_the_last_logits(self, pattern):
+        model, x = small(pattern), tokens(2, 20)
+        want, left = model.forward_from(x, model.init_state(2))
+        got, state = model.prefill(x, model.init_state(2))
+        close(got, want[:, -1])
+        assert all(torch.equal(a, b) for one, two in zip(state, left) for a, b in zip(one, two))
+
 
 OPTIONS = [
     ("kda", {"conv_width": 0}),
@@ -123,6 +149,22 @@ def test_kda_begins_with_a_long_memory():
     assert dt.min() >= 1e-3
     assert dt.max() <= 0.1001
     assert -0.5 < g.median() < 0
+
+
+def test_gates_are_computed_in_float32_under_autocast():
+    mixer = build_model(config(["kda"])).mixers()[0]
+    assert {mixer.A_log.dtype, mixer.dt_bias.dtype} == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.randn(1, 9, 32)
+        assert {mixer.log_decay(x).dtype, mixer.write_strength(x).dtype} == {torch.float32}
+
+
+def test_tied_embeddings_are_one_matrix():
+    tied, untied = (build_model(config(["kda"], tie_embeddings=tie)) for tie in (True, False))
+    assert tied.lm_head.weight is tied.embed_tokens.weight
+    assert untied.lm_head.weight is not untied.embed_tokens.weight
+    assert untied.num_parameters() - tied.num_parameters() == 50 * 32
+    assert tied.num_parameters(embedding=False) == untied.num_parameters(embedding=False)
 
 
 def test_simplified_heads_remember_from_4_to_4096_tokens():
@@ -168,6 +210,8 @@ def test_a_mixer_dropped_into_the_package_is_found(tmp_path, monkeypatch):
             r"gate must be one of channel, head, none",
         ),
         ({"mixer": {"pattern": [], "num_heads": 2}}, "mixer must hold `pattern`"),
+        ({"mixer": {"pattern": "kda", "num_heads": 2}}, r"got pattern 'kda' .* has a pattern of one name, as \[kda\]"),
+        ({"mixer": {"pattern": ["kda"], "num_heads": 2, "patern": 1}}, "under the mixers' names .*; unknown: patern"),
         ({"num_layers": 0}, "model.num_layers must be a positive integer, got 0"),
         ({"d_modle": 3}, "unknown: d_modle"),
         ({"backend": "fast"}, "no mixer of kda has a backend 'fast'; they have auto, chunk, cuda"),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lkda.models.init import inverse_softplus, log_uniform
 from lkda.models.norm import l2_normalized
+from lkda.models.precision import at_least_float32
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import kda_attention, kda_step
 
@@ -71,19 +72,19 @@ class KimiDeltaAttention(RecurrentMixer):
         return kda_step(l2_normalized(q), l2_normalized(k), v, self.log_decay(x), self.write_strength(x), state)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """g [..., H, D] in float32, <= 0."""
+        """g [..., H, D] in float32 at least, <= 0."""
         shape = (*x.shape[:-1], self.num_heads, self.head_dim)
         if self.gate == "none":
             return torch.zeros(shape, device=x.device)
-        raw = self.heads(self.f_b_proj(self.f_a_proj(x)).float() + self.dt_bias.float())
-        A = self.A_log.float().exp().view(self.num_heads, 1)
+        raw = self.heads(at_least_float32(self.f_b_proj(self.f_a_proj(x))) + at_least_float32(self.dt_bias))
+        A = at_least_float32(self.A_log).exp().view(self.num_heads, 1)
         if self.gate_form == "bounded":
             return (self.lower_bound * torch.sigmoid(A * raw)).expand(shape)
         return (-A * F.softplus(raw)).expand(shape)
 
     def write_strength(self, x: Tensor) -> Tensor:
-        """beta [..., H] in float32."""
-        beta = torch.sigmoid(self.b_proj(x).float())
+        """beta [..., H] in float32 at least."""
+        beta = torch.sigmoid(at_least_float32(self.b_proj(x)))
         return 2 * beta if self.negative_eigenvalues else beta
 
     @property

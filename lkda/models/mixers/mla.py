@@ -21,7 +21,7 @@ class MultiHeadLatentAttention(Mixer):
         qk_rope_head_dim: key channels r shared by the heads (named for the rotary part they are elsewhere; none is
             applied); half a head where None.
         v_head_dim: value channels a head; d_model / num_heads where None.
-        norm_eps: of the latent's RMSNorm.
+        norm_eps: of the latent's RMSNorm; 1e-6 as in transformers' Kimi Linear, whose other norms have 1e-5.
         backend: of `softmax_attention`.
     """
 
@@ -36,7 +36,7 @@ class MultiHeadLatentAttention(Mixer):
         qk_nope_head_dim: int | None = None,
         qk_rope_head_dim: int | None = None,
         v_head_dim: int | None = None,
-        norm_eps: float = 1e-5,
+        norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
         super().__init__(d_model, num_heads)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lkda.models.precision import at_least_float32
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import simplified_attention, simplified_step
 
@@ -57,9 +58,9 @@ class SimplifiedAttention(RecurrentMixer):
         return simplified_step(q, k, v, self.decay(x), state)
 
     def decay(self, x: Tensor) -> Tensor:
-        """b [..., H], or [H] where it is constant, in float32."""
-        bias = self.decay_bias.float()
-        return torch.sigmoid(bias if self.b_proj is None else self.b_proj(x).float() + bias)
+        """b [..., H], or [H] where it is constant, in float32 at least."""
+        bias = at_least_float32(self.decay_bias)
+        return torch.sigmoid(bias if self.b_proj is None else at_least_float32(self.b_proj(x)) + bias)
 
     @property
     def state_shape(self) -> tuple[int, ...]:
