@@ -38,6 +38,7 @@ INCLUDE = Path(__file__).with_name("include")
 _OPTIONS = ("c++17", "-v")
 _INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"]+)[>"]', re.MULTILINE)
 _importing = threading.Lock()
+_thread = threading.local()
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
@@ -235,12 +236,30 @@ def _ensure_context(device: int) -> None:
     An autograd worker thread may launch before any call of the CUDA runtime has bound one: torch's allocator, served
     from its cache, makes no such call.
     """
+    if getattr(_thread, "has_context", False):
+        return
     from cuda.bindings import driver
 
     if int(_checked(driver.cuCtxGetCurrent())) == 0:
         _checked(
             driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device)))))
         )
+    _thread.has_context = True
+
+
+def fill_words(x: torch.Tensor, value: int) -> None:
+    """Sets every 32-bit word of a contiguous CUDA tensor, on torch's current stream; the driver's own memset, which
+    costs the host a third of what `torch.full` does."""
+    from cuda.bindings import driver
+
+    index = x.device.index
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return fill_words(x, value)
+    _ensure_context(index)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    words = x.numel() * x.element_size() // 4
+    _checked(driver.cuMemsetD32Async(x.data_ptr(), value & 0xFFFFFFFF, words, stream))
 
 
 class _Arguments(threading.local):
@@ -260,7 +279,6 @@ class _Arguments(threading.local):
             offset = struct.calcsize(f"@{offset}x{members}{alignment}")
         self.array = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
         self.address = ctypes.addressof(self.array)
-        self.has_context = False
 
 
 class Kernel:
@@ -294,9 +312,7 @@ class Kernel:
 
     def _launch(self, grid, block, arguments, index) -> None:
         local = self._arguments
-        if not local.has_context:
-            _ensure_context(index)
-            local.has_context = True
+        _ensure_context(index)
         function = self._functions.get(index)
         if function is None:
             function = self._functions[index] = self._load(index)

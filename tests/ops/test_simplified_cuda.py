@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lkda.ops import simplified_attention, simplified_step
 from lkda.ops.simplified import cuda
@@ -207,6 +208,17 @@ class TestTorch:
         torch.library.opcheck(torch.ops.lkda.simplified_backward, (q, None, q, k, v, decay, state, None, entering))
         torch.library.opcheck(torch.ops.lkda.simplified_baseline, (q, k, v, decay, state, None))
         torch.library.opcheck(torch.ops.lkda.simplified_step, (q[:, 0], k[:, 0], v[:, 0], decay[:, 0], state))
+
+    def test_a_straight_call_equals_a_dispatched_one(self):
+        class Watching(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                return function(*args, **(kwargs or {}))
+
+        inputs = on_gpu(2, 100, 2, 64)
+        want = run(inputs)
+        with Watching():
+            for name, x in run(inputs).items():
+                assert torch.equal(x, want[name]), name
 
     def test_compiles_without_a_graph_break(self):
         def op(**inputs):

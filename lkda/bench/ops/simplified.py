@@ -44,7 +44,7 @@ _programs: list[Callable[..., Sequence[Tensor]]] = []
 
 def _compiled_chunk() -> Callable[..., Sequence[Tensor]]:
     if not _programs:
-        _programs.append(torch.compile(simplified_attention))
+        _programs.append(torch.compile(simplified_attention, dynamic=False))
     return _programs[0]
 
 

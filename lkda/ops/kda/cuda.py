@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from lkda.ops.dispatch import goes_straight
 from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture
 from lkda.ops.jit import reason_cannot_run as reason_no_kernels
 
@@ -313,13 +315,27 @@ def _gradients(ctx, grad_o, grad_final, grad_states, grad_corrections):
     q, k, v, g, beta, initial_state, cu_seqlens, states, corrections = ctx.saved_tensors
     if grad_o is None:
         grad_o = torch.zeros_like(q)
-    *grads, d_initial = torch.ops.lkda.kda_backward(
+    backward = _backward if goes_straight(grad_o) else torch.ops.lkda.kda_backward
+    *grads, d_initial = backward(
         grad_o, grad_final, q, k, v, g, beta, initial_state, cu_seqlens, states, corrections, ctx.scale
     )
     return *grads, d_initial if initial_state is not None else None, None, None, None
 
 
 torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)
+
+
+class _Straight(torch.autograd.Function):
+    """The op's autograd, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
+        return output
+
+    backward = staticmethod(once_differentiable(_gradients))
 
 
 def kda_cuda(
@@ -347,7 +363,8 @@ def kda_cuda(
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     inputs = (q, k, v, g, beta, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, final_state, _, _ = torch.ops.lkda.kda_forward(
-        q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, keep
-    )
+    forward = torch.ops.lkda.kda_forward
+    if goes_straight(*inputs):
+        forward = _Straight.apply if keep else _forward
+    o, final_state, *_ = forward(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, keep)
     return o, final_state

@@ -47,13 +47,14 @@ def _entries(chunks: Chunks, last: Tensor, p: Tensor, state: Tensor) -> tuple[Te
 
     last: what the chunk's own tokens leave, [M, H, 2D]; p: [M, H, C, 1]; state: [N, H, 2D], sorted.
     """
-    entries, state, start = torch.empty_like(last), state.clone(), 0
+    entries, start = [], 0
     for alive in chunks.alive:
         rows = slice(start, start + alive)
-        entries[rows] = state[:alive]
-        state[:alive] = p[rows, :, -1] * state[:alive] + last[rows]
+        entries.append(state[:alive])
+        left = p[rows, :, -1] * state[:alive] + last[rows]
+        state = left if alive == len(state) else torch.cat([left, state[alive:]])
         start += alive
-    return entries, state
+    return torch.cat(entries), state
 
 
 class _Simplified(torch.autograd.Function):

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture
+from lkda.ops.dispatch import goes_straight
+from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture, fill_words
 from lkda.ops.jit import reason_cannot_run as reason_no_kernels
 
 HEAD_DIMS = (32, 64, 128)
@@ -155,7 +157,8 @@ class _Workspace:
         entries = B * H * (self.chunks + groups + -(-groups // FAN_OUT))
         words = 4 + entries * (2 * D + 2)
         size = words if cu_seqlens is None else words + T
-        self.words = torch.full((size,), -1, dtype=torch.int32, device=q.device)
+        self.words = torch.empty(size, dtype=torch.int32, device=q.device)
+        fill_words(self.words, -1)
         self.marks = None if cu_seqlens is None else self.words[words:]
 
     def mark(self, cu_seqlens: Tensor, through: Tensor | None, result: Tensor, T: int) -> None:
@@ -309,12 +312,25 @@ def _gradients(ctx, grad_o, grad_final, grad_entering):
     q, k, v, decay, initial_state, cu_seqlens, entering = ctx.saved_tensors
     if grad_o is None:
         grad_o = torch.zeros_like(q)
-    backward = torch.ops.lkda.simplified_backward
+    backward = _backward if goes_straight(grad_o) else torch.ops.lkda.simplified_backward
     grads = backward(grad_o, grad_final, q, k, v, decay, initial_state, cu_seqlens, entering)
     return *grads[:4], grads[4] if initial_state is not None else None, None, None
 
 
 torch.library.register_autograd("lkda::simplified_forward", _gradients, setup_context=_save, lib=_library)
+
+
+class _Straight(torch.autograd.Function):
+    """The op's autograd, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+        return output
+
+    backward = staticmethod(once_differentiable(_gradients))
 
 
 def _plain(decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None):
@@ -331,7 +347,10 @@ def simplified_cuda(
     decay, initial_state, cu_seqlens = _plain(decay, initial_state, cu_seqlens)
     inputs = (q, k, v, decay, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, final_state, _ = torch.ops.lkda.simplified_forward(q, k, v, decay, initial_state, cu_seqlens, keep)
+    forward = torch.ops.lkda.simplified_forward
+    if goes_straight(*inputs):
+        forward = _Straight.apply if keep else _forward
+    o, final_state, _ = forward(q, k, v, decay, initial_state, cu_seqlens, keep)
     return o, final_state
 
 
@@ -354,4 +373,5 @@ def simplified_cuda_baseline(
 
 def simplified_step_cuda(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token in one kernel, without gradients; arguments as in `simplified_step`, the state in float32."""
-    return torch.ops.lkda.simplified_step(q, k, v, decay.float().expand(q.shape[:2]), state.contiguous())
+    step = _step if goes_straight(q, k, v, decay, state) else torch.ops.lkda.simplified_step
+    return step(q, k, v, decay.float().expand(q.shape[:2]), state.contiguous())
