@@ -23,7 +23,7 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
     Args:
         config: vocab_size, d_model, num_layers, mixer; optionally mlp_hidden (0: no feed-forward layers), norm_eps,
             tie_embeddings, backend and context (the length trained at, for the record). `mixer` holds `pattern` (mixer
-            names, repeated over depth), `num_heads`, and under each mixer's name its options.
+            names, repeated over depth), `num_heads`, under each mixer's name its options, and a `name` for the record.
     Raises: ValueError for a missing, unknown or impossible value, saying what would do.
     """
     unknown = set(config) - {*REQUIRED, *DEFAULTS}
@@ -56,10 +56,10 @@ def _mixers(config: dict[str, Any]) -> list[Mixer]:
             f"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern {pattern!r} and "
             f"num_heads {mixer.get('num_heads')!r}. A model of one mixer has a pattern of one name, as [kda]."
         )
-    unknown = set(mixer) - {"pattern", "num_heads", *mixer_names()}
+    unknown = set(mixer) - {"name", "pattern", "num_heads", *mixer_names()}
     if unknown:
         raise ValueError(
-            f"mixer holds `pattern`, `num_heads` and options under the mixers' names ({', '.join(mixer_names())}); "
+            f"mixer holds `pattern`, `num_heads`, a `name` for the record and options under the mixers' names ({', '.join(mixer_names())}); "
             f"unknown: {', '.join(sorted(unknown))}."
         )
     classes = {name: find_mixer(name) for name in pattern}

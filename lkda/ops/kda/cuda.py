@@ -7,6 +7,7 @@ state and output). Backward: prepare again, `reverse.cu` (chunk after chunk, bac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -335,7 +336,7 @@ class _Straight(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[2:])
         return output
 
-    backward = staticmethod(once_differentiable(_gradients))
+    backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
 
 
 def kda_cuda(
@@ -363,7 +364,7 @@ def kda_cuda(
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     inputs = (q, k, v, g, beta, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    forward = torch.ops.lkda.kda_forward
+    forward: Callable = torch.ops.lkda.kda_forward
     if goes_straight(*inputs):
         forward = _Straight.apply if keep else _forward
     o, final_state, *_ = forward(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, keep)

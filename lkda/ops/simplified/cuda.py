@@ -7,6 +7,7 @@ backward, the forward keeps the state entering each chunk and nothing else beyon
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -330,7 +331,7 @@ class _Straight(torch.autograd.Function):
         ctx.mark_non_differentiable(output[2])
         return output
 
-    backward = staticmethod(once_differentiable(_gradients))
+    backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
 
 
 def _plain(decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None):
@@ -347,7 +348,7 @@ def simplified_cuda(
     decay, initial_state, cu_seqlens = _plain(decay, initial_state, cu_seqlens)
     inputs = (q, k, v, decay, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    forward = torch.ops.lkda.simplified_forward
+    forward: Callable = torch.ops.lkda.simplified_forward
     if goes_straight(*inputs):
         forward = _Straight.apply if keep else _forward
     o, final_state, _ = forward(q, k, v, decay, initial_state, cu_seqlens, keep)
