@@ -59,7 +59,8 @@ def _mixers(config: dict[str, Any]) -> list[Mixer]:
     unknown = set(mixer) - {"name", "pattern", "num_heads", *mixer_names()}
     if unknown:
         raise ValueError(
-            f"mixer holds `pattern`, `num_heads`, a `name` for the record and options under the mixers' names ({', '.join(mixer_names())}); "
+            "mixer holds `pattern`, `num_heads`, a `name` for the record and options under the mixers' names "
+            f"({', '.join(mixer_names())}); "
             f"unknown: {', '.join(sorted(unknown))}."
         )
     classes = {name: find_mixer(name) for name in pattern}
