@@ -215,9 +215,13 @@ class TestTorch:
         q, k, v, g, beta, state = (x.requires_grad_() for x in on_gpu(2, 100, 2, 64).values())
         forward = (q, k, v, g, beta, state, None, 0.125, True)
         torch.library.opcheck(torch.ops.lkda.kda_forward, forward)
-        o, _, states, corrections = torch.ops.lkda.kda_forward(*(x.detach() for x in forward[:6]), None, 0.125, True)
-        backward = (o, None, *(x.detach() for x in forward[:6]), None, states, corrections, 0.125)
-        torch.library.opcheck(torch.ops.lkda.kda_backward, backward)
+        q, k, v, g, beta, state = (x.detach() for x in forward[:6])
+        o, _, packets, *kept = torch.ops.lkda.kda_forward(q, k, v, g, beta, state, None, 0.125, True)
+        reverse = (o, None, v, None, packets, *kept)
+        torch.library.opcheck(torch.ops.lkda.kda_reverse, reverse)
+        _, *d_kept = torch.ops.lkda.kda_reverse(*reverse)
+        gradients = (o, None, q, k, g, beta, state, None, *kept, *d_kept, 0.125)
+        torch.library.opcheck(torch.ops.lkda.kda_gradients, gradients)
         torch.library.opcheck(torch.ops.lkda.kda_recurrent, (*(x.detach() for x in forward[:6]), None, 0.125))
 
     def test_compiles_without_a_graph_break(self):
@@ -228,6 +232,23 @@ class TestTorch:
         want = outputs_and_gradients(op, inputs)
         for name, x in outputs_and_gradients(torch.compile(op, fullgraph=True), inputs).items():
             assert torch.equal(x, want[name]), name
+
+    def test_a_second_backward_through_a_kept_graph(self):
+        inputs = {name: x.requires_grad_() for name, x in on_gpu(2, 100, 2, 64).items()}
+        loss = kda_attention(**inputs, backend="cuda")[0].float().square().sum()
+        leaves = list(inputs.values())
+        first, second = (torch.autograd.grad(loss, leaves, retain_graph=keep) for keep in (True, False))
+        assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+    def test_memory(self):
+        """At most 450 MiB beyond the inputs of 1x8192x16x128: the packets are gone before the gradients come."""
+        inputs = {name: x.requires_grad_() for name, x in on_gpu(1, 8192, 16, 128).items()}
+        grad_o = torch.randn_like(inputs["v"])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        o, _ = kda_attention(**inputs, backend="cuda")
+        torch.autograd.grad(o, list(inputs.values()), grad_o)
+        assert torch.cuda.max_memory_allocated() - before <= 450 * 2**20
 
     @pytest.mark.parametrize("bounds", [None, [0, 300, 300, 1000]])
     def test_replays_in_a_cuda_graph(self, bounds):

@@ -1,8 +1,9 @@
 """KDA on tensor cores: the kernels' launches, as custom ops with fakes and autograd. docs/kernels.md explains them.
 
 Forward: `prepare.cu` (all chunks at once: everything that does not need the state), then `scan.cu` (chunk after chunk:
-state and output). Backward: prepare again, `reverse.cu` (chunk after chunk, backwards: the state's gradient), then
-`gradients.cu` (all chunks at once). For the backward the forward keeps the state entering each chunk and N~.
+state and output). Backward: `reverse.cu` (chunk after chunk, backwards: the state's gradient), then `gradients.cu` (all
+chunks at once). For the backward the forward keeps the packets, which only `reverse.cu` needs and which are freed
+before the gradients are made; the state entering each chunk; and N~.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def _forward(
     cu_seqlens: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, T, H, D = q.shape
     q, k, v, g, beta = (_readable(x) for x in (q, k, v, g, beta))
     chunks = _Chunks(q, cu_seqlens)
@@ -205,7 +206,7 @@ def _forward(
         *(chunks.bounds, chunks.sequences, T, H),
         device=q.device,
     )
-    return o, final_state, states, corrections
+    return o, final_state, packets if keep else packets.new_empty(0), states, corrections
 
 
 def _forward_outputs(v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -223,46 +224,74 @@ def _forward_outputs(v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[
     )
 
 
-def _backward(
+def _reverse(
+    grad_o: Tensor,
+    grad_final: Tensor | None,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    packets: Tensor,
+    states: Tensor,
+    corrections: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, T, H, D = v.shape
+    v, grad_o = _readable(v), _readable(grad_o)
+    grad_final = None if grad_final is None else _readable(grad_final)
+    chunks = _Chunks(v, cu_seqlens)
+    layout = _layout(D, v.dtype)
+    outputs = _reverse_outputs(v, cu_seqlens, states, corrections)
+    _scan_kernel("reverse", D, v.dtype, _architecture(v.device))(
+        (chunks.sequences * H * (D // 16 // layout.warps), 1, 1),
+        32 * layout.warps,
+        *(packets, v, grad_o, grad_final, *outputs),
+        *(chunks.bounds, chunks.sequences, T, H),
+        device=v.device,
+    )
+    return outputs
+
+
+def _reverse_outputs(
+    v: Tensor, cu_seqlens: Tensor | None, states: Tensor, corrections: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of the initial state; dS1, Y, and Y . v over 16 columns of V at a time; uninitialised."""
+    B, _, H, D = v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        torch.empty((N, H, D, D), dtype=torch.float32, device=v.device),
+        torch.empty_like(states),
+        torch.empty_like(corrections),
+        torch.empty((states.shape[0], H, D // 16, _chunk(v.dtype)), dtype=torch.float32, device=v.device),
+    )
+
+
+def _chunk_gradients(
     grad_o: Tensor,
     grad_final: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     g: Tensor,
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     states: Tensor,
     corrections: Tensor,
+    d_states: Tensor,
+    d_corrections: Tensor,
+    beta_parts: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, T, H, D = q.shape
-    q, k, v, g, beta, grad_o = (_readable(x) for x in (q, k, v, g, beta, grad_o))
+    q, k, g, beta, grad_o = (_readable(x) for x in (q, k, g, beta, grad_o))
     grad_final = None if grad_final is None else _readable(grad_final)
     chunks = _Chunks(q, cu_seqlens)
-    layout = _layout(D, q.dtype)
-    packets = _prepare(q, k, g, beta, chunks, scale)
-    d_states, d_corrections = torch.empty_like(states), torch.empty_like(corrections)
-    d_initial = torch.empty((chunks.sequences, H, D, D), dtype=torch.float32, device=q.device)
-    beta_parts = torch.empty((chunks.slots, H, D // 16, layout.chunk), dtype=torch.float32, device=q.device)
-    _scan_kernel("reverse", D, q.dtype, _architecture(q.device))(
-        (chunks.sequences * H * (D // 16 // layout.warps), 1, 1),
-        32 * layout.warps,
-        *(packets, v, grad_o, grad_final, d_initial, d_states, d_corrections, beta_parts),
-        *(chunks.bounds, chunks.sequences, T, H),
-        device=q.device,
-    )
-    del packets  # their memory serves the gradients
     grads = _gradients_of(q, g, beta)
     _gradients_kernel(D, q.dtype)(
         (chunks.slots * H, 1, 1),
-        layout.threads,
+        _layout(D, q.dtype).threads,
         *(q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, beta_parts, initial_state, grad_final),
         *(*grads, chunks.spans, T, H, scale),
         device=q.device,
     )
-    return *grads, d_initial
+    return grads
 
 
 def _gradients_of(q: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -280,27 +309,38 @@ def _gradients_of(q: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, T
 _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(
     "kda_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens,"
-    " float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+    " float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "kda_backward(Tensor grad_o, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta,"
-    " Tensor? initial_state, Tensor? cu_seqlens, Tensor states, Tensor corrections, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "kda_reverse(Tensor grad_o, Tensor? grad_final, Tensor v, Tensor? cu_seqlens, Tensor packets, Tensor states,"
+    " Tensor corrections) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "kda_gradients(Tensor grad_o, Tensor? grad_final, Tensor q, Tensor k, Tensor g, Tensor beta, Tensor? initial_state,"
+    " Tensor? cu_seqlens, Tensor states, Tensor corrections, Tensor d_states, Tensor d_corrections, Tensor beta_parts,"
+    " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("kda_forward", _forward, "CUDA")
-_library.impl("kda_backward", _backward, "CUDA")
+_library.impl("kda_reverse", _reverse, "CUDA")
+_library.impl("kda_gradients", _chunk_gradients, "CUDA")
 
 
 @torch.library.register_fake("lkda::kda_forward", lib=_library)
 def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, keep):
-    return _forward_outputs(v, cu_seqlens, keep)
-
-
-@torch.library.register_fake("lkda::kda_backward", lib=_library)
-def _(grad_o, grad_final, q, k, v, g, beta, initial_state, cu_seqlens, states, corrections, scale):
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o, final_state, states, corrections = _forward_outputs(v, cu_seqlens, keep)
     _, _, H, D = q.shape
-    return *_gradients_of(q, g, beta), torch.empty((N, H, D, D), dtype=torch.float32, device=q.device)
+    packets = torch.empty(states.shape[0] * H * _layout(D, q.dtype).packet, dtype=torch.uint8, device=q.device)
+    return o, final_state, packets, states, corrections
+
+
+@torch.library.register_fake("lkda::kda_reverse", lib=_library)
+def _(grad_o, grad_final, v, cu_seqlens, packets, states, corrections):
+    return _reverse_outputs(v, cu_seqlens, states, corrections)
+
+
+@torch.library.register_fake("lkda::kda_gradients", lib=_library)
+def _(grad_o, grad_final, q, k, g, beta, *rest):
+    return _gradients_of(q, g, beta)
 
 
 def _save(ctx, inputs, output):
@@ -309,18 +349,22 @@ def _save(ctx, inputs, output):
         raise RuntimeError("lkda::kda_forward needs keep=True where a gradient is wanted")
     ctx.set_materialize_grads(False)
     ctx.scale = scale
-    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, output[2], output[3])
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2:])
 
 
-def _gradients(ctx, grad_o, grad_final, grad_states, grad_corrections):
-    q, k, v, g, beta, initial_state, cu_seqlens, states, corrections = ctx.saved_tensors
+def _gradients(ctx, grad_o, grad_final, *grad_kept):
+    q, k, v, g, beta, initial_state, cu_seqlens, packets, states, corrections = ctx.saved_tensors
+    ctx.maybe_clear_saved_tensors()  # unless the graph is kept: from here on only this function holds them
     if grad_o is None:
         grad_o = torch.zeros_like(q)
-    backward = _backward if goes_straight(grad_o) else torch.ops.lkda.kda_backward
-    *grads, d_initial = backward(
-        grad_o, grad_final, q, k, v, g, beta, initial_state, cu_seqlens, states, corrections, ctx.scale
-    )
-    return *grads, d_initial if initial_state is not None else None, None, None, None
+    straight = goes_straight(grad_o)
+    reverse: Callable = _reverse if straight else torch.ops.lkda.kda_reverse
+    gradients: Callable = _chunk_gradients if straight else torch.ops.lkda.kda_gradients
+    d_initial, *d_kept = reverse(grad_o, grad_final, v, cu_seqlens, packets, states, corrections)
+    del packets  # their memory serves the gradients
+    inputs = (q, k, g, beta, initial_state, cu_seqlens)
+    dq, dk, dv, dg, dbeta = gradients(grad_o, grad_final, *inputs, states, corrections, *d_kept, ctx.scale)
+    return dq, dk, dv, dg, dbeta, d_initial if initial_state is not None else None, None, None, None
 
 
 torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)
