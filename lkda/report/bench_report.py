@@ -15,11 +15,18 @@ from lkda.report.theme import Picture
 def section(benchmark: Benchmark) -> Section:
     """The benchmark as a part of a page."""
     head, body = as_cells(benchmark.rows)
-    copy = benchmark.header.get("copy_gb_per_s")
-    facts = [benchmark.device, "" if copy is None else f"copies at {copy:,.0f} GB/s"]
-    facts += [f"{name} {benchmark.header[name]}" for name in ("torch", "lkda") if benchmark.header.get(name)]
-    notes = [", ".join(filter(None, [*facts, str(benchmark.header.get("date") or "")])) + "."]
-    return Section("Operators", head, body, names=names_of(head), notes=notes, pictures=pictures(benchmark))
+    return Section(
+        "Operators", head, body, names=names_of(head), notes=[facts(benchmark)], pictures=pictures(benchmark)
+    )
+
+
+def facts(benchmark: Benchmark) -> str:
+    """A sentence: the device, the speed of its copies, versions and date."""
+    header = benchmark.header
+    copy = header.get("copy_gb_per_s")
+    parts = [benchmark.device, "" if copy is None else f"copies at {copy:,.0f} GB/s"]
+    parts += [f"{name} {header[name]}" for name in ("torch", "lkda") if header.get(name)]
+    return ", ".join(filter(None, [*parts, str(header.get("date") or "")])) + "."
 
 
 def pictures(benchmark: Benchmark) -> dict[str, Picture]:

@@ -1,45 +1,68 @@
-"""Fills the blocks of README.md that hold results, from the JSON under docs/results, so that no number is typed.
+"""Fills the blocks of README.md and docs/*.md that hold results, from the JSON under docs/results, so that no number is
+typed.
 
     python -m lkda.report.readme
 
 A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`, and shows docs/results/NAME/results.json,
-as `scripts/compare.py` writes it.
+as `scripts/compare.py` writes it; one between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` shows
+docs/results/NAME/benchmark.json, as `scripts/benchmark.py` writes it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from lkda.report.bench import as_markdown, read_benchmark
+from lkda.report.bench_report import facts
 from lkda.report.files import write_atomically
 from lkda.report.table import as_cells, markdown_table
 
-_BLOCK = re.compile(r"<!-- results:(?P<name>[\w-]+) -->\n.*?<!-- /results:(?P=name) -->", re.DOTALL)
+_BLOCK = re.compile(
+    r"<!-- (?P<kind>results|benchmark):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL
+)
+
+
+def _runs(path: Path) -> str:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return markdown_table(*as_cells(found["rows"])) + "\n" + " ".join(found["notes"])
+
+
+def _benchmark(path: Path) -> str:
+    benchmark = read_benchmark(path)
+    return as_markdown(benchmark.rows) + "\n" + facts(benchmark)
+
+
+KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
+    "results": ("results.json", "scripts/compare.py", _runs),
+    "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
+}
 
 
 def fill(text: str, results: Path) -> str:
-    """`text` with every block filled from `results`/NAME/results.json. Raises ValueError where one is not there."""
+    """`text` with every block filled from `results`/NAME. Raises ValueError where the JSON is not there."""
 
     def block(match: re.Match[str]) -> str:
-        name = match["name"]
-        path = results / name / "results.json"
+        kind, name = match["kind"], match["name"]
+        file, script, table = KINDS[kind]
+        path = results / name / file
         if not path.is_file():
-            raise ValueError(
-                f"the block results:{name} needs {path}; write it with scripts/compare.py out={path.parent}."
-            )
-        found = json.loads(path.read_text(encoding="utf-8"))
-        notes = " ".join(found["notes"])
-        return f"<!-- results:{name} -->\n{markdown_table(*as_cells(found['rows']))}\n{notes}\n<!-- /results:{name} -->"
+            raise ValueError(f"the block {kind}:{name} needs {path}; write it with {script} out={path.parent}.")
+        return f"<!-- {kind}:{name} -->\n{table(path)}\n<!-- /{kind}:{name} -->"
 
     return _BLOCK.sub(block, text)
 
 
 def main() -> None:
-    """Rewrites README.md of the working directory."""
-    readme = Path("README.md")
+    """Rewrites README.md and docs/*.md of the working directory."""
     try:
-        write_atomically(readme, fill(readme.read_text(encoding="utf-8"), Path("docs/results")))
+        for page in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
+            text = page.read_text(encoding="utf-8")
+            filled = fill(text, Path("docs/results"))
+            if filled != text:
+                write_atomically(page, filled)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 

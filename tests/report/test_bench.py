@@ -10,6 +10,7 @@ import matplotlib.image
 import pytest
 
 from lkda.report import bench, bench_plots
+from lkda.report.readme import fill
 from lkda.report.redraw import redraw
 from tests.report.conftest import bench_row
 
@@ -97,3 +98,17 @@ def test_a_file_of_another_kind_is_named_with_the_reason(tmp_path, text, reason)
     path.write_text(text)
     with pytest.raises(ValueError, match=r"x.json is not a benchmark's JSON \(" + reason):
         bench.read_benchmark(path)
+
+
+def test_a_page_shows_the_benchmark(tmp_path):
+    header = {"device": "a card", "copy_gb_per_s": 2964.0, "torch": "2.11"}
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "fast" / "benchmark.json").write_text(json.dumps({"header": header, "rows": ROWS}))
+    text = "before\n<!-- benchmark:fast -->\nold\n<!-- /benchmark:fast -->\nafter\n"
+    filled = fill(text, tmp_path)
+    assert bench.as_markdown(ROWS) in filled
+    assert "a card, copies at 2,964 GB/s, torch 2.11." in filled
+    assert "old" not in filled
+    assert fill(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match=r"the block benchmark:none needs .*write it with scripts/benchmark.py"):
+        fill(text.replace(":fast", ":none"), tmp_path)
