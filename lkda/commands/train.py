@@ -195,6 +195,7 @@ def _fit(run: RunDirectory, plan: _Plan, data: Any) -> tuple[Any, InterruptedRun
         scheduler=settings["scheduler"],
         total_steps=plan.steps,
         bytes_per_token=data.bytes_per_token,
+        compile=plan.config.compile,
     )
     data.start_batch = plan.step * plan.config.trainer.accumulate_grad_batches
     with StopRequest() as stop_request:

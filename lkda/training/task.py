@@ -41,6 +41,7 @@ class LanguageModelTask(L.LightningModule):
         scheduler: what `learning_rate_factor` takes.
         total_steps: optimiser steps of the whole run, for the schedule.
         bytes_per_token: of the validation text; divides nats a token into bits a byte.
+        compile: whether `torch.compile` takes the model and its loss.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class LanguageModelTask(L.LightningModule):
         scheduler: Mapping[str, Any],
         total_steps: int,
         bytes_per_token: float,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.model = build_model(model_config)
@@ -59,13 +61,17 @@ class LanguageModelTask(L.LightningModule):
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
         self.val_mean = MeanMetric()
+        self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
+
+    def _eager_loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return next_token_loss(self.model(tokens, cu_seqlens=cu_seqlens), targets)
 
     def bits_per_byte(self, loss: Tensor) -> Tensor:
         """Nats a token -> bits a byte, which compares across tokenizers."""
         return loss / (math.log(2) * self.bytes_per_token)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = next_token_loss(self.model(batch["tokens"], cu_seqlens=batch["cu_seqlens"]), batch["targets"])
+        loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"])
         self.log_dict(
             {"train/loss": loss.detach(), "train/bits_per_byte": self.bits_per_byte(loss.detach())}, logger=False
         )
@@ -73,7 +79,7 @@ class LanguageModelTask(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         targets: Tensor = batch["targets"]
-        loss = next_token_loss(self.model(batch["tokens"], cu_seqlens=batch["cu_seqlens"]), targets)
+        loss = self._loss(batch["tokens"], targets, batch["cu_seqlens"])
         self.val_mean.update(loss, weight=(targets != -100).sum())
 
     def on_validation_epoch_end(self) -> None:

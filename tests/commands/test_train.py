@@ -100,3 +100,21 @@ def test_the_same_seed_gives_the_same_run(run: Path, corpus: Path, tmp_path: Pat
         train(composed("train", *small_run(corpus, f"seed={seed}", "trainer.max_steps=7")), tmp_path / str(seed))
     assert losses(tmp_path / "1") == losses(run)
     assert losses(tmp_path / "2") != losses(run)
+
+
+def test_a_compiled_run_learns_the_same(
+    run: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced whole, and run as traced: what inductor makes of it is not ours to test."""
+    compiled = []
+
+    def traced(function, **options):
+        compiled.append(function)
+        return compiler(function, backend="eager", **options)
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    train(composed("train", *small_run(corpus, "trainer.max_steps=7", "compile=true")), tmp_path / "run")
+    assert len(compiled) == 1
+    losses = [json.loads((path / "summary.json").read_text())["val/loss"] for path in (run, tmp_path / "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
