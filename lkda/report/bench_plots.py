@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -111,6 +112,10 @@ def cost_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
             axes.plot(xs, ys, color=colour, linestyle=line, marker="o", markersize=4, linewidth=1.7)
             text = " ".join(filter(None, (name[n] for n in telling or [0])))
             labels.append(Label(xs[-1], ys[-1], text, colour))
+        for T, cost in crossings(curves):
+            axes.plot(T, cost, "o", color=theme.text, markersize=8, fillstyle="none")
+            said = f"T = {length(round(T))}"
+            axes.annotate(said, (T, cost), (0, -14), textcoords="offset points", ha="center", fontsize=8)
         axes.xaxis.set_major_locator(FixedLocator(sorted({x for points in curves.values() for x, _ in points})))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -119,6 +124,77 @@ def cost_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("sequence length T")
         axes.set_ylabel(f"{mode}, ns per token and head")
+        label_ends(axes, labels)
+        return figure
+
+    return picture(draw)
+
+
+def crossings(curves: dict[tuple[str, ...], list[tuple[int, float]]]) -> list[tuple[float, float]]:
+    """Where softmax attention's cost overtakes our kernel's: (T, cost), read between lengths on logarithmic axes."""
+    found = []
+    for name, points in curves.items():
+        _, heads, implementation, *rest = name
+        softmax = dict(curves.get((name[0], heads, "sdpa", *rest), ()))
+        if implementation != "lkda cuda" or not softmax:
+            continue
+        both = [(math.log(T), math.log(cost), math.log(softmax[T])) for T, cost in points if T in softmax]
+        for (T0, ours0, theirs0), (T1, ours1, theirs1) in zip(both, both[1:]):
+            if theirs0 <= ours0 and theirs1 > ours1:
+                part = (ours0 - theirs0) / ((theirs1 - theirs0) - (ours1 - ours0))
+                found.append((math.exp(T0 + part * (T1 - T0)), math.exp(ours0 + part * (ours1 - ours0))))
+    return found
+
+
+ORIGIN = 32  # times slower than the simplified kernel: the claim that this project set out to test
+
+
+def over_simplified(rows: Sequence[Row], *, mode: str) -> dict[str, list[tuple[int, float]]]:
+    """KDA's time over the simplified kernel's at the same shape, by gate and number of tokens: name -> [(T, ratio)]."""
+    times: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in measured(rows, mode=mode):
+        if row.get("backend") == "cuda":
+            times.setdefault((shape(row), row["dtype"]), {})[f"{row['op']} {row.get('gate') or ''}"] = row
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for ops in times.values():
+        simplified = ops.get("simplified ")
+        for row in ops.values() if simplified else ():
+            if row["op"] == "kda" and simplified:
+                name = f"{row.get('gate') or ''} {row['H']}x{row['D']}, {length(row['B'] * row['T'])} tokens"
+                found[name.strip()].append((row["T"], row["ms_median"] / simplified["ms_median"]))
+    return {name: sorted(points) for name, points in found.items() if len(points) > 1}
+
+
+def ratio_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
+    """KDA over simplified against T, beside the 32 that the project's origin measured.
+
+    Raises: ValueError where the benchmark does not hold both at several lengths.
+    """
+    curves = over_simplified(rows, mode=mode)
+    if not curves:
+        raise ValueError(f"the benchmark has no {mode} times of both kda and simplified at several lengths.")
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({T for points in curves.values() for T, _ in points})
+        labels = [Label(ticks[-1], ORIGIN, "the origin's claim", theme.text)]
+        axes.plot([ticks[0], ticks[-1]], [ORIGIN, ORIGIN], color=theme.text, linewidth=1.2, linestyle=LINES[1])
+        for n, (name, points) in enumerate(curves.items()):
+            colour = theme.palette[n % len(theme.palette)]
+            axes.plot(*zip(*points), color=colour, marker="o", markersize=4, linewidth=1.7)
+            labels.append(Label(*points[-1], name, colour))
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(NUMBER)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(bottom=1)
+        axes.set_xlabel("sequence length T")
+        axes.set_ylabel(f"{mode}, KDA over simplified, times")
         label_ends(axes, labels)
         return figure
 

@@ -30,13 +30,15 @@ def facts(benchmark: Benchmark) -> str:
 
 
 def pictures(benchmark: Benchmark) -> dict[str, Picture]:
-    """By what they show: time against the floor in each mode, and the cost by length where there are lengths."""
+    """By what they show: time against the floor in each mode, and where there are lengths, the cost by length."""
     drawn = {}
     for mode in ("fwd", "fwd+bwd"):
         if measured(benchmark.rows, mode=mode):
             drawn[f"time of {mode}"] = bench_plots.times(benchmark.rows, mode=mode)
         if bench_plots.by_length(benchmark.rows, mode=mode):
             drawn[f"cost by length of {mode}"] = bench_plots.cost_by_length(benchmark.rows, mode=mode)
+        if bench_plots.over_simplified(benchmark.rows, mode=mode):
+            drawn[f"kda over simplified of {mode}"] = bench_plots.ratio_by_length(benchmark.rows, mode=mode)
     return drawn
 
 

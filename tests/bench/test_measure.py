@@ -13,9 +13,9 @@ from lkda.commands.benchmark import benchmark
 CPU = torch.device("cpu")
 
 
-def rows(**changes):
+def rows(op="simplified", **changes):
     words = {"dtypes": ["fp32"], "backends": ["chunk"], "peers": [], "modes": ["fwd"], "replays": ["eager"]} | changes
-    cases = measure.cases([ops.find("simplified")], [Shape(1, 70, 2, 32)], **words)
+    cases = measure.cases([ops.find(op)], [Shape(1, 70, 2, 32)], **words)
     return list(measure.measure(cases, CPU, copy_speed=10.0, milliseconds=2))
 
 
@@ -34,6 +34,35 @@ def test_forward_and_backward_tells_the_error_of_every_gradient():
     assert set(row["errors"]) == {"o", "dq", "dk", "dv", "ddecay"}
     assert row["error"] == max(row["errors"].values())
     assert 0 < row["error"] < 1e-4
+
+
+def test_kda_is_measured_at_slow_and_fast_gates_beside_softmax():
+    found = rows("kda", modes=["fwd", "fwd+bwd"], peers=["sdpa"])
+    assert [(row["gate"], row["backend"] or row["peer"], row["mode"]) for row in found] == [
+        (gate, name, mode) for gate in ("slow", "fast") for name in ("chunk", "sdpa") for mode in ("fwd", "fwd+bwd")
+    ]
+    assert all(row["ms_median"] for row in found)
+    moved = 4 * (5 * 70 * 2 * 32) + 4 * 70 * 2  # q, k, v, o and g in float32, a beta a head and token
+    assert found[0]["floor_ms"] == pytest.approx(moved / 10e9 * 1e3)
+    for row in found:
+        gradients = {"dq", "dk", "dv", "dg", "dbeta"} if row["mode"] == "fwd+bwd" else set()
+        assert set(row["errors"]) == ({"o", *gradients} if row["backend"] else set())
+        assert row["error"] is None or row["error"] < 1e-5
+
+
+def test_softmax_is_not_timed_where_it_takes_seconds(monkeypatch):
+    monkeypatch.setattr("lkda.bench.ops.kda.LONGEST_SOFTMAX", 64)
+    row = rows("kda", backends=[], peers=["sdpa"])[0]
+    assert row["ms_median"] is None
+    assert "quadratic" in row["reason"]
+
+
+def test_a_fresh_gate_is_slow():
+    drawn = ops.find("kda").inputs(Shape(1, 200, 4, 32), torch.float32, CPU, "slow")
+    fast = ops.find("kda").inputs(Shape(1, 200, 4, 32), torch.float32, CPU, "fast")
+    assert -0.5 < drawn["g"].median() < 0
+    assert fast["g"].median() < -2
+    torch.testing.assert_close(drawn["k"].norm(dim=-1), torch.ones(1, 200, 4))
 
 
 def test_a_wrong_result_shows_as_an_error(monkeypatch):

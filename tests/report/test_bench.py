@@ -100,6 +100,41 @@ def test_a_file_of_another_kind_is_named_with_the_reason(tmp_path, text, reason)
         bench.read_benchmark(path)
 
 
+def lengths(op, **changes):
+    """Softmax from 0.1 ms doubling with T, the rest flat, at 2^14 tokens."""
+    grows = changes.get("peer") == "sdpa"
+    return [
+        bench_row(
+            op, T=2**n, B=2 ** (14 - n), ms=0.1 * 2 ** (n - 10) if grows else changes["time"], **_without(changes)
+        )
+        for n in range(10, 15)
+    ]
+
+
+def _without(changes):
+    return {name: x for name, x in changes.items() if name != "time"}
+
+
+def test_the_crossing_with_softmax_is_read_between_lengths():
+    rows = lengths("kda", time=0.3) + lengths("kda", backend=None, peer="sdpa")
+    ((at, cost),) = bench_plots.crossings(bench_plots.by_length(rows, mode="fwd"))
+    assert at == pytest.approx(3 * 1024)
+    assert cost == pytest.approx(0.3e6 / (2**14 * 16))
+    assert bench_plots.crossings(bench_plots.by_length(lengths("kda", time=0.3), mode="fwd")) == []
+
+
+def test_kda_over_simplified_is_told_by_length(tmp_path):
+    rows = lengths("kda", time=0.6) + lengths("simplified", time=0.2, gate=None)
+    (points,) = bench_plots.over_simplified(rows, mode="fwd").values()
+    assert points == [(2**n, pytest.approx(3)) for n in range(10, 15)]
+    assert bench_plots.over_simplified(lengths("kda", time=0.6), mode="fwd") == {}
+    picture = tmp_path / "ratio.png"
+    picture.write_bytes(bench_plots.ratio_by_length(rows, mode="fwd").light)
+    assert matplotlib.image.imread(picture).std() > 0
+    with pytest.raises(ValueError, match="both kda and simplified"):
+        bench_plots.ratio_by_length(ROWS, mode="fwd")
+
+
 def test_a_page_shows_the_benchmark(tmp_path):
     header = {"device": "a card", "copy_gb_per_s": 2964.0, "torch": "2.11"}
     (tmp_path / "fast").mkdir()

@@ -1,0 +1,112 @@
+"""Kimi Delta Attention: the core op, q and k normalised, g and beta activated, at two regimes of the gate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lkda.bench.contest import Contest, Entrant, Inputs, Shape
+from lkda.ops import kda_attention, softmax_attention
+from lkda.ops.jit import Kernel
+from lkda.ops.kda import cuda, cuda_recurrent
+
+NAMES = ("q", "k", "v", "g", "beta")
+LONGEST_SOFTMAX = 2**17  # beyond, one call takes seconds
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
+    """q, k of unit norm, v ~ N(0, 1), beta = sigmoid(N(0, 1)), and g in float32.
+
+    slow: as a fresh layer draws it, A ~ U(1, 16) a head, dt log-uniform in [1e-3, 0.1] a channel, the token moving it a
+    little. fast: -5 sigmoid(N(0, 1)).
+    """
+    B, T, H, D = shape.B, shape.T, shape.H, shape.D
+    q, k = (F.normalize(torch.randn(B, T, H, D, device=device), dim=-1).to(dtype) for _ in range(2))
+    v = torch.randn(B, T, H, D, dtype=dtype, device=device)
+    g = torch.randn(B, T, H, D, device=device)
+    if gate == "fast":
+        g = -5 * torch.sigmoid(g)
+    else:
+        A = 1 + 15 * torch.rand(H, 1, device=device)
+        dt = torch.exp(math.log(1e-3) + math.log(100) * torch.rand(H, D, device=device))
+        g = -A * F.softplus(torch.log(torch.expm1(dt)) + 0.1 * g)
+    return {"q": q, "k": k, "v": v, "g": g, "beta": torch.sigmoid(torch.randn(B, T, H, device=device))}
+
+
+def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:
+    """Forward: q, k, v, g, beta in, o out. Backward: those and do in, their gradients out. g and beta in float32."""
+    wide = shape.elements * dtype.itemsize
+    gates = 4 * shape.elements + 4 * shape.elements // shape.D
+    forward, backward = 4 * wide + gates, 7 * wide + 2 * gates
+    return forward if mode == "fwd" else forward + backward
+
+
+def _ours(backend: str) -> Callable[[Inputs], Sequence[Tensor]]:
+    return lambda inputs: kda_attention(*(inputs[name] for name in NAMES), backend=backend)
+
+
+def _fla() -> Mapping[str, Entrant]:
+    from fla.ops.kda import chunk_kda
+
+    return {"fla chunk_kda": Entrant(lambda inputs: chunk_kda(**inputs), NAMES)}
+
+
+def _cudnn() -> Mapping[str, Entrant]:
+    """Takes heads of 128 alone, and tokens of all sequences in one row."""
+    from cudnn.linear_attention import kimi_delta_attention
+
+    def adapt(inputs: Inputs) -> Inputs:
+        B, T = inputs["q"].shape[:2]
+        bounds = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=inputs["q"].device)
+        return {**inputs, "cu_seqlens": bounds}
+
+    def run(inputs: Inputs) -> Sequence[Tensor]:
+        found = kimi_delta_attention(**{n: x.flatten(0, 1) if n in NAMES else x for n, x in inputs.items()})
+        o = found[0] if isinstance(found, tuple) else found
+        return (o.view_as(inputs["v"]),)
+
+    return {"cudnn kimi_delta_attention": Entrant(run, NAMES, adapt)}
+
+
+def _sdpa() -> Mapping[str, Entrant]:
+    """Causal softmax attention on q, k, v: another function, and what KDA's time is held against."""
+
+    def adapt(inputs: Inputs) -> Inputs:
+        return {name: inputs[name] for name in ("q", "k", "v")}
+
+    def run(inputs: Inputs) -> Sequence[Tensor]:
+        if inputs["q"].shape[1] > LONGEST_SOFTMAX:
+            raise ValueError(f"not timed beyond T = {LONGEST_SOFTMAX}: quadratic in T")
+        return (softmax_attention(inputs["q"], inputs["k"], inputs["v"], backend="sdpa"),)
+
+    return {"sdpa": Entrant(run, ("q", "k", "v"), adapt, comparable=False)}
+
+
+def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
+    listed = {"cuda": cuda.kernels, "cuda_recurrent": cuda_recurrent.kernels}.get(word)
+    if listed is None:
+        return []
+    variant = {f"HEAD_DIM={shape.D}", f"ELEMENT={cuda.ELEMENTS[dtype]}"}
+    found = [kernel for kernel in listed(arch) if variant <= set(kernel.module.defines)]
+    return [kernel for kernel in found if mode != "fwd" or kernel.entry in ("kda_prepare", "kda_scan", "kda_recurrent")]
+
+
+CONTEST = Contest(
+    op="kda",
+    gates=("slow", "fast"),
+    inputs=inputs,
+    moved_bytes=moved_bytes,
+    backends={
+        "cuda": Entrant(_ours("cuda"), NAMES),
+        "cuda_recurrent": Entrant(_ours("cuda_recurrent")),
+        "chunk": Entrant(_ours("chunk"), NAMES),
+        "recurrent": Entrant(_ours("recurrent"), NAMES),
+    },
+    peers={"fla": _fla, "cudnn": _cudnn, "sdpa": _sdpa},
+    truth=_ours("chunk"),
+    kernels=kernels,
+)
