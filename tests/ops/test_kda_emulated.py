@@ -47,7 +47,7 @@ def test_forward_and_backward(dtype, gate, tmp_path):
     reverse = Emulated(cuda._scan_kernel("reverse", D, dtype, ARCH), tmp_path)
     kept = (got["dinitial_state"], d_states, d_corrections, parts)
     reverse(blocks, threads, packets, v, grad_o, grad_state, *kept, None, B, T, H)
-    gradients = Emulated(cuda._gradients_kernel(D, dtype), tmp_path)
+    gradients = Emulated(cuda._gradients_kernel(D, dtype, ARCH), tmp_path)
     given = (q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, parts, state, grad_state)
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
     gradients(slots * H, layout.threads, *given, *results, None, T, H, scale)

@@ -49,6 +49,9 @@ struct Gates {
   __device__ __forceinline__ void read(const float* g, const Span& span, int heads, int head, int leaf, int channel) {
     Leaf<float> nats;
     nats.read(g, span, heads, head, leaf, channel);
+    set(nats);
+  }
+  __device__ __forceinline__ void set(const Leaf<float>& nats) {
 #pragma unroll
     for (int i = 0; i < LEAF; ++i) e[i] = make_float2(exp2_fast(nats[i].x * 1.4426950408889634f), exp2_fast(nats[i].y * 1.4426950408889634f));
   }
@@ -99,8 +102,8 @@ struct Reach {
   }
 };
 
-// The operands of one level, k^ = f k and q^ = f q. Group n has rows 2 h n: h tokens of k^, then the same h of scale q^, from
-// its second half; columns h n: h tokens of k^ from its first half. Rows of k^ may carry a weight for each token.
+// The operands of one level, k^ = f k and q^ = f q. Group n has rows 2 h n: h tokens of k^, then the same h of q^, from its
+// second half; columns h n: h tokens of k^ from its first half. A factor f is the leaf's own product times the reach.
 struct Level {
   using Rows = Tile<Operand, C, D>;
   using Columns = Tile<Operand, C / 2, D>;
@@ -108,20 +111,31 @@ struct Level {
   static constexpr int columns = Rows::bytes;
   static constexpr int bytes = Rows::bytes + Columns::bytes;
 
-  template <class Weight>
-  static __device__ __forceinline__ void write(
-      char* tile, int level, int leaf, int channel, const Gates& gates, const Reach& reach, const Leaf<Element>& q, const Leaf<Element>& k, float scale, Weight weight) {
-    const int half = LEAF << level, group = leaf >> (level + 1), first = (leaf & ((1 << level) - 1)) * LEAF;
-    if (leaf >> level & 1) {
-      gates.rows(reach.before, [&](int i, float2 f) {
-        const float w = weight(i);
-        store_pair(Rows::at(tile + rows, 2 * half * group + first + i, channel), times(make_float2(w * f.x, w * f.y), k[i]));
-        store_pair(Rows::at(tile + rows, 2 * half * group + half + first + i, channel), times(make_float2(scale * f.x, scale * f.y), q[i]));
-      });
-    } else {
-      gates.columns(reach.after, [&](int j, float2 f) {
-        store_pair(Columns::at(tile + columns, half * group + first + j, channel), times(f, k[j]));
-      });
+  static __device__ __forceinline__ bool is_row(int level, int leaf) { return leaf >> level & 1; }
+  // Of a leaf in the second half, its first row: of k^, and LEAF << level further of q^.
+  static __device__ __forceinline__ int first_row(int level, int leaf) {
+    return ((leaf >> (level + 1) << (level + 1)) + (leaf & ((1 << level) - 1))) * LEAF;
+  }
+  // Of a leaf in the first half, its first column.
+  static __device__ __forceinline__ int first_column(int level, int leaf) {
+    return ((leaf >> (level + 1) << level) + (leaf & ((1 << level) - 1))) * LEAF;
+  }
+
+  // k, q: each token times the product of E from the leaf's first token through it.
+  static __device__ __forceinline__ void write_rows(
+      char* tile, int level, int leaf, int channel, float2 reach, const float2 (&k)[LEAF], const float2 (&q)[LEAF]) {
+    char* to = Rows::from(tile + rows, first_row(level, leaf));
+    char* to_q = Rows::from(to, LEAF << level);
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) {
+      store_pair(Rows::at(to, i, channel), times(reach, k[i]));
+      store_pair(Rows::at(to_q, i, channel), times(reach, q[i]));
     }
+  }
+  // k: each token times the product of E after it to the leaf's end.
+  static __device__ __forceinline__ void write_columns(char* tile, int level, int leaf, int channel, float2 reach, const float2 (&k)[LEAF]) {
+    char* to = Columns::from(tile + columns, first_column(level, leaf));
+#pragma unroll
+    for (int j = 0; j < LEAF; ++j) store_pair(Columns::at(to, j, channel), times(reach, k[j]));
   }
 };

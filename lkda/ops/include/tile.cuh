@@ -194,6 +194,13 @@ struct Tile {
     return reinterpret_cast<const T*>(static_cast<const char*>(tile) + offset(row, column));
   }
 
+  // The tile from `row` on, a multiple of 8: at(from(tile, row), i, column) is at(tile, row + i, column), with less to compute
+  // for a constant i.
+  static __device__ __forceinline__ char* from(void* tile, int row) {
+    static_assert(!TILED, "rows of equal pitch");
+    return static_cast<char*>(tile) + row * (row_bytes == 64 ? 64 : 128);
+  }
+
   // block[r][c] = tile[row + r][column + c]
   static __device__ __forceinline__ Block<T> load(const void* tile, int row, int column) {
     Block<T> block;

@@ -85,12 +85,14 @@ class Layout:
         """Of a scan that reads `streams` tensors beside the packet: v, and backwards dO."""
         return _round_up(_round_up(self.packet, 128) + streams * self.chunk * 16 * self.warps * self.item, 1024)
 
-    def gradients_shared(self) -> int:
+    def gradients_shared(self, roomy: bool) -> int:
         C, D, size = self.chunk, self.D, self.operand
         slice_ = 32 if D == 32 or size == 4 else 64
-        small = _round_up(4 * (self.levels + 3) * self.leaves * D + 4 * C + 32 + 8 * 64 * self.leaves, 128)
+        small = _round_up(4 * ((self.levels + 2) * self.leaves + C // 16) * D + 4 * C + 32 + 8 * 64 * self.leaves, 128)
         slices = 2 * slice_ * (D + C) * size + C * slice_ * self.item
-        return small + self.levels * C * (C // 2) * size + max(slices, (C + C // 2) * (D + 8) * 4)
+        level = (C + C // 2) * D * size
+        operands = self.levels * level + 3 * 4 * C * D if roomy else level
+        return small + self.levels * C * (C // 2) * size + max(slices, operands)
 
 
 def _round_up(n: int, unit: int) -> int:
@@ -122,10 +124,11 @@ def _scan_kernel(name: str, D: int, dtype: torch.dtype, arch: str) -> Kernel:
 
 
 @cache
-def _gradients_kernel(D: int, dtype: torch.dtype) -> Kernel:
+def _gradients_kernel(D: int, dtype: torch.dtype, arch: str) -> Kernel:
     layout = _layout(D, dtype)
-    shared_bytes = layout.gradients_shared()
-    module = Module(HERE / "gradients.cu", layout.defines | {"SHARED_BYTES": shared_bytes})
+    roomy = SHARED_BYTES_PER_BLOCK[arch] >= layout.gradients_shared(True) * (2 if D < 128 else 1)
+    shared_bytes = layout.gradients_shared(roomy)
+    module = Module(HERE / "gradients.cu", layout.defines | {"ROOMY": int(roomy), "SHARED_BYTES": shared_bytes})
     return module.kernel("kda_gradients", "PPPPPPPPPPPPPPPPPPiif", shared_bytes=shared_bytes)
 
 
@@ -137,7 +140,8 @@ def _sequences_kernel(dtype: torch.dtype) -> Kernel:
 def kernels(arch: str) -> list[Kernel]:
     """Every kernel that runs on `arch`, for every head size and dtype."""
     variants = [(D, dtype) for D in HEAD_DIMS for dtype in ELEMENTS]
-    chunked = [kernel(*variant) for kernel in (_prepare_kernel, _gradients_kernel) for variant in variants]
+    chunked = [_prepare_kernel(*variant) for variant in variants]
+    chunked += [_gradients_kernel(*variant, arch) for variant in variants]
     scans = [_scan_kernel(name, *variant, arch) for name in ("scan", "reverse") for variant in variants]
     return chunked + scans + [_sequences_kernel(torch.bfloat16), _sequences_kernel(torch.float32)]
 
@@ -284,7 +288,7 @@ def _chunk_gradients(
     grad_final = None if grad_final is None else _readable(grad_final)
     chunks = _Chunks(q, cu_seqlens)
     grads = _gradients_of(q, g, beta)
-    _gradients_kernel(D, q.dtype)(
+    _gradients_kernel(D, q.dtype, _architecture(q.device))(
         (chunks.slots * H, 1, 1),
         _layout(D, q.dtype).threads,
         *(q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, beta_parts, initial_state, grad_final),

@@ -9,6 +9,10 @@
 //
 // dg_t is the sum of all terms whose decay contains E_t, so that nothing cancels: of rows' terms (q a + k b) those of
 // tokens from t on in the same half, of columns' terms (k c) those before t; and Gam rowsum(S0 dS1), straight through.
+//
+// A factor f is a product inside the leaf times a reach, one number a leaf and channel. So a warp adds up a, b and c of all
+// levels as products leave them, 32 channels x 16 tokens, times their reach; the product inside the leaf comes at the end,
+// where a thread has two channels of a leaf. The sums change hands, through shared memory, only then.
 #include "kda_tree.cuh"
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
@@ -19,33 +23,66 @@ constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2;                      // 16x16 b
 constexpr int ROUNDS = (LOWER + WARPS - 1) / WARPS;
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // of a warp that share a leaf
 constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
-constexpr int STRIDE = D + 8;  // floats of a row of the exchange: eight rows of a block start in different banks
+static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
 
 using StateSlice = Tile<Operand, SLICE, D, true>;
 using ColumnsSlice = Tile<Operand, SLICE, C, true>;
 using OutputSlice = Tile<Element, C, SLICE>;
 using Pairs = Tile<Operand, C, C / 2>;  // of a level: rows as Level::rows (dM first, then dP), columns modulo max(half, 16)
 
+// A float32 matrix on its way from warps with blocks of [channels, tokens] to threads with two channels of a leaf. Pieces of
+// four tokens are permuted by the channel, so that eight threads' pieces lie in different banks.
+struct HandOver {
+  static constexpr int bytes = D * C * 4;
+
+  static __device__ __forceinline__ int offset(int channel, int token) {
+    return (channel * C + ((token >> 2 ^ (channel >> 1 & 7)) << 2) + (token & 3)) * 4;
+  }
+  static __device__ __forceinline__ void give(char* to, const Sum (&sum)[2], int tokens, int channels) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+        *reinterpret_cast<float2*>(to + offset(channels + c * 16 + (q & 1) * 8 + lane_row(), tokens + (q >> 1) * 8 + lane_column())) = sum[c].pair[q];
+  }
+  static __device__ __forceinline__ void take_four(float2* x, const char* from, int leaf, int channel, int i) {
+    const char* at = from + offset(channel, leaf * LEAF + i);
+    const float4 first = *reinterpret_cast<const float4*>(at), second = *reinterpret_cast<const float4*>(at + C * 4);
+    x[0] = make_float2(first.x, second.x);
+    x[1] = make_float2(first.y, second.y);
+    x[2] = make_float2(first.z, second.z);
+    x[3] = make_float2(first.w, second.w);
+  }
+  static __device__ __forceinline__ float2 take_one(const char* from, int leaf, int channel, int i) {
+    const char* at = from + offset(channel, leaf * LEAF + (i & 4)) + (i & 3) * 4;
+    return make_float2(*reinterpret_cast<const float*>(at), *reinterpret_cast<const float*>(at + C * 4));
+  }
+};
+
 struct Shared {
   static constexpr int leaf_decay = 0;                                  // float [LEAVES][D]
-  static constexpr int straight = leaf_decay + LEAVES * D * 4;          // float [LEAVES][D]: partial sums of S0 dS1
-  static constexpr int totals = straight + LEAVES * D * 4;              // float [LEVELS + 1][LEAVES][D]
+  static constexpr int straight = leaf_decay + LEAVES * D * 4;          // float [BLOCKS][D]: partial sums of S0 dS1
+  static constexpr int totals = straight + BLOCKS * D * 4;              // float [LEVELS + 1][LEAVES][D]: reaches, then sums over a leaf
   static constexpr int beta = totals + (LEVELS + 1) * LEAVES * D * 4;   // float [C]
   static constexpr int place = beta + C * 4;                            // Span and head: read again after each barrier, as q and k
   static constexpr int leaf_p = place + 32;                           // float [LEAVES][8][8]
   static constexpr int leaf_m = leaf_p + LEAVES * 64 * 4;
   static constexpr int pairs = (leaf_m + LEAVES * 64 * 4 + 127) / 128 * 128;  // LEVELS x Pairs
-  static constexpr int work = pairs + LEVELS * Pairs::bytes;            // the slices, a level's operands, the exchange
+  static constexpr int work = pairs + LEVELS * Pairs::bytes;            // the slices; then levels' operands, and exchanges
   static constexpr int state = work;
   static constexpr int d_state = state + StateSlice::bytes;
   static constexpr int correction = d_state + StateSlice::bytes;
   static constexpr int d_correction = correction + ColumnsSlice::bytes;
   static constexpr int d_output = d_correction + ColumnsSlice::bytes;
   static constexpr int slices = 2 * StateSlice::bytes + 2 * ColumnsSlice::bytes + OutputSlice::bytes;
-  static constexpr int exchange = (C + C / 2) * STRIDE * 4;
-  static constexpr int bytes = work + (slices > exchange ? slices : exchange);
+  static constexpr int exchange = ROOMY ? work + LEVELS * Level::bytes : work;  // HandOver: three at once, or one
+  static constexpr int last_exchange = ROOMY ? exchange : pairs;                // of dq and dk's rows
+  static constexpr int columns_exchange = ROOMY ? exchange + 2 * HandOver::bytes : work;
+  static constexpr int end_of_operands = ROOMY ? exchange + 3 * HandOver::bytes : work + Level::bytes;
+  static constexpr int end_of_slices = work + slices;
+  static constexpr int bytes = end_of_operands > end_of_slices ? end_of_operands : end_of_slices;
 };
-static_assert(Level::bytes <= Shared::exchange, "a level's operands lie where its results will");
+static_assert(Shared::last_exchange + 2 * HandOver::bytes <= Shared::bytes && Shared::columns_exchange + HandOver::bytes <= Shared::bytes, "what changes hands fits");
 static_assert(Shared::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
 
 // Rows first .. first + SLICE of a tiled image: consecutive bytes.
@@ -86,12 +123,6 @@ __device__ __forceinline__ void store_pairs(char* shared, int block_row, int blo
   store_pair(Pairs::at(pairs, row, column ^ LEAF), make_float2(0.f, 0.f));
   store_pair(Pairs::at(pairs, row + LEAF, column ^ LEAF), make_float2(0.f, 0.f));
 }
-
-// What a thread gathers for its two channels and eight tokens: dq, and dk in the parts that have the token as a row (its
-// beta left out) and as a column.
-struct Gathered {
-  float2 dq[LEAF], row[LEAF], column[LEAF];
-};
 
 // Pairs inside the leaf, j < i, w = decay(j..i), x = dP q_i + beta_i dM k_i:
 //   a_i += dP w k_j    b_i += dM w k_j    c_j += w x    dg_t += w k_j x, j < t <= i
@@ -141,6 +172,147 @@ __device__ __forceinline__ void sum_over_channels(float (&x)[LEAF], float* out) 
   if (lane_id() % (LANES / LEAF) == 0) out[lane_id() % LANES / (LANES / LEAF)] = x[0];
 }
 
+// S0 . dS1 of this lane's channel over eight rows of V and 32 channels at a time, for the warps of these channels one after
+// another: to straight [BLOCKS][D]. A sequence's own ends come unrounded: a short one is made of them.
+struct Straight {
+  template <class T>
+  static __device__ __forceinline__ void eight(float2 (&x)[4], const T* row, const float* exact) {
+    if (exact != nullptr) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) x[n] = make_float2(exact[2 * n * D], exact[(2 * n + 1) * D]);
+    } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) x[n] = load_pair(row + 2 * n);
+    } else {
+      const uint4 word = *reinterpret_cast<const uint4*>(row);
+      x[0] = unpack(T{}, word.x);
+      x[1] = unpack(T{}, word.y);
+      x[2] = unpack(T{}, word.z);
+      x[3] = unpack(T{}, word.w);
+    }
+  }
+  // exact_initial, exact_final: [K, V] from this slice's first column of V on, or null.
+  static __device__ __forceinline__ void add(char* shared, int block, int channels, bool first, const float* exact_initial, const float* exact_final) {
+    const int channel = channels + lane_id() / 8 * 8;
+    float sum[8] = {};
+#pragma unroll 1
+    for (int v = block * 8 + lane_id() % 8; v < SLICE; v += BLOCKS * 8) {
+      float2 s0[4], ds1[4];
+      eight(s0, StateSlice::at(shared + Shared::state, v, channel), exact_initial == nullptr ? nullptr : exact_initial + channel * D + v);
+      eight(ds1, StateSlice::at(shared + Shared::d_state, v, channel), exact_final == nullptr ? nullptr : exact_final + channel * D + v);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        sum[2 * n] += s0[n].x * ds1[n].x;
+        sum[2 * n + 1] += s0[n].y * ds1[n].y;
+      }
+    }
+    int count = 8;  // over eight lanes: each step halves what a lane goes on with
+#pragma unroll
+    for (int step = 4; step >= 1; step /= 2) {
+      count /= 2;
+      const bool upper = lane_id() & step;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < count) sum[i] = (upper ? sum[i + count] : sum[i]) + __shfl_xor_sync(0xffffffffu, upper ? sum[i] : sum[i + count], step);
+    }
+    float* to = reinterpret_cast<float*>(shared + Shared::straight) + block * D + channel + lane_id() % 8;
+    *to = first ? sum[0] : *to + sum[0];
+  }
+};
+
+// What a warp gathers for its 16 tokens and 32 channels, [channels, tokens]: dq, and dk in the parts that have the token as
+// a row (its beta left out) and as a column; without the products inside the leaf.
+struct Gathered {
+  Sum dq[2], row[2], column[2];
+};
+
+// sum += reach x over one level or the chunk; reach holds [LEAVES][D].
+__device__ __forceinline__ void gather(Sum& sum, const Sum& x, const float* reach, int leaf, int channel) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const float r = reach[(leaf + (q >> 1)) * D + channel + (q & 1) * 8 + lane_row()];
+    sum.pair[q] = fused(r, x.pair[q], sum.pair[q]);
+  }
+}
+
+// Each quadrant's sum over its eight tokens takes the place of the reach.
+__device__ __forceinline__ void store_totals(float* total, const float (&sum)[4], int leaf, int channel) {
+  const int lane = lane_id();
+  float two[2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) two[n] = (lane & 1 ? sum[n + 2] : sum[n]) + __shfl_xor_sync(0xffffffffu, lane & 1 ? sum[n] : sum[n + 2], 1);
+  const float one = (lane & 2 ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, lane & 2 ? two[0] : two[1], 2);
+  total[(leaf + (lane & 1)) * D + channel + (lane & 2) * 4 + lane_row()] = one;
+}
+
+__device__ __forceinline__ float dot(float2 a, float2 b) { return a.x * b.x + a.y * b.y; }
+
+// The level of halves of 8: a block's first leaf is its columns, the second its rows. Reaches are 1, and no other leaf's dg
+// needs the sums.
+__device__ __forceinline__ void lowest_level(Gathered& out, const char* tile, const char* pairs, int block, int channels) {
+  const Right<Operand> of_rows = Pairs::load_right(pairs, block * 16, 0), of_columns = Pairs::load_right_transposed(pairs, block * 16, 0);
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    Sum x;
+    clear(x);
+    product(x, Level::Columns::load_transposed(tile + Level::columns, block / 2 * 16, channels + c * 16), of_rows);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      add_to(out.row[c].pair[2 + q], x.pair[q]);
+      add_to(out.dq[c].pair[2 + q], x.pair[2 + q]);
+    }
+    clear(x);
+    product(x, Level::Rows::load_transposed(tile + Level::rows, block * 16, channels + c * 16), of_columns);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) add_to(out.column[c].pair[q], block % 2 == 0 ? x.pair[q] : x.pair[2 + q]);
+  }
+}
+
+// A level of halves of 16 or more. totals: of this level.
+__device__ __forceinline__ void level_gradients(Gathered& out, const char* tile, const char* pairs, float* totals, int level, int block, int channels) {
+  const int half = LEAF << level, group = block >> level, within = block * 16 & (half - 1), leaf = 2 * block;
+  if (block * 16 & half) {
+    const int row = group * 2 * half + within;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int channel = channels + c * 16;
+      Sum a, b;
+      clear(a);
+      clear(b);
+#pragma unroll 1
+      for (int j = 0; j < half; j += 16) {
+        const Block<Operand> k = Level::Columns::load_transposed(tile + Level::columns, group * half + j, channel);
+        product(b, k, Pairs::load_right(pairs, row, j));
+        product(a, k, Pairs::load_right(pairs, row + half, j));
+      }
+      gather(out.dq[c], a, totals, leaf, channel);
+      gather(out.row[c], b, totals, leaf, channel);
+      const Block<Operand> k = Level::Rows::load_transposed(tile + Level::rows, row, channel);
+      const Block<Operand> q = Level::Rows::load_transposed(tile + Level::rows, row + half, channel);
+      float sum[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) sum[n] = dot(get_pair(q, n), a.pair[n]) + dot(get_pair(k, n), b.pair[n]);
+      store_totals(totals, sum, leaf, channel);
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int channel = channels + c * 16;
+      Sum x;
+      clear(x);
+#pragma unroll 1
+      for (int i = group * 2 * half; i < (group + 1) * 2 * half; i += 16)
+        product(x, Level::Rows::load_transposed(tile + Level::rows, i, channel), Pairs::load_right_transposed(pairs, i, within));
+      gather(out.column[c], x, totals, leaf, channel);
+      const Block<Operand> k = Level::Columns::load_transposed(tile + Level::columns, group * half + within, channel);
+      float sum[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) sum[n] = dot(get_pair(k, n), x.pair[n]);
+      store_totals(totals, sum, leaf, channel);
+    }
+  }
+}
+
 // q, k, d_o, d_q, d_k, d_v: [rows, H, D] Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
 // initial_state, d_final (each may be null): [N, H, K, V] float32. beta_parts: [chunks, H, D / 16, C] float32.
 // states, d_states: [chunks, H] State. corrections, d_corrections: [chunks, H] Columns. Grid: chunks x H.
@@ -154,9 +326,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   const int chunk = blockIdx.x / heads, head = blockIdx.x % heads;
   const Span span = span_of(chunk, length, spans);
   if (span.tokens <= 0) return;
-  const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
-  const int warp = threadIdx.x / 32, tokens = warp % BLOCKS * 16, channels = warp / BLOCKS * 32;  // of a warp's sums
+  int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
+  const int warp = threadIdx.x / 32, block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;  // of a warp's sums
   float* betas = reinterpret_cast<float*>(shared + Shared::beta);
+  float* leaf_decay = reinterpret_cast<float*>(shared + Shared::leaf_decay);
+  float* totals = reinterpret_cast<float*>(shared + Shared::totals);  // 0: rows from the chunk's start, 1: columns to its end, 1 + level
+  auto total = [&](int which, int of) { return reinterpret_cast<float2*>(totals + (which * LEAVES + of) * D + channel); };
   if (threadIdx.x == 0) {
     *reinterpret_cast<Span*>(shared + Shared::place) = span;
     *reinterpret_cast<int*>(shared + Shared::place + 16) = head;
@@ -164,21 +339,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   if (threadIdx.x < C) betas[threadIdx.x] = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
 
   // Products with the states, summed over slices of V.
-  Sum dqg[2], dkg[2], dkd[2], dp[ROUNDS], dm[ROUNDS];
+  Gathered out;
+  Sum dp[ROUNDS], dm[ROUNDS];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    clear(dqg[n]);
-    clear(dkg[n]);
-    clear(dkd[n]);
+    clear(out.dq[n]);
+    clear(out.row[n]);
+    clear(out.column[n]);
   }
 #pragma unroll
   for (int n = 0; n < ROUNDS; ++n) {
     clear(dp[n]);
     clear(dm[n]);
   }
-  // S0 . dS1 of this thread's channels and every LEAVES-th of V; a sequence's own ends unrounded: a short one is made of them.
-  float2 straight = make_float2(0.f, 0.f);
-  const long long ends_at = ((static_cast<long long>(span.sequence) * heads + head) * D + channel) * D;
+  const long long ends_at = (static_cast<long long>(span.sequence) * heads + head) * D * D;
   const float* exact_initial = span.first && initial_state != nullptr ? initial_state + ends_at : nullptr;
   const float* exact_final = span.last && d_final != nullptr ? d_final + ends_at : nullptr;
   for (int first = 0; first < D; first += SLICE) {
@@ -195,35 +369,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       copy_async(OutputSlice::at(shared + Shared::d_output, t, column), d_o + (row * heads + head) * D + first + column, t < span.tokens);
     }
     close_copies();
+    if (first == 0) {
+      Gates gates;
+      gates.read(g, span, heads, head, leaf, channel);
+      gates.share(leaf_decay, leaf, channel);
+    }
     wait_copies<0>();
     __syncthreads();
-#pragma unroll 1
-    for (int n = leaf; n < SLICE; n += LEAVES) {
-      const int v = (n & ~7) | ((n + channel / 8) & 7);  // each square's row from another thread: other banks
-      const float2 s0 = exact_initial != nullptr ? make_float2(exact_initial[first + v], exact_initial[first + v + D])
-                                                 : load_pair(StateSlice::at(shared + Shared::state, v, channel));
-      const float2 ds1 = exact_final != nullptr ? make_float2(exact_final[first + v], exact_final[first + v + D])
-                                                : load_pair(StateSlice::at(shared + Shared::d_state, v, channel));
-      add_to(straight, times(s0, ds1));
+    if (first == 0) {
+      Reach reach;
+#pragma unroll
+      for (int level = 0; level < LEVELS; ++level) {
+        if (level > 0) *total(1 + level, leaf) = Level::is_row(level, leaf) ? reach.before : reach.after;
+        reach.widen(leaf_decay, level, leaf, channel);
+      }
+      *total(0, leaf) = reach.before;
+      *total(1, leaf) = reach.after;
     }
+    Straight::add(shared, block, channels, first == 0, exact_initial == nullptr ? nullptr : exact_initial + first,
+                  exact_final == nullptr ? nullptr : exact_final + first);
 #pragma unroll 1
     for (int v = 0; v < SLICE; v += 16) {
-      const Block<Operand> out = convert<Operand>(OutputSlice::load(shared + Shared::d_output, tokens, v));
+      const Right<Operand> d_out = as_right(convert<Operand>(OutputSlice::load(shared + Shared::d_output, tokens, v)));
       const Block<Operand> y = ColumnsSlice::load_transposed(shared + Shared::d_correction, v, tokens);
-      const Block<Operand> n = ColumnsSlice::load_transposed(shared + Shared::correction, v, tokens);
+      const Right<Operand> n = ColumnsSlice::load_right_transposed(shared + Shared::correction, v, tokens);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const Right<Operand> s0 = StateSlice::load_right_transposed(shared + Shared::state, v, channels + c * 16);
-        product(dqg[c], out, s0);
-        product(dkg[c], y, s0);
-        product(dkd[c], n, StateSlice::load_right_transposed(shared + Shared::d_state, v, channels + c * 16));
+        const Block<Operand> s0 = StateSlice::load_transposed(shared + Shared::state, v, channels + c * 16);
+        product(out.dq[c], s0, d_out);
+        product(out.row[c], s0, as_right(y));
+        product(out.column[c], StateSlice::load_transposed(shared + Shared::d_state, v, channels + c * 16), n);
       }
       if (warp / BLOCKS == v / 16 % (D / 32)) {  // a share of dv for each of the warps with these tokens
 #pragma unroll
         for (int q4 = 0; q4 < 4; ++q4) {
           const int t = tokens + quadrant_row(q4);
-          if (t < span.tokens)
-            store_pair(d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4), scaled(betas[t], get_pair(y, q4)));
+          stream_pair_if(t < span.tokens, d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4),
+                         scaled(betas[t], get_pair(y, q4)));
         }
       }
     }
@@ -240,9 +422,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       }
     }
   }
-  __syncthreads();  // the slices give way to the exchange
+  __syncthreads();  // the slices give way
 
-  *reinterpret_cast<float2*>(shared + Shared::straight + (leaf * D + channel) * 4) = straight;
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const int task = round * WARPS + warp;
@@ -257,181 +438,206 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     store_pairs(shared, bi, bj, dp[round], dm[round]);
   }
 
+  // The past's and the future's part.
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+#pragma unroll
+    for (int q4 = 0; q4 < 4; ++q4) {
+      const float* reach = totals + (2 * block + (q4 >> 1)) * D + channels + c * 16 + (q4 & 1) * 8 + lane_row();
+      const float before = reach[0], after = reach[LEAVES * D];
+      const float2 b = *reinterpret_cast<const float2*>(betas + tokens + (q4 >> 1) * 8 + lane_column());
+      out.dq[c].pair[q4] = scaled(scale * before, out.dq[c].pair[q4]);
+      out.row[c].pair[q4] = scaled(-before, out.row[c].pair[q4]);
+      out.column[c].pair[q4] = scaled(after, times(b, out.column[c].pair[q4]));
+    }
+
   auto place_head = [&] { return *reinterpret_cast<const int*>(shared + Shared::place + 16); };
   auto place = [&] { return *reinterpret_cast<const Span*>(shared + Shared::place); };
   Gates gates;
-  Leaf<Element> qs, ks;  // read again after each barrier instead of held across it: registers are short
+  gates.read(g, place(), heads, place_head(), leaf, channel);
+  Leaf<Element> qs, ks;  // read again later instead of held meanwhile: registers are short
   auto read_rows = [&] {
     qs.read(q, place(), heads, place_head(), leaf, channel);
     ks.read(k, place(), heads, place_head(), leaf, channel);
   };
-  gates.read(g, place(), heads, place_head(), leaf, channel);
-  const float* leaf_decay = reinterpret_cast<const float*>(shared + Shared::leaf_decay);
-  gates.share(reinterpret_cast<float*>(shared + Shared::leaf_decay), leaf, channel);
-
-  float* exchange = reinterpret_cast<float*>(shared + Shared::work);
-  auto hand_over = [&](const Sum& sum, int row, int column) {
-#pragma unroll
-    for (int q4 = 0; q4 < 4; ++q4) *reinterpret_cast<float2*>(exchange + (row + quadrant_row(q4)) * STRIDE + column + quadrant_column(q4)) = sum.pair[q4];
+  float2 near_k[LEAF], near_q[LEAF];  // B k and q, or k, times the product inside the leaf
+  auto near_rows = [&] {
+    gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
+      near_k[i] = scaled(betas[leaf * LEAF + i], times(f, ks[i]));
+      near_q[i] = times(f, qs[i]);
+    });
   };
-  auto received = [&](int row) { return *reinterpret_cast<const float2*>(exchange + row * STRIDE + channel); };
-  float* totals = reinterpret_cast<float*>(shared + Shared::totals);  // [LEVELS + 1][LEAVES][D]; 0, 1: the chunk's rows, columns
-  auto total = [&](int which, int of) { return reinterpret_cast<float2*>(totals + (which * LEAVES + of) * D + channel); };
-
-  // The past's and the future's part, one after another through the exchange. The sum of a leaf's terms of dg goes to the
-  // other leaves; within the leaf the terms follow from what was gathered.
-  Gathered out;
-  float2 sum = make_float2(0.f, 0.f);
-  hand_over(dqg[0], tokens, channels);
-  hand_over(dqg[1], tokens, channels + 16);
-  __syncthreads();
-  Reach reach;
-#pragma unroll
-  for (int level = 0; level < LEVELS; ++level) reach.widen(leaf_decay, level, leaf, channel);
+  auto near_columns = [&] { gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, ks[j]); }); };
+  auto write_rows = [&](int level, char* tile) {
+    if (Level::is_row(level, leaf))
+      Level::write_rows(tile, level, leaf, channel, level == 0 ? make_float2(1.f, 1.f) : *total(1 + level, leaf), near_k, near_q);
+  };
+  auto write_columns = [&](int level, char* tile) {
+    if (!Level::is_row(level, leaf))
+      Level::write_columns(tile, level, leaf, channel, level == 0 ? make_float2(1.f, 1.f) : *total(1 + level, leaf), near_k);
+  };
   read_rows();
-  gates.rows(reach.before, [&](int i, float2 pre) {
-    out.dq[i] = times(pre, scaled(scale, received(leaf * LEAF + i)));
-    add_to(sum, times(qs[i], out.dq[i]));
-  });
-  __syncthreads();
-  hand_over(dkg[0], tokens, channels);
-  hand_over(dkg[1], tokens, channels + 16);
-  __syncthreads();
-  gates.rows(reach.before, [&](int i, float2 pre) {
-    out.row[i] = times(pre, scaled(-1.f, received(leaf * LEAF + i)));
-    add_to(sum, times(ks[i], scaled(betas[leaf * LEAF + i], out.row[i])));
-  });
-  *total(0, leaf) = sum;
-  __syncthreads();
-  hand_over(dkd[0], tokens, channels);
-  hand_over(dkd[1], tokens, channels + 16);
-  __syncthreads();
-  sum = make_float2(0.f, 0.f);
-  gates.columns(reach.after, [&](int j, float2 suf) {
-    out.column[j] = times(suf, scaled(betas[leaf * LEAF + j], received(leaf * LEAF + j)));
-    add_to(sum, times(ks[j], out.column[j]));
-  });
-  *total(1, leaf) = sum;
 
-  // The levels of the tree.
-  Reach near;
-#pragma unroll 1
-  for (int level = 0; level < LEVELS; ++level) {
-    const int channel = opaque(threadIdx.x % (D / 2) * 2), warp = opaque(threadIdx.x / 32);
-    const int tokens = warp % BLOCKS * 16, channels = warp / BLOCKS * 32;
-    auto received = [&](int row) { return *reinterpret_cast<const float2*>(exchange + row * STRIDE + channel); };
-    auto total = [&](int which, int of) { return reinterpret_cast<float2*>(totals + (which * LEAVES + of) * D + channel); };
-    const int bits = LEAF_BITS + level, half = 1 << bits, group = leaf >> (level + 1), within = (leaf & ((1 << level) - 1)) * LEAF;
-    __syncthreads();  // the last results have been read
-    read_rows();
-    Level::write(shared + Shared::work, level, leaf, channel, gates, near, qs, ks, 1.f, [&](int i) { return betas[leaf * LEAF + i]; });
-    __syncthreads();
-    const char* tile = shared + Shared::work;
-    const char* pairs = shared + Shared::pairs + level * Pairs::bytes;
-    const int width = half < 16 ? 16 : half;
-    Sum rows[2], columns;
-    clear(rows[0]);
-    clear(rows[1]);
-    clear(columns);
-    const int met = tokens >> (bits + 1) << bits & ~15;  // the first of the columns that these rows meet
-#pragma unroll 1
-    for (int j = 0; j < width; j += 16) {
-      const Block<Operand> a = Pairs::load(pairs, tokens, j);
+  // Their sums over a leaf go to the other leaves' dg.
+  char* exchange = shared + Shared::exchange;
+  auto sum_of = [&](const char* from, const float2 (&x)[LEAF]) {
+    float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) product(rows[c], a, Level::Columns::load_right_transposed(tile + Level::columns, met + j, channels + c * 16));
+    for (int i = 0; i < LEAF; i += 4) {
+      float2 y[4];
+      HandOver::take_four(y, from, leaf, channel, i);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) add_to(sum, times(x[i + n], y[n]));
     }
-    const int column = warp % (BLOCKS / 2) * 16, column_channels = warp / (BLOCKS / 2) * 16;
-    const int first = half <= 16 ? 2 * column : 0, count = half <= 16 ? 32 : 2 * half;  // the rows that these columns meet
-#pragma unroll 1
-    for (int i = first; i < first + count; i += 16)
-      product(columns, Pairs::load_transposed(pairs, i, column & (width - 1)), Level::Rows::load_right_transposed(tile + Level::rows, i, column_channels));
-    __syncthreads();  // the operands give way to the results
-    hand_over(rows[0], tokens, channels);
-    hand_over(rows[1], tokens, channels + 16);
-    hand_over(columns, C + column, column_channels);
+    return sum;
+  };
+  HandOver::give(exchange, out.dq, tokens, channels);
+  if constexpr (ROOMY) {
+    HandOver::give(exchange + HandOver::bytes, out.row, tokens, channels);
+    HandOver::give(exchange + 2 * HandOver::bytes, out.column, tokens, channels);
+  }
+  near_rows();
+  __syncthreads();
+  float2 sum = sum_of(exchange, near_q);
+  if constexpr (!ROOMY) {
     __syncthreads();
-    sum = make_float2(0.f, 0.f);
-    read_rows();
-    if (leaf >> level & 1) {
-      gates.rows(near.before, [&](int i, float2 f) {
-        const int row = 2 * half * group + within + i;
-        const float2 b = times(f, received(row)), a = times(f, received(row + half));
-        add_to(out.dq[i], a);
-        add_to(out.row[i], b);
-        add_to(sum, times(qs[i], a));
-        add_to(sum, times(ks[i], scaled(betas[leaf * LEAF + i], b)));
-      });
-    } else {
-      gates.columns(near.after, [&](int j, float2 f) {
-        const float2 c = times(f, received(C + half * group + within + j));
-        add_to(out.column[j], c);
-        add_to(sum, times(ks[j], c));
-      });
-    }
-    if (level > 0) *total(1 + level, leaf) = sum;
-    near.widen(leaf_decay, level, leaf, channel);
+    HandOver::give(exchange, out.row, tokens, channels);
+    __syncthreads();
+  }
+  add_to(sum, sum_of(ROOMY ? exchange + HandOver::bytes : exchange, near_k));
+  *total(0, leaf) = sum;
+  if constexpr (ROOMY) {
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) write_rows(level, shared + Shared::work + level * Level::bytes);
+  } else {
+    __syncthreads();
+    HandOver::give(exchange, out.column, tokens, channels);
+    __syncthreads();
+  }
+  near_columns();
+  *total(1, leaf) = sum_of(ROOMY ? exchange + 2 * HandOver::bytes : exchange, near_k);
+  if constexpr (ROOMY) {
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) write_columns(level, shared + Shared::work + level * Level::bytes);
   }
   __syncthreads();
+
+  // The levels of the tree.
+#pragma unroll 1
+  for (int level = 0; level < LEVELS; ++level) {
+    char* tile = shared + Shared::work + (ROOMY ? level * Level::bytes : 0);
+    if constexpr (!ROOMY) {
+      if (level > 0) __syncthreads();  // the operands before these have been read
+      read_rows();
+      near_rows();
+      write_rows(level, tile);
+      near_columns();
+      write_columns(level, tile);
+      __syncthreads();
+    }
+    const char* pairs = shared + Shared::pairs + level * Pairs::bytes;
+    const int block = opaque(threadIdx.x / 32) % BLOCKS, channels = opaque(threadIdx.x / 32) / BLOCKS * 32;
+    if (level == 0) {
+      lowest_level(out, tile, pairs, block, channels);
+    } else {
+      level_gradients(out, tile, pairs, totals + (1 + level) * LEAVES * D, level, block, channels);
+    }
+  }
+
+  // From here on a thread has two channels of a leaf.
+  channel = opaque(threadIdx.x) % (D / 2) * 2;  // anew: registers are short
+  leaf = opaque(threadIdx.x) / (D / 2);
+  float2 column[LEAF];
+  auto take_columns = [&] {
+#pragma unroll
+    for (int j = 0; j < LEAF; j += 4) HandOver::take_four(column + j, shared + Shared::columns_exchange, leaf, channel, j);
+  };
+  if constexpr (!ROOMY) __syncthreads();
+  HandOver::give(shared + Shared::columns_exchange, out.column, tokens, channels);
+  if constexpr (!ROOMY) {
+    __syncthreads();
+    take_columns();
+    __syncthreads();
+  }
+  const char* dq_waits = shared + Shared::last_exchange;
+  const char* row_waits = dq_waits + HandOver::bytes;
+  HandOver::give(shared + Shared::last_exchange, out.dq, tokens, channels);
+  HandOver::give(shared + Shared::last_exchange + HandOver::bytes, out.row, tokens, channels);
+  gates.read(g, place(), heads, place_head(), leaf, channel);
+  read_rows();
+  __syncthreads();
+  if constexpr (ROOMY) take_columns();
+  gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { column[j] = times(f, column[j]); });
 
   // dg of every token of this leaf: other leaves' terms, the state's own path, then this leaf's terms.
   float2 rest = make_float2(0.f, 0.f), gamma = make_float2(1.f, 1.f);
 #pragma unroll
-  for (int l = 0; l < LEAVES; ++l) {
-    add_to(rest, *reinterpret_cast<const float2*>(shared + Shared::straight + (l * D + channel) * 4));
-    gamma = times(gamma, *reinterpret_cast<const float2*>(leaf_decay + l * D + channel));
-  }
+  for (int n = 0; n < BLOCKS; ++n) add_to(rest, *reinterpret_cast<const float2*>(shared + Shared::straight + (n * D + channel) * 4));
+#pragma unroll
+  for (int l = 0; l < LEAVES; ++l) gamma = times(gamma, *reinterpret_cast<const float2*>(leaf_decay + l * D + channel));
   rest = times(gamma, rest);
+  for (int l = leaf + 1; l < LEAVES; ++l) add_to(rest, *total(0, l));
+  for (int l = 0; l < leaf; ++l) add_to(rest, *total(1, l));
 #pragma unroll
-  for (int l = 0; l < LEAVES; ++l) {
-    if (l > leaf) add_to(rest, *total(0, l));
-    if (l < leaf) add_to(rest, *total(1, l));
+  for (int level = 1; level < LEVELS; ++level) {
+    const int first = leaf >> level << level;  // of the leaves in this half
+    const bool row = Level::is_row(level, leaf);
+    for (int l = row ? leaf + 1 : first; l < (row ? first + (1 << level) : leaf); ++l) add_to(rest, *total(1 + level, l));
+  }
+  float2 dg[LEAF];
+  float2 inside = make_float2(1.f, 1.f);
 #pragma unroll
-    for (int level = 1; level < LEVELS; ++level) {
-      const bool same_half = l >> level == leaf >> level;
-      if (same_half && (leaf >> level & 1 ? l > leaf : l < leaf)) add_to(rest, *total(1 + level, l));
+  for (int i = 0; i < LEAF; i += 4) {
+    float2 dq[4], row[4];
+    HandOver::take_four(dq, dq_waits, leaf, channel, i);
+    HandOver::take_four(row, row_waits, leaf, channel, i);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      inside = times(inside, gates.e[i + n]);
+      const float2 of_k = scaled(betas[leaf * LEAF + i + n], times(ks[i + n], row[n]));
+      dg[i + n] = times(inside, make_float2(qs[i + n].x * dq[n].x + of_k.x, qs[i + n].y * dq[n].y + of_k.y));
     }
   }
-  read_rows();
-  float2 dg[LEAF];
   float2 after = rest;  // rows count for the tokens up to their own
 #pragma unroll
   for (int i = LEAF - 1; i >= 0; --i) {
-    add_to(after, times(qs[i], out.dq[i]));
-    add_to(after, times(ks[i], scaled(betas[leaf * LEAF + i], out.row[i])));
+    add_to(after, dg[i]);
     dg[i] = after;
   }
   float2 before = make_float2(0.f, 0.f);  // columns for those after their own
 #pragma unroll
   for (int j = 0; j < LEAF; ++j) {
     add_to(dg[j], before);
-    add_to(before, times(ks[j], out.column[j]));
+    add_to(before, times(ks[j], column[j]));
   }
   float share[LEAF];  // of dbeta
-  auto waiting = [&](int row) { return reinterpret_cast<float2*>(exchange + row * STRIDE + channel); };  // for their turn
-  const Span here = place();
-  const int stride = heads * D, left = here.tokens - leaf * LEAF;
-  const long long first_row = (static_cast<long long>(here.start + leaf * LEAF) * heads + place_head()) * D + channel;
-#pragma unroll
-  for (int i = 0; i < LEAF; ++i) *waiting(leaf * LEAF + i) = out.dq[i];
-#pragma unroll
-  for (int i = LEAF / 2; i < LEAF; ++i) *waiting(C + leaf * LEAF / 2 + i - LEAF / 2) = out.row[i];
-  leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, out.column, dg, [&](int i, float2 a, float2 b) {
+  const int stride = heads * D;
+  auto first_element = [&](const Span& here) {  // of this thread, in [rows, H, D]
+    return (static_cast<long long>(here.start + opaque(leaf) * LEAF) * heads + place_head()) * D + opaque(channel);
+  };
+  Element* to_q = d_q + first_element(place());
+  const int left = place().tokens - leaf * LEAF;
+  inside = make_float2(1.f, 1.f);
+  leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, column, dg, [&](int i, float2 a, float2 b) {
     const float p = reinterpret_cast<const float*>(shared + Shared::leaf_p)[(leaf * LEAF + i) * LEAF + i];  // dP_ii
-    add_to(a, *waiting(leaf * LEAF + i));
-    add_to(b, i < LEAF / 2 ? out.row[i] : *waiting(C + leaf * LEAF / 2 + i - LEAF / 2));
-    if (i < left) store_pair(d_q + first_row + i * stride, fused(p, ks[i], a));
+    inside = times(inside, gates.e[i]);
+    add_to(a, times(inside, HandOver::take_one(dq_waits, leaf, channel, i)));
+    add_to(b, times(inside, HandOver::take_one(row_waits, leaf, channel, i)));
+    if (i < left) store_pair(to_q + i * stride, fused(p, ks[i], a));
     share[i] = ks[i].x * b.x + ks[i].y * b.y;
-    add_to(out.column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], b)));
+    add_to(column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], b)));
   });
+  const Span here = place();
+  const long long first = first_element(here);
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
     if (i < left) {
-      store_pair(d_k + first_row + i * stride, out.column[i]);
-      store_pair(d_g + first_row + i * stride, dg[i]);
+      store_pair(d_k + first + i * stride, column[i]);
+      store_pair(d_g + first + i * stride, dg[i]);
     }
   }
-  __syncthreads();  // dq has left the exchange
-  float* shares = reinterpret_cast<float*>(shared + Shared::work);  // [PARTS][C]: dbeta of 64 channels
+  __syncthreads();  // dq and dk's rows have left the exchange
+  float* shares = reinterpret_cast<float*>(shared + Shared::last_exchange);  // [PARTS][C]: dbeta of 64 channels
   sum_over_channels(share, shares + (PARTS > 1 ? warp % PARTS * C : 0) + leaf * LEAF);
   __syncthreads();
   if (threadIdx.x < here.tokens) {

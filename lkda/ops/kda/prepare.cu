@@ -290,18 +290,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
   gates.share(reinterpret_cast<float*>(shared + Shared::leaf_decay), leaf, channel);
   __syncthreads();
 
+  const float* leaf_decay = reinterpret_cast<const float*>(shared + Shared::leaf_decay);
   Reach reach;
-#pragma unroll 1
+  float2 near[LEVELS];  // the reach on each level
+#pragma unroll
   for (int level = 0; level < LEVELS; ++level) {
-    Level::write(shared + Shared::tree + level * Level::bytes, level, leaf, channel, gates, reach, qs, ks, scale, [](int) { return 1.f; });
-    reach.widen(reinterpret_cast<const float*>(shared + Shared::leaf_decay), level, leaf, channel);
+    near[level] = Level::is_row(level, leaf) ? reach.before : reach.after;
+    reach.widen(leaf_decay, level, leaf, channel);
   }
-  const float2 all = gates.rows(reach.before, [&](int i, float2 pre) {
-    store_pair(Rows::at(packet + Packet::kg, leaf * LEAF + i, channel), times(pre, ks[i]));
-    store_pair(Rows::at(packet + Packet::qg, leaf * LEAF + i, channel), times(make_float2(scale * pre.x, scale * pre.y), qs[i]));
+  float2 near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
+  const float2 inside = gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
+    near_k[i] = times(f, ks[i]);
+    near_q[i] = times(make_float2(scale * f.x, scale * f.y), qs[i]);
   });
-  gates.columns(reach.after, [&](int j, float2 suf) { store_pair(Rows::at(packet + Packet::kd, leaf * LEAF + j, channel), times(suf, ks[j])); });
-  if (leaf == LEAVES - 1) *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = all;
+  char* kg = Rows::from(packet + Packet::kg, leaf * LEAF);
+  char* qg = Rows::from(packet + Packet::qg, leaf * LEAF);
+  char* kd = Rows::from(packet + Packet::kd, leaf * LEAF);
+#pragma unroll
+  for (int level = 0; level < LEVELS; ++level)
+    if (Level::is_row(level, leaf)) Level::write_rows(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k, near_q);
+#pragma unroll
+  for (int i = 0; i < LEAF; ++i) {
+    store_pair(Rows::at(kg, i, channel), times(reach.before, near_k[i]));
+    store_pair(Rows::at(qg, i, channel), times(reach.before, near_q[i]));
+  }
+  if (leaf == LEAVES - 1) *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = times(reach.before, inside);
+  gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, ks[j]); });
+#pragma unroll
+  for (int level = 0; level < LEVELS; ++level)
+    if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k);
+#pragma unroll
+  for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kd, j, channel), times(reach.after, near_k[j]));
   leaf_pairs(shared, leaf, gates, qs, ks, scale);
   __syncthreads();
   tree_pairs(shared);

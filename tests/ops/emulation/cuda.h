@@ -19,6 +19,9 @@
 struct float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct int4 {
   int x, y, z, w;
 };

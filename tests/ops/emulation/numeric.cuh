@@ -45,3 +45,8 @@ void store_pair(Half* at, float2 x) {
 }
 inline void store_pair(float* at, float2 x) { *reinterpret_cast<float2*>(at) = x; }
 inline float exp2_fast(float x) { return exp2f(x); }
+
+template <class Element>
+void stream_pair_if(bool wanted, Element* at, float2 x) {
+  if (wanted) store_pair(at, x);
+}
