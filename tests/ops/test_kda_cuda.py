@@ -8,6 +8,7 @@ import torch
 from lkda.ops import kda_attention
 from lkda.ops.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
 from lkda.ops.kda import cuda, cuda_recurrent
+from lkda.ops.kda.segments import segment_count
 from tests.ops.cases import GATES, LENGTHS, kda_inputs, relative
 from tests.ops.yardstick import kda_truth, kda_yardstick, outputs_and_gradients
 
@@ -107,6 +108,28 @@ class TestError:
         inputs["initial_state"] = torch.randn(len(PACKED) - 1, heads, D, D, device="cuda")
         assert_within_yardstick(inputs, cu_seqlens=torch.tensor(PACKED, device="cuda"))
 
+    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_of_sequences_in_segments(self, packed, dtype, D, monkeypatch):
+        monkeypatch.setattr(cuda, "segment_count", lambda sequences, heads, chunks: 4)
+        inputs = every_gate(1 if packed else 2, PACKED[-1], D, dtype=dtype)
+        options = {}
+        if packed:
+            heads = inputs["q"].shape[2]
+            inputs["initial_state"] = torch.randn(len(PACKED) - 1, heads, D, D, device="cuda")
+            options = {"cu_seqlens": torch.tensor(PACKED, device="cuda")}
+        assert_within_yardstick(inputs, **options)
+
+    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    def test_segments_change_nothing_but_roundings(self, D, monkeypatch):
+        inputs = on_gpu(1, 8192, 4, D)
+        assert segment_count(1, 4, 8192 // 64) > 1
+        cut = run(inputs)
+        monkeypatch.setattr(cuda, "segment_count", lambda sequences, heads, chunks: 1)
+        for name, x in run(inputs).items():
+            assert relative(cut[name], x) < 8e-3, name
+
     def test_with_beta_of_zero_and_one(self):
         inputs = every_gate(2, 300, 64)
         inputs["beta"] = (inputs["beta"] > 0.5).float()
@@ -171,6 +194,15 @@ class TestProperties:
             for name, x in first.items():
                 assert torch.equal(x, again[name]), name
 
+    def test_future_tokens_never_change_past_outputs_of_segments(self):
+        one, two = on_gpu(1, 4096, 2, 64, seed=0), on_gpu(1, 4096, 2, 64, seed=1)
+        assert segment_count(1, 2, 64) > 1
+        o, _ = kda_attention(**one, backend="cuda")
+        for t in (1, 1000, 2048, 4000):
+            mixed = {name: torch.cat([one[name][:, :t], two[name][:, t:]], 1) for name in ("q", "k", "v", "g", "beta")}
+            changed, _ = kda_attention(**mixed, initial_state=one["initial_state"], backend="cuda")
+            assert torch.equal(o[:, :t], changed[:, :t]), t
+
     def test_future_tokens_never_change_past_outputs(self):
         one, two = on_gpu(1, 300, 2, 64, seed=0), on_gpu(1, 300, 2, 64, seed=1)
         o, _ = kda_attention(**one, backend="cuda")
@@ -216,8 +248,8 @@ class TestTorch:
         forward = (q, k, v, g, beta, state, None, 0.125, True)
         torch.library.opcheck(torch.ops.lkda.kda_forward, forward)
         q, k, v, g, beta, state = (x.detach() for x in forward[:6])
-        o, _, packets, *kept = torch.ops.lkda.kda_forward(q, k, v, g, beta, state, None, 0.125, True)
-        reverse = (o, None, v, None, packets, *kept)
+        o, _, packets, *kept, transitions = torch.ops.lkda.kda_forward(q, k, v, g, beta, state, None, 0.125, True)
+        reverse = (o, None, v, None, packets, *kept, transitions)
         torch.library.opcheck(torch.ops.lkda.kda_reverse, reverse)
         _, *d_kept = torch.ops.lkda.kda_reverse(*reverse)
         gradients = (o, None, q, k, g, beta, state, None, *kept, *d_kept, 0.125)

@@ -16,10 +16,17 @@ ALLOWED = {torch.bfloat16: 6e-3, torch.float32: 8e-4}  # about twice what the GP
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("dtype", "gate"), [(torch.bfloat16, "slow"), (torch.bfloat16, "resets"), (torch.float32, "slow")]
+    ("dtype", "gate", "segments"),
+    [
+        (torch.bfloat16, "slow", 1),
+        (torch.bfloat16, "resets", 1),
+        (torch.float32, "slow", 1),
+        (torch.bfloat16, "slow", 4),
+    ],
 )
-def test_forward_and_backward(dtype, gate, tmp_path):
-    B, T, H, D = 1, 70, 2, 32
+def test_forward_and_backward(dtype, gate, segments, tmp_path):
+    """With segments, of two chunks each, the last one shorter and one empty."""
+    B, T, H, D = 1, 70 if segments == 1 else 300, 2, 32
     inputs = kda_inputs(B, T, H, D, D, gate=gate, dtype=dtype)
     q, k, v, g, beta, state = inputs.values()
     layout, scale = cuda.Layout(D, dtype), D**-0.5
@@ -39,14 +46,30 @@ def test_forward_and_backward(dtype, gate, tmp_path):
     got |= {f"d{name}": unwritten(*x.shape, dtype=x.dtype) for name, x in inputs.items()}
     parts = unwritten(slots, H, D // 16, layout.chunk)
 
-    blocks, threads = B * H * (D // 16 // layout.warps), 32 * layout.warps
+    def scan(name, part, *tensors):
+        launch = cuda.Scan(name, D, dtype, ARCH, part)
+        (folder := tmp_path / f"{name}_{part}").mkdir()
+        run = Emulated(launch.kernel, folder)
+        run(B * segments * H * launch.blocks, 32 * launch.warps, *tensors, None, B, T, H, segments)
+
+    def entries(matrices, offsets, start, backward):
+        found = unwritten(*offsets.shape)
+        run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, segments, H, int(backward))
+        return found
+
     prepare = Emulated(cuda._prepare_kernel(D, dtype), tmp_path)
     prepare(slots * H, layout.threads, q, k, g, beta, packets, None, T, H, scale)
-    scan = Emulated(cuda._scan_kernel("scan", D, dtype, ARCH), tmp_path)
-    scan(blocks, threads, packets, v, state, got["o"], got["final_state"], states, corrections, None, B, T, H)
-    reverse = Emulated(cuda._scan_kernel("reverse", D, dtype, ARCH), tmp_path)
+    enters, leaves = state, grad_state
+    if segments > 1:
+        offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
+        run = Emulated(cuda._segments_kernel(D), tmp_path)
+        scan("scan", "summary", packets, v, None, None, offsets, None, None, transposed, transitions)
+        enters = entries(transposed, offsets, state, backward=False)
+        scan("reverse", "summary", packets, None, grad_o, None, d_offsets, None, None, None)
+        leaves = entries(transitions, d_offsets, grad_state, backward=True)
+    scan("scan", "whole", packets, v, enters, got["o"], got["final_state"], states, corrections, None, None)
     kept = (got["dinitial_state"], d_states, d_corrections, parts)
-    reverse(blocks, threads, packets, v, grad_o, grad_state, *kept, None, B, T, H)
+    scan("reverse", "whole", packets, v, grad_o, leaves, *kept)
     gradients = Emulated(cuda._gradients_kernel(D, dtype, ARCH), tmp_path)
     given = (q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, parts, state, grad_state)
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]

@@ -59,3 +59,10 @@ __device__ __forceinline__ Sequence sequence_of(int n, int sequences, int length
   if (bounds != nullptr) return {bounds[n], bounds[n + 1] - bounds[n], bounds[sequences + 1 + n]};
   return {n * length, length, n * ((length + C - 1) / C)};
 }
+
+// Segment s of `segments` runs of equally many chunks; the last ones may be shorter, or empty.
+__device__ __forceinline__ Sequence segment_of(Sequence whole, int s, int segments) {
+  const int chunks = (whole.length + C - 1) / C, each = (chunks + segments - 1) / segments;
+  const int first = min(s * each, chunks), skipped = min(first * C, whole.length);
+  return {whole.start + skipped, min(each * C, whole.length - skipped), whole.first_chunk + first};
+}

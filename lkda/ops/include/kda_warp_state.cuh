@@ -3,10 +3,11 @@
 #pragma once
 #include "kda_chunk.cuh"
 
-constexpr int WIDTH = WARPS * 16;  // columns of V of a block
-constexpr int SPLITS = D / WIDTH;  // blocks of a head
-constexpr int STEPS = D / 16;      // 16-channel blocks of K
-using Values = Tile<Element, C, WIDTH>;
+constexpr int WIDTH = WARPS * 16;        // columns of a block
+constexpr int SPLITS = COLUMNS / WIDTH;  // blocks of a head
+constexpr int STEPS = D / 16;            // 16-channel blocks of K
+constexpr int VALUES = WIDTH < D ? WIDTH : D;  // columns of V of a block
+using Values = Tile<Element, C, VALUES>;
 
 struct Stage {
   static constexpr int packet = 0;
@@ -21,11 +22,20 @@ __device__ __forceinline__ void fetch_packet(char* stage, const char* packet) {
 
 // A chunk's rows of `values` [rows, H, D] from column `first`, zeros past the last token.
 __device__ __forceinline__ void fetch_values(char* to, const Element* values, int start, int tokens, int heads, int head, int first) {
-  constexpr int THREADS = WARPS * 32, PIECE = 16 / sizeof(Element), PIECES = WIDTH / PIECE;
+  constexpr int THREADS = WARPS * 32, PIECE = 16 / sizeof(Element), PIECES = VALUES / PIECE;
   for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
     const int t = n / PIECES, column = n % PIECES * PIECE;
     const long long row = start + min(t, tokens - 1);
     copy_async(Values::at(to, t, column), values + (row * heads + head) * D + first + column, t < tokens);
+  }
+}
+
+// A 16x16 block of the identity.
+__device__ __forceinline__ void unit_diagonal(Sum& sum) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const int right = quadrant_column(q) - quadrant_row(q);
+    sum.pair[q] = make_float2(right == 0 ? 1.f : 0.f, right == -1 ? 1.f : 0.f);
   }
 }
 
@@ -48,6 +58,15 @@ __device__ __forceinline__ void write_state(const Sum (&state)[STEPS], float* at
       x[0] = state[n].pair[q].x;
       x[D] = state[n].pair[q].y;
     }
+}
+
+// The same to a matrix [V, K]; `at` is &matrix[first row of the warp][0].
+__device__ __forceinline__ void write_transposed(const Sum (&state)[STEPS], float* at) {
+#pragma unroll
+  for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
+      *reinterpret_cast<float2*>(at + quadrant_row(q) * D + n * 16 + quadrant_column(q)) = state[n].pair[q];
 }
 
 // Blocks of a matrix kept in global memory as the image of a tile.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from lkda.ops.dispatch import goes_straight
 from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture
 from lkda.ops.jit import reason_cannot_run as reason_no_kernels
+from lkda.ops.kda.segments import segment_count
 
 HEAD_DIMS = (32, 64, 128)
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
@@ -81,9 +83,10 @@ class Layout:
         tree = self.levels * (C + C // 2) * D * size
         return small + 2 * C * C * size + max(tree, 2 * C * C * size + 64 * C)
 
-    def stage(self, streams: int) -> int:
+    def stage(self, streams: int, warps: int) -> int:
         """Of a scan that reads `streams` tensors beside the packet: v, and backwards dO."""
-        return _round_up(_round_up(self.packet, 128) + streams * self.chunk * 16 * self.warps * self.item, 1024)
+        values = self.chunk * min(16 * warps, self.D) * self.item
+        return _round_up(_round_up(self.packet, 128) + streams * values, 1024)
 
     def gradients_shared(self, roomy: bool) -> int:
         C, D, size = self.chunk, self.D, self.operand
@@ -112,15 +115,52 @@ def _prepare_kernel(D: int, dtype: torch.dtype) -> Kernel:
     return Module(HERE / "prepare.cu", defines).kernel("kda_prepare", "PPPPPPiif", shared_bytes=shared_bytes)
 
 
+class Scan:
+    """A scan over chunks: `scan` or `reverse`, of whole sequences or of segments, or the segments' `summary`.
+
+    Attributes:
+        warps: of a block, 16 columns each.
+        blocks: of a head of a segment.
+    """
+
+    def __init__(self, name: str, D: int, dtype: torch.dtype, arch: str, part: str):
+        layout = _layout(D, dtype)
+        summary = part == "summary"
+        columns = 2 * D if summary and name == "scan" else D
+        self.warps = layout.warps if part == "whole" else min(8, columns // 16)
+        self.blocks = columns // 16 // self.warps
+        stage = layout.stage(2 if name == "reverse" and not summary else 1, self.warps)
+        stages = min(MOST_STAGES, SHARED_BYTES_PER_BLOCK[arch] // stage)
+        shared_bytes = stages * stage
+        defines = layout.defines | {"WARPS": self.warps, "STAGES": stages, "SUMMARY": int(summary)}
+        module = Module(HERE / f"{name}.cu", defines | {"SHARED_BYTES": shared_bytes})
+        self.kernel = module.kernel(
+            f"kda_{name}", "P" * (10 if name == "scan" else 9) + "iiii", shared_bytes=shared_bytes
+        )
+
+    def __call__(self, *tensors: Tensor | None, chunks: _Chunks, T: int, H: int, segments: int) -> None:
+        self.kernel(
+            (chunks.sequences * segments * H * self.blocks, 1, 1),
+            32 * self.warps,
+            *(*tensors, chunks.bounds, chunks.sequences, T, H, segments),
+            device=chunks.device,
+        )
+
+
 @cache
-def _scan_kernel(name: str, D: int, dtype: torch.dtype, arch: str) -> Kernel:
-    layout = _layout(D, dtype)
-    stage = layout.stage({"scan": 1, "reverse": 2}[name])
-    stages = min(MOST_STAGES, SHARED_BYTES_PER_BLOCK[arch] // stage)
-    shared_bytes = stages * stage
-    defines = layout.defines | {"WARPS": layout.warps, "STAGES": stages, "SHARED_BYTES": shared_bytes}
-    signature = {"scan": "PPPPPPPPiii", "reverse": "PPPPPPPPPiii"}[name]
-    return Module(HERE / f"{name}.cu", defines).kernel(f"kda_{name}", signature, shared_bytes=shared_bytes)
+def _scan(name: str, D: int, dtype: torch.dtype, arch: str, part: str) -> Scan:
+    return Scan(name, D, dtype, arch, part)
+
+
+def _parts(D: int) -> tuple[str, ...]:
+    """Those of a scan with kernels of their own. Of a segment a block holds all columns, as of small heads anyway."""
+    return ("whole", "summary") if D // 16 <= 4 else ("whole", "segment", "summary")
+
+
+@cache
+def _segments_kernel(D: int) -> Kernel:
+    defines = _layout(D, torch.float32).defines
+    return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPiii")
 
 
 @cache
@@ -142,8 +182,18 @@ def kernels(arch: str) -> list[Kernel]:
     variants = [(D, dtype) for D in HEAD_DIMS for dtype in ELEMENTS]
     chunked = [_prepare_kernel(*variant) for variant in variants]
     chunked += [_gradients_kernel(*variant, arch) for variant in variants]
-    scans = [_scan_kernel(name, *variant, arch) for name in ("scan", "reverse") for variant in variants]
-    return chunked + scans + [_sequences_kernel(torch.bfloat16), _sequences_kernel(torch.float32)]
+    scans = [
+        _scan(name, *variant, arch, part).kernel
+        for name in ("scan", "reverse")
+        for variant in variants
+        for part in _parts(variant[0])
+    ]
+    return (
+        chunked
+        + scans
+        + [_segments_kernel(D) for D in HEAD_DIMS]
+        + [_sequences_kernel(torch.bfloat16), _sequences_kernel(torch.float32)]
+    )
 
 
 @cache
@@ -163,6 +213,7 @@ class _Chunks:
     def __init__(self, q: Tensor, cu_seqlens: Tensor | None):
         B, T, _, D = q.shape
         C = _layout(D, q.dtype).chunk
+        self.device = q.device
         self.bounds = self.spans = None
         if cu_seqlens is None:
             self.sequences, self.slots = B, B * -(-T // C)
@@ -195,36 +246,67 @@ def _forward(
     cu_seqlens: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, T, H, D = q.shape
     q, k, v, g, beta = (_readable(x) for x in (q, k, v, g, beta))
     chunks = _Chunks(q, cu_seqlens)
     packets = _prepare(q, k, g, beta, chunks, scale)
-    o, final_state, states, corrections = _forward_outputs(v, cu_seqlens, keep)
-    layout = _layout(D, q.dtype)
-    launch = _scan_kernel("scan", D, q.dtype, _architecture(q.device))
-    launch(
-        (chunks.sequences * H * (D // 16 // layout.warps), 1, 1),
-        32 * layout.warps,
-        *(packets, v, initial_state, o, final_state, states if keep else None, corrections if keep else None),
-        *(chunks.bounds, chunks.sequences, T, H),
-        device=q.device,
+    o, final_state, states, corrections, transitions = _forward_outputs(v, cu_seqlens, keep)
+    segments, arch = _segments(v, cu_seqlens), _architecture(q.device)
+    where: dict[str, Any] = {"chunks": chunks, "T": T, "H": H, "segments": segments}
+    if segments > 1:
+        offsets = torch.empty((chunks.sequences * segments, H, D, D), dtype=torch.float32, device=q.device)
+        transposed = torch.empty_like(offsets)
+        summary = _scan("scan", D, q.dtype, arch, "summary")
+        summary(packets, v, None, None, offsets, None, None, transposed, transitions if keep else None, **where)
+        initial_state = _entries(transposed, offsets, initial_state, chunks, segments, backward=False)
+    scan = _scan("scan", D, q.dtype, arch, _part(D, segments))
+    kept = (states, corrections) if keep else (None, None)
+    scan(packets, v, initial_state, o, final_state, *kept, None, None, **where)
+    return o, final_state, packets if keep else packets.new_empty(0), states, corrections, transitions
+
+
+def _segments(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    B, T, H, _ = v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return segment_count(N, H, B * T // (_chunk(v.dtype) * N))
+
+
+def _part(D: int, segments: int) -> str:
+    return "segment" if segments > 1 and "segment" in _parts(D) else "whole"
+
+
+def _entries(
+    matrices: Tensor, offsets: Tensor, start: Tensor | None, chunks: _Chunks, segments: int, *, backward: bool
+) -> Tensor:
+    """The states [N * segments, H, K, V] that enter the segments; backwards, the gradients of those that leave them."""
+    _, H, D, _ = offsets.shape
+    entries = torch.empty_like(offsets)
+    _segments_kernel(D)(
+        (chunks.sequences * H * (D // 8), 1, 1),
+        2 * D,
+        *(matrices, offsets, start, entries, segments, H, int(backward)),
+        device=offsets.device,
     )
-    return o, final_state, packets if keep else packets.new_empty(0), states, corrections
+    return entries
 
 
-def _forward_outputs(v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, final_state, and if kept the states [slots, H, D, D] and N~ [slots, H, D, C] as operands; uninitialised."""
+def _forward_outputs(v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, final_state, and if kept the states [slots, H, D, D] and N~ [slots, H, D, C] as operands, and the segments' A
+    [N * segments, H, K, K] in float32; uninitialised."""
     B, T, H, D = v.shape
     C = _chunk(v.dtype)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = 0 if not keep else B * ((T + C - 1) // C) if cu_seqlens is None else T // C + N
+    segments = _segments(v, cu_seqlens)
+    transitions = N * segments if keep and segments > 1 else 0
     operand = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
     return (
         torch.empty((B, T, H, D), dtype=v.dtype, device=v.device),
         torch.empty((N, H, D, D), dtype=torch.float32, device=v.device),
         torch.empty((slots, H, D, D), dtype=operand, device=v.device),
         torch.empty((slots, H, D, C), dtype=operand, device=v.device),
+        torch.empty((transitions, H, D, D), dtype=torch.float32, device=v.device),
     )
 
 
@@ -236,20 +318,22 @@ def _reverse(
     packets: Tensor,
     states: Tensor,
     corrections: Tensor,
+    transitions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, T, H, D = v.shape
     v, grad_o = _readable(v), _readable(grad_o)
     grad_final = None if grad_final is None else _readable(grad_final)
     chunks = _Chunks(v, cu_seqlens)
-    layout = _layout(D, v.dtype)
     outputs = _reverse_outputs(v, cu_seqlens, states, corrections)
-    _scan_kernel("reverse", D, v.dtype, _architecture(v.device))(
-        (chunks.sequences * H * (D // 16 // layout.warps), 1, 1),
-        32 * layout.warps,
-        *(packets, v, grad_o, grad_final, *outputs),
-        *(chunks.bounds, chunks.sequences, T, H),
-        device=v.device,
-    )
+    segments, arch = _segments(v, cu_seqlens), _architecture(v.device)
+    where: dict[str, Any] = {"chunks": chunks, "T": T, "H": H, "segments": segments}
+    if segments > 1:
+        offsets = torch.empty((chunks.sequences * segments, H, D, D), dtype=torch.float32, device=v.device)
+        summary = _scan("reverse", D, v.dtype, arch, "summary")
+        summary(packets, None, grad_o, None, offsets, None, None, None, **where)
+        grad_final = _entries(transitions, offsets, grad_final, chunks, segments, backward=True)
+    reverse = _scan("reverse", D, v.dtype, arch, _part(D, segments))
+    reverse(packets, v, grad_o, grad_final, *outputs, **where)
     return outputs
 
 
@@ -313,11 +397,11 @@ def _gradients_of(q: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, T
 _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(
     "kda_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens,"
-    " float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "kda_reverse(Tensor grad_o, Tensor? grad_final, Tensor v, Tensor? cu_seqlens, Tensor packets, Tensor states,"
-    " Tensor corrections) -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor corrections, Tensor transitions) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "kda_gradients(Tensor grad_o, Tensor? grad_final, Tensor q, Tensor k, Tensor g, Tensor beta, Tensor? initial_state,"
@@ -331,14 +415,14 @@ _library.impl("kda_gradients", _chunk_gradients, "CUDA")
 
 @torch.library.register_fake("lkda::kda_forward", lib=_library)
 def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, keep):
-    o, final_state, states, corrections = _forward_outputs(v, cu_seqlens, keep)
+    o, final_state, states, corrections, transitions = _forward_outputs(v, cu_seqlens, keep)
     _, _, H, D = q.shape
     packets = torch.empty(states.shape[0] * H * _layout(D, q.dtype).packet, dtype=torch.uint8, device=q.device)
-    return o, final_state, packets, states, corrections
+    return o, final_state, packets, states, corrections, transitions
 
 
 @torch.library.register_fake("lkda::kda_reverse", lib=_library)
-def _(grad_o, grad_final, v, cu_seqlens, packets, states, corrections):
+def _(grad_o, grad_final, v, cu_seqlens, packets, states, corrections, transitions):
     return _reverse_outputs(v, cu_seqlens, states, corrections)
 
 
@@ -357,14 +441,14 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, grad_o, grad_final, *grad_kept):
-    q, k, v, g, beta, initial_state, cu_seqlens, packets, states, corrections = ctx.saved_tensors
+    q, k, v, g, beta, initial_state, cu_seqlens, packets, states, corrections, transitions = ctx.saved_tensors
     ctx.maybe_clear_saved_tensors()  # unless the graph is kept: from here on only this function holds them
     if grad_o is None:
         grad_o = torch.zeros_like(q)
     straight = goes_straight(grad_o)
     reverse: Callable = _reverse if straight else torch.ops.lkda.kda_reverse
     gradients: Callable = _chunk_gradients if straight else torch.ops.lkda.kda_gradients
-    d_initial, *d_kept = reverse(grad_o, grad_final, v, cu_seqlens, packets, states, corrections)
+    d_initial, *d_kept = reverse(grad_o, grad_final, v, cu_seqlens, packets, states, corrections, transitions)
     del packets  # their memory serves the gradients
     inputs = (q, k, g, beta, initial_state, cu_seqlens)
     dq, dk, dv, dg, dbeta = gradients(grad_o, grad_final, *inputs, states, corrections, *d_kept, ctx.scale)

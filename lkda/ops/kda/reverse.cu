@@ -1,7 +1,9 @@
 // The state's gradient from chunk to chunk, backwards; laid out as scan.cu. S1 is the state after the chunk.
 //
 //   dN = P^T dO + kd dS1     Y = dN + T~^T (B dN)     dS0 = Gam dS1 + qg^T dO - kg^T (B Y)            (qg, P with the scale)
-constexpr int STREAMS = 2;  // of values fetched beside a packet: v and dO
+// Of segments (scan.cu) SUMMARY finds what each leaves of a gradient of zeros.
+constexpr int STREAMS = SUMMARY ? 1 : 2;  // of values fetched beside a packet: dO and v
+constexpr int COLUMNS = HEAD_DIM;
 #include "kda_warp_state.cuh"
 
 // Y_i . v_i over a warp's 16 columns of V, in float32: parts [C]. The rest of dbeta is in gradients.cu.
@@ -34,16 +36,19 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
   *reinterpret_cast<float2*>(parts + lane_row() * (2 * BLOCKS) / 8 * 8 + lane_column()) = make_float2(sum[0], sum[1]);
 }
 
-// packets: [chunks, H] Packet. v, d_o: [rows, H, D]. d_final (may be null), d_initial (may be null): [N, H, K, V] float32.
+// packets: [chunks, H] Packet. v, d_o: [rows, H, D]. d_final (may be null): [N, segments, H, K, V] float32, of the state that
+// each segment leaves. d_initial: [N, H, K, V] float32.
 // d_states: [chunks, H] State, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T.
-// beta_parts: [chunks, H, D / 16, C] float32. Grid: N x H x SPLITS.
+// beta_parts: [chunks, H, D / 16, C] float32. Of SUMMARY, those three and d_final are null, and d_initial is
+// [N, segments, H, K, V]. Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     const char* packets, const Element* v, const Element* d_o, const float* d_final, float* d_initial,
-    char* d_states, char* d_corrections, float* beta_parts, const int* bounds, int sequences, int length, int heads) {
+    char* d_states, char* d_corrections, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
-  const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, n = blockIdx.x / SPLITS / heads;
-  const Sequence sequence = sequence_of(n, sequences, length, bounds);
+  const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
+  const int n = run / segments, segment = run % segments;
+  const Sequence sequence = segment_of(sequence_of(n, sequences, length, bounds), segment, segments);
   const int chunks = (sequence.length + C - 1) / C;
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
 
@@ -53,8 +58,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     char* stage = shared + step % STAGES * Stage::bytes;
     const int start = sequence.start + m * C, tokens = min(C, sequence.length - m * C);
     fetch_packet(stage, packets + slot * Packet::bytes);
-    fetch_values(stage + Stage::values, v, start, tokens, heads, head, columns);
-    fetch_values(stage + Stage::values + Values::bytes, d_o, start, tokens, heads, head, columns);
+    fetch_values(stage + Stage::values, d_o, start, tokens, heads, head, columns);
+    if (!SUMMARY) fetch_values(stage + Stage::values + Values::bytes, v, start, tokens, heads, head, columns);
     close_copies();
   };
   for (int step = 0; step < STAGES - 1; ++step) {
@@ -66,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
   }
 
   Sum state[STEPS];  // dS^T
-  const long long state_at = (static_cast<long long>(n) * heads + head) * D * D + columns + mine;
+  const long long state_at = (static_cast<long long>(run) * heads + head) * D * D + columns + mine;
   if (d_final != nullptr) {
     read_state(state, d_final + state_at);
   } else {
@@ -93,10 +98,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     const char* packet = stage + Stage::packet;
     const char* pairs = packet + Packet::pairs;
     const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
-    const long long slot = static_cast<long long>(sequence.first_chunk + chunks - 1 - step) * heads + head;
+    const long long slot = static_cast<long long>(opaque(sequence.first_chunk + chunks - 1) - step) * heads + head;
 
     auto d_out = [&](int t) {  // dO^T
-      return convert<Operand>(Values::load_transposed(stage + Stage::values + Values::bytes, t * 16, mine));
+      return convert<Operand>(Values::load_transposed(stage + Stage::values, t * 16, mine));
     };
 
     Sum x[BLOCKS];  // dN^T, then Y^T
@@ -115,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      write_block<State>(d_states + slot * State::bytes, columns + mine, i * 16, entry);
+      if (!SUMMARY) write_block<State>(d_states + slot * State::bytes, columns + mine, i * 16, entry);
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) product(x[j], entry, Rows::load_right(packet + Packet::kd, j * 16, i * 16));
     }
@@ -134,10 +139,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
         if (i == j) keep<Triangle::upper, false>(t);
         product(x[j], weighted[i], t);
       }
-    beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values, mine);
+    if constexpr (!SUMMARY) beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine);
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
+      if (!SUMMARY) write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
       scale_columns(x[j], beta + j * 16);
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[j].pair[q] = make_float2(-x[j].pair[q].x, -x[j].pair[q].y);
@@ -156,5 +161,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       for (int i = 0; i < STEPS; ++i) product(state[i], weighted[t], Rows::load_right_transposed(packet + Packet::kg, t * 16, i * 16));
     }
   }
-  if (d_initial != nullptr) write_state(state, d_initial + state_at);
+  if (SUMMARY) {
+    write_state(state, d_initial + state_at);
+  } else if (segment == 0) {
+    write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine);
+  }
 }

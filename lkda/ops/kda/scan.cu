@@ -4,7 +4,12 @@
 //
 // A warp has 16 columns of V, transposed: R^T, N^T [16, C] and S^T [16, K]. A float32 sum of one product, rounded, is the
 // first operand of the next, so nothing passes between warps; they share the chunk's packet, fetched STAGES - 1 ahead.
-constexpr int STREAMS = 1;  // of values fetched beside a packet: v
+//
+// Where heads are too few to fill the chip, a sequence is cut into segments that run side by side. SUMMARY finds what each
+// does to a state, S -> A S + Z: Z is what it leaves of a state of zeros, and column j of A what it leaves of the unit
+// vector e_j with v = 0, as D further columns. segments.cu tells from it the states that enter the segments.
+constexpr int STREAMS = 1;                       // of values fetched beside a packet: v
+constexpr int COLUMNS = SUMMARY ? 2 * HEAD_DIM : HEAD_DIM;  // of a head: Z and A, or o
 #include "kda_warp_state.cuh"
 
 // -N~^T = -R^T + (-R^T B) T~^T, from -R^T; x are the C / 16 blocks of [16 of V, C].
@@ -26,23 +31,27 @@ __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const
     }
 }
 
-// packets: [chunks, H] Packet. v, o: [rows, H, D]. initial_state (may be null), final_state: [N, H, K, V] float32.
+// packets: [chunks, H] Packet. v, o: [rows, H, D]. initial_state (may be null): [N, segments, H, K, V] float32, enters
+// each segment. final_state: [N, H, K, V] float32.
 // Kept for the backward, both null where none follows: states [chunks, H] State, the state each chunk was entered with,
-// and corrections [chunks, H] Columns, N~^T. Grid: N x H x SPLITS.
+// and corrections [chunks, H] Columns, N~^T. Of SUMMARY, initial_state, o, states and corrections are null, and
+// final_state [N, segments, H, K, V] is Z; transposed and transitions (may be null): [N, segments, H, K, K], A^T and A.
+// Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     const char* packets, const Element* v, const float* initial_state, Element* o, float* final_state, char* states, char* corrections,
-    const int* bounds, int sequences, int length, int heads) {
+    float* transposed, float* transitions, const int* bounds, int sequences, int length, int heads, int segments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
-  const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, n = blockIdx.x / SPLITS / heads;
-  const Sequence sequence = sequence_of(n, sequences, length, bounds);
+  const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
+  const int n = run / segments, segment = run % segments;
+  const Sequence sequence = segment_of(sequence_of(n, sequences, length, bounds), segment, segments);
   const int chunks = (sequence.length + C - 1) / C;
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
 
   auto fetch = [&](int m) {
     char* stage = shared + m % STAGES * Stage::bytes;
     fetch_packet(stage, packets + (static_cast<long long>(sequence.first_chunk + m) * heads + head) * Packet::bytes);
-    fetch_values(stage + Stage::values, v, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
+    if (columns < D) fetch_values(stage + Stage::values, v, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
     close_copies();
   };
   for (int m = 0; m < STAGES - 1; ++m) {
@@ -54,12 +63,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
   }
 
   Sum state[STEPS];
-  const long long state_at = (static_cast<long long>(n) * heads + head) * D * D + columns + mine;
+  const bool of_transition = SUMMARY && columns + mine >= D;
+  const long long state_at = (static_cast<long long>(run) * heads + head) * D * D;
   if (initial_state != nullptr) {
-    read_state(state, initial_state + state_at);
+    read_state(state, initial_state + state_at + columns + mine);
   } else {
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) clear(state[i]);
+    for (int i = 0; i < STEPS; ++i) {
+      clear(state[i]);
+      if (of_transition && columns + mine - D == i * 16) unit_diagonal(state[i]);
+    }
   }
 
   for (int m = 0; m < chunks; ++m) {
@@ -86,6 +99,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     Sum x[BLOCKS];  // -R^T, then -N~^T, then N^T
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
+      clear(x[t]);
+      if (of_transition) continue;
       const Block<Element> value = Values::load_transposed(stage + Stage::values, t * 16, mine);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
@@ -99,11 +114,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      if (states != nullptr) write_block<State>(states + slot * State::bytes, columns + mine, i * 16, entry);
+      if (!SUMMARY && states != nullptr) write_block<State>(states + slot * State::bytes, columns + mine, i * 16, entry);
 #pragma unroll
       for (int t = 0; t < BLOCKS; ++t) product(x[t], entry, Rows::load_right(packet + Packet::kg, t * 16, i * 16));
+      if constexpr (!SUMMARY) {
 #pragma unroll
-      for (int t = 0; t < BLOCKS; ++t) product(out[t], Rows::load(packet + Packet::qg, t * 16, i * 16), as_right(entry));
+        for (int t = 0; t < BLOCKS; ++t) product(out[t], Rows::load(packet + Packet::qg, t * 16, i * 16), as_right(entry));
+      }
     }
     solve(x, pairs, beta);
     Block<Operand> written[BLOCKS];  // N^T
@@ -111,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     for (int t = 0; t < BLOCKS; ++t) {
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[t].pair[q] = make_float2(-x[t].pair[q].x, -x[t].pair[q].y);
-      if (corrections != nullptr) write_block<Columns>(corrections + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
+      if (!SUMMARY && corrections != nullptr) write_block<Columns>(corrections + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
       scale_columns(x[t], beta + t * 16);
       written[t] = round_to<Operand>(x[t]);
     }
@@ -123,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     for (int t = 0; t < BLOCKS; ++t)
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) product(state[i], written[t], Rows::load_right_transposed(packet + Packet::kd, t * 16, i * 16));
+    if constexpr (SUMMARY) continue;
 
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j)
@@ -145,5 +163,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
       }
     }
   }
-  write_state(state, final_state + state_at);
+  if (of_transition) {
+    write_transposed(state, transposed + state_at + (columns + mine - D) * D);
+    if (transitions != nullptr) write_state(state, transitions + state_at + columns + mine - D);
+  } else if (SUMMARY) {
+    write_state(state, final_state + state_at + columns + mine);
+  } else if (segment == segments - 1) {
+    write_state(state, final_state + (static_cast<long long>(n) * heads + head) * D * D + columns + mine);
+  }
 }
