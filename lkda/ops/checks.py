@@ -8,14 +8,14 @@ from torch import Tensor
 
 def check_shape(fn: str, name: str, x: Tensor, axes: str, sizes: dict[str, int]) -> None:
     """`x` has the axes (letters, as in "B T H K") with the sizes known so far; a new letter is learnt from `x`."""
-    letters = axes.split()
-    if x.dim() != len(letters):
-        raise ValueError(f"{fn}: {name} must be [{', '.join(letters)}], got a shape of {list(x.shape)}.")
-    for letter, size in zip(letters, x.shape):
+    letters, shape = axes.split(), x.shape
+    if len(shape) != len(letters):
+        raise ValueError(f"{fn}: {name} must be [{', '.join(letters)}], got a shape of {list(shape)}.")
+    for letter, size in zip(letters, shape):
         if sizes.setdefault(letter, size) != size:
             want = [sizes.get(a, a) for a in letters]
             raise ValueError(
-                f"{fn}: {name} must be [{', '.join(letters)}] = {want}, got {list(x.shape)}: "
+                f"{fn}: {name} must be [{', '.join(letters)}] = {want}, got {list(shape)}: "
                 f"{letter} is {sizes[letter]} in the tensors before it."
             )
 

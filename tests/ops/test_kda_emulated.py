@@ -62,7 +62,7 @@ def test_forward_and_backward(dtype, gate, segments, tmp_path):
     enters, leaves = state, grad_state
     if segments > 1:
         offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
-        run = Emulated(cuda._segments_kernel(D), tmp_path)
+        run = Emulated(cuda._segments_kernel(D, ARCH), tmp_path)
         scan("scan", "summary", packets, v, None, None, offsets, None, None, transposed, transitions)
         enters = entries(transposed, offsets, state, backward=False)
         scan("reverse", "summary", packets, None, grad_o, None, d_offsets, None, None, None)

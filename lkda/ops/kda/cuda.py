@@ -48,6 +48,11 @@ def _chunk(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
+def _packet_bytes(D: int, dtype: torch.dtype) -> int:
+    C, size = _chunk(dtype), 4 if dtype == torch.float32 else 2
+    return 3 * C * D * size + C * C * size + 4 * D + 4 * C
+
+
 class Layout:
     """Sizes of the kernels for heads of D and a dtype, as the .cu files compute them (and check at compile time).
 
@@ -64,7 +69,7 @@ class Layout:
         self.operand = size = 4 if wide else 2
         self.levels = 2 if wide else 3
         self.leaves = C // LEAF
-        self.packet = 3 * C * D * size + C * C * size + 4 * D + 4 * C
+        self.packet = _packet_bytes(D, dtype)
         self.state = D * D * size
         self.columns = D * C * size
         self.threads = D * self.leaves // 2
@@ -138,7 +143,7 @@ class Scan:
             f"kda_{name}", "P" * (10 if name == "scan" else 9) + "iiii", shared_bytes=shared_bytes
         )
 
-    def __call__(self, *tensors: Tensor | None, chunks: _Chunks, T: int, H: int, segments: int) -> None:
+    def __call__(self, *tensors: Tensor | int | None, chunks: _Chunks, T: int, H: int, segments: int) -> None:
         self.kernel(
             (chunks.sequences * segments * H * self.blocks, 1, 1),
             32 * self.warps,
@@ -158,9 +163,12 @@ def _parts(D: int) -> tuple[str, ...]:
 
 
 @cache
-def _segments_kernel(D: int) -> Kernel:
-    defines = _layout(D, torch.float32).defines
-    return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPiii")
+def _segments_kernel(D: int, arch: str) -> Kernel:
+    state, piece = 4 * D * 8, 4 * D * 16
+    stages = min(16, (SHARED_BYTES_PER_BLOCK[arch] - state) // piece)
+    shared_bytes = state + stages * piece
+    defines = _layout(D, torch.float32).defines | {"STAGES": stages, "SHARED_BYTES": shared_bytes}
+    return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPiii", shared_bytes=shared_bytes)
 
 
 @cache
@@ -191,7 +199,7 @@ def kernels(arch: str) -> list[Kernel]:
     return (
         chunked
         + scans
-        + [_segments_kernel(D) for D in HEAD_DIMS]
+        + [_segments_kernel(D, arch) for D in HEAD_DIMS]
         + [_sequences_kernel(torch.bfloat16), _sequences_kernel(torch.float32)]
     )
 
@@ -246,24 +254,77 @@ def _forward(
     cu_seqlens: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """o, final_state, and where a backward follows (keep) packets and `_kept`, else None in their places."""
     _, T, H, D = q.shape
     q, k, v, g, beta = (_readable(x) for x in (q, k, v, g, beta))
     chunks = _Chunks(q, cu_seqlens)
     packets = _prepare(q, k, g, beta, chunks, scale)
-    o, final_state, states, corrections, transitions = _forward_outputs(v, cu_seqlens, keep)
+    o, final_state = _results(v, cu_seqlens)
+    states, corrections, transitions = _kept(v, cu_seqlens) if keep else (None, None, None)
     segments, arch = _segments(v, cu_seqlens), _architecture(q.device)
     where: dict[str, Any] = {"chunks": chunks, "T": T, "H": H, "segments": segments}
+    enters: Tensor | int | None = initial_state
     if segments > 1:
-        offsets = torch.empty((chunks.sequences * segments, H, D, D), dtype=torch.float32, device=q.device)
-        transposed = torch.empty_like(offsets)
+        scratch = _Scratch(chunks.sequences * segments * H * D * D, q.device)
+        offsets, transposed, enters = scratch.parts
         summary = _scan("scan", D, q.dtype, arch, "summary")
-        summary(packets, v, None, None, offsets, None, None, transposed, transitions if keep else None, **where)
-        initial_state = _entries(transposed, offsets, initial_state, chunks, segments, backward=False)
+        summary(packets, v, None, None, offsets, None, None, transposed, transitions, **where)
+        _enter_segments(D, transposed, offsets, initial_state, enters, backward=False, **where)
     scan = _scan("scan", D, q.dtype, arch, _part(D, segments))
-    kept = (states, corrections) if keep else (None, None)
-    scan(packets, v, initial_state, o, final_state, *kept, None, None, **where)
-    return o, final_state, packets if keep else packets.new_empty(0), states, corrections, transitions
+    scan(packets, v, enters, o, final_state, states, corrections, None, None, **where)
+    return o, final_state, packets if keep else None, states, corrections, transitions
+
+
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """`_forward` as an op may be: an empty tensor in the place of every None."""
+    results = _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, keep)
+    return tuple(_nothing(v) if x is None else x for x in results)
+
+
+def _nothing(v: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=v.device)
+
+
+class _Scratch:
+    """Three arrays of `numbers` float32 in one allocation, as addresses: one tensor's worth of host time."""
+
+    def __init__(self, numbers: int, device: torch.device):
+        self.memory = torch.empty(3 * numbers, dtype=torch.float32, device=device)
+        start = self.memory.data_ptr()
+        self.parts = (start, start + 4 * numbers, start + 8 * numbers)
+
+
+def _enter_segments(
+    D: int,
+    matrices: Tensor | int | None,
+    offsets: int,
+    start: Tensor | None,
+    entries: int,
+    *,
+    chunks: _Chunks,
+    T: int,
+    H: int,
+    segments: int,
+    backward: bool,
+) -> None:
+    """Writes the states [N * segments, H, K, V] that enter segments; backwards, gradients of those that leave them."""
+    _segments_kernel(D, _architecture(chunks.device))(
+        (chunks.sequences * H * (D // 8), 1, 1),
+        2 * D,
+        *(matrices, offsets, start, entries, segments, H, int(backward)),
+        device=chunks.device,
+    )
 
 
 def _segments(v: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -276,37 +337,29 @@ def _part(D: int, segments: int) -> str:
     return "segment" if segments > 1 and "segment" in _parts(D) else "whole"
 
 
-def _entries(
-    matrices: Tensor, offsets: Tensor, start: Tensor | None, chunks: _Chunks, segments: int, *, backward: bool
-) -> Tensor:
-    """The states [N * segments, H, K, V] that enter the segments; backwards, the gradients of those that leave them."""
-    _, H, D, _ = offsets.shape
-    entries = torch.empty_like(offsets)
-    _segments_kernel(D)(
-        (chunks.sequences * H * (D // 8), 1, 1),
-        2 * D,
-        *(matrices, offsets, start, entries, segments, H, int(backward)),
-        device=offsets.device,
-    )
-    return entries
-
-
-def _forward_outputs(v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, final_state, and if kept the states [slots, H, D, D] and N~ [slots, H, D, C] as operands, and the segments' A
-    [N * segments, H, K, K] in float32; uninitialised."""
+def _results(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """o and final_state, uninitialised."""
     B, T, H, D = v.shape
-    C = _chunk(v.dtype)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = 0 if not keep else B * ((T + C - 1) // C) if cu_seqlens is None else T // C + N
-    segments = _segments(v, cu_seqlens)
-    transitions = N * segments if keep and segments > 1 else 0
-    operand = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
     return (
         torch.empty((B, T, H, D), dtype=v.dtype, device=v.device),
         torch.empty((N, H, D, D), dtype=torch.float32, device=v.device),
+    )
+
+
+def _kept(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The states [slots, H, D, D] and N~ [slots, H, D, C] as operands, and the segments' A [N * segments, H, K, K] in
+    float32, if there are segments; uninitialised."""
+    B, T, H, D = v.shape
+    C = _chunk(v.dtype)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + N
+    segments = _segments(v, cu_seqlens)
+    operand = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
+    return (
         torch.empty((slots, H, D, D), dtype=operand, device=v.device),
         torch.empty((slots, H, D, C), dtype=operand, device=v.device),
-        torch.empty((transitions, H, D, D), dtype=torch.float32, device=v.device),
+        torch.empty((N * segments, H, D, D), dtype=torch.float32, device=v.device) if segments > 1 else None,
     )
 
 
@@ -318,7 +371,7 @@ def _reverse(
     packets: Tensor,
     states: Tensor,
     corrections: Tensor,
-    transitions: Tensor,
+    transitions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, T, H, D = v.shape
     v, grad_o = _readable(v), _readable(grad_o)
@@ -327,13 +380,15 @@ def _reverse(
     outputs = _reverse_outputs(v, cu_seqlens, states, corrections)
     segments, arch = _segments(v, cu_seqlens), _architecture(v.device)
     where: dict[str, Any] = {"chunks": chunks, "T": T, "H": H, "segments": segments}
+    leaves: Tensor | int | None = grad_final
     if segments > 1:
-        offsets = torch.empty((chunks.sequences * segments, H, D, D), dtype=torch.float32, device=v.device)
+        scratch = _Scratch(chunks.sequences * segments * H * D * D, v.device)
+        offsets, leaves, _ = scratch.parts
         summary = _scan("reverse", D, v.dtype, arch, "summary")
         summary(packets, None, grad_o, None, offsets, None, None, None, **where)
-        grad_final = _entries(transitions, offsets, grad_final, chunks, segments, backward=True)
+        _enter_segments(D, transitions, offsets, grad_final, leaves, backward=True, **where)
     reverse = _scan("reverse", D, v.dtype, arch, _part(D, segments))
-    reverse(packets, v, grad_o, grad_final, *outputs, **where)
+    reverse(packets, v, grad_o, leaves, *outputs, **where)
     return outputs
 
 
@@ -408,17 +463,20 @@ _library.define(
     " Tensor? cu_seqlens, Tensor states, Tensor corrections, Tensor d_states, Tensor d_corrections, Tensor beta_parts,"
     " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.impl("kda_forward", _forward, "CUDA")
+_library.impl("kda_forward", _forward_op, "CUDA")
 _library.impl("kda_reverse", _reverse, "CUDA")
 _library.impl("kda_gradients", _chunk_gradients, "CUDA")
 
 
 @torch.library.register_fake("lkda::kda_forward", lib=_library)
 def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, keep):
-    o, final_state, states, corrections, transitions = _forward_outputs(v, cu_seqlens, keep)
+    if not keep:
+        return *_results(v, cu_seqlens), *(_nothing(v) for _ in range(4))
+    states, corrections, transitions = _kept(v, cu_seqlens)
     _, _, H, D = q.shape
-    packets = torch.empty(states.shape[0] * H * _layout(D, q.dtype).packet, dtype=torch.uint8, device=q.device)
-    return o, final_state, packets, states, corrections, transitions
+    packets = torch.empty(states.shape[0] * H * _packet_bytes(D, q.dtype), dtype=torch.uint8, device=q.device)
+    transitions = _nothing(v) if transitions is None else transitions
+    return *_results(v, cu_seqlens), packets, states, corrections, transitions
 
 
 @torch.library.register_fake("lkda::kda_reverse", lib=_library)
@@ -465,7 +523,7 @@ class _Straight(torch.autograd.Function):
     def forward(ctx, *inputs):
         output = _forward(*inputs)
         _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
         return output
 
     backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
