@@ -57,8 +57,8 @@ def test_forward_and_backward(dtype, gate, segments, tmp_path):
         run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, segments, H, int(backward))
         return found
 
-    prepare = Emulated(cuda._prepare_kernel(D, dtype), tmp_path)
-    prepare(slots * H, layout.threads, q, k, g, beta, packets, None, T, H, scale)
+    prepare = Emulated(cuda._prepare_kernel(D, dtype, ARCH), tmp_path)
+    prepare(min(3, slots * H), layout.threads, q, k, g, beta, packets, None, slots * H, T, H, scale)
     enters, leaves = state, grad_state
     if segments > 1:
         offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))

@@ -121,16 +121,11 @@ struct Level {
     return ((leaf >> (level + 1) << level) + (leaf & ((1 << level) - 1))) * LEAF;
   }
 
-  // k, q: each token times the product of E from the leaf's first token through it.
-  static __device__ __forceinline__ void write_rows(
-      char* tile, int level, int leaf, int channel, float2 reach, const float2 (&k)[LEAF], const float2 (&q)[LEAF]) {
-    char* to = Rows::from(tile + rows, first_row(level, leaf));
-    char* to_q = Rows::from(to, LEAF << level);
+  // x = k, or q where `of_q`: each token times the product of E from the leaf's first token through it.
+  static __device__ __forceinline__ void write_rows(char* tile, int level, int leaf, int channel, float2 reach, const float2 (&x)[LEAF], bool of_q) {
+    char* to = Rows::from(tile + rows, first_row(level, leaf) + (of_q ? LEAF << level : 0));
 #pragma unroll
-    for (int i = 0; i < LEAF; ++i) {
-      store_pair(Rows::at(to, i, channel), times(reach, k[i]));
-      store_pair(Rows::at(to_q, i, channel), times(reach, q[i]));
-    }
+    for (int i = 0; i < LEAF; ++i) store_pair(Rows::at(to, i, channel), times(reach, x[i]));
   }
   // k: each token times the product of E after it to the leaf's end.
   static __device__ __forceinline__ void write_columns(char* tile, int level, int leaf, int channel, float2 reach, const float2 (&k)[LEAF]) {

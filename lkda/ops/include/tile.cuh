@@ -194,11 +194,12 @@ struct Tile {
     return reinterpret_cast<const T*>(static_cast<const char*>(tile) + offset(row, column));
   }
 
-  // The tile from `row` on, a multiple of 8: at(from(tile, row), i, column) is at(tile, row + i, column), with less to compute
-  // for a constant i.
-  static __device__ __forceinline__ char* from(void* tile, int row) {
-    static_assert(!TILED, "rows of equal pitch");
-    return static_cast<char*>(tile) + row * (row_bytes == 64 ? 64 : 128);
+  // The tile from a row and column on, multiples of 8 (of equal rows, the column is 0): at(from(tile, row, column), i, j) is
+  // at(tile, row + i, column + j), with less to compute for a constant row and column.
+  template <class Byte>
+  static __device__ __forceinline__ Byte* from(Byte* tile, int row, int column = 0) {
+    if constexpr (TILED) return tile + (row / 8 * (COLUMNS / 8) + column / 8) * static_cast<int>(64 * sizeof(T));
+    return tile + row * (row_bytes == 64 ? 64 : 128);
   }
 
   // block[r][c] = tile[row + r][column + c]

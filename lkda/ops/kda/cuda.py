@@ -59,7 +59,8 @@ class Layout:
     Attributes:
         chunk: C. Half-precision inputs are multiplied in bf16, float32 in tf32.
         packet, state, columns: bytes of a Packet, of a state [V, K] and of [V, C] in the operands' type.
-        threads: of the chunk-parallel kernels.   warps: of the scans, 16 columns of V each.
+        threads: of the chunk-parallel kernels.   resident: blocks of `prepare` that a multiprocessor holds at most.
+        warps: of the scans, 16 columns of V each.
     """
 
     def __init__(self, D: int, dtype: torch.dtype):
@@ -73,6 +74,7 @@ class Layout:
         self.state = D * D * size
         self.columns = D * C * size
         self.threads = D * self.leaves // 2
+        self.resident = max(1, (384 if wide else 512) // self.threads)
         self.warps = min(4, D // 16)
         self.defines: dict[str, str | int | float] = {
             "HEAD_DIM": D,
@@ -102,6 +104,15 @@ class Layout:
         operands = self.levels * level + 3 * 4 * C * D if roomy else level
         return small + self.levels * C * (C // 2) * size + max(slices, operands)
 
+    def room(self, shared_bytes: int, arch: str) -> dict[str, str | int | float]:
+        """Of a chunk-parallel kernel: its shared memory, and how many of its blocks a multiprocessor should hold.
+
+        In half precision 128 registers a thread are enough; float32 has all it wants.
+        """
+        fit = SHARED_BYTES_PER_BLOCK[arch] // shared_bytes
+        resident = 1 if self.operand == 4 else max(1, min(512 // self.threads, fit))
+        return {"SHARED_BYTES": shared_bytes, "RESIDENT": resident}
+
 
 def _round_up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
@@ -113,11 +124,11 @@ def _layout(D: int, dtype: torch.dtype) -> Layout:
 
 
 @cache
-def _prepare_kernel(D: int, dtype: torch.dtype) -> Kernel:
+def _prepare_kernel(D: int, dtype: torch.dtype, arch: str) -> Kernel:
     layout = _layout(D, dtype)
     shared_bytes = layout.prepare_shared()
-    defines = layout.defines | {"MERGE": layout.merge, "SHARED_BYTES": shared_bytes}
-    return Module(HERE / "prepare.cu", defines).kernel("kda_prepare", "PPPPPPiif", shared_bytes=shared_bytes)
+    defines = layout.defines | layout.room(shared_bytes, arch) | {"MERGE": layout.merge}
+    return Module(HERE / "prepare.cu", defines).kernel("kda_prepare", "PPPPPPiiif", shared_bytes=shared_bytes)
 
 
 class Scan:
@@ -176,7 +187,7 @@ def _gradients_kernel(D: int, dtype: torch.dtype, arch: str) -> Kernel:
     layout = _layout(D, dtype)
     roomy = SHARED_BYTES_PER_BLOCK[arch] >= layout.gradients_shared(True) * (2 if D < 128 else 1)
     shared_bytes = layout.gradients_shared(roomy)
-    module = Module(HERE / "gradients.cu", layout.defines | {"ROOMY": int(roomy), "SHARED_BYTES": shared_bytes})
+    module = Module(HERE / "gradients.cu", layout.defines | layout.room(shared_bytes, arch) | {"ROOMY": int(roomy)})
     return module.kernel("kda_gradients", "PPPPPPPPPPPPPPPPPPiif", shared_bytes=shared_bytes)
 
 
@@ -188,8 +199,7 @@ def _sequences_kernel(dtype: torch.dtype) -> Kernel:
 def kernels(arch: str) -> list[Kernel]:
     """Every kernel that runs on `arch`, for every head size and dtype."""
     variants = [(D, dtype) for D in HEAD_DIMS for dtype in ELEMENTS]
-    chunked = [_prepare_kernel(*variant) for variant in variants]
-    chunked += [_gradients_kernel(*variant, arch) for variant in variants]
+    chunked = [kernel(*variant, arch) for kernel in (_prepare_kernel, _gradients_kernel) for variant in variants]
     scans = [
         _scan(name, *variant, arch, part).kernel
         for name in ("scan", "reverse")
@@ -202,6 +212,11 @@ def kernels(arch: str) -> list[Kernel]:
         + [_segments_kernel(D, arch) for D in HEAD_DIMS]
         + [_sequences_kernel(torch.bfloat16), _sequences_kernel(torch.float32)]
     )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
@@ -238,9 +253,10 @@ def _prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: _Chunks, sca
     _, T, H, D = q.shape
     layout = _layout(D, q.dtype)
     packets = torch.empty(chunks.slots * H * layout.packet, dtype=torch.uint8, device=q.device)
-    launch = _prepare_kernel(D, q.dtype)
-    arguments = (q, k, g, beta, packets, chunks.spans, T, H, scale)
-    launch((chunks.slots * H, 1, 1), layout.threads, *arguments, device=q.device)
+    launch = _prepare_kernel(D, q.dtype, _architecture(q.device))
+    items = chunks.slots * H
+    arguments = (q, k, g, beta, packets, chunks.spans, items, T, H, scale)
+    launch((min(items, _processors(q.device) * layout.resident), 1, 1), layout.threads, *arguments, device=q.device)
     return packets
 
 

@@ -17,10 +17,9 @@
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
-constexpr int RESIDENT = sizeof(Operand) == 4 ? 1 : D == 32 ? 3 : 512 / THREADS;  // blocks of a multiprocessor: 128 registers a thread
 constexpr int SLICE = D == 32 ? 32 : sizeof(Operand) == 2 ? 64 : 32;  // of V in shared memory at a time
 constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2;                      // 16x16 blocks on and below the diagonal
-constexpr int ROUNDS = (LOWER + WARPS - 1) / WARPS;
+constexpr int ROUNDS = (2 * LOWER + WARPS - 1) / WARPS;               // of tasks, each a block of dP or of dM
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // of a warp that share a leaf
 constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
 static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
@@ -31,31 +30,50 @@ using OutputSlice = Tile<Element, C, SLICE>;
 using Pairs = Tile<Operand, C, C / 2>;  // of a level: rows as Level::rows (dM first, then dP), columns modulo max(half, 16)
 
 // A float32 matrix on its way from warps with blocks of [channels, tokens] to threads with two channels of a leaf. Pieces of
-// four tokens are permuted by the channel, so that eight threads' pieces lie in different banks.
+// four tokens are permuted by the channel, so that one in eight channels two apart, as taken, lie in different banks, and a
+// leaf's two in four neighbouring channels, as given, in two at most.
 struct HandOver {
   static constexpr int bytes = D * C * 4;
 
   static __device__ __forceinline__ int offset(int channel, int token) {
-    return (channel * C + ((token >> 2 ^ (channel >> 1 & 7)) << 2) + (token & 3)) * 4;
+    const int other = (channel & 2) << 1 | (channel & 4) >> 1 | (channel & 8) >> 3;
+    return (channel * C + ((token >> 2 ^ other) << 2) + (token & 3)) * 4;
   }
   static __device__ __forceinline__ void give(char* to, const Sum (&sum)[2], int tokens, int channels) {
+    const int lane = opaque(lane_id()), row = lane / 4, column = lane % 4 * 2;
 #pragma unroll
     for (int c = 0; c < 2; ++c)
 #pragma unroll
       for (int q = 0; q < 4; ++q)
-        *reinterpret_cast<float2*>(to + offset(channels + c * 16 + (q & 1) * 8 + lane_row(), tokens + (q >> 1) * 8 + lane_column())) = sum[c].pair[q];
+        *reinterpret_cast<float2*>(to + offset(channels + c * 16 + (q & 1) * 8 + row, tokens + (q >> 1) * 8 + column)) = sum[c].pair[q];
   }
   static __device__ __forceinline__ void take_four(float2* x, const char* from, int leaf, int channel, int i) {
-    const char* at = from + offset(channel, leaf * LEAF + i);
-    const float4 first = *reinterpret_cast<const float4*>(at), second = *reinterpret_cast<const float4*>(at + C * 4);
+    from += offset(channel, leaf * LEAF + i);
+    const float4 first = *reinterpret_cast<const float4*>(from), second = *reinterpret_cast<const float4*>(from + C * 4);
     x[0] = make_float2(first.x, second.x);
     x[1] = make_float2(first.y, second.y);
     x[2] = make_float2(first.z, second.z);
     x[3] = make_float2(first.w, second.w);
   }
-  static __device__ __forceinline__ float2 take_one(const char* from, int leaf, int channel, int i) {
-    const char* at = from + offset(channel, leaf * LEAF + (i & 4)) + (i & 3) * 4;
-    return make_float2(*reinterpret_cast<const float*>(at), *reinterpret_cast<const float*>(at + C * 4));
+  // A number a token, in the place of what was taken.
+  static __device__ __forceinline__ void keep_one(char* to, int leaf, int channel, int i, float x) {
+    *reinterpret_cast<float*>(to + offset(channel, leaf * LEAF + (i & 4)) + (i & 3) * 4) = x;
+  }
+  static __device__ __forceinline__ void kept(float (&x)[LEAF], const char* from, int leaf, int channel) {
+#pragma unroll
+    for (int i = 0; i < LEAF; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + offset(channel, leaf * LEAF + i));
+      x[i] = four.x;
+      x[i + 1] = four.y;
+      x[i + 2] = four.z;
+      x[i + 3] = four.w;
+    }
+  }
+  static __device__ __forceinline__ void take_two(float2 (&x)[2], const char* from, int leaf, int channel, int i) {
+    from += offset(channel, leaf * LEAF + (i & 4)) + (i & 2) * 4;
+    const float2 first = *reinterpret_cast<const float2*>(from), second = *reinterpret_cast<const float2*>(from + C * 4);
+    x[0] = make_float2(first.x, second.x);
+    x[1] = make_float2(first.y, second.y);
   }
 };
 
@@ -88,40 +106,47 @@ static_assert(Shared::bytes == SHARED_BYTES, "cuda.py allocates what this kernel
 // Rows first .. first + SLICE of a tiled image: consecutive bytes.
 template <class Slice>
 __device__ __forceinline__ void fetch_rows(char* to, const char* image, int first) {
-  image += Slice::bytes / SLICE * first;
-#pragma unroll 1
-  for (int at = threadIdx.x * 16; at < Slice::bytes; at += THREADS * 16) copy_async(to + at, image + at);
+  image += Slice::bytes / SLICE * first + threadIdx.x * 16;
+  to += threadIdx.x * 16;
+#pragma unroll
+  for (int n = 0; n < Slice::bytes / 16; n += THREADS)
+    if (n + THREADS <= Slice::bytes / 16 || n + threadIdx.x < Slice::bytes / 16) copy_async(to + n * 16, image + n * 16);
 }
 
 __device__ __forceinline__ float2 scaled(float a, float2 x) { return make_float2(a * x.x, a * x.y); }
 __device__ __forceinline__ float2 fused(float a, float2 x, float2 y) { return make_float2(a * x.x + y.x, a * x.y + y.y); }
 
-// A 16x16 block of dP and dM, on or below the diagonal, to where its pairs are used: their leaf, or their level.
-__device__ __forceinline__ void store_pairs(char* shared, int block_row, int block_column, const Sum& dp, const Sum& dm) {
-  if (block_row != block_column) {
-    const int level = (block_row ^ block_column) >= 2 ? 2 : 1, bits = LEAF_BITS + level, half = 1 << bits, i = block_row * 16;
-    const int row = (i >> (bits + 1) << (bits + 1)) + (i & (half - 1)), column = block_column * 16 & (half - 1);
+// A 16x16 block of dP or dM, on or below the diagonal: a warp's task.
+struct Task {
+  bool exists, of_p;
+  int row, column;  // in blocks
+
+  __device__ __forceinline__ explicit Task(int n) : exists(n < 2 * LOWER), of_p(n < LOWER) {
+    const int of = of_p ? n : n - LOWER;
+    row = of < 1 ? 0 : of < 3 ? 1 : of < 6 ? 2 : 3;
+    column = of - row * (row + 1) / 2;
+  }
+};
+
+// A task's block to where its pairs are used: their leaf, or their level.
+__device__ __forceinline__ void store_pairs(char* shared, const Task& task, const Sum& sum) {
+  if (task.row != task.column) {
+    const int level = (task.row ^ task.column) >= 2 ? 2 : 1, bits = LEAF_BITS + level, half = 1 << bits, i = task.row * 16;
+    const int row = (i >> (bits + 1) << (bits + 1)) + (i & (half - 1)) + (task.of_p ? half : 0), column = task.column * 16 & (half - 1);
     char* pairs = shared + Shared::pairs + level * Pairs::bytes;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      store_pair(Pairs::at(pairs, row + quadrant_row(q), column + quadrant_column(q)), dm.pair[q]);
-      store_pair(Pairs::at(pairs, row + half + quadrant_row(q), column + quadrant_column(q)), dp.pair[q]);
-    }
+    for (int q = 0; q < 4; ++q) store_pair(Pairs::at(pairs, row + quadrant_row(q), column + quadrant_column(q)), sum.pair[q]);
     return;
   }
 #pragma unroll
   for (int q = 0; q < 4; q += 3) {
-    const int at = ((block_row * 2 + q / 3) * LEAF + lane_row()) * LEAF + lane_column();
-    *reinterpret_cast<float2*>(shared + Shared::leaf_p + at * 4) = dp.pair[q];
-    *reinterpret_cast<float2*>(shared + Shared::leaf_m + at * 4) = dm.pair[q];
+    const int at = ((task.row * 2 + q / 3) * LEAF + lane_row()) * LEAF + lane_column();
+    *reinterpret_cast<float2*>(shared + (task.of_p ? Shared::leaf_p : Shared::leaf_m) + at * 4) = sum.pair[q];
   }
-  const int row = block_row * 16 + lane_row(), column = block_row % 2 * LEAF + lane_column();
+  const int row = task.row * 16 + lane_row() + (task.of_p ? LEAF : 0), column = task.row % 2 * LEAF + lane_column();
   char* pairs = shared + Shared::pairs;
-  store_pair(Pairs::at(pairs, row, column), dm.pair[1]);
-  store_pair(Pairs::at(pairs, row + LEAF, column), dp.pair[1]);
-  // The other group that shares these 16 columns.
-  store_pair(Pairs::at(pairs, row, column ^ LEAF), make_float2(0.f, 0.f));
-  store_pair(Pairs::at(pairs, row + LEAF, column ^ LEAF), make_float2(0.f, 0.f));
+  store_pair(Pairs::at(pairs, row, column), sum.pair[1]);
+  store_pair(Pairs::at(pairs, row, column ^ LEAF), make_float2(0.f, 0.f));  // the other group that shares these 16 columns
 }
 
 // Pairs inside the leaf, j < i, w = decay(j..i), x = dP q_i + beta_i dM k_i:
@@ -268,27 +293,33 @@ __device__ __forceinline__ void lowest_level(Gathered& out, const char* tile, co
   }
 }
 
-// A level of halves of 16 or more. totals: of this level.
-__device__ __forceinline__ void level_gradients(Gathered& out, const char* tile, const char* pairs, float* totals, int level, int block, int channels) {
-  const int half = LEAF << level, group = block >> level, within = block * 16 & (half - 1), leaf = 2 * block;
+// Level LEVEL >= 1. totals: its.
+template <int LEVEL>
+__device__ __forceinline__ void level_gradients(Gathered& out, const char* tile, const char* pairs, float* totals, int block, int channels) {
+  constexpr int half = LEAF << LEVEL;
+  const int group = block >> LEVEL, within = block * 16 & (half - 1), leaf = 2 * block;
+  const char* rows = Level::Rows::from(tile + Level::rows, group * 2 * half);
+  const char* columns = Level::Columns::from(tile + Level::columns, group * half);
+  pairs = Pairs::from(pairs, group * 2 * half);
   if (block * 16 & half) {
-    const int row = group * 2 * half + within;
+    rows = Level::Rows::from(rows, within);
+    pairs = Pairs::from(pairs, within);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int channel = channels + c * 16;
       Sum a, b;
       clear(a);
       clear(b);
-#pragma unroll 1
+#pragma unroll
       for (int j = 0; j < half; j += 16) {
-        const Block<Operand> k = Level::Columns::load_transposed(tile + Level::columns, group * half + j, channel);
-        product(b, k, Pairs::load_right(pairs, row, j));
-        product(a, k, Pairs::load_right(pairs, row + half, j));
+        const Block<Operand> k = Level::Columns::load_transposed(Level::Columns::from(columns, j), 0, channel);
+        product(b, k, Pairs::load_right(pairs, 0, j));
+        product(a, k, Pairs::load_right(Pairs::from(pairs, half), 0, j));
       }
       gather(out.dq[c], a, totals, leaf, channel);
       gather(out.row[c], b, totals, leaf, channel);
-      const Block<Operand> k = Level::Rows::load_transposed(tile + Level::rows, row, channel);
-      const Block<Operand> q = Level::Rows::load_transposed(tile + Level::rows, row + half, channel);
+      const Block<Operand> k = Level::Rows::load_transposed(rows, 0, channel);
+      const Block<Operand> q = Level::Rows::load_transposed(Level::Rows::from(rows, half), 0, channel);
       float sum[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) sum[n] = dot(get_pair(q, n), a.pair[n]) + dot(get_pair(k, n), b.pair[n]);
@@ -300,11 +331,11 @@ __device__ __forceinline__ void level_gradients(Gathered& out, const char* tile,
       const int channel = channels + c * 16;
       Sum x;
       clear(x);
-#pragma unroll 1
-      for (int i = group * 2 * half; i < (group + 1) * 2 * half; i += 16)
-        product(x, Level::Rows::load_transposed(tile + Level::rows, i, channel), Pairs::load_right_transposed(pairs, i, within));
+#pragma unroll
+      for (int i = 0; i < 2 * half; i += 16)
+        product(x, Level::Rows::load_transposed(Level::Rows::from(rows, i), 0, channel), Pairs::load_right_transposed(Pairs::from(pairs, i), 0, within));
       gather(out.column[c], x, totals, leaf, channel);
-      const Block<Operand> k = Level::Columns::load_transposed(tile + Level::columns, group * half + within, channel);
+      const Block<Operand> k = Level::Columns::load_transposed(Level::Columns::from(columns, within), 0, channel);
       float sum[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) sum[n] = dot(get_pair(k, n), x.pair[n]);
@@ -338,9 +369,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   }
   if (threadIdx.x < C) betas[threadIdx.x] = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
 
+  auto fetch = [&](int first) {
+    fetch_rows<StateSlice>(shared + Shared::state, states + slot * State::bytes, first);
+    fetch_rows<StateSlice>(shared + Shared::d_state, d_states + slot * State::bytes, first);
+    fetch_rows<ColumnsSlice>(shared + Shared::correction, corrections + slot * Columns::bytes, first);
+    fetch_rows<ColumnsSlice>(shared + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
+    constexpr int PIECE = 16 / sizeof(Element), PIECES = SLICE / PIECE;
+#pragma unroll
+    for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
+      const int t = n / PIECES, column = n % PIECES * PIECE;
+      const long long row = span.start + min(t, span.tokens - 1);
+      copy_async(OutputSlice::at(shared + Shared::d_output, t, column), d_o + (row * heads + head) * D + first + column, t < span.tokens);
+    }
+    close_copies();
+  };
+  {
+    Leaf<float> nats;
+    nats.read(g, span, heads, head, leaf, channel);
+    fetch(0);
+    Gates gates;
+    gates.set(nats);
+    gates.share(leaf_decay, leaf, channel);
+  }
+
   // Products with the states, summed over slices of V.
   Gathered out;
-  Sum dp[ROUNDS], dm[ROUNDS];
+  Sum pairs[ROUNDS];  // of dP or dM
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     clear(out.dq[n]);
@@ -348,31 +402,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     clear(out.column[n]);
   }
 #pragma unroll
-  for (int n = 0; n < ROUNDS; ++n) {
-    clear(dp[n]);
-    clear(dm[n]);
-  }
+  for (int n = 0; n < ROUNDS; ++n) clear(pairs[n]);
   const long long ends_at = (static_cast<long long>(span.sequence) * heads + head) * D * D;
   const float* exact_initial = span.first && initial_state != nullptr ? initial_state + ends_at : nullptr;
   const float* exact_final = span.last && d_final != nullptr ? d_final + ends_at : nullptr;
   for (int first = 0; first < D; first += SLICE) {
-    if (first > 0) __syncthreads();
-    fetch_rows<StateSlice>(shared + Shared::state, states + slot * State::bytes, first);
-    fetch_rows<StateSlice>(shared + Shared::d_state, d_states + slot * State::bytes, first);
-    fetch_rows<ColumnsSlice>(shared + Shared::correction, corrections + slot * Columns::bytes, first);
-    fetch_rows<ColumnsSlice>(shared + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
-    constexpr int PIECE = 16 / sizeof(Element), PIECES = SLICE / PIECE;
-#pragma unroll 1
-    for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
-      const int t = n / PIECES, column = n % PIECES * PIECE;
-      const long long row = span.start + min(t, span.tokens - 1);
-      copy_async(OutputSlice::at(shared + Shared::d_output, t, column), d_o + (row * heads + head) * D + first + column, t < span.tokens);
-    }
-    close_copies();
-    if (first == 0) {
-      Gates gates;
-      gates.read(g, span, heads, head, leaf, channel);
-      gates.share(leaf_decay, leaf, channel);
+    if (first > 0) {
+      __syncthreads();
+      fetch(first);
     }
     wait_copies<0>();
     __syncthreads();
@@ -386,19 +423,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       *total(0, leaf) = reach.before;
       *total(1, leaf) = reach.after;
     }
+    const int warp = opaque(threadIdx.x / 32), block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;
     Straight::add(shared, block, channels, first == 0, exact_initial == nullptr ? nullptr : exact_initial + first,
                   exact_final == nullptr ? nullptr : exact_final + first);
-#pragma unroll 1
+#pragma unroll(SLICE == D ? SLICE / 16 : 1)
     for (int v = 0; v < SLICE; v += 16) {
       const Right<Operand> d_out = as_right(convert<Operand>(OutputSlice::load(shared + Shared::d_output, tokens, v)));
-      const Block<Operand> y = ColumnsSlice::load_transposed(shared + Shared::d_correction, v, tokens);
-      const Right<Operand> n = ColumnsSlice::load_right_transposed(shared + Shared::correction, v, tokens);
+      const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(shared + Shared::d_correction, v), 0, tokens);
+      const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(shared + Shared::correction, v), 0, tokens);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const Block<Operand> s0 = StateSlice::load_transposed(shared + Shared::state, v, channels + c * 16);
+        const Block<Operand> s0 = StateSlice::load_transposed(StateSlice::from(shared + Shared::state, v, c * 16), 0, channels);
         product(out.dq[c], s0, d_out);
         product(out.row[c], s0, as_right(y));
-        product(out.column[c], StateSlice::load_transposed(shared + Shared::d_state, v, channels + c * 16), n);
+        product(out.column[c], StateSlice::load_transposed(StateSlice::from(shared + Shared::d_state, v, c * 16), 0, channels), n);
       }
       if (warp / BLOCKS == v / 16 % (D / 32)) {  // a share of dv for each of the warps with these tokens
 #pragma unroll
@@ -411,14 +449,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     }
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
-      const int task = round * WARPS + warp;
-      if (task >= LOWER) continue;
-      const int i = task < 1 ? 0 : task < 3 ? 1 : task < 6 ? 2 : 3, j = task - i * (i + 1) / 2;
+        const Task task(round * WARPS + warp);
+      if (!task.exists) continue;
 #pragma unroll 1
       for (int v = 0; v < SLICE; v += 16) {
-        const Right<Operand> n = ColumnsSlice::load_right_transposed(shared + Shared::correction, v, j * 16);
-        product(dp[round], convert<Operand>(OutputSlice::load(shared + Shared::d_output, i * 16, v)), n);
-        product(dm[round], ColumnsSlice::load_transposed(shared + Shared::d_correction, v, i * 16), n);
+        const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(shared + Shared::correction, v), 0, task.column * 16);
+        if (task.of_p) {
+          product(pairs[round], convert<Operand>(OutputSlice::load(shared + Shared::d_output, task.row * 16, v)), n);
+        } else {
+          product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(shared + Shared::d_correction, v), 0, task.row * 16), n);
+        }
       }
     }
   }
@@ -426,16 +466,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
 
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
-    const int task = round * WARPS + warp;
-    if (task >= LOWER) continue;
-    const int bi = task < 1 ? 0 : task < 3 ? 1 : task < 6 ? 2 : 3, bj = task - bi * (bi + 1) / 2;
+    const Task task(round * WARPS + warp);
+    if (!task.exists) continue;
 #pragma unroll
     for (int q4 = 0; q4 < 4; ++q4) {
-      const float2 b = *reinterpret_cast<const float2*>(betas + bj * 16 + quadrant_column(q4));
-      dp[round].pair[q4] = scaled(scale, times(b, dp[round].pair[q4]));
-      dm[round].pair[q4] = scaled(-1.f, times(b, dm[round].pair[q4]));
+      const float2 b = *reinterpret_cast<const float2*>(betas + task.column * 16 + quadrant_column(q4));
+      pairs[round].pair[q4] = scaled(task.of_p ? scale : -1.f, times(b, pairs[round].pair[q4]));
     }
-    store_pairs(shared, bi, bj, dp[round], dm[round]);
+    store_pairs(shared, task, pairs[round]);
   }
 
   // The past's and the future's part.
@@ -460,34 +498,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     qs.read(q, place(), heads, place_head(), leaf, channel);
     ks.read(k, place(), heads, place_head(), leaf, channel);
   };
-  float2 near_k[LEAF], near_q[LEAF];  // B k and q, or k, times the product inside the leaf
-  auto near_rows = [&] {
-    gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
-      near_k[i] = scaled(betas[leaf * LEAF + i], times(f, ks[i]));
-      near_q[i] = times(f, qs[i]);
-    });
-  };
-  auto near_columns = [&] { gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, ks[j]); }); };
-  auto write_rows = [&](int level, char* tile) {
-    if (Level::is_row(level, leaf))
-      Level::write_rows(tile, level, leaf, channel, level == 0 ? make_float2(1.f, 1.f) : *total(1 + level, leaf), near_k, near_q);
+  channel = opaque(threadIdx.x) % (D / 2) * 2;  // anew: registers are short
+  leaf = opaque(threadIdx.x) / (D / 2);
+  float2 near[LEAF];  // q or B k, or k, times the product inside the leaf
+  auto near_q = [&] { gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { near[i] = times(f, qs[i]); }); };
+  auto near_k = [&] { gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { near[i] = scaled(betas[leaf * LEAF + i], times(f, ks[i])); }); };
+  auto near_columns = [&] { gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near[j] = times(f, ks[j]); }); };
+  auto reach_of = [&](int level) { return level == 0 ? make_float2(1.f, 1.f) : *total(1 + level, leaf); };
+  auto write_rows = [&](int level, char* tile, bool of_q) {
+    if (Level::is_row(level, leaf)) Level::write_rows(tile, level, leaf, channel, reach_of(level), near, of_q);
   };
   auto write_columns = [&](int level, char* tile) {
-    if (!Level::is_row(level, leaf))
-      Level::write_columns(tile, level, leaf, channel, level == 0 ? make_float2(1.f, 1.f) : *total(1 + level, leaf), near_k);
+    if (!Level::is_row(level, leaf)) Level::write_columns(tile, level, leaf, channel, reach_of(level), near);
   };
   read_rows();
 
   // Their sums over a leaf go to the other leaves' dg.
   char* exchange = shared + Shared::exchange;
-  auto sum_of = [&](const char* from, const float2 (&x)[LEAF]) {
+  auto sum_of = [&](const char* from) {
     float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < LEAF; i += 4) {
       float2 y[4];
       HandOver::take_four(y, from, leaf, channel, i);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) add_to(sum, times(x[i + n], y[n]));
+      for (int n = 0; n < 4; ++n) add_to(sum, times(near[i + n], y[n]));
     }
     return sum;
   };
@@ -496,26 +531,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     HandOver::give(exchange + HandOver::bytes, out.row, tokens, channels);
     HandOver::give(exchange + 2 * HandOver::bytes, out.column, tokens, channels);
   }
-  near_rows();
+  near_q();
   __syncthreads();
-  float2 sum = sum_of(exchange, near_q);
-  if constexpr (!ROOMY) {
+  float2 sum = sum_of(exchange);
+  if constexpr (ROOMY) {
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) write_rows(level, shared + Shared::work + level * Level::bytes, true);
+  } else {
     __syncthreads();
     HandOver::give(exchange, out.row, tokens, channels);
     __syncthreads();
   }
-  add_to(sum, sum_of(ROOMY ? exchange + HandOver::bytes : exchange, near_k));
+  near_k();
+  add_to(sum, sum_of(ROOMY ? exchange + HandOver::bytes : exchange));
   *total(0, leaf) = sum;
   if constexpr (ROOMY) {
 #pragma unroll
-    for (int level = 0; level < LEVELS; ++level) write_rows(level, shared + Shared::work + level * Level::bytes);
+    for (int level = 0; level < LEVELS; ++level) write_rows(level, shared + Shared::work + level * Level::bytes, false);
   } else {
     __syncthreads();
     HandOver::give(exchange, out.column, tokens, channels);
     __syncthreads();
   }
   near_columns();
-  *total(1, leaf) = sum_of(ROOMY ? exchange + 2 * HandOver::bytes : exchange, near_k);
+  *total(1, leaf) = sum_of(ROOMY ? exchange + 2 * HandOver::bytes : exchange);
   if constexpr (ROOMY) {
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) write_columns(level, shared + Shared::work + level * Level::bytes);
@@ -523,29 +562,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   __syncthreads();
 
   // The levels of the tree.
-#pragma unroll 1
-  for (int level = 0; level < LEVELS; ++level) {
+  auto operands = [&](int level) {  // of a level, written now where not all fit at once
     char* tile = shared + Shared::work + (ROOMY ? level * Level::bytes : 0);
     if constexpr (!ROOMY) {
       if (level > 0) __syncthreads();  // the operands before these have been read
       read_rows();
-      near_rows();
-      write_rows(level, tile);
+      near_q();
+      write_rows(level, tile, true);
+      near_k();
+      write_rows(level, tile, false);
       near_columns();
       write_columns(level, tile);
       __syncthreads();
     }
-    const char* pairs = shared + Shared::pairs + level * Pairs::bytes;
-    const int block = opaque(threadIdx.x / 32) % BLOCKS, channels = opaque(threadIdx.x / 32) / BLOCKS * 32;
-    if (level == 0) {
-      lowest_level(out, tile, pairs, block, channels);
-    } else {
-      level_gradients(out, tile, pairs, totals + (1 + level) * LEAVES * D, level, block, channels);
-    }
-  }
+    return tile;
+  };
+  auto of_level = [&](int level) { return shared + Shared::pairs + level * Pairs::bytes; };
+  auto sums_of = [&](int level) { return totals + (1 + level) * LEAVES * D; };
+  auto my_warp = [] { return opaque(threadIdx.x / 32); };
+  lowest_level(out, operands(0), of_level(0), my_warp() % BLOCKS, my_warp() / BLOCKS * 32);
+  level_gradients<1>(out, operands(1), of_level(1), sums_of(1), my_warp() % BLOCKS, my_warp() / BLOCKS * 32);
+  if constexpr (LEVELS > 2) level_gradients<2>(out, operands(2), of_level(2), sums_of(2), my_warp() % BLOCKS, my_warp() / BLOCKS * 32);
 
   // From here on a thread has two channels of a leaf.
-  channel = opaque(threadIdx.x) % (D / 2) * 2;  // anew: registers are short
+  channel = opaque(threadIdx.x) % (D / 2) * 2;
   leaf = opaque(threadIdx.x) / (D / 2);
   float2 column[LEAF];
   auto take_columns = [&] {
@@ -610,7 +650,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     add_to(dg[j], before);
     add_to(before, times(ks[j], column[j]));
   }
-  float share[LEAF];  // of dbeta
   const int stride = heads * D;
   auto first_element = [&](const Span& here) {  // of this thread, in [rows, H, D]
     return (static_cast<long long>(here.start + opaque(leaf) * LEAF) * heads + place_head()) * D + opaque(channel);
@@ -618,13 +657,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   Element* to_q = d_q + first_element(place());
   const int left = place().tokens - leaf * LEAF;
   inside = make_float2(1.f, 1.f);
+  float2 dq[2], row[2];
   leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, column, dg, [&](int i, float2 a, float2 b) {
     const float p = reinterpret_cast<const float*>(shared + Shared::leaf_p)[(leaf * LEAF + i) * LEAF + i];  // dP_ii
     inside = times(inside, gates.e[i]);
-    add_to(a, times(inside, HandOver::take_one(dq_waits, leaf, channel, i)));
-    add_to(b, times(inside, HandOver::take_one(row_waits, leaf, channel, i)));
+    if (i % 2 == 0) {
+      HandOver::take_two(dq, dq_waits, leaf, channel, i);
+      HandOver::take_two(row, row_waits, leaf, channel, i);
+    }
+    add_to(a, times(inside, dq[i % 2]));
+    add_to(b, times(inside, row[i % 2]));
     if (i < left) store_pair(to_q + i * stride, fused(p, ks[i], a));
-    share[i] = ks[i].x * b.x + ks[i].y * b.y;
+    HandOver::keep_one(shared + Shared::last_exchange, leaf, channel, i, ks[i].x * b.x + ks[i].y * b.y);  // of dbeta
     add_to(column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], b)));
   });
   const Span here = place();
@@ -636,7 +680,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       store_pair(d_g + first + i * stride, dg[i]);
     }
   }
-  __syncthreads();  // dq and dk's rows have left the exchange
+  float share[LEAF];
+  HandOver::kept(share, shared + Shared::last_exchange, leaf, channel);
+  __syncthreads();  // all have left the exchange
   float* shares = reinterpret_cast<float*>(shared + Shared::last_exchange);  // [PARTS][C]: dbeta of 64 channels
   sum_over_channels(share, shares + (PARTS > 1 ? warp % PARTS * C : 0) + leaf * LEAF);
   __syncthreads();

@@ -11,7 +11,6 @@
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
-constexpr int RESIDENT = sizeof(Operand) == 4 ? 1 : 512 / THREADS;  // blocks of a multiprocessor: 128 registers a thread
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;        // of a warp that share a leaf
 constexpr int WARPS_PER_LEAF = D / 2 > 32 ? D / 64 : 1;
 
@@ -125,7 +124,7 @@ __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& 
 
 // M and P between the halves of every group of every level, on tensor cores: a task is 16 rows of one level.
 __device__ __forceinline__ void tree_pairs(char* shared) {
-  for (int task = threadIdx.x / 32; task < LEVELS * BLOCKS; task += WARPS) {
+  for (int task = opaque(threadIdx.x / 32); task < LEVELS * BLOCKS; task += WARPS) {
     const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
     const char* tree = shared + Shared::tree + level * Level::bytes;
     const int group = rows >> (bits + 1), columns = (half + 15) / 16, first = group << bits & ~15;
@@ -177,25 +176,34 @@ __device__ __forceinline__ void invert_leaves(char* shared) {
   const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + first;
   float* leaf_t = reinterpret_cast<float*>(shared + Shared::leaf_t) + threadIdx.x;
   float* leaf_rest = reinterpret_cast<float*>(shared + Shared::leaf_rest) + threadIdx.x;
-  float t[LEAF];
+  float entry[LEAF * (LEAF - 1) / 2], weight[LEAF], t[LEAF], rest[LEAF];  // read at once: stores would keep loads waiting
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
-    float rest = 0.f;
+    weight[i] = beta[i];
 #pragma unroll
-    for (int j = 0; j < i; ++j) rest -= j >= c ? m[i * 17 + j] * t[j] : 0.f;
-    t[i] = i == c ? 1.f : i > c ? beta[i] * rest : 0.f;
+    for (int j = 0; j < i; ++j) entry[i * (i - 1) / 2 + j] = m[i * 17 + j];
+  }
+#pragma unroll
+  for (int i = 0; i < LEAF; ++i) {
+    rest[i] = 0.f;
+#pragma unroll
+    for (int j = 0; j < i; ++j) rest[i] -= j >= c ? entry[i * (i - 1) / 2 + j] * t[j] : 0.f;
+    t[i] = i == c ? 1.f : i > c ? weight[i] * rest[i] : 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < LEAF; ++i) {
     leaf_t[i * C] = t[i];
-    leaf_rest[i * C] = rest;
+    leaf_rest[i * C] = rest[i];
     store_one(MergeSquare::at(shared + Shared::inverse, first + i, first + c), t[i]);
-    store_one(MergeSquare::at(shared + Shared::inverse_rest, first + i, first + c), rest);
-    if (i > c) store_one(Square::at(shared + Shared::pairs, first + c, first + i), rest);
+    store_one(MergeSquare::at(shared + Shared::inverse_rest, first + i, first + c), rest[i]);
+    if (i > c) store_one(Square::at(shared + Shared::pairs, first + c, first + i), rest[i]);
   }
 }
 
 // The 8x8 block of T~ below two of them, 1 above 2, in float32; eight neighbouring threads a column:
 //   T~_21 = -(I + T~_22 B_2) X,    X = M_21 T_11
 __device__ __forceinline__ void merge_leaves(char* shared) {
-  for (int n = threadIdx.x; n < BLOCKS * 64; n += THREADS) {
+  for (int n = opaque(threadIdx.x); n < BLOCKS * 64; n += THREADS) {
     const int block = n / 64, c = n % 64 / LEAF, i = n % LEAF, upper = block * 16, lower = upper + LEAF;
     const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + (lower + i) * 17;
     const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + lower;
@@ -226,7 +234,7 @@ template <int HALF>
 __device__ __forceinline__ void merge(char* shared) {
   constexpr int N = HALF / 16;
   const float* beta = reinterpret_cast<const float*>(shared + Shared::beta);
-  for (int task = threadIdx.x / 32; task < C / (2 * HALF) * N; task += WARPS) {
+  for (int task = opaque(threadIdx.x / 32); task < C / (2 * HALF) * N; task += WARPS) {
     const int upper = task / N * 2 * HALF, lower = upper + HALF, column = upper + task % N * 16;
     Sum x[N];
     Block<Merge> weighted[N];  // X^T B_2
@@ -266,75 +274,94 @@ __device__ __forceinline__ void merge(char* shared) {
   }
 }
 
-// q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. packets: [chunks, H] Packet. Grid: chunks x H.
+// q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. packets: [chunks, H] Packet. A block takes chunk and
+// head number blockIdx.x of `items` = chunks x H, then every gridDim.x-th; each one's inputs are on their way meanwhile.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
-    const Element* q, const Element* k, const float* g, const float* beta, char* packets, const int4* spans, int length, int heads, float scale) {
+    const Element* q, const Element* k, const float* g, const float* beta, char* packets, const int4* spans, int items, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
-  const int chunk = blockIdx.x / heads, head = blockIdx.x % heads;
-  const Span span = span_of(chunk, length, spans);
-  if (span.tokens <= 0) return;
-  char* packet = packets + static_cast<long long>(blockIdx.x) * Packet::bytes;
   const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
 
-  if (threadIdx.x < C) {
-    const float b = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
-    reinterpret_cast<float*>(shared + Shared::beta)[threadIdx.x] = b;
-    reinterpret_cast<float*>(packet + Packet::beta)[threadIdx.x] = b;
-  }
-  Gates gates;
+  bool exists = false;
+  Leaf<float> nats;
   Leaf<Element> qs, ks;
-  gates.read(g, span, heads, head, leaf, channel);
-  qs.read(q, span, heads, head, leaf, channel);
-  ks.read(k, span, heads, head, leaf, channel);
-  gates.share(reinterpret_cast<float*>(shared + Shared::leaf_decay), leaf, channel);
-  __syncthreads();
+  float own_beta = 0.f;  // of token threadIdx.x
+  auto ask = [&](int item) {
+    const Span span = span_of(item / heads, length, spans);
+    exists = span.tokens > 0;
+    if (!exists) return;
+    nats.read(g, span, heads, item % heads, leaf, channel);
+    qs.read(q, span, heads, item % heads, leaf, channel);
+    ks.read(k, span, heads, item % heads, leaf, channel);
+    if (threadIdx.x < C) own_beta = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + item % heads] : 0.f;
+  };
+  ask(blockIdx.x);
+#pragma unroll 1
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    if (!exists) {
+      if (item + gridDim.x < items) ask(item + gridDim.x);
+      continue;
+    }
+    char* packet = packets + static_cast<long long>(item) * Packet::bytes;
+    if (threadIdx.x < C) {
+      reinterpret_cast<float*>(shared + Shared::beta)[threadIdx.x] = own_beta;
+      reinterpret_cast<float*>(packet + Packet::beta)[threadIdx.x] = own_beta;
+    }
+    Gates gates;
+    gates.set(nats);
+    gates.share(reinterpret_cast<float*>(shared + Shared::leaf_decay), leaf, channel);
+    __syncthreads();  // and the last packet has left
 
-  const float* leaf_decay = reinterpret_cast<const float*>(shared + Shared::leaf_decay);
-  Reach reach;
-  float2 near[LEVELS];  // the reach on each level
+    const float* leaf_decay = reinterpret_cast<const float*>(shared + Shared::leaf_decay);
+    Reach reach;
+    float2 near[LEVELS];  // the reach on each level
 #pragma unroll
-  for (int level = 0; level < LEVELS; ++level) {
-    near[level] = Level::is_row(level, leaf) ? reach.before : reach.after;
-    reach.widen(leaf_decay, level, leaf, channel);
-  }
-  float2 near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
-  const float2 inside = gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
-    near_k[i] = times(f, ks[i]);
-    near_q[i] = times(make_float2(scale * f.x, scale * f.y), qs[i]);
-  });
-  char* kg = Rows::from(packet + Packet::kg, leaf * LEAF);
-  char* qg = Rows::from(packet + Packet::qg, leaf * LEAF);
-  char* kd = Rows::from(packet + Packet::kd, leaf * LEAF);
+    for (int level = 0; level < LEVELS; ++level) {
+      near[level] = Level::is_row(level, leaf) ? reach.before : reach.after;
+      reach.widen(leaf_decay, level, leaf, channel);
+    }
+    float2 near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
+    const float2 inside = gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
+      near_k[i] = times(f, ks[i]);
+      near_q[i] = times(make_float2(scale * f.x, scale * f.y), qs[i]);
+    });
+    char* kg = Rows::from(packet + Packet::kg, leaf * LEAF);
+    char* qg = Rows::from(packet + Packet::qg, leaf * LEAF);
+    char* kd = Rows::from(packet + Packet::kd, leaf * LEAF);
 #pragma unroll
-  for (int level = 0; level < LEVELS; ++level)
-    if (Level::is_row(level, leaf)) Level::write_rows(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k, near_q);
+    for (int level = 0; level < LEVELS; ++level)
+      if (Level::is_row(level, leaf)) {
+        Level::write_rows(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k, false);
+        Level::write_rows(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_q, true);
+      }
 #pragma unroll
-  for (int i = 0; i < LEAF; ++i) {
-    store_pair(Rows::at(kg, i, channel), times(reach.before, near_k[i]));
-    store_pair(Rows::at(qg, i, channel), times(reach.before, near_q[i]));
-  }
-  if (leaf == LEAVES - 1) *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = times(reach.before, inside);
-  gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, ks[j]); });
+    for (int i = 0; i < LEAF; ++i) {
+      store_pair(Rows::at(kg, i, channel), times(reach.before, near_k[i]));
+      store_pair(Rows::at(qg, i, channel), times(reach.before, near_q[i]));
+    }
+    if (leaf == LEAVES - 1) *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = times(reach.before, inside);
+    gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, ks[j]); });
 #pragma unroll
-  for (int level = 0; level < LEVELS; ++level)
-    if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k);
+    for (int level = 0; level < LEVELS; ++level)
+      if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k);
 #pragma unroll
-  for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kd, j, channel), times(reach.after, near_k[j]));
-  leaf_pairs(shared, leaf, gates, qs, ks, scale);
-  __syncthreads();
-  tree_pairs(shared);
-  __syncthreads();  // the level tiles give way to T and T~
-  invert_leaves(shared);
-  __syncthreads();
-  merge_leaves(shared);
-  __syncthreads();
-  merge<16>(shared);
-  if constexpr (C == 64) {
+    for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kd, j, channel), times(reach.after, near_k[j]));
+    leaf_pairs(shared, leaf, gates, qs, ks, scale);
+    if (item + gridDim.x < items) ask(item + gridDim.x);
     __syncthreads();
-    merge<32>(shared);
+    tree_pairs(shared);
+    __syncthreads();  // the level tiles give way to T and T~
+    invert_leaves(shared);
+    __syncthreads();
+    merge_leaves(shared);
+    __syncthreads();
+    merge<16>(shared);
+    if constexpr (C == 64) {
+      __syncthreads();
+      merge<32>(shared);
+    }
+    __syncthreads();
+    for (int at = opaque(threadIdx.x) * 16; at < Square::bytes; at += THREADS * 16)
+      *reinterpret_cast<uint4*>(packet + Packet::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
   }
-  __syncthreads();
-  for (int at = threadIdx.x * 16; at < Square::bytes; at += THREADS * 16)
-    *reinterpret_cast<uint4*>(packet + Packet::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
 }

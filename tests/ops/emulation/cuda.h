@@ -31,7 +31,7 @@ struct uint4 {
 struct Dim {
   unsigned x, y, z;
 };
-extern Dim threadIdx, blockIdx;
+extern Dim threadIdx, blockIdx, gridDim;
 extern unsigned char shared_memory[];
 
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -58,6 +58,7 @@ struct Exchange {
 Exchange& exchange();
 void warp_barrier();
 void __syncthreads();
+inline void __syncwarp() { warp_barrier(); }
 
 inline float __shfl_sync(unsigned, float x, int lane) {
   exchange().word[threadIdx.x % 32][0] = __float_as_uint(x);

@@ -1,7 +1,7 @@
 // Runs a kernel's blocks one after another, a block's threads as fibers. Shared memory starts as NaN.
 #pragma once
 
-Dim threadIdx, blockIdx;
+Dim threadIdx, blockIdx, gridDim;
 alignas(1024) unsigned char shared_memory[256 * 1024];
 
 struct Fiber {
@@ -52,6 +52,7 @@ void launch(int blocks, int threads, Kernel kernel) {
   entry = [](void* p) { (*static_cast<Kernel*>(p))(); };
   argument = &kernel;
   fibers.resize(threads);
+  gridDim = {static_cast<unsigned>(blocks), 1, 1};
   for (int block = 0; block < blocks; ++block) {
     blockIdx = {static_cast<unsigned>(block), 0, 0};
     memset(shared_memory, 0xff, sizeof(shared_memory));
