@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lkda
 from lkda.bench.contest import DTYPES, Contest, Entrant, Inputs, Shape
-from lkda.bench.timing import clock, copy_gb_per_s, graph_of
+from lkda.bench.timing import clock, copy_gb_per_s, graph_of, host_microseconds
 from lkda.ops.jit import architecture
 
 Row = dict[str, Any]
@@ -62,13 +62,22 @@ def cases(
     peers: Sequence[str],
     modes: Sequence[str],
     replays: Sequence[str],
+    gates: Sequence[str] | None = None,
 ) -> list[Case]:
-    """Every combination, those on the same inputs together. Raises ValueError for a word that no contest knows."""
+    """Every combination, those on the same inputs together.
+
+    Args:
+        peers: families; `family@shape` measures one at that shape alone.
+        gates: of the contests that have several regimes, which; all where None.
+    Raises: ValueError for a word that no contest knows.
+    """
     known = {word for contest in contests for word in contest.backends}
     families = {family for contest in contests for family in contest.peers}
+    regimes = {gate for contest in contests for gate in contest.gates if gate}
     for what, words, allowed in (
         ("backends", backends, known),
-        ("peers", peers, families),
+        ("peers", [word.partition("@")[0] for word in peers], families),
+        ("gates", gates or (), regimes),
         ("dtypes", dtypes, set(DTYPES)),
         ("modes", modes, set(MODES)),
         ("replays", replays, {"eager", "graph"}),
@@ -78,16 +87,19 @@ def cases(
                 raise ValueError(f"{what}: there is no {word}; there are {', '.join(sorted(allowed))}.")
     found = []
     for contest in contests:
-        entrants: list[tuple[str, str | None]] = [(word, None) for word in backends if word in contest.backends]
-        for family in peers:
+        entrants: list[tuple[str, str | None, str]] = [(w, None, "") for w in backends if w in contest.backends]
+        for word in peers:
+            family, _, only = word.partition("@")
             if family in contest.peers:
-                entrants += [(name, family) for name in _names(contest, family)]
+                entrants += [(name, family, only) for name in _names(contest, family)]
         found += [
             Case(contest, shape, dtype, gate, name, peer, mode, replay)
             for shape in shapes
             for dtype in dtypes
             for gate in contest.gates
-            for name, peer in entrants
+            if gates is None or gate is None or gate in gates
+            for name, peer, only in entrants
+            if only in ("", str(shape))
             for mode in modes
             for replay in replays
         ]
@@ -126,7 +138,8 @@ def _row(case: Case, inputs: Inputs, device: torch.device, copy_speed: float, mi
         **{"B": shape.B, "T": shape.T, "H": shape.H, "D": shape.D, "dtype": case.dtype, "gate": case.gate},
         **{"mode": case.mode, "replay": case.replay, "ms_median": None, "ms_p20": None, "ms_p80": None},
         **{"gb_per_s": None, "floor_ms": moved / copy_speed / 1e6, "fraction_of_floor": None},
-        **{"error": None, "errors": {}, "peak_mib": None, "registers": None, "shared_bytes": None, "reason": None},
+        **{"error": None, "errors": {}, "peak_mib": None, "host_us": None, "registers": None, "shared_bytes": None},
+        "reason": None,
     }
     try:
         entrant = contest.peers[case.peer]()[case.name] if case.peer else contest.backends[case.name]
@@ -140,6 +153,8 @@ def _row(case: Case, inputs: Inputs, device: torch.device, copy_speed: float, mi
         call, outputs, peak = _prepare(entrant, inputs, case.mode, device)
         row["peak_mib"] = peak
         timing = clock(graph_of(call) if case.replay == "graph" else call, device, milliseconds=milliseconds)
+        if case.replay == "eager" and device.type == "cuda":
+            row["host_us"] = host_microseconds(call)
         if entrant.comparable and case.replay == "eager":
             row["errors"] = _errors(case, entrant, inputs, outputs)
             row["error"] = max(row["errors"].values())

@@ -41,6 +41,7 @@ def benchmark(config: DictConfig) -> None:
         list(config.peers),
         list(config.modes),
         list(config.replays),
+        None if config.gates is None else list(config.gates),
     )
     if not cases:
         raise ValueError("ops, shapes, dtypes, backends, peers, modes and replays leave nothing to measure.")

@@ -2,8 +2,8 @@
 
 The JSON is {"header": {device, torch, lkda, copy_gb_per_s, date}, "rows": [...]}. A row holds op, backend or peer (the
 other absent or None), B, T, H, D, dtype, gate, mode ("fwd" or "fwd+bwd"), replay ("eager" or "graph"), ms_median,
-ms_p20, ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, peak_mib, registers, shared_bytes, and where nothing was
-measured, the reason.
+ms_p20, ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, host_us, peak_mib, registers, shared_bytes, and where
+nothing was measured, the reason.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ NUMBERS = (
     _Column("x floor", _times_the_floor),
     _Column("GB/s", lambda row: "" if row.get("gb_per_s") is None else three(row["gb_per_s"])),
     _Column("error", _number("error", "{:.1e}")),
+    _Column("host us", _number("host_us", "{:.0f}")),
     _Column("peak MiB", _number("peak_mib", "{:,.0f}")),
     _Column("registers", _number("registers", "{}")),
     _Column("shared KiB", lambda row: "" if row.get("shared_bytes") is None else f"{row['shared_bytes'] / 1024:.0f}"),
@@ -134,8 +135,10 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def as_rich(rows: Sequence[Row]) -> Table:
-    """For the terminal."""
+    """For the terminal: of a reason, its first words, or it leaves the numbers no room."""
     head, body = as_cells(rows)
+    if head[-1] == "why not":
+        body = [[*line[:-1], line[-1][:32]] for line in body]
     return rich_table(head, body, names=names_of(head))
 
 

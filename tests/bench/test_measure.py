@@ -50,6 +50,17 @@ def test_kda_is_measured_at_slow_and_fast_gates_beside_softmax():
         assert row["error"] is None or row["error"] < 1e-5
 
 
+def test_a_peer_at_one_shape_and_one_gate_of_two():
+    words = {"dtypes": ["fp32"], "backends": ["chunk"], "modes": ["fwd"], "replays": ["eager"]}
+    shapes = [Shape(1, 70, 2, 32), Shape(1, 80, 2, 32)]
+    found = measure.cases([ops.find("kda")], shapes, **words, peers=["sdpa@1x80x2x32"], gates=["slow"])
+    assert [(str(case.shape), case.gate, case.name) for case in found] == [
+        ("1x70x2x32", "slow", "chunk"), ("1x80x2x32", "slow", "chunk"), ("1x80x2x32", "slow", "sdpa"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="gates: there is no slwo; there are fast, slow"):
+        measure.cases([ops.find("kda")], shapes, **words, peers=[], gates=["slwo"])
+
+
 def test_softmax_is_not_timed_where_it_takes_seconds(monkeypatch):
     monkeypatch.setattr("lkda.bench.ops.kda.LONGEST_SOFTMAX", 64)
     row = rows("kda", backends=[], peers=["sdpa"])[0]
@@ -139,6 +150,7 @@ def test_the_command_writes_json_tables_and_plots(tmp_path):
             "peers": [],
             "modes": ["fwd"],
             "replays": ["eager"],
+            "gates": None,
             "device": "cpu",
             "milliseconds": 2,
             "out": str(tmp_path),

@@ -1,0 +1,69 @@
+"""How long the first forward and backward of each operator takes, kernels compiled and kernels cached.
+
+    python -m lkda.bench.first_use --out docs/results/first_use_h100/first_use.json
+
+Each is a fresh process that has imported torch and used the GPU, and then imports lkda and runs the operator once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lkda.bench.measure import header
+
+PROGRAM = """
+import time, torch
+x = torch.randn(64, 64, device="cuda", requires_grad=True)
+(x @ x).sum().backward()
+torch.cuda.synchronize()
+start = time.perf_counter()
+from lkda.bench import ops
+from lkda.bench.contest import Shape
+contest = ops.find("{op}")
+inputs = contest.inputs(Shape(1, 1000, 2, {head_dim}), torch.bfloat16, torch.device("cuda", 0), contest.gates[0])
+leaves = [x.requires_grad_() for x in inputs.values()]
+o = contest.backends["cuda"].run(inputs)[0]
+torch.autograd.grad(o, leaves, torch.ones_like(o))
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+def seconds(op: str, head_dim: int, cache: str) -> float:
+    """Of one process; RuntimeError with its last words where it fails."""
+    program = PROGRAM.format(op=op, head_dim=head_dim)
+    environment = os.environ | {"LKDA_CACHE": cache}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{op}, heads of {head_dim}: {done.stderr.strip()[-500:]}")
+    return float(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("error: torch sees no CUDA device.")
+    rows: list[dict[str, Any]] = []
+    for op in ("simplified", "kda"):
+        for head_dim in (64, 128):
+            with tempfile.TemporaryDirectory() as cache:
+                cold, warm = (seconds(op, head_dim, cache) for _ in range(2))
+            rows.append({"op": op, "D": head_dim, "seconds_compiling": cold, "seconds_cached": warm})
+            print(f"{op} {head_dim}: {cold:.2f} s with an empty cache, {warm:.2f} s with a full one", flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"header": header(torch.device("cuda", 0)), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
