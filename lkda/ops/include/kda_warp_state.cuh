@@ -30,6 +30,14 @@ __device__ __forceinline__ void fetch_values(char* to, const Element* values, in
   }
 }
 
+// Operands of 32 bits take so many registers that no load may be brought forward past this point.
+__device__ __forceinline__ void pace() {
+  if constexpr (sizeof(Operand) == 4) __syncwarp();
+}
+
+// x, with 32-bit operands computed anew where it is used.
+__device__ __forceinline__ int recomputed(int x) { return sizeof(Operand) == 4 ? opaque(x) : x; }
+
 // A 16x16 block of the identity.
 __device__ __forceinline__ void unit_diagonal(Sum& sum) {
 #pragma unroll

@@ -11,7 +11,8 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
   float sum[4 * BLOCKS];  // of tokens 8 i + lane_column() + {0, 1}, i the half of the index
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t) {
-    const Block<Element> v = Values::load_transposed(values, t * 16, mine);
+    pace();
+    const Block<Element> v = Values::load_transposed(values, t * 16, recomputed(mine));
 #pragma unroll
     for (int q = 0; q < 4; q += 2) {
       const float2 top = get_pair(v, q), bottom = get_pair(v, q + 1);
@@ -94,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
         close_copies();
       }
     }
-    char* stage = shared + step % STAGES * Stage::bytes;
+    char* stage = shared + opaque(step % STAGES * Stage::bytes);
     const char* packet = stage + Stage::packet;
     const char* pairs = packet + Packet::pairs;
     const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
@@ -109,9 +110,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     for (int j = 0; j < BLOCKS; ++j) clear(x[j]);
 #pragma unroll
     for (int i = 0; i < BLOCKS; ++i) {
+      pace();
       const Block<Operand> out = d_out(i);
 #pragma unroll
       for (int j = 0; j <= i; ++j) {
+        pace();
         Right<Operand> p = Square::load_right_transposed(pairs, i * 16, j * 16);
         if (i == j) keep<Triangle::upper, true>(p);
         product(x[j], out, p);
@@ -119,10 +122,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     }
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
+      pace();
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      if (!SUMMARY) write_block<State>(d_states + slot * State::bytes, columns + mine, i * 16, entry);
+      if (!SUMMARY) write_block<State>(d_states + slot * State::bytes, recomputed(columns + mine), i * 16, entry);
 #pragma unroll
-      for (int j = 0; j < BLOCKS; ++j) product(x[j], entry, Rows::load_right(packet + Packet::kd, j * 16, i * 16));
+      for (int j = 0; j < BLOCKS; ++j) {
+        pace();
+        product(x[j], entry, Rows::load_right(packet + Packet::kd, j * 16, i * 16));
+      }
     }
     Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
 #pragma unroll
@@ -135,14 +142,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     for (int i = 0; i < BLOCKS; ++i)
 #pragma unroll
       for (int j = 0; j <= i; ++j) {
+        pace();
         Right<Operand> t = Square::load_right(pairs, j * 16, i * 16);
         if (i == j) keep<Triangle::upper, false>(t);
         product(x[j], weighted[i], t);
       }
+    pace();
     if constexpr (!SUMMARY) beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine);
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      if (!SUMMARY) write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
+      if (!SUMMARY) write_block<Columns>(d_corrections + slot * Columns::bytes, opaque(columns + mine), j * 16, round_to<Operand>(x[j]));
       scale_columns(x[j], beta + j * 16);
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[j].pair[q] = make_float2(-x[j].pair[q].x, -x[j].pair[q].y);
@@ -156,9 +165,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     for (int t = 0; t < BLOCKS; ++t) {
       const Block<Operand> out = d_out(t);
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) product(state[i], out, Rows::load_right_transposed(packet + Packet::qg, t * 16, i * 16));
+      for (int i = 0; i < STEPS; ++i) {
+        pace();
+        product(state[i], out, Rows::load_right_transposed(packet + Packet::qg, t * 16, i * 16));
+      }
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) product(state[i], weighted[t], Rows::load_right_transposed(packet + Packet::kg, t * 16, i * 16));
+      for (int i = 0; i < STEPS; ++i) {
+        pace();
+        product(state[i], weighted[t], Rows::load_right_transposed(packet + Packet::kg, t * 16, i * 16));
+      }
     }
   }
   if (SUMMARY) {

@@ -113,6 +113,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
+      pace();
       const Block<Operand> entry = round_to<Operand>(state[i]);
       if (!SUMMARY && states != nullptr) write_block<State>(states + slot * State::bytes, columns + mine, i * 16, entry);
 #pragma unroll
