@@ -2,6 +2,9 @@
 // of shared-memory stages that feeds the warps of a block, one chunk a stage.
 #pragma once
 #include "kda_chunk.cuh"
+#if WARPGROUPS
+#include "warpgroup.cuh"
+#endif
 
 constexpr int WIDTH = WARPS * 16;        // columns of a block
 constexpr int SPLITS = COLUMNS / WIDTH;  // blocks of a head
@@ -29,6 +32,29 @@ __device__ __forceinline__ void fetch_values(char* to, const Element* values, in
     copy_async(Values::at(to, t, column), values + (row * heads + head) * D + first + column, t < tokens);
   }
 }
+
+// Copies that have arrived, of this thread, may be read by all after the next barrier.
+__device__ __forceinline__ void show_copies() {
+#if WARPGROUPS
+  show_to_products();
+#endif
+}
+
+#if WARPGROUPS
+// x[V, tokens] += left rows^T over all channels. rows: Rows in shared memory; left: [16 of V, channels].
+__device__ __forceinline__ void products_over_channels(Sum (&x)[BLOCKS], const Block<Operand> (&left)[STEPS], const char* rows) {
+  static_assert(BLOCKS == 4 && STEPS % 4 == 0 && WARPS % 4 == 0, "four warps, 64 tokens, panels of 64 channels");
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i) product_of_four<false>(x, left[i], Rows::at(rows, 0, i * 16));
+}
+// x[V, channels] += left rows over all tokens. left: [16 of V, tokens].
+__device__ __forceinline__ void products_over_tokens(Sum (&x)[STEPS], const Block<Operand> (&left)[BLOCKS], const char* rows) {
+#pragma unroll
+  for (int t = 0; t < BLOCKS; ++t)
+#pragma unroll
+    for (int i = 0; i < STEPS; i += 4) product_of_four<true>(x + i, left[t], Rows::at(rows, t * 16, i * 16));
+}
+#endif
 
 // Operands of 32 bits take so many registers that no load may be brought forward past this point.
 __device__ __forceinline__ void pace() {

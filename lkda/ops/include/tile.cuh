@@ -82,6 +82,10 @@ template <class T>
 __device__ __forceinline__ void store_quadrant(T* at, const Block<T>& block, int q) { *reinterpret_cast<unsigned*>(at) = block.word[q]; }
 __device__ __forceinline__ void store_quadrant(tf32* at, const Block<tf32>& block, int q) { *reinterpret_cast<float2*>(at) = block.pair[q]; }
 
+// A quadrant of sums, rounded where elements are narrower.
+template <class T>
+__device__ __forceinline__ void store_quadrant(T* at, const Sum& sum, int q) { store_pair(at, sum.pair[q]); }
+
 template <class T>
 __device__ __forceinline__ Block<T> round_to(const Sum& sum) {
   Block<T> block;

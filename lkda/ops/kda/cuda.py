@@ -148,8 +148,9 @@ class Scan:
         stage = layout.stage(2 if name == "reverse" and not summary else 1, self.warps)
         stages = min(MOST_STAGES, SHARED_BYTES_PER_BLOCK[arch] // stage)
         shared_bytes = stages * stage
-        defines = layout.defines | {"WARPS": self.warps, "STAGES": stages, "SUMMARY": int(summary)}
-        module = Module(HERE / f"{name}.cu", defines | {"SHARED_BYTES": shared_bytes})
+        groups = arch == "sm_90a" and layout.operand == 2 and D % 64 == 0  # four warps multiply at once
+        defines = layout.defines | {"WARPS": self.warps, "STAGES": stages, "SHARED_BYTES": shared_bytes}
+        module = Module(HERE / f"{name}.cu", defines | {"SUMMARY": int(summary), "WARPGROUPS": int(groups)})
         self.kernel = module.kernel(
             f"kda_{name}", "P" * (10 if name == "scan" else 9) + "iiii", shared_bytes=shared_bytes
         )

@@ -88,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       __syncthreads();
     } else {
       wait_copies<STAGES - 2>();
+      show_copies();
       __syncthreads();  // this chunk is there for all, and all are done with the one before, whose stage is next to fill
       if (step + STAGES - 1 < chunks) {
         fetch(step + STAGES - 1);
@@ -105,6 +106,78 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       return convert<Operand>(Values::load_transposed(stage + Stage::values, t * 16, mine));
     };
 
+    const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
+#if WARPGROUPS
+    Block<Operand> entry[STEPS], out[BLOCKS];
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      entry[i] = round_to<Operand>(state[i]);
+      scale_columns(state[i], decay + i * 16);
+    }
+    Sum x[BLOCKS], from_state[BLOCKS];  // dN^T, then Y^T
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) {
+      out[j] = d_out(j);
+      clear(x[j]);
+      clear(from_state[j]);
+    }
+    settle(from_state);
+    settle(state);
+    open_products();
+    products_over_channels(from_state, entry, packet + Packet::kd);
+    close_products();
+    products_over_tokens(state, out, packet + Packet::qg);
+    close_products();
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i)
+#pragma unroll
+      for (int j = 0; j <= i; ++j) {
+        Right<Operand> p = Square::load_right_transposed(pairs, i * 16, j * 16);
+        if (i == j) keep<Triangle::upper, true>(p);
+        product(x[j], out[i], p);
+      }
+    if (!SUMMARY) {
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) write_block<State>(d_states + slot * State::bytes, columns + mine, i * 16, entry[i]);
+    }
+    wait_products<1>();
+    settle(from_state);
+    Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) x[i].pair[q] = make_float2(x[i].pair[q].x + from_state[i].pair[q].x, x[i].pair[q].y + from_state[i].pair[q].y);
+      Sum y = x[i];
+      scale_columns(y, beta + i * 16);
+      weighted[i] = round_to<Operand>(y);
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i)
+#pragma unroll
+      for (int j = 0; j <= i; ++j) {
+        Right<Operand> t = Square::load_right(pairs, j * 16, i * 16);
+        if (i == j) keep<Triangle::upper, false>(t);
+        product(x[j], weighted[i], t);
+      }
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) {
+      Sum y = x[j];
+      scale_columns(y, beta + j * 16);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) y.pair[q] = make_float2(-y.pair[q].x, -y.pair[q].y);
+      weighted[j] = round_to<Operand>(y);
+    }
+    open_products();
+    products_over_tokens(state, weighted, packet + Packet::kg);
+    close_products();
+    if constexpr (!SUMMARY) {
+      beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine);
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j) write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
+    }
+    wait_products<0>();
+    settle(state);
+#else
     Sum x[BLOCKS];  // dN^T, then Y^T
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) clear(x[j]);
@@ -158,7 +231,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       weighted[j] = round_to<Operand>(x[j]);
     }
 
-    const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
 #pragma unroll
@@ -175,6 +247,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
         product(state[i], weighted[t], Rows::load_right_transposed(packet + Packet::kg, t * 16, i * 16));
       }
     }
+#endif
   }
   if (SUMMARY) {
     write_state(state, d_initial + state_at);

@@ -8,6 +8,8 @@
 // Where heads are too few to fill the chip, a sequence is cut into segments that run side by side. SUMMARY finds what each
 // does to a state, S -> A S + Z: Z is what it leaves of a state of zeros, and column j of A what it leaves of the unit
 // vector e_j with v = 0, as D further columns. segments.cu tells from it the states that enter the segments.
+//
+// With WARPGROUPS the products with kg, qg and kd are those of four warps at once, in the background, and o is had transposed.
 constexpr int STREAMS = 1;                       // of values fetched beside a packet: v
 constexpr int COLUMNS = SUMMARY ? 2 * HEAD_DIM : HEAD_DIM;  // of a head: Z and A, or o
 #include "kda_warp_state.cuh"
@@ -83,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
       __syncthreads();
     } else {
       wait_copies<STAGES - 2>();
+      show_copies();
       __syncthreads();  // chunk m is there for all, and all are done with chunk m - 1, whose stage is next to fill
       if (m + STAGES - 1 < chunks) {
         fetch(m + STAGES - 1);
@@ -108,9 +111,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
         x[t].pair[q] = make_float2(-pair.x, -pair.y);
       }
     }
-    Sum out[BLOCKS];  // [tokens, 16 of V]
+    Sum out[BLOCKS];  // [tokens, 16 of V], with WARPGROUPS transposed
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
+#if WARPGROUPS
+    Block<Operand> entry[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
+    settle(x);
+    if (!SUMMARY) settle(out);
+    open_products();
+    products_over_channels(x, entry, packet + Packet::kg);
+    close_products();
+    if (!SUMMARY) {
+      products_over_channels(out, entry, packet + Packet::qg);
+      close_products();
+    }
+    if (!SUMMARY && states != nullptr) {
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) write_block<State>(states + slot * State::bytes, columns + mine, i * 16, entry[i]);
+    }
+    wait_products<SUMMARY ? 0 : 1>();
+    settle(x);
+#else
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       pace();
@@ -123,20 +146,47 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
         for (int t = 0; t < BLOCKS; ++t) product(out[t], Rows::load(packet + Packet::qg, t * 16, i * 16), as_right(entry));
       }
     }
+#endif
     solve(x, pairs, beta);
     Block<Operand> written[BLOCKS];  // N^T
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[t].pair[q] = make_float2(-x[t].pair[q].x, -x[t].pair[q].y);
-      if (!SUMMARY && corrections != nullptr) write_block<Columns>(corrections + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
-      scale_columns(x[t], beta + t * 16);
-      written[t] = round_to<Operand>(x[t]);
+      if (!WARPGROUPS && !SUMMARY && corrections != nullptr)
+        write_block<Columns>(corrections + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
+      Sum weighted = x[t];
+      scale_columns(weighted, beta + t * 16);
+      written[t] = round_to<Operand>(weighted);
     }
 
     const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
+#if WARPGROUPS
+    settle(state);
+    open_products();
+    products_over_tokens(state, written, packet + Packet::kd);
+    close_products();
+    if (!SUMMARY && corrections != nullptr) {
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t) write_block<Columns>(corrections + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
+    }
+    wait_products<SUMMARY ? 0 : 1>();
+    if constexpr (SUMMARY) {
+      settle(state);
+      continue;
+    }
+    settle(out);
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t)
+#pragma unroll
+      for (int j = 0; j <= t; ++j) {
+        Right<Operand> p = Square::load_right(pairs, t * 16, j * 16);
+        if (j == t) keep<Triangle::lower, true>(p);
+        product(out[t], written[j], p);
+      }
+#else
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t)
 #pragma unroll
@@ -151,18 +201,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
         if (j == t) keep<Triangle::lower, true>(p);
         product(out[t], p, as_right(written[j]));
       }
+#endif
     const int tokens = min(C, sequence.length - m * C);
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
+#if WARPGROUPS
+      Block<Element> rows = round_to<Element>(out[t]);
+      rows = {{transpose(rows.word[0]), transpose(rows.word[2]), transpose(rows.word[1]), transpose(rows.word[3])}};
+#else
+      const Sum& rows = out[t];
+#endif
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int token = t * 16 + quadrant_row(q);
         if (token < tokens) {
           const long long row = static_cast<long long>(sequence.start + m * C + token) * heads + head;
-          store_pair(o + row * D + columns + mine + quadrant_column(q), out[t].pair[q]);
+          store_quadrant(o + row * D + columns + mine + quadrant_column(q), rows, q);
         }
       }
     }
+#if WARPGROUPS
+    wait_products<0>();
+    settle(state);
+#endif
   }
   if (of_transition) {
     write_transposed(state, transposed + state_at + (columns + mine - D) * D);
