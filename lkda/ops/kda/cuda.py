@@ -110,7 +110,7 @@ class Layout:
         In half precision 128 registers a thread are enough; float32 has all it wants.
         """
         fit = SHARED_BYTES_PER_BLOCK[arch] // shared_bytes
-        resident = 1 if self.operand == 4 else max(1, min(512 // self.threads, fit))
+        resident = 1 if self.operand == 4 else max(1, min(2, 512 // self.threads, fit))
         return {"SHARED_BYTES": shared_bytes, "RESIDENT": resident}
 
 

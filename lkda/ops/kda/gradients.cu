@@ -18,6 +18,7 @@
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
 constexpr int SLICE = D == 32 ? 32 : sizeof(Operand) == 2 ? 64 : 32;  // of V in shared memory at a time
+constexpr bool BOTH = ROOMY && D == 2 * SLICE && sizeof(Operand) == 2;  // slices are on their way at once
 constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2;                      // 16x16 blocks on and below the diagonal
 constexpr int ROUNDS = (2 * LOWER + WARPS - 1) / WARPS;               // of tasks, each a block of dP or of dM
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // of a warp that share a leaf
@@ -97,9 +98,10 @@ struct Shared {
   static constexpr int last_exchange = ROOMY ? exchange : pairs;                // of dq and dk's rows
   static constexpr int columns_exchange = ROOMY ? exchange + 2 * HandOver::bytes : work;
   static constexpr int end_of_operands = ROOMY ? exchange + 3 * HandOver::bytes : work + Level::bytes;
-  static constexpr int end_of_slices = work + slices;
+  static constexpr int end_of_slices = work + (BOTH ? 2 : 1) * slices;
   static constexpr int bytes = end_of_operands > end_of_slices ? end_of_operands : end_of_slices;
 };
+static_assert(!BOTH || Shared::end_of_slices <= Shared::end_of_operands, "both slices lie where operands and exchanges will");
 static_assert(Shared::last_exchange + 2 * HandOver::bytes <= Shared::bytes && Shared::columns_exchange + HandOver::bytes <= Shared::bytes, "what changes hands fits");
 static_assert(Shared::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
 
@@ -217,14 +219,14 @@ struct Straight {
     }
   }
   // exact_initial, exact_final: [K, V] from this slice's first column of V on, or null.
-  static __device__ __forceinline__ void add(char* shared, int block, int channels, bool first, const float* exact_initial, const float* exact_final) {
+  static __device__ __forceinline__ void add(char* shared, const char* slice, int block, int channels, bool first, const float* exact_initial, const float* exact_final) {
     const int channel = channels + lane_id() / 8 * 8;
     float sum[8] = {};
 #pragma unroll 1
     for (int v = block * 8 + lane_id() % 8; v < SLICE; v += BLOCKS * 8) {
       float2 s0[4], ds1[4];
-      eight(s0, StateSlice::at(shared + Shared::state, v, channel), exact_initial == nullptr ? nullptr : exact_initial + channel * D + v);
-      eight(ds1, StateSlice::at(shared + Shared::d_state, v, channel), exact_final == nullptr ? nullptr : exact_final + channel * D + v);
+      eight(s0, StateSlice::at(slice + Shared::state, v, channel), exact_initial == nullptr ? nullptr : exact_initial + channel * D + v);
+      eight(ds1, StateSlice::at(slice + Shared::d_state, v, channel), exact_final == nullptr ? nullptr : exact_final + channel * D + v);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         sum[2 * n] += s0[n].x * ds1[n].x;
@@ -370,16 +372,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   if (threadIdx.x < C) betas[threadIdx.x] = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
 
   auto fetch = [&](int first) {
-    fetch_rows<StateSlice>(shared + Shared::state, states + slot * State::bytes, first);
-    fetch_rows<StateSlice>(shared + Shared::d_state, d_states + slot * State::bytes, first);
-    fetch_rows<ColumnsSlice>(shared + Shared::correction, corrections + slot * Columns::bytes, first);
-    fetch_rows<ColumnsSlice>(shared + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
+    char* slice = shared + (BOTH && first > 0 ? Shared::slices : 0);
+    fetch_rows<StateSlice>(slice + Shared::state, states + slot * State::bytes, first);
+    fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * State::bytes, first);
+    fetch_rows<ColumnsSlice>(slice + Shared::correction, corrections + slot * Columns::bytes, first);
+    fetch_rows<ColumnsSlice>(slice + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
     constexpr int PIECE = 16 / sizeof(Element), PIECES = SLICE / PIECE;
 #pragma unroll
     for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
       const int t = n / PIECES, column = n % PIECES * PIECE;
       const long long row = span.start + min(t, span.tokens - 1);
-      copy_async(OutputSlice::at(shared + Shared::d_output, t, column), d_o + (row * heads + head) * D + first + column, t < span.tokens);
+      copy_async(OutputSlice::at(slice + Shared::d_output, t, column), d_o + (row * heads + head) * D + first + column, t < span.tokens);
     }
     close_copies();
   };
@@ -387,6 +390,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     Leaf<float> nats;
     nats.read(g, span, heads, head, leaf, channel);
     fetch(0);
+    if constexpr (BOTH) fetch(SLICE);
     Gates gates;
     gates.set(nats);
     gates.share(leaf_decay, leaf, channel);
@@ -407,12 +411,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   const float* exact_initial = span.first && initial_state != nullptr ? initial_state + ends_at : nullptr;
   const float* exact_final = span.last && d_final != nullptr ? d_final + ends_at : nullptr;
   for (int first = 0; first < D; first += SLICE) {
-    if (first > 0) {
+    if (!BOTH && first > 0) {
       __syncthreads();
       fetch(first);
     }
-    wait_copies<0>();
+    if (BOTH && first == 0) {
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
     __syncthreads();
+    char* slice = shared + (BOTH && first > 0 ? Shared::slices : 0);
     if (first == 0) {
       Reach reach;
 #pragma unroll
@@ -424,19 +433,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       *total(1, leaf) = reach.after;
     }
     const int warp = opaque(threadIdx.x / 32), block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;
-    Straight::add(shared, block, channels, first == 0, exact_initial == nullptr ? nullptr : exact_initial + first,
+    Straight::add(shared, slice, block, channels, first == 0, exact_initial == nullptr ? nullptr : exact_initial + first,
                   exact_final == nullptr ? nullptr : exact_final + first);
 #pragma unroll(SLICE == D ? SLICE / 16 : 1)
     for (int v = 0; v < SLICE; v += 16) {
-      const Right<Operand> d_out = as_right(convert<Operand>(OutputSlice::load(shared + Shared::d_output, tokens, v)));
-      const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(shared + Shared::d_correction, v), 0, tokens);
-      const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(shared + Shared::correction, v), 0, tokens);
+      const Right<Operand> d_out = as_right(convert<Operand>(OutputSlice::load(slice + Shared::d_output, tokens, v)));
+      const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_correction, v), 0, tokens);
+      const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::correction, v), 0, tokens);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const Block<Operand> s0 = StateSlice::load_transposed(StateSlice::from(shared + Shared::state, v, c * 16), 0, channels);
+        const Block<Operand> s0 = StateSlice::load_transposed(StateSlice::from(slice + Shared::state, v, c * 16), 0, channels);
         product(out.dq[c], s0, d_out);
         product(out.row[c], s0, as_right(y));
-        product(out.column[c], StateSlice::load_transposed(StateSlice::from(shared + Shared::d_state, v, c * 16), 0, channels), n);
+        product(out.column[c], StateSlice::load_transposed(StateSlice::from(slice + Shared::d_state, v, c * 16), 0, channels), n);
       }
       if (warp / BLOCKS == v / 16 % (D / 32)) {  // a share of dv for each of the warps with these tokens
 #pragma unroll
@@ -453,11 +462,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       if (!task.exists) continue;
 #pragma unroll 1
       for (int v = 0; v < SLICE; v += 16) {
-        const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(shared + Shared::correction, v), 0, task.column * 16);
+        const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::correction, v), 0, task.column * 16);
         if (task.of_p) {
-          product(pairs[round], convert<Operand>(OutputSlice::load(shared + Shared::d_output, task.row * 16, v)), n);
+          product(pairs[round], convert<Operand>(OutputSlice::load(slice + Shared::d_output, task.row * 16, v)), n);
         } else {
-          product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(shared + Shared::d_correction, v), 0, task.row * 16), n);
+          product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_correction, v), 0, task.row * 16), n);
         }
       }
     }
@@ -511,18 +520,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   auto write_columns = [&](int level, char* tile) {
     if (!Level::is_row(level, leaf)) Level::write_columns(tile, level, leaf, channel, reach_of(level), near);
   };
-  read_rows();
+  qs.read(q, place(), heads, place_head(), leaf, channel);
 
   // Their sums over a leaf go to the other leaves' dg.
   char* exchange = shared + Shared::exchange;
   auto sum_of = [&](const char* from) {
     float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
-    for (int i = 0; i < LEAF; i += 4) {
-      float2 y[4];
-      HandOver::take_four(y, from, leaf, channel, i);
+    for (int i = 0; i < LEAF; i += 2) {
+      float2 y[2];
+      HandOver::take_two(y, from, leaf, channel, i);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) add_to(sum, times(near[i + n], y[n]));
+      for (int n = 0; n < 2; ++n) add_to(sum, times(near[i + n], y[n]));
     }
     return sum;
   };
@@ -532,8 +541,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     HandOver::give(exchange + 2 * HandOver::bytes, out.column, tokens, channels);
   }
   near_q();
+  ks.read(k, place(), heads, place_head(), leaf, channel);
   __syncthreads();
-  float2 sum = sum_of(exchange);
+  constexpr bool LAID_DOWN = D == 64;  // the first sum waits in shared memory: a register is short
+  float2 sum;
+  if constexpr (LAID_DOWN) {
+    *total(0, leaf) = sum_of(exchange);
+  } else {
+    sum = sum_of(exchange);
+  }
   if constexpr (ROOMY) {
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) write_rows(level, shared + Shared::work + level * Level::bytes, true);
@@ -543,8 +559,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     __syncthreads();
   }
   near_k();
-  add_to(sum, sum_of(ROOMY ? exchange + HandOver::bytes : exchange));
-  *total(0, leaf) = sum;
+  if constexpr (LAID_DOWN) {
+    add_to(*total(0, leaf), sum_of(ROOMY ? exchange + HandOver::bytes : exchange));
+  } else {
+    add_to(sum, sum_of(ROOMY ? exchange + HandOver::bytes : exchange));
+    *total(0, leaf) = sum;
+  }
   if constexpr (ROOMY) {
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) write_rows(level, shared + Shared::work + level * Level::bytes, false);
@@ -566,6 +586,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     char* tile = shared + Shared::work + (ROOMY ? level * Level::bytes : 0);
     if constexpr (!ROOMY) {
       if (level > 0) __syncthreads();  // the operands before these have been read
+      gates.read(g, place(), heads, place_head(), leaf, channel);
       read_rows();
       near_q();
       write_rows(level, tile, true);
@@ -655,7 +676,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     return (static_cast<long long>(here.start + opaque(leaf) * LEAF) * heads + place_head()) * D + opaque(channel);
   };
   Element* to_q = d_q + first_element(place());
-  const int left = place().tokens - leaf * LEAF;
+  auto left = [&] { return place().tokens - leaf * LEAF; };
   inside = make_float2(1.f, 1.f);
   float2 dq[2], row[2];
   leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, column, dg, [&](int i, float2 a, float2 b) {
@@ -667,7 +688,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     }
     add_to(a, times(inside, dq[i % 2]));
     add_to(b, times(inside, row[i % 2]));
-    if (i < left) store_pair(to_q + i * stride, fused(p, ks[i], a));
+    if (i < left()) store_pair(to_q + i * stride, fused(p, ks[i], a));
     HandOver::keep_one(shared + Shared::last_exchange, leaf, channel, i, ks[i].x * b.x + ks[i].y * b.y);  // of dbeta
     add_to(column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], b)));
   });
@@ -675,7 +696,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   const long long first = first_element(here);
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
-    if (i < left) {
+    if (i < here.tokens - leaf * LEAF) {
       store_pair(d_k + first + i * stride, column[i]);
       store_pair(d_g + first + i * stride, dg[i]);
     }

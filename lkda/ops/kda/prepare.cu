@@ -287,6 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
   Leaf<Element> qs, ks;
   float own_beta = 0.f;  // of token threadIdx.x
   auto ask = [&](int item) {
+    const int channel = opaque(threadIdx.x) % (D / 2) * 2, leaf = opaque(threadIdx.x) / (D / 2);
     const Span span = span_of(item / heads, length, spans);
     exists = span.tokens > 0;
     if (!exists) return;
