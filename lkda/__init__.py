@@ -1,15 +1,16 @@
 """lkda: small language models in which the sequence mixer is the variable.
 
     model, tokenizer = lkda.load("exported_directory")
-    lkda.export(model, tokenizer, "another_directory")
+    lkda.export(model, tokenizer, "another_directory", format="hf")
 
 `import lkda` and `lkda.ops` need torch alone; the rest is imported by the function that uses it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,20 +21,34 @@ __version__ = "0.1.0"
 
 
 def load(directory: str | Path, *, backend: str = "auto") -> tuple[LanguageModel, Tokenizer]:
-    """Load an exported directory: (model, tokenizer), the model on the CPU and in eval mode.
+    """Load an exported directory, or one of transformers (Kimi Linear, Llama): (model, tokenizer).
 
-    Raises ValueError where the directory is incomplete, broken or of another kind.
+    The model is in float32, on the CPU and in eval mode. Nothing in the directory is executed. Raises ValueError where
+    it is incomplete, broken or of another kind.
     """
     from lkda.formats import load
 
     return load(directory, backend=backend)
 
 
-def export(model: LanguageModel, tokenizer: Tokenizer, out: str | Path, *, format: str = "lkda") -> None:
-    """Write `model` and `tokenizer` into the new or empty directory `out`.
+def export(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    out: str | Path,
+    *,
+    format: str = "lkda",
+    dtype: str | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `model`, `tokenizer` and a model card into the new or empty directory `out`.
 
-    Raises ValueError for an unknown format, an occupied directory, or a model that the format cannot express.
+    Args:
+        format: lkda, hf (transformers and its kin), gguf (llama.cpp) or fla (flash-linear-attention).
+        dtype: of the weights: float32 or bfloat16, in gguf f32, f16 or q8_0; the first where None.
+        run: what the model card tells of the training, {"training": {name: value}, "results": {...}, "config": dict}.
+    Raises: ValueError for an unknown format or dtype, an occupied directory, or a model that the format cannot express,
+        naming those that can.
     """
     from lkda.formats import save
 
-    save(out, model, tokenizer, format=format)
+    save(out, model, tokenizer, format=format, dtype=dtype, run=run)

@@ -2,33 +2,83 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import lkda
-from lkda.commands.model_source import load_trained
+from lkda.commands.model_source import TrainedModel, load_trained
+from lkda.commands.run_directory import read_summary
 from lkda.commands.settings import plain
-from lkda.formats import find_format
+from lkda.formats import check_export, find_format
 
 
 def export(config: DictConfig) -> Path:
-    """Export `ckpt` to `out` in `format`.
+    """Export `ckpt` to `out` in `format`, with a model card made from the run.
 
     Args:
         config: composed from configs/export.yaml.
     Returns: the directory.
     Raises:
-        ValueError: an unknown format, an unusable checkpoint, an occupied or unwritable directory.
+        ValueError: an unknown format or dtype, an unusable checkpoint, a model that the format cannot express, an
+            occupied or unwritable directory.
     """
     plain(config)
-    find_format(config.format)
+    module = find_format(config.format)
     trained = load_trained(config.ckpt)
+    check_export(trained.model.config, format=config.format, dtype=config.dtype)
     out = Path(config.out)
-    lkda.export(trained.model, trained.tokenizer, out, format=config.format)
-    console = Console(soft_wrap=True)
+    lkda.export(
+        trained.model, trained.tokenizer, out, format=config.format, dtype=config.dtype, run=record_of_run(trained)
+    )
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{trained.path} -> {out} ({config.format})")
-    if config.format == "lkda":
-        console.print(f'in Python:  model, tokenizer = lkda.load("{out}")', highlight=False)
+    console.print("in Python:\n" + "".join(f"  {line}\n" for line in module.usage(str(out)).splitlines()))
     return out
+
+
+def record_of_run(trained: TrainedModel) -> dict[str, Any]:
+    """What the model card tells of the training; {} for a model whose run is not known.
+
+    What was measured is that of the checkpoint's own step.
+    """
+    if trained.step is None:
+        return {}
+    facts = trained.run
+    training = {
+        "data": facts["data"],
+        "steps": trained.step,
+        "tokens": trained.step * facts["tokens_per_step"],
+        "context": facts["context"],
+        "seed": facts["seed"],
+    }
+    directory = trained.path.parent.parent
+    summary = read_summary(directory / "summary.json")
+    for name in ("learning_rate", "precision", "device", "git_commit"):
+        training[name.replace("_", " ")] = summary.get(name)
+    training |= {f"{name} version": version for name, version in summary.get("versions", {}).items()}
+    record: dict[str, Any] = {"training": training, "results": _measured(directory / "metrics.csv", trained)}
+    if (directory / "config.yaml").is_file():
+        record["config"] = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
+    return record
+
+
+def _measured(metrics: Path, trained: TrainedModel) -> dict[str, Any]:
+    """The validation of the checkpoint's step, where there was one."""
+    if not metrics.is_file():
+        return {}
+    with open(metrics, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/loss"] and int(row["step"]) == trained.step]
+    if not rows:
+        return {}
+    loss = float(rows[-1]["val/loss"])
+    return {
+        "validation loss (nats a token)": loss,
+        "validation perplexity": math.exp(loss),
+        "validation bits per byte": float(rows[-1]["val/bits_per_byte"]),
+        "unigram entropy of the validation text (nats a token)": trained.run["unigram_entropy"],
+    }

@@ -8,7 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lkda.formats.native import build_with_weights, load
+from lkda.formats import load
+from lkda.formats.parts.building import build_with_weights
 from lkda.models.lm import LanguageModel
 from lkda.training.checkpoint import read_checkpoint
 
@@ -22,12 +23,14 @@ class TrainedModel:
         tokenizer: the one it was trained with.
         run: plain facts (mixer, data, bytes_per_token, ...), {} for an exported directory.
         path: the file or directory that was read.
+        step: of the run, None for an exported directory.
     """
 
     model: LanguageModel
     tokenizer: Tokenizer
     path: Path
     run: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
 
 
 def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
@@ -54,4 +57,4 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
         if name.startswith(prefix)
     }
     model = build_with_weights(ours["model"], weights, source=path, backend=backend)
-    return TrainedModel(model, Tokenizer.from_str(ours["tokenizer"]), path, ours["run"])
+    return TrainedModel(model, Tokenizer.from_str(ours["tokenizer"]), path, ours["run"], ours["step"])

@@ -90,12 +90,17 @@ class RunDirectory:
 
     def read_summary(self) -> dict[str, Any]:
         """The result that is recorded, {} where there is none."""
-        return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else {}
+        return read_summary(self.summary)
 
     def column(self, name: str) -> list[float]:
         """The values of a column of metrics.csv, in order, without the empty ones."""
         with open(self.metrics, encoding="utf-8", newline="") as file:
             return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What a run's summary.json holds, {} where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _fixed(config: Mapping[Any, Any]) -> dict[str, Any]:

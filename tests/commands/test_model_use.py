@@ -117,7 +117,12 @@ def test_an_unfinished_character_and_the_end_of_a_document(run: Path) -> None:
 def test_an_exported_directory_loads(trained: Path, tmp_path: Path) -> None:
     """Same tokens, same logits, and everything else that reads a checkpoint reads the directory too."""
     out = export(composed("export", f"ckpt={trained}", f"out={tmp_path}/model"))
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+    }
     model, tokenizer = lkda.load(out)
     assert isinstance(tokenizer, Tokenizer)
     source = load_trained(trained)

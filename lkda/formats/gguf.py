@@ -1,0 +1,186 @@
+"""The format `gguf`: one file that llama.cpp runs, tokenizer inside.
+
+KDA and MLA layers become its `kimi-linear`, softmax layers its `llama`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lkda.formats.parts import kimi, llama
+from lkda.formats.parts.gguf_tokenizer import add_tokenizer, check_tokenizer
+from lkda.formats.parts.layers import layer_names, options_of
+from lkda.formats.parts.writing import weights_of
+from lkda.models.lm import LanguageModel
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+__all__ = ["DTYPES", "MODEL_TYPES", "obstacle", "save", "usage"]
+
+DTYPES = ("f32", "f16", "q8_0")
+MODEL_TYPES = ()  # written only
+# Ours, within a layer or outside of them -> theirs.
+_NAMES = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "mixer_norm.weight": "attn_norm.weight",
+    "mlp_norm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "mixer.q_proj.weight": "attn_q.weight",
+    "mixer.k_proj.weight": "attn_k.weight",
+    "mixer.v_proj.weight": "attn_v.weight",
+    "mixer.o_proj.weight": "attn_output.weight",
+    "mixer.q_conv1d.weight": "ssm_conv1d_q.weight",
+    "mixer.k_conv1d.weight": "ssm_conv1d_k.weight",
+    "mixer.v_conv1d.weight": "ssm_conv1d_v.weight",
+    "mixer.f_a_proj.weight": "ssm_f_a.weight",
+    "mixer.f_b_proj.weight": "ssm_f_b.weight",
+    "mixer.g_a_proj.weight": "ssm_g_a.weight",
+    "mixer.g_b_proj.weight": "ssm_g_b.weight",
+    "mixer.b_proj.weight": "ssm_beta.weight",
+    "mixer.A_log": "ssm_a",
+    "mixer.dt_bias": "ssm_dt.bias",
+    "mixer.o_norm.weight": "ssm_norm.weight",
+    "mixer.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
+    "mixer.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
+    "mixer.kv_b_proj.weight": "attn_kv_b.weight",
+}
+
+
+def obstacle(config: Mapping[str, Any]) -> str | None:
+    """What of a model's config neither architecture has; None where one has everything."""
+    return llama.obstacle(config) if llama.is_llama(config) else kimi.obstacle(config)
+
+
+def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
+    """Write model-<dtype>.gguf.
+
+    Raises: ValueError where the package gguf is missing, or for a tokenizer that llama.cpp does not have.
+    """
+    try:
+        from gguf import GGUFWriter
+    except ImportError as error:
+        raise ValueError("format gguf needs the package gguf: pip install 'lkda[export]'.") from error
+    check_tokenizer(tokenizer)
+    softmax = llama.is_llama(model.config)
+    if not softmax:
+        model = kimi.both_kinds(model)
+    writer = GGUFWriter(directory / f"model-{dtype}.gguf", "llama" if softmax else "kimi-linear")
+    _add_sizes(writer, model.config, dtype)
+    if softmax:
+        weights = _llama(writer, model)
+    else:
+        weights = _kimi_linear(writer, model)
+    add_tokenizer(writer, tokenizer, rows=model.config["vocab_size"])
+    for name, tensor in weights.items():
+        _add_tensor(writer, name, tensor, dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def usage(directory: str) -> str:
+    """How to load it, in Python."""
+    return (
+        "from llama_cpp import Llama\n\n"
+        f'model = Llama("{directory}/model-f32.gguf")  # or model-f16.gguf, model-q8_0.gguf: as it was written\n'
+        'print(model("The people of the United States", max_tokens=50)["choices"][0]["text"])'
+    )
+
+
+def _add_sizes(writer: GGUFWriter, config: Mapping[str, Any], dtype: str) -> None:
+    from gguf import LlamaFileType
+
+    file_types = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
+    writer.add_file_type(file_types[dtype])
+    writer.add_context_length(config["context"] or 2048)
+    writer.add_embedding_length(config["d_model"])
+    writer.add_block_count(config["num_layers"])
+    writer.add_feed_forward_length(config["mlp_hidden"])
+    writer.add_head_count(config["mixer"]["num_heads"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_layer_norm_rms_eps(config["norm_eps"])
+
+
+def _llama(writer: GGUFWriter, model: LanguageModel) -> dict[str, Tensor]:
+    """Keys, and the weights by their names. Rotation pairs neighbouring channels there, half a head apart here."""
+    heads = model.config["mixer"]["num_heads"]
+    writer.add_head_count_kv(heads)
+    writer.add_rope_dimension_count(model.config["d_model"] // heads)
+    writer.add_rope_freq_base(options_of(model.config, "softmax")["rope_base"])
+    named = {}
+    for name, tensor in weights_of(model).items():
+        if name.endswith(("mixer.q_proj.weight", "mixer.k_proj.weight")):
+            tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+        named[_stored_as(name)] = tensor
+    return named
+
+
+def _kimi_linear(writer: GGUFWriter, model: LanguageModel) -> dict[str, Tensor]:
+    """Keys, and the weights by their names."""
+    from gguf import ExpertGatingFuncType
+
+    config = model.config
+    kda, mla = kimi.kinds(model)
+    # Layers without keys and values are the recurrent ones; MLA keeps one latent for all heads.
+    writer.add_head_count_kv([0 if name == "kda" else 1 for name in layer_names(config)])
+    writer.add_ssm_conv_kernel(options_of(config, "kda")["conv_width"])
+    writer.add_kda_head_dim(kda.head_dim)
+    writer.add_kv_lora_rank(mla.rank)
+    writer.add_rope_dimension_count(mla.rope)
+    writer.add_key_length(mla.rank + mla.rope)
+    writer.add_value_length(mla.rank)
+    writer.add_key_length_mla(mla.nope + mla.rope)
+    writer.add_value_length_mla(mla.v_dim)
+    # Required, and unused where every layer is dense.
+    writer.add_leading_dense_block_count(config["num_layers"])
+    writer.add_expert_feed_forward_length(config["mlp_hidden"])
+    writer.add_expert_shared_count(0)
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    named = {}
+    for name, tensor in kimi.with_latent_eps(weights_of(model), model, config["norm_eps"]).items():
+        theirs = _stored_as(name)
+        if name.endswith("A_log"):
+            tensor = -tensor.exp()
+        if "conv1d" in name:
+            tensor = tensor.unsqueeze(0)  # [1, HD, 1, width]
+        if name.endswith("kv_b_proj.weight"):
+            k, v = tensor.unflatten(0, (mla.num_heads, -1)).split([mla.nope, mla.v_dim], 1)
+            named[theirs.replace("kv_b", "k_b")] = k.transpose(1, 2).contiguous()
+            named[theirs.replace("kv_b", "v_b")] = v.contiguous()
+        else:
+            named[theirs] = tensor
+    return named
+
+
+def _stored_as(name: str) -> str:
+    """Our name of a parameter -> its name in the file."""
+    if not name.startswith("blocks."):
+        return _NAMES[name]
+    _, layer, rest = name.split(".", 2)
+    return f"blk.{layer}.{_NAMES[rest]}"
+
+
+def _add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, dtype: str) -> None:
+    """Matrices as `dtype`; vectors, convolutions and decays, and rows that q8_0's blocks of 32 do not fit, in f32."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    matrix = tensor.dim() >= 2 and "conv1d" not in name and not name.endswith("ssm_a")
+    data = tensor.numpy()
+    if dtype == "f16" and matrix:
+        data = data.astype("float16")
+    if dtype == "q8_0" and matrix and tensor.shape[-1] % 32 == 0:
+        writer.add_tensor(name, quantize(data, GGMLQuantizationType.Q8_0), raw_dtype=GGMLQuantizationType.Q8_0)
+    else:
+        writer.add_tensor(name, data)

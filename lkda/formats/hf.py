@@ -1,0 +1,96 @@
+"""The format `hf`: a directory of transformers. KDA and MLA layers become Kimi Linear, softmax layers Llama.
+
+vLLM, SGLang and mlx-lm read the same names. Both architectures call a layer's parts alike, so one renaming serves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from lkda.formats.parts import kimi, llama
+from lkda.formats.parts.building import build_with_weights
+from lkda.formats.parts.hf_config import kimi_config, llama_config, read_kimi, read_llama
+from lkda.formats.parts.reading import read_tokenizer, read_weights
+from lkda.formats.parts.tokenizer import special_ids, write_tokenizer
+from lkda.formats.parts.writing import DTYPES, weights_of, write_json, write_weights
+from lkda.models.lm import LanguageModel
+
+__all__ = ["DTYPES", "MODEL_TYPES", "load", "obstacle", "save", "usage"]
+
+MODEL_TYPES = ("kimi_linear", "llama")
+# transformers fixes the eps of the latent's norm to this; the other readers take rms_norm_eps.
+LATENT_EPS = 1e-6
+_NAMES = (
+    ("blocks.", "layers."),
+    ("mixer_norm", "input_layernorm"),
+    ("mlp_norm", "post_attention_layernorm"),
+    (".mixer.", ".self_attn."),
+)
+
+
+def obstacle(config: Mapping[str, Any]) -> str | None:
+    """What of a model's config neither architecture has; None where one has everything."""
+    return llama.obstacle(config) if llama.is_llama(config) else kimi.obstacle(config)
+
+
+def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
+    """Write model.safetensors, config.json, generation_config.json and the tokenizer."""
+    if llama.is_llama(model.config):
+        config = llama_config(model)
+    else:
+        model = kimi.both_kinds(model)
+        config = kimi_config(model)
+    weights = kimi.with_latent_eps(weights_of(model), model, LATENT_EPS)
+    write_weights(directory, {stored_as(name): tensor for name, tensor in weights.items()}, dtype=dtype)
+    write_json(directory / "config.json", {**config, "dtype": dtype, **special_ids(tokenizer)})
+    write_tokenizer(directory, tokenizer, context=model.config["context"] or None)
+
+
+def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[LanguageModel, Tokenizer]:
+    """Read a directory of either architecture, made here or elsewhere.
+
+    A last layer that adds nothing is left out, and a head that equals the embedding is tied to it: so a model of ours
+    comes back as it went.
+
+    Raises: ValueError for what our mixers do not have, and where the weights do not fit the config.
+    """
+    read = read_llama if config["model_type"] == "llama" else read_kimi
+    made = read(config, directory)
+    weights = read_weights(directory)
+    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    if head is None and embedding is not None and config.get("tie_word_embeddings"):
+        weights["lm_head.weight"] = head = embedding
+    made["tie_embeddings"] = head is not None and embedding is not None and torch.equal(head, embedding)
+    last = made["num_layers"] - 1
+    if last and kimi.adds_nothing(weights, last, stored_as):
+        prefix = stored_as(f"blocks.{last}.")
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+        made["num_layers"] = last
+        made["mixer"] = {**made["mixer"], "pattern": made["mixer"]["pattern"][:last]}
+    model = build_with_weights(made, weights, source=directory, backend=backend, stored_as=stored_as)
+    return model, read_tokenizer(directory)
+
+
+def stored_as(name: str) -> str:
+    """Our name of a parameter -> its name in the file."""
+    for ours, theirs in _NAMES:
+        name = name.replace(ours, theirs)
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def usage(directory: str) -> str:
+    """How to load it, in Python."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{directory}", dtype="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{directory}")\n'
+        'tokens = tokenizer("The people of the United States", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))\n\n"
+        "import lkda\n\n"
+        f'model, tokenizer = lkda.load("{directory}")  # the way back, to fine-tune or evaluate'
+    )
