@@ -21,6 +21,8 @@ PACKED = [0, 0, 5, 69, 69, 169, 170, 600, 601, 700, 700]
 HEADS = 8  # of each gate: errors of fewer numbers are too much a matter of luck to compare
 # The dimension of the heads in each result.
 HEAD_AXIS = {"final_state": 1, "dinitial_state": 1}
+# With beta of 0 in every token, where channels have no decay either: S and dS go through no product in the yardstick.
+FROZEN = (("dg", "zero"), ("dg", "mixed"))
 
 
 def every_gate(B, T, D, *, dtype=torch.bfloat16, seed=0):
@@ -49,15 +51,23 @@ def run(inputs, backend="cuda", **options):
         return outputs_and_gradients(kda_attention, inputs, backend=backend, **options)
 
 
-def assert_within_yardstick(inputs, **options):
-    """At most twice the yardstick's error, in every result, gate by gate."""
-    got, want, yardstick = run(inputs, **options), kda_truth(inputs, **options), kda_yardstick(inputs, **options)
+def errors(inputs, *, truth="recurrent", **options):
+    """{(result, gate): (error, twice the yardstick's)}"""
+    got, yardstick = run(inputs, **options), kda_yardstick(inputs, **options)
+    want = kda_truth(inputs, backend=truth, **options)
+    found = {}
     for name in want:
         axis = HEAD_AXIS.get(name, 2)
         parts = [x[name].split(HEADS, axis) for x in (got, want, yardstick)]
-        for gate, mine, truth, rounded in zip(GATES, *parts):
-            error, allowed = relative(mine, truth), 2 * relative(rounded, truth) + 1e-6
-            assert error <= allowed, f"{name} at {gate} gates: {error:.2e} > {allowed:.2e}"
+        for gate, mine, exact, rounded in zip(GATES, *parts):
+            found[name, gate] = relative(mine, exact), 2 * relative(rounded, exact) + 1e-6
+    return found
+
+
+def assert_within_yardstick(inputs, *, but=(), **options):
+    """At most twice the yardstick's error, in every result, gate by gate; `but`: (result, gate) that are not asked."""
+    for (name, gate), (error, allowed) in errors(inputs, **options).items():
+        assert error <= allowed or (name, gate) in but, f"{name} at {gate} gates: {error:.2e} > {allowed:.2e}"
 
 
 def test_what_the_kernels_cannot_take_is_said():
@@ -97,8 +107,19 @@ class TestError:
     def test_in_other_dtypes(self, dtype, D, T):
         assert_within_yardstick(every_gate(2, T, D, dtype=dtype))
 
-    def test_over_a_long_sequence(self):
-        assert_within_yardstick(every_gate(1, 8192, 32))
+    @pytest.mark.parametrize(("D", "truth"), [(32, "recurrent"), (64, "chunk"), (128, "chunk")])
+    def test_over_a_long_sequence(self, D, truth):
+        """Wider heads against the chunked form in float64: the recurrence would keep more than the memory holds."""
+        assert_within_yardstick(every_gate(1, 8192, D), truth=truth)
+
+    @pytest.mark.parametrize("D", [64, 128])
+    def test_at_slow_gates_is_no_larger_than_public_kernels(self, D):
+        """What FLA 0.6 errs at B = 1, T = 1024."""
+        theirs = {"o": 4.2e-3, "dq": 4.1e-3, "dk": 4.3e-3, "dv": 4.0e-3, "dg": 5.5e-3, "dbeta": 3.4e-3}
+        inputs = on_gpu(1, 1024, 8, D)
+        got, want = run(inputs), kda_truth(inputs)
+        for name, error in theirs.items():
+            assert relative(got[name], want[name]) <= error, name
 
     @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -134,6 +155,27 @@ class TestError:
         inputs = every_gate(2, 300, 64)
         inputs["beta"] = (inputs["beta"] > 0.5).float()
         assert_within_yardstick(inputs)
+
+    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    def test_with_beta_of_one_in_every_token(self, D):
+        inputs = every_gate(2, 300, D)
+        inputs["beta"] = torch.ones_like(inputs["beta"])
+        assert_within_yardstick(inputs)
+
+    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    def test_with_beta_of_zero_in_every_token(self, D):
+        inputs = every_gate(2, 300, D)
+        inputs["beta"] = torch.zeros_like(inputs["beta"])
+        assert_within_yardstick(inputs, but=FROZEN)
+
+    @pytest.mark.xfail(
+        strict=True, reason="the states between chunks are kept in bf16; the yardstick rounds nothing here"
+    )
+    def test_dg_of_a_state_that_neither_decays_nor_is_written(self):
+        inputs = every_gate(2, 300, 64)
+        inputs["beta"] = torch.zeros_like(inputs["beta"])
+        found = errors(inputs)
+        assert all(found[where][0] <= found[where][1] for where in FROZEN)
 
     def test_with_one_key_repeated_and_beta_one(self):
         inputs = every_gate(2, 300, 64)
@@ -194,6 +236,23 @@ class TestProperties:
             for name, x in first.items():
                 assert torch.equal(x, again[name]), name
 
+    @pytest.mark.parametrize("T", [300, 8192])
+    def test_on_a_second_stream(self, T):
+        """Its inputs are written there, late: a kernel on another stream would read what was there before."""
+        inputs = on_gpu(1, T, 2, 64)
+        want = run(inputs)
+        late = {name: torch.full_like(x, torch.nan) for name, x in inputs.items()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            for name, x in inputs.items():
+                late[name].copy_(x)
+            got = run(late)
+        stream.synchronize()
+        for name, x in want.items():
+            assert torch.equal(got[name], x), name
+
     def test_future_tokens_never_change_past_outputs_of_segments(self):
         one, two = on_gpu(1, 4096, 2, 64, seed=0), on_gpu(1, 4096, 2, 64, seed=1)
         assert segment_count(1, 2, 64) > 1
@@ -244,6 +303,7 @@ class TestProperties:
 @needs_gpu
 class TestTorch:
     def test_opcheck(self):
+        """Schema, fake, autograd, and tracing with sizes that are symbols."""
         q, k, v, g, beta, state = (x.requires_grad_() for x in on_gpu(2, 100, 2, 64).values())
         forward = (q, k, v, g, beta, state, None, 0.125, True)
         torch.library.opcheck(torch.ops.lkda.kda_forward, forward)

@@ -29,11 +29,9 @@ def outputs_and_gradients(
     return {"o": o, "final_state": state} | {f"d{name}": x for name, x in zip(leaves, gradients)}
 
 
-def kda_truth(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
-    """The float64 recurrence on the very inputs that the kernel gets."""
-    return outputs_and_gradients(
-        kda_attention, {k: x.double() for k, x in inputs.items()}, backend="recurrent", **options
-    )
+def kda_truth(inputs: dict[str, Tensor], *, backend: str = "recurrent", **options: object) -> dict[str, Tensor]:
+    """The float64 recurrence on the very inputs that the kernel gets; or "chunk", which equals it to 1e-12."""
+    return outputs_and_gradients(kda_attention, {k: x.double() for k, x in inputs.items()}, backend=backend, **options)
 
 
 def kda_yardstick(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
