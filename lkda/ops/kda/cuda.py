@@ -176,9 +176,10 @@ def _parts(D: int) -> tuple[str, ...]:
 
 @cache
 def _segments_kernel(D: int, arch: str) -> Kernel:
-    state, piece = 4 * D * 8, 4 * D * 16
-    stages = min(16, (SHARED_BYTES_PER_BLOCK[arch] - state) // piece)
-    shared_bytes = state + stages * piece
+    sums = 4 * D * 8 + 4 * 8 * 8 * (D + 4)  # a state's eight columns, and partial sums of the next
+    stage = 4 * D * 4 * (D // 16)  # four rows a warp
+    stages = min(12, (SHARED_BYTES_PER_BLOCK[arch] - sums) // stage)
+    shared_bytes = sums + stages * stage
     defines = _layout(D, torch.float32).defines | {"STAGES": stages, "SHARED_BYTES": shared_bytes}
     return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPiii", shared_bytes=shared_bytes)
 

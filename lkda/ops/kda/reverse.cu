@@ -52,6 +52,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
   const Sequence sequence = segment_of(sequence_of(n, sequences, length, bounds), segment, segments);
   const int chunks = (sequence.length + C - 1) / C;
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
+  if (SUMMARY && segment == 0) return;  // nothing precedes it
 
   auto fetch = [&](int step) {  // steps count chunks from the last one
     const int m = chunks - 1 - step;

@@ -37,7 +37,8 @@ __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const
 // each segment. final_state: [N, H, K, V] float32.
 // Kept for the backward, both null where none follows: states [chunks, H] State, the state each chunk was entered with,
 // and corrections [chunks, H] Columns, N~^T. Of SUMMARY, initial_state, o, states and corrections are null, and
-// final_state [N, segments, H, K, V] is Z; transposed and transitions (may be null): [N, segments, H, K, K], A^T and A.
+// final_state [N, segments, H, K, V] is Z; transposed and transitions (may be null): [N, segments, H, K, K], A^T and A. Of
+// the last segment Z and A^T are not needed, and may stay unwritten.
 // Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     const char* packets, const Element* v, const float* initial_state, Element* o, float* final_state, char* states, char* corrections,
@@ -49,6 +50,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
   const Sequence sequence = segment_of(sequence_of(n, sequences, length, bounds), segment, segments);
   const int chunks = (sequence.length + C - 1) / C;
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
+  // Nothing follows the last segment. Backwards its A is needed.
+  if (SUMMARY && segment == segments - 1 && (transitions == nullptr || columns + WIDTH <= D)) return;
 
   auto fetch = [&](int m) {
     char* stage = shared + m % STAGES * Stage::bytes;
