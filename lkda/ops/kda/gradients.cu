@@ -269,6 +269,7 @@ __device__ __forceinline__ void store_totals(float* total, const float (&sum)[4]
 #pragma unroll
   for (int n = 0; n < 2; ++n) two[n] = (lane & 1 ? sum[n + 2] : sum[n]) + __shfl_xor_sync(0xffffffffu, lane & 1 ? sum[n] : sum[n + 2], 1);
   const float one = (lane & 2 ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, lane & 2 ? two[0] : two[1], 2);
+  __syncwarp();  // every lane has read the reaches
   total[(leaf + (lane & 1)) * D + channel + (lane & 2) * 4 + lane_row()] = one;
 }
 
