@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from lkda.training.checkpoint import newest_intact, write_atomically
 
 # Settings that change what a run computes: a run is resumed with the same ones.
-_FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed")
+_FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from")
 _FIXED_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "val_check_interval", "limit_val_batches")
 # Where things lie and how many hands fetch them is free.
 _FREE = ("cache_dir", "num_workers", "pin_memory")

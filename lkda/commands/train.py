@@ -18,9 +18,11 @@ from rich.console import Console
 
 from lkda.commands.closing import draw_sample, print_closing, python_command
 from lkda.commands.command_line import CommandError
+from lkda.commands.initial import with_initial_model
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.settings import check_counts, check_model, device_of, model_config, plain, steps_for
 from lkda.commands.summary import summarize
+from lkda.models.lm import LanguageModel
 from lkda.training.callbacks import (
     Checkpoints,
     DivergedError,
@@ -51,6 +53,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     """
     _quiet()
     check_counts(config)
+    config, initial = with_initial_model(config)
     settings = plain(config)
     check_optimizer(settings["optimizer"])
     check_schedule(settings["scheduler"])
@@ -60,7 +63,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=_precision(settings))
     run = RunDirectory(run_dir)
     try:
-        return _train_in(run, config, settings, device)
+        return _train_in(run, config, settings, device, initial)
     finally:
         run.release()
 
@@ -102,7 +105,13 @@ class _Plan:
     step: int
 
 
-def _train_in(run: RunDirectory, config: DictConfig, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _train_in(
+    run: RunDirectory,
+    config: DictConfig,
+    settings: dict[str, Any],
+    device: torch.device,
+    initial: LanguageModel | None,
+) -> dict[str, Any]:
     console = Console(highlight=False, markup=False)
     saved = run.begin(settings, resume=config.resume)
     data = instantiate(config.data)
@@ -114,7 +123,7 @@ def _train_in(run: RunDirectory, config: DictConfig, settings: dict[str, Any], d
     run.write_config(settings)
     data.tokenizer.save(str(run.tokenizer))
     _announce(console, run, plan)
-    model, ending = _fit(run, plan, data)
+    model, ending = _fit(run, plan, data, initial)
 
     status = {InterruptedRunError: "interrupted", DivergedError: "diverged"}.get(type(ending), "finished")
     step = ending.step if ending is not None else max(plan.step, plan.steps)
@@ -178,13 +187,18 @@ def _announce(console: Console, run: RunDirectory, plan: _Plan) -> None:
         f"{plan.steps:,} steps of {facts['tokens_per_step']:,} tokens\nrun directory {run.path}",
         soft_wrap=True,
     )
+    if plan.config.init_from is not None:
+        console.print(f"weights, model and tokenizer from {plan.config.init_from}", soft_wrap=True)
     if plan.config.resume:
         fresh = "nothing is saved here yet: starting afresh"
         console.print(f"resuming from step {plan.step}" if plan.resume_from else fresh)
 
 
-def _fit(run: RunDirectory, plan: _Plan, data: Any) -> tuple[Any, InterruptedRunError | DivergedError | None]:
-    """Train. Returns the model, and what ended the run before its last step, if something did."""
+def _fit(
+    run: RunDirectory, plan: _Plan, data: Any, initial: LanguageModel | None
+) -> tuple[Any, InterruptedRunError | DivergedError | None]:
+    """Train, from the weights of `initial` if one is given. Returns the model, and what ended the run before its last
+    step, if something did."""
     settings = plan.settings
     L.seed_everything(plan.config.seed, workers=True, verbose=False)
     if plan.device.type == "cuda":
@@ -197,6 +211,8 @@ def _fit(run: RunDirectory, plan: _Plan, data: Any) -> tuple[Any, InterruptedRun
         bytes_per_token=data.bytes_per_token,
         compile=plan.config.compile,
     )
+    if initial is not None:
+        task.model.load_state_dict(initial.state_dict())  # a checkpoint to resume from is loaded over it
     data.start_batch = plan.step * plan.config.trainer.accumulate_grad_batches
     with StopRequest() as stop_request:
         checkpoints = Checkpoints(
