@@ -18,6 +18,7 @@ from lkda.ops.jit import architecture
 
 Row = dict[str, Any]
 MODES = ("fwd", "fwd+bwd")
+OUTPUTS = ("o", "final_state")  # of a forward pass; an entrant may give the first alone
 PACKAGES = ("torch", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "fla-core", "nvidia-cudnn-frontend")
 TRUE_HEADS = 2  # float64 on so many heads of the first sequence: heads and sequences do not mix
 
@@ -177,8 +178,8 @@ def _prepare(
         def forward() -> Sequence[Tensor]:
             return entrant.run(own)
 
-        outputs, peak = _with_peak(lambda: {"o": forward()[0]}, device)
-        return forward, outputs, peak
+        outputs, peak = _with_peak(lambda: dict(zip(OUTPUTS, forward())), device)
+        return forward, {name: x for name, x in outputs.items() if x is not None}, peak
     leaves = {name: own[name].requires_grad_() for name in entrant.gradients}
     with torch.no_grad():
         grad_o = torch.randn_like(entrant.run(own)[0])
@@ -205,22 +206,23 @@ def _with_peak(call: Callable[[], dict[str, Tensor]], device: torch.device) -> t
 
 
 def _errors(case: Case, entrant: Entrant, inputs: Inputs, outputs: dict[str, Tensor]) -> dict[str, float]:
-    """Relative L2 error of o and of each gradient against float64, on a few heads."""
+    """Relative L2 error of o, and of the final state or of each gradient, against float64, on a few heads."""
 
-    def few(x: Tensor) -> Tensor:
-        return x[:1, :, :TRUE_HEADS].detach().double()
+    def few(x: Tensor, name: str = "") -> Tensor:
+        heads = x[:1, :TRUE_HEADS] if name == "final_state" else x[:1, :, :TRUE_HEADS]
+        return heads.detach().double()
 
     exact = {
         name: few(x).requires_grad_(case.mode != "fwd" and name in entrant.gradients) for name, x in inputs.items()
     }
-    o = case.contest.truth(exact)[0]
-    truth = {"o": o}
+    truth = {name: x for name, x in zip(OUTPUTS, case.contest.truth(exact)) if name in outputs}
+    o = truth["o"]
     if case.mode != "fwd":
         leaves = [exact[name] for name in entrant.gradients]
         gradients = torch.autograd.grad(o, leaves, few(outputs["grad_o"]))
         truth |= {f"d{name}": x for name, x in zip(entrant.gradients, gradients)}
     return {
-        name: ((few(outputs[name]) - x.detach()).norm() / x.detach().norm().clamp_min(1e-30)).item()
+        name: ((few(outputs[name], name) - x.detach()).norm() / x.detach().norm().clamp_min(1e-30)).item()
         for name, x in truth.items()
     }
 

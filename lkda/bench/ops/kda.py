@@ -52,7 +52,7 @@ def _ours(backend: str) -> Callable[[Inputs], Sequence[Tensor]]:
 def _fla() -> Mapping[str, Entrant]:
     from fla.ops.kda import chunk_kda
 
-    return {"fla chunk_kda": Entrant(lambda inputs: chunk_kda(**inputs), NAMES)}
+    return {"fla chunk_kda": Entrant(lambda inputs: chunk_kda(**inputs, output_final_state=True), NAMES)}
 
 
 def _cudnn() -> Mapping[str, Entrant]:
