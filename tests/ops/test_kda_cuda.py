@@ -25,6 +25,13 @@ HEAD_AXIS = {"final_state": 1, "dinitial_state": 1}
 FROZEN = (("dg", "zero"), ("dg", "mixed"))
 
 
+@pytest.fixture(autouse=True)
+def memory_given_back():
+    """Float64 through a thousand tokens keeps tens of GB, which tests beside this one (pytest -n) may want."""
+    yield
+    torch.cuda.empty_cache()
+
+
 def every_gate(B, T, D, *, dtype=torch.bfloat16, seed=0):
     """Inputs of HEADS heads of every gate, one gate's beside another's."""
     parts = [kda_inputs(B, T, HEADS, D, D, gate=gate, dtype=dtype, seed=seed + i) for i, gate in enumerate(GATES)]
