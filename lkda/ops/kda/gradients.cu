@@ -163,6 +163,7 @@ __device__ __forceinline__ void leaf_gradients(
   float2 w[LEAF];
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
+    if constexpr (same<Element, float16>) __syncwarp();  // no load comes forward past this: registers are short
     const float2 qi = q[i], weighted = scaled(beta[i], k[i]);
     float2 a = make_float2(0.f, 0.f), b = a, sum = a;
 #pragma unroll
@@ -522,6 +523,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     if (!Level::is_row(level, leaf)) Level::write_columns(tile, level, leaf, channel, reach_of(level), near);
   };
   qs.read(q, place(), heads, place_head(), leaf, channel);
+  if constexpr (!ROOMY) ks.read(k, place(), heads, place_head(), leaf, channel);
 
   // Their sums over a leaf go to the other leaves' dg.
   char* exchange = shared + Shared::exchange;
@@ -542,7 +544,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     HandOver::give(exchange + 2 * HandOver::bytes, out.column, tokens, channels);
   }
   near_q();
-  ks.read(k, place(), heads, place_head(), leaf, channel);
+  if constexpr (ROOMY) ks.read(k, place(), heads, place_head(), leaf, channel);
   __syncthreads();
   constexpr bool LAID_DOWN = D == 64;  // the first sum waits in shared memory: a register is short
   float2 sum;
