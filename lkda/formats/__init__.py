@@ -88,7 +88,7 @@ def save(
     module = find_format(format)
     directory = Path(directory).absolute()
     try:
-        if directory.exists() and any(directory.iterdir()):
+        if _occupied(directory):
             raise ValueError(f"the directory {directory} is not empty. Choose another, or empty it.")
         directory.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
@@ -102,6 +102,13 @@ def save(
         os.replace(unfinished, directory)  # over an empty directory, if one is there
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _occupied(directory: Path) -> bool:
+    try:
+        return any(directory.iterdir())
+    except FileNotFoundError:
+        return False
 
 
 def load(directory: str | Path, *, backend: str = "auto") -> tuple[LanguageModel, Tokenizer]:
