@@ -19,14 +19,17 @@ struct Stage {
 };
 static_assert(STAGES * Stage::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
 
+// x, with 32-bit operands computed anew where it is used.
+__device__ __forceinline__ int recomputed(int x) { return sizeof(Operand) == 4 ? opaque(x) : x; }
+
 __device__ __forceinline__ void fetch_packet(char* stage, const char* packet) {
-  for (int at = threadIdx.x * 16; at < Packet::bytes; at += WARPS * 32 * 16) copy_async(stage + Stage::packet + at, packet + at);
+  for (int at = recomputed(threadIdx.x) * 16; at < Packet::bytes; at += WARPS * 32 * 16) copy_async(stage + Stage::packet + at, packet + at);
 }
 
 // A chunk's rows of `values` [rows, H, D] from column `first`, zeros past the last token.
 __device__ __forceinline__ void fetch_values(char* to, const Element* values, int start, int tokens, int heads, int head, int first) {
   constexpr int THREADS = WARPS * 32, PIECE = 16 / sizeof(Element), PIECES = VALUES / PIECE;
-  for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
+  for (int n = recomputed(threadIdx.x); n < C * PIECES; n += THREADS) {
     const int t = n / PIECES, column = n % PIECES * PIECE;
     const long long row = start + min(t, tokens - 1);
     copy_async(Values::at(to, t, column), values + (row * heads + head) * D + first + column, t < tokens);
@@ -60,9 +63,6 @@ __device__ __forceinline__ void products_over_tokens(Sum (&x)[STEPS], const Bloc
 __device__ __forceinline__ void pace() {
   if constexpr (sizeof(Operand) == 4) __syncwarp();
 }
-
-// x, with 32-bit operands computed anew where it is used.
-__device__ __forceinline__ int recomputed(int x) { return sizeof(Operand) == 4 ? opaque(x) : x; }
 
 // A 16x16 block of the identity.
 __device__ __forceinline__ void unit_diagonal(Sum& sum) {

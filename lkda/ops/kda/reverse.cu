@@ -251,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
 #endif
   }
   if (SUMMARY) {
-    write_state(state, d_initial + state_at);
+    write_state(state, d_initial + (static_cast<long long>(recomputed(run)) * heads + recomputed(head)) * D * D + columns + mine);
   } else if (segment == 0) {
     write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine);
   }
