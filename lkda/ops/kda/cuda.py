@@ -178,7 +178,7 @@ def _parts(D: int) -> tuple[str, ...]:
 def _segments_kernel(D: int, arch: str) -> Kernel:
     sums = 4 * D * 8 + 4 * 8 * 8 * (D + 4)  # a state's eight columns, and partial sums of the next
     stage = 4 * D * 4 * (D // 16)  # four rows a warp
-    stages = min(12, (SHARED_BYTES_PER_BLOCK[arch] - sums) // stage)
+    stages = min(12, max(3, (SHARED_BYTES_PER_BLOCK[arch] // 2 - sums) // stage))  # room for two blocks, where it does
     shared_bytes = sums + stages * stage
     defines = _layout(D, torch.float32).defines | {"STAGES": stages, "SHARED_BYTES": shared_bytes}
     return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPiii", shared_bytes=shared_bytes)
