@@ -5,6 +5,7 @@ KDA and MLA layers become its `kimi-linear`, softmax layers its `llama`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,9 @@ def _kimi_linear(writer: GGUFWriter, model: LanguageModel) -> dict[str, Tensor]:
     writer.add_expert_shared_count(0)
     writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
     named = {}
-    for name, tensor in kimi.with_latent_eps(weights_of(model), model, config["norm_eps"]).items():
+    # llama.cpp has one eps for all norms.
+    factor = math.sqrt(config["norm_eps"] / kimi.latent_eps(config))
+    for name, tensor in kimi.with_scaled_latent(weights_of(model), model, factor).items():
         theirs = _stored_as(name)
         if name.endswith("A_log"):
             tensor = -tensor.exp()

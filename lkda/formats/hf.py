@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from lkda.formats.parts import kimi, llama
 from lkda.formats.parts.building import build_with_weights
 from lkda.formats.parts.hf_config import kimi_config, llama_config, read_kimi, read_llama
+from lkda.formats.parts.layers import layer_names
 from lkda.formats.parts.reading import read_tokenizer, read_weights
 from lkda.formats.parts.tokenizer import special_ids, write_tokenizer
 from lkda.formats.parts.writing import DTYPES, weights_of, write_json, write_weights
@@ -23,8 +24,10 @@ from lkda.models.lm import LanguageModel
 __all__ = ["DTYPES", "MODEL_TYPES", "load", "obstacle", "save", "usage"]
 
 MODEL_TYPES = ("kimi_linear", "llama")
-# transformers fixes the eps of the latent's norm to this; the other readers take rms_norm_eps.
+# The norm of MLA's latent has eps 1e-6 in transformers, and rms_norm_eps = 1e-5 in mlx-lm, vLLM and SGLang. Four times
+# the latent (exact in floating point) is as an eps 16 times smaller: 6e-8 and 6e-7, each within 1e-6 of our own 1e-6.
 LATENT_EPS = 1e-6
+LATENT_SCALE = 4.0
 _NAMES = (
     ("blocks.", "layers."),
     ("mixer_norm", "input_layernorm"),
@@ -35,7 +38,11 @@ _NAMES = (
 
 def obstacle(config: Mapping[str, Any]) -> str | None:
     """What of a model's config neither architecture has; None where one has everything."""
-    return llama.obstacle(config) if llama.is_llama(config) else kimi.obstacle(config)
+    if llama.is_llama(config):
+        return llama.obstacle(config)
+    if "mla" in layer_names(config) and kimi.latent_eps(config) != LATENT_EPS:
+        return f"MLA whose norm_eps is not {LATENT_EPS}"
+    return kimi.obstacle(config)
 
 
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
@@ -44,8 +51,8 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
         config = llama_config(model)
     else:
         model = kimi.both_kinds(model)
-        config = kimi_config(model)
-    weights = kimi.with_latent_eps(weights_of(model), model, LATENT_EPS)
+        config = {**kimi_config(model), "lkda_latent_scale": LATENT_SCALE}
+    weights = kimi.with_scaled_latent(weights_of(model), model, LATENT_SCALE)
     write_weights(directory, {stored_as(name): tensor for name, tensor in weights.items()}, dtype=dtype)
     write_json(directory / "config.json", {**config, "dtype": dtype, **special_ids(tokenizer)})
     write_tokenizer(directory, tokenizer, context=model.config["context"] or None)
@@ -73,6 +80,10 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
         made["num_layers"] = last
         made["mixer"] = {**made["mixer"], "pattern": made["mixer"]["pattern"][:last]}
     model = build_with_weights(made, weights, source=directory, backend=backend, stored_as=stored_as)
+    scale = config.get("lkda_latent_scale", 1.0)
+    if not isinstance(scale, float) or not scale > 0:
+        raise ValueError(f"config.json of {directory}: lkda_latent_scale must be a number above 0, got {scale!r}.")
+    model.load_state_dict(kimi.with_scaled_latent(model.state_dict(), model, 1 / scale))
     return model, read_tokenizer(directory)
 
 

@@ -39,8 +39,7 @@ def kimi_config(model: LanguageModel) -> dict[str, Any]:
         "qk_rope_head_dim": mla.rope,
         "v_head_dim": mla.v_dim,
         "mla_use_nope": True,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
+        "rope_theta": 10000.0,  # asked for, and unused
         "first_k_dense_replace": config["num_layers"],
         "moe_layer_freq": 1,
         "moe_intermediate_size": config["mlp_hidden"],
@@ -168,7 +167,7 @@ def _kinds_of_layers(config: Mapping[str, Any], num_layers: int, source: object)
         nested = config.get("linear_attn_config") or {}
         listed = dict.fromkeys(nested.get("kda_layers", ()), "kda")
         listed |= dict.fromkeys(nested.get("full_attn_layers", ()), "mla")
-        names = [listed.get(i, "") for i in range(1, num_layers + 1)]
+        names = [listed.get(i, "") for i in range(1, len(listed) + 1)]
     if len(names) != num_layers or "" in names:
         raise ValueError(
             f"config.json of {source}: linear_attn_config (kda_layers and full_attn_layers, from 1) or layer_types "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,21 +74,24 @@ def adds_nothing(weights: Mapping[str, Tensor], last: int, stored_as: Any) -> bo
     return all(name in weights and not weights[name].any() for name in outputs)
 
 
-def with_latent_eps(weights: dict[str, Tensor], model: LanguageModel, eps: float) -> dict[str, Tensor]:
-    """The weights for a reader whose norm of MLA's latent has `eps`, whatever the model's own.
+def with_scaled_latent(weights: Mapping[str, Tensor], model: LanguageModel, factor: float) -> dict[str, Tensor]:
+    """The weights with the rows of MLA that make the latent c times `factor`.
 
-    RMSNorm(s c; s^2 eps) = RMSNorm(c; eps), so a factor on the rows that make the latent c stands for another eps.
+    RMSNorm(s c; s^2 eps) = RMSNorm(c; eps), so a factor of s stands for a reader's eps that is s^2 times ours.
     """
     changed = dict(weights)
     for i, mixer in enumerate(model.mixers()):
         if isinstance(mixer, MultiHeadLatentAttention):
-            own = mixer.kv_a_layernorm.eps
-            assert own is not None
             name = f"blocks.{i}.mixer.kv_a_proj_with_mqa.weight"
             scale = torch.ones(mixer.rank + mixer.rope, 1)
-            scale[: mixer.rank] = math.sqrt(eps / own)
+            scale[: mixer.rank] = factor
             changed[name] = changed[name] * scale
     return changed
+
+
+def latent_eps(config: Mapping[str, Any]) -> float:
+    """The eps of the norm of MLA's latent."""
+    return float(options_of(config, "mla")["norm_eps"])
 
 
 def kinds(model: LanguageModel) -> tuple[KimiDeltaAttention, MultiHeadLatentAttention]:

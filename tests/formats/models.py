@@ -1,0 +1,59 @@
+"""Models, a tokenizer and tokens for the tests of formats."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from lkda.models.build import build_model
+from lkda.models.lm import LanguageModel
+
+VOCAB = 320
+HYBRID = ("kda", "kda", "kda", "mla")
+TEXT = "The people of the United States, the Union and the states: so many of them! It's 1,790 words, naïve café."
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE as lkda trains them."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 10, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([TEXT] * 9, trainer)
+    return made
+
+
+def model(
+    pattern: tuple[str, ...], *, head_dim: int = 16, scale: float = 1.0, seed: int = 0, **options: object
+) -> LanguageModel:
+    """Two heads, a layer for each name. With `scale` above 1 the matrices are larger than at a run's start, as they
+    become by training, so that every layer is felt in the logits; norms and gates are moved off their first values."""
+    torch.manual_seed(seed)
+    mixer = {"name": "test", "pattern": list(pattern), "num_heads": 2, **options}
+    sizes = {"vocab_size": VOCAB, "d_model": 2 * head_dim, "num_layers": len(pattern), "mlp_hidden": 48, "context": 512}
+    made = build_model({**sizes, "mixer": mixer}).eval()
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if scale != 1 and "conv1d" not in name:
+                weight.mul_(scale) if weight.dim() == 2 else weight.add_(0.2 * torch.randn_like(weight))
+    return made
+
+
+def tokens(length: int = 500) -> Tensor:
+    """[1, length], a document."""
+    drawn = torch.randint(1, VOCAB - 10, (1, length), generator=torch.Generator().manual_seed(1))
+    drawn[0, 0] = 0
+    return drawn
+
+
+def logits(made: LanguageModel, given: Tensor) -> Tensor:
+    """[T, vocab]"""
+    with torch.inference_mode():
+        return made(given)[0].clone()
