@@ -16,18 +16,19 @@ ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # ab
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("dtype", "gate", "segments", "D"),
+    ("dtype", "gate", "segments", "D", "warpgroups"),
     [
-        (torch.bfloat16, "slow", 1, 32),
-        (torch.bfloat16, "resets", 1, 32),
-        (torch.float32, "slow", 1, 32),
-        (torch.bfloat16, "slow", 4, 32),
-        (torch.float16, "slow", 1, 64),  # from heads of 64 on the scans multiply by four warps at once
-        (torch.bfloat16, "resets", 4, 64),
+        (torch.bfloat16, "slow", 1, 32, False),
+        (torch.bfloat16, "resets", 1, 32, False),
+        (torch.float32, "slow", 1, 32, False),
+        (torch.bfloat16, "slow", 4, 32, False),
+        (torch.float16, "slow", 1, 64, True),
+        (torch.bfloat16, "resets", 4, 64, True),
     ],
 )
-def test_forward_and_backward(dtype, gate, segments, D, tmp_path):
+def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, monkeypatch):
     """With segments, of two chunks each, the last one shorter and one empty."""
+    monkeypatch.setattr(cuda, "WARPGROUPS", warpgroups)
     B, T, H = 1, 70 if segments == 1 else 300, 64 // D
     inputs = kda_inputs(B, T, H, D, D, gate=gate, dtype=dtype)
     q, k, v, g, beta, state = inputs.values()

@@ -27,6 +27,7 @@ ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32:
 HERE = Path(__file__).parent
 
 LEAF = 8
+WARPGROUPS = False  # four warps multiply at once (wgmma, sm_90a): right as emulated, but no GPU has run it yet
 MOST_STAGES = 3  # chunks of the scan in shared memory: the one at work and those being fetched
 
 
@@ -148,7 +149,7 @@ class Scan:
         stage = layout.stage(2 if name == "reverse" and not summary else 1, self.warps)
         stages = min(MOST_STAGES, SHARED_BYTES_PER_BLOCK[arch] // stage)
         shared_bytes = stages * stage
-        groups = arch == "sm_90a" and layout.operand == 2 and D % 64 == 0  # four warps multiply at once
+        groups = WARPGROUPS and arch == "sm_90a" and layout.operand == 2 and D % 64 == 0
         defines = layout.defines | {"WARPS": self.warps, "STAGES": stages, "SHARED_BYTES": shared_bytes}
         module = Module(HERE / f"{name}.cu", defines | {"SUMMARY": int(summary), "WARPGROUPS": int(groups)})
         self.kernel = module.kernel(
@@ -176,10 +177,9 @@ def _parts(D: int) -> tuple[str, ...]:
 
 @cache
 def _segments_kernel(D: int, arch: str) -> Kernel:
-    sums = 4 * D * 8 + 4 * 8 * 8 * (D + 4)  # a state's eight columns, and partial sums of the next
-    stage = 4 * D * 4 * (D // 16)  # four rows a warp
-    stages = min(12, max(3, (SHARED_BYTES_PER_BLOCK[arch] // 2 - sums) // stage))  # room for two blocks, where it does
-    shared_bytes = sums + stages * stage
+    state, piece = 4 * D * 8, 4 * D * 16
+    stages = min(16, (SHARED_BYTES_PER_BLOCK[arch] - state) // piece)
+    shared_bytes = state + stages * piece
     defines = _layout(D, torch.float32).defines | {"STAGES": stages, "SHARED_BYTES": shared_bytes}
     return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPiii", shared_bytes=shared_bytes)
 
