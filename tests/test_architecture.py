@@ -25,9 +25,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 EVERYWHERE = "everywhere"
 # Packages and the rooms whose modules may import them at all.
-ONLY_IN = {"hydra": {"commands"}, "datasets": {"data"}, "wandb": {"training"}, "transformers": {"formats"}}
+ONLY_IN = {
+    "hydra": {"commands"},
+    "datasets": {"data"},
+    "wandb": {"training"},
+    "transformers": {"formats"},
+    "lm_eval": {"commands"},
+}
 # Packages that must not load with the package that uses them.
-NEVER_AT_IMPORT = {"wandb", "datasets", "transformers", "gguf"}
+NEVER_AT_IMPORT = {"wandb", "datasets", "transformers", "gguf", "lm_eval"}
 
 FILES = sorted(HOME.rglob("*.py"))
 

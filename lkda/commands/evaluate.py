@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from lkda.commands.harness import run_tasks
 from lkda.commands.model_source import TrainedModel, load_trained
 from lkda.commands.settings import device_of, plain
 from lkda.models.lm import LanguageModel
@@ -21,19 +22,21 @@ from lkda.training.task import next_token_loss
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
-    """Loss, perplexity and bits per byte of `ckpt`.
+    """Loss, perplexity and bits per byte of `ckpt`; or, where `tasks` are given, its scores in those of lm-eval.
 
     Args:
         config: composed from configs/evaluate.yaml; `data` is the run's own where it is not given.
-    Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens"}.
+    Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens"}, or {"TASK/METRIC": value}.
     Raises:
-        ValueError: no usable checkpoint or data.
+        ValueError: no usable checkpoint or data, or an unknown task.
     """
     plain(config)
     console = Console(soft_wrap=True)
     device = device_of(config.accelerator)
     trained = load_trained(config.ckpt, backend=config.backend)
     trained.model.resolve_backends(device, torch.float32)
+    if config.tasks:
+        return _tasks(config, trained, device, console)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer.json"
         trained.tokenizer.save(str(tokenizer))
@@ -50,6 +53,16 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     table = Table(title=f"{trained.path} on {data.source}, validation", show_header=False)
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+    return result
+
+
+def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, console: Console) -> dict[str, float]:
+    found = run_tasks(trained, list(config.tasks), folder=config.tasks_path, limit=config.limit, device=device)
+    result = {f"{task}/{metric}": value for task, values in found.items() for metric, value in values.items()}
+    table = Table(title=f"{trained.path}, lm-eval", show_header=False)
+    for name, value in result.items():
+        table.add_row(name, f"{value:,.4f}")
     console.print(table)
     return result
 
