@@ -18,6 +18,14 @@ VERBS = ("reads", "signs", "carries", "opposes", "remembers", "writes")
 OBJECTS = ("a letter", "the new law", "the map of the west", "some bread", "the long report", "a café menu")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest -m gpu` opens only files that hold such tests: torch is enough for these, and others need more."""
+    if config.getoption("markexpr") != "gpu":
+        return None
+    files = [collection_path] if collection_path.is_file() else collection_path.rglob("test_*.py")
+    return None if any("mark.gpu" in file.read_text(encoding="utf-8") for file in files) else True
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """LKDA_CACHE for this process."""

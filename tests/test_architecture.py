@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tomllib
@@ -109,3 +110,26 @@ def test_the_ops_need_torch_alone() -> None:
 def test_the_version_is_said_once() -> None:
     pyproject = tomllib.loads((HOME.parent / "pyproject.toml").read_text(encoding="utf-8"))
     assert pyproject["project"]["version"] == lkda.__version__ == importlib.metadata.version("lkda")
+
+
+def test_kernel_tests_need_no_more_than_torch(tmp_path: Path) -> None:
+    """`pytest -m gpu` on a machine where the rest is not installed: its tests are found, and skipped without a GPU."""
+    missing = ("hydra", "omegaconf", "datasets", "wandb", "tokenizers", "lightning", "transformers")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {missing!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:hydra_pytest", "--collect-only"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, cwd=HOME.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
+    found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert {
+        "tests/ops/test_kda_cuda.py",
+        "tests/ops/test_simplified_cuda.py",
+        "tests/models/test_models_cuda.py",
+    } <= found
