@@ -2,6 +2,7 @@
 
 from lkda.ops.backend import available_backends, resolve_backend
 from lkda.ops.kda.op import kda_attention, kda_step
+from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
 from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.softmax.op import softmax_attention
 
@@ -9,7 +10,10 @@ __all__ = [
     "available_backends",
     "kda_attention",
     "kda_step",
+    "l2_normalized",
     "resolve_backend",
+    "short_convolution",
+    "short_convolutions",
     "simplified_attention",
     "simplified_step",
     "softmax_attention",

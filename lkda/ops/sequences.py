@@ -18,6 +18,16 @@ def lengths_of(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
     return [end - start for start, end in zip(bounds, bounds[1:])]
 
 
+def positions(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Of each of `length` tokens in a packed row: how far it is from the start of its sequence, and which that is.
+
+    No word with the host.
+    """
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens.long(), tokens, right=True) - 1
+    return tokens - cu_seqlens.long()[sequence], sequence
+
+
 class Chunks:
     """The layout of chunks of `size` tokens; the last chunk of a sequence is filled up.
 

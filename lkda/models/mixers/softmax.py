@@ -8,8 +8,8 @@ from torch import Tensor
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
 from lkda.models.rope import rotate
-from lkda.models.short_conv import positions
 from lkda.ops import softmax_attention
+from lkda.ops.sequences import positions
 
 
 class SoftmaxAttention(Mixer):
@@ -37,7 +37,7 @@ class SoftmaxAttention(Mixer):
         refuse_packed_state(cu_seqlens, state)
         q, k, v = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if cu_seqlens is not None:
-            position = positions(cu_seqlens, x.shape[1])
+            position, _ = positions(cu_seqlens, x.shape[1])
         else:
             past = 0 if state is None else state[0].shape[1]
             position = torch.arange(past, past + x.shape[1], device=x.device)

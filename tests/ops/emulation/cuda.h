@@ -19,6 +19,9 @@
 struct float2 {
   float x, y;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -45,6 +48,11 @@ inline unsigned __float_as_uint(float x) {
   memcpy(&bits, &x, 4);
   return bits;
 }
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 template <class T>
 T min(T a, T b) {
   return a < b ? a : b;
@@ -66,5 +74,13 @@ inline float __shfl_sync(unsigned, float x, int lane) {
   const float y = __uint_as_float(exchange().word[lane][0]);
   warp_barrier();
   return y;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  exchange().word[threadIdx.x % 32][0] = x;
+  warp_barrier();
+  unsigned largest = 0;
+  for (int lane = 0; lane < 32; ++lane) largest = max(largest, exchange().word[lane][0]);
+  warp_barrier();
+  return largest;
 }
 inline float __shfl_xor_sync(unsigned mask, float x, int lanes) { return __shfl_sync(mask, x, threadIdx.x % 32 ^ lanes); }

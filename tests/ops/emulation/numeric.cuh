@@ -45,6 +45,8 @@ void store_pair(Half* at, float2 x) {
 }
 inline void store_pair(float* at, float2 x) { *reinterpret_cast<float2*>(at) = x; }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1.f / x; }
+inline float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-1.4426950408889634f * x)); }
 
 template <class Element>
 void stream_pair_if(bool wanted, Element* at, float2 x) {

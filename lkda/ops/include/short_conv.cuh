@@ -1,0 +1,146 @@
+// What the forward and the backward of the short convolution share: which tokens and channels a thread has, and the
+// sequences that it walks through.
+//
+// A warp takes RUN tokens of 32 N channels, one token after another, and keeps in registers what the taps reach back to. Up to
+// three tensors (q, k and v) of one shape go through one launch: stream 0, 1 and 2. A packed row holds the sequences n of tokens
+// [bounds[n], bounds[n + 1]); where bounds is null every row is a sequence.
+#pragma once
+#include "vector.cuh"
+
+using Element = ELEMENT;
+
+constexpr int N = 4;                        // channels of a thread
+constexpr int TAPS = CONVOLVE ? 4 : 1;      // the most there may be: a narrower filter has zeros for the oldest
+constexpr int PAST = TAPS - 1;
+constexpr int GROUP = AHEAD;              // tokens that are asked for together
+constexpr int WARPS = 8;
+constexpr int LANES = HEAD_DIM / N;         // of a head
+constexpr float EPS = 1e-6f;                // of the norm
+
+using Numbers4 = Numbers<N>;
+using Few = Raw<N * static_cast<int>(sizeof(Element))>;
+
+template <class T>
+__device__ __forceinline__ T choose(int stream, T a, T b, T c) {
+  return stream == 0 ? a : stream == 1 ? b : c;
+}
+
+__device__ __forceinline__ Numbers4 zeros() {
+  Numbers4 x;
+#pragma unroll
+  for (int i = 0; i < N; ++i) x.x[i] = 0.f;
+  return x;
+}
+
+// Blocks: stream, row of the batch, WARPS runs of tokens, 32 N channels; the last one varies fastest.
+struct Place {
+  int stream, row, start, channel, times, time;
+  bool inside;  // lanes past the last channel do as the first channel's, and store nothing
+
+  __device__ Place(int batch, int length, int channels, int run) {
+    const int columns = (channels + 32 * N - 1) / (32 * N);
+    times = (length + WARPS * run - 1) / (WARPS * run);
+    int block = blockIdx.x;
+    const int column = block % columns;
+    block /= columns;
+    time = block % times;
+    block /= times;
+    row = block % batch;
+    stream = block / batch;
+    start = (time * WARPS + static_cast<int>(threadIdx.x) / 32) * run;
+    channel = (column * 32 + static_cast<int>(threadIdx.x) % 32) * N;
+    inside = channel < channels;
+    if (!inside) channel = 0;
+  }
+};
+
+// The sequence that a token belongs to.
+struct Walk {
+  const int* bounds;
+  int count, length, n, begin, end;
+
+  // `pass(m)` for every sequence m without tokens before the row's first token.
+  template <class Pass>
+  __device__ Walk(const int* bounds, int count, int length, int row, int token, Pass pass) : bounds(bounds), count(count), length(length) {
+    if (bounds == nullptr) {
+      n = row;
+      begin = 0;
+      end = length;
+    } else if (token == 0) {
+      n = -1;
+      end = 0;
+      advance(pass);
+    } else {
+      n = 0;
+      for (int above = count; above - n > 1;) {
+        const int middle = (n + above) / 2;
+        if (bounds[middle] <= token) {
+          n = middle;
+        } else {
+          above = middle;
+        }
+      }
+      begin = bounds[n];
+      end = n + 1 < count ? bounds[n + 1] : length;
+    }
+  }
+
+  // To the next sequence that has tokens; `pass(m)` for every one on the way that has none.
+  template <class Pass>
+  __device__ void advance(Pass pass) {
+    if (bounds == nullptr) return;
+    begin = end;
+    for (++n; n < count; ++n) {
+      end = n + 1 < count ? bounds[n + 1] : length;
+      if (end > begin) return;
+      pass(n);
+    }
+  }
+};
+
+// States are [sequences, width - 1, channels], the newest token last: what lies `lag` tokens before a sequence's first.
+struct States {
+  const float* data;
+  int width, channels, channel;
+
+  __device__ bool holds(int lag) const { return data != nullptr && lag < width; }
+  __device__ long long offset(int n, int lag) const {
+    return (static_cast<long long>(n) * (width - 1) + width - 1 - lag) * channels + channel;
+  }
+  __device__ Numbers4 before(int n, int lag) const { return holds(lag) ? load_floats<N>(data + offset(n, lag)) : zeros(); }
+};
+
+// taps[s] is the factor of the input s tokens ago; the filter is [channels, width], the newest token last.
+__device__ __forceinline__ void load_taps(Numbers4 (&taps)[TAPS], const float* weight, int width, int channel) {
+  if constexpr (!CONVOLVE) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) taps[0].x[i] = 1.f;
+  } else {
+    const float* from = weight + static_cast<long long>(channel) * width;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (width == TAPS) {
+        const float4 w = *reinterpret_cast<const float4*>(from + i * TAPS);
+        taps[3 % TAPS].x[i] = w.x;
+        taps[2 % TAPS].x[i] = w.y;
+        taps[1 % TAPS].x[i] = w.z;
+        taps[0].x[i] = w.w;
+      } else {
+#pragma unroll
+        for (int s = 0; s < TAPS; ++s) taps[s].x[i] = s < width ? from[i * width + width - 1 - s] : 0.f;
+      }
+    }
+  }
+}
+
+// sum_s taps_s x_{t-s}; window[PAST] is x_t.
+__device__ __forceinline__ Numbers4 filtered(const Numbers4 (&taps)[TAPS], const Numbers4* window) {
+  Numbers4 z;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    z.x[i] = taps[0].x[i] * window[PAST].x[i];
+#pragma unroll
+    for (int s = 1; s < TAPS; ++s) z.x[i] = fmaf(taps[s].x[i], window[PAST - s].x[i], z.x[i]);
+  }
+  return z;
+}

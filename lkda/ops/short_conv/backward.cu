@@ -1,0 +1,172 @@
+// Gradients of x, of the states before the sequences and of the filter, from the gradient of y and of the last inputs.
+//
+//     dz = (gradient of y through the norm) * silu'(z)        dx_t = sum_s w_s dz_{t+s}        dw_s = sum_t dz_t x_{t-s}
+//
+// z is computed again from x. A warp goes on for three tokens beyond its own, since they depend on its last ones. The filter's
+// gradient is summed in a fixed order: a warp's tokens, the block's warps, and (column_sums.cu) the blocks:
+// partials [rows * times, streams, channels, width].
+#include "short_conv.cuh"
+
+constexpr int RUN = 32;
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
+    short_conv_backward(const Element* x0, const Element* x1, const Element* x2, const Element* g0, const Element* g1,
+                        const Element* g2, const float* w0, const float* w1, const float* w2, const float* s0, const float* s1,
+                        const float* s2, const float* e0, const float* e1, const float* e2, Element* dx0, Element* dx1,
+                        Element* dx2, float* ds0, float* ds1, float* ds2, float* partials, const int* bounds,
+                        long long row_step, long long token_step, int batch, int length, int channels, int sequences, int width,
+                        int normalized, int streams) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const Place at(batch, length, channels, RUN);
+  const long long row = static_cast<long long>(at.row) * length * channels + at.channel;
+  const Element* x = choose(at.stream, x0, x1, x2) + at.row * row_step + at.channel;
+  const Element* gradient = choose(at.stream, g0, g1, g2) + row;
+  Element* dx = choose(at.stream, dx0, dx1, dx2) + row;
+  float* dstates = choose(at.stream, ds0, ds1, ds2);
+  const States states{choose(at.stream, s0, s1, s2), width, channels, at.channel};
+  const States lasts{choose(at.stream, e0, e1, e2), width, channels, at.channel};  // gradients of the last inputs
+  const bool norm = !CONVOLVE || (normalized >> at.stream & 1);
+  const int own = min(length, at.start + RUN);  // the first token that is another warp's
+  int stop = min(length, own + PAST);
+
+  Numbers4 dtaps[TAPS];
+#pragma unroll
+  for (int s = 0; s < TAPS; ++s) dtaps[s] = zeros();
+
+  if (at.start < length) {
+    const auto pass = [&](int n) {
+      for (int lag = 1; lag < width; ++lag) {
+        if (at.inside && dstates != nullptr) store_floats<N>(dstates + states.offset(n, lag), lasts.before(n, lag));
+      }
+    };
+    Walk walk(bounds, sequences, length, at.row, at.start, pass);
+    // The gradient of the input at a token, which may lie before its sequence's first: then it is the state's.
+    const auto emit = [&](int token, const Numbers4& value) {
+      if (!at.inside) return;
+      if (token >= walk.begin) {
+        if (token >= at.start && token < own) store_numbers<N>(dx + static_cast<long long>(token) * channels, value);
+      } else if (walk.begin >= at.start && walk.begin < own && dstates != nullptr && walk.begin - token < width) {
+        store_floats<N>(dstates + states.offset(walk.n, walk.begin - token), value);
+      }
+    };
+
+    Numbers4 taps[TAPS], window[PAST + GROUP], sums[PAST + GROUP];  // sums: dx of window's tokens as far as it is known
+    load_taps(taps, choose(at.stream, w0, w1, w2), width, at.channel);
+    Few ahead[GROUP], ahead_gradient[GROUP];
+#pragma unroll
+    for (int j = 0; j < GROUP; ++j) {
+      if (at.start + j < stop) {
+        fetch(ahead[j], x + (at.start + j) * token_step);
+        fetch(ahead_gradient[j], gradient + static_cast<long long>(at.start + j) * channels);
+      }
+    }
+#pragma unroll
+    for (int lag = 1; lag <= PAST; ++lag) {
+      const int token = at.start - lag;
+      window[PAST - lag] = token >= walk.begin ? load_numbers<N>(x + token * token_step) : states.before(walk.n, walk.begin - token);
+      sums[PAST - lag] = zeros();
+    }
+
+    for (int first = at.start; first < stop; first += GROUP) {
+      Numbers4 dy[GROUP];
+#pragma unroll
+      for (int j = 0; j < GROUP; ++j) {
+        window[PAST + j] = numbers<N>(Element{}, ahead[j]);
+        sums[PAST + j] = zeros();
+        dy[j] = numbers<N>(Element{}, ahead_gradient[j]);
+        if (first + GROUP + j < stop) {
+          fetch(ahead[j], x + (first + GROUP + j) * token_step);
+          fetch(ahead_gradient[j], gradient + static_cast<long long>(first + GROUP + j) * channels);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < GROUP; ++j) {
+        const int token = first + j;
+        const Numbers4 z = filtered(taps, window + j);
+        Numbers4 y = z, slope;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          slope.x[i] = 1.f;
+          if constexpr (CONVOLVE) {
+            const float s = sigmoid(z.x[i]);
+            y.x[i] = z.x[i] * s;
+            slope.x[i] = fmaf(y.x[i], 1.f - s, s);
+          }
+        }
+        if (norm) {
+          float squares = 0.f, along = 0.f;
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            squares = fmaf(y.x[i], y.x[i], squares);
+            along = fmaf(y.x[i], dy[j].x[i], along);
+          }
+          const float r = rsqrtf(sum_over_lanes<LANES>(squares) + EPS);
+          const float back = sum_over_lanes<LANES>(along) * r * r;
+#pragma unroll
+          for (int i = 0; i < N; ++i) dy[j].x[i] = r * fmaf(-back, y.x[i], dy[j].x[i]);
+        }
+        if (token >= stop) continue;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const float dz = dy[j].x[i] * slope.x[i];
+#pragma unroll
+          for (int s = 0; s < TAPS; ++s) {
+            sums[PAST + j - s].x[i] = fmaf(taps[s].x[i], dz, sums[PAST + j - s].x[i]);
+            if (CONVOLVE && token < own) dtaps[s].x[i] = fmaf(dz, window[PAST + j - s].x[i], dtaps[s].x[i]);
+          }
+        }
+        emit(token - PAST, sums[j]);
+        if (PAST > 0 && token == walk.end - 1) {
+#pragma unroll
+          for (int lag = 1; lag <= PAST; ++lag) {
+            Numbers4& sum = sums[PAST + j + 1 - lag];
+            if (lasts.holds(lag)) {
+              const Numbers4 last = lasts.before(walk.n, lag);
+#pragma unroll
+              for (int i = 0; i < N; ++i) sum.x[i] += last.x[i];
+            }
+            emit(token + 1 - lag, sum);
+            sum = zeros();
+          }
+          if (token < own) walk.advance(pass);
+          if (token + 1 < own) {
+#pragma unroll
+            for (int lag = 1; lag <= PAST; ++lag) window[PAST + j + 1 - lag] = states.before(walk.n, lag);
+          } else {
+            stop = token + 1;
+          }
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < PAST; ++p) {
+        window[p] = window[GROUP + p];
+        sums[p] = sums[GROUP + p];
+      }
+    }
+  }
+
+  if constexpr (CONVOLVE) {
+    float4* shared = reinterpret_cast<float4*>(shared_memory);  // [WARPS][N][32 lanes], the taps of a channel
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      shared[(warp * N + i) * 32 + lane] = {dtaps[3 % TAPS].x[i], dtaps[2 % TAPS].x[i], dtaps[1 % TAPS].x[i], dtaps[0].x[i]};
+    }
+    __syncthreads();
+    if (threadIdx.x >= 32 * N) return;
+    float4 sum = shared[threadIdx.x];
+    for (int other = 1; other < WARPS; ++other) {
+      const float4 more = shared[other * N * 32 + threadIdx.x];
+      sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
+    }
+    if (!at.inside) return;
+    const int channel = at.channel + warp;  // of the lane's N, this thread has one
+    const long long line = static_cast<long long>(at.row) * at.times + at.time;
+    float* to = partials + ((line * streams + at.stream) * channels + channel) * width;
+    const float oldest_first[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      if (s >= 4 - width) to[s - (4 - width)] = oldest_first[s];
+    }
+  }
+}

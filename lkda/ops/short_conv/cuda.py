@@ -1,0 +1,294 @@
+"""Short convolutions on a GPU: the kernels' launches, as custom ops with fakes and autograd. docs/kernels_layer.md
+explains them.
+
+Up to three streams (q, k and v) go through one launch; only the inputs are kept for the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lkda.ops.column_sums.cuda import column_sums
+from lkda.ops.dispatch import goes_straight
+from lkda.ops.jit import Kernel, Module
+from lkda.ops.jit import reason_cannot_run as reason_no_kernels
+
+HEAD_DIMS = (32, 64, 128)
+ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
+HERE = Path(__file__).parent
+
+# As in short_conv.cuh.
+MOST_TAPS, CHANNELS, WARPS = 4, 4, 8
+RUN = {"forward": 16, "backward": 32}  # tokens of a warp
+AHEAD = {"forward": 2, "backward": 2}  # tokens that are on their way while as many are worked on
+RESIDENT = {"forward": 3, "backward": 2}  # blocks that a multiprocessor should hold at least
+
+Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take such tensors, or None."""
+    if device.type == "cuda" and head_dim not in HEAD_DIMS:
+        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='plain'."
+    if device.type == "cuda" and dtype not in ELEMENTS:
+        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='plain'."
+    return reason_no_kernels(device)
+
+
+# What torch.compiler.assume_constant_result does, but that imports torch._dynamo: seconds, where nobody may compile.
+reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def conv_kernel(name: str, head_dim: int, dtype: torch.dtype, convolve: bool) -> Kernel:
+    """`forward` or `backward`, of the convolution with the norm, or of the norm alone."""
+    # Backwards float32 inputs take more registers than two blocks leave.
+    resident = 1 if name == "backward" and dtype == torch.float32 else RESIDENT[name]
+    shape: dict[str, str | int | float] = {"HEAD_DIM": head_dim, "ELEMENT": ELEMENTS[dtype], "CONVOLVE": int(convolve)}
+    module = Module(HERE / f"{name}.cu", shape | {"AHEAD": AHEAD[name], "RESIDENT": resident})
+    if name == "forward":
+        return module.kernel("short_conv_forward", "P" * 16 + "qqiiiiii")
+    shared_bytes = 4 * MOST_TAPS * CHANNELS * 32 * WARPS if convolve else 0
+    return module.kernel("short_conv_backward", "P" * 23 + "qqiiiiiii", shared_bytes=shared_bytes)
+
+
+def kernels(arch: str) -> list[Kernel]:
+    """Every kernel used on an architecture, for every head size and dtype."""
+    return [
+        conv_kernel(name, head_dim, dtype, convolve)
+        for name in RUN
+        for head_dim in HEAD_DIMS
+        for dtype in ELEMENTS
+        for convolve in (True, False)
+    ]
+
+
+def _blocks(name: str, streams: int, B: int, T: int, channels: int) -> int:
+    return streams * B * _times(name, T) * -(-channels // (32 * CHANNELS))
+
+
+def _times(name: str, T: int) -> int:
+    """Blocks along time."""
+    return -(-T // (WARPS * RUN[name]))
+
+
+def _rows(xs: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors themselves where they have one layout that the kernels can read, else copies."""
+    steps = xs[0].stride()
+    piece = CHANNELS * xs[0].element_size()
+    readable = steps[2] == 1 and steps[0] % CHANNELS == 0 and steps[1] % CHANNELS == 0
+    if readable and all(x.stride() == steps and x.data_ptr() % piece == 0 for x in xs):
+        return list(xs)
+    return [_aligned(x) for x in xs]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _given(*xs: Tensor | None) -> list[Tensor]:
+    return [x for x in xs if x is not None]
+
+
+def _three(xs: Sequence[Tensor]) -> list[Tensor | None]:
+    return [*xs, *(None for _ in range(3 - len(xs)))]
+
+
+def _forward(
+    x0: Tensor,
+    x1: Tensor | None,
+    x2: Tensor | None,
+    w0: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    s0: Tensor | None,
+    s1: Tensor | None,
+    s2: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalized: int,
+    head_dim: int,
+) -> tuple[Tensor, ...]:
+    xs = _rows(_given(x0, x1, x2))
+    B, T, C = x0.shape
+    ys, lasts = _forward_outputs(x0, w0, len(xs), cu_seqlens)
+    kernel = conv_kernel("forward", head_dim, x0.dtype, w0 is not None)
+    weights = (w if w is None else _aligned(w) for w in (w0, w1, w2))
+    kernel(
+        (_blocks("forward", len(xs), B, T, C), 1, 1),
+        32 * WARPS,
+        *(*_three(xs), *weights, s0, s1, s2, *_three(ys), *_three(lasts if w0 is not None else [])),
+        *(cu_seqlens, *xs[0].stride()[:2], B, T, C, _sequences(x0, cu_seqlens), _width(w0), normalized),
+        device=x0.device,
+    )
+    return _filled(ys, x0) + _filled(lasts, x0)
+
+
+def _width(weight: Tensor | None) -> int:
+    return 1 if weight is None else weight.shape[-1]
+
+
+def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _filled(xs: list[Tensor], like: Tensor) -> tuple[Tensor, ...]:
+    """Three, the absent ones empty."""
+    return tuple(xs) + tuple(like.new_empty(0) for _ in range(3 - len(xs)))
+
+
+def _forward_outputs(
+    x: Tensor, weight: Tensor | None, streams: int, cu_seqlens: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y [B, T, C] and the last inputs [B or N, width - 1, C] in float32, of each stream; unwritten."""
+    B, T, C = x.shape
+    ys = [torch.empty((B, T, C), dtype=x.dtype, device=x.device) for _ in range(streams)]
+    if weight is None:
+        return ys, []
+    shape = (_sequences(x, cu_seqlens), weight.shape[-1] - 1, C)
+    return ys, [torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(streams)]
+
+
+def _backward(
+    g0: Tensor,
+    g1: Tensor | None,
+    g2: Tensor | None,
+    e0: Tensor | None,
+    e1: Tensor | None,
+    e2: Tensor | None,
+    x0: Tensor,
+    x1: Tensor | None,
+    x2: Tensor | None,
+    w0: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    s0: Tensor | None,
+    s1: Tensor | None,
+    s2: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalized: int,
+    head_dim: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of the xs, of the states, and [streams, C, 1, width] of the weights; empty where there is none."""
+    xs, gradients = _rows(_given(x0, x1, x2)), [_aligned(g) for g in _given(g0, g1, g2)]
+    B, T, C = x0.shape
+    dxs, dstates = _backward_outputs(x0, len(xs), s0)
+    rows = B * _times("backward", T)
+    size = rows * len(xs) * C * _width(w0) if w0 is not None else 0
+    partials = torch.empty(size, dtype=torch.float32, device=x0.device)
+    kernel = conv_kernel("backward", head_dim, x0.dtype, w0 is not None)
+    weights = (w if w is None else _aligned(w) for w in (w0, w1, w2))
+    lasts = (e if e is None else _aligned(e) for e in (e0, e1, e2))
+    kernel(
+        (_blocks("backward", len(xs), B, T, C), 1, 1),
+        32 * WARPS,
+        *(*_three(xs), *_three(gradients), *weights, s0, s1, s2, *lasts, *_three(dxs), *_three(dstates), partials),
+        *(cu_seqlens, *xs[0].stride()[:2], B, T, C, _sequences(x0, cu_seqlens), _width(w0), normalized, len(xs)),
+        device=x0.device,
+    )
+    dweights = partials if w0 is None else column_sums(partials.view(rows, -1)).view(len(xs), *w0.shape)
+    return *_filled(dxs, x0), *_filled(dstates, x0), dweights
+
+
+def _backward_outputs(x: Tensor, streams: int, state: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(streams)]
+    if state is None:
+        return dxs, []
+    return dxs, [torch.empty(state.shape, dtype=state.dtype, device=x.device) for _ in range(streams)]
+
+
+_THREE = "Tensor {0}0, Tensor? {0}1, Tensor? {0}2, "
+_ANY = "Tensor? {0}0, Tensor? {0}1, Tensor? {0}2, "
+_INPUTS = _THREE.format("x") + _ANY.format("w") + _ANY.format("s") + "Tensor? cu_seqlens, int normalized, int head_dim"
+_library = torch.library.Library("lkda", "FRAGMENT")
+_library.define(f"short_conv_forward({_INPUTS}) -> ({', '.join(['Tensor'] * 6)})")
+_library.define(
+    f"short_conv_backward({_THREE.format('g')}{_ANY.format('e')}{_INPUTS}) -> ({', '.join(['Tensor'] * 7)})"
+)
+_library.impl("short_conv_forward", _forward, "CUDA")
+_library.impl("short_conv_backward", _backward, "CUDA")
+
+
+@torch.library.register_fake("lkda::short_conv_forward", lib=_library)
+def _(x0, x1, x2, w0, w1, w2, s0, s1, s2, cu_seqlens, normalized, head_dim):
+    ys, lasts = _forward_outputs(x0, w0, len(_given(x0, x1, x2)), cu_seqlens)
+    return _filled(ys, x0) + _filled(lasts, x0)
+
+
+@torch.library.register_fake("lkda::short_conv_backward", lib=_library)
+def _(g0, g1, g2, e0, e1, e2, x0, x1, x2, w0, w1, w2, s0, s1, s2, cu_seqlens, normalized, head_dim):
+    streams = len(_given(x0, x1, x2))
+    dxs, dstates = _backward_outputs(x0, streams, s0)
+    shape = (0,) if w0 is None else (streams, *w0.shape)
+    dweights = torch.empty(shape, dtype=torch.float32, device=x0.device)
+    return *_filled(dxs, x0), *_filled(dstates, x0), dweights
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.normalized, ctx.head_dim = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, g0, g1, g2, e0, e1, e2):
+    x0, x1, x2, w0, _, _, *states, _ = ctx.saved_tensors
+    streams = len(_given(x0, x1, x2))
+    gradients = [torch.zeros_like(x0) if g is None else g for g in (g0, g1, g2)[:streams]]
+    lasts = [e if w0 is not None and i < streams else None for i, e in enumerate((e0, e1, e2))]
+    backward: Callable = _backward if goes_straight(*gradients) else torch.ops.lkda.short_conv_backward
+    *found, dweights = backward(*_three(gradients), *lasts, *ctx.saved_tensors, ctx.normalized, ctx.head_dim)
+    weights = _three(list(dweights.unbind(0)) if w0 is not None else [])
+    dxs, dstates = found[:3], found[3:]
+    return (
+        *(d if x is not None else None for d, x in zip(dxs, (x0, x1, x2))),
+        *weights,
+        *(d if s is not None else None for d, s in zip(dstates, states)),
+        *(None, None, None),
+    )
+
+
+torch.library.register_autograd("lkda::short_conv_forward", _gradients, setup_context=_save, lib=_library)
+
+
+class _Straight(torch.autograd.Function):
+    """The op's autograd, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
+
+
+def short_convolutions_cuda(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
+    normalized: Sequence[bool],
+    head_dim: int,
+    states: Sequence[Tensor] | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The kernels, differentiable; arguments and results as in `short_convolutions`; the norm alone without weights."""
+    filters = [] if weights is None else [w.float() for w in weights]
+    before = [] if states is None else [s.float().contiguous() for s in states]
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    bits = sum(1 << i for i, word in enumerate(normalized) if word)
+    size = head_dim if bits else HEAD_DIMS[0]
+    tensors = (*_three(xs), *_three(filters), *_three(before))
+    forward: Callable = torch.ops.lkda.short_conv_forward
+    if goes_straight(*tensors):
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        forward = _Straight.apply if keep else _forward
+    found = forward(*tensors, cu_seqlens, bits, size)
+    ys, lasts = found[: len(xs)], found[3 : 3 + len(filters)]
+    dtypes = [] if weights is None else [x.dtype for x in (weights if states is None else states)]
+    return tuple(ys), tuple(last.to(dtype) for last, dtype in zip(lasts, dtypes))

@@ -1,0 +1,157 @@
+"""The public functions: they validate, pick a backend and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lkda.ops.backend import Backend, choose
+from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
+from lkda.ops.short_conv import cuda
+from lkda.ops.short_conv.plain import convolve_plain, normalized_plain
+
+MOST_STREAMS = 3
+
+
+def _plain(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
+    normalized: Sequence[bool],
+    head_dim: int,
+    states: Sequence[Tensor] | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    ys, lasts = [], []
+    for i, x in enumerate(xs):
+        if weights is not None:
+            x, last = convolve_plain(x, weights[i], None if states is None else states[i], cu_seqlens)
+            lasts.append(last)
+        ys.append(normalized_plain(x.unflatten(-1, (-1, head_dim))).flatten(-2) if normalized[i] else x)
+    return tuple(ys), tuple(lasts)
+
+
+BACKENDS: dict[str, Backend] = {
+    "cuda": Backend(cuda.short_convolutions_cuda, cuda.reason_cannot_run),
+    "plain": Backend(_plain),
+}
+# The kernels take filters of up to 4 taps and channels in fours.
+_ANY_SHAPE = {"plain": BACKENDS["plain"]}
+
+
+def short_convolutions(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    normalized: Sequence[bool] | None = None,
+    head_dim: int | None = None,
+    states: Sequence[Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Causal depthwise convolutions with SiLU of up to three tensors of one shape (q, k and v), in one launch.
+
+        y_t = SiLU(sum_s w_s x_{t-s}), s < width, per channel, no bias;    y / sqrt(sum over the head of y^2 + 1e-6)
+
+    Args:
+        xs: tensors [B, T, channels] of one dtype.
+        weights: [channels, 1, width] each, the newest token last; as a depthwise nn.Conv1d holds them.
+        normalized: which of them are divided by their norm over each head of `head_dim` channels; none where None.
+        states: the inputs before each sequence, [B, width - 1, channels], or [N, width - 1, channels] with cu_seqlens;
+            zeros where None.
+        cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1); empty ones are legal.
+        backend: auto | cuda | plain.
+    Returns: a y of each x's shape and dtype, and the states after, in the given states' dtype (else the weights').
+    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    """
+    fn = "short_convolutions"
+    if not 1 <= len(xs) <= MOST_STREAMS or len(weights) != len(xs):
+        raise ValueError(f"{fn}: one to {MOST_STREAMS} tensors with a weight each, got {len(xs)} and {len(weights)}.")
+    sizes: dict[str, int] = {"1": 1}
+    tensors: dict[str, Tensor | None] = {}
+    for i, x in enumerate(xs):
+        check_shape(fn, f"xs[{i}]", x, "B T C", sizes)
+        tensors[f"xs[{i}]"] = x
+    if sizes["T"] == 0:
+        raise ValueError(f"{fn}: T must be at least 1, got x of {list(xs[0].shape)}.")
+    for i, weight in enumerate(weights):
+        check_shape(fn, f"weights[{i}]", weight, "C 1 W", sizes)
+    rows = "B"
+    if cu_seqlens is not None:
+        check_cu_seqlens(fn, cu_seqlens, sizes["B"], sizes["T"])
+        sizes["N"], rows = len(cu_seqlens) - 1, "N"
+    if states is not None:
+        sizes["W-1"] = sizes["W"] - 1
+        for i, state in enumerate(states):
+            check_shape(fn, f"states[{i}]", state, f"{rows} W-1 C", sizes)
+            tensors[f"states[{i}]"] = state
+    normalized = _normalized(fn, xs, normalized, head_dim)
+    check_alike(
+        fn,
+        tensors | {f"weights[{i}]": weight for i, weight in enumerate(weights)},
+        same_dtype=tuple(f"xs[{i}]" for i in range(len(xs))),
+    )
+    word = _choose(fn, xs, weights[0].shape[-1], normalized, head_dim, backend)
+    return BACKENDS[word].run(xs, weights, normalized, head_dim or 0, states, cu_seqlens)
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    head_dim: int | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`short_convolutions` of one tensor; normalised over heads of `head_dim` where that is given."""
+    ys, states = short_convolutions(
+        (x,),
+        (weight,),
+        normalized=(head_dim is not None,),
+        head_dim=head_dim,
+        states=None if state is None else (state,),
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    return ys[0], states[0]
+
+
+def l2_normalized(*xs: Tensor, backend: str = "auto") -> tuple[Tensor, ...]:
+    """x / sqrt(sum x^2 + 1e-6) over the last dimension, of up to three tensors [B, T, H, D] in one launch.
+
+    Computed in float32 at least, in x's dtype.
+    """
+    fn = "l2_normalized"
+    sizes: dict[str, int] = {}
+    for i, x in enumerate(xs):
+        check_shape(fn, f"xs[{i}]", x, "B T H D", sizes)
+    check_alike(fn, {f"xs[{i}]": x for i, x in enumerate(xs)}, same_dtype=tuple(f"xs[{i}]" for i in range(len(xs))))
+    D = sizes["D"]
+    flat = [x.flatten(2) for x in xs]
+    word = _choose(fn, flat, 1, (True,), D, backend)
+    ys, _ = BACKENDS[word].run(flat, None, (True,) * len(xs), D, None, None)
+    return tuple(y.unflatten(-1, (-1, D)) for y in ys)
+
+
+def _normalized(
+    fn: str, xs: Sequence[Tensor], normalized: Sequence[bool] | None, head_dim: int | None
+) -> tuple[bool, ...]:
+    if normalized is None or not any(normalized):
+        return (False,) * len(xs)
+    channels = xs[0].shape[-1]
+    if len(normalized) != len(xs) or not head_dim or channels % head_dim:
+        raise ValueError(
+            f"{fn}: normalized needs a word for each of {len(xs)} tensors and a head_dim that divides {channels} "
+            f"channels; got {tuple(normalized)} and head_dim={head_dim}."
+        )
+    return tuple(normalized)
+
+
+def _choose(
+    fn: str, xs: Sequence[Tensor], width: int, normalized: Sequence[bool], head_dim: int | None, backend: str
+) -> str:
+    fits = width <= cuda.MOST_TAPS and xs[0].shape[-1] % cuda.CHANNELS == 0
+    size = head_dim if head_dim and any(normalized) else cuda.HEAD_DIMS[0]
+    backends = BACKENDS if fits else _ANY_SHAPE
+    return choose(fn, backends, backend, device=xs[0].device, head_dim=size, dtype=xs[0].dtype)

@@ -1,0 +1,46 @@
+"""What the tests of the layer's small ops share: gradients of several outputs, and what an error may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tests.ops.cases import relative
+
+SUMS = 1e-5  # sums in float32 need not be better than that
+
+
+@contextmanager
+def poisoned():
+    """Memory that torch.empty hands out is full of NaN."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+def outputs_and_gradients(op: Callable[..., Sequence[Tensor]], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs out0, out1, ... and the gradient of each input, for fixed random gradients, exact in bfloat16."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    with poisoned():
+        outputs = op(**leaves)
+        generator = torch.Generator().manual_seed(1)
+        random = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in outputs]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), random)
+    found = {f"out{i}": x for i, x in enumerate(outputs)}
+    return found | {f"d{name}": x for name, x in zip(leaves, gradients)}
+
+
+def assert_within_yardstick(got: dict[str, Tensor], want: dict[str, Tensor], *, sums: float = SUMS) -> None:
+    """The ops have no matrix product, so the yardstick is the float64 truth rounded to what a result is stored in; a
+    kernel may err twice that, and need not beat float32 sums."""
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        allowed = max(2 * relative(x.to(got[name].dtype), x), sums)
+        error = relative(got[name], x)
+        assert error <= allowed, f"{name} errs {error:.1e}, allowed {allowed:.1e}"
