@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
-from lkda.models.short_conv import ShortConvolution, positions
+from lkda.models.short_conv import ShortConvolution
+from lkda.ops import l2_normalized, short_convolutions
 
 
 class RecurrentMixer(Mixer):
@@ -21,7 +24,12 @@ class RecurrentMixer(Mixer):
         conv_width: of the short convolutions; 0 for none (then no SiLU either).
         output_norm: whether each head's output is normalised.
         output_gate: whether the normalised output is gated.
+
+    Attributes:
+        normalized: which of q, k and v the operator takes with heads of unit L2 norm.
     """
+
+    normalized: ClassVar[tuple[bool, bool, bool]] = (False, False, False)
 
     def __init__(self, d_model: int, num_heads: int, *, conv_width: int, output_norm: bool, output_gate: bool) -> None:
         super().__init__(d_model, num_heads)
@@ -39,11 +47,12 @@ class RecurrentMixer(Mixer):
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The operator on q, k, v [B, T, H, D]; its gates come from x [B, T, d_model]."""
+        """The operator on q, k, v [B, T, H, D], convolved and, as `normalized` says, normalised; its gates come from x
+        [B, T, d_model]."""
 
     @abstractmethod
     def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The operator on one token, q, k, v [B, H, D], x [B, d_model]."""
+        """The operator on one token, q, k, v [B, H, D] convolved, not yet normalised, x [B, d_model]."""
 
     @property
     @abstractmethod
@@ -54,18 +63,31 @@ class RecurrentMixer(Mixer):
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
-        position = None if cu_seqlens is None else positions(cu_seqlens, x.shape[1])
-        caches = iter(() if state is None else state[:-1])
-        inputs, after = [], []
-        for project, convolve in self._paths():
-            y = project(x)
-            if convolve is not None:
-                y, cache = convolve(y, position=position, state=next(caches, None))
-                after.append(cache)
-            inputs.append(self.heads(y))
-        q, k, v = inputs
+        inputs, after = self._inputs(x, cu_seqlens, None if state is None else state[:-1])
+        q, k, v = (self.heads(y) for y in inputs)
         o, own = self.attend(x, q, k, v, state=None if state is None else state[-1], cu_seqlens=cu_seqlens)
         return self._output(o, x), () if cu_seqlens is not None else (*after, own)
+
+    def _inputs(
+        self, x: Tensor, cu_seqlens: Tensor | None, caches: Sequence[Tensor] | None
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """q, k and v [B, T, H * D], convolved and normalised, and the caches after."""
+        projected, convolutions = zip(*((project(x), convolve) for project, convolve in self._paths()))
+        filters = [convolve.weight for convolve in convolutions if convolve is not None]
+        if filters:
+            return short_convolutions(
+                projected,
+                filters,
+                normalized=self.normalized,
+                head_dim=self.head_dim,
+                states=caches,
+                cu_seqlens=cu_seqlens,
+            )
+        chosen = [i for i, word in enumerate(self.normalized) if word]
+        if not chosen:
+            return projected, ()
+        norms = iter(l2_normalized(*(self.heads(projected[i]) for i in chosen)))
+        return [next(norms).flatten(2) if i in chosen else y for i, y in enumerate(projected)], ()
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         caches = iter(state[:-1])

@@ -1,6 +1,7 @@
 """Sequence-mixing operators: functions of tensors, torch alone. Kernels compile at first call, never at import."""
 
 from lkda.ops.backend import available_backends, resolve_backend
+from lkda.ops.gated_norm.op import gated_rms_norm
 from lkda.ops.kda.op import kda_attention, kda_step
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
 from lkda.ops.simplified.op import simplified_attention, simplified_step
@@ -8,6 +9,7 @@ from lkda.ops.softmax.op import softmax_attention
 
 __all__ = [
     "available_backends",
+    "gated_rms_norm",
     "kda_attention",
     "kda_step",
     "l2_normalized",

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.models.init import inverse_softplus, log_uniform
-from lkda.models.norm import l2_normalized
 from lkda.models.precision import at_least_float32
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import kda_attention, kda_step
+from lkda.ops.short_conv.plain import normalized_plain
 
 
 class KimiDeltaAttention(RecurrentMixer):
@@ -31,6 +31,7 @@ class KimiDeltaAttention(RecurrentMixer):
     """
 
     op = "kda"
+    normalized = (True, True, False)
 
     def __init__(
         self,
@@ -64,12 +65,11 @@ class KimiDeltaAttention(RecurrentMixer):
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        q, k = l2_normalized(q), l2_normalized(k)
         g, beta = self.log_decay(x), self.write_strength(x)
         return kda_attention(q, k, v, g, beta, initial_state=state, cu_seqlens=cu_seqlens, backend=self.backend)
 
     def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
-        return kda_step(l2_normalized(q), l2_normalized(k), v, self.log_decay(x), self.write_strength(x), state)
+        return kda_step(normalized_plain(q), normalized_plain(k), v, self.log_decay(x), self.write_strength(x), state)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """g [..., H, D] in float32 at least, <= 0."""

@@ -1,0 +1,1 @@
+"""RMSNorm of each head's output, gated: `op` is public, `plain` the definition."""

@@ -1,0 +1,146 @@
+"""The gated norm on a GPU: the kernels' launches, as custom ops with fakes and autograd.
+
+docs/kernels_layer.md explains them. Only the inputs are kept for the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lkda.ops.column_sums.cuda import column_sums
+from lkda.ops.dispatch import goes_straight
+from lkda.ops.jit import Kernel, Module
+from lkda.ops.jit import reason_cannot_run as reason_no_kernels
+
+HEAD_DIMS = (32, 64, 128)
+ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
+HERE = Path(__file__).parent
+
+# As in the .cu files.
+THREADS = 256
+ROWS = {"forward": 4, "backward": 2}  # of a thread at a time
+MOST_BLOCKS = 396  # of the backward, each with a line of partial sums: three a multiprocessor of a chip with 132
+
+
+def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take such tensors, or None."""
+    if device.type == "cuda" and head_dim not in HEAD_DIMS:
+        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='plain'."
+    if device.type == "cuda" and dtype not in ELEMENTS:
+        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='plain'."
+    return reason_no_kernels(device)
+
+
+# What torch.compiler.assume_constant_result does, but that imports torch._dynamo: seconds, where nobody may compile.
+reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def norm_kernel(name: str, head_dim: int, dtype: torch.dtype) -> Kernel:
+    """`forward` or `backward`."""
+    defines: dict[str, str | int | float] = {"HEAD_DIM": head_dim, "ELEMENT": ELEMENTS[dtype]}
+    if name == "forward":
+        return Module(HERE / "forward.cu", defines).kernel("gated_norm_forward", "PPPPif")
+    module = Module(HERE / "backward.cu", defines | {"RESIDENT": 3})
+    return module.kernel("gated_norm_backward", "PPPPPPPif", shared_bytes=THREADS * 16 // dtype.itemsize * 4)
+
+
+def kernels(arch: str) -> list[Kernel]:
+    """Every kernel used on an architecture, for every head size and dtype."""
+    return [norm_kernel(name, head_dim, dtype) for name in ROWS for head_dim in HEAD_DIMS for dtype in ELEMENTS]
+
+
+def _blocks(name: str, x: Tensor) -> int:
+    """That every group of rows has one."""
+    rows_of_a_block = THREADS * 16 // x.element_size() // x.shape[-1] * ROWS[name]
+    return -(-(x.numel() // x.shape[-1]) // rows_of_a_block)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    x, gate, y = _aligned(x), None if gate is None else _aligned(gate), _like(x)
+    D = x.shape[-1]
+    arguments = (x, gate, _aligned(weight), y, x.numel() // D, eps)
+    norm_kernel("forward", D, x.dtype)((_blocks("forward", x), 1, 1), THREADS, *arguments, device=x.device)
+    return y
+
+
+def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gate (empty where there is none) and weight."""
+    dy, x, gate = _aligned(dy), _aligned(x), None if gate is None else _aligned(gate)
+    D = x.shape[-1]
+    dx, dgate = _like(x), x.new_empty(0) if gate is None else _like(gate)
+    blocks = min(_blocks("backward", x), MOST_BLOCKS)
+    partials = torch.empty((blocks, D), dtype=torch.float32, device=x.device)
+    arguments = (dy, x, gate, _aligned(weight), dx, dgate, partials, x.numel() // D, eps)
+    norm_kernel("backward", D, x.dtype)((blocks, 1, 1), THREADS, *arguments, device=x.device)
+    return dx, dgate, column_sums(partials)
+
+
+_library = torch.library.Library("lkda", "FRAGMENT")
+_library.define("gated_norm_forward(Tensor x, Tensor? gate, Tensor weight, float eps) -> Tensor")
+_library.define(
+    "gated_norm_backward(Tensor dy, Tensor x, Tensor? gate, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("gated_norm_forward", _forward, "CUDA")
+_library.impl("gated_norm_backward", _backward, "CUDA")
+
+
+@torch.library.register_fake("lkda::gated_norm_forward", lib=_library)
+def _(x, gate, weight, eps):
+    return _like(x)
+
+
+@torch.library.register_fake("lkda::gated_norm_backward", lib=_library)
+def _(dy, x, gate, weight, eps):
+    return _like(x), x.new_empty(0) if gate is None else _like(gate), _like(weight)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, dy):
+    x, gate, weight = ctx.saved_tensors
+    backward: Callable = _backward if goes_straight(dy) else torch.ops.lkda.gated_norm_backward
+    dx, dgate, dweight = backward(dy, x, gate, weight, ctx.eps)
+    return dx, dgate if gate is not None else None, dweight, None
+
+
+torch.library.register_autograd("lkda::gated_norm_forward", _gradients, setup_context=_save, lib=_library)
+
+
+class _Straight(torch.autograd.Function):
+    """The op's autograd, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _save(ctx, inputs, None)
+        return _forward(*inputs)
+
+    backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
+
+
+def gated_norm_cuda(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """The kernels, differentiable; arguments as in `gated_rms_norm`."""
+    inputs = (x, gate, weight.float())
+    forward: Callable = torch.ops.lkda.gated_norm_forward
+    if goes_straight(*inputs):
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        forward = _Straight.apply if keep else _forward
+    return forward(*inputs, eps)

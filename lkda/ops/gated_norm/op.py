@@ -1,0 +1,39 @@
+"""The public function: it validates, picks a backend and runs it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lkda.ops.backend import Backend, choose
+from lkda.ops.checks import check_alike
+from lkda.ops.gated_norm import cuda
+from lkda.ops.gated_norm.plain import gated_norm_plain
+
+BACKENDS: dict[str, Backend] = {
+    "cuda": Backend(cuda.gated_norm_cuda, cuda.reason_cannot_run),
+    "plain": Backend(gated_norm_plain),
+}
+
+
+def gated_rms_norm(
+    x: Tensor, gate: Tensor | None, weight: Tensor, *, eps: float = 1e-5, backend: str = "auto"
+) -> Tensor:
+    """x / sqrt(mean of x^2 + eps) * weight * sigmoid(gate), over the last dimension, computed in float32 at least.
+
+    Args:
+        x: [..., D].
+        gate: of x's shape and dtype, before the sigmoid; none where None.
+        weight: [D].
+        eps: added to the mean.
+        backend: auto | cuda | plain.
+    Returns: of x's shape and dtype.
+    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    """
+    fn = "gated_rms_norm"
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape:
+        raise ValueError(f"{fn}: weight must be [D] for x [..., D], got {list(weight.shape)} for x {list(x.shape)}.")
+    if gate is not None and gate.shape != x.shape:
+        raise ValueError(f"{fn}: gate must have x's shape {list(x.shape)}, got {list(gate.shape)}.")
+    check_alike(fn, {"x": x, "gate": gate, "weight": weight}, same_dtype=("x", "gate"))
+    word = choose(fn, BACKENDS, backend, device=x.device, head_dim=x.shape[-1], dtype=x.dtype)
+    return BACKENDS[word].run(x, gate, weight, eps)
