@@ -29,7 +29,7 @@ class ShortConvolution(nn.Module):
         return torch.zeros(batch_size, self.width - 1, len(w), device=device or w.device, dtype=w.dtype)
 
     def forward(self, x: Tensor, *, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, channels] -> y of that shape, and the state after it [B, width - 1, channels]; zeros where None is given.
+        """x [B, T, channels] -> y of that shape, and the state after it [B, width - 1, channels]; zeros where None.
 
         Mixers convolve q, k and v with one call of `lkda.ops.short_convolutions` instead.
         """

@@ -43,7 +43,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
 
     operand = torch.float32 if dtype == torch.float32 else torch.bfloat16
     packets = torch.full((slots * H * layout.packet,), 255, dtype=torch.uint8)
-    states, d_states = (unwritten(slots, H, D, D, dtype=operand) for _ in range(2))
+    states, d_states = (torch.full((slots, H, layout.kept_state), 255, dtype=torch.uint8) for _ in range(2))
     corrections, d_corrections = (unwritten(slots, H, D, layout.chunk, dtype=operand) for _ in range(2))
     got = {"o": unwritten(*v.shape, dtype=dtype), "final_state": unwritten(*state.shape)}
     got |= {f"d{name}": unwritten(*x.shape, dtype=x.dtype) for name, x in inputs.items()}

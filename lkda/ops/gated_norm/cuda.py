@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 # As in the .cu files.
 THREADS = 256
 ROWS = {"forward": 4, "backward": 2}  # of a thread at a time
+RESIDENT = 3  # blocks of the backward that a multiprocessor should hold
 MOST_BLOCKS = 396  # of the backward, each with a line of partial sums: three a multiprocessor of a chip with 132
 
 
@@ -47,7 +48,7 @@ def norm_kernel(name: str, head_dim: int, dtype: torch.dtype) -> Kernel:
     defines: dict[str, str | int | float] = {"HEAD_DIM": head_dim, "ELEMENT": ELEMENTS[dtype]}
     if name == "forward":
         return Module(HERE / "forward.cu", defines).kernel("gated_norm_forward", "PPPPif")
-    module = Module(HERE / "backward.cu", defines | {"RESIDENT": 3})
+    module = Module(HERE / "backward.cu", defines | {"RESIDENT": RESIDENT})
     return module.kernel("gated_norm_backward", "PPPPPPPif", shared_bytes=THREADS * 16 // dtype.itemsize * 4)
 
 

@@ -7,8 +7,6 @@
 // partials [rows * times, streams, channels, width].
 #include "short_conv.cuh"
 
-constexpr int RUN = 32;
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     short_conv_backward(const Element* x0, const Element* x1, const Element* x2, const Element* g0, const Element* g1,
                         const Element* g2, const float* w0, const float* w1, const float* w2, const float* s0, const float* s1,

@@ -51,7 +51,7 @@ def conv_kernel(name: str, head_dim: int, dtype: torch.dtype, convolve: bool) ->
     # Backwards float32 inputs take more registers than two blocks leave.
     resident = 1 if name == "backward" and dtype == torch.float32 else RESIDENT[name]
     shape: dict[str, str | int | float] = {"HEAD_DIM": head_dim, "ELEMENT": ELEMENTS[dtype], "CONVOLVE": int(convolve)}
-    module = Module(HERE / f"{name}.cu", shape | {"AHEAD": AHEAD[name], "RESIDENT": resident})
+    module = Module(HERE / f"{name}.cu", shape | {"RUN": RUN[name], "AHEAD": AHEAD[name], "RESIDENT": resident})
     if name == "forward":
         return module.kernel("short_conv_forward", "P" * 16 + "qqiiiiii")
     shared_bytes = 4 * MOST_TAPS * CHANNELS * 32 * WARPS if convolve else 0

@@ -2,8 +2,6 @@
 // norm of x alone. `normalized` has a bit a stream. Also writes the last width - 1 inputs of every sequence.
 #include "short_conv.cuh"
 
-constexpr int RUN = 16;
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     short_conv_forward(const Element* x0, const Element* x1, const Element* x2, const float* w0, const float* w1, const float* w2,
                        const float* s0, const float* s1, const float* s2, Element* y0, Element* y1, Element* y2, float* f0,
