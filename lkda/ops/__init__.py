@@ -2,6 +2,7 @@
 
 from lkda.ops.backend import available_backends, resolve_backend
 from lkda.ops.gated_norm.op import gated_rms_norm
+from lkda.ops.kda.fused import kda_attention_fused
 from lkda.ops.kda.op import kda_attention, kda_step
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
 from lkda.ops.simplified.op import simplified_attention, simplified_step
@@ -11,6 +12,7 @@ __all__ = [
     "available_backends",
     "gated_rms_norm",
     "kda_attention",
+    "kda_attention_fused",
     "kda_step",
     "l2_normalized",
     "resolve_backend",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.models.init import inverse_softplus, log_uniform
-from lkda.models.precision import at_least_float32
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
-from lkda.ops import kda_attention, kda_step
+from lkda.ops import kda_attention_fused, kda_step
+from lkda.ops.kda.gate import log_decay, write_strength
 from lkda.ops.short_conv.plain import normalized_plain
 
 
@@ -65,27 +64,41 @@ class KimiDeltaAttention(RecurrentMixer):
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        g, beta = self.log_decay(x), self.write_strength(x)
-        return kda_attention(q, k, v, g, beta, initial_state=state, cu_seqlens=cu_seqlens, backend=self.backend)
+        logits, A_log, dt_bias = self._gate(x)
+        return kda_attention_fused(
+            *(q, k, v, logits, self.b_proj(x), A_log, dt_bias),
+            gate=self.gate_form,
+            lower_bound=self.lower_bound,
+            negative_eigenvalues=self.negative_eigenvalues,
+            normalized=True,
+            initial_state=state,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
 
     def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
         return kda_step(normalized_plain(q), normalized_plain(k), v, self.log_decay(x), self.write_strength(x), state)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """g [..., H, D] in float32 at least, <= 0."""
-        shape = (*x.shape[:-1], self.num_heads, self.head_dim)
-        if self.gate == "none":
-            return torch.zeros(shape, device=x.device)
-        raw = self.heads(at_least_float32(self.f_b_proj(self.f_a_proj(x))) + at_least_float32(self.dt_bias))
-        A = at_least_float32(self.A_log).exp().view(self.num_heads, 1)
-        if self.gate_form == "bounded":
-            return (self.lower_bound * torch.sigmoid(A * raw)).expand(shape)
-        return (-A * F.softplus(raw)).expand(shape)
+        logits, A_log, dt_bias = self._gate(x)
+        if logits is None or A_log is None or dt_bias is None:
+            return torch.zeros(*x.shape[:-1], self.num_heads, self.head_dim, device=x.device)
+        logits = logits if self.gate == "channel" else logits.unsqueeze(-1)
+        return log_decay(
+            *(logits, A_log, dt_bias), head_dim=self.head_dim, gate=self.gate_form, lower_bound=self.lower_bound
+        )
 
     def write_strength(self, x: Tensor) -> Tensor:
         """beta [..., H] in float32 at least."""
-        beta = torch.sigmoid(at_least_float32(self.b_proj(x)))
-        return 2 * beta if self.negative_eigenvalues else beta
+        return write_strength(self.b_proj(x), negative_eigenvalues=self.negative_eigenvalues)
+
+    def _gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gate's logits, [..., H, D] or one a head [..., H], A_log and dt_bias; Nones without a gate."""
+        if self.gate == "none":
+            return None, None, None
+        logits = self.f_b_proj(self.f_a_proj(x))
+        return self.heads(logits) if self.gate == "channel" else logits, self.A_log, self.dt_bias
 
     @property
     def state_shape(self) -> tuple[int, ...]:

@@ -91,3 +91,15 @@ __device__ __forceinline__ float sum_over_lanes(float x) {
   for (int other = LANES / 2; other > 0; other /= 2) x += __shfl_xor_sync(0xffffffffu, x, other);
   return x;
 }
+
+// One element.
+template <class Half>
+__device__ __forceinline__ float load_number(const Half* at) {
+  return unpack(Half{}, static_cast<unsigned>(at->bits)).x;
+}
+__device__ __forceinline__ float load_number(const float* at) { return *at; }
+template <class Half>
+__device__ __forceinline__ void store_number(Half* at, float x) {
+  at->bits = static_cast<unsigned short>(pack(Half{}, make_float2(x, 0.f)));
+}
+__device__ __forceinline__ void store_number(float* at, float x) { *at = x; }
