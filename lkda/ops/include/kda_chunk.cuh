@@ -21,6 +21,24 @@ using Square = Tile<Operand, C, C>;  // tokens x tokens
 using State = Tile<Operand, D, D, true>;    // V x K: a state, transposed
 using Columns = Tile<Operand, D, C, true>;  // V x tokens
 
+// A State as it is kept for the backward. Halves are float16, with three digits more than bfloat16's eight, times a power of
+// two for every 16 rows: where nothing is written, dg is made of two states and nothing else.
+constexpr bool HALVES = sizeof(Operand) == 2;
+template <bool halves>
+struct KeptElement {
+  using type = float16;
+};
+template <>
+struct KeptElement<false> {
+  using type = Operand;
+};
+struct Kept {
+  using Number = KeptElement<HALVES>::type;
+  using Image = Tile<Number, D, D, true>;
+  static constexpr int scales = Image::bytes;  // float [D / 16]: what the rows are to be multiplied by
+  static constexpr int bytes = scales + (HALVES ? 128 : 0);
+};
+
 // Packet: kg = pre k, qg = scale pre q, kd = suf k, the pairs, Gam = the product of E over the chunk, beta (0 past the end).
 // Pairs: on and below the diagonal scale P_ij at (i, j); above it T~_ij at (j, i), where T = (I + B M)^-1 = I + B T~.
 struct Packet {

@@ -11,6 +11,9 @@ __device__ __forceinline__ void add_to(float2& a, float2 b) {
   a.y += b.y;
 }
 
+constexpr float LOG2_E = 1.4426950408889634f;
+__device__ __forceinline__ float2 exp2_fast(float2 x) { return make_float2(exp2_fast(x.x), exp2_fast(x.y)); }
+
 // Two channels of a leaf's tokens, read from [rows, H, D], zeros past the chunk's last token; kept as they lie in memory.
 template <class T>
 struct Packed {
@@ -53,14 +56,14 @@ struct Gates {
   }
   __device__ __forceinline__ void set(const Leaf<float>& nats) {
 #pragma unroll
-    for (int i = 0; i < LEAF; ++i) e[i] = make_float2(exp2_fast(nats[i].x * 1.4426950408889634f), exp2_fast(nats[i].y * 1.4426950408889634f));
+    for (int i = 0; i < LEAF; ++i) e[i] = make_float2(exp2_fast(LOG2_E * nats[i].x), exp2_fast(LOG2_E * nats[i].y));
   }
-  // The whole leaf's product, for the other threads: leaf_decay [LEAVES][D].
-  __device__ __forceinline__ void share(float* leaf_decay, int leaf, int channel) const {
-    float2 product = e[0];
+  // log2 of the whole leaf's product, for the other threads: leaf_logs [LEAVES][D].
+  static __device__ __forceinline__ void share(const Leaf<float>& nats, float* leaf_logs, int leaf, int channel) {
+    float2 sum = nats[0];
 #pragma unroll
-    for (int i = 1; i < LEAF; ++i) product = times(product, e[i]);
-    *reinterpret_cast<float2*>(leaf_decay + leaf * D + channel) = product;
+    for (int i = 1; i < LEAF; ++i) add_to(sum, nats[i]);
+    *reinterpret_cast<float2*>(leaf_logs + leaf * D + channel) = make_float2(LOG2_E * sum.x, LOG2_E * sum.y);
   }
   // use(i, f_i) for tokens in rising order: f_i = before * product of E from the leaf's first token through i.
   template <class Use>
@@ -85,20 +88,20 @@ struct Gates {
   }
 };
 
-// Products of whole leaves between this leaf and the boundary of its group: `before` from the group's middle (as rows),
-// `after` to it (as columns); after the last level, from the chunk's start and to its end.
+// log2 of the product of whole leaves between this leaf and the boundary of its group: `before` from the group's middle (as
+// rows), `after` to it (as columns); after the last level, from the chunk's start and to its end. A sum of logs is exact where
+// a product of many factors near 1 drifts.
 struct Reach {
-  float2 before = {1.f, 1.f}, after = {1.f, 1.f};
+  float2 before = {0.f, 0.f}, after = {0.f, 0.f};
 
-  __device__ __forceinline__ void widen(const float* leaf_decay, int level, int leaf, int channel) {
+  __device__ __forceinline__ float2 at(int level, int leaf) const {
+    return level == 0 ? make_float2(1.f, 1.f) : exp2_fast(leaf >> level & 1 ? before : after);
+  }
+  __device__ __forceinline__ void widen(const float* leaf_logs, int level, int leaf, int channel) {
     const int first = ((leaf >> level) ^ 1) << level;  // of the other half's leaves
-    float2 other = make_float2(1.f, 1.f);
-    for (int l = first; l < first + (1 << level); ++l) other = times(other, *reinterpret_cast<const float2*>(leaf_decay + l * D + channel));
-    if (leaf >> level & 1) {
-      before = times(other, before);
-    } else {
-      after = times(after, other);
-    }
+    float2 other = make_float2(0.f, 0.f);
+    for (int l = first; l < first + (1 << level); ++l) add_to(other, *reinterpret_cast<const float2*>(leaf_logs + l * D + channel));
+    add_to(leaf >> level & 1 ? before : after, other);
   }
 };
 

@@ -104,10 +104,29 @@ __device__ __forceinline__ void write_transposed(const Sum (&state)[STEPS], floa
 }
 
 // Blocks of a matrix kept in global memory as the image of a tile.
-template <class Image>
-__device__ __forceinline__ void write_block(char* image, int row, int column, const Block<Operand>& block) {
+template <class Image, class T>
+__device__ __forceinline__ void write_block(char* image, int row, int column, const Block<T>& block) {
 #pragma unroll
   for (int q = 0; q < 4; ++q) store_quadrant(Image::at(image, row + quadrant_row(q), column + quadrant_column(q)), block, q);
+}
+
+// Keeps the warp's 16 rows of a state, in halves: the largest number comes to lie in [2^14, 2^15).
+__device__ __forceinline__ void keep_state(char* kept, int row, const Sum (&state)[STEPS]) {
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) largest = fmaxf(largest, fmaxf(fabsf(state[i].pair[q].x), fabsf(state[i].pair[q].y)));
+  const unsigned exponent = max(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)) >> 23, 15u);
+  const float scale = __uint_as_float((268u - exponent) << 23);
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i) {
+    Sum scaled;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) scaled.pair[q] = make_float2(scale * state[i].pair[q].x, scale * state[i].pair[q].y);
+    write_block<Kept::Image>(kept, WARPGROUPS ? row : opaque(row), i * 16, round_to<Kept::Number>(scaled));
+  }
+  if (lane_id() == 0) reinterpret_cast<float*>(kept + Kept::scales)[row / 16] = __uint_as_float((exponent - 14u) << 23);
 }
 
 // x[.][t] *= factor[t]: a factor for each of a block's columns.

@@ -27,7 +27,7 @@ ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32:
 HERE = Path(__file__).parent
 
 LEAF = 8
-WARPGROUPS = False  # four warps multiply at once (wgmma, sm_90a): right as emulated, but no GPU has run it yet
+WARPGROUPS = True  # where the scans may multiply by four warps at once (wgmma, sm_90a), they do
 MOST_STAGES = 3  # chunks of the scan in shared memory: the one at work and those being fetched
 
 
@@ -59,7 +59,7 @@ class Layout:
 
     Attributes:
         chunk: C. Half-precision inputs are multiplied in bf16, float32 in tf32.
-        packet, state, columns: bytes of a Packet, of a state [V, K] and of [V, C] in the operands' type.
+        packet, kept_state, columns: bytes of a Packet, of a Kept state and of [V, C] in the operands' type.
         threads: of the chunk-parallel kernels.   resident: blocks of `prepare` that a multiprocessor holds at most.
         warps: of the scans, 16 columns of V each.
     """
@@ -72,7 +72,7 @@ class Layout:
         self.levels = 2 if wide else 3
         self.leaves = C // LEAF
         self.packet = _packet_bytes(D, dtype)
-        self.state = D * D * size
+        self.kept_state = D * D * size + (0 if wide else 128)
         self.columns = D * C * size
         self.threads = D * self.leaves // 2
         self.resident = max(1, (384 if wide else 512) // self.threads)
@@ -99,7 +99,7 @@ class Layout:
     def gradients_shared(self, roomy: bool) -> int:
         C, D, size = self.chunk, self.D, self.operand
         slice_ = 32 if D == 32 or size == 4 else 64
-        small = _round_up(4 * ((self.levels + 2) * self.leaves + C // 16) * D + 4 * C + 32 + 8 * 64 * self.leaves, 128)
+        small = _round_up(4 * ((self.levels + 2) * self.leaves + C // 16) * D + 4 * C + 96 + 8 * 64 * self.leaves, 128)
         slices = 2 * slice_ * (D + C) * size + C * slice_ * self.item
         level = (C + C // 2) * D * size
         operands = self.levels * level + 3 * 4 * C * D if roomy else level
@@ -177,9 +177,10 @@ def _parts(D: int) -> tuple[str, ...]:
 
 @cache
 def _segments_kernel(D: int, arch: str) -> Kernel:
-    state, piece = 4 * D * 8, 4 * D * 16
-    stages = min(16, (SHARED_BYTES_PER_BLOCK[arch] - state) // piece)
-    shared_bytes = state + stages * piece
+    sums = 4 * D * 8 + 4 * 8 * 8 * (D + 4)  # a state's eight columns, and partial sums of the next
+    stage = 4 * D * 4 * (D // 16)  # four rows a warp
+    stages = min(12, max(3, (SHARED_BYTES_PER_BLOCK[arch] // 2 - sums) // stage))  # room for two blocks, where it does
+    shared_bytes = sums + stages * stage
     defines = _layout(D, torch.float32).defines | {"STAGES": stages, "SHARED_BYTES": shared_bytes}
     return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPiii", shared_bytes=shared_bytes)
 
@@ -366,7 +367,7 @@ def _results(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _kept(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The states [slots, H, D, D] and N~ [slots, H, D, C] as operands, and the segments' A [N * segments, H, K, K] in
+    """The states [slots, H, bytes] and N~ [slots, H, D, C] as operands, and the segments' A [N * segments, H, K, K] in
     float32, if there are segments; uninitialised."""
     B, T, H, D = v.shape
     C = _chunk(v.dtype)
@@ -375,7 +376,7 @@ def _kept(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor 
     segments = _segments(v, cu_seqlens)
     operand = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
     return (
-        torch.empty((slots, H, D, D), dtype=operand, device=v.device),
+        torch.empty((slots, H, _layout(D, v.dtype).kept_state), dtype=torch.uint8, device=v.device),
         torch.empty((slots, H, D, C), dtype=operand, device=v.device),
         torch.empty((N * segments, H, D, D), dtype=torch.float32, device=v.device) if segments > 1 else None,
     )

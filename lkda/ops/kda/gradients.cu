@@ -79,12 +79,13 @@ struct HandOver {
 };
 
 struct Shared {
-  static constexpr int leaf_decay = 0;                                  // float [LEAVES][D]
-  static constexpr int straight = leaf_decay + LEAVES * D * 4;          // float [BLOCKS][D]: partial sums of S0 dS1
+  static constexpr int leaf_logs = 0;                                   // float [LEAVES][D]
+  static constexpr int straight = leaf_logs + LEAVES * D * 4;          // float [BLOCKS][D]: partial sums of S0 dS1
   static constexpr int totals = straight + BLOCKS * D * 4;              // float [LEVELS + 1][LEAVES][D]: reaches, then sums over a leaf
   static constexpr int beta = totals + (LEVELS + 1) * LEAVES * D * 4;   // float [C]
   static constexpr int place = beta + C * 4;                            // Span and head: read again after each barrier, as q and k
-  static constexpr int leaf_p = place + 32;                           // float [LEAVES][8][8]
+  static constexpr int scales = place + 32;                           // float [2][8]: of S0, dS1
+  static constexpr int leaf_p = scales + 64;                          // float [LEAVES][8][8]
   static constexpr int leaf_m = leaf_p + LEAVES * 64 * 4;
   static constexpr int pairs = (leaf_m + LEAVES * 64 * 4 + 127) / 128 * 128;  // LEVELS x Pairs
   static constexpr int work = pairs + LEVELS * Pairs::bytes;            // the slices; then levels' operands, and exchanges
@@ -201,33 +202,43 @@ __device__ __forceinline__ void sum_over_channels(float (&x)[LEAF], float* out) 
 }
 
 // S0 . dS1 of this lane's channel over eight rows of V and 32 channels at a time, for the warps of these channels one after
-// another: to straight [BLOCKS][D]. A sequence's own ends come unrounded: a short one is made of them.
+// another: to straight [BLOCKS][D]. A sequence's own ends come unrounded: a short one is made of them. Halves, each met once
+// here, become operands.
 struct Straight {
+  static __device__ __forceinline__ float2 halves(unsigned& word, float scale) {
+    float2 x = unpack(float16{}, word);
+    x = make_float2(scale * x.x, scale * x.y);
+    word = pack(bfloat16{}, x);
+    return x;
+  }
   template <class T>
-  static __device__ __forceinline__ void eight(float2 (&x)[4], const T* row, const float* exact) {
-    if (exact != nullptr) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) x[n] = make_float2(exact[2 * n * D], exact[(2 * n + 1) * D]);
-    } else if constexpr (sizeof(T) == 4) {
+  static __device__ __forceinline__ void eight(float2 (&x)[4], T* row, float scale, const float* exact) {
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) x[n] = load_pair(row + 2 * n);
     } else {
-      const uint4 word = *reinterpret_cast<const uint4*>(row);
-      x[0] = unpack(T{}, word.x);
-      x[1] = unpack(T{}, word.y);
-      x[2] = unpack(T{}, word.z);
-      x[3] = unpack(T{}, word.w);
+      uint4 word = *reinterpret_cast<const uint4*>(row);
+      x[0] = halves(word.x, scale);
+      x[1] = halves(word.y, scale);
+      x[2] = halves(word.z, scale);
+      x[3] = halves(word.w, scale);
+      *reinterpret_cast<uint4*>(row) = word;
+    }
+    if (exact != nullptr) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) x[n] = make_float2(exact[2 * n * D], exact[(2 * n + 1) * D]);
     }
   }
   // exact_initial, exact_final: [K, V] from this slice's first column of V on, or null.
-  static __device__ __forceinline__ void add(char* shared, const char* slice, int block, int channels, bool first, const float* exact_initial, const float* exact_final) {
+  static __device__ __forceinline__ void add(char* shared, char* slice, int block, int channels, int first, const float* exact_initial, const float* exact_final) {
     const int channel = channels + lane_id() / 8 * 8;
     float sum[8] = {};
 #pragma unroll 1
     for (int v = block * 8 + lane_id() % 8; v < SLICE; v += BLOCKS * 8) {
       float2 s0[4], ds1[4];
-      eight(s0, StateSlice::at(slice + Shared::state, v, channel), exact_initial == nullptr ? nullptr : exact_initial + channel * D + v);
-      eight(ds1, StateSlice::at(slice + Shared::d_state, v, channel), exact_final == nullptr ? nullptr : exact_final + channel * D + v);
+      const float* scales = reinterpret_cast<const float*>(shared + Shared::scales) + (first + v) / 16;
+      eight(s0, StateSlice::at(slice + Shared::state, v, channel), scales[0], exact_initial == nullptr ? nullptr : exact_initial + channel * D + v);
+      eight(ds1, StateSlice::at(slice + Shared::d_state, v, channel), scales[8], exact_final == nullptr ? nullptr : exact_final + channel * D + v);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         sum[2 * n] += s0[n].x * ds1[n].x;
@@ -244,7 +255,7 @@ struct Straight {
         if (i < count) sum[i] = (upper ? sum[i + count] : sum[i]) + __shfl_xor_sync(0xffffffffu, upper ? sum[i] : sum[i + count], step);
     }
     float* to = reinterpret_cast<float*>(shared + Shared::straight) + block * D + channel + lane_id() % 8;
-    *to = first ? sum[0] : *to + sum[0];
+    *to = first == 0 ? sum[0] : *to + sum[0];
   }
 };
 
@@ -350,7 +361,7 @@ __device__ __forceinline__ void level_gradients(Gathered& out, const char* tile,
 
 // q, k, d_o, d_q, d_k, d_v: [rows, H, D] Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
 // initial_state, d_final (each may be null): [N, H, K, V] float32. beta_parts: [chunks, H, D / 16, C] float32.
-// states, d_states: [chunks, H] State. corrections, d_corrections: [chunks, H] Columns. Grid: chunks x H.
+// states, d_states: [chunks, H] Kept. corrections, d_corrections: [chunks, H] Columns. Grid: chunks x H.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     const Element* q, const Element* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* corrections,
     const char* d_states, const char* d_corrections, const float* beta_parts, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
@@ -364,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
   const int warp = threadIdx.x / 32, block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;  // of a warp's sums
   float* betas = reinterpret_cast<float*>(shared + Shared::beta);
-  float* leaf_decay = reinterpret_cast<float*>(shared + Shared::leaf_decay);
+  float* leaf_logs = reinterpret_cast<float*>(shared + Shared::leaf_logs);
   float* totals = reinterpret_cast<float*>(shared + Shared::totals);  // 0: rows from the chunk's start, 1: columns to its end, 1 + level
   auto total = [&](int which, int of) { return reinterpret_cast<float2*>(totals + (which * LEAVES + of) * D + channel); };
   if (threadIdx.x == 0) {
@@ -375,8 +386,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
 
   auto fetch = [&](int first) {
     char* slice = shared + (BOTH && first > 0 ? Shared::slices : 0);
-    fetch_rows<StateSlice>(slice + Shared::state, states + slot * State::bytes, first);
-    fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * State::bytes, first);
+    fetch_rows<StateSlice>(slice + Shared::state, states + slot * Kept::bytes, first);
+    fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * Kept::bytes, first);
+    if (HALVES && first == 0 && threadIdx.x < 4) {
+      const char* kept = (threadIdx.x < 2 ? states : d_states) + slot * Kept::bytes;
+      copy_async(shared + Shared::scales + threadIdx.x * 16, kept + Kept::scales + threadIdx.x % 2 * 16);
+    }
     fetch_rows<ColumnsSlice>(slice + Shared::correction, corrections + slot * Columns::bytes, first);
     fetch_rows<ColumnsSlice>(slice + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
     constexpr int PIECE = 16 / sizeof(Element), PIECES = SLICE / PIECE;
@@ -393,9 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     nats.read(g, span, heads, head, leaf, channel);
     fetch(0);
     if constexpr (BOTH) fetch(SLICE);
-    Gates gates;
-    gates.set(nats);
-    gates.share(leaf_decay, leaf, channel);
+    Gates::share(nats, leaf_logs, leaf, channel);
   }
 
   // Products with the states, summed over slices of V.
@@ -428,15 +441,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       Reach reach;
 #pragma unroll
       for (int level = 0; level < LEVELS; ++level) {
-        if (level > 0) *total(1 + level, leaf) = Level::is_row(level, leaf) ? reach.before : reach.after;
-        reach.widen(leaf_decay, level, leaf, channel);
+        if (level > 0) *total(1 + level, leaf) = reach.at(level, leaf);
+        reach.widen(leaf_logs, level, leaf, channel);
       }
-      *total(0, leaf) = reach.before;
-      *total(1, leaf) = reach.after;
+      *total(0, leaf) = exp2_fast(reach.before);
+      *total(1, leaf) = exp2_fast(reach.after);
     }
     const int warp = opaque(threadIdx.x / 32), block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;
-    Straight::add(shared, slice, block, channels, first == 0, exact_initial == nullptr ? nullptr : exact_initial + first,
+    Straight::add(shared, slice, block, channels, first, exact_initial == nullptr ? nullptr : exact_initial + first,
                   exact_final == nullptr ? nullptr : exact_final + first);
+    if (HALVES) __syncthreads();  // all are operands now
 #pragma unroll(SLICE == D ? SLICE / 16 : 1)
     for (int v = 0; v < SLICE; v += 16) {
       const Right<Operand> d_out = as_right(convert<Operand>(OutputSlice::load(slice + Shared::d_output, tokens, v)));
@@ -634,12 +648,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { column[j] = times(f, column[j]); });
 
   // dg of every token of this leaf: other leaves' terms, the state's own path, then this leaf's terms.
-  float2 rest = make_float2(0.f, 0.f), gamma = make_float2(1.f, 1.f);
+  float2 rest = make_float2(0.f, 0.f), gamma = rest;
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n) add_to(rest, *reinterpret_cast<const float2*>(shared + Shared::straight + (n * D + channel) * 4));
 #pragma unroll
-  for (int l = 0; l < LEAVES; ++l) gamma = times(gamma, *reinterpret_cast<const float2*>(leaf_decay + l * D + channel));
-  rest = times(gamma, rest);
+  for (int l = 0; l < LEAVES; ++l) add_to(gamma, *reinterpret_cast<const float2*>(leaf_logs + l * D + channel));
+  rest = times(exp2_fast(gamma), rest);
   for (int l = leaf + 1; l < LEAVES; ++l) add_to(rest, *total(0, l));
   for (int l = 0; l < leaf; ++l) add_to(rest, *total(1, l));
 #pragma unroll

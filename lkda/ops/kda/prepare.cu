@@ -18,8 +18,8 @@ using Merge = MERGE;  // operands of the merges: float16 (entries of T and M are
 using MergeSquare = Tile<Merge, C, C>;
 
 struct Shared {
-  static constexpr int leaf_decay = 0;                                       // float [LEAVES][D]
-  static constexpr int beta = leaf_decay + LEAVES * D * 4;                   // float [C]
+  static constexpr int leaf_logs = 0;                                        // float [LEAVES][D]
+  static constexpr int beta = leaf_logs + LEAVES * D * 4;                    // float [C]
   static constexpr int corner = beta + C * 4;                                // float [C][17]: M, its diagonal 16x16 blocks
   static constexpr int pairs = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square
   static constexpr int below = pairs + Square::bytes;                        // MergeSquare: M below the diagonal blocks
@@ -33,6 +33,7 @@ struct Shared {
   static constexpr int bytes = tree + tree_bytes;
 };
 static_assert(WARPS_PER_LEAF == 1 || WARPS * 64 * 4 <= MergeSquare::bytes, "the partial sums fit where M will be");
+static_assert(THREADS >= C + D / 2, "a thread for each column of the leaves' inverses, and for two channels");
 static_assert(Shared::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
 
 // values[0..31] summed over LANES lanes: lane l of them ends up with the sums of values 32 / LANES * l and on.
@@ -200,6 +201,16 @@ __device__ __forceinline__ void invert_leaves(char* shared) {
   }
 }
 
+// Gam, by threads that invert nothing.
+__device__ __forceinline__ void whole_decay(const char* shared, char* packet) {
+  const int channel = 2 * (opaque(threadIdx.x) - C);
+  if (channel < 0 || channel >= D) return;
+  float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int leaf = 0; leaf < LEAVES; ++leaf) add_to(sum, *reinterpret_cast<const float2*>(shared + Shared::leaf_logs + (leaf * D + channel) * 4));
+  *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = exp2_fast(sum);
+}
+
 // The 8x8 block of T~ below two of them, 1 above 2, in float32; eight neighbouring threads a column:
 //   T~_21 = -(I + T~_22 B_2) X,    X = M_21 T_11
 __device__ __forceinline__ void merge_leaves(char* shared) {
@@ -303,26 +314,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
       if (item + gridDim.x < items) ask(item + gridDim.x);
       continue;
     }
-    char* packet = packets + static_cast<long long>(item) * Packet::bytes;
+    auto packet_of = [&](int item) { return packets + static_cast<long long>(item) * Packet::bytes; };
+    char* packet = packet_of(item);
     if (threadIdx.x < C) {
       reinterpret_cast<float*>(shared + Shared::beta)[threadIdx.x] = own_beta;
       reinterpret_cast<float*>(packet + Packet::beta)[threadIdx.x] = own_beta;
     }
     Gates gates;
     gates.set(nats);
-    gates.share(reinterpret_cast<float*>(shared + Shared::leaf_decay), leaf, channel);
+    Gates::share(nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), leaf, channel);
     __syncthreads();  // and the last packet has left
 
-    const float* leaf_decay = reinterpret_cast<const float*>(shared + Shared::leaf_decay);
+    const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
     Reach reach;
     float2 near[LEVELS];  // the reach on each level
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
-      near[level] = Level::is_row(level, leaf) ? reach.before : reach.after;
-      reach.widen(leaf_decay, level, leaf, channel);
+      near[level] = reach.at(level, leaf);
+#if __CUDA_ARCH__ < 900  // registers are short, and each compiler wants its own way around it
+      reach.widen(leaf_logs, level, opaque(leaf), channel);
+#else
+      reach.widen(leaf_logs, level, leaf, channel);
+#endif
     }
+    reach.before = exp2_fast(reach.before);
+    reach.after = exp2_fast(reach.after);
     float2 near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
-    const float2 inside = gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
+    gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
       near_k[i] = times(f, ks[i]);
       near_q[i] = times(make_float2(scale * f.x, scale * f.y), qs[i]);
     });
@@ -340,7 +358,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
       store_pair(Rows::at(kg, i, channel), times(reach.before, near_k[i]));
       store_pair(Rows::at(qg, i, channel), times(reach.before, near_q[i]));
     }
-    if (leaf == LEAVES - 1) *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = times(reach.before, inside);
     gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, ks[j]); });
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level)
@@ -348,11 +365,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
 #pragma unroll
     for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kd, j, channel), times(reach.after, near_k[j]));
     leaf_pairs(shared, leaf, gates, qs, ks, scale);
+    packet = packet_of(opaque(item));  // anew: registers are short
     if (item + gridDim.x < items) ask(item + gridDim.x);
     __syncthreads();
     tree_pairs(shared);
     __syncthreads();  // the level tiles give way to T and T~
     invert_leaves(shared);
+    whole_decay(shared, packet);
     __syncthreads();
     merge_leaves(shared);
     __syncthreads();

@@ -39,7 +39,7 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
 
 // packets: [chunks, H] Packet. v, d_o: [rows, H, D]. d_final (may be null): [N, segments, H, K, V] float32, of the state that
 // each segment leaves. d_initial: [N, H, K, V] float32.
-// d_states: [chunks, H] State, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T.
+// d_states: [chunks, H] Kept, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T.
 // beta_parts: [chunks, H, D / 16, C] float32. Of SUMMARY, those three and d_final are null, and d_initial is
 // [N, segments, H, K, V]. Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
@@ -111,10 +111,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
 #if WARPGROUPS
     Block<Operand> entry[STEPS], out[BLOCKS];
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      entry[i] = round_to<Operand>(state[i]);
-      scale_columns(state[i], decay + i * 16);
-    }
+    for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
     Sum x[BLOCKS], from_state[BLOCKS];  // dN^T, then Y^T
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
@@ -123,10 +120,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       clear(from_state[j]);
     }
     settle(from_state);
-    settle(state);
     open_products();
     products_over_channels(from_state, entry, packet + Packet::kd);
     close_products();
+    if constexpr (!SUMMARY) keep_state(d_states + slot * Kept::bytes, columns + mine, state);
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
+    settle(state);
+    open_products();
     products_over_tokens(state, out, packet + Packet::qg);
     close_products();
 #pragma unroll
@@ -137,10 +138,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
         if (i == j) keep<Triangle::upper, true>(p);
         product(x[j], out[i], p);
       }
-    if (!SUMMARY) {
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i) write_block<State>(d_states + slot * State::bytes, columns + mine, i * 16, entry[i]);
-    }
     wait_products<1>();
     settle(from_state);
     Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
@@ -179,12 +176,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     wait_products<0>();
     settle(state);
 #else
+    if constexpr (HALVES && !SUMMARY) keep_state(d_states + slot * Kept::bytes, columns + mine, state);
     Sum x[BLOCKS];  // dN^T, then Y^T
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) clear(x[j]);
 #pragma unroll
     for (int i = 0; i < BLOCKS; ++i) {
       pace();
+      if (D == 128) __syncwarp();  // registers are short
       const Block<Operand> out = d_out(i);
 #pragma unroll
       for (int j = 0; j <= i; ++j) {
@@ -198,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     for (int i = 0; i < STEPS; ++i) {
       pace();
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      if (!SUMMARY) write_block<State>(d_states + slot * State::bytes, recomputed(columns + mine), i * 16, entry);
+      if (!HALVES && !SUMMARY) write_block<Kept::Image>(d_states + slot * Kept::bytes, recomputed(columns + mine), i * 16, convert<Kept::Number>(entry));
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) {
         pace();

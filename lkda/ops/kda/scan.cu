@@ -35,7 +35,7 @@ __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const
 
 // packets: [chunks, H] Packet. v, o: [rows, H, D]. initial_state (may be null): [N, segments, H, K, V] float32, enters
 // each segment. final_state: [N, H, K, V] float32.
-// Kept for the backward, both null where none follows: states [chunks, H] State, the state each chunk was entered with,
+// Kept for the backward, both null where none follows: states [chunks, H] Kept, the state each chunk was entered with,
 // and corrections [chunks, H] Columns, N~^T. Of SUMMARY, initial_state, o, states and corrections are null, and
 // final_state [N, segments, H, K, V] is Z; transposed and transitions (may be null): [N, segments, H, K, K], A^T and A. Of
 // the last segment Z and A^T are not needed, and may stay unwritten.
@@ -130,18 +130,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
       products_over_channels(out, entry, packet + Packet::qg);
       close_products();
     }
-    if (!SUMMARY && states != nullptr) {
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i) write_block<State>(states + slot * State::bytes, columns + mine, i * 16, entry[i]);
+    if constexpr (!SUMMARY) {
+      if (states != nullptr) keep_state(states + slot * Kept::bytes, columns + mine, state);
     }
     wait_products<SUMMARY ? 0 : 1>();
     settle(x);
 #else
+    if constexpr (HALVES && !SUMMARY) {
+      if (states != nullptr) keep_state(states + slot * Kept::bytes, columns + mine, state);
+    }
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       pace();
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      if (!SUMMARY && states != nullptr) write_block<State>(states + slot * State::bytes, columns + mine, i * 16, entry);
+      if (!HALVES && !SUMMARY && states != nullptr) write_block<Kept::Image>(states + slot * Kept::bytes, columns + mine, i * 16, convert<Kept::Number>(entry));
 #pragma unroll
       for (int t = 0; t < BLOCKS; ++t) product(x[t], entry, Rows::load_right(packet + Packet::kg, t * 16, i * 16));
       if constexpr (!SUMMARY) {
