@@ -42,3 +42,38 @@ def test_float32_logits_equal_those_of_the_plain_forms(pattern):
     want = model.cpu()(x.cpu())
     assert model.resolve_backends(torch.device("cuda", 0), torch.float32).get(pattern[0]) == "cuda"
     assert (got - want).norm() < 5e-3 * want.norm()
+
+
+OPTIONS = [
+    ("kda", {}),
+    ("kda", {"conv_width": 0}),
+    ("kda", {"conv_width": 3, "gate": "head"}),
+    ("kda", {"gate": "none"}),
+    ("kda", {"gate_form": "bounded", "lower_bound": -3.0}),
+    ("kda", {"gate": "head", "gate_form": "bounded"}),
+    ("kda", {"negative_eigenvalues": True, "output_gate": False}),
+    ("simplified", {"conv_width": 0}),
+    ("simplified", {"output_gate": False}),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_float32_gradients_equal_those_of_the_plain_forms(name, options, packed):
+    """Of every parameter, whatever the mixer's options are; a loss of what follows a carried state as well."""
+    model = small([name], d_model=64, scale=2, mixer={"pattern": [name], "num_heads": 2, name: options})
+    x, found = tokens(1, 100), []
+    for device in ("cuda", "cpu"):
+        model, x = model.to(device), x.to(device)
+        if packed:
+            logits = model(x, cu_seqlens=torch.tensor([0, 0, 3, 70, 100, 100], device=device))
+        else:
+            state = model.init_state(1)
+            first, state = model.forward_from(x[:, :30], state)
+            second, _ = model.forward_from(x[:, 30:], state)
+            logits = torch.cat([first, second], 1)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.roll(-1, 1).flatten())
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append([logits.detach().cpu(), *(g.cpu() for g in gradients)])
+    for what, got, want in zip(("logits", *(n for n, _ in model.named_parameters())), *found):
+        assert (got - want).norm() < 1e-2 * want.norm(), what

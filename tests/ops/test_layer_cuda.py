@@ -1,4 +1,4 @@
-"""The kernels around KDA on a GPU: the short convolution and the gated norm. pytest -m gpu tests/ops"""
+"""The kernels around KDA on a GPU: short convolution, norms and gates, and KDA from raw logits. pytest -m gpu tests/ops"""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lkda.ops import gated_rms_norm, l2_normalized, short_convolutions
+from lkda.ops import gated_rms_norm, kda_attention_fused, l2_normalized, short_convolutions
+from tests.ops.cases import relative
 from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
 from tests.ops.test_gated_norm import inputs_of as norm_inputs
+from tests.ops.test_kda_fused import FORMS, gate_inputs, gates, layer_inputs
 from tests.ops.test_short_conv_emulated import inputs_of as conv_inputs
 
 pytestmark = [
@@ -53,6 +55,10 @@ OPS = {
         lambda B, T, D, dtype: {
             f"x{i}": x for i, x in enumerate(norm_inputs(B, T, 4, D, dtype=dtype).values()) if i < 2
         },
+    ),
+    "gate": Op(
+        lambda backend, **_: lambda **inputs: gates(backend, inputs["logits"].shape[-1])(**inputs),
+        lambda B, T, D, dtype: gate_inputs(B, T, 4, D, dtype=dtype),
     ),
 }
 
@@ -114,7 +120,7 @@ class TestEveryOp:
             captured = step()
         with torch.no_grad():
             for x in inputs.values():
-                x.copy_(x.flip(0))
+                x.copy_(x.flip(1 if x.dim() > 1 else 0))
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(got, want) for got, want in zip(captured, step()))
@@ -169,3 +175,37 @@ def test_opcheck_of_the_gated_norm():
     torch.library.opcheck(torch.ops.lkda.gated_norm_forward, (x, None, weight, 1e-5))
     given = (x.detach(), x.detach(), gate.detach(), weight.detach(), 1e-5)
     torch.library.opcheck(torch.ops.lkda.gated_norm_backward, given)
+
+
+def test_opcheck_of_the_gate():
+    logits, strengths, A_log, bias = (t.cuda().requires_grad_() for t in gate_inputs(2, 40, 3, 64).values())
+    torch.library.opcheck(torch.ops.lkda.kda_gate, (logits, strengths, A_log, bias, 64, False, -5.0, 1.0))
+    torch.library.opcheck(torch.ops.lkda.kda_gate, (None, strengths, None, None, 64, False, -5.0, 1.0))
+    inputs = [x.detach() for x in (logits, strengths, A_log, bias)]
+    dg, dbeta = torch.randn(2, 40, 3, 64, device="cuda"), torch.randn(2, 40, 3, device="cuda")
+    torch.library.opcheck(torch.ops.lkda.kda_gate_backward, (dg, dbeta, *inputs, False, -5.0, 1.0))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_gates_of_every_form(form, per_head):
+    inputs = {name: x.cuda() for name, x in gate_inputs(2, 700, 6, 64, per_head=per_head).items()}
+    want = outputs_and_gradients(gates("plain", 64, *form), {name: x.double() for name, x in inputs.items()})
+    assert_within_yardstick(outputs_and_gradients(gates("cuda", 64, *form), inputs), want, sums=SUMS)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(("gate", "lower_bound", "negative"), FORMS)
+def test_attention_from_raw_logits(gate, lower_bound, negative, per_head):
+    """A few thousandths, as the core op errs; A_log and dt_bias to 1e-3, since roundings average out over the tokens."""
+    inputs = {name: x.cuda() for name, x in layer_inputs(4, 1000, 4, 64, per_head=per_head).items()}
+    inputs = {name: x.bfloat16() if x.dim() > 2 and name != "A_log" else x.float() for name, x in inputs.items()}
+    options = {"gate": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
+
+    def op(backend):
+        return lambda **inputs: kda_attention_fused(**inputs, **options, backend=backend)
+
+    want = outputs_and_gradients(op("chunk"), {name: x.double() for name, x in inputs.items()})
+    for name, x in outputs_and_gradients(op("cuda"), inputs).items():
+        allowed = 1e-3 if name in ("dA_log", "ddt_bias") else 8e-3
+        assert relative(x, want[name]) < allowed, (name, relative(x, want[name]))
