@@ -1,4 +1,4 @@
-"""The kernels around KDA on a GPU: short convolution, norms and gates, and KDA from raw logits. pytest -m gpu tests/ops"""
+"""The layer's kernels on a GPU: short convolution, norms and gates, KDA from raw logits. pytest -m gpu tests/ops"""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_gates_of_every_form(form, per_head):
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(("gate", "lower_bound", "negative"), FORMS)
 def test_attention_from_raw_logits(gate, lower_bound, negative, per_head):
-    """A few thousandths, as the core op errs; A_log and dt_bias to 1e-3, since roundings average out over the tokens."""
+    """A few thousandths, as the core op errs; A_log and dt_bias to 1e-3: roundings average out over the tokens."""
     inputs = {name: x.cuda() for name, x in layer_inputs(4, 1000, 4, 64, per_head=per_head).items()}
     inputs = {name: x.bfloat16() if x.dim() > 2 and name != "A_log" else x.float() for name, x in inputs.items()}
     options = {"gate": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
