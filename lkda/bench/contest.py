@@ -69,6 +69,8 @@ class Contest:
         peers: family -> a loader of its entrants, which raises ImportError where the family is not installed.
         truth: inputs in float64 -> outputs, by a form that the tests hold against the recurrence.
         kernels: (word, mode, shape, dtype, arch) -> the kernels that run, for their registers and shared memory.
+        results: the first outputs, by name: those that forward+backward differentiates.
+        told: (input, shape) -> whether the error of its gradient can be told from a few heads of one sequence.
     """
 
     op: str
@@ -79,3 +81,5 @@ class Contest:
     peers: Mapping[str, Callable[[], Mapping[str, Entrant]]]
     truth: Callable[[Inputs], Sequence[Tensor]]
     kernels: Callable[[str, str, Shape, torch.dtype, str], list[Kernel]]
+    results: tuple[str, ...] = ("o",)
+    told: Callable[[str, Shape], bool] = lambda name, shape: True

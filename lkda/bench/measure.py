@@ -13,12 +13,12 @@ from torch import Tensor
 
 import lkda
 from lkda.bench.contest import DTYPES, Contest, Entrant, Inputs, Shape
-from lkda.bench.timing import clock, copy_gb_per_s, graph_of, host_microseconds
+from lkda.bench.timing import clock, copy_gb_per_s, graph_of, host_microseconds, launches
 from lkda.ops.jit import architecture
 
 Row = dict[str, Any]
 MODES = ("fwd", "fwd+bwd")
-OUTPUTS = ("o", "final_state")  # of a forward pass; an entrant may give the first alone
+STATE = "final_state"  # what an entrant may give after its results in a forward pass
 PACKAGES = ("torch", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "fla-core", "nvidia-cudnn-frontend")
 TRUE_HEADS = 2  # float64 on so many heads of the first sequence: heads and sequences do not mix
 
@@ -139,7 +139,15 @@ def _row(case: Case, inputs: Inputs, device: torch.device, copy_speed: float, mi
         **{"B": shape.B, "T": shape.T, "H": shape.H, "D": shape.D, "dtype": case.dtype, "gate": case.gate},
         **{"mode": case.mode, "replay": case.replay, "ms_median": None, "ms_p20": None, "ms_p80": None},
         **{"gb_per_s": None, "floor_ms": moved / copy_speed / 1e6, "fraction_of_floor": None},
-        **{"error": None, "errors": {}, "peak_mib": None, "host_us": None, "registers": None, "shared_bytes": None},
+        **{
+            "error": None,
+            "errors": {},
+            "peak_mib": None,
+            "launches": None,
+            "host_us": None,
+            "registers": None,
+            "shared_bytes": None,
+        },
         "reason": None,
     }
     try:
@@ -151,11 +159,11 @@ def _row(case: Case, inputs: Inputs, device: torch.device, copy_speed: float, mi
     if case.mode == "fwd+bwd" and not entrant.gradients:
         return row | {"reason": "no backward"}
     try:
-        call, outputs, peak = _prepare(entrant, inputs, case.mode, device)
+        call, outputs, peak = _prepare(entrant, inputs, case, device)
         row["peak_mib"] = peak
         timing = clock(graph_of(call) if case.replay == "graph" else call, device, milliseconds=milliseconds)
         if case.replay == "eager" and device.type == "cuda":
-            row["host_us"] = host_microseconds(call)
+            row["host_us"], row["launches"] = host_microseconds(call), launches(call)
         if entrant.comparable and case.replay == "eager":
             row["errors"] = _errors(case, entrant, inputs, outputs)
             row["error"] = max(row["errors"].values())
@@ -168,30 +176,31 @@ def _row(case: Case, inputs: Inputs, device: torch.device, copy_speed: float, mi
 
 
 def _prepare(
-    entrant: Entrant, inputs: Inputs, mode: str, device: torch.device
+    entrant: Entrant, inputs: Inputs, case: Case, device: torch.device
 ) -> tuple[Callable[[], object], dict[str, Tensor], float | None]:
-    """The call to time, what it gave once (o and gradients, by name), and the MiB it took beyond its inputs."""
+    """The call to time, what it gave once (results and gradients, by name), and the MiB it took beyond its inputs."""
+    results = case.contest.results
     own = {name: x.detach() for name, x in entrant.adapt(inputs).items()}
-    if mode == "fwd":
+    if case.mode == "fwd":
 
         @torch.inference_mode()
         def forward() -> Sequence[Tensor]:
             return entrant.run(own)
 
-        outputs, peak = _with_peak(lambda: dict(zip(OUTPUTS, forward())), device)
+        outputs, peak = _with_peak(lambda: dict(zip((*results, STATE), forward())), device)
         return forward, {name: x for name, x in outputs.items() if x is not None}, peak
     leaves = {name: own[name].requires_grad_() for name in entrant.gradients}
     with torch.no_grad():
-        grad_o = torch.randn_like(entrant.run(own)[0])
+        wanted = {f"grad_{name}": torch.randn_like(x) for name, x in zip(results, entrant.run(own))}
 
     def both() -> Sequence[Tensor]:
-        o = entrant.run(own)[0]
-        gradients = torch.autograd.grad(o, list(leaves.values()), grad_o.to(o.dtype))
-        return o.detach(), *gradients  # a graph kept alive holds on to the stream it was made on
+        found = entrant.run(own)[: len(results)]
+        gradients = torch.autograd.grad(found, list(leaves.values()), list(wanted.values()))
+        return *(x.detach() for x in found), *gradients  # a graph kept alive holds on to the stream it was made on
 
-    names = ("o", *(f"d{name}" for name in leaves))
+    names = (*results, *(f"d{name}" for name in leaves))
     outputs, peak = _with_peak(lambda: dict(zip(names, both())), device)
-    return both, outputs | {"grad_o": grad_o}, peak
+    return both, outputs | wanted, peak
 
 
 def _with_peak(call: Callable[[], dict[str, Tensor]], device: torch.device) -> tuple[dict[str, Tensor], float | None]:
@@ -206,21 +215,22 @@ def _with_peak(call: Callable[[], dict[str, Tensor]], device: torch.device) -> t
 
 
 def _errors(case: Case, entrant: Entrant, inputs: Inputs, outputs: dict[str, Tensor]) -> dict[str, float]:
-    """Relative L2 error of o, and of the final state or of each gradient, against float64, on a few heads."""
+    """Relative L2 error of the results, and of the state or of each gradient, against float64, on a few heads."""
 
     def few(x: Tensor, name: str = "") -> Tensor:
-        heads = x[:1, :TRUE_HEADS] if name == "final_state" else x[:1, :, :TRUE_HEADS]
+        heads = x[:1, :TRUE_HEADS] if name == STATE else x[:1, :, :TRUE_HEADS]
         return heads.detach().double()
 
     exact = {
         name: few(x).requires_grad_(case.mode != "fwd" and name in entrant.gradients) for name, x in inputs.items()
     }
-    truth = {name: x for name, x in zip(OUTPUTS, case.contest.truth(exact)) if name in outputs}
-    o = truth["o"]
+    results = case.contest.results
+    truth = {name: x for name, x in zip((*results, STATE), case.contest.truth(exact)) if name in outputs}
     if case.mode != "fwd":
         leaves = [exact[name] for name in entrant.gradients]
-        gradients = torch.autograd.grad(o, leaves, few(outputs["grad_o"]))
-        truth |= {f"d{name}": x for name, x in zip(entrant.gradients, gradients)}
+        wanted = [few(outputs[f"grad_{name}"]) for name in results]
+        gradients = torch.autograd.grad([truth[name] for name in results], leaves, wanted)
+        truth |= {f"d{n}": x for n, x in zip(entrant.gradients, gradients) if case.contest.told(n, case.shape)}
     return {
         name: ((few(outputs[name], name) - x.detach()).norm() / x.detach().norm().clamp_min(1e-30)).item()
         for name, x in truth.items()

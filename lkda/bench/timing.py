@@ -51,6 +51,16 @@ def host_microseconds(call: Callable[[], object]) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def launches(call: Callable[[], object]) -> int:
+    """Kernels, copies and fills that a call puts on the GPU."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
 def copy_gb_per_s(device: torch.device) -> float:
     """Bytes read and written by a large copy, per second, in units of 1e9."""
     size = 2**29 if device.type == "cuda" else 2**26

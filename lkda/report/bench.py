@@ -2,8 +2,8 @@
 
 The JSON is {"header": {device, torch, lkda, copy_gb_per_s, date}, "rows": [...]}. A row holds op, backend or peer (the
 other absent or None), B, T, H, D, dtype, gate, mode ("fwd" or "fwd+bwd"), replay ("eager" or "graph"), ms_median,
-ms_p20, ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, host_us, peak_mib, registers, shared_bytes, and where
-nothing was measured, the reason.
+ms_p20, ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, launches, host_us, peak_mib, registers, shared_bytes, and
+where nothing was measured, the reason.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ NUMBERS = (
     _Column("x floor", _times_the_floor),
     _Column("GB/s", lambda row: "" if row.get("gb_per_s") is None else three(row["gb_per_s"])),
     _Column("error", _number("error", "{:.1e}")),
+    _Column("launches", _number("launches", "{}")),
     _Column("host us", _number("host_us", "{:.0f}")),
     _Column("peak MiB", _number("peak_mib", "{:,.0f}")),
     _Column("registers", _number("registers", "{}")),

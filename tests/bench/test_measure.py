@@ -50,6 +50,24 @@ def test_kda_is_measured_at_slow_and_fast_gates_beside_softmax():
         assert row["error"] is None or row["error"] < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("op", "backends", "parameters"),
+    [
+        ("kda_layer", ["chunk"], {"dq_conv", "dk_conv", "dv_conv", "dA_log", "ddt_bias"}),
+        ("short_conv", ["plain"], {"dq_conv", "dk_conv", "dv_conv"}),
+        ("gated_norm", ["plain"], set()),
+        ("kda_gate", ["plain"], {"dA_log", "ddt_bias"}),
+    ],
+)
+def test_the_layer_and_its_pieces_tell_errors_of_inputs_and_parameters(op, backends, parameters):
+    for row in rows(op, backends=backends, modes=["fwd", "fwd+bwd"]):
+        assert row["reason"] is None
+        assert row["floor_ms"] > 0
+        assert 0 < row["error"] < 1e-4
+        assert (parameters <= set(row["errors"])) == (row["mode"] == "fwd+bwd" or not parameters)
+        assert "dnorm" not in row["errors"]
+
+
 def test_a_peer_at_one_shape_and_one_gate_of_two():
     words = {"dtypes": ["fp32"], "backends": ["chunk"], "modes": ["fwd"], "replays": ["eager"]}
     shapes = [Shape(1, 70, 2, 32), Shape(1, 80, 2, 32)]

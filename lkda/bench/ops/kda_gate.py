@@ -1,0 +1,75 @@
+"""The layer's gates, from logits to g and beta in float32: it only moves memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lkda.bench.contest import Contest, Entrant, Inputs, Shape
+from lkda.bench.ops import kda_layer
+from lkda.ops.jit import Kernel
+from lkda.ops.kda.cuda_gate import gate_kernel, kda_gate_cuda
+from lkda.ops.kda.gate import log_decay, write_strength
+
+NAMES = ("gate_logits", "beta_logits", "A_log", "dt_bias")
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
+    """As the layer's."""
+    drawn = kda_layer.inputs(shape, dtype, device, gate)
+    return {name: drawn[name] for name in NAMES}
+
+
+def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:
+    """Forward: logits in, g out. Backward: logits and dg in, the logits' gradient out. beta beside them."""
+    wide, narrow = 4 * (shape.elements + shape.elements // shape.D), dtype.itemsize
+    share = narrow / 4
+    forward, backward = wide * (1 + share), wide * (1 + 2 * share)
+    return int(forward if mode == "fwd" else forward + backward)
+
+
+def _cuda(x: Inputs) -> Sequence[Tensor]:
+    return kda_gate_cuda(
+        *(x["gate_logits"], x["beta_logits"], x["A_log"], x["dt_bias"].view(-1)),
+        head_dim=x["gate_logits"].shape[3],
+        bounded=False,
+        lower_bound=-5.0,
+        strength=1.0,
+    )
+
+
+def _plain(x: Inputs) -> Sequence[Tensor]:
+    g = log_decay(x["gate_logits"], x["A_log"], x["dt_bias"], head_dim=x["gate_logits"].shape[3])
+    return g, write_strength(x["beta_logits"])
+
+
+def _fla() -> Mapping[str, Entrant]:
+    """The decay by its kernel, beta by PyTorch: its layer leaves both to the core op."""
+    from fla.ops.kda.gate import fused_kda_gate
+
+    def run(x: Inputs) -> Sequence[Tensor]:
+        g = fused_kda_gate(x["gate_logits"], x["A_log"].view(-1), x["dt_bias"].view(-1))
+        return g, torch.sigmoid(x["beta_logits"].float())
+
+    return {"fla fused_kda_gate": Entrant(run, NAMES)}
+
+
+def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
+    entries = ("kda_gate",) if mode == "fwd" else ("kda_gate", "kda_gate_backward")
+    return [gate_kernel(entry, shape.D, dtype, False) for entry in entries] if word == "cuda" else []
+
+
+CONTEST = Contest(
+    op="kda_gate",
+    gates=("slow", "fast"),
+    inputs=inputs,
+    moved_bytes=moved_bytes,
+    backends={"cuda": Entrant(_cuda, NAMES), "plain": Entrant(_plain, NAMES)},
+    peers={"fla": _fla},
+    truth=_plain,
+    kernels=kernels,
+    results=("g", "beta"),
+    told=kda_layer.told,
+)
