@@ -20,6 +20,16 @@ def check_shape(fn: str, name: str, x: Tensor, axes: str, sizes: dict[str, int])
             )
 
 
+def alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether all have the first one's shape and device, and are floating point: the quick question before the checks
+    that would say what is wrong."""
+    shape, device = first.shape, first.device
+    for x in others:
+        if x.shape != shape or x.device != device or not x.dtype.is_floating_point:
+            return False
+    return first.dtype.is_floating_point
+
+
 def check_alike(fn: str, tensors: dict[str, Tensor | None], *, same_dtype: tuple[str, ...]) -> None:
     """All given tensors are floating point and on one device; those named in `same_dtype` share a dtype."""
     given = {name: x for name, x in tensors.items() if x is not None}

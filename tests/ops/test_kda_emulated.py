@@ -7,8 +7,8 @@ import torch
 
 from lkda.ops.kda import cuda
 from tests.ops.cases import kda_inputs, relative
-from tests.ops.emulation import Emulated
-from tests.ops.yardstick import kda_truth
+from tests.ops.emulation import Emulated, kernels_on_the_cpu  # noqa: F401
+from tests.ops.yardstick import kda_truth, outputs_and_gradients
 
 ARCH = "sm_90a"
 ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # about twice what the GPU shows
@@ -80,3 +80,30 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
 
     for name, want in kda_truth(inputs).items():
         assert relative(got[name], want) < ALLOWED[dtype], name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.usefixtures("kernels_on_the_cpu")
+@pytest.mark.parametrize(
+    ("T", "packed", "state", "segments"),
+    [(70, False, True, 1), (70, True, True, 1), (70, False, False, 1), (300, False, True, 4)],
+)
+def test_the_op_around_the_kernels(T, packed, state, segments, monkeypatch):
+    """Forward, what is kept, backward: the launches and their arguments as a GPU would get them."""
+    monkeypatch.setattr(cuda, "_processors", lambda device: 3)
+    monkeypatch.setattr(cuda, "_architecture", lambda device: ARCH)
+    monkeypatch.setattr(cuda, "segment_count", lambda *sizes: segments)
+    inputs, D = kda_inputs(1, T, 2, 32, 32, gate="slow", dtype=torch.bfloat16), 32
+    options = {}
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, 0, 20, T], dtype=torch.int32)
+        inputs["initial_state"] = inputs["initial_state"].repeat(3, 1, 1, 1)
+    if not state:
+        del inputs["initial_state"]
+
+    def op(*, initial_state=None, cu_seqlens=None, **given):
+        return cuda.kda_cuda(**given, scale=D**-0.5, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+    got = outputs_and_gradients(op, inputs, **options)
+    for name, want in kda_truth(inputs, **options).items():
+        assert relative(got[name], want) < ALLOWED[torch.bfloat16], name

@@ -54,6 +54,10 @@ def _packet_bytes(D: int, dtype: torch.dtype) -> int:
     return 3 * C * D * size + C * C * size + 4 * D + 4 * C
 
 
+def _kept_state_bytes(D: int, dtype: torch.dtype) -> int:
+    return 4 * D * D if dtype == torch.float32 else 2 * D * D + 128
+
+
 class Layout:
     """Sizes of the kernels for heads of D and a dtype, as the .cu files compute them (and check at compile time).
 
@@ -72,7 +76,7 @@ class Layout:
         self.levels = 2 if wide else 3
         self.leaves = C // LEAF
         self.packet = _packet_bytes(D, dtype)
-        self.kept_state = D * D * size + (0 if wide else 128)
+        self.kept_state = _kept_state_bytes(D, dtype)
         self.columns = D * C * size
         self.threads = D * self.leaves // 2
         self.resident = max(1, (384 if wide else 512) // self.threads)
@@ -255,7 +259,7 @@ class _Chunks:
 def _prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: _Chunks, scale: float) -> Tensor:
     _, T, H, D = q.shape
     layout = _layout(D, q.dtype)
-    packets = torch.empty(chunks.slots * H * layout.packet, dtype=torch.uint8, device=q.device)
+    packets = q.new_empty(chunks.slots * H * layout.packet, dtype=torch.uint8)
     launch = _prepare_kernel(D, q.dtype, _architecture(q.device))
     items = chunks.slots * H
     arguments = (q, k, g, beta, packets, chunks.spans, items, T, H, scale)
@@ -273,15 +277,16 @@ def _forward(
     cu_seqlens: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """o, final_state, and where a backward follows (keep) packets and `_kept`, else None in their places."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """o, final_state, and where a backward follows (keep) packets and what `_Kept` lays out, else None and None."""
     _, T, H, D = q.shape
-    q, k, v, g, beta = (_readable(x) for x in (q, k, v, g, beta))
+    q, k, v, g, beta = map(_readable, (q, k, v, g, beta))
     chunks = _Chunks(q, cu_seqlens)
     packets = _prepare(q, k, g, beta, chunks, scale)
     o, final_state = _results(v, cu_seqlens)
-    states, corrections, transitions = _kept(v, cu_seqlens) if keep else (None, None, None)
     segments, arch = _segments(v, cu_seqlens), _architecture(q.device)
+    kept = _Kept(v, chunks.slots, _transition_bytes(v, cu_seqlens)) if keep else None
+    states, corrections, transitions = kept.parts if kept else (None, None, None)
     where: dict[str, Any] = {"chunks": chunks, "T": T, "H": H, "segments": segments}
     enters: Tensor | int | None = initial_state
     if segments > 1:
@@ -292,7 +297,7 @@ def _forward(
         _enter_segments(D, transposed, offsets, initial_state, enters, backward=False, **where)
     scan = _scan("scan", D, q.dtype, arch, _part(D, segments))
     scan(packets, v, enters, o, final_state, states, corrections, None, None, **where)
-    return o, final_state, packets if keep else None, states, corrections, transitions
+    return o, final_state, packets if keep else None, kept.memory if kept else None
 
 
 def _forward_op(
@@ -312,7 +317,7 @@ def _forward_op(
 
 
 def _nothing(v: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device=v.device)
+    return v.new_empty(0, dtype=torch.float32)
 
 
 class _Scratch:
@@ -358,28 +363,57 @@ def _part(D: int, segments: int) -> str:
 
 def _results(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """o and final_state, uninitialised."""
-    B, T, H, D = v.shape
+    B, _, H, D = v.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (
-        torch.empty((B, T, H, D), dtype=v.dtype, device=v.device),
-        torch.empty((N, H, D, D), dtype=torch.float32, device=v.device),
-    )
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return o, v.new_empty((N, H, D, D), dtype=torch.float32)
 
 
-def _kept(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The states [slots, H, bytes] and N~ [slots, H, D, C] as operands, and the segments' A [N * segments, H, K, K] in
-    float32, if there are segments; uninitialised."""
-    B, T, H, D = v.shape
+def _slots(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Chunks at most: where cu_seqlens is on the device, nobody knows how many there are."""
+    B, T, _, _ = v.shape
     C = _chunk(v.dtype)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + N
-    segments = _segments(v, cu_seqlens)
-    operand = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
-    return (
-        torch.empty((slots, H, _layout(D, v.dtype).kept_state), dtype=torch.uint8, device=v.device),
-        torch.empty((slots, H, D, C), dtype=operand, device=v.device),
-        torch.empty((N * segments, H, D, D), dtype=torch.float32, device=v.device) if segments > 1 else None,
-    )
+    return B * ((T + C - 1) // C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
+
+
+class _Kept:
+    """What a scan leaves for the backward, beside packets, in one allocation: host time is counted in allocations.
+
+    Attributes:
+        memory: uint8.
+        parts: addresses of a state a chunk [slots, H] (Kept in kda_chunk.cuh: entering it; backwards dS1), of [slots,
+            H, D, C] operands (N~; Y), and of `more` bytes (the segments' A; Y . v over 16 columns of V at a time).
+    """
+
+    def __init__(self, v: Tensor, slots: int, more: int = 0, memory: Tensor | None = None):
+        _, _, H, D = v.shape
+        layout = _layout(D, v.dtype)
+        states, corrections = slots * H * layout.kept_state, slots * H * layout.columns
+        if memory is None:
+            memory = v.new_empty(states + corrections + more, dtype=torch.uint8)
+        start = memory.data_ptr()
+        self.memory = memory
+        self.parts = (start, start + states, start + states + corrections)
+
+
+def _fake_kept(v: Tensor, slots: int, more: int) -> Tensor:
+    """`_Kept`'s memory, in arithmetic that takes symbolic sizes."""
+    _, _, H, D = v.shape
+    columns = D * _chunk(v.dtype) * (4 if v.dtype == torch.float32 else 2)
+    return v.new_empty(slots * H * (_kept_state_bytes(D, v.dtype) + columns) + more, dtype=torch.uint8)
+
+
+def _transition_bytes(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Of the segments' A [N * segments, H, K, K] in float32, if there are segments."""
+    B, _, H, D = v.shape
+    segments, N = _segments(v, cu_seqlens), B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return N * segments * H * D * D * 4 if segments > 1 else 0
+
+
+def _part_bytes(v: Tensor, slots: int) -> int:
+    """Of Y . v [slots, H, D / 16, C] in float32."""
+    _, _, H, D = v.shape
+    return slots * H * (D // 16) * _chunk(v.dtype) * 4
 
 
 def _reverse(
@@ -388,15 +422,16 @@ def _reverse(
     v: Tensor,
     cu_seqlens: Tensor | None,
     packets: Tensor,
-    states: Tensor,
-    corrections: Tensor,
-    transitions: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kept: Tensor,
+    wants_initial: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradient of the initial state where it is wanted, and what `_Kept` lays out."""
     _, T, H, D = v.shape
     v, grad_o = _readable(v), _readable(grad_o)
     grad_final = None if grad_final is None else _readable(grad_final)
     chunks = _Chunks(v, cu_seqlens)
-    outputs = _reverse_outputs(v, cu_seqlens, states, corrections)
+    d_initial = v.new_empty((chunks.sequences, H, D, D), dtype=torch.float32) if wants_initial else None
+    outputs = _Kept(v, chunks.slots, _part_bytes(v, chunks.slots))
     segments, arch = _segments(v, cu_seqlens), _architecture(v.device)
     where: dict[str, Any] = {"chunks": chunks, "T": T, "H": H, "segments": segments}
     leaves: Tensor | int | None = grad_final
@@ -405,24 +440,17 @@ def _reverse(
         offsets, leaves, _ = scratch.parts
         summary = _scan("reverse", D, v.dtype, arch, "summary")
         summary(packets, None, grad_o, None, offsets, None, None, None, **where)
+        transitions = _Kept(v, chunks.slots, memory=kept).parts[2]
         _enter_segments(D, transitions, offsets, grad_final, leaves, backward=True, **where)
     reverse = _scan("reverse", D, v.dtype, arch, _part(D, segments))
-    reverse(packets, v, grad_o, leaves, *outputs, **where)
-    return outputs
+    reverse(packets, v, grad_o, leaves, d_initial, *outputs.parts, **where)
+    return d_initial, outputs.memory
 
 
-def _reverse_outputs(
-    v: Tensor, cu_seqlens: Tensor | None, states: Tensor, corrections: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of the initial state; dS1, Y, and Y . v over 16 columns of V at a time; uninitialised."""
-    B, _, H, D = v.shape
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (
-        torch.empty((N, H, D, D), dtype=torch.float32, device=v.device),
-        torch.empty_like(states),
-        torch.empty_like(corrections),
-        torch.empty((states.shape[0], H, D // 16, _chunk(v.dtype)), dtype=torch.float32, device=v.device),
-    )
+def _reverse_op(*inputs) -> tuple[Tensor, Tensor]:
+    """`_reverse` as an op may be."""
+    d_initial, d_kept = _reverse(*inputs)
+    return _nothing(d_kept) if d_initial is None else d_initial, d_kept
 
 
 def _chunk_gradients(
@@ -434,23 +462,28 @@ def _chunk_gradients(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    states: Tensor,
-    corrections: Tensor,
-    d_states: Tensor,
-    d_corrections: Tensor,
-    beta_parts: Tensor,
+    kept: Tensor,
+    d_kept: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, T, H, D = q.shape
-    q, k, g, beta, grad_o = (_readable(x) for x in (q, k, g, beta, grad_o))
+    q, k, g, beta, grad_o = map(_readable, (q, k, g, beta, grad_o))
     grad_final = None if grad_final is None else _readable(grad_final)
     chunks = _Chunks(q, cu_seqlens)
     grads = _gradients_of(q, g, beta)
     _gradients_kernel(D, q.dtype, _architecture(q.device))(
         (chunks.slots * H, 1, 1),
         _layout(D, q.dtype).threads,
-        *(q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, beta_parts, initial_state, grad_final),
-        *(*grads, chunks.spans, T, H, scale),
+        *(
+            q,
+            k,
+            g,
+            beta,
+            grad_o,
+            *_Kept(q, chunks.slots, memory=kept).parts[:2],
+            *_Kept(q, chunks.slots, memory=d_kept).parts,
+        ),
+        *(initial_state, grad_final, *grads, chunks.spans, T, H, scale),
         device=q.device,
     )
     return grads
@@ -458,49 +491,48 @@ def _chunk_gradients(
 
 def _gradients_of(q: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and beta, contiguous, uninitialised."""
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dq, dk, dv = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
     return (
         dq,
         dk,
         dv,
-        torch.empty(g.shape, dtype=g.dtype, device=g.device),
-        torch.empty(beta.shape, dtype=beta.dtype, device=beta.device),
+        torch.empty_like(g, memory_format=torch.contiguous_format),
+        torch.empty_like(beta, memory_format=torch.contiguous_format),
     )
 
 
 _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(
     "kda_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens,"
-    " float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "kda_reverse(Tensor grad_o, Tensor? grad_final, Tensor v, Tensor? cu_seqlens, Tensor packets, Tensor states,"
-    " Tensor corrections, Tensor transitions) -> (Tensor, Tensor, Tensor, Tensor)"
+    "kda_reverse(Tensor grad_o, Tensor? grad_final, Tensor v, Tensor? cu_seqlens, Tensor packets, Tensor kept,"
+    " bool wants_initial) -> (Tensor, Tensor)"
 )
 _library.define(
     "kda_gradients(Tensor grad_o, Tensor? grad_final, Tensor q, Tensor k, Tensor g, Tensor beta, Tensor? initial_state,"
-    " Tensor? cu_seqlens, Tensor states, Tensor corrections, Tensor d_states, Tensor d_corrections, Tensor beta_parts,"
-    " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? cu_seqlens, Tensor kept, Tensor d_kept, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("kda_forward", _forward_op, "CUDA")
-_library.impl("kda_reverse", _reverse, "CUDA")
+_library.impl("kda_reverse", _reverse_op, "CUDA")
 _library.impl("kda_gradients", _chunk_gradients, "CUDA")
 
 
 @torch.library.register_fake("lkda::kda_forward", lib=_library)
 def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, keep):
     if not keep:
-        return *_results(v, cu_seqlens), *(_nothing(v) for _ in range(4))
-    states, corrections, transitions = _kept(v, cu_seqlens)
+        return *_results(v, cu_seqlens), _nothing(v), _nothing(v)
     _, _, H, D = q.shape
-    packets = torch.empty(states.shape[0] * H * _packet_bytes(D, q.dtype), dtype=torch.uint8, device=q.device)
-    transitions = _nothing(v) if transitions is None else transitions
-    return *_results(v, cu_seqlens), packets, states, corrections, transitions
+    packets = v.new_empty(_slots(v, cu_seqlens) * H * _packet_bytes(D, q.dtype), dtype=torch.uint8)
+    return *_results(v, cu_seqlens), packets, _fake_kept(v, _slots(v, cu_seqlens), _transition_bytes(v, cu_seqlens))
 
 
 @torch.library.register_fake("lkda::kda_reverse", lib=_library)
-def _(grad_o, grad_final, v, cu_seqlens, packets, states, corrections, transitions):
-    return _reverse_outputs(v, cu_seqlens, states, corrections)
+def _(grad_o, grad_final, v, cu_seqlens, packets, kept, wants_initial):
+    d_initial = _results(v, cu_seqlens)[1] if wants_initial else _nothing(kept)
+    slots = _slots(v, cu_seqlens)
+    return d_initial, _fake_kept(v, slots, _part_bytes(v, slots))
 
 
 @torch.library.register_fake("lkda::kda_gradients", lib=_library)
@@ -518,18 +550,19 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, grad_o, grad_final, *grad_kept):
-    q, k, v, g, beta, initial_state, cu_seqlens, packets, states, corrections, transitions = ctx.saved_tensors
+    q, k, v, g, beta, initial_state, cu_seqlens, packets, kept = ctx.saved_tensors
     ctx.maybe_clear_saved_tensors()  # unless the graph is kept: from here on only this function holds them
     if grad_o is None:
         grad_o = torch.zeros_like(q)
     straight = goes_straight(grad_o)
     reverse: Callable = _reverse if straight else torch.ops.lkda.kda_reverse
     gradients: Callable = _chunk_gradients if straight else torch.ops.lkda.kda_gradients
-    d_initial, *d_kept = reverse(grad_o, grad_final, v, cu_seqlens, packets, states, corrections, transitions)
+    wants_initial = initial_state is not None
+    d_initial, d_kept = reverse(grad_o, grad_final, v, cu_seqlens, packets, kept, wants_initial)
     del packets  # their memory serves the gradients
     inputs = (q, k, g, beta, initial_state, cu_seqlens)
-    dq, dk, dv, dg, dbeta = gradients(grad_o, grad_final, *inputs, states, corrections, *d_kept, ctx.scale)
-    return dq, dk, dv, dg, dbeta, d_initial if initial_state is not None else None, None, None, None
+    grads = gradients(grad_o, grad_final, *inputs, kept, d_kept, ctx.scale)
+    return *grads, d_initial if wants_initial else None, None, None, None
 
 
 torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)

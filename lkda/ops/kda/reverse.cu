@@ -38,7 +38,7 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
 }
 
 // packets: [chunks, H] Packet. v, d_o: [rows, H, D]. d_final (may be null): [N, segments, H, K, V] float32, of the state that
-// each segment leaves. d_initial: [N, H, K, V] float32.
+// each segment leaves. d_initial (may be null): [N, H, K, V] float32.
 // d_states: [chunks, H] Kept, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T.
 // beta_parts: [chunks, H, D / 16, C] float32. Of SUMMARY, those three and d_final are null, and d_initial is
 // [N, segments, H, K, V]. Grid: N x segments x H x SPLITS.
@@ -251,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
   }
   if (SUMMARY) {
     write_state(state, d_initial + (static_cast<long long>(recomputed(run)) * heads + recomputed(head)) * D * D + columns + mine);
-  } else if (segment == 0) {
+  } else if (segment == 0 && d_initial != nullptr) {
     write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine);
   }
 }

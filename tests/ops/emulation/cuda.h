@@ -28,6 +28,7 @@ struct alignas(16) float4 {
 struct int4 {
   int x, y, z, w;
 };
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 struct uint4 {
   unsigned x, y, z, w;
 };
@@ -47,6 +48,10 @@ inline unsigned __float_as_uint(float x) {
   unsigned bits;
   memcpy(&bits, &x, 4);
   return bits;
+}
+template <class T>
+T __ldg(const T* at) {
+  return *at;
 }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 template <class T>
@@ -74,6 +79,13 @@ inline float __shfl_sync(unsigned, float x, int lane) {
   const float y = __uint_as_float(exchange().word[lane][0]);
   warp_barrier();
   return y;
+}
+inline int __shfl_up_sync(unsigned, int x, int lanes) {
+  exchange().word[threadIdx.x % 32][0] = static_cast<unsigned>(x);
+  warp_barrier();
+  const int lane = static_cast<int>(threadIdx.x % 32) - lanes, y = static_cast<int>(exchange().word[lane < 0 ? 0 : lane][0]);
+  warp_barrier();
+  return lane < 0 ? x : y;
 }
 inline unsigned __reduce_max_sync(unsigned, unsigned x) {
   exchange().word[threadIdx.x % 32][0] = x;
