@@ -7,7 +7,8 @@ stored in bf16 rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -34,12 +35,19 @@ def kda_truth(inputs: dict[str, Tensor], *, backend: str = "recurrent", **option
     return outputs_and_gradients(kda_attention, {k: x.double() for k, x in inputs.items()}, backend=backend, **options)
 
 
-def kda_yardstick(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
-    """The chunked form with bf16 operands, of inputs in their own dtypes."""
+@contextmanager
+def operands_rounded() -> Iterator[None]:
+    """The chunked form's products take operands in bf16."""
 
     def rounded(a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(a.bfloat16().float(), b.bfloat16().float())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunk, "product", rounded)
+        yield
+
+
+def kda_yardstick(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+    """The chunked form with bf16 operands, of inputs in their own dtypes."""
+    with operands_rounded():
         return outputs_and_gradients(kda_attention, inputs, backend="chunk", **options)

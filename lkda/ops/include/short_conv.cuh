@@ -9,7 +9,7 @@
 
 using Element = ELEMENT;
 
-constexpr int N = 4;                        // channels of a thread
+constexpr int N = CHANNELS;                 // of a thread
 constexpr int TAPS = CONVOLVE ? 4 : 1;      // the most there may be: a narrower filter has zeros for the oldest
 constexpr int PAST = TAPS - 1;
 constexpr int GROUP = AHEAD;              // tokens that are asked for together
@@ -17,7 +17,7 @@ constexpr int WARPS = 8;
 constexpr int LANES = HEAD_DIM / N;         // of a head
 constexpr float EPS = 1e-6f;                // of the norm
 
-using Numbers4 = Numbers<N>;
+using Channels = Numbers<N>;
 using Few = Raw<N * static_cast<int>(sizeof(Element))>;
 
 template <class T>
@@ -25,8 +25,8 @@ __device__ __forceinline__ T choose(int stream, T a, T b, T c) {
   return stream == 0 ? a : stream == 1 ? b : c;
 }
 
-__device__ __forceinline__ Numbers4 zeros() {
-  Numbers4 x;
+__device__ __forceinline__ Channels zeros() {
+  Channels x;
 #pragma unroll
   for (int i = 0; i < N; ++i) x.x[i] = 0.f;
   return x;
@@ -37,9 +37,9 @@ struct Place {
   int stream, row, start, channel, times, time;
   bool inside;  // lanes past the last channel do as the first channel's, and store nothing
 
-  __device__ Place(int batch, int length, int channels, int run) {
+  __device__ Place(int batch, int length, int channels) {
     const int columns = (channels + 32 * N - 1) / (32 * N);
-    times = (length + WARPS * run - 1) / (WARPS * run);
+    times = (length + WARPS * RUN - 1) / (WARPS * RUN);
     int block = blockIdx.x;
     const int column = block % columns;
     block /= columns;
@@ -47,7 +47,7 @@ struct Place {
     block /= times;
     row = block % batch;
     stream = block / batch;
-    start = (time * WARPS + static_cast<int>(threadIdx.x) / 32) * run;
+    start = (time * WARPS + static_cast<int>(threadIdx.x) / 32) * RUN;
     channel = (column * 32 + static_cast<int>(threadIdx.x) % 32) * N;
     inside = channel < channels;
     if (!inside) channel = 0;
@@ -107,11 +107,52 @@ struct States {
   __device__ long long offset(int n, int lag) const {
     return (static_cast<long long>(n) * (width - 1) + width - 1 - lag) * channels + channel;
   }
-  __device__ Numbers4 before(int n, int lag) const { return holds(lag) ? load_floats<N>(data + offset(n, lag)) : zeros(); }
+  __device__ Channels before(int n, int lag) const { return holds(lag) ? load_floats<N>(data + offset(n, lag)) : zeros(); }
+};
+
+// The input at a token of the walk's sequence, or before its first one.
+__device__ __forceinline__ Channels input_at(const Element* x, long long step, int token, const Walk& walk, const States& states) {
+  return token >= walk.begin ? load_numbers<N>(x + token * step) : states.before(walk.n, walk.begin - token);
+}
+
+// window[PAST - lag]: the input `lag` tokens before `start`.
+__device__ __forceinline__ void load_past(Channels* window, const Element* x, long long step, int start, const Walk& walk,
+                                          const States& states) {
+#pragma unroll
+  for (int lag = 1; lag <= PAST; ++lag) window[PAST - lag] = input_at(x, step, start - lag, walk, states);
+}
+
+// Tokens start to end of one tensor, one after another, of which the next GROUP are on their way; zeros from the end on.
+struct Reader {
+  const Element* from;
+  long long step;
+  int left;
+  Few ahead[GROUP];
+
+  __device__ __forceinline__ Reader(const Element* x, int start, int end, long long step)
+      : from(x + start * step), step(step), left(end - start) {
+#pragma unroll
+    for (int j = 0; j < GROUP; ++j) send(j);
+  }
+  __device__ __forceinline__ void send(int j) {
+    if (left > 0) {
+      fetch(ahead[j], from);
+    } else {
+      ahead[j] = Few{};
+    }
+    from += step;
+    --left;
+  }
+  // Of the token whose number from the start on is j, modulo GROUP.
+  __device__ __forceinline__ Channels take(int j) {
+    const Channels x = numbers<N>(Element{}, ahead[j]);
+    send(j);
+    return x;
+  }
 };
 
 // taps[s] is the factor of the input s tokens ago; the filter is [channels, width], the newest token last.
-__device__ __forceinline__ void load_taps(Numbers4 (&taps)[TAPS], const float* weight, int width, int channel) {
+__device__ __forceinline__ void load_taps(Channels (&taps)[TAPS], const float* weight, int width, int channel) {
   if constexpr (!CONVOLVE) {
 #pragma unroll
     for (int i = 0; i < N; ++i) taps[0].x[i] = 1.f;
@@ -134,8 +175,8 @@ __device__ __forceinline__ void load_taps(Numbers4 (&taps)[TAPS], const float* w
 }
 
 // sum_s taps_s x_{t-s}; window[PAST] is x_t.
-__device__ __forceinline__ Numbers4 filtered(const Numbers4 (&taps)[TAPS], const Numbers4* window) {
-  Numbers4 z;
+__device__ __forceinline__ Channels filtered(const Channels (&taps)[TAPS], const Channels* window) {
+  Channels z;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     z.x[i] = taps[0].x[i] * window[PAST].x[i];

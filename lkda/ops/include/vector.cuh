@@ -8,12 +8,13 @@ struct Raw {
   unsigned word[BYTES / 4];
 };
 
+// From memory that the kernel does not write.
 __device__ __forceinline__ void fetch(Raw<8>& raw, const void* at) {
-  const uint2 x = *static_cast<const uint2*>(at);
+  const uint2 x = __ldg(static_cast<const uint2*>(at));
   raw = {{x.x, x.y}};
 }
 __device__ __forceinline__ void fetch(Raw<16>& raw, const void* at) {
-  const uint4 x = *static_cast<const uint4*>(at);
+  const uint4 x = __ldg(static_cast<const uint4*>(at));
   raw = {{x.x, x.y, x.z, x.w}};
 }
 __device__ __forceinline__ void put(void* at, const Raw<8>& raw) { *static_cast<uint2*>(at) = {raw.word[0], raw.word[1]}; }

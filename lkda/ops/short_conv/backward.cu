@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
                         long long row_step, long long token_step, int batch, int length, int channels, int sequences, int width,
                         int normalized, int streams) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const Place at(batch, length, channels, RUN);
+  const Place at(batch, length, channels);
   const long long row = static_cast<long long>(at.row) * length * channels + at.channel;
   const Element* x = choose(at.stream, x0, x1, x2) + at.row * row_step + at.channel;
   const Element* gradient = choose(at.stream, g0, g1, g2) + row;
@@ -25,9 +25,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
   const States lasts{choose(at.stream, e0, e1, e2), width, channels, at.channel};  // gradients of the last inputs
   const bool norm = !CONVOLVE || (normalized >> at.stream & 1);
   const int own = min(length, at.start + RUN);  // the first token that is another warp's
-  int stop = min(length, own + PAST);
 
-  Numbers4 dtaps[TAPS];
+  Channels dtaps[TAPS];
 #pragma unroll
   for (int s = 0; s < TAPS; ++s) dtaps[s] = zeros();
 
@@ -37,109 +36,90 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
         if (at.inside && dstates != nullptr) store_floats<N>(dstates + states.offset(n, lag), lasts.before(n, lag));
       }
     };
-    Walk walk(bounds, sequences, length, at.row, at.start, pass);
-    // The gradient of the input at a token, which may lie before its sequence's first: then it is the state's.
-    const auto emit = [&](int token, const Numbers4& value) {
-      if (!at.inside) return;
-      if (token >= walk.begin) {
-        if (token >= at.start && token < own) store_numbers<N>(dx + static_cast<long long>(token) * channels, value);
-      } else if (walk.begin >= at.start && walk.begin < own && dstates != nullptr && walk.begin - token < width) {
-        store_floats<N>(dstates + states.offset(walk.n, walk.begin - token), value);
-      }
-    };
-
-    Numbers4 taps[TAPS], window[PAST + GROUP], sums[PAST + GROUP];  // sums: dx of window's tokens as far as it is known
+    Channels taps[TAPS];
     load_taps(taps, choose(at.stream, w0, w1, w2), width, at.channel);
-    Few ahead[GROUP], ahead_gradient[GROUP];
-#pragma unroll
-    for (int j = 0; j < GROUP; ++j) {
-      if (at.start + j < stop) {
-        fetch(ahead[j], x + (at.start + j) * token_step);
-        fetch(ahead_gradient[j], gradient + static_cast<long long>(at.start + j) * channels);
-      }
-    }
-#pragma unroll
-    for (int lag = 1; lag <= PAST; ++lag) {
-      const int token = at.start - lag;
-      window[PAST - lag] = token >= walk.begin ? load_numbers<N>(x + token * token_step) : states.before(walk.n, walk.begin - token);
-      sums[PAST - lag] = zeros();
-    }
+    Walk walk(bounds, sequences, length, at.row, at.start, pass);
 
-    for (int first = at.start; first < stop; first += GROUP) {
-      Numbers4 dy[GROUP];
+    // One sequence's tokens at a time: this warp's, and where the sequence goes on up to three beyond. At a sequence's end as
+    // many steps without a token bring out the last sums.
+    for (int start = at.start; start < own;) {
+      const int end = min(walk.end, own + PAST), steps = end == walk.end ? end + PAST : end;
+      // The gradient of the input at a token, which may lie before the sequence's first: then it is the state's.
+      const auto emit = [&](int token, Channels value) {
+        if (token + PAST >= end && lasts.holds(end - token)) {
+          const Channels last = lasts.before(walk.n, end - token);
 #pragma unroll
-      for (int j = 0; j < GROUP; ++j) {
-        window[PAST + j] = numbers<N>(Element{}, ahead[j]);
-        sums[PAST + j] = zeros();
-        dy[j] = numbers<N>(Element{}, ahead_gradient[j]);
-        if (first + GROUP + j < stop) {
-          fetch(ahead[j], x + (first + GROUP + j) * token_step);
-          fetch(ahead_gradient[j], gradient + static_cast<long long>(first + GROUP + j) * channels);
+          for (int i = 0; i < N; ++i) value.x[i] += last.x[i];
         }
-      }
+        if (token >= start) {
+          if (token < own) store_numbers<N>(dx + static_cast<long long>(token) * channels, value);
+        } else if (walk.begin == start && dstates != nullptr && start - token < width) {
+          store_floats<N>(dstates + states.offset(walk.n, start - token), value);
+        }
+      };
+      Reader reader(x, start, end, token_step), upper(gradient, start, end, channels);
+      Channels window[PAST + GROUP], sums[PAST + GROUP];  // sums: dx of window's tokens as far as it is known
+      load_past(window, x, token_step, start, walk, states);
 #pragma unroll
-      for (int j = 0; j < GROUP; ++j) {
-        const int token = first + j;
-        const Numbers4 z = filtered(taps, window + j);
-        Numbers4 y = z, slope;
+      for (int p = 0; p < PAST; ++p) sums[p] = zeros();
+
+      Element* to = dx + static_cast<long long>(start - PAST) * channels;
+      for (int first = start; first < steps; first += GROUP, to += GROUP * channels) {
+        // Whether all that comes out are gradients of this warp's tokens, with nothing to add.
+        const bool plain = at.inside && first - PAST >= start && first + GROUP <= end && first + GROUP - PAST <= own;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          slope.x[i] = 1.f;
+        for (int j = 0; j < GROUP; ++j) {
+          const int token = first + j;
+          window[PAST + j] = reader.take(j);
+          sums[PAST + j] = zeros();
+          Channels dz = upper.take(j), slope, y = filtered(taps, window + j);
           if constexpr (CONVOLVE) {
-            const float s = sigmoid(z.x[i]);
-            y.x[i] = z.x[i] * s;
-            slope.x[i] = fmaf(y.x[i], 1.f - s, s);
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+              const float s = sigmoid(y.x[i]);
+              y.x[i] *= s;
+              slope.x[i] = fmaf(y.x[i], 1.f - s, s);
+            }
           }
-        }
-        if (norm) {
-          float squares = 0.f, along = 0.f;
+          if (norm) {
+            float squares = 0.f, along = 0.f;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+              squares = fmaf(y.x[i], y.x[i], squares);
+              along = fmaf(y.x[i], dz.x[i], along);
+            }
+            const float r = rsqrtf(sum_over_lanes<LANES>(squares) + EPS);
+            const float back = sum_over_lanes<LANES>(along) * r * r;
+#pragma unroll
+            for (int i = 0; i < N; ++i) dz.x[i] = r * fmaf(-back, y.x[i], dz.x[i]);
+          }
 #pragma unroll
           for (int i = 0; i < N; ++i) {
-            squares = fmaf(y.x[i], y.x[i], squares);
-            along = fmaf(y.x[i], dy[j].x[i], along);
+            if constexpr (CONVOLVE) dz.x[i] *= slope.x[i];
+#pragma unroll
+            for (int s = 0; s < TAPS; ++s) sums[PAST + j - s].x[i] = fmaf(taps[s].x[i], dz.x[i], sums[PAST + j - s].x[i]);
           }
-          const float r = rsqrtf(sum_over_lanes<LANES>(squares) + EPS);
-          const float back = sum_over_lanes<LANES>(along) * r * r;
+          if (CONVOLVE && token < own) {
 #pragma unroll
-          for (int i = 0; i < N; ++i) dy[j].x[i] = r * fmaf(-back, y.x[i], dy[j].x[i]);
-        }
-        if (token >= stop) continue;
+            for (int i = 0; i < N; ++i) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          const float dz = dy[j].x[i] * slope.x[i];
-#pragma unroll
-          for (int s = 0; s < TAPS; ++s) {
-            sums[PAST + j - s].x[i] = fmaf(taps[s].x[i], dz, sums[PAST + j - s].x[i]);
-            if (CONVOLVE && token < own) dtaps[s].x[i] = fmaf(dz, window[PAST + j - s].x[i], dtaps[s].x[i]);
-          }
-        }
-        emit(token - PAST, sums[j]);
-        if (PAST > 0 && token == walk.end - 1) {
-#pragma unroll
-          for (int lag = 1; lag <= PAST; ++lag) {
-            Numbers4& sum = sums[PAST + j + 1 - lag];
-            if (lasts.holds(lag)) {
-              const Numbers4 last = lasts.before(walk.n, lag);
-#pragma unroll
-              for (int i = 0; i < N; ++i) sum.x[i] += last.x[i];
+              for (int s = 0; s < TAPS; ++s) dtaps[s].x[i] = fmaf(dz.x[i], window[PAST + j - s].x[i], dtaps[s].x[i]);
             }
-            emit(token + 1 - lag, sum);
-            sum = zeros();
           }
-          if (token < own) walk.advance(pass);
-          if (token + 1 < own) {
-#pragma unroll
-            for (int lag = 1; lag <= PAST; ++lag) window[PAST + j + 1 - lag] = states.before(walk.n, lag);
-          } else {
-            stop = token + 1;
+          if (plain) {
+            store_numbers<N>(to + j * channels, sums[j]);
+          } else if (at.inside && token < steps) {
+            emit(token - PAST, sums[j]);
           }
         }
-      }
 #pragma unroll
-      for (int p = 0; p < PAST; ++p) {
-        window[p] = window[GROUP + p];
-        sums[p] = sums[GROUP + p];
+        for (int p = 0; p < PAST; ++p) {
+          window[p] = window[GROUP + p];
+          sums[p] = sums[GROUP + p];
+        }
       }
+      if (end == walk.end && end <= own) walk.advance(pass);
+      start = end;
     }
   }
 

@@ -24,9 +24,10 @@ ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32:
 HERE = Path(__file__).parent
 
 # As in short_conv.cuh.
-MOST_TAPS, CHANNELS, WARPS = 4, 4, 8
-RUN = {"forward": 16, "backward": 32}  # tokens of a warp
-AHEAD = {"forward": 2, "backward": 2}  # tokens that are on their way while as many are worked on
+MOST_TAPS, WARPS = 4, 8
+CHANNELS = {"forward": 4, "backward": 4}  # of a thread
+RUN = {"forward": 32, "backward": 64}  # tokens of a warp
+AHEAD = {"forward": 4, "backward": 4}  # tokens that are on their way while as many are worked on
 RESIDENT = {"forward": 3, "backward": 2}  # blocks that a multiprocessor should hold at least
 
 Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -48,13 +49,18 @@ reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @cache
 def conv_kernel(name: str, head_dim: int, dtype: torch.dtype, convolve: bool) -> Kernel:
     """`forward` or `backward`, of the convolution with the norm, or of the norm alone."""
-    # Backwards float32 inputs take more registers than two blocks leave.
-    resident = 1 if name == "backward" and dtype == torch.float32 else RESIDENT[name]
-    shape: dict[str, str | int | float] = {"HEAD_DIM": head_dim, "ELEMENT": ELEMENTS[dtype], "CONVOLVE": int(convolve)}
+    # Float32 inputs take more registers.
+    resident = RESIDENT[name] - 1 if dtype == torch.float32 else RESIDENT[name]
+    shape: dict[str, str | int | float] = {
+        "HEAD_DIM": head_dim,
+        "ELEMENT": ELEMENTS[dtype],
+        "CONVOLVE": int(convolve),
+        "CHANNELS": _channels(name, dtype),
+    }
     module = Module(HERE / f"{name}.cu", shape | {"RUN": RUN[name], "AHEAD": AHEAD[name], "RESIDENT": resident})
     if name == "forward":
         return module.kernel("short_conv_forward", "P" * 16 + "qqiiiiii")
-    shared_bytes = 4 * MOST_TAPS * CHANNELS * 32 * WARPS if convolve else 0
+    shared_bytes = 4 * MOST_TAPS * _channels(name, dtype) * 32 * WARPS if convolve else 0
     return module.kernel("short_conv_backward", "P" * 23 + "qqiiiiiii", shared_bytes=shared_bytes)
 
 
@@ -69,8 +75,14 @@ def kernels(arch: str) -> list[Kernel]:
     ]
 
 
-def _blocks(name: str, streams: int, B: int, T: int, channels: int) -> int:
-    return streams * B * _times(name, T) * -(-channels // (32 * CHANNELS))
+def _channels(name: str, dtype: torch.dtype) -> int:
+    """Of a thread."""
+    return min(CHANNELS[name], 16 // dtype.itemsize)
+
+
+def _blocks(name: str, streams: int, x: Tensor) -> int:
+    B, T, channels = x.shape
+    return streams * B * _times(name, T) * -(-channels // (32 * _channels(name, x.dtype)))
 
 
 def _times(name: str, T: int) -> int:
@@ -81,9 +93,9 @@ def _times(name: str, T: int) -> int:
 def _rows(xs: Sequence[Tensor]) -> list[Tensor]:
     """The tensors themselves where they have one layout that the kernels can read, else copies."""
     steps = xs[0].stride()
-    piece = CHANNELS * xs[0].element_size()
-    readable = steps[2] == 1 and steps[0] % CHANNELS == 0 and steps[1] % CHANNELS == 0
-    if readable and all(x.stride() == steps and x.data_ptr() % piece == 0 for x in xs):
+    size = xs[0].element_size()
+    readable = steps[2] == 1 and steps[0] * size % 16 == 0 and steps[1] * size % 16 == 0
+    if readable and all(x.stride() == steps and x.data_ptr() % 16 == 0 for x in xs):
         return list(xs)
     return [_aligned(x) for x in xs]
 
@@ -121,7 +133,7 @@ def _forward(
     kernel = conv_kernel("forward", head_dim, x0.dtype, w0 is not None)
     weights = (w if w is None else _aligned(w) for w in (w0, w1, w2))
     kernel(
-        (_blocks("forward", len(xs), B, T, C), 1, 1),
+        (_blocks("forward", len(xs), x0), 1, 1),
         32 * WARPS,
         *(*_three(xs), *weights, s0, s1, s2, *_three(ys), *_three(lasts if w0 is not None else [])),
         *(cu_seqlens, *xs[0].stride()[:2], B, T, C, _sequences(x0, cu_seqlens), _width(w0), normalized),
@@ -186,7 +198,7 @@ def _backward(
     weights = (w if w is None else _aligned(w) for w in (w0, w1, w2))
     lasts = (e if e is None else _aligned(e) for e in (e0, e1, e2))
     kernel(
-        (_blocks("backward", len(xs), B, T, C), 1, 1),
+        (_blocks("backward", len(xs), x0), 1, 1),
         32 * WARPS,
         *(*_three(xs), *_three(gradients), *weights, s0, s1, s2, *lasts, *_three(dxs), *_three(dstates), partials),
         *(cu_seqlens, *xs[0].stride()[:2], B, T, C, _sequences(x0, cu_seqlens), _width(w0), normalized, len(xs)),

@@ -7,7 +7,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
                        const float* s0, const float* s1, const float* s2, Element* y0, Element* y1, Element* y2, float* f0,
                        float* f1, float* f2, const int* bounds, long long row_step, long long token_step, int batch, int length,
                        int channels, int sequences, int width, int normalized) {
-  const Place at(batch, length, channels, RUN);
+  const Place at(batch, length, channels);
   if (at.start >= length) return;
   const Element* x = choose(at.stream, x0, x1, x2) + at.row * row_step + at.channel;
   Element* y = choose(at.stream, y0, y1, y2) + static_cast<long long>(at.row) * length * channels + at.channel;
@@ -21,64 +21,45 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
       if (at.inside) store_floats<N>(final + states.offset(n, lag), states.before(n, lag));
     }
   };
+  Channels taps[TAPS];
+  load_taps(taps, choose(at.stream, w0, w1, w2), width, at.channel);
   Walk walk(bounds, sequences, length, at.row, at.start, pass);
 
-  Numbers4 taps[TAPS], window[PAST + GROUP];
-  load_taps(taps, choose(at.stream, w0, w1, w2), width, at.channel);
-  Few ahead[GROUP];
-#pragma unroll
-  for (int j = 0; j < GROUP; ++j) {
-    if (at.start + j < stop) fetch(ahead[j], x + (at.start + j) * token_step);
-  }
-#pragma unroll
-  for (int lag = 1; lag <= PAST; ++lag) {
-    const int token = at.start - lag;
-    window[PAST - lag] = token >= walk.begin ? load_numbers<N>(x + token * token_step) : states.before(walk.n, walk.begin - token);
-  }
-
-  for (int first = at.start; first < stop; first += GROUP) {
-#pragma unroll
-    for (int j = 0; j < GROUP; ++j) {
-      window[PAST + j] = numbers<N>(Element{}, ahead[j]);
-      if (first + GROUP + j < stop) fetch(ahead[j], x + (first + GROUP + j) * token_step);
-    }
-    Numbers4 out[GROUP];
-    float squares[GROUP];
-#pragma unroll
-    for (int j = 0; j < GROUP; ++j) {
-      out[j] = filtered(taps, window + j);
-      squares[j] = 0.f;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if constexpr (CONVOLVE) out[j].x[i] *= sigmoid(out[j].x[i]);
-        squares[j] = fmaf(out[j].x[i], out[j].x[i], squares[j]);
-      }
-      if (PAST > 0 && first + j == walk.end - 1) {
-#pragma unroll
-        for (int lag = 1; lag <= PAST; ++lag) {
-          if (at.inside && lag < width) store_floats<N>(final + states.offset(walk.n, lag), window[PAST + j + 1 - lag]);
-        }
-        walk.advance(pass);
-        if (first + j + 1 < stop) {
-#pragma unroll
-          for (int lag = 1; lag <= PAST; ++lag) window[PAST + j + 1 - lag] = states.before(walk.n, lag);
-        }
-      }
-    }
-    if (norm) {
-#pragma unroll
-      for (int j = 0; j < GROUP; ++j) squares[j] = rsqrtf(sum_over_lanes<LANES>(squares[j]) + EPS);
+  // One sequence's tokens at a time, as far as they are this warp's.
+  for (int start = at.start; start < stop;) {
+    const int end = min(walk.end, stop);
+    Reader reader(x, start, end, token_step);
+    Channels window[PAST + GROUP];
+    load_past(window, x, token_step, start, walk, states);
+    Element* to = y + static_cast<long long>(start) * channels;
+    for (int first = start; first < end; first += GROUP, to += GROUP * channels) {
 #pragma unroll
       for (int j = 0; j < GROUP; ++j) {
+        window[PAST + j] = reader.take(j);
+        Channels out = filtered(taps, window + j);
+        if constexpr (CONVOLVE) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) out[j].x[i] *= squares[j];
+          for (int i = 0; i < N; ++i) out.x[i] *= sigmoid(out.x[i]);
+        }
+        if (norm) {
+          float squares = 0.f;
+#pragma unroll
+          for (int i = 0; i < N; ++i) squares = fmaf(out.x[i], out.x[i], squares);
+          const float r = rsqrtf(sum_over_lanes<LANES>(squares) + EPS);
+#pragma unroll
+          for (int i = 0; i < N; ++i) out.x[i] *= r;
+        }
+        if (at.inside && first + j < end) store_numbers<N>(to + j * channels, out);
       }
-    }
 #pragma unroll
-    for (int j = 0; j < GROUP; ++j) {
-      if (at.inside && first + j < stop) store_numbers<N>(y + static_cast<long long>(first + j) * channels, out[j]);
+      for (int p = 0; p < PAST; ++p) window[p] = window[GROUP + p];
     }
-#pragma unroll
-    for (int p = 0; p < PAST; ++p) window[p] = window[GROUP + p];
+    if (end == walk.end) {
+      for (int lag = 1; lag < width; ++lag) {
+        if (at.inside) store_floats<N>(final + states.offset(walk.n, lag), input_at(x, token_step, end - lag, walk, states));
+      }
+      walk.advance(pass);
+    }
+    start = end;
   }
 }

@@ -35,7 +35,7 @@ BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.short_convolutions_cuda, cuda.reason_cannot_run),
     "plain": Backend(_plain),
 }
-# The kernels take filters of up to 4 taps and channels in fours.
+# The kernels take filters of up to 4 taps and rows of whole 16 bytes.
 _ANY_SHAPE = {"plain": BACKENDS["plain"]}
 
 
@@ -151,7 +151,7 @@ def _normalized(
 def _choose(
     fn: str, xs: Sequence[Tensor], width: int, normalized: Sequence[bool], head_dim: int | None, backend: str
 ) -> str:
-    fits = width <= cuda.MOST_TAPS and xs[0].shape[-1] % cuda.CHANNELS == 0
+    fits = width <= cuda.MOST_TAPS and xs[0].shape[-1] * xs[0].element_size() % 16 == 0
     size = head_dim if head_dim and any(normalized) else cuda.HEAD_DIMS[0]
     backends = BACKENDS if fits else _ANY_SHAPE
     return choose(fn, backends, backend, device=xs[0].device, head_dim=size, dtype=xs[0].dtype)
