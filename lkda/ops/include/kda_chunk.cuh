@@ -35,7 +35,8 @@ struct KeptElement<false> {
 struct Kept {
   using Number = KeptElement<HALVES>::type;
   using Image = Tile<Number, D, D, true>;
-  static constexpr int scales = Image::bytes;  // float [D / 16]: what the rows are to be multiplied by
+  static constexpr int scales = Image::bytes;  // float [D / 16][REPEATS]: what the rows are to be multiplied by
+  static constexpr int REPEATS = 512 / D;      // of each: 128 bytes, so that states begin where lines do
   static constexpr int bytes = scales + (HALVES ? 128 : 0);
 };
 

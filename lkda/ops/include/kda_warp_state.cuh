@@ -126,7 +126,7 @@ __device__ __forceinline__ void keep_state(char* kept, int row, const Sum (&stat
     for (int q = 0; q < 4; ++q) scaled.pair[q] = make_float2(scale * state[i].pair[q].x, scale * state[i].pair[q].y);
     write_block<Kept::Image>(kept, WARPGROUPS ? row : opaque(row), i * 16, round_to<Kept::Number>(scaled));
   }
-  if (lane_id() == 0) reinterpret_cast<float*>(kept + Kept::scales)[row / 16] = __uint_as_float((exponent - 14u) << 23);
+  if (lane_id() < Kept::REPEATS) reinterpret_cast<float*>(kept + Kept::scales)[row / 16 * Kept::REPEATS + lane_id()] = __uint_as_float((exponent - 14u) << 23);
 }
 
 // x[.][t] *= factor[t]: a factor for each of a block's columns.

@@ -103,7 +103,7 @@ class Layout:
     def gradients_shared(self, roomy: bool) -> int:
         C, D, size = self.chunk, self.D, self.operand
         slice_ = 32 if D == 32 or size == 4 else 64
-        small = _round_up(4 * ((self.levels + 2) * self.leaves + C // 16) * D + 4 * C + 96 + 8 * 64 * self.leaves, 128)
+        small = _round_up(4 * ((self.levels + 2) * self.leaves + C // 16) * D + 4 * C + 288 + 8 * 64 * self.leaves, 128)
         slices = 2 * slice_ * (D + C) * size + C * slice_ * self.item
         level = (C + C // 2) * D * size
         operands = self.levels * level + 3 * 4 * C * D if roomy else level

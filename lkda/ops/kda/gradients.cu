@@ -84,8 +84,8 @@ struct Shared {
   static constexpr int totals = straight + BLOCKS * D * 4;              // float [LEVELS + 1][LEAVES][D]: reaches, then sums over a leaf
   static constexpr int beta = totals + (LEVELS + 1) * LEAVES * D * 4;   // float [C]
   static constexpr int place = beta + C * 4;                            // Span and head: read again after each barrier, as q and k
-  static constexpr int scales = place + 32;                           // float [2][8]: of S0, dS1
-  static constexpr int leaf_p = scales + 64;                          // float [LEAVES][8][8]
+  static constexpr int scales = place + 32;                           // of S0 and of dS1, 128 bytes each, as in Kept
+  static constexpr int leaf_p = scales + 256;                         // float [LEAVES][8][8]
   static constexpr int leaf_m = leaf_p + LEAVES * 64 * 4;
   static constexpr int pairs = (leaf_m + LEAVES * 64 * 4 + 127) / 128 * 128;  // LEVELS x Pairs
   static constexpr int work = pairs + LEVELS * Pairs::bytes;            // the slices; then levels' operands, and exchanges
@@ -212,7 +212,7 @@ struct Straight {
     return x;
   }
   template <class T>
-  static __device__ __forceinline__ void eight(float2 (&x)[4], T* row, float scale, const float* exact) {
+  static __device__ __forceinline__ void eight(float2 (&x)[4], T* row, float scale) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) x[n] = load_pair(row + 2 * n);
@@ -224,26 +224,38 @@ struct Straight {
       x[3] = halves(word.w, scale);
       *reinterpret_cast<uint4*>(row) = word;
     }
-    if (exact != nullptr) {
+  }
+  static __device__ __forceinline__ void replace(float2 (&x)[4], const float* exact) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) x[n] = make_float2(exact[2 * n * D], exact[(2 * n + 1) * D]);
+    for (int n = 0; n < 4; ++n) x[n] = make_float2(exact[2 * n * D], exact[(2 * n + 1) * D]);
+  }
+  template <bool AT_AN_END>
+  static __device__ __forceinline__ void sums(float (&sum)[8], char* shared, char* slice, int block, int channel, int first, const float* exact_initial, const float* exact_final) {
+#pragma unroll 1
+    for (int v = block * 8 + lane_id() % 8; v < SLICE; v += BLOCKS * 8) {
+      float2 s0[4], ds1[4];
+      const float* scales = reinterpret_cast<const float*>(shared + Shared::scales) + (first + v) / 16 * Kept::REPEATS;
+      eight(s0, StateSlice::at(slice + Shared::state, v, channel), scales[0]);
+      eight(ds1, StateSlice::at(slice + Shared::d_state, v, channel), scales[32]);
+      if constexpr (AT_AN_END) {
+        if (exact_initial != nullptr) replace(s0, exact_initial + channel * D + v);
+        if (exact_final != nullptr) replace(ds1, exact_final + channel * D + v);
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        sum[2 * n] += s0[n].x * ds1[n].x;
+        sum[2 * n + 1] += s0[n].y * ds1[n].y;
+      }
     }
   }
   // exact_initial, exact_final: [K, V] from this slice's first column of V on, or null.
   static __device__ __forceinline__ void add(char* shared, char* slice, int block, int channels, int first, const float* exact_initial, const float* exact_final) {
     const int channel = channels + lane_id() / 8 * 8;
     float sum[8] = {};
-#pragma unroll 1
-    for (int v = block * 8 + lane_id() % 8; v < SLICE; v += BLOCKS * 8) {
-      float2 s0[4], ds1[4];
-      const float* scales = reinterpret_cast<const float*>(shared + Shared::scales) + (first + v) / 16;
-      eight(s0, StateSlice::at(slice + Shared::state, v, channel), scales[0], exact_initial == nullptr ? nullptr : exact_initial + channel * D + v);
-      eight(ds1, StateSlice::at(slice + Shared::d_state, v, channel), scales[8], exact_final == nullptr ? nullptr : exact_final + channel * D + v);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        sum[2 * n] += s0[n].x * ds1[n].x;
-        sum[2 * n + 1] += s0[n].y * ds1[n].y;
-      }
+    if (exact_initial != nullptr || exact_final != nullptr) {
+      sums<true>(sum, shared, slice, block, channel, first, exact_initial, exact_final);
+    } else {
+      sums<false>(sum, shared, slice, block, channel, first, nullptr, nullptr);
     }
     int count = 8;  // over eight lanes: each step halves what a lane goes on with
 #pragma unroll
@@ -388,9 +400,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     char* slice = shared + (BOTH && first > 0 ? Shared::slices : 0);
     fetch_rows<StateSlice>(slice + Shared::state, states + slot * Kept::bytes, first);
     fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * Kept::bytes, first);
-    if (HALVES && first == 0 && threadIdx.x < 4) {
-      const char* kept = (threadIdx.x < 2 ? states : d_states) + slot * Kept::bytes;
-      copy_async(shared + Shared::scales + threadIdx.x * 16, kept + Kept::scales + threadIdx.x % 2 * 16);
+    if (HALVES && first == 0 && threadIdx.x < 16) {
+      const char* kept = (threadIdx.x < 8 ? states : d_states) + slot * Kept::bytes;
+      copy_async(shared + Shared::scales + threadIdx.x * 16, kept + Kept::scales + threadIdx.x % 8 * 16);
     }
     fetch_rows<ColumnsSlice>(slice + Shared::correction, corrections + slot * Columns::bytes, first);
     fetch_rows<ColumnsSlice>(slice + Shared::d_correction, d_corrections + slot * Columns::bytes, first);

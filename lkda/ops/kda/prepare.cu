@@ -195,9 +195,17 @@ __device__ __forceinline__ void invert_leaves(char* shared) {
   for (int i = 0; i < LEAF; ++i) {
     leaf_t[i * C] = t[i];
     leaf_rest[i * C] = rest[i];
-    store_one(MergeSquare::at(shared + Shared::inverse, first + i, first + c), t[i]);
-    store_one(MergeSquare::at(shared + Shared::inverse_rest, first + i, first + c), rest[i]);
-    if (i > c) store_one(Square::at(shared + Shared::pairs, first + c, first + i), rest[i]);
+  }
+}
+
+// What was inverted, to where it is used: entry (i, c) of each leaf.
+__device__ __forceinline__ void spread_leaves(char* shared) {
+  for (int n = opaque(threadIdx.x); n < C * LEAF; n += THREADS) {
+    const int i = n / C, column = n % C, row = column / LEAF * LEAF + i;
+    const float t = reinterpret_cast<const float*>(shared + Shared::leaf_t)[n], rest = reinterpret_cast<const float*>(shared + Shared::leaf_rest)[n];
+    store_one(MergeSquare::at(shared + Shared::inverse, row, column), t);
+    store_one(MergeSquare::at(shared + Shared::inverse_rest, row, column), rest);
+    if (row > column) store_one(Square::at(shared + Shared::pairs, column, row), rest);
   }
 }
 
@@ -373,6 +381,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
     invert_leaves(shared);
     whole_decay(shared, packet);
     __syncthreads();
+    spread_leaves(shared);
     merge_leaves(shared);
     __syncthreads();
     merge<16>(shared);
