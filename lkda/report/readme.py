@@ -5,7 +5,8 @@ typed.
 
 A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`, and shows docs/results/NAME/results.json,
 as `scripts/compare.py` writes it; one between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` shows
-docs/results/NAME/benchmark.json, as `scripts/benchmark.py` writes it.
+docs/results/NAME/benchmark.json, as `scripts/benchmark.py` writes it; one between `<!-- table:NAME -->` and
+`<!-- /table:NAME -->` shows docs/results/NAME/table.json: {"rows": [{column: text or number}], "note": text}.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lkda.report.files import write_atomically
 from lkda.report.table import as_cells, markdown_table
 
 _BLOCK = re.compile(
-    r"<!-- (?P<kind>results|benchmark):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL
+    r"<!-- (?P<kind>results|benchmark|table):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL
 )
 
 
@@ -35,9 +36,17 @@ def _benchmark(path: Path) -> str:
     return as_markdown(benchmark.rows) + "\n" + facts(benchmark)
 
 
+def _table(path: Path) -> str:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = found["rows"]
+    cells = [[x if isinstance(x, str) else f"{x:.3g}" for x in row.values()] for row in rows]
+    return markdown_table([*rows[0]], cells) + "\n" + found["note"]
+
+
 KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "results": ("results.json", "scripts/compare.py", _runs),
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
+    "table": ("table.json", "what measures it,", _table),
 }
 
 

@@ -53,6 +53,27 @@ def test_llama_cpp(pattern: tuple[str, ...], head_dim: int, scale: float, tmp_pa
     compare_with_llama_cpp(tmp_path / "out/model-f32.gguf", ours, tokens())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash-linear-attention runs on a GPU only")
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_fla(head_dim: int, tmp_path: Path) -> None:
+    """Its logits in bf16 are as far from ours in float32 as ours in bf16, within a factor of two."""
+    pytest.importorskip("fla.models", reason="needs flash-linear-attention: pip install flash-linear-attention")
+    from transformers import AutoModelForCausalLM
+
+    ours, given = model(("kda", "kda"), head_dim=head_dim), tokens()
+    lkda.export(ours, tokenizer(), tmp_path / "out", format="fla")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).cuda().eval()
+    for layer in made.model.layers:
+        layer.attn.mode = "fused_recurrent"  # the kernels of its other mode compile for minutes
+    want = logits(ours, given)
+    with torch.inference_mode():
+        got = made(given.cuda()).logits[0].float().cpu()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = ours(given)[0].float()
+    print(f"FLA: {(got - want).norm() / want.norm():.1e}; lkda in bf16: {(rounded - want).norm() / want.norm():.1e}")
+    assert (got - want).norm() <= 2 * (rounded - want).norm()
+
+
 def compare_with_llama_cpp(path: Path, ours: LanguageModel, given: Tensor) -> None:
     from llama_cpp import Llama
 
