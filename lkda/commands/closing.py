@@ -38,17 +38,14 @@ def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: dict[str, An
     return sample["prompt"] + "".join(text_pieces(tokenizer, drawn))
 
 
-def print_closing(console: Console, run: RunDirectory, summary: dict[str, Any], sample: str) -> None:
-    """The table, the sample, and the next commands."""
+def print_closing(console: Console, run: RunDirectory, summary: dict[str, Any], sample: str | None) -> None:
+    """The table, the sample where the tokens are text, and the next commands."""
     table = Table(title=f"{summary['mixer']} · {summary['model']} · {summary['data']}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    gain = summary["unigram_entropy"] - summary["val/loss"]
     for name, value in (
         ("validation loss", f"{summary['val/loss']:.4f} nats a token"),
-        ("unigram entropy of the text", f"{summary['unigram_entropy']:.4f} ({gain:+.2f} better)"),
-        ("perplexity", f"{summary['val/perplexity']:.2f}"),
-        ("bits per byte", f"{summary['val/bits_per_byte']:.4f}"),
+        *(_of_text(summary) if sample is not None else _of_parts(summary)),
         ("parameters", f"{summary['params']:,} ({summary['params_non_embedding']:,} without embeddings)"),
         ("state of one sequence", f"{summary['state_bytes']:,} bytes at {summary['context']} tokens"),
         ("tokens trained on", f"{summary['tokens']:,} in {summary['seconds']:.0f} s"),
@@ -56,17 +53,39 @@ def print_closing(console: Console, run: RunDirectory, summary: dict[str, Any], 
     ):
         table.add_row(name, value)
     console.print(table)
-    console.print(Panel(Text(sample), title="a sample"))
+    if sample is not None:
+        console.print(Panel(Text(sample), title="a sample"))
     here = _short(run.path)
     other = "softmax" if summary["mixer"] != "softmax" else "kda"
+    same = "" if sample is not None else f"data={summary['data']} model={summary['model']} "
     console.print(f"run directory {here}\nnext:", soft_wrap=True)
     for command in (
-        f'scripts/generate.py ckpt={here}/checkpoints/last.ckpt prompt="The people"',
+        *([f'scripts/generate.py ckpt={here}/checkpoints/last.ckpt prompt="The people"'] if sample is not None else []),
         f"scripts/evaluate.py ckpt={here}/checkpoints/best.ckpt",
-        f"scripts/train.py mixer={other}",
+        f"scripts/train.py {same}mixer={other}",
         f"scripts/compare.py 'runs={_short(run.path.parent)}/*' out=comparison",
     ):
         console.print(f"  {python_command()} {command}", markup=False, soft_wrap=True)
+
+
+def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    gain = summary["unigram_entropy"] - summary["val/loss"]
+    return [
+        ("unigram entropy of the text", f"{summary['unigram_entropy']:.4f} ({gain:+.2f} better)"),
+        ("perplexity", f"{summary['val/perplexity']:.2f}"),
+        ("bits per byte", f"{summary['val/bits_per_byte']:.4f}"),
+    ]
+
+
+def _of_parts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for part in summary["parts"]:
+        shape = ", ".join(f"{name} {value}" for name, value in part.items() if name in ("length", "pairs"))
+        if "accuracy" in part:
+            rows.append(
+                (f"accuracy, {shape}", f"{part['accuracy']:.2%} of tokens, {part['sequence_accuracy']:.2%} whole")
+            )
+    return rows
 
 
 def python_command() -> str:

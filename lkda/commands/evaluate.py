@@ -1,4 +1,4 @@
-"""Measure a trained model on the validation part of a corpus."""
+"""Measure a trained model on the validation part of its data, or of others."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from rich.table import Table
 from lkda.commands.harness import run_tasks
 from lkda.commands.model_source import TrainedModel, load_trained
 from lkda.commands.settings import device_of, plain
+from lkda.data.module import IndexedDataModule
 from lkda.models.lm import LanguageModel
+from lkda.training.accuracy import PartMetrics
 from lkda.training.task import next_token_loss
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
-    """Loss, perplexity and bits per byte of `ckpt`; or, where `tasks` are given, its scores in those of lm-eval.
+    """What `ckpt` makes of the validation: loss, perplexity and bits per byte of text, loss and accuracy of other data;
+    or, where `tasks` are given, its scores in those of lm-eval.
 
     Args:
         config: composed from configs/evaluate.yaml; `data` is the run's own where it is not given.
-    Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens"}, or {"TASK/METRIC": value}.
+    Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens"}; or as `PartMetrics.compute`; or
+        {"TASK/METRIC": value}.
     Raises:
         ValueError: no usable checkpoint or data, or an unknown task.
     """
@@ -37,24 +41,52 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     trained.model.resolve_backends(device, torch.float32)
     if config.tasks:
         return _tasks(config, trained, device, console)
+    data = _data(config, trained)
+    model = trained.model.to(device)
+    result = _of_text(model, data, device=device) if data.tokenizer else _of_parts(model, data, device=device)
+    table = Table(title=f"{trained.path} on {data.source}, validation", show_header=False)
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+    return result
+
+
+def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
+    """The data to measure on, prepared; text with the model's own tokenizer."""
+    chosen = _data_config(config, trained)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer.json"
-        trained.tokenizer.save(str(tokenizer))
-        data = instantiate(_data_config(config, trained), tokenizer_path=str(tokenizer))
+        if "tokenizer_path" in chosen:
+            trained.tokenizer.save(str(tokenizer))
+        elif trained.vocabulary is not None:
+            raise ValueError(f"{trained.path} is a model of text, and {chosen.get('_target_')} has none: give data=...")
+        own = {"tokenizer_path": str(tokenizer)} if "tokenizer_path" in chosen else {}
+        data = instantiate(chosen, **own)
         data.prepare()
-    loss, tokens = mean_loss(trained.model.to(device), data.val_dataloader(), device=device, total=data.val_batches)
-    result = {
+    rows = trained.model.config["vocab_size"]
+    if data.vocab_size > rows:
+        raise ValueError(f"the data have {data.vocab_size} tokens and the model {rows} rows: give the data of its run.")
+    return data
+
+
+def _of_text(model: LanguageModel, data: Any, *, device: torch.device) -> dict[str, float]:
+    loss, tokens = mean_loss(model, data.val_dataloader(), device=device, total=data.val_batches)
+    return {
         "loss": loss,
         "perplexity": math.exp(loss),
         "bits_per_byte": loss / math.log(2) / data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
         "tokens": tokens,
     }
-    table = Table(title=f"{trained.path} on {data.source}, validation", show_header=False)
-    for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
-    console.print(table)
-    return result
+
+
+@torch.inference_mode()
+def _of_parts(model: LanguageModel, data: IndexedDataModule, *, device: torch.device) -> dict[str, float]:
+    measured = PartMetrics(data.parts, vocab_size=model.config["vocab_size"]).to(device)
+    for batch in track(data.val_dataloader(), description="evaluating", total=data.val_batches, transient=True):
+        on_device = {name: batch[name].to(device) for name in ("tokens", "targets", "asked")}
+        measured.measure(model, on_device | {"part": batch["part"]})
+    return {name.removeprefix("val/"): float(value) for name, value in measured.compute().items()}
 
 
 def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, console: Console) -> dict[str, float]:

@@ -30,6 +30,8 @@ def with_initial_model(config: DictConfig) -> tuple[DictConfig, LanguageModel | 
     clashing = [word for word in given if word.lstrip("+~").split("=")[0].startswith(_BROUGHT) and not _harmless(word)]
     if clashing:
         raise ValueError(f"init_from brings its own model and tokenizer: leave out {' '.join(clashing)}.")
+    if "tokenizer_path" not in config.data:
+        raise ValueError("init_from brings a model of text and its tokenizer: give data of text, as data=files.")
     directory = Path(config.init_from).absolute()
     if (directory / "checkpoints").is_dir() and not (directory / "config.json").exists():
         raise ValueError(

@@ -16,21 +16,30 @@ from lkda.training.checkpoint import read_checkpoint
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its tokenizer, and the facts of its run where they are known.
+    """A model with its tokenizer, where it has one, and the facts of its run where they are known.
 
     Attributes:
         model: on the CPU, in eval mode.
-        tokenizer: the one it was trained with.
+        vocabulary: the tokenizer it was trained with; None where its tokens are no text.
         run: plain facts (mixer, data, bytes_per_token, ...), {} for an exported directory.
         path: the file or directory that was read.
         step: of the run, None for an exported directory.
     """
 
     model: LanguageModel
-    tokenizer: Tokenizer
+    vocabulary: Tokenizer | None
     path: Path
     run: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ValueError where the model's tokens are no text."""
+        if self.vocabulary is None:
+            raise ValueError(
+                f"{self.path} was trained on {self.run['data']}, whose tokens are no text; this needs a model of text."
+            )
+        return self.vocabulary
 
 
 def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
@@ -57,4 +66,5 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
         if name.startswith(prefix)
     }
     model = build_with_weights(ours["model"], weights, source=path, backend=backend)
-    return TrainedModel(model, Tokenizer.from_str(ours["tokenizer"]), path, ours["run"], ours["step"])
+    vocabulary = None if ours["tokenizer"] is None else Tokenizer.from_str(ours["tokenizer"])
+    return TrainedModel(model, vocabulary, path, ours["run"], ours["step"])

@@ -92,6 +92,11 @@ class RunDirectory:
         """The result that is recorded, {} where there is none."""
         return read_summary(self.summary)
 
+    def columns(self) -> list[str]:
+        """The names of the columns of metrics.csv."""
+        with open(self.metrics, encoding="utf-8", newline="") as file:
+            return next(csv.reader(file))
+
     def column(self, name: str) -> list[float]:
         """The values of a column of metrics.csv, in order, without the empty ones."""
         with open(self.metrics, encoding="utf-8", newline="") as file:

@@ -15,7 +15,7 @@ import torch
 import lkda
 from lkda.commands.run_directory import RunDirectory
 from lkda.models.lm import LanguageModel
-from lkda.training.metrics_csv import COLUMNS
+from lkda.training.accuracy import METRICS, column
 
 
 def summarize(
@@ -38,7 +38,7 @@ def summarize(
         backends: that ran, by operator.
     """
     context = facts["context"]
-    latest = {name: values[-1] for name in COLUMNS if (values := run.column(name))}
+    latest = {name: values[-1] for name in run.columns() if (values := run.column(name))}
     tokens, seconds = step * facts["tokens_per_step"], latest.get("seconds", 0.0)
     speeds = run.column("tokens_per_s")
     loss = latest.get("val/loss")
@@ -75,7 +75,22 @@ def summarize(
             "lightning": lightning.__version__,
             "lkda": lkda.__version__,
         },
+        **_by_part(facts["parts"], latest, model),
     }
+
+
+def _by_part(parts: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:
+    """Accuracies in the mean and of each part of the validation, with the state's bytes at its length."""
+    if not parts:
+        return {}
+    rows = [
+        {name: value for name, value in part.items() if name != "examples"}
+        | {metric: latest[column(metric, part)] for metric in METRICS if column(metric, part) in latest}
+        | {"state_bytes": model.state_bytes(part["length"])}
+        for part in parts
+    ]
+    means = {name: latest.get(name) for name in ("val/accuracy", "val/sequence_accuracy")}
+    return {**means, "parts": rows}
 
 
 def git_commit() -> str | None:

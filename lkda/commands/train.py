@@ -22,7 +22,9 @@ from lkda.commands.initial import with_initial_model
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.settings import check_counts, check_model, device_of, model_config, plain, steps_for
 from lkda.commands.summary import summarize
+from lkda.data.module import IndexedDataModule
 from lkda.models.lm import LanguageModel
+from lkda.training.accuracy import columns
 from lkda.training.callbacks import (
     Checkpoints,
     DivergedError,
@@ -121,7 +123,8 @@ def _train_in(
         console.print(f"{run.path} holds a finished run of {plan.step} steps: nothing to do.", soft_wrap=True)
         return run.read_summary()
     run.write_config(settings)
-    data.tokenizer.save(str(run.tokenizer))
+    if data.tokenizer is not None:
+        data.tokenizer.save(str(run.tokenizer))
     _announce(console, run, plan)
     model, ending = _fit(run, plan, data, initial)
 
@@ -139,8 +142,10 @@ def _train_in(
         raise CommandError(
             f"{ending}. Last good checkpoint: {good[-1]}. Try a lower optimizer.lr in a new run directory."
         )
-    sample = draw_sample(model.to(device), data.tokenizer, settings["sample"], seed=config.seed)
-    run.samples.write_text(sample + "\n", encoding="utf-8")
+    sample = None
+    if data.tokenizer is not None:
+        sample = draw_sample(model.to(device), data.tokenizer, settings["sample"], seed=config.seed)
+        run.samples.write_text(sample + "\n", encoding="utf-8")
     print_closing(console, run, summary, sample)
     return summary
 
@@ -149,21 +154,22 @@ def _plan(
     config: DictConfig,
     settings: dict[str, Any],
     device: torch.device,
-    data: Any,
+    data: IndexedDataModule,
     saved: tuple[Path, dict[str, Any]] | None,
 ) -> _Plan:
     """Settle what the prepared `data` decides, and where to go on from. Raises ValueError where it does not fit."""
     model = model_config(settings, vocab_size=data.vocab_size, context=data.context)
-    tokens_per_step = data.batch_size * data.context * config.trainer.accumulate_grad_batches
+    tokens_per_step = data.tokens_per_batch * config.trainer.accumulate_grad_batches
     facts = {
         "mixer": settings["mixer"]["name"],
         "model": settings["model"]["name"],
-        "data": settings["data"]["source"],
+        "data": data.source,
         "seed": config.seed,
         "context": data.context,
         "tokens_per_step": tokens_per_step,
         "bytes_per_token": data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
+        "parts": [dict(part) for part in data.parts],
     }
     return _Plan(
         config=config,
@@ -195,7 +201,7 @@ def _announce(console: Console, run: RunDirectory, plan: _Plan) -> None:
 
 
 def _fit(
-    run: RunDirectory, plan: _Plan, data: Any, initial: LanguageModel | None
+    run: RunDirectory, plan: _Plan, data: IndexedDataModule, initial: LanguageModel | None
 ) -> tuple[Any, InterruptedRunError | DivergedError | None]:
     """Train, from the weights of `initial` if one is given. Returns the model, and what ended the run before its last
     step, if something did."""
@@ -209,6 +215,7 @@ def _fit(
         scheduler=settings["scheduler"],
         total_steps=plan.steps,
         bytes_per_token=data.bytes_per_token,
+        parts=data.parts,
         compile=plan.config.compile,
     )
     if initial is not None:
@@ -220,7 +227,7 @@ def _fit(
             **settings["checkpoint"],
             stop_request=stop_request,
             model=plan.model,
-            tokenizer=data.tokenizer.to_str(),
+            tokenizer=None if data.tokenizer is None else data.tokenizer.to_str(),
             run=plan.facts,
         )
         recorder = Recorder(
@@ -237,7 +244,7 @@ def _fit(
 def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.Trainer:
     """The trainer of the configuration's group, with this run's callbacks before those of the group callbacks."""
     chosen = [node for node in plan.config.logger.values() if node]
-    loggers = [MetricsCSV(run.metrics, resume_step=plan.step)]
+    loggers = [MetricsCSV(run.metrics, also=columns(plan.facts["parts"]), resume_step=plan.step)]
     loggers += [instantiate(node)(save_dir=str(run.path), config=plan.settings) for node in chosen]
     options = {key: value for key, value in plan.settings["trainer"].items() if key != "max_tokens"}
     options |= {"accelerator": plan.device.type, "max_steps": plan.steps, "default_root_dir": str(run.path)}

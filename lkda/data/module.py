@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import lightning as L
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 
 class Numbered(Protocol):
     """Batches by number, without an end."""
 
-    def __getitem__(self, batch: int) -> dict[str, Tensor]: ...
+    def __getitem__(self, batch: int) -> dict[str, Any]: ...
 
 
-class CountUp(IterableDataset[dict[str, Tensor]]):
+class CountUp(IterableDataset[dict[str, Any]]):
     """Batches start, start + 1, ..., in this order with any number of workers."""
 
     def __init__(self, batches: Numbered, start: int) -> None:
         self.batches, self.start = batches, start
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         # A DataLoader asks its workers in turn.
         n, stride = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
@@ -39,10 +39,28 @@ class IndexedDataModule(L.LightningDataModule):
     trainer's steps, never by what a loader has fetched, and a checkpoint holds it: `fit(ckpt_path=...)` goes on with
     exactly the next batch.
 
+    Attributes, after `prepare`:
+        source: the name of the data. vocab_size: rows that an embedding needs. context: tokens of the longest training
+            sequence. batch_size: sequences a batch and device. val_batches: their number.
+        tokenizer, bytes_per_token, unigram_entropy: of data whose tokens are text (bytes, and nats a token, of what
+            validates); None of any other.
+        parts: what each validation set of other data is like, as {"length": 256, "pairs": 64}; a validation batch's
+            "part" counts in it. Empty where validation is one text.
+
     Args:
         num_workers: processes that make training batches; 0: the training process does.
         pin_memory: hand batches over in pinned memory; where None, if there is a GPU.
     """
+
+    source: str
+    vocab_size: int
+    context: int
+    batch_size: int
+    val_batches: int
+    tokenizer: Tokenizer | None = None
+    bytes_per_token: float | None = None
+    unigram_entropy: float | None = None
+    parts: Sequence[Mapping[str, int]] = ()
 
     def __init__(self, *, num_workers: int = 0, pin_memory: bool | None = None) -> None:
         super().__init__()
@@ -60,20 +78,25 @@ class IndexedDataModule(L.LightningDataModule):
         """Of one of `world_size` data-parallel processes."""
         raise NotImplementedError
 
-    def validation_batches(self) -> Dataset[dict[str, Tensor]]:
+    def validation_batches(self) -> Dataset[Any]:
         """All of them, on every process, with a length."""
         raise NotImplementedError
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Of a training batch on one device; the mean where they differ."""
+        return self.batch_size * self.context
 
     def setup(self, stage: str) -> None:
         self.prepare()
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """From batch `start_batch` on, without an end."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         batches = CountUp(self.training_batches(rank=rank, world_size=world_size), self.start_batch)
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """The validation batches from the first, in order."""
         batches = self.validation_batches()
         # Lightning would give any other sampler's batches out among the devices, some of them twice.

@@ -34,6 +34,10 @@ class LanguageModel(nn.Module):
         """tokens [B, T] -> logits [B, T, vocab]. With cu_seqlens (B = 1) packed sequences never see each other."""
         return self.lm_head(self.hidden(tokens, cu_seqlens=cu_seqlens))
 
+    def logits_at(self, tokens: Tensor, places: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The logits [N, vocab] of `places` [N] alone, positions in `tokens` [B, T] laid out flat."""
+        return self.lm_head(self.hidden(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)[places])
+
     def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> [B, T, d_model], what the head reads."""
         x = self.embed_tokens(tokens)

@@ -2,6 +2,7 @@
 
 A file is Lightning's checkpoint plus `checkpoint["lkda"]`, which makes it self-contained:
     {"format": 1, "model": the dict of `build_model`, "tokenizer": JSON text, "run": plain facts about the run}
+where the tokenizer is None for a model of tokens that are no text.
 """
 
 from __future__ import annotations

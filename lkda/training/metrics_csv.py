@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,15 @@ class MetricsCSV(Logger):
 
     Args:
         path: of the file; a run that goes on appends to it.
+        also: columns beside COLUMNS.
         resume_step: rows after this step are dropped first: the run resumes there and writes them again.
     """
 
-    def __init__(self, path: str | Path, *, resume_step: int = 0) -> None:
+    def __init__(self, path: str | Path, *, also: Sequence[str] = (), resume_step: int = 0) -> None:
         super().__init__()
         self.path = Path(path)
-        kept = [",".join(COLUMNS)]
+        self.columns = (*COLUMNS, *also)
+        kept = [",".join(self.columns)]
         if self.path.exists():
             # A kill may have cut the last line short: only what ends in a newline is a row.
             lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -54,11 +56,12 @@ class MetricsCSV(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write one row. Raises ValueError for a name that is no column: it would be lost."""
-        unknown = metrics.keys() - set(COLUMNS)
+        unknown = metrics.keys() - set(self.columns)
         if unknown:
             raise ValueError(f"metrics.csv has no column for {', '.join(sorted(unknown))}.")
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow([{"step": step, **metrics}.get(name, "") for name in COLUMNS])
+        row = {"step": step, **metrics}
+        csv.writer(text, lineterminator="\n").writerow([row.get(name, "") for name in self.columns])
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text.getvalue())
             file.flush()

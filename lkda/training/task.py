@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -14,9 +14,12 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lkda.models.build import build_model
+from lkda.training.accuracy import PartMetrics
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
 
-Batch = Mapping[str, Any]  # {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}
+# {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets ask: their flat places, asked [N],
+# and the number of the batch's part.
+Batch = Mapping[str, Any]
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -32,15 +35,17 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    Logged: train/loss, train/bits_per_byte at every step; val/loss, val/perplexity, val/bits_per_byte, the means over
-    every validation target (not over batches, whose numbers of targets differ).
+    Logged: train/loss at every step; val/loss and val/perplexity, the means over every validation target (not over
+    batches, whose numbers of targets differ); bits per byte beside both losses where the tokens are text. Where the
+    validation has parts: what `PartMetrics` computes.
 
     Args:
         model_config: what `build_model` takes: plain names and numbers.
         optimizer: what `build_optimizer` takes.
         scheduler: what `learning_rate_factor` takes.
         total_steps: optimiser steps of the whole run, for the schedule.
-        bytes_per_token: of the validation text; divides nats a token into bits a byte.
+        bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
+        parts: of the validation; see `lkda.training.accuracy`.
         compile: whether `torch.compile` takes the model and its loss.
     """
 
@@ -51,7 +56,8 @@ class LanguageModelTask(L.LightningModule):
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any],
         total_steps: int,
-        bytes_per_token: float,
+        bytes_per_token: float | None,
+        parts: Sequence[Mapping[str, int]] = (),
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -61,32 +67,42 @@ class LanguageModelTask(L.LightningModule):
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
         self.val_mean = MeanMetric()
+        self.val_parts = PartMetrics(parts, vocab_size=self.model.config["vocab_size"]) if parts else None
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
 
-    def _eager_loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return next_token_loss(self.model(tokens, cu_seqlens=cu_seqlens), targets)
+    def _eager_loss(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, asked: Tensor | None = None
+    ) -> Tensor:
+        if asked is None:
+            return next_token_loss(self.model(tokens, cu_seqlens=cu_seqlens), targets)
+        logits = self.model.logits_at(tokens, asked, cu_seqlens=cu_seqlens)
+        return F.cross_entropy(logits.float(), targets.flatten()[asked])
 
-    def bits_per_byte(self, loss: Tensor) -> Tensor:
-        """Nats a token -> bits a byte, which compares across tokenizers."""
-        return loss / (math.log(2) * self.bytes_per_token)
+    def _with_bits(self, name: str, loss: Tensor) -> dict[str, Tensor]:
+        """The loss in nats a token, and in bits a byte, which compares across tokenizers, where the tokens are text."""
+        bits = {} if self.bytes_per_token is None else {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token)}
+        return {f"{name}/{key}": value for key, value in {"loss": loss, **bits}.items()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"])
-        self.log_dict(
-            {"train/loss": loss.detach(), "train/bits_per_byte": self.bits_per_byte(loss.detach())}, logger=False
-        )
+        loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("asked"))
+        self.log_dict(self._with_bits("train", loss.detach()), logger=False)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if self.val_parts is not None:
+            self.val_parts.measure(self.model, batch)
+            return
         targets: Tensor = batch["targets"]
-        loss = self._loss(batch["tokens"], targets, batch["cu_seqlens"])
+        loss = self._loss(batch["tokens"], targets, batch["cu_seqlens"], batch.get("asked"))
         self.val_mean.update(loss, weight=(targets != -100).sum())
 
     def on_validation_epoch_end(self) -> None:
+        if self.val_parts is not None:
+            self.log_dict(self.val_parts.compute(), logger=False)
+            return
         loss = self.val_mean.compute()
         self.val_mean.reset()
-        metrics = {"val/loss": loss, "val/perplexity": loss.exp(), "val/bits_per_byte": self.bits_per_byte(loss)}
-        self.log_dict(metrics, logger=False)
+        self.log_dict(self._with_bits("val", loss) | {"val/perplexity": loss.exp()}, logger=False)
 
     def configure_gradient_clipping(
         self,

@@ -43,7 +43,7 @@ class Checkpoints(Checkpoint):
         keep: int,
         stop_request: StopRequest,
         model: dict[str, Any],
-        tokenizer: str,
+        tokenizer: str | None,
         run: dict[str, Any],
     ) -> None:
         self.directory = Path(directory)

@@ -22,6 +22,7 @@ _SHOWN = {
     "train/bits_per_byte": "{:.3f} bpb",
     "tokens_per_s": "{:,.0f} tok/s",
     "val/loss": "val {:.3f}",
+    "val/accuracy": "acc {:.1%}",
 }
 SECONDS_BETWEEN_LINES = 30
 

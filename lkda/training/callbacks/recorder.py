@@ -78,11 +78,7 @@ class Recorder(L.Callback):
             self._write_training_row(trainer)
 
     def _write_training_row(self, trainer: L.Trainer) -> None:
-        row = {
-            "train/loss": float(trainer.callback_metrics["train/loss"]),
-            "train/bits_per_byte": float(trainer.callback_metrics["train/bits_per_byte"]),
-            "lr": self._learning_rate,
-        }
+        row = {**_logged(trainer, "train/"), "lr": self._learning_rate}
         if self._since is not None and self._steps_here > WARMUP_STEPS:
             tokens, seconds = self._since
             row["tokens_per_s"] = (self.tokens(trainer) - tokens) / (self.seconds - seconds)
@@ -100,8 +96,7 @@ class Recorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            names = ("val/loss", "val/bits_per_byte")
-            self._write(trainer, {name: float(trainer.callback_metrics[name]) for name in names})
+            self._write(trainer, _logged(trainer, "val/"))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._stop_clock()
@@ -109,3 +104,9 @@ class Recorder(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.seconds = checkpoint["lkda_seconds"]
+
+
+def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:
+    """What the task logged under that prefix; not the perplexity, which the loss says already."""
+    metrics = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in metrics if name.startswith(prefix) and name != "val/perplexity"}
