@@ -14,6 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassExactMatch
 from lkda.models.lm import LanguageModel
 
 IGNORED = -100
+# Logits are made for so many places at a time: 256 MB of them at 8192 words.
+PLACES_AT_ONCE = 8192
 
 
 def column(metric: str, part: Mapping[str, int]) -> str:
@@ -42,16 +44,19 @@ class PartMetrics(nn.Module):
 
     def measure(self, model: LanguageModel, batch: Mapping[str, Any]) -> None:
         """Take in the model's predictions on a validation batch {tokens, targets, asked, part}."""
-        part, asked, targets = batch["part"], batch["asked"], batch["targets"]
-        logits = model.logits_at(batch["tokens"], asked).float()
-        predicted = torch.zeros_like(targets)
-        predicted.view(-1)[asked] = logits.argmax(-1)
+        part, targets = batch["part"], batch["targets"]
+        hidden, wanted = model.hidden(batch["tokens"]).flatten(0, 1), targets.flatten()
+        predicted = torch.zeros_like(wanted)
+        for places in batch["asked"].split(PLACES_AT_ONCE):
+            logits = model.lm_head(hidden[places]).float()
+            predicted[places] = logits.argmax(-1)
+            self.loss[part].update(F.cross_entropy(logits, wanted[places]), weight=len(places))
+        predicted = predicted.view_as(targets)
         self.accuracy[part].update(predicted, targets)
         self.sequence_accuracy[part].update(predicted, targets)
-        self.loss[part].update(F.cross_entropy(logits, targets.flatten()[asked]), weight=len(asked))
 
     def compute(self) -> dict[str, Tensor]:
-        """By column of metrics.csv: of each part that was seen, and their means as val/accuracy ...; then begins anew."""
+        """By column of metrics.csv: of each part that was seen, and their means as val/accuracy ...; resets."""
         found, means = {}, {}
         for metric in METRICS:
             seen = []
