@@ -15,7 +15,8 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -145,11 +146,16 @@ class Module:
     Args:
         source: the .cu file.
         defines: macro -> value.
+
+    Attributes:
+        companions: gives the modules that will be wanted soon after this one; where this one has to be compiled, they
+            are compiled at the same time, in threads of their own.
     """
 
     def __init__(self, source: Path, defines: Mapping[str, str | int | float]):
         self.source = source
         self.defines = tuple(f"{name}={value}" for name, value in defines.items())
+        self.companions: Callable[[], Iterable[Module]] = tuple
         self._lock = threading.RLock()
         self._binaries: dict[str, Binary] = {}
         self._handles: dict[int, object] = {}
@@ -183,10 +189,16 @@ class Module:
         name = f"{self.source.parent.name}-{self.source.stem}-{arch}-{key}.cubin"
         entry = cubin_cache.read(name)
         if entry is None:
+            for module in self.companions():
+                threading.Thread(target=module._compile_early, args=(arch,)).start()
             binary = _compile(self.source, arch, self.defines)
             cubin_cache.write(name, binary.cubin, binary.log)
             return binary
         return Binary(*entry)
+
+    def _compile_early(self, arch: str) -> None:
+        with suppress(KernelCompileError):  # said when the kernel is wanted
+            self.binary(arch)
 
     def function(self, entry: str, device: int):
         """The driver's handle of a kernel on a device. The device's context must be current."""

@@ -2,6 +2,8 @@
 
 import ctypes
 import multiprocessing
+import threading
+import time
 import warnings
 
 import pytest
@@ -49,6 +51,17 @@ def test_every_architecture_compiles_without_a_gpu(source):
         assert 0 < resources.registers < 64
         assert resources.spill_bytes == 0
     assert len(entries()) == len(jit.ARCHITECTURES)
+
+
+def test_companions_are_compiled_beside_a_module(source):
+    first, second, broken = (jit.Module(source, {"FACTOR": factor}) for factor in ("3", "5", "none"))
+    first.companions = lambda: [second, broken]
+    first.binary("sm_90a")
+    while len(threads := threading.enumerate()) > 1 and any("_compile_early" in thread.name for thread in threads):
+        time.sleep(0.01)
+    assert "sm_90a" in second._binaries
+    with pytest.raises(jit.KernelCompileError, match="none"):
+        broken.binary("sm_90a")
 
 
 def test_spills_and_shared_memory_are_reported(source):

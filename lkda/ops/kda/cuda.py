@@ -133,7 +133,12 @@ def _prepare_kernel(D: int, dtype: torch.dtype, arch: str) -> Kernel:
     layout = _layout(D, dtype)
     shared_bytes = layout.prepare_shared()
     defines = layout.defines | layout.room(shared_bytes, arch) | {"MERGE": layout.merge}
-    return Module(HERE / "prepare.cu", defines).kernel("kda_prepare", "PPPPPPiiif", shared_bytes=shared_bytes)
+    module = Module(HERE / "prepare.cu", defines)
+    module.companions = lambda: (
+        _gradients_kernel(D, dtype, arch).module,
+        *(_scan(name, D, dtype, arch, "whole").kernel.module for name in ("reverse", "scan")),
+    )
+    return module.kernel("kda_prepare", "PPPPPPiiif", shared_bytes=shared_bytes)
 
 
 class Scan:
