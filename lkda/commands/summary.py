@@ -45,7 +45,7 @@ def summarize(
     return {
         "status": status,
         "val/loss": loss,
-        "val/perplexity": math.exp(loss) if loss is not None and loss < 700 else None,  # a float ends at exp(709)
+        "val/perplexity": _perplexity(loss) if not facts["parts"] else None,
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
         "unigram_entropy": facts["unigram_entropy"],
         "tokens": tokens,
@@ -77,6 +77,10 @@ def summarize(
         },
         **_by_part(facts["parts"], latest, model),
     }
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return math.exp(loss) if loss is not None and loss < 700 else None  # a float ends at exp(709)
 
 
 def _by_part(parts: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lkda.report import bench, bench_report, plots, table
+from lkda.report import accuracy, accuracy_plots, bench, bench_report, plots, table
 from lkda.report.files import write_atomically
 from lkda.report.groups import Group, also_differing, group_runs
 from lkda.report.page import Section, page
@@ -69,7 +69,7 @@ class Comparison:
 
 
 def compare(directories: Sequence[Path], out: Path, *, title: str, benchmark: Path | None = None) -> Comparison:
-    """Reads run directories and writes table.csv, table.md, results.json, three plots and report.html into `out`.
+    """Reads run directories and writes table.csv, table.md, results.json, plots and report.html into `out`.
 
     Args:
         directories: run directories; what is none is left out by name.
@@ -118,6 +118,9 @@ def write(comparison: Comparison, out: Path) -> None:
     for (name, _), picture in drawn.items():
         write_atomically(out / f"{name}.png", picture.light)
     sections = [Section(head=head, body=body, notes=notes)]
+    if accuracy.has_parts(comparison.runs):
+        by_part, best = accuracy.table(comparison.runs), "Accuracy of asked tokens, each model at its better rate"
+        sections += [Section(best, *by_part, names=by_part[0].index("mixer") + 1)]
     sections += [Section(heading, pictures={heading: picture}) for (_, heading), picture in drawn.items()]
     sections += [bench_report.section(comparison.benchmark)] if comparison.benchmark else []
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
@@ -126,10 +129,19 @@ def write(comparison: Comparison, out: Path) -> None:
 
 
 def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
-    """By file name and heading. Across tokenizers in bits per byte alone, else in nats with bits per byte beside."""
+    """By file name and heading. Across tokenizers in bits per byte alone, else in nats with bits per byte beside; of
+    synthetic tasks accuracies in their place."""
+    if accuracy.has_parts(comparison.runs):
+        lines = accuracy.lines(comparison.runs)
+        drawn = {
+            ("accuracy_by_state", "Accuracy against the size of the state"): accuracy_plots.by_state(lines),
+            ("accuracy_by_length", "Accuracy against length"): accuracy_plots.by_length(lines),
+        }
+        return {name: picture for name, picture in drawn.items() if picture is not None}
     groups, across = comparison.groups, comparison.across_tokenizers
-    y, loss = ("val/bits_per_byte", "Bits per byte") if across else ("val/loss", "Loss")
-    scale = None if across else groups[0].mean("val/bits_per_byte") / groups[0].mean("val/loss")
+    texts = all(run.summary.get("val/bits_per_byte") is not None for run in comparison.runs)
+    y, loss = ("val/bits_per_byte", "Bits per byte") if across and texts else ("val/loss", "Loss")
+    scale = groups[0].mean("val/bits_per_byte") / groups[0].mean("val/loss") if texts and not across else None
     return {
         ("loss_by_tokens", f"{loss} against tokens"): plots.loss_curves(groups, x="tokens", y=y, bits_per_nat=scale),
         ("loss_by_seconds", f"{loss} against time"): plots.loss_curves(groups, x="seconds", y=y, bits_per_nat=scale),

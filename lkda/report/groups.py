@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +50,14 @@ class Group:
         return statistics.fmean(self.values(key))
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Groups, fewest bits per byte first."""
+def group_runs(runs: Iterable[Run], *, within: Collection[str] = ()) -> list[Group]:
+    """Groups, fewest bits per byte first; where a run is of no text, the smallest loss first.
+
+    Args:
+        within: further settings, or sections of them, that a group's runs may differ in.
+    """
     members: dict[tuple[Any, ...], list[tuple[Run, Settings]]] = defaultdict(list)
-    described = [(run, settings(run)) for run in runs]
+    described = [(run, _without(within, settings(run))) for run in runs]
     telling = _telling([found for _, found in described])
     for run, found in described:
         members[tuple(found.get(key, NULL) for key in telling)].append((run, found))
@@ -68,20 +72,32 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
             shown = [key for key in shown if key != "backend"]
         label = " · ".join([found["mixer"], *(_show(key, found[key]) for key in shown)])
         groups.append(Group(label, found["mixer"], [run for run, _ in same]))
-    return sorted(groups, key=lambda group: group.mean("val/bits_per_byte"))
+    texts = all(run.summary.get("val/bits_per_byte") is not None for run, _ in described)
+    return sorted(groups, key=lambda group: group.mean("val/bits_per_byte" if texts else "val/loss"))
+
+
+def _without(sections: Collection[str], found: Settings) -> Settings:
+    return {key: value for key, value in found.items() if not _inside(key, sections)}
 
 
 def settings(run: Run) -> Settings:
     """What may tell runs apart, in the order in which a label would say it: dotted name -> value, as text."""
     flat = {key: value for key, value in _flatten(run.config).items() if not _neutral(key)}
     flat |= {key: str(run.summary[key]) for key in FACTS if key in run.summary}
+    if "data" in run.summary:  # a synthetic task has its name from its class alone
+        flat.setdefault("data.source", str(run.summary["data"]))
     first = {key: flat[key] for key in NAMES if key in flat}
     return {"mixer": str(run.summary["mixer"])} | first | flat
 
 
 def _neutral(key: str) -> bool:
+    return key not in TELLING and _inside(key, NEUTRAL)
+
+
+def _inside(key: str, sections: Collection[str]) -> bool:
+    """Whether the setting or a section that it is in is one of these."""
     parts = key.split(".")
-    return key not in TELLING and any(".".join(parts[:n]) in NEUTRAL for n in range(1, len(parts) + 1))
+    return any(".".join(parts[:n]) in sections for n in range(1, len(parts) + 1))
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> Settings:

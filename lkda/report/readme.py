@@ -4,9 +4,10 @@ typed.
     python -m lkda.report.readme
 
 A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`, and shows docs/results/NAME/results.json,
-as `scripts/compare.py` writes it; one between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` shows
-docs/results/NAME/benchmark.json, as `scripts/benchmark.py` writes it; one between `<!-- table:NAME -->` and
-`<!-- /table:NAME -->` shows docs/results/NAME/table.json: {"rows": [{column: text or number}], "note": text}.
+as `scripts/compare.py` writes it; `accuracy:NAME` shows the same runs by part of the validation of synthetic tasks; one
+between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` shows docs/results/NAME/benchmark.json, as
+`scripts/benchmark.py` writes it; one between `<!-- table:NAME -->` and `<!-- /table:NAME -->` shows
+docs/results/NAME/table.json: {"rows": [{column: text or number}], "note": text}.
 """
 
 from __future__ import annotations
@@ -16,19 +17,27 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from lkda.report import accuracy
 from lkda.report.bench import as_markdown, read_benchmark
 from lkda.report.bench_report import facts
 from lkda.report.files import write_atomically
+from lkda.report.runs import from_record
 from lkda.report.table import as_cells, markdown_table
 
 _BLOCK = re.compile(
-    r"<!-- (?P<kind>results|benchmark|table):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL
+    r"<!-- (?P<kind>results|accuracy|benchmark|table):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL
 )
 
 
 def _runs(path: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     return markdown_table(*as_cells(found["rows"])) + "\n" + " ".join(found["notes"])
+
+
+def _accuracy(path: Path) -> str:
+    found = [from_record(record) for record in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+    head, body = accuracy.table(found)
+    return markdown_table(head, body, names=head.index("mixer") + 1)
 
 
 def _benchmark(path: Path) -> str:
@@ -45,6 +54,7 @@ def _table(path: Path) -> str:
 
 KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "results": ("results.json", "scripts/compare.py", _runs),
+    "accuracy": ("results.json", "scripts/compare.py", _accuracy),
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
     "table": ("table.json", "what measures it,", _table),
 }

@@ -28,6 +28,8 @@ class Column:
 COLUMNS = (
     Column("val loss", "val/loss", "{:.3f}".format, spread=True),
     Column("bits/byte", "val/bits_per_byte", "{:.3f}".format, spread=True),
+    Column("accuracy", "val/accuracy", "{:.1%}".format, spread=True),
+    Column("whole sequences", "val/sequence_accuracy", "{:.1%}".format, spread=True),
     Column("perplexity", "val/perplexity", "{:.1f}".format),
     Column("params", "params", count),
     Column("state", "state_bytes", memory),
@@ -55,7 +57,7 @@ def rows(
     for group in groups:
         row: Row = {"mixer": group.label, "seeds": len(group.runs)}
         for column in COLUMNS:
-            if any(column.key not in run.summary for run in group.runs):
+            if any(run.summary.get(column.key) is None for run in group.runs):
                 continue
             if across_tokenizers and column.key in PER_TOKEN:
                 continue
