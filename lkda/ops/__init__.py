@@ -4,6 +4,7 @@ from lkda.ops.backend import available_backends, resolve_backend
 from lkda.ops.gated_norm.op import gated_rms_norm
 from lkda.ops.kda.fused import kda_attention_fused
 from lkda.ops.kda.op import kda_attention, kda_step
+from lkda.ops.kda.step import kda_step_fused
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
 from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.softmax.op import softmax_attention
@@ -14,6 +15,7 @@ __all__ = [
     "kda_attention",
     "kda_attention_fused",
     "kda_step",
+    "kda_step_fused",
     "l2_normalized",
     "resolve_backend",
     "short_convolution",

@@ -33,7 +33,7 @@ def gate_inputs(B, T, H, K, *, per_head=False, dtype=torch.bfloat16, spread=3.0)
 def gates(backend, K, form="softplus", lower_bound=-5.0, negative=False):
     def run(strengths, logits=None, A_log=None, dt_bias=None):
         if backend == "plain":
-            g = fused._plain_decay(logits, A_log, dt_bias, strengths, K, form, lower_bound)
+            g = fused.plain_decay(logits, A_log, dt_bias, strengths, K, form, lower_bound)
             return g, write_strength(strengths, negative_eigenvalues=negative)
         options = {"bounded": form == "bounded", "lower_bound": lower_bound, "strength": 2.0 if negative else 1.0}
         return kda_gate_cuda(logits, strengths, A_log, dt_bias, head_dim=K, **options)

@@ -61,7 +61,7 @@ def kda_attention_fused(
         | {"A_log": A_log, "dt_bias": dt_bias},
         same_dtype=("q", "k", "v"),
     )
-    _check_gate(fn, sizes, gate_logits, A_log, dt_bias, gate, lower_bound)
+    check_gate(fn, sizes, gate_logits, A_log, dt_bias, gate, lower_bound)
     word = choose(fn, BACKENDS, backend, device=q.device, head_dim=sizes["K"], dtype=q.dtype)
     if not normalized:
         q, k = l2_normalized(q, k, backend="cuda" if word == "cuda" else "auto")
@@ -77,14 +77,14 @@ def kda_attention_fused(
             strength=2.0 if negative_eigenvalues else 1.0,
         )
     else:
-        g = _plain_decay(gate_logits, A_log, dt_bias, beta_logits, sizes["K"], gate, lower_bound)
+        g = plain_decay(gate_logits, A_log, dt_bias, beta_logits, sizes["K"], gate, lower_bound)
         beta = write_strength(beta_logits, negative_eigenvalues=negative_eigenvalues)
     return kda_attention(
         q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, backend=word
     )
 
 
-def _check_gate(
+def check_gate(
     fn: str,
     sizes: dict[str, int],
     logits: Tensor | None,
@@ -110,7 +110,7 @@ def _check_gate(
         )
 
 
-def _plain_decay(
+def plain_decay(
     logits: Tensor | None,
     A_log: Tensor | None,
     dt_bias: Tensor | None,

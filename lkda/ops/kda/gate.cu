@@ -7,6 +7,7 @@
 // have the gate: 32 N channels of WARPS runs of tokens, the channels vary fastest; the others have beta. A thread holds its
 // channels' bias for all its tokens. Backwards the gradients of bias and A_log are summed in a fixed order: a warp's tokens, the
 // block's warps, and (column_sums.cu) the blocks: partials [runs of WARPS, biases + heads].
+#include "activation.cuh"
 #include "vector.cuh"
 
 using Element = ELEMENT;
@@ -14,21 +15,6 @@ using Element = ELEMENT;
 constexpr int N = 16 / sizeof(Element);  // channels of a thread
 constexpr int LANES = HEAD_DIM / N;      // of a head
 constexpr int WARPS = 8, THREADS = 32 * WARPS, AHEAD = 4;
-constexpr float LOG2E = 1.4426950408889634f;
-
-// log(1 + exp(x)), to a relative error of 1e-6 for every x: 2 atanh(u / (2 + u)), u = exp(-|x|), by its series.
-__device__ __forceinline__ float softplus(float x) {
-  const float u = exp2_fast(-LOG2E * fabsf(x));
-  const float s = u * reciprocal(2.f + u), t = s * s;  // t <= 1/9
-  float sum = 1.f / 15.f;
-  sum = fmaf(sum, t, 1.f / 13.f);
-  sum = fmaf(sum, t, 1.f / 11.f);
-  sum = fmaf(sum, t, 1.f / 9.f);
-  sum = fmaf(sum, t, 1.f / 7.f);
-  sum = fmaf(sum, t, 1.f / 5.f);
-  sum = fmaf(sum, t, 1.f / 3.f);
-  return fmaxf(x, 0.f) + 2.f * s * fmaf(sum, t, 1.f);
-}
 
 struct Place {
   int start, channel, head, line;

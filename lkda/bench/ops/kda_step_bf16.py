@@ -1,0 +1,9 @@
+"""KDA's decoding step with its state in bfloat16."""
+
+from __future__ import annotations
+
+import torch
+
+from lkda.bench.ops.kda_step import contest
+
+CONTEST = contest("kda_step_bf16", torch.bfloat16)

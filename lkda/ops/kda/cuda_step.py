@@ -1,0 +1,147 @@
+"""KDA's decoding step on a GPU: one launch a layer, in place. docs/decoding.md explains the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lkda.ops.dispatch import goes_straight
+from lkda.ops.jit import Kernel, Module
+from lkda.ops.jit import reason_cannot_run as reason_no_kernels
+
+HEAD_DIMS = (32, 64, 128)
+ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
+STATES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+MOST_TAPS = 4
+_NONE = (None, None, None)
+# Rows of K that threads hold side by side; each takes every GROUPS-th.
+GROUPS = {torch.float32: 16, torch.bfloat16: 16, torch.int8: 16}
+# Threads that a multiprocessor should hold at least: so many that their registers hold enough of the state in flight.
+THREADS = {torch.float32: 1024, torch.bfloat16: 512, torch.int8: 384}
+
+
+def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot take such tensors, or None."""
+    if device.type == "cuda" and head_dim not in HEAD_DIMS:
+        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='plain'."
+    if device.type == "cuda" and dtype not in ELEMENTS:
+        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='plain'."
+    return reason_no_kernels(device)
+
+
+reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _threads(head_dim: int, state: torch.dtype) -> int:
+    return GROUPS[state] * head_dim * state.itemsize // 16
+
+
+@cache
+def step_kernel(head_dim: int, dtype: torch.dtype, state: torch.dtype) -> Kernel:
+    groups, resident = GROUPS[state], min(16, THREADS[state] // _threads(head_dim, state))
+    types = {"ELEMENT": ELEMENTS[dtype], "STATE": STATES[state]}
+    defines: dict[str, str | int | float] = {"HEAD_DIM": head_dim, "GROUPS": groups, "RESIDENT": resident, **types}
+    module = Module(Path(__file__).with_name("step.cu"), defines)
+    return module.kernel("kda_step", "P" * 16 + "iiiiiiifff", shared_bytes=4 * head_dim * (5 + 2 * groups))
+
+
+def kernels(arch: str) -> list[Kernel]:
+    """Every kernel, for every head size, dtype and state (the same on all architectures)."""
+    return [step_kernel(D, dtype, state) for D in HEAD_DIMS for dtype in ELEMENTS for state in STATES]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype in (torch.float32, dtype) else x.float()
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor | None,
+    beta_logits: Tensor,
+    a_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    factors: Tensor | None,
+    weights: Sequence[Tensor],
+    caches: Sequence[Tensor],
+    normalize: bool,
+    bounded: bool,
+    lower_bound: float,
+    strength: float,
+    scale: float,
+) -> Tensor:
+    B, H, D = q.shape
+    o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
+    inputs = (x if x is None else _aligned(x) for x in (q, k, v, gate_logits, beta_logits, a_log, dt_bias))
+    filters: Sequence[Tensor | None] = [_aligned(w) for w in weights] or _NONE
+    width = weights[0].shape[-1] if weights else 0
+    wide = [int(bool(xs) and xs[0].dtype == torch.float32) for xs in (weights, caches)]
+    step_kernel(D, q.dtype, state.dtype)(
+        (B * H, 1, 1),
+        _threads(D, state.dtype),
+        *(*inputs, *filters, *(caches or _NONE), state, factors, o, H, width, *wide, int(normalize)),
+        *(int(gate_logits is not None and gate_logits.dim() == 2), int(bounded), lower_bound, strength, scale),
+        device=q.device,
+    )
+    return o
+
+
+_library = torch.library.Library("lkda", "FRAGMENT")
+_library.define(
+    "kda_step(Tensor q, Tensor k, Tensor v, Tensor? gate_logits, Tensor beta_logits, Tensor? a_log, Tensor? dt_bias, "
+    "Tensor(a!) state, Tensor(b!)? factors, Tensor[] weights, Tensor(c!)[] caches, "
+    "bool normalize, bool bounded, float lower_bound, float strength, float scale) -> Tensor"
+)
+_library.impl("kda_step", _step, "CUDA")
+
+
+@torch.library.register_fake("lkda::kda_step", lib=_library)
+def _(q, *rest):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def kda_step_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor | None,
+    beta_logits: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    factors: Tensor | None,
+    weights: Sequence[Tensor],
+    caches: Sequence[Tensor],
+    *,
+    normalize: bool,
+    bounded: bool,
+    lower_bound: float,
+    strength: float,
+    scale: float,
+) -> Tensor:
+    """The kernel; arguments as in `kda_step_fused`, validated. Parameters and caches may be in float32 or in q's dtype;
+    others are cast, and so are updated by way of a copy."""
+    dtype, kept = q.dtype, caches
+    filters, caches = ([_readable(x, dtype) for x in xs] for xs in (weights, caches))
+    inputs = (
+        *(q, k, v, None if gate_logits is None else gate_logits.to(dtype), beta_logits.to(dtype)),
+        *(None if x is None else x.float() for x in (A_log, dt_bias)),
+        *(state, factors),
+    )
+    step: Callable = _step if goes_straight(*inputs, *filters, *caches) else torch.ops.lkda.kda_step
+    o = step(*inputs, filters, caches, normalize, bounded, lower_bound, strength, scale)
+    for before, after in zip(kept, caches):
+        if before is not after:
+            before.copy_(after)
+    return o

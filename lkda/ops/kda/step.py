@@ -1,0 +1,181 @@
+"""KDA's decoding step as the layer calls it: from one token's projections to o, state and caches in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lkda.ops.backend import Backend, choose
+from lkda.ops.checks import check_alike, check_shape
+from lkda.ops.kda import cuda_step
+from lkda.ops.kda.fused import check_gate, plain_decay
+from lkda.ops.kda.gate import write_strength
+from lkda.ops.kda.recurrent import kda_step_recurrent
+from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
+from lkda.ops.recurrence import compute_dtype
+from lkda.ops.short_conv.plain import convolve_plain, normalized_plain
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor | None,
+    beta_logits: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    factors: Tensor | None,
+    weights: Sequence[Tensor],
+    caches: Sequence[Tensor],
+    *,
+    normalize: bool,
+    bounded: bool,
+    lower_bound: float,
+    strength: float,
+    scale: float,
+) -> Tensor:
+    """The same in plain PyTorch: the definition. Computed in float32 at least."""
+    dtype = torch.promote_types(compute_dtype(v), torch.float64 if state.dtype == torch.float64 else torch.float32)
+    out_dtype = v.dtype
+    (B, H, D), heads = q.shape, [x.to(dtype) for x in (q, k, v)]
+    for i, (weight, cache) in enumerate(zip(weights, caches)):
+        y, after = convolve_plain(heads[i].reshape(B, 1, H * D), weight, cache, None)
+        heads[i] = y.view(B, H, D)
+        cache.copy_(after)
+    if normalize:
+        heads[0], heads[1] = normalized_plain(heads[0]), normalized_plain(heads[1])
+    form = "bounded" if bounded else "softplus"
+    logits, strengths = _as_sequence(gate_logits), beta_logits.unsqueeze(1)
+    g = plain_decay(logits, A_log, dt_bias, strengths, D, form, lower_bound).squeeze(1).to(dtype)
+    beta = strength * write_strength(beta_logits).to(dtype)
+    kept = (state,) if factors is None else (state, factors)
+    q, k, v = heads
+    o, new_state = kda_step_recurrent(q, k, v, g, beta, unpack_state(kept).to(dtype), scale)
+    for before, new in zip(kept, pack_state(new_state, state.dtype), strict=True):
+        before.copy_(new)
+    return o.to(out_dtype)
+
+
+BACKENDS: dict[str, Backend] = {
+    "cuda": Backend(cuda_step.kda_step_cuda, cuda_step.reason_cannot_run),
+    "plain": Backend(_plain),
+}
+# The kernel takes filters of up to 4 taps and no float64.
+_ANY = {"plain": BACKENDS["plain"]}
+
+
+@torch.no_grad()
+def kda_step_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor | None,
+    beta_logits: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: tuple[Tensor, ...],
+    *,
+    weights: Sequence[Tensor] = (),
+    caches: Sequence[Tensor] = (),
+    gate: str = "softplus",
+    lower_bound: float = -5.0,
+    negative_eigenvalues: bool = False,
+    normalized: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of the KDA layer between its projections, without gradients. State and caches are updated IN PLACE.
+
+        q, k, v = SiLU(conv(q)), SiLU(conv(k)), SiLU(conv(v)) where there are weights, then as `kda_attention_fused`
+
+    It is one kernel launch, which a CUDA graph can capture; a batch's sequences do not depend on one another's places.
+
+    Args:
+        q, k, v: [B, H, D] of one dtype.
+        gate_logits: [B, H, D], or [B, H] for one decay a head; None: no decay, and no A_log and dt_bias.
+        beta_logits: [B, H].
+        A_log: of H numbers, in any shape.   dt_bias: as many numbers as the gate has logits.
+        state: ([B, H, D, D],) in float32, float64 or bf16, or (int8 [B, H, D, D], float32 [B, H, D]), as
+            `lkda.ops.kda.state.pack_state` gives it; contiguous.
+        weights: of the convolutions of q, k and v, [H * D, 1, width] each; none for no convolution.
+        caches: their last inputs, [B, width - 1, H * D] each, as `short_convolutions` leaves them; contiguous.
+        gate, lower_bound, negative_eigenvalues, normalized, scale: as in `kda_attention_fused`.
+        backend: auto | cuda | plain.
+    Returns: o [B, H, D] in v's dtype.
+    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    """
+    fn = "kda_step_fused"
+    sizes: dict[str, int] = {"1": 1}
+    check_shape(fn, "q", q, "B H D", sizes)
+    check_shape(fn, "k", k, "B H D", sizes)
+    check_shape(fn, "v", v, "B H D", sizes)
+    check_shape(fn, "beta_logits", beta_logits, "B H", sizes)
+    given = {"q": q, "k": k, "v": v, "gate_logits": gate_logits, "beta_logits": beta_logits}
+    given |= {"A_log": A_log, "dt_bias": dt_bias}
+    check_alike(fn, given, same_dtype=("q", "k", "v"))
+    whole = sizes | {"T": 1, "K": sizes["D"]}
+    check_gate(fn, whole, _as_sequence(gate_logits), A_log, dt_bias, gate, lower_bound)
+    _check_state(fn, state, q.device, sizes)
+    _check_caches(fn, weights, caches, q.device, sizes)
+    fits = state[0].dtype != torch.float64 and sizes.get("W", 1) <= cuda_step.MOST_TAPS
+    word = choose(fn, BACKENDS if fits else _ANY, backend, device=q.device, head_dim=sizes["D"], dtype=q.dtype)
+    return BACKENDS[word].run(
+        *(q, k, v, gate_logits, beta_logits, A_log, dt_bias),
+        *(state[0], state[1] if len(state) == 2 else None, weights, caches),
+        normalize=not normalized,
+        bounded=gate == "bounded",
+        lower_bound=lower_bound,
+        strength=2.0 if negative_eigenvalues else 1.0,
+        scale=sizes["D"] ** -0.5 if scale is None else scale,
+    )
+
+
+def _as_sequence(x: Tensor | None) -> Tensor | None:
+    """[B, ...] -> [B, 1, ...]"""
+    return None if x is None else x.unsqueeze(1)
+
+
+def _check_state(fn: str, state: tuple[Tensor, ...], device: torch.device, sizes: dict[str, int]) -> None:
+    dtypes = {*STATE_DTYPES.values(), torch.float64}
+    if not isinstance(state, tuple) or not state or state[0].dtype not in dtypes:
+        got = state[0].dtype if isinstance(state, tuple) and state else type(state).__name__
+        raise ValueError(
+            f"{fn}: state must be a tuple that begins with a tensor of {sorted(map(str, dtypes))}, got {got}."
+        )
+    if len(state) != 1 + (state[0].dtype == torch.int8):
+        raise ValueError(f"{fn}: an int8 state comes with its factors, any other alone; got {len(state)} tensors.")
+    sizes["K"] = sizes["D"]
+    check_shape(fn, "state[0]", state[0], "B H K D", sizes)
+    if len(state) == 2:
+        check_shape(fn, "state[1]", state[1], "B H K", sizes)
+        if state[1].dtype != torch.float32:
+            raise ValueError(f"{fn}: state[1], the factors, must be float32, got {state[1].dtype}.")
+    _check_in_place(fn, {f"state[{i}]": x for i, x in enumerate(state)}, device)
+
+
+def _check_caches(
+    fn: str, weights: Sequence[Tensor], caches: Sequence[Tensor], device: torch.device, sizes: dict[str, int]
+) -> None:
+    if len(weights) not in (0, 3) or len(caches) != len(weights):
+        raise ValueError(
+            f"{fn}: three weights and three caches (of q, k and v), or none; got {len(weights)} and {len(caches)}."
+        )
+    sizes["C"] = sizes["H"] * sizes["D"]
+    for i, (weight, cache) in enumerate(zip(weights, caches)):
+        check_shape(fn, f"weights[{i}]", weight, "C 1 W", sizes)
+        sizes["W-1"] = sizes["W"] - 1
+        check_shape(fn, f"caches[{i}]", cache, "B W-1 C", sizes)
+        if cache.dtype != caches[0].dtype:
+            raise ValueError(f"{fn}: the caches share a dtype, got {caches[0].dtype} and {cache.dtype}.")
+    _check_in_place(fn, {f"caches[{i}]": x for i, x in enumerate(caches)}, device)
+
+
+def _check_in_place(fn: str, tensors: dict[str, Tensor], device: torch.device) -> None:
+    for name, x in tensors.items():
+        if x.device != device:
+            raise ValueError(f"{fn}: {name} is on {x.device} and q on {device}; move one of them.")
+        if not x.is_contiguous() or (x.is_cuda and x.data_ptr() % 16):
+            raise ValueError(f"{fn}: {name} is written in place and must be contiguous and aligned to 16 bytes.")
