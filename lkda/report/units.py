@@ -27,4 +27,4 @@ def memory(x: float) -> str:
 
 def length(x: float) -> str:
     """65536 -> 64K, as sequence lengths are said."""
-    return f"{x / 2**20:g}M" if x >= 2**20 else f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"
+    return f"{x / 2**20:.3g}M" if x >= 2**20 else f"{x / 1024:.3g}K" if x >= 1024 else f"{x:g}"
