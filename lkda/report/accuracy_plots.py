@@ -86,12 +86,8 @@ def _panels(
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
         colours, turn_of = theme.colours([line.mixer for line in lines]), turns([line.mixer for line in lines])
         looks = [
-            {
-                "color": colours[line.mixer],
-                "linestyle": LINES[turn % len(LINES)],
-                "marker": MARKERS[turn % len(MARKERS)],
-            }
-            for line, turn in zip(lines, turn_of, strict=True)
+            {"color": colours[line.mixer], "linestyle": LINES[turn % len(LINES)], "marker": MARKERS[n % len(MARKERS)]}
+            for n, (line, turn) in enumerate(zip(lines, turn_of, strict=True))
         ]
         for axes, cell in zip(grid, cells, strict=False):
             panel(axes, cell)

@@ -53,6 +53,14 @@ class Comparison:
         """Sentences on reading the table."""
         devices = sorted({str(run.summary.get("device", "an unnamed device")) for run in self.runs})
         notes = [f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''} on {'; '.join(devices)}."]
+        steps = sorted({run.summary["at_step"] for run in self.runs if "at_step" in run.summary})
+        if steps:
+            planned = sorted({run.config["trainer"]["max_steps"] for run in self.runs})
+            ended = sum(run.summary["status"] == "finished" for run in self.runs) or "none"
+            notes.append(
+                f"Read at the validation of step {' and '.join(map(str, steps))} of {' and '.join(map(str, planned))}; "
+                f"{ended} of the runs finished."
+            )
         if len(devices) > 1:
             notes.append("The devices differ: times and tokens/s do not compare.")
         if self.across_tokenizers:
@@ -68,17 +76,20 @@ class Comparison:
         return notes
 
 
-def compare(directories: Sequence[Path], out: Path, *, title: str, benchmark: Path | None = None) -> Comparison:
+def compare(
+    directories: Sequence[Path], out: Path, *, title: str, benchmark: Path | None = None, step: int | None = None
+) -> Comparison:
     """Reads run directories and writes table.csv, table.md, results.json, plots and report.html into `out`.
 
     Args:
         directories: run directories; what is none is left out by name.
         benchmark: JSON of scripts/benchmark.py: adds a column and a section of the page.
+        step: read every run at its validation of that step, finished or not; where None, as it ended.
     Raises:
         ValueError: none of them is a finished run, or `benchmark` is no benchmark.
         OSError: `out` cannot be written.
     """
-    runs, skipped = read_runs(directories)
+    runs, skipped = read_runs(directories, step=step)
     if not runs:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in skipped[:5])
         raise ValueError(

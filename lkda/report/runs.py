@@ -21,7 +21,7 @@ RECORDED_ROWS = 300
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run.
+    """One run: finished, or read at a step that it reached.
 
     Attributes:
         name: of its directory.
@@ -36,16 +36,47 @@ class Run:
     metrics: list[dict[str, float]]
 
 
-def read_run(directory: Path) -> Run:
-    """Reads a run directory. Raises ValueError with the reason why it is none, or not yet one."""
+def read_run(directory: Path, *, step: int | None = None) -> Run:
+    """Reads a run directory, as it ended or as it was at the validation of `step`, however it went on.
+
+    Raises: ValueError with the reason why it is none, is not finished, or has no validation at that step.
+    """
     if not directory.is_dir():
         raise ValueError("not a directory")
     if not (directory / "summary.json").is_file():
         started = (directory / "config.yaml").is_file()
         raise ValueError("no summary.json: still running, or killed" if started else "no summary.json: not a run")
-    summary = _read_summary(directory / "summary.json")
+    summary = _read_summary(directory / "summary.json", finished=step is None)
     config = _read_config(directory / "config.yaml")
-    return Run(directory.name, config, summary, _read_metrics(directory / "metrics.csv"))
+    run = Run(directory.name, config, summary, _read_metrics(directory / "metrics.csv"))
+    return run if step is None else _at(run, step)
+
+
+def _at(run: Run, step: int) -> Run:
+    """The run as it was after that step: its summary says so under "at_step"."""
+    metrics = [row for row in run.metrics if row["step"] <= step]
+    validations = [row for row in metrics if row["step"] == step and "val/loss" in row]
+    if not validations:
+        there = ", ".join(f"{row['step']:.0f}" for row in run.metrics if "val/loss" in row)
+        raise ValueError(f"no validation at step {step}; there are {there}")
+    then = validations[-1]
+    summary = run.summary | {
+        name: value for name, value in then.items() if name.startswith("val/") and name.count("/") == 1
+    }
+    summary |= {"at_step": step, "steps": step, "tokens": int(then["tokens"]), "seconds": then["seconds"]}
+    if "parts" in summary:
+        summary["parts"] = [part | _of_part(part, then) for part in summary["parts"]]
+        summary["val/perplexity"] = None
+    else:
+        summary["val/perplexity"] = math.exp(then["val/loss"])
+    return Run(run.name, run.config, summary, metrics)
+
+
+def _of_part(part: dict[str, Any], row: dict[str, float]) -> dict[str, float]:
+    """The row's measurements of a part of the validation."""
+    name = "_".join(f"{key}_{part[key]}" for key in ("length", "pairs") if key in part)
+    metrics = ("accuracy", "sequence_accuracy", "loss")
+    return {metric: row[f"val/{metric}/{name}"] for metric in metrics if f"val/{metric}/{name}" in row}
 
 
 def _read(path: Path) -> str:
@@ -57,14 +88,14 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path.name} cannot be read ({error})") from error
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
+def _read_summary(path: Path, *, finished: bool) -> dict[str, Any]:
     try:
         summary = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"summary.json is not JSON ({error})") from error
     if not isinstance(summary, dict):
         raise ValueError("summary.json holds no table of values")
-    if summary.get("status") != "finished":
+    if finished and summary.get("status") != "finished":
         raise ValueError(f"the run is {summary.get('status', 'of an unknown status')}, not finished")
     missing = [key for key in REQUIRED if key != "mixer" and not _is_number(summary.get(key))]
     if not _is_number(summary.get(OF_TEXT)) and not ("parts" in summary and _is_number(summary.get(OF_TASKS))):
@@ -102,12 +133,12 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def read_runs(directories: Iterable[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
-    """All that are runs, and the others, each with the reason why it is left out."""
+def read_runs(directories: Iterable[Path], *, step: int | None = None) -> tuple[list[Run], list[tuple[Path, str]]]:
+    """All that are runs, read as `read_run` does, and the others, each with the reason why it is left out."""
     runs, skipped = [], []
     for directory in sorted(directories):
         try:
-            runs.append(read_run(directory))
+            runs.append(read_run(directory, step=step))
         except ValueError as error:
             skipped.append((directory, str(error)))
     return runs, skipped

@@ -105,3 +105,28 @@ def test_a_run_that_measured_nothing_is_left_out(tmp_path):
     (run / "summary.json").write_text(json.dumps(summary | {"val/accuracy": None}))
     with pytest.raises(ValueError, match="lacks val/bits_per_byte"):
         read_run(run)
+
+
+def test_runs_are_read_at_a_step_that_they_all_reached(tmp_path):
+    """However they went on; what is read is the validation of that step, and the notes say so."""
+    runs = [task_run(tmp_path / str(n), "kda", 64, rate, 0.5) for n, rate in enumerate((1e-3, 1e-2))]
+    for run, score in zip(runs, (0.25, 0.75)):
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"status": "interrupted"}))
+        names = [f"val/accuracy{name}" for name in ("", "/length_64_pairs_4", "/length_256_pairs_64")]
+        head, *lines = (run / "metrics.csv").read_text().splitlines()
+        lines = [f"{line},{score},{score},{score}" if line.startswith("300,") else f"{line},,," for line in lines]
+        (run / "metrics.csv").write_text("\n".join([",".join([head, *names]), *lines]) + "\n")
+        config = (run / "config.yaml").read_text()
+        assert "max_steps: 500" in config
+    with pytest.raises(ValueError, match="interrupted, not finished"):
+        compare(runs, tmp_path / "out", title="Recall")
+    with pytest.raises(ValueError, match="no validation at step 350; there are 100, 200, 300, 400, 500"):
+        compare(runs, tmp_path / "out", title="Recall", step=350)
+    result = compare(runs, tmp_path / "out", title="Recall", step=300)
+    assert [row["val/accuracy"] for row in result.rows] == [0.25, 0.75]
+    assert [row["tokens"] for row in result.rows] == [300 * 2048] * 2
+    assert "Read at the validation of step 300 of 500; none of the runs finished." in result.notes
+    (line,) = accuracy.lines(result.runs)
+    assert [(point.accuracy, point.learning_rate) for point in line.points] == [(0.75, 1e-2)] * 2
+    assert max(row["step"] for run in result.runs for row in run.metrics) == 300

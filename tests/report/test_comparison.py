@@ -117,7 +117,7 @@ def test_a_course_with_few_validations_is_drawn_by_the_training_loss(tmp_path):
 
 
 def configuration(**changes):
-    return OmegaConf.create({"title": "t", "bench": None, **changes})
+    return OmegaConf.create({"title": "t", "bench": None, "step": None, **changes})
 
 
 def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, capsys):
