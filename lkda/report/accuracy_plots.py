@@ -34,7 +34,7 @@ def by_state(lines: Sequence[Line]) -> Picture | None:
         axes.set_xticks([4.0**n for n in range(math.ceil(low / 2), math.floor(high / 2) + 1)])
         axes.set_xlim(2 ** (low - 0.7), 2 ** (high + 0.7))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: memory(value)))
-        axes.tick_params(axis="x", labelrotation=30, labelsize=7)
+        axes.tick_params(axis="x", labelrotation=30)
 
     def points(line: Line, shape: object) -> list[tuple[float, Point]]:
         return [(p.state_bytes, p) for p in line.points if p.shape == shape]
@@ -99,7 +99,7 @@ def _panels(
                 )
             axes.set_ylim(-0.04, 1.04)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-            axes.tick_params(axis="y", labelsize=7.5)
+            axes.tick_params(labelsize=7.5)
         for axes in grid[len(cells) :]:
             axes.axis("off")
         names = grid[len(cells)]

@@ -40,7 +40,7 @@ class Comparison:
     @property
     def across_tokenizers(self) -> bool:
         """Whether only bits per byte compare."""
-        return tokenizers_differ(self.runs)
+        return tokenizers_differ(self.runs) and not accuracy.has_parts(self.runs)
 
     @property
     def rows(self) -> list[table.Row]:

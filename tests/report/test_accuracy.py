@@ -130,3 +130,13 @@ def test_runs_are_read_at_a_step_that_they_all_reached(tmp_path):
     (line,) = accuracy.lines(result.runs)
     assert [(point.accuracy, point.learning_rate) for point in line.points] == [(0.75, 1e-2)] * 2
     assert max(row["step"] for run in result.runs for row in run.metrics) == 300
+
+
+def test_tasks_of_different_names_are_not_text_of_different_tokenizers(tmp_path):
+    runs = [task_run(tmp_path / task, "kda", 64, 1e-3, 0.5, data=task) for task in ("stack", "palindrome")]
+    result = compare(runs, tmp_path / "out", title="Tasks")
+    assert {row["mixer"] for row in result.rows} == {"kda · stack", "kda · palindrome"}
+    assert not any("bits per byte" in note for note in result.notes)
+    head, body = accuracy.table(result.runs)
+    assert head[:2] == ["task", "mixer"]
+    assert [line[0] for line in body] == ["palindrome", "stack"]
