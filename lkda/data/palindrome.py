@@ -8,7 +8,7 @@ import numpy as np
 
 from lkda.data.by_length import LengthTask
 from lkda.data.packing import IGNORED
-from lkda.data.synthetic import Examples
+from lkda.data.synthetic import Examples, check_count
 
 SEPARATOR = 0
 LETTERS_FROM = 1
@@ -36,6 +36,7 @@ class Palindrome(LengthTask):
         num_workers: int = 0,
         pin_memory: bool | None = None,
     ) -> None:
+        check_count("data.letters", letters, least=1)
         super().__init__(
             context=context,
             val_lengths=val_lengths,

@@ -8,7 +8,7 @@ import numpy as np
 
 from lkda.data.by_length import LengthTask
 from lkda.data.packing import IGNORED
-from lkda.data.synthetic import Examples
+from lkda.data.synthetic import Examples, check_count
 
 PUSH, POP, STACKS_FROM = 0, 1, 2
 
@@ -44,6 +44,8 @@ class Stack(LengthTask):
     ) -> None:
         if not 0 < pop < 1:
             raise ValueError(f"data.pop must be between 0 and 1, got {pop}.")
+        check_count("data.stacks", stacks, least=1)
+        check_count("data.elements", elements, least=1)
         self.stacks, self.elements, self.pop = stacks, elements, pop
         super().__init__(
             context=context,

@@ -49,8 +49,8 @@ class SyntheticDataModule(IndexedDataModule):
     ) -> None:
         super().__init__(num_workers=num_workers, pin_memory=pin_memory)
         for name, value in {"vocab_size": vocab_size, "batch_size": batch_size}.items():
-            _check_count(f"data.{name}", value, least=1)
-        _check_count("data.seed", seed, least=0)
+            check_count(f"data.{name}", value, least=1)
+        check_count("data.seed", seed, least=0)
         self.vocab_size, self.batch_size, self.seed, self.fresh = vocab_size, batch_size, seed, fresh
         self.train_parts = [self._checked("train", part) for part in train]
         self.parts = [self._checked("validation", part) for part in validation]
@@ -68,12 +68,14 @@ class SyntheticDataModule(IndexedDataModule):
         raise NotImplementedError
 
     def _checked(self, group: str, part: Mapping[str, int]) -> dict[str, int]:
+        if not isinstance(part, Mapping):
+            raise ValueError(f"a part of data.{group} is like {{length: 64, examples: 1000}}; got {part!r}.")
         plain = dict(part)
         missing = {"length", "examples"} - plain.keys()
         if missing:
             raise ValueError(f"a part of data.{group} lacks {', '.join(sorted(missing))}: {plain}.")
         for name, value in plain.items():
-            _check_count(f"{name} of a part of data.{group}", value, least=1)
+            check_count(f"{name} of a part of data.{group}", value, least=1)
         try:
             self.check(**_shape(plain))
         except TypeError as error:
@@ -153,6 +155,7 @@ def _shape(part: Mapping[str, int]) -> dict[str, int]:
     return {name: value for name, value in part.items() if name != "examples"}
 
 
-def _check_count(name: str, value: object, *, least: int) -> None:
+def check_count(name: str, value: object, *, least: int) -> None:
+    """Raises ValueError for what is no whole number of `least` or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}.")

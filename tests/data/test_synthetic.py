@@ -211,6 +211,9 @@ def test_validation_is_the_same_for_every_seed_and_unlike_training():
         (lambda: KimiMQAR(context=30), "multiples of 4 tokens; got a length of 30"),
         (lambda: KimiMQAR(context=64, vocab_size=16), "16 different keys do not fit"),
         (lambda: Stack(context=5), "take 6 tokens; got a length of 5"),
+        (lambda: mqar(train=[5]), "a part of data.train is like .length: 64, examples: 1000.; got 5"),
+        (lambda: Stack(stacks=0), "data.stacks must be a whole number of 1 or more, got 0"),
+        (lambda: Palindrome(letters=0), "data.letters must be a whole number of 1 or more, got 0"),
         (lambda: Stack(pop=1.0), "data.pop must be between 0 and 1, got 1.0"),
     ],
 )
