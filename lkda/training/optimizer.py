@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from lkda.training.muon import muon
 from lkda.training.parameters import parameter_groups
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
 
 
 def check_optimizer(config: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown optimiser, or a number out of its range."""
-    if config["name"] != "adamw":
-        raise ValueError(f"optimizer.name must be adamw, got {config['name']!r}.")
+    if config["name"] not in OPTIMIZERS:
+        raise ValueError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {config['name']!r}.")
+    if config["name"] == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer=muon needs torch 2.9 or later, this is {torch.__version__}; use optimizer=adamw.")
     if not config["lr"] > 0:
         raise ValueError(f"optimizer.lr must be greater than 0, got {config['lr']}.")
     if config["weight_decay"] < 0:
@@ -25,6 +29,8 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     betas = list(config["betas"])
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {betas}.")
+    if config["name"] == "muon" and not 0 <= config["momentum"] < 1:
+        raise ValueError(f"optimizer.momentum must be in [0, 1), got {config['momentum']}.")
 
 
 def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -32,11 +38,13 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.
 
     Args:
         model: whose parameters it trains; weight decay acts on matrices alone.
-        config: {"name": "adamw", "lr", "betas": [b1, b2], "eps", "weight_decay"}.
+        config: {"name": "adamw" or "muon", "lr", "betas": [b1, b2], "eps", "weight_decay"}; of muon also "momentum".
     Raises:
         ValueError: as `check_optimizer`.
     """
     check_optimizer(config)
+    if config["name"] == "muon":
+        return muon(model, config)
     groups = parameter_groups(model, weight_decay=config["weight_decay"])
     # One fused pass over each group: on small models the optimiser is otherwise a visible part of a step.
     return torch.optim.AdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=config["eps"], fused=True)

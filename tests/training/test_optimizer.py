@@ -1,5 +1,7 @@
 """Which parameters decay, and what the learning rate does."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from lkda.models.mixers import mixer_names
 from lkda.training.optimizer import build_optimizer, check_schedule, learning_rate_factor
 from lkda.training.parameters import parameter_groups
 
+MUON = {"name": "muon", "lr": 1e-3, "momentum": 0.95, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 ADAMW = {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 COSINE = {"name": "cosine", "warmup_steps": 10, "final": 0.1}
 WSD = {"name": "wsd", "warmup_steps": 10, "decay": 0.5, "final": 0.0}
@@ -42,7 +45,7 @@ def test_weight_decay_reaches_the_optimizer() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "sgd"}, "optimizer.name must be adamw, got 'sgd'"),
+        ({"name": "sgd"}, "optimizer.name must be one of adamw, muon, got 'sgd'"),
         ({"lr": 0.0}, "optimizer.lr must be greater than 0"),
         ({"lr": float("nan")}, "optimizer.lr must be greater than 0"),
         ({"weight_decay": -0.1}, "optimizer.weight_decay must be 0 or more"),
@@ -52,6 +55,63 @@ def test_weight_decay_reaches_the_optimizer() -> None:
 def test_bad_optimizers_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_optimizer(tiny("kda"), {**ADAMW, **change})
+
+
+@pytest.mark.parametrize("mixer", mixer_names())
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_muon_trains_hidden_matrices_and_adamw_the_rest(mixer: str, tie_embeddings: bool) -> None:
+    model = tiny(mixer, tie_embeddings=tie_embeddings)
+    optimizer = build_optimizer(model, MUON)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(id(p) for group in optimizer.param_groups for p in group["params"]) == sorted(names)  # each once
+    of_muon = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
+    outer = ("norm", "conv", "A_log", "bias", "embed", "lm_head")
+    for name, parameter in model.named_parameters():
+        assert (name in of_muon) == (parameter.ndim == 2 and not any(word in name for word in outer)), name
+
+
+def losses(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    tokens, found = torch.arange(32).view(2, 16) % 16, []
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def test_muon_learns_and_its_learning_rate_is_one_number() -> None:
+    torch.manual_seed(0)
+    model = tiny("kda")
+    optimizer = build_optimizer(model, {**MUON, "lr": 1e-2})
+    found = losses(model, optimizer, 30)
+    assert found[-1] < 0.5 * found[0]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    before = [p.clone() for p in model.parameters()]
+    losses(model, optimizer, 1)
+    assert schedule.get_last_lr() == [0.0] * len(optimizer.param_groups)
+    assert all(torch.equal(x, y) for x, y in zip(before, model.parameters()))
+
+
+def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped() -> None:
+    torch.manual_seed(0)
+    model = tiny("kda")
+    optimizer = build_optimizer(model, MUON)
+    losses(model, optimizer, 3)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    want = losses(model, optimizer, 3)
+    again = tiny("kda")
+    again.load_state_dict(weights)
+    resumed = build_optimizer(again, MUON)
+    resumed.load_state_dict(saved)
+    assert losses(again, resumed, 3) == want
+
+
+def test_muon_without_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match=r"needs torch 2\.9 or later"):
+        build_optimizer(tiny("kda"), MUON)
 
 
 def test_cosine_warms_up_and_ends_at_its_floor() -> None:

@@ -1,0 +1,84 @@
+"""Muon for the hidden matrices and AdamW for the rest, as one optimiser (arXiv:2502.16982)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lkda.training.parameters import parameter_groups
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon and AdamW behind one list of groups and one state, so that schedules, clipping and checkpoints see a
+    single optimiser.
+
+    Args:
+        matrices: what Muon trains, all of two dimensions.
+        rest: AdamW's groups.
+        lr: of both; Muon's is scaled to AdamW's root-mean-square step, 0.2 sqrt(max(rows, columns)).
+        momentum: of Muon, Nesterov's.   weight_decay: of Muon.   betas, eps: of AdamW.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        rest: list[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        scale: Literal["match_rms_adamw"] = "match_rms_adamw"
+        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=scale)
+        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=True)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Both optimisers work on these groups and this state, not on their own."""
+        count = len(self.muon.param_groups)
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
+        self.muon.state = self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+
+def muon(model: nn.Module, config: Mapping[str, Any]) -> MuonWithAdamW:
+    """Muon for the matrices of linear layers between the embedding and the head; AdamW for embeddings, the head, norms,
+    convolutions, A_log, dt_bias and other biases. Weight decay acts on the matrices of linear layers alone.
+
+    Args:
+        model: with its output layer, if it has one, as `lm_head`.
+        config: {"lr", "momentum", "weight_decay", "betas", "eps"}.
+    """
+    decayed, exempt = parameter_groups(model, weight_decay=config["weight_decay"])
+    head = getattr(model, "lm_head", None)
+    outer = [p for p in decayed["params"] if head is not None and p is head.weight]
+    hidden = [p for p in decayed["params"] if not any(p is x for x in outer)]
+    rest = [group for group in ({**decayed, "params": outer}, exempt) if group["params"]]
+    return MuonWithAdamW(
+        hidden,
+        rest,
+        lr=config["lr"],
+        momentum=config["momentum"],
+        weight_decay=config["weight_decay"],
+        betas=tuple(config["betas"]),
+        eps=config["eps"],
+    )
