@@ -45,7 +45,11 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token: x [B, d_model] -> y [B, d_model], and the state after it."""
+        """One token: x [B, d_model] -> y [B, d_model], and the state after it; no gradients pass the state.
+
+        The given state is spent: a mixer may write into its tensors, and the state returned may be these same tensors.
+        Who needs it again (to branch, to step back) clones it first. `forward` leaves the state it is given alone.
+        """
 
     @abstractmethod
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:

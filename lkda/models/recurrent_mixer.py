@@ -18,7 +18,7 @@ from lkda.ops import l2_normalized, short_convolutions
 class RecurrentMixer(Mixer):
     """q, k, v = SiLU(conv(W x)), then the operator, then y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x)))).
 
-    The state is the convolutions' caches followed by the operator's own state.
+    The state is the convolutions' caches followed by the operator's own state, as `keep` keeps it.
 
     Args:
         conv_width: of the short convolutions; 0 for none (then no SiLU either).
@@ -51,8 +51,17 @@ class RecurrentMixer(Mixer):
         [B, T, d_model]."""
 
     @abstractmethod
-    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The operator on one token, q, k, v [B, H, D] convolved, not yet normalised, x [B, d_model]."""
+    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
+        """The operator on one token with all before it: q, k, v [B, H * D] as projected, x [B, d_model], and the whole
+        state, caches first; o [B, H, D] and the whole state after."""
+
+    def keep(self, own: Tensor) -> State:
+        """The operator's state as it is kept from call to call."""
+        return (own,)
+
+    def widen(self, kept: State) -> Tensor:
+        """What `keep` kept, as `attend` takes it."""
+        return kept[0]
 
     @property
     @abstractmethod
@@ -63,10 +72,11 @@ class RecurrentMixer(Mixer):
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
-        inputs, after = self._inputs(x, cu_seqlens, None if state is None else state[:-1])
+        caches, kept = (None, None) if state is None else self._parts(state)
+        inputs, after = self._inputs(x, cu_seqlens, caches)
         q, k, v = (self.heads(y) for y in inputs)
-        o, own = self.attend(x, q, k, v, state=None if state is None else state[-1], cu_seqlens=cu_seqlens)
-        return self._output(o, x), () if cu_seqlens is not None else (*after, own)
+        o, own = self.attend(x, q, k, v, state=None if kept is None else self.widen(kept), cu_seqlens=cu_seqlens)
+        return self._output(o, x), () if cu_seqlens is not None else (*after, *self.keep(own))
 
     def _inputs(
         self, x: Tensor, cu_seqlens: Tensor | None, caches: Sequence[Tensor] | None
@@ -90,23 +100,30 @@ class RecurrentMixer(Mixer):
         return [next(norms).flatten(2) if i in chosen else y for i, y in enumerate(projected)], ()
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        caches = iter(state[:-1])
-        inputs, after = [], []
-        for project, convolve in self._paths():
-            y = project(x)
+        q, k, v = (project(x) for project, _ in self._paths())
+        o, after = self.attend_step(x, q, k, v, state=state)
+        return self._output(o, x), after
+
+    def _convolve_step(self, *inputs: Tensor, caches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """q, k and v [B, H, D] of one token, convolved, and the caches after."""
+        outputs, after, before = [], [], iter(caches)
+        for y, (_, convolve) in zip(inputs, self._paths(), strict=True):
             if convolve is not None:
-                y, cache = convolve.step(y, next(caches))
+                y, cache = convolve.step(y, next(before))
                 after.append(cache)
-            inputs.append(self.heads(y))
-        q, k, v = inputs
-        o, own = self.attend_step(x, q, k, v, state=state[-1])
-        return self._output(o, x), (*after, own)
+            outputs.append(self.heads(y))
+        return outputs, after
+
+    def _parts(self, state: State) -> tuple[State, State]:
+        """The convolutions' caches, and the operator's own."""
+        count = sum(convolve is not None for _, convolve in self._paths())
+        return state[:count], state[count:]
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
         w = self.o_proj.weight
         device, dtype = device or w.device, torch.promote_types(w.dtype, torch.float32)
         caches = (conv.init_state(batch_size, device=device) for _, conv in self._paths() if conv is not None)
-        return (*caches, torch.zeros(batch_size, *self.state_shape, device=device, dtype=dtype))
+        return (*caches, *self.keep(torch.zeros(batch_size, *self.state_shape, device=device, dtype=dtype)))
 
     def projection_flops(self) -> float:
         """Of one token through the linear layers and convolutions."""

@@ -141,6 +141,51 @@ def test_options_keep_the_contract(name, options):
         close(logits, want[:, t])
 
 
+@pytest.mark.parametrize(("state_dtype", "share", "bound"), [("bfloat16", 2, 0.02), ("int8", 4, 0.06)])
+def test_narrow_states_stay_near(state_dtype, share, bound):
+    """Steps after a prompt, with the state in fewer bits: near the whole in float32, and as small as told."""
+    wide, x = small(["kda"]), tokens(2, 40)
+    narrow = small(["kda"], mixer={"pattern": ["kda"], "num_heads": 2, "kda": {"state_dtype": state_dtype}})
+    narrow.load_state_dict(wide.state_dict())
+    want, (_, state) = wide(x), narrow.forward_from(x[:, :20], narrow.init_state(2))
+    for t in range(20, 40):
+        logits, state = narrow.step(x[:, t], state)
+        error = (logits - want[:, t]).norm() / want[:, t].norm()
+        assert 0 < error < bound
+    held = sum(part.numel() * part.element_size() for layer in state for part in layer) // 2
+    assert narrow.state_bytes(40) == held
+    own = [
+        mixer.state_bytes(1) - sum(c.numel() * 4 for c in mixer._parts(mixer.init_state(1))[0])
+        for m in (wide, narrow)
+        for mixer in m.mixers()[:1]
+    ]
+    factors = 4 * 2 * 16 if state_dtype == "int8" else 0
+    assert own[0] == share * (own[1] - factors)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_a_step_may_spend_its_state_but_never_a_clone(pattern):
+    """The contract of Mixer.step and forward: from clones of one state, the same tokens give the same logits."""
+    model, x = small(pattern), tokens(2, 12)
+    _, state = model.forward_from(x[:, :8], model.init_state(2))
+
+    def continued(start):
+        found = []
+        for t in range(8, 12):
+            logits, start = model.step(x[:, t], start)
+            found.append(logits)
+        return torch.stack(found)
+
+    def cloned():
+        return [tuple(part.clone() for part in layer) for layer in state]
+
+    before, first = cloned(), continued(cloned())
+    model.forward_from(x[:, 8:], state)
+    assert all(torch.equal(a, b) for one, two in zip(state, before) for a, b in zip(one, two))
+    assert torch.equal(continued(cloned()), first)
+    assert torch.equal(continued(state), first)
+
+
 def test_kda_begins_with_a_long_memory():
     torch.manual_seed(0)
     mixer = build_model(config(["kda"], d_model=256)).mixers()[0]
@@ -198,7 +243,7 @@ def test_a_mixer_dropped_into_the_package_is_found(tmp_path, monkeypatch):
     [
         (
             {"mixer": {"pattern": ["kdaa"], "num_heads": 2}},
-            r"unknown mixer 'kdaa'; there are kda, mla, simplified, softmax",
+            r"unknown mixer 'kdaa'; there are conv, kda, mla, simplified, softmax",
         ),
         (
             {"mixer": {"pattern": ["kda"], "num_heads": 5}},

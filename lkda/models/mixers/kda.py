@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lkda.models.init import inverse_softplus, log_uniform
+from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
-from lkda.ops import kda_attention_fused, kda_step
+from lkda.ops import kda_attention_fused, kda_step_fused
 from lkda.ops.kda.gate import log_decay, write_strength
-from lkda.ops.short_conv.plain import normalized_plain
+from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
 
 class KimiDeltaAttention(RecurrentMixer):
@@ -26,6 +27,8 @@ class KimiDeltaAttention(RecurrentMixer):
         lower_bound: of g in the bounded form, in [-5, 0).
         negative_eigenvalues: beta in [0, 2] instead of [0, 1].
         output_gate: whether o is gated.
+        state_dtype: how a state is kept between calls: float32 (float64 in a model of that), bfloat16, or int8 with a
+            factor a row; docs/decoding.md says when each is safe. It changes no training on whole sequences.
         backend: of `kda_attention`.
     """
 
@@ -43,6 +46,7 @@ class KimiDeltaAttention(RecurrentMixer):
         lower_bound: float = -5.0,
         negative_eigenvalues: bool = False,
         output_gate: bool = True,
+        state_dtype: str = "float32",
         backend: str = "auto",
     ) -> None:
         super().__init__(d_model, num_heads, conv_width=conv_width, output_norm=True, output_gate=output_gate)
@@ -53,6 +57,9 @@ class KimiDeltaAttention(RecurrentMixer):
             raise ValueError(f"mixer.kda.gate_form must be softplus or bounded, got {gate_form!r}.")
         if not -5 <= lower_bound < 0:
             raise ValueError(f"mixer.kda.lower_bound must be in [-5, 0), got {lower_bound}.")
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"mixer.kda.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
+        self.state_dtype = state_dtype
         self.gate, self.gate_form, self.lower_bound = gate, gate_form, lower_bound
         self.negative_eigenvalues, self.backend = negative_eigenvalues, backend
         if gate != "none":
@@ -76,8 +83,24 @@ class KimiDeltaAttention(RecurrentMixer):
             backend=self.backend,
         )
 
-    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
-        return kda_step(normalized_plain(q), normalized_plain(k), v, self.log_decay(x), self.write_strength(x), state)
+    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
+        logits, A_log, dt_bias = self._gate(x)
+        caches, kept = self._parts(state)
+        o = kda_step_fused(
+            *(self.heads(q), self.heads(k), self.heads(v), logits, self.b_proj(x), A_log, dt_bias, kept),
+            weights=[convolve.weight for _, convolve in self._paths() if convolve is not None],
+            caches=caches,
+            gate=self.gate_form,
+            lower_bound=self.lower_bound,
+            negative_eigenvalues=self.negative_eigenvalues,
+        )
+        return o, state
+
+    def keep(self, own: Tensor) -> State:
+        return pack_state(own, STATE_DTYPES[self.state_dtype])
+
+    def widen(self, kept: State) -> Tensor:
+        return unpack_state(kept)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """g [..., H, D] in float32 at least, <= 0."""

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lkda.models.mixer import State
 from lkda.models.precision import at_least_float32
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import simplified_attention, simplified_step
@@ -54,8 +55,11 @@ class SimplifiedAttention(RecurrentMixer):
         decay = self.decay(x)
         return simplified_attention(q, k, v, decay, initial_state=state, cu_seqlens=cu_seqlens, backend=self.backend)
 
-    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
-        return simplified_step(q, k, v, self.decay(x), state)
+    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
+        caches, (own,) = self._parts(state)
+        (q, k, v), after = self._convolve_step(q, k, v, caches=caches)
+        o, own = simplified_step(q, k, v, self.decay(x), own)
+        return o, (*after, own)
 
     def decay(self, x: Tensor) -> Tensor:
         """b [..., H], or [H] where it is constant, in float32 at least."""

@@ -21,7 +21,7 @@ constexpr int D = HEAD_DIM, COLUMNS = 16 / sizeof(State), LANES = D / COLUMNS, R
 constexpr int THREADS = GROUPS * LANES, CHANNELS = D / 32;
 
 struct Shared {
-  float q[D], k[D], v[D], decay[D], c[D];
+  float q[D], k[D], v[D], factor[D], c[D];  // factor: the row's decay, times int8's factor
   float sums[2][GROUPS][D];  // S'^T k and S'^T q, a part for each group of rows
 };
 
@@ -68,6 +68,10 @@ __device__ __forceinline__ float number(int8, const Raw<16>& raw, int i) {
   const unsigned word = raw.word[i / 4] ^ 0x80808080u;
   return __uint_as_float((word >> 8 * (i % 4) & 0xffu) | 0x4b000000u) - 8388736.f;
 }
+
+// A zero that the compiler does not know to be one, and must wait for x for: no arithmetic gives this NaN. Where narrow numbers
+// are changed by it, they are widened then and there: not rows ahead, nor once for both passes, kept, and spilled.
+__device__ __forceinline__ unsigned zero_after(float x) { return __float_as_uint(x) == 0x7fc12345u; }
 
 // A thread's part of a row as it is stored; `place` is that of its first number. `factor` is the row's, of int8 alone.
 __device__ __forceinline__ Raw<16> rounded(float, const Numbers<4>& x, unsigned, float*) {
@@ -126,12 +130,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   // All of the state is asked for before anything else.
   Raw<16> raw[ROWS];
-  float factor[ROWS];
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
     const uint4 x = *reinterpret_cast<const uint4*>(own + (j * GROUPS + group) * D);
     raw[j] = {{x.x, x.y, x.z, x.w}};
-    factor[j] = sizeof(State) == 1 ? factors[unit * D + j * GROUPS + group] : 1.f;
   }
 
   for (int i = thread; i < 3 * D; i += THREADS) {
@@ -153,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       const float A = exp2_fast(LOG2E * a_log[head]);
       g = bounded ? lower_bound * sigmoid(A * z) : -A * softplus(z);
     }
-    shared.decay[i] = exp2_fast(LOG2E * g);
+    shared.factor[i] = exp2_fast(LOG2E * g) * (sizeof(State) == 1 ? factors[unit * D + i] : 1.f);
   }
   const float beta = strength * sigmoid(load_number(beta_logits + unit));
   __syncthreads();
@@ -173,8 +175,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
     const int row = j * GROUPS + group;
-    factor[j] *= shared.decay[row];
-    const float by_k = factor[j] * k_norm * shared.k[row], by_q = factor[j] * q_norm * shared.q[row];
+    const unsigned nothing = sizeof(State) == 1 && j > 0 ? zero_after(query.x[0]) : 0;
+#pragma unroll
+    for (unsigned& word : raw[j].word) word ^= nothing;
+    const float by_k = k_norm * (shared.factor[row] * shared.k[row]), by_q = q_norm * (shared.factor[row] * shared.q[row]);
 #pragma unroll
     for (int i = 0; i < COLUMNS; ++i) {
       const float x = number(State{}, raw[j], i);
@@ -195,19 +199,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   }
   __syncthreads();
 
-  // A zero that the compiler does not know: else it keeps the narrow states' wide numbers from the first pass, and spills them.
-  const unsigned nothing = sizeof(State) == 4 ? 0 : static_cast<unsigned>(heads) >> 31;
   const Numbers<COLUMNS> c = load_floats<COLUMNS>(&shared.c[column]);
+  unsigned nothing = sizeof(State) == 4 ? 0 : zero_after(c.x[0]);
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
 #pragma unroll
     for (unsigned& word : raw[j].word) word ^= nothing;
     const int row = j * GROUPS + group;
     const float write = k_norm * shared.k[row];
+    float factor = shared.factor[row];
     Numbers<COLUMNS> x;
 #pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) x.x[i] = fmaf(factor[j], number(State{}, raw[j], i), write * c.x[i]);
-    put(own + row * D, rounded(State{}, x, row * D + column, &factor[j]));
-    if (sizeof(State) == 1 && column == 0) factors[unit * D + row] = factor[j];
+    for (int i = 0; i < COLUMNS; ++i) x.x[i] = fmaf(factor, number(State{}, raw[j], i), write * c.x[i]);
+    put(own + row * D, rounded(State{}, x, row * D + column, &factor));
+    if (sizeof(State) == 1 && j % 2) nothing = zero_after(factor);
+    if (sizeof(State) == 1 && column == 0) factors[unit * D + row] = factor;
   }
 }

@@ -28,7 +28,7 @@ def convolve_plain(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: 
     y = lags[0] * taps[-1]
     for s in range(1, width):
         y = torch.addcmul(y, lags[s], taps[-1 - s])
-    last = window[:, T:] if cu_seqlens is None else _last_of_sequences(x, width, state, cu_seqlens)
+    last = window[:, T:].clone() if cu_seqlens is None else _last_of_sequences(x, width, state, cu_seqlens)
     return F.silu(y), last.to(weight.dtype if state is None else state.dtype)
 
 

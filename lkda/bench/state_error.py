@@ -1,0 +1,121 @@
+"""How the error of KDA's state grows while decoding, for each way to keep it: against float64, on a CPU.
+
+`python -m lkda.bench.state_error --out docs/results/kda_state_dtypes` takes two minutes; JSON and a plot.
+
+Keys and queries are random unit vectors, values N(0, 1), beta = sigmoid(N(0, 1)); the decay is one number throughout.
+Each state is carried in its own dtype from the first token on, the arithmetic of a step is float32, as in the kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from lkda.ops.kda.recurrent import kda_step_recurrent
+from lkda.ops.kda.state import pack_state, unpack_state
+from lkda.report.files import write_atomically
+
+DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 0.0)  # nats a token
+STEPS, SEQUENCES, HEAD_DIM = 10_000, 4, 64
+WINDOW = 50  # tokens, over which the error of o is taken
+
+
+def _nearest_int8(state: Tensor) -> Tensor:
+    factor = (state.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+    return (state / factor).round() * factor
+
+
+def _packed(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda state: unpack_state(pack_state(state, dtype))
+
+
+KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "float32": lambda state: state,
+    "bfloat16": _packed(torch.bfloat16),
+    "bfloat16, to nearest": lambda state: state.bfloat16().float(),
+    "int8": _packed(torch.int8),
+    "int8, to nearest": _nearest_int8,
+}
+
+
+def error_growth(steps: int) -> list[dict[str, Any]]:
+    """Rows: kept, decay, step, and the relative L2 errors of o (over the last WINDOW tokens) and of the state."""
+    torch.manual_seed(0)
+    B, H, D = SEQUENCES, len(DECAYS), HEAD_DIM
+    g = -torch.tensor(DECAYS, dtype=torch.float64).view(1, H, 1).expand(B, H, D)
+    truth = torch.zeros(B, H, D, D, dtype=torch.float64)
+    states = {name: truth.float() for name in KEPT}
+    wrong = {name: torch.zeros(H, dtype=torch.float64) for name in KEPT}
+    right = torch.zeros(H, dtype=torch.float64)
+    told = {int(x) for x in torch.logspace(2, 4, 9).round()} | {steps}
+    rows = []
+    for step in track(range(1, steps + 1), "error growth"):
+        q, k = torch.nn.functional.normalize(torch.randn(2, B, H, D, dtype=torch.float64), dim=-1)
+        v, beta = torch.randn(B, H, D, dtype=torch.float64), torch.sigmoid(torch.randn(B, H, dtype=torch.float64))
+        inputs = [x.float() for x in (q, k, v, g, beta)]
+        q, k, v, _, beta = (x.double() for x in inputs)
+        want, truth = kda_step_recurrent(q, k, v, g, beta, truth, D**-0.5)
+        if step % WINDOW == 1:
+            right.zero_()
+            for sums in wrong.values():
+                sums.zero_()
+        right += want.square().sum((0, 2))
+        for name, keep in KEPT.items():
+            o, state = kda_step_recurrent(*inputs, states[name], D**-0.5)  # type: ignore[call-arg, arg-type]
+            states[name] = keep(state)
+            wrong[name] += (o - want).square().sum((0, 2))
+        if min(abs(step - x) for x in told) < WINDOW and step % WINDOW == 0:
+            for name in KEPT:
+                of_o = (wrong[name] / right).sqrt().tolist()
+                of_state = ((states[name] - truth).square().sum((0, 2, 3)) / truth.square().sum((0, 2, 3))).sqrt()
+                rows += [
+                    {"kept": name, "decay": decay, "step": step, "error_o": x, "error_state": y}
+                    for decay, x, y in zip(DECAYS, of_o, of_state.tolist())
+                ]
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel a decay: the error of o by step."""
+    from matplotlib.figure import Figure
+
+    decays = sorted({row["decay"] for row in rows}, reverse=True)
+    figure = Figure(figsize=(3 * len(decays), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(decays), sharey=True, squeeze=False)[0]
+    for panel, decay in zip(panels, decays):
+        for name in dict.fromkeys(row["kept"] for row in rows):
+            found = [row for row in rows if row["kept"] == name and row["decay"] == decay]
+            style = "--" if "nearest" in name else "-"
+            panel.loglog([row["step"] for row in found], [row["error_o"] for row in found], style, label=name)
+        panel.set(title=f"decay of {decay:g} nats a token", xlabel="tokens")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("relative error of o")
+    panels[-1].legend(fontsize="x-small")
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/state_error"), help="a directory")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = error_growth(options.steps)
+    header = {"device": "cpu", "torch": torch.__version__, "sequences": SEQUENCES, "head_dim": HEAD_DIM}
+    write_atomically(options.out / "errors.json", json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+    plot(rows, options.out / "errors.svg")
+    last = max(row["step"] for row in rows)
+    for name in KEPT:
+        found = [f"{row['error_o']:.1e}" for row in rows if row["kept"] == name and row["step"] == last]
+        print(f"{name:22s}", *found)
+
+
+if __name__ == "__main__":
+    main()
