@@ -221,6 +221,7 @@ def _compile(source: Path, arch: str, defines: tuple[str, ...]) -> Binary:
         arch=arch,
         std=standard,
         ptxas_options=[verbose],
+        no_cache=True,  # ours is enough, and what comes out of the compiler's own has no log
         define_macro=list(defines) or None,
         include_path=[str(folder) for folder in (source.parent, INCLUDE, *_toolkit_includes())],
     )
