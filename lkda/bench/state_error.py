@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from lkda.ops.kda.recurrent import kda_step_recurrent
 from lkda.ops.kda.state import pack_state, unpack_state
-from lkda.report.files import write_atomically
 
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 0.0)  # nats a token
 STEPS, SEQUENCES, HEAD_DIM = 10_000, 4, 64
@@ -109,7 +109,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     rows = error_growth(options.steps)
     header = {"device": "cpu", "torch": torch.__version__, "sequences": SEQUENCES, "head_dim": HEAD_DIM}
-    write_atomically(options.out / "errors.json", json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+    partial = options.out / "errors.json.partial"
+    partial.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+    os.replace(partial, options.out / "errors.json")
     plot(rows, options.out / "errors.svg")
     last = max(row["step"] for row in rows)
     for name in KEPT:
