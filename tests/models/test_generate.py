@@ -25,6 +25,15 @@ def test_a_seed_repeats_the_draws():
     assert one == two != other
 
 
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_narrow_states_repeat_the_draws(state_dtype):
+    """Rounding at random is no source of randomness: the same prompt and seed give the same tokens."""
+    options = {"pattern": ["kda"], "num_heads": 2, "kda": {"state_dtype": state_dtype}}
+    model, x = small(["kda"], mixer=options), tokens(1, 5)
+    one, two = (list(generate(model, x, max_new_tokens=30, seed=1)) for _ in range(2))
+    assert one == two
+
+
 def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
     model, x = small(["kda"]), tokens(1, 5)
     greedy = list(generate(model, x, max_new_tokens=10, temperature=0))
