@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import torch
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lkda.models.build import build_model
@@ -48,6 +50,17 @@ def check_counts(config: DictConfig) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{key} must be a whole number of {least} or more, got {value!r}.")
+
+
+def check_options(data: DictConfig) -> None:
+    """Raise ValueError for an option that the chosen data does not have."""
+    known = inspect.signature(get_class(data._target_)).parameters
+    extra = [str(key) for key in data if key != "_target_" and key not in known]
+    if extra:
+        raise ValueError(
+            f"data.{extra[0]} is not an option of {data._target_.rsplit('.', 1)[-1]}, which takes {', '.join(known)}; "
+            f"leave it out, or choose the data= that has it."
+        )
 
 
 def model_config(config: dict[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:

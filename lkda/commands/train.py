@@ -20,7 +20,15 @@ from lkda.commands.closing import draw_sample, print_closing, python_command
 from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
 from lkda.commands.run_directory import RunDirectory
-from lkda.commands.settings import check_counts, check_model, device_of, model_config, plain, steps_for
+from lkda.commands.settings import (
+    check_counts,
+    check_model,
+    check_options,
+    device_of,
+    model_config,
+    plain,
+    steps_for,
+)
 from lkda.commands.summary import summarize
 from lkda.data.module import IndexedDataModule
 from lkda.models.lm import LanguageModel
@@ -62,6 +70,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     device = device_of(config.trainer.accelerator)
     if settings["trainer"]["precision"] == "auto":
         settings["trainer"]["precision"] = PRECISION[device.type]
+    check_options(config.data)
     check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=_precision(settings))
     run = RunDirectory(run_dir)
     try:

@@ -32,6 +32,7 @@ TRAINING = [
     ("checkpoint.every_n_steps=0", r"checkpoint.every_n_steps must be a whole number of 1 or more, got 0"),
     ("seed=-1", r"seed must be a whole number of 0 or more, got -1"),
     ("optimizer.lr=0", r"optimizer.lr must be greater than 0, got 0"),
+    ("optimizer=muon optimizer.momentum=1", r"optimizer.momentum must be in \[0, 1\), got 1"),
     ("scheduler.name=linear", r"scheduler.name must be one of constant, cosine, wsd, got 'linear'"),
     ("backend=cuda", r"kda\(backend='cuda'\): the tensors are on cpu, not on a CUDA device"),
     ("backend=cudda", r"no mixer of kda has a backend 'cudda'; they have auto, .*chunk"),
@@ -39,6 +40,7 @@ TRAINING = [
     ("trainer.devices=2", r"trainer.devices must be 1, got 2"),
     ("trainer=gpu", r"a GPU was asked for and torch sees no CUDA device; use trainer=cpu or trainer=auto"),
     # data
+    ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
     ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
     ("data.paths=[]", r"data.paths is empty"),
     ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
