@@ -69,6 +69,17 @@ def _is_a_word(value: str) -> bool:
     return not value.strip()[0].isdigit()
 
 
+def test_mixers_compared_in_language_have_the_same_parameters() -> None:
+    mixers = composed("experiment=lm_by_mixer", with_hydra=True).hydra.sweeper.params.mixer.split(",")
+    sizes = []
+    for mixer in mixers:
+        config = composed("experiment=lm_by_mixer", f"mixer={mixer}")
+        with torch.device("meta"):
+            sizes.append(build_model(model_config(plain(config), vocab_size=16384, context=1024)).num_parameters())
+    assert len(sizes) == 5
+    assert max(sizes) < 1.01 * min(sizes)
+
+
 @pytest.mark.parametrize("task", OF_TASKS)
 def test_every_task_runs(task: str, tmp_path: Path) -> None:
     run(composed(f"data={task}", "model=recall", *BRIEF, *OF_TASKS[task]), tmp_path / "run")

@@ -64,7 +64,7 @@ def prepare_corpus(sources: Sources, *, vocab_size: int, tokenizer_path: Path | 
                 built = scratch / "entry"
                 built.mkdir()
                 publish(built, entry, _build(built, scratch / "arrow", sources, given, vocab_size))
-    return _load(entry)
+    return load_prepared(entry)
 
 
 def _build(directory: Path, arrow: Path, sources: Sources, given: Tokenizer | None, vocab_size: int) -> dict[str, int]:
@@ -73,16 +73,33 @@ def _build(directory: Path, arrow: Path, sources: Sources, given: Tokenizer | No
         reading = progress.add_task("reading the corpus", total=None)
         train, validation = read_documents(sources, arrow)
         progress.remove_task(reading)
-        tokenizer = given
-        if tokenizer is None:
-            training = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=None)
-            tokenizer = train_tokenizer((piece for text in train for piece in _pieces(text)), vocab_size)
-            progress.remove_task(training)
-        else:
-            _check_alphabet(tokenizer, (*train, *validation))
-        tokenizer.save(str(directory / "tokenizer.json"))
-        for name, documents in (("train", train), ("validation", validation)):
-            np.save(directory / f"{name}.npy", _stream(tokenizer, documents, progress, f"tokenising {name}"))
+        return tokenise(train, validation, directory, given=given, vocab_size=vocab_size, progress=progress)
+
+
+def tokenise(
+    train: Sequence[str],
+    validation: Sequence[str],
+    directory: Path,
+    *,
+    given: Tokenizer | None,
+    vocab_size: int,
+    progress: Progress,
+) -> dict[str, int]:
+    """Fill `directory` with tokenizer.json, train.npy and validation.npy. Returns the facts to publish with them.
+
+    Args:
+        given: the tokenizer; where None, one of `vocab_size` tokens is trained on the training documents.
+    """
+    tokenizer = given
+    if tokenizer is None:
+        training = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=None)
+        tokenizer = train_tokenizer((piece for text in train for piece in _pieces(text)), vocab_size)
+        progress.remove_task(training)
+    else:
+        _check_alphabet(tokenizer, (*train, *validation))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    for name, documents in (("train", train), ("validation", validation)):
+        np.save(directory / f"{name}.npy", _stream(tokenizer, documents, progress, f"tokenising {name}"))
     return {"validation_bytes": sum(len(text.encode()) for text in validation)}
 
 
@@ -145,8 +162,13 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> np.ndarr
     return np.concatenate(parts)
 
 
-def _load(entry: Path) -> Prepared:
-    facts = facts_of(entry)
-    assert facts is not None
-    train, validation = (np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
-    return Prepared(load_tokenizer(entry / "tokenizer.json"), train, validation, facts["validation_bytes"])
+def load_prepared(directory: Path) -> Prepared:
+    """The streams of a published directory, memory-mapped.
+
+    Raises: ValueError where it is not there, or a file in it has lost its size.
+    """
+    facts = facts_of(directory)
+    if facts is None:
+        raise ValueError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
+    train, validation = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
+    return Prepared(load_tokenizer(directory / "tokenizer.json"), train, validation, facts["validation_bytes"])

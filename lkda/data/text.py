@@ -9,26 +9,28 @@ from lkda.data.cache import default_cache_dir
 from lkda.data.corpus import file_sources, sotu_sources
 from lkda.data.module import IndexedDataModule
 from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
-from lkda.data.prepared import prepare_corpus
+from lkda.data.prepared import Prepared, load_prepared, prepare_corpus
 from lkda.data.tokenizer import check_vocab_size, document_start, vocabulary_rows
 
-SOURCES = ("sotu", "files")
+SOURCES = ("sotu", "files", "prose")
 
 
 class TextDataModule(IndexedDataModule):
     """Text -> packed batches {tokens, targets, cu_seqlens}; see `lkda.data.packing`.
 
     Args:
-        source: "sotu" (249 State of the Union addresses, the latest years validate) or "files".
+        source: "sotu" (249 State of the Union addresses, the latest years validate), "files", or "prose" (what
+            scripts/prepare_data.py has made).
         context: tokens a sequence.
         batch_size: sequences a batch and device.
-        vocab_size: of the byte-level BPE that is trained on the training text.
+        vocab_size: of the byte-level BPE that is trained on the training text; "prose" has its own.
         seed: of the order of the training batches.
         paths: files, directories or globs of "files": .txt and .md (a document each), .jsonl, .json, .parquet.
         val_paths: likewise, for validation; where empty, `val_fraction` of the documents.
         text_column: of jsonl and parquet.
         tokenizer_path: a tokenizer.json to use instead of training one.
         cache_dir: where None, LKDA_CACHE, or ~/.cache/lkda.
+        directory: of "prose"; where None, `prose` in cache_dir.
         max_val_batches: validate on so many batches from the beginning; on all where None.
         num_workers: processes that assemble training batches; a batch is a slice of a memory map, so few are needed.
         pin_memory: hand batches over in pinned memory; where None, if there is a GPU.
@@ -51,6 +53,7 @@ class TextDataModule(IndexedDataModule):
         text_column: str = "text",
         tokenizer_path: str | None = None,
         cache_dir: str | None = None,
+        directory: str | None = None,
         max_val_batches: int | None = None,
         num_workers: int = 0,
         pin_memory: bool | None = None,
@@ -60,6 +63,10 @@ class TextDataModule(IndexedDataModule):
             raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {source!r}.")
         if source != "files" and (paths or val_paths):
             raise ValueError(f"data.paths and data.val_paths belong to data.source=files, not to {source}.")
+        if source != "prose" and directory:
+            raise ValueError(f"data.directory belongs to data.source=prose, not to {source}.")
+        if source == "prose" and tokenizer_path:
+            raise ValueError("data.tokenizer_path does not do for data.source=prose, which is tokenised already.")
         positive = {"context": context, "batch_size": batch_size, "vocab_size": vocab_size}
         if max_val_batches is not None:
             positive["max_val_batches"] = max_val_batches
@@ -75,6 +82,7 @@ class TextDataModule(IndexedDataModule):
         self.val_fraction, self.text_column = val_fraction, text_column
         self.wanted_vocab_size, self.tokenizer_path = vocab_size, tokenizer_path
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.directory = Path(directory).expanduser() if directory else self.cache_dir / "prose"
         self.max_val_batches = max_val_batches
         self._prepared = False
 
@@ -85,18 +93,7 @@ class TextDataModule(IndexedDataModule):
         """
         if self._prepared:
             return
-        if self.source == "sotu":
-            sources = sotu_sources()
-        else:
-            sources = file_sources(
-                self.paths, val_paths=self.val_paths, val_fraction=self.val_fraction, text_column=self.text_column
-            )
-        prepared = prepare_corpus(
-            sources,
-            vocab_size=self.wanted_vocab_size,
-            tokenizer_path=Path(self.tokenizer_path) if self.tokenizer_path else None,
-            cache_dir=self.cache_dir,
-        )
+        prepared = self._read()
         self.tokenizer = prepared.tokenizer
         self.vocab_size = vocabulary_rows(prepared.tokenizer)
         for name, stream in (("training", prepared.train), ("validation", prepared.validation)):
@@ -114,6 +111,22 @@ class TextDataModule(IndexedDataModule):
         self.unigram_entropy = prepared.unigram_entropy()
         self.bytes_per_token = prepared.validation_bytes / len(prepared.validation)
         self._prepared = True
+
+    def _read(self) -> Prepared:
+        if self.source == "prose":
+            return load_prepared(self.directory)
+        if self.source == "sotu":
+            sources = sotu_sources()
+        else:
+            sources = file_sources(
+                self.paths, val_paths=self.val_paths, val_fraction=self.val_fraction, text_column=self.text_column
+            )
+        return prepare_corpus(
+            sources,
+            vocab_size=self.wanted_vocab_size,
+            tokenizer_path=Path(self.tokenizer_path) if self.tokenizer_path else None,
+            cache_dir=self.cache_dir,
+        )
 
     def training_batches(self, *, rank: int, world_size: int) -> TrainingBatches:
         return TrainingBatches(

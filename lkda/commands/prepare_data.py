@@ -1,0 +1,33 @@
+"""Assemble the offline prose mix, tokenised once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from lkda.data.cache import default_cache_dir
+from lkda.data.prose import SOURCES, prepare_prose
+
+
+def prepare_data(config: DictConfig) -> None:
+    """Makes what `data=prose` trains on.
+
+    Args:
+        config: composed from configs/prepare_data.yaml.
+    Raises: ValueError for an unknown source, one that cannot be had, or a directory that is there already.
+    """
+    known = {source.name: source for source in SOURCES}
+    wanted = list(known) if config.sources is None else list(config.sources)
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"there is no source {name!r}; there are {', '.join(known)}.")
+    out = Path(config.out).expanduser() if config.out else default_cache_dir() / "prose"
+    terminal = Console(highlight=False)
+    console = terminal if terminal.is_terminal else Console(width=140, highlight=False)
+    manifest = prepare_prose(out, vocab_size=config.vocab_size, sources=[known[name] for name in wanted])
+    for source in manifest["sources"]:
+        sizes = f"{source['train_bytes'] / 1e6:8.2f} MB train {source['validation_bytes'] / 1e6:6.2f} MB validation"
+        console.print(f"{source['name']:24}{source['documents']:6} documents{sizes}  {source['licence']}")
+    console.print(f"{out} holds the streams, the tokenizer and manifest.json; train with data=prose", soft_wrap=True)
