@@ -1,8 +1,9 @@
 """How the error of KDA's state grows while decoding, for each way to keep it: against float64, on a CPU.
 
-`python -m lkda.bench.state_error --out docs/results/kda_state_dtypes` takes two minutes; JSON and a plot.
+`python -m lkda.bench.state_error --out docs/results/kda_state_dtypes` takes several minutes; JSON and a plot.
 
 Keys and queries are random unit vectors, values N(0, 1), beta = sigmoid(N(0, 1)); the decay is one number throughout.
+With --rare only every 100th token writes (beta is 0 otherwise): the state is mostly held, as one is that remembers.
 Each state is carried in its own dtype from the first token on, the arithmetic of a step is float32, as in the kernel.
 """
 
@@ -23,7 +24,8 @@ from lkda.ops.kda.recurrent import kda_step_recurrent
 from lkda.ops.kda.state import pack_state, unpack_state
 
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 0.0)  # nats a token
-STEPS, SEQUENCES, HEAD_DIM = 10_000, 4, 64
+STEPS = 10_000
+RARE = 100  # tokens from one write to the next, with --rare
 WINDOW = 50  # tokens, over which the error of o is taken
 
 
@@ -45,10 +47,10 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def error_growth(steps: int) -> list[dict[str, Any]]:
+def error_growth(steps: int, sequences: int, head_dim: int, *, rare: bool) -> list[dict[str, Any]]:
     """Rows: kept, decay, step, and the relative L2 errors of o (over the last WINDOW tokens) and of the state."""
     torch.manual_seed(0)
-    B, H, D = SEQUENCES, len(DECAYS), HEAD_DIM
+    B, H, D = sequences, len(DECAYS), head_dim
     g = -torch.tensor(DECAYS, dtype=torch.float64).view(1, H, 1).expand(B, H, D)
     truth = torch.zeros(B, H, D, D, dtype=torch.float64)
     states = {name: truth.float() for name in KEPT}
@@ -59,6 +61,8 @@ def error_growth(steps: int) -> list[dict[str, Any]]:
     for step in track(range(1, steps + 1), "error growth"):
         q, k = torch.nn.functional.normalize(torch.randn(2, B, H, D, dtype=torch.float64), dim=-1)
         v, beta = torch.randn(B, H, D, dtype=torch.float64), torch.sigmoid(torch.randn(B, H, dtype=torch.float64))
+        if rare and step % RARE != 1:
+            beta.zero_()
         inputs = [x.float() for x in (q, k, v, g, beta)]
         q, k, v, _, beta = (x.double() for x in inputs)
         want, truth = kda_step_recurrent(q, k, v, g, beta, truth, D**-0.5)
@@ -105,18 +109,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/state_error"), help="a directory")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--sequences", type=int, default=4, help="over which errors are taken")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--rare", action="store_true", help=f"write at every {RARE}th token only")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = error_growth(options.steps)
-    header = {"device": "cpu", "torch": torch.__version__, "sequences": SEQUENCES, "head_dim": HEAD_DIM}
-    partial = options.out / "errors.json.partial"
+    rows = error_growth(options.steps, options.sequences, options.head_dim, rare=options.rare)
+    header = {"device": "cpu", "torch": torch.__version__, "sequences": options.sequences}
+    header |= {"head_dim": options.head_dim, "rare": options.rare}
+    name = "errors_rare" if options.rare else "errors"
+    partial = options.out / f"{name}.json.partial"
     partial.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
-    os.replace(partial, options.out / "errors.json")
-    plot(rows, options.out / "errors.svg")
+    os.replace(partial, options.out / f"{name}.json")
+    plot(rows, options.out / f"{name}.svg")
     last = max(row["step"] for row in rows)
-    for name in KEPT:
-        found = [f"{row['error_o']:.1e}" for row in rows if row["kept"] == name and row["step"] == last]
-        print(f"{name:22s}", *found)
+    for kept in KEPT:
+        found = [f"{row['error_o']:.1e}" for row in rows if row["kept"] == kept and row["step"] == last]
+        print(f"{kept:22s}", *found)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ _MASK = 0xFFFFFFFF
 def pack_state(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """A state [..., K, V] as it is kept: (state,), or for int8 (codes [..., K, V], factors [..., K]).
 
-    bf16 and int8 are rounded up or down at random, with the chances that make it right on average: to nearest, a decay
-    or a write smaller than half a step would be lost each time. The randomness is a hash of the number and of its
-    place, so that the same state is always rounded alike. Float32 keeps its dtype (which may be float64).
+    bf16 and int8 are rounded up or down at random, with chances that make it right on average over many numbers. The
+    randomness is a hash of the number and of its place: the same state is always rounded alike, so that a number which
+    a constant decay brings back to where it was stays there (docs/decoding.md). Float32 keeps its dtype (which may be
+    float64).
     """
     if dtype == torch.bfloat16:
         return (_rounded_to_bfloat16(state.float()),)

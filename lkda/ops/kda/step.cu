@@ -5,7 +5,7 @@
 //
 // so that one pass over the state gives both sums, and a second one, out of registers, writes it. A thread has 16 bytes of a row
 // (COLUMNS of V) in every GROUPS-th row of K. Narrow states are rounded up or down at random, by a hash of the number and its
-// place: what is rounded to nearest would not feel a decay or a write smaller than half a step, however often it comes.
+// place (docs/decoding.md tells what that gives, and what not).
 //
 // STATE is float, bfloat16, or int8 with a float32 factor a row, into which the decay goes; so only writes are rounded again.
 #include "activation.cuh"
