@@ -30,7 +30,9 @@ def test_help_shows_how_to_call_it(script: str) -> None:
     assert f"python scripts/{script} " in text  # an example to copy
     assert "hydra.help" not in text
     assert len(text.splitlines()) < 60
-    assert max(map(len, text.splitlines())) <= 120
+    groups = tuple(f"{path.name}: " for path in (ROOT / "configs").iterdir() if path.is_dir())
+    ours = [line for line in text.splitlines() if not line.startswith(groups)]  # Hydra lists choices on one line
+    assert max(map(len, ours)) <= 120
 
 
 def test_help_of_training_names_every_choice() -> None:
