@@ -12,7 +12,11 @@ using Element = ELEMENT;
 constexpr int N = CHANNELS;                 // of a thread
 constexpr int TAPS = CONVOLVE ? 4 : 1;      // the most there may be: a narrower filter has zeros for the oldest
 constexpr int PAST = TAPS - 1;
-constexpr int GROUP = AHEAD;              // tokens that are asked for together
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // whose compiler runs out of registers
+constexpr int GROUP = AHEAD < 2 ? AHEAD : 2;  // tokens that are asked for together
+#else
+constexpr int GROUP = AHEAD;
+#endif
 constexpr int WARPS = 8;
 constexpr int LANES = HEAD_DIM / N;         // of a head
 constexpr float EPS = 1e-6f;                // of the norm
