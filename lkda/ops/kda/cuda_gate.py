@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 # As in gate.cu.
 WARPS = 8
 THREADS = 32 * WARPS
-RUN = {"kda_gate": 8, "kda_gate_backward": 32}  # tokens of a warp
+RUN = {"kda_gate": 2, "kda_gate_backward": 16}  # tokens of a warp
 
 
 def _channels_of_a_thread(dtype: torch.dtype) -> int:

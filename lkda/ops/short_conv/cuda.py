@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 # As in short_conv.cuh.
 MOST_TAPS, WARPS = 4, 8
 CHANNELS = {"forward": 4, "backward": 4}  # of a thread
-RUN = {"forward": 32, "backward": 64}  # tokens of a warp
+RUN = {"forward": 64, "backward": 64}  # tokens of a warp
 AHEAD = {"forward": 4, "backward": 4}  # tokens that are on their way while as many are worked on
 RESIDENT = {"forward": 3, "backward": 2}  # blocks that a multiprocessor should hold at least
 
