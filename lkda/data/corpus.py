@@ -6,6 +6,7 @@ import glob
 import hashlib
 import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,20 +67,34 @@ def sotu_sources() -> Sources:
     return Sources(tuple(path for path in speeches if path not in late), tuple(late))
 
 
-def file_sources(paths: Sequence[str], *, val_paths: Sequence[str], val_fraction: float, text_column: str) -> Sources:
+def file_sources(
+    paths: Sequence[str],
+    *,
+    val_paths: Sequence[str],
+    val_fraction: float,
+    text_column: str,
+    val_from_year: int | None = None,
+) -> Sources:
     """Files, directories (all files below them of a kind that is read, hidden ones passed over) and globs.
 
-    Raises: ValueError for a path that is not there or of an unknown kind, or a fraction out of (0, 1).
+    What validates are the files of `val_paths`; or those whose name has a year from `val_from_year` on; or a fraction.
+
+    Raises: ValueError for a path that is not there or of an unknown kind, a fraction out of (0, 1), or a split by year
+        that leaves nothing on one side or meets a name without a year.
     """
     if isinstance(paths, str) or isinstance(val_paths, str):
         raise ValueError("data.paths and data.val_paths are lists: write [a.txt,b.txt], also for one path.")
     if not paths:
         raise ValueError("data.paths is empty: give files, directories or globs, as in data.paths=[texts/*.txt].")
-    if not val_paths and not 0 < val_fraction < 1:
+    if val_from_year is not None and val_paths:
+        raise ValueError("data.val_from_year and data.val_paths are two ways to say what validates: give one.")
+    if not val_paths and val_from_year is None and not 0 < val_fraction < 1:
         raise ValueError(
             f"data.val_fraction must be between 0 and 1 where data.val_paths is empty, got {val_fraction}."
         )
     train, validation = _expand(paths), _expand(val_paths)
+    if val_from_year is not None:
+        train, validation = _split_by_year(train, val_from_year)
     kinds = sorted({str(kind_of(path)) for path in (*train, *validation)})
     if len(kinds) > 1:
         raise ValueError(f"data.paths mixes {' and '.join(kinds)} files; give one kind a run.")
@@ -89,6 +104,22 @@ def file_sources(paths: Sequence[str], *, val_paths: Sequence[str], val_fraction
             f"{min(overlap)} is in data.paths and in data.val_paths; what validates must not be trained on."
         )
     return Sources(train, validation, 0.0 if validation else val_fraction, text_column)
+
+
+def _split_by_year(paths: Sequence[Path], first: int) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    years = {path: re.search(r"(?<!\d)[12]\d{3}(?!\d)", path.stem) for path in paths}
+    without = [path for path, year in years.items() if year is None]
+    if without:
+        raise ValueError(f"data.val_from_year: the name of {without[0]} has no year; use data.val_paths.")
+    late = tuple(path for path, year in years.items() if year is not None and int(year[0]) >= first)
+    early = tuple(path for path in paths if path not in late)
+    if not late or not early:
+        found = sorted(int(year[0]) for year in years.values() if year is not None)
+        raise ValueError(
+            f"data.val_from_year={first} leaves nothing to {'train on' if late else 'validate on'}: the files are of "
+            f"{found[0]} to {found[-1]}."
+        )
+    return early, late
 
 
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:

@@ -26,7 +26,8 @@ class TextDataModule(IndexedDataModule):
         vocab_size: of the byte-level BPE that is trained on the training text; "prose" has its own.
         seed: of the order of the training batches.
         paths: files, directories or globs of "files": .txt and .md (a document each), .jsonl, .json, .parquet.
-        val_paths: likewise, for validation; where empty, `val_fraction` of the documents.
+        val_paths: likewise, for validation; where empty, files whose name has a year from `val_from_year` on, if given,
+            else `val_fraction` of the documents.
         text_column: of jsonl and parquet.
         tokenizer_path: a tokenizer.json to use instead of training one.
         cache_dir: where None, LKDA_CACHE, or ~/.cache/lkda.
@@ -50,6 +51,7 @@ class TextDataModule(IndexedDataModule):
         paths: Sequence[str] = (),
         val_paths: Sequence[str] = (),
         val_fraction: float = 0.05,
+        val_from_year: int | None = None,
         text_column: str = "text",
         tokenizer_path: str | None = None,
         cache_dir: str | None = None,
@@ -79,7 +81,7 @@ class TextDataModule(IndexedDataModule):
             check_vocab_size(vocab_size)
         self.source, self.context, self.batch_size, self.seed = source, context, batch_size, seed
         self.paths, self.val_paths = paths, val_paths
-        self.val_fraction, self.text_column = val_fraction, text_column
+        self.val_fraction, self.val_from_year, self.text_column = val_fraction, val_from_year, text_column
         self.wanted_vocab_size, self.tokenizer_path = vocab_size, tokenizer_path
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.directory = Path(directory).expanduser() if directory else self.cache_dir / "prose"
@@ -119,7 +121,11 @@ class TextDataModule(IndexedDataModule):
             sources = sotu_sources()
         else:
             sources = file_sources(
-                self.paths, val_paths=self.val_paths, val_fraction=self.val_fraction, text_column=self.text_column
+                self.paths,
+                val_paths=self.val_paths,
+                val_fraction=self.val_fraction,
+                val_from_year=self.val_from_year,
+                text_column=self.text_column,
             )
         return prepare_corpus(
             sources,

@@ -16,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lkda.data import prepared
+from lkda.data.corpus import file_sources
 from lkda.data.text import TextDataModule
 from lkda.data.tokenizer import END_OF_TEXT
 
@@ -47,6 +48,17 @@ def module(tmp_path: Path, files: object, **changes: object) -> TextDataModule:
     return TextDataModule(
         **(options | {"paths": [str(path) for path in (files if isinstance(files, list) else [files])]} | changes)
     )
+
+
+def test_files_are_split_by_the_year_in_their_names(tmp_path):
+    for name in ("1999-spring.txt", "2011.txt", "2012.txt", "letters 2013 07.txt"):
+        (tmp_path / name).write_text(f"words of {name}")
+    options = {"val_paths": [], "val_fraction": 0.05, "text_column": "text"}
+    sources = file_sources([str(tmp_path)], **options, val_from_year=2012)
+    assert [path.name for path in sources.train] == ["1999-spring.txt", "2011.txt"]
+    assert [path.name for path in sources.validation] == ["2012.txt", "letters 2013 07.txt"]
+    with pytest.raises(ValueError, match="leaves nothing to validate on: the files are of 1999 to 2013"):
+        file_sources([str(tmp_path)], **options, val_from_year=2014)
 
 
 def test_files_become_batches_that_decode_to_the_text(tmp_path, texts):
@@ -357,6 +369,8 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "cache": (good | {"cache_dir": str(tmp_path / "latin.txt")}, "cannot write the cache .*latin.txt"),
         "source": ({"source": "web"}, "data.source must be one of sotu, files, prose, got 'web'"),
         "fraction": (good | {"val_fraction": 1.5}, "data.val_fraction must be between 0 and 1"),
+        "no year": (good | {"val_from_year": 2012}, "the name of .*txt has no year; use data.val_paths"),
+        "year": (good | {"val_from_year": 2012, "val_paths": [str(texts / "1.txt")]}, "two ways to say what validates"),
         "overlap": (good | {"val_paths": [str(texts / "1.txt")]}, "in data.paths and in data.val_paths"),
         "tokenizer": (good | {"tokenizer_path": "/no/t.json"}, "there is no tokenizer at /no/t.json"),
         "numbers": (
