@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.models.precision import at_least_float32
+from lkda.ops.precision import at_least_float32
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -83,3 +84,14 @@ def relative(got: Tensor, want: Tensor) -> float:
     """Relative L2 error; NaN never passes a comparison with it."""
     got, want = got.detach().double(), want.detach().double()
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+
+
+@contextmanager
+def poisoned():
+    """Memory that torch.empty hands out is full of NaN."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)

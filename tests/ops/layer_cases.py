@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from tests.ops.cases import relative
+from tests.ops.cases import poisoned, relative
 
 SUMS = 1e-5  # sums in float32 need not be better than that
-
-
-@contextmanager
-def poisoned():
-    """Memory that torch.empty hands out is full of NaN."""
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was)
 
 
 def outputs_and_gradients(op: Callable[..., Sequence[Tensor]], inputs: dict[str, Tensor]) -> dict[str, Tensor]:

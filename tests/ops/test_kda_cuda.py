@@ -1,7 +1,5 @@
 """The KDA kernels against float64. On a CUDA machine: pytest -m gpu tests/ops (torch and pytest suffice)."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from lkda.ops import kda_attention
 from lkda.ops.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
 from lkda.ops.kda import cuda, cuda_recurrent
 from lkda.ops.kda.segments import segment_count
-from tests.ops.cases import GATES, LENGTHS, kda_inputs, relative
+from tests.ops.cases import GATES, LENGTHS, kda_inputs, poisoned, relative
 from tests.ops.yardstick import kda_truth, kda_yardstick, outputs_and_gradients
 
 gpu = pytest.mark.gpu
@@ -40,17 +38,6 @@ def on_gpu(B, T, H, D, **options):
     return {name: x.cuda() for name, x in kda_inputs(B, T, H, D, D, **{"dtype": torch.bfloat16} | options).items()}
 
 
-@contextmanager
-def poisoned():
-    """Memory that torch.empty hands out is full of NaN."""
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was)
-
-
 def run(inputs, backend="cuda", **options):
     with poisoned():
         return outputs_and_gradients(kda_attention, inputs, backend=backend, **options)
@@ -73,13 +60,6 @@ def assert_within_yardstick(inputs, **options):
     """At most twice the yardstick's error, in every result, gate by gate."""
     for (name, gate), (error, allowed) in errors(inputs, **options).items():
         assert error <= allowed, f"{name} at {gate} gates: {error:.2e} > {allowed:.2e}"
-
-
-def test_what_the_kernels_cannot_take_is_said():
-    device = torch.device("cuda", 0)
-    assert "heads of 32, 64, 128, got 96" in cuda.reason_cannot_run(device, 96, torch.bfloat16)
-    assert "float64" in cuda.reason_cannot_run(device, 64, torch.float64)
-    assert "not on a CUDA device" in cuda.reason_cannot_run(torch.device("cpu"), 64, torch.bfloat16)
 
 
 def test_values_wider_than_keys_are_refused():

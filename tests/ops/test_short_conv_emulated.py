@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 
-from lkda.ops.short_conv import cuda
 from lkda.ops.short_conv.op import BACKENDS
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
@@ -108,12 +107,3 @@ def test_the_norm_alone(dtype):
     inputs = {name: x for name, x in inputs_of(2, 300, 192, dtype=dtype).items() if name in ("x0", "x1")}
     want = outputs_and_gradients(norms("plain"), {name: x.double() for name, x in inputs.items()})
     assert_within_yardstick(outputs_and_gradients(norms("cuda"), inputs), want)
-
-
-def test_what_the_kernels_cannot_take_is_said(monkeypatch):
-    device = torch.device("cuda", 0)
-    assert "not on a CUDA device" in cuda.reason_cannot_run(torch.device("cpu"), 64, torch.bfloat16)
-    monkeypatch.setattr(cuda, "reason_no_kernels", lambda device: None)  # as on a machine that can
-    assert "heads of 32, 64, 128, got 96" in cuda.reason_cannot_run(device, 96, torch.bfloat16)
-    assert "float64" in cuda.reason_cannot_run(device, 64, torch.float64)
-    assert cuda.reason_cannot_run(device, 64, torch.bfloat16) is None

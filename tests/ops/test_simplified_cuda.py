@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lkda.ops import simplified_attention, simplified_step
 from lkda.ops.simplified import cuda
-from tests.ops.cases import relative, simplified_inputs
+from tests.ops.cases import poisoned, relative, simplified_inputs
 from tests.ops.yardstick_simplified import assert_within_yardstick, outputs_and_gradients, simplified_truth
 
 gpu = pytest.mark.gpu
@@ -35,17 +34,6 @@ def mixed_decays(decay):
     return torch.where(torch.rand(B, T, H) < 0.01, 1e-30, decay)
 
 
-@contextmanager
-def poisoned():
-    """Memory that torch.empty hands out is full of NaN."""
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was)
-
-
 def run(inputs, backend="cuda", **options):
     with poisoned():
         return outputs_and_gradients(simplified_attention, inputs, backend=backend, **options)
@@ -62,15 +50,6 @@ def test_the_truth_is_the_recurrence():
     want = outputs_and_gradients(simplified_attention, inputs, backend="recurrent", **options)
     for name, x in simplified_truth(inputs, **options).items():
         assert relative(x, want[name]) < 1e-12, name
-
-
-def test_what_the_kernels_cannot_take_is_said(monkeypatch):
-    device = torch.device("cuda", 0)
-    assert "not on a CUDA device" in cuda.reason_cannot_run(torch.device("cpu"), 96, torch.float64)
-    monkeypatch.setattr(cuda, "reason_no_kernels", lambda device: None)  # as on a machine that can
-    assert "heads of 32, 64, 128, got 96" in cuda.reason_cannot_run(device, 96, torch.bfloat16)
-    assert "float64" in cuda.reason_cannot_run(device, 64, torch.float64)
-    assert cuda.reason_cannot_run(device, 64, torch.bfloat16) is None
 
 
 @gpu

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lkda.models.mixer import State
-from lkda.models.precision import at_least_float32
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import simplified_attention, simplified_step
+from lkda.ops.precision import at_least_float32
 
 
 class SimplifiedAttention(RecurrentMixer):

@@ -11,15 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.dispatch import goes_straight
+from lkda.ops.dispatch import goes_straight, straight, wants_gradient
 from lkda.ops.jit import Kernel, Module
-from lkda.ops.jit import reason_cannot_run as reason_no_kernels
+from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
-HEAD_DIMS = (32, 64, 128)
-ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
 HERE = Path(__file__).parent
 
 # As in the .cu files.
@@ -29,17 +26,7 @@ RESIDENT = 3  # blocks of the backward that a multiprocessor should hold
 MOST_BLOCKS = 396  # of the backward, each with a line of partial sums: three a multiprocessor of a chip with 132
 
 
-def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take such tensors, or None."""
-    if device.type == "cuda" and head_dim not in HEAD_DIMS:
-        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='plain'."
-    if device.type == "cuda" and dtype not in ELEMENTS:
-        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='plain'."
-    return reason_no_kernels(device)
-
-
-# What torch.compiler.assume_constant_result does, but that imports torch._dynamo: seconds, where nobody may compile.
-reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+reason_cannot_run = cannot_take(otherwise="plain")
 
 
 @cache
@@ -63,31 +50,26 @@ def _blocks(name: str, x: Tensor) -> int:
     return -(-(x.numel() // x.shape[-1]) // rows_of_a_block)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
 def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    x, gate, y = _aligned(x), None if gate is None else _aligned(gate), _like(x)
+    x, gate, y = readable(x), None if gate is None else readable(gate), _like(x)
     D = x.shape[-1]
-    arguments = (x, gate, _aligned(weight), y, x.numel() // D, eps)
+    arguments = (x, gate, readable(weight), y, x.numel() // D, eps)
     norm_kernel("forward", D, x.dtype)((_blocks("forward", x), 1, 1), THREADS, *arguments, device=x.device)
     return y
 
 
 def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate (empty where there is none) and weight."""
-    dy, x, gate = _aligned(dy), _aligned(x), None if gate is None else _aligned(gate)
+    dy, x, gate = readable(dy), readable(x), None if gate is None else readable(gate)
     D = x.shape[-1]
     dx, dgate = _like(x), x.new_empty(0) if gate is None else _like(gate)
     blocks = min(_blocks("backward", x), MOST_BLOCKS)
     partials = torch.empty((blocks, D), dtype=torch.float32, device=x.device)
-    arguments = (dy, x, gate, _aligned(weight), dx, dgate, partials, x.numel() // D, eps)
+    arguments = (dy, x, gate, readable(weight), dx, dgate, partials, x.numel() // D, eps)
     norm_kernel("backward", D, x.dtype)((blocks, 1, 1), THREADS, *arguments, device=x.device)
     return dx, dgate, column_sums(partials)
 
@@ -126,15 +108,7 @@ def _gradients(ctx, dy):
 torch.library.register_autograd("lkda::gated_norm_forward", _gradients, setup_context=_save, lib=_library)
 
 
-class _Straight(torch.autograd.Function):
-    """The op's autograd, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        _save(ctx, inputs, None)
-        return _forward(*inputs)
-
-    backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
+_straight = straight(_forward, _save, _gradients)
 
 
 def gated_norm_cuda(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -142,6 +116,6 @@ def gated_norm_cuda(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) 
     inputs = (x, gate, weight.float())
     forward: Callable = torch.ops.lkda.gated_norm_forward
     if goes_straight(*inputs):
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        forward = _Straight.apply if keep else _forward
+        keep = wants_gradient(*inputs)
+        forward = _straight if keep else _forward
     return forward(*inputs, eps)

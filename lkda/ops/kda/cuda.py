@@ -15,15 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lkda.ops.dispatch import goes_straight
+from lkda.ops.dispatch import goes_straight, straight, wants_gradient
 from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture
-from lkda.ops.jit import reason_cannot_run as reason_no_kernels
 from lkda.ops.kda.segments import segment_count
+from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
-HEAD_DIMS = (32, 64, 128)
-ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
 HERE = Path(__file__).parent
 
 LEAF = 8
@@ -31,17 +28,7 @@ WARPGROUPS = True  # where the scans may multiply by four warps at once (wgmma, 
 MOST_STAGES = 3  # chunks of the scan in shared memory: the one at work and those being fetched
 
 
-def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take such tensors, or None."""
-    if device.type == "cuda" and head_dim not in HEAD_DIMS:
-        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='chunk'"
-    if device.type == "cuda" and dtype not in ELEMENTS:
-        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='chunk'"
-    return reason_no_kernels(device)
-
-
-# What torch.compiler.assume_constant_result does, but that imports torch._dynamo: seconds, where nobody may compile.
-reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+reason_cannot_run = cannot_take(otherwise="chunk")
 
 
 def _chunk(dtype: torch.dtype) -> int:
@@ -236,12 +223,6 @@ def _architecture(device: torch.device) -> str:
     return architecture(device)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """x itself where it is contiguous and aligned to 16 bytes, else a copy."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
 class _Chunks:
     """The chunks of a batch: how many (at most, where cu_seqlens is on the device), and where they lie."""
 
@@ -285,7 +266,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """o, final_state, and where a backward follows (keep) packets and what `_Kept` lays out, else None and None."""
     _, T, H, D = q.shape
-    q, k, v, g, beta = map(_readable, (q, k, v, g, beta))
+    q, k, v, g, beta = map(readable, (q, k, v, g, beta))
     chunks = _Chunks(q, cu_seqlens)
     packets = _prepare(q, k, g, beta, chunks, scale)
     o, final_state = _results(v, cu_seqlens)
@@ -432,8 +413,8 @@ def _reverse(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradient of the initial state where it is wanted, and what `_Kept` lays out."""
     _, T, H, D = v.shape
-    v, grad_o = _readable(v), _readable(grad_o)
-    grad_final = None if grad_final is None else _readable(grad_final)
+    v, grad_o = readable(v), readable(grad_o)
+    grad_final = None if grad_final is None else readable(grad_final)
     chunks = _Chunks(v, cu_seqlens)
     d_initial = v.new_empty((chunks.sequences, H, D, D), dtype=torch.float32) if wants_initial else None
     outputs = _Kept(v, chunks.slots, _part_bytes(v, chunks.slots))
@@ -472,8 +453,8 @@ def _chunk_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, T, H, D = q.shape
-    q, k, g, beta, grad_o = map(_readable, (q, k, g, beta, grad_o))
-    grad_final = None if grad_final is None else _readable(grad_final)
+    q, k, g, beta, grad_o = map(readable, (q, k, g, beta, grad_o))
+    grad_final = None if grad_final is None else readable(grad_final)
     chunks = _Chunks(q, cu_seqlens)
     grads = _gradients_of(q, g, beta)
     _gradients_kernel(D, q.dtype, _architecture(q.device))(
@@ -573,17 +554,7 @@ def _gradients(ctx, grad_o, grad_final, *grad_kept):
 torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)
 
 
-class _Straight(torch.autograd.Function):
-    """The op's autograd, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
-        return output
-
-    backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
+_straight = straight(_forward, _save, _gradients, results=2)
 
 
 def kda_cuda(
@@ -610,9 +581,9 @@ def kda_cuda(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     inputs = (q, k, v, g, beta, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    keep = wants_gradient(*inputs)
     forward: Callable = torch.ops.lkda.kda_forward
     if goes_straight(*inputs):
-        forward = _Straight.apply if keep else _forward
+        forward = _straight if keep else _forward
     o, final_state, *_ = forward(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, keep)
     return o, final_state

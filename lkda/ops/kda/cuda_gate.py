@@ -11,14 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.dispatch import goes_straight
+from lkda.ops.dispatch import goes_straight, straight, wants_gradient
 from lkda.ops.jit import Kernel, Module
+from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, readable
 
-HEAD_DIMS = (32, 64, 128)
-ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
 HERE = Path(__file__).parent
 
 # As in gate.cu.
@@ -51,11 +49,8 @@ def kernels(arch: str) -> list[Kernel]:
     ]
 
 
-def _aligned(x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+def _given(*xs: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else readable(x) for x in xs)
 
 
 def _lines(entry: str, tokens: int) -> int:
@@ -88,7 +83,7 @@ def _forward(
     strengths = strengths.contiguous()
     if logits is None:
         g.zero_()
-    inputs = (_aligned(logits), strengths, a_log, _aligned(bias))
+    inputs = _given(logits, strengths, a_log, bias)
     per_head = logits is not None and logits.dim() == 3
     options = (int(bounded), lower_bound, strength)
     _launch("kda_gate", strengths, per_head, logits is not None, head_dim, *inputs, g, beta, options=options)
@@ -120,8 +115,8 @@ def _backward(
     tokens, heads = strengths.numel() // strengths.shape[-1], strengths.shape[-1]
     shape = (0,) if bias is None else (_lines("kda_gate_backward", tokens), bias.numel() + heads)
     partials = torch.empty(shape, dtype=torch.float32, device=dg.device)
-    inputs = (_aligned(logits), strengths, a_log, _aligned(bias))
-    arguments = (*inputs, _aligned(dg), dbeta.contiguous(), dlogits, dstrengths, partials)
+    inputs = _given(logits, strengths, a_log, bias)
+    arguments = (*inputs, readable(dg), dbeta.contiguous(), dlogits, dstrengths, partials)
     per_head, options = logits is not None and logits.dim() == 3, (int(bounded), lower_bound, strength)
     entry = "kda_gate_backward"
     _launch(entry, strengths, per_head, logits is not None, dg.shape[-1], *arguments, options=options)
@@ -172,15 +167,7 @@ def _gradients(ctx, dg, dbeta):
 torch.library.register_autograd("lkda::kda_gate", _gradients, setup_context=_save, lib=_library)
 
 
-class _Straight(torch.autograd.Function):
-    """The op's autograd, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        _save(ctx, inputs, None)
-        return _forward(*inputs)
-
-    backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
+_straight = straight(_forward, _save, _gradients)
 
 
 def kda_gate_cuda(
@@ -205,7 +192,7 @@ def kda_gate_cuda(
     inputs = (gate_logits, beta_logits, *(None if x is None else x.float() for x in (A_log, dt_bias)))
     forward: Callable = torch.ops.lkda.kda_gate
     if goes_straight(*inputs):
-        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        forward = _Straight.apply if keep else _forward
+        keep = wants_gradient(*inputs)
+        forward = _straight if keep else _forward
     g, beta = forward(*inputs, head_dim, bounded, lower_bound, strength)
     return g if gate_logits is not None else g.detach(), beta

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lkda.ops.dispatch import wants_gradient
 from lkda.ops.jit import Kernel, Module
-from lkda.ops.kda.cuda import ELEMENTS, HEAD_DIMS, reason_cannot_run
+from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take
 
-__all__ = ["kda_cuda_recurrent", "kernels", "reason_cannot_run"]
+reason_cannot_run = cannot_take(otherwise="chunk")
 
 
 @cache
@@ -87,7 +88,7 @@ def kda_cuda_recurrent(
             f"V = {v.shape[-1]}; use backend='recurrent'."
         )
     inputs = (q, k, v, g, beta, initial_state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         raise ValueError(
             "kda_attention(backend='cuda_recurrent') has no backward and an input requires a gradient; "
             "use backend='cuda', or call it under torch.no_grad()."

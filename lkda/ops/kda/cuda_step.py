@@ -11,10 +11,8 @@ from torch import Tensor
 
 from lkda.ops.dispatch import goes_straight
 from lkda.ops.jit import Kernel, Module
-from lkda.ops.jit import reason_cannot_run as reason_no_kernels
+from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
-HEAD_DIMS = (32, 64, 128)
-ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
 STATES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MOST_TAPS = 4
 _NONE = (None, None, None)
@@ -24,16 +22,7 @@ GROUPS = {torch.float32: 16, torch.bfloat16: 16, torch.int8: 16}
 THREADS = {torch.float32: 1024, torch.bfloat16: 512, torch.int8: 384}
 
 
-def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot take such tensors, or None."""
-    if device.type == "cuda" and head_dim not in HEAD_DIMS:
-        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='plain'."
-    if device.type == "cuda" and dtype not in ELEMENTS:
-        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='plain'."
-    return reason_no_kernels(device)
-
-
-reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+reason_cannot_run = cannot_take(otherwise="plain")
 
 
 def _threads(head_dim: int, state: torch.dtype) -> int:
@@ -54,12 +43,7 @@ def kernels(arch: str) -> list[Kernel]:
     return [step_kernel(D, dtype, state) for D in HEAD_DIMS for dtype in ELEMENTS for state in STATES]
 
 
-def _aligned(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _castless(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype in (torch.float32, dtype) else x.float()
 
 
@@ -83,8 +67,8 @@ def _step(
 ) -> Tensor:
     B, H, D = q.shape
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
-    inputs = (x if x is None else _aligned(x) for x in (q, k, v, gate_logits, beta_logits, a_log, dt_bias))
-    filters: Sequence[Tensor | None] = [_aligned(w) for w in weights] or _NONE
+    inputs = (x if x is None else readable(x) for x in (q, k, v, gate_logits, beta_logits, a_log, dt_bias))
+    filters: Sequence[Tensor | None] = [readable(w) for w in weights] or _NONE
     width = weights[0].shape[-1] if weights else 0
     wide = [int(bool(xs) and xs[0].dtype == torch.float32) for xs in (weights, caches)]
     step_kernel(D, q.dtype, state.dtype)(
@@ -133,7 +117,7 @@ def kda_step_cuda(
     """The kernel; arguments as in `kda_step_fused`, validated. Parameters and caches may be in float32 or in q's dtype;
     others are cast, and so are updated by way of a copy."""
     dtype, kept = q.dtype, caches
-    filters, caches = ([_readable(x, dtype) for x in xs] for xs in (weights, caches))
+    filters, caches = ([_castless(x, dtype) for x in xs] for xs in (weights, caches))
     inputs = (
         *(q, k, v, None if gate_logits is None else gate_logits.to(dtype), beta_logits.to(dtype)),
         *(None if x is None else x.float() for x in (A_log, dt_bias)),

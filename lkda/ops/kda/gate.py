@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkda.ops.precision import at_least_float32
+
 FORMS = ("softplus", "bounded")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def log_decay(
@@ -26,13 +24,13 @@ def log_decay(
         A_log: of H numbers.   dt_bias: of H K numbers, or of H.
         gate: softplus | bounded.   lower_bound: of g where it is bounded.
     """
-    raw = _wide(logits) + _wide(dt_bias).view(logits.shape[-2:])
-    A = _wide(A_log).exp().view(-1, 1)
+    raw = at_least_float32(logits) + at_least_float32(dt_bias).view(logits.shape[-2:])
+    A = at_least_float32(A_log).exp().view(-1, 1)
     g = lower_bound * torch.sigmoid(A * raw) if gate == "bounded" else -A * F.softplus(raw)
     return g.expand(*logits.shape[:-1], head_dim)
 
 
 def write_strength(logits: Tensor, *, negative_eigenvalues: bool = False) -> Tensor:
     """beta in float32 at least: sigmoid, or twice that."""
-    beta = torch.sigmoid(_wide(logits))
+    beta = torch.sigmoid(at_least_float32(logits))
     return 2 * beta if negative_eigenvalues else beta

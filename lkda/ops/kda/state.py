@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.ops.precision import at_least_float32
+
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _MASK = 0xFFFFFFFF
 
@@ -27,7 +29,7 @@ def pack_state(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def unpack_state(kept: tuple[Tensor, ...]) -> Tensor:
     """The numbers that `pack_state` kept, float32 at least."""
     state, *factors = kept
-    wide = state.to(torch.promote_types(state.dtype, torch.float32))
+    wide = at_least_float32(state)
     return wide * factors[0].unsqueeze(-1) if factors else wide
 
 

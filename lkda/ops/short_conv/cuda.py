@@ -12,15 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.dispatch import goes_straight
+from lkda.ops.dispatch import goes_straight, straight, wants_gradient
 from lkda.ops.jit import Kernel, Module
-from lkda.ops.jit import reason_cannot_run as reason_no_kernels
+from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
-HEAD_DIMS = (32, 64, 128)
-ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
 HERE = Path(__file__).parent
 
 # As in short_conv.cuh.
@@ -33,17 +30,7 @@ RESIDENT = {"forward": 3, "backward": 2}  # blocks that a multiprocessor should 
 Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take such tensors, or None."""
-    if device.type == "cuda" and head_dim not in HEAD_DIMS:
-        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='plain'."
-    if device.type == "cuda" and dtype not in ELEMENTS:
-        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='plain'."
-    return reason_no_kernels(device)
-
-
-# What torch.compiler.assume_constant_result does, but that imports torch._dynamo: seconds, where nobody may compile.
-reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+reason_cannot_run = cannot_take(otherwise="plain")
 
 
 @cache
@@ -94,15 +81,10 @@ def _rows(xs: Sequence[Tensor]) -> list[Tensor]:
     """The tensors themselves where they have one layout that the kernels can read, else copies."""
     steps = xs[0].stride()
     size = xs[0].element_size()
-    readable = steps[2] == 1 and steps[0] * size % 16 == 0 and steps[1] * size % 16 == 0
-    if readable and all(x.stride() == steps and x.data_ptr() % 16 == 0 for x in xs):
+    fits = steps[2] == 1 and steps[0] * size % 16 == 0 and steps[1] * size % 16 == 0
+    if fits and all(x.stride() == steps and x.data_ptr() % 16 == 0 for x in xs):
         return list(xs)
-    return [_aligned(x) for x in xs]
-
-
-def _aligned(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    return [readable(x) for x in xs]
 
 
 def _given(*xs: Tensor | None) -> list[Tensor]:
@@ -131,7 +113,7 @@ def _forward(
     B, T, C = x0.shape
     ys, lasts = _forward_outputs(x0, w0, len(xs), cu_seqlens)
     kernel = conv_kernel("forward", head_dim, x0.dtype, w0 is not None)
-    weights = (w if w is None else _aligned(w) for w in (w0, w1, w2))
+    weights = (w if w is None else readable(w) for w in (w0, w1, w2))
     kernel(
         (_blocks("forward", len(xs), x0), 1, 1),
         32 * WARPS,
@@ -188,15 +170,15 @@ def _backward(
     head_dim: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of the xs, of the states, and [streams, C, 1, width] of the weights; empty where there is none."""
-    xs, gradients = _rows(_given(x0, x1, x2)), [_aligned(g) for g in _given(g0, g1, g2)]
+    xs, gradients = _rows(_given(x0, x1, x2)), [readable(g) for g in _given(g0, g1, g2)]
     B, T, C = x0.shape
     dxs, dstates = _backward_outputs(x0, len(xs), s0)
     rows = B * _times("backward", T)
     size = rows * len(xs) * C * _width(w0) if w0 is not None else 0
     partials = torch.empty(size, dtype=torch.float32, device=x0.device)
     kernel = conv_kernel("backward", head_dim, x0.dtype, w0 is not None)
-    weights = (w if w is None else _aligned(w) for w in (w0, w1, w2))
-    lasts = (e if e is None else _aligned(e) for e in (e0, e1, e2))
+    weights = (w if w is None else readable(w) for w in (w0, w1, w2))
+    lasts = (e if e is None else readable(e) for e in (e0, e1, e2))
     kernel(
         (_blocks("backward", len(xs), x0), 1, 1),
         32 * WARPS,
@@ -268,16 +250,7 @@ def _gradients(ctx, g0, g1, g2, e0, e1, e2):
 torch.library.register_autograd("lkda::short_conv_forward", _gradients, setup_context=_save, lib=_library)
 
 
-class _Straight(torch.autograd.Function):
-    """The op's autograd, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
+_straight = straight(_forward, _save, _gradients)
 
 
 def short_convolutions_cuda(
@@ -298,8 +271,8 @@ def short_convolutions_cuda(
     tensors = (*_three(xs), *_three(filters), *_three(before))
     forward: Callable = torch.ops.lkda.short_conv_forward
     if goes_straight(*tensors):
-        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        forward = _Straight.apply if keep else _forward
+        keep = wants_gradient(*tensors)
+        forward = _straight if keep else _forward
     found = forward(*tensors, cu_seqlens, bits, size)
     ys, lasts = found[: len(xs)], found[3 : 3 + len(filters)]
     dtypes = [] if weights is None else [x.dtype for x in (weights if states is None else states)]

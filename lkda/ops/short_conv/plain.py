@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkda.ops.precision import at_least_float32
 from lkda.ops.sequences import positions
 
 EPS = 1e-6
@@ -60,5 +61,5 @@ def _last_of_sequences(x: Tensor, width: int, state: Tensor | None, cu_seqlens: 
 
 def normalized_plain(x: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + 1e-6) over the last dimension, computed in float32 at least, in x's dtype."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = at_least_float32(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPS)).to(x.dtype)

@@ -13,14 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lkda.ops.dispatch import goes_straight
+from lkda.ops.dispatch import goes_straight, straight, wants_gradient
 from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture, fill_words
-from lkda.ops.jit import reason_cannot_run as reason_no_kernels
+from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take
 
-HEAD_DIMS = (32, 64, 128)
-ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
 HERE = Path(__file__).parent
 
 # As in scan.cuh.
@@ -31,17 +28,7 @@ BLOCKS = 2
 _TENSOR = "(Pqqi)"  # address, and the strides of batch, head and token
 
 
-def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take such tensors, or None."""
-    if device.type == "cuda" and head_dim not in HEAD_DIMS:
-        return f"the kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}; use backend='chunk'."
-    if device.type == "cuda" and dtype not in ELEMENTS:
-        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='chunk'."
-    return reason_no_kernels(device)
-
-
-# What torch.compiler.assume_constant_result does, but that imports torch._dynamo: seconds, where nobody may compile.
-reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+reason_cannot_run = cannot_take(otherwise="chunk")
 
 
 def _tokens(dtype: torch.dtype, *, backward: bool) -> int:
@@ -321,17 +308,7 @@ def _gradients(ctx, grad_o, grad_final, grad_entering):
 torch.library.register_autograd("lkda::simplified_forward", _gradients, setup_context=_save, lib=_library)
 
 
-class _Straight(torch.autograd.Function):
-    """The op's autograd, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[2])
-        return output
-
-    backward = staticmethod(once_differentiable(_gradients))  # type: ignore[assignment]
+_straight = straight(_forward, _save, _gradients, results=2)
 
 
 def _plain(decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None):
@@ -347,10 +324,10 @@ def simplified_cuda(
     """The tuned kernels, differentiable; arguments as in `simplified_attention`, decay [B, T, H]."""
     decay, initial_state, cu_seqlens = _plain(decay, initial_state, cu_seqlens)
     inputs = (q, k, v, decay, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    keep = wants_gradient(*inputs)
     forward: Callable = torch.ops.lkda.simplified_forward
     if goes_straight(*inputs):
-        forward = _Straight.apply if keep else _forward
+        forward = _straight if keep else _forward
     o, final_state, _ = forward(q, k, v, decay, initial_state, cu_seqlens, keep)
     return o, final_state
 
@@ -364,7 +341,7 @@ def simplified_cuda_baseline(
     """
     decay, initial_state, cu_seqlens = _plain(decay, initial_state, cu_seqlens)
     inputs = (q, k, v, decay, initial_state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         raise ValueError(
             "simplified_attention(backend='cuda_baseline') has no backward and an input requires a gradient; "
             "use backend='cuda', or call it under torch.no_grad()."

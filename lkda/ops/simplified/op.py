@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
+from lkda.ops.dispatch import wants_gradient
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.simplified import cuda
 from lkda.ops.simplified.chunk import simplified_chunk
@@ -79,7 +80,7 @@ def simplified_step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tenso
     check_shape(fn, "state", state, "B H 2 D", sizes)
     check_alike(fn, {"q": q, "k": k, "v": v, "decay": decay, "state": state}, same_dtype=("q", "k", "v"))
     tensors = (q, k, v, decay, state)
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    differentiable = wants_gradient(*tensors)
     on_gpu = state.dtype == torch.float32 and cuda.reason_cannot_run(q.device, sizes["D"], q.dtype) is None
     if on_gpu and not differentiable:
         return cuda.simplified_step_cuda(*tensors)
