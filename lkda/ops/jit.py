@@ -78,10 +78,17 @@ class Binary:
         return found
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """The NVRTC target of a CUDA device; sm_90 and sm_10x with their own instructions (suffix a)."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}" + ("a" if major in (9, 10) else "")
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -90,8 +90,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
 )
 def test_the_op_around_the_kernels(T, packed, state, segments, monkeypatch):
     """Forward, what is kept, backward: the launches and their arguments as a GPU would get them."""
-    monkeypatch.setattr(cuda, "_processors", lambda device: 3)
-    monkeypatch.setattr(cuda, "_architecture", lambda device: ARCH)
+    monkeypatch.setattr(cuda, "architecture", lambda device: ARCH)
     monkeypatch.setattr(cuda, "segment_count", lambda *sizes: segments)
     inputs, D = kda_inputs(1, T, 2, 32, 32, gate="slow", dtype=torch.bfloat16), 32
     options = {}

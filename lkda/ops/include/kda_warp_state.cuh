@@ -23,7 +23,7 @@ static_assert(STAGES * Stage::bytes == SHARED_BYTES, "cuda.py allocates what thi
 __device__ __forceinline__ int recomputed(int x) { return sizeof(Operand) == 4 ? opaque(x) : x; }
 
 __device__ __forceinline__ void fetch_packet(char* stage, const char* packet) {
-  for (int at = recomputed(threadIdx.x) * 16; at < Packet::bytes; at += WARPS * 32 * 16) copy_async(stage + Stage::packet + at, packet + at);
+  for (int at = recomputed(threadIdx.x) * 16; at < Packet::bytes; at += WARPS * 32 * 16) copy_16_async(stage + Stage::packet + at, packet + at);
 }
 
 // A chunk's rows of `values` [rows, H, D] from column `first`, zeros past the last token.
@@ -32,7 +32,7 @@ __device__ __forceinline__ void fetch_values(char* to, const Element* values, in
   for (int n = recomputed(threadIdx.x); n < C * PIECES; n += THREADS) {
     const int t = n / PIECES, column = n % PIECES * PIECE;
     const long long row = start + min(t, tokens - 1);
-    copy_async(Values::at(to, t, column), values + (row * heads + head) * D + first + column, t < tokens);
+    copy_16_async(Values::at(to, t, column), values + (row * heads + head) * D + first + column, t < tokens);
   }
 }
 

@@ -1,14 +1,11 @@
 // The instructions this project's tensor-core kernels are made of, one function each; all of sm_80.
 #pragma once
+#include "async_copy.cuh"
 #include "numeric.cuh"
 
 struct tf32 {
   float value;
 };
-
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(unsigned (&word)[4], const void* row) {
@@ -48,17 +45,4 @@ __device__ __forceinline__ float round_to_tf32(float x) {
   unsigned y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return __uint_as_float(y);
-}
-
-// 16 bytes from global to shared memory in the background; zeros where not `valid`.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until at most NEWEST of this thread's closed groups are under way.
-template <int NEWEST>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lkda.ops.dispatch import goes_straight, straight, wants_gradient
-from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture
+from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture, multiprocessors
 from lkda.ops.kda.segments import segment_count
 from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
@@ -213,16 +213,6 @@ def kernels(arch: str) -> list[Kernel]:
     )
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _architecture(device: torch.device) -> str:
-    return architecture(device)
-
-
 class _Chunks:
     """The chunks of a batch: how many (at most, where cu_seqlens is on the device), and where they lie."""
 
@@ -246,10 +236,10 @@ def _prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: _Chunks, sca
     _, T, H, D = q.shape
     layout = _layout(D, q.dtype)
     packets = q.new_empty(chunks.slots * H * layout.packet, dtype=torch.uint8)
-    launch = _prepare_kernel(D, q.dtype, _architecture(q.device))
+    launch = _prepare_kernel(D, q.dtype, architecture(q.device))
     items = chunks.slots * H
     arguments = (q, k, g, beta, packets, chunks.spans, items, T, H, scale)
-    launch((min(items, _processors(q.device) * layout.resident), 1, 1), layout.threads, *arguments, device=q.device)
+    launch((min(items, multiprocessors(q.device) * layout.resident), 1, 1), layout.threads, *arguments, device=q.device)
     return packets
 
 
@@ -270,7 +260,7 @@ def _forward(
     chunks = _Chunks(q, cu_seqlens)
     packets = _prepare(q, k, g, beta, chunks, scale)
     o, final_state = _results(v, cu_seqlens)
-    segments, arch = _segments(v, cu_seqlens), _architecture(q.device)
+    segments, arch = _segments(v, cu_seqlens), architecture(q.device)
     kept = _Kept(v, chunks.slots, _transition_bytes(v, cu_seqlens)) if keep else None
     states, corrections, transitions = kept.parts if kept else (None, None, None)
     where: dict[str, Any] = {"chunks": chunks, "T": T, "H": H, "segments": segments}
@@ -329,7 +319,7 @@ def _enter_segments(
     backward: bool,
 ) -> None:
     """Writes the states [N * segments, H, K, V] that enter segments; backwards, gradients of those that leave them."""
-    _segments_kernel(D, _architecture(chunks.device))(
+    _segments_kernel(D, architecture(chunks.device))(
         (chunks.sequences * H * (D // 8), 1, 1),
         2 * D,
         *(matrices, offsets, start, entries, segments, H, int(backward)),
@@ -418,7 +408,7 @@ def _reverse(
     chunks = _Chunks(v, cu_seqlens)
     d_initial = v.new_empty((chunks.sequences, H, D, D), dtype=torch.float32) if wants_initial else None
     outputs = _Kept(v, chunks.slots, _part_bytes(v, chunks.slots))
-    segments, arch = _segments(v, cu_seqlens), _architecture(v.device)
+    segments, arch = _segments(v, cu_seqlens), architecture(v.device)
     where: dict[str, Any] = {"chunks": chunks, "T": T, "H": H, "segments": segments}
     leaves: Tensor | int | None = grad_final
     if segments > 1:
@@ -457,7 +447,7 @@ def _chunk_gradients(
     grad_final = None if grad_final is None else readable(grad_final)
     chunks = _Chunks(q, cu_seqlens)
     grads = _gradients_of(q, g, beta)
-    _gradients_kernel(D, q.dtype, _architecture(q.device))(
+    _gradients_kernel(D, q.dtype, architecture(q.device))(
         (chunks.slots * H, 1, 1),
         _layout(D, q.dtype).threads,
         *(

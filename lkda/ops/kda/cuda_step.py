@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from lkda.ops.dispatch import goes_straight
-from lkda.ops.jit import Kernel, Module
+from lkda.ops.jit import Kernel, Module, multiprocessors
 from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
 STATES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MOST_TAPS = 4
 _NONE = (None, None, None)
 # Rows of K that threads hold side by side; each takes every GROUPS-th.
-GROUPS = {torch.float32: 16, torch.bfloat16: 16, torch.int8: 16}
-# Threads that a multiprocessor should hold at least: so many that their registers hold enough of the state in flight.
-THREADS = {torch.float32: 1024, torch.bfloat16: 512, torch.int8: 384}
+GROUPS = {torch.float32: 8, torch.bfloat16: 16, torch.int8: 16}
+# Threads that a multiprocessor should hold: registers for one state a block, while shared memory receives the next.
+THREADS = {torch.float32: 512, torch.bfloat16: 512, torch.int8: 384}
 
 
 reason_cannot_run = cannot_take(otherwise="plain")
@@ -29,13 +29,19 @@ def _threads(head_dim: int, state: torch.dtype) -> int:
     return GROUPS[state] * head_dim * state.itemsize // 16
 
 
+def _resident(head_dim: int, state: torch.dtype) -> int:
+    """Blocks that a multiprocessor should hold."""
+    return min(16, THREADS[state] // _threads(head_dim, state))
+
+
 @cache
 def step_kernel(head_dim: int, dtype: torch.dtype, state: torch.dtype) -> Kernel:
-    groups, resident = GROUPS[state], min(16, THREADS[state] // _threads(head_dim, state))
+    groups = GROUPS[state]
+    shared_bytes = 4 * head_dim * (32 + 2 * groups) + head_dim**2 * state.itemsize
     types = {"ELEMENT": ELEMENTS[dtype], "STATE": STATES[state]}
-    defines: dict[str, str | int | float] = {"HEAD_DIM": head_dim, "GROUPS": groups, "RESIDENT": resident, **types}
-    module = Module(Path(__file__).with_name("step.cu"), defines)
-    return module.kernel("kda_step", "P" * 16 + "iiiiiiifff", shared_bytes=4 * head_dim * (5 + 2 * groups))
+    sizes = {"HEAD_DIM": head_dim, "GROUPS": groups, "RESIDENT": _resident(head_dim, state)}
+    module = Module(Path(__file__).with_name("step.cu"), {**sizes, **types, "SHARED_BYTES": shared_bytes})
+    return module.kernel("kda_step", "P" * 16 + "iiiiiiiifff", shared_bytes=shared_bytes)
 
 
 def kernels(arch: str) -> list[Kernel]:
@@ -44,7 +50,7 @@ def kernels(arch: str) -> list[Kernel]:
 
 
 def _castless(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype in (torch.float32, dtype) else x.float()
+    return readable(x if x.dtype in (torch.float32, dtype) else x.float())
 
 
 def _step(
@@ -68,13 +74,14 @@ def _step(
     B, H, D = q.shape
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     inputs = (x if x is None else readable(x) for x in (q, k, v, gate_logits, beta_logits, a_log, dt_bias))
-    filters: Sequence[Tensor | None] = [readable(w) for w in weights] or _NONE
+    filters: Sequence[Tensor | None] = weights or _NONE
     width = weights[0].shape[-1] if weights else 0
     wide = [int(bool(xs) and xs[0].dtype == torch.float32) for xs in (weights, caches)]
+    units, room = B * H, multiprocessors(q.device) * _resident(D, state.dtype)
     step_kernel(D, q.dtype, state.dtype)(
-        (B * H, 1, 1),
+        (min(units, room), 1, 1),
         _threads(D, state.dtype),
-        *(*inputs, *filters, *(caches or _NONE), state, factors, o, H, width, *wide, int(normalize)),
+        *(*inputs, *filters, *(caches or _NONE), state, factors, o, units, H, width, *wide, int(normalize)),
         *(int(gate_logits is not None and gate_logits.dim() == 2), int(bounded), lower_bound, strength, scale),
         device=q.device,
     )

@@ -113,7 +113,7 @@ __device__ __forceinline__ void fetch_rows(char* to, const char* image, int firs
   to += threadIdx.x * 16;
 #pragma unroll
   for (int n = 0; n < Slice::bytes / 16; n += THREADS)
-    if (n + THREADS <= Slice::bytes / 16 || n + threadIdx.x < Slice::bytes / 16) copy_async(to + n * 16, image + n * 16);
+    if (n + THREADS <= Slice::bytes / 16 || n + threadIdx.x < Slice::bytes / 16) copy_16_async(to + n * 16, image + n * 16);
 }
 
 __device__ __forceinline__ float2 scaled(float a, float2 x) { return make_float2(a * x.x, a * x.y); }
@@ -402,7 +402,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * Kept::bytes, first);
     if (HALVES && first == 0 && threadIdx.x < 16) {
       const char* kept = (threadIdx.x < 8 ? states : d_states) + slot * Kept::bytes;
-      copy_async(shared + Shared::scales + threadIdx.x * 16, kept + Kept::scales + threadIdx.x % 8 * 16);
+      copy_16_async(shared + Shared::scales + threadIdx.x * 16, kept + Kept::scales + threadIdx.x % 8 * 16);
     }
     fetch_rows<ColumnsSlice>(slice + Shared::correction, corrections + slot * Columns::bytes, first);
     fetch_rows<ColumnsSlice>(slice + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
@@ -411,9 +411,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
       const int t = n / PIECES, column = n % PIECES * PIECE;
       const long long row = span.start + min(t, span.tokens - 1);
-      copy_async(OutputSlice::at(slice + Shared::d_output, t, column), d_o + (row * heads + head) * D + first + column, t < span.tokens);
+      copy_16_async(OutputSlice::at(slice + Shared::d_output, t, column), d_o + (row * heads + head) * D + first + column, t < span.tokens);
     }
-    close_copies();
+    commit_copies();
   };
   {
     Leaf<float> nats;

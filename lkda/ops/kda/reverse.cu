@@ -62,13 +62,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     fetch_packet(stage, packets + slot * Packet::bytes);
     fetch_values(stage + Stage::values, d_o, start, tokens, heads, head, columns);
     if (!SUMMARY) fetch_values(stage + Stage::values + Values::bytes, v, start, tokens, heads, head, columns);
-    close_copies();
+    commit_copies();
   };
   for (int step = 0; step < STAGES - 1; ++step) {
     if (step < chunks) {
       fetch(step);
     } else {
-      close_copies();
+      commit_copies();
     }
   }
 
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       if (step + STAGES - 1 < chunks) {
         fetch(step + STAGES - 1);
       } else {
-        close_copies();
+        commit_copies();
       }
     }
     char* stage = shared + opaque(step % STAGES * Stage::bytes);

@@ -57,13 +57,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     char* stage = shared + m % STAGES * Stage::bytes;
     fetch_packet(stage, packets + (static_cast<long long>(sequence.first_chunk + m) * heads + head) * Packet::bytes);
     if (columns < D) fetch_values(stage + Stage::values, v, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
-    close_copies();
+    commit_copies();
   };
   for (int m = 0; m < STAGES - 1; ++m) {
     if (m < chunks) {
       fetch(m);
     } else {
-      close_copies();
+      commit_copies();
     }
   }
 
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
       if (m + STAGES - 1 < chunks) {
         fetch(m + STAGES - 1);
       } else {
-        close_copies();
+        commit_copies();
       }
     }
     char* stage = shared + m % STAGES * Stage::bytes;

@@ -35,9 +35,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) kda_segments(
     if (piece < (segments - 1) * PIECES) {
       const float* from = matrices + matrix_of(piece / PIECES) + (warp * SHARE + piece % PIECES * PIECE) * D;
 #pragma unroll
-      for (int at = lane * 4; at < PIECE * D; at += 32 * 4) copy_async(stages + piece % STAGES * PIECE_BYTES + at * 4, from + at);
+      for (int at = lane * 4; at < PIECE * D; at += 32 * 4) copy_16_async(stages + piece % STAGES * PIECE_BYTES + at * 4, from + at);
     }
-    close_copies();
+    commit_copies();
   };
   for (int piece = 0; piece < STAGES - 1; ++piece) fetch(piece);
 

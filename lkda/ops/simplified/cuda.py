@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lkda.ops.dispatch import goes_straight, straight, wants_gradient
-from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture, fill_words
+from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture, fill_words, multiprocessors
 from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take
 
 HERE = Path(__file__).parent
@@ -104,16 +104,6 @@ def kernels(arch: str) -> list[Kernel]:
     return [scan_kernel(*scan) for scan in scans] + each + [mark_kernel()]
 
 
-@cache
-def _arch(device: torch.device) -> str:
-    return architecture(device)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _readable(x: Tensor) -> Tensor:
     """x itself where its rows are contiguous and aligned to 16 bytes, else a copy of which that is true."""
     if x.data_ptr() % 16 == 0:
@@ -165,8 +155,8 @@ def _forward(
     o, final_state, entering = _forward_outputs(q, cu_seqlens, keep)
     if cu_seqlens is not None:
         workspace.mark(cu_seqlens, initial_state, final_state, T)
-    kernel = scan_kernel("forward", _arch(q.device), D, q.dtype, cu_seqlens is not None)
-    blocks = min(B * H * workspace.chunks, BLOCKS * _multiprocessors(q.device))
+    kernel = scan_kernel("forward", architecture(q.device), D, q.dtype, cu_seqlens is not None)
+    blocks = min(B * H * workspace.chunks, BLOCKS * multiprocessors(q.device))
     kernel(
         (blocks, 1, 1),
         THREADS,
@@ -206,8 +196,8 @@ def _backward(
     grads = _backward_outputs(q, cu_seqlens)
     if cu_seqlens is not None:
         workspace.mark(cu_seqlens, grad_final, grads[4], T)
-    kernel = scan_kernel("backward", _arch(q.device), D, q.dtype, cu_seqlens is not None)
-    blocks = min(B * H * workspace.chunks, BLOCKS * _multiprocessors(q.device))
+    kernel = scan_kernel("backward", architecture(q.device), D, q.dtype, cu_seqlens is not None)
+    blocks = min(B * H * workspace.chunks, BLOCKS * multiprocessors(q.device))
     kernel(
         (blocks, 1, 1),
         THREADS,

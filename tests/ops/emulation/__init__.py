@@ -4,6 +4,7 @@ import ctypes
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,3 +57,5 @@ def kernels_on_the_cpu(monkeypatch, tmp_path):
         made[kernel](grid[0], block, *arguments)
 
     monkeypatch.setattr(Kernel, "__call__", launch)
+    few = SimpleNamespace(multi_processor_count=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: few)

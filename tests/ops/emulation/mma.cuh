@@ -1,5 +1,6 @@
 // As lkda/ops/include/mma.cuh, for a host compiler: each lane computes its own part from what the others show.
 #pragma once
+#include "async_copy.cuh"
 #include "numeric.cuh"
 
 struct tf32 {
@@ -64,11 +65,3 @@ inline void multiply(tf32, float2& top, float2& bottom, float2 a_top, float2 a_b
 }
 
 inline float round_to_tf32(float x) { return std::isfinite(x) ? __uint_as_float((__float_as_uint(x) + 0x1000) & ~0x1fffu) : x; }
-
-inline void copy_async(void* to, const void* from, bool valid = true) {
-  if ((reinterpret_cast<size_t>(to) | reinterpret_cast<size_t>(from)) % 16 != 0) abort();
-  valid ? memcpy(to, from, 16) : memset(to, 0, 16);
-}
-inline void close_copies() {}
-template <int NEWEST>
-void wait_copies() {}

@@ -1,0 +1,11 @@
+// As lkda/ops/include/async_copy.cuh, for a host compiler: copies land at once.
+#pragma once
+#include "cuda.h"
+
+inline void copy_16_async(void* to, const void* from, bool valid = true) {
+  if ((reinterpret_cast<size_t>(to) | reinterpret_cast<size_t>(from)) % 16 != 0) abort();
+  valid ? memcpy(to, from, 16) : memset(to, 0, 16);
+}
+inline void commit_copies() {}
+template <int NEWEST>
+void wait_copies() {}
