@@ -2,8 +2,9 @@
 
     python -m lkda.bench.first_use --out docs/results/first_use_h100/first_use.json
 
-Each is a fresh process that has imported torch, used the GPU and made the inputs; what counts is the import of lkda and
-the operator's first forward and backward.
+Each is a fresh process that has imported torch, used the GPU, taken a gradient (whose first `torch.autograd.grad` imports
+sympy, which takes seconds where its bytecode is not cached) and made the inputs; what counts is the import of lkda and the
+operator's first forward and backward.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from lkda.bench.measure import header
 PROGRAM = """
 import time, torch
 x = torch.randn(64, 64, device="cuda", requires_grad=True)
-(x @ x).sum().backward()
+y = x @ x
+torch.autograd.grad(y, x, torch.ones_like(y))
 torch.cuda.synchronize()
 start = time.perf_counter()
 from lkda.bench import ops
