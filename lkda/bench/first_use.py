@@ -2,9 +2,9 @@
 
     python -m lkda.bench.first_use --out docs/results/first_use_h100/first_use.json
 
-Each is a fresh process that has imported torch, used the GPU, taken a gradient (whose first `torch.autograd.grad` imports
-sympy, which takes seconds where its bytecode is not cached) and made the inputs; what counts is the import of lkda and the
-operator's first forward and backward.
+Each is a fresh process that has imported torch, used the GPU and made the inputs; what counts is the import of lkda and
+the operator's first forward and backward. It has taken a gradient before, too: torch's first `torch.autograd.grad`
+imports sympy, which takes seconds where no bytecode of it is kept.
 """
 
 from __future__ import annotations
@@ -60,15 +60,17 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no CUDA device.")
-    rows: list[dict[str, Any]] = []
+    machine, rows = header(torch.device("cuda", 0)), list[dict[str, Any]]()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.out.with_suffix(".part")
     for op in ("simplified", "kda"):
         for head_dim in (64, 128):
             with tempfile.TemporaryDirectory() as cache:
                 cold, warm = (seconds(op, head_dim, cache) for _ in range(2))
             rows.append({"op": op, "D": head_dim, "seconds_compiling": cold, "seconds_cached": warm})
             print(f"{op} {head_dim}: {cold:.2f} s with an empty cache, {warm:.2f} s with a full one", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"header": header(torch.device("cuda", 0)), "rows": rows}, indent=1) + "\n")
+            partial.write_text(json.dumps({"header": machine, "rows": rows}, indent=1) + "\n")
+            os.replace(partial, options.out)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import torch
 
 from lkda.ops import kda_attention
 from lkda.ops.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
-from lkda.ops.kda import cuda, cuda_recurrent
+from lkda.ops.kda import cuda, cuda_kernels, cuda_plan, cuda_recurrent
 from lkda.ops.kda.segments import segment_count
+from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS
 from tests.ops.cases import GATES, LENGTHS, kda_inputs, poisoned, relative
 from tests.ops.yardstick import kda_truth, kda_yardstick, outputs_and_gradients
 
@@ -72,7 +73,7 @@ def test_values_wider_than_keys_are_refused():
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_fits_the_architecture(arch):
-    kernels = cuda.kernels(arch) + cuda_recurrent.kernels(arch)
+    kernels = cuda_kernels.kernels(arch) + cuda_recurrent.kernels(arch)
     assert all(kernel.shared_bytes <= SHARED_BYTES_PER_BLOCK[arch] for kernel in kernels)
     smallest = min(kernels, key=lambda kernel: kernel.module.source.stat().st_size)
     assert smallest.module.binary(arch).resources()[smallest.entry].spill_bytes == 0
@@ -82,12 +83,12 @@ def test_every_kernel_fits_the_architecture(arch):
 @needs_gpu
 class TestError:
     @pytest.mark.parametrize("T", LENGTHS)
-    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("D", HEAD_DIMS)
     def test_at_every_gate_head_size_and_length(self, D, T):
         assert_within_yardstick(every_gate(2, T, D))
 
     @pytest.mark.parametrize("T", [17, 65, 200])
-    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("D", HEAD_DIMS)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
     def test_in_other_dtypes(self, dtype, D, T):
         assert_within_yardstick(every_gate(2, T, D, dtype=dtype))
@@ -106,7 +107,7 @@ class TestError:
         for name, error in theirs.items():
             assert relative(got[name], want[name]) <= error, name
 
-    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("D", HEAD_DIMS)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_of_packed_sequences_with_empty_ones(self, D, dtype):
         inputs = every_gate(1, PACKED[-1], D, dtype=dtype)
@@ -114,11 +115,11 @@ class TestError:
         inputs["initial_state"] = torch.randn(len(PACKED) - 1, heads, D, D, device="cuda")
         assert_within_yardstick(inputs, cu_seqlens=torch.tensor(PACKED, device="cuda"))
 
-    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("D", HEAD_DIMS)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     @pytest.mark.parametrize("packed", [False, True])
     def test_of_sequences_in_segments(self, packed, dtype, D, monkeypatch):
-        monkeypatch.setattr(cuda, "segment_count", lambda sequences, heads, chunks: 4)
+        monkeypatch.setattr(cuda_plan, "segment_count", lambda sequences, heads, chunks: 4)
         inputs = every_gate(1 if packed else 2, PACKED[-1], D, dtype=dtype)
         options = {}
         if packed:
@@ -127,12 +128,12 @@ class TestError:
             options = {"cu_seqlens": torch.tensor(PACKED, device="cuda")}
         assert_within_yardstick(inputs, **options)
 
-    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("D", HEAD_DIMS)
     def test_segments_change_nothing_but_roundings(self, D, monkeypatch):
         inputs = on_gpu(1, 8192, 4, D)
         assert segment_count(1, 4, 8192 // 64) > 1
         cut = run(inputs)
-        monkeypatch.setattr(cuda, "segment_count", lambda sequences, heads, chunks: 1)
+        monkeypatch.setattr(cuda_plan, "segment_count", lambda sequences, heads, chunks: 1)
         for name, x in run(inputs).items():
             assert relative(cut[name], x) < 8e-3, name
 
@@ -141,13 +142,13 @@ class TestError:
         inputs["beta"] = (inputs["beta"] > 0.5).float()
         assert_within_yardstick(inputs)
 
-    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("D", HEAD_DIMS)
     def test_with_beta_of_one_in_every_token(self, D):
         inputs = every_gate(2, 300, D)
         inputs["beta"] = torch.ones_like(inputs["beta"])
         assert_within_yardstick(inputs)
 
-    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("D", HEAD_DIMS)
     def test_with_beta_of_zero_in_every_token(self, D):
         inputs = every_gate(2, 300, D)
         inputs["beta"] = torch.zeros_like(inputs["beta"])
@@ -174,8 +175,8 @@ class TestError:
         for name, x in want.items():
             assert relative(got[name], x) < 1e-3, name
 
-    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
-    @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
+    @pytest.mark.parametrize("D", HEAD_DIMS)
+    @pytest.mark.parametrize("dtype", ELEMENTS)
     def test_of_the_recurrence(self, D, dtype):
         inputs = every_gate(2, 130, D, dtype=dtype)
         with poisoned(), torch.no_grad():
@@ -203,7 +204,7 @@ class TestProperties:
         kda_attention(*leaves, backend="cuda")[0].sum().backward()  # a gradient of stride 0
         assert all(x.grad.isfinite().all() for x in leaves)
 
-    @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
+    @pytest.mark.parametrize("D", HEAD_DIMS)
     def test_bitwise_equal_from_run_to_run(self, D):
         inputs = on_gpu(2, 1500, 4, D)
         first = run(inputs)

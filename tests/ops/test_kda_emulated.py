@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from lkda.ops.kda import cuda
+from lkda.ops.kda import cuda, cuda_kernels, cuda_plan
 from tests.ops.cases import kda_inputs, relative
 from tests.ops.emulation import Emulated, kernels_on_the_cpu  # noqa: F401
 from tests.ops.yardstick import kda_truth, outputs_and_gradients
@@ -28,11 +28,11 @@ ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # ab
 )
 def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, monkeypatch):
     """With segments, of two chunks each, the last one shorter and one empty."""
-    monkeypatch.setattr(cuda, "WARPGROUPS", warpgroups)
+    monkeypatch.setattr(cuda_kernels, "WARPGROUPS", warpgroups)
     B, T, H = 1, 70 if segments == 1 else 300, 64 // D
     inputs = kda_inputs(B, T, H, D, D, gate=gate, dtype=dtype)
     q, k, v, g, beta, state = inputs.values()
-    layout, scale = cuda.Layout(D, dtype), D**-0.5
+    layout, scale = cuda_kernels.Layout(D, dtype), D**-0.5
     slots = B * -(-T // layout.chunk)
     generator = torch.Generator().manual_seed(1)  # as `outputs_and_gradients` draws them
     grad_o, grad_state = torch.randn(v.shape, generator=generator), torch.randn(state.shape, generator=generator)
@@ -50,7 +50,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
     parts = unwritten(slots, H, D // 16, layout.chunk)
 
     def scan(name, part, *tensors):
-        launch = cuda.Scan(name, D, dtype, ARCH, part)
+        launch = cuda_kernels.Scan(name, D, dtype, ARCH, part)
         (folder := tmp_path / f"{name}_{part}").mkdir()
         run = Emulated(launch.kernel, folder)
         run(B * segments * H * launch.blocks, 32 * launch.warps, *tensors, None, B, T, H, segments)
@@ -60,12 +60,12 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
         run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, segments, H, int(backward))
         return found
 
-    prepare = Emulated(cuda._prepare_kernel(D, dtype, ARCH), tmp_path)
+    prepare = Emulated(cuda_kernels.prepare_kernel(D, dtype, ARCH), tmp_path)
     prepare(min(3, slots * H), layout.threads, q, k, g, beta, packets, None, slots * H, T, H, scale)
     enters, leaves = state, grad_state
     if segments > 1:
         offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
-        run = Emulated(cuda._segments_kernel(D, ARCH), tmp_path)
+        run = Emulated(cuda_kernels.segments_kernel(D, ARCH), tmp_path)
         scan("scan", "summary", packets, v, None, None, offsets, None, None, transposed, transitions)
         enters = entries(transposed, offsets, state, backward=False)
         scan("reverse", "summary", packets, None, grad_o, None, d_offsets, None, None, None)
@@ -73,7 +73,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
     scan("scan", "whole", packets, v, enters, got["o"], got["final_state"], states, corrections, None, None)
     kept = (got["dinitial_state"], d_states, d_corrections, parts)
     scan("reverse", "whole", packets, v, grad_o, leaves, *kept)
-    gradients = Emulated(cuda._gradients_kernel(D, dtype, ARCH), tmp_path)
+    gradients = Emulated(cuda_kernels.gradients_kernel(D, dtype, ARCH), tmp_path)
     given = (q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, parts, state, grad_state)
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
     gradients(slots * H, layout.threads, *given, *results, None, T, H, scale)
@@ -90,8 +90,8 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
 )
 def test_the_op_around_the_kernels(T, packed, state, segments, monkeypatch):
     """Forward, what is kept, backward: the launches and their arguments as a GPU would get them."""
-    monkeypatch.setattr(cuda, "architecture", lambda device: ARCH)
-    monkeypatch.setattr(cuda, "segment_count", lambda *sizes: segments)
+    monkeypatch.setattr(cuda_plan, "architecture", lambda device: ARCH)
+    monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
     inputs, D = kda_inputs(1, T, 2, 32, 32, gate="slow", dtype=torch.bfloat16), 32
     options = {}
     if packed:

@@ -12,7 +12,8 @@ from torch import Tensor
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
 from lkda.ops import kda_attention, softmax_attention
 from lkda.ops.jit import Kernel
-from lkda.ops.kda import cuda, cuda_recurrent
+from lkda.ops.kda import cuda_kernels, cuda_recurrent
+from lkda.ops.kernel_inputs import ELEMENTS
 
 NAMES = ("q", "k", "v", "g", "beta")
 LONGEST_SOFTMAX = 2**15  # beyond, a call takes a second
@@ -87,10 +88,10 @@ def _sdpa() -> Mapping[str, Entrant]:
 
 
 def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
-    listed = {"cuda": cuda.kernels, "cuda_recurrent": cuda_recurrent.kernels}.get(word)
+    listed = {"cuda": cuda_kernels.kernels, "cuda_recurrent": cuda_recurrent.kernels}.get(word)
     if listed is None:
         return []
-    variant = {f"HEAD_DIM={shape.D}", f"ELEMENT={cuda.ELEMENTS[dtype]}"}
+    variant = {f"HEAD_DIM={shape.D}", f"ELEMENT={ELEMENTS[dtype]}"}
     found = [kernel for kernel in listed(arch) if variant <= set(kernel.module.defines)]
     return [kernel for kernel in found if mode != "fwd" or kernel.entry in ("kda_prepare", "kda_scan", "kda_recurrent")]
 
