@@ -32,7 +32,7 @@ from lkda.commands.settings import (
 from lkda.commands.summary import summarize
 from lkda.data.module import IndexedDataModule
 from lkda.models.lm import LanguageModel
-from lkda.training.accuracy import columns
+from lkda.training import accuracy, positions
 from lkda.training.callbacks import (
     Checkpoints,
     DivergedError,
@@ -223,6 +223,7 @@ def _fit(
         optimizer=settings["optimizer"],
         scheduler=settings["scheduler"],
         total_steps=plan.steps,
+        context=data.context,
         bytes_per_token=data.bytes_per_token,
         parts=data.parts,
         compile=plan.config.compile,
@@ -253,7 +254,9 @@ def _fit(
 def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.Trainer:
     """The trainer of the configuration's group, with this run's callbacks before those of the group callbacks."""
     chosen = [node for node in plan.config.logger.values() if node]
-    loggers = [MetricsCSV(run.metrics, also=columns(plan.facts["parts"]), resume_step=plan.step)]
+    parts, context = plan.facts["parts"], plan.facts["context"]
+    also = accuracy.columns(parts) if parts else positions.columns(context)
+    loggers = [MetricsCSV(run.metrics, also=also, resume_step=plan.step)]
     loggers += [instantiate(node)(save_dir=str(run.path), config=plan.settings) for node in chosen]
     options = {key: value for key, value in plan.settings["trainer"].items() if key != "max_tokens"}
     options |= {"accelerator": plan.device.type, "max_steps": plan.steps, "default_root_dir": str(run.path)}

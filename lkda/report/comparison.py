@@ -153,8 +153,11 @@ def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
     texts = all(run.summary.get("val/bits_per_byte") is not None for run in comparison.runs)
     y, loss = ("val/bits_per_byte", "Bits per byte") if across and texts else ("val/loss", "Loss")
     scale = groups[0].mean("val/bits_per_byte") / groups[0].mean("val/loss") if texts and not across else None
-    return {
+    by_position = None if across else plots.loss_by_position(groups, bits_per_nat=scale)
+    drawn = {
         ("loss_by_tokens", f"{loss} against tokens"): plots.loss_curves(groups, x="tokens", y=y, bits_per_nat=scale),
         ("loss_by_seconds", f"{loss} against time"): plots.loss_curves(groups, x="seconds", y=y, bits_per_nat=scale),
+        ("loss_by_position", "Loss by position in the context"): by_position,
         ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(groups, y=y),
     }
+    return {name: picture for name, picture in drawn.items() if picture is not None}

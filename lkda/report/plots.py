@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from lkda.report.curves import Curve, mean_curve, running_mean
 from lkda.report.groups import Group
 from lkda.report.labels import Label, label_ends, label_points
+from lkda.report.runs import Run
 from lkda.report.theme import LINES, MARKERS, Picture, Theme, picture, turns
 from lkda.report.units import count, memory
 
@@ -69,6 +70,62 @@ def loss_curves(groups: Sequence[Group], *, x: str, y: str, bits_per_nat: float 
         return figure
 
     return picture(draw)
+
+
+def loss_by_position(groups: Sequence[Group], *, bits_per_nat: float | None = None) -> Picture | None:
+    """The last validation's loss in each range of positions of the context, a point at the middle of the range on a log
+    axis, the mean of a group's seeds in a band from the least to the greatest. None where a run has not measured it.
+
+    Args:
+        bits_per_nat: as in `loss_curves`.
+    """
+    found = [[_by_position(run) for run in group.runs] for group in groups]
+    shared = set.intersection(*(set(losses) for runs in found for losses in runs))
+    starts = sorted(shared)[2:]  # the first two tokens are as hard for every model, and harder than all that follow
+    if len(starts) < 2:
+        return None
+    context = groups[0].runs[0].summary["context"]
+    middles = [math.sqrt(start * (min(2 * start, context) - 1)) for start in starts]
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        labels = []
+        turn_of = turns([group.mixer for group in groups])
+        for group, runs, turn, colour in zip(groups, found, turn_of, _colours(groups, theme)):
+            losses = np.array([[losses[start] for start in starts] for losses in runs])
+            mean = losses.mean(0)
+            marker = MARKERS[turn % len(MARKERS)]
+            axes.plot(
+                middles,
+                mean,
+                color=colour,
+                linewidth=1.7,
+                linestyle=LINES[turn % len(LINES)],
+                marker=marker,
+                markersize=4.5,
+            )
+            axes.fill_between(middles, losses.min(0), losses.max(0), color=colour, alpha=0.18, linewidth=0)
+            labels.append(Label(middles[-1], mean[-1], f"{group.label}  {mean[-1]:.3f}", colour))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks([start for start in starts if start <= middles[-1]])
+        axes.set_xlabel("position in the context (token)")
+        axes.set_ylabel("validation " + NAMES["val/loss"])
+        if bits_per_nat is not None:
+            _second_scale(axes, bits_per_nat, theme)
+        label_ends(axes, labels)
+        return figure
+
+    return picture(draw)
+
+
+def _by_position(run: Run) -> dict[int, float]:
+    """First position of a range -> the last validation's loss there."""
+    head = "val/loss/from_"
+    row = next(row for row in reversed(run.metrics) if "val/loss" in row)
+    return {int(name.removeprefix(head)): loss for name, loss in row.items() if name.startswith(head)}
 
 
 def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:

@@ -71,6 +71,4 @@ class PartMetrics(nn.Module):
 
 def columns(parts: Sequence[Mapping[str, int]]) -> list[str]:
     """The columns of metrics.csv that `PartMetrics` fills and a run without parts has not."""
-    if not parts:
-        return []
     return ["val/accuracy", "val/sequence_accuracy", *(column(metric, part) for part in parts for metric in METRICS)]

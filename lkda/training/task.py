@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 from lkda.models.build import build_model
 from lkda.training.accuracy import PartMetrics
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
+from lkda.training.positions import PositionLoss
 
 # {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets ask: their flat places, asked [N],
 # and the number of the batch's part.
@@ -36,14 +37,15 @@ class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
     Logged: train/loss at every step; val/loss and val/perplexity, the means over every validation target (not over
-    batches, whose numbers of targets differ); bits per byte beside both losses where the tokens are text. Where the
-    validation has parts: what `PartMetrics` computes.
+    batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
+    the tokens are text. Where the validation has parts: what `PartMetrics` computes.
 
     Args:
         model_config: what `build_model` takes: plain names and numbers.
         optimizer: what `build_optimizer` takes.
         scheduler: what `learning_rate_factor` takes.
         total_steps: optimiser steps of the whole run, for the schedule.
+        context: tokens of a sequence, at most.
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
         parts: of the validation; see `lkda.training.accuracy`.
         compile: whether `torch.compile` takes the model and its loss.
@@ -56,6 +58,7 @@ class LanguageModelTask(L.LightningModule):
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any],
         total_steps: int,
+        context: int,
         bytes_per_token: float | None,
         parts: Sequence[Mapping[str, int]] = (),
         compile: bool = False,
@@ -67,8 +70,10 @@ class LanguageModelTask(L.LightningModule):
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
         self.val_mean = MeanMetric()
+        self.val_positions = PositionLoss(context)
         self.val_parts = PartMetrics(parts, vocab_size=self.model.config["vocab_size"]) if parts else None
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
+        self._losses = torch.compile(self._eager_losses, dynamic=False) if compile else self._eager_losses
 
     def _eager_loss(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, asked: Tensor | None = None
@@ -77,6 +82,12 @@ class LanguageModelTask(L.LightningModule):
             return next_token_loss(self.model(tokens, cu_seqlens=cu_seqlens), targets)
         logits = self.model.logits_at(tokens, asked, cu_seqlens=cu_seqlens)
         return F.cross_entropy(logits.float(), targets.flatten()[asked])
+
+    def _eager_losses(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Of each target, [B, T]."""
+        logits = self.model(tokens, cu_seqlens=cu_seqlens)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
+        return losses.view_as(targets)
 
     def _with_bits(self, name: str, loss: Tensor) -> dict[str, Tensor]:
         """The loss in nats a token, and in bits a byte, which compares across tokenizers, where the tokens are text."""
@@ -93,8 +104,10 @@ class LanguageModelTask(L.LightningModule):
             self.val_parts.measure(self.model, batch)
             return
         targets: Tensor = batch["targets"]
-        loss = self._loss(batch["tokens"], targets, batch["cu_seqlens"], batch.get("asked"))
-        self.val_mean.update(loss, weight=(targets != -100).sum())
+        losses = self._losses(batch["tokens"], targets, batch["cu_seqlens"])
+        asked = (targets != -100).sum()
+        self.val_mean.update(losses.sum() / asked, weight=asked)
+        self.val_positions.update(losses, targets, batch["cu_seqlens"])
 
     def on_validation_epoch_end(self) -> None:
         if self.val_parts is not None:
@@ -102,7 +115,8 @@ class LanguageModelTask(L.LightningModule):
             return
         loss = self.val_mean.compute()
         self.val_mean.reset()
-        self.log_dict(self._with_bits("val", loss) | {"val/perplexity": loss.exp()}, logger=False)
+        by_position = self.val_positions.compute()
+        self.log_dict(self._with_bits("val", loss) | {"val/perplexity": loss.exp()} | by_position, logger=False)
 
     def configure_gradient_clipping(
         self,
