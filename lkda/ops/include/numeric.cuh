@@ -1,6 +1,12 @@
 // Element types in memory and their float32 values, in pairs. No toolkit header: NVRTC parses nothing else.
 #pragma once
 
+// x, of which the compiler knows nothing: what follows from it is computed where it is needed, not held in registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 struct bfloat16 {
   unsigned short bits;
 };
@@ -75,6 +81,18 @@ __device__ __forceinline__ void stream_pair_if(bool wanted, float* at, float2 x)
   asm volatile("{.reg .pred p;\n setp.ne.s32 p, %0, 0;\n @p st.global.cs.v2.f32 [%1], {%2, %3};}" ::"r"(int(wanted)), "l"(at),
                "f"(x.x), "f"(x.y)
                : "memory");
+}
+
+// 16 bytes to global memory at once. Of a uint4 whose parts it knows the compiler may make four stores.
+__device__ __forceinline__ void store_16(void* at, const unsigned (&word)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+}
+
+// The greater, or NaN where either is.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float greater;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(greater) : "f"(x), "f"(y));
+  return greater;
 }
 
 // -infinity, repeated through a 32-bit word.

@@ -8,12 +8,6 @@
 #pragma once
 #include "mma.cuh"
 
-// x, of which the compiler knows nothing: what follows from it is computed where it is needed, not held in registers.
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ int lane_row() { return lane_id() / 4; }
 __device__ __forceinline__ int lane_column() { return 2 * (lane_id() % 4); }

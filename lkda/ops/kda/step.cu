@@ -99,25 +99,17 @@ __device__ __forceinline__ Raw<16> rounded(bfloat16, const Numbers<8>& x, float*
   return raw;
 }
 __device__ __forceinline__ Raw<16> rounded(int8, const Numbers<16>& x, float* factor) {
-  float largest = 0.f, poison = 0.f;  // a NaN anywhere makes the row's factor one
+  float largest = 0.f;  // a NaN anywhere makes the row's factor one
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    largest = fmaxf(largest, fabsf(x.x[i]));
-    poison = fmaf(0.f, x.x[i], poison);
-  }
-  largest += poison;
+  for (int i = 0; i < 16; ++i) largest = max_or_nan(largest, fabsf(x.x[i]));
 #pragma unroll
-  for (int other = LANES / 2; other > 0; other /= 2) {
-    const float theirs = __shfl_xor_sync(0xffffffffu, largest, other);
-    largest = theirs <= largest || largest != largest ? largest : theirs;
-  }
+  for (int other = LANES / 2; other > 0; other /= 2) largest = max_or_nan(largest, __shfl_xor_sync(0xffffffffu, largest, other));
   *factor = largest * (1.f / 127.f);
   const float inverse = largest > 1e-30f ? 127.f * reciprocal(largest) : 0.f;
   Raw<16> raw;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const float code = fminf(fmaxf(x.x[i] * inverse, -127.f), 127.f);
-    const unsigned byte = __float_as_uint(code + 12582912.f) & 0xffu;  // 1.5 * 2^23: to the nearest integer
+    const unsigned byte = __float_as_uint(fmaf(x.x[i], inverse, 12582912.f)) & 0xffu;  // 1.5 * 2^23: to the nearest integer
     raw.word[i / 4] = i % 4 ? raw.word[i / 4] | byte << 8 * (i % 4) : byte;
   }
   return raw;
@@ -133,9 +125,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int thread = threadIdx.x, group = thread / LANES, column = thread % LANES * COLUMNS;
   const int channels = heads * D;
 
+  float write_logit = 0.f, decay_log = 0.f;
   // All of a unit's inputs are asked for: each thread its own part of the state, each warp some rows of the rest.
   auto ask = [&](int unit) {
+    const int thread = opaque(threadIdx.x), group = thread / LANES, column = thread % LANES * COLUMNS;  // anew: registers are short
     const int head = unit % heads, sequence = unit / heads;
+    write_logit = load_number(beta_logits + unit);
+    if (gate_logits) decay_log = a_log[head];
     const State* from = state + static_cast<long long>(unit) * D * D + column;
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) copy_16_async(&shared.state[j * THREADS + thread], from + (j * GROUPS + group) * D);
@@ -164,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
     const int head = unit % heads, sequence = unit / heads;
-    const float beta = strength * sigmoid(load_number(beta_logits + unit));
+    const float beta = strength * sigmoid(write_logit);
     wait_copies<0>();
     Raw<16> raw[ROWS];
 #pragma unroll
@@ -174,7 +170,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     __syncthreads();
 
+#if __CUDA_ARCH__ < 900  // each compiler wants its own way around spills
+    for (int i = opaque(thread); i < 3 * D; i += THREADS) {
+#else
     for (int i = thread; i < 3 * D; i += THREADS) {
+#endif
       const int stream = i / D, channel = i % D;
       float y = load_either(shared.tokens[stream], channel, 0);
       if (width > 0)
@@ -186,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       float g = 0.f;
       if (gate_logits) {
         const float z = per_head ? load_number(gate_logits + unit) + dt_bias[head] : load_either(shared.logits, i, 0) + shared.bias[i];
-        const float A = exp2_fast(LOG2E * a_log[head]);
+        const float A = exp2_fast(LOG2E * decay_log);
         g = bounded ? lower_bound * sigmoid(A * z) : -A * softplus(z);
       }
       shared.factor[i] = exp2_fast(LOG2E * g) * (sizeof(State) == 1 ? shared.row_factors[i] : 1.f);
@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       Numbers<COLUMNS> x;
 #pragma unroll
       for (int i = 0; i < COLUMNS; ++i) x.x[i] = fmaf(factor, number(State{}, raw[j], i), write * c.x[i]);
-      put(own + row * D, rounded(State{}, x, &factor));
+      store_16(own + row * D, rounded(State{}, x, &factor).word);
       if (sizeof(State) == 1 && j % 2) nothing = zero_after(factor);
       if (sizeof(State) == 1 && column == 0) factors[static_cast<long long>(unit) * D + row] = factor;
     }

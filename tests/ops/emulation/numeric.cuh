@@ -2,6 +2,8 @@
 #pragma once
 #include "cuda.h"
 
+inline int opaque(int x) { return x; }
+
 struct bfloat16 {
   unsigned short bits;
 };
@@ -52,3 +54,8 @@ template <class Element>
 void stream_pair_if(bool wanted, Element* at, float2 x) {
   if (wanted) store_pair(at, x);
 }
+inline void store_16(void* at, const unsigned (&word)[4]) {
+  if (reinterpret_cast<size_t>(at) % 16 != 0) abort();
+  memcpy(at, word, 16);
+}
+inline float max_or_nan(float x, float y) { return x != x || y != y ? x + y : fmaxf(x, y); }
