@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_longest = WeakTensorKeyDictionary()  # bounds -> (their version, the longest sequence)
 
 
 def lengths_of(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
@@ -16,6 +19,21 @@ def lengths_of(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
         return [length] * batch
     bounds = cu_seqlens.tolist()
     return [end - start for start, end in zip(bounds, bounds[1:])]
+
+
+def longest(cu_seqlens: Tensor, length: int) -> int:
+    """Tokens of the longest sequence, or `length`, of the whole row, where it cannot be known: in a traced or captured
+    call. Read from the device once for a batch, by its first layer (by each, of bounds made in inference mode, which
+    cannot tell when they change); a word with the host."""
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return length
+    if cu_seqlens.is_inference():
+        return int(cu_seqlens.diff().max())
+    version, tokens = _longest.get(cu_seqlens, (None, 0))
+    if version != cu_seqlens._version:
+        tokens = int(cu_seqlens.diff().max())
+        _longest[cu_seqlens] = (cu_seqlens._version, tokens)
+    return tokens
 
 
 def positions(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:

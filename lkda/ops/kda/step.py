@@ -60,8 +60,7 @@ def _plain(
 
 
 BACKENDS: dict[str, Backend] = {
-    # Not chosen by itself until a GPU has run it: so far its source was run on a CPU.
-    "cuda": Backend(cuda_step.kda_step_cuda, cuda_step.reason_cannot_run, automatic=False),
+    "cuda": Backend(cuda_step.kda_step_cuda, cuda_step.reason_cannot_run),
     "plain": Backend(_plain),
 }
 # The kernel takes filters of up to 4 taps and no float64.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
-from lkda.ops.sequences import lengths_of
+from lkda.ops.sequences import lengths_of, longest
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -51,12 +51,12 @@ def _sdpa_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tens
     K, V = q.shape[-1], v.shape[-1]
     if cu_seqlens is None or not (q.is_cuda and half and V <= K <= 256 and K % 8 == 0):
         return _per_sequence(_sdpa)(q, k, v, scale, cu_seqlens)
-    # All sequences in one launch, with no word between host and device: the kernel behind SDPA, called by its name.
-    # It takes heads of one size, so narrower values are filled up.
+    # All sequences in one launch: the kernel behind SDPA, called by its name. It takes heads of one size, so narrower
+    # values are filled up; and it launches blocks for every sequence as for the longest, which must be known therefore.
     v = F.pad(v, (0, K - V))
-    bounds, T = cu_seqlens.to(torch.int32), q.shape[1]
+    bounds, most = cu_seqlens.to(torch.int32), longest(cu_seqlens, q.shape[1])
     o, *_ = torch.ops.aten._flash_attention_forward(
-        q[0], k[0], v[0], bounds, bounds, T, T, 0.0, True, False, scale=scale
+        q[0], k[0], v[0], bounds, bounds, most, most, 0.0, True, False, scale=scale
     )
     return o[..., :V].unsqueeze(0)
 
