@@ -1,6 +1,9 @@
 """How the error of KDA's state grows while decoding, for each way to keep it: against float64, on a CPU.
 
-`python -m lkda.bench.state_error --out docs/results/kda_state_dtypes` takes several minutes; JSON and a plot.
+    python -m lkda.bench.state_error --out docs/results/kda_state_dtypes
+    python -m lkda.bench.state_error --out docs/results/kda_state_dtypes_rare --rare --head-dim 32 --sequences 1
+
+take several minutes each, and write errors.json; `python -m lkda.report.redraw` makes table and plot of it.
 
 Keys and queries are random unit vectors, values N(0, 1), beta = sigmoid(N(0, 1)); the decay is one number throughout.
 With --rare only every 100th token writes (beta is 0 otherwise): the state is mostly held, as one is that remembers.
@@ -12,39 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
 
 from lkda.ops.kda.recurrent import kda_step_recurrent
-from lkda.ops.kda.state import pack_state, unpack_state
+from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 0.0)  # nats a token
 STEPS = 10_000
 RARE = 100  # tokens from one write to the next, with --rare
 WINDOW = 50  # tokens, over which the error of o is taken
-
-
-def _nearest_int8(state: Tensor) -> Tensor:
-    factor = (state.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
-    return (state / factor).round() * factor
-
-
-def _packed(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda state: unpack_state(pack_state(state, dtype))
-
-
-KEPT: dict[str, Callable[[Tensor], Tensor]] = {
-    "float32": lambda state: state,
-    "bfloat16": _packed(torch.bfloat16),
-    "bfloat16, to nearest": lambda state: state.bfloat16().float(),
-    "int8": _packed(torch.int8),
-    "int8, to nearest": _nearest_int8,
-}
 
 
 def error_growth(steps: int, sequences: int, head_dim: int, *, rare: bool) -> list[dict[str, Any]]:
@@ -53,8 +36,8 @@ def error_growth(steps: int, sequences: int, head_dim: int, *, rare: bool) -> li
     B, H, D = sequences, len(DECAYS), head_dim
     g = -torch.tensor(DECAYS, dtype=torch.float64).view(1, H, 1).expand(B, H, D)
     truth = torch.zeros(B, H, D, D, dtype=torch.float64)
-    states = {name: truth.float() for name in KEPT}
-    wrong = {name: torch.zeros(H, dtype=torch.float64) for name in KEPT}
+    states = {name: truth.float() for name in STATE_DTYPES}
+    wrong = {name: torch.zeros(H, dtype=torch.float64) for name in STATE_DTYPES}
     right = torch.zeros(H, dtype=torch.float64)
     told = {int(x) for x in torch.logspace(2, 4, 9).round()} | {steps}
     rows = []
@@ -71,12 +54,12 @@ def error_growth(steps: int, sequences: int, head_dim: int, *, rare: bool) -> li
             for sums in wrong.values():
                 sums.zero_()
         right += want.square().sum((0, 2))
-        for name, keep in KEPT.items():
+        for name, dtype in STATE_DTYPES.items():
             o, state = kda_step_recurrent(*inputs, states[name], D**-0.5)  # type: ignore[call-arg, arg-type]
-            states[name] = keep(state)
+            states[name] = unpack_state(pack_state(state, dtype))
             wrong[name] += (o - want).square().sum((0, 2))
         if min(abs(step - x) for x in told) < WINDOW and step % WINDOW == 0:
-            for name in KEPT:
+            for name in STATE_DTYPES:
                 of_o = (wrong[name] / right).sqrt().tolist()
                 of_state = ((states[name] - truth).square().sum((0, 2, 3)) / truth.square().sum((0, 2, 3))).sqrt()
                 rows += [
@@ -84,25 +67,6 @@ def error_growth(steps: int, sequences: int, head_dim: int, *, rare: bool) -> li
                     for decay, x, y in zip(DECAYS, of_o, of_state.tolist())
                 ]
     return rows
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel a decay: the error of o by step."""
-    from matplotlib.figure import Figure
-
-    decays = sorted({row["decay"] for row in rows}, reverse=True)
-    figure = Figure(figsize=(3 * len(decays), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(decays), sharey=True, squeeze=False)[0]
-    for panel, decay in zip(panels, decays):
-        for name in dict.fromkeys(row["kept"] for row in rows):
-            found = [row for row in rows if row["kept"] == name and row["decay"] == decay]
-            style = "--" if "nearest" in name else "-"
-            panel.loglog([row["step"] for row in found], [row["error_o"] for row in found], style, label=name)
-        panel.set(title=f"decay of {decay:g} nats a token", xlabel="tokens")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("relative error of o")
-    panels[-1].legend(fontsize="x-small")
-    figure.savefig(path)
 
 
 def main() -> None:
@@ -117,15 +81,12 @@ def main() -> None:
     rows = error_growth(options.steps, options.sequences, options.head_dim, rare=options.rare)
     header = {"device": "cpu", "torch": torch.__version__, "sequences": options.sequences}
     header |= {"head_dim": options.head_dim, "rare": options.rare}
-    name = "errors_rare" if options.rare else "errors"
-    partial = options.out / f"{name}.json.partial"
+    partial = options.out / "errors.json.partial"
     partial.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
-    os.replace(partial, options.out / f"{name}.json")
-    plot(rows, options.out / f"{name}.svg")
+    os.replace(partial, options.out / "errors.json")
     last = max(row["step"] for row in rows)
-    for kept in KEPT:
-        found = [f"{row['error_o']:.1e}" for row in rows if row["kept"] == kept and row["step"] == last]
-        print(f"{kept:22s}", *found)
+    for kept in STATE_DTYPES:
+        print(f"{kept:10s}", *(f"{row['error_o']:.1e}" for row in rows if (row["kept"], row["step"]) == (kept, last)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lkda.report import bench_report, comparison
+from lkda.report import bench_report, comparison, state_error
 from lkda.report.bench import read_benchmark
 from lkda.report.comparison import RESULTS, read_results
 
@@ -14,16 +14,18 @@ BENCHMARK = "benchmark.json"
 
 
 def redraw(directory: Path) -> None:
-    """Writes tables, plots and the page of the comparison or benchmark in `directory` anew.
+    """Writes tables, plots and the page of the comparison, benchmark or state errors in `directory` anew.
 
-    Raises: ValueError where it holds neither, or a file that is none.
+    Raises: ValueError where it holds none, or a file that is none.
     """
     if (directory / RESULTS).is_file():
         comparison.write(read_results(directory), directory)
     elif (directory / BENCHMARK).is_file():
         bench_report.write(read_benchmark(directory / BENCHMARK), directory)
+    elif (directory / state_error.ERRORS).is_file():
+        state_error.write(directory)
     else:
-        raise ValueError(f"{directory} holds no {RESULTS} and no {BENCHMARK}.")
+        raise ValueError(f"{directory} holds no {RESULTS}, no {BENCHMARK} and no {state_error.ERRORS}.")
 
 
 def main(arguments: Sequence[str]) -> None:

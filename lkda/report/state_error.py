@@ -1,0 +1,73 @@
+"""errors.json of `lkda.bench.state_error` -> table.json, and a plot of the error's growth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lkda.report.files import write_atomically
+from lkda.report.theme import LINES, Picture, Theme, picture
+
+ERRORS = "errors.json"
+
+
+def write(directory: Path) -> None:
+    """Writes table.json and error_growth.png beside the errors.json of `directory`. Raises: ValueError where that is
+    none."""
+    try:
+        found = json.loads((directory / ERRORS).read_text(encoding="utf-8"))
+        header, rows = found["header"], found["rows"]
+        table = {"rows": _table(rows), "note": _note(header, rows)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / ERRORS} is not of lkda.bench.state_error ({error}).") from error
+    write_atomically(directory / "table.json", json.dumps(table, indent=1) + "\n")
+    write_atomically(directory / "error_growth.png", _growth(rows).light)
+
+
+def _states(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["kept"] for row in rows))
+
+
+def _table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The error of o after the last token, a line a dtype and a column a decay."""
+    last = max(row["step"] for row in rows)
+    ends = {(row["kept"], row["decay"]): row["error_o"] for row in rows if row["step"] == last}
+    decays = sorted({decay for _, decay in ends}, reverse=True)
+    return [
+        {"state": kept} | {f"{decay:g} nats a token": f"{ends[kept, decay]:.1e}" for decay in decays}
+        for kept in _states(rows)
+    ]
+
+
+def _note(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    writes = "Every 100th token writes" if header["rare"] else "Every token writes"
+    tokens, sequences = max(row["step"] for row in rows), header["sequences"]
+    return (
+        f"{writes}; relative error of o after {tokens:,} tokens, {sequences} sequence{'s' if sequences > 1 else ''}, "
+        f"heads of {header['head_dim']}, torch {header['torch']} on a CPU."
+    )
+
+
+def _growth(rows: list[dict[str, Any]]) -> Picture:
+    """A panel a decay: the error of o by token."""
+    decays = sorted({row["decay"] for row in rows}, reverse=True)
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(2.3 * len(decays), 2.9), layout="constrained")
+        panels = figure.subplots(1, len(decays), sharey=True, squeeze=False)[0]
+        colours = theme.colours(_states(rows))
+        for panel, decay in zip(panels, decays):
+            for turn, kept in enumerate(_states(rows)):
+                found = [row for row in rows if row["kept"] == kept and row["decay"] == decay]
+                x, y = [row["step"] for row in found], [row["error_o"] for row in found]
+                panel.loglog(x, y, LINES[turn], color=colours[kept], label=kept)
+            panel.set_title(f"{decay:g} nats a token", fontsize=9)
+            panel.set_xlabel("tokens")
+        panels[0].set_ylabel("relative error of o")
+        panels[-1].legend(fontsize=8, frameon=False)
+        return figure
+
+    return picture(draw)
