@@ -1,6 +1,6 @@
 """How long the first forward and backward of each operator takes, kernels compiled and kernels cached.
 
-    python -m lkda.bench.first_use --out docs/results/first_use_h100/first_use.json
+    python -m lkda.bench.first_use --out docs/results/first_use_h100/table.json
 
 Each is a fresh process that has imported torch, used the GPU and made the inputs; what counts is the import of lkda and
 the operator's first forward and backward. It has taken a gradient before, too: torch's first `torch.autograd.grad`
@@ -61,6 +61,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no CUDA device.")
     machine, rows = header(torch.device("cuda", 0)), list[dict[str, Any]]()
+    what = "the import of lkda and the first forward and backward, 2 heads, 1000 tokens"
+    note = f"{machine['device']}, torch {machine['torch']}; {what}."
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_suffix(".part")
     for op in ("simplified", "kda"):
@@ -69,7 +71,7 @@ def main() -> None:
                 cold, warm = (seconds(op, head_dim, cache) for _ in range(2))
             rows.append({"op": op, "D": head_dim, "seconds_compiling": cold, "seconds_cached": warm})
             print(f"{op} {head_dim}: {cold:.2f} s with an empty cache, {warm:.2f} s with a full one", flush=True)
-            partial.write_text(json.dumps({"header": machine, "rows": rows}, indent=1) + "\n")
+            partial.write_text(json.dumps({"header": machine, "rows": rows, "note": note}, indent=1) + "\n")
             os.replace(partial, options.out)
 
 
