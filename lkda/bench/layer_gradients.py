@@ -38,7 +38,7 @@ def errors(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
 
     def gradients(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
         own = torch.promote_types(dtype, torch.float32)
-        inputs = {name: x.to(own).requires_grad_() for name, x in parameters.items()}
+        inputs: dict[str, Any] = {name: x.to(own).requires_grad_() for name, x in parameters.items()}
         inputs |= {name: x.bfloat16().to(dtype).requires_grad_() for name, x in tokens.items()}
         o, _ = kda_attention_fused(**inputs, backend=backend)
         return dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), grad_o.to(o.dtype))))
