@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from lkda.data.documents import Documents, Texts
+
 # What reads a file, by its suffix. Text files are one document each.
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # The State of the Union addresses from this year on validate: 5% of the bytes, and nothing later is trained on.
@@ -49,6 +51,10 @@ class Sources:
             except OSError as error:
                 raise ValueError(f"data path {path} cannot be read: {error.strerror}.") from error
         return digest.hexdigest()
+
+    def documents(self, scratch: Path) -> tuple[Texts, Texts]:
+        """As `read_documents`."""
+        return read_documents(self, scratch)
 
 
 def kind_of(path: Path) -> str | None:
@@ -145,46 +151,50 @@ def _inside(folder: Path) -> list[Path]:
     return [path for path in visible if kind_of(path) and path.is_file()]
 
 
-def read_documents(sources: Sources, cache_dir: Path) -> tuple[list[str], list[str]]:
-    """Training and validation documents, empty ones dropped.
+def read_documents(sources: Sources, cache_dir: Path) -> tuple[Texts, Texts]:
+    """Training and validation documents, empty ones dropped; those of many documents are read as they are iterated.
 
     Args:
-        cache_dir: an empty directory. `datasets` tells versions of a file apart by size and time alone, so what it
-            keeps must not outlive this reading.
+        cache_dir: an empty directory, which must stay while the documents are read. `datasets` tells versions of a file
+            apart by size and time alone, so what it keeps must not outlive this reading.
     Raises: ValueError for a file that is not UTF-8, lacks the text column or cannot be parsed, or an empty corpus.
     """
     train = _read(sources.train, sources.text_column, cache_dir)
     if sources.validation:
         return train, _read(sources.validation, sources.text_column, cache_dir)
     if len(train) == 1:
-        cut = len(train[0]) - math.ceil(sources.fraction * len(train[0]))
-        return [train[0][:cut]], [train[0][cut:]]
+        (text,) = train
+        cut = len(text) - math.ceil(sources.fraction * len(text))
+        return [text[:cut]], [text[cut:]]
     order = np.random.default_rng(0).permutation(len(train))
     held_out = set(order[: min(len(train) - 1, math.ceil(sources.fraction * len(train)))].tolist())
-    kept = [text for n, text in enumerate(train) if n not in held_out]
-    return kept, [train[n] for n in sorted(held_out)]
+    return train.some([n for n in range(len(train)) if n not in held_out]), train.some(sorted(held_out))
 
 
-def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> list[str]:
+def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Documents:
     kind = str(kind_of(paths[0]))
     if kind != "parquet":
         for path in paths:
             _check_utf8(path)
-    column = "text" if kind == "text" else text_column
     found = _load(kind, paths, cache_dir)
-    if column not in found.column_names:
-        raise ValueError(
-            f"{paths[0]} has no column {column!r}; it has {', '.join(found.column_names)}. Set data.text_column."
-        )
-    dtype = getattr(found.features[column], "dtype", "list")
-    if dtype not in ("string", "large_string", "null"):
-        raise ValueError(f"column {column!r} of {paths[0]} holds {dtype}, not text. Set data.text_column.")
-    documents = [text for text in found[column] if text and text.strip()]
+    documents = Documents(found, text_column_of(found, "text" if kind == "text" else text_column, str(paths[0])))
     if not documents:
         raise ValueError(
             f"the corpus is empty: no text in {paths[0]}{' and the files with it' if len(paths) > 1 else ''}."
         )
     return documents
+
+
+def text_column_of(found: Any, column: str, name: str) -> str:
+    """`column`. Raises: ValueError where the data set `found`, called `name`, has no such column, or no text in it."""
+    if column not in found.column_names:
+        raise ValueError(
+            f"{name} has no column {column!r}; it has {', '.join(found.column_names)}. Set data.text_column."
+        )
+    dtype = getattr(found.features[column], "dtype", "list")
+    if dtype not in ("string", "large_string", "null"):
+        raise ValueError(f"column {column!r} of {name} holds {dtype}, not text. Set data.text_column.")
+    return column
 
 
 def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:

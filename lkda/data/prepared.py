@@ -6,14 +6,16 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from lkda.data.cache import building, facts_of, publish
-from lkda.data.corpus import Sources, read_documents
+from lkda.data.documents import Texts
 from lkda.data.progress import patient_progress
 from lkda.data.tokenizer import document_start, load_tokenizer, train_tokenizer, unknown_token, vocabulary_rows
 
@@ -47,7 +49,17 @@ class Prepared:
         return float(-(share * np.log(share)).sum())
 
 
-def prepare_corpus(sources: Sources, *, vocab_size: int, tokenizer_path: Path | None, cache_dir: Path) -> Prepared:
+class Corpus(Protocol):
+    """What can be tokenised."""
+
+    def fingerprint(self) -> str:
+        """Changes with any of its documents, and with how they are split."""
+
+    def documents(self, scratch: Path) -> tuple[Texts, Texts]:
+        """Training and validation documents; `scratch`, an empty directory, stays while they are read."""
+
+
+def prepare_corpus(sources: Corpus, *, vocab_size: int, tokenizer_path: Path | None, cache_dir: Path) -> Prepared:
     """The tokenised corpus, from the cache or built into it.
 
     Of processes that want the same at once, one builds and the others wait for it.
@@ -67,18 +79,18 @@ def prepare_corpus(sources: Sources, *, vocab_size: int, tokenizer_path: Path | 
     return load_prepared(entry)
 
 
-def _build(directory: Path, arrow: Path, sources: Sources, given: Tokenizer | None, vocab_size: int) -> dict[str, int]:
+def _build(directory: Path, arrow: Path, sources: Corpus, given: Tokenizer | None, vocab_size: int) -> dict[str, int]:
     """Fill `directory`; `arrow` is for what `datasets` keeps meanwhile. Returns the facts to keep beside the files."""
     with patient_progress() as progress:
         reading = progress.add_task("reading the corpus", total=None)
-        train, validation = read_documents(sources, arrow)
+        train, validation = sources.documents(arrow)
         progress.remove_task(reading)
         return tokenise(train, validation, directory, given=given, vocab_size=vocab_size, progress=progress)
 
 
 def tokenise(
-    train: Sequence[str],
-    validation: Sequence[str],
+    train: Texts,
+    validation: Texts,
     directory: Path,
     *,
     given: Tokenizer | None,
@@ -86,6 +98,8 @@ def tokenise(
     progress: Progress,
 ) -> dict[str, int]:
     """Fill `directory` with tokenizer.json, train.npy and validation.npy. Returns the facts to publish with them.
+
+    The documents are iterated several times, and what is in memory of them and of their tokens is a part at a time.
 
     Args:
         given: the tokenizer; where None, one of `vocab_size` tokens is trained on the training documents.
@@ -96,25 +110,43 @@ def tokenise(
         tokenizer = train_tokenizer((piece for text in train for piece in _pieces(text)), vocab_size)
         progress.remove_task(training)
     else:
-        _check_alphabet(tokenizer, (*train, *validation))
+        _check_alphabet(tokenizer, chain(train, validation))
     tokenizer.save(str(directory / "tokenizer.json"))
-    for name, documents in (("train", train), ("validation", validation)):
-        np.save(directory / f"{name}.npy", _stream(tokenizer, documents, progress, f"tokenising {name}"))
-    return {"validation_bytes": sum(len(text.encode()) for text in validation)}
+    _write_stream(directory / "train.npy", tokenizer, train, progress)
+    return {"validation_bytes": _write_stream(directory / "validation.npy", tokenizer, validation, progress)}
 
 
-def _stream(tokenizer: Tokenizer, documents: Sequence[str], progress: Progress, description: str) -> np.ndarray:
-    task = progress.add_task(description, total=sum(map(len, documents)))
-    parts = []
-    for batch in _batches(documents):
-        parts.append(_encode(tokenizer, batch))
-        progress.advance(task, sum(len(piece) for _, piece in batch))
-    return np.concatenate(parts)
+def _write_stream(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
+    """One array of tokens, END_OF_TEXT before every document. Returns the UTF-8 bytes of the documents."""
+    task = progress.add_task(f"tokenising {path.stem}", total=len(documents))
+    dtype = np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32)
+    count = size = 0
+    with open(path, "wb") as file:
+        _write_header(file, dtype, 0)
+        for batch in _batches(documents):
+            tokens = _encode(tokenizer, batch).astype(dtype, copy=False)
+            file.write(tokens.tobytes())
+            count += len(tokens)
+            size += sum(len(piece.encode()) for _, piece in batch)
+            progress.advance(task, sum(begins for begins, _ in batch))
+        file.seek(0)
+        _write_header(file, dtype, count)
+    return size
 
 
-def _check_alphabet(tokenizer: Tokenizer, documents: Sequence[str]) -> None:
+def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
+    """Of a .npy file; as long for every count, since numpy leaves room in it for an array that grows."""
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    )
+
+
+def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
     """Raises ValueError for a character that a given tokenizer drops without a word."""
-    for character in sorted(set().union(*documents)):
+    characters: set[str] = set()
+    for text in documents:
+        characters.update(text)
+    for character in sorted(characters):
         if not character.isspace() and not tokenizer.encode(character, add_special_tokens=False).ids:
             raise ValueError(
                 f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "

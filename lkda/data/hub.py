@@ -1,0 +1,184 @@
+"""Any data set that `datasets` loads by name, from the Hugging Face hub or a local directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lkda.data.corpus import text_column_of
+from lkda.data.documents import Documents, Texts
+from lkda.data.prepared import Prepared, prepare_corpus
+from lkda.data.text import TextDataModule
+
+HUB_SECONDS = 10  # until the hub counts as out of reach
+_STREAMED = "text"  # the column that a stream is written to
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """A data set, and which of its documents are taken.
+
+    Attributes:
+        name: on the hub, or of a local directory.
+        subset: its configuration, where it has several.
+        revision: a branch, tag or commit; "" for the newest, or for a local directory.
+        split, val_split: of the data set; where val_split is None, every so many of `split` validate, val_fraction of
+            all.
+        text_column: what holds the text.
+        max_documents: of each split, the first so many; all where None.
+        streaming: fetch no more than that. Documents are written down as they come and read from there.
+    """
+
+    name: str
+    subset: str | None
+    revision: str
+    split: str
+    val_split: str | None
+    val_fraction: float
+    text_column: str
+    max_documents: int | None
+    streaming: bool
+
+    def fingerprint(self) -> str:
+        """Of the revision's commit, not of the documents: they need not be fetched to be found in the cache."""
+        words = {name: value for name, value in asdict(self).items() if name != "streaming"}
+        digest = hashlib.sha256(repr(sorted(words.items())).encode())
+        folder = Path(self.name)
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            if path.is_file():
+                digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    def documents(self, scratch: Path) -> tuple[Texts, Texts]:
+        """Raises: ValueError for a split or column that is not there, or no documents in it."""
+        train = self._split(self.split, scratch / "train")
+        if self.val_split is not None:
+            return train, self._split(self.val_split, scratch / "validation")
+        every = max(2, round(1 / self.val_fraction))
+        held_out = range(every // 2, len(train), every)
+        if not held_out:
+            raise ValueError(
+                f"{len(train)} documents are too few to hold {self.val_fraction} out; give data.val_split."
+            )
+        kept = set(range(len(train))) - set(held_out)
+        return train.some(sorted(kept)), train.some(held_out)
+
+    def _split(self, split: str, scratch: Path) -> Documents:
+        import datasets
+
+        options: dict[str, Any] = {"split": split, "streaming": self.streaming, "revision": self.revision or None}
+        if Path(self.name).is_dir():  # `datasets` tells versions of a file apart by size and time alone
+            options["cache_dir"] = str(scratch)
+        try:
+            found = datasets.load_dataset(self.name, self.subset, **options)
+        except Exception as error:  # whatever a loader meets
+            reason = " ".join(str(error).split())
+            raise ValueError(f"data.name={self.name} cannot be loaded: {type(error).__name__}: {reason}") from error
+        if self.streaming:
+            found = _written_down(found, self.text_column, self.max_documents, scratch)
+            column = _STREAMED
+        else:
+            column = text_column_of(found, self.text_column, self.name)
+            if self.max_documents is not None:
+                found = found.select(range(min(self.max_documents, len(found))))
+        documents = Documents(found, column)
+        if not documents:
+            raise ValueError(f"split {split!r} of {self.name} holds no text in column {self.text_column!r}.")
+        return documents
+
+
+def _written_down(stream: Any, column: str, most: int | None, scratch: Path) -> Any:
+    """A `datasets.Dataset` of the first documents of a stream. Resuming a shuffled stream loses examples, so that
+    batches are cut from what was written, and never from the stream."""
+    import datasets
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    path = scratch / "documents.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for row in islice(stream, most):
+            if column not in row:
+                raise ValueError(f"no column {column!r}; there are {', '.join(row)}. Set data.text_column.")
+            file.write(json.dumps({_STREAMED: row[column] or ""}) + "\n")
+    return datasets.Dataset.from_json(str(path), cache_dir=str(scratch))
+
+
+class HubDataModule(TextDataModule):
+    """Documents of a data set by name -> packed batches, by way of the same cache as files; see `TextDataModule`.
+
+    Args:
+        name: on the hub ("roneneldan/TinyStories"), or a local directory that `datasets` can load.
+        subset, revision, split, val_split, val_fraction, text_column, max_documents, streaming: see `HubCorpus`.
+        text: what `TextDataModule` takes besides.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        subset: str | None = None,
+        revision: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        val_fraction: float = 0.01,
+        text_column: str = "text",
+        max_documents: int | None = None,
+        streaming: bool = False,
+        **text: Any,
+    ) -> None:
+        super().__init__(source="hub", text_column=text_column, val_fraction=val_fraction, **text)
+        if val_split is None and not 0 < val_fraction <= 0.5:
+            raise ValueError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
+        if max_documents is not None and (isinstance(max_documents, bool) or max_documents < 2):
+            raise ValueError(f"data.max_documents must be 2 at least, got {max_documents!r}.")
+        self.source = name
+        self.subset, self.revision, self.split, self.val_split = subset, revision, split, val_split
+        self.max_documents, self.streaming = max_documents, streaming
+
+    def _read(self) -> Prepared:
+        corpus = HubCorpus(
+            name=self.source,
+            subset=self.subset,
+            revision=commit_of(self.source, self.revision),
+            split=self.split,
+            val_split=self.val_split,
+            val_fraction=self.val_fraction,
+            text_column=self.text_column,
+            max_documents=self.max_documents,
+            streaming=self.streaming,
+        )
+        return prepare_corpus(
+            corpus,
+            vocab_size=self.wanted_vocab_size,
+            tokenizer_path=Path(self.tokenizer_path) if self.tokenizer_path else None,
+            cache_dir=self.cache_dir,
+        )
+
+
+def commit_of(name: str, revision: str | None) -> str:
+    """The commit of a data set on the hub; "" for a local directory; `revision` itself where HF_HUB_OFFLINE is set.
+
+    Asked here, with a limit: `datasets` takes half a minute to find out that there is no network.
+    Raises: ValueError where there is no such data set or no way to the hub.
+    """
+    if Path(name).is_dir():
+        return ""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return revision or ""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha)
+    except HfHubHTTPError as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ValueError(f"the hub has no data set {name!r}{at} for you: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of the connection; which class depends on the hub's client
+        raise ValueError(
+            f"data.name={name} is no directory here, and the Hugging Face hub cannot be reached ({error}). Use "
+            "data=files for files of your own, or set HF_HUB_OFFLINE=1 where the data set was fetched before."
+        ) from error
