@@ -116,6 +116,8 @@ class HubDataModule(TextDataModule):
         text: what `TextDataModule` takes besides.
     """
 
+    sources = ("hub",)
+
     def __init__(
         self,
         *,

