@@ -20,7 +20,8 @@ from lkda.commands.settings import device_of, plain
 from lkda.data.module import IndexedDataModule
 from lkda.models.lm import LanguageModel
 from lkda.training.accuracy import PartMetrics
-from lkda.training.task import next_token_loss
+from lkda.training.positions import PositionLoss
+from lkda.training.task import next_token_losses
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -29,8 +30,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
     Args:
         config: composed from configs/evaluate.yaml; `data` is the run's own where it is not given.
-    Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens"}; or as `PartMetrics.compute`; or
-        {"TASK/METRIC": value}.
+    Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens", "loss_from_0", "loss_from_1",
+        "loss_from_2", "loss_from_4", ...: by position}; or as `PartMetrics.compute`; or {"TASK/METRIC": value}.
     Raises:
         ValueError: no usable checkpoint or data, or an unknown task.
     """
@@ -55,14 +56,19 @@ def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
     """The data to measure on, prepared; text with the model's own tokenizer."""
     chosen = _data_config(config, trained)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Path(folder) / "tokenizer.json"
+        own = {}
         if "tokenizer_path" in chosen:
-            trained.tokenizer.save(str(tokenizer))
-        elif trained.vocabulary is not None:
-            raise ValueError(f"{trained.path} is a model of text, and {chosen.get('_target_')} has none: give data=...")
-        own = {"tokenizer_path": str(tokenizer)} if "tokenizer_path" in chosen else {}
+            own = {"tokenizer_path": str(Path(folder) / "tokenizer.json")}
+            trained.tokenizer.save(own["tokenizer_path"])
         data = instantiate(chosen, **own)
         data.prepare()
+    name = chosen.get("_target_")
+    if data.tokenizer is None and trained.vocabulary is not None:
+        raise ValueError(f"{trained.path} is a model of text, and {name} has none: give data=...")
+    if data.tokenizer is not None and data.tokenizer.to_str() != trained.tokenizer.to_str():
+        raise ValueError(
+            f"{data.source} was tokenised with another tokenizer than {trained.path} has: give data=files."
+        )
     rows = trained.model.config["vocab_size"]
     if data.vocab_size > rows:
         raise ValueError(f"the data have {data.vocab_size} tokens and the model {rows} rows: give the data of its run.")
@@ -70,13 +76,16 @@ def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
 
 
 def _of_text(model: LanguageModel, data: Any, *, device: torch.device) -> dict[str, float]:
-    loss, tokens = mean_loss(model, data.val_dataloader(), device=device, total=data.val_batches)
+    loss, tokens, by_position = mean_loss(
+        model, data.val_dataloader(), context=data.context, device=device, total=data.val_batches
+    )
     return {
         "loss": loss,
         "perplexity": math.exp(loss),
         "bits_per_byte": loss / math.log(2) / data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
         "tokens": tokens,
+        **by_position,
     }
 
 
@@ -100,16 +109,22 @@ def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, cons
 
 
 @torch.inference_mode()
-def mean_loss(model: LanguageModel, batches: Any, *, device: torch.device, total: int) -> tuple[float, int]:
-    """The mean loss in nats over every target of `batches`, and their number."""
+def mean_loss(
+    model: LanguageModel, batches: Any, *, context: int, device: torch.device, total: int
+) -> tuple[float, int, dict[str, float]]:
+    """The mean loss in nats over every target of `batches`, their number, and {"loss_from_8": the mean of positions 8
+    to 15 of their sequences, ...}."""
+    measured = PositionLoss(context).to(device)
     nats, count = 0.0, 0
     for batch in track(batches, description="evaluating", total=total, transient=True):
         tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
         cu_seqlens = None if batch["cu_seqlens"] is None else batch["cu_seqlens"].to(device)
-        asked = int((targets != -100).sum())
-        nats += float(next_token_loss(model(tokens, cu_seqlens=cu_seqlens), targets)) * asked
-        count += asked
-    return nats / count, count
+        losses = next_token_losses(model(tokens, cu_seqlens=cu_seqlens), targets)
+        measured.update(losses, targets, cu_seqlens)
+        nats += float(losses.sum(dtype=torch.float64))
+        count += int((targets != -100).sum())
+    by_position = {name.replace("val/loss/", "loss_"): float(loss) for name, loss in measured.compute().items()}
+    return nats / count, count, by_position
 
 
 def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:

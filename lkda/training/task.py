@@ -33,6 +33,12 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
+def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of each target, [B, T], in float32; 0 where nothing is asked. Arguments as of `next_token_loss`."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
+    return losses.view_as(targets)
+
+
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
@@ -84,10 +90,7 @@ class LanguageModelTask(L.LightningModule):
         return F.cross_entropy(logits.float(), targets.flatten()[asked])
 
     def _eager_losses(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Of each target, [B, T]."""
-        logits = self.model(tokens, cu_seqlens=cu_seqlens)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
-        return losses.view_as(targets)
+        return next_token_losses(self.model(tokens, cu_seqlens=cu_seqlens), targets)
 
     def _with_bits(self, name: str, loss: Tensor) -> dict[str, Tensor]:
         """The loss in nats a token, and in bits a byte, which compares across tokenizers, where the tokens are text."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 from tokenizers import Tokenizer
 
 import lkda
@@ -16,6 +17,8 @@ from lkda.commands.generate import generate
 from lkda.commands.model_source import load_trained
 from lkda.commands.text import END_OF_TEXT, text_pieces
 from lkda.commands.train import train
+from lkda.data.cache import publish
+from lkda.data.prepared import tokenise
 from tests.commands.small import composed, small_run
 
 MIXERS = ["kda", "simplified", "softmax", "mla", "kda_mla_3to1"]
@@ -52,6 +55,27 @@ def test_evaluating_other_text_uses_the_models_tokenizer(run: Path, tmp_path: Pa
     own = evaluate(composed("evaluate", f"ckpt={run}", "accelerator=cpu"))
     other = evaluate(composed("evaluate", f"ckpt={run}/checkpoints/last.ckpt", "accelerator=cpu", *data))
     assert other["bits_per_byte"] > own["bits_per_byte"] + 0.5
+
+
+def prepared(directory: Path, text: str) -> list[str]:
+    """Overrides for data that were tokenised once, as by scripts/prepare_data.py."""
+    (built := directory.with_name("built")).mkdir()
+    with Progress(disable=True) as progress:
+        facts = tokenise([text * 40], [text * 8], built, given=None, vocab_size=300, progress=progress)
+    publish(built, directory, facts)
+    return ["data=prose", f"data.directory={directory}", "data.context=32", "data.batch_size=2"]
+
+
+def test_a_model_of_prepared_text_is_evaluated_on_it_and_on_no_other(run: Path, corpus: Path, tmp_path: Path) -> None:
+    data = prepared(tmp_path / "prose", "It was the best of times, it was the worst of times. ")
+    changes = [override for override in small_run(corpus) if not override.startswith("data")]
+    summary = train(composed("train", *changes, *data, "trainer.limit_val_batches=1.0"), tmp_path / "run")
+    result = evaluate(composed("evaluate", f"ckpt={tmp_path / 'run'}", "accelerator=cpu"))
+    assert result["loss"] == pytest.approx(summary["val/loss"], rel=1e-6)
+    weights = {name: count for name, count in result.items() if name.startswith("loss_from_")}
+    assert set(weights) == {"loss_from_0", *(f"loss_from_{2**n}" for n in range(5))}
+    with pytest.raises(ValueError, match="another tokenizer"):
+        evaluate(composed("evaluate", f"ckpt={run}", "accelerator=cpu", *data))
 
 
 def greedy(ckpt: Path, *overrides: str) -> str:
