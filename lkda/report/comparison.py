@@ -70,6 +70,12 @@ class Comparison:
             notes.append(f"Besides the mixer, these differ between the rows: {', '.join(differing)}.")
         if any(len(group.runs) > 1 for group in self.groups):
             notes.append("± is the standard deviation over seeds.")
+        seconds = table.same_time(self.groups)
+        if seconds is not None:
+            notes.append(
+                f"Same time: after {seconds:.1f} s of training, when the first run ended, by a straight line between "
+                "validations; of runs that had the device to themselves."
+            )
         timed = bench.kernel_times(self.benchmark.rows)[0] if self.benchmark else ""
         if self.benchmark and timed:
             notes.append(f"kernel ms: the operator alone, {timed}, on {self.benchmark.device}.")

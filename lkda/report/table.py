@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from lkda.report.groups import Group
+from lkda.report.runs import Run
 from lkda.report.units import count, memory
 
 
@@ -28,6 +30,7 @@ class Column:
 COLUMNS = (
     Column("val loss", "val/loss", "{:.3f}".format, spread=True),
     Column("bits/byte", "val/bits_per_byte", "{:.3f}".format, spread=True),
+    Column("bits/byte, same time", "bits_at_same_time", "{:.3f}".format, spread=True),
     Column("accuracy", "val/accuracy", "{:.1%}".format, spread=True),
     Column("whole sequences", "val/sequence_accuracy", "{:.1%}".format, spread=True),
     Column("perplexity", "val/perplexity", "{:.1f}".format),
@@ -40,6 +43,9 @@ COLUMNS = (
 )
 # Means nothing across tokenizers.
 PER_TOKEN = ("val/loss", "val/perplexity")
+
+# Validations that make a course.
+ENOUGH = 3
 
 Row = dict[str, Any]
 
@@ -54,6 +60,7 @@ def rows(
         kernel_ms: forward+backward time of a mixer's operator in milliseconds, from a benchmark, by the mixer's name.
     """
     table = []
+    seconds = same_time(groups)
     for group in groups:
         row: Row = {"mixer": group.label, "seeds": len(group.runs)}
         for column in COLUMNS:
@@ -64,10 +71,37 @@ def rows(
             row[column.key] = group.mean(column.key)
             if column.spread and len(group.runs) > 1:
                 row[f"{column.key} sd"] = statistics.stdev(group.values(column.key))
+        if seconds is not None:
+            found = [bits_after(run, seconds) for run in group.runs]
+            row["bits_at_same_time"] = statistics.fmean(found)
+            if len(found) > 1:
+                row["bits_at_same_time sd"] = statistics.stdev(found)
         if kernel_ms is not None and group.mixer in kernel_ms:
             row["kernel_ms"] = kernel_ms[group.mixer]
         table.append(row)
     return table
+
+
+def same_time(groups: Sequence[Group]) -> float | None:
+    """Seconds of training that every run reached: those of the one that ended first. None for fewer than two groups,
+    where devices differ, or where a run has too few validations to tell its course."""
+    runs = [run for group in groups for run in group.runs]
+    courses = [_course(run) for run in runs]
+    if len(groups) < 2 or len({run.summary.get("device") for run in runs}) > 1 or min(map(len, courses)) < ENOUGH:
+        return None
+    seconds = min(course[-1][0] for course in courses)
+    return seconds if all(course[0][0] <= seconds for course in courses) else None
+
+
+def bits_after(run: Run, seconds: float) -> float:
+    """Validation bits per byte after so many seconds of training, by a straight line between validations."""
+    times, bits = zip(*_course(run))
+    return float(np.interp(seconds, times, bits))
+
+
+def _course(run: Run) -> list[tuple[float, float]]:
+    name = "val/bits_per_byte"
+    return [(row["seconds"], row[name]) for row in run.metrics if name in row]
 
 
 def _cell(row: Row, column: Column) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -21,6 +22,7 @@ from lkda.report.plots import loss_curves
 from lkda.report.readme import fill
 from lkda.report.redraw import redraw
 from lkda.report.runs import read_run
+from lkda.report.table import rows, same_time
 from tests.report.conftest import bench_row, write_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
@@ -170,3 +172,18 @@ def test_readme_blocks_are_filled_from_results(compared):
     assert fill(filled, results) == filled
     with pytest.raises(ValueError, match="the block results:none needs"):
         fill(text.replace(":out", ":none"), results)
+
+
+def test_bits_per_byte_at_the_time_of_the_fastest_run(tmp_path):
+    runs = [read_run(write_run(tmp_path / mixer, mixer)) for mixer in ("kda", "softmax")]
+    groups = group_runs(runs)
+    seconds = same_time(groups)
+    assert seconds == min(run.metrics[-1]["seconds"] for run in runs)
+    for row, group in zip(rows(groups), groups):
+        course = [(r["seconds"], r["val/bits_per_byte"]) for r in group.runs[0].metrics if "val/loss" in r]
+        before, after = [p for p in course if p[0] <= seconds][-1], next(p for p in course if p[0] >= seconds)
+        low, high = sorted((before[1], after[1]))
+        assert low <= row["bits_at_same_time"] <= high
+    assert same_time(groups[:1]) is None
+    elsewhere = dataclasses.replace(runs[1], summary=runs[1].summary | {"device": "another"})
+    assert same_time(group_runs([runs[0], elsewhere])) is None

@@ -113,7 +113,8 @@ __device__ __forceinline__ void fetch_rows(char* to, const char* image, int firs
   to += threadIdx.x * 16;
 #pragma unroll
   for (int n = 0; n < Slice::bytes / 16; n += THREADS)
-    if (n + THREADS <= Slice::bytes / 16 || n + threadIdx.x < Slice::bytes / 16) copy_16_async(to + n * 16, image + n * 16);
+    // `true`: of the instruction without a size the compiler made spills
+    if (n + THREADS <= Slice::bytes / 16 || n + threadIdx.x < Slice::bytes / 16) copy_16_async(to + n * 16, image + n * 16, true);
 }
 
 __device__ __forceinline__ float2 scaled(float a, float2 x) { return make_float2(a * x.x, a * x.y); }
@@ -402,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * Kept::bytes, first);
     if (HALVES && first == 0 && threadIdx.x < 16) {
       const char* kept = (threadIdx.x < 8 ? states : d_states) + slot * Kept::bytes;
-      copy_16_async(shared + Shared::scales + threadIdx.x * 16, kept + Kept::scales + threadIdx.x % 8 * 16);
+      copy_16_async(shared + Shared::scales + threadIdx.x * 16, kept + Kept::scales + threadIdx.x % 8 * 16, true);
     }
     fetch_rows<ColumnsSlice>(slice + Shared::correction, corrections + slot * Columns::bytes, first);
     fetch_rows<ColumnsSlice>(slice + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
