@@ -10,7 +10,6 @@ imports sympy, which takes seconds where no bytecode of it is kept.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lkda.bench.files import write_json
 from lkda.bench.measure import header
 
 PROGRAM = """
@@ -63,16 +63,13 @@ def main() -> None:
     machine, rows = header(torch.device("cuda", 0)), list[dict[str, Any]]()
     what = "the import of lkda and the first forward and backward, 2 heads, 1000 tokens"
     note = f"{machine['device']}, torch {machine['torch']}; {what}."
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".part")
     for op in ("simplified", "kda"):
         for head_dim in (64, 128):
             with tempfile.TemporaryDirectory() as cache:
                 cold, warm = (seconds(op, head_dim, cache) for _ in range(2))
             rows.append({"op": op, "D": head_dim, "seconds_compiling": cold, "seconds_cached": warm})
             print(f"{op} {head_dim}: {cold:.2f} s with an empty cache, {warm:.2f} s with a full one", flush=True)
-            partial.write_text(json.dumps({"header": machine, "rows": rows, "note": note}, indent=1) + "\n")
-            os.replace(partial, options.out)
+            write_json(options.out, {"header": machine, "rows": rows, "note": note})
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ The same numbers, representable in bf16, are given in bf16 and in float32; the t
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lkda.bench.contest import Shape
+from lkda.bench.files import write_json
 from lkda.bench.measure import header
 from lkda.ops import kda_attention_fused
 
@@ -62,10 +61,7 @@ def main() -> None:
     machine = header(device)
     rows = [row for text in options.shapes for row in errors(Shape.parse(text), device)]
     note = f"{machine['device']}, torch {machine['torch']}; relative error of gradients through kda_attention_fused."
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".part")
-    partial.write_text(json.dumps({"header": machine, "rows": rows, "note": note}, indent=1) + "\n")
-    os.replace(partial, options.out)
+    write_json(options.out, {"header": machine, "rows": rows, "note": note})
     for row in rows:
         print(*(f"{name} {x}" for name, x in row.items()))
 

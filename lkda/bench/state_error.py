@@ -13,14 +13,13 @@ Each state is carried in its own dtype from the first token on, the arithmetic o
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 
+from lkda.bench.files import write_json
 from lkda.ops.kda.recurrent import kda_step_recurrent
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
@@ -77,13 +76,10 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--rare", action="store_true", help=f"write at every {RARE}th token only")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     rows = error_growth(options.steps, options.sequences, options.head_dim, rare=options.rare)
     header = {"device": "cpu", "torch": torch.__version__, "sequences": options.sequences}
     header |= {"head_dim": options.head_dim, "rare": options.rare}
-    partial = options.out / "errors.json.partial"
-    partial.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
-    os.replace(partial, options.out / "errors.json")
+    write_json(options.out / "errors.json", {"header": header, "rows": rows})
     last = max(row["step"] for row in rows)
     for kept in STATE_DTYPES:
         print(f"{kept:10s}", *(f"{row['error_o']:.1e}" for row in rows if (row["kept"], row["step"]) == (kept, last)))
