@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from lkda.commands.model_source import TrainedModel, load_trained
 from lkda.commands.settings import device_of, plain
 from lkda.data.module import IndexedDataModule
 from lkda.models.lm import LanguageModel
+from lkda.report.files import write_atomically
 from lkda.training.accuracy import PartMetrics
 from lkda.training.positions import PositionLoss
 from lkda.training.task import next_token_losses
@@ -44,11 +46,18 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         return _tasks(config, trained, device, console)
     data = _data(config, trained)
     model = trained.model.to(device)
-    result = _of_text(model, data, device=device) if data.tokenizer else _of_parts(model, data, device=device)
+    result = (_of_parts if data.parts else _of_text)(model, data, device=device)
     table = Table(title=f"{trained.path} on {data.source}, validation", show_header=False)
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
+    if config.out:
+        record = {
+            "ckpt": str(trained.path),
+            "run": trained.run,
+            "data": OmegaConf.to_container(_data_config(config, trained)),
+        }
+        write_atomically(Path(config.out), json.dumps(record | {"result": result}, indent=1) + "\n")
     return result
 
 

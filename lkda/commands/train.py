@@ -167,8 +167,8 @@ def _plan(
     saved: tuple[Path, dict[str, Any]] | None,
 ) -> _Plan:
     """Settle what the prepared `data` decides, and where to go on from. Raises ValueError where it does not fit."""
-    model = model_config(settings, vocab_size=data.vocab_size, context=data.context)
     tokens_per_step = data.tokens_per_batch * config.trainer.accumulate_grad_batches
+    model = model_config(settings, vocab_size=data.vocab_size, context=data.context)
     facts = {
         "mixer": settings["mixer"]["name"],
         "model": settings["model"]["name"],

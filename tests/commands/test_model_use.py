@@ -49,6 +49,14 @@ def test_evaluating_repeats_the_validation(run: Path) -> None:
     assert result["unigram_entropy"] == pytest.approx(summary["unigram_entropy"])
 
 
+def test_what_is_measured_can_be_written_down(run: Path, tmp_path: Path) -> None:
+    result = evaluate(composed("evaluate", f"ckpt={run}", "accelerator=cpu", f"out={tmp_path}/result.json"))
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["result"] == result
+    assert record["run"]["mixer"] == "kda"
+    assert record["data"]["context"] == 32
+
+
 def test_evaluating_other_text_uses_the_models_tokenizer(run: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     data = ["data=files", f"data.paths=[{tmp_path}/other.txt]", "data.context=32", "data.batch_size=2"]
