@@ -51,7 +51,9 @@ class HubCorpus:
         folder = Path(self.name)
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
             if path.is_file():
-                digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
+                digest.update(f"{path.relative_to(folder)} ".encode())
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
     def documents(self, scratch: Path) -> tuple[Texts, Texts]:
@@ -103,7 +105,10 @@ def _written_down(stream: Any, column: str, most: int | None, scratch: Path) -> 
         for row in islice(stream, most):
             if column not in row:
                 raise ValueError(f"no column {column!r}; there are {', '.join(row)}. Set data.text_column.")
-            file.write(json.dumps({_STREAMED: row[column] or ""}) + "\n")
+            text = row[column]
+            if not isinstance(text, str | None):
+                raise ValueError(f"column {column!r} holds {type(text).__name__}, not text. Set data.text_column.")
+            file.write(json.dumps({_STREAMED: text or ""}) + "\n")
     return datasets.Dataset.from_json(str(path), cache_dir=str(scratch))
 
 
@@ -135,9 +140,12 @@ class HubDataModule(TextDataModule):
         super().__init__(source="hub", text_column=text_column, val_fraction=val_fraction, **text)
         if val_split is None and not 0 < val_fraction <= 0.5:
             raise ValueError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
-        if max_documents is not None and (isinstance(max_documents, bool) or max_documents < 2):
-            raise ValueError(f"data.max_documents must be 2 at least, got {max_documents!r}.")
-        self.source = name
+        if max_documents is not None and (type(max_documents) is not int or max_documents < 2):
+            raise ValueError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
+        home = Path(name).expanduser()
+        if name.startswith(("~", "/", ".")) and not home.is_dir():
+            raise ValueError(f"data.name={name} is no directory.")
+        self.source = str(home) if home.is_dir() else name
         self.subset, self.revision, self.split, self.val_split = subset, revision, split, val_split
         self.max_documents, self.streaming = max_documents, streaming
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lkda.report import bench_report, comparison, state_error
+from lkda.report import bench_report, comparison, long_context, state_error
 from lkda.report.bench import read_benchmark
 from lkda.report.comparison import RESULTS, read_results
 
@@ -14,7 +14,7 @@ BENCHMARK = "benchmark.json"
 
 
 def redraw(directory: Path) -> None:
-    """Writes tables, plots and the page of the comparison, benchmark or state errors in `directory` anew.
+    """Writes tables, plots and the page of the comparison, benchmark, state errors or evaluations in `directory` anew.
 
     Raises: ValueError where it holds none, or a file that is none.
     """
@@ -24,8 +24,11 @@ def redraw(directory: Path) -> None:
         bench_report.write(read_benchmark(directory / BENCHMARK), directory)
     elif (directory / state_error.ERRORS).is_file():
         state_error.write(directory)
+    elif (directory / long_context.EVALUATIONS).is_file():
+        long_context.redraw(directory)
     else:
-        raise ValueError(f"{directory} holds no {RESULTS}, no {BENCHMARK} and no {state_error.ERRORS}.")
+        known = (RESULTS, BENCHMARK, state_error.ERRORS, long_context.EVALUATIONS)
+        raise ValueError(f"{directory} holds none of {', '.join(known)}.")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -94,7 +94,10 @@ def test_a_second_run_finds_the_cache_and_a_change_of_content_does_not(tmp_path,
         ({"val_split": "validation"}, "cannot be loaded"),
         ({"val_fraction": 0.9}, "val_fraction"),
         ({"val_fraction": 0.01}, "too few"),
+        ({"text_column": "id", "streaming": True}, "holds int, not text"),
         ({"max_documents": 1}, "max_documents"),
+        ({"max_documents": 2.5}, "max_documents"),
+        ({"max_documents": "ten"}, "max_documents"),
         ({"subset": "french"}, "cannot be loaded"),
     ],
     ids=str,
@@ -107,6 +110,11 @@ def test_bad_data_gets_one_clear_message(tmp_path, folder, changes, message):
 def test_a_column_that_a_stream_lacks_is_named(tmp_path, folder):
     with pytest.raises(ValueError, match=r"no column 'body'; there are id, text"):
         module(tmp_path, folder, text_column="body", streaming=True).prepare()
+
+
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="is no directory"):
+        module(tmp_path, tmp_path / "nothing")
 
 
 def test_without_a_network_a_name_fails_at_once(tmp_path, monkeypatch):

@@ -396,7 +396,8 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
 
 CASES = [
     "missing", "none", "empty", "empty folder", "not utf-8", "short", "short validation", "column", "torn", "suffix",
-    "vocabulary", "context", "batch", "paths of sotu", "cache", "source", "fraction", "overlap", "tokenizer", "not one",
+    "vocabulary", "context", "batch", "paths of sotu", "cache", "source", "fraction", "no year", "year", "overlap",
+    "tokenizer", "not one",
     "numbers", "parquet", "one path", "seed", "workers", "val batches", "unknown word", "unknown letter",
 ]  # fmt: skip
 

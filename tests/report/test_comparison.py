@@ -93,7 +93,7 @@ def test_everything_is_drawn_again_from_the_json_alone(compared, tmp_path):
 
 
 def test_what_holds_no_results_cannot_be_redrawn(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no results.json, no benchmark.json and no errors.json"):
+    with pytest.raises(ValueError, match=r"holds none of results.json, benchmark.json, errors.json"):
         redraw(tmp_path)
     (tmp_path / "results.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"results.json is not a comparison's \('benchmark'\)"):
