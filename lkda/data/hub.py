@@ -12,7 +12,6 @@ from typing import Any
 
 from lkda.data.corpus import text_column_of
 from lkda.data.documents import Documents, Texts
-from lkda.data.prepared import Prepared, prepare_corpus
 from lkda.data.text import TextDataModule
 
 HUB_SECONDS = 10  # until the hub counts as out of reach
@@ -149,8 +148,8 @@ class HubDataModule(TextDataModule):
         self.subset, self.revision, self.split, self.val_split = subset, revision, split, val_split
         self.max_documents, self.streaming = max_documents, streaming
 
-    def _read(self) -> Prepared:
-        corpus = HubCorpus(
+    def _corpus(self) -> HubCorpus:
+        return HubCorpus(
             name=self.source,
             subset=self.subset,
             revision=commit_of(self.source, self.revision),
@@ -160,12 +159,6 @@ class HubDataModule(TextDataModule):
             text_column=self.text_column,
             max_documents=self.max_documents,
             streaming=self.streaming,
-        )
-        return prepare_corpus(
-            corpus,
-            vocab_size=self.wanted_vocab_size,
-            tokenizer_path=Path(self.tokenizer_path) if self.tokenizer_path else None,
-            cache_dir=self.cache_dir,
         )
 
 

@@ -9,7 +9,7 @@ from lkda.data.cache import default_cache_dir
 from lkda.data.corpus import file_sources, sotu_sources
 from lkda.data.module import IndexedDataModule
 from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
-from lkda.data.prepared import Prepared, load_prepared, prepare_corpus
+from lkda.data.prepared import Corpus, Prepared, load_prepared, prepare_corpus
 from lkda.data.tokenizer import check_vocab_size, document_start, vocabulary_rows
 
 
@@ -117,21 +117,22 @@ class TextDataModule(IndexedDataModule):
     def _read(self) -> Prepared:
         if self.source == "prose":
             return load_prepared(self.directory)
-        if self.source == "sotu":
-            sources = sotu_sources()
-        else:
-            sources = file_sources(
-                self.paths,
-                val_paths=self.val_paths,
-                val_fraction=self.val_fraction,
-                val_from_year=self.val_from_year,
-                text_column=self.text_column,
-            )
         return prepare_corpus(
-            sources,
+            self._corpus(),
             vocab_size=self.wanted_vocab_size,
             tokenizer_path=Path(self.tokenizer_path) if self.tokenizer_path else None,
             cache_dir=self.cache_dir,
+        )
+
+    def _corpus(self) -> Corpus:
+        if self.source == "sotu":
+            return sotu_sources()
+        return file_sources(
+            self.paths,
+            val_paths=self.val_paths,
+            val_fraction=self.val_fraction,
+            val_from_year=self.val_from_year,
+            text_column=self.text_column,
         )
 
     def training_batches(self, *, rank: int, world_size: int) -> TrainingBatches:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lkda.ops.sequences import positions
+
 
 def starts(context: int) -> list[int]:
     """First positions of the ranges 0, 1, 2-3, 4-7, ... of a context."""
@@ -39,10 +41,9 @@ class PositionLoss(nn.Module):
 
     def update(self, losses: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> None:
         """Take in the losses [B, T] of targets [B, T]; those of -100 do not count."""
-        positions = torch.arange(targets.shape[1], device=targets.device)
-        if cu_seqlens is not None:
-            positions = positions - cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
-        ranges = torch.searchsorted(self.starts, positions, right=True) - 1
+        T = targets.shape[1]
+        where = torch.arange(T, device=targets.device) if cu_seqlens is None else positions(cu_seqlens, T)[0]
+        ranges = torch.searchsorted(self.starts, where, right=True) - 1
         asked = targets != -100
         for n in range(len(self.columns)):
             chosen = asked & (ranges == n)

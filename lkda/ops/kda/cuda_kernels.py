@@ -141,9 +141,6 @@ class Scan:
             f"kda_{name}", "P" * (10 if name == "scan" else 9) + "iiii", shared_bytes=shared_bytes
         )
 
-    def grid(self, sequences: int, segments: int, H: int) -> tuple[int, int, int]:
-        return sequences * segments * H * self.blocks, 1, 1
-
 
 @cache
 def scan_of(name: str, D: int, dtype: torch.dtype, arch: str, part: str) -> Scan:
