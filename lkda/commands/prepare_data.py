@@ -30,4 +30,12 @@ def prepare_data(config: DictConfig) -> None:
     for source in manifest["sources"]:
         sizes = f"{source['train_bytes'] / 1e6:8.2f} MB train {source['validation_bytes'] / 1e6:6.2f} MB validation"
         console.print(f"{source['name']:24}{source['documents']:6} documents{sizes}  {source['licence']}")
-    console.print(f"{out} holds the streams, the tokenizer and manifest.json; train with data=prose", soft_wrap=True)
+    overlap = manifest["overlap"]
+    console.print(
+        f"of the validation's windows of {overlap['window_tokens']} tokens {overlap['before']:.3%} were in training, "
+        f"{overlap['after']:.3%} after {overlap['dropped_bytes'] / 1e6:.2f} MB were dropped from it; "
+        f"{overlap['train_bytes'] / 1e6:.2f} MB train"
+    )
+    console.print(
+        f"{out} holds the streams, the tokenizer, licences and manifest.json; train with data=prose", soft_wrap=True
+    )

@@ -53,7 +53,7 @@ def _not_writable(entry: Path, error: OSError) -> ValueError:
 
 def publish(built: Path, entry: Path, facts: dict[str, Any]) -> None:
     """Give a finished directory its name, with `facts` beside its files. A broken entry of that name gives way."""
-    sizes = {path.name: path.stat().st_size for path in built.iterdir()}
+    sizes = {str(path.relative_to(built)): path.stat().st_size for path in built.rglob("*") if path.is_file()}
     (built / _FACTS).write_text(json.dumps({"facts": facts, "sizes": sizes}), encoding="utf-8")
     if entry.exists():
         shutil.rmtree(entry)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 
 from lkda.data.documents import Documents, Texts
 
@@ -52,9 +53,12 @@ class Sources:
                 raise ValueError(f"data path {path} cannot be read: {error.strerror}.") from error
         return digest.hexdigest()
 
-    def documents(self, scratch: Path) -> tuple[Texts, Texts]:
+    def documents(self, scratch: Path, progress: Progress) -> tuple[Texts, Texts]:
         """As `read_documents`."""
-        return read_documents(self, scratch)
+        reading = progress.add_task("reading the corpus", total=None)
+        found = read_documents(self, scratch)
+        progress.remove_task(reading)
+        return found
 
 
 def kind_of(path: Path) -> str | None:

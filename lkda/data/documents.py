@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 # Texts that can be iterated again.
@@ -42,3 +44,32 @@ class Documents:
         for begin in range(0, len(table), _ROWS_AT_ONCE):
             for text in table[begin : begin + _ROWS_AT_ONCE][self.column]:
                 yield text or ""
+
+
+class TextLines:
+    """Texts in a file, a line of JSON each, read whenever they are iterated.
+
+    Args:
+        path: of a file to begin anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        path.write_bytes(b"")
+
+    def append(self, texts: Sequence[str]) -> None:
+        """Write more texts behind those that are there."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(text) + "\n" for text in texts)
+        self.count += len(texts)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[str]:
+        with open(self.path, encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+
+    def __contains__(self, text: object) -> bool:
+        return any(text == own for own in self)

