@@ -23,7 +23,9 @@ def compare(config: DictConfig) -> None:
     out = Path(config.out)
     benchmark = None if config.bench is None else Path(config.bench)
     try:
-        result = compare_runs(directories, out, title=config.title, benchmark=benchmark, step=config.step)
+        result = compare_runs(
+            directories, out, title=config.title, benchmark=benchmark, step=config.step, alone=config.alone
+        )
     except OSError as error:
         raise ValueError(f"out={out} cannot be written: {error.strerror}.") from error
     terminal = Console(highlight=False)

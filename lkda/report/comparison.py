@@ -25,12 +25,14 @@ class Comparison:
     Attributes:
         skipped: what was left out, with the reasons.
         benchmark: of the operators; None for none.
+        alone: whether each run had its device to itself.
     """
 
     title: str
     runs: list[Run]
     skipped: list[tuple[str, str]]
     benchmark: bench.Benchmark | None
+    alone: bool = True
 
     @property
     def groups(self) -> list[Group]:
@@ -46,7 +48,8 @@ class Comparison:
     def rows(self) -> list[table.Row]:
         """The table in full numbers."""
         kernel_ms = bench.kernel_times(self.benchmark.rows)[1] if self.benchmark else None
-        return table.rows(self.groups, across_tokenizers=self.across_tokenizers, kernel_ms=kernel_ms)
+        across = self.across_tokenizers
+        return table.rows(self.groups, across_tokenizers=across, alone=self.alone, kernel_ms=kernel_ms)
 
     @property
     def notes(self) -> list[str]:
@@ -70,7 +73,9 @@ class Comparison:
             notes.append(f"Besides the mixer, these differ between the rows: {', '.join(differing)}.")
         if any(len(group.runs) > 1 for group in self.groups):
             notes.append("± is the standard deviation over seeds.")
-        seconds = table.same_time(self.groups)
+        if not self.alone:
+            notes.append("Runs shared a device: nothing of time is compared.")
+        seconds = table.same_time(self.groups) if self.alone else None
         if seconds is not None:
             notes.append(
                 f"Same time: after {seconds:.1f} s of training, when the first run ended, by a straight line between "
@@ -83,7 +88,13 @@ class Comparison:
 
 
 def compare(
-    directories: Sequence[Path], out: Path, *, title: str, benchmark: Path | None = None, step: int | None = None
+    directories: Sequence[Path],
+    out: Path,
+    *,
+    title: str,
+    benchmark: Path | None = None,
+    step: int | None = None,
+    alone: bool = True,
 ) -> Comparison:
     """Reads run directories and writes table.csv, table.md, results.json, plots and report.html into `out`.
 
@@ -91,6 +102,7 @@ def compare(
         directories: run directories; what is none is left out by name.
         benchmark: JSON of scripts/benchmark.py: adds a column and a section of the page.
         step: read every run at its validation of that step, finished or not; where None, as it ended.
+        alone: whether each run had its device to itself; where not, nothing of time is compared.
     Raises:
         ValueError: none of them is a finished run, or `benchmark` is no benchmark.
         OSError: `out` cannot be written.
@@ -103,7 +115,7 @@ def compare(
             "hold a summary.json."
         )
     kernels = bench.read_benchmark(benchmark) if benchmark else None
-    result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], kernels)
+    result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], kernels, alone)
     write(result, out)
     return result
 
@@ -115,7 +127,9 @@ def read_results(directory: Path) -> Comparison:
         found = json.loads(path.read_text(encoding="utf-8"))
         kernels = found["benchmark"] and bench.Benchmark(**found["benchmark"])
         runs = [from_record(record) for record in found["runs"]]
-        return Comparison(found["title"], runs, [tuple(pair) for pair in found["skipped"]], kernels)
+        return Comparison(
+            found["title"], runs, [tuple(pair) for pair in found["skipped"]], kernels, found.get("alone", True)
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a comparison's ({error}); scripts/compare.py writes one.") from error
 
@@ -126,7 +140,7 @@ def write(comparison: Comparison, out: Path) -> None:
     rows, notes = comparison.rows, comparison.notes
     results: dict[str, Any] = {"title": comparison.title, "rows": rows, "notes": notes}
     results |= {"runs": [as_record(run) for run in comparison.runs], "skipped": comparison.skipped}
-    results |= {"benchmark": comparison.benchmark and asdict(comparison.benchmark)}
+    results |= {"benchmark": comparison.benchmark and asdict(comparison.benchmark), "alone": comparison.alone}
     write_atomically(out / RESULTS, json.dumps(results, indent=1) + "\n")
     head, body = table.as_cells(rows)
     write_atomically(out / "table.csv", table.as_csv(rows))
@@ -166,4 +180,6 @@ def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
         ("loss_by_position", "Loss by position in the context"): by_position,
         ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(groups, y=y),
     }
+    if not comparison.alone:
+        drawn = {name: picture for name, picture in drawn.items() if name[0] != "loss_by_seconds"}
     return {name: picture for name, picture in drawn.items() if picture is not None}

@@ -41,6 +41,8 @@ COLUMNS = (
     Column("tokens/s", "tokens_per_s", count, spread=True),
     Column("kernel ms", "kernel_ms", "{:.3f}".format),
 )
+# Means nothing where runs shared a device.
+OF_TIME = ("tokens_per_s",)
 # Means nothing across tokenizers.
 PER_TOKEN = ("val/loss", "val/perplexity")
 
@@ -51,22 +53,27 @@ Row = dict[str, Any]
 
 
 def rows(
-    groups: Sequence[Group], *, across_tokenizers: bool = False, kernel_ms: Mapping[str, float] | None = None
+    groups: Sequence[Group],
+    *,
+    across_tokenizers: bool = False,
+    alone: bool = True,
+    kernel_ms: Mapping[str, float] | None = None,
 ) -> list[Row]:
     """One row a group: its label, its number of runs, and mean and (of several) standard deviation of each column.
 
     Args:
         across_tokenizers: leave out what compares only between runs with one tokenizer.
+        alone: whether each run had its device to itself; where not, leave out what is of time.
         kernel_ms: forward+backward time of a mixer's operator in milliseconds, from a benchmark, by the mixer's name.
     """
     table = []
-    seconds = same_time(groups)
+    seconds = same_time(groups) if alone else None
     for group in groups:
         row: Row = {"mixer": group.label, "seeds": len(group.runs)}
         for column in COLUMNS:
             if any(run.summary.get(column.key) is None for run in group.runs):
                 continue
-            if across_tokenizers and column.key in PER_TOKEN:
+            if (across_tokenizers and column.key in PER_TOKEN) or (not alone and column.key in OF_TIME):
                 continue
             row[column.key] = group.mean(column.key)
             if column.spread and len(group.runs) > 1:

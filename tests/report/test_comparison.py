@@ -112,6 +112,16 @@ def test_other_data_are_compared_in_bits_per_byte(tmp_path):
     assert "Bits per byte against tokens" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):
+    result = compare(runs, tmp_path / "out", title="t", alone=False)
+    assert "Runs shared a device: nothing of time is compared." in result.notes
+    assert not any("tokens_per_s" in row or "bits_at_same_time" in row for row in result.rows)
+    (tmp_path / "out" / "table.md").unlink()
+    redraw(tmp_path / "out")  # as it was written
+    assert "tokens/s" not in (tmp_path / "out" / "table.md").read_text()
+    assert not (tmp_path / "out" / "loss_by_seconds.png").exists()
+
+
 def test_a_course_with_few_validations_is_drawn_by_the_training_loss(tmp_path):
     seldom = group_runs([read_run(write_run(tmp_path / "a", "kda", every=500))])
     (tmp_path / "a.png").write_bytes(loss_curves(seldom, x="tokens", y="val/loss").light)
@@ -119,7 +129,7 @@ def test_a_course_with_few_validations_is_drawn_by_the_training_loss(tmp_path):
 
 
 def configuration(**changes):
-    return OmegaConf.create({"title": "t", "bench": None, "step": None, **changes})
+    return OmegaConf.create({"title": "t", "bench": None, "step": None, "alone": True, **changes})
 
 
 def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, capsys):
