@@ -62,14 +62,18 @@ def group_runs(runs: Iterable[Run], *, within: Collection[str] = ()) -> list[Gro
     for run, found in described:
         members[tuple(found.get(key, NULL) for key in telling)].append((run, found))
     backends: dict[str, set[str]] = defaultdict(set)
+    values: dict[tuple[str, str], set[Any]] = defaultdict(set)  # of a mixer's setting
     for _, found in described:
         backends[found["mixer"]].add(found.get("backend", NULL))
+        for key in telling:
+            values[found["mixer"], key].add(found.get(key, NULL))
     groups = []
     for same in members.values():
         found = same[0][1]
         shown = [key for key in telling[1:] if key in found]
         if len(backends[found["mixer"]]) == 1:  # it follows from the mixer, and says nothing more
             shown = [key for key in shown if key != "backend"]
+        shown = [key for key in shown if key.split(".")[0] != "mixer" or len(values[found["mixer"], key]) > 1]
         label = " · ".join([found["mixer"], *(_show(key, found[key]) for key in shown)])
         groups.append(Group(label, found["mixer"], [run for run, _ in same]))
     texts = all(run.summary.get("val/bits_per_byte") is not None for run, _ in described)

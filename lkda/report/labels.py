@@ -12,6 +12,8 @@ from matplotlib.transforms import Bbox
 SIZE = 9.0  # points
 # Of the default font, as parts of its size.
 WIDTH, HEIGHT = 0.6, 1.45
+# Of the width of a picture, at most for names beside the curves; it becomes wider for longer ones.
+MOST_ROOM = 0.6
 # Right or left (1, -1) and above or below of a point, the preferred first.
 SIDES = ((1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
 
@@ -29,15 +31,20 @@ class Label:
 def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
     """Writes the labels of curves' ends as a column at the right, each tied to its end by a hairline.
 
-    Makes room for the column by moving the right limit; call it when the other limits and the scales are final.
+    Makes room for the column by moving the right limit, and a wider figure where names are long. Call it when the
+    other limits and the scales are final.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # the layout decides how wide the axes are
+    room = max(len(label.text) for label in labels) * WIDTH * SIZE / 72 + 0.3  # inches
+    missing = room / MOST_ROOM - axes.get_window_extent().width / figure.dpi
+    if missing > 0:
+        figure.set_figwidth(figure.get_figwidth() + missing)
+        figure.draw_without_rendering()
     box = axes.get_window_extent()
     width, height = box.width / figure.dpi, box.height / figure.dpi  # inches
-    room = max(len(label.text) for label in labels) * WIDTH * SIZE / 72 + 0.3
-    share = min(0.6, room / width)
+    share = room / width
     scale = axes.xaxis.get_transform()
     left, end = scale.transform([axes.get_xlim()[0], max(label.x for label in labels)])
     axes.spines["bottom"].set_bounds(axes.get_xlim()[0], max(label.x for label in labels))

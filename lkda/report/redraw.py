@@ -10,11 +10,13 @@ from lkda.report import bench_report, comparison, long_context, state_error
 from lkda.report.bench import read_benchmark
 from lkda.report.comparison import RESULTS, read_results
 
-BENCHMARK = "benchmark.json"
+BENCHMARK, TABLE = "benchmark.json", "table.json"
 
 
 def redraw(directory: Path) -> None:
     """Writes tables, plots and the page of the comparison, benchmark, state errors or evaluations in `directory` anew.
+
+    Of a table alone nothing is drawn; `lkda.report.readme` shows it.
 
     Raises: ValueError where it holds none, or a file that is none.
     """
@@ -26,7 +28,7 @@ def redraw(directory: Path) -> None:
         state_error.write(directory)
     elif (directory / long_context.EVALUATIONS).is_file():
         long_context.redraw(directory)
-    else:
+    elif not (directory / TABLE).is_file():
         known = (RESULTS, BENCHMARK, state_error.ERRORS, long_context.EVALUATIONS)
         raise ValueError(f"{directory} holds none of {', '.join(known)}.")
 

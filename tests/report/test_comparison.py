@@ -95,6 +95,9 @@ def test_everything_is_drawn_again_from_the_json_alone(compared, tmp_path):
 def test_what_holds_no_results_cannot_be_redrawn(tmp_path):
     with pytest.raises(ValueError, match=r"holds none of results.json, benchmark.json, errors.json"):
         redraw(tmp_path)
+    (tmp_path / "table.json").write_text('{"rows": [], "note": ""}')
+    redraw(tmp_path)  # a table alone: nothing to draw
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
     (tmp_path / "results.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"results.json is not a comparison's \('benchmark'\)"):
         redraw(tmp_path)
@@ -110,6 +113,15 @@ def test_other_data_are_compared_in_bits_per_byte(tmp_path):
     assert {row["mixer"] for row in result.rows} == {"kda · sotu", "kda · files"}
     assert not any("val/loss" in row or "val/perplexity" in row for row in result.rows)
     assert "Bits per byte against tokens" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
+    paths = [
+        write_run(tmp_path / name, mixer, settings={"mixer": {"kda": {"gate": gate}}})
+        for name, mixer, gate in (("a", "kda", "channel"), ("b", "kda", "none"), ("c", "kda_mla_3to1", "channel"))
+    ]
+    labels = {group.label for group in group_runs([read_run(path) for path in paths])}
+    assert labels == {"kda · gate channel", "kda · gate none", "kda_mla_3to1"}
 
 
 def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):
