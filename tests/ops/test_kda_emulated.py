@@ -41,13 +41,14 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
     def unwritten(*shape, dtype=torch.float32):
         return torch.full(shape, torch.nan, dtype=dtype)
 
-    operand = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    operand = torch.float32 if dtype == torch.float32 else torch.float16
     packets = torch.full((slots * H * layout.packet,), 255, dtype=torch.uint8)
     states, d_states = (torch.full((slots, H, layout.kept_state), 255, dtype=torch.uint8) for _ in range(2))
     corrections, d_corrections = (unwritten(slots, H, D, layout.chunk, dtype=operand) for _ in range(2))
     got = {"o": unwritten(*v.shape, dtype=dtype), "final_state": unwritten(*state.shape)}
     got |= {f"d{name}": unwritten(*x.shape, dtype=x.dtype) for name, x in inputs.items()}
     parts = unwritten(slots, H, D // 16, layout.chunk)
+    largest, d_largest, units, d_units = unwritten(slots, H), unwritten(slots, H), unwritten(B, H), unwritten(B, H)
 
     def scan(name, part, *tensors):
         launch = cuda_kernels.Scan(name, D, dtype, ARCH, part)
@@ -61,20 +62,24 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
         return found
 
     prepare = Emulated(cuda_kernels.prepare_kernel(D, dtype, ARCH), tmp_path)
-    prepare(min(3, slots * H), layout.threads, q, k, g, beta, packets, None, slots * H, T, H, scale)
+    prepare(min(3, slots * H), layout.threads, q, k, v, g, beta, packets, largest, None, slots * H, T, H, scale)
+    if dtype.itemsize == 2:
+        find = Emulated(cuda_kernels.largest_kernel(D, dtype), tmp_path)
+        find(-(-slots * H // 8), 256, grad_o, d_largest, None, slots * H, T, H)
     enters, leaves = state, grad_state
     if segments > 1:
         offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
         run = Emulated(cuda_kernels.segments_kernel(D, ARCH), tmp_path)
-        scan("scan", "summary", packets, v, None, None, offsets, None, None, transposed, transitions)
+        scan("scan", "summary", packets, v, largest, state, None, None, offsets, None, None, None, transposed, transitions)
         enters = entries(transposed, offsets, state, backward=False)
-        scan("reverse", "summary", packets, None, grad_o, None, d_offsets, None, None, None)
+        scan("reverse", "summary", packets, None, grad_o, d_largest, grad_state, None, d_offsets, None, None, None, None)
         leaves = entries(transitions, d_offsets, grad_state, backward=True)
-    scan("scan", "whole", packets, v, enters, got["o"], got["final_state"], states, corrections, None, None)
-    kept = (got["dinitial_state"], d_states, d_corrections, parts)
-    scan("reverse", "whole", packets, v, grad_o, leaves, *kept)
+    results = (got["o"], got["final_state"])
+    scan("scan", "whole", packets, v, largest, state, enters, *results, states, corrections, units, None, None)
+    kept = (got["dinitial_state"], d_states, d_corrections, d_units, parts)
+    scan("reverse", "whole", packets, v, grad_o, d_largest, grad_state, leaves, *kept)
     gradients = Emulated(cuda_kernels.gradients_kernel(D, dtype, ARCH), tmp_path)
-    given = (q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, parts, state, grad_state)
+    given = (q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, parts, units, d_units, state, grad_state)
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
     gradients(slots * H, layout.threads, *given, *results, None, T, H, scale)
 

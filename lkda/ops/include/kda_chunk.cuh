@@ -1,7 +1,7 @@
 // What every KDA kernel agrees on: sizes, where a chunk lies, and the packet that `prepare` writes for one chunk and head.
 //
 // Macros: HEAD_DIM (K = V = D), CHUNK (C tokens), ELEMENT (q k v o and their gradients in memory: bfloat16, float16 or
-// float), OPERAND (what tensor cores multiply: bfloat16 or tf32).
+// float), OPERAND (what tensor cores multiply: float16, in units of kda_unit.cuh, or tf32).
 #pragma once
 #include "tile.cuh"
 
@@ -21,19 +21,11 @@ using Square = Tile<Operand, C, C>;  // tokens x tokens
 using State = Tile<Operand, D, D, true>;    // V x K: a state, transposed
 using Columns = Tile<Operand, D, C, true>;  // V x tokens
 
-// A State as it is kept for the backward. Halves are float16, with three digits more than bfloat16's eight, times a power of
-// two for every 16 rows: where nothing is written, dg is made of two states and nothing else.
+// A State as it is kept for the backward. Halves come with a power of two for every 16 rows, all digits in use: where nothing is
+// written, dg is made of two states and nothing else.
 constexpr bool HALVES = sizeof(Operand) == 2;
-template <bool halves>
-struct KeptElement {
-  using type = float16;
-};
-template <>
-struct KeptElement<false> {
-  using type = Operand;
-};
 struct Kept {
-  using Number = KeptElement<HALVES>::type;
+  using Number = Operand;
   using Image = Tile<Number, D, D, true>;
   static constexpr int scales = Image::bytes;  // float [D / 16][REPEATS]: what the rows are to be multiplied by
   static constexpr int REPEATS = 512 / D;      // of each: 128 bytes, so that states begin where lines do

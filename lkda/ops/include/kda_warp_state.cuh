@@ -1,7 +1,7 @@
 // A warp's part of a state: 16 columns of V, all of K, transposed: S^T [16 of V, K], float32 in registers; and the ring
 // of shared-memory stages that feeds the warps of a block, one chunk a stage.
 #pragma once
-#include "kda_chunk.cuh"
+#include "kda_unit.cuh"
 #if WARPGROUPS
 #include "warpgroup.cuh"
 #endif
@@ -16,7 +16,9 @@ struct Stage {
   static constexpr int packet = 0;
   static constexpr int values = (Packet::bytes + 127) / 128 * 128;  // Values: v; in the reverse scan v and dO
   static constexpr int bytes = (values + STREAMS * Values::bytes + 1023) / 1024 * 1024;
+  static constexpr int units = bytes - WARPS * 4;  // of the first stage: float [WARPS]
 };
+static_assert(Stage::values + STREAMS * Values::bytes <= Stage::units, "the units fit where a stage is rounded up");
 static_assert(STAGES * Stage::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
 
 // x, with 32-bit operands computed anew where it is used.
@@ -73,28 +75,43 @@ __device__ __forceinline__ void unit_diagonal(Sum& sum) {
   }
 }
 
-// S^T from or to S [K, V] in float32; `at` is &S[0][first column of the warp].
-__device__ __forceinline__ void read_state(Sum (&state)[STEPS], const float* at) {
+// The unit of what this warp computes, in shared memory: registers are short.
+struct SharedUnit {
+  char* shared;
+
+  __device__ __forceinline__ volatile float* at() const {
+    return reinterpret_cast<volatile float*>(shared + Stage::units) + opaque(threadIdx.x) / 32;
+  }
+  __device__ __forceinline__ void set(float unit) const {
+    if (lane_id() == 0) *at() = unit;
+    __syncwarp();
+  }
+  __device__ __forceinline__ float get() const { return HALVES ? *at() : 1.f; }
+  __device__ __forceinline__ float inverse() const { return HALVES ? inverse_of(get()) : 1.f; }
+};
+
+// S^T from S times `factor`, or the other way; S: [K, V] in float32, `at` is &S[0][first column of the warp].
+__device__ __forceinline__ void read_state(Sum (&state)[STEPS], const float* at, float factor) {
 #pragma unroll
   for (int n = 0; n < STEPS; ++n)
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const float* x = at + (n * 16 + quadrant_column(q)) * D + quadrant_row(q);
-      state[n].pair[q] = make_float2(x[0], x[D]);
+      state[n].pair[q] = make_float2(factor * x[0], factor * x[D]);
     }
 }
-__device__ __forceinline__ void write_state(const Sum (&state)[STEPS], float* at) {
+__device__ __forceinline__ void write_state(const Sum (&state)[STEPS], float* at, float factor) {
 #pragma unroll
   for (int n = 0; n < STEPS; ++n)
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       float* x = at + (n * 16 + quadrant_column(q)) * D + quadrant_row(q);
-      x[0] = state[n].pair[q].x;
-      x[D] = state[n].pair[q].y;
+      x[0] = factor * state[n].pair[q].x;
+      x[D] = factor * state[n].pair[q].y;
     }
 }
 
-// The same to a matrix [V, K]; `at` is &matrix[first row of the warp][0].
+// To a matrix [V, K]; `at` is &matrix[first row of the warp][0].
 __device__ __forceinline__ void write_transposed(const Sum (&state)[STEPS], float* at) {
 #pragma unroll
   for (int n = 0; n < STEPS; ++n)
@@ -136,4 +153,9 @@ __device__ __forceinline__ void scale_columns(Sum& x, const float* factor) {
     const float2 f = *reinterpret_cast<const float2*>(factor + quadrant_column(q));
     x.pair[q] = make_float2(x.pair[q].x * f.x, x.pair[q].y * f.y);
   }
+}
+
+__device__ __forceinline__ void scale_all(Sum& x, float factor) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) x.pair[q] = make_float2(factor * x.pair[q].x, factor * x.pair[q].y);
 }

@@ -29,11 +29,11 @@ __device__ __forceinline__ void wait_products() {
 // x[16 of the warp][64] += a[16][16] b, x being four blocks side by side. b is in a Tile of 128-byte rows, aligned to 1024:
 // b[k][n] = tile[n][k] from `corner`, or, TRANSPOSED, tile[k][n].
 template <bool TRANSPOSED>
-__device__ __forceinline__ void product_of_four(Sum* x, const Block<bfloat16>& a, const void* corner) {
+__device__ __forceinline__ void product_of_four(Sum* x, const Block<float16>& a, const void* corner) {
   constexpr unsigned long long ROWS_OF_8 = 1024 >> 4, SWIZZLED_128 = 1ull << 62;
   const unsigned long long b = (shared_address(corner) >> 4) | ROWS_OF_8 << 16 | ROWS_OF_8 << 32 | SWIZZLED_128;
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
       "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
       "{%32,%33,%34,%35}, %36, 1, 1, 1, %37;"
       : "+f"(x[0].pair[0].x), "+f"(x[0].pair[0].y), "+f"(x[0].pair[1].x), "+f"(x[0].pair[1].y), "+f"(x[0].pair[2].x), "+f"(x[0].pair[2].y), "+f"(x[0].pair[3].x), "+f"(x[0].pair[3].y),

@@ -48,17 +48,19 @@ def _forward(
     plan = plan_of(q, cu_seqlens)
     bounds, spans = plan.chunks(cu_seqlens)
     packets = _bytes(plan.packets, q.device)
-    plan.prepare(q, k, g, beta, packets, spans, plan.items, T, H, scale)
+    largest = plan.largest_in(packets)
+    plan.prepare(q, k, v, g, beta, packets, largest, spans, plan.items, T, H, scale)
     o, final_state = _results(v, cu_seqlens)
     kept = _bytes(plan.kept, q.device) if keep else None
-    states, corrections, transitions = (None, None, None) if kept is None else plan.parts(kept)
+    states, corrections, units, transitions = (None,) * 4 if kept is None else plan.parts(kept)
+    begins = (largest, initial_state)
     where = (bounds, plan.sequences, T, H, plan.segments)
     enters: Tensor | int | None = initial_state
     if plan.segments > 1:
         _memory, offsets, transposed, enters = _scratch(plan)
-        plan.summarize(packets, v, None, None, offsets, None, None, transposed, transitions, *where)
+        plan.summarize(packets, v, *begins, None, None, offsets, None, None, None, transposed, transitions, *where)
         plan.enter_segments(transposed, offsets, initial_state, enters, plan.segments, H, 0)
-    plan.scan(packets, v, enters, o, final_state, states, corrections, None, None, *where)
+    plan.scan(packets, v, *begins, enters, o, final_state, states, corrections, units, None, None, *where)
     return o, final_state, packets if keep else None, kept
 
 
@@ -104,16 +106,17 @@ def _reverse(
     v, grad_o = readable(v), readable(grad_o)
     grad_final = None if grad_final is None else readable(grad_final)
     plan = plan_of(v, cu_seqlens)
-    bounds, _ = plan.chunks(cu_seqlens)
+    bounds, spans = plan.chunks(cu_seqlens)
     d_initial = _results(v, cu_seqlens)[1] if wants_initial else None
     d_kept = _bytes(plan.d_kept, v.device)
     where = (bounds, plan.sequences, T, H, plan.segments)
+    ends = (plan.find_largest(grad_o, spans, d_kept), grad_final)
     leaves: Tensor | int | None = grad_final
     if plan.segments > 1:
         _memory, offsets, leaves, _ = _scratch(plan)
-        plan.summarize_reverse(packets, None, grad_o, None, offsets, None, None, None, *where)
-        plan.enter_segments(plan.parts(kept)[2], offsets, grad_final, leaves, plan.segments, H, 1)
-    plan.reverse(packets, v, grad_o, leaves, d_initial, *plan.parts(d_kept), *where)
+        plan.summarize_reverse(packets, None, grad_o, *ends, None, offsets, None, None, None, None, *where)
+        plan.enter_segments(plan.parts(kept)[3], offsets, grad_final, leaves, plan.segments, H, 1)
+    plan.reverse(packets, v, grad_o, *ends, leaves, d_initial, *plan.parts(d_kept), *where)
     return d_initial, d_kept
 
 
@@ -142,8 +145,10 @@ def _chunk_gradients(
     plan = plan_of(q, cu_seqlens)
     _, spans = plan.chunks(cu_seqlens)
     grads = _gradients_of(q, g, beta)
-    states = (*plan.parts(kept)[:2], *plan.parts(d_kept), initial_state, grad_final)
-    plan.gradients(q, k, g, beta, grad_o, *states, *grads, spans, T, H, scale)
+    states, corrections, units, _ = plan.parts(kept)
+    d_states, d_corrections, d_units, products = plan.parts(d_kept)
+    passed = (states, corrections, d_states, d_corrections, products, units, d_units, initial_state, grad_final)
+    plan.gradients(q, k, g, beta, grad_o, *passed, *grads, spans, T, H, scale)
     return grads
 
 

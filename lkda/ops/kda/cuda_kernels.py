@@ -38,7 +38,7 @@ class Layout:
     """Sizes of the kernels for heads of D and a dtype, as the .cu files compute them (and check at compile time).
 
     Attributes:
-        chunk: C. Half-precision inputs are multiplied in bf16, float32 in tf32.
+        chunk: C. Half-precision inputs are multiplied in fp16 and units (kda_unit.cuh), float32 in tf32.
         packet, kept_state, columns: bytes of a Packet, of a Kept state and of [V, C] in the operands' type.
         threads: of the chunk-parallel kernels.   resident: blocks of `prepare` that a multiprocessor holds at most.
         warps: of the scans, 16 columns of V each.
@@ -61,13 +61,13 @@ class Layout:
             "HEAD_DIM": D,
             "CHUNK": C,
             "ELEMENT": ELEMENTS[dtype],
-            "OPERAND": "tf32" if wide else "bfloat16",
+            "OPERAND": "tf32" if wide else "float16",
         }
         self.merge = "tf32" if wide else "float16"
 
     def prepare_shared(self) -> int:
         C, D, size = self.chunk, self.D, self.operand
-        small = _round_up(4 * self.leaves * D + 4 * C + 4 * C * 17, 128)
+        small = _round_up(4 * self.leaves * D + 4 * C + 4 * C * 17 + 64, 128)
         tree = self.levels * (C + C // 2) * D * size
         return small + 2 * C * C * size + max(tree, 2 * C * C * size + 64 * C)
 
@@ -114,7 +114,7 @@ def prepare_kernel(D: int, dtype: torch.dtype, arch: str) -> Kernel:
         gradients_kernel(D, dtype, arch).module,
         *(scan_of(name, D, dtype, arch, "whole").kernel.module for name in ("reverse", "scan")),
     )
-    return module.kernel("kda_prepare", "PPPPPPiiif", shared_bytes=shared_bytes)
+    return module.kernel("kda_prepare", "PPPPPPPPiiif", shared_bytes=shared_bytes)
 
 
 class Scan:
@@ -138,7 +138,7 @@ class Scan:
         defines = layout.defines | {"WARPS": self.warps, "STAGES": stages, "SHARED_BYTES": shared_bytes}
         module = Module(HERE / f"{name}.cu", defines | {"SUMMARY": int(summary), "WARPGROUPS": int(groups)})
         self.kernel = module.kernel(
-            f"kda_{name}", "P" * (10 if name == "scan" else 9) + "iiii", shared_bytes=shared_bytes
+            f"kda_{name}", "P" * (13 if name == "scan" else 12) + "iiii", shared_bytes=shared_bytes
         )
 
 
@@ -168,7 +168,12 @@ def gradients_kernel(D: int, dtype: torch.dtype, arch: str) -> Kernel:
     roomy = SHARED_BYTES_PER_BLOCK[arch] >= layout.gradients_shared(True) * (2 if D < 128 else 1)
     shared_bytes = layout.gradients_shared(roomy)
     module = Module(HERE / "gradients.cu", layout.defines | layout.room(shared_bytes, arch) | {"ROOMY": int(roomy)})
-    return module.kernel("kda_gradients", "PPPPPPPPPPPPPPPPPPiif", shared_bytes=shared_bytes)
+    return module.kernel("kda_gradients", "P" * 20 + "iif", shared_bytes=shared_bytes)
+
+
+@cache
+def largest_kernel(D: int, dtype: torch.dtype) -> Kernel:
+    return Module(HERE / "largest.cu", layout_of(D, dtype).defines).kernel("kda_largest", "PPPiii")
 
 
 @cache
@@ -190,5 +195,6 @@ def kernels(arch: str) -> list[Kernel]:
         chunked
         + scans
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
+        + [largest_kernel(D, dtype) for D, dtype in variants if dtype.itemsize == 2]
         + [sequences_kernel(torch.bfloat16), sequences_kernel(torch.float32)]
     )

@@ -14,6 +14,7 @@ from lkda.ops.kda.cuda_kernels import (
     chunk_of,
     gradients_kernel,
     kept_state_bytes,
+    largest_kernel,
     layout_of,
     packet_bytes,
     parts_of,
@@ -33,12 +34,14 @@ class Sizes:
     Attributes:
         sequences: N.   segments: of each of them.
         slots: chunks at most: where cu_seqlens is on the device, nobody knows how many there are.
-        packets: bytes of all packets.
-        states, corrections, transitions: bytes of what a forward keeps: the state entering each chunk (Kept in
-            kda_chunk.cuh), N~ [slots, H, D, C] in the operands' type, and the segments' A [N * segments, H, K, K] in
-            float32.
+        largest: bytes of the largest |v| of every chunk and head, or |dO|, in float32.
+        packets: bytes of all packets, and after them of those of v.
+        states, corrections, units, transitions: bytes of what a forward keeps: the state entering each chunk (Kept in
+            kda_chunk.cuh), N~ [slots, H, D, C] in the operands' type, the units of v [N, H] (kda_unit.cuh), and the
+            segments' A [N * segments, H, K, K], both in float32.
         products: bytes of what `reverse` leaves in the place of A: Y . v over 16 columns of V at a time, [slots, H,
-            D / 16, C] in float32. Before it lie dS1 and Y, of the sizes of states and corrections.
+            D / 16, C] in float32. Before it lie dS1, Y and dO's units, of the sizes of states, corrections and units;
+            after it the largest |dO|.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, N: int | None, segments: int):
@@ -47,17 +50,25 @@ class Sizes:
         self.sequences, self.segments = B if N is None else N, segments
         self.slots = B * ((T + C - 1) // C) if N is None else T // C + N
         items = self.slots * H
-        self.packets = items * packet_bytes(D, dtype)
+        self.largest = 4 * items
+        self.packets = items * packet_bytes(D, dtype) + self.largest
         self.states, self.corrections = items * kept_state_bytes(D, dtype), items * D * C * operand
+        self.units = (4 * self.sequences * H + 127) // 128 * 128
         self.transitions = self.sequences * segments * H * D * D * 4 if segments > 1 else 0
         self.products = items * (D // 16) * C * 4
-        self.kept, self.d_kept = (self.states + self.corrections + x for x in (self.transitions, self.products))
+        both = self.states + self.corrections + self.units
+        self.kept, self.d_kept = both + self.transitions, both + self.products + self.largest
 
-    def parts(self, memory: Tensor) -> tuple[int, int, int]:
-        """Addresses of the three parts of what a forward keeps, or a backward: one allocation, as host time is counted
+    def parts(self, memory: Tensor) -> tuple[int, int, int, int]:
+        """Addresses of the four parts of what a forward keeps, or a backward: one allocation, as host time is counted
         in them."""
         start = memory.data_ptr()
-        return start, start + self.states, start + self.states + self.corrections
+        units = start + self.states + self.corrections
+        return start, start + self.states, units, units + self.units
+
+    def largest_in(self, memory: Tensor) -> int:
+        """Address of the largest numbers at the end of what `packets` or `d_kept` counts."""
+        return memory.data_ptr() + memory.shape[0] - self.largest
 
 
 class Plan(Sizes):
@@ -84,7 +95,17 @@ class Plan(Sizes):
         self.summarize, self.summarize_reverse = scan("scan", "summary"), scan("reverse", "summary")
         self.enter_segments = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
         self.gradients = launch(gradients_kernel(D, dtype, arch), self.items, layout.threads)
+        self._largest: Launch | None = None
+        if dtype.itemsize == 2:
+            self._largest = launch(largest_kernel(D, dtype), -(-self.items // 8), 256)
         self._sequences = launch(sequences_kernel(torch.float32 if layout.operand == 4 else torch.bfloat16), 1, 1024)
+
+    def find_largest(self, x: Tensor, spans: Tensor | None, memory: Tensor) -> int:
+        """The largest |x| of every chunk and head, to the end of `memory`; its address. Float32 has no use for them."""
+        _, T, H, _ = x.shape
+        if self._largest is not None:
+            self._largest(x, self.largest_in(memory), spans, self.items, T, H)
+        return self.largest_in(memory)
 
     def chunks(self, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Of packed sequences: first chunks and bounds of sequences, and where each chunk lies; else None."""

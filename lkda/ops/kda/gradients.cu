@@ -14,6 +14,7 @@
 // levels as products leave them, 32 channels x 16 tokens, times their reach; the product inside the leaf comes at the end,
 // where a thread has two channels of a leaf. The sums change hands, through shared memory, only then.
 #include "kda_tree.cuh"
+#include "kda_unit.cuh"
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
@@ -27,7 +28,8 @@ static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
 
 using StateSlice = Tile<Operand, SLICE, D, true>;
 using ColumnsSlice = Tile<Operand, SLICE, C, true>;
-using OutputSlice = Tile<Element, C, SLICE>;
+using OutputSlice = Tile<Element, C, SLICE>;                // as it comes; of halves, then
+using OutputOperand = Tile<Operand, C, SLICE>;
 using Pairs = Tile<Operand, C, C / 2>;  // of a level: rows as Level::rows (dM first, then dP), columns modulo max(half, 16)
 
 // A float32 matrix on its way from warps with blocks of [channels, tokens] to threads with two channels of a leaf. Pieces of
@@ -83,7 +85,7 @@ struct Shared {
   static constexpr int straight = leaf_logs + LEAVES * D * 4;          // float [BLOCKS][D]: partial sums of S0 dS1
   static constexpr int totals = straight + BLOCKS * D * 4;              // float [LEVELS + 1][LEAVES][D]: reaches, then sums over a leaf
   static constexpr int beta = totals + (LEVELS + 1) * LEAVES * D * 4;   // float [C]
-  static constexpr int place = beta + C * 4;                            // Span and head: read again after each barrier, as q and k
+  static constexpr int place = beta + C * 4;                            // Span, head, and units of v and dO: read again after each barrier, as q and k
   static constexpr int scales = place + 32;                           // of S0 and of dS1, 128 bytes each, as in Kept
   static constexpr int leaf_p = scales + 256;                         // float [LEAVES][8][8]
   static constexpr int leaf_m = leaf_p + LEAVES * 64 * 4;
@@ -119,6 +121,11 @@ __device__ __forceinline__ void fetch_rows(char* to, const char* image, int firs
 
 __device__ __forceinline__ float2 scaled(float a, float2 x) { return make_float2(a * x.x, a * x.y); }
 __device__ __forceinline__ float2 fused(float a, float2 x, float2 y) { return make_float2(a * x.x + y.x, a * x.y + y.y); }
+
+__device__ __forceinline__ Block<Operand> output_of(const char* slice, int token, int column) {
+  if constexpr (HALVES) return OutputOperand::load(slice + Shared::d_output, token, column);
+  else return convert<Operand>(OutputSlice::load(slice + Shared::d_output, token, column));
+}
 
 // A 16x16 block of dP or dM, on or below the diagonal: a warp's task.
 struct Task {
@@ -202,6 +209,39 @@ __device__ __forceinline__ void sum_over_channels(float (&x)[LEAF], float* out) 
   if (lane_id() % (LANES / LEAF) == 0) out[lane_id() % LANES / (LANES / LEAF)] = x[0];
 }
 
+// Of v and of dO, in shared memory.
+struct Units {
+  static constexpr int values = Shared::place + 20, gradients = Shared::place + 24;
+
+  static __device__ __forceinline__ float of_values(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + values) : 1.f; }
+  static __device__ __forceinline__ float of_gradients(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + gradients) : 1.f; }
+  // What gradients are to be multiplied by, those of v by the first; float32's greatest number where it has no such power.
+  static __device__ __forceinline__ float inverse_of_gradients(const char* shared) { return inverse_of(of_gradients(shared)); }
+  static __device__ __forceinline__ float inverse_of_both(const char* shared) {
+    return fminf(inverse_of(of_values(shared)) * inverse_of(of_gradients(shared)), 3.4028234e38f);
+  }
+};
+
+// A thread's share of dO, as it came, to operands in its unit.
+template <class Half>
+__device__ __forceinline__ void make_operands(char* output, float unit) {
+  static_assert(OutputSlice::bytes % (THREADS * 16) == 0, "each thread has whole pieces");
+#pragma unroll
+  for (int at = threadIdx.x * 16; at < OutputSlice::bytes; at += THREADS * 16) {
+    uint4& piece = *reinterpret_cast<uint4*>(output + at);
+    uint4 word = piece;
+    auto converted = [&](unsigned pair) {
+      const float2 x = unpack(Half{}, pair);
+      return pack(Operand{}, make_float2(unit * x.x, unit * x.y));
+    };
+    word.x = converted(word.x);
+    word.y = converted(word.y);
+    word.z = converted(word.z);
+    word.w = converted(word.w);
+    piece = word;
+  }
+}
+
 // S0 . dS1 of this lane's channel over eight rows of V and 32 channels at a time, for the warps of these channels one after
 // another: to straight [BLOCKS][D]. A sequence's own ends come unrounded: a short one is made of them. Halves, each met once
 // here, become operands.
@@ -209,7 +249,7 @@ struct Straight {
   static __device__ __forceinline__ float2 halves(unsigned& word, float scale) {
     float2 x = unpack(float16{}, word);
     x = make_float2(scale * x.x, scale * x.y);
-    word = pack(bfloat16{}, x);
+    word = pack(float16{}, x);
     return x;
   }
   template <class T>
@@ -226,9 +266,9 @@ struct Straight {
       *reinterpret_cast<uint4*>(row) = word;
     }
   }
-  static __device__ __forceinline__ void replace(float2 (&x)[4], const float* exact) {
+  static __device__ __forceinline__ void replace(float2 (&x)[4], const float* exact, float unit) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) x[n] = make_float2(exact[2 * n * D], exact[(2 * n + 1) * D]);
+    for (int n = 0; n < 4; ++n) x[n] = make_float2(unit * exact[2 * n * D], unit * exact[(2 * n + 1) * D]);
   }
   template <bool AT_AN_END>
   static __device__ __forceinline__ void sums(float (&sum)[8], char* shared, char* slice, int block, int channel, int first, const float* exact_initial, const float* exact_final) {
@@ -239,8 +279,8 @@ struct Straight {
       eight(s0, StateSlice::at(slice + Shared::state, v, channel), scales[0]);
       eight(ds1, StateSlice::at(slice + Shared::d_state, v, channel), scales[32]);
       if constexpr (AT_AN_END) {
-        if (exact_initial != nullptr) replace(s0, exact_initial + channel * D + v);
-        if (exact_final != nullptr) replace(ds1, exact_final + channel * D + v);
+        if (exact_initial != nullptr) replace(s0, exact_initial + channel * D + v, Units::of_values(shared));
+        if (exact_final != nullptr) replace(ds1, exact_final + channel * D + v, Units::of_gradients(shared));
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -374,10 +414,11 @@ __device__ __forceinline__ void level_gradients(Gathered& out, const char* tile,
 
 // q, k, d_o, d_q, d_k, d_v: [rows, H, D] Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
 // initial_state, d_final (each may be null): [N, H, K, V] float32. beta_parts: [chunks, H, D / 16, C] float32.
-// states, d_states: [chunks, H] Kept. corrections, d_corrections: [chunks, H] Columns. Grid: chunks x H.
+// states, d_states: [chunks, H] Kept. corrections, d_corrections: [chunks, H] Columns. units, d_units: [N, H] float32, of v and
+// dO. Grid: chunks x H.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     const Element* q, const Element* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* corrections,
-    const char* d_states, const char* d_corrections, const float* beta_parts, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
+    const char* d_states, const char* d_corrections, const float* beta_parts, const float* units, const float* d_units, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
     const int4* spans, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
@@ -394,6 +435,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   if (threadIdx.x == 0) {
     *reinterpret_cast<Span*>(shared + Shared::place) = span;
     *reinterpret_cast<int*>(shared + Shared::place + 16) = head;
+    if (HALVES) {
+      *reinterpret_cast<float*>(shared + Units::values) = units[static_cast<long long>(span.sequence) * heads + head];
+      *reinterpret_cast<float*>(shared + Units::gradients) = d_units[static_cast<long long>(span.sequence) * heads + head];
+    }
   }
   if (threadIdx.x < C) betas[threadIdx.x] = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
 
@@ -463,10 +508,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     const int warp = opaque(threadIdx.x / 32), block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;
     Straight::add(shared, slice, block, channels, first, exact_initial == nullptr ? nullptr : exact_initial + first,
                   exact_final == nullptr ? nullptr : exact_final + first);
-    if (HALVES) __syncthreads();  // all are operands now
+    if constexpr (HALVES) {
+      make_operands<Element>(slice + Shared::d_output, Units::of_gradients(shared));
+      __syncthreads();  // all are operands now
+    }
 #pragma unroll(SLICE == D ? SLICE / 16 : 1)
     for (int v = 0; v < SLICE; v += 16) {
-      const Right<Operand> d_out = as_right(convert<Operand>(OutputSlice::load(slice + Shared::d_output, tokens, v)));
+      const Right<Operand> d_out = as_right(output_of(slice, tokens, v));
       const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_correction, v), 0, tokens);
       const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::correction, v), 0, tokens);
 #pragma unroll
@@ -481,7 +529,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
         for (int q4 = 0; q4 < 4; ++q4) {
           const int t = tokens + quadrant_row(q4);
           stream_pair_if(t < span.tokens, d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4),
-                         scaled(betas[t], get_pair(y, q4)));
+                         scaled(Units::inverse_of_gradients(shared) * betas[t], get_pair(y, q4)));
         }
       }
     }
@@ -493,7 +541,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       for (int v = 0; v < SLICE; v += 16) {
         const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::correction, v), 0, task.column * 16);
         if (task.of_p) {
-          product(pairs[round], convert<Operand>(OutputSlice::load(slice + Shared::d_output, task.row * 16, v)), n);
+          product(pairs[round], output_of(slice, task.row * 16, v), n);
         } else {
           product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_correction, v), 0, task.row * 16), n);
         }
@@ -708,6 +756,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   Element* to_q = d_q + first_element(place());
   auto left = [&] { return place().tokens - leaf * LEAF; };
   inside = make_float2(1.f, 1.f);
+  const float one = Units::inverse_of_both(shared);
   float2 dq[2], row[2];
   leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, column, dg, [&](int i, float2 a, float2 b) {
     const float p = reinterpret_cast<const float*>(shared + Shared::leaf_p)[(leaf * LEAF + i) * LEAF + i];  // dP_ii
@@ -718,7 +767,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     }
     add_to(a, times(inside, dq[i % 2]));
     add_to(b, times(inside, row[i % 2]));
-    if (i < left()) store_pair(to_q + i * stride, fused(p, ks[i], a));
+    if (i < left()) store_pair(to_q + i * stride, scaled(one, fused(p, ks[i], a)));
     HandOver::keep_one(shared + Shared::last_exchange, leaf, channel, i, ks[i].x * b.x + ks[i].y * b.y);  // of dbeta
     add_to(column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], b)));
   });
@@ -727,8 +776,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
     if (i < here.tokens - leaf * LEAF) {
-      store_pair(d_k + first + i * stride, column[i]);
-      store_pair(d_g + first + i * stride, dg[i]);
+      store_pair(d_k + first + i * stride, scaled(one, column[i]));
+      store_pair(d_g + first + i * stride, scaled(one, dg[i]));
     }
   }
   float share[LEAF];
@@ -742,7 +791,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) d += beta_parts[(static_cast<long long>(blockIdx.x) * (D / 16) + n) * C + threadIdx.x];
 #pragma unroll
-    for (int n = 0; n < PARTS; ++n) d += shares[n * C + threadIdx.x];
+    for (int n = 0; n < PARTS; ++n) d += one * shares[n * C + threadIdx.x];
     d_beta[static_cast<long long>(here.start + threadIdx.x) * heads + place_head()] = d;
   }
 }

@@ -6,8 +6,8 @@ constexpr int STREAMS = SUMMARY ? 1 : 2;  // of values fetched beside a packet: 
 constexpr int COLUMNS = HEAD_DIM;
 #include "kda_warp_state.cuh"
 
-// Y_i . v_i over a warp's 16 columns of V, in float32: parts [C]. The rest of dbeta is in gradients.cu.
-__device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], const char* values, int mine) {
+// factor Y_i . v_i over a warp's 16 columns of V, in float32: parts [C]. The rest of dbeta is in gradients.cu.
+__device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], const char* values, int mine, float factor) {
   float sum[4 * BLOCKS];  // of tokens 8 i + lane_column() + {0, 1}, i the half of the index
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t) {
@@ -34,22 +34,23 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
       sum[1] += __shfl_xor_sync(0xffffffffu, sum[1], step);
     }
   }
-  *reinterpret_cast<float2*>(parts + lane_row() * (2 * BLOCKS) / 8 * 8 + lane_column()) = make_float2(sum[0], sum[1]);
+  *reinterpret_cast<float2*>(parts + lane_row() * (2 * BLOCKS) / 8 * 8 + lane_column()) = make_float2(factor * sum[0], factor * sum[1]);
 }
 
-// packets: [chunks, H] Packet. v, d_o: [rows, H, D]. d_final (may be null): [N, segments, H, K, V] float32, of the state that
-// each segment leaves. d_initial (may be null): [N, H, K, V] float32.
+// packets: [chunks, H] Packet. v, d_o: [rows, H, D]. largest: [chunks, H] float32, of |dO|. leaving (may be null): [N, H, K, V]
+// float32, of the state that each sequence leaves, and d_final (may be null): [N, segments, H, K, V] float32, of the one that
+// each segment leaves. d_initial (may be null): [N, H, K, V] float32. units: [N, H] float32, those of dO.
 // d_states: [chunks, H] Kept, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T.
-// beta_parts: [chunks, H, D / 16, C] float32. Of SUMMARY, those three and d_final are null, and d_initial is
+// beta_parts: [chunks, H, D / 16, C] float32. Of SUMMARY, those three, units and d_final are null, and d_initial is
 // [N, segments, H, K, V]. Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
-    const char* packets, const Element* v, const Element* d_o, const float* d_final, float* d_initial,
-    char* d_states, char* d_corrections, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
+    const char* packets, const Element* v, const Element* d_o, const float* largest, const float* leaving, const float* d_final, float* d_initial,
+    char* d_states, char* d_corrections, float* units, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
   const int n = run / segments, segment = run % segments;
-  const Sequence sequence = segment_of(sequence_of(n, sequences, length, bounds), segment, segments);
+  const Sequence whole = sequence_of(n, sequences, length, bounds), sequence = segment_of(whole, segment, segments);
   const int chunks = (sequence.length + C - 1) / C;
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
   if (SUMMARY && segment == 0) return;  // nothing precedes it
@@ -72,10 +73,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     }
   }
 
+  const SharedUnit unit = {shared};
+  if constexpr (HALVES) {
+    const long long of_head = static_cast<long long>(n) * heads + head;
+    unit.set(unit_of_gradients(largest_of_sequence(largest, whole, heads, head, leaving == nullptr ? nullptr : leaving + of_head * D * D)));
+    if (units != nullptr && threadIdx.x == 0) units[of_head] = unit.get();
+  }
+
   Sum state[STEPS];  // dS^T
   const long long state_at = (static_cast<long long>(run) * heads + head) * D * D + columns + mine;
   if (d_final != nullptr) {
-    read_state(state, d_final + state_at);
+    read_state(state, d_final + state_at, unit.get());
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) clear(state[i]);
@@ -104,7 +112,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     const long long slot = static_cast<long long>(opaque(sequence.first_chunk + chunks - 1) - step) * heads + head;
 
     auto d_out = [&](int t) {  // dO^T
-      return convert<Operand>(Values::load_transposed(stage + Stage::values, t * 16, mine));
+      const Block<Element> values = Values::load_transposed(stage + Stage::values, t * 16, mine);
+      if constexpr (!HALVES) return convert<Operand>(values);
+      Sum y;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) y.pair[q] = get_pair(values, q);
+      scale_all(y, unit.get());
+      return round_to<Operand>(y);
     };
 
     const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
@@ -169,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     products_over_tokens(state, weighted, packet + Packet::kg);
     close_products();
     if constexpr (!SUMMARY) {
-      beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine);
+      beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, unit.inverse());
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
     }
@@ -221,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
         product(x[j], weighted[i], t);
       }
     pace();
-    if constexpr (!SUMMARY) beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine);
+    if constexpr (!SUMMARY) beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, unit.inverse());
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
       if (!SUMMARY) write_block<Columns>(d_corrections + slot * Columns::bytes, opaque(columns + mine), j * 16, round_to<Operand>(x[j]));
@@ -250,8 +264,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
 #endif
   }
   if (SUMMARY) {
-    write_state(state, d_initial + (static_cast<long long>(recomputed(run)) * heads + recomputed(head)) * D * D + columns + mine);
+    write_state(state, d_initial + (static_cast<long long>(recomputed(run)) * heads + recomputed(head)) * D * D + columns + mine, unit.inverse());
   } else if (segment == 0 && d_initial != nullptr) {
-    write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine);
+    write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, unit.inverse());
   }
 }

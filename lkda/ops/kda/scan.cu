@@ -33,25 +33,33 @@ __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const
     }
 }
 
-// packets: [chunks, H] Packet. v, o: [rows, H, D]. initial_state (may be null): [N, segments, H, K, V] float32, enters
-// each segment. final_state: [N, H, K, V] float32.
+// packets: [chunks, H] Packet. v, o: [rows, H, D]. largest: [chunks, H] float32, of |v|. entering (may be null): [N, H, K, V]
+// float32, enters each sequence, and initial_state (may be null): [N, segments, H, K, V] float32, each segment.
+// final_state: [N, H, K, V] float32. units (may be null): [N, H] float32, those of v.
 // Kept for the backward, both null where none follows: states [chunks, H] Kept, the state each chunk was entered with,
-// and corrections [chunks, H] Columns, N~^T. Of SUMMARY, initial_state, o, states and corrections are null, and
+// and corrections [chunks, H] Columns, N~^T. Of SUMMARY, initial_state, o, states, corrections and units are null, and
 // final_state [N, segments, H, K, V] is Z; transposed and transitions (may be null): [N, segments, H, K, K], A^T and A. Of
 // the last segment Z and A^T are not needed, and may stay unwritten.
 // Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
-    const char* packets, const Element* v, const float* initial_state, Element* o, float* final_state, char* states, char* corrections,
-    float* transposed, float* transitions, const int* bounds, int sequences, int length, int heads, int segments) {
+    const char* packets, const Element* v, const float* largest, const float* entering, const float* initial_state, Element* o, float* final_state,
+    char* states, char* corrections, float* units, float* transposed, float* transitions, const int* bounds, int sequences, int length, int heads, int segments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
   const int n = run / segments, segment = run % segments;
-  const Sequence sequence = segment_of(sequence_of(n, sequences, length, bounds), segment, segments);
+  const Sequence whole = sequence_of(n, sequences, length, bounds), sequence = segment_of(whole, segment, segments);
   const int chunks = (sequence.length + C - 1) / C;
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
   // Nothing follows the last segment. Backwards its A is needed.
   if (SUMMARY && segment == segments - 1 && (transitions == nullptr || columns + WIDTH <= D)) return;
+
+  const SharedUnit unit = {shared};
+  if constexpr (HALVES) {
+    const long long of_head = static_cast<long long>(n) * heads + head;
+    unit.set(unit_of_values(largest_of_sequence(largest, whole, heads, head, entering == nullptr ? nullptr : entering + of_head * D * D)));
+    if (units != nullptr && threadIdx.x == 0) units[of_head] = unit.get();
+  }
 
   auto fetch = [&](int m) {
     char* stage = shared + m % STAGES * Stage::bytes;
@@ -71,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
   const bool of_transition = SUMMARY && columns + mine >= D;
   const long long state_at = (static_cast<long long>(run) * heads + head) * D * D;
   if (initial_state != nullptr) {
-    read_state(state, initial_state + state_at + columns + mine);
+    read_state(state, initial_state + state_at + columns + mine, unit.get());
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
@@ -108,10 +116,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
       clear(x[t]);
       if (of_transition) continue;
       const Block<Element> value = Values::load_transposed(stage + Stage::values, t * 16, mine);
+      const float of_one = unit.get();
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const float2 pair = get_pair(value, q);
-        x[t].pair[q] = make_float2(-pair.x, -pair.y);
+        x[t].pair[q] = make_float2(-of_one * pair.x, -of_one * pair.y);
       }
     }
     Sum out[BLOCKS];  // [tokens, 16 of V], with WARPGROUPS transposed
@@ -210,6 +219,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     const int tokens = min(C, sequence.length - m * C);
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
+      if constexpr (HALVES) scale_all(out[t], unit.inverse());
 #if WARPGROUPS
       Block<Element> rows = round_to<Element>(out[t]);
       rows = {{transpose(rows.word[0]), transpose(rows.word[2]), transpose(rows.word[1]), transpose(rows.word[3])}};
@@ -232,10 +242,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
   }
   if (of_transition) {
     write_transposed(state, transposed + state_at + (columns + mine - D) * D);
-    if (transitions != nullptr) write_state(state, transitions + state_at + columns + mine - D);
+    if (transitions != nullptr) write_state(state, transitions + state_at + columns + mine - D, 1.f);
   } else if (SUMMARY) {
-    write_state(state, final_state + state_at + columns + mine);
+    write_state(state, final_state + state_at + columns + mine, unit.inverse());
   } else if (segment == segments - 1) {
-    write_state(state, final_state + (static_cast<long long>(n) * heads + head) * D * D + columns + mine);
+    write_state(state, final_state + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, unit.inverse());
   }
 }

@@ -11,21 +11,21 @@ template <int NEWEST>
 void wait_products() {}
 
 template <bool TRANSPOSED>
-void product_of_four(Sum* x, const Block<bfloat16>& a, const void* corner) {
+void product_of_four(Sum* x, const Block<float16>& a, const void* corner) {
   const int lane = threadIdx.x % 32;
   const size_t start = reinterpret_cast<size_t>(corner);
   auto& word = exchange().word;
   for (int i = 0; i < 4; ++i) word[lane][i] = a.word[i];
   warp_barrier();
   auto left = [&](int row, int k) {
-    const float2 pair = unpack(bfloat16{}, word[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2]);
+    const float2 pair = unpack(float16{}, word[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2]);
     return k % 2 ? pair.y : pair.x;
   };
   auto right = [&](int k, int n) {  // 128-byte swizzle: bits 4-6 of an address are xored with bits 7-9
     const size_t at = start + (TRANSPOSED ? k / 8 * 1024 + k % 8 * 128 + n * 2 : n / 8 * 1024 + n % 8 * 128 + k * 2);
     unsigned short bits;
     memcpy(&bits, reinterpret_cast<const void*>(at ^ (at >> 3 & 0x70)), 2);
-    return __uint_as_float(static_cast<unsigned>(bits) << 16);
+    return widened(float16{}, bits);
   };
   for (int t = 0; t < 4; ++t)
     for (int q = 0; q < 4; ++q) {
