@@ -62,9 +62,10 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
         return found
 
     prepare = Emulated(cuda_kernels.prepare_kernel(D, dtype, ARCH), tmp_path)
-    prepare(min(3, slots * H), layout.threads, q, k, v, g, beta, packets, largest, None, slots * H, T, H, scale)
+    prepare(min(3, slots * H), layout.threads, q, k, g, beta, packets, None, slots * H, T, H, scale)
     if dtype.itemsize == 2:
         find = Emulated(cuda_kernels.largest_kernel(D, dtype), tmp_path)
+        find(-(-slots * H // 8), 256, v, largest, None, slots * H, T, H)
         find(-(-slots * H // 8), 256, grad_o, d_largest, None, slots * H, T, H)
     enters, leaves = state, grad_state
     if segments > 1:

@@ -48,12 +48,11 @@ def _forward(
     plan = plan_of(q, cu_seqlens)
     bounds, spans = plan.chunks(cu_seqlens)
     packets = _bytes(plan.packets, q.device)
-    largest = plan.largest_in(packets)
-    plan.prepare(q, k, v, g, beta, packets, largest, spans, plan.items, T, H, scale)
+    plan.prepare(q, k, g, beta, packets, spans, plan.items, T, H, scale)
     o, final_state = _results(v, cu_seqlens)
     kept = _bytes(plan.kept, q.device) if keep else None
-    states, corrections, units, transitions = (None,) * 4 if kept is None else plan.parts(kept)
-    begins = (largest, initial_state)
+    states, corrections, transitions, units = (None,) * 4 if kept is None else plan.kept_parts(kept)
+    begins = (plan.find_largest(v, spans, packets), initial_state)
     where = (bounds, plan.sequences, T, H, plan.segments)
     enters: Tensor | int | None = initial_state
     if plan.segments > 1:
@@ -115,8 +114,9 @@ def _reverse(
     if plan.segments > 1:
         _memory, offsets, leaves, _ = _scratch(plan)
         plan.summarize_reverse(packets, None, grad_o, *ends, None, offsets, None, None, None, None, *where)
-        plan.enter_segments(plan.parts(kept)[3], offsets, grad_final, leaves, plan.segments, H, 1)
-    plan.reverse(packets, v, grad_o, *ends, leaves, d_initial, *plan.parts(d_kept), *where)
+        plan.enter_segments(plan.kept_parts(kept)[2], offsets, grad_final, leaves, plan.segments, H, 1)
+    d_states, d_corrections, products, d_units = plan.d_kept_parts(d_kept)
+    plan.reverse(packets, v, grad_o, *ends, leaves, d_initial, d_states, d_corrections, d_units, products, *where)
     return d_initial, d_kept
 
 
@@ -145,8 +145,8 @@ def _chunk_gradients(
     plan = plan_of(q, cu_seqlens)
     _, spans = plan.chunks(cu_seqlens)
     grads = _gradients_of(q, g, beta)
-    states, corrections, units, _ = plan.parts(kept)
-    d_states, d_corrections, d_units, products = plan.parts(d_kept)
+    states, corrections, _, units = plan.kept_parts(kept)
+    d_states, d_corrections, products, d_units = plan.d_kept_parts(d_kept)
     passed = (states, corrections, d_states, d_corrections, products, units, d_units, initial_state, grad_final)
     plan.gradients(q, k, g, beta, grad_o, *passed, *grads, spans, T, H, scale)
     return grads

@@ -67,7 +67,7 @@ class Layout:
 
     def prepare_shared(self) -> int:
         C, D, size = self.chunk, self.D, self.operand
-        small = _round_up(4 * self.leaves * D + 4 * C + 4 * C * 17 + 64, 128)
+        small = _round_up(4 * self.leaves * D + 4 * C + 4 * C * 17, 128)
         tree = self.levels * (C + C // 2) * D * size
         return small + 2 * C * C * size + max(tree, 2 * C * C * size + 64 * C)
 
@@ -114,7 +114,7 @@ def prepare_kernel(D: int, dtype: torch.dtype, arch: str) -> Kernel:
         gradients_kernel(D, dtype, arch).module,
         *(scan_of(name, D, dtype, arch, "whole").kernel.module for name in ("reverse", "scan")),
     )
-    return module.kernel("kda_prepare", "PPPPPPPPiiif", shared_bytes=shared_bytes)
+    return module.kernel("kda_prepare", "PPPPPPiiif", shared_bytes=shared_bytes)
 
 
 class Scan:

@@ -36,12 +36,12 @@ class Sizes:
         slots: chunks at most: where cu_seqlens is on the device, nobody knows how many there are.
         largest: bytes of the largest |v| of every chunk and head, or |dO|, in float32.
         packets: bytes of all packets, and after them of those of v.
-        states, corrections, units, transitions: bytes of what a forward keeps: the state entering each chunk (Kept in
-            kda_chunk.cuh), N~ [slots, H, D, C] in the operands' type, the units of v [N, H] (kda_unit.cuh), and the
-            segments' A [N * segments, H, K, K], both in float32.
+        states, corrections, transitions, units: bytes of what a forward keeps: the state entering each chunk (Kept in
+            kda_chunk.cuh), N~ [slots, H, D, C] in the operands' type, the segments' A [N * segments, H, K, K], and the
+            units of v [N, H] (kda_unit.cuh), both in float32.
         products: bytes of what `reverse` leaves in the place of A: Y . v over 16 columns of V at a time, [slots, H,
-            D / 16, C] in float32. Before it lie dS1, Y and dO's units, of the sizes of states, corrections and units;
-            after it the largest |dO|.
+            D / 16, C] in float32. Before it lie dS1 and Y, of the sizes of states and corrections; after it dO's
+            units and the largest |dO|.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, N: int | None, segments: int):
@@ -50,21 +50,28 @@ class Sizes:
         self.sequences, self.segments = B if N is None else N, segments
         self.slots = B * ((T + C - 1) // C) if N is None else T // C + N
         items = self.slots * H
-        self.largest = 4 * items
+        self.largest = 4 * items if dtype.itemsize == 2 else 0
         self.packets = items * packet_bytes(D, dtype) + self.largest
         self.states, self.corrections = items * kept_state_bytes(D, dtype), items * D * C * operand
-        self.units = (4 * self.sequences * H + 127) // 128 * 128
+        self.units = 4 * self.sequences * H if dtype.itemsize == 2 else 0
         self.transitions = self.sequences * segments * H * D * D * 4 if segments > 1 else 0
         self.products = items * (D // 16) * C * 4
         both = self.states + self.corrections + self.units
         self.kept, self.d_kept = both + self.transitions, both + self.products + self.largest
 
-    def parts(self, memory: Tensor) -> tuple[int, int, int, int]:
-        """Addresses of the four parts of what a forward keeps, or a backward: one allocation, as host time is counted
-        in them."""
+    def kept_parts(self, memory: Tensor) -> tuple[int, int, int, int]:
+        """Addresses of states, corrections, transitions and units in what a forward keeps: one allocation, as host time
+        is counted in them."""
+        return self._parts(memory, self.transitions)
+
+    def d_kept_parts(self, memory: Tensor) -> tuple[int, int, int, int]:
+        """Addresses of dS1, Y, products and dO's units in what `reverse` leaves."""
+        return self._parts(memory, self.products)
+
+    def _parts(self, memory: Tensor, third: int) -> tuple[int, int, int, int]:
         start = memory.data_ptr()
-        units = start + self.states + self.corrections
-        return start, start + self.states, units, units + self.units
+        states, both = start + self.states, start + self.states + self.corrections
+        return start, states, both, both + third
 
     def largest_in(self, memory: Tensor) -> int:
         """Address of the largest numbers at the end of what `packets` or `d_kept` counts."""

@@ -8,7 +8,6 @@
 // halves f_i = prod E from the boundary through i and f_j = prod E after j up to it, both <= 1, and decay = f_i f_j. So
 // each level is a product of two matrices of rounded numbers <= |k|. Pairs inside 8 tokens are summed in float32.
 #include "kda_tree.cuh"
-#include "kda_unit.cuh"
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
@@ -22,8 +21,7 @@ struct Shared {
   static constexpr int leaf_logs = 0;                                        // float [LEAVES][D]
   static constexpr int beta = leaf_logs + LEAVES * D * 4;                    // float [C]
   static constexpr int corner = beta + C * 4;                                // float [C][17]: M, its diagonal 16x16 blocks
-  static constexpr int largest = corner + C * 17 * 4;                        // float [16]: |v|, of each warp that looked
-  static constexpr int pairs = (largest + 64 + 127) / 128 * 128;             // Square
+  static constexpr int pairs = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square
   static constexpr int below = pairs + Square::bytes;                        // MergeSquare: M below the diagonal blocks
   static constexpr int tree = below + MergeSquare::bytes;                    // LEVELS x Level, then T and T~
   static constexpr int inverse = tree, inverse_rest = tree + MergeSquare::bytes;
@@ -221,22 +219,6 @@ __device__ __forceinline__ void whole_decay(const char* shared, char* packet) {
   *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = exp2_fast(sum);
 }
 
-// The largest |v| of the chunk, for its unit, by warps that have neither to invert nor to multiply meanwhile.
-constexpr int LOOKING = (C + D / 2 + 31) / 32;  // the first of them
-static_assert(!HALVES || (LOOKING < WARPS && WARPS <= 16), "there are such warps, and a place for each");
-__device__ __forceinline__ void look_for_largest(char* shared, const Element* v, const Span& span, int heads, int head) {
-  const int warp = opaque(threadIdx.x / 32);
-  if (warp < LOOKING) return;
-  const float x = largest_in_warp(largest_of(v, span, heads, head, threadIdx.x - LOOKING * 32, THREADS - LOOKING * 32));
-  if (lane_id() == 0) reinterpret_cast<float*>(shared + Shared::largest)[warp] = x;
-}
-__device__ __forceinline__ float largest_found(const char* shared) {
-  float x = 0.f;
-#pragma unroll
-  for (int warp = LOOKING; warp < WARPS; ++warp) x = fmaxf(x, reinterpret_cast<const float*>(shared + Shared::largest)[warp]);
-  return x;
-}
-
 // The 8x8 block of T~ below two of them, 1 above 2, in float32; eight neighbouring threads a column:
 //   T~_21 = -(I + T~_22 B_2) X,    X = M_21 T_11
 __device__ __forceinline__ void merge_leaves(char* shared) {
@@ -311,11 +293,10 @@ __device__ __forceinline__ void merge(char* shared) {
   }
 }
 
-// q, k, v: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. packets: [chunks, H] Packet. largest: [chunks, H]
-// float32, the largest |v| of each (of halves; else null, and so is v). A block takes chunk and
+// q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. packets: [chunks, H] Packet. A block takes chunk and
 // head number blockIdx.x of `items` = chunks x H, then every gridDim.x-th; each one's inputs are on their way meanwhile.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
-    const Element* q, const Element* k, const Element* v, const float* g, const float* beta, char* packets, float* largest, const int4* spans, int items, int length, int heads, float scale) {
+    const Element* q, const Element* k, const float* g, const float* beta, char* packets, const int4* spans, int items, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
@@ -399,9 +380,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
     __syncthreads();  // the level tiles give way to T and T~
     invert_leaves(shared);
     whole_decay(shared, packet);
-    if constexpr (HALVES) look_for_largest(shared, v, span_of(item / heads, length, spans), heads, item % heads);
     __syncthreads();
-    if (HALVES && threadIdx.x == THREADS - 1) largest[item] = largest_found(shared);
     spread_leaves(shared);
     merge_leaves(shared);
     __syncthreads();
