@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
         made = rows(records)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    note = f"{len(paths)} evaluations token by token, KDA's states kept in that dtype; in brackets less float32's."
+    note = "Read token by token, KDA's states kept in that dtype; in brackets the difference from float32."
     Path(out).mkdir(parents=True, exist_ok=True)
     write_atomically(Path(out) / "table.json", json.dumps({"rows": made, "note": note}, indent=1) + "\n")
     Console().print(rich_table([*made[0]], [[*row.values()] for row in made], names=2))
