@@ -55,7 +55,12 @@ def test_the_dtype_is_written_down_and_drawn(run: Path, tmp_path: Path) -> None:
     main([f"{tmp_path}/state_*.json", str(tmp_path / "drawn")])
     (row,) = json.loads((tmp_path / "drawn" / "table.json").read_text())["rows"]
     assert row == {
-        **{"mixer": "kda_softmax_1to1", "measured": "bits per byte", "float32": f"{found['float32']:.4f}"},
+        **{
+            "mixer": "kda_softmax_1to1",
+            "data": "files 32",
+            "measured": "bits per byte",
+            "float32": f"{found['float32']:.4f}",
+        },
         "int8": f"{found['int8']:.4f} ({found['int8'] - found['float32']:+.4f})",
     }
 
@@ -96,9 +101,16 @@ def test_what_makes_no_sense_is_refused(run: Path, given: list[str], message: st
 
 def test_dtypes_of_different_runs_are_not_laid_side_by_side(tmp_path: Path) -> None:
     for ckpt, dtype in (("a", "float32"), ("b", "int8")):
-        record = {"ckpt": ckpt, "run": {"mixer": "kda"}, "data": {}, "state_dtype": dtype, "result": {"accuracy": 0.5}}
+        record = {
+            "ckpt": ckpt,
+            "run": {"mixer": "kda"},
+            "data": {"source": "prose"},
+            "state_dtype": dtype,
+            "result": {"accuracy": 0.5},
+        }
         (tmp_path / f"{ckpt}.json").write_text(json.dumps(record))
     with pytest.raises(
-        SystemExit, match=r"different checkpoints \(1 in float32, 1 in int8\): give each in every dtype"
+        SystemExit,
+        match=r"kda on prose was .* different checkpoints \(1 in float32, 1 in int8\): give each in every dtype",
     ):
         main([f"{tmp_path}/*.json", str(tmp_path / "out")])
