@@ -2,9 +2,9 @@
 
     python -m lkda.report.state_dtypes 'multirun/ablations/ratios/*/state_*.json' outputs/state_dtypes
 
-Writes table.json: a row for a mixer and data, a column a dtype, bits per byte of text and accuracy of other data, means
-over runs, with the difference from float32 in brackets. Evaluations that were not stepwise, and models without KDA,
-are left out.
+Writes what it has read, evaluations.json, and table.json: a row for a mixer and data, a column a dtype, bits per byte
+of text and accuracy of other data, means over runs, with the difference from float32 in brackets. Evaluations that were
+not stepwise, and models without KDA, are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from lkda.report.files import write_atomically
-from lkda.report.long_context import Record, read_evaluations
+from lkda.report.long_context import EVALUATIONS, Record, read_evaluations
 from lkda.report.table import rich_table
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -83,6 +83,7 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(f"error: {error}") from None
     note = "Read token by token, KDA's states kept in that dtype; in brackets the difference from float32."
     Path(out).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(out) / EVALUATIONS, json.dumps({"evaluations": records}, indent=1) + "\n")
     write_atomically(Path(out) / "table.json", json.dumps({"rows": made, "note": note}, indent=1) + "\n")
     Console().print(rich_table([*made[0]], [[*row.values()] for row in made], names=3))
 
