@@ -57,11 +57,16 @@ class LanguageModel(nn.Module):
 
     def step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """One token a sequence: tokens [B] -> logits [B, vocab], and the state after it."""
+        x, after = self.hidden_step(tokens, state)
+        return self.lm_head(x), after
+
+    def hidden_step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        """As `step`, without the head: tokens [B] -> [B, d_model], what it reads."""
         x, after = self.embed_tokens(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block.step(x, before)  # type: ignore[operator]
             after.append(new)
-        return self.lm_head(self.norm(x)), after
+        return self.norm(x), after
 
     def _hidden_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         x, after = self.embed_tokens(tokens), []

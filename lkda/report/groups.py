@@ -61,19 +61,16 @@ def group_runs(runs: Iterable[Run], *, within: Collection[str] = ()) -> list[Gro
     telling = _telling([found for _, found in described])
     for run, found in described:
         members[tuple(found.get(key, NULL) for key in telling)].append((run, found))
-    backends: dict[str, set[str]] = defaultdict(set)
-    values: dict[tuple[str, str], set[Any]] = defaultdict(set)  # of a mixer's setting
+    values: dict[tuple[str, str], set[Any]] = defaultdict(set)  # of a setting, among a mixer's runs
     for _, found in described:
-        backends[found["mixer"]].add(found.get("backend", NULL))
         for key in telling:
             values[found["mixer"], key].add(found.get(key, NULL))
     groups = []
     for same in members.values():
         found = same[0][1]
-        shown = [key for key in telling[1:] if key in found]
-        if len(backends[found["mixer"]]) == 1:  # it follows from the mixer, and says nothing more
-            shown = [key for key in shown if key != "backend"]
-        shown = [key for key in shown if key.split(".")[0] != "mixer" or len(values[found["mixer"], key]) > 1]
+        # What follows from the mixer says nothing more.
+        follows = {key for key in telling if _of_mixer(key) and len(values[found["mixer"], key]) == 1}
+        shown = [key for key in telling[1:] if key in found and key not in follows]
         label = " · ".join([found["mixer"], *(_show(key, found[key]) for key in shown)])
         groups.append(Group(label, found["mixer"], [run for run, _ in same]))
     texts = all(run.summary.get("val/bits_per_byte") is not None for run, _ in described)
@@ -92,6 +89,10 @@ def settings(run: Run) -> Settings:
         flat.setdefault("data.source", str(run.summary["data"]))
     first = {key: flat[key] for key in NAMES if key in flat}
     return {"mixer": str(run.summary["mixer"])} | first | flat
+
+
+def _of_mixer(key: str) -> bool:
+    return key == "backend" or _inside(key, {"mixer"})
 
 
 def _neutral(key: str) -> bool:
@@ -137,7 +138,7 @@ def also_differing(runs: Sequence[Run]) -> list[str]:
     by_mixer: dict[str, set[str]] = defaultdict(set)
     found = []
     for key in dict.fromkeys(key for one in described for key in one):
-        if key.split(".")[0] == "mixer" or key == "backend":
+        if _of_mixer(key):
             continue
         by_mixer.clear()
         for one in described:

@@ -35,13 +35,16 @@ Record = Mapping[str, Any]
 Lines = dict[str, dict[float, float]]  # mixer -> {x: the mean over seeds}
 
 
-def read_evaluations(paths: Sequence[Path]) -> list[Record]:
-    """Raises: ValueError for a file that `scripts/evaluate.py out=` has not written, or none at all."""
+def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list[Record]:
+    """The entries run, data and result of each file, and those named in `also`.
+
+    Raises: ValueError for a file that `scripts/evaluate.py out=` has not written, or none at all.
+    """
     records: list[Record] = []
     for path in paths:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            records.append({name: record[name] for name in ("run", "data", "result")})
+            records.append({name: record[name] for name in ("run", "data", "result", *also)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not of scripts/evaluate.py out=... ({error}).") from error
     if not records:

@@ -1,0 +1,72 @@
+"""A language model that reads whole sequences a token at a time, as it decodes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lkda.models.build import build_model
+from lkda.models.lm import LanguageModel
+from lkda.models.mixers import find_mixer
+from lkda.ops.sequences import lengths_of
+
+
+class StepwiseModel(LanguageModel):
+    """The same weights and, but for rounding, the same function; the state is kept from token to token as in decoding.
+
+    So what a narrower state costs shows in whatever is measured with this model in place of the one it is made of. The
+    sequences of a batch run side by side. No gradients.
+
+    Args:
+        model: whose weights it copies.
+        state_dtype: how the KDA layers keep their states, as their option of that name; where None, as in `model`.
+
+    Attributes:
+        state_dtype: of the KDA layers' states; None where there are none.
+        on_step: called after every token with its share of the batch's steps.
+
+    Raises: ValueError for a dtype that is none of a state's, or any where no layer has such a state.
+    """
+
+    def __init__(self, model: LanguageModel, *, state_dtype: str | None = None) -> None:
+        config = model.config if state_dtype is None else _keeping_states_in(state_dtype, model.config)
+        super().__init__(list(build_model(config).blocks), config)  # type: ignore[arg-type]
+        self.to(model.embed_tokens.weight).eval().load_state_dict(model.state_dict())
+        self.state_dtype = next((m.state_dtype for m in self.mixers() if hasattr(m, "state_dtype")), None)
+        self.on_step: Callable[[float], None] = lambda share: None
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        B, T = tokens.shape
+        lengths = torch.tensor(lengths_of(B, T, cu_seqlens))
+        starts = lengths.cumsum(0) - lengths
+        # By falling length, so that the sequences that still have a token are always the first few.
+        lengths, order = lengths.sort(descending=True, stable=True)
+        starts, flat = starts[order].to(tokens.device), tokens.flatten()
+        steps = int(lengths[0])
+        alive = [int(n) for n in (lengths > torch.arange(steps).unsqueeze(1)).sum(1)]
+        state, x = self.init_state(alive[0]), self.embed_tokens.weight.new_empty(B * T, self.config["d_model"])
+        for t, count in enumerate(alive):
+            if count < alive[t - 1]:
+                state = [tuple(part[:count] for part in kept) for kept in state]
+            places = starts[:count] + t
+            x[places], state = self.hidden_step(flat[places], state)
+            self.on_step(1 / steps)
+        return x.view(B, T, -1)
+
+
+def _keeping_states_in(state_dtype: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config with that option for each of its mixers that has it."""
+    names = dict.fromkeys(config["mixer"]["pattern"])
+    having = [name for name in names if "state_dtype" in inspect.signature(find_mixer(name)).parameters]
+    if not having:
+        raise ValueError(
+            f"state_dtype={state_dtype} is for models with KDA layers, and this one has {', '.join(names)}: "
+            "leave it out."
+        )
+    changed = {name: {**(config["mixer"].get(name) or {}), "state_dtype": state_dtype} for name in having}
+    return {**config, "mixer": {**config["mixer"], **changed}}
