@@ -279,17 +279,18 @@ class TestProperties:
 @gpu
 @needs_gpu
 class TestTorch:
-    def test_opcheck(self):
+    @pytest.mark.parametrize("normalize", [False, True])
+    def test_opcheck(self, normalize):
         """Schema, fake, autograd, and tracing with sizes that are symbols."""
         q, k, v, g, beta, state = (x.requires_grad_() for x in on_gpu(2, 100, 2, 64).values())
-        forward = (q, k, v, g, beta, state, None, 0.125, True)
+        forward = (q, k, v, g, beta, state, None, 0.125, normalize, True)
         torch.library.opcheck(torch.ops.lkda.kda_forward, forward)
         q, k, v, g, beta, state = (x.detach() for x in forward[:6])
-        o, _, packets, kept = torch.ops.lkda.kda_forward(q, k, v, g, beta, state, None, 0.125, True)
+        o, _, packets, kept, *units = torch.ops.lkda.kda_forward(q, k, v, g, beta, state, *forward[6:])
         reverse = (o, None, v, None, packets, kept, True)
         torch.library.opcheck(torch.ops.lkda.kda_reverse, reverse)
         _, d_kept = torch.ops.lkda.kda_reverse(*reverse)
-        gradients = (o, None, q, k, g, beta, state, None, kept, d_kept, 0.125)
+        gradients = (o, None, *(units if normalize else (q, k)), g, beta, state, None, kept, d_kept, 0.125)
         torch.library.opcheck(torch.ops.lkda.kda_gradients, gradients)
         torch.library.opcheck(torch.ops.lkda.kda_recurrent, (*(x.detach() for x in forward[:6]), None, 0.125))
 

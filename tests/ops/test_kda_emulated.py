@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from lkda.ops import kda_attention, l2_normalized
 from lkda.ops.kda import cuda, cuda_kernels, cuda_plan
 from tests.ops.cases import kda_inputs, relative
 from tests.ops.emulation import Emulated, kernels_on_the_cpu  # noqa: F401
@@ -71,16 +72,48 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
     if segments > 1:
         offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
         run = Emulated(cuda_kernels.segments_kernel(D, ARCH), tmp_path)
-        scan("scan", "summary", packets, v, largest, state, None, None, offsets, None, None, None, transposed, transitions)
+        scan(
+            "scan",
+            "summary",
+            packets,
+            v,
+            largest,
+            state,
+            None,
+            None,
+            offsets,
+            None,
+            None,
+            None,
+            transposed,
+            transitions,
+        )
         enters = entries(transposed, offsets, state, backward=False)
-        scan("reverse", "summary", packets, None, grad_o, d_largest, grad_state, None, d_offsets, None, None, None, None)
+        scan(
+            "reverse", "summary", packets, None, grad_o, d_largest, grad_state, None, d_offsets, None, None, None, None
+        )
         leaves = entries(transitions, d_offsets, grad_state, backward=True)
     results = (got["o"], got["final_state"])
     scan("scan", "whole", packets, v, largest, state, enters, *results, states, corrections, units, None, None)
     kept = (got["dinitial_state"], d_states, d_corrections, d_units, parts)
     scan("reverse", "whole", packets, v, grad_o, d_largest, grad_state, leaves, *kept)
     gradients = Emulated(cuda_kernels.gradients_kernel(D, dtype, ARCH), tmp_path)
-    given = (q, k, g, beta, grad_o, states, corrections, d_states, d_corrections, parts, units, d_units, state, grad_state)
+    given = (
+        q,
+        k,
+        g,
+        beta,
+        grad_o,
+        states,
+        corrections,
+        d_states,
+        d_corrections,
+        parts,
+        units,
+        d_units,
+        state,
+        grad_state,
+    )
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
     gradients(slots * H, layout.threads, *given, *results, None, T, H, scale)
 
@@ -91,10 +124,15 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.usefixtures("kernels_on_the_cpu")
 @pytest.mark.parametrize(
-    ("T", "packed", "state", "segments"),
-    [(70, False, True, 1), (70, True, True, 1), (70, False, False, 1), (300, False, True, 4)],
+    ("T", "packed", "state", "segments", "normalize"),
+    [
+        (70, False, True, 1, False),
+        (70, True, True, 1, True),
+        (70, False, False, 1, True),
+        (300, False, True, 4, False),
+    ],
 )
-def test_the_op_around_the_kernels(T, packed, state, segments, monkeypatch):
+def test_the_op_around_the_kernels(T, packed, state, segments, normalize, monkeypatch):
     """Forward, what is kept, backward: the launches and their arguments as a GPU would get them."""
     monkeypatch.setattr(cuda_plan, "architecture", lambda device: ARCH)
     monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
@@ -106,9 +144,19 @@ def test_the_op_around_the_kernels(T, packed, state, segments, monkeypatch):
     if not state:
         del inputs["initial_state"]
 
+    if normalize:
+        inputs |= {name: (3 * inputs[name]).contiguous() for name in ("q", "k")}
+
     def op(*, initial_state=None, cu_seqlens=None, **given):
-        return cuda.kda_cuda(**given, scale=D**-0.5, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        return cuda.kda_cuda(
+            **given, scale=D**-0.5, initial_state=initial_state, cu_seqlens=cu_seqlens, normalize=normalize
+        )
+
+    def plain(q, k, **given):
+        q, k = l2_normalized(q, k, backend="plain") if normalize else (q, k)
+        return kda_attention(q, k, **given, backend="recurrent")
 
     got = outputs_and_gradients(op, inputs, **options)
-    for name, want in kda_truth(inputs, **options).items():
+    truth = outputs_and_gradients(plain, {name: x.double() for name, x in inputs.items()}, **options)
+    for name, want in truth.items():
         assert relative(got[name], want) < ALLOWED[torch.bfloat16], name

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lkda.bench.contest import Shape
+from lkda.bench.layer_gradients import errors
 from lkda.ops import gated_rms_norm, kda_attention_fused, l2_normalized, short_convolutions
 from tests.ops.cases import relative
 from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
@@ -193,6 +195,14 @@ def test_gates_of_every_form(form, per_head):
     inputs = {name: x.cuda() for name, x in gate_inputs(2, 700, 6, 64, per_head=per_head).items()}
     want = outputs_and_gradients(gates("plain", 64, *form), {name: x.double() for name, x in inputs.items()})
     assert_within_yardstick(outputs_and_gradients(gates("cuda", 64, *form), inputs), want, sums=SUMS)
+
+
+@pytest.mark.parametrize("shape", ["8x2048x16x64", "1x8192x16x128"])
+def test_gradients_of_the_decays_parameters_err_less_than_a_thousandth(shape):
+    """In bf16 too: of a sum over all tokens little is left, so that it shows what the products round."""
+    for row in errors(Shape.parse(shape), torch.device("cuda")):
+        assert float(row["dA_log"]) < 1e-3, row
+        assert float(row["ddt_bias"]) < 1e-3, row
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -4,6 +4,9 @@ Forward: `prepare.cu` (all chunks at once: everything that does not need the sta
 state and output). Backward: `reverse.cu` (chunk after chunk, backwards: the state's gradient), then `gradients.cu` (all
 chunks at once). For the backward the forward keeps the packets, which only `reverse.cu` needs and which are freed
 before the gradients are made; the state entering each chunk; and N~.
+
+Where q and k are to be normalised, that is part of the op: half-precision ones are then float16 to the kernels, as the
+gradients of A_log and dt_bias, sums over all tokens, show what bfloat16 rounds away.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 from lkda.ops.dispatch import goes_straight, straight, wants_gradient
 from lkda.ops.kda.cuda_plan import Plan, plan_of, sizes_of
 from lkda.ops.kernel_inputs import cannot_take, readable
+from lkda.ops.short_conv.cuda import unit_dtype, unit_vectors, unit_vectors_backward
 
 reason_cannot_run = cannot_take(otherwise="chunk")
 
@@ -40,12 +44,15 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    normalize: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """o, final_state, and where a backward follows (keep) packets and what `Sizes` says is kept, else None and None."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """o, final_state, and where a backward follows (keep) packets, what `Sizes` says is kept, and where they have been
+    made q and k of unit norm; else None."""
     _, T, H, _ = q.shape
-    q, k, v, g, beta = readable(q), readable(k), readable(v), readable(g), readable(beta)
-    plan = plan_of(q, cu_seqlens)
+    q, k = unit_vectors(q, k) if normalize else (readable(q), readable(k))
+    v, g, beta = readable(v), readable(g), readable(beta)
+    plan = plan_of(v, cu_seqlens, q.dtype)
     bounds, spans = plan.chunks(cu_seqlens)
     packets = _bytes(plan.packets, q.device)
     plan.prepare(q, k, g, beta, packets, spans, plan.items, T, H, scale)
@@ -60,7 +67,9 @@ def _forward(
         plan.summarize(packets, v, *begins, None, None, offsets, None, None, None, transposed, transitions, *where)
         plan.enter_segments(transposed, offsets, initial_state, enters, plan.segments, H, 0)
     plan.scan(packets, v, *begins, enters, o, final_state, states, corrections, units, None, None, *where)
-    return o, final_state, packets if keep else None, kept
+    if not keep:
+        return o, final_state, None, None, None, None
+    return o, final_state, packets, kept, q if normalize else None, k if normalize else None
 
 
 def _forward_op(
@@ -72,10 +81,11 @@ def _forward_op(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    normalize: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """`_forward` as an op may be: an empty tensor in the place of every None."""
-    results = _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, keep)
+    results = _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, keep)
     return tuple(_nothing(v) if x is None else x for x in results)
 
 
@@ -142,9 +152,9 @@ def _chunk_gradients(
     _, T, H, _ = q.shape
     q, k, g, beta, grad_o = readable(q), readable(k), readable(g), readable(beta), readable(grad_o)
     grad_final = None if grad_final is None else readable(grad_final)
-    plan = plan_of(q, cu_seqlens)
+    plan = plan_of(grad_o, cu_seqlens, q.dtype)
     _, spans = plan.chunks(cu_seqlens)
-    grads = _gradients_of(q, g, beta)
+    grads = _gradients_of(grad_o, g, beta)
     states, corrections, _, units = plan.kept_parts(kept)
     d_states, d_corrections, products, d_units = plan.d_kept_parts(d_kept)
     passed = (states, corrections, d_states, d_corrections, products, units, d_units, initial_state, grad_final)
@@ -152,9 +162,9 @@ def _chunk_gradients(
     return grads
 
 
-def _gradients_of(q: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _gradients_of(grad_o: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and beta, contiguous, uninitialised."""
-    dq, dk, dv = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
+    dq, dk, dv = (torch.empty_like(grad_o, memory_format=torch.contiguous_format) for _ in range(3))
     return (
         dq,
         dk,
@@ -167,7 +177,7 @@ def _gradients_of(q: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, T
 _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(
     "kda_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens,"
-    " float scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+    " float scale, bool normalize, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "kda_reverse(Tensor grad_o, Tensor? grad_final, Tensor v, Tensor? cu_seqlens, Tensor packets, Tensor kept,"
@@ -183,11 +193,15 @@ _library.impl("kda_gradients", _chunk_gradients, "CUDA")
 
 
 @torch.library.register_fake("lkda::kda_forward", lib=_library)
-def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, keep):
+def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, keep):
     if not keep:
-        return *_results(v, cu_seqlens), _nothing(v), _nothing(v)
-    sizes = sizes_of(q, cu_seqlens)
-    return *_results(v, cu_seqlens), _bytes(sizes.packets, q.device), _bytes(sizes.kept, q.device)
+        return *_results(v, cu_seqlens), *(_nothing(v) for _ in range(4))
+    sizes = sizes_of(v, cu_seqlens)
+    kept = (_bytes(sizes.packets, v.device), _bytes(sizes.kept, v.device))
+    if not normalize:
+        return *_results(v, cu_seqlens), *kept, _nothing(v), _nothing(v)
+    units = (x.new_empty(x.shape, dtype=unit_dtype(x.dtype)) for x in (q, k))
+    return *_results(v, cu_seqlens), *kept, *units
 
 
 @torch.library.register_fake("lkda::kda_reverse", lib=_library)
@@ -198,32 +212,35 @@ def _(grad_o, grad_final, v, cu_seqlens, packets, kept, wants_initial):
 
 @torch.library.register_fake("lkda::kda_gradients", lib=_library)
 def _(grad_o, grad_final, q, k, g, beta, *rest):
-    return _gradients_of(q, g, beta)
+    return _gradients_of(grad_o, g, beta)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, g, beta, initial_state, cu_seqlens, scale, keep = inputs
+    q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, keep = inputs
     if not keep:
         raise RuntimeError("lkda::kda_forward needs keep=True where a gradient is wanted")
     ctx.set_materialize_grads(False)
-    ctx.scale = scale
+    ctx.scale, ctx.normalize = scale, normalize
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2:])
 
 
 def _gradients(ctx, grad_o, grad_final, *grad_kept):
-    q, k, v, g, beta, initial_state, cu_seqlens, packets, kept = ctx.saved_tensors
+    q, k, v, g, beta, initial_state, cu_seqlens, packets, kept, *units = ctx.saved_tensors
     ctx.maybe_clear_saved_tensors()  # unless the graph is kept: from here on only this function holds them
     if grad_o is None:
-        grad_o = torch.zeros_like(q)
+        grad_o = torch.zeros_like(v)
     straight = goes_straight(grad_o)
     reverse: Callable = _reverse if straight else torch.ops.lkda.kda_reverse
     gradients: Callable = _chunk_gradients if straight else torch.ops.lkda.kda_gradients
     wants_initial = initial_state is not None
     d_initial, d_kept = reverse(grad_o, grad_final, v, cu_seqlens, packets, kept, wants_initial)
     del packets  # their memory serves the gradients
-    inputs = (q, k, g, beta, initial_state, cu_seqlens)
-    grads = gradients(grad_o, grad_final, *inputs, kept, d_kept, ctx.scale)
-    return *grads, d_initial if wants_initial else None, None, None, None
+    directions = units if ctx.normalize else (q, k)
+    inputs = (*directions, g, beta, initial_state, cu_seqlens)
+    dq, dk, *grads = gradients(grad_o, grad_final, *inputs, kept, d_kept, ctx.scale)
+    if ctx.normalize:
+        dq, dk = unit_vectors_backward(dq, dk, q, k)
+    return dq, dk, *grads, d_initial if wants_initial else None, None, None, None, None
 
 
 torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)
@@ -241,9 +258,13 @@ def kda_cuda(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
+    normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The chunked kernels, differentiable; arguments and results as in `kda_attention`.
 
+    Args:
+        normalize: whether q and k are to be divided by their norms.
     Raises: ValueError where K and V differ.
     """
     if k.shape[-1] != v.shape[-1]:
@@ -260,5 +281,5 @@ def kda_cuda(
     forward: Callable = torch.ops.lkda.kda_forward
     if goes_straight(*inputs):
         forward = _straight if keep else _forward
-    o, final_state, *_ = forward(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, keep)
+    o, final_state, *_ = forward(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, normalize, keep)
     return o, final_state

@@ -105,13 +105,14 @@ def layout_of(D: int, dtype: torch.dtype) -> Layout:
 
 
 @cache
-def prepare_kernel(D: int, dtype: torch.dtype, arch: str) -> Kernel:
-    layout = layout_of(D, dtype)
+def prepare_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
+    """Of q and k of dtype `query`, of which alone it reads; beside v of `dtype`, which is theirs where None."""
+    layout = layout_of(D, query or dtype)
     shared_bytes = layout.prepare_shared()
     defines = layout.defines | layout.room(shared_bytes, arch) | {"MERGE": layout.merge}
     module = Module(HERE / "prepare.cu", defines)
     module.companions = lambda: (
-        gradients_kernel(D, dtype, arch).module,
+        gradients_kernel(D, dtype, arch, query).module,
         *(scan_of(name, D, dtype, arch, "whole").kernel.module for name in ("reverse", "scan")),
     )
     return module.kernel("kda_prepare", "PPPPPPiiif", shared_bytes=shared_bytes)
@@ -163,11 +164,13 @@ def segments_kernel(D: int, arch: str) -> Kernel:
 
 
 @cache
-def gradients_kernel(D: int, dtype: torch.dtype, arch: str) -> Kernel:
+def gradients_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
+    """With q and k of dtype `query`, `dtype` where None."""
     layout = layout_of(D, dtype)
     roomy = SHARED_BYTES_PER_BLOCK[arch] >= layout.gradients_shared(True) * (2 if D < 128 else 1)
     shared_bytes = layout.gradients_shared(roomy)
-    module = Module(HERE / "gradients.cu", layout.defines | layout.room(shared_bytes, arch) | {"ROOMY": int(roomy)})
+    more = layout.room(shared_bytes, arch) | {"ROOMY": int(roomy), "QUERY": ELEMENTS[query or dtype]}
+    module = Module(HERE / "gradients.cu", layout.defines | more)
     return module.kernel("kda_gradients", "P" * 20 + "iif", shared_bytes=shared_bytes)
 
 
@@ -193,6 +196,7 @@ def kernels(arch: str) -> list[Kernel]:
     ]
     return (
         chunked
+        + [gradients_kernel(D, torch.bfloat16, arch, torch.float16) for D in HEAD_DIMS]
         + scans
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
         + [largest_kernel(D, dtype) for D, dtype in variants if dtype.itemsize == 2]

@@ -79,9 +79,17 @@ class Sizes:
 
 
 class Plan(Sizes):
-    """Sizes, and launches on a device: functions of a kernel's arguments alone."""
+    """Sizes, and launches on a device: functions of a kernel's arguments alone. q and k are of dtype `query`."""
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, N: int | None, segments: int, device: torch.device):
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        N: int | None,
+        segments: int,
+        device: torch.device,
+        query: torch.dtype,
+    ):
         super().__init__(shape, dtype, N, segments)
         _, _, H, D = shape
         self.device = device
@@ -97,11 +105,11 @@ class Plan(Sizes):
 
         part = "segment" if segments > 1 and "segment" in parts_of(D) else "whole"
         resident_blocks = min(self.items, multiprocessors(device) * layout.resident)
-        self.prepare = launch(prepare_kernel(D, dtype, arch), resident_blocks, layout.threads)
+        self.prepare = launch(prepare_kernel(D, dtype, arch, query), resident_blocks, layout.threads)
         self.scan, self.reverse = scan("scan", part), scan("reverse", part)
         self.summarize, self.summarize_reverse = scan("scan", "summary"), scan("reverse", "summary")
         self.enter_segments = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
-        self.gradients = launch(gradients_kernel(D, dtype, arch), self.items, layout.threads)
+        self.gradients = launch(gradients_kernel(D, dtype, arch, query), self.items, layout.threads)
         self._largest: Launch | None = None
         if dtype.itemsize == 2:
             self._largest = launch(largest_kernel(D, dtype), -(-self.items // 8), 256)
@@ -126,15 +134,15 @@ class Plan(Sizes):
 
 
 def sizes_of(x: Tensor, cu_seqlens: Tensor | None) -> Sizes:
-    """Of the batch that x (q or v) belongs to; for fake tensors too."""
+    """Of the batch that x (v or its like) belongs to; for fake tensors too."""
     N = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return Sizes(x.shape, x.dtype, N, _segments(x, N))
 
 
-def plan_of(x: Tensor, cu_seqlens: Tensor | None) -> Plan:
-    """Of the batch that x (q or v) belongs to, on its device."""
+def plan_of(x: Tensor, cu_seqlens: Tensor | None, query: torch.dtype | None = None) -> Plan:
+    """Of the batch that x (v or its like) belongs to, on its device; where it matters with q and k of dtype `query`."""
     N = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return _plan(x.shape, x.dtype, N, _segments(x, N), x.device)
+    return _plan(x.shape, x.dtype, N, _segments(x, N), x.device, query or x.dtype)
 
 
 _plan = lru_cache(maxsize=1024)(Plan)

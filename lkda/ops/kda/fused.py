@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.ops.backend import choose
 from lkda.ops.checks import check_alike, check_shape
+from lkda.ops.kda.cuda import kda_cuda
 from lkda.ops.kda.cuda_gate import kda_gate_cuda
 from lkda.ops.kda.gate import FORMS, log_decay, write_strength
-from lkda.ops.kda.op import BACKENDS, kda_attention
+from lkda.ops.kda.op import backend_of, check_attention, kda_attention
 from lkda.ops.short_conv.op import l2_normalized
 
 
@@ -62,9 +62,8 @@ def kda_attention_fused(
         same_dtype=("q", "k", "v"),
     )
     check_gate(fn, sizes, gate_logits, A_log, dt_bias, gate, lower_bound)
-    word = choose(fn, BACKENDS, backend, device=q.device, head_dim=sizes["K"], dtype=q.dtype)
-    if not normalized:
-        q, k = l2_normalized(q, k, backend="cuda" if word == "cuda" else "auto")
+    word = backend_of(fn, backend, q, v)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
     if word == "cuda":
         g, beta = kda_gate_cuda(
             None if gate_logits is None else gate_logits.to(q.dtype),
@@ -76,9 +75,12 @@ def kda_attention_fused(
             lower_bound=lower_bound,
             strength=2.0 if negative_eigenvalues else 1.0,
         )
-    else:
-        g = plain_decay(gate_logits, A_log, dt_bias, beta_logits, sizes["K"], gate, lower_bound)
-        beta = write_strength(beta_logits, negative_eigenvalues=negative_eigenvalues)
+        check_attention(fn, q, k, v, g, beta, initial_state, cu_seqlens)
+        return kda_cuda(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize=not normalized)
+    if not normalized:
+        q, k = l2_normalized(q, k)
+    g = plain_decay(gate_logits, A_log, dt_bias, beta_logits, sizes["K"], gate, lower_bound)
+    beta = write_strength(beta_logits, negative_eigenvalues=negative_eigenvalues)
     return kda_attention(
         q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, backend=word
     )

@@ -26,6 +26,8 @@ constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // of a warp that share a leaf
 constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
 static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
 
+using Query = QUERY;  // q and k in memory: Element, or float16, as which `lkda::kda_forward` normalises halves
+
 using StateSlice = Tile<Operand, SLICE, D, true>;
 using ColumnsSlice = Tile<Operand, SLICE, C, true>;
 using OutputSlice = Tile<Element, C, SLICE>;                // as it comes; of halves, then
@@ -165,14 +167,14 @@ __device__ __forceinline__ void store_pairs(char* shared, const Task& task, cons
 // done(i, a_i, b_i) when row i has met all j < i.
 template <class Done>
 __device__ __forceinline__ void leaf_gradients(
-    const char* shared, int leaf, const Gates& gates, const Leaf<Element>& q, const Leaf<Element>& k, const float* beta,
+    const char* shared, int leaf, const Gates& gates, const Leaf<Query>& q, const Leaf<Query>& k, const float* beta,
     float2 (&column)[LEAF], float2 (&dg)[LEAF], Done done) {
   const float* dp = reinterpret_cast<const float*>(shared + Shared::leaf_p) + leaf * LEAF * LEAF;
   const float* dm = reinterpret_cast<const float*>(shared + Shared::leaf_m) + leaf * LEAF * LEAF;
   float2 w[LEAF];
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
-    if constexpr (same<Element, float16>) __syncwarp();  // no load comes forward past this: registers are short
+    if constexpr (same<Query, float16>) __syncwarp();  // no load comes forward past this: registers are short
     const float2 qi = q[i], weighted = scaled(beta[i], k[i]);
     float2 a = make_float2(0.f, 0.f), b = a, sum = a;
 #pragma unroll
@@ -412,12 +414,12 @@ __device__ __forceinline__ void level_gradients(Gathered& out, const char* tile,
   }
 }
 
-// q, k, d_o, d_q, d_k, d_v: [rows, H, D] Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
+// q, k: [rows, H, D] Query. d_o, d_q, d_k, d_v: likewise, Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
 // initial_state, d_final (each may be null): [N, H, K, V] float32. beta_parts: [chunks, H, D / 16, C] float32.
 // states, d_states: [chunks, H] Kept. corrections, d_corrections: [chunks, H] Columns. units, d_units: [N, H] float32, of v and
 // dO. Grid: chunks x H.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
-    const Element* q, const Element* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* corrections,
+    const Query* q, const Query* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* corrections,
     const char* d_states, const char* d_corrections, const float* beta_parts, const float* units, const float* d_units, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
     const int4* spans, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
@@ -579,7 +581,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   auto place = [&] { return *reinterpret_cast<const Span*>(shared + Shared::place); };
   Gates gates;
   gates.read(g, place(), heads, place_head(), leaf, channel);
-  Leaf<Element> qs, ks;  // read again later instead of held meanwhile: registers are short
+  Leaf<Query> qs, ks;  // read again later instead of held meanwhile: registers are short
   auto read_rows = [&] {
     qs.read(q, place(), heads, place_head(), leaf, channel);
     ks.read(k, place(), heads, place_head(), leaf, channel);

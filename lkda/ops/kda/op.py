@@ -52,17 +52,20 @@ def kda_attention(
     Returns: o [B, T, H, V] in v's dtype, final_state [B or N, H, K, V] in float32 (float64 for float64 inputs).
     Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
     """
-    if not (initial_state is None and cu_seqlens is None and _usual(q, k, v, g, beta)):
-        _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    K = q.shape[3]
-    scale = K**-0.5 if scale is None else scale
-    backends = BACKENDS if v.shape[3] == K else _ANY_STATE
-    word = choose("kda_attention", backends, backend, device=q.device, head_dim=K, dtype=q.dtype)
+    check_attention("kda_attention", q, k, v, g, beta, initial_state, cu_seqlens)
+    word = backend_of("kda_attention", backend, q, v)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     return BACKENDS[word].run(q, k, v, g, beta, scale, initial_state, cu_seqlens)
 
 
+def backend_of(fn: str, backend: str, q: Tensor, v: Tensor) -> str:
+    """The backend that `backend` means for q and v, the best where it is "auto"."""
+    backends = BACKENDS if v.shape[3] == q.shape[3] else _ANY_STATE
+    return choose(fn, backends, backend, device=q.device, head_dim=q.shape[3], dtype=q.dtype)
+
+
 def _usual(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> bool:
-    """Whether `_check` would find nothing, told in a fraction of its time. False tells nothing."""
+    """Whether `check_attention` would find nothing, told in a fraction of its time. False tells nothing."""
     return (
         q.dim() == 4
         and q.shape[1] > 0
@@ -74,7 +77,8 @@ def _usual(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> bool:
     )
 
 
-def _check(
+def check_attention(
+    fn: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -84,7 +88,8 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises ValueError where a shape, dtype or device does not fit."""
-    fn = "kda_attention"
+    if initial_state is None and cu_seqlens is None and _usual(q, k, v, g, beta):
+        return
     sizes: dict[str, int] = {}
     check_shape(fn, "q", q, "B T H K", sizes)
     check_shape(fn, "k", k, "B T H K", sizes)

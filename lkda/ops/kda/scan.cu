@@ -161,7 +161,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
       }
     }
 #endif
+    __syncwarp();  // nothing comes forward past this, nor past the next: registers are short
     solve(x, pairs, beta);
+    __syncwarp();
     Block<Operand> written[BLOCKS];  // N^T
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {

@@ -34,8 +34,10 @@ reason_cannot_run = cannot_take(otherwise="plain")
 
 
 @cache
-def conv_kernel(name: str, head_dim: int, dtype: torch.dtype, convolve: bool) -> Kernel:
-    """`forward` or `backward`, of the convolution with the norm, or of the norm alone."""
+def conv_kernel(
+    name: str, head_dim: int, dtype: torch.dtype, convolve: bool, result: torch.dtype | None = None
+) -> Kernel:
+    """`forward` or `backward`, of the convolution with the norm, or of the norm alone; y of a dtype of its own."""
     # Float32 inputs take more registers; the norm alone gives a thread less to do, and so needs fewer.
     resident = RESIDENT[name] - 1 if dtype == torch.float32 or not convolve else RESIDENT[name]
     shape: dict[str, str | int | float] = {
@@ -44,9 +46,11 @@ def conv_kernel(name: str, head_dim: int, dtype: torch.dtype, convolve: bool) ->
         "CONVOLVE": int(convolve),
         "CHANNELS": _channels(name, dtype),
     }
-    module = Module(HERE / f"{name}.cu", shape | {"RUN": RUN[name], "AHEAD": AHEAD[name], "RESIDENT": resident})
+    shape |= {"RUN": RUN[name], "AHEAD": AHEAD[name], "RESIDENT": resident}
     if name == "forward":
+        module = Module(HERE / "forward.cu", shape | {"RESULT": ELEMENTS[result or dtype]})
         return module.kernel("short_conv_forward", "P" * 16 + "qqiiiiii")
+    module = Module(HERE / "backward.cu", shape)
     shared_bytes = 4 * MOST_TAPS * _channels(name, dtype) * 32 * WARPS if convolve else 0
     return module.kernel("short_conv_backward", "P" * 23 + "qqiiiiiii", shared_bytes=shared_bytes)
 
@@ -59,7 +63,7 @@ def kernels(arch: str) -> list[Kernel]:
         for head_dim in HEAD_DIMS
         for dtype in ELEMENTS
         for convolve in (True, False)
-    ]
+    ] + [conv_kernel("forward", head_dim, torch.bfloat16, False, torch.float16) for head_dim in HEAD_DIMS]
 
 
 def _channels(name: str, dtype: torch.dtype) -> int:
@@ -108,11 +112,13 @@ def _forward(
     cu_seqlens: Tensor | None,
     normalized: int,
     head_dim: int,
+    result: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
+    """The ys, of dtype `result` where that is given, and the last inputs; empty where there is none."""
     xs = _rows(_given(x0, x1, x2))
     B, T, C = x0.shape
-    ys, lasts = _forward_outputs(x0, w0, len(xs), cu_seqlens)
-    kernel = conv_kernel("forward", head_dim, x0.dtype, w0 is not None)
+    ys, lasts = _forward_outputs(x0, w0, len(xs), cu_seqlens, result)
+    kernel = conv_kernel("forward", head_dim, x0.dtype, w0 is not None, result)
     weights = (w if w is None else readable(w) for w in (w0, w1, w2))
     kernel(
         (_blocks("forward", len(xs), x0), 1, 1),
@@ -138,11 +144,15 @@ def _filled(xs: list[Tensor], like: Tensor) -> tuple[Tensor, ...]:
 
 
 def _forward_outputs(
-    x: Tensor, weight: Tensor | None, streams: int, cu_seqlens: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    streams: int,
+    cu_seqlens: Tensor | None,
+    result: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [B, T, C] and the last inputs [B or N, width - 1, C] in float32, of each stream; unwritten."""
     B, T, C = x.shape
-    ys = [torch.empty((B, T, C), dtype=x.dtype, device=x.device) for _ in range(streams)]
+    ys = [torch.empty((B, T, C), dtype=result or x.dtype, device=x.device) for _ in range(streams)]
     if weight is None:
         return ys, []
     shape = (_sequences(x, cu_seqlens), weight.shape[-1] - 1, C)
@@ -277,3 +287,29 @@ def short_convolutions_cuda(
     ys, lasts = found[: len(xs)], found[3 : 3 + len(filters)]
     dtypes = [] if weights is None else [x.dtype for x in (weights if states is None else states)]
     return tuple(ys), tuple(last.to(dtype) for last, dtype in zip(lasts, dtypes))
+
+
+_BOTH = 0b11  # q and k
+
+
+def unit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of `unit_vectors`: of their numbers, none above 1, float16 keeps eight times as many digits as bfloat16."""
+    return torch.float16 if dtype.itemsize == 2 else dtype
+
+
+def unit_vectors(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k [B, T, H, D] over their norms, in one launch; contiguous, of `unit_dtype`. Without autograd: see
+    `unit_vectors_backward`."""
+    x0, x1, D = q.flatten(2), k.flatten(2), q.shape[-1]
+    nothing = (None,) * 6  # neither filters nor states
+    ys = _forward(x0, x1, None, *nothing, None, _BOTH, D, unit_dtype(q.dtype))
+    return ys[0].view(q.shape), ys[1].view(k.shape)
+
+
+def unit_vectors_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k from those of their unit vectors, in the dtype of q and k."""
+    backward: Callable = _backward if goes_straight(dq, dk) else torch.ops.lkda.short_conv_backward
+    given, xs = (dq.flatten(2), dk.flatten(2), None), (q.flatten(2), k.flatten(2), None)
+    nothing = (None,) * 6
+    found = backward(*given, None, None, None, *xs, *nothing, None, _BOTH, q.shape[-1])
+    return found[0].view(q.shape), found[1].view(k.shape)

@@ -2,15 +2,17 @@
 // norm of x alone. `normalized` has a bit a stream. Also writes the last width - 1 inputs of every sequence.
 #include "short_conv.cuh"
 
+using Result = RESULT;  // y: Element, or float16 where unit vectors are to keep its digits
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     short_conv_forward(const Element* x0, const Element* x1, const Element* x2, const float* w0, const float* w1, const float* w2,
-                       const float* s0, const float* s1, const float* s2, Element* y0, Element* y1, Element* y2, float* f0,
+                       const float* s0, const float* s1, const float* s2, Result* y0, Result* y1, Result* y2, float* f0,
                        float* f1, float* f2, const int* bounds, long long row_step, long long token_step, int batch, int length,
                        int channels, int sequences, int width, int normalized) {
   const Place at(batch, length, channels);
   if (at.start >= length) return;
   const Element* x = choose(at.stream, x0, x1, x2) + at.row * row_step + at.channel;
-  Element* y = choose(at.stream, y0, y1, y2) + static_cast<long long>(at.row) * length * channels + at.channel;
+  Result* y = choose(at.stream, y0, y1, y2) + static_cast<long long>(at.row) * length * channels + at.channel;
   const States states{choose(at.stream, s0, s1, s2), width, channels, at.channel};
   float* final = choose(at.stream, f0, f1, f2);
   const bool norm = !CONVOLVE || (normalized >> at.stream & 1);
@@ -31,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     Reader reader(x, start, end, token_step);
     Channels window[PAST + GROUP];
     load_past(window, x, token_step, start, walk, states);
-    Element* to = y + static_cast<long long>(start) * channels;
+    Result* to = y + static_cast<long long>(start) * channels;
     for (int first = start; first < end; first += GROUP, to += GROUP * channels) {
 #pragma unroll
       for (int j = 0; j < GROUP; ++j) {
