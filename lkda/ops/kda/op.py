@@ -41,7 +41,8 @@ def kda_attention(
     Exact for every gate from 0 to a hard reset (-inf); no lower bound on g is assumed.
 
     Args:
-        q, k: [B, T, H, K]; k of unit L2 norm over K.
+        q, k: [B, T, H, K]; k of unit L2 norm over K, and q too in KDA. The kernels multiply halves in float16:
+            numbers of q above 65,504 overflow, and those below 6e-5 lose digits. v may have any size.
         v: [B, T, H, V], of the dtype of q and k.
         g: [B, T, H, K], log decay per token in nats, <= 0.
         beta: [B, T, H], write strength in [0, 2].

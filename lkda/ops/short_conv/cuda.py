@@ -293,7 +293,7 @@ _BOTH = 0b11  # q and k
 
 
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of `unit_vectors`: of their numbers, none above 1, float16 keeps eight times as many digits as bfloat16."""
+    """Of `unit_vectors`: of their numbers, none above 1, float16 keeps three binary digits more than bfloat16."""
     return torch.float16 if dtype.itemsize == 2 else dtype
 
 
