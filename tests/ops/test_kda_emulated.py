@@ -72,48 +72,19 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
     if segments > 1:
         offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
         run = Emulated(cuda_kernels.segments_kernel(D, ARCH), tmp_path)
-        scan(
-            "scan",
-            "summary",
-            packets,
-            v,
-            largest,
-            state,
-            None,
-            None,
-            offsets,
-            None,
-            None,
-            None,
-            transposed,
-            transitions,
-        )
+        ends = (offsets, None, None, None, transposed, transitions)
+        scan("scan", "summary", packets, v, largest, state, None, None, *ends)
         enters = entries(transposed, offsets, state, backward=False)
-        scan(
-            "reverse", "summary", packets, None, grad_o, d_largest, grad_state, None, d_offsets, None, None, None, None
-        )
+        ends = (d_offsets, None, None, None, None)
+        scan("reverse", "summary", packets, None, grad_o, d_largest, grad_state, None, *ends)
         leaves = entries(transitions, d_offsets, grad_state, backward=True)
     results = (got["o"], got["final_state"])
     scan("scan", "whole", packets, v, largest, state, enters, *results, states, corrections, units, None, None)
     kept = (got["dinitial_state"], d_states, d_corrections, d_units, parts)
     scan("reverse", "whole", packets, v, grad_o, d_largest, grad_state, leaves, *kept)
     gradients = Emulated(cuda_kernels.gradients_kernel(D, dtype, ARCH), tmp_path)
-    given = (
-        q,
-        k,
-        g,
-        beta,
-        grad_o,
-        states,
-        corrections,
-        d_states,
-        d_corrections,
-        parts,
-        units,
-        d_units,
-        state,
-        grad_state,
-    )
+    passed = (states, corrections, d_states, d_corrections, parts, units, d_units)
+    given = (q, k, g, beta, grad_o, *passed, state, grad_state)
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
     gradients(slots * H, layout.threads, *given, *results, None, T, H, scale)
 

@@ -25,9 +25,7 @@ using Columns = Tile<Operand, D, C, true>;  // V x tokens
 // written, dg is made of two states and nothing else.
 constexpr bool HALVES = sizeof(Operand) == 2;
 struct Kept {
-  using Number = Operand;
-  using Image = Tile<Number, D, D, true>;
-  static constexpr int scales = Image::bytes;  // float [D / 16][REPEATS]: what the rows are to be multiplied by
+  static constexpr int scales = State::bytes;  // float [D / 16][REPEATS]: what the rows are to be multiplied by
   static constexpr int REPEATS = 512 / D;      // of each: 128 bytes, so that states begin where lines do
   static constexpr int bytes = scales + (HALVES ? 128 : 0);
 };

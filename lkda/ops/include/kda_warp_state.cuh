@@ -141,7 +141,7 @@ __device__ __forceinline__ void keep_state(char* kept, int row, const Sum (&stat
     Sum scaled;
 #pragma unroll
     for (int q = 0; q < 4; ++q) scaled.pair[q] = make_float2(scale * state[i].pair[q].x, scale * state[i].pair[q].y);
-    write_block<Kept::Image>(kept, WARPGROUPS ? row : opaque(row), i * 16, round_to<Kept::Number>(scaled));
+    write_block<State>(kept, WARPGROUPS ? row : opaque(row), i * 16, round_to<Operand>(scaled));
   }
   if (lane_id() < Kept::REPEATS) reinterpret_cast<float*>(kept + Kept::scales)[row / 16 * Kept::REPEATS + lane_id()] = __uint_as_float((exponent - 14u) << 23);
 }

@@ -21,12 +21,6 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&word)[4], co
 }
 
 // d[16][8] += a[16][16] b[16][8], float32 sums. top = row lane / 4, bottom = row 8 + lane / 4, columns 2 (lane % 4) + {0, 1}.
-__device__ __forceinline__ void multiply(bfloat16, float2& top, float2& bottom, const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(top.x), "+f"(top.y), "+f"(bottom.x), "+f"(bottom.y)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ void multiply(float16, float2& top, float2& bottom, const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(top.x), "+f"(top.y), "+f"(bottom.x), "+f"(bottom.y)

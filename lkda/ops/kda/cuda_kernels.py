@@ -63,7 +63,6 @@ class Layout:
             "ELEMENT": ELEMENTS[dtype],
             "OPERAND": "tf32" if wide else "float16",
         }
-        self.merge = "tf32" if wide else "float16"
 
     def prepare_shared(self) -> int:
         C, D, size = self.chunk, self.D, self.operand
@@ -109,7 +108,7 @@ def prepare_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | N
     """Of q and k of dtype `query`, of which alone it reads; beside v of `dtype`, which is theirs where None."""
     layout = layout_of(D, query or dtype)
     shared_bytes = layout.prepare_shared()
-    defines = layout.defines | layout.room(shared_bytes, arch) | {"MERGE": layout.merge}
+    defines = layout.defines | layout.room(shared_bytes, arch)
     module = Module(HERE / "prepare.cu", defines)
     module.companions = lambda: (
         gradients_kernel(D, dtype, arch, query).module,

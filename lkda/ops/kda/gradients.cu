@@ -30,8 +30,8 @@ using Query = QUERY;  // q and k in memory: Element, or float16, as which `lkda:
 
 using StateSlice = Tile<Operand, SLICE, D, true>;
 using ColumnsSlice = Tile<Operand, SLICE, C, true>;
-using OutputSlice = Tile<Element, C, SLICE>;                // as it comes; of halves, then
-using OutputOperand = Tile<Operand, C, SLICE>;
+using OutputSlice = Tile<Element, C, SLICE>;    // dO as it comes
+using OutputOperand = Tile<Operand, C, SLICE>;  // and, of halves, as it is then multiplied
 using Pairs = Tile<Operand, C, C / 2>;  // of a level: rows as Level::rows (dM first, then dP), columns modulo max(half, 16)
 
 // A float32 matrix on its way from warps with blocks of [channels, tokens] to threads with two channels of a leaf. Pieces of

@@ -14,25 +14,22 @@ constexpr int WARPS = THREADS / 32;
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;        // of a warp that share a leaf
 constexpr int WARPS_PER_LEAF = D / 2 > 32 ? D / 64 : 1;
 
-using Merge = MERGE;  // operands of the merges: float16 (entries of T and M are small and want its digits) or tf32
-using MergeSquare = Tile<Merge, C, C>;
-
 struct Shared {
   static constexpr int leaf_logs = 0;                                        // float [LEAVES][D]
   static constexpr int beta = leaf_logs + LEAVES * D * 4;                    // float [C]
   static constexpr int corner = beta + C * 4;                                // float [C][17]: M, its diagonal 16x16 blocks
   static constexpr int pairs = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square
-  static constexpr int below = pairs + Square::bytes;                        // MergeSquare: M below the diagonal blocks
-  static constexpr int tree = below + MergeSquare::bytes;                    // LEVELS x Level, then T and T~
-  static constexpr int inverse = tree, inverse_rest = tree + MergeSquare::bytes;
-  static constexpr int leaf_t = inverse_rest + MergeSquare::bytes;           // float [8][C]: columns of the leaves' T, T~
+  static constexpr int below = pairs + Square::bytes;                        // Square: M below the diagonal blocks
+  static constexpr int tree = below + Square::bytes;                    // LEVELS x Level, then T and T~
+  static constexpr int inverse = tree, inverse_rest = tree + Square::bytes;
+  static constexpr int leaf_t = inverse_rest + Square::bytes;           // float [8][C]: columns of the leaves' T, T~
   static constexpr int leaf_rest = leaf_t + 8 * C * 4;
   static constexpr int after_tree = leaf_rest + 8 * C * 4 - tree;
   static constexpr int tree_bytes = LEVELS * Level::bytes > after_tree ? LEVELS * Level::bytes : after_tree;
   static constexpr int partial = below;                                      // float [WARPS][64], before M: sums over half the channels
   static constexpr int bytes = tree + tree_bytes;
 };
-static_assert(WARPS_PER_LEAF == 1 || WARPS * 64 * 4 <= MergeSquare::bytes, "the partial sums fit where M will be");
+static_assert(WARPS_PER_LEAF == 1 || WARPS * 64 * 4 <= Square::bytes, "the partial sums fit where M will be");
 static_assert(THREADS >= C + D / 2, "a thread for each column of the leaves' inverses, and for two channels");
 static_assert(Shared::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
 
@@ -160,7 +157,7 @@ __device__ __forceinline__ void tree_pairs(char* shared) {
           if (rows & half) {
             store_pair(Square::at(shared + Shared::pairs, i, j), sum[n].pair[q]);
           } else {
-            store_pair(MergeSquare::at(shared + Shared::below, i, j), sum[n].pair[q]);
+            store_pair(Square::at(shared + Shared::below, i, j), sum[n].pair[q]);
           }
         }
       }
@@ -203,8 +200,8 @@ __device__ __forceinline__ void spread_leaves(char* shared) {
   for (int n = opaque(threadIdx.x); n < C * LEAF; n += THREADS) {
     const int i = n / C, column = n % C, row = column / LEAF * LEAF + i;
     const float t = reinterpret_cast<const float*>(shared + Shared::leaf_t)[n], rest = reinterpret_cast<const float*>(shared + Shared::leaf_rest)[n];
-    store_one(MergeSquare::at(shared + Shared::inverse, row, column), t);
-    store_one(MergeSquare::at(shared + Shared::inverse_rest, row, column), rest);
+    store_one(Square::at(shared + Shared::inverse, row, column), t);
+    store_one(Square::at(shared + Shared::inverse_rest, row, column), rest);
     if (row > column) store_one(Square::at(shared + Shared::pairs, column, row), rest);
   }
 }
@@ -238,10 +235,10 @@ __device__ __forceinline__ void merge_leaves(char* shared) {
       const float other = __shfl_sync(0xffffffffu, weighted, (lane_id() & ~7) + l);
       rest -= l < i ? leaf_rest[i * C + l] * other : 0.f;
     }
-    store_one(MergeSquare::at(shared + Shared::inverse, lower + i, upper + c), beta[i] * rest);
-    store_one(MergeSquare::at(shared + Shared::inverse, upper + c, lower + i), 0.f);
-    store_one(MergeSquare::at(shared + Shared::inverse_rest, lower + i, upper + c), rest);
-    store_one(MergeSquare::at(shared + Shared::inverse_rest, upper + c, lower + i), 0.f);
+    store_one(Square::at(shared + Shared::inverse, lower + i, upper + c), beta[i] * rest);
+    store_one(Square::at(shared + Shared::inverse, upper + c, lower + i), 0.f);
+    store_one(Square::at(shared + Shared::inverse_rest, lower + i, upper + c), rest);
+    store_one(Square::at(shared + Shared::inverse_rest, upper + c, lower + i), 0.f);
     store_one(Square::at(shared + Shared::pairs, upper + c, lower + i), rest);
   }
 }
@@ -256,37 +253,37 @@ __device__ __forceinline__ void merge(char* shared) {
   for (int task = opaque(threadIdx.x / 32); task < C / (2 * HALF) * N; task += WARPS) {
     const int upper = task / N * 2 * HALF, lower = upper + HALF, column = upper + task % N * 16;
     Sum x[N];
-    Block<Merge> weighted[N];  // X^T B_2
+    Block<Operand> weighted[N];  // X^T B_2
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       clear(x[n]);
 #pragma unroll
       for (int l = 0; l < N; ++l)
         if (upper + l * 16 >= column)  // T_11 is lower triangular, and no more of it was written
-          product(x[n], MergeSquare::load_transposed(shared + Shared::inverse, upper + l * 16, column),
-                  MergeSquare::load_right(shared + Shared::below, lower + n * 16, upper + l * 16));
+          product(x[n], Square::load_transposed(shared + Shared::inverse, upper + l * 16, column),
+                  Square::load_right(shared + Shared::below, lower + n * 16, upper + l * 16));
       Sum scaled;
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int i = lower + n * 16 + quadrant_column(q);
         scaled.pair[q] = make_float2(x[n].pair[q].x * beta[i], x[n].pair[q].y * beta[i + 1]);
       }
-      weighted[n] = round_to<Merge>(scaled);
+      weighted[n] = round_to<Operand>(scaled);
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
-      for (int l = 0; l <= n; ++l) product(x[n], weighted[l], MergeSquare::load_right(shared + Shared::inverse_rest, lower + n * 16, lower + l * 16));
+      for (int l = 0; l <= n; ++l) product(x[n], weighted[l], Square::load_right(shared + Shared::inverse_rest, lower + n * 16, lower + l * 16));
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int j = column + quadrant_row(q), i = lower + n * 16 + quadrant_column(q);
         const float2 rest = make_float2(-x[n].pair[q].x, -x[n].pair[q].y);
         store_pair(Square::at(shared + Shared::pairs, j, i), rest);
         if (2 * HALF < C) {
-          store_one(MergeSquare::at(shared + Shared::inverse_rest, i, j), rest.x);
-          store_one(MergeSquare::at(shared + Shared::inverse_rest, i + 1, j), rest.y);
-          store_one(MergeSquare::at(shared + Shared::inverse, i, j), rest.x * beta[i]);
-          store_one(MergeSquare::at(shared + Shared::inverse, i + 1, j), rest.y * beta[i + 1]);
+          store_one(Square::at(shared + Shared::inverse_rest, i, j), rest.x);
+          store_one(Square::at(shared + Shared::inverse_rest, i + 1, j), rest.y);
+          store_one(Square::at(shared + Shared::inverse, i, j), rest.x * beta[i]);
+          store_one(Square::at(shared + Shared::inverse, i + 1, j), rest.y * beta[i + 1]);
         }
       }
     }

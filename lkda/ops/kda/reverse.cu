@@ -211,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     for (int i = 0; i < STEPS; ++i) {
       pace();
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      if (!HALVES && !SUMMARY) write_block<Kept::Image>(d_states + slot * Kept::bytes, recomputed(columns + mine), i * 16, convert<Kept::Number>(entry));
+      if (!HALVES && !SUMMARY) write_block<State>(d_states + slot * Kept::bytes, recomputed(columns + mine), i * 16, entry);
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) {
         pace();

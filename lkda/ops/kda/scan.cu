@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     for (int i = 0; i < STEPS; ++i) {
       pace();
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      if (!HALVES && !SUMMARY && states != nullptr) write_block<Kept::Image>(states + slot * Kept::bytes, columns + mine, i * 16, convert<Kept::Number>(entry));
+      if (!HALVES && !SUMMARY && states != nullptr) write_block<State>(states + slot * Kept::bytes, columns + mine, i * 16, entry);
 #pragma unroll
       for (int t = 0; t < BLOCKS; ++t) product(x[t], entry, Rows::load_right(packet + Packet::kg, t * 16, i * 16));
       if constexpr (!SUMMARY) {
