@@ -79,7 +79,7 @@ def main() -> None:
     rows = error_growth(options.steps, options.sequences, options.head_dim, rare=options.rare)
     header = {"device": "cpu", "torch": torch.__version__, "sequences": options.sequences}
     header |= {"head_dim": options.head_dim, "rare": options.rare}
-    write_json(options.out / "errors.json", {"header": header, "rows": rows})
+    write_json(options.out / "errors.json", {"kind": "state_error", "header": header, "rows": rows})
     last = max(row["step"] for row in rows)
     for kept in STATE_DTYPES:
         print(f"{kept:10s}", *(f"{row['error_o']:.1e}" for row in rows if (row["kept"], row["step"]) == (kept, last)))

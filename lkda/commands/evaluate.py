@@ -66,6 +66,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     console.print(table)
     if config.out:
         record = {
+            "kind": "evaluation",
             "ckpt": str(trained.path),
             "run": trained.run,
             "data": OmegaConf.to_container(_data_config(config, trained)),
