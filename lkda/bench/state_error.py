@@ -3,7 +3,7 @@
     python -m lkda.bench.state_error --out docs/results/kda_state_dtypes
     python -m lkda.bench.state_error --out docs/results/kda_state_dtypes_rare --rare --head-dim 32 --sequences 1
 
-take several minutes each, and write errors.json; `python -m lkda.report.redraw` makes table and plot of it.
+take several minutes each, and write errors.json; `lkda.report.redraw` makes table and plot of it.
 
 Keys and queries are random unit vectors, values N(0, 1), beta = sigmoid(N(0, 1)); the decay is one number throughout.
 With --rare only every 100th token writes (beta is 0 otherwise): the state is mostly held, as one is that remembers.

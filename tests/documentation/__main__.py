@@ -1,8 +1,6 @@
 """`python -m tests.documentation [PAGE ...]`: runs the documentation's commands and tells what became of each."""
 
 import sys
-import tempfile
-from pathlib import Path
 
 from tests.documentation.checkout import run_source, session
 from tests.documentation.sources import names
@@ -11,7 +9,7 @@ from tests.documentation.sources import names
 def main(chosen: list[str]) -> int:
     """All pages where none is chosen. Returns: 1 where a command failed."""
     failed = 0
-    with tempfile.TemporaryDirectory() as folder, session(Path(folder) / "documentation") as made:
+    with session() as made:
         for name in chosen or names():
             for result in run_source(name, made):
                 print(result, flush=True)

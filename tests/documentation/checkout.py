@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,8 +71,14 @@ class Session:
 
 
 @contextmanager
-def session(folder: Path) -> Iterator[Session]:
+def session() -> Iterator[Session]:
     """A server that has imported everything, and a stock for what commands read."""
+    with tempfile.TemporaryDirectory(prefix="lkda") as folder, _served(Path(folder)) as made:
+        yield made
+
+
+@contextmanager
+def _served(folder: Path) -> Iterator[Session]:
     stock, bin_ = folder / "stock", folder / "bin"
     for path in (stock, bin_, folder / "cache"):
         path.mkdir(parents=True)
@@ -90,7 +97,13 @@ def session(folder: Path) -> Iterator[Session]:
         "COLUMNS": "160",
     }
     made = Session(folder, environment)
-    served = [sys.executable, str(HERE / "server.py"), environment["LKDA_DOCUMENTATION_SERVER"], str(made.log), str(stock)]
+    served = [
+        sys.executable,
+        str(HERE / "server.py"),
+        environment["LKDA_DOCUMENTATION_SERVER"],
+        str(made.log),
+        str(stock),
+    ]
     server = subprocess.Popen(served, env=environment, stdin=subprocess.DEVNULL)
     try:
         _wait_for(folder / "socket", server)
@@ -183,6 +196,10 @@ class Page:
         records = [json.loads(line) for line in self._told()[len(told) :]]
         return Result(snippet, outcome, time.perf_counter() - begin, output, records)
 
+    def remove(self) -> None:
+        """Away with it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def _told(self) -> list[str]:
         log = self.session.log
         return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
@@ -195,10 +212,11 @@ def with_placeholders(command: str) -> tuple[str, list[str]]:
     return words.sub(lambda match: PLACEHOLDERS.get(match[1], match[1]), command), unknown
 
 
-def run_source(name: str, session: Session) -> list[Result]:
+def run_source(name: str, session: Session) -> Iterator[Result]:
     """Every snippet of a source, in one scratch checkout that is removed at the end."""
     page = Page(name, session)
     try:
-        return [page.run(snippet) for snippet in snippets(name)]
+        for snippet in snippets(name):
+            yield page.run(snippet)
     finally:
-        shutil.rmtree(page.folder, ignore_errors=True)
+        page.remove()

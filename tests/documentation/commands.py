@@ -18,9 +18,10 @@ SESSIONS = ("console", "shell-session")  # `$ ` marks what is typed, the other l
 PYTHONS = ("python", "py", "python3")
 # Programs that need not be on this machine to be known as such.
 PROGRAMS = frozenset(
-    "python python3 pip pip3 pipx uv make bash sh pytest git apt apt-get sudo conda mamba brew docker curl wget export "
-    "source . for while if cd mkdir cp mv rm cat echo wandb hf huggingface-cli nvidia-smi nvcc torchrun ruff mypy "
-    "llama-cli vllm mlx_lm.generate".split()
+    {"python", "python3", "pip", "pip3", "pipx", "uv", "conda", "mamba", "pytest", "ruff", "mypy", "make", "git"}
+    | {"bash", "sh", "export", "source", ".", "for", "while", "if", "cd", "mkdir", "cp", "mv", "rm", "cat", "echo"}
+    | {"apt", "apt-get", "sudo", "brew", "docker", "curl", "wget", "wandb", "hf", "huggingface-cli"}
+    | {"nvidia-smi", "nvcc", "torchrun", "llama-cli", "vllm", "mlx_lm.generate"}
 )
 
 
@@ -158,7 +159,9 @@ def _is_python(text: str, *, imports: bool = False) -> bool:
         nodes = list(ast.walk(ast.parse(text)))
     except SyntaxError:
         return False
-    wanted: tuple[type[ast.AST], ...] = (ast.Import, ast.ImportFrom) if imports else (ast.Call, ast.Import, ast.ImportFrom)
+    wanted: tuple[type[ast.AST], ...] = (
+        (ast.Import, ast.ImportFrom) if imports else (ast.Call, ast.Import, ast.ImportFrom)
+    )
     return any(isinstance(node, wanted) for node in nodes)
 
 
@@ -175,7 +178,9 @@ def _of_prose(source: str, first: int, lines: Sequence[str]) -> list[Snippet]:
 
 # Where a command begins in a comment or a help text, after the words that introduce it.
 _BEGIN = re.compile(
-    r"(?:(?<=^)|(?<=[\s:(`]))((?:[A-Z_]+=\S+ )?(?:python3? (?:-m |-c |scripts/)|for \w+ in |pip3? install |make (?:" + "|".join(sorted(make_targets())) + r")\b"
+    r"(?:(?<=^)|(?<=[\s:(`]))((?:[A-Z_]+=\S+ )?(?:python3? (?:-m |-c |scripts/)|for \w+ in |pip3? install |make (?:"
+    + "|".join(sorted(make_targets()))
+    + r")\b"
     r"|bash \S+/|pytest -|\.venv/bin/|apt(?:-get)? install |echo \S.*\| ?python"
     + "".join(rf"|{name} " for name in sorted(console_commands()))
     + "))"

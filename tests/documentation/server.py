@@ -25,10 +25,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 WARM = (
-    "torch lightning hydra datasets tokenizers safetensors matplotlib.figure rich.console lkda.commands.train "
-    "lkda.commands.evaluate lkda.commands.generate lkda.commands.export lkda.commands.compare lkda.commands.benchmark "
-    "lkda.data.hub lkda.data.text lkda.data.needle lkda.models.mixers.kda lkda.report.redraw scipy.stats"
-).split()
+    *("torch", "lightning", "hydra", "datasets", "tokenizers", "safetensors", "matplotlib.figure", "rich.console"),
+    *("lkda.commands.train", "lkda.commands.evaluate", "lkda.commands.generate", "lkda.commands.export"),
+    *("lkda.commands.compare", "lkda.commands.benchmark", "lkda.data.hub", "lkda.data.needle", "lkda.report.redraw"),
+)
 
 
 class Command:
@@ -81,9 +81,8 @@ class Command:
     def _script(self, path: Path, rest: list[str]) -> int:
         import tiny
 
-        self.record["notes"] += [f"laid there: {what}" for what in tiny.provide(rest, self.stock)]
         added, reasons = tiny.overrides(path.stem, rest, path.resolve().parents[1] / "configs")
-        self.record["added"] = added
+        self.record["added"] += added
         self.record["notes"] += reasons
 
         def run() -> int:
@@ -112,8 +111,7 @@ class Command:
             datasets.load_dataset, self.stock, self.record["notes"].append
         )
         self._shorten_argparse(tiny.arguments_of)
-        if not self.record["added"]:
-            self.record["notes"] += [f"laid there: {what}" for what in tiny.provide(argv[1:], self.stock)]
+        self.record["notes"] += [f"laid there: {what}" for what in tiny.provide(argv[1:], self.stock)]
         sys.argv = argv
         try:
             main()
@@ -128,8 +126,9 @@ class Command:
 
         def parse_args(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
             if args is None:
-                record["added"] = arguments_of(list(parser._option_string_actions))
-                args = [*sys.argv[1:], *record["added"]]
+                added = arguments_of(list(parser._option_string_actions))
+                record["added"] += added
+                args = [*sys.argv[1:], *added]
             return parse(parser, args, namespace)
 
         argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign,assignment]

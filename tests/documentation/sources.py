@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.documentation.commands import ROOT, Snippet, comments, of_markdown, of_text
 
 
 def names() -> list[str]:
-    """Of all sources: pages, examples, configurations whose comments hold commands, modules that can be run, scripts."""
+    """Of all sources: pages, examples, configurations with commands in their comments, runnable modules, scripts."""
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    examples = [path for path in sorted((ROOT / "examples").rglob("*")) if path.suffix in (".md", ".py", ".sh", ".yaml")]
+    examples = [
+        path for path in sorted((ROOT / "examples").rglob("*")) if path.suffix in (".md", ".py", ".sh", ".yaml")
+    ]
     written = [*pages, *examples, *sorted((ROOT / "configs").rglob("*.yaml"))]
     found = [str(path.relative_to(ROOT)) for path in written if of_file(path)]
     found += [str(path.relative_to(ROOT)) for path in runnable_modules() if of_file(path)]
@@ -48,11 +52,31 @@ def of_file(path: Path) -> list[Snippet]:
     return of_text(name, lines) + ([Snippet(name, 1, own, "shell")] if own else [])
 
 
+def help_of(name: str) -> list[str]:
+    """The lines that a script prints when it is called so."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    asked = [sys.executable, *name.split()]
+    return subprocess.run(
+        asked, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
 def of_help(name: str) -> list[Snippet]:
     """Of what a script says of itself, and the command that makes it say so."""
-    asked = [sys.executable, *name.split()]
-    told = subprocess.run(asked, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout
     usage = Snippet(name, 0, f"python {name}", "shell")
-    return [usage, *of_text(name, list(enumerate(told.splitlines(), 1)))]
+    return [usage, *of_text(name, list(enumerate(help_of(name), 1)))]
 
 
+def settings(lines: Sequence[str]) -> list[str]:
+    """The overrides that lines of a help text explain, each of the values a|b|c by itself.
+
+    Such a line holds overrides, three spaces or more, and an explanation.
+    """
+    found = []
+    for line in lines:
+        match = re.match(r"^\s+((?:[a-z][\w.]*=\S+(?: |(?=\s{3})|$))+)(?:\s{2,}\S|$)", line)
+        for word in match[1].split() if match else ():
+            name, _, values = word.partition("=")
+            values = values.replace(",...", "").replace("...", "x")
+            found += [f"{name}={value}" for value in values.split("|")]
+    return found
