@@ -1,11 +1,28 @@
 """A plug-in of pytest that keeps the first test that a command line selects: the suite itself runs elsewhere."""
 
+import re
+from pathlib import Path
+
 import pytest
+
+FILES = 2  # that are opened to find it
+_opened: list[Path] = []
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of files, the first that hold what is selected; never those of the documentation, which would run itself."""
+    if collection_path.is_dir():
+        return True if collection_path.name == "documentation" else None
+    wanted = re.sub(r"not \w+", "", f"{config.getoption('markexpr')} {config.getoption('keyword')}")
+    text = f"{collection_path}\n{collection_path.read_text(encoding='utf-8')}"
+    if len(_opened) >= FILES or any(word not in text for word in re.findall(r"\w+", wanted)):
+        return True
+    _opened.append(collection_path)
+    return None
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Never a test of the documentation, which would run itself."""
-    others = [item for item in items if "documentation" not in item.nodeid]
-    config.hook.pytest_deselected(items=[item for item in items if item not in others[:1]])
-    items[:] = others[:1]
+    """After what the command line leaves out."""
+    config.hook.pytest_deselected(items=items[1:])
+    del items[1:]

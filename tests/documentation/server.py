@@ -53,7 +53,7 @@ class Command:
                 print(ending.code, file=sys.stderr)
         except BaseException:
             traceback.print_exc()
-        self.record |= {"code": code, "seconds": round(time.perf_counter() - begin, 2)}
+        self.record |= {"code": code, "seconds": time.perf_counter() - begin, "cpu_seconds": sum(os.times()[:4])}
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.record) + "\n")
         raise SystemExit(code)
@@ -69,6 +69,8 @@ class Command:
             self.record["notes"].append("the first of its tests")
         if first == "-m":
             sys.path[0] = os.getcwd()
+            if rest[0].startswith("lkda."):
+                self._shorten_argparse()
             return self._main(lambda: runpy.run_module(rest[0], run_name="__main__", alter_sys=True), rest)
         if first == "-c":
             sys.path[0] = ""
@@ -110,7 +112,6 @@ class Command:
         datasets.load_dataset = tiny.stand_in_for_the_hub(
             datasets.load_dataset, self.stock, self.record["notes"].append
         )
-        self._shorten_argparse(tiny.arguments_of)
         self.record["notes"] += [f"laid there: {what}" for what in tiny.provide(argv[1:], self.stock)]
         sys.argv = argv
         try:
@@ -121,12 +122,14 @@ class Command:
             return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
         return 0
 
-    def _shorten_argparse(self, arguments_of: Callable[[list[str]], list[str]]) -> None:
+    def _shorten_argparse(self) -> None:
+        import tiny
+
         parse, record = argparse.ArgumentParser.parse_args, self.record
 
         def parse_args(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
             if args is None:
-                added = arguments_of(list(parser._option_string_actions))
+                added = tiny.arguments_of(list(parser._option_string_actions))
                 record["added"] += added
                 args = [*sys.argv[1:], *added]
             return parse(parser, args, namespace)
