@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import OBJECTS, SUBJECTS, VERBS
+from lkda.ops import cubin_cache
 from tests.documentation.commands import ROOT, Snippet
 from tests.documentation.sources import snippets
 
@@ -33,7 +33,8 @@ PLACEHOLDERS = {
     "NAME": "name",
     "OUT": "out",
 }
-NEEDS_GPU = "torch sees no CUDA device"
+SENTENCE = "the president reads a letter of every citizen who signs some law and carries the map to an old senate"
+NEEDS_GPU = re.compile(r"^error: .*torch sees no CUDA device", re.MULTILINE)  # said once all else is checked
 
 
 @dataclass
@@ -82,6 +83,9 @@ def _served(folder: Path) -> Iterator[Session]:
     stock, bin_ = folder / "stock", folder / "bin"
     for path in (stock, bin_, folder / "cache"):
         path.mkdir(parents=True)
+    kernels = cubin_cache.directory()
+    kernels.mkdir(parents=True, exist_ok=True)
+    (folder / "cache" / "kernels").symlink_to(kernels)  # those that are compiled need not be again
     _write_programs(bin_)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
     environment |= {
@@ -136,7 +140,7 @@ def _wait_for(address: Path, server: subprocess.Popen[bytes]) -> None:
 def _fill(stock: Path, made: Session) -> None:
     """A text, documents for the hub's stand-in, a run, its export and an evaluation of it."""
     draw = random.Random(0)
-    sentences = [f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)}." for _ in range(600)]
+    sentences = [" ".join(draw.choices(SENTENCE.split(), k=6)) + "." for _ in range(600)]
     (stock / "text").write_text(" ".join(sentences), encoding="utf-8")
     rows = (json.dumps({"text": " ".join(sentences[n : n + 20])}) for n in range(0, 600, 5))
     (stock / "hub.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -192,7 +196,7 @@ class Page:
             code, output = done.returncode, done.stdout.decode(errors="replace")
         except subprocess.TimeoutExpired as error:
             code, output = 1, f"{(error.stdout or b'').decode(errors='replace')}\nnot done after {SECONDS} s"
-        outcome = "ran" if code == 0 else "composed" if NEEDS_GPU in output else "failed"
+        outcome = "ran" if code == 0 else "composed" if NEEDS_GPU.search(output) else "failed"
         records = [json.loads(line) for line in self._told()[len(told) :]]
         return Result(snippet, outcome, time.perf_counter() - begin, output, records)
 

