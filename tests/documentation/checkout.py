@@ -31,6 +31,7 @@ PLACEHOLDERS = {
     "DIR": "exported_dir",
     "GLOB": "'runs/*'",
     "NAME": "name",
+    "OPERATORS": "operators",
     "OUT": "out",
 }
 SENTENCE = "the president reads a letter of every citizen who signs some law and carries the map to an old senate"

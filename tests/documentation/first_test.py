@@ -13,9 +13,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Of files, the first that hold what is selected; never those of the documentation, which would run itself."""
     if collection_path.is_dir():
         return True if collection_path.name == "documentation" else None
-    if not collection_path.name.startswith("test_"):
-        return None
-    wanted = re.sub(r"not \w+", "", f"{config.getoption('markexpr')} {config.getoption('keyword')}")
+    asked = [Path(word.partition("::")[0]).resolve() for word in config.args]
+    if not collection_path.name.startswith("test_") or not any(map(collection_path.is_relative_to, asked)):
+        return None  # no tests, or listed on the way to what is asked for
+    wanted = re.sub(r"not \w+", "", f"{config.getoption('markexpr') or ''} {config.getoption('keyword') or ''}")
     text = f"{collection_path}\n{collection_path.read_text(encoding='utf-8')}"
     if len(_opened) >= FILES or any(word not in text for word in re.findall(r"\w+", wanted)):
         return True
