@@ -150,6 +150,7 @@ def test_what_is_documented_runs(name: str, documentation: Session) -> None:
         ("shell", "python scripts/train.py trainer=gpu no_such=1", "failed"),
         ("shell", "python scripts/train.py data=no_such", "failed"),
         ("shell", "python scripts/train.py seed=x | cat", "failed"),
+        ("shell", "python scripts/train.py -m seed=1 mixer=kda,simplified mixer.kda.conv_width=-1", "failed"),
         ("shell", "python scripts/no_such.py", "failed"),
         (
             "shell",

@@ -106,7 +106,7 @@ def _first_of_numbers(config: DictConfig, given: Sequence[str]) -> list[str]:
     swept = config.hydra.sweeper.get("params") or {}
     if not swept:
         return []
-    own = {word.split("=")[0] for word in given}
+    own = {word.split("=")[0] for word in given}  # take the place of the experiment's
     kept = {name: str(values).split(",") for name, values in swept.items() if name not in own}
     kept = {name: values[:1] if values[0].strip()[0].isdigit() else values for name, values in kept.items()}
     return ["hydra.sweeper.params=null", *(f"{name}={','.join(values)}" for name, values in kept.items())]
@@ -139,7 +139,7 @@ def provide(arguments: Sequence[str], stock: Path) -> list[str]:
         option, _, value = word.rpartition("=")
         for path in re.findall(r"[^\[\]{},'\"\s]+", value):
             kind = _kind(option, path)
-            if kind and not glob.glob(path) and _untouched(Path(path)):
+            if kind and not _is_there(option, path) and _untouched(option, Path(path)):
                 target = Path(re.sub(r"\[[^\]]*\]|\*\*?", "0", path))
                 _lay(kind, target, stock)
                 laid.append(f"{path} ({kind})")
@@ -156,9 +156,15 @@ def _kind(option: str, path: str) -> str | None:
     return "evaluation" if not option and path.endswith(".json") and "*" in path else None
 
 
-def _untouched(path: Path) -> bool:
+def _is_there(option: str, path: str) -> bool:
+    found = glob.glob(path)
+    return any(Path(one, "config.yaml").exists() for one in found) if option == "runs" else bool(found)
+
+
+def _untouched(option: str, path: Path) -> bool:
     top = Path(path.parts[0])
-    return not top.exists() or (top / ".provided").exists()
+    without_runs = option == "runs" and not any(top.rglob("config.yaml"))
+    return not top.exists() or (top / ".provided").exists() or without_runs
 
 
 def _lay(kind: str, target: Path, stock: Path) -> None:
