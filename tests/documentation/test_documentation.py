@@ -141,11 +141,23 @@ def test_what_is_documented_runs(name: str, documentation: Session) -> None:
     assert not failed, "\n\n".join(failed)
 
 
+HUB = """from lkda.data.hub import HubDataModule
+for streaming in (True, False):
+    data = HubDataModule(
+        name="roneneldan/TinyStories", streaming=streaming, max_documents=90,
+        context=32, batch_size=2, vocab_size=300, seed=1, cache_dir=f"hub_{streaming}",
+    )
+    data.prepare()
+    assert data.val_batches
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("language", "text", "outcome"),
     [
         ("shell", "python scripts/train.py debug=fast", "ran"),
+        ("python", HUB, "ran"),
         ("shell", "python scripts/train.py trainer=gpu", "composed"),
         ("shell", "python scripts/train.py trainer=gpu no_such=1", "failed"),
         ("shell", "python scripts/train.py data=no_such", "failed"),
