@@ -109,6 +109,8 @@ def _check(settings: dict[str, Any]) -> None:
     check_whole("seed", settings["seed"], least=0, most=MOST_SEED)
     for name in ("compile", "resume"):
         check_switch(name, settings[name])
+    if not isinstance(settings["init_from"], str | None):
+        raise ValueError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
 
 
 def _quiet() -> None:

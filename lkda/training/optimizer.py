@@ -44,7 +44,7 @@ def _check_choice(group: str, config: object, choices: Mapping[str, tuple[str, .
     name = config.get("name") if isinstance(config, Mapping) else config
     if not isinstance(config, Mapping) or not isinstance(name, str) or name not in choices:
         raise ValueError(f"{group}.name must be one of {', '.join(choices)}, got {name!r}.")
-    check_names(f"{group}={name}: {group}", config, ("name", *choices[name]))
+    check_names(group, config, ("name", *choices[name]), choice=name)
     return name
 
 

@@ -17,17 +17,24 @@ PROFILERS = ("simple", "advanced")
 MOST_SEED = 2**32 - 1
 
 
-def check_names(group: str, options: object, known: Iterable[str], *, also: Iterable[str] = ()) -> Mapping[str, Any]:
-    """The options of a group. Raise ValueError unless they are every known name, some of `also`, and no other."""
+def check_names(
+    group: str, options: object, known: Iterable[str], *, also: Iterable[str] = (), choice: str = "..."
+) -> Mapping[str, Any]:
+    """The options of a group. Raise ValueError unless they are every known name, some of `also`, and no other.
+
+    Args:
+        choice: of the group, that has these options.
+    """
     known, also = tuple(known), tuple(also)
     if not isinstance(options, Mapping):
         raise ValueError(f"{group} must have the options {', '.join(known)}, got {options!r}.")
     unknown = [name for name in options if name not in (*known, *also)]
     if unknown:
-        raise ValueError(f"{group}.{unknown[0]} is not an option here; there are {', '.join((*known, *also))}.")
+        there = ", ".join(name for name in (*known, *also) if name != "_target_")
+        raise ValueError(f"{group}.{unknown[0]} is not an option of {group}={choice}, which has {there}.")
     missing = [name for name in known if name not in options]
     if missing:
-        raise ValueError(f"{group}.{missing[0]} is missing: choose the {group}=... that has it.")
+        raise ValueError(f"{group}.{missing[0]} is missing; {group}={choice} brings it.")
     return options
 
 
@@ -64,8 +71,8 @@ def check_trainer(options: object) -> None:
 
     `accelerator` is checked where the device is found, and `precision` in `lkda.training.precision`.
     """
-    options = check_names("trainer", options, TRAINER, also=TRAINER_ALSO)
-    if isinstance(options["devices"], bool) or options["devices"] != 1:
+    options = check_names("trainer", options, TRAINER, also=TRAINER_ALSO, choice="auto")
+    if not isinstance(options["devices"], int) or isinstance(options["devices"], bool) or options["devices"] != 1:
         raise ValueError(f"trainer.devices must be 1, got {options['devices']!r}: a run trains on one device.")
     for name in ("max_steps", "val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
         check_whole(f"trainer.{name}", options[name], least=1)
@@ -116,8 +123,9 @@ def check_sample(options: object) -> None:
     """Raise ValueError for what the text at the end of the run cannot be drawn with."""
     options = check_names("sample", options, ("prompt", "max_new_tokens", "temperature", "top_p"))
     if not isinstance(options["prompt"], str):
-        quoted = f"sample.prompt=\"'{options['prompt']}'\""
-        raise ValueError(f"sample.prompt must be text, got {options['prompt']!r}: quote it, as in {quoted}.")
+        raise ValueError(
+            f"sample.prompt must be text, got {options['prompt']!r}: quote a number, as in sample.prompt=\"'1776'\"."
+        )
     check_whole("sample.max_new_tokens", options["max_new_tokens"], least=0)
     check_number("sample.temperature", options["temperature"], wanted="0 or more", fits=lambda value: value >= 0)
     check_number("sample.top_p", options["top_p"], wanted="in (0, 1]", fits=lambda value: 0 < value <= 1)
