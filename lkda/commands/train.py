@@ -325,9 +325,7 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
     try:
         trainer = instantiate(options, callbacks=callbacks + shown, logger=loggers, plugins=[AtomicCheckpointIO()])
     except InstantiationException as error:
-        raise ValueError(
-            f"no trainer can be made with these settings: {_one_line(error.__cause__ or error)}"
-        ) from error
+        raise ValueError(f"Lightning refuses these settings: {_one_line(error.__cause__ or error)}") from error
     if trainer.precision != options["precision"]:  # Lightning may take another, and only warn
         raise ValueError(f"trainer.precision={options['precision']} would run as {trainer.precision}: give that.")
     return trainer
