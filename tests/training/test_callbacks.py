@@ -130,12 +130,15 @@ def test_the_time_left_is_of_steps_and_validations() -> None:
 
 
 def test_a_long_run_is_told_how_to_be_shorter() -> None:
-    line = announcement(step=8, max_steps=808, validations=2, seconds=330.0, tokens_per_s=2475.3)
-    assert line.startswith("about 5 min 30 s to go: 800 steps at 2,475 tokens/s, 2 validations. For a shorter run: ")
-    assert "trainer.max_steps=298 takes about 2 min" in line  # 800 steps x 120 s / 330 s more than the 8
-    short = announcement(step=8, max_steps=20, validations=1, seconds=4.2, tokens_per_s=10)
-    assert short == "about 4 s to go: 12 steps at 10 tokens/s, 1 validation."
+    speed = {"step_seconds": 0.4, "tokens_per_step": 1000}
+    line = announcement(step=8, max_steps=808, validations=2, seconds=330.0, **speed)
+    assert line.startswith("about 5 min 30 s to go: 800 steps at 2,500 tokens/s, 2 validations. For a shorter run: ")
+    # 800 steps x 120 s / 330 s more than the 8.
+    assert "trainer.max_steps=298 (or trainer.max_tokens=298000) takes about 2 min;" in line
+    short = announcement(step=8, max_steps=20, validations=1, seconds=4.2, **speed)
+    assert short == "about 4 s to go: 12 steps at 2,500 tokens/s, 1 validation."
 
 
 def test_durations_read_as_one_says_them() -> None:
-    assert [duration(s) for s in (0.4, 59, 61, 3599, 7260)] == ["0 s", "59 s", "1 min 1 s", "59 min 59 s", "2 h 1 min"]
+    assert [duration(s) for s in (0.4, 59, 61, 120, 600, 3599, 7260)]
+        == ["0 s", "59 s", "1 min 1 s", "2 min", "10 min", "59 min 59 s", "2 h 1 min"]

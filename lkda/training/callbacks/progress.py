@@ -107,7 +107,8 @@ class TrainingProgress(RichProgressBar):
             max_steps=trainer.max_steps,
             validations=validations_left(trainer),
             seconds=seconds,
-            tokens_per_s=recorder.tokens_per_step / step_seconds,
+            step_seconds=step_seconds,
+            tokens_per_step=recorder.tokens_per_step,
         )
         get_console().print(line, soft_wrap=True, highlight=False, markup=False)
 

@@ -42,32 +42,34 @@ def validations_left(trainer: L.Trainer) -> int:
 
 
 def duration(seconds: float) -> str:
-    """40 s, 5 min 30 s, 3 h 20 min."""
+    """40 s, 2 min, 5 min 30 s, 3 h 20 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
+        return f"{whole // 60} min {whole % 60} s".removesuffix(" 0 s")
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def announcement(*, step: int, max_steps: int, validations: int, seconds: float, tokens_per_s: float) -> str:
-    """The line that says how long the run takes from here, and how to make it shorter.
+def announcement(
+    *, step: int, max_steps: int, validations: int, seconds: float, step_seconds: float, tokens_per_step: int
+) -> str:
+    """The line that says how long the run takes from here, and where that is long, how to make it shorter.
 
     Args:
         step: the steps done.
         validations, seconds: that are left.
-        tokens_per_s: of training, the speed that the estimate is made from.
+        step_seconds, tokens_per_step: of a training step, which the estimate is made from.
     """
     left = max_steps - step
     line = (
-        f"about {duration(seconds)} to go: {left:,} steps at {tokens_per_s:,.0f} tokens/s, "
+        f"about {duration(seconds)} to go: {left:,} steps at {tokens_per_step / step_seconds:,.0f} tokens/s, "
         f"{validations} validation{'s' * (validations != 1)}."
     )
     if seconds <= SHORT_RUN:
         return line
     fewer = step + max(1, int(left * SHORT_RUN / seconds))
     return (
-        f"{line} For a shorter run: trainer.max_steps={fewer} takes about {duration(SHORT_RUN)}; a smaller model "
-        "(model.d_model, model.num_layers) or data.context makes each step faster."
+        f"{line} For a shorter run: trainer.max_steps={fewer} (or trainer.max_tokens={fewer * tokens_per_step}) takes "
+        f"about {duration(SHORT_RUN)}; a smaller model.d_model, model.num_layers or data.context makes steps faster."
     )
