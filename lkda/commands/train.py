@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lkda.commands.closing import draw_sample, print_closing, python_command
+from lkda.commands.closing import check_sample, draw_sample, print_closing
 from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
+from lkda.commands.invocation import command
+from lkda.commands.overrides import override
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.settings import (
     check_counts,
@@ -70,6 +71,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     device = device_of(config.trainer.accelerator)
     if settings["trainer"]["precision"] == "auto":
         settings["trainer"]["precision"] = PRECISION[device.type]
+    check_sample(settings["sample"])
     check_options(config.data)
     check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=_precision(settings))
     run = RunDirectory(run_dir)
@@ -271,4 +273,4 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
 def _resume_command(run: RunDirectory) -> str:
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [override for override in given if not override.startswith("resume=")]
-    return shlex.join([python_command(), "scripts/train.py", *kept, f"hydra.run.dir={run.path}", "resume=true"])
+    return command("train", *kept, override("hydra.run.dir", str(run.path)), "resume=true")
