@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from lkda.commands.invocation import command, short
+from lkda.commands.invocation import command, given_overrides, short
 from lkda.commands.overrides import override
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.text import check_text, encode_prompt, text_pieces
@@ -72,7 +72,9 @@ def print_closing(console: Console, run: RunDirectory, summary: dict[str, Any], 
 def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool) -> list[str]:
     checkpoints = f"{short(run.path)}/checkpoints"
     other = "softmax" if summary["mixer"] != "softmax" else "kda"
-    same = [] if of_text else [f"data={summary['data']}", f"model={summary['model']}"]
+    same = given_overrides(without=("mixer", "init_from=", "resume="))
+    if not same and not of_text:
+        same = [f"data={summary['data']}", f"model={summary['model']}"]
     beside = f"{glob.escape(short(run.path.parent))}/*"
     sample = command("generate", override("ckpt", f"{checkpoints}/last.ckpt"), "prompt=The people")
     return [

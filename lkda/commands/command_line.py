@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, MissingMandatoryValue
 
 import lkda
+from lkda.commands.invocation import by_this_door
 
 BAD_INPUT = 2
 FAILED = 1
@@ -51,7 +52,7 @@ def readable_errors() -> Iterator[None]:
         message = _message(error)
         if TRACEBACKS or message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {by_this_door(message)}", file=sys.stderr)
         if _in_a_sweep():
             raise  # an exception fails this job alone; the sweep's other jobs go on
         raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None

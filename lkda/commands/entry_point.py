@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
-import re
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +15,7 @@ from omegaconf import DictConfig
 
 import lkda
 from lkda.commands.command_line import BAD_INPUT, readable_errors
+from lkda.commands.invocation import by_this_door
 from lkda.commands.overrides import as_typed
 from lkda.commands.shipped import CONFIGS
 
@@ -42,7 +42,7 @@ def main() -> None:
     elif name == "--version":
         print(f"lkda {lkda.__version__}")
     elif name in COMMANDS:
-        _run(name, arguments, shown_as="lkda")
+        _run(name, arguments)
     else:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -55,12 +55,8 @@ def run_script(name: str) -> None:
     _run(name, sys.argv[1:])
 
 
-def _run(name: str, arguments: Sequence[str], *, shown_as: str | None = None) -> None:
-    """Compose the configuration of the command `name`, and call its function.
-
-    Args:
-        shown_as: the program that the help shall name in place of the scripts.
-    """
+def _run(name: str, arguments: Sequence[str]) -> None:
+    """Compose the configuration of the command `name`, and call its function."""
     module = name.replace("-", "_")
 
     def task(config: DictConfig) -> None:
@@ -76,19 +72,27 @@ def _run(name: str, arguments: Sequence[str], *, shown_as: str | None = None) ->
         if name == "generate":
             _check_words(arguments)
         sys.argv[1:] = as_typed(arguments, verbatim=_VERBATIM.get(name, ()))
-        entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=module)(task)
-        if shown_as and {"-h", "--help"} & set(arguments):
-            with redirect_stdout(io.StringIO()) as help_text:
-                entry()
-            print(_naming(shown_as, help_text.getvalue()), end="")
-        else:
-            entry()
-        sys.stdout.flush()  # a reader that has left shows here, not when the interpreter ends
+        # Hydra exits by itself after some of its flags; and a reader that has left the pipe shows when what is printed
+        # is flushed, which must not wait for the interpreter's end.
+        try:
+            with _help_by_this_door(arguments):
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=module)(task)()
+        finally:
+            sys.stdout.flush()
 
 
-def _naming(program: str, text: str) -> str:
-    """`text` with `program train` for `python scripts/train.py`."""
-    return re.sub(r"python scripts/(\w+)\.py", lambda script: f"{program} {script[1].replace('_', '-')}", text)
+@contextmanager
+def _help_by_this_door(arguments: Sequence[str]) -> Iterator[None]:
+    """Where help is asked for, it names the commands as this process was started."""
+    if not {"-h", "--help"} & set(arguments):
+        yield
+        return
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        print(by_this_door(text.getvalue()), end="")
 
 
 def _check_words(arguments: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from lkda.models.generate import generate
 def run_tasks(
     trained: TrainedModel, names: list[str], *, folder: str | Path | None, limit: int | None, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of lm-eval's task files in `folder` (the project's own, tasks/, where None).
+    """{task: {metric: value}} of lm-eval's task files in `folder` (lkda's own, where None).
 
     Args:
         limit: questions of each task; all where None.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 import lkda
 
@@ -23,6 +27,27 @@ def command(name: str, *overrides: str) -> str:
         overrides: as `lkda.commands.overrides.override` makes them; they are quoted for the shell here.
     """
     return shlex.join([*_door(name), *overrides])
+
+
+def given_overrides(*, without: tuple[str, ...]) -> list[str]:
+    """The overrides that made this run, to be given again; of a sweep's job, such that they run that job alone.
+
+    Args:
+        without: beginnings of those to leave out, as "mixer" or "resume=".
+    """
+    if not HydraConfig.initialized():
+        return []
+    hydra = HydraConfig.get()
+    given = [word for word in hydra.overrides.task if not word.lstrip("+~").startswith(without)]
+    # An experiment may ask for a sweep by itself.
+    return [*given, *(["hydra.mode=RUN"] if hydra.mode == RunMode.MULTIRUN else [])]
+
+
+def by_this_door(text: str) -> str:
+    """`text` that names scripts, with `lkda train` for `python scripts/train.py` where that is how lkda was started."""
+    if _door("train")[-1] != "train":
+        return text
+    return re.sub(r"(?:python )?scripts/(\w+)\.py", lambda script: command(script[1].replace("_", "-")), text)
 
 
 def _door(name: str) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
@@ -18,7 +17,7 @@ from rich.console import Console
 from lkda.commands.closing import check_sample, draw_sample, print_closing
 from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
-from lkda.commands.invocation import command
+from lkda.commands.invocation import command, given_overrides
 from lkda.commands.overrides import override
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.settings import (
@@ -271,6 +270,5 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
 
 
 def _resume_command(run: RunDirectory) -> str:
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    kept = [override for override in given if not override.startswith("resume=")]
-    return command("train", *kept, override("hydra.run.dir", str(run.path)), "resume=true")
+    given = given_overrides(without=("resume=",))
+    return command("train", *given, override("hydra.run.dir", str(run.path)), "resume=true")
