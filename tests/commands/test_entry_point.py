@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lkda.commands.compare import _find
 from lkda.commands.entry_point import COMMANDS, main
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.train import _resume_command
@@ -97,13 +98,13 @@ def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def note(config: DictConfig, directory: str) -> None:
         hydra = HydraConfig.get()
-        resume = shlex.split(_resume_command(RunDirectory(directory)))
+        (run := RunDirectory(directory)).release()
+        resume = shlex.split(_resume_command(run))
         jobs.append((hydra.job.name, hydra.mode, list(hydra.overrides.task), Path(directory).name, resume[1:]))
 
     monkeypatch.setattr("lkda.commands.train.train", note)
-    assert (
-        typed(monkeypatch, "train", "-m", "mixer=kda,softmax", "sample.prompt=it's", f"hydra.sweep.dir={tmp_path}") == 0
-    )
+    words = ("mixer=kda,softmax", "sample.prompt=it's", f"hydra.sweep.dir={tmp_path}")
+    assert typed(monkeypatch, "train", "-m", *words) == 0
     names = ["0_kda_tiny_seed1", "1_softmax_tiny_seed1"]
     for job, name, mixer in zip(jobs, names, ("kda", "softmax"), strict=True):
         given = [f"mixer={mixer}", r"sample.prompt='it\'s'"]
@@ -116,8 +117,8 @@ def test_a_job_of_an_experiment_resumes_alone(tmp_path: Path, monkeypatch: pytes
     jobs: list[tuple[str, RunMode, list[str]]] = []
 
     def note(config: DictConfig, directory: str) -> None:
-        resume = _resume_command(RunDirectory(directory))
-        jobs.append((directory, HydraConfig.get().mode, shlex.split(resume)[1:]))
+        (run := RunDirectory(directory)).release()
+        jobs.append((directory, HydraConfig.get().mode, shlex.split(_resume_command(run))[1:]))
 
     monkeypatch.setattr("lkda.commands.train.train", note)
     assert typed(monkeypatch, "train", "experiment=mixers_on_sotu", f"hydra.sweep.dir={tmp_path}") == 0
@@ -132,26 +133,22 @@ def test_printed_commands_can_be_pasted(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a run in a directory with everything that a shell or Hydra minds."""
-    nasty = tmp_path / "it's [a] = ${b}, $c; é" / "run 1"
+    nasty = tmp_path / 'it\'s [a] = $b, {c}; "é"' / "run 1"
     monkeypatch.chdir(tmp_path)
-    escaped = str(nasty).replace("${", "\\${").replace("'", "\\'")
-    assert typed(monkeypatch, "train", *small_run(corpus), f"hydra.run.dir='{escaped}'") == 0
+    assert typed(monkeypatch, "train", *small_run(corpus), f"hydra.run.dir={nasty}") == 0
     (_, printed) = capsys.readouterr().out.split("\nnext:\n")
     found = [shlex.split(line) for line in printed.splitlines()]
-    assert [words[:2] for words in found] == [
-        ["/somewhere/bin/lkda", name] for name in ("generate", "evaluate", "train", "compare")
-    ]
+    names = ["generate", "evaluate", "train", "compare"]
+    assert [words[:2] for words in found] == [["/somewhere/bin/lkda", name] for name in names]
     generate, evaluate, train, compare = (words[1:] for words in found)
     assert typed(monkeypatch, *generate, "max_new_tokens=2") == 0
     assert capsys.readouterr().out.startswith("The people")
     assert typed(monkeypatch, *evaluate, "accelerator=cpu") == 0
-    assert (
-        typed(monkeypatch, *train, "trainer.max_steps=1", f"hydra.run.dir={nasty.parent}/other".replace("${", "\\${"))
-        == 0
-    )
-    assert "softmax · debug · files" in capsys.readouterr().out
+    assert train == ["train", *small_run(corpus), "mixer=softmax"]  # the same data and model
+    asked = [DictConfig({})]
+    monkeypatch.setattr("lkda.commands.compare.compare", asked.append)
     assert typed(monkeypatch, *compare) == 0
-    assert (tmp_path / "comparison" / "table.csv").read_text().count("\n") == 3
+    assert _find(asked[-1].runs) == [nasty.relative_to(tmp_path)]
 
 
 @contextmanager
