@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 from lkda.commands.invocation import command, given_overrides, short
 from lkda.commands.overrides import override
 from lkda.commands.run_directory import RunDirectory
-from lkda.commands.text import check_text, encode_prompt, text_pieces
-from lkda.data.tokenizer import document_end
+from lkda.commands.text import check_text, document_ends, encode_prompt, text_pieces
 from lkda.models.generate import check_sampling, generate
 from lkda.models.lm import LanguageModel
 
@@ -42,7 +41,7 @@ def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: dict[str, An
         temperature=sample["temperature"],
         top_p=sample["top_p"],
         seed=seed,
-        end_token=document_end(tokenizer),
+        end_tokens=document_ends(tokenizer),
     )
     return sample["prompt"] + "".join(text_pieces(tokenizer, drawn))
 

@@ -84,7 +84,8 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, CommandError) or (isinstance(error, ValueError) and _raised_by_lkda(error)):
         return str(error)
     if isinstance(error, OSError) and not _inside_lkda(error):
-        return f"cannot create the output directory {error.filename}: {error.strerror}."
+        what = "print" if error.filename is None else f"create the output directory {error.filename}"
+        return f"cannot {what}: {error.strerror}."
     return None
 
 

@@ -29,8 +29,8 @@ def compare(config: DictConfig) -> None:
         )
     except OSError as error:
         raise ValueError(f"out={out} cannot be written: {error.strerror}.") from error
-    terminal = Console(highlight=False)
-    console = terminal if terminal.is_terminal else Console(width=140, highlight=False)
+    terminal = Console(highlight=False, markup=False)
+    console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False)
     console.print(rich_table(*as_cells(result.rows)))
     for note in result.notes:
         console.print(note, style="dim")

@@ -13,9 +13,8 @@ from omegaconf import DictConfig
 
 from lkda.commands.model_source import load_trained
 from lkda.commands.settings import device_of, plain
-from lkda.commands.text import check_text, encode_prompt, text_pieces
+from lkda.commands.text import check_text, document_ends, encode_prompt, text_pieces
 from lkda.data.synthetic import check_count
-from lkda.data.tokenizer import document_end
 from lkda.models.generate import check_sampling
 from lkda.models.generate import generate as draw
 
@@ -45,8 +44,8 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     trained.model.resolve_backends(device, torch.float32)
     model = trained.model.to(device)
     tokens = encode_prompt(trained.tokenizer, prompt).to(device)
-    end = None if config.ignore_eos else document_end(trained.tokenizer)
-    timed = _Timed(draw(model, tokens, **sampling, seed=config.seed, end_token=end))
+    ends = () if config.ignore_eos else document_ends(trained.tokenizer)
+    timed = _Timed(draw(model, tokens, **sampling, seed=config.seed, end_tokens=ends))
     pieces = [prompt]
     out.write(prompt)
     for piece in text_pieces(trained.tokenizer, timed):

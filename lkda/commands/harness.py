@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lkda.commands.model_source import TrainedModel
 from lkda.commands.shipped import TASKS
-from lkda.data.tokenizer import document_end, document_start, encode_text
+from lkda.commands.text import document_ends
+from lkda.data.tokenizer import document_start, encode_text
 from lkda.models.generate import generate
 
 
@@ -101,8 +102,8 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
         prompt = torch.tensor([ids(text) or [_between_documents(trained)]], device=device)
         drawn: list[int] = []
         written = ""
-        longest, end = int(options.get("max_gen_toks", 128)), document_end(tokenizer)
-        for token in generate(model, prompt, max_new_tokens=longest, temperature=0, end_token=end):
+        longest, ends = int(options.get("max_gen_toks", 128)), document_ends(tokenizer)
+        for token in generate(model, prompt, max_new_tokens=longest, temperature=0, end_tokens=ends):
             drawn.append(token)
             written = tokenizer.decode(drawn)
             cuts = [written.index(stop) for stop in stops if stop in written]

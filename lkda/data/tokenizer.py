@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,8 +13,7 @@ END_OF_TEXT = "<|endoftext|>"
 # The 256 bytes and END_OF_TEXT: with them no text is out of vocabulary.
 SMALLEST_VOCABULARY = 257
 # What other tokenizers call the tokens that begin and end a document; a tokenizer.json does not say which they are.
-_BEGINS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>")
-_ENDS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
+_BEGINS_AND_ENDS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "</s>", "<eos>", "[EOS]", "<|end_of_text|>")
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -74,26 +73,14 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def document_start(tokenizer: Tokenizer) -> int | None:
-    """The token that begins a document: END_OF_TEXT, else what another tokenizer itself puts first, else its token of
-    a usual name, begin before end; None where it has none."""
+    """The token that begins a document: END_OF_TEXT, else the begin or else the end token of a tokenizer made elsewhere,
+    by its usual names; None where it has none."""
     own = tokenizer.token_to_id(END_OF_TEXT)
     if own is not None:
         return int(own)
-    added = tokenizer.encode("").ids  # of no text: what its post-processor puts around one
-    return added[0] if added else _first_special(tokenizer, (*_BEGINS, *_ENDS))
-
-
-def document_end(tokenizer: Tokenizer) -> int | None:
-    """The token that ends a document: END_OF_TEXT, else another tokenizer's of a usual name; None where it has none."""
-    own = tokenizer.token_to_id(END_OF_TEXT)
-    return int(own) if own is not None else _first_special(tokenizer, _ENDS)
-
-
-def _first_special(tokenizer: Tokenizer, names: Sequence[str]) -> int | None:
-    """The first of `names` that is a special token."""
     added = tokenizer.get_added_tokens_decoder().items()
     special = {token.content: number for number, token in added if token.special}
-    return next((special[name] for name in names if name in special), None)
+    return next((special[name] for name in _BEGINS_AND_ENDS if name in special), None)
 
 
 def vocabulary_rows(tokenizer: Tokenizer) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    end_token: int | None = None,
+    end_tokens: Collection[int] = (),
 ) -> Iterator[int]:
     """Yields the tokens that follow a prompt, one by one.
 
-    It ends after `max_new_tokens`, or before that where the model draws `end_token`, which is not yielded.
+    It ends after `max_new_tokens`, or before that where the model draws one of `end_tokens`, which is not yielded.
 
     Args:
         tokens: [1, T], the prompt, T >= 1.
@@ -32,7 +32,7 @@ def generate(
         temperature: the logits are divided by it; 0 takes the likeliest token.
         top_p: draw from the fewest tokens whose probabilities reach it, in (0, 1].
         seed: of the draws.
-        end_token: that ends a document; with None, nothing but `max_new_tokens` ends the text.
+        end_tokens: those that end a document; without any, nothing but `max_new_tokens` ends the text.
     Raises: ValueError for a prompt, temperature or top_p out of range.
     """
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
@@ -48,7 +48,7 @@ def generate(
     logits, state = model.prefill(tokens, model.init_state(1))
     for drawn in range(max_new_tokens):
         token = _draw(logits[0].float().cpu(), temperature, top_p, generator)
-        if token == end_token:
+        if token in end_tokens:
             return
         yield token
         if drawn + 1 < max_new_tokens:

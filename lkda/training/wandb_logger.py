@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import uuid
 from collections.abc import Sequence
@@ -53,7 +54,8 @@ def wandb_logger(
 
     reason = why_offline()
     if reason is not None:
-        print(f"wandb: offline, because {reason}; send it later with `wandb sync {save_dir}/wandb/offline-run-*`")
+        files = f"{shlex.quote(save_dir)}/wandb/offline-run-*"
+        print(f"wandb: offline, because {reason}; send it later with `wandb sync {files}`")
     identity = Path(save_dir) / "wandb_id.txt"
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -182,3 +183,13 @@ def test_a_reader_that_leaves_ends_generating_quietly(
             assert typed(monkeypatch, command, f"ckpt={tmp_path}/run", "accelerator=cpu", *words) == 1
             sys.stdout.flush()
         assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_below_standard_output_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "wb", buffering=0) as full, io.TextIOWrapper(full, write_through=True) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert typed(monkeypatch, "train", "--cfg", "job") == 2
+        monkeypatch.undo()
+    assert capfd.readouterr().err == "error: cannot print: No space left on device.\n"

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from rich.progress import Progress
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models
 
 import lkda
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.generate import generate
 from lkda.commands.model_source import load_trained
-from lkda.commands.text import encode_prompt, text_pieces
+from lkda.commands.overrides import override
+from lkda.commands.text import document_ends, encode_prompt, text_pieces
 from lkda.commands.train import train
 from lkda.data.cache import publish
 from lkda.data.prepared import tokenise
-from lkda.data.tokenizer import END_OF_TEXT, document_end
+from lkda.data.tokenizer import END_OF_TEXT
 from tests.commands.small import composed, small_run
 
 MIXERS = ["kda", "simplified", "softmax", "mla", "kda_mla_3to1"]
@@ -86,6 +87,13 @@ def test_a_model_of_prepared_text_is_evaluated_on_it_and_on_no_other(run: Path, 
     assert set(weights) == {"loss_from_0", *(f"loss_from_{2**n}" for n in range(5))}
     with pytest.raises(ValueError, match="another tokenizer"):
         evaluate(composed("evaluate", f"ckpt={run}", "accelerator=cpu", *data))
+
+
+def test_brackets_of_a_path_are_shown(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are no markup of the terminal."""
+    (tmp_path / "[a]").symlink_to(run, target_is_directory=True)
+    evaluate(composed("evaluate", override("ckpt", f"{tmp_path}/[a]"), "accelerator=cpu", "max_batches=1"))
+    assert "[a]" in capsys.readouterr().out
 
 
 def greedy(ckpt: Path, *overrides: str) -> str:
@@ -170,26 +178,27 @@ def test_a_special_token_spelled_in_a_prompt_is_text(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("special", "template", "start", "end"),
+    ("special", "start", "ends"),
     [
-        (["<s>", "</s>"], None, "<s>", "</s>"),
-        (["</s>"], None, "</s>", "</s>"),
-        (["[PAD]", "[GO]", "<eos>"], "[GO] $A", "[GO]", "<eos>"),
-        (["[PAD]"], None, None, None),
-        ([], None, None, None),
+        (["<s>", "</s>"], "<s>", {"<s>", "</s>"}),
+        (["<pad>", "<eos>"], "<eos>", {"<eos>"}),
+        (
+            ["[PAD]", "<|begin_of_text|>", "<|end_of_text|>"],
+            "<|begin_of_text|>",
+            {"<|begin_of_text|>", "<|end_of_text|>"},
+        ),
+        (["[PAD]"], None, set()),
+        ([], None, set()),
     ],
 )
 def test_other_tokenizers_begin_and_end_documents_in_their_way(
-    special: list[str], template: str | None, start: str | None, end: str | None
+    special: list[str], start: str | None, ends: set[str]
 ) -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.add_special_tokens(special)
-    if template is not None:
-        pairs = [(name, tokenizer.token_to_id(name)) for name in special]
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
     first = [] if start is None else [tokenizer.token_to_id(start)]
     assert encode_prompt(tokenizer, "b").tolist() == [[*first, 1]]
-    assert document_end(tokenizer) == (None if end is None else tokenizer.token_to_id(end))
+    assert {tokenizer.id_to_token(token) for token in document_ends(tokenizer)} == ends
     if start is None:
         with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer has no token that begins"):
             encode_prompt(tokenizer, "")
