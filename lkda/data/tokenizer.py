@@ -73,8 +73,8 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def document_start(tokenizer: Tokenizer) -> int | None:
-    """The token that begins a document: END_OF_TEXT, else the begin or else the end token of a tokenizer made elsewhere,
-    by its usual names; None where it has none."""
+    """The token that begins a document: END_OF_TEXT, else what a tokenizer made elsewhere calls its begin or end,
+    by the usual names; None where it has none."""
     own = tokenizer.token_to_id(END_OF_TEXT)
     if own is not None:
         return int(own)
