@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 END_OF_TEXT = "<|endoftext|>"
 # The 256 bytes and END_OF_TEXT: with them no text is out of vocabulary.
 SMALLEST_VOCABULARY = 257
+# What other tokenizers call the tokens that begin and end a document; a tokenizer.json does not say which they are.
+_BEGINS_AND_ENDS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "</s>", "<eos>", "[EOS]", "<|end_of_text|>")
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -60,11 +62,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def document_start(tokenizer: Tokenizer) -> int:
-    """The token that begins every document."""
-    token = tokenizer.token_to_id(END_OF_TEXT)
-    assert token is not None, f"the tokenizer has no token {END_OF_TEXT}"
-    return int(token)
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of `text` alone. A special token that is spelled in it is text like any other."""
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    finally:
+        tokenizer.encode_special_tokens = before
+
+
+def document_start(tokenizer: Tokenizer) -> int | None:
+    """The token that begins a document: END_OF_TEXT, else what a tokenizer made elsewhere calls its begin or end,
+    by the usual names; None where it has none."""
+    own = tokenizer.token_to_id(END_OF_TEXT)
+    if own is not None:
+        return int(own)
+    added = tokenizer.get_added_tokens_decoder().items()
+    special = {token.content: number for number, token in added if token.special}
+    return next((special[name] for name in _BEGINS_AND_ENDS if name in special), None)
 
 
 def vocabulary_rows(tokenizer: Tokenizer) -> int:
