@@ -50,7 +50,7 @@ TRAINING = [
     ("data.vocab_size=350", r"the tokenizer has 350 tokens and the model 300 rows: set model.vocab_size to 350"),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
     # the sample at the end
-    ("sample.temperature=-1", r"temperature must be >= 0 and top_p in \(0, 1\], got -1"),
+    ("sample.temperature=-1", r"sample.temperature must be 0 or more, got -1"),
     ("sample.prompt=null", r"sample.prompt must be text, got None"),
     # directories
     ("hydra.run.dir={tmp}/short.txt/run", r"cannot create the output directory .*short.txt/run: Not a directory"),
