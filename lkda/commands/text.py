@@ -9,12 +9,19 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-END_OF_TEXT = "<|endoftext|>"
+from lkda.data.tokenizer import document_start, encode_text
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """[1, T]: the token that begins every document, then the prompt."""
-    return torch.tensor([[tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(prompt).ids]])
+    """[1, T]: the token that begins a document, where the tokenizer has one, then the prompt's characters.
+
+    Raises: ValueError for an empty prompt where no token begins a document: nothing is left to continue.
+    """
+    start = document_start(tokenizer)
+    tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
+    if not tokens:
+        raise ValueError("the prompt is empty, and the tokenizer has no token that begins a document: give a prompt.")
+    return torch.tensor([tokens])
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
@@ -23,7 +30,7 @@ def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     A character of several bytes may span tokens: its piece comes with its last one. What a last, incomplete character
     left behind comes as U+FFFD.
     """
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = document_start(tokenizer)
     stream = DecodeStream(skip_special_tokens=True)
     drawn: list[int] = []
     shown = ""

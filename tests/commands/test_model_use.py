@@ -15,10 +15,11 @@ from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.generate import generate
 from lkda.commands.model_source import load_trained
-from lkda.commands.text import END_OF_TEXT, text_pieces
+from lkda.commands.text import text_pieces
 from lkda.commands.train import train
 from lkda.data.cache import publish
 from lkda.data.prepared import tokenise
+from lkda.data.tokenizer import END_OF_TEXT
 from tests.commands.small import composed, small_run
 
 MIXERS = ["kda", "simplified", "softmax", "mla", "kda_mla_3to1"]
