@@ -21,7 +21,6 @@ from lkda.data.progress import patient_progress
 from lkda.data.stream import writing_stream
 from lkda.data.tokenizer import (
     document_start,
-    encode_text,
     encode_texts,
     load_tokenizer,
     train_tokenizer,
@@ -167,8 +166,9 @@ def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
     characters: set[str] = set()
     for text in documents:
         characters.update(text)
-    for character in sorted(characters):
-        if not character.isspace() and not encode_text(tokenizer, character):
+    visible = [character for character in sorted(characters) if not character.isspace()]
+    for character, encoding in zip(visible, encode_texts(tokenizer, visible), strict=True):
+        if not encoding.ids:
             raise ValueError(
                 f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "
                 "give one that knows every byte, or none."

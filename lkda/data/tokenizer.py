@@ -118,11 +118,15 @@ def _without_special(tokenizer: Tokenizer, texts: Sequence[str], encodings: list
 
     The token for unknown text may stay: it says that the text has something unknown.
     """
-    special = {*special_tokens(tokenizer).values(), document_start(tokenizer)} - {None}
+    start = document_start(tokenizer)
+    special = {*special_tokens(tokenizer).values(), *([] if start is None else [start])}
     found = {token for encoding in encodings for token in special.intersection(encoding.ids)}
-    if not found or found == {unknown_token(tokenizer)}:
+    if not found:
         return encodings
-    names = {tokenizer.id_to_token(token) for token in special - {unknown_token(tokenizer)}}
+    unknown = unknown_token(tokenizer)
+    if found == {unknown}:
+        return encodings
+    names = {str(tokenizer.id_to_token(token)) for token in special if token != unknown}
     # Characters that no text here has, before the names: no text can then spell them.
     mark = "\U0010ffff"
     while any(mark in text for text in texts):

@@ -33,7 +33,7 @@ class LanguageModel(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew. `to_empty`, after which it may be called, unties head and embedding: they are tied."""
         for module in (self.embed_tokens, *self.blocks, self.norm, self.lm_head):
-            module.reset_parameters()  # type: ignore[operator]
+            module.reset_parameters()
         self._tie()
 
     def _tie(self) -> None:
