@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lkda.models.block import Block
-from lkda.models.init import init_weights
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
 from lkda.models.mixers import find_mixer, mixer_names
@@ -43,9 +42,7 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
     blocks = [
         Block(mixer, plain["d_model"], mlp_hidden=plain["mlp_hidden"], norm_eps=plain["norm_eps"]) for mixer in mixers
     ]
-    model = LanguageModel(blocks, plain)
-    model.apply(init_weights)
-    return model
+    return LanguageModel(blocks, plain)
 
 
 def _mixers(config: dict[str, Any]) -> list[Mixer]:

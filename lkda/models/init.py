@@ -1,4 +1,4 @@
-"""How weights begin."""
+"""How weights begin. Every module draws its own when it is built, and again in `reset_parameters`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,36 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lkda.models.short_conv import ShortConvolution
+# Standard deviation of the entries of matrices and of embeddings.
+STD = 0.02
 
 
-def init_weights(module: nn.Module) -> None:
-    """Linear layers and embeddings N(0, 0.02); convolutions uniform within 1/sqrt(width), as nn.Conv1d draws them."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    elif isinstance(module, ShortConvolution):
-        bound = module.width**-0.5
-        nn.init.uniform_(module.weight, -bound, bound)
+class Linear(nn.Linear):
+    """y = W x, no bias; W is N(0, STD)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=STD)
 
 
-def log_uniform(*shape: int, low: float, high: float) -> Tensor:
-    """exp(U(log low, log high))"""
-    return torch.exp(torch.empty(*shape).uniform_(math.log(low), math.log(high)))
+class Embedding(nn.Embedding):
+    """A vector for each token, N(0, STD)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=STD)
+
+
+def reset_children(module: nn.Module) -> None:
+    """Draw the weights of every module inside `module` anew, also where `to_empty` has left them without values."""
+    for child in module.children():
+        child.reset_parameters()  # type: ignore[operator]
+
+
+def log_uniform_(x: Tensor, *, low: float, high: float) -> Tensor:
+    """Fill x with exp(U(log low, log high))."""
+    return x.uniform_(math.log(low), math.log(high)).exp_()
 
 
 def inverse_softplus(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lkda.models.block import Block
+from lkda.models.init import Embedding, Linear
 from lkda.models.mixer import Mixer, State
 from lkda.ops import resolve_backend
 
@@ -23,11 +24,20 @@ class LanguageModel(nn.Module):
         super().__init__()
         vocab_size, d_model = config["vocab_size"], config["d_model"]
         self.config = config
-        self.embed_tokens = nn.Embedding(vocab_size, d_model)
+        self.embed_tokens = Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model, eps=config["norm_eps"])
-        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-        if config["tie_embeddings"]:
+        self.lm_head = Linear(d_model, vocab_size)
+        self._tie()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew. `to_empty`, after which it may be called, unties head and embedding: they are tied."""
+        for module in (self.embed_tokens, *self.blocks, self.norm, self.lm_head):
+            module.reset_parameters()
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config["tie_embeddings"]:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lkda.models.init import Linear, reset_children
+
 
 class SwiGLU(nn.Module):
     """down(SiLU(gate(x)) * up(x)), no biases."""
 
     def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, hidden, bias=False)
-        self.up_proj = nn.Linear(d_model, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, d_model, bias=False)
+        self.gate_proj = Linear(d_model, hidden)
+        self.up_proj = Linear(d_model, hidden)
+        self.down_proj = Linear(hidden, d_model)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        reset_children(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -22,6 +22,12 @@ class ShortConvolution(nn.Module):
             )
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.width = width
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(width), as nn.Conv1d draws them."""
+        bound = self.width**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> Tensor:
         """The last width - 1 inputs, [B, width - 1, channels], zeros."""
