@@ -1,4 +1,4 @@
-"""Which token begins a document, in lkda's own tokenizers and in those made elsewhere."""
+"""Which token begins a document and which end one, in lkda's own tokenizers and in those made elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ END_OF_TEXT = "<|endoftext|>"
 # Names of begin and end tokens, most usual first, without case and without signs other than the slash: "<s>" is s,
 # "[BOS]" and "<bos>" are bos, "<|begin_of_text|>" is beginoftext, "</s>" is /s, "<|im_end|>" is imend.
 _BEGINS = ("s", "bos", "bostoken", "sos", "beginoftext", "startoftext", "beginofsentence", "beginofdocument", "cls")
-_ENDS = ("/s", "eos", "eostoken", "endoftext", "endofsentence", "endofdocument", "eot", "eod", "imend", "sep")
+_ENDS = ("/s", "eos", "eostoken", "endoftext", "endofsentence", "endofdocument", "eot", "eotid", "eod", "imend", "sep")
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
@@ -33,5 +33,16 @@ def document_start(tokenizer: Tokenizer) -> int | None:
     token = tokenizer.token_to_id(END_OF_TEXT)
     if token is not None:
         return int(token)
-    by_word = {re.sub(r"[^a-z/]", "", name.lower()): number for name, number in special_tokens(tokenizer).items()}
+    by_word = _by_word(tokenizer)
     return next((by_word[word] for word in (*_BEGINS, *_ENDS) if word in by_word), None)
+
+
+def document_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens after which a document is over: the one that begins the next, and another tokenizer's end tokens."""
+    by_word, start = _by_word(tokenizer), document_start(tokenizer)
+    return frozenset([*(by_word[word] for word in _ENDS if word in by_word), *([] if start is None else [start])])
+
+
+def _by_word(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the special tokens by their names' letters and slash."""
+    return {re.sub(r"[^a-z/]", "", name.lower()): number for name, number in special_tokens(tokenizer).items()}

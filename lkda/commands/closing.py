@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from lkda.commands.invocation import command, given_overrides, short
 from lkda.commands.overrides import override
 from lkda.commands.run_directory import RunDirectory
-from lkda.commands.text import document_ends, encode_prompt, text_pieces
+from lkda.commands.text import encode_prompt, text_pieces
 from lkda.models.generate import generate
 from lkda.models.lm import LanguageModel
+from lkda.special_tokens import document_ends
 
 
 def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: dict[str, Any], *, seed: int) -> str:

@@ -13,10 +13,11 @@ from omegaconf import DictConfig
 
 from lkda.commands.model_source import load_trained
 from lkda.commands.settings import device_of, plain
-from lkda.commands.text import check_text, document_ends, encode_prompt, text_pieces
+from lkda.commands.text import check_text, encode_prompt, text_pieces
 from lkda.data.synthetic import check_count
 from lkda.models.generate import check_sampling
 from lkda.models.generate import generate as draw
+from lkda.special_tokens import document_ends
 
 
 def generate(config: DictConfig, *, out: TextIO | None = None) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lkda.commands.model_source import TrainedModel
 from lkda.commands.shipped import TASKS
-from lkda.commands.text import document_ends
 from lkda.data.tokenizer import document_start, encode_text
 from lkda.models.generate import generate
+from lkda.special_tokens import document_ends
 
 
 def run_tasks(

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from lkda.data.tokenizer import document_start, encode_text
 
-# What tokenizers made elsewhere call the token that ends a document; a tokenizer.json does not say which it is.
-_ENDS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
-
 
 def check_text(name: str, value: object) -> str:
     """`value`, which must be text that UTF-8 can hold. Raises ValueError naming the setting."""
@@ -36,14 +33,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
     if not tokens:
         raise ValueError("the prompt is empty, and the tokenizer has no token that begins a document: give a prompt.")
     return torch.tensor([tokens])
-
-
-def document_ends(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens after which a document is over: the one that begins the next, and another tokenizer's end token."""
-    added = tokenizer.get_added_tokens_decoder().items()
-    ends = {number for number, token in added if token.special and token.content in _ENDS}
-    start = document_start(tokenizer)
-    return frozenset(ends if start is None else {start, *ends})
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -17,11 +17,12 @@ from lkda.commands.export import export
 from lkda.commands.generate import generate
 from lkda.commands.model_source import load_trained
 from lkda.commands.overrides import override
-from lkda.commands.text import document_ends, encode_prompt, text_pieces
+from lkda.commands.text import encode_prompt, text_pieces
 from lkda.commands.train import train
 from lkda.data.cache import publish
 from lkda.data.prepared import tokenise
 from lkda.data.tokenizer import END_OF_TEXT
+from lkda.special_tokens import document_ends
 from tests.commands.small import composed, small_run
 
 MIXERS = ["kda", "simplified", "softmax", "mla", "kda_mla_3to1"]
