@@ -10,6 +10,7 @@ from lkda.models.block import Block
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
 from lkda.models.mixers import find_mixer, mixer_names
+from lkda.models.short_conv import convolutions_drawn_later
 from lkda.ops import available_backends
 
 DEFAULTS: dict[str, Any] = {"mlp_hidden": 0, "norm_eps": 1e-5, "tie_embeddings": True, "backend": "auto", "context": 0}
@@ -38,11 +39,14 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
             raise ValueError(f"model.{key} must be a positive integer, got {plain[key]!r}.")
     if not isinstance(plain["mlp_hidden"], int) or plain["mlp_hidden"] < 0:
         raise ValueError(f"model.mlp_hidden must be an integer >= 0 (0: no MLP), got {plain['mlp_hidden']!r}.")
-    mixers = _mixers(plain)
+    with convolutions_drawn_later():
+        mixers = _mixers(plain)
     blocks = [
         Block(mixer, plain["d_model"], mlp_hidden=plain["mlp_hidden"], norm_eps=plain["norm_eps"]) for mixer in mixers
     ]
-    return LanguageModel(blocks, plain)
+    model = LanguageModel(blocks, plain)
+    model.draw_as_a_model()
+    return model
 
 
 def _mixers(config: dict[str, Any]) -> list[Mixer]:

@@ -1,4 +1,4 @@
-"""How weights begin. Every module draws its own when it is built, and again in `reset_parameters`."""
+"""How weights begin."""
 
 from __future__ import annotations
 
@@ -6,26 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-
-# Standard deviation of the entries of matrices and of embeddings.
-STD = 0.02
-
-
-class Linear(nn.Linear):
-    """y = W x, no bias; W is N(0, STD)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=STD)
-
-
-class Embedding(nn.Embedding):
-    """A vector for each token, N(0, STD)."""
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=STD)
 
 
 def reset_children(module: nn.Module) -> None:

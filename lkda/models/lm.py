@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lkda.models.block import Block
-from lkda.models.init import Embedding, Linear
 from lkda.models.mixer import Mixer, State
+from lkda.models.short_conv import ShortConvolution
 from lkda.ops import resolve_backend
 
 
@@ -24,17 +24,23 @@ class LanguageModel(nn.Module):
         super().__init__()
         vocab_size, d_model = config["vocab_size"], config["d_model"]
         self.config = config
-        self.embed_tokens = Embedding(vocab_size, d_model)
+        self.embed_tokens = nn.Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model, eps=config["norm_eps"])
-        self.lm_head = Linear(d_model, vocab_size)
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         self._tie()
 
     def reset_parameters(self) -> None:
         """Draw all weights anew. `to_empty`, after which it may be called, unties head and embedding: they are tied."""
         for module in (self.embed_tokens, *self.blocks, self.norm, self.lm_head):
             module.reset_parameters()
+        self.draw_as_a_model()
         self._tie()
+
+    def draw_as_a_model(self) -> None:
+        """Draw what begins otherwise in a model than in a layer alone: linear layers and embeddings, N(0, 0.02); and
+        convolutions, which are drawn with them."""
+        self.apply(_draw)
 
     def _tie(self) -> None:
         if self.config["tie_embeddings"]:
@@ -120,3 +126,10 @@ class LanguageModel(nn.Module):
             word = str(getattr(mixer, "backend", "auto"))
             resolved[mixer.op] = resolve_backend(mixer.op, word, device=device, head_dim=mixer.head_dim, dtype=dtype)
         return resolved
+
+
+def _draw(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, ShortConvolution):
+        module.reset_parameters()

@@ -36,7 +36,7 @@ class Mixer(nn.Module, ABC):
         self.head_dim = d_model // num_heads
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, as a new layer has them. A mixer with weights of its own draws these too."""
+        """Draw all weights anew, as a new layer has them; a subclass with weights of its own draws these too."""
         reset_children(self)
 
     @abstractmethod

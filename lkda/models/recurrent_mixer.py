@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lkda.models.init import Linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
 from lkda.models.short_conv import ShortConvolution
@@ -36,13 +35,13 @@ class RecurrentMixer(Mixer):
         super().__init__(d_model, num_heads)
         if output_gate and not output_norm:
             raise ValueError("output_gate gates the normalised output: set output_norm=true too, or output_gate=false.")
-        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, d_model) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (linear(d_model, d_model) for _ in range(3))
         convolutions = (ShortConvolution(d_model, conv_width) if conv_width else None for _ in range(3))
         self.q_conv1d, self.k_conv1d, self.v_conv1d = convolutions
-        self.g_a_proj = Linear(d_model, self.head_dim) if output_gate else None
-        self.g_b_proj = Linear(self.head_dim, d_model) if output_gate else None
+        self.g_a_proj = linear(d_model, self.head_dim) if output_gate else None
+        self.g_b_proj = linear(self.head_dim, d_model) if output_gate else None
         self.o_norm = GatedHeadNorm(self.head_dim) if output_norm else None
-        self.o_proj = Linear(d_model, d_model)
+        self.o_proj = linear(d_model, d_model)
 
     @abstractmethod
     def attend(
@@ -136,5 +135,10 @@ class RecurrentMixer(Mixer):
             o = self.o_norm(o, self.heads(self.g_b_proj(self.g_a_proj(x))) if gated else None)  # type: ignore[misc]
         return self.o_proj(o.flatten(-2))
 
-    def _paths(self) -> list[tuple[Linear, ShortConvolution | None]]:
+    def _paths(self) -> list[tuple[nn.Linear, ShortConvolution | None]]:
         return [(self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d)]
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer without a bias."""
+    return nn.Linear(inputs, outputs, bias=False)

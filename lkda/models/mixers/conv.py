@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.models.init import Linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
+from lkda.models.recurrent_mixer import linear
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import short_convolution
 
@@ -23,7 +23,7 @@ class GatedConvolution(Mixer):
 
     def __init__(self, d_model: int, num_heads: int, *, conv_width: int = 4) -> None:
         super().__init__(d_model, num_heads)
-        self.v_proj, self.gate_proj, self.o_proj = (Linear(d_model, d_model) for _ in range(3))
+        self.v_proj, self.gate_proj, self.o_proj = (linear(d_model, d_model) for _ in range(3))
         self.v_conv1d = ShortConvolution(d_model, conv_width)
 
     def forward(

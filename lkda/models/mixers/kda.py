@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lkda.models.init import Linear, inverse_softplus, log_uniform_
+from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.mixer import State
-from lkda.models.recurrent_mixer import RecurrentMixer
+from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import kda_attention_fused, kda_step_fused
 from lkda.ops.kda.gate import log_decay, write_strength
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
@@ -63,11 +63,11 @@ class KimiDeltaAttention(RecurrentMixer):
         self.gate, self.gate_form, self.lower_bound = gate, gate_form, lower_bound
         self.negative_eigenvalues, self.backend = negative_eigenvalues, backend
         if gate != "none":
-            self.f_a_proj, self.f_b_proj = Linear(d_model, self.head_dim), Linear(self.head_dim, gates[gate])
+            self.f_a_proj, self.f_b_proj = linear(d_model, self.head_dim), linear(self.head_dim, gates[gate])
             self.A_log = nn.Parameter(torch.empty(1, 1, num_heads, 1))
             self.dt_bias = nn.Parameter(torch.empty(gates[gate]))
             self._reset_gate()
-        self.b_proj = Linear(d_model, num_heads)
+        self.b_proj = linear(d_model, num_heads)
 
     def reset_parameters(self) -> None:
         """Draw all weights anew."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lkda.models.init import Linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
+from lkda.models.recurrent_mixer import linear
 from lkda.ops import softmax_attention
 
 
@@ -45,11 +45,11 @@ class MultiHeadLatentAttention(Mixer):
         self.rope = qk_rope_head_dim or self.head_dim // 2
         self.v_dim = v_head_dim or self.head_dim
         self.backend = backend
-        self.q_proj = Linear(d_model, num_heads * (self.nope + self.rope))
-        self.kv_a_proj_with_mqa = Linear(d_model, self.rank + self.rope)
+        self.q_proj = linear(d_model, num_heads * (self.nope + self.rope))
+        self.kv_a_proj_with_mqa = linear(d_model, self.rank + self.rope)
         self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=norm_eps)
-        self.kv_b_proj = Linear(self.rank, num_heads * (self.nope + self.v_dim))
-        self.o_proj = Linear(num_heads * self.v_dim, d_model)
+        self.kv_b_proj = linear(self.rank, num_heads * (self.nope + self.v_dim))
+        self.o_proj = linear(num_heads * self.v_dim, d_model)
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lkda.models.init import Linear
 from lkda.models.mixer import State
-from lkda.models.recurrent_mixer import RecurrentMixer
+from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import simplified_attention, simplified_step
 from lkda.ops.precision import at_least_float32
 
@@ -45,7 +44,7 @@ class SimplifiedAttention(RecurrentMixer):
         if decay not in ("token", "constant"):
             raise ValueError(f"mixer.simplified.decay must be token or constant, got {decay!r}.")
         self.backend = backend
-        self.b_proj = Linear(d_model, num_heads) if decay == "token" else None
+        self.b_proj = linear(d_model, num_heads) if decay == "token" else None
         self.decay_bias = nn.Parameter(torch.empty(num_heads))
         self._reset_decay()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.models.init import Linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
+from lkda.models.recurrent_mixer import linear
 from lkda.models.rope import rotate
 from lkda.ops import softmax_attention
 from lkda.ops.sequences import positions
@@ -29,7 +29,7 @@ class SoftmaxAttention(Mixer):
                 f"rotary positions turn pairs of channels: d_model / mixer.num_heads must be even, got {self.head_dim}."
             )
         self.rope_base, self.backend = rope_base, backend
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(d_model, d_model) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(d_model, d_model) for _ in range(4))
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
