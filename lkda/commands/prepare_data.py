@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lkda.data.cache import default_cache_dir
+from lkda.data.cache import default_cache_dir, expanded
 from lkda.data.prose import SOURCES, prepare_prose
 
 
@@ -23,7 +21,7 @@ def prepare_data(config: DictConfig) -> None:
     for name in wanted:
         if name not in known:
             raise ValueError(f"there is no source {name!r}; there are {', '.join(known)}.")
-    out = Path(config.out).expanduser() if config.out else default_cache_dir() / "prose"
+    out = expanded(config.out) if config.out else default_cache_dir() / "prose"
     terminal = Console(highlight=False)
     console = terminal if terminal.is_terminal else Console(width=140, highlight=False)
     manifest = prepare_prose(out, vocab_size=config.vocab_size, sources=[known[name] for name in wanted])

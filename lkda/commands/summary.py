@@ -65,6 +65,7 @@ def summarize(
         else f"cpu, {torch.get_num_threads()} threads",
         "precision": settings["trainer"]["precision"],
         "seed": facts["seed"],
+        "fingerprint": facts["fingerprint"],
         "steps": step,
         "seconds": seconds,
         "learning_rate": settings["optimizer"]["lr"],

@@ -19,7 +19,7 @@ from rich.console import Console
 from lkda.commands.closing import draw_sample, print_closing, python_command
 from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
-from lkda.commands.run_directory import RunDirectory
+from lkda.commands.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.settings import (
     check_counts,
     check_model,
@@ -28,6 +28,7 @@ from lkda.commands.settings import (
     model_config,
     plain,
     steps_for,
+    with_absolute_paths,
 )
 from lkda.commands.summary import summarize
 from lkda.data.module import IndexedDataModule
@@ -63,7 +64,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     """
     _quiet()
     check_counts(config)
-    config, initial = with_initial_model(config)
+    config, initial = with_initial_model(with_absolute_paths(config))
     settings = plain(config)
     check_optimizer(settings["optimizer"])
     check_schedule(settings["scheduler"])
@@ -126,6 +127,7 @@ def _train_in(
     console = Console(highlight=False, markup=False)
     saved = run.begin(settings, resume=config.resume)
     data = instantiate(config.data)
+    data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
     plan = _plan(config, settings, device, data, saved)
     if plan.step >= plan.steps and run.read_summary().get("status") == "finished":
@@ -133,7 +135,7 @@ def _train_in(
         return run.read_summary()
     run.write_config(settings)
     if data.tokenizer is not None:
-        data.tokenizer.save(str(run.tokenizer))
+        run.write_tokenizer(data.tokenizer)
     _announce(console, run, plan)
     model, ending = _fit(run, plan, data, initial)
 
@@ -154,7 +156,7 @@ def _train_in(
     sample = None
     if data.tokenizer is not None:
         sample = draw_sample(model.to(device), data.tokenizer, settings["sample"], seed=config.seed)
-        run.samples.write_text(sample + "\n", encoding="utf-8")
+        run.write_samples(sample)
     print_closing(console, run, summary, sample)
     return summary
 
@@ -179,6 +181,7 @@ def _plan(
         "bytes_per_token": data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
         "parts": [dict(part) for part in data.parts],
+        "fingerprint": dict(data.fingerprint),
     }
     return _Plan(
         config=config,

@@ -15,8 +15,24 @@ _FACTS = "facts.json"
 
 
 def default_cache_dir() -> Path:
-    """LKDA_CACHE, or ~/.cache/lkda."""
-    return Path(os.environ.get("LKDA_CACHE") or Path.home() / ".cache" / "lkda")
+    """LKDA_CACHE, or ~/.cache/lkda. Raises ValueError where neither is known."""
+    given = os.environ.get("LKDA_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "lkda"
+    except RuntimeError as error:  # HOME is not set, and the system knows no home of this user
+        raise ValueError(
+            "there is no home directory to keep a cache in: set LKDA_CACHE to a directory that can be written."
+        ) from error
+
+
+def expanded(path: str) -> Path:
+    """`path` with the home directory in place of ~. Raises ValueError where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"the home directory in {path} is not known: write the path in full.") from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from lkda.data.cache import expanded
 from lkda.data.documents import Documents, Texts
 
 # What reads a file, by its suffix. Text files are one document each.
@@ -37,6 +39,11 @@ class Sources:
     validation: tuple[Path, ...] = ()
     fraction: float = 0.0
     text_column: str = "text"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.train[0]) if len(self.train) == 1 else os.path.commonpath(self.train)
 
     def fingerprint(self) -> str:
         """Changes with any byte of any file, and with how they are read and split.
@@ -135,7 +142,7 @@ def _split_by_year(paths: Sequence[Path], first: int) -> tuple[tuple[Path, ...],
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
     found: set[Path] = set()
     for pattern in paths:
-        literal = Path(pattern).expanduser()  # first, for names that hold [ or *
+        literal = expanded(pattern)  # first, for names that hold [ or *
         matches = [literal] if literal.exists() else [Path(m) for m in glob.glob(str(literal), recursive=True)]
         if not matches:
             raise ValueError(f"data path {pattern} does not exist.")

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.progress import Progress, TaskID
 
+from lkda.data.cache import expanded
 from lkda.data.corpus import text_column_of
 from lkda.data.documents import Documents, Texts
 from lkda.data.text import TextDataModule
@@ -164,7 +165,7 @@ class HubDataModule(TextDataModule):
             raise ValueError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
         if max_documents is not None and (type(max_documents) is not int or max_documents < 2):
             raise ValueError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
-        home = Path(name).expanduser()
+        home = expanded(name)
         if name.startswith(("~", "/", ".")) and not home.is_dir():
             raise ValueError(f"data.name={name} is no directory.")
         self.source = str(home) if home.is_dir() else name

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import lightning as L
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+
+from lkda.data.fingerprint import Fingerprint
 
 
 class Numbered(Protocol):
@@ -46,6 +49,9 @@ class IndexedDataModule(L.LightningDataModule):
             validates); None of any other.
         parts: what each validation set of other data is like, as {"length": 256, "pairs": 64}; a validation batch's
             "part" counts in it. Empty where validation is one text.
+        fingerprint: hashes of the content, see `lkda.data.fingerprint`.
+
+    Set `expected` before `prepare` to go on with a run: its fingerprint, which the data must have.
 
     Args:
         num_workers: processes that make training batches; 0: the training process does.
@@ -61,6 +67,8 @@ class IndexedDataModule(L.LightningDataModule):
     bytes_per_token: float | None = None
     unigram_entropy: float | None = None
     parts: Sequence[Mapping[str, int]] = ()
+    fingerprint: Fingerprint = MappingProxyType({})
+    expected: Fingerprint = MappingProxyType({})
 
     def __init__(self, *, num_workers: int = 0, pin_memory: bool | None = None) -> None:
         super().__init__()
@@ -71,7 +79,10 @@ class IndexedDataModule(L.LightningDataModule):
         self.start_batch = 0
 
     def prepare(self) -> None:
-        """Checks the options and the data, and builds what the batches need. A second call does nothing."""
+        """Checks the options and the data, and builds what the batches need. A second call does nothing.
+
+        Raises: ValueError for data that will not do, or that are not the expected ones.
+        """
         raise NotImplementedError
 
     def training_batches(self, *, rank: int, world_size: int) -> Numbered:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 from rich.progress import Progress
@@ -16,12 +17,13 @@ from tokenizers import Tokenizer
 
 from lkda.data.cache import building, facts_of, publish
 from lkda.data.documents import Texts
+from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_texts, of_tokenizer
 from lkda.data.progress import patient_progress
 from lkda.data.stream import writing_stream
 from lkda.data.tokenizer import document_start, load_tokenizer, train_tokenizer, unknown_token, vocabulary_rows
 
 # Raise it when what a directory holds changes.
-FORMAT = 2
+FORMAT = 3
 # Characters tokenised at a time: what `tokenizers` keeps of a character takes some hundred bytes until it is done.
 _AT_ONCE = 2**21
 _LONGEST_PIECE = 2**18
@@ -36,12 +38,15 @@ class Prepared:
     Attributes:
         train, validation: uint16 or uint32, memory-mapped.
         validation_bytes: UTF-8 bytes of the validation text.
+        fingerprint: of the documents and of the tokenizer; of a corpus that was tokenised into a directory of its own
+            (data=prose), of the token streams.
     """
 
     tokenizer: Tokenizer
     train: np.ndarray
     validation: np.ndarray
     validation_bytes: int
+    fingerprint: Fingerprint
 
     def unigram_entropy(self) -> float:
         """Of the validation tokens, in nats a token: the loss of the best model that ignores the context."""
@@ -53,6 +58,10 @@ class Prepared:
 class Corpus(Protocol):
     """What can be tokenised."""
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
     def fingerprint(self) -> str:
         """Changes with any of its documents, and with how they are split."""
 
@@ -60,14 +69,26 @@ class Corpus(Protocol):
         """Training and validation documents; `scratch`, an empty directory, stays while they are read."""
 
 
-def prepare_corpus(sources: Corpus, *, vocab_size: int, tokenizer_path: Path | None, cache_dir: Path) -> Prepared:
+def prepare_corpus(
+    sources: Corpus,
+    *,
+    vocab_size: int,
+    tokenizer_path: Path | None,
+    cache_dir: Path,
+    expected: Fingerprint = MappingProxyType({}),
+) -> Prepared:
     """The tokenised corpus, from the cache or built into it.
 
     Of processes that want the same at once, one builds and the others wait for it.
 
-    Raises: ValueError for a corpus or a tokenizer that cannot be read, or a cache that cannot be written.
+    Args:
+        expected: the fingerprint of the run to go on with; other documents are refused before they are tokenised.
+    Raises: ValueError for a corpus or a tokenizer that cannot be read, a corpus that is not the expected one, or a
+        cache that cannot be written.
     """
     given = load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+    if given is not None and expected:
+        check_same(expected, {"tokenizer": of_tokenizer(given)}, source=str(tokenizer_path))
     with_tokenizer = str(vocab_size) if given is None else given.to_str()
     key = hashlib.sha256(f"{FORMAT} {sources.fingerprint()} {with_tokenizer}".encode()).hexdigest()[:32]
     entry = cache_dir / "corpora" / key
@@ -76,15 +97,25 @@ def prepare_corpus(sources: Corpus, *, vocab_size: int, tokenizer_path: Path | N
             if facts_of(entry) is None:
                 built = scratch / "entry"
                 built.mkdir()
-                publish(built, entry, _build(built, scratch / "arrow", sources, given, vocab_size))
+                publish(built, entry, _build(built, scratch / "arrow", sources, given, vocab_size, expected))
     return load_prepared(entry)
 
 
-def _build(directory: Path, arrow: Path, sources: Corpus, given: Tokenizer | None, vocab_size: int) -> dict[str, int]:
+def _build(
+    directory: Path,
+    arrow: Path,
+    sources: Corpus,
+    given: Tokenizer | None,
+    vocab_size: int,
+    expected: Fingerprint,
+) -> dict[str, Any]:
     """Fill `directory`; `arrow` is for what `datasets` keeps meanwhile. Returns the facts to keep beside the files."""
     with patient_progress() as progress:
         train, validation = sources.documents(arrow, progress)
-        return tokenise(train, validation, directory, given=given, vocab_size=vocab_size, progress=progress)
+        digests = {"train": of_texts(train), "validation": of_texts(validation)}
+        check_same(expected, digests, source=sources.name)
+        facts = tokenise(train, validation, directory, given=given, vocab_size=vocab_size, progress=progress)
+    return {**facts, "sha256": digests}
 
 
 def tokenise(
@@ -194,4 +225,7 @@ def load_prepared(directory: Path) -> Prepared:
     if facts is None:
         raise ValueError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
     train, validation = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
-    return Prepared(load_tokenizer(directory / "tokenizer.json"), train, validation, facts["validation_bytes"])
+    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    texts = facts.get("sha256") or {"train": of_arrays(train), "validation": of_arrays(validation)}
+    fingerprint = {**texts, "tokenizer": of_tokenizer(tokenizer)}
+    return Prepared(tokenizer, train, validation, facts["validation_bytes"], fingerprint)
