@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, MissingMandatoryValue
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 import lkda
 
@@ -24,6 +24,8 @@ BAD_INPUT = 2
 FAILED = 1
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # what the user asked for, before this module asks too
 _HOME = Path(lkda.__file__).parent
+# What takes settings from the configuration as they are: what these packages say of a value is for the user.
+_CONFIGURED = ("lightning", "lightning_utilities", "hydra", "omegaconf")
 
 
 class CommandError(RuntimeError):
@@ -64,18 +66,58 @@ def _message(error: Exception) -> str | None:
         return _message(error.__cause__)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is required: give {error.full_key}=..."
-    if isinstance(error, (HydraException, InterpolationResolutionError)):
-        return _configuration_message(error)
     if isinstance(error, CommandError) or (isinstance(error, ValueError) and _raised_by_lkda(error)):
-        return str(error)
-    if isinstance(error, OSError) and not _inside_lkda(error):
-        return f"cannot create the output directory {error.filename}: {error.strerror}."
+        return _on_one_line(str(error))
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _configuration_message(error)
+    if isinstance(error, OSError):
+        return _of_the_system(error)
+    if _out_of_memory(error):
+        return (
+            f"out of memory ({_on_one_line(str(error))[:200]}): lower data.batch_size (with "
+            "trainer.accumulate_grad_batches in its place), data.context or the size of the model."
+        )
+    if isinstance(error, (ValueError, TypeError, *_misconfiguration())) and _raised_by(error, _CONFIGURED):
+        return f"a setting does not do: {_on_one_line(str(error))}"
     return None
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _of_the_system(error: OSError) -> str:
+    """A file that is not there or may not be used, a full disk, a network that is down."""
+    what = error.strerror or _on_one_line(str(error)) or type(error).__name__
+    if error.filename is None:
+        return f"{what}."
+    if _inside_lkda(error):
+        return f"{error.filename}: {what}."
+    return f"cannot create the output directory {error.filename}: {what}."
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On a GPU, or on the CPU, where torch has no type of error for it."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _misconfiguration() -> tuple[type[Exception], ...]:
+    """Lightning's error for a setting, where Lightning is loaded."""
+    module = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return () if module is None else (module.MisconfigurationException,)
 
 
 def _files(error: Exception) -> list[Path]:
     """The source files that the error passed through, the raising one last."""
     return [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def _raised_by(error: Exception, packages: tuple[str, ...]) -> bool:
+    """Whether a module of one of `packages` raised the error."""
+    files = _files(error)
+    return bool(files) and any(package in files[-1].parts for package in packages)
 
 
 def _raised_by_lkda(error: Exception) -> bool:

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from lkda.commands.settings import data_with_absolute_paths
 from lkda.data.fingerprint import of_tokenizer
-from lkda.training.checkpoint import newest_intact, write_atomically
+from lkda.io import write_atomically
+from lkda.training.checkpoint import newest_intact
 
 # Settings that change what a run computes: a run is resumed with the same ones.
 _FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from", "trainer")
