@@ -14,6 +14,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lkda.checks import check_types
 from lkda.data.cache import expanded
 from lkda.models.build import build_model
 
@@ -78,7 +79,8 @@ def data_with_absolute_paths(config: DictConfig) -> DictConfig:
 def _absolute(path: object, option: str) -> str:
     """`path` from the root on; a pattern is still a pattern, and means the same files."""
     if not isinstance(path, str) or not path:
-        raise ValueError(f"{option} must be a path, got {path!r}: a name of digits alone needs quotes, '\"{path}\"'.")
+        quoted = "" if isinstance(path, str) else f": a name that looks like a number needs quotes, '\"{path}\"'"
+        raise ValueError(f"{option} must be a path, got {path!r}{quoted}.")
     here = expanded(path)
     if here.is_absolute() or here.exists() or not _PATTERN.search(path):
         return str(here.absolute())
@@ -100,14 +102,21 @@ def check_counts(config: DictConfig) -> None:
 
 
 def check_options(data: DictConfig) -> None:
-    """Raise ValueError for an option that the chosen data does not have."""
-    known = inspect.signature(get_class(data._target_)).parameters
+    """Raise ValueError for an option that the chosen data does not have, or a value that is not of its kind."""
+    try:
+        target = get_class(data._target_)
+    except Exception as error:  # of many types: the module, the class, or what importing it raises
+        raise ValueError(f"data._target_={data._target_} is no class that can be imported: {error}.") from error
+    known = inspect.signature(target).parameters
     extra = [str(key) for key in data if key != "_target_" and key not in known]
     if extra:
         raise ValueError(
             f"data.{extra[0]} is not an option of {data._target_.rsplit('.', 1)[-1]}, which takes {', '.join(known)}; "
             f"leave it out, or choose the data= that has it."
         )
+    values = OmegaConf.to_container(data, resolve=True)
+    assert isinstance(values, dict)
+    check_types(target, {str(name): value for name, value in values.items()}, prefix="data.")
 
 
 def model_config(config: dict[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:
@@ -136,8 +145,11 @@ def check_model(made: dict[str, Any], *, device: torch.device, precision: torch.
     Raises:
         ValueError: it cannot be built, or a backend cannot run there.
     """
-    with torch.device("meta"):
-        return build_model(made).resolve_backends(device, precision)
+    try:
+        with torch.device("meta"):
+            return build_model(made).resolve_backends(device, precision)
+    except (RuntimeError, OverflowError) as error:  # torch cannot count the bytes of a tensor
+        raise ValueError(f"the model is too large to be built ({str(error).splitlines()[0]}).") from error
 
 
 def device_of(accelerator: str) -> torch.device:

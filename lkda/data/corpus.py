@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from lkda.data.cache import expanded
 from lkda.data.documents import Documents, Texts
+from lkda.io import named
 
 # What reads a file, by its suffix. Text files are one document each.
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -188,7 +189,7 @@ def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Documents
         for path in paths:
             _check_utf8(path)
     found = _load(kind, paths, cache_dir)
-    documents = Documents(found, text_column_of(found, "text" if kind == "text" else text_column, str(paths[0])))
+    documents = Documents(found, text_column_of(found, "text" if kind == "text" else text_column, _one_of(paths)))
     if not documents:
         raise ValueError(
             f"the corpus is empty: no text in {paths[0]}{' and the files with it' if len(paths) > 1 else ''}."
@@ -202,10 +203,20 @@ def text_column_of(found: Any, column: str, name: str) -> str:
         raise ValueError(
             f"{name} has no column {column!r}; it has {', '.join(found.column_names)}. Set data.text_column."
         )
-    dtype = getattr(found.features[column], "dtype", "list")
-    if dtype not in ("string", "large_string", "null"):
-        raise ValueError(f"column {column!r} of {name} holds {dtype}, not text. Set data.text_column.")
+    if getattr(found.features[column], "dtype", None) in ("string", "large_string", "null"):
+        return column
+    for number, value in enumerate(found[column], 1):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"column {column!r} of {name} holds {_kind_of_value(value)}, not text, in row {number}. Correct it, or "
+                "set data.text_column."
+            )
     return column
+
+
+def _kind_of_value(value: object) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
@@ -226,12 +237,18 @@ def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
     # Errors of pyarrow are ValueErrors, those of datasets are not.
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        among = f"{paths[0]}" if len(paths) == 1 else f"one of {paths[0]} and the {len(paths) - 1} files after it"
-        raise ValueError(f"cannot read {among} as {kind}: {reason}") from error
+        if isinstance(error.__cause__, OSError):  # the file system's, of our scratch directory
+            raise named(error.__cause__, cache_dir) from error
+        raise ValueError(f"cannot read {_one_of(paths)} as {kind}: {reason}") from error
     finally:
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
+
+
+def _one_of(paths: Sequence[Path]) -> str:
+    """What messages call a file that is one of `paths`."""
+    return f"{paths[0]}" if len(paths) == 1 else f"one of {paths[0]} and the {len(paths) - 1} files after it"
 
 
 def _check_utf8(path: Path) -> None:

@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lkda.data.fingerprint import Fingerprint
 
 
+MOST_WORKERS = 256
+
+
 class Numbered(Protocol):
     """Batches by number, without an end."""
 
@@ -74,6 +77,8 @@ class IndexedDataModule(L.LightningDataModule):
         super().__init__()
         if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
             raise ValueError(f"data.num_workers must be a whole number of 0 or more, got {num_workers!r}.")
+        if num_workers > MOST_WORKERS:
+            raise ValueError(f"data.num_workers must be at most {MOST_WORKERS}, got {num_workers}: each is a process.")
         self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.start_batch = 0
