@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Union
 
 # A number above it is a slip of the keyboard, and stops no library below at once.
@@ -20,15 +21,20 @@ class InputError(ValueError):
 def check_types(function: Callable[..., Any], given: Mapping[str, object], *, prefix: str) -> None:
     """Raises InputError for an argument in `given` whose value is not of the type that `function` declares.
 
-    Numbers are finite, and whole ones at most MOST. What is declared in other words than bool, int, float, str, None,
-    unions, sequences and mappings of them is left to the function.
-
     Args:
         function: or class.
         prefix: of the names in the message, "data." for data.context.
     """
     target = function.__init__ if inspect.isclass(function) else function
-    declared = typing.get_type_hints(target)
+    check_values(given, typing.get_type_hints(target), prefix=prefix)
+
+
+def check_values(given: Mapping[str, object], declared: Mapping[str, Any], *, prefix: str = "") -> None:
+    """Raises InputError for a value in `given` that is not of its type in `declared`.
+
+    Numbers are finite, and whole ones at most MOST; a Path is a string that is not empty. What is declared in other
+    words than these, bool, str, None, unions, sequences and mappings of them is not looked at.
+    """
     for name, value in given.items():
         if name in declared and not _fits(value, declared[name]):
             raise InputError(f"{prefix}{name} must be {_in_words(declared[name])}, got {value!r}.")
@@ -46,6 +52,8 @@ def _fits(value: object, declared: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST
     if declared is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if declared is Path:
+        return isinstance(value, str) and value != ""
     if declared is str:
         return isinstance(value, str)
     if origin is Sequence:
@@ -64,5 +72,6 @@ def _in_words(declared: Any) -> str:
         return f"a list, each entry {_in_words(parts[0])}"
     if origin is Mapping:
         return f"names with values, each {_in_words(parts[1])}"
-    words = {bool: "true or false", int: f"a whole number (at most {MOST})", float: "a finite number", str: "text"}
+    words = {Path: "a path (one of digits alone needs quotes)"}
+    words |= {bool: "true or false", int: f"a whole number (at most {MOST})", float: "a finite number", str: "text"}
     return words.get(declared, "null")

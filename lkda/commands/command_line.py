@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -51,6 +51,7 @@ def readable_errors() -> Iterator[None]:
         if TRACEBACKS or message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
+        _leave_no_empty_directory()
         if _in_a_sweep():
             raise  # an exception fails this job alone; the sweep's other jobs go on
         raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None
@@ -60,10 +61,22 @@ def _in_a_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def _leave_no_empty_directory() -> None:
+    """Hydra makes the output directory before a command begins."""
+    if HydraConfig.initialized() and HydraConfig.get().runtime.get("output_dir") is not None:
+        made = Path(HydraConfig.get().runtime.output_dir)
+        if made.absolute() != Path.cwd():
+            with suppress(OSError):  # something is in it
+                made.rmdir()
+
+
 def _message(error: Exception) -> str | None:
     """The one line for an error that the user can mend; None for a bug."""
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
-        return _message(error.__cause__)
+        known = _message(error.__cause__)
+        # A class that is not there, say; what is raised within one of lkda's is a bug.
+        within = any(path.is_relative_to(_HOME) for path in _files(error.__cause__))
+        return known if known is not None or within else _configuration_message(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is required: give {error.full_key}=..."
     if isinstance(error, CommandError) or (isinstance(error, ValueError) and _raised_by_lkda(error)):
@@ -137,7 +150,7 @@ def _inside_lkda(error: Exception) -> bool:
 
 def _configuration_message(error: Exception) -> str:
     """Hydra's own words on one line; for an unknown key, those that exist, the nearest one first."""
-    text = " ".join(re.split(r"\n(?:full_key|Config search path)", str(error))[0].split())
+    text = " ".join(re.split(r"\n(?:full_key|Config search path)|, set env var HYDRA", str(error))[0].split())
     cause = error.__cause__
     if not isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or not isinstance(cause.parent_node, DictConfig):
         return text

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from lkda.checks import check_values
 from lkda.commands.harness import run_tasks
 from lkda.commands.model_source import TrainedModel, load_trained
 from lkda.commands.settings import check_options, data_with_absolute_paths, device_of, plain
@@ -34,6 +36,19 @@ from lkda.training.positions import PositionLoss
 from lkda.training.task import next_token_losses
 
 PRECISION = torch.float32  # of the weights and of what is computed
+OPTIONS = {
+    "ckpt": Path,
+    "seed": int,
+    "accelerator": str,
+    "backend": str,
+    "out": Path | None,
+    "stepwise": bool,
+    "state_dtype": str | None,
+    "max_batches": int | None,
+    "tasks": Sequence[str],
+    "tasks_path": Path | None,
+    "limit": int | None,
+}
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -50,7 +65,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         ValueError: no usable checkpoint or data, an unknown task, or settings that do not go together.
     """
     settings = plain(config)
-    _check(config)
+    _check(config, settings)
     console = Console(soft_wrap=True)
     device = device_of(config.accelerator)
     trained = load_trained(config.ckpt, backend=config.backend)
@@ -110,9 +125,8 @@ def _write(
     write_atomically(out, json.dumps(record, indent=1) + "\n")
 
 
-def _check(config: DictConfig) -> None:
-    if not isinstance(config.stepwise, bool):
-        raise ValueError(f"stepwise must be true or false, got {config.stepwise!r}.")
+def _check(config: DictConfig, settings: dict[str, Any]) -> None:
+    check_values(settings, OPTIONS)
     if config.max_batches is not None:
         check_count("max_batches", config.max_batches, least=1)
     if config.limit is not None:
@@ -130,8 +144,6 @@ def _check(config: DictConfig) -> None:
             "leave one of them out."
         )
     if config.out is not None:
-        if not isinstance(config.out, str) or not config.out:
-            raise ValueError(f"out must be the name of a file, got {config.out!r}.")
         check_output_file(expanded(config.out), option="out")
     if config.state_dtype is None:
         return
@@ -244,6 +256,10 @@ def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
     A run's config.yaml is only followed to this project's own data modules: `_target_` names code.
     """
     if "data" in config:
+        given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        unused = [word for word in given if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
+        if unused and "tokenizer_path" in config.data:
+            raise ValueError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
         return data_with_absolute_paths(config.data)
     recorded = trained.path.parent.parent / "config.yaml"
     if not recorded.is_file():

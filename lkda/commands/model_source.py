@@ -54,6 +54,8 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     Raises:
         ValueError: nothing is there, or it is truncated, of another kind, or holds another model's weights.
     """
+    if not isinstance(path, str | Path) or not str(path):
+        raise ValueError(f"ckpt must be a path (one of digits alone needs quotes), got {path!r}.")
     path = Path(path)
     if path.is_dir() and (path / "config.json").exists():
         model, tokenizer = load(path, backend=backend)

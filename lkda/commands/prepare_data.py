@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lkda.checks import check_values
+from lkda.commands.settings import plain
 from lkda.data.cache import default_cache_dir, expanded
 from lkda.data.prose import SOURCES, prepare_prose
 
@@ -16,8 +21,11 @@ def prepare_data(config: DictConfig) -> None:
         config: composed from configs/prepare_data.yaml.
     Raises: ValueError for an unknown source, one that cannot be had, or a directory that is there already.
     """
+    check_values(plain(config), {"out": Path | None, "vocab_size": int, "sources": Sequence[str] | None})
     known = {source.name: source for source in SOURCES}
     wanted = list(known) if config.sources is None else list(config.sources)
+    if not wanted:
+        raise ValueError(f"sources is empty; there are {', '.join(known)}.")
     for name in wanted:
         if name not in known:
             raise ValueError(f"there is no source {name!r}; there are {', '.join(known)}.")

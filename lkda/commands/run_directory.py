@@ -88,9 +88,9 @@ class RunDirectory:
             for path in self._files():
                 if path not in self._before:
                     path.unlink(missing_ok=True)
-            for folder in (self.checkpoints, self.path):
-                with suppress(OSError):  # something of another is in it
-                    folder.rmdir()
+        for folder in (self.checkpoints, self.path):
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
         os.close(self._lock)
 
     def begin(self, config: Mapping[str, Any], *, resume: bool) -> tuple[Path, dict[str, Any]] | None:

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lkda.data.fingerprint import Fingerprint
 
-
 MOST_WORKERS = 256
 
 

@@ -141,7 +141,7 @@ def tokenise(
         progress.remove_task(training)
     else:
         _check_alphabet(tokenizer, chain(train, validation))
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_stream(directory / "train.npy", tokenizer, train, progress)
     return {"validation_bytes": _write_stream(directory / "validation.npy", tokenizer, validation, progress)}
 
