@@ -208,13 +208,14 @@ def text_column_of(found: Any, column: str, name: str) -> str:
     for number, value in enumerate(found[column], 1):
         if value is not None and not isinstance(value, str):
             raise ValueError(
-                f"column {column!r} of {name} holds {_kind_of_value(value)}, not text, in row {number}. Correct it, or "
+                f"column {column!r} of {name} holds {kind_of_value(value)}, not text, in row {number}. Correct it, or "
                 "set data.text_column."
             )
     return column
 
 
-def _kind_of_value(value: object) -> str:
+def kind_of_value(value: object) -> str:
+    """What a row holds in place of text, in words."""
     kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
     return kinds.get(type(value), f"a {type(value).__name__}")
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from lkda.data.cache import expanded
-from lkda.data.corpus import text_column_of
+from lkda.data.corpus import kind_of_value, text_column_of
 from lkda.data.documents import Documents, Texts
 from lkda.data.text import TextDataModule
 
@@ -128,7 +128,7 @@ def _written_down(rows: Iterable[Any], column: str, scratch: Path) -> Any:
                 raise ValueError(f"no column {column!r}; there are {', '.join(row)}. Set data.text_column.")
             text = row[column]
             if not isinstance(text, str | None):
-                raise ValueError(f"column {column!r} holds {type(text).__name__}, not text. Set data.text_column.")
+                raise ValueError(f"column {column!r} holds {kind_of_value(text)}, not text. Set data.text_column.")
             file.write(json.dumps({_STREAMED: text or ""}) + "\n")
     return datasets.Dataset.from_json(str(path), cache_dir=str(scratch))
 
