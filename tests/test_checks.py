@@ -61,7 +61,7 @@ def test_of_a_class_the_arguments_count() -> None:
         def __init__(self, *, size: int) -> None: ...
 
     check_types(Made, {"size": 4}, prefix="made.")
-    with pytest.raises(InputError, match="made.size must be a whole number"):
+    with pytest.raises(InputError, match=r"made\.size must be a whole number"):
         check_types(Made, {"size": "4"}, prefix="made.")
 
 
