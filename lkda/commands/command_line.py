@@ -15,7 +15,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 import lkda
@@ -63,11 +63,10 @@ def _in_a_sweep() -> bool:
 
 def _leave_no_empty_directory() -> None:
     """Hydra makes the output directory before a command begins."""
-    if HydraConfig.initialized() and HydraConfig.get().runtime.get("output_dir") is not None:
-        made = Path(HydraConfig.get().runtime.output_dir)
-        if made.absolute() != Path.cwd():
-            with suppress(OSError):  # something is in it
-                made.rmdir()
+    made = OmegaConf.select(HydraConfig.get(), "runtime.output_dir") if HydraConfig.initialized() else None
+    if made is not None and Path(made).absolute() != Path.cwd():
+        with suppress(OSError):  # something is in it
+            Path(made).rmdir()
 
 
 def _message(error: Exception) -> str | None:

@@ -22,7 +22,8 @@ from rich.text import Text
 from lkda.checks import check_values
 from lkda.commands.harness import run_tasks
 from lkda.commands.model_source import TrainedModel, load_trained
-from lkda.commands.settings import check_options, data_with_absolute_paths, device_of, plain
+from lkda.commands.paths import data_with_absolute_paths
+from lkda.commands.settings import check_options, device_of, plain
 from lkda.data.cache import expanded
 from lkda.data.fingerprint import differences
 from lkda.data.module import IndexedDataModule

@@ -16,7 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
-from lkda.commands.settings import data_with_absolute_paths
+from lkda.commands.paths import data_with_absolute_paths
 from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
 from lkda.training.checkpoint import newest_intact
@@ -30,6 +30,8 @@ _FREE = {
     "trainer": (
         *("max_steps", "max_tokens", "accelerator", "log_every_n_steps", "detect_anomaly", "profiler"),
         *("enable_model_summary", "enable_progress_bar"),
+        # The same in every run.
+        *("max_epochs", "check_val_every_n_epoch", "num_sanity_val_steps", "use_distributed_sampler"),
     ),
 }
 # Where the content of data is known by its fingerprint, its place is free too.
@@ -186,7 +188,7 @@ def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:
     """The settings that must stay, paths absolute."""
     free = {**_FREE, "data": (*_FREE["data"], *(_PLACES if free_places else ()))}
     absolute = OmegaConf.to_container(data_with_absolute_paths(OmegaConf.create(dict(config.get("data") or {}))))
-    found = {**{key: config.get(key) for key in _FIXED}, "data": absolute}
+    found: dict[str, Any] = {**{key: config.get(key) for key in _FIXED}, "data": absolute}
     for group, names in free.items():
         found[group] = {key: value for key, value in (found[group] or {}).items() if key not in names}
     if isinstance(found["init_from"], str):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import glob
 import inspect
 import math
-import os
-import re
 from typing import Any
 
 import torch
 from hydra.utils import get_class
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import check_types
-from lkda.data.cache import expanded
 from lkda.models.build import build_model
 
 _AT_LEAST = {
@@ -32,10 +27,6 @@ _AT_LEAST = {
 # In the group `model` for other groups to refer to.
 _NOT_THE_MODELS = ("name", "num_heads", "learning_rate")
 _MAY_BE_NULL = ("trainer.max_tokens",)
-# Options of data that are paths, or lists of paths.
-_DATA_LISTS = ("paths", "val_paths")
-_DATA_PATHS = (*_DATA_LISTS, "tokenizer_path", "cache_dir", "directory")
-_PATTERN = re.compile(r"[*?[]")
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -46,45 +37,6 @@ def plain(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def with_absolute_paths(config: DictConfig) -> DictConfig:
-    """The configuration of a run with every path in it absolute, so that what is recorded means the same anywhere.
-
-    Raises: ValueError for what is no path, or one in a home directory that is not known.
-    """
-    changed = copy.deepcopy(config)
-    if changed.init_from is not None:
-        changed.init_from = _absolute(changed.init_from, "init_from")
-    changed.data = data_with_absolute_paths(changed.data)
-    return changed
-
-
-def data_with_absolute_paths(config: DictConfig) -> DictConfig:
-    """The group `data`, likewise."""
-    data = copy.deepcopy(config)
-    for name in _DATA_PATHS:
-        value = OmegaConf.select(data, name, throw_on_missing=False)
-        if isinstance(value, ListConfig):
-            data[name] = [_absolute(item, f"data.{name}") for item in value]
-        elif value is not None and name not in _DATA_LISTS:
-            data[name] = _absolute(value, f"data.{name}")
-    # A data set of the hub, or a directory.
-    name = OmegaConf.select(data, "name", throw_on_missing=False)
-    if isinstance(name, str) and expanded(name).is_dir():
-        data.name = _absolute(name, "data.name")
-    return data
-
-
-def _absolute(path: object, option: str) -> str:
-    """`path` from the root on; a pattern is still a pattern, and means the same files."""
-    if not isinstance(path, str) or not path:
-        quoted = "" if isinstance(path, str) else f": a name that looks like a number needs quotes, '\"{path}\"'"
-        raise ValueError(f"{option} must be a path, got {path!r}{quoted}.")
-    here = expanded(path)
-    if here.is_absolute() or here.exists() or not _PATTERN.search(path):
-        return str(here.absolute())
-    return os.path.join(glob.escape(os.getcwd()), path)
 
 
 def check_counts(config: DictConfig) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from lkda.commands.closing import draw_sample, print_closing, python_command
 from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
+from lkda.commands.paths import with_absolute_paths
 from lkda.commands.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.settings import (
     check_counts,
@@ -28,7 +29,6 @@ from lkda.commands.settings import (
     model_config,
     plain,
     steps_for,
-    with_absolute_paths,
 )
 from lkda.commands.summary import summarize
 from lkda.data.module import IndexedDataModule

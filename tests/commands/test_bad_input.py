@@ -52,7 +52,7 @@ TRAINING = [
     ("mixer.kda=5", r"mixer.kda must hold the options of that mixer by name, got 5"),
     ("mixer.kda.conv_width=wide", r"mixer.kda.conv_width must be a whole number .*, got 'wide'"),
     ("mixer.kda.output_gate=5", r"mixer.kda.output_gate must be true or false, got 5"),
-    ("init_from=5", r"init_from must be a path, got 5"),
+    ("init_from=5", r"init_from must be (a|the) path.*, got 5"),
     # data
     (
         "data.paths=[2012]",
