@@ -63,10 +63,13 @@ def _in_a_sweep() -> bool:
 
 def _leave_no_empty_directory() -> None:
     """Hydra makes the output directory before a command begins."""
-    made = OmegaConf.select(HydraConfig.get(), "runtime.output_dir") if HydraConfig.initialized() else None
-    if made is not None and Path(made).absolute() != Path.cwd():
+    runtime = HydraConfig.get().runtime if HydraConfig.initialized() else None
+    if runtime is None or OmegaConf.is_missing(runtime, "output_dir"):
+        return
+    made = Path(runtime.output_dir)
+    if made.absolute() != Path.cwd():
         with suppress(OSError):  # something is in it
-            Path(made).rmdir()
+            made.rmdir()
 
 
 def _message(error: Exception) -> str | None:
