@@ -85,7 +85,7 @@ def cases(
     ):
         for word in words:
             if word not in allowed:
-                raise ValueError(f"{what}: there is no {word}; there are {', '.join(sorted(allowed))}.")
+                raise ValueError(f"{what}: there is no {word}; there are {', '.join(sorted(allowed)) or 'none'}.")
     found = []
     for contest in contests:
         entrants: list[tuple[str, str | None, str]] = [(w, None, "") for w in backends if w in contest.backends]

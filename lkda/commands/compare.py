@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 
+from lkda.checks import check_values
+from lkda.commands.settings import plain
 from lkda.report.comparison import compare as compare_runs
 from lkda.report.table import as_cells, rich_table
+
+OPTIONS = {
+    "runs": Path | Sequence[Path],
+    "out": Path,
+    "title": str,
+    "step": int | None,
+    "alone": bool,
+    "bench": Path | None,
+}
 
 
 def compare(config: DictConfig) -> None:
@@ -20,6 +32,7 @@ def compare(config: DictConfig) -> None:
         config: composed from configs/compare.yaml.
     Raises: ValueError where nothing is found, none of it is a finished run, or `out` cannot be written.
     """
+    check_values(plain(config), OPTIONS)
     directories = _find(config.runs)
     out = Path(config.out)
     benchmark = None if config.bench is None else Path(config.bench)

@@ -10,6 +10,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from lkda.checks import check_types
 from lkda.models.build import build_model
 
 # In the group `model` for other groups to refer to.
@@ -27,14 +28,21 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def check_options(data: DictConfig) -> None:
-    """Raise ValueError for an option that the chosen data does not have."""
-    known = inspect.signature(get_class(data._target_)).parameters
+    """Raise ValueError for an option that the chosen data does not have, or a value that is not of its kind."""
+    try:
+        target = get_class(data._target_)
+    except Exception as error:  # of many types: the module, the class, or what importing it raises
+        raise ValueError(f"data._target_={data._target_} is no class that can be imported: {error}.") from error
+    known = inspect.signature(target).parameters
     extra = [str(key) for key in data if key != "_target_" and key not in known]
     if extra:
         raise ValueError(
             f"data.{extra[0]} is not an option of {data._target_.rsplit('.', 1)[-1]}, which takes {', '.join(known)}; "
             f"leave it out, or choose the data= that has it."
         )
+    values = OmegaConf.to_container(data, resolve=True)
+    assert isinstance(values, dict)
+    check_types(target, {str(name): value for name, value in values.items()}, prefix="data.")
 
 
 def model_config(config: dict[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:
@@ -63,8 +71,11 @@ def check_model(made: dict[str, Any], *, device: torch.device, precision: torch.
     Raises:
         ValueError: it cannot be built, or a backend cannot run there.
     """
-    with torch.device("meta"):
-        return build_model(made).resolve_backends(device, precision)
+    try:
+        with torch.device("meta"):
+            return build_model(made).resolve_backends(device, precision)
+    except (RuntimeError, OverflowError) as error:  # torch cannot count the bytes of a tensor
+        raise ValueError(f"the model is too large to be built ({str(error).splitlines()[0]}).") from error
 
 
 def device_of(accelerator: str) -> torch.device:

@@ -22,7 +22,8 @@ from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
 from lkda.commands.invocation import command, given_overrides
 from lkda.commands.overrides import override
-from lkda.commands.run_directory import RunDirectory
+from lkda.commands.paths import with_absolute_paths
+from lkda.commands.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.settings import (
     check_model,
     check_options,
@@ -83,7 +84,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     """
     _quiet()
     _check(plain(config))
-    config, initial = with_initial_model(config)
+    config, initial = with_initial_model(with_absolute_paths(config))
     settings = plain(config)
     device = device_of(config.trainer.accelerator)
     settings["trainer"]["precision"] = resolve_precision(settings["trainer"]["precision"], device)
@@ -165,6 +166,7 @@ def _train_in(
             "back, or choose another hydra.run.dir."
         )
     data = instantiate(config.data)
+    data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
     plan = _plan(config, settings, device, data, saved)
     if plan.step >= plan.steps and run.read_summary().get("status") == "finished":
@@ -173,7 +175,7 @@ def _train_in(
     _check_steps(run, plan)
     run.write_config(settings)
     if data.tokenizer is not None:
-        data.tokenizer.save(str(run.tokenizer))
+        run.write_tokenizer(data.tokenizer)
     _announce(console, run, plan)
     model, ending = _fit(run, plan, data, initial)
 
@@ -194,7 +196,7 @@ def _train_in(
     sample = None
     if data.tokenizer is not None:
         sample = draw_sample(model.to(device), data.tokenizer, settings["sample"], seed=config.seed)
-        run.samples.write_text(sample + "\n", encoding="utf-8")
+        run.write_samples(sample)
     print_closing(console, run, summary, sample)
     return summary
 
@@ -220,6 +222,7 @@ def _plan(
         "bytes_per_token": data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
         "parts": [dict(part) for part in data.parts],
+        "fingerprint": dict(data.fingerprint),
     }
     return _Plan(
         config=config,

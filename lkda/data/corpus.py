@@ -6,6 +6,7 @@ import glob
 import hashlib
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from lkda.data.cache import expanded
 from lkda.data.documents import Documents, Texts
+from lkda.io import named
 
 # What reads a file, by its suffix. Text files are one document each.
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -37,6 +40,11 @@ class Sources:
     validation: tuple[Path, ...] = ()
     fraction: float = 0.0
     text_column: str = "text"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.train[0]) if len(self.train) == 1 else os.path.commonpath(self.train)
 
     def fingerprint(self) -> str:
         """Changes with any byte of any file, and with how they are read and split.
@@ -135,7 +143,7 @@ def _split_by_year(paths: Sequence[Path], first: int) -> tuple[tuple[Path, ...],
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
     found: set[Path] = set()
     for pattern in paths:
-        literal = Path(pattern).expanduser()  # first, for names that hold [ or *
+        literal = expanded(pattern)  # first, for names that hold [ or *
         matches = [literal] if literal.exists() else [Path(m) for m in glob.glob(str(literal), recursive=True)]
         if not matches:
             raise ValueError(f"data path {pattern} does not exist.")
@@ -181,7 +189,7 @@ def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Documents
         for path in paths:
             _check_utf8(path)
     found = _load(kind, paths, cache_dir)
-    documents = Documents(found, text_column_of(found, "text" if kind == "text" else text_column, str(paths[0])))
+    documents = Documents(found, text_column_of(found, "text" if kind == "text" else text_column, _one_of(paths)))
     if not documents:
         raise ValueError(
             f"the corpus is empty: no text in {paths[0]}{' and the files with it' if len(paths) > 1 else ''}."
@@ -195,10 +203,21 @@ def text_column_of(found: Any, column: str, name: str) -> str:
         raise ValueError(
             f"{name} has no column {column!r}; it has {', '.join(found.column_names)}. Set data.text_column."
         )
-    dtype = getattr(found.features[column], "dtype", "list")
-    if dtype not in ("string", "large_string", "null"):
-        raise ValueError(f"column {column!r} of {name} holds {dtype}, not text. Set data.text_column.")
+    if getattr(found.features[column], "dtype", None) in ("string", "large_string", "null"):
+        return column
+    for number, value in enumerate(found[column], 1):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"column {column!r} of {name} holds {kind_of_value(value)}, not text, in row {number}. Correct it, or "
+                "set data.text_column."
+            )
     return column
+
+
+def kind_of_value(value: object) -> str:
+    """What a row holds in place of text, in words."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
@@ -219,12 +238,18 @@ def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
     # Errors of pyarrow are ValueErrors, those of datasets are not.
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        among = f"{paths[0]}" if len(paths) == 1 else f"one of {paths[0]} and the {len(paths) - 1} files after it"
-        raise ValueError(f"cannot read {among} as {kind}: {reason}") from error
+        if isinstance(error.__cause__, OSError):  # the file system's, of our scratch directory
+            raise named(error.__cause__, cache_dir) from error
+        raise ValueError(f"cannot read {_one_of(paths)} as {kind}: {reason}") from error
     finally:
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
+
+
+def _one_of(paths: Sequence[Path]) -> str:
+    """What messages call a file that is one of `paths`."""
+    return f"{paths[0]}" if len(paths) == 1 else f"one of {paths[0]} and the {len(paths) - 1} files after it"
 
 
 def _check_utf8(path: Path) -> None:

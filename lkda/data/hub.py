@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from lkda.data.corpus import text_column_of
+from lkda.data.cache import expanded
+from lkda.data.corpus import kind_of_value, text_column_of
 from lkda.data.documents import Documents, Texts
 from lkda.data.text import TextDataModule
 
@@ -127,7 +128,7 @@ def _written_down(rows: Iterable[Any], column: str, scratch: Path) -> Any:
                 raise ValueError(f"no column {column!r}; there are {', '.join(row)}. Set data.text_column.")
             text = row[column]
             if not isinstance(text, str | None):
-                raise ValueError(f"column {column!r} holds {type(text).__name__}, not text. Set data.text_column.")
+                raise ValueError(f"column {column!r} holds {kind_of_value(text)}, not text. Set data.text_column.")
             file.write(json.dumps({_STREAMED: text or ""}) + "\n")
     return datasets.Dataset.from_json(str(path), cache_dir=str(scratch))
 
@@ -186,7 +187,7 @@ class HubDataModule(TextDataModule):
             raise ValueError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
         if max_documents is not None and (type(max_documents) is not int or max_documents < 2):
             raise ValueError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
-        home = Path(name).expanduser()
+        home = expanded(name)
         if name.startswith(("~", "/", ".")) and not home.is_dir():
             raise ValueError(f"data.name={name} is no directory.")
         self.source = str(home) if home.is_dir() else name

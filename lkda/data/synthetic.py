@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lkda.data.fingerprint import check_same, of_arrays, of_texts
 from lkda.data.module import IndexedDataModule
 from lkda.data.order import endless
 from lkda.data.packing import IGNORED
 
 Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORED where nothing is asked
 _TRAINING, _VALIDATION = 0, 1
+_SHOWN = 16  # examples of a part that its fingerprint holds
 
 
 class SyntheticDataModule(IndexedDataModule):
@@ -84,6 +87,23 @@ class SyntheticDataModule(IndexedDataModule):
 
     def prepare(self) -> None:
         self.val_batches = len(self.validation_batches())
+        total = sum(part["examples"] for part in self.train_parts)
+        mixture = [{**_shape(part), "share": part["examples"] / total} for part in self.train_parts]
+        self.fingerprint = {
+            "train": self._fingerprint(self.train_parts, mixture, self.fresh),
+            "validation": self._fingerprint(self.parts, self.parts),
+            "tokenizer": None,
+        }
+        check_same(self.expected, self.fingerprint, source=self.source)
+
+    def _fingerprint(self, parts: Sequence[Mapping[str, int]], *told: Any) -> str:
+        """Of what is `told` and of a few examples of each part, in which every option of the drawing shows.
+
+        The seed is left out: it says which examples of the same data a run sees.
+        """
+        drawn = [self.draw(_SHOWN, np.random.default_rng(0), **_shape(part)) for part in parts]
+        arrays = of_arrays(*(array for example in drawn for array in example))
+        return of_texts([json.dumps([self.source, self.vocab_size, *told]), arrays])
 
     @property
     def tokens_per_batch(self) -> int:

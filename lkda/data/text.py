@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lkda.data.cache import default_cache_dir
+from lkda.data.cache import default_cache_dir, expanded
 from lkda.data.corpus import file_sources, sotu_sources
+from lkda.data.fingerprint import check_same
 from lkda.data.module import IndexedDataModule
 from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
 from lkda.data.prepared import Corpus, Prepared, load_prepared, prepare_corpus
@@ -83,8 +84,8 @@ class TextDataModule(IndexedDataModule):
         self.paths, self.val_paths = paths, val_paths
         self.val_fraction, self.val_from_year, self.text_column = val_fraction, val_from_year, text_column
         self.wanted_vocab_size, self.tokenizer_path = vocab_size, tokenizer_path
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.directory = Path(directory).expanduser() if directory else self.cache_dir / "prose"
+        self.cache_dir = expanded(cache_dir) if cache_dir else default_cache_dir()
+        self.directory = expanded(directory) if directory else self.cache_dir / "prose"
         self.max_val_batches = max_val_batches
         self._prepared = False
 
@@ -96,6 +97,8 @@ class TextDataModule(IndexedDataModule):
         if self._prepared:
             return
         prepared = self._read()
+        check_same(self.expected, prepared.fingerprint, source=self.source)
+        self.fingerprint = prepared.fingerprint
         self.tokenizer = prepared.tokenizer
         self.vocab_size = vocabulary_rows(prepared.tokenizer)
         for name, stream in (("training", prepared.train), ("validation", prepared.validation)):
@@ -122,6 +125,7 @@ class TextDataModule(IndexedDataModule):
             vocab_size=self.wanted_vocab_size,
             tokenizer_path=Path(self.tokenizer_path) if self.tokenizer_path else None,
             cache_dir=self.cache_dir,
+            expected=self.expected,
         )
 
     def _corpus(self) -> Corpus:

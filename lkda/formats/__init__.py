@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from lkda.formats.parts.card import model_card
 from lkda.formats.parts.reading import read_config
+from lkda.io import named
 from lkda.models.lm import LanguageModel
 
 __all__ = ["check_export", "find_format", "load", "names", "save"]
@@ -100,6 +101,8 @@ def save(
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp makes it private
         os.replace(unfinished, directory)  # over an empty directory, if one is there
+    except OSError as error:
+        raise named(error, directory) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from lkda.checks import check_types
 from lkda.models.block import Block
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
@@ -14,6 +16,8 @@ from lkda.models.short_conv import convolutions_drawn_later
 from lkda.ops import available_backends
 
 DEFAULTS: dict[str, Any] = {"mlp_hidden": 0, "norm_eps": 1e-5, "tie_embeddings": True, "backend": "auto", "context": 0}
+# More than any machine holds: building such a model would not end.
+_MOST = {"vocab_size": 2**26, "d_model": 2**20, "mlp_hidden": 2**22, "num_layers": 2**14}
 REQUIRED = ("vocab_size", "d_model", "num_layers", "mixer")
 
 
@@ -35,10 +39,18 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
         )
     plain: dict[str, Any] = {**DEFAULTS, **config, "mixer": dict(config["mixer"])}
     for key in ("vocab_size", "d_model", "num_layers"):
-        if not isinstance(plain[key], int) or plain[key] < 1:
+        if isinstance(plain[key], bool) or not isinstance(plain[key], int) or plain[key] < 1:
             raise ValueError(f"model.{key} must be a positive integer, got {plain[key]!r}.")
-    if not isinstance(plain["mlp_hidden"], int) or plain["mlp_hidden"] < 0:
+    if isinstance(plain["mlp_hidden"], bool) or not isinstance(plain["mlp_hidden"], int) or plain["mlp_hidden"] < 0:
         raise ValueError(f"model.mlp_hidden must be an integer >= 0 (0: no MLP), got {plain['mlp_hidden']!r}.")
+    for key, most in _MOST.items():
+        if plain[key] > most:
+            raise ValueError(f"model.{key} must be at most {most}, got {plain[key]}.")
+    if not isinstance(plain["tie_embeddings"], bool):
+        raise ValueError(f"model.tie_embeddings must be true or false, got {plain['tie_embeddings']!r}.")
+    eps = plain["norm_eps"]
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
+        raise ValueError(f"model.norm_eps must be a number above 0, got {eps!r}.")
     with convolutions_drawn_later():
         mixers = _mixers(plain)
     blocks = [
@@ -76,13 +88,17 @@ def _mixers(config: dict[str, Any]) -> list[Mixer]:
 
 
 def _mixer(name: str, cls: type[Mixer], config: dict[str, Any], mixer: dict[str, Any], backend: str) -> Mixer:
-    options = dict(mixer.get(name) or {})
+    options = {} if mixer.get(name) is None else mixer[name]
+    if not isinstance(options, Mapping):
+        raise ValueError(f"mixer.{name} must hold the options of that mixer by name, got {options!r}.")
+    options = dict(options)
     allowed = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     takes_backend = "backend" in allowed
     allowed = [option for option in allowed if option != "backend"]
     unknown = [option for option in options if option not in allowed]
     if unknown:
         raise ValueError(f"mixer {name!r} has no option {', '.join(unknown)}; it has {', '.join(allowed)}.")
+    check_types(cls, options, prefix=f"mixer.{name}.")
     if takes_backend:
         options["backend"] = backend
     return cls(config["d_model"], mixer["num_heads"], **options)

@@ -27,9 +27,9 @@ class Mixer(nn.Module, ABC):
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
-        if num_heads < 1 or d_model % num_heads:
+        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1 or d_model % num_heads:
             raise ValueError(
-                f"mixer.num_heads must divide model.d_model = {d_model}, got {num_heads}; "
+                f"mixer.num_heads must divide model.d_model = {d_model}, got {num_heads!r}; "
                 f"choose one of {[h for h in range(1, d_model + 1) if d_model % h == 0][:12]}."
             )
         self.num_heads = num_heads

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from lkda.io import replace_file, replacing
+
 FORMAT = 1
 _STEP = re.compile(r"step_(\d+)\.ckpt")
 
@@ -33,41 +35,19 @@ def step_files(directory: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def replace_file(temporary: Path, path: Path) -> None:
-    """Rename `temporary` over `path`, and make the rename itself survive a power cut."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file so that a reader, or a kill at any moment, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    replace_file(temporary, path)
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint writer, through a temporary file, fsync and a rename."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
+        with replacing(path) as file:
+            try:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            replace_file(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            except RuntimeError as error:  # what torch's writer makes of an OSError
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
 
 
 def point_to(target: Path, link: Path) -> None:
@@ -77,7 +57,9 @@ def point_to(target: Path, link: Path) -> None:
     try:
         os.link(target, temporary)
     except OSError:
-        shutil.copyfile(target, temporary)
+        with replacing(link) as file, open(target, "rb") as source:
+            shutil.copyfileobj(source, file)
+        return
     replace_file(temporary, link)
 
 

@@ -375,7 +375,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "tokenizer": (good | {"tokenizer_path": "/no/t.json"}, "there is no tokenizer at /no/t.json"),
         "numbers": (
             {"paths": [str(tmp_path / "numbers.jsonl")]},
-            "column 'text' of .*numbers.jsonl holds int64, not text",
+            "column 'text' of .*numbers.jsonl holds a number, not text, in row 1",
         ),
         "parquet": ({"paths": [str(tmp_path / "broken.parquet")]}, "cannot read .*broken.parquet as parquet"),
         "one path": (good | {"paths": str(texts)}, "data.paths and data.val_paths are lists"),
