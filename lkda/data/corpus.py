@@ -115,7 +115,9 @@ def file_sources(
         train, validation = _split_by_year(train, val_from_year)
     kinds = sorted({str(kind_of(path)) for path in (*train, *validation)})
     if len(kinds) > 1:
-        raise ValueError(f"data.paths mixes {' and '.join(kinds)} files; give one kind a run.")
+        raise InputError(f"data.paths mixes {' and '.join(kinds)} files; give one kind a run.")
+    if kinds == ["text"] and text_column != "text":
+        raise InputError("data.text_column is of .jsonl, .json and .parquet files, and these are text: leave it out.")
     overlap = set(train) & set(validation)
     if overlap:
         raise ValueError(

@@ -189,7 +189,9 @@ class HubDataModule(TextDataModule):
             raise ValueError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
         home = expanded(name)
         if name.startswith(("~", "/", ".")) and not home.is_dir():
-            raise ValueError(f"data.name={name} is no directory.")
+            raise InputError(f"data.name={name} is no directory.")
+        if home.is_dir() and revision is not None:
+            raise InputError(f"data.revision is of data sets on the hub, and data.name={name} is a directory.")
         self.source = str(home) if home.is_dir() else name
         self.subset, self.revision, self.split, self.val_split = subset, revision, split, val_split
         self.max_documents, self.streaming = max_documents, streaming
