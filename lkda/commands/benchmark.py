@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lkda.bench import measure, ops
 from lkda.bench.contest import Shape
-from lkda.checks import check_values
+from lkda.checks import InputError, check_values
 from lkda.commands.settings import plain
 from lkda.report import bench_report
 from lkda.report.bench import Benchmark, as_rich
@@ -42,9 +42,9 @@ def benchmark(config: DictConfig) -> None:
     check_values(plain(config), OPTIONS)
     device = _device(config.device)
     if config.milliseconds <= 0:
-        raise ValueError(f"milliseconds must be above 0, got {config.milliseconds}.")
+        raise InputError(f"milliseconds must be above 0, got {config.milliseconds}.")
     if device.type == "cpu" and list(config.replays) == ["graph"]:
-        raise ValueError("replays=[graph] replays CUDA graphs, which a CPU has none of: use replays=[eager].")
+        raise InputError("replays=[graph] replays CUDA graphs, which a CPU has none of: use replays=[eager].")
     cases = measure.cases(
         [ops.find(name) for name in config.ops],
         [Shape.parse(text) for text in config.shapes],
@@ -56,12 +56,12 @@ def benchmark(config: DictConfig) -> None:
         None if config.gates is None else list(config.gates),
     )
     if not cases:
-        raise ValueError("ops, shapes, dtypes, backends, peers, modes and replays leave nothing to measure.")
+        raise InputError("ops, shapes, dtypes, backends, peers, modes and replays leave nothing to measure.")
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write the directory {out}: {error.strerror}.") from error
+        raise InputError(f"cannot write the directory {out}: {error.strerror}.") from error
     header = measure.header(device)
     rows: list[dict[str, Any]] = []
     terminal = Console(markup=False)
@@ -89,7 +89,7 @@ def _device(word: str) -> torch.device:
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "cpu"
     if word not in ("cuda", "cpu"):
-        raise ValueError(f"device must be auto, cuda or cpu, got {word}.")
+        raise InputError(f"device must be auto, cuda or cpu, got {word}.")
     if word == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch sees no CUDA device; use device=cpu with backends=[chunk,recurrent].")
+        raise InputError("device=cuda: torch sees no CUDA device; use device=cpu with backends=[chunk,recurrent].")
     return torch.device("cuda", torch.cuda.current_device()) if word == "cuda" else torch.device("cpu")

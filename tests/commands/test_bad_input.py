@@ -140,7 +140,7 @@ EVALUATE = [
         r"max_batches is not for tasks=\[...\], which are measured in place of data",
     ),
     ("ckpt={run} tasks=[a] stepwise=true", r"stepwise is not for tasks"),
-    ("ckpt={run} tasks=[a] data=sotu", r"data is not for tasks=.*: give one of them"),
+    ("ckpt={run} tasks=[a] data=sotu", r"data is not for tasks=.*: give one or the other"),
     ("ckpt={run} tasks=[a] limit=0", r"limit must be a whole number of 1 or more, got 0"),
     ("ckpt={run} tasks=a", r"tasks must be a list, each entry text, got 'a'"),
     ("ckpt={run} stepwise=maybe", r"stepwise must be true or false, got 'maybe'"),
