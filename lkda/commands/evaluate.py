@@ -136,9 +136,8 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     for_tasks = {"tasks_path": config.tasks_path, "limit": config.limit}
     unused = [name for name, value in (for_data if config.tasks else for_tasks).items() if value is not None]
     if unused and config.tasks:
-        raise InputError(
-            f"{unused[0]} is not for tasks=[...], which are measured in place of data: give one or the other."
-        )
+        told = f"{unused[0]} is not for tasks=[...], which are measured in place of data"
+        raise InputError(f"{told}: give one or the other.")
     if unused:
         raise ValueError(f"{unused[0]} is for tasks=[...]: name some, or leave it out.")
     if config.stepwise and config.backend != "auto":
