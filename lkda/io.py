@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from lkda.checks import InputError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -58,7 +60,7 @@ def check_output_file(path: Path, *, option: str) -> None:
         option: of the command line, that gave the path.
     """
     if path.is_dir():
-        raise ValueError(f"{option}={path} is a directory: give the name of a file in it.")
+        raise InputError(f"{option}={path} is a directory: give the name of a file in it.")
     folder = path.absolute().parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -67,4 +69,4 @@ def check_output_file(path: Path, *, option: str) -> None:
         trial.touch()
         trial.unlink()
     except OSError as error:
-        raise ValueError(f"{option}={path} cannot be written: {folder}: {error.strerror}.") from error
+        raise InputError(f"{option}={path} cannot be written: {folder}: {error.strerror}.") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import dis
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 import lkda
+from lkda.checks import InputError
 from lkda.commands.invocation import by_this_door
 
 BAD_INPUT = 2
@@ -96,7 +96,7 @@ def _message(error: Exception) -> str | None:
         return known if known is not None or within else _configuration_message(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is required: give {error.full_key}=..."
-    if isinstance(error, CommandError) or (isinstance(error, ValueError) and _raised_by_lkda(error)):
+    if isinstance(error, (CommandError, InputError)):
         return _on_one_line(str(error))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _configuration_message(error)
@@ -148,16 +148,6 @@ def _raised_by(error: Exception, packages: tuple[str, ...]) -> bool:
     """Whether a module of one of `packages` raised the error."""
     files = _files(error)
     return bool(files) and any(package in files[-1].parts for package in packages)
-
-
-def _raised_by_lkda(error: Exception) -> bool:
-    """Whether a `raise` statement of this package made the error, rather than a call inside it that failed."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or not Path(last.tb_frame.f_code.co_filename).is_relative_to(_HOME):
-        return False
-    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _inside_lkda(error: Exception) -> bool:

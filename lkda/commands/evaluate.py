@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from lkda.checks import check_values
+from lkda.checks import InputError, check_values
 from lkda.commands.harness import run_tasks
 from lkda.commands.model_source import TrainedModel, load_trained
 from lkda.commands.paths import data_with_absolute_paths
@@ -139,9 +139,9 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
         told = f"{unused[0]} is not for tasks=[...], which are measured in place of data"
         raise InputError(f"{told}: give one or the other.")
     if unused:
-        raise ValueError(f"{unused[0]} is for tasks=[...]: name some, or leave it out.")
+        raise InputError(f"{unused[0]} is for tasks=[...]: name some, or leave it out.")
     if config.stepwise and config.backend != "auto":
-        raise ValueError(
+        raise InputError(
             f"backend={config.backend} is how whole sequences are computed, and stepwise=true reads token by token: "
             "leave one of them out."
         )
@@ -151,11 +151,11 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
         return
     if config.state_dtype not in STATE_DTYPES:
         known = ", ".join(STATE_DTYPES)
-        raise ValueError(
+        raise InputError(
             f"state_dtype must be one of {known}, got {config.state_dtype!r}; leave it out for the model's own."
         )
     if not config.stepwise:
-        raise ValueError(
+        raise InputError(
             f"state_dtype={config.state_dtype} is how a state is kept from token to token: add stepwise=true."
         )
 
@@ -173,14 +173,14 @@ def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
         data.prepare()
     name = chosen.get("_target_")
     if data.tokenizer is None and trained.vocabulary is not None:
-        raise ValueError(f"{trained.path} is a model of text, and {name} has none: give data=...")
+        raise InputError(f"{trained.path} is a model of text, and {name} has none: give data=...")
     if data.tokenizer is not None and data.tokenizer.to_str() != trained.tokenizer.to_str():
-        raise ValueError(
+        raise InputError(
             f"{data.source} was tokenised with another tokenizer than {trained.path} has: give data=files."
         )
     rows = trained.model.config["vocab_size"]
     if data.vocab_size > rows:
-        raise ValueError(f"the data have {data.vocab_size} tokens and the model {rows} rows: give the data of its run.")
+        raise InputError(f"the data have {data.vocab_size} tokens and the model {rows} rows: give the data of its run.")
     return data
 
 
@@ -261,12 +261,12 @@ def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
         given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         unused = [word for word in given if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
         if unused and "tokenizer_path" in config.data:
-            raise ValueError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
+            raise InputError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
         return data_with_absolute_paths(config.data)
     recorded = trained.path.parent.parent / "config.yaml"
     if not recorded.is_file():
-        raise ValueError(f"{trained.path} lies in no run directory that says what data it saw: give data=...")
+        raise InputError(f"{trained.path} lies in no run directory that says what data it saw: give data=...")
     data = OmegaConf.load(recorded).data
     if not str(data.get("_target_")).startswith("lkda.data."):
-        raise ValueError(f"{recorded} names a data module outside lkda.data ({data.get('_target_')}): give data=...")
+        raise InputError(f"{recorded} names a data module outside lkda.data ({data.get('_target_')}): give data=...")
     return data_with_absolute_paths(data)

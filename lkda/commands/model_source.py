@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
 from lkda.commands.run_directory import fingerprint_of
 from lkda.formats import load
 from lkda.formats.parts.building import build_with_weights
@@ -39,7 +40,7 @@ class TrainedModel:
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError where the model's tokens are no text."""
         if self.vocabulary is None:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} was trained on {self.run['data']}, whose tokens are no text; this needs a model of text."
             )
         return self.vocabulary
@@ -55,7 +56,7 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
         ValueError: nothing is there, or it is truncated, of another kind, or holds another model's weights.
     """
     if not isinstance(path, str | Path) or not str(path):
-        raise ValueError(f"ckpt must be a path (one of digits alone needs quotes), got {path!r}.")
+        raise InputError(f"ckpt must be a path (one of digits alone needs quotes), got {path!r}.")
     path = Path(path)
     if path.is_dir() and (path / "config.json").exists():
         model, tokenizer = load(path, backend=backend)

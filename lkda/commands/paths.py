@@ -9,6 +9,7 @@ import re
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lkda.checks import InputError
 from lkda.data.cache import expanded
 
 # Options of data that are paths, or lists of paths.
@@ -49,7 +50,7 @@ def _absolute(path: object, option: str) -> str:
     """`path` from the root on; a pattern is still a pattern, and means the same files."""
     if not isinstance(path, str) or not path:
         quoted = "" if isinstance(path, str) else f": a name that looks like a number needs quotes, '\"{path}\"'"
-        raise ValueError(f"{option} must be a path, got {path!r}{quoted}.")
+        raise InputError(f"{option} must be a path, got {path!r}{quoted}.")
     here = expanded(path)
     if here.is_absolute() or here.exists() or not _PATTERN.search(path):
         return str(here.absolute())

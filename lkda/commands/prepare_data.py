@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lkda.checks import check_values
+from lkda.checks import InputError, check_values
 from lkda.commands.invocation import command
 from lkda.commands.overrides import override
 from lkda.commands.settings import plain
@@ -27,10 +27,10 @@ def prepare_data(config: DictConfig) -> None:
     known = {source.name: source for source in SOURCES}
     wanted = list(known) if config.sources is None else list(config.sources)
     if not wanted:
-        raise ValueError(f"sources is empty; there are {', '.join(known)}.")
+        raise InputError(f"sources is empty; there are {', '.join(known)}.")
     for name in wanted:
         if name not in known:
-            raise ValueError(f"there is no source {name!r}; there are {', '.join(known)}.")
+            raise InputError(f"there is no source {name!r}; there are {', '.join(known)}.")
     default = default_cache_dir() / "prose"
     out = expanded(config.out) if config.out else default
     terminal = Console(highlight=False, markup=False)

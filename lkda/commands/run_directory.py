@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
@@ -63,13 +64,13 @@ class RunDirectory:
             with tempfile.TemporaryFile(dir=self.checkpoints):
                 pass
         except OSError as error:
-            raise ValueError(f"cannot write the run directory {self.path}: {error.strerror}.") from error
+            raise InputError(f"cannot write the run directory {self.path}: {error.strerror}.") from error
         self._lock = os.open(self.checkpoints, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise ValueError(f"another process is training in {self.path}. Wait for it, or choose another.") from error
+            raise InputError(f"another process is training in {self.path}. Wait for it, or choose another.") from error
         self._before = there
 
     def _files(self) -> tuple[Path, ...]:
@@ -105,7 +106,7 @@ class RunDirectory:
         """
         before = self._recorded()
         if self.holds_run() and not resume:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} already holds a run. Continue it with resume=true, or choose another hydra.run.dir."
             )
         for left_over in self.checkpoints.glob(".*.tmp"):
@@ -113,7 +114,7 @@ class RunDirectory:
         if not self.holds_run():
             return None
         if before is None:
-            raise ValueError(f"{self.path} holds a run without its config.yaml, so its settings are not known.")
+            raise InputError(f"{self.path} holds a run without its config.yaml, so its settings are not known.")
         self._check_settings(before, config, free_places=True)
         saved = newest_intact(self.checkpoints)
         self._check_settings(before, config, free_places=saved is None or "train" in fingerprint_of(saved[1]))
@@ -126,15 +127,15 @@ class RunDirectory:
         try:
             found = OmegaConf.to_container(OmegaConf.load(self.config))
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.config} cannot be read: {' '.join(str(error).split())}.") from error
+            raise InputError(f"{self.config} cannot be read: {' '.join(str(error).split())}.") from error
         if not isinstance(found, dict) or not found.keys() >= _OURS:
-            raise ValueError(f"{self.config} is no configuration of lkda's: choose another hydra.run.dir.")
+            raise InputError(f"{self.config} is no configuration of lkda's: choose another hydra.run.dir.")
         return found
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
         changed = _differences(_fixed(before, free_places), _fixed(now, free_places))
         if changed:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}); it cannot resume."
             )
 

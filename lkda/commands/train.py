@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lkda.checks import InputError
 from lkda.commands.closing import draw_sample, print_closing
 from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
@@ -101,7 +102,7 @@ def _check(settings: dict[str, Any]) -> None:
     """Raise ValueError for what no run can use, whatever its data and its device."""
     for group in GROUPS:
         if settings.get(group) is None:
-            raise ValueError(f"{group} is null, and a run needs one: leave {group}=null out, or choose another.")
+            raise InputError(f"{group} is null, and a run needs one: leave {group}=null out, or choose another.")
     check_trainer(settings["trainer"])
     check_optimizer(settings["optimizer"])
     check_schedule(settings["scheduler"])
@@ -111,7 +112,7 @@ def _check(settings: dict[str, Any]) -> None:
     for name in ("compile", "resume"):
         check_switch(name, settings[name])
     if not isinstance(settings["init_from"], str | None):
-        raise ValueError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
+        raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
 
 
 def _quiet() -> None:
@@ -161,7 +162,7 @@ def _train_in(
     console = Console(highlight=False, markup=False)
     saved = run.begin(settings, resume=config.resume)
     if saved is None and any(run.checkpoints.glob("*.ckpt")):
-        raise ValueError(
+        raise InputError(
             f"{run.checkpoints} holds checkpoints, and config.yaml, which says of what run, is not beside it. Put it "
             "back, or choose another hydra.run.dir."
         )
@@ -242,7 +243,7 @@ def _check_steps(run: RunDirectory, plan: _Plan) -> None:
     if plan.step < plan.steps:
         return
     if plan.step > plan.steps or plan.step not in steps_with(run.metrics, "val/loss"):
-        raise ValueError(
+        raise InputError(
             f"{run.path} has {plan.step} steps already, which leaves none to train and validate of {plan.steps}: "
             f"give trainer.max_steps={plan.step + 1} or more."
         )
@@ -304,7 +305,7 @@ def _fit(
         except (InterruptedRunError, DivergedError) as ending:
             return task.model, ending
         except MisconfigurationException as error:
-            raise ValueError(f"Lightning refuses these settings: {_one_line(error)}") from error
+            raise InputError(f"Lightning refuses these settings: {_one_line(error)}") from error
     return task.model, None
 
 
@@ -328,9 +329,9 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
     try:
         trainer = instantiate(options, callbacks=callbacks + shown, logger=loggers, plugins=[AtomicCheckpointIO()])
     except InstantiationException as error:
-        raise ValueError(f"Lightning refuses these settings: {_one_line(error.__cause__ or error)}") from error
+        raise InputError(f"Lightning refuses these settings: {_one_line(error.__cause__ or error)}") from error
     if trainer.precision != options["precision"]:  # Lightning may take another, and only warn
-        raise ValueError(f"trainer.precision={options['precision']} would run as {trainer.precision}: give that.")
+        raise InputError(f"trainer.precision={options['precision']} would run as {trainer.precision}: give that.")
     return trainer
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lkda.checks import InputError
+
 _FACTS = "facts.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -24,7 +26,7 @@ def default_cache_dir() -> Path:
     try:
         return Path.home() / ".cache" / "lkda"
     except RuntimeError as error:  # HOME is not set, and the system knows no home of this user
-        raise ValueError(
+        raise InputError(
             "there is no home directory to keep a cache in: set LKDA_CACHE to a directory that can be written."
         ) from error
 
@@ -34,7 +36,7 @@ def expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"the home directory in {path} is not known: write the path in full.") from error
+        raise InputError(f"the home directory in {path} is not known: write the path in full.") from error
 
 
 @contextmanager
@@ -77,8 +79,8 @@ def _locked(path: Path) -> int:
         os.close(lock)  # the one that had it has removed it meanwhile
 
 
-def _not_writable(entry: Path, error: OSError) -> ValueError:
-    return ValueError(
+def _not_writable(entry: Path, error: OSError) -> InputError:
+    return InputError(
         f"cannot write the cache {entry.parent}: {error.strerror}. Set data.cache_dir or LKDA_CACHE to a directory "
         "that can be written."
     )

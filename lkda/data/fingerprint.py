@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
+
 # {"train", "validation", "tokenizer": hexadecimal SHA-256}; "tokenizer" is None for tokens that are no text.
 Fingerprint = Mapping[str, str | None]
 
@@ -57,7 +59,7 @@ def check_same(expected: Fingerprint, found: Fingerprint, *, source: str) -> Non
     """
     changed = differences(expected, found)
     if changed:
-        raise ValueError(
+        raise InputError(
             f"the run cannot resume: {' and '.join(changed)} ({source}) are not those that it was trained with. "
             "Restore them, or begin a new run in another hydra.run.dir."
         )

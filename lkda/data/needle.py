@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lkda.checks import InputError
 from lkda.data.cache import default_cache_dir, expanded
 from lkda.data.module import IndexedDataModule
 from lkda.data.packing import IGNORED
@@ -55,7 +56,7 @@ class Needle(IndexedDataModule):
         for depth in depths:
             check_count("data.depths", depth, least=0)
         if not lengths or not depths or max(depths) > 100:
-            raise ValueError(
+            raise InputError(
                 f"data.lengths and data.depths need an entry each, depths up to 100; got {lengths}, {depths}."
             )
         home = expanded(cache_dir) if cache_dir else default_cache_dir()
@@ -74,11 +75,11 @@ class Needle(IndexedDataModule):
         self.vocab_size = vocabulary_rows(prepared.tokenizer)
         if len(self.stream) < 2 * self.context:
             there = f"{self.directory} validates on {len(self.stream)} tokens"
-            raise ValueError(f"{there}; sequences of {self.context} want twice as many: shorten data.lengths.")
+            raise InputError(f"{there}; sequences of {self.context} want twice as many: shorten data.lengths.")
 
     @property
     def tokens_per_batch(self) -> int:
-        raise ValueError(
+        raise InputError(
             "data=needle measures models of text and trains none: scripts/evaluate.py ckpt=RUN data=needle."
         )
 

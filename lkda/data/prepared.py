@@ -16,6 +16,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from lkda.checks import InputError
 from lkda.data.cache import building, facts_of, publish
 from lkda.data.documents import Texts
 from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_texts, of_tokenizer
@@ -200,7 +201,7 @@ def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
     visible = [character for character in sorted(characters) if not character.isspace()]
     for character, encoding in zip(visible, encode_texts(tokenizer, visible), strict=True):
         if not encoding.ids:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "
                 "give one that knows every byte, or none."
             )
@@ -259,7 +260,7 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np
     for (begins, piece), encoding in zip(batch, encodings):
         if unknown in encoding.ids:
             begin, end = encoding.offsets[encoding.ids.index(unknown)]
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer of data.tokenizer_path has no token for {piece[begin:end]!r}, which is in the text; "
                 "give one that knows every byte, or none."
             )
@@ -277,7 +278,7 @@ def load_prepared(directory: Path) -> Prepared:
     """
     facts = facts_of(directory)
     if facts is None:
-        raise ValueError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
+        raise InputError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
     train, validation = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     texts = facts.get("sha256") or {"train": of_arrays(train), "validation": of_arrays(validation)}

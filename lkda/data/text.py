@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lkda.checks import InputError
 from lkda.data.cache import default_cache_dir, expanded
 from lkda.data.corpus import file_sources, sotu_sources
 from lkda.data.fingerprint import check_same
@@ -63,21 +64,21 @@ class TextDataModule(IndexedDataModule):
     ) -> None:
         super().__init__(num_workers=num_workers, pin_memory=pin_memory)
         if source not in self.sources:
-            raise ValueError(f"data.source must be one of {', '.join(self.sources)}, got {source!r}.")
+            raise InputError(f"data.source must be one of {', '.join(self.sources)}, got {source!r}.")
         if source != "files" and (paths or val_paths):
-            raise ValueError(f"data.paths and data.val_paths belong to data.source=files, not to {source}.")
+            raise InputError(f"data.paths and data.val_paths belong to data.source=files, not to {source}.")
         if source != "prose" and directory:
-            raise ValueError(f"data.directory belongs to data.source=prose, not to {source}.")
+            raise InputError(f"data.directory belongs to data.source=prose, not to {source}.")
         if source == "prose" and tokenizer_path:
-            raise ValueError("data.tokenizer_path does not do for data.source=prose, which is tokenised already.")
+            raise InputError("data.tokenizer_path does not do for data.source=prose, which is tokenised already.")
         positive = {"context": context, "batch_size": batch_size, "vocab_size": vocab_size}
         if max_val_batches is not None:
             positive["max_val_batches"] = max_val_batches
         for name, value in positive.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"data.{name} must be a positive whole number, got {value!r}.")
+                raise InputError(f"data.{name} must be a positive whole number, got {value!r}.")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"data.seed must be a whole number of 0 or more, got {seed!r}.")
+            raise InputError(f"data.seed must be a whole number of 0 or more, got {seed!r}.")
         if not tokenizer_path:
             check_vocab_size(vocab_size)
         self.source, self.context, self.batch_size, self.seed = source, context, batch_size, seed
@@ -103,7 +104,7 @@ class TextDataModule(IndexedDataModule):
         self.vocab_size = vocabulary_rows(prepared.tokenizer)
         for name, stream in (("training", prepared.train), ("validation", prepared.validation)):
             if len(stream) < self.context + 1:
-                raise ValueError(
+                raise InputError(
                     f"the {name} text has {len(stream)} tokens, fewer than one context of {self.context} and the token "
                     f"after it; give more text, or a data.context of at most {len(stream) - 1}."
                 )

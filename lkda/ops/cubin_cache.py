@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from lkda.checks import InputError
+
 _warned = False
 
 
@@ -21,7 +23,7 @@ def directory() -> Path:
     try:
         return (Path(given) if given else Path.home() / ".cache" / "lkda") / "kernels"
     except RuntimeError as error:  # HOME is not set, and the system knows no home of this user
-        raise ValueError(
+        raise InputError(
             "there is no home directory to keep compiled kernels in: set LKDA_CACHE to a directory that can be written."
         ) from error
 

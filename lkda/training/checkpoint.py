@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from lkda.checks import InputError
 from lkda.io import replace_file, replacing
 
 FORMAT = 1
@@ -71,17 +72,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint at {path}.")
+        raise InputError(f"there is no checkpoint at {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here (RuntimeError, EOFError, UnpicklingError, KeyError, ...)
-        raise ValueError(
+        raise InputError(
             f"{path} is truncated or not a checkpoint ({type(error).__name__} while reading it)."
         ) from error
     if not isinstance(checkpoint, Mapping) or "lkda" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of lkda: it lacks the entry 'lkda' that scripts/train.py writes.")
+        raise InputError(f"{path} is not a checkpoint of lkda: it lacks the entry 'lkda' that scripts/train.py writes.")
     if checkpoint["lkda"]["format"] != FORMAT:
-        raise ValueError(
+        raise InputError(
             f"{path} has checkpoint format {checkpoint['lkda']['format']}, this version of lkda reads {FORMAT}."
         )
     return dict(checkpoint)
@@ -120,7 +121,7 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
             found = path, checkpoint
     if found is None:
         if broken:
-            raise ValueError(
+            raise InputError(
                 f"none of the {len(broken)} checkpoints in {directory} can be read. Delete them to start afresh."
             )
         return None

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from lkda.checks import InputError
 from lkda.io import named, write_atomically
 
 COLUMNS = (
@@ -67,7 +68,7 @@ class MetricsCSV(Logger):
         """Write one row. Raises ValueError for a name that is no column: it would be lost; OSError on a full disk."""
         unknown = metrics.keys() - set(self.columns)
         if unknown:
-            raise ValueError(f"metrics.csv has no column for {', '.join(sorted(unknown))}.")
+            raise InputError(f"metrics.csv has no column for {', '.join(sorted(unknown))}.")
         text = io.StringIO()
         row = {"step": step, **metrics}
         csv.writer(text, lineterminator="\n").writerow([row.get(name, "") for name in self.columns])
