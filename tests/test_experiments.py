@@ -51,7 +51,13 @@ def run(config: DictConfig, directory: Path) -> None:
     assert summary["val/loss"] < 20
 
 
-@pytest.mark.parametrize("experiment", names("experiment"))
+# A `_full` experiment is another of the same name, with more sizes.
+EXPERIMENTS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.endswith("_full") else []) for name in names("experiment")
+]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(experiment: str, corpus: Path, tmp_path: Path) -> None:
     """Each job of the sweep, where it is one; of those that differ in numbers alone, which are cut, the first."""
     params = composed(f"experiment={experiment}", with_hydra=True).hydra.sweeper.params or {}

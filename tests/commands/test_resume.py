@@ -76,6 +76,7 @@ def stopped_by(signum: int, corpus: Path, directory: Path) -> subprocess.Complet
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+@pytest.mark.slow  # each is killed in its own process below, at every write
 def test_kill_9_in_the_middle(corpus: Path, tmp_path: Path, uninterrupted: Any, capsys: Any) -> None:
     directory = tmp_path / "run"
     assert stopped_by(signal.SIGKILL, corpus, directory).returncode == -signal.SIGKILL
@@ -88,7 +89,9 @@ def test_kill_9_in_the_middle(corpus: Path, tmp_path: Path, uninterrupted: Any, 
     assert rows(directory) == uninterrupted(LONG)
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_and_sigterm(signum: int, exit_code: int, corpus: Path, tmp_path: Path, uninterrupted: Any) -> None:
     directory = tmp_path / "run"
     done = stopped_by(signum, corpus, directory)
