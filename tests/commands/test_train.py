@@ -104,8 +104,8 @@ def test_the_same_seed_gives_the_same_run(run: Path, corpus: Path, tmp_path: Pat
 
 
 def test_a_compiled_run_learns_the_same(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced whole, and run as traced: what inductor makes of it is not ours to test. The mixer is one that is traced
-    in a second; tests/models traces the others."""
+    """Run as traced: what inductor makes of it is not ours to test. The mixer is one that is traced
+    in a second; tests/models traces the others, whole."""
     settings = small_run(corpus, "mixer=softmax", "trainer.max_steps=7", "sample.max_new_tokens=0")
     usual = train(composed("train", *settings), tmp_path / "usual")
     compiled = []
@@ -116,6 +116,6 @@ def test_a_compiled_run_learns_the_same(corpus: Path, tmp_path: Path, monkeypatc
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", traced)
-    traced_whole = train(composed("train", *settings, "compile=true"), tmp_path / "compiled")
+    found = train(composed("train", *settings, "compile=true"), tmp_path / "compiled")
     assert len(compiled) == 2  # the training loss, and the validation losses
-    assert traced_whole["val/loss"] == pytest.approx(usual["val/loss"], rel=1e-5)
+    assert found["val/loss"] == pytest.approx(usual["val/loss"], rel=1e-5)
