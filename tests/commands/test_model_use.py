@@ -21,7 +21,9 @@ from lkda.data.cache import publish
 from lkda.data.prepared import tokenise
 from tests.commands.small import composed, small_run
 
-MIXERS = ["kda", "simplified", "softmax", "mla", "kda_mla_3to1"]
+# The first three have every kind of state among them.
+ALONE = (pytest.param(mixer, marks=pytest.mark.slow) for mixer in ("kda", "mla"))
+MIXERS = ["simplified", "softmax", "kda_mla_3to1", *ALONE]
 
 
 @pytest.fixture(scope="module", params=MIXERS)

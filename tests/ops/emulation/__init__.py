@@ -16,7 +16,7 @@ import torch
 from lkda.ops.jit import INCLUDE, Kernel
 
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+FLAGS = ["-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
 _KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
 
 
