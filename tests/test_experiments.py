@@ -114,5 +114,7 @@ def test_every_mixer_fits_every_model(model: str, mixer: str) -> None:
 
 @pytest.mark.parametrize("group", ["optimizer", "scheduler", "trainer", "callbacks", "logger"])
 def test_every_choice_composes(group: str) -> None:
-    for choice in names(group):
+    choices = names(group)
+    assert choices
+    for choice in choices:
         assert composed(f"{group}={choice}")[group] is not None
