@@ -9,6 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
+from lkda.commands.run_directory import fingerprint_of
 from lkda.formats import load, recorded_config
 from lkda.formats.parts.building import build_with_weights
 from lkda.models.lm import LanguageModel
@@ -25,6 +27,7 @@ class TrainedModel:
         run: plain facts (mixer, data, bytes_per_token, ...), {} for an exported directory.
         path: the file or directory that was read.
         step: of the run, None for an exported directory.
+        fingerprint: of the data that it was trained on, {} where it is not known.
     """
 
     model: LanguageModel
@@ -32,12 +35,13 @@ class TrainedModel:
     path: Path
     run: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
+    fingerprint: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError where the model's tokens are no text."""
         if self.vocabulary is None:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} was trained on {self.run['data']}, whose tokens are no text; this needs a model of text."
             )
         return self.vocabulary
@@ -52,6 +56,8 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     Raises:
         ValueError: nothing is there, or it is truncated, of another kind, or holds another model's weights.
     """
+    if not isinstance(path, str | Path) or not str(path):
+        raise InputError(f"ckpt must be a path (one of digits alone needs quotes), got {path!r}.")
     path = Path(path)
     if path.is_dir() and (path / "config.json").exists():
         model, tokenizer = load(path, backend=backend)
@@ -68,7 +74,7 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     }
     model = build_with_weights(ours["model"], weights, source=path, backend=backend)
     vocabulary = None if ours["tokenizer"] is None else Tokenizer.from_str(ours["tokenizer"])
-    return TrainedModel(model, vocabulary, path, ours["run"], ours["step"])
+    return TrainedModel(model, vocabulary, path, ours["run"], ours["step"], fingerprint_of(checkpoint))
 
 
 def config_of_run(trained: TrainedModel) -> dict[str, Any]:

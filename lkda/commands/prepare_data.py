@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lkda.data.cache import default_cache_dir
+from lkda.checks import InputError, check_values
+from lkda.commands.invocation import command
+from lkda.commands.overrides import override
+from lkda.commands.settings import plain
+from lkda.data.cache import default_cache_dir, expanded
 from lkda.data.prose import SOURCES, prepare_prose
 
 
@@ -18,14 +23,18 @@ def prepare_data(config: DictConfig) -> None:
         config: composed from configs/prepare_data.yaml.
     Raises: ValueError for an unknown source, one that cannot be had, or a directory that is there already.
     """
+    check_values(plain(config), {"out": Path | None, "vocab_size": int, "sources": Sequence[str] | None})
     known = {source.name: source for source in SOURCES}
     wanted = list(known) if config.sources is None else list(config.sources)
+    if not wanted:
+        raise InputError(f"sources is empty; there are {', '.join(known)}.")
     for name in wanted:
         if name not in known:
-            raise ValueError(f"there is no source {name!r}; there are {', '.join(known)}.")
-    out = Path(config.out).expanduser() if config.out else default_cache_dir() / "prose"
-    terminal = Console(highlight=False)
-    console = terminal if terminal.is_terminal else Console(width=140, highlight=False)
+            raise InputError(f"there is no source {name!r}; there are {', '.join(known)}.")
+    default = default_cache_dir() / "prose"
+    out = expanded(config.out) if config.out else default
+    terminal = Console(highlight=False, markup=False)
+    console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False)
     manifest = prepare_prose(out, vocab_size=config.vocab_size, sources=[known[name] for name in wanted])
     for source in manifest["sources"]:
         sizes = f"{source['train_bytes'] / 1e6:8.2f} MB train {source['validation_bytes'] / 1e6:6.2f} MB validation"
@@ -36,6 +45,9 @@ def prepare_data(config: DictConfig) -> None:
         f"{overlap['after']:.3%} after {overlap['dropped_bytes'] / 1e6:.2f} MB were dropped from it; "
         f"{overlap['train_bytes'] / 1e6:.2f} MB train"
     )
+    elsewhere = [] if out == default else [override("data.directory", str(out))]
     console.print(
-        f"{out} holds the streams, the tokenizer, licences and manifest.json; train with data=prose", soft_wrap=True
+        f"{out} holds the streams, the tokenizer, licences and manifest.json; train on it with\n"
+        f"  {command('train', 'data=prose', *elsewhere)}",
+        soft_wrap=True,
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.formats.parts import kimi, llama
 from lkda.formats.parts.gguf_tokenizer import add_tokenizer, check_tokenizer
 from lkda.formats.parts.layers import layer_names, options_of
@@ -70,7 +71,7 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
     try:
         from gguf import GGUFWriter
     except ImportError as error:
-        raise ValueError("format gguf needs the package gguf: pip install 'lkda[export]'.") from error
+        raise InputError("format gguf needs the package gguf: pip install 'lkda[export]'.") from error
     check_tokenizer(tokenizer)
     softmax = llama.is_llama(model.config)
     if not softmax:
@@ -94,7 +95,7 @@ def usage(directory: str) -> str:
     """How to load it, in Python."""
     return (
         "from llama_cpp import Llama\n\n"
-        f'model = Llama("{directory}/model-f32.gguf")  # or model-f16.gguf, model-q8_0.gguf: as it was written\n'
+        f"model = Llama({directory + '/model-f32.gguf'!r})  # or model-f16.gguf, model-q8_0.gguf: as it was written\n"
         'print(model("The people of the United States", max_tokens=50)["choices"][0]["text"])'
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
 from lkda.formats.parts import kimi, llama
 from lkda.formats.parts.building import build_with_weights
 from lkda.formats.parts.hf_config import kimi_config, llama_config, read_kimi, read_llama
@@ -82,7 +83,7 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
     model = build_with_weights(made, weights, source=directory, backend=backend, stored_as=stored_as)
     scale = config.get("lkda_latent_scale", 1.0)
     if not isinstance(scale, float) or not scale > 0:
-        raise ValueError(f"config.json of {directory}: lkda_latent_scale must be a number above 0, got {scale!r}.")
+        raise InputError(f"config.json of {directory}: lkda_latent_scale must be a number above 0, got {scale!r}.")
     model.load_state_dict(kimi.with_scaled_latent(model.state_dict(), model, 1 / scale))
     return model, read_tokenizer(directory)
 
@@ -98,10 +99,10 @@ def usage(directory: str) -> str:
     """How to load it, in Python."""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{directory}", dtype="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{directory}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained({directory!r}, dtype="auto")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({directory!r})\n"
         'tokens = tokenizer("The people of the United States", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))\n\n"
         "import lkda\n\n"
-        f'model, tokenizer = lkda.load("{directory}")  # the way back, to fine-tune or evaluate'
+        f"model, tokenizer = lkda.load({directory!r})  # the way back, to fine-tune or evaluate"
     )

@@ -7,21 +7,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lkda.models.short_conv import ShortConvolution
+
+def reset_children(module: nn.Module) -> None:
+    """Draw the weights of every module inside `module` anew, also where `to_empty` has left them without values."""
+    for child in module.children():
+        child.reset_parameters()  # type: ignore[operator]
 
 
-def init_weights(module: nn.Module) -> None:
-    """Linear layers and embeddings N(0, 0.02); convolutions uniform within 1/sqrt(width), as nn.Conv1d draws them."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    elif isinstance(module, ShortConvolution):
-        bound = module.width**-0.5
-        nn.init.uniform_(module.weight, -bound, bound)
-
-
-def log_uniform(*shape: int, low: float, high: float) -> Tensor:
-    """exp(U(log low, log high))"""
-    return torch.exp(torch.empty(*shape).uniform_(math.log(low), math.log(high)))
+def log_uniform_(x: Tensor, *, low: float, high: float) -> Tensor:
+    """Fill x with exp(U(log low, log high))."""
+    return x.uniform_(math.log(low), math.log(high)).exp_()
 
 
 def inverse_softplus(x: Tensor) -> Tensor:

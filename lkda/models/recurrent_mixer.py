@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
 from lkda.models.short_conv import ShortConvolution
@@ -34,7 +35,7 @@ class RecurrentMixer(Mixer):
     def __init__(self, d_model: int, num_heads: int, *, conv_width: int, output_norm: bool, output_gate: bool) -> None:
         super().__init__(d_model, num_heads)
         if output_gate and not output_norm:
-            raise ValueError("output_gate gates the normalised output: set output_norm=true too, or output_gate=false.")
+            raise InputError("output_gate gates the normalised output: set output_norm=true too, or output_gate=false.")
         self.q_proj, self.k_proj, self.v_proj = (linear(d_model, d_model) for _ in range(3))
         convolutions = (ShortConvolution(d_model, conv_width) if conv_width else None for _ in range(3))
         self.q_conv1d, self.k_conv1d, self.v_conv1d = convolutions

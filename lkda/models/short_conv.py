@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError
 from lkda.ops import short_convolution
+
+_drawn_later: ContextVar[bool] = ContextVar("drawn_later", default=False)
+
+
+@contextmanager
+def convolutions_drawn_later() -> Iterator[None]:
+    """Filters of convolutions that are built inside have no values: for who draws them after all other weights.
+
+    `build_model` does: what the weights of a seed are depends on the order in which they are drawn.
+    """
+    token = _drawn_later.set(True)
+    try:
+        yield
+    finally:
+        _drawn_later.reset(token)
 
 
 class ShortConvolution(nn.Module):
@@ -17,11 +37,18 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         if width < 1:
-            raise ValueError(
+            raise InputError(
                 f"conv_width must be at least 1 (0 in a mixer's options means no convolution), got {width}."
             )
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.width = width
+        if not _drawn_later.get():
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(width), as nn.Conv1d draws them."""
+        bound = self.width**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> Tensor:
         """The last width - 1 inputs, [B, width - 1, channels], zeros."""

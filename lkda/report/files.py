@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from lkda.checks import InputError
+from lkda.io import write_atomically
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes `content` beside `path` and renames it there, so that a reader never sees a part of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(beside, path)
+__all__ = ["read_results_file", "write_atomically"]
 
 
 def read_results_file(path: Path, *, kind: str | None = None) -> dict[str, Any]:
@@ -25,10 +22,10 @@ def read_results_file(path: Path, *, kind: str | None = None) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
+        raise InputError(f"{path} cannot be read as JSON ({error}).") from error
     named = found.get("kind") if isinstance(found, dict) else None
     if not isinstance(named, str):
-        raise ValueError(f'{path} does not say what it is: a results file has an entry "kind".')
+        raise InputError(f'{path} does not say what it is: a results file has an entry "kind".')
     if kind is not None and named != kind:
-        raise ValueError(f"{path} is of the kind {named}, and {kind} is needed.")
+        raise InputError(f"{path} is of the kind {named}, and {kind} is needed.")
     return found

@@ -22,6 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from lkda.checks import InputError
 from lkda.report.files import read_results_file, write_atomically
 from lkda.report.labels import Label, label_ends
 from lkda.report.theme import Picture, Theme, picture
@@ -48,13 +49,13 @@ def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list
         try:
             records.append({name: record[name] for name in ("run", "data", "result", *also)})
         except KeyError as error:
-            raise ValueError(f"{path} is not of scripts/evaluate.py out=... ({error}).") from error
+            raise InputError(f"{path} is not of scripts/evaluate.py out=... ({error}).") from error
         if not record["run"]:
-            raise ValueError(
+            raise InputError(
                 f"{path} does not name the model's mixer: evaluate the run's own checkpoint ({record.get('ckpt')})."
             )
     if not records:
-        raise ValueError("there are no evaluations: give files that scripts/evaluate.py out=... has written.")
+        raise InputError("there are no evaluations: give files that scripts/evaluate.py out=... has written.")
     return records
 
 
@@ -176,7 +177,7 @@ def kept_evaluations(path: Path, *, kind: str) -> list[Record]:
     """What `keep_evaluations` wrote. Raises: ValueError where `path` is not of `kind` or holds none."""
     found = read_results_file(path, kind=kind).get("evaluations")
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{path} holds no evaluations.")
+        raise InputError(f"{path} holds no evaluations.")
     return found
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lkda.checks import InputError
 from lkda.report import bench_report, comparison, long_context, state_dtypes, state_error
 from lkda.report.files import read_results_file
 
@@ -33,11 +34,11 @@ def source(directory: Path) -> Path | None:
     """
     paths = sorted(directory.glob("*.json"))
     if not paths:
-        raise ValueError(f"{directory} holds no results: there is no JSON file in it.")
+        raise InputError(f"{directory} holds no results: there is no JSON file in it.")
     drawn = [path for path in paths if KINDS[_kind(path)] is not None]
     if len(drawn) > 1:
         names = " and ".join(path.name for path in drawn)
-        raise ValueError(f"{directory} holds {names}, which would be drawn over each other: keep one in a directory.")
+        raise InputError(f"{directory} holds {names}, which would be drawn over each other: keep one in a directory.")
     return drawn[0] if drawn else None
 
 
@@ -51,7 +52,7 @@ def redraw(path: Path) -> None:
 def _kind(path: Path) -> str:
     kind = read_results_file(path)["kind"]
     if kind not in KINDS:
-        raise ValueError(f"{path} is of the kind {kind}, which is unknown; there are {', '.join(KINDS)}.")
+        raise InputError(f"{path} is of the kind {kind}, which is unknown; there are {', '.join(KINDS)}.")
     return kind
 
 

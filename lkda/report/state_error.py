@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lkda.checks import InputError
 from lkda.report.files import read_results_file, write_atomically
 from lkda.report.theme import LINES, Picture, Theme, picture
 
@@ -22,7 +23,7 @@ def redraw(path: Path) -> None:
         header, rows = found["header"], found["rows"]
         table = {"kind": "table", "rows": _table(rows), "note": _note(header, rows)}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not of lkda.bench.state_error ({error}).") from error
+        raise InputError(f"{path} is not of lkda.bench.state_error ({error}).") from error
     write_atomically(path.parent / "table.json", json.dumps(table, indent=1) + "\n")
     write_atomically(path.parent / "error_growth.png", _growth(rows).light)
 

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from lkda.checks import InputError
+from lkda.io import replace_file, replacing
+
 FORMAT = 1
 _STEP = re.compile(r"step_(\d+)\.ckpt")
 
@@ -33,41 +36,19 @@ def step_files(directory: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def replace_file(temporary: Path, path: Path) -> None:
-    """Rename `temporary` over `path`, and make the rename itself survive a power cut."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file so that a reader, or a kill at any moment, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    replace_file(temporary, path)
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint writer, through a temporary file, fsync and a rename."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
+        with replacing(path) as file:
+            try:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            replace_file(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            except RuntimeError as error:  # what torch's writer makes of an OSError
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
 
 
 def point_to(target: Path, link: Path) -> None:
@@ -77,7 +58,9 @@ def point_to(target: Path, link: Path) -> None:
     try:
         os.link(target, temporary)
     except OSError:
-        shutil.copyfile(target, temporary)
+        with replacing(link) as file, open(target, "rb") as source:
+            shutil.copyfileobj(source, file)
+        return
     replace_file(temporary, link)
 
 
@@ -89,42 +72,63 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint at {path}.")
+        raise InputError(f"there is no checkpoint at {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here (RuntimeError, EOFError, UnpicklingError, KeyError, ...)
-        raise ValueError(
+        raise InputError(
             f"{path} is truncated or not a checkpoint ({type(error).__name__} while reading it)."
         ) from error
     if not isinstance(checkpoint, Mapping) or "lkda" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of lkda: it lacks the entry 'lkda' that scripts/train.py writes.")
+        raise InputError(f"{path} is not a checkpoint of lkda: it lacks the entry 'lkda' that scripts/train.py writes.")
     if checkpoint["lkda"]["format"] != FORMAT:
-        raise ValueError(
+        raise InputError(
             f"{path} has checkpoint format {checkpoint['lkda']['format']}, this version of lkda reads {FORMAT}."
         )
     return dict(checkpoint)
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest step checkpoint of `directory` that can be read: its path and content; None where none is saved.
+    """The checkpoint of `directory` with the most steps that can be read: its path and content; None where there is
+    none.
 
-    A newer one that is broken is skipped, and set aside under the name *.broken, with a warning that names it.
+    The newest intact step checkpoint is looked for first; then last.ckpt, best.ckpt and any other that is a file of its
+    own, which may be newer, or all that is left. What is found is given its step's name again where it has lost it. A
+    broken one is passed over and set aside under the name *.broken, with a warning that names it.
 
     Raises:
         ValueError: checkpoints are there, and none can be read.
     """
-    files = step_files(Path(directory))
-    for path in reversed(files):
+    directory = Path(directory)
+    steps = step_files(directory)
+    others = [
+        path
+        for path in sorted(directory.glob("*.ckpt"))
+        if path not in steps and not any(path.samefile(step) for step in steps)
+    ]
+    found: tuple[Path, dict[str, Any]] | None = None
+    broken = []
+    for path in [*reversed(steps), *others]:
+        if found is not None and path in steps:
+            continue
         try:
             checkpoint = read_checkpoint(path)
         except ValueError as error:
             warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=2)
+            broken.append(path)
             continue
-        for newer in files[files.index(path) + 1 :]:
-            newer.rename(newer.with_name(newer.name + ".broken"))
-        return path, checkpoint
-    if files:
-        raise ValueError(
-            f"none of the {len(files)} checkpoints in {directory} can be read. Delete them to start afresh."
-        )
-    return None
+        if found is None or checkpoint["lkda"]["step"] > found[1]["lkda"]["step"]:
+            found = path, checkpoint
+    if found is None:
+        if broken:
+            raise InputError(
+                f"none of the {len(broken)} checkpoints in {directory} can be read. Delete them to start afresh."
+            )
+        return None
+    for path in broken:
+        path.rename(path.with_name(path.name + ".broken"))
+    path, checkpoint = found
+    own = step_path(directory, checkpoint["lkda"]["step"])
+    if not own.exists():
+        point_to(path, own)
+    return own, checkpoint

@@ -28,8 +28,7 @@ def theirs(directory: Path, **options: object):
     return made
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["fresh", "large"])
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(("head_dim", "scale"), [(32, 1.0), (64, 3.0), (128, 3.0)])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=names)
 def test_logits_of_500_tokens(pattern: tuple[str, ...], head_dim: int, scale: float, tmp_path: Path) -> None:
     ours = model(pattern, head_dim=head_dim, scale=scale)
@@ -62,6 +61,8 @@ def test_the_tokenizer_begins_a_document(tmp_path: Path) -> None:
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded(TEXT).input_ids == [0, *own.encode(TEXT).ids]
     assert loaded.decode(own.encode(TEXT).ids) == TEXT
+    endless = "x" * 1000 + " " * 1000 + "-" * 1000
+    assert loaded(endless).input_ids == [0, *own.encode(endless).ids]
     assert (loaded.bos_token, loaded.eos_token) == ("<|endoftext|>", "<|endoftext|>")
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert generation.eos_token_id == generation.bos_token_id == 0

@@ -131,7 +131,7 @@ def test_wsd_holds_and_comes_down_in_a_line() -> None:
 
 
 def test_constant_holds() -> None:
-    constant = {"name": "constant", "warmup_steps": 0, "final": 1.0}
+    constant = {"name": "constant", "warmup_steps": 0}
     assert {learning_rate_factor(constant, step=step, total_steps=9) for step in range(10)} == {1.0}
 
 
@@ -139,7 +139,7 @@ def test_constant_holds() -> None:
     ("config", "message"),
     [
         ({**COSINE, "name": "linear"}, "scheduler.name must be one of constant, cosine, wsd, got 'linear'"),
-        ({**COSINE, "warmup_steps": -1}, "warmup_steps must be 0 or more"),
+        ({**COSINE, "warmup_steps": -1}, "warmup_steps must be a whole number of 0 or more, got -1"),
         ({**COSINE, "final": 1.5}, r"scheduler.final must be in \[0, 1\]"),
         ({**WSD, "decay": 0.0}, r"scheduler.decay must be in \(0, 1\]"),
     ],

@@ -2,79 +2,96 @@
 
 import csv
 import io
-import json
 import socket
-import struct
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from lkda.commands.train import train
-from lkda.training.wandb_logger import wandb_logger, why_offline
+from lkda.training.task import LanguageModelTask
+from lkda.training.wandb_logger import why_offline
 from tests.commands.small import composed, small_run
-
-wandb = pytest.importorskip("wandb")
-
-
-def payloads(file: Path) -> Iterator[bytes]:
-    """The records of a .wandb file: after 7 bytes of its own, a LevelDB log. That is blocks of 32 KiB, of pieces with a
-    checksum (4 bytes), a length (2) and a type (1: whole, 2: first, 3: middle, 4: last)."""
-    content = file.read_bytes()
-    assert content[:4] == b":W&B"
-    position, record = 7, b""
-    while position + 7 <= len(content):
-        left = 32768 - position % 32768
-        if left < 7:  # no piece begins so close to the end of a block
-            position += left
-            continue
-        length, kind = struct.unpack_from("<HB", content, position + 4)
-        record += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            yield record
-            record = b""
+from tests.training.wandb_records import history, records
 
 
-def records(run: Path) -> list[Any]:
-    """What the one offline run below `run` wrote."""
-    from wandb.proto import wandb_internal_pb2
+def by_step(found: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """The rows that one process wrote, by W&B's own step, each with its trainer/global_step."""
+    rows = history(found)
+    steps = [int(row["_step"]) for row in rows]
+    assert len(set(steps)) == len(steps)
+    return {step: {k: v for k, v in row.items() if not k.startswith("_")} for step, row in zip(steps, rows)}
 
-    (file,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
-    return [wandb_internal_pb2.Record.FromString(payload) for payload in payloads(file)]
 
-
-def key(item: Any) -> str:
-    return item.key or "/".join(item.nested_key)
+def recorded(run: Path) -> dict[int, dict[str, float]]:
+    """What metrics.csv holds of each step, its rows of training and validation in one."""
+    merged: dict[int, dict[str, float]] = {}
+    with open(run / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            row = {k: float(v) for k, v in row.items() if v}
+            merged[step] = {**merged.get(step, {}), **row, "trainer/global_step": step}
+    return merged
 
 
 def test_the_offline_run_is_metrics_csv(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train(composed("train", *small_run(corpus, "logger=wandb")), run)
     assert "wandb: offline, because WANDB_MODE=offline" in capsys.readouterr().out
-    found = records(run)
+    (found,) = records(run)
+    assert by_step(found) == recorded(run)
 
-    logged = []
-    for record in found:
-        if record.WhichOneof("record_type") == "history":
-            row = {key(item): json.loads(item.value_json) for item in record.history.item}
-            logged.append({k: v for k, v in row.items() if not k.startswith("_")})
-    with open(run / "metrics.csv", newline="") as file:
-        expected = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    for row in expected:
-        row["trainer/global_step"] = row.pop("step")
-    assert logged == expected
-
-    (described,) = (record.run for record in found if record.WhichOneof("record_type") == "run")
-    assert described.project == "lkda"
-    assert described.display_name == "kda_debug_seed1"
-    assert described.run_group == "files_debug"
-    assert list(described.tags) == ["kda", "debug", "files"]
-    config = {key(item): json.loads(item.value_json) for item in described.config.update}
+    (described,) = (record["run"] for record in found if record["type"] == "run")
+    assert described["project"] == "lkda"
+    assert described["display_name"] == "kda_debug_seed1"
+    assert described["run_group"] == "files_debug"
+    assert described["tags"] == ["kda", "debug", "files"]
+    config = described["config"]["update"]
     assert config["model"]["d_model"] == 32
     assert config["optimizer"]["name"] == "adamw"
+
+
+class Killed(BaseException):
+    """Ends the process, as far as a test can."""
+
+
+def test_a_resumed_run_is_one_axis(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 5 and resumed from step 4: W&B's step is the optimiser step in both files."""
+    run = tmp_path / "run"
+    settings = (
+        "logger=wandb",
+        "trainer.max_steps=8",
+        "trainer.val_check_interval=4",
+        "checkpoint.every_n_steps=4",
+        "trainer.limit_val_batches=1",
+        "sample.max_new_tokens=0",
+    )
+
+    def fatal(task: LanguageModelTask, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 5:
+            raise Killed
+        return training_step(task, batch, batch_idx)
+
+    training_step = LanguageModelTask.training_step
+    monkeypatch.setattr(LanguageModelTask, "training_step", fatal)
+    with pytest.raises(Killed):
+        train(composed("train", *small_run(corpus, *settings)), run)
+    monkeypatch.undo()
+    train(composed("train", *small_run(corpus, *settings, "resume=true")), run)
+
+    first, second = records(run)
+    assert list(by_step(first)) == [1, 2, 3, 4, 5]
+    assert list(by_step(second)) == [5, 6, 7, 8]
+    assert {**by_step(first), **by_step(second)} == recorded(run)
+    times = {"seconds", "tokens_per_s"}
+    again, before = by_step(second)[5], by_step(first)[5]
+    assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in before.items() if k not in times}
+    for found in (first, second):
+        metrics = [record["metric"] for record in found if record["type"] == "metric"]
+        assert any(m.get("glob_name") == "*" and m.get("step_metric") == "trainer/global_step" for m in metrics)
+    ids = {record["run"]["run_id"] for found in (first, second) for record in found if record["type"] == "run"}
+    assert len(ids) == 1
 
 
 def test_the_reason_to_be_offline_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +108,3 @@ def test_the_reason_to_be_offline_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(why_offline()).startswith("no account is logged in")
     monkeypatch.setattr(wandb, "login", lambda **settings: True)
     assert why_offline() is None
-
-
-def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="logger=wandb needs the package wandb: pip install wandb"):
-        wandb_logger(save_dir=str(tmp_path), config={}, project="p", name="n", group="g", tags=[])

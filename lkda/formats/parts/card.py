@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lkda.checks import InputError
 from lkda.formats.parts.layers import layer_names
 from lkda.models.lm import LanguageModel
 
@@ -58,7 +59,7 @@ def recorded_config(directory: str | Path) -> dict[str, Any]:
         config = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
-        raise ValueError(f"the configuration in {path} is not YAML ({where}): mend it, or export again.") from error
+        raise InputError(f"the configuration in {path} is not YAML ({where}): mend it, or export again.") from error
     return config if isinstance(config, dict) else {}
 
 

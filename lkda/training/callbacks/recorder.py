@@ -9,6 +9,8 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lkda.training.callbacks.steps import ends_step, validation_follows
+
 # Steps at the start of a process that are left out of the speed: they compile, allocate and fill caches.
 WARMUP_STEPS = 3
 
@@ -32,11 +34,15 @@ class Recorder(L.Callback):
         self._running_since: float | None = None
         self._since: tuple[int, float] | None = None  # tokens and seconds where the next speed begins
         self._steps_here = 0
-        self._learning_rate = 0.0
 
     def tokens(self, trainer: L.Trainer) -> int:
         """Tokens trained on so far, resumes included."""
         return trainer.global_step * self.tokens_per_step
+
+    def read_clock(self) -> float:
+        """Seconds of training so far, with everything done that a GPU was asked to do."""
+        self._read_clock()
+        return self.seconds
 
     def _start_clock(self) -> None:
         if self._running_since is None:
@@ -57,13 +63,11 @@ class Recorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._start_clock()
-        # Read here: by the end of the batch the scheduler has already set the next step's.
-        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
+        if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
         self._steps_here += 1
@@ -76,9 +80,11 @@ class Recorder(L.Callback):
         if last or step == 1 or step % self.every_n_steps == 0:
             self._read_clock()
             self._write_training_row(trainer)
+            if not validation_follows(trainer, batch_idx):
+                _complete(trainer)
 
     def _write_training_row(self, trainer: L.Trainer) -> None:
-        row = {**_logged(trainer, "train/"), "lr": self._learning_rate}
+        row = {**_logged(trainer, "train/"), "lr": trainer.optimizers[0].param_groups[0]["lr"]}
         if self._since is not None and self._steps_here > WARMUP_STEPS:
             tokens, seconds = self._since
             row["tokens_per_s"] = (self.tokens(trainer) - tokens) / (self.seconds - seconds)
@@ -97,6 +103,7 @@ class Recorder(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._write(trainer, _logged(trainer, "val/"))
+            _complete(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._stop_clock()
@@ -104,6 +111,12 @@ class Recorder(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.seconds = checkpoint["lkda_seconds"]
+
+
+def _complete(trainer: L.Trainer) -> None:
+    """Tell every logger that it has all rows of this step."""
+    for logger in trainer.loggers:
+        logger.save()
 
 
 def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:
