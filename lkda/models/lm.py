@@ -24,6 +24,7 @@ class LanguageModel(nn.Module):
         vocab_size, d_model = config["vocab_size"], config["d_model"]
         self.config = config
         self.embed_tokens = nn.Embedding(vocab_size, d_model)
+        self.embed_norm = nn.RMSNorm(d_model, eps=config["norm_eps"]) if config["embed_norm"] else None
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model, eps=config["norm_eps"])
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
@@ -38,9 +39,16 @@ class LanguageModel(nn.Module):
         """The logits [N, vocab] of `places` [N] alone, positions in `tokens` [B, T] laid out flat."""
         return self.lm_head(self.hidden(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)[places])
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [...] -> [..., d_model], what the first block reads."""
+        x = self.embed_tokens(tokens)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        return x if self.config["embed_scale"] == 1.0 else x * self.config["embed_scale"]
+
     def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> [B, T, d_model], what the head reads."""
-        x = self.embed_tokens(tokens)
+        x = self.embed(tokens)
         for block in self.blocks:
             x, _ = block(x, cu_seqlens=cu_seqlens)
         return self.norm(x)
@@ -62,14 +70,14 @@ class LanguageModel(nn.Module):
 
     def hidden_step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """As `step`, without the head: tokens [B] -> [B, d_model], what it reads."""
-        x, after = self.embed_tokens(tokens), []
+        x, after = self.embed(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block.step(x, before)  # type: ignore[operator]
             after.append(new)
         return self.norm(x), after
 
     def _hidden_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        x, after = self.embed_tokens(tokens), []
+        x, after = self.embed(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block(x, state=before)
             after.append(new)

@@ -19,6 +19,8 @@ COLUMNS = (
     "seconds",
     "train/loss",
     "train/bits_per_byte",
+    "train/grad_norm",
+    "train/clipped_share",
     "val/loss",
     "val/bits_per_byte",
     "tokens_per_s",

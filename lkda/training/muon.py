@@ -68,15 +68,14 @@ def muon(model: nn.Module, config: Mapping[str, Any]) -> MuonWithAdamW:
         model: with its output layer, if it has one, as `lm_head`.
         config: {"lr", "momentum", "weight_decay", "betas", "eps"}.
     """
-    decayed, exempt = parameter_groups(model, weight_decay=config["weight_decay"])
-    head = getattr(model, "lm_head", None)
-    outer = [p for p in decayed["params"] if head is not None and p is head.weight]
-    hidden = [p for p in decayed["params"] if not any(p is x for x in outer)]
-    rest = [group for group in ({**decayed, "params": outer}, exempt) if group["params"]]
+    groups = parameter_groups(
+        model, lr=config["lr"], lr_scale=config.get("lr_scale", {}), weight_decay=config["weight_decay"]
+    )
+    (hidden,) = (group for group in groups if group["kind"] == "matrix")
     return MuonWithAdamW(
-        hidden,
-        rest,
-        lr=config["lr"],
+        hidden["params"],
+        [group for group in groups if group["kind"] != "matrix"],
+        lr=hidden["lr"],
         momentum=config["momentum"],
         weight_decay=config["weight_decay"],
         betas=tuple(config["betas"]),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lkda.training.muon import muon
-from lkda.training.parameters import parameter_groups
+from lkda.training.parameters import KINDS, parameter_groups
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -26,6 +26,11 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
         raise ValueError(f"optimizer.lr must be greater than 0, got {config['lr']}.")
     if config["weight_decay"] < 0:
         raise ValueError(f"optimizer.weight_decay must be 0 or more, got {config['weight_decay']}.")
+    for kind, scale in config.get("lr_scale", {}).items():
+        if kind not in KINDS:
+            raise ValueError(f"optimizer.lr_scale is by {', '.join(KINDS)}; there is no {kind!r}.")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"optimizer.lr_scale.{kind} must be a number greater than 0, got {scale!r}.")
     betas = list(config["betas"])
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {betas}.")
@@ -38,14 +43,17 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.
 
     Args:
         model: whose parameters it trains; weight decay acts on matrices alone.
-        config: {"name": "adamw" or "muon", "lr", "betas": [b1, b2], "eps", "weight_decay"}; of muon also "momentum".
+        config: {"name": "adamw" or "muon", "lr", "betas": [b1, b2], "eps", "weight_decay"}; of muon also "momentum". "lr_scale"
+            multiplies lr for a kind of parameter, see `lkda.training.parameters`; 1 for each that it does not name.
     Raises:
         ValueError: as `check_optimizer`.
     """
     check_optimizer(config)
     if config["name"] == "muon":
         return muon(model, config)
-    groups = parameter_groups(model, weight_decay=config["weight_decay"])
+    groups = parameter_groups(
+        model, lr=config["lr"], lr_scale=config.get("lr_scale", {}), weight_decay=config["weight_decay"]
+    )
     # One fused pass over each group: on small models the optimiser is otherwise a visible part of a step.
     return torch.optim.AdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=config["eps"], fused=True)
 

@@ -42,7 +42,7 @@ def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    Logged: train/loss at every step; val/loss and val/perplexity, the means over every validation target (not over
+    Logged: train/loss and train/grad_norm, before clipping, at every step; val/loss and val/perplexity, the means over every validation target (not over
     batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
     the tokens are text. Where the validation has parts: what `PartMetrics` computes.
 
@@ -55,7 +55,12 @@ class LanguageModelTask(L.LightningModule):
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
         parts: of the validation; see `lkda.training.accuracy`.
         compile: whether `torch.compile` takes the model and its loss.
+
+    Attributes:
+        clipped_steps: how many optimiser steps of this process had a gradient norm above the limit.
     """
+
+    clipped_steps: Tensor
 
     def __init__(
         self,
@@ -75,6 +80,7 @@ class LanguageModelTask(L.LightningModule):
         self.scheduler_config = dict(scheduler)
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
+        self.register_buffer("clipped_steps", torch.zeros((), dtype=torch.long), persistent=False)
         self.val_mean = MeanMetric()
         self.val_positions = PositionLoss(context)
         self.val_parts = PartMetrics(parts, vocab_size=self.model.config["vocab_size"]) if parts else None
@@ -129,8 +135,10 @@ class LanguageModelTask(L.LightningModule):
     ) -> None:
         """Clips the norm over all parameters. Lightning's own refuses a fused optimiser under mixed precision, which
         could unscale gradients itself; bf16 has no scale."""
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        limit = gradient_clip_val or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.log("train/grad_norm", norm, logger=False)
+        self.clipped_steps += norm > limit
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.model, self.optimizer_config)

@@ -32,6 +32,7 @@ class Recorder(L.Callback):
         self._running_since: float | None = None
         self._since: tuple[int, float] | None = None  # tokens and seconds where the next speed begins
         self._steps_here = 0
+        self._clipped = (0, 0)  # clipped steps, and steps, of this process at the last row
         self._learning_rate = 0.0
 
     def tokens(self, trainer: L.Trainer) -> int:
@@ -83,6 +84,9 @@ class Recorder(L.Callback):
             tokens, seconds = self._since
             row["tokens_per_s"] = (self.tokens(trainer) - tokens) / (self.seconds - seconds)
             self._since = (self.tokens(trainer), self.seconds)
+        clipped, steps = int(trainer.lightning_module.clipped_steps), self._steps_here
+        row["train/clipped_share"] = (clipped - self._clipped[0]) / (steps - self._clipped[1])
+        self._clipped = (clipped, steps)
         self._write(trainer, row)
 
     def _write(self, trainer: L.Trainer, row: dict[str, float]) -> None:
