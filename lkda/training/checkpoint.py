@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from lkda.models.old_config import current_config
+
 FORMAT = 1
 _STEP = re.compile(r"step_(\d+)\.ckpt")
 
@@ -102,7 +104,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has checkpoint format {checkpoint['lkda']['format']}, this version of lkda reads {FORMAT}."
         )
-    return dict(checkpoint)
+    saved = dict(checkpoint["lkda"])
+    return {**checkpoint, "lkda": {**saved, "model": current_config(saved["model"])}}
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:

@@ -43,8 +43,9 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.
 
     Args:
         model: whose parameters it trains; weight decay acts on matrices alone.
-        config: {"name": "adamw" or "muon", "lr", "betas": [b1, b2], "eps", "weight_decay"}; of muon also "momentum". "lr_scale"
-            multiplies lr for a kind of parameter, see `lkda.training.parameters`; 1 for each that it does not name.
+        config: {"name": "adamw" or "muon", "lr", "betas": [b1, b2], "eps", "weight_decay"}; of muon also "momentum".
+            "lr_scale" multiplies lr by kind of parameter, see `lkda.training.parameters`; 1 for each kind that it does
+            not name.
     Raises:
         ValueError: as `check_optimizer`.
     """

@@ -42,9 +42,9 @@ def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    Logged: train/loss and train/grad_norm, before clipping, at every step; val/loss and val/perplexity, the means over every validation target (not over
-    batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
-    the tokens are text. Where the validation has parts: what `PartMetrics` computes.
+    Logged: train/loss and train/grad_norm (before clipping) at every step; val/loss and val/perplexity, the means over
+    every validation target (not over batches, whose numbers of targets differ), and by position (`PositionLoss`); bits
+    per byte beside both losses where the tokens are text. Where the validation has parts: what `PartMetrics` computes.
 
     Args:
         model_config: what `build_model` takes: plain names and numbers.

@@ -25,21 +25,34 @@ def tiny(mixer: str, *, tie_embeddings: bool = True) -> torch.nn.Module:
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_matrices_alone_decay(mixer: str, tie_embeddings: bool) -> None:
     model = tiny(mixer, tie_embeddings=tie_embeddings)
-    decayed, exempt = (group["params"] for group in parameter_groups(model, weight_decay=0.1))
+    groups = parameter_groups(model, lr=1.0, lr_scale={}, weight_decay=0.1)
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert sorted(map(id, [*decayed, *exempt])) == sorted(names)  # each once
-    for parameter in decayed:
-        assert parameter.ndim == 2
-    free = [names[id(parameter)] for parameter in exempt]
-    assert "embed_tokens.weight" in free
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(names)  # each once
     exempt_words = ("norm", "conv", "A_log", "bias", "embed")
-    for name in names.values():
-        assert (name in free) == any(word in name for word in exempt_words), name
+    for number, name in names.items():
+        assert decay[number] == (0.0 if any(word in name for word in exempt_words) else 0.1), name
+
+
+def test_each_kind_of_parameter_has_its_learning_rate() -> None:
+    model = tiny("kda", tie_embeddings=False)
+    optimizer = build_optimizer(model, {**ADAMW, "lr_scale": {"embedding": 3.0, "vector": 0.5}})
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert rates[id(named["embed_tokens.weight"])] == pytest.approx(3e-3)
+    assert rates[id(named["lm_head.weight"])] == pytest.approx(1e-3)
+    assert rates[id(named["blocks.0.mixer.q_proj.weight"])] == pytest.approx(1e-3)
+    assert rates[id(named["blocks.0.mixer.A_log"])] == pytest.approx(5e-4)
+    assert optimizer.param_groups[0]["kind"] == "matrix"  # whose rate is the one that is logged
 
 
 def test_weight_decay_reaches_the_optimizer() -> None:
     optimizer = build_optimizer(tiny("kda"), ADAMW)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [(g["kind"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        ("matrix", 0.1),
+        ("embedding", 0.0),
+        ("vector", 0.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +63,8 @@ def test_weight_decay_reaches_the_optimizer() -> None:
         ({"lr": float("nan")}, "optimizer.lr must be greater than 0"),
         ({"weight_decay": -0.1}, "optimizer.weight_decay must be 0 or more"),
         ({"betas": [0.9, 1.0]}, "optimizer.betas must be two numbers in"),
+        ({"lr_scale": {"table": 3.0}}, "optimizer.lr_scale is by matrix, embedding, head, vector; there is no 'table'"),
+        ({"lr_scale": {"embedding": 0}}, "optimizer.lr_scale.embedding must be a number greater than 0, got 0"),
     ],
 )
 def test_bad_optimizers_are_refused(change: dict[str, object], message: str) -> None:
