@@ -34,7 +34,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float,
     ) -> None:
         scale: Literal["match_rms_adamw"] = "match_rms_adamw"
-        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=scale)
+        groups = [{"params": matrices, "kind": "matrix"}]
+        self.muon = torch.optim.Muon(groups, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=scale)
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=True)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()

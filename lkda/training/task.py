@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from lkda.models.build import build_model
 from lkda.training.accuracy import PartMetrics
+from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
 from lkda.training.positions import PositionLoss
 
@@ -139,6 +140,10 @@ class LanguageModelTask(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         self.log("train/grad_norm", norm, logger=False)
         self.clipped_steps += norm > limit
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("optimizer_states", [])
+        checkpoint["optimizer_states"] = [current_optimizer_state(state, self.model) for state in states]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.model, self.optimizer_config)

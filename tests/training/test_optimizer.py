@@ -7,6 +7,7 @@ import torch
 
 from lkda.models.build import build_model
 from lkda.models.mixers import mixer_names
+from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, check_schedule, learning_rate_factor
 from lkda.training.parameters import parameter_groups
 
@@ -162,3 +163,38 @@ def test_constant_holds() -> None:
 def test_bad_schedules_are_refused(config: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_schedule(config)
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_a_state_of_the_old_groups_goes_on(config: dict[str, object], tie_embeddings: bool) -> None:
+    """Two groups, decayed and not, in the order of the model's parameters, as they were saved once."""
+    torch.manual_seed(0)
+    model = tiny("kda", tie_embeddings=tie_embeddings)
+    optimizer = build_optimizer(model, config)
+    losses(model, optimizer, 3)
+    weights, saved = copy.deepcopy(model.state_dict()), old_groups(model, optimizer)
+    want = losses(model, optimizer, 3)
+    again = tiny("kda", tie_embeddings=tie_embeddings)
+    again.load_state_dict(weights)
+    resumed = build_optimizer(again, config)
+    resumed.load_state_dict(current_optimizer_state(saved, again))
+    assert losses(again, resumed, 3) == want
+
+
+def old_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    parameters = list(model.parameters())
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    kinds = [["matrix"], ["head"], ["embedding", "vector"]]
+    if "momentum" not in optimizer.param_groups[0]:
+        kinds = [["matrix", "head"], ["embedding", "vector"]]
+    groups, state, count = [], {}, 0
+    for chosen in kinds:
+        members = [p for p in parameters if of[id(p)]["kind"] in chosen]
+        if not members:
+            continue
+        options = {k: v for k, v in of[id(members[0])].items() if k not in ("params", "kind")}
+        groups.append({**options, "params": list(range(count, count + len(members)))})
+        state |= {count + n: copy.deepcopy(optimizer.state[p]) for n, p in enumerate(members)}
+        count += len(members)
+    return {"state": state, "param_groups": groups}
