@@ -12,20 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lkda.models.build import build_model
 
-_AT_LEAST = {
-    "seed": 0,
-    "trainer.max_steps": 1,
-    "trainer.max_tokens": 1,
-    "trainer.val_check_interval": 1,
-    "trainer.log_every_n_steps": 1,
-    "trainer.accumulate_grad_batches": 1,
-    "checkpoint.every_n_steps": 1,
-    "checkpoint.keep": 1,
-    "sample.max_new_tokens": 0,
-}
 # In the group `model` for other groups to refer to.
 _NOT_THE_MODELS = ("name", "num_heads", "learning_rate")
-_MAY_BE_NULL = ("trainer.max_tokens",)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -36,20 +24,6 @@ def plain(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def check_counts(config: DictConfig) -> None:
-    """Raise ValueError for a step count, interval or seed that is not a number in its range."""
-    if not config.trainer.limit_val_batches > 0:
-        raise ValueError("trainer.limit_val_batches must be above 0: a run always validates at the end.")
-    if config.trainer.devices != 1:
-        raise ValueError(f"trainer.devices must be 1, got {config.trainer.devices!r}: a run trains on one device.")
-    for key, least in _AT_LEAST.items():
-        value = OmegaConf.select(config, key)
-        if value is None and key in _MAY_BE_NULL:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{key} must be a whole number of {least} or more, got {value!r}.")
 
 
 def check_options(data: DictConfig) -> None:

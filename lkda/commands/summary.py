@@ -32,6 +32,7 @@ def summarize(
     """What summary.json holds; what was measured comes from metrics.csv, so that a resumed run sums up as a whole.
 
     Args:
+        settings: with trainer.precision as it ran, not `auto`.
         status: finished, interrupted or diverged.
         step: the last one; metrics.csv has a row every few steps only.
         facts: of the run, as in its checkpoints.
@@ -64,6 +65,7 @@ def summarize(
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         "precision": settings["trainer"]["precision"],
+        "state_dtype": _state_dtype(model),
         "seed": facts["seed"],
         "steps": step,
         "seconds": seconds,
@@ -88,6 +90,15 @@ def _clipped_share(run: RunDirectory) -> float | None:
     steps = [step for step, _ in rows]
     weights = [step - before for before, step in zip([0, *steps], steps)]
     return sum(weight * share for weight, (_, share) in zip(weights, rows)) / steps[-1] if steps else None
+
+
+def _state_dtype(model: LanguageModel) -> str | None:
+    """The type that the KDA layers keep their states in from call to call; None where there are no such layers."""
+    words = [mixer.state_dtype for mixer in model.mixers() if hasattr(mixer, "state_dtype")]
+    if not words:
+        return None
+    double = model.embed_tokens.weight.dtype == torch.float64
+    return "float64" if double and words[0] == "float32" else str(words[0])
 
 
 def _perplexity(loss: float | None) -> float | None:

@@ -12,7 +12,10 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -21,7 +24,6 @@ from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.settings import (
-    check_counts,
     check_model,
     check_options,
     device_of,
@@ -42,11 +44,29 @@ from lkda.training.callbacks import (
     StopRequest,
 )
 from lkda.training.checkpoint import AtomicCheckpointIO, step_files
-from lkda.training.metrics_csv import MetricsCSV
+from lkda.training.metrics_csv import MetricsCSV, steps_with
 from lkda.training.optimizer import check_optimizer, check_schedule
+from lkda.training.options import (
+    MOST_SEED,
+    check_checkpoint,
+    check_sample,
+    check_switch,
+    check_trainer,
+    check_validation_batches,
+    check_whole,
+)
+from lkda.training.precision import PRECISIONS, resolve_precision
 from lkda.training.task import LanguageModelTask
 
-PRECISION = {"cpu": "32-true", "cuda": "bf16-mixed"}
+GROUPS = ("model", "mixer", "data", "optimizer", "scheduler", "trainer", "checkpoint", "sample", "callbacks", "logger")
+# What a run gives the trainer besides its group. The stream of batches has no end, so steps decide when to validate
+# and when to end; the batches know their rank.
+OF_EVERY_RUN = {
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
 
 
 def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
@@ -62,14 +82,11 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
         SystemExit: stopped by Ctrl-C (130) or SIGTERM (143), with a checkpoint saved.
     """
     _quiet()
-    check_counts(config)
+    _check(plain(config))
     config, initial = with_initial_model(config)
     settings = plain(config)
-    check_optimizer(settings["optimizer"])
-    check_schedule(settings["scheduler"])
     device = device_of(config.trainer.accelerator)
-    if settings["trainer"]["precision"] == "auto":
-        settings["trainer"]["precision"] = PRECISION[device.type]
+    settings["trainer"]["precision"] = resolve_precision(settings["trainer"]["precision"], device)
     check_options(config.data)
     check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=_precision(settings))
     run = RunDirectory(run_dir)
@@ -77,6 +94,23 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
         return _train_in(run, config, settings, device, initial)
     finally:
         run.release()
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Raise ValueError for what no run can use, whatever its data and its device."""
+    for group in GROUPS:
+        if settings.get(group) is None:
+            raise ValueError(f"{group} is null, and a run needs one: leave {group}=null out, or choose another.")
+    check_trainer(settings["trainer"])
+    check_optimizer(settings["optimizer"])
+    check_schedule(settings["scheduler"])
+    check_checkpoint(settings["checkpoint"])
+    check_sample(settings["sample"])
+    check_whole("seed", settings["seed"], least=0, most=MOST_SEED)
+    for name in ("compile", "resume"):
+        check_switch(name, settings[name])
+    if not isinstance(settings["init_from"], str | None):
+        raise ValueError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
 
 
 def _quiet() -> None:
@@ -89,7 +123,7 @@ def _quiet() -> None:
 
 def _precision(settings: dict[str, Any]) -> torch.dtype:
     """The type that the ops' inputs have under the trainer's precision."""
-    return torch.bfloat16 if "bf16" in str(settings["trainer"]["precision"]) else torch.float32
+    return PRECISIONS[settings["trainer"]["precision"]]
 
 
 @dataclass(frozen=True)
@@ -125,12 +159,18 @@ def _train_in(
 ) -> dict[str, Any]:
     console = Console(highlight=False, markup=False)
     saved = run.begin(settings, resume=config.resume)
+    if saved is None and any(run.checkpoints.glob("*.ckpt")):
+        raise ValueError(
+            f"{run.checkpoints} holds checkpoints, and config.yaml, which says of what run, is not beside it. Put it "
+            "back, or choose another hydra.run.dir."
+        )
     data = instantiate(config.data)
     data.prepare()
     plan = _plan(config, settings, device, data, saved)
     if plan.step >= plan.steps and run.read_summary().get("status") == "finished":
         console.print(f"{run.path} holds a finished run of {plan.step} steps: nothing to do.", soft_wrap=True)
         return run.read_summary()
+    _check_steps(run, plan)
     run.write_config(settings)
     if data.tokenizer is not None:
         data.tokenizer.save(str(run.tokenizer))
@@ -167,6 +207,7 @@ def _plan(
     saved: tuple[Path, dict[str, Any]] | None,
 ) -> _Plan:
     """Settle what the prepared `data` decides, and where to go on from. Raises ValueError where it does not fit."""
+    check_validation_batches(settings["trainer"]["limit_val_batches"], data.val_batches)
     tokens_per_step = data.tokens_per_batch * config.trainer.accumulate_grad_batches
     model = model_config(settings, vocab_size=data.vocab_size, context=data.context)
     facts = {
@@ -191,6 +232,17 @@ def _plan(
         resume_from=saved[0] if saved else None,
         step=saved[1]["lkda"]["step"] if saved else 0,
     )
+
+
+def _check_steps(run: RunDirectory, plan: _Plan) -> None:
+    """Raise ValueError where the run has come further than its new number of steps, or as far without validating."""
+    if plan.step < plan.steps:
+        return
+    if plan.step > plan.steps or plan.step not in steps_with(run.metrics, "val/loss"):
+        raise ValueError(
+            f"{run.path} has {plan.step} steps already, which leaves none to train and validate of {plan.steps}: "
+            f"give trainer.max_steps={plan.step + 1} or more."
+        )
 
 
 def _announce(console: Console, run: RunDirectory, plan: _Plan) -> None:
@@ -248,6 +300,8 @@ def _fit(
             trainer.fit(task, datamodule=data, ckpt_path=plan.resume_from, weights_only=True)
         except (InterruptedRunError, DivergedError) as ending:
             return task.model, ending
+        except MisconfigurationException as error:
+            raise ValueError(f"Lightning refuses these settings: {_one_line(error)}") from error
     return task.model, None
 
 
@@ -259,13 +313,26 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
     loggers = [MetricsCSV(run.metrics, also=also, resume_step=plan.step)]
     loggers += [instantiate(node)(save_dir=str(run.path), config=plan.settings) for node in chosen]
     options = {key: value for key, value in plan.settings["trainer"].items() if key != "max_tokens"}
-    options |= {"accelerator": plan.device.type, "max_steps": plan.steps, "default_root_dir": str(run.path)}
-    return instantiate(
-        options,
-        callbacks=callbacks + [instantiate(node) for node in plan.config.callbacks.values() if node],
-        logger=loggers,
-        plugins=[AtomicCheckpointIO()],
-    )
+    shown = [instantiate(node) for node in plan.config.callbacks.values() if node]
+    options |= OF_EVERY_RUN | {
+        "accelerator": plan.device.type,
+        "max_steps": plan.steps,
+        "default_root_dir": str(run.path),
+        # Lightning counts batches here, so that an interval could end within an optimiser step.
+        "val_check_interval": options["val_check_interval"] * options["accumulate_grad_batches"],
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in shown),
+    }
+    try:
+        trainer = instantiate(options, callbacks=callbacks + shown, logger=loggers, plugins=[AtomicCheckpointIO()])
+    except InstantiationException as error:
+        raise ValueError(f"Lightning refuses these settings: {_one_line(error.__cause__ or error)}") from error
+    if trainer.precision != options["precision"]:  # Lightning may take another, and only warn
+        raise ValueError(f"trainer.precision={options['precision']} would run as {trainer.precision}: give that.")
+    return trainer
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _resume_command(run: RunDirectory) -> str:

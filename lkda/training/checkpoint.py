@@ -109,25 +109,46 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest step checkpoint of `directory` that can be read: its path and content; None where none is saved.
+    """The checkpoint of `directory` with the most steps that can be read: its path and content; None where there is
+    none.
 
-    A newer one that is broken is skipped, and set aside under the name *.broken, with a warning that names it.
+    The newest intact step checkpoint is looked for first; then last.ckpt, best.ckpt and any other that is a file of its
+    own, which may be newer, or all that is left. What is found is given its step's name again where it has lost it. A
+    broken one is passed over and set aside under the name *.broken, with a warning that names it.
 
     Raises:
         ValueError: checkpoints are there, and none can be read.
     """
-    files = step_files(Path(directory))
-    for path in reversed(files):
+    directory = Path(directory)
+    steps = step_files(directory)
+    others = [
+        path
+        for path in sorted(directory.glob("*.ckpt"))
+        if path not in steps and not any(path.samefile(step) for step in steps)
+    ]
+    found: tuple[Path, dict[str, Any]] | None = None
+    broken = []
+    for path in [*reversed(steps), *others]:
+        if found is not None and path in steps:
+            continue
         try:
             checkpoint = read_checkpoint(path)
         except ValueError as error:
             warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=2)
+            broken.append(path)
             continue
-        for newer in files[files.index(path) + 1 :]:
-            newer.rename(newer.with_name(newer.name + ".broken"))
-        return path, checkpoint
-    if files:
-        raise ValueError(
-            f"none of the {len(files)} checkpoints in {directory} can be read. Delete them to start afresh."
-        )
-    return None
+        if found is None or checkpoint["lkda"]["step"] > found[1]["lkda"]["step"]:
+            found = path, checkpoint
+    if found is None:
+        if broken:
+            raise ValueError(
+                f"none of the {len(broken)} checkpoints in {directory} can be read. Delete them to start afresh."
+            )
+        return None
+    for path in broken:
+        path.rename(path.with_name(path.name + ".broken"))
+    path, checkpoint = found
+    own = step_path(directory, checkpoint["lkda"]["step"])
+    if not own.exists():
+        point_to(path, own)
+    return own, checkpoint

@@ -28,6 +28,14 @@ COLUMNS = (
 )
 
 
+def steps_with(path: Path, column: str) -> set[int]:
+    """The steps whose rows of a metrics.csv have a value in that column; none where there is no such file."""
+    if not path.exists():
+        return set()
+    with open(path, encoding="utf-8", newline="") as file:
+        return {int(row["step"]) for row in csv.DictReader(file) if row.get(column)}
+
+
 class MetricsCSV(Logger):
     """Appends a row at a time, each on disk when `log_metrics` returns.
 

@@ -46,7 +46,7 @@ def current_optimizer_state(saved: dict[str, Any], model: nn.Module) -> dict[str
             continue
         numbers = list(range(count, count + len(parameters)))
         count += len(parameters)
-        made.append({**group_of[kind], "kind": kind, "params": numbers})
+        made.append({**group_of[kind], "kind": kind, "lr_scale": 1.0, "params": numbers})
         for number, parameter in zip(numbers, parameters):
             if place[id(parameter)] in saved["state"]:
                 state[number] = saved["state"][place[id(parameter)]]

@@ -3,72 +3,86 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lkda.training.muon import muon
+from lkda.training.options import check_names, check_number, check_whole
 from lkda.training.parameters import KINDS, parameter_groups
 
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("constant", "cosine", "wsd")
+OPTIMIZERS = {
+    "adamw": ("lr", "lr_scale", "betas", "eps", "weight_decay"),
+    "muon": ("lr", "lr_scale", "momentum", "betas", "eps", "weight_decay"),
+}
+SCHEDULES = {
+    "constant": ("warmup_steps",),
+    "cosine": ("warmup_steps", "final"),
+    "wsd": ("warmup_steps", "decay", "final"),
+}
 
 
 def check_optimizer(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unknown optimiser, or a number out of its range."""
-    if config["name"] not in OPTIMIZERS:
-        raise ValueError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {config['name']!r}.")
-    if config["name"] == "muon" and not hasattr(torch.optim, "Muon"):
+    """Raise ValueError for an unknown optimiser, an option that it does not have, or a number out of its range."""
+    name = _check_choice("optimizer", config, OPTIMIZERS)
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise ValueError(f"optimizer=muon needs torch 2.9 or later, this is {torch.__version__}; use optimizer=adamw.")
-    if not config["lr"] > 0:
-        raise ValueError(f"optimizer.lr must be greater than 0, got {config['lr']}.")
-    if config["weight_decay"] < 0:
-        raise ValueError(f"optimizer.weight_decay must be 0 or more, got {config['weight_decay']}.")
-    for kind, scale in config.get("lr_scale", {}).items():
-        if kind not in KINDS:
-            raise ValueError(f"optimizer.lr_scale is by {', '.join(KINDS)}; there is no {kind!r}.")
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-            raise ValueError(f"optimizer.lr_scale.{kind} must be a number greater than 0, got {scale!r}.")
-    betas = list(config["betas"])
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {betas}.")
-    if config["name"] == "muon" and not 0 <= config["momentum"] < 1:
-        raise ValueError(f"optimizer.momentum must be in [0, 1), got {config['momentum']}.")
+    check_number("optimizer.lr", config["lr"], wanted="greater than 0", fits=lambda value: value > 0)
+    check_number("optimizer.eps", config["eps"], wanted="greater than 0", fits=lambda value: value > 0)
+    check_number("optimizer.weight_decay", config["weight_decay"], wanted="0 or more", fits=lambda value: value >= 0)
+    check_names("optimizer.lr_scale", config["lr_scale"], KINDS, choice=name)
+    for kind, scale in config["lr_scale"].items():
+        check_number(f"optimizer.lr_scale.{kind}", scale, wanted="greater than 0", fits=lambda value: value > 0)
+    betas = config["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_part(beta) for beta in betas):
+        raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {betas!r}.")
+    if name == "muon":
+        check_number("optimizer.momentum", config["momentum"], wanted="in [0, 1)", fits=_is_part)
 
 
-def build_optimizer(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _check_choice(group: str, config: object, choices: Mapping[str, tuple[str, ...]]) -> str:
+    """The name that a group gives. Raise ValueError where it is unknown, or the other options are not those it has."""
+    name = config.get("name") if isinstance(config, Mapping) else config
+    if not isinstance(config, Mapping) or not isinstance(name, str) or name not in choices:
+        raise ValueError(f"{group}.name must be one of {', '.join(choices)}, got {name!r}.")
+    check_names(group, config, ("name", *choices[name]), choice=name)
+    return name
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def build_optimizer(model: nn.Module, config: Mapping[str, Any], *, fused: bool = True) -> torch.optim.Optimizer:
     """The optimiser that `config` names.
 
     Args:
         model: whose parameters it trains; weight decay acts on matrices alone.
-        config: {"name": "adamw" or "muon", "lr", "betas": [b1, b2], "eps", "weight_decay"}; of muon also "momentum".
-            "lr_scale" multiplies lr by kind of parameter, see `lkda.training.parameters`; 1 for each kind that it does
-            not name.
+        config: {"name": "adamw" or "muon", "lr", "lr_scale", "betas": [b1, b2], "eps", "weight_decay"}; of muon also
+            "momentum". "lr_scale" multiplies lr by kind of parameter, as in `lkda.training.parameters`.
+        fused: whether AdamW is one fused pass over each group: on small models the optimiser is otherwise a visible
+            part of a step. False where a loss scale must be divided out before clipping. Muon's own AdamW is fused in
+            any case: it is stepped by `MuonWithAdamW`, which does not unscale.
     Raises:
         ValueError: as `check_optimizer`.
     """
     check_optimizer(config)
     if config["name"] == "muon":
         return muon(model, config)
-    groups = parameter_groups(
-        model, lr=config["lr"], lr_scale=config.get("lr_scale", {}), weight_decay=config["weight_decay"]
-    )
-    # One fused pass over each group: on small models the optimiser is otherwise a visible part of a step.
-    return torch.optim.AdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=config["eps"], fused=True)
+    groups = parameter_groups(model, lr=config["lr"], lr_scale=config["lr_scale"], weight_decay=config["weight_decay"])
+    return torch.optim.AdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=config["eps"], fused=fused)
 
 
 def check_schedule(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unknown schedule, or a number out of its range."""
-    if config["name"] not in SCHEDULES:
-        raise ValueError(f"scheduler.name must be one of {', '.join(SCHEDULES)}, got {config['name']!r}.")
-    if config["warmup_steps"] < 0:
-        raise ValueError(f"scheduler.warmup_steps must be 0 or more, got {config['warmup_steps']}.")
-    if not 0 <= config["final"] <= 1:
-        raise ValueError(f"scheduler.final must be in [0, 1], got {config['final']}.")
-    if config["name"] == "wsd" and not 0 < config["decay"] <= 1:
-        raise ValueError(f"scheduler.decay must be in (0, 1], got {config['decay']}.")
+    """Raise ValueError for an unknown schedule, an option that it does not have, or a number out of its range."""
+    name = _check_choice("scheduler", config, SCHEDULES)
+    check_whole("scheduler.warmup_steps", config["warmup_steps"], least=0)
+    if "final" in SCHEDULES[name]:
+        check_number("scheduler.final", config["final"], wanted="in [0, 1]", fits=lambda value: 0 <= value <= 1)
+    if "decay" in SCHEDULES[name]:
+        check_number("scheduler.decay", config["decay"], wanted="in (0, 1]", fits=lambda value: 0 < value <= 1)
 
 
 def learning_rate_factor(config: Mapping[str, Any], *, step: int, total_steps: int) -> float:
@@ -81,13 +95,15 @@ def learning_rate_factor(config: Mapping[str, Any], *, step: int, total_steps: i
                    (warm-up, stable, decay; arXiv:2404.06395)
 
     Args:
-        config: {"name", "warmup_steps", "final", "decay"}, valid; `decay`, a part of the steps, is read by wsd alone.
+        config: {"name", "warmup_steps", ...}, valid; cosine and wsd also have "final", and wsd "decay", a part of the
+            steps.
     """
-    name, warmup, final = config["name"], config["warmup_steps"], config["final"]
+    name, warmup = config["name"], config["warmup_steps"]
     if step < warmup:
         return (step + 1) / warmup
     if name == "constant":
         return 1.0
+    final = config["final"]
     if name == "cosine":
         progress = (step - warmup) / max(1, total_steps - warmup)
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -43,13 +43,14 @@ def parameter_groups(
 
     Args:
         lr: the peak learning rate.
-        lr_scale: what it is multiplied by, by kind; 1 where a kind is not named.
+        lr_scale: what it is multiplied by, by kind.
     """
     return [
         {
             "kind": kind,
             "params": parameters,
-            "lr": lr * lr_scale.get(kind, 1.0),
+            "lr": lr * lr_scale[kind],
+            "lr_scale": lr_scale[kind],
             "weight_decay": weight_decay if kind in ("matrix", "head") else 0.0,
         }
         for kind, parameters in parameters_by_kind(model).items()

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -18,6 +17,7 @@ from lkda.training.accuracy import PartMetrics
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
 from lkda.training.positions import PositionLoss
+from lkda.training.step_mean import StepMean
 
 # {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets ask: their flat places, asked [N],
 # and the number of the batch's part.
@@ -43,9 +43,10 @@ def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    Logged: train/loss and train/grad_norm (before clipping) at every step; val/loss and val/perplexity, the means over
-    every validation target (not over batches, whose numbers of targets differ), and by position (`PositionLoss`); bits
-    per byte beside both losses where the tokens are text. Where the validation has parts: what `PartMetrics` computes.
+    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and
+    train/grad_norm, of the step's gradient before clipping; val/loss and val/perplexity, the means over every
+    validation target (not over batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per
+    byte beside both losses where the tokens are text. Where the validation has parts: what `PartMetrics` computes.
 
     Args:
         model_config: what `build_model` takes: plain names and numbers.
@@ -82,6 +83,7 @@ class LanguageModelTask(L.LightningModule):
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
         self.register_buffer("clipped_steps", torch.zeros((), dtype=torch.long), persistent=False)
+        self.step_mean = StepMean()
         self.val_mean = MeanMetric()
         self.val_positions = PositionLoss(context)
         self.val_parts = PartMetrics(parts, vocab_size=self.model.config["vocab_size"]) if parts else None
@@ -104,10 +106,27 @@ class LanguageModelTask(L.LightningModule):
         bits = {} if self.bytes_per_token is None else {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token)}
         return {f"{name}/{key}": value for key, value in {"loss": loss, **bits}.items()}
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Sets the learning rate of the step that this batch belongs to: a function of the step and the settings, not
+        of what a checkpoint holds, so that a run that goes on with more steps has the rates of the longer run."""
+        step = self.trainer.global_step
+        factor = learning_rate_factor(self.scheduler_config, step=step, total_steps=self.total_steps)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.optimizer_config["lr"] * group["lr_scale"] * factor
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("asked"))
-        self.log_dict(self._with_bits("train", loss.detach()), logger=False)
+        mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("asked"))
+        pieces = self.trainer.accumulate_grad_batches
+        if pieces > 1:
+            loss = self.step_mean.weighted(loss, batch["targets"], first=batch_idx % pieces == 0)
+            mean = self.step_mean.loss
+        self.log_dict(self._with_bits("train", mean.detach()), logger=False)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        pieces = self.trainer.accumulate_grad_batches
+        if pieces > 1:
+            self.step_mean.normalize(self.parameters(), pieces=pieces)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if self.val_parts is not None:
@@ -134,8 +153,9 @@ class LanguageModelTask(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the norm over all parameters. Lightning's own refuses a fused optimiser under mixed precision, which
-        could unscale gradients itself; bf16 has no scale."""
+        """Clips the norm over all parameters. Lightning's own refuses a fused optimiser under mixed precision: such a
+        one would unscale the gradients after the clipping. `configure_optimizers` uses none where there is a scale.
+        """
         limit = gradient_clip_val or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         self.log("train/grad_norm", norm, logger=False)
@@ -145,10 +165,8 @@ class LanguageModelTask(L.LightningModule):
         states = checkpoint.get("optimizer_states", [])
         checkpoint["optimizer_states"] = [current_optimizer_state(state, self.model) for state in states]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_optimizer(self.model, self.optimizer_config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: learning_rate_factor(self.scheduler_config, step=step, total_steps=self.total_steps),
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # float16 scales the loss. A fused optimiser would divide the scale out in its step; of any other, Lightning
+        # unscales the gradients first, and clipping sees their true size.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return build_optimizer(self.model, self.optimizer_config, fused=not scaled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,8 +13,25 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers import WandbLogger
 
 
-class FinishingWandbLogger(WandbLogger):
-    """Lightning's logger, which also ends the W&B run with the training: a sweep's next job gets one of its own."""
+class StepWandbLogger(WandbLogger):
+    """Lightning's logger, with the optimiser step as W&B's own step, and the run ended with the training.
+
+    W&B counts rows where it is given no step, from 0 in every process: the rows of a resumed run would overwrite those
+    of its beginning. Given the optimiser step, the parts of a run make one axis, and what is trained again after the
+    last checkpoint lies on what was there. Rows of one step are one row there, sent when the step is complete (`save`).
+    Ending the run leaves a sweep's next job to begin one of its own.
+    """
+
+    _open_step: int | None = None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.experiment.log({**metrics, "trainer/global_step": step}, step=step, commit=False)
+        self._open_step = step
+
+    def save(self) -> None:
+        if self._open_step is not None:
+            self.experiment.log({}, step=self._open_step, commit=True)
+            self._open_step = None
 
     def finalize(self, status: str) -> None:
         super().finalize(status)
@@ -42,7 +59,7 @@ def wandb_logger(
 ) -> WandbLogger:
     """A logger that mirrors metrics.csv, with the resolved configuration beside it.
 
-    A resumed run goes on under the same id, which is kept in the run directory.
+    A resumed run goes on under the same id, which is kept in the run directory, and on the same axis.
 
     Args:
         save_dir: the run directory.
@@ -61,7 +78,7 @@ def wandb_logger(
     identity = Path(save_dir) / "wandb_id.txt"
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    return FinishingWandbLogger(
+    return StepWandbLogger(
         save_dir=save_dir,
         project=project,
         name=name,

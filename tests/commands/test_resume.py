@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.train import train
-from lkda.training.checkpoint import step_path
+from lkda.training.checkpoint import read_checkpoint, step_files, step_path
 from lkda.training.metrics_csv import MetricsCSV
+from lkda.training.task import LanguageModelTask
 from tests.commands.small import ROOT, composed, small_run
 
 LONG = (
@@ -162,6 +164,143 @@ def test_more_steps_go_on_from_the_end(corpus: Path, tmp_path: Path, uninterrupt
     run(corpus, directory, constant, *SHORT, "resume=true")
     assert "resuming from step 6" in capsys.readouterr().out
     assert rows(directory) == uninterrupted((constant, *SHORT))
+
+
+def weights(directory: Path) -> dict[str, Any]:
+    """The last checkpoint's weights and optimiser state, by name."""
+    saved = read_checkpoint(directory / "checkpoints" / "last.ckpt")
+    optimizer = saved["optimizer_states"][0]
+    state = {f"{n}.{key}": value for n, of in optimizer["state"].items() for key, value in of.items()}
+    return {**saved["state_dict"], **state, "lr": torch.tensor([group["lr"] for group in optimizer["param_groups"]])}
+
+
+def assert_the_same_run(directory: Path, straight: Path) -> None:
+    """To the last bit: every row but for the times, and the weights and optimiser state at the end."""
+    assert rows(directory) == rows(straight)
+    ours, theirs = weights(directory), weights(straight)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("pieces", "validate", "save", "log"),
+    [
+        (3, 4, 2, 3),
+        (4, 6, 3, 2),
+        pytest.param(6, 5, 4, 5, marks=pytest.mark.slow),
+        pytest.param(3, 1, 7, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_accumulates_resumes_as_the_same_run(
+    pieces: int, validate: int, save: int, log: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed within a step, with intervals that do not divide each other: checkpoints lie at whole steps."""
+    settings = (
+        f"trainer.accumulate_grad_batches={pieces}",
+        f"trainer.val_check_interval={validate}",
+        f"checkpoint.every_n_steps={save}",
+        f"trainer.log_every_n_steps={log}",
+        "trainer.max_steps=8",
+        "trainer.limit_val_batches=1",
+        "data.batch_size=1",
+        "sample.max_new_tokens=0",
+    )
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run(corpus, straight, *settings)
+    assert [int(row["step"]) for row in rows(straight) if row["val/loss"]] == [
+        step for step in range(1, 9) if step % validate == 0 or step == 8
+    ]
+    left = 6 * pieces + 2  # the second batch of the seventh step
+
+    def fatal(task: LanguageModelTask, batch: Any, batch_idx: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        return training_step(task, batch, batch_idx)
+
+    training_step = LanguageModelTask.training_step
+    monkeypatch.setattr(LanguageModelTask, "training_step", fatal)
+    with pytest.raises(Killed):
+        run(corpus, resumed, *settings)
+    monkeypatch.undo()
+    for path in step_files(resumed / "checkpoints"):
+        saved = read_checkpoint(path)
+        batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+        assert batches == saved["lkda"]["step"] * pieces
+    assert run(corpus, resumed, *settings, "resume=true")["status"] == "finished"
+    assert_the_same_run(resumed, straight)
+
+
+@pytest.mark.parametrize("scheduler", ["wsd", pytest.param("cosine", marks=pytest.mark.slow)])
+def test_a_finished_run_that_goes_on_has_the_rates_of_the_longer_run(
+    scheduler: str, corpus: Path, tmp_path: Path
+) -> None:
+    """The rate of a step is a function of the step and the settings, not of where the run once ended."""
+
+    def rates(directory: Path) -> list[str]:
+        return [row["lr"] for row in rows(directory) if row["lr"]]
+
+    settings = (
+        f"scheduler={scheduler}",
+        "scheduler.warmup_steps=2",
+        "trainer.limit_val_batches=1",
+        "sample.max_new_tokens=0",
+    )
+    run(corpus, tmp_path / "short", *settings, "trainer.max_steps=5")
+    run(corpus, tmp_path / "short", *settings, "trainer.max_steps=10", "resume=true")
+    run(corpus, tmp_path / "long", *settings, "trainer.max_steps=10")
+    longer = rates(tmp_path / "long")
+    assert len(longer) == 10
+    assert rates(tmp_path / "short")[5:] == longer[5:]
+    assert all(float(rate) > 0 for rate in longer)
+
+
+@pytest.mark.parametrize("left", ["last.ckpt", "best.ckpt"])
+def test_what_is_left_of_the_checkpoints_is_resumed_from(
+    left: str, corpus: Path, tmp_path: Path, uninterrupted: Any, capsys: Any
+) -> None:
+    directory = tmp_path / "run"
+    run(corpus, directory, *SHORT)
+    for path in (directory / "checkpoints").iterdir():
+        if path.name != left:
+            path.unlink()
+    (directory / "summary.json").unlink()
+    step = read_checkpoint(directory / "checkpoints" / left)["lkda"]["step"]
+    kept = (directory / "checkpoints" / left).read_bytes()
+    capsys.readouterr()
+    run(corpus, directory, *SHORT, "resume=true")
+    assert f"resuming from step {step}" in capsys.readouterr().out
+    assert step_path(directory / "checkpoints", step).read_bytes() == kept
+    assert rows(directory) == uninterrupted(SHORT)
+
+
+def test_checkpoints_without_their_run_are_not_overwritten(corpus: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    run(corpus, directory, *SHORT)
+    (directory / "config.yaml").unlink()
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    for words in ((), ("resume=true",)):
+        with pytest.raises(ValueError, match=r"holds checkpoints, and config\.yaml, which says of what run"):
+            run(corpus, directory, *SHORT, *words)
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+def test_fewer_steps_than_are_done_leave_nothing_to_train(corpus: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    run(corpus, directory, *SHORT, "trainer.val_check_interval=5")
+    (directory / "summary.json").unlink()
+    before = (directory / "metrics.csv").read_bytes()
+    with pytest.raises(ValueError, match=r"has 7 steps already, .* of 5: give trainer.max_steps=8 or more"):
+        run(corpus, directory, *SHORT, "trainer.val_check_interval=5", "trainer.max_steps=5", "resume=true")
+    # At step 6 a checkpoint was written without a validation.
+    step_path(directory / "checkpoints", 7).unlink()
+    (directory / "checkpoints" / "last.ckpt").unlink()
+    (directory / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(ValueError, match=r"has 6 steps already, .* of 6: give trainer.max_steps=7 or more"):
+        run(corpus, directory, *SHORT, "trainer.val_check_interval=5", "trainer.max_steps=6", "resume=true")
+    assert (directory / "metrics.csv").read_bytes() == before
 
 
 def test_a_truncated_newest_checkpoint_is_passed_over(corpus: Path, tmp_path: Path, uninterrupted: Any) -> None:

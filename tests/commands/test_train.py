@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.commands.small import composed, small_run
 SUMMARY = {
     "status", "val/loss", "val/perplexity", "val/bits_per_byte", "unigram_entropy", "tokens", "tokens_per_s", "params",
     "params_non_embedding", "state_bytes", "flops_per_token", "mixer", "model", "data", "context", "backend", "device",
-    "precision", "seed", "steps", "seconds", "learning_rate", "git_commit", "versions",
+    "precision", "state_dtype", "seed", "steps", "seconds", "learning_rate", "git_commit", "versions",
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def test_a_checkpoint_is_plain_and_enough(run: Path) -> None:
     ours = checkpoint["lkda"]
     assert set(ours) == {"format", "model", "tokenizer", "run", "step", "best"}
     assert json.dumps(ours)  # plain values only
-    assert ours["tokenizer"] == (run / "tokenizer.json").read_text() or json.loads(ours["tokenizer"])
+    assert json.loads(ours["tokenizer"]) == json.loads((run / "tokenizer.json").read_text())
 
 
 def test_a_token_budget_is_turned_into_steps(corpus: Path, tmp_path: Path) -> None:
@@ -83,13 +84,94 @@ def test_a_token_budget_is_turned_into_steps(corpus: Path, tmp_path: Path) -> No
 
 
 def test_accumulated_batches_are_one_step(corpus: Path, tmp_path: Path) -> None:
-    """Two batches of one row make the step that one batch of two rows makes, where the rows are the same."""
-    settings = ("trainer.accumulate_grad_batches=2", "data.batch_size=1", "trainer.max_steps=4")
+    """Four batches of one row, two of two and one of four are the same steps: the same losses, and weights."""
+
+    def trained(pieces: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+        directory = tmp_path / str(pieces)
+        settings = (
+            f"trainer.accumulate_grad_batches={pieces}",
+            f"data.batch_size={4 // pieces}",
+            "trainer.max_steps=2",
+            "trainer.val_check_interval=2",
+            "trainer.precision=64-true",
+            "trainer.limit_val_batches=1.0",  # whole, so that the pieces of a batch do not matter
+            "sample.max_new_tokens=0",
+        )
+        summary = train(composed("train", *small_run(corpus, *settings)), directory)
+        assert summary["steps"] == 2
+        assert summary["tokens"] == 2 * 4 * 32
+        with open(directory / "metrics.csv", newline="") as file:
+            found = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in found if row["train/loss"]] == [1, 2]
+        assert [int(row["step"]) for row in found if row["val/loss"]] == [2]  # intervals are of steps
+        losses = [float(row[name]) for row in found for name in ("train/loss", "val/loss") if row[name]]
+        return losses, read_checkpoint(directory / "checkpoints" / "last.ckpt")["state_dict"]
+
+    losses, weights = trained(1)
+    for pieces in (2, 4):
+        again, other = trained(pieces)
+        assert again == pytest.approx(losses, rel=1e-6)  # the loss is computed in float32
+        for name, weight in weights.items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("asked", "ran", "state"), [("auto", "32-true", "float32"), ("64", "64-true", "float64")])
+def test_the_summary_says_what_ran(asked: str, ran: str, state: str, corpus: Path, tmp_path: Path) -> None:
+    settings = (f"trainer.precision={asked}", "trainer.max_steps=2", "trainer.limit_val_batches=1")
     summary = train(composed("train", *small_run(corpus, *settings)), tmp_path / "run")
-    assert summary["steps"] == 4
-    assert summary["tokens"] == 4 * 2 * 32
-    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
-        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [1, 2, 3, 4]
+    assert summary["precision"] == ran == OmegaConf.load(tmp_path / "run" / "config.yaml").trainer.precision
+    assert summary["state_dtype"] == state
+    weight = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]["model.lm_head.weight"]
+    assert weight.dtype == (torch.float64 if ran == "64-true" else torch.float32)
+
+
+def test_a_precision_that_the_trainer_changes_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lkda.commands.train.resolve_precision", lambda word, device: "16-mixed")
+    with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed would run as bf16-mixed"):
+        train(composed("train", *small_run(corpus)), tmp_path / "run")
+
+
+def test_nothing_is_shown_without_callbacks(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(composed("train", *small_run(corpus, "trainer.max_steps=2", "callbacks=none")), tmp_path / "run")
+    shown = capsys.readouterr()
+    assert "Epoch" not in shown.out + shown.err
+    assert "it/s" not in shown.out + shown.err
+
+
+def test_the_time_the_run_takes_is_said_after_its_first_steps(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is no terminal too, which a test has none."""
+    settings = ("trainer.max_steps=10", "trainer.val_check_interval=10", "callbacks=default")
+    train(composed("train", *small_run(corpus, *settings)), tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert re.search(r"about \d+ s to go: 2 steps at [\d,]+ tokens/s, 1 validation\.", shown), shown
+
+
+def test_a_validation_of_less_than_a_batch_is_refused(corpus: Path, tmp_path: Path) -> None:
+    config = composed("train", *small_run(corpus, "trainer.limit_val_batches=0.01"))
+    with pytest.raises(ValueError, match=r"limit_val_batches=0.01 of \d+ validation batches is less than one batch"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("checkpoint=null", "checkpoint is null, and a run needs one"),
+        ("seed=4294967296", "seed must be at most 4294967295, got 4294967296"),
+        ("compile=maybe", "compile must be true or false, got 'maybe'"),
+        ("resume=1", "resume must be true or false, got 1"),
+        ("init_from=5", "init_from must be the path of an exported directory, got 5"),
+        ("trainer._target_=nowhere.Trainer", "Lightning refuses these settings: Error loading 'nowhere.Trainer'"),
+    ],
+)
+def test_settings_that_no_run_can_use_are_refused(settings: str, message: str, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        train(composed("train", *small_run(corpus, settings)), tmp_path / "run")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_same_seed_gives_the_same_run(run: Path, corpus: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lkda.training.callbacks import DivergedError, DivergenceGuard, InterruptedR
 from lkda.training.callbacks.divergence import require_finite
 from lkda.training.callbacks.overview import overview
 from lkda.training.callbacks.progress import describe
+from lkda.training.callbacks.time_left import TimeLeft, announcement, duration, validations_left
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -39,22 +40,23 @@ def test_exit_codes_are_those_of_a_shell() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_the_first_bad_loss_is_named(bad: float) -> None:
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_first_bad_loss_is_named(bad: float, pieces: int) -> None:
+    """By the step that it belongs to, also where that has batches still to come."""
     guard = DivergenceGuard()
-    losses = [3.0, 2.0, bad, 1.0]
+    model: Any = None
 
-    def step(number: int) -> None:
-        trainer: Any = SimpleNamespace(global_step=number)
-        model: Any = None
-        guard.on_train_batch_end(trainer, model, {"loss": torch.tensor(losses[number - 1])}, None, number)
+    def batch(number: int, loss: float) -> None:
+        trainer: Any = SimpleNamespace(global_step=(number + 1) // pieces, accumulate_grad_batches=pieces)
+        guard.on_train_batch_end(trainer, model, {"loss": torch.tensor(loss)}, None, number)
 
-    step(1)
-    step(2)
+    for number in range(2 * pieces):
+        batch(number, 3.0)
     with pytest.raises(DivergedError, match="the loss became NaN or infinite at step 3"):
-        step(3)
+        batch(2 * pieces, bad)
     # On a GPU, which is asked less often, the first is still the one that is named.
     with pytest.raises(DivergedError, match="at step 3"):
-        step(4)
+        batch(3 * pieces, 1.0)
 
 
 def test_a_bad_validation_loss_stops_too() -> None:
@@ -95,3 +97,56 @@ def test_the_overview_adds_up(mlp_hidden: int) -> None:
 def test_a_row_is_described_in_one_line() -> None:
     row = {"train/loss": 3.14159, "train/bits_per_byte": 1.5, "lr": 0.1, "tokens_per_s": 12345.6}
     assert describe(row) == "loss 3.142  1.500 bpb  12,346 tok/s"
+
+
+def trainer_at(step: int, *, max_steps: int, every: int, pieces: int = 1) -> Any:
+    return SimpleNamespace(
+        global_step=step,
+        max_steps=max_steps,
+        accumulate_grad_batches=pieces,
+        val_check_batch=every * pieces,
+        num_val_batches=[30],
+    )
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize(
+    ("step", "max_steps", "every", "left"),
+    [(0, 800, 400, 2), (400, 800, 400, 1), (401, 800, 400, 1), (8, 801, 400, 3), (8, 100, 400, 1), (100, 100, 400, 1)],
+)
+def test_validations_left_are_counted(step: int, max_steps: int, every: int, left: int, pieces: int) -> None:
+    assert validations_left(trainer_at(step, max_steps=max_steps, every=every, pieces=pieces)) == left
+
+
+def test_the_time_left_is_of_steps_and_validations() -> None:
+    left = TimeLeft()
+    trainer = trainer_at(8, max_steps=108, every=50, pieces=2)
+    assert left.seconds(trainer) is None
+    left.step_seconds = 2.0
+    # 100 steps of 2 s, and after 50, 100 and 108 steps 30 batches at a third of a batch of 1 s.
+    assert left.seconds(trainer) == pytest.approx(200 + 3 * 10)
+    left.validation_seconds = 7.0
+    assert left.seconds(trainer) == pytest.approx(200 + 3 * 7)
+
+
+def test_a_long_run_is_told_how_to_be_shorter() -> None:
+    speed = {"step_seconds": 0.4, "tokens_per_step": 1000}
+    line = announcement(step=8, max_steps=808, validations=2, seconds=330.0, **speed)
+    assert line.startswith("about 5 min 30 s to go: 800 steps at 2,500 tokens/s, 2 validations. For a shorter run: ")
+    # 800 steps x 120 s / 330 s more than the 8.
+    assert "trainer.max_steps=298 (or trainer.max_tokens=298000) takes about 2 min;" in line
+    short = announcement(step=8, max_steps=20, validations=1, seconds=4.2, **speed)
+    assert short == "about 4 s to go: 12 steps at 2,500 tokens/s, 1 validation."
+
+
+def test_durations_read_as_one_says_them() -> None:
+    said = {
+        0.4: "0 s",
+        59: "59 s",
+        61: "1 min 1 s",
+        120: "2 min",
+        600: "10 min",
+        3599: "59 min 59 s",
+        7260: "2 h 1 min",
+    }
+    assert {seconds: duration(seconds) for seconds in said} == said

@@ -86,6 +86,33 @@ def test_a_broken_newest_is_skipped_with_its_name(saved: Path) -> None:
     assert (saved / "step_0000010.ckpt.broken").exists()
 
 
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "mine.ckpt"])
+def test_a_newer_one_under_another_name_is_found(name: str, saved: Path) -> None:
+    step_path(saved, 10).rename(saved / name)
+    path, checkpoint = newest_intact(saved) or pytest.fail("nothing found")
+    assert checkpoint["lkda"]["step"] == 10
+    assert path == step_path(saved, 10)  # which has its own name again
+    assert path.samefile(saved / name)
+
+
+def test_the_newest_of_what_is_left_is_found(saved: Path) -> None:
+    step_path(saved, 4).rename(saved / "best.ckpt")
+    step_path(saved, 10).rename(saved / "last.ckpt")
+    step_path(saved, 2).unlink()
+    truncate(saved / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"skipping a broken checkpoint: .*last.ckpt is truncated"):
+        path, _ = newest_intact(saved) or pytest.fail("nothing found")
+    assert path == step_path(saved, 4)
+    assert (saved / "last.ckpt.broken").exists()
+
+
+def test_an_older_best_does_not_hide_a_newer_step(saved: Path) -> None:
+    step_path(saved, 2).rename(saved / "best.ckpt")
+    path, _ = newest_intact(saved) or pytest.fail("nothing found")
+    assert path == step_path(saved, 10)
+    assert not step_path(saved, 2).exists()
+
+
 def test_nothing_saved_and_nothing_readable_differ(tmp_path: Path, saved: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert newest_intact(tmp_path / "empty") is None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lkda.commands.train import train
+from lkda.training.task import LanguageModelTask
 from lkda.training.wandb_logger import wandb_logger, why_offline
 from tests.commands.small import composed, small_run
 
@@ -38,12 +39,34 @@ def payloads(file: Path) -> Iterator[bytes]:
             record = b""
 
 
-def records(run: Path) -> list[Any]:
-    """What the one offline run below `run` wrote."""
+def records(run: Path) -> list[list[Any]]:
+    """What each process that ran in `run` wrote offline, the first one first."""
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
-    return [wandb_internal_pb2.Record.FromString(payload) for payload in payloads(file)]
+    files = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    return [[wandb_internal_pb2.Record.FromString(payload) for payload in payloads(file)] for file in files]
+
+
+def history(found: list[Any]) -> dict[int, dict[str, float]]:
+    """The rows that one process wrote, by W&B's own step, each with its trainer/global_step."""
+    rows = {}
+    for record in found:
+        if record.WhichOneof("record_type") == "history":
+            row = {key(item): json.loads(item.value_json) for item in record.history.item}
+            assert row["_step"] not in rows
+            rows[row["_step"]] = {k: v for k, v in row.items() if not k.startswith("_")}
+    return rows
+
+
+def recorded(run: Path) -> dict[int, dict[str, float]]:
+    """What metrics.csv holds of each step, its rows of training and validation in one."""
+    merged: dict[int, dict[str, float]] = {}
+    with open(run / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            row = {k: float(v) for k, v in row.items() if v}
+            merged[step] = {**merged.get(step, {}), **row, "trainer/global_step": step}
+    return merged
 
 
 def key(item: Any) -> str:
@@ -54,18 +77,8 @@ def test_the_offline_run_is_metrics_csv(corpus: Path, tmp_path: Path, capsys: py
     run = tmp_path / "run"
     train(composed("train", *small_run(corpus, "logger=wandb")), run)
     assert "wandb: offline, because WANDB_MODE=offline" in capsys.readouterr().out
-    found = records(run)
-
-    logged = []
-    for record in found:
-        if record.WhichOneof("record_type") == "history":
-            row = {key(item): json.loads(item.value_json) for item in record.history.item}
-            logged.append({k: v for k, v in row.items() if not k.startswith("_")})
-    with open(run / "metrics.csv", newline="") as file:
-        expected = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    for row in expected:
-        row["trainer/global_step"] = row.pop("step")
-    assert logged == expected
+    (found,) = records(run)
+    assert history(found) == recorded(run)
 
     (described,) = (record.run for record in found if record.WhichOneof("record_type") == "run")
     assert described.project == "lkda"
@@ -75,6 +88,48 @@ def test_the_offline_run_is_metrics_csv(corpus: Path, tmp_path: Path, capsys: py
     config = {key(item): json.loads(item.value_json) for item in described.config.update}
     assert config["model"]["d_model"] == 32
     assert config["optimizer"]["name"] == "adamw"
+
+
+class Killed(BaseException):
+    """Ends the process, as far as a test can."""
+
+
+def test_a_resumed_run_is_one_axis(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 5 and resumed from step 4: W&B's step is the optimiser step in both files."""
+    run = tmp_path / "run"
+    settings = (
+        "logger=wandb",
+        "trainer.max_steps=8",
+        "trainer.val_check_interval=4",
+        "checkpoint.every_n_steps=4",
+        "trainer.limit_val_batches=1",
+        "sample.max_new_tokens=0",
+    )
+
+    def fatal(task: LanguageModelTask, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 5:
+            raise Killed
+        return training_step(task, batch, batch_idx)
+
+    training_step = LanguageModelTask.training_step
+    monkeypatch.setattr(LanguageModelTask, "training_step", fatal)
+    with pytest.raises(Killed):
+        train(composed("train", *small_run(corpus, *settings)), run)
+    monkeypatch.undo()
+    train(composed("train", *small_run(corpus, *settings, "resume=true")), run)
+
+    first, second = records(run)
+    assert list(history(first)) == [1, 2, 3, 4, 5]
+    assert list(history(second)) == [5, 6, 7, 8]
+    assert {**history(first), **history(second)} == recorded(run)
+    times = {"seconds", "tokens_per_s"}
+    again, before = history(second)[5], history(first)[5]
+    assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in before.items() if k not in times}
+    for found in (first, second):
+        metrics = [record.metric for record in found if record.WhichOneof("record_type") == "metric"]
+        assert any(metric.glob_name == "*" and metric.step_metric == "trainer/global_step" for metric in metrics)
+    ids = {record.run.run_id for found in (first, second) for record in found if record.HasField("run")}
+    assert len(ids) == 1
 
 
 def test_the_reason_to_be_offline_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lkda.training.callbacks.divergence import require_finite
 from lkda.training.callbacks.interruption import InterruptedRunError, StopRequest
+from lkda.training.callbacks.steps import ends_step, validation_follows
 from lkda.training.checkpoint import FORMAT, point_to, step_files, step_path
 
-
-def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates after this training batch: then the step is complete after the validation only."""
-    assert isinstance(trainer.val_check_batch, int)
-    return (batch_idx + 1) % trainer.val_check_batch == 0 or trainer.should_stop
+_NONE_YET = {"step": 0, "loss": float("inf")}
 
 
 class Checkpoints(Checkpoint):
@@ -51,7 +48,7 @@ class Checkpoints(Checkpoint):
         self.keep = keep
         self.stop_request = stop_request
         self.facts = {"format": FORMAT, "model": model, "tokenizer": tokenizer, "run": run}
-        self.best = {"step": 0, "loss": float("inf")}
+        self.best = dict(_NONE_YET)
         self.saved_step = -1
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -64,6 +61,8 @@ class Checkpoints(Checkpoint):
         self._name("last.ckpt", self.saved_step)
         if self.best["step"] == self.saved_step:
             self._name("best.ckpt", self.saved_step)
+        elif not (self.directory / "best.ckpt").exists():
+            self.best = dict(_NONE_YET)  # its file is lost: the best of the validations to come takes its place
 
     def _name(self, name: str, step: int) -> None:
         point_to(step_path(self.directory, step), self.directory / name)
@@ -90,8 +89,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and not validation_follows(trainer, batch_idx):
+        if ends_step(trainer, batch_idx) and not validation_follows(trainer, batch_idx):
             self._end_of_step(trainer, due=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

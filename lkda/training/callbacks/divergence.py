@@ -8,6 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lkda.training.callbacks.steps import ends_step
+
 
 class DivergedError(RuntimeError):
     """Training produced a NaN or an infinity.
@@ -44,14 +46,16 @@ class DivergenceGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"]
+        # The trainer counts a step when the last of its batches has been trained on.
+        step = trainer.global_step if ends_step(trainer, batch_idx) else trainer.global_step + 1
         if self.first_bad_step is None:
             self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
         new = ~loss.detach().isfinite() & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(new, trainer.global_step, self.first_bad_step)
-        if loss.device.type == "cpu" or trainer.global_step % self.every_n_steps == 0:
-            step = int(self.first_bad_step)
-            if step >= 0:
-                raise DivergedError("the loss", step)
+        self.first_bad_step = torch.where(new, step, self.first_bad_step)
+        if loss.device.type == "cpu" or step % self.every_n_steps == 0:
+            first = int(self.first_bad_step)
+            if first >= 0:
+                raise DivergedError("the loss", first)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.callback_metrics["val/loss"].isfinite():

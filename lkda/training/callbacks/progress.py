@@ -15,7 +15,9 @@ from lightning.pytorch.callbacks.progress.rich_progress import (
 from rich import get_console
 from rich.progress import TextColumn, TimeRemainingColumn
 
-from lkda.training.callbacks.recorder import Recorder
+from lkda.training.callbacks.recorder import WARMUP_STEPS, Recorder
+from lkda.training.callbacks.steps import ends_step
+from lkda.training.callbacks.time_left import TimeLeft, announcement, duration, validations_left
 
 _SHOWN = {
     "train/loss": "loss {:.3f}",
@@ -25,6 +27,8 @@ _SHOWN = {
     "val/accuracy": "acc {:.1%}",
 }
 SECONDS_BETWEEN_LINES = 30
+# Steps after the warm-up that the first estimate of the time left is made from.
+TIMED_STEPS = 5
 
 
 def describe(row: dict[str, float]) -> str:
@@ -34,7 +38,7 @@ def describe(row: dict[str, float]) -> str:
 
 class TrainingProgress(RichProgressBar):
     """Lightning's rich bar, over the steps of the whole run. Where the output is no terminal (a log file, CI), a line
-    now and then and at each validation instead.
+    now and then and at each validation instead. After the first few steps a line says how long the run takes.
 
     It shows the Recorder's latest row: asking the device for each step's loss would make the device wait.
     """
@@ -43,6 +47,10 @@ class TrainingProgress(RichProgressBar):
         super().__init__(refresh_rate=4, leave=True, theme=RichProgressBarTheme(metrics=""))
         self.lines = not get_console().is_terminal
         self._last_line = time.monotonic()
+        self._time_left = TimeLeft()
+        self._steps_here = 0
+        self._timed_from = 0.0
+        self._validating_since = 0.0
         if self.lines:
             self.disable()
 
@@ -66,25 +74,59 @@ class TrainingProgress(RichProgressBar):
             TextColumn("left"),
         ]
 
-    def _row(self, trainer: L.Trainer) -> str:
+    def _recorder(self, trainer: L.Trainer) -> Recorder:
         callbacks: list[L.Callback] = getattr(trainer, "callbacks")  # noqa: B009 (unknown to mypy: set outside __init__)
-        return describe(next(callback for callback in callbacks if isinstance(callback, Recorder)).latest)
+        return next(callback for callback in callbacks if isinstance(callback, Recorder))
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        return {"loss": self._row(trainer).removeprefix("loss ")}
+        return {"loss": describe(self._recorder(trainer).latest).removeprefix("loss ")}
 
     def _print_line(self, trainer: L.Trainer) -> None:
         self._last_line = time.monotonic()
-        print(f"step {trainer.global_step}/{trainer.max_steps}  {self._row(trainer)}", flush=True)
+        recorder = self._recorder(trainer)
+        if "tokens_per_s" in recorder.latest:
+            self._time_left.step_seconds = recorder.tokens_per_step / recorder.latest["tokens_per_s"]
+        seconds = self._time_left.seconds(trainer)
+        left = f"  {duration(seconds)} left" if seconds is not None and trainer.global_step < trainer.max_steps else ""
+        print(f"step {trainer.global_step}/{trainer.max_steps}  {describe(recorder.latest)}{left}", flush=True)
+
+    def _estimate(self, trainer: L.Trainer) -> None:
+        """Time the first steps after the warm-up, and say after them how long the run takes."""
+        self._steps_here += 1
+        if self._steps_here == WARMUP_STEPS:
+            self._timed_from = self._recorder(trainer).read_clock()
+        if self._steps_here != WARMUP_STEPS + TIMED_STEPS or trainer.global_step >= trainer.max_steps:
+            return
+        recorder = self._recorder(trainer)
+        step_seconds = (recorder.read_clock() - self._timed_from) / TIMED_STEPS
+        self._time_left.step_seconds = step_seconds
+        seconds = self._time_left.seconds(trainer)
+        assert seconds is not None
+        line = announcement(
+            step=trainer.global_step,
+            max_steps=trainer.max_steps,
+            validations=validations_left(trainer),
+            seconds=seconds,
+            step_seconds=step_seconds,
+            tokens_per_step=recorder.tokens_per_step,
+        )
+        get_console().print(line, soft_wrap=True, highlight=False, markup=False)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if ends_step(trainer, batch_idx):
+            self._estimate(trainer)
         if self.lines and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._print_line(trainer)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._validating_since = time.perf_counter()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
+        self._time_left.validation_seconds = time.perf_counter() - self._validating_since
         if self.lines:
             self._print_line(trainer)

@@ -9,6 +9,8 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lkda.training.callbacks.steps import ends_step, validation_follows
+
 # Steps at the start of a process that are left out of the speed: they compile, allocate and fill caches.
 WARMUP_STEPS = 3
 
@@ -33,11 +35,15 @@ class Recorder(L.Callback):
         self._since: tuple[int, float] | None = None  # tokens and seconds where the next speed begins
         self._steps_here = 0
         self._clipped = (0, 0)  # clipped steps, and steps, of this process at the last row
-        self._learning_rate = 0.0
 
     def tokens(self, trainer: L.Trainer) -> int:
         """Tokens trained on so far, resumes included."""
         return trainer.global_step * self.tokens_per_step
+
+    def read_clock(self) -> float:
+        """Seconds of training so far, with everything done that a GPU was asked to do."""
+        self._read_clock()
+        return self.seconds
 
     def _start_clock(self) -> None:
         if self._running_since is None:
@@ -58,13 +64,11 @@ class Recorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._start_clock()
-        # Read here: by the end of the batch the scheduler has already set the next step's.
-        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
+        if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
         self._steps_here += 1
@@ -77,16 +81,18 @@ class Recorder(L.Callback):
         if last or step == 1 or step % self.every_n_steps == 0:
             self._read_clock()
             self._write_training_row(trainer)
+            if not validation_follows(trainer, batch_idx):
+                _complete(trainer)
 
     def _write_training_row(self, trainer: L.Trainer) -> None:
-        row = {**_logged(trainer, "train/"), "lr": self._learning_rate}
+        row = {**_logged(trainer, "train/"), "lr": trainer.optimizers[0].param_groups[0]["lr"]}
         if self._since is not None and self._steps_here > WARMUP_STEPS:
             tokens, seconds = self._since
             row["tokens_per_s"] = (self.tokens(trainer) - tokens) / (self.seconds - seconds)
             self._since = (self.tokens(trainer), self.seconds)
-        clipped, steps = int(trainer.lightning_module.clipped_steps), self._steps_here
-        row["train/clipped_share"] = (clipped - self._clipped[0]) / (steps - self._clipped[1])
-        self._clipped = (clipped, steps)
+        clipped, steps = self._clipped_since(trainer.lightning_module)
+        row["train/clipped_share"] = clipped / steps
+        self._clipped = (self._clipped[0] + clipped, self._clipped[1] + steps)
         self._write(trainer, row)
 
     def _write(self, trainer: L.Trainer, row: dict[str, float]) -> None:
@@ -101,13 +107,27 @@ class Recorder(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._write(trainer, _logged(trainer, "val/"))
+            _complete(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._stop_clock()
         checkpoint["lkda_seconds"] = self.seconds
+        checkpoint["lkda_clipped"] = self._clipped_since(pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.seconds = checkpoint["lkda_seconds"]
+        clipped, steps = checkpoint.get("lkda_clipped", (0, 0))  # absent from old checkpoints
+        self._clipped = (-clipped, -steps)
+
+    def _clipped_since(self, pl_module: L.LightningModule) -> tuple[int, int]:
+        """Clipped steps, and steps, since the last row."""
+        return int(pl_module.clipped_steps) - self._clipped[0], self._steps_here - self._clipped[1]
+
+
+def _complete(trainer: L.Trainer) -> None:
+    """Tell every logger that it has all rows of this step."""
+    for logger in trainer.loggers:
+        logger.save()
 
 
 def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:

@@ -1,0 +1,131 @@
+"""What the options of a run may be, each checked before any time is spent on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+# The options of configs/trainer/auto.yaml, and Lightning's that may be added to them.
+TRAINER = (
+    *("_target_", "accelerator", "devices", "precision", "max_steps", "max_tokens", "val_check_interval"),
+    *("limit_val_batches", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val"),
+    "enable_model_summary",
+)
+TRAINER_ALSO = ("detect_anomaly", "profiler")
+PROFILERS = ("simple", "advanced")
+MOST_SEED = 2**32 - 1
+
+
+def check_names(
+    group: str, options: object, known: Iterable[str], *, also: Iterable[str] = (), choice: str = "..."
+) -> Mapping[str, Any]:
+    """The options of a group. Raise ValueError unless they are every known name, some of `also`, and no other.
+
+    Args:
+        choice: of the group, that has these options.
+    """
+    known, also = tuple(known), tuple(also)
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{group} must have the options {', '.join(known)}, got {options!r}.")
+    unknown = [name for name in options if name not in (*known, *also)]
+    if unknown:
+        there = ", ".join(name for name in (*known, *also) if name != "_target_")
+        raise ValueError(f"{group}.{unknown[0]} is not an option of {group}={choice}, which has {there}.")
+    missing = [name for name in known if name not in options]
+    if missing:
+        raise ValueError(f"{group}.{missing[0]} is missing; {group}={choice} brings it.")
+    return options
+
+
+def check_whole(name: str, value: object, *, least: int, most: int | None = None) -> None:
+    """Raise ValueError for what is no whole number of `least` or more, or is above `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r}.")
+
+
+def check_number(name: str, value: object, *, wanted: str, fits: Callable[[float], bool]) -> None:
+    """Raise ValueError for what is no number, does not fit, or is infinite.
+
+    Args:
+        wanted: the range in words, for the message: "greater than 0".
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    if not fits(value):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise ValueError for what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}.")
+
+
+def check_trainer(options: object) -> None:
+    """Raise ValueError for an option of the group trainer that is unknown or has a value that no run can use.
+
+    `accelerator` is checked where the device is found, and `precision` in `lkda.training.precision`.
+    """
+    options = check_names("trainer", options, TRAINER, also=TRAINER_ALSO, choice="auto")
+    if not isinstance(options["devices"], int) or isinstance(options["devices"], bool) or options["devices"] != 1:
+        raise ValueError(f"trainer.devices must be 1, got {options['devices']!r}: a run trains on one device.")
+    for name in ("max_steps", "val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
+        check_whole(f"trainer.{name}", options[name], least=1)
+    if options["max_tokens"] is not None:
+        check_whole("trainer.max_tokens", options["max_tokens"], least=1)
+    _check_validation_part(options["limit_val_batches"])
+    if options["gradient_clip_val"] is not None:
+        check_number(
+            "trainer.gradient_clip_val",
+            options["gradient_clip_val"],
+            wanted="0 or more (0 or null: no clipping)",
+            fits=lambda value: value >= 0,
+        )
+    check_switch("trainer.enable_model_summary", options["enable_model_summary"])
+    check_switch("trainer.detect_anomaly", options.get("detect_anomaly", False))
+    profiler = options.get("profiler")
+    if profiler is not None and profiler not in PROFILERS:
+        raise ValueError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, or null; got {profiler!r}.")
+
+
+def _check_validation_part(value: object) -> None:
+    name = "trainer.limit_val_batches"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number of batches, or a part of them in (0, 1], got {value!r}.")
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0: a run always validates at the end; got {value!r}.")
+    if isinstance(value, float) and value > 1:
+        raise ValueError(f"{name} must be a whole number of batches, or a part of them in (0, 1], got {value!r}.")
+
+
+def check_validation_batches(limit: int | float, batches: int) -> None:
+    """Raise ValueError where `trainer.limit_val_batches`, a part of that many validation batches, is less than one."""
+    if isinstance(limit, float) and int(limit * batches) < 1:
+        raise ValueError(
+            f"trainer.limit_val_batches={limit} of {batches} validation batches is less than one batch: "
+            f"give a number of batches, as trainer.limit_val_batches=1, or a larger part."
+        )
+
+
+def check_checkpoint(options: object) -> None:
+    """Raise ValueError for an option of the group checkpoint that is unknown or out of its range."""
+    options = check_names("checkpoint", options, ("every_n_steps", "keep"))
+    for name, value in options.items():
+        check_whole(f"checkpoint.{name}", value, least=1)
+
+
+def check_sample(options: object) -> None:
+    """Raise ValueError for what the text at the end of the run cannot be drawn with."""
+    options = check_names("sample", options, ("prompt", "max_new_tokens", "temperature", "top_p"))
+    if not isinstance(options["prompt"], str):
+        raise ValueError(
+            f"sample.prompt must be text, got {options['prompt']!r}: quote a number, as in sample.prompt=\"'1776'\"."
+        )
+    check_whole("sample.max_new_tokens", options["max_new_tokens"], least=0)
+    check_number("sample.temperature", options["temperature"], wanted="0 or more", fits=lambda value: value >= 0)
+    check_number("sample.top_p", options["top_p"], wanted="in (0, 1]", fits=lambda value: 0 < value <= 1)

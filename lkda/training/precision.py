@@ -1,0 +1,41 @@
+"""The number format a run computes in: the words that the trainer takes, and what each of them runs."""
+
+from __future__ import annotations
+
+import torch
+
+# The type of the ops' inputs. Weights are float64 in 64-true and float32 in the others.
+PRECISIONS = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "64-true": torch.float64,
+}
+_SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
+_DEFAULT = {"cpu": "32-true", "cuda": "bf16-mixed"}
+_HALF_WEIGHTS = "keeps the weights in half precision, where small updates round to nothing"
+_REFUSED = {
+    "16-true": f"{_HALF_WEIGHTS}, and no loss scale: use 16-mixed or bf16-mixed",
+    "bf16-true": f"{_HALF_WEIGHTS}: use bf16-mixed",
+    "transformer-engine": "needs layers that the models here do not have: use bf16-mixed",
+    "transformer-engine-float16": "needs layers that the models here do not have: use 16-mixed",
+}
+
+
+def resolve_precision(word: object, device: torch.device) -> str:
+    """The word of PRECISIONS that `word` stands for on `device`: `auto`, one of them, or Lightning's short forms 16,
+    bf16, 32 and 64.
+
+    Raises: ValueError for an unknown one, and for one that would run as another or train badly, with what to use.
+    """
+    given = str(word)
+    if given == "auto":
+        return _DEFAULT[device.type]
+    if given in _REFUSED:
+        raise ValueError(f"trainer.precision={given} {_REFUSED[given]}.")
+    precision = _SHORT.get(given, given)
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision must be one of auto, {', '.join(PRECISIONS)}, got {word!r}.")
+    if precision == "16-mixed" and device.type == "cpu":
+        raise ValueError("trainer.precision=16-mixed needs a GPU: on a CPU use 32-true or bf16-mixed.")
+    return precision

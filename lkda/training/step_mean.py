@@ -1,0 +1,50 @@
+"""The mean over the targets of an optimiser step whose batch comes in pieces (trainer.accumulate_grad_batches)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class StepMean:
+    """Makes a step the same however its batch is cut: loss and gradients are means over all its targets.
+
+    Lightning adds the gradients of each piece's mean loss times 1 / pieces. That is the mean over the step's targets
+    where all pieces have equally many, as the rows of a text have. Where they have not, a piece must count by its
+    targets, whose total is known only after the last piece. So each piece's loss is multiplied by n / n_1, n its
+    number of targets and n_1 the first piece's, and `normalize` multiplies the gradients by pieces * n_1 / (sum of n).
+    For equal numbers both factors are exactly 1. All of it stays on the device, so that no step waits.
+    """
+
+    unit: Tensor
+    count: Tensor
+    total: Tensor
+
+    def weighted(self, loss: Tensor, targets: Tensor, *, first: bool) -> Tensor:
+        """What the backward of a piece begins at.
+
+        Args:
+            loss: the mean over the piece's targets, a scalar.
+            targets: int64; -100 where nothing is asked.
+            first: whether this is the step's first piece.
+        """
+        count = (targets != -100).sum()
+        if first:
+            self.unit, self.count = count.clamp(min=1), torch.zeros_like(count)
+            self.total = torch.zeros_like(loss.detach())
+        loss = torch.where(count > 0, loss, 0.0)  # the mean of no targets is NaN
+        self.count = self.count + count
+        self.total = self.total + loss.detach() * count
+        return loss * (count / self.unit)
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss over the targets of the step's pieces so far."""
+        return self.total / self.count
+
+    def normalize(self, parameters: Iterable[nn.Parameter], *, pieces: int) -> None:
+        """Make the gradients those of `loss`, after the last of the step's pieces."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, pieces * self.unit / self.count.clamp(min=1))
