@@ -1,19 +1,6 @@
 """Lay runs side by side: `python scripts/compare.py --help`."""
 
-import hydra
-from omegaconf import DictConfig
-
-from lkda.commands.command_line import readable_errors
-
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="compare")
-def main(cfg: DictConfig) -> None:
-    with readable_errors():
-        from lkda.commands.compare import compare
-
-        compare(cfg)
-
+from lkda.commands.entry_point import run_script
 
 if __name__ == "__main__":
-    with readable_errors():
-        main()
+    run_script("compare")

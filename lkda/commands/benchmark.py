@@ -47,8 +47,8 @@ def benchmark(config: DictConfig) -> None:
         raise ValueError("ops, shapes, dtypes, backends, peers, modes and replays leave nothing to measure.")
     header = measure.header(device)
     rows: list[dict[str, Any]] = []
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=160)
+    terminal = Console(markup=False)
+    console = terminal if terminal.is_terminal else Console(width=160, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(cases))

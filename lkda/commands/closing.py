@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
+import glob
 from typing import Any
 
 from rich.console import Console
@@ -13,10 +11,13 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from lkda.commands.invocation import command, given_overrides, short
+from lkda.commands.overrides import override
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.text import encode_prompt, text_pieces
 from lkda.models.generate import generate
 from lkda.models.lm import LanguageModel
+from lkda.special_tokens import document_ends
 
 
 def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: dict[str, Any], *, seed: int) -> str:
@@ -34,6 +35,7 @@ def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: dict[str, An
         temperature=sample["temperature"],
         top_p=sample["top_p"],
         seed=seed,
+        end_tokens=document_ends(tokenizer),
     )
     return sample["prompt"] + "".join(text_pieces(tokenizer, drawn))
 
@@ -55,17 +57,25 @@ def print_closing(console: Console, run: RunDirectory, summary: dict[str, Any], 
     console.print(table)
     if sample is not None:
         console.print(Panel(Text(sample), title="a sample"))
-    here = _short(run.path)
+    console.print(f"run directory {short(run.path)}\nnext:", markup=False, soft_wrap=True)
+    for line in _next_commands(run, summary, of_text=sample is not None):
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool) -> list[str]:
+    checkpoints = f"{short(run.path)}/checkpoints"
     other = "softmax" if summary["mixer"] != "softmax" else "kda"
-    same = "" if sample is not None else f"data={summary['data']} model={summary['model']} "
-    console.print(f"run directory {here}\nnext:", soft_wrap=True)
-    for command in (
-        *([f'scripts/generate.py ckpt={here}/checkpoints/last.ckpt prompt="The people"'] if sample is not None else []),
-        f"scripts/evaluate.py ckpt={here}/checkpoints/best.ckpt",
-        f"scripts/train.py {same}mixer={other}",
-        f"scripts/compare.py 'runs={_short(run.path.parent)}/*' out=comparison",
-    ):
-        console.print(f"  {python_command()} {command}", markup=False, soft_wrap=True)
+    same = given_overrides(without=("mixer", "init_from=", "resume="))
+    if not same and not of_text:
+        same = [f"data={summary['data']}", f"model={summary['model']}"]
+    beside = f"{glob.escape(short(run.path.parent))}/*"
+    sample = command("generate", override("ckpt", f"{checkpoints}/last.ckpt"), "prompt=The people")
+    return [
+        *([sample] if of_text else []),
+        command("evaluate", override("ckpt", f"{checkpoints}/best.ckpt")),
+        command("train", *same, f"mixer={other}"),
+        command("compare", override("runs", beside), "out=comparison"),
+    ]
 
 
 def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -86,14 +96,3 @@ def _of_parts(summary: dict[str, Any]) -> list[tuple[str, str]]:
                 (f"accuracy, {shape}", f"{part['accuracy']:.2%} of tokens, {part['sequence_accuracy']:.2%} whole")
             )
     return rows
-
-
-def python_command() -> str:
-    """What to type for the interpreter that runs: its path where it is one of an environment that is not activated."""
-    activated = "VIRTUAL_ENV" in os.environ or sys.prefix == sys.base_prefix
-    return "python" if activated else _short(Path(sys.executable))
-
-
-def _short(path: Path) -> str:
-    """Relative to the working directory where that is below it."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

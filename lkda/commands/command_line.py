@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, MissingMandatoryValue
 
 import lkda
+from lkda.commands.invocation import by_this_door
 
 BAD_INPUT = 2
 FAILED = 1
@@ -44,14 +45,28 @@ def readable_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        _leave_the_pipe()
+        raise SystemExit(FAILED) from None
     except Exception as error:
         message = _message(error)
         if TRACEBACKS or message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {by_this_door(message)}", file=sys.stderr)
         if _in_a_sweep():
             raise  # an exception fails this job alone; the sweep's other jobs go on
         raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None
+
+
+def _leave_the_pipe() -> None:
+    """After the reader of a pipe has left (`... | head`): what is still buffered goes nowhere, without a word."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _in_a_sweep() -> bool:
@@ -69,7 +84,8 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, CommandError) or (isinstance(error, ValueError) and _raised_by_lkda(error)):
         return str(error)
     if isinstance(error, OSError) and not _inside_lkda(error):
-        return f"cannot create the output directory {error.filename}: {error.strerror}."
+        what = "print" if error.filename is None else f"create the output directory {error.filename}"
+        return f"cannot {what}: {error.strerror}."
     return None
 
 
@@ -90,7 +106,8 @@ def _raised_by_lkda(error: Exception) -> bool:
 
 def _inside_lkda(error: Exception) -> bool:
     """Whether a command had begun: else Hydra failed to make the output directory."""
-    return any(path.is_relative_to(_HOME) and path != Path(__file__) for path in _files(error))
+    begin = (Path(__file__), Path(__file__).with_name("entry_point.py"))
+    return any(path.is_relative_to(_HOME) and path not in begin for path in _files(error))
 
 
 def _configuration_message(error: Exception) -> str:

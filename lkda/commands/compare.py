@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
@@ -28,8 +29,8 @@ def compare(config: DictConfig) -> None:
         )
     except OSError as error:
         raise ValueError(f"out={out} cannot be written: {error.strerror}.") from error
-    terminal = Console(highlight=False)
-    console = terminal if terminal.is_terminal else Console(width=140, highlight=False)
+    terminal = Console(highlight=False, markup=False)
+    console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False)
     console.print(rich_table(*as_cells(result.rows)))
     for note in result.notes:
         console.print(note, style="dim")
@@ -40,10 +41,14 @@ def compare(config: DictConfig) -> None:
 
 
 def _find(runs: str | ListConfig) -> list[Path]:
-    """The paths that a glob, or each of a list of globs, matches. Raises ValueError where one matches nothing."""
+    """The path of that very name, else those that it matches as a glob; of each, where it is a list.
+
+    Raises: ValueError where one matches nothing.
+    """
     found: dict[Path, None] = {}
     for pattern in [runs] if isinstance(runs, str) else list(runs):
-        paths = sorted(glob.glob(str(pattern), recursive=True))
+        literal = [str(pattern)] if os.path.exists(str(pattern)) else []
+        paths = literal or sorted(glob.glob(str(pattern), recursive=True))
         if not paths:
             raise ValueError(f"runs={pattern} matches nothing; give run directories, as in runs='outputs/*'.")
         found |= dict.fromkeys(Path(path) for path in paths)

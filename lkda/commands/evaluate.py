@@ -46,7 +46,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     """
     plain(config)
     _check(config)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     device = device_of(config.accelerator)
     trained = load_trained(config.ckpt, backend=config.backend)
     trained.model.resolve_backends(device, torch.float32)

@@ -13,17 +13,21 @@ from omegaconf import DictConfig
 
 from lkda.commands.model_source import load_trained
 from lkda.commands.settings import device_of, plain
-from lkda.commands.text import encode_prompt, text_pieces
+from lkda.commands.text import check_text, encode_prompt, text_pieces
+from lkda.data.synthetic import check_count
+from lkda.models.generate import check_sampling
 from lkda.models.generate import generate as draw
+from lkda.special_tokens import document_ends
 
 
 def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
-    """Write the prompt and the model's continuation to `out`, piece by piece; the speed goes to stderr.
+    """Write the prompt and the model's continuation to `out`, piece by piece; the speed, and why it ended, go to
+    stderr.
 
     Args:
         out: standard output where None.
         config: composed from configs/generate.yaml: ckpt, prompt or prompt_file (else standard input),
-            max_new_tokens, temperature, top_p, seed, accelerator, backend.
+            max_new_tokens, temperature, top_p, seed, ignore_eos, accelerator, backend.
     Returns: the whole text.
     Raises:
         ValueError: no usable checkpoint or prompt, or a setting out of its range.
@@ -31,13 +35,18 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     settings = plain(config)
     out = out or sys.stdout
     device = device_of(config.accelerator)
+    sampling = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p")}
+    check_sampling(**sampling)
+    check_count("seed", config.seed, least=0)
+    if not isinstance(config.ignore_eos, bool):
+        raise ValueError(f"ignore_eos must be true or false, got {config.ignore_eos!r}.")
     prompt = _prompt(config)
     trained = load_trained(config.ckpt, backend=config.backend)
     trained.model.resolve_backends(device, torch.float32)
     model = trained.model.to(device)
     tokens = encode_prompt(trained.tokenizer, prompt).to(device)
-    chosen = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    timed = _Timed(draw(model, tokens, **chosen))
+    ends = () if config.ignore_eos else document_ends(trained.tokenizer)
+    timed = _Timed(draw(model, tokens, **sampling, seed=config.seed, end_tokens=ends))
     pieces = [prompt]
     out.write(prompt)
     for piece in text_pieces(trained.tokenizer, timed):
@@ -46,27 +55,33 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
         out.flush()
     out.write("\n")
     out.flush()
-    print(f"{timed.count} tokens, {timed.per_second:,.1f} tokens/s on {device}", file=sys.stderr)
+    ended = "the document ended" if timed.count < config.max_new_tokens else f"max_new_tokens={config.max_new_tokens}"
+    print(f"{timed.count} tokens, {timed.per_second:,.1f} tokens/s on {device}; stopped: {ended}", file=sys.stderr)
     return "".join(pieces)
 
 
 def _prompt(config: DictConfig) -> str:
+    """As it was typed; of a file or standard input, without its last line end: editors and `echo` add one."""
     if config.prompt is not None and config.prompt_file is not None:
         raise ValueError("give either prompt=... or prompt_file=..., not both.")
     if config.prompt is not None:
-        return str(config.prompt)
+        return check_text("prompt", config.prompt)
     source = "standard input"
     try:
         if config.prompt_file is not None:
-            source = config.prompt_file
-            return Path(config.prompt_file).read_text(encoding="utf-8")
-        if sys.stdin.isatty():
-            print("type the prompt, then Ctrl-D:", file=sys.stderr)
-        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+            source = f"prompt_file {config.prompt_file}"
+            text = Path(str(config.prompt_file)).read_bytes().decode("utf-8")
+        elif sys.stdin is None:
+            raise ValueError("there is no standard input to read the prompt from: give prompt=... or prompt_file=....")
+        else:
+            if sys.stdin.isatty():
+                print("type the prompt, then Ctrl-D:", file=sys.stderr)
+            text = sys.stdin.buffer.read().decode("utf-8")
     except OSError as error:
-        raise ValueError(f"cannot read prompt_file {source}: {error.strerror}.") from error
+        raise ValueError(f"cannot read {source}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt in {source} is not UTF-8: {error}.") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 class _Timed:

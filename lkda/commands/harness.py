@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from lkda.commands.model_source import TrainedModel
+from lkda.commands.shipped import TASKS
+from lkda.data.tokenizer import document_start, encode_text
 from lkda.models.generate import generate
-
-TASKS = Path(__file__).parents[2] / "tasks"
+from lkda.special_tokens import document_ends
 
 
 def run_tasks(
     trained: TrainedModel, names: list[str], *, folder: str | Path | None, limit: int | None, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of lm-eval's task files in `folder` (the project's own, tasks/, where None).
+    """{task: {metric: value}} of lm-eval's task files in `folder` (lkda's own, where None).
 
     Args:
         limit: questions of each task; all where None.
@@ -64,7 +65,7 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
     model, tokenizer = trained.model.to(device).eval(), trained.tokenizer
 
     def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return encode_text(tokenizer, text)
 
     def scores(before: list[int], after: list[int]) -> tuple[Tensor, Tensor]:
         """Log-probabilities of `after`, and whether each token is the likeliest."""
@@ -101,7 +102,8 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
         prompt = torch.tensor([ids(text) or [_between_documents(trained)]], device=device)
         drawn: list[int] = []
         written = ""
-        for token in generate(model, prompt, max_new_tokens=int(options.get("max_gen_toks", 128)), temperature=0):
+        longest, ends = int(options.get("max_gen_toks", 128)), document_ends(tokenizer)
+        for token in generate(model, prompt, max_new_tokens=longest, temperature=0, end_tokens=ends):
             drawn.append(token)
             written = tokenizer.decode(drawn)
             cuts = [written.index(stop) for stop in stops if stop in written]
@@ -113,6 +115,5 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
 
 
 def _between_documents(trained: TrainedModel) -> int:
-    """The token that stands between documents; the first special one of the tokenizer, else token 0."""
-    special = [number for number, token in trained.tokenizer.get_added_tokens_decoder().items() if token.special]
-    return min(special, default=0)
+    """The token that begins documents, for a question without a context; token 0 where the tokenizer has none."""
+    return document_start(trained.tokenizer) or 0

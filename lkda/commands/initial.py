@@ -9,6 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import lkda
+from lkda.commands.invocation import command
+from lkda.commands.overrides import override
 from lkda.models.lm import LanguageModel
 
 # What the directory decides, by the beginning of an override.
@@ -36,7 +38,7 @@ def with_initial_model(config: DictConfig) -> tuple[DictConfig, LanguageModel | 
     if (directory / "checkpoints").is_dir() and not (directory / "config.json").exists():
         raise ValueError(
             f"init_from takes an exported directory, and {directory} is a run: export it first, "
-            "python scripts/export.py ckpt=... out=..."
+            f"{command('export', override('ckpt', str(config.init_from)), 'out=...')}"
         )
     model, _ = lkda.load(directory, backend=config.backend)
     own = {key: value for key, value in model.config.items() if key not in _NOT_OF_THE_GROUP}

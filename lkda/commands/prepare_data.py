@@ -7,6 +7,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lkda.commands.invocation import command
+from lkda.commands.overrides import override
 from lkda.data.cache import default_cache_dir
 from lkda.data.prose import SOURCES, prepare_prose
 
@@ -23,9 +25,10 @@ def prepare_data(config: DictConfig) -> None:
     for name in wanted:
         if name not in known:
             raise ValueError(f"there is no source {name!r}; there are {', '.join(known)}.")
-    out = Path(config.out).expanduser() if config.out else default_cache_dir() / "prose"
-    terminal = Console(highlight=False)
-    console = terminal if terminal.is_terminal else Console(width=140, highlight=False)
+    default = default_cache_dir() / "prose"
+    out = Path(config.out).expanduser() if config.out else default
+    terminal = Console(highlight=False, markup=False)
+    console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False)
     manifest = prepare_prose(out, vocab_size=config.vocab_size, sources=[known[name] for name in wanted])
     for source in manifest["sources"]:
         sizes = f"{source['train_bytes'] / 1e6:8.2f} MB train {source['validation_bytes'] / 1e6:6.2f} MB validation"
@@ -36,6 +39,9 @@ def prepare_data(config: DictConfig) -> None:
         f"{overlap['after']:.3%} after {overlap['dropped_bytes'] / 1e6:.2f} MB were dropped from it; "
         f"{overlap['train_bytes'] / 1e6:.2f} MB train"
     )
+    elsewhere = [] if out == default else [override("data.directory", str(out))]
     console.print(
-        f"{out} holds the streams, the tokenizer, licences and manifest.json; train with data=prose", soft_wrap=True
+        f"{out} holds the streams, the tokenizer, licences and manifest.json; train on it with\n"
+        f"  {command('train', 'data=prose', *elsewhere)}",
+        soft_wrap=True,
     )

@@ -9,27 +9,42 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-END_OF_TEXT = "<|endoftext|>"
+from lkda.data.tokenizer import document_start, encode_text
+
+
+def check_text(name: str, value: object) -> str:
+    """`value`, which must be text that UTF-8 can hold. Raises ValueError naming the setting."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {value!r}; in quotes of its own, as in '\"{value}\"', it is text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are none come as lone surrogates
+        raise ValueError(f"{name} is not UTF-8: {error}.") from error
+    return value
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """[1, T]: the token that begins every document, then the prompt."""
-    return torch.tensor([[tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(prompt).ids]])
+    """[1, T]: the token that begins a document, where the tokenizer has one, then the prompt's characters.
+
+    Raises: ValueError for an empty prompt where no token begins a document: nothing is left to continue.
+    """
+    start = document_start(tokenizer)
+    tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
+    if not tokens:
+        raise ValueError("the prompt is empty, and the tokenizer has no token that begins a document: give a prompt.")
+    return torch.tensor([tokens])
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of `tokens`, piece by piece as it is complete, up to the end of the document.
+    """The text of `tokens`, piece by piece as it is complete; special tokens are no text.
 
     A character of several bytes may span tokens: its piece comes with its last one. What a last, incomplete character
     left behind comes as U+FFFD.
     """
-    end = tokenizer.token_to_id(END_OF_TEXT)
     stream = DecodeStream(skip_special_tokens=True)
     drawn: list[int] = []
     shown = ""
     for token in tokens:
-        if token == end:
-            break
         drawn.append(token)
         piece = stream.step(tokenizer, token)
         if piece:

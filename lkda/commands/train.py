@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
@@ -19,9 +17,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lkda.commands.closing import draw_sample, print_closing, python_command
+from lkda.commands.closing import draw_sample, print_closing
 from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
+from lkda.commands.invocation import command, given_overrides
+from lkda.commands.overrides import override
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.settings import (
     check_model,
@@ -336,6 +336,5 @@ def _one_line(error: BaseException) -> str:
 
 
 def _resume_command(run: RunDirectory) -> str:
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    kept = [override for override in given if not override.startswith("resume=")]
-    return shlex.join([python_command(), "scripts/train.py", *kept, f"hydra.run.dir={run.path}", "resume=true"])
+    given = given_overrides(without=("resume=",))
+    return command("train", *given, override("hydra.run.dir", str(run.path)), "resume=true")

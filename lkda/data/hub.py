@@ -139,7 +139,8 @@ class HubDataModule(TextDataModule):
         name: on the hub ("roneneldan/TinyStories"), or a local directory that `datasets` can load.
         data_files: paths or globs within the data set: one, a list, or of each split, as in {"train": "a/*.parquet"}.
         subset, revision, split, val_split, val_fraction, text_column, max_documents, streaming: see `HubCorpus`.
-        text: what `TextDataModule` takes besides.
+        context, batch_size, vocab_size, seed, tokenizer_path, cache_dir, max_val_batches, num_workers, pin_memory: see
+            `TextDataModule`.
     """
 
     sources = ("hub",)
@@ -148,6 +149,8 @@ class HubDataModule(TextDataModule):
         self,
         *,
         name: str,
+        context: int,
+        batch_size: int,
         subset: str | None = None,
         data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
         revision: str | None = None,
@@ -157,9 +160,28 @@ class HubDataModule(TextDataModule):
         text_column: str = "text",
         max_documents: int | None = None,
         streaming: bool = False,
-        **text: Any,
+        vocab_size: int = 4096,
+        seed: int = 0,
+        tokenizer_path: str | None = None,
+        cache_dir: str | None = None,
+        max_val_batches: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
     ) -> None:
-        super().__init__(source="hub", text_column=text_column, val_fraction=val_fraction, **text)
+        super().__init__(
+            source="hub",
+            context=context,
+            batch_size=batch_size,
+            vocab_size=vocab_size,
+            seed=seed,
+            val_fraction=val_fraction,
+            text_column=text_column,
+            tokenizer_path=tokenizer_path,
+            cache_dir=cache_dir,
+            max_val_batches=max_val_batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
         if val_split is None and not 0 < val_fraction <= 0.5:
             raise ValueError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
         if max_documents is not None and (type(max_documents) is not int or max_documents < 2):

@@ -49,6 +49,7 @@ def drop_overlap(train: Path, validation: Path, kept: Path, *, tokenizer: Tokeni
         tokenizer: byte-level, which both streams were made with.
     """
     start, letters = document_start(tokenizer), _Letters(tokenizer)
+    assert start is not None, "the mix is tokenised with a tokenizer of lkda's own"
     held_out = _Windows(np.load(validation, mmap_mode="r"), start)
     stream = np.load(train, mmap_mode="r")
     task = progress.add_task("dropping what also validates", total=len(stream))

@@ -23,29 +23,36 @@ class Rows:
     """The rows of a stream.
 
     Args:
-        stream: token ids; every document begins with `start`.
+        stream: token ids.
+        starts: where in the stream documents begin, in ascending order.
         context: tokens a row.
-        start: the token that begins a document.
         partial: whether the last tokens, fewer than a row, are a row too (filled up, nothing asked there).
     """
 
-    def __init__(self, stream: np.ndarray, *, context: int, start: int, partial: bool) -> None:
-        self.stream, self.context, self.start = stream, context, start
+    def __init__(self, stream: np.ndarray, *, starts: np.ndarray, context: int, partial: bool) -> None:
+        self.stream, self.starts, self.context = stream, starts, context
         asked = max(0, len(stream) - 1)
         self.count = -(-asked // context) if partial else asked // context
         # Sequences a row: one, and one more for each document that begins inside it.
-        begins = np.flatnonzero(np.asarray(stream[: self.count * context]) == start)
-        inside = begins[begins % context != 0] // context
+        inside = starts[(starts % context != 0) & (starts < self.count * context)] // context
         self.most_sequences = 1 + int(np.bincount(inside).max(initial=0))
 
     def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """tokens and targets [context] of row n; a row past the end is empty, with nothing asked."""
-        tokens = np.full(self.context + 1, self.start, dtype=np.int64)
+        tokens = np.full(self.context + 1, self.stream[0], dtype=np.int64)
         piece = self.stream[n * self.context : (n + 1) * self.context + 1] if n < self.count else self.stream[:0]
         tokens[: len(piece)] = piece
         targets = tokens[1:].copy()
         targets[max(0, len(piece) - 1) :] = IGNORED
         return tokens[:-1], targets
+
+    def begins(self, n: int) -> np.ndarray:
+        """Where in row n a sequence begins: at its first token, and at each document, but not at the stream's last
+        token, after which nothing is asked."""
+        first = n * self.context
+        end = min(first + self.context, len(self.stream) - 1)
+        low, high = np.searchsorted(self.starts, [first + 1, end])
+        return np.concatenate([[0], self.starts[low:high] - first])
 
 
 def cu_seqlens_length(parts: Sequence[Rows], *, batch_size: int) -> int:
@@ -58,11 +65,8 @@ def pack(rows: Rows, numbers: Sequence[int], length: int) -> dict[str, Tensor]:
     pairs = [rows.row(n) for n in numbers]
     tokens = np.concatenate([pair[0] for pair in pairs])
     targets = np.concatenate([pair[1] for pair in pairs])
-    asked = np.concatenate([pair[1] != IGNORED for pair in pairs])
-    begins = (tokens == rows.start) & asked
-    begins[:: rows.context] = True
+    starts = np.concatenate([place * rows.context + rows.begins(n) for place, n in enumerate(numbers)])
     bounds = np.full(length, len(tokens), dtype=np.int32)
-    starts = np.flatnonzero(begins)
     bounds[: len(starts)] = starts
     return {
         "tokens": torch.from_numpy(tokens).unsqueeze(0),

@@ -13,35 +13,53 @@ from typing import Protocol
 import numpy as np
 from rich.progress import Progress
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from lkda.data.cache import building, facts_of, publish
 from lkda.data.documents import Texts
 from lkda.data.progress import patient_progress
 from lkda.data.stream import writing_stream
-from lkda.data.tokenizer import document_start, load_tokenizer, train_tokenizer, unknown_token, vocabulary_rows
+from lkda.data.tokenizer import (
+    document_start,
+    encode_texts,
+    load_tokenizer,
+    train_tokenizer,
+    unknown_token,
+    vocabulary_rows,
+    word_splitter,
+)
 
 # Raise it when what a directory holds changes.
-FORMAT = 2
+FORMAT = 3
 # Characters tokenised at a time: what `tokenizers` keeps of a character takes some hundred bytes until it is done.
 _AT_ONCE = 2**21
-_LONGEST_PIECE = 2**18
+_PIECE = 2**18
 # Where a long document may be cut: byte-level BPE never joins a word with a space after it.
 _SEAM = re.compile(r"(?<=\S) (?=\S)")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Token streams, every document beginning with END_OF_TEXT.
+    """Token streams, every document beginning with the tokenizer's `document_start` where it has one.
 
     Attributes:
+        directory: what they are read from.
         train, validation: uint16 or uint32, memory-mapped.
         validation_bytes: UTF-8 bytes of the validation text.
     """
 
+    directory: Path
     tokenizer: Tokenizer
     train: np.ndarray
     validation: np.ndarray
     validation_bytes: int
+
+    def starts(self, name: str) -> np.ndarray:
+        """Where documents begin in the stream `name`, "train" or "validation"."""
+        start = document_start(self.tokenizer)
+        if start is None:
+            return np.load(_starts_file(self.directory / f"{name}.npy"))
+        return np.flatnonzero((self.train if name == "train" else self.validation) == start)
 
     def unigram_entropy(self) -> float:
         """Of the validation tokens, in nats a token: the loss of the best model that ignores the context."""
@@ -98,6 +116,8 @@ def tokenise(
 ) -> dict[str, int]:
     """Fill `directory` with tokenizer.json, train.npy and validation.npy. Returns the facts to publish with them.
 
+    Where no token begins a document, train_starts.npy and validation_starts.npy hold the places where one does.
+
     The documents are iterated several times, and what is in memory of them and of their tokens is a part at a time.
 
     Args:
@@ -106,7 +126,7 @@ def tokenise(
     tokenizer = given
     if tokenizer is None:
         training = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=None)
-        tokenizer = train_tokenizer((piece for text in train for piece in _pieces(text)), vocab_size)
+        tokenizer = train_tokenizer((piece for text in train for piece in _pieces(text, word_splitter())), vocab_size)
         progress.remove_task(training)
     else:
         _check_alphabet(tokenizer, chain(train, validation))
@@ -116,20 +136,29 @@ def tokenise(
 
 
 def _write_stream(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
-    """One array of tokens, END_OF_TEXT before every document. Returns the UTF-8 bytes of the documents."""
+    """One array of tokens, and where documents begin, if no token says so. Returns the documents' UTF-8 bytes."""
     task = progress.add_task(f"tokenising {path.stem}", total=len(documents))
     dtype = np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32)
     begun = count = size = 0
+    starts: list[int] = []
     with writing_stream(path, dtype) as write:
-        for batch in _batches(documents):
-            tokens = _encode(tokenizer, batch)
+        for batch in _batches(documents, tokenizer):
+            tokens, begins = _encode(tokenizer, batch)
             write(tokens)
-            begun += sum(begins for begins, _ in batch)
+            starts += [count + place for place in begins]
+            begun += len(begins)
             count += len(tokens)
             size += sum(len(piece.encode()) for _, piece in batch)
             told = f"tokenising {path.stem}: {begun:,} documents, {count:,} tokens"
             progress.update(task, completed=begun, description=told)
+    if document_start(tokenizer) is None:
+        places = np.unique(np.array(starts, dtype=np.int64))
+        np.save(_starts_file(path), places[places < count])  # documents that have no tokens begin where others do
     return size
+
+
+def _starts_file(stream: Path) -> Path:
+    return stream.with_name(f"{stream.stem}_starts.npy")
 
 
 def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
@@ -137,28 +166,49 @@ def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
     characters: set[str] = set()
     for text in documents:
         characters.update(text)
-    for character in sorted(characters):
-        if not character.isspace() and not tokenizer.encode(character, add_special_tokens=False).ids:
+    visible = [character for character in sorted(characters) if not character.isspace()]
+    for character, encoding in zip(visible, encode_texts(tokenizer, visible), strict=True):
+        if not encoding.ids:
             raise ValueError(
                 f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "
                 "give one that knows every byte, or none."
             )
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of about _LONGEST_PIECE characters, which tokenise as the whole does."""
+def _pieces(text: str, splitter: PreTokenizer | None) -> Iterator[str]:
+    """The text in pieces of about _PIECE characters, which tokenise as the whole does.
+
+    Args:
+        splitter: the tokenizer's, where it sees the text as it is: it says where a text without blanks may be cut.
+    """
     begin = 0
-    while seam := _SEAM.search(text, begin + _LONGEST_PIECE):
-        yield text[begin : seam.start()]
-        begin = seam.start()
-    yield text[begin:]
+    while begin + _PIECE < len(text):
+        seam = _SEAM.search(text, begin + _PIECE, begin + 2 * _PIECE)
+        end = seam.start() if seam else _word_end(text, begin, splitter)
+        yield text[begin:end]
+        begin = end
+    if begin < len(text):
+        yield text[begin:]
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
+def _word_end(text: str, begin: int, splitter: PreTokenizer | None) -> int:
+    """Where a word ends, about _PIECE characters on; where none does, the next seam, or the end of the text."""
+    words = splitter.pre_tokenize_str(text[begin : begin + _PIECE]) if splitter is not None else []
+    if splitter is not None and len(words) > 2:
+        word, (place, _) = words[-2]  # not the last one, which may go on
+        again = splitter.pre_tokenize_str(text[begin + place : begin + _PIECE])
+        if again[0][0] == word:  # it is no other word at the beginning of a text, as where a space is put before it
+            return begin + place
+    seam = _SEAM.search(text, begin + 2 * _PIECE)
+    return seam.start() if seam else len(text)
+
+
+def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[bool, str]]]:
     """Pieces, with whether a document begins there, of about _AT_ONCE characters together."""
+    splitter = tokenizer.pre_tokenizer if tokenizer.normalizer is None else None
     batch, size = [], 0
     for text in documents:
-        for n, piece in enumerate(_pieces(text)):
+        for n, piece in enumerate(_pieces(text, splitter)):
             batch.append((n == 0, piece))
             size += len(piece)
             if size >= _AT_ONCE:
@@ -168,12 +218,13 @@ def _batches(documents: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> np.ndarray:
-    """One stream, END_OF_TEXT before every document. Raises ValueError for text outside the vocabulary."""
+def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np.ndarray, list[int]]:
+    """One stream, and where documents begin in it. Raises ValueError for text outside the vocabulary."""
     start, unknown = document_start(tokenizer), unknown_token(tokenizer)
     dtype = np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32
-    parts = []
-    encodings = tokenizer.encode_batch([piece for _, piece in batch], add_special_tokens=False)
+    first = [] if start is None else [start]
+    parts, places, count = [], [], 0
+    encodings = encode_texts(tokenizer, [piece for _, piece in batch])
     for (begins, piece), encoding in zip(batch, encodings):
         if unknown in encoding.ids:
             begin, end = encoding.offsets[encoding.ids.index(unknown)]
@@ -181,8 +232,11 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> np.ndarr
                 f"the tokenizer of data.tokenizer_path has no token for {piece[begin:end]!r}, which is in the text; "
                 "give one that knows every byte, or none."
             )
-        parts.append(np.array([start, *encoding.ids] if begins else encoding.ids, dtype=dtype))
-    return np.concatenate(parts)
+        if begins:
+            places.append(count)
+        parts.append(np.array([*first, *encoding.ids] if begins else encoding.ids, dtype=dtype))
+        count += len(parts[-1])
+    return np.concatenate(parts), places
 
 
 def load_prepared(directory: Path) -> Prepared:
@@ -194,4 +248,5 @@ def load_prepared(directory: Path) -> Prepared:
     if facts is None:
         raise ValueError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
     train, validation = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
-    return Prepared(load_tokenizer(directory / "tokenizer.json"), train, validation, facts["validation_bytes"])
+    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    return Prepared(directory, tokenizer, train, validation, facts["validation_bytes"])

@@ -10,7 +10,7 @@ from lkda.data.corpus import file_sources, sotu_sources
 from lkda.data.module import IndexedDataModule
 from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
 from lkda.data.prepared import Corpus, Prepared, load_prepared, prepare_corpus
-from lkda.data.tokenizer import check_vocab_size, document_start, vocabulary_rows
+from lkda.data.tokenizer import check_vocab_size, vocabulary_rows
 
 
 class TextDataModule(IndexedDataModule):
@@ -104,9 +104,9 @@ class TextDataModule(IndexedDataModule):
                     f"the {name} text has {len(stream)} tokens, fewer than one context of {self.context} and the token "
                     f"after it; give more text, or a data.context of at most {len(stream) - 1}."
                 )
-        start = document_start(self.tokenizer)
-        self._train = Rows(prepared.train, context=self.context, start=start, partial=False)
-        self._validation = Rows(prepared.validation, context=self.context, start=start, partial=True)
+        starts = prepared.starts("train"), prepared.starts("validation")
+        self._train = Rows(prepared.train, starts=starts[0], context=self.context, partial=False)
+        self._validation = Rows(prepared.validation, starts=starts[1], context=self.context, partial=True)
         self.train_tokens, self.val_tokens = len(prepared.train), len(prepared.validation)
         self._cu_seqlens_length = cu_seqlens_length([self._train, self._validation], batch_size=self.batch_size)
         self.val_batches = len(self.validation_batches())

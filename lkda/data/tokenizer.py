@@ -1,17 +1,41 @@
-"""Byte-level BPE, trained and read through `tokenizers`."""
+"""Byte-level BPE, trained and read through `tokenizers`; text to tokens."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# Begins every document, and ends the one before it.
-END_OF_TEXT = "<|endoftext|>"
+from lkda.special_tokens import END_OF_TEXT, document_start, special_tokens
+
+__all__ = [
+    "END_OF_TEXT",
+    "LONGEST_WORD",
+    "SMALLEST_VOCABULARY",
+    "check_vocab_size",
+    "document_start",
+    "encode_text",
+    "encode_texts",
+    "load_tokenizer",
+    "train_tokenizer",
+    "unknown_token",
+    "vocabulary_rows",
+    "word_splitter",
+]
+
 # The 256 bytes and END_OF_TEXT: with them no text is out of vocabulary.
 SMALLEST_VOCABULARY = 257
+# Characters of a word, a number, or a run of signs or of white space that are tokenised together. BPE training takes
+# time that grows with the square of a word's length. Rules and indentation of ordinary files are shorter than this.
+LONGEST_WORD = 128
+# GPT-2's pattern (ByteLevel's own), its four kinds of runs bounded.
+_WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}").replace(
+    "1,N", f"1,{LONGEST_WORD}"
+)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -22,6 +46,12 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
+def word_splitter() -> pre_tokenizers.PreTokenizer:
+    """The pre-tokenizer of lkda's own tokenizers: GPT-2's words as bytes, none longer than LONGEST_WORD characters."""
+    split = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens, END_OF_TEXT being token 0.
 
@@ -29,7 +59,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = word_splitter()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -44,7 +74,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.json, without the truncation and padding that it may ask for.
 
-    Raises: ValueError where it is missing, broken, or lacks END_OF_TEXT.
+    Raises: ValueError where it is missing or broken.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,18 +83,78 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path} is not a tokenizer.json ({error}).") from error
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise ValueError(f"the tokenizer {path} has no token {END_OF_TEXT}, which begins every document.")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def document_start(tokenizer: Tokenizer) -> int:
-    """The token that begins every document."""
-    token = tokenizer.token_to_id(END_OF_TEXT)
-    assert token is not None, f"the tokenizer has no token {END_OF_TEXT}"
-    return int(token)
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text, none of them special: "<|endoftext|>" in a text is thirteen ordinary characters."""
+    with _special_tokens_as_text(tokenizer):
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    return _without_special(tokenizer, [text], [encoding])[0].ids
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    """As `encode_text`, of many texts in parallel, with the characters that each token stands for."""
+    with _special_tokens_as_text(tokenizer):
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return _without_special(tokenizer, texts, encodings)
+
+
+@contextmanager
+def _special_tokens_as_text(tokenizer: Tokenizer) -> Iterator[None]:
+    """Special tokens are not looked for in a text. A tokenizer file cannot hold this setting."""
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        yield
+    finally:
+        tokenizer.encode_special_tokens = before
+
+
+def _without_special(tokenizer: Tokenizer, texts: Sequence[str], encodings: list[Encoding]) -> list[Encoding]:
+    """`encodings`, made again where the model itself (one of whole words, or Unigram) found a special token in a text.
+
+    The token for unknown text may stay: it says that the text has something unknown.
+    """
+    start = document_start(tokenizer)
+    special = {*special_tokens(tokenizer).values(), *([] if start is None else [start])}
+    found = {token for encoding in encodings for token in special.intersection(encoding.ids)}
+    if not found:
+        return encodings
+    unknown = unknown_token(tokenizer)
+    if found == {unknown}:
+        return encodings
+    names = {str(tokenizer.id_to_token(token)) for token in special if token != unknown}
+    # Characters that no text here has, before the names: no text can then spell them.
+    mark = "\U0010ffff"
+    while any(mark in text for text in texts):
+        mark += "\U0010ffff"
+    renamed = _with_marked_names(tokenizer, names, mark)
+    with _special_tokens_as_text(renamed):
+        return renamed.encode_batch(texts, add_special_tokens=False)
+
+
+def _with_marked_names(tokenizer: Tokenizer, names: set[str], mark: str) -> Tokenizer:
+    """A copy with `mark` before some tokens' names; the same ids."""
+
+    def marked(name: str) -> str:
+        return mark + name if name in names else name
+
+    content: dict[str, Any] = json.loads(tokenizer.to_str())
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {marked(name): token for name, token in model["vocab"].items()}
+    else:
+        model["vocab"] = [[marked(name), score] for name, score in model["vocab"]]
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if names.isdisjoint((*pair, "".join(pair)))]
+    for added in content["added_tokens"]:
+        added["content"] = marked(added["content"])
+    content["post_processor"] = None  # it names special tokens
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def vocabulary_rows(tokenizer: Tokenizer) -> int:
@@ -78,4 +168,5 @@ def unknown_token(tokenizer: Tokenizer) -> int | None:
     if model.get("unk_id") is not None:
         return int(model["unk_id"])
     name = model.get("unk_token")
-    return tokenizer.token_to_id(name) if name and name != END_OF_TEXT else None
+    token = tokenizer.token_to_id(name) if name else None
+    return None if token == document_start(tokenizer) else token

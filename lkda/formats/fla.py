@@ -103,6 +103,6 @@ def usage(directory: str) -> str:
     return (
         "import fla  # flash-linear-attention; a CUDA GPU\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{directory}", dtype="auto").cuda()\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{directory}")'
+        f'model = AutoModelForCausalLM.from_pretrained({directory!r}, dtype="auto").cuda()\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({directory!r})"
     )

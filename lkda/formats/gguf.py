@@ -101,7 +101,7 @@ def usage(directory: str) -> str:
     """How to load it, in Python."""
     return (
         "from llama_cpp import Llama\n\n"
-        f'model = Llama("{directory}/model-f32.gguf")  # or model-f16.gguf, model-q8_0.gguf: as it was written\n'
+        f"model = Llama({directory + '/model-f32.gguf'!r})  # or model-f16.gguf, model-q8_0.gguf: as it was written\n"
         'print(model("The people of the United States", max_tokens=50)["choices"][0]["text"])'
     )
 

@@ -104,10 +104,10 @@ def usage(directory: str) -> str:
     """How to load it, in Python."""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{directory}", dtype="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{directory}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained({directory!r}, dtype="auto")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({directory!r})\n"
         'tokens = tokenizer("The people of the United States", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))\n\n"
         "import lkda\n\n"
-        f'model, tokenizer = lkda.load("{directory}")  # the way back, to fine-tune or evaluate'
+        f"model, tokenizer = lkda.load({directory!r})  # the way back, to fine-tune or evaluate"
     )

@@ -52,4 +52,4 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
 
 def usage(directory: str) -> str:
     """How to load it, in Python."""
-    return f'import lkda\n\nmodel, tokenizer = lkda.load("{directory}")  # model(tokens [B, T]) -> logits [B, T, vocab]'
+    return f"import lkda\n\nmodel, tokenizer = lkda.load({directory!r})  # model(tokens [B, T]) -> logits [B, T, vocab]"

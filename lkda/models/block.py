@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lkda.models.init import reset_children
 from lkda.models.mixer import Mixer, State
 from lkda.models.mlp import SwiGLU
 
@@ -17,6 +18,10 @@ class Block(nn.Module):
         self.mixer = mixer
         self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps) if mlp_hidden else None
         self.mlp = SwiGLU(d_model, mlp_hidden) if mlp_hidden else None
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        reset_children(self)
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lkda.models.block import Block
-from lkda.models.init import initialize
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
 from lkda.models.mixers import find_mixer, mixer_names
+from lkda.models.short_conv import convolutions_drawn_later
 from lkda.ops import available_backends
 
 # What a config that does not say has: models of before an option existed stay what they were.
@@ -51,12 +51,13 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
             raise ValueError(f"model.{key} must be a positive integer, got {plain[key]!r}.")
     if not isinstance(plain["mlp_hidden"], int) or plain["mlp_hidden"] < 0:
         raise ValueError(f"model.mlp_hidden must be an integer >= 0 (0: no MLP), got {plain['mlp_hidden']!r}.")
-    mixers = _mixers(plain)
+    with convolutions_drawn_later():
+        mixers = _mixers(plain)
     blocks = [
         Block(mixer, plain["d_model"], mlp_hidden=plain["mlp_hidden"], norm_eps=plain["norm_eps"]) for mixer in mixers
     ]
     model = LanguageModel(blocks, plain)
-    initialize(model, plain["init"])
+    model.draw_as_a_model()
     return model
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -19,15 +20,19 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    end_tokens: Collection[int] = (),
 ) -> Iterator[int]:
     """Yields the tokens that follow a prompt, one by one.
 
+    It ends after `max_new_tokens`, or before that where the model draws one of `end_tokens`, which is not yielded.
+
     Args:
         tokens: [1, T], the prompt, T >= 1.
-        max_new_tokens: how many to draw.
+        max_new_tokens: how many to draw at most.
         temperature: the logits are divided by it; 0 takes the likeliest token.
         top_p: draw from the fewest tokens whose probabilities reach it, in (0, 1].
         seed: of the draws.
+        end_tokens: those that end a document; without any, nothing but `max_new_tokens` ends the text.
     Raises: ValueError for a prompt, temperature or top_p out of range.
     """
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
@@ -38,17 +43,25 @@ def generate(
             f"generate: the prompt holds token ids from {int(tokens.min())} to {int(tokens.max())} and the model knows "
             f"0 to {vocab_size - 1}; encode the prompt with the tokenizer that the model was trained with."
         )
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"generate: temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}.")
-    if max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens must be >= 0, got {max_new_tokens}.")
+    check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     generator = torch.Generator().manual_seed(seed)
     logits, state = model.prefill(tokens, model.init_state(1))
     for drawn in range(max_new_tokens):
         token = _draw(logits[0].float().cpu(), temperature, top_p, generator)
+        if token in end_tokens:
+            return
         yield token
         if drawn + 1 < max_new_tokens:
             logits, state = model.step(tokens.new_tensor([token]), state)
+
+
+def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raises ValueError for what `generate` cannot draw with."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens must be a whole number >= 0, got {max_new_tokens!r}.")
+    numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (temperature, top_p))
+    if not numbers or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"generate: temperature must be >= 0 and top_p in (0, 1], got {temperature!r} and {top_p!r}.")
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lkda.models.short_conv import ShortConvolution
-
 if TYPE_CHECKING:
     from lkda.models.lm import LanguageModel
+
+
+def reset_children(module: nn.Module) -> None:
+    """Draw the weights of every module inside `module` anew, also where `to_empty` has left them without values."""
+    for child in module.children():
+        child.reset_parameters()  # type: ignore[operator]
 
 
 STD = 0.02
@@ -57,33 +61,23 @@ class Initialization:
 
 
 @torch.no_grad()
-def initialize(model: LanguageModel, config: Mapping[str, Any]) -> None:
-    """Draw the weights of a language model: linear layers N(0, 0.02), and the rest as `Initialization` says."""
+def apply_initialization(model: LanguageModel, config: Mapping[str, Any]) -> None:
+    """Make weights that were drawn by default, linear layers and embeddings as N(0, 0.02), begin as `config` says."""
     chosen = Initialization.of(config)
-    model.apply(init_weights)
     model.embed_tokens.weight.mul_(chosen.embedding_std / STD)
     if model.lm_head.weight is not model.embed_tokens.weight:
         model.lm_head.weight.mul_(chosen.head_std / STD)
     factor = {"normal": 1.0, "depth": (2 * len(model.blocks)) ** -0.5, "zero": 0.0}[chosen.outputs]
-    for name, module in model.named_modules():
-        if name.endswith((".o_proj", ".down_proj")):
-            module.weight.mul_(factor)
-        elif isinstance(module, ShortConvolution) and chosen.conv_std is not None:
-            nn.init.normal_(module.weight, std=chosen.conv_std)
+    for name, weight in model.named_parameters():
+        if name.endswith((".o_proj.weight", ".down_proj.weight")):
+            weight.mul_(factor)
+        elif name.endswith("conv1d.weight") and chosen.conv_std is not None:
+            nn.init.normal_(weight, std=chosen.conv_std)
 
 
-def init_weights(module: nn.Module) -> None:
-    """Linear layers and embeddings N(0, 0.02); convolutions uniform within 1/sqrt(width), as nn.Conv1d draws them."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=STD)
-    elif isinstance(module, ShortConvolution):
-        bound = module.width**-0.5
-        nn.init.uniform_(module.weight, -bound, bound)
-
-
-def log_uniform(*shape: int, low: float, high: float) -> Tensor:
-    """exp(U(log low, log high))"""
-    return torch.exp(torch.empty(*shape).uniform_(math.log(low), math.log(high)))
+def log_uniform_(x: Tensor, *, low: float, high: float) -> Tensor:
+    """Fill x with exp(U(log low, log high))."""
+    return x.uniform_(math.log(low), math.log(high)).exp_()
 
 
 def inverse_softplus(x: Tensor) -> Tensor:

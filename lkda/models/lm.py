@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lkda.models.block import Block
+from lkda.models.init import STD, apply_initialization
 from lkda.models.mixer import Mixer, State
+from lkda.models.short_conv import ShortConvolution
 from lkda.ops import resolve_backend
 
 
@@ -28,7 +30,24 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model, eps=config["norm_eps"])
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-        if config["tie_embeddings"]:
+        self._tie()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew. `to_empty`, after which it may be called, unties head and embedding: they are tied."""
+        for module in (self.embed_tokens, self.embed_norm, *self.blocks, self.norm, self.lm_head):
+            if module is not None:
+                module.reset_parameters()
+        self.draw_as_a_model()
+        self._tie()
+
+    def draw_as_a_model(self) -> None:
+        """Draw what begins otherwise in a model than in a layer alone: linear layers and embeddings, N(0, 0.02); and
+        convolutions, which are drawn with them. Then what `config["init"]` says."""
+        self.apply(_draw)
+        apply_initialization(self, self.config["init"])
+
+    def _tie(self) -> None:
+        if self.config["tie_embeddings"]:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -118,3 +137,10 @@ class LanguageModel(nn.Module):
             word = str(getattr(mixer, "backend", "auto"))
             resolved[mixer.op] = resolve_backend(mixer.op, word, device=device, head_dim=mixer.head_dim, dtype=dtype)
         return resolved
+
+
+def _draw(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=STD)
+    elif isinstance(module, ShortConvolution):
+        module.reset_parameters()

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lkda.models.init import reset_children
+
 State = tuple[Tensor, ...]
 
 
@@ -32,6 +34,10 @@ class Mixer(nn.Module, ABC):
             )
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as a new layer has them; a subclass with weights of its own draws these too."""
+        reset_children(self)
 
     @abstractmethod
     def forward(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lkda.models.init import reset_children
+
 
 class SwiGLU(nn.Module):
     """down(SiLU(gate(x)) * up(x)), no biases."""
@@ -14,6 +16,10 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(d_model, hidden, bias=False)
         self.up_proj = nn.Linear(d_model, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, d_model, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        reset_children(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

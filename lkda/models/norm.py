@@ -13,7 +13,12 @@ class GatedHeadNorm(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.weight = nn.Parameter(torch.empty(head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Ones."""
+        nn.init.ones_(self.weight)
 
     def forward(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """o, gate: [..., head_dim]; no gate where None."""

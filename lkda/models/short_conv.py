@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 
 from lkda.ops import short_convolution
+
+_drawn_later: ContextVar[bool] = ContextVar("drawn_later", default=False)
+
+
+@contextmanager
+def convolutions_drawn_later() -> Iterator[None]:
+    """Filters of convolutions that are built inside have no values: for who draws them after all other weights.
+
+    `build_model` does: what the weights of a seed are depends on the order in which they are drawn.
+    """
+    token = _drawn_later.set(True)
+    try:
+        yield
+    finally:
+        _drawn_later.reset(token)
 
 
 class ShortConvolution(nn.Module):
@@ -22,6 +41,13 @@ class ShortConvolution(nn.Module):
             )
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.width = width
+        if not _drawn_later.get():
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(width), as nn.Conv1d draws them."""
+        bound = self.width**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> Tensor:
         """The last width - 1 inputs, [B, width - 1, channels], zeros."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
@@ -65,16 +66,13 @@ def wandb_logger(
         save_dir: the run directory.
         config: the resolved configuration.
         project, name, group, tags: how the run is filed; runs to be compared share a group.
-    Raises:
-        ValueError: wandb is not installed.
     """
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise ValueError("logger=wandb needs the package wandb: pip install wandb, or use logger=csv.") from error
+    import wandb
+
     reason = why_offline()
     if reason is not None:
-        print(f"wandb: offline, because {reason}; send it later with `wandb sync {save_dir}/wandb/offline-run-*`")
+        files = f"{shlex.quote(save_dir)}/wandb/offline-run-*"
+        print(f"wandb: offline, because {reason}; send it later with `wandb sync {files}`")
     identity = Path(save_dir) / "wandb_id.txt"
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")

@@ -49,6 +49,9 @@ TRAINING = [
     ("data.context=0", r"data.context must be a positive whole number, got 0"),
     ("data.vocab_size=350", r"the tokenizer has 350 tokens and the model 300 rows: set model.vocab_size to 350"),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
+    # the sample at the end
+    ("sample.temperature=-1", r"sample.temperature must be 0 or more, got -1"),
+    ("sample.prompt=null", r"sample.prompt must be text, got None"),
     # directories
     ("hydra.run.dir={tmp}/short.txt/run", r"cannot create the output directory .*short.txt/run: Not a directory"),
     ("hydra.run.dir=/proc/lkda", r"cannot create the output directory /proc/lkda: No such file or directory"),
@@ -69,10 +72,15 @@ CHECKPOINT = [
 GENERATE = [
     ("ckpt={run} prompt=a temperature=-1", r"temperature must be >= 0 and top_p in \(0, 1\], got -1"),
     ("ckpt={run} prompt=a top_p=0", r"top_p in \(0, 1\], got .* and 0"),
-    ("ckpt={run} prompt=a max_new_tokens=-1", r"max_new_tokens must be >= 0, got -1"),
+    ("ckpt={run} prompt=a max_new_tokens=-1", r"max_new_tokens must be a whole number >= 0, got -1"),
     ("ckpt={run} prompt=a prompt_file={tmp}/short.txt", r"give either prompt=... or prompt_file=..., not both"),
     ("ckpt={run} prompt_file={tmp}/missing.txt", r"cannot read prompt_file .*missing.txt: No such file"),
     ("ckpt={run} prompt_file={tmp}/latin1.txt", r"the prompt in .*latin1.txt is not UTF-8"),
+    ("ckpt={run} prompt=a seed=x", r"seed must be a whole number of 0 or more, got 'x'"),
+    ("ckpt={run} prompt=a temperature=warm", r"temperature must be >= 0 and top_p in \(0, 1\], got 'warm'"),
+    ("ckpt={run} prompt=a ignore_eos=perhaps", r"ignore_eos must be true or false, got 'perhaps'"),
+    ("ckpt={run} prompt=two words", r"'words' is not key=value. A prompt of several words stands in quotes"),
+    ("ckpt={run} prompt=\udcff", r"prompt is not UTF-8"),
     ("ckpt={run} prompt=a backend=cuda", r"not on a CUDA device"),
     ("ckpt={run} prompt=a accelerator=gpu", r"a GPU was asked for and torch sees no CUDA device"),
 ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
 
 import lkda
 from lkda.commands.evaluate import evaluate
@@ -65,6 +66,8 @@ def test_another_model_on_the_command_line_is_refused(run: Path, corpus: Path, t
         overrides = small_run(corpus, f"init_from={out}", "model.d_model=64", f"hydra.run.dir={tmp_path}/again")
         config = compose("train", overrides=overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]  # as hydra.main does
     with pytest.raises(ValueError, match=r"brings its own model and tokenizer: leave out model.d_model=64"):
         train(config, tmp_path / "again")
 

@@ -2,23 +2,27 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.progress import Progress
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 import lkda
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.generate import generate
 from lkda.commands.model_source import load_trained
-from lkda.commands.text import END_OF_TEXT, text_pieces
+from lkda.commands.overrides import override
+from lkda.commands.text import encode_prompt, text_pieces
 from lkda.commands.train import train
 from lkda.data.cache import publish
 from lkda.data.prepared import tokenise
+from lkda.data.tokenizer import END_OF_TEXT
+from lkda.special_tokens import document_ends
 from tests.commands.small import composed, small_run
 
 MIXERS = ["kda", "simplified", "softmax", "mla", "kda_mla_3to1"]
@@ -86,6 +90,13 @@ def test_a_model_of_prepared_text_is_evaluated_on_it_and_on_no_other(run: Path, 
         evaluate(composed("evaluate", f"ckpt={run}", "accelerator=cpu", *data))
 
 
+def test_brackets_of_a_path_are_shown(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are no markup of the terminal."""
+    (tmp_path / "[a]").symlink_to(run, target_is_directory=True)
+    evaluate(composed("evaluate", override("ckpt", f"{tmp_path}/[a]"), "accelerator=cpu", "max_batches=1"))
+    assert "[a]" in capsys.readouterr().out
+
+
 def greedy(ckpt: Path, *overrides: str) -> str:
     out = io.StringIO()
     settings = ("accelerator=cpu", "temperature=0", "max_new_tokens=24", *overrides)
@@ -108,19 +119,90 @@ def test_streamed_text_is_that_of_the_whole_forward(trained: Path) -> None:
     assert greedy(trained, "prompt=the president") == "the president" + source.tokenizer.decode(tokens[prompt:])
 
 
-def test_prompts_come_from_three_places(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = greedy(run, "prompt=a farmer reads")
-    (tmp_path / "prompt.txt").write_text("a farmer reads")
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
+def test_prompts_come_from_three_places(
+    ending: bytes, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same text is the same prompt; a file's last line end is no part of it."""
+    expected = greedy(run, "prompt='  a farmer\n\nreads '")
+    (tmp_path / "prompt.txt").write_bytes(b"  a farmer\n\nreads " + ending)
     assert greedy(run, f"prompt_file={tmp_path}/prompt.txt") == expected
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a farmer reads\n")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"  a farmer\n\nreads " + ending)))
     assert greedy(run) == expected
 
 
-def test_the_speed_goes_to_stderr(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_one_line_end_is_dropped(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a farmer\n\n")))
+    assert greedy(run).startswith("a farmer\n")
+
+
+def test_without_standard_input_it_says_so(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="no standard input to read the prompt from: give prompt="):
+        greedy(run)
+
+
+def test_an_empty_prompt_begins_a_document(run: Path) -> None:
+    tokenizer = load_trained(run).tokenizer
+    assert encode_prompt(tokenizer, "").tolist() == [[tokenizer.token_to_id(END_OF_TEXT)]]
+    greedy(run, "prompt=''")
+
+
+def test_the_speed_and_the_reason_to_stop_go_to_stderr(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate(composed("generate", f"ckpt={run}", "prompt=a", "accelerator=cpu", "max_new_tokens=5"))
     printed = capsys.readouterr()
-    assert "tokens/s on cpu" in printed.err
+    assert re.fullmatch(r"5 tokens, .* tokens/s on cpu; stopped: max_new_tokens=5\n", printed.err)
     assert "tokens/s" not in printed.out
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_document_that_ends_ends_the_text(
+    ignore_eos: bool, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that draws END_OF_TEXT after four tokens."""
+    tokenizer = load_trained(run).tokenizer
+    drawn = iter([tokenizer.token_to_id(token) for token in ("a", "b", "c", "d", END_OF_TEXT, "e")])
+    monkeypatch.setattr(sys.modules["lkda.models.generate"], "_draw", lambda *arguments: next(drawn))
+    text = greedy(run, "prompt=x", "max_new_tokens=6", f"ignore_eos={ignore_eos}")
+    count, reason = ("6", "max_new_tokens=6") if ignore_eos else ("4", "the document ended")
+    assert text == ("xabcde" if ignore_eos else "xabcd")
+    assert re.fullmatch(rf"{count} tokens, .*; stopped: {reason}\n", capsys.readouterr().err)
+
+
+def test_a_special_token_spelled_in_a_prompt_is_text(run: Path) -> None:
+    tokenizer = load_trained(run).tokenizer
+    (tokens,) = encode_prompt(tokenizer, f"one{END_OF_TEXT}two").tolist()
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    assert tokens[0] == end
+    assert end not in tokens[1:]
+    assert tokenizer.decode(tokens[1:]) == f"one{END_OF_TEXT}two"
+
+
+@pytest.mark.parametrize(
+    ("special", "start", "ends"),
+    [
+        (["<s>", "</s>"], "<s>", {"<s>", "</s>"}),
+        (["<pad>", "<eos>"], "<eos>", {"<eos>"}),
+        (
+            ["[PAD]", "<|begin_of_text|>", "<|end_of_text|>"],
+            "<|begin_of_text|>",
+            {"<|begin_of_text|>", "<|end_of_text|>"},
+        ),
+        (["[PAD]"], None, set()),
+        ([], None, set()),
+    ],
+)
+def test_other_tokenizers_begin_and_end_documents_in_their_way(
+    special: list[str], start: str | None, ends: set[str]
+) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.add_special_tokens(special)
+    first = [] if start is None else [tokenizer.token_to_id(start)]
+    assert encode_prompt(tokenizer, "b").tolist() == [[*first, 1]]
+    assert {tokenizer.id_to_token(token) for token in document_ends(tokenizer)} == ends
+    if start is None:
+        with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer has no token that begins"):
+            encode_prompt(tokenizer, "")
 
 
 def test_the_seed_decides_the_draw(run: Path) -> None:
@@ -143,7 +225,7 @@ def test_an_unfinished_character_and_the_end_of_a_document(run: Path) -> None:
     rocket = tokenizer.encode("🚀").ids
     assert "".join(text_pieces(tokenizer, rocket[:-1])) == "\ufffd"
     end = tokenizer.token_to_id(END_OF_TEXT)
-    assert "".join(text_pieces(tokenizer, [*tokenizer.encode("a").ids, end, *rocket])) == "a"
+    assert "".join(text_pieces(tokenizer, [*tokenizer.encode("a").ids, end, *rocket])) == "a🚀"
 
 
 def test_an_exported_directory_loads(trained: Path, tmp_path: Path) -> None:

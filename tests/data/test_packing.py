@@ -19,6 +19,10 @@ def stream(*lengths: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def rows_of(tokens: np.ndarray, *, context: int, partial: bool) -> Rows:
+    return Rows(tokens, starts=np.flatnonzero(tokens == START), context=context, partial=partial)
+
+
 def training(rows: Rows, *, batch_size: int, **options: int) -> TrainingBatches:
     length = cu_seqlens_length([rows], batch_size=batch_size)
     return TrainingBatches(rows, **{"batch_size": batch_size, "cu_seqlens_length": length, "seed": 0, **options})
@@ -26,7 +30,7 @@ def training(rows: Rows, *, batch_size: int, **options: int) -> TrainingBatches:
 
 def test_targets_are_the_next_tokens_of_the_stream():
     tokens = stream(7, 5, 9)
-    rows = Rows(tokens, context=4, start=START, partial=False)
+    rows = rows_of(tokens, context=4, partial=False)
     assert rows.count == 5
     for n in range(5):
         x, y = rows.row(n)
@@ -35,7 +39,7 @@ def test_targets_are_the_next_tokens_of_the_stream():
 
 
 def test_sequences_begin_at_rows_and_at_documents():
-    rows = Rows(stream(7, 5, 9), context=4, start=START, partial=False)
+    rows = rows_of(stream(7, 5, 9), context=4, partial=False)
     batch = training(rows, batch_size=5)[0]
     tokens, bounds = batch["tokens"][0], batch["cu_seqlens"]
     starts = {n for n in range(20) if n % 4 == 0 or tokens[n] == START}
@@ -46,8 +50,8 @@ def test_sequences_begin_at_rows_and_at_documents():
 
 def test_training_and_validation_have_one_shape():
     lengths = np.random.default_rng(0).integers(1, 40, 60)
-    train = Rows(stream(*lengths), context=16, start=START, partial=False)
-    validation = Rows(stream(*[3] * 40), context=16, start=START, partial=True)
+    train = rows_of(stream(*lengths), context=16, partial=False)
+    validation = rows_of(stream(*[3] * 40), context=16, partial=True)
     length = cu_seqlens_length([train, validation], batch_size=3)
     batches = TrainingBatches(train, batch_size=3, cu_seqlens_length=length, seed=0)
     fixed = ValidationBatches(validation, batch_size=3, cu_seqlens_length=length)
@@ -61,14 +65,14 @@ def test_training_and_validation_have_one_shape():
 
 
 def test_a_batch_may_hold_more_rows_than_the_stream():
-    rows = Rows(stream(3, 3, 3, 3, 5), context=8, start=START, partial=False)
+    rows = rows_of(stream(3, 3, 3, 3, 5), context=8, partial=False)
     bounds = training(rows, batch_size=5)[0]["cu_seqlens"]
     assert bounds[-1] == 40
     assert (bounds.diff() > 0).sum() == 5 * 3  # in both of the rows two documents begin
 
 
 def test_an_epoch_holds_every_row_once_and_the_next_another_order():
-    rows = Rows(stream(101), context=10, start=START, partial=False)
+    rows = rows_of(stream(101), context=10, partial=False)
     batches = training(rows, batch_size=2, seed=3)
     epochs = [[batches[b]["tokens"].view(2, 10)[:, 0].tolist() for b in range(5 * e, 5 * e + 5)] for e in (0, 1)]
     flat = [[first for batch in epoch for first in batch] for epoch in epochs]
@@ -77,7 +81,7 @@ def test_an_epoch_holds_every_row_once_and_the_next_another_order():
 
 
 def test_a_batch_depends_on_seed_and_number_alone():
-    rows = Rows(stream(500), context=10, start=START, partial=False)
+    rows = rows_of(stream(500), context=10, partial=False)
     straight = [training(rows, batch_size=4, seed=1)[b]["tokens"] for b in range(30)]
     backwards = training(rows, batch_size=4, seed=1)
     assert all((straight[b] == backwards[b]["tokens"]).all() for b in reversed(range(30)))
@@ -85,7 +89,7 @@ def test_a_batch_depends_on_seed_and_number_alone():
 
 
 def test_ranks_share_out_what_one_process_sees():
-    rows = Rows(stream(401), context=10, start=START, partial=False)
+    rows = rows_of(stream(401), context=10, partial=False)
     whole = training(rows, batch_size=4)
     parts = [training(rows, batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
     for b in range(12):
@@ -98,7 +102,7 @@ def test_ranks_share_out_what_one_process_sees():
 @pytest.mark.parametrize("length", [31, 32, 33, 40])
 def test_validation_asks_every_token_once(length):
     tokens = stream(length)
-    rows = Rows(tokens, context=8, start=START, partial=True)
+    rows = rows_of(tokens, context=8, partial=True)
     batches = ValidationBatches(rows, batch_size=3, cu_seqlens_length=cu_seqlens_length([rows], batch_size=3))
     asked = [t for b in range(len(batches)) for t in batches[b]["targets"].flatten().tolist() if t != IGNORED]
     assert asked == tokens[1:].tolist()

@@ -272,11 +272,11 @@ def test_a_changed_file_of_the_same_size_and_time_is_read_again(tmp_path):
 def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, texts, monkeypatch):
     whole = module(tmp_path, texts, cache_dir=str(tmp_path / "whole"))
     whole.prepare()
-    monkeypatch.setattr(prepared, "_LONGEST_PIECE", 100)
+    monkeypatch.setattr(prepared, "_PIECE", 100)
     monkeypatch.setattr(prepared, "_AT_ONCE", 300)
     cut = module(tmp_path, texts, cache_dir=str(tmp_path / "cut"))
     cut.prepare()
-    assert len(list(prepared._pieces((texts / "0.txt").read_text()))) > 10
+    assert len(list(prepared._pieces((texts / "0.txt").read_text(), None))) > 10
     assert cut.tokenizer.to_str() == whole.tokenizer.to_str()
     assert (cut.train_tokens, cut.val_tokens, cut.bytes_per_token) == (
         whole.train_tokens,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from lkda.data.tokenizer import train_tokenizer
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 
@@ -18,16 +19,8 @@ TEXT = "The people of the United States, the Union and the states: so many of th
 
 @cache
 def tokenizer() -> Tokenizer:
-    """A byte-level BPE as lkda trains them."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - 10, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator([TEXT] * 9, trainer)
-    return made
+    """As lkda trains them."""
+    return train_tokenizer([TEXT] * 9, VOCAB - 10)
 
 
 def model(

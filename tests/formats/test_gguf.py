@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 import lkda
 from tests.formats.models import HYBRID, VOCAB, model, tokenizer
@@ -49,6 +49,17 @@ def test_llama(tmp_path: Path) -> None:
     assert value(found, "general.architecture") == "llama"
     assert value(found, "llama.attention.head_count_kv") == 2
     assert tensors["output.weight"].data.shape == (VOCAB, 32)
+
+
+def test_tokenizers_that_split_as_gpt2_does_are_written(tmp_path: Path) -> None:
+    """Those of GPT-2 and of older runs of lkda, which bound no word; not one that has other words."""
+    made = Tokenizer.from_str(tokenizer().to_str())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lkda.export(model(("kda",)), made, tmp_path / "old", format="gguf")
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\S+"), "isolated"), bytes_alone])
+    with pytest.raises(ValueError, match=r"is another kind"):
+        lkda.export(model(("kda",)), made, tmp_path / "new", format="gguf")
 
 
 def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:

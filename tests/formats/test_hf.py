@@ -62,6 +62,8 @@ def test_the_tokenizer_begins_a_document(tmp_path: Path) -> None:
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded(TEXT).input_ids == [0, *own.encode(TEXT).ids]
     assert loaded.decode(own.encode(TEXT).ids) == TEXT
+    endless = "x" * 1000 + " " * 1000 + "-" * 1000
+    assert loaded(endless).input_ids == [0, *own.encode(endless).ids]
     assert (loaded.bos_token, loaded.eos_token) == ("<|endoftext|>", "<|endoftext|>")
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert generation.eos_token_id == generation.bos_token_id == 0

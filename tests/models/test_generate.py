@@ -40,9 +40,19 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
     assert list(generate(model, x, max_new_tokens=10, top_p=1e-6, seed=3)) == greedy
 
 
+def test_an_end_token_ends_the_text():
+    model, x = small(["kda"]), tokens(1, 5)
+    drawn = list(generate(model, x, max_new_tokens=10, temperature=0))
+    end = drawn[4]
+    assert list(generate(model, x, max_new_tokens=10, temperature=0, end_tokens=[end])) == drawn[: drawn.index(end)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"temperature": float("nan")}, "temperature must be >= 0"),
+        ({"temperature": "hot"}, "temperature must be >= 0"),
+        ({"max_new_tokens": 1.5}, "whole number >= 0, got 1.5"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
         ({"top_p": 0.0}, "top_p in"),
         ({"max_new_tokens": -1}, ">= 0"),

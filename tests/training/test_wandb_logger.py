@@ -5,19 +5,17 @@ import io
 import json
 import socket
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from lkda.commands.train import train
 from lkda.training.task import LanguageModelTask
-from lkda.training.wandb_logger import wandb_logger, why_offline
+from lkda.training.wandb_logger import why_offline
 from tests.commands.small import composed, small_run
-
-wandb = pytest.importorskip("wandb")
 
 
 def payloads(file: Path) -> Iterator[bytes]:
@@ -146,9 +144,3 @@ def test_the_reason_to_be_offline_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(why_offline()).startswith("no account is logged in")
     monkeypatch.setattr(wandb, "login", lambda **settings: True)
     assert why_offline() is None
-
-
-def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="logger=wandb needs the package wandb: pip install wandb"):
-        wandb_logger(save_dir=str(tmp_path), config={}, project="p", name="n", group="g", tags=[])

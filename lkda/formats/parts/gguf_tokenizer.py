@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from lkda.formats.parts.tokenizer import end_of_text
+from lkda.special_tokens import document_start
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+# What ByteLevel splits text with.
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise ValueError for a tokenizer that llama.cpp's GPT-2 one does not spell alike."""
     content = json.loads(tokenizer.to_str())
-    before = content.get("pre_tokenizer") or {}
-    alike = before.get("type") == "ByteLevel" and not before.get("add_prefix_space") and before.get("use_regex", True)
+    alike = _splits_as_gpt2(content.get("pre_tokenizer") or {})
     if content["model"]["type"] != "BPE" or content.get("normalizer") is not None or not alike:
         raise ValueError(
             "format gguf writes a byte-level BPE that splits text as GPT-2 does, without a normaliser or a prefix "
             "space, as lkda's own tokenizers are; this model's tokenizer is another kind."
         )
+
+
+def _splits_as_gpt2(before: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer is GPT-2's, or lkda's, which is GPT-2's with a bound on the length of a word."""
+    match before:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return bool(before.get("use_regex", True))
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return re.sub(r"\{1,\d+\}", "+", pattern) == _GPT2_WORDS
+    return False
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, *, rows: int) -> None:
@@ -46,7 +66,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, *, rows: int) -> Non
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([_merge(pair) for pair in content["model"]["merges"]])
-    token = end_of_text(tokenizer)
+    token = document_start(tokenizer)
     writer.add_add_bos_token(token is not None)
     if token is not None:
         writer.add_bos_token_id(token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lkda.models.init import inverse_softplus, log_uniform
+from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import kda_attention_fused, kda_step_fused
@@ -72,9 +72,22 @@ class KimiDeltaAttention(RecurrentMixer):
         self.negative_eigenvalues, self.backend = negative_eigenvalues, backend
         if gate != "none":
             self.f_a_proj, self.f_b_proj = linear(d_model, self.head_dim), linear(self.head_dim, gates[gate])
-            self.A_log = nn.Parameter(torch.empty(1, 1, num_heads, 1).uniform_(1, 16).log())
-            self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(gates[gate], low=1e-3, high=1e-1)))
+            self.A_log = nn.Parameter(torch.empty(1, 1, num_heads, 1))
+            self.dt_bias = nn.Parameter(torch.empty(gates[gate]))
+            self._reset_gate()
         self.b_proj = linear(d_model, num_heads)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        super().reset_parameters()
+        if self.gate != "none":
+            self._reset_gate()
+
+    @torch.no_grad()
+    def _reset_gate(self) -> None:
+        """Rates exp(A_log) from 1 to 16 and steps softplus(dt_bias) from 0.001 to 0.1, as Mamba has them."""
+        self.A_log.uniform_(1, 16).log_()
+        self.dt_bias.copy_(inverse_softplus(log_uniform_(self.dt_bias, low=1e-3, high=1e-1)))
 
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None

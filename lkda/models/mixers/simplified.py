@@ -53,9 +53,19 @@ class SimplifiedAttention(RecurrentMixer):
             raise ValueError(f"mixer.simplified.decay must be token or constant, got {decay!r}.")
         self.backend = backend
         self.b_proj = linear(d_model, num_heads) if decay == "token" else None
-        # b = 1 - 1/memory, so its logit is log(memory - 1).
-        memory = torch.logspace(math.log10(4), math.log10(4096), num_heads)
-        self.decay_bias = nn.Parameter(torch.log(memory - 1))
+        self.decay_bias = nn.Parameter(torch.empty(num_heads))
+        self._reset_decay()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        super().reset_parameters()
+        self._reset_decay()
+
+    @torch.no_grad()
+    def _reset_decay(self) -> None:
+        """Memories from 4 to 4096 tokens: b = 1 - 1/memory, so its logit is log(memory - 1)."""
+        memory = torch.logspace(math.log10(4), math.log10(4096), self.num_heads, device=self.decay_bias.device)
+        self.decay_bias.copy_(torch.log(memory - 1))
 
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None

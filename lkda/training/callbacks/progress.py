@@ -110,7 +110,10 @@ class TrainingProgress(RichProgressBar):
             step_seconds=step_seconds,
             tokens_per_step=recorder.tokens_per_step,
         )
-        get_console().print(line, soft_wrap=True, highlight=False, markup=False)
+        if self.lines:
+            print(line, flush=True)
+        else:
+            get_console().print(line, soft_wrap=True, highlight=False, markup=False)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

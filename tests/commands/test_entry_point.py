@@ -1,0 +1,195 @@
+"""`lkda train` and the others, and the commands that a run prints."""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from lkda.commands.compare import _find
+from lkda.commands.entry_point import COMMANDS, main
+from lkda.commands.run_directory import RunDirectory
+from lkda.commands.train import _resume_command
+from tests.commands.small import ROOT, small_run
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Runs `lkda WORDS`, as from a shell. Returns its exit code."""
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/lkda", *words])
+    try:
+        main()
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    return 0
+
+
+def test_every_script_is_a_command() -> None:
+    assert {name.replace("-", "_") for name in COMMANDS} == {path.stem for path in (ROOT / "scripts").glob("*.py")}
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_it_lists_the_commands(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, *words) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in COMMANDS)
+
+
+def test_an_unknown_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed(monkeypatch, "trian") == 2
+    assert capsys.readouterr().err.startswith("error: lkda has no command 'trian'. Did you mean train? It has train,")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_names_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, name, "--help") == 0
+    printed = capsys.readouterr().out
+    assert f"lkda {name} " in printed
+    assert "scripts/" not in printed
+
+
+def test_the_flags_of_hydra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed(monkeypatch, "train", "--cfg", "job", "seed=7") == 0
+    assert capsys.readouterr().out.startswith("seed: 7\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate"], "error: ckpt is required: give ckpt=...\n"),
+        (["evaluate", "ckpt=/nowhere/a=b"], "error: there is no checkpoint at /nowhere/a=b.\n"),
+        (["export", "ckpt=[a]", "out=x"], "error: there is no checkpoint at [a].\n"),
+        (["train", "hydra.run.dir=/proc/lkda"], "error: cannot create the output directory /proc/lkda: "),
+    ],
+)
+def test_errors_are_one_line(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, *words) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
+
+
+def test_errors_name_the_door_that_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("debug=fast", "data=prose", f"data.directory={tmp_path}", "trainer=cpu", f"hydra.run.dir={tmp_path}/run")
+    assert typed(monkeypatch, "train", *small) == 2
+    assert "make it: /somewhere/bin/lkda prepare-data." in capsys.readouterr().err
+
+
+def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = []
+
+    def note(config: DictConfig, directory: str) -> None:
+        hydra = HydraConfig.get()
+        (run := RunDirectory(directory)).release()
+        resume = shlex.split(_resume_command(run))
+        jobs.append((hydra.job.name, hydra.mode, list(hydra.overrides.task), Path(directory).name, resume[1:]))
+
+    monkeypatch.setattr("lkda.commands.train.train", note)
+    words = ("mixer=kda,softmax", "sample.prompt=it's", f"hydra.sweep.dir={tmp_path}")
+    assert typed(monkeypatch, "train", "-m", *words) == 0
+    names = ["0_kda_tiny_seed1", "1_softmax_tiny_seed1"]
+    for job, name, mixer in zip(jobs, names, ("kda", "softmax"), strict=True):
+        given = [f"mixer={mixer}", r"sample.prompt='it\'s'"]
+        resume = ["train", *given, "hydra.mode=RUN", f"hydra.run.dir={tmp_path}/{name}", "resume=true"]
+        assert job == ("train", RunMode.MULTIRUN, given, name, resume)
+
+
+def test_a_job_of_an_experiment_resumes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experiment asks for a sweep; the command that is printed for one of its jobs does not."""
+    jobs: list[tuple[str, RunMode, list[str]]] = []
+
+    def note(config: DictConfig, directory: str) -> None:
+        (run := RunDirectory(directory)).release()
+        jobs.append((directory, HydraConfig.get().mode, shlex.split(_resume_command(run))[1:]))
+
+    monkeypatch.setattr("lkda.commands.train.train", note)
+    assert typed(monkeypatch, "train", "experiment=mixers_on_sotu", f"hydra.sweep.dir={tmp_path}") == 0
+    directory, mode, resume = jobs[1]
+    assert mode == RunMode.MULTIRUN
+    jobs.clear()
+    assert typed(monkeypatch, *resume) == 0
+    assert [job[:2] for job in jobs] == [(directory, RunMode.RUN)]
+
+
+def test_printed_commands_can_be_pasted(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run in a directory with everything that a shell or Hydra minds."""
+    nasty = tmp_path / 'it\'s [a] = $b, {c}; "é"' / "run 1"
+    monkeypatch.chdir(tmp_path)
+    assert typed(monkeypatch, "train", *small_run(corpus), f"hydra.run.dir={nasty}") == 0
+    (_, printed) = capsys.readouterr().out.split("\nnext:\n")
+    found = [shlex.split(line) for line in printed.splitlines()]
+    names = ["generate", "evaluate", "train", "compare"]
+    assert [words[:2] for words in found] == [["/somewhere/bin/lkda", name] for name in names]
+    generate, evaluate, train, compare = (words[1:] for words in found)
+    assert typed(monkeypatch, *generate, "max_new_tokens=2") == 0
+    assert capsys.readouterr().out.startswith("The people")
+    assert typed(monkeypatch, *evaluate, "accelerator=cpu") == 0
+    assert train == ["train", *small_run(corpus), "mixer=softmax"]  # the same data and model
+    asked = [DictConfig({})]
+    monkeypatch.setattr("lkda.commands.compare.compare", asked.append)
+    assert typed(monkeypatch, *compare) == 0
+    assert _find(asked[-1].runs) == [nasty.relative_to(tmp_path)]
+
+
+@contextmanager
+def closed_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Standard output into a pipe whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stream)
+        yield
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["train", "--cfg", "job"]])
+def test_a_reader_that_leaves_ends_a_command_quietly(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with closed_pipe(monkeypatch):
+        assert typed(monkeypatch, *words) == 1
+        sys.stdout.flush()  # as the interpreter does at its end: nothing is left that could fail
+    assert capfd.readouterr().err == ""
+
+
+def test_a_reader_that_leaves_ends_generating_quietly(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, "train", *small_run(corpus), f"hydra.run.dir={tmp_path}/run") == 0
+    capfd.readouterr()
+    for command in ("generate", "evaluate"):
+        words = ["prompt=a", "max_new_tokens=50"] if command == "generate" else []
+        with closed_pipe(monkeypatch):
+            assert typed(monkeypatch, command, f"ckpt={tmp_path}/run", "accelerator=cpu", *words) == 1
+            sys.stdout.flush()
+        assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_below_standard_output_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "wb", buffering=0) as full, io.TextIOWrapper(full, write_through=True) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert typed(monkeypatch, "train", "--cfg", "job") == 2
+        monkeypatch.undo()
+    assert capfd.readouterr().err == "error: cannot print: No space left on device.\n"
