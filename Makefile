@@ -1,16 +1,28 @@
-# make train: install into .venv, then train a small model on real text.   make test: install, then test.
+# make train: install into .venv, then train a small model on real text.   make test: install, then test, in minutes.
+# make test-slow: what takes longer; CI runs it too.   make test-long: what CI has no time for, and other programs.
+# ARGS are passed on: make test ARGS="tests/ops -k simplified".
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint clean
+# Two tests at a time, each with one thread of torch.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: train test test-slow test-long lint clean
 
 train: $(VENV)/installed
 	$(BIN)/python scripts/train.py $(ARGS)
 
+# Of the tests that ARGS choose, none need be serial: pytest then ends with 5.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not serial" $(ARGS)
-	$(BIN)/python -m pytest -m serial
+	$(BIN)/python -m pytest -m serial $(ARGS) || [ $$? -eq 5 ]
+	$(PARALLEL) -m "not serial and not slow and not long and not readers" $(ARGS)
+
+test-slow: $(VENV)/installed-dev
+	$(PARALLEL) -m slow $(ARGS)
+
+test-long: $(VENV)/installed-dev
+	$(PARALLEL) -m "long or readers" $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-# A test must neither read nor fill the user's cache, nor reach for a network.
+# A test must neither read nor fill the user's caches, nor reach for a network. What one test compiled or tokenised, no
+# other test of the session has to: xdist's workers, and a pytest that a test starts, inherit the directory.
+CACHES = "LKDA_TEST_CACHES"
+MADE_HERE = CACHES not in os.environ
+if MADE_HERE:
+    os.environ[CACHES] = tempfile.mkdtemp(prefix="lkda-tests-")
+os.environ["LKDA_CACHE"] = os.environ[CACHES] + "/lkda"
+os.environ["HF_HOME"] = os.environ[CACHES] + "/huggingface"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ[CACHES] + "/inductor"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
@@ -17,22 +26,23 @@ SUBJECTS = ("the president", "a farmer", "the old senate", "my neighbour", "ever
 VERBS = ("reads", "signs", "carries", "opposes", "remembers", "writes")
 OBJECTS = ("a letter", "the new law", "the map of the west", "some bread", "the long report", "a café menu")
 
+# Marks of few tests. A run of one of them opens only the files that hold it: `-m gpu` needs nothing but torch then, and
+# the others do not import what they do not use.
+RARE = ("gpu", "readers", "serial", "slow", "long")
+
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`pytest -m gpu` opens only files that hold such tests: torch is enough for these, and others need more."""
-    if config.getoption("markexpr") != "gpu":
+    marks = config.getoption("markexpr").split(" or ")
+    if not set(marks) <= set(RARE):
         return None
     files = [collection_path] if collection_path.is_file() else collection_path.rglob("test_*.py")
-    return None if any("mark.gpu" in file.read_text(encoding="utf-8") for file in files) else True
+    texts = (file.read_text(encoding="utf-8") for file in files)
+    return None if any(f"mark.{mark}" in text for text in texts for mark in marks) else True
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """LKDA_CACHE for this process."""
-    directory = tmp_path_factory.mktemp("cache")
-    os.environ["LKDA_CACHE"] = str(directory)
-    yield directory
-    del os.environ["LKDA_CACHE"]
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if MADE_HERE:
+        shutil.rmtree(os.environ[CACHES], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

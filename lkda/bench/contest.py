@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.jit import Kernel
 
 Inputs = dict[str, Tensor]
@@ -31,7 +32,7 @@ class Shape:
         """From "8x8192x16x64". Raises ValueError for anything else."""
         sizes = str(text).split("x")
         if len(sizes) != 4 or not all(size.isdigit() and int(size) > 0 for size in sizes):
-            raise ValueError(f"a shape is B x T x H x D, as in 8x8192x16x64, got {text}.")
+            raise InputError(f"a shape is B x T x H x D, as in 8x8192x16x64, got {text}.")
         return cls(*(int(size) for size in sizes))
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 import lkda
 from lkda.bench.contest import DTYPES, Contest, Entrant, Inputs, Shape
 from lkda.bench.timing import clock, copy_gb_per_s, graph_of, host_microseconds, launches
+from lkda.checks import InputError
 from lkda.ops.jit import architecture
 
 Row = dict[str, Any]
@@ -85,7 +86,7 @@ def cases(
     ):
         for word in words:
             if word not in allowed:
-                raise ValueError(f"{what}: there is no {word}; there are {', '.join(sorted(allowed))}.")
+                raise InputError(f"{what}: there is no {word}; there are {', '.join(sorted(allowed)) or 'none'}.")
     found = []
     for contest in contests:
         entrants: list[tuple[str, str | None, str]] = [(w, None, "") for w in backends if w in contest.backends]

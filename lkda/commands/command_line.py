@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import difflib
-import dis
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, MissingMandatoryValue
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 import lkda
+from lkda.checks import InputError
 from lkda.commands.invocation import by_this_door
 
 BAD_INPUT = 2
 FAILED = 1
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # what the user asked for, before this module asks too
 _HOME = Path(lkda.__file__).parent
+# What takes settings from the configuration as they are: what these packages say of a value is for the user.
+_CONFIGURED = ("lightning", "lightning_utilities", "hydra", "omegaconf")
 
 
 class CommandError(RuntimeError):
@@ -53,6 +55,7 @@ def readable_errors() -> Iterator[None]:
         if TRACEBACKS or message is None:
             raise
         print(f"error: {by_this_door(message)}", file=sys.stderr)
+        _leave_no_empty_directory()
         if _in_a_sweep():
             raise  # an exception fails this job alone; the sweep's other jobs go on
         raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None
@@ -73,20 +76,67 @@ def _in_a_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def _leave_no_empty_directory() -> None:
+    """Hydra makes the output directory before a command begins."""
+    runtime = HydraConfig.get().runtime if HydraConfig.initialized() else None
+    if runtime is None or OmegaConf.is_missing(runtime, "output_dir"):
+        return
+    made = Path(runtime.output_dir)
+    if made.absolute() != Path.cwd():
+        with suppress(OSError):  # something is in it
+            made.rmdir()
+
+
 def _message(error: Exception) -> str | None:
     """The one line for an error that the user can mend; None for a bug."""
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
-        return _message(error.__cause__)
+        known = _message(error.__cause__)
+        # A class that is not there, say; what is raised within one of lkda's is a bug.
+        within = any(path.is_relative_to(_HOME) for path in _files(error.__cause__))
+        return known if known is not None or within else _configuration_message(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is required: give {error.full_key}=..."
-    if isinstance(error, (HydraException, InterpolationResolutionError)):
+    if isinstance(error, (CommandError, InputError)):
+        return _on_one_line(str(error))
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _configuration_message(error)
-    if isinstance(error, CommandError) or (isinstance(error, ValueError) and _raised_by_lkda(error)):
-        return str(error)
-    if isinstance(error, OSError) and not _inside_lkda(error):
-        what = "print" if error.filename is None else f"create the output directory {error.filename}"
-        return f"cannot {what}: {error.strerror}."
+    if isinstance(error, OSError):
+        return _of_the_system(error)
+    if _out_of_memory(error):
+        return (
+            f"out of memory ({_on_one_line(str(error))[:200]}): lower data.batch_size (with "
+            "trainer.accumulate_grad_batches in its place), data.context or the size of the model."
+        )
+    if isinstance(error, (ValueError, TypeError, *_misconfiguration())) and _raised_by(error, _CONFIGURED):
+        return f"a setting does not do: {_on_one_line(str(error))}"
     return None
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _of_the_system(error: OSError) -> str:
+    """A file that is not there or may not be used, a full disk, a network that is down."""
+    what = error.strerror or _on_one_line(str(error)) or type(error).__name__
+    if error.filename is None:
+        return f"{what}." if _inside_lkda(error) else f"cannot print: {what}."
+    if _inside_lkda(error):
+        return f"{error.filename}: {what}."
+    return f"cannot create the output directory {error.filename}: {what}."
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On a GPU, or on the CPU, where torch has no type of error for it."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _misconfiguration() -> tuple[type[Exception], ...]:
+    """Lightning's error for a setting, where Lightning is loaded."""
+    module = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return () if module is None else (module.MisconfigurationException,)
 
 
 def _files(error: Exception) -> list[Path]:
@@ -94,14 +144,10 @@ def _files(error: Exception) -> list[Path]:
     return [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
-def _raised_by_lkda(error: Exception) -> bool:
-    """Whether a `raise` statement of this package made the error, rather than a call inside it that failed."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or not Path(last.tb_frame.f_code.co_filename).is_relative_to(_HOME):
-        return False
-    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+def _raised_by(error: Exception, packages: tuple[str, ...]) -> bool:
+    """Whether a module of one of `packages` raised the error."""
+    files = _files(error)
+    return bool(files) and any(package in files[-1].parts for package in packages)
 
 
 def _inside_lkda(error: Exception) -> bool:
@@ -112,7 +158,7 @@ def _inside_lkda(error: Exception) -> bool:
 
 def _configuration_message(error: Exception) -> str:
     """Hydra's own words on one line; for an unknown key, those that exist, the nearest one first."""
-    text = " ".join(re.split(r"\n(?:full_key|Config search path)", str(error))[0].split())
+    text = " ".join(re.split(r"\n(?:full_key|Config search path)|, set env var HYDRA", str(error))[0].split())
     cause = error.__cause__
     if not isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or not isinstance(cause.parent_node, DictConfig):
         return text

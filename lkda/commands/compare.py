@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 
+from lkda.checks import InputError, check_values
+from lkda.commands.settings import plain
 from lkda.report.comparison import compare as compare_runs
 from lkda.report.table import as_cells, rich_table
+
+OPTIONS = {
+    "runs": Path | Sequence[Path],
+    "out": Path,
+    "title": str,
+    "step": int | None,
+    "alone": bool,
+    "bench": Path | None,
+}
 
 
 def compare(config: DictConfig) -> None:
@@ -20,6 +32,7 @@ def compare(config: DictConfig) -> None:
         config: composed from configs/compare.yaml.
     Raises: ValueError where nothing is found, none of it is a finished run, or `out` cannot be written.
     """
+    check_values(plain(config), OPTIONS)
     directories = _find(config.runs)
     out = Path(config.out)
     benchmark = None if config.bench is None else Path(config.bench)
@@ -28,7 +41,7 @@ def compare(config: DictConfig) -> None:
             directories, out, title=config.title, benchmark=benchmark, step=config.step, alone=config.alone
         )
     except OSError as error:
-        raise ValueError(f"out={out} cannot be written: {error.strerror}.") from error
+        raise InputError(f"out={out} cannot be written: {error.strerror}.") from error
     terminal = Console(highlight=False, markup=False)
     console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False)
     console.print(rich_table(*as_cells(result.rows)))
@@ -50,6 +63,6 @@ def _find(runs: str | ListConfig) -> list[Path]:
         literal = [str(pattern)] if os.path.exists(str(pattern)) else []
         paths = literal or sorted(glob.glob(str(pattern), recursive=True))
         if not paths:
-            raise ValueError(f"runs={pattern} matches nothing; give run directories, as in runs='outputs/*'.")
+            raise InputError(f"runs={pattern} matches nothing; give run directories, as in runs='outputs/*'.")
         found |= dict.fromkeys(Path(path) for path in paths)
     return list(found)

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import lkda
+from lkda.checks import InputError
 from lkda.commands.command_line import BAD_INPUT, readable_errors
 from lkda.commands.invocation import by_this_door
 from lkda.commands.overrides import as_typed
@@ -100,7 +101,7 @@ def _check_words(arguments: Sequence[str]) -> None:
     for before, word in zip(["", *arguments], arguments, strict=False):
         value_of_a_flag = before.startswith("-") and "=" not in before
         if "=" not in word and not word.startswith(("-", "~")) and not value_of_a_flag:
-            raise ValueError(
+            raise InputError(
                 f"{word!r} is not key=value. A prompt of several words stands in quotes, as in "
                 "prompt='Fellow citizens'; or give prompt_file=PATH, or pipe the text in."
             )

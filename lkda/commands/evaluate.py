@@ -5,30 +5,51 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
+from lkda.checks import InputError, check_values
 from lkda.commands.harness import run_tasks
 from lkda.commands.model_source import TrainedModel, load_trained
-from lkda.commands.settings import device_of, plain
+from lkda.commands.paths import data_with_absolute_paths
+from lkda.commands.settings import check_options, device_of, plain
+from lkda.data.cache import expanded
+from lkda.data.fingerprint import differences
 from lkda.data.module import IndexedDataModule
 from lkda.data.synthetic import check_count
+from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
 from lkda.ops.kda.state import STATE_DTYPES
-from lkda.report.files import write_atomically
 from lkda.training.accuracy import PartMetrics
 from lkda.training.positions import PositionLoss
 from lkda.training.task import next_token_losses
+
+PRECISION = torch.float32  # of the weights and of what is computed
+OPTIONS = {
+    "ckpt": Path,
+    "seed": int,
+    "accelerator": str,
+    "backend": str,
+    "out": Path | None,
+    "stepwise": bool,
+    "state_dtype": str | None,
+    "max_batches": int | None,
+    "tasks": Sequence[str],
+    "tasks_path": Path | None,
+    "limit": int | None,
+}
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -44,15 +65,22 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: no usable checkpoint or data, an unknown task, or settings that do not go together.
     """
-    plain(config)
-    _check(config)
+    settings = plain(config)
+    _check(config, settings)
     console = Console(soft_wrap=True, markup=False)
     device = device_of(config.accelerator)
     trained = load_trained(config.ckpt, backend=config.backend)
-    trained.model.resolve_backends(device, torch.float32)
+    backends = trained.model.resolve_backends(device, PRECISION)
     if config.tasks:
-        return _tasks(config, trained, device, console)
+        result = _tasks(config, trained, device, console)
+        ran = {name: settings[name] for name in ("tasks", "tasks_path", "limit")}
+        _write(config, trained, result, device, ran | {"backend": backends})
+        return result
     data = _data(config, trained)
+    changed = differences(trained.fingerprint, data.fingerprint)
+    if changed:
+        told = f"{' and '.join(changed)} of {data.source} are not those of the run that trained {trained.path}"
+        console.print(f"note: {told}.", highlight=False, markup=False)
     model = trained.model.to(device)
     title, state_dtype = f"{trained.path} on {data.source}, validation", None
     if config.stepwise:
@@ -60,38 +88,74 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         state_dtype = model.state_dtype
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
     result = (_of_parts if data.parts else _of_text)(model, data, device=device, limit=config.max_batches)
-    table = Table(title=title, show_header=False)
+    table = Table(title=Text(title), show_header=False)
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
-    if config.out:
-        record = {
-            "ckpt": str(trained.path),
-            "run": trained.run,
-            "data": OmegaConf.to_container(_data_config(config, trained)),
-            "stepwise": config.stepwise,
-            "state_dtype": state_dtype,
-        }
-        write_atomically(Path(config.out), json.dumps(record | {"result": result}, indent=1) + "\n")
+    ran = {
+        "data": OmegaConf.to_container(_data_config(config, trained)),
+        "fingerprint": dict(data.fingerprint),
+        "differs_from_the_run": changed,
+        "stepwise": config.stepwise,
+        "state_dtype": state_dtype,
+        "max_batches": config.max_batches,
+        # A model that reads token by token calls the operators' steps, which have no option `backend`.
+        "backend": None if config.stepwise else backends,
+    }
+    _write(config, trained, result, device, ran)
     return result
 
 
-def _check(config: DictConfig) -> None:
-    if not isinstance(config.stepwise, bool):
-        raise ValueError(f"stepwise must be true or false, got {config.stepwise!r}.")
+def _write(
+    config: DictConfig, trained: TrainedModel, result: dict[str, float], device: torch.device, ran: dict[str, Any]
+) -> None:
+    """What was measured and how, as JSON into `out`, if given. Raises OSError where it cannot be written."""
+    if config.out is None:
+        return
+    record = {
+        "ckpt": str(trained.path.absolute()),
+        "step": trained.step,
+        "run": trained.run,
+        **ran,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": str(PRECISION).removeprefix("torch."),
+        "result": result,
+    }
+    out = expanded(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps(record, indent=1) + "\n")
+
+
+def _check(config: DictConfig, settings: dict[str, Any]) -> None:
+    check_values(settings, OPTIONS)
     if config.max_batches is not None:
         check_count("max_batches", config.max_batches, least=1)
-    if config.tasks and (config.stepwise or config.max_batches is not None):
-        raise ValueError("stepwise and max_batches are for data, which tasks=[...] replaces: give one or the other.")
+    if config.limit is not None:
+        check_count("limit", config.limit, least=1)
+    for_data = {"stepwise": config.stepwise or None, "max_batches": config.max_batches, "data": config.get("data")}
+    for_tasks = {"tasks_path": config.tasks_path, "limit": config.limit}
+    unused = [name for name, value in (for_data if config.tasks else for_tasks).items() if value is not None]
+    if unused and config.tasks:
+        told = f"{unused[0]} is not for tasks=[...], which are measured in place of data"
+        raise InputError(f"{told}: give one or the other.")
+    if unused:
+        raise InputError(f"{unused[0]} is for tasks=[...]: name some, or leave it out.")
+    if config.stepwise and config.backend != "auto":
+        raise InputError(
+            f"backend={config.backend} is how whole sequences are computed, and stepwise=true reads token by token: "
+            "leave one of them out."
+        )
+    if config.out is not None:
+        check_output_file(expanded(config.out), option="out")
     if config.state_dtype is None:
         return
     if config.state_dtype not in STATE_DTYPES:
         known = ", ".join(STATE_DTYPES)
-        raise ValueError(
+        raise InputError(
             f"state_dtype must be one of {known}, got {config.state_dtype!r}; leave it out for the model's own."
         )
     if not config.stepwise:
-        raise ValueError(
+        raise InputError(
             f"state_dtype={config.state_dtype} is how a state is kept from token to token: add stepwise=true."
         )
 
@@ -99,6 +163,7 @@ def _check(config: DictConfig) -> None:
 def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
     """The data to measure on, prepared; text with the model's own tokenizer."""
     chosen = _data_config(config, trained)
+    check_options(chosen)
     with tempfile.TemporaryDirectory() as folder:
         own = {}
         if "tokenizer_path" in chosen:
@@ -108,14 +173,14 @@ def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
         data.prepare()
     name = chosen.get("_target_")
     if data.tokenizer is None and trained.vocabulary is not None:
-        raise ValueError(f"{trained.path} is a model of text, and {name} has none: give data=...")
+        raise InputError(f"{trained.path} is a model of text, and {name} has none: give data=...")
     if data.tokenizer is not None and data.tokenizer.to_str() != trained.tokenizer.to_str():
-        raise ValueError(
+        raise InputError(
             f"{data.source} was tokenised with another tokenizer than {trained.path} has: give data=files."
         )
     rows = trained.model.config["vocab_size"]
     if data.vocab_size > rows:
-        raise ValueError(f"the data have {data.vocab_size} tokens and the model {rows} rows: give the data of its run.")
+        raise InputError(f"the data have {data.vocab_size} tokens and the model {rows} rows: give the data of its run.")
     return data
 
 
@@ -161,7 +226,7 @@ def _batches(model: LanguageModel, data: IndexedDataModule, limit: int | None) -
 def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, console: Console) -> dict[str, float]:
     found = run_tasks(trained, list(config.tasks), folder=config.tasks_path, limit=config.limit, device=device)
     result = {f"{task}/{metric}": value for task, values in found.items() for metric, value in values.items()}
-    table = Table(title=f"{trained.path}, lm-eval", show_header=False)
+    table = Table(title=Text(f"{trained.path}, lm-eval"), show_header=False)
     for name, value in result.items():
         table.add_row(name, f"{value:,.4f}")
     console.print(table)
@@ -193,11 +258,15 @@ def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
     A run's config.yaml is only followed to this project's own data modules: `_target_` names code.
     """
     if "data" in config:
-        return config.data
+        given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        unused = [word for word in given if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
+        if unused and "tokenizer_path" in config.data:
+            raise InputError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
+        return data_with_absolute_paths(config.data)
     recorded = trained.path.parent.parent / "config.yaml"
     if not recorded.is_file():
-        raise ValueError(f"{trained.path} lies in no run directory that says what data it saw: give data=...")
+        raise InputError(f"{trained.path} lies in no run directory that says what data it saw: give data=...")
     data = OmegaConf.load(recorded).data
     if not str(data.get("_target_")).startswith("lkda.data."):
-        raise ValueError(f"{recorded} names a data module outside lkda.data ({data.get('_target_')}): give data=...")
-    return data
+        raise InputError(f"{recorded} names a data module outside lkda.data ({data.get('_target_')}): give data=...")
+    return data_with_absolute_paths(data)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import lkda
+from lkda.checks import check_values
 from lkda.commands.model_source import TrainedModel, load_trained
 from lkda.commands.run_directory import read_summary
 from lkda.commands.settings import plain
@@ -27,7 +28,7 @@ def export(config: DictConfig) -> Path:
         ValueError: an unknown format or dtype, an unusable checkpoint, a model that the format cannot express, an
             occupied or unwritable directory.
     """
-    plain(config)
+    check_values(plain(config), {"ckpt": Path, "out": Path, "format": str, "dtype": str | None})
     module = find_format(config.format)
     trained = load_trained(config.ckpt)
     check_export(trained.model.config, format=config.format, dtype=config.dtype)

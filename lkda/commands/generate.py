@@ -11,6 +11,7 @@ from typing import TextIO
 import torch
 from omegaconf import DictConfig
 
+from lkda.checks import InputError
 from lkda.commands.model_source import load_trained
 from lkda.commands.settings import device_of, plain
 from lkda.commands.text import check_text, encode_prompt, text_pieces
@@ -39,7 +40,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     check_sampling(**sampling)
     check_count("seed", config.seed, least=0)
     if not isinstance(config.ignore_eos, bool):
-        raise ValueError(f"ignore_eos must be true or false, got {config.ignore_eos!r}.")
+        raise InputError(f"ignore_eos must be true or false, got {config.ignore_eos!r}.")
     prompt = _prompt(config)
     trained = load_trained(config.ckpt, backend=config.backend)
     trained.model.resolve_backends(device, torch.float32)
@@ -63,7 +64,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
 def _prompt(config: DictConfig) -> str:
     """As it was typed; of a file or standard input, without its last line end: editors and `echo` add one."""
     if config.prompt is not None and config.prompt_file is not None:
-        raise ValueError("give either prompt=... or prompt_file=..., not both.")
+        raise InputError("give either prompt=... or prompt_file=..., not both.")
     if config.prompt is not None:
         return check_text("prompt", config.prompt)
     source = "standard input"
@@ -72,15 +73,15 @@ def _prompt(config: DictConfig) -> str:
             source = f"prompt_file {config.prompt_file}"
             text = Path(str(config.prompt_file)).read_bytes().decode("utf-8")
         elif sys.stdin is None:
-            raise ValueError("there is no standard input to read the prompt from: give prompt=... or prompt_file=....")
+            raise InputError("there is no standard input to read the prompt from: give prompt=... or prompt_file=....")
         else:
             if sys.stdin.isatty():
                 print("type the prompt, then Ctrl-D:", file=sys.stderr)
             text = sys.stdin.buffer.read().decode("utf-8")
     except OSError as error:
-        raise ValueError(f"cannot read {source}: {error.strerror}.") from error
+        raise InputError(f"cannot read {source}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt in {source} is not UTF-8: {error}.") from error
+        raise InputError(f"the prompt in {source} is not UTF-8: {error}.") from error
     return text.removesuffix("\n").removesuffix("\r")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.commands.model_source import TrainedModel
 from lkda.commands.shipped import TASKS
 from lkda.data.tokenizer import document_start, encode_text
@@ -29,16 +30,16 @@ def run_tasks(
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(f"tasks=[...] needs lm-eval: pip install 'lkda[eval]' ({error}).") from error
+        raise InputError(f"tasks=[...] needs lm-eval: pip install 'lkda[eval]' ({error}).") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder = Path(folder or TASKS)
     if not folder.is_dir():
-        raise ValueError(f"tasks_path={folder} is no directory of lm-eval's task files.")
+        raise InputError(f"tasks_path={folder} is no directory of lm-eval's task files.")
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         known = ", ".join(sorted(manager.all_tasks)) or "none"
-        raise ValueError(f"{folder} holds no task {', '.join(unknown)}; it holds {known}.")
+        raise InputError(f"{folder} holds no task {', '.join(unknown)}; it holds {known}.")
     found = lm_eval.simple_evaluate(
         model=_language_model(trained, device),
         tasks=names,

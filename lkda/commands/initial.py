@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import lkda
+from lkda.checks import InputError
 from lkda.commands.invocation import command
 from lkda.commands.overrides import override
 from lkda.models.lm import LanguageModel
@@ -31,12 +32,12 @@ def with_initial_model(config: DictConfig) -> tuple[DictConfig, LanguageModel | 
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     clashing = [word for word in given if word.lstrip("+~").split("=")[0].startswith(_BROUGHT) and not _harmless(word)]
     if clashing:
-        raise ValueError(f"init_from brings its own model and tokenizer: leave out {' '.join(clashing)}.")
+        raise InputError(f"init_from brings its own model and tokenizer: leave out {' '.join(clashing)}.")
     if "tokenizer_path" not in config.data:
-        raise ValueError("init_from brings a model of text and its tokenizer: give data of text, as data=files.")
+        raise InputError("init_from brings a model of text and its tokenizer: give data of text, as data=files.")
     directory = Path(config.init_from).absolute()
     if (directory / "checkpoints").is_dir() and not (directory / "config.json").exists():
-        raise ValueError(
+        raise InputError(
             f"init_from takes an exported directory, and {directory} is a run: export it first, "
             f"{command('export', override('ckpt', str(config.init_from)), 'out=...')}"
         )

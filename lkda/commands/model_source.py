@@ -8,6 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
+from lkda.commands.run_directory import fingerprint_of
 from lkda.formats import load
 from lkda.formats.parts.building import build_with_weights
 from lkda.models.lm import LanguageModel
@@ -24,6 +26,7 @@ class TrainedModel:
         run: plain facts (mixer, data, bytes_per_token, ...), {} for an exported directory.
         path: the file or directory that was read.
         step: of the run, None for an exported directory.
+        fingerprint: of the data that it was trained on, {} where it is not known.
     """
 
     model: LanguageModel
@@ -31,12 +34,13 @@ class TrainedModel:
     path: Path
     run: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
+    fingerprint: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError where the model's tokens are no text."""
         if self.vocabulary is None:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} was trained on {self.run['data']}, whose tokens are no text; this needs a model of text."
             )
         return self.vocabulary
@@ -51,6 +55,8 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     Raises:
         ValueError: nothing is there, or it is truncated, of another kind, or holds another model's weights.
     """
+    if not isinstance(path, str | Path) or not str(path):
+        raise InputError(f"ckpt must be a path (one of digits alone needs quotes), got {path!r}.")
     path = Path(path)
     if path.is_dir() and (path / "config.json").exists():
         model, tokenizer = load(path, backend=backend)
@@ -67,4 +73,4 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     }
     model = build_with_weights(ours["model"], weights, source=path, backend=backend)
     vocabulary = None if ours["tokenizer"] is None else Tokenizer.from_str(ours["tokenizer"])
-    return TrainedModel(model, vocabulary, path, ours["run"], ours["step"])
+    return TrainedModel(model, vocabulary, path, ours["run"], ours["step"], fingerprint_of(checkpoint))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lkda.checks import InputError, check_values
 from lkda.commands.invocation import command
 from lkda.commands.overrides import override
-from lkda.data.cache import default_cache_dir
+from lkda.commands.settings import plain
+from lkda.data.cache import default_cache_dir, expanded
 from lkda.data.prose import SOURCES, prepare_prose
 
 
@@ -20,13 +23,16 @@ def prepare_data(config: DictConfig) -> None:
         config: composed from configs/prepare_data.yaml.
     Raises: ValueError for an unknown source, one that cannot be had, or a directory that is there already.
     """
+    check_values(plain(config), {"out": Path | None, "vocab_size": int, "sources": Sequence[str] | None})
     known = {source.name: source for source in SOURCES}
     wanted = list(known) if config.sources is None else list(config.sources)
+    if not wanted:
+        raise InputError(f"sources is empty; there are {', '.join(known)}.")
     for name in wanted:
         if name not in known:
-            raise ValueError(f"there is no source {name!r}; there are {', '.join(known)}.")
+            raise InputError(f"there is no source {name!r}; there are {', '.join(known)}.")
     default = default_cache_dir() / "prose"
-    out = Path(config.out).expanduser() if config.out else default
+    out = expanded(config.out) if config.out else default
     terminal = Console(highlight=False, markup=False)
     console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False)
     manifest = prepare_prose(out, vocab_size=config.vocab_size, sources=[known[name] for name in wanted])

@@ -8,18 +8,37 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
 
-from lkda.training.checkpoint import newest_intact, write_atomically
+from lkda.checks import InputError
+from lkda.commands.paths import data_with_absolute_paths
+from lkda.data.fingerprint import of_tokenizer
+from lkda.io import write_atomically
+from lkda.training.checkpoint import newest_intact
 
 # Settings that change what a run computes: a run is resumed with the same ones.
-_FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from")
-_FIXED_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "val_check_interval", "limit_val_batches")
-# Where things lie and how many hands fetch them is free.
-_FREE = ("cache_dir", "num_workers", "pin_memory")
+_FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from", "trainer")
+# How long a run is, where things lie, how many hands fetch them and what is shown are free. So are, outside of _FIXED,
+# the backend, compile, checkpoint, logger, callbacks and sample.
+_FREE = {
+    "data": ("cache_dir", "num_workers", "pin_memory"),
+    "trainer": (
+        *("max_steps", "max_tokens", "accelerator", "log_every_n_steps", "detect_anomaly", "profiler"),
+        *("enable_model_summary", "enable_progress_bar"),
+        # The same in every run.
+        *("max_epochs", "check_val_every_n_epoch", "num_sanity_val_steps", "use_distributed_sampler"),
+    ),
+}
+# Where the content of data is known by its fingerprint, its place is free too.
+_PLACES = ("paths", "val_paths", "tokenizer_path", "directory")
+# What a configuration of lkda has: another program's config.yaml is not written over.
+_OURS = {"model", "mixer", "data", "trainer"}
 
 
 class RunDirectory:
@@ -39,20 +58,42 @@ class RunDirectory:
         self.samples = self.path / "samples.txt"
         self.tokenizer = self.path / "tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
+        there = [path for path in self._files() if path.exists()]
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.checkpoints):
                 pass
         except OSError as error:
-            raise ValueError(f"cannot write the run directory {self.path}: {error.strerror}.") from error
+            raise InputError(f"cannot write the run directory {self.path}: {error.strerror}.") from error
         self._lock = os.open(self.checkpoints, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"another process is training in {self.path}. Wait for it, or choose another.") from error
+            os.close(self._lock)
+            raise InputError(f"another process is training in {self.path}. Wait for it, or choose another.") from error
+        self._before = there
+
+    def _files(self) -> tuple[Path, ...]:
+        return self.config, self.metrics, self.summary, self.samples, self.tokenizer
+
+    def holds_run(self) -> bool:
+        """Whether a run has come as far as its first step here: there is a checkpoint, or a row in metrics.csv."""
+        if any(not path.name.startswith(".") for path in self.checkpoints.glob("*.ckpt*")):
+            return True
+        return self.metrics.exists() and self.metrics.read_bytes().count(b"\n") > 1
 
     def release(self) -> None:
-        """Let others train here. The lock also ends with the process."""
+        """Let others train here. The lock also ends with the process.
+
+        A run that failed before its first step leaves nothing: what it wrote is removed, and the directory if empty.
+        """
+        if not self.holds_run():
+            for path in self._files():
+                if path not in self._before:
+                    path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.path):
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
         os.close(self._lock)
 
     def begin(self, config: Mapping[str, Any], *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
@@ -61,28 +102,54 @@ class RunDirectory:
         Returns: the newest intact checkpoint of the run that is here, its path and content; None to start afresh.
         Raises:
             ValueError: a run is here and `resume` is false; or it has other settings; or none of its checkpoints can
-                be read.
+                be read; or a config.yaml is here that is none of lkda's.
         """
-        if not self.config.exists():
-            return None
-        if not resume:
-            raise ValueError(
+        before = self._recorded()
+        if self.holds_run() and not resume:
+            raise InputError(
                 f"{self.path} already holds a run. Continue it with resume=true, or choose another hydra.run.dir."
-            )
-        before = OmegaConf.to_container(OmegaConf.load(self.config))
-        assert isinstance(before, dict)
-        changed = list(_differences(_fixed(before), _fixed(config)))
-        if changed:
-            raise ValueError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}); it cannot resume."
             )
         for left_over in self.checkpoints.glob(".*.tmp"):
             left_over.unlink()
-        return newest_intact(self.checkpoints)
+        if not self.holds_run():
+            return None
+        if before is None:
+            raise InputError(f"{self.path} holds a run without its config.yaml, so its settings are not known.")
+        self._check_settings(before, config, free_places=True)
+        saved = newest_intact(self.checkpoints)
+        self._check_settings(before, config, free_places=saved is None or "train" in fingerprint_of(saved[1]))
+        return saved
+
+    def _recorded(self) -> dict[Any, Any] | None:
+        """What config.yaml holds. Raises ValueError where it is another program's."""
+        if not self.config.exists():
+            return None
+        try:
+            found = OmegaConf.to_container(OmegaConf.load(self.config))
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.config} cannot be read: {' '.join(str(error).split())}.") from error
+        if not isinstance(found, dict) or not found.keys() >= _OURS:
+            raise InputError(f"{self.config} is no configuration of lkda's: choose another hydra.run.dir.")
+        return found
+
+    def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
+        changed = _differences(_fixed(before, free_places), _fixed(now, free_places))
+        if changed:
+            raise InputError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}); it cannot resume."
+            )
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Record the resolved configuration. From here on the directory holds a run."""
         write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+
+    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Record the tokenizer."""
+        write_atomically(self.tokenizer, tokenizer.to_str(pretty=True))
+
+    def write_samples(self, text: str) -> None:
+        """Record what was drawn at the end."""
+        write_atomically(self.samples, text + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Record the result."""
@@ -112,18 +179,33 @@ def read_summary(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _fixed(config: Mapping[Any, Any]) -> dict[str, Any]:
-    fixed = {key: config.get(key) for key in _FIXED}
-    trainer = config.get("trainer") or {}
-    return {**fixed, "trainer": {key: trainer.get(key) for key in _FIXED_TRAINER}}
+def fingerprint_of(checkpoint: Mapping[str, Any]) -> dict[str, str | None]:
+    """Of the data and the tokenizer that a checkpoint was trained with; of the tokenizer alone, if any, where it was
+    written before runs had a fingerprint."""
+    ours = checkpoint["lkda"]
+    found = dict(ours["run"].get("fingerprint") or {})
+    if ours["tokenizer"] is not None:
+        found["tokenizer"] = of_tokenizer(Tokenizer.from_str(ours["tokenizer"]))
+    return found
+
+
+def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:
+    """The settings that must stay, paths absolute."""
+    free = {**_FREE, "data": (*_FREE["data"], *(_PLACES if free_places else ()))}
+    absolute = OmegaConf.to_container(data_with_absolute_paths(OmegaConf.create(dict(config.get("data") or {}))))
+    found: dict[str, Any] = {**{key: config.get(key) for key in _FIXED}, "data": absolute}
+    for group, names in free.items():
+        found[group] = {key: value for key, value in (found[group] or {}).items() if key not in names}
+    if isinstance(found["init_from"], str):
+        found["init_from"] = os.path.abspath(found["init_from"])
+    return found
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Every leaf in which two nested dicts differ, as `key: before, now`."""
+    """Every leaf in which two nested dicts differ, as `key: before there, now here`."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return [] if before == now else [f"{key}: {before} there, {now} here"]
     found = []
     for name in [*before, *(name for name in now if name not in before)]:
-        if name not in _FREE:
-            found += _differences(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+        found += _differences(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
     return found

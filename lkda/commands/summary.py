@@ -67,6 +67,7 @@ def summarize(
         "precision": settings["trainer"]["precision"],
         "state_dtype": _state_dtype(model),
         "seed": facts["seed"],
+        "fingerprint": facts["fingerprint"],
         "steps": step,
         "seconds": seconds,
         "clipped_share": _clipped_share(run),

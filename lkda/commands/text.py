@@ -9,17 +9,18 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.data.tokenizer import document_start, encode_text
 
 
 def check_text(name: str, value: object) -> str:
     """`value`, which must be text that UTF-8 can hold. Raises ValueError naming the setting."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {value!r}; in quotes of its own, as in '\"{value}\"', it is text.")
+        raise InputError(f"{name} must be text, got {value!r}; in quotes of its own, as in '\"{value}\"', it is text.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are none come as lone surrogates
-        raise ValueError(f"{name} is not UTF-8: {error}.") from error
+        raise InputError(f"{name} is not UTF-8: {error}.") from error
     return value
 
 
@@ -31,7 +32,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
     start = document_start(tokenizer)
     tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
     if not tokens:
-        raise ValueError("the prompt is empty, and the tokenizer has no token that begins a document: give a prompt.")
+        raise InputError("the prompt is empty, and the tokenizer has no token that begins a document: give a prompt.")
     return torch.tensor([tokens])
 
 

@@ -17,12 +17,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lkda.checks import InputError
 from lkda.commands.closing import draw_sample, print_closing
 from lkda.commands.command_line import CommandError
 from lkda.commands.initial import with_initial_model
 from lkda.commands.invocation import command, given_overrides
 from lkda.commands.overrides import override
-from lkda.commands.run_directory import RunDirectory
+from lkda.commands.paths import with_absolute_paths
+from lkda.commands.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.settings import (
     check_model,
     check_options,
@@ -83,7 +85,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     """
     _quiet()
     _check(plain(config))
-    config, initial = with_initial_model(config)
+    config, initial = with_initial_model(with_absolute_paths(config))
     settings = plain(config)
     device = device_of(config.trainer.accelerator)
     settings["trainer"]["precision"] = resolve_precision(settings["trainer"]["precision"], device)
@@ -100,7 +102,7 @@ def _check(settings: dict[str, Any]) -> None:
     """Raise ValueError for what no run can use, whatever its data and its device."""
     for group in GROUPS:
         if settings.get(group) is None:
-            raise ValueError(f"{group} is null, and a run needs one: leave {group}=null out, or choose another.")
+            raise InputError(f"{group} is null, and a run needs one: leave {group}=null out, or choose another.")
     check_trainer(settings["trainer"])
     check_optimizer(settings["optimizer"])
     check_schedule(settings["scheduler"])
@@ -110,7 +112,7 @@ def _check(settings: dict[str, Any]) -> None:
     for name in ("compile", "resume"):
         check_switch(name, settings[name])
     if not isinstance(settings["init_from"], str | None):
-        raise ValueError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
+        raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
 
 
 def _quiet() -> None:
@@ -160,11 +162,12 @@ def _train_in(
     console = Console(highlight=False, markup=False)
     saved = run.begin(settings, resume=config.resume)
     if saved is None and any(run.checkpoints.glob("*.ckpt")):
-        raise ValueError(
+        raise InputError(
             f"{run.checkpoints} holds checkpoints, and config.yaml, which says of what run, is not beside it. Put it "
             "back, or choose another hydra.run.dir."
         )
     data = instantiate(config.data)
+    data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
     plan = _plan(config, settings, device, data, saved)
     if plan.step >= plan.steps and run.read_summary().get("status") == "finished":
@@ -173,7 +176,7 @@ def _train_in(
     _check_steps(run, plan)
     run.write_config(settings)
     if data.tokenizer is not None:
-        data.tokenizer.save(str(run.tokenizer))
+        run.write_tokenizer(data.tokenizer)
     _announce(console, run, plan)
     model, ending = _fit(run, plan, data, initial)
 
@@ -194,7 +197,7 @@ def _train_in(
     sample = None
     if data.tokenizer is not None:
         sample = draw_sample(model.to(device), data.tokenizer, settings["sample"], seed=config.seed)
-        run.samples.write_text(sample + "\n", encoding="utf-8")
+        run.write_samples(sample)
     print_closing(console, run, summary, sample)
     return summary
 
@@ -220,6 +223,7 @@ def _plan(
         "bytes_per_token": data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
         "parts": [dict(part) for part in data.parts],
+        "fingerprint": dict(data.fingerprint),
     }
     return _Plan(
         config=config,
@@ -239,7 +243,7 @@ def _check_steps(run: RunDirectory, plan: _Plan) -> None:
     if plan.step < plan.steps:
         return
     if plan.step > plan.steps or plan.step not in steps_with(run.metrics, "val/loss"):
-        raise ValueError(
+        raise InputError(
             f"{run.path} has {plan.step} steps already, which leaves none to train and validate of {plan.steps}: "
             f"give trainer.max_steps={plan.step + 1} or more."
         )
@@ -301,7 +305,7 @@ def _fit(
         except (InterruptedRunError, DivergedError) as ending:
             return task.model, ending
         except MisconfigurationException as error:
-            raise ValueError(f"Lightning refuses these settings: {_one_line(error)}") from error
+            raise InputError(f"Lightning refuses these settings: {_one_line(error)}") from error
     return task.model, None
 
 
@@ -325,9 +329,9 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
     try:
         trainer = instantiate(options, callbacks=callbacks + shown, logger=loggers, plugins=[AtomicCheckpointIO()])
     except InstantiationException as error:
-        raise ValueError(f"Lightning refuses these settings: {_one_line(error.__cause__ or error)}") from error
+        raise InputError(f"Lightning refuses these settings: {_one_line(error.__cause__ or error)}") from error
     if trainer.precision != options["precision"]:  # Lightning may take another, and only warn
-        raise ValueError(f"trainer.precision={options['precision']} would run as {trainer.precision}: give that.")
+        raise InputError(f"trainer.precision={options['precision']} would run as {trainer.precision}: give that.")
     return trainer
 
 

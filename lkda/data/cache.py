@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lkda.checks import InputError
+
 _FACTS = "facts.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def default_cache_dir() -> Path:
-    """LKDA_CACHE, or ~/.cache/lkda."""
-    return Path(os.environ.get("LKDA_CACHE") or Path.home() / ".cache" / "lkda")
+    """LKDA_CACHE, or ~/.cache/lkda. Raises ValueError where neither is known."""
+    given = os.environ.get("LKDA_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "lkda"
+    except RuntimeError as error:  # HOME is not set, and the system knows no home of this user
+        raise InputError(
+            "there is no home directory to keep a cache in: set LKDA_CACHE to a directory that can be written."
+        ) from error
+
+
+def expanded(path: str) -> Path:
+    """`path` with the home directory in place of ~. Raises ValueError where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"the home directory in {path} is not known: write the path in full.") from error
 
 
 @contextmanager
@@ -28,24 +48,39 @@ def building(entry: Path) -> Iterator[Path]:
     scratch = entry.with_name(f".{entry.name}.building")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(entry.with_name(f".{entry.name}.lock"), os.O_CREAT | os.O_RDWR)
+        lock = _locked(entry.with_name(f".{entry.name}.lock"))
     except OSError as error:
         raise _not_writable(entry, error) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left behind
             scratch.mkdir()
         except OSError as error:
             raise _not_writable(entry, error) from error
         yield scratch
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise _not_writable(entry, error) from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        entry.with_name(f".{entry.name}.lock").unlink(missing_ok=True)
         os.close(lock)
 
 
-def _not_writable(entry: Path, error: OSError) -> ValueError:
-    return ValueError(
+def _locked(path: Path) -> int:
+    """A descriptor of the lock file `path`, with its lock held. Whoever holds it removes the file."""
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return lock
+        os.close(lock)  # the one that had it has removed it meanwhile
+
+
+def _not_writable(entry: Path, error: OSError) -> InputError:
+    return InputError(
         f"cannot write the cache {entry.parent}: {error.strerror}. Set data.cache_dir or LKDA_CACHE to a directory "
         "that can be written."
     )

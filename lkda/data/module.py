@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import lightning as L
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+
+from lkda.checks import InputError
+from lkda.data.fingerprint import Fingerprint
+
+MOST_WORKERS = 256
 
 
 class Numbered(Protocol):
@@ -46,6 +52,9 @@ class IndexedDataModule(L.LightningDataModule):
             validates); None of any other.
         parts: what each validation set of other data is like, as {"length": 256, "pairs": 64}; a validation batch's
             "part" counts in it. Empty where validation is one text.
+        fingerprint: hashes of the content, see `lkda.data.fingerprint`.
+
+    Set `expected` before `prepare` to go on with a run: its fingerprint, which the data must have.
 
     Args:
         num_workers: processes that make training batches; 0: the training process does.
@@ -61,17 +70,24 @@ class IndexedDataModule(L.LightningDataModule):
     bytes_per_token: float | None = None
     unigram_entropy: float | None = None
     parts: Sequence[Mapping[str, int]] = ()
+    fingerprint: Fingerprint = MappingProxyType({})
+    expected: Fingerprint = MappingProxyType({})
 
     def __init__(self, *, num_workers: int = 0, pin_memory: bool | None = None) -> None:
         super().__init__()
         if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-            raise ValueError(f"data.num_workers must be a whole number of 0 or more, got {num_workers!r}.")
+            raise InputError(f"data.num_workers must be a whole number of 0 or more, got {num_workers!r}.")
+        if num_workers > MOST_WORKERS:
+            raise InputError(f"data.num_workers must be at most {MOST_WORKERS}, got {num_workers}: each is a process.")
         self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.start_batch = 0
 
     def prepare(self) -> None:
-        """Checks the options and the data, and builds what the batches need. A second call does nothing."""
+        """Checks the options and the data, and builds what the batches need. A second call does nothing.
+
+        Raises: ValueError for data that will not do, or that are not the expected ones.
+        """
         raise NotImplementedError
 
     def training_batches(self, *, rank: int, world_size: int) -> Numbered:

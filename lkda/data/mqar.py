@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lkda.checks import InputError
 from lkda.data.drawing import distinct, weighted
 from lkda.data.packing import IGNORED
 from lkda.data.synthetic import Examples, SyntheticDataModule
@@ -53,12 +54,12 @@ class MQAR(SyntheticDataModule):
 
     def check(self, *, length: int, pairs: int) -> None:
         if 4 * pairs > length:
-            raise ValueError(
+            raise InputError(
                 f"mqar needs 4 tokens of length a pair, got length {length} and {pairs} pairs: "
                 f"ask for at most {length // 4} pairs."
             )
         if pairs > self.keys_below - 1:
-            raise ValueError(
+            raise InputError(
                 f"mqar draws {pairs} different keys from [1, {self.keys_below}): set data.vocab_size to "
                 f"{2 * (pairs + 1)} or more."
             )

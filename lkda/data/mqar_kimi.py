@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lkda.checks import InputError
 from lkda.data.by_length import LengthTask
 from lkda.data.drawing import distinct
 from lkda.data.packing import IGNORED
@@ -53,11 +54,11 @@ class KimiMQAR(LengthTask):
 
     def check(self, *, length: int) -> None:
         if length % 4:
-            raise ValueError(
+            raise InputError(
                 f"pairs, once written and once asked, fill multiples of 4 tokens; got a length of {length}."
             )
         if length // 4 > self.keys_below - 1:
-            raise ValueError(
+            raise InputError(
                 f"{length // 4} different keys do not fit into [1, {self.keys_below}): set data.vocab_size to "
                 f"{length // 2 + 2} or more."
             )

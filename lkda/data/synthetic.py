@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lkda.checks import InputError
+from lkda.data.fingerprint import check_same, of_arrays, of_texts
 from lkda.data.module import IndexedDataModule
 from lkda.data.order import endless
 from lkda.data.packing import IGNORED
 
 Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORED where nothing is asked
 _TRAINING, _VALIDATION = 0, 1
+_SHOWN = 16  # examples of a part that its fingerprint holds
 
 
 class SyntheticDataModule(IndexedDataModule):
@@ -55,7 +59,7 @@ class SyntheticDataModule(IndexedDataModule):
         self.train_parts = [self._checked("train", part) for part in train]
         self.parts = [self._checked("validation", part) for part in validation]
         if not self.train_parts or not self.parts:
-            raise ValueError("data.train and data.validation need a part each, as in [{length: 64, examples: 1000}].")
+            raise InputError("data.train and data.validation need a part each, as in [{length: 64, examples: 1000}].")
         self.source = type(self).__module__.rpartition(".")[2]
         self.context = max(part["length"] for part in self.train_parts)
 
@@ -69,21 +73,38 @@ class SyntheticDataModule(IndexedDataModule):
 
     def _checked(self, group: str, part: Mapping[str, int]) -> dict[str, int]:
         if not isinstance(part, Mapping):
-            raise ValueError(f"a part of data.{group} is like {{length: 64, examples: 1000}}; got {part!r}.")
+            raise InputError(f"a part of data.{group} is like {{length: 64, examples: 1000}}; got {part!r}.")
         plain = dict(part)
         missing = {"length", "examples"} - plain.keys()
         if missing:
-            raise ValueError(f"a part of data.{group} lacks {', '.join(sorted(missing))}: {plain}.")
+            raise InputError(f"a part of data.{group} lacks {', '.join(sorted(missing))}: {plain}.")
         for name, value in plain.items():
             check_count(f"{name} of a part of data.{group}", value, least=1)
         try:
             self.check(**_shape(plain))
         except TypeError as error:
-            raise ValueError(f"a part of data.{group} has the wrong entries: {plain} ({error}).") from error
+            raise InputError(f"a part of data.{group} has the wrong entries: {plain} ({error}).") from error
         return plain
 
     def prepare(self) -> None:
         self.val_batches = len(self.validation_batches())
+        total = sum(part["examples"] for part in self.train_parts)
+        mixture = [{**_shape(part), "share": part["examples"] / total} for part in self.train_parts]
+        self.fingerprint = {
+            "train": self._fingerprint(self.train_parts, mixture, self.fresh),
+            "validation": self._fingerprint(self.parts, self.parts),
+            "tokenizer": None,
+        }
+        check_same(self.expected, self.fingerprint, source=self.source)
+
+    def _fingerprint(self, parts: Sequence[Mapping[str, int]], *told: Any) -> str:
+        """Of what is `told` and of a few examples of each part, in which every option of the drawing shows.
+
+        The seed is left out: it says which examples of the same data a run sees.
+        """
+        drawn = [self.draw(_SHOWN, np.random.default_rng(0), **_shape(part)) for part in parts]
+        arrays = of_arrays(*(array for example in drawn for array in example))
+        return of_texts([json.dumps([self.source, self.vocab_size, *told]), arrays])
 
     @property
     def tokens_per_batch(self) -> int:
@@ -158,4 +179,4 @@ def _shape(part: Mapping[str, int]) -> dict[str, int]:
 def check_count(name: str, value: object, *, least: int) -> None:
     """Raises ValueError for what is no whole number of `least` or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+        raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}.")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lkda.data.cache import default_cache_dir
+from lkda.checks import InputError
+from lkda.data.cache import default_cache_dir, expanded
 from lkda.data.corpus import file_sources, sotu_sources
+from lkda.data.fingerprint import check_same
 from lkda.data.module import IndexedDataModule
 from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
 from lkda.data.prepared import Corpus, Prepared, load_prepared, prepare_corpus
@@ -62,29 +64,29 @@ class TextDataModule(IndexedDataModule):
     ) -> None:
         super().__init__(num_workers=num_workers, pin_memory=pin_memory)
         if source not in self.sources:
-            raise ValueError(f"data.source must be one of {', '.join(self.sources)}, got {source!r}.")
+            raise InputError(f"data.source must be one of {', '.join(self.sources)}, got {source!r}.")
         if source != "files" and (paths or val_paths):
-            raise ValueError(f"data.paths and data.val_paths belong to data.source=files, not to {source}.")
+            raise InputError(f"data.paths and data.val_paths belong to data.source=files, not to {source}.")
         if source != "prose" and directory:
-            raise ValueError(f"data.directory belongs to data.source=prose, not to {source}.")
+            raise InputError(f"data.directory belongs to data.source=prose, not to {source}.")
         if source == "prose" and tokenizer_path:
-            raise ValueError("data.tokenizer_path does not do for data.source=prose, which is tokenised already.")
+            raise InputError("data.tokenizer_path does not do for data.source=prose, which is tokenised already.")
         positive = {"context": context, "batch_size": batch_size, "vocab_size": vocab_size}
         if max_val_batches is not None:
             positive["max_val_batches"] = max_val_batches
         for name, value in positive.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"data.{name} must be a positive whole number, got {value!r}.")
+                raise InputError(f"data.{name} must be a positive whole number, got {value!r}.")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"data.seed must be a whole number of 0 or more, got {seed!r}.")
+            raise InputError(f"data.seed must be a whole number of 0 or more, got {seed!r}.")
         if not tokenizer_path:
             check_vocab_size(vocab_size)
         self.source, self.context, self.batch_size, self.seed = source, context, batch_size, seed
         self.paths, self.val_paths = paths, val_paths
         self.val_fraction, self.val_from_year, self.text_column = val_fraction, val_from_year, text_column
         self.wanted_vocab_size, self.tokenizer_path = vocab_size, tokenizer_path
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.directory = Path(directory).expanduser() if directory else self.cache_dir / "prose"
+        self.cache_dir = expanded(cache_dir) if cache_dir else default_cache_dir()
+        self.directory = expanded(directory) if directory else self.cache_dir / "prose"
         self.max_val_batches = max_val_batches
         self._prepared = False
 
@@ -96,11 +98,13 @@ class TextDataModule(IndexedDataModule):
         if self._prepared:
             return
         prepared = self._read()
+        check_same(self.expected, prepared.fingerprint, source=self.source)
+        self.fingerprint = prepared.fingerprint
         self.tokenizer = prepared.tokenizer
         self.vocab_size = vocabulary_rows(prepared.tokenizer)
         for name, stream in (("training", prepared.train), ("validation", prepared.validation)):
             if len(stream) < self.context + 1:
-                raise ValueError(
+                raise InputError(
                     f"the {name} text has {len(stream)} tokens, fewer than one context of {self.context} and the token "
                     f"after it; give more text, or a data.context of at most {len(stream) - 1}."
                 )
@@ -122,6 +126,7 @@ class TextDataModule(IndexedDataModule):
             vocab_size=self.wanted_vocab_size,
             tokenizer_path=Path(self.tokenizer_path) if self.tokenizer_path else None,
             cache_dir=self.cache_dir,
+            expected=self.expected,
         )
 
     def _corpus(self) -> Corpus:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lkda.checks import InputError
 from lkda.special_tokens import END_OF_TEXT, document_start, special_tokens
 
 __all__ = [
@@ -41,7 +42,7 @@ _WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{
 def check_vocab_size(vocab_size: int) -> None:
     """Raises ValueError for a vocabulary that cannot hold every byte."""
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(
+        raise InputError(
             f"data.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
         )
 
@@ -78,11 +79,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no tokenizer at {path}.")
+        raise InputError(f"there is no tokenizer at {path}.")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer.json ({error}).") from error
+        raise InputError(f"{path} is not a tokenizer.json ({error}).") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

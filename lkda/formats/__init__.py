@@ -24,8 +24,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
 from lkda.formats.parts.card import model_card
 from lkda.formats.parts.reading import read_config
+from lkda.io import named
 from lkda.models.lm import LanguageModel
 
 __all__ = ["check_export", "find_format", "load", "names", "save"]
@@ -40,7 +42,7 @@ def names() -> list[str]:
 def find_format(name: str) -> ModuleType:
     """The module of format `name`. Raises ValueError listing those that there are."""
     if name not in names():
-        raise ValueError(f"format must be one of {', '.join(names())}, got {name!r}.")
+        raise InputError(f"format must be one of {', '.join(names())}, got {name!r}.")
     return importlib.import_module(f"{__name__}.{'native' if name == 'lkda' else name}")
 
 
@@ -56,11 +58,11 @@ def check_export(config: Mapping[str, Any], *, format: str, dtype: str | None) -
     """
     module = find_format(format)
     if dtype is not None and dtype not in module.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(module.DTYPES)} in format {format}, got {dtype!r}.")
+        raise InputError(f"dtype must be one of {', '.join(module.DTYPES)} in format {format}, got {dtype!r}.")
     obstacle = module.obstacle(config)
     if obstacle is not None:
         able = [name for name in names() if find_format(name).obstacle(config) is None]
-        raise ValueError(f"format {format} cannot express {obstacle}; {' and '.join(able)} can.")
+        raise InputError(f"format {format} cannot express {obstacle}; {' and '.join(able)} can.")
     return dtype or module.DTYPES[0]
 
 
@@ -89,17 +91,19 @@ def save(
     directory = Path(directory).absolute()
     try:
         if _occupied(directory):
-            raise ValueError(f"the directory {directory} is not empty. Choose another, or empty it.")
+            raise InputError(f"the directory {directory} is not empty. Choose another, or empty it.")
         directory.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
     except OSError as error:
-        raise ValueError(f"cannot write the directory {directory}: {error.strerror}.") from error
+        raise InputError(f"cannot write the directory {directory}: {error.strerror}.") from error
     try:
         module.save(unfinished, model, tokenizer, dtype=dtype)
         card = model_card(directory.name, model, usage=module.usage(directory.name), dtype=dtype, run=run or {})
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp makes it private
         os.replace(unfinished, directory)  # over an empty directory, if one is there
+    except OSError as error:
+        raise named(error, directory) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -127,5 +131,5 @@ def load(directory: str | Path, *, backend: str = "auto") -> tuple[LanguageModel
     readers = {word: module for module in map(find_format, names()) for word in module.MODEL_TYPES}
     word = config.get("model_type")
     if word not in readers:
-        raise ValueError(f"{directory / 'config.json'} says model_type {word!r}; lkda reads {', '.join(readers)}.")
+        raise InputError(f"{directory / 'config.json'} says model_type {word!r}; lkda reads {', '.join(readers)}.")
     return readers[word].load(config, directory, backend=backend)

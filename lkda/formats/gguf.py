@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.formats.parts import kimi, llama
 from lkda.formats.parts.embedding import folded
 from lkda.formats.parts.gguf_tokenizer import add_tokenizer, check_tokenizer
@@ -73,7 +74,7 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
     try:
         from gguf import GGUFWriter
     except ImportError as error:
-        raise ValueError("format gguf needs the package gguf: pip install 'lkda[export]'.") from error
+        raise InputError("format gguf needs the package gguf: pip install 'lkda[export]'.") from error
     check_tokenizer(tokenizer)
     model = folded(model)
     softmax = llama.is_llama(model.config)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
 from lkda.formats.parts import kimi, llama
 from lkda.formats.parts.building import build_with_weights
 from lkda.formats.parts.embedding import FOLDED, folded, needs_folding
@@ -88,7 +89,7 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
     model = build_with_weights(made, weights, source=directory, backend=backend, stored_as=stored_as)
     scale = config.get("lkda_latent_scale", 1.0)
     if not isinstance(scale, float) or not scale > 0:
-        raise ValueError(f"config.json of {directory}: lkda_latent_scale must be a number above 0, got {scale!r}.")
+        raise InputError(f"config.json of {directory}: lkda_latent_scale must be a number above 0, got {scale!r}.")
     model.load_state_dict(kimi.with_scaled_latent(model.state_dict(), model, 1 / scale))
     return model, read_tokenizer(directory)
 

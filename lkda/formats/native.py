@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
 from lkda.formats.parts.building import build_with_weights
 from lkda.formats.parts.reading import read_tokenizer, read_weights
 from lkda.formats.parts.writing import DTYPES, weights_of, write_json, write_weights
@@ -41,7 +42,7 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
 def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[LanguageModel, Tokenizer]:
     """Read what `save` wrote. Raises ValueError where it is of another version or does not fit together."""
     if config.get("format") != FORMAT or not isinstance(config.get("model"), dict):
-        raise ValueError(f"{directory / 'config.json'} does not say format {FORMAT} and hold a model.")
+        raise InputError(f"{directory / 'config.json'} does not say format {FORMAT} and hold a model.")
     weights = read_weights(directory)
     made = current_config(config["model"])
     if config["model"].get("tie_embeddings", True) and "embed_tokens.weight" in weights:

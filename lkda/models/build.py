@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from lkda.checks import InputError, check_types
 from lkda.models.block import Block
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
@@ -24,6 +26,8 @@ DEFAULTS: dict[str, Any] = {
     "backend": "auto",
     "context": 0,
 }
+# More than any machine holds: building such a model would not end.
+_MOST = {"vocab_size": 2**26, "d_model": 2**20, "mlp_hidden": 2**22, "num_layers": 2**14}
 REQUIRED = ("vocab_size", "d_model", "num_layers", "mixer")
 
 
@@ -41,16 +45,24 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
     unknown = set(config) - {*REQUIRED, *DEFAULTS}
     missing = [key for key in REQUIRED if key not in config]
     if unknown or missing:
-        raise ValueError(
+        raise InputError(
             f"a model's config holds {', '.join((*REQUIRED, *DEFAULTS))}; "
             f"missing here: {', '.join(missing) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}."
         )
     plain: dict[str, Any] = {**DEFAULTS, **config, "mixer": dict(config["mixer"])}
     for key in ("vocab_size", "d_model", "num_layers"):
-        if not isinstance(plain[key], int) or plain[key] < 1:
-            raise ValueError(f"model.{key} must be a positive integer, got {plain[key]!r}.")
-    if not isinstance(plain["mlp_hidden"], int) or plain["mlp_hidden"] < 0:
-        raise ValueError(f"model.mlp_hidden must be an integer >= 0 (0: no MLP), got {plain['mlp_hidden']!r}.")
+        if isinstance(plain[key], bool) or not isinstance(plain[key], int) or plain[key] < 1:
+            raise InputError(f"model.{key} must be a positive integer, got {plain[key]!r}.")
+    if isinstance(plain["mlp_hidden"], bool) or not isinstance(plain["mlp_hidden"], int) or plain["mlp_hidden"] < 0:
+        raise InputError(f"model.mlp_hidden must be an integer >= 0 (0: no MLP), got {plain['mlp_hidden']!r}.")
+    for key, most in _MOST.items():
+        if plain[key] > most:
+            raise InputError(f"model.{key} must be at most {most}, got {plain[key]}.")
+    if not isinstance(plain["tie_embeddings"], bool):
+        raise InputError(f"model.tie_embeddings must be true or false, got {plain['tie_embeddings']!r}.")
+    eps = plain["norm_eps"]
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
+        raise InputError(f"model.norm_eps must be a number above 0, got {eps!r}.")
     with convolutions_drawn_later():
         mixers = _mixers(plain)
     blocks = [
@@ -65,13 +77,13 @@ def _mixers(config: dict[str, Any]) -> list[Mixer]:
     mixer = config["mixer"]
     pattern = mixer.get("pattern")
     if not pattern or isinstance(pattern, str) or "num_heads" not in mixer:
-        raise ValueError(
+        raise InputError(
             f"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern {pattern!r} and "
             f"num_heads {mixer.get('num_heads')!r}. A model of one mixer has a pattern of one name, as [kda]."
         )
     unknown = set(mixer) - {"name", "pattern", "num_heads", *mixer_names()}
     if unknown:
-        raise ValueError(
+        raise InputError(
             "mixer holds `pattern`, `num_heads`, a `name` for the record and options under the mixers' names "
             f"({', '.join(mixer_names())}); "
             f"unknown: {', '.join(sorted(unknown))}."
@@ -82,19 +94,23 @@ def _mixers(config: dict[str, Any]) -> list[Mixer]:
     known = {name: backend in words for name, words in known_words.items()}
     if not any(known.values()):
         words = sorted({word for found in known_words.values() for word in found})
-        raise ValueError(f"no mixer of {', '.join(classes)} has a backend {backend!r}; they have {', '.join(words)}.")
+        raise InputError(f"no mixer of {', '.join(classes)} has a backend {backend!r}; they have {', '.join(words)}.")
     layers = (pattern[i % len(pattern)] for i in range(config["num_layers"]))
     return [_mixer(name, classes[name], config, mixer, backend if known[name] else "auto") for name in layers]
 
 
 def _mixer(name: str, cls: type[Mixer], config: dict[str, Any], mixer: dict[str, Any], backend: str) -> Mixer:
-    options = dict(mixer.get(name) or {})
+    options = {} if mixer.get(name) is None else mixer[name]
+    if not isinstance(options, Mapping):
+        raise InputError(f"mixer.{name} must hold the options of that mixer by name, got {options!r}.")
+    options = dict(options)
     allowed = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     takes_backend = "backend" in allowed
     allowed = [option for option in allowed if option != "backend"]
     unknown = [option for option in options if option not in allowed]
     if unknown:
-        raise ValueError(f"mixer {name!r} has no option {', '.join(unknown)}; it has {', '.join(allowed)}.")
+        raise InputError(f"mixer {name!r} has no option {', '.join(unknown)}; it has {', '.join(allowed)}.")
+    check_types(cls, options, prefix=f"mixer.{name}.")
     if takes_backend:
         options["backend"] = backend
     return cls(config["d_model"], mixer["num_heads"], **options)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.models.lm import LanguageModel
 
 
@@ -36,10 +37,10 @@ def generate(
     Raises: ValueError for a prompt, temperature or top_p out of range.
     """
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
-        raise ValueError(f"generate: tokens must be [1, T] with T >= 1, got {list(tokens.shape)}.")
+        raise InputError(f"generate: tokens must be [1, T] with T >= 1, got {list(tokens.shape)}.")
     vocab_size = model.embed_tokens.num_embeddings
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
-        raise ValueError(
+        raise InputError(
             f"generate: the prompt holds token ids from {int(tokens.min())} to {int(tokens.max())} and the model knows "
             f"0 to {vocab_size - 1}; encode the prompt with the tokenizer that the model was trained with."
         )
@@ -58,10 +59,10 @@ def generate(
 def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float) -> None:
     """Raises ValueError for what `generate` cannot draw with."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens must be a whole number >= 0, got {max_new_tokens!r}.")
+        raise InputError(f"generate: max_new_tokens must be a whole number >= 0, got {max_new_tokens!r}.")
     numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (temperature, top_p))
     if not numbers or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"generate: temperature must be >= 0 and top_p in (0, 1], got {temperature!r} and {top_p!r}.")
+        raise InputError(f"generate: temperature must be >= 0 and top_p in (0, 1], got {temperature!r} and {top_p!r}.")
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError
+
 if TYPE_CHECKING:
     from lkda.models.lm import LanguageModel
 
@@ -47,16 +49,16 @@ class Initialization:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(config) - set(known))
         if unknown:
-            raise ValueError(f"model.init has no {', '.join(unknown)}; it has {', '.join(known)}.")
+            raise InputError(f"model.init has no {', '.join(unknown)}; it has {', '.join(known)}.")
         made = cls(**config)
         if made.outputs not in OUTPUTS:
-            raise ValueError(f"model.init.outputs must be one of {', '.join(OUTPUTS)}, got {made.outputs!r}.")
+            raise InputError(f"model.init.outputs must be one of {', '.join(OUTPUTS)}, got {made.outputs!r}.")
         for name in ("embedding_std", "head_std", "conv_std"):
             value = getattr(made, name)
             if name == "conv_std" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"model.init.{name} must be a number of 0 or more, got {value!r}.")
+                raise InputError(f"model.init.{name} must be a number of 0 or more, got {value!r}.")
         return made
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError
 from lkda.models.init import reset_children
 
 State = tuple[Tensor, ...]
@@ -27,9 +28,9 @@ class Mixer(nn.Module, ABC):
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
-        if num_heads < 1 or d_model % num_heads:
-            raise ValueError(
-                f"mixer.num_heads must divide model.d_model = {d_model}, got {num_heads}; "
+        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1 or d_model % num_heads:
+            raise InputError(
+                f"mixer.num_heads must divide model.d_model = {d_model}, got {num_heads!r}; "
                 f"choose one of {[h for h in range(1, d_model + 1) if d_model % h == 0][:12]}."
             )
         self.num_heads = num_heads
@@ -78,7 +79,7 @@ class Mixer(nn.Module, ABC):
 def refuse_packed_state(cu_seqlens: Tensor | None, state: State | None) -> None:
     """Packed sequences start afresh: carrying a state into them would need one a sequence."""
     if cu_seqlens is not None and state is not None:
-        raise ValueError("state continues whole sequences [B, T]; it cannot be given together with cu_seqlens.")
+        raise InputError("state continues whole sequences [B, T]; it cannot be given together with cu_seqlens.")
 
 
 def linear_flops(module: nn.Module) -> float:

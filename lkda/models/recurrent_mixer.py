@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lkda.checks import InputError
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
 from lkda.models.short_conv import ShortConvolution
@@ -38,12 +39,12 @@ class RecurrentMixer(Mixer):
     ) -> None:
         super().__init__(d_model, num_heads)
         if activation not in ("silu", "none"):
-            raise ValueError(f"activation (of q, k and v) must be silu or none, got {activation!r}.")
+            raise InputError(f"activation (of q, k and v) must be silu or none, got {activation!r}.")
         if activation == "none" and conv_width:
-            raise ValueError(f"activation=none needs conv_width=0, got {conv_width}: a short convolution has its SiLU.")
+            raise InputError(f"activation=none needs conv_width=0, got {conv_width}: a short convolution has its SiLU.")
         self.activation = activation
         if output_gate and not output_norm:
-            raise ValueError("output_gate gates the normalised output: set output_norm=true too, or output_gate=false.")
+            raise InputError("output_gate gates the normalised output: set output_norm=true too, or output_gate=false.")
         self.q_proj, self.k_proj, self.v_proj = (linear(d_model, d_model) for _ in range(3))
         convolutions = (ShortConvolution(d_model, conv_width) if conv_width else None for _ in range(3))
         self.q_conv1d, self.k_conv1d, self.v_conv1d = convolutions

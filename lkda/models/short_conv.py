@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError
 from lkda.ops import short_convolution
 
 _drawn_later: ContextVar[bool] = ContextVar("drawn_later", default=False)
@@ -36,7 +37,7 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         if width < 1:
-            raise ValueError(
+            raise InputError(
                 f"conv_width must be at least 1 (0 in a mixer's options means no convolution), got {width}."
             )
         self.weight = nn.Parameter(torch.empty(channels, 1, width))

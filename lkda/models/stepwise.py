@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.models.mixers import find_mixer
@@ -64,7 +65,7 @@ def _keeping_states_in(state_dtype: str, config: dict[str, Any]) -> dict[str, An
     names = dict.fromkeys(config["mixer"]["pattern"])
     having = [name for name in names if "state_dtype" in inspect.signature(find_mixer(name)).parameters]
     if not having:
-        raise ValueError(
+        raise InputError(
             f"state_dtype={state_dtype} is for models with KDA layers, and this one has {', '.join(names)}: "
             "leave it out."
         )

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lkda.checks import InputError
+
 
 def always(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
     """A backend in plain PyTorch: nothing stops it."""
@@ -49,12 +51,12 @@ def choose(
         for word, candidate in backends.items():
             if candidate.automatic and candidate.cannot_run(device, head_dim, dtype) is None:
                 return word
-        raise ValueError(f"{name}(backend='auto'): none of {', '.join(backends)} can run on {device} in {dtype}.")
+        raise InputError(f"{name}(backend='auto'): none of {', '.join(backends)} can run on {device} in {dtype}.")
     if backend not in backends:
-        raise ValueError(f"{name}: backend must be one of auto, {', '.join(backends)}, got {backend!r}.")
+        raise InputError(f"{name}: backend must be one of auto, {', '.join(backends)}, got {backend!r}.")
     reason = backends[backend].cannot_run(device, head_dim, dtype)
     if reason is not None:
-        raise ValueError(f"{name}(backend={backend!r}): {reason}")
+        raise InputError(f"{name}(backend={backend!r}): {reason}")
     return backend
 
 
@@ -62,7 +64,7 @@ def _backends(op: str) -> Mapping[str, Backend]:
     try:
         return importlib.import_module(f"lkda.ops.{op}.op").BACKENDS
     except ModuleNotFoundError as error:
-        raise ValueError(f"there is no op {op!r} in lkda.ops (looked for lkda/ops/{op}/op.py)") from error
+        raise InputError(f"there is no op {op!r} in lkda.ops (looked for lkda/ops/{op}/op.py)") from error
 
 
 def available_backends(op: str) -> tuple[str, ...]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
+
 
 def check_shape(fn: str, name: str, x: Tensor, axes: str, sizes: dict[str, int]) -> None:
     """`x` has the axes (letters, as in "B T H K") with the sizes known so far; a new letter is learnt from `x`."""
     letters, shape = axes.split(), x.shape
     if len(shape) != len(letters):
-        raise ValueError(f"{fn}: {name} must be [{', '.join(letters)}], got a shape of {list(shape)}.")
+        raise InputError(f"{fn}: {name} must be [{', '.join(letters)}], got a shape of {list(shape)}.")
     for letter, size in zip(letters, shape):
         if sizes.setdefault(letter, size) != size:
             want = [sizes.get(a, a) for a in letters]
-            raise ValueError(
+            raise InputError(
                 f"{fn}: {name} must be [{', '.join(letters)}] = {want}, got {list(shape)}: "
                 f"{letter} is {sizes[letter]} in the tensors before it."
             )
@@ -36,20 +38,20 @@ def check_alike(fn: str, tensors: dict[str, Tensor | None], *, same_dtype: tuple
     first_name, first = next(iter(given.items()))
     for name, x in given.items():
         if not x.dtype.is_floating_point:
-            raise ValueError(f"{fn}: {name} must be a floating-point tensor, got {x.dtype}.")
+            raise InputError(f"{fn}: {name} must be a floating-point tensor, got {x.dtype}.")
         if x.device != first.device:
-            raise ValueError(f"{fn}: {name} is on {x.device} and {first_name} on {first.device}; move one of them.")
+            raise InputError(f"{fn}: {name} is on {x.device} and {first_name} on {first.device}; move one of them.")
         if name in same_dtype and x.dtype != first.dtype:
-            raise ValueError(f"{fn}: {name} is {x.dtype} and {first_name} {first.dtype}; cast one of them.")
+            raise InputError(f"{fn}: {name} is {x.dtype} and {first_name} {first.dtype}; cast one of them.")
 
 
 def check_cu_seqlens(fn: str, cu_seqlens: Tensor, batch: int, length: int) -> None:
     """Boundaries of packed sequences: int [N + 1], from 0, never falling, to T. The values are read only on a CPU,
     since reading them on a GPU would wait for it."""
     if batch != 1:
-        raise ValueError(f"{fn}: with cu_seqlens the sequences are packed in one row (B = 1), got B = {batch}.")
+        raise InputError(f"{fn}: with cu_seqlens the sequences are packed in one row (B = 1), got B = {batch}.")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
+        raise InputError(
             f"{fn}: cu_seqlens must be int32 or int64 [N + 1] with N >= 1, "
             f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)}."
         )
@@ -58,4 +60,4 @@ def check_cu_seqlens(fn: str, cu_seqlens: Tensor, batch: int, length: int) -> No
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:])):
         shown = bounds if len(bounds) <= 8 else [*bounds[:3], "...", *bounds[-3:]]
-        raise ValueError(f"{fn}: cu_seqlens must go from 0 to T = {length} and never fall, got {shown}.")
+        raise InputError(f"{fn}: cu_seqlens must go from 0 to T = {length} and never fall, got {shown}.")

@@ -12,12 +12,20 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from lkda.checks import InputError
+
 _warned = False
 
 
 def directory() -> Path:
-    """The kernels' folder in LKDA_CACHE, or in ~/.cache/lkda."""
-    return Path(os.environ.get("LKDA_CACHE") or Path.home() / ".cache" / "lkda") / "kernels"
+    """The kernels' folder in LKDA_CACHE, or in ~/.cache/lkda. Raises ValueError where neither is known."""
+    given = os.environ.get("LKDA_CACHE")
+    try:
+        return (Path(given) if given else Path.home() / ".cache" / "lkda") / "kernels"
+    except RuntimeError as error:  # HOME is not set, and the system knows no home of this user
+        raise InputError(
+            "there is no home directory to keep compiled kernels in: set LKDA_CACHE to a directory that can be written."
+        ) from error
 
 
 def key(words: Iterable[str], texts: Iterable[bytes]) -> str:

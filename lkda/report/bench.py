@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lkda.checks import InputError
 from lkda.report.table import markdown_table, rich_table
 from lkda.report.units import three
 
@@ -46,10 +47,10 @@ def read_benchmark(path: Path) -> Benchmark:
         header, rows = found["header"], found["rows"]
         lacking = [key for row in rows for key in KEYS if key not in row]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a benchmark's JSON ({error}); scripts/benchmark.py writes one.") from error
+        raise InputError(f"{path} is not a benchmark's JSON ({error}); scripts/benchmark.py writes one.") from error
     if lacking or not rows:
         why = f"a row lacks {lacking[0]}" if lacking else "it has no rows"
-        raise ValueError(f"{path} is not a benchmark's JSON ({why}); scripts/benchmark.py writes one.")
+        raise InputError(f"{path} is not a benchmark's JSON ({why}); scripts/benchmark.py writes one.")
     return Benchmark(header, rows)
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from lkda.checks import InputError
 from lkda.report.bench import Row, implementation, measured, shape
 from lkda.report.labels import Label, label_ends
 from lkda.report.theme import LINES, Picture, Theme, picture, turns
@@ -27,7 +28,7 @@ def times(rows: Sequence[Row], *, mode: str) -> Picture:
     for row in measured(rows, mode=mode):
         panels["  ".join(filter(None, (row["op"], shape(row), row["dtype"], row.get("gate"))))].append(row)
     if not panels:
-        raise ValueError(f"the benchmark has no eager {mode} time to draw.")
+        raise InputError(f"the benchmark has no eager {mode} time to draw.")
     heights = [len(panel) + 1.3 for panel in panels.values()]
 
     def draw(theme: Theme) -> Figure:
@@ -92,7 +93,7 @@ def cost_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
     """
     curves = by_length(rows, mode=mode)
     if not curves:
-        raise ValueError(f"the benchmark has no {mode} times at several lengths to draw.")
+        raise InputError(f"the benchmark has no {mode} times at several lengths to draw.")
     telling: list[int] = []
     for part in range(5):  # a label says no more than it takes to tell the curves apart
         if _distinct(curves, [*telling, part]) > _distinct(curves, telling):
@@ -172,7 +173,7 @@ def ratio_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
     """
     curves = over_simplified(rows, mode=mode)
     if not curves:
-        raise ValueError(f"the benchmark has no {mode} times of both kda and simplified at several lengths.")
+        raise InputError(f"the benchmark has no {mode} times of both kda and simplified at several lengths.")
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")

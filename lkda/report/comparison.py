@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lkda.checks import InputError
 from lkda.report import accuracy, accuracy_plots, bench, bench_report, plots, table
 from lkda.report.files import write_atomically
 from lkda.report.groups import Group, also_differing, group_runs
@@ -110,7 +111,7 @@ def compare(
     runs, skipped = read_runs(directories, step=step)
     if not runs:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in skipped[:5])
-        raise ValueError(
+        raise InputError(
             f"none of the {len(directories)} paths is the directory of a finished run ({reasons}); give those that "
             "hold a summary.json."
         )
@@ -131,7 +132,7 @@ def read_results(directory: Path) -> Comparison:
             found["title"], runs, [tuple(pair) for pair in found["skipped"]], kernels, found.get("alone", True)
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a comparison's ({error}); scripts/compare.py writes one.") from error
+        raise InputError(f"{path} is not a comparison's ({error}); scripts/compare.py writes one.") from error
 
 
 def write(comparison: Comparison, out: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from lkda.checks import InputError
 from lkda.report.files import write_atomically
 from lkda.report.labels import Label, label_ends
 from lkda.report.theme import Picture, Theme, picture
@@ -46,9 +47,9 @@ def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list
             record = json.loads(path.read_text(encoding="utf-8"))
             records.append({name: record[name] for name in ("run", "data", "result", *also)})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not of scripts/evaluate.py out=... ({error}).") from error
+            raise InputError(f"{path} is not of scripts/evaluate.py out=... ({error}).") from error
     if not records:
-        raise ValueError("there are no evaluations: give files that scripts/evaluate.py out=... has written.")
+        raise InputError("there are no evaluations: give files that scripts/evaluate.py out=... has written.")
     return records
 
 
@@ -165,7 +166,7 @@ def redraw(directory: Path) -> None:
     try:
         records = json.loads((directory / EVALUATIONS).read_text(encoding="utf-8"))["evaluations"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / EVALUATIONS} is not of lkda.report.long_context ({error}).") from error
+        raise InputError(f"{directory / EVALUATIONS} is not of lkda.report.long_context ({error}).") from error
     write(records, directory)
 
 

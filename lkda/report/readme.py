@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from lkda.checks import InputError
 from lkda.report import accuracy
 from lkda.report.bench import as_markdown, read_benchmark
 from lkda.report.bench_report import facts
@@ -68,7 +69,7 @@ def fill(text: str, results: Path) -> str:
         file, script, table = KINDS[kind]
         path = results / name / file
         if not path.is_file():
-            raise ValueError(f"the block {kind}:{name} needs {path}; write it with {script} out={path.parent}.")
+            raise InputError(f"the block {kind}:{name} needs {path}; write it with {script} out={path.parent}.")
         return f"<!-- {kind}:{name} -->\n{table(path)}\n<!-- /{kind}:{name} -->"
 
     return _BLOCK.sub(block, text)

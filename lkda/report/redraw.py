@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lkda.checks import InputError
 from lkda.report import bench_report, comparison, long_context, state_error
 from lkda.report.bench import read_benchmark
 from lkda.report.comparison import RESULTS, read_results
@@ -30,7 +31,7 @@ def redraw(directory: Path) -> None:
         long_context.redraw(directory)
     elif not (directory / TABLE).is_file():
         known = (RESULTS, BENCHMARK, state_error.ERRORS, long_context.EVALUATIONS)
-        raise ValueError(f"{directory} holds none of {', '.join(known)}.")
+        raise InputError(f"{directory} holds none of {', '.join(known)}.")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from lkda.checks import InputError
+
 # What a table or a plot cannot do without; numbers but for the mixer.
 REQUIRED = ("mixer", "val/loss", "state_bytes", "tokens", "tokens_per_s", "params")
 OF_TEXT, OF_TASKS = "val/bits_per_byte", "val/accuracy"  # and one of these
@@ -42,10 +44,10 @@ def read_run(directory: Path, *, step: int | None = None) -> Run:
     Raises: ValueError with the reason why it is none, is not finished, or has no validation at that step.
     """
     if not directory.is_dir():
-        raise ValueError("not a directory")
+        raise InputError("not a directory")
     if not (directory / "summary.json").is_file():
         started = (directory / "config.yaml").is_file()
-        raise ValueError("no summary.json: still running, or killed" if started else "no summary.json: not a run")
+        raise InputError("no summary.json: still running, or killed" if started else "no summary.json: not a run")
     summary = _read_summary(directory / "summary.json", finished=step is None)
     config = _read_config(directory / "config.yaml")
     run = Run(directory.name, config, summary, _read_metrics(directory / "metrics.csv"))
@@ -58,7 +60,7 @@ def _at(run: Run, step: int) -> Run:
     validations = [row for row in metrics if row["step"] == step and "val/loss" in row]
     if not validations:
         there = ", ".join(f"{row['step']:.0f}" for row in run.metrics if "val/loss" in row)
-        raise ValueError(f"no validation at step {step}; there are {there}")
+        raise InputError(f"no validation at step {step}; there are {there}")
     then = validations[-1]
     summary = run.summary | {
         name: value for name, value in then.items() if name.startswith("val/") and name.count("/") == 1
@@ -83,27 +85,27 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"no {path.name}") from None
+        raise InputError(f"no {path.name}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} cannot be read ({error})") from error
+        raise InputError(f"{path.name} cannot be read ({error})") from error
 
 
 def _read_summary(path: Path, *, finished: bool) -> dict[str, Any]:
     try:
         summary = json.loads(_read(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"summary.json is not JSON ({error})") from error
+        raise InputError(f"summary.json is not JSON ({error})") from error
     if not isinstance(summary, dict):
-        raise ValueError("summary.json holds no table of values")
+        raise InputError("summary.json holds no table of values")
     if finished and summary.get("status") != "finished":
-        raise ValueError(f"the run is {summary.get('status', 'of an unknown status')}, not finished")
+        raise InputError(f"the run is {summary.get('status', 'of an unknown status')}, not finished")
     missing = [key for key in REQUIRED if key != "mixer" and not _is_number(summary.get(key))]
     if not _is_number(summary.get(OF_TEXT)) and not ("parts" in summary and _is_number(summary.get(OF_TASKS))):
         missing.append(OF_TEXT)
     if not isinstance(summary.get("mixer"), str):
         missing.insert(0, "mixer")
     if missing:
-        raise ValueError(f"summary.json lacks {', '.join(missing)}")
+        raise InputError(f"summary.json lacks {', '.join(missing)}")
     return summary
 
 
@@ -115,9 +117,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(_read(path))
     except yaml.YAMLError as error:
-        raise ValueError("config.yaml is not YAML") from error
+        raise InputError("config.yaml is not YAML") from error
     if not isinstance(config, dict):
-        raise ValueError("config.yaml holds no settings")
+        raise InputError("config.yaml holds no settings")
     return config
 
 
@@ -126,10 +128,10 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     try:
         rows = [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(lines)]
     except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"metrics.csv cannot be read ({error})") from error
+        raise InputError(f"metrics.csv cannot be read ({error})") from error
     needed = {"step", "tokens", "seconds", "val/loss"}
     if not any(needed <= row.keys() for row in rows):
-        raise ValueError("metrics.csv holds no validation")
+        raise InputError("metrics.csv holds no validation")
     return rows
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lkda.checks import InputError
 from lkda.report.files import write_atomically
 from lkda.report.long_context import EVALUATIONS, Record, read_evaluations
 from lkda.report.table import rich_table
@@ -43,12 +44,12 @@ def rows(records: Sequence[Record]) -> list[dict[str, str]]:
                 key = _data(record["data"]), record["run"]["mixer"], measure
                 found[key][record["state_dtype"]][record["ckpt"]] = record["result"][measure]
     if not found:
-        raise ValueError("none of them has a state's dtype: evaluate models with KDA layers with stepwise=true.")
+        raise InputError("none of them has a state's dtype: evaluate models with KDA layers with stepwise=true.")
     seen = [dtype for dtype in DTYPES if any(dtype in values for values in found.values())]
     for (data, mixer, _), values in found.items():
         if any(values[dtype].keys() != values[seen[0]].keys() for dtype in seen):
             told = ", ".join(f"{len(values[dtype])} in {dtype}" for dtype in seen)
-            raise ValueError(
+            raise InputError(
                 f"{mixer} on {data} was evaluated for different checkpoints ({told}): give each in every dtype."
             )
     return [

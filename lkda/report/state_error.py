@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lkda.checks import InputError
 from lkda.report.files import write_atomically
 from lkda.report.theme import LINES, Picture, Theme, picture
 
@@ -22,7 +23,7 @@ def write(directory: Path) -> None:
         header, rows = found["header"], found["rows"]
         table = {"rows": _table(rows), "note": _note(header, rows)}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / ERRORS} is not of lkda.bench.state_error ({error}).") from error
+        raise InputError(f"{directory / ERRORS} is not of lkda.bench.state_error ({error}).") from error
     write_atomically(directory / "table.json", json.dumps(table, indent=1) + "\n")
     write_atomically(directory / "error_growth.png", _growth(rows).light)
 

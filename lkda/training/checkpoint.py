@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from lkda.checks import InputError
+from lkda.io import replace_file, replacing
 from lkda.models.old_config import current_config
 
 FORMAT = 1
@@ -35,41 +37,19 @@ def step_files(directory: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def replace_file(temporary: Path, path: Path) -> None:
-    """Rename `temporary` over `path`, and make the rename itself survive a power cut."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file so that a reader, or a kill at any moment, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    replace_file(temporary, path)
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint writer, through a temporary file, fsync and a rename."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
+        with replacing(path) as file:
+            try:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            replace_file(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            except RuntimeError as error:  # what torch's writer makes of an OSError
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
 
 
 def point_to(target: Path, link: Path) -> None:
@@ -79,7 +59,9 @@ def point_to(target: Path, link: Path) -> None:
     try:
         os.link(target, temporary)
     except OSError:
-        shutil.copyfile(target, temporary)
+        with replacing(link) as file, open(target, "rb") as source:
+            shutil.copyfileobj(source, file)
+        return
     replace_file(temporary, link)
 
 
@@ -91,17 +73,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint at {path}.")
+        raise InputError(f"there is no checkpoint at {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here (RuntimeError, EOFError, UnpicklingError, KeyError, ...)
-        raise ValueError(
+        raise InputError(
             f"{path} is truncated or not a checkpoint ({type(error).__name__} while reading it)."
         ) from error
     if not isinstance(checkpoint, Mapping) or "lkda" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of lkda: it lacks the entry 'lkda' that scripts/train.py writes.")
+        raise InputError(f"{path} is not a checkpoint of lkda: it lacks the entry 'lkda' that scripts/train.py writes.")
     if checkpoint["lkda"]["format"] != FORMAT:
-        raise ValueError(
+        raise InputError(
             f"{path} has checkpoint format {checkpoint['lkda']['format']}, this version of lkda reads {FORMAT}."
         )
     saved = dict(checkpoint["lkda"])
@@ -141,7 +123,7 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
             found = path, checkpoint
     if found is None:
         if broken:
-            raise ValueError(
+            raise InputError(
                 f"none of the {len(broken)} checkpoints in {directory} can be read. Delete them to start afresh."
             )
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from lkda.training.checkpoint import write_atomically
+from lkda.checks import InputError
+from lkda.io import named, write_atomically
 
 COLUMNS = (
     "step",
@@ -65,17 +67,22 @@ class MetricsCSV(Logger):
         return ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write one row. Raises ValueError for a name that is no column: it would be lost."""
+        """Write one row. Raises ValueError for a name that is no column: it would be lost; OSError on a full disk."""
         unknown = metrics.keys() - set(self.columns)
         if unknown:
-            raise ValueError(f"metrics.csv has no column for {', '.join(sorted(unknown))}.")
+            raise InputError(f"metrics.csv has no column for {', '.join(sorted(unknown))}.")
         text = io.StringIO()
         row = {"step": step, **metrics}
         csv.writer(text, lineterminator="\n").writerow([row.get(name, "") for name in self.columns])
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
+        with open(self.path, "ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                if file.write(text.getvalue().encode()) < len(text.getvalue()):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError as error:
+                os.truncate(self.path, whole)  # a part of a row would not be one
+                raise named(error, self.path) from error
 
     def log_hyperparams(self, params: Any) -> None:
         """Nothing: config.yaml holds them."""

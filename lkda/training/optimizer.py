@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lkda.checks import InputError
 from lkda.training.muon import muon
 from lkda.training.options import check_names, check_number, check_whole
 from lkda.training.parameters import KINDS, parameter_groups
@@ -28,7 +29,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown optimiser, an option that it does not have, or a number out of its range."""
     name = _check_choice("optimizer", config, OPTIMIZERS)
     if name == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"optimizer=muon needs torch 2.9 or later, this is {torch.__version__}; use optimizer=adamw.")
+        raise InputError(f"optimizer=muon needs torch 2.9 or later, this is {torch.__version__}; use optimizer=adamw.")
     check_number("optimizer.lr", config["lr"], wanted="greater than 0", fits=lambda value: value > 0)
     check_number("optimizer.eps", config["eps"], wanted="greater than 0", fits=lambda value: value > 0)
     check_number("optimizer.weight_decay", config["weight_decay"], wanted="0 or more", fits=lambda value: value >= 0)
@@ -37,7 +38,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
         check_number(f"optimizer.lr_scale.{kind}", scale, wanted="greater than 0", fits=lambda value: value > 0)
     betas = config["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_part(beta) for beta in betas):
-        raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {betas!r}.")
+        raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {betas!r}.")
     if name == "muon":
         check_number("optimizer.momentum", config["momentum"], wanted="in [0, 1)", fits=_is_part)
 
@@ -46,7 +47,7 @@ def _check_choice(group: str, config: object, choices: Mapping[str, tuple[str, .
     """The name that a group gives. Raise ValueError where it is unknown, or the other options are not those it has."""
     name = config.get("name") if isinstance(config, Mapping) else config
     if not isinstance(config, Mapping) or not isinstance(name, str) or name not in choices:
-        raise ValueError(f"{group}.name must be one of {', '.join(choices)}, got {name!r}.")
+        raise InputError(f"{group}.name must be one of {', '.join(choices)}, got {name!r}.")
     check_names(group, config, ("name", *choices[name]), choice=name)
     return name
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lkda.checks import InputError
+
 # The options of configs/trainer/auto.yaml, and Lightning's that may be added to them.
 TRAINER = (
     *("_target_", "accelerator", "devices", "precision", "max_steps", "max_tokens", "val_check_interval"),
@@ -27,23 +29,23 @@ def check_names(
     """
     known, also = tuple(known), tuple(also)
     if not isinstance(options, Mapping):
-        raise ValueError(f"{group} must have the options {', '.join(known)}, got {options!r}.")
+        raise InputError(f"{group} must have the options {', '.join(known)}, got {options!r}.")
     unknown = [name for name in options if name not in (*known, *also)]
     if unknown:
         there = ", ".join(name for name in (*known, *also) if name != "_target_")
-        raise ValueError(f"{group}.{unknown[0]} is not an option of {group}={choice}, which has {there}.")
+        raise InputError(f"{group}.{unknown[0]} is not an option of {group}={choice}, which has {there}.")
     missing = [name for name in known if name not in options]
     if missing:
-        raise ValueError(f"{group}.{missing[0]} is missing; {group}={choice} brings it.")
+        raise InputError(f"{group}.{missing[0]} is missing; {group}={choice} brings it.")
     return options
 
 
 def check_whole(name: str, value: object, *, least: int, most: int | None = None) -> None:
     """Raise ValueError for what is no whole number of `least` or more, or is above `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+        raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}.")
     if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value!r}.")
+        raise InputError(f"{name} must be at most {most}, got {value!r}.")
 
 
 def check_number(name: str, value: object, *, wanted: str, fits: Callable[[float], bool]) -> None:
@@ -53,17 +55,17 @@ def check_number(name: str, value: object, *, wanted: str, fits: Callable[[float
         wanted: the range in words, for the message: "greater than 0".
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, got {value!r}.")
+        raise InputError(f"{name} must be a number, got {value!r}.")
     if not fits(value):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        raise InputError(f"{name} must be {wanted}, got {value!r}.")
     if not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+        raise InputError(f"{name} must be a finite number, got {value!r}.")
 
 
 def check_switch(name: str, value: object) -> None:
     """Raise ValueError for what is neither true nor false."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}.")
+        raise InputError(f"{name} must be true or false, got {value!r}.")
 
 
 def check_trainer(options: object) -> None:
@@ -73,7 +75,7 @@ def check_trainer(options: object) -> None:
     """
     options = check_names("trainer", options, TRAINER, also=TRAINER_ALSO, choice="auto")
     if not isinstance(options["devices"], int) or isinstance(options["devices"], bool) or options["devices"] != 1:
-        raise ValueError(f"trainer.devices must be 1, got {options['devices']!r}: a run trains on one device.")
+        raise InputError(f"trainer.devices must be 1, got {options['devices']!r}: a run trains on one device.")
     for name in ("max_steps", "val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
         check_whole(f"trainer.{name}", options[name], least=1)
     if options["max_tokens"] is not None:
@@ -90,23 +92,23 @@ def check_trainer(options: object) -> None:
     check_switch("trainer.detect_anomaly", options.get("detect_anomaly", False))
     profiler = options.get("profiler")
     if profiler is not None and profiler not in PROFILERS:
-        raise ValueError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, or null; got {profiler!r}.")
+        raise InputError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, or null; got {profiler!r}.")
 
 
 def _check_validation_part(value: object) -> None:
     name = "trainer.limit_val_batches"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number of batches, or a part of them in (0, 1], got {value!r}.")
+        raise InputError(f"{name} must be a number of batches, or a part of them in (0, 1], got {value!r}.")
     if not value > 0:
-        raise ValueError(f"{name} must be above 0: a run always validates at the end; got {value!r}.")
+        raise InputError(f"{name} must be above 0: a run always validates at the end; got {value!r}.")
     if isinstance(value, float) and value > 1:
-        raise ValueError(f"{name} must be a whole number of batches, or a part of them in (0, 1], got {value!r}.")
+        raise InputError(f"{name} must be a whole number of batches, or a part of them in (0, 1], got {value!r}.")
 
 
 def check_validation_batches(limit: int | float, batches: int) -> None:
     """Raise ValueError where `trainer.limit_val_batches`, a part of that many validation batches, is less than one."""
     if isinstance(limit, float) and int(limit * batches) < 1:
-        raise ValueError(
+        raise InputError(
             f"trainer.limit_val_batches={limit} of {batches} validation batches is less than one batch: "
             f"give a number of batches, as trainer.limit_val_batches=1, or a larger part."
         )
@@ -123,7 +125,7 @@ def check_sample(options: object) -> None:
     """Raise ValueError for what the text at the end of the run cannot be drawn with."""
     options = check_names("sample", options, ("prompt", "max_new_tokens", "temperature", "top_p"))
     if not isinstance(options["prompt"], str):
-        raise ValueError(
+        raise InputError(
             f"sample.prompt must be text, got {options['prompt']!r}: quote a number, as in sample.prompt=\"'1776'\"."
         )
     check_whole("sample.max_new_tokens", options["max_new_tokens"], least=0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lkda.checks import InputError
+
 # The type of the ops' inputs. Weights are float64 in 64-true and float32 in the others.
 PRECISIONS = {
     "32-true": torch.float32,
@@ -32,10 +34,10 @@ def resolve_precision(word: object, device: torch.device) -> str:
     if given == "auto":
         return _DEFAULT[device.type]
     if given in _REFUSED:
-        raise ValueError(f"trainer.precision={given} {_REFUSED[given]}.")
+        raise InputError(f"trainer.precision={given} {_REFUSED[given]}.")
     precision = _SHORT.get(given, given)
     if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision must be one of auto, {', '.join(PRECISIONS)}, got {word!r}.")
+        raise InputError(f"trainer.precision must be one of auto, {', '.join(PRECISIONS)}, got {word!r}.")
     if precision == "16-mixed" and device.type == "cpu":
-        raise ValueError("trainer.precision=16-mixed needs a GPU: on a CPU use 32-true or bf16-mixed.")
+        raise InputError("trainer.precision=16-mixed needs a GPU: on a CPU use 32-true or bf16-mixed.")
     return precision

@@ -6,11 +6,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 import lkda
+from lkda.commands.command_line import _message
 from lkda.commands.train import train
+from lkda.ops import cubin_cache
 from tests.commands.small import ROOT, composed, small_run
 
 # On the command line a value with commas, spaces or dots in it is quoted as any shell would pass it.
@@ -39,10 +44,34 @@ TRAINING = [
     ("trainer.limit_val_batches=0", r"trainer.limit_val_batches must be above 0: a run always validates at the end"),
     ("trainer.devices=2", r"trainer.devices must be 1, got 2"),
     ("trainer=gpu", r"a GPU was asked for and torch sees no CUDA device; use trainer=cpu or trainer=auto"),
+    ("model.d_model=99999999999999999999", r"model.d_model must be at most 1048576, got 99999999999999999999"),
+    ("model.num_layers=99999999", r"model.num_layers must be at most 16384, got 99999999"),
+    ("model.norm_eps=nan", r"model.norm_eps must be a number above 0, got nan"),
+    ("model.tie_embeddings=maybe", r"model.tie_embeddings must be true or false, got 'maybe'"),
+    ("mixer.num_heads=two", r"mixer.num_heads must divide model.d_model = 32, got 'two'"),
+    ("mixer.kda=5", r"mixer.kda must hold the options of that mixer by name, got 5"),
+    ("mixer.kda.conv_width=wide", r"mixer.kda.conv_width must be a whole number .*, got 'wide'"),
+    ("mixer.kda.output_gate=5", r"mixer.kda.output_gate must be true or false, got 5"),
+    ("init_from=5", r"init_from must be (a|the) path.*, got 5"),
     # data
+    (
+        "data.paths=[2012]",
+        r"""data.paths must be a path, got 2012: a name that looks like a number needs quotes, '"2012"'""",
+    ),
+    ("data.val_paths=null", r"data.val_paths must be a list, each entry text, got None"),
+    ("data.val_fraction=much", r"data.val_fraction must be a finite number, got 'much'"),
+    ("data.val_fraction=0.1 data.val_from_year=2012", r"data.val_fraction has no effect beside data.val_from_year"),
+    ("data.vocab_size=300 data.tokenizer_path={run}/tokenizer.json", r"data.vocab_size has no effect beside data.tok"),
+    ("data.text_column=body", r"data.text_column is of .jsonl, .json and .parquet files, and these are text"),
+    ("data.num_workers=99999", r"data.num_workers must be at most 256, got 99999: each is a process"),
+    ("data.pin_memory=maybe", r"data.pin_memory must be true or false or null, got 'maybe'"),
+    ("data._target_=lkda.data.text.Nothing", r"data._target_=lkda.data.text.Nothing is no class that can be imported"),
+    ("data.paths=[{tmp}/mixed.jsonl]", r"column 'text' of .*mixed.jsonl holds a number, not text, in row 2"),
+    ("data.paths=['~nobody_of_this_name/a.txt']", r"the home directory in ~nobody_of_this_name/a.txt is not known"),
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
     ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
     ("data.paths=[]", r"data.paths is empty"),
+    ("data.paths=[{tmp}/folder]", r"folder holds no file of a kind that is read: .txt"),
     ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
     ("data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
     ("data.paths=[{tmp}/short.txt]", r"the training text has \d+ tokens, fewer than one context of 32"),
@@ -55,6 +84,7 @@ TRAINING = [
     # directories
     ("hydra.run.dir={tmp}/short.txt/run", r"cannot create the output directory .*short.txt/run: Not a directory"),
     ("hydra.run.dir=/proc/lkda", r"cannot create the output directory /proc/lkda: No such file or directory"),
+    ("hydra.run.dir={tmp}/foreign", r"foreign/config.yaml is no configuration of lkda's: choose another hydra.run.dir"),
     ("hydra.run.dir={run}", r"already holds a run. Continue it with resume=true"),
     ("hydra.run.dir={run} resume=true model.d_model=16", r"holds a run with other settings \(model.d_model: 32 there"),
 ]
@@ -94,6 +124,59 @@ EXPORT = [
 EVALUATE = [
     ("ckpt={tmp}/alone.ckpt", r"lies in no run directory that says what data it saw: give data=..."),
     ("ckpt={run} data=files data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
+    ("ckpt={run} out={tmp}", r"out=.* is a directory: give the name of a file in it"),
+    (
+        "ckpt={run} out={tmp}/short.txt/result.json",
+        r"out=.*result.json cannot be written: .*short.txt: Not a directory",
+    ),
+    ("ckpt={run} out=/proc/result.json", r"out=/proc/result.json cannot be written: /proc: "),
+    ("ckpt={run} out=5", r"out must be a path .* or null, got 5"),
+    ("ckpt=''", r"ckpt must be a path .*, got ''"),
+    ("ckpt=5", r"ckpt must be a path .*, got 5"),
+    ("ckpt={run} limit=5", r"limit is for tasks=\[...\]: name some, or leave it out"),
+    ("ckpt={run} tasks_path={tmp}", r"tasks_path is for tasks="),
+    (
+        "ckpt={run} tasks=[a] max_batches=2",
+        r"max_batches is not for tasks=\[...\], which are measured in place of data",
+    ),
+    ("ckpt={run} tasks=[a] stepwise=true", r"stepwise is not for tasks"),
+    ("ckpt={run} tasks=[a] data=sotu", r"data is not for tasks=.*: give one or the other"),
+    ("ckpt={run} tasks=[a] limit=0", r"limit must be a whole number of 1 or more, got 0"),
+    ("ckpt={run} tasks=a", r"tasks must be a list, each entry text, got 'a'"),
+    ("ckpt={run} stepwise=maybe", r"stepwise must be true or false, got 'maybe'"),
+    (
+        "ckpt={run} stepwise=true backend=chunk",
+        r"backend=chunk is how whole sequences are computed, and stepwise=true ",
+    ),
+    ("ckpt={run} seed=x", r"seed must be a whole number"),
+    (
+        "ckpt={run} data=sotu data.tokenizer_path={tmp}/short.txt",
+        r"the model's own tokenizer: leave out data.tokenizer",
+    ),
+    ("ckpt={run} data=sotu data.vocab_size=500", r"the model's own tokenizer: leave out data.vocab_size=500"),
+    ("ckpt={run} data=palindrome data.context=x", r"data.context must be a whole number .*, got 'x'"),
+    ("ckpt={run} data=sotu data.source=files", r"data.paths is empty"),
+]
+
+OTHERS = [
+    ("compare.py", "runs=5", r"runs must be a path .*, got 5"),
+    ("compare.py", "runs={run} out={tmp}/short.txt", r"out=.*short.txt cannot be written: File exists"),
+    ("compare.py", "runs={run} out={tmp}/new step=x", r"step must be a whole number .* or null, got 'x'"),
+    ("compare.py", "runs={run} out={tmp}/new alone=maybe", r"alone must be true or false, got 'maybe'"),
+    ("compare.py", "runs={run} out={tmp}/new title=null", r"title must be text, got None"),
+    ("prepare_data.py", "out={tmp}/new sources=[]", r"sources is empty; there are sotu, "),
+    ("prepare_data.py", "out={tmp}/new sources=sotu", r"sources must be a list, each entry text or null, got 'sotu'"),
+    ("prepare_data.py", "out={tmp}/new vocab_size=x", r"vocab_size must be a whole number"),
+    ("prepare_data.py", "out={tmp}/folder", r"folder exists; give another out, or remove it"),
+    ("benchmark.py", "out={tmp}/new device=cpu ops=5", r"ops must be a list, each entry text, got 5"),
+    ("benchmark.py", "out={tmp}/new device=cpu shapes=[1x2x3]", r"a shape is B x T x H x D, .*, got 1x2x3"),
+    ("benchmark.py", "out={tmp}/new device=cpu gates=[slow]", r"gates: there is no slow; there are none"),
+    ("benchmark.py", "out={tmp}/new device=cpu milliseconds=-1", r"milliseconds must be above 0, got -1"),
+    (
+        "benchmark.py",
+        "out={tmp}/new device=cpu replays=[graph]",
+        r"replays=\[graph\] replays CUDA graphs, which a CPU has ",
+    ),
 ]
 
 
@@ -112,6 +195,10 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     (tmp / "empty.txt").write_text("")
     (tmp / "short.txt").write_text("a few words")
     (tmp / "latin1.txt").write_bytes("déjà vu, and more".encode("latin-1"))
+    (tmp / "mixed.jsonl").write_text('{"text": "a b c"}\n{"text": 6}\n')
+    (tmp / "folder").mkdir()
+    (tmp / "foreign").mkdir()
+    (tmp / "foreign" / "config.yaml").write_text("port: 8080\n")
     last = run / "checkpoints" / "last.ckpt"
     (tmp / "truncated.ckpt").write_bytes(last.read_bytes()[:5000])
     (tmp / "alone.ckpt").write_bytes(last.read_bytes())
@@ -153,12 +240,17 @@ def test_train(
     before = {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()}
     printed = message("train.py", [*small_run(corpus), *given], monkeypatch, capsys)
     assert re.search(expected, printed), printed
-    assert not (tmp_path / "run" / "metrics.csv").exists()
+    assert not (tmp_path / "run").exists()
     assert {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("script", ["evaluate.py", "generate.py", "export.py"])
-@pytest.mark.parametrize(("arguments", "expected"), CHECKPOINT)
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        *(("evaluate.py", *row) for row in CHECKPOINT),
+        *((script, *row) for script in ("generate.py", "export.py") for row in CHECKPOINT[:3]),
+    ],
+)
 def test_checkpoints(
     script: str,
     arguments: str,
@@ -180,6 +272,7 @@ def test_checkpoints(
         *(("generate.py", *row) for row in GENERATE),
         *(("export.py", *row) for row in EXPORT),
         *(("evaluate.py", *row) for row in EVALUATE),
+        *OTHERS,
     ],
 )
 def test_other_scripts(
@@ -190,8 +283,10 @@ def test_other_scripts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    before = sorted(places.tmp.rglob("*"))
     printed = message(script, arguments.format(tmp=places.tmp, run=places.run).split(), monkeypatch, capsys)
     assert re.search(expected, printed), printed
+    assert sorted(places.tmp.rglob("*")) == before
 
 
 def test_a_bug_keeps_its_traceback(
@@ -211,7 +306,8 @@ def test_divergence_stops_the_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A learning rate that blows the loss up: the step and the last good checkpoint are named, and that one is good."""
-    settings = small_run(corpus, "optimizer.lr=1e30", "trainer.gradient_clip_val=null", "trainer.max_steps=40")
+    rate = ("optimizer.lr=1e30", "trainer.gradient_clip_val=null", "checkpoint.every_n_steps=1")
+    settings = small_run(corpus, *rate, "trainer.max_steps=40")
     monkeypatch.setattr(
         sys, "argv", ["train.py", *settings, "scheduler.warmup_steps=30", f"hydra.run.dir={tmp_path}/run"]
     )
@@ -221,6 +317,71 @@ def test_divergence_stops_the_run(
     printed = capsys.readouterr().err
     assert re.search(r"error: .* became NaN or infinite at step \d+\. Last good checkpoint: ", printed), printed
     assert '"status": "diverged"' in (tmp_path / "run" / "summary.json").read_text()
-    for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
+    saved = list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    assert any(str(path) in printed for path in saved), printed
+    for path in saved:
         weights = torch.load(path, weights_only=True)["state_dict"]
         assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_no_home_directory(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LKDA_CACHE")
+    monkeypatch.setattr(Path, "home", unknown)
+    printed = message("train.py", [*small_run(corpus), f"hydra.run.dir={tmp_path}/run"], monkeypatch, capsys)
+    assert "there is no home directory to keep a cache in: set LKDA_CACHE to a directory" in printed
+    with pytest.raises(ValueError, match="no home directory to keep compiled kernels in: set LKDA_CACHE"):
+        cubin_cache.directory()
+    assert not (tmp_path / "run").exists()
+
+
+class OfLightning:
+    """Errors as they come out of Lightning, Hydra and torch, none of which this package raises itself."""
+
+    @staticmethod
+    def misconfiguration() -> None:
+        L.Trainer(limit_val_batches=1.5, logger=False, barebones=True)
+
+    @staticmethod
+    def no_such_class() -> None:
+        instantiate({"_target_": "lightning.Nothing"})
+
+    @staticmethod
+    def no_such_option() -> None:
+        instantiate({"_target_": "lightning.Trainer", "colour": "red"})
+
+    @staticmethod
+    def no_such_key() -> None:
+        OmegaConf.create({"a": "${b}"}).a  # noqa: B018
+
+    @staticmethod
+    def no_memory() -> None:
+        torch.empty(2**62, dtype=torch.int8)
+
+    @staticmethod
+    def no_file() -> None:
+        Path("/nowhere/at/all").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("misconfiguration", "a setting does not do: .*limit_val_batches"),
+        ("no_such_class", "Error locating target 'lightning.Nothing'$"),
+        ("no_such_option", ".*unexpected keyword argument 'colour'"),
+        ("no_such_key", "Interpolation key 'b' not found"),
+        ("no_memory", r"out of memory \(.*lower data.batch_size"),
+        ("no_file", ".*/nowhere/at/all: No such file or directory"),
+    ],
+)
+def test_errors_of_the_libraries_below_are_one_line(name: str, message: str) -> None:
+    with pytest.raises(Exception) as caught:
+        getattr(OfLightning, name)()
+    told = _message(caught.value)
+    assert told is not None, caught.value
+    assert re.match(message, told), told
+    assert "\n" not in told

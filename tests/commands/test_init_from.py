@@ -18,7 +18,7 @@ from tests.commands.small import ROOT, composed, small_run
 WHOLE_VALIDATION = "trainer.limit_val_batches=1.0"
 
 
-@pytest.fixture(scope="module", params=["kda_mla_3to1", "softmax"])
+@pytest.fixture(scope="module", params=["kda_mla_3to1", pytest.param("softmax", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifty steps."""
     directory = tmp_path_factory.mktemp("runs") / request.param

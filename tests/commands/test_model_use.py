@@ -25,7 +25,9 @@ from lkda.data.tokenizer import END_OF_TEXT
 from lkda.special_tokens import document_ends
 from tests.commands.small import composed, small_run
 
-MIXERS = ["kda", "simplified", "softmax", "mla", "kda_mla_3to1"]
+# The first three have every kind of state among them.
+ALONE = (pytest.param(mixer, marks=pytest.mark.slow) for mixer in ("kda", "mla"))
+MIXERS = ["simplified", "softmax", "kda_mla_3to1", *ALONE]
 
 
 @pytest.fixture(scope="module", params=MIXERS)

@@ -78,6 +78,7 @@ def stopped_by(signum: int, corpus: Path, directory: Path) -> subprocess.Complet
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+@pytest.mark.slow  # test_killed_at_writes ends runs without a process of their own
 def test_kill_9_in_the_middle(corpus: Path, tmp_path: Path, uninterrupted: Any, capsys: Any) -> None:
     directory = tmp_path / "run"
     assert stopped_by(signal.SIGKILL, corpus, directory).returncode == -signal.SIGKILL
@@ -90,7 +91,11 @@ def test_kill_9_in_the_middle(corpus: Path, tmp_path: Path, uninterrupted: Any, 
     assert rows(directory) == uninterrupted(LONG)
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.slow  # the test below sends them to its own process
+@pytest.mark.parametrize(("signum", "exit_code"), SIGNALS)
 def test_ctrl_c_and_sigterm(signum: int, exit_code: int, corpus: Path, tmp_path: Path, uninterrupted: Any) -> None:
     directory = tmp_path / "run"
     done = stopped_by(signum, corpus, directory)
@@ -106,12 +111,46 @@ def test_ctrl_c_and_sigterm(signum: int, exit_code: int, corpus: Path, tmp_path:
     assert rows(directory) == uninterrupted(LONG)
 
 
+@pytest.mark.parametrize(("signum", "exit_code"), SIGNALS)
+def test_a_signal_during_a_step(
+    signum: int,
+    exit_code: int,
+    corpus: Path,
+    tmp_path: Path,
+    uninterrupted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    """The step is finished and saved."""
+
+    def interrupted(logger: MetricsCSV, metrics: dict[str, float], step: int | None = None) -> None:
+        log_metrics(logger, metrics, step)
+        if step == 4:
+            os.kill(os.getpid(), signum)
+
+    log_metrics = MetricsCSV.log_metrics
+    monkeypatch.setattr(MetricsCSV, "log_metrics", interrupted)
+    directory = tmp_path / "run"
+    with pytest.raises(SystemExit) as ending:
+        run(corpus, directory, *SHORT)
+    assert ending.value.code == exit_code
+    monkeypatch.undo()
+    assert f"hydra.run.dir={directory} resume=true" in capsys.readouterr().out.replace("\n", "")
+    summary = json.loads((directory / "summary.json").read_text())
+    assert (summary["status"], summary["tokens"]) == ("interrupted", summary["steps"] * 64)
+    assert 4 <= summary["steps"] < 7
+    assert step_path(directory / "checkpoints", summary["steps"]).exists()
+    run(corpus, directory, *SHORT, "resume=true")
+    assert rows(directory) == uninterrupted(SHORT)
+
+
 class Killed(BaseException):
     """Ends the process in the place where it is raised, as far as a test can."""
 
 
-def test_killed_at_every_write(
-    corpus: Path, tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_writes(
+    every: int, corpus: Path, tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever file was just renamed, linked or appended to when the kill came, the resumed run is the same run."""
     left = 0
@@ -130,20 +169,20 @@ def test_killed_at_every_write(
     monkeypatch.setattr(os, "replace", fatal(os.replace))
     monkeypatch.setattr(os, "link", fatal(os.link))
     monkeypatch.setattr(MetricsCSV, "log_metrics", fatal(MetricsCSV.log_metrics))
-    kills = 0
+    write = 1
     while True:
-        directory = tmp_path / str(kills)
-        left = kills + 1
+        directory = tmp_path / str(write)
+        left = write
         try:
             run(corpus, directory, *SHORTER)
         except Killed:
             left = 0
             assert run(corpus, directory, *SHORTER, "resume=true")["status"] == "finished"
-            assert rows(directory) == uninterrupted(SHORTER), f"killed at write {kills + 1}"
-            kills += 1
+            assert rows(directory) == uninterrupted(SHORTER), f"killed at write {write}"
+            write += every
         else:
             break
-    assert kills > 20
+    assert write > 20
 
 
 def test_a_finished_run_stays_as_it_is(corpus: Path, tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_projects_own_task_on_a_run_and_on_what_it_exports(run: Path, tmp_path: Path) -> None:
     words = ("tasks=[sotu_word_order]", "limit=6", "accelerator=cpu")
-    found = evaluate(composed("evaluate", f"ckpt={run}", *words))
+    found = evaluate(composed("evaluate", f"ckpt={run}", *words, f"out={tmp_path}/scores.json"))
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["result"] == found
+    assert (record["tasks"], record["limit"], record["step"]) == (["sotu_word_order"], 6, 3)
     (accuracy,) = found.values()
     assert set(found) == {"sotu_word_order/acc"}
     assert accuracy * 6 == pytest.approx(round(accuracy * 6))

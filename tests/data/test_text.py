@@ -324,9 +324,12 @@ def test_one_document_at_least_is_trained_on(tmp_path, texts):
 
 
 def test_a_path_may_hold_the_signs_of_patterns(tmp_path):
-    path = tmp_path / "[draft] *.txt"
-    path.write_text(prose(400))
-    module(tmp_path, path).prepare()
+    (tmp_path / "usual.txt").write_text(prose(400))
+    (tmp_path / "[draft] *.txt").write_text(prose(400))
+    usual, unusual = (module(tmp_path, tmp_path / name) for name in ("usual.txt", "[draft] *.txt"))
+    usual.prepare()
+    unusual.prepare()
+    assert unusual.train_tokens == usual.train_tokens > 100
 
 
 def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]:
@@ -375,7 +378,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "tokenizer": (good | {"tokenizer_path": "/no/t.json"}, "there is no tokenizer at /no/t.json"),
         "numbers": (
             {"paths": [str(tmp_path / "numbers.jsonl")]},
-            "column 'text' of .*numbers.jsonl holds int64, not text",
+            "column 'text' of .*numbers.jsonl holds a number, not text, in row 1",
         ),
         "parquet": ({"paths": [str(tmp_path / "broken.parquet")]}, "cannot read .*broken.parquet as parquet"),
         "one path": (good | {"paths": str(texts)}, "data.paths and data.val_paths are lists"),

@@ -8,7 +8,7 @@ import torch
 from lkda.ops import kda_attention, l2_normalized
 from lkda.ops.kda import cuda, cuda_kernels, cuda_plan
 from tests.ops.cases import kda_inputs, relative
-from tests.ops.emulation import Emulated, kernels_on_the_cpu  # noqa: F401
+from tests.ops.emulation import emulated, kernels_on_the_cpu  # noqa: F401
 from tests.ops.yardstick import kda_truth, outputs_and_gradients
 
 ARCH = "sm_90a"
@@ -27,7 +27,7 @@ ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # ab
         (torch.bfloat16, "resets", 4, 64, True),
     ],
 )
-def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, monkeypatch):
+def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch):
     """With segments, of two chunks each, the last one shorter and one empty."""
     monkeypatch.setattr(cuda_kernels, "WARPGROUPS", warpgroups)
     B, T, H = 1, 70 if segments == 1 else 300, 64 // D
@@ -53,8 +53,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
 
     def scan(name, part, *tensors):
         launch = cuda_kernels.Scan(name, D, dtype, ARCH, part)
-        (folder := tmp_path / f"{name}_{part}").mkdir()
-        run = Emulated(launch.kernel, folder)
+        run = emulated(launch.kernel)
         run(B * segments * H * launch.blocks, 32 * launch.warps, *tensors, None, B, T, H, segments)
 
     def entries(matrices, offsets, start, backward):
@@ -62,16 +61,16 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
         run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, segments, H, int(backward))
         return found
 
-    prepare = Emulated(cuda_kernels.prepare_kernel(D, dtype, ARCH), tmp_path)
+    prepare = emulated(cuda_kernels.prepare_kernel(D, dtype, ARCH))
     prepare(min(3, slots * H), layout.threads, q, k, g, beta, packets, None, slots * H, T, H, scale)
     if dtype.itemsize == 2:
-        find = Emulated(cuda_kernels.largest_kernel(D, dtype), tmp_path)
+        find = emulated(cuda_kernels.largest_kernel(D, dtype))
         find(-(-slots * H // 8), 256, v, largest, None, slots * H, T, H)
         find(-(-slots * H // 8), 256, grad_o, d_largest, None, slots * H, T, H)
     enters, leaves = state, grad_state
     if segments > 1:
         offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
-        run = Emulated(cuda_kernels.segments_kernel(D, ARCH), tmp_path)
+        run = emulated(cuda_kernels.segments_kernel(D, ARCH))
         ends = (offsets, None, None, None, transposed, transitions)
         scan("scan", "summary", packets, v, largest, state, None, None, *ends)
         enters = entries(transposed, offsets, state, backward=False)
@@ -82,7 +81,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, tmp_path, mo
     scan("scan", "whole", packets, v, largest, state, enters, *results, states, corrections, units, None, None)
     kept = (got["dinitial_state"], d_states, d_corrections, d_units, parts)
     scan("reverse", "whole", packets, v, grad_o, d_largest, grad_state, leaves, *kept)
-    gradients = Emulated(cuda_kernels.gradients_kernel(D, dtype, ARCH), tmp_path)
+    gradients = emulated(cuda_kernels.gradients_kernel(D, dtype, ARCH))
     passed = (states, corrections, d_states, d_corrections, parts, units, d_units)
     given = (q, k, g, beta, grad_o, *passed, state, grad_state)
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]

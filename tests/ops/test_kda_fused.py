@@ -50,9 +50,14 @@ def check_gates(inputs, K, *form):
 @pytest.mark.usefixtures("kernels_on_the_cpu")
 class TestGateKernels:
     @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize("per_head", [False, True])
     @pytest.mark.parametrize(
-        ("dtype", "K", "T"), [(torch.bfloat16, 64, 200), (torch.float16, 128, 7), (torch.float32, 32, 40)]
+        ("dtype", "K", "T", "per_head"),
+        [
+            (torch.bfloat16, 64, 200, False),
+            (torch.float16, 128, 7, True),
+            (torch.float32, 32, 40, False),
+            (torch.float32, 32, 40, True),
+        ],
     )
     def test_forward_and_backward(self, dtype, K, T, per_head, form):
         check_gates(gate_inputs(2, T, 6, K, per_head=per_head, dtype=dtype), K, *form)

@@ -30,9 +30,18 @@ def by_kernel(x, state, *, negative=False, normalized=False, gate="softplus", lo
     )
 
 
-@pytest.mark.parametrize("state_dtype", STATES, ids=str)
-@pytest.mark.parametrize("D", [32, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "D", "state_dtype"),
+    [  # each two of the three meet
+        (torch.bfloat16, 32, torch.float32),
+        (torch.float32, 32, torch.bfloat16),
+        (torch.bfloat16, 64, torch.int8),
+        (torch.float32, 64, torch.float32),
+        (torch.bfloat16, 128, torch.bfloat16),
+        (torch.float32, 128, torch.int8),
+    ],
+    ids=str,
+)
 def test_kernel_against_float64(kernels_on_the_cpu, dtype, D, state_dtype):  # noqa: F811
     x, state = token(2, 3, D, dtype), state_of(2, 3, D, state_dtype)
     want, after, caches = exact(x, state)

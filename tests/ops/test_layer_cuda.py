@@ -200,7 +200,9 @@ def test_gates_of_every_form(form, per_head):
 @pytest.mark.parametrize("shape", ["8x2048x16x64", "1x8192x16x128"])
 def test_gradients_of_the_decays_parameters_err_less_than_a_thousandth(shape):
     """In bf16 too: of a sum over all tokens little is left, so that it shows what the products round."""
-    for row in errors(Shape.parse(shape), torch.device("cuda")):
+    found = errors(Shape.parse(shape), torch.device("cuda"))
+    assert {row["inputs"] for row in found} == {"float32", "bfloat16"}
+    for row in found:
         assert float(row["dA_log"]) < 1e-3, row
         assert float(row["ddt_bias"]) < 1e-3, row
 

@@ -127,6 +127,7 @@ def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
 def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):
     result = compare(runs, tmp_path / "out", title="t", alone=False)
     assert "Runs shared a device: nothing of time is compared." in result.notes
+    assert result.rows
     assert not any("tokens_per_s" in row or "bits_at_same_time" in row for row in result.rows)
     (tmp_path / "out" / "table.md").unlink()
     redraw(tmp_path / "out")  # as it was written

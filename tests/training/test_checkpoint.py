@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from lkda.io import write_atomically
 from lkda.training.checkpoint import (
     AtomicCheckpointIO,
     newest_intact,
@@ -13,7 +14,6 @@ from lkda.training.checkpoint import (
     read_checkpoint,
     step_files,
     step_path,
-    write_atomically,
 )
 
 

@@ -2,10 +2,12 @@
 
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -14,7 +16,15 @@ from lkda.training.optimizer import build_optimizer
 from lkda.training.task import next_token_loss
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MIXERS = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
+
+
+def choices() -> Iterator[ParameterSet]:
+    """The mixers of configs/mixer. One of several kinds is slow: each kind is also there alone."""
+    for path in sorted((CONFIGS / "mixer").glob("*.yaml")):
+        kinds = set(OmegaConf.load(path).pattern)
+        yield pytest.param(path.stem, marks=[pytest.mark.slow] if len(kinds) > 1 else [])
+
+
 STEPS = 100
 # The loss, in nats a character, that each must be below after STEPS; a mixer that is not named, below OTHERS.
 # Guessing by frequency costs 2.6, knowing the words 0.3; the text is short enough to learn some of it by heart.
@@ -33,7 +43,7 @@ def text() -> torch.Tensor:
     return torch.tensor([ord(letter) for letter in letters[: 16 * (LENGTH + 1)]]).view(16, LENGTH + 1)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", choices())
 def test_it_learns(mixer: str) -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=[f"mixer={mixer}", "model.num_heads=2"])

@@ -24,6 +24,14 @@ def trained(directory: Path, *overrides: str) -> dict[str, Any]:
     return train(composed("train", *SETTINGS, *overrides), directory)
 
 
+def test_a_small_task_is_learnt_in_seconds(tmp_path: Path) -> None:
+    """Guessing gets a quarter."""
+    sizes = ("data.stacks=2", "data.elements=4", "data.context=24", "data.val_examples=64")
+    summary = trained(tmp_path, "data=stack", "model.d_model=32", "trainer.max_steps=50", *sizes)
+    assert summary["val/accuracy"] > 0.7
+
+
+@pytest.mark.slow
 def test_two_layers_of_kda_solve_four_pairs_in_64_tokens(tmp_path: Path) -> None:
     mixture = (
         "data.train=[{length: 64, pairs: 4, examples: 10000}]",
@@ -35,6 +43,7 @@ def test_two_layers_of_kda_solve_four_pairs_in_64_tokens(tmp_path: Path) -> None
     assert summary["val/accuracy"] >= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_it_learns(task: str, tmp_path: Path) -> None:
     overrides, least = TASKS[task]

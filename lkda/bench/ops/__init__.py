@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 
 from lkda.bench.contest import Contest
+from lkda.checks import InputError
 
 
 def names() -> list[str]:
@@ -15,5 +16,5 @@ def names() -> list[str]:
 def find(name: str) -> Contest:
     """The contest of an operator. Raises ValueError, with those there are, for one that has none."""
     if name not in names():
-        raise ValueError(f"ops={name}: there is no such benchmark; there are {', '.join(names())}.")
+        raise InputError(f"ops={name}: there is no such benchmark; there are {', '.join(names())}.")
     return importlib.import_module(f"{__name__}.{name}").CONTEST

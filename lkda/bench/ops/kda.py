@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
+from lkda.checks import InputError
 from lkda.ops import kda_attention, softmax_attention
 from lkda.ops.jit import Kernel
 from lkda.ops.kda import cuda_kernels, cuda_recurrent
@@ -81,7 +82,7 @@ def _sdpa() -> Mapping[str, Entrant]:
 
     def run(inputs: Inputs) -> Sequence[Tensor]:
         if inputs["q"].shape[1] > LONGEST_SOFTMAX:
-            raise ValueError(f"not timed beyond T = {LONGEST_SOFTMAX}: quadratic in T")
+            raise InputError(f"not timed beyond T = {LONGEST_SOFTMAX}: quadratic in T")
         return (softmax_attention(inputs["q"], inputs["k"], inputs["v"], backend="sdpa"),)
 
     return {"sdpa": Entrant(run, ("q", "k", "v"), adapt, comparable=False)}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 
@@ -37,7 +38,7 @@ def build_with_weights(
         there = tuple(weights[name].shape) if name in weights else "missing"
         here = shapes.get(name, "unknown")
         if there != here:
-            raise ValueError(f"{source} holds the weights of another model: {name} is {there}, expected {here}.")
+            raise InputError(f"{source} holds the weights of another model: {name} is {there}, expected {here}.")
     own = {name: weights[stored_as(name)].float() for name in model.state_dict()}
     return assign(model, own).eval()
 
@@ -57,6 +58,6 @@ def _check_depth(
     before, after = stored_as("blocks.0.mixer_norm.weight").split("0", 1)
     found = sum(name.startswith(before) and name.endswith(after) for name in weights)
     if isinstance(config.get("num_layers"), int) and config["num_layers"] != found:
-        raise ValueError(
+        raise InputError(
             f"{source} holds the weights of {found} layers, and its config asks for {config['num_layers']}."
         )

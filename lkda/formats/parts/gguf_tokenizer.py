@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from lkda.checks import InputError
 from lkda.special_tokens import document_start
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     content = json.loads(tokenizer.to_str())
     alike = _splits_as_gpt2(content.get("pre_tokenizer") or {})
     if content["model"]["type"] != "BPE" or content.get("normalizer") is not None or not alike:
-        raise ValueError(
+        raise InputError(
             "format gguf writes a byte-level BPE that splits text as GPT-2 does, without a normaliser or a prefix "
             "space, as lkda's own tokenizers are; this model's tokenizer is another kind."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lkda.checks import InputError
 from lkda.formats.parts.kimi import NORM_EPS, kinds
 from lkda.formats.parts.layers import layer_names, options_of
 from lkda.formats.parts.llama import has_qk_norm
@@ -97,7 +98,7 @@ def read_kimi(config: Mapping[str, Any], source: object) -> dict[str, Any]:
         for key, wanted in (("num_heads", heads), ("head_dim", made["d_model"] // heads)):
             _require(linear, f"linear_attn_config.{key}", wanted, source)
         if made["norm_eps"] != NORM_EPS:
-            raise ValueError(f"config.json of {source}: KDA here has rms_norm_eps {NORM_EPS}, not {made['norm_eps']}.")
+            raise InputError(f"config.json of {source}: KDA here has rms_norm_eps {NORM_EPS}, not {made['norm_eps']}.")
         made["mixer"]["kda"] = {"conv_width": number(linear, "short_conv_kernel_size", least=1, source=source)}
     if "mla" in names:
         sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -150,7 +151,7 @@ def _read_common(config: Mapping[str, Any], source: object) -> dict[str, Any]:
     _require(config, "hidden_act", "silu", source)
     eps = config.get("rms_norm_eps", 1e-5 if config["model_type"] == "kimi_linear" else 1e-6)
     if not isinstance(eps, float) or not 0 < eps < 1:
-        raise ValueError(f"config.json of {source}: rms_norm_eps must be a small number above 0, got {eps!r}.")
+        raise InputError(f"config.json of {source}: rms_norm_eps must be a small number above 0, got {eps!r}.")
     lengths = (config.get(key) for key in ("model_max_length", "max_position_embeddings"))
     return {
         "vocab_size": number(config, "vocab_size", least=1, source=source),
@@ -174,7 +175,7 @@ def _kinds_of_layers(config: Mapping[str, Any], num_layers: int, source: object)
         listed |= dict.fromkeys(nested.get("full_attn_layers", ()), "mla")
         names = [listed.get(i, "") for i in range(1, len(listed) + 1)]
     if len(names) != num_layers or "" in names:
-        raise ValueError(
+        raise InputError(
             f"config.json of {source}: linear_attn_config (kda_layers and full_attn_layers, from 1) or layer_types "
             f"must say for each of the {num_layers} layers what it is."
         )
@@ -186,7 +187,7 @@ def _refuse_experts(config: Mapping[str, Any], num_layers: int, source: object) 
     types = config.get("mlp_layer_types")
     dense = config.get("first_k_dense_replace", 1) >= num_layers if types is None else set(types) == {"dense"}
     if experts and not dense:
-        raise ValueError(
+        raise InputError(
             f"{source} has mixture-of-experts layers ({experts} experts), which lkda does not: "
             "it reads Kimi Linear models whose layers are all dense."
         )
@@ -196,4 +197,4 @@ def _require(config: Mapping[str, Any], key: str, wanted: Any, source: object) -
     """A key that may be absent, but says `wanted` where it is there."""
     value = config.get(key)
     if value is not None and value != wanted:
-        raise ValueError(f"config.json of {source}: {key} is {value!r}; a model of lkda has {wanted!r} here.")
+        raise InputError(f"config.json of {source}: {key} is {value!r}; a model of lkda has {wanted!r} here.")

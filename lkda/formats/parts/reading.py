@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lkda.checks import InputError
+
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
 # Reading a pickle runs what is written in it.
@@ -25,18 +27,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} is no exported model: it has no config.json.")
+        raise InputError(f"{directory} is no exported model: it has no config.json.")
     config = _read_json(path)
     if not any((directory / name).is_file() for name in (WEIGHTS, SHARDS)):
         pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
         if pickles:
-            raise ValueError(
+            raise InputError(
                 f"{directory} holds its weights as a pickle ({pickles[0]}), which runs code when it is read; "
                 f"lkda reads {WEIGHTS} alone: convert it where you trust it."
             )
-        raise ValueError(f"{directory} is no exported model: it has no {WEIGHTS}.")
+        raise InputError(f"{directory} is no exported model: it has no {WEIGHTS}.")
     if not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"{directory} is no exported model: it has no tokenizer.json.")
+        raise InputError(f"{directory} is no exported model: it has no tokenizer.json.")
     return config
 
 
@@ -50,11 +52,11 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     shards = _read_json(directory / SHARDS).get("weight_map")
     names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
     if not names:
-        raise ValueError(f"{directory / SHARDS} lists no shards: it lacks the entry weight_map.")
+        raise InputError(f"{directory / SHARDS} lists no shards: it lacks the entry weight_map.")
     weights: dict[str, Tensor] = {}
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
-            raise ValueError(f"{directory} is incomplete: {SHARDS} lists {name!r}, which is not there.")
+            raise InputError(f"{directory} is incomplete: {SHARDS} lists {name!r}, which is not there.")
         weights |= _read_safetensors(directory / name)
     return weights
 
@@ -64,7 +66,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{directory / 'tokenizer.json'} is not a tokenizer ({error}).") from error
+        raise InputError(f"{directory / 'tokenizer.json'} is not a tokenizer ({error}).") from error
     tokenizer.post_processor = None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -75,7 +77,7 @@ def number(config: Mapping[str, Any], key: str, *, least: int = 0, source: objec
     """A whole number of config.json. Raises ValueError naming the key, what came and `source`."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"config.json of {source}: {key} must be a whole number of {least} or more, got {value!r}.")
+        raise InputError(f"config.json of {source}: {key} must be a whole number of {least} or more, got {value!r}.")
     return value
 
 
@@ -83,9 +85,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise InputError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object with names and values.")
+        raise InputError(f"{path} holds a {type(content).__name__}, expected an object with names and values.")
     return content
 
 
@@ -93,4 +95,4 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}.") from error
+        raise InputError(f"{path} is truncated or no safetensors file: {error}.") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from lkda.checks import InputError
 from lkda.models.mixer import Mixer
 
 
@@ -19,9 +20,9 @@ def find_mixer(name: str) -> type[Mixer]:
     Raises: ValueError for an unknown name, listing those there are.
     """
     if name not in mixer_names():
-        raise ValueError(f"unknown mixer {name!r}; there are {', '.join(mixer_names())}.")
+        raise InputError(f"unknown mixer {name!r}; there are {', '.join(mixer_names())}.")
     module = importlib.import_module(f"{__name__}.{name}")
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Mixer) and value.__module__ == module.__name__:
             return value
-    raise ValueError(f"{module.__name__} defines no subclass of lkda.models.mixer.Mixer.")
+    raise InputError(f"{module.__name__} defines no subclass of lkda.models.mixer.Mixer.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError
 from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
@@ -60,13 +61,13 @@ class KimiDeltaAttention(RecurrentMixer):
         )
         gates = {"channel": d_model, "head": num_heads, "none": 0}
         if gate not in gates:
-            raise ValueError(f"mixer.kda.gate must be one of {', '.join(gates)}, got {gate!r}.")
+            raise InputError(f"mixer.kda.gate must be one of {', '.join(gates)}, got {gate!r}.")
         if gate_form not in ("softplus", "bounded"):
-            raise ValueError(f"mixer.kda.gate_form must be softplus or bounded, got {gate_form!r}.")
+            raise InputError(f"mixer.kda.gate_form must be softplus or bounded, got {gate_form!r}.")
         if not -5 <= lower_bound < 0:
-            raise ValueError(f"mixer.kda.lower_bound must be in [-5, 0), got {lower_bound}.")
+            raise InputError(f"mixer.kda.lower_bound must be in [-5, 0), got {lower_bound}.")
         if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"mixer.kda.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
+            raise InputError(f"mixer.kda.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
         self.state_dtype = state_dtype
         self.gate, self.gate_form, self.lower_bound = gate, gate_form, lower_bound
         self.negative_eigenvalues, self.backend = negative_eigenvalues, backend

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import simplified_attention, simplified_step
@@ -50,7 +51,7 @@ class SimplifiedAttention(RecurrentMixer):
             output_gate=output_gate,
         )
         if decay not in ("token", "constant"):
-            raise ValueError(f"mixer.simplified.decay must be token or constant, got {decay!r}.")
+            raise InputError(f"mixer.simplified.decay must be token or constant, got {decay!r}.")
         self.backend = backend
         self.b_proj = linear(d_model, num_heads) if decay == "token" else None
         self.decay_bias = nn.Parameter(torch.empty(num_heads))

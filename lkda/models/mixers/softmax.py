@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
 from lkda.models.rope import rotate
@@ -40,7 +41,7 @@ class SoftmaxAttention(Mixer):
     ) -> None:
         super().__init__(d_model, num_heads)
         if self.head_dim % 2:
-            raise ValueError(
+            raise InputError(
                 f"rotary positions turn pairs of channels: d_model / mixer.num_heads must be even, got {self.head_dim}."
             )
         self.rope_base, self.backend = rope_base, backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike
 from lkda.ops.gated_norm import cuda
@@ -31,9 +32,9 @@ def gated_rms_norm(
     """
     fn = "gated_rms_norm"
     if weight.dim() != 1 or x.shape[-1:] != weight.shape:
-        raise ValueError(f"{fn}: weight must be [D] for x [..., D], got {list(weight.shape)} for x {list(x.shape)}.")
+        raise InputError(f"{fn}: weight must be [D] for x [..., D], got {list(weight.shape)} for x {list(x.shape)}.")
     if gate is not None and gate.shape != x.shape:
-        raise ValueError(f"{fn}: gate must have x's shape {list(x.shape)}, got {list(gate.shape)}.")
+        raise InputError(f"{fn}: gate must have x's shape {list(x.shape)}, got {list(gate.shape)}.")
     check_alike(fn, {"x": x, "gate": gate, "weight": weight}, same_dtype=("x", "gate"))
     word = choose(fn, BACKENDS, backend, device=x.device, head_dim=x.shape[-1], dtype=x.dtype)
     return BACKENDS[word].run(x, gate, weight, eps)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.dispatch import goes_straight, straight, wants_gradient
 from lkda.ops.kda.cuda_plan import Plan, plan_of, sizes_of
 from lkda.ops.kernel_inputs import cannot_take, readable
@@ -268,7 +269,7 @@ def kda_cuda(
     Raises: ValueError where K and V differ.
     """
     if k.shape[-1] != v.shape[-1]:
-        raise ValueError(
+        raise InputError(
             f"kda_attention(backend='cuda'): K and V must be equal, got K = {k.shape[-1]} and V = {v.shape[-1]}; "
             "use backend='chunk'."
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.dispatch import wants_gradient
 from lkda.ops.jit import Kernel, Module
 from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take
@@ -83,13 +84,13 @@ def kda_cuda_recurrent(
     Raises: ValueError where K and V differ, or where a gradient is asked for.
     """
     if k.shape[-1] != v.shape[-1]:
-        raise ValueError(
+        raise InputError(
             f"kda_attention(backend='cuda_recurrent'): K and V must be equal, got K = {k.shape[-1]} and "
             f"V = {v.shape[-1]}; use backend='recurrent'."
         )
     inputs = (q, k, v, g, beta, initial_state)
     if wants_gradient(*inputs):
-        raise ValueError(
+        raise InputError(
             "kda_attention(backend='cuda_recurrent') has no backward and an input requires a gradient; "
             "use backend='cuda', or call it under torch.no_grad()."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_shape
 from lkda.ops.kda.cuda import kda_cuda
 from lkda.ops.kda.cuda_gate import kda_gate_cuda
@@ -96,17 +97,17 @@ def check_gate(
     lower_bound: float,
 ) -> None:
     if gate not in FORMS:
-        raise ValueError(f"{fn}: gate must be one of {', '.join(FORMS)}, got {gate!r}.")
+        raise InputError(f"{fn}: gate must be one of {', '.join(FORMS)}, got {gate!r}.")
     if not -5 <= lower_bound < 0:
-        raise ValueError(f"{fn}: lower_bound must be in [-5, 0), got {lower_bound}.")
+        raise InputError(f"{fn}: lower_bound must be in [-5, 0), got {lower_bound}.")
     if (logits is None) != (A_log is None) or (logits is None) != (dt_bias is None):
-        raise ValueError(f"{fn}: gate_logits, A_log and dt_bias come together, or none of them (no decay).")
+        raise InputError(f"{fn}: gate_logits, A_log and dt_bias come together, or none of them (no decay).")
     if logits is None or A_log is None or dt_bias is None:
         return
     check_shape(fn, "gate_logits", logits, "B T H" if logits.dim() == 3 else "B T H K", sizes)
     wanted = sizes["H"] if logits.dim() == 3 else sizes["H"] * sizes["K"]
     if A_log.numel() != sizes["H"] or dt_bias.numel() != wanted:
-        raise ValueError(
+        raise InputError(
             f"{fn}: A_log must hold {sizes['H']} numbers and dt_bias {wanted}, "
             f"got {list(A_log.shape)} and {list(dt_bias.shape)}."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import alike, check_alike, check_cu_seqlens, check_shape
 from lkda.ops.kda import cuda, cuda_recurrent
@@ -98,7 +99,7 @@ def check_attention(
     check_shape(fn, "g", g, "B T H K", sizes)
     check_shape(fn, "beta", beta, "B T H", sizes)
     if sizes["T"] == 0:
-        raise ValueError(f"{fn}: T must be at least 1, got q of {list(q.shape)}.")
+        raise InputError(f"{fn}: T must be at least 1, got q of {list(q.shape)}.")
     if cu_seqlens is not None:
         check_cu_seqlens(fn, cu_seqlens, sizes["B"], sizes["T"])
         sizes["N"] = len(cu_seqlens) - 1

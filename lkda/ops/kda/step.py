@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_shape
 from lkda.ops.kda import cuda_step
@@ -142,17 +143,17 @@ def _check_state(fn: str, state: tuple[Tensor, ...], device: torch.device, sizes
     dtypes = {*STATE_DTYPES.values(), torch.float64}
     if not isinstance(state, tuple) or not state or state[0].dtype not in dtypes:
         got = state[0].dtype if isinstance(state, tuple) and state else type(state).__name__
-        raise ValueError(
+        raise InputError(
             f"{fn}: state must be a tuple that begins with a tensor of {sorted(map(str, dtypes))}, got {got}."
         )
     if len(state) != 1 + (state[0].dtype == torch.int8):
-        raise ValueError(f"{fn}: an int8 state comes with its factors, any other alone; got {len(state)} tensors.")
+        raise InputError(f"{fn}: an int8 state comes with its factors, any other alone; got {len(state)} tensors.")
     sizes["K"] = sizes["D"]
     check_shape(fn, "state[0]", state[0], "B H K D", sizes)
     if len(state) == 2:
         check_shape(fn, "state[1]", state[1], "B H K", sizes)
         if state[1].dtype != torch.float32:
-            raise ValueError(f"{fn}: state[1], the factors, must be float32, got {state[1].dtype}.")
+            raise InputError(f"{fn}: state[1], the factors, must be float32, got {state[1].dtype}.")
     _check_in_place(fn, {f"state[{i}]": x for i, x in enumerate(state)}, device)
 
 
@@ -160,7 +161,7 @@ def _check_caches(
     fn: str, weights: Sequence[Tensor], caches: Sequence[Tensor], device: torch.device, sizes: dict[str, int]
 ) -> None:
     if len(weights) not in (0, 3) or len(caches) != len(weights):
-        raise ValueError(
+        raise InputError(
             f"{fn}: three weights and three caches (of q, k and v), or none; got {len(weights)} and {len(caches)}."
         )
     sizes["C"] = sizes["H"] * sizes["D"]
@@ -169,13 +170,13 @@ def _check_caches(
         sizes["W-1"] = sizes["W"] - 1
         check_shape(fn, f"caches[{i}]", cache, "B W-1 C", sizes)
         if cache.dtype != caches[0].dtype:
-            raise ValueError(f"{fn}: the caches share a dtype, got {caches[0].dtype} and {cache.dtype}.")
+            raise InputError(f"{fn}: the caches share a dtype, got {caches[0].dtype} and {cache.dtype}.")
     _check_in_place(fn, {f"caches[{i}]": x for i, x in enumerate(caches)}, device)
 
 
 def _check_in_place(fn: str, tensors: dict[str, Tensor], device: torch.device) -> None:
     for name, x in tensors.items():
         if x.device != device:
-            raise ValueError(f"{fn}: {name} is on {x.device} and q on {device}; move one of them.")
+            raise InputError(f"{fn}: {name} is on {x.device} and q on {device}; move one of them.")
         if not x.is_contiguous() or (x.is_cuda and x.data_ptr() % 16):
-            raise ValueError(f"{fn}: {name} is written in place and must be contiguous and aligned to 16 bytes.")
+            raise InputError(f"{fn}: {name} is written in place and must be contiguous and aligned to 16 bytes.")

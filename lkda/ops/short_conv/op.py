@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.short_conv import cuda
@@ -66,14 +67,14 @@ def short_convolutions(
     """
     fn = "short_convolutions"
     if not 1 <= len(xs) <= MOST_STREAMS or len(weights) != len(xs):
-        raise ValueError(f"{fn}: one to {MOST_STREAMS} tensors with a weight each, got {len(xs)} and {len(weights)}.")
+        raise InputError(f"{fn}: one to {MOST_STREAMS} tensors with a weight each, got {len(xs)} and {len(weights)}.")
     sizes: dict[str, int] = {"1": 1}
     tensors: dict[str, Tensor | None] = {}
     for i, x in enumerate(xs):
         check_shape(fn, f"xs[{i}]", x, "B T C", sizes)
         tensors[f"xs[{i}]"] = x
     if sizes["T"] == 0:
-        raise ValueError(f"{fn}: T must be at least 1, got x of {list(xs[0].shape)}.")
+        raise InputError(f"{fn}: T must be at least 1, got x of {list(xs[0].shape)}.")
     for i, weight in enumerate(weights):
         check_shape(fn, f"weights[{i}]", weight, "C 1 W", sizes)
     rows = "B"
@@ -141,7 +142,7 @@ def _normalized(
         return (False,) * len(xs)
     channels = xs[0].shape[-1]
     if len(normalized) != len(xs) or not head_dim or channels % head_dim:
-        raise ValueError(
+        raise InputError(
             f"{fn}: normalized needs a word for each of {len(xs)} tensors and a head_dim that divides {channels} "
             f"channels; got {tuple(normalized)} and head_dim={head_dim}."
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.dispatch import goes_straight, straight, wants_gradient
 from lkda.ops.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture, fill_words, multiprocessors
 from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take
@@ -332,7 +333,7 @@ def simplified_cuda_baseline(
     decay, initial_state, cu_seqlens = _plain(decay, initial_state, cu_seqlens)
     inputs = (q, k, v, decay, initial_state)
     if wants_gradient(*inputs):
-        raise ValueError(
+        raise InputError(
             "simplified_attention(backend='cuda_baseline') has no backward and an input requires a gradient; "
             "use backend='cuda', or call it under torch.no_grad()."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.dispatch import wants_gradient
@@ -51,7 +52,7 @@ def simplified_attention(
         check_shape(fn, name, x, "B T H D", sizes)
     check_shape(fn, "decay", decay, "H" if decay.dim() == 1 else "B T H", sizes)
     if sizes["T"] == 0:
-        raise ValueError(f"{fn}: T must be at least 1, got q of {list(q.shape)}.")
+        raise InputError(f"{fn}: T must be at least 1, got q of {list(q.shape)}.")
     if cu_seqlens is not None:
         check_cu_seqlens(fn, cu_seqlens, sizes["B"], sizes["T"])
         sizes["N"] = len(cu_seqlens) - 1

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkda.checks import InputError
 from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.sequences import lengths_of, longest
@@ -93,13 +94,13 @@ def softmax_attention(
     check_shape(fn, "k", k, "B S H K", sizes)
     check_shape(fn, "v", v, "B S H V", sizes)
     if not 1 <= sizes["T"] <= sizes["S"]:
-        raise ValueError(
+        raise InputError(
             f"{fn}: q holds the last T of S positions, 1 <= T <= S; got T = {sizes['T']}, S = {sizes['S']}."
         )
     if cu_seqlens is not None:
         check_cu_seqlens(fn, cu_seqlens, sizes["B"], sizes["T"])
         if sizes["S"] != sizes["T"]:
-            raise ValueError(f"{fn}: with cu_seqlens q and k have one length, got T = {sizes['T']}, S = {sizes['S']}.")
+            raise InputError(f"{fn}: with cu_seqlens q and k have one length, got T = {sizes['T']}, S = {sizes['S']}.")
     check_alike(fn, {"q": q, "k": k, "v": v}, same_dtype=("q", "k", "v"))
     scale = sizes["K"] ** -0.5 if scale is None else scale
     word = choose(fn, BACKENDS, backend, device=q.device, head_dim=sizes["K"], dtype=q.dtype)

@@ -1,8 +1,12 @@
 """A kernel's .cu, compiled by the host's C++ compiler and run on the CPU, to check its arithmetic and indices."""
 
 import ctypes
+import hashlib
+import os
 import re
 import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +16,14 @@ import torch
 from lkda.ops.jit import INCLUDE, Kernel
 
 HERE = Path(__file__).parent
+FLAGS = ["-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
 _KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
 
 
 class Emulated:
     """Launched like the kernel that it stands for: `emulated(blocks, threads, *arguments)`; tensors on the CPU."""
 
-    def __init__(self, kernel: Kernel, folder):
+    def __init__(self, kernel: Kernel):
         source = kernel.module.source.read_text()
         parameters = re.search(rf"{kernel.entry}\((.*?)\) \{{", source, re.DOTALL).group(1)
         names = ", ".join(parameter.split()[-1] for parameter in parameters.split(","))
@@ -27,16 +32,7 @@ class Emulated:
             f'extern "C" void run(int blocks, int threads, {parameters}) {{\n'
             f"  launch(blocks, threads, [&] {{ {kernel.entry}({names}); }});\n}}\n"
         )
-        headers = folder / "include"  # the project's, those that hold device instructions replaced
-        headers.mkdir(exist_ok=True)
-        for header in (*INCLUDE.glob("*.cuh"), *HERE.glob("*.cuh"), *HERE.glob("*.h")):
-            (headers / header.name).write_text(header.read_text())
-        path = folder / f"{kernel.entry}.cpp"
-        path.write_text(text)
-        defines = [f"-D{define}" for define in kernel.module.defines]
-        flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing", f"-I{headers}"]
-        subprocess.run(["g++", *flags, *defines, "-o", path.with_suffix(".so"), path], check=True)
-        self._run = ctypes.CDLL(str(path.with_suffix(".so"))).run
+        self._run = ctypes.CDLL(str(_compiled(text, [f"-D{define}" for define in kernel.module.defines]))).run
         self._kinds = [_KINDS[letter] for letter in kernel.signature]
 
     def __call__(self, blocks, threads, *arguments):
@@ -44,17 +40,38 @@ class Emulated:
         self._run(blocks, threads, *(kind(value) for kind, value in zip(self._kinds, values, strict=True)))
 
 
+def _compiled(text: str, defines: list[str]) -> Path:
+    """The library of this source. Compiling takes longer than most launches, so all tests of a session share it."""
+    # The project's headers, those that hold device instructions replaced.
+    headers = {
+        path.name: path.read_text()
+        for folder, kinds in ((INCLUDE, ["*.cuh"]), (HERE, ["*.cuh", "*.h"]))
+        for kind in kinds
+        for path in sorted(folder.glob(kind))
+    }
+    name = hashlib.sha256(repr((text, defines, FLAGS, headers)).encode()).hexdigest()
+    (folder := Path(os.environ["LKDA_CACHE"]) / "emulated").mkdir(parents=True, exist_ok=True)
+    library = folder / f"{name}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            for header, content in headers.items():
+                (Path(work) / header).write_text(content)
+            (Path(work) / "kernel.cpp").write_text(text)
+            subprocess.run(["g++", *FLAGS, *defines, "-o", "kernel.so", "kernel.cpp"], check=True, cwd=work)
+            os.replace(Path(work) / "kernel.so", library)
+    return library
+
+
+emulated = cache(Emulated)
+
+
 @pytest.fixture
-def kernels_on_the_cpu(monkeypatch, tmp_path):
+def kernels_on_the_cpu(monkeypatch):
     """Every launch runs the kernel's source on the CPU, so that an op's function can be called with tensors there."""
-    made = {}
 
     def launch(kernel, grid, block, *arguments, device):
         assert grid[1:] == (1, 1)
-        if kernel not in made:
-            (folder := tmp_path / f"kernel{len(made)}").mkdir()
-            made[kernel] = Emulated(kernel, folder)
-        made[kernel](grid[0], block, *arguments)
+        emulated(kernel)(grid[0], block, *arguments)
 
     monkeypatch.setattr(Kernel, "__call__", launch)
     few = SimpleNamespace(multi_processor_count=3)
