@@ -20,7 +20,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lkda.checks import InputError
 from lkda.io import replace_file, replacing
-from lkda.models.old_config import current_config
 
 FORMAT = 1
 _STEP = re.compile(r"step_(\d+)\.ckpt")
@@ -86,8 +85,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path} has checkpoint format {checkpoint['lkda']['format']}, this version of lkda reads {FORMAT}."
         )
-    saved = dict(checkpoint["lkda"])
-    return {**checkpoint, "lkda": {**saved, "model": current_config(saved["model"])}}
+    return dict(checkpoint)
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:

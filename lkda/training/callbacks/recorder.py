@@ -121,6 +121,7 @@ class Recorder(L.Callback):
 
     def _clipped_since(self, pl_module: L.LightningModule) -> tuple[int, int]:
         """Clipped steps, and steps, since the last row."""
+        assert isinstance(pl_module.clipped_steps, torch.Tensor)
         return int(pl_module.clipped_steps) - self._clipped[0], self._steps_here - self._clipped[1]
 
 
