@@ -33,12 +33,10 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     check_number("optimizer.lr", config["lr"], wanted="greater than 0", fits=lambda value: value > 0)
     check_number("optimizer.eps", config["eps"], wanted="greater than 0", fits=lambda value: value > 0)
     check_number("optimizer.weight_decay", config["weight_decay"], wanted="0 or more", fits=lambda value: value >= 0)
-    if not isinstance(config["lr_scale"], Mapping):
-        raise InputError(
-            f"optimizer.lr_scale must be a number for each of {', '.join(KINDS)}, got {config['lr_scale']!r}."
-        )
-    check_names("optimizer.lr_scale", config["lr_scale"], KINDS, choice=name)
-    for kind, scale in config["lr_scale"].items():
+    scales = config["lr_scale"]
+    if not isinstance(scales, Mapping) or set(scales) != set(KINDS):
+        raise InputError(f"optimizer.lr_scale must be a number for each of {', '.join(KINDS)}, got {scales!r}.")
+    for kind, scale in scales.items():
         check_number(f"optimizer.lr_scale.{kind}", scale, wanted="greater than 0", fits=lambda value: value > 0)
     betas = config["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_part(beta) for beta in betas):

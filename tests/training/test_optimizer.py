@@ -67,7 +67,7 @@ def test_weight_decay_reaches_the_optimizer() -> None:
         ({"betas": [0.9, 1.0]}, "optimizer.betas must be two numbers in"),
         (
             {"lr_scale": {**SCALE, "table": 3.0}},
-            "optimizer.lr_scale.table is not an option",
+            "optimizer.lr_scale must be a number for each of matrix, embedding, head, vector, got",
         ),
         ({"lr_scale": {**SCALE, "embedding": 0}}, "optimizer.lr_scale.embedding must be greater than 0, got 0"),
     ],
