@@ -69,7 +69,7 @@ def main() -> None:
                 cold, warm = (seconds(op, head_dim, cache) for _ in range(2))
             rows.append({"op": op, "D": head_dim, "seconds_compiling": cold, "seconds_cached": warm})
             print(f"{op} {head_dim}: {cold:.2f} s with an empty cache, {warm:.2f} s with a full one", flush=True)
-            write_json(options.out, {"header": machine, "rows": rows, "note": note})
+            write_json(options.out, {"kind": "table", "header": machine, "rows": rows, "note": note})
 
 
 if __name__ == "__main__":

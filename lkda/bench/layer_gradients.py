@@ -61,7 +61,7 @@ def main() -> None:
     machine = header(device)
     rows = [row for text in options.shapes for row in errors(Shape.parse(text), device)]
     note = f"{machine['device']}, torch {machine['torch']}; relative error of gradients through kda_attention_fused."
-    write_json(options.out, {"header": machine, "rows": rows, "note": note})
+    write_json(options.out, {"kind": "table", "header": machine, "rows": rows, "note": note})
     for row in rows:
         print(*(f"{name} {x}" for name, x in row.items()))
 

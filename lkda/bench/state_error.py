@@ -3,7 +3,7 @@
     python -m lkda.bench.state_error --out docs/results/kda_state_dtypes
     python -m lkda.bench.state_error --out docs/results/kda_state_dtypes_rare --rare --head-dim 32 --sequences 1
 
-take several minutes each, and write errors.json; `python -m lkda.report.redraw` makes table and plot of it.
+take several minutes each, and write errors.json; `lkda.report.redraw` makes table and plot of it.
 
 Keys and queries are random unit vectors, values N(0, 1), beta = sigmoid(N(0, 1)); the decay is one number throughout.
 With --rare only every 100th token writes (beta is 0 otherwise): the state is mostly held, as one is that remembers.
@@ -79,7 +79,7 @@ def main() -> None:
     rows = error_growth(options.steps, options.sequences, options.head_dim, rare=options.rare)
     header = {"device": "cpu", "torch": torch.__version__, "sequences": options.sequences}
     header |= {"head_dim": options.head_dim, "rare": options.rare}
-    write_json(options.out / "errors.json", {"header": header, "rows": rows})
+    write_json(options.out / "errors.json", {"kind": "state_error", "header": header, "rows": rows})
     last = max(row["step"] for row in rows)
     for kept in STATE_DTYPES:
         print(f"{kept:10s}", *(f"{row['error_o']:.1e}" for row in rows if (row["kept"], row["step"]) == (kept, last)))

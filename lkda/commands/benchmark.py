@@ -17,7 +17,7 @@ from lkda.bench.contest import Shape
 from lkda.checks import InputError, check_values
 from lkda.commands.settings import plain
 from lkda.report import bench_report
-from lkda.report.bench import Benchmark, as_rich
+from lkda.report.bench import KIND, Benchmark, as_rich
 from lkda.report.files import write_atomically
 
 _WORDS = ("ops", "shapes", "dtypes", "backends", "peers", "modes", "replays")
@@ -76,7 +76,8 @@ def benchmark(config: DictConfig) -> None:
             )
             progress.update(task, description=what)
             rows.append(next(measured))
-            write_atomically(out / "benchmark.json", json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+            found = {"kind": KIND, "header": header, "rows": rows}
+            write_atomically(out / "benchmark.json", json.dumps(found, indent=1) + "\n")
             progress.advance(task)
     bench_report.write(Benchmark(header, rows), out)
     console.print(as_rich(rows))

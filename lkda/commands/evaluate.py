@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from rich.text import Text
 
 from lkda.checks import InputError, check_values
 from lkda.commands.harness import run_tasks
-from lkda.commands.model_source import TrainedModel, load_trained
+from lkda.commands.model_source import TrainedModel, config_of_run, load_trained
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.commands.settings import check_options, device_of, plain
 from lkda.data.cache import expanded
@@ -113,6 +116,7 @@ def _write(
     if config.out is None:
         return
     record = {
+        "kind": "evaluation",
         "ckpt": str(trained.path.absolute()),
         "step": trained.step,
         "run": trained.run,
@@ -253,9 +257,10 @@ def mean_loss(
 
 
 def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
-    """The chosen data; where none is chosen, that of the run in whose directory the checkpoint lies, else the default.
+    """The chosen data; where none is chosen, those that the model was trained on.
 
-    A run's config.yaml is only followed to this project's own data modules: `_target_` names code.
+    What a run or an exported directory records is only followed to this project's own data modules: `_target_` names
+    code. Raises: ValueError where nothing is recorded, or another module.
     """
     if "data" in config:
         given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
@@ -263,10 +268,23 @@ def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
         if unused and "tokenizer_path" in config.data:
             raise InputError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
         return data_with_absolute_paths(config.data)
-    recorded = trained.path.parent.parent / "config.yaml"
-    if not recorded.is_file():
-        raise InputError(f"{trained.path} lies in no run directory that says what data it saw: give data=...")
-    data = OmegaConf.load(recorded).data
-    if not str(data.get("_target_")).startswith("lkda.data."):
-        raise InputError(f"{recorded} names a data module outside lkda.data ({data.get('_target_')}): give data=...")
-    return data_with_absolute_paths(data)
+    data = config_of_run(trained).get("data")
+    if not isinstance(data, dict):
+        where = "lies in no run directory that says" if trained.step is not None else "does not say"
+        raise InputError(f"{trained.path} {where} what data it saw: give data=...")
+    _check_data_module(data, trained.path)
+    return data_with_absolute_paths(OmegaConf.create(data))
+
+
+def _check_data_module(data: dict[str, Any], source: Path) -> None:
+    """Raises: ValueError where recorded settings would make anything but one of lkda.data's own modules."""
+    module, _, name = str(data.get("_target_")).rpartition(".")
+    found = None
+    if module.startswith("lkda.data."):
+        with suppress(ImportError):
+            found = getattr(import_module(module), name, None)
+    for_hydra = re.findall(r"'(_\w+_)':", str(data))  # keys, at any depth, that `instantiate` acts on
+    if not (isinstance(found, type) and issubclass(found, IndexedDataModule)) or for_hydra != ["_target_"]:
+        raise InputError(
+            f"the data that {source} records are of no data module of lkda ({module}.{name}): give data=..."
+        )

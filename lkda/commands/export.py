@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 import lkda
 from lkda.checks import check_values
-from lkda.commands.model_source import TrainedModel, load_trained
+from lkda.commands.model_source import TrainedModel, config_of_run, load_trained
 from lkda.commands.run_directory import read_summary
 from lkda.commands.settings import plain
 from lkda.formats import check_export, find_format
@@ -43,12 +43,13 @@ def export(config: DictConfig) -> Path:
 
 
 def record_of_run(trained: TrainedModel) -> dict[str, Any]:
-    """What the model card tells of the training; {} for a model whose run is not known.
+    """What the model card tells of the training; of an exported directory, the configuration that its card shows.
 
     What was measured is that of the checkpoint's own step.
     """
+    config = config_of_run(trained)
     if trained.step is None:
-        return {}
+        return {"config": config}
     facts = trained.run
     training = {
         "data": facts["data"],
@@ -62,10 +63,7 @@ def record_of_run(trained: TrainedModel) -> dict[str, Any]:
     for name in ("learning_rate", "precision", "device", "git_commit"):
         training[name.replace("_", " ")] = summary.get(name)
     training |= {f"{name} version": version for name, version in summary.get("versions", {}).items()}
-    record: dict[str, Any] = {"training": training, "results": _measured(directory / "metrics.csv", trained)}
-    if (directory / "config.yaml").is_file():
-        record["config"] = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-    return record
+    return {"training": training, "results": _measured(directory / "metrics.csv", trained), "config": config}
 
 
 def _measured(metrics: Path, trained: TrainedModel) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError
 from lkda.commands.run_directory import fingerprint_of
-from lkda.formats import load
+from lkda.formats import load, recorded_config
 from lkda.formats.parts.building import build_with_weights
 from lkda.models.lm import LanguageModel
 from lkda.models.old_config import current_config
@@ -75,3 +76,17 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     model = build_with_weights(current_config(ours["model"]), weights, source=path, backend=backend)
     vocabulary = None if ours["tokenizer"] is None else Tokenizer.from_str(ours["tokenizer"])
     return TrainedModel(model, vocabulary, path, ours["run"], ours["step"], fingerprint_of(checkpoint))
+
+
+def config_of_run(trained: TrainedModel) -> dict[str, Any]:
+    """The configuration of the run that a model comes from, {} where it is not known.
+
+    It stands in the config.yaml of the run in whose directory a checkpoint lies, and in the card of an exported
+    directory. Raises: ValueError where what stands there cannot be read.
+    """
+    if trained.step is None:
+        return recorded_config(trained.path)
+    path = trained.path.parent.parent / "config.yaml"
+    found = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    assert isinstance(found, dict)
+    return {str(name): value for name, value in found.items()}

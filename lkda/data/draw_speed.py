@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> None:
     out = Path(arguments[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     note = f"One core ({platform.machine()}), the median of {REPEATS} batches."
-    out.write_text(json.dumps({"rows": [measure(data) for data in tasks()], "note": note}, indent=1) + "\n")
+    table = {"kind": "table", "rows": [measure(data) for data in tasks()], "note": note}
+    out.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

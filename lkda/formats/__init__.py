@@ -25,12 +25,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError
-from lkda.formats.parts.card import model_card
+from lkda.formats.parts.card import model_card, recorded_config
 from lkda.formats.parts.reading import read_config
 from lkda.io import named
 from lkda.models.lm import LanguageModel
 
-__all__ = ["check_export", "find_format", "load", "names", "save"]
+__all__ = ["check_export", "find_format", "load", "names", "recorded_config", "save"]
 
 
 def names() -> list[str]:

@@ -1,16 +1,15 @@
 """A benchmark's JSON -> a table, and an operator's time for the table of runs.
 
-The JSON is {"header": {device, torch, lkda, copy_gb_per_s, date}, "rows": [...]}. A row holds op, backend or peer (the
-other absent or None), B, T, H, D, dtype, gate, mode ("fwd" or "fwd+bwd"), replay ("eager" or "graph"), ms_median,
-ms_p20, ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, launches, host_us, peak_mib, registers, shared_bytes, and
-where nothing was measured, the reason.
+The JSON is {"kind": "benchmark", "header": {device, torch, lkda, copy_gb_per_s, date}, "rows": [...]}. A row holds op,
+backend or peer (the other absent or None), B, T, H, D, dtype, gate, mode ("fwd" or "fwd+bwd"), replay ("eager" or
+"graph"), ms_median, ms_p20, ms_p80, floor_ms, fraction_of_floor, gb_per_s, error, launches, host_us, peak_mib,
+registers, shared_bytes, and where nothing was measured, the reason.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ from typing import Any
 from rich.table import Table
 
 from lkda.checks import InputError
+from lkda.report.files import read_results_file
 from lkda.report.table import markdown_table, rich_table
 from lkda.report.units import three
 
 Row = dict[str, Any]
+KIND = "benchmark"
 KEYS = ("op", "B", "T", "H", "D", "dtype", "mode", "replay")
 
 
@@ -42,11 +43,11 @@ class Benchmark:
 
 def read_benchmark(path: Path) -> Benchmark:
     """Reads the JSON. Raises ValueError where the file is not a benchmark's."""
+    found = read_results_file(path, kind=KIND)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
         header, rows = found["header"], found["rows"]
         lacking = [key for row in rows for key in KEYS if key not in row]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{path} is not a benchmark's JSON ({error}); scripts/benchmark.py writes one.") from error
     if lacking or not rows:
         why = f"a row lacks {lacking[0]}" if lacking else "it has no rows"

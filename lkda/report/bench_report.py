@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lkda.report import bench_plots
-from lkda.report.bench import Benchmark, as_cells, as_csv, as_markdown, measured, names_of
+from lkda.report.bench import Benchmark, as_cells, as_csv, as_markdown, measured, names_of, read_benchmark
 from lkda.report.files import write_atomically
 from lkda.report.page import Section, page
 from lkda.report.theme import Picture
@@ -40,6 +40,11 @@ def pictures(benchmark: Benchmark) -> dict[str, Picture]:
         if bench_plots.over_simplified(benchmark.rows, mode=mode):
             drawn[f"kda over simplified of {mode}"] = bench_plots.ratio_by_length(benchmark.rows, mode=mode)
     return drawn
+
+
+def redraw(path: Path) -> None:
+    """Writes all that is made of the benchmark in a file beside it. Raises ValueError where it holds none."""
+    write(read_benchmark(path), path.parent)
 
 
 def write(benchmark: Benchmark, out: Path) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 from lkda.checks import InputError
 from lkda.report import accuracy, accuracy_plots, bench, bench_report, plots, table
-from lkda.report.files import write_atomically
+from lkda.report.files import read_results_file, write_atomically
 from lkda.report.groups import Group, also_differing, group_runs
 from lkda.report.page import Section, page
 from lkda.report.runs import Run, as_record, from_record, read_runs, tokenizers_differ
 from lkda.report.theme import Picture
 
 RESULTS = "results.json"
+KIND = "comparison"
 
 
 @dataclass(frozen=True)
@@ -117,32 +118,36 @@ def compare(
         )
     kernels = bench.read_benchmark(benchmark) if benchmark else None
     result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], kernels, alone)
-    write(result, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write(result, out / RESULTS)
     return result
 
 
-def read_results(directory: Path) -> Comparison:
-    """The comparison that lies in a directory. Raises ValueError where none does."""
-    path = directory / RESULTS
+def read_comparison(path: Path) -> Comparison:
+    """The comparison in a file. Raises ValueError where it holds none."""
+    found = read_results_file(path, kind=KIND)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
         kernels = found["benchmark"] and bench.Benchmark(**found["benchmark"])
         runs = [from_record(record) for record in found["runs"]]
         return Comparison(
             found["title"], runs, [tuple(pair) for pair in found["skipped"]], kernels, found.get("alone", True)
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a comparison's ({error}); scripts/compare.py writes one.") from error
 
 
-def write(comparison: Comparison, out: Path) -> None:
-    """Writes all files of a comparison into `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    rows, notes = comparison.rows, comparison.notes
-    results: dict[str, Any] = {"title": comparison.title, "rows": rows, "notes": notes}
+def redraw(path: Path) -> None:
+    """Writes the comparison in a file, and all that is made of it, anew. Raises ValueError where it holds none."""
+    write(read_comparison(path), path)
+
+
+def write(comparison: Comparison, path: Path) -> None:
+    """Writes a comparison to `path`, and its tables, plots and page beside it."""
+    out, rows, notes = path.parent, comparison.rows, comparison.notes
+    results: dict[str, Any] = {"kind": KIND, "title": comparison.title, "rows": rows, "notes": notes}
     results |= {"runs": [as_record(run) for run in comparison.runs], "skipped": comparison.skipped}
     results |= {"benchmark": comparison.benchmark and asdict(comparison.benchmark), "alone": comparison.alone}
-    write_atomically(out / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_atomically(path, json.dumps(results, indent=1) + "\n")
     head, body = table.as_cells(rows)
     write_atomically(out / "table.csv", table.as_csv(rows))
     write_atomically(out / "table.md", table.markdown_table(head, body) + "\n" + "".join(f"{n}\n" for n in notes))

@@ -1,5 +1,31 @@
-"""Writing results: whole, or not at all."""
+"""Results files: written whole or not at all, and read by the kind that stands in them."""
 
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lkda.checks import InputError
 from lkda.io import write_atomically
 
-__all__ = ["write_atomically"]
+__all__ = ["read_results_file", "write_atomically"]
+
+
+def read_results_file(path: Path, *, kind: str | None = None) -> dict[str, Any]:
+    """The object in a results file, whose entry "kind" says what it is.
+
+    Args:
+        kind: the one it must be of; any where None.
+    Raises: ValueError naming the file where it cannot be read, names no kind, or is of another.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}).") from error
+    named = found.get("kind") if isinstance(found, dict) else None
+    if not isinstance(named, str):
+        raise InputError(f'{path} does not say what it is: a results file has an entry "kind".')
+    if kind is not None and named != kind:
+        raise InputError(f"{path} is of the kind {named}, and {kind} is needed.")
+    return found

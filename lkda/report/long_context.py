@@ -23,12 +23,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from lkda.checks import InputError
-from lkda.report.files import write_atomically
+from lkda.report.files import read_results_file, write_atomically
 from lkda.report.labels import Label, label_ends
 from lkda.report.theme import Picture, Theme, picture
 from lkda.report.units import length
 
 EVALUATIONS = "evaluations.json"
+KIND = "long_context"
 SIZE = (7.2, 4.3)
 _PART = re.compile(r"accuracy/length_(\d+)_depth_(\d+)_needles_(\d+)")
 
@@ -39,24 +40,27 @@ Lines = dict[str, dict[float, float]]  # mixer -> {x: the mean over seeds}
 def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list[Record]:
     """The entries run, data and result of each file, and those named in `also`.
 
-    Raises: ValueError for a file that `scripts/evaluate.py out=` has not written, or none at all.
+    Raises: ValueError for a file that `scripts/evaluate.py out=` has not written, for one of a model whose run is not
+        known, or where there is no file at all.
     """
     records: list[Record] = []
     for path in paths:
+        record = read_results_file(path, kind="evaluation")
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
             records.append({name: record[name] for name in ("run", "data", "result", *also)})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
             raise InputError(f"{path} is not of scripts/evaluate.py out=... ({error}).") from error
+        if not record["run"]:
+            raise InputError(
+                f"{path} does not name the model's mixer: evaluate the run's own checkpoint ({record.get('ckpt')})."
+            )
     if not records:
         raise InputError("there are no evaluations: give files that scripts/evaluate.py out=... has written.")
     return records
 
 
 def write(records: Sequence[Record], directory: Path) -> None:
-    """Writes the evaluations, their table and what can be drawn of them into `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / EVALUATIONS, json.dumps({"evaluations": list(records)}, indent=1) + "\n")
+    """Writes the table of the evaluations and what can be drawn of them into `directory`."""
     by_context, by_position = _means(records, _bits), _means(_longest(records), _positions)
     recalled, guessed = _means(records, _recalled), _means(records, _guessed)
     write_atomically(directory / "table.json", json.dumps(_table(by_context, recalled, guessed), indent=1) + "\n")
@@ -125,7 +129,8 @@ def _table(by_context: Lines, recalled: Lines, guessed: Lines) -> dict[str, Any]
             known, luck = (lines.get(mixer, {}).get(x, float("nan")) for lines in (recalled, guessed))
             row[f"recalled at {length(x)}"] = f"{known:.1%} ({luck:.1%})"
         rows.append(row)
-    return {"rows": rows, "note": "Recalled: tokens of a hidden passage, mean over depths; in brackets without it."}
+    note = "Recalled: tokens of a hidden passage, mean over depths; in brackets without it."
+    return {"kind": "table", "rows": rows, "note": note}
 
 
 def _picture(lines: Lines, x: str, y: str, trained: Sequence[int], *, share: bool = False) -> Picture | None:
@@ -161,13 +166,24 @@ def _picture(lines: Lines, x: str, y: str, trained: Sequence[int], *, share: boo
     return picture(draw)
 
 
-def redraw(directory: Path) -> None:
-    """Of the evaluations.json in `directory`. Raises: ValueError where it is none."""
-    try:
-        records = json.loads((directory / EVALUATIONS).read_text(encoding="utf-8"))["evaluations"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{directory / EVALUATIONS} is not of lkda.report.long_context ({error}).") from error
-    write(records, directory)
+def keep_evaluations(records: Sequence[Record], directory: Path, *, kind: str) -> None:
+    """Writes what was read to evaluations.json in `directory`, as a file of `kind`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found = {"kind": kind, "evaluations": list(records)}
+    write_atomically(directory / EVALUATIONS, json.dumps(found, indent=1) + "\n")
+
+
+def kept_evaluations(path: Path, *, kind: str) -> list[Record]:
+    """What `keep_evaluations` wrote. Raises: ValueError where `path` is not of `kind` or holds none."""
+    found = read_results_file(path, kind=kind).get("evaluations")
+    if not isinstance(found, list) or not found:
+        raise InputError(f"{path} holds no evaluations.")
+    return found
+
+
+def redraw(path: Path) -> None:
+    """Of kept evaluations, beside them. Raises: ValueError where there are none."""
+    write(kept_evaluations(path, kind=KIND), path.parent)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -177,7 +193,9 @@ def main(arguments: Sequence[str]) -> None:
     *patterns, out = arguments
     paths = sorted({Path(path) for pattern in patterns for path in glob.glob(pattern)})
     try:
-        write(read_evaluations(paths), Path(out))
+        records = read_evaluations(paths)
+        keep_evaluations(records, Path(out), kind=KIND)
+        write(records, Path(out))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{out} holds table.json and the plots")

@@ -7,12 +7,11 @@ A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`, and
 as `scripts/compare.py` writes it; `accuracy:NAME` shows the same runs by part of the validation of synthetic tasks; one
 between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` shows docs/results/NAME/benchmark.json, as
 `scripts/benchmark.py` writes it; one between `<!-- table:NAME -->` and `<!-- /table:NAME -->` shows
-docs/results/NAME/table.json: {"rows": [{column: text or number}], "note": text}.
+docs/results/NAME/table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,8 @@ from lkda.checks import InputError
 from lkda.report import accuracy
 from lkda.report.bench import as_markdown, read_benchmark
 from lkda.report.bench_report import facts
-from lkda.report.files import write_atomically
+from lkda.report.comparison import KIND as COMPARISON
+from lkda.report.files import read_results_file, write_atomically
 from lkda.report.runs import from_record
 from lkda.report.table import as_cells, markdown_table
 
@@ -31,12 +31,12 @@ _BLOCK = re.compile(
 
 
 def _runs(path: Path) -> str:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_results_file(path, kind=COMPARISON)
     return markdown_table(*as_cells(found["rows"])) + "\n" + " ".join(found["notes"])
 
 
 def _accuracy(path: Path) -> str:
-    found = [from_record(record) for record in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+    found = [from_record(record) for record in read_results_file(path, kind=COMPARISON)["runs"]]
     head, body = accuracy.table(found)
     return markdown_table(head, body, names=head.index("mixer") + 1)
 
@@ -47,7 +47,7 @@ def _benchmark(path: Path) -> str:
 
 
 def _table(path: Path) -> str:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_results_file(path, kind="table")
     rows = found["rows"]
     cells = [[x if isinstance(x, str) else f"{x:.3g}" for x in row.values()] for row in rows]
     return markdown_table([*rows[0]], cells) + "\n" + found["note"]

@@ -1,48 +1,73 @@
-"""Draws results again from the JSON that lies in their directories: `python -m lkda.report.redraw docs/results/*`."""
+"""Draws results again from the JSON in their directories: `python -m lkda.report.redraw docs/results/*`.
+
+What is drawn of a file is decided by the kind that stands in it, whatever the file is called.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lkda.checks import InputError
-from lkda.report import bench_report, comparison, long_context, state_error
-from lkda.report.bench import read_benchmark
-from lkda.report.comparison import RESULTS, read_results
+from lkda.report import bench_report, comparison, long_context, state_dtypes, state_error
+from lkda.report.files import read_results_file
 
-BENCHMARK, TABLE = "benchmark.json", "table.json"
+# Every kind of results file, with what draws it; None where nothing is drawn of it.
+KINDS: dict[str, Callable[[Path], None] | None] = {
+    "comparison": comparison.redraw,  # of scripts/compare.py
+    "benchmark": bench_report.redraw,  # of scripts/benchmark.py
+    "state_error": state_error.redraw,  # of lkda.bench.state_error
+    "long_context": long_context.redraw,
+    "state_dtypes": state_dtypes.redraw,
+    "evaluation": None,  # of scripts/evaluate.py out=; the two above gather them
+    "table": None,  # lkda.report.readme shows it on a page
+    "measurements": None,  # kept as they were taken
+}
 
 
-def redraw(directory: Path) -> None:
-    """Writes tables, plots and the page of the comparison, benchmark, state errors or evaluations in `directory` anew.
+def source(directory: Path) -> Path | None:
+    """The results file of `directory` that its tables, plots and page are drawn from; None where nothing is drawn.
 
-    Of a table alone nothing is drawn; `lkda.report.readme` shows it.
-
-    Raises: ValueError where it holds none, or a file that is none.
+    Raises: ValueError where there is no results file, one is of no or of an unknown kind, or two would be drawn over
+        each other.
     """
-    if (directory / RESULTS).is_file():
-        comparison.write(read_results(directory), directory)
-    elif (directory / BENCHMARK).is_file():
-        bench_report.write(read_benchmark(directory / BENCHMARK), directory)
-    elif (directory / state_error.ERRORS).is_file():
-        state_error.write(directory)
-    elif (directory / long_context.EVALUATIONS).is_file():
-        long_context.redraw(directory)
-    elif not (directory / TABLE).is_file():
-        known = (RESULTS, BENCHMARK, state_error.ERRORS, long_context.EVALUATIONS)
-        raise InputError(f"{directory} holds none of {', '.join(known)}.")
+    paths = sorted(directory.glob("*.json"))
+    if not paths:
+        raise InputError(f"{directory} holds no results: there is no JSON file in it.")
+    drawn = [path for path in paths if KINDS[_kind(path)] is not None]
+    if len(drawn) > 1:
+        names = " and ".join(path.name for path in drawn)
+        raise InputError(f"{directory} holds {names}, which would be drawn over each other: keep one in a directory.")
+    return drawn[0] if drawn else None
+
+
+def redraw(path: Path) -> None:
+    """Writes what is drawn of a results file anew, beside it. Raises: ValueError where it is not what it says."""
+    draw = KINDS[_kind(path)]
+    if draw is not None:
+        draw(path)
+
+
+def _kind(path: Path) -> str:
+    kind = read_results_file(path)["kind"]
+    if kind not in KINDS:
+        raise InputError(f"{path} is of the kind {kind}, which is unknown; there are {', '.join(KINDS)}.")
+    return kind
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Redraws each of the arguments that is a directory."""
+    """Redraws each of the arguments that is a directory, once all of them are known to hold results."""
     directories = [path for path in map(Path, arguments) if path.is_dir()]
     if not directories:
         raise SystemExit(__doc__)
     try:
-        for directory in directories:
-            redraw(directory)
-            print(f"drew {directory}")
+        for directory, path in {directory: source(directory) for directory in directories}.items():
+            if path is None:
+                print(f"{directory}: nothing is drawn of what it holds")
+                continue
+            redraw(path)
+            print(f"{directory}: drawn from {path.name}")
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

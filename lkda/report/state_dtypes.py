@@ -22,9 +22,10 @@ from rich.console import Console
 
 from lkda.checks import InputError
 from lkda.report.files import write_atomically
-from lkda.report.long_context import EVALUATIONS, Record, read_evaluations
+from lkda.report.long_context import Record, keep_evaluations, kept_evaluations, read_evaluations
 from lkda.report.table import rich_table
 
+KIND = "state_dtypes"
 DTYPES = ("float32", "bfloat16", "int8")
 MEASURES = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 
@@ -71,6 +72,20 @@ def _cell(values: Values, dtype: str) -> str:
     return f"{mean:.4f} ({mean - statistics.fmean(values['float32'].values()):+.4f})"
 
 
+def write(records: Sequence[Record], directory: Path) -> list[dict[str, str]]:
+    """Writes table.json into `directory`. Returns: its rows. Raises: ValueError as `rows` does."""
+    made = rows(records)
+    note = "Read token by token, KDA's states kept in that dtype; in brackets the difference from float32."
+    table = {"kind": "table", "rows": made, "note": note}
+    write_atomically(directory / "table.json", json.dumps(table, indent=1) + "\n")
+    return made
+
+
+def redraw(path: Path) -> None:
+    """The table of kept evaluations, beside them. Raises: ValueError where there are none."""
+    write(kept_evaluations(path, kind=KIND), path.parent)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Patterns of files, and the directory to write into."""
     if len(arguments) < 2:
@@ -79,13 +94,11 @@ def main(arguments: Sequence[str]) -> None:
     paths = sorted({Path(path) for pattern in patterns for path in glob.glob(pattern)})
     try:
         records = read_evaluations(paths, also=("ckpt", "state_dtype"))
-        made = rows(records)
+        rows(records)  # what does not go together is said before anything is written
+        keep_evaluations(records, Path(out), kind=KIND)
+        made = write(records, Path(out))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    note = "Read token by token, KDA's states kept in that dtype; in brackets the difference from float32."
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(out) / EVALUATIONS, json.dumps({"evaluations": records}, indent=1) + "\n")
-    write_atomically(Path(out) / "table.json", json.dumps({"rows": made, "note": note}, indent=1) + "\n")
     Console().print(rich_table([*made[0]], [[*row.values()] for row in made], names=3))
 
 

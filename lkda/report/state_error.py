@@ -9,23 +9,23 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lkda.checks import InputError
-from lkda.report.files import write_atomically
+from lkda.report.files import read_results_file, write_atomically
 from lkda.report.theme import LINES, Picture, Theme, picture
 
-ERRORS = "errors.json"
+KIND = "state_error"
 
 
-def write(directory: Path) -> None:
-    """Writes table.json and error_growth.png beside the errors.json of `directory`. Raises: ValueError where that is
+def redraw(path: Path) -> None:
+    """Writes table.json and error_growth.png beside a file of `lkda.bench.state_error`. Raises: ValueError where it is
     none."""
+    found = read_results_file(path, kind=KIND)
     try:
-        found = json.loads((directory / ERRORS).read_text(encoding="utf-8"))
         header, rows = found["header"], found["rows"]
-        table = {"rows": _table(rows), "note": _note(header, rows)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{directory / ERRORS} is not of lkda.bench.state_error ({error}).") from error
-    write_atomically(directory / "table.json", json.dumps(table, indent=1) + "\n")
-    write_atomically(directory / "error_growth.png", _growth(rows).light)
+        table = {"kind": "table", "rows": _table(rows), "note": _note(header, rows)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not of lkda.bench.state_error ({error}).") from error
+    write_atomically(path.parent / "table.json", json.dumps(table, indent=1) + "\n")
+    write_atomically(path.parent / "error_growth.png", _growth(rows).light)
 
 
 def _states(rows: list[dict[str, Any]]) -> list[str]:

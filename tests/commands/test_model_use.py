@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,43 @@ def test_what_is_measured_can_be_written_down(run: Path, tmp_path: Path) -> None
     assert record["result"] == result
     assert record["run"]["mixer"] == "kda"
     assert record["data"]["context"] == 32
+
+
+@pytest.mark.parametrize("form", ["lkda", "hf"])
+def test_an_exported_directory_is_measured_on_the_data_of_its_run(run: Path, form: str, tmp_path: Path) -> None:
+    """Also one that was exported from an exported one."""
+    summary = json.loads((run / "summary.json").read_text())
+    export(composed("export", f"ckpt={run}", f"out={tmp_path}/one", f"format={form}"))
+    export(composed("export", f"ckpt={tmp_path}/one", f"out={tmp_path}/two"))
+    for directory in (tmp_path / "one", tmp_path / "two"):
+        result = evaluate(composed("evaluate", f"ckpt={directory}", "accelerator=cpu"))
+        assert result["loss"] == pytest.approx(summary["val/loss"], rel=1e-5)
+    (tmp_path / "two" / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"two does not say what data it saw: give data="):
+        evaluate(composed("evaluate", f"ckpt={tmp_path}/two", "accelerator=cpu"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"_target_": "os.system", "command": "true"},
+        {"_target_": "lkda.data.prose.subprocess.run", "args": "true"},
+        {"_target_": "lkda.data.prose.Source", "package": "x"},
+        {"_target_": "lkda.data.missing.Module"},
+        {"_target_": "lkda.data.text.TextDataModule", "source": "files", "paths": [{"_target_": "os.getcwd"}]},
+        {"_target_": "lkda.data.text.TextDataModule", "_partial_": True},
+    ],
+)
+def test_an_exported_directory_names_no_code(run: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    export(composed("export", f"ckpt={run}", f"out={tmp_path}/one"))
+    card = tmp_path / "one" / "README.md"
+    before = card.read_text().partition("## Configuration")[0]
+    card.write_text(f"{before}## Configuration\n\n```yaml\n{json.dumps({'data': data})}\n```\n")
+    with pytest.raises(ValueError, match=r"are of no data module of lkda \(" + data["_target_"]):
+        evaluate(composed("evaluate", f"ckpt={tmp_path}/one", "accelerator=cpu"))
+    card.write_text(f"{before}## Configuration\n\n```yaml\n[\n```\n")
+    with pytest.raises(ValueError, match=r"the configuration in .*README.md is not YAML"):
+        evaluate(composed("evaluate", f"ckpt={tmp_path}/one", "accelerator=cpu"))
 
 
 def test_evaluating_other_text_uses_the_models_tokenizer(run: Path, tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def test_plots_show_something_in_both_themes(draw, rows):
 
 def test_a_benchmark_is_written_as_table_plots_and_page(tmp_path):
     header = {"device": "an H100", "copy_gb_per_s": 3020.4}
-    (tmp_path / "benchmark.json").write_text(json.dumps({"header": header, "rows": ROWS}))
-    redraw(tmp_path)
+    (tmp_path / "benchmark.json").write_text(json.dumps({"kind": "benchmark", "header": header, "rows": ROWS}))
+    redraw(tmp_path / "benchmark.json")
     names = {path.name for path in tmp_path.iterdir()} - {"benchmark.json"}
     assert names == {"benchmark.csv", "report.html", "table.md", "time_fwd.png", "time_fwd_bwd.png"}
     assert "an H100, copies at 3,020 GB/s." in (tmp_path / "report.html").read_text()
@@ -86,17 +86,19 @@ def test_a_benchmark_is_written_as_table_plots_and_page(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"rows": []}', "'header'"),
-        ('{"header": {}, "rows": []}', "it has no rows"),
-        ('{"header": {}, "rows": [{"op": "kda"}]}', "a row lacks B"),
-        ("[1]", "list indices"),
-        ("step,loss", "Expecting value"),
+        ('{"kind": "benchmark", "rows": []}', r"x.json is not a benchmark's JSON \('header'"),
+        ('{"kind": "benchmark", "header": {}, "rows": []}', "it has no rows"),
+        ('{"kind": "benchmark", "header": {}, "rows": [{"op": "kda"}]}', "a row lacks B"),
+        ('{"kind": "table", "header": {}, "rows": []}', "x.json is of the kind table, and benchmark is needed"),
+        ('{"header": {}, "rows": []}', "x.json does not say what it is"),
+        ("[1]", "x.json does not say what it is"),
+        ("step,loss", "x.json cannot be read as JSON"),
     ],
 )
 def test_a_file_of_another_kind_is_named_with_the_reason(tmp_path, text, reason):
     path = tmp_path / "x.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"x.json is not a benchmark's JSON \(" + reason):
+    with pytest.raises(ValueError, match=reason):
         bench.read_benchmark(path)
 
 
@@ -138,7 +140,8 @@ def test_kda_over_simplified_is_told_by_length(tmp_path):
 def test_a_page_shows_the_benchmark(tmp_path):
     header = {"device": "a card", "copy_gb_per_s": 2964.0, "torch": "2.11"}
     (tmp_path / "fast").mkdir()
-    (tmp_path / "fast" / "benchmark.json").write_text(json.dumps({"header": header, "rows": ROWS}))
+    found = {"kind": "benchmark", "header": header, "rows": ROWS}
+    (tmp_path / "fast" / "benchmark.json").write_text(json.dumps(found))
     text = "before\n<!-- benchmark:fast -->\nold\n<!-- /benchmark:fast -->\nafter\n"
     filled = fill(text, tmp_path)
     assert bench.as_markdown(ROWS) in filled

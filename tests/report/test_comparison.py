@@ -33,7 +33,8 @@ def compared(runs, tmp_path_factory):
     """The result of a comparison with a benchmark and a run that stopped, and its directory."""
     home = tmp_path_factory.mktemp("compared")
     rows = [bench_row(mode=mode, ms=1.5) for mode in ("fwd", "fwd+bwd")]
-    (home / "b.json").write_text(json.dumps({"header": {"device": "an H100"}, "rows": rows}))
+    found = {"kind": "benchmark", "header": {"device": "an H100"}, "rows": rows}
+    (home / "b.json").write_text(json.dumps(found))
     stopped = write_run(home / "stopped <1>", "kda", status="interrupted")
     result = compare([*runs, stopped], home / "out", title="All & every mixer", benchmark=home / "b.json")
     return result, home / "out"
@@ -86,21 +87,10 @@ def test_the_page_stands_alone_in_light_and_dark(compared):
 
 def test_everything_is_drawn_again_from_the_json_alone(compared, tmp_path):
     shutil.copy(compared[1] / "results.json", tmp_path)
-    redraw(tmp_path)
+    redraw(tmp_path / "results.json")
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in compared[1].iterdir()}
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (compared[1] / path.name).read_bytes()
-
-
-def test_what_holds_no_results_cannot_be_redrawn(tmp_path):
-    with pytest.raises(ValueError, match=r"holds none of results.json, benchmark.json, errors.json"):
-        redraw(tmp_path)
-    (tmp_path / "table.json").write_text('{"rows": [], "note": ""}')
-    redraw(tmp_path)  # a table alone: nothing to draw
-    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
-    (tmp_path / "results.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match=r"results.json is not a comparison's \('benchmark'\)"):
-        redraw(tmp_path)
 
 
 def test_other_data_are_compared_in_bits_per_byte(tmp_path):
@@ -130,7 +120,7 @@ def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs
     assert result.rows
     assert not any("tokens_per_s" in row or "bits_at_same_time" in row for row in result.rows)
     (tmp_path / "out" / "table.md").unlink()
-    redraw(tmp_path / "out")  # as it was written
+    redraw(tmp_path / "out" / "results.json")  # as it was written
     assert "tokens/s" not in (tmp_path / "out" / "table.md").read_text()
     assert not (tmp_path / "out" / "loss_by_seconds.png").exists()
 
@@ -162,8 +152,8 @@ def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, caps
         ({"runs": "{}/non*"}, r"runs=.*/non\* matches nothing; give run directories"),
         ({"runs": "{}"}, r"none of the 1 paths is the directory of a finished run \(.*no summary.json: not a run\)"),
         ({"out": "{}/file"}, r"out=.*/file cannot be written: File exists"),
-        ({"bench": "{}/file"}, r"file is not a benchmark's JSON \(Expecting value"),
-        ({"bench": "{}/missing"}, r"missing is not a benchmark's JSON \(.*No such file"),
+        ({"bench": "{}/file"}, r"file cannot be read as JSON"),
+        ({"bench": "{}/missing"}, r"missing cannot be read as JSON \(.*No such file"),
     ],
 )
 def test_bad_input_gets_one_clear_error(tmp_path, runs, changes, message):

@@ -13,8 +13,8 @@ from lkda.report.redraw import redraw
 
 def evaluation(path: Path, mixer: str, context: int | None, result: dict[str, float]) -> None:
     data = {"lengths": [2048, 4096]} if context is None else {"context": context}
-    record = {"ckpt": "x", "run": {"mixer": mixer, "context": 2048}, "data": data, "result": result}
-    path.write_text(json.dumps(record))
+    record = {"kind": "evaluation", "ckpt": "x", "run": {"mixer": mixer, "context": 2048}, "data": data}
+    path.write_text(json.dumps(record | {"result": result}))
 
 
 @pytest.fixture
@@ -41,12 +41,15 @@ def test_table_and_plots_and_drawn_again(files, tmp_path, capsys):
     }
     pictures = {path.name: path.read_bytes() for path in out.glob("*.png")}
     assert set(pictures) == {"loss_by_position.png", "bits_by_context.png", "needle_by_length.png"}
-    redraw(out)
+    redraw(out / "evaluations.json")
     assert {path.name: path.read_bytes() for path in out.glob("*.png")} == pictures
 
 
 def test_what_is_no_evaluation_gets_one_clear_message(tmp_path):
-    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "a.json").write_text('{"kind": "evaluation", "run": {}, "data": {}, "result": {}}')
+    with pytest.raises(SystemExit, match=r"a.json does not name the model's mixer"):
+        main([f"{tmp_path}/*.json", str(tmp_path / "out")])
+    (tmp_path / "a.json").write_text('{"kind": "evaluation"}')
     with pytest.raises(SystemExit, match=r"a.json is not of scripts/evaluate.py"):
         main([f"{tmp_path}/*.json", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="no evaluations"):

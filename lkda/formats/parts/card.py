@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lkda.checks import InputError
 from lkda.formats.parts.layers import layer_names
 from lkda.models.lm import LanguageModel
+
+_CONFIGURATION = "## Configuration"
 
 
 def model_card(name: str, model: LanguageModel, *, usage: str, dtype: str, run: Mapping[str, Any]) -> str:
@@ -32,10 +37,30 @@ def model_card(name: str, model: LanguageModel, *, usage: str, dtype: str, run: 
         _table(run["training"]) if run.get("training") else "Nothing is recorded about the run.",
         "## Results",
         _table(run["results"]) if run.get("results") else "Nothing was measured.",
-        "## Configuration",
+        _CONFIGURATION,
         _yaml(run.get("config") or {"model": {k: v for k, v in model.config.items() if k != "backend"}}),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def recorded_config(directory: str | Path) -> dict[str, Any]:
+    """The configuration that the model card of an exported directory shows, of the run as far as it was known; {} where
+    there is no card of ours.
+
+    Raises: ValueError where the card shows one that cannot be read.
+    """
+    path = Path(directory) / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    match = re.search(rf"^{_CONFIGURATION}\n\n```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    try:
+        config = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise InputError(f"the configuration in {path} is not YAML ({where}): mend it, or export again.") from error
+    return config if isinstance(config, dict) else {}
 
 
 def _model_facts(model: LanguageModel, dtype: str) -> dict[str, Any]:

@@ -1,0 +1,227 @@
+"""A scratch copy of the checkout, in which the commands of one page run in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lkda.ops import cubin_cache
+from tests.documentation.commands import ROOT, Snippet
+from tests.documentation.sources import snippets
+
+HERE = Path(__file__).parent
+SECONDS = 300  # that a command may take
+# What a word in capitals stands for in a documented command.
+PLACEHOLDERS = {
+    "RUN": "runs/run",
+    "RUNS": "runs",
+    "PATH": "runs/path",
+    "DIR": "exported_dir",
+    "GLOB": "'runs/*'",
+    "NAME": "name",
+    "OPERATORS": "operators",
+    "OUT": "out",
+}
+SENTENCE = "the president reads a letter of every citizen who signs some law and carries the map to an old senate"
+NEEDS_GPU = re.compile(r"^error: .*torch sees no CUDA device", re.MULTILINE)  # said once all else is checked
+
+
+@dataclass
+class Result:
+    """What became of a snippet.
+
+    Attributes:
+        outcome: ran, composed (it needs a GPU), or failed.
+        records: of the Python command lines that it called, as the server wrote them down.
+    """
+
+    snippet: Snippet
+    outcome: str
+    seconds: float
+    output: str
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        text = " ".join(self.snippet.text.replace("\\\n", " ").split())
+        told = f"{self.outcome:8} {self.seconds:5.1f} s  {self.snippet.source}:{self.snippet.line}  {text}"
+        notes = dict.fromkeys(note for record in self.records for note in record["notes"])
+        return told + "".join(f"\n{'':19}{note}" for note in notes)
+
+
+@dataclass(frozen=True)
+class Session:
+    """The server, and the folder that holds what pages share: the stock and the cache of tokenised text."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+
+@contextmanager
+def session() -> Iterator[Session]:
+    """A server that has imported everything, and a stock for what commands read."""
+    with tempfile.TemporaryDirectory(prefix="lkda") as folder, _served(Path(folder)) as made:
+        yield made
+
+
+@contextmanager
+def _served(folder: Path) -> Iterator[Session]:
+    stock, bin_ = folder / "stock", folder / "bin"
+    for path in (stock, bin_, folder / "cache"):
+        path.mkdir(parents=True)
+    kernels = cubin_cache.directory()
+    kernels.mkdir(parents=True, exist_ok=True)
+    (folder / "cache" / "kernels").symlink_to(kernels)  # those that are compiled need not be again
+    _write_programs(bin_)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
+    environment |= {
+        "PATH": f"{bin_}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "LKDA_CACHE": str(folder / "cache"),
+        "LKDA_DOCUMENTATION_SERVER": str(folder / "socket"),
+        "LKDA_DOCUMENTATION_BIN": str(bin_),
+        "MYPY_CACHE_DIR": str(ROOT / ".mypy_cache"),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "160",
+    }
+    made = Session(folder, environment)
+    served = [
+        sys.executable,
+        str(HERE / "server.py"),
+        environment["LKDA_DOCUMENTATION_SERVER"],
+        str(made.log),
+        str(stock),
+    ]
+    server = subprocess.Popen(served, env=environment, stdin=subprocess.DEVNULL)
+    try:
+        _wait_for(folder / "socket", server)
+        _fill(stock, made)
+        yield made
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _write_programs(folder: Path) -> None:
+    """python and what is installed beside it: all of them hand over to the server, but ruff and mypy."""
+    ask = f'exec "{sys.executable}" -IS "{HERE / "client.py"}"'
+    programs = {"python": "", "python3": "", "pip": "-m pip", "pip3": "-m pip", "pytest": "-m pytest"}
+    written = {name: f'{ask} {module} "$@"' for name, module in programs.items()}
+    written |= {name: f'exec "{sys.executable}" -m {name} "$@"' for name in ("ruff", "mypy")}
+    for name, line in written.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+
+
+def _wait_for(address: Path, server: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + SECONDS
+    while not address.exists():
+        if server.poll() is not None or time.monotonic() > end:
+            raise RuntimeError("the server of the documentation's commands did not start")
+        time.sleep(0.05)
+
+
+def _fill(stock: Path, made: Session) -> None:
+    """A text, documents for the hub's stand-in, a run, its export and an evaluation of it."""
+    draw = random.Random(0)
+    sentences = [" ".join(draw.choices(SENTENCE.split(), k=6)) + "." for _ in range(600)]
+    (stock / "text").write_text(" ".join(sentences), encoding="utf-8")
+    rows = (json.dumps({"text": " ".join(sentences[n : n + 20])}) for n in range(0, 600, 5))
+    (stock / "hub.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    page = Page("stock", made)
+    for command in (
+        "python scripts/train.py hydra.run.dir=run",
+        "python scripts/export.py ckpt=run out=export",
+        "python scripts/evaluate.py ckpt=run stepwise=true out=evaluation",
+    ):
+        result = page.run(Snippet("stock", 0, command, "shell"))
+        assert result.outcome == "ran", result.output
+    for name in ("run", "export", "evaluation"):
+        shutil.move(page.folder / name, stock / name)
+
+
+class Page:
+    """A scratch checkout with an environment in .venv, as `make` leaves it."""
+
+    def __init__(self, name: str, session: Session) -> None:
+        self.session = session
+        self.folder = session.folder / "pages" / re.sub(r"\W+", "_", name)
+        ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+        patterns = [line.strip("/").rpartition("/")[2] for line in ignored]
+        shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns(".git", *patterns))
+        shutil.copytree(session.folder / "bin", self.folder / ".venv" / "bin")
+        (self.folder / ".venv" / "bin" / "activate").write_text(f'PATH="{self.folder}/.venv/bin:$PATH"\n')
+        for stamp in ("installed", "installed-dev"):
+            (self.folder / ".venv" / stamp).touch()
+        shutil.rmtree(session.folder / "cache" / "prose", ignore_errors=True)
+
+    def run(self, snippet: Snippet) -> Result:
+        """Run as bash would, or as a file of Python."""
+        if snippet.language == "unknown":
+            return Result(snippet, "failed", 0.0, "this line among commands is neither a command nor Python")
+        command = snippet.text
+        if snippet.language == "python":
+            (self.folder / ".snippet.py").write_text(snippet.text + "\n", encoding="utf-8")
+            command = "python .snippet.py"
+        command, unknown = with_placeholders(command)
+        if unknown:
+            return Result(snippet, "failed", 0.0, f"what do {', '.join(unknown)} stand for? checkout.PLACEHOLDERS says")
+        begin, told = time.perf_counter(), self._told()
+        try:
+            done = subprocess.run(
+                ["bash", "-e", "-o", "pipefail", "-c", command],
+                cwd=self.folder,
+                env=self.session.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=SECONDS,
+            )
+            code, output = done.returncode, done.stdout.decode(errors="replace")
+        except subprocess.TimeoutExpired as error:
+            code, output = 1, f"{(error.stdout or b'').decode(errors='replace')}\nnot done after {SECONDS} s"
+        outcome = "ran" if code == 0 else "composed" if NEEDS_GPU.search(output) else "failed"
+        records = [json.loads(line) for line in self._told()[len(told) :]]
+        return Result(snippet, outcome, time.perf_counter() - begin, output, records)
+
+    def remove(self) -> None:
+        """Away with it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _told(self) -> list[str]:
+        log = self.session.log
+        return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+
+
+def with_placeholders(command: str) -> tuple[str, list[str]]:
+    """The command with what its words in capitals stand for, and those of which that is not known."""
+    words = re.compile(r"(?<![\w$.-])([A-Z]{2,})(?![\w=:-])(?! in\b)")
+    unknown = [word for word in words.findall(re.sub(r"#.*", "", command)) if word not in PLACEHOLDERS]
+    return words.sub(lambda match: PLACEHOLDERS.get(match[1], match[1]), command), unknown
+
+
+def run_source(name: str, session: Session) -> Iterator[Result]:
+    """Every snippet of a source, in one scratch checkout that is removed at the end."""
+    page = Page(name, session)
+    try:
+        for snippet in snippets(name):
+            yield page.run(snippet)
+    finally:
+        page.remove()

