@@ -12,7 +12,7 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
     A config without `embed_norm` is from the time when KDA and simplified attention had no SiLU where they had no
     convolution. Every other option that it lacks has, where it is missing, the value of that time.
     """
-    if "embed_norm" in config:
+    if "embed_norm" in config or not isinstance(config.get("mixer"), Mapping):
         return dict(config)
     mixer = dict(config["mixer"])
     for name in ("kda", "simplified"):
