@@ -105,16 +105,19 @@ class RunDirectory:
                 be read; or a config.yaml is here that is none of lkda's.
         """
         before = self._recorded()
+        if self.holds_run() and before is None:
+            raise InputError(
+                f"{self.path} holds a run without its config.yaml, so its settings are not known. Put it back, or "
+                "choose another hydra.run.dir."
+            )
         if self.holds_run() and not resume:
             raise InputError(
                 f"{self.path} already holds a run. Continue it with resume=true, or choose another hydra.run.dir."
             )
         for left_over in self.checkpoints.glob(".*.tmp"):
             left_over.unlink()
-        if not self.holds_run():
+        if before is None or not self.holds_run():
             return None
-        if before is None:
-            raise InputError(f"{self.path} holds a run without its config.yaml, so its settings are not known.")
         self._check_settings(before, config, free_places=True)
         saved = newest_intact(self.checkpoints)
         self._check_settings(before, config, free_places=saved is None or "train" in fingerprint_of(saved[1]))

@@ -162,11 +162,6 @@ def _train_in(
 ) -> dict[str, Any]:
     console = Console(highlight=False, markup=False)
     saved = run.begin(settings, resume=config.resume)
-    if saved is None and any(run.checkpoints.glob("*.ckpt")):
-        raise InputError(
-            f"{run.checkpoints} holds checkpoints, and config.yaml, which says of what run, is not beside it. Put it "
-            "back, or choose another hydra.run.dir."
-        )
     data = instantiate(config.data)
     data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
