@@ -162,6 +162,11 @@ class RunDirectory:
         """The result that is recorded, {} where there is none."""
         return read_summary(self.summary)
 
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of metrics.csv, in order, as text by column."""
+        with open(self.metrics, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
     def columns(self) -> list[str]:
         """The names of the columns of metrics.csv."""
         with open(self.metrics, encoding="utf-8", newline="") as file:
@@ -169,8 +174,7 @@ class RunDirectory:
 
     def column(self, name: str) -> list[float]:
         """The values of a column of metrics.csv, in order, without the empty ones."""
-        with open(self.metrics, encoding="utf-8", newline="") as file:
-            return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+        return [float(row[name]) for row in self.rows() if row[name]]
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from lkda.commands.settings import (
 )
 from lkda.commands.summary import summarize
 from lkda.data.module import IndexedDataModule
+from lkda.formats import has_folded_embedding
 from lkda.models.lm import LanguageModel
 from lkda.training import accuracy, positions
 from lkda.training.callbacks import (
@@ -255,6 +256,12 @@ def _announce(console: Console, run: RunDirectory, plan: _Plan) -> None:
     )
     if plan.config.init_from is not None:
         console.print(f"weights, model and tokenizer from {plan.config.init_from}", soft_wrap=True)
+        if has_folded_embedding(plan.config.init_from):
+            console.print(
+                "its export wrote the embedding's norm or scale into the table: this model has neither, and its head "
+                "is not tied to the embedding",
+                soft_wrap=True,
+            )
     if plan.config.resume:
         fresh = "nothing is saved here yet: starting afresh"
         console.print(f"resuming from step {plan.step}" if plan.resume_from else fresh)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from lkda.formats.parts.embedding import folded
 from lkda.formats.parts.kimi import NORM_EPS
 from lkda.formats.parts.layers import layer_names, options_of
 from lkda.formats.parts.tokenizer import special_ids, write_tokenizer
@@ -49,6 +50,7 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
 
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
     """Write model.safetensors, config.json, generation_config.json and the tokenizer."""
+    model = folded(model)
     config, options = model.config, options_of(model.config, "kda")
     heads = config["mixer"]["num_heads"]
     head_dim = config["d_model"] // heads

@@ -128,6 +128,7 @@ def test_the_tracer_takes_it_whole(pattern):
 
 OPTIONS = [
     ("kda", {"conv_width": 0}),
+    ("kda", {"conv_width": 0, "activation": "none"}),
     ("kda", {"gate": "head"}),
     ("kda", {"gate": "none"}),
     ("kda", {"gate_form": "bounded", "lower_bound": -3.0}),
@@ -136,6 +137,10 @@ OPTIONS = [
     ("simplified", {"output_gate": False}),
     ("mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 10}),
     ("softmax", {"rope_base": 500.0}),
+    ("softmax", {"qk_norm": True}),
+    ("softmax", {"conv_width": 4}),
+    ("mla", {"qk_norm": True}),
+    ("mla", {"conv_width": 3}),
 ]
 
 
@@ -148,6 +153,20 @@ def test_options_keep_the_contract(name, options):
     for t in range(20):
         logits, state = model.step(x[:, t], state)
         close(logits, want[:, t])
+    assert model.state_bytes(20) == sum(part.numel() * part.element_size() for layer in state for part in layer)
+    pieces, state = [], model.init_state(1)
+    for piece in x.split([1, 2, 17], 1):
+        logits, state = model.forward_from(piece, state)
+        pieces.append(logits)
+    close(torch.cat(pieces, 1), want)
+    packed = model(torch.cat([x[:, 5:], x], 1), cu_seqlens=torch.tensor([0, 15, 35], dtype=torch.int32))
+    close(packed[:, 15:], want)
+
+
+@pytest.mark.parametrize("name", ["kda", "simplified"])
+def test_no_activation_needs_no_convolution(name):
+    with pytest.raises(ValueError, match="activation=none needs conv_width=0, got 4"):
+        small([name], mixer={"pattern": [name], "num_heads": 2, name: {"activation": "none"}})
 
 
 @pytest.mark.parametrize(("state_dtype", "share", "bound"), [("bfloat16", 2, 0.02), ("int8", 4, 0.06)])

@@ -1,4 +1,4 @@
-"""config.json of transformers' Kimi Linear and Llama <-> the dict of `build_model`."""
+"""config.json of transformers' Kimi Linear, Llama and Qwen3 <-> the dict of `build_model`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from lkda.checks import InputError
 from lkda.formats.parts.kimi import NORM_EPS, kinds
 from lkda.formats.parts.layers import layer_names, options_of
+from lkda.formats.parts.llama import has_qk_norm
 from lkda.formats.parts.reading import number
 from lkda.models.lm import LanguageModel
 
@@ -57,12 +58,14 @@ def kimi_config(model: LanguageModel) -> dict[str, Any]:
 
 
 def llama_config(model: LanguageModel) -> dict[str, Any]:
-    """config.json for a model of softmax layers."""
+    """config.json for a model of softmax layers, which is a Qwen3 where it has a QK-norm."""
     config = model.config
     base = options_of(config, "softmax")["rope_base"]
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
+    if has_qk_norm(config):
+        kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **kind,
         **_common(config),
         "num_key_value_heads": config["mixer"]["num_heads"],
         "head_dim": config["d_model"] // config["mixer"]["num_heads"],
@@ -71,7 +74,6 @@ def llama_config(model: LanguageModel) -> dict[str, Any]:
         "rope_theta": base,
         "rope_parameters": {"rope_type": "default", "rope_theta": base},
         "attention_bias": False,
-        "mlp_bias": False,
     }
 
 
@@ -106,7 +108,7 @@ def read_kimi(config: Mapping[str, Any], source: object) -> dict[str, Any]:
 
 
 def read_llama(config: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """The model of a Llama config.json. Raises ValueError for what our softmax attention does not have."""
+    """The model of a Llama or Qwen3 config.json. Raises ValueError for what our softmax attention does not have."""
     made = _read_common(config, source)
     heads = made["mixer"]["num_heads"]
     for key, wanted in (
@@ -114,6 +116,7 @@ def read_llama(config: Mapping[str, Any], source: object) -> dict[str, Any]:
         ("head_dim", made["d_model"] // heads),
         ("attention_bias", False),
         ("mlp_bias", False),
+        ("use_sliding_window", False),
         ("rope_scaling", None),
     ):
         _require(config, key, wanted, source)
@@ -124,6 +127,8 @@ def read_llama(config: Mapping[str, Any], source: object) -> dict[str, Any]:
         "pattern": ["softmax"],
         "softmax": {"rope_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))},
     }
+    if config["model_type"] == "qwen3":
+        made["mixer"]["softmax"] |= {"qk_norm": True, "norm_eps": made["norm_eps"]}
     return made
 
 
@@ -144,7 +149,7 @@ def _common(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_common(config: Mapping[str, Any], source: object) -> dict[str, Any]:
     _require(config, "hidden_act", "silu", source)
-    eps = config.get("rms_norm_eps", 1e-6 if config["model_type"] == "llama" else 1e-5)
+    eps = config.get("rms_norm_eps", 1e-5 if config["model_type"] == "kimi_linear" else 1e-6)
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise InputError(f"config.json of {source}: rms_norm_eps must be a small number above 0, got {eps!r}.")
     lengths = (config.get(key) for key in ("model_max_length", "max_position_embeddings"))

@@ -34,6 +34,12 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
         return f"a pattern with {', '.join(sorted(names - {'kda', 'mla'}))}"
     if not config["mlp_hidden"]:
         return "layers without an MLP"
+    if "mla" in names:
+        options = options_of(config, "mla")
+        if options["conv_width"]:
+            return "MLA with convolutions"
+        if options["qk_norm"]:
+            return "MLA with a QK-norm"
     if "kda" in names:
         options = options_of(config, "kda")
         if options["conv_width"] == 0:

@@ -1,11 +1,11 @@
-"""Llama, which a model of rotary softmax attention alone is: what of ours fits."""
+"""Llama and Qwen3, which models of rotary softmax attention alone are, without and with QK-norm: what of ours fits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lkda.formats.parts.layers import layer_names
+from lkda.formats.parts.layers import layer_names, options_of
 
 
 def is_llama(config: Mapping[str, Any]) -> bool:
@@ -13,6 +13,18 @@ def is_llama(config: Mapping[str, Any]) -> bool:
     return set(layer_names(config)) == {"softmax"}
 
 
+def has_qk_norm(config: Mapping[str, Any]) -> bool:
+    """Whether a model of softmax attention is a Qwen3 rather than a Llama."""
+    return bool(options_of(config, "softmax")["qk_norm"])
+
+
 def obstacle(config: Mapping[str, Any]) -> str | None:
-    """What Llama does not have, in a few words; None where it has everything."""
-    return None if config["mlp_hidden"] else "layers without an MLP"
+    """What neither has, in a few words; None where one has everything."""
+    options = options_of(config, "softmax")
+    if not config["mlp_hidden"]:
+        return "layers without an MLP"
+    if options["conv_width"]:
+        return "softmax attention with convolutions"
+    if options["qk_norm"] and options["norm_eps"] != config["norm_eps"]:
+        return "a QK-norm whose norm_eps is not the model's"
+    return None

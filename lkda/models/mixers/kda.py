@@ -22,7 +22,8 @@ class KimiDeltaAttention(RecurrentMixer):
         y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x))))        o = kda_attention(q, k, v, g, beta)
 
     Args:
-        conv_width: of the short convolutions; 0 for none (then no SiLU either).
+        conv_width: of the short convolutions; 0 for none.
+        activation: "silu", of q, k and v; "none" is possible without convolutions alone.
         gate: "channel" (a decay a channel), "head" (one a head) or "none" (no decay: the plain delta rule).
         gate_form: "softplus", or "bounded": g = lower_bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias)).
         lower_bound: of g in the bounded form, in [-5, 0).
@@ -42,6 +43,7 @@ class KimiDeltaAttention(RecurrentMixer):
         num_heads: int,
         *,
         conv_width: int = 4,
+        activation: str = "silu",
         gate: str = "channel",
         gate_form: str = "softplus",
         lower_bound: float = -5.0,
@@ -50,7 +52,13 @@ class KimiDeltaAttention(RecurrentMixer):
         state_dtype: str = "float32",
         backend: str = "auto",
     ) -> None:
-        super().__init__(d_model, num_heads, conv_width=conv_width, output_norm=True, output_gate=output_gate)
+        super().__init__(
+            *(d_model, num_heads),
+            conv_width=conv_width,
+            activation=activation,
+            output_norm=True,
+            output_gate=output_gate,
+        )
         gates = {"channel": d_model, "head": num_heads, "none": 0}
         if gate not in gates:
             raise InputError(f"mixer.kda.gate must be one of {', '.join(gates)}, got {gate!r}.")
