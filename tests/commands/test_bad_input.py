@@ -26,7 +26,7 @@ TRAINING = [
     ("mixer=kdaa", r"Could not find 'mixer/kdaa'.*kda_mla_3to1.*simplified"),
     ("mixer.kda.gates=head", r"Could not override 'mixer.kda.gates'. Did you mean gate\?"),
     ("mixer.kda.gate=heads", r"mixer.kda.gate must be one of channel, head, none, got 'heads'"),
-    ("+mixer.kda.colour=red", r"mixer 'kda' has no option colour; it has conv_width, gate, "),
+    ("+mixer.kda.colour=red", r"mixer 'kda' has no option colour; it has conv_width, activation, gate, "),
     ("mixer.pattern=[kdaa]", r"unknown mixer 'kdaa'; there are conv, kda, mla, simplified, softmax"),
     ("model.d_model=30 mixer.num_heads=4", r"mixer.num_heads must divide model.d_model = 30, got 4"),
     ("model.num_layers=0", r"model.num_layers must be a positive integer, got 0"),

@@ -215,7 +215,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_its_directory_free(
     [
         ("config.yaml", "port: 8080\n", r"config.yaml is no configuration of lkda's"),
         ("config.yaml", "{", r"config.yaml cannot be read"),
-        ("metrics.csv", "name,value\na,1\n", "already holds a run"),
+        ("metrics.csv", "name,value\na,1\n", "holds a run without its config.yaml"),
     ],
 )
 def test_files_of_others_are_not_written_over(

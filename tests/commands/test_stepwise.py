@@ -102,6 +102,7 @@ def test_what_makes_no_sense_is_refused(run: Path, given: list[str], message: st
 def test_dtypes_of_different_runs_are_not_laid_side_by_side(tmp_path: Path) -> None:
     for ckpt, dtype in (("a", "float32"), ("b", "int8")):
         record = {
+            "kind": "evaluation",
             "ckpt": ckpt,
             "run": {"mixer": "kda"},
             "data": {"source": "prose"},
