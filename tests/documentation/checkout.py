@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lkda.ops import cubin_cache
-from tests.documentation.commands import ROOT, Snippet
+from tests.documentation.commands import ROOT, Snippet, console_commands
 from tests.documentation.sources import snippets
 
 HERE = Path(__file__).parent
@@ -124,6 +124,8 @@ def _write_programs(folder: Path) -> None:
     ask = f'exec "{sys.executable}" -IS "{HERE / "client.py"}"'
     programs = {"python": "", "python3": "", "pip": "-m pip", "pip3": "-m pip", "pytest": "-m pytest"}
     written = {name: f'{ask} {module} "$@"' for name, module in programs.items()}
+    for name, function in console_commands().items():
+        written[name] = f'{ask} --console {function} {name} "$@"'
     written |= {name: f'exec "{sys.executable}" -m {name} "$@"' for name in ("ruff", "mypy")}
     for name, line in written.items():
         (folder / name).write_text(f"#!/bin/sh\n{line}\n")

@@ -42,10 +42,10 @@ class Snippet:
     language: str
 
 
-def console_commands() -> set[str]:
-    """The commands that an installed lkda brings."""
+def console_commands() -> dict[str, str]:
+    """The commands that an installed lkda brings, with the functions that they call (module:function)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return set(project.get("scripts", {}))
+    return dict(project.get("scripts", {}))
 
 
 def make_targets() -> set[str]:

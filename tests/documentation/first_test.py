@@ -18,7 +18,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None  # no tests, or listed on the way to what is asked for
     wanted = re.sub(r"not \w+", "", f"{config.getoption('markexpr') or ''} {config.getoption('keyword') or ''}")
     text = f"{collection_path}\n{collection_path.read_text(encoding='utf-8')}"
-    if len(_opened) >= FILES or any(word not in text for word in re.findall(r"\w+", wanted)):
+    words = [word for word in re.findall(r"\w+", wanted) if word not in ("and", "or")]
+    enough = any if " or " in wanted else all
+    if len(_opened) >= FILES or (words and not enough(word in text for word in words)):
         return True
     _opened.append(collection_path)
     return None

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import shutil
 import signal
@@ -71,17 +72,21 @@ class Command:
         if first == "-m" and rest[0] == "pytest":
             rest = [*rest, "-p", "tests.documentation.first_test", "-p", "no:cacheprovider", "-n", "0"]
             self.record["notes"].append("the first of its tests")
+            return self._once(lambda: self._module(rest))
         if rest == ["tests.documentation"]:
             rest = [*rest, SMALL_SOURCE]
             self.record["notes"].append(f"for {SMALL_SOURCE} alone")
         if rest[:1] == ["lkda.report.redraw"] and len(rest) > 1:
             rest = [rest[0], *tiny.one_of_each_kind(rest[1:])]
             self.record["notes"].append(f"for {len(rest) - 1} directories, one of each kind")
+        if first == "--console":
+            target, program, name, *words = [*rest, ""] if len(rest) < 3 else rest
+            words += self._cut(name, words)
+            return self._main(pkgutil.resolve_name(target), list(filter(None, [program, name, *words])))
+        if rest[:1] == ["lkda"] and len(rest) > 1:
+            rest += self._cut(rest[1], rest[2:])
         if first == "-m":
-            sys.path[0] = os.getcwd()
-            if rest[0].startswith("lkda."):
-                self._shorten_argparse()
-            return self._main(lambda: _run_module(rest[0]), rest)
+            return self._module(rest)
         if first == "-c":
             sys.path[0] = ""
             return self._main(lambda: exec(rest[0], {"__name__": "__main__"}), ["-c", *rest[1:]])
@@ -90,15 +95,26 @@ class Command:
             return self._script(Path(first), rest)
         return self._main(lambda: runpy.run_path(first, run_name="__main__"), [first, *rest])
 
+    def _module(self, argv: list[str]) -> int:
+        sys.path[0] = os.getcwd()
+        if argv[0].startswith("lkda."):
+            self._shorten_argparse()
+        return self._main(lambda: _run_module(argv[0]), argv)
+
     def _script(self, path: Path, rest: list[str]) -> int:
-        added, reasons = tiny.overrides(path.stem, rest, path.resolve().parents[1] / "configs")
-        self.record["added"] += added
-        self.record["notes"] += reasons
+        added = self._cut(path.stem, rest)
 
         def run() -> int:
             return self._main(lambda: runpy.run_path(str(path), run_name="__main__"), [str(path), *rest, *added])
 
         return self._prepare(run) if path.stem == "prepare_data" and added else run()
+
+    def _cut(self, name: str, words: list[str]) -> list[str]:
+        """What is added to the words of the command `name`, with a note of it."""
+        added, reasons = tiny.overrides(name.replace("-", "_"), words, Path("configs").resolve())
+        self.record["added"] += added
+        self.record["notes"] += reasons
+        return added
 
     def _prepare(self, run: Callable[[], int]) -> int:
         """The prose that an earlier command of the session has prepared in the same way is not fetched again."""

@@ -66,7 +66,9 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
     """
     if any(word.startswith("--") and word not in ("--multirun",) for word in arguments):
         return [], []
-    given = [word for word in arguments if not word.startswith("-")]
+    given = [
+        word for word in arguments if not word.startswith(("-", "prompt=", "sample.prompt="))
+    ]  # text is no setting
     try:
         config = _composed(name, given, configs)
     except Exception:  # the command meets it too, and shows it
