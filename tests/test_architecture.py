@@ -92,8 +92,8 @@ def test_what_goes_back_is_amiss() -> None:
     assert amiss("training", "hydra.utils.instantiate")
     assert amiss("commands", "pytorch_lightning.Trainer")
     assert not amiss("commands", "hydra.utils.instantiate")
-    assert not amiss("models", "lkda.ops.backend")
-    assert not amiss("ops", "lkda.ops.jit")
+    assert not amiss("models", "lkda.ops.runtime.backend")
+    assert not amiss("ops", "lkda.ops.runtime.jit")
 
 
 def test_heavy_packages_are_imported_where_they_are_used() -> None:
@@ -143,7 +143,7 @@ def test_kernel_tests_need_no_more_than_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
     found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert {
-        "tests/ops/test_kda_cuda.py",
-        "tests/ops/test_simplified_cuda.py",
+        "tests/ops/kda/test_cuda.py",
+        "tests/ops/simplified/test_cuda.py",
         "tests/models/test_models_cuda.py",
     } <= found

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import lkda.ops
-from lkda.ops.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
+from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
 
 
 @dataclass(frozen=True)

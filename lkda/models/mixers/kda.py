@@ -10,7 +10,7 @@ from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import kda_attention_fused, kda_step_fused
-from lkda.ops.kda.gate import log_decay, write_strength
+from lkda.ops.kda.reference.gate import log_decay, write_strength
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
 
