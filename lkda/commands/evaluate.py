@@ -22,14 +22,13 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from lkda.checks import InputError, check_values
+from lkda.checks import InputError, check_count, check_values
 from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.commands.settings import check_options, device_of, plain
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import differences
-from lkda.data.synthetic.datamodule import check_count
 from lkda.data.text.cache import expanded
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel

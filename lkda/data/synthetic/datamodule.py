@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import check_same, of_arrays, of_texts
 from lkda.data.packing import IGNORED
@@ -174,9 +174,3 @@ class ValidationBatches(Dataset[dict[str, Any]]):
 
 def _shape(part: Mapping[str, int]) -> dict[str, int]:
     return {name: value for name, value in part.items() if name != "examples"}
-
-
-def check_count(name: str, value: object, *, least: int) -> None:
-    """Raises ValueError for what is no whole number of `least` or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}.")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 from lkda.data.packing import IGNORED
 from lkda.data.synthetic.by_length import LengthTask
-from lkda.data.synthetic.datamodule import Examples, check_count
+from lkda.data.synthetic.datamodule import Examples
 
 PUSH, POP, STACKS_FROM = 0, 1, 2
 

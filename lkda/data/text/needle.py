@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.packing import IGNORED
-from lkda.data.synthetic.datamodule import check_count
 from lkda.data.text.cache import default_cache_dir, expanded
 from lkda.data.text.tokenize import load_prepared
 from lkda.data.text.tokenizer import vocabulary_rows

@@ -168,7 +168,13 @@ class Module:
         self._handles: dict[int, object] = {}
 
     def __repr__(self) -> str:
-        return f"{self.source.parent.name}/{self.source.name}[{' '.join(self.defines)}]"
+        return f"{self.operator}/{self.source.name}[{' '.join(self.defines)}]"
+
+    @property
+    def operator(self) -> str:
+        """The folder of the operator: that of the source, or the one above where sources have a folder of their own."""
+        folder = self.source.parent
+        return (folder.parent if folder.name == "cuda" else folder).name
 
     def kernel(self, entry: str, signature: str, *, shared_bytes: int = 0) -> "Kernel":
         """A launchable kernel of this module.
@@ -193,7 +199,7 @@ class Module:
     def _read_or_compile(self, arch: str) -> Binary:
         words = (_compiler_version(), arch, *_OPTIONS, *self.defines)
         key = cubin_cache.key(words, _source_closure(self.source))
-        name = f"{self.source.parent.name}-{self.source.stem}-{arch}-{key}.cubin"
+        name = f"{self.operator}-{self.source.stem}-{arch}-{key}.cubin"
         entry = cubin_cache.read(name)
         if entry is None:
             for module in self.companions():

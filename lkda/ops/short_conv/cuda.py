@@ -27,8 +27,6 @@ RUN = {"forward": 64, "backward": 64}  # tokens of a warp
 AHEAD = {"forward": 4, "backward": 4}  # tokens that are on their way while as many are worked on
 RESIDENT = {"forward": 3, "backward": 2}  # blocks that a multiprocessor should hold at least
 
-Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
-
 
 reason_cannot_run = cannot_take(otherwise="plain")
 

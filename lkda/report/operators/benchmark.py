@@ -19,9 +19,9 @@ from typing import Any
 from rich.table import Table
 
 from lkda.checks import InputError
+from lkda.report.draw.tables import markdown_table, rich_table
 from lkda.report.draw.units import three
 from lkda.report.read.files import read_results_file
-from lkda.report.training.table import markdown_table, rich_table
 
 Row = dict[str, Any]
 KIND = "benchmark"
@@ -183,17 +183,3 @@ def kernel_times(rows: Sequence[Row]) -> tuple[str, dict[str, float]]:
         return "", {}
     best = max(at, key=lambda key: (len(at[key]), sizes[key]))
     return f"{best[2]} at {best[0]}, {best[1]}", at[best]
-
-
-def time_bars(rows: Sequence[Row], *, mode: str) -> bytes:
-    """PNG for a light page of `bench_plots.times`."""
-    from lkda.report.operators.plots import times  # that module reads rows with this one
-
-    return times(rows, mode=mode).light
-
-
-def cost_by_length(rows: Sequence[Row], *, mode: str) -> bytes:
-    """PNG for a light page of `bench_plots.cost_by_length`."""
-    from lkda.report.operators import plots as bench_plots
-
-    return bench_plots.cost_by_length(rows, mode=mode).light

@@ -15,48 +15,24 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from lkda.checks import InputError
 from lkda.report.draw.labels import Label, label_ends
 from lkda.report.draw.style import Picture, Theme, picture
 from lkda.report.draw.units import length
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.evaluations import Record, keep_evaluations, kept_evaluations, read_evaluations
+from lkda.report.read.files import write_atomically
 
-EVALUATIONS = "evaluations.json"
 KIND = "long_context"
 SIZE = (7.2, 4.3)
 _PART = re.compile(r"accuracy/length_(\d+)_depth_(\d+)_needles_(\d+)")
 
-Record = Mapping[str, Any]
 Lines = dict[str, dict[float, float]]  # mixer -> {x: the mean over seeds}
-
-
-def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list[Record]:
-    """The entries run, data and result of each file, and those named in `also`.
-
-    Raises: ValueError for a file that `scripts/evaluate.py out=` has not written, for one of a model whose run is not
-        known, or where there is no file at all.
-    """
-    records: list[Record] = []
-    for path in paths:
-        record = read_results_file(path, kind="evaluation")
-        try:
-            records.append({name: record[name] for name in ("run", "data", "result", *also)})
-        except KeyError as error:
-            raise InputError(f"{path} is not of scripts/evaluate.py out=... ({error}).") from error
-        if not record["run"]:
-            raise InputError(
-                f"{path} does not name the model's mixer: evaluate the run's own checkpoint ({record.get('ckpt')})."
-            )
-    if not records:
-        raise InputError("there are no evaluations: give files that scripts/evaluate.py out=... has written.")
-    return records
 
 
 def write(records: Sequence[Record], directory: Path) -> None:
@@ -164,21 +140,6 @@ def _picture(lines: Lines, x: str, y: str, trained: Sequence[int], *, share: boo
         return figure
 
     return picture(draw)
-
-
-def keep_evaluations(records: Sequence[Record], directory: Path, *, kind: str) -> None:
-    """Writes what was read to evaluations.json in `directory`, as a file of `kind`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    found = {"kind": kind, "evaluations": list(records)}
-    write_atomically(directory / EVALUATIONS, json.dumps(found, indent=1) + "\n")
-
-
-def kept_evaluations(path: Path, *, kind: str) -> list[Record]:
-    """What `keep_evaluations` wrote. Raises: ValueError where `path` is not of `kind` or holds none."""
-    found = read_results_file(path, kind=kind).get("evaluations")
-    if not isinstance(found, list) or not found:
-        raise InputError(f"{path} holds no evaluations.")
-    return found
 
 
 def redraw(path: Path) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 
 from lkda.checks import InputError
+from lkda.report.draw.tables import rich_table
+from lkda.report.read.evaluations import Record, keep_evaluations, kept_evaluations, read_evaluations
 from lkda.report.read.files import write_atomically
-from lkda.report.studies.long_context import Record, keep_evaluations, kept_evaluations, read_evaluations
-from lkda.report.training.table import rich_table
 
 KIND = "state_dtypes"
 DTYPES = ("float32", "bfloat16", "int8")

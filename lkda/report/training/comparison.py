@@ -11,6 +11,7 @@ from typing import Any
 from lkda.checks import InputError
 from lkda.report.draw.page import Section, page
 from lkda.report.draw.style import Picture
+from lkda.report.draw.tables import markdown_table
 from lkda.report.operators import benchmark as bench
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file, write_atomically
@@ -152,7 +153,7 @@ def write(comparison: Comparison, path: Path) -> None:
     write_atomically(path, json.dumps(results, indent=1) + "\n")
     head, body = table.as_cells(rows)
     write_atomically(out / "table.csv", table.as_csv(rows))
-    write_atomically(out / "table.md", table.markdown_table(head, body) + "\n" + "".join(f"{n}\n" for n in notes))
+    write_atomically(out / "table.md", markdown_table(head, body) + "\n" + "".join(f"{n}\n" for n in notes))
     drawn = _pictures(comparison)
     for (name, _), picture in drawn.items():
         write_atomically(out / f"{name}.png", picture.light)

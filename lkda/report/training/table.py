@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from lkda.report.draw.units import count, memory
 from lkda.report.read.groups import Group
@@ -129,22 +128,6 @@ def as_cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for row in table
     ]
     return head, body
-
-
-def rich_table(head: Sequence[str], body: Sequence[Sequence[str]], *, names: int = 1) -> Table:
-    """For the terminal. The first `names` columns are names, to the left; the others numbers, to the right."""
-    shown = Table(header_style="bold", box=None, pad_edge=False)
-    for n, heading in enumerate(head):
-        shown.add_column(heading, justify="right" if n >= names else "left", no_wrap=n >= names)
-    for line in body:
-        shown.add_row(*line)
-    return shown
-
-
-def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, names: int = 1) -> str:
-    """For a page: a pipe table."""
-    lines = [head, ["---" if n < names else "---:" for n in range(len(head))], *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def as_csv(table: Sequence[Row]) -> str:
