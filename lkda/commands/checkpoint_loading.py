@@ -15,6 +15,7 @@ from lkda.formats import load, recorded_config
 from lkda.formats.common.building import build_with_weights
 from lkda.models.lm import LanguageModel
 from lkda.models.old_config import current_config
+from lkda.old_names import translated
 from lkda.training.checkpoint import read_checkpoint
 
 
@@ -85,8 +86,8 @@ def config_of_run(trained: TrainedModel) -> dict[str, Any]:
     directory. Raises: ValueError where what stands there cannot be read.
     """
     if trained.step is None:
-        return recorded_config(trained.path)
+        return translated(recorded_config(trained.path))
     path = trained.path.parent.parent / "config.yaml"
     found = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
     assert isinstance(found, dict)
-    return {str(name): value for name, value in found.items()}
+    return translated({str(name): value for name, value in found.items()})

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lkda.old_names import translated
 from lkda.report.read.runs import Run
 
 # Settings that change nothing that is compared. A budget and a device show in the summary.
@@ -83,7 +84,7 @@ def _without(sections: Collection[str], found: Settings) -> Settings:
 
 def settings(run: Run) -> Settings:
     """What may tell runs apart, in the order in which a label would say it: dotted name -> value, as text."""
-    flat = {key: value for key, value in _flatten(run.config).items() if not _neutral(key)}
+    flat = {key: value for key, value in _flatten(translated(run.config)).items() if not _neutral(key)}
     flat |= {key: str(run.summary[key]) for key in FACTS if key in run.summary}
     if "data" in run.summary:  # a synthetic task has its name from its class alone
         flat.setdefault("data.source", str(run.summary["data"]))
