@@ -20,6 +20,7 @@ from lkda.checks import InputError
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
+from lkda.old_names import translated
 from lkda.training.checkpoint import newest_intact
 
 # Settings that change what a run computes: a run is resumed with the same ones.
@@ -133,7 +134,7 @@ class RunDirectory:
             raise InputError(f"{self.config} cannot be read: {' '.join(str(error).split())}.") from error
         if not isinstance(found, dict) or not found.keys() >= _OURS:
             raise InputError(f"{self.config} is no configuration of lkda's: choose another hydra.run.dir.")
-        return found
+        return translated(found)
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
         changed = _differences(_fixed(before, free_places), _fixed(now, free_places))

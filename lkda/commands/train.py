@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lkda.checks import InputError
-from lkda.commands.closing import draw_sample, print_closing
 from lkda.commands.command_line import CommandError
+from lkda.commands.console import draw_sample, print_closing
 from lkda.commands.initial import with_initial_model
 from lkda.commands.invocation import command, given_overrides
 from lkda.commands.overrides import override
@@ -34,7 +34,7 @@ from lkda.commands.settings import (
     steps_for,
 )
 from lkda.commands.summary import summarize
-from lkda.data.module import IndexedDataModule
+from lkda.data.datamodule import IndexedDataModule
 from lkda.formats import has_folded_embedding
 from lkda.models.lm import LanguageModel
 from lkda.training import accuracy, positions

@@ -7,7 +7,7 @@ A format is a module of this package; its name is the module's (`lkda` itself is
     usage(directory) -> str                   how to load it, for the model card
     MODEL_TYPES                               of config.json, that it reads, through
     load(config, directory, *, backend) -> (model, tokenizer)
-What several share is in `lkda.formats.parts`.
+What several share is in `lkda.formats.common`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError
-from lkda.formats.parts.card import model_card, recorded_config
-from lkda.formats.parts.embedding import FOLDED
-from lkda.formats.parts.reading import read_config
+from lkda.formats.common.card import model_card, recorded_config
+from lkda.formats.common.embedding import FOLDED
+from lkda.formats.common.reading import read_config
 from lkda.io import named
 from lkda.models.lm import LanguageModel
 

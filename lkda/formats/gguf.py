@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.formats.parts import kimi, llama
-from lkda.formats.parts.embedding import folded
-from lkda.formats.parts.gguf_tokenizer import add_tokenizer, check_tokenizer
-from lkda.formats.parts.layers import layer_names, options_of
-from lkda.formats.parts.writing import weights_of
+from lkda.formats.common import kimi, llama
+from lkda.formats.common.embedding import folded
+from lkda.formats.common.gguf_tokenizer import add_tokenizer, check_tokenizer
+from lkda.formats.common.layers import layer_names, options_of
+from lkda.formats.common.writing import weights_of
 from lkda.models.lm import LanguageModel
 
 if TYPE_CHECKING:

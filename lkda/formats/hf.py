@@ -14,14 +14,14 @@ import torch
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError
-from lkda.formats.parts import kimi, llama
-from lkda.formats.parts.building import build_with_weights
-from lkda.formats.parts.embedding import FOLDED, folded, needs_folding
-from lkda.formats.parts.hf_config import kimi_config, llama_config, read_kimi, read_llama
-from lkda.formats.parts.layers import layer_names
-from lkda.formats.parts.reading import read_tokenizer, read_weights
-from lkda.formats.parts.tokenizer import special_ids, write_tokenizer
-from lkda.formats.parts.writing import DTYPES, weights_of, write_json, write_weights
+from lkda.formats.common import kimi, llama
+from lkda.formats.common.building import build_with_weights
+from lkda.formats.common.embedding import FOLDED, folded, needs_folding
+from lkda.formats.common.hf_config import kimi_config, llama_config, read_kimi, read_llama
+from lkda.formats.common.layers import layer_names
+from lkda.formats.common.reading import read_tokenizer, read_weights
+from lkda.formats.common.tokenizer import special_ids, write_tokenizer
+from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
 
 __all__ = ["DTYPES", "MODEL_TYPES", "load", "obstacle", "save", "usage"]

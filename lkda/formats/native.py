@@ -9,9 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError
-from lkda.formats.parts.building import build_with_weights
-from lkda.formats.parts.reading import read_tokenizer, read_weights
-from lkda.formats.parts.writing import DTYPES, weights_of, write_json, write_weights
+from lkda.formats.common.building import build_with_weights
+from lkda.formats.common.reading import read_tokenizer, read_weights
+from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
 from lkda.models.old_config import current_config
 

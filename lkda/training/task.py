@@ -44,9 +44,9 @@ class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
     Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and
-    train/grad_norm, of the step's gradient before clipping; val/loss and val/perplexity, the means over every
-    validation target (not over batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per
-    byte beside both losses where the tokens are text. Where the validation has parts: what `PartMetrics` computes.
+    train/grad_norm, of the step's gradient before clipping; val/loss, the mean over every validation target (not over
+    batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
+    the tokens are text. Where the validation has parts: what `PartMetrics` computes.
 
     Args:
         model_config: what `build_model` takes: plain names and numbers.
@@ -145,7 +145,7 @@ class LanguageModelTask(L.LightningModule):
         loss = self.val_mean.compute()
         self.val_mean.reset()
         by_position = self.val_positions.compute()
-        self.log_dict(self._with_bits("val", loss) | {"val/perplexity": loss.exp()} | by_position, logger=False)
+        self.log_dict(self._with_bits("val", loss) | by_position, logger=False)
 
     def configure_gradient_clipping(
         self,

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 import lkda
 from lkda.commands.command_line import _message
 from lkda.commands.train import train
-from lkda.ops import cubin_cache
+from lkda.ops.runtime import cubin_cache
 from tests.commands.small import ROOT, composed, small_run
 
 # On the command line a value with commas, spaces or dots in it is quoted as any shell would pass it.
@@ -65,7 +65,7 @@ TRAINING = [
     ("data.text_column=body", r"data.text_column is of .jsonl, .json and .parquet files, and these are text"),
     ("data.num_workers=99999", r"data.num_workers must be at most 256, got 99999: each is a process"),
     ("data.pin_memory=maybe", r"data.pin_memory must be true or false or null, got 'maybe'"),
-    ("data._target_=lkda.data.text.Nothing", r"data._target_=lkda.data.text.Nothing is no class that can be imported"),
+    ("data._target_=lkda.data.text.datamodule.Nothing", r"datamodule.Nothing is no class that can be imported"),
     ("data.paths=[{tmp}/mixed.jsonl]", r"column 'text' of .*mixed.jsonl holds a number, not text, in row 2"),
     ("data.paths=['~nobody_of_this_name/a.txt']", r"the home directory in ~nobody_of_this_name/a.txt is not known"),
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),

@@ -66,7 +66,7 @@ def test_other_text_does_not_resume(home: Path, monkeypatch: pytest.MonkeyPatch)
     change(home / "texts")
     before = files(home / "run")
     # Before time is spent on it: the tokenizer is not trained.
-    monkeypatch.setattr("lkda.data.prepared.train_tokenizer", lambda *_: pytest.fail("trained a tokenizer"))
+    monkeypatch.setattr("lkda.data.text.tokenize.train_tokenizer", lambda *_: pytest.fail("trained a tokenizer"))
     with pytest.raises(
         ValueError, match=r"cannot resume: the training data and the validation data \(.*texts\) are not"
     ):

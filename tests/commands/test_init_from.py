@@ -10,9 +10,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 import lkda
+from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
-from lkda.commands.model_source import load_trained
 from lkda.commands.train import train
 from tests.commands.small import ROOT, composed, small_run
 

@@ -7,7 +7,7 @@ import pytest
 
 from lkda.commands.evaluate import evaluate
 from lkda.commands.train import train
-from lkda.report.state_dtypes import main
+from lkda.report.studies.state_dtypes import main
 from tests.commands.small import composed, small_run
 
 PARTS = "data.validation=[{length: 32, pairs: 2, examples: 10}, {length: 64, pairs: 8, examples: 6}]"

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lkda.data.tokenizer import train_tokenizer
+from lkda.data.text.tokenizer import train_tokenizer
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lkda
-from lkda.formats.parts.embedding import folded
+from lkda.formats.common.embedding import folded
 from tests.formats.models import HYBRID, logits, model, tokenizer, tokens
 
 OUTER = {

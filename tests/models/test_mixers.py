@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lkda.models import build_model, mixers
+from lkda.ops.kda.reference.gate import log_decay, write_strength
 from tests.models.helpers import IDS, PATTERNS, config, small, tokens
 
 
@@ -217,7 +218,8 @@ def test_a_step_may_spend_its_state_but_never_a_clone(pattern):
 def test_kda_begins_with_a_long_memory():
     torch.manual_seed(0)
     mixer = build_model(config(["kda"], d_model=256)).mixers()[0]
-    g = mixer.log_decay(torch.randn(1, 100, 256))
+    logits = mixer.heads(mixer.f_b_proj(mixer.f_a_proj(torch.randn(1, 100, 256))))
+    g = log_decay(logits, mixer.A_log, mixer.dt_bias, head_dim=mixer.head_dim)
     A = mixer.A_log.exp()
     dt = torch.nn.functional.softplus(mixer.dt_bias)
     assert A.min() >= 1
@@ -232,7 +234,10 @@ def test_gates_are_computed_in_float32_under_autocast():
     assert {mixer.A_log.dtype, mixer.dt_bias.dtype} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x = torch.randn(1, 9, 32)
-        assert {mixer.log_decay(x).dtype, mixer.write_strength(x).dtype} == {torch.float32}
+        logits, strengths = mixer.heads(mixer.f_b_proj(mixer.f_a_proj(x))), mixer.b_proj(x)
+        assert {logits.dtype, strengths.dtype} == {torch.bfloat16}
+        g = log_decay(logits, mixer.A_log, mixer.dt_bias, head_dim=mixer.head_dim)
+        assert {g.dtype, write_strength(strengths).dtype} == {torch.float32}
 
 
 def test_tied_embeddings_are_one_matrix():

@@ -10,7 +10,6 @@ from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import kda_attention_fused, kda_step_fused
-from lkda.ops.kda.gate import log_decay, write_strength
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
 
@@ -123,20 +122,6 @@ class KimiDeltaAttention(RecurrentMixer):
 
     def widen(self, kept: State) -> Tensor:
         return unpack_state(kept)
-
-    def log_decay(self, x: Tensor) -> Tensor:
-        """g [..., H, D] in float32 at least, <= 0."""
-        logits, A_log, dt_bias = self._gate(x)
-        if logits is None or A_log is None or dt_bias is None:
-            return torch.zeros(*x.shape[:-1], self.num_heads, self.head_dim, device=x.device)
-        logits = logits if self.gate == "channel" else logits.unsqueeze(-1)
-        return log_decay(
-            *(logits, A_log, dt_bias), head_dim=self.head_dim, gate=self.gate_form, lower_bound=self.lower_bound
-        )
-
-    def write_strength(self, x: Tensor) -> Tensor:
-        """beta [..., H] in float32 at least."""
-        return write_strength(self.b_proj(x), negative_eigenvalues=self.negative_eigenvalues)
 
     def _gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gate's logits, [..., H, D] or one a head [..., H], A_log and dt_bias; Nones without a gate."""

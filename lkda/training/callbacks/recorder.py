@@ -132,6 +132,6 @@ def _complete(trainer: L.Trainer) -> None:
 
 
 def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:
-    """What the task logged under that prefix; not the perplexity, which the loss says already."""
+    """What the task logged under that prefix."""
     metrics = trainer.callback_metrics.items()
-    return {name: float(value) for name, value in metrics if name.startswith(prefix) and name != "val/perplexity"}
+    return {name: float(value) for name, value in metrics if name.startswith(prefix)}
