@@ -18,6 +18,12 @@ class InputError(ValueError):
     """A value that the caller gave does not do; the message is written for them."""
 
 
+def check_count(name: str, value: object, *, least: int) -> None:
+    """Raises InputError for what is no whole number of `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+
+
 def check_types(function: Callable[..., Any], given: Mapping[str, object], *, prefix: str) -> None:
     """Raises InputError for an argument in `given` whose value is not of the type that `function` declares.
 

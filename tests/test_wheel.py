@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lkda.ops import jit
+from lkda.ops.runtime import jit
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def test_a_kernel_compiles(installed: Path, tmp_path: Path) -> None:
     code = (
         "import lkda\n"
         "from lkda.bench import resources\n"
-        "used = resources.usage(('lkda.ops.simplified.cuda', 'sm_90a', 0))\n"
+        "used = resources.usage(('lkda.ops.simplified.cuda.core', 'sm_90a', 0))\n"
         "print(lkda.__file__, used.registers)\n"
     )
     path, registers = run([sys.executable, "-c", code], tmp_path, installed).split()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.jit import Kernel
+from lkda.ops.runtime.jit import Kernel
 
 Inputs = dict[str, Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -15,7 +15,7 @@ import lkda
 from lkda.bench.contest import DTYPES, Contest, Entrant, Inputs, Shape
 from lkda.bench.timing import clock, copy_gb_per_s, graph_of, host_microseconds, launches
 from lkda.checks import InputError
-from lkda.ops.jit import architecture
+from lkda.ops.runtime.jit import architecture
 
 Row = dict[str, Any]
 MODES = ("fwd", "fwd+bwd")

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import lkda.ops
-from lkda.ops.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
+from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Usage:
 
 
 def kernel_modules() -> list[ModuleType]:
-    """The modules of lkda.ops that list kernels: those with a function `kernels(arch)`."""
+    """The modules of lkda.ops with a function `kernels(arch)`: each `cuda.py`, and those in a folder `cuda`."""
     found = pkgutil.walk_packages(lkda.ops.__path__, "lkda.ops.")
-    modules = [importlib.import_module(module.name) for module in found if module.name.count(".") == 3]
-    return [module for module in modules if hasattr(module, "kernels") and module.__name__.split(".")[-1][:4] == "cuda"]
+    names = [module.name for module in found if "cuda" in module.name.split(".")]
+    return [module for module in map(importlib.import_module, names) if hasattr(module, "kernels")]
 
 
 def usage(task: tuple[str, str, int]) -> Usage:

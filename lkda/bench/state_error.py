@@ -20,7 +20,7 @@ import torch
 from rich.progress import track
 
 from lkda.bench.files import write_json
-from lkda.ops.kda.recurrent import kda_step_recurrent
+from lkda.ops.kda.reference.recurrent import kda_step_recurrent
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 0.0)  # nats a token

@@ -16,9 +16,9 @@ from lkda.bench import measure, ops
 from lkda.bench.contest import Shape
 from lkda.checks import InputError, check_values
 from lkda.commands.settings import plain
-from lkda.report import bench_report
-from lkda.report.bench import KIND, Benchmark, as_rich
-from lkda.report.files import write_atomically
+from lkda.report.operators import report as bench_report
+from lkda.report.operators.benchmark import KIND, Benchmark, as_rich
+from lkda.report.read.files import write_atomically
 
 _WORDS = ("ops", "shapes", "dtypes", "backends", "peers", "modes", "replays")
 OPTIONS = {

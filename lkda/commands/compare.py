@@ -12,8 +12,9 @@ from rich.console import Console
 
 from lkda.checks import InputError, check_values
 from lkda.commands.settings import plain
-from lkda.report.comparison import compare as compare_runs
-from lkda.report.table import as_cells, rich_table
+from lkda.report.draw.tables import rich_table
+from lkda.report.training.comparison import compare as compare_runs
+from lkda.report.training.table import as_cells
 
 OPTIONS = {
     "runs": Path | Sequence[Path],

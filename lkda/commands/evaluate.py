@@ -22,15 +22,14 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from lkda.checks import InputError, check_values
-from lkda.commands.harness import run_tasks
-from lkda.commands.model_source import TrainedModel, config_of_run, load_trained
+from lkda.checks import InputError, check_count, check_values
+from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
+from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.commands.settings import check_options, device_of, plain
-from lkda.data.cache import expanded
+from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import differences
-from lkda.data.module import IndexedDataModule
-from lkda.data.synthetic import check_count
+from lkda.data.text.cache import expanded
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel

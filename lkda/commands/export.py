@@ -12,7 +12,7 @@ from rich.console import Console
 
 import lkda
 from lkda.checks import check_values
-from lkda.commands.model_source import TrainedModel, config_of_run, load_trained
+from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
 from lkda.commands.run_directory import read_summary
 from lkda.commands.settings import plain
 from lkda.formats import check_export, find_format

@@ -11,11 +11,10 @@ from typing import TextIO
 import torch
 from omegaconf import DictConfig
 
-from lkda.checks import InputError
-from lkda.commands.model_source import load_trained
+from lkda.checks import InputError, check_count
+from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.settings import device_of, plain
 from lkda.commands.text import check_text, encode_prompt, text_pieces
-from lkda.data.synthetic import check_count
 from lkda.models.generate import check_sampling
 from lkda.models.generate import generate as draw
 from lkda.special_tokens import document_ends

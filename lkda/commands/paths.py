@@ -10,7 +10,7 @@ import re
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lkda.checks import InputError
-from lkda.data.cache import expanded
+from lkda.data.text.cache import expanded
 
 # Options of data that are paths, or lists of paths.
 _DATA_LISTS = ("paths", "val_paths")

@@ -12,8 +12,8 @@ from lkda.checks import InputError, check_values
 from lkda.commands.invocation import command
 from lkda.commands.overrides import override
 from lkda.commands.settings import plain
-from lkda.data.cache import default_cache_dir, expanded
-from lkda.data.prose import SOURCES, prepare_prose
+from lkda.data.prose.sources import SOURCES, prepare_prose
+from lkda.data.text.cache import default_cache_dir, expanded
 
 
 def prepare_data(config: DictConfig) -> None:

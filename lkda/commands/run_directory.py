@@ -20,6 +20,7 @@ from lkda.checks import InputError
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
+from lkda.old_names import translated
 from lkda.training.checkpoint import newest_intact
 
 # Settings that change what a run computes: a run is resumed with the same ones.
@@ -105,16 +106,19 @@ class RunDirectory:
                 be read; or a config.yaml is here that is none of lkda's.
         """
         before = self._recorded()
+        if self.holds_run() and before is None:
+            raise InputError(
+                f"{self.path} holds a run without its config.yaml, so its settings are not known. Put it back, or "
+                "choose another hydra.run.dir."
+            )
         if self.holds_run() and not resume:
             raise InputError(
                 f"{self.path} already holds a run. Continue it with resume=true, or choose another hydra.run.dir."
             )
         for left_over in self.checkpoints.glob(".*.tmp"):
             left_over.unlink()
-        if not self.holds_run():
+        if before is None or not self.holds_run():
             return None
-        if before is None:
-            raise InputError(f"{self.path} holds a run without its config.yaml, so its settings are not known.")
         self._check_settings(before, config, free_places=True)
         saved = newest_intact(self.checkpoints)
         self._check_settings(before, config, free_places=saved is None or "train" in fingerprint_of(saved[1]))
@@ -130,7 +134,7 @@ class RunDirectory:
             raise InputError(f"{self.config} cannot be read: {' '.join(str(error).split())}.") from error
         if not isinstance(found, dict) or not found.keys() >= _OURS:
             raise InputError(f"{self.config} is no configuration of lkda's: choose another hydra.run.dir.")
-        return found
+        return translated(found)
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
         changed = _differences(_fixed(before, free_places), _fixed(now, free_places))
@@ -159,6 +163,11 @@ class RunDirectory:
         """The result that is recorded, {} where there is none."""
         return read_summary(self.summary)
 
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of metrics.csv, in order, as text by column."""
+        with open(self.metrics, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
     def columns(self) -> list[str]:
         """The names of the columns of metrics.csv."""
         with open(self.metrics, encoding="utf-8", newline="") as file:
@@ -166,8 +175,7 @@ class RunDirectory:
 
     def column(self, name: str) -> list[float]:
         """The values of a column of metrics.csv, in order, without the empty ones."""
-        with open(self.metrics, encoding="utf-8", newline="") as file:
-            return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+        return [float(row[name]) for row in self.rows() if row[name]]
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def summarize(
         "fingerprint": facts["fingerprint"],
         "steps": step,
         "seconds": seconds,
+        "clipped_share": _clipped_share(run),
         "learning_rate": settings["optimizer"]["lr"],
         "git_commit": git_commit(),
         "versions": {
@@ -80,6 +81,16 @@ def summarize(
         },
         **_by_part(facts["parts"], latest, model),
     }
+
+
+def _clipped_share(run: RunDirectory) -> float | None:
+    """Of all steps, those whose gradient was clipped; a row of metrics.csv speaks of the steps since the row before."""
+    rows = [
+        (int(row["step"]), float(row["train/clipped_share"])) for row in run.rows() if row.get("train/clipped_share")
+    ]
+    steps = [step for step, _ in rows]
+    weights = [step - before for before, step in zip([0, *steps], steps)]
+    return sum(weight * share for weight, (_, share) in zip(weights, rows)) / steps[-1] if steps else None
 
 
 def _state_dtype(model: LanguageModel) -> str | None:

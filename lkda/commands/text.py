@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.data.tokenizer import document_start, encode_text
+from lkda.data.text.tokenizer import document_start, encode_text
 
 
 def check_text(name: str, value: object) -> str:

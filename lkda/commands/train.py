@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lkda.checks import InputError
-from lkda.commands.closing import draw_sample, print_closing
 from lkda.commands.command_line import CommandError
+from lkda.commands.console import draw_sample, print_closing
 from lkda.commands.initial import with_initial_model
 from lkda.commands.invocation import command, given_overrides
 from lkda.commands.overrides import override
@@ -34,7 +34,8 @@ from lkda.commands.settings import (
     steps_for,
 )
 from lkda.commands.summary import summarize
-from lkda.data.module import IndexedDataModule
+from lkda.data.datamodule import IndexedDataModule
+from lkda.formats import has_folded_embedding
 from lkda.models.lm import LanguageModel
 from lkda.training import accuracy, positions
 from lkda.training.callbacks import (
@@ -161,11 +162,6 @@ def _train_in(
 ) -> dict[str, Any]:
     console = Console(highlight=False, markup=False)
     saved = run.begin(settings, resume=config.resume)
-    if saved is None and any(run.checkpoints.glob("*.ckpt")):
-        raise InputError(
-            f"{run.checkpoints} holds checkpoints, and config.yaml, which says of what run, is not beside it. Put it "
-            "back, or choose another hydra.run.dir."
-        )
     data = instantiate(config.data)
     data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
@@ -260,6 +256,12 @@ def _announce(console: Console, run: RunDirectory, plan: _Plan) -> None:
     )
     if plan.config.init_from is not None:
         console.print(f"weights, model and tokenizer from {plan.config.init_from}", soft_wrap=True)
+        if has_folded_embedding(plan.config.init_from):
+            console.print(
+                "its export wrote the embedding's norm or scale into the table: this model has neither, and its head "
+                "is not tied to the embedding",
+                soft_wrap=True,
+            )
     if plan.config.resume:
         fresh = "nothing is saved here yet: starting afresh"
         console.print(f"resuming from step {plan.step}" if plan.resume_from else fresh)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lkda.data.order import endless
+from lkda.data.shuffle import endless
 
 IGNORED = -100
 

@@ -7,7 +7,7 @@ A format is a module of this package; its name is the module's (`lkda` itself is
     usage(directory) -> str                   how to load it, for the model card
     MODEL_TYPES                               of config.json, that it reads, through
     load(config, directory, *, backend) -> (model, tokenizer)
-What several share is in `lkda.formats.parts`.
+What several share is in `lkda.formats.common`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError
-from lkda.formats.parts.card import model_card, recorded_config
-from lkda.formats.parts.reading import read_config
+from lkda.formats.common.card import model_card, recorded_config
+from lkda.formats.common.embedding import FOLDED
+from lkda.formats.common.reading import read_config
 from lkda.io import named
 from lkda.models.lm import LanguageModel
 
-__all__ = ["check_export", "find_format", "load", "names", "recorded_config", "save"]
+__all__ = ["check_export", "find_format", "has_folded_embedding", "load", "names", "recorded_config", "save"]
 
 
 def names() -> list[str]:
@@ -113,6 +114,14 @@ def _occupied(directory: Path) -> bool:
         return any(directory.iterdir())
     except FileNotFoundError:
         return False
+
+
+def has_folded_embedding(directory: str | Path) -> bool:
+    """Whether the model in `directory` lost the norm or scale of its embedding to its table when it was exported.
+
+    Raises: ValueError as `load`.
+    """
+    return bool(read_config(Path(directory)).get(FOLDED))
 
 
 def load(directory: str | Path, *, backend: str = "auto") -> tuple[LanguageModel, Tokenizer]:

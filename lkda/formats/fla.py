@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from lkda.formats.parts.kimi import NORM_EPS
-from lkda.formats.parts.layers import layer_names, options_of
-from lkda.formats.parts.tokenizer import special_ids, write_tokenizer
-from lkda.formats.parts.writing import DTYPES, weights_of, write_json, write_weights
+from lkda.formats.common.embedding import folded
+from lkda.formats.common.kimi import NORM_EPS
+from lkda.formats.common.layers import layer_names, options_of
+from lkda.formats.common.tokenizer import special_ids, write_tokenizer
+from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
 
 __all__ = ["DTYPES", "MODEL_TYPES", "obstacle", "save", "usage"]
@@ -49,6 +50,7 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
 
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
     """Write model.safetensors, config.json, generation_config.json and the tokenizer."""
+    model = folded(model)
     config, options = model.config, options_of(model.config, "kda")
     heads = config["mixer"]["num_heads"]
     head_dim = config["d_model"] // heads

@@ -1,6 +1,6 @@
 """The format `gguf`: one file that llama.cpp runs, tokenizer inside.
 
-KDA and MLA layers become its `kimi-linear`, softmax layers its `llama`.
+KDA and MLA layers become its `kimi-linear`, softmax layers its `llama`, or its `qwen3` where they have a QK-norm.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.formats.parts import kimi, llama
-from lkda.formats.parts.gguf_tokenizer import add_tokenizer, check_tokenizer
-from lkda.formats.parts.layers import layer_names, options_of
-from lkda.formats.parts.writing import weights_of
+from lkda.formats.common import kimi, llama
+from lkda.formats.common.embedding import folded
+from lkda.formats.common.gguf_tokenizer import add_tokenizer, check_tokenizer
+from lkda.formats.common.layers import layer_names, options_of
+from lkda.formats.common.writing import weights_of
 from lkda.models.lm import LanguageModel
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ _NAMES = {
     "mixer.k_proj.weight": "attn_k.weight",
     "mixer.v_proj.weight": "attn_v.weight",
     "mixer.o_proj.weight": "attn_output.weight",
+    "mixer.q_norm.weight": "attn_q_norm.weight",
+    "mixer.k_norm.weight": "attn_k_norm.weight",
     "mixer.q_conv1d.weight": "ssm_conv1d_q.weight",
     "mixer.k_conv1d.weight": "ssm_conv1d_k.weight",
     "mixer.v_conv1d.weight": "ssm_conv1d_v.weight",
@@ -59,7 +62,7 @@ _NAMES = {
 
 
 def obstacle(config: Mapping[str, Any]) -> str | None:
-    """What of a model's config neither architecture has; None where one has everything."""
+    """What of a model's config no architecture has; None where one has everything."""
     return llama.obstacle(config) if llama.is_llama(config) else kimi.obstacle(config)
 
 
@@ -73,10 +76,14 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
     except ImportError as error:
         raise InputError("format gguf needs the package gguf: pip install 'lkda[export]'.") from error
     check_tokenizer(tokenizer)
+    model = folded(model)
     softmax = llama.is_llama(model.config)
-    if not softmax:
+    architecture = "kimi-linear"
+    if softmax:
+        architecture = "qwen3" if llama.has_qk_norm(model.config) else "llama"
+    else:
         model = kimi.both_kinds(model)
-    writer = GGUFWriter(directory / f"model-{dtype}.gguf", "llama" if softmax else "kimi-linear")
+    writer = GGUFWriter(directory / f"model-{dtype}.gguf", architecture)
     _add_sizes(writer, model.config, dtype)
     if softmax:
         weights = _llama(writer, model)
@@ -115,14 +122,19 @@ def _add_sizes(writer: GGUFWriter, config: Mapping[str, Any], dtype: str) -> Non
 
 
 def _llama(writer: GGUFWriter, model: LanguageModel) -> dict[str, Tensor]:
-    """Keys, and the weights by their names. Rotation pairs neighbouring channels there, half a head apart here."""
+    """Keys, and the weights by their names. Rotation pairs neighbouring channels in `llama`, and channels half a head
+    apart here and in `qwen3`."""
     heads = model.config["mixer"]["num_heads"]
+    head_dim = model.config["d_model"] // heads
+    half_a_head_apart = llama.has_qk_norm(model.config)
     writer.add_head_count_kv(heads)
-    writer.add_rope_dimension_count(model.config["d_model"] // heads)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_rope_freq_base(options_of(model.config, "softmax")["rope_base"])
     named = {}
     for name, tensor in weights_of(model).items():
-        if name.endswith(("mixer.q_proj.weight", "mixer.k_proj.weight")):
+        if name.endswith(("mixer.q_proj.weight", "mixer.k_proj.weight")) and not half_a_head_apart:
             tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
         named[_stored_as(name)] = tensor
     return named

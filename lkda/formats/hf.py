@@ -1,6 +1,7 @@
-"""The format `hf`: a directory of transformers. KDA and MLA layers become Kimi Linear, softmax layers Llama.
+"""The format `hf`: a directory of transformers. KDA and MLA layers become Kimi Linear; softmax layers Llama, or Qwen3
+where they have a QK-norm.
 
-vLLM, SGLang and mlx-lm read the same names. Both architectures call a layer's parts alike, so one renaming serves them.
+vLLM, SGLang and mlx-lm read the same names. All of them call a layer's parts alike, so one renaming serves them.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ import torch
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError
-from lkda.formats.parts import kimi, llama
-from lkda.formats.parts.building import build_with_weights
-from lkda.formats.parts.hf_config import kimi_config, llama_config, read_kimi, read_llama
-from lkda.formats.parts.layers import layer_names
-from lkda.formats.parts.reading import read_tokenizer, read_weights
-from lkda.formats.parts.tokenizer import special_ids, write_tokenizer
-from lkda.formats.parts.writing import DTYPES, weights_of, write_json, write_weights
+from lkda.formats.common import kimi, llama
+from lkda.formats.common.building import build_with_weights
+from lkda.formats.common.embedding import FOLDED, folded, needs_folding
+from lkda.formats.common.hf_config import kimi_config, llama_config, read_kimi, read_llama
+from lkda.formats.common.layers import layer_names
+from lkda.formats.common.reading import read_tokenizer, read_weights
+from lkda.formats.common.tokenizer import special_ids, write_tokenizer
+from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
 
 __all__ = ["DTYPES", "MODEL_TYPES", "load", "obstacle", "save", "usage"]
 
-MODEL_TYPES = ("kimi_linear", "llama")
+MODEL_TYPES = ("kimi_linear", "llama", "qwen3")
 # The norm of MLA's latent has eps 1e-6 in transformers, and rms_norm_eps = 1e-5 in mlx-lm, vLLM and SGLang. Four times
 # the latent (exact in floating point) is as an eps 16 times smaller: 6e-8 and 6e-7, each within 1e-6 of our own 1e-6.
 LATENT_EPS = 1e-6
@@ -48,11 +50,15 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
 
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
     """Write model.safetensors, config.json, generation_config.json and the tokenizer."""
+    changed = needs_folding(model.config)
+    model = folded(model)
     if llama.is_llama(model.config):
         config = llama_config(model)
     else:
         model = kimi.both_kinds(model)
         config = {**kimi_config(model), "lkda_latent_scale": LATENT_SCALE}
+    if changed:
+        config[FOLDED] = True
     weights = kimi.with_scaled_latent(weights_of(model), model, LATENT_SCALE)
     write_weights(directory, {stored_as(name): tensor for name, tensor in weights.items()}, dtype=dtype)
     write_json(directory / "config.json", {**config, "dtype": dtype, **special_ids(tokenizer)})
@@ -63,11 +69,11 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
     """Read a directory of either architecture, made here or elsewhere.
 
     A last layer that adds nothing is left out, and a head that equals the embedding is tied to it: so a model of ours
-    comes back as it went.
+    comes back as it went, but for an embedding that was folded into its table.
 
     Raises: ValueError for what our mixers do not have, and where the weights do not fit the config.
     """
-    read = read_llama if config["model_type"] == "llama" else read_kimi
+    read = read_kimi if config["model_type"] == "kimi_linear" else read_llama
     made = read(config, directory)
     weights = read_weights(directory)
     head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")

@@ -9,10 +9,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError
-from lkda.formats.parts.building import build_with_weights
-from lkda.formats.parts.reading import read_tokenizer, read_weights
-from lkda.formats.parts.writing import DTYPES, weights_of, write_json, write_weights
+from lkda.formats.common.building import build_with_weights
+from lkda.formats.common.reading import read_tokenizer, read_weights
+from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
+from lkda.models.old_config import current_config
 
 __all__ = ["DTYPES", "MODEL_TYPES", "load", "obstacle", "save", "usage"]
 
@@ -43,9 +44,10 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
     if config.get("format") != FORMAT or not isinstance(config.get("model"), dict):
         raise InputError(f"{directory / 'config.json'} does not say format {FORMAT} and hold a model.")
     weights = read_weights(directory)
+    made = current_config(config["model"])
     if config["model"].get("tie_embeddings", True) and "embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
-    model = build_with_weights(config["model"], weights, source=directory, backend=backend)
+    model = build_with_weights(made, weights, source=directory, backend=backend)
     return model, read_tokenizer(directory)
 
 

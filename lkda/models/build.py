@@ -15,7 +15,17 @@ from lkda.models.mixers import find_mixer, mixer_names
 from lkda.models.short_conv import convolutions_drawn_later
 from lkda.ops import available_backends
 
-DEFAULTS: dict[str, Any] = {"mlp_hidden": 0, "norm_eps": 1e-5, "tie_embeddings": True, "backend": "auto", "context": 0}
+# What a config that does not say has: models of before an option existed stay what they were.
+DEFAULTS: dict[str, Any] = {
+    "mlp_hidden": 0,
+    "norm_eps": 1e-5,
+    "tie_embeddings": True,
+    "embed_norm": False,
+    "embed_scale": 1.0,
+    "init": {},
+    "backend": "auto",
+    "context": 0,
+}
 # More than any machine holds: building such a model would not end.
 _MOST = {"vocab_size": 2**26, "d_model": 2**20, "mlp_hidden": 2**22, "num_layers": 2**14}
 REQUIRED = ("vocab_size", "d_model", "num_layers", "mixer")
@@ -26,8 +36,10 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
 
     Args:
         config: vocab_size, d_model, num_layers, mixer; optionally mlp_hidden (0: no feed-forward layers), norm_eps,
-            tie_embeddings, backend and context (the length trained at, for the record). `mixer` holds `pattern` (mixer
-            names, repeated over depth), `num_heads`, under each mixer's name its options, and a `name` for the record.
+            tie_embeddings, embed_norm (an RMSNorm of the embedding), embed_scale (a factor on it), init (how weights
+            begin, see `lkda.models.init`), backend and context (the length trained at, for the record). `mixer` holds
+            `pattern` (mixer names, repeated over depth), `num_heads`, under each mixer's name its options, and a `name`
+            for the record.
     Raises: ValueError for a missing, unknown or impossible value, saying what would do.
     """
     unknown = set(config) - {*REQUIRED, *DEFAULTS}

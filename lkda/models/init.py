@@ -3,15 +3,78 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from lkda.checks import InputError
+
+if TYPE_CHECKING:
+    from lkda.models.lm import LanguageModel
 
 
 def reset_children(module: nn.Module) -> None:
     """Draw the weights of every module inside `module` anew, also where `to_empty` has left them without values."""
     for child in module.children():
         child.reset_parameters()  # type: ignore[operator]
+
+
+STD = 0.02
+OUTPUTS = ("normal", "depth", "zero")
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How the weights of a language model begin; N(0, s) is a normal distribution of standard deviation s.
+
+    Attributes:
+        embedding_std: of the token embedding.
+        head_std: of an output layer of its own; 0 for zeros. A tied one is the embedding.
+        outputs: of the layers that write into the residual stream (o_proj, down_proj): "normal", N(0, 0.02); "depth",
+            N(0, 0.02 / sqrt(2 layers)), as GPT-2; "zero".
+        conv_std: of the short convolutions; where None, uniform within 1/sqrt(width), as nn.Conv1d.
+    """
+
+    embedding_std: float = STD
+    head_std: float = STD
+    outputs: str = "normal"
+    conv_std: float | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Initialization:
+        """From the dict `model.init`. Raises ValueError for an unknown key or an impossible value."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            raise InputError(f"model.init has no {', '.join(unknown)}; it has {', '.join(known)}.")
+        made = cls(**config)
+        if made.outputs not in OUTPUTS:
+            raise InputError(f"model.init.outputs must be one of {', '.join(OUTPUTS)}, got {made.outputs!r}.")
+        for name in ("embedding_std", "head_std", "conv_std"):
+            value = getattr(made, name)
+            if name == "conv_std" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise InputError(f"model.init.{name} must be a number of 0 or more, got {value!r}.")
+        return made
+
+
+@torch.no_grad()
+def apply_initialization(model: LanguageModel, config: Mapping[str, Any]) -> None:
+    """Make weights that were drawn by default, linear layers and embeddings as N(0, 0.02), begin as `config` says."""
+    chosen = Initialization.of(config)
+    model.embed_tokens.weight.mul_(chosen.embedding_std / STD)
+    if model.lm_head.weight is not model.embed_tokens.weight:
+        model.lm_head.weight.mul_(chosen.head_std / STD)
+    factor = {"normal": 1.0, "depth": (2 * len(model.blocks)) ** -0.5, "zero": 0.0}[chosen.outputs]
+    for name, weight in model.named_parameters():
+        if name.endswith((".o_proj.weight", ".down_proj.weight")):
+            weight.mul_(factor)
+        elif name.endswith("conv1d.weight") and chosen.conv_std is not None:
+            nn.init.normal_(weight, std=chosen.conv_std)
 
 
 def log_uniform_(x: Tensor, *, low: float, high: float) -> Tensor:

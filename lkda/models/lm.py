@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lkda.models.block import Block
+from lkda.models.init import STD, apply_initialization
 from lkda.models.mixer import Mixer, State
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import resolve_backend
@@ -25,6 +26,7 @@ class LanguageModel(nn.Module):
         vocab_size, d_model = config["vocab_size"], config["d_model"]
         self.config = config
         self.embed_tokens = nn.Embedding(vocab_size, d_model)
+        self.embed_norm = nn.RMSNorm(d_model, eps=config["norm_eps"]) if config["embed_norm"] else None
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model, eps=config["norm_eps"])
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
@@ -32,15 +34,17 @@ class LanguageModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew. `to_empty`, after which it may be called, unties head and embedding: they are tied."""
-        for module in (self.embed_tokens, *self.blocks, self.norm, self.lm_head):
-            module.reset_parameters()
+        for module in (self.embed_tokens, self.embed_norm, *self.blocks, self.norm, self.lm_head):
+            if module is not None:
+                module.reset_parameters()
         self.draw_as_a_model()
         self._tie()
 
     def draw_as_a_model(self) -> None:
         """Draw what begins otherwise in a model than in a layer alone: linear layers and embeddings, N(0, 0.02); and
-        convolutions, which are drawn with them."""
+        convolutions, which are drawn with them. Then what `config["init"]` says."""
         self.apply(_draw)
+        apply_initialization(self, self.config["init"])
 
     def _tie(self) -> None:
         if self.config["tie_embeddings"]:
@@ -54,9 +58,16 @@ class LanguageModel(nn.Module):
         """The logits [N, vocab] of `places` [N] alone, positions in `tokens` [B, T] laid out flat."""
         return self.lm_head(self.hidden(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)[places])
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [...] -> [..., d_model], what the first block reads."""
+        x = self.embed_tokens(tokens)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        return x if self.config["embed_scale"] == 1.0 else x * self.config["embed_scale"]
+
     def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> [B, T, d_model], what the head reads."""
-        x = self.embed_tokens(tokens)
+        x = self.embed(tokens)
         for block in self.blocks:
             x, _ = block(x, cu_seqlens=cu_seqlens)
         return self.norm(x)
@@ -78,14 +89,14 @@ class LanguageModel(nn.Module):
 
     def hidden_step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """As `step`, without the head: tokens [B] -> [B, d_model], what it reads."""
-        x, after = self.embed_tokens(tokens), []
+        x, after = self.embed(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block.step(x, before)  # type: ignore[operator]
             after.append(new)
         return self.norm(x), after
 
     def _hidden_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        x, after = self.embed_tokens(tokens), []
+        x, after = self.embed(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block(x, state=before)
             after.append(new)
@@ -130,6 +141,6 @@ class LanguageModel(nn.Module):
 
 def _draw(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=STD)
     elif isinstance(module, ShortConvolution):
         module.reset_parameters()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import InputError
@@ -22,7 +23,8 @@ class RecurrentMixer(Mixer):
     The state is the convolutions' caches followed by the operator's own state, as `keep` keeps it.
 
     Args:
-        conv_width: of the short convolutions; 0 for none (then no SiLU either).
+        conv_width: of the short convolutions; 0 for none.
+        activation: "silu", of q, k and v; "none" is possible without convolutions alone.
         output_norm: whether each head's output is normalised.
         output_gate: whether the normalised output is gated.
 
@@ -32,8 +34,15 @@ class RecurrentMixer(Mixer):
 
     normalized: ClassVar[tuple[bool, bool, bool]] = (False, False, False)
 
-    def __init__(self, d_model: int, num_heads: int, *, conv_width: int, output_norm: bool, output_gate: bool) -> None:
+    def __init__(
+        self, d_model: int, num_heads: int, *, conv_width: int, activation: str, output_norm: bool, output_gate: bool
+    ) -> None:
         super().__init__(d_model, num_heads)
+        if activation not in ("silu", "none"):
+            raise InputError(f"activation (of q, k and v) must be silu or none, got {activation!r}.")
+        if activation == "none" and conv_width:
+            raise InputError(f"activation=none needs conv_width=0, got {conv_width}: a short convolution has its SiLU.")
+        self.activation = activation
         if output_gate and not output_norm:
             raise InputError("output_gate gates the normalised output: set output_norm=true too, or output_gate=false.")
         self.q_proj, self.k_proj, self.v_proj = (linear(d_model, d_model) for _ in range(3))
@@ -94,6 +103,8 @@ class RecurrentMixer(Mixer):
                 states=caches,
                 cu_seqlens=cu_seqlens,
             )
+        if self.activation == "silu":
+            projected = tuple(F.silu(y) for y in projected)
         chosen = [i for i, word in enumerate(self.normalized) if word]
         if not chosen:
             return projected, ()
@@ -102,6 +113,8 @@ class RecurrentMixer(Mixer):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         q, k, v = (project(x) for project, _ in self._paths())
+        if self.q_conv1d is None and self.activation == "silu":
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
         o, after = self.attend_step(x, q, k, v, state=state)
         return self._output(o, x), after
 

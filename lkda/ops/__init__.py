@@ -1,10 +1,10 @@
 """Sequence-mixing operators: functions of tensors, torch alone. Kernels compile at first call, never at import."""
 
-from lkda.ops.backend import available_backends, resolve_backend
 from lkda.ops.gated_norm.op import gated_rms_norm
 from lkda.ops.kda.fused import kda_attention_fused
 from lkda.ops.kda.op import kda_attention, kda_step
 from lkda.ops.kda.step import kda_step_fused
+from lkda.ops.runtime.backend import available_backends, resolve_backend
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
 from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.softmax.op import softmax_attention

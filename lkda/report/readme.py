@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lkda.checks import InputError
-from lkda.report import accuracy
-from lkda.report.bench import as_markdown, read_benchmark
-from lkda.report.bench_report import facts
-from lkda.report.comparison import KIND as COMPARISON
-from lkda.report.files import read_results_file, write_atomically
-from lkda.report.runs import from_record
-from lkda.report.table import as_cells, markdown_table
+from lkda.report.draw.tables import markdown_table
+from lkda.report.operators.benchmark import as_markdown, read_benchmark
+from lkda.report.operators.report import facts
+from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.runs import from_record
+from lkda.report.training import accuracy
+from lkda.report.training.comparison import KIND as COMPARISON
+from lkda.report.training.table import as_cells
 
 _BLOCK = re.compile(
     r"<!-- (?P<kind>results|accuracy|benchmark|table):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lkda.checks import InputError
-from lkda.report import bench_report, comparison, long_context, state_dtypes, state_error
-from lkda.report.files import read_results_file
+from lkda.report.operators import report as bench_report
+from lkda.report.read.files import read_results_file
+from lkda.report.studies import long_context, recipe, state_dtypes, state_error
+from lkda.report.training import comparison
 
 # Every kind of results file, with what draws it; None where nothing is drawn of it.
 KINDS: dict[str, Callable[[Path], None] | None] = {
@@ -20,6 +22,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "state_error": state_error.redraw,  # of lkda.bench.state_error
     "long_context": long_context.redraw,
     "state_dtypes": state_dtypes.redraw,
+    "recipe": recipe.redraw,
     "evaluation": None,  # of scripts/evaluate.py out=; the two above gather them
     "table": None,  # lkda.report.readme shows it on a page
     "measurements": None,  # kept as they were taken

@@ -21,6 +21,8 @@ COLUMNS = (
     "seconds",
     "train/loss",
     "train/bits_per_byte",
+    "train/grad_norm",
+    "train/clipped_share",
     "val/loss",
     "val/bits_per_byte",
     "tokens_per_s",
@@ -52,8 +54,13 @@ class MetricsCSV(Logger):
         kept = [",".join(self.columns)]
         if self.path.exists():
             # A kill may have cut the last line short: only what ends in a newline is a row.
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-            kept += [line for line in lines[1:] if int(line.split(",")[0]) <= resume_step]
+            rows = csv.DictReader(self.path.read_text(encoding="utf-8").split("\n")[:-1])
+            # By name: a run that was begun by an older version has other columns.
+            kept += [
+                ",".join(row.get(name) or "" for name in self.columns)
+                for row in rows
+                if int(row["step"]) <= resume_step
+            ]
         write_atomically(self.path, "\n".join(kept) + "\n")
 
     @property

@@ -16,7 +16,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     single optimiser.
 
     Args:
-        matrices: what Muon trains, all of two dimensions.
+        matrices: the group that Muon trains, its parameters all of two dimensions.
         rest: AdamW's groups.
         lr: of both; Muon's is scaled to AdamW's root-mean-square step, 0.2 sqrt(max(rows, columns)).
         momentum: of Muon, Nesterov's.   weight_decay: of Muon.   betas, eps: of AdamW.
@@ -24,7 +24,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: list[nn.Parameter],
+        matrices: dict[str, Any],
         rest: list[dict[str, Any]],
         *,
         lr: float,
@@ -34,7 +34,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float,
     ) -> None:
         scale: Literal["match_rms_adamw"] = "match_rms_adamw"
-        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=scale)
+        self.muon = torch.optim.Muon(
+            [matrices], lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=scale
+        )
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=True)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
@@ -66,16 +68,13 @@ def muon(model: nn.Module, config: Mapping[str, Any]) -> MuonWithAdamW:
 
     Args:
         model: with its output layer, if it has one, as `lm_head`.
-        config: {"lr", "momentum", "weight_decay", "betas", "eps"}.
+        config: {"lr", "lr_scale", "momentum", "weight_decay", "betas", "eps"}.
     """
-    decayed, exempt = parameter_groups(model, weight_decay=config["weight_decay"])
-    head = getattr(model, "lm_head", None)
-    outer = [p for p in decayed["params"] if head is not None and p is head.weight]
-    hidden = [p for p in decayed["params"] if not any(p is x for x in outer)]
-    rest = [group for group in ({**decayed, "params": outer}, exempt) if group["params"]]
+    groups = parameter_groups(model, lr=config["lr"], lr_scale=config["lr_scale"], weight_decay=config["weight_decay"])
+    (matrices,) = (group for group in groups if group["kind"] == "matrix")
     return MuonWithAdamW(
-        hidden,
-        rest,
+        matrices,
+        [group for group in groups if group["kind"] != "matrix"],
         lr=config["lr"],
         momentum=config["momentum"],
         weight_decay=config["weight_decay"],

@@ -12,11 +12,11 @@ from torch import nn
 from lkda.checks import InputError
 from lkda.training.muon import muon
 from lkda.training.options import check_names, check_number, check_whole
-from lkda.training.parameters import parameter_groups
+from lkda.training.parameters import KINDS, parameter_groups
 
 OPTIMIZERS = {
-    "adamw": ("lr", "betas", "eps", "weight_decay"),
-    "muon": ("lr", "momentum", "betas", "eps", "weight_decay"),
+    "adamw": ("lr", "lr_scale", "betas", "eps", "weight_decay"),
+    "muon": ("lr", "lr_scale", "momentum", "betas", "eps", "weight_decay"),
 }
 SCHEDULES = {
     "constant": ("warmup_steps",),
@@ -33,6 +33,11 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     check_number("optimizer.lr", config["lr"], wanted="greater than 0", fits=lambda value: value > 0)
     check_number("optimizer.eps", config["eps"], wanted="greater than 0", fits=lambda value: value > 0)
     check_number("optimizer.weight_decay", config["weight_decay"], wanted="0 or more", fits=lambda value: value >= 0)
+    scales = config["lr_scale"]
+    if not isinstance(scales, Mapping) or set(scales) != set(KINDS):
+        raise InputError(f"optimizer.lr_scale must be a number for each of {', '.join(KINDS)}, got {scales!r}.")
+    for kind, scale in scales.items():
+        check_number(f"optimizer.lr_scale.{kind}", scale, wanted="greater than 0", fits=lambda value: value > 0)
     betas = config["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_part(beta) for beta in betas):
         raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {betas!r}.")
@@ -58,7 +63,8 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any], *, fused: bool 
 
     Args:
         model: whose parameters it trains; weight decay acts on matrices alone.
-        config: {"name": "adamw" or "muon", "lr", "betas": [b1, b2], "eps", "weight_decay"}; of muon also "momentum".
+        config: {"name": "adamw" or "muon", "lr", "lr_scale", "betas": [b1, b2], "eps", "weight_decay"}; of muon also
+            "momentum". "lr_scale" multiplies lr by kind of parameter, as in `lkda.training.parameters`.
         fused: whether AdamW is one fused pass over each group: on small models the optimiser is otherwise a visible
             part of a step. False where a loss scale must be divided out before clipping. Muon's own AdamW is fused in
             any case: it is stepped by `MuonWithAdamW`, which does not unscale.
@@ -68,7 +74,7 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any], *, fused: bool 
     check_optimizer(config)
     if config["name"] == "muon":
         return muon(model, config)
-    groups = parameter_groups(model, weight_decay=config["weight_decay"])
+    groups = parameter_groups(model, lr=config["lr"], lr_scale=config["lr_scale"], weight_decay=config["weight_decay"])
     return torch.optim.AdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=config["eps"], fused=fused)
 
 

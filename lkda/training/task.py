@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 
 from lkda.models.build import build_model
 from lkda.training.accuracy import PartMetrics
+from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
 from lkda.training.positions import PositionLoss
 from lkda.training.step_mean import StepMean
@@ -42,10 +43,10 @@ def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches; val/loss and
-    val/perplexity, the means over every validation target (not over batches, whose numbers of targets differ), and by
-    position (`PositionLoss`); bits per byte beside both losses where the tokens are text. Where the validation has
-    parts: what `PartMetrics` computes.
+    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and
+    train/grad_norm, of the step's gradient before clipping; val/loss, the mean over every validation target (not over
+    batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
+    the tokens are text. Where the validation has parts: what `PartMetrics` computes.
 
     Args:
         model_config: what `build_model` takes: plain names and numbers.
@@ -56,7 +57,12 @@ class LanguageModelTask(L.LightningModule):
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
         parts: of the validation; see `lkda.training.accuracy`.
         compile: whether `torch.compile` takes the model and its loss.
+
+    Attributes:
+        clipped_steps: how many optimiser steps of this process had a gradient norm above the limit.
     """
+
+    clipped_steps: Tensor
 
     def __init__(
         self,
@@ -76,6 +82,7 @@ class LanguageModelTask(L.LightningModule):
         self.scheduler_config = dict(scheduler)
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
+        self.register_buffer("clipped_steps", torch.zeros((), dtype=torch.long), persistent=False)
         self.step_mean = StepMean()
         self.val_mean = MeanMetric()
         self.val_positions = PositionLoss(context)
@@ -105,7 +112,7 @@ class LanguageModelTask(L.LightningModule):
         step = self.trainer.global_step
         factor = learning_rate_factor(self.scheduler_config, step=step, total_steps=self.total_steps)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.optimizer_config["lr"] * factor
+            group["lr"] = self.optimizer_config["lr"] * group["lr_scale"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("asked"))
@@ -138,7 +145,7 @@ class LanguageModelTask(L.LightningModule):
         loss = self.val_mean.compute()
         self.val_mean.reset()
         by_position = self.val_positions.compute()
-        self.log_dict(self._with_bits("val", loss) | {"val/perplexity": loss.exp()} | by_position, logger=False)
+        self.log_dict(self._with_bits("val", loss) | by_position, logger=False)
 
     def configure_gradient_clipping(
         self,
@@ -149,8 +156,14 @@ class LanguageModelTask(L.LightningModule):
         """Clips the norm over all parameters. Lightning's own refuses a fused optimiser under mixed precision: such a
         one would unscale the gradients after the clipping. `configure_optimizers` uses none where there is a scale.
         """
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        limit = gradient_clip_val or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.log("train/grad_norm", norm, logger=False)
+        self.clipped_steps += norm > limit
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("optimizer_states", [])
+        checkpoint["optimizer_states"] = [current_optimizer_state(state, self.model) for state in states]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # float16 scales the loss. A fused optimiser would divide the scale out in its step; of any other, Lightning

@@ -3,7 +3,7 @@
 import pytest
 
 from lkda.bench import resources
-from lkda.ops import jit
+from lkda.ops.runtime import jit
 
 pytestmark = pytest.mark.skipif(jit._reason_no_compiler() is not None, reason=str(jit._reason_no_compiler()))
 
@@ -21,7 +21,7 @@ def test_a_spill_and_too_much_shared_memory_are_complaints():
 
 
 def test_a_kernel_is_compiled_and_its_shared_memory_counts_both_kinds():
-    from lkda.ops.simplified import cuda
+    from lkda.ops.simplified.cuda import core as cuda
 
     n = next(n for n, kernel in enumerate(cuda.kernels("sm_90a")) if kernel.entry == "simplified_forward")
     used = resources.usage((cuda.__name__, "sm_90a", n))
@@ -31,4 +31,4 @@ def test_a_kernel_is_compiled_and_its_shared_memory_counts_both_kinds():
 
 
 def test_every_operator_with_kernels_is_found():
-    assert "lkda.ops.simplified.cuda" in {module.__name__ for module in resources.kernel_modules()}
+    assert "lkda.ops.simplified.cuda.core" in {module.__name__ for module in resources.kernel_modules()}

@@ -12,7 +12,7 @@ import lkda
 from lkda.commands.evaluate import evaluate
 from lkda.commands.generate import generate
 from lkda.commands.train import train
-from lkda.data.tokenizer import document_start
+from lkda.data.text.tokenizer import document_start
 from lkda.models import build_model
 from tests.commands.small import composed, small_run
 

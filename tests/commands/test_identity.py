@@ -66,7 +66,7 @@ def test_other_text_does_not_resume(home: Path, monkeypatch: pytest.MonkeyPatch)
     change(home / "texts")
     before = files(home / "run")
     # Before time is spent on it: the tokenizer is not trained.
-    monkeypatch.setattr("lkda.data.prepared.train_tokenizer", lambda *_: pytest.fail("trained a tokenizer"))
+    monkeypatch.setattr("lkda.data.text.tokenize.train_tokenizer", lambda *_: pytest.fail("trained a tokenizer"))
     with pytest.raises(
         ValueError, match=r"cannot resume: the training data and the validation data \(.*texts\) are not"
     ):
@@ -215,7 +215,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_its_directory_free(
     [
         ("config.yaml", "port: 8080\n", r"config.yaml is no configuration of lkda's"),
         ("config.yaml", "{", r"config.yaml cannot be read"),
-        ("metrics.csv", "name,value\na,1\n", "already holds a run"),
+        ("metrics.csv", "name,value\na,1\n", "holds a run without its config.yaml"),
     ],
 )
 def test_files_of_others_are_not_written_over(

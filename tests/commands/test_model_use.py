@@ -13,16 +13,16 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, models
 
 import lkda
+from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.generate import generate
-from lkda.commands.model_source import load_trained
 from lkda.commands.overrides import override
 from lkda.commands.text import encode_prompt, text_pieces
 from lkda.commands.train import train
-from lkda.data.cache import publish
-from lkda.data.prepared import tokenise
-from lkda.data.tokenizer import END_OF_TEXT
+from lkda.data.text.cache import publish
+from lkda.data.text.tokenize import tokenise
+from lkda.data.text.tokenizer import END_OF_TEXT
 from lkda.special_tokens import document_ends
 from tests.commands.small import composed, small_run
 
@@ -82,11 +82,11 @@ def test_an_exported_directory_is_measured_on_the_data_of_its_run(run: Path, for
     "data",
     [
         {"_target_": "os.system", "command": "true"},
-        {"_target_": "lkda.data.prose.subprocess.run", "args": "true"},
-        {"_target_": "lkda.data.prose.Source", "package": "x"},
+        {"_target_": "lkda.data.prose.sources.subprocess.run", "args": "true"},
+        {"_target_": "lkda.data.prose.sources.Source", "package": "x"},
         {"_target_": "lkda.data.missing.Module"},
-        {"_target_": "lkda.data.text.TextDataModule", "source": "files", "paths": [{"_target_": "os.getcwd"}]},
-        {"_target_": "lkda.data.text.TextDataModule", "_partial_": True},
+        {"_target_": "lkda.data.text.datamodule.TextDataModule", "paths": [{"_target_": "os.getcwd"}]},
+        {"_target_": "lkda.data.text.datamodule.TextDataModule", "_partial_": True},
     ],
 )
 def test_an_exported_directory_names_no_code(run: Path, data: dict[str, Any], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from lkda.commands.evaluate import evaluate
 from lkda.commands.train import train
-from lkda.report.state_dtypes import main
+from lkda.report.studies.state_dtypes import main
 from tests.commands.small import composed, small_run
 
 PARTS = "data.validation=[{length: 32, pairs: 2, examples: 10}, {length: 64, pairs: 8, examples: 6}]"
@@ -102,6 +102,7 @@ def test_what_makes_no_sense_is_refused(run: Path, given: list[str], message: st
 def test_dtypes_of_different_runs_are_not_laid_side_by_side(tmp_path: Path) -> None:
     for ckpt, dtype in (("a", "float32"), ("b", "int8")):
         record = {
+            "kind": "evaluation",
             "ckpt": ckpt,
             "run": {"mixer": "kda"},
             "data": {"source": "prose"},

@@ -19,7 +19,8 @@ from tests.commands.small import composed, small_run
 SUMMARY = {
     "status", "val/loss", "val/perplexity", "val/bits_per_byte", "unigram_entropy", "tokens", "tokens_per_s", "params",
     "params_non_embedding", "state_bytes", "flops_per_token", "mixer", "model", "data", "context", "backend", "device",
-    "precision", "state_dtype", "seed", "fingerprint", "steps", "seconds", "learning_rate", "git_commit", "versions",
+    "precision", "state_dtype", "clipped_share", "seed", "fingerprint", "steps", "seconds", "learning_rate",
+    "git_commit", "versions",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lkda.ops import cubin_cache
+from lkda.ops.runtime import cubin_cache
 from tests.documentation.commands import ROOT, Snippet, console_commands
 from tests.documentation.sources import snippets
 

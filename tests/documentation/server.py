@@ -32,7 +32,7 @@ SMALL_SOURCE = "configs/debug/fast.yaml"  # with which the documentation's own c
 WARM = (
     *("torch", "lightning", "hydra", "datasets", "tokenizers", "safetensors", "matplotlib.figure", "rich.console"),
     *("lkda.commands.train", "lkda.commands.evaluate", "lkda.commands.generate", "lkda.commands.export"),
-    *("lkda.commands.compare", "lkda.commands.benchmark", "lkda.data.hub", "lkda.data.needle"),
+    *("lkda.commands.compare", "lkda.commands.benchmark", "lkda.data.text.hub", "lkda.data.text.needle"),
 )
 
 

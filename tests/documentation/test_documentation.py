@@ -141,7 +141,7 @@ def test_what_is_documented_runs(name: str, documentation: Session) -> None:
     assert not failed, "\n\n".join(failed)
 
 
-HUB = """from lkda.data.hub import HubDataModule
+HUB = """from lkda.data.text.hub import HubDataModule
 for streaming in (True, False):
     data = HubDataModule(
         name="roneneldan/TinyStories", streaming=streaming, max_documents=90,

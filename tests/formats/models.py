@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lkda.data.tokenizer import train_tokenizer
+from lkda.data.text.tokenizer import train_tokenizer
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 
@@ -24,14 +24,23 @@ def tokenizer() -> Tokenizer:
 
 
 def model(
-    pattern: tuple[str, ...], *, head_dim: int = 16, scale: float = 1.0, seed: int = 0, **options: object
+    pattern: tuple[str, ...],
+    *,
+    head_dim: int = 16,
+    scale: float = 1.0,
+    seed: int = 0,
+    outer: dict[str, object] | None = None,
+    **options: object,
 ) -> LanguageModel:
-    """Two heads, a layer for each name. With `scale` above 1 the matrices are larger than at a run's start, as they
-    become by training, so that every layer is felt in the logits; norms and gates are moved off their first values."""
+    """Two heads, a layer for each name. `options` are the mixers', `outer` those of the model around them.
+
+    With `scale` above 1 the matrices are larger than at a run's start, as they become by training, so that every layer
+    is felt in the logits; norms and gates are moved off their first values.
+    """
     torch.manual_seed(seed)
     mixer = {"name": "test", "pattern": list(pattern), "num_heads": 2, **options}
     sizes = {"vocab_size": VOCAB, "d_model": 2 * head_dim, "num_layers": len(pattern), "mlp_hidden": 48, "context": 512}
-    made = build_model({**sizes, "mixer": mixer}).eval()
+    made = build_model({**sizes, **(outer or {}), "mixer": mixer}).eval()
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if scale != 1 and "conv1d" not in name:

@@ -102,5 +102,5 @@ def test_shards_outside_or_absent(named: str, exported: Path, tmp_path: Path) ->
 def test_an_unknown_model_type(word: str | None, exported: Path) -> None:
     config = json.loads((exported / "config.json").read_text())
     (exported / "config.json").write_text(json.dumps({**config, "model_type": word}))
-    with pytest.raises(ValueError, match=rf"says model_type {word!r}; lkda reads kimi_linear, llama, lkda"):
+    with pytest.raises(ValueError, match=rf"says model_type {word!r}; lkda reads kimi_linear, llama, qwen3, lkda"):
         lkda.load(exported)

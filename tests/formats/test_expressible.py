@@ -25,12 +25,16 @@ KDA = ("kda",)
         (KDA, {"gate": "none"}, r"cannot express a KDA gate a head, or none; lkda can"),
         (KDA, {"output_gate": False}, r"cannot express KDA without an output gate; lkda can"),
         (KDA, {"conv_width": 0}, r"cannot express KDA without convolutions; lkda can"),
+        (("softmax",), {"conv_width": 4}, r"cannot express softmax attention with convolutions; lkda can"),
+        (("softmax",), {"qk_norm": True, "norm_eps": 1e-6}, r"cannot express a QK-norm whose norm_eps .*; lkda can"),
+        (("mla",), {"conv_width": 4}, r"cannot express MLA with convolutions; lkda can"),
+        (("mla",), {"qk_norm": True}, r"cannot express MLA with a QK-norm; lkda can"),
     ],
 )
 def test_hf_and_gguf(
     format: str, pattern: tuple[str, ...], options: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    made = model(pattern, kda=options) if options else model(pattern)
+    made = model(pattern, **{pattern[0]: options}) if options else model(pattern)
     with pytest.raises(ValueError, match=rf"format {format} {message}"):
         lkda.export(made, tokenizer(), tmp_path / "out", format=format)
     assert not list(tmp_path.iterdir())

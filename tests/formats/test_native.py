@@ -53,7 +53,10 @@ def test_the_config_is_plain_and_without_a_backend(exported: Path) -> None:
         (lambda d: (d / "config.json").unlink(), r"is no exported model: it has no config.json"),
         (lambda d: (d / "tokenizer.json").unlink(), r"is no exported model: it has no tokenizer.json"),
         (lambda d: (d / "config.json").write_text("{"), r"config.json is not JSON"),
-        (lambda d: change_config(d, model_type="gpt2"), r"says model_type 'gpt2'; lkda reads kimi_linear, llama, lkda"),
+        (
+            lambda d: change_config(d, model_type="gpt2"),
+            r"says model_type 'gpt2'; lkda reads kimi_linear, llama, qwen3, lkda",
+        ),
         (lambda d: change_config(d, format=2), r"does not say format 1"),
         (
             lambda d: change_config(d, model={**CONFIG, "num_layers": 10**9, "mixer": MIXER}),

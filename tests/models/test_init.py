@@ -22,6 +22,7 @@ D, HEADS = 64, 2
 # Values of options that change which weights there are.
 CHOICES = {
     "conv_width": [0, 2],
+    "qk_norm": [True],
     "gate": ["head", "none"],
     "decay": ["constant"],
     "output_gate": [False],

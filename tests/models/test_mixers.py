@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lkda.models import build_model, mixers
+from lkda.ops.kda.reference.gate import log_decay, write_strength
 from tests.models.helpers import IDS, PATTERNS, config, small, tokens
 
 
@@ -128,6 +129,7 @@ def test_the_tracer_takes_it_whole(pattern):
 
 OPTIONS = [
     ("kda", {"conv_width": 0}),
+    ("kda", {"conv_width": 0, "activation": "none"}),
     ("kda", {"gate": "head"}),
     ("kda", {"gate": "none"}),
     ("kda", {"gate_form": "bounded", "lower_bound": -3.0}),
@@ -136,6 +138,10 @@ OPTIONS = [
     ("simplified", {"output_gate": False}),
     ("mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 10}),
     ("softmax", {"rope_base": 500.0}),
+    ("softmax", {"qk_norm": True}),
+    ("softmax", {"conv_width": 4}),
+    ("mla", {"qk_norm": True}),
+    ("mla", {"conv_width": 3}),
 ]
 
 
@@ -148,6 +154,20 @@ def test_options_keep_the_contract(name, options):
     for t in range(20):
         logits, state = model.step(x[:, t], state)
         close(logits, want[:, t])
+    assert model.state_bytes(20) == sum(part.numel() * part.element_size() for layer in state for part in layer)
+    pieces, state = [], model.init_state(1)
+    for piece in x.split([1, 2, 17], 1):
+        logits, state = model.forward_from(piece, state)
+        pieces.append(logits)
+    close(torch.cat(pieces, 1), want)
+    packed = model(torch.cat([x[:, 5:], x], 1), cu_seqlens=torch.tensor([0, 15, 35], dtype=torch.int32))
+    close(packed[:, 15:], want)
+
+
+@pytest.mark.parametrize("name", ["kda", "simplified"])
+def test_no_activation_needs_no_convolution(name):
+    with pytest.raises(ValueError, match="activation=none needs conv_width=0, got 4"):
+        small([name], mixer={"pattern": [name], "num_heads": 2, name: {"activation": "none"}})
 
 
 @pytest.mark.parametrize(("state_dtype", "share", "bound"), [("bfloat16", 2, 0.02), ("int8", 4, 0.06)])
@@ -198,7 +218,8 @@ def test_a_step_may_spend_its_state_but_never_a_clone(pattern):
 def test_kda_begins_with_a_long_memory():
     torch.manual_seed(0)
     mixer = build_model(config(["kda"], d_model=256)).mixers()[0]
-    g = mixer.log_decay(torch.randn(1, 100, 256))
+    logits = mixer.heads(mixer.f_b_proj(mixer.f_a_proj(torch.randn(1, 100, 256))))
+    g = log_decay(logits, mixer.A_log, mixer.dt_bias, head_dim=mixer.head_dim)
     A = mixer.A_log.exp()
     dt = torch.nn.functional.softplus(mixer.dt_bias)
     assert A.min() >= 1
@@ -213,7 +234,10 @@ def test_gates_are_computed_in_float32_under_autocast():
     assert {mixer.A_log.dtype, mixer.dt_bias.dtype} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x = torch.randn(1, 9, 32)
-        assert {mixer.log_decay(x).dtype, mixer.write_strength(x).dtype} == {torch.float32}
+        logits, strengths = mixer.heads(mixer.f_b_proj(mixer.f_a_proj(x))), mixer.b_proj(x)
+        assert {logits.dtype, strengths.dtype} == {torch.bfloat16}
+        g = log_decay(logits, mixer.A_log, mixer.dt_bias, head_dim=mixer.head_dim)
+        assert {g.dtype, write_strength(strengths).dtype} == {torch.float32}
 
 
 def test_tied_embeddings_are_one_matrix():

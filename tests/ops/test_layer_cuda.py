@@ -14,10 +14,10 @@ from lkda.bench.contest import Shape
 from lkda.bench.layer_gradients import errors
 from lkda.ops import gated_rms_norm, kda_attention_fused, l2_normalized, short_convolutions
 from tests.ops.cases import relative
+from tests.ops.gated_norm.test_op import inputs_of as norm_inputs
+from tests.ops.kda.test_fused import FORMS, gate_inputs, gates, layer_inputs
 from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
-from tests.ops.test_gated_norm import inputs_of as norm_inputs
-from tests.ops.test_kda_fused import FORMS, gate_inputs, gates, layer_inputs
-from tests.ops.test_short_conv_emulated import inputs_of as conv_inputs
+from tests.ops.short_conv.test_emulated import inputs_of as conv_inputs
 from tests.ops.yardstick import operands_rounded
 
 pytestmark = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lkda.ops import kda_attention
-from lkda.ops.kda import chunk
+from lkda.ops.kda.reference import chunk
 
 
 def outputs_and_gradients(

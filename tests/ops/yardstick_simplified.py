@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lkda.ops.simplified.recurrent import EPS
+from lkda.ops.simplified.reference.recurrent import EPS
 from tests.ops.cases import relative
 
 

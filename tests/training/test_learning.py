@@ -31,7 +31,8 @@ STEPS = 100
 STATED = {"kda": 0.3, "simplified": 0.4, "kda_mla_3to1": 0.4, "kda_softmax_3to1": 0.4, "softmax": 1.2}
 OTHERS = 1.5
 LENGTH = 128
-ADAMW = {"name": "adamw", "lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+SCALE = {"matrix": 1.0, "embedding": 1.0, "head": 1.0, "vector": 1.0}
+ADAMW = {"name": "adamw", "lr": 1e-2, "lr_scale": SCALE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 
 
 def text() -> torch.Tensor:

@@ -7,11 +7,13 @@ import torch
 
 from lkda.models.build import build_model
 from lkda.models.mixers import mixer_names
+from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, check_schedule, learning_rate_factor
 from lkda.training.parameters import parameter_groups
 
-MUON = {"name": "muon", "lr": 1e-3, "momentum": 0.95, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
-ADAMW = {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+SCALE = {"matrix": 1.0, "embedding": 1.0, "head": 1.0, "vector": 1.0}
+ADAMW = {"name": "adamw", "lr": 1e-3, "lr_scale": SCALE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+MUON = {**ADAMW, "name": "muon", "momentum": 0.95}
 COSINE = {"name": "cosine", "warmup_steps": 10, "final": 0.1}
 WSD = {"name": "wsd", "warmup_steps": 10, "decay": 0.5, "final": 0.0}
 
@@ -25,21 +27,34 @@ def tiny(mixer: str, *, tie_embeddings: bool = True) -> torch.nn.Module:
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_matrices_alone_decay(mixer: str, tie_embeddings: bool) -> None:
     model = tiny(mixer, tie_embeddings=tie_embeddings)
-    decayed, exempt = (group["params"] for group in parameter_groups(model, weight_decay=0.1))
+    groups = parameter_groups(model, lr=1.0, lr_scale=SCALE, weight_decay=0.1)
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert sorted(map(id, [*decayed, *exempt])) == sorted(names)  # each once
-    for parameter in decayed:
-        assert parameter.ndim == 2
-    free = [names[id(parameter)] for parameter in exempt]
-    assert "embed_tokens.weight" in free
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(names)  # each once
     exempt_words = ("norm", "conv", "A_log", "bias", "embed")
-    for name in names.values():
-        assert (name in free) == any(word in name for word in exempt_words), name
+    for number, name in names.items():
+        assert decay[number] == (0.0 if any(word in name for word in exempt_words) else 0.1), name
+
+
+def test_each_kind_of_parameter_has_its_learning_rate() -> None:
+    model = tiny("kda", tie_embeddings=False)
+    optimizer = build_optimizer(model, {**ADAMW, "lr_scale": {**SCALE, "embedding": 3.0, "vector": 0.5}})
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert rates[id(named["embed_tokens.weight"])] == pytest.approx(3e-3)
+    assert rates[id(named["lm_head.weight"])] == pytest.approx(1e-3)
+    assert rates[id(named["blocks.0.mixer.q_proj.weight"])] == pytest.approx(1e-3)
+    assert rates[id(named["blocks.0.mixer.A_log"])] == pytest.approx(5e-4)
+    assert optimizer.param_groups[0]["kind"] == "matrix"  # whose rate is the one that is logged
 
 
 def test_weight_decay_reaches_the_optimizer() -> None:
     optimizer = build_optimizer(tiny("kda"), ADAMW)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [(g["kind"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        ("matrix", 0.1),
+        ("embedding", 0.0),
+        ("vector", 0.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +65,11 @@ def test_weight_decay_reaches_the_optimizer() -> None:
         ({"lr": float("nan")}, "optimizer.lr must be greater than 0"),
         ({"weight_decay": -0.1}, "optimizer.weight_decay must be 0 or more"),
         ({"betas": [0.9, 1.0]}, "optimizer.betas must be two numbers in"),
+        (
+            {"lr_scale": {**SCALE, "table": 3.0}},
+            "optimizer.lr_scale must be a number for each of matrix, embedding, head, vector, got",
+        ),
+        ({"lr_scale": {**SCALE, "embedding": 0}}, "optimizer.lr_scale.embedding must be greater than 0, got 0"),
     ],
 )
 def test_bad_optimizers_are_refused(change: dict[str, object], message: str) -> None:
@@ -147,3 +167,38 @@ def test_constant_holds() -> None:
 def test_bad_schedules_are_refused(config: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_schedule(config)
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_a_state_of_the_old_groups_goes_on(config: dict[str, object], tie_embeddings: bool) -> None:
+    """Two groups, decayed and not, in the order of the model's parameters, as they were saved once."""
+    torch.manual_seed(0)
+    model = tiny("kda", tie_embeddings=tie_embeddings)
+    optimizer = build_optimizer(model, config)
+    losses(model, optimizer, 3)
+    weights, saved = copy.deepcopy(model.state_dict()), old_groups(model, optimizer)
+    want = losses(model, optimizer, 3)
+    again = tiny("kda", tie_embeddings=tie_embeddings)
+    again.load_state_dict(weights)
+    resumed = build_optimizer(again, config)
+    resumed.load_state_dict(current_optimizer_state(saved, again))
+    assert losses(again, resumed, 3) == want
+
+
+def old_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    parameters = list(model.parameters())
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    kinds = [["matrix"], ["head"], ["embedding", "vector"]]
+    if "momentum" not in optimizer.param_groups[0]:
+        kinds = [["matrix", "head"], ["embedding", "vector"]]
+    groups, state, count = [], {}, 0
+    for chosen in kinds:
+        members = [p for p in parameters if of[id(p)]["kind"] in chosen]
+        if not members:
+            continue
+        options = {k: v for k, v in of[id(members[0])].items() if k not in ("params", "kind", "lr_scale")}
+        groups.append({**options, "params": list(range(count, count + len(members)))})
+        state |= {count + n: copy.deepcopy(optimizer.state[p]) for n, p in enumerate(members)}
+        count += len(members)
+    return {"state": state, "param_groups": groups}

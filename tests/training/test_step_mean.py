@@ -18,7 +18,8 @@ MODEL = {
     "context": 12,
     "mixer": {"pattern": ["kda"], "num_heads": 2},
 }
-ADAMW = {"name": "adamw", "lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+SCALE = {"matrix": 1.0, "embedding": 1.0, "head": 1.0, "vector": 1.0}
+ADAMW = {"name": "adamw", "lr": 1e-2, "lr_scale": SCALE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 CONSTANT = {"name": "constant", "warmup_steps": 2}
 STEPS, ROWS, LENGTH = 3, 4, 12
 IGNORED = -100

@@ -10,7 +10,7 @@ from torch import Tensor
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
 from lkda.ops import gated_rms_norm
 from lkda.ops.gated_norm.cuda import norm_kernel
-from lkda.ops.jit import Kernel
+from lkda.ops.runtime.jit import Kernel
 
 NAMES = ("x", "gate", "norm")
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
 from lkda.checks import InputError
 from lkda.ops import kda_attention, softmax_attention
-from lkda.ops.jit import Kernel
-from lkda.ops.kda import cuda_kernels, cuda_recurrent
-from lkda.ops.kernel_inputs import ELEMENTS
+from lkda.ops.kda.cuda import recurrent as cuda_recurrent
+from lkda.ops.kda.cuda import variants as cuda_kernels
+from lkda.ops.runtime.jit import Kernel
+from lkda.ops.runtime.kernel_inputs import ELEMENTS
 
 NAMES = ("q", "k", "v", "g", "beta")
 LONGEST_SOFTMAX = 2**15  # beyond, a call takes a second

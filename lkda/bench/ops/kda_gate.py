@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
 from lkda.bench.ops import kda_layer
-from lkda.ops.jit import Kernel
-from lkda.ops.kda.cuda_gate import gate_kernel, kda_gate_cuda
-from lkda.ops.kda.gate import log_decay, write_strength
+from lkda.ops.kda.cuda.gate import gate_kernel, kda_gate_cuda
+from lkda.ops.kda.reference.gate import log_decay, write_strength
+from lkda.ops.runtime.jit import Kernel
 
 NAMES = ("gate_logits", "beta_logits", "A_log", "dt_bias")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
 from lkda.ops import gated_rms_norm, kda_attention_fused, short_convolutions
 from lkda.ops.gated_norm.cuda import norm_kernel
-from lkda.ops.jit import Kernel
-from lkda.ops.kda.cuda_gate import gate_kernel
+from lkda.ops.kda.cuda.gate import gate_kernel
+from lkda.ops.runtime.jit import Kernel
 from lkda.ops.short_conv.cuda import conv_kernel
 
 WIDTH = 4  # of the convolutions

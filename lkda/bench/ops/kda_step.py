@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
 from lkda.ops import kda_step_fused
-from lkda.ops.jit import Kernel
-from lkda.ops.kda.cuda_step import step_kernel
+from lkda.ops.kda.cuda.step import step_kernel
 from lkda.ops.kda.state import pack_state
+from lkda.ops.runtime.jit import Kernel
 
 WIDTH = 4
 STREAMS = ("q", "k", "v")

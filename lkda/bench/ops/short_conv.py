@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
 from lkda.ops import short_convolutions
-from lkda.ops.jit import Kernel
+from lkda.ops.runtime.jit import Kernel
 from lkda.ops.short_conv.cuda import conv_kernel
 
 WIDTH = 4

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
 from lkda.ops import simplified_attention
-from lkda.ops.jit import Kernel
-from lkda.ops.simplified import cuda
+from lkda.ops.runtime.jit import Kernel
+from lkda.ops.simplified.cuda import core as cuda
 
 NAMES = ("q", "k", "v", "decay")
 

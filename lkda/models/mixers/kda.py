@@ -10,7 +10,6 @@ from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import kda_attention_fused, kda_step_fused
-from lkda.ops.kda.gate import log_decay, write_strength
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
 
@@ -22,7 +21,8 @@ class KimiDeltaAttention(RecurrentMixer):
         y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x))))        o = kda_attention(q, k, v, g, beta)
 
     Args:
-        conv_width: of the short convolutions; 0 for none (then no SiLU either).
+        conv_width: of the short convolutions; 0 for none.
+        activation: "silu", of q, k and v; "none" is possible without convolutions alone.
         gate: "channel" (a decay a channel), "head" (one a head) or "none" (no decay: the plain delta rule).
         gate_form: "softplus", or "bounded": g = lower_bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias)).
         lower_bound: of g in the bounded form, in [-5, 0).
@@ -42,6 +42,7 @@ class KimiDeltaAttention(RecurrentMixer):
         num_heads: int,
         *,
         conv_width: int = 4,
+        activation: str = "silu",
         gate: str = "channel",
         gate_form: str = "softplus",
         lower_bound: float = -5.0,
@@ -50,7 +51,13 @@ class KimiDeltaAttention(RecurrentMixer):
         state_dtype: str = "float32",
         backend: str = "auto",
     ) -> None:
-        super().__init__(d_model, num_heads, conv_width=conv_width, output_norm=True, output_gate=output_gate)
+        super().__init__(
+            *(d_model, num_heads),
+            conv_width=conv_width,
+            activation=activation,
+            output_norm=True,
+            output_gate=output_gate,
+        )
         gates = {"channel": d_model, "head": num_heads, "none": 0}
         if gate not in gates:
             raise InputError(f"mixer.kda.gate must be one of {', '.join(gates)}, got {gate!r}.")
@@ -115,20 +122,6 @@ class KimiDeltaAttention(RecurrentMixer):
 
     def widen(self, kept: State) -> Tensor:
         return unpack_state(kept)
-
-    def log_decay(self, x: Tensor) -> Tensor:
-        """g [..., H, D] in float32 at least, <= 0."""
-        logits, A_log, dt_bias = self._gate(x)
-        if logits is None or A_log is None or dt_bias is None:
-            return torch.zeros(*x.shape[:-1], self.num_heads, self.head_dim, device=x.device)
-        logits = logits if self.gate == "channel" else logits.unsqueeze(-1)
-        return log_decay(
-            *(logits, A_log, dt_bias), head_dim=self.head_dim, gate=self.gate_form, lower_bound=self.lower_bound
-        )
-
-    def write_strength(self, x: Tensor) -> Tensor:
-        """beta [..., H] in float32 at least."""
-        return write_strength(self.b_proj(x), negative_eigenvalues=self.negative_eigenvalues)
 
     def _gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gate's logits, [..., H, D] or one a head [..., H], A_log and dt_bias; Nones without a gate."""

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
-from lkda.ops import softmax_attention
+from lkda.models.short_conv import ShortConvolution
+from lkda.ops import short_convolution, softmax_attention
 
 
 class MultiHeadLatentAttention(Mixer):
@@ -22,6 +23,9 @@ class MultiHeadLatentAttention(Mixer):
             applied); half a head where None.
         v_head_dim: value channels a head; d_model / num_heads where None.
         norm_eps: of the latent's RMSNorm; 1e-6 as in transformers' Kimi Linear, whose other norms have 1e-5.
+        qk_norm: an RMSNorm of each head of q and of k, whole; one weight for all heads.
+        conv_width: of short convolutions with SiLU, of q and of the latent with its shared key channels (before the
+            latent's norm); 0 for none (then no SiLU either). The cache then holds what was convolved.
         backend: of `softmax_attention`.
     """
 
@@ -37,6 +41,8 @@ class MultiHeadLatentAttention(Mixer):
         qk_rope_head_dim: int | None = None,
         v_head_dim: int | None = None,
         norm_eps: float = 1e-6,
+        qk_norm: bool = False,
+        conv_width: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__(d_model, num_heads)
@@ -50,21 +56,35 @@ class MultiHeadLatentAttention(Mixer):
         self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=norm_eps)
         self.kv_b_proj = linear(self.rank, num_heads * (self.nope + self.v_dim))
         self.o_proj = linear(num_heads * self.v_dim, d_model)
+        norms = (nn.RMSNorm(self.nope + self.rope, eps=norm_eps) if qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = norms
+        widths = (num_heads * (self.nope + self.rope), self.rank + self.rope)
+        convolutions = (ShortConvolution(channels, conv_width) if conv_width else None for channels in widths)
+        self.q_conv1d, self.kv_conv1d = convolutions
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
-        q = self.heads(self.q_proj(x))
-        latent, shared = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], -1)
+        q, kv = self.q_proj(x), self.kv_a_proj_with_mqa(x)
+        caches: tuple[Tensor, ...] = ()
+        if self.q_conv1d is not None and self.kv_conv1d is not None:
+            q_cache, kv_cache = (None, None) if state is None else state[2:]
+            q, q_cache = short_convolution(q, self.q_conv1d.weight, state=q_cache, cu_seqlens=cu_seqlens)
+            kv, kv_cache = short_convolution(kv, self.kv_conv1d.weight, state=kv_cache, cu_seqlens=cu_seqlens)
+            caches = (q_cache, kv_cache)
+        q = self.heads(q)
+        latent, shared = kv.split([self.rank, self.rope], -1)
         latent = self.kv_a_layernorm(latent)
         if state is not None:
-            latent, shared = (torch.cat([past, y.to(past.dtype)], 1) for past, y in zip(state, (latent, shared)))
+            latent, shared = (torch.cat([past, y.to(past.dtype)], 1) for past, y in zip(state[:2], (latent, shared)))
         k, v = self.heads(self.kv_b_proj(latent)).split([self.nope, self.v_dim], -1)
         shared_heads = shared.unsqueeze(2).expand(-1, -1, self.num_heads, -1).to(k.dtype)
         k = torch.cat([k, shared_heads], -1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
-        return self.o_proj(o.flatten(-2)), () if cu_seqlens is not None else (latent, shared)
+        return self.o_proj(o.flatten(-2)), () if cu_seqlens is not None else (latent, shared, *caches)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = self.forward(x.unsqueeze(1), state=state)
@@ -76,11 +96,22 @@ class MultiHeadLatentAttention(Mixer):
             torch.empty(batch_size, 0, width, device=device or w.device, dtype=w.dtype)
             for width in (self.rank, self.rope)
         )
-        return latent, shared
+        convolutions = (self.q_conv1d, self.kv_conv1d)
+        return (
+            latent,
+            shared,
+            *(conv.init_state(batch_size, device=device) for conv in convolutions if conv is not None),
+        )
+
+    def _filters(self) -> list[Tensor]:
+        return [convolve.weight for convolve in (self.q_conv1d, self.kv_conv1d) if convolve is not None]
 
     def state_bytes(self, context: int) -> int:
-        return context * (self.rank + self.rope) * self.o_proj.weight.element_size()
+        cached = sum(weight.numel() - len(weight) for weight in self._filters())
+        return (context * (self.rank + self.rope) + cached) * self.o_proj.weight.element_size()
 
     def flops_per_token(self, context: int) -> float:
-        """Linear layers, and scores and sums over the (context + 1) / 2 tokens that a token sees on average."""
-        return linear_flops(self) + (context + 1) * self.num_heads * (self.nope + self.rope + self.v_dim)
+        """Linear layers, convolutions, and scores and sums over the (context + 1) / 2 tokens that a token sees on
+        average."""
+        convolved = sum(2.0 * weight.numel() for weight in self._filters())
+        return linear_flops(self) + convolved + (context + 1) * self.num_heads * (self.nope + self.rope + self.v_dim)

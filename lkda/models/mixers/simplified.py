@@ -21,7 +21,8 @@ class SimplifiedAttention(RecurrentMixer):
     the same convolutions, head norm and output gate as KDA has, so that the operator is the only difference.
 
     Args:
-        conv_width: of the short convolutions; 0 for none (then no SiLU either).
+        conv_width: of the short convolutions; 0 for none.
+        activation: "silu", of q, k and v; "none" is possible without convolutions alone.
         decay: "token" (b from the token) or "constant" (one learned number a head).
         output_norm: RMSNorm over each head's output.
         output_gate: gate the normalised output; needs output_norm.
@@ -36,12 +37,19 @@ class SimplifiedAttention(RecurrentMixer):
         num_heads: int,
         *,
         conv_width: int = 4,
+        activation: str = "silu",
         decay: str = "token",
         output_norm: bool = True,
         output_gate: bool = True,
         backend: str = "auto",
     ) -> None:
-        super().__init__(d_model, num_heads, conv_width=conv_width, output_norm=output_norm, output_gate=output_gate)
+        super().__init__(
+            *(d_model, num_heads),
+            conv_width=conv_width,
+            activation=activation,
+            output_norm=output_norm,
+            output_gate=output_gate,
+        )
         if decay not in ("token", "constant"):
             raise InputError(f"mixer.simplified.decay must be token or constant, got {decay!r}.")
         self.backend = backend

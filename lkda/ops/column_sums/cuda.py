@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lkda.ops.jit import Kernel, Module
+from lkda.ops.runtime.jit import Kernel, Module
 
 HERE = Path(__file__).parent
 THREADS, COLUMNS = 1024, 32  # of a block

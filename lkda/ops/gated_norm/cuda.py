@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.dispatch import goes_straight, straight, wants_gradient
-from lkda.ops.jit import Kernel, Module
-from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
+from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.jit import Kernel, Module
+from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
 HERE = Path(__file__).parent
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike
 from lkda.ops.gated_norm import cuda
 from lkda.ops.gated_norm.plain import gated_norm_plain
+from lkda.ops.runtime.backend import Backend, choose
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.gated_norm_cuda, cuda.reason_cannot_run),

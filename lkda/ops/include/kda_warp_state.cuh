@@ -19,7 +19,7 @@ struct Stage {
   static constexpr int units = bytes - WARPS * 4;  // of the first stage: float [WARPS]
 };
 static_assert(Stage::values + STREAMS * Values::bytes <= Stage::units, "the units fit where a stage is rounded up");
-static_assert(STAGES * Stage::bytes == SHARED_BYTES, "cuda.py allocates what this kernel uses");
+static_assert(STAGES * Stage::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
 
 // x, with 32-bit operands computed anew where it is used.
 __device__ __forceinline__ int recomputed(int x) { return sizeof(Operand) == 4 ? opaque(x) : x; }

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_shape
-from lkda.ops.kda.cuda import kda_cuda
-from lkda.ops.kda.cuda_gate import kda_gate_cuda
-from lkda.ops.kda.gate import FORMS, log_decay, write_strength
+from lkda.ops.kda.cuda.core import kda_cuda
+from lkda.ops.kda.cuda.gate import kda_gate_cuda
 from lkda.ops.kda.op import backend_of, check_attention, kda_attention
+from lkda.ops.kda.reference.gate import FORMS, log_decay, write_strength
 from lkda.ops.short_conv.op import l2_normalized
 
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import alike, check_alike, check_cu_seqlens, check_shape
-from lkda.ops.kda import cuda, cuda_recurrent
-from lkda.ops.kda.chunk import kda_chunk
-from lkda.ops.kda.recurrent import kda_recurrent, kda_step_recurrent
+from lkda.ops.kda.cuda import core as cuda
+from lkda.ops.kda.cuda import recurrent as cuda_recurrent
+from lkda.ops.kda.reference.chunk import kda_chunk
+from lkda.ops.kda.reference.recurrent import kda_recurrent, kda_step_recurrent
 from lkda.ops.recurrence import compute_dtype
+from lkda.ops.runtime.backend import Backend, choose
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.kda_cuda, cuda.reason_cannot_run),

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_shape
-from lkda.ops.kda import cuda_step
+from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.fused import check_gate, plain_decay
-from lkda.ops.kda.gate import write_strength
-from lkda.ops.kda.recurrent import kda_step_recurrent
+from lkda.ops.kda.reference.gate import write_strength
+from lkda.ops.kda.reference.recurrent import kda_step_recurrent
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 from lkda.ops.recurrence import compute_dtype
+from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.short_conv.plain import convolve_plain, normalized_plain
 
 

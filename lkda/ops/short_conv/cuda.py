@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.dispatch import goes_straight, straight, wants_gradient
-from lkda.ops.jit import Kernel, Module
-from lkda.ops.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
+from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.jit import Kernel, Module
+from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
 HERE = Path(__file__).parent
 
@@ -26,8 +26,6 @@ CHANNELS = {"forward": 4, "backward": 4}  # of a thread
 RUN = {"forward": 64, "backward": 64}  # tokens of a warp
 AHEAD = {"forward": 4, "backward": 4}  # tokens that are on their way while as many are worked on
 RESIDENT = {"forward": 3, "backward": 2}  # blocks that a multiprocessor should hold at least
-
-Trio = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 reason_cannot_run = cannot_take(otherwise="plain")

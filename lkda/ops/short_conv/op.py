@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
+from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.short_conv import cuda
 from lkda.ops.short_conv.plain import convolve_plain, normalized_plain
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
-from lkda.ops.dispatch import wants_gradient
 from lkda.ops.recurrence import compute_dtype
-from lkda.ops.simplified import cuda
-from lkda.ops.simplified.chunk import simplified_chunk
-from lkda.ops.simplified.recurrent import simplified_recurrent, simplified_step_recurrent
+from lkda.ops.runtime.backend import Backend, choose
+from lkda.ops.runtime.dispatch import wants_gradient
+from lkda.ops.simplified.cuda import core as cuda
+from lkda.ops.simplified.reference.chunk import simplified_chunk
+from lkda.ops.simplified.reference.recurrent import simplified_recurrent, simplified_step_recurrent
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.simplified_cuda, cuda.reason_cannot_run),

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.backend import Backend, choose
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
+from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.sequences import lengths_of, longest
 
 

@@ -34,6 +34,7 @@ class Recorder(L.Callback):
         self._running_since: float | None = None
         self._since: tuple[int, float] | None = None  # tokens and seconds where the next speed begins
         self._steps_here = 0
+        self._clipped = (0, 0)  # clipped steps, and steps, of this process at the last row
 
     def tokens(self, trainer: L.Trainer) -> int:
         """Tokens trained on so far, resumes included."""
@@ -89,6 +90,9 @@ class Recorder(L.Callback):
             tokens, seconds = self._since
             row["tokens_per_s"] = (self.tokens(trainer) - tokens) / (self.seconds - seconds)
             self._since = (self.tokens(trainer), self.seconds)
+        clipped, steps = self._clipped_since(trainer.lightning_module)
+        row["train/clipped_share"] = clipped / steps
+        self._clipped = (self._clipped[0] + clipped, self._clipped[1] + steps)
         self._write(trainer, row)
 
     def _write(self, trainer: L.Trainer, row: dict[str, float]) -> None:
@@ -108,9 +112,17 @@ class Recorder(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._stop_clock()
         checkpoint["lkda_seconds"] = self.seconds
+        checkpoint["lkda_clipped"] = self._clipped_since(pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.seconds = checkpoint["lkda_seconds"]
+        clipped, steps = checkpoint.get("lkda_clipped", (0, 0))  # absent from old checkpoints
+        self._clipped = (-clipped, -steps)
+
+    def _clipped_since(self, pl_module: L.LightningModule) -> tuple[int, int]:
+        """Clipped steps, and steps, since the last row."""
+        assert isinstance(pl_module.clipped_steps, torch.Tensor)
+        return int(pl_module.clipped_steps) - self._clipped[0], self._steps_here - self._clipped[1]
 
 
 def _complete(trainer: L.Trainer) -> None:
@@ -120,6 +132,6 @@ def _complete(trainer: L.Trainer) -> None:
 
 
 def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:
-    """What the task logged under that prefix; not the perplexity, which the loss says already."""
+    """What the task logged under that prefix."""
     metrics = trainer.callback_metrics.items()
-    return {name: float(value) for name, value in metrics if name.startswith(prefix) and name != "val/perplexity"}
+    return {name: float(value) for name, value in metrics if name.startswith(prefix)}

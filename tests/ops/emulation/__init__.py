@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lkda.ops.jit import INCLUDE, Kernel
+from lkda.ops.runtime.jit import INCLUDE, Kernel
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]

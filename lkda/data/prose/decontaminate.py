@@ -1,0 +1,164 @@
+"""What trains must not be what validates: paragraphs of a training stream that share a run of tokens with the
+validation stream are dropped from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+from tokenizers import Tokenizer
+
+from lkda.data.text.token_file import writing_stream
+from lkda.data.text.tokenizer import document_start, vocabulary_rows
+
+# Tokens of a run that is long enough to count as shared.
+WINDOW = 32
+_AT_ONCE = 2**22  # tokens that are searched for the beginnings of documents
+# A window's hash is a sum of its tokens with these weights, modulo 2^64: odd ones at random, so that different windows
+# hardly ever share a hash.
+_WEIGHTS = np.random.default_rng(0).integers(2**63, size=WINDOW, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What was dropped, and what it changed.
+
+    Attributes:
+        before, after: share of the validation's windows that occur in training; a window lies within a document.
+        dropped_bytes: UTF-8 bytes of training text.
+        train_bytes: of the text that is left.
+    """
+
+    before: float
+    after: float
+    dropped_bytes: int
+    train_bytes: int
+
+
+def drop_overlap(train: Path, validation: Path, kept: Path, *, tokenizer: Tokenizer, progress: Progress) -> Overlap:
+    """Write `kept`, the stream `train` without the paragraphs that share WINDOW tokens in a row with `validation`.
+
+    A paragraph ends at a blank line, or at a line's end in a document without blank lines. In memory are the hashes of
+    the validation's windows and one training document at a time. Where a paragraph is gone its neighbours meet, which
+    may make a shared window again: `after` is counted in what is kept.
+
+    Args:
+        tokenizer: byte-level, which both streams were made with.
+    """
+    start, letters = document_start(tokenizer), _Letters(tokenizer)
+    assert start is not None, "the mix is tokenised with a tokenizer of lkda's own"
+    held_out = _Windows(np.load(validation, mmap_mode="r"), start)
+    stream = np.load(train, mmap_mode="r")
+    task = progress.add_task("dropping what also validates", total=len(stream))
+    before, dropped_bytes, train_bytes = _Found(held_out), 0, 0
+    with writing_stream(kept, stream.dtype) as write:
+        for document in documents_of(stream, start):
+            left = document[_kept(letters.breaks(document), before.among(document), len(document))]
+            size, left_size = letters.size(document), letters.size(left)
+            if left_size:
+                write(left)
+            dropped_bytes += size - left_size
+            train_bytes += left_size
+            progress.advance(task, len(document))
+    after = _Found(held_out)
+    for document in documents_of(np.load(kept, mmap_mode="r"), start):
+        after.among(document)
+    progress.remove_task(task)
+    return Overlap(before.share(), after.share(), dropped_bytes, train_bytes)
+
+
+def documents_of(stream: np.ndarray, start: int) -> Iterator[np.ndarray]:
+    """The documents of a stream, each with the token `start` that begins it."""
+    begin = 0
+    for first in range(0, len(stream), _AT_ONCE):
+        for end in (first + np.flatnonzero(stream[first : first + _AT_ONCE] == start)).tolist():
+            if end > begin:
+                yield np.asarray(stream[begin:end])
+            begin = end
+    if begin < len(stream):
+        yield np.asarray(stream[begin:])
+
+
+def window_hashes(document: np.ndarray) -> np.ndarray:
+    """uint64, of the windows that begin at each token of a document; none where it is shorter than a window."""
+    count = max(0, len(document) - WINDOW + 1)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset, weight in enumerate(_WEIGHTS):
+        hashes += document[offset : offset + count].astype(np.uint64) * weight
+    return hashes
+
+
+class _Windows:
+    """The different windows of a stream, and how often each is in it."""
+
+    def __init__(self, stream: np.ndarray, start: int) -> None:
+        hashes = [window_hashes(document) for document in documents_of(stream, start)]
+        self.hashes, self.counts = np.unique(np.concatenate(hashes), return_counts=True)
+
+
+class _Found:
+    """Which of the validation's windows have been met."""
+
+    def __init__(self, held_out: _Windows) -> None:
+        self.held_out = held_out
+        self.met = np.zeros(len(held_out.hashes), dtype=bool)
+
+    def among(self, document: np.ndarray) -> np.ndarray:
+        """The places in a document where a window of the validation begins."""
+        hashes, known = window_hashes(document), self.held_out.hashes
+        places = np.searchsorted(known, hashes)
+        inside = np.flatnonzero(places < len(known))
+        shared = inside[known[places[inside]] == hashes[inside]]
+        self.met[places[shared]] = True
+        return shared
+
+    def share(self) -> float:
+        """Of all windows of the validation, those met."""
+        counts = self.held_out.counts
+        return float(counts[self.met].sum() / max(1, counts.sum()))
+
+
+class _Letters:
+    """What tokens are as text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        # A byte-level token has a letter for each byte; the token that begins a document has no text.
+        tokens = [tokenizer.id_to_token(token) or "" for token in range(vocabulary_rows(tokenizer))]
+        self.sizes = np.array([len(token) for token in tokens])
+        self.sizes[document_start(tokenizer)] = 0
+        self.newlines = np.array([len(token) * (set(token) == {_NEWLINE}) for token in tokens])
+
+    def size(self, document: np.ndarray) -> int:
+        """UTF-8 bytes."""
+        return int(self.sizes[document].sum())
+
+    def breaks(self, document: np.ndarray) -> np.ndarray:
+        """The places where a paragraph begins, the first after the token that begins the document."""
+        newlines = self.newlines[document]
+        ends = newlines > 0
+        blank = (newlines > 1) | (ends & np.concatenate([[False], ends[:-1]]))
+        found = np.flatnonzero(blank if blank.any() else ends) + 1
+        return np.union1d([1], found[found < len(document)])
+
+
+_NEWLINE = "Ċ"  # of the byte-level alphabet
+
+
+def _kept(breaks: np.ndarray, shared: np.ndarray, length: int) -> np.ndarray:
+    """bool [length]: the tokens of a document that stay.
+
+    A paragraph goes where shared windows cover half a window of it, or all of it. That breaks every shared window: of
+    one across two paragraphs half is in one of them, and one across more covers those between.
+    """
+    # +1 where a shared window begins and -1 behind its end: above zero is what some window covers.
+    edges = np.zeros(length + 1, dtype=np.int64)
+    np.add.at(edges, shared, 1)
+    np.add.at(edges, shared + WINDOW, -1)
+    covered = np.cumsum(edges[:-1]) > 0
+    kept = np.ones(length, dtype=bool)
+    for begin, end in zip(breaks, [*breaks[1:], length]) if len(shared) else ():
+        kept[begin:end] = covered[begin:end].sum() < min(end - begin, WINDOW // 2)
+    return kept

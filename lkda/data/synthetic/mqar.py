@@ -1,0 +1,77 @@
+"""Multi-query associative recall as Zoology draws it (arXiv:2312.04927)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lkda.checks import InputError
+from lkda.data.packing import IGNORED
+from lkda.data.synthetic.datamodule import Examples, SyntheticDataModule
+from lkda.data.synthetic.sampling import distinct, weighted
+
+
+class MQAR(SyntheticDataModule):
+    """Key, value, key, value, ...; then each key once, where its value is asked; random tokens everywhere else.
+
+        tokens   k1 v1 k2 v2  r  r k2  r k1  r        targets  -  -  -  -  -  - v2  - v1  -
+
+    Keys are drawn from the lower half of the vocabulary without 0, values from the upper half, each without
+    replacement. A key is asked at an even offset 2 g from the end of the pairs; the g are drawn without replacement
+    with p(g) ~ (g + 1)^(power - 1), so that most keys are asked soon and some late.
+
+    Args:
+        train, validation: parts {"length", "pairs", "examples"}; 4 pairs <= length.
+        power: of the law of the gaps.
+        vocab_size, batch_size, seed, fresh, num_workers, pin_memory: see `SyntheticDataModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Sequence[Mapping[str, int]],
+        validation: Sequence[Mapping[str, int]],
+        vocab_size: int = 8192,
+        power: float = 0.01,
+        batch_size: int = 256,
+        seed: int = 0,
+        fresh: bool = True,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+    ) -> None:
+        self.power, self.keys_below = power, vocab_size // 2
+        super().__init__(
+            train=train,
+            validation=validation,
+            vocab_size=vocab_size,
+            batch_size=batch_size,
+            seed=seed,
+            fresh=fresh,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+
+    def check(self, *, length: int, pairs: int) -> None:
+        if 4 * pairs > length:
+            raise InputError(
+                f"mqar needs 4 tokens of length a pair, got length {length} and {pairs} pairs: "
+                f"ask for at most {length // 4} pairs."
+            )
+        if pairs > self.keys_below - 1:
+            raise InputError(
+                f"mqar draws {pairs} different keys from [1, {self.keys_below}): set data.vocab_size to "
+                f"{2 * (pairs + 1)} or more."
+            )
+
+    def draw(self, count: int, rng: np.random.Generator, *, length: int, pairs: int) -> Examples:
+        keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
+        values = distinct(rng, count, pairs, low=self.keys_below, high=self.vocab_size)
+        places = np.arange(1, (length - 2 * pairs) // 2 + 1, dtype=np.float64)
+        asked = 2 * pairs + 2 * weighted(rng, count, pairs, places ** (self.power - 1))
+        tokens = rng.integers(self.vocab_size, size=(count, length))
+        tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+        np.put_along_axis(tokens, asked, keys, axis=1)
+        targets = np.full_like(tokens, IGNORED)
+        np.put_along_axis(targets, asked, values, axis=1)
+        return tokens, targets

@@ -1,0 +1,90 @@
+"""Pushes and pops on many stacks, as in the Kimi Linear report (arXiv:2510.26692, section 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lkda.checks import InputError, check_count
+from lkda.data.packing import IGNORED
+from lkda.data.synthetic.by_length import LengthTask
+from lkda.data.synthetic.datamodule import Examples
+
+PUSH, POP, STACKS_FROM = 0, 1, 2
+
+
+class Stack(LengthTask):
+    """Operations of three tokens: PUSH or POP, a stack, an element. A popped element is asked where its stack is read.
+
+        tokens   PUSH 3 a PUSH 7 b PUSH 3 c POP 3 c POP 3 a        targets  ... - c - - a -
+
+    An operation pops with probability `pop`, from any of the stacks that hold something, else it pushes a random
+    element onto any stack. Where all are empty it pushes; the second operation always pops, so that every example asks
+    for something. Tokens that are left over at the end begin an operation.
+
+    Args:
+        stacks, elements: how many there are.
+        pop: probability.
+        context, val_lengths: at least 6, so that something can be popped. The rest: see `LengthTask`.
+    """
+
+    def __init__(
+        self,
+        *,
+        context: int = 256,
+        val_lengths: Sequence[int] | None = None,
+        val_examples: int = 512,
+        stacks: int = 64,
+        elements: int = 64,
+        pop: float = 0.5,
+        batch_size: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+    ) -> None:
+        if not 0 < pop < 1:
+            raise InputError(f"data.pop must be between 0 and 1, got {pop}.")
+        check_count("data.stacks", stacks, least=1)
+        check_count("data.elements", elements, least=1)
+        self.stacks, self.elements, self.pop = stacks, elements, pop
+        super().__init__(
+            context=context,
+            val_lengths=val_lengths,
+            val_examples=val_examples,
+            vocab_size=STACKS_FROM + stacks + elements,
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+
+    def check(self, *, length: int) -> None:
+        if length < 6:
+            raise InputError(f"a push and a pop take 6 tokens; got a length of {length}.")
+
+    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+        operations = -(-length // 3)
+        elements = rng.integers(self.elements, size=(count, operations))
+        wants_pop = rng.random((count, operations)) < self.pop
+        wants_pop[:, 1] = True
+        chosen = np.empty((count, operations), dtype=np.int64)
+        popped = np.empty((count, operations), dtype=bool)
+        # Each stack is a list of the operations that pushed: the last one, and before each the one below it.
+        top = np.full((count, self.stacks), -1)
+        below = np.full((count, operations), -1)
+        rows = np.arange(count)
+        for n in range(operations):
+            full = top >= 0
+            popped[:, n] = pops = wants_pop[:, n] & full.any(1)
+            scores = rng.random((count, self.stacks), dtype=np.float32)
+            chosen[:, n] = stack = np.argmax(scores + (full & pops[:, None]), axis=1)
+            last = top[rows, stack]
+            elements[:, n] = np.where(pops, elements[rows, last], elements[:, n])
+            below[:, n] = last
+            top[rows, stack] = np.where(pops, below[rows, last], n)
+        parts = np.where(popped, POP, PUSH), STACKS_FROM + chosen, STACKS_FROM + self.stacks + elements
+        tokens = np.stack(parts, axis=2)
+        targets = np.full_like(tokens, IGNORED)
+        targets[..., 1] = np.where(popped, tokens[..., 2], IGNORED)
+        return tokens.reshape(count, -1)[:, :length], targets.reshape(count, -1)[:, :length]

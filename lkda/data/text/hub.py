@@ -1,0 +1,258 @@
+"""Any data set that `datasets` loads by name, from the Hugging Face hub or a local directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress, TaskID
+
+from lkda.checks import InputError
+from lkda.data.text.cache import expanded
+from lkda.data.text.datamodule import TextDataModule
+from lkda.data.text.documents import Documents, Texts
+from lkda.data.text.files import kind_of_value, text_column_of
+
+HUB_SECONDS = 10  # until the hub counts as out of reach
+_STREAMED = "text"  # the column that a stream is written to
+_TOLD = 100  # documents of a stream until the progress tells of them
+
+# Paths or globs within a data set: of all splits, or of each by name.
+DataFiles = list[str] | dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """A data set, and which of its documents are taken.
+
+    Attributes:
+        name: on the hub, or of a local directory.
+        subset: its configuration, where it has several.
+        data_files: which of its files are loaded; where None, what `datasets` finds.
+        revision: a branch, tag or commit; "" for the newest, or for a local directory.
+        split, val_split: of the data set; where val_split is None, every so many of `split` validate, val_fraction of
+            all.
+        text_column: what holds the text.
+        max_documents: of each split, the first so many; all where None.
+        streaming: fetch no more than that. Documents are written down as they come and read from there.
+    """
+
+    name: str
+    subset: str | None
+    data_files: DataFiles | None
+    revision: str
+    split: str
+    val_split: str | None
+    val_fraction: float
+    text_column: str
+    max_documents: int | None
+    streaming: bool
+
+    def fingerprint(self) -> str:
+        """Of the revision's commit, not of the documents: they need not be fetched to be found in the cache."""
+        words = {name: value for name, value in asdict(self).items() if name != "streaming"}
+        digest = hashlib.sha256(repr(sorted(words.items())).encode())
+        folder = Path(self.name)
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            if path.is_file():
+                digest.update(f"{path.relative_to(folder)} ".encode())
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def documents(self, scratch: Path, progress: Progress) -> tuple[Texts, Texts]:
+        """Raises: ValueError for a split or column that is not there, or no documents in it."""
+        train = self._split(self.split, scratch / "train", progress)
+        if self.val_split is not None:
+            return train, self._split(self.val_split, scratch / "validation", progress)
+        every = max(2, round(1 / self.val_fraction))
+        held_out = range(every // 2, len(train), every)
+        if not held_out:
+            raise InputError(
+                f"{len(train)} documents are too few to hold {self.val_fraction} out; give data.val_split."
+            )
+        kept = set(range(len(train))) - set(held_out)
+        return train.some(sorted(kept)), train.some(held_out)
+
+    def _split(self, split: str, scratch: Path, progress: Progress) -> Documents:
+        import datasets
+
+        reading = progress.add_task(f"reading {split}", total=None)
+        options: dict[str, Any] = {"split": split, "streaming": self.streaming, "revision": self.revision or None}
+        options["data_files"] = self.data_files
+        if Path(self.name).is_dir():  # `datasets` tells versions of a file apart by size and time alone
+            options["cache_dir"] = str(scratch)
+        try:
+            found = datasets.load_dataset(self.name, self.subset, **options)
+        except Exception as error:  # whatever a loader meets
+            reason = " ".join(str(error).split())
+            raise InputError(f"data.name={self.name} cannot be loaded: {type(error).__name__}: {reason}") from error
+        if self.streaming:
+            rows = _counted(islice(found, self.max_documents), f"reading {split}", reading, progress)
+            found = _written_down(rows, self.text_column, scratch)
+            column = _STREAMED
+        else:
+            column = text_column_of(found, self.text_column, self.name)
+            if self.max_documents is not None:
+                found = found.select(range(min(self.max_documents, len(found))))
+        documents = Documents(found, column)
+        progress.remove_task(reading)
+        if not documents:
+            raise InputError(f"split {split!r} of {self.name} holds no text in column {self.text_column!r}.")
+        return documents
+
+
+def _counted(rows: Iterable[Any], doing: str, task: TaskID, progress: Progress) -> Iterator[Any]:
+    """The rows, their number told as they come."""
+    for count, row in enumerate(rows, start=1):
+        yield row
+        if count % _TOLD == 0:
+            progress.update(task, description=f"{doing}: {count:,} documents")
+
+
+def _written_down(rows: Iterable[Any], column: str, scratch: Path) -> Any:
+    """A `datasets.Dataset` of the documents of a stream. Resuming a shuffled stream loses examples, so that
+    batches are cut from what was written, and never from the stream."""
+    import datasets
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    path = scratch / "documents.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            if column not in row:
+                raise InputError(f"no column {column!r}; there are {', '.join(row)}. Set data.text_column.")
+            text = row[column]
+            if not isinstance(text, str | None):
+                raise InputError(f"column {column!r} holds {kind_of_value(text)}, not text. Set data.text_column.")
+            file.write(json.dumps({_STREAMED: text or ""}) + "\n")
+    return datasets.Dataset.from_json(str(path), cache_dir=str(scratch))
+
+
+class HubDataModule(TextDataModule):
+    """Documents of a data set by name -> packed batches, by way of the same cache as files; see `TextDataModule`.
+
+    Args:
+        name: on the hub ("roneneldan/TinyStories"), or a local directory that `datasets` can load.
+        data_files: paths or globs within the data set: one, a list, or of each split, as in {"train": "a/*.parquet"}.
+        subset, revision, split, val_split, val_fraction, text_column, max_documents, streaming: see `HubCorpus`.
+        context, batch_size, vocab_size, seed, tokenizer_path, cache_dir, max_val_batches, num_workers, pin_memory: see
+            `TextDataModule`.
+    """
+
+    sources = ("hub",)
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        context: int,
+        batch_size: int,
+        subset: str | None = None,
+        data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+        revision: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        val_fraction: float = 0.01,
+        text_column: str = "text",
+        max_documents: int | None = None,
+        streaming: bool = False,
+        vocab_size: int = 4096,
+        seed: int = 0,
+        tokenizer_path: str | None = None,
+        cache_dir: str | None = None,
+        max_val_batches: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__(
+            source="hub",
+            context=context,
+            batch_size=batch_size,
+            vocab_size=vocab_size,
+            seed=seed,
+            val_fraction=val_fraction,
+            text_column=text_column,
+            tokenizer_path=tokenizer_path,
+            cache_dir=cache_dir,
+            max_val_batches=max_val_batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+        if val_split is None and not 0 < val_fraction <= 0.5:
+            raise InputError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
+        if max_documents is not None and (type(max_documents) is not int or max_documents < 2):
+            raise InputError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
+        home = expanded(name)
+        if name.startswith(("~", "/", ".")) and not home.is_dir():
+            raise InputError(f"data.name={name} is no directory.")
+        if home.is_dir() and revision is not None:
+            raise InputError(f"data.revision is of data sets on the hub, and data.name={name} is a directory.")
+        self.source = str(home) if home.is_dir() else name
+        self.subset, self.revision, self.split, self.val_split = subset, revision, split, val_split
+        self.max_documents, self.streaming = max_documents, streaming
+        self.data_files = None if data_files is None else files_of(data_files)
+
+    def _corpus(self) -> HubCorpus:
+        return HubCorpus(
+            name=self.source,
+            subset=self.subset,
+            data_files=self.data_files,
+            revision=commit_of(self.source, self.revision),
+            split=self.split,
+            val_split=self.val_split,
+            val_fraction=self.val_fraction,
+            text_column=self.text_column,
+            max_documents=self.max_documents,
+            streaming=self.streaming,
+        )
+
+
+def files_of(data_files: object) -> DataFiles:
+    """`data.data_files` as `datasets` takes it. Raises: ValueError for what is no path within a data set."""
+    if isinstance(data_files, Mapping):
+        return {str(split): _patterns(patterns) for split, patterns in data_files.items()}
+    return _patterns(data_files)
+
+
+def _patterns(given: object) -> list[str]:
+    patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise InputError(f"data.data_files takes paths or globs, [a.parquet] or {{train: [a.parquet]}}, got {given!r}.")
+    for pattern in patterns:
+        # The cache knows the content of the data set alone.
+        if pattern.startswith(("/", "~")) or "://" in pattern or ".." in Path(pattern).parts:
+            raise InputError(
+                f"data.data_files={pattern} must be a path within data.name; for other files use data=files."
+            )
+    return patterns
+
+
+def commit_of(name: str, revision: str | None) -> str:
+    """The commit of a data set on the hub; "" for a local directory; `revision` itself where HF_HUB_OFFLINE is set.
+
+    Asked here, with a limit: `datasets` takes half a minute to find out that there is no network.
+    Raises: ValueError where there is no such data set or no way to the hub.
+    """
+    if Path(name).is_dir():
+        return ""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return revision or ""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha)
+    except HfHubHTTPError as error:
+        at = f" at revision {revision}" if revision else ""
+        raise InputError(f"the hub has no data set {name!r}{at} for you: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of the connection; which class depends on the hub's client
+        raise InputError(
+            f"data.name={name} is no directory here, and the Hugging Face hub cannot be reached ({error}). Use "
+            "data=files for files of your own, or set HF_HUB_OFFLINE=1 where the data set was fetched before."
+        ) from error

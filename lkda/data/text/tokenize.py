@@ -1,0 +1,286 @@
+"""A corpus tokenised once: a directory of the cache, named by the hash of everything it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+from rich.progress import Progress
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import PreTokenizer
+
+from lkda.checks import InputError
+from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_texts, of_tokenizer
+from lkda.data.progress import patient_progress
+from lkda.data.text.cache import building, facts_of, publish
+from lkda.data.text.documents import Texts
+from lkda.data.text.token_file import writing_stream
+from lkda.data.text.tokenizer import (
+    document_start,
+    encode_texts,
+    load_tokenizer,
+    train_tokenizer,
+    unknown_token,
+    vocabulary_rows,
+    word_splitter,
+)
+
+# Raise it when what a directory holds changes.
+FORMAT = 3
+# Characters tokenised at a time: what `tokenizers` keeps of a character takes some hundred bytes until it is done.
+_AT_ONCE = 2**21
+_PIECE = 2**18
+# Where a long document may be cut: byte-level BPE never joins a word with a space after it.
+_SEAM = re.compile(r"(?<=\S) (?=\S)")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Token streams, every document beginning with the tokenizer's `document_start` where it has one.
+
+    Attributes:
+        directory: what they are read from.
+        train, validation: uint16 or uint32, memory-mapped.
+        validation_bytes: UTF-8 bytes of the validation text.
+        fingerprint: of the documents and of the tokenizer; of a corpus that was tokenised into a directory of its own
+            (data=prose), of the token streams.
+    """
+
+    directory: Path
+    tokenizer: Tokenizer
+    train: np.ndarray
+    validation: np.ndarray
+    validation_bytes: int
+    fingerprint: Fingerprint
+
+    def starts(self, name: str) -> np.ndarray:
+        """Where documents begin in the stream `name`, "train" or "validation"."""
+        start = document_start(self.tokenizer)
+        if start is None:
+            return np.load(_starts_file(self.directory / f"{name}.npy"))
+        return np.flatnonzero((self.train if name == "train" else self.validation) == start)
+
+    def unigram_entropy(self) -> float:
+        """Of the validation tokens, in nats a token: the loss of the best model that ignores the context."""
+        share = np.bincount(self.validation) / len(self.validation)
+        share = share[share > 0]
+        return float(-(share * np.log(share)).sum())
+
+
+class Corpus(Protocol):
+    """What can be tokenised."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    def fingerprint(self) -> str:
+        """Changes with any of its documents, and with how they are split."""
+
+    def documents(self, scratch: Path, progress: Progress) -> tuple[Texts, Texts]:
+        """Training and validation documents; `scratch`, an empty directory, stays while they are read."""
+
+
+def prepare_corpus(
+    sources: Corpus,
+    *,
+    vocab_size: int,
+    tokenizer_path: Path | None,
+    cache_dir: Path,
+    expected: Fingerprint = MappingProxyType({}),
+) -> Prepared:
+    """The tokenised corpus, from the cache or built into it.
+
+    Of processes that want the same at once, one builds and the others wait for it.
+
+    Args:
+        expected: the fingerprint of the run to go on with; other documents are refused before they are tokenised.
+    Raises: ValueError for a corpus or a tokenizer that cannot be read, a corpus that is not the expected one, or a
+        cache that cannot be written.
+    """
+    given = load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+    if given is not None and expected:
+        check_same(expected, {"tokenizer": of_tokenizer(given)}, source=str(tokenizer_path))
+    with_tokenizer = str(vocab_size) if given is None else given.to_str()
+    key = hashlib.sha256(f"{FORMAT} {sources.fingerprint()} {with_tokenizer}".encode()).hexdigest()[:32]
+    entry = cache_dir / "corpora" / key
+    if facts_of(entry) is None:
+        with building(entry) as scratch:
+            if facts_of(entry) is None:
+                built = scratch / "entry"
+                built.mkdir()
+                publish(built, entry, _build(built, scratch / "arrow", sources, given, vocab_size, expected))
+    return load_prepared(entry)
+
+
+def _build(
+    directory: Path,
+    arrow: Path,
+    sources: Corpus,
+    given: Tokenizer | None,
+    vocab_size: int,
+    expected: Fingerprint,
+) -> dict[str, Any]:
+    """Fill `directory`; `arrow` is for what `datasets` keeps meanwhile. Returns the facts to keep beside the files."""
+    with patient_progress() as progress:
+        train, validation = sources.documents(arrow, progress)
+        digests = {"train": of_texts(train), "validation": of_texts(validation)}
+        check_same(expected, digests, source=sources.name)
+        facts = tokenise(train, validation, directory, given=given, vocab_size=vocab_size, progress=progress)
+    return {**facts, "sha256": digests}
+
+
+def tokenise(
+    train: Texts,
+    validation: Texts,
+    directory: Path,
+    *,
+    given: Tokenizer | None,
+    vocab_size: int,
+    progress: Progress,
+) -> dict[str, int]:
+    """Fill `directory` with tokenizer.json, train.npy and validation.npy. Returns the facts to publish with them.
+
+    Where no token begins a document, train_starts.npy and validation_starts.npy hold the places where one does.
+
+    The documents are iterated several times, and what is in memory of them and of their tokens is a part at a time.
+
+    Args:
+        given: the tokenizer; where None, one of `vocab_size` tokens is trained on the training documents.
+    """
+    tokenizer = given
+    if tokenizer is None:
+        training = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=None)
+        tokenizer = train_tokenizer((piece for text in train for piece in _pieces(text, word_splitter())), vocab_size)
+        progress.remove_task(training)
+    else:
+        _check_alphabet(tokenizer, chain(train, validation))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    _write_stream(directory / "train.npy", tokenizer, train, progress)
+    return {"validation_bytes": _write_stream(directory / "validation.npy", tokenizer, validation, progress)}
+
+
+def _write_stream(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
+    """One array of tokens, and where documents begin, if no token says so. Returns the documents' UTF-8 bytes."""
+    task = progress.add_task(f"tokenising {path.stem}", total=len(documents))
+    dtype = np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32)
+    begun = count = size = 0
+    starts: list[int] = []
+    with writing_stream(path, dtype) as write:
+        for batch in _batches(documents, tokenizer):
+            tokens, begins = _encode(tokenizer, batch)
+            write(tokens)
+            starts += [count + place for place in begins]
+            begun += len(begins)
+            count += len(tokens)
+            size += sum(len(piece.encode()) for _, piece in batch)
+            told = f"tokenising {path.stem}: {begun:,} documents, {count:,} tokens"
+            progress.update(task, completed=begun, description=told)
+    if document_start(tokenizer) is None:
+        places = np.unique(np.array(starts, dtype=np.int64))
+        np.save(_starts_file(path), places[places < count])  # documents that have no tokens begin where others do
+    return size
+
+
+def _starts_file(stream: Path) -> Path:
+    return stream.with_name(f"{stream.stem}_starts.npy")
+
+
+def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
+    """Raises ValueError for a character that a given tokenizer drops without a word."""
+    characters: set[str] = set()
+    for text in documents:
+        characters.update(text)
+    visible = [character for character in sorted(characters) if not character.isspace()]
+    for character, encoding in zip(visible, encode_texts(tokenizer, visible), strict=True):
+        if not encoding.ids:
+            raise InputError(
+                f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "
+                "give one that knows every byte, or none."
+            )
+
+
+def _pieces(text: str, splitter: PreTokenizer | None) -> Iterator[str]:
+    """The text in pieces of about _PIECE characters, which tokenise as the whole does.
+
+    Args:
+        splitter: the tokenizer's, where it sees the text as it is: it says where a text without blanks may be cut.
+    """
+    begin = 0
+    while begin + _PIECE < len(text):
+        seam = _SEAM.search(text, begin + _PIECE, begin + 2 * _PIECE)
+        end = seam.start() if seam else _word_end(text, begin, splitter)
+        yield text[begin:end]
+        begin = end
+    if begin < len(text):
+        yield text[begin:]
+
+
+def _word_end(text: str, begin: int, splitter: PreTokenizer | None) -> int:
+    """Where a word ends, about _PIECE characters on; where none does, the next seam, or the end of the text."""
+    words = splitter.pre_tokenize_str(text[begin : begin + _PIECE]) if splitter is not None else []
+    if splitter is not None and len(words) > 2:
+        word, (place, _) = words[-2]  # not the last one, which may go on
+        again = splitter.pre_tokenize_str(text[begin + place : begin + _PIECE])
+        if again[0][0] == word:  # it is no other word at the beginning of a text, as where a space is put before it
+            return begin + place
+    seam = _SEAM.search(text, begin + 2 * _PIECE)
+    return seam.start() if seam else len(text)
+
+
+def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[bool, str]]]:
+    """Pieces, with whether a document begins there, of about _AT_ONCE characters together."""
+    splitter = tokenizer.pre_tokenizer if tokenizer.normalizer is None else None
+    batch, size = [], 0
+    for text in documents:
+        for n, piece in enumerate(_pieces(text, splitter)):
+            batch.append((n == 0, piece))
+            size += len(piece)
+            if size >= _AT_ONCE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np.ndarray, list[int]]:
+    """One stream, and where documents begin in it. Raises ValueError for text outside the vocabulary."""
+    start, unknown = document_start(tokenizer), unknown_token(tokenizer)
+    dtype = np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32
+    first = [] if start is None else [start]
+    parts, places, count = [], [], 0
+    encodings = encode_texts(tokenizer, [piece for _, piece in batch])
+    for (begins, piece), encoding in zip(batch, encodings):
+        if unknown in encoding.ids:
+            begin, end = encoding.offsets[encoding.ids.index(unknown)]
+            raise InputError(
+                f"the tokenizer of data.tokenizer_path has no token for {piece[begin:end]!r}, which is in the text; "
+                "give one that knows every byte, or none."
+            )
+        if begins:
+            places.append(count)
+        parts.append(np.array([*first, *encoding.ids] if begins else encoding.ids, dtype=dtype))
+        count += len(parts[-1])
+    return np.concatenate(parts), places
+
+
+def load_prepared(directory: Path) -> Prepared:
+    """The streams of a published directory, memory-mapped.
+
+    Raises: ValueError where it is not there, or a file in it has lost its size.
+    """
+    facts = facts_of(directory)
+    if facts is None:
+        raise InputError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
+    train, validation = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
+    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    texts = facts.get("sha256") or {"train": of_arrays(train), "validation": of_arrays(validation)}
+    fingerprint = {**texts, "tokenizer": of_tokenizer(tokenizer)}
+    return Prepared(directory, tokenizer, train, validation, facts["validation_bytes"], fingerprint)

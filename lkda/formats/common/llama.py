@@ -1,0 +1,30 @@
+"""Llama and Qwen3, which models of rotary softmax attention alone are, without and with QK-norm: what of ours fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lkda.formats.common.layers import layer_names, options_of
+
+
+def is_llama(config: Mapping[str, Any]) -> bool:
+    """Whether every layer is softmax attention."""
+    return set(layer_names(config)) == {"softmax"}
+
+
+def has_qk_norm(config: Mapping[str, Any]) -> bool:
+    """Whether a model of softmax attention is a Qwen3 rather than a Llama."""
+    return bool(options_of(config, "softmax")["qk_norm"])
+
+
+def obstacle(config: Mapping[str, Any]) -> str | None:
+    """What neither has, in a few words; None where one has everything."""
+    options = options_of(config, "softmax")
+    if not config["mlp_hidden"]:
+        return "layers without an MLP"
+    if options["conv_width"]:
+        return "softmax attention with convolutions"
+    if options["qk_norm"] and options["norm_eps"] != config["norm_eps"]:
+        return "a QK-norm whose norm_eps is not the model's"
+    return None

@@ -1,0 +1,1 @@
+"""KDA's kernels, and what launches them."""

@@ -1,0 +1,101 @@
+"""KDA token by token in one kernel, forward only: the row of a table that shows what the recurrence itself costs."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lkda.checks import InputError
+from lkda.ops.runtime.dispatch import wants_gradient
+from lkda.ops.runtime.jit import Kernel, Module
+from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take
+
+reason_cannot_run = cannot_take(otherwise="chunk")
+
+
+@cache
+def _kernel(D: int, dtype: torch.dtype) -> Kernel:
+    module = Module(Path(__file__).with_name("recurrent.cu"), {"HEAD_DIM": D, "ELEMENT": ELEMENTS[dtype]})
+    return module.kernel("kda_recurrent", "PPPPPPPPPiif")
+
+
+def kernels(arch: str) -> list[Kernel]:
+    """Every kernel, for every head size and dtype (the same on all architectures)."""
+    return [_kernel(D, dtype) for D in HEAD_DIMS for dtype in ELEMENTS]
+
+
+def _outputs(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """o and final_state, uninitialised."""
+    B, _, H, D = v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        torch.empty(v.shape, dtype=v.dtype, device=v.device),
+        torch.empty((N, H, D, D), dtype=torch.float32, device=v.device),
+    )
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    _, T, H, D = q.shape
+    inputs = [x.contiguous() for x in (q, k, v, g, beta)]
+    o, final_state = _outputs(v, cu_seqlens)
+    grid = (final_state.shape[0] * H, 1, 1)
+    arguments = (*inputs, initial_state, o, final_state, cu_seqlens, T, H, scale)
+    _kernel(D, q.dtype)(grid, 2 * D, *arguments, device=q.device)
+    return o, final_state
+
+
+_library = torch.library.Library("lkda", "FRAGMENT")
+_library.define(
+    "kda_recurrent(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens,"
+    " float scale) -> (Tensor, Tensor)"
+)
+_library.impl("kda_recurrent", _forward, "CUDA")
+
+
+@torch.library.register_fake("lkda::kda_recurrent", lib=_library)
+def _(q, k, v, g, beta, initial_state, cu_seqlens, scale):
+    return _outputs(v, cu_seqlens)
+
+
+def kda_cuda_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, without gradients; arguments and results as in `kda_attention`.
+
+    Raises: ValueError where K and V differ, or where a gradient is asked for.
+    """
+    if k.shape[-1] != v.shape[-1]:
+        raise InputError(
+            f"kda_attention(backend='cuda_recurrent'): K and V must be equal, got K = {k.shape[-1]} and "
+            f"V = {v.shape[-1]}; use backend='recurrent'."
+        )
+    inputs = (q, k, v, g, beta, initial_state)
+    if wants_gradient(*inputs):
+        raise InputError(
+            "kda_attention(backend='cuda_recurrent') has no backward and an input requires a gradient; "
+            "use backend='cuda', or call it under torch.no_grad()."
+        )
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    return torch.ops.lkda.kda_recurrent(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale)

@@ -1,0 +1,1 @@
+"""KDA in PyTorch: the recurrence as it is written, and its chunked form."""

@@ -1,0 +1,1 @@
+"""How a kernel is compiled, cached, chosen and launched."""

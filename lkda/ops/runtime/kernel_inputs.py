@@ -1,0 +1,41 @@
+"""What kernels take: sizes of heads, dtypes, and tensors that they can read sixteen bytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lkda.ops.runtime.jit import reason_cannot_run
+
+HEAD_DIMS = (32, 64, 128)
+ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float"}
+
+Reason = Callable[[torch.device, int, torch.dtype], str | None]
+
+
+def cannot_take(otherwise: str) -> Reason:
+    """The `cannot_run` of a backend of such kernels: (device, head_dim, dtype) -> the reason why not, or None.
+
+    Args:
+        otherwise: the backend that takes what they cannot.
+    """
+
+    def reason(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+        if device.type == "cuda" and head_dim not in HEAD_DIMS:
+            sizes = ", ".join(map(str, HEAD_DIMS))
+            return f"the kernel takes heads of {sizes}, got {head_dim}; use backend={otherwise!r}."
+        if device.type == "cuda" and dtype not in ELEMENTS:
+            return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend={otherwise!r}."
+        return reason_cannot_run(device)
+
+    # What torch.compiler.assume_constant_result does; but that imports torch._dynamo, which takes seconds.
+    reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return reason
+
+
+def readable(x: Tensor) -> Tensor:
+    """x itself where it is contiguous and aligned to 16 bytes, else a copy."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -1,0 +1,1 @@
+"""The kernels of simplified linear attention, and what launches them."""

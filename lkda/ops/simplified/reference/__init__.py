@@ -1,0 +1,1 @@
+"""Simplified linear attention in PyTorch: the recurrence, and its chunked form."""

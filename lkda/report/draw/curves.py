@@ -1,0 +1,41 @@
+"""One curve for several seeds, and a smooth one for a noisy one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lkda.report.read.runs import Run
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The mean over seeds, and the least and the greatest; lists of one length."""
+
+    x: list[float]
+    y: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def mean_curve(runs: Sequence[Run], x: str, y: str) -> Curve:
+    """Over the steps where every run logged both columns of metrics.csv (the first run's, where they share none)."""
+    by_step = [{row["step"]: (row[x], row[y]) for row in run.metrics if x in row and y in row} for run in runs]
+    shared = sorted(set(by_step[0]).intersection(*by_step[1:]))
+    if not shared:
+        by_step, shared = by_step[:1], sorted(by_step[0])
+    points = np.array([[rows[step] for rows in by_step] for step in shared]).reshape(len(shared), len(by_step), 2)
+    xs, ys = points[..., 0].mean(1), points[..., 1]
+    return Curve(xs.tolist(), ys.mean(1).tolist(), ys.min(1).tolist(), ys.max(1).tolist())
+
+
+def running_mean(curve: Curve) -> Curve:
+    """The mean over a window of a fifteenth of the curve around each point, narrower at its ends."""
+    half = max(1, len(curve.x) // 30)
+
+    def smooth(values: list[float]) -> list[float]:
+        return [float(np.mean(values[max(0, n - half) : n + half + 1])) for n in range(len(values))]
+
+    return Curve(curve.x, smooth(curve.y), smooth(curve.low), smooth(curve.high))

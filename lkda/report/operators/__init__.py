@@ -1,0 +1,1 @@
+"""Operators' times and errors."""

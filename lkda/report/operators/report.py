@@ -1,0 +1,58 @@
+"""A benchmark -> tables, plots and a page in one directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lkda.report.draw.page import Section, page
+from lkda.report.draw.style import Picture
+from lkda.report.operators import plots as bench_plots
+from lkda.report.operators.benchmark import Benchmark, as_cells, as_csv, as_markdown, measured, names_of, read_benchmark
+from lkda.report.read.files import write_atomically
+
+
+def section(benchmark: Benchmark) -> Section:
+    """The benchmark as a part of a page."""
+    head, body = as_cells(benchmark.rows)
+    return Section(
+        "Operators", head, body, names=names_of(head), notes=[facts(benchmark)], pictures=pictures(benchmark)
+    )
+
+
+def facts(benchmark: Benchmark) -> str:
+    """A sentence: the device, the speed of its copies, versions and date."""
+    header = benchmark.header
+    copy = header.get("copy_gb_per_s")
+    parts = [benchmark.device, "" if copy is None else f"copies at {copy:,.0f} GB/s"]
+    parts += [f"{name} {header[name]}" for name in ("torch", "lkda") if header.get(name)]
+    return ", ".join(filter(None, [*parts, str(header.get("date") or "")])) + "."
+
+
+def pictures(benchmark: Benchmark) -> dict[str, Picture]:
+    """By what they show: time against the floor in each mode, and where there are lengths, the cost by length."""
+    drawn = {}
+    for mode in ("fwd", "fwd+bwd"):
+        if measured(benchmark.rows, mode=mode):
+            drawn[f"time of {mode}"] = bench_plots.times(benchmark.rows, mode=mode)
+        if bench_plots.by_length(benchmark.rows, mode=mode):
+            drawn[f"cost by length of {mode}"] = bench_plots.cost_by_length(benchmark.rows, mode=mode)
+        if bench_plots.over_simplified(benchmark.rows, mode=mode):
+            drawn[f"kda over simplified of {mode}"] = bench_plots.ratio_by_length(benchmark.rows, mode=mode)
+    return drawn
+
+
+def redraw(path: Path) -> None:
+    """Writes all that is made of the benchmark in a file beside it. Raises ValueError where it holds none."""
+    write(read_benchmark(path), path.parent)
+
+
+def write(benchmark: Benchmark, out: Path) -> None:
+    """Writes table.md, benchmark.csv, the plots and report.html into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "table.md", as_markdown(benchmark.rows))
+    write_atomically(out / "benchmark.csv", as_csv(benchmark.rows))
+    shown = section(benchmark)
+    for name, picture in shown.pictures.items():
+        write_atomically(out / f"{name.replace(' of ', '_').replace(' ', '_').replace('+', '_')}.png", picture.light)
+    write_atomically(out / "report.html", page("Operators side by side", [replace(shown, heading="")]))

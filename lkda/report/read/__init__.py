@@ -1,0 +1,1 @@
+"""Files of runs and measurements -> records."""

@@ -1,0 +1,166 @@
+"""What models make of text longer than they were trained on, from files that `scripts/evaluate.py out=` has written.
+
+    python -m lkda.report.studies.long_context 'multirun/long_context/*/*.json' outputs/long_context
+
+Those of text, one for each `data.context`, and those of `data=needle`. Writes evaluations.json, table.json, and plots
+of the loss by position, of bits per byte against the context, and of what is recalled of a hidden passage in texts of
+each length; `redraw` draws them again.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from lkda.report.draw.labels import Label, label_ends
+from lkda.report.draw.style import Picture, Theme, picture
+from lkda.report.draw.units import length
+from lkda.report.read.evaluations import Record, keep_evaluations, kept_evaluations, read_evaluations
+from lkda.report.read.files import write_atomically
+
+KIND = "long_context"
+SIZE = (7.2, 4.3)
+_PART = re.compile(r"accuracy/length_(\d+)_depth_(\d+)_needles_(\d+)")
+
+Lines = dict[str, dict[float, float]]  # mixer -> {x: the mean over seeds}
+
+
+def write(records: Sequence[Record], directory: Path) -> None:
+    """Writes the table of the evaluations and what can be drawn of them into `directory`."""
+    by_context, by_position = _means(records, _bits), _means(_longest(records), _positions)
+    recalled, guessed = _means(records, _recalled), _means(records, _guessed)
+    write_atomically(directory / "table.json", json.dumps(_table(by_context, recalled, guessed), indent=1) + "\n")
+    trained = sorted({record["run"]["context"] for record in records})
+    drawn = {
+        "loss_by_position": _picture(by_position, "position in the context (token)", "loss (nats per token)", trained),
+        "bits_by_context": _picture(by_context, "context (tokens)", "bits per byte", trained),
+        "needle_by_length": _picture(recalled, "context (tokens)", "passage recalled", trained, share=True),
+    }
+    for name, image in drawn.items():
+        if image is not None:
+            write_atomically(directory / f"{name}.png", image.light)
+
+
+def _bits(record: Record) -> dict[float, float]:
+    found = record["result"].get("bits_per_byte")
+    return {} if found is None else {record["data"]["context"]: found}
+
+
+def _positions(record: Record) -> dict[float, float]:
+    head = "loss_from_"
+    found = {int(name.removeprefix(head)): x for name, x in record["result"].items() if name.startswith(head)}
+    return {start: loss for start, loss in found.items() if start > 1}  # the first tokens are hard for every model
+
+
+def _recalled(record: Record) -> dict[float, float]:
+    """The mean over depths."""
+    found = defaultdict(list)
+    for name, accuracy in record["result"].items():
+        match = _PART.fullmatch(name)
+        if match and match[3] != "0":
+            found[float(match[1])].append(accuracy)
+    return {tokens: statistics.fmean(accuracies) for tokens, accuracies in found.items()}
+
+
+def _guessed(record: Record) -> dict[float, float]:
+    """Where no passage was hidden."""
+    matches = ((_PART.fullmatch(name), accuracy) for name, accuracy in record["result"].items())
+    return {float(match[1]): accuracy for match, accuracy in matches if match and match[3] == "0"}
+
+
+def _longest(records: Sequence[Record]) -> list[Record]:
+    """Of text, those of the longest context."""
+    contexts = [record["data"].get("context", 0) for record in records]
+    return [record for record, context in zip(records, contexts) if context == max(contexts)]
+
+
+def _means(records: Sequence[Record], of: Any) -> Lines:
+    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        for x, y in of(record).items():
+            found[record["run"]["mixer"]][x].append(y)
+    return {
+        mixer: {x: statistics.fmean(ys) for x, ys in sorted(points.items())} for mixer, points in sorted(found.items())
+    }
+
+
+def _table(by_context: Lines, recalled: Lines, guessed: Lines) -> dict[str, Any]:
+    contexts = sorted({x for line in by_context.values() for x in line})
+    lengths = sorted({x for line in recalled.values() for x in line})
+    rows = []
+    for mixer in sorted({*by_context, *recalled}):
+        row = {"mixer": mixer}
+        row |= {f"bits/byte at {length(x)}": f"{by_context.get(mixer, {}).get(x, float('nan')):.3f}" for x in contexts}
+        for x in lengths:
+            known, luck = (lines.get(mixer, {}).get(x, float("nan")) for lines in (recalled, guessed))
+            row[f"recalled at {length(x)}"] = f"{known:.1%} ({luck:.1%})"
+        rows.append(row)
+    note = "Recalled: tokens of a hidden passage, mean over depths; in brackets without it."
+    return {"kind": "table", "rows": rows, "note": note}
+
+
+def _picture(lines: Lines, x: str, y: str, trained: Sequence[int], *, share: bool = False) -> Picture | None:
+    """A line a mixer on a log axis, with the contexts trained at marked; None where a line would be a point."""
+    if not lines or max(map(len, lines.values())) < 2:
+        return None
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        colours = theme.colours(list(lines))
+        labels = []
+        for mixer, points in lines.items():
+            axes.plot(list(points), list(points.values()), color=colours[mixer], marker="o", markersize=4.5)
+            end, value = list(points.items())[-1]
+            told = f"{value:.0%}" if share else f"{value:.3f}"
+            labels.append(Label(end, value, f"{mixer}  {told}", colours[mixer]))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
+        axes.set_xticks(sorted({x for points in lines.values() for x in points}))
+        if share:
+            axes.set_ylim(0, 1.03)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        for context in trained:
+            if axes.get_xlim()[0] < context < axes.get_xlim()[1]:
+                axes.axvline(context, color=theme.faint, linewidth=0.8, linestyle=":")
+        axes.set_xlabel(f"{x}; dotted: trained at" if trained else x)
+        axes.set_ylabel(y)
+        label_ends(axes, labels)
+        return figure
+
+    return picture(draw)
+
+
+def redraw(path: Path) -> None:
+    """Of kept evaluations, beside them. Raises: ValueError where there are none."""
+    write(kept_evaluations(path, kind=KIND), path.parent)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Patterns of files, and the directory to write into."""
+    if len(arguments) < 2:
+        raise SystemExit(__doc__)
+    *patterns, out = arguments
+    paths = sorted({Path(path) for pattern in patterns for path in glob.glob(pattern)})
+    try:
+        records = read_evaluations(paths)
+        keep_evaluations(records, Path(out), kind=KIND)
+        write(records, Path(out))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{out} holds table.json and the plots")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,112 @@
+"""Plots of synthetic tasks: accuracy against the bytes of the state for each part, and against length for each task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from lkda.report.draw.style import LINES, MARKERS, Picture, Theme, picture, turns
+from lkda.report.draw.units import length, memory
+from lkda.report.training.accuracy import Line, Point, describe
+
+COLUMNS = 4
+WIDTH, HEIGHT = 2.35, 2.2  # of a panel, in inches
+
+
+def by_state(lines: Sequence[Line]) -> Picture | None:
+    """A panel for each part of the validation, a line from width to width for each mixer; None where no task has
+    several sizes of state."""
+    shapes = sorted({point.shape for line in lines for point in line.points})
+    if not any(len({p.state_bytes for p in line.points if p.shape == shape}) > 1 for line in lines for shape in shapes):
+        return None
+
+    states = [point.state_bytes for line in lines for point in line.points]
+    low, high = math.log2(min(states)), math.log2(max(states))
+
+    def panel(axes: Axes, shape: object) -> None:
+        axes.set_title(describe(shape), fontsize=9)  # type: ignore[arg-type]
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks([4.0**n for n in range(math.ceil(low / 2), math.floor(high / 2) + 1)])
+        axes.set_xlim(2 ** (low - 0.7), 2 ** (high + 0.7))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: memory(value)))
+        axes.tick_params(axis="x", labelrotation=30)
+
+    def points(line: Line, shape: object) -> list[tuple[float, Point]]:
+        return [(p.state_bytes, p) for p in line.points if p.shape == shape]
+
+    return _panels(lines, shapes, panel, points, x="state of one sequence")
+
+
+def by_length(lines: Sequence[Line]) -> Picture | None:
+    """A panel for each task whose parts differ in length alone, each model at the length that it was trained at; None
+    where there is no such task with several lengths."""
+    found: dict[str, set[int]] = {}
+    for line in lines:
+        for point in line.points:
+            if len(point.shape) == 1:
+                found.setdefault(point.task, set()).add(dict(point.shape)["length"])
+    tasks = [task for task, lengths in found.items() if len(lengths) > 1]
+    if not tasks:
+        return None
+
+    def panel(axes: Axes, task: object) -> None:
+        axes.set_title(str(task), fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(found[str(task)]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
+        axes.xaxis.set_minor_locator(NullLocator())
+
+    def points(line: Line, task: object) -> list[tuple[float, Point]]:
+        own = [p for p in line.points if p.task == task]
+        trained_there = [p for p in own if dict(p.shape)["length"] == p.context]
+        return [(dict(p.shape)["length"], p) for p in trained_there]
+
+    return _panels(lines, tasks, panel, points, x="length in tokens, trained and measured")
+
+
+def _panels(
+    lines: Sequence[Line],
+    cells: Sequence[object],
+    panel: Callable[[Axes, object], None],
+    points: Callable[[Line, object], Iterable[tuple[float, Point]]],
+    *,
+    x: str,
+) -> Picture:
+    """A panel a cell in rows of COLUMNS, and the lines' names in the place after the last."""
+
+    def draw(theme: Theme) -> Figure:
+        columns = min(COLUMNS, len(cells) + 1)
+        rows = -(-(len(cells) + 1) // columns)
+        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        colours, turn_of = theme.colours([line.mixer for line in lines]), turns([line.mixer for line in lines])
+        looks = [
+            {"color": colours[line.mixer], "linestyle": LINES[turn % len(LINES)], "marker": MARKERS[n % len(MARKERS)]}
+            for n, (line, turn) in enumerate(zip(lines, turn_of, strict=True))
+        ]
+        for axes, cell in zip(grid, cells, strict=False):
+            panel(axes, cell)
+            for line, look in zip(lines, looks, strict=True):
+                found = sorted(points(line, cell), key=lambda pair: pair[0])
+                axes.plot([at for at, _ in found], [p.accuracy for _, p in found], markersize=4, linewidth=1.5, **look)
+                axes.vlines(
+                    [at for at, _ in found], [p.low for _, p in found], [p.high for _, p in found], look["color"]
+                )
+            axes.set_ylim(-0.04, 1.04)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.tick_params(labelsize=7.5)
+        for axes in grid[len(cells) :]:
+            axes.axis("off")
+        names = grid[len(cells)]
+        handles = [names.plot([], [], label=line.label, **look)[0] for line, look in zip(lines, looks, strict=True)]
+        names.legend(handles=handles, loc="center left", frameon=False, fontsize=8.5)
+        figure.supxlabel(x, fontsize=9)
+        figure.supylabel("accuracy of asked tokens", fontsize=9)
+        return figure
+
+    return picture(draw)

@@ -1,0 +1,141 @@
+"""Groups of runs -> one table, for the terminal, CSV, Markdown and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lkda.report.draw.units import count, memory
+from lkda.report.read.groups import Group
+from lkda.report.read.runs import Run
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, the entry of a row it shows, how a number is written, and whether with its spread."""
+
+    heading: str
+    key: str
+    write: Callable[[float], str]
+    spread: bool = False
+
+
+COLUMNS = (
+    Column("val loss", "val/loss", "{:.3f}".format, spread=True),
+    Column("bits/byte", "val/bits_per_byte", "{:.3f}".format, spread=True),
+    Column("bits/byte, same time", "bits_at_same_time", "{:.3f}".format, spread=True),
+    Column("accuracy", "val/accuracy", "{:.1%}".format, spread=True),
+    Column("whole sequences", "val/sequence_accuracy", "{:.1%}".format, spread=True),
+    Column("perplexity", "val/perplexity", "{:.1f}".format),
+    Column("params", "params", count),
+    Column("state", "state_bytes", memory),
+    Column("FLOP/token", "flops_per_token", count),
+    Column("tokens", "tokens", count),
+    Column("tokens/s", "tokens_per_s", count, spread=True),
+    Column("kernel ms", "kernel_ms", "{:.3f}".format),
+)
+# Means nothing where runs shared a device.
+OF_TIME = ("tokens_per_s",)
+# Means nothing across tokenizers.
+PER_TOKEN = ("val/loss", "val/perplexity")
+
+# Validations that make a course.
+ENOUGH = 3
+
+Row = dict[str, Any]
+
+
+def rows(
+    groups: Sequence[Group],
+    *,
+    across_tokenizers: bool = False,
+    alone: bool = True,
+    kernel_ms: Mapping[str, float] | None = None,
+) -> list[Row]:
+    """One row a group: its label, its number of runs, and mean and (of several) standard deviation of each column.
+
+    Args:
+        across_tokenizers: leave out what compares only between runs with one tokenizer.
+        alone: whether each run had its device to itself; where not, leave out what is of time.
+        kernel_ms: forward+backward time of a mixer's operator in milliseconds, from a benchmark, by the mixer's name.
+    """
+    table = []
+    seconds = same_time(groups) if alone else None
+    for group in groups:
+        row: Row = {"mixer": group.label, "seeds": len(group.runs)}
+        for column in COLUMNS:
+            if any(run.summary.get(column.key) is None for run in group.runs):
+                continue
+            if (across_tokenizers and column.key in PER_TOKEN) or (not alone and column.key in OF_TIME):
+                continue
+            row[column.key] = group.mean(column.key)
+            if column.spread and len(group.runs) > 1:
+                row[f"{column.key} sd"] = statistics.stdev(group.values(column.key))
+        if seconds is not None:
+            found = [bits_after(run, seconds) for run in group.runs]
+            row["bits_at_same_time"] = statistics.fmean(found)
+            if len(found) > 1:
+                row["bits_at_same_time sd"] = statistics.stdev(found)
+        if kernel_ms is not None and group.mixer in kernel_ms:
+            row["kernel_ms"] = kernel_ms[group.mixer]
+        table.append(row)
+    return table
+
+
+def same_time(groups: Sequence[Group]) -> float | None:
+    """Seconds of training that every run reached: those of the one that ended first. None for fewer than two groups,
+    where devices differ, or where a run has too few validations to tell its course."""
+    runs = [run for group in groups for run in group.runs]
+    courses = [_course(run) for run in runs]
+    if len(groups) < 2 or len({run.summary.get("device") for run in runs}) > 1 or min(map(len, courses)) < ENOUGH:
+        return None
+    seconds = min(course[-1][0] for course in courses)
+    return seconds if all(course[0][0] <= seconds for course in courses) else None
+
+
+def bits_after(run: Run, seconds: float) -> float:
+    """Validation bits per byte after so many seconds of training, by a straight line between validations."""
+    times, bits = zip(*_course(run))
+    return float(np.interp(seconds, times, bits))
+
+
+def _course(run: Run) -> list[tuple[float, float]]:
+    name = "val/bits_per_byte"
+    return [(row["seconds"], row[name]) for row in run.metrics if name in row]
+
+
+def _cell(row: Row, column: Column) -> str:
+    if column.key not in row:
+        return ""
+    text = column.write(row[column.key])
+    spread = row.get(f"{column.key} sd")
+    return text if spread is None else f"{text} ± {column.write(spread)}"
+
+
+def as_cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The headings and the cells as text; a column that no row fills is left out."""
+    columns = [column for column in COLUMNS if any(column.key in row for row in table)]
+    several = any(row["seeds"] > 1 for row in table)
+    head = ["mixer", *(["seeds"] if several else []), *(column.heading for column in columns)]
+    body = [
+        [row["mixer"], *([str(row["seeds"])] if several else []), *(_cell(row, column) for column in columns)]
+        for row in table
+    ]
+    return head, body
+
+
+def as_csv(table: Sequence[Row]) -> str:
+    """Full numbers, one line a row, spreads beside their means."""
+    keys = (name for column in COLUMNS for name in (column.key, f"{column.key} sd"))
+    names = ["mixer", "seeds", *(name for name in keys if any(name in row for row in table))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()

@@ -1,0 +1,68 @@
+"""Tasks of lm-eval on a checkpoint and on an exported directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import lkda
+from lkda.commands.checkpoint_loading import load_trained
+from lkda.commands.evaluate import evaluate
+from lkda.commands.lm_eval_adapter import _language_model
+from lkda.commands.train import train
+from tests.commands.small import composed, small_run
+
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'lkda[eval]'")
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "one"
+    train(composed("train", *small_run(corpus, "trainer.max_steps=3")), directory)
+    return directory
+
+
+def test_the_projects_own_task_on_a_run_and_on_what_it_exports(run: Path, tmp_path: Path) -> None:
+    words = ("tasks=[sotu_word_order]", "limit=6", "accelerator=cpu")
+    found = evaluate(composed("evaluate", f"ckpt={run}", *words, f"out={tmp_path}/scores.json"))
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["result"] == found
+    assert (record["tasks"], record["limit"], record["step"]) == (["sotu_word_order"], 6, 3)
+    (accuracy,) = found.values()
+    assert set(found) == {"sotu_word_order/acc"}
+    assert accuracy * 6 == pytest.approx(round(accuracy * 6))
+    trained = load_trained(run)
+    lkda.export(trained.model, trained.tokenizer, tmp_path / "out")
+    assert evaluate(composed("evaluate", f"ckpt={tmp_path / 'out'}", *words)) == found
+
+
+def test_likelihoods_are_those_of_the_model(run: Path) -> None:
+    trained = load_trained(run)
+    harness = _language_model(trained, torch.device("cpu"))
+    before, after = trained.tokenizer.encode("the people").ids, trained.tokenizer.encode(" of the").ids
+    ((found, greedy),) = harness._loglikelihood_tokens([(("", ""), before, after)])
+    text, want, likeliest = list(before), 0.0, True
+    for token in after:
+        logits = trained.model(torch.tensor([text]))[0, -1].float()
+        want += float(logits.log_softmax(-1)[token].detach())
+        likeliest &= int(logits.argmax()) == token
+        text.append(token)
+    assert found == pytest.approx(want, rel=1e-4)
+    assert greedy is likeliest
+    assert math.isfinite(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tasks=[sotu]"], r"holds no task sotu; it holds sotu_word_order"),
+        (["tasks=[sotu]", "tasks_path=/nowhere"], r"tasks_path=/nowhere is no directory of lm-eval's task files"),
+    ],
+)
+def test_an_unknown_task_is_refused(run: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(composed("evaluate", f"ckpt={run}", *words))

@@ -1,0 +1,77 @@
+"""data=needle: a hidden passage, repeated at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.progress import Progress
+
+from lkda.data.text.cache import publish
+from lkda.data.text.needle import Needle
+from lkda.data.text.tokenize import tokenise
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("needle")
+    words = [f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]
+    text = " ".join(np.random.default_rng(0).choice(words, 4000))
+    (built := home / "built").mkdir()
+    with Progress(disable=True) as progress:
+        facts = tokenise([text], [text], built, given=None, vocab_size=400, progress=progress)
+    publish(built, home / "prose", facts)
+    return home / "prose"
+
+
+def needle(prose: Path, **changes: object) -> Needle:
+    options: dict[str, object] = {"lengths": [128, 256], "depths": [0, 50, 100], "examples": 3, "cue": 4, "answer": 12}
+    return Needle(directory=str(prose), **{**options, **changes})  # type: ignore[arg-type]
+
+
+def test_the_passage_stands_where_it_is_said_and_at_the_end(prose):
+    data = needle(prose)
+    data.prepare()
+    batches = list(data.val_dataloader())
+    assert len(batches) == data.val_batches == 3 * (2 * 3 + 2)
+    for batch in batches:
+        part = data.parts[batch["part"]]
+        tokens, targets = batch["tokens"][0].numpy(), batch["targets"][0].numpy()
+        assert len(tokens) == len(targets) == part["length"]
+        assert batch["asked"].tolist() == list(range(part["length"] - 12, part["length"]))
+        assert (targets[:-12] == -100).all()
+        whole = np.append(tokens, targets[-1])
+        assert (whole[1:][-12:] == targets[-12:]).all()
+        passage, text = whole[-16:], part["length"] + 1 - 16 * (1 + part["needles"])
+        found = [n for n in range(len(whole) - 31) if (whole[n : n + 16] == passage).all()]
+        assert found == ([text * part["depth"] // 100] if part["needles"] else [])
+
+
+def test_depths_hide_the_same_passage_in_the_same_text(prose):
+    data = needle(prose)
+    data.prepare()
+    early, middle, _, _, _, _, without, _ = (data.sequence(part, 1) for part in data.parts)
+    assert sorted(early) == sorted(middle)
+    assert (early[-16:] == middle[-16:]).all()
+    assert len(without) == len(early)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": [32]}, "lengths"),
+        ({"depths": [120]}, "depths"),
+        ({"depths": []}, "entry each"),
+        ({"examples": 0}, "examples"),
+        ({"lengths": [8192]}, "want twice as many"),
+    ],
+)
+def test_bad_numbers_get_one_clear_message(prose, changes, message):
+    with pytest.raises(ValueError, match=message):
+        needle(prose, **changes).prepare()
+
+
+def test_it_does_not_train(prose):
+    with pytest.raises(ValueError, match="trains none"):
+        _ = needle(prose).tokens_per_batch

@@ -1,0 +1,134 @@
+"""The KDA kernels' source, run on the CPU, against float64: arithmetic and indices without a GPU."""
+
+import shutil
+
+import pytest
+import torch
+
+from lkda.ops import kda_attention, l2_normalized
+from lkda.ops.kda.cuda import core as cuda
+from lkda.ops.kda.cuda import plan as cuda_plan
+from lkda.ops.kda.cuda import variants as cuda_kernels
+from tests.ops.cases import kda_inputs, relative
+from tests.ops.emulation import emulated, kernels_on_the_cpu  # noqa: F401
+from tests.ops.yardstick import kda_truth, outputs_and_gradients
+
+ARCH = "sm_90a"
+ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # about twice what the GPU shows
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("dtype", "gate", "segments", "D", "warpgroups"),
+    [
+        (torch.bfloat16, "slow", 1, 32, False),
+        (torch.bfloat16, "resets", 1, 32, False),
+        (torch.float32, "slow", 1, 32, False),
+        (torch.bfloat16, "slow", 4, 32, False),
+        (torch.float16, "slow", 1, 64, True),
+        (torch.bfloat16, "resets", 4, 64, True),
+    ],
+)
+def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch):
+    """With segments, of two chunks each, the last one shorter and one empty."""
+    monkeypatch.setattr(cuda_kernels, "WARPGROUPS", warpgroups)
+    B, T, H = 1, 70 if segments == 1 else 300, 64 // D
+    inputs = kda_inputs(B, T, H, D, D, gate=gate, dtype=dtype)
+    q, k, v, g, beta, state = inputs.values()
+    layout, scale = cuda_kernels.Layout(D, dtype), D**-0.5
+    slots = B * -(-T // layout.chunk)
+    generator = torch.Generator().manual_seed(1)  # as `outputs_and_gradients` draws them
+    grad_o, grad_state = torch.randn(v.shape, generator=generator), torch.randn(state.shape, generator=generator)
+    grad_o = grad_o.to(dtype)
+
+    def unwritten(*shape, dtype=torch.float32):
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    operand = torch.float32 if dtype == torch.float32 else torch.float16
+    packets = torch.full((slots * H * layout.packet,), 255, dtype=torch.uint8)
+    states, d_states = (torch.full((slots, H, layout.kept_state), 255, dtype=torch.uint8) for _ in range(2))
+    corrections, d_corrections = (unwritten(slots, H, D, layout.chunk, dtype=operand) for _ in range(2))
+    got = {"o": unwritten(*v.shape, dtype=dtype), "final_state": unwritten(*state.shape)}
+    got |= {f"d{name}": unwritten(*x.shape, dtype=x.dtype) for name, x in inputs.items()}
+    parts = unwritten(slots, H, D // 16, layout.chunk)
+    largest, d_largest, units, d_units = unwritten(slots, H), unwritten(slots, H), unwritten(B, H), unwritten(B, H)
+
+    def scan(name, part, *tensors):
+        launch = cuda_kernels.Scan(name, D, dtype, ARCH, part)
+        run = emulated(launch.kernel)
+        run(B * segments * H * launch.blocks, 32 * launch.warps, *tensors, None, B, T, H, segments)
+
+    def entries(matrices, offsets, start, backward):
+        found = unwritten(*offsets.shape)
+        run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, segments, H, int(backward))
+        return found
+
+    prepare = emulated(cuda_kernels.prepare_kernel(D, dtype, ARCH))
+    prepare(min(3, slots * H), layout.threads, q, k, g, beta, packets, None, slots * H, T, H, scale)
+    if dtype.itemsize == 2:
+        find = emulated(cuda_kernels.largest_kernel(D, dtype))
+        find(-(-slots * H // 8), 256, v, largest, None, slots * H, T, H)
+        find(-(-slots * H // 8), 256, grad_o, d_largest, None, slots * H, T, H)
+    enters, leaves = state, grad_state
+    if segments > 1:
+        offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
+        run = emulated(cuda_kernels.segments_kernel(D, ARCH))
+        ends = (offsets, None, None, None, transposed, transitions)
+        scan("scan", "summary", packets, v, largest, state, None, None, *ends)
+        enters = entries(transposed, offsets, state, backward=False)
+        ends = (d_offsets, None, None, None, None)
+        scan("reverse", "summary", packets, None, grad_o, d_largest, grad_state, None, *ends)
+        leaves = entries(transitions, d_offsets, grad_state, backward=True)
+    results = (got["o"], got["final_state"])
+    scan("scan", "whole", packets, v, largest, state, enters, *results, states, corrections, units, None, None)
+    kept = (got["dinitial_state"], d_states, d_corrections, d_units, parts)
+    scan("reverse", "whole", packets, v, grad_o, d_largest, grad_state, leaves, *kept)
+    gradients = emulated(cuda_kernels.gradients_kernel(D, dtype, ARCH))
+    passed = (states, corrections, d_states, d_corrections, parts, units, d_units)
+    given = (q, k, g, beta, grad_o, *passed, state, grad_state)
+    results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
+    gradients(slots * H, layout.threads, *given, *results, None, T, H, scale)
+
+    for name, want in kda_truth(inputs).items():
+        assert relative(got[name], want) < ALLOWED[dtype], name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.usefixtures("kernels_on_the_cpu")
+@pytest.mark.parametrize(
+    ("T", "packed", "state", "segments", "normalize"),
+    [
+        (70, False, True, 1, False),
+        (70, True, True, 1, True),
+        (70, False, False, 1, True),
+        (300, False, True, 4, False),
+    ],
+)
+def test_the_op_around_the_kernels(T, packed, state, segments, normalize, monkeypatch):
+    """Forward, what is kept, backward: the launches and their arguments as a GPU would get them."""
+    monkeypatch.setattr(cuda_plan, "architecture", lambda device: ARCH)
+    monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
+    inputs, D = kda_inputs(1, T, 2, 32, 32, gate="slow", dtype=torch.bfloat16), 32
+    options = {}
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, 0, 20, T], dtype=torch.int32)
+        inputs["initial_state"] = inputs["initial_state"].repeat(3, 1, 1, 1)
+    if not state:
+        del inputs["initial_state"]
+
+    if normalize:
+        inputs |= {name: (3 * inputs[name]).contiguous() for name in ("q", "k")}
+
+    def op(*, initial_state=None, cu_seqlens=None, **given):
+        return cuda.kda_cuda(
+            **given, scale=D**-0.5, initial_state=initial_state, cu_seqlens=cu_seqlens, normalize=normalize
+        )
+
+    def plain(q, k, **given):
+        q, k = l2_normalized(q, k, backend="plain") if normalize else (q, k)
+        return kda_attention(q, k, **given, backend="recurrent")
+
+    got = outputs_and_gradients(op, inputs, **options)
+    truth = outputs_and_gradients(plain, {name: x.double() for name, x in inputs.items()}, **options)
+    for name, want in truth.items():
+        assert relative(got[name], want) < ALLOWED[torch.bfloat16], name

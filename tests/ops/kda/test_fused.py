@@ -1,0 +1,151 @@
+"""KDA from raw logits: the plain path against its parts, the gate's kernels, run on the CPU, against float64."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lkda.ops import kda_attention, kda_attention_fused
+from lkda.ops.kda import fused
+from lkda.ops.kda.cuda.gate import kda_gate_cuda
+from lkda.ops.kda.reference.gate import write_strength
+from tests.ops.cases import relative
+from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
+from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
+
+FORMS = [("softplus", -5.0, False), ("bounded", -3.0, True)]
+
+
+def gate_inputs(B, T, H, K, *, per_head=False, dtype=torch.bfloat16, spread=3.0):
+    """Logits of every size; A and dt as a layer begins with."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (H,) if per_head else (H, K)
+    dt = torch.exp(torch.empty(*shape).uniform_(-7, -2, generator=generator)).flatten()
+    return {
+        "logits": (spread * torch.randn(B, T, *shape, generator=generator)).to(dtype),
+        "strengths": torch.randn(B, T, H, generator=generator).to(dtype),
+        "A_log": torch.empty(1, 1, H, 1).uniform_(1, 16, generator=generator).log(),
+        "dt_bias": torch.log(torch.expm1(dt)),
+    }
+
+
+def gates(backend, K, form="softplus", lower_bound=-5.0, negative=False):
+    def run(strengths, logits=None, A_log=None, dt_bias=None):
+        if backend == "plain":
+            g = fused.plain_decay(logits, A_log, dt_bias, strengths, K, form, lower_bound)
+            return g, write_strength(strengths, negative_eigenvalues=negative)
+        options = {"bounded": form == "bounded", "lower_bound": lower_bound, "strength": 2.0 if negative else 1.0}
+        return kda_gate_cuda(logits, strengths, A_log, dt_bias, head_dim=K, **options)
+
+    return run
+
+
+def check_gates(inputs, K, *form):
+    want = outputs_and_gradients(gates("plain", K, *form), {name: x.double() for name, x in inputs.items()})
+    assert_within_yardstick(outputs_and_gradients(gates("cuda", K, *form), inputs), want)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.usefixtures("kernels_on_the_cpu")
+class TestGateKernels:
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(
+        ("dtype", "K", "T", "per_head"),
+        [
+            (torch.bfloat16, 64, 200, False),
+            (torch.float16, 128, 7, True),
+            (torch.float32, 32, 40, False),
+            (torch.float32, 32, 40, True),
+        ],
+    )
+    def test_forward_and_backward(self, dtype, K, T, per_head, form):
+        check_gates(gate_inputs(2, T, 6, K, per_head=per_head, dtype=dtype), K, *form)
+
+    def test_without_decay(self):
+        strengths = gate_inputs(2, 40, 6, 32)["strengths"]
+        assert not gates("cuda", 32)(strengths.requires_grad_())[0].any()
+
+        def beta(backend):
+            return lambda strengths: gates(backend, 32, "softplus", -5.0, True)(strengths)[1:]
+
+        want = outputs_and_gradients(beta("plain"), {"strengths": strengths.double()})
+        assert_within_yardstick(outputs_and_gradients(beta("cuda"), {"strengths": strengths}), want)
+
+    def test_where_logits_are_large(self):
+        """softplus keeps its digits where it is tiny, and is the identity where it is large."""
+        inputs = gate_inputs(1, 50, 2, 32, dtype=torch.float32, spread=30.0)
+        g, _ = gates("cuda", 32)(**inputs)
+        exact, _ = gates("plain", 32)(**{name: x.double() for name, x in inputs.items()})
+        kept = exact < -1e-37  # what float32 can hold
+        assert ((g - exact).abs() / exact.abs())[kept].max() < 1e-5
+
+    def test_strided_logits_and_gradients(self):
+        inputs = gate_inputs(2, 20, 4, 32)
+        want = outputs_and_gradients(gates("cuda", 32), inputs)
+        strided = {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in inputs.items() if x.dim() > 1}
+        got = outputs_and_gradients(gates("cuda", 32), inputs | strided)
+        assert all(torch.equal(got[name], x) for name, x in want.items())
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        g, beta = gates("cuda", 32)(**leaves)
+        (g.sum() + beta.sum()).backward()
+        assert all(x.grad.isfinite().all() for x in leaves.values())
+
+    def test_a_loss_of_beta_alone(self):
+        leaves = {name: x.requires_grad_() for name, x in gate_inputs(2, 20, 4, 32, dtype=torch.float32).items()}
+        _, beta = gates("cuda", 32)(**leaves)
+        beta.sum().backward()
+        assert leaves["logits"].grad.abs().max() == 0
+        strengths = leaves["strengths"].detach()
+        torch.testing.assert_close(leaves["strengths"].grad, strengths.sigmoid() * (1 - strengths.sigmoid()))
+
+
+def layer_inputs(B=2, T=50, H=2, K=16, *, per_head=False, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(B, T, H, K, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
+    logits, strengths, A_log, dt_bias = gate_inputs(B, T, H, K, per_head=per_head, dtype=dtype).values()
+    return {"q": q, "k": k, "v": v, "gate_logits": logits, "beta_logits": strengths, "A_log": A_log, "dt_bias": dt_bias}
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(("gate", "lower_bound", "negative"), FORMS)
+def test_is_the_attention_of_the_activated_inputs(gate, lower_bound, negative, per_head):
+    inputs = layer_inputs(per_head=per_head)
+    q, k, v, logits, strengths, A_log, dt_bias = inputs.values()
+    raw = (logits if not per_head else logits.unsqueeze(-1)) + dt_bias.view(2, -1)
+    A = A_log.exp().view(2, 1)
+    g = lower_bound * torch.sigmoid(A * raw) if gate == "bounded" else -A * torch.log1p(torch.exp(raw))
+    beta = torch.sigmoid(strengths) * (2 if negative else 1)
+    norms = [F.normalize(x, dim=-1) for x in (q, k)]
+    want = kda_attention(*norms, v, g.expand_as(q), beta)
+    options = {"gate": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
+    for got in (
+        kda_attention_fused(**inputs, **options),
+        kda_attention_fused(**inputs | {"q": norms[0], "k": norms[1]}, normalized=True, **options),
+    ):
+        assert relative(got[0], want[0]) < 1e-6
+        assert relative(got[1], want[1]) < 1e-6
+
+
+def test_without_logits_nothing_decays():
+    q, k, v, _, strengths, *_ = layer_inputs().values()
+    o, _ = kda_attention_fused(q, k, v, None, strengths, None, None, normalized=True)
+    want, _ = kda_attention(q, k, v, torch.zeros_like(q), strengths.sigmoid())
+    assert torch.equal(o, want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gate": "linear"}, "gate must be one of softplus, bounded, got 'linear'"),
+        ({"lower_bound": -6.0}, r"lower_bound must be in \[-5, 0\), got -6.0"),
+        ({"A_log": None}, "gate_logits, A_log and dt_bias come together"),
+        ({"dt_bias": torch.zeros(3)}, r"A_log must hold 2 numbers and dt_bias 32, got .* and \[3\]"),
+        ({"gate_logits": torch.zeros(2, 50, 2, 5)}, "gate_logits must be"),
+        ({"beta_logits": torch.zeros(2, 50, 3)}, "beta_logits must be"),
+        ({"backend": "cuda"}, "not on a CUDA device"),
+    ],
+)
+def test_what_does_not_fit_is_said(changes, message):
+    with pytest.raises(ValueError, match=message):
+        kda_attention_fused(**layer_inputs() | changes)

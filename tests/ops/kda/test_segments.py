@@ -1,0 +1,28 @@
+"""How many segments a sequence is cut into."""
+
+from __future__ import annotations
+
+import pytest
+
+from lkda.ops.kda.cuda.segments import FEWEST, FEWEST_CHUNKS, segment_count
+
+
+@pytest.mark.parametrize(
+    ("sequences", "heads", "chunks", "want"),
+    [
+        (1, 4, 1024, 33),  # fills the multiprocessors
+        (1, 8, 128, 16),
+        (1, 16, 128, 8),
+        (1, 16, 24, 6),  # of no fewer than four chunks
+        (8, 16, 32, 1),  # enough heads without
+        (1, 34, 1024, 1),  # three segments are not worth a second pass
+        (1, 1, 1, 1),
+        (1000, 64, 1, 1),
+    ],
+)
+def test_segments_fill_the_chip_and_no_more(sequences, heads, chunks, want):
+    found = segment_count(sequences, heads, chunks)
+    assert found == want
+    if want > 1:
+        assert found >= FEWEST
+        assert chunks >= found * FEWEST_CHUNKS

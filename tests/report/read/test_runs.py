@@ -1,0 +1,150 @@
+"""Run directories -> runs and groups."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from lkda.report.draw.curves import mean_curve, running_mean
+from lkda.report.read.groups import also_differing, group_runs
+from lkda.report.read.runs import RECORDED_ROWS, Run, as_record, from_record, read_run, read_runs
+from lkda.report.training import table
+from tests.report.conftest import FLOOR, write_run
+
+
+def labels(paths):
+    return {group.label for group in group_runs(read_runs(paths)[0])}
+
+
+def test_seeds_are_one_row_with_mean_and_spread(runs):
+    found, skipped = read_runs(runs)
+    rows = {row["mixer"]: row for row in table.rows(group_runs(found))}
+    assert skipped == []
+    assert list(rows) == sorted(FLOOR, key=FLOOR.__getitem__)
+    losses = [run.summary["val/loss"] for run in found if run.summary["mixer"] == "kda"]
+    assert rows["kda"]["seeds"] == 3
+    assert rows["kda"]["val/loss"] == pytest.approx(statistics.fmean(losses))
+    assert rows["kda"]["val/loss sd"] == pytest.approx(statistics.stdev(losses))
+    assert rows["kda"]["tokens_per_s"] == 7100
+    assert rows["kda"]["tokens_per_s sd"] == 100
+    assert "val/loss sd" not in rows["softmax"]
+
+
+def spoil(run, name, text):
+    if text is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_text(text)
+    return run
+
+
+def test_what_is_no_finished_run_is_left_out_by_name_with_the_reason(tmp_path, runs):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    write_run(tmp_path / "stopped", "kda", status="interrupted")
+    write_run(tmp_path / "diverged", "kda", status="diverged")
+    write_run(tmp_path / "poor", "kda", state_bytes=None)
+    write_run(tmp_path / "infinite", "kda", **{"val/loss": float("inf")})
+    for name, spoilt, text in (
+        ("torn", "summary.json", '{"mixer": "k'),
+        ("running", "summary.json", None),
+        ("list", "summary.json", "[1]"),
+        ("unset", "config.yaml", None),
+        ("odd", "config.yaml", "a: [1"),
+        ("bare", "metrics.csv", None),
+        ("untested", "metrics.csv", "step,tokens,seconds,train/loss\n1,1,1,9.0\n"),
+        ("words", "metrics.csv", "step,tokens\none,two\n"),
+    ):
+        spoil(write_run(tmp_path / name, "kda"), spoilt, text)
+    (spoil(write_run(tmp_path / "bytes", "kda"), "summary.json", "") / "summary.json").write_bytes(b"\xff\xfe")
+    found, skipped = read_runs([path for path in tmp_path.iterdir() if path.name != "runs"] + runs)
+    assert len(found) == len(runs)
+    assert {path.name: reason.split(" (")[0] for path, reason in skipped} == {
+        "bare": "no metrics.csv",
+        "bytes": "summary.json cannot be read",
+        "diverged": "the run is diverged, not finished",
+        "empty": "no summary.json: not a run",
+        "file": "not a directory",
+        "infinite": "summary.json lacks val/loss",
+        "list": "summary.json holds no table of values",
+        "odd": "config.yaml is not YAML",
+        "poor": "summary.json lacks state_bytes",
+        "running": "no summary.json: still running, or killed",
+        "stopped": "the run is interrupted, not finished",
+        "torn": "summary.json is not JSON",
+        "unset": "no config.yaml",
+        "untested": "metrics.csv holds no validation",
+        "words": "metrics.csv cannot be read",
+    }
+
+
+def test_a_label_says_what_tells_a_group_from_the_others_of_its_mixer(tmp_path):
+    fast = {"optimizer": {"name": "adamw", "lr": 0.008}}
+    paths = [
+        write_run(tmp_path / "a", "kda"),
+        write_run(tmp_path / "b", "kda", seed=1),
+        write_run(tmp_path / "c", "kda", settings=fast),
+        write_run(tmp_path / "d", "softmax", settings=fast),
+    ]
+    assert labels(paths) == {"kda · lr 0.004", "kda · lr 0.008", "softmax · lr 0.008"}
+
+
+def test_an_option_of_the_mixer_makes_another_group(tmp_path):
+    by_head = {"mixer": {"name": "kda", "pattern": ["kda"], "kda": {"gate": "head"}}}
+    paths = [
+        write_run(tmp_path / "a", "kda", settings={"mixer": by_head["mixer"] | {"kda": {"gate": "channel"}}}),
+        write_run(tmp_path / "b", "kda", settings=by_head),
+        write_run(tmp_path / "c", "softmax"),
+    ]
+    assert labels(paths) == {"kda · gate channel", "kda · gate head", "softmax"}
+
+
+def test_a_backend_is_named_where_a_mixer_ran_on_several(tmp_path):
+    paths = [write_run(tmp_path / backend, "kda", backend=backend) for backend in ("chunk", "cuda")]
+    assert labels([*paths, write_run(tmp_path / "a", "softmax")]) == {"kda · chunk", "kda · cuda", "softmax"}
+
+
+def test_the_name_of_a_model_stands_for_all_its_sizes(tmp_path):
+    small = {"model": {"name": "small", "d_model": 512, "num_layers": 8}}
+    paths = [write_run(tmp_path / "a", "kda"), write_run(tmp_path / "b", "kda", settings=small)]
+    assert labels(paths) == {"kda · tiny", "kda · small"}
+
+
+def test_what_differs_between_mixers_besides_the_mixer_is_told(tmp_path, runs):
+    assert also_differing(read_runs(runs)[0]) == []
+    fast = {"optimizer": {"name": "adamw", "lr": 0.008}}
+    paths = [write_run(tmp_path / "a", "kda"), write_run(tmp_path / "b", "softmax", settings=fast, tokens=5)]
+    assert also_differing(read_runs(paths)[0]) == ["optimizer.lr", "tokens"]
+
+
+def test_the_mean_curve_runs_between_the_best_and_the_worst_seed(tmp_path):
+    runs = [read_run(write_run(tmp_path / str(seed), "kda", seed=seed)) for seed in range(3)]
+    curve = mean_curve(runs, "tokens", "val/loss")
+    assert curve.x == [step * 2048 for step in (100, 200, 300, 400, 500)]
+    ends = [run.summary["val/loss"] for run in runs]
+    assert (curve.low[-1], curve.high[-1]) == pytest.approx((min(ends), max(ends)))
+    assert curve.y[-1] == pytest.approx(statistics.fmean(ends))
+
+
+def test_the_running_mean_keeps_a_line_and_calms_the_noise(tmp_path):
+    curve = mean_curve([read_run(write_run(tmp_path / "a", "kda"))], "tokens", "train/loss")
+    calm = running_mean(curve)
+    assert calm.x == curve.x
+    jumps = [abs(b - a) for values in (curve.y, calm.y) for a, b in zip(values[30:], values[31:])]
+    assert statistics.fmean(jumps[len(jumps) // 2 :]) < 0.7 * statistics.fmean(jumps[: len(jumps) // 2])
+
+
+def test_a_long_course_is_recorded_thinly_but_with_every_validation():
+    rows = [{"step": n, "train/loss": 1.0} for n in range(1, 10_001)]
+    rows += [{"step": n, "val/loss": 1.0} for n in range(100, 10_001, 100)]
+    kept = from_record(as_record(Run("long", {}, {}, rows))).metrics
+    training = [row for row in kept if "train/loss" in row]
+    assert len(kept) - len(training) == 100
+    assert 0.9 * RECORDED_ROWS < len(training) <= RECORDED_ROWS
+    assert training[-1]["step"] > 9_900
+
+
+def test_a_short_course_is_recorded_whole(tmp_path):
+    run = read_run(write_run(tmp_path / "a", "kda"))
+    assert from_record(as_record(run)) == run

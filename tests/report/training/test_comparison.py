@@ -1,0 +1,202 @@
+"""Runs -> table, plots, page; and the command."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from omegaconf import OmegaConf
+
+from lkda.commands.compare import compare as compare_command
+from lkda.report.read.groups import group_runs
+from lkda.report.read.runs import read_run
+from lkda.report.readme import fill
+from lkda.report.redraw import redraw
+from lkda.report.training.comparison import compare
+from lkda.report.training.plots import loss_curves
+from lkda.report.training.table import rows, same_time
+from tests.report.conftest import bench_row, write_run
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "compare.py"
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    """The result of a comparison with a benchmark and a run that stopped, and its directory."""
+    home = tmp_path_factory.mktemp("compared")
+    rows = [bench_row(mode=mode, ms=1.5) for mode in ("fwd", "fwd+bwd")]
+    found = {"kind": "benchmark", "header": {"device": "an H100"}, "rows": rows}
+    (home / "b.json").write_text(json.dumps(found))
+    stopped = write_run(home / "stopped <1>", "kda", status="interrupted")
+    result = compare([*runs, stopped], home / "out", title="All & every mixer", benchmark=home / "b.json")
+    return result, home / "out"
+
+
+def coloured(path):
+    """Where the picture is neither black nor white nor grey."""
+    pixels = matplotlib.image.imread(path)[..., :3]
+    return pixels.max(-1) - pixels.min(-1) > 0.3
+
+
+def test_table_plots_and_page_are_written(compared):
+    _, out = compared
+    assert sorted(path.name for path in out.iterdir()) == [
+        "loss_by_seconds.png",
+        "loss_by_state.png",
+        "loss_by_tokens.png",
+        "report.html",
+        "results.json",
+        "table.csv",
+        "table.md",
+    ]
+    for name in ("loss_by_tokens", "loss_by_seconds", "loss_by_state"):
+        assert 0.002 < coloured(out / f"{name}.png").mean() < 0.2
+
+
+def test_the_tables_hold_the_numbers(compared):
+    result, out = compared
+    written = {row["mixer"]: row for row in csv.DictReader(io.StringIO((out / "table.csv").read_text()))}
+    assert float(written["kda"]["kernel_ms"]) == 1.5
+    assert written["softmax"]["kernel_ms"] == ""
+    assert float(written["kda_mla_3to1"]["state_bytes"]) == 210_944
+    assert json.loads((out / "results.json").read_text())["rows"] == result.rows
+    line = next(line for line in (out / "table.md").read_text().splitlines() if line.startswith("| kda |"))
+    loss = next(row for row in result.rows if row["mixer"] == "kda")
+    assert line.startswith(f"| kda | 3 | {loss['val/loss']:.3f} ± {loss['val/loss sd']:.3f} |")
+    assert "| 7.1k ± 100 |" in line
+    assert line.endswith("| 1.500 |")
+
+
+def test_the_page_stands_alone_in_light_and_dark(compared):
+    page = (compared[1] / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 * (3 + 2)
+    assert "http" not in page
+    assert "src=" not in page.replace('src="data:', "")
+    assert "prefers-color-scheme: dark" in page
+    assert "<h1>All &amp; every mixer</h1>" in page
+    assert "stopped &lt;1&gt;: the run is interrupted, not finished" in page
+
+
+def test_everything_is_drawn_again_from_the_json_alone(compared, tmp_path):
+    shutil.copy(compared[1] / "results.json", tmp_path)
+    redraw(tmp_path / "results.json")
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in compared[1].iterdir()}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (compared[1] / path.name).read_bytes()
+
+
+def test_other_data_are_compared_in_bits_per_byte(tmp_path):
+    paths = [
+        write_run(tmp_path / "a", "kda"),
+        write_run(tmp_path / "b", "kda", data="files", unigram_entropy=5.0, settings={"data": {"source": "files"}}),
+    ]
+    result = compare(paths, tmp_path / "out", title="t")
+    assert any("compare in bits per byte" in note for note in result.notes)
+    assert {row["mixer"] for row in result.rows} == {"kda · sotu", "kda · files"}
+    assert not any("val/loss" in row or "val/perplexity" in row for row in result.rows)
+    assert "Bits per byte against tokens" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
+    paths = [
+        write_run(tmp_path / name, mixer, settings={"mixer": {"kda": {"gate": gate}}})
+        for name, mixer, gate in (("a", "kda", "channel"), ("b", "kda", "none"), ("c", "kda_mla_3to1", "channel"))
+    ]
+    labels = {group.label for group in group_runs([read_run(path) for path in paths])}
+    assert labels == {"kda · gate channel", "kda · gate none", "kda_mla_3to1"}
+
+
+def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):
+    result = compare(runs, tmp_path / "out", title="t", alone=False)
+    assert "Runs shared a device: nothing of time is compared." in result.notes
+    assert result.rows
+    assert not any("tokens_per_s" in row or "bits_at_same_time" in row for row in result.rows)
+    (tmp_path / "out" / "table.md").unlink()
+    redraw(tmp_path / "out" / "results.json")  # as it was written
+    assert "tokens/s" not in (tmp_path / "out" / "table.md").read_text()
+    assert not (tmp_path / "out" / "loss_by_seconds.png").exists()
+
+
+def test_a_course_with_few_validations_is_drawn_by_the_training_loss(tmp_path):
+    seldom = group_runs([read_run(write_run(tmp_path / "a", "kda", every=500))])
+    (tmp_path / "a.png").write_bytes(loss_curves(seldom, x="tokens", y="val/loss").light)
+    assert coloured(tmp_path / "a.png").any(axis=0).mean() > 0.5  # a line, not the one point
+
+
+def configuration(**changes):
+    return OmegaConf.create({"title": "t", "bench": None, "step": None, "alone": True, **changes})
+
+
+def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, capsys):
+    (tmp_path / "nothing").mkdir()
+    home = runs[0].parent
+    compare_command(configuration(runs=[f"{home}/k*", f"{tmp_path}/n*"], out=f"{tmp_path}/out"))
+    shown = capsys.readouterr().out
+    assert "kda_mla_3to1" in shown
+    assert "softmax" not in shown
+    assert "nothing: no summary.json: not a run" in shown
+    assert f"{tmp_path}/out/report.html" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": "{}/non*"}, r"runs=.*/non\* matches nothing; give run directories"),
+        ({"runs": "{}"}, r"none of the 1 paths is the directory of a finished run \(.*no summary.json: not a run\)"),
+        ({"out": "{}/file"}, r"out=.*/file cannot be written: File exists"),
+        ({"bench": "{}/file"}, r"file cannot be read as JSON"),
+        ({"bench": "{}/missing"}, r"missing cannot be read as JSON \(.*No such file"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(tmp_path, runs, changes, message):
+    (tmp_path / "file").write_text("text")
+    given = {"runs": f"{runs[0].parent}/*", "out": "{}/out"} | changes
+    config = configuration(**{name: value.format(tmp_path) for name, value in given.items()})
+    with pytest.raises(ValueError, match=message):
+        compare_command(config)
+
+
+def test_the_script_ends_with_one_line_and_code_2(tmp_path):
+    command = [sys.executable, str(SCRIPT), f"runs={tmp_path}/*", f"out={tmp_path}/out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: runs=")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_readme_blocks_are_filled_from_results(compared):
+    results = compared[1].parent
+    text = "before\n<!-- results:out -->\nold\n<!-- /results:out -->\nafter\n"
+    filled = fill(text, results)
+    assert "old" not in filled
+    assert "| kda_mla_3to1 |" in filled
+    assert "6 runs on cpu, 2 threads." in filled
+    assert filled.startswith("before\n")
+    assert filled.endswith("after\n")
+    assert fill(filled, results) == filled
+    with pytest.raises(ValueError, match="the block results:none needs"):
+        fill(text.replace(":out", ":none"), results)
+
+
+def test_bits_per_byte_at_the_time_of_the_fastest_run(tmp_path):
+    runs = [read_run(write_run(tmp_path / mixer, mixer)) for mixer in ("kda", "softmax")]
+    groups = group_runs(runs)
+    seconds = same_time(groups)
+    assert seconds == min(run.metrics[-1]["seconds"] for run in runs)
+    for row, group in zip(rows(groups), groups):
+        course = [(r["seconds"], r["val/bits_per_byte"]) for r in group.runs[0].metrics if "val/loss" in r]
+        before, after = [p for p in course if p[0] <= seconds][-1], next(p for p in course if p[0] >= seconds)
+        low, high = sorted((before[1], after[1]))
+        assert low <= row["bits_at_same_time"] <= high
+    assert same_time(groups[:1]) is None
+    elsewhere = dataclasses.replace(runs[1], summary=runs[1].summary | {"device": "another"})
+    assert same_time(group_runs([runs[0], elsewhere])) is None
