@@ -48,6 +48,11 @@ def console_commands() -> dict[str, str]:
     return dict(project.get("scripts", {}))
 
 
+def subcommands() -> list[str]:
+    """What the console command can be asked for, in text that also speaks of lkda: the names of the scripts."""
+    return sorted(path.stem.replace("_", "-") for path in (ROOT / "scripts").glob("*.py"))
+
+
 def make_targets() -> set[str]:
     """What `make` can be asked for."""
     return set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -182,7 +187,7 @@ _BEGIN = re.compile(
     + "|".join(sorted(make_targets()))
     + r")\b"
     r"|bash \S+/|pytest -|\.venv/bin/|apt(?:-get)? install |echo \S.*\| ?python"
-    + "".join(rf"|{name} " for name in sorted(console_commands()))
+    + "".join(rf"|{name} (?:{'|'.join(subcommands())}|--)" for name in sorted(console_commands()))
     + "))"
 )
 
