@@ -1,7 +1,8 @@
-"""Names that run directories and exported directories of earlier versions hold, and what they are called today."""
+"""What run directories and exported directories of earlier versions say, as it is said today."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +18,62 @@ DATA_MODULES = {
 }
 
 
+# Options that came later, by group, with what every run before them had.
+_LATER: dict[str, dict[str, Any]] = {
+    "model": {"embed_norm": False, "embed_scale": 1.0, "init": {}},
+    "optimizer": {"lr_scale": {"matrix": 1.0, "embedding": 1.0, "head": 1.0, "vector": 1.0}},
+}
+_LATER_OF_MIXERS: dict[str, dict[str, Any]] = {
+    "kda": {"activation": "silu"},
+    "simplified": {"activation": "silu"},
+    "softmax": {"qk_norm": False, "conv_width": 0},
+    "mla": {"qk_norm": False, "conv_width": 0},
+}
+
+
+def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """The options that a recorded configuration lacks because they came later, as {"model.embed_norm": what it had}.
+
+    KDA and simplified attention without a convolution had no activation.
+    """
+    missing: dict[str, Any] = {}
+    groups = [(f"{name}.", config.get(name), options) for name, options in _LATER.items()]
+    mixers = config.get("mixer")
+    if isinstance(mixers, Mapping):
+        groups += [(f"mixer.{name}.", mixers.get(name), options) for name, options in _LATER_OF_MIXERS.items()]
+    for prefix, group, options in groups:
+        if isinstance(group, Mapping):
+            missing |= {prefix + name: value for name, value in options.items() if name not in group}
+            if prefix + "activation" in missing and group.get("conv_width") == 0:
+                missing[prefix + "activation"] = "none"
+    return missing
+
+
+def with_options(config: Mapping[Any, Any], options: Mapping[str, Any]) -> dict[Any, Any]:
+    """A copy of a nested configuration with other values at some dotted names."""
+    found = copy.deepcopy(dict(config))
+    for name, value in options.items():
+        *path, last = name.split(".")
+        group = found
+        for part in path:
+            group = group[part]
+        group[last] = copy.deepcopy(value)
+    return found
+
+
 def translated(config: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A recorded configuration as it would be written today: a copy, equal where it holds no old name."""
-    found, data = dict(config), config.get("data")
+    """A recorded configuration as it would be written today: a copy, equal where it holds nothing old."""
+    found, data = with_options(config, later_options(config)), config.get("data")
+    scheduler = found.get("scheduler")
+    if isinstance(scheduler, dict) and scheduler.get("name") == "constant":
+        scheduler.pop("final", None)  # it had no effect
     if isinstance(data, Mapping) and isinstance(target := data.get("_target_"), str):
         found["data"] = {**data, "_target_": DATA_MODULES.get(target, target)}
     return found
+
+
+def current_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a saved model as `build_model` takes it today, so that the model computes what it computed."""
+    if "embed_norm" in config or not isinstance(config.get("mixer"), Mapping):
+        return dict(config)
+    return with_options(config, later_options({"mixer": config["mixer"]}))

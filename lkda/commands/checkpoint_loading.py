@@ -14,8 +14,7 @@ from lkda.commands.run_directory import fingerprint_of
 from lkda.formats import load, recorded_config
 from lkda.formats.common.building import build_with_weights
 from lkda.models.lm import LanguageModel
-from lkda.models.old_config import current_config
-from lkda.old_names import translated
+from lkda.old_names import current_model_config, translated
 from lkda.training.checkpoint import read_checkpoint
 
 
@@ -74,7 +73,7 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(prefix)
     }
-    model = build_with_weights(current_config(ours["model"]), weights, source=path, backend=backend)
+    model = build_with_weights(current_model_config(ours["model"]), weights, source=path, backend=backend)
     vocabulary = None if ours["tokenizer"] is None else Tokenizer.from_str(ours["tokenizer"])
     return TrainedModel(model, vocabulary, path, ours["run"], ours["step"], fingerprint_of(checkpoint))
 

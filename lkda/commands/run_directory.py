@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lkda.checks import InputError
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
-from lkda.old_names import translated
+from lkda.old_names import later_options, translated, with_options
 from lkda.training.checkpoint import newest_intact
 
 # Settings that change what a run computes: a run is resumed with the same ones.
@@ -105,7 +105,8 @@ class RunDirectory:
             ValueError: a run is here and `resume` is false; or it has other settings; or none of its checkpoints can
                 be read; or a config.yaml is here that is none of lkda's.
         """
-        before = self._recorded()
+        recorded = self._recorded()
+        before = None if recorded is None else translated(recorded)
         if self.holds_run() and before is None:
             raise InputError(
                 f"{self.path} holds a run without its config.yaml, so its settings are not known. Put it back, or "
@@ -124,6 +125,21 @@ class RunDirectory:
         self._check_settings(before, config, free_places=saved is None or "train" in fingerprint_of(saved[1]))
         return saved
 
+    def with_options_of_then(self, settings: Mapping[str, Any], *, given: Sequence[str]) -> dict[str, Any]:
+        """The settings to go on with: a run that was begun before an option existed keeps what it had without it.
+
+        Args:
+            settings: a plain dict.
+            given: overrides of the command line; an option that they name stays as it is.
+        """
+        recorded = self._recorded() or {}
+        later = {
+            name: value
+            for name, value in later_options(recorded).items()
+            if not any(word.lstrip("+~").startswith((f"{name}=", f"{name}.")) for word in given)
+        }
+        return with_options(settings, later)
+
     def _recorded(self) -> dict[Any, Any] | None:
         """What config.yaml holds. Raises ValueError where it is another program's."""
         if not self.config.exists():
@@ -134,7 +150,7 @@ class RunDirectory:
             raise InputError(f"{self.config} cannot be read: {' '.join(str(error).split())}.") from error
         if not isinstance(found, dict) or not found.keys() >= _OURS:
             raise InputError(f"{self.config} is no configuration of lkda's: choose another hydra.run.dir.")
-        return translated(found)
+        return found
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
         changed = _differences(_fixed(before, free_places), _fixed(now, free_places))

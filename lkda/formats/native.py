@@ -13,7 +13,7 @@ from lkda.formats.common.building import build_with_weights
 from lkda.formats.common.reading import read_tokenizer, read_weights
 from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
-from lkda.models.old_config import current_config
+from lkda.old_names import current_model_config
 
 __all__ = ["DTYPES", "MODEL_TYPES", "load", "obstacle", "save", "usage"]
 
@@ -44,7 +44,7 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
     if config.get("format") != FORMAT or not isinstance(config.get("model"), dict):
         raise InputError(f"{directory / 'config.json'} does not say format {FORMAT} and hold a model.")
     weights = read_weights(directory)
-    made = current_config(config["model"])
+    made = current_model_config(config["model"])
     if config["model"].get("tie_embeddings", True) and "embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
     model = build_with_weights(made, weights, source=directory, backend=backend)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
+from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.train import train
@@ -79,3 +84,62 @@ def test_an_old_exported_directory_is_evaluated_and_exported_again(old_run: Path
 
 def test_old_and_new_runs_are_one_group(run: Path, old_run: Path) -> None:
     assert len(group_runs([read_run(run), read_run(old_run)])) == 1
+
+
+EARLIER = Path(__file__).parent / "run_of_2f6dbd5"  # six steps of `debug=fast`, as commit 2f6dbd5 left them
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    shutil.copytree(EARLIER, tmp_path / "earlier")
+    return tmp_path / "earlier"
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_was(earlier: Path) -> None:
+    """Without the options that came later: an embedding norm would be another model, and rates by kind another run."""
+    before = list(csv.DictReader((earlier / "metrics.csv").read_text().splitlines()))
+    steps = ("debug=fast", "trainer.accelerator=cpu", "trainer.max_steps=8", "resume=true")
+    summary = train(composed("train", *steps, "sample.max_new_tokens=0"), earlier)
+    assert summary["steps"] == 8
+    rows = list(csv.DictReader((earlier / "metrics.csv").read_text().splitlines()))
+    columns = before[0].keys() & rows[0].keys()
+    assert {"step", "train/loss", "val/loss", "lr", "seconds"} <= columns
+    assert [{c: row[c] for c in columns} for row in rows[: len(before)]] == [
+        {c: row[c] for c in columns} for row in before
+    ]
+    config = OmegaConf.load(earlier / "config.yaml")
+    assert config.model.embed_norm is False
+    assert config.optimizer.lr_scale.embedding == 1.0
+    model = load_trained(earlier).model
+    assert model.embed_norm is None
+    # Two steps of a run that had begun so are no break: the loss stays where it was.
+    assert summary["val/loss"] == pytest.approx(float(before[-1]["val/loss"]), abs=0.05)
+
+
+def test_options_that_came_later_can_not_be_brought_into_it(earlier: Path) -> None:
+    steps = ("debug=fast", "trainer.accelerator=cpu", "trainer.max_steps=8", "resume=true", "model.embed_norm=true")
+    with pytest.raises(ValueError, match=r"other settings \(model.embed_norm: False there, True here\)"):
+        train_from_command_line(steps, earlier)
+
+
+def train_from_command_line(overrides: tuple[str, ...], directory: Path) -> None:
+    """With the overrides where Hydra puts them."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    train(config, directory)
+
+
+def test_it_is_evaluated_and_exported(earlier: Path, tmp_path: Path) -> None:
+    (earlier / "checkpoints/step_0000006.ckpt").rename(earlier / "checkpoints/last.ckpt")
+    loss = pytest.approx(json.loads((earlier / "summary.json").read_text())["val/loss"], abs=1e-5)
+    limit = ("max_batches=2", "accelerator=cpu")  # as debug=fast validates
+    assert evaluate(composed("evaluate", f"ckpt={earlier}", *limit))["loss"] == pytest.approx(
+        recorded["val/loss"], abs=1e-5
+    )
+    out = export(composed("export", f"ckpt={earlier}", f"out={tmp_path}/out", "format=hf"))
+    assert evaluate(composed("evaluate", f"ckpt={out}", *limit))["loss"] == pytest.approx(
+        recorded["val/loss"], abs=1e-5
+    )
