@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 SECONDS = 300  # that a command may take
 # What a word in capitals stands for in a documented command.
 PLACEHOLDERS = {
+    "COMMAND": "train",
     "RUN": "runs/run",
     "RUNS": "runs",
     "PATH": "runs/path",
