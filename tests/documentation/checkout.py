@@ -89,7 +89,9 @@ def _served(folder: Path) -> Iterator[Session]:
     kernels.mkdir(parents=True, exist_ok=True)
     (folder / "cache" / "kernels").symlink_to(kernels)  # those that are compiled need not be again
     _write_programs(bin_)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
+    # A make that runs these tests would hand its variables, VENV among them, to a documented `make`.
+    leaking = ("PYTEST", "COV", "MAKE", "MFLAGS", "VENV")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(leaking)}
     environment |= {
         "PATH": f"{bin_}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
