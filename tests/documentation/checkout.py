@@ -90,7 +90,7 @@ def _served(folder: Path) -> Iterator[Session]:
     (folder / "cache" / "kernels").symlink_to(kernels)  # those that are compiled need not be again
     _write_programs(bin_)
     # A make that runs these tests would hand its variables, VENV among them, to a documented `make`.
-    leaking = ("PYTEST", "COV", "MAKE", "MFLAGS", "VENV")
+    leaking = ("PYTEST", "COV", "MAKE", "MFLAGS", "VENV", "ARGS")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(leaking)}
     environment |= {
         "PATH": f"{bin_}:{os.environ['PATH']}",
