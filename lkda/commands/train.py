@@ -166,8 +166,6 @@ def _train_in(
     saved = run.begin(settings, resume=config.resume)
     data = instantiate(config.data)
     data.expected = fingerprint_of(saved[1]) if saved else {}
-    if saved and "train" not in data.expected and run.tokenizer.exists() and data.tokenizer_path is None:
-        data.tokenizer_path = str(run.tokenizer)  # of an earlier version, which split words otherwise
     data.prepare()
     plan = _plan(config, settings, device, data, saved)
     if plan.step >= plan.steps and run.read_summary().get("status") == "finished":

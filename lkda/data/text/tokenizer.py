@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lkda.checks import InputError
+from lkda.data.words import LONGEST_WORD, word_splitter
 from lkda.special_tokens import END_OF_TEXT, document_start, special_tokens
 
 __all__ = [
@@ -30,13 +31,6 @@ __all__ = [
 
 # The 256 bytes and END_OF_TEXT: with them no text is out of vocabulary.
 SMALLEST_VOCABULARY = 257
-# Characters of a word, a number, or a run of signs or of white space that are tokenised together. BPE training takes
-# time that grows with the square of a word's length. Rules and indentation of ordinary files are shorter than this.
-LONGEST_WORD = 128
-# GPT-2's pattern (ByteLevel's own), its four kinds of runs bounded.
-_WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}").replace(
-    "1,N", f"1,{LONGEST_WORD}"
-)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -45,12 +39,6 @@ def check_vocab_size(vocab_size: int) -> None:
         raise InputError(
             f"data.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
         )
-
-
-def word_splitter() -> pre_tokenizers.PreTokenizer:
-    """The pre-tokenizer of lkda's own tokenizers: GPT-2's words as bytes, none longer than LONGEST_WORD characters."""
-    split = pre_tokenizers.Split(Regex(_WORDS), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
