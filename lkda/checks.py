@@ -18,10 +18,12 @@ class InputError(ValueError):
     """A value that the caller gave does not do; the message is written for them."""
 
 
-def check_count(name: str, value: object, *, least: int) -> None:
-    """Raises InputError for what is no whole number of `least` or more."""
+def check_count(name: str, value: object, *, least: int, most: int | None = None) -> None:
+    """Raises InputError for what is no whole number of `least` or more, or is above `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+    if most is not None and value > most:
+        raise InputError(f"{name} must be at most {most}, got {value!r}.")
 
 
 def check_types(function: Callable[..., Any], given: Mapping[str, object], *, prefix: str) -> None:

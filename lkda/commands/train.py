@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 from lkda.commands.command_line import CommandError
 from lkda.commands.console import draw_sample, print_closing
 from lkda.commands.initial import with_initial_model
@@ -56,7 +56,6 @@ from lkda.training.options import (
     check_switch,
     check_trainer,
     check_validation_batches,
-    check_whole,
 )
 from lkda.training.precision import PRECISIONS, resolve_precision
 from lkda.training.task import LanguageModelTask
@@ -109,7 +108,7 @@ def _check(settings: dict[str, Any]) -> None:
     check_schedule(settings["scheduler"])
     check_checkpoint(settings["checkpoint"])
     check_sample(settings["sample"])
-    check_whole("seed", settings["seed"], least=0, most=MOST_SEED)
+    check_count("seed", settings["seed"], least=0, most=MOST_SEED)
     for name in ("compile", "resume"):
         check_switch(name, settings[name])
     if not isinstance(settings["init_from"], str | None):

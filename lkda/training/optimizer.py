@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 from lkda.training.muon import muon
-from lkda.training.options import check_names, check_number, check_whole
+from lkda.training.options import check_names, check_number
 from lkda.training.parameters import KINDS, parameter_groups
 
 OPTIMIZERS = {
@@ -81,7 +81,7 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any], *, fused: bool 
 def check_schedule(config: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown schedule, an option that it does not have, or a number out of its range."""
     name = _check_choice("scheduler", config, SCHEDULES)
-    check_whole("scheduler.warmup_steps", config["warmup_steps"], least=0)
+    check_count("scheduler.warmup_steps", config["warmup_steps"], least=0)
     if "final" in SCHEDULES[name]:
         check_number("scheduler.final", config["final"], wanted="in [0, 1]", fits=lambda value: 0 <= value <= 1)
     if "decay" in SCHEDULES[name]:

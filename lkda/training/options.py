@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 
 # The options of configs/trainer/auto.yaml, and Lightning's that may be added to them.
 TRAINER = (
@@ -40,14 +40,6 @@ def check_names(
     return options
 
 
-def check_whole(name: str, value: object, *, least: int, most: int | None = None) -> None:
-    """Raise ValueError for what is no whole number of `least` or more, or is above `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}.")
-    if most is not None and value > most:
-        raise InputError(f"{name} must be at most {most}, got {value!r}.")
-
-
 def check_number(name: str, value: object, *, wanted: str, fits: Callable[[float], bool]) -> None:
     """Raise ValueError for what is no number, does not fit, or is infinite.
 
@@ -77,9 +69,9 @@ def check_trainer(options: object) -> None:
     if not isinstance(options["devices"], int) or isinstance(options["devices"], bool) or options["devices"] != 1:
         raise InputError(f"trainer.devices must be 1, got {options['devices']!r}: a run trains on one device.")
     for name in ("max_steps", "val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
-        check_whole(f"trainer.{name}", options[name], least=1)
+        check_count(f"trainer.{name}", options[name], least=1)
     if options["max_tokens"] is not None:
-        check_whole("trainer.max_tokens", options["max_tokens"], least=1)
+        check_count("trainer.max_tokens", options["max_tokens"], least=1)
     _check_validation_part(options["limit_val_batches"])
     if options["gradient_clip_val"] is not None:
         check_number(
@@ -118,7 +110,7 @@ def check_checkpoint(options: object) -> None:
     """Raise ValueError for an option of the group checkpoint that is unknown or out of its range."""
     options = check_names("checkpoint", options, ("every_n_steps", "keep"))
     for name, value in options.items():
-        check_whole(f"checkpoint.{name}", value, least=1)
+        check_count(f"checkpoint.{name}", value, least=1)
 
 
 def check_sample(options: object) -> None:
@@ -128,6 +120,6 @@ def check_sample(options: object) -> None:
         raise InputError(
             f"sample.prompt must be text, got {options['prompt']!r}: quote a number, as in sample.prompt=\"'1776'\"."
         )
-    check_whole("sample.max_new_tokens", options["max_new_tokens"], least=0)
+    check_count("sample.max_new_tokens", options["max_new_tokens"], least=0)
     check_number("sample.temperature", options["temperature"], wanted="0 or more", fits=lambda value: value >= 0)
     check_number("sample.top_p", options["top_p"], wanted="in (0, 1]", fits=lambda value: 0 < value <= 1)
