@@ -84,8 +84,9 @@ def current_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a saved model as `build_model` takes it today, so that the model computes what it computed."""
     if not isinstance(config.get("mixer"), Mapping):
         return dict(config)
-    old = later_options({"mixer": config["mixer"], "model": config})
-    return _without_filters(with_options(config, {key: value for key, value in old.items() if key.startswith("mixer.")}))
+    later = later_options({"mixer": config["mixer"], "model": config})
+    of_mixers = {name: value for name, value in later.items() if name.startswith("mixer.")}
+    return _without_filters(with_options(config, of_mixers))
 
 
 def _without_filters(model: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class MultiHeadLatentAttention(Mixer):
         norms = (nn.RMSNorm(self.nope + self.rope, eps=norm_eps) if qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
         widths = (num_heads * (self.nope + self.rope), self.rank + self.rope)
-        convolutions = (ShortConvolution(channels, conv_width, std=conv_std) if conv_width else None for channels in widths)
+        convolutions = (ShortConvolution(size, conv_width, std=conv_std) if conv_width else None for size in widths)
         self.q_conv1d, self.kv_conv1d = convolutions
 
     def forward(
