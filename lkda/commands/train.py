@@ -109,7 +109,7 @@ def _check(settings: dict[str, Any]) -> None:
     check_checkpoint(settings["checkpoint"])
     check_sample(settings["sample"])
     check_count("seed", settings["seed"], least=0, most=MOST_SEED)
-    for name in ("compile", "resume"):
+    for name in ("resume",):
         check_switch(name, settings[name])
     if not isinstance(settings["init_from"], str | None):
         raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
@@ -285,7 +285,8 @@ def _fit(
         context=data.context,
         bytes_per_token=data.bytes_per_token,
         parts=data.parts,
-        compile=plan.config.compile,
+        compile=bool(plan.config.compile),
+        graphs=plan.config.compile == "graphs",
     )
     if initial is not None:
         task.model.load_state_dict(initial.state_dict())  # a checkpoint to resume from is loaded over it

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lkda.models.build import build_model
+from lkda.training.cuda_graphs import GraphedLoss
 from lkda.training.accuracy import PartMetrics
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
@@ -75,6 +76,7 @@ class LanguageModelTask(L.LightningModule):
         bytes_per_token: float | None,
         parts: Sequence[Mapping[str, int]] = (),
         compile: bool = False,
+        graphs: bool = False,
     ) -> None:
         super().__init__()
         self.model = build_model(model_config)
@@ -88,6 +90,7 @@ class LanguageModelTask(L.LightningModule):
         self.val_positions = PositionLoss(context)
         self.val_parts = PartMetrics(parts, vocab_size=self.model.config["vocab_size"]) if parts else None
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
+        self._graphs, self._graphed = graphs, None
         self._losses = torch.compile(self._eager_losses, dynamic=False) if compile else self._eager_losses
 
     def _eager_loss(
@@ -115,13 +118,28 @@ class LanguageModelTask(L.LightningModule):
             group["lr"] = self.optimizer_config["lr"] * group["lr_scale"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("asked"))
         pieces = self.trainer.accumulate_grad_batches
+        if self._graphs:
+            if self._graphed is None:
+                self._graphed = GraphedLoss(self._loss, list(self.model.parameters()), accumulates=pieces > 1)
+            inputs = {name: batch.get(name) for name in ("tokens", "targets", "cu_seqlens", "asked")}
+            loss = self._graphed(inputs, scale=1.0 / pieces, first=batch_idx % pieces == 0)
+            self.log_dict(self._with_bits("train", loss), logger=False)
+            return loss
+        mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("asked"))
         if pieces > 1:
             loss = self.step_mean.weighted(loss, batch["targets"], first=batch_idx % pieces == 0)
             mean = self.step_mean.loss
         self.log_dict(self._with_bits("train", mean.detach()), logger=False)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self._graphs:
+            loss.backward()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if not self._graphs:
+            optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         pieces = self.trainer.accumulate_grad_batches
