@@ -1,4 +1,4 @@
-"""Forward and backward of a training step as one CUDA graph, so that the host launches one thing instead of hundreds."""
+"""Forward and backward of a training step as one CUDA graph: one launch of the host instead of hundreds."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lkda.models.build import build_model
-from lkda.training.cuda_graphs import GraphedLoss
+from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
 from lkda.training.accuracy import PartMetrics
+from lkda.training.cuda_graphs import GraphedLoss
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
 from lkda.training.positions import PositionLoss
@@ -96,13 +97,24 @@ class LanguageModelTask(L.LightningModule):
     def _eager_loss(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, asked: Tensor | None = None
     ) -> Tensor:
+        if asked is None and tokens.is_cuda:
+            return linear_cross_entropy(*self._head_inputs(tokens, cu_seqlens), targets.flatten())
         if asked is None:
             return next_token_loss(self.model(tokens, cu_seqlens=cu_seqlens), targets)
         logits = self.model.logits_at(tokens, asked, cu_seqlens=cu_seqlens)
         return F.cross_entropy(logits.float(), targets.flatten()[asked])
 
     def _eager_losses(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if tokens.is_cuda:
+            losses = linear_cross_entropies(*self._head_inputs(tokens, cu_seqlens), targets.flatten())
+            return losses.view_as(targets)
         return next_token_losses(self.model(tokens, cu_seqlens=cu_seqlens), targets)
+
+    def _head_inputs(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the head reads, [N, d_model], in the type of its product, and its weight."""
+        x = self.model.hidden(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)
+        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        return x.to(kind), self.model.lm_head.weight
 
     def _with_bits(self, name: str, loss: Tensor) -> dict[str, Tensor]:
         """The loss in nats a token, and in bits a byte, which compares across tokenizers, where the tokens are text."""
