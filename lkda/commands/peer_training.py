@@ -64,11 +64,12 @@ class LossRecorder(L.Callback):
             self.losses.append(trainer.callback_metrics["train/loss"].detach().clone())
 
 
-def compare_training(name: str, config: DictConfig) -> dict[str, Any]:
+def compare_training(name: str, config: DictConfig, console: Console) -> dict[str, Any]:
     """Train our model and the peer `name` from the same weights on the same batches.
 
     Args:
         config: composed from configs/train.yaml with the peer's overrides.
+        console: is told of each model that has been trained.
     Returns: the settings, and under "ours" and "theirs" the loss of every step and of the validation after the last.
     Raises:
         ValueError: a setting does not do, the data are no text, or the peer cannot be what our model is.
@@ -83,7 +84,11 @@ def compare_training(name: str, config: DictConfig) -> dict[str, Any]:
     L.seed_everything(settings["seed"], workers=True, verbose=False)
     ours = build_model(model_config(settings, vocab_size=data.vocab_size, context=data.context))
     theirs = peer_model(name, ours, data.tokenizer)
-    courses = {side: _train(model, data, settings, device) for side, model in (("ours", ours), ("theirs", theirs))}
+    courses = {}
+    for side, model in (("ours", ours), ("theirs", theirs)):
+        courses[side] = course = _train(model, data, settings, device)
+        words = f"{len(course['loss'])} steps in {course['seconds']:.0f} s, validation loss {course['val_loss']:.4f}"
+        console.print(f"{name}, {'lkda' if side == 'ours' else PEERS[name].distribution}: {words}", soft_wrap=True)
     return {
         "peer": name,
         "version": PEERS[name].version(),
@@ -146,7 +151,8 @@ def _train(
 
 
 def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Console) -> bool:
-    """Compare with each of `peers` in turn, writing what there is after each. A peer that fails does not stop the others.
+    """Compare with each of `peers` in turn, writing what there is after each. A peer that fails does not stop the
+    others.
 
     Returns: whether all of them were compared.
     Raises: ValueError before any training, for an unknown peer or a setting that does not do.
@@ -158,8 +164,7 @@ def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Cons
     for name, config in configs.items():
         try:
             check_available(name, device_of(config.trainer.accelerator))
-            console.print(f"{name}: training lkda's model, then the peer's", soft_wrap=True)
-            found["peers"].append(compare_training(name, config))
+            found["peers"].append(compare_training(name, config, console))
         except Exception as error:  # of any package: it is told, and the other peers are still of use
             found["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             console.print(f"{name} failed: {found['failed'][name]}", soft_wrap=True)
@@ -167,7 +172,8 @@ def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Cons
     if found["peers"]:
         redraw(out / "results.json")
         table = rows(found)
-        console.print(rich_table([*table[0]], [[*row.values()] for row in table]))
+        wide = Console(width=140, highlight=False, markup=False, file=console.file)
+        wide.print(rich_table([*table[0]], [[*row.values()] for row in table]))
     return not found["failed"]
 
 

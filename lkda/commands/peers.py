@@ -92,7 +92,9 @@ class Peer:
 
 
 PEERS = {
-    "llama": Peer("transformers", "transformers", ("mixer=softmax", "mixer.softmax.qk_norm=false"), "hf", SoftmaxLayers),
+    "llama": Peer(
+        "transformers", "transformers", ("mixer=softmax", "mixer.softmax.qk_norm=false"), "hf", SoftmaxLayers
+    ),
     "qwen3": Peer("transformers", "transformers", ("mixer=softmax", "mixer.softmax.qk_norm=true"), "hf", SoftmaxLayers),
     "fla_kda": Peer("fla", "flash-linear-attention", ("mixer=kda",), "fla", KDALayers, needs_gpu=True),
 }
