@@ -2,9 +2,12 @@
 
     python -m lkda.commands.peer_training --peers llama --out outputs/peer_training debug=fast
 
-Peers are llama and qwen3 (transformers) and fla_kda (flash-linear-attention, on a GPU). The other arguments are settings
-of scripts/train.py. Both models see the same batches in the same order, under the same loop, optimiser, schedule,
-clipping and precision; nothing is compiled. results.json, table.json and a plot are written into the directory --out.
+Peers are llama and qwen3 (transformers) and fla_kda (flash-linear-attention, on a GPU). The arguments key=value are
+settings of scripts/train.py. Both models see the same batches in the same order, under the same loop, optimiser,
+schedule, clipping and precision; nothing is compiled. The directory --out gets results.json, table.json and a plot.
+
+Training amplifies rounding errors, the more the higher the learning rate. How much is measured beside it: our model is
+trained a second time from weights that are changed by one rounding of float32, and what that changes is the yardstick.
 """
 
 from __future__ import annotations
@@ -70,7 +73,8 @@ def compare_training(name: str, config: DictConfig, console: Console) -> dict[st
     Args:
         config: composed from configs/train.yaml with the peer's overrides.
         console: is told of each model that has been trained.
-    Returns: the settings, and under "ours" and "theirs" the loss of every step and of the validation after the last.
+    Returns: the settings, and under "ours", "theirs" and "ours_rounded" (from weights changed by one rounding) the loss
+        of every step and of the validation after the last.
     Raises:
         ValueError: a setting does not do, the data are no text, or the peer cannot be what our model is.
         DivergedError: a loss is not finite.
@@ -83,12 +87,12 @@ def compare_training(name: str, config: DictConfig, console: Console) -> dict[st
     check_validation_batches(settings["trainer"]["limit_val_batches"], data.val_batches)
     L.seed_everything(settings["seed"], workers=True, verbose=False)
     ours = build_model(model_config(settings, vocab_size=data.vocab_size, context=data.context))
-    theirs = peer_model(name, ours, data.tokenizer)
+    models = {"ours": ours, "theirs": peer_model(name, ours, data.tokenizer), "ours_rounded": rounded(ours)}
     courses = {}
-    for side, model in (("ours", ours), ("theirs", theirs)):
+    for side, model in models.items():
         courses[side] = course = _train(model, data, settings, device)
         words = f"{len(course['loss'])} steps in {course['seconds']:.0f} s, validation loss {course['val_loss']:.4f}"
-        console.print(f"{name}, {'lkda' if side == 'ours' else PEERS[name].distribution}: {words}", soft_wrap=True)
+        console.print(f"{name}, {side}: {words}", soft_wrap=True)
     return {
         "peer": name,
         "version": PEERS[name].version(),
@@ -97,6 +101,15 @@ def compare_training(name: str, config: DictConfig, console: Console) -> dict[st
         "settings": {key: settings[key] for key in ("mixer", *_USED) if key in settings},
         **courses,
     }
+
+
+@torch.no_grad()
+def rounded(model: LanguageModel) -> LanguageModel:
+    """A copy whose weights are each changed by about one rounding of float32, drawn at random."""
+    changed = copy.deepcopy(model)
+    for parameter in changed.parameters():
+        parameter.mul_(1 + torch.finfo(torch.float32).eps * torch.randint_like(parameter, -1, 2))
+    return changed
 
 
 def checked(config: DictConfig) -> tuple[dict[str, Any], torch.device]:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -136,9 +137,11 @@ def _load_body(peer: Peer, ours: LanguageModel, tokenizer: Tokenizer) -> nn.Modu
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "exported"
         formats.save(directory, ours, tokenizer, format=peer.format, dtype="float32")
-        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        # Its annotations do not know that it gives two things where it is asked for the second.
+        given: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True
         )
+    loaded, report = given
     wrong = {word: sorted(map(str, names)) for word, names in report.items() if word.endswith("_keys") and names}
     if wrong:
         raise InputError(f"{type(loaded).__name__} did not take the exported weights as they are: {wrong}.")

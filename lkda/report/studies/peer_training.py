@@ -1,4 +1,4 @@
-"""results.json of `lkda.commands.peer_training` -> table.json, and a plot of both losses and their difference."""
+"""results.json of `lkda.commands.peer_training` -> table.json, and a plot of the losses and their differences."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ LAST = 50  # steps at the end, over which the training loss is averaged
 CLOSE = 0.01  # nats, within which two models count as the same
 
 
-def differences(peer: dict[str, Any]) -> dict[str, float]:
-    """The peer's loss less ours, in nats a token: at the first step, over the last steps, and of the validation."""
-    ours, theirs = peer["ours"], peer["theirs"]
+def differences(peer: dict[str, Any], side: str) -> dict[str, float]:
+    """The loss of `side` less ours, in nats a token: at the first step, over the last steps, and of the validation.
+
+    Args:
+        side: "theirs", the peer, or "ours_rounded", our own from weights changed by one rounding.
+    """
+    ours, other = peer["ours"], peer[side]
     return {
-        "first step": theirs["loss"][0] - ours["loss"][0],
-        f"last {LAST} steps": statistics.fmean(theirs["loss"][-LAST:]) - statistics.fmean(ours["loss"][-LAST:]),
-        "validation": theirs["val_loss"] - ours["val_loss"],
+        "first step": other["loss"][0] - ours["loss"][0],
+        f"last {LAST} steps": statistics.fmean(other["loss"][-LAST:]) - statistics.fmean(ours["loss"][-LAST:]),
+        "validation": other["val_loss"] - ours["val_loss"],
     }
 
 
 def rows(found: dict[str, Any]) -> list[dict[str, str]]:
-    """A line of text cells for each peer."""
+    """Two lines of text cells for each peer: it, and our own from rounded weights."""
     return [
         {
-            "peer": peer["peer"],
-            "validation loss, lkda": f"{peer['ours']['val_loss']:.4f}",
-            "validation loss, peer": f"{peer['theirs']['val_loss']:.4f}",
-            **{f"difference, {where}": f"{value:+.1e}" for where, value in differences(peer).items()},
+            "model": peer["peer"],
+            "less lkda's loss": words,
+            **{where: f"{value:+.4f}" for where, value in differences(peer, side).items()},
+            "validation loss": f"{peer[side]['val_loss']:.4f}",
         }
         for peer in found["peers"]
+        for side, words in (("theirs", "of the peer"), ("ours_rounded", "of lkda from rounded weights"))
     ]
 
 
@@ -59,17 +64,18 @@ def redraw(path: Path) -> None:
 def _note(found: dict[str, Any]) -> str:
     header, first = found["header"], found["peers"][0]
     versions = ", ".join(dict.fromkeys(peer["version"] for peer in found["peers"]))
-    model, precision = first["settings"]["model"], first["settings"]["trainer"]["precision"]
+    settings, steps = first["settings"], len(first["ours"]["loss"])
+    model = settings["model"]
     return (
-        f"Nats a token, the peer's less lkda's; {len(first['ours']['loss'])} steps of {first['tokens_per_step']:,} tokens, "
+        f"Nats a token; {steps} steps of {first['tokens_per_step']:,} tokens, "
         f"model={model['name']} ({model['num_layers']} layers of {model['d_model']}), "
-        f"data={first['settings']['data']['source']}, {precision}; "
+        f"data={settings['data']['source']}, {settings['trainer']['precision']}; "
         f"{header['device']}, torch {header['torch']}, {versions}."
     )
 
 
 def _picture(peers: list[dict[str, Any]]) -> Picture:
-    """A column for each peer: both training losses above, their difference below."""
+    """A column for each peer: both training losses above; below, their difference, and that of our own from rounded weights."""
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(1.5 + 3.2 * len(peers), 4.4), layout="constrained")
@@ -83,7 +89,10 @@ def _picture(peers: list[dict[str, Any]]) -> Picture:
             upper.set_title(peer["peer"], fontsize=10)
             upper.legend(fontsize=8, frameon=False)
             lower.axhspan(-CLOSE, CLOSE, color=theme.grid, linewidth=0)
-            lower.plot(steps, [b - a for a, b in zip(ours, theirs, strict=True)], color=theme.text, linewidth=0.8)
+            for side, shade, label in (("ours_rounded", theme.faint, "lkda, rounded"), ("theirs", other, "peer")):
+                difference = [b - a for a, b in zip(ours, peer[side]["loss"], strict=True)]
+                lower.plot(steps, difference, color=shade, linewidth=0.8, label=label)
+            lower.legend(fontsize=8, frameon=False, ncols=2)
             lower.set_xlabel("step")
         panels[0, 0].set_ylabel("training loss, nats")
         panels[1, 0].set_ylabel(f"difference\n(grey: {CLOSE:g})")
