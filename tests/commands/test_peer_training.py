@@ -33,9 +33,9 @@ def config(name: str, settings: tuple[str, ...], *more: str) -> DictConfig:
     return composed("train", *peers.PEERS[name].overrides, *settings, *more)
 
 
-def differences(found: dict[str, Any]) -> list[float]:
-    """Of the loss of each step, and of the validation."""
-    ours, theirs = ([*found[side]["loss"], found[side]["val_loss"]] for side in ("ours", "theirs"))
+def differences(found: dict[str, Any], side: str = "theirs") -> list[float]:
+    """Of the loss of each step, and of the validation, from ours."""
+    ours, theirs = ([*found[which]["loss"], found[which]["val_loss"]] for which in ("ours", side))
     assert len(ours) == 6
     return [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
 
@@ -47,6 +47,7 @@ def test_the_losses_are_equal(name: str, more: tuple[str, ...], settings: tuple[
     the norms and the rotary angles."""
     found = compare_training(name, config(name, settings, "trainer.precision=64-true", *more), QUIET)
     assert max(differences(found)) < 3e-6
+    assert max(differences(found, "ours_rounded")) < 3e-5
     assert max(found["ours"]["loss"]) - min(found["ours"]["loss"]) > 0.1  # something was trained
 
 
@@ -64,6 +65,15 @@ def test_a_peer_that_computes_something_else_is_seen(
     monkeypatch.setattr(peers, "_load_body", load_another)
     found = compare_training("llama", config("llama", settings, "trainer.precision=64-true"), QUIET)
     assert max(differences(found)) > 1e-4
+
+
+def test_weights_are_changed_by_one_rounding() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 64)
+    before, after = model.weight, peer_training.rounded(model).weight
+    relative = ((after - before) / before).abs()
+    assert 0 < relative.max() <= 2**-22
+    assert 0.4 < (relative > 0).float().mean() < 0.9
 
 
 def test_documents_of_a_row_do_not_see_each_other() -> None:

@@ -75,7 +75,7 @@ def _note(found: dict[str, Any]) -> str:
 
 
 def _picture(peers: list[dict[str, Any]]) -> Picture:
-    """A column for each peer: both training losses above; below, their difference, and that of our own from rounded weights."""
+    """A column for each peer: above, both training losses; below, what differs from ours, the grey band being CLOSE."""
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(1.5 + 3.2 * len(peers), 4.4), layout="constrained")
@@ -95,7 +95,7 @@ def _picture(peers: list[dict[str, Any]]) -> Picture:
             lower.legend(fontsize=8, frameon=False, ncols=2)
             lower.set_xlabel("step")
         panels[0, 0].set_ylabel("training loss, nats")
-        panels[1, 0].set_ylabel(f"difference\n(grey: {CLOSE:g})")
+        panels[1, 0].set_ylabel("difference, nats")
         return figure
 
     return picture(draw)
