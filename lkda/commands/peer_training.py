@@ -17,6 +17,7 @@ import copy
 import datetime
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,8 @@ def _train(
 
 
 def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Console) -> bool:
-    """Compare with each of `peers` in turn, writing what there is after each. A peer that fails does not stop the
-    others.
+    """Compare with each of `peers` in turn, writing and drawing what there is after each. A peer that fails does not
+    stop the others.
 
     Returns: whether all of them were compared.
     Raises: ValueError before any training, for an unknown peer or a setting that does not do.
@@ -173,17 +174,21 @@ def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Cons
     quiet()
     configs = _compose(peers, overrides)
     check_output_file(out / "results.json", option="--out")
-    found: dict[str, Any] = {"kind": KIND, "header": _header(overrides), "peers": [], "failed": {}}
+    device = device_of(configs[peers[0]].trainer.accelerator)
+    found: dict[str, Any] = {"kind": KIND, "header": _header(overrides, device), "peers": [], "failed": {}}
     for name, config in configs.items():
         try:
-            check_available(name, device_of(config.trainer.accelerator))
+            check_available(name, device)
             found["peers"].append(compare_training(name, config, console))
         except Exception as error:  # of any package: it is told, and the other peers are still of use
             found["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             console.print(f"{name} failed: {found['failed'][name]}", soft_wrap=True)
+            if not isinstance(error, InputError):
+                traceback.print_exc()
         write_json(out / "results.json", found)
+        if found["peers"]:
+            redraw(out / "results.json")
     if found["peers"]:
-        redraw(out / "results.json")
         table = rows(found)
         wide = Console(width=140, highlight=False, markup=False, file=console.file)
         wide.print(rich_table([*table[0]], [[*row.values()] for row in table]))
@@ -205,8 +210,8 @@ def _compose(peers: Sequence[str], overrides: Sequence[str]) -> dict[str, DictCo
     return configs
 
 
-def _header(overrides: Sequence[str]) -> dict[str, Any]:
-    gpu = torch.cuda.is_available()
+def _header(overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
+    gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
