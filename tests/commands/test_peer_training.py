@@ -149,6 +149,19 @@ def test_a_peer_that_fails_does_not_stop_the_others(
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == written
 
 
+def test_an_error_of_another_package_keeps_its_traceback(
+    settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_down(*_: Any) -> None:
+        raise RuntimeError("their kernel\nfailed")
+
+    monkeypatch.setattr(peer_training, "compare_training", break_down)
+    assert not run(["llama", "qwen3"], tmp_path / "out", settings, QUIET)
+    failed = json.loads((tmp_path / "out" / "results.json").read_text())["failed"]
+    assert failed == dict.fromkeys(["llama", "qwen3"], "RuntimeError: their kernel failed")
+    assert "in break_down" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("names", "overrides", "reason"),
     [

@@ -38,7 +38,7 @@ def rows(found: dict[str, Any]) -> list[dict[str, str]]:
         {
             "model": peer["peer"],
             "less lkda's loss": words,
-            **{where: f"{value:+.4f}" for where, value in differences(peer, side).items()},
+            **{where: f"{value:+.1e}" for where, value in differences(peer, side).items()},
             "validation loss": f"{peer[side]['val_loss']:.4f}",
         }
         for peer in found["peers"]

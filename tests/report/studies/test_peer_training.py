@@ -36,7 +36,7 @@ def test_differences_are_of_the_peer_less_ours(tmp_path: Path) -> None:
     redraw(path)
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "table.json", "peer_training.png"}
     table = json.loads((tmp_path / "table.json").read_text())
-    assert [row["validation"] for row in table["rows"]] == ["+0.0020", "-0.0010"]
+    assert [row["validation"] for row in table["rows"]] == ["+2.0e-03", "-1.0e-03"]
     assert "100 steps of 512 tokens" in table["note"]
 
 
