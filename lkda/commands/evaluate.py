@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import islice
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lkda.checks import InputError, check_count, check_values
 from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
@@ -34,9 +35,7 @@ from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
 from lkda.ops.kda.state import STATE_DTYPES
-from lkda.training.accuracy import PartMetrics
-from lkda.training.positions import PositionLoss
-from lkda.training.task import next_token_losses
+from lkda.training.validation import ValidationMetrics
 
 PRECISION = torch.float32  # of the weights and of what is computed
 OPTIONS = {
@@ -89,7 +88,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         model = StepwiseModel(model, state_dtype=config.state_dtype)
         state_dtype = model.state_dtype
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
-    result = (_of_parts if data.parts else _of_text)(model, data, device=device, limit=config.max_batches)
+    result = _measure(model, data, device=device, limit=config.max_batches)
     table = Table(title=Text(title), show_header=False)
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
@@ -187,31 +186,36 @@ def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
     return data
 
 
-def _of_text(
+@torch.inference_mode()
+def _measure(
     model: LanguageModel, data: IndexedDataModule, *, device: torch.device, limit: int | None
 ) -> dict[str, float]:
-    assert data.bytes_per_token is not None
+    """The columns of metrics.csv without their "val/", and of a text its perplexity and what to compare it with."""
+    metrics = ValidationMetrics(
+        context=data.context,
+        vocab_size=model.config["vocab_size"],
+        bytes_per_token=data.bytes_per_token,
+        parts=data.parts,
+    ).to(device)
+    for batch in _batches(model, data, limit):
+        metrics.update(model, {name: _on(device, value) for name, value in batch.items()})
+    tokens = int(metrics.count)
+    found = {name.removeprefix("val/"): float(value) for name, value in metrics.compute().items()}
+    if data.parts:
+        return found
     assert data.unigram_entropy is not None
-    loss, tokens, by_position = mean_loss(model, _batches(model, data, limit), context=data.context, device=device)
     return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) / data.bytes_per_token,
+        "loss": found["loss"],
+        "perplexity": math.exp(found["loss"]),
+        "bits_per_byte": found["bits_per_byte"],
         "unigram_entropy": data.unigram_entropy,
         "tokens": tokens,
-        **by_position,
+        **{name.replace("loss/", "loss_"): value for name, value in found.items() if name.startswith("loss/")},
     }
 
 
-@torch.inference_mode()
-def _of_parts(
-    model: LanguageModel, data: IndexedDataModule, *, device: torch.device, limit: int | None
-) -> dict[str, float]:
-    measured = PartMetrics(data.parts, vocab_size=model.config["vocab_size"]).to(device)
-    for batch in _batches(model, data, limit):
-        on_device = {name: batch[name].to(device) for name in ("tokens", "targets", "asked")}
-        measured.measure(model, on_device | {"part": batch["part"]})
-    return {name.removeprefix("val/"): float(value) for name, value in measured.compute().items()}
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _batches(model: LanguageModel, data: IndexedDataModule, limit: int | None) -> Iterator[dict[str, Any]]:
@@ -234,25 +238,6 @@ def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, cons
         table.add_row(name, f"{value:,.4f}")
     console.print(table)
     return result
-
-
-@torch.inference_mode()
-def mean_loss(
-    model: LanguageModel, batches: Iterable[dict[str, Any]], *, context: int, device: torch.device
-) -> tuple[float, int, dict[str, float]]:
-    """The mean loss in nats over every target of `batches`, their number, and {"loss_from_8": the mean of positions 8
-    to 15 of their sequences, ...}."""
-    measured = PositionLoss(context).to(device)
-    nats, count = 0.0, 0
-    for batch in batches:
-        tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
-        cu_seqlens = None if batch["cu_seqlens"] is None else batch["cu_seqlens"].to(device)
-        losses = next_token_losses(model(tokens, cu_seqlens=cu_seqlens), targets)
-        measured.update(losses, targets, cu_seqlens)
-        nats += float(losses.sum(dtype=torch.float64))
-        count += int((targets != -100).sum())
-    by_position = {name.replace("val/loss/", "loss_"): float(loss) for name, loss in measured.compute().items()}
-    return nats / count, count, by_position
 
 
 def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:

@@ -36,6 +36,7 @@ from lkda.commands.settings import (
 from lkda.commands.summary import summarize
 from lkda.data.datamodule import IndexedDataModule
 from lkda.formats import has_folded_embedding
+from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.training import accuracy, positions
 from lkda.training.callbacks import (
@@ -278,7 +279,7 @@ def _fit(
     if plan.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32 products
     task = LanguageModelTask(
-        plan.model,
+        build_model(plan.model),
         optimizer=settings["optimizer"],
         scheduler=settings["scheduler"],
         total_steps=plan.steps,

@@ -10,46 +10,24 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
-from lkda.models.build import build_model
-from lkda.training.accuracy import PartMetrics
+from lkda.models.lm import LanguageModel
+from lkda.training.losses import next_token_loss, next_token_losses
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
-from lkda.training.positions import PositionLoss
 from lkda.training.step_mean import StepMean
-
-# {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets ask: their flat places, asked [N],
-# and the number of the batch's part.
-Batch = Mapping[str, Any]
-
-
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are asked, in float32.
-
-    Args:
-        logits: [B, T, vocab].
-        targets: [B, T] int64; -100 where nothing is asked.
-    """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-
-
-def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each target, [B, T], in float32; 0 where nothing is asked. Arguments as of `next_token_loss`."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
-    return losses.view_as(targets)
+from lkda.training.validation import Batch, ValidationMetrics, with_bits
 
 
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and
-    train/grad_norm, of the step's gradient before clipping; val/loss, the mean over every validation target (not over
-    batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
-    the tokens are text. Where the validation has parts: what `PartMetrics` computes.
+    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and beside it bits
+    per byte where the tokens are text; train/grad_norm, of the step's gradient before clipping; of a validation what
+    `ValidationMetrics` computes.
 
     Args:
-        model_config: what `build_model` takes: plain names and numbers.
+        model: that is trained.
         optimizer: what `build_optimizer` takes.
         scheduler: what `learning_rate_factor` takes.
         total_steps: optimiser steps of the whole run, for the schedule.
@@ -66,7 +44,7 @@ class LanguageModelTask(L.LightningModule):
 
     def __init__(
         self,
-        model_config: dict[str, Any],
+        model: LanguageModel,
         *,
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any],
@@ -77,16 +55,16 @@ class LanguageModelTask(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.model = build_model(model_config)
+        self.model = model
         self.optimizer_config = dict(optimizer)
         self.scheduler_config = dict(scheduler)
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
         self.register_buffer("clipped_steps", torch.zeros((), dtype=torch.long), persistent=False)
         self.step_mean = StepMean()
-        self.val_mean = MeanMetric()
-        self.val_positions = PositionLoss(context)
-        self.val_parts = PartMetrics(parts, vocab_size=self.model.config["vocab_size"]) if parts else None
+        self.validation = ValidationMetrics(
+            context=context, vocab_size=model.config["vocab_size"], bytes_per_token=bytes_per_token, parts=parts
+        )
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
         self._losses = torch.compile(self._eager_losses, dynamic=False) if compile else self._eager_losses
 
@@ -100,11 +78,6 @@ class LanguageModelTask(L.LightningModule):
 
     def _eager_losses(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return next_token_losses(self.model(tokens, cu_seqlens=cu_seqlens), targets)
-
-    def _with_bits(self, name: str, loss: Tensor) -> dict[str, Tensor]:
-        """The loss in nats a token, and in bits a byte, which compares across tokenizers, where the tokens are text."""
-        bits = {} if self.bytes_per_token is None else {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token)}
-        return {f"{name}/{key}": value for key, value in {"loss": loss, **bits}.items()}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the learning rate of the step that this batch belongs to: a function of the step and the settings, not
@@ -120,7 +93,7 @@ class LanguageModelTask(L.LightningModule):
         if pieces > 1:
             loss = self.step_mean.weighted(loss, batch["targets"], first=batch_idx % pieces == 0)
             mean = self.step_mean.loss
-        self.log_dict(self._with_bits("train", mean.detach()), logger=False)
+        self.log_dict(with_bits("train", mean.detach(), self.bytes_per_token), logger=False)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -129,23 +102,10 @@ class LanguageModelTask(L.LightningModule):
             self.step_mean.normalize(self.parameters(), pieces=pieces)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        if self.val_parts is not None:
-            self.val_parts.measure(self.model, batch)
-            return
-        targets: Tensor = batch["targets"]
-        losses = self._losses(batch["tokens"], targets, batch["cu_seqlens"])
-        asked = (targets != -100).sum()
-        self.val_mean.update(losses.sum() / asked, weight=asked)
-        self.val_positions.update(losses, targets, batch["cu_seqlens"])
+        self.validation.update(self.model, batch, token_losses=self._losses)
 
     def on_validation_epoch_end(self) -> None:
-        if self.val_parts is not None:
-            self.log_dict(self.val_parts.compute(), logger=False)
-            return
-        loss = self.val_mean.compute()
-        self.val_mean.reset()
-        by_position = self.val_positions.compute()
-        self.log_dict(self._with_bits("val", loss) | by_position, logger=False)
+        self.log_dict(self.validation.compute(), logger=False)
 
     def configure_gradient_clipping(
         self,

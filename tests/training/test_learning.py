@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lkda.models.build import build_model
+from lkda.training.losses import next_token_loss
 from lkda.training.optimizer import build_optimizer
-from lkda.training.task import next_token_loss
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
