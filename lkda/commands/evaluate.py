@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -25,12 +24,14 @@ from torch import Tensor
 
 from lkda.checks import InputError, check_count, check_values
 from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
+from lkda.commands.config import resolve
+from lkda.commands.data_options import build_data, check_data_options
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
-from lkda.commands.settings import check_options, device_of, plain
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import differences
 from lkda.data.text.cache import expanded
+from lkda.device import resolve_device
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
@@ -66,10 +67,10 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: no usable checkpoint or data, an unknown task, or settings that do not go together.
     """
-    settings = plain(config)
+    settings = resolve(config)
     _check(config, settings)
     console = Console(soft_wrap=True, markup=False)
-    device = device_of(config.accelerator)
+    device = resolve_device(config.accelerator)
     trained = load_trained(config.ckpt, backend=config.backend)
     backends = trained.model.resolve_backends(device, PRECISION)
     if config.tasks:
@@ -77,7 +78,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         ran = {name: settings[name] for name in ("tasks", "tasks_path", "limit")}
         _write(config, trained, result, device, ran | {"backend": backends})
         return result
-    data = _data(config, trained)
+    chosen = _data_options(settings, trained)
+    data = _data(chosen, trained)
     changed = differences(trained.fingerprint, data.fingerprint)
     if changed:
         told = f"{' and '.join(changed)} of {data.source} are not those of the run that trained {trained.path}"
@@ -94,7 +96,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
     ran = {
-        "data": OmegaConf.to_container(_data_config(config, trained)),
+        "data": chosen,
         "fingerprint": dict(data.fingerprint),
         "differs_from_the_run": changed,
         "stepwise": config.stepwise,
@@ -162,16 +164,19 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
         )
 
 
-def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
-    """The data to measure on, prepared; text with the model's own tokenizer."""
-    chosen = _data_config(config, trained)
-    check_options(chosen)
+def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
+    """The data to measure on, prepared; text with the model's own tokenizer.
+
+    Args:
+        chosen: the resolved group `data`.
+    """
+    check_data_options(chosen)
     with tempfile.TemporaryDirectory() as folder:
         own = {}
         if "tokenizer_path" in chosen:
             own = {"tokenizer_path": str(Path(folder) / "tokenizer.json")}
             trained.tokenizer.save(own["tokenizer_path"])
-        data = instantiate(chosen, **own)
+        data = build_data(chosen | own)
         data.prepare()
     name = chosen.get("_target_")
     if data.tokenizer is None and trained.vocabulary is not None:
@@ -240,24 +245,24 @@ def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, cons
     return result
 
 
-def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
-    """The chosen data; where none is chosen, those that the model was trained on.
+def _data_options(settings: dict[str, Any], trained: TrainedModel) -> dict[str, Any]:
+    """The chosen data, as the resolved group; where none is chosen, those that the model was trained on.
 
     What a run or an exported directory records is only followed to this project's own data modules: `_target_` names
     code. Raises: ValueError where nothing is recorded, or another module.
     """
-    if "data" in config:
+    if "data" in settings:
         given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         unused = [word for word in given if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
-        if unused and "tokenizer_path" in config.data:
+        if unused and "tokenizer_path" in settings["data"]:
             raise InputError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
-        return data_with_absolute_paths(config.data)
+        return data_with_absolute_paths(settings["data"])
     data = config_of_run(trained).get("data")
     if not isinstance(data, dict):
         where = "lies in no run directory that says" if trained.step is not None else "does not say"
         raise InputError(f"{trained.path} {where} what data it saw: give data=...")
     _check_data_module(data, trained.path)
-    return data_with_absolute_paths(OmegaConf.create(data))
+    return data_with_absolute_paths(data)
 
 
 def _check_data_module(data: dict[str, Any], source: Path) -> None:

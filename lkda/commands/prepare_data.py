@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lkda.checks import InputError, check_values
+from lkda.commands.config import resolve
 from lkda.commands.invocation import command
 from lkda.commands.overrides import override
-from lkda.commands.settings import plain
 from lkda.data.prose.sources import SOURCES, prepare_prose
 from lkda.data.text.cache import default_cache_dir, expanded
 
@@ -23,7 +23,7 @@ def prepare_data(config: DictConfig) -> None:
         config: composed from configs/prepare_data.yaml.
     Raises: ValueError for an unknown source, one that cannot be had, or a directory that is there already.
     """
-    check_values(plain(config), {"out": Path | None, "vocab_size": int, "sources": Sequence[str] | None})
+    check_values(resolve(config), {"out": Path | None, "vocab_size": int, "sources": Sequence[str] | None})
     known = {source.name: source for source in SOURCES}
     wanted = list(known) if config.sources is None else list(config.sources)
     if not wanted:

@@ -35,7 +35,10 @@ def test_the_run_directory_is_the_record(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {"checkpoints", "config.yaml", "metrics.csv", "samples.txt", "summary.json", "tokenizer.json"}
     config = OmegaConf.load(run / "config.yaml")
-    assert config.mixer.num_heads == config.model.num_heads == 2
+    assert config.mixer.num_heads == 2
+    assert config.optimizer.lr == 4e-3
+    assert not config.model.keys() & {"num_heads", "learning_rate"}  # each is said once
+    assert "learning_rate" not in config.mixer
     assert "${" not in (run / "config.yaml").read_text()
     # Two step files are kept; best and last are further names of files.
     assert {path.name for path in (run / "checkpoints").iterdir()} >= {"last.ckpt", "best.ckpt", "step_0000007.ckpt"}
@@ -129,7 +132,7 @@ def test_the_summary_says_what_ran(asked: str, ran: str, state: str, corpus: Pat
 def test_a_precision_that_the_trainer_changes_is_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lkda.commands.train.resolve_precision", lambda word, device: "16-mixed")
+    monkeypatch.setattr("lkda.commands.run_setup.resolve_precision", lambda word, device: "16-mixed")
     with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed would run as bf16-mixed"):
         train(composed("train", *small_run(corpus)), tmp_path / "run")
 

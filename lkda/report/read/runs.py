@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lkda.checks import InputError
+from lkda.metrics_file import metrics_rows
 
 # What a table or a plot cannot do without; numbers but for the mixer.
 REQUIRED = ("mixer", "val/loss", "state_bytes", "tokens", "tokens_per_s", "params")
@@ -124,9 +125,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
-    lines = _read(path).splitlines()
+    text = _read(path)
     try:
-        rows = [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(lines)]
+        rows = [{name: float(x) for name, x in row.items() if x} for row in metrics_rows(text)]
     except (ValueError, TypeError, csv.Error) as error:
         raise InputError(f"metrics.csv cannot be read ({error})") from error
     needed = {"step", "tokens", "seconds", "val/loss"}
