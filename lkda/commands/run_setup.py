@@ -214,7 +214,7 @@ def model_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_options_of(initial: LanguageModel) -> dict[str, Any]:
     """The same of a model that there is already."""
-    mixer = {**initial.config["mixer"], "name": mixer_name(initial)}
+    mixer = {"name": mixer_name(initial), **initial.config["mixer"]}
     return {**{name: value for name, value in initial.config.items() if name != "context"}, "mixer": mixer}
 
 
