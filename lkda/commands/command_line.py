@@ -165,4 +165,5 @@ def _configuration_message(error: Exception) -> str:
     known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
     near = difflib.get_close_matches(str(cause.key), known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{text.split(' To append')[0]}{hint} It has {', '.join(known)}."
+    there = f" It has {', '.join(known)}." if known else ""
+    return f"{text.split(' To append')[0]}{hint}{there}"

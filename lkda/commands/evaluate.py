@@ -27,6 +27,7 @@ from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_t
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.commands.settings import check_options, device_of, plain
+from lkda.commands.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import differences
 from lkda.data.text.cache import expanded
@@ -131,6 +132,7 @@ def _write(
 
 def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     check_values(settings, OPTIONS)
+    check_unused(EVALUATE, settings)
     if config.max_batches is not None:
         check_count("max_batches", config.max_batches, least=1)
     if config.limit is not None:

@@ -7,15 +7,13 @@ import math
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import InputError, check_types
+from lkda.commands.unused_options import DATA, check_unused
 from lkda.models.build import build_model
 
-# Options of data, and those that take their place.
-_WITHOUT_EFFECT = {"val_fraction": ("val_paths", "val_from_year", "val_split"), "vocab_size": ("tokenizer_path",)}
 # In the group `model` for other groups to refer to.
 _NOT_THE_MODELS = ("name", "num_heads", "learning_rate")
 
@@ -46,16 +44,7 @@ def check_options(data: DictConfig) -> None:
     values = OmegaConf.to_container(data, resolve=True)
     assert isinstance(values, dict)
     check_types(target, {str(name): value for name, value in values.items()}, prefix="data.")
-    _check_effects(values)
-
-
-def _check_effects(data: dict[Any, Any]) -> None:
-    """Raise InputError for an option of the command line that another one leaves without effect."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    for option, others in _WITHOUT_EFFECT.items():
-        stronger = [other for other in others if data.get(other)]
-        if stronger and any(word.lstrip("+").startswith(f"data.{option}=") for word in given):
-            raise InputError(f"data.{option} has no effect beside data.{stronger[0]}: leave one of them out.")
+    check_unused(DATA, {"data": values})
 
 
 def model_config(config: dict[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:

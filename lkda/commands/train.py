@@ -13,6 +13,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
@@ -34,6 +35,7 @@ from lkda.commands.settings import (
     steps_for,
 )
 from lkda.commands.summary import summarize
+from lkda.commands.unused_options import TRAIN, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.formats import has_folded_embedding
 from lkda.models.lm import LanguageModel
@@ -52,6 +54,7 @@ from lkda.training.optimizer import check_optimizer, check_schedule
 from lkda.training.options import (
     MOST_SEED,
     check_checkpoint,
+    check_parts,
     check_sample,
     check_switch,
     check_trainer,
@@ -91,6 +94,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     settings["trainer"]["precision"] = resolve_precision(settings["trainer"]["precision"], device)
     check_options(config.data)
     check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=_precision(settings))
+    check_unused(TRAIN, settings)
     run = RunDirectory(run_dir)
     try:
         return _train_in(run, config, settings, device, initial)
@@ -108,6 +112,8 @@ def _check(settings: dict[str, Any]) -> None:
     check_schedule(settings["scheduler"])
     check_checkpoint(settings["checkpoint"])
     check_sample(settings["sample"])
+    check_parts("logger", settings["logger"], kind="logger", choice="wandb")
+    check_parts("callbacks", settings["callbacks"], kind="callback", choice="default")
     check_count("seed", settings["seed"], least=0, most=MOST_SEED)
     for name in ("compile", "resume"):
         check_switch(name, settings[name])
@@ -164,6 +170,7 @@ def _train_in(
         settings = run.with_options_of_then(settings, given=given_overrides(without=()))
     saved = run.begin(settings, resume=config.resume)
     data = instantiate(config.data)
+    assert data.tokens_per_batch > 0  # of data that train nothing it raises, before they are prepared
     data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
     plan = _plan(config, settings, device, data, saved)
@@ -327,6 +334,7 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
         "default_root_dir": str(run.path),
         # Lightning counts batches here, so that an interval could end within an optimiser step.
         "val_check_interval": options["val_check_interval"] * options["accumulate_grad_batches"],
+        "profiler": _profiler(options.get("profiler"), run),
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in shown),
     }
     try:
@@ -336,6 +344,12 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
     if trainer.precision != options["precision"]:  # Lightning may take another, and only warn
         raise InputError(f"trainer.precision={options['precision']} would run as {trainer.precision}: give that.")
     return trainer
+
+
+def _profiler(word: str | None, run: RunDirectory) -> Profiler | None:
+    """Lightning's of that name; what it finds goes into fit-profile.txt of the run directory."""
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+    return None if word is None else kinds[word](dirpath=run.path, filename="profile")
 
 
 def _one_line(error: BaseException) -> str:

@@ -202,3 +202,8 @@ def test_a_compiled_run_learns_the_same(corpus: Path, tmp_path: Path, monkeypatc
     found = train(composed("train", *settings, "compile=true"), tmp_path / "compiled")
     assert len(compiled) == 2  # the training loss, and the validation losses
     assert found["val/loss"] == pytest.approx(usual["val/loss"], rel=1e-5)
+
+
+def test_a_profile_is_written_into_the_run_directory(corpus: Path, tmp_path: Path) -> None:
+    train(composed("train", *small_run(corpus, "+trainer.profiler=simple", "trainer.max_steps=2")), tmp_path / "run")
+    assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
