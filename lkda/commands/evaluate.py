@@ -172,8 +172,9 @@ def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
     with tempfile.TemporaryDirectory() as folder:
         own = {}
         if "tokenizer_path" in chosen:
-            own = {"tokenizer_path": str(Path(folder) / "tokenizer.json")}
-            trained.tokenizer.save(own["tokenizer_path"])
+            path = Path(folder) / "tokenizer.json"
+            write_atomically(path, trained.tokenizer.to_str())
+            own = {"tokenizer_path": str(path)}
         data = instantiate(chosen, **own)
         data.prepare()
     name = chosen.get("_target_")
