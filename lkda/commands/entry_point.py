@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 import lkda
 from lkda.checks import InputError
-from lkda.commands.command_line import BAD_INPUT, readable_errors
+from lkda.commands.command_line import BAD_INPUT, output_that_may_end, readable_errors
 from lkda.commands.invocation import by_this_door
 from lkda.commands.overrides import as_typed
 from lkda.commands.shipped import CONFIGS
@@ -65,7 +65,8 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             # Imported here, so that --help need not wait for torch.
             function = getattr(importlib.import_module(f"lkda.commands.{module}"), module)
             if name == "train":
-                function(config, HydraConfig.get().runtime.output_dir)
+                with output_that_may_end():
+                    function(config, HydraConfig.get().runtime.output_dir)
             else:
                 function(config)
 

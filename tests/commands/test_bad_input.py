@@ -103,6 +103,11 @@ TRAINING = [
     ("sample.max_new_tokens=0 sample.temperature=1", r"sample.temperature has no effect beside sample.max_new_to"),
     ("sample.temperature=0 sample.top_p=0.5", r"sample.top_p has no effect beside sample.temperature=0"),
     ("hydra.sweep.dir={tmp}/sweep", r"hydra.sweep.dir has no effect in a single run, which has hydra.run.dir"),
+    (
+        "data=hub data.name={tmp}/set data.revision=main",
+        r"data.revision is of data sets on the hub, and .* is a",
+    ),
+    ("data=hub data.name={tmp}/set data.val_split=train", r"data.val_split=train is what trains"),
     ("data=sotu +data.val_fraction=0.1", r"data.val_fraction has no effect with data=sotu and data=prose"),
     ("data=prose data.directory={tmp} data.cache_dir={tmp}", r"data.cache_dir has no effect beside data.directory"),
     ("data=prose +data.vocab_size=300", r"data.vocab_size has no effect with data=prose, which has a tokenizer of its"),
@@ -233,6 +238,8 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     (tmp / "latin1.txt").write_bytes("déjà vu, and more".encode("latin-1"))
     (tmp / "mixed.jsonl").write_text('{"text": "a b c"}\n{"text": 6}\n')
     (tmp / "folder").mkdir()
+    (tmp / "set").mkdir()
+    (tmp / "set" / "train.jsonl").write_text('{"text": "a document of a few words"}\n' * 40)
     (tmp / "foreign").mkdir()
     (tmp / "foreign" / "config.yaml").write_text("port: 8080\n")
     last = run / "checkpoints" / "last.ckpt"
