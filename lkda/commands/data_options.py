@@ -6,14 +6,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 
 from lkda.checks import InputError, check_types
+from lkda.commands.unused_options import DATA, check_unused
 from lkda.data.datamodule import IndexedDataModule
-
-# Options of data, and those that take their place.
-_WITHOUT_EFFECT = {"val_fraction": ("val_paths", "val_from_year", "val_split"), "vocab_size": ("tokenizer_path",)}
 
 
 def check_data_options(data: Mapping[str, Any]) -> None:
@@ -39,7 +36,7 @@ def check_data_options(data: Mapping[str, Any]) -> None:
     if missing:
         raise InputError(f"data.{missing[0]} is missing, which {name} needs: choose the data= that brings it.")
     check_types(module, options, prefix="data.")
-    _check_effects(options)
+    check_unused(DATA, {"data": data})
 
 
 def build_data(data: Mapping[str, Any]) -> IndexedDataModule:
@@ -50,12 +47,3 @@ def build_data(data: Mapping[str, Any]) -> IndexedDataModule:
 
 def _options(data: Mapping[str, Any]) -> dict[str, Any]:
     return {str(name): value for name, value in data.items() if name != "_target_"}
-
-
-def _check_effects(data: Mapping[str, Any]) -> None:
-    """Raise InputError for an option of the command line that another one leaves without effect."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    for option, others in _WITHOUT_EFFECT.items():
-        stronger = [other for other in others if data.get(other)]
-        if stronger and any(word.lstrip("+").startswith(f"data.{option}=") for word in given):
-            raise InputError(f"data.{option} has no effect beside data.{stronger[0]}: leave one of them out.")

@@ -28,6 +28,7 @@ from lkda.commands.config import resolve
 from lkda.commands.data_options import build_data, check_data_options
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
+from lkda.commands.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import differences
 from lkda.data.text.cache import expanded
@@ -132,6 +133,7 @@ def _write(
 
 def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     check_values(settings, OPTIONS)
+    check_unused(EVALUATE, settings)
     if config.max_batches is not None:
         check_count("max_batches", config.max_batches, least=1)
     if config.limit is not None:
@@ -174,8 +176,9 @@ def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
     with tempfile.TemporaryDirectory() as folder:
         own = {}
         if "tokenizer_path" in chosen:
-            own = {"tokenizer_path": str(Path(folder) / "tokenizer.json")}
-            trained.tokenizer.save(own["tokenizer_path"])
+            path = Path(folder) / "tokenizer.json"
+            write_atomically(path, trained.tokenizer.to_str())
+            own = {"tokenizer_path": str(path)}
         data = build_data(chosen | own)
         data.prepare()
     name = chosen.get("_target_")

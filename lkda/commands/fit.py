@@ -10,6 +10,7 @@ import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lkda.checks import InputError
@@ -78,6 +79,7 @@ def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRe
         "default_root_dir": str(run.path),
         # Lightning counts batches here, so that an interval could end within an optimiser step.
         "val_check_interval": plan.trainer.val_check_interval * plan.trainer.accumulate_grad_batches,
+        "profiler": _profiler(plan.trainer.profiler, run),
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in shown),
     }
     callbacks = [*_own_callbacks(prepared, run, stop_request), *shown]
@@ -90,6 +92,12 @@ def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRe
     if trainer.precision != plan.trainer.precision:  # Lightning may take another, and only warn
         raise InputError(f"trainer.precision={plan.trainer.precision} would run as {trainer.precision}: give that.")
     return trainer
+
+
+def _profiler(word: str | None, run: RunDirectory) -> Profiler | None:
+    """Lightning's of that name; what it finds goes into fit-profile.txt of the run directory."""
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+    return None if word is None else kinds[word](dirpath=run.path, filename="profile")
 
 
 def _own_callbacks(prepared: PreparedRun, run: RunDirectory, stop_request: StopRequest) -> list[L.Callback]:

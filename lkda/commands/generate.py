@@ -15,6 +15,7 @@ from lkda.checks import InputError, check_count
 from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.config import resolve
 from lkda.commands.text import check_text, encode_prompt, text_pieces
+from lkda.commands.unused_options import GENERATE, check_unused
 from lkda.device import resolve_device
 from lkda.models.generate import check_sampling
 from lkda.models.generate import generate as draw
@@ -41,6 +42,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     check_count("seed", config.seed, least=0)
     if not isinstance(config.ignore_eos, bool):
         raise InputError(f"ignore_eos must be true or false, got {config.ignore_eos!r}.")
+    check_unused(GENERATE, settings)
     prompt = _prompt(config)
     trained = load_trained(config.ckpt, backend=config.backend)
     trained.model.resolve_backends(device, torch.float32)

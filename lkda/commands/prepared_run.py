@@ -64,6 +64,7 @@ class PreparedRun:
 def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
     """The data of the run, prepared. Raises ValueError where they are not those of the run that is continued."""
     data = build_data(plan.data)
+    assert data.tokens_per_batch > 0  # of data that train nothing it raises, before they are prepared
     data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
     return data

@@ -19,6 +19,7 @@ from lkda.commands.invocation import given_overrides
 from lkda.commands.learning_rate import measured_learning_rate
 from lkda.commands.paths import with_absolute_paths
 from lkda.commands.run_directory import recorded_config
+from lkda.commands.unused_options import TRAIN, check_unused
 from lkda.device import resolve_device
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
@@ -30,6 +31,7 @@ from lkda.training.options import (
     SampleOptions,
     TrainerOptions,
     check_checkpoint,
+    check_parts,
     check_sample,
     check_switch,
     check_trainer,
@@ -108,7 +110,9 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
         settings = _with_names_of(initial, config, settings)
         settings["data"] = {**settings["data"], "tokenizer_path": str(directory / "tokenizer.json")}
     settings = with_recorded_options(settings, recorded or {}, of_model=initial is None)
-    return _plan(settings, initial)
+    plan = _plan(settings, initial)
+    check_unused(TRAIN, plan.record)
+    return plan
 
 
 def _with_learning_rate(settings: dict[str, Any], recorded: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -131,6 +135,8 @@ def _check(settings: dict[str, Any]) -> None:
     check_schedule(settings["scheduler"])
     check_checkpoint(settings["checkpoint"])
     check_sample(settings["sample"])
+    check_parts("logger", settings["logger"], kind="logger", choice="wandb")
+    check_parts("callbacks", settings["callbacks"], kind="callback", choice="default")
     check_count("seed", settings["seed"], least=0, most=MOST_SEED)
     check_switch("compile", settings["compile"])
     if not isinstance(settings["init_from"], str | None):

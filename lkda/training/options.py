@@ -114,6 +114,20 @@ def check_switch(name: str, value: object) -> None:
         raise InputError(f"{name} must be true or false, got {value!r}.")
 
 
+def check_parts(group: str, parts: object, *, kind: str, choice: str) -> None:
+    """Raise ValueError unless a group, logger or callbacks, is a mapping whose entries are null or name their class.
+
+    Args:
+        kind: what an entry is, for the message.
+        choice: of the group, that has entries.
+    """
+    named = parts if isinstance(parts, Mapping) else {}
+    wrong = [name for name, part in named.items() if part and not (isinstance(part, Mapping) and "_target_" in part)]
+    if wrong or not isinstance(parts, Mapping):
+        what = f"{group}.{wrong[0]}" if wrong else group
+        raise InputError(f"{what} is no {kind} (that has an entry _target_): choose {group}={choice} first.")
+
+
 def check_trainer(options: object) -> None:
     """Raise ValueError for an option of the group trainer that is unknown or has a value that no run can use.
 

@@ -186,6 +186,8 @@ class HubDataModule(TextDataModule):
         )
         if val_split is None and not 0 < val_fraction <= 0.5:
             raise InputError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
+        if val_split == split:
+            raise InputError(f"data.val_split={val_split} is what trains: give another split, or leave it out.")
         if max_documents is not None and (type(max_documents) is not int or max_documents < 2):
             raise InputError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
         home = expanded(name)

@@ -14,7 +14,7 @@ from lkda.report.draw.style import Picture
 from lkda.report.draw.tables import markdown_table
 from lkda.report.operators import benchmark as bench
 from lkda.report.operators import report as bench_report
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group, also_differing, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, tokenizers_differ
 from lkda.report.training import accuracy, accuracy_plots, plots, table
@@ -150,13 +150,14 @@ def write(comparison: Comparison, path: Path) -> None:
     results: dict[str, Any] = {"kind": KIND, "title": comparison.title, "rows": rows, "notes": notes}
     results |= {"runs": [as_record(run) for run in comparison.runs], "skipped": comparison.skipped}
     results |= {"benchmark": comparison.benchmark and asdict(comparison.benchmark), "alone": comparison.alone}
-    write_atomically(path, json.dumps(results, indent=1) + "\n")
     head, body = table.as_cells(rows)
-    write_atomically(out / "table.csv", table.as_csv(rows))
-    write_atomically(out / "table.md", markdown_table(head, body) + "\n" + "".join(f"{n}\n" for n in notes))
+    files: dict[Path, str | bytes] = {
+        path: json.dumps(results, indent=1) + "\n",
+        out / "table.csv": table.as_csv(rows),
+        out / "table.md": markdown_table(head, body) + "\n" + "".join(f"{n}\n" for n in notes),
+    }
     drawn = _pictures(comparison)
-    for (name, _), picture in drawn.items():
-        write_atomically(out / f"{name}.png", picture.light)
+    files |= {out / f"{name}.png": picture.light for (name, _), picture in drawn.items()}
     sections = [Section(head=head, body=body, notes=notes)]
     if accuracy.has_parts(comparison.runs):
         by_part, best = accuracy.table(comparison.runs), "Accuracy of asked tokens, each model at its better rate"
@@ -165,7 +166,8 @@ def write(comparison: Comparison, path: Path) -> None:
     sections += [bench_report.section(comparison.benchmark)] if comparison.benchmark else []
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
     sections += [Section("Left out", items=left_out)] if left_out else []
-    write_atomically(out / "report.html", page(comparison.title, sections))
+    files[out / "report.html"] = page(comparison.title, sections)
+    write_together(files)
 
 
 def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
