@@ -6,7 +6,6 @@ names it: an experiment, a debug choice or a default may set what a run does not
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from hydra.utils import get_class
 
 from lkda.checks import InputError
 from lkda.data.text.datamodule import TextDataModule
-from lkda.models.mixers import find_mixer, mixer_names
+from lkda.models.mixers import mixer_names
 
 # The value of a setting by its dotted name, None where there is none.
 Get = Callable[[str], Any]
@@ -56,10 +55,6 @@ def _is_given_too(name: str) -> Condition:
 
 def _no_layer_is_of(mixer: str) -> Condition:
     return lambda get: mixer not in _layers(get)
-
-
-def _no_layer_convolves(get: Get) -> bool:
-    return not any(_convolves(name, get) for name in _layers(get))
 
 
 def _tokens_are_no_text(get: Get) -> bool:
@@ -103,7 +98,10 @@ TRAIN = (
     _Unused("model.learning_rate", _is_given_too("optimizer.lr"), "beside optimizer.lr"),
     _Unused("model.init.head_std", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
     _Unused("optimizer.lr_scale.head", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
-    _Unused("model.init.conv_std", _no_layer_convolves, "in a model without convolutions (conv_width is 0)"),
+    *(
+        _Unused(f"mixer.{name}.conv_std", _is(f"mixer.{name}.conv_width", 0), f"beside mixer.{name}.conv_width=0")
+        for name in mixer_names()
+    ),
     _Unused("trainer.max_steps", _is_not("trainer.max_tokens", None), "beside trainer.max_tokens"),
     _Unused("sample", _tokens_are_no_text, "for data whose tokens are no text"),
     *_each(("sample.temperature", "sample.top_p"), _is("sample.max_new_tokens", 0), "beside sample.max_new_tokens=0"),
@@ -171,10 +169,3 @@ def _layers(get: Get) -> set[str]:
     """The names of the mixers that the layers have."""
     pattern = get("mixer.pattern")
     return {pattern[layer % len(pattern)] for layer in range(get("model.num_layers"))}
-
-
-def _convolves(mixer: str, get: Get) -> bool:
-    """Whether the layers of that mixer have short convolutions."""
-    width = inspect.signature(find_mixer(mixer)).parameters.get("conv_width")
-    chosen = get(f"mixer.{mixer}.conv_width")
-    return width is not None and (width.default if chosen is None else chosen) > 0

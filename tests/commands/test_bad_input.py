@@ -94,8 +94,11 @@ TRAINING = [
     ("model.learning_rate=1e-3 optimizer.lr=1e-4", r"model.learning_rate has no effect beside optimizer.lr"),
     ("model.init.head_std=0", r"model.init.head_std has no effect beside model.tie_embeddings=true"),
     ("optimizer.lr_scale.head=2", r"optimizer.lr_scale.head has no effect beside model.tie_embeddings=true"),
-    ("mixer=softmax model.init.conv_std=0.1", r"model.init.conv_std has no effect in a model without convolutions"),
-    ("mixer.kda.conv_width=0 model.init.conv_std=0.1", r"model.init.conv_std has no effect in a model without conv"),
+    ("mixer=softmax mixer.softmax.conv_std=0.1", r"mixer.softmax.conv_std has no effect beside .*softmax.conv_width=0"),
+    (
+        "mixer.kda.conv_width=0 mixer.kda.conv_std=0.1",
+        r"mixer.kda.conv_std has no effect beside mixer.kda.conv_width=0",
+    ),
     ("trainer.max_tokens=1000 trainer.max_steps=5", r"trainer.max_steps has no effect beside trainer.max_tokens"),
     ("data=palindrome sample.prompt=a", r"sample.prompt has no effect for data whose tokens are no text"),
     ("data=mqar_kimi sample={{prompt:a}}", r"sample.prompt has no effect for data whose tokens are no text"),

@@ -20,6 +20,7 @@ from lkda.commands.train import train
 from lkda.models.generate import generate
 from lkda.training.checkpoint import read_checkpoint
 from lkda.training.metrics_csv import COLUMNS
+from lkda.training.options import SampleOptions
 from lkda.training.positions import columns
 from tests.commands.small import ROOT, composed, small_run
 
@@ -239,7 +240,7 @@ def test_the_sample_ends_with_its_document(corpus: Path, tmp_path: Path, monkeyp
     drawn = list(generate(trained.model, prompt, seed=1, **options))
     end = next(n for n in range(2, 20) if drawn[n] not in drawn[:n])
     monkeypatch.setattr("lkda.commands.console.document_ends", lambda tokenizer: (drawn[end],))
-    sample = draw_sample(trained.model, trained.tokenizer, {"prompt": "The people", **options}, seed=1)
+    sample = draw_sample(trained.model, trained.tokenizer, SampleOptions("The people", **options), seed=1)
     assert sample == "The people" + "".join(text_pieces(trained.tokenizer, drawn[:end]))
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("hydra", reason="trains through the command")
+
 from lkda.commands.train import train
 from tests.commands.small import composed
 
