@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import asdict
+from typing import Any
 
 import lightning as L
 from hydra.errors import InstantiationException
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lkda.checks import InputError
 from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
+from lkda.commands.run_setup import RunPlan
 from lkda.models.lm import LanguageModel
 from lkda.training import accuracy, positions
 from lkda.training.callbacks import (
@@ -29,15 +31,6 @@ from lkda.training.callbacks import (
 from lkda.training.checkpoint import AtomicCheckpointIO
 from lkda.training.metrics_csv import MetricsCSV
 from lkda.training.task import LanguageModelTask
-
-# What a run gives the trainer besides its group. The stream of batches has no end, so steps decide when to validate
-# and when to end; the batches know their rank.
-OF_EVERY_RUN = {
-    "max_epochs": -1,
-    "check_val_every_n_epoch": None,
-    "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,
-}
 
 
 def quiet_libraries() -> None:
@@ -63,6 +56,23 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
     )
 
 
+def trainer_options(plan: RunPlan, total_steps: int) -> dict[str, Any]:
+    """What Hydra builds the plan's trainer from, but for what is recorded and shown."""
+    options = asdict(plan.trainer)
+    del options["max_tokens"]
+    return {"_target_": options.pop("target"), **options} | {
+        # The stream of batches has no end, so steps decide when to validate and when to end.
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the batches know their rank
+        "accelerator": plan.device.type,
+        "max_steps": total_steps,
+        # Lightning counts batches here, so that an interval could end within an optimiser step.
+        "val_check_interval": plan.trainer.val_check_interval * plan.trainer.accumulate_grad_batches,
+    }
+
+
 def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRequest) -> L.Trainer:
     """The trainer of the plan, which records into `run`, with the run's own callbacks before those that only show.
 
@@ -70,15 +80,8 @@ def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRe
     """
     plan = prepared.plan
     shown = [instantiate(node) for node in plan.callbacks]
-    options = asdict(plan.trainer)
-    del options["max_tokens"]
-    options |= OF_EVERY_RUN | {
-        "_target_": options.pop("target"),
-        "accelerator": plan.device.type,
-        "max_steps": prepared.total_steps,
+    options = trainer_options(plan, prepared.total_steps) | {
         "default_root_dir": str(run.path),
-        # Lightning counts batches here, so that an interval could end within an optimiser step.
-        "val_check_interval": plan.trainer.val_check_interval * plan.trainer.accumulate_grad_batches,
         "profiler": _profiler(plan.trainer.profiler, run),
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in shown),
     }
