@@ -29,6 +29,12 @@ _LATER_OF_MIXERS: dict[str, dict[str, Any]] = {
     "softmax": {"qk_norm": False, "conv_width": 0},
     "mla": {"qk_norm": False, "conv_width": 0},
 }
+# Of data by source, where text had no test split.
+_LATER_OF_DATA: dict[str, dict[str, Any]] = {
+    "files": {"test_paths": [], "test_from_year": None, "test_fraction": 0.0},
+    "sotu": {"test_from_year": None},
+    "hub": {"test_split": None, "test_fraction": 0.0},
+}
 
 
 def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
@@ -38,6 +44,9 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
     """
     missing: dict[str, Any] = {}
     groups = [(f"{name}.", config.get(name), options) for name, options in _LATER.items()]
+    data = config.get("data")
+    if isinstance(data, Mapping):
+        groups.append(("data.", data, _LATER_OF_DATA.get(_source_of(data), {})))
     mixers = config.get("mixer")
     if isinstance(mixers, Mapping):
         groups += [(f"mixer.{name}.", mixers.get(name), options) for name, options in _LATER_OF_MIXERS.items()]
@@ -47,6 +56,11 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
             if prefix + "activation" in missing and group.get("conv_width") == 0:
                 missing[prefix + "activation"] = "none"
     return missing
+
+
+def _source_of(data: Mapping[Any, Any]) -> str:
+    """sotu, files, prose or hub; "" for data that are no text."""
+    return "hub" if str(data.get("_target_")).endswith(".HubDataModule") else str(data.get("source", ""))
 
 
 def with_options(config: Mapping[Any, Any], options: Mapping[str, Any]) -> dict[Any, Any]:
@@ -68,7 +82,7 @@ def translated(config: Mapping[Any, Any]) -> dict[Any, Any]:
     if isinstance(scheduler, dict) and scheduler.get("name") == "constant":
         scheduler.pop("final", None)  # it had no effect
     if isinstance(data, Mapping) and isinstance(target := data.get("_target_"), str):
-        found["data"] = {**data, "_target_": DATA_MODULES.get(target, target)}
+        found["data"]["_target_"] = DATA_MODULES.get(target, target)
     return found
 
 

@@ -142,7 +142,8 @@ def test_the_same_bytes_are_another_corpus_as_text_than_as_json_lines(tmp_path):
     as_json.prepare()
     as_text.prepare()
     decoded = [
-        data.tokenizer.decode(next(iter(data.val_dataloader()))["tokens"][0].tolist()) for data in (as_json, as_text)
+        data.tokenizer.decode([token for batch in data.val_dataloader() for token in batch["tokens"][0].tolist()])
+        for data in (as_json, as_text)
     ]
     assert '"}' not in decoded[0]
     assert '"}' in decoded[1]
@@ -381,7 +382,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
             "column 'text' of .*numbers.jsonl holds a number, not text, in row 1",
         ),
         "parquet": ({"paths": [str(tmp_path / "broken.parquet")]}, "cannot read .*broken.parquet as parquet"),
-        "one path": (good | {"paths": str(texts)}, "data.paths and data.val_paths are lists"),
+        "one path": (good | {"paths": str(texts)}, "are lists: write"),
         "seed": (good | {"seed": -1}, "data.seed must be a whole number of 0 or more, got -1"),
         "workers": (good | {"num_workers": -1}, "data.num_workers must be a whole number of 0 or more, got -1"),
         "val batches": (good | {"max_val_batches": 0}, "data.max_val_batches must be a positive whole number, got 0"),
