@@ -28,7 +28,7 @@ from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.commands.settings import check_options, device_of, plain
 from lkda.data.datamodule import IndexedDataModule
-from lkda.data.fingerprint import NAMES, differences
+from lkda.data.fingerprint import NAMES, differences, in_words
 from lkda.data.text.cache import expanded
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
@@ -86,7 +86,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise InputError(f"{data.source} has no test split{why}. Leave split=test out for the validation.")
     changed = differences(trained.fingerprint, data.fingerprint)
     if changed:
-        told = f"{' and '.join(changed)} of {data.source} are not those of the run that trained {trained.path}"
+        told = f"{in_words(changed)} of {data.source} are not those of the run that trained {trained.path}"
         seen = config.split == "test" and NAMES["train"] in changed
         also = ", which may have seen some of the test split in training" if seen else ""
         console.print(f"note: {told}{also}.", highlight=False, markup=False)

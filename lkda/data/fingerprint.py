@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -59,6 +59,11 @@ def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     return [NAMES[name] for name in known if before[name] != now[name]]
 
 
+def in_words(names: Sequence[str]) -> str:
+    """Names in a sentence: "the training data, the validation data and the tokenizer"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 def check_same(expected: Fingerprint, found: Fingerprint, *, source: str) -> None:
     """Raises ValueError, naming what differs, where data are not what a run was trained on.
 
@@ -70,6 +75,6 @@ def check_same(expected: Fingerprint, found: Fingerprint, *, source: str) -> Non
     changed = differences(expected, found)
     if changed:
         raise InputError(
-            f"the run cannot resume: {' and '.join(changed)} ({source}) are not those that it was trained with. "
+            f"the run cannot resume: {in_words(changed)} ({source}) are not those that it was trained with. "
             "Restore them, or begin a new run in another hydra.run.dir."
         )

@@ -110,6 +110,8 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(earlier: Path) -> None:
     config = OmegaConf.load(earlier / "config.yaml")
     assert config.model.embed_norm is False
     assert config.optimizer.lr_scale.embedding == 1.0
+    assert config.data.test_from_year is None  # it has been trained on what would test
+    assert "test/loss" not in summary
     model = load_trained(earlier).model
     assert model.embed_norm is None
     # Two steps of a run that had begun so are no break: the loss stays where it was.
@@ -137,5 +139,9 @@ def test_it_is_evaluated_and_exported(earlier: Path, tmp_path: Path) -> None:
     loss = pytest.approx(json.loads((earlier / "summary.json").read_text())["val/loss"], abs=1e-5)
     limit = ("max_batches=2", "accelerator=cpu")  # as debug=fast validates
     assert evaluate(composed("evaluate", f"ckpt={earlier}", *limit))["loss"] == loss
+    with pytest.raises(
+        ValueError, match=r"sotu has no test split: data\.test_from_year is null\. Leave split=test out"
+    ):
+        evaluate(composed("evaluate", f"ckpt={earlier}", "split=test", *limit))
     out = export(composed("export", f"ckpt={earlier}", f"out={tmp_path}/out", "format=hf"))
     assert evaluate(composed("evaluate", f"ckpt={out}", *limit))["loss"] == loss
