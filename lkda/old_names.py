@@ -12,7 +12,8 @@ DATA_MODULES = {
     "lkda.data.hub.HubDataModule": "lkda.data.text.hub.HubDataModule",
     "lkda.data.needle.Needle": "lkda.data.text.needle.Needle",
     "lkda.data.mqar.MQAR": "lkda.data.synthetic.mqar.MQAR",
-    "lkda.data.mqar_kimi.KimiMQAR": "lkda.data.synthetic.mqar_kimi.KimiMQAR",
+    "lkda.data.mqar_kimi.KimiMQAR": "lkda.data.synthetic.mqar_answered.AnsweredMQAR",
+    "lkda.data.synthetic.mqar_kimi.KimiMQAR": "lkda.data.synthetic.mqar_answered.AnsweredMQAR",
     "lkda.data.palindrome.Palindrome": "lkda.data.synthetic.palindrome.Palindrome",
     "lkda.data.stack.Stack": "lkda.data.synthetic.stack.Stack",
 }

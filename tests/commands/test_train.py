@@ -20,7 +20,8 @@ SUMMARY = {
     "status", "val/loss", "val/perplexity", "val/bits_per_byte", "unigram_entropy", "tokens", "tokens_per_s", "params",
     "params_non_embedding", "state_bytes", "flops_per_token", "mixer", "model", "data", "context", "backend", "device",
     "precision", "state_dtype", "clipped_share", "seed", "fingerprint", "steps", "seconds", "learning_rate",
-    "git_commit", "versions", "test/loss", "test/perplexity", "test/bits_per_byte", "test_unigram_entropy", "test_tokens",
+    "git_commit", "versions",
+    "test/loss", "test/perplexity", "test/bits_per_byte", "test_unigram_entropy", "test_tokens",
 }  # fmt: skip
 
 
