@@ -23,7 +23,7 @@ class AnsweredMQAR(LengthTask):
     A quarter of the length is pairs, and no token is noise. Keys are different ones of the lower half of the vocabulary
     without 0, values any of the upper half.
 
-    To answer is to have seen the answers before: half of the queries' text tells how pairs look (`mqar_kimi` writes none).
+    The answers repeat the pairs, which `mqar_kimi` does not.
 
     Args:
         vocab_size: keys and values.
