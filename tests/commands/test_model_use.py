@@ -104,7 +104,7 @@ def test_an_exported_directory_names_no_code(run: Path, data: dict[str, Any], tm
 
 def test_the_test_split_is_measured_as_at_the_end_of_the_run(run: Path, tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
-    words = (f"ckpt={run}", "accelerator=cpu", "max_batches=2", f"out={tmp_path}/out.json")
+    words = (f"ckpt={run}", "accelerator=cpu", f"out={tmp_path}/out.json")
     found = evaluate(composed("evaluate", *words, "split=test"))
     assert found["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(summary["test/bits_per_byte"], rel=1e-6)
