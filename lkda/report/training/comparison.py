@@ -63,7 +63,10 @@ class Comparison:
         notes = [f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''} on {'; '.join(devices)}."]
         tested = sum("test/loss" in run.summary for run in self.runs)
         if tested == len(self.runs):
-            notes.append("Loss, bits per byte and perplexity are of the test split, curves over time of validation.")
+            notes.append(
+                "What says test is of the test split, measured once at the end; curves and bits at the same time are of "
+                "validation."
+            )
         elif tested:
             notes.append(f"{tested} of the runs have a test split: what does not say test is of validation.")
         steps = sorted({run.summary["at_step"] for run in self.runs if "at_step" in run.summary})
