@@ -64,8 +64,8 @@ class Comparison:
         tested = sum("test/loss" in run.summary for run in self.runs)
         if tested == len(self.runs):
             notes.append(
-                "What says test is of the test split, measured once at the end; curves and bits at the same time are of "
-                "validation."
+                "What says test is of the test split, measured once at the end; curves and bits at the same time are "
+                "of validation."
             )
         elif tested:
             notes.append(f"{tested} of the runs have a test split: what does not say test is of validation.")
