@@ -52,6 +52,8 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
         context=data.context,
         bytes_per_token=data.bytes_per_token,
         parts=data.parts,
+        test_batches=None if data.test is None else data.in_order(data.test.batches),
+        test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
         compile=plan.compile,
     )
 
@@ -123,6 +125,8 @@ def _loggers(prepared: PreparedRun, run: RunDirectory) -> list[L.pytorch.loggers
     """metrics.csv first, then the chosen ones."""
     plan, data = prepared.plan, prepared.data
     also = accuracy.columns(data.parts) if data.parts else positions.columns(data.context)
+    if data.test is not None:
+        also += ["test/loss", "test/bits_per_byte", *positions.columns(data.context, split="test")]
     chosen = [instantiate(node)(save_dir=str(run.path), config=plan.record) for node in plan.loggers]
     return [MetricsCSV(run.metrics, also=also, resume_step=prepared.first_step), *chosen]
 

@@ -14,7 +14,7 @@ from lkda.checks import InputError
 from lkda.commands.data_options import build_data
 from lkda.commands.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.run_setup import RunPlan
-from lkda.data.datamodule import IndexedDataModule
+from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.training.metrics_csv import steps_with
@@ -85,6 +85,7 @@ def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> Pr
         "bytes_per_token": data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
         "parts": [dict(part) for part in data.parts],
+        "test": None if data.test is None else _test_metadata(data.test),
         "fingerprint": dict(data.fingerprint),
     }
     return PreparedRun(
@@ -96,6 +97,10 @@ def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> Pr
         checkpoint=saved[0] if saved else None,
         first_step=saved[1]["lkda"]["step"] if saved else 0,
     )
+
+
+def _test_metadata(test: TestSplit) -> dict[str, Any]:
+    return {name: getattr(test, name) for name in ("tokens", "bytes_per_token", "unigram_entropy")}
 
 
 def model_config(model: Mapping[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:

@@ -109,6 +109,9 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
         initial = load_initial_model(directory, backend=settings["backend"], data=settings["data"])
         settings = _with_names_of(initial, config, settings)
         settings["data"] = {**settings["data"], "tokenizer_path": str(directory / "tokenizer.json")}
+        if "vocab_size" in settings["data"]:
+            settings["data"]["vocab_size"] = initial.config["vocab_size"]
+    check_data_options(settings["data"])
     settings = with_recorded_options(settings, recorded or {}, of_model=initial is None)
     plan = _plan(settings, initial)
     check_unused(TRAIN, plan.record)
@@ -180,7 +183,6 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
     device = resolve_device(accelerator, option="trainer.accelerator", instead="trainer=cpu or trainer=auto")
     precision = resolve_precision(settings["trainer"]["precision"], device)
     trainer = {**settings["trainer"], "precision": precision}
-    check_data_options(settings["data"])
     model = model_options(settings) if initial is None else model_options_of(initial)
     backends = check_model(model, device=device, precision=PRECISIONS[precision], initial=initial)
     return RunPlan(

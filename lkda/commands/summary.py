@@ -44,6 +44,7 @@ def summarize(
         "val/perplexity": _perplexity(loss) if not metadata["parts"] else None,
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
         "unigram_entropy": metadata["unigram_entropy"],
+        **_of_test(metadata["test"], rows, step),
         "tokens": tokens,
         # A run shorter than the warm-up has no row with a speed.
         "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
@@ -75,6 +76,22 @@ def summarize(
             "lkda": lkda.__version__,
         },
         **_by_part(metadata["parts"], latest, model),
+    }
+
+
+def _of_test(test: dict[str, Any] | None, rows: list[dict[str, str]], step: int) -> dict[str, Any]:
+    """What was measured on the test split after the last step; nothing where there is no split, or the run stopped
+    before."""
+    measured = [row for row in rows if int(row["step"]) == step and row.get("test/loss")]
+    if test is None or not measured:
+        return {}
+    loss = float(measured[-1]["test/loss"])
+    return {
+        "test/loss": loss,
+        "test/perplexity": _perplexity(loss),
+        "test/bits_per_byte": float(measured[-1]["test/bits_per_byte"]),
+        "test_unigram_entropy": test["unigram_entropy"],
+        "test_tokens": test["tokens"],
     }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,12 +21,20 @@ from lkda.training.step_mean import StepMean
 from lkda.training.validation import Batch, ValidationMetrics, with_bits
 
 
+class Loader(Protocol):
+    """Batches, one after another, and their number."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
     Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and beside it bits
     per byte where the tokens are text; train/grad_norm, of the step's gradient before clipping; of a validation what
-    `ValidationMetrics` computes.
+    `ValidationMetrics` computes; and of a test split, where there is one, the same after the last step of a run.
 
     Args:
         model: that is trained.
@@ -34,6 +44,7 @@ class LanguageModelTask(L.LightningModule):
         context: tokens of a sequence, at most.
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
         parts: of the validation; see `lkda.training.accuracy`.
+        test_batches, test_bytes_per_token: of the test split, a text; None where there is none.
         compile: whether `torch.compile` takes the model and its loss.
 
     Attributes:
@@ -52,6 +63,8 @@ class LanguageModelTask(L.LightningModule):
         context: int,
         bytes_per_token: float | None,
         parts: Sequence[Mapping[str, int]] = (),
+        test_batches: Loader | None = None,
+        test_bytes_per_token: float | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -62,8 +75,13 @@ class LanguageModelTask(L.LightningModule):
         self.bytes_per_token = bytes_per_token
         self.register_buffer("clipped_steps", torch.zeros((), dtype=torch.long), persistent=False)
         self.step_mean = StepMean()
+        rows = model.config["vocab_size"]
         self.validation = ValidationMetrics(
-            context=context, vocab_size=model.config["vocab_size"], bytes_per_token=bytes_per_token, parts=parts
+            context=context, vocab_size=rows, bytes_per_token=bytes_per_token, parts=parts
+        )
+        self.test_batches = test_batches
+        self.test = ValidationMetrics(
+            context=context, vocab_size=rows, bytes_per_token=test_bytes_per_token, split="test"
         )
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
         self._losses = torch.compile(self._eager_losses, dynamic=False) if compile else self._eager_losses
@@ -106,6 +124,18 @@ class LanguageModelTask(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.validation.compute(), logger=False)
+        last = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.global_step >= self.total_steps
+        if last and self.test_batches is not None:
+            self._measure_test(self.test_batches)
+            self.log_dict(self.test.compute(), logger=False)
+
+    def _measure_test(self, batches: Loader) -> None:
+        """Take in the test split as a validation does: as many batches, in the same precision."""
+        trainer, limit = self.trainer, self.trainer.limit_val_batches
+        count = max(1, int(limit * len(batches))) if isinstance(limit, float) else limit
+        for batch in islice(batches, count):
+            with trainer.precision_plugin.val_step_context():
+                self.test.update(self.model, trainer.strategy.batch_to_device(batch), token_losses=self._losses)
 
     def configure_gradient_clipping(
         self,

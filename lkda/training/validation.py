@@ -33,6 +33,7 @@ class ValidationMetrics(nn.Module):
         vocab_size: of the model.
         bytes_per_token: of the validation text; None where the tokens are no text.
         parts: of the validation; see `lkda.training.accuracy`.
+        split: the beginning of the columns, "val", or "test" for a text that is measured likewise.
 
     Attributes:
         count: int64, the targets of a text that were measured since the last `compute`.
@@ -48,11 +49,13 @@ class ValidationMetrics(nn.Module):
         vocab_size: int,
         bytes_per_token: float | None,
         parts: Sequence[Mapping[str, int]] = (),
+        split: str = "val",
     ) -> None:
         super().__init__()
+        self.split = split
         self.bytes_per_token = bytes_per_token
         self.parts = PartMetrics(parts, vocab_size=vocab_size) if parts else None
-        self.positions = PositionLoss(context)
+        self.positions = PositionLoss(context, split=split)
         self.register_buffer("nats", torch.zeros((), dtype=torch.float64), persistent=False)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -81,7 +84,7 @@ class ValidationMetrics(nn.Module):
         loss = self.nats / self.count
         self.nats.zero_()
         self.count.zero_()
-        return with_bits("val", loss, self.bytes_per_token) | self.positions.compute()
+        return with_bits(self.split, loss, self.bytes_per_token) | self.positions.compute()
 
 
 def with_bits(split: str, loss: Tensor, bytes_per_token: float | None) -> dict[str, Tensor]:

@@ -161,6 +161,9 @@ def test_the_record_of_init_from_is_the_models_own(run: Path, corpus: Path, tmp_
     for group in ("model", "mixer"):
         assert plan.record[group] == fresh.record[group]
     assert plan.optimizer["lr"] == 4e-3
+    larger = planned("data=files", *small_run(corpus)[2:], f"init_from={out}")  # of the size that is the default
+    assert larger.model["d_model"] == 32
+    assert larger.record["data"]["vocab_size"] == larger.record["model"]["vocab_size"] == 300
 
 
 def test_what_earlier_runs_recorded_is_translated() -> None:
