@@ -80,9 +80,7 @@ class RunConsole:
 
     def print_interruption(self, ending: InterruptedRunError) -> None:
         """How to go on with the run."""
-        given = given_overrides(without=("resume=",))
-        again = command("train", *given, override("hydra.run.dir", str(self.run.path)), "resume=true")
-        self._line(f"{ending}. Continue with\n  {again}")
+        self._line(f"{ending}. Continue with\n  {resume_command(self.run)}")
 
     def print_result(self, summary: dict[str, Any], sample: str | None) -> None:
         """The table, the sample where the tokens are text, and the next commands."""
@@ -105,6 +103,12 @@ class RunConsole:
         self._line(f"run directory {short(self.run.path)}\nnext:")
         for line in _next_commands(self.run, summary, of_text=sample is not None):
             self._line(f"  {line}")
+
+
+def resume_command(run: RunDirectory) -> str:
+    """What goes on with the run in that directory, from the same command line."""
+    given = given_overrides(without=("resume=",))
+    return command("train", *given, override("hydra.run.dir", str(run.path)), "resume=true")
 
 
 def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool) -> list[str]:

@@ -17,7 +17,7 @@ def measured_learning_rate(model: Mapping[str, Any], mixer: Mapping[str, Any]) -
     Raises: ValueError where neither has one, saying what to give.
     """
     if model.get("learning_rate") is not None:
-        return model["learning_rate"]  # type: ignore[no-any-return]
+        return model["learning_rate"]
     table = mixer.get("learning_rate") or {}
     if not isinstance(table, Mapping):
         raise InputError(
@@ -30,4 +30,4 @@ def measured_learning_rate(model: Mapping[str, Any], mixer: Mapping[str, Any]) -
             f"no learning rate is known for mixer={mixer.get('name')} in a model named {model.get('name')}{known}: "
             "give optimizer.lr=..."
         )
-    return table[model["name"]]  # type: ignore[no-any-return]
+    return table[model["name"]]

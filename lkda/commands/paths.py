@@ -41,9 +41,9 @@ def data_with_absolute_paths(data: Mapping[str, Any]) -> dict[str, Any]:
         elif value is not None and name not in _DATA_LISTS:
             changed[name] = _absolute(value, f"data.{name}")
     # A data set of the hub, or a directory.
-    name = data.get("name")
-    if isinstance(name, str) and expanded(name).is_dir():
-        changed["name"] = _absolute(name, "data.name")
+    of_the_hub = data.get("name")
+    if isinstance(of_the_hub, str) and expanded(of_the_hub).is_dir():
+        changed["name"] = _absolute(of_the_hub, "data.name")
     return changed
 
 
