@@ -17,6 +17,7 @@ from torch import Tensor
 from lkda.bench.contest import Shape
 from lkda.bench.files import write_json
 from lkda.bench.measure import header
+from lkda.device import resolve_device
 from lkda.ops import kda_attention_fused
 
 SHAPES = ("8x2048x16x64", "1x8192x16x128")
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B x T x H x D")
     options = parser.parse_args()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = resolve_device("auto")
     machine = header(device)
     rows = [row for text in options.shapes for row in errors(Shape.parse(text), device)]
     note = f"{machine['device']}, torch {machine['torch']}; relative error of gradients through kda_attention_fused."

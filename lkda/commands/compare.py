@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 
 from lkda.checks import InputError, check_values
-from lkda.commands.settings import plain
+from lkda.commands.config import resolve
 from lkda.report.draw.tables import rich_table
 from lkda.report.training.comparison import compare as compare_runs
 from lkda.report.training.table import as_cells
@@ -33,7 +33,7 @@ def compare(config: DictConfig) -> None:
         config: composed from configs/compare.yaml.
     Raises: ValueError where nothing is found, none of it is a finished run, or `out` cannot be written.
     """
-    check_values(plain(config), OPTIONS)
+    check_values(resolve(config), OPTIONS)
     directories = _find(config.runs)
     out = Path(config.out)
     benchmark = None if config.bench is None else Path(config.bench)

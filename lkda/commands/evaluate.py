@@ -1,4 +1,4 @@
-"""Measure a trained model on the validation part of its data, or of others."""
+"""Measure a trained model on the validation or the test split of its data, or of others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import islice
@@ -15,29 +15,31 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lkda.checks import InputError, check_count, check_values
 from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
+from lkda.commands.config import resolve
+from lkda.commands.data_options import build_data, check_data_options
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
-from lkda.commands.settings import check_options, device_of, plain
+from lkda.commands.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
-from lkda.data.fingerprint import differences
+from lkda.data.fingerprint import NAMES, differences, in_words
 from lkda.data.text.cache import expanded
+from lkda.device import resolve_device
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
 from lkda.ops.kda.state import STATE_DTYPES
-from lkda.training.accuracy import PartMetrics
-from lkda.training.positions import PositionLoss
-from lkda.training.task import next_token_losses
+from lkda.training.validation import ValidationMetrics
 
+SPLITS = ("validation", "test")
 PRECISION = torch.float32  # of the weights and of what is computed
 OPTIONS = {
     "ckpt": Path,
@@ -47,6 +49,7 @@ OPTIONS = {
     "out": Path | None,
     "stepwise": bool,
     "state_dtype": str | None,
+    "split": str,
     "max_batches": int | None,
     "tasks": Sequence[str],
     "tasks_path": Path | None,
@@ -55,8 +58,8 @@ OPTIONS = {
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
-    """What `ckpt` makes of the validation: loss, perplexity and bits per byte of text, loss and accuracy of other data;
-    or, where `tasks` are given, its scores in those of lm-eval.
+    """What `ckpt` makes of the validation or, with split=test, of the test split: loss, perplexity and bits per byte of
+    text, loss and accuracy of other data; or, where `tasks` are given, its scores in those of lm-eval.
 
     With `stepwise` the model reads token by token, as it decodes, with its states kept in `state_dtype`.
 
@@ -67,10 +70,10 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: no usable checkpoint or data, an unknown task, or settings that do not go together.
     """
-    settings = plain(config)
+    settings = resolve(config)
     _check(config, settings)
     console = Console(soft_wrap=True, markup=False)
-    device = device_of(config.accelerator)
+    device = resolve_device(config.accelerator)
     trained = load_trained(config.ckpt, backend=config.backend)
     backends = trained.model.resolve_backends(device, PRECISION)
     if config.tasks:
@@ -78,26 +81,33 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         ran = {name: settings[name] for name in ("tasks", "tasks_path", "limit")}
         _write(config, trained, result, device, ran | {"backend": backends})
         return result
-    data = _data(config, trained)
+    chosen = _data_options(settings, trained)
+    data = _data(chosen, trained)
+    if config.split == "test" and data.test is None:
+        why = f": {data.no_test}" if data.no_test is not None else ""
+        raise InputError(f"{data.source} has no test split{why}. Leave split=test out for the validation.")
     changed = differences(trained.fingerprint, data.fingerprint)
     if changed:
-        told = f"{' and '.join(changed)} of {data.source} are not those of the run that trained {trained.path}"
-        console.print(f"note: {told}.", highlight=False, markup=False)
+        told = f"{in_words(changed)} of {data.source} are not those of the run that trained {trained.path}"
+        seen = config.split == "test" and NAMES["train"] in changed
+        also = ", which may have seen some of the test split in training" if seen else ""
+        console.print(f"note: {told}{also}.", highlight=False, markup=False)
     model = trained.model.to(device)
-    title, state_dtype = f"{trained.path} on {data.source}, validation", None
+    title, state_dtype = f"{trained.path} on {data.source}, {config.split}", None
     if config.stepwise:
         model = StepwiseModel(model, state_dtype=config.state_dtype)
         state_dtype = model.state_dtype
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
-    result = (_of_parts if data.parts else _of_text)(model, data, device=device, limit=config.max_batches)
+    result = _measure(model, data, split=config.split, device=device, limit=config.max_batches)
     table = Table(title=Text(title), show_header=False)
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
     ran = {
-        "data": OmegaConf.to_container(_data_config(config, trained)),
+        "data": chosen,
         "fingerprint": dict(data.fingerprint),
         "differs_from_the_run": changed,
+        "split": config.split,
         "stepwise": config.stepwise,
         "state_dtype": state_dtype,
         "max_batches": config.max_batches,
@@ -131,11 +141,15 @@ def _write(
 
 def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     check_values(settings, OPTIONS)
+    check_unused(EVALUATE, settings)
+    if config.split not in SPLITS:
+        raise InputError(f"split must be {' or '.join(SPLITS)}, got {config.split!r}.")
     if config.max_batches is not None:
         check_count("max_batches", config.max_batches, least=1)
     if config.limit is not None:
         check_count("limit", config.limit, least=1)
     for_data = {"stepwise": config.stepwise or None, "max_batches": config.max_batches, "data": config.get("data")}
+    for_data["split"] = config.split if config.split != "validation" else None
     for_tasks = {"tasks_path": config.tasks_path, "limit": config.limit}
     unused = [name for name, value in (for_data if config.tasks else for_tasks).items() if value is not None]
     if unused and config.tasks:
@@ -163,16 +177,20 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
         )
 
 
-def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
-    """The data to measure on, prepared; text with the model's own tokenizer."""
-    chosen = _data_config(config, trained)
-    check_options(chosen)
+def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
+    """The data to measure on, prepared; text with the model's own tokenizer.
+
+    Args:
+        chosen: the resolved group `data`.
+    """
+    check_data_options(chosen)
     with tempfile.TemporaryDirectory() as folder:
         own = {}
         if "tokenizer_path" in chosen:
-            own = {"tokenizer_path": str(Path(folder) / "tokenizer.json")}
-            trained.tokenizer.save(own["tokenizer_path"])
-        data = instantiate(chosen, **own)
+            path = Path(folder) / "tokenizer.json"
+            write_atomically(path, trained.tokenizer.to_str())
+            own = {"tokenizer_path": str(path)}
+        data = build_data(chosen | own)
         data.prepare()
     name = chosen.get("_target_")
     if data.tokenizer is None and trained.vocabulary is not None:
@@ -187,41 +205,49 @@ def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
     return data
 
 
-def _of_text(
-    model: LanguageModel, data: IndexedDataModule, *, device: torch.device, limit: int | None
+@torch.inference_mode()
+def _measure(
+    model: LanguageModel, data: IndexedDataModule, *, split: str, device: torch.device, limit: int | None
 ) -> dict[str, float]:
-    assert data.bytes_per_token is not None
-    assert data.unigram_entropy is not None
-    loss, tokens, by_position = mean_loss(model, _batches(model, data, limit), context=data.context, device=device)
+    """The columns of metrics.csv without their "val/", and of a text its perplexity and what to compare it with."""
+    text = data.test if split == "test" else data
+    assert text is not None
+    metrics = ValidationMetrics(
+        context=data.context,
+        vocab_size=model.config["vocab_size"],
+        bytes_per_token=text.bytes_per_token,
+        parts=data.parts,
+    ).to(device)
+    for batch in _batches(model, data, split, limit):
+        metrics.update(model, {name: _on(device, value) for name, value in batch.items()})
+    tokens = int(metrics.count)
+    found = {name.removeprefix("val/"): float(value) for name, value in metrics.compute().items()}
+    if data.parts:
+        return found
+    assert text.unigram_entropy is not None
     return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) / data.bytes_per_token,
-        "unigram_entropy": data.unigram_entropy,
+        "loss": found["loss"],
+        "perplexity": math.exp(found["loss"]),
+        "bits_per_byte": found["bits_per_byte"],
+        "unigram_entropy": text.unigram_entropy,
         "tokens": tokens,
-        **by_position,
+        **{name.replace("loss/", "loss_"): value for name, value in found.items() if name.startswith("loss/")},
     }
 
 
-@torch.inference_mode()
-def _of_parts(
-    model: LanguageModel, data: IndexedDataModule, *, device: torch.device, limit: int | None
-) -> dict[str, float]:
-    measured = PartMetrics(data.parts, vocab_size=model.config["vocab_size"]).to(device)
-    for batch in _batches(model, data, limit):
-        on_device = {name: batch[name].to(device) for name in ("tokens", "targets", "asked")}
-        measured.measure(model, on_device | {"part": batch["part"]})
-    return {name.removeprefix("val/"): float(value) for name, value in measured.compute().items()}
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _batches(model: LanguageModel, data: IndexedDataModule, limit: int | None) -> Iterator[dict[str, Any]]:
-    """The first `limit` of the validation, behind a bar that a stepwise model moves with every token."""
-    total = data.val_batches if limit is None else min(limit, data.val_batches)
+def _batches(model: LanguageModel, data: IndexedDataModule, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    """The first `limit` of the split, behind a bar that a stepwise model moves with every token."""
+    loader = data.in_order(data.test.batches) if split == "test" and data.test is not None else data.val_dataloader()
+    total = len(loader) if limit is None else min(limit, len(loader))
     with Progress(transient=True) as bar:
         task = bar.add_task("evaluating", total=total)
         if isinstance(model, StepwiseModel):
             model.on_step = lambda share: bar.advance(task, share)
-        for done, batch in enumerate(islice(data.val_dataloader(), total), 1):
+        for done, batch in enumerate(islice(loader, total), 1):
             yield batch
             bar.update(task, completed=done)
 
@@ -236,43 +262,24 @@ def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, cons
     return result
 
 
-@torch.inference_mode()
-def mean_loss(
-    model: LanguageModel, batches: Iterable[dict[str, Any]], *, context: int, device: torch.device
-) -> tuple[float, int, dict[str, float]]:
-    """The mean loss in nats over every target of `batches`, their number, and {"loss_from_8": the mean of positions 8
-    to 15 of their sequences, ...}."""
-    measured = PositionLoss(context).to(device)
-    nats, count = 0.0, 0
-    for batch in batches:
-        tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
-        cu_seqlens = None if batch["cu_seqlens"] is None else batch["cu_seqlens"].to(device)
-        losses = next_token_losses(model(tokens, cu_seqlens=cu_seqlens), targets)
-        measured.update(losses, targets, cu_seqlens)
-        nats += float(losses.sum(dtype=torch.float64))
-        count += int((targets != -100).sum())
-    by_position = {name.replace("val/loss/", "loss_"): float(loss) for name, loss in measured.compute().items()}
-    return nats / count, count, by_position
-
-
-def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
-    """The chosen data; where none is chosen, those that the model was trained on.
+def _data_options(settings: dict[str, Any], trained: TrainedModel) -> dict[str, Any]:
+    """The chosen data, as the resolved group; where none is chosen, those that the model was trained on.
 
     What a run or an exported directory records is only followed to this project's own data modules: `_target_` names
     code. Raises: ValueError where nothing is recorded, or another module.
     """
-    if "data" in config:
+    if "data" in settings:
         given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         unused = [word for word in given if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
-        if unused and "tokenizer_path" in config.data:
+        if unused and "tokenizer_path" in settings["data"]:
             raise InputError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
-        return data_with_absolute_paths(config.data)
+        return data_with_absolute_paths(settings["data"])
     data = config_of_run(trained).get("data")
     if not isinstance(data, dict):
         where = "lies in no run directory that says" if trained.step is not None else "does not say"
         raise InputError(f"{trained.path} {where} what data it saw: give data=...")
     _check_data_module(data, trained.path)
-    return data_with_absolute_paths(OmegaConf.create(data))
+    return data_with_absolute_paths(data)
 
 
 def _check_data_module(data: dict[str, Any], source: Path) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from lkda.checks import InputError
 from lkda.formats.common.building import build_with_weights
 from lkda.formats.common.reading import read_tokenizer, read_weights
-from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
+from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_tokenizer_json, write_weights
 from lkda.models.lm import LanguageModel
 from lkda.old_names import current_model_config
 
@@ -36,7 +36,7 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
     write_json(
         directory / "config.json", {"model_type": MODEL_TYPES[0], "format": FORMAT, "dtype": dtype, "model": config}
     )
-    tokenizer.save(str(directory / "tokenizer.json"))
+    write_tokenizer_json(directory, tokenizer)
 
 
 def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[LanguageModel, Tokenizer]:

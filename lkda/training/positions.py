@@ -13,9 +13,10 @@ def starts(context: int) -> list[int]:
     return [0, *(1 << n for n in range((context - 1).bit_length()))]
 
 
-def columns(context: int) -> list[str]:
-    """The columns of metrics.csv that `PositionLoss` fills: val/loss/from_0, val/loss/from_1, val/loss/from_2, ..."""
-    return [f"val/loss/from_{start}" for start in starts(context)]
+def columns(context: int, *, split: str = "val") -> list[str]:
+    """The columns of metrics.csv that `PositionLoss` fills: val/loss/from_0, val/loss/from_1, val/loss/from_2, ..., and
+    for the split "test" those of the test split."""
+    return [f"{split}/loss/from_{start}" for start in starts(context)]
 
 
 class PositionLoss(nn.Module):
@@ -23,15 +24,16 @@ class PositionLoss(nn.Module):
 
     Args:
         context: tokens of a sequence, at most.
+        split: the beginning of the columns.
     """
 
     starts: Tensor
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, context: int) -> None:
+    def __init__(self, context: int, *, split: str = "val") -> None:
         super().__init__()
-        self.columns = columns(context)
+        self.columns = columns(context, split=split)
         self.register_buffer("starts", torch.tensor(starts(context)), persistent=False)
         self.reset()
 

@@ -3,61 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
-from lkda.models.build import build_model
-from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
-from lkda.training.accuracy import PartMetrics
-from lkda.training.cuda_graphs import GraphedLoss
+from lkda.models.lm import LanguageModel
+from lkda.training.losses import next_token_loss, next_token_losses
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
-from lkda.training.positions import PositionLoss
 from lkda.training.step_mean import StepMean
-
-# {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets ask: their flat places, asked [N],
-# and the number of the batch's part.
-Batch = Mapping[str, Any]
+from lkda.training.validation import Batch, ValidationMetrics, with_bits
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are asked, in float32.
+class Loader(Protocol):
+    """Batches, one after another, and their number."""
 
-    Args:
-        logits: [B, T, vocab].
-        targets: [B, T] int64; -100 where nothing is asked.
-    """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+    def __len__(self) -> int: ...
 
-
-def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each target, [B, T], in float32; 0 where nothing is asked. Arguments as of `next_token_loss`."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
-    return losses.view_as(targets)
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and
-    train/grad_norm, of the step's gradient before clipping; val/loss, the mean over every validation target (not over
-    batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
-    the tokens are text. Where the validation has parts: what `PartMetrics` computes.
+    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and beside it bits
+    per byte where the tokens are text; train/grad_norm, of the step's gradient before clipping; of a validation what
+    `ValidationMetrics` computes; and of a test split, where there is one, the same after the last step of a run.
 
     Args:
-        model_config: what `build_model` takes: plain names and numbers.
+        model: that is trained.
         optimizer: what `build_optimizer` takes.
         scheduler: what `learning_rate_factor` takes.
         total_steps: optimiser steps of the whole run, for the schedule.
         context: tokens of a sequence, at most.
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
         parts: of the validation; see `lkda.training.accuracy`.
+        test_batches, test_bytes_per_token: of the test split, a text; None where there is none.
         compile: whether `torch.compile` takes the model and its loss.
 
     Attributes:
@@ -68,7 +55,7 @@ class LanguageModelTask(L.LightningModule):
 
     def __init__(
         self,
-        model_config: dict[str, Any],
+        model: LanguageModel,
         *,
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any],
@@ -76,50 +63,39 @@ class LanguageModelTask(L.LightningModule):
         context: int,
         bytes_per_token: float | None,
         parts: Sequence[Mapping[str, int]] = (),
+        test_batches: Loader | None = None,
+        test_bytes_per_token: float | None = None,
         compile: bool = False,
-        graphs: bool = False,
     ) -> None:
         super().__init__()
-        self.model = build_model(model_config)
+        self.model = model
         self.optimizer_config = dict(optimizer)
         self.scheduler_config = dict(scheduler)
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
         self.register_buffer("clipped_steps", torch.zeros((), dtype=torch.long), persistent=False)
         self.step_mean = StepMean()
-        self.val_mean = MeanMetric()
-        self.val_positions = PositionLoss(context)
-        self.val_parts = PartMetrics(parts, vocab_size=self.model.config["vocab_size"]) if parts else None
+        rows = model.config["vocab_size"]
+        self.validation = ValidationMetrics(
+            context=context, vocab_size=rows, bytes_per_token=bytes_per_token, parts=parts
+        )
+        self.test_batches = test_batches
+        self.test = ValidationMetrics(
+            context=context, vocab_size=rows, bytes_per_token=test_bytes_per_token, split="test"
+        )
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
-        self._graphs, self._graphed = graphs, None
         self._losses = torch.compile(self._eager_losses, dynamic=False) if compile else self._eager_losses
 
     def _eager_loss(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, asked: Tensor | None = None
     ) -> Tensor:
-        if asked is None and tokens.is_cuda:
-            return linear_cross_entropy(*self._head_inputs(tokens, cu_seqlens), targets.flatten())
         if asked is None:
             return next_token_loss(self.model(tokens, cu_seqlens=cu_seqlens), targets)
         logits = self.model.logits_at(tokens, asked, cu_seqlens=cu_seqlens)
         return F.cross_entropy(logits.float(), targets.flatten()[asked])
 
     def _eager_losses(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        if tokens.is_cuda:
-            losses = linear_cross_entropies(*self._head_inputs(tokens, cu_seqlens), targets.flatten())
-            return losses.view_as(targets)
         return next_token_losses(self.model(tokens, cu_seqlens=cu_seqlens), targets)
-
-    def _head_inputs(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the head reads, [N, d_model], in the type of its product, and its weight."""
-        x = self.model.hidden(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)
-        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        return x.to(kind), self.model.lm_head.weight
-
-    def _with_bits(self, name: str, loss: Tensor) -> dict[str, Tensor]:
-        """The loss in nats a token, and in bits a byte, which compares across tokenizers, where the tokens are text."""
-        bits = {} if self.bytes_per_token is None else {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token)}
-        return {f"{name}/{key}": value for key, value in {"loss": loss, **bits}.items()}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the learning rate of the step that this batch belongs to: a function of the step and the settings, not
@@ -130,28 +106,13 @@ class LanguageModelTask(L.LightningModule):
             group["lr"] = self.optimizer_config["lr"] * group["lr_scale"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        pieces = self.trainer.accumulate_grad_batches
-        if self._graphs:
-            if self._graphed is None:
-                self._graphed = GraphedLoss(self._loss, list(self.model.parameters()), accumulates=pieces > 1)
-            inputs = {name: batch.get(name) for name in ("tokens", "targets", "cu_seqlens", "asked")}
-            loss = self._graphed(inputs, scale=1.0 / pieces, first=batch_idx % pieces == 0)
-            self.log_dict(self._with_bits("train", loss), logger=False)
-            return loss
         mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("asked"))
+        pieces = self.trainer.accumulate_grad_batches
         if pieces > 1:
             loss = self.step_mean.weighted(loss, batch["targets"], first=batch_idx % pieces == 0)
             mean = self.step_mean.loss
-        self.log_dict(self._with_bits("train", mean.detach()), logger=False)
+        self.log_dict(with_bits("train", mean.detach(), self.bytes_per_token), logger=False)
         return loss
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if not self._graphs:
-            loss.backward()
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        if not self._graphs:
-            optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         pieces = self.trainer.accumulate_grad_batches
@@ -159,23 +120,22 @@ class LanguageModelTask(L.LightningModule):
             self.step_mean.normalize(self.parameters(), pieces=pieces)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        if self.val_parts is not None:
-            self.val_parts.measure(self.model, batch)
-            return
-        targets: Tensor = batch["targets"]
-        losses = self._losses(batch["tokens"], targets, batch["cu_seqlens"])
-        asked = (targets != -100).sum()
-        self.val_mean.update(losses.sum() / asked, weight=asked)
-        self.val_positions.update(losses, targets, batch["cu_seqlens"])
+        self.validation.update(self.model, batch, token_losses=self._losses)
 
     def on_validation_epoch_end(self) -> None:
-        if self.val_parts is not None:
-            self.log_dict(self.val_parts.compute(), logger=False)
-            return
-        loss = self.val_mean.compute()
-        self.val_mean.reset()
-        by_position = self.val_positions.compute()
-        self.log_dict(self._with_bits("val", loss) | by_position, logger=False)
+        self.log_dict(self.validation.compute(), logger=False)
+        last = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.global_step >= self.total_steps
+        if last and self.test_batches is not None:
+            self._measure_test(self.test_batches)
+            self.log_dict(self.test.compute(), logger=False)
+
+    def _measure_test(self, batches: Loader) -> None:
+        """Take in the test split as a validation does: as many batches, in the same precision."""
+        trainer, limit = self.trainer, self.trainer.limit_val_batches
+        count = max(1, int(limit * len(batches))) if isinstance(limit, float) else limit
+        for batch in islice(batches, count):
+            with trainer.precision_plugin.val_step_context():
+                self.test.update(self.model, trainer.strategy.batch_to_device(batch), token_losses=self._losses)
 
     def configure_gradient_clipping(
         self,

@@ -202,7 +202,13 @@ def test_more_steps_go_on_from_the_end(corpus: Path, tmp_path: Path, uninterrupt
     run(corpus, directory, constant, "trainer.max_steps=6")
     run(corpus, directory, constant, *SHORT, "resume=true")
     assert "resuming from step 6" in capsys.readouterr().out
-    assert rows(directory) == uninterrupted((constant, *SHORT))
+    found, expected = rows(directory), uninterrupted((constant, *SHORT))
+    first_end = next(row for row in found if row["test/loss"])
+    assert first_end["step"] == "6"  # where the run ended at first; the test split is measured at each end
+    assert found[-1] == expected[-1]
+    assert found[-1]["test/loss"]
+    first_end.update((name, "") for name in first_end if name.startswith("test/"))
+    assert found == expected
 
 
 def weights(directory: Path) -> dict[str, Any]:
@@ -313,6 +319,19 @@ def test_what_is_left_of_the_checkpoints_is_resumed_from(
     assert f"resuming from step {step}" in capsys.readouterr().out
     assert step_path(directory / "checkpoints", step).read_bytes() == kept
     assert rows(directory) == uninterrupted(SHORT)
+
+
+def test_a_lost_best_is_taken_from_the_validations_to_come(corpus: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    constant = "scheduler=constant"
+    run(corpus, directory, constant, "trainer.max_steps=4", "sample.max_new_tokens=0")
+    best = directory / "checkpoints" / "best.ckpt"
+    best.unlink()
+    summary = run(corpus, directory, constant, "trainer.max_steps=7", "sample.max_new_tokens=0", "resume=true")
+    assert summary["status"] == "finished"
+    losses = {int(row["step"]): float(row["val/loss"]) for row in rows(directory) if row["val/loss"]}
+    assert min(losses, key=losses.__getitem__) in (6, 7)  # the loss still falls, so the lost one was not the best
+    assert read_checkpoint(best)["lkda"]["step"] == min(losses, key=losses.__getitem__)
 
 
 def test_checkpoints_without_their_run_are_not_overwritten(corpus: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lkda.models.build import build_model
 from lkda.training.task import LanguageModelTask
 
 MODEL = {
@@ -60,7 +61,7 @@ def trained(*, pieces: int, asked: list[int], flat: bool) -> tuple[list[float], 
         batches.append(batch)
     torch.manual_seed(1)
     task = LanguageModelTask(
-        MODEL, optimizer=ADAMW, scheduler=CONSTANT, total_steps=STEPS, context=LENGTH, bytes_per_token=None
+        build_model(MODEL), optimizer=ADAMW, scheduler=CONSTANT, total_steps=STEPS, context=LENGTH, bytes_per_token=None
     )
     losses = Losses()
     L.Trainer(

@@ -15,7 +15,7 @@ from typing import Any
 from lkda.checks import InputError
 
 _FACTS = "facts.json"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def default_cache_dir() -> Path:

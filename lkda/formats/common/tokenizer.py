@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, processors
 
-from lkda.formats.common.writing import write_json
+from lkda.formats.common.writing import write_json, write_tokenizer_json
 from lkda.special_tokens import document_start
 
 
@@ -39,6 +39,6 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context: int | Non
             single=[name, "$A"], pair=[name, "$A", name, "$B"], special_tokens=[(name, token)]
         )
         config |= {"bos_token": name, "eos_token": name, "pad_token": name}
-    written.save(str(directory / "tokenizer.json"))
+    write_tokenizer_json(directory, written)
     write_json(directory / "tokenizer_config.json", config)
     write_json(directory / "generation_config.json", special_ids(tokenizer))

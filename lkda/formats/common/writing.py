@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as serialize
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from lkda.formats.common.reading import WEIGHTS
@@ -37,3 +38,8 @@ def write_weights(directory: Path, weights: Mapping[str, Tensor], *, dtype: str)
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Readable JSON with a newline at its end."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer_json(directory: Path, tokenizer: Tokenizer) -> None:
+    """tokenizer.json. `Tokenizer.save` would raise a bare Exception where the disk is full."""
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")

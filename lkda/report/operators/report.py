@@ -9,7 +9,7 @@ from lkda.report.draw.page import Section, page
 from lkda.report.draw.style import Picture
 from lkda.report.operators import plots as bench_plots
 from lkda.report.operators.benchmark import Benchmark, as_cells, as_csv, as_markdown, measured, names_of, read_benchmark
-from lkda.report.read.files import write_atomically
+from lkda.report.read.files import write_together
 
 
 def section(benchmark: Benchmark) -> Section:
@@ -50,9 +50,12 @@ def redraw(path: Path) -> None:
 def write(benchmark: Benchmark, out: Path) -> None:
     """Writes table.md, benchmark.csv, the plots and report.html into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "table.md", as_markdown(benchmark.rows))
-    write_atomically(out / "benchmark.csv", as_csv(benchmark.rows))
     shown = section(benchmark)
+    files: dict[Path, str | bytes] = {
+        out / "table.md": as_markdown(benchmark.rows),
+        out / "benchmark.csv": as_csv(benchmark.rows),
+    }
     for name, picture in shown.pictures.items():
-        write_atomically(out / f"{name.replace(' of ', '_').replace(' ', '_').replace('+', '_')}.png", picture.light)
-    write_atomically(out / "report.html", page("Operators side by side", [replace(shown, heading="")]))
+        files[out / f"{name.replace(' of ', '_').replace(' ', '_').replace('+', '_')}.png"] = picture.light
+    files[out / "report.html"] = page("Operators side by side", [replace(shown, heading="")])
+    write_together(files)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lkda.checks import InputError
-from lkda.io import write_atomically
+from lkda.io import write_atomically, write_together
 
-__all__ = ["read_results_file", "write_atomically"]
+__all__ = ["read_results_file", "write_atomically", "write_together"]
 
 
 def read_results_file(path: Path, *, kind: str | None = None) -> dict[str, Any]:

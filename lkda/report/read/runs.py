@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lkda.checks import InputError
+from lkda.metrics_file import metrics_rows
 
 # What a table or a plot cannot do without; numbers but for the mixer.
 REQUIRED = ("mixer", "val/loss", "state_bytes", "tokens", "tokens_per_s", "params")
@@ -62,9 +63,12 @@ def _at(run: Run, step: int) -> Run:
         there = ", ".join(f"{row['step']:.0f}" for row in run.metrics if "val/loss" in row)
         raise InputError(f"no validation at step {step}; there are {there}")
     then = validations[-1]
-    summary = run.summary | {
-        name: value for name, value in then.items() if name.startswith("val/") and name.count("/") == 1
+    kept = {name: value for name, value in run.summary.items() if not name.startswith("test")}
+    summary = kept | {
+        name: value for name, value in then.items() if name.startswith(("val/", "test/")) and name.count("/") == 1
     }
+    if "test/loss" in then:
+        summary["test/perplexity"] = math.exp(then["test/loss"])
     summary |= {"at_step": step, "steps": step, "tokens": int(then["tokens"]), "seconds": then["seconds"]}
     if "parts" in summary:
         summary["parts"] = [part | _of_part(part, then) for part in summary["parts"]]
@@ -124,9 +128,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
-    lines = _read(path).splitlines()
+    text = _read(path)
     try:
-        rows = [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(lines)]
+        rows = [{name: float(x) for name, x in row.items() if x} for row in metrics_rows(text)]
     except (ValueError, TypeError, csv.Error) as error:
         raise InputError(f"metrics.csv cannot be read ({error})") from error
     needed = {"step", "tokens", "seconds", "val/loss"}
@@ -158,6 +162,11 @@ def as_record(run: Run) -> dict[str, Any]:
 def from_record(record: dict[str, Any]) -> Run:
     """The run that `as_record` wrote down."""
     return Run(record["name"], record["config"], record["summary"], record["metrics"])
+
+
+def reported_split(runs: Iterable[Run]) -> str:
+    """What figures of these runs are of: "test" where each has measured its test split, else "val"."""
+    return "test" if all(_is_number(run.summary.get("test/loss")) for run in runs) else "val"
 
 
 def tokenizers_differ(runs: Iterable[Run]) -> bool:

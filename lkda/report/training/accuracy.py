@@ -13,8 +13,7 @@ from lkda.report.read.runs import Run
 
 # What a sweep varies inside one row of a table or one line of a plot: the task, its length, the width and the rate.
 SWEPT = {
-    *("data", "tokens", "optimizer.lr", "model.learning_rate"),
-    *("model.d_model", "model.num_heads", "mixer.num_heads", "scheduler", "device", "precision"),
+    *("data", "tokens", "optimizer.lr", "model.d_model", "mixer.num_heads", "scheduler", "device", "precision"),
 }
 # What a point of a line is made of, beside what the part of the validation says of itself.
 Shape = tuple[tuple[str, int], ...]

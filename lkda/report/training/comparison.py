@@ -14,9 +14,9 @@ from lkda.report.draw.style import Picture
 from lkda.report.draw.tables import markdown_table
 from lkda.report.operators import benchmark as bench
 from lkda.report.operators import report as bench_report
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group, also_differing, group_runs
-from lkda.report.read.runs import Run, as_record, from_record, read_runs, tokenizers_differ
+from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
 RESULTS = "results.json"
@@ -61,6 +61,14 @@ class Comparison:
         """Sentences on reading the table."""
         devices = sorted({str(run.summary.get("device", "an unnamed device")) for run in self.runs})
         notes = [f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''} on {'; '.join(devices)}."]
+        tested = sum("test/loss" in run.summary for run in self.runs)
+        if tested == len(self.runs):
+            notes.append(
+                "What says test is of the test split, measured once at the end; curves and bits at the same time are "
+                "of validation."
+            )
+        elif tested:
+            notes.append(f"{tested} of the runs have a test split: what does not say test is of validation.")
         steps = sorted({run.summary["at_step"] for run in self.runs if "at_step" in run.summary})
         if steps:
             planned = sorted({run.config["trainer"]["max_steps"] for run in self.runs})
@@ -150,13 +158,14 @@ def write(comparison: Comparison, path: Path) -> None:
     results: dict[str, Any] = {"kind": KIND, "title": comparison.title, "rows": rows, "notes": notes}
     results |= {"runs": [as_record(run) for run in comparison.runs], "skipped": comparison.skipped}
     results |= {"benchmark": comparison.benchmark and asdict(comparison.benchmark), "alone": comparison.alone}
-    write_atomically(path, json.dumps(results, indent=1) + "\n")
     head, body = table.as_cells(rows)
-    write_atomically(out / "table.csv", table.as_csv(rows))
-    write_atomically(out / "table.md", markdown_table(head, body) + "\n" + "".join(f"{n}\n" for n in notes))
+    files: dict[Path, str | bytes] = {
+        path: json.dumps(results, indent=1) + "\n",
+        out / "table.csv": table.as_csv(rows),
+        out / "table.md": markdown_table(head, body) + "\n" + "".join(f"{n}\n" for n in notes),
+    }
     drawn = _pictures(comparison)
-    for (name, _), picture in drawn.items():
-        write_atomically(out / f"{name}.png", picture.light)
+    files |= {out / f"{name}.png": picture.light for (name, _), picture in drawn.items()}
     sections = [Section(head=head, body=body, notes=notes)]
     if accuracy.has_parts(comparison.runs):
         by_part, best = accuracy.table(comparison.runs), "Accuracy of asked tokens, each model at its better rate"
@@ -165,7 +174,8 @@ def write(comparison: Comparison, path: Path) -> None:
     sections += [bench_report.section(comparison.benchmark)] if comparison.benchmark else []
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
     sections += [Section("Left out", items=left_out)] if left_out else []
-    write_atomically(out / "report.html", page(comparison.title, sections))
+    files[out / "report.html"] = page(comparison.title, sections)
+    write_together(files)
 
 
 def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
@@ -187,7 +197,9 @@ def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
         ("loss_by_tokens", f"{loss} against tokens"): plots.loss_curves(groups, x="tokens", y=y, bits_per_nat=scale),
         ("loss_by_seconds", f"{loss} against time"): plots.loss_curves(groups, x="seconds", y=y, bits_per_nat=scale),
         ("loss_by_position", "Loss by position in the context"): by_position,
-        ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(groups, y=y),
+        ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(
+            groups, y=y.replace("val/", f"{reported_split(comparison.runs)}/")
+        ),
     }
     if not comparison.alone:
         drawn = {name: picture for name, picture in drawn.items() if name[0] != "loss_by_seconds"}
