@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from lkda.models.init import STD, apply_initialization
 from lkda.models.mixer import Mixer, State
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import resolve_backend
+
+ApplyBlock = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+
+
+def apply_block(block: nn.Module, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x [B, T, d_model] -> what `block` makes of it, of that shape."""
+    y: Tensor = block(x, cu_seqlens=cu_seqlens)[0]
+    return y
 
 
 class LanguageModel(nn.Module):
@@ -65,11 +74,15 @@ class LanguageModel(nn.Module):
             x = self.embed_norm(x)
         return x if self.config["embed_scale"] == 1.0 else x * self.config["embed_scale"]
 
-    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """tokens [B, T] -> [B, T, d_model], what the head reads."""
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, apply: ApplyBlock = apply_block) -> Tensor:
+        """tokens [B, T] -> [B, T, d_model], what the head reads.
+
+        Args:
+            apply: how a block is called; training passes a compiled call.
+        """
         x = self.embed(tokens)
         for block in self.blocks:
-            x, _ = block(x, cu_seqlens=cu_seqlens)
+            x = apply(block, x, cu_seqlens)
         return self.norm(x)
 
     def forward_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:

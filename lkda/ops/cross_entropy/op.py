@@ -9,14 +9,14 @@ from lkda.ops.cross_entropy.cuda import rows_cuda
 from lkda.ops.runtime.jit import reason_cannot_run
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
 
+IGNORE_INDEX = -100  # a target that is not predicted, as in torch
 # Logits of a piece: 2^26 of them are 128 MiB in bf16.
 _LOGITS = 2**26
-IGNORE_INDEX = -100
 
 
 def rows_torch(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each row of `logits` [N, V], 0 where nothing is asked, and the gradient of `scale` times their sum,
-    [N, V] in the logits' dtype. Computed in float32, or float64 where the logits are."""
+    """The loss of each row of `logits` [N, V], 0 where the target is IGNORE_INDEX, and the gradient of `scale` times
+    their sum, [N, V] in the logits' dtype. Computed in float32, or float64 where the logits are."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     asked = targets != IGNORE_INDEX
     place = targets.clamp(min=0).unsqueeze(1)
@@ -38,17 +38,17 @@ def _pieces(tokens: int, vocab_size: int) -> int:
     return min(tokens, max(128, _LOGITS // vocab_size // 128 * 128))
 
 
-def _times(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """x y, summed and kept in `dtype`."""
-    if x.dtype == dtype:
-        return x @ y
-    return torch.mm(x, y, out_dtype=dtype) if x.is_cuda else x.to(dtype) @ y.to(dtype)
+def _plus_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """total + x y, in the total's dtype."""
+    if x.dtype != total.dtype and x.is_cuda:
+        return torch.addmm(total, x, y, out_dtype=total.dtype)
+    return total.addmm_(x.to(total.dtype), y.to(total.dtype))
 
 
 @torch.library.custom_op("lkda::linear_cross_entropy", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = weight.to(x.dtype)
-    asked = (targets != IGNORE_INDEX).sum()
+    asked = (targets != IGNORE_INDEX).sum().clamp(min=1)
     scale = 1.0 / asked.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     piece = _pieces(len(x), len(weight))
     kind = torch.promote_types(weight.dtype, torch.float32)
@@ -58,7 +58,7 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
         losses, gradient = _rows(x[part] @ rows.mT, targets[part], scale)
         total += losses.sum()
         grad_x[part] = gradient @ rows
-        grad_weight += _times(gradient.mT, x[part], kind)
+        grad_weight = _plus_product(grad_weight, gradient.mT, x[part])
     return total * scale, grad_x, grad_weight.to(weight.dtype)
 
 
@@ -81,15 +81,15 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The mean of cross_entropy(x weightᵀ, targets) over the targets that are asked, in nats.
+    """The mean of cross_entropy(x weightᵀ, targets) over the targets that are not IGNORE_INDEX, in nats.
 
     The logits exist for some tokens at a time, and the gradients are computed with them, in the forward.
 
     Args:
         x: [N, d], of the type that the product is to have.
         weight: [V, d], of x's type or float32; its gradient is summed in float32 at least.
-        targets: [N] int64; -100 where nothing is asked.
-    Returns: a scalar in float32, or float64 where x is.
+        targets: [N] int64.
+    Returns: a scalar in float32, or float64 where x is; 0 where the target is IGNORE_INDEX.
     """
     loss: Tensor = _forward(x, weight, targets)[0]
     return loss
@@ -97,7 +97,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def linear_cross_entropies(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Of each target, [N] in float32, 0 where nothing is asked; without gradients. Arguments as of the mean."""
+    """Of each target, [N] in float32, 0 where it is IGNORE_INDEX; without gradients. Arguments as of the mean."""
     rows, piece = weight.to(x.dtype), _pieces(len(x), len(weight))
     parts = zip(x.split(piece), targets.split(piece), strict=True)
     losses = [
