@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from lkda.commands.train import train
 from lkda.data.text.cache import publish
-from lkda.data.text.tokenize import tokenise
+from lkda.data.text.tokenize import Splits, tokenise
 from tests.commands.small import ROOT, composed
 
 DATA = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
@@ -33,7 +33,7 @@ def required(name: str, corpus: Path, directory: Path) -> list[str]:
     if name == "prose":
         (built := directory / "built").mkdir()
         with Progress(disable=True) as progress:
-            facts = tokenise(texts[1:], texts[:1], built, given=None, vocab_size=350, progress=progress)
+            facts = tokenise(Splits(texts[1:], texts[:1]), built, given=None, vocab_size=350, progress=progress)
         publish(built, directory / "prose", facts)
         return [f"data.directory={directory}/prose"]
     return []
