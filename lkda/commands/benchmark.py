@@ -40,6 +40,9 @@ def benchmark(config: DictConfig) -> None:
     Raises: ValueError for a word, a shape or a device that is none, and where `out` cannot be written.
     """
     check_values(plain(config), OPTIONS)
+    empty = [name for name in _WORDS if not config[name] and name != "peers"]
+    if empty:
+        raise InputError(f"{empty[0]} is empty: give some, or leave it out.")
     device = _device(config.device)
     if config.milliseconds <= 0:
         raise InputError(f"milliseconds must be above 0, got {config.milliseconds}.")

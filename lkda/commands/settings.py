@@ -10,7 +10,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from lkda.checks import InputError, check_types
+from lkda.checks import InputError, check_count, check_types
 from lkda.commands.unused_options import DATA, check_unused
 from lkda.models.build import build_model
 
@@ -58,6 +58,8 @@ def model_config(config: dict[str, Any], *, vocab_size: int, context: int) -> di
         ValueError: the tokenizer has more tokens than the model has rows, or the model cannot be built.
     """
     model = {key: value for key, value in config["model"].items() if key not in _NOT_THE_MODELS}
+    if model["vocab_size"] is not None:
+        check_count("model.vocab_size", model["vocab_size"], least=1)
     rows = model["vocab_size"] or vocab_size
     if vocab_size > rows:
         raise InputError(

@@ -328,6 +328,9 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
     loggers += [instantiate(node)(save_dir=str(run.path), config=plan.settings) for node in chosen]
     options = {key: value for key, value in plan.settings["trainer"].items() if key != "max_tokens"}
     shown = [instantiate(node) for node in plan.config.callbacks.values() if node]
+    strangers = [type(callback).__name__ for callback in shown if not isinstance(callback, L.Callback)]
+    if strangers:
+        raise InputError(f"a _target_ in callbacks makes a {strangers[0]}, which is no callback of Lightning's.")
     options |= OF_EVERY_RUN | {
         "accelerator": plan.device.type,
         "max_steps": plan.steps,
