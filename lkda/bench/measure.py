@@ -87,6 +87,12 @@ def cases(
         for word in words:
             if word not in allowed:
                 raise InputError(f"{what}: there is no {word}; there are {', '.join(sorted(allowed)) or 'none'}.")
+    for word in peers:
+        family, at, shape = word.partition("@")
+        if at and shape not in map(str, shapes):
+            raise InputError(
+                f"peers: {word} is {family} at a shape that is not in shapes, {', '.join(map(str, shapes))}."
+            )
     found = []
     for contest in contests:
         entrants: list[tuple[str, str | None, str]] = [(w, None, "") for w in backends if w in contest.backends]

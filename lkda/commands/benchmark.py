@@ -41,6 +41,9 @@ def benchmark(config: DictConfig) -> None:
     Raises: ValueError for a word, a shape or a device that is none, and where `out` cannot be written.
     """
     check_values(resolve(config), OPTIONS)
+    empty = [name for name in _WORDS if not config[name] and name != "peers"]
+    if empty:
+        raise InputError(f"{empty[0]} is empty: give some, or leave it out.")
     instead = "device=cpu with backends=[chunk,recurrent]"
     device = resolve_device(config.device, option="device", gpu="cuda", instead=instead)
     if device.type == "cuda":

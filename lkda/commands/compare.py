@@ -59,6 +59,8 @@ def _find(runs: str | ListConfig) -> list[Path]:
 
     Raises: ValueError where one matches nothing.
     """
+    if not isinstance(runs, str) and not runs:
+        raise InputError("runs is empty: give run directories, as in runs='outputs/*'.")
     found: dict[Path, None] = {}
     for pattern in [runs] if isinstance(runs, str) else list(runs):
         literal = [str(pattern)] if os.path.exists(str(pattern)) else []

@@ -65,6 +65,8 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             # Imported here, so that --help need not wait for torch.
             function = getattr(importlib.import_module(f"lkda.commands.{module}"), module)
             if name == "train":
+                if not HydraConfig.get().run.dir:
+                    raise InputError("hydra.run.dir is empty: give a directory, or leave it out.")
                 with output_that_may_end():
                     function(config, HydraConfig.get().runtime.output_dir)
             else:

@@ -82,6 +82,9 @@ def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRe
     """
     plan = prepared.plan
     shown = [instantiate(node) for node in plan.callbacks]
+    strangers = [type(callback).__name__ for callback in shown if not isinstance(callback, L.Callback)]
+    if strangers:
+        raise InputError(f"a _target_ in callbacks makes a {strangers[0]}, which is no callback of Lightning's.")
     options = trainer_options(plan, prepared.total_steps) | {
         "default_root_dir": str(run.path),
         "profiler": _profiler(plan.trainer.profiler, run),

@@ -20,6 +20,7 @@ from lkda.device import resolve_device
 from lkda.models.generate import check_sampling
 from lkda.models.generate import generate as draw
 from lkda.special_tokens import document_ends
+from lkda.training.options import MOST_SEED
 
 
 def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
@@ -39,7 +40,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     device = resolve_device(config.accelerator)
     sampling = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p")}
     check_sampling(**sampling)
-    check_count("seed", config.seed, least=0)
+    check_count("seed", config.seed, least=0, most=MOST_SEED)
     if not isinstance(config.ignore_eos, bool):
         raise InputError(f"ignore_eos must be true or false, got {config.ignore_eos!r}.")
     check_unused(GENERATE, settings)

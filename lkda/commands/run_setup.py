@@ -248,9 +248,11 @@ def check_model(
     """
     if initial is not None:
         return initial.resolve_backends(device, precision)
+    if model["vocab_size"] is not None:
+        check_count("model.vocab_size", model["vocab_size"], least=1)
     try:
         with torch.device("meta"):
-            made = build_model({**model, "vocab_size": model.get("vocab_size") or 1})
+            made = build_model({**model, "vocab_size": model["vocab_size"] or 1})
             return made.resolve_backends(device, precision)
     except (RuntimeError, OverflowError) as error:  # torch cannot count the bytes of a tensor
         raise InputError(f"the model is too large to be built ({str(error).splitlines()[0]}).") from error

@@ -90,6 +90,8 @@ def save(
     dtype = check_export(model.config, format=format, dtype=dtype)
     module = find_format(format)
     directory = Path(directory).absolute()
+    if directory.is_symlink():  # what it points to is written, and the link stays
+        directory = directory.resolve()
     try:
         if _occupied(directory):
             raise InputError(f"the directory {directory} is not empty. Choose another, or empty it.")

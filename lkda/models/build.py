@@ -58,11 +58,13 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
     for key, most in _MOST.items():
         if plain[key] > most:
             raise InputError(f"model.{key} must be at most {most}, got {plain[key]}.")
-    if not isinstance(plain["tie_embeddings"], bool):
-        raise InputError(f"model.tie_embeddings must be true or false, got {plain['tie_embeddings']!r}.")
-    eps = plain["norm_eps"]
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
-        raise InputError(f"model.norm_eps must be a number above 0, got {eps!r}.")
+    for key in ("tie_embeddings", "embed_norm"):
+        if not isinstance(plain[key], bool):
+            raise InputError(f"model.{key} must be true or false, got {plain[key]!r}.")
+    for key in ("norm_eps", "embed_scale"):
+        value = plain[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InputError(f"model.{key} must be a number above 0, got {value!r}.")
     with convolutions_drawn_later():
         mixers = _mixers(plain)
     blocks = [

@@ -45,6 +45,8 @@ class Initialization:
     def of(cls, config: Mapping[str, Any]) -> Initialization:
         """From the dict `model.init`. Raises ValueError for an unknown key or an impossible value."""
         known = [field.name for field in fields(cls)]
+        if not isinstance(config, Mapping):
+            raise InputError(f"model.init must hold {', '.join(known)}, got {config!r}.")
         unknown = sorted(set(config) - set(known))
         if unknown:
             raise InputError(f"model.init has no {', '.join(unknown)}; it has {', '.join(known)}.")
