@@ -104,7 +104,7 @@ def label_points(axes: Axes, labels: Sequence[Label]) -> None:
     scale = figure.dpi / 72
     points = [tuple(axes.transData.transform((label.x, label.y))) for label in labels]
     taken = [Bbox.from_bounds(x - 6 * scale, y - 6 * scale, 12 * scale, 12 * scale) for x, y in points]
-    taken += [_bar(axes, label, scale) for label in labels if label.low is not None]
+    taken += [_bar(axes, label, scale) for label in labels]
     inside = axes.get_window_extent()
     for label, point in zip(labels, points):
         boxes = [_box(label.text, point, side, scale) for side in SIDES]
@@ -126,8 +126,9 @@ def label_points(axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def _bar(axes: Axes, label: Label, scale: float) -> Bbox:
-    """The error bar of a label's point, in pixels."""
-    (x, low), (_, high) = (axes.transData.transform((label.x, end)) for end in (label.low, label.high))
+    """The error bar of a label's point, in pixels; of no height where it has none."""
+    low, high = label.y if label.low is None else label.low, label.y if label.high is None else label.high
+    (x, low), (_, high) = axes.transData.transform([(label.x, low), (label.x, high)])
     return Bbox.from_bounds(x - 3 * scale, low, 6 * scale, high - low)
 
 

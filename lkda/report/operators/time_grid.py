@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -148,20 +149,21 @@ def _number(row: Row) -> str:
 
 def _legend(figure: Figure, panels: Sequence[Panel], style: Style) -> None:
     """Explains the marks that occur."""
-    measured = [row for panel in panels for line in panel.lines for row in line if row]
-    look = {"color": style.text, "linestyle": "none"}
-    handles = []
-    if any(row["replay"] == "graph" for row in measured):
-        handles.append(Line2D([], [], marker="o", markersize=5, label="replayed CUDA graph: the device's time", **look))
-    if any(row["replay"] == "eager" for row in measured):
-        hollow = {"marker": "o", "markersize": 5, "markerfacecolor": style.background}
-        handles.append(Line2D([], [], label="eager call: with the host's time", **hollow, **look))
-    if any(row.get("noisy") for row in measured):
-        handles.append(
-            Line2D([], [], color=style.text, marker="|", linewidth=1, label="20th to 80th percentile, noisy")
-        )
-    if any(row.get("lower_bound_ms") for row in measured):
-        bound = {"marker": "|", "markersize": 10, "markeredgewidth": 1.4}
-        handles.append(Line2D([], [], label="memory lower bound; x: ratio to it", **bound, **look))
+    found = [row for panel in panels for line in panel.lines for row in line if row]
+    handles: dict[str, Line2D] = {}
+
+    def mark(label: str, marker: str, size: float, *, face: str = style.text, line: str = "none") -> None:
+        look: dict[str, Any] = {"color": style.text, "markerfacecolor": face, "linestyle": line}
+        handles[label] = Line2D([], [], marker=marker, markersize=size, linewidth=1, **look)
+
+    if any(row["replay"] == "graph" for row in found):
+        mark("replayed CUDA graph: the device's time", "o", 5)
+    if any(row["replay"] == "eager" for row in found):
+        mark("eager call: with the host's time", "o", 5, face=style.background)
+    if any(row.get("noisy") for row in found):
+        mark("20th to 80th percentile, noisy", "|", 6, line="-")
+    if any(row.get("lower_bound_ms") for row in found):
+        mark("memory lower bound; x: ratio to it", "|", 10)
     columns = len(handles) if figure.get_figwidth() > 2 * COLUMN_WIDTH - 1 else 2
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=FONT_SIZE)
+    layout: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": FONT_SIZE}
+    figure.legend(handles.values(), handles, loc="outside lower center", **layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -95,7 +96,7 @@ def loss_by_position(groups: Sequence[Group], *, bits_per_nat: float | None = No
         for group, runs, look in zip(groups, found, _looks(groups, style)):
             losses = np.array([[losses[start] for start in starts] for losses in runs])
             mean = losses.mean(0)
-            drawn = {"color": look.colour, "linestyle": look.line, "marker": look.marker}
+            drawn: dict[str, Any] = {"color": look.colour, "linestyle": look.line, "marker": look.marker}
             axes.plot(middles, mean, linewidth=1.7, markersize=4.5, **drawn)
             axes.fill_between(middles, losses.min(0), losses.max(0), color=look.colour, alpha=0.18, linewidth=0)
             labels.append(Label(middles[-1], mean[-1], f"{group.label}  {mean[-1]:.3f}", look.colour))
@@ -130,7 +131,7 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
         for group, look in zip(groups, _looks(groups, style)):
             values, mean, state = group.values(y), group.mean(y), group.mean("state_bytes")
             low, high = min(values), max(values)
-            drawn = {"color": look.colour, "marker": look.marker}
+            drawn: dict[str, Any] = {"color": look.colour, "marker": look.marker}
             axes.errorbar(state, mean, [[mean - low], [high - mean]], markersize=8, elinewidth=1.4, capsize=0, **drawn)
             labels.append(Label(state, mean, group.label, look.colour, low=low, high=high))
         axes.set_xscale("log", base=2)
