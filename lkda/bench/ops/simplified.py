@@ -10,7 +10,7 @@ from torch import Tensor
 from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
 from lkda.ops import simplified_attention
 from lkda.ops.runtime.jit import Kernel
-from lkda.ops.simplified.cuda import core as cuda
+from lkda.ops.simplified.cuda import core
 
 NAMES = ("q", "k", "v", "decay")
 
@@ -71,8 +71,8 @@ def _fla() -> Mapping[str, Implementation]:
 def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
     if word == "cuda":
         names = ("forward",) if mode == "fwd" else ("forward", "backward")
-        return [cuda.scan_kernel(name, arch, shape.D, dtype, packed=False) for name in names]
-    return [cuda.baseline_kernel(shape.D, dtype)] if word == "cuda_baseline" else []
+        return [core.scan_kernel(name, arch, shape.D, dtype, packed=False) for name in names]
+    return [core.baseline_kernel(shape.D, dtype)] if word == "cuda_baseline" else []
 
 
 BENCHMARK = OpBenchmark(
