@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lkda.old_names import translated
-from lkda.report.read.runs import Run
+from lkda.report.read.runs import Run, reported_split
 
 # Settings that do not affect the results. (The summary says which budget and device a run had.)
 NEUTRAL = {
@@ -52,7 +52,7 @@ class Group:
 
 
 def group_runs(runs: Iterable[Run], *, within: Collection[str] = ()) -> list[Group]:
-    """The groups, sorted by bits per byte; by loss where a run is not of text.
+    """The groups, sorted by bits per byte of the reported split; by loss where a run is not of text.
 
     Args:
         within: further settings, or sections of settings, in which the runs of a group may differ.
@@ -75,7 +75,8 @@ def group_runs(runs: Iterable[Run], *, within: Collection[str] = ()) -> list[Gro
         label = " · ".join([found["mixer"], *(_show(key, found[key]) for key in shown)])
         groups.append(Group(label, found["mixer"], [run for run, _ in same]))
     texts = all(run.summary.get("val/bits_per_byte") is not None for run, _ in described)
-    return sorted(groups, key=lambda group: group.mean("val/bits_per_byte" if texts else "val/loss"))
+    split = reported_split([run for run, _ in described])
+    return sorted(groups, key=lambda group: group.mean(f"{split}/bits_per_byte" if texts else f"{split}/loss"))
 
 
 def _without(sections: Collection[str], found: Settings) -> Settings:

@@ -24,6 +24,8 @@ NAMES = {
     "seconds": "training time (s)",
     "val/loss": "loss (nats per token)",
     "val/bits_per_byte": "bits per byte",
+    "test/loss": "loss (nats per token)",
+    "test/bits_per_byte": "bits per byte",
 }
 # With fewer validations than this, the curve is the training loss and the validations are single points.
 ENOUGH = 4
@@ -142,7 +144,7 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: memory(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("size of one sequence's state at the training context")
-        axes.set_ylabel("validation " + NAMES[y])
+        axes.set_ylabel(("test " if y.startswith("test/") else "validation ") + NAMES[y])
         if any(len(group.runs) > 1 for group in groups):
             axes.set_title("Bars: from the best to the worst seed.", fontsize=9, color=style.faint, loc="left")
         label_points(axes, labels)
