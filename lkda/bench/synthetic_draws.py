@@ -25,8 +25,8 @@ SHAPES = [(64, 4), (128, 8), (256, 16), (256, 32), (256, 64), (1024, 256)]
 
 def tasks() -> list[SyntheticDataModule]:
     """The subsets of Zoology's training mixture, the longest of its validation, and the other tasks at 256 and 1024."""
-    parts = [{"length": length, "pairs": pairs, "examples": 256} for length, pairs in SHAPES]
-    found: list[SyntheticDataModule] = [MQAR(train=[part], validation=[part]) for part in parts]
+    subsets = [{"length": length, "pairs": pairs, "examples": 256} for length, pairs in SHAPES]
+    found: list[SyntheticDataModule] = [MQAR(train=[subset], validation=[subset]) for subset in subsets]
     return found + [
         task(context=length) for task in (Palindrome, ConsecutiveMQAR, AnsweredMQAR, Stack) for length in (256, 1024)
     ]
@@ -41,11 +41,11 @@ def measure(data: SyntheticDataModule) -> dict[str, Any]:
         batches[n]
         times.append(time.perf_counter() - begin)
     seconds = statistics.median(times[2:])
-    part = data.train_parts[0]
+    subset = data.train_subsets[0]
     return {
         "task": data.source,
-        "length": str(part["length"]),
-        "pairs": str(part.get("pairs", "")),
+        "length": str(subset["length"]),
+        "pairs": str(subset.get("pairs", "")),
         "examples per batch": str(data.batch_size),
         "ms per batch": seconds * 1e3,
         "million tokens/s": data.tokens_per_batch / seconds / 1e6,

@@ -48,7 +48,7 @@ def print_closing(console: Console, run: RunDirectory, summary: dict[str, Any], 
     for name, value in (
         ("validation loss", f"{summary['val/loss']:.4f} nats a token"),
         *([("test loss", f"{summary['test/loss']:.4f} nats a token")] if "test/loss" in summary else []),
-        *(_of_text(summary) if sample is not None else _of_parts(summary)),
+        *(_of_text(summary) if sample is not None else _of_subsets(summary)),
         ("parameters", f"{summary['params']:,} ({summary['params_non_embedding']:,} without embeddings)"),
         ("state of one sequence", f"{summary['state_bytes']:,} bytes at {summary['context']} tokens"),
         ("tokens trained on", f"{summary['tokens']:,} in {summary['seconds']:.0f} s"),
@@ -92,12 +92,12 @@ def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _of_parts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _of_subsets(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    for part in summary["parts"]:
-        shape = ", ".join(f"{name} {value}" for name, value in part.items() if name in ("length", "pairs"))
-        if "accuracy" in part:
+    for subset in summary["val_subsets"]:
+        shape = ", ".join(f"{name} {value}" for name, value in subset.items() if name in ("length", "pairs"))
+        if "accuracy" in subset:
             rows.append(
-                (f"accuracy, {shape}", f"{part['accuracy']:.2%} of tokens, {part['sequence_accuracy']:.2%} whole")
+                (f"accuracy, {shape}", f"{subset['accuracy']:.2%} of tokens, {subset['sequence_accuracy']:.2%} whole")
             )
     return rows

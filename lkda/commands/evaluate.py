@@ -34,7 +34,7 @@ from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
 from lkda.ops.kda.state import STATE_DTYPES
-from lkda.training.accuracy import PartMetrics
+from lkda.training.accuracy import SubsetMetrics
 from lkda.training.positions import PositionLoss
 from lkda.training.task import next_token_losses
 
@@ -65,7 +65,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     Args:
         config: composed from configs/evaluate.yaml; `data` is the run's own where it is not given.
     Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens", "loss_from_0", "loss_from_1",
-        "loss_from_2", "loss_from_4", ...: by position}; or as `PartMetrics.compute`; or {"TASK/METRIC": value}.
+        "loss_from_2", "loss_from_4", ...: by position}; or as `SubsetMetrics.compute`; or {"TASK/METRIC": value}.
     Raises:
         ValueError: no usable checkpoint or data, an unknown task, or settings that do not go together.
     """
@@ -96,7 +96,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         model = StepwiseModel(model, state_dtype=config.state_dtype)
         state_dtype = model.state_dtype
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
-    result = (_of_parts if data.parts else _of_text)(
+    result = (_of_subsets if data.val_subsets else _of_text)(
         model, data, split=config.split, device=device, limit=config.max_batches
     )
     table = Table(title=Text(title), show_header=False)
@@ -220,13 +220,13 @@ def _of_text(
 
 
 @torch.inference_mode()
-def _of_parts(
+def _of_subsets(
     model: LanguageModel, data: IndexedDataModule, *, split: str, device: torch.device, limit: int | None
 ) -> dict[str, float]:
-    measured = PartMetrics(data.parts, vocab_size=model.config["vocab_size"]).to(device)
+    measured = SubsetMetrics(data.val_subsets, vocab_size=model.config["vocab_size"]).to(device)
     for batch in _batches(model, data, split, limit):
         on_device = {name: batch[name].to(device) for name in ("tokens", "targets", "asked")}
-        measured.measure(model, on_device | {"part": batch["part"]})
+        measured.measure(model, on_device | {"subset": batch["subset"]})
     return {name.removeprefix("val/"): float(value) for name, value in measured.compute().items()}
 
 

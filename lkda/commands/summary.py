@@ -46,7 +46,7 @@ def summarize(
     return {
         "status": status,
         "val/loss": loss,
-        "val/perplexity": _perplexity(loss) if not facts["parts"] else None,
+        "val/perplexity": _perplexity(loss) if not facts["val_subsets"] else None,
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
         "unigram_entropy": facts["unigram_entropy"],
         **_of_test(facts.get("test"), run, step),
@@ -80,7 +80,7 @@ def summarize(
             "lightning": lightning.__version__,
             "lkda": lkda.__version__,
         },
-        **_by_part(facts["parts"], latest, model),
+        **_by_subset(facts["val_subsets"], latest, model),
     }
 
 
@@ -123,18 +123,18 @@ def _perplexity(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None  # a float ends at exp(709)
 
 
-def _by_part(parts: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:
-    """Accuracies in the mean and of each part of the validation, with the state's bytes at its length."""
-    if not parts:
+def _by_subset(subsets: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:
+    """Accuracies in the mean and of each subset of the validation, with the state's bytes at its length."""
+    if not subsets:
         return {}
     rows = [
-        {name: value for name, value in part.items() if name != "examples"}
-        | {metric: latest[column(metric, part)] for metric in METRICS if column(metric, part) in latest}
-        | {"state_bytes": model.state_bytes(part["length"])}
-        for part in parts
+        {name: value for name, value in subset.items() if name != "examples"}
+        | {metric: latest[column(metric, subset)] for metric in METRICS if column(metric, subset) in latest}
+        | {"state_bytes": model.state_bytes(subset["length"])}
+        for subset in subsets
     ]
     means = {name: latest.get(name) for name in ("val/accuracy", "val/sequence_accuracy")}
-    return {**means, "parts": rows}
+    return {**means, "val_subsets": rows}
 
 
 def git_commit() -> str | None:

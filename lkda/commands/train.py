@@ -221,7 +221,7 @@ def _plan(
         "tokens_per_step": tokens_per_step,
         "bytes_per_token": data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
-        "parts": [dict(part) for part in data.parts],
+        "val_subsets": [dict(subset) for subset in data.val_subsets],
         "test": None
         if data.test is None
         else {
@@ -293,7 +293,7 @@ def _fit(
         total_steps=plan.steps,
         context=data.context,
         bytes_per_token=data.bytes_per_token,
-        parts=data.parts,
+        val_subsets=data.val_subsets,
         test_batches=None if data.test is None else data.in_order(data.test.batches),
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
         compile=plan.config.compile,
@@ -326,8 +326,8 @@ def _fit(
 def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.Trainer:
     """The trainer of the configuration's group, with this run's callbacks before those of the group callbacks."""
     chosen = [node for node in plan.config.logger.values() if node]
-    parts, context = plan.facts["parts"], plan.facts["context"]
-    also = accuracy.columns(parts) if parts else positions.columns(context)
+    subsets, context = plan.facts["val_subsets"], plan.facts["context"]
+    also = accuracy.columns(subsets) if subsets else positions.columns(context)
     if plan.facts["test"] is not None:
         also += ["test/loss", "test/bits_per_byte", *positions.columns(context, split="test")]
     loggers = [MetricsCSV(run.metrics, also=also, resume_step=plan.step)]

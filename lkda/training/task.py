@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lkda.models.build import build_model
-from lkda.training.accuracy import PartMetrics
+from lkda.training.accuracy import SubsetMetrics
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
 from lkda.training.positions import PositionLoss
 from lkda.training.step_mean import StepMean
 
 # {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets ask: their flat places, asked [N],
-# and the number of the batch's part.
+# and the number of the batch's subset.
 Batch = Mapping[str, Any]
 
 
@@ -56,7 +56,7 @@ class LanguageModelTask(L.LightningModule):
     Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and
     train/grad_norm, of the step's gradient before clipping; val/loss, the mean over every validation target (not over
     batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
-    the tokens are text. Where the validation has parts: what `PartMetrics` computes. After the last step of a run,
+    the tokens are text. Where the validation has subsets: what `SubsetMetrics` computes. After the last step of a run,
     where there is a test split: the same of it, as test/loss and so on.
 
     Args:
@@ -66,7 +66,7 @@ class LanguageModelTask(L.LightningModule):
         total_steps: optimiser steps of the whole run, for the schedule.
         context: tokens of a sequence, at most.
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
-        parts: of the validation; see `lkda.training.accuracy`.
+        val_subsets: of the validation; see `lkda.training.accuracy`.
         test_batches, test_bytes_per_token: of the test split; None where there is none.
         compile: whether `torch.compile` takes the model and its loss.
 
@@ -85,7 +85,7 @@ class LanguageModelTask(L.LightningModule):
         total_steps: int,
         context: int,
         bytes_per_token: float | None,
-        parts: Sequence[Mapping[str, int]] = (),
+        val_subsets: Sequence[Mapping[str, int]] = (),
         test_batches: Loader | None = None,
         test_bytes_per_token: float | None = None,
         compile: bool = False,
@@ -101,7 +101,9 @@ class LanguageModelTask(L.LightningModule):
         self.step_mean = StepMean()
         self.val_mean = MeanMetric()
         self.val_positions = PositionLoss(context)
-        self.val_parts = PartMetrics(parts, vocab_size=self.model.config["vocab_size"]) if parts else None
+        self.subset_metrics = (
+            SubsetMetrics(val_subsets, vocab_size=self.model.config["vocab_size"]) if val_subsets else None
+        )
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
         self._losses = torch.compile(self._eager_losses, dynamic=False) if compile else self._eager_losses
 
@@ -145,8 +147,8 @@ class LanguageModelTask(L.LightningModule):
             self.step_mean.normalize(self.parameters(), pieces=pieces)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        if self.val_parts is not None:
-            self.val_parts.measure(self.model, batch)
+        if self.subset_metrics is not None:
+            self.subset_metrics.measure(self.model, batch)
             return
         targets: Tensor = batch["targets"]
         losses = self._losses(batch["tokens"], targets, batch["cu_seqlens"])
@@ -155,8 +157,8 @@ class LanguageModelTask(L.LightningModule):
         self.val_positions.update(losses, targets, batch["cu_seqlens"])
 
     def on_validation_epoch_end(self) -> None:
-        if self.val_parts is not None:
-            self.log_dict(self.val_parts.compute(), logger=False)
+        if self.subset_metrics is not None:
+            self.log_dict(self.subset_metrics.compute(), logger=False)
             return
         self.log_dict(self._measured("val"), logger=False)
         last = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.global_step >= self.total_steps
