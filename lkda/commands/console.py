@@ -94,10 +94,10 @@ def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _of_subsets(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    for subset in summary["val_subsets"]:
-        shape = ", ".join(f"{name} {value}" for name, value in subset.items() if name in ("length", "pairs"))
-        if "accuracy" in subset:
+    for record in summary["val_subsets"]:
+        words = ", ".join(f"{name} {value}" for name, value in record["subset"].items())
+        if "accuracy" in record:
             rows.append(
-                (f"accuracy, {shape}", f"{subset['accuracy']:.2%} of tokens, {subset['sequence_accuracy']:.2%} whole")
+                (f"accuracy, {words}", f"{record['accuracy']:.2%} of tokens, {record['sequence_accuracy']:.2%} whole")
             )
     return rows

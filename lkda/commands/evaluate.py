@@ -34,7 +34,7 @@ from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
 from lkda.ops.kda.state import STATE_DTYPES
-from lkda.training.accuracy import SubsetMetrics
+from lkda.training.accuracy import METRICS, SubsetMetrics, by_subset
 from lkda.training.positions import PositionLoss
 from lkda.training.task import next_token_losses
 
@@ -56,7 +56,7 @@ OPTIONS = {
 }
 
 
-def evaluate(config: DictConfig) -> dict[str, float]:
+def evaluate(config: DictConfig) -> dict[str, Any]:
     """What `ckpt` makes of the validation or, with split=test, of the test split: loss, perplexity and bits per byte of
     text, loss and accuracy of other data; or, where `tasks` are given, its scores in those of lm-eval.
 
@@ -65,7 +65,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     Args:
         config: composed from configs/evaluate.yaml; `data` is the run's own where it is not given.
     Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens", "loss_from_0", "loss_from_1",
-        "loss_from_2", "loss_from_4", ...: by position}; or as `SubsetMetrics.compute`; or {"TASK/METRIC": value}.
+        "loss_from_2", "loss_from_4", ...: by position} of text; {"accuracy", "sequence_accuracy", "loss",
+        "val_subsets": see `by_subset`} of other data; {"TASK/METRIC": value} of tasks.
     Raises:
         ValueError: no usable checkpoint or data, an unknown task, or settings that do not go together.
     """
@@ -100,8 +101,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         model, data, split=config.split, device=device, limit=config.max_batches
     )
     table = Table(title=Text(title), show_header=False)
-    for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    for name, value in _lines(result):
+        table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
     ran = {
         "data": OmegaConf.to_container(_data_config(config, trained)),
@@ -119,7 +120,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
 
 def _write(
-    config: DictConfig, trained: TrainedModel, result: dict[str, float], device: torch.device, ran: dict[str, Any]
+    config: DictConfig, trained: TrainedModel, result: dict[str, Any], device: torch.device, ran: dict[str, Any]
 ) -> None:
     """What was measured and how, as JSON into `out`, if given. Raises OSError where it cannot be written."""
     if config.out is None:
@@ -222,12 +223,24 @@ def _of_text(
 @torch.inference_mode()
 def _of_subsets(
     model: LanguageModel, data: IndexedDataModule, *, split: str, device: torch.device, limit: int | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     measured = SubsetMetrics(data.val_subsets, vocab_size=model.config["vocab_size"]).to(device)
     for batch in _batches(model, data, split, limit):
         on_device = {name: batch[name].to(device) for name in ("tokens", "targets", "asked")}
         measured.measure(model, on_device | {"subset": batch["subset"]})
-    return {name.removeprefix("val/"): float(value) for name, value in measured.compute().items()}
+    found = {name: float(value) for name, value in measured.compute().items()}
+    means = {metric: found[f"val/{metric}"] for metric in METRICS}
+    return means | {"val_subsets": by_subset(data.val_subsets, found)}
+
+
+def _lines(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Names and values of everything that was measured, those of the subsets last."""
+    for name, value in result.items():
+        if name != "val_subsets":
+            yield name.replace("_", " "), value
+    for record in result.get("val_subsets", ()):
+        words = ", ".join(f"{name} {value}" for name, value in record["subset"].items())
+        yield from ((f"{metric.replace('_', ' ')}, {words}", record[metric]) for metric in METRICS if metric in record)
 
 
 def _batches(model: LanguageModel, data: IndexedDataModule, split: str, limit: int | None) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 import lkda
 from lkda.commands.run_directory import RunDirectory
 from lkda.models.lm import LanguageModel
-from lkda.training.accuracy import METRICS, column
+from lkda.training.accuracy import by_subset
 
 
 def summarize(
@@ -124,14 +124,11 @@ def _perplexity(loss: float | None) -> float | None:
 
 
 def _by_subset(subsets: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:
-    """Accuracies in the mean and of each subset of the validation, with the state's bytes at its length."""
+    """Mean accuracies, and those of each subset of the validation with the bytes of a state at its length."""
     if not subsets:
         return {}
     rows = [
-        {name: value for name, value in subset.items() if name != "examples"}
-        | {metric: latest[column(metric, subset)] for metric in METRICS if column(metric, subset) in latest}
-        | {"state_bytes": model.state_bytes(subset["length"])}
-        for subset in subsets
+        record | {"state_bytes": model.state_bytes(record["subset"]["length"])} for record in by_subset(subsets, latest)
     ]
     means = {name: latest.get(name) for name in ("val/accuracy", "val/sequence_accuracy")}
     return {**means, "val_subsets": rows}

@@ -1,4 +1,4 @@
-"""How many of the asked tokens, and of the whole sequences, a model gets right, for each subset of the validation."""
+"""Accuracy at the target positions and of whole sequences, for each subset of the validation."""
 
 from __future__ import annotations
 
@@ -14,20 +14,30 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassExactMatch
 from lkda.models.lm import LanguageModel
 
 IGNORED = -100
-# Logits are made for so many places at a time: 256 MB of them at 8192 words.
+# Logits are computed for this many positions at a time: 256 MB of them for a vocabulary of 8192.
 PLACES_AT_ONCE = 8192
+
+
+def described(subset: Mapping[str, int]) -> dict[str, int]:
+    """What a subset is like, as {"length": 64, "pairs": 4}: its entries without the number of examples."""
+    return {name: value for name, value in subset.items() if name != "examples"}
+
+
+def subset_name(subset: Mapping[str, int]) -> str:
+    """As length_64_pairs_4."""
+    return "_".join(f"{name}_{value}" for name, value in described(subset).items())
 
 
 def column(metric: str, subset: Mapping[str, int]) -> str:
     """The column of metrics.csv that holds `metric` of a subset: val/accuracy/length_64_pairs_4."""
-    return f"val/{metric}/" + "_".join(f"{name}_{value}" for name, value in subset.items() if name != "examples")
+    return f"val/{metric}/{subset_name(subset)}"
 
 
 METRICS = ("accuracy", "sequence_accuracy", "loss")
 
 
 class SubsetMetrics(nn.Module):
-    """Accuracy by token (of those that are asked), by sequence (all of them right), and loss in nats, subset by subset.
+    """For each subset: accuracy at the target positions, accuracy of whole sequences, and loss in nats.
 
     Args:
         subsets: of the validation, as {"length": 64, "pairs": 4}.
@@ -67,6 +77,19 @@ class SubsetMetrics(nn.Module):
                 measured.reset()
             means[f"val/{metric}"] = torch.stack(seen).mean()
         return means | found
+
+
+def by_subset(subsets: Sequence[Mapping[str, int]], measured: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A record for each subset, as summary.json and evaluations hold it: {"name", "subset", and its metrics}.
+
+    Args:
+        measured: by column of metrics.csv. A metric that was not measured is left out.
+    """
+    return [
+        {"name": subset_name(subset), "subset": described(subset)}
+        | {metric: measured[column(metric, subset)] for metric in METRICS if column(metric, subset) in measured}
+        for subset in subsets
+    ]
 
 
 def columns(subsets: Sequence[Mapping[str, int]]) -> list[str]:

@@ -77,7 +77,12 @@ def test_recall_is_measured_so_too(tmp_path: Path) -> None:
     shapes = ("data.vocab_size=64", "data.batch_size=4", "data.train=[{length: 32, pairs: 2, examples: 16}]", SUBSETS)
     train(composed("train", *tiny, *shapes, "trainer.max_steps=2"), tmp_path / "run")
     usual, stepwise = (measured(tmp_path / "run", "max_batches=null", *how) for how in ((), ("stepwise=true",)))
-    assert "accuracy/length_64_pairs_8" in usual
+    names = []
+    for here, there in zip(stepwise.pop("val_subsets"), usual.pop("val_subsets"), strict=True):
+        assert here.pop("subset") == there.pop("subset")
+        names.append((here.pop("name"), there.pop("name")))
+        assert here == pytest.approx(there, rel=1e-5)
+    assert names == [(name, name) for name in ("length_32_pairs_2", "length_64_pairs_8")]
     assert stepwise == pytest.approx(usual, rel=1e-5)
 
 

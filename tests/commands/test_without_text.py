@@ -40,7 +40,11 @@ def test_the_record(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["data"] == "mqar"
     assert summary["val/bits_per_byte"] is summary["unigram_entropy"] is summary["val/perplexity"] is None
-    assert [(subset["length"], subset["pairs"]) for subset in summary["val_subsets"]] == [(32, 2), (64, 8)]
+    assert [record["subset"] for record in summary["val_subsets"]] == [
+        {"length": 32, "pairs": 2},
+        {"length": 64, "pairs": 8},
+    ]
+    assert tuple(record["name"] for record in summary["val_subsets"]) == SUBSETS
     assert summary["tokens"] == 7 * 4 * 32
     validated = [row for row in rows(run) if row["val/accuracy"]]
     assert [int(row["step"]) for row in validated] == [3, 6, 7]
@@ -69,9 +73,10 @@ def test_evaluate_finds_what_training_found(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     result = evaluate(composed("evaluate", f"ckpt={run}", "accelerator=cpu"))
     assert result["loss"] == pytest.approx(summary["val/loss"], rel=1e-5)
-    for subset, name in zip(summary["val_subsets"], SUBSETS, strict=True):
-        assert result[f"accuracy/{name}"] == pytest.approx(subset["accuracy"])
-        assert result[f"loss/{name}"] == pytest.approx(subset["loss"], rel=1e-5)
+    for there, here in zip(summary["val_subsets"], result["val_subsets"], strict=True):
+        assert (here["name"], here["subset"]) == (there["name"], there["subset"])
+        assert here["accuracy"] == pytest.approx(there["accuracy"])
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
 
 
 def test_what_needs_text_says_so(run: Path, corpus: Path, tmp_path: Path) -> None:
