@@ -50,7 +50,7 @@ class ShortConvolution(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the filters anew."""
+        """Initialises the filters again."""
         if self.std is not None:
             nn.init.normal_(self.weight, std=self.std)
         else:

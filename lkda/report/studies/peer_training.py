@@ -88,12 +88,9 @@ def _picture(peers: list[dict[str, Any]]) -> Picture:
             upper.plot(steps, theirs, "--", color=other, linewidth=1.2)
             upper.set_title(f"{peer['peer']} ({peer['version']})", fontsize=10)
             lower.axhspan(-CLOSE, CLOSE, color=style.grid, linewidth=0)
-            for side, shade, label in (
-                ("ours_rounded", style.faint, "lkda, from rounded weights"),
-                ("theirs", other, "peer"),
-            ):
+            for side, shade in (("ours_rounded", style.faint), ("theirs", other)):
                 difference = [b - a for a, b in zip(ours, peer[side]["loss"], strict=True)]
-                lower.plot(steps, difference, color=shade, linewidth=0.8, label=label)
+                lower.plot(steps, difference, color=shade, linewidth=0.8)
             lower.set_xlabel("step")
         panels[0, 0].set_ylabel("training loss, nats")
         panels[1, 0].set_ylabel("minus lkda's, nats")

@@ -40,22 +40,22 @@ def loss_curves(groups: Sequence[Group], *, x: str, y: str, bits_per_nat: float 
         bits_per_nat: bits per byte for a loss of one nat per token. Adds a second scale at the right.
     """
     validations = [mean_curve(group.runs, x, y) for group in groups]
-    course = validations
+    curves = validations
     by_training = min(len(curve.x) for curve in validations) < ENOUGH
     if by_training:
-        course = [running_mean(mean_curve(group.runs, x, y.replace("val", "train"))) for group in groups]
+        curves = [running_mean(mean_curve(group.runs, x, y.replace("val", "train"))) for group in groups]
 
     def draw(style: Style) -> Figure:
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         labels = []
-        for group, curve, points, look in zip(groups, course, validations, _looks(groups, style)):
+        for group, curve, points, look in zip(groups, curves, validations, _looks(groups, style)):
             colour = look.colour
             axes.plot(curve.x, curve.y, color=colour, linewidth=1.7, linestyle=look.line)
             axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(points.x, points.y, color=colour, marker=look.marker, markersize=4.5, linestyle="none")
             labels.append(Label(points.x[-1], points.y[-1], f"{group.label}  {points.y[-1]:.3f}", colour))
-        axes.set_ylim(*_interesting(course + validations))
+        axes.set_ylim(*_interesting(curves + validations))
         axes.set_xlim(left=0)
         axes.set_xlabel(NAMES[x])
         axes.set_ylabel(("training " if by_training else "validation ") + NAMES[y])

@@ -97,20 +97,20 @@ def equal_wall_clock(groups: Sequence[Group]) -> float | None:
     None for fewer than two groups, where devices differ, or where a run has too few validations to interpolate between.
     """
     runs = [run for group in groups for run in group.runs]
-    courses = [_course(run) for run in runs]
-    if len(groups) < 2 or len({run.summary.get("device") for run in runs}) > 1 or min(map(len, courses)) < ENOUGH:
+    curves = [_bits_by_time(run) for run in runs]
+    if len(groups) < 2 or len({run.summary.get("device") for run in runs}) > 1 or min(map(len, curves)) < ENOUGH:
         return None
-    seconds = min(course[-1][0] for course in courses)
-    return seconds if all(course[0][0] <= seconds for course in courses) else None
+    seconds = min(curve[-1][0] for curve in curves)
+    return seconds if all(curve[0][0] <= seconds for curve in curves) else None
 
 
 def bits_after(run: Run, seconds: float) -> float:
     """Bits per byte after so many seconds of training, interpolated linearly between validations."""
-    times, bits = zip(*_course(run))
+    times, bits = zip(*_bits_by_time(run))
     return float(np.interp(seconds, times, bits))
 
 
-def _course(run: Run) -> list[tuple[float, float]]:
+def _bits_by_time(run: Run) -> list[tuple[float, float]]:
     name = "val/bits_per_byte"
     return [(row["seconds"], row[name]) for row in run.metrics if name in row]
 
