@@ -120,8 +120,11 @@ def _evaluation(record: Record) -> Record:
 def main(paths: list[str]) -> None:
     """Rewrites results files whose keys are old."""
     for path in map(Path, paths):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        translated = translated_results(found)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            translated = translated_results(found)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SystemExit(f"error: {path} is not a results file ({error}).") from None
         if translated != found:
             write_atomically(path, json.dumps(translated, indent=1) + "\n")
             print(f"{path}: rewritten")

@@ -102,3 +102,11 @@ def test_files_are_rewritten_once(tmp_path, capsys):
     main([str(path)])
     assert path.read_text() == written
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"kind": "benchmark"}'])
+def test_what_is_no_results_file_is_named(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"a.json is not a results file"):
+        main([str(tmp_path / "a.json")])
+    assert (tmp_path / "a.json").read_text() == text
