@@ -205,7 +205,7 @@ def test_what_goes_back_is_amiss(here: str, name: str) -> None:
         ("models", "lkda.ops.kda_attention"),
         ("ops.kda", "lkda.ops.runtime.backend.choose"),
         ("ops.runtime", "lkda.ops.runtime.jit"),
-        ("data.prose", "lkda.data.text.tokenize.tokenise"),
+        ("data.prose", "lkda.data.text.tokenize.tokenize_splits"),
         ("bench", "lkda.__version__"),
         ("report.read", "lkda.checks.InputError"),
     ],

@@ -21,7 +21,7 @@ OPTIONS = {
     "out": Path,
     "title": str,
     "step": int | None,
-    "alone": bool,
+    "exclusive_device": bool,
     "bench": Path | None,
 }
 
@@ -39,7 +39,12 @@ def compare(config: DictConfig) -> None:
     benchmark = None if config.bench is None else Path(config.bench)
     try:
         result = compare_runs(
-            directories, out, title=config.title, benchmark=benchmark, step=config.step, alone=config.alone
+            directories,
+            out,
+            title=config.title,
+            benchmark=benchmark,
+            step=config.step,
+            exclusive_device=config.exclusive_device,
         )
     except OSError as error:
         raise InputError(f"out={out} cannot be written: {error.strerror}.") from error

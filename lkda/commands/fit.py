@@ -51,7 +51,7 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
         total_steps=prepared.total_steps,
         context=data.context,
         bytes_per_token=data.bytes_per_token,
-        parts=data.parts,
+        val_subsets=data.val_subsets,
         test_batches=None if data.test is None else data.in_order(data.test.batches),
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
         compile=plan.compile,
@@ -127,7 +127,7 @@ def _own_callbacks(prepared: PreparedRun, run: RunDirectory, stop_request: StopR
 def _loggers(prepared: PreparedRun, run: RunDirectory) -> list[L.pytorch.loggers.Logger]:
     """metrics.csv first, then the chosen ones."""
     plan, data = prepared.plan, prepared.data
-    also = accuracy.columns(data.parts) if data.parts else positions.columns(data.context)
+    also = accuracy.columns(data.val_subsets) if data.val_subsets else positions.columns(data.context)
     if data.test is not None:
         also += ["test/loss", "test/bits_per_byte", *positions.columns(data.context, split="test")]
     chosen = [instantiate(node)(save_dir=str(run.path), config=plan.record) for node in plan.loggers]

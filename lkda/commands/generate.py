@@ -1,4 +1,4 @@
-"""Continue a text, showing it as it is drawn."""
+"""Continue a text, showing it as it is sampled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lkda.commands.text import check_text, encode_prompt, text_pieces
 from lkda.commands.unused_options import GENERATE, check_unused
 from lkda.device import resolve_device
 from lkda.models.generate import check_sampling
-from lkda.models.generate import generate as draw
+from lkda.models.generate import generate as sample_tokens
 from lkda.special_tokens import document_ends
 from lkda.training.options import MOST_SEED
 
@@ -50,7 +50,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     model = trained.model.to(device)
     tokens = encode_prompt(trained.tokenizer, prompt).to(device)
     ends = () if config.ignore_eos else document_ends(trained.tokenizer)
-    timed = _Timed(draw(model, tokens, **sampling, seed=config.seed, end_tokens=ends))
+    timed = _Timed(sample_tokens(model, tokens, **sampling, seed=config.seed, end_tokens=ends))
     pieces = [prompt]
     out.write(prompt)
     for piece in text_pieces(trained.tokenizer, timed):

@@ -1,13 +1,13 @@
-"""Fills the blocks of README.md and docs/*.md that hold results, from the JSON under docs/results, so that no number is
-typed.
+"""Fills the blocks of README.md and docs/*.md that show results, from the JSON in docs/results.
 
     python -m lkda.report.readme
 
-A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`, and shows docs/results/NAME/results.json,
-as `scripts/compare.py` writes it; `accuracy:NAME` shows the same runs by part of the validation of synthetic tasks; one
-between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` shows docs/results/NAME/benchmark.json, as
-`scripts/benchmark.py` writes it; one between `<!-- table:NAME -->` and `<!-- /table:NAME -->` shows
-docs/results/NAME/table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}.
+A block begins with `<!-- KIND:NAME -->` and ends with `<!-- /KIND:NAME -->`. There are these kinds:
+
+- results: docs/results/NAME/results.json, which `scripts/compare.py` writes;
+- accuracy: the same runs, with the accuracy on each subset of the validation of synthetic tasks;
+- benchmark: docs/results/NAME/benchmark.json, which `scripts/benchmark.py` writes;
+- table: docs/results/NAME/table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from lkda.checks import InputError
 from lkda.report.draw.tables import markdown_table
 from lkda.report.operators.benchmark import as_markdown, read_benchmark
-from lkda.report.operators.report import facts
+from lkda.report.operators.report import metadata
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import from_record
 from lkda.report.training import accuracy
@@ -44,7 +44,7 @@ def _accuracy(path: Path) -> str:
 
 def _benchmark(path: Path) -> str:
     benchmark = read_benchmark(path)
-    return as_markdown(benchmark.rows) + "\n" + facts(benchmark)
+    return as_markdown(benchmark.rows) + "\n" + metadata(benchmark)
 
 
 def _table(path: Path) -> str:
@@ -63,7 +63,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
 
 
 def fill(text: str, results: Path) -> str:
-    """`text` with every block filled from `results`/NAME. Raises ValueError where the JSON is not there."""
+    """`text` with every block filled from `results`/NAME. Raises: ValueError where the JSON does not exist."""
 
     def block(match: re.Match[str]) -> str:
         kind, name = match["kind"], match["name"]
@@ -77,7 +77,7 @@ def fill(text: str, results: Path) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md and docs/*.md of the working directory."""
+    """Rewrites README.md and docs/*.md in the working directory."""
     try:
         for page in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
             text = page.read_text(encoding="utf-8")

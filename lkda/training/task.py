@@ -43,7 +43,7 @@ class LanguageModelTask(L.LightningModule):
         total_steps: optimiser steps of the whole run, for the schedule.
         context: tokens of a sequence, at most.
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
-        parts: of the validation; see `lkda.training.accuracy`.
+        val_subsets: of the validation; see `lkda.training.accuracy`.
         test_batches, test_bytes_per_token: of the test split, a text; None where there is none.
         compile: whether `torch.compile` takes the model and its loss.
 
@@ -62,7 +62,7 @@ class LanguageModelTask(L.LightningModule):
         total_steps: int,
         context: int,
         bytes_per_token: float | None,
-        parts: Sequence[Mapping[str, int]] = (),
+        val_subsets: Sequence[Mapping[str, int]] = (),
         test_batches: Loader | None = None,
         test_bytes_per_token: float | None = None,
         compile: bool = False,
@@ -77,7 +77,7 @@ class LanguageModelTask(L.LightningModule):
         self.step_mean = StepMean()
         rows = model.config["vocab_size"]
         self.validation = ValidationMetrics(
-            context=context, vocab_size=rows, bytes_per_token=bytes_per_token, parts=parts
+            context=context, vocab_size=rows, bytes_per_token=bytes_per_token, val_subsets=val_subsets
         )
         self.test_batches = test_batches
         self.test = ValidationMetrics(

@@ -215,7 +215,7 @@ OTHERS = [
     ("compare.py", "runs=5", r"runs=5 matches nothing"),
     ("compare.py", "runs={run} out={tmp}/short.txt", r"out=.*short.txt cannot be written: File exists"),
     ("compare.py", "runs={run} out={tmp}/new step=x", r"step must be a whole number .* or null, got 'x'"),
-    ("compare.py", "runs={run} out={tmp}/new alone=maybe", r"alone must be true or false, got 'maybe'"),
+    ("compare.py", "runs={run} out={tmp}/new exclusive_device=maybe", r"exclusive_device must be true or false, got"),
     ("compare.py", "runs={run} out={tmp}/new title=null", r"title must be text, got None"),
     ("prepare_data.py", "out={tmp}/new sources=[]", r"sources is empty; there are sotu, "),
     ("prepare_data.py", "out={tmp}/new sources=sotu", r"sources must be a list, each entry text or null, got 'sotu'"),

@@ -184,7 +184,7 @@ def test_narrow_states_stay_near(state_dtype, share, bound):
     held = sum(part.numel() * part.element_size() for layer in state for part in layer) // 2
     assert narrow.state_bytes(40) == held
     own = [
-        mixer.state_bytes(1) - sum(c.numel() * 4 for c in mixer._parts(mixer.init_state(1))[0])
+        mixer.state_bytes(1) - sum(c.numel() * 4 for c in mixer._split_state(mixer.init_state(1))[0])
         for m in (wide, narrow)
         for mixer in m.mixers()[:1]
     ]

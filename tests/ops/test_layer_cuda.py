@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lkda.bench.contest import Shape
 from lkda.bench.layer_gradients import errors
+from lkda.bench.op_benchmark import Shape
 from lkda.ops import gated_rms_norm, kda_attention_fused, l2_normalized, short_convolutions
 from tests.ops.cases import relative
 from tests.ops.gated_norm.test_op import inputs_of as norm_inputs

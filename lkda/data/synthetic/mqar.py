@@ -1,4 +1,4 @@
-"""Multi-query associative recall as Zoology draws it (arXiv:2312.04927)."""
+"""Multi-query associative recall as Zoology samples it (arXiv:2312.04927)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class MQAR(SyntheticDataModule):
 
         tokens   k1 v1 k2 v2  r  r k2  r k1  r        targets  -  -  -  -  -  - v2  - v1  -
 
-    Keys are drawn from the lower half of the vocabulary without 0, values from the upper half, each without
-    replacement. A key is asked at an even offset 2 g from the end of the pairs; the g are drawn without replacement
+    Keys are sampled from the lower half of the vocabulary without 0, values from the upper half, each without
+    replacement. A key is asked at an even offset 2 g from the end of the pairs; the g are sampled without replacement
     with p(g) ~ (g + 1)^(power - 1), so that most keys are asked soon and some late.
 
     Args:
-        train, validation: parts {"length", "pairs", "examples"}; 4 pairs <= length.
+        train, validation: subsets {"length", "pairs", "examples"}; 4 pairs <= length.
         power: of the law of the gaps.
         vocab_size, batch_size, seed, fresh, num_workers, pin_memory: see `SyntheticDataModule`.
     """
@@ -60,11 +60,11 @@ class MQAR(SyntheticDataModule):
             )
         if pairs > self.keys_below - 1:
             raise InputError(
-                f"mqar draws {pairs} different keys from [1, {self.keys_below}): set data.vocab_size to "
+                f"mqar samples {pairs} different keys from [1, {self.keys_below}): set data.vocab_size to "
                 f"{2 * (pairs + 1)} or more."
             )
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int, pairs: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int, pairs: int) -> Examples:
         keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
         values = distinct(rng, count, pairs, low=self.keys_below, high=self.vocab_size)
         places = np.arange(1, (length - 2 * pairs) // 2 + 1, dtype=np.float64)

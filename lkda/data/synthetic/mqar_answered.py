@@ -67,7 +67,7 @@ class AnsweredMQAR(LengthTask):
                 f"{length // 2 + 2} or more."
             )
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         pairs = length // 4
         keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
         values = rng.integers(self.keys_below, self.vocab_size, (count, pairs))

@@ -63,7 +63,7 @@ class ConsecutiveMQAR(LengthTask):
                 f"{2 * (pairs + 1)} or more."
             )
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         pairs = _pairs(length)
         keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
         values = rng.integers(self.keys_below, self.vocab_size, (count, pairs))

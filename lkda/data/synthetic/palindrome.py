@@ -53,7 +53,7 @@ class Palindrome(LengthTask):
         if length % 2:
             raise InputError(f"a palindrome of {length} tokens has no middle: give an even data.context.")
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         half = length // 2
         string = rng.integers(LETTERS_FROM, self.vocab_size, (count, half))
         backwards = string[:, ::-1]

@@ -63,7 +63,7 @@ class Stack(LengthTask):
         if length < 6:
             raise InputError(f"a push and a pop take 6 tokens; got a length of {length}.")
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         operations = -(-length // 3)
         elements = rng.integers(self.elements, size=(count, operations))
         wants_pop = rng.random((count, operations)) < self.pop
