@@ -116,7 +116,7 @@ TRACED = [
 def test_the_tracer_takes_it_whole(pattern):
     """torch.compile(fullgraph=True): no graph break, forward and backward; the backend adds no rounding.
 
-    The plain forms count their chunks in Python, so lengths must be constants to the tracer.
+    The PyTorch forms count their chunks in Python, so lengths must be constants to the tracer.
     """
     model, x = small(pattern, num_layers=len(pattern)), tokens(2, 20)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")

@@ -50,9 +50,9 @@ CONTEST = Contest(
     gates=(None,),
     inputs=inputs,
     moved_bytes=moved_bytes,
-    backends={word: Entrant(_ours(word), NAMES) for word in ("cuda", "plain")},
+    backends={word: Entrant(_ours(word), NAMES) for word in ("cuda", "torch")},
     peers={"fla": _fla},
-    truth=_ours("plain"),
+    truth=_ours("torch"),
     kernels=kernels,
     told=lambda name, shape: name != "norm",
 )

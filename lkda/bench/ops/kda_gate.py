@@ -40,7 +40,7 @@ def _cuda(x: Inputs) -> Sequence[Tensor]:
     )
 
 
-def _plain(x: Inputs) -> Sequence[Tensor]:
+def _torch(x: Inputs) -> Sequence[Tensor]:
     g = log_decay(x["gate_logits"], x["A_log"], x["dt_bias"], head_dim=x["gate_logits"].shape[3])
     return g, write_strength(x["beta_logits"])
 
@@ -66,9 +66,9 @@ CONTEST = Contest(
     gates=("slow", "fast"),
     inputs=inputs,
     moved_bytes=moved_bytes,
-    backends={"cuda": Entrant(_cuda, NAMES), "plain": Entrant(_plain, NAMES)},
+    backends={"cuda": Entrant(_cuda, NAMES), "torch": Entrant(_torch, NAMES)},
     peers={"fla": _fla},
-    truth=_plain,
+    truth=_torch,
     kernels=kernels,
     results=("g", "beta"),
     told=kda_layer.told,

@@ -116,11 +116,11 @@ CONTEST = Contest(
     moved_bytes=moved_bytes,
     backends={
         "cuda": Entrant(_ours("cuda", "cuda"), (*TOKENWISE, *PARAMETERS)),
-        "plain": Entrant(_ours("cuda", "plain"), (*TOKENWISE, *PARAMETERS)),
-        "chunk": Entrant(_ours("chunk", "plain"), (*TOKENWISE, *PARAMETERS)),
+        "torch": Entrant(_ours("cuda", "torch"), (*TOKENWISE, *PARAMETERS)),
+        "chunk": Entrant(_ours("chunk", "torch"), (*TOKENWISE, *PARAMETERS)),
     },
     peers={"fla": _fla},
-    truth=_ours("chunk", "plain"),
+    truth=_ours("chunk", "torch"),
     kernels=kernels,
     told=told,
 )

@@ -98,10 +98,10 @@ def contest(op: str, kept: torch.dtype) -> Contest:
         backends={
             "cuda": Entrant(_ours("cuda", True), comparable=False),
             "cuda_core": Entrant(_ours("cuda", False), comparable=False),  # without the convolutions
-            "plain": Entrant(_ours("plain", True), comparable=False),
+            "torch": Entrant(_ours("torch", True), comparable=False),
         },
         peers={"fla": _fla} if kept == torch.float32 else {},
-        truth=_ours("plain", True),
+        truth=_ours("torch", True),
         kernels=kernels,
     )
 

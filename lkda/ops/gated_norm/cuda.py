@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
@@ -26,7 +26,7 @@ RESIDENT = 3  # blocks of the backward that a multiprocessor should hold
 MOST_BLOCKS = 396  # of the backward, each with a line of partial sums: three a multiprocessor of a chip with 132
 
 
-reason_cannot_run = cannot_take(otherwise="plain")
+reason_cannot_run = cannot_take(otherwise="torch")
 
 
 @cache
@@ -100,7 +100,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy):
     x, gate, weight = ctx.saved_tensors
-    backward: Callable = _backward if goes_straight(dy) else torch.ops.lkda.gated_norm_backward
+    backward: Callable = _backward if can_bypass_dispatcher(dy) else torch.ops.lkda.gated_norm_backward
     dx, dgate, dweight = backward(dy, x, gate, weight, ctx.eps)
     return dx, dgate if gate is not None else None, dweight, None
 
@@ -108,14 +108,14 @@ def _gradients(ctx, dy):
 torch.library.register_autograd("lkda::gated_norm_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_straight = straight(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(_forward, _save, _gradients)
 
 
 def gated_norm_cuda(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """The kernels, differentiable; arguments as in `gated_rms_norm`."""
     inputs = (x, gate, weight.float())
     forward: Callable = torch.ops.lkda.gated_norm_forward
-    if goes_straight(*inputs):
+    if can_bypass_dispatcher(*inputs):
         keep = wants_gradient(*inputs)
-        forward = _straight if keep else _forward
+        forward = _with_autograd if keep else _forward
     return forward(*inputs, eps)

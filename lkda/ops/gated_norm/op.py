@@ -7,12 +7,12 @@ from torch import Tensor
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike
 from lkda.ops.gated_norm import cuda
-from lkda.ops.gated_norm.plain import gated_norm_plain
+from lkda.ops.gated_norm.reference import gated_norm_torch
 from lkda.ops.runtime.backend import Backend, choose
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.gated_norm_cuda, cuda.reason_cannot_run),
-    "plain": Backend(gated_norm_plain),
+    "torch": Backend(gated_norm_torch),
 }
 
 
@@ -26,7 +26,7 @@ def gated_rms_norm(
         gate: of x's shape and dtype, before the sigmoid; none where None.
         weight: [D].
         eps: added to the mean.
-        backend: auto | cuda | plain.
+        backend: auto | cuda | torch.
     Returns: of x's shape and dtype.
     Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
     """

@@ -1,7 +1,7 @@
-// What every KDA kernel agrees on: sizes, where a chunk lies, and the packet that `prepare` writes for one chunk and head.
+// What every KDA kernel agrees on: sizes, where a chunk lies, and the workspace that `prepare` writes for one chunk and head.
 //
 // Macros: HEAD_DIM (K = V = D), CHUNK (C tokens), ELEMENT (q k v o and their gradients in memory: bfloat16, float16 or
-// float), OPERAND (what tensor cores multiply: float16, in units of kda_unit.cuh, or tf32).
+// float), OPERAND (what tensor cores multiply: float16, in units of kda_scale.cuh, or tf32).
 #pragma once
 #include "tile.cuh"
 
@@ -24,19 +24,19 @@ using Columns = Tile<Operand, D, C, true>;  // V x tokens
 // A State as it is kept for the backward. Halves come with a power of two for every 16 rows, all digits in use: where nothing is
 // written, dg is made of two states and nothing else.
 constexpr bool HALVES = sizeof(Operand) == 2;
-struct Kept {
+struct SavedState {
   static constexpr int scales = State::bytes;  // float [D / 16][REPEATS]: what the rows are to be multiplied by
   static constexpr int REPEATS = 512 / D;      // of each: 128 bytes, so that states begin where lines do
   static constexpr int bytes = scales + (HALVES ? 128 : 0);
 };
 
-// Packet: kg = pre k, qg = scale pre q, kd = suf k, the pairs, Gam = the product of E over the chunk, beta (0 past the end).
+// ChunkWorkspace: k_in = pre k, qg = scale pre q, kg = suf k, the pairs, Gam = the product of E over the chunk, beta (0 past the end).
 // Pairs: on and below the diagonal scale P_ij at (i, j); above it T~_ij at (j, i), where T = (I + B M)^-1 = I + B T~.
-struct Packet {
-  static constexpr int kg = 0;
-  static constexpr int qg = kg + Rows::bytes;
-  static constexpr int kd = qg + Rows::bytes;
-  static constexpr int pairs = kd + Rows::bytes;
+struct ChunkWorkspace {
+  static constexpr int k_in = 0;
+  static constexpr int qg = k_in + Rows::bytes;
+  static constexpr int kg = qg + Rows::bytes;
+  static constexpr int pairs = kg + Rows::bytes;
   static constexpr int decay = pairs + Square::bytes;
   static constexpr int beta = decay + D * 4;
   static constexpr int bytes = beta + C * 4;

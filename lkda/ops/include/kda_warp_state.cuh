@@ -1,7 +1,7 @@
 // A warp's part of a state: 16 columns of V, all of K, transposed: S^T [16 of V, K], float32 in registers; and the ring
 // of shared-memory stages that feeds the warps of a block, one chunk a stage.
 #pragma once
-#include "kda_unit.cuh"
+#include "kda_scale.cuh"
 #if WARPGROUPS
 #include "warpgroup.cuh"
 #endif
@@ -13,19 +13,19 @@ constexpr int VALUES = WIDTH < D ? WIDTH : D;  // columns of V of a block
 using Values = Tile<Element, C, VALUES>;
 
 struct Stage {
-  static constexpr int packet = 0;
-  static constexpr int values = (Packet::bytes + 127) / 128 * 128;  // Values: v; in the reverse scan v and dO
+  static constexpr int workspace = 0;
+  static constexpr int values = (ChunkWorkspace::bytes + 127) / 128 * 128;  // Values: v; in the reverse scan v and dO
   static constexpr int bytes = (values + STREAMS * Values::bytes + 1023) / 1024 * 1024;
-  static constexpr int units = bytes - WARPS * 4;  // of the first stage: float [WARPS]
+  static constexpr int scales = bytes - WARPS * 4;  // of the first stage: float [WARPS]
 };
-static_assert(Stage::values + STREAMS * Values::bytes <= Stage::units, "the units fit where a stage is rounded up");
+static_assert(Stage::values + STREAMS * Values::bytes <= Stage::scales, "the scales fit where a stage is rounded up");
 static_assert(STAGES * Stage::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
 
 // x, with 32-bit operands computed anew where it is used.
 __device__ __forceinline__ int recomputed(int x) { return sizeof(Operand) == 4 ? opaque(x) : x; }
 
-__device__ __forceinline__ void fetch_packet(char* stage, const char* packet) {
-  for (int at = recomputed(threadIdx.x) * 16; at < Packet::bytes; at += WARPS * 32 * 16) copy_16_async(stage + Stage::packet + at, packet + at);
+__device__ __forceinline__ void fetch_workspace(char* stage, const char* workspace) {
+  for (int at = recomputed(threadIdx.x) * 16; at < ChunkWorkspace::bytes; at += WARPS * 32 * 16) copy_16_async(stage + Stage::workspace + at, workspace + at);
 }
 
 // A chunk's rows of `values` [rows, H, D] from column `first`, zeros past the last token.
@@ -75,15 +75,15 @@ __device__ __forceinline__ void unit_diagonal(Sum& sum) {
   }
 }
 
-// The unit of what this warp computes, in shared memory: registers are short.
-struct SharedUnit {
+// The scale of what this warp computes, in shared memory: registers are short.
+struct SharedScale {
   char* shared;
 
   __device__ __forceinline__ volatile float* at() const {
-    return reinterpret_cast<volatile float*>(shared + Stage::units) + opaque(threadIdx.x) / 32;
+    return reinterpret_cast<volatile float*>(shared + Stage::scales) + opaque(threadIdx.x) / 32;
   }
-  __device__ __forceinline__ void set(float unit) const {
-    if (lane_id() == 0) *at() = unit;
+  __device__ __forceinline__ void set(float scale) const {
+    if (lane_id() == 0) *at() = scale;
     __syncwarp();
   }
   __device__ __forceinline__ float get() const { return HALVES ? *at() : 1.f; }
@@ -127,23 +127,23 @@ __device__ __forceinline__ void write_block(char* image, int row, int column, co
   for (int q = 0; q < 4; ++q) store_quadrant(Image::at(image, row + quadrant_row(q), column + quadrant_column(q)), block, q);
 }
 
-// Keeps the warp's 16 rows of a state, in halves: the largest number comes to lie in [2^14, 2^15).
-__device__ __forceinline__ void keep_state(char* kept, int row, const Sum (&state)[STEPS]) {
-  float largest = 0.f;
+// Keeps the warp's 16 rows of a state, in halves: the amax number comes to lie in [2^14, 2^15).
+__device__ __forceinline__ void save_state(char* saved, int row, const Sum (&state)[STEPS]) {
+  float amax = 0.f;
 #pragma unroll
   for (int i = 0; i < STEPS; ++i)
 #pragma unroll
-    for (int q = 0; q < 4; ++q) largest = fmaxf(largest, fmaxf(fabsf(state[i].pair[q].x), fabsf(state[i].pair[q].y)));
-  const unsigned exponent = max(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)) >> 23, 15u);
+    for (int q = 0; q < 4; ++q) amax = fmaxf(amax, fmaxf(fabsf(state[i].pair[q].x), fabsf(state[i].pair[q].y)));
+  const unsigned exponent = max(__reduce_max_sync(0xffffffffu, __float_as_uint(amax)) >> 23, 15u);
   const float scale = __uint_as_float((268u - exponent) << 23);
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) {
     Sum scaled;
 #pragma unroll
     for (int q = 0; q < 4; ++q) scaled.pair[q] = make_float2(scale * state[i].pair[q].x, scale * state[i].pair[q].y);
-    write_block<State>(kept, WARPGROUPS ? row : opaque(row), i * 16, round_to<Operand>(scaled));
+    write_block<State>(saved, WARPGROUPS ? row : opaque(row), i * 16, round_to<Operand>(scaled));
   }
-  if (lane_id() < Kept::REPEATS) reinterpret_cast<float*>(kept + Kept::scales)[row / 16 * Kept::REPEATS + lane_id()] = __uint_as_float((exponent - 14u) << 23);
+  if (lane_id() < SavedState::REPEATS) reinterpret_cast<float*>(saved + SavedState::scales)[row / 16 * SavedState::REPEATS + lane_id()] = __uint_as_float((exponent - 14u) << 23);
 }
 
 // x[.][t] *= factor[t]: a factor for each of a block's columns.

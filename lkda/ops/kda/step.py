@@ -16,10 +16,10 @@ from lkda.ops.kda.reference.recurrent import kda_step_recurrent
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.runtime.backend import Backend, choose
-from lkda.ops.short_conv.plain import convolve_plain, normalized_plain
+from lkda.ops.short_conv.reference import convolve_torch, normalize_torch
 
 
-def _plain(
+def _torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -38,16 +38,16 @@ def _plain(
     strength: float,
     scale: float,
 ) -> Tensor:
-    """The same in plain PyTorch: the definition. Computed in float32 at least."""
+    """The same in PyTorch: the definition. Computed in float32 at least."""
     dtype = torch.promote_types(compute_dtype(v), torch.float64 if state.dtype == torch.float64 else torch.float32)
     out_dtype = v.dtype
     (B, H, D), heads = q.shape, [x.to(dtype) for x in (q, k, v)]
     for i, (weight, cache) in enumerate(zip(weights, caches)):
-        y, after = convolve_plain(heads[i].reshape(B, 1, H * D), weight, cache, None)
+        y, after = convolve_torch(heads[i].reshape(B, 1, H * D), weight, cache, None)
         heads[i] = y.view(B, H, D)
         cache.copy_(after)
     if normalize:
-        heads[0], heads[1] = normalized_plain(heads[0]), normalized_plain(heads[1])
+        heads[0], heads[1] = normalize_torch(heads[0]), normalize_torch(heads[1])
     form = "bounded" if bounded else "softplus"
     logits, strengths = _as_sequence(gate_logits), beta_logits.unsqueeze(1)
     g = plain_decay(logits, A_log, dt_bias, strengths, D, form, lower_bound).squeeze(1).to(dtype)
@@ -62,10 +62,10 @@ def _plain(
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda_step.kda_step_cuda, cuda_step.reason_cannot_run),
-    "plain": Backend(_plain),
+    "torch": Backend(_torch),
 }
 # The kernel takes filters of up to 4 taps and no float64.
-_ANY = {"plain": BACKENDS["plain"]}
+_ANY = {"torch": BACKENDS["torch"]}
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def kda_step_fused(
         weights: of the convolutions of q, k and v, [H * D, 1, width] each; none for no convolution.
         caches: their last inputs, [B, width - 1, H * D] each, as `short_convolutions` leaves them; contiguous.
         gate, lower_bound, negative_eigenvalues, normalized, scale: as in `kda_attention_fused`.
-        backend: auto | cuda | plain.
+        backend: auto | cuda | torch.
     Returns: o [B, H, D] in v's dtype.
     Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
     """

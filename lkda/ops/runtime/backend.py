@@ -18,7 +18,7 @@ from lkda.checks import InputError
 
 
 def always(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """A backend in plain PyTorch: nothing stops it."""
+    """A backend in PyTorch: nothing stops it."""
     return None
 
 

@@ -155,14 +155,14 @@ class Module:
         defines: macro -> value.
 
     Attributes:
-        companions: gives the modules that will be wanted soon after this one; where this one has to be compiled, they
-            are compiled at the same time, in threads of their own.
+        precompile_with: returns the modules that will be needed soon after this one. Where this one has to be compiled,
+            they are compiled at the same time, each in a thread.
     """
 
     def __init__(self, source: Path, defines: Mapping[str, str | int | float]):
         self.source = source
         self.defines = tuple(f"{name}={value}" for name, value in defines.items())
-        self.companions: Callable[[], Iterable[Module]] = tuple
+        self.precompile_with: Callable[[], Iterable[Module]] = tuple
         self._lock = threading.RLock()
         self._binaries: dict[str, Binary] = {}
         self._handles: dict[int, object] = {}
@@ -202,7 +202,7 @@ class Module:
         name = f"{self.operator}-{self.source.stem}-{arch}-{key}.cubin"
         entry = cubin_cache.read(name)
         if entry is None:
-            for module in self.companions():
+            for module in self.precompile_with():
                 threading.Thread(target=module._compile_early, args=(arch,)).start()
             binary = _compile(self.source, arch, self.defines)
             cubin_cache.write(name, binary.cubin, binary.log)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
@@ -28,7 +28,7 @@ AHEAD = {"forward": 4, "backward": 4}  # tokens that are on their way while as m
 RESIDENT = {"forward": 3, "backward": 2}  # blocks that a multiprocessor should hold at least
 
 
-reason_cannot_run = cannot_take(otherwise="plain")
+reason_cannot_run = cannot_take(otherwise="torch")
 
 
 @cache
@@ -243,7 +243,7 @@ def _gradients(ctx, g0, g1, g2, e0, e1, e2):
     streams = len(_given(x0, x1, x2))
     gradients = [torch.zeros_like(x0) if g is None else g for g in (g0, g1, g2)[:streams]]
     lasts = [e if w0 is not None and i < streams else None for i, e in enumerate((e0, e1, e2))]
-    backward: Callable = _backward if goes_straight(*gradients) else torch.ops.lkda.short_conv_backward
+    backward: Callable = _backward if can_bypass_dispatcher(*gradients) else torch.ops.lkda.short_conv_backward
     *found, dweights = backward(*_three(gradients), *lasts, *ctx.saved_tensors, ctx.normalized, ctx.head_dim)
     weights = _three(list(dweights.unbind(0)) if w0 is not None else [])
     dxs, dstates = found[:3], found[3:]
@@ -258,7 +258,7 @@ def _gradients(ctx, g0, g1, g2, e0, e1, e2):
 torch.library.register_autograd("lkda::short_conv_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_straight = straight(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(_forward, _save, _gradients)
 
 
 def short_convolutions_cuda(
@@ -278,9 +278,9 @@ def short_convolutions_cuda(
     size = head_dim if bits else HEAD_DIMS[0]
     tensors = (*_three(xs), *_three(filters), *_three(before))
     forward: Callable = torch.ops.lkda.short_conv_forward
-    if goes_straight(*tensors):
+    if can_bypass_dispatcher(*tensors):
         keep = wants_gradient(*tensors)
-        forward = _straight if keep else _forward
+        forward = _with_autograd if keep else _forward
     found = forward(*tensors, cu_seqlens, bits, size)
     ys, lasts = found[: len(xs)], found[3 : 3 + len(filters)]
     dtypes = [] if weights is None else [x.dtype for x in (weights if states is None else states)]
@@ -290,23 +290,23 @@ def short_convolutions_cuda(
 _BOTH = 0b11  # q and k
 
 
-def unit_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of `unit_vectors`: of their numbers, none above 1, float16 keeps three binary digits more than bfloat16."""
+def normalized_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of `normalize_heads`: of their numbers, none above 1, float16 keeps three binary digits more than bfloat16."""
     return torch.float16 if dtype.itemsize == 2 else dtype
 
 
-def unit_vectors(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k [B, T, H, D] over their norms, in one launch; contiguous, of `unit_dtype`. Without autograd: see
-    `unit_vectors_backward`."""
+def normalize_heads(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k [B, T, H, D] over their norms, in one launch; contiguous, of `normalized_dtype`. Without autograd: see
+    `normalize_heads_backward`."""
     x0, x1, D = q.flatten(2), k.flatten(2), q.shape[-1]
     nothing = (None,) * 6  # neither filters nor states
-    ys = _forward(x0, x1, None, *nothing, None, _BOTH, D, unit_dtype(q.dtype))
+    ys = _forward(x0, x1, None, *nothing, None, _BOTH, D, normalized_dtype(q.dtype))
     return ys[0].view(q.shape), ys[1].view(k.shape)
 
 
-def unit_vectors_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def normalize_heads_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of q and k from those of their unit vectors, in the dtype of q and k."""
-    backward: Callable = _backward if goes_straight(dq, dk) else torch.ops.lkda.short_conv_backward
+    backward: Callable = _backward if can_bypass_dispatcher(dq, dk) else torch.ops.lkda.short_conv_backward
     given, xs = (dq.flatten(2), dk.flatten(2), None), (q.flatten(2), k.flatten(2), None)
     nothing = (None,) * 6
     found = backward(*given, None, None, None, *xs, *nothing, None, _BOTH, q.shape[-1])

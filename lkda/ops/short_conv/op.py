@@ -10,12 +10,12 @@ from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.short_conv import cuda
-from lkda.ops.short_conv.plain import convolve_plain, normalized_plain
+from lkda.ops.short_conv.reference import convolve_torch, normalize_torch
 
 MOST_STREAMS = 3
 
 
-def _plain(
+def _torch(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor] | None,
     normalized: Sequence[bool],
@@ -26,18 +26,18 @@ def _plain(
     ys, lasts = [], []
     for i, x in enumerate(xs):
         if weights is not None:
-            x, last = convolve_plain(x, weights[i], None if states is None else states[i], cu_seqlens)
+            x, last = convolve_torch(x, weights[i], None if states is None else states[i], cu_seqlens)
             lasts.append(last)
-        ys.append(normalized_plain(x.unflatten(-1, (-1, head_dim))).flatten(-2) if normalized[i] else x)
+        ys.append(normalize_torch(x.unflatten(-1, (-1, head_dim))).flatten(-2) if normalized[i] else x)
     return tuple(ys), tuple(lasts)
 
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.short_convolutions_cuda, cuda.reason_cannot_run),
-    "plain": Backend(_plain),
+    "torch": Backend(_torch),
 }
 # The kernels take filters of up to 4 taps and rows of whole 16 bytes.
-_ANY_SHAPE = {"plain": BACKENDS["plain"]}
+_ANY_SHAPE = {"torch": BACKENDS["torch"]}
 
 
 def short_convolutions(
@@ -61,7 +61,7 @@ def short_convolutions(
         states: the inputs before each sequence, [B, width - 1, channels], or [N, width - 1, channels] with cu_seqlens;
             zeros where None.
         cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1); empty ones are legal.
-        backend: auto | cuda | plain.
+        backend: auto | cuda | torch.
     Returns: a y of each x's shape and dtype, and the states after, in the given states' dtype (else the weights').
     Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
     """

@@ -1,4 +1,4 @@
-"""The short convolution and the norm of heads in plain PyTorch: the definition."""
+"""The short convolution and the norm of heads in PyTorch: the definition that the kernels are compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lkda.ops.sequences import positions
 EPS = 1e-6
 
 
-def convolve_plain(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def convolve_torch(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """One stream of `short_convolutions`: SiLU(sum_s w_s x_{t-s}) and the last inputs.
 
     Computed as `width` shifted multiply-adds: on a CPU that is as fast as a grouped convolution forward and backward,
@@ -59,7 +59,7 @@ def _last_of_sequences(x: Tensor, width: int, state: Tensor | None, cu_seqlens: 
     return torch.where((token >= begin).unsqueeze(-1), found, state.to(x.dtype).gather(1, earlier))
 
 
-def normalized_plain(x: Tensor) -> Tensor:
+def normalize_torch(x: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + 1e-6) over the last dimension, computed in float32 at least, in x's dtype."""
     y = at_least_float32(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPS)).to(x.dtype)

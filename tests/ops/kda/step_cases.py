@@ -53,7 +53,7 @@ def exact(x, state, **options):
     }
     caches = wide.get("caches", [])
     after = (unpack_state(state).double(),)
-    o = kda_step_fused(**wide, state=after, backend="plain", **options)
+    o = kda_step_fused(**wide, state=after, backend="torch", **options)
     return o, after[0], caches
 
 

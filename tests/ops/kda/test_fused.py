@@ -1,4 +1,4 @@
-"""KDA from raw logits: the plain path against its parts, the gate's kernels, run on the CPU, against float64."""
+"""KDA from raw logits: the PyTorch path against its parts, the gate's kernels, run on the CPU, against float64."""
 
 import shutil
 
@@ -32,7 +32,7 @@ def gate_inputs(B, T, H, K, *, per_head=False, dtype=torch.bfloat16, spread=3.0)
 
 def gates(backend, K, form="softplus", lower_bound=-5.0, negative=False):
     def run(strengths, logits=None, A_log=None, dt_bias=None):
-        if backend == "plain":
+        if backend == "torch":
             g = fused.plain_decay(logits, A_log, dt_bias, strengths, K, form, lower_bound)
             return g, write_strength(strengths, negative_eigenvalues=negative)
         options = {"bounded": form == "bounded", "lower_bound": lower_bound, "strength": 2.0 if negative else 1.0}
@@ -42,7 +42,7 @@ def gates(backend, K, form="softplus", lower_bound=-5.0, negative=False):
 
 
 def check_gates(inputs, K, *form):
-    want = outputs_and_gradients(gates("plain", K, *form), {name: x.double() for name, x in inputs.items()})
+    want = outputs_and_gradients(gates("torch", K, *form), {name: x.double() for name, x in inputs.items()})
     assert_within_yardstick(outputs_and_gradients(gates("cuda", K, *form), inputs), want)
 
 
@@ -69,14 +69,14 @@ class TestGateKernels:
         def beta(backend):
             return lambda strengths: gates(backend, 32, "softplus", -5.0, True)(strengths)[1:]
 
-        want = outputs_and_gradients(beta("plain"), {"strengths": strengths.double()})
+        want = outputs_and_gradients(beta("torch"), {"strengths": strengths.double()})
         assert_within_yardstick(outputs_and_gradients(beta("cuda"), {"strengths": strengths}), want)
 
     def test_where_logits_are_large(self):
         """softplus keeps its digits where it is tiny, and is the identity where it is large."""
         inputs = gate_inputs(1, 50, 2, 32, dtype=torch.float32, spread=30.0)
         g, _ = gates("cuda", 32)(**inputs)
-        exact, _ = gates("plain", 32)(**{name: x.double() for name, x in inputs.items()})
+        exact, _ = gates("torch", 32)(**{name: x.double() for name, x in inputs.items()})
         kept = exact < -1e-37  # what float32 can hold
         assert ((g - exact).abs() / exact.abs())[kept].max() < 1e-5
 

@@ -1,4 +1,4 @@
-"""KDA's decoding step: the kernel on the CPU, and the plain form, against float64."""
+"""KDA's decoding step: the kernel on the CPU, and the form in PyTorch, against float64."""
 
 from __future__ import annotations
 
@@ -89,21 +89,21 @@ def test_options(kernels_on_the_cpu, shape, options):  # noqa: F811
 def test_kernel_rounds_as_the_plain_form(kernels_on_the_cpu, state_dtype):  # noqa: F811
     """Where the numbers before rounding agree to the last bit, so do those after."""
     x, state = token(1, 2, 64, torch.float32), state_of(1, 2, 64, state_dtype)
-    plain = tuple(copied(state))
-    kda_step_fused(**{**x, "caches": copied(x["caches"])}, state=plain, backend="plain")
+    in_torch = tuple(copied(state))
+    kda_step_fused(**{**x, "caches": copied(x["caches"])}, state=in_torch, backend="torch")
     by_kernel(x, state)
-    step = unpack_state(plain).abs().amax(-1, keepdim=True) / (127 if state_dtype == torch.int8 else 128)
-    assert ((unpack_state(state) - unpack_state(plain)).abs() <= 1.01 * step).all()
+    step = unpack_state(in_torch).abs().amax(-1, keepdim=True) / (127 if state_dtype == torch.int8 else 128)
+    assert ((unpack_state(state) - unpack_state(in_torch)).abs() <= 1.01 * step).all()
     if state_dtype != torch.float32:
-        assert (state[0] != plain[0]).float().mean() < 0.01
+        assert (state[0] != in_torch[0]).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 def test_a_number_that_is_none_is_not_hidden(kernels_on_the_cpu, state_dtype):  # noqa: F811
     x, state = token(1, 1, 32, torch.float32, width=0), state_of(1, 1, 32, state_dtype)
-    plain = tuple(copied(state))
+    in_torch = tuple(copied(state))
     x["v"][0, 0, 5] = float("nan")
-    for o, kept in ((by_kernel(x, state), state), (kda_step_fused(**x, state=plain, backend="plain"), plain)):
+    for o, kept in ((by_kernel(x, state), state), (kda_step_fused(**x, state=in_torch, backend="torch"), in_torch)):
         assert o[0, 0, 5].isnan()
         assert unpack_state(kept)[..., 5].isnan().all()
 

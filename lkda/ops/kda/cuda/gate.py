@@ -1,6 +1,6 @@
 """The layer's gate on a GPU: logits to g and beta in one launch, and back; custom ops with fakes and autograd.
 
-docs/kernels_layer.md explains the kernels. Only the logits are kept for the backward.
+docs/kernels_layer.md explains the kernels. Only the logits are saved for the backward.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, readable
 
@@ -155,7 +155,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dg, dbeta):
     logits, _, a_log, bias = ctx.saved_tensors
-    backward: Callable = _backward if goes_straight(dg, dbeta) else torch.ops.lkda.kda_gate_backward
+    backward: Callable = _backward if can_bypass_dispatcher(dg, dbeta) else torch.ops.lkda.kda_gate_backward
     options = (ctx.bounded, ctx.lower_bound, ctx.strength)
     dlogits, dstrengths, sums = backward(dg, dbeta, *ctx.saved_tensors, *options)
     if logits is None:
@@ -167,7 +167,7 @@ def _gradients(ctx, dg, dbeta):
 torch.library.register_autograd("lkda::kda_gate", _gradients, setup_context=_save, lib=_library)
 
 
-_straight = straight(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(_forward, _save, _gradients)
 
 
 def kda_gate_cuda(
@@ -191,8 +191,8 @@ def kda_gate_cuda(
     """
     inputs = (gate_logits, beta_logits, *(None if x is None else x.float() for x in (A_log, dt_bias)))
     forward: Callable = torch.ops.lkda.kda_gate
-    if goes_straight(*inputs):
-        keep = wants_gradient(*inputs)
-        forward = _straight if keep else _forward
+    if can_bypass_dispatcher(*inputs):
+        save = wants_gradient(*inputs)
+        forward = _with_autograd if save else _forward
     g, beta = forward(*inputs, head_dim, bounded, lower_bound, strength)
     return g if gate_logits is not None else g.detach(), beta

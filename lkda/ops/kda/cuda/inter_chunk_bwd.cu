@@ -1,12 +1,12 @@
-// The state's gradient from chunk to chunk, backwards; laid out as scan.cu. S1 is the state after the chunk.
+// The state's gradient from chunk to chunk, backwards; laid out as inter_chunk_fwd.cu. S1 is the state after the chunk.
 //
-//   dN = P^T dO + kd dS1     Y = dN + T~^T (B dN)     dS0 = Gam dS1 + qg^T dO - kg^T (B Y)            (qg, P with the scale)
-// Of segments (scan.cu) SUMMARY finds what each leaves of a gradient of zeros.
-constexpr int STREAMS = SUMMARY ? 1 : 2;  // of values fetched beside a packet: dO and v
+//   dN = P^T dO + kg dS1     Y = dN + T~^T (B dN)     dS0 = Gam dS1 + qg^T dO - k_in^T (B Y)            (qg, P with the scale)
+// Of segments (inter_chunk_fwd.cu) SUMMARY finds what each leaves of a gradient of zeros.
+constexpr int STREAMS = SUMMARY ? 1 : 2;  // of values fetched beside a workspace: dO and v
 constexpr int COLUMNS = HEAD_DIM;
 #include "kda_warp_state.cuh"
 
-// factor Y_i . v_i over a warp's 16 columns of V, in float32: parts [C]. The rest of dbeta is in gradients.cu.
+// factor Y_i . v_i over a warp's 16 columns of V, in float32: parts [C]. The rest of dbeta is in intra_chunk_bwd.cu.
 __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], const char* values, int mine, float factor) {
   float sum[4 * BLOCKS];  // of tokens 8 i + lane_column() + {0, 1}, i the half of the index
 #pragma unroll
@@ -37,15 +37,15 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
   *reinterpret_cast<float2*>(parts + lane_row() * (2 * BLOCKS) / 8 * 8 + lane_column()) = make_float2(factor * sum[0], factor * sum[1]);
 }
 
-// packets: [chunks, H] Packet. v, d_o: [rows, H, D]. largest: [chunks, H] float32, of |dO|. leaving (may be null): [N, H, K, V]
+// workspaces: [chunks, H] ChunkWorkspace. v, d_o: [rows, H, D]. amax: [chunks, H] float32, of |dO|. leaving (may be null): [N, H, K, V]
 // float32, of the state that each sequence leaves, and d_final (may be null): [N, segments, H, K, V] float32, of the one that
-// each segment leaves. d_initial (may be null): [N, H, K, V] float32. units: [N, H] float32, those of dO.
-// d_states: [chunks, H] Kept, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T.
-// beta_parts: [chunks, H, D / 16, C] float32. Of SUMMARY, those three, units and d_final are null, and d_initial is
+// each segment leaves. d_initial (may be null): [N, H, K, V] float32. scales: [N, H] float32, those of dO.
+// d_states: [chunks, H] SavedState, dS1^T of each chunk. d_residual: [chunks, H] Columns, Y^T.
+// beta_parts: [chunks, H, D / 16, C] float32. Of SUMMARY, those three, scales and d_final are null, and d_initial is
 // [N, segments, H, K, V]. Grid: N x segments x H x SPLITS.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
-    const char* packets, const Element* v, const Element* d_o, const float* largest, const float* leaving, const float* d_final, float* d_initial,
-    char* d_states, char* d_corrections, float* units, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
+    const char* workspaces, const Element* v, const Element* d_o, const float* amax, const float* leaving, const float* d_final, float* d_initial,
+    char* d_states, char* d_residual, float* scales, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
     char* stage = shared + step % STAGES * Stage::bytes;
     const int start = sequence.start + m * C, tokens = min(C, sequence.length - m * C);
-    fetch_packet(stage, packets + slot * Packet::bytes);
+    fetch_workspace(stage, workspaces + slot * ChunkWorkspace::bytes);
     fetch_values(stage + Stage::values, d_o, start, tokens, heads, head, columns);
     if (!SUMMARY) fetch_values(stage + Stage::values + Values::bytes, v, start, tokens, heads, head, columns);
     commit_copies();
@@ -73,17 +73,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     }
   }
 
-  const SharedUnit unit = {shared};
+  const SharedScale scale = {shared};
   if constexpr (HALVES) {
     const long long of_head = static_cast<long long>(n) * heads + head;
-    unit.set(unit_of_gradients(largest_of_sequence(largest, whole, heads, head, leaving == nullptr ? nullptr : leaving + of_head * D * D)));
-    if (units != nullptr && threadIdx.x == 0) units[of_head] = unit.get();
+    scale.set(gradient_scale(amax_of_sequence(amax, whole, heads, head, leaving == nullptr ? nullptr : leaving + of_head * D * D)));
+    if (scales != nullptr && threadIdx.x == 0) scales[of_head] = scale.get();
   }
 
   Sum state[STEPS];  // dS^T
   const long long state_at = (static_cast<long long>(run) * heads + head) * D * D + columns + mine;
   if (d_final != nullptr) {
-    read_state(state, d_final + state_at, unit.get());
+    read_state(state, d_final + state_at, scale.get());
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) clear(state[i]);
@@ -106,9 +106,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       }
     }
     char* stage = shared + opaque(step % STAGES * Stage::bytes);
-    const char* packet = stage + Stage::packet;
-    const char* pairs = packet + Packet::pairs;
-    const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
+    const char* workspace = stage + Stage::workspace;
+    const char* pairs = workspace + ChunkWorkspace::pairs;
+    const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
     const long long slot = static_cast<long long>(opaque(sequence.first_chunk + chunks - 1) - step) * heads + head;
 
     auto d_out = [&](int t) {  // dO^T
@@ -117,11 +117,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       Sum y;
 #pragma unroll
       for (int q = 0; q < 4; ++q) y.pair[q] = get_pair(values, q);
-      scale_all(y, unit.get());
+      scale_all(y, scale.get());
       return round_to<Operand>(y);
     };
 
-    const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
+    const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);
 #if WARPGROUPS
     Block<Operand> entry[STEPS], out[BLOCKS];
 #pragma unroll
@@ -135,14 +135,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     }
     settle(from_state);
     open_products();
-    products_over_channels(from_state, entry, packet + Packet::kd);
+    products_over_channels(from_state, entry, workspace + ChunkWorkspace::kg);
     close_products();
-    if constexpr (!SUMMARY) keep_state(d_states + slot * Kept::bytes, columns + mine, state);
+    if constexpr (!SUMMARY) save_state(d_states + slot * SavedState::bytes, columns + mine, state);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
     settle(state);
     open_products();
-    products_over_tokens(state, out, packet + Packet::qg);
+    products_over_tokens(state, out, workspace + ChunkWorkspace::qg);
     close_products();
 #pragma unroll
     for (int i = 0; i < BLOCKS; ++i)
@@ -180,17 +180,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       weighted[j] = round_to<Operand>(y);
     }
     open_products();
-    products_over_tokens(state, weighted, packet + Packet::kg);
+    products_over_tokens(state, weighted, workspace + ChunkWorkspace::k_in);
     close_products();
     if constexpr (!SUMMARY) {
-      beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, unit.inverse());
+      beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, scale.inverse());
 #pragma unroll
-      for (int j = 0; j < BLOCKS; ++j) write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
+      for (int j = 0; j < BLOCKS; ++j) write_block<Columns>(d_residual + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
     }
     wait_products<0>();
     settle(state);
 #else
-    if constexpr (HALVES && !SUMMARY) keep_state(d_states + slot * Kept::bytes, columns + mine, state);
+    if constexpr (HALVES && !SUMMARY) save_state(d_states + slot * SavedState::bytes, columns + mine, state);
     Sum x[BLOCKS];  // dN^T, then Y^T
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) clear(x[j]);
@@ -211,11 +211,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     for (int i = 0; i < STEPS; ++i) {
       pace();
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      if (!HALVES && !SUMMARY) write_block<State>(d_states + slot * Kept::bytes, recomputed(columns + mine), i * 16, entry);
+      if (!HALVES && !SUMMARY) write_block<State>(d_states + slot * SavedState::bytes, recomputed(columns + mine), i * 16, entry);
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) {
         pace();
-        product(x[j], entry, Rows::load_right(packet + Packet::kd, j * 16, i * 16));
+        product(x[j], entry, Rows::load_right(workspace + ChunkWorkspace::kg, j * 16, i * 16));
       }
     }
     Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
@@ -235,10 +235,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
         product(x[j], weighted[i], t);
       }
     pace();
-    if constexpr (!SUMMARY) beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, unit.inverse());
+    if constexpr (!SUMMARY) beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, scale.inverse());
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      if (!SUMMARY) write_block<Columns>(d_corrections + slot * Columns::bytes, opaque(columns + mine), j * 16, round_to<Operand>(x[j]));
+      if (!SUMMARY) write_block<Columns>(d_residual + slot * Columns::bytes, opaque(columns + mine), j * 16, round_to<Operand>(x[j]));
       scale_columns(x[j], beta + j * 16);
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[j].pair[q] = make_float2(-x[j].pair[q].x, -x[j].pair[q].y);
@@ -253,19 +253,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) {
         pace();
-        product(state[i], out, Rows::load_right_transposed(packet + Packet::qg, t * 16, i * 16));
+        product(state[i], out, Rows::load_right_transposed(workspace + ChunkWorkspace::qg, t * 16, i * 16));
       }
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) {
         pace();
-        product(state[i], weighted[t], Rows::load_right_transposed(packet + Packet::kg, t * 16, i * 16));
+        product(state[i], weighted[t], Rows::load_right_transposed(workspace + ChunkWorkspace::k_in, t * 16, i * 16));
       }
     }
 #endif
   }
   if (SUMMARY) {
-    write_state(state, d_initial + (static_cast<long long>(recomputed(run)) * heads + recomputed(head)) * D * D + columns + mine, unit.inverse());
+    write_state(state, d_initial + (static_cast<long long>(recomputed(run)) * heads + recomputed(head)) * D * D + columns + mine, scale.inverse());
   } else if (segment == 0 && d_initial != nullptr) {
-    write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, unit.inverse());
+    write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, scale.inverse());
   }
 }

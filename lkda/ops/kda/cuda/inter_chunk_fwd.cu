@@ -1,16 +1,16 @@
 // The state from chunk to chunk, and the output: one block for each WIDTH columns of V of a head of a sequence.
 //
-//   R = v - kg S     N~ = R + T~ (B R)     N = B N~     o = qg S + P N     S <- Gam S + kd^T N        (qg, P with the scale)
+//   R = v - k_in S     N~ = R + T~ (B R)     N = B N~     o = qg S + P N     S <- Gam S + kg^T N        (qg, P with the scale)
 //
 // A warp has 16 columns of V, transposed: R^T, N^T [16, C] and S^T [16, K]. A float32 sum of one product, rounded, is the
-// first operand of the next, so nothing passes between warps; they share the chunk's packet, fetched STAGES - 1 ahead.
+// first operand of the next, so nothing passes between warps; they share the chunk's workspace, fetched STAGES - 1 ahead.
 //
 // Where heads are too few to fill the chip, a sequence is cut into segments that run side by side. SUMMARY finds what each
 // does to a state, S -> A S + Z: Z is what it leaves of a state of zeros, and column j of A what it leaves of the unit
 // vector e_j with v = 0, as D further columns. segments.cu tells from it the states that enter the segments.
 //
-// With WARPGROUPS the products with kg, qg and kd are those of four warps at once, in the background, and o is had transposed.
-constexpr int STREAMS = 1;                       // of values fetched beside a packet: v
+// With WARPGROUPS the products with k_in, qg and kg are those of four warps at once, in the background, and o is had transposed.
+constexpr int STREAMS = 1;                       // of values fetched beside a workspace: v
 constexpr int COLUMNS = SUMMARY ? 2 * HEAD_DIM : HEAD_DIM;  // of a head: Z and A, or o
 #include "kda_warp_state.cuh"
 
@@ -33,17 +33,17 @@ __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const
     }
 }
 
-// packets: [chunks, H] Packet. v, o: [rows, H, D]. largest: [chunks, H] float32, of |v|. entering (may be null): [N, H, K, V]
+// workspaces: [chunks, H] ChunkWorkspace. v, o: [rows, H, D]. amax: [chunks, H] float32, of |v|. entering (may be null): [N, H, K, V]
 // float32, enters each sequence, and initial_state (may be null): [N, segments, H, K, V] float32, each segment.
-// final_state: [N, H, K, V] float32. units (may be null): [N, H] float32, those of v.
-// Kept for the backward, both null where none follows: states [chunks, H] Kept, the state each chunk was entered with,
-// and corrections [chunks, H] Columns, N~^T. Of SUMMARY, initial_state, o, states, corrections and units are null, and
+// final_state: [N, H, K, V] float32. scales (may be null): [N, H] float32, those of v.
+// SavedState for the backward, both null where none follows: states [chunks, H] SavedState, the state each chunk was entered with,
+// and v_tilde [chunks, H] Columns, N~^T. Of SUMMARY, initial_state, o, states, v_tilde and scales are null, and
 // final_state [N, segments, H, K, V] is Z; transposed and transitions (may be null): [N, segments, H, K, K], A^T and A. Of
 // the last segment Z and A^T are not needed, and may stay unwritten.
 // Grid: N x segments x H x SPLITS.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
-    const char* packets, const Element* v, const float* largest, const float* entering, const float* initial_state, Element* o, float* final_state,
-    char* states, char* corrections, float* units, float* transposed, float* transitions, const int* bounds, int sequences, int length, int heads, int segments) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
+    const char* workspaces, const Element* v, const float* amax, const float* entering, const float* initial_state, Element* o, float* final_state,
+    char* states, char* v_tilde, float* scales, float* transposed, float* transitions, const int* bounds, int sequences, int length, int heads, int segments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
@@ -54,16 +54,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
   // Nothing follows the last segment. Backwards its A is needed.
   if (SUMMARY && segment == segments - 1 && (transitions == nullptr || columns + WIDTH <= D)) return;
 
-  const SharedUnit unit = {shared};
+  const SharedScale scale = {shared};
   if constexpr (HALVES) {
     const long long of_head = static_cast<long long>(n) * heads + head;
-    unit.set(unit_of_values(largest_of_sequence(largest, whole, heads, head, entering == nullptr ? nullptr : entering + of_head * D * D)));
-    if (units != nullptr && threadIdx.x == 0) units[of_head] = unit.get();
+    scale.set(value_scale(amax_of_sequence(amax, whole, heads, head, entering == nullptr ? nullptr : entering + of_head * D * D)));
+    if (scales != nullptr && threadIdx.x == 0) scales[of_head] = scale.get();
   }
 
   auto fetch = [&](int m) {
     char* stage = shared + m % STAGES * Stage::bytes;
-    fetch_packet(stage, packets + (static_cast<long long>(sequence.first_chunk + m) * heads + head) * Packet::bytes);
+    fetch_workspace(stage, workspaces + (static_cast<long long>(sequence.first_chunk + m) * heads + head) * ChunkWorkspace::bytes);
     if (columns < D) fetch_values(stage + Stage::values, v, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
     commit_copies();
   };
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
   const bool of_transition = SUMMARY && columns + mine >= D;
   const long long state_at = (static_cast<long long>(run) * heads + head) * D * D;
   if (initial_state != nullptr) {
-    read_state(state, initial_state + state_at + columns + mine, unit.get());
+    read_state(state, initial_state + state_at + columns + mine, scale.get());
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
@@ -105,9 +105,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
       }
     }
     char* stage = shared + m % STAGES * Stage::bytes;
-    const char* packet = stage + Stage::packet;
-    const char* pairs = packet + Packet::pairs;
-    const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
+    const char* workspace = stage + Stage::workspace;
+    const char* pairs = workspace + ChunkWorkspace::pairs;
+    const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
     const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
 
     Sum x[BLOCKS];  // -R^T, then -N~^T, then N^T
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
       clear(x[t]);
       if (of_transition) continue;
       const Block<Element> value = Values::load_transposed(stage + Stage::values, t * 16, mine);
-      const float of_one = unit.get();
+      const float of_one = scale.get();
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const float2 pair = get_pair(value, q);
@@ -133,31 +133,31 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     settle(x);
     if (!SUMMARY) settle(out);
     open_products();
-    products_over_channels(x, entry, packet + Packet::kg);
+    products_over_channels(x, entry, workspace + ChunkWorkspace::k_in);
     close_products();
     if (!SUMMARY) {
-      products_over_channels(out, entry, packet + Packet::qg);
+      products_over_channels(out, entry, workspace + ChunkWorkspace::qg);
       close_products();
     }
     if constexpr (!SUMMARY) {
-      if (states != nullptr) keep_state(states + slot * Kept::bytes, columns + mine, state);
+      if (states != nullptr) save_state(states + slot * SavedState::bytes, columns + mine, state);
     }
     wait_products<SUMMARY ? 0 : 1>();
     settle(x);
 #else
     if constexpr (HALVES && !SUMMARY) {
-      if (states != nullptr) keep_state(states + slot * Kept::bytes, columns + mine, state);
+      if (states != nullptr) save_state(states + slot * SavedState::bytes, columns + mine, state);
     }
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       pace();
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      if (!HALVES && !SUMMARY && states != nullptr) write_block<State>(states + slot * Kept::bytes, columns + mine, i * 16, entry);
+      if (!HALVES && !SUMMARY && states != nullptr) write_block<State>(states + slot * SavedState::bytes, columns + mine, i * 16, entry);
 #pragma unroll
-      for (int t = 0; t < BLOCKS; ++t) product(x[t], entry, Rows::load_right(packet + Packet::kg, t * 16, i * 16));
+      for (int t = 0; t < BLOCKS; ++t) product(x[t], entry, Rows::load_right(workspace + ChunkWorkspace::k_in, t * 16, i * 16));
       if constexpr (!SUMMARY) {
 #pragma unroll
-        for (int t = 0; t < BLOCKS; ++t) product(out[t], Rows::load(packet + Packet::qg, t * 16, i * 16), as_right(entry));
+        for (int t = 0; t < BLOCKS; ++t) product(out[t], Rows::load(workspace + ChunkWorkspace::qg, t * 16, i * 16), as_right(entry));
       }
     }
 #endif
@@ -169,24 +169,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     for (int t = 0; t < BLOCKS; ++t) {
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[t].pair[q] = make_float2(-x[t].pair[q].x, -x[t].pair[q].y);
-      if (!WARPGROUPS && !SUMMARY && corrections != nullptr)
-        write_block<Columns>(corrections + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
+      if (!WARPGROUPS && !SUMMARY && v_tilde != nullptr)
+        write_block<Columns>(v_tilde + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
       Sum weighted = x[t];
       scale_columns(weighted, beta + t * 16);
       written[t] = round_to<Operand>(weighted);
     }
 
-    const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
+    const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
 #if WARPGROUPS
     settle(state);
     open_products();
-    products_over_tokens(state, written, packet + Packet::kd);
+    products_over_tokens(state, written, workspace + ChunkWorkspace::kg);
     close_products();
-    if (!SUMMARY && corrections != nullptr) {
+    if (!SUMMARY && v_tilde != nullptr) {
 #pragma unroll
-      for (int t = 0; t < BLOCKS; ++t) write_block<Columns>(corrections + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
+      for (int t = 0; t < BLOCKS; ++t) write_block<Columns>(v_tilde + slot * Columns::bytes, columns + mine, t * 16, round_to<Operand>(x[t]));
     }
     wait_products<SUMMARY ? 0 : 1>();
     if constexpr (SUMMARY) {
@@ -206,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t)
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) product(state[i], written[t], Rows::load_right_transposed(packet + Packet::kd, t * 16, i * 16));
+      for (int i = 0; i < STEPS; ++i) product(state[i], written[t], Rows::load_right_transposed(workspace + ChunkWorkspace::kg, t * 16, i * 16));
     if constexpr (SUMMARY) continue;
 
 #pragma unroll
@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     const int tokens = min(C, sequence.length - m * C);
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
-      if constexpr (HALVES) scale_all(out[t], unit.inverse());
+      if constexpr (HALVES) scale_all(out[t], scale.inverse());
 #if WARPGROUPS
       Block<Element> rows = round_to<Element>(out[t]);
       rows = {{transpose(rows.word[0]), transpose(rows.word[2]), transpose(rows.word[1]), transpose(rows.word[3])}};
@@ -246,8 +246,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_scan(
     write_transposed(state, transposed + state_at + (columns + mine - D) * D);
     if (transitions != nullptr) write_state(state, transitions + state_at + columns + mine - D, 1.f);
   } else if (SUMMARY) {
-    write_state(state, final_state + state_at + columns + mine, unit.inverse());
+    write_state(state, final_state + state_at + columns + mine, scale.inverse());
   } else if (segment == segments - 1) {
-    write_state(state, final_state + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, unit.inverse());
+    write_state(state, final_state + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, scale.inverse());
   }
 }

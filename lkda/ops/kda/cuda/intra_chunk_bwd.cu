@@ -2,10 +2,10 @@
 // chunk and head, all chunks at once. S0, dS1, N~, Y and dO are products' operands; q, k and the gates enter in float32.
 //
 //   dP_ij = s beta_j dO_i . N~_j (j <= i)     dM_ij = -beta_j Y_i . N~_j (j < i; of row i of M, its beta_i left out)
-//   dqg = s dO S0^T     dkg = -Y S0^T (likewise)     dkd_j = beta_j (N~ dS1^T)_j     dv = B Y
+//   dqg = s dO S0^T     dk_in = -Y S0^T (likewise)     dkg_j = beta_j (N~ dS1^T)_j     dv = B Y
 //   on each level, I = rows, J = columns:  a_I = f (dP k^)   b_I = f (dM k^)   c_J = f (dP^T q^ + dM^T (B k^))
-//   dq = pre dqg + sum a + dP_ii k_i      dk = B (pre dkg + sum b) + suf dkd + sum c + dP_ii q_i
-//   dbeta_i = Y_i . v_i + k_i . (pre dkg + sum b)_i      whose first term is the reverse scan's
+//   dq = pre dqg + sum a + dP_ii k_i      dk = B (pre dk_in + sum b) + suf dkg + sum c + dP_ii q_i
+//   dbeta_i = Y_i . v_i + k_i . (pre dk_in + sum b)_i      whose first term is the reverse scan's
 //
 // dg_t is the sum of all terms whose decay contains E_t, so that nothing cancels: of rows' terms (q a + k b) those of
 // tokens from t on in the same half, of columns' terms (k c) those before t; and Gam rowsum(S0 dS1), straight through.
@@ -14,7 +14,7 @@
 // levels as products leave them, 32 channels x 16 tokens, times their reach; the product inside the leaf comes at the end,
 // where a thread has two channels of a leaf. The sums change hands, through shared memory, only then.
 #include "kda_tree.cuh"
-#include "kda_unit.cuh"
+#include "kda_scale.cuh"
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
@@ -61,10 +61,10 @@ struct HandOver {
     x[3] = make_float2(first.w, second.w);
   }
   // A number a token, in the place of what was taken.
-  static __device__ __forceinline__ void keep_one(char* to, int leaf, int channel, int i, float x) {
+  static __device__ __forceinline__ void put_one(char* to, int leaf, int channel, int i, float x) {
     *reinterpret_cast<float*>(to + offset(channel, leaf * LEAF + (i & 4)) + (i & 3) * 4) = x;
   }
-  static __device__ __forceinline__ void kept(float (&x)[LEAF], const char* from, int leaf, int channel) {
+  static __device__ __forceinline__ void take_ones(float (&x)[LEAF], const char* from, int leaf, int channel) {
 #pragma unroll
     for (int i = 0; i < LEAF; i += 4) {
       const float4 four = *reinterpret_cast<const float4*>(from + offset(channel, leaf * LEAF + i));
@@ -88,16 +88,16 @@ struct Shared {
   static constexpr int totals = straight + BLOCKS * D * 4;              // float [LEVELS + 1][LEAVES][D]: reaches, then sums over a leaf
   static constexpr int beta = totals + (LEVELS + 1) * LEAVES * D * 4;   // float [C]
   static constexpr int place = beta + C * 4;                            // Span, head, and units of v and dO: read again after each barrier, as q and k
-  static constexpr int scales = place + 32;                           // of S0 and of dS1, 128 bytes each, as in Kept
-  static constexpr int leaf_p = scales + 256;                         // float [LEAVES][8][8]
-  static constexpr int leaf_m = leaf_p + LEAVES * 64 * 4;
-  static constexpr int pairs = (leaf_m + LEAVES * 64 * 4 + 127) / 128 * 128;  // LEVELS x Pairs
+  static constexpr int state_scales = place + 32;                           // of S0 and of dS1, 128 bytes each, as in SavedState
+  static constexpr int leaf_daqk = state_scales + 256;                         // float [LEAVES][8][8]
+  static constexpr int leaf_dakk = leaf_daqk + LEAVES * 64 * 4;
+  static constexpr int pairs = (leaf_dakk + LEAVES * 64 * 4 + 127) / 128 * 128;  // LEVELS x Pairs
   static constexpr int work = pairs + LEVELS * Pairs::bytes;            // the slices; then levels' operands, and exchanges
   static constexpr int state = work;
   static constexpr int d_state = state + StateSlice::bytes;
-  static constexpr int correction = d_state + StateSlice::bytes;
-  static constexpr int d_correction = correction + ColumnsSlice::bytes;
-  static constexpr int d_output = d_correction + ColumnsSlice::bytes;
+  static constexpr int v_tilde = d_state + StateSlice::bytes;
+  static constexpr int d_residual = v_tilde + ColumnsSlice::bytes;
+  static constexpr int d_output = d_residual + ColumnsSlice::bytes;
   static constexpr int slices = 2 * StateSlice::bytes + 2 * ColumnsSlice::bytes + OutputSlice::bytes;
   static constexpr int exchange = ROOMY ? work + LEVELS * Level::bytes : work;  // HandOver: three at once, or one
   static constexpr int last_exchange = ROOMY ? exchange : pairs;                // of dq and dk's rows
@@ -131,11 +131,11 @@ __device__ __forceinline__ Block<Operand> output_of(const char* slice, int token
 
 // A 16x16 block of dP or dM, on or below the diagonal: a warp's task.
 struct Task {
-  bool exists, of_p;
+  bool exists, of_aqk;
   int row, column;  // in blocks
 
-  __device__ __forceinline__ explicit Task(int n) : exists(n < 2 * LOWER), of_p(n < LOWER) {
-    const int of = of_p ? n : n - LOWER;
+  __device__ __forceinline__ explicit Task(int n) : exists(n < 2 * LOWER), of_aqk(n < LOWER) {
+    const int of = of_aqk ? n : n - LOWER;
     row = of < 1 ? 0 : of < 3 ? 1 : of < 6 ? 2 : 3;
     column = of - row * (row + 1) / 2;
   }
@@ -145,7 +145,7 @@ struct Task {
 __device__ __forceinline__ void store_pairs(char* shared, const Task& task, const Sum& sum) {
   if (task.row != task.column) {
     const int level = (task.row ^ task.column) >= 2 ? 2 : 1, bits = LEAF_BITS + level, half = 1 << bits, i = task.row * 16;
-    const int row = (i >> (bits + 1) << (bits + 1)) + (i & (half - 1)) + (task.of_p ? half : 0), column = task.column * 16 & (half - 1);
+    const int row = (i >> (bits + 1) << (bits + 1)) + (i & (half - 1)) + (task.of_aqk ? half : 0), column = task.column * 16 & (half - 1);
     char* pairs = shared + Shared::pairs + level * Pairs::bytes;
 #pragma unroll
     for (int q = 0; q < 4; ++q) store_pair(Pairs::at(pairs, row + quadrant_row(q), column + quadrant_column(q)), sum.pair[q]);
@@ -154,9 +154,9 @@ __device__ __forceinline__ void store_pairs(char* shared, const Task& task, cons
 #pragma unroll
   for (int q = 0; q < 4; q += 3) {
     const int at = ((task.row * 2 + q / 3) * LEAF + lane_row()) * LEAF + lane_column();
-    *reinterpret_cast<float2*>(shared + (task.of_p ? Shared::leaf_p : Shared::leaf_m) + at * 4) = sum.pair[q];
+    *reinterpret_cast<float2*>(shared + (task.of_aqk ? Shared::leaf_daqk : Shared::leaf_dakk) + at * 4) = sum.pair[q];
   }
-  const int row = task.row * 16 + lane_row() + (task.of_p ? LEAF : 0), column = task.row % 2 * LEAF + lane_column();
+  const int row = task.row * 16 + lane_row() + (task.of_aqk ? LEAF : 0), column = task.row % 2 * LEAF + lane_column();
   char* pairs = shared + Shared::pairs;
   store_pair(Pairs::at(pairs, row, column), sum.pair[1]);
   store_pair(Pairs::at(pairs, row, column ^ LEAF), make_float2(0.f, 0.f));  // the other group that shares these 16 columns
@@ -169,8 +169,8 @@ template <class Done>
 __device__ __forceinline__ void leaf_gradients(
     const char* shared, int leaf, const Gates& gates, const Leaf<Query>& q, const Leaf<Query>& k, const float* beta,
     float2 (&column)[LEAF], float2 (&dg)[LEAF], Done done) {
-  const float* dp = reinterpret_cast<const float*>(shared + Shared::leaf_p) + leaf * LEAF * LEAF;
-  const float* dm = reinterpret_cast<const float*>(shared + Shared::leaf_m) + leaf * LEAF * LEAF;
+  const float* daqk = reinterpret_cast<const float*>(shared + Shared::leaf_daqk) + leaf * LEAF * LEAF;
+  const float* dakk = reinterpret_cast<const float*>(shared + Shared::leaf_dakk) + leaf * LEAF * LEAF;
   float2 w[LEAF];
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void leaf_gradients(
 #pragma unroll
     for (int j = 0; j < i; ++j) {
       w[j] = times(w[j], gates.e[i]);
-      const float p = dp[i * LEAF + j], m = dm[i * LEAF + j];
+      const float p = daqk[i * LEAF + j], m = dakk[i * LEAF + j];
       const float2 decayed = times(w[j], k[j]), x = fused(p, qi, scaled(m, weighted));
       a = fused(p, decayed, a);
       b = fused(m, decayed, b);
@@ -212,21 +212,21 @@ __device__ __forceinline__ void sum_over_channels(float (&x)[LEAF], float* out) 
 }
 
 // Of v and of dO, in shared memory.
-struct Units {
+struct Scales {
   static constexpr int values = Shared::place + 20, gradients = Shared::place + 24;
 
-  static __device__ __forceinline__ float of_values(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + values) : 1.f; }
-  static __device__ __forceinline__ float of_gradients(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + gradients) : 1.f; }
+  static __device__ __forceinline__ float of_v(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + values) : 1.f; }
+  static __device__ __forceinline__ float of_do(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + gradients) : 1.f; }
   // What gradients are to be multiplied by, those of v by the first; float32's greatest number where it has no such power.
-  static __device__ __forceinline__ float inverse_of_gradients(const char* shared) { return inverse_of(of_gradients(shared)); }
+  static __device__ __forceinline__ float inverse_of_do(const char* shared) { return inverse_of(of_do(shared)); }
   static __device__ __forceinline__ float inverse_of_both(const char* shared) {
-    return fminf(inverse_of(of_values(shared)) * inverse_of(of_gradients(shared)), 3.4028234e38f);
+    return fminf(inverse_of(of_v(shared)) * inverse_of(of_do(shared)), 3.4028234e38f);
   }
 };
 
 // A thread's share of dO, as it came, to operands in its unit.
 template <class Half>
-__device__ __forceinline__ void make_operands(char* output, float unit) {
+__device__ __forceinline__ void make_operands(char* output, float factor) {
   static_assert(OutputSlice::bytes % (THREADS * 16) == 0, "each thread has whole pieces");
 #pragma unroll
   for (int at = threadIdx.x * 16; at < OutputSlice::bytes; at += THREADS * 16) {
@@ -234,7 +234,7 @@ __device__ __forceinline__ void make_operands(char* output, float unit) {
     uint4 word = piece;
     auto converted = [&](unsigned pair) {
       const float2 x = unpack(Half{}, pair);
-      return pack(Operand{}, make_float2(unit * x.x, unit * x.y));
+      return pack(Operand{}, make_float2(factor * x.x, factor * x.y));
     };
     word.x = converted(word.x);
     word.y = converted(word.y);
@@ -268,26 +268,26 @@ struct Straight {
       *reinterpret_cast<uint4*>(row) = word;
     }
   }
-  static __device__ __forceinline__ void replace(float2 (&x)[4], const float* exact, float unit) {
+  static __device__ __forceinline__ void replace(float2 (&x)[4], const float* exact, float factor) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) x[n] = make_float2(unit * exact[2 * n * D], unit * exact[(2 * n + 1) * D]);
+    for (int n = 0; n < 4; ++n) x[n] = make_float2(factor * exact[2 * n * D], factor * exact[(2 * n + 1) * D]);
   }
   template <bool AT_AN_END>
   static __device__ __forceinline__ void sums(float (&sum)[8], char* shared, char* slice, int block, int channel, int first, const float* exact_initial, const float* exact_final) {
 #pragma unroll 1
     for (int v = block * 8 + lane_id() % 8; v < SLICE; v += BLOCKS * 8) {
-      float2 s0[4], ds1[4];
-      const float* scales = reinterpret_cast<const float*>(shared + Shared::scales) + (first + v) / 16 * Kept::REPEATS;
-      eight(s0, StateSlice::at(slice + Shared::state, v, channel), scales[0]);
-      eight(ds1, StateSlice::at(slice + Shared::d_state, v, channel), scales[32]);
+      float2 h[4], dh[4];
+      const float* scales = reinterpret_cast<const float*>(shared + Shared::state_scales) + (first + v) / 16 * SavedState::REPEATS;
+      eight(h, StateSlice::at(slice + Shared::state, v, channel), scales[0]);
+      eight(dh, StateSlice::at(slice + Shared::d_state, v, channel), scales[32]);
       if constexpr (AT_AN_END) {
-        if (exact_initial != nullptr) replace(s0, exact_initial + channel * D + v, Units::of_values(shared));
-        if (exact_final != nullptr) replace(ds1, exact_final + channel * D + v, Units::of_gradients(shared));
+        if (exact_initial != nullptr) replace(h, exact_initial + channel * D + v, Scales::of_v(shared));
+        if (exact_final != nullptr) replace(dh, exact_final + channel * D + v, Scales::of_do(shared));
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        sum[2 * n] += s0[n].x * ds1[n].x;
-        sum[2 * n + 1] += s0[n].y * ds1[n].y;
+        sum[2 * n] += h[n].x * dh[n].x;
+        sum[2 * n + 1] += h[n].y * dh[n].y;
       }
     }
   }
@@ -416,11 +416,11 @@ __device__ __forceinline__ void level_gradients(Gathered& out, const char* tile,
 
 // q, k: [rows, H, D] Query. d_o, d_q, d_k, d_v: likewise, Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
 // initial_state, d_final (each may be null): [N, H, K, V] float32. beta_parts: [chunks, H, D / 16, C] float32.
-// states, d_states: [chunks, H] Kept. corrections, d_corrections: [chunks, H] Columns. units, d_units: [N, H] float32, of v and
+// states, d_states: [chunks, H] SavedState. v_tilde, d_residual: [chunks, H] Columns. units, do_scales: [N, H] float32, of v and
 // dO. Grid: chunks x H.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
-    const Query* q, const Query* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* corrections,
-    const char* d_states, const char* d_corrections, const float* beta_parts, const float* units, const float* d_units, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_bwd(
+    const Query* q, const Query* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* v_tilde,
+    const char* d_states, const char* d_residual, const float* beta_parts, const float* v_scales, const float* do_scales, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
     const int4* spans, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
@@ -438,22 +438,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     *reinterpret_cast<Span*>(shared + Shared::place) = span;
     *reinterpret_cast<int*>(shared + Shared::place + 16) = head;
     if (HALVES) {
-      *reinterpret_cast<float*>(shared + Units::values) = units[static_cast<long long>(span.sequence) * heads + head];
-      *reinterpret_cast<float*>(shared + Units::gradients) = d_units[static_cast<long long>(span.sequence) * heads + head];
+      *reinterpret_cast<float*>(shared + Scales::values) = v_scales[static_cast<long long>(span.sequence) * heads + head];
+      *reinterpret_cast<float*>(shared + Scales::gradients) = do_scales[static_cast<long long>(span.sequence) * heads + head];
     }
   }
   if (threadIdx.x < C) betas[threadIdx.x] = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
 
   auto fetch = [&](int first) {
     char* slice = shared + (BOTH && first > 0 ? Shared::slices : 0);
-    fetch_rows<StateSlice>(slice + Shared::state, states + slot * Kept::bytes, first);
-    fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * Kept::bytes, first);
+    fetch_rows<StateSlice>(slice + Shared::state, states + slot * SavedState::bytes, first);
+    fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * SavedState::bytes, first);
     if (HALVES && first == 0 && threadIdx.x < 16) {
-      const char* kept = (threadIdx.x < 8 ? states : d_states) + slot * Kept::bytes;
-      copy_16_async(shared + Shared::scales + threadIdx.x * 16, kept + Kept::scales + threadIdx.x % 8 * 16, true);
+      const char* saved = (threadIdx.x < 8 ? states : d_states) + slot * SavedState::bytes;
+      copy_16_async(shared + Shared::state_scales + threadIdx.x * 16, saved + SavedState::scales + threadIdx.x % 8 * 16, true);
     }
-    fetch_rows<ColumnsSlice>(slice + Shared::correction, corrections + slot * Columns::bytes, first);
-    fetch_rows<ColumnsSlice>(slice + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
+    fetch_rows<ColumnsSlice>(slice + Shared::v_tilde, v_tilde + slot * Columns::bytes, first);
+    fetch_rows<ColumnsSlice>(slice + Shared::d_residual, d_residual + slot * Columns::bytes, first);
     constexpr int PIECE = 16 / sizeof(Element), PIECES = SLICE / PIECE;
 #pragma unroll
     for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
@@ -511,19 +511,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     Straight::add(shared, slice, block, channels, first, exact_initial == nullptr ? nullptr : exact_initial + first,
                   exact_final == nullptr ? nullptr : exact_final + first);
     if constexpr (HALVES) {
-      make_operands<Element>(slice + Shared::d_output, Units::of_gradients(shared));
+      make_operands<Element>(slice + Shared::d_output, Scales::of_do(shared));
       __syncthreads();  // all are operands now
     }
 #pragma unroll(SLICE == D ? SLICE / 16 : 1)
     for (int v = 0; v < SLICE; v += 16) {
       const Right<Operand> d_out = as_right(output_of(slice, tokens, v));
-      const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_correction, v), 0, tokens);
-      const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::correction, v), 0, tokens);
+      const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, tokens);
+      const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, tokens);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const Block<Operand> s0 = StateSlice::load_transposed(StateSlice::from(slice + Shared::state, v, c * 16), 0, channels);
-        product(out.dq[c], s0, d_out);
-        product(out.row[c], s0, as_right(y));
+        const Block<Operand> h = StateSlice::load_transposed(StateSlice::from(slice + Shared::state, v, c * 16), 0, channels);
+        product(out.dq[c], h, d_out);
+        product(out.row[c], h, as_right(y));
         product(out.column[c], StateSlice::load_transposed(StateSlice::from(slice + Shared::d_state, v, c * 16), 0, channels), n);
       }
       if (warp / BLOCKS == v / 16 % (D / 32)) {  // a share of dv for each of the warps with these tokens
@@ -531,7 +531,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
         for (int q4 = 0; q4 < 4; ++q4) {
           const int t = tokens + quadrant_row(q4);
           stream_pair_if(t < span.tokens, d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4),
-                         scaled(Units::inverse_of_gradients(shared) * betas[t], get_pair(y, q4)));
+                         scaled(Scales::inverse_of_do(shared) * betas[t], get_pair(y, q4)));
         }
       }
     }
@@ -541,11 +541,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       if (!task.exists) continue;
 #pragma unroll 1
       for (int v = 0; v < SLICE; v += 16) {
-        const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::correction, v), 0, task.column * 16);
-        if (task.of_p) {
+        const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, task.column * 16);
+        if (task.of_aqk) {
           product(pairs[round], output_of(slice, task.row * 16, v), n);
         } else {
-          product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_correction, v), 0, task.row * 16), n);
+          product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, task.row * 16), n);
         }
       }
     }
@@ -559,7 +559,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
 #pragma unroll
     for (int q4 = 0; q4 < 4; ++q4) {
       const float2 b = *reinterpret_cast<const float2*>(betas + task.column * 16 + quadrant_column(q4));
-      pairs[round].pair[q4] = scaled(task.of_p ? scale : -1.f, times(b, pairs[round].pair[q4]));
+      pairs[round].pair[q4] = scaled(task.of_aqk ? scale : -1.f, times(b, pairs[round].pair[q4]));
     }
     store_pairs(shared, task, pairs[round]);
   }
@@ -758,10 +758,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   Element* to_q = d_q + first_element(place());
   auto left = [&] { return place().tokens - leaf * LEAF; };
   inside = make_float2(1.f, 1.f);
-  const float one = Units::inverse_of_both(shared);
+  const float one = Scales::inverse_of_both(shared);
   float2 dq[2], row[2];
   leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, column, dg, [&](int i, float2 a, float2 b) {
-    const float p = reinterpret_cast<const float*>(shared + Shared::leaf_p)[(leaf * LEAF + i) * LEAF + i];  // dP_ii
+    const float p = reinterpret_cast<const float*>(shared + Shared::leaf_daqk)[(leaf * LEAF + i) * LEAF + i];  // dP_ii
     inside = times(inside, gates.e[i]);
     if (i % 2 == 0) {
       HandOver::take_two(dq, dq_waits, leaf, channel, i);
@@ -770,7 +770,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     add_to(a, times(inside, dq[i % 2]));
     add_to(b, times(inside, row[i % 2]));
     if (i < left()) store_pair(to_q + i * stride, scaled(one, fused(p, ks[i], a)));
-    HandOver::keep_one(shared + Shared::last_exchange, leaf, channel, i, ks[i].x * b.x + ks[i].y * b.y);  // of dbeta
+    HandOver::put_one(shared + Shared::last_exchange, leaf, channel, i, ks[i].x * b.x + ks[i].y * b.y);  // of dbeta
     add_to(column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], b)));
   });
   const Span here = place();
@@ -783,7 +783,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     }
   }
   float share[LEAF];
-  HandOver::kept(share, shared + Shared::last_exchange, leaf, channel);
+  HandOver::take_ones(share, shared + Shared::last_exchange, leaf, channel);
   __syncthreads();  // all have left the exchange
   float* shares = reinterpret_cast<float*>(shared + Shared::last_exchange);  // [PARTS][C]: dbeta of 64 channels
   sum_over_channels(share, shares + (PARTS > 1 ? warp % PARTS * C : 0) + leaf * LEAF);

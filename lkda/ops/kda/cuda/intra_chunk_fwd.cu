@@ -207,13 +207,13 @@ __device__ __forceinline__ void spread_leaves(char* shared) {
 }
 
 // Gam, by threads that invert nothing.
-__device__ __forceinline__ void whole_decay(const char* shared, char* packet) {
+__device__ __forceinline__ void whole_decay(const char* shared, char* workspace) {
   const int channel = 2 * (opaque(threadIdx.x) - C);
   if (channel < 0 || channel >= D) return;
   float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
   for (int leaf = 0; leaf < LEAVES; ++leaf) add_to(sum, *reinterpret_cast<const float2*>(shared + Shared::leaf_logs + (leaf * D + channel) * 4));
-  *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = exp2_fast(sum);
+  *reinterpret_cast<float2*>(workspace + ChunkWorkspace::decay + channel * 4) = exp2_fast(sum);
 }
 
 // The 8x8 block of T~ below two of them, 1 above 2, in float32; eight neighbouring threads a column:
@@ -290,10 +290,10 @@ __device__ __forceinline__ void merge(char* shared) {
   }
 }
 
-// q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. packets: [chunks, H] Packet. A block takes chunk and
+// q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. workspaces: [chunks, H] ChunkWorkspace. A block takes chunk and
 // head number blockIdx.x of `items` = chunks x H, then every gridDim.x-th; each one's inputs are on their way meanwhile.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
-    const Element* q, const Element* k, const float* g, const float* beta, char* packets, const int4* spans, int items, int length, int heads, float scale) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_fwd(
+    const Element* q, const Element* k, const float* g, const float* beta, char* workspaces, const int4* spans, int items, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
@@ -319,16 +319,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
       if (item + gridDim.x < items) ask(item + gridDim.x);
       continue;
     }
-    auto packet_of = [&](int item) { return packets + static_cast<long long>(item) * Packet::bytes; };
-    char* packet = packet_of(item);
+    auto workspace_of = [&](int item) { return workspaces + static_cast<long long>(item) * ChunkWorkspace::bytes; };
+    char* workspace = workspace_of(item);
     if (threadIdx.x < C) {
       reinterpret_cast<float*>(shared + Shared::beta)[threadIdx.x] = own_beta;
-      reinterpret_cast<float*>(packet + Packet::beta)[threadIdx.x] = own_beta;
+      reinterpret_cast<float*>(workspace + ChunkWorkspace::beta)[threadIdx.x] = own_beta;
     }
     Gates gates;
     gates.set(nats);
     Gates::share(nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), leaf, channel);
-    __syncthreads();  // and the last packet has left
+    __syncthreads();  // and the last workspace has left
 
     const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
     Reach reach;
@@ -349,9 +349,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
       near_k[i] = times(f, ks[i]);
       near_q[i] = times(make_float2(scale * f.x, scale * f.y), qs[i]);
     });
-    char* kg = Rows::from(packet + Packet::kg, leaf * LEAF);
-    char* qg = Rows::from(packet + Packet::qg, leaf * LEAF);
-    char* kd = Rows::from(packet + Packet::kd, leaf * LEAF);
+    char* k_in = Rows::from(workspace + ChunkWorkspace::k_in, leaf * LEAF);
+    char* qg = Rows::from(workspace + ChunkWorkspace::qg, leaf * LEAF);
+    char* kg = Rows::from(workspace + ChunkWorkspace::kg, leaf * LEAF);
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level)
       if (Level::is_row(level, leaf)) {
@@ -360,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
       }
 #pragma unroll
     for (int i = 0; i < LEAF; ++i) {
-      store_pair(Rows::at(kg, i, channel), times(reach.before, near_k[i]));
+      store_pair(Rows::at(k_in, i, channel), times(reach.before, near_k[i]));
       store_pair(Rows::at(qg, i, channel), times(reach.before, near_q[i]));
     }
     gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, ks[j]); });
@@ -368,15 +368,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
     for (int level = 0; level < LEVELS; ++level)
       if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k);
 #pragma unroll
-    for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kd, j, channel), times(reach.after, near_k[j]));
+    for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, near_k[j]));
     leaf_pairs(shared, leaf, gates, qs, ks, scale);
-    packet = packet_of(opaque(item));  // anew: registers are short
+    workspace = workspace_of(opaque(item));  // anew: registers are short
     if (item + gridDim.x < items) ask(item + gridDim.x);
     __syncthreads();
     tree_pairs(shared);
     __syncthreads();  // the level tiles give way to T and T~
     invert_leaves(shared);
-    whole_decay(shared, packet);
+    whole_decay(shared, workspace);
     __syncthreads();
     spread_leaves(shared);
     merge_leaves(shared);
@@ -388,6 +388,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
     }
     __syncthreads();
     for (int at = opaque(threadIdx.x) * 16; at < Square::bytes; at += THREADS * 16)
-      *reinterpret_cast<uint4*>(packet + Packet::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
+      *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
   }
 }

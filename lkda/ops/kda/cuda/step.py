@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lkda.ops.runtime.dispatch import goes_straight
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module, multiprocessors
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
@@ -22,7 +22,7 @@ GROUPS = {torch.float32: 8, torch.bfloat16: 16, torch.int8: 16}
 THREADS = {torch.float32: 512, torch.bfloat16: 512, torch.int8: 384}
 
 
-reason_cannot_run = cannot_take(otherwise="plain")
+reason_cannot_run = cannot_take(otherwise="torch")
 
 
 def _threads(head_dim: int, state: torch.dtype) -> int:
@@ -123,16 +123,16 @@ def kda_step_cuda(
 ) -> Tensor:
     """The kernel; arguments as in `kda_step_fused`, validated. Parameters and caches may be in float32 or in q's dtype;
     others are cast, and so are updated by way of a copy."""
-    dtype, kept = q.dtype, caches
+    dtype, saved = q.dtype, caches
     filters, caches = ([_castless(x, dtype) for x in xs] for xs in (weights, caches))
     inputs = (
         *(q, k, v, None if gate_logits is None else gate_logits.to(dtype), beta_logits.to(dtype)),
         *(None if x is None else x.float() for x in (A_log, dt_bias)),
         *(state, factors),
     )
-    step: Callable = _step if goes_straight(*inputs, *filters, *caches) else torch.ops.lkda.kda_step
+    step: Callable = _step if can_bypass_dispatcher(*inputs, *filters, *caches) else torch.ops.lkda.kda_step
     o = step(*inputs, filters, caches, normalize, bounded, lower_bound, strength, scale)
-    for before, after in zip(kept, caches):
+    for before, after in zip(saved, caches):
         if before is not after:
             before.copy_(after)
     return o

@@ -1,4 +1,4 @@
-"""The layer's gates in plain PyTorch: the definition."""
+"""The layer's gates in PyTorch: the definition."""
 
 from __future__ import annotations
 

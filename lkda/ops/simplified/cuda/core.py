@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture, fill_words, multiprocessors
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take
 
@@ -291,7 +291,7 @@ def _gradients(ctx, grad_o, grad_final, grad_entering):
     q, k, v, decay, initial_state, cu_seqlens, entering = ctx.saved_tensors
     if grad_o is None:
         grad_o = torch.zeros_like(q)
-    backward = _backward if goes_straight(grad_o) else torch.ops.lkda.simplified_backward
+    backward = _backward if can_bypass_dispatcher(grad_o) else torch.ops.lkda.simplified_backward
     grads = backward(grad_o, grad_final, q, k, v, decay, initial_state, cu_seqlens, entering)
     return *grads[:4], grads[4] if initial_state is not None else None, None, None
 
@@ -299,10 +299,10 @@ def _gradients(ctx, grad_o, grad_final, grad_entering):
 torch.library.register_autograd("lkda::simplified_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_straight = straight(_forward, _save, _gradients, results=2)
+_with_autograd = without_dispatcher(_forward, _save, _gradients, results=2)
 
 
-def _plain(decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None):
+def _as_kernel_inputs(decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None):
     """The small arguments in the kernels' dtypes."""
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
@@ -313,12 +313,12 @@ def simplified_cuda(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The tuned kernels, differentiable; arguments as in `simplified_attention`, decay [B, T, H]."""
-    decay, initial_state, cu_seqlens = _plain(decay, initial_state, cu_seqlens)
+    decay, initial_state, cu_seqlens = _as_kernel_inputs(decay, initial_state, cu_seqlens)
     inputs = (q, k, v, decay, initial_state)
     keep = wants_gradient(*inputs)
     forward: Callable = torch.ops.lkda.simplified_forward
-    if goes_straight(*inputs):
-        forward = _straight if keep else _forward
+    if can_bypass_dispatcher(*inputs):
+        forward = _with_autograd if keep else _forward
     o, final_state, _ = forward(q, k, v, decay, initial_state, cu_seqlens, keep)
     return o, final_state
 
@@ -330,7 +330,7 @@ def simplified_cuda_baseline(
 
     Raises: ValueError where a gradient is asked for.
     """
-    decay, initial_state, cu_seqlens = _plain(decay, initial_state, cu_seqlens)
+    decay, initial_state, cu_seqlens = _as_kernel_inputs(decay, initial_state, cu_seqlens)
     inputs = (q, k, v, decay, initial_state)
     if wants_gradient(*inputs):
         raise InputError(
@@ -342,5 +342,5 @@ def simplified_cuda_baseline(
 
 def simplified_step_cuda(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token in one kernel, without gradients; arguments as in `simplified_step`, the state in float32."""
-    step = _step if goes_straight(q, k, v, decay, state) else torch.ops.lkda.simplified_step
+    step = _step if can_bypass_dispatcher(q, k, v, decay, state) else torch.ops.lkda.simplified_step
     return step(q, k, v, decay.float().expand(q.shape[:2]), state.contiguous())
