@@ -1,49 +1,6 @@
-// A warp's part of a state: 16 columns of V, all of K, transposed: S^T [16 of V, K], float32 in registers; and the ring
-// of shared-memory stages that feeds the warps of a block, one chunk a stage.
+// A warp's part of a state: 16 columns of V and all of K, transposed: S^T [16 of V, K], float32 in registers.
 #pragma once
-#include "kda_scale.cuh"
-#if WARPGROUPS
-#include "warpgroup.cuh"
-#endif
-
-constexpr int WIDTH = WARPS * 16;        // columns of a block
-constexpr int SPLITS = COLUMNS / WIDTH;  // blocks of a head
-constexpr int STEPS = D / 16;            // 16-channel blocks of K
-constexpr int VALUES = WIDTH < D ? WIDTH : D;  // columns of V of a block
-using Values = Tile<Element, C, VALUES>;
-
-struct Stage {
-  static constexpr int workspace = 0;
-  static constexpr int values = (ChunkWorkspace::bytes + 127) / 128 * 128;  // Values: v; in the reverse scan v and dO
-  static constexpr int bytes = (values + STREAMS * Values::bytes + 1023) / 1024 * 1024;
-  static constexpr int scales = bytes - WARPS * 4;  // of the first stage: float [WARPS]
-};
-static_assert(Stage::values + STREAMS * Values::bytes <= Stage::scales, "the scales fit where a stage is rounded up");
-static_assert(STAGES * Stage::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
-
-// x, with 32-bit operands computed anew where it is used.
-__device__ __forceinline__ int recomputed(int x) { return sizeof(Operand) == 4 ? opaque(x) : x; }
-
-__device__ __forceinline__ void fetch_workspace(char* stage, const char* workspace) {
-  for (int at = recomputed(threadIdx.x) * 16; at < ChunkWorkspace::bytes; at += WARPS * 32 * 16) copy_16_async(stage + Stage::workspace + at, workspace + at);
-}
-
-// A chunk's rows of `values` [rows, H, D] from column `first`, zeros past the last token.
-__device__ __forceinline__ void fetch_values(char* to, const Element* values, int start, int tokens, int heads, int head, int first) {
-  constexpr int THREADS = WARPS * 32, PIECE = 16 / sizeof(Element), PIECES = VALUES / PIECE;
-  for (int n = recomputed(threadIdx.x); n < C * PIECES; n += THREADS) {
-    const int t = n / PIECES, column = n % PIECES * PIECE;
-    const long long row = start + min(t, tokens - 1);
-    copy_16_async(Values::at(to, t, column), values + (row * heads + head) * D + first + column, t < tokens);
-  }
-}
-
-// Copies that have arrived, of this thread, may be read by all after the next barrier.
-__device__ __forceinline__ void show_copies() {
-#if WARPGROUPS
-  show_to_products();
-#endif
-}
+#include "kda_inter_chunk.cuh"
 
 #if WARPGROUPS
 // x[V, tokens] += left rows^T over all channels. rows: Rows in shared memory; left: [16 of V, channels].
@@ -74,21 +31,6 @@ __device__ __forceinline__ void unit_diagonal(Sum& sum) {
     sum.pair[q] = make_float2(right == 0 ? 1.f : 0.f, right == -1 ? 1.f : 0.f);
   }
 }
-
-// The scale of what this warp computes, in shared memory: registers are short.
-struct SharedScale {
-  char* shared;
-
-  __device__ __forceinline__ volatile float* at() const {
-    return reinterpret_cast<volatile float*>(shared + Stage::scales) + opaque(threadIdx.x) / 32;
-  }
-  __device__ __forceinline__ void set(float scale) const {
-    if (lane_id() == 0) *at() = scale;
-    __syncwarp();
-  }
-  __device__ __forceinline__ float get() const { return HALVES ? *at() : 1.f; }
-  __device__ __forceinline__ float inverse() const { return HALVES ? inverse_of(get()) : 1.f; }
-};
 
 // S^T from S times `factor`, or the other way; S: [K, V] in float32, `at` is &S[0][first column of the warp].
 __device__ __forceinline__ void read_state(Sum (&state)[STEPS], const float* at, float factor) {

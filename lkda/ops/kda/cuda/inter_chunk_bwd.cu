@@ -65,20 +65,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
     if (!SUMMARY) fetch_values(stage + Stage::values + Values::bytes, v, start, tokens, heads, head, columns);
     commit_copies();
   };
-  for (int step = 0; step < STAGES - 1; ++step) {
-    if (step < chunks) {
-      fetch(step);
-    } else {
-      commit_copies();
-    }
-  }
+  fill_pipeline(chunks, fetch);
 
   const SharedScale scale = {shared};
-  if constexpr (HALVES) {
-    const long long of_head = static_cast<long long>(n) * heads + head;
-    scale.set(gradient_scale(amax_of_sequence(amax, whole, heads, head, leaving == nullptr ? nullptr : leaving + of_head * D * D)));
-    if (scales != nullptr && threadIdx.x == 0) scales[of_head] = scale.get();
-  }
+  if constexpr (HALVES) scale.find<gradient_scale>(n, whole, heads, head, amax, leaving, scales);
 
   Sum state[STEPS];  // dS^T
   const long long state_at = (static_cast<long long>(run) * heads + head) * D * D + columns + mine;
@@ -90,21 +80,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
   }
 
   for (int step = 0; step < chunks; ++step) {
-    if constexpr (STAGES == 1) {
-      __syncthreads();  // every warp is done with the last chunk
-      fetch(step);
-      wait_copies<0>();
-      __syncthreads();
-    } else {
-      wait_copies<STAGES - 2>();
-      show_copies();
-      __syncthreads();  // this chunk is there for all, and all are done with the one before, whose stage is next to fill
-      if (step + STAGES - 1 < chunks) {
-        fetch(step + STAGES - 1);
-      } else {
-        commit_copies();
-      }
-    }
+    advance_pipeline(step, chunks, fetch);
     char* stage = shared + opaque(step % STAGES * Stage::bytes);
     const char* workspace = stage + Stage::workspace;
     const char* pairs = workspace + ChunkWorkspace::pairs;

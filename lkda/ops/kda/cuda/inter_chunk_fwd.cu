@@ -55,11 +55,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
   if (SUMMARY && segment == segments - 1 && (transitions == nullptr || columns + WIDTH <= D)) return;
 
   const SharedScale scale = {shared};
-  if constexpr (HALVES) {
-    const long long of_head = static_cast<long long>(n) * heads + head;
-    scale.set(value_scale(amax_of_sequence(amax, whole, heads, head, entering == nullptr ? nullptr : entering + of_head * D * D)));
-    if (scales != nullptr && threadIdx.x == 0) scales[of_head] = scale.get();
-  }
+  if constexpr (HALVES) scale.find<value_scale>(n, whole, heads, head, amax, entering, scales);
 
   auto fetch = [&](int m) {
     char* stage = shared + m % STAGES * Stage::bytes;
@@ -67,13 +63,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
     if (columns < D) fetch_values(stage + Stage::values, v, sequence.start + m * C, min(C, sequence.length - m * C), heads, head, columns);
     commit_copies();
   };
-  for (int m = 0; m < STAGES - 1; ++m) {
-    if (m < chunks) {
-      fetch(m);
-    } else {
-      commit_copies();
-    }
-  }
+  fill_pipeline(chunks, fetch);
 
   Sum state[STEPS];
   const bool of_transition = SUMMARY && columns + mine >= D;
@@ -89,21 +79,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
   }
 
   for (int m = 0; m < chunks; ++m) {
-    if constexpr (STAGES == 1) {
-      __syncthreads();  // every warp is done with the last chunk
-      fetch(m);
-      wait_copies<0>();
-      __syncthreads();
-    } else {
-      wait_copies<STAGES - 2>();
-      show_copies();
-      __syncthreads();  // chunk m is there for all, and all are done with chunk m - 1, whose stage is next to fill
-      if (m + STAGES - 1 < chunks) {
-        fetch(m + STAGES - 1);
-      } else {
-        commit_copies();
-      }
-    }
+    advance_pipeline(m, chunks, fetch);
     char* stage = shared + m % STAGES * Stage::bytes;
     const char* workspace = stage + Stage::workspace;
     const char* pairs = workspace + ChunkWorkspace::pairs;
