@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lkda.bench.contest import Shape
 from lkda.bench.layer_gradients import errors
-from lkda.ops import gated_rms_norm, kda_attention_fused, l2_normalized, short_convolutions
+from lkda.ops import gated_rms_norm, l2_normalized, short_convolutions
 from tests.ops.cases import relative
 from tests.ops.gated_norm.test_op import inputs_of as norm_inputs
-from tests.ops.kda.test_fused import FORMS, gate_inputs, gates, layer_inputs
+from tests.ops.kda.test_fused import FORMS, attention, gate_inputs, gates, layer_inputs
 from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
 from tests.ops.short_conv.test_emulated import inputs_of as conv_inputs
 from tests.ops.yardstick import operands_rounded
@@ -214,10 +214,10 @@ def test_attention_from_raw_logits(D, gate, lower_bound, negative, per_head):
     """Within twice the error of the PyTorch form with bf16 operands; A_log and dt_bias too: they sum up what dg errs."""
     inputs = {name: x.cuda() for name, x in layer_inputs(2, 1000, 8, D, per_head=per_head).items()}
     inputs = {name: x.bfloat16() if x.dim() > 2 and name != "A_log" else x.float() for name, x in inputs.items()}
-    options = {"gate": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
+    options = {"form": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
 
     def op(backend):
-        return lambda **inputs: kda_attention_fused(**inputs, **options, backend=backend)
+        return lambda **inputs: attention(**inputs, **options, backend=backend)
 
     want = outputs_and_gradients(op("chunk"), {name: x.double() for name, x in inputs.items()})
     with operands_rounded():

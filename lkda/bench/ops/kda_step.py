@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lkda.bench.contest import Contest, Entrant, Inputs, Shape
-from lkda.ops import kda_step_fused
+from lkda.ops import KDAGate, kda_step_fused
 from lkda.ops.kda.cuda.step import step_kernel
 from lkda.ops.kda.state import pack_state
 from lkda.ops.runtime.jit import Kernel
@@ -51,8 +51,7 @@ def _ours(backend: str, convolve: bool) -> Callable[[Inputs], Sequence[Tensor]]:
         caches = [x[f"{name}_cache"] for name in STREAMS] if convolve else ()
         o = kda_step_fused(
             **token,
-            A_log=x["A_log"],
-            dt_bias=x["dt_bias"],
+            gate=KDAGate(x["A_log"], x["dt_bias"]),
             state=state,
             weights=weights,
             caches=caches,

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 THREADS = 256
 ROWS = {"forward": 4, "backward": 2}  # of a thread at a time
 RESIDENT = 3  # blocks of the backward that a multiprocessor should hold
-MOST_BLOCKS = 396  # of the backward, each with a line of partial sums: three a multiprocessor of a chip with 132
+MAX_BLOCKS = 396  # of the backward, each with a line of partial sums: three a multiprocessor of a chip with 132
 
 
 reason_cannot_run = cannot_take(otherwise="torch")
@@ -67,7 +67,7 @@ def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: f
     dy, x, gate = readable(dy), readable(x), None if gate is None else readable(gate)
     D = x.shape[-1]
     dx, dgate = _like(x), x.new_empty(0) if gate is None else _like(gate)
-    blocks = min(_blocks("backward", x), MOST_BLOCKS)
+    blocks = min(_blocks("backward", x), MAX_BLOCKS)
     partials = torch.empty((blocks, D), dtype=torch.float32, device=x.device)
     arguments = (dy, x, gate, readable(weight), dx, dgate, partials, x.numel() // D, eps)
     norm_kernel("backward", D, x.dtype)((blocks, 1, 1), THREADS, *arguments, device=x.device)

@@ -21,7 +21,7 @@ from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, rea
 HERE = Path(__file__).parent
 
 # As in short_conv.cuh.
-MOST_TAPS, WARPS = 4, 8
+MAX_TAPS, WARPS = 4, 8
 CHANNELS = {"forward": 4, "backward": 4}  # of a thread
 RUN = {"forward": 64, "backward": 64}  # tokens of a warp
 AHEAD = {"forward": 4, "backward": 4}  # tokens that are on their way while as many are worked on
@@ -49,7 +49,7 @@ def conv_kernel(
         module = Module(HERE / "forward.cu", shape | {"RESULT": ELEMENTS[result or dtype]})
         return module.kernel("short_conv_forward", "P" * 16 + "qqiiiiii")
     module = Module(HERE / "backward.cu", shape)
-    shared_bytes = 4 * MOST_TAPS * _channels(name, dtype) * 32 * WARPS if convolve else 0
+    shared_bytes = 4 * MAX_TAPS * _channels(name, dtype) * 32 * WARPS if convolve else 0
     return module.kernel("short_conv_backward", "P" * 23 + "qqiiiiiii", shared_bytes=shared_bytes)
 
 

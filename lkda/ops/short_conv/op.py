@@ -12,7 +12,7 @@ from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.short_conv import cuda
 from lkda.ops.short_conv.reference import convolve_torch, normalize_torch
 
-MOST_STREAMS = 3
+MAX_STREAMS = 3
 
 
 def _torch(
@@ -66,8 +66,8 @@ def short_convolutions(
     Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
     """
     fn = "short_convolutions"
-    if not 1 <= len(xs) <= MOST_STREAMS or len(weights) != len(xs):
-        raise InputError(f"{fn}: one to {MOST_STREAMS} tensors with a weight each, got {len(xs)} and {len(weights)}.")
+    if not 1 <= len(xs) <= MAX_STREAMS or len(weights) != len(xs):
+        raise InputError(f"{fn}: one to {MAX_STREAMS} tensors with a weight each, got {len(xs)} and {len(weights)}.")
     sizes: dict[str, int] = {"1": 1}
     tensors: dict[str, Tensor | None] = {}
     for i, x in enumerate(xs):
@@ -152,7 +152,7 @@ def _normalized(
 def _choose(
     fn: str, xs: Sequence[Tensor], width: int, normalized: Sequence[bool], head_dim: int | None, backend: str
 ) -> str:
-    fits = width <= cuda.MOST_TAPS and xs[0].shape[-1] * xs[0].element_size() % 16 == 0
+    fits = width <= cuda.MAX_TAPS and xs[0].shape[-1] * xs[0].element_size() % 16 == 0
     size = head_dim if head_dim and any(normalized) else cuda.HEAD_DIMS[0]
     backends = BACKENDS if fits else _ANY_SHAPE
     return choose(fn, backends, backend, device=xs[0].device, head_dim=size, dtype=xs[0].dtype)

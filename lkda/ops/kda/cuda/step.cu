@@ -21,13 +21,13 @@ using State = STATE;
 
 constexpr int D = HEAD_DIM, COLUMNS = 16 / sizeof(State), LANES = D / COLUMNS, ROWS = D / GROUPS;
 constexpr int THREADS = GROUPS * LANES, WARPS = THREADS / 32, CHANNELS = D / 32;
-constexpr int MOST_TAPS = 4;
+constexpr int MAX_TAPS = 4;
 
 struct Shared {
   float q[D], k[D], v[D], factor[D], c[D];  // factor: the row's decay, times int8's factor
   float sums[2][GROUPS][D];                 // S'^T k and S'^T q, a part for each group of rows
   // Of the next item, as they lie in memory: float or Element.
-  float tokens[3][D], filters[3][D * MOST_TAPS], caches[3][MOST_TAPS - 1][D], logits[D], bias[D], row_factors[D];
+  float tokens[3][D], filters[3][D * MAX_TAPS], caches[3][MAX_TAPS - 1][D], logits[D], bias[D], row_factors[D];
   uint4 state[D * LANES];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "step.py allocates what this kernel uses");
@@ -59,7 +59,7 @@ __device__ __forceinline__ float convolved(float x, const float* filter, const f
                                            int channels, int width, int wide_weights, int wide_caches) {
   float y = x * load_either(filter, i * width + width - 1, wide_weights);
 #pragma unroll
-  for (int tap = 0; tap < MOST_TAPS - 1; ++tap) {
+  for (int tap = 0; tap < MAX_TAPS - 1; ++tap) {
     if (tap >= width - 1) break;
     const float past = load_either(before[tap], i, wide_caches);
     y = fmaf(past, load_either(filter, i * width + tap, wide_weights), y);
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       } else if (row < 6) {
         if (width > 0)
           copy_row(shared.filters[stream], of_stream(stream, q_weight, k_weight, v_weight), static_cast<long long>(head) * D * width, D * width, wide_weights);
-      } else if (tap < MOST_TAPS - 1) {
+      } else if (tap < MAX_TAPS - 1) {
         const long long first = (static_cast<long long>(sequence) * (width - 1) + tap) * channels + head * D;
         if (tap < width - 1) copy_row(shared.caches[stream][tap], of_stream<const void*>(stream, q_cache, k_cache, v_cache), first, D, wide_caches);
       } else if (stream == 0) {
