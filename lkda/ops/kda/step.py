@@ -79,8 +79,8 @@ def kda_step_fused(
     """One token of a KDA layer between its projections, without gradients. State and caches are updated IN PLACE.
 
     With weights, q, k and v go through the short convolution with SiLU first. Then it does what `kda_attention_fused`
-    does. On a GPU that is one kernel launch, which a CUDA graph can capture. The result of a sequence does not depend on
-    its place in the batch, not even in its last bit.
+    does. On a GPU that is one kernel launch, which a CUDA graph can capture. The bits of a sequence's result do not
+    depend on its place in the batch.
 
     Args:
         q, k, v: [B, H, D] of one dtype.

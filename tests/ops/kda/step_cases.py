@@ -26,7 +26,9 @@ def token(
     width=WIDTH,
     cache_dtype=torch.float32,
     slow=False,
-    **gate_options,
+    form="softplus",
+    lower_bound=-5.0,
+    negative_eigenvalues=False,
 ):
     """The arguments of `kda_step_fused` without state; `slow`: decays near 1, as in a layer at initialisation."""
     draw = torch.Generator().manual_seed(seed)
@@ -40,14 +42,14 @@ def token(
         shape = (B, H, D) if gate == "channel" else (B, H)
         x["gate_logits"] = normal(*shape)
     x = {name: y.to(dtype) for name, y in x.items()}
-    parameters = ()
+    parameters = (None, None)
     if gate != "none":
         parameters = (normal(H), normal(H * D if gate == "channel" else H) - (6 if slow else 0))
     x.setdefault("gate_logits", None)
     if width:
         x["weights"] = [normal(H * D, 1, width) * 0.5 for _ in range(3)]
         x["caches"] = [normal(B, width - 1, H * D).to(cache_dtype) for _ in range(3)]
-    x["gate"] = KDAGate(*parameters, **gate_options)
+    x["gate"] = KDAGate(*parameters, form, lower_bound, negative_eigenvalues)
     return moved(x, lambda y: y.to(device))
 
 

@@ -314,7 +314,7 @@ class TestTorch:
         assert all(torch.equal(x, y) for x, y in zip(first, second))
 
     def test_memory(self):
-        """At most 450 MiB beyond the inputs of 1x8192x16x128: the workspaces are freed before the gradients are allocated."""
+        """At most 450 MiB beyond the inputs of 1x8192x16x128: workspaces are freed before gradients are allocated."""
         inputs = {name: x.requires_grad_() for name, x in on_gpu(1, 8192, 16, 128).items()}
         grad_o = torch.randn_like(inputs["v"])
         torch.cuda.reset_peak_memory_stats()

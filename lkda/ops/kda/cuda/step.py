@@ -120,8 +120,8 @@ def kda_step_cuda(
 ) -> Tensor:
     """The kernel. The arguments are those of `kda_step_fused`, already checked.
 
-    The kernel takes weights and caches in float32 and in q's dtype. Others are cast. A cache that was cast is updated in
-    the copy, which is then copied back.
+    The kernel takes weights and caches in float32 and in q's dtype. Others are cast. A cache that was cast is updated
+    in the copy, which is then copied back.
     """
     dtype, given = q.dtype, caches
     filters, caches = ([_float32_or(dtype, x) for x in xs] for xs in (weights, caches))
