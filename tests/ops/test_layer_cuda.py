@@ -211,7 +211,7 @@ def test_gradients_of_the_decays_parameters_err_less_than_a_thousandth(shape):
 @pytest.mark.parametrize(("gate", "lower_bound", "negative"), FORMS)
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_attention_from_raw_logits(D, gate, lower_bound, negative, per_head):
-    """Within twice the error of the PyTorch form with bf16 operands; A_log and dt_bias too, which sum the errors of dg."""
+    """Within twice the error of the PyTorch form with bf16 operands; A_log and dt_bias sum the errors of dg."""
     inputs = {name: x.cuda() for name, x in layer_inputs(2, 1000, 8, D, per_head=per_head).items()}
     inputs = {name: x.bfloat16() if x.dim() > 2 and name != "A_log" else x.float() for name, x in inputs.items()}
     options = {"form": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
