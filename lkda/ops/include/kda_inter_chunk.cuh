@@ -1,5 +1,5 @@
-// What inter_chunk_fwd.cu and inter_chunk_bwd.cu share: which part of the batch a block has, and the pipeline that copies one
-// chunk after another from global to shared memory.
+// What inter_chunk_fwd.cu and inter_chunk_bwd.cu share: the pipeline that copies one chunk after another from global to shared
+// memory, and the scale of what a warp computes.
 //
 // A block has WIDTH columns of V of one head of one segment, 16 columns per warp, and goes through the segment's chunks. All
 // warps read the same ChunkWorkspace and the same rows of v (and do, in the backward). They lie in one of STAGES stages of

@@ -3,13 +3,13 @@
 #include "kda_inter_chunk.cuh"
 
 #if WARPGROUPS
-// x[V, tokens] += left rows^T over all channels. rows: Rows in shared memory; left: [16 of V, channels].
+// x[V, tokens] += left rows^T, summed over all channels. rows: Rows in shared memory. left: [16 of V, channels].
 __device__ __forceinline__ void products_over_channels(Sum (&x)[BLOCKS], const Block<Operand> (&left)[STEPS], const char* rows) {
   static_assert(BLOCKS == 4 && STEPS % 4 == 0 && WARPS % 4 == 0, "four warps, 64 tokens, panels of 64 channels");
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) product_of_four<false>(x, left[i], Rows::at(rows, 0, i * 16));
 }
-// x[V, channels] += left rows over all tokens. left: [16 of V, tokens].
+// x[V, channels] += left rows, summed over all tokens. left: [16 of V, tokens].
 __device__ __forceinline__ void products_over_tokens(Sum (&x)[STEPS], const Block<Operand> (&left)[BLOCKS], const char* rows) {
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t)
@@ -18,7 +18,7 @@ __device__ __forceinline__ void products_over_tokens(Sum (&x)[STEPS], const Bloc
 }
 #endif
 
-// Operands of 32 bits take so many registers that no load may be brought forward past this point.
+// For 32-bit operands, no load may be moved up past this point: they take so many registers that the kernel would spill.
 __device__ __forceinline__ void pace() {
   if constexpr (sizeof(Operand) == 4) __syncwarp();
 }
@@ -32,7 +32,7 @@ __device__ __forceinline__ void unit_diagonal(Sum& sum) {
   }
 }
 
-// S^T from S times `factor`, or the other way; S: [K, V] in float32, `at` is &S[0][first column of the warp].
+// Reads S^T from S times `factor`, or writes it back. S is [K, V] float32; `at` is &S[0][first column of the warp].
 __device__ __forceinline__ void read_state(Sum (&state)[STEPS], const float* at, float factor) {
 #pragma unroll
   for (int n = 0; n < STEPS; ++n)
@@ -53,7 +53,7 @@ __device__ __forceinline__ void write_state(const Sum (&state)[STEPS], float* at
     }
 }
 
-// To a matrix [V, K]; `at` is &matrix[first row of the warp][0].
+// Writes S^T to a matrix [V, K]; `at` is &matrix[first row of the warp][0].
 __device__ __forceinline__ void write_transposed(const Sum (&state)[STEPS], float* at) {
 #pragma unroll
   for (int n = 0; n < STEPS; ++n)
@@ -62,14 +62,14 @@ __device__ __forceinline__ void write_transposed(const Sum (&state)[STEPS], floa
       *reinterpret_cast<float2*>(at + quadrant_row(q) * D + n * 16 + quadrant_column(q)) = state[n].pair[q];
 }
 
-// Blocks of a matrix kept in global memory as the image of a tile.
+// Writes a block of a matrix that lies in global memory as the image of a tile.
 template <class Image, class T>
 __device__ __forceinline__ void write_block(char* image, int row, int column, const Block<T>& block) {
 #pragma unroll
   for (int q = 0; q < 4; ++q) store_quadrant(Image::at(image, row + quadrant_row(q), column + quadrant_column(q)), block, q);
 }
 
-// Keeps the warp's 16 rows of a state, in halves: the amax number comes to lie in [2^14, 2^15).
+// Saves the warp's 16 rows of a state in float16, scaled so that the largest number lies in [2^14, 2^15).
 __device__ __forceinline__ void save_state(char* saved, int row, const Sum (&state)[STEPS]) {
   float amax = 0.f;
 #pragma unroll
@@ -88,7 +88,7 @@ __device__ __forceinline__ void save_state(char* saved, int row, const Sum (&sta
   if (lane_id() < SavedState::REPEATS) reinterpret_cast<float*>(saved + SavedState::scales)[row / 16 * SavedState::REPEATS + lane_id()] = __uint_as_float((exponent - 14u) << 23);
 }
 
-// x[.][t] *= factor[t]: a factor for each of a block's columns.
+// x[.][t] *= factor[t], one factor for each column of a block.
 __device__ __forceinline__ void scale_columns(Sum& x, const float* factor) {
 #pragma unroll
   for (int q = 0; q < 4; ++q) {

@@ -1,4 +1,5 @@
-// The amax |x| of each chunk and head, among finite numbers: of dO, for its unit (kda_scale.cuh). A warp a chunk and head.
+// The largest finite |x| of each chunk and head, of v or of do; its scale follows from it (kda_scale.cuh). One warp per chunk and
+// head.
 #include "kda_scale.cuh"
 
 constexpr int WARPS = 8;

@@ -1,14 +1,17 @@
-// The state's gradient from chunk to chunk, backwards; laid out as inter_chunk_fwd.cu. S1 is the state after the chunk.
+// Backward from chunk to chunk, from the last to the first: the gradient of the state. Laid out as inter_chunk_fwd.cu. dh' is the
+// gradient of the state that leaves the chunk, dh that of the state that enters it.
 //
-//   dN = P^T dO + kg dS1     Y = dN + T~^T (B dN)     dS0 = Gam dS1 + qg^T dO - k_in^T (B Y)            (qg, P with the scale)
-// Of segments (inter_chunk_fwd.cu) SUMMARY finds what each leaves of a gradient of zeros.
-constexpr int STREAMS = SUMMARY ? 1 : 2;  // of values fetched beside a workspace: dO and v
+//   dv_new = Aqk^T do + kg dh'     Y = dv_new + T~^T (B dv_new)     dh = exp(G_C) dh' + qg^T do - k_in^T (B Y)
+//
+// where qg and Aqk include the attention scale. Y is the gradient of B r. With SUMMARY the kernel computes for each segment the
+// gradient that it passes on when it receives zeros.
+constexpr int STREAMS = SUMMARY ? 1 : 2;  // tensors that are fetched beside the workspace: do and v
 constexpr int COLUMNS = HEAD_DIM;
 #include "kda_warp_state.cuh"
 
-// factor Y_i . v_i over a warp's 16 columns of V, in float32: parts [C]. The rest of dbeta is in intra_chunk_bwd.cu.
+// Writes parts[C]: factor * (Y_i . v_i) over a warp's 16 columns of V, in float32. intra_chunk_bwd.cu adds the rest of dbeta.
 __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], const char* values, int mine, float factor) {
-  float sum[4 * BLOCKS];  // of tokens 8 i + lane_column() + {0, 1}, i the half of the index
+  float sum[4 * BLOCKS];  // sum[2 i + {0, 1}] belongs to token 8 i + lane_column() + {0, 1}
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t) {
     pace();
@@ -20,7 +23,7 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
       sum[4 * t + q + 1] = y[t].pair[q].y * top.y + y[t].pair[q + 1].y * bottom.y;
     }
   }
-  int count = 4 * BLOCKS;  // over the eight rows: each step halves what a lane goes on with, down to a pair
+  int count = 4 * BLOCKS;  // sum over the eight rows: each step halves the sums that a lane has, down to a pair
 #pragma unroll
   for (int step = 16; step >= 4; step /= 2) {
     if (count > 2) {
@@ -37,12 +40,13 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
   *reinterpret_cast<float2*>(parts + lane_row() * (2 * BLOCKS) / 8 * 8 + lane_column()) = make_float2(factor * sum[0], factor * sum[1]);
 }
 
-// workspaces: [chunks, H] ChunkWorkspace. v, d_o: [rows, H, D]. amax: [chunks, H] float32, of |dO|. leaving (may be null): [N, H, K, V]
-// float32, of the state that each sequence leaves, and d_final (may be null): [N, segments, H, K, V] float32, of the one that
-// each segment leaves. d_initial (may be null): [N, H, K, V] float32. scales: [N, H] float32, those of dO.
-// d_states: [chunks, H] SavedState, dS1^T of each chunk. d_residual: [chunks, H] Columns, Y^T.
-// beta_parts: [chunks, H, D / 16, C] float32. Of SUMMARY, those three, scales and d_final are null, and d_initial is
-// [N, segments, H, K, V]. Grid: N x segments x H x SPLITS.
+// workspaces: [chunks, H] ChunkWorkspace. v, d_o: [rows, H, D]. amax: [chunks, H] float32, of do.
+// leaving (may be null, zeros): [N, H, K, V] float32, the gradient of each sequence's last state; the scale depends on it.
+// d_final (may be null, zeros): [N, segments, H, K, V] float32, the gradient of the state that leaves each segment.
+// d_initial (may be null): [N, H, K, V] float32. scales: [N, H] float32, those of do. d_states: [chunks, H] SavedState, dh'^T.
+// d_residual: [chunks, H] Columns, Y^T. beta_parts: [chunks, H, D / 16, C] float32, Y . v over 16 columns of V.
+// With SUMMARY: the last three, scales and d_final are null, and d_initial is [N, segments, H, K, V].
+// Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
     const char* workspaces, const Element* v, const Element* d_o, const float* amax, const float* leaving, const float* d_final, float* d_initial,
     char* d_states, char* d_residual, float* scales, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
@@ -52,10 +56,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
   const int n = run / segments, segment = run % segments;
   const Sequence whole = sequence_of(n, sequences, length, bounds), sequence = segment_of(whole, segment, segments);
   const int chunks = (sequence.length + C - 1) / C;
-  const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
-  if (SUMMARY && segment == 0) return;  // nothing precedes it
+  const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // the block's first column, and the warp's counted from it
+  if (SUMMARY && segment == 0) return;  // no segment precedes it
 
-  auto fetch = [&](int step) {  // steps count chunks from the last one
+  auto fetch = [&](int step) {  // step 0 is the last chunk
     const int m = chunks - 1 - step;
     const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
     char* stage = shared + step % STAGES * Stage::bytes;
@@ -70,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
   const SharedScale scale = {shared};
   if constexpr (HALVES) scale.find<gradient_scale>(n, whole, heads, head, amax, leaving, scales);
 
-  Sum state[STEPS];  // dS^T
+  Sum state[STEPS];  // dh'^T, then dh^T
   const long long state_at = (static_cast<long long>(run) * heads + head) * D * D + columns + mine;
   if (d_final != nullptr) {
     read_state(state, d_final + state_at, scale.get());
@@ -87,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
     const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
     const long long slot = static_cast<long long>(opaque(sequence.first_chunk + chunks - 1) - step) * heads + head;
 
-    auto d_out = [&](int t) {  // dO^T
+    auto d_out = [&](int t) {  // do^T
       const Block<Element> values = Values::load_transposed(stage + Stage::values, t * 16, mine);
       if constexpr (!HALVES) return convert<Operand>(values);
       Sum y;
@@ -102,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
     Block<Operand> entry[STEPS], out[BLOCKS];
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
-    Sum x[BLOCKS], from_state[BLOCKS];  // dN^T, then Y^T
+    Sum x[BLOCKS], from_state[BLOCKS];  // dv_new^T, then Y^T
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
       out[j] = d_out(j);
@@ -130,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
       }
     wait_products<1>();
     settle(from_state);
-    Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
+    Block<Operand> weighted[BLOCKS];  // dv_new^T B, then -dr^T = -Y^T B
 #pragma unroll
     for (int i = 0; i < BLOCKS; ++i) {
 #pragma unroll
@@ -167,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
     settle(state);
 #else
     if constexpr (HALVES && !SUMMARY) save_state(d_states + slot * SavedState::bytes, columns + mine, state);
-    Sum x[BLOCKS];  // dN^T, then Y^T
+    Sum x[BLOCKS];  // dv_new^T, then Y^T
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) clear(x[j]);
 #pragma unroll
@@ -194,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
         product(x[j], entry, Rows::load_right(workspace + ChunkWorkspace::kg, j * 16, i * 16));
       }
     }
-    Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
+    Block<Operand> weighted[BLOCKS];  // dv_new^T B, then -dr^T = -Y^T B
 #pragma unroll
     for (int i = 0; i < BLOCKS; ++i) {
       Sum y = x[i];

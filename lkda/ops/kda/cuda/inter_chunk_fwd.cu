@@ -1,20 +1,22 @@
-// The state from chunk to chunk, and the output: one block for each WIDTH columns of V of a head of a sequence.
+// Forward from chunk to chunk: the state and the output. One block for each WIDTH columns of V of a head of a sequence.
 //
-//   R = v - k_in S     N~ = R + T~ (B R)     N = B N~     o = qg S + P N     S <- Gam S + kg^T N        (qg, P with the scale)
+//   r = v - k_in h     v~ = r + T~ (B r)     v_new = B v~     o = qg h + Aqk v_new     h' = exp(G_C) h + kg^T v_new
 //
-// A warp has 16 columns of V, transposed: R^T, N^T [16, C] and S^T [16, K]. A float32 sum of one product, rounded, is the
-// first operand of the next, so nothing passes between warps; they share the chunk's workspace, fetched STAGES - 1 ahead.
+// where qg and Aqk include the attention scale.
 //
-// Where heads are too few to fill the chip, a sequence is cut into segments that run side by side. SUMMARY finds what each
-// does to a state, S -> A S + Z: Z is what it leaves of a state of zeros, and column j of A what it leaves of the unit
-// vector e_j with v = 0, as D further columns. segments.cu tells from it the states that enter the segments.
+// A warp has 16 columns of V, and everything is transposed: r^T and v_new^T are [16, C], h^T is [16, K]. The float32 sum of one
+// product, rounded, is the left operand of the next, so warps exchange nothing.
 //
-// With WARPGROUPS the products with k_in, qg and kg are those of four warps at once, in the background, and o is had transposed.
-constexpr int STREAMS = 1;                       // of values fetched beside a workspace: v
-constexpr int COLUMNS = SUMMARY ? 2 * HEAD_DIM : HEAD_DIM;  // of a head: Z and A, or o
+// Where there are too few heads to fill the GPU, a sequence is cut into segments that run in parallel. A segment maps the state
+// that enters it to S -> A S + Z. With SUMMARY the kernel computes Z, starting from a state of zeros, and A in D further columns:
+// column j starts from the unit vector e_j, with v = 0. segments.cu then computes the state that enters each segment.
+//
+// With WARPGROUPS four warps multiply by k_in, qg and kg together (wgmma), in the background, and o is computed transposed.
+constexpr int STREAMS = 1;                                  // tensors that are fetched beside the workspace: v
+constexpr int COLUMNS = SUMMARY ? 2 * HEAD_DIM : HEAD_DIM;  // columns per head: of Z and A, or of o
 #include "kda_warp_state.cuh"
 
-// -N~^T = -R^T + (-R^T B) T~^T, from -R^T; x are the C / 16 blocks of [16 of V, C].
+// Computes -v~^T = -r^T + (-r^T B) T~^T from -r^T, in place. x: the C / 16 blocks of [16 of V, C].
 __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const float* beta) {
   Block<Operand> weighted[BLOCKS];
 #pragma unroll
@@ -33,13 +35,13 @@ __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const
     }
 }
 
-// workspaces: [chunks, H] ChunkWorkspace. v, o: [rows, H, D]. amax: [chunks, H] float32, of |v|. entering (may be null): [N, H, K, V]
-// float32, enters each sequence, and initial_state (may be null): [N, segments, H, K, V] float32, each segment.
+// workspaces: [chunks, H] ChunkWorkspace. v, o: [rows, H, D]. amax: [chunks, H] float32, of v.
+// entering (may be null, zeros): [N, H, K, V] float32, the state that enters each sequence; its scale depends on it.
+// initial_state (may be null, zeros): [N, segments, H, K, V] float32, the state that enters each segment.
 // final_state: [N, H, K, V] float32. scales (may be null): [N, H] float32, those of v.
-// SavedState for the backward, both null where none follows: states [chunks, H] SavedState, the state each chunk was entered with,
-// and v_tilde [chunks, H] Columns, N~^T. Of SUMMARY, initial_state, o, states, v_tilde and scales are null, and
-// final_state [N, segments, H, K, V] is Z; transposed and transitions (may be null): [N, segments, H, K, K], A^T and A. Of
-// the last segment Z and A^T are not needed, and may stay unwritten.
+// states, v_tilde (null where no backward follows): [chunks, H] SavedState, the h of each chunk; [chunks, H] Columns, v~^T.
+// With SUMMARY: initial_state, o, states, v_tilde and scales are null; final_state is Z, [N, segments, H, K, V]; transposed and
+// transitions (may be null) are A^T and A, [N, segments, H, K, K]. Z and A^T of the last segment may stay unwritten.
 // Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
     const char* workspaces, const Element* v, const float* amax, const float* entering, const float* initial_state, Element* o, float* final_state,
@@ -50,8 +52,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
   const int n = run / segments, segment = run % segments;
   const Sequence whole = sequence_of(n, sequences, length, bounds), sequence = segment_of(whole, segment, segments);
   const int chunks = (sequence.length + C - 1) / C;
-  const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
-  // Nothing follows the last segment. Backwards its A is needed.
+  const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // the block's first column, and the warp's counted from it
+  // No segment follows the last one, so its Z is not needed. Its A is, in the backward.
   if (SUMMARY && segment == segments - 1 && (transitions == nullptr || columns + WIDTH <= D)) return;
 
   const SharedScale scale = {shared};
@@ -86,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
     const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
     const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
 
-    Sum x[BLOCKS];  // -R^T, then -N~^T, then N^T
+    Sum x[BLOCKS];  // -r^T, then -v~^T, then v~^T
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
       clear(x[t]);
@@ -99,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
         x[t].pair[q] = make_float2(-of_one * pair.x, -of_one * pair.y);
       }
     }
-    Sum out[BLOCKS];  // [tokens, 16 of V], with WARPGROUPS transposed
+    Sum out[BLOCKS];  // [tokens, 16 of V]; transposed with WARPGROUPS
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
 #if WARPGROUPS
@@ -137,10 +139,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
       }
     }
 #endif
-    __syncwarp();  // nothing comes forward past this, nor past the next: registers are short
+    __syncwarp();  // no load moves up past this or past the next: there are no registers for it
     solve(x, pairs, beta);
     __syncwarp();
-    Block<Operand> written[BLOCKS];  // N^T
+    Block<Operand> written[BLOCKS];  // v_new^T
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
 #pragma unroll

@@ -1,14 +1,14 @@
-// One token of the KDA layer, from what its projections give to o, for decoding: a head of one sequence is a item of work. State and
-// convolution caches are updated in place. With a = exp(g) and S' = Diag(a) S,
+// One token of the KDA layer for decoding, from the outputs of its projections to o. One head of one sequence is an item. The state
+// and the convolution caches are updated in place. With a = exp(g) and S' = Diag(a) S,
 //
 //     c = beta (v - S'^T k)        S = S' + k c^T        o = scale (S'^T q + (q . k) c)
 //
-// so that one pass over the state gives both sums, and a second one, out of registers, writes it. A thread has 16 bytes of a row
-// (COLUMNS of V) in every GROUPS-th row of K. A block takes item number blockIdx.x, then every gridDim.x-th; while it works on one,
-// all that the next one needs is on its way to shared memory. Narrow states are rounded to nearest (docs/decoding.md tells when that
-// is safe).
+// so one pass over the state gives both sums, and a second one, from registers, writes it. A thread has 16 bytes of a row (COLUMNS of
+// V) in every GROUPS-th row of K. A block takes item number blockIdx.x, then every gridDim.x-th; while it computes one, it copies all
+// that the next one needs to shared memory. A state in bf16 or int8 is rounded to nearest (docs/decoding.md says when that is safe).
 //
-// STATE is float, bfloat16, or int8 with a float32 factor a row, into which the decay goes; so only writes are rounded again.
+// STATE is float, bfloat16, or int8 with a float32 factor per row. The decay is multiplied into that factor, so reading an int8 state
+// rounds nothing and only writing it does.
 #include "activation.cuh"
 #include "async_copy.cuh"
 #include "vector.cuh"
@@ -24,9 +24,9 @@ constexpr int THREADS = GROUPS * LANES, WARPS = THREADS / 32, CHANNELS = D / 32;
 constexpr int MAX_TAPS = 4;
 
 struct Shared {
-  float q[D], k[D], v[D], factor[D], c[D];  // factor: the row's decay, times int8's factor
-  float sums[2][GROUPS][D];                 // S'^T k and S'^T q, a part for each group of rows
-  // Of the next item, as they lie in memory: float or Element.
+  float q[D], k[D], v[D], factor[D], c[D];  // factor: the row's decay, for int8 times the row's factor
+  float sums[2][GROUPS][D];                 // parts of S'^T k and S'^T q, one per group of rows
+  // Inputs of the next item, in memory's type (float or Element).
   float tokens[3][D], filters[3][D * MAX_TAPS], caches[3][MAX_TAPS - 1][D], logits[D], bias[D], row_factors[D];
   uint4 state[D * LANES];
 };
@@ -47,14 +47,14 @@ __device__ __forceinline__ T of_stream(int stream, T q, T k, T v) {
   return stream == 0 ? q : stream == 1 ? k : v;
 }
 
-// Element number `first` and the `count` after it, float or Element, by a warp.
+// A warp starts copying `count` elements (float or Element) from element number `first` on.
 __device__ __forceinline__ void copy_row(float* to, const void* from, long long first, int count, int wide) {
   const int size = wide ? 4 : sizeof(Element);
   const char* source = static_cast<const char*>(from) + first * size;
   for (int at = threadIdx.x % 32 * 16; at < count * size; at += 32 * 16) copy_16_async(reinterpret_cast<char*>(to) + at, source + at);
 }
 
-// SiLU of the causal convolution of a channel; its cache moves on by one token.
+// SiLU of the causal convolution of a channel. Moves its cache on by one token.
 __device__ __forceinline__ float convolved(float x, const float* filter, const float (*before)[D], int i, void* cache, long long first,
                                            int channels, int width, int wide_weights, int wide_caches) {
   float y = x * load_either(filter, i * width + width - 1, wide_weights);
@@ -69,23 +69,24 @@ __device__ __forceinline__ float convolved(float x, const float* filter, const f
   return y * sigmoid(y);
 }
 
-// The numbers of a thread's 16 bytes; int8's without their row's factor.
+// Number i of a thread's 16 bytes; for int8 without the row's factor.
 __device__ __forceinline__ float number(float, const Raw<16>& raw, int i) { return __uint_as_float(raw.word[i]); }
 __device__ __forceinline__ float number(bfloat16, const Raw<16>& raw, int i) {
   const unsigned word = raw.word[i / 2];
   return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
 }
-// Conversions run at an eighth of the rate: 2^23 + 128 + code is a float whose low byte is the code's, its sign flipped.
+// A conversion instruction runs at an eighth of the rate. Instead: 2^23 + 128 + code is a float whose low byte is the code with
+// its sign bit flipped.
 __device__ __forceinline__ float number(int8, const Raw<16>& raw, int i) {
   const unsigned word = raw.word[i / 4] ^ 0x80808080u;
   return __uint_as_float((word >> 8 * (i % 4) & 0xffu) | 0x4b000000u) - 8388736.f;
 }
 
-// A zero that the compiler does not know to be one, and must wait for x for: no arithmetic gives this NaN. Where narrow numbers
-// are changed by it, they are widened then and there: not rows ahead, nor once for both passes, kept, and spilled.
+// Zero, but the compiler cannot know that before it has x, since no arithmetic gives this NaN. Narrow numbers that are combined with
+// it are therefore widened where they are used, not several rows ahead and not once for both passes, which would spill.
 __device__ __forceinline__ unsigned zero_after(float x) { return __float_as_uint(x) == 0x7fc12345u; }
 
-// A thread's part of a row as it is stored. `factor` is the row's, of int8 alone.
+// A thread's part of a row in the form in which it is stored. int8 alone sets the row's `factor`.
 __device__ __forceinline__ Raw<16> rounded(float, const Numbers<4>& x, float*) {
   Raw<16> raw;
 #pragma unroll
@@ -99,7 +100,7 @@ __device__ __forceinline__ Raw<16> rounded(bfloat16, const Numbers<8>& x, float*
   return raw;
 }
 __device__ __forceinline__ Raw<16> rounded(int8, const Numbers<16>& x, float* factor) {
-  float amax = 0.f;  // a NaN anywhere makes the row's factor one
+  float amax = 0.f;  // a NaN anywhere makes the row's factor NaN
 #pragma unroll
   for (int i = 0; i < 16; ++i) amax = max_or_nan(amax, fabsf(x.x[i]));
 #pragma unroll
@@ -126,9 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int channels = heads * D;
 
   float write_logit = 0.f, decay_log = 0.f;
-  // All of a item's inputs are asked for: each thread its own part of the state, each warp some rows of the rest.
+  // Starts copying all inputs of an item: each thread its own part of the state, each warp some rows of the rest.
   auto ask = [&](int item) {
-    const int thread = opaque(threadIdx.x), group = thread / LANES, column = thread % LANES * COLUMNS;  // anew: registers are short
+    const int thread = opaque(threadIdx.x), group = thread / LANES, column = thread % LANES * COLUMNS;  // computed again, to save registers
     const int head = item % heads, sequence = item / heads;
     write_logit = load_number(beta_logits + item);
     if (gate_logits) decay_log = a_log[head];
@@ -170,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     __syncthreads();
 
-#if __CUDA_ARCH__ < 900  // each compiler wants its own way around spills
+#if __CUDA_ARCH__ < 900  // for fewer registers; the compiler for later architectures does better without it
     for (int i = opaque(thread); i < 3 * D; i += THREADS) {
 #else
     for (int i = thread; i < 3 * D; i += THREADS) {
@@ -194,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     __syncthreads();
     if (item + gridDim.x < items) ask(item + gridDim.x);
 
-    // Norms and q . k, by each warp for itself.
+    // The norms and q . k, computed by each warp for itself.
     float qq = 0.f, kk = 0.f, qk = 0.f;
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) {
