@@ -15,22 +15,22 @@ from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
 
 class KimiDeltaAttention(RecurrentMixer):
-    """A D x D state a head, written by the delta rule, forgotten channel by channel.
+    """Each head has a D x D state. The delta rule writes to it, and it decays channel by channel.
 
-        q, k, v = SiLU(conv(W x)), q and k of unit norm           beta = sigmoid(W_beta x), one a head
+        q, k, v = SiLU(conv(W x)), q and k of unit norm           beta = sigmoid(W_beta x), one per head
         g = -exp(A_log) softplus(f_b(f_a(x)) + dt_bias)           (W_alpha, of low rank D)
         y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x))))        o = kda_attention(q, k, v, g, beta)
 
     Args:
         conv_width: of the short convolutions; 0 for none.
         activation: "silu", of q, k and v; "none" is possible without convolutions alone.
-        gate: "channel" (a decay a channel), "head" (one a head) or "none" (no decay: the plain delta rule).
+        gate: "channel" (one decay per channel), "head" (one per head) or "none" (no decay: the delta rule alone).
         gate_form: "softplus", or "bounded": g = lower_bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias)).
         lower_bound: of g in the bounded form, in [-5, 0).
         negative_eigenvalues: beta in [0, 2] instead of [0, 1].
         output_gate: whether o is gated.
         state_dtype: how a state is kept between calls: float32 (float64 in a model of that), bfloat16, or int8 with a
-            factor a row; docs/decoding.md says when each is safe. It changes no training on whole sequences.
+            factor per row; docs/decoding.md says when each is safe. It changes no training on whole sequences.
         backend: of `kda_attention`.
     """
 
@@ -125,8 +125,8 @@ class KimiDeltaAttention(RecurrentMixer):
         return self.heads(logits) if self.gate == "channel" else logits
 
     def _kda_gate(self) -> KDAGate:
-        parameters = (None, None) if self.gate == "none" else (self.A_log, self.dt_bias)
-        return KDAGate(*parameters, self.gate_form, self.lower_bound, self.negative_eigenvalues)
+        A_log, dt_bias = (None, None) if self.gate == "none" else (self.A_log, self.dt_bias)
+        return KDAGate(A_log, dt_bias, self.gate_form, self.lower_bound, self.negative_eigenvalues)
 
     @property
     def state_shape(self) -> tuple[int, ...]:

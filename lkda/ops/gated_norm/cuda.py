@@ -1,6 +1,6 @@
-"""The gated norm on a GPU: the kernels' launches, as custom ops with fakes and autograd.
+"""The gated norm on a GPU: launches of the kernels, as custom ops with fake implementations and autograd.
 
-docs/kernels_layer.md explains them. Only the inputs are kept for the backward.
+docs/kernels_layer.md explains the kernels. Only the inputs are saved for the backward.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 
 # As in the .cu files.
 THREADS = 256
-ROWS = {"forward": 4, "backward": 2}  # of a thread at a time
+ROWS = {"forward": 4, "backward": 2}  # rows per thread at a time
 RESIDENT = 3  # blocks of the backward that a multiprocessor should hold
-MAX_BLOCKS = 396  # of the backward, each with a line of partial sums: three a multiprocessor of a chip with 132
+MAX_BLOCKS = 396  # of the backward, each with a line of partial sums: three per multiprocessor of a GPU with 132
 
 
 reason_cannot_run = cannot_take(otherwise="torch")
@@ -40,12 +40,12 @@ def norm_kernel(name: str, head_dim: int, dtype: torch.dtype) -> Kernel:
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every kernel used on an architecture, for every head size and dtype."""
+    """Every variant for `arch`: each head size and dtype."""
     return [norm_kernel(name, head_dim, dtype) for name in ROWS for head_dim in HEAD_DIMS for dtype in ELEMENTS]
 
 
 def _blocks(name: str, x: Tensor) -> int:
-    """That every group of rows has one."""
+    """The number of blocks, so that each group of rows has one."""
     rows_of_a_block = THREADS * 16 // x.element_size() // x.shape[-1] * ROWS[name]
     return -(-(x.numel() // x.shape[-1]) // rows_of_a_block)
 
@@ -112,10 +112,10 @@ _with_autograd = without_dispatcher(_forward, _save, _gradients)
 
 
 def gated_norm_cuda(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """The kernels, differentiable; arguments as in `gated_rms_norm`."""
+    """The kernels, differentiable. Arguments as in `gated_rms_norm`."""
     inputs = (x, gate, weight.float())
     forward: Callable = torch.ops.lkda.gated_norm_forward
     if can_bypass_dispatcher(*inputs):
-        keep = wants_gradient(*inputs)
-        forward = _with_autograd if keep else _forward
+        save = wants_gradient(*inputs)
+        forward = _with_autograd if save else _forward
     return forward(*inputs, eps)

@@ -1,4 +1,4 @@
-"""The public function: it validates, picks a backend and runs it."""
+"""The public function: it checks its arguments, chooses a backend and runs it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def gated_rms_norm(
 
     Args:
         x: [..., D].
-        gate: of x's shape and dtype, before the sigmoid; none where None.
+        gate: of x's shape and dtype, before the sigmoid. None for no gate.
         weight: [D].
         eps: added to the mean.
         backend: auto | cuda | torch.
     Returns: of x's shape and dtype.
-    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     fn = "gated_rms_norm"
     if weight.dim() != 1 or x.shape[-1:] != weight.shape:

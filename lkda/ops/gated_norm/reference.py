@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def gated_norm_torch(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """As `gated_rms_norm`."""
+    """Arguments and result as in `gated_rms_norm`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
     return (y if gate is None else y * torch.sigmoid(gate.to(wide))).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The public functions: they validate, pick a backend and run it."""
+"""The public functions: they check their arguments, choose a backend and run it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.short_convolutions_cuda, cuda.reason_cannot_run),
     "torch": Backend(_torch),
 }
-# The kernels take filters of up to 4 taps and rows of whole 16 bytes.
-_ANY_SHAPE = {"torch": BACKENDS["torch"]}
+# For what the kernels cannot do: filters of more than 4 taps, and rows that are no multiple of 16 bytes.
+_WITHOUT_KERNELS = {"torch": BACKENDS["torch"]}
 
 
 def short_convolutions(
@@ -57,13 +57,15 @@ def short_convolutions(
     Args:
         xs: tensors [B, T, channels] of one dtype.
         weights: [channels, 1, width] each, the newest token last; as a depthwise nn.Conv1d holds them.
-        normalized: which of them are divided by their norm over each head of `head_dim` channels; none where None.
-        states: the inputs before each sequence, [B, width - 1, channels], or [N, width - 1, channels] with cu_seqlens;
-            zeros where None.
-        cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1); empty ones are legal.
+        normalized: for each tensor whether to divide it by its L2 norm over each head of `head_dim` channels. None: no
+            tensor.
+        states: the inputs before each sequence, [B, width - 1, channels], or [N, width - 1, channels] with cu_seqlens.
+            None for zeros.
+        cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1); they may be empty.
         backend: auto | cuda | torch.
-    Returns: a y of each x's shape and dtype, and the states after, in the given states' dtype (else the weights').
-    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    Returns: for each x a y of its shape and dtype, and the states after each sequence, in the dtype of the given
+        states, or of the weights without states.
+    Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     fn = "short_convolutions"
     if not 1 <= len(xs) <= MAX_STREAMS or len(weights) != len(xs):
@@ -105,7 +107,7 @@ def short_convolution(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`short_convolutions` of one tensor; normalised over heads of `head_dim` where that is given."""
+    """`short_convolutions` for one tensor. With `head_dim`, each head of the result is divided by its L2 norm."""
     ys, states = short_convolutions(
         (x,),
         (weight,),
@@ -154,5 +156,5 @@ def _choose(
 ) -> str:
     fits = width <= cuda.MAX_TAPS and xs[0].shape[-1] * xs[0].element_size() % 16 == 0
     size = head_dim if head_dim and any(normalized) else cuda.HEAD_DIMS[0]
-    backends = BACKENDS if fits else _ANY_SHAPE
+    backends = BACKENDS if fits else _WITHOUT_KERNELS
     return choose(fn, backends, backend, device=xs[0].device, head_dim=size, dtype=xs[0].dtype)
