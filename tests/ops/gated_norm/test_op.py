@@ -74,7 +74,7 @@ class TestKernels:
         check(inputs_of(1, 64))
 
     def test_of_more_groups_of_rows_than_blocks(self, monkeypatch):
-        monkeypatch.setattr(cuda, "MOST_BLOCKS", 2)
+        monkeypatch.setattr(cuda, "MAX_BLOCKS", 2)
         check(inputs_of(2, 150, 3, 64))
 
     def test_strided_inputs_and_gradients(self):
