@@ -136,6 +136,14 @@ def test_without_logits_nothing_decays():
     assert torch.equal(o, want)
 
 
+@pytest.mark.slow  # imports torch._dynamo
+def test_a_gate_made_in_a_compiled_function_breaks_no_graph():
+    inputs = gate_inputs(1, 4, 2, 8, dtype=torch.float32)
+    run = gates("torch", 8, "bounded", -3.0, True)
+    got = torch.compile(run, backend="eager", fullgraph=True)(**inputs)
+    assert all(torch.equal(x, y) for x, y in zip(got, run(**inputs), strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
