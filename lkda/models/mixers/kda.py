@@ -23,6 +23,8 @@ class KimiDeltaAttention(RecurrentMixer):
 
     Args:
         conv_width: of the short convolutions; 0 for none.
+        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+            1/sqrt(conv_width).
         activation: "silu", of q, k and v; "none" is possible without convolutions alone.
         gate: "channel" (one decay per channel), "head" (one per head) or "none" (no decay: the delta rule alone).
         gate_form: "softplus", or "bounded": g = lower_bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias)).
@@ -43,6 +45,7 @@ class KimiDeltaAttention(RecurrentMixer):
         num_heads: int,
         *,
         conv_width: int = 4,
+        conv_std: float | None = None,
         activation: str = "silu",
         gate: str = "channel",
         gate_form: str = "softplus",
@@ -55,6 +58,7 @@ class KimiDeltaAttention(RecurrentMixer):
         super().__init__(
             *(d_model, num_heads),
             conv_width=conv_width,
+            conv_std=conv_std,
             activation=activation,
             output_norm=True,
             output_gate=output_gate,
