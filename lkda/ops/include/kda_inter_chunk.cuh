@@ -54,21 +54,17 @@ __device__ __forceinline__ void show_copies() {
 #endif
 }
 
-// Calls fetch(m), which starts and commits the copies of the m-th chunk of this block's way. Past the last chunk it commits an
-// empty group, because wait_copies counts groups.
-template <class Fetch>
-__device__ __forceinline__ void fetch_if(int m, int chunks, const Fetch& fetch) {
-  if (m < chunks) {
-    fetch(m);
-  } else {
-    commit_copies();
-  }
-}
-
-// Before the first chunk: starts the copies of the first STAGES - 1.
+// Before the first chunk: starts the copies of the first STAGES - 1. fetch(m) starts and commits the copies of the m-th chunk of this
+// block. Past the last chunk an empty group is committed, because wait_copies counts groups.
 template <class Fetch>
 __device__ __forceinline__ void fill_pipeline(int chunks, const Fetch& fetch) {
-  for (int m = 0; m < STAGES - 1; ++m) fetch_if(m, chunks, fetch);
+  for (int m = 0; m < STAGES - 1; ++m) {
+    if (m < chunks) {
+      fetch(m);
+    } else {
+      commit_copies();
+    }
+  }
 }
 
 // At the beginning of chunk m: waits until it is in its stage for all warps, and starts the copies of the chunk that takes the
@@ -84,7 +80,11 @@ __device__ __forceinline__ void advance_pipeline(int m, int chunks, const Fetch&
     wait_copies<STAGES - 2>();
     show_copies();
     __syncthreads();
-    fetch_if(m + STAGES - 1, chunks, fetch);
+    if (m + STAGES - 1 < chunks) {
+      fetch(m + STAGES - 1);
+    } else {
+      commit_copies();
+    }
   }
 }
 
@@ -99,7 +99,7 @@ struct SharedScale {
     if (lane_id() == 0) *at() = scale;
     __syncwarp();
   }
-  // Computes the scale of head `head` of sequence n with `scale_of`, and stores it.
+  // Computes the scale of head `head` of sequence n, SCALE_OF(its largest number), and stores it.
   // amax: [chunks, H]. states (may be null): [N, H, K, V], at one end of each sequence. scales (may be null): [N, H], result.
   template <float (*SCALE_OF)(float)>
   __device__ __forceinline__ void find(int n, const Sequence& whole, int heads, int head, const float* amax, const float* states, float* scales) const {
