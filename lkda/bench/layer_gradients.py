@@ -18,7 +18,7 @@ from lkda.bench.files import write_json
 from lkda.bench.measure import header
 from lkda.bench.op_benchmark import Shape
 from lkda.device import resolve_device
-from lkda.ops import kda_attention_fused
+from lkda.ops import KDAGate, kda_attention_fused
 
 SHAPES = ("8x2048x16x64", "1x8192x16x128")
 
@@ -40,7 +40,8 @@ def errors(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
         own = torch.promote_types(dtype, torch.float32)
         inputs: dict[str, Any] = {name: x.to(own).requires_grad_() for name, x in parameters.items()}
         inputs |= {name: x.bfloat16().to(dtype).requires_grad_() for name, x in tokens.items()}
-        o, _ = kda_attention_fused(**inputs, backend=backend)
+        gate = KDAGate(inputs["A_log"], inputs["dt_bias"])
+        o, _ = kda_attention_fused(**{name: inputs[name] for name in tokens}, gate=gate, backend=backend)
         return dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), grad_o.to(o.dtype))))
 
     truth, rows = gradients(torch.float64, "chunk"), []

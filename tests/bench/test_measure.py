@@ -55,9 +55,9 @@ def test_kda_is_measured_at_slow_and_fast_gates_beside_softmax():
     ("op", "backends", "parameters"),
     [
         ("kda_layer", ["chunk"], {"dq_conv", "dk_conv", "dv_conv", "dA_log", "ddt_bias"}),
-        ("short_conv", ["plain"], {"dq_conv", "dk_conv", "dv_conv"}),
-        ("gated_norm", ["plain"], set()),
-        ("kda_gate", ["plain"], {"dA_log", "ddt_bias"}),
+        ("short_conv", ["torch"], {"dq_conv", "dk_conv", "dv_conv"}),
+        ("gated_norm", ["torch"], set()),
+        ("kda_gate", ["torch"], {"dA_log", "ddt_bias"}),
     ],
 )
 def test_the_layer_and_its_pieces_tell_errors_of_inputs_and_parameters(op, backends, parameters):

@@ -50,9 +50,9 @@ BENCHMARK = OpBenchmark(
     gates=(None,),
     inputs=inputs,
     moved_bytes=moved_bytes,
-    backends={word: Implementation(_lkda(word), NAMES) for word in ("cuda", "plain")},
+    backends={word: Implementation(_lkda(word), NAMES) for word in ("cuda", "torch")},
     peers={"fla": _fla},
-    truth=_lkda("plain"),
+    truth=_lkda("torch"),
     kernels=kernels,
     has_reference=lambda name, shape: name != "norm",
 )

@@ -98,7 +98,8 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
         return []
     variant = {f"HEAD_DIM={shape.D}", f"ELEMENT={ELEMENTS[dtype]}"}
     found = [kernel for kernel in listed(arch) if variant <= set(kernel.module.defines)]
-    return [kernel for kernel in found if mode != "fwd" or kernel.entry in ("kda_prepare", "kda_scan", "kda_recurrent")]
+    forward = ("kda_intra_chunk_fwd", "kda_inter_chunk_fwd", "kda_recurrent")
+    return [kernel for kernel in found if mode != "fwd" or kernel.entry in forward]
 
 
 BENCHMARK = OpBenchmark(

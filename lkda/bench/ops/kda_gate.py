@@ -10,7 +10,7 @@ from torch import Tensor
 from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
 from lkda.bench.ops import kda_layer
 from lkda.ops.kda.cuda.gate import gate_kernel, kda_gate_cuda
-from lkda.ops.kda.reference.gate import log_decay, write_strength
+from lkda.ops.kda.reference.gate import KDAGate, kda_gate_torch
 from lkda.ops.runtime.jit import Kernel
 
 NAMES = ("gate_logits", "beta_logits", "A_log", "dt_bias")
@@ -33,17 +33,14 @@ def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:
 
 def _cuda(x: Inputs) -> Sequence[Tensor]:
     return kda_gate_cuda(
-        *(x["gate_logits"], x["beta_logits"], x["A_log"], x["dt_bias"].view(-1)),
+        *(x["gate_logits"], x["beta_logits"], KDAGate(x["A_log"], x["dt_bias"].view(-1))),
         head_dim=x["gate_logits"].shape[3],
-        bounded=False,
-        lower_bound=-5.0,
-        strength=1.0,
     )
 
 
-def _plain(x: Inputs) -> Sequence[Tensor]:
-    g = log_decay(x["gate_logits"], x["A_log"], x["dt_bias"], head_dim=x["gate_logits"].shape[3])
-    return g, write_strength(x["beta_logits"])
+def _torch(x: Inputs) -> Sequence[Tensor]:
+    gate = KDAGate(x["A_log"], x["dt_bias"])
+    return kda_gate_torch(x["gate_logits"], x["beta_logits"], gate, head_dim=x["gate_logits"].shape[3])
 
 
 def _fla() -> Mapping[str, Implementation]:
@@ -67,9 +64,9 @@ BENCHMARK = OpBenchmark(
     gates=("slow", "fast"),
     inputs=inputs,
     moved_bytes=moved_bytes,
-    backends={"cuda": Implementation(_cuda, NAMES), "plain": Implementation(_plain, NAMES)},
+    backends={"cuda": Implementation(_cuda, NAMES), "torch": Implementation(_torch, NAMES)},
     peers={"fla": _fla},
-    truth=_plain,
+    truth=_torch,
     kernels=kernels,
     results=("g", "beta"),
     has_reference=kda_layer.has_reference,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
-from lkda.ops import gated_rms_norm, kda_attention_fused, short_convolutions
+from lkda.ops import KDAGate, gated_rms_norm, kda_attention_fused, short_convolutions
 from lkda.ops.gated_norm.cuda import norm_kernel
 from lkda.ops.kda.cuda.gate import gate_kernel
 from lkda.ops.runtime.jit import Kernel
@@ -63,8 +63,8 @@ def _lkda(attention: str, around: str) -> Callable[[Inputs], Sequence[Tensor]]:
         filters = [x[f"{name}_conv"].view(-1, 1, WIDTH) for name in "qkv"]
         ys, _ = short_convolutions(streams, filters, normalized=(True, True, False), head_dim=heads[1], backend=around)
         q, k, v = (y.unflatten(2, heads) for y in ys)
-        gates = (x["gate_logits"], x["beta_logits"], x["A_log"], x["dt_bias"].view(-1))
-        o, state = kda_attention_fused(q, k, v, *gates, normalized=True, backend=attention)
+        logits, gate = (x["gate_logits"], x["beta_logits"]), KDAGate(x["A_log"], x["dt_bias"].view(-1))
+        o, state = kda_attention_fused(q, k, v, *logits, gate, normalized=True, backend=attention)
         return gated_rms_norm(o, x["output_gate"], x["norm"].view(-1), backend=around), state
 
     return run
@@ -117,11 +117,11 @@ BENCHMARK = OpBenchmark(
     moved_bytes=moved_bytes,
     backends={
         "cuda": Implementation(_lkda("cuda", "cuda"), (*TOKENWISE, *PARAMETERS)),
-        "plain": Implementation(_lkda("cuda", "plain"), (*TOKENWISE, *PARAMETERS)),
-        "chunk": Implementation(_lkda("chunk", "plain"), (*TOKENWISE, *PARAMETERS)),
+        "torch": Implementation(_lkda("cuda", "torch"), (*TOKENWISE, *PARAMETERS)),
+        "chunk": Implementation(_lkda("chunk", "torch"), (*TOKENWISE, *PARAMETERS)),
     },
     peers={"fla": _fla},
-    truth=_lkda("chunk", "plain"),
+    truth=_lkda("chunk", "torch"),
     kernels=kernels,
     has_reference=has_reference,
 )

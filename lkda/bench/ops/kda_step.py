@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
-from lkda.ops import kda_step_fused
+from lkda.ops import KDAGate, kda_step_fused
 from lkda.ops.kda.cuda.step import step_kernel
 from lkda.ops.kda.state import pack_state
 from lkda.ops.runtime.jit import Kernel
@@ -54,8 +54,7 @@ def _lkda(backend: str, convolve: bool) -> Callable[[Inputs], Sequence[Tensor]]:
         caches = [x[f"{name}_cache"] for name in STREAMS] if convolve else ()
         o = kda_step_fused(
             **token,
-            A_log=x["A_log"],
-            dt_bias=x["dt_bias"],
+            gate=KDAGate(x["A_log"], x["dt_bias"]),
             state=state,
             weights=weights,
             caches=caches,
@@ -107,10 +106,10 @@ def benchmark(op: str, kept: torch.dtype) -> OpBenchmark:
         backends={
             "cuda": Implementation(_lkda("cuda", True), comparable=False),
             "cuda_core": Implementation(_lkda("cuda", False), comparable=False),  # without the convolutions
-            "plain": Implementation(_lkda("plain", True), comparable=False),
+            "torch": Implementation(_lkda("torch", True), comparable=False),
         },
         peers={"fla": _fla} if kept == torch.float32 else {},
-        truth=_lkda("plain", True),
+        truth=_lkda("torch", True),
         kernels=kernels,
     )
 

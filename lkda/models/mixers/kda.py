@@ -9,7 +9,8 @@ from lkda.checks import InputError
 from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
-from lkda.ops import kda_attention_fused, kda_step_fused
+from lkda.ops import KDAGate, kda_attention_fused, kda_step_fused
+from lkda.ops.kda.reference.gate import FORMS, LOWEST_BOUND
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
 
@@ -66,9 +67,9 @@ class KimiDeltaAttention(RecurrentMixer):
         gates = {"channel": d_model, "head": num_heads, "none": 0}
         if gate not in gates:
             raise InputError(f"mixer.kda.gate must be one of {', '.join(gates)}, got {gate!r}.")
-        if gate_form not in ("softplus", "bounded"):
+        if gate_form not in FORMS:
             raise InputError(f"mixer.kda.gate_form must be softplus or bounded, got {gate_form!r}.")
-        if not -5 <= lower_bound < 0:
+        if not LOWEST_BOUND <= lower_bound < 0:
             raise InputError(f"mixer.kda.lower_bound must be in [-5, 0), got {lower_bound}.")
         if state_dtype not in STATE_DTYPES:
             raise InputError(f"mixer.kda.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
@@ -97,12 +98,8 @@ class KimiDeltaAttention(RecurrentMixer):
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        logits, A_log, dt_bias = self._gate(x)
         return kda_attention_fused(
-            *(q, k, v, logits, self.b_proj(x), A_log, dt_bias),
-            gate=self.gate_form,
-            lower_bound=self.lower_bound,
-            negative_eigenvalues=self.negative_eigenvalues,
+            *(q, k, v, self._gate_logits(x), self.b_proj(x), self._kda_gate()),
             normalized=True,
             initial_state=state,
             cu_seqlens=cu_seqlens,
@@ -110,15 +107,12 @@ class KimiDeltaAttention(RecurrentMixer):
         )
 
     def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
-        logits, A_log, dt_bias = self._gate(x)
         caches, kept = self._split_state(state)
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)
         o = kda_step_fused(
-            *(self.heads(q), self.heads(k), self.heads(v), logits, self.b_proj(x), A_log, dt_bias, kept),
+            *(q, k, v, self._gate_logits(x), self.b_proj(x), self._kda_gate(), kept),
             weights=[convolve.weight for _, convolve in self._paths() if convolve is not None],
             caches=caches,
-            gate=self.gate_form,
-            lower_bound=self.lower_bound,
-            negative_eigenvalues=self.negative_eigenvalues,
         )
         return o, state
 
@@ -128,12 +122,16 @@ class KimiDeltaAttention(RecurrentMixer):
     def widen(self, kept: State) -> Tensor:
         return unpack_state(kept)
 
-    def _gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gate's logits ([..., H, D], or [..., H] for one per head), A_log and dt_bias; all None without a gate."""
+    def _gate_logits(self, x: Tensor) -> Tensor | None:
+        """[..., H, D], [..., H] for one decay per head, or None without a gate."""
         if self.gate == "none":
-            return None, None, None
+            return None
         logits = self.f_b_proj(self.f_a_proj(x))
-        return self.heads(logits) if self.gate == "channel" else logits, self.A_log, self.dt_bias
+        return self.heads(logits) if self.gate == "channel" else logits
+
+    def _kda_gate(self) -> KDAGate:
+        A_log, dt_bias = (None, None) if self.gate == "none" else (self.A_log, self.dt_bias)
+        return KDAGate(A_log, dt_bias, self.gate_form, self.lower_bound, self.negative_eigenvalues)
 
     @property
     def state_shape(self) -> tuple[int, ...]:
