@@ -29,7 +29,7 @@ class KimiDeltaAttention(RecurrentMixer):
         negative_eigenvalues: beta in [0, 2] instead of [0, 1].
         output_gate: whether o is gated.
         state_dtype: how a state is kept between calls: float32 (float64 in a model of that), bfloat16, or int8 with a
-            factor a row; docs/decoding.md says when each is safe. It changes no training on whole sequences.
+            factor a row; docs/guides/generating.md says when each is safe. It changes no training on whole sequences.
         backend: of `kda_attention`.
     """
 

@@ -1,6 +1,6 @@
 """The gated norm on a GPU: the kernels' launches, as custom ops with fakes and autograd.
 
-docs/kernels_layer.md explains them. Only the inputs are kept for the backward.
+docs/dev/kernels_layer.md explains them. Only the inputs are kept for the backward.
 """
 
 from __future__ import annotations

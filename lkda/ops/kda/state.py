@@ -13,8 +13,8 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": to
 def pack_state(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """A state [..., K, V] as it is kept: (state,), or for int8 (codes [..., K, V], factors [..., K]).
 
-    bf16 and int8 are rounded to nearest; docs/decoding.md tells when that is safe. Float32 keeps its dtype (which may
-    be float64).
+    bf16 and int8 are rounded to nearest; docs/guides/generating.md tells when that is safe. Float32 keeps its dtype
+    (which may be float64).
     """
     if dtype == torch.bfloat16:
         return (state.bfloat16(),)

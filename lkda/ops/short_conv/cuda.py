@@ -1,4 +1,4 @@
-"""Short convolutions on a GPU: the kernels' launches, as custom ops with fakes and autograd. docs/kernels_layer.md
+"""Short convolutions on a GPU: the kernels' launches, as custom ops with fakes and autograd. docs/dev/kernels_layer.md
 explains them.
 
 Up to three streams (q, k and v) go through one launch; only the inputs are kept for the backward.

@@ -1,4 +1,4 @@
-"""KDA on tensor cores: the kernels' launches, as custom ops with fakes and autograd. docs/kernels.md explains them.
+"""KDA on tensor cores: the kernels' launches, as custom ops with fakes and autograd. docs/dev/kernels.md explains them.
 
 Forward: `prepare.cu` (all chunks at once: everything that does not need the state), then `scan.cu` (chunk after chunk:
 state and output). Backward: `reverse.cu` (chunk after chunk, backwards: the state's gradient), then `gradients.cu` (all

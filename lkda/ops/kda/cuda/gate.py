@@ -1,6 +1,6 @@
 """The layer's gate on a GPU: logits to g and beta in one launch, and back; custom ops with fakes and autograd.
 
-docs/kernels_layer.md explains the kernels. Only the logits are kept for the backward.
+docs/dev/kernels_layer.md explains the kernels. Only the logits are kept for the backward.
 """
 
 from __future__ import annotations

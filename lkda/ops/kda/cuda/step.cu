@@ -5,8 +5,8 @@
 //
 // so that one pass over the state gives both sums, and a second one, out of registers, writes it. A thread has 16 bytes of a row
 // (COLUMNS of V) in every GROUPS-th row of K. A block takes unit number blockIdx.x, then every gridDim.x-th; while it works on one,
-// all that the next one needs is on its way to shared memory. Narrow states are rounded to nearest (docs/decoding.md tells when that
-// is safe).
+// all that the next one needs is on its way to shared memory. Narrow states are rounded to nearest
+// (docs/guides/generating.md tells when that is safe).
 //
 // STATE is float, bfloat16, or int8 with a float32 factor a row, into which the decay goes; so only writes are rounded again.
 #include "activation.cuh"

@@ -1,6 +1,6 @@
 """The chunked kernels, a variant for each head size, dtype and architecture: their sizes, and what a launch needs.
 
-docs/kernels.md explains the kernels. `lkda.ops.kda.cuda.core` launches them.
+docs/dev/kernels.md explains the kernels. `lkda.ops.kda.cuda.core` launches them.
 """
 
 from __future__ import annotations
