@@ -24,19 +24,23 @@ _LATER: dict[str, dict[str, Any]] = {
     "optimizer": {"lr_scale": {"matrix": 1.0, "embedding": 1.0, "head": 1.0, "vector": 1.0}},
 }
 _LATER_OF_MIXERS: dict[str, dict[str, Any]] = {
-    "kda": {"activation": "silu"},
-    "simplified": {"activation": "silu"},
-    "softmax": {"qk_norm": False, "conv_width": 0},
-    "mla": {"qk_norm": False, "conv_width": 0},
+    "kda": {"activation": "silu", "conv_std": None},
+    "simplified": {"activation": "silu", "conv_std": None},
+    "softmax": {"qk_norm": False, "conv_width": 0, "conv_std": None},
+    "mla": {"qk_norm": False, "conv_width": 0, "conv_std": None},
+    "conv": {"conv_std": None},
 }
 
 
 def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
     """The options that a recorded configuration lacks because they came later, as {"model.embed_norm": what it had}.
 
-    KDA and simplified attention without a convolution had no activation.
+    KDA and simplified attention without a convolution had no activation. How filters begin was once the model's to say.
     """
     missing: dict[str, Any] = {}
+    model = config.get("model")
+    init = model.get("init") if isinstance(model, Mapping) else None
+    filters = init.get("conv_std") if isinstance(init, Mapping) else None
     groups = [(f"{name}.", config.get(name), options) for name, options in _LATER.items()]
     mixers = config.get("mixer")
     if isinstance(mixers, Mapping):
@@ -44,6 +48,8 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
     for prefix, group, options in groups:
         if isinstance(group, Mapping):
             missing |= {prefix + name: value for name, value in options.items() if name not in group}
+            if prefix + "conv_std" in missing:
+                missing[prefix + "conv_std"] = filters
             if prefix + "activation" in missing and group.get("conv_width") == 0:
                 missing[prefix + "activation"] = "none"
     return missing
@@ -64,6 +70,8 @@ def with_options(config: Mapping[Any, Any], options: Mapping[str, Any]) -> dict[
 def translated(config: Mapping[Any, Any]) -> dict[Any, Any]:
     """A recorded configuration as it would be written today: a copy, equal where it holds nothing old."""
     found, data = with_options(config, later_options(config)), config.get("data")
+    if isinstance(found.get("model"), dict):
+        found["model"] = _without_filters(found["model"])
     scheduler = found.get("scheduler")
     if isinstance(scheduler, dict) and scheduler.get("name") == "constant":
         scheduler.pop("final", None)  # it had no effect
@@ -74,6 +82,16 @@ def translated(config: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def current_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a saved model as `build_model` takes it today, so that the model computes what it computed."""
-    if "embed_norm" in config or not isinstance(config.get("mixer"), Mapping):
+    if not isinstance(config.get("mixer"), Mapping):
         return dict(config)
-    return with_options(config, later_options({"mixer": config["mixer"]}))
+    later = later_options({"mixer": config["mixer"], "model": config})
+    of_mixers = {name: value for name, value in later.items() if name.startswith("mixer.")}
+    return _without_filters(with_options(config, of_mixers))
+
+
+def _without_filters(model: dict[str, Any]) -> dict[str, Any]:
+    """`model` without `init.conv_std`, which mixers have today."""
+    init = model.get("init")
+    if not isinstance(init, Mapping) or "conv_std" not in init:
+        return model
+    return {**model, "init": {name: value for name, value in init.items() if name != "conv_std"}}

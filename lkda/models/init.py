@@ -35,13 +35,11 @@ class Initialization:
         head_std: of an output layer of its own; 0 for zeros. A tied one is the embedding.
         outputs: of the layers that write into the residual stream (o_proj, down_proj): "normal", N(0, 0.02); "depth",
             N(0, 0.02 / sqrt(2 layers)), as GPT-2; "zero".
-        conv_std: of the short convolutions; where None, uniform within 1/sqrt(width), as nn.Conv1d.
     """
 
     embedding_std: float = STD
     head_std: float = STD
     outputs: str = "normal"
-    conv_std: float | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Initialization:
@@ -53,10 +51,8 @@ class Initialization:
         made = cls(**config)
         if made.outputs not in OUTPUTS:
             raise InputError(f"model.init.outputs must be one of {', '.join(OUTPUTS)}, got {made.outputs!r}.")
-        for name in ("embedding_std", "head_std", "conv_std"):
+        for name in ("embedding_std", "head_std"):
             value = getattr(made, name)
-            if name == "conv_std" and value is None:
-                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise InputError(f"model.init.{name} must be a number of 0 or more, got {value!r}.")
         return made
@@ -73,8 +69,6 @@ def apply_initialization(model: LanguageModel, config: Mapping[str, Any]) -> Non
     for name, weight in model.named_parameters():
         if name.endswith((".o_proj.weight", ".down_proj.weight")):
             weight.mul_(factor)
-        elif name.endswith("conv1d.weight") and chosen.conv_std is not None:
-            nn.init.normal_(weight, std=chosen.conv_std)
 
 
 def log_uniform_(x: Tensor, *, low: float, high: float) -> Tensor:

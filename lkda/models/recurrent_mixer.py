@@ -24,6 +24,8 @@ class RecurrentMixer(Mixer):
 
     Args:
         conv_width: of the short convolutions; 0 for none.
+        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+            1/sqrt(conv_width).
         activation: "silu", of q, k and v; "none" is possible without convolutions alone.
         output_norm: whether each head's output is normalised.
         output_gate: whether the normalised output is gated.
@@ -35,7 +37,15 @@ class RecurrentMixer(Mixer):
     normalized: ClassVar[tuple[bool, bool, bool]] = (False, False, False)
 
     def __init__(
-        self, d_model: int, num_heads: int, *, conv_width: int, activation: str, output_norm: bool, output_gate: bool
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        conv_width: int,
+        conv_std: float | None,
+        activation: str,
+        output_norm: bool,
+        output_gate: bool,
     ) -> None:
         super().__init__(d_model, num_heads)
         if activation not in ("silu", "none"):
@@ -46,7 +56,7 @@ class RecurrentMixer(Mixer):
         if output_gate and not output_norm:
             raise InputError("output_gate gates the normalised output: set output_norm=true too, or output_gate=false.")
         self.q_proj, self.k_proj, self.v_proj = (linear(d_model, d_model) for _ in range(3))
-        convolutions = (ShortConvolution(d_model, conv_width) if conv_width else None for _ in range(3))
+        convolutions = (ShortConvolution(d_model, conv_width, std=conv_std) if conv_width else None for _ in range(3))
         self.q_conv1d, self.k_conv1d, self.v_conv1d = convolutions
         self.g_a_proj = linear(d_model, self.head_dim) if output_gate else None
         self.g_b_proj = linear(self.head_dim, d_model) if output_gate else None

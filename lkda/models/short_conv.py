@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,24 +32,30 @@ def convolutions_drawn_later() -> Iterator[None]:
 class ShortConvolution(nn.Module):
     """y_t = SiLU(sum_s w_s x_{t-s}), s < width, per channel, no bias.
 
-    The weight is [channels, 1, width], the newest token last.
+    The weight is [channels, 1, width], the newest token last. It begins as N(0, std), or where `std` is None uniform
+    within 1/sqrt(width), as nn.Conv1d.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, *, std: float | None = None) -> None:
         super().__init__()
         if width < 1:
             raise InputError(
                 f"conv_width must be at least 1 (0 in a mixer's options means no convolution), got {width}."
             )
+        if std is not None and not 0 <= std < math.inf:
+            raise InputError(f"conv_std must be a number of 0 or more, or null (uniform), got {std!r}.")
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
-        self.width = width
+        self.width, self.std = width, std
         if not _drawn_later.get():
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within 1/sqrt(width), as nn.Conv1d draws them."""
-        bound = self.width**-0.5
-        nn.init.uniform_(self.weight, -bound, bound)
+        """Draw the filters anew."""
+        if self.std is not None:
+            nn.init.normal_(self.weight, std=self.std)
+        else:
+            bound = self.width**-0.5
+            nn.init.uniform_(self.weight, -bound, bound)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> Tensor:
         """The last width - 1 inputs, [B, width - 1, channels], zeros."""

@@ -28,8 +28,9 @@ def test_outputs_begin_smaller_or_at_zero() -> None:
 
 
 def test_embedding_head_and_convolutions_have_their_size() -> None:
-    init = {"embedding_std": 1.0, "head_std": 0.0, "conv_std": 0.1}
-    model = built(init=init, tie_embeddings=False)
+    init = {"embedding_std": 1.0, "head_std": 0.0}
+    mixer = {"pattern": ["kda"], "num_heads": 2, "kda": {"conv_std": 0.1}}
+    model = built(init=init, tie_embeddings=False, mixer=mixer)
     assert model.embed_tokens.weight.detach().std() == pytest.approx(1.0, rel=0.02)
     assert not model.lm_head.weight.any()
     filters = torch.cat([w.detach().flatten() for name, w in model.named_parameters() if "conv1d" in name])
@@ -40,10 +41,10 @@ def test_embedding_head_and_convolutions_have_their_size() -> None:
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        ({"std": 1.0}, "model.init has no std; it has embedding_std, head_std, outputs, conv_std"),
+        ({"std": 1.0}, "model.init has no std; it has embedding_std, head_std, outputs"),
         ({"outputs": "small"}, "model.init.outputs must be one of normal, depth, zero, got 'small'"),
         ({"embedding_std": -1.0}, "model.init.embedding_std must be a number of 0 or more, got -1.0"),
-        ({"conv_std": "wide"}, "model.init.conv_std must be a number of 0 or more, got 'wide'"),
+        ({"conv_std": 0.1}, "model.init has no conv_std"),
         ({"head_std": float("nan")}, "model.init.head_std must be a number of 0 or more, got nan"),
     ],
 )
@@ -67,9 +68,27 @@ def test_the_embedding_norm_makes_every_token_as_large() -> None:
 def test_an_old_config_without_convolutions_has_no_silu(name: str) -> None:
     """As it was computed when `conv_width: 0` left the SiLU out; a config of today keeps it."""
     old = {**SIZES, "mixer": {"pattern": [name], "num_heads": 2, name: {"conv_width": 0}}}
-    assert current_model_config(old)["mixer"][name] == {"conv_width": 0, "activation": "none"}
+    assert current_model_config(old)["mixer"][name] == {"conv_width": 0, "activation": "none", "conv_std": None}
     assert "activation" not in old["mixer"][name]  # the caller's dict is left alone
-    today = build_model(old).config
+    today = current_model_config(old)
     assert current_model_config(today) == today
     with_filters = {**SIZES, "mixer": {"pattern": [name], "num_heads": 2, name: {"conv_width": 4}}}
-    assert current_model_config(with_filters)["mixer"][name] == {"conv_width": 4, "activation": "silu"}
+    translated = current_model_config(with_filters)["mixer"][name]
+    assert translated == {"conv_width": 4, "activation": "silu", "conv_std": None}
+
+
+@pytest.mark.parametrize("name", ["kda", "simplified", "softmax", "mla", "conv"])
+def test_filters_begin_as_their_mixer_says(name: str) -> None:
+    options = {"conv_width": 4, "conv_std": 0.1}
+    model = built(mixer={"pattern": [name], "num_heads": 2, name: options})
+    filters = torch.cat([w.detach().flatten() for path, w in model.named_parameters() if "conv1d" in path])
+    assert filters.std() == pytest.approx(0.1, rel=0.05)
+    assert filters.abs().max() > 0.25  # normal, not uniform
+
+
+def test_filters_that_the_model_began_are_the_mixers_today() -> None:
+    old = {**SIZES, "mixer": {"pattern": ["simplified"], "num_heads": 2, "simplified": {"conv_width": 4}}}
+    old |= {"embed_norm": True, "init": {"conv_std": 0.02, "outputs": "zero"}}
+    today = current_model_config(old)
+    assert today["init"] == {"outputs": "zero"}
+    assert today["mixer"]["simplified"]["conv_std"] == 0.02

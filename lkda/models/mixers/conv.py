@@ -19,12 +19,14 @@ class GatedConvolution(Mixer):
 
     Args:
         conv_width: tokens that it sees, its own included.
+        conv_std: standard deviation of its filters at the start, N(0, conv_std); None: uniform within
+            1/sqrt(conv_width).
     """
 
-    def __init__(self, d_model: int, num_heads: int, *, conv_width: int = 4) -> None:
+    def __init__(self, d_model: int, num_heads: int, *, conv_width: int = 4, conv_std: float | None = None) -> None:
         super().__init__(d_model, num_heads)
         self.v_proj, self.gate_proj, self.o_proj = (linear(d_model, d_model) for _ in range(3))
-        self.v_conv1d = ShortConvolution(d_model, conv_width)
+        self.v_conv1d = ShortConvolution(d_model, conv_width, std=conv_std)
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None

@@ -22,6 +22,8 @@ class KimiDeltaAttention(RecurrentMixer):
 
     Args:
         conv_width: of the short convolutions; 0 for none.
+        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+            1/sqrt(conv_width).
         activation: "silu", of q, k and v; "none" is possible without convolutions alone.
         gate: "channel" (a decay a channel), "head" (one a head) or "none" (no decay: the plain delta rule).
         gate_form: "softplus", or "bounded": g = lower_bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias)).
@@ -42,6 +44,7 @@ class KimiDeltaAttention(RecurrentMixer):
         num_heads: int,
         *,
         conv_width: int = 4,
+        conv_std: float | None = None,
         activation: str = "silu",
         gate: str = "channel",
         gate_form: str = "softplus",
@@ -54,6 +57,7 @@ class KimiDeltaAttention(RecurrentMixer):
         super().__init__(
             *(d_model, num_heads),
             conv_width=conv_width,
+            conv_std=conv_std,
             activation=activation,
             output_norm=True,
             output_gate=output_gate,

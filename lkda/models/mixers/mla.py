@@ -26,6 +26,8 @@ class MultiHeadLatentAttention(Mixer):
         qk_norm: an RMSNorm of each head of q and of k, whole; one weight for all heads.
         conv_width: of short convolutions with SiLU, of q and of the latent with its shared key channels (before the
             latent's norm); 0 for none (then no SiLU either). The cache then holds what was convolved.
+        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+            1/sqrt(conv_width).
         backend: of `softmax_attention`.
     """
 
@@ -43,6 +45,7 @@ class MultiHeadLatentAttention(Mixer):
         norm_eps: float = 1e-6,
         qk_norm: bool = False,
         conv_width: int = 0,
+        conv_std: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(d_model, num_heads)
@@ -59,7 +62,7 @@ class MultiHeadLatentAttention(Mixer):
         norms = (nn.RMSNorm(self.nope + self.rope, eps=norm_eps) if qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
         widths = (num_heads * (self.nope + self.rope), self.rank + self.rope)
-        convolutions = (ShortConvolution(channels, conv_width) if conv_width else None for channels in widths)
+        convolutions = (ShortConvolution(size, conv_width, std=conv_std) if conv_width else None for size in widths)
         self.q_conv1d, self.kv_conv1d = convolutions
 
     def forward(

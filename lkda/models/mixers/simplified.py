@@ -22,6 +22,8 @@ class SimplifiedAttention(RecurrentMixer):
 
     Args:
         conv_width: of the short convolutions; 0 for none.
+        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+            1/sqrt(conv_width).
         activation: "silu", of q, k and v; "none" is possible without convolutions alone.
         decay: "token" (b from the token) or "constant" (one learned number a head).
         output_norm: RMSNorm over each head's output.
@@ -37,6 +39,7 @@ class SimplifiedAttention(RecurrentMixer):
         num_heads: int,
         *,
         conv_width: int = 4,
+        conv_std: float | None = None,
         activation: str = "silu",
         decay: str = "token",
         output_norm: bool = True,
@@ -46,6 +49,7 @@ class SimplifiedAttention(RecurrentMixer):
         super().__init__(
             *(d_model, num_heads),
             conv_width=conv_width,
+            conv_std=conv_std,
             activation=activation,
             output_norm=output_norm,
             output_gate=output_gate,

@@ -23,6 +23,8 @@ class SoftmaxAttention(Mixer):
         qk_norm: an RMSNorm of each head of q and k before they are rotated, as Qwen3 has; one weight [D] for all heads.
         norm_eps: of that norm.
         conv_width: of short convolutions with SiLU of q, k and v, as KDA has them; 0 for none (then no SiLU either).
+        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+            1/sqrt(conv_width).
         backend: of `softmax_attention`.
     """
 
@@ -37,6 +39,7 @@ class SoftmaxAttention(Mixer):
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         conv_width: int = 0,
+        conv_std: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(d_model, num_heads)
@@ -48,7 +51,7 @@ class SoftmaxAttention(Mixer):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(d_model, d_model) for _ in range(4))
         norms = (nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
-        convolutions = (ShortConvolution(d_model, conv_width) if conv_width else None for _ in range(3))
+        convolutions = (ShortConvolution(d_model, conv_width, std=conv_std) if conv_width else None for _ in range(3))
         self.q_conv1d, self.k_conv1d, self.v_conv1d = convolutions
 
     def forward(
