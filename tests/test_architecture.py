@@ -58,7 +58,7 @@ ONLY_IN = {
     "hydra": {"commands"},
     "datasets": {"data"},
     "wandb": {"training"},
-    "transformers": {"formats"},
+    "transformers": {"formats", "commands"},
     "lm_eval": {"commands"},
 }
 # Packages that must not load with the package that uses them.

@@ -39,7 +39,8 @@ def main() -> None:
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {command:{width}}  {what}" for command, what in COMMANDS.items()]
-        print("\n".join(["lkda COMMAND [key=value ...]\n\nCommands (`lkda COMMAND --help` explains each one):", "", *lines]))
+        usage = ["lkda COMMAND [key=value ...]", "", "Commands (`lkda COMMAND --help` explains each one)"]
+        print("\n".join([*usage, *lines]))
     elif name == "--version":
         print(f"lkda {lkda.__version__}")
     elif name in COMMANDS:

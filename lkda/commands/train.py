@@ -83,7 +83,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
         CommandError: the loss diverged.
         SystemExit: stopped by Ctrl-C (130) or SIGTERM (143), with a checkpoint saved.
     """
-    _quiet()
+    quiet()
     _check(plain(config))
     config, initial = with_initial_model(with_absolute_paths(config))
     settings = plain(config)
@@ -115,7 +115,7 @@ def _check(settings: dict[str, Any]) -> None:
         raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leave the terminal to what this project says: no tips and device lists of the libraries below."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -12,7 +12,7 @@ from pathlib import Path
 from lkda.checks import InputError
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file
-from lkda.report.studies import long_context, recipe, state_dtypes, state_error
+from lkda.report.studies import long_context, peer_training, recipe, state_dtypes, state_error
 from lkda.report.training import comparison
 
 # Every kind of results file, with what draws it; None where nothing is drawn of it.
@@ -23,6 +23,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "long_context": long_context.redraw,
     "state_dtypes": state_dtypes.redraw,
     "recipe": recipe.redraw,
+    "peer_training": peer_training.redraw,  # of lkda.commands.peer_training
     "evaluation": None,  # of scripts/evaluate.py out=; the two above gather them
     "table": None,  # lkda.report.readme shows it on a page
     "measurements": None,  # kept as they were taken

@@ -1,0 +1,238 @@
+"""Train our model and the same model of another package from the same weights, and compare the losses.
+
+    python -m lkda.commands.peer_training --peers llama --out outputs/peer_training debug=fast
+
+Peers are llama and qwen3 (transformers) and fla_kda (flash-linear-attention, on a GPU). The arguments key=value are
+settings of scripts/train.py. Both models see the same batches in the same order, under the same loop, optimiser,
+schedule, clipping and precision; nothing is compiled. The directory --out gets results.json, table.json and a plot.
+
+Training amplifies rounding errors, the more the higher the learning rate. How much is measured beside it: our model is
+trained a second time from weights that are changed by one rounding of float32, and what that changes is the yardstick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Tensor
+
+from lkda.bench.files import write_json
+from lkda.checks import InputError
+from lkda.commands.command_line import FAILED, readable_errors
+from lkda.commands.peers import PEERS, check_available, peer_model
+from lkda.commands.settings import check_model, check_options, device_of, model_config, plain, steps_for
+from lkda.commands.shipped import CONFIGS
+from lkda.commands.summary import git_commit
+from lkda.commands.train import OF_EVERY_RUN, quiet
+from lkda.data.datamodule import IndexedDataModule
+from lkda.io import check_output_file
+from lkda.models.build import build_model
+from lkda.models.lm import LanguageModel
+from lkda.report.draw.tables import rich_table
+from lkda.report.studies.peer_training import KIND, redraw, rows
+from lkda.training.callbacks import DivergenceGuard
+from lkda.training.callbacks.steps import ends_step
+from lkda.training.optimizer import check_optimizer, check_schedule
+from lkda.training.options import check_trainer, check_validation_batches
+from lkda.training.precision import PRECISIONS, resolve_precision
+from lkda.training.task import LanguageModelTask
+
+# What of configs/train.yaml is used here; the mixer is the peer's.
+_USED = ("model", "data", "optimizer", "scheduler", "trainer", "seed", "backend", "debug")
+
+
+class LossRecorder(L.Callback):
+    """Keeps the training loss of every optimiser step, on the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if ends_step(trainer, batch_idx):
+            self.losses.append(trainer.callback_metrics["train/loss"].detach().clone())
+
+
+def compare_training(name: str, config: DictConfig, console: Console) -> dict[str, Any]:
+    """Train our model and the peer `name` from the same weights on the same batches.
+
+    Args:
+        config: composed from configs/train.yaml with the peer's overrides.
+        console: is told of each model that has been trained.
+    Returns: the settings, and under "ours", "theirs" and "ours_rounded" (from weights changed by one rounding) the loss
+        of every step and of the validation after the last.
+    Raises:
+        ValueError: a setting does not do, the data are no text, or the peer cannot be what our model is.
+        DivergedError: a loss is not finite.
+    """
+    settings, device = checked(config)
+    data: IndexedDataModule = instantiate(config.data)
+    data.prepare()
+    if data.tokenizer is None:
+        raise InputError(f"peers are compared on packed text, and data={data.source} is none: give data=sotu, say.")
+    check_validation_batches(settings["trainer"]["limit_val_batches"], data.val_batches)
+    L.seed_everything(settings["seed"], workers=True, verbose=False)
+    ours = build_model(model_config(settings, vocab_size=data.vocab_size, context=data.context))
+    models = {"ours": ours, "theirs": peer_model(name, ours, data.tokenizer), "ours_rounded": rounded(ours)}
+    courses = {}
+    for side, model in models.items():
+        courses[side] = course = _train(model, data, settings, device)
+        words = f"{len(course['loss'])} steps in {course['seconds']:.0f} s, validation loss {course['val_loss']:.4f}"
+        console.print(f"{name}, {side}: {words}", soft_wrap=True)
+    return {
+        "peer": name,
+        "version": PEERS[name].version(),
+        "parameters": ours.num_parameters(),
+        "tokens_per_step": data.tokens_per_batch * settings["trainer"]["accumulate_grad_batches"],
+        "settings": {key: settings[key] for key in ("mixer", *_USED) if key in settings},
+        **courses,
+    }
+
+
+@torch.no_grad()
+def rounded(model: LanguageModel) -> LanguageModel:
+    """A copy whose weights are each changed by about one rounding of float32, drawn at random."""
+    changed = copy.deepcopy(model)
+    for parameter in changed.parameters():
+        parameter.mul_(1 + torch.finfo(torch.float32).eps * torch.randint_like(parameter, -1, 2))
+    return changed
+
+
+def checked(config: DictConfig) -> tuple[dict[str, Any], torch.device]:
+    """The plain settings and the device of a run. Raises ValueError for what does not do, whatever the data."""
+    settings = plain(config)
+    check_trainer(settings["trainer"])
+    check_optimizer(settings["optimizer"])
+    check_schedule(settings["scheduler"])
+    device = device_of(config.trainer.accelerator)
+    settings["trainer"]["precision"] = precision = resolve_precision(settings["trainer"]["precision"], device)
+    check_options(config.data)
+    check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=PRECISIONS[precision])
+    return settings, device
+
+
+def _train(
+    model: LanguageModel, data: IndexedDataModule, settings: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Train `model` as scripts/train.py does. Returns the losses, the validation loss and the seconds they took."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in training
+    options = copy.deepcopy(settings["trainer"])
+    pieces = options["accumulate_grad_batches"]
+    steps = steps_for(options["max_steps"], options.pop("max_tokens"), tokens_per_step=data.tokens_per_batch * pieces)
+    task = LanguageModelTask(
+        model.config,
+        optimizer=settings["optimizer"],
+        scheduler=settings["scheduler"],
+        total_steps=steps,
+        context=data.context,
+        bytes_per_token=data.bytes_per_token,
+    )
+    task.model = model
+    recorder = LossRecorder()
+    options |= OF_EVERY_RUN | {
+        "accelerator": device.type,
+        "max_steps": steps,
+        "val_check_interval": steps * pieces,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    data.start_batch = 0
+    trainer = instantiate(options, callbacks=[DivergenceGuard(), recorder])
+    started = time.perf_counter()
+    trainer.fit(task, datamodule=data)
+    return {
+        "loss": [round(loss, 7) for loss in torch.stack(recorder.losses).tolist()],
+        "val_loss": round(float(trainer.callback_metrics["val/loss"]), 7),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Console) -> bool:
+    """Compare with each of `peers` in turn, writing and drawing what there is after each. A peer that fails does not
+    stop the others.
+
+    Returns: whether all of them were compared.
+    Raises: ValueError before any training, for an unknown peer or a setting that does not do.
+    """
+    quiet()
+    configs = _compose(peers, overrides)
+    check_output_file(out / "results.json", option="--out")
+    device = device_of(configs[peers[0]].trainer.accelerator)
+    found: dict[str, Any] = {"kind": KIND, "header": _header(overrides, device), "peers": [], "failed": {}}
+    for name, config in configs.items():
+        try:
+            check_available(name, device)
+            found["peers"].append(compare_training(name, config, console))
+        except Exception as error:  # of any package: it is told, and the other peers are still of use
+            found["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            console.print(f"{name} failed: {found['failed'][name]}", soft_wrap=True)
+            if not isinstance(error, InputError):
+                traceback.print_exc()
+        write_json(out / "results.json", found)
+        if found["peers"]:
+            redraw(out / "results.json")
+    if found["peers"]:
+        table = rows(found)
+        wide = Console(width=140, highlight=False, markup=False, file=console.file)
+        wide.print(rich_table([*table[0]], [[*row.values()] for row in table]))
+    return not found["failed"]
+
+
+def _compose(peers: Sequence[str], overrides: Sequence[str]) -> dict[str, DictConfig]:
+    """The checked configuration of each peer. Raises ValueError for unknown peers and settings without an effect."""
+    unknown = [name for name in peers if name not in PEERS]
+    if unknown or not peers:
+        raise InputError(f"--peers takes names of {', '.join(PEERS)}, separated by commas; got {','.join(peers)!r}.")
+    unused = [word for word in overrides if word.lstrip("+~").split("=")[0].split(".")[0] not in _USED]
+    if unused:
+        raise InputError(f"{unused[0]} has no effect here; there are {', '.join(_USED)}, and the mixer is the peer's.")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        configs = {name: compose("train", overrides=[*PEERS[name].overrides, *overrides]) for name in peers}
+    for config in configs.values():
+        checked(config)
+    return configs
+
+
+def _header(overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "git_commit": git_commit(),
+        "date": datetime.date.today().isoformat(),
+        "overrides": list(overrides),
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", default="llama,qwen3", help=f"of {', '.join(PEERS)}, separated by commas")
+    parser.add_argument("--out", type=Path, default=Path("outputs/peer_training"), help="a directory")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of scripts/train.py")
+    options = parser.parse_intermixed_args(arguments)
+    with readable_errors():
+        peers = options.peers.split(",") if options.peers else []
+        done = run(peers, options.out, options.overrides, Console(highlight=False, markup=False))
+    raise SystemExit(0 if done else FAILED)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,155 @@
+"""Models of other packages that compute what ours do, with our weights: transformers' Llama and Qwen3, and
+flash-linear-attention's KDA.
+
+What a peer lacks is done by us on its behalf: the token embedding with its norm and scale, and a head that shares the
+embedding's table. Everything between them, the layers and the last norm, is the peer's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.metadata
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from lkda import formats
+from lkda.checks import InputError
+from lkda.models.lm import LanguageModel
+from lkda.ops.sequences import positions
+from lkda.training.parameters import parameters_by_kind
+
+
+class SoftmaxLayers(nn.Module):
+    """The layers and the last norm of a Transformer, called as a `Block` is.
+
+    Args:
+        body: of transformers, such as LlamaModel.
+        context: tokens of a row; packed rows are attended to one by one.
+    """
+
+    def __init__(self, body: nn.Module, context: int) -> None:
+        super().__init__()
+        self.body, self.context = body, context
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor) -> tuple[Tensor, None]:
+        """x [1, N, d_model] -> the same shape. N is a multiple of the context, and a sequence begins at each row."""
+        position, sequence = (y.view(-1, self.context) for y in positions(cu_seqlens, x.shape[1]))
+        mask = (sequence.unsqueeze(2) == sequence.unsqueeze(1)).tril().unsqueeze(1)  # [rows, 1, context, context]
+        rows = x.view(*position.shape, -1)
+        y = self.body(inputs_embeds=rows, attention_mask=mask, position_ids=position, use_cache=False)
+        return y.last_hidden_state.view_as(x), None
+
+
+class KDALayers(nn.Module):
+    """The layers and the last norm of flash-linear-attention's KDAModel, called as a `Block` is.
+
+    The bias of its output gate, which our layer does not have, stays zero.
+    """
+
+    def __init__(self, body: nn.Module, context: int) -> None:
+        super().__init__()
+        self.body = body
+        for name, parameter in body.named_parameters():
+            if name.endswith("g_proj.1.bias"):
+                parameter.requires_grad_(False)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor) -> tuple[Tensor, None]:
+        """x [1, N, d_model] -> the same shape."""
+        bounds = torch.unique_consecutive(cu_seqlens).long()  # without the empty sequences at the end
+        return self.body(inputs_embeds=x, cu_seqlens=bounds, use_cache=False).last_hidden_state, None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model of another package.
+
+    Attributes:
+        package: to import, and `distribution`, the name to install it by.
+        overrides: of configs/train.yaml, that make our model what the peer is.
+        format: of `lkda.formats`, that it loads.
+        layers: its layers as a `Block`, from its body and the context.
+        needs_gpu: whether its kernels run on a GPU alone.
+    """
+
+    package: str
+    distribution: str
+    overrides: tuple[str, ...]
+    format: str
+    layers: Callable[[nn.Module, int], nn.Module]
+    needs_gpu: bool = False
+
+    def version(self) -> str:
+        """Of the installed package."""
+        return f"{self.distribution} {importlib.metadata.version(self.distribution)}"
+
+
+PEERS = {
+    "llama": Peer(
+        "transformers", "transformers", ("mixer=softmax", "mixer.softmax.qk_norm=false"), "hf", SoftmaxLayers
+    ),
+    "qwen3": Peer("transformers", "transformers", ("mixer=softmax", "mixer.softmax.qk_norm=true"), "hf", SoftmaxLayers),
+    "fla_kda": Peer("fla", "flash-linear-attention", ("mixer=kda",), "fla", KDALayers, needs_gpu=True),
+}
+
+
+def check_available(name: str, device: torch.device) -> None:
+    """Raise ValueError where the peer's package is not installed or does not run on `device`."""
+    peer = PEERS[name]
+    for package, distribution in ((peer.package, peer.distribution), ("transformers", "transformers")):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"peer {name} needs the package {package}: pip install {distribution}.")
+    if peer.needs_gpu and device.type != "cuda":
+        raise InputError(f"peer {name} runs on a GPU alone, and this run is on {device.type}: leave it out.")
+
+
+def peer_model(name: str, ours: LanguageModel, tokenizer: Tokenizer) -> LanguageModel:
+    """A copy of `ours` whose layers and last norm are the peer's, with the weights that ours has.
+
+    The weights go through an exported directory, as they would for a user of the peer.
+
+    Raises: ValueError where the format cannot express the model, or the peer trains other parameters than ours.
+    """
+    peer = PEERS[name]
+    model = copy.deepcopy(ours)
+    model.blocks = nn.ModuleList([peer.layers(_load_body(peer, ours, tokenizer), ours.config["context"])])
+    model.norm = nn.Identity()  # type: ignore[assignment]
+    expected, found = (_sizes(each) for each in (ours, model))
+    if expected != found:
+        raise InputError(f"peer {name} trains other parameters than lkda: {found} instead of {expected}.")
+    return model.train()
+
+
+def _load_body(peer: Peer, ours: LanguageModel, tokenizer: Tokenizer) -> nn.Module:
+    """The peer's model without its embedding and head, in float32 on the CPU."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    importlib.import_module(peer.package)  # flash-linear-attention tells transformers of its models
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "exported"
+        formats.save(directory, ours, tokenizer, format=peer.format, dtype="float32")
+        # Its annotations do not know that it gives two things where it is asked for the second.
+        given: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, output_loading_info=True
+        )
+    loaded, report = given
+    wrong = {word: sorted(map(str, names)) for word, names in report.items() if word.endswith("_keys") and names}
+    if wrong:
+        raise InputError(f"{type(loaded).__name__} did not take the exported weights as they are: {wrong}.")
+    body: nn.Module = loaded.model
+    loaded.set_input_embeddings(nn.Identity())
+    return body
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """How many numbers an optimiser trains, by kind of parameter."""
+    return {kind: sum(p.numel() for p in parameters) for kind, parameters in parameters_by_kind(model).items()}

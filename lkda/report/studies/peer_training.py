@@ -1,0 +1,101 @@
+"""results.json of `lkda.commands.peer_training` -> table.json, and a plot of the losses and their differences."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lkda.checks import InputError
+from lkda.report.draw.style import Picture, Theme, picture
+from lkda.report.read.files import read_results_file, write_atomically
+
+KIND = "peer_training"
+LAST = 50  # steps at the end, over which the training loss is averaged
+CLOSE = 0.01  # nats, within which two models count as the same
+
+
+def differences(peer: dict[str, Any], side: str) -> dict[str, float]:
+    """The loss of `side` less ours, in nats a token: at the first step, over the last steps, and of the validation.
+
+    Args:
+        side: "theirs", the peer, or "ours_rounded", our own from weights changed by one rounding.
+    """
+    ours, other = peer["ours"], peer[side]
+    return {
+        "first step": other["loss"][0] - ours["loss"][0],
+        f"last {LAST} steps": statistics.fmean(other["loss"][-LAST:]) - statistics.fmean(ours["loss"][-LAST:]),
+        "validation": other["val_loss"] - ours["val_loss"],
+    }
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """Two lines of text cells for each peer: it, and our own from rounded weights."""
+    return [
+        {
+            "model": peer["peer"],
+            "less lkda's loss": words,
+            **{where: f"{value:+.1e}" for where, value in differences(peer, side).items()},
+            "validation loss": f"{peer[side]['val_loss']:.4f}",
+        }
+        for peer in found["peers"]
+        for side, words in (("theirs", "of the peer"), ("ours_rounded", "of lkda from rounded weights"))
+    ]
+
+
+def redraw(path: Path) -> None:
+    """Writes table.json and peer_training.png beside a file of `lkda.commands.peer_training`.
+
+    Raises: ValueError where it is none.
+    """
+    found = read_results_file(path, kind=KIND)
+    try:
+        table = {"kind": "table", "rows": rows(found), "note": _note(found)}
+        drawn = _picture(found["peers"])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{path} is not of lkda.commands.peer_training ({error}).") from error
+    write_atomically(path.parent / "table.json", json.dumps(table, indent=1) + "\n")
+    write_atomically(path.parent / "peer_training.png", drawn.light)
+
+
+def _note(found: dict[str, Any]) -> str:
+    header, first = found["header"], found["peers"][0]
+    versions = ", ".join(dict.fromkeys(peer["version"] for peer in found["peers"]))
+    settings, steps = first["settings"], len(first["ours"]["loss"])
+    model = settings["model"]
+    return (
+        f"Nats a token; {steps} steps of {first['tokens_per_step']:,} tokens, "
+        f"model={model['name']} ({model['num_layers']} layers of {model['d_model']}), "
+        f"data={settings['data']['source']}, {settings['trainer']['precision']}; "
+        f"{header['device']}, torch {header['torch']}, {versions}."
+    )
+
+
+def _picture(peers: list[dict[str, Any]]) -> Picture:
+    """A column for each peer: above, both training losses; below, what differs from ours, the grey band being CLOSE."""
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(1.5 + 3.2 * len(peers), 4.4), layout="constrained")
+        panels = figure.subplots(2, len(peers), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
+        for (upper, lower), peer in zip(panels.T, peers):
+            ours, theirs = peer["ours"]["loss"], peer["theirs"]["loss"]
+            steps = range(1, len(ours) + 1)
+            colour, other = theme.palette[0], theme.palette[1]
+            upper.plot(steps, ours, color=colour, linewidth=1.2, label="lkda")
+            upper.plot(steps, theirs, "--", color=other, linewidth=1.2, label=peer["version"])
+            upper.set_title(peer["peer"], fontsize=10)
+            upper.legend(fontsize=8, frameon=False)
+            lower.axhspan(-CLOSE, CLOSE, color=theme.grid, linewidth=0)
+            for side, shade, label in (("ours_rounded", theme.faint, "lkda, rounded"), ("theirs", other, "peer")):
+                difference = [b - a for a, b in zip(ours, peer[side]["loss"], strict=True)]
+                lower.plot(steps, difference, color=shade, linewidth=0.8, label=label)
+            lower.legend(fontsize=8, frameon=False, ncols=2)
+            lower.set_xlabel("step")
+        panels[0, 0].set_ylabel("training loss, nats")
+        panels[1, 0].set_ylabel("difference, nats")
+        return figure
+
+    return picture(draw)
