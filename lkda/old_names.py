@@ -12,7 +12,8 @@ DATA_MODULES = {
     "lkda.data.hub.HubDataModule": "lkda.data.text.hub.HubDataModule",
     "lkda.data.needle.Needle": "lkda.data.text.needle.Needle",
     "lkda.data.mqar.MQAR": "lkda.data.synthetic.mqar.MQAR",
-    "lkda.data.mqar_kimi.KimiMQAR": "lkda.data.synthetic.mqar_kimi.KimiMQAR",
+    "lkda.data.mqar_kimi.KimiMQAR": "lkda.data.synthetic.mqar_answered.AnsweredMQAR",
+    "lkda.data.synthetic.mqar_kimi.KimiMQAR": "lkda.data.synthetic.mqar_answered.AnsweredMQAR",
     "lkda.data.palindrome.Palindrome": "lkda.data.synthetic.palindrome.Palindrome",
     "lkda.data.stack.Stack": "lkda.data.synthetic.stack.Stack",
 }
@@ -30,6 +31,12 @@ _LATER_OF_MIXERS: dict[str, dict[str, Any]] = {
     "mla": {"qk_norm": False, "conv_width": 0, "conv_std": None},
     "conv": {"conv_std": None},
 }
+# Of data by source, where text had no test split.
+_LATER_OF_DATA: dict[str, dict[str, Any]] = {
+    "files": {"test_paths": [], "test_from_year": None, "test_fraction": 0.0},
+    "sotu": {"test_from_year": None},
+    "hub": {"test_split": None, "test_fraction": 0.0},
+}
 
 
 def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
@@ -42,6 +49,9 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
     init = model.get("init") if isinstance(model, Mapping) else None
     filters = init.get("conv_std") if isinstance(init, Mapping) else None
     groups = [(f"{name}.", config.get(name), options) for name, options in _LATER.items()]
+    data = config.get("data")
+    if isinstance(data, Mapping):
+        groups.append(("data.", data, _LATER_OF_DATA.get(_source_of(data), {})))
     mixers = config.get("mixer")
     if isinstance(mixers, Mapping):
         groups += [(f"mixer.{name}.", mixers.get(name), options) for name, options in _LATER_OF_MIXERS.items()]
@@ -53,6 +63,11 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
             if prefix + "activation" in missing and group.get("conv_width") == 0:
                 missing[prefix + "activation"] = "none"
     return missing
+
+
+def _source_of(data: Mapping[Any, Any]) -> str:
+    """sotu, files, prose or hub; "" for data that are no text."""
+    return "hub" if str(data.get("_target_")).endswith(".HubDataModule") else str(data.get("source", ""))
 
 
 def with_options(config: Mapping[Any, Any], options: Mapping[str, Any]) -> dict[Any, Any]:
@@ -76,7 +91,7 @@ def translated(config: Mapping[Any, Any]) -> dict[Any, Any]:
     if isinstance(scheduler, dict) and scheduler.get("name") == "constant":
         scheduler.pop("final", None)  # it had no effect
     if isinstance(data, Mapping) and isinstance(target := data.get("_target_"), str):
-        found["data"] = {**data, "_target_": DATA_MODULES.get(target, target)}
+        found["data"]["_target_"] = DATA_MODULES.get(target, target)
     return found
 
 

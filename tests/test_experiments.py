@@ -32,6 +32,7 @@ OF_TASKS = {
     ),
     "palindrome": ("data.context=32", "data.val_examples=4"),
     "mqar_kimi": ("data.context=32", "data.val_examples=4"),
+    "mqar_answered": ("data.context=32", "data.val_examples=4"),
     "stack": ("data.context=32", "data.val_examples=4"),
 }
 

@@ -14,7 +14,8 @@ import torch
 
 from lkda.data.synthetic.datamodule import SyntheticDataModule
 from lkda.data.synthetic.mqar import MQAR
-from lkda.data.synthetic.mqar_kimi import KimiMQAR
+from lkda.data.synthetic.mqar_answered import AnsweredMQAR
+from lkda.data.synthetic.mqar_kimi import ConsecutiveMQAR
 from lkda.data.synthetic.palindrome import Palindrome
 from lkda.data.synthetic.stack import Stack
 
@@ -26,7 +27,9 @@ def tasks() -> list[SyntheticDataModule]:
     """The parts of Zoology's training mixture, the longest of its validation, and the other tasks at 256 and 1024."""
     parts = [{"length": length, "pairs": pairs, "examples": 256} for length, pairs in PARTS]
     found: list[SyntheticDataModule] = [MQAR(train=[part], validation=[part]) for part in parts]
-    return found + [task(context=length) for task in (Palindrome, KimiMQAR, Stack) for length in (256, 1024)]
+    return found + [
+        task(context=length) for task in (Palindrome, ConsecutiveMQAR, AnsweredMQAR, Stack) for length in (256, 1024)
+    ]
 
 
 def measure(data: SyntheticDataModule) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def print_closing(console: Console, run: RunDirectory, summary: dict[str, Any], 
     table.add_column(justify="right")
     for name, value in (
         ("validation loss", f"{summary['val/loss']:.4f} nats a token"),
+        *([("test loss", f"{summary['test/loss']:.4f} nats a token")] if "test/loss" in summary else []),
         *(_of_text(summary) if sample is not None else _of_parts(summary)),
         ("parameters", f"{summary['params']:,} ({summary['params_non_embedding']:,} without embeddings)"),
         ("state of one sequence", f"{summary['state_bytes']:,} bytes at {summary['context']} tokens"),
@@ -79,11 +80,15 @@ def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool)
 
 
 def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    gain = summary["unigram_entropy"] - summary["val/loss"]
+    """Of the test split where there is one."""
+    tested = "test/loss" in summary
+    split, of = ("test", " of the test split") if tested else ("val", "")
+    entropy = summary["test_unigram_entropy" if tested else "unigram_entropy"]
+    gain = entropy - summary[f"{split}/loss"]
     return [
-        ("unigram entropy of the text", f"{summary['unigram_entropy']:.4f} ({gain:+.2f} better)"),
-        ("perplexity", f"{summary['val/perplexity']:.2f}"),
-        ("bits per byte", f"{summary['val/bits_per_byte']:.4f}"),
+        (f"unigram entropy{of or ' of the text'}", f"{entropy:.4f} ({gain:+.2f} better)"),
+        (f"perplexity{of}", f"{summary[f'{split}/perplexity']:.2f}"),
+        (f"bits per byte{of}", f"{summary[f'{split}/bits_per_byte']:.4f}"),
     ]
 
 

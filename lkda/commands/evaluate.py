@@ -1,4 +1,4 @@
-"""Measure a trained model on the validation part of its data, or of others."""
+"""Measure a trained model on the validation or the test split of its data, or of others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.commands.settings import check_options, device_of, plain
 from lkda.data.datamodule import IndexedDataModule
-from lkda.data.fingerprint import differences
+from lkda.data.fingerprint import NAMES, differences, in_words
 from lkda.data.text.cache import expanded
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
@@ -38,6 +38,7 @@ from lkda.training.accuracy import PartMetrics
 from lkda.training.positions import PositionLoss
 from lkda.training.task import next_token_losses
 
+SPLITS = ("validation", "test")
 PRECISION = torch.float32  # of the weights and of what is computed
 OPTIONS = {
     "ckpt": Path,
@@ -47,6 +48,7 @@ OPTIONS = {
     "out": Path | None,
     "stepwise": bool,
     "state_dtype": str | None,
+    "split": str,
     "max_batches": int | None,
     "tasks": Sequence[str],
     "tasks_path": Path | None,
@@ -55,8 +57,8 @@ OPTIONS = {
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
-    """What `ckpt` makes of the validation: loss, perplexity and bits per byte of text, loss and accuracy of other data;
-    or, where `tasks` are given, its scores in those of lm-eval.
+    """What `ckpt` makes of the validation or, with split=test, of the test split: loss, perplexity and bits per byte of
+    text, loss and accuracy of other data; or, where `tasks` are given, its scores in those of lm-eval.
 
     With `stepwise` the model reads token by token, as it decodes, with its states kept in `state_dtype`.
 
@@ -79,17 +81,24 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         _write(config, trained, result, device, ran | {"backend": backends})
         return result
     data = _data(config, trained)
+    if config.split == "test" and data.test is None:
+        why = f": {data.no_test}" if data.no_test is not None else ""
+        raise InputError(f"{data.source} has no test split{why}. Leave split=test out for the validation.")
     changed = differences(trained.fingerprint, data.fingerprint)
     if changed:
-        told = f"{' and '.join(changed)} of {data.source} are not those of the run that trained {trained.path}"
-        console.print(f"note: {told}.", highlight=False, markup=False)
+        told = f"{in_words(changed)} of {data.source} are not those of the run that trained {trained.path}"
+        seen = config.split == "test" and NAMES["train"] in changed
+        also = ", which may have seen some of the test split in training" if seen else ""
+        console.print(f"note: {told}{also}.", highlight=False, markup=False)
     model = trained.model.to(device)
-    title, state_dtype = f"{trained.path} on {data.source}, validation", None
+    title, state_dtype = f"{trained.path} on {data.source}, {config.split}", None
     if config.stepwise:
         model = StepwiseModel(model, state_dtype=config.state_dtype)
         state_dtype = model.state_dtype
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
-    result = (_of_parts if data.parts else _of_text)(model, data, device=device, limit=config.max_batches)
+    result = (_of_parts if data.parts else _of_text)(
+        model, data, split=config.split, device=device, limit=config.max_batches
+    )
     table = Table(title=Text(title), show_header=False)
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
@@ -98,6 +107,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         "data": OmegaConf.to_container(_data_config(config, trained)),
         "fingerprint": dict(data.fingerprint),
         "differs_from_the_run": changed,
+        "split": config.split,
         "stepwise": config.stepwise,
         "state_dtype": state_dtype,
         "max_batches": config.max_batches,
@@ -131,11 +141,14 @@ def _write(
 
 def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     check_values(settings, OPTIONS)
+    if config.split not in SPLITS:
+        raise InputError(f"split must be {' or '.join(SPLITS)}, got {config.split!r}.")
     if config.max_batches is not None:
         check_count("max_batches", config.max_batches, least=1)
     if config.limit is not None:
         check_count("limit", config.limit, least=1)
     for_data = {"stepwise": config.stepwise or None, "max_batches": config.max_batches, "data": config.get("data")}
+    for_data["split"] = config.split if config.split != "validation" else None
     for_tasks = {"tasks_path": config.tasks_path, "limit": config.limit}
     unused = [name for name, value in (for_data if config.tasks else for_tasks).items() if value is not None]
     if unused and config.tasks:
@@ -188,16 +201,19 @@ def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
 
 
 def _of_text(
-    model: LanguageModel, data: IndexedDataModule, *, device: torch.device, limit: int | None
+    model: LanguageModel, data: IndexedDataModule, *, split: str, device: torch.device, limit: int | None
 ) -> dict[str, float]:
-    assert data.bytes_per_token is not None
-    assert data.unigram_entropy is not None
-    loss, tokens, by_position = mean_loss(model, _batches(model, data, limit), context=data.context, device=device)
+    measured = data.test if split == "test" else data
+    assert measured is not None
+    assert measured.bytes_per_token is not None
+    assert measured.unigram_entropy is not None
+    batches = _batches(model, data, split, limit)
+    loss, tokens, by_position = mean_loss(model, batches, context=data.context, device=device)
     return {
         "loss": loss,
         "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) / data.bytes_per_token,
-        "unigram_entropy": data.unigram_entropy,
+        "bits_per_byte": loss / math.log(2) / measured.bytes_per_token,
+        "unigram_entropy": measured.unigram_entropy,
         "tokens": tokens,
         **by_position,
     }
@@ -205,23 +221,24 @@ def _of_text(
 
 @torch.inference_mode()
 def _of_parts(
-    model: LanguageModel, data: IndexedDataModule, *, device: torch.device, limit: int | None
+    model: LanguageModel, data: IndexedDataModule, *, split: str, device: torch.device, limit: int | None
 ) -> dict[str, float]:
     measured = PartMetrics(data.parts, vocab_size=model.config["vocab_size"]).to(device)
-    for batch in _batches(model, data, limit):
+    for batch in _batches(model, data, split, limit):
         on_device = {name: batch[name].to(device) for name in ("tokens", "targets", "asked")}
         measured.measure(model, on_device | {"part": batch["part"]})
     return {name.removeprefix("val/"): float(value) for name, value in measured.compute().items()}
 
 
-def _batches(model: LanguageModel, data: IndexedDataModule, limit: int | None) -> Iterator[dict[str, Any]]:
-    """The first `limit` of the validation, behind a bar that a stepwise model moves with every token."""
-    total = data.val_batches if limit is None else min(limit, data.val_batches)
+def _batches(model: LanguageModel, data: IndexedDataModule, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    """The first `limit` of the split, behind a bar that a stepwise model moves with every token."""
+    loader = data.in_order(data.test.batches) if split == "test" and data.test is not None else data.val_dataloader()
+    total = len(loader) if limit is None else min(limit, len(loader))
     with Progress(transient=True) as bar:
         task = bar.add_task("evaluating", total=total)
         if isinstance(model, StepwiseModel):
             model.on_step = lambda share: bar.advance(task, share)
-        for done, batch in enumerate(islice(data.val_dataloader(), total), 1):
+        for done, batch in enumerate(islice(loader, total), 1):
             yield batch
             bar.update(task, completed=done)
 

@@ -13,7 +13,7 @@ from lkda.checks import InputError
 from lkda.data.text.cache import expanded
 
 # Options of data that are paths, or lists of paths.
-_DATA_LISTS = ("paths", "val_paths")
+_DATA_LISTS = ("paths", "val_paths", "test_paths")
 _DATA_PATHS = (*_DATA_LISTS, "tokenizer_path", "cache_dir", "directory")
 _PATTERN = re.compile(r"[*?[]")
 

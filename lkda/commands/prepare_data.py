@@ -12,7 +12,7 @@ from lkda.checks import InputError, check_values
 from lkda.commands.invocation import command
 from lkda.commands.overrides import override
 from lkda.commands.settings import plain
-from lkda.data.prose.sources import SOURCES, prepare_prose
+from lkda.data.prose.sources import OF_BEFORE, SOURCES, is_without_test, prepare_prose
 from lkda.data.text.cache import default_cache_dir, expanded
 
 
@@ -35,14 +35,24 @@ def prepare_data(config: DictConfig) -> None:
     out = expanded(config.out) if config.out else default
     terminal = Console(highlight=False, markup=False)
     console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False)
+    if is_without_test(out):
+        console.print(
+            f"{out} was made before there was a test split: it is made again, and the old one becomes {out}{OF_BEFORE}",
+            soft_wrap=True,
+        )
     manifest = prepare_prose(out, vocab_size=config.vocab_size, sources=[known[name] for name in wanted])
     for source in manifest["sources"]:
         sizes = f"{source['train_bytes'] / 1e6:8.2f} MB train {source['validation_bytes'] / 1e6:6.2f} MB validation"
+        sizes += f" {source['test_bytes'] / 1e6:6.2f} MB test"
         console.print(f"{source['name']:24}{source['documents']:6} documents{sizes}  {source['licence']}")
     overlap = manifest["overlap"]
+    for name in overlap["before"]:
+        console.print(
+            f"of the windows of {overlap['window_tokens']} tokens of the {name} text {overlap['before'][name]:.3%} "
+            f"were in training, {overlap['after'][name]:.3%} after the dropping"
+        )
     console.print(
-        f"of the validation's windows of {overlap['window_tokens']} tokens {overlap['before']:.3%} were in training, "
-        f"{overlap['after']:.3%} after {overlap['dropped_bytes'] / 1e6:.2f} MB were dropped from it; "
+        f"{overlap['dropped_bytes'] / 1e6:.2f} MB were dropped from training, "
         f"{overlap['train_bytes'] / 1e6:.2f} MB train"
     )
     elsewhere = [] if out == default else [override("data.directory", str(out))]

@@ -37,7 +37,7 @@ _FREE = {
     ),
 }
 # Where the content of data is known by its fingerprint, its place is free too.
-_PLACES = ("paths", "val_paths", "tokenizer_path", "directory")
+_PLACES = ("paths", "val_paths", "test_paths", "tokenizer_path", "directory")
 # What a configuration of lkda has: another program's config.yaml is not written over.
 _OURS = {"model", "mixer", "data", "trainer"}
 

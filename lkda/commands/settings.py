@@ -15,7 +15,11 @@ from lkda.checks import InputError, check_types
 from lkda.models.build import build_model
 
 # Options of data, and those that take their place.
-_WITHOUT_EFFECT = {"val_fraction": ("val_paths", "val_from_year", "val_split"), "vocab_size": ("tokenizer_path",)}
+_WITHOUT_EFFECT = {
+    "val_fraction": ("val_paths", "val_from_year", "val_split"),
+    "test_fraction": ("test_paths", "test_from_year", "test_split"),
+    "vocab_size": ("tokenizer_path",),
+}
 # In the group `model` for other groups to refer to.
 _NOT_THE_MODELS = ("name", "num_heads", "learning_rate")
 

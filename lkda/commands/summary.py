@@ -49,6 +49,7 @@ def summarize(
         "val/perplexity": _perplexity(loss) if not facts["parts"] else None,
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
         "unigram_entropy": facts["unigram_entropy"],
+        **_of_test(facts.get("test"), run, step),
         "tokens": tokens,
         # A run shorter than the warm-up has no row with a speed.
         "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
@@ -80,6 +81,22 @@ def summarize(
             "lkda": lkda.__version__,
         },
         **_by_part(facts["parts"], latest, model),
+    }
+
+
+def _of_test(test: dict[str, Any] | None, run: RunDirectory, step: int) -> dict[str, Any]:
+    """What was measured on the test split after the last step; nothing where there is no split, or the run stopped
+    before."""
+    rows = [row for row in run.rows() if int(row["step"]) == step and row.get("test/loss")]
+    if test is None or not rows:
+        return {}
+    loss = float(rows[-1]["test/loss"])
+    return {
+        "test/loss": loss,
+        "test/perplexity": _perplexity(loss),
+        "test/bits_per_byte": float(rows[-1]["test/bits_per_byte"]),
+        "test_unigram_entropy": test["unigram_entropy"],
+        "test_tokens": test["tokens"],
     }
 
 

@@ -163,7 +163,7 @@ def _train_in(
     if config.resume:
         settings = run.with_options_of_then(settings, given=given_overrides(without=()))
     saved = run.begin(settings, resume=config.resume)
-    data = instantiate(config.data)
+    data = instantiate(settings["data"])
     data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
     plan = _plan(config, settings, device, data, saved)
@@ -175,6 +175,8 @@ def _train_in(
     if data.tokenizer is not None:
         run.write_tokenizer(data.tokenizer)
     _announce(console, run, plan)
+    if data.no_test is not None:
+        console.print(f"no test split: {data.no_test}", soft_wrap=True)
     model, ending = _fit(run, plan, data, initial)
 
     status = {InterruptedRunError: "interrupted", DivergedError: "diverged"}.get(type(ending), "finished")
@@ -220,6 +222,13 @@ def _plan(
         "bytes_per_token": data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
         "parts": [dict(part) for part in data.parts],
+        "test": None
+        if data.test is None
+        else {
+            "tokens": data.test.tokens,
+            "bytes_per_token": data.test.bytes_per_token,
+            "unigram_entropy": data.test.unigram_entropy,
+        },
         "fingerprint": dict(data.fingerprint),
     }
     return _Plan(
@@ -285,6 +294,8 @@ def _fit(
         context=data.context,
         bytes_per_token=data.bytes_per_token,
         parts=data.parts,
+        test_batches=None if data.test is None else data.in_order(data.test.batches),
+        test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
         compile=plan.config.compile,
     )
     if initial is not None:
@@ -317,6 +328,8 @@ def _trainer(run: RunDirectory, plan: _Plan, callbacks: list[L.Callback]) -> L.T
     chosen = [node for node in plan.config.logger.values() if node]
     parts, context = plan.facts["parts"], plan.facts["context"]
     also = accuracy.columns(parts) if parts else positions.columns(context)
+    if plan.facts["test"] is not None:
+        also += ["test/loss", "test/bits_per_byte", *positions.columns(context, split="test")]
     loggers = [MetricsCSV(run.metrics, also=also, resume_step=plan.step)]
     loggers += [instantiate(node)(save_dir=str(run.path), config=plan.settings) for node in chosen]
     options = {key: value for key, value in plan.settings["trainer"].items() if key != "max_tokens"}

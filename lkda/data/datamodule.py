@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -38,6 +39,24 @@ class CountUp(IterableDataset[dict[str, Any]]):
             n += stride
 
 
+@dataclass(frozen=True)
+class TestSplit:
+    """What is measured once, at the end, and chosen by never.
+
+    Attributes:
+        batches: all of them, with a length.
+        tokens: of the text.
+        bytes_per_token, unigram_entropy: as of `IndexedDataModule`, of this text.
+    """
+
+    __test__ = False  # of pytest, which takes a class of this name for a test
+
+    batches: Dataset[Any]
+    tokens: int | None = None
+    bytes_per_token: float | None = None
+    unigram_entropy: float | None = None
+
+
 class IndexedDataModule(L.LightningDataModule):
     """Trains on the endless stream of batches from `start_batch` on, and validates on a fixed list of batches.
 
@@ -50,6 +69,8 @@ class IndexedDataModule(L.LightningDataModule):
             sequence. batch_size: sequences a batch and device. val_batches: their number.
         tokenizer, bytes_per_token, unigram_entropy: of data whose tokens are text (bytes, and nats a token, of what
             validates); None of any other.
+        test: None where the data have no test split.
+        no_test: why a text has none, in words.
         parts: what each validation set of other data is like, as {"length": 256, "pairs": 64}; a validation batch's
             "part" counts in it. Empty where validation is one text.
         fingerprint: hashes of the content, see `lkda.data.fingerprint`.
@@ -69,6 +90,8 @@ class IndexedDataModule(L.LightningDataModule):
     tokenizer: Tokenizer | None = None
     bytes_per_token: float | None = None
     unigram_entropy: float | None = None
+    test: TestSplit | None = None
+    no_test: str | None = None
     parts: Sequence[Mapping[str, int]] = ()
     fingerprint: Fingerprint = MappingProxyType({})
     expected: Fingerprint = MappingProxyType({})
@@ -114,10 +137,13 @@ class IndexedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation batches from the first, in order."""
-        batches = self.validation_batches()
+        return self.in_order(self.validation_batches())
+
+    def in_order(self, batches: Dataset[Any]) -> DataLoader[Any]:
+        """Such batches from the first, on every process."""
         # Lightning would give any other sampler's batches out among the devices, some of them twice.
-        in_order: DistributedSampler[Any] = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)
-        return DataLoader(batches, batch_size=None, sampler=in_order, pin_memory=self.pin_memory)
+        sampler: DistributedSampler[Any] = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)
+        return DataLoader(batches, batch_size=None, sampler=sampler, pin_memory=self.pin_memory)
 
     def state_dict(self) -> dict[str, int]:
         """The next training batch."""

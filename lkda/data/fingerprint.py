@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -12,10 +12,16 @@ from tokenizers import Tokenizer
 from lkda.checks import InputError
 from lkda.data.words import as_bounded
 
-# {"train", "validation", "tokenizer": hexadecimal SHA-256}; "tokenizer" is None for tokens that are no text.
+# {"train", "validation", "test", "tokenizer": hexadecimal SHA-256}; "tokenizer" is None for tokens that are no text,
+# and "test" is absent where there is no test split.
 Fingerprint = Mapping[str, str | None]
 
-_NAMES = {"train": "the training data", "validation": "the validation data", "tokenizer": "the tokenizer"}
+NAMES = {
+    "train": "the training data",
+    "validation": "the validation data",
+    "test": "the test data",
+    "tokenizer": "the tokenizer",
+}
 _BEGINS = b"\xff"  # is in no UTF-8 text, so that where documents begin is hashed too
 _AT_ONCE = 2**24  # tokens
 
@@ -49,8 +55,13 @@ def of_tokenizer(tokenizer: Tokenizer) -> str:
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     """What differs, as ["the training data", "the tokenizer"]. What either of the two does not know is left out."""
-    known = [name for name in _NAMES if before.get(name) is not None and now.get(name) is not None]
-    return [_NAMES[name] for name in known if before[name] != now[name]]
+    known = [name for name in NAMES if before.get(name) is not None and now.get(name) is not None]
+    return [NAMES[name] for name in known if before[name] != now[name]]
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Names in a sentence: "the training data, the validation data and the tokenizer"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def check_same(expected: Fingerprint, found: Fingerprint, *, source: str) -> None:
@@ -64,6 +75,6 @@ def check_same(expected: Fingerprint, found: Fingerprint, *, source: str) -> Non
     changed = differences(expected, found)
     if changed:
         raise InputError(
-            f"the run cannot resume: {' and '.join(changed)} ({source}) are not those that it was trained with. "
+            f"the run cannot resume: {in_words(changed)} ({source}) are not those that it was trained with. "
             "Restore them, or begin a new run in another hydra.run.dir."
         )

@@ -56,7 +56,7 @@ class Rows:
 
 
 def cu_seqlens_length(parts: Sequence[Rows], *, batch_size: int) -> int:
-    """What suffices for every batch of every part: training and validation have one shape."""
+    """What suffices for every batch of every part: all splits have one shape."""
     return 1 + batch_size * max(rows.most_sequences for rows in parts)
 
 

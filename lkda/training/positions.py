@@ -13,9 +13,10 @@ def starts(context: int) -> list[int]:
     return [0, *(1 << n for n in range((context - 1).bit_length()))]
 
 
-def columns(context: int) -> list[str]:
-    """The columns of metrics.csv that `PositionLoss` fills: val/loss/from_0, val/loss/from_1, val/loss/from_2, ..."""
-    return [f"val/loss/from_{start}" for start in starts(context)]
+def columns(context: int, *, split: str = "val") -> list[str]:
+    """The columns of metrics.csv that `PositionLoss` fills: val/loss/from_0, val/loss/from_1, val/loss/from_2, ..., and
+    for the split "test" those of the test split."""
+    return [f"{split}/loss/from_{start}" for start in starts(context)]
 
 
 class PositionLoss(nn.Module):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -22,6 +24,14 @@ from lkda.training.step_mean import StepMean
 # {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets ask: their flat places, asked [N],
 # and the number of the batch's part.
 Batch = Mapping[str, Any]
+
+
+class Loader(Protocol):
+    """Batches, one after another, and their number."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -46,7 +56,8 @@ class LanguageModelTask(L.LightningModule):
     Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and
     train/grad_norm, of the step's gradient before clipping; val/loss, the mean over every validation target (not over
     batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
-    the tokens are text. Where the validation has parts: what `PartMetrics` computes.
+    the tokens are text. Where the validation has parts: what `PartMetrics` computes. After the last step of a run,
+    where there is a test split: the same of it, as test/loss and so on.
 
     Args:
         model_config: what `build_model` takes: plain names and numbers.
@@ -56,6 +67,7 @@ class LanguageModelTask(L.LightningModule):
         context: tokens of a sequence, at most.
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
         parts: of the validation; see `lkda.training.accuracy`.
+        test_batches, test_bytes_per_token: of the test split; None where there is none.
         compile: whether `torch.compile` takes the model and its loss.
 
     Attributes:
@@ -74,6 +86,8 @@ class LanguageModelTask(L.LightningModule):
         context: int,
         bytes_per_token: float | None,
         parts: Sequence[Mapping[str, int]] = (),
+        test_batches: Loader | None = None,
+        test_bytes_per_token: float | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -82,6 +96,7 @@ class LanguageModelTask(L.LightningModule):
         self.scheduler_config = dict(scheduler)
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
+        self.test_batches, self.test_bytes_per_token = test_batches, test_bytes_per_token
         self.register_buffer("clipped_steps", torch.zeros((), dtype=torch.long), persistent=False)
         self.step_mean = StepMean()
         self.val_mean = MeanMetric()
@@ -103,7 +118,8 @@ class LanguageModelTask(L.LightningModule):
 
     def _with_bits(self, name: str, loss: Tensor) -> dict[str, Tensor]:
         """The loss in nats a token, and in bits a byte, which compares across tokenizers, where the tokens are text."""
-        bits = {} if self.bytes_per_token is None else {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token)}
+        size = self.test_bytes_per_token if name == "test" else self.bytes_per_token
+        bits = {} if size is None else {"bits_per_byte": loss / (math.log(2) * size)}
         return {f"{name}/{key}": value for key, value in {"loss": loss, **bits}.items()}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -142,10 +158,26 @@ class LanguageModelTask(L.LightningModule):
         if self.val_parts is not None:
             self.log_dict(self.val_parts.compute(), logger=False)
             return
+        self.log_dict(self._measured("val"), logger=False)
+        last = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.global_step >= self.total_steps
+        if last and self.test_batches is not None:
+            self._measure_test(self.test_batches)
+            self.log_dict(self._measured("test"), logger=False)
+
+    def _measured(self, split: str) -> dict[str, Tensor]:
+        """Of what `validation_step` took in since the last call, by column of metrics.csv."""
         loss = self.val_mean.compute()
         self.val_mean.reset()
-        by_position = self.val_positions.compute()
-        self.log_dict(self._with_bits("val", loss) | by_position, logger=False)
+        by_position = {name.replace("val/", f"{split}/"): own for name, own in self.val_positions.compute().items()}
+        return self._with_bits(split, loss) | by_position
+
+    def _measure_test(self, batches: Loader) -> None:
+        """Take in the test split as a validation does: as many batches, in the same precision."""
+        trainer, limit = self.trainer, self.trainer.limit_val_batches
+        count = max(1, int(limit * len(batches))) if isinstance(limit, float) else limit
+        for number, batch in enumerate(islice(batches, count)):
+            with trainer.precision_plugin.val_step_context():
+                self.validation_step(trainer.strategy.batch_to_device(batch), number)
 
     def configure_gradient_clipping(
         self,

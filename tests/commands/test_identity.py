@@ -58,7 +58,7 @@ def test_checkpoint_and_summary_have_the_fingerprint(finished: Path) -> None:
     summary = json.loads((finished / "run" / "summary.json").read_text())
     checkpoint = torch.load(finished / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert summary["fingerprint"] == checkpoint["lkda"]["run"]["fingerprint"]
-    assert set(summary["fingerprint"]) == {"train", "validation", "tokenizer"}
+    assert set(summary["fingerprint"]) == {"train", "validation", "test", "tokenizer"}
     assert all(len(digest) == 64 for digest in summary["fingerprint"].values())
 
 
@@ -68,7 +68,7 @@ def test_other_text_does_not_resume(home: Path, monkeypatch: pytest.MonkeyPatch)
     # Before time is spent on it: the tokenizer is not trained.
     monkeypatch.setattr("lkda.data.text.tokenize.train_tokenizer", lambda *_: pytest.fail("trained a tokenizer"))
     with pytest.raises(
-        ValueError, match=r"cannot resume: the training data and the validation data \(.*texts\) are not"
+        ValueError, match=r"resume: the training data, the validation data and the test data \(.*texts\) are not"
     ):
         run(home / "run", home / "texts", *LONGER, "resume=true")
     assert files(home / "run") == before
@@ -150,10 +150,12 @@ def test_evaluating_other_data_says_so(home: Path, tmp_path: Path, capsys: pytes
     change(home / "texts")
     evaluate(composed("evaluate", *words, f"out={tmp_path}/new/folder/other.json"))
     printed = capsys.readouterr().out
-    assert printed.startswith("note: the training data and the validation data of files are not those of the run")
+    assert printed.startswith(
+        "note: the training data, the validation data and the test data of files are not those of the run"
+    )
     same, other = (json.loads((tmp_path / name).read_text()) for name in ("same.json", "new/folder/other.json"))
     assert same["differs_from_the_run"] == []
-    assert other["differs_from_the_run"] == ["the training data", "the validation data"]
+    assert other["differs_from_the_run"] == ["the training data", "the validation data", "the test data"]
     assert same["fingerprint"] == same["run"]["fingerprint"] != other["fingerprint"]
     assert (same["precision"], same["backend"], same["device"]) == ("float32", {"kda": "chunk"}, "cpu")
 

@@ -21,6 +21,7 @@ from lkda.commands.overrides import override
 from lkda.commands.text import encode_prompt, text_pieces
 from lkda.commands.train import train
 from lkda.data.text.cache import publish
+from lkda.data.text.documents import Splits
 from lkda.data.text.tokenize import tokenise
 from lkda.data.text.tokenizer import END_OF_TEXT
 from lkda.special_tokens import document_ends
@@ -101,6 +102,20 @@ def test_an_exported_directory_names_no_code(run: Path, data: dict[str, Any], tm
         evaluate(composed("evaluate", f"ckpt={tmp_path}/one", "accelerator=cpu"))
 
 
+def test_the_test_split_is_measured_as_at_the_end_of_the_run(run: Path, tmp_path: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    words = (f"ckpt={run}", "accelerator=cpu", f"out={tmp_path}/out.json")
+    found = evaluate(composed("evaluate", *words, "split=test"))
+    assert found["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(summary["test/bits_per_byte"], rel=1e-6)
+    assert found["unigram_entropy"] == summary["test_unigram_entropy"]
+    assert json.loads((tmp_path / "out.json").read_text())["split"] == "test"
+    assert found["loss"] != evaluate(composed("evaluate", *words))["loss"]
+    assert json.loads((tmp_path / "out.json").read_text())["split"] == "validation"
+    with pytest.raises(ValueError, match="split must be validation or test, got 'train'"):
+        evaluate(composed("evaluate", f"ckpt={run}", "split=train"))
+
+
 def test_evaluating_other_text_uses_the_models_tokenizer(run: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     data = ["data=files", f"data.paths=[{tmp_path}/other.txt]", "data.context=32", "data.batch_size=2"]
@@ -113,7 +128,7 @@ def prepared(directory: Path, text: str) -> list[str]:
     """Overrides for data that were tokenised once, as by scripts/prepare_data.py."""
     (built := directory.with_name("built")).mkdir()
     with Progress(disable=True) as progress:
-        facts = tokenise([text * 40], [text * 8], built, given=None, vocab_size=300, progress=progress)
+        facts = tokenise(Splits([text * 40], [text * 8]), built, given=None, vocab_size=300, progress=progress)
     publish(built, directory, facts)
     return ["data=prose", f"data.directory={directory}", "data.context=32", "data.batch_size=2"]
 

@@ -24,6 +24,8 @@ from lkda.report.read.runs import read_run
 from tests.commands.small import ROOT, composed, small_run
 
 OLD, NEW = "lkda.data.text.TextDataModule", "lkda.data.text.datamodule.TextDataModule"
+# What a checkpoint of mqar_kimi at 64 tokens held before its queries followed one another.
+OF_MQAR_KIMI = "9df60cb018c10b95e566988185338e105a6b5f9bf6b297510ee40d0531b87eba"
 SHORT = ("trainer.max_steps=2",)
 
 
@@ -59,6 +61,13 @@ def test_what_holds_no_old_name_is_as_it_was() -> None:
     before = {"data": {"_target_": OLD}}
     assert translated(before) == {"data": {"_target_": NEW}}
     assert before == {"data": {"_target_": OLD}}
+
+
+def test_an_old_run_of_mqar_kimi_has_the_layout_it_had() -> None:
+    data = {"_target_": "lkda.data.synthetic.mqar_kimi.KimiMQAR", "context": 64}
+    before = get_class(translated({"data": data})["data"]["_target_"])(context=64)
+    before.prepare()
+    assert (before.source, before.fingerprint["train"]) == ("mqar_answered", OF_MQAR_KIMI)
 
 
 def test_an_old_run_is_evaluated_on_its_data(run: Path, old_run: Path) -> None:
@@ -110,6 +119,8 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(earlier: Path) -> None:
     config = OmegaConf.load(earlier / "config.yaml")
     assert config.model.embed_norm is False
     assert config.optimizer.lr_scale.embedding == 1.0
+    assert config.data.test_from_year is None  # it has been trained on what would test
+    assert "test/loss" not in summary
     model = load_trained(earlier).model
     assert model.embed_norm is None
     # Two steps of a run that had begun so are no break: the loss stays where it was.
@@ -137,5 +148,9 @@ def test_it_is_evaluated_and_exported(earlier: Path, tmp_path: Path) -> None:
     loss = pytest.approx(json.loads((earlier / "summary.json").read_text())["val/loss"], abs=1e-5)
     limit = ("max_batches=2", "accelerator=cpu")  # as debug=fast validates
     assert evaluate(composed("evaluate", f"ckpt={earlier}", *limit))["loss"] == loss
+    with pytest.raises(
+        ValueError, match=r"sotu has no test split: data\.test_from_year is null\. Leave split=test out"
+    ):
+        evaluate(composed("evaluate", f"ckpt={earlier}", "split=test", *limit))
     out = export(composed("export", f"ckpt={earlier}", f"out={tmp_path}/out", "format=hf"))
     assert evaluate(composed("evaluate", f"ckpt={out}", *limit))["loss"] == loss

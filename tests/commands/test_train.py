@@ -21,6 +21,7 @@ SUMMARY = {
     "params_non_embedding", "state_bytes", "flops_per_token", "mixer", "model", "data", "context", "backend", "device",
     "precision", "state_dtype", "clipped_share", "seed", "fingerprint", "steps", "seconds", "learning_rate",
     "git_commit", "versions",
+    "test/loss", "test/perplexity", "test/bits_per_byte", "test_unigram_entropy", "test_tokens",
 }  # fmt: skip
 
 
@@ -48,6 +49,7 @@ def test_the_summary_says_what_was_measured(run: Path) -> None:
     assert summary["status"] == "finished"
     assert summary["steps"] == 7
     assert summary["tokens"] == 7 * 2 * 32
+    assert summary["test/perplexity"] == pytest.approx(math.exp(summary["test/loss"]))
     assert summary["val/perplexity"] == pytest.approx(math.exp(summary["val/loss"]))
     assert summary["params"] - summary["params_non_embedding"] == 300 * 32
     assert summary["tokens_per_s"] > 0
@@ -59,7 +61,9 @@ def test_the_summary_says_what_was_measured(run: Path) -> None:
 def test_metrics_have_every_step_and_validation(run: Path) -> None:
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == (*COLUMNS, *columns(context=32))
+    of_test = ("test/loss", "test/bits_per_byte", *columns(context=32, split="test"))
+    assert tuple(rows[0]) == (*COLUMNS, *columns(context=32), *of_test)
+    assert [bool(row[name]) for row in rows for name in of_test] == [row is rows[-1] for row in rows for _ in of_test]
     trained = [row for row in rows if row["train/loss"]]
     validated = [row for row in rows if row["val/loss"]]
     assert [int(row["step"]) for row in trained] == list(range(1, 8))

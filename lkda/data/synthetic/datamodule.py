@@ -36,8 +36,13 @@ class SyntheticDataModule(IndexedDataModule):
         seed: of the training examples and their order; the validation examples are the same for every seed.
         fresh: draw new examples every epoch; else each epoch has the first one's batches, in another order.
         num_workers, pin_memory: see `IndexedDataModule`.
+
+    Attributes:
+        fingerprint_name: of a task that has another name than when it was first trained on; else None.
     Raises: ValueError for a part that cannot be drawn, or a count out of its range.
     """
+
+    fingerprint_name: str | None = None
 
     def __init__(
         self,
@@ -104,7 +109,7 @@ class SyntheticDataModule(IndexedDataModule):
         """
         drawn = [self.draw(_SHOWN, np.random.default_rng(0), **_shape(part)) for part in parts]
         arrays = of_arrays(*(array for example in drawn for array in example))
-        return of_texts([json.dumps([self.source, self.vocab_size, *told]), arrays])
+        return of_texts([json.dumps([self.fingerprint_name or self.source, self.vocab_size, *told]), arrays])
 
     @property
     def tokens_per_batch(self) -> int:

@@ -15,17 +15,18 @@ from lkda.data.synthetic.sampling import distinct
 SEPARATOR = 0
 
 
-class KimiMQAR(LengthTask):
-    """Pairs of a key and a value, a separator, then each key once in a random order, followed by its value.
+class ConsecutiveMQAR(LengthTask):
+    """Pairs of a key and a value, a separator, then each key once in a random order, where its value is asked.
 
-        tokens   k1 v1 k2 v2 | k2 v2 k1        targets  -  -  -  - - v2  - v1        (length 4 pairs)
+        tokens   k1 v1 k2 v2 | k2 k1        targets  -  -  -  - - v2 v1        (length 3 pairs + 1)
 
-    A quarter of the length is pairs, and no token is noise. Keys are different ones of the lower half of the vocabulary
+    The queries follow one another, no answer is written, and no token is noise. A third of the length is pairs; where
+    that leaves one token or two, the separator is repeated. Keys are different ones of the lower half of the vocabulary
     without 0, values any of the upper half.
 
     Args:
         vocab_size: keys and values.
-        context, val_lengths: multiples of 4. The rest: see `LengthTask`.
+        context, val_lengths: at least 4. The rest: see `LengthTask`.
     """
 
     def __init__(
@@ -53,25 +54,27 @@ class KimiMQAR(LengthTask):
         )
 
     def check(self, *, length: int) -> None:
-        if length % 4:
+        if length < 4:
+            raise InputError(f"a pair, a separator and a query take 4 tokens; got a length of {length}.")
+        pairs = _pairs(length)
+        if pairs > self.keys_below - 1:
             raise InputError(
-                f"pairs, once written and once asked, fill multiples of 4 tokens; got a length of {length}."
-            )
-        if length // 4 > self.keys_below - 1:
-            raise InputError(
-                f"{length // 4} different keys do not fit into [1, {self.keys_below}): set data.vocab_size to "
-                f"{length // 2 + 2} or more."
+                f"{pairs} different keys do not fit into [1, {self.keys_below}): set data.vocab_size to "
+                f"{2 * (pairs + 1)} or more."
             )
 
     def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
-        pairs = length // 4
+        pairs = _pairs(length)
         keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
         values = rng.integers(self.keys_below, self.vocab_size, (count, pairs))
         order = np.argsort(rng.random((count, pairs)), axis=1)
-        asked, answers = np.take_along_axis(keys, order, axis=1), np.take_along_axis(values, order, axis=1)
-        tokens = np.full((count, length + 1), SEPARATOR)
+        tokens = np.full((count, length), SEPARATOR)
         tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
-        tokens[:, 2 * pairs + 1 :: 2], tokens[:, 2 * pairs + 2 :: 2] = asked, answers
+        tokens[:, -pairs:] = np.take_along_axis(keys, order, axis=1)
         targets = np.full((count, length), IGNORED)
-        targets[:, 2 * pairs + 1 :: 2] = answers
-        return tokens[:, :-1], targets
+        targets[:, -pairs:] = np.take_along_axis(values, order, axis=1)
+        return tokens, targets
+
+
+def _pairs(length: int) -> int:
+    return (length - 1) // 3

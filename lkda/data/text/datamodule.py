@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from lkda.checks import InputError
-from lkda.data.datamodule import IndexedDataModule
+from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.data.fingerprint import check_same
 from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
 from lkda.data.text.cache import default_cache_dir, expanded
 from lkda.data.text.files import file_sources, sotu_sources
-from lkda.data.text.tokenize import Corpus, Prepared, load_prepared, prepare_corpus
+from lkda.data.text.tokenize import Corpus, Prepared, load_prepared, prepare_corpus, unigram_entropy, without_test
 from lkda.data.text.tokenizer import check_vocab_size, vocabulary_rows
 
 
@@ -19,8 +21,8 @@ class TextDataModule(IndexedDataModule):
     """Text -> packed batches {tokens, targets, cu_seqlens}; see `lkda.data.packing`.
 
     Args:
-        source: "sotu" (249 State of the Union addresses, the latest years validate), "files", or "prose" (what
-            scripts/prepare_data.py has made).
+        source: "sotu" (249 State of the Union addresses, those since 2012 validate), "files", or "prose" (what
+            scripts/prepare_data.py has made, with its own validation and test split).
         context: tokens a sequence.
         batch_size: sequences a batch and device.
         vocab_size: of the byte-level BPE that is trained on the training text; "prose" has its own.
@@ -28,16 +30,21 @@ class TextDataModule(IndexedDataModule):
         paths: files, directories or globs of "files": .txt and .md (a document each), .jsonl, .json, .parquet.
         val_paths: likewise, for validation; where empty, files whose name has a year from `val_from_year` on, if given,
             else `val_fraction` of the documents.
+        test_paths: likewise, for the test split; where empty, files whose name has a year from `test_from_year` on, if
+            given (up to `val_from_year`, where that is later), else `test_fraction` of the documents; 0: no test split.
+        test_from_year: of "files" and "sotu".
         text_column: of jsonl and parquet.
         tokenizer_path: a tokenizer.json to use instead of training one.
         cache_dir: where None, LKDA_CACHE, or ~/.cache/lkda.
         directory: of "prose"; where None, `prose` in cache_dir.
-        max_val_batches: validate on so many batches from the beginning; on all where None.
+        max_val_batches: validate, and test, on so many batches from the beginning; on all where None.
         num_workers: processes that assemble training batches; a batch is a slice of a memory map, so few are needed.
         pin_memory: hand batches over in pinned memory; where None, if there is a GPU.
 
+    A test text of fewer than one context and the token after it is no test split.
+
     After `prepare`: tokenizer, vocab_size, unigram_entropy (nats a token, of the validation tokens), bytes_per_token
-    (validation), train_tokens, val_tokens, val_batches.
+    (validation), train_tokens, val_tokens, val_batches, test or no_test.
     """
 
     sources: tuple[str, ...] = ("sotu", "files", "prose")
@@ -54,6 +61,9 @@ class TextDataModule(IndexedDataModule):
         val_paths: Sequence[str] = (),
         val_fraction: float = 0.05,
         val_from_year: int | None = None,
+        test_paths: Sequence[str] = (),
+        test_fraction: float = 0.05,
+        test_from_year: int | None = None,
         text_column: str = "text",
         tokenizer_path: str | None = None,
         cache_dir: str | None = None,
@@ -65,8 +75,12 @@ class TextDataModule(IndexedDataModule):
         super().__init__(num_workers=num_workers, pin_memory=pin_memory)
         if source not in self.sources:
             raise InputError(f"data.source must be one of {', '.join(self.sources)}, got {source!r}.")
-        if source != "files" and (paths or val_paths):
-            raise InputError(f"data.paths and data.val_paths belong to data.source=files, not to {source}.")
+        if source != "files" and (paths or val_paths or test_paths):
+            raise InputError(
+                f"data.paths, data.val_paths and data.test_paths belong to data.source=files, not to {source}."
+            )
+        if source not in ("files", "sotu") and test_from_year is not None:
+            raise InputError(f"data.test_from_year belongs to data.source=files and sotu, not to {source}.")
         if source != "prose" and directory:
             raise InputError(f"data.directory belongs to data.source=prose, not to {source}.")
         if source == "prose" and tokenizer_path:
@@ -84,6 +98,7 @@ class TextDataModule(IndexedDataModule):
         self.source, self.context, self.batch_size, self.seed = source, context, batch_size, seed
         self.paths, self.val_paths = paths, val_paths
         self.val_fraction, self.val_from_year, self.text_column = val_fraction, val_from_year, text_column
+        self.test_paths, self.test_fraction, self.test_from_year = test_paths, test_fraction, test_from_year
         self.wanted_vocab_size, self.tokenizer_path = vocab_size, tokenizer_path
         self.cache_dir = expanded(cache_dir) if cache_dir else default_cache_dir()
         self.directory = expanded(directory) if directory else self.cache_dir / "prose"
@@ -108,15 +123,52 @@ class TextDataModule(IndexedDataModule):
                     f"the {name} text has {len(stream)} tokens, fewer than one context of {self.context} and the token "
                     f"after it; give more text, or a data.context of at most {len(stream) - 1}."
                 )
-        starts = prepared.starts("train"), prepared.starts("validation")
-        self._train = Rows(prepared.train, starts=starts[0], context=self.context, partial=False)
-        self._validation = Rows(prepared.validation, starts=starts[1], context=self.context, partial=True)
+        self._train = Rows(prepared.train, starts=prepared.starts("train"), context=self.context, partial=False)
+        self._validation = self._held_out(prepared.validation, prepared.starts("validation"))
+        self.no_test = self._why_no_test(prepared)
+        test = []
+        if self.no_test is None:
+            assert prepared.test is not None
+            test = [self._held_out(prepared.test, prepared.starts("test"))]
         self.train_tokens, self.val_tokens = len(prepared.train), len(prepared.validation)
-        self._cu_seqlens_length = cu_seqlens_length([self._train, self._validation], batch_size=self.batch_size)
+        self._cu_seqlens_length = cu_seqlens_length([self._train, self._validation, *test], batch_size=self.batch_size)
         self.val_batches = len(self.validation_batches())
-        self.unigram_entropy = prepared.unigram_entropy()
+        self.unigram_entropy = unigram_entropy(prepared.validation)
         self.bytes_per_token = prepared.validation_bytes / len(prepared.validation)
+        self.test = self._test_split(prepared, test[0]) if test else None
         self._prepared = True
+
+    def _held_out(self, stream: np.ndarray, starts: np.ndarray) -> Rows:
+        return Rows(stream, starts=starts, context=self.context, partial=True)
+
+    def _why_no_test(self, prepared: Prepared) -> str | None:
+        """Why there is no test split; None where there is one."""
+        if prepared.test is None and self.source == "prose":
+            return without_test(self.directory)
+        if prepared.test is None:
+            return self._without_test()
+        if len(prepared.test) < self.context + 1:
+            return (
+                f"its text has {len(prepared.test)} tokens, fewer than one context of {self.context} and the token "
+                "after it"
+            )
+        return None
+
+    def _without_test(self) -> str:
+        """Why the corpus holds no test documents, in words."""
+        if self.source == "sotu":
+            return "data.test_from_year is null"
+        return "data.test_fraction is 0" if self.test_fraction == 0 else "the documents are too few to hold one out"
+
+    def _test_split(self, prepared: Prepared, rows: Rows) -> TestSplit:
+        assert prepared.test is not None
+        assert prepared.test_bytes is not None
+        return TestSplit(
+            self._measured_batches(rows),
+            tokens=len(prepared.test),
+            bytes_per_token=prepared.test_bytes / len(prepared.test),
+            unigram_entropy=unigram_entropy(prepared.test),
+        )
 
     def _read(self) -> Prepared:
         if self.source == "prose":
@@ -131,12 +183,15 @@ class TextDataModule(IndexedDataModule):
 
     def _corpus(self) -> Corpus:
         if self.source == "sotu":
-            return sotu_sources()
+            return sotu_sources(test_from_year=self.test_from_year)
         return file_sources(
             self.paths,
             val_paths=self.val_paths,
             val_fraction=self.val_fraction,
             val_from_year=self.val_from_year,
+            test_paths=self.test_paths,
+            test_fraction=self.test_fraction,
+            test_from_year=self.test_from_year,
             text_column=self.text_column,
         )
 
@@ -151,8 +206,11 @@ class TextDataModule(IndexedDataModule):
         )
 
     def validation_batches(self) -> ValidationBatches:
+        return self._measured_batches(self._validation)
+
+    def _measured_batches(self, rows: Rows) -> ValidationBatches:
         return ValidationBatches(
-            self._validation,
+            rows,
             batch_size=self.batch_size,
             cu_seqlens_length=self._cu_seqlens_length,
             limit=self.max_val_batches,

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # Texts that can be iterated again.
 Texts = Collection[str]
 _ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The documents of a corpus, each in one split.
+
+    Attributes:
+        train: what is trained on.
+        validation: what recipes and rates are chosen by.
+        test: what reported figures are of; empty where there is no test split.
+    """
+
+    train: Texts
+    validation: Texts
+    test: Texts = ()
 
 
 class Documents:

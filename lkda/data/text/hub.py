@@ -16,7 +16,7 @@ from rich.progress import Progress, TaskID
 from lkda.checks import InputError
 from lkda.data.text.cache import expanded
 from lkda.data.text.datamodule import TextDataModule
-from lkda.data.text.documents import Documents, Texts
+from lkda.data.text.documents import Documents, Splits
 from lkda.data.text.files import kind_of_value, text_column_of
 
 HUB_SECONDS = 10  # until the hub counts as out of reach
@@ -38,6 +38,7 @@ class HubCorpus:
         revision: a branch, tag or commit; "" for the newest, or for a local directory.
         split, val_split: of the data set; where val_split is None, every so many of `split` validate, val_fraction of
             all.
+        test_split: likewise, of what does not validate; where None, test_fraction of that; 0: no test split.
         text_column: what holds the text.
         max_documents: of each split, the first so many; all where None.
         streaming: fetch no more than that. Documents are written down as they come and read from there.
@@ -53,10 +54,14 @@ class HubCorpus:
     text_column: str
     max_documents: int | None
     streaming: bool
+    test_split: str | None = None
+    test_fraction: float = 0.0
 
     def fingerprint(self) -> str:
         """Of the revision's commit, not of the documents: they need not be fetched to be found in the cache."""
         words = {name: value for name, value in asdict(self).items() if name != "streaming"}
+        if self.test_split is None and not self.test_fraction:  # so that a cache of an earlier version is found
+            del words["test_split"], words["test_fraction"]
         digest = hashlib.sha256(repr(sorted(words.items())).encode())
         folder = Path(self.name)
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
@@ -66,19 +71,22 @@ class HubCorpus:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def documents(self, scratch: Path, progress: Progress) -> tuple[Texts, Texts]:
+    def documents(self, scratch: Path, progress: Progress) -> Splits:
         """Raises: ValueError for a split or column that is not there, or no documents in it."""
         train = self._split(self.split, scratch / "train", progress)
         if self.val_split is not None:
-            return train, self._split(self.val_split, scratch / "validation", progress)
-        every = max(2, round(1 / self.val_fraction))
-        held_out = range(every // 2, len(train), every)
-        if not held_out:
-            raise InputError(
-                f"{len(train)} documents are too few to hold {self.val_fraction} out; give data.val_split."
-            )
-        kept = set(range(len(train))) - set(held_out)
-        return train.some(sorted(kept)), train.some(held_out)
+            validation = self._split(self.val_split, scratch / "validation", progress)
+        else:
+            count = len(train)
+            train, validation = _every_so_many(train, self.val_fraction)
+            if not validation:
+                raise InputError(f"{count} documents are too few to hold {self.val_fraction} out; give data.val_split.")
+        if self.test_split is not None:
+            return Splits(train, validation, self._split(self.test_split, scratch / "test", progress))
+        if not self.test_fraction:
+            return Splits(train, validation)
+        train, test = _every_so_many(train, self.test_fraction)
+        return Splits(train, validation, test)
 
     def _split(self, split: str, scratch: Path, progress: Progress) -> Documents:
         import datasets
@@ -106,6 +114,14 @@ class HubCorpus:
         if not documents:
             raise InputError(f"split {split!r} of {self.name} holds no text in column {self.text_column!r}.")
         return documents
+
+
+def _every_so_many(documents: Documents, fraction: float) -> tuple[Documents, Documents]:
+    """Those that stay, and those held out: one of every 1 / fraction, the first of them in the middle."""
+    every = max(2, round(1 / fraction))
+    held_out = range(every // 2, len(documents), every)
+    kept = set(range(len(documents))) - set(held_out)
+    return documents.some(sorted(kept)), documents.some(held_out)
 
 
 def _counted(rows: Iterable[Any], doing: str, task: TaskID, progress: Progress) -> Iterator[Any]:
@@ -140,7 +156,8 @@ class HubDataModule(TextDataModule):
     Args:
         name: on the hub ("roneneldan/TinyStories"), or a local directory that `datasets` can load.
         data_files: paths or globs within the data set: one, a list, or of each split, as in {"train": "a/*.parquet"}.
-        subset, revision, split, val_split, val_fraction, text_column, max_documents, streaming: see `HubCorpus`.
+        subset, revision, split, val_split, val_fraction, test_split, test_fraction, text_column, max_documents,
+            streaming: see `HubCorpus`.
         context, batch_size, vocab_size, seed, tokenizer_path, cache_dir, max_val_batches, num_workers, pin_memory: see
             `TextDataModule`.
     """
@@ -159,6 +176,8 @@ class HubDataModule(TextDataModule):
         split: str = "train",
         val_split: str | None = None,
         val_fraction: float = 0.01,
+        test_split: str | None = None,
+        test_fraction: float = 0.01,
         text_column: str = "text",
         max_documents: int | None = None,
         streaming: bool = False,
@@ -177,6 +196,7 @@ class HubDataModule(TextDataModule):
             vocab_size=vocab_size,
             seed=seed,
             val_fraction=val_fraction,
+            test_fraction=test_fraction,
             text_column=text_column,
             tokenizer_path=tokenizer_path,
             cache_dir=cache_dir,
@@ -186,6 +206,15 @@ class HubDataModule(TextDataModule):
         )
         if val_split is None and not 0 < val_fraction <= 0.5:
             raise InputError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
+        if test_split is None and not 0 <= test_fraction <= 0.5:
+            raise InputError(
+                f"data.test_fraction must be 0 (no test split) or more, and at most 0.5; got {test_fraction}."
+            )
+        same = [name for name, other in (("split", split), ("val_split", val_split)) if other == test_split]
+        if test_split is not None and same:
+            raise InputError(
+                f"data.test_split={test_split} is data.{same[0]} too: what tests must neither train nor validate."
+            )
         if max_documents is not None and (type(max_documents) is not int or max_documents < 2):
             raise InputError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
         home = expanded(name)
@@ -195,6 +224,7 @@ class HubDataModule(TextDataModule):
             raise InputError(f"data.revision is of data sets on the hub, and data.name={name} is a directory.")
         self.source = str(home) if home.is_dir() else name
         self.subset, self.revision, self.split, self.val_split = subset, revision, split, val_split
+        self.test_split = test_split
         self.max_documents, self.streaming = max_documents, streaming
         self.data_files = None if data_files is None else files_of(data_files)
 
@@ -207,6 +237,8 @@ class HubDataModule(TextDataModule):
             split=self.split,
             val_split=self.val_split,
             val_fraction=self.val_fraction,
+            test_split=self.test_split,
+            test_fraction=self.test_fraction,
             text_column=self.text_column,
             max_documents=self.max_documents,
             streaming=self.streaming,

@@ -10,16 +10,16 @@ import torch
 from torch.utils.data import Dataset
 
 from lkda.checks import InputError, check_count
-from lkda.data.datamodule import IndexedDataModule
+from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.data.packing import IGNORED
 from lkda.data.text.cache import default_cache_dir, expanded
-from lkda.data.text.tokenize import load_prepared
+from lkda.data.text.tokenize import load_prepared, without_test
 from lkda.data.text.tokenizer import vocabulary_rows
 
 
 class Needle(IndexedDataModule):
-    """For measuring alone: validation text of each length, a passage of it hidden at each depth, and at the end the
-    passage once more, of which all but the first `cue` tokens are asked.
+    """For measuring alone: validation text (of the test split: test text) of each length, a passage of it hidden at
+    each depth, and at the end the passage once more, of which all but the first `cue` tokens are asked.
 
     A part is {"length", "depth", "needles"}; of each length there is one with needles = 0, where the passage was never
     hidden: what is guessed without it. Batches are one sequence each, the same for every model and seed.
@@ -69,12 +69,19 @@ class Needle(IndexedDataModule):
     def prepare(self) -> None:
         """Raises: ValueError where there is no prepared text, or less of it than the longest sequence wants."""
         prepared = load_prepared(self.directory)
-        self.stream, self.tokenizer = prepared.validation, prepared.tokenizer
+        self.tokenizer, self._validation = prepared.tokenizer, prepared.validation
         self.fingerprint = prepared.fingerprint
         self.vocab_size = vocabulary_rows(prepared.tokenizer)
-        if len(self.stream) < 2 * self.context:
-            there = f"{self.directory} validates on {len(self.stream)} tokens"
+        least = 2 * self.context
+        if len(prepared.validation) < least:
+            there = f"{self.directory} validates on {len(prepared.validation)} tokens"
             raise InputError(f"{there}; sequences of {self.context} want twice as many: shorten data.lengths.")
+        if prepared.test is None:
+            self.no_test = without_test(self.directory)
+        elif len(prepared.test) < least:
+            self.no_test = f"its text has {len(prepared.test)} tokens; sequences of {self.context} want twice as many"
+        else:
+            self.test = TestSplit(_Sequences(self, prepared.test), tokens=len(prepared.test))
 
     @property
     def tokens_per_batch(self) -> int:
@@ -83,19 +90,19 @@ class Needle(IndexedDataModule):
         )
 
     def validation_batches(self) -> Dataset[Any]:
-        return _Sequences(self)
+        return _Sequences(self, self._validation)
 
-    def sequence(self, part: Mapping[str, int], number: int) -> np.ndarray:
-        """The tokens of an example, and the one after the last."""
+    def sequence(self, stream: np.ndarray, part: Mapping[str, int], number: int) -> np.ndarray:
+        """The tokens of an example that is made of `stream`, and the one after the last."""
         length, depth, needles = part["length"], part["depth"], part["needles"]
         draw = np.random.default_rng((length, number))  # the same text and passage at every depth
         passage = self.cue + self.answer
         text = length + 1 - passage * (1 + needles)
-        begin = int(draw.integers(len(self.stream) - text - passage))
+        begin = int(draw.integers(len(stream) - text - passage))
         # Of what lies outside of the text, wherever that is.
-        where = int(draw.integers(len(self.stream) - text - 2 * passage))
+        where = int(draw.integers(len(stream) - text - 2 * passage))
         where += (text + passage) * (where > begin - passage)
-        tokens, needle = self.stream[begin : begin + text], self.stream[where : where + passage]
+        tokens, needle = stream[begin : begin + text], stream[where : where + passage]
         at = text * depth // 100
         return np.concatenate([tokens[:at], *[needle] * needles, tokens[at:], needle]).astype(np.int64)
 
@@ -103,15 +110,15 @@ class Needle(IndexedDataModule):
 class _Sequences(Dataset[Any]):
     """Part by part, examples of each."""
 
-    def __init__(self, data: Needle) -> None:
-        self.data = data
+    def __init__(self, data: Needle, stream: np.ndarray) -> None:
+        self.data, self.stream = data, stream
 
     def __len__(self) -> int:
         return self.data.val_batches
 
     def __getitem__(self, batch: int) -> dict[str, Any]:
         part, number = divmod(batch, self.data.examples)
-        tokens = torch.from_numpy(self.data.sequence(self.data.parts[part], number))
+        tokens = torch.from_numpy(self.data.sequence(self.stream, self.data.parts[part], number))
         targets = torch.full_like(tokens[1:], IGNORED)
         targets[-self.data.answer :] = tokens[-self.data.answer :]
         asked = torch.arange(len(targets) - self.data.answer, len(targets))

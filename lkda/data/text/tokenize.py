@@ -20,7 +20,7 @@ from lkda.checks import InputError
 from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_texts, of_tokenizer
 from lkda.data.progress import patient_progress
 from lkda.data.text.cache import building, facts_of, publish
-from lkda.data.text.documents import Texts
+from lkda.data.text.documents import Splits, Texts
 from lkda.data.text.token_file import writing_stream
 from lkda.data.text.tokenizer import (
     document_start,
@@ -49,6 +49,7 @@ class Prepared:
         directory: what they are read from.
         train, validation: uint16 or uint32, memory-mapped.
         validation_bytes: UTF-8 bytes of the validation text.
+        test, test_bytes: likewise; None where there is no test split.
         fingerprint: of the documents and of the tokenizer; of a corpus that was tokenised into a directory of its own
             (data=prose), of the token streams.
     """
@@ -59,19 +60,22 @@ class Prepared:
     validation: np.ndarray
     validation_bytes: int
     fingerprint: Fingerprint
+    test: np.ndarray | None = None
+    test_bytes: int | None = None
 
     def starts(self, name: str) -> np.ndarray:
-        """Where documents begin in the stream `name`, "train" or "validation"."""
+        """Where documents begin in the stream `name`, "train", "validation" or "test"."""
         start = document_start(self.tokenizer)
         if start is None:
             return np.load(_starts_file(self.directory / f"{name}.npy"))
-        return np.flatnonzero((self.train if name == "train" else self.validation) == start)
+        return np.flatnonzero({"train": self.train, "validation": self.validation, "test": self.test}[name] == start)
 
-    def unigram_entropy(self) -> float:
-        """Of the validation tokens, in nats a token: the loss of the best model that ignores the context."""
-        share = np.bincount(self.validation) / len(self.validation)
-        share = share[share > 0]
-        return float(-(share * np.log(share)).sum())
+
+def unigram_entropy(stream: np.ndarray) -> float:
+    """Of tokens, in nats a token: the loss of the best model that ignores the context."""
+    share = np.bincount(stream) / len(stream)
+    share = share[share > 0]
+    return float(-(share * np.log(share)).sum())
 
 
 class Corpus(Protocol):
@@ -84,8 +88,8 @@ class Corpus(Protocol):
     def fingerprint(self) -> str:
         """Changes with any of its documents, and with how they are split."""
 
-    def documents(self, scratch: Path, progress: Progress) -> tuple[Texts, Texts]:
-        """Training and validation documents; `scratch`, an empty directory, stays while they are read."""
+    def documents(self, scratch: Path, progress: Progress) -> Splits:
+        """Its documents; `scratch`, an empty directory, stays while they are read."""
 
 
 def prepare_corpus(
@@ -130,25 +134,27 @@ def _build(
 ) -> dict[str, Any]:
     """Fill `directory`; `arrow` is for what `datasets` keeps meanwhile. Returns the facts to keep beside the files."""
     with patient_progress() as progress:
-        train, validation = sources.documents(arrow, progress)
-        digests = {"train": of_texts(train), "validation": of_texts(validation)}
+        splits = sources.documents(arrow, progress)
+        digests = {"train": of_texts(splits.train), "validation": of_texts(splits.validation)}
+        if splits.test:
+            digests["test"] = of_texts(splits.test)
         check_same(expected, digests, source=sources.name)
-        facts = tokenise(train, validation, directory, given=given, vocab_size=vocab_size, progress=progress)
+        facts = tokenise(splits, directory, given=given, vocab_size=vocab_size, progress=progress)
     return {**facts, "sha256": digests}
 
 
 def tokenise(
-    train: Texts,
-    validation: Texts,
+    splits: Splits,
     directory: Path,
     *,
     given: Tokenizer | None,
     vocab_size: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """Fill `directory` with tokenizer.json, train.npy and validation.npy. Returns the facts to publish with them.
+    """Fill `directory` with tokenizer.json, train.npy, validation.npy and, where there is a test split, test.npy.
+    Returns the facts to publish with them.
 
-    Where no token begins a document, train_starts.npy and validation_starts.npy hold the places where one does.
+    Where no token begins a document, train_starts.npy and so on hold the places where one does.
 
     The documents are iterated several times, and what is in memory of them and of their tokens is a part at a time.
 
@@ -158,13 +164,19 @@ def tokenise(
     tokenizer = given
     if tokenizer is None:
         training = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=None)
-        tokenizer = train_tokenizer((piece for text in train for piece in _pieces(text, word_splitter())), vocab_size)
+        tokenizer = train_tokenizer(
+            (piece for text in splits.train for piece in _pieces(text, word_splitter())), vocab_size
+        )
         progress.remove_task(training)
     else:
-        _check_alphabet(tokenizer, chain(train, validation))
+        _check_alphabet(tokenizer, chain(splits.train, splits.validation, splits.test))
     (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    _write_stream(directory / "train.npy", tokenizer, train, progress)
-    return {"validation_bytes": _write_stream(directory / "validation.npy", tokenizer, validation, progress)}
+    _write_stream(directory / "train.npy", tokenizer, splits.train, progress)
+    held_out = {"validation": splits.validation} | ({"test": splits.test} if splits.test else {})
+    return {
+        f"{name}_bytes": _write_stream(directory / f"{name}.npy", tokenizer, documents, progress)
+        for name, documents in held_out.items()
+    }
 
 
 def _write_stream(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
@@ -279,8 +291,22 @@ def load_prepared(directory: Path) -> Prepared:
     facts = facts_of(directory)
     if facts is None:
         raise InputError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
-    train, validation = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
+    names = ("train", "validation", *(["test"] if "test_bytes" in facts else []))
+    streams = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
     tokenizer = load_tokenizer(directory / "tokenizer.json")
-    texts = facts.get("sha256") or {"train": of_arrays(train), "validation": of_arrays(validation)}
-    fingerprint = {**texts, "tokenizer": of_tokenizer(tokenizer)}
-    return Prepared(directory, tokenizer, train, validation, facts["validation_bytes"], fingerprint)
+    texts = facts.get("sha256") or {name: of_arrays(stream) for name, stream in streams.items()}
+    return Prepared(
+        directory,
+        tokenizer,
+        streams["train"],
+        streams["validation"],
+        facts["validation_bytes"],
+        {**texts, "tokenizer": of_tokenizer(tokenizer)},
+        streams.get("test"),
+        facts.get("test_bytes"),
+    )
+
+
+def without_test(directory: Path) -> str:
+    """What is said of a mix that was prepared before there was a test split."""
+    return f"{directory} was made before there was one; python scripts/prepare_data.py makes it again"

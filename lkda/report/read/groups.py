@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lkda.old_names import translated
-from lkda.report.read.runs import Run
+from lkda.report.read.runs import Run, reported_split
 
 # Settings that change nothing that is compared. A budget and a device show in the summary.
 NEUTRAL = {
@@ -52,7 +52,8 @@ class Group:
 
 
 def group_runs(runs: Iterable[Run], *, within: Collection[str] = ()) -> list[Group]:
-    """Groups, fewest bits per byte first; where a run is of no text, the smallest loss first.
+    """Groups, fewest bits per byte first (of the split that is reported); where a run is of no text, the smallest
+    loss first.
 
     Args:
         within: further settings, or sections of them, that a group's runs may differ in.
@@ -75,7 +76,8 @@ def group_runs(runs: Iterable[Run], *, within: Collection[str] = ()) -> list[Gro
         label = " · ".join([found["mixer"], *(_show(key, found[key]) for key in shown)])
         groups.append(Group(label, found["mixer"], [run for run, _ in same]))
     texts = all(run.summary.get("val/bits_per_byte") is not None for run, _ in described)
-    return sorted(groups, key=lambda group: group.mean("val/bits_per_byte" if texts else "val/loss"))
+    split = reported_split([run for run, _ in described])
+    return sorted(groups, key=lambda group: group.mean(f"{split}/bits_per_byte" if texts else f"{split}/loss"))
 
 
 def _without(sections: Collection[str], found: Settings) -> Settings:

@@ -62,9 +62,12 @@ def _at(run: Run, step: int) -> Run:
         there = ", ".join(f"{row['step']:.0f}" for row in run.metrics if "val/loss" in row)
         raise InputError(f"no validation at step {step}; there are {there}")
     then = validations[-1]
-    summary = run.summary | {
-        name: value for name, value in then.items() if name.startswith("val/") and name.count("/") == 1
+    kept = {name: value for name, value in run.summary.items() if not name.startswith("test")}
+    summary = kept | {
+        name: value for name, value in then.items() if name.startswith(("val/", "test/")) and name.count("/") == 1
     }
+    if "test/loss" in then:
+        summary["test/perplexity"] = math.exp(then["test/loss"])
     summary |= {"at_step": step, "steps": step, "tokens": int(then["tokens"]), "seconds": then["seconds"]}
     if "parts" in summary:
         summary["parts"] = [part | _of_part(part, then) for part in summary["parts"]]
@@ -158,6 +161,11 @@ def as_record(run: Run) -> dict[str, Any]:
 def from_record(record: dict[str, Any]) -> Run:
     """The run that `as_record` wrote down."""
     return Run(record["name"], record["config"], record["summary"], record["metrics"])
+
+
+def reported_split(runs: Iterable[Run]) -> str:
+    """What figures of these runs are of: "test" where each has measured its test split, else "val"."""
+    return "test" if all(_is_number(run.summary.get("test/loss")) for run in runs) else "val"
 
 
 def tokenizers_differ(runs: Iterable[Run]) -> bool:

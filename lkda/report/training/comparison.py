@@ -16,7 +16,7 @@ from lkda.report.operators import benchmark as bench
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.groups import Group, also_differing, group_runs
-from lkda.report.read.runs import Run, as_record, from_record, read_runs, tokenizers_differ
+from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
 RESULTS = "results.json"
@@ -61,6 +61,14 @@ class Comparison:
         """Sentences on reading the table."""
         devices = sorted({str(run.summary.get("device", "an unnamed device")) for run in self.runs})
         notes = [f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''} on {'; '.join(devices)}."]
+        tested = sum("test/loss" in run.summary for run in self.runs)
+        if tested == len(self.runs):
+            notes.append(
+                "What says test is of the test split, measured once at the end; curves and bits at the same time are "
+                "of validation."
+            )
+        elif tested:
+            notes.append(f"{tested} of the runs have a test split: what does not say test is of validation.")
         steps = sorted({run.summary["at_step"] for run in self.runs if "at_step" in run.summary})
         if steps:
             planned = sorted({run.config["trainer"]["max_steps"] for run in self.runs})
@@ -187,7 +195,9 @@ def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
         ("loss_by_tokens", f"{loss} against tokens"): plots.loss_curves(groups, x="tokens", y=y, bits_per_nat=scale),
         ("loss_by_seconds", f"{loss} against time"): plots.loss_curves(groups, x="seconds", y=y, bits_per_nat=scale),
         ("loss_by_position", "Loss by position in the context"): by_position,
-        ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(groups, y=y),
+        ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(
+            groups, y=y.replace("val/", f"{reported_split(comparison.runs)}/")
+        ),
     }
     if not comparison.alone:
         drawn = {name: picture for name, picture in drawn.items() if name[0] != "loss_by_seconds"}

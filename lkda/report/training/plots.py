@@ -23,6 +23,8 @@ NAMES = {
     "seconds": "training time (s)",
     "val/loss": "loss (nats per token)",
     "val/bits_per_byte": "bits per byte",
+    "test/loss": "loss (nats per token)",
+    "test/bits_per_byte": "bits per byte",
 }
 # Below this many validations a run's course is told by its training loss, and the validations are points beside it.
 ENOUGH = 4
@@ -150,7 +152,7 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: memory(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("state of one sequence at the training context")
-        axes.set_ylabel("validation " + NAMES[y])
+        axes.set_ylabel(("test " if y.startswith("test/") else "validation ") + NAMES[y])
         if any(len(group.runs) > 1 for group in groups):
             axes.set_title("Bars: from the best to the worst seed.", fontsize=9, color=theme.faint, loc="left")
         label_points(axes, labels)

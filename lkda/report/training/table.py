@@ -27,11 +27,14 @@ class Column:
 
 
 COLUMNS = (
+    Column("test loss", "test/loss", "{:.3f}".format, spread=True),
+    Column("test bits/byte", "test/bits_per_byte", "{:.3f}".format, spread=True),
     Column("val loss", "val/loss", "{:.3f}".format, spread=True),
     Column("bits/byte", "val/bits_per_byte", "{:.3f}".format, spread=True),
     Column("bits/byte, same time", "bits_at_same_time", "{:.3f}".format, spread=True),
     Column("accuracy", "val/accuracy", "{:.1%}".format, spread=True),
     Column("whole sequences", "val/sequence_accuracy", "{:.1%}".format, spread=True),
+    Column("test perplexity", "test/perplexity", "{:.1f}".format),
     Column("perplexity", "val/perplexity", "{:.1f}".format),
     Column("params", "params", count),
     Column("state", "state_bytes", memory),
@@ -43,7 +46,7 @@ COLUMNS = (
 # Means nothing where runs shared a device.
 OF_TIME = ("tokens_per_s",)
 # Means nothing across tokenizers.
-PER_TOKEN = ("val/loss", "val/perplexity")
+PER_TOKEN = ("val/loss", "val/perplexity", "test/loss", "test/perplexity")
 
 # Validations that make a course.
 ENOUGH = 3
@@ -119,8 +122,11 @@ def _cell(row: Row, column: Column) -> str:
 
 
 def as_cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The headings and the cells as text; a column that no row fills is left out."""
-    columns = [column for column in COLUMNS if any(column.key in row for row in table)]
+    """The headings and the cells as text; a column that no row fills is left out, and one of the validation where every
+    row has the same of the test split."""
+    tested = [key for key in table[0] if key.startswith("test/") and all(key in row for row in table)] if table else []
+    hidden = [key.replace("test/", "val/") for key in tested]
+    columns = [c for c in COLUMNS if c.key not in hidden and any(c.key in row for row in table)]
     several = any(row["seeds"] > 1 for row in table)
     head = ["mixer", *(["seeds"] if several else []), *(column.heading for column in columns)]
     body = [

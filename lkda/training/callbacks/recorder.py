@@ -17,7 +17,8 @@ WARMUP_STEPS = 3
 
 class Recorder(L.Callback):
     """Sends one row to every logger at each `every_n_steps`-th step, at the first and at the last, and one after each
-    validation. Written before the step's checkpoint, so that a resumed run has the rows of the steps it builds on.
+    validation, with the test split's measurements beside the last one's. Written before the step's checkpoint, so that
+    a resumed run has the rows of the steps it builds on.
 
     The clock counts training alone: validation and the writing of checkpoints stop it.
 
@@ -106,7 +107,7 @@ class Recorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._write(trainer, _logged(trainer, "val/"))
+            self._write(trainer, _logged(trainer, "val/") | _logged(trainer, "test/"))
             _complete(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

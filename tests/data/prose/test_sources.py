@@ -54,7 +54,8 @@ def test_packages_become_streams_that_a_data_module_maps(tmp_path, sources):
     texts, module = manifest["sources"]
     assert (texts["documents"], module["documents"]) == (45, 1)
     held_out = text(20)
-    assert texts["validation_bytes"] == len(held_out)
+    assert texts["validation_bytes"] == manifest["validation_bytes"] == len(held_out)
+    assert texts["test_bytes"] == manifest["test_bytes"] == len(text(30))
     assert module["train_bytes"] == len(SENTENCE * 30)
     assert module["licence"] == "MIT"
     assert manifest["overlap"]["train_bytes"] == texts["train_bytes"] + module["train_bytes"]
@@ -65,6 +66,10 @@ def test_packages_become_streams_that_a_data_module_maps(tmp_path, sources):
     assert data._train.stream.dtype == np.uint16
     assert data.tokenizer.decode(data._validation.stream.tolist(), skip_special_tokens=True) == held_out
     assert data.bytes_per_token == pytest.approx(len(held_out) / data.val_tokens)
+    test = [token for batch in data.in_order(data.test.batches) for token in batch["tokens"].flatten().tolist()]
+    assert text(30) in data.tokenizer.decode(test)
+    assert data.test.bytes_per_token == pytest.approx(len(text(30)) / data.test.tokens)
+    assert text(30) not in data.tokenizer.decode(data._train.stream.tolist())
     assert next(iter(data.train_dataloader()))["tokens"].shape == (1, 32)
 
 
@@ -86,8 +91,9 @@ def test_a_package_without_a_licence_is_refused(tmp_path):
 def test_what_validates_is_not_trained_on(tmp_path, sources):
     copies = Source("module", "MIT", "*.py", lambda _: [f"{text(100)}\n\n{text(20)}\n\n{text(101)}"])
     overlap = prepare_prose(tmp_path / "mix", vocab_size=300, sources=[sources[0], copies])["overlap"]
-    assert overlap["before"] > 0.9
-    assert overlap["after"] == 0
+    assert overlap["before"]["validation"] > 0.9
+    assert overlap["before"]["test"] == 0
+    assert overlap["after"] == {"validation": 0, "test": 0}
     assert overlap["dropped_bytes"] == len(text(20)) + 2
     data = TextDataModule(source="prose", directory=str(tmp_path / "mix"), context=16, batch_size=2)
     data.prepare()
@@ -107,6 +113,38 @@ def test_nothing_is_left_of_a_mix_that_fails(tmp_path, sources):
 def test_a_mix_that_is_there_is_not_overwritten(tmp_path, sources):
     (tmp_path / "mix").mkdir()
     with pytest.raises(ValueError, match=r"exists"):
+        prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
+
+
+def without_test(directory: Path) -> None:
+    """Make it a mix of a version that knew no test split."""
+    facts = json.loads((directory / "facts.json").read_text())
+    (directory / "test.npy").unlink()
+    del facts["facts"]["test_bytes"], facts["sizes"]["test.npy"]
+    (directory / "facts.json").write_text(json.dumps(facts))
+
+
+def test_a_mix_of_before_the_test_split_still_trains_and_says_so(tmp_path, sources):
+    prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
+    without_test(tmp_path / "mix")
+    data = TextDataModule(source="prose", directory=str(tmp_path / "mix"), context=16, batch_size=2)
+    data.prepare()
+    assert data.test is None
+    assert (
+        data.no_test == f"{tmp_path}/mix was made before there was one; python scripts/prepare_data.py makes it again"
+    )
+    assert "test" not in data.fingerprint
+
+
+def test_a_mix_of_before_the_test_split_gives_way_and_is_kept(tmp_path, sources):
+    prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
+    without_test(tmp_path / "mix")
+    before = (tmp_path / "mix" / "train.npy").read_bytes()
+    prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
+    assert (tmp_path / "mix" / "test.npy").exists()
+    assert (tmp_path / "mix_without_test" / "train.npy").read_bytes() == before
+    without_test(tmp_path / "mix")
+    with pytest.raises(ValueError, match=r"mix_without_test exists; give another out, or remove it"):
         prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
 
 

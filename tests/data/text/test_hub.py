@@ -64,6 +64,29 @@ def test_the_first_documents_of_which_some_are_held_out(tmp_path, folder, stream
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_some_of_what_does_not_validate_tests(tmp_path, folder, streaming):
+    data = module(
+        tmp_path, folder, max_documents=20, val_fraction=0.25, test_fraction=0.25, streaming=streaming, context=16
+    )
+    data.prepare()
+    found = [n for n in range(20) if n % 10 != 9]
+    rest = [n for n in found if n not in found[2::4]]
+    assert texts(data, data._validation.stream) == [document(n) for n in found[2::4]]
+    assert texts(data, data.test.batches.rows.stream) == [document(n) for n in rest[2::4]]
+    assert texts(data, data._train.stream) == [document(n) for n in rest if n not in rest[2::4]]
+
+
+def test_a_split_of_the_data_set_tests(tmp_path, folder):
+    data = module(tmp_path, folder, val_fraction=0.25, test_split="test", context=16)
+    data.prepare()
+    assert texts(data, data.test.batches.rows.stream) == [document(n) for n in range(100, 104)]
+    with pytest.raises(ValueError, match=r"data\.test_split=test is data\.val_split too"):
+        module(tmp_path, folder, val_split="test", test_split="test")
+    with pytest.raises(ValueError, match=r"data\.test_fraction must be 0 \(no test split\) or more, and at most 0\.5"):
+        module(tmp_path, folder, test_fraction=0.7)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_only_the_files_that_are_named_are_read(tmp_path, folder, streaming):
     (folder / "more").mkdir()
     for name, numbers in (("a", range(200, 210)), ("b", range(210, 220)), ("c", range(300, 302))):

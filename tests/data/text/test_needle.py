@@ -9,6 +9,7 @@ import pytest
 from rich.progress import Progress
 
 from lkda.data.text.cache import publish
+from lkda.data.text.documents import Splits
 from lkda.data.text.needle import Needle
 from lkda.data.text.tokenize import tokenise
 
@@ -20,7 +21,7 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = " ".join(np.random.default_rng(0).choice(words, 4000))
     (built := home / "built").mkdir()
     with Progress(disable=True) as progress:
-        facts = tokenise([text], [text], built, given=None, vocab_size=400, progress=progress)
+        facts = tokenise(Splits([text], [text], [text[::-1]]), built, given=None, vocab_size=400, progress=progress)
     publish(built, home / "prose", facts)
     return home / "prose"
 
@@ -51,10 +52,22 @@ def test_the_passage_stands_where_it_is_said_and_at_the_end(prose):
 def test_depths_hide_the_same_passage_in_the_same_text(prose):
     data = needle(prose)
     data.prepare()
-    early, middle, _, _, _, _, without, _ = (data.sequence(part, 1) for part in data.parts)
+    early, middle, _, _, _, _, without, _ = (data.sequence(data._validation, part, 1) for part in data.parts)
     assert sorted(early) == sorted(middle)
     assert (early[-16:] == middle[-16:]).all()
     assert len(without) == len(early)
+
+
+def test_the_test_split_is_made_of_the_test_text(prose):
+    data = needle(prose)
+    data.prepare()
+    assert data.test is not None
+    batches = list(data.in_order(data.test.batches))
+    assert len(batches) == data.val_batches
+    part = data.parts[batches[4]["part"]]
+    expected = data.sequence(np.load(prose / "test.npy"), part, 1)
+    assert (batches[4]["tokens"][0].numpy() == expected[:-1]).all()
+    assert not (expected == data.sequence(np.load(prose / "validation.npy"), part, 1)).all()
 
 
 @pytest.mark.parametrize(

@@ -200,3 +200,39 @@ def test_bits_per_byte_at_the_time_of_the_fastest_run(tmp_path):
     assert same_time(groups[:1]) is None
     elsewhere = dataclasses.replace(runs[1], summary=runs[1].summary | {"device": "another"})
     assert same_time(group_runs([runs[0], elsewhere])) is None
+
+
+def with_test(loss: float) -> dict[str, float]:
+    return {"test/loss": loss, "test/bits_per_byte": loss / 2.5, "test/perplexity": 2 * loss}
+
+
+def test_figures_are_of_the_test_split_where_every_run_has_one(tmp_path):
+    """Softmax validates worse and tests better."""
+    paths = [
+        write_run(tmp_path / mixer, mixer, **with_test(loss))
+        for mixer, loss in (("kda_mla_3to1", 4.5), ("softmax", 4.25))
+    ]
+    result = compare(paths, tmp_path / "out", title="t")
+    assert [row["mixer"] for row in result.rows] == ["softmax", "kda_mla_3to1"]
+    head, first = ((tmp_path / "out" / "table.md").read_text().splitlines()[n].split(" | ") for n in (0, 2))
+    shown = dict(zip(head, first))
+    assert [shown[name] for name in ("test loss", "test bits/byte", "test perplexity")] == ["4.250", "1.700", "8.5"]
+    assert not {"val loss", "bits/byte", "perplexity"} & set(head)
+    assert any("test is of the test split, measured once at the end; curves" in note for note in result.notes)
+    assert "val/loss" in (tmp_path / "out" / "table.csv").read_text()
+
+
+def test_where_a_run_has_no_test_split_all_are_compared_by_validation(tmp_path):
+    paths = [write_run(tmp_path / "a", "kda_mla_3to1"), write_run(tmp_path / "b", "softmax", **with_test(4.0))]
+    result = compare(paths, tmp_path / "out", title="t")
+    assert [row["mixer"] for row in result.rows] == ["kda_mla_3to1", "softmax"]
+    head = (tmp_path / "out" / "table.md").read_text().splitlines()[0]
+    assert "| test loss |" in head
+    assert "| val loss |" in head
+    assert "1 of the runs have a test split: what does not say test is of validation." in result.notes
+
+
+def test_a_run_that_is_read_at_an_earlier_step_has_no_test_figures(tmp_path):
+    path = write_run(tmp_path / "a", "kda", **with_test(4.0))
+    assert not [name for name in read_run(path, step=200).summary if name.startswith("test")]
+    assert read_run(path).summary["test/loss"] == 4.0

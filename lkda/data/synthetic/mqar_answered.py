@@ -1,0 +1,81 @@
+"""Multi-query associative recall in which each query is followed by its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lkda.checks import InputError
+from lkda.data.packing import IGNORED
+from lkda.data.synthetic.by_length import LengthTask
+from lkda.data.synthetic.datamodule import Examples
+from lkda.data.synthetic.sampling import distinct
+
+SEPARATOR = 0
+
+
+class AnsweredMQAR(LengthTask):
+    """Pairs of a key and a value, a separator, then each key once in a random order, followed by its value.
+
+        tokens   k1 v1 k2 v2 | k2 v2 k1        targets  -  -  -  - - v2  - v1        (length 4 pairs)
+
+    A quarter of the length is pairs, and no token is noise. Keys are different ones of the lower half of the vocabulary
+    without 0, values any of the upper half.
+
+    The answers repeat the pairs, which `mqar_kimi` does not.
+
+    Args:
+        vocab_size: keys and values.
+        context, val_lengths: multiples of 4. The rest: see `LengthTask`.
+    """
+
+    fingerprint_name = "mqar_kimi"  # its name in earlier versions, whose runs can go on
+
+    def __init__(
+        self,
+        *,
+        context: int = 256,
+        val_lengths: Sequence[int] | None = None,
+        val_examples: int = 512,
+        vocab_size: int = 8192,
+        batch_size: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+    ) -> None:
+        self.keys_below = vocab_size // 2
+        super().__init__(
+            context=context,
+            val_lengths=val_lengths,
+            val_examples=val_examples,
+            vocab_size=vocab_size,
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+
+    def check(self, *, length: int) -> None:
+        if length % 4:
+            raise InputError(
+                f"pairs, once written and once asked, fill multiples of 4 tokens; got a length of {length}."
+            )
+        if length // 4 > self.keys_below - 1:
+            raise InputError(
+                f"{length // 4} different keys do not fit into [1, {self.keys_below}): set data.vocab_size to "
+                f"{length // 2 + 2} or more."
+            )
+
+    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+        pairs = length // 4
+        keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
+        values = rng.integers(self.keys_below, self.vocab_size, (count, pairs))
+        order = np.argsort(rng.random((count, pairs)), axis=1)
+        asked, answers = np.take_along_axis(keys, order, axis=1), np.take_along_axis(values, order, axis=1)
+        tokens = np.full((count, length + 1), SEPARATOR)
+        tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+        tokens[:, 2 * pairs + 1 :: 2], tokens[:, 2 * pairs + 2 :: 2] = asked, answers
+        targets = np.full((count, length), IGNORED)
+        targets[:, 2 * pairs + 1 :: 2] = answers
+        return tokens[:, :-1], targets
