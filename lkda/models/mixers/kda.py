@@ -32,8 +32,8 @@ class KimiDeltaAttention(RecurrentMixer):
         negative_eigenvalues: beta in [0, 2] instead of [0, 1].
         output_gate: whether o is gated.
         state_dtype: dtype in which the state is stored between calls: float32 (float64 in a float64 model), bfloat16,
-            or int8 with a scale per row. docs/decoding.md says when each is safe. Training on whole sequences does not
-            depend on it.
+            or int8 with a scale per row; docs/guides/generating.md says when each is safe. Training on whole sequences
+            does not depend on it.
         backend: of `kda_attention`.
     """
 

@@ -1,6 +1,6 @@
 """The gated norm on a GPU: launches of the kernels, as custom ops with fake implementations and autograd.
 
-docs/kernels_layer.md explains the kernels. Only the inputs are saved for the backward.
+docs/dev/kernels_layer.md explains the kernels. Only the inputs are saved for the backward.
 """
 
 from __future__ import annotations

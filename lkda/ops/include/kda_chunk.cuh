@@ -1,5 +1,5 @@
 // What all KDA kernels share: sizes, the position of a chunk, and the workspace that intra_chunk_fwd writes per chunk and head.
-// The notation of all comments is that of docs/mixers.md (h, qg, k_in, kg, Aqk, Akk, T, v_new) and docs/kernels.md (T~, v~, r, Y).
+// The notation of all comments is that of docs/reference/mixers.md (h, qg, k_in, kg, Aqk, Akk, T, v_new) and docs/dev/kernels.md (T~, v~, r, Y).
 //
 // Macros: HEAD_DIM (K = V = D), CHUNK (C tokens), ELEMENT (type in memory of q, k, v, o and their gradients: bfloat16, float16
 // or float), OPERAND (type that the tensor cores multiply: float16 with the scales of kda_scale.cuh, or tf32).

@@ -13,8 +13,8 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": to
 def pack_state(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Converts a state [..., K, V] to (state,), or for int8 to (codes [..., K, V], factors [..., K]).
 
-    bf16 and int8 are rounded to nearest; docs/decoding.md says when that is safe. With float32 the state keeps its own
-    dtype, which may be float64.
+    bf16 and int8 are rounded to nearest; docs/guides/generating.md says when that is safe. With float32 the state keeps
+    its own dtype, which may be float64.
     """
     if dtype == torch.bfloat16:
         return (state.bfloat16(),)

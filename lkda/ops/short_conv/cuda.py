@@ -1,6 +1,6 @@
 """Short convolutions on a GPU: launches of the kernels, as custom ops with fake implementations and autograd.
 
-docs/kernels_layer.md explains the kernels. Up to three tensors (q, k and v), here called streams, go through one
+docs/dev/kernels_layer.md explains the kernels. Up to three tensors (q, k and v), here called streams, go through one
 launch. Only the inputs are saved for the backward.
 """
 

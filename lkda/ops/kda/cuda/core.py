@@ -1,6 +1,6 @@
 """KDA on tensor cores: launches of the kernels, as custom ops with fake implementations and autograd.
 
-docs/kernels.md explains the kernels, docs/mixers.md the notation.
+docs/dev/kernels.md explains the kernels, docs/reference/mixers.md the notation.
 
     intra_chunk_fwd   all chunks in parallel: everything that does not depend on the state
     inter_chunk_fwd   one chunk after another: the state and the output

@@ -1,6 +1,6 @@
 """The gates of a KDA layer on a GPU: from logits to g and beta in one launch, as custom ops with autograd.
 
-docs/kernels_layer.md explains the kernels. Only the logits are saved for the backward.
+docs/dev/kernels_layer.md explains the kernels. Only the logits are saved for the backward.
 """
 
 from __future__ import annotations

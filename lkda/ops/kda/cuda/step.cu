@@ -5,7 +5,7 @@
 //
 // so one pass over the state gives both sums, and a second one, from registers, writes it. A thread has 16 bytes of a row (COLUMNS of
 // V) in every GROUPS-th row of K. A block takes item number blockIdx.x, then every gridDim.x-th; while it computes one, it copies all
-// that the next one needs to shared memory. A state in bf16 or int8 is rounded to nearest (docs/decoding.md says when that is safe).
+// that the next one needs to shared memory. A state in bf16 or int8 is rounded to nearest (docs/guides/generating.md says when that is safe).
 //
 // STATE is float, bfloat16, or int8 with a float32 factor per row. The decay is multiplied into that factor, so reading an int8 state
 // rounds nothing and only writing it does.

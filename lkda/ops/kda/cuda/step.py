@@ -1,4 +1,4 @@
-"""KDA's decoding step on a GPU: one launch per layer, in place. docs/decoding.md explains the kernel."""
+"""KDA's decoding step on a GPU: one launch per layer, in place. docs/guides/generating.md explains the kernel."""
 
 from __future__ import annotations
 

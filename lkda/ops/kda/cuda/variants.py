@@ -1,6 +1,6 @@
 """The variants of the chunked kernels: one for each head size, dtype and architecture, with the sizes of a launch.
 
-docs/kernels.md explains the kernels. `lkda.ops.kda.cuda.plan` binds them to a shape, `core` launches them.
+docs/dev/kernels.md explains the kernels. `lkda.ops.kda.cuda.plan` binds them to a shape, `core` launches them.
 """
 
 from __future__ import annotations

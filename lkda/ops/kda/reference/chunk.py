@@ -1,7 +1,7 @@
 """Kimi Delta Attention in chunks of 64 tokens, as matrix products in PyTorch, with a hand-derived backward.
 
-The notation is that of docs/mixers.md. For one head and one chunk that the state h enters, with G the running sum of g
-inside the chunk, G_C its last row and B = diag(beta):
+The notation is that of docs/reference/mixers.md. For one head and one chunk that the state h enters, with G the running
+sum of g inside the chunk, G_C its last row and B = diag(beta):
 
     qg = exp(G) q       k_in = exp(G) k       kg = exp(G_C - G) k
     T = (I + B Akk)^-1     w = T B k_in       u = T B v       v_new = u - w h
