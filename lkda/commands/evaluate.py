@@ -237,7 +237,7 @@ def _measure(
         "bits_per_byte": found["val/bits_per_byte"],
         "unigram_entropy": text.unigram_entropy,
         "tokens": tokens,
-        **{name.replace("val/loss/", "loss_"): found[name] for name in by_position if name in found},
+        **{column.replace("val/loss/", "loss_"): found[column] for column in by_position if column in found},
     }
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lkda.data.shuffle import shuffled
-
-IGNORED = -100
+from lkda.special_tokens import IGNORE_INDEX
 
 
 class Rows:
@@ -26,29 +25,29 @@ class Rows:
         token_ids: token ids.
         starts: where in them documents begin, in ascending order.
         context: tokens a row.
-        partial: whether the last tokens, fewer than a row, are a row too (filled up, nothing asked there).
+        partial: whether the last tokens, fewer than a row, are a row too (filled up, with nothing to predict).
     """
 
     def __init__(self, token_ids: np.ndarray, *, starts: np.ndarray, context: int, partial: bool) -> None:
         self.token_ids, self.starts, self.context = token_ids, starts, context
-        asked = max(0, len(token_ids) - 1)
-        self.count = -(-asked // context) if partial else asked // context
+        targets = max(0, len(token_ids) - 1)
+        self.count = -(-targets // context) if partial else targets // context
         # Sequences a row: one, and one more for each document that begins inside it.
         inside = starts[(starts % context != 0) & (starts < self.count * context)] // context
         self.most_sequences = 1 + int(np.bincount(inside).max(initial=0))
 
     def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """tokens and targets [context] of row n; a row past the end is empty, with nothing asked."""
+        """tokens and targets [context] of row n; a row past the end is empty, with no targets."""
         tokens = np.full(self.context + 1, self.token_ids[0], dtype=np.int64)
         piece = self.token_ids[n * self.context : (n + 1) * self.context + 1] if n < self.count else self.token_ids[:0]
         tokens[: len(piece)] = piece
         targets = tokens[1:].copy()
-        targets[max(0, len(piece) - 1) :] = IGNORED
+        targets[max(0, len(piece) - 1) :] = IGNORE_INDEX
         return tokens[:-1], targets
 
     def begins(self, n: int) -> np.ndarray:
         """Where in row n a sequence begins: at its first token, and at each document, but not at the last
-        token, after which nothing is asked."""
+        token, after which nothing is predicted."""
         first = n * self.context
         end = min(first + self.context, len(self.token_ids) - 1)
         low, high = np.searchsorted(self.starts, [first + 1, end])

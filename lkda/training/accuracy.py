@@ -12,8 +12,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassExactMatch
 
 from lkda.models.lm import LanguageModel
+from lkda.special_tokens import IGNORE_INDEX
 
-IGNORED = -100
 # Logits are computed for this many positions at a time: 256 MB of them for a vocabulary of 8192.
 PLACES_AT_ONCE = 8192
 
@@ -47,17 +47,17 @@ class SubsetMetrics(nn.Module):
     def __init__(self, subsets: Sequence[Mapping[str, int]], *, vocab_size: int) -> None:
         super().__init__()
         self.subsets = list(subsets)
-        kept: dict[str, Any] = {"num_classes": vocab_size, "ignore_index": IGNORED, "validate_args": False}
+        kept: dict[str, Any] = {"num_classes": vocab_size, "ignore_index": IGNORE_INDEX, "validate_args": False}
         self.accuracy = nn.ModuleList(MulticlassAccuracy(average="micro", **kept) for _ in subsets)
         self.sequence_accuracy = nn.ModuleList(MulticlassExactMatch(**kept) for _ in subsets)
         self.loss = nn.ModuleList(MeanMetric() for _ in subsets)
 
     def measure(self, model: LanguageModel, batch: Mapping[str, Any]) -> None:
-        """Take in the model's predictions on a validation batch {tokens, targets, asked, subset}."""
+        """Take in the model's predictions on a validation batch {tokens, targets, target_positions, subset}."""
         subset, targets = batch["subset"], batch["targets"]
         hidden, wanted = model.hidden(batch["tokens"]).flatten(0, 1), targets.flatten()
         predicted = torch.zeros_like(wanted)
-        for places in batch["asked"].split(PLACES_AT_ONCE):
+        for places in batch["target_positions"].split(PLACES_AT_ONCE):
             logits = model.lm_head(hidden[places]).float()
             predicted[places] = logits.argmax(-1)
             self.loss[subset].update(F.cross_entropy(logits, wanted[places]), weight=len(places))

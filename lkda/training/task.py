@@ -87,12 +87,12 @@ class LanguageModelTask(L.LightningModule):
         self._losses = torch.compile(self._eager_losses, dynamic=False) if compile else self._eager_losses
 
     def _eager_loss(
-        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, asked: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, target_positions: Tensor | None = None
     ) -> Tensor:
-        if asked is None:
+        if target_positions is None:
             return next_token_loss(self.model(tokens, cu_seqlens=cu_seqlens), targets)
-        logits = self.model.logits_at(tokens, asked, cu_seqlens=cu_seqlens)
-        return F.cross_entropy(logits.float(), targets.flatten()[asked])
+        logits = self.model.logits_at(tokens, target_positions, cu_seqlens=cu_seqlens)
+        return F.cross_entropy(logits.float(), targets.flatten()[target_positions])
 
     def _eager_losses(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return next_token_losses(self.model(tokens, cu_seqlens=cu_seqlens), targets)
@@ -106,7 +106,7 @@ class LanguageModelTask(L.LightningModule):
             group["lr"] = self.optimizer_config["lr"] * group["lr_scale"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("asked"))
+        mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("target_positions"))
         pieces = self.trainer.accumulate_grad_batches
         if pieces > 1:
             loss = self.step_mean.weighted(loss, batch["targets"], first=batch_idx % pieces == 0)

@@ -18,8 +18,14 @@ def batch(subset, *, rows, seed):
     tokens, targets = (torch.randint(5, (rows, 12), generator=generator) for _ in range(2))
     targets[torch.rand(rows, 12, generator=generator) < 0.97] = -100
     targets[:, 3] = 1  # something is asked of every sequence
-    asked = (targets.flatten() != -100).nonzero().flatten()
-    return {"tokens": tokens, "targets": targets, "cu_seqlens": None, "asked": asked, "subset": subset}
+    target_positions = (targets.flatten() != -100).nonzero().flatten()
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "cu_seqlens": None,
+        "target_positions": target_positions,
+        "subset": subset,
+    }
 
 
 def test_it_counts_what_is_asked_part_by_part():
@@ -57,5 +63,5 @@ def test_a_part_that_was_not_seen_has_no_numbers():
 
 def test_logits_are_made_where_they_are_asked():
     model, each = small(), batch(0, rows=4, seed=1)
-    want = model(each["tokens"]).flatten(0, 1)[each["asked"]]
-    torch.testing.assert_close(model.logits_at(each["tokens"], each["asked"]), want)
+    want = model(each["tokens"]).flatten(0, 1)[each["target_positions"]]
+    torch.testing.assert_close(model.logits_at(each["tokens"], each["target_positions"]), want)

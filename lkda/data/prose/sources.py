@@ -28,8 +28,8 @@ from lkda.data.text.tokenizer import check_vocab_size, load_tokenizer
 
 # Of every so many documents of a source, the one in the middle validates and the one at three quarters tests; a source
 # with fewer only trains.
-EVERY = 40
-VALIDATES, TESTS = EVERY // 2, 3 * EVERY // 4
+HELD_OUT_EVERY = 40
+VAL_REMAINDER, TEST_REMAINDER = HELD_OUT_EVERY // 2, 3 * HELD_OUT_EVERY // 4
 DOWNLOAD_SECONDS = 600
 OF_BEFORE = "_without_test"  # behind the name of a mix that gave way to one with a test split
 
@@ -196,7 +196,9 @@ def _collect(
         progress.advance(task)
     progress.remove_task(task)
     if not splits["test"]:
-        raise InputError(f"no source has {TESTS + 1} documents, so nothing would validate and test; name more.")
+        raise InputError(
+            f"no source has {TEST_REMAINDER + 1} documents, so nothing would validate and test; name more."
+        )
     return listed
 
 
@@ -204,7 +206,7 @@ def _split(source: Source, archive: Path, splits: Mapping[str, TextLines]) -> di
     """Write a source's documents to where they belong. Returns their number and bytes."""
     count, sizes = 0, dict.fromkeys(splits, 0)
     for text in _documents(source, archive):
-        name = {VALIDATES: "validation", TESTS: "test"}.get(count % EVERY, "train")
+        name = {VAL_REMAINDER: "validation", TEST_REMAINDER: "test"}.get(count % HELD_OUT_EVERY, "train")
         splits[name].append([text])
         sizes[name] += len(text.encode())
         count += 1

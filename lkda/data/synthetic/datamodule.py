@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 from lkda.checks import InputError, check_count
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import check_same, of_arrays, of_texts
-from lkda.data.packing import IGNORED
 from lkda.data.shuffle import shuffled
+from lkda.special_tokens import IGNORE_INDEX
 
-Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORED where nothing is asked
+Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORE_INDEX where nothing is predicted
 _TRAINING, _VALIDATION = 0, 1
 _SHOWN = 16  # examples of a subset that its fingerprint holds
 
@@ -25,7 +25,8 @@ _SHOWN = 16  # examples of a subset that its fingerprint holds
 class SyntheticDataModule(IndexedDataModule):
     """Trains on an unlimited mixture of subsets, each of one shape, and validates on subsets of their own.
 
-    A batch {tokens, targets [B, T], cu_seqlens None, asked [N], subset} holds examples of one subset; `asked` are the
+    A batch {tokens, targets [B, T], cu_seqlens None, target_positions [N], subset} holds examples of one subset;
+    `target_positions` are the
     positions of targets in the flattened batch, the only ones that need logits; `subset` is the index of the subset in
     its list. What batch n holds follows from (seed, n) alone: an epoch is each subset's `examples` cut into batches, in
     an order of its own.
@@ -128,9 +129,9 @@ class SyntheticDataModule(IndexedDataModule):
     def batch(self, subset: Mapping[str, int], number: int, count: int, *key: int) -> dict[str, Any]:
         """`count` examples of `subset`, which has that number; others for every other `key`."""
         tokens, targets = self.sample(count, np.random.default_rng(key), **_shape(subset))
-        asked = torch.from_numpy(np.flatnonzero(targets != IGNORED))
+        target_positions = torch.from_numpy(np.flatnonzero(targets != IGNORE_INDEX))
         tensors: dict[str, Tensor | None] = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
-        return tensors | {"cu_seqlens": None, "asked": asked, "subset": number}
+        return tensors | {"cu_seqlens": None, "target_positions": target_positions, "subset": number}
 
 
 class _Epoch:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lkda.checks import InputError
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.datamodule import Examples, SyntheticDataModule
 from lkda.data.synthetic.sampling import distinct, weighted
+from lkda.special_tokens import IGNORE_INDEX
 
 
 class MQAR(SyntheticDataModule):
@@ -68,10 +68,10 @@ class MQAR(SyntheticDataModule):
         keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
         values = distinct(rng, count, pairs, low=self.keys_below, high=self.vocab_size)
         places = np.arange(1, (length - 2 * pairs) // 2 + 1, dtype=np.float64)
-        asked = 2 * pairs + 2 * weighted(rng, count, pairs, places ** (self.power - 1))
+        queries = 2 * pairs + 2 * weighted(rng, count, pairs, places ** (self.power - 1))
         tokens = rng.integers(self.vocab_size, size=(count, length))
         tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
-        np.put_along_axis(tokens, asked, keys, axis=1)
-        targets = np.full_like(tokens, IGNORED)
-        np.put_along_axis(targets, asked, values, axis=1)
+        np.put_along_axis(tokens, queries, keys, axis=1)
+        targets = np.full_like(tokens, IGNORE_INDEX)
+        np.put_along_axis(targets, queries, values, axis=1)
         return tokens, targets

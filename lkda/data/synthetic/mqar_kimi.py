@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from lkda.checks import InputError
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.by_length import LengthTask
 from lkda.data.synthetic.datamodule import Examples
 from lkda.data.synthetic.sampling import distinct
+from lkda.special_tokens import IGNORE_INDEX
 
 SEPARATOR = 0
 
@@ -71,7 +71,7 @@ class ConsecutiveMQAR(LengthTask):
         tokens = np.full((count, length), SEPARATOR)
         tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
         tokens[:, -pairs:] = np.take_along_axis(keys, order, axis=1)
-        targets = np.full((count, length), IGNORED)
+        targets = np.full((count, length), IGNORE_INDEX)
         targets[:, -pairs:] = np.take_along_axis(values, order, axis=1)
         return tokens, targets
 

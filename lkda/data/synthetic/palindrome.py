@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lkda.checks import InputError, check_count
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.by_length import LengthTask
 from lkda.data.synthetic.datamodule import Examples
+from lkda.special_tokens import IGNORE_INDEX
 
 SEPARATOR = 0
 LETTERS_FROM = 1
@@ -59,4 +59,4 @@ class Palindrome(LengthTask):
         backwards = string[:, ::-1]
         separator = np.full((count, 1), SEPARATOR)
         tokens = np.concatenate([string, separator, backwards[:, :-1]], axis=1)
-        return tokens, np.concatenate([np.full((count, half), IGNORED), backwards], axis=1)
+        return tokens, np.concatenate([np.full((count, half), IGNORE_INDEX), backwards], axis=1)

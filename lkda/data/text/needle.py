@@ -11,15 +11,15 @@ from torch.utils.data import Dataset
 
 from lkda.checks import InputError, check_count
 from lkda.data.datamodule import IndexedDataModule, TestSplit
-from lkda.data.packing import IGNORED
 from lkda.data.text.cache import default_cache_dir, expanded
 from lkda.data.text.tokenize import load_tokenized, without_test
 from lkda.data.text.tokenizer import vocabulary_rows
+from lkda.special_tokens import IGNORE_INDEX
 
 
 class Needle(IndexedDataModule):
     """For measuring alone: validation text (of the test split: test text) of each length, a passage of it hidden at
-    each depth, and at the end the passage once more, of which all but the first `cue` tokens are asked.
+    each depth, and at the end the passage once more, of which all but the first `cue` tokens are predicted.
 
     A subset is {"length", "depth", "needles"}. Of each length there is one with needles = 0, where the passage was not
     hidden, which shows what is guessed without it. Batches are one sequence each, the same for every model and seed.
@@ -29,7 +29,7 @@ class Needle(IndexedDataModule):
         lengths: tokens of a sequence.
         depths: where the passage is hidden, in percent of the text before its end.
         examples: of each subset.
-        cue, answer: tokens of the passage that are given, and asked.
+        cue, answer: tokens of the passage that are given, and predicted.
         cache_dir: where None, LKDA_CACHE, or ~/.cache/lkda.
         pin_memory: see `IndexedDataModule`.
     Raises: ValueError for a number out of its range.
@@ -119,8 +119,8 @@ class _Sequences(Dataset[Any]):
     def __getitem__(self, batch: int) -> dict[str, Any]:
         subset, number = divmod(batch, self.data.examples)
         tokens = torch.from_numpy(self.data.sequence(self.token_ids, self.data.val_subsets[subset], number))
-        targets = torch.full_like(tokens[1:], IGNORED)
+        targets = torch.full_like(tokens[1:], IGNORE_INDEX)
         targets[-self.data.answer :] = tokens[-self.data.answer :]
-        asked = torch.arange(len(targets) - self.data.answer, len(targets))
+        target_positions = torch.arange(len(targets) - self.data.answer, len(targets))
         shaped = {"tokens": tokens[None, :-1], "targets": targets[None]}
-        return shaped | {"cu_seqlens": None, "asked": asked, "subset": subset}
+        return shaped | {"cu_seqlens": None, "target_positions": target_positions, "subset": subset}

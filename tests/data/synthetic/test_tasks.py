@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from lkda.data.datamodule import CountUp
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.mqar import MQAR
 from lkda.data.synthetic.mqar_answered import AnsweredMQAR
 from lkda.data.synthetic.mqar_kimi import ConsecutiveMQAR
 from lkda.data.synthetic.palindrome import Palindrome
 from lkda.data.synthetic.sampling import distinct, weighted
 from lkda.data.synthetic.stack import POP, PUSH, STACKS_FROM, Stack
+from lkda.special_tokens import IGNORE_INDEX
 
 SHAPES = [(64, 4), (64, 16), (128, 32), (256, 64), (1024, 256)]
 MIXTURE = [{"length": 64, "pairs": 4, "examples": 96}, {"length": 128, "pairs": 8, "examples": 32}]
@@ -49,7 +49,7 @@ def test_mqar_asks_every_key_once_and_labels_its_value(length, pairs):
     assert values.max() < 8192
     for row, asks, k, v in zip(tokens, targets, keys, values):
         assert len(set(k)) == len(set(v)) == pairs
-        places = np.flatnonzero(asks != IGNORED)
+        places = np.flatnonzero(asks != IGNORE_INDEX)
         assert len(places) == pairs
         assert places.min() >= 2 * pairs
         assert not (places % 2).any()
@@ -61,18 +61,18 @@ def test_mqar_asks_every_key_once_and_labels_its_value(length, pairs):
 def test_mqar_asks_in_a_random_order_at_places_of_the_stated_law():
     """The place of a single pair's query: chi-squared against p(g) ~ g^(a - 1), 30 degrees of freedom."""
     _, targets = mqar().sample(50_000, rng(), length=64, pairs=1)
-    counts = np.bincount((np.nonzero(targets != IGNORED)[1] - 2) // 2, minlength=31)
+    counts = np.bincount((np.nonzero(targets != IGNORE_INDEX)[1] - 2) // 2, minlength=31)
     law = np.arange(1, 32) ** (0.01 - 1)
     expected = law / law.sum() * counts.sum()
     assert ((counts - expected) ** 2 / expected).sum() < 30 + 5 * 60**0.5
     tokens, targets = mqar().sample(2000, rng(), length=64, pairs=2)
-    first = np.argmax(targets != IGNORED, axis=1)
+    first = np.argmax(targets != IGNORE_INDEX, axis=1)
     assert 0.45 < (tokens[np.arange(2000), first] == tokens[:, 0]).mean() < 0.55
 
 
 def test_mqar_is_noise_where_nothing_is_said_or_asked():
     tokens, targets = mqar().sample(500, rng(), length=64, pairs=4)
-    noise = tokens[:, 8:][targets[:, 8:] == IGNORED]
+    noise = tokens[:, 8:][targets[:, 8:] == IGNORE_INDEX]
     assert noise.min() < 50
     assert noise.max() > 8140
     assert abs(noise.mean() - 4095.5) < 50
@@ -97,7 +97,7 @@ def test_palindrome():
     assert string.min() >= 1
     assert string.max() <= 64
     assert (tokens[:, 16] == 0).all()
-    assert (targets[:, :16] == IGNORED).all()
+    assert (targets[:, :16] == IGNORE_INDEX).all()
     assert (targets[:, 16:] == string[:, ::-1]).all()
     assert (tokens[:, 17:] == targets[:, 16:-1]).all()
 
@@ -117,7 +117,7 @@ def test_mqar_kimi_asks_one_query_after_another(length):
         assert sorted(row[-pairs:]) == sorted(k)
         assert [value_of[key] for key in row[-pairs:]] == list(asks[-pairs:])
     assert pairs == 1 or (tokens[:, -pairs:] != keys).any(1).all()
-    assert (targets[:, :-pairs] == IGNORED).all()
+    assert (targets[:, :-pairs] == IGNORE_INDEX).all()
 
 
 def test_mqar_answered():
@@ -133,7 +133,7 @@ def test_mqar_answered():
         assert sorted(row[33::2]) == sorted(k)
         assert [value_of[key] for key in row[33::2]] == list(asks[33::2])
         assert list(row[34::2]) == list(asks[33:-1:2])
-    assert (np.delete(targets, np.s_[33::2], axis=1) == IGNORED).all()
+    assert (np.delete(targets, np.s_[33::2], axis=1) == IGNORE_INDEX).all()
 
 
 def test_stack_pops_what_was_pushed_last():
@@ -142,11 +142,11 @@ def test_stack_pops_what_was_pushed_last():
     pops = 0
     for row, asks in zip(tokens.reshape(40, 100, 3), targets.reshape(40, 100, 3)):
         stacks = {STACKS_FROM + n: [] for n in range(8)}
-        assert (asks[:, [0, 2]] == IGNORED).all()
+        assert (asks[:, [0, 2]] == IGNORE_INDEX).all()
         for (what, stack, element), asked in zip(row, asks[:, 1]):
             assert STACKS_FROM + 8 <= element < data.vocab_size
             if what == PUSH:
-                assert asked == IGNORED
+                assert asked == IGNORE_INDEX
                 stacks[stack].append(element)
             else:
                 assert what == POP
@@ -175,15 +175,15 @@ def test_batches_do_not_depend_on_the_workers(task):
         got, want = next(loader), batches[n]
         assert got["subset"] == want["subset"]
         assert got["cu_seqlens"] is None
-        assert all(torch.equal(got[key], want[key]) for key in ("tokens", "targets", "asked"))
+        assert all(torch.equal(got[key], want[key]) for key in ("tokens", "targets", "target_positions"))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_asked_are_the_places_of_the_targets(task):
     batch = TASKS[task]().training_batches(rank=0, world_size=1)[0]
     flat = batch["targets"].flatten()
-    assert torch.equal(batch["asked"], (flat != IGNORED).nonzero().flatten())
-    assert len(batch["asked"]) > 0
+    assert torch.equal(batch["target_positions"], (flat != IGNORE_INDEX).nonzero().flatten())
+    assert len(batch["target_positions"]) > 0
     assert batch["tokens"].max() < TASKS[task]().vocab_size
 
 

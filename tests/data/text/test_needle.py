@@ -42,7 +42,7 @@ def test_the_passage_stands_where_it_is_said_and_at_the_end(prose):
         subset = data.val_subsets[batch["subset"]]
         tokens, targets = batch["tokens"][0].numpy(), batch["targets"][0].numpy()
         assert len(tokens) == len(targets) == subset["length"]
-        assert batch["asked"].tolist() == list(range(subset["length"] - 12, subset["length"]))
+        assert batch["target_positions"].tolist() == list(range(subset["length"] - 12, subset["length"]))
         assert (targets[:-12] == -100).all()
         whole = np.append(tokens, targets[-1])
         assert (whole[1:][-12:] == targets[-12:]).all()

@@ -196,7 +196,7 @@ def data_of(
     for name, texts in (("train", documents), ("val", validation or [prose(60)])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     given = {"vocab_size": 300, "context": 32, "batch_size": 2, "cache_dir": str(folder / "cache"), **options}
-    paths = {"paths": [str(folder / "train.jsonl")], "val_paths": [str(folder / "val.jsonl")]}
+    paths = {"paths": [str(folder / "train.jsonl")], "val_paths": [str(folder / "val.jsonl")], "test_fraction": 0.0}
     data = TextDataModule(source="files", **paths, **given)  # type: ignore[arg-type]
     data.prepare()
     return data
