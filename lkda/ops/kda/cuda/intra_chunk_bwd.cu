@@ -89,7 +89,7 @@ struct Shared {
   static constexpr int straight = leaf_logs + LEAVES * D * 4;          // float [BLOCKS][D]: partial sums of h dh' 
   static constexpr int totals = straight + BLOCKS * D * 4;              // float [LEVELS + 1][LEAVES][D]: reaches, then sums over a leaf
   static constexpr int beta = totals + (LEVELS + 1) * LEAVES * D * 4;   // float [C]
-  static constexpr int place = beta + C * 4;                            // Span, head, and the scales of v and do; read again after each barrier to save registers, as q and k are
+  static constexpr int place = beta + C * 4;                            // Span, head, scales of v and do: read again after each barrier, as q and k
   static constexpr int state_scales = place + 32;                           // of h and of dh', 128 bytes each, as in SavedState
   static constexpr int leaf_daqk = state_scales + 256;                         // float [LEAVES][8][8]
   static constexpr int leaf_dakk = leaf_daqk + LEAVES * 64 * 4;
