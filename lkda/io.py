@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +36,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file at once, as `replacing` does; text in UTF-8."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_together(files: Mapping[Path, str | bytes]) -> None:
+    """Write several files, as `write_atomically` does; where one cannot be written, all stay as they were."""
+    with ExitStack() as stack:
+        for path, content in files.items():
+            file = stack.enter_context(replacing(path))
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # before the first takes its place
 
 
 def replace_file(temporary: Path, path: Path) -> None:

@@ -19,6 +19,8 @@ DATA_MODULES = {
 }
 
 
+# Options of the scheduler.
+_SCHEDULER = {"final": "min_lr_ratio", "decay": "decay_fraction"}
 # Options that came later, by group, with what every run before them had.
 _LATER: dict[str, dict[str, Any]] = {
     "model": {"embed_norm": False, "embed_scale": 1.0, "init": {}},
@@ -87,12 +89,31 @@ def translated(config: Mapping[Any, Any]) -> dict[Any, Any]:
     found, data = with_options(config, later_options(config)), config.get("data")
     if isinstance(found.get("model"), dict):
         found["model"] = _without_filters(found["model"])
-    scheduler = found.get("scheduler")
-    if isinstance(scheduler, dict) and scheduler.get("name") == "constant":
-        scheduler.pop("final", None)  # it had no effect
+    if isinstance(scheduler := found.get("scheduler"), Mapping):
+        found["scheduler"] = _translated_scheduler(scheduler)
+    if isinstance(found.get("mixer"), dict) and isinstance(found.get("model"), dict):
+        _move_to_their_groups(found)
     if isinstance(data, Mapping) and isinstance(target := data.get("_target_"), str):
         found["data"]["_target_"] = DATA_MODULES.get(target, target)
     return found
+
+
+def _translated_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    found = {_SCHEDULER.get(name, name): value for name, value in scheduler.items()}
+    if found.get("name") == "constant":
+        found.pop("min_lr_ratio", None)  # it had no effect
+    return found
+
+
+def _move_to_their_groups(config: dict[str, Any]) -> None:
+    """The number of heads is the mixer's and the learning rate the optimizer's; the model's were what they referred
+    to."""
+    heads, rate = config["model"].pop("num_heads", None), config["model"].pop("learning_rate", None)
+    if config["mixer"].get("num_heads") is None and heads is not None:
+        config["mixer"]["num_heads"] = heads
+    optimizer = config.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("lr") is None and rate is not None:
+        optimizer["lr"] = rate
 
 
 def current_model_config(config: Mapping[str, Any]) -> dict[str, Any]:

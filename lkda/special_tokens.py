@@ -1,4 +1,5 @@
-"""Which token begins a document and which end one, in lkda's own tokenizers and in those made elsewhere."""
+"""Which token begins a document and which end one, in lkda's own tokenizers and in those made elsewhere; and the target
+that is no token."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from tokenizers import Tokenizer
 
 # Begins every document in lkda's own tokenizers, and so ends the one before it.
 END_OF_TEXT = "<|endoftext|>"
+# The target at a position where nothing is predicted. It is what torch's losses ignore unless told otherwise.
+IGNORE_INDEX = -100
 # Names of begin and end tokens, most usual first, without case and without signs other than the slash: "<s>" is s,
 # "[BOS]" and "<bos>" are bos, "<|begin_of_text|>" is beginoftext, "</s>" is /s, "<|im_end|>" is imend.
 _BEGINS = ("s", "bos", "bostoken", "sos", "beginoftext", "startoftext", "beginofsentence", "beginofdocument", "cls")

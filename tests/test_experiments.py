@@ -8,7 +8,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from lkda.commands.settings import model_config, plain
+from lkda.commands.config import resolve
+from lkda.commands.prepared_run import model_config
+from lkda.commands.run_setup import model_options
 from lkda.commands.train import train
 from lkda.models.build import build_model
 
@@ -83,7 +85,11 @@ def test_mixers_compared_in_language_have_the_same_parameters() -> None:
     for mixer in mixers:
         config = composed("experiment=lm_by_mixer", f"mixer={mixer}")
         with torch.device("meta"):
-            sizes.append(build_model(model_config(plain(config), vocab_size=16384, context=1024)).num_parameters())
+            sizes.append(
+                build_model(
+                    model_config(model_options(resolve(config)), vocab_size=16384, context=1024)
+                ).num_parameters()
+            )
     assert len(sizes) == 5
     assert max(sizes) < 1.01 * min(sizes)
 
@@ -106,7 +112,7 @@ def test_every_mixer_fits_every_model(model: str, mixer: str) -> None:
     """Built without memory: the sizes of the larger models are those that are promised."""
     config = composed(f"model={model}", f"mixer={mixer}")
     with torch.device("meta"):
-        built = build_model(model_config(plain(config), vocab_size=1, context=1024))
+        built = build_model(model_config(model_options(resolve(config)), vocab_size=1, context=1024))
     layers, width, head = {"small": (8, 512, 64), "base": (24, 1024, 128)}[model]
     assert len(built.mixers()) == layers
     assert tuple(built.embed_tokens.weight.shape) == (32000, width)

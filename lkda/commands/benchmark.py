@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lkda.bench import measure, ops
-from lkda.bench.contest import Shape
+from lkda.bench.op_benchmark import Shape
 from lkda.checks import InputError, check_values
-from lkda.commands.settings import plain
+from lkda.commands.config import resolve
+from lkda.device import resolve_device
 from lkda.report.operators import report as bench_report
 from lkda.report.operators.benchmark import KIND, Benchmark, as_rich
 from lkda.report.read.files import write_atomically
@@ -39,8 +40,14 @@ def benchmark(config: DictConfig) -> None:
         config: composed from configs/benchmark.yaml.
     Raises: ValueError for a word, a shape or a device that is none, and where `out` cannot be written.
     """
-    check_values(plain(config), OPTIONS)
-    device = _device(config.device)
+    check_values(resolve(config), OPTIONS)
+    empty = [name for name in _WORDS if not config[name] and name != "peers"]
+    if empty:
+        raise InputError(f"{empty[0]} is empty: give some, or leave it out.")
+    instead = "device=cpu with backends=[chunk,recurrent]"
+    device = resolve_device(config.device, option="device", gpu="cuda", instead=instead)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     if config.milliseconds <= 0:
         raise InputError(f"milliseconds must be above 0, got {config.milliseconds}.")
     if device.type == "cpu" and list(config.replays) == ["graph"]:
@@ -72,7 +79,7 @@ def benchmark(config: DictConfig) -> None:
         measured = measure.measure(cases, device, header["copy_gb_per_s"], milliseconds=config.milliseconds)
         for case in cases:
             what = (
-                f"{case.contest.op} {case.shape} {case.dtype} {case.gate or ''} {case.name} {case.mode} {case.replay}"
+                f"{case.benchmark.op} {case.shape} {case.dtype} {case.gate or ''} {case.name} {case.mode} {case.replay}"
             )
             progress.update(task, description=what)
             rows.append(next(measured))
@@ -84,13 +91,3 @@ def benchmark(config: DictConfig) -> None:
     console.print(
         f"\n{header['device']}, copy {header['copy_gb_per_s']:,.0f} GB/s; {out} has JSON, tables, plots and a page."
     )
-
-
-def _device(word: str) -> torch.device:
-    if word == "auto":
-        word = "cuda" if torch.cuda.is_available() else "cpu"
-    if word not in ("cuda", "cpu"):
-        raise InputError(f"device must be auto, cuda or cpu, got {word}.")
-    if word == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda: torch sees no CUDA device; use device=cpu with backends=[chunk,recurrent].")
-    return torch.device("cuda", torch.cuda.current_device()) if word == "cuda" else torch.device("cpu")

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
@@ -70,6 +71,50 @@ def _leave_the_pipe() -> None:
         except BrokenPipeError:
             os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+@contextmanager
+def output_that_may_end() -> Iterator[None]:
+    """What is printed goes nowhere from when its reader has left (`... | head`), and the work goes on.
+
+    For a command whose result lies in files: hours of training must not end with a pipe.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _MayEnd(before[0]), _MayEnd(before[1])
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _MayEnd:
+    """A text stream whose reader may leave; all but writing and flushing is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._let_go()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """What is written from now on, and what is still buffered, goes to the null device."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        print("nobody reads the output any more: training goes on without it", file=sys.stderr)
 
 
 def _in_a_sweep() -> bool:
@@ -165,4 +210,5 @@ def _configuration_message(error: Exception) -> str:
     known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
     near = difflib.get_close_matches(str(cause.key), known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{text.split(' To append')[0]}{hint} It has {', '.join(known)}."
+    there = f" It has {', '.join(known)}." if known else ""
+    return f"{text.split(' To append')[0]}{hint}{there}"

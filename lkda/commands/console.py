@@ -1,4 +1,4 @@
-"""What a finished run leaves on the terminal: its numbers, a sample, and what to try next."""
+"""What a run says on the terminal: what it begins with, its numbers at the end, a sample, and what to try next."""
 
 from __future__ import annotations
 
@@ -13,54 +13,102 @@ from tokenizers import Tokenizer
 
 from lkda.commands.invocation import command, given_overrides, short
 from lkda.commands.overrides import override
+from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.text import encode_prompt, text_pieces
+from lkda.formats import has_folded_embedding
 from lkda.models.generate import generate
 from lkda.models.lm import LanguageModel
 from lkda.special_tokens import document_ends
+from lkda.training.callbacks import InterruptedRunError
+from lkda.training.options import SampleOptions
 
 
-def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: dict[str, Any], *, seed: int) -> str:
-    """The prompt of `sample` and the model's continuation.
-
-    Args:
-        sample: {"prompt", "max_new_tokens", "temperature", "top_p"}.
-    """
+def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleOptions, *, seed: int) -> str:
+    """The prompt of `sample` and the model's continuation."""
     model.eval()
-    tokens = encode_prompt(tokenizer, sample["prompt"]).to(next(model.parameters()).device)
+    tokens = encode_prompt(tokenizer, sample.prompt).to(next(model.parameters()).device)
     drawn = generate(
         model,
         tokens,
-        max_new_tokens=sample["max_new_tokens"],
-        temperature=sample["temperature"],
-        top_p=sample["top_p"],
+        max_new_tokens=sample.max_new_tokens,
+        temperature=sample.temperature,
+        top_p=sample.top_p,
         seed=seed,
         end_tokens=document_ends(tokenizer),
     )
-    return sample["prompt"] + "".join(text_pieces(tokenizer, drawn))
+    return sample.prompt + "".join(text_pieces(tokenizer, drawn))
 
 
-def print_closing(console: Console, run: RunDirectory, summary: dict[str, Any], sample: str | None) -> None:
-    """The table, the sample where the tokens are text, and the next commands."""
-    table = Table(title=f"{summary['mixer']} · {summary['model']} · {summary['data']}", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    for name, value in (
-        ("validation loss", f"{summary['val/loss']:.4f} nats a token"),
-        *([("test loss", f"{summary['test/loss']:.4f} nats a token")] if "test/loss" in summary else []),
-        *(_of_text(summary) if sample is not None else _of_parts(summary)),
-        ("parameters", f"{summary['params']:,} ({summary['params_non_embedding']:,} without embeddings)"),
-        ("state of one sequence", f"{summary['state_bytes']:,} bytes at {summary['context']} tokens"),
-        ("tokens trained on", f"{summary['tokens']:,} in {summary['seconds']:.0f} s"),
-        ("tokens/s", f"{summary['tokens_per_s']:,.0f}"),
-    ):
-        table.add_row(name, value)
-    console.print(table)
-    if sample is not None:
-        console.print(Panel(Text(sample), title="a sample"))
-    console.print(f"run directory {short(run.path)}\nnext:", markup=False, soft_wrap=True)
-    for line in _next_commands(run, summary, of_text=sample is not None):
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+class RunConsole:
+    """The terminal of the run in a directory."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.console = Console(highlight=False, markup=False)
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def print_nothing_to_do(self, steps: int) -> None:
+        self._line(f"{self.run.path} holds a finished run of {steps} steps: nothing to do.")
+
+    def print_start(self, prepared: PreparedRun) -> None:
+        """What is trained, on what and where, and what it begins from."""
+        plan, metadata = prepared.plan, prepared.metadata
+        backends = " ".join(f"{op}={word}" for op, word in plan.backends.items())
+        self._line(
+            f"{metadata['mixer']} · {metadata['model']} · {metadata['data']} on {plan.device}, "
+            f"{plan.trainer.precision}, backend {backends}; "
+            f"{prepared.total_steps:,} steps of {metadata['tokens_per_step']:,} tokens, "
+            f"peak learning rate {plan.optimizer['lr']:g}\nrun directory {self.run.path}"
+        )
+        if plan.init_from is not None:
+            self._line(f"weights, model and tokenizer from {plan.init_from}")
+            if has_folded_embedding(plan.init_from):
+                self._line(
+                    "its export wrote the embedding's norm or scale into the table: this model has neither, and its "
+                    "head is not tied to the embedding"
+                )
+        if plan.resume:
+            fresh = prepared.checkpoint is None
+            self._line(
+                "nothing is saved here yet: starting afresh" if fresh else f"resuming from step {prepared.first_step}"
+            )
+        if prepared.data.no_test is not None:
+            self._line(f"no test split: {prepared.data.no_test}")
+
+    def print_interruption(self, ending: InterruptedRunError) -> None:
+        """How to go on with the run."""
+        self._line(f"{ending}. Continue with\n  {resume_command(self.run)}")
+
+    def print_result(self, summary: dict[str, Any], sample: str | None) -> None:
+        """The table, the sample where the tokens are text, and the next commands."""
+        table = Table(title=f"{summary['mixer']} · {summary['model']} · {summary['data']}", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(justify="right")
+        for name, value in (
+            ("validation loss", f"{summary['val/loss']:.4f} nats a token"),
+            *([("test loss", f"{summary['test/loss']:.4f} nats a token")] if "test/loss" in summary else []),
+            *(_of_text(summary) if sample is not None else _of_subsets(summary)),
+            ("parameters", f"{summary['params']:,} ({summary['params_non_embedding']:,} without embeddings)"),
+            ("state of one sequence", f"{summary['state_bytes']:,} bytes at {summary['context']} tokens"),
+            ("tokens trained on", f"{summary['tokens']:,} in {summary['seconds']:.0f} s"),
+            ("tokens/s", f"{summary['tokens_per_s']:,.0f}"),
+        ):
+            table.add_row(name, value)
+        self.console.print(table)
+        if sample is not None:
+            self.console.print(Panel(Text(sample), title="a sample"))
+        self._line(f"run directory {short(self.run.path)}\nnext:")
+        for line in _next_commands(self.run, summary, of_text=sample is not None):
+            self._line(f"  {line}")
+
+
+def resume_command(run: RunDirectory) -> str:
+    """What goes on with the run in that directory, from the same command line."""
+    given = given_overrides(without=("resume=",))
+    return command("train", *given, override("hydra.run.dir", str(run.path)), "resume=true")
 
 
 def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool) -> list[str]:
@@ -92,12 +140,12 @@ def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _of_parts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _of_subsets(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    for part in summary["parts"]:
-        shape = ", ".join(f"{name} {value}" for name, value in part.items() if name in ("length", "pairs"))
-        if "accuracy" in part:
+    for record in summary["val_subsets"]:
+        words = ", ".join(f"{name} {value}" for name, value in record["subset"].items())
+        if "accuracy" in record:
             rows.append(
-                (f"accuracy, {shape}", f"{part['accuracy']:.2%} of tokens, {part['sequence_accuracy']:.2%} whole")
+                (f"accuracy, {words}", f"{record['accuracy']:.2%} of tokens, {record['sequence_accuracy']:.2%} whole")
             )
     return rows

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 import lkda
 from lkda.checks import InputError
-from lkda.commands.command_line import BAD_INPUT, readable_errors
+from lkda.commands.command_line import BAD_INPUT, output_that_may_end, readable_errors
 from lkda.commands.invocation import by_this_door
 from lkda.commands.overrides import as_typed
 from lkda.commands.shipped import CONFIGS
@@ -24,10 +24,10 @@ COMMANDS = {
     "train": "train a language model",
     "evaluate": "measure a trained model",
     "generate": "continue a text with a trained model",
-    "export": "write a trained model into a directory that others load",
-    "compare": "lay runs side by side: a table, plots and a page",
+    "export": "write a trained model into a directory that other programs load",
+    "compare": "compare runs: a table, plots and a page",
     "benchmark": "measure the operators",
-    "prepare-data": "assemble the offline prose mix",
+    "prepare-data": "prepare the mix of public texts",
 }
 # Settings whose value is taken as it stands, whatever Hydra's grammar would make of it.
 _VERBATIM = {"generate": ("prompt",)}
@@ -39,7 +39,8 @@ def main() -> None:
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {command:{width}}  {what}" for command, what in COMMANDS.items()]
-        print("\n".join(["lkda COMMAND [key=value ...]; each COMMAND has its --help:", "", *lines]))
+        usage = ["lkda COMMAND [key=value ...]", "", "Commands (`lkda COMMAND --help` explains each one)"]
+        print("\n".join([*usage, *lines]))
     elif name == "--version":
         print(f"lkda {lkda.__version__}")
     elif name in COMMANDS:
@@ -65,13 +66,18 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             # Imported here, so that --help need not wait for torch.
             function = getattr(importlib.import_module(f"lkda.commands.{module}"), module)
             if name == "train":
-                function(config, HydraConfig.get().runtime.output_dir)
+                if not HydraConfig.get().run.dir:
+                    raise InputError("hydra.run.dir is empty: give a directory, or leave it out.")
+                with output_that_may_end():
+                    function(config, HydraConfig.get().runtime.output_dir)
             else:
                 function(config)
 
     with readable_errors():
         if name == "generate":
             _check_words(arguments)
+        if name == "evaluate":
+            _check_data_options(arguments)
         sys.argv[1:] = as_typed(arguments, verbatim=_VERBATIM.get(name, ()))
         # Hydra exits by itself after some of its flags; and a reader that has left the pipe shows when what is printed
         # is flushed, which must not wait for the interpreter's end.
@@ -105,3 +111,14 @@ def _check_words(arguments: Sequence[str]) -> None:
                 f"{word!r} is not key=value. A prompt of several words stands in quotes, as in "
                 "prompt='Fellow citizens'; or give prompt_file=PATH, or pipe the text in."
             )
+
+
+def _check_data_options(arguments: Sequence[str]) -> None:
+    """Raises ValueError for options of data where no data are chosen: there is nothing yet that could have them."""
+    keys = [word.lstrip("+~").partition("=")[0] for word in arguments]
+    options = [key for key in keys if key.startswith("data.")]
+    if options and "data" not in keys:
+        raise InputError(
+            f"{options[0]} needs data=CHOICE beside it, as data=files: without one, the data of the run are measured "
+            "with the options that they had."
+        )

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import islice
@@ -15,28 +15,31 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lkda.checks import InputError, check_count, check_values
 from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
+from lkda.commands.config import resolve
+from lkda.commands.data_options import build_data, check_data_options
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
-from lkda.commands.settings import check_options, device_of, plain
+from lkda.commands.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import NAMES, differences, in_words
 from lkda.data.text.cache import expanded
+from lkda.device import resolve_device
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
 from lkda.ops.kda.state import STATE_DTYPES
-from lkda.training.accuracy import PartMetrics
-from lkda.training.positions import PositionLoss
-from lkda.training.task import next_token_losses
+from lkda.training import positions
+from lkda.training.accuracy import METRICS, by_subset
+from lkda.training.validation import ValidationMetrics
 
 SPLITS = ("validation", "test")
 PRECISION = torch.float32  # of the weights and of what is computed
@@ -56,7 +59,7 @@ OPTIONS = {
 }
 
 
-def evaluate(config: DictConfig) -> dict[str, float]:
+def evaluate(config: DictConfig) -> dict[str, Any]:
     """What `ckpt` makes of the validation or, with split=test, of the test split: loss, perplexity and bits per byte of
     text, loss and accuracy of other data; or, where `tasks` are given, its scores in those of lm-eval.
 
@@ -65,14 +68,15 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     Args:
         config: composed from configs/evaluate.yaml; `data` is the run's own where it is not given.
     Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens", "loss_from_0", "loss_from_1",
-        "loss_from_2", "loss_from_4", ...: by position}; or as `PartMetrics.compute`; or {"TASK/METRIC": value}.
+        "loss_from_2", "loss_from_4", ...: by position} of text; {"accuracy", "sequence_accuracy", "loss",
+        "val_subsets": see `by_subset`} of other data; {"TASK/METRIC": value} of tasks.
     Raises:
         ValueError: no usable checkpoint or data, an unknown task, or settings that do not go together.
     """
-    settings = plain(config)
+    settings = resolve(config)
     _check(config, settings)
     console = Console(soft_wrap=True, markup=False)
-    device = device_of(config.accelerator)
+    device = resolve_device(config.accelerator)
     trained = load_trained(config.ckpt, backend=config.backend)
     backends = trained.model.resolve_backends(device, PRECISION)
     if config.tasks:
@@ -80,7 +84,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         ran = {name: settings[name] for name in ("tasks", "tasks_path", "limit")}
         _write(config, trained, result, device, ran | {"backend": backends})
         return result
-    data = _data(config, trained)
+    chosen = _data_options(settings, trained)
+    data = _data(chosen, trained)
     if config.split == "test" and data.test is None:
         why = f": {data.no_test}" if data.no_test is not None else ""
         raise InputError(f"{data.source} has no test split{why}. Leave split=test out for the validation.")
@@ -96,15 +101,13 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         model = StepwiseModel(model, state_dtype=config.state_dtype)
         state_dtype = model.state_dtype
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
-    result = (_of_parts if data.parts else _of_text)(
-        model, data, split=config.split, device=device, limit=config.max_batches
-    )
+    result = _measure(model, data, split=config.split, device=device, limit=config.max_batches)
     table = Table(title=Text(title), show_header=False)
-    for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    for name, value in _lines(result):
+        table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
     ran = {
-        "data": OmegaConf.to_container(_data_config(config, trained)),
+        "data": chosen,
         "fingerprint": dict(data.fingerprint),
         "differs_from_the_run": changed,
         "split": config.split,
@@ -119,7 +122,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
 
 def _write(
-    config: DictConfig, trained: TrainedModel, result: dict[str, float], device: torch.device, ran: dict[str, Any]
+    config: DictConfig, trained: TrainedModel, result: dict[str, Any], device: torch.device, ran: dict[str, Any]
 ) -> None:
     """What was measured and how, as JSON into `out`, if given. Raises OSError where it cannot be written."""
     if config.out is None:
@@ -141,6 +144,7 @@ def _write(
 
 def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     check_values(settings, OPTIONS)
+    check_unused(EVALUATE, settings)
     if config.split not in SPLITS:
         raise InputError(f"split must be {' or '.join(SPLITS)}, got {config.split!r}.")
     if config.max_batches is not None:
@@ -176,16 +180,20 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
         )
 
 
-def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
-    """The data to measure on, prepared; text with the model's own tokenizer."""
-    chosen = _data_config(config, trained)
-    check_options(chosen)
+def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
+    """The data to measure on, prepared; text with the model's own tokenizer.
+
+    Args:
+        chosen: the resolved group `data`.
+    """
+    check_data_options(chosen)
     with tempfile.TemporaryDirectory() as folder:
         own = {}
         if "tokenizer_path" in chosen:
-            own = {"tokenizer_path": str(Path(folder) / "tokenizer.json")}
-            trained.tokenizer.save(own["tokenizer_path"])
-        data = instantiate(chosen, **own)
+            path = Path(folder) / "tokenizer.json"
+            write_atomically(path, trained.tokenizer.to_str())
+            own = {"tokenizer_path": str(path)}
+        data = build_data(chosen | own)
         data.prepare()
     name = chosen.get("_target_")
     if data.tokenizer is None and trained.vocabulary is not None:
@@ -200,34 +208,51 @@ def _data(config: DictConfig, trained: TrainedModel) -> IndexedDataModule:
     return data
 
 
-def _of_text(
+@torch.inference_mode()
+def _measure(
     model: LanguageModel, data: IndexedDataModule, *, split: str, device: torch.device, limit: int | None
-) -> dict[str, float]:
-    measured = data.test if split == "test" else data
-    assert measured is not None
-    assert measured.bytes_per_token is not None
-    assert measured.unigram_entropy is not None
-    batches = _batches(model, data, split, limit)
-    loss, tokens, by_position = mean_loss(model, batches, context=data.context, device=device)
+) -> dict[str, Any]:
+    """What `evaluate` returns of data."""
+    text = data.test if split == "test" else data
+    assert text is not None
+    metrics = ValidationMetrics(
+        context=data.context,
+        vocab_size=model.config["vocab_size"],
+        bytes_per_token=text.bytes_per_token,
+        val_subsets=data.val_subsets,
+    ).to(device)
+    for batch in _batches(model, data, split, limit):
+        metrics.update(model, {name: _on(device, value) for name, value in batch.items()})
+    tokens = int(metrics.count)
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    if data.val_subsets:
+        return {metric: found[f"val/{metric}"] for metric in METRICS} | {
+            "val_subsets": by_subset(data.val_subsets, found)
+        }
+    assert text.unigram_entropy is not None
+    by_position = positions.columns(data.context)
     return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) / measured.bytes_per_token,
-        "unigram_entropy": measured.unigram_entropy,
+        "loss": found["val/loss"],
+        "perplexity": math.exp(found["val/loss"]),
+        "bits_per_byte": found["val/bits_per_byte"],
+        "unigram_entropy": text.unigram_entropy,
         "tokens": tokens,
-        **by_position,
+        **{column.replace("val/loss/", "loss_"): found[column] for column in by_position if column in found},
     }
 
 
-@torch.inference_mode()
-def _of_parts(
-    model: LanguageModel, data: IndexedDataModule, *, split: str, device: torch.device, limit: int | None
-) -> dict[str, float]:
-    measured = PartMetrics(data.parts, vocab_size=model.config["vocab_size"]).to(device)
-    for batch in _batches(model, data, split, limit):
-        on_device = {name: batch[name].to(device) for name in ("tokens", "targets", "asked")}
-        measured.measure(model, on_device | {"part": batch["part"]})
-    return {name.removeprefix("val/"): float(value) for name, value in measured.compute().items()}
+def _lines(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Names and values of everything that was measured, those of the subsets last."""
+    for name, value in result.items():
+        if name != "val_subsets":
+            yield name.replace("_", " "), value
+    for record in result.get("val_subsets", ()):
+        words = ", ".join(f"{name} {value}" for name, value in record["subset"].items())
+        yield from ((f"{metric.replace('_', ' ')}, {words}", record[metric]) for metric in METRICS if metric in record)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _batches(model: LanguageModel, data: IndexedDataModule, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
@@ -253,43 +278,24 @@ def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, cons
     return result
 
 
-@torch.inference_mode()
-def mean_loss(
-    model: LanguageModel, batches: Iterable[dict[str, Any]], *, context: int, device: torch.device
-) -> tuple[float, int, dict[str, float]]:
-    """The mean loss in nats over every target of `batches`, their number, and {"loss_from_8": the mean of positions 8
-    to 15 of their sequences, ...}."""
-    measured = PositionLoss(context).to(device)
-    nats, count = 0.0, 0
-    for batch in batches:
-        tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
-        cu_seqlens = None if batch["cu_seqlens"] is None else batch["cu_seqlens"].to(device)
-        losses = next_token_losses(model(tokens, cu_seqlens=cu_seqlens), targets)
-        measured.update(losses, targets, cu_seqlens)
-        nats += float(losses.sum(dtype=torch.float64))
-        count += int((targets != -100).sum())
-    by_position = {name.replace("val/loss/", "loss_"): float(loss) for name, loss in measured.compute().items()}
-    return nats / count, count, by_position
-
-
-def _data_config(config: DictConfig, trained: TrainedModel) -> DictConfig:
-    """The chosen data; where none is chosen, those that the model was trained on.
+def _data_options(settings: dict[str, Any], trained: TrainedModel) -> dict[str, Any]:
+    """The chosen data, as the resolved group; where none is chosen, those that the model was trained on.
 
     What a run or an exported directory records is only followed to this project's own data modules: `_target_` names
     code. Raises: ValueError where nothing is recorded, or another module.
     """
-    if "data" in config:
+    if "data" in settings:
         given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         unused = [word for word in given if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
-        if unused and "tokenizer_path" in config.data:
+        if unused and "tokenizer_path" in settings["data"]:
             raise InputError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
-        return data_with_absolute_paths(config.data)
+        return data_with_absolute_paths(settings["data"])
     data = config_of_run(trained).get("data")
     if not isinstance(data, dict):
         where = "lies in no run directory that says" if trained.step is not None else "does not say"
         raise InputError(f"{trained.path} {where} what data it saw: give data=...")
     _check_data_module(data, trained.path)
-    return data_with_absolute_paths(OmegaConf.create(data))
+    return data_with_absolute_paths(data)
 
 
 def _check_data_module(data: dict[str, Any], source: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from rich.console import Console
 import lkda
 from lkda.checks import check_values
 from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
+from lkda.commands.config import resolve
 from lkda.commands.run_directory import read_summary
-from lkda.commands.settings import plain
 from lkda.formats import check_export, find_format
+from lkda.metrics_file import read_metrics
 
 
 def export(config: DictConfig) -> Path:
@@ -28,7 +28,7 @@ def export(config: DictConfig) -> Path:
         ValueError: an unknown format or dtype, an unusable checkpoint, a model that the format cannot express, an
             occupied or unwritable directory.
     """
-    check_values(plain(config), {"ckpt": Path, "out": Path, "format": str, "dtype": str | None})
+    check_values(resolve(config), {"ckpt": Path, "out": Path, "format": str, "dtype": str | None})
     module = find_format(config.format)
     trained = load_trained(config.ckpt)
     check_export(trained.model.config, format=config.format, dtype=config.dtype)
@@ -50,13 +50,13 @@ def record_of_run(trained: TrainedModel) -> dict[str, Any]:
     config = config_of_run(trained)
     if trained.step is None:
         return {"config": config}
-    facts = trained.run
+    metadata = trained.run
     training = {
-        "data": facts["data"],
+        "data": metadata["data"],
         "steps": trained.step,
-        "tokens": trained.step * facts["tokens_per_step"],
-        "context": facts["context"],
-        "seed": facts["seed"],
+        "tokens": trained.step * metadata["tokens_per_step"],
+        "context": metadata["context"],
+        "seed": metadata["seed"],
     }
     directory = trained.path.parent.parent
     summary = read_summary(directory / "summary.json")
@@ -68,10 +68,7 @@ def record_of_run(trained: TrainedModel) -> dict[str, Any]:
 
 def _measured(metrics: Path, trained: TrainedModel) -> dict[str, Any]:
     """The validation of the checkpoint's step, where there was one."""
-    if not metrics.is_file():
-        return {}
-    with open(metrics, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["val/loss"] and int(row["step"]) == trained.step]
+    rows = [row for row in read_metrics(metrics) if row["val/loss"] and int(row["step"]) == trained.step]
     if not rows:
         return {}
     loss = float(rows[-1]["val/loss"])

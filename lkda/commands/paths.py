@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import glob
 import os
 import re
-
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from collections.abc import Mapping
+from typing import Any
 
 from lkda.checks import InputError
 from lkda.data.text.cache import expanded
@@ -18,32 +17,34 @@ _DATA_PATHS = (*_DATA_LISTS, "tokenizer_path", "cache_dir", "directory")
 _PATTERN = re.compile(r"[*?[]")
 
 
-def with_absolute_paths(config: DictConfig) -> DictConfig:
-    """The configuration of a run with every path in it absolute, so that what is recorded means the same anywhere.
+def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved configuration of a run with every path in it absolute, so that what is recorded means the same
+    anywhere.
 
     Raises: ValueError for what is no path, or one in a home directory that is not known.
     """
-    changed = copy.deepcopy(config)
-    if changed.init_from is not None:
-        changed.init_from = _absolute(changed.init_from, "init_from")
-    changed.data = data_with_absolute_paths(changed.data)
-    return changed
+    initial = settings["init_from"]
+    return {
+        **settings,
+        "init_from": None if initial is None else _absolute(initial, "init_from"),
+        "data": data_with_absolute_paths(settings["data"]),
+    }
 
 
-def data_with_absolute_paths(config: DictConfig) -> DictConfig:
+def data_with_absolute_paths(data: Mapping[str, Any]) -> dict[str, Any]:
     """The group `data`, likewise."""
-    data = copy.deepcopy(config)
+    changed = dict(data)
     for name in _DATA_PATHS:
-        value = OmegaConf.select(data, name, throw_on_missing=False)
-        if isinstance(value, ListConfig):
-            data[name] = [_absolute(item, f"data.{name}") for item in value]
+        value = data.get(name)
+        if isinstance(value, list):
+            changed[name] = [_absolute(item, f"data.{name}") for item in value]
         elif value is not None and name not in _DATA_LISTS:
-            data[name] = _absolute(value, f"data.{name}")
+            changed[name] = _absolute(value, f"data.{name}")
     # A data set of the hub, or a directory.
-    name = OmegaConf.select(data, "name", throw_on_missing=False)
-    if isinstance(name, str) and expanded(name).is_dir():
-        data.name = _absolute(name, "data.name")
-    return data
+    of_the_hub = data.get("name")
+    if isinstance(of_the_hub, str) and expanded(of_the_hub).is_dir():
+        changed["name"] = _absolute(of_the_hub, "data.name")
+    return changed
 
 
 def _absolute(path: object, option: str) -> str:

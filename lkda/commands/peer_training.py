@@ -33,26 +33,23 @@ from torch import Tensor
 from lkda.bench.files import write_json
 from lkda.checks import InputError
 from lkda.commands.command_line import FAILED, readable_errors
+from lkda.commands.fit import build_task, quiet_libraries, trainer_options
 from lkda.commands.peers import PEERS, check_available, peer_model
-from lkda.commands.settings import check_model, check_options, device_of, model_config, plain, steps_for
+from lkda.commands.prepared_run import PreparedRun, model_of, prepare_data, with_data
+from lkda.commands.run_setup import plan_run
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.summary import git_commit
-from lkda.commands.train import OF_EVERY_RUN, quiet
-from lkda.data.datamodule import IndexedDataModule
 from lkda.io import check_output_file
-from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.report.draw.tables import rich_table
 from lkda.report.studies.peer_training import KIND, redraw, rows
 from lkda.training.callbacks import DivergenceGuard
 from lkda.training.callbacks.steps import ends_step
-from lkda.training.optimizer import check_optimizer, check_schedule
-from lkda.training.options import check_trainer, check_validation_batches
-from lkda.training.precision import PRECISIONS, resolve_precision
-from lkda.training.task import LanguageModelTask
 
 # What of configs/train.yaml is used here; the mixer is the peer's.
 _USED = ("model", "data", "optimizer", "scheduler", "trainer", "seed", "backend", "debug")
+
+_NO_RUN = Path(".")  # nothing is recorded as a run, nor continued
 
 
 class LossRecorder(L.Callback):
@@ -80,26 +77,24 @@ def compare_training(name: str, config: DictConfig, console: Console) -> dict[st
         ValueError: a setting does not do, the data are no text, or the peer cannot be what our model is.
         DivergedError: a loss is not finite.
     """
-    settings, device = checked(config)
-    data: IndexedDataModule = instantiate(config.data)
-    data.prepare()
+    plan = plan_run(config, _NO_RUN)
+    data = prepare_data(plan, None)
     if data.tokenizer is None:
         raise InputError(f"peers are compared on packed text, and data={data.source} is none: give data=sotu, say.")
-    check_validation_batches(settings["trainer"]["limit_val_batches"], data.val_batches)
-    L.seed_everything(settings["seed"], workers=True, verbose=False)
-    ours = build_model(model_config(settings, vocab_size=data.vocab_size, context=data.context))
+    prepared = with_data(plan, data, None)
+    ours = model_of(prepared)
     models = {"ours": ours, "theirs": peer_model(name, ours, data.tokenizer), "ours_rounded": rounded(ours)}
     courses = {}
     for side, model in models.items():
-        courses[side] = course = _train(model, data, settings, device)
+        courses[side] = course = _train(model, prepared)
         words = f"{len(course['loss'])} steps in {course['seconds']:.0f} s, validation loss {course['val_loss']:.4f}"
         console.print(f"{name}, {side}: {words}", soft_wrap=True)
     return {
         "peer": name,
         "version": PEERS[name].version(),
         "parameters": ours.num_parameters(),
-        "tokens_per_step": data.tokens_per_batch * settings["trainer"]["accumulate_grad_batches"],
-        "settings": {key: settings[key] for key in ("mixer", *_USED) if key in settings},
+        "tokens_per_step": prepared.metadata["tokens_per_step"],
+        "settings": {key: plan.record[key] for key in ("mixer", *_USED) if key in plan.record},
         **courses,
     }
 
@@ -113,50 +108,19 @@ def rounded(model: LanguageModel) -> LanguageModel:
     return changed
 
 
-def checked(config: DictConfig) -> tuple[dict[str, Any], torch.device]:
-    """The plain settings and the device of a run. Raises ValueError for what does not do, whatever the data."""
-    settings = plain(config)
-    check_trainer(settings["trainer"])
-    check_optimizer(settings["optimizer"])
-    check_schedule(settings["scheduler"])
-    device = device_of(config.trainer.accelerator)
-    settings["trainer"]["precision"] = precision = resolve_precision(settings["trainer"]["precision"], device)
-    check_options(config.data)
-    check_model(model_config(settings, vocab_size=1, context=1), device=device, precision=PRECISIONS[precision])
-    return settings, device
-
-
-def _train(
-    model: LanguageModel, data: IndexedDataModule, settings: dict[str, Any], device: torch.device
-) -> dict[str, Any]:
+def _train(model: LanguageModel, prepared: PreparedRun) -> dict[str, Any]:
     """Train `model` as scripts/train.py does. Returns the losses, the validation loss and the seconds they took."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as in training
-    options = copy.deepcopy(settings["trainer"])
-    pieces = options["accumulate_grad_batches"]
-    steps = steps_for(options["max_steps"], options.pop("max_tokens"), tokens_per_step=data.tokens_per_batch * pieces)
-    task = LanguageModelTask(
-        model.config,
-        optimizer=settings["optimizer"],
-        scheduler=settings["scheduler"],
-        total_steps=steps,
-        context=data.context,
-        bytes_per_token=data.bytes_per_token,
-    )
-    task.model = model
-    recorder = LossRecorder()
-    options |= OF_EVERY_RUN | {
-        "accelerator": device.type,
-        "max_steps": steps,
-        "val_check_interval": steps * pieces,
+    plan, recorder = prepared.plan, LossRecorder()
+    options = trainer_options(plan, prepared.total_steps) | {
+        "val_check_interval": prepared.total_steps * plan.trainer.accumulate_grad_batches,
         "enable_progress_bar": False,
         "enable_checkpointing": False,
         "logger": False,
     }
-    data.start_batch = 0
+    prepared.data.start_batch = 0
     trainer = instantiate(options, callbacks=[DivergenceGuard(), recorder])
     started = time.perf_counter()
-    trainer.fit(task, datamodule=data)
+    trainer.fit(build_task(prepared, model), datamodule=prepared.data)
     return {
         "loss": [round(loss, 7) for loss in torch.stack(recorder.losses).tolist()],
         "val_loss": round(float(trainer.callback_metrics["val/loss"]), 7),
@@ -171,10 +135,10 @@ def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Cons
     Returns: whether all of them were compared.
     Raises: ValueError before any training, for an unknown peer or a setting that does not do.
     """
-    quiet()
+    quiet_libraries()
     configs = _compose(peers, overrides)
     check_output_file(out / "results.json", option="--out")
-    device = device_of(configs[peers[0]].trainer.accelerator)
+    device = plan_run(configs[peers[0]], _NO_RUN).device
     found: dict[str, Any] = {"kind": KIND, "header": _header(overrides, device), "peers": [], "failed": {}}
     for name, config in configs.items():
         try:
@@ -206,7 +170,7 @@ def _compose(peers: Sequence[str], overrides: Sequence[str]) -> dict[str, DictCo
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         configs = {name: compose("train", overrides=[*PEERS[name].overrides, *overrides]) for name in peers}
     for config in configs.values():
-        checked(config)
+        plan_run(config, _NO_RUN)
     return configs
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from lkda.checks import InputError
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
-from lkda.old_names import later_options, translated, with_options
+from lkda.metrics_file import read_metrics
+from lkda.old_names import translated
 from lkda.training.checkpoint import newest_intact
 
+_CONFIG = "config.yaml"
 # Settings that change what a run computes: a run is resumed with the same ones.
 _FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from", "trainer")
 # How long a run is, where things lie, how many hands fetch them and what is shown are free. So are, outside of _FIXED,
@@ -53,7 +54,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
-        self.config = self.path / "config.yaml"
+        self.config = self.path / _CONFIG
         self.metrics = self.path / "metrics.csv"
         self.summary = self.path / "summary.json"
         self.samples = self.path / "samples.txt"
@@ -105,7 +106,7 @@ class RunDirectory:
             ValueError: a run is here and `resume` is false; or it has other settings; or none of its checkpoints can
                 be read; or a config.yaml is here that is none of lkda's.
         """
-        recorded = self._recorded()
+        recorded = recorded_config(self.path)
         before = None if recorded is None else translated(recorded)
         if self.holds_run() and before is None:
             raise InputError(
@@ -120,37 +121,11 @@ class RunDirectory:
             left_over.unlink()
         if before is None or not self.holds_run():
             return None
-        self._check_settings(before, config, free_places=True)
+        now = translated(config)  # what a model of another package does not say, is said on both sides
+        self._check_settings(before, now, free_places=True)
         saved = newest_intact(self.checkpoints)
-        self._check_settings(before, config, free_places=saved is None or "train" in fingerprint_of(saved[1]))
+        self._check_settings(before, now, free_places=saved is None or "train" in fingerprint_of(saved[1]))
         return saved
-
-    def with_options_of_then(self, settings: Mapping[str, Any], *, given: Sequence[str]) -> dict[str, Any]:
-        """The settings to go on with: a run that was begun before an option existed keeps what it had without it.
-
-        Args:
-            settings: a plain dict.
-            given: overrides of the command line; an option that they name stays as it is.
-        """
-        recorded = self._recorded() or {}
-        later = {
-            name: value
-            for name, value in later_options(recorded).items()
-            if not any(word.lstrip("+~").startswith((f"{name}=", f"{name}.")) for word in given)
-        }
-        return with_options(settings, later)
-
-    def _recorded(self) -> dict[Any, Any] | None:
-        """What config.yaml holds. Raises ValueError where it is another program's."""
-        if not self.config.exists():
-            return None
-        try:
-            found = OmegaConf.to_container(OmegaConf.load(self.config))
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.config} cannot be read: {' '.join(str(error).split())}.") from error
-        if not isinstance(found, dict) or not found.keys() >= _OURS:
-            raise InputError(f"{self.config} is no configuration of lkda's: choose another hydra.run.dir.")
-        return found
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
         changed = _differences(_fixed(before, free_places), _fixed(now, free_places))
@@ -181,17 +156,24 @@ class RunDirectory:
 
     def rows(self) -> list[dict[str, str]]:
         """The rows of metrics.csv, in order, as text by column."""
-        with open(self.metrics, encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+        return read_metrics(self.metrics)
 
-    def columns(self) -> list[str]:
-        """The names of the columns of metrics.csv."""
-        with open(self.metrics, encoding="utf-8", newline="") as file:
-            return next(csv.reader(file))
 
-    def column(self, name: str) -> list[float]:
-        """The values of a column of metrics.csv, in order, without the empty ones."""
-        return [float(row[name]) for row in self.rows() if row[name]]
+def recorded_config(run_dir: Path) -> dict[str, Any] | None:
+    """What the config.yaml of a run directory holds, as it was written; None where there is none.
+
+    Raises: ValueError where it cannot be read, or is another program's.
+    """
+    path = run_dir / _CONFIG
+    if not path.exists():
+        return None
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(found, dict) or not found.keys() >= _OURS:
+        raise InputError(f"{path} is no configuration of lkda's: choose another hydra.run.dir.")
+    return {str(name): value for name, value in found.items()}
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -212,7 +194,7 @@ def fingerprint_of(checkpoint: Mapping[str, Any]) -> dict[str, str | None]:
 def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:
     """The settings that must stay, paths absolute."""
     free = {**_FREE, "data": (*_FREE["data"], *(_PLACES if free_places else ()))}
-    absolute = OmegaConf.to_container(data_with_absolute_paths(OmegaConf.create(dict(config.get("data") or {}))))
+    absolute = data_with_absolute_paths(config.get("data") or {})
     found: dict[str, Any] = {**{key: config.get(key) for key in _FIXED}, "data": absolute}
     for group, names in free.items():
         found[group] = {key: value for key, value in (found[group] or {}).items() if key not in names}

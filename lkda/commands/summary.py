@@ -13,43 +13,38 @@ import lightning
 import torch
 
 import lkda
+from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
 from lkda.models.lm import LanguageModel
-from lkda.training.accuracy import METRICS, column
+from lkda.training.accuracy import by_subset
+from lkda.training.callbacks import DivergedError, InterruptedRunError
 
 
 def summarize(
-    run: RunDirectory,
-    model: LanguageModel,
-    settings: dict[str, Any],
-    facts: dict[str, Any],
-    *,
-    status: str,
-    step: int,
-    device: torch.device,
-    backends: dict[str, str],
+    run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ending: InterruptedRunError | DivergedError | None
 ) -> dict[str, Any]:
     """What summary.json holds; what was measured comes from metrics.csv, so that a resumed run sums up as a whole.
 
     Args:
-        settings: with trainer.precision as it ran, not `auto`.
-        status: finished, interrupted or diverged.
-        step: the last one; metrics.csv has a row every few steps only.
-        facts: of the run, as in its checkpoints.
-        backends: that ran, by operator.
+        model: as it was trained.
+        ending: what ended the run before its last step; None where nothing did.
     """
-    context = facts["context"]
-    latest = {name: values[-1] for name in run.columns() if (values := run.column(name))}
-    tokens, seconds = step * facts["tokens_per_step"], latest.get("seconds", 0.0)
-    speeds = run.column("tokens_per_s")
+    status = {InterruptedRunError: "interrupted", DivergedError: "diverged"}.get(type(ending), "finished")
+    # The last one; metrics.csv has a row every few steps only.
+    step = max(prepared.first_step, prepared.total_steps) if ending is None else ending.step
+    metadata, device = prepared.metadata, prepared.plan.device
+    context, rows = metadata["context"], run.rows()
+    latest = {name: float(value) for row in rows for name, value in row.items() if value}
+    tokens, seconds = step * metadata["tokens_per_step"], latest.get("seconds", 0.0)
+    speeds = [float(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]]
     loss = latest.get("val/loss")
     return {
         "status": status,
         "val/loss": loss,
-        "val/perplexity": _perplexity(loss) if not facts["parts"] else None,
+        "val/perplexity": _perplexity(loss) if not metadata["val_subsets"] else None,
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
-        "unigram_entropy": facts["unigram_entropy"],
-        **_of_test(facts.get("test"), run, step),
+        "unigram_entropy": metadata["unigram_entropy"],
+        **_of_test(metadata["test"], rows, step),
         "tokens": tokens,
         # A run shorter than the warm-up has no row with a speed.
         "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
@@ -57,22 +52,22 @@ def summarize(
         "params_non_embedding": model.num_parameters(embedding=False),
         "state_bytes": model.state_bytes(context),
         "flops_per_token": model.flops_per_token(context),
-        "mixer": facts["mixer"],
-        "model": facts["model"],
-        "data": facts["data"],
+        "mixer": metadata["mixer"],
+        "model": metadata["model"],
+        "data": metadata["data"],
         "context": context,
-        "backend": " ".join(dict.fromkeys(backends.values())),
+        "backend": " ".join(dict.fromkeys(prepared.plan.backends.values())),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
-        "precision": settings["trainer"]["precision"],
+        "precision": prepared.plan.trainer.precision,
         "state_dtype": _state_dtype(model),
-        "seed": facts["seed"],
-        "fingerprint": facts["fingerprint"],
+        "seed": metadata["seed"],
+        "fingerprint": metadata["fingerprint"],
         "steps": step,
         "seconds": seconds,
-        "clipped_share": _clipped_share(run),
-        "learning_rate": settings["optimizer"]["lr"],
+        "clipped_share": _clipped_share(rows),
+        "learning_rate": metadata["learning_rate"],
         "git_commit": git_commit(),
         "versions": {
             "python": platform.python_version(),
@@ -80,34 +75,32 @@ def summarize(
             "lightning": lightning.__version__,
             "lkda": lkda.__version__,
         },
-        **_by_part(facts["parts"], latest, model),
+        **_by_subset(metadata["val_subsets"], latest, model),
     }
 
 
-def _of_test(test: dict[str, Any] | None, run: RunDirectory, step: int) -> dict[str, Any]:
+def _of_test(test: dict[str, Any] | None, rows: list[dict[str, str]], step: int) -> dict[str, Any]:
     """What was measured on the test split after the last step; nothing where there is no split, or the run stopped
     before."""
-    rows = [row for row in run.rows() if int(row["step"]) == step and row.get("test/loss")]
-    if test is None or not rows:
+    measured = [row for row in rows if int(row["step"]) == step and row.get("test/loss")]
+    if test is None or not measured:
         return {}
-    loss = float(rows[-1]["test/loss"])
+    loss = float(measured[-1]["test/loss"])
     return {
         "test/loss": loss,
         "test/perplexity": _perplexity(loss),
-        "test/bits_per_byte": float(rows[-1]["test/bits_per_byte"]),
+        "test/bits_per_byte": float(measured[-1]["test/bits_per_byte"]),
         "test_unigram_entropy": test["unigram_entropy"],
         "test_tokens": test["tokens"],
     }
 
 
-def _clipped_share(run: RunDirectory) -> float | None:
+def _clipped_share(rows: list[dict[str, str]]) -> float | None:
     """Of all steps, those whose gradient was clipped; a row of metrics.csv speaks of the steps since the row before."""
-    rows = [
-        (int(row["step"]), float(row["train/clipped_share"])) for row in run.rows() if row.get("train/clipped_share")
-    ]
-    steps = [step for step, _ in rows]
+    shares = [(int(row["step"]), float(row["train/clipped_share"])) for row in rows if row.get("train/clipped_share")]
+    steps = [step for step, _ in shares]
     weights = [step - before for before, step in zip([0, *steps], steps)]
-    return sum(weight * share for weight, (_, share) in zip(weights, rows)) / steps[-1] if steps else None
+    return sum(weight * share for weight, (_, share) in zip(weights, shares)) / steps[-1] if steps else None
 
 
 def _state_dtype(model: LanguageModel) -> str | None:
@@ -123,18 +116,15 @@ def _perplexity(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None  # a float ends at exp(709)
 
 
-def _by_part(parts: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:
-    """Accuracies in the mean and of each part of the validation, with the state's bytes at its length."""
-    if not parts:
+def _by_subset(subsets: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:
+    """Mean accuracies, and those of each subset of the validation with the bytes of a state at its length."""
+    if not subsets:
         return {}
     rows = [
-        {name: value for name, value in part.items() if name != "examples"}
-        | {metric: latest[column(metric, part)] for metric in METRICS if column(metric, part) in latest}
-        | {"state_bytes": model.state_bytes(part["length"])}
-        for part in parts
+        record | {"state_bytes": model.state_bytes(record["subset"]["length"])} for record in by_subset(subsets, latest)
     ]
     means = {name: latest.get(name) for name in ("val/accuracy", "val/sequence_accuracy")}
-    return {**means, "parts": rows}
+    return {**means, "val_subsets": rows}
 
 
 def git_commit() -> str | None:

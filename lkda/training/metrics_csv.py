@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 from lkda.checks import InputError
 from lkda.io import named, write_atomically
+from lkda.metrics_file import read_metrics
 
 COLUMNS = (
     "step",
@@ -32,10 +33,7 @@ COLUMNS = (
 
 def steps_with(path: Path, column: str) -> set[int]:
     """The steps whose rows of a metrics.csv have a value in that column; none where there is no such file."""
-    if not path.exists():
-        return set()
-    with open(path, encoding="utf-8", newline="") as file:
-        return {int(row["step"]) for row in csv.DictReader(file) if row.get(column)}
+    return {int(row["step"]) for row in read_metrics(path) if row.get(column)}
 
 
 class MetricsCSV(Logger):
@@ -51,17 +49,13 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = Path(path)
         self.columns = (*COLUMNS, *also)
-        kept = [",".join(self.columns)]
-        if self.path.exists():
-            # A kill may have cut the last line short: only what ends in a newline is a row.
-            rows = csv.DictReader(self.path.read_text(encoding="utf-8").split("\n")[:-1])
-            # By name: a run that was begun by an older version has other columns.
-            kept += [
-                ",".join(row.get(name) or "" for name in self.columns)
-                for row in rows
-                if int(row["step"]) <= resume_step
-            ]
-        write_atomically(self.path, "\n".join(kept) + "\n")
+        # By name: a run that was begun by an older version has other columns.
+        kept = [
+            ",".join(row.get(name) or "" for name in self.columns)
+            for row in read_metrics(self.path)
+            if int(row["step"]) <= resume_step
+        ]
+        write_atomically(self.path, "\n".join([",".join(self.columns), *kept]) + "\n")
 
     @property
     def name(self) -> str:

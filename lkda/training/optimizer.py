@@ -20,8 +20,8 @@ OPTIMIZERS = {
 }
 SCHEDULES = {
     "constant": ("warmup_steps",),
-    "cosine": ("warmup_steps", "final"),
-    "wsd": ("warmup_steps", "decay", "final"),
+    "cosine": ("warmup_steps", "min_lr_ratio"),
+    "wsd": ("warmup_steps", "decay_fraction", "min_lr_ratio"),
 }
 
 
@@ -82,10 +82,12 @@ def check_schedule(config: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown schedule, an option that it does not have, or a number out of its range."""
     name = _check_choice("scheduler", config, SCHEDULES)
     check_count("scheduler.warmup_steps", config["warmup_steps"], least=0)
-    if "final" in SCHEDULES[name]:
-        check_number("scheduler.final", config["final"], wanted="in [0, 1]", fits=lambda value: 0 <= value <= 1)
-    if "decay" in SCHEDULES[name]:
-        check_number("scheduler.decay", config["decay"], wanted="in (0, 1]", fits=lambda value: 0 < value <= 1)
+    if "min_lr_ratio" in SCHEDULES[name]:
+        ratio = config["min_lr_ratio"]
+        check_number("scheduler.min_lr_ratio", ratio, wanted="in [0, 1]", fits=lambda value: 0 <= value <= 1)
+    if "decay_fraction" in SCHEDULES[name]:
+        fraction = config["decay_fraction"]
+        check_number("scheduler.decay_fraction", fraction, wanted="in (0, 1]", fits=lambda value: 0 < value <= 1)
 
 
 def learning_rate_factor(config: Mapping[str, Any], *, step: int, total_steps: int) -> float:
@@ -93,22 +95,22 @@ def learning_rate_factor(config: Mapping[str, Any], *, step: int, total_steps: i
 
     A linear warm-up from 1 / warmup_steps, then
         constant   1
-        cosine     half a cosine from 1 to `final`
-        wsd        1, and in the last `decay` part of the steps a straight line from 1 to `final`
+        cosine     half a cosine from 1 to `min_lr_ratio`
+        wsd        1, and in the last `decay_fraction` of the steps a straight line from 1 to `min_lr_ratio`
                    (warm-up, stable, decay; arXiv:2404.06395)
 
     Args:
-        config: {"name", "warmup_steps", ...}, valid; cosine and wsd also have "final", and wsd "decay", a part of the
-            steps.
+        config: {"name", "warmup_steps", ...}, valid; cosine and wsd also have "min_lr_ratio", and wsd "decay_fraction",
+            a part of the steps.
     """
     name, warmup = config["name"], config["warmup_steps"]
     if step < warmup:
         return (step + 1) / warmup
     if name == "constant":
         return 1.0
-    final = config["final"]
+    least = config["min_lr_ratio"]
     if name == "cosine":
         progress = (step - warmup) / max(1, total_steps - warmup)
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    remaining = (total_steps - step) / max(1.0, config["decay"] * total_steps)
-    return final + (1 - final) * max(0.0, min(1.0, remaining))
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    remaining = (total_steps - step) / max(1.0, config["decay_fraction"] * total_steps)
+    return least + (1 - least) * max(0.0, min(1.0, remaining))

@@ -2,19 +2,73 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from lkda.checks import InputError, check_count
 
-# The options of configs/trainer/auto.yaml, and Lightning's that may be added to them.
-TRAINER = (
-    *("_target_", "accelerator", "devices", "precision", "max_steps", "max_tokens", "val_check_interval"),
-    *("limit_val_batches", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val"),
-    "enable_model_summary",
-)
-TRAINER_ALSO = ("detect_anomaly", "profiler")
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """The group `trainer`: the options of configs/trainer/auto.yaml, and Lightning's that may be added to them.
+
+    Attributes:
+        target: the class, `_target_` in the YAML.
+        precision: a word of `lkda.training.precision`.
+        max_tokens: a budget that takes the place of max_steps, where given.
+    """
+
+    target: str
+    accelerator: str
+    devices: int
+    precision: str
+    max_steps: int
+    max_tokens: int | None
+    val_check_interval: int
+    limit_val_batches: int | float
+    log_every_n_steps: int
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    enable_model_summary: bool
+    detect_anomaly: bool = False
+    profiler: str | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> TrainerOptions:
+        """From checked options by their names in the YAML."""
+        return cls(**{"target" if name == "_target_" else name: value for name, value in options.items()})
+
+    def steps(self, tokens_per_step: int) -> int:
+        """Of the run: enough for the token budget where there is one, else max_steps."""
+        return self.max_steps if self.max_tokens is None else math.ceil(self.max_tokens / tokens_per_step)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """The group `checkpoint`: optimiser steps between two, and how many stay beside the best and the last."""
+
+    every_n_steps: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """The group `sample`: how the text at the end of the run is drawn."""
+
+    prompt: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+
+def _names(options: type, *, optional: bool) -> tuple[str, ...]:
+    of_that_kind = [field.name for field in fields(options) if (field.default is not MISSING) is optional]
+    return tuple("_target_" if name == "target" else name for name in of_that_kind)
+
+
 PROFILERS = ("simple", "advanced")
 MOST_SEED = 2**32 - 1
 
@@ -60,12 +114,32 @@ def check_switch(name: str, value: object) -> None:
         raise InputError(f"{name} must be true or false, got {value!r}.")
 
 
+def check_parts(group: str, parts: object, *, kind: str, choice: str) -> None:
+    """Raise ValueError unless a group, logger or callbacks, is a mapping whose entries are null or name their class.
+
+    Args:
+        kind: what an entry is, for the message.
+        choice: of the group, that has entries.
+    """
+    named = parts if isinstance(parts, Mapping) else {}
+    wrong = [name for name, part in named.items() if part and not (isinstance(part, Mapping) and "_target_" in part)]
+    if wrong or not isinstance(parts, Mapping):
+        what = f"{group}.{wrong[0]}" if wrong else group
+        raise InputError(f"{what} is no {kind} (that has an entry _target_): choose {group}={choice} first.")
+
+
 def check_trainer(options: object) -> None:
     """Raise ValueError for an option of the group trainer that is unknown or has a value that no run can use.
 
     `accelerator` is checked where the device is found, and `precision` in `lkda.training.precision`.
     """
-    options = check_names("trainer", options, TRAINER, also=TRAINER_ALSO, choice="auto")
+    options = check_names(
+        "trainer",
+        options,
+        _names(TrainerOptions, optional=False),
+        also=_names(TrainerOptions, optional=True),
+        choice="auto",
+    )
     if not isinstance(options["devices"], int) or isinstance(options["devices"], bool) or options["devices"] != 1:
         raise InputError(f"trainer.devices must be 1, got {options['devices']!r}: a run trains on one device.")
     for name in ("max_steps", "val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
@@ -108,14 +182,14 @@ def check_validation_batches(limit: int | float, batches: int) -> None:
 
 def check_checkpoint(options: object) -> None:
     """Raise ValueError for an option of the group checkpoint that is unknown or out of its range."""
-    options = check_names("checkpoint", options, ("every_n_steps", "keep"))
+    options = check_names("checkpoint", options, _names(CheckpointOptions, optional=False))
     for name, value in options.items():
         check_count(f"checkpoint.{name}", value, least=1)
 
 
 def check_sample(options: object) -> None:
     """Raise ValueError for what the text at the end of the run cannot be drawn with."""
-    options = check_names("sample", options, ("prompt", "max_new_tokens", "temperature", "top_p"))
+    options = check_names("sample", options, _names(SampleOptions, optional=False))
     if not isinstance(options["prompt"], str):
         raise InputError(
             f"sample.prompt must be text, got {options['prompt']!r}: quote a number, as in sample.prompt=\"'1776'\"."

@@ -12,18 +12,13 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
-from lkda.models.build import build_model
-from lkda.training.accuracy import PartMetrics
+from lkda.models.lm import LanguageModel
+from lkda.training.losses import next_token_loss, next_token_losses
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
-from lkda.training.positions import PositionLoss
 from lkda.training.step_mean import StepMean
-
-# {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets ask: their flat places, asked [N],
-# and the number of the batch's part.
-Batch = Mapping[str, Any]
+from lkda.training.validation import Batch, ValidationMetrics, with_bits
 
 
 class Loader(Protocol):
@@ -34,40 +29,22 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are asked, in float32.
-
-    Args:
-        logits: [B, T, vocab].
-        targets: [B, T] int64; -100 where nothing is asked.
-    """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-
-
-def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each target, [B, T], in float32; 0 where nothing is asked. Arguments as of `next_token_loss`."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
-    return losses.view_as(targets)
-
-
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and
-    train/grad_norm, of the step's gradient before clipping; val/loss, the mean over every validation target (not over
-    batches, whose numbers of targets differ), and by position (`PositionLoss`); bits per byte beside both losses where
-    the tokens are text. Where the validation has parts: what `PartMetrics` computes. After the last step of a run,
-    where there is a test split: the same of it, as test/loss and so on.
+    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and beside it bits
+    per byte where the tokens are text; train/grad_norm, of the step's gradient before clipping; of a validation what
+    `ValidationMetrics` computes; and of a test split, where there is one, the same after the last step of a run.
 
     Args:
-        model_config: what `build_model` takes: plain names and numbers.
+        model: that is trained.
         optimizer: what `build_optimizer` takes.
         scheduler: what `learning_rate_factor` takes.
         total_steps: optimiser steps of the whole run, for the schedule.
         context: tokens of a sequence, at most.
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
-        parts: of the validation; see `lkda.training.accuracy`.
-        test_batches, test_bytes_per_token: of the test split; None where there is none.
+        val_subsets: of the validation; see `lkda.training.accuracy`.
+        test_batches, test_bytes_per_token: of the test split, a text; None where there is none.
         compile: whether `torch.compile` takes the model and its loss.
 
     Attributes:
@@ -78,49 +55,47 @@ class LanguageModelTask(L.LightningModule):
 
     def __init__(
         self,
-        model_config: dict[str, Any],
+        model: LanguageModel,
         *,
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any],
         total_steps: int,
         context: int,
         bytes_per_token: float | None,
-        parts: Sequence[Mapping[str, int]] = (),
+        val_subsets: Sequence[Mapping[str, int]] = (),
         test_batches: Loader | None = None,
         test_bytes_per_token: float | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.model = build_model(model_config)
+        self.model = model
         self.optimizer_config = dict(optimizer)
         self.scheduler_config = dict(scheduler)
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
-        self.test_batches, self.test_bytes_per_token = test_batches, test_bytes_per_token
         self.register_buffer("clipped_steps", torch.zeros((), dtype=torch.long), persistent=False)
         self.step_mean = StepMean()
-        self.val_mean = MeanMetric()
-        self.val_positions = PositionLoss(context)
-        self.val_parts = PartMetrics(parts, vocab_size=self.model.config["vocab_size"]) if parts else None
+        rows = model.config["vocab_size"]
+        self.validation = ValidationMetrics(
+            context=context, vocab_size=rows, bytes_per_token=bytes_per_token, val_subsets=val_subsets
+        )
+        self.test_batches = test_batches
+        self.test = ValidationMetrics(
+            context=context, vocab_size=rows, bytes_per_token=test_bytes_per_token, split="test"
+        )
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
         self._losses = torch.compile(self._eager_losses, dynamic=False) if compile else self._eager_losses
 
     def _eager_loss(
-        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, asked: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, target_positions: Tensor | None = None
     ) -> Tensor:
-        if asked is None:
+        if target_positions is None:
             return next_token_loss(self.model(tokens, cu_seqlens=cu_seqlens), targets)
-        logits = self.model.logits_at(tokens, asked, cu_seqlens=cu_seqlens)
-        return F.cross_entropy(logits.float(), targets.flatten()[asked])
+        logits = self.model.logits_at(tokens, target_positions, cu_seqlens=cu_seqlens)
+        return F.cross_entropy(logits.float(), targets.flatten()[target_positions])
 
     def _eager_losses(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return next_token_losses(self.model(tokens, cu_seqlens=cu_seqlens), targets)
-
-    def _with_bits(self, name: str, loss: Tensor) -> dict[str, Tensor]:
-        """The loss in nats a token, and in bits a byte, which compares across tokenizers, where the tokens are text."""
-        size = self.test_bytes_per_token if name == "test" else self.bytes_per_token
-        bits = {} if size is None else {"bits_per_byte": loss / (math.log(2) * size)}
-        return {f"{name}/{key}": value for key, value in {"loss": loss, **bits}.items()}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the learning rate of the step that this batch belongs to: a function of the step and the settings, not
@@ -131,12 +106,12 @@ class LanguageModelTask(L.LightningModule):
             group["lr"] = self.optimizer_config["lr"] * group["lr_scale"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("asked"))
+        mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("target_positions"))
         pieces = self.trainer.accumulate_grad_batches
         if pieces > 1:
             loss = self.step_mean.weighted(loss, batch["targets"], first=batch_idx % pieces == 0)
             mean = self.step_mean.loss
-        self.log_dict(self._with_bits("train", mean.detach()), logger=False)
+        self.log_dict(with_bits("train", mean.detach(), self.bytes_per_token), logger=False)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -145,39 +120,22 @@ class LanguageModelTask(L.LightningModule):
             self.step_mean.normalize(self.parameters(), pieces=pieces)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        if self.val_parts is not None:
-            self.val_parts.measure(self.model, batch)
-            return
-        targets: Tensor = batch["targets"]
-        losses = self._losses(batch["tokens"], targets, batch["cu_seqlens"])
-        asked = (targets != -100).sum()
-        self.val_mean.update(losses.sum() / asked, weight=asked)
-        self.val_positions.update(losses, targets, batch["cu_seqlens"])
+        self.validation.update(self.model, batch, token_losses=self._losses)
 
     def on_validation_epoch_end(self) -> None:
-        if self.val_parts is not None:
-            self.log_dict(self.val_parts.compute(), logger=False)
-            return
-        self.log_dict(self._measured("val"), logger=False)
+        self.log_dict(self.validation.compute(), logger=False)
         last = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.global_step >= self.total_steps
         if last and self.test_batches is not None:
             self._measure_test(self.test_batches)
-            self.log_dict(self._measured("test"), logger=False)
-
-    def _measured(self, split: str) -> dict[str, Tensor]:
-        """Of what `validation_step` took in since the last call, by column of metrics.csv."""
-        loss = self.val_mean.compute()
-        self.val_mean.reset()
-        by_position = {name.replace("val/", f"{split}/"): own for name, own in self.val_positions.compute().items()}
-        return self._with_bits(split, loss) | by_position
+            self.log_dict(self.test.compute(), logger=False)
 
     def _measure_test(self, batches: Loader) -> None:
         """Take in the test split as a validation does: as many batches, in the same precision."""
         trainer, limit = self.trainer, self.trainer.limit_val_batches
         count = max(1, int(limit * len(batches))) if isinstance(limit, float) else limit
-        for number, batch in enumerate(islice(batches, count)):
+        for batch in islice(batches, count):
             with trainer.precision_plugin.val_step_context():
-                self.validation_step(trainer.strategy.batch_to_device(batch), number)
+                self.test.update(self.model, trainer.strategy.batch_to_device(batch), token_losses=self._losses)
 
     def configure_gradient_clipping(
         self,

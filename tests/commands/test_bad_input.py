@@ -26,7 +26,7 @@ TRAINING = [
     ("mixer=kdaa", r"Could not find 'mixer/kdaa'.*kda_mla_3to1.*simplified"),
     ("mixer.kda.gates=head", r"Could not override 'mixer.kda.gates'. Did you mean gate\?"),
     ("mixer.kda.gate=heads", r"mixer.kda.gate must be one of channel, head, none, got 'heads'"),
-    ("+mixer.kda.colour=red", r"mixer 'kda' has no option colour; it has conv_width, activation, gate, "),
+    ("+mixer.kda.colour=red", r"mixer 'kda' has no option colour; it has conv_width, conv_std, activation, gate, "),
     ("mixer.pattern=[kdaa]", r"unknown mixer 'kdaa'; there are conv, kda, mla, simplified, softmax"),
     ("model.d_model=30 mixer.num_heads=4", r"mixer.num_heads must divide model.d_model = 30, got 4"),
     ("model.num_layers=0", r"model.num_layers must be a positive integer, got 0"),
@@ -52,6 +52,12 @@ TRAINING = [
     ("mixer.kda=5", r"mixer.kda must hold the options of that mixer by name, got 5"),
     ("mixer.kda.conv_width=wide", r"mixer.kda.conv_width must be a whole number .*, got 'wide'"),
     ("mixer.kda.output_gate=5", r"mixer.kda.output_gate must be true or false, got 5"),
+    ("model.vocab_size=-1", r"model.vocab_size must be a whole number of 1 or more, got -1"),
+    ("model.init=null", r"model.init must hold embedding_std, .*, got None"),
+    ("model.embed_norm=5", r"model.embed_norm must be true or false, got 5"),
+    ("model.embed_scale=nan", r"model.embed_scale must be a number above 0, got nan"),
+    ("callbacks=default callbacks.progress._target_=builtins.dict", r"callbacks makes a dict, which is no callback"),
+    ("hydra.run.dir=''", r"hydra.run.dir is empty: give a directory, or leave it out"),
     ("init_from=5", r"5 is no exported model: it has no config.json"),
     # data
     (
@@ -78,6 +84,46 @@ TRAINING = [
     ("data.context=0", r"data.context must be a positive whole number, got 0"),
     ("data.vocab_size=350", r"the tokenizer has 350 tokens and the model 300 rows: set model.vocab_size to 350"),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
+    # options that another one leaves without effect
+    ("mixer.kda.lower_bound=-4", r"mixer.kda.lower_bound has no effect without mixer.kda.gate_form=bounded; leave it"),
+    ("mixer.kda.gate=none mixer.kda.gate_form=bounded", r"mixer.kda.gate_form has no effect beside mixer.kda.gate"),
+    ("mixer.kda={{gate:none,lower_bound:-4}}", r"mixer.kda.lower_bound has no effect beside mixer.kda.gate"),
+    ("mixer.pattern=[softmax] mixer.kda.gate=head", r"mixer.kda.gate has no effect in a model without a kda layer"),
+    ("+mixer.softmax.rope_base=5000", r"mixer.softmax.rope_base has no effect in a model without a softmax layer"),
+    ("mixer=kda_softmax_3to1 mixer.softmax.qk_norm=false", r"softmax.qk_norm has no effect in a model without a"),
+    ("mixer=conv mixer.num_heads=4", r"mixer.num_heads has no effect in a model of conv layers, which have no heads"),
+    (
+        "mixer=softmax mixer.softmax.qk_norm=false +mixer.softmax.norm_eps=1e-4",
+        r"norm_eps has no effect without mixer.softmax.qk_norm=true",
+    ),
+    ("model.num_heads=4 mixer.num_heads=2", r"model.num_heads has no effect beside mixer.num_heads"),
+    ("model.learning_rate=1e-3 optimizer.lr=1e-4", r"model.learning_rate has no effect beside optimizer.lr"),
+    ("model.init.head_std=0", r"model.init.head_std has no effect beside model.tie_embeddings=true"),
+    ("optimizer.lr_scale.head=2", r"optimizer.lr_scale.head has no effect beside model.tie_embeddings=true"),
+    ("mixer=softmax mixer.softmax.conv_std=0.1", r"mixer.softmax.conv_std has no effect beside .*softmax.conv_width=0"),
+    (
+        "mixer.kda.conv_width=0 mixer.kda.conv_std=0.1",
+        r"mixer.kda.conv_std has no effect beside mixer.kda.conv_width=0",
+    ),
+    ("trainer.max_tokens=1000 trainer.max_steps=5", r"trainer.max_steps has no effect beside trainer.max_tokens"),
+    ("data=palindrome sample.prompt=a", r"sample.prompt has no effect for data whose tokens are no text"),
+    ("data=mqar_kimi sample={{prompt:a}}", r"sample.prompt has no effect for data whose tokens are no text"),
+    ("data=needle sample.top_p=0.5", r"sample.top_p has no effect for data whose tokens are no text"),
+    ("sample.max_new_tokens=0 sample.temperature=1", r"sample.temperature has no effect beside sample.max_new_to"),
+    ("sample.temperature=0 sample.top_p=0.5", r"sample.top_p has no effect beside sample.temperature=0"),
+    ("hydra.sweep.dir={tmp}/sweep", r"hydra.sweep.dir has no effect in a single run, which has hydra.run.dir"),
+    (
+        "data=hub data.name={tmp}/set data.revision=main",
+        r"data.revision is of data sets on the hub, and .* is a",
+    ),
+    ("data=hub data.name={tmp}/set data.val_split=train", r"data.val_split=train is what trains"),
+    ("data=sotu +data.val_fraction=0.1", r"data.val_fraction has no effect with data=sotu and data=prose"),
+    ("data=prose data.directory={tmp} data.cache_dir={tmp}", r"data.cache_dir has no effect beside data.directory"),
+    ("data=prose +data.vocab_size=300", r"data.vocab_size has no effect with data=prose, which has a tokenizer of its"),
+    ("data.pin_memory=true", r"data.pin_memory has no effect where there is no GPU"),
+    # the logger
+    ("+logger.wandb.project=mine", r"logger.wandb is no logger .*: choose logger=wandb"),
+    ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
     # the sample at the end
     ("sample.temperature=-1", r"sample.temperature must be 0 or more, got -1"),
     ("sample.prompt=null", r"sample.prompt must be text, got None"),
@@ -107,10 +153,13 @@ GENERATE = [
     ("ckpt={run} prompt_file={tmp}/missing.txt", r"cannot read prompt_file .*missing.txt: No such file"),
     ("ckpt={run} prompt_file={tmp}/latin1.txt", r"the prompt in .*latin1.txt is not UTF-8"),
     ("ckpt={run} prompt=a seed=x", r"seed must be a whole number of 0 or more, got 'x'"),
+    ("ckpt={run} prompt=a seed=99999999999999999999", r"seed must be at most 4294967295"),
     ("ckpt={run} prompt=a temperature=warm", r"temperature must be >= 0 and top_p in \(0, 1\], got 'warm'"),
     ("ckpt={run} prompt=a ignore_eos=perhaps", r"ignore_eos must be true or false, got 'perhaps'"),
     ("ckpt={run} prompt=two words", r"'words' is not key=value. A prompt of several words stands in quotes"),
     ("ckpt={run} prompt=\udcff", r"prompt is not UTF-8"),
+    ("ckpt={run} prompt=a temperature=0 top_p=0.5", r"top_p has no effect beside temperature=0, .*; leave it out"),
+    ("ckpt={run} prompt=a max_new_tokens=0 ignore_eos=true", r"ignore_eos has no effect beside max_new_tokens=0"),
     ("ckpt={run} prompt=a backend=cuda", r"not on a CUDA device"),
     ("ckpt={run} prompt=a accelerator=gpu", r"a GPU was asked for and torch sees no CUDA device"),
 ]
@@ -147,6 +196,10 @@ EVALUATE = [
         "ckpt={run} stepwise=true backend=chunk",
         r"backend=chunk is how whole sequences are computed, and stepwise=true ",
     ),
+    ("ckpt={run} seed=2", r"seed has no effect in an evaluation, which draws nothing; leave it out"),
+    ("ckpt={run} data=sotu data.num_workers=2", r"data.num_workers has no effect in an evaluation: it is"),
+    ("ckpt={run} data.batch_size=1", r"data.batch_size needs data=CHOICE beside it"),
+    ("ckpt={run} +data.batch_size=1", r"data.batch_size needs data=CHOICE beside it"),
     ("ckpt={run} seed=x", r"seed must be a whole number"),
     (
         "ckpt={run} data=sotu data.tokenizer_path={tmp}/short.txt",
@@ -158,16 +211,23 @@ EVALUATE = [
 ]
 
 OTHERS = [
+    ("compare.py", "runs=[]", r"runs is empty: give run directories"),
     ("compare.py", "runs=5", r"runs=5 matches nothing"),
     ("compare.py", "runs={run} out={tmp}/short.txt", r"out=.*short.txt cannot be written: File exists"),
     ("compare.py", "runs={run} out={tmp}/new step=x", r"step must be a whole number .* or null, got 'x'"),
-    ("compare.py", "runs={run} out={tmp}/new alone=maybe", r"alone must be true or false, got 'maybe'"),
+    ("compare.py", "runs={run} out={tmp}/new exclusive_device=maybe", r"exclusive_device must be true or false, got"),
     ("compare.py", "runs={run} out={tmp}/new title=null", r"title must be text, got None"),
     ("prepare_data.py", "out={tmp}/new sources=[]", r"sources is empty; there are sotu, "),
     ("prepare_data.py", "out={tmp}/new sources=sotu", r"sources must be a list, each entry text or null, got 'sotu'"),
     ("prepare_data.py", "out={tmp}/new vocab_size=x", r"vocab_size must be a whole number"),
     ("prepare_data.py", "out={tmp}/folder", r"folder exists; give another out, or remove it"),
     ("benchmark.py", "out={tmp}/new device=cpu ops=5", r"ops must be a list, each entry text, got 5"),
+    ("benchmark.py", "out={tmp}/new device=cpu ops=[]", r"ops is empty: give some, or leave it out"),
+    (
+        "benchmark.py",
+        "out={tmp}/new device=cpu shapes=[1x16x1x16] backends=[chunk] peers=[fla@2x16x1x16]",
+        r"peers: fla@2x16x1x16 is fla at a shape that is not in shapes, 1x16x1x16",
+    ),
     ("benchmark.py", "out={tmp}/new device=cpu shapes=[1x2x3]", r"a shape is B x T x H x D, .*, got 1x2x3"),
     ("benchmark.py", "out={tmp}/new device=cpu gates=[slow]", r"gates: there is no slow; there are none"),
     ("benchmark.py", "out={tmp}/new device=cpu milliseconds=-1", r"milliseconds must be above 0, got -1"),
@@ -196,6 +256,8 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     (tmp / "latin1.txt").write_bytes("déjà vu, and more".encode("latin-1"))
     (tmp / "mixed.jsonl").write_text('{"text": "a b c"}\n{"text": 6}\n')
     (tmp / "folder").mkdir()
+    (tmp / "set").mkdir()
+    (tmp / "set" / "train.jsonl").write_text('{"text": "a document of a few words"}\n' * 40)
     (tmp / "foreign").mkdir()
     (tmp / "foreign" / "config.yaml").write_text("port: 8080\n")
     last = run / "checkpoints" / "last.ckpt"
@@ -237,7 +299,9 @@ def test_train(
     if "hydra.run.dir" not in arguments:
         given.append(f"hydra.run.dir={tmp_path}/run")
     before = {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()}
-    printed = message("train.py", [*small_run(corpus), *given], monkeypatch, capsys)
+    chooses_data = any(word.startswith("data=") for word in given)
+    base = ["debug=fast", "trainer=cpu"] if chooses_data else small_run(corpus)
+    printed = message("train.py", [*base, *given], monkeypatch, capsys)
     assert re.search(expected, printed), printed
     assert not (tmp_path / "run").exists()
     assert {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()} == before

@@ -17,9 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lkda.commands.compare import _find
+from lkda.commands.console import resume_command
 from lkda.commands.entry_point import COMMANDS, main
 from lkda.commands.run_directory import RunDirectory
-from lkda.commands.train import _resume_command
 from tests.commands.small import ROOT, small_run
 
 
@@ -100,7 +100,7 @@ def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def note(config: DictConfig, directory: str) -> None:
         hydra = HydraConfig.get()
         (run := RunDirectory(directory)).release()
-        resume = shlex.split(_resume_command(run))
+        resume = shlex.split(resume_command(run))
         jobs.append((hydra.job.name, hydra.mode, list(hydra.overrides.task), Path(directory).name, resume[1:]))
 
     monkeypatch.setattr("lkda.commands.train.train", note)
@@ -119,7 +119,7 @@ def test_a_job_of_an_experiment_resumes_alone(tmp_path: Path, monkeypatch: pytes
 
     def note(config: DictConfig, directory: str) -> None:
         (run := RunDirectory(directory)).release()
-        jobs.append((directory, HydraConfig.get().mode, shlex.split(_resume_command(run))[1:]))
+        jobs.append((directory, HydraConfig.get().mode, shlex.split(resume_command(run))[1:]))
 
     monkeypatch.setattr("lkda.commands.train.train", note)
     assert typed(monkeypatch, "train", "experiment=mixers_on_sotu", f"hydra.sweep.dir={tmp_path}") == 0

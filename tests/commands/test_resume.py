@@ -321,6 +321,19 @@ def test_what_is_left_of_the_checkpoints_is_resumed_from(
     assert rows(directory) == uninterrupted(SHORT)
 
 
+def test_a_lost_best_is_taken_from_the_validations_to_come(corpus: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    constant = "scheduler=constant"
+    run(corpus, directory, constant, "trainer.max_steps=4", "sample.max_new_tokens=0")
+    best = directory / "checkpoints" / "best.ckpt"
+    best.unlink()
+    summary = run(corpus, directory, constant, "trainer.max_steps=7", "sample.max_new_tokens=0", "resume=true")
+    assert summary["status"] == "finished"
+    losses = {int(row["step"]): float(row["val/loss"]) for row in rows(directory) if row["val/loss"]}
+    assert min(losses, key=losses.__getitem__) in (6, 7)  # the loss still falls, so the lost one was not the best
+    assert read_checkpoint(best)["lkda"]["step"] == min(losses, key=losses.__getitem__)
+
+
 def test_checkpoints_without_their_run_are_not_overwritten(corpus: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run(corpus, directory, *SHORT)

@@ -38,3 +38,12 @@ def test_one_bad_job_does_not_stop_the_others(
     assert ending.value.code == 1
     assert "became NaN or infinite" in capsys.readouterr().err
     assert [run["status"] for run in results(tmp_path).values()] == ["diverged", "finished"]
+
+
+def test_the_directory_of_a_single_run_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sweep(corpus, tmp_path, monkeypatch, f"hydra.run.dir={tmp_path}/one")
+    assert "hydra.run.dir has no effect in a sweep, which has hydra.sweep.dir" in capsys.readouterr().err
+    assert not results(tmp_path)

@@ -3,18 +3,26 @@
 import csv
 import json
 import math
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lkda.commands.checkpoint_loading import load_trained
+from lkda.commands.console import draw_sample
+from lkda.commands.text import encode_prompt, text_pieces
 from lkda.commands.train import train
+from lkda.models.generate import generate
 from lkda.training.checkpoint import read_checkpoint
 from lkda.training.metrics_csv import COLUMNS
+from lkda.training.options import SampleOptions
 from lkda.training.positions import columns
-from tests.commands.small import composed, small_run
+from tests.commands.small import ROOT, composed, small_run
 
 SUMMARY = {
     "status", "val/loss", "val/perplexity", "val/bits_per_byte", "unigram_entropy", "tokens", "tokens_per_s", "params",
@@ -36,7 +44,10 @@ def test_the_run_directory_is_the_record(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {"checkpoints", "config.yaml", "metrics.csv", "samples.txt", "summary.json", "tokenizer.json"}
     config = OmegaConf.load(run / "config.yaml")
-    assert config.mixer.num_heads == config.model.num_heads == 2
+    assert config.mixer.num_heads == 2
+    assert config.optimizer.lr == 4e-3
+    assert not config.model.keys() & {"num_heads", "learning_rate"}  # each is said once
+    assert "learning_rate" not in config.mixer
     assert "${" not in (run / "config.yaml").read_text()
     # Two step files are kept; best and last are further names of files.
     assert {path.name for path in (run / "checkpoints").iterdir()} >= {"last.ckpt", "best.ckpt", "step_0000007.ckpt"}
@@ -133,7 +144,7 @@ def test_the_summary_says_what_ran(asked: str, ran: str, state: str, corpus: Pat
 def test_a_precision_that_the_trainer_changes_is_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lkda.commands.train.resolve_precision", lambda word, device: "16-mixed")
+    monkeypatch.setattr("lkda.commands.run_setup.resolve_precision", lambda word, device: "16-mixed")
     with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed would run as bf16-mixed"):
         train(composed("train", *small_run(corpus)), tmp_path / "run")
 
@@ -206,3 +217,37 @@ def test_a_compiled_run_learns_the_same(corpus: Path, tmp_path: Path, monkeypatc
     found = train(composed("train", *settings, "compile=true"), tmp_path / "compiled")
     assert len(compiled) == 2  # the training loss, and the validation losses
     assert found["val/loss"] == pytest.approx(usual["val/loss"], rel=1e-5)
+
+
+def test_training_goes_on_where_nobody_reads_what_it_prints(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in `scripts/train.py ... | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [*small_run(corpus, "callbacks=default"), f"hydra.run.dir={tmp_path}/run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    assert (tmp_path / "run" / "samples.txt").exists()
+    assert capsys.readouterr().err == "nobody reads the output any more: training goes on without it\n"
+
+
+def test_the_sample_ends_with_its_document(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token that ends it, drawn, ends the text before it."""
+    train(composed("train", *small_run(corpus, "trainer.max_steps=2", "sample.max_new_tokens=0")), tmp_path / "run")
+    trained = load_trained(tmp_path / "run")
+    options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0}
+    prompt = encode_prompt(trained.tokenizer, "The people")
+    drawn = list(generate(trained.model, prompt, seed=1, **options))
+    end = next(n for n in range(2, 20) if drawn[n] not in drawn[:n])
+    monkeypatch.setattr("lkda.commands.console.document_ends", lambda tokenizer: (drawn[end],))
+    sample = draw_sample(trained.model, trained.tokenizer, SampleOptions("The people", **options), seed=1)
+    assert sample == "The people" + "".join(text_pieces(trained.tokenizer, drawn[:end]))
+
+
+def test_a_profile_is_written_into_the_run_directory(corpus: Path, tmp_path: Path) -> None:
+    train(composed("train", *small_run(corpus, "+trainer.profiler=simple", "trainer.max_steps=2")), tmp_path / "run")
+    assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()

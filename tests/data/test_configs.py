@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from hydra.utils import get_class
-from omegaconf import OmegaConf
 
-from lkda.commands.settings import check_options
+from lkda.commands.config import resolve
+from lkda.commands.data_options import build_data, check_data_options
 from tests.commands.small import ROOT, composed
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
@@ -26,10 +26,9 @@ def required(tmp_path: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_of_a_configuration_is_taken_by_its_class(name, required):
-    data = composed("train", f"data={name}", *required.get(name, [])).data
-    check_options(data)
-    options = OmegaConf.to_container(data, resolve=True)
-    made = get_class(options.pop("_target_"))(**options)
+    data = resolve(composed("train", f"data={name}", *required.get(name, [])))["data"]
+    check_data_options(data)
+    made = build_data(data)
     assert made.batch_size >= 1
     assert made.context >= 1
 
@@ -46,6 +45,12 @@ def test_a_class_names_its_options_and_a_configuration_lists_them(name):
 
 
 def test_an_option_that_there_is_not_is_refused():
-    data = composed("train", "data=hub", "+data.contxt=3", "data.name=a/b").data
+    data = resolve(composed("train", "data=hub", "+data.contxt=3", "data.name=a/b"))["data"]
     with pytest.raises(ValueError, match=r"data\.contxt is not an option of HubDataModule, which takes name, context"):
-        check_options(data)
+        check_data_options(data)
+
+
+def test_an_option_that_is_missing_is_named():
+    data = {"_target_": "lkda.data.text.hub.HubDataModule", "context": 8, "batch_size": 2}
+    with pytest.raises(ValueError, match=r"data\.name is missing, which HubDataModule needs: choose the data= that"):
+        check_data_options(data)

@@ -16,7 +16,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+
+from lkda.data.text.datamodule import TextDataModule
 
 PART = "[{length: 32, pairs: 2, examples: 4}]"
 # Options of the scripts, added where the command's configuration has them and they are not null.
@@ -73,11 +76,12 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         config = _composed(name, given, configs)
     except Exception:  # the command meets it too, and shows it
         return [], []
-    brought = _BROUGHT if config.get("init_from") else ()
+    unused = _BROUGHT if config.get("init_from") else ()
+    unused += _without_effect(config) if name == "train" else ()
     added = [
         f"{key}={value}"
         for key, value in TINY.items()
-        if OmegaConf.select(config, key) is not None and not key.startswith(brought or "-")
+        if OmegaConf.select(config, key) is not None and not key.startswith(unused or "-")
     ]
     reasons = []
     if name == "train":
@@ -88,6 +92,13 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         added.append(f"sources={PIP_SOURCES}")
         reasons.append("apt: the part that comes by pip")
     return added, reasons
+
+
+def _without_effect(config: DictConfig) -> tuple[str, ...]:
+    """What training refuses beside the command's own settings."""
+    no_text = not issubclass(get_class(config.data._target_), TextDataModule)
+    has_budget = config.trainer.max_tokens is not None
+    return ("sample.",) * no_text + ("trainer.max_steps",) * has_budget
 
 
 def _composed(name: str, given: Sequence[str], configs: Path) -> DictConfig:

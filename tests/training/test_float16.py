@@ -39,7 +39,12 @@ def norms(
     ]
     torch.manual_seed(1)
     task = LanguageModelTask(
-        MODEL, optimizer=optimizer, scheduler=CONSTANT, total_steps=STEPS, context=LENGTH, bytes_per_token=None
+        build_model(MODEL),
+        optimizer=optimizer,
+        scheduler=CONSTANT,
+        total_steps=STEPS,
+        context=LENGTH,
+        bytes_per_token=None,
     )
     plugins = []
     if scale is not None:

@@ -11,9 +11,11 @@ from _pytest.mark import ParameterSet
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from lkda.commands.config import resolve
+from lkda.commands.run_setup import model_options
 from lkda.models.build import build_model
+from lkda.training.losses import next_token_loss
 from lkda.training.optimizer import build_optimizer
-from lkda.training.task import next_token_loss
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -55,7 +57,7 @@ def test_it_learns(mixer: str) -> None:
             "num_layers": 4 if len(config.mixer.pattern) > 1 else 2,
             "mlp_hidden": 128,
             "context": LENGTH,
-            "mixer": OmegaConf.to_container(config.mixer, resolve=True),
+            "mixer": model_options(resolve(config))["mixer"],
         }
     )
     optimizer = build_optimizer(model, ADAMW)

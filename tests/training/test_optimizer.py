@@ -14,8 +14,8 @@ from lkda.training.parameters import parameter_groups
 SCALE = {"matrix": 1.0, "embedding": 1.0, "head": 1.0, "vector": 1.0}
 ADAMW = {"name": "adamw", "lr": 1e-3, "lr_scale": SCALE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 MUON = {**ADAMW, "name": "muon", "momentum": 0.95}
-COSINE = {"name": "cosine", "warmup_steps": 10, "final": 0.1}
-WSD = {"name": "wsd", "warmup_steps": 10, "decay": 0.5, "final": 0.0}
+COSINE = {"name": "cosine", "warmup_steps": 10, "min_lr_ratio": 0.1}
+WSD = {"name": "wsd", "warmup_steps": 10, "decay_fraction": 0.5, "min_lr_ratio": 0.0}
 
 
 def tiny(mixer: str, *, tie_embeddings: bool = True) -> torch.nn.Module:
@@ -160,8 +160,8 @@ def test_constant_holds() -> None:
     [
         ({**COSINE, "name": "linear"}, "scheduler.name must be one of constant, cosine, wsd, got 'linear'"),
         ({**COSINE, "warmup_steps": -1}, "warmup_steps must be a whole number of 0 or more, got -1"),
-        ({**COSINE, "final": 1.5}, r"scheduler.final must be in \[0, 1\]"),
-        ({**WSD, "decay": 0.0}, r"scheduler.decay must be in \(0, 1\]"),
+        ({**COSINE, "min_lr_ratio": 1.5}, r"scheduler.min_lr_ratio must be in \[0, 1\]"),
+        ({**WSD, "decay_fraction": 0.0}, r"scheduler.decay_fraction must be in \(0, 1\]"),
     ],
 )
 def test_bad_schedules_are_refused(config: dict[str, object], message: str) -> None:

@@ -206,6 +206,8 @@ class HubDataModule(TextDataModule):
         )
         if val_split is None and not 0 < val_fraction <= 0.5:
             raise InputError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
+        if val_split == split:
+            raise InputError(f"data.val_split={val_split} is what trains: give another split, or leave it out.")
         if test_split is None and not 0 <= test_fraction <= 0.5:
             raise InputError(
                 f"data.test_fraction must be 0 (no test split) or more, and at most 0.5; got {test_fraction}."

@@ -1,4 +1,4 @@
-"""The tokenizer as other tools expect it: told which token begins and ends a document."""
+"""Writes the tokenizer as other tools expect it, with the tokens that begin and end a document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, processors
 
-from lkda.formats.common.writing import write_json
+from lkda.formats.common.writing import write_json, write_tokenizer_json
 from lkda.special_tokens import document_start
 
 
@@ -18,12 +18,12 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context: int | None) -> None:
-    """tokenizer.json, tokenizer_config.json and generation_config.json.
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
 
-    A text is encoded as models here see documents: the token first that begins them.
+    A text is encoded as in training, with the token that begins a document in front.
 
     Args:
-        context: length that the model was trained at; None where it is not known.
+        context: the context of training; None where it is not known.
     """
     written = Tokenizer.from_str(tokenizer.to_str())
     token = document_start(tokenizer)
@@ -39,6 +39,6 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context: int | Non
             single=[name, "$A"], pair=[name, "$A", name, "$B"], special_tokens=[(name, token)]
         )
         config |= {"bos_token": name, "eos_token": name, "pad_token": name}
-    written.save(str(directory / "tokenizer.json"))
+    write_tokenizer_json(directory, written)
     write_json(directory / "tokenizer_config.json", config)
     write_json(directory / "generation_config.json", special_ids(tokenizer))

@@ -1,0 +1,154 @@
+"""From a prepared run to Lightning's trainer, and its training until it ends or is ended."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, SimpleProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lkda.checks import InputError
+from lkda.commands.prepared_run import PreparedRun
+from lkda.commands.run_directory import RunDirectory
+from lkda.commands.run_setup import RunPlan
+from lkda.models.lm import LanguageModel
+from lkda.training import accuracy, positions
+from lkda.training.callbacks import (
+    Checkpoints,
+    DivergedError,
+    DivergenceGuard,
+    InterruptedRunError,
+    Recorder,
+    StopRequest,
+)
+from lkda.training.checkpoint import AtomicCheckpointIO
+from lkda.training.metrics_csv import MetricsCSV
+from lkda.training.task import LanguageModelTask
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to what this project says: no tips and device lists of the libraries below."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask:
+    """The LightningModule that trains `model` as planned."""
+    plan, data = prepared.plan, prepared.data
+    return LanguageModelTask(
+        model,
+        optimizer=plan.optimizer,
+        scheduler=plan.scheduler,
+        total_steps=prepared.total_steps,
+        context=data.context,
+        bytes_per_token=data.bytes_per_token,
+        val_subsets=data.val_subsets,
+        test_batches=None if data.test is None else data.in_order(data.test.batches),
+        test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
+        compile=plan.compile,
+    )
+
+
+def trainer_options(plan: RunPlan, total_steps: int) -> dict[str, Any]:
+    """What Hydra builds the plan's trainer from, but for what is recorded and shown."""
+    options = asdict(plan.trainer)
+    del options["max_tokens"]
+    return {"_target_": options.pop("target"), **options} | {
+        # The stream of batches has no end, so steps decide when to validate and when to end.
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the batches know their rank
+        "accelerator": plan.device.type,
+        "max_steps": total_steps,
+        # Lightning counts batches here, so that an interval could end within an optimiser step.
+        "val_check_interval": plan.trainer.val_check_interval * plan.trainer.accumulate_grad_batches,
+    }
+
+
+def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRequest) -> L.Trainer:
+    """The trainer of the plan, which records into `run`, with the run's own callbacks before those that only show.
+
+    Raises: ValueError where Lightning refuses the settings, or would run another precision.
+    """
+    plan = prepared.plan
+    shown = [instantiate(node) for node in plan.callbacks]
+    strangers = [type(callback).__name__ for callback in shown if not isinstance(callback, L.Callback)]
+    if strangers:
+        raise InputError(f"a _target_ in callbacks makes a {strangers[0]}, which is no callback of Lightning's.")
+    options = trainer_options(plan, prepared.total_steps) | {
+        "default_root_dir": str(run.path),
+        "profiler": _profiler(plan.trainer.profiler, run),
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in shown),
+    }
+    callbacks = [*_own_callbacks(prepared, run, stop_request), *shown]
+    loggers = _loggers(prepared, run)
+    try:
+        trainer = instantiate(options, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
+    except InstantiationException as error:
+        raise InputError(f"Lightning refuses these settings: {_on_one_line(error.__cause__ or error)}") from error
+    assert isinstance(trainer, L.Trainer)
+    if trainer.precision != plan.trainer.precision:  # Lightning may take another, and only warn
+        raise InputError(f"trainer.precision={plan.trainer.precision} would run as {trainer.precision}: give that.")
+    return trainer
+
+
+def _profiler(word: str | None, run: RunDirectory) -> Profiler | None:
+    """Lightning's of that name; what it finds goes into fit-profile.txt of the run directory."""
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+    return None if word is None else kinds[word](dirpath=run.path, filename="profile")
+
+
+def _own_callbacks(prepared: PreparedRun, run: RunDirectory, stop_request: StopRequest) -> list[L.Callback]:
+    plan, tokenizer = prepared.plan, prepared.data.tokenizer
+    checkpoints = Checkpoints(
+        run.checkpoints,
+        every_n_steps=plan.checkpoint.every_n_steps,
+        keep=plan.checkpoint.keep,
+        stop_request=stop_request,
+        model=prepared.model_config,
+        tokenizer=None if tokenizer is None else tokenizer.to_str(),
+        run=prepared.metadata,
+    )
+    tokens_per_step = prepared.metadata["tokens_per_step"]
+    recorder = Recorder(every_n_steps=plan.trainer.log_every_n_steps, tokens_per_step=tokens_per_step)
+    return [DivergenceGuard(), recorder, checkpoints]
+
+
+def _loggers(prepared: PreparedRun, run: RunDirectory) -> list[L.pytorch.loggers.Logger]:
+    """metrics.csv first, then the chosen ones."""
+    plan, data = prepared.plan, prepared.data
+    also = accuracy.columns(data.val_subsets) if data.val_subsets else positions.columns(data.context)
+    if data.test is not None:
+        also += ["test/loss", "test/bits_per_byte", *positions.columns(data.context, split="test")]
+    chosen = [instantiate(node)(save_dir=str(run.path), config=plan.record) for node in plan.loggers]
+    return [MetricsCSV(run.metrics, also=also, resume_step=prepared.first_step), *chosen]
+
+
+def fit(
+    trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop_request: StopRequest
+) -> InterruptedRunError | DivergedError | None:
+    """Train from the plan's first step on. Returns what ended the run before its last step, if something did."""
+    data = prepared.data
+    data.start_batch = prepared.first_step * prepared.plan.trainer.accumulate_grad_batches
+    with stop_request:
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=prepared.checkpoint, weights_only=True)
+        except (InterruptedRunError, DivergedError) as ending:
+            return ending
+        except MisconfigurationException as error:
+            raise InputError(f"Lightning refuses these settings: {_on_one_line(error)}") from error
+    return None
+
+
+def _on_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

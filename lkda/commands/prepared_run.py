@@ -1,0 +1,137 @@
+"""A plan together with its prepared data: what only the data, or the run that is continued, can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lkda.checks import InputError
+from lkda.commands.data_options import build_data
+from lkda.commands.run_directory import RunDirectory, fingerprint_of
+from lkda.commands.run_setup import RunPlan
+from lkda.data.datamodule import IndexedDataModule, TestSplit
+from lkda.models.build import build_model
+from lkda.models.lm import LanguageModel
+from lkda.training.metrics_csv import steps_with
+from lkda.training.options import check_validation_batches
+
+# A checkpoint to go on from: its path and its content.
+Saved = tuple[Path, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """All that is settled before the first step.
+
+    Attributes:
+        data: prepared.
+        model_config: the whole dict of `build_model`.
+        metadata: plain values that describe the run, for its checkpoints and its summary.
+        total_steps: of the whole run.
+        checkpoint: the file to go on from; None for a fresh run.
+        first_step: the steps that are done already.
+    """
+
+    plan: RunPlan
+    data: IndexedDataModule
+    model_config: dict[str, Any]
+    metadata: dict[str, Any]
+    total_steps: int
+    checkpoint: Path | None
+    first_step: int
+
+    def is_finished(self, run: RunDirectory) -> bool:
+        """Whether the directory holds the result of as many steps already."""
+        return self.first_step >= self.total_steps and run.read_summary().get("status") == "finished"
+
+    def check_steps(self, run: RunDirectory) -> None:
+        """Raise ValueError where the run has done more than the new number of steps, or as many without validating."""
+        step = self.first_step
+        if step < self.total_steps:
+            return
+        if step > self.total_steps or step not in steps_with(run.metrics, "val/loss"):
+            raise InputError(
+                f"{run.path} has {step} steps already, which leaves none to train and validate of {self.total_steps}: "
+                f"give trainer.max_steps={step + 1} or more."
+            )
+
+
+def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
+    """The data of the run, prepared. Raises ValueError where they are not those of the run that is continued."""
+    data = build_data(plan.data)
+    assert data.tokens_per_batch > 0  # of data that train nothing it raises, before they are prepared
+    data.expected = fingerprint_of(saved[1]) if saved else {}
+    data.prepare()
+    return data
+
+
+def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> PreparedRun:
+    """The plan with its prepared data. Raises ValueError where they do not fit together."""
+    check_validation_batches(plan.trainer.limit_val_batches, data.val_batches)
+    tokens_per_step = data.tokens_per_batch * plan.trainer.accumulate_grad_batches
+    metadata = {
+        "mixer": plan.mixer_name,
+        "model": plan.model_name,
+        "data": data.source,
+        "seed": plan.seed,
+        "learning_rate": plan.optimizer["lr"],
+        "context": data.context,
+        "tokens_per_step": tokens_per_step,
+        "bytes_per_token": data.bytes_per_token,
+        "unigram_entropy": data.unigram_entropy,
+        "val_subsets": [dict(subset) for subset in data.val_subsets],
+        "test": None if data.test is None else _test_metadata(data.test),
+        "fingerprint": dict(data.fingerprint),
+    }
+    return PreparedRun(
+        plan=plan,
+        data=data,
+        model_config=model_config(plan.model, vocab_size=data.vocab_size, context=data.context),
+        metadata=metadata,
+        total_steps=plan.trainer.steps(tokens_per_step),
+        checkpoint=saved[0] if saved else None,
+        first_step=saved[1]["lkda"]["step"] if saved else 0,
+    )
+
+
+def _test_metadata(test: TestSplit) -> dict[str, Any]:
+    return {name: getattr(test, name) for name in ("tokens", "bytes_per_token", "unigram_entropy")}
+
+
+def model_config(model: Mapping[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:
+    """The whole dict of `build_model`.
+
+    Args:
+        model: as in a plan.
+        vocab_size: of the tokenizer; the model has as many rows unless model.vocab_size asks for more.
+        context: length trained at.
+    Raises:
+        ValueError: the tokenizer has more tokens than the model has rows.
+    """
+    rows = model["vocab_size"] or vocab_size
+    if vocab_size > rows:
+        raise InputError(
+            f"the tokenizer has {vocab_size} tokens and the model {rows} rows: "
+            f"set model.vocab_size to {vocab_size} or more, or data.vocab_size to {rows} or less."
+        )
+    return {**model, "vocab_size": rows, "context": context}
+
+
+def model_of(prepared: PreparedRun) -> LanguageModel:
+    """The model that is trained: freshly drawn from the run's seed, or the one that the run begins with.
+
+    A checkpoint to go on from is loaded over it later.
+    """
+    plan = prepared.plan
+    L.seed_everything(plan.seed, workers=True, verbose=False)
+    if plan.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32 products
+    if plan.initial is None:
+        return build_model(prepared.model_config)
+    plan.initial.config = prepared.model_config
+    return plan.initial

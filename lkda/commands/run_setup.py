@@ -1,0 +1,259 @@
+"""From Hydra's configuration to a plan: resolved once, checked once, and from there only the plan travels on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from lkda.checks import InputError, check_count
+from lkda.commands.config import resolve
+from lkda.commands.data_options import check_data_options
+from lkda.commands.init_from import load_initial_model, mixer_name
+from lkda.commands.invocation import given_overrides
+from lkda.commands.learning_rate import measured_learning_rate
+from lkda.commands.paths import with_absolute_paths
+from lkda.commands.run_directory import recorded_config
+from lkda.commands.unused_options import TRAIN, check_unused
+from lkda.device import resolve_device
+from lkda.models.build import build_model
+from lkda.models.lm import LanguageModel
+from lkda.old_names import later_options, with_options
+from lkda.training.optimizer import check_optimizer, check_schedule
+from lkda.training.options import (
+    MOST_SEED,
+    CheckpointOptions,
+    SampleOptions,
+    TrainerOptions,
+    check_checkpoint,
+    check_parts,
+    check_sample,
+    check_switch,
+    check_trainer,
+)
+from lkda.training.precision import PRECISIONS, resolve_precision
+
+GROUPS = ("model", "mixer", "data", "optimizer", "scheduler", "trainer", "checkpoint", "sample", "callbacks", "logger")
+# Of the groups `model` and `mixer`, what does not belong to a model: its name, and where a run's own number is found.
+_NOT_THE_MODELS = ("name", "num_heads", "learning_rate")
+_NOT_THE_MIXERS = ("learning_rate",)
+# Of a model's config, what is in no group of that name.
+_NOT_OF_THE_GROUP = ("mixer", "backend", "context")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is to do, every option of it checked; only what its data must tell is left open.
+
+    Attributes:
+        record: the resolved configuration, as config.yaml holds it.
+        model_name, mixer_name: what the model and the mixer are called.
+        model: the dict of `build_model`; its vocab_size is None where the data's is meant, its context is open.
+        initial: the model that the run begins with; None where it begins with fresh weights.
+        data: options of the data module, with its `_target_`.
+        optimizer: what `build_optimizer` takes.
+        scheduler: what `learning_rate_factor` takes.
+        callbacks, loggers: each with its `_target_`.
+        device: that the run trains on.
+        backends: that will run, by operator.
+        compile: whether `torch.compile` takes the model and its loss.
+        resume: whether to continue the run that is in the run directory.
+        init_from: the directory that `initial` comes from.
+    """
+
+    record: dict[str, Any]
+    seed: int
+    model_name: str
+    mixer_name: str
+    model: dict[str, Any]
+    initial: LanguageModel | None
+    data: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    trainer: TrainerOptions
+    checkpoint: CheckpointOptions
+    sample: SampleOptions
+    callbacks: list[dict[str, Any]]
+    loggers: list[dict[str, Any]]
+    device: torch.device
+    backends: dict[str, str]
+    compile: bool
+    resume: bool
+    init_from: str | None
+
+
+def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
+    """The plan of the run that `config`, composed from configs/train.yaml, describes.
+
+    Args:
+        run_dir: where the run is recorded; only read here, where a run is to be continued.
+    Raises: ValueError for what no run can use, before anything is written and before the data are prepared.
+    """
+    settings = resolve(config)
+    for group in GROUPS:
+        if settings.get(group) is None:
+            raise InputError(f"{group} is null, and a run needs one: leave {group}=null out, or choose another.")
+    check_switch("resume", settings["resume"])
+    recorded = recorded_config(run_dir) if settings["resume"] else None
+    settings = _with_learning_rate(settings, recorded)
+    _check(settings)
+    settings = with_absolute_paths(settings)
+    settings, initial = _with_initial_model(settings, config)
+    check_data_options(settings["data"])
+    settings = with_recorded_options(settings, recorded or {}, of_model=initial is None)
+    plan = _plan(settings, initial)
+    check_unused(TRAIN, plan.record)
+    return plan
+
+
+def _with_learning_rate(settings: dict[str, Any], recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+    """With a number in the place of an `optimizer.lr` that is null: that of the run which is continued, or the measured
+    one."""
+    optimizer = settings["optimizer"]
+    if not isinstance(optimizer, Mapping) or optimizer.get("lr", "absent") is not None:
+        return settings
+    before = recorded.get("optimizer") if recorded else None
+    rate = before.get("lr") if isinstance(before, Mapping) else None
+    if rate is None:
+        rate = measured_learning_rate(settings["model"], settings["mixer"])
+    return {**settings, "optimizer": {**optimizer, "lr": rate}}
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Raise ValueError for what no run can use, whatever its data and its device."""
+    check_trainer(settings["trainer"])
+    check_optimizer(settings["optimizer"])
+    check_schedule(settings["scheduler"])
+    check_checkpoint(settings["checkpoint"])
+    check_sample(settings["sample"])
+    check_parts("logger", settings["logger"], kind="logger", choice="wandb")
+    check_parts("callbacks", settings["callbacks"], kind="callback", choice="default")
+    check_count("seed", settings["seed"], least=0, most=MOST_SEED)
+    check_switch("compile", settings["compile"])
+    if not isinstance(settings["init_from"], str | None):
+        raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
+
+
+def _with_initial_model(settings: dict[str, Any], config: DictConfig) -> tuple[dict[str, Any], LanguageModel | None]:
+    """The model of `init_from`, and the settings with its tokenizer, and with its mixer's name wherever the
+    configuration refers to that, as a logger's name of the run. None, and the settings as they are, where it is null.
+    """
+    if settings["init_from"] is None:
+        return settings, None
+    directory = Path(settings["init_from"])
+    initial = load_initial_model(directory, backend=settings["backend"], data=settings["data"])
+    data = {**settings["data"], "tokenizer_path": str(directory / "tokenizer.json")}
+    if "vocab_size" in data:
+        data["vocab_size"] = initial.config["vocab_size"]
+    named = copy.deepcopy(config)
+    named.mixer.name = mixer_name(initial)
+    shown = {group: OmegaConf.to_container(named[group], resolve=True) for group in ("logger", "callbacks")}
+    return {**settings, **shown, "mixer": {**settings["mixer"], "name": named.mixer.name}, "data": data}, initial
+
+
+def with_recorded_options(
+    settings: dict[str, Any], recorded: Mapping[str, Any], *, of_model: bool = True
+) -> dict[str, Any]:
+    """The settings to go on with: a run that was begun before an option existed keeps what it had without it.
+
+    Args:
+        recorded: the config.yaml of the run that is continued, {} where there is none.
+        of_model: whether the groups model and mixer describe the model.
+    """
+    given = given_overrides(without=())
+
+    def applies(name: str) -> bool:
+        *path, _ = name.split(".")
+        group: Any = settings
+        for part in path:
+            group = group.get(part) if isinstance(group, Mapping) else None
+        named = any(word.lstrip("+~").startswith((f"{name}=", f"{name}.")) for word in given)
+        return isinstance(group, Mapping) and not named and (of_model or path[0] not in ("model", "mixer"))
+
+    return with_options(settings, {name: value for name, value in later_options(recorded).items() if applies(name)})
+
+
+def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
+    """The plan of settings that are right by themselves: whether they fit together, the device and the model."""
+    accelerator = settings["trainer"]["accelerator"]
+    device = resolve_device(accelerator, option="trainer.accelerator", instead="trainer=cpu or trainer=auto")
+    precision = resolve_precision(settings["trainer"]["precision"], device)
+    trainer = {**settings["trainer"], "precision": precision}
+    model = model_options(settings) if initial is None else model_options_of(initial)
+    backends = check_model(model, device=device, precision=PRECISIONS[precision], initial=initial)
+    return RunPlan(
+        record=settings | groups_of(model, model_name=settings["model"]["name"]) | {"trainer": trainer},
+        seed=settings["seed"],
+        model_name=settings["model"]["name"],
+        mixer_name=settings["mixer"]["name"],
+        model=model,
+        initial=initial,
+        data=settings["data"],
+        optimizer=settings["optimizer"],
+        scheduler=settings["scheduler"],
+        trainer=TrainerOptions.of(trainer),
+        checkpoint=CheckpointOptions(**settings["checkpoint"]),
+        sample=SampleOptions(**settings["sample"]),
+        callbacks=[node for node in settings["callbacks"].values() if node],
+        loggers=[node for node in settings["logger"].values() if node],
+        device=device,
+        backends=backends,
+        compile=settings["compile"],
+        resume=settings["resume"],
+        init_from=settings["init_from"],
+    )
+
+
+def model_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The dict of `build_model` from the resolved groups model, mixer and backend, but for the context.
+
+    A mixer whose `num_heads` is null has the model's.
+    """
+    model = {name: value for name, value in settings["model"].items() if name not in _NOT_THE_MODELS}
+    mixer = {name: value for name, value in settings["mixer"].items() if name not in _NOT_THE_MIXERS}
+    if mixer.get("num_heads") is None:
+        mixer["num_heads"] = settings["model"].get("num_heads")
+    return {**model, "backend": settings["backend"], "mixer": mixer}
+
+
+def model_options_of(initial: LanguageModel) -> dict[str, Any]:
+    """The same of a model that there is already."""
+    mixer = {"name": mixer_name(initial), **initial.config["mixer"]}
+    return {**{name: value for name, value in initial.config.items() if name != "context"}, "mixer": mixer}
+
+
+def groups_of(model: Mapping[str, Any], *, model_name: str) -> dict[str, dict[str, Any]]:
+    """The groups `model` and `mixer` that record a dict of `build_model`."""
+    own = {name: value for name, value in model.items() if name not in _NOT_OF_THE_GROUP}
+    return {"model": {"name": model_name, **own}, "mixer": dict(model["mixer"])}
+
+
+def check_model(
+    model: Mapping[str, Any], *, device: torch.device, precision: torch.dtype, initial: LanguageModel | None = None
+) -> dict[str, str]:
+    """The backends that the model runs on the device, as {"kda": "chunk"}.
+
+    The model is built without memory for this: preparing the data may take minutes, and what is wrong with the model
+    shall be said before.
+
+    Args:
+        model: the dict of `build_model`.
+        initial: that model, where it is built already.
+    Raises:
+        ValueError: it cannot be built, or a backend cannot run there.
+    """
+    if initial is not None:
+        return initial.resolve_backends(device, precision)
+    if model["vocab_size"] is not None:
+        check_count("model.vocab_size", model["vocab_size"], least=1)
+    try:
+        with torch.device("meta"):
+            made = build_model({**model, "vocab_size": model["vocab_size"] or 1})
+            return made.resolve_backends(device, precision)
+    except (RuntimeError, OverflowError) as error:  # torch cannot count the bytes of a tensor
+        raise InputError(f"the model is too large to be built ({str(error).splitlines()[0]}).") from error

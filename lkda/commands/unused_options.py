@@ -1,0 +1,180 @@
+"""Options of the command line that another setting leaves without effect. They are refused, never silently ignored.
+
+A table per command says which option that is, when, and beside what. An option counts as given where the command line
+names it: an experiment, a debug choice or a default may set what a run does not use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from hydra.utils import get_class
+
+from lkda.checks import InputError
+from lkda.data.text.datamodule import TextDataModule
+from lkda.models.mixers import mixer_names
+
+# The value of a setting by its dotted name, None where there is none.
+Get = Callable[[str], Any]
+Condition = Callable[[Get], bool]
+
+
+@dataclass(frozen=True)
+class _Unused:
+    """`option`, and every option below it, has no effect where `when` holds.
+
+    Attributes:
+        where: the end of the sentence "OPTION has no effect ...", which names the other setting.
+    """
+
+    option: str
+    when: Condition
+    where: str
+
+
+def _is(name: str, *values: object) -> Condition:
+    return lambda get: get(name) in values
+
+
+def _is_not(name: str, value: object) -> Condition:
+    return lambda get: get(name) != value
+
+
+def _has_value(name: str) -> Condition:
+    return lambda get: bool(get(name))
+
+
+def _is_given_too(name: str) -> Condition:
+    return lambda get: name in _given()
+
+
+def _no_layer_is_of(mixer: str) -> Condition:
+    return lambda get: mixer not in _layers(get)
+
+
+def _tokens_are_no_text(get: Get) -> bool:
+    return not issubclass(get_class(get("data._target_")), TextDataModule)
+
+
+def _pins_nothing(get: Get) -> bool:
+    return get("data.pin_memory") is True and not torch.cuda.is_available()
+
+
+def _sweeps(get: Get) -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _always(get: Get) -> bool:
+    return True
+
+
+def _each(options: Sequence[str], when: Condition, where: str) -> list[_Unused]:
+    return [_Unused(option, when, where) for option in options]
+
+
+DATA = (
+    _Unused("data.val_fraction", _has_value("data.val_paths"), "beside data.val_paths"),
+    _Unused("data.val_fraction", _has_value("data.val_from_year"), "beside data.val_from_year"),
+    _Unused("data.val_fraction", _has_value("data.val_split"), "beside data.val_split"),
+    _Unused("data.test_fraction", _has_value("data.test_paths"), "beside data.test_paths"),
+    _Unused("data.test_fraction", _has_value("data.test_from_year"), "beside data.test_from_year"),
+    _Unused("data.test_fraction", _has_value("data.test_split"), "beside data.test_split"),
+    _Unused("data.vocab_size", _has_value("data.tokenizer_path"), "beside data.tokenizer_path"),
+    _Unused("data.vocab_size", _is("data.source", "prose"), "with data=prose, which has a tokenizer of its own"),
+    _Unused("data.pin_memory", _pins_nothing, "where there is no GPU"),
+    _Unused("data.cache_dir", _has_value("data.directory"), "beside data.directory"),
+    *_each(
+        ("data.val_fraction", "data.val_from_year", "data.test_fraction", "data.text_column"),
+        _is("data.source", "sotu", "prose"),
+        "with data=sotu and data=prose, which say by themselves what validates",
+    ),
+)
+
+TRAIN = (
+    *(_Unused(f"mixer.{name}", _no_layer_is_of(name), f"in a model without a {name} layer") for name in mixer_names()),
+    _Unused("mixer.num_heads", lambda get: _layers(get) == {"conv"}, "in a model of conv layers, which have no heads"),
+    _Unused("mixer.kda.gate_form", _is("mixer.kda.gate", "none"), "beside mixer.kda.gate=none"),
+    _Unused("mixer.kda.lower_bound", _is("mixer.kda.gate", "none"), "beside mixer.kda.gate=none"),
+    _Unused("mixer.kda.lower_bound", _is_not("mixer.kda.gate_form", "bounded"), "without mixer.kda.gate_form=bounded"),
+    _Unused("mixer.softmax.norm_eps", _is_not("mixer.softmax.qk_norm", True), "without mixer.softmax.qk_norm=true"),
+    _Unused("model.num_heads", _is_given_too("mixer.num_heads"), "beside mixer.num_heads"),
+    _Unused("model.learning_rate", _is_given_too("optimizer.lr"), "beside optimizer.lr"),
+    _Unused("model.init.head_std", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
+    _Unused("optimizer.lr_scale.head", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
+    *(
+        _Unused(f"mixer.{name}.conv_std", _is(f"mixer.{name}.conv_width", 0), f"beside mixer.{name}.conv_width=0")
+        for name in mixer_names()
+    ),
+    _Unused("trainer.max_steps", _is_not("trainer.max_tokens", None), "beside trainer.max_tokens"),
+    _Unused("sample", _tokens_are_no_text, "for data whose tokens are no text"),
+    *_each(("sample.temperature", "sample.top_p"), _is("sample.max_new_tokens", 0), "beside sample.max_new_tokens=0"),
+    _Unused("sample.top_p", _is("sample.temperature", 0), "beside sample.temperature=0"),
+    _Unused("hydra.run.dir", _sweeps, "in a sweep, which has hydra.sweep.dir"),
+    *_each(
+        ("hydra.sweep.dir", "hydra.sweep.subdir"),
+        lambda get: not _sweeps(get),
+        "in a single run, which has hydra.run.dir",
+    ),
+)
+
+GENERATE = (
+    *_each(("temperature", "top_p", "ignore_eos"), _is("max_new_tokens", 0), "beside max_new_tokens=0"),
+    _Unused("top_p", _is("temperature", 0), "beside temperature=0, which takes the likeliest token each time"),
+)
+
+EVALUATE = (
+    _Unused("seed", _always, "in an evaluation, which draws nothing"),
+    *_each(("data.seed", "data.num_workers"), _always, "in an evaluation: it is about training batches"),
+)
+
+
+def check_unused(table: tuple[_Unused, ...], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of the command line that has no effect beside `settings`.
+
+    Args:
+        table: of the command.
+        settings: its resolved configuration, a valid one.
+    """
+    for key in _given():
+        for unused in table:
+            if f"{key}.".startswith(f"{unused.option}.") and unused.when(lambda name: _value(settings, name)):
+                raise InputError(f"{key} has no effect {unused.where}; leave it out.")
+
+
+def _value(settings: Any, name: str) -> Any:
+    for part in name.split("."):
+        settings = settings.get(part) if isinstance(settings, Mapping) else None
+    return settings
+
+
+def _given() -> list[str]:
+    """The settings that the command line names, one by one where it gives a dictionary; of a sweep, its job's.
+
+    What it sets to null counts as left out.
+    """
+    if not HydraConfig.initialized():
+        return []
+    overrides = HydraConfig.get().overrides
+    parsed = OverridesParser.create().parse_overrides([*overrides.task, *overrides.hydra])
+    kept = (override for override in parsed if not override.is_delete() and not override.is_sweep_override())
+    return [key for override in kept for key in _leaves(override.key_or_group, override.value())]
+
+
+def _leaves(key: str, value: object) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, below in value.items():
+            yield from _leaves(f"{key}.{name}", below)
+    elif value is not None:
+        yield key
+
+
+def _layers(get: Get) -> set[str]:
+    """The names of the mixers that the layers have."""
+    pattern = get("mixer.pattern")
+    return {pattern[layer % len(pattern)] for layer in range(get("model.num_layers"))}

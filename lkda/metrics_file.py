@@ -1,0 +1,19 @@
+"""Reading metrics.csv, the record of a run's course."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+
+def metrics_rows(text: str) -> list[dict[str, str]]:
+    """The rows of a metrics.csv, in order, as text by column, "" where a row has no value.
+
+    A kill may have cut the last line short: only what ends in a newline is a row.
+    """
+    return list(csv.DictReader(text.split("\n")[:-1]))
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of the file at `path`, none where there is no file."""
+    return metrics_rows(path.read_text(encoding="utf-8")) if path.exists() else []
