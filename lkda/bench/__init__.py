@@ -1,1 +1,2 @@
-"""Timing of the operators against their floor, their peers and float64; the resources their kernels take."""
+"""Benchmarks of the operators: their time beside a memory lower bound and other libraries, their error against float64,
+and the resources that their kernels use."""

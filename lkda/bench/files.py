@@ -1,4 +1,4 @@
-"""Measurements on disk."""
+"""Writing measurements to disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from lkda.io import write_atomically
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all; its directory is made where there is none."""
+    """Writes JSON atomically. The directory is created where it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1) + "\n")

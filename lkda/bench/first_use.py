@@ -1,10 +1,10 @@
-"""How long the first forward and backward of each operator takes, kernels compiled and kernels cached.
+"""How long the first forward and backward of each operator takes, with and without compiled kernels in the cache.
 
     python -m lkda.bench.first_use --out docs/results/first_use_h100/table.json
 
-Each is a fresh process that has imported torch, used the GPU and made the inputs; what counts is the import of lkda and
-the operator's first forward and backward. It has taken a gradient before, too: torch's first `torch.autograd.grad`
-imports sympy, which takes seconds where no bytecode of it is kept.
+Each measurement is a process of its own. It first imports torch, uses the GPU, takes a gradient and makes the inputs.
+Then it measures the import of lkda and the operator's first forward and backward. The gradient comes before because the
+first `torch.autograd.grad` imports sympy, which takes seconds where its bytecode is not cached.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ torch.autograd.grad(y, x, torch.ones_like(y))
 torch.cuda.synchronize()
 start = time.perf_counter()
 from lkda.bench import ops
-from lkda.bench.contest import Shape
-contest = ops.find("{op}")
+from lkda.bench.op_benchmark import Shape
+benchmark = ops.find("{op}")
 imported = time.perf_counter()
-inputs = contest.inputs(Shape(1, 1000, 2, {head_dim}), torch.bfloat16, torch.device("cuda", 0), contest.gates[0])
+inputs = benchmark.inputs(Shape(1, 1000, 2, {head_dim}), torch.bfloat16, torch.device("cuda", 0), benchmark.gates[0])
 leaves = [x.requires_grad_() for x in inputs.values()]
 torch.cuda.synchronize()
 begin = time.perf_counter()
-o = contest.backends["cuda"].run(inputs)[0]
+o = benchmark.backends["cuda"].run(inputs)[0]
 torch.autograd.grad(o, leaves, torch.ones_like(o))
 torch.cuda.synchronize()
 print(time.perf_counter() - begin + imported - start)
@@ -45,7 +45,7 @@ print(time.perf_counter() - begin + imported - start)
 
 
 def seconds(op: str, head_dim: int, cache: str) -> float:
-    """Of one process; RuntimeError with its last words where it fails."""
+    """The time that one process measured. Raises: RuntimeError with the end of its error output where it fails."""
     program = PROGRAM.format(op=op, head_dim=head_dim)
     environment = os.environ | {"LKDA_CACHE": cache}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

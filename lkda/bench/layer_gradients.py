@@ -1,8 +1,8 @@
-"""Errors of the gradients through `kda_attention_fused`, those of A_log and dt_bias among them, against float64.
+"""Errors of the gradients of `kda_attention_fused` against float64, including those of A_log and dt_bias.
 
     python -m lkda.bench.layer_gradients --out docs/results/layer_gradients_h100/table.json
 
-The same numbers, representable in bf16, are given in bf16 and in float32; the truth is the chunk form in float64.
+The same inputs, representable in bf16, are passed in bf16 and in float32. The reference is the chunk form in float64.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lkda.bench.contest import Shape
 from lkda.bench.files import write_json
 from lkda.bench.measure import header
+from lkda.bench.op_benchmark import Shape
 from lkda.device import resolve_device
-from lkda.ops import kda_attention_fused
+from lkda.ops import KDAGate, kda_attention_fused
 
 SHAPES = ("8x2048x16x64", "1x8192x16x128")
 
 
 def errors(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
-    """Rows: the inputs' dtype, and the relative L2 error of the gradient of each input."""
+    """A row for each dtype of the inputs, with the relative L2 error of the gradient of each input."""
     B, T, H, D = shape.B, shape.T, shape.H, shape.D
     draw = torch.Generator(device).manual_seed(0)
 
@@ -33,14 +33,15 @@ def errors(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
 
     tokens = {name: normal(B, T, H, D) for name in ("q", "k", "v", "gate_logits")} | {"beta_logits": normal(B, T, H)}
     A_log = torch.log(1 + 15 * torch.rand(H, generator=draw, device=device))
-    parameters = {"A_log": A_log, "dt_bias": normal(H * D) - 4.6}  # decays as a fresh layer's
+    parameters = {"A_log": A_log, "dt_bias": normal(H * D) - 4.6}  # decays as in a newly initialised layer
     grad_o = normal(B, T, H, D).bfloat16()
 
     def gradients(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
         own = torch.promote_types(dtype, torch.float32)
         inputs: dict[str, Any] = {name: x.to(own).requires_grad_() for name, x in parameters.items()}
         inputs |= {name: x.bfloat16().to(dtype).requires_grad_() for name, x in tokens.items()}
-        o, _ = kda_attention_fused(**inputs, backend=backend)
+        gate = KDAGate(inputs["A_log"], inputs["dt_bias"])
+        o, _ = kda_attention_fused(**{name: inputs[name] for name in tokens}, gate=gate, backend=backend)
         return dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), grad_o.to(o.dtype))))
 
     truth, rows = gradients(torch.float64, "chunk"), []

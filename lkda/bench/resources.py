@@ -1,7 +1,7 @@
-"""Compile every kernel for every architecture, without a GPU, and show what each takes.
+"""Compiles every kernel for every architecture, without a GPU, and shows the resources that each uses.
 
-`python -m lkda.bench.resources` exits with 1 where a kernel spills registers, or asks for more shared memory than a
-block can have.
+`python -m lkda.bench.resources` exits with 1 where a kernel spills registers or needs more shared memory than a block
+can have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes on one architecture; shared bytes dynamic and static together."""
+    """The resources of one kernel on one architecture. `shared_bytes` counts dynamic and static shared memory."""
 
     op: str
     kernel: str
@@ -41,7 +41,7 @@ class Usage:
         if self.spill_bytes:
             return f"{name} spills {self.spill_bytes} bytes of registers"
         if self.shared_bytes > limit:
-            return f"{name} wants {self.shared_bytes} bytes of shared memory, a block can have {limit}"
+            return f"{name} needs {self.shared_bytes} bytes of shared memory, and a block can have {limit}"
         return None
 
 
@@ -73,7 +73,7 @@ def collect(operators: Sequence[str] | None, architectures: Sequence[str], proce
 
 
 def summary(table: Sequence[Usage]) -> str:
-    """A line a kernel: the range over its variants of registers and shared KiB, by architecture."""
+    """A line for each kernel: the range of registers over its variants and the largest shared KiB, by architecture."""
     architectures = list(dict.fromkeys(row.arch for row in table))
     lines = [f"{'registers / shared KiB':36s}" + "".join(f"{arch:>18s}" for arch in architectures)]
     for op, kernel in dict.fromkeys((row.op, row.kernel) for row in table):
@@ -106,7 +106,7 @@ def main() -> int:
     complaints = [complaint for row in table if (complaint := row.complaint())]
     print("\n".join(complaints), end="\n" if complaints else "")
     seconds = time.perf_counter() - start
-    print(f"{len(table)} kernels, {len(complaints)} amiss, {seconds:.0f} s; all of them in {options.out}")
+    print(f"{len(table)} kernels, {len(complaints)} with a problem, {seconds:.0f} s; all of them in {options.out}")
     return 1 if complaints else 0
 
 

@@ -1,13 +1,13 @@
-"""How the error of KDA's state grows while decoding, for each way to keep it: against float64, on a CPU.
+"""How the error of KDA's state grows while decoding, for each dtype of the state, against float64 on a CPU.
 
     python -m lkda.bench.state_error --out docs/results/kda_state_dtypes
     python -m lkda.bench.state_error --out docs/results/kda_state_dtypes_rare --rare --head-dim 32 --sequences 1
 
-take several minutes each, and write errors.json; `lkda.report.redraw` makes table and plot of it.
+Each takes several minutes and writes errors.json; `lkda.report.redraw` makes a table and a plot from it.
 
-Keys and queries are random unit vectors, values N(0, 1), beta = sigmoid(N(0, 1)); the decay is one number throughout.
-With --rare only every 100th token writes (beta is 0 otherwise): the state is mostly held, as one is that remembers.
-Each state is carried in its own dtype from the first token on, the arithmetic of a step is float32, as in the kernel.
+Keys and queries are random unit vectors, values are N(0, 1), and beta = sigmoid(N(0, 1)). Every token and channel has
+the same decay. With --rare only every 100th token writes and beta is 0 otherwise, as in a model that keeps its state.
+Each state is stored in its dtype from the first token on. The arithmetic of a step is float32, as in the kernel.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lkda.bench.files import write_json
 from lkda.ops.kda.reference.recurrent import kda_step_recurrent
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
-DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 0.0)  # nats a token
+DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 0.0)  # nats per token
 STEPS = 10_000
-RARE = 100  # tokens from one write to the next, with --rare
-WINDOW = 50  # tokens, over which the error of o is taken
+RARE = 100  # tokens between two writes with --rare
+WINDOW = 50  # tokens over which the error of o is averaged
 
 
 def error_growth(steps: int, sequences: int, head_dim: int, *, rare: bool) -> list[dict[str, Any]]:
-    """Rows: kept, decay, step, and the relative L2 errors of o (over the last WINDOW tokens) and of the state."""
+    """Rows: state_dtype, decay, step, relative L2 errors of o (over the last WINDOW tokens) and of the state."""
     torch.manual_seed(0)
     B, H, D = sequences, len(DECAYS), head_dim
     g = -torch.tensor(DECAYS, dtype=torch.float64).view(1, H, 1).expand(B, H, D)
@@ -38,7 +38,7 @@ def error_growth(steps: int, sequences: int, head_dim: int, *, rare: bool) -> li
     states = {name: truth.float() for name in STATE_DTYPES}
     wrong = {name: torch.zeros(H, dtype=torch.float64) for name in STATE_DTYPES}
     right = torch.zeros(H, dtype=torch.float64)
-    told = {int(x) for x in torch.logspace(2, 4, 9).round()} | {steps}
+    measured_at = {int(x) for x in torch.logspace(2, 4, 9).round()} | {steps}
     rows = []
     for step in track(range(1, steps + 1), "error growth"):
         q, k = torch.nn.functional.normalize(torch.randn(2, B, H, D, dtype=torch.float64), dim=-1)
@@ -57,12 +57,12 @@ def error_growth(steps: int, sequences: int, head_dim: int, *, rare: bool) -> li
             o, state = kda_step_recurrent(*inputs, states[name], D**-0.5)  # type: ignore[call-arg, arg-type]
             states[name] = unpack_state(pack_state(state, dtype))
             wrong[name] += (o - want).square().sum((0, 2))
-        if min(abs(step - x) for x in told) < WINDOW and step % WINDOW == 0:
+        if min(abs(step - x) for x in measured_at) < WINDOW and step % WINDOW == 0:
             for name in STATE_DTYPES:
                 of_o = (wrong[name] / right).sqrt().tolist()
                 of_state = ((states[name] - truth).square().sum((0, 2, 3)) / truth.square().sum((0, 2, 3))).sqrt()
                 rows += [
-                    {"kept": name, "decay": decay, "step": step, "error_o": x, "error_state": y}
+                    {"state_dtype": name, "decay": decay, "step": step, "error_o": x, "error_state": y}
                     for decay, x, y in zip(DECAYS, of_o, of_state.tolist())
                 ]
     return rows
@@ -72,17 +72,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/state_error"), help="a directory")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--sequences", type=int, default=4, help="over which errors are taken")
+    parser.add_argument("--sequences", type=int, default=4, help="how many sequences the errors are averaged over")
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--rare", action="store_true", help=f"write at every {RARE}th token only")
+    parser.add_argument("--rare", action="store_true", help=f"only every {RARE}th token writes")
     options = parser.parse_args()
     rows = error_growth(options.steps, options.sequences, options.head_dim, rare=options.rare)
     header = {"device": "cpu", "torch": torch.__version__, "sequences": options.sequences}
     header |= {"head_dim": options.head_dim, "rare": options.rare}
     write_json(options.out / "errors.json", {"kind": "state_error", "header": header, "rows": rows})
     last = max(row["step"] for row in rows)
-    for kept in STATE_DTYPES:
-        print(f"{kept:10s}", *(f"{row['error_o']:.1e}" for row in rows if (row["kept"], row["step"]) == (kept, last)))
+    for dtype in STATE_DTYPES:
+        ends = [row["error_o"] for row in rows if (row["state_dtype"], row["step"]) == (dtype, last)]
+        print(f"{dtype:10s}", *(f"{error:.1e}" for error in ends))
 
 
 if __name__ == "__main__":

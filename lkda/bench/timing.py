@@ -1,4 +1,4 @@
-"""The clock, and the memory's speed."""
+"""How long a call takes, and how fast memory can be copied."""
 
 from __future__ import annotations
 
@@ -9,26 +9,40 @@ from dataclasses import dataclass
 import torch
 
 QUANTILES = (0.5, 0.2, 0.8)
+# From the 20th to the 80th percentile, as a share of the median. A measurement whose spread is larger is noisy: it is
+# repeated, up to MOST_MEASUREMENTS in all.
+LARGEST_SPREAD = 0.2
+MOST_MEASUREMENTS = 5
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds."""
+    """Milliseconds: the median and the 20th and 80th percentile of repeated calls."""
 
     median: float
     p20: float
     p80: float
 
+    @property
+    def spread(self) -> float:
+        """From the 20th to the 80th percentile, as a share of the median."""
+        return (self.p80 - self.p20) / self.median
 
-def clock(call: Callable[[], object], device: torch.device, *, milliseconds: int = 100) -> Timing:
-    """Time a call, repeated for about `milliseconds` after a warm-up of a quarter of that.
+    @property
+    def is_noisy(self) -> bool:
+        return self.spread > LARGEST_SPREAD
 
-    On a GPU by events, with the L2 cache flushed before each call (triton.testing.do_bench); on a CPU by its clock.
+
+def clock(call: Callable[[], object], device: torch.device, *, milliseconds: float = 100) -> Timing:
+    """Times a call that is repeated for about `milliseconds`, after a warm-up of a quarter of that.
+
+    On a GPU, CUDA events measure the time and the L2 cache is flushed before each call (triton.testing.do_bench). On a
+    CPU, `time.perf_counter` measures it.
     """
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return Timing(*do_bench(call, warmup=milliseconds // 4, rep=milliseconds, quantiles=list(QUANTILES)))
+        return Timing(*do_bench(call, warmup=milliseconds / 4, rep=milliseconds, quantiles=list(QUANTILES)))
     call()
     times: list[float] = []
     deadline = time.perf_counter() + milliseconds / 1e3
@@ -39,8 +53,21 @@ def clock(call: Callable[[], object], device: torch.device, *, milliseconds: int
     return Timing(*torch.tensor(times).quantile(torch.tensor(QUANTILES)).tolist())
 
 
+def steady_clock(call: Callable[[], object], device: torch.device, *, milliseconds: float = 100) -> Timing:
+    """As `clock`, measured again while the result is noisy, MOST_MEASUREMENTS times at most.
+
+    Returns: the measurement with the smallest spread.
+    """
+    timings = []
+    for _ in range(MOST_MEASUREMENTS):
+        timings.append(clock(call, device, milliseconds=milliseconds))
+        if not timings[-1].is_noisy:
+            break
+    return min(timings, key=lambda timing: timing.spread)
+
+
 def host_microseconds(call: Callable[[], object]) -> float:
-    """What the host takes to put a call's kernels on the stream, without waiting for them: median of 20."""
+    """How long the host takes to launch a call's kernels, without waiting for them to finish: the median of 20."""
     times = []
     for _ in range(20):
         torch.cuda.synchronize()
@@ -52,7 +79,7 @@ def host_microseconds(call: Callable[[], object]) -> float:
 
 
 def launches(call: Callable[[], object]) -> int:
-    """Kernels, copies and fills that a call puts on the GPU."""
+    """How many kernels, copies and fills a call launches on the GPU."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -62,15 +89,15 @@ def launches(call: Callable[[], object]) -> int:
 
 
 def copy_gb_per_s(device: torch.device) -> float:
-    """Bytes read and written by a large copy, per second, in units of 1e9."""
+    """Bytes that a large copy reads and writes, in units of 1e9 per second."""
     size = 2**29 if device.type == "cuda" else 2**26
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / clock(lambda: target.copy_(source), device).median / 1e6
+    return 2 * size / steady_clock(lambda: target.copy_(source), device).median / 1e6
 
 
 def graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    """The call captured in a CUDA graph: its replay."""
+    """Captures the call in a CUDA graph and returns the function that replays the graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lkda.bench import measure, ops
-from lkda.bench.contest import Shape
+from lkda.bench.op_benchmark import Shape
 from lkda.checks import InputError, check_values
 from lkda.commands.config import resolve
 from lkda.device import resolve_device
@@ -41,6 +41,9 @@ def benchmark(config: DictConfig) -> None:
     Raises: ValueError for a word, a shape or a device that is none, and where `out` cannot be written.
     """
     check_values(resolve(config), OPTIONS)
+    empty = [name for name in _WORDS if not config[name] and name != "peers"]
+    if empty:
+        raise InputError(f"{empty[0]} is empty: give some, or leave it out.")
     instead = "device=cpu with backends=[chunk,recurrent]"
     device = resolve_device(config.device, option="device", gpu="cuda", instead=instead)
     if device.type == "cuda":
@@ -76,7 +79,7 @@ def benchmark(config: DictConfig) -> None:
         measured = measure.measure(cases, device, header["copy_gb_per_s"], milliseconds=config.milliseconds)
         for case in cases:
             what = (
-                f"{case.contest.op} {case.shape} {case.dtype} {case.gate or ''} {case.name} {case.mode} {case.replay}"
+                f"{case.benchmark.op} {case.shape} {case.dtype} {case.gate or ''} {case.name} {case.mode} {case.replay}"
             )
             progress.update(task, description=what)
             rows.append(next(measured))

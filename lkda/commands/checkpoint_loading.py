@@ -20,12 +20,12 @@ from lkda.training.checkpoint import read_checkpoint
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its tokenizer, where it has one, and the facts of its run where they are known.
+    """A model with its tokenizer, where it has one, and the metadata of its run where they are known.
 
     Attributes:
         model: on the CPU, in eval mode.
         vocabulary: the tokenizer it was trained with; None where its tokens are no text.
-        run: plain facts (mixer, data, bytes_per_token, ...), {} for an exported directory.
+        run: plain values (mixer, data, bytes_per_token, ...), {} for an exported directory.
         path: the file or directory that was read.
         step: of the run, None for an exported directory.
         fingerprint: of the data that it was trained on, {} where it is not known.

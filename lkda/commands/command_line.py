@@ -80,7 +80,7 @@ def output_that_may_end() -> Iterator[None]:
     For a command whose result lies in files: hours of training must not end with a pipe.
     """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _MayEnd(before[0]), _MayEnd(before[1])  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _MayEnd(before[0]), _MayEnd(before[1])
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ OPTIONS = {
     "out": Path,
     "title": str,
     "step": int | None,
-    "alone": bool,
+    "exclusive_device": bool,
     "bench": Path | None,
 }
 
@@ -39,7 +39,12 @@ def compare(config: DictConfig) -> None:
     benchmark = None if config.bench is None else Path(config.bench)
     try:
         result = compare_runs(
-            directories, out, title=config.title, benchmark=benchmark, step=config.step, alone=config.alone
+            directories,
+            out,
+            title=config.title,
+            benchmark=benchmark,
+            step=config.step,
+            exclusive_device=config.exclusive_device,
         )
     except OSError as error:
         raise InputError(f"out={out} cannot be written: {error.strerror}.") from error
@@ -59,6 +64,8 @@ def _find(runs: str | ListConfig) -> list[Path]:
 
     Raises: ValueError where one matches nothing.
     """
+    if not isinstance(runs, str) and not runs:
+        raise InputError("runs is empty: give run directories, as in runs='outputs/*'.")
     found: dict[Path, None] = {}
     for pattern in [runs] if isinstance(runs, str) else list(runs):
         literal = [str(pattern)] if os.path.exists(str(pattern)) else []

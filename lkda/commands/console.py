@@ -90,7 +90,7 @@ class RunConsole:
         for name, value in (
             ("validation loss", f"{summary['val/loss']:.4f} nats a token"),
             *([("test loss", f"{summary['test/loss']:.4f} nats a token")] if "test/loss" in summary else []),
-            *(_of_text(summary) if sample is not None else _of_parts(summary)),
+            *(_of_text(summary) if sample is not None else _of_subsets(summary)),
             ("parameters", f"{summary['params']:,} ({summary['params_non_embedding']:,} without embeddings)"),
             ("state of one sequence", f"{summary['state_bytes']:,} bytes at {summary['context']} tokens"),
             ("tokens trained on", f"{summary['tokens']:,} in {summary['seconds']:.0f} s"),
@@ -140,12 +140,12 @@ def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _of_parts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _of_subsets(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    for part in summary["parts"]:
-        shape = ", ".join(f"{name} {value}" for name, value in part.items() if name in ("length", "pairs"))
-        if "accuracy" in part:
+    for record in summary["val_subsets"]:
+        words = ", ".join(f"{name} {value}" for name, value in record["subset"].items())
+        if "accuracy" in record:
             rows.append(
-                (f"accuracy, {shape}", f"{part['accuracy']:.2%} of tokens, {part['sequence_accuracy']:.2%} whole")
+                (f"accuracy, {words}", f"{record['accuracy']:.2%} of tokens, {record['sequence_accuracy']:.2%} whole")
             )
     return rows

@@ -24,10 +24,10 @@ COMMANDS = {
     "train": "train a language model",
     "evaluate": "measure a trained model",
     "generate": "continue a text with a trained model",
-    "export": "write a trained model into a directory that others load",
-    "compare": "lay runs side by side: a table, plots and a page",
+    "export": "write a trained model into a directory that other programs load",
+    "compare": "compare runs: a table, plots and a page",
     "benchmark": "measure the operators",
-    "prepare-data": "assemble the offline prose mix",
+    "prepare-data": "prepare the mix of public texts",
 }
 # Settings whose value is taken as it stands, whatever Hydra's grammar would make of it.
 _VERBATIM = {"generate": ("prompt",)}
@@ -39,7 +39,8 @@ def main() -> None:
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {command:{width}}  {what}" for command, what in COMMANDS.items()]
-        print("\n".join(["lkda COMMAND [key=value ...]; each COMMAND has its --help:", "", *lines]))
+        usage = ["lkda COMMAND [key=value ...]", "", "Commands (`lkda COMMAND --help` explains each one)"]
+        print("\n".join([*usage, *lines]))
     elif name == "--version":
         print(f"lkda {lkda.__version__}")
     elif name in COMMANDS:
@@ -65,6 +66,8 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             # Imported here, so that --help need not wait for torch.
             function = getattr(importlib.import_module(f"lkda.commands.{module}"), module)
             if name == "train":
+                if not HydraConfig.get().run.dir:
+                    raise InputError("hydra.run.dir is empty: give a directory, or leave it out.")
                 with output_that_may_end():
                     function(config, HydraConfig.get().runtime.output_dir)
             else:

@@ -37,6 +37,8 @@ from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
 from lkda.ops.kda.state import STATE_DTYPES
+from lkda.training import positions
+from lkda.training.accuracy import METRICS, by_subset
 from lkda.training.validation import ValidationMetrics
 
 SPLITS = ("validation", "test")
@@ -57,7 +59,7 @@ OPTIONS = {
 }
 
 
-def evaluate(config: DictConfig) -> dict[str, float]:
+def evaluate(config: DictConfig) -> dict[str, Any]:
     """What `ckpt` makes of the validation or, with split=test, of the test split: loss, perplexity and bits per byte of
     text, loss and accuracy of other data; or, where `tasks` are given, its scores in those of lm-eval.
 
@@ -66,7 +68,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     Args:
         config: composed from configs/evaluate.yaml; `data` is the run's own where it is not given.
     Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens", "loss_from_0", "loss_from_1",
-        "loss_from_2", "loss_from_4", ...: by position}; or as `PartMetrics.compute`; or {"TASK/METRIC": value}.
+        "loss_from_2", "loss_from_4", ...: by position} of text; {"accuracy", "sequence_accuracy", "loss",
+        "val_subsets": see `by_subset`} of other data; {"TASK/METRIC": value} of tasks.
     Raises:
         ValueError: no usable checkpoint or data, an unknown task, or settings that do not go together.
     """
@@ -100,8 +103,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
     result = _measure(model, data, split=config.split, device=device, limit=config.max_batches)
     table = Table(title=Text(title), show_header=False)
-    for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    for name, value in _lines(result):
+        table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
     ran = {
         "data": chosen,
@@ -119,7 +122,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
 
 def _write(
-    config: DictConfig, trained: TrainedModel, result: dict[str, float], device: torch.device, ran: dict[str, Any]
+    config: DictConfig, trained: TrainedModel, result: dict[str, Any], device: torch.device, ran: dict[str, Any]
 ) -> None:
     """What was measured and how, as JSON into `out`, if given. Raises OSError where it cannot be written."""
     if config.out is None:
@@ -208,31 +211,44 @@ def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
 @torch.inference_mode()
 def _measure(
     model: LanguageModel, data: IndexedDataModule, *, split: str, device: torch.device, limit: int | None
-) -> dict[str, float]:
-    """The columns of metrics.csv without their "val/", and of a text its perplexity and what to compare it with."""
+) -> dict[str, Any]:
+    """What `evaluate` returns of data."""
     text = data.test if split == "test" else data
     assert text is not None
     metrics = ValidationMetrics(
         context=data.context,
         vocab_size=model.config["vocab_size"],
         bytes_per_token=text.bytes_per_token,
-        parts=data.parts,
+        val_subsets=data.val_subsets,
     ).to(device)
     for batch in _batches(model, data, split, limit):
         metrics.update(model, {name: _on(device, value) for name, value in batch.items()})
     tokens = int(metrics.count)
-    found = {name.removeprefix("val/"): float(value) for name, value in metrics.compute().items()}
-    if data.parts:
-        return found
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    if data.val_subsets:
+        return {metric: found[f"val/{metric}"] for metric in METRICS} | {
+            "val_subsets": by_subset(data.val_subsets, found)
+        }
     assert text.unigram_entropy is not None
+    by_position = positions.columns(data.context)
     return {
-        "loss": found["loss"],
-        "perplexity": math.exp(found["loss"]),
-        "bits_per_byte": found["bits_per_byte"],
+        "loss": found["val/loss"],
+        "perplexity": math.exp(found["val/loss"]),
+        "bits_per_byte": found["val/bits_per_byte"],
         "unigram_entropy": text.unigram_entropy,
         "tokens": tokens,
-        **{name.replace("loss/", "loss_"): value for name, value in found.items() if name.startswith("loss/")},
+        **{column.replace("val/loss/", "loss_"): found[column] for column in by_position if column in found},
     }
+
+
+def _lines(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Names and values of everything that was measured, those of the subsets last."""
+    for name, value in result.items():
+        if name != "val_subsets":
+            yield name.replace("_", " "), value
+    for record in result.get("val_subsets", ()):
+        words = ", ".join(f"{name} {value}" for name, value in record["subset"].items())
+        yield from ((f"{metric.replace('_', ' ')}, {words}", record[metric]) for metric in METRICS if metric in record)
 
 
 def _on(device: torch.device, value: Any) -> Any:

@@ -50,13 +50,13 @@ def record_of_run(trained: TrainedModel) -> dict[str, Any]:
     config = config_of_run(trained)
     if trained.step is None:
         return {"config": config}
-    facts = trained.run
+    metadata = trained.run
     training = {
-        "data": facts["data"],
+        "data": metadata["data"],
         "steps": trained.step,
-        "tokens": trained.step * facts["tokens_per_step"],
-        "context": facts["context"],
-        "seed": facts["seed"],
+        "tokens": trained.step * metadata["tokens_per_step"],
+        "context": metadata["context"],
+        "seed": metadata["seed"],
     }
     directory = trained.path.parent.parent
     summary = read_summary(directory / "summary.json")

@@ -52,7 +52,7 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
         total_steps=prepared.total_steps,
         context=data.context,
         bytes_per_token=data.bytes_per_token,
-        parts=data.parts,
+        val_subsets=data.val_subsets,
         test_batches=None if data.test is None else data.in_order(data.test.batches),
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
         compile=plan.compile is True or graphs,
@@ -84,6 +84,9 @@ def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRe
     """
     plan = prepared.plan
     shown = [instantiate(node) for node in plan.callbacks]
+    strangers = [type(callback).__name__ for callback in shown if not isinstance(callback, L.Callback)]
+    if strangers:
+        raise InputError(f"a _target_ in callbacks makes a {strangers[0]}, which is no callback of Lightning's.")
     options = trainer_options(plan, prepared.total_steps) | {
         "default_root_dir": str(run.path),
         "profiler": _profiler(plan.trainer.profiler, run),
@@ -126,7 +129,7 @@ def _own_callbacks(prepared: PreparedRun, run: RunDirectory, stop_request: StopR
 def _loggers(prepared: PreparedRun, run: RunDirectory) -> list[L.pytorch.loggers.Logger]:
     """metrics.csv first, then the chosen ones."""
     plan, data = prepared.plan, prepared.data
-    also = accuracy.columns(data.parts) if data.parts else positions.columns(data.context)
+    also = accuracy.columns(data.val_subsets) if data.val_subsets else positions.columns(data.context)
     if data.test is not None:
         also += ["test/loss", "test/bits_per_byte", *positions.columns(data.context, split="test")]
     chosen = [instantiate(node)(save_dir=str(run.path), config=plan.record) for node in plan.loggers]

@@ -1,4 +1,4 @@
-"""Continue a text, showing it as it is drawn."""
+"""Continue a text, showing it as it is sampled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from lkda.commands.text import check_text, encode_prompt, text_pieces
 from lkda.commands.unused_options import GENERATE, check_unused
 from lkda.device import resolve_device
 from lkda.models.generate import check_sampling
-from lkda.models.generate import generate as draw
+from lkda.models.generate import generate as sample_tokens
 from lkda.special_tokens import document_ends
+from lkda.training.options import MOST_SEED
 
 
 def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
@@ -39,7 +40,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     device = resolve_device(config.accelerator)
     sampling = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p")}
     check_sampling(**sampling)
-    check_count("seed", config.seed, least=0)
+    check_count("seed", config.seed, least=0, most=MOST_SEED)
     if not isinstance(config.ignore_eos, bool):
         raise InputError(f"ignore_eos must be true or false, got {config.ignore_eos!r}.")
     check_unused(GENERATE, settings)
@@ -49,7 +50,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     model = trained.model.to(device)
     tokens = encode_prompt(trained.tokenizer, prompt).to(device)
     ends = () if config.ignore_eos else document_ends(trained.tokenizer)
-    timed = _Timed(draw(model, tokens, **sampling, seed=config.seed, end_tokens=ends))
+    timed = _Timed(sample_tokens(model, tokens, **sampling, seed=config.seed, end_tokens=ends))
     pieces = [prompt]
     out.write(prompt)
     for piece in text_pieces(trained.tokenizer, timed):

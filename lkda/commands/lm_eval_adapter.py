@@ -73,10 +73,10 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
         tokens = torch.tensor([before + after], device=device)
         with torch.inference_mode():
             logits = model(tokens[:, :-1])[0, len(before) - 1 :].float().log_softmax(-1)
-        asked = tokens[0, len(before) :, None]
-        return logits.gather(1, asked)[:, 0], logits.argmax(-1) == asked[:, 0]
+        targets = tokens[0, len(before) :, None]
+        return logits.gather(1, targets)[:, 0], logits.argmax(-1) == targets[:, 0]
 
-    class Ours(TemplateLM):
+    class LKDALanguageModel(TemplateLM):
         @property
         def eot_token_id(self) -> int:
             return _between_documents(trained)
@@ -112,7 +112,7 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
                 return written[: min(cuts)]
         return written
 
-    return Ours()
+    return LKDALanguageModel()
 
 
 def _between_documents(trained: TrainedModel) -> int:

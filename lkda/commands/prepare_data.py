@@ -45,19 +45,20 @@ def prepare_data(config: DictConfig) -> None:
         sizes = f"{source['train_bytes'] / 1e6:8.2f} MB train {source['validation_bytes'] / 1e6:6.2f} MB validation"
         sizes += f" {source['test_bytes'] / 1e6:6.2f} MB test"
         console.print(f"{source['name']:24}{source['documents']:6} documents{sizes}  {source['licence']}")
-    overlap = manifest["overlap"]
-    for name in overlap["before"]:
+    decontamination = manifest["decontamination"]
+    for name in decontamination["before"]:
         console.print(
-            f"of the windows of {overlap['window_tokens']} tokens of the {name} text {overlap['before'][name]:.3%} "
-            f"were in training, {overlap['after'][name]:.3%} after the dropping"
+            f"of the windows of {decontamination['window_tokens']} tokens of the {name} text "
+            f"{decontamination['before'][name]:.3%} were in training, "
+            f"{decontamination['after'][name]:.3%} after the dropping"
         )
     console.print(
-        f"{overlap['dropped_bytes'] / 1e6:.2f} MB were dropped from training, "
-        f"{overlap['train_bytes'] / 1e6:.2f} MB train"
+        f"{decontamination['dropped_bytes'] / 1e6:.2f} MB were dropped from training, "
+        f"{decontamination['train_bytes'] / 1e6:.2f} MB train"
     )
     elsewhere = [] if out == default else [override("data.directory", str(out))]
     console.print(
-        f"{out} holds the streams, the tokenizer, licences and manifest.json; train on it with\n"
+        f"{out} holds the token files, the tokenizer, licences and manifest.json; train on it with\n"
         f"  {command('train', 'data=prose', *elsewhere)}",
         soft_wrap=True,
     )

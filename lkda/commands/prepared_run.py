@@ -84,7 +84,7 @@ def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> Pr
         "tokens_per_step": tokens_per_step,
         "bytes_per_token": data.bytes_per_token,
         "unigram_entropy": data.unigram_entropy,
-        "parts": [dict(part) for part in data.parts],
+        "val_subsets": [dict(subset) for subset in data.val_subsets],
         "test": None if data.test is None else _test_metadata(data.test),
         "fingerprint": dict(data.fingerprint),
     }

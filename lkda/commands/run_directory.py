@@ -121,9 +121,10 @@ class RunDirectory:
             left_over.unlink()
         if before is None or not self.holds_run():
             return None
-        self._check_settings(before, config, free_places=True)
+        now = translated(config)  # what a model of another package does not say, is said on both sides
+        self._check_settings(before, now, free_places=True)
         saved = newest_intact(self.checkpoints)
-        self._check_settings(before, config, free_places=saved is None or "train" in fingerprint_of(saved[1]))
+        self._check_settings(before, now, free_places=saved is None or "train" in fingerprint_of(saved[1]))
         return saved
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:

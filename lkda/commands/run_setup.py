@@ -103,14 +103,7 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
     settings = _with_learning_rate(settings, recorded)
     _check(settings)
     settings = with_absolute_paths(settings)
-    initial = None
-    if settings["init_from"] is not None:
-        directory = Path(settings["init_from"])
-        initial = load_initial_model(directory, backend=settings["backend"], data=settings["data"])
-        settings = _with_names_of(initial, config, settings)
-        settings["data"] = {**settings["data"], "tokenizer_path": str(directory / "tokenizer.json")}
-        if "vocab_size" in settings["data"]:
-            settings["data"]["vocab_size"] = initial.config["vocab_size"]
+    settings, initial = _with_initial_model(settings, config)
     check_data_options(settings["data"])
     settings = with_recorded_options(settings, recorded or {}, of_model=initial is None)
     plan = _plan(settings, initial)
@@ -147,13 +140,21 @@ def _check(settings: dict[str, Any]) -> None:
         raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
 
 
-def _with_names_of(initial: LanguageModel, config: DictConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """With the mixer's name of that model wherever the configuration refers to it, as a logger's name of the run."""
-    name = mixer_name(initial)
+def _with_initial_model(settings: dict[str, Any], config: DictConfig) -> tuple[dict[str, Any], LanguageModel | None]:
+    """The model of `init_from`, and the settings with its tokenizer, and with its mixer's name wherever the
+    configuration refers to that, as a logger's name of the run. None, and the settings as they are, where it is null.
+    """
+    if settings["init_from"] is None:
+        return settings, None
+    directory = Path(settings["init_from"])
+    initial = load_initial_model(directory, backend=settings["backend"], data=settings["data"])
+    data = {**settings["data"], "tokenizer_path": str(directory / "tokenizer.json")}
+    if "vocab_size" in data:
+        data["vocab_size"] = initial.config["vocab_size"]
     named = copy.deepcopy(config)
-    named.mixer.name = name
+    named.mixer.name = mixer_name(initial)
     shown = {group: OmegaConf.to_container(named[group], resolve=True) for group in ("logger", "callbacks")}
-    return {**settings, **shown, "mixer": {**settings["mixer"], "name": name}}
+    return {**settings, **shown, "mixer": {**settings["mixer"], "name": named.mixer.name}, "data": data}, initial
 
 
 def with_recorded_options(
@@ -249,9 +250,11 @@ def check_model(
     """
     if initial is not None:
         return initial.resolve_backends(device, precision)
+    if model["vocab_size"] is not None:
+        check_count("model.vocab_size", model["vocab_size"], least=1)
     try:
         with torch.device("meta"):
-            made = build_model({**model, "vocab_size": model.get("vocab_size") or 1})
+            made = build_model({**model, "vocab_size": model["vocab_size"] or 1})
             return made.resolve_backends(device, precision)
     except (RuntimeError, OverflowError) as error:  # torch cannot count the bytes of a tensor
         raise InputError(f"the model is too large to be built ({str(error).splitlines()[0]}).") from error

@@ -16,7 +16,7 @@ import lkda
 from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
 from lkda.models.lm import LanguageModel
-from lkda.training.accuracy import METRICS, column
+from lkda.training.accuracy import by_subset
 from lkda.training.callbacks import DivergedError, InterruptedRunError
 
 
@@ -41,7 +41,7 @@ def summarize(
     return {
         "status": status,
         "val/loss": loss,
-        "val/perplexity": _perplexity(loss) if not metadata["parts"] else None,
+        "val/perplexity": _perplexity(loss) if not metadata["val_subsets"] else None,
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
         "unigram_entropy": metadata["unigram_entropy"],
         **_of_test(metadata["test"], rows, step),
@@ -75,7 +75,7 @@ def summarize(
             "lightning": lightning.__version__,
             "lkda": lkda.__version__,
         },
-        **_by_part(metadata["parts"], latest, model),
+        **_by_subset(metadata["val_subsets"], latest, model),
     }
 
 
@@ -116,18 +116,15 @@ def _perplexity(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None  # a float ends at exp(709)
 
 
-def _by_part(parts: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:
-    """Accuracies in the mean and of each part of the validation, with the state's bytes at its length."""
-    if not parts:
+def _by_subset(subsets: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:
+    """Mean accuracies, and those of each subset of the validation with the bytes of a state at its length."""
+    if not subsets:
         return {}
     rows = [
-        {name: value for name, value in part.items() if name != "examples"}
-        | {metric: latest[column(metric, part)] for metric in METRICS if column(metric, part) in latest}
-        | {"state_bytes": model.state_bytes(part["length"])}
-        for part in parts
+        record | {"state_bytes": model.state_bytes(record["subset"]["length"])} for record in by_subset(subsets, latest)
     ]
     means = {name: latest.get(name) for name in ("val/accuracy", "val/sequence_accuracy")}
-    return {**means, "parts": rows}
+    return {**means, "val_subsets": rows}
 
 
 def git_commit() -> str | None:

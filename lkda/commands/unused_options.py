@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -61,6 +62,10 @@ def _tokens_are_no_text(get: Get) -> bool:
     return not issubclass(get_class(get("data._target_")), TextDataModule)
 
 
+def _pins_nothing(get: Get) -> bool:
+    return get("data.pin_memory") is True and not torch.cuda.is_available()
+
+
 def _sweeps(get: Get) -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
@@ -82,6 +87,7 @@ DATA = (
     _Unused("data.test_fraction", _has_value("data.test_split"), "beside data.test_split"),
     _Unused("data.vocab_size", _has_value("data.tokenizer_path"), "beside data.tokenizer_path"),
     _Unused("data.vocab_size", _is("data.source", "prose"), "with data=prose, which has a tokenizer of its own"),
+    _Unused("data.pin_memory", _pins_nothing, "where there is no GPU"),
     _Unused("data.cache_dir", _has_value("data.directory"), "beside data.directory"),
     *_each(
         ("data.val_fraction", "data.val_from_year", "data.test_fraction", "data.text_column"),

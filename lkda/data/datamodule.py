@@ -58,7 +58,7 @@ class TestSplit:
 
 
 class IndexedDataModule(L.LightningDataModule):
-    """Trains on the endless stream of batches from `start_batch` on, and validates on a fixed list of batches.
+    """Trains on an unlimited sequence of batches from `start_batch` on, and validates on a fixed list of batches.
 
     A subclass gives `prepare`, `training_batches` and `validation_batches`. How far training has come is counted by the
     trainer's steps, never by what a loader has fetched, and a checkpoint holds it: `fit(ckpt_path=...)` goes on with
@@ -71,8 +71,8 @@ class IndexedDataModule(L.LightningDataModule):
             validates); None of any other.
         test: None where the data have no test split.
         no_test: why a text has none, in words.
-        parts: what each validation set of other data is like, as {"length": 256, "pairs": 64}; a validation batch's
-            "part" counts in it. Empty where validation is one text.
+        val_subsets: for other data, what each subset of the validation is like, as {"length": 256, "pairs": 64}. The
+            "subset" of a validation batch is an index into it. Empty where the validation is one text.
         fingerprint: hashes of the content, see `lkda.data.fingerprint`.
 
     Set `expected` before `prepare` to go on with a run: its fingerprint, which the data must have.
@@ -92,7 +92,7 @@ class IndexedDataModule(L.LightningDataModule):
     unigram_entropy: float | None = None
     test: TestSplit | None = None
     no_test: str | None = None
-    parts: Sequence[Mapping[str, int]] = ()
+    val_subsets: Sequence[Mapping[str, int]] = ()
     fingerprint: Fingerprint = MappingProxyType({})
     expected: Fingerprint = MappingProxyType({})
 

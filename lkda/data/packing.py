@@ -1,6 +1,6 @@
-"""A stream of tokens -> packed batches of fixed shape.
+"""Packs a sequence of tokens into batches of fixed shape.
 
-A row is `context` consecutive tokens of the stream, its targets the tokens one further. A batch is its rows end to end
+A row is `context` consecutive tokens, and its targets are the tokens one further. A batch is its rows end to end
 in one line [1, N]; cu_seqlens marks where sequences begin, at every row and at every document, padded to one length by
 repeating its last value.
 """
@@ -14,43 +14,42 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lkda.data.shuffle import endless
-
-IGNORED = -100
+from lkda.data.shuffle import shuffled
+from lkda.special_tokens import IGNORE_INDEX
 
 
 class Rows:
-    """The rows of a stream.
+    """The rows of a sequence of tokens.
 
     Args:
-        stream: token ids.
-        starts: where in the stream documents begin, in ascending order.
+        token_ids: token ids.
+        starts: where in them documents begin, in ascending order.
         context: tokens a row.
-        partial: whether the last tokens, fewer than a row, are a row too (filled up, nothing asked there).
+        partial: whether the last tokens, fewer than a row, are a row too (filled up, with nothing to predict).
     """
 
-    def __init__(self, stream: np.ndarray, *, starts: np.ndarray, context: int, partial: bool) -> None:
-        self.stream, self.starts, self.context = stream, starts, context
-        asked = max(0, len(stream) - 1)
-        self.count = -(-asked // context) if partial else asked // context
+    def __init__(self, token_ids: np.ndarray, *, starts: np.ndarray, context: int, partial: bool) -> None:
+        self.token_ids, self.starts, self.context = token_ids, starts, context
+        targets = max(0, len(token_ids) - 1)
+        self.count = -(-targets // context) if partial else targets // context
         # Sequences a row: one, and one more for each document that begins inside it.
         inside = starts[(starts % context != 0) & (starts < self.count * context)] // context
         self.most_sequences = 1 + int(np.bincount(inside).max(initial=0))
 
     def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """tokens and targets [context] of row n; a row past the end is empty, with nothing asked."""
-        tokens = np.full(self.context + 1, self.stream[0], dtype=np.int64)
-        piece = self.stream[n * self.context : (n + 1) * self.context + 1] if n < self.count else self.stream[:0]
+        """tokens and targets [context] of row n; a row past the end is empty, with no targets."""
+        tokens = np.full(self.context + 1, self.token_ids[0], dtype=np.int64)
+        piece = self.token_ids[n * self.context : (n + 1) * self.context + 1] if n < self.count else self.token_ids[:0]
         tokens[: len(piece)] = piece
         targets = tokens[1:].copy()
-        targets[max(0, len(piece) - 1) :] = IGNORED
+        targets[max(0, len(piece) - 1) :] = IGNORE_INDEX
         return tokens[:-1], targets
 
     def begins(self, n: int) -> np.ndarray:
-        """Where in row n a sequence begins: at its first token, and at each document, but not at the stream's last
-        token, after which nothing is asked."""
+        """Where in row n a sequence begins: at its first token, and at each document, but not at the last
+        token, after which nothing is predicted."""
         first = n * self.context
-        end = min(first + self.context, len(self.stream) - 1)
+        end = min(first + self.context, len(self.token_ids) - 1)
         low, high = np.searchsorted(self.starts, [first + 1, end])
         return np.concatenate([[0], self.starts[low:high] - first])
 
@@ -76,7 +75,7 @@ def pack(rows: Rows, numbers: Sequence[int], length: int) -> dict[str, Tensor]:
 
 
 class TrainingBatches(Dataset[dict[str, Tensor]]):
-    """Batch b of an endless stream: epoch after epoch, each an order of the rows that (seed, epoch) alone decides.
+    """Batch b of an unlimited sequence: epoch after epoch, each an order of the rows that (seed, epoch) alone decides.
 
     Args:
         batch_size: rows a batch, on this rank.
@@ -92,7 +91,7 @@ class TrainingBatches(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, batch: int) -> dict[str, Tensor]:
         places = (batch * self.batch_size + np.arange(self.batch_size)) * self.world_size + self.rank
-        numbers = endless(places, self.rows.count, seed=self.seed)
+        numbers = shuffled(places, self.rows.count, seed=self.seed)
         return pack(self.rows, numbers.tolist(), self.cu_seqlens_length)
 
 

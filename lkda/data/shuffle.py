@@ -2,7 +2,7 @@
 
 A Feistel network is a bijection of [0, 2^2b) whatever its round function is; walking its cycles until the value falls
 below n restricts it to [0, n). So the row at any place of any epoch costs the same, in O(1) memory, and depends on
-nothing but the seed, the epoch and the place: neither on a library's generator nor on what was drawn before.
+nothing but the seed, the epoch and the place: neither on a library's generator nor on what was sampled before.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def permuted(places: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndar
     return image.astype(np.int64)
 
 
-def endless(places: np.ndarray, size: int, *, seed: int) -> np.ndarray:
-    """The rows at `places` (int64, >= 0) of the endless sequence epoch 0, epoch 1, ..., each `size` rows long."""
+def shuffled(places: np.ndarray, size: int, *, seed: int) -> np.ndarray:
+    """The rows at `places` (int64, >= 0) of the unlimited sequence epoch 0, epoch 1, ..., each `size` rows long."""
     epochs, within = np.divmod(places, size)
     rows = np.empty_like(places)
     for epoch in np.unique(epochs):

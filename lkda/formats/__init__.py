@@ -1,13 +1,14 @@
-"""Reading and writing directories that other tools, or this one, load models from.
+"""Reading and writing models as directories, for this package and for other tools.
 
-A format is a module of this package; its name is the module's (`lkda` itself is the module `native`). It has
-    DTYPES                                    how weights can be written, the default first
-    obstacle(config) -> str | None            what of a model's config it cannot express, in a few words
+Each format is a module of this package with the name of the format. (The module of the format `lkda` is `native`.)
+A module defines
+    DTYPES                                    the dtypes that weights can be written in, the default first
+    unsupported_feature(config) -> str | None a feature of the model that the format lacks, in words
     save(directory, model, tokenizer, *, dtype)
-    usage(directory) -> str                   how to load it, for the model card
-    MODEL_TYPES                               of config.json, that it reads, through
+    usage(directory) -> str                   Python code that loads the model, for the model card
+    MODEL_TYPES                               the model types of config.json that it can read, with
     load(config, directory, *, backend) -> (model, tokenizer)
-What several share is in `lkda.formats.common`.
+`lkda.formats.common` holds what several formats use.
 """
 
 from __future__ import annotations
@@ -35,35 +36,35 @@ __all__ = ["check_export", "find_format", "has_folded_embedding", "load", "names
 
 
 def names() -> list[str]:
-    """The formats there are."""
+    """The names of all formats."""
     modules = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
     return ["lkda" if name == "native" else name for name in modules]
 
 
 def find_format(name: str) -> ModuleType:
-    """The module of format `name`. Raises ValueError listing those that there are."""
+    """The module of the format `name`. Raises ValueError, listing the formats, for an unknown name."""
     if name not in names():
         raise InputError(f"format must be one of {', '.join(names())}, got {name!r}.")
     return importlib.import_module(f"{__name__}.{'native' if name == 'lkda' else name}")
 
 
 def check_export(config: Mapping[str, Any], *, format: str, dtype: str | None) -> str:
-    """The dtype that weights will have in `format`.
+    """Checks that a model can be written in `format`, and returns the dtype that its weights will have.
 
     Args:
-        config: of the model, as `LanguageModel.config`.
+        config: `LanguageModel.config`.
         format: one of `names()`.
-        dtype: one of the format's, or None for its default.
+        dtype: one of the dtypes of the format, or None for its default.
     Raises:
-        ValueError: an unknown format or dtype, or a model that the format cannot express; names the formats that can.
+        ValueError: the format or dtype is unknown, or the format cannot express the model (it names those that can).
     """
     module = find_format(format)
     if dtype is not None and dtype not in module.DTYPES:
         raise InputError(f"dtype must be one of {', '.join(module.DTYPES)} in format {format}, got {dtype!r}.")
-    obstacle = module.obstacle(config)
-    if obstacle is not None:
-        able = [name for name in names() if find_format(name).obstacle(config) is None]
-        raise InputError(f"format {format} cannot express {obstacle}; {' and '.join(able)} can.")
+    unsupported_feature = module.unsupported_feature(config)
+    if unsupported_feature is not None:
+        able = [name for name in names() if find_format(name).unsupported_feature(config) is None]
+        raise InputError(f"format {format} cannot express {unsupported_feature}; {' and '.join(able)} can.")
     return dtype or module.DTYPES[0]
 
 
@@ -76,20 +77,22 @@ def save(
     dtype: str | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model`, `tokenizer` and a model card into `directory`, which must be new or empty.
+    """Writes `model`, `tokenizer` and a model card into `directory`, which must be new or empty.
 
-    All of it appears at once, or nothing does.
+    The directory appears complete or not at all.
 
     Args:
         format: one of `names()`.
-        dtype: of the weights, one of the format's; its first where None.
-        run: what the card tells of the training, {"training": {name: value}, "results": {name: value}, "config": dict}.
+        dtype: of the weights, one of the format's; its default where None.
+        run: what the card says of the training: {"training": {name: value}, "results": {name: value}, "config": dict}.
     Raises:
-        ValueError: as `check_export`, or a directory that holds something or cannot be written.
+        ValueError: as for `check_export`, or the directory is not empty or cannot be written.
     """
     dtype = check_export(model.config, format=format, dtype=dtype)
     module = find_format(format)
     directory = Path(directory).absolute()
+    if directory.is_symlink():  # what it points to is written, and the link stays
+        directory = directory.resolve()
     try:
         if _occupied(directory):
             raise InputError(f"the directory {directory} is not empty. Choose another, or empty it.")
@@ -101,8 +104,8 @@ def save(
         module.save(unfinished, model, tokenizer, dtype=dtype)
         card = model_card(directory.name, model, usage=module.usage(directory.name), dtype=dtype, run=run or {})
         (unfinished / "README.md").write_text(card, encoding="utf-8")
-        unfinished.chmod(0o755)  # mkdtemp makes it private
-        os.replace(unfinished, directory)  # over an empty directory, if one is there
+        unfinished.chmod(0o755)  # mkdtemp makes it readable for its owner only
+        os.replace(unfinished, directory)  # replaces an empty directory
     except OSError as error:
         raise named(error, directory) from error
     finally:
@@ -117,23 +120,23 @@ def _occupied(directory: Path) -> bool:
 
 
 def has_folded_embedding(directory: str | Path) -> bool:
-    """Whether the model in `directory` lost the norm or scale of its embedding to its table when it was exported.
+    """Whether the norm and scale of the embedding were folded into its table when the model was exported.
 
-    Raises: ValueError as `load`.
+    Raises: ValueError as for `load`.
     """
     return bool(read_config(Path(directory)).get(FOLDED))
 
 
 def load(directory: str | Path, *, backend: str = "auto") -> tuple[LanguageModel, Tokenizer]:
-    """Read a directory of any format that can be read; config.json's model_type says which it is.
+    """Reads a directory of any readable format. "model_type" in its config.json says which format it has.
 
-    JSON and safetensors alone are read, so nothing in the directory is executed.
+    Only JSON and safetensors are read, so nothing in the directory is executed.
 
     Args:
         backend: of the ops: auto, cuda, chunk, recurrent.
     Returns: the model, in float32, on the CPU and in eval mode, and its tokenizer.
     Raises:
-        ValueError: a file is missing or broken, the model is of an unknown type, or the tensors do not fit.
+        ValueError: a file is missing or broken, the model type is unknown, or the tensors do not fit the config.
     """
     directory = Path(directory)
     config = read_config(directory)

@@ -1,4 +1,4 @@
-"""The format `fla`: a directory of flash-linear-attention's KDAForCausalLM. Its kernels need a GPU."""
+"""The format `fla`: KDAForCausalLM of flash-linear-attention, whose kernels need a GPU."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lkda.formats.common.tokenizer import special_ids, write_tokenizer
 from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
 
-__all__ = ["DTYPES", "MODEL_TYPES", "obstacle", "save", "usage"]
+__all__ = ["DTYPES", "MODEL_TYPES", "save", "unsupported_feature", "usage"]
 
-MODEL_TYPES = ()  # written only
+MODEL_TYPES = ()  # it cannot be read
 _NAMES = (
     ("embed_tokens", "embeddings"),
     ("blocks.", "layers."),
@@ -31,8 +31,8 @@ _NAMES = (
 )
 
 
-def obstacle(config: Mapping[str, Any]) -> str | None:
-    """What of a model's config KDAForCausalLM does not have; None where it has everything."""
+def unsupported_feature(config: Mapping[str, Any]) -> str | None:
+    """A feature of the model that KDAForCausalLM lacks; None where it has all."""
     names = set(layer_names(config))
     if names != {"kda"}:
         return f"a pattern with {', '.join(sorted(names - {'kda'}))}"
@@ -49,7 +49,7 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
 
 
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
-    """Write model.safetensors, config.json, generation_config.json and the tokenizer."""
+    """Writes model.safetensors, config.json, generation_config.json and the tokenizer."""
     model = folded(model)
     config, options = model.config, options_of(model.config, "kda")
     heads = config["mixer"]["num_heads"]
@@ -59,7 +59,7 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
         if name.endswith("A_log"):
             tensor = tensor.flatten()
         if options["gate"] == "head" and name.endswith(("f_b_proj.weight", "dt_bias")):
-            tensor = tensor.repeat_interleave(head_dim, 0)  # a gate a channel, alike within a head
+            tensor = tensor.repeat_interleave(head_dim, 0)  # one gate per channel, equal within a head
         weights[stored_as(name)] = tensor
         if name.endswith("g_b_proj.weight"):
             weights[stored_as(name.replace("weight", "bias"))] = torch.zeros(len(tensor))
@@ -92,14 +92,14 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
 
 
 def stored_as(name: str) -> str:
-    """Our name of a parameter -> its name in the file."""
-    for ours, theirs in _NAMES:
-        name = name.replace(ours, theirs)
+    """The name in the file of a parameter of lkda."""
+    for lkda_name, fla_name in _NAMES:
+        name = name.replace(lkda_name, fla_name)
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
 def usage(directory: str) -> str:
-    """How to load it, in Python."""
+    """Python code that loads the model."""
     return (
         "import fla  # flash-linear-attention; a CUDA GPU\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -1,6 +1,7 @@
-"""The format `gguf`: one file that llama.cpp runs, tokenizer inside.
+"""The format `gguf`: one file for llama.cpp, with the tokenizer inside.
 
-KDA and MLA layers become its `kimi-linear`, softmax layers its `llama`, or its `qwen3` where they have a QK-norm.
+Models of KDA and MLA layers have its architecture `kimi-linear`. Models of softmax layers have `llama`, or `qwen3` with
+a QK-norm.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from lkda.models.lm import LanguageModel
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["DTYPES", "MODEL_TYPES", "obstacle", "save", "usage"]
+__all__ = ["DTYPES", "MODEL_TYPES", "save", "unsupported_feature", "usage"]
 
 DTYPES = ("f32", "f16", "q8_0")
-MODEL_TYPES = ()  # written only
-# Ours, within a layer or outside of them -> theirs.
+MODEL_TYPES = ()  # it cannot be read
+# {name in lkda, within a layer or outside of the layers: name in the file}
 _NAMES = {
     "embed_tokens.weight": "token_embd.weight",
     "norm.weight": "output_norm.weight",
@@ -61,15 +62,15 @@ _NAMES = {
 }
 
 
-def obstacle(config: Mapping[str, Any]) -> str | None:
-    """What of a model's config no architecture has; None where one has everything."""
-    return llama.obstacle(config) if llama.is_llama(config) else kimi.obstacle(config)
+def unsupported_feature(config: Mapping[str, Any]) -> str | None:
+    """A feature of the model that its architecture in llama.cpp lacks; None where it has all."""
+    return llama.unsupported_feature(config) if llama.is_llama(config) else kimi.unsupported_feature(config)
 
 
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
-    """Write model-<dtype>.gguf.
+    """Writes model-<dtype>.gguf.
 
-    Raises: ValueError where the package gguf is missing, or for a tokenizer that llama.cpp does not have.
+    Raises: ValueError where the package gguf is missing, or for a kind of tokenizer that llama.cpp lacks.
     """
     try:
         from gguf import GGUFWriter
@@ -99,10 +100,10 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
 
 
 def usage(directory: str) -> str:
-    """How to load it, in Python."""
+    """Python code that loads the model."""
     return (
         "from llama_cpp import Llama\n\n"
-        f"model = Llama({directory + '/model-f32.gguf'!r})  # or model-f16.gguf, model-q8_0.gguf: as it was written\n"
+        f"model = Llama({directory + '/model-f32.gguf'!r})  # or model-f16.gguf, model-q8_0.gguf\n"
         'print(model("The people of the United States", max_tokens=50)["choices"][0]["text"])'
     )
 
@@ -122,8 +123,10 @@ def _add_sizes(writer: GGUFWriter, config: Mapping[str, Any], dtype: str) -> Non
 
 
 def _llama(writer: GGUFWriter, model: LanguageModel) -> dict[str, Tensor]:
-    """Keys, and the weights by their names. Rotation pairs neighbouring channels in `llama`, and channels half a head
-    apart here and in `qwen3`."""
+    """Adds the metadata and returns the weights by their names in the file.
+
+    Rotary positions pair neighbouring channels in `llama`, and channels half a head apart in lkda and in `qwen3`.
+    """
     heads = model.config["mixer"]["num_heads"]
     head_dim = model.config["d_model"] // heads
     half_a_head_apart = llama.has_qk_norm(model.config)
@@ -141,12 +144,12 @@ def _llama(writer: GGUFWriter, model: LanguageModel) -> dict[str, Tensor]:
 
 
 def _kimi_linear(writer: GGUFWriter, model: LanguageModel) -> dict[str, Tensor]:
-    """Keys, and the weights by their names."""
+    """Adds the metadata and returns the weights by their names in the file."""
     from gguf import ExpertGatingFuncType
 
     config = model.config
     kda, mla = kimi.kinds(model)
-    # Layers without keys and values are the recurrent ones; MLA keeps one latent for all heads.
+    # Layers with 0 key-value heads are recurrent. MLA has one latent for all heads.
     writer.add_head_count_kv([0 if name == "kda" else 1 for name in layer_names(config)])
     writer.add_ssm_conv_kernel(options_of(config, "kda")["conv_width"])
     writer.add_kda_head_dim(kda.head_dim)
@@ -156,31 +159,31 @@ def _kimi_linear(writer: GGUFWriter, model: LanguageModel) -> dict[str, Tensor]:
     writer.add_value_length(mla.rank)
     writer.add_key_length_mla(mla.nope + mla.rope)
     writer.add_value_length_mla(mla.v_dim)
-    # Required, and unused where every layer is dense.
+    # Required, but not used where every layer is dense.
     writer.add_leading_dense_block_count(config["num_layers"])
     writer.add_expert_feed_forward_length(config["mlp_hidden"])
     writer.add_expert_shared_count(0)
     writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
     named = {}
-    # llama.cpp has one eps for all norms.
+    # llama.cpp uses the same eps for all norms.
     factor = math.sqrt(config["norm_eps"] / kimi.latent_eps(config))
     for name, tensor in kimi.with_scaled_latent(weights_of(model), model, factor).items():
-        theirs = _stored_as(name)
+        stored = _stored_as(name)
         if name.endswith("A_log"):
             tensor = -tensor.exp()
         if "conv1d" in name:
             tensor = tensor.unsqueeze(0)  # [1, HD, 1, width]
         if name.endswith("kv_b_proj.weight"):
             k, v = tensor.unflatten(0, (mla.num_heads, -1)).split([mla.nope, mla.v_dim], 1)
-            named[theirs.replace("kv_b", "k_b")] = k.transpose(1, 2).contiguous()
-            named[theirs.replace("kv_b", "v_b")] = v.contiguous()
+            named[stored.replace("kv_b", "k_b")] = k.transpose(1, 2).contiguous()
+            named[stored.replace("kv_b", "v_b")] = v.contiguous()
         else:
-            named[theirs] = tensor
+            named[stored] = tensor
     return named
 
 
 def _stored_as(name: str) -> str:
-    """Our name of a parameter -> its name in the file."""
+    """The name in the file of a parameter of lkda."""
     if not name.startswith("blocks."):
         return _NAMES[name]
     _, layer, rest = name.split(".", 2)
@@ -188,7 +191,10 @@ def _stored_as(name: str) -> str:
 
 
 def _add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, dtype: str) -> None:
-    """Matrices as `dtype`; vectors, convolutions and decays, and rows that q8_0's blocks of 32 do not fit, in f32."""
+    """Adds a matrix as `dtype`, and anything else as f32.
+
+    Convolutions and decays count as anything else, and so does a matrix whose rows are not multiples of q8_0's 32.
+    """
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 

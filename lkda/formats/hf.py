@@ -1,7 +1,7 @@
-"""The format `hf`: a directory of transformers. KDA and MLA layers become Kimi Linear; softmax layers Llama, or Qwen3
-where they have a QK-norm.
+"""The format `hf`: a directory of transformers.
 
-vLLM, SGLang and mlx-lm read the same names. All of them call a layer's parts alike, so one renaming serves them.
+Models of KDA and MLA layers become Kimi Linear. Models of softmax layers become Llama, or Qwen3 where they have a
+QK-norm. vLLM, SGLang and mlx-lm read the same names.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from lkda.formats.common.tokenizer import special_ids, write_tokenizer
 from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
 
-__all__ = ["DTYPES", "MODEL_TYPES", "load", "obstacle", "save", "usage"]
+__all__ = ["DTYPES", "MODEL_TYPES", "load", "save", "unsupported_feature", "usage"]
 
 MODEL_TYPES = ("kimi_linear", "llama", "qwen3")
-# The norm of MLA's latent has eps 1e-6 in transformers, and rms_norm_eps = 1e-5 in mlx-lm, vLLM and SGLang. Four times
-# the latent (exact in floating point) is as an eps 16 times smaller: 6e-8 and 6e-7, each within 1e-6 of our own 1e-6.
+# The norm of MLA's latent has eps 1e-6 in transformers, and rms_norm_eps = 1e-5 in mlx-lm, vLLM and SGLang. Multiplying
+# the latent by 4, which is exact in floating point, divides the effective eps by 16: to 6e-8 and 6e-7. Both are within
+# 1e-6 of the 1e-6 that lkda uses.
 LATENT_EPS = 1e-6
 LATENT_SCALE = 4.0
 _NAMES = (
@@ -39,17 +40,17 @@ _NAMES = (
 )
 
 
-def obstacle(config: Mapping[str, Any]) -> str | None:
-    """What of a model's config neither architecture has; None where one has everything."""
+def unsupported_feature(config: Mapping[str, Any]) -> str | None:
+    """A feature of the model that its architecture in transformers lacks; None where it has all."""
     if llama.is_llama(config):
-        return llama.obstacle(config)
+        return llama.unsupported_feature(config)
     if "mla" in layer_names(config) and kimi.latent_eps(config) != LATENT_EPS:
         return f"MLA whose norm_eps is not {LATENT_EPS}"
-    return kimi.obstacle(config)
+    return kimi.unsupported_feature(config)
 
 
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
-    """Write model.safetensors, config.json, generation_config.json and the tokenizer."""
+    """Writes model.safetensors, config.json, generation_config.json and the tokenizer."""
     changed = needs_folding(model.config)
     model = folded(model)
     if llama.is_llama(model.config):
@@ -66,12 +67,12 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
 
 
 def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[LanguageModel, Tokenizer]:
-    """Read a directory of either architecture, made here or elsewhere.
+    """Reads a directory of these architectures, whether lkda wrote it or not.
 
-    A last layer that adds nothing is left out, and a head that equals the embedding is tied to it: so a model of ours
-    comes back as it went, but for an embedding that was folded into its table.
+    A last layer that adds nothing is dropped, and a head that equals the embedding is tied to it. So a model that lkda
+    wrote is read back as it was, except for an embedding that was folded into its table.
 
-    Raises: ValueError for what our mixers do not have, and where the weights do not fit the config.
+    Raises: ValueError for features that the mixers of lkda lack, and where the weights do not fit the config.
     """
     read = read_kimi if config["model_type"] == "kimi_linear" else read_llama
     made = read(config, directory)
@@ -95,14 +96,14 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
 
 
 def stored_as(name: str) -> str:
-    """Our name of a parameter -> its name in the file."""
-    for ours, theirs in _NAMES:
-        name = name.replace(ours, theirs)
+    """The name in the file of a parameter of lkda."""
+    for lkda_name, hf_name in _NAMES:
+        name = name.replace(lkda_name, hf_name)
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
 def usage(directory: str) -> str:
-    """How to load it, in Python."""
+    """Python code that loads the model."""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained({directory!r}, dtype="auto")\n'
@@ -110,5 +111,5 @@ def usage(directory: str) -> str:
         'tokens = tokenizer("The people of the United States", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))\n\n"
         "import lkda\n\n"
-        f"model, tokenizer = lkda.load({directory!r})  # the way back, to fine-tune or evaluate"
+        f"model, tokenizer = lkda.load({directory!r})  # to fine-tune or evaluate it with lkda"
     )

@@ -15,23 +15,23 @@ from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_to
 from lkda.models.lm import LanguageModel
 from lkda.old_names import current_model_config
 
-__all__ = ["DTYPES", "MODEL_TYPES", "load", "obstacle", "save", "usage"]
+__all__ = ["DTYPES", "MODEL_TYPES", "load", "save", "unsupported_feature", "usage"]
 
 MODEL_TYPES = ("lkda",)
 FORMAT = 1
 
 
-def obstacle(config: Mapping[str, Any]) -> str | None:
-    """Nothing: every model of ours can be written."""
+def unsupported_feature(config: Mapping[str, Any]) -> str | None:
+    """None: this format expresses every model."""
     return None
 
 
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
-    """Write the three files. The backend is left out: it belongs to the machine, not to the model."""
+    """Writes the three files, without the backend, which belongs to the machine and not to the model."""
     config = {key: value for key, value in model.config.items() if key != "backend"}
     weights = weights_of(model)
     if config["tie_embeddings"]:
-        del weights["lm_head.weight"]  # another name of embed_tokens.weight, and safetensors stores no aliases
+        del weights["lm_head.weight"]  # the same tensor as embed_tokens.weight; safetensors stores no aliases
     write_weights(directory, weights, dtype=dtype)
     write_json(
         directory / "config.json", {"model_type": MODEL_TYPES[0], "format": FORMAT, "dtype": dtype, "model": config}
@@ -40,7 +40,7 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
 
 
 def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[LanguageModel, Tokenizer]:
-    """Read what `save` wrote. Raises ValueError where it is of another version or does not fit together."""
+    """Reads what `save` wrote. Raises ValueError where it has another version or its files do not fit together."""
     if config.get("format") != FORMAT or not isinstance(config.get("model"), dict):
         raise InputError(f"{directory / 'config.json'} does not say format {FORMAT} and hold a model.")
     weights = read_weights(directory)
@@ -52,5 +52,5 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
 
 
 def usage(directory: str) -> str:
-    """How to load it, in Python."""
+    """Python code that loads the model."""
     return f"import lkda\n\nmodel, tokenizer = lkda.load({directory!r})  # model(tokens [B, T]) -> logits [B, T, vocab]"

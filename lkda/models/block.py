@@ -10,7 +10,7 @@ from lkda.models.mlp import SwiGLU
 
 
 class Block(nn.Module):
-    """Pre-norm. No feed-forward layer where mlp_hidden is 0."""
+    """A pre-norm layer, without a feed-forward part where mlp_hidden is 0."""
 
     def __init__(self, mixer: Mixer, d_model: int, *, mlp_hidden: int, norm_eps: float) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(d_model, mlp_hidden) if mlp_hidden else None
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew."""
+        """Initialises all weights again."""
         reset_children(self)
 
     def forward(

@@ -1,4 +1,4 @@
-"""A plain dict of names and numbers -> a model. No name in it is imported but that of a mixer of this package."""
+"""Builds a model from a plain dict of names and numbers. Only mixers of this package are imported by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lkda.models.mixers import find_mixer, mixer_names
 from lkda.models.short_conv import convolutions_drawn_later
 from lkda.ops import available_backends
 
-# What a config that does not say has: models of before an option existed stay what they were.
+# Used where a config lacks an option, so that models from before the option existed stay the same.
 DEFAULTS: dict[str, Any] = {
     "mlp_hidden": 0,
     "norm_eps": 1e-5,
@@ -26,21 +26,21 @@ DEFAULTS: dict[str, Any] = {
     "backend": "auto",
     "context": 0,
 }
-# More than any machine holds: building such a model would not end.
+# Larger than any machine can hold; building such a model would take for ever.
 _MOST = {"vocab_size": 2**26, "d_model": 2**20, "mlp_hidden": 2**22, "num_layers": 2**14}
 REQUIRED = ("vocab_size", "d_model", "num_layers", "mixer")
 
 
 def build_model(config: Mapping[str, Any]) -> LanguageModel:
-    """Builds and initialises a model from plain values, drawing from torch's global generator.
+    """Builds a model from plain values and initialises it with torch's global random generator.
 
     Args:
         config: vocab_size, d_model, num_layers, mixer; optionally mlp_hidden (0: no feed-forward layers), norm_eps,
-            tie_embeddings, embed_norm (an RMSNorm of the embedding), embed_scale (a factor on it), init (how weights
-            begin, see `lkda.models.init`), backend and context (the length trained at, for the record). `mixer` holds
-            `pattern` (mixer names, repeated over depth), `num_heads`, under each mixer's name its options, and a `name`
-            for the record.
-    Raises: ValueError for a missing, unknown or impossible value, saying what would do.
+            tie_embeddings, embed_norm (an RMSNorm of the embedding), embed_scale (a factor on it), init (see
+            `lkda.models.init`), backend, and context (that of training, for the record). `mixer` holds `pattern` (mixer
+            names, repeated over depth), `num_heads`, the options of each mixer under its name, and a `name` for the
+            record.
+    Raises: ValueError for a missing, unknown or impossible value, naming possible ones.
     """
     unknown = set(config) - {*REQUIRED, *DEFAULTS}
     missing = [key for key in REQUIRED if key not in config]
@@ -58,11 +58,13 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
     for key, most in _MOST.items():
         if plain[key] > most:
             raise InputError(f"model.{key} must be at most {most}, got {plain[key]}.")
-    if not isinstance(plain["tie_embeddings"], bool):
-        raise InputError(f"model.tie_embeddings must be true or false, got {plain['tie_embeddings']!r}.")
-    eps = plain["norm_eps"]
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
-        raise InputError(f"model.norm_eps must be a number above 0, got {eps!r}.")
+    for key in ("tie_embeddings", "embed_norm"):
+        if not isinstance(plain[key], bool):
+            raise InputError(f"model.{key} must be true or false, got {plain[key]!r}.")
+    for key in ("norm_eps", "embed_scale"):
+        value = plain[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InputError(f"model.{key} must be a number above 0, got {value!r}.")
     with convolutions_drawn_later():
         mixers = _mixers(plain)
     blocks = [

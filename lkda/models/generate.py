@@ -1,4 +1,4 @@
-"""The decoding loop: the prompt in one forward, then a token at a time."""
+"""The decoding loop: the prompt in one forward pass, then one token at a time."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def generate(
 ) -> Iterator[int]:
     """Yields the tokens that follow a prompt, one by one.
 
-    It ends after `max_new_tokens`, or before that where the model draws one of `end_tokens`, which is not yielded.
+    It ends after `max_new_tokens`, or when the model samples one of `end_tokens`, which is not yielded.
 
     Args:
         tokens: [1, T], the prompt, T >= 1.
-        max_new_tokens: how many to draw at most.
-        temperature: the logits are divided by it; 0 takes the likeliest token.
-        top_p: draw from the fewest tokens whose probabilities reach it, in (0, 1].
-        seed: of the draws.
-        end_tokens: those that end a document; without any, nothing but `max_new_tokens` ends the text.
+        max_new_tokens: the largest number of tokens to sample.
+        temperature: the logits are divided by it; 0 takes the most likely token.
+        top_p: in (0, 1]; sample from the smallest set of tokens whose probabilities sum to it.
+        seed: of the sampling.
+        end_tokens: tokens that end a document; without any, only `max_new_tokens` ends the text.
     Raises: ValueError for a prompt, temperature or top_p out of range.
     """
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
@@ -47,17 +47,17 @@ def generate(
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     generator = torch.Generator().manual_seed(seed)
     logits, state = model.prefill(tokens, model.init_state(1))
-    for drawn in range(max_new_tokens):
-        token = _draw(logits[0].float().cpu(), temperature, top_p, generator)
+    for sampled in range(max_new_tokens):
+        token = _sample(logits[0].float().cpu(), temperature, top_p, generator)
         if token in end_tokens:
             return
         yield token
-        if drawn + 1 < max_new_tokens:
+        if sampled + 1 < max_new_tokens:
             logits, state = model.step(tokens.new_tensor([token]), state)
 
 
 def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raises ValueError for what `generate` cannot draw with."""
+    """Raises ValueError for values that `generate` cannot sample with."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise InputError(f"generate: max_new_tokens must be a whole number >= 0, got {max_new_tokens!r}.")
     numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (temperature, top_p))
@@ -65,10 +65,10 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float) -> 
         raise InputError(f"generate: temperature must be >= 0 and top_p in (0, 1], got {temperature!r} and {top_p!r}.")
 
 
-def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True, stable=True)
-    # Keep a token where the ones before it have not yet reached top_p; the first always stays.
+    # Keep each token whose predecessors sum to less than top_p. The first one is always kept.
     kept = torch.where(probabilities.cumsum(-1) - probabilities < top_p, probabilities, 0)
     return int(order[torch.multinomial(kept, 1, generator=generator)])

@@ -1,4 +1,4 @@
-"""How weights begin."""
+"""The initialisation of weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def reset_children(module: nn.Module) -> None:
-    """Draw the weights of every module inside `module` anew, also where `to_empty` has left them without values."""
+    """Initialises the weights of every module inside `module`, also after `to_empty` has left them without values."""
     for child in module.children():
         child.reset_parameters()  # type: ignore[operator]
 
@@ -28,13 +28,13 @@ OUTPUTS = ("normal", "depth", "zero")
 
 @dataclass(frozen=True)
 class Initialization:
-    """How the weights of a language model begin; N(0, s) is a normal distribution of standard deviation s.
+    """The initialisation of a language model. N(0, s) is a normal distribution of standard deviation s.
 
     Attributes:
         embedding_std: of the token embedding.
-        head_std: of an output layer of its own; 0 for zeros. A tied one is the embedding.
-        outputs: of the layers that write into the residual stream (o_proj, down_proj): "normal", N(0, 0.02); "depth",
-            N(0, 0.02 / sqrt(2 layers)), as GPT-2; "zero".
+        head_std: of an untied output layer; 0 for zeros. A tied output layer is the embedding.
+        outputs: of the layers that write into the residual stream (o_proj, down_proj): "normal" for N(0, 0.02); "depth"
+            for N(0, 0.02 / sqrt(2 layers)), as in GPT-2; "zero".
     """
 
     embedding_std: float = STD
@@ -45,6 +45,8 @@ class Initialization:
     def of(cls, config: Mapping[str, Any]) -> Initialization:
         """From the dict `model.init`. Raises ValueError for an unknown key or an impossible value."""
         known = [field.name for field in fields(cls)]
+        if not isinstance(config, Mapping):
+            raise InputError(f"model.init must hold {', '.join(known)}, got {config!r}.")
         unknown = sorted(set(config) - set(known))
         if unknown:
             raise InputError(f"model.init has no {', '.join(unknown)}; it has {', '.join(known)}.")
@@ -60,7 +62,7 @@ class Initialization:
 
 @torch.no_grad()
 def apply_initialization(model: LanguageModel, config: Mapping[str, Any]) -> None:
-    """Make weights that were drawn by default, linear layers and embeddings as N(0, 0.02), begin as `config` says."""
+    """Changes weights that have the default initialisation, N(0, 0.02), to the one that `config` describes."""
     chosen = Initialization.of(config)
     model.embed_tokens.weight.mul_(chosen.embedding_std / STD)
     if model.lm_head.weight is not model.embed_tokens.weight:
@@ -72,10 +74,10 @@ def apply_initialization(model: LanguageModel, config: Mapping[str, Any]) -> Non
 
 
 def log_uniform_(x: Tensor, *, low: float, high: float) -> Tensor:
-    """Fill x with exp(U(log low, log high))."""
+    """Fills x with exp(U(log low, log high))."""
     return x.uniform_(math.log(low), math.log(high)).exp_()
 
 
 def inverse_softplus(x: Tensor) -> Tensor:
-    """y with softplus(y) = x, for x > 0."""
+    """The y for which softplus(y) = x, for x > 0."""
     return x + torch.log(-torch.expm1(-x))

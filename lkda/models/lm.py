@@ -1,4 +1,4 @@
-"""The language model: tokens -> logits, whole sequences or one token at a time."""
+"""The language model: logits of tokens, for whole sequences or one token at a time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def apply_block(block: nn.Module, x: Tensor, cu_seqlens: Tensor | None) -> Tenso
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks, norm and head. Built by `build_model`.
+    """Embedding, blocks, norm and head. `build_model` builds it.
 
     Attributes:
-        config: the plain dict it was built from; with the weights it is all that a checkpoint needs.
+        config: the plain dict that it was built from. A checkpoint needs only this and the weights.
     """
 
     def __init__(self, blocks: list[Block], config: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
         self._tie()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew. `to_empty`, after which it may be called, unties head and embedding: they are tied."""
+        """Initialises all weights again, and ties head and embedding again, which `to_empty` unties."""
         for module in (self.embed_tokens, self.embed_norm, *self.blocks, self.norm, self.lm_head):
             if module is not None:
                 module.reset_parameters()
@@ -50,8 +50,10 @@ class LanguageModel(nn.Module):
         self._tie()
 
     def draw_as_a_model(self) -> None:
-        """Draw what begins otherwise in a model than in a layer alone: linear layers and embeddings, N(0, 0.02); and
-        convolutions, which are drawn with them. Then what `config["init"]` says."""
+        """Initialises what has another initialisation in a model than in a single layer, then applies `config["init"]`.
+
+        These are linear layers and embeddings, with N(0, 0.02), and convolutions.
+        """
         self.apply(_draw)
         apply_initialization(self, self.config["init"])
 
@@ -60,48 +62,48 @@ class LanguageModel(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """tokens [B, T] -> logits [B, T, vocab]. With cu_seqlens (B = 1) packed sequences never see each other."""
+        """tokens [B, T] -> logits [B, T, vocab]. With cu_seqlens (B = 1), packed sequences are independent."""
         return self.lm_head(self.hidden(tokens, cu_seqlens=cu_seqlens))
 
     def logits_at(self, tokens: Tensor, places: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The logits [N, vocab] of `places` [N] alone, positions in `tokens` [B, T] laid out flat."""
+        """The logits [N, vocab] at `places` [N] only, which are positions in the flattened `tokens` [B, T]."""
         return self.lm_head(self.hidden(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)[places])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens [...] -> [..., d_model], what the first block reads."""
+        """tokens [...] -> [..., d_model], the input of the first block."""
         x = self.embed_tokens(tokens)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         return x if self.config["embed_scale"] == 1.0 else x * self.config["embed_scale"]
 
-    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, apply: ApplyBlock = apply_block) -> Tensor:
-        """tokens [B, T] -> [B, T, d_model], what the head reads.
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> [B, T, d_model], the input of the head."""
+        return self.hidden_by(apply_block, tokens, cu_seqlens=cu_seqlens)
 
-        Args:
-            apply: how a block is called; training passes a compiled call.
-        """
+    def hidden_by(self, apply: ApplyBlock, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """As `hidden`, with each block called through `apply`, such as a compiled `apply_block`."""
         x = self.embed(tokens)
         for block in self.blocks:
             x = apply(block, x, cu_seqlens)
         return self.norm(x)
 
     def forward_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        """tokens [B, T] that follow what left `state` -> logits [B, T, vocab], and the state after them."""
+        """tokens [B, T], which continue the sequences of `state` -> logits [B, T, vocab] and the state after them."""
         x, after = self._hidden_from(tokens, state)
         return self.lm_head(self.norm(x)), after
 
     def prefill(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        """As `forward_from`, but the head reads the last token alone: logits [B, vocab]."""
+        """As `forward_from`, but with the logits [B, vocab] of the last token only."""
         x, after = self._hidden_from(tokens, state)
         return self.lm_head(self.norm(x[:, -1])), after
 
     def step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        """One token a sequence: tokens [B] -> logits [B, vocab], and the state after it."""
+        """One token per sequence: tokens [B] -> logits [B, vocab] and the state after it."""
         x, after = self.hidden_step(tokens, state)
         return self.lm_head(x), after
 
     def hidden_step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        """As `step`, without the head: tokens [B] -> [B, d_model], what it reads."""
+        """As `step` without the head: tokens [B] -> [B, d_model], the input of the head."""
         x, after = self.embed(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block.step(x, before)  # type: ignore[operator]
@@ -116,32 +118,32 @@ class LanguageModel(nn.Module):
         return x, after
 
     def init_state(self, batch_size: int) -> list[State]:
-        """The state before the first token, one a layer."""
+        """The state before the first token: one entry per layer."""
         return [mixer.init_state(batch_size) for mixer in self.mixers()]
 
     def mixers(self) -> list[Mixer]:
-        """The layers' mixers, in order."""
+        """The mixer of each layer, in order."""
         return [block.mixer for block in self.blocks]  # type: ignore[misc]
 
     def state_bytes(self, context: int) -> int:
-        """Bytes that one sequence of `context` tokens leaves behind, over all layers, convolution caches included."""
+        """Bytes of the state after one sequence of `context` tokens, over all layers and with convolution caches."""
         return sum(mixer.state_bytes(context) for mixer in self.mixers())
 
     def flops_per_token(self, context: int) -> float:
-        """Of the forward, a multiply-add counting two, averaged over a sequence of `context` tokens."""
+        """FLOPs of the forward pass per token, averaged over `context` tokens. A multiply-add counts two."""
         blocks: list[Any] = list(self.blocks)
         mlps = sum(2 * p.numel() for block in blocks if block.mlp is not None for p in block.mlp.parameters())
         return sum(mixer.flops_per_token(context) for mixer in self.mixers()) + mlps + 2 * self.lm_head.weight.numel()
 
     def num_parameters(self, *, embedding: bool = True) -> int:
-        """Parameters, each counted once; without the token embedding and the head where `embedding` is False."""
+        """The number of parameters, without the token embedding and the head where `embedding` is False."""
         skip = set() if embedding else {id(self.embed_tokens.weight), id(self.lm_head.weight)}
         return sum(p.numel() for p in self.parameters() if id(p) not in skip)
 
     def resolve_backends(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         """The backend that each operator of the model runs on `device`, as {"kda": "chunk"}.
 
-        Raises: ValueError where one cannot run there, with the reason.
+        Raises: ValueError, with the reason, where one cannot run there.
         """
         resolved = {}
         for mixer in self.mixers():

@@ -1,4 +1,4 @@
-"""What a sequence mixer is: one class, one contract. Its name is its module in `lkda.models.mixers`."""
+"""The interface of a sequence mixer. A mixer has the name of its module in `lkda.models.mixers`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ State = tuple[Tensor, ...]
 
 
 class Mixer(nn.Module, ABC):
-    """Mixes tokens of a sequence causally; d_model in, d_model out.
+    """Mixes the tokens of a sequence causally, from d_model channels to d_model channels.
 
-    A subclass is built as `Class(d_model, num_heads, *, <options>, backend="auto")`; its options are its YAML's keys.
+    A subclass is built as `Class(d_model, num_heads, *, <options>, backend="auto")`; its options are the keys of
+    its YAML.
 
     Attributes:
         op: the operator in `lkda.ops` that it runs, and whose backends `backend` may name; None where it runs none.
@@ -40,39 +41,39 @@ class Mixer(nn.Module, ABC):
         self.head_dim = d_model // num_heads
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, as a new layer has them; a subclass with weights of its own draws these too."""
+        """Initialises all weights again. A subclass with weights of its own initialises these too."""
         reset_children(self)
 
     @abstractmethod
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """x [B, T, d_model] -> y of that shape, and the state after it. A given state continues the sequences.
+        """x [B, T, d_model] -> y of the same shape and the state after it. With a state, x continues its sequences.
 
-        With cu_seqlens [N + 1] the row (B = 1) holds N sequences that never see each other; they start afresh, and the
-        state returned is empty.
+        With cu_seqlens [N + 1], the row (B = 1) holds N independent sequences, which begin without a state. The state
+        returned is then empty.
         """
 
     @abstractmethod
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token: x [B, d_model] -> y [B, d_model], and the state after it; no gradients pass the state.
+        """One token: x [B, d_model] -> y [B, d_model] and the state after it. No gradients pass through the state.
 
-        The given state is spent: a mixer may write into its tensors, and the state returned may be these same tensors.
-        Who needs it again (to branch, to step back) clones it first. `forward` leaves the state it is given alone.
+        A mixer may overwrite the tensors of the given state and return them. Clone the state first where it is needed
+        again, for example to branch or to step back. `forward` does not change the state that it is given.
         """
 
     @abstractmethod
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
-        """The state before the first token; tensors of [batch_size, ...]."""
+        """The state before the first token: tensors [batch_size, ...]."""
 
     def state_bytes(self, context: int) -> int:
-        """Bytes that one sequence of `context` tokens leaves behind, convolution caches included."""
+        """Bytes of the state after one sequence of `context` tokens, with convolution caches."""
         state = self.init_state(1, device=torch.device("meta"))
         return sum(x.numel() * x.element_size() for x in state)
 
     @abstractmethod
     def flops_per_token(self, context: int) -> float:
-        """Of the forward, a multiply-add counting two, averaged over a sequence of `context` tokens."""
+        """FLOPs of the forward pass per token, averaged over `context` tokens. A multiply-add counts two."""
 
     def heads(self, x: Tensor) -> Tensor:
         """[..., H * D] -> [..., H, D]"""
@@ -80,11 +81,11 @@ class Mixer(nn.Module, ABC):
 
 
 def refuse_packed_state(cu_seqlens: Tensor | None, state: State | None) -> None:
-    """Packed sequences start afresh: carrying a state into them would need one a sequence."""
+    """Raises ValueError where both are given: packed sequences cannot continue a state."""
     if cu_seqlens is not None and state is not None:
         raise InputError("state continues whole sequences [B, T]; it cannot be given together with cu_seqlens.")
 
 
 def linear_flops(module: nn.Module) -> float:
-    """Of one token through every linear layer inside `module`, each used once."""
+    """FLOPs of one token in all linear layers inside `module`, each used once."""
     return float(sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)))

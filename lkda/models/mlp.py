@@ -18,7 +18,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, d_model, bias=False)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew."""
+        """Initialises all weights again."""
         reset_children(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The norm of a head's output, with a gate."""
+"""The gated norm of the output of each head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lkda.ops import gated_rms_norm
 
 
 class GatedHeadNorm(nn.Module):
-    """RMSNorm(o) * w * sigmoid(gate) over the last dimension, in float32 at least, eps 1e-5. Weight [head_dim]."""
+    """RMSNorm(o) * w * sigmoid(gate) over the last dimension, in float32 at least, eps 1e-5. Weight w: [head_dim]."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -17,9 +17,9 @@ class GatedHeadNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Ones."""
+        """Sets the weight to ones."""
         nn.init.ones_(self.weight)
 
     def forward(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        """o, gate: [..., head_dim]; no gate where None."""
+        """o, gate: [..., head_dim]; without a gate where it is None."""
         return gated_rms_norm(o, None if gate is None else gate.to(o.dtype), self.weight)

@@ -1,4 +1,4 @@
-"""What mixers with a constant state share: short convolutions before the operator, a gated head norm after it."""
+"""The base of mixers with a constant state: short convolutions before the operator, a gated head norm after it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lkda.ops import l2_normalized, short_convolutions
 class RecurrentMixer(Mixer):
     """q, k, v = SiLU(conv(W x)), then the operator, then y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x)))).
 
-    The state is the convolutions' caches followed by the operator's own state, as `keep` keeps it.
+    The state holds the caches of the convolutions, followed by the operator's own state as `keep` stores it.
 
     Args:
         conv_width: of the short convolutions; 0 for none.
         conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
             1/sqrt(conv_width).
-        activation: "silu", of q, k and v; "none" is possible without convolutions alone.
-        output_norm: whether each head's output is normalised.
+        activation: of q, k and v: "silu", or "none", which is possible only without convolutions.
+        output_norm: whether the output of each head is normalised.
         output_gate: whether the normalised output is gated.
 
     Attributes:
-        normalized: which of q, k and v the operator takes with heads of unit L2 norm.
+        normalized: which of q, k and v are normalised to heads of unit L2 norm.
     """
 
     normalized: ClassVar[tuple[bool, bool, bool]] = (False, False, False)
@@ -67,32 +67,36 @@ class RecurrentMixer(Mixer):
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The operator on q, k, v [B, T, H, D], convolved and, as `normalized` says, normalised; its gates come from x
-        [B, T, d_model]."""
+        """The operator on convolved q, k, v [B, T, H, D], of which those that `normalized` names are normalised.
+
+        Its gates come from x [B, T, d_model]. Returns: o [B, T, H, D] and the operator's state.
+        """
 
     @abstractmethod
     def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
-        """The operator on one token with all before it: q, k, v [B, H * D] as projected, x [B, d_model], and the whole
-        state, caches first; o [B, H, D] and the whole state after."""
+        """The convolutions, norms and operator on one token: q, k, v [B, H * D] as projected, and x [B, d_model].
+
+        `state` is the whole state, with the caches first. Returns: o [B, H, D] and the whole state after the token.
+        """
 
     def keep(self, own: Tensor) -> State:
-        """The operator's state as it is kept from call to call."""
+        """The operator's state in the form that is stored from call to call."""
         return (own,)
 
     def widen(self, kept: State) -> Tensor:
-        """What `keep` kept, as `attend` takes it."""
+        """The inverse of `keep`: the operator's state in the form that `attend` takes."""
         return kept[0]
 
     @property
     @abstractmethod
     def state_shape(self) -> tuple[int, ...]:
-        """Of the operator's own state of one sequence."""
+        """The shape of the operator's own state, for one sequence."""
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
-        caches, kept = (None, None) if state is None else self._parts(state)
+        caches, kept = (None, None) if state is None else self._split_state(state)
         inputs, after = self._inputs(x, cu_seqlens, caches)
         q, k, v = (self.heads(y) for y in inputs)
         o, own = self.attend(x, q, k, v, state=None if kept is None else self.widen(kept), cu_seqlens=cu_seqlens)
@@ -101,7 +105,7 @@ class RecurrentMixer(Mixer):
     def _inputs(
         self, x: Tensor, cu_seqlens: Tensor | None, caches: Sequence[Tensor] | None
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """q, k and v [B, T, H * D], convolved and normalised, and the caches after."""
+        """q, k and v [B, T, H * D], convolved and normalised, and the caches after them."""
         projected, convolutions = zip(*((project(x), convolve) for project, convolve in self._paths()))
         filters = [convolve.weight for convolve in convolutions if convolve is not None]
         if filters:
@@ -129,7 +133,7 @@ class RecurrentMixer(Mixer):
         return self._output(o, x), after
 
     def _convolve_step(self, *inputs: Tensor, caches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """q, k and v [B, H, D] of one token, convolved, and the caches after."""
+        """q, k and v [B, H, D] of one token, convolved, and the caches after it."""
         outputs, after, before = [], [], iter(caches)
         for y, (_, convolve) in zip(inputs, self._paths(), strict=True):
             if convolve is not None:
@@ -138,8 +142,8 @@ class RecurrentMixer(Mixer):
             outputs.append(self.heads(y))
         return outputs, after
 
-    def _parts(self, state: State) -> tuple[State, State]:
-        """The convolutions' caches, and the operator's own."""
+    def _split_state(self, state: State) -> tuple[State, State]:
+        """Splits a state into the caches of the convolutions and the operator's own state."""
         count = sum(convolve is not None for _, convolve in self._paths())
         return state[:count], state[count:]
 
@@ -150,7 +154,7 @@ class RecurrentMixer(Mixer):
         return (*caches, *self.keep(torch.zeros(batch_size, *self.state_shape, device=device, dtype=dtype)))
 
     def projection_flops(self) -> float:
-        """Of one token through the linear layers and convolutions."""
+        """FLOPs of one token in the linear layers and convolutions."""
         return linear_flops(self) + sum(2.0 * conv.weight.numel() for _, conv in self._paths() if conv is not None)
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:

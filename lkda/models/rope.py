@@ -9,7 +9,7 @@ from lkda.ops.precision import at_least_float32
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Turns the pairs (x_i, x_{i + D/2}) of x [B, T, H, D] by position * base^(-2i/D); position [T]."""
+    """Rotates the pairs (x_i, x_{i + D/2}) of x [B, T, H, D] by the angles position * base^(-2i/D). position: [T]."""
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)) / half)
     angle = position.to(frequency.dtype).unsqueeze(-1) * frequency  # [T, D/2]

@@ -1,4 +1,4 @@
-"""Short causal depthwise convolution with SiLU, as in Mamba, KDA and their kin."""
+"""The short causal depthwise convolution with SiLU of Mamba and KDA."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _drawn_later: ContextVar[bool] = ContextVar("drawn_later", default=False)
 
 @contextmanager
 def convolutions_drawn_later() -> Iterator[None]:
-    """Filters of convolutions that are built inside have no values: for who draws them after all other weights.
+    """Leaves the filters of convolutions that are built inside without values.
 
-    `build_model` does: what the weights of a seed are depends on the order in which they are drawn.
+    `build_model` initialises them after all other weights: the weights of a seed depend on the order of sampling.
     """
     token = _drawn_later.set(True)
     try:
@@ -30,10 +30,10 @@ def convolutions_drawn_later() -> Iterator[None]:
 
 
 class ShortConvolution(nn.Module):
-    """y_t = SiLU(sum_s w_s x_{t-s}), s < width, per channel, no bias.
+    """y_t = SiLU(sum_s w_s x_{t-s}) per channel, with s < width and no bias.
 
-    The weight is [channels, 1, width], the newest token last. It begins as N(0, std), or where `std` is None uniform
-    within 1/sqrt(width), as nn.Conv1d.
+    The weight is [channels, 1, width], with the newest token last. Its initialisation is N(0, std), or uniform within
+    1/sqrt(width) where `std` is None, as in nn.Conv1d.
     """
 
     def __init__(self, channels: int, width: int, *, std: float | None = None) -> None:
@@ -50,7 +50,7 @@ class ShortConvolution(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the filters anew."""
+        """Initialises the filters again."""
         if self.std is not None:
             nn.init.normal_(self.weight, std=self.std)
         else:
@@ -58,18 +58,18 @@ class ShortConvolution(nn.Module):
             nn.init.uniform_(self.weight, -bound, bound)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> Tensor:
-        """The last width - 1 inputs, [B, width - 1, channels], zeros."""
+        """The state before the first token: zeros [B, width - 1, channels] for the last width - 1 inputs."""
         w = self.weight
         return torch.zeros(batch_size, self.width - 1, len(w), device=device or w.device, dtype=w.dtype)
 
     def forward(self, x: Tensor, *, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, channels] -> y of that shape, and the state after it [B, width - 1, channels]; zeros where None.
+        """x [B, T, channels] -> y of the same shape, and the state after it [B, width - 1, channels].
 
         Mixers convolve q, k and v with one call of `lkda.ops.short_convolutions` instead.
         """
         return short_convolution(x, self.weight, state=state)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, channels]"""
+        """x [B, channels] -> y of the same shape, and the state after it."""
         y, state = self.forward(x.unsqueeze(1), state=state)
         return y.squeeze(1), state

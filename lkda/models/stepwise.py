@@ -1,4 +1,4 @@
-"""A language model that reads whole sequences a token at a time, as it decodes."""
+"""A language model that reads whole sequences one token at a time, as in decoding."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lkda.ops.sequences import lengths_of
 
 
 class StepwiseModel(LanguageModel):
-    """The same weights and, but for rounding, the same function; the state is kept from token to token as in decoding.
+    """A model with the same weights that stores its state after every token. Only its rounding differs.
 
-    So what a narrower state costs shows in whatever is measured with this model in place of the one it is made of. The
-    sequences of a batch run side by side. No gradients.
+    Measuring this model instead of the original shows what a state of lower precision costs. The sequences of a batch
+    are processed in parallel. There are no gradients.
 
     Args:
-        model: whose weights it copies.
-        state_dtype: how the KDA layers keep their states, as their option of that name; where None, as in `model`.
+        model: its weights are copied.
+        state_dtype: the dtype of the states of KDA layers; where None, that of `model`.
 
     Attributes:
-        state_dtype: of the KDA layers' states; None where there are none.
-        on_step: called after every token with its share of the batch's steps.
+        state_dtype: the dtype of the states of KDA layers; None where there are no such layers.
+        on_step: called after every token, with the share of the batch's steps that it is.
 
-    Raises: ValueError for a dtype that is none of a state's, or any where no layer has such a state.
+    Raises: ValueError for an unknown dtype, or for any dtype where no layer has such a state.
     """
 
     def __init__(self, model: LanguageModel, *, state_dtype: str | None = None) -> None:
-        config = model.config if state_dtype is None else _keeping_states_in(state_dtype, model.config)
+        config = model.config if state_dtype is None else _with_state_dtype(state_dtype, model.config)
         super().__init__(list(build_model(config).blocks), config)  # type: ignore[arg-type]
         self.to(model.embed_tokens.weight).eval().load_state_dict(model.state_dict())
         self.state_dtype = next((m.state_dtype for m in self.mixers() if hasattr(m, "state_dtype")), None)
@@ -45,7 +45,7 @@ class StepwiseModel(LanguageModel):
         B, T = tokens.shape
         lengths = torch.tensor(lengths_of(B, T, cu_seqlens))
         starts = lengths.cumsum(0) - lengths
-        # By falling length, so that the sequences that still have a token are always the first few.
+        # Sorted by decreasing length, so that the sequences that still have tokens are always the first ones.
         lengths, order = lengths.sort(descending=True, stable=True)
         starts, flat = starts[order].to(tokens.device), tokens.flatten()
         steps = int(lengths[0])
@@ -60,8 +60,8 @@ class StepwiseModel(LanguageModel):
         return x.view(B, T, -1)
 
 
-def _keeping_states_in(state_dtype: str, config: dict[str, Any]) -> dict[str, Any]:
-    """A model's config with that option for each of its mixers that has it."""
+def _with_state_dtype(state_dtype: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model, with this dtype for each of its mixers that has the option."""
     names = dict.fromkeys(config["mixer"]["pattern"])
     having = [name for name in names if "state_dtype" in inspect.signature(find_mixer(name)).parameters]
     if not having:

@@ -1,8 +1,9 @@
-"""Sequence-mixing operators: functions of tensors, torch alone. Kernels compile at first call, never at import."""
+"""Sequence-mixing operators, as functions of tensors. They need torch alone; kernels are compiled at the first call."""
 
 from lkda.ops.gated_norm.op import gated_rms_norm
 from lkda.ops.kda.fused import kda_attention_fused
 from lkda.ops.kda.op import kda_attention, kda_step
+from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.kda.step import kda_step_fused
 from lkda.ops.runtime.backend import available_backends, resolve_backend
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
@@ -10,6 +11,7 @@ from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.softmax.op import softmax_attention
 
 __all__ = [
+    "KDAGate",
     "available_backends",
     "gated_rms_norm",
     "kda_attention",

@@ -1,4 +1,4 @@
-"""Errors of shape, dtype and device, one clear sentence each, before any arithmetic."""
+"""Checks of shapes, dtypes and devices. Each error is one sentence that names the tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from lkda.checks import InputError
 
 
 def check_shape(fn: str, name: str, x: Tensor, axes: str, sizes: dict[str, int]) -> None:
-    """`x` has the axes (letters, as in "B T H K") with the sizes known so far; a new letter is learnt from `x`."""
+    """Raises ValueError unless `x` has these axes (letters, as in "B T H K") with the sizes known so far.
+
+    The size of a letter that is not yet in `sizes` is added to it.
+    """
     letters, shape = axes.split(), x.shape
     if len(shape) != len(letters):
         raise InputError(f"{fn}: {name} must be [{', '.join(letters)}], got a shape of {list(shape)}.")
@@ -23,8 +26,10 @@ def check_shape(fn: str, name: str, x: Tensor, axes: str, sizes: dict[str, int])
 
 
 def alike(first: Tensor, *others: Tensor) -> bool:
-    """Whether all have the first one's shape and device, and are floating point: the quick question before the checks
-    that would say what is wrong."""
+    """Whether all tensors are floating point and have the shape and device of the first one.
+
+    This is a quick test before the checks that find out what is wrong.
+    """
     shape, device = first.shape, first.device
     for x in others:
         if x.shape != shape or x.device != device or not x.dtype.is_floating_point:
@@ -33,7 +38,10 @@ def alike(first: Tensor, *others: Tensor) -> bool:
 
 
 def check_alike(fn: str, tensors: dict[str, Tensor | None], *, same_dtype: tuple[str, ...]) -> None:
-    """All given tensors are floating point and on one device; those named in `same_dtype` share a dtype."""
+    """Raises ValueError unless all tensors are floating point and on one device.
+
+    Those named in `same_dtype` must also have one dtype. A tensor that is None is skipped.
+    """
     given = {name: x for name, x in tensors.items() if x is not None}
     first_name, first = next(iter(given.items()))
     for name, x in given.items():
@@ -46,8 +54,10 @@ def check_alike(fn: str, tensors: dict[str, Tensor | None], *, same_dtype: tuple
 
 
 def check_cu_seqlens(fn: str, cu_seqlens: Tensor, batch: int, length: int) -> None:
-    """Boundaries of packed sequences: int [N + 1], from 0, never falling, to T. The values are read only on a CPU,
-    since reading them on a GPU would wait for it."""
+    """Raises ValueError unless cu_seqlens is int [N + 1], begins with 0, never decreases and ends with T.
+
+    The values are checked only on a CPU, since reading them from a GPU would wait for it.
+    """
     if batch != 1:
         raise InputError(f"{fn}: with cu_seqlens the sequences are packed in one row (B = 1), got B = {batch}.")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):

@@ -1,4 +1,4 @@
-"""What the recurrent forms share: the dtype they compute in, and the loop over tokens."""
+"""What the recurrent forms share: the dtype that they compute in, and the loop over tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Step = Callable[..., tuple[Tensor, Tensor]]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Half precision is computed in float32; float64 stays."""
+    """float32 for half precision and float32 inputs, float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -23,7 +23,7 @@ def run_tokens(step: Step, inputs: Sequence[Tensor], state: Tensor, cu_seqlens: 
     Args:
         inputs: tensors [B, T, ...].
         state: [B, ...], or [N, ...] with cu_seqlens.
-    Returns: o [B, T, ...] and the states after each sequence's last token.
+    Returns: o [B, T, ...], and the state after the last token of each sequence.
     """
 
     def scan(rows: Sequence[Tensor], state: Tensor) -> tuple[list[Tensor], Tensor]:

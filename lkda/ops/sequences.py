@@ -1,7 +1,8 @@
-"""Sequences of a batch cut into chunks, laid out so that a scan over time runs all of them side by side.
+"""Cutting the sequences of a batch into chunks, in a layout in which a scan over time runs all sequences in parallel.
 
-Chunk number m of every sequence that has one stands together; sequences are ordered by falling length, so those still
-alive at step m are always the first few. One layout serves [B, T] batches and packed rows with cu_seqlens.
+The chunks number m of all sequences lie side by side. The sequences are sorted by decreasing length, so the ones that
+still have a chunk at step m are always the first few. [B, T] batches and packed rows with cu_seqlens have the same
+layout.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _longest = WeakTensorKeyDictionary()  # bounds -> (their version, the longest se
 
 
 def lengths_of(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
-    """Tokens in each sequence: `batch` times `length`, or what cu_seqlens [N + 1] says (read from its device)."""
+    """Tokens in each sequence: `batch` times `length`, or as cu_seqlens [N + 1] says, which is read from its device."""
     if cu_seqlens is None:
         return [length] * batch
     bounds = cu_seqlens.tolist()
@@ -22,9 +23,12 @@ def lengths_of(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
 
 
 def longest(cu_seqlens: Tensor, length: int) -> int:
-    """Tokens of the longest sequence, or `length`, of the whole row, where it cannot be known: in a traced or captured
-    call. Read from the device once for a batch, by its first layer (by each, of bounds made in inference mode, which
-    cannot tell when they change); a word with the host."""
+    """The number of tokens of the longest sequence. In a traced or captured call, where that cannot be read, it is
+    `length`, that of the whole row.
+
+    Reading it waits for the device. It is read once per batch, by the first layer that asks. Tensors made in inference
+    mode have no version number, so for them every layer reads it.
+    """
     if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return length
     if cu_seqlens.is_inference():
@@ -37,9 +41,9 @@ def longest(cu_seqlens: Tensor, length: int) -> int:
 
 
 def positions(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Of each of `length` tokens in a packed row: how far it is from the start of its sequence, and which that is.
+    """For each of `length` tokens of a packed row: its position in its sequence, and the number of that sequence.
 
-    No word with the host.
+    This does not wait for the device.
     """
     tokens = torch.arange(length, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens.long(), tokens, right=True) - 1
@@ -47,11 +51,12 @@ def positions(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 class Chunks:
-    """The layout of chunks of `size` tokens; the last chunk of a sequence is filled up.
+    """The layout of chunks of `size` tokens. The last chunk of a sequence is padded.
 
     Attributes:
-        count: M, chunks in all.
-        alive: for each step of the scan, how many sequences still have a chunk; its chunks are the next `alive[m]`.
+        count: M, the number of all chunks.
+        alive: for each step m of the scan the number of sequences that still have a chunk. The step's chunks are the
+            next `alive[m]` ones.
     """
 
     def __init__(self, lengths: list[int], size: int, device: torch.device) -> None:
@@ -69,7 +74,7 @@ class Chunks:
         for n in lengths:
             starts.append(starts[-1] + n)
         total = starts[-1]
-        index = torch.full((self.count, size), total)  # row `total` fills up
+        index = torch.full((self.count, size), total)  # row `total` is the padding
         offset = 0
         for m, alive in enumerate(self.alive):
             for row, n in enumerate(order[:alive]):
@@ -84,7 +89,7 @@ class Chunks:
         self._inverse = inverse[:total].to(device)
 
     def cut(self, x: Tensor, dtype: torch.dtype, *, fill: float = 0.0) -> Tensor:
-        """[B, T, H, ...] -> [M, H, size, ...] in `dtype`, contiguous; places past a sequence's end hold `fill`."""
+        """[B, T, H, ...] -> [M, H, size, ...] in `dtype`, contiguous. Padding is `fill`."""
         _, _, heads, *rest = x.shape
         if self._uniform:
             x = x.reshape(self._sequences, -1, self.size, heads, *rest).transpose(0, 1)
@@ -102,7 +107,7 @@ class Chunks:
         return y.reshape(-1, *y.shape[2:])[self._inverse].reshape(like.shape)
 
     def sort(self, state: Tensor) -> Tensor:
-        """[N, ...] in the caller's order -> by falling length."""
+        """[N, ...] in the caller's order -> sorted by decreasing length."""
         return state[self._order]
 
     def unsort(self, state: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""From the files of runs and benchmarks to tables, plots and pages. Imports nothing else of lkda."""
+"""Makes tables, plots and pages of the files of runs and benchmarks. It imports no other package of lkda."""

@@ -1,13 +1,16 @@
-"""Fills the blocks of README.md and docs/*.md that hold results, from the JSON under docs/results, so that no number is
-typed.
+"""Fills the blocks of README.md and docs/**/*.md that hold results, from the JSON under docs/results, so that no
+number is typed.
 
     python -m lkda.report.readme
 
-A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`, and shows docs/results/NAME/results.json,
-as `scripts/compare.py` writes it; `accuracy:NAME` shows the same runs by part of the validation of synthetic tasks; one
-between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->` shows docs/results/NAME/benchmark.json, as
-`scripts/benchmark.py` writes it; one between `<!-- table:NAME -->` and `<!-- /table:NAME -->` shows
-docs/results/NAME/table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}.
+A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows a file of docs/results/NAME:
+
+    results     results.json, as `scripts/compare.py` writes it: the table of runs
+    speeds      the same file: training speed alone
+    accuracy    the same file: synthetic tasks, by subset of the validation
+    benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
+    peers       the same file: the device's times of all implementations, side by side
+    table       table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}
 """
 
 from __future__ import annotations
@@ -19,21 +22,29 @@ from pathlib import Path
 from lkda.checks import InputError
 from lkda.report.draw.tables import markdown_table
 from lkda.report.operators.benchmark import as_markdown, read_benchmark
-from lkda.report.operators.report import facts
+from lkda.report.operators.peers import side_by_side
+from lkda.report.operators.report import metadata
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import from_record
 from lkda.report.training import accuracy
 from lkda.report.training.comparison import KIND as COMPARISON
 from lkda.report.training.table import as_cells
 
-_BLOCK = re.compile(
-    r"<!-- (?P<kind>results|accuracy|benchmark|table):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL
-)
-
 
 def _runs(path: Path) -> str:
     found = read_results_file(path, kind=COMPARISON)
     return markdown_table(*as_cells(found["rows"])) + "\n" + " ".join(found["notes"])
+
+
+# What of a table of runs says how fast they were.
+_OF_SPEED = ("mixer", "seeds", "params", "flops_per_token", "tokens_per_s", "tokens_per_s sd")
+
+
+def _speeds(path: Path) -> str:
+    found = read_results_file(path, kind=COMPARISON)
+    rows = [{key: row[key] for key in _OF_SPEED if key in row} for row in found["rows"]]
+    rows = sorted(rows, key=lambda row: -float(row["tokens_per_s"]))
+    return markdown_table(*as_cells(rows)) + "\n" + found["notes"][0]
 
 
 def _accuracy(path: Path) -> str:
@@ -44,7 +55,12 @@ def _accuracy(path: Path) -> str:
 
 def _benchmark(path: Path) -> str:
     benchmark = read_benchmark(path)
-    return as_markdown(benchmark.rows) + "\n" + facts(benchmark)
+    return as_markdown(benchmark.rows) + "\n" + metadata(benchmark)
+
+
+def _peers(path: Path) -> str:
+    benchmark = read_benchmark(path)
+    return markdown_table(*side_by_side(benchmark.rows), names=2) + "\n" + metadata(benchmark)
 
 
 def _table(path: Path) -> str:
@@ -56,14 +72,19 @@ def _table(path: Path) -> str:
 
 KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "results": ("results.json", "scripts/compare.py", _runs),
+    "speeds": ("results.json", "scripts/compare.py", _speeds),
     "accuracy": ("results.json", "scripts/compare.py", _accuracy),
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
+    "peers": ("benchmark.json", "scripts/benchmark.py", _peers),
     "table": ("table.json", "what measures it,", _table),
 }
+_BLOCK = re.compile(
+    rf"<!-- (?P<kind>{'|'.join(KINDS)}):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL
+)
 
 
 def fill(text: str, results: Path) -> str:
-    """`text` with every block filled from `results`/NAME. Raises ValueError where the JSON is not there."""
+    """`text` with every block filled from `results`/NAME. Raises: ValueError where the JSON does not exist."""
 
     def block(match: re.Match[str]) -> str:
         kind, name = match["kind"], match["name"]
@@ -77,9 +98,9 @@ def fill(text: str, results: Path) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md and docs/*.md of the working directory."""
+    """Rewrites README.md and the pages under docs/ of the working directory."""
     try:
-        for page in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
+        for page in (Path("README.md"), *sorted(Path("docs").rglob("*.md"))):
             text = page.read_text(encoding="utf-8")
             filled = fill(text, Path("docs/results"))
             if filled != text:

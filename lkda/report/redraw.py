@@ -1,6 +1,6 @@
-"""Draws results again from the JSON in their directories: `python -m lkda.report.redraw docs/results/*`.
+"""Draws the plots and tables of results again from their JSON: `python -m lkda.report.redraw docs/results/*`.
 
-What is drawn of a file is decided by the kind that stands in it, whatever the file is called.
+The kind that a file names decides what is drawn of it; the name of the file does not matter.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from lkda.report.read.files import read_results_file
 from lkda.report.studies import long_context, peer_training, recipe, state_dtypes, state_error
 from lkda.report.training import comparison
 
-# Every kind of results file, with what draws it; None where nothing is drawn of it.
+# The kinds of results files, each with the function that draws it; None where there is nothing to draw.
 KINDS: dict[str, Callable[[Path], None] | None] = {
-    "comparison": comparison.redraw,  # of scripts/compare.py
-    "benchmark": bench_report.redraw,  # of scripts/benchmark.py
-    "state_error": state_error.redraw,  # of lkda.bench.state_error
+    "comparison": comparison.redraw,  # written by scripts/compare.py
+    "benchmark": bench_report.redraw,  # written by scripts/benchmark.py
+    "state_error": state_error.redraw,  # written by lkda.bench.state_error
     "long_context": long_context.redraw,
     "state_dtypes": state_dtypes.redraw,
     "recipe": recipe.redraw,
-    "peer_training": peer_training.redraw,  # of lkda.commands.peer_training
-    "evaluation": None,  # of scripts/evaluate.py out=; the two above gather them
-    "table": None,  # lkda.report.readme shows it on a page
-    "measurements": None,  # kept as they were taken
+    "peer_training": peer_training.redraw,  # written by lkda.commands.peer_training
+    "evaluation": None,  # written by scripts/evaluate.py out=; long_context and state_dtypes collect them
+    "table": None,  # lkda.report.readme writes it into a page
+    "measurements": None,  # kept as they were measured
 }
 
 
 def source(directory: Path) -> Path | None:
-    """The results file of `directory` that its tables, plots and page are drawn from; None where nothing is drawn.
+    """The results file of `directory` that is drawn; None where there is nothing to draw.
 
-    Raises: ValueError where there is no results file, one is of no or of an unknown kind, or two would be drawn over
-        each other.
+    Raises: ValueError where there is no results file, where one names no known kind, or where the plots of two files
+        would overwrite each other.
     """
     paths = sorted(directory.glob("*.json"))
     if not paths:
@@ -42,12 +42,14 @@ def source(directory: Path) -> Path | None:
     drawn = [path for path in paths if KINDS[_kind(path)] is not None]
     if len(drawn) > 1:
         names = " and ".join(path.name for path in drawn)
-        raise InputError(f"{directory} holds {names}, which would be drawn over each other: keep one in a directory.")
+        raise InputError(
+            f"{directory} holds {names}, whose plots would overwrite each other: keep each in a directory of its own."
+        )
     return drawn[0] if drawn else None
 
 
 def redraw(path: Path) -> None:
-    """Writes what is drawn of a results file anew, beside it. Raises: ValueError where it is not what it says."""
+    """Writes the plots and tables of a results file beside it. Raises: ValueError where it is not of its kind."""
     draw = KINDS[_kind(path)]
     if draw is not None:
         draw(path)
@@ -61,14 +63,14 @@ def _kind(path: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Redraws each of the arguments that is a directory, once all of them are known to hold results."""
+    """Redraws each argument that is a directory, after checking that all of them hold results."""
     directories = [path for path in map(Path, arguments) if path.is_dir()]
     if not directories:
         raise SystemExit(__doc__)
     try:
         for directory, path in {directory: source(directory) for directory in directories}.items():
             if path is None:
-                print(f"{directory}: nothing is drawn of what it holds")
+                print(f"{directory}: nothing to draw")
                 continue
             redraw(path)
             print(f"{directory}: drawn from {path.name}")

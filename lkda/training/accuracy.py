@@ -1,4 +1,4 @@
-"""How many of the asked tokens, and of the whole sequences, a model gets right, for each part of the validation."""
+"""Accuracy at the target positions and of whole sequences, for each subset of the validation."""
 
 from __future__ import annotations
 
@@ -12,63 +12,90 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassExactMatch
 
 from lkda.models.lm import LanguageModel
+from lkda.special_tokens import IGNORE_INDEX
 
-IGNORED = -100
-# Logits are made for so many places at a time: 256 MB of them at 8192 words.
+# Logits are computed for this many positions at a time: 256 MB of them for a vocabulary of 8192.
 PLACES_AT_ONCE = 8192
 
 
-def column(metric: str, part: Mapping[str, int]) -> str:
-    """The column of metrics.csv that holds `metric` of a part: val/accuracy/length_64_pairs_4."""
-    return f"val/{metric}/" + "_".join(f"{name}_{value}" for name, value in part.items() if name != "examples")
+def described(subset: Mapping[str, int]) -> dict[str, int]:
+    """What a subset is like, as {"length": 64, "pairs": 4}: its entries without the number of examples."""
+    return {name: value for name, value in subset.items() if name != "examples"}
+
+
+def subset_name(subset: Mapping[str, int]) -> str:
+    """As length_64_pairs_4."""
+    return "_".join(f"{name}_{value}" for name, value in described(subset).items())
+
+
+def column(metric: str, subset: Mapping[str, int]) -> str:
+    """The column of metrics.csv that holds `metric` of a subset: val/accuracy/length_64_pairs_4."""
+    return f"val/{metric}/{subset_name(subset)}"
 
 
 METRICS = ("accuracy", "sequence_accuracy", "loss")
 
 
-class PartMetrics(nn.Module):
-    """Accuracy by token (of those that are asked), by sequence (all of them right), and loss in nats, part by part.
+class SubsetMetrics(nn.Module):
+    """For each subset: accuracy at the target positions, accuracy of whole sequences, and loss in nats.
 
     Args:
-        parts: of the validation, as {"length": 64, "pairs": 4}.
+        subsets: of the validation, as {"length": 64, "pairs": 4}.
         vocab_size: of the model.
     """
 
-    def __init__(self, parts: Sequence[Mapping[str, int]], *, vocab_size: int) -> None:
+    def __init__(self, subsets: Sequence[Mapping[str, int]], *, vocab_size: int) -> None:
         super().__init__()
-        self.parts = list(parts)
-        kept: dict[str, Any] = {"num_classes": vocab_size, "ignore_index": IGNORED, "validate_args": False}
-        self.accuracy = nn.ModuleList(MulticlassAccuracy(average="micro", **kept) for _ in parts)
-        self.sequence_accuracy = nn.ModuleList(MulticlassExactMatch(**kept) for _ in parts)
-        self.loss = nn.ModuleList(MeanMetric() for _ in parts)
+        self.subsets = list(subsets)
+        kept: dict[str, Any] = {"num_classes": vocab_size, "ignore_index": IGNORE_INDEX, "validate_args": False}
+        self.accuracy = nn.ModuleList(MulticlassAccuracy(average="micro", **kept) for _ in subsets)
+        self.sequence_accuracy = nn.ModuleList(MulticlassExactMatch(**kept) for _ in subsets)
+        self.loss = nn.ModuleList(MeanMetric() for _ in subsets)
 
     def measure(self, model: LanguageModel, batch: Mapping[str, Any]) -> None:
-        """Take in the model's predictions on a validation batch {tokens, targets, asked, part}."""
-        part, targets = batch["part"], batch["targets"]
+        """Take in the model's predictions on a validation batch {tokens, targets, target_positions, subset}."""
+        subset, targets = batch["subset"], batch["targets"]
         hidden, wanted = model.hidden(batch["tokens"]).flatten(0, 1), targets.flatten()
         predicted = torch.zeros_like(wanted)
-        for places in batch["asked"].split(PLACES_AT_ONCE):
+        for places in batch["target_positions"].split(PLACES_AT_ONCE):
             logits = model.lm_head(hidden[places]).float()
             predicted[places] = logits.argmax(-1)
-            self.loss[part].update(F.cross_entropy(logits, wanted[places]), weight=len(places))
+            self.loss[subset].update(F.cross_entropy(logits, wanted[places]), weight=len(places))
         predicted = predicted.view_as(targets)
-        self.accuracy[part].update(predicted, targets)
-        self.sequence_accuracy[part].update(predicted, targets)
+        self.accuracy[subset].update(predicted, targets)
+        self.sequence_accuracy[subset].update(predicted, targets)
 
     def compute(self) -> dict[str, Tensor]:
-        """By column of metrics.csv: of each part that was seen, and their means as val/accuracy ...; resets."""
+        """By column of metrics.csv: of each subset that was seen, and their means as val/accuracy ...; resets."""
         found, means = {}, {}
         for metric in METRICS:
             seen = []
-            for part, measured in zip(self.parts, getattr(self, metric), strict=True):
+            for subset, measured in zip(self.subsets, getattr(self, metric), strict=True):
                 if measured.update_called:
-                    found[column(metric, part)] = measured.compute()
-                    seen.append(found[column(metric, part)])
+                    found[column(metric, subset)] = measured.compute()
+                    seen.append(found[column(metric, subset)])
                 measured.reset()
             means[f"val/{metric}"] = torch.stack(seen).mean()
         return means | found
 
 
-def columns(parts: Sequence[Mapping[str, int]]) -> list[str]:
-    """The columns of metrics.csv that `PartMetrics` fills and a run without parts has not."""
-    return ["val/accuracy", "val/sequence_accuracy", *(column(metric, part) for part in parts for metric in METRICS)]
+def by_subset(subsets: Sequence[Mapping[str, int]], measured: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A record for each subset, as summary.json and evaluations hold it: {"name", "subset", and its metrics}.
+
+    Args:
+        measured: by column of metrics.csv. A metric that was not measured is left out.
+    """
+    return [
+        {"name": subset_name(subset), "subset": described(subset)}
+        | {metric: measured[column(metric, subset)] for metric in METRICS if column(metric, subset) in measured}
+        for subset in subsets
+    ]
+
+
+def columns(subsets: Sequence[Mapping[str, int]]) -> list[str]:
+    """The columns of metrics.csv that `SubsetMetrics` fills and a run without subsets has not."""
+    return [
+        "val/accuracy",
+        "val/sequence_accuracy",
+        *(column(metric, subset) for subset in subsets for metric in METRICS),
+    ]

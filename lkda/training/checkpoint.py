@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read as tensors and plain values only.
 
 A file is Lightning's checkpoint plus `checkpoint["lkda"]`, which makes it self-contained:
-    {"format": 1, "model": the dict of `build_model`, "tokenizer": JSON text, "run": plain facts about the run}
+    {"format": 1, "model": the dict of `build_model`, "tokenizer": JSON text, "run": plain values that describe the run}
 where the tokenizer is None for a model of tokens that are no text.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class GraphedLoss:
         self._captured: dict[Shapes, _Captured] = {}
         self._scale: Tensor | None = None
         self._summed: list[Tensor] | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, inputs: Inputs, *, scale: Tensor, first: bool = True, accumulates: bool = False) -> Tensor:
         """The loss of `inputs`, detached, the caller's own.
@@ -123,6 +124,7 @@ class GraphedLoss:
     def _forward_backward(self, inputs: dict[str, Tensor | None]) -> Tensor:
         # Autocast keeps casts of weights; one that was made outside a capture would be read in every replay.
         torch.clear_autocast_cache()
+        assert self._scale is not None
         loss = self._loss(**inputs)
         (loss * self._scale).backward()
         torch.clear_autocast_cache()

@@ -72,7 +72,7 @@ class ModelLoss:
         return next_token_losses(self.model.lm_head(x), targets)
 
     def _hidden(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return self.model.hidden(tokens, cu_seqlens=cu_seqlens, apply=self.apply)
+        return self.model.hidden_by(self.apply, tokens, cu_seqlens=cu_seqlens)
 
 
 def _as_multiplied(x: Tensor) -> Tensor:

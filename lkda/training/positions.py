@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lkda.ops.sequences import positions
+from lkda.special_tokens import IGNORE_INDEX
 
 
 def starts(context: int) -> list[int]:
@@ -42,13 +43,13 @@ class PositionLoss(nn.Module):
             self.register_buffer(name, torch.zeros(len(self.columns), device=self.starts.device), persistent=False)
 
     def update(self, losses: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> None:
-        """Take in the losses [B, T] of targets [B, T]; those of -100 do not count."""
+        """Take in the losses [B, T] of targets [B, T]; those of IGNORE_INDEX do not count."""
         T = targets.shape[1]
         where = torch.arange(T, device=targets.device) if cu_seqlens is None else positions(cu_seqlens, T)[0]
         ranges = torch.searchsorted(self.starts, where, right=True) - 1
-        asked = targets != -100
+        counted = targets != IGNORE_INDEX
         for n in range(len(self.columns)):
-            chosen = asked & (ranges == n)
+            chosen = counted & (ranges == n)
             self.sums[n] += (losses * chosen).sum()
             self.counts[n] += chosen.sum()
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lkda.special_tokens import IGNORE_INDEX
+
 
 class StepMean:
     """Makes a step the same however its batch is cut: loss and gradients are means over all its targets.
@@ -27,10 +29,10 @@ class StepMean:
         """What a piece's loss is multiplied by before its backward.
 
         Args:
-            targets: of the piece, int64; -100 where nothing is predicted.
+            targets: of the piece, int64; IGNORE_INDEX where nothing is predicted.
             first: whether this is the step's first piece.
         """
-        count = (targets != -100).sum()
+        count = (targets != IGNORE_INDEX).sum()
         if first:
             self.unit, self.count = count.clamp(min=1), torch.zeros_like(count)
             self.total = torch.zeros((), device=targets.device)

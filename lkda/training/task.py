@@ -44,7 +44,7 @@ class LanguageModelTask(L.LightningModule):
         total_steps: optimiser steps of the whole run, for the schedule.
         context: tokens of a sequence, at most.
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
-        parts: of the validation; see `lkda.training.accuracy`.
+        val_subsets: of the validation; see `lkda.training.accuracy`.
         test_batches, test_bytes_per_token: of the test split, a text; None where there is none.
         compile: whether `torch.compile` takes the model's blocks.
         cuda_graphs: whether forward and backward are replayed as CUDA graphs, as long as they can be captured.
@@ -64,7 +64,7 @@ class LanguageModelTask(L.LightningModule):
         total_steps: int,
         context: int,
         bytes_per_token: float | None,
-        parts: Sequence[Mapping[str, int]] = (),
+        val_subsets: Sequence[Mapping[str, int]] = (),
         test_batches: Loader | None = None,
         test_bytes_per_token: float | None = None,
         compile: bool = False,
@@ -80,7 +80,7 @@ class LanguageModelTask(L.LightningModule):
         self.step_mean = StepMean()
         rows = model.config["vocab_size"]
         self.validation = ValidationMetrics(
-            context=context, vocab_size=rows, bytes_per_token=bytes_per_token, parts=parts
+            context=context, vocab_size=rows, bytes_per_token=bytes_per_token, val_subsets=val_subsets
         )
         self.test_batches = test_batches
         self.test = ValidationMetrics(
@@ -103,11 +103,10 @@ class LanguageModelTask(L.LightningModule):
         pieces = self.trainer.accumulate_grad_batches
         first = batch_idx % pieces == 0
         weight = self.step_mean.weight(batch["targets"], first=first) if pieces > 1 else None
-        inputs = {name: batch[name] for name in ("tokens", "targets", "cu_seqlens")}
-        inputs["target_positions"] = batch.get("asked")
+        inputs = {name: batch.get(name) for name in ("tokens", "targets", "cu_seqlens", "target_positions")}
         loss = self._replay(inputs, weight, first=first)
         if loss is None:
-            loss = self.loss.mean(**inputs)
+            loss = self.loss.mean(batch["tokens"], batch["targets"], batch["cu_seqlens"], inputs["target_positions"])
         mean = loss
         if weight is not None:
             loss, mean = self.step_mean.add(loss) * weight, self.step_mean.loss

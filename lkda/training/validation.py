@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lkda.models.lm import LanguageModel
 from lkda.special_tokens import IGNORE_INDEX
-from lkda.training.accuracy import PartMetrics
+from lkda.training.accuracy import SubsetMetrics
 from lkda.training.losses import next_token_losses
 from lkda.training.positions import PositionLoss
 
 # {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets are predicted: their positions in
-# the flattened batch, target_positions [N], and the number of the batch's part.
+# the flattened batch, target_positions [N], and the number of the batch's subset.
 Batch = Mapping[str, Any]
 # (tokens, targets, cu_seqlens) of a batch -> the loss of each target, [B, T].
 TokenLosses = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -26,13 +26,13 @@ class ValidationMetrics(nn.Module):
     """Measures a model on the batches of a validation.
 
     Of a text: the mean loss over every target (not over batches, whose numbers of targets differ), the same in bits per
-    byte, and the loss by position (`PositionLoss`). Of data whose validation has parts: what `PartMetrics` computes.
+    byte, and the loss by position (`PositionLoss`). Of a validation that has subsets: what `SubsetMetrics` computes.
 
     Args:
         context: tokens of a sequence, at most.
         vocab_size: of the model.
         bytes_per_token: of the validation text; None where the tokens are no text.
-        parts: of the validation; see `lkda.training.accuracy`.
+        val_subsets: of the validation; see `lkda.training.accuracy`.
         split: the beginning of the columns, "val", or "test" for a text that is measured likewise.
 
     Attributes:
@@ -48,13 +48,13 @@ class ValidationMetrics(nn.Module):
         context: int,
         vocab_size: int,
         bytes_per_token: float | None,
-        parts: Sequence[Mapping[str, int]] = (),
+        val_subsets: Sequence[Mapping[str, int]] = (),
         split: str = "val",
     ) -> None:
         super().__init__()
         self.split = split
         self.bytes_per_token = bytes_per_token
-        self.parts = PartMetrics(parts, vocab_size=vocab_size) if parts else None
+        self.subsets = SubsetMetrics(val_subsets, vocab_size=vocab_size) if val_subsets else None
         self.positions = PositionLoss(context, split=split)
         self.register_buffer("nats", torch.zeros((), dtype=torch.float64), persistent=False)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -65,8 +65,8 @@ class ValidationMetrics(nn.Module):
         Args:
             token_losses: in place of the model's own, as compiled.
         """
-        if self.parts is not None:
-            self.parts.measure(model, batch)
+        if self.subsets is not None:
+            self.subsets.measure(model, batch)
             return
         targets, cu_seqlens = batch["targets"], batch["cu_seqlens"]
         if token_losses is None:
@@ -79,8 +79,8 @@ class ValidationMetrics(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """By column of metrics.csv; begins anew."""
-        if self.parts is not None:
-            return self.parts.compute()
+        if self.subsets is not None:
+            return self.subsets.compute()
         loss = self.nats / self.count
         self.nats.zero_()
         self.count.zero_()

@@ -7,10 +7,11 @@ import torch
 from omegaconf import OmegaConf
 
 from lkda.bench import measure, ops, timing
-from lkda.bench.contest import Shape
+from lkda.bench.op_benchmark import Shape
 from lkda.commands.benchmark import benchmark
 
 CPU = torch.device("cpu")
+SDPA = "softmax attention (SDPA)"
 
 
 def rows(op="simplified", **changes):
@@ -19,12 +20,12 @@ def rows(op="simplified", **changes):
     return list(measure.measure(cases, CPU, copy_speed=10.0, milliseconds=2))
 
 
-def test_a_row_has_time_share_of_the_floor_and_error():
+def test_a_row_has_time_share_of_the_lower_bound_and_error():
     (row,) = rows()
-    moved = 4 * (4 * 70 * 2 * 32) + 4 * 70 * 2  # q, k, v and o in float32, a decay a head and token
-    assert row["floor_ms"] == pytest.approx(moved / 10e9 * 1e3)
+    moved = 4 * (4 * 70 * 2 * 32) + 4 * 70 * 2  # q, k, v and o in float32, a decay per head and token
+    assert row["lower_bound_ms"] == pytest.approx(moved / 10e9 * 1e3)
     assert row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
-    assert row["fraction_of_floor"] == pytest.approx(row["floor_ms"] / row["ms_median"])
+    assert row["fraction_of_lower_bound"] == pytest.approx(row["lower_bound_ms"] / row["ms_median"])
     assert row["gb_per_s"] == pytest.approx(moved / row["ms_median"] / 1e6)
     assert 0 < row["error"] < 1e-5
 
@@ -39,11 +40,11 @@ def test_forward_and_backward_tells_the_error_of_every_gradient():
 def test_kda_is_measured_at_slow_and_fast_gates_beside_softmax():
     found = rows("kda", modes=["fwd", "fwd+bwd"], peers=["sdpa"])
     assert [(row["gate"], row["backend"] or row["peer"], row["mode"]) for row in found] == [
-        (gate, name, mode) for gate in ("slow", "fast") for name in ("chunk", "sdpa") for mode in ("fwd", "fwd+bwd")
+        (gate, name, mode) for gate in ("slow", "fast") for name in ("chunk", SDPA) for mode in ("fwd", "fwd+bwd")
     ]
     assert all(row["ms_median"] for row in found)
-    moved = 4 * (5 * 70 * 2 * 32) + 4 * 70 * 2  # q, k, v, o and g in float32, a beta a head and token
-    assert found[0]["floor_ms"] == pytest.approx(moved / 10e9 * 1e3)
+    moved = 4 * (5 * 70 * 2 * 32) + 4 * 70 * 2  # q, k, v, o and g in float32, a beta per head and token
+    assert found[0]["lower_bound_ms"] == pytest.approx(moved / 10e9 * 1e3)
     for row in found:
         beside = {"dq", "dk", "dv", "dg", "dbeta"} if row["mode"] == "fwd+bwd" else {"final_state"}
         assert set(row["errors"]) == ({"o", *beside} if row["backend"] else set())
@@ -54,9 +55,9 @@ def test_kda_is_measured_at_slow_and_fast_gates_beside_softmax():
     ("op", "backends", "parameters"),
     [
         ("kda_layer", ["chunk"], {"dq_conv", "dk_conv", "dv_conv", "dA_log", "ddt_bias"}),
-        ("short_conv", ["plain"], {"dq_conv", "dk_conv", "dv_conv"}),
-        ("gated_norm", ["plain"], set()),
-        ("kda_gate", ["plain"], {"dA_log", "ddt_bias"}),
+        ("short_conv", ["torch"], {"dq_conv", "dk_conv", "dv_conv"}),
+        ("gated_norm", ["torch"], set()),
+        ("kda_gate", ["torch"], {"dA_log", "ddt_bias"}),
     ],
 )
 def test_the_layer_and_its_pieces_tell_errors_of_inputs_and_parameters(op, backends, parameters):
@@ -64,7 +65,7 @@ def test_the_layer_and_its_pieces_tell_errors_of_inputs_and_parameters(op, backe
     assert {row["mode"] for row in found} == {"fwd", "fwd+bwd"}
     for row in found:
         assert row["reason"] is None
-        assert row["floor_ms"] > 0
+        assert row["lower_bound_ms"] > 0
         assert 0 < row["error"] < 1e-4
         assert (parameters <= set(row["errors"])) == (row["mode"] == "fwd+bwd" or not parameters)
         assert "dnorm" not in row["errors"]
@@ -75,7 +76,7 @@ def test_a_peer_at_one_shape_and_one_gate_of_two():
     shapes = [Shape(1, 70, 2, 32), Shape(1, 80, 2, 32)]
     found = measure.cases([ops.find("kda")], shapes, **words, peers=["sdpa@1x80x2x32"], gates=["slow"])
     assert [(str(case.shape), case.gate, case.name) for case in found] == [
-        ("1x70x2x32", "slow", "chunk"), ("1x80x2x32", "slow", "chunk"), ("1x80x2x32", "slow", "sdpa"),
+        ("1x70x2x32", "slow", "chunk"), ("1x80x2x32", "slow", "chunk"), ("1x80x2x32", "slow", SDPA),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="gates: there is no slwo; there are fast, slow"):
         measure.cases([ops.find("kda")], shapes, **words, peers=[], gates=["slwo"])
@@ -97,10 +98,10 @@ def test_a_fresh_gate_is_slow():
 
 
 def test_a_wrong_result_shows_as_an_error(monkeypatch):
-    contest = ops.find("simplified")
-    entrant = contest.backends["chunk"]
-    wrong = type(entrant)(lambda inputs: [1.5 * entrant.run(inputs)[0]])
-    monkeypatch.setitem(contest.backends, "chunk", wrong)
+    benchmark = ops.find("simplified")
+    implementation = benchmark.backends["chunk"]
+    wrong = type(implementation)(lambda inputs: [1.5 * implementation.run(inputs)[0]])
+    monkeypatch.setitem(benchmark.backends, "chunk", wrong)
     (row,) = rows()
     assert row["error"] == pytest.approx(0.5, rel=1e-3)
 
@@ -156,6 +157,41 @@ def test_the_clock_tells_a_slow_call_from_a_quick_one():
     quick = timing.clock(lambda: x[0, 0] + 1, CPU, milliseconds=20)
     assert quick.median < slow.median
     assert quick.p20 <= quick.median <= quick.p80
+
+
+class Timings:
+    """A clock that gives these measurements in turn."""
+
+    def __init__(self, *given):
+        self.given, self.asked = iter(given), 0
+
+    def __call__(self, call, device, *, milliseconds):
+        self.asked += 1
+        return next(self.given)
+
+
+def test_a_noisy_measurement_is_repeated_until_it_is_steady(monkeypatch):
+    noisy, steady = timing.Timing(1.0, 0.9, 1.2), timing.Timing(1.0, 0.95, 1.1)
+    assert noisy.is_noisy
+    assert not steady.is_noisy
+    monkeypatch.setattr(timing, "clock", clock := Timings(noisy, noisy, steady, noisy))
+    assert timing.steady_clock(lambda: None, CPU) is steady
+    assert clock.asked == 3
+
+
+def test_what_stays_noisy_is_measured_a_few_times_and_marked(monkeypatch):
+    quiet, *louder = (timing.Timing(1.0, 0.8, p80) for p80 in (1.3, 2.0, 3.0, 2.0, 4.0))
+    monkeypatch.setattr(timing, "clock", clock := Timings(*louder[:2], quiet, *louder[2:]))
+    (row,) = rows()
+    assert clock.asked == timing.MOST_MEASUREMENTS
+    assert (row["ms_median"], row["ms_p20"], row["ms_p80"], row["noisy"]) == (1.0, 0.8, 1.3, True)
+
+
+def test_a_steady_measurement_is_not_repeated(monkeypatch):
+    monkeypatch.setattr(timing, "clock", clock := Timings(timing.Timing(1.0, 1.0, 1.0)))
+    (row,) = rows()
+    assert clock.asked == 1
+    assert row["noisy"] is False
 
 
 def test_the_command_writes_json_tables_and_plots(tmp_path):

@@ -16,7 +16,7 @@ def row(**changes):
 def test_a_spill_and_too_much_shared_memory_are_complaints():
     assert row().complaint() is None
     assert row(spill_bytes=8).complaint() == "kda/scan [HEAD_DIM=64] on sm_86 spills 8 bytes of registers"
-    assert "wants 101377 bytes of shared memory, a block can have 101376" in row(shared_bytes=101377).complaint()
+    assert "needs 101377 bytes of shared memory, and a block can have 101376" in row(shared_bytes=101377).complaint()
     assert row(arch="sm_90a", shared_bytes=101377).complaint() is None
 
 

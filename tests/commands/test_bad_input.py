@@ -52,6 +52,12 @@ TRAINING = [
     ("mixer.kda=5", r"mixer.kda must hold the options of that mixer by name, got 5"),
     ("mixer.kda.conv_width=wide", r"mixer.kda.conv_width must be a whole number .*, got 'wide'"),
     ("mixer.kda.output_gate=5", r"mixer.kda.output_gate must be true or false, got 5"),
+    ("model.vocab_size=-1", r"model.vocab_size must be a whole number of 1 or more, got -1"),
+    ("model.init=null", r"model.init must hold embedding_std, .*, got None"),
+    ("model.embed_norm=5", r"model.embed_norm must be true or false, got 5"),
+    ("model.embed_scale=nan", r"model.embed_scale must be a number above 0, got nan"),
+    ("callbacks=default callbacks.progress._target_=builtins.dict", r"callbacks makes a dict, which is no callback"),
+    ("hydra.run.dir=''", r"hydra.run.dir is empty: give a directory, or leave it out"),
     ("init_from=5", r"5 is no exported model: it has no config.json"),
     # data
     (
@@ -114,6 +120,7 @@ TRAINING = [
     ("data=sotu +data.val_fraction=0.1", r"data.val_fraction has no effect with data=sotu and data=prose"),
     ("data=prose data.directory={tmp} data.cache_dir={tmp}", r"data.cache_dir has no effect beside data.directory"),
     ("data=prose +data.vocab_size=300", r"data.vocab_size has no effect with data=prose, which has a tokenizer of its"),
+    ("data.pin_memory=true", r"data.pin_memory has no effect where there is no GPU"),
     # the logger
     ("+logger.wandb.project=mine", r"logger.wandb is no logger .*: choose logger=wandb"),
     ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
@@ -146,6 +153,7 @@ GENERATE = [
     ("ckpt={run} prompt_file={tmp}/missing.txt", r"cannot read prompt_file .*missing.txt: No such file"),
     ("ckpt={run} prompt_file={tmp}/latin1.txt", r"the prompt in .*latin1.txt is not UTF-8"),
     ("ckpt={run} prompt=a seed=x", r"seed must be a whole number of 0 or more, got 'x'"),
+    ("ckpt={run} prompt=a seed=99999999999999999999", r"seed must be at most 4294967295"),
     ("ckpt={run} prompt=a temperature=warm", r"temperature must be >= 0 and top_p in \(0, 1\], got 'warm'"),
     ("ckpt={run} prompt=a ignore_eos=perhaps", r"ignore_eos must be true or false, got 'perhaps'"),
     ("ckpt={run} prompt=two words", r"'words' is not key=value. A prompt of several words stands in quotes"),
@@ -203,16 +211,23 @@ EVALUATE = [
 ]
 
 OTHERS = [
+    ("compare.py", "runs=[]", r"runs is empty: give run directories"),
     ("compare.py", "runs=5", r"runs=5 matches nothing"),
     ("compare.py", "runs={run} out={tmp}/short.txt", r"out=.*short.txt cannot be written: File exists"),
     ("compare.py", "runs={run} out={tmp}/new step=x", r"step must be a whole number .* or null, got 'x'"),
-    ("compare.py", "runs={run} out={tmp}/new alone=maybe", r"alone must be true or false, got 'maybe'"),
+    ("compare.py", "runs={run} out={tmp}/new exclusive_device=maybe", r"exclusive_device must be true or false, got"),
     ("compare.py", "runs={run} out={tmp}/new title=null", r"title must be text, got None"),
     ("prepare_data.py", "out={tmp}/new sources=[]", r"sources is empty; there are sotu, "),
     ("prepare_data.py", "out={tmp}/new sources=sotu", r"sources must be a list, each entry text or null, got 'sotu'"),
     ("prepare_data.py", "out={tmp}/new vocab_size=x", r"vocab_size must be a whole number"),
     ("prepare_data.py", "out={tmp}/folder", r"folder exists; give another out, or remove it"),
     ("benchmark.py", "out={tmp}/new device=cpu ops=5", r"ops must be a list, each entry text, got 5"),
+    ("benchmark.py", "out={tmp}/new device=cpu ops=[]", r"ops is empty: give some, or leave it out"),
+    (
+        "benchmark.py",
+        "out={tmp}/new device=cpu shapes=[1x16x1x16] backends=[chunk] peers=[fla@2x16x1x16]",
+        r"peers: fla@2x16x1x16 is fla at a shape that is not in shapes, 1x16x1x16",
+    ),
     ("benchmark.py", "out={tmp}/new device=cpu shapes=[1x2x3]", r"a shape is B x T x H x D, .*, got 1x2x3"),
     ("benchmark.py", "out={tmp}/new device=cpu gates=[slow]", r"gates: there is no slow; there are none"),
     ("benchmark.py", "out={tmp}/new device=cpu milliseconds=-1", r"milliseconds must be above 0, got -1"),

@@ -11,7 +11,8 @@ from rich.progress import Progress
 
 from lkda.commands.train import train
 from lkda.data.text.cache import publish
-from lkda.data.text.tokenize import tokenise
+from lkda.data.text.documents import Splits
+from lkda.data.text.tokenize import tokenize_splits
 from tests.commands.small import ROOT, composed
 
 DATA = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
@@ -33,8 +34,10 @@ def required(name: str, corpus: Path, directory: Path) -> list[str]:
     if name == "prose":
         (built := directory / "built").mkdir()
         with Progress(disable=True) as progress:
-            facts = tokenise(texts[1:], texts[:1], built, given=None, vocab_size=350, progress=progress)
-        publish(built, directory / "prose", facts)
+            metadata = tokenize_splits(
+                Splits(texts[1:], texts[:1]), built, given=None, vocab_size=350, progress=progress
+            )
+        publish(built, directory / "prose", metadata)
         return [f"data.directory={directory}/prose"]
     return []
 

@@ -44,9 +44,9 @@ def test_the_projects_own_task_on_a_run_and_on_what_it_exports(run: Path, tmp_pa
 
 def test_likelihoods_are_those_of_the_model(run: Path) -> None:
     trained = load_trained(run)
-    harness = _language_model(trained, torch.device("cpu"))
+    language_model = _language_model(trained, torch.device("cpu"))
     before, after = trained.tokenizer.encode("the people").ids, trained.tokenizer.encode(" of the").ids
-    ((found, greedy),) = harness._loglikelihood_tokens([(("", ""), before, after)])
+    ((found, greedy),) = language_model._loglikelihood_tokens([(("", ""), before, after)])
     text, want, likeliest = list(before), 0.0, True
     for token in after:
         logits = trained.model(torch.tensor([text]))[0, -1].float()
@@ -77,11 +77,11 @@ def test_generated_text_ends_with_its_document(run: Path, monkeypatch: pytest.Mo
     with torch.no_grad():
         for weight in trained.model.parameters():  # as it is, it says one token again and again
             weight.add_(torch.randn_like(weight))
-    harness = _language_model(trained, torch.device("cpu"))
+    language_model = _language_model(trained, torch.device("cpu"))
     prompt = torch.tensor([trained.tokenizer.encode("the people").ids])
     drawn = list(generate(trained.model, prompt, max_new_tokens=8, temperature=0))
     end = next(n for n in range(1, 8) if drawn[n] not in drawn[:n])
     request = SimpleNamespace(args=("the people", {"until": ["nowhere in it"], "max_gen_toks": 8}))
-    assert harness.generate_until([request]) == [trained.tokenizer.decode(drawn)]
+    assert language_model.generate_until([request]) == [trained.tokenizer.decode(drawn)]
     monkeypatch.setattr("lkda.commands.lm_eval_adapter.document_ends", lambda tokenizer: (drawn[end],))
-    assert harness.generate_until([request]) == [trained.tokenizer.decode(drawn[:end])]
+    assert language_model.generate_until([request]) == [trained.tokenizer.decode(drawn[:end])]

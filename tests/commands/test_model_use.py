@@ -22,7 +22,7 @@ from lkda.commands.text import encode_prompt, text_pieces
 from lkda.commands.train import train
 from lkda.data.text.cache import publish
 from lkda.data.text.documents import Splits
-from lkda.data.text.tokenize import tokenise
+from lkda.data.text.tokenize import tokenize_splits
 from lkda.data.text.tokenizer import END_OF_TEXT
 from lkda.special_tokens import document_ends
 from tests.commands.small import composed, small_run
@@ -128,8 +128,10 @@ def prepared(directory: Path, text: str) -> list[str]:
     """Overrides for data that were tokenised once, as by scripts/prepare_data.py."""
     (built := directory.with_name("built")).mkdir()
     with Progress(disable=True) as progress:
-        facts = tokenise(Splits([text * 40], [text * 8]), built, given=None, vocab_size=300, progress=progress)
-    publish(built, directory, facts)
+        metadata = tokenize_splits(
+            Splits([text * 40], [text * 8]), built, given=None, vocab_size=300, progress=progress
+        )
+    publish(built, directory, metadata)
     return ["data=prose", f"data.directory={directory}", "data.context=32", "data.batch_size=2"]
 
 
@@ -217,7 +219,7 @@ def test_a_document_that_ends_ends_the_text(
     """A model that draws END_OF_TEXT after four tokens."""
     tokenizer = load_trained(run).tokenizer
     drawn = iter([tokenizer.token_to_id(token) for token in ("a", "b", "c", "d", END_OF_TEXT, "e")])
-    monkeypatch.setattr(sys.modules["lkda.models.generate"], "_draw", lambda *arguments: next(drawn))
+    monkeypatch.setattr(sys.modules["lkda.models.generate"], "_sample", lambda *arguments: next(drawn))
     text = greedy(run, "prompt=x", "max_new_tokens=6", f"ignore_eos={ignore_eos}")
     count, reason = ("6", "max_new_tokens=6") if ignore_eos else ("4", "the document ended")
     assert text == ("xabcde" if ignore_eos else "xabcd")

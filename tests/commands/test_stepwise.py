@@ -10,7 +10,7 @@ from lkda.commands.train import train
 from lkda.report.studies.state_dtypes import main
 from tests.commands.small import composed, small_run
 
-PARTS = "data.validation=[{length: 32, pairs: 2, examples: 10}, {length: 64, pairs: 8, examples: 6}]"
+SUBSETS = "data.validation=[{length: 32, pairs: 2, examples: 10}, {length: 64, pairs: 8, examples: 6}]"
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,15 @@ def test_the_models_own_dtype_is_kept_where_none_is_given(corpus: Path, tmp_path
 
 def test_recall_is_measured_so_too(tmp_path: Path) -> None:
     tiny = ("trainer=cpu", "callbacks=none", "model=recall", "mixer=conv_kda", "model.d_model=32", "data=mqar")
-    shapes = ("data.vocab_size=64", "data.batch_size=4", "data.train=[{length: 32, pairs: 2, examples: 16}]", PARTS)
+    shapes = ("data.vocab_size=64", "data.batch_size=4", "data.train=[{length: 32, pairs: 2, examples: 16}]", SUBSETS)
     train(composed("train", *tiny, *shapes, "trainer.max_steps=2"), tmp_path / "run")
     usual, stepwise = (measured(tmp_path / "run", "max_batches=null", *how) for how in ((), ("stepwise=true",)))
-    assert "accuracy/length_64_pairs_8" in usual
+    names = []
+    for here, there in zip(stepwise.pop("val_subsets"), usual.pop("val_subsets"), strict=True):
+        assert here.pop("subset") == there.pop("subset")
+        names.append((here.pop("name"), there.pop("name")))
+        assert here == pytest.approx(there, rel=1e-5)
+    assert names == [(name, name) for name in ("length_32_pairs_2", "length_64_pairs_8")]
     assert stepwise == pytest.approx(usual, rel=1e-5)
 
 

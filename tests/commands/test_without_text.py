@@ -19,7 +19,7 @@ TINY = (
     "data.validation=[{length: 32, pairs: 2, examples: 10}, {length: 64, pairs: 8, examples: 6}]",
     *("trainer.val_check_interval=3", "trainer.log_every_n_steps=1", "checkpoint.every_n_steps=2"),
 )
-PARTS = ("length_32_pairs_2", "length_64_pairs_8")
+SUBSETS = ("length_32_pairs_2", "length_64_pairs_8")
 
 
 def rows(directory: Path) -> list[dict[str, str]]:
@@ -40,12 +40,18 @@ def test_the_record(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["data"] == "mqar"
     assert summary["val/bits_per_byte"] is summary["unigram_entropy"] is summary["val/perplexity"] is None
-    assert [(part["length"], part["pairs"]) for part in summary["parts"]] == [(32, 2), (64, 8)]
+    assert [record["subset"] for record in summary["val_subsets"]] == [
+        {"length": 32, "pairs": 2},
+        {"length": 64, "pairs": 8},
+    ]
+    assert tuple(record["name"] for record in summary["val_subsets"]) == SUBSETS
     assert summary["tokens"] == 7 * 4 * 32
     validated = [row for row in rows(run) if row["val/accuracy"]]
     assert [int(row["step"]) for row in validated] == [3, 6, 7]
-    assert all(row[f"val/{metric}/{part}"] for row in validated for part in PARTS for metric in ("accuracy", "loss"))
-    assert summary["parts"][1]["loss"] == float(validated[-1]["val/loss/length_64_pairs_8"])
+    assert all(
+        row[f"val/{metric}/{subset}"] for row in validated for subset in SUBSETS for metric in ("accuracy", "loss")
+    )
+    assert summary["val_subsets"][1]["loss"] == float(validated[-1]["val/loss/length_64_pairs_8"])
 
 
 def test_the_closing_lines_say_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,9 +73,10 @@ def test_evaluate_finds_what_training_found(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     result = evaluate(composed("evaluate", f"ckpt={run}", "accelerator=cpu"))
     assert result["loss"] == pytest.approx(summary["val/loss"], rel=1e-5)
-    for part, name in zip(summary["parts"], PARTS, strict=True):
-        assert result[f"accuracy/{name}"] == pytest.approx(part["accuracy"])
-        assert result[f"loss/{name}"] == pytest.approx(part["loss"], rel=1e-5)
+    for there, here in zip(summary["val_subsets"], result["val_subsets"], strict=True):
+        assert (here["name"], here["subset"]) == (there["name"], there["subset"])
+        assert here["accuracy"] == pytest.approx(there["accuracy"])
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
 
 
 def test_what_needs_text_says_so(run: Path, corpus: Path, tmp_path: Path) -> None:

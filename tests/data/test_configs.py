@@ -51,7 +51,6 @@ def test_an_option_that_there_is_not_is_refused():
 
 
 def test_an_option_that_is_missing_is_named():
-    data = resolve(composed("train", "data=sotu", "data._target_=lkda.data.text.hub.HubDataModule"))["data"]
-    del data["source"]
+    data = {"_target_": "lkda.data.text.hub.HubDataModule", "context": 8, "batch_size": 2}
     with pytest.raises(ValueError, match=r"data\.name is missing, which HubDataModule needs: choose the data= that"):
         check_data_options(data)

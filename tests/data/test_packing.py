@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lkda.data.packing import IGNORED, Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
+from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
+from lkda.special_tokens import IGNORE_INDEX
 
 START = 0
 
@@ -104,7 +105,7 @@ def test_validation_asks_every_token_once(length):
     tokens = stream(length)
     rows = rows_of(tokens, context=8, partial=True)
     batches = ValidationBatches(rows, batch_size=3, cu_seqlens_length=cu_seqlens_length([rows], batch_size=3))
-    asked = [t for b in range(len(batches)) for t in batches[b]["targets"].flatten().tolist() if t != IGNORED]
+    asked = [t for b in range(len(batches)) for t in batches[b]["targets"].flatten().tolist() if t != IGNORE_INDEX]
     assert asked == tokens[1:].tolist()
     assert {batches[b]["tokens"].shape for b in range(len(batches))} == {(1, 24)}
     with pytest.raises(IndexError):

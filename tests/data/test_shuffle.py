@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lkda.data.shuffle import endless, permuted
+from lkda.data.shuffle import permuted, shuffled
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097])
@@ -43,7 +43,7 @@ def test_neighbours_are_torn_apart():
 
 
 def test_epochs_follow_each_other_without_a_gap():
-    rows = endless(np.arange(95), 10, seed=3)
+    rows = shuffled(np.arange(95), 10, seed=3)
     for epoch in range(9):
         assert sorted(rows[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
-    assert np.array_equal(endless(np.arange(40, 95), 10, seed=3), rows[40:])
+    assert np.array_equal(shuffled(np.arange(40, 95), 10, seed=3), rows[40:])

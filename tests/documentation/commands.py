@@ -183,9 +183,8 @@ def _of_prose(source: str, first: int, lines: Sequence[str]) -> list[Snippet]:
 
 # Where a command begins in a comment or a help text, after the words that introduce it.
 _BEGIN = re.compile(
-    r"(?:(?<=^)|(?<=[\s:(`]))((?:[A-Z_]+=\S+ )?(?:python3? (?:-m |-c |scripts/)|for \w+ in |pip3? install |make (?:"
-    + "|".join(sorted(make_targets()))
-    + r")\b"
+    r"(?:(?<=^)|(?<=[\s:(`]))((?:[A-Z_]+=\S+ )?(?:python3? (?:-m |-c |scripts/|examples/)|for \w+ in |"
+    r"pip3? install |make (?:" + "|".join(sorted(make_targets())) + r")\b"
     r"|bash \S+/|pytest -|\.venv/bin/|apt(?:-get)? install |echo \S.*\| ?python"
     + "".join(rf"|{name} (?:{'|'.join(subcommands())}|--)" for name in sorted(console_commands()))
     + "))"

@@ -38,18 +38,19 @@ def snippets(name: str) -> list[Snippet]:
 
 
 def of_file(path: Path) -> list[Snippet]:
-    """Of a page, of the comments of a configuration or an example (which is itself run), or of a module's docstring."""
+    """Of a page, of the comments of a configuration, of a module's docstring, or of an example, which is itself run."""
     name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return of_markdown(name, text)
-    if path.is_relative_to(ROOT / "lkda"):
-        docstring = ast.get_docstring(ast.parse(text)) or ""
-        return of_text(name, list(enumerate(docstring.splitlines(), 1)))
     lines = comments(text)
     if path.is_relative_to(ROOT / "configs"):
         return of_text(name, lines)
+    if path.suffix == ".py":
+        docstring = ast.get_docstring(ast.parse(text)) or ""
+        lines = list(enumerate(docstring.splitlines(), 1))
     own = {".py": f"python {name}", ".sh": f"bash {name}"}.get(path.suffix)
-    return of_text(name, lines) + ([Snippet(name, 1, own, "shell")] if own else [])
+    is_example = path.is_relative_to(ROOT / "examples")
+    return of_text(name, lines) + ([Snippet(name, 1, own, "shell")] if is_example and own else [])
 
 
 def help_of(name: str) -> list[str]:

@@ -83,3 +83,11 @@ def test_formats_are_found_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"format must be one of .*lkda.*, got 'zip'"):
         lkda.export(model, Tokenizer(models.BPE()), tmp_path / "x", format="zip")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_empty_directory_that_a_link_points_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    lkda.export(build_model({**CONFIG, "mixer": MIXER}), Tokenizer(models.BPE()), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lkda.models import build_model, mixers
-from lkda.ops.kda.reference.gate import log_decay, write_strength
+from lkda.ops.kda.reference.gate import KDAGate, log_decay, write_strength
 from tests.models.helpers import IDS, PATTERNS, config, small, tokens
 
 
@@ -116,7 +116,7 @@ TRACED = [
 def test_the_tracer_takes_it_whole(pattern):
     """torch.compile(fullgraph=True): no graph break, forward and backward; the backend adds no rounding.
 
-    The plain forms count their chunks in Python, so lengths must be constants to the tracer.
+    The PyTorch forms count their chunks in Python, so lengths must be constants to the tracer.
     """
     model, x = small(pattern, num_layers=len(pattern)), tokens(2, 20)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -184,7 +184,7 @@ def test_narrow_states_stay_near(state_dtype, share, bound):
     held = sum(part.numel() * part.element_size() for layer in state for part in layer) // 2
     assert narrow.state_bytes(40) == held
     own = [
-        mixer.state_bytes(1) - sum(c.numel() * 4 for c in mixer._parts(mixer.init_state(1))[0])
+        mixer.state_bytes(1) - sum(c.numel() * 4 for c in mixer._split_state(mixer.init_state(1))[0])
         for m in (wide, narrow)
         for mixer in m.mixers()[:1]
     ]
@@ -219,7 +219,7 @@ def test_kda_begins_with_a_long_memory():
     torch.manual_seed(0)
     mixer = build_model(config(["kda"], d_model=256)).mixers()[0]
     logits = mixer.heads(mixer.f_b_proj(mixer.f_a_proj(torch.randn(1, 100, 256))))
-    g = log_decay(logits, mixer.A_log, mixer.dt_bias, head_dim=mixer.head_dim)
+    g = log_decay(logits, KDAGate(mixer.A_log, mixer.dt_bias), head_dim=mixer.head_dim)
     A = mixer.A_log.exp()
     dt = torch.nn.functional.softplus(mixer.dt_bias)
     assert A.min() >= 1
@@ -236,8 +236,9 @@ def test_gates_are_computed_in_float32_under_autocast():
         x = torch.randn(1, 9, 32)
         logits, strengths = mixer.heads(mixer.f_b_proj(mixer.f_a_proj(x))), mixer.b_proj(x)
         assert {logits.dtype, strengths.dtype} == {torch.bfloat16}
-        g = log_decay(logits, mixer.A_log, mixer.dt_bias, head_dim=mixer.head_dim)
-        assert {g.dtype, write_strength(strengths).dtype} == {torch.float32}
+        gate = KDAGate(mixer.A_log, mixer.dt_bias)
+        g = log_decay(logits, gate, head_dim=mixer.head_dim)
+        assert {g.dtype, write_strength(strengths, gate).dtype} == {torch.float32}
 
 
 def test_tied_embeddings_are_one_matrix():

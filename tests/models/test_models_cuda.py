@@ -1,4 +1,4 @@
-"""Models on a GPU: the kernels inside a compiled model, and against the plain forms on a CPU."""
+"""Models on a GPU: the kernels inside a compiled model, and against the PyTorch forms on a CPU."""
 
 from __future__ import annotations
 

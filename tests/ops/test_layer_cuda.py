@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lkda.bench.contest import Shape
 from lkda.bench.layer_gradients import errors
-from lkda.ops import gated_rms_norm, kda_attention_fused, l2_normalized, short_convolutions
+from lkda.bench.op_benchmark import Shape
+from lkda.ops import gated_rms_norm, l2_normalized, short_convolutions
 from tests.ops.cases import relative
 from tests.ops.gated_norm.test_op import inputs_of as norm_inputs
-from tests.ops.kda.test_fused import FORMS, gate_inputs, gates, layer_inputs
+from tests.ops.kda.test_fused import FORMS, attention, gate_inputs, gates, layer_inputs
 from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
 from tests.ops.short_conv.test_emulated import inputs_of as conv_inputs
 from tests.ops.yardstick import operands_rounded
@@ -71,7 +71,7 @@ def on_gpu(name, B=2, T=500, D=64, dtype=torch.bfloat16):
 
 
 def check(name, inputs, **options):
-    want = outputs_and_gradients(OPS[name].bind("plain", **options), {key: x.double() for key, x in inputs.items()})
+    want = outputs_and_gradients(OPS[name].bind("torch", **options), {key: x.double() for key, x in inputs.items()})
     assert_within_yardstick(outputs_and_gradients(OPS[name].bind("cuda", **options), inputs), want, sums=SUMS)
 
 
@@ -90,7 +90,7 @@ class TestEveryOp:
             again = outputs_and_gradients(OPS[name].bind("cuda"), inputs)
             assert all(torch.equal(x, again[key]) for key, x in first.items())
 
-    def test_a_straight_call_equals_a_dispatched_one(self, name):
+    def test_a_call_without_the_dispatcher_equals_a_dispatched_one(self, name):
         class Watching(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 return function(*args, **(kwargs or {}))
@@ -193,7 +193,7 @@ def test_opcheck_of_the_gate():
 @pytest.mark.parametrize("form", FORMS)
 def test_gates_of_every_form(form, per_head):
     inputs = {name: x.cuda() for name, x in gate_inputs(2, 700, 6, 64, per_head=per_head).items()}
-    want = outputs_and_gradients(gates("plain", 64, *form), {name: x.double() for name, x in inputs.items()})
+    want = outputs_and_gradients(gates("torch", 64, *form), {name: x.double() for name, x in inputs.items()})
     assert_within_yardstick(outputs_and_gradients(gates("cuda", 64, *form), inputs), want, sums=SUMS)
 
 
@@ -211,13 +211,13 @@ def test_gradients_of_the_decays_parameters_err_less_than_a_thousandth(shape):
 @pytest.mark.parametrize(("gate", "lower_bound", "negative"), FORMS)
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_attention_from_raw_logits(D, gate, lower_bound, negative, per_head):
-    """Within twice the error of the plain form with bf16 operands; A_log and dt_bias too: they sum up what dg errs."""
+    """Within twice the error of the PyTorch form with bf16 operands; A_log and dt_bias sum the errors of dg."""
     inputs = {name: x.cuda() for name, x in layer_inputs(2, 1000, 8, D, per_head=per_head).items()}
     inputs = {name: x.bfloat16() if x.dim() > 2 and name != "A_log" else x.float() for name, x in inputs.items()}
-    options = {"gate": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
+    options = {"form": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
 
     def op(backend):
-        return lambda **inputs: kda_attention_fused(**inputs, **options, backend=backend)
+        return lambda **inputs: attention(**inputs, **options, backend=backend)
 
     want = outputs_and_gradients(op("chunk"), {name: x.double() for name, x in inputs.items()})
     with operands_rounded():

@@ -50,8 +50,11 @@ def test_what_holds_no_results_cannot_be_redrawn(tmp_path: Path) -> None:
     [
         ('{"rows": []}', "results.json does not say what it is"),
         ('{"kind": "dream"}', "results.json is of the kind dream, which is unknown; there are comparison, benchmark"),
-        ('{"kind": "comparison", "rows": []}', r"results.json is not a comparison's \('benchmark'\)"),
-        ('{"kind": "long_context"}', "results.json holds no evaluations"),
+        (
+            '{"kind": "comparison", "rows": []}',
+            r"results.json is not what its kind, comparison, says \(KeyError: 'runs'\)",
+        ),
+        ('{"kind": "long_context"}', "results.json is not what its kind, long_context, says"),
         ("[", "results.json cannot be read as JSON"),
     ],
 )
@@ -66,6 +69,6 @@ def test_nothing_is_drawn_where_one_directory_is_amiss(tmp_path: Path) -> None:
         shutil.copytree(RESULTS / "kda_state_dtypes", tmp_path / name)
     (tmp_path / "a" / "table.json").unlink()
     shutil.copy(tmp_path / "b" / "errors.json", tmp_path / "b" / "more.json")
-    with pytest.raises(SystemExit, match=r"holds errors.json and more.json, which would be drawn over each other"):
+    with pytest.raises(SystemExit, match=r"holds errors.json and more.json, whose plots would overwrite each other"):
         main([str(tmp_path / "a"), str(tmp_path / "b")])
     assert not (tmp_path / "a" / "table.json").exists()

@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("hydra", reason="trains through the command")
-
-from lkda.commands.train import train
-from tests.commands.small import composed
-
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def steps(corpus: Path, directory: Path, precision: str) -> list[dict[str, str]]:
     """The rows of 20 steps of model=tiny."""
+    pytest.importorskip("lightning", reason="tests of kernels run where there is nothing but torch")
+    from lkda.commands.train import train
+    from tests.commands.small import composed
+
     words = ("data=files", f"data.paths=[{corpus}]", "model=tiny", "model.vocab_size=300", "trainer=gpu")
     short = ("trainer.max_steps=20", "trainer.log_every_n_steps=1", "callbacks=none", "sample.max_new_tokens=0")
     train(composed("train", *words, *short, "data.context=64", f"trainer.precision={precision}"), directory)

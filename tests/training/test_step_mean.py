@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lkda.models.build import build_model
+from lkda.special_tokens import IGNORE_INDEX
 from lkda.training.task import LanguageModelTask
 
 MODEL = {
@@ -23,7 +24,6 @@ SCALE = {"matrix": 1.0, "embedding": 1.0, "head": 1.0, "vector": 1.0}
 ADAMW = {"name": "adamw", "lr": 1e-2, "lr_scale": SCALE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 CONSTANT = {"name": "constant", "warmup_steps": 2}
 STEPS, ROWS, LENGTH = 3, 4, 12
-IGNORED = -100
 
 
 def rows(*, asked: list[int]) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def rows(*, asked: list[int]) -> tuple[Tensor, Tensor]:
     line = torch.randint(16, (STEPS * ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(3))
     targets = line[:, 1:].clone()
     for n, count in enumerate(asked * STEPS):
-        targets[n, count:] = IGNORED
+        targets[n, count:] = IGNORE_INDEX
     return line[:, :-1], targets
 
 
@@ -57,7 +57,7 @@ def trained(*, pieces: int, asked: list[int], flat: bool) -> tuple[list[float], 
     for n in range(0, len(tokens), size):
         batch = {"tokens": tokens[n : n + size], "targets": targets[n : n + size], "cu_seqlens": None}
         if flat:
-            batch["asked"] = (batch["targets"].flatten() != IGNORED).nonzero()[:, 0]
+            batch["target_positions"] = (batch["targets"].flatten() != IGNORE_INDEX).nonzero()[:, 0]
         batches.append(batch)
     torch.manual_seed(1)
     task = LanguageModelTask(

@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: the core op, q and k normalised, g and beta activated, at two regimes of the gate."""
+"""The core operator of Kimi Delta Attention. Its inputs are normalised q and k and activated g and beta."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkda.bench.contest import Contest, Entrant, Inputs, Shape
+from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
 from lkda.checks import InputError
 from lkda.ops import kda_attention, softmax_attention
 from lkda.ops.kda.cuda import recurrent as cuda_recurrent
@@ -18,14 +18,14 @@ from lkda.ops.runtime.jit import Kernel
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
 
 NAMES = ("q", "k", "v", "g", "beta")
-LONGEST_SOFTMAX = 2**15  # beyond, a call takes a second
+LONGEST_SOFTMAX = 2**15  # a longer call takes about a second
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
     """q, k of unit norm, v ~ N(0, 1), beta = sigmoid(N(0, 1)), and g in float32.
 
-    slow: as a fresh layer draws it, A ~ U(1, 16) a head, dt log-uniform in [1e-3, 0.1] a channel, the token moving it a
-    little. fast: -5 sigmoid(N(0, 1)).
+    With the gate "slow", g is as in a newly initialised layer: A ~ U(1, 16) per head, dt log-uniform in [1e-3, 0.1] per
+    channel, and a small part that depends on the token. With "fast", g = -5 sigmoid(N(0, 1)).
     """
     B, T, H, D = shape.B, shape.T, shape.H, shape.D
     q, k = (F.normalize(torch.randn(B, T, H, D, device=device), dim=-1).to(dtype) for _ in range(2))
@@ -41,25 +41,28 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | N
 
 
 def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:
-    """Forward: q, k, v, g, beta in, o out. Backward: those and do in, their gradients out. g and beta in float32."""
+    """Forward reads q, k, v, g, beta and writes o. Backward reads those and do and writes their gradients.
+
+    g and beta are float32.
+    """
     wide = shape.elements * dtype.itemsize
     gates = 4 * shape.elements + 4 * shape.elements // shape.D
     forward, backward = 4 * wide + gates, 7 * wide + 2 * gates
     return forward if mode == "fwd" else forward + backward
 
 
-def _ours(backend: str) -> Callable[[Inputs], Sequence[Tensor]]:
+def _lkda(backend: str) -> Callable[[Inputs], Sequence[Tensor]]:
     return lambda inputs: kda_attention(*(inputs[name] for name in NAMES), backend=backend)
 
 
-def _fla() -> Mapping[str, Entrant]:
+def _fla() -> Mapping[str, Implementation]:
     from fla.ops.kda import chunk_kda
 
-    return {"fla chunk_kda": Entrant(lambda inputs: chunk_kda(**inputs, output_final_state=True), NAMES)}
+    return {"fla chunk_kda": Implementation(lambda inputs: chunk_kda(**inputs, output_final_state=True), NAMES)}
 
 
-def _cudnn() -> Mapping[str, Entrant]:
-    """Takes heads of 128 alone, and tokens of all sequences in one row."""
+def _cudnn() -> Mapping[str, Implementation]:
+    """It supports a head size of 128 only, and takes all sequences packed into one row."""
     from cudnn.linear_attention import kimi_delta_attention
 
     def adapt(inputs: Inputs) -> Inputs:
@@ -72,21 +75,21 @@ def _cudnn() -> Mapping[str, Entrant]:
         o = found[0] if isinstance(found, tuple) else found
         return (o.view_as(inputs["v"]),)
 
-    return {"cudnn kimi_delta_attention": Entrant(run, NAMES, adapt)}
+    return {"cudnn kimi_delta_attention": Implementation(run, NAMES, adapt)}
 
 
-def _sdpa() -> Mapping[str, Entrant]:
-    """Causal softmax attention on q, k, v: another function, and what KDA's time is held against."""
+def _sdpa() -> Mapping[str, Implementation]:
+    """Causal softmax attention on q, k, v: another function, whose time is compared with KDA's."""
 
     def adapt(inputs: Inputs) -> Inputs:
         return {name: inputs[name] for name in ("q", "k", "v")}
 
     def run(inputs: Inputs) -> Sequence[Tensor]:
         if inputs["q"].shape[1] > LONGEST_SOFTMAX:
-            raise InputError(f"not timed beyond T = {LONGEST_SOFTMAX}: quadratic in T")
+            raise InputError(f"not timed beyond T = {LONGEST_SOFTMAX}: its time is quadratic in T")
         return (softmax_attention(inputs["q"], inputs["k"], inputs["v"], backend="sdpa"),)
 
-    return {"sdpa": Entrant(run, ("q", "k", "v"), adapt, comparable=False)}
+    return {"softmax attention (SDPA)": Implementation(run, ("q", "k", "v"), adapt, comparable=False)}
 
 
 def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
@@ -95,21 +98,22 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
         return []
     variant = {f"HEAD_DIM={shape.D}", f"ELEMENT={ELEMENTS[dtype]}"}
     found = [kernel for kernel in listed(arch) if variant <= set(kernel.module.defines)]
-    return [kernel for kernel in found if mode != "fwd" or kernel.entry in ("kda_prepare", "kda_scan", "kda_recurrent")]
+    forward = ("kda_intra_chunk_fwd", "kda_inter_chunk_fwd", "kda_recurrent")
+    return [kernel for kernel in found if mode != "fwd" or kernel.entry in forward]
 
 
-CONTEST = Contest(
+BENCHMARK = OpBenchmark(
     op="kda",
     gates=("slow", "fast"),
     inputs=inputs,
     moved_bytes=moved_bytes,
     backends={
-        "cuda": Entrant(_ours("cuda"), NAMES),
-        "cuda_recurrent": Entrant(_ours("cuda_recurrent")),
-        "chunk": Entrant(_ours("chunk"), NAMES),
-        "recurrent": Entrant(_ours("recurrent"), NAMES),
+        "cuda": Implementation(_lkda("cuda"), NAMES),
+        "cuda_recurrent": Implementation(_lkda("cuda_recurrent")),
+        "chunk": Implementation(_lkda("chunk"), NAMES),
+        "recurrent": Implementation(_lkda("recurrent"), NAMES),
     },
     peers={"fla": _fla, "cudnn": _cudnn, "sdpa": _sdpa},
-    truth=_ours("chunk"),
+    truth=_lkda("chunk"),
     kernels=kernels,
 )

@@ -1,4 +1,4 @@
-"""The layer's gates, from logits to g and beta in float32: it only moves memory."""
+"""The gates of a KDA layer, from logits to g and beta in float32. They are memory-bound."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lkda.bench.contest import Contest, Entrant, Inputs, Shape
+from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
 from lkda.bench.ops import kda_layer
 from lkda.ops.kda.cuda.gate import gate_kernel, kda_gate_cuda
-from lkda.ops.kda.reference.gate import log_decay, write_strength
+from lkda.ops.kda.reference.gate import KDAGate, kda_gate_torch
 from lkda.ops.runtime.jit import Kernel
 
 NAMES = ("gate_logits", "beta_logits", "A_log", "dt_bias")
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
-    """As the layer's."""
+    """The same as those of the layer's benchmark."""
     drawn = kda_layer.inputs(shape, dtype, device, gate)
     return {name: drawn[name] for name in NAMES}
 
 
 def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:
-    """Forward: logits in, g out. Backward: logits and dg in, the logits' gradient out. beta beside them."""
+    """Forward reads logits and writes g. Backward reads logits and dg and writes the gradient of the logits. The same
+    holds for beta."""
     wide, narrow = 4 * (shape.elements + shape.elements // shape.D), dtype.itemsize
     share = narrow / 4
     forward, backward = wide * (1 + share), wide * (1 + 2 * share)
@@ -32,28 +33,25 @@ def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:
 
 def _cuda(x: Inputs) -> Sequence[Tensor]:
     return kda_gate_cuda(
-        *(x["gate_logits"], x["beta_logits"], x["A_log"], x["dt_bias"].view(-1)),
+        *(x["gate_logits"], x["beta_logits"], KDAGate(x["A_log"], x["dt_bias"].view(-1))),
         head_dim=x["gate_logits"].shape[3],
-        bounded=False,
-        lower_bound=-5.0,
-        strength=1.0,
     )
 
 
-def _plain(x: Inputs) -> Sequence[Tensor]:
-    g = log_decay(x["gate_logits"], x["A_log"], x["dt_bias"], head_dim=x["gate_logits"].shape[3])
-    return g, write_strength(x["beta_logits"])
+def _torch(x: Inputs) -> Sequence[Tensor]:
+    gate = KDAGate(x["A_log"], x["dt_bias"])
+    return kda_gate_torch(x["gate_logits"], x["beta_logits"], gate, head_dim=x["gate_logits"].shape[3])
 
 
-def _fla() -> Mapping[str, Entrant]:
-    """The decay by its kernel, beta by PyTorch: its layer leaves both to the core op."""
+def _fla() -> Mapping[str, Implementation]:
+    """Its kernel computes the decay and PyTorch beta. (FLA's own layer lets the core operator compute both.)"""
     from fla.ops.kda.gate import fused_kda_gate
 
     def run(x: Inputs) -> Sequence[Tensor]:
         g = fused_kda_gate(x["gate_logits"], x["A_log"].view(-1), x["dt_bias"].view(-1))
         return g, torch.sigmoid(x["beta_logits"].float())
 
-    return {"fla fused_kda_gate": Entrant(run, NAMES)}
+    return {"fla fused_kda_gate": Implementation(run, NAMES)}
 
 
 def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
@@ -61,15 +59,15 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
     return [gate_kernel(entry, shape.D, dtype, False) for entry in entries] if word == "cuda" else []
 
 
-CONTEST = Contest(
+BENCHMARK = OpBenchmark(
     op="kda_gate",
     gates=("slow", "fast"),
     inputs=inputs,
     moved_bytes=moved_bytes,
-    backends={"cuda": Entrant(_cuda, NAMES), "plain": Entrant(_plain, NAMES)},
+    backends={"cuda": Implementation(_cuda, NAMES), "torch": Implementation(_torch, NAMES)},
     peers={"fla": _fla},
-    truth=_plain,
+    truth=_torch,
     kernels=kernels,
     results=("g", "beta"),
-    told=kda_layer.told,
+    has_reference=kda_layer.has_reference,
 )

@@ -1,4 +1,4 @@
-"""The KDA layer between its projections: convolutions, norms, gates, the attention, and the output's norm and gate."""
+"""The KDA layer without its projections: convolutions, norms, gates, the attention, and the output norm and gate."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lkda.bench.contest import Contest, Entrant, Inputs, Shape
-from lkda.ops import gated_rms_norm, kda_attention_fused, short_convolutions
+from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
+from lkda.ops import KDAGate, gated_rms_norm, kda_attention_fused, short_convolutions
 from lkda.ops.gated_norm.cuda import norm_kernel
 from lkda.ops.kda.cuda.gate import gate_kernel
 from lkda.ops.runtime.jit import Kernel
@@ -21,9 +21,10 @@ PARAMETERS = ("q_conv", "k_conv", "v_conv", "A_log", "dt_bias", "norm")
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
-    """What the projections give, ~ N(0, 1), and the layer's parameters in float32, heads along the third axis.
+    """The outputs of the projections, ~ N(0, 1), and the layer's parameters in float32, with heads on the third axis.
 
-    slow: A and dt as a fresh layer draws them, the token moving the decay a little. fast: dt_bias 0 and logits N(0, 1).
+    With the gate "slow", A and dt are as in a newly initialised layer and the decay depends little on the token. With
+    "fast", dt_bias is 0 and the logits are N(0, 1).
     """
     B, T, H, D = shape.B, shape.T, shape.H, shape.D
     drawn = {name: torch.randn(B, T, H, D, dtype=dtype, device=device) for name in TOKENWISE if name != "beta_logits"}
@@ -42,19 +43,19 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | N
 
 
 def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:
-    """What no layer can do without: q, k, v, both gates and beta in, y out; backward those and dy in, gradients out."""
+    """Forward reads q, k, v, both gates, beta and writes y. Backward reads those and dy and writes their gradients."""
     wide, beta = shape.elements * dtype.itemsize, shape.elements // shape.D * dtype.itemsize
     forward, backward = 6 * wide + beta, 11 * wide + 2 * beta
     return forward if mode == "fwd" else forward + backward
 
 
-def told(name: str, shape: Shape) -> bool:
-    """The float64 truth has a few heads of one sequence: parameters' gradients sum over all."""
+def has_reference(name: str, shape: Shape) -> bool:
+    """False for parameters whose gradient sums over sequences or heads that the float64 reference leaves out."""
     return name in TOKENWISE or (shape.B == 1 and name != "norm")
 
 
-def _ours(attention: str, around: str) -> Callable[[Inputs], Sequence[Tensor]]:
-    """The backends of `kda_attention_fused`, and of what is around it."""
+def _lkda(attention: str, around: str) -> Callable[[Inputs], Sequence[Tensor]]:
+    """`attention` is the backend of `kda_attention_fused`, `around` that of the convolutions and of the norm."""
 
     def run(x: Inputs) -> Sequence[Tensor]:
         heads = x["q"].shape[2:]
@@ -62,15 +63,15 @@ def _ours(attention: str, around: str) -> Callable[[Inputs], Sequence[Tensor]]:
         filters = [x[f"{name}_conv"].view(-1, 1, WIDTH) for name in "qkv"]
         ys, _ = short_convolutions(streams, filters, normalized=(True, True, False), head_dim=heads[1], backend=around)
         q, k, v = (y.unflatten(2, heads) for y in ys)
-        gates = (x["gate_logits"], x["beta_logits"], x["A_log"], x["dt_bias"].view(-1))
-        o, state = kda_attention_fused(q, k, v, *gates, normalized=True, backend=attention)
+        logits, gate = (x["gate_logits"], x["beta_logits"]), KDAGate(x["A_log"], x["dt_bias"].view(-1))
+        o, state = kda_attention_fused(q, k, v, *logits, gate, normalized=True, backend=attention)
         return gated_rms_norm(o, x["output_gate"], x["norm"].view(-1), backend=around), state
 
     return run
 
 
-def _fla() -> Mapping[str, Entrant]:
-    """The functions that its KimiDeltaAttention calls, with the options it gives them."""
+def _fla() -> Mapping[str, Implementation]:
+    """The functions that FLA's KimiDeltaAttention calls, with the same options."""
     from fla.modules.causal_conv1d import causal_conv1d
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
     from fla.ops.kda import chunk_kda
@@ -93,11 +94,11 @@ def _fla() -> Mapping[str, Entrant]:
         )
         return (rms_norm_gated(o, x["output_gate"], x["norm"].view(-1), None, activation="sigmoid", eps=1e-5),)
 
-    return {"fla layer": Entrant(run, (*TOKENWISE, *PARAMETERS))}
+    return {"fla layer": Implementation(run, (*TOKENWISE, *PARAMETERS))}
 
 
 def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
-    """Those around the core, whose own are the benchmark kda's."""
+    """The kernels around the core. The benchmark of kda reports those of the core."""
     if word != "cuda":
         return []
     names = ("forward",) if mode == "fwd" else ("forward", "backward")
@@ -109,18 +110,18 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
     ]
 
 
-CONTEST = Contest(
+BENCHMARK = OpBenchmark(
     op="kda_layer",
     gates=("slow", "fast"),
     inputs=inputs,
     moved_bytes=moved_bytes,
     backends={
-        "cuda": Entrant(_ours("cuda", "cuda"), (*TOKENWISE, *PARAMETERS)),
-        "plain": Entrant(_ours("cuda", "plain"), (*TOKENWISE, *PARAMETERS)),
-        "chunk": Entrant(_ours("chunk", "plain"), (*TOKENWISE, *PARAMETERS)),
+        "cuda": Implementation(_lkda("cuda", "cuda"), (*TOKENWISE, *PARAMETERS)),
+        "torch": Implementation(_lkda("cuda", "torch"), (*TOKENWISE, *PARAMETERS)),
+        "chunk": Implementation(_lkda("chunk", "torch"), (*TOKENWISE, *PARAMETERS)),
     },
     peers={"fla": _fla},
-    truth=_ours("chunk", "plain"),
+    truth=_lkda("chunk", "torch"),
     kernels=kernels,
-    told=told,
+    has_reference=has_reference,
 )

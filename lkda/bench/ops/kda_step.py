@@ -1,4 +1,4 @@
-"""KDA's decoding step with its state in float32: all of the state moves, in and out, and little else."""
+"""KDA's decoding step with its state in float32. Its time goes into reading and writing the state."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lkda.bench.contest import Contest, Entrant, Inputs, Shape
-from lkda.ops import kda_step_fused
+from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
+from lkda.ops import KDAGate, kda_step_fused
 from lkda.ops.kda.cuda.step import step_kernel
 from lkda.ops.kda.state import pack_state
 from lkda.ops.runtime.jit import Kernel
@@ -20,7 +20,7 @@ STREAMS = ("q", "k", "v")
 
 
 def _inputs(kept: torch.dtype, shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
-    """q, k, v, logits ~ N(0, 1) [B, 1, H, D]; decays and filters as a fresh layer draws them; caches as the inputs."""
+    """q, k, v, logits [B, 1, H, D] and caches ~ N(0, 1); decays and filters as in a newly initialised layer."""
     B, H, D = shape.B, shape.H, shape.D
     drawn = {name: torch.randn(B, 1, H, D, dtype=dtype, device=device) for name in (*STREAMS, "gate_logits")}
     drawn["beta_logits"] = torch.randn(B, 1, H, dtype=dtype, device=device)
@@ -35,7 +35,10 @@ def _inputs(kept: torch.dtype, shape: Shape, dtype: torch.dtype, device: torch.d
 
 
 def _moved_bytes(kept: torch.dtype, shape: Shape, dtype: torch.dtype, mode: str) -> int:
-    """The state in and out (int8's factors too), the token's q, k, v, logits and o, and the caches in and out."""
+    """The state, with its scales for int8, and the convolution caches are read and written.
+
+    Besides, q, k, v and the logits of a token are read and o is written.
+    """
     heads = shape.B * shape.H
     state = heads * (shape.D**2 * kept.itemsize + (4 * shape.D if kept == torch.int8 else 0))
     token = heads * shape.D * dtype.itemsize * 5
@@ -43,7 +46,7 @@ def _moved_bytes(kept: torch.dtype, shape: Shape, dtype: torch.dtype, mode: str)
     return 2 * state + token + 2 * caches
 
 
-def _ours(backend: str, convolve: bool) -> Callable[[Inputs], Sequence[Tensor]]:
+def _lkda(backend: str, convolve: bool) -> Callable[[Inputs], Sequence[Tensor]]:
     def run(x: Inputs) -> Sequence[Tensor]:
         token: Any = {name: x[name].squeeze(1) for name in (*STREAMS, "gate_logits", "beta_logits")}
         state = tuple(x[name] for name in ("state0", "state1") if name in x)
@@ -51,8 +54,7 @@ def _ours(backend: str, convolve: bool) -> Callable[[Inputs], Sequence[Tensor]]:
         caches = [x[f"{name}_cache"] for name in STREAMS] if convolve else ()
         o = kda_step_fused(
             **token,
-            A_log=x["A_log"],
-            dt_bias=x["dt_bias"],
+            gate=KDAGate(x["A_log"], x["dt_bias"]),
             state=state,
             weights=weights,
             caches=caches,
@@ -63,8 +65,11 @@ def _ours(backend: str, convolve: bool) -> Callable[[Inputs], Sequence[Tensor]]:
     return run
 
 
-def _fla() -> Mapping[str, Entrant]:
-    """Its recurrent kernel with gate and norm inside, its state in float32; no convolution, beta by PyTorch."""
+def _fla() -> Mapping[str, Implementation]:
+    """FLA's recurrent kernel, which includes the gate and the norm of q and k, with a float32 state.
+
+    It has no convolution, and PyTorch computes beta.
+    """
     from fla.ops.kda import fused_recurrent_kda
 
     def run(x: Inputs) -> Sequence[Tensor]:
@@ -81,29 +86,32 @@ def _fla() -> Mapping[str, Entrant]:
         )
         return (o,)
 
-    return {"fla fused_recurrent_kda": Entrant(run, comparable=False)}
+    return {"fla fused_recurrent_kda": Implementation(run, comparable=False)}
 
 
-def contest(op: str, kept: torch.dtype) -> Contest:
-    """Of a state kept in a dtype. The state changes from call to call, so that errors are for the tests to tell."""
+def benchmark(op: str, kept: torch.dtype) -> OpBenchmark:
+    """The benchmark of a step whose state is stored as `kept`.
+
+    Every call changes the state, so errors are not measured here; the tests check them.
+    """
 
     def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
         return [step_kernel(shape.D, dtype, kept)] if word.startswith("cuda") else []
 
-    return Contest(
+    return OpBenchmark(
         op=op,
         gates=(None,),
         inputs=partial(_inputs, kept),
         moved_bytes=partial(_moved_bytes, kept),
         backends={
-            "cuda": Entrant(_ours("cuda", True), comparable=False),
-            "cuda_core": Entrant(_ours("cuda", False), comparable=False),  # without the convolutions
-            "plain": Entrant(_ours("plain", True), comparable=False),
+            "cuda": Implementation(_lkda("cuda", True), comparable=False),
+            "cuda_core": Implementation(_lkda("cuda", False), comparable=False),  # without the convolutions
+            "torch": Implementation(_lkda("torch", True), comparable=False),
         },
         peers={"fla": _fla} if kept == torch.float32 else {},
-        truth=_ours("plain", True),
+        truth=_lkda("torch", True),
         kernels=kernels,
     )
 
 
-CONTEST = contest("kda_step", torch.float32)
+BENCHMARK = benchmark("kda_step", torch.float32)

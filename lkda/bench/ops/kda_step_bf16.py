@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from lkda.bench.ops.kda_step import contest
+from lkda.bench.ops.kda_step import benchmark
 
-CONTEST = contest("kda_step_bf16", torch.bfloat16)
+BENCHMARK = benchmark("kda_step_bf16", torch.bfloat16)

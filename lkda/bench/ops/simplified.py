@@ -1,4 +1,4 @@
-"""Simplified linear attention: it only moves memory, so the floor is bytes over the memory's speed."""
+"""Simplified linear attention. It is memory-bound."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lkda.bench.contest import Contest, Entrant, Inputs, Shape
+from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
 from lkda.ops import simplified_attention
 from lkda.ops.runtime.jit import Kernel
-from lkda.ops.simplified.cuda import core as cuda
+from lkda.ops.simplified.cuda import core
 
 NAMES = ("q", "k", "v", "decay")
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
-    """q, k, v ~ N(0, 1); decays of heads that remember from 4 tokens to 10,000, jittered from token to token."""
+    """q, k, v ~ N(0, 1); decays with time constants from 4 to 10,000 tokens over the heads, and noise per token."""
     B, T, H, D = shape.B, shape.T, shape.H, shape.D
     q, k, v = (torch.randn(B, T, H, D, dtype=dtype, device=device) for _ in range(3))
     memory = torch.logspace(0.6, 4, H, device=device)
@@ -25,13 +25,13 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | N
 
 
 def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:
-    """Forward: q, k, v, decay in, o out. Backward: q, k, v, do, decay in, dq, dk, dv, ddecay out."""
+    """Forward reads q, k, v, decay and writes o. Backward reads those and do, and writes dq, dk, dv and ddecay."""
     wide, decay = shape.elements * dtype.itemsize, 4 * shape.elements // shape.D
     forward, backward = 4 * wide + decay, 7 * wide + 2 * decay
     return forward if mode == "fwd" else forward + backward
 
 
-def _ours(backend: str) -> Callable[[Inputs], Sequence[Tensor]]:
+def _lkda(backend: str) -> Callable[[Inputs], Sequence[Tensor]]:
     return lambda inputs: simplified_attention(**inputs, backend=backend)
 
 
@@ -48,40 +48,46 @@ def _compiled_chunk() -> Callable[..., Sequence[Tensor]]:
     return _programs[0]
 
 
-def _fla() -> Mapping[str, Entrant]:
-    """The nearest there is: h = exp(g) h + x a channel, one tensor fewer in and out than ours, another function."""
+def _fla() -> Mapping[str, Implementation]:
+    """The most similar operator of FLA: h = exp(g) h + x per channel.
+
+    It is another function, and it reads and writes one tensor fewer.
+    """
     from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
 
     def adapt(inputs: Inputs) -> Inputs:
         g = inputs["decay"].log()[..., None].expand_as(inputs["v"])
         return {"x": inputs["v"].flatten(2), "g": g.to(inputs["v"].dtype).flatten(2)}
 
-    def entrant(function: Callable[..., Sequence[Tensor]]) -> Entrant:
-        return Entrant(lambda inputs: function(**inputs), ("x", "g"), adapt, comparable=False)
+    def implementation(function: Callable[..., Sequence[Tensor]]) -> Implementation:
+        return Implementation(lambda inputs: function(**inputs), ("x", "g"), adapt, comparable=False)
 
-    return {"chunk_hgrn": entrant(chunk_hgrn), "fused_recurrent_hgrn": entrant(fused_recurrent_hgrn)}
+    return {
+        "fla chunk_hgrn": implementation(chunk_hgrn),
+        "fla fused_recurrent_hgrn": implementation(fused_recurrent_hgrn),
+    }
 
 
 def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
     if word == "cuda":
         names = ("forward",) if mode == "fwd" else ("forward", "backward")
-        return [cuda.scan_kernel(name, arch, shape.D, dtype, packed=False) for name in names]
-    return [cuda.baseline_kernel(shape.D, dtype)] if word == "cuda_baseline" else []
+        return [core.scan_kernel(name, arch, shape.D, dtype, packed=False) for name in names]
+    return [core.baseline_kernel(shape.D, dtype)] if word == "cuda_baseline" else []
 
 
-CONTEST = Contest(
+BENCHMARK = OpBenchmark(
     op="simplified",
     gates=(None,),
     inputs=inputs,
     moved_bytes=moved_bytes,
     backends={
-        "cuda": Entrant(_ours("cuda"), NAMES),
-        "cuda_baseline": Entrant(_ours("cuda_baseline")),
-        "chunk": Entrant(_ours("chunk"), NAMES),
-        "chunk_compiled": Entrant(_compiled, NAMES),
-        "recurrent": Entrant(_ours("recurrent"), NAMES),
+        "cuda": Implementation(_lkda("cuda"), NAMES),
+        "cuda_baseline": Implementation(_lkda("cuda_baseline")),
+        "chunk": Implementation(_lkda("chunk"), NAMES),
+        "chunk_compiled": Implementation(_compiled, NAMES),
+        "recurrent": Implementation(_lkda("recurrent"), NAMES),
     },
     peers={"fla": _fla},
-    truth=_ours("chunk"),
+    truth=_lkda("chunk"),
     kernels=kernels,
 )

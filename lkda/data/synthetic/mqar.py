@@ -1,4 +1,4 @@
-"""Multi-query associative recall as Zoology draws it (arXiv:2312.04927)."""
+"""Multi-query associative recall as Zoology samples it (arXiv:2312.04927)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lkda.checks import InputError
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.datamodule import Examples, SyntheticDataModule
 from lkda.data.synthetic.sampling import distinct, weighted
+from lkda.special_tokens import IGNORE_INDEX
 
 
 class MQAR(SyntheticDataModule):
@@ -17,12 +17,12 @@ class MQAR(SyntheticDataModule):
 
         tokens   k1 v1 k2 v2  r  r k2  r k1  r        targets  -  -  -  -  -  - v2  - v1  -
 
-    Keys are drawn from the lower half of the vocabulary without 0, values from the upper half, each without
-    replacement. A key is asked at an even offset 2 g from the end of the pairs; the g are drawn without replacement
+    Keys are sampled from the lower half of the vocabulary without 0, values from the upper half, each without
+    replacement. A key is asked at an even offset 2 g from the end of the pairs; the g are sampled without replacement
     with p(g) ~ (g + 1)^(power - 1), so that most keys are asked soon and some late.
 
     Args:
-        train, validation: parts {"length", "pairs", "examples"}; 4 pairs <= length.
+        train, validation: subsets {"length", "pairs", "examples"}; 4 pairs <= length.
         power: of the law of the gaps.
         vocab_size, batch_size, seed, fresh, num_workers, pin_memory: see `SyntheticDataModule`.
     """
@@ -60,18 +60,18 @@ class MQAR(SyntheticDataModule):
             )
         if pairs > self.keys_below - 1:
             raise InputError(
-                f"mqar draws {pairs} different keys from [1, {self.keys_below}): set data.vocab_size to "
+                f"mqar samples {pairs} different keys from [1, {self.keys_below}): set data.vocab_size to "
                 f"{2 * (pairs + 1)} or more."
             )
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int, pairs: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int, pairs: int) -> Examples:
         keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
         values = distinct(rng, count, pairs, low=self.keys_below, high=self.vocab_size)
         places = np.arange(1, (length - 2 * pairs) // 2 + 1, dtype=np.float64)
-        asked = 2 * pairs + 2 * weighted(rng, count, pairs, places ** (self.power - 1))
+        queries = 2 * pairs + 2 * weighted(rng, count, pairs, places ** (self.power - 1))
         tokens = rng.integers(self.vocab_size, size=(count, length))
         tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
-        np.put_along_axis(tokens, asked, keys, axis=1)
-        targets = np.full_like(tokens, IGNORED)
-        np.put_along_axis(targets, asked, values, axis=1)
+        np.put_along_axis(tokens, queries, keys, axis=1)
+        targets = np.full_like(tokens, IGNORE_INDEX)
+        np.put_along_axis(targets, queries, values, axis=1)
         return tokens, targets

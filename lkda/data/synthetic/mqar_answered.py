@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from lkda.checks import InputError
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.by_length import LengthTask
 from lkda.data.synthetic.datamodule import Examples
 from lkda.data.synthetic.sampling import distinct
+from lkda.special_tokens import IGNORE_INDEX
 
 SEPARATOR = 0
 
@@ -67,15 +67,15 @@ class AnsweredMQAR(LengthTask):
                 f"{length // 2 + 2} or more."
             )
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         pairs = length // 4
         keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
         values = rng.integers(self.keys_below, self.vocab_size, (count, pairs))
         order = np.argsort(rng.random((count, pairs)), axis=1)
-        asked, answers = np.take_along_axis(keys, order, axis=1), np.take_along_axis(values, order, axis=1)
+        queries, answers = np.take_along_axis(keys, order, axis=1), np.take_along_axis(values, order, axis=1)
         tokens = np.full((count, length + 1), SEPARATOR)
         tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
-        tokens[:, 2 * pairs + 1 :: 2], tokens[:, 2 * pairs + 2 :: 2] = asked, answers
-        targets = np.full((count, length), IGNORED)
+        tokens[:, 2 * pairs + 1 :: 2], tokens[:, 2 * pairs + 2 :: 2] = queries, answers
+        targets = np.full((count, length), IGNORE_INDEX)
         targets[:, 2 * pairs + 1 :: 2] = answers
         return tokens[:, :-1], targets

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from lkda.checks import InputError
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.by_length import LengthTask
 from lkda.data.synthetic.datamodule import Examples
 from lkda.data.synthetic.sampling import distinct
+from lkda.special_tokens import IGNORE_INDEX
 
 SEPARATOR = 0
 
@@ -63,7 +63,7 @@ class ConsecutiveMQAR(LengthTask):
                 f"{2 * (pairs + 1)} or more."
             )
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         pairs = _pairs(length)
         keys = distinct(rng, count, pairs, low=1, high=self.keys_below)
         values = rng.integers(self.keys_below, self.vocab_size, (count, pairs))
@@ -71,7 +71,7 @@ class ConsecutiveMQAR(LengthTask):
         tokens = np.full((count, length), SEPARATOR)
         tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
         tokens[:, -pairs:] = np.take_along_axis(keys, order, axis=1)
-        targets = np.full((count, length), IGNORED)
+        targets = np.full((count, length), IGNORE_INDEX)
         targets[:, -pairs:] = np.take_along_axis(values, order, axis=1)
         return tokens, targets
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lkda.checks import InputError, check_count
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.by_length import LengthTask
 from lkda.data.synthetic.datamodule import Examples
+from lkda.special_tokens import IGNORE_INDEX
 
 SEPARATOR = 0
 LETTERS_FROM = 1
@@ -53,10 +53,10 @@ class Palindrome(LengthTask):
         if length % 2:
             raise InputError(f"a palindrome of {length} tokens has no middle: give an even data.context.")
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         half = length // 2
         string = rng.integers(LETTERS_FROM, self.vocab_size, (count, half))
         backwards = string[:, ::-1]
         separator = np.full((count, 1), SEPARATOR)
         tokens = np.concatenate([string, separator, backwards[:, :-1]], axis=1)
-        return tokens, np.concatenate([np.full((count, half), IGNORED), backwards], axis=1)
+        return tokens, np.concatenate([np.full((count, half), IGNORE_INDEX), backwards], axis=1)

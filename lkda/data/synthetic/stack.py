@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lkda.checks import InputError, check_count
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.by_length import LengthTask
 from lkda.data.synthetic.datamodule import Examples
+from lkda.special_tokens import IGNORE_INDEX
 
 PUSH, POP, STACKS_FROM = 0, 1, 2
 
@@ -63,7 +63,7 @@ class Stack(LengthTask):
         if length < 6:
             raise InputError(f"a push and a pop take 6 tokens; got a length of {length}.")
 
-    def draw(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
+    def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         operations = -(-length // 3)
         elements = rng.integers(self.elements, size=(count, operations))
         wants_pop = rng.random((count, operations)) < self.pop
@@ -85,6 +85,6 @@ class Stack(LengthTask):
             top[rows, stack] = np.where(pops, below[rows, last], n)
         parts = np.where(popped, POP, PUSH), STACKS_FROM + chosen, STACKS_FROM + self.stacks + elements
         tokens = np.stack(parts, axis=2)
-        targets = np.full_like(tokens, IGNORED)
-        targets[..., 1] = np.where(popped, tokens[..., 2], IGNORED)
+        targets = np.full_like(tokens, IGNORE_INDEX)
+        targets[..., 1] = np.where(popped, tokens[..., 2], IGNORE_INDEX)
         return tokens.reshape(count, -1)[:, :length], targets.reshape(count, -1)[:, :length]

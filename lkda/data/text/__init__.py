@@ -1,1 +1,1 @@
-"""Text -> tokens -> packed batches: from files, from the hub, from prepared token files."""
+"""Text -> tokens -> packed batches: from files, from the hub, from token files."""

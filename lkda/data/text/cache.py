@@ -86,16 +86,16 @@ def _not_writable(entry: Path, error: OSError) -> InputError:
     )
 
 
-def publish(built: Path, entry: Path, facts: dict[str, Any]) -> None:
-    """Give a finished directory its name, with `facts` beside its files. A broken entry of that name gives way."""
+def publish(built: Path, entry: Path, metadata: dict[str, Any]) -> None:
+    """Give a finished directory its name, with `metadata` beside its files. A broken entry of that name gives way."""
     sizes = {str(path.relative_to(built)): path.stat().st_size for path in built.rglob("*") if path.is_file()}
-    (built / _FACTS).write_text(json.dumps({"facts": facts, "sizes": sizes}), encoding="utf-8")
+    (built / _FACTS).write_text(json.dumps({"facts": metadata, "sizes": sizes}), encoding="utf-8")
     if entry.exists():
         shutil.rmtree(entry)
     os.rename(built, entry)
 
 
-def facts_of(entry: Path) -> dict[str, Any] | None:
+def metadata_of(entry: Path) -> dict[str, Any] | None:
     """What was published with the entry; None where it is not there, or a file of it has lost its size."""
     try:
         record = json.loads((entry / _FACTS).read_text(encoding="utf-8"))

@@ -13,7 +13,14 @@ from lkda.data.fingerprint import check_same
 from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
 from lkda.data.text.cache import default_cache_dir, expanded
 from lkda.data.text.files import file_sources, sotu_sources
-from lkda.data.text.tokenize import Corpus, Prepared, load_prepared, prepare_corpus, unigram_entropy, without_test
+from lkda.data.text.tokenize import (
+    Corpus,
+    TokenizedCorpus,
+    load_tokenized,
+    tokenize_corpus,
+    unigram_entropy,
+    without_test,
+)
 from lkda.data.text.tokenizer import check_vocab_size, vocabulary_rows
 
 
@@ -112,44 +119,44 @@ class TextDataModule(IndexedDataModule):
         """
         if self._prepared:
             return
-        prepared = self._read()
-        check_same(self.expected, prepared.fingerprint, source=self.source)
-        self.fingerprint = prepared.fingerprint
-        self.tokenizer = prepared.tokenizer
-        self.vocab_size = vocabulary_rows(prepared.tokenizer)
-        for name, stream in (("training", prepared.train), ("validation", prepared.validation)):
-            if len(stream) < self.context + 1:
+        tokenized = self._read()
+        check_same(self.expected, tokenized.fingerprint, source=self.source)
+        self.fingerprint = tokenized.fingerprint
+        self.tokenizer = tokenized.tokenizer
+        self.vocab_size = vocabulary_rows(tokenized.tokenizer)
+        for name, token_ids in (("training", tokenized.train), ("validation", tokenized.validation)):
+            if len(token_ids) < self.context + 1:
                 raise InputError(
-                    f"the {name} text has {len(stream)} tokens, fewer than one context of {self.context} and the token "
-                    f"after it; give more text, or a data.context of at most {len(stream) - 1}."
+                    f"the {name} text has {len(token_ids)} tokens, fewer than one context of {self.context} and the "
+                    f"token after it; give more text, or a data.context of at most {len(token_ids) - 1}."
                 )
-        self._train = Rows(prepared.train, starts=prepared.starts("train"), context=self.context, partial=False)
-        self._validation = self._held_out(prepared.validation, prepared.starts("validation"))
-        self.no_test = self._why_no_test(prepared)
+        self._train = Rows(tokenized.train, starts=tokenized.starts("train"), context=self.context, partial=False)
+        self._validation = self._held_out(tokenized.validation, tokenized.starts("validation"))
+        self.no_test = self._why_no_test(tokenized)
         test = []
         if self.no_test is None:
-            assert prepared.test is not None
-            test = [self._held_out(prepared.test, prepared.starts("test"))]
-        self.train_tokens, self.val_tokens = len(prepared.train), len(prepared.validation)
+            assert tokenized.test is not None
+            test = [self._held_out(tokenized.test, tokenized.starts("test"))]
+        self.train_tokens, self.val_tokens = len(tokenized.train), len(tokenized.validation)
         self._cu_seqlens_length = cu_seqlens_length([self._train, self._validation, *test], batch_size=self.batch_size)
         self.val_batches = len(self.validation_batches())
-        self.unigram_entropy = unigram_entropy(prepared.validation)
-        self.bytes_per_token = prepared.validation_bytes / len(prepared.validation)
-        self.test = self._test_split(prepared, test[0]) if test else None
+        self.unigram_entropy = unigram_entropy(tokenized.validation)
+        self.bytes_per_token = tokenized.validation_bytes / len(tokenized.validation)
+        self.test = self._test_split(tokenized, test[0]) if test else None
         self._prepared = True
 
-    def _held_out(self, stream: np.ndarray, starts: np.ndarray) -> Rows:
-        return Rows(stream, starts=starts, context=self.context, partial=True)
+    def _held_out(self, token_ids: np.ndarray, starts: np.ndarray) -> Rows:
+        return Rows(token_ids, starts=starts, context=self.context, partial=True)
 
-    def _why_no_test(self, prepared: Prepared) -> str | None:
+    def _why_no_test(self, tokenized: TokenizedCorpus) -> str | None:
         """Why there is no test split; None where there is one."""
-        if prepared.test is None and self.source == "prose":
+        if tokenized.test is None and self.source == "prose":
             return without_test(self.directory)
-        if prepared.test is None:
+        if tokenized.test is None:
             return self._without_test()
-        if len(prepared.test) < self.context + 1:
+        if len(tokenized.test) < self.context + 1:
             return (
-                f"its text has {len(prepared.test)} tokens, fewer than one context of {self.context} and the token "
+                f"its text has {len(tokenized.test)} tokens, fewer than one context of {self.context} and the token "
                 "after it"
             )
         return None
@@ -160,20 +167,20 @@ class TextDataModule(IndexedDataModule):
             return "data.test_from_year is null"
         return "data.test_fraction is 0" if self.test_fraction == 0 else "the documents are too few to hold one out"
 
-    def _test_split(self, prepared: Prepared, rows: Rows) -> TestSplit:
-        assert prepared.test is not None
-        assert prepared.test_bytes is not None
+    def _test_split(self, tokenized: TokenizedCorpus, rows: Rows) -> TestSplit:
+        assert tokenized.test is not None
+        assert tokenized.test_bytes is not None
         return TestSplit(
             self._measured_batches(rows),
-            tokens=len(prepared.test),
-            bytes_per_token=prepared.test_bytes / len(prepared.test),
-            unigram_entropy=unigram_entropy(prepared.test),
+            tokens=len(tokenized.test),
+            bytes_per_token=tokenized.test_bytes / len(tokenized.test),
+            unigram_entropy=unigram_entropy(tokenized.test),
         )
 
-    def _read(self) -> Prepared:
+    def _read(self) -> TokenizedCorpus:
         if self.source == "prose":
-            return load_prepared(self.directory)
-        return prepare_corpus(
+            return load_tokenized(self.directory)
+        return tokenize_corpus(
             self._corpus(),
             vocab_size=self.wanted_vocab_size,
             tokenizer_path=Path(self.tokenizer_path) if self.tokenizer_path else None,

@@ -236,7 +236,7 @@ def read_documents(sources: Sources, cache_dir: Path) -> Splits:
     Raises: ValueError for a file that is not UTF-8, lacks the text column or cannot be parsed, or an empty corpus.
     """
     found = _read(sources.train, sources.text_column, cache_dir)
-    taken = _cut if len(found) == 1 else _drawn
+    taken = _cut if len(found) == 1 else _sampled
     splits = taken(found, val_fraction=sources.fraction, test_fraction=sources.test_fraction)
     validation, test = (
         _read(paths, sources.text_column, cache_dir) if paths else own
@@ -254,8 +254,8 @@ def _cut(documents: Documents, *, val_fraction: float, test_fraction: float) -> 
     return Splits([train], [validation], [test] if test else ())
 
 
-def _drawn(documents: Documents, *, val_fraction: float, test_fraction: float) -> Splits:
-    """Of several: what validates is drawn first, so that it is the same with and without a test split."""
+def _sampled(documents: Documents, *, val_fraction: float, test_fraction: float) -> Splits:
+    """Of several: what validates is sampled first, so that it is the same with and without a test split."""
     count = len(documents)
     order = np.random.default_rng(0).permutation(count).tolist()
     first = min(count - 1, math.ceil(val_fraction * count))

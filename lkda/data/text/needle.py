@@ -11,25 +11,25 @@ from torch.utils.data import Dataset
 
 from lkda.checks import InputError, check_count
 from lkda.data.datamodule import IndexedDataModule, TestSplit
-from lkda.data.packing import IGNORED
 from lkda.data.text.cache import default_cache_dir, expanded
-from lkda.data.text.tokenize import load_prepared, without_test
+from lkda.data.text.tokenize import load_tokenized, without_test
 from lkda.data.text.tokenizer import vocabulary_rows
+from lkda.special_tokens import IGNORE_INDEX
 
 
 class Needle(IndexedDataModule):
     """For measuring alone: validation text (of the test split: test text) of each length, a passage of it hidden at
-    each depth, and at the end the passage once more, of which all but the first `cue` tokens are asked.
+    each depth, and at the end the passage once more, of which all but the first `cue` tokens are predicted.
 
-    A part is {"length", "depth", "needles"}; of each length there is one with needles = 0, where the passage was never
-    hidden: what is guessed without it. Batches are one sequence each, the same for every model and seed.
+    A subset is {"length", "depth", "needles"}. Of each length there is one with needles = 0, where the passage was not
+    hidden, which shows what is guessed without it. Batches are one sequence each, the same for every model and seed.
 
     Args:
-        directory: of prepared text (scripts/prepare_data.py); where None, `prose` in cache_dir.
+        directory: of tokenised text (scripts/prepare_data.py); where None, `prose` in cache_dir.
         lengths: tokens of a sequence.
         depths: where the passage is hidden, in percent of the text before its end.
-        examples: of each part.
-        cue, answer: tokens of the passage that are given, and asked.
+        examples: of each subset.
+        cue, answer: tokens of the passage that are given, and predicted.
         cache_dir: where None, LKDA_CACHE, or ~/.cache/lkda.
         pin_memory: see `IndexedDataModule`.
     Raises: ValueError for a number out of its range.
@@ -62,26 +62,26 @@ class Needle(IndexedDataModule):
         self.directory = expanded(directory) if directory else home / "prose"
         self.cue, self.answer, self.examples = cue, answer, examples
         hidden = [{"length": length, "depth": depth, "needles": 1} for length in lengths for depth in depths]
-        self.parts = hidden + [{"length": length, "depth": 0, "needles": 0} for length in lengths]
+        self.val_subsets = hidden + [{"length": length, "depth": 0, "needles": 0} for length in lengths]
         self.source, self.context, self.batch_size = "needle", max(lengths), 1
-        self.val_batches = examples * len(self.parts)
+        self.val_batches = examples * len(self.val_subsets)
 
     def prepare(self) -> None:
-        """Raises: ValueError where there is no prepared text, or less of it than the longest sequence wants."""
-        prepared = load_prepared(self.directory)
-        self.tokenizer, self._validation = prepared.tokenizer, prepared.validation
-        self.fingerprint = prepared.fingerprint
-        self.vocab_size = vocabulary_rows(prepared.tokenizer)
+        """Raises: ValueError where there is no tokenised text, or less of it than the longest sequence wants."""
+        tokenized = load_tokenized(self.directory)
+        self.tokenizer, self._validation = tokenized.tokenizer, tokenized.validation
+        self.fingerprint = tokenized.fingerprint
+        self.vocab_size = vocabulary_rows(tokenized.tokenizer)
         least = 2 * self.context
-        if len(prepared.validation) < least:
-            there = f"{self.directory} validates on {len(prepared.validation)} tokens"
+        if len(tokenized.validation) < least:
+            there = f"{self.directory} validates on {len(tokenized.validation)} tokens"
             raise InputError(f"{there}; sequences of {self.context} want twice as many: shorten data.lengths.")
-        if prepared.test is None:
+        if tokenized.test is None:
             self.no_test = without_test(self.directory)
-        elif len(prepared.test) < least:
-            self.no_test = f"its text has {len(prepared.test)} tokens; sequences of {self.context} want twice as many"
+        elif len(tokenized.test) < least:
+            self.no_test = f"its text has {len(tokenized.test)} tokens; sequences of {self.context} want twice as many"
         else:
-            self.test = TestSplit(_Sequences(self, prepared.test), tokens=len(prepared.test))
+            self.test = TestSplit(_Sequences(self, tokenized.test), tokens=len(tokenized.test))
 
     @property
     def tokens_per_batch(self) -> int:
@@ -92,35 +92,35 @@ class Needle(IndexedDataModule):
     def validation_batches(self) -> Dataset[Any]:
         return _Sequences(self, self._validation)
 
-    def sequence(self, stream: np.ndarray, part: Mapping[str, int], number: int) -> np.ndarray:
-        """The tokens of an example that is made of `stream`, and the one after the last."""
-        length, depth, needles = part["length"], part["depth"], part["needles"]
-        draw = np.random.default_rng((length, number))  # the same text and passage at every depth
+    def sequence(self, token_ids: np.ndarray, subset: Mapping[str, int], number: int) -> np.ndarray:
+        """The tokens of an example that is made of `token_ids`, and the one after the last."""
+        length, depth, needles = subset["length"], subset["depth"], subset["needles"]
+        rng = np.random.default_rng((length, number))  # the same text and passage at every depth
         passage = self.cue + self.answer
         text = length + 1 - passage * (1 + needles)
-        begin = int(draw.integers(len(stream) - text - passage))
+        begin = int(rng.integers(len(token_ids) - text - passage))
         # Of what lies outside of the text, wherever that is.
-        where = int(draw.integers(len(stream) - text - 2 * passage))
+        where = int(rng.integers(len(token_ids) - text - 2 * passage))
         where += (text + passage) * (where > begin - passage)
-        tokens, needle = stream[begin : begin + text], stream[where : where + passage]
+        tokens, needle = token_ids[begin : begin + text], token_ids[where : where + passage]
         at = text * depth // 100
         return np.concatenate([tokens[:at], *[needle] * needles, tokens[at:], needle]).astype(np.int64)
 
 
 class _Sequences(Dataset[Any]):
-    """Part by part, examples of each."""
+    """Part by subset, examples of each."""
 
-    def __init__(self, data: Needle, stream: np.ndarray) -> None:
-        self.data, self.stream = data, stream
+    def __init__(self, data: Needle, token_ids: np.ndarray) -> None:
+        self.data, self.token_ids = data, token_ids
 
     def __len__(self) -> int:
         return self.data.val_batches
 
     def __getitem__(self, batch: int) -> dict[str, Any]:
-        part, number = divmod(batch, self.data.examples)
-        tokens = torch.from_numpy(self.data.sequence(self.stream, self.data.parts[part], number))
-        targets = torch.full_like(tokens[1:], IGNORED)
+        subset, number = divmod(batch, self.data.examples)
+        tokens = torch.from_numpy(self.data.sequence(self.token_ids, self.data.val_subsets[subset], number))
+        targets = torch.full_like(tokens[1:], IGNORE_INDEX)
         targets[-self.data.answer :] = tokens[-self.data.answer :]
-        asked = torch.arange(len(targets) - self.data.answer, len(targets))
+        target_positions = torch.arange(len(targets) - self.data.answer, len(targets))
         shaped = {"tokens": tokens[None, :-1], "targets": targets[None]}
-        return shaped | {"cu_seqlens": None, "asked": asked, "part": part}
+        return shaped | {"cu_seqlens": None, "target_positions": target_positions, "subset": subset}

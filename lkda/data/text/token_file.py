@@ -1,4 +1,4 @@
-"""A token stream on disk: a .npy file that is written a part at a time."""
+"""A token file: a .npy file of token ids that is written a part at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 @contextmanager
-def writing_stream(path: Path, dtype: np.dtype) -> Iterator[Callable[[np.ndarray], None]]:
+def writing_token_file(path: Path, dtype: np.dtype) -> Iterator[Callable[[np.ndarray], None]]:
     """Yields what appends tokens to the array at `path`, which is whole when the context ends."""
     count = 0
 

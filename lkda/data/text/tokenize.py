@@ -19,9 +19,9 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from lkda.checks import InputError
 from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_texts, of_tokenizer
 from lkda.data.progress import patient_progress
-from lkda.data.text.cache import building, facts_of, publish
+from lkda.data.text.cache import building, metadata_of, publish
 from lkda.data.text.documents import Splits, Texts
-from lkda.data.text.token_file import writing_stream
+from lkda.data.text.token_file import writing_token_file
 from lkda.data.text.tokenizer import (
     document_start,
     encode_texts,
@@ -42,8 +42,8 @@ _SEAM = re.compile(r"(?<=\S) (?=\S)")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Token streams, every document beginning with the tokenizer's `document_start` where it has one.
+class TokenizedCorpus:
+    """Token files, every document beginning with the tokenizer's `document_start` where it has one.
 
     Attributes:
         directory: what they are read from.
@@ -51,7 +51,7 @@ class Prepared:
         validation_bytes: UTF-8 bytes of the validation text.
         test, test_bytes: likewise; None where there is no test split.
         fingerprint: of the documents and of the tokenizer; of a corpus that was tokenised into a directory of its own
-            (data=prose), of the token streams.
+            (data=prose), of the token files.
     """
 
     directory: Path
@@ -64,16 +64,16 @@ class Prepared:
     test_bytes: int | None = None
 
     def starts(self, name: str) -> np.ndarray:
-        """Where documents begin in the stream `name`, "train", "validation" or "test"."""
+        """Where documents begin in the token file `name`, "train", "validation" or "test"."""
         start = document_start(self.tokenizer)
         if start is None:
             return np.load(_starts_file(self.directory / f"{name}.npy"))
         return np.flatnonzero({"train": self.train, "validation": self.validation, "test": self.test}[name] == start)
 
 
-def unigram_entropy(stream: np.ndarray) -> float:
+def unigram_entropy(token_ids: np.ndarray) -> float:
     """Of tokens, in nats a token: the loss of the best model that ignores the context."""
-    share = np.bincount(stream) / len(stream)
+    share = np.bincount(token_ids) / len(token_ids)
     share = share[share > 0]
     return float(-(share * np.log(share)).sum())
 
@@ -92,14 +92,14 @@ class Corpus(Protocol):
         """Its documents; `scratch`, an empty directory, stays while they are read."""
 
 
-def prepare_corpus(
+def tokenize_corpus(
     sources: Corpus,
     *,
     vocab_size: int,
     tokenizer_path: Path | None,
     cache_dir: Path,
     expected: Fingerprint = MappingProxyType({}),
-) -> Prepared:
+) -> TokenizedCorpus:
     """The tokenised corpus, from the cache or built into it.
 
     Of processes that want the same at once, one builds and the others wait for it.
@@ -115,13 +115,13 @@ def prepare_corpus(
     with_tokenizer = str(vocab_size) if given is None else given.to_str()
     key = hashlib.sha256(f"{FORMAT} {sources.fingerprint()} {with_tokenizer}".encode()).hexdigest()[:32]
     entry = cache_dir / "corpora" / key
-    if facts_of(entry) is None:
+    if metadata_of(entry) is None:
         with building(entry) as scratch:
-            if facts_of(entry) is None:
+            if metadata_of(entry) is None:
                 built = scratch / "entry"
                 built.mkdir()
                 publish(built, entry, _build(built, scratch / "arrow", sources, given, vocab_size, expected))
-    return load_prepared(entry)
+    return load_tokenized(entry)
 
 
 def _build(
@@ -132,18 +132,18 @@ def _build(
     vocab_size: int,
     expected: Fingerprint,
 ) -> dict[str, Any]:
-    """Fill `directory`; `arrow` is for what `datasets` keeps meanwhile. Returns the facts to keep beside the files."""
+    """Fills `directory`; `arrow` is scratch space of `datasets`. Returns the metadata to keep beside the files."""
     with patient_progress() as progress:
         splits = sources.documents(arrow, progress)
         digests = {"train": of_texts(splits.train), "validation": of_texts(splits.validation)}
         if splits.test:
             digests["test"] = of_texts(splits.test)
         check_same(expected, digests, source=sources.name)
-        facts = tokenise(splits, directory, given=given, vocab_size=vocab_size, progress=progress)
-    return {**facts, "sha256": digests}
+        metadata = tokenize_splits(splits, directory, given=given, vocab_size=vocab_size, progress=progress)
+    return {**metadata, "sha256": digests}
 
 
-def tokenise(
+def tokenize_splits(
     splits: Splits,
     directory: Path,
     *,
@@ -152,7 +152,7 @@ def tokenise(
     progress: Progress,
 ) -> dict[str, int]:
     """Fill `directory` with tokenizer.json, train.npy, validation.npy and, where there is a test split, test.npy.
-    Returns the facts to publish with them.
+    Returns the metadata to publish with them.
 
     Where no token begins a document, train_starts.npy and so on hold the places where one does.
 
@@ -171,21 +171,21 @@ def tokenise(
     else:
         _check_alphabet(tokenizer, chain(splits.train, splits.validation, splits.test))
     (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    _write_stream(directory / "train.npy", tokenizer, splits.train, progress)
+    _write_token_file(directory / "train.npy", tokenizer, splits.train, progress)
     held_out = {"validation": splits.validation} | ({"test": splits.test} if splits.test else {})
     return {
-        f"{name}_bytes": _write_stream(directory / f"{name}.npy", tokenizer, documents, progress)
+        f"{name}_bytes": _write_token_file(directory / f"{name}.npy", tokenizer, documents, progress)
         for name, documents in held_out.items()
     }
 
 
-def _write_stream(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
+def _write_token_file(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
     """One array of tokens, and where documents begin, if no token says so. Returns the documents' UTF-8 bytes."""
     task = progress.add_task(f"tokenising {path.stem}", total=len(documents))
     dtype = np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32)
     begun = count = size = 0
     starts: list[int] = []
-    with writing_stream(path, dtype) as write:
+    with writing_token_file(path, dtype) as write:
         for batch in _batches(documents, tokenizer):
             tokens, begins = _encode(tokenizer, batch)
             write(tokens)
@@ -201,8 +201,8 @@ def _write_stream(path: Path, tokenizer: Tokenizer, documents: Texts, progress: 
     return size
 
 
-def _starts_file(stream: Path) -> Path:
-    return stream.with_name(f"{stream.stem}_starts.npy")
+def _starts_file(token_file: Path) -> Path:
+    return token_file.with_name(f"{token_file.stem}_starts.npy")
 
 
 def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
@@ -263,7 +263,7 @@ def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tu
 
 
 def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np.ndarray, list[int]]:
-    """One stream, and where documents begin in it. Raises ValueError for text outside the vocabulary."""
+    """The token ids of a text, and where documents begin in it. Raises ValueError for text outside the vocabulary."""
     start, unknown = document_start(tokenizer), unknown_token(tokenizer)
     dtype = np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32
     first = [] if start is None else [start]
@@ -283,27 +283,27 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np
     return np.concatenate(parts), places
 
 
-def load_prepared(directory: Path) -> Prepared:
-    """The streams of a published directory, memory-mapped.
+def load_tokenized(directory: Path) -> TokenizedCorpus:
+    """The token files of a published directory, memory-mapped.
 
     Raises: ValueError where it is not there, or a file in it has lost its size.
     """
-    facts = facts_of(directory)
-    if facts is None:
-        raise InputError(f"{directory} holds no prepared corpus, or a part of one; make it: scripts/prepare_data.py.")
-    names = ("train", "validation", *(["test"] if "test_bytes" in facts else []))
-    streams = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
+    metadata = metadata_of(directory)
+    if metadata is None:
+        raise InputError(f"{directory} holds no tokenised corpus, or a part of one; make it: scripts/prepare_data.py.")
+    names = ("train", "validation", *(["test"] if "test_bytes" in metadata else []))
+    arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
     tokenizer = load_tokenizer(directory / "tokenizer.json")
-    texts = facts.get("sha256") or {name: of_arrays(stream) for name, stream in streams.items()}
-    return Prepared(
+    texts = metadata.get("sha256") or {name: of_arrays(array) for name, array in arrays.items()}
+    return TokenizedCorpus(
         directory,
         tokenizer,
-        streams["train"],
-        streams["validation"],
-        facts["validation_bytes"],
+        arrays["train"],
+        arrays["validation"],
+        metadata["validation_bytes"],
         {**texts, "tokenizer": of_tokenizer(tokenizer)},
-        streams.get("test"),
-        facts.get("test_bytes"),
+        arrays.get("test"),
+        metadata.get("test_bytes"),
     )
 
 

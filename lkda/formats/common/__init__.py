@@ -1,1 +1,1 @@
-"""What several formats are made of."""
+"""Code that several formats use."""

@@ -1,4 +1,4 @@
-"""A model's config and weights -> the model, checked before memory is spent."""
+"""Builds a model from a config and weights, after checking that they fit together."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def build_with_weights(
 
     Args:
         config: of `build_model`.
-        weights: by the names that `source` gives them.
-        stored_as: our name of a parameter -> its name in `weights`.
+        weights: by the names that they have in `source`.
+        stored_as: name of a parameter in lkda -> its name in `weights`.
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; names the first one, and `source`.
+        ValueError: a tensor is missing, unknown or has another shape. The message names the first one and `source`.
     """
     _check_depth(config, weights, source, stored_as)
     with torch.device("meta"):
@@ -44,7 +44,7 @@ def build_with_weights(
 
 
 def assign(model: LanguageModel, weights: Mapping[str, Tensor]) -> LanguageModel:
-    """Make `weights` the parameters of a model that was built without memory."""
+    """Makes `weights` the parameters of a model that was built on the meta device."""
     model.load_state_dict(dict(weights), assign=True)
     if model.config["tie_embeddings"]:
         model.lm_head.weight = model.embed_tokens.weight
@@ -54,7 +54,7 @@ def assign(model: LanguageModel, weights: Mapping[str, Tensor]) -> LanguageModel
 def _check_depth(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], source: object, stored_as: Callable[[str], str]
 ) -> None:
-    """A wrong num_layers must not build layers for hours."""
+    """Raises ValueError where num_layers is wrong, before building that many layers."""
     before, after = stored_as("blocks.0.mixer_norm.weight").split("0", 1)
     found = sum(name.startswith(before) and name.endswith(after) for name in weights)
     if isinstance(config.get("num_layers"), int) and config["num_layers"] != found:

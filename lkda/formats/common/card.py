@@ -17,20 +17,20 @@ _CONFIGURATION = "## Configuration"
 
 
 def model_card(name: str, model: LanguageModel, *, usage: str, dtype: str, run: Mapping[str, Any]) -> str:
-    """Markdown: what the model is, how it was trained, what was measured, how to load it.
+    """The Markdown of the card: the model, how to load it, how it was trained, and what was measured.
 
     Args:
-        name: of the directory.
-        usage: Python that loads it.
+        name: the name of the directory.
+        usage: Python code that loads the model.
         dtype: of the weights as written.
         run: {"training": {name: value}, "results": {name: value}, "config": dict}, each optional.
     """
     parts = [
         "---\npipeline_tag: text-generation\ntags:\n- lkda\n---",
         f"# {name}",
-        "A language model trained with lkda, which holds everything equal but the sequence mixer.",
+        "A language model trained with lkda, a framework that compares sequence mixers in otherwise equal models.",
         "## Model",
-        _table(_model_facts(model, dtype)),
+        _table(_model_metadata(model, dtype)),
         "## How to load it",
         f"```python\n{usage}\n```",
         "## Training",
@@ -44,10 +44,10 @@ def model_card(name: str, model: LanguageModel, *, usage: str, dtype: str, run: 
 
 
 def recorded_config(directory: str | Path) -> dict[str, Any]:
-    """The configuration that the model card of an exported directory shows, of the run as far as it was known; {} where
-    there is no card of ours.
+    """The configuration in the model card of an exported directory; {} where there is no card that lkda wrote.
 
-    Raises: ValueError where the card shows one that cannot be read.
+    It is the configuration of the run, as far as that was known.
+    Raises: ValueError where the configuration in the card cannot be read.
     """
     path = Path(directory) / "README.md"
     try:
@@ -59,13 +59,13 @@ def recorded_config(directory: str | Path) -> dict[str, Any]:
         config = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
-        raise InputError(f"the configuration in {path} is not YAML ({where}): mend it, or export again.") from error
+        raise InputError(f"the configuration in {path} is not YAML ({where}): correct it, or export again.") from error
     return config if isinstance(config, dict) else {}
 
 
-def _model_facts(model: LanguageModel, dtype: str) -> dict[str, Any]:
+def _model_metadata(model: LanguageModel, dtype: str) -> dict[str, Any]:
     config = model.config
-    facts = {
+    metadata = {
         "layers": " ".join(layer_names(config)),
         "width": config["d_model"],
         "heads": f"{config['mixer']['num_heads']} of {config['d_model'] // config['mixer']['num_heads']}",
@@ -75,13 +75,13 @@ def _model_facts(model: LanguageModel, dtype: str) -> dict[str, Any]:
         "weights": dtype,
     }
     if config["context"]:
-        facts["context"] = config["context"]
-        facts["bytes of state at that length"] = model.state_bytes(config["context"])
-    return facts
+        metadata["context"] = config["context"]
+        metadata["bytes of state at that length"] = model.state_bytes(config["context"])
+    return metadata
 
 
-def _table(facts: Mapping[str, Any]) -> str:
-    rows = [f"| {key} | {_shown(value)} |" for key, value in facts.items() if value is not None]
+def _table(entries: Mapping[str, Any]) -> str:
+    rows = [f"| {key} | {_shown(value)} |" for key, value in entries.items() if value is not None]
     return "\n".join(["| | |", "| --- | --- |", *rows])
 
 

@@ -1,4 +1,4 @@
-"""Embeddings that other tools look up as they are: the norm and the factor of ours, folded into the table."""
+"""Folds the norm and the factor of an embedding into its table, because other tools only look embeddings up."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lkda.formats.common.writing import weights_of
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 
-# In config.json: whether the table was changed so.
+# The entry of config.json that says that this was done.
 FOLDED = "lkda_folded_embedding"
 
 
 def needs_folding(config: Mapping[str, Any]) -> bool:
-    """Whether a model does more to a token's embedding than to look it up."""
+    """Whether a model normalises or scales the embeddings that it looks up."""
     return bool(config["embed_norm"]) or config["embed_scale"] != 1.0
 
 
 @torch.no_grad()
 def folded(model: LanguageModel) -> LanguageModel:
-    """The same function of the tokens by a model that only looks embeddings up; the model itself where it does so.
+    """A model that computes the same but only looks embeddings up; the model itself where it already does.
 
-    What a token's embedding becomes is a function of the token alone, so its row of the table can hold that. The head
-    keeps the weights it had, and is no longer tied.
+    The norm and the factor act on each token's embedding by itself, so the table can hold their result. The head keeps
+    its weights and is no longer tied to the embedding.
     """
     config = model.config
     if not needs_folding(config):
@@ -36,5 +36,5 @@ def folded(model: LanguageModel) -> LanguageModel:
     weights["embed_tokens.weight"] = model.embed(rows).cpu().float()
     weights.pop("embed_norm.weight", None)
     with torch.device("meta"):
-        plain = build_model({**config, "embed_norm": False, "embed_scale": 1.0, "tie_embeddings": False})
-    return assign(plain, weights).eval()
+        simpler = build_model({**config, "embed_norm": False, "embed_scale": 1.0, "tie_embeddings": False})
+    return assign(simpler, weights).eval()

@@ -1,4 +1,4 @@
-"""A byte-level BPE as GGUF metadata."""
+"""Writes a byte-level BPE as metadata of GGUF."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lkda.special_tokens import document_start
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# What ByteLevel splits text with.
+# The pattern with which ByteLevel splits text.
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raise ValueError for a tokenizer that llama.cpp's GPT-2 one does not spell alike."""
+    """Raises ValueError for a tokenizer that encodes differently from llama.cpp's GPT-2 tokenizer."""
     content = json.loads(tokenizer.to_str())
-    alike = _splits_as_gpt2(content.get("pre_tokenizer") or {})
-    if content["model"]["type"] != "BPE" or content.get("normalizer") is not None or not alike:
+    same_split = _splits_as_gpt2(content.get("pre_tokenizer") or {})
+    if content["model"]["type"] != "BPE" or content.get("normalizer") is not None or not same_split:
         raise InputError(
             "format gguf writes a byte-level BPE that splits text as GPT-2 does, without a normaliser or a prefix "
             "space, as lkda's own tokenizers are; this model's tokenizer is another kind."
@@ -31,7 +31,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def _splits_as_gpt2(before: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer is GPT-2's, or lkda's, which is GPT-2's with a bound on the length of a word."""
+    """Whether a pre-tokenizer is GPT-2's, or lkda's, which differs from it only in a limit on the length of a word."""
     match before:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return bool(before.get("use_regex", True))
@@ -47,10 +47,10 @@ def _splits_as_gpt2(before: Mapping[str, Any]) -> bool:
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, *, rows: int) -> None:
-    """Tokens, merges, and which token begins and ends a document.
+    """Adds the tokens, the merges, and the token that begins and ends a document.
 
     Args:
-        rows: of the embedding; those that the tokenizer does not use are written as unused tokens.
+        rows: of the embedding. Rows that the tokenizer does not use become unused tokens.
     """
     from gguf import TokenType
 

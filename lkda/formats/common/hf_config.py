@@ -1,4 +1,4 @@
-"""config.json of transformers' Kimi Linear, Llama and Qwen3 <-> the dict of `build_model`."""
+"""Converts between the dict of `build_model` and config.json of transformers' Kimi Linear, Llama and Qwen3."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lkda.formats.common.llama import has_qk_norm
 from lkda.formats.common.reading import number
 from lkda.models.lm import LanguageModel
 
-# Where the length trained at is not known.
+# Used where the training context is not known.
 _CONTEXT = 2048
 
 
 def kimi_config(model: LanguageModel) -> dict[str, Any]:
-    """config.json for a model that has a layer of each kind. Every layer is dense: the fields of experts are unused."""
+    """config.json for a model with KDA and MLA layers. All layers are dense, so the fields of experts are not used."""
     config, names = model.config, layer_names(model.config)
     kda, mla = kinds(model)
     context = config["context"] or _CONTEXT
@@ -41,7 +41,7 @@ def kimi_config(model: LanguageModel) -> dict[str, Any]:
         "qk_rope_head_dim": mla.rope,
         "v_head_dim": mla.v_dim,
         "mla_use_nope": True,
-        "rope_theta": 10000.0,  # asked for, and unused
+        "rope_theta": 10000.0,  # required, but not used
         "first_k_dense_replace": config["num_layers"],
         "moe_layer_freq": 1,
         "moe_intermediate_size": config["mlp_hidden"],
@@ -58,7 +58,7 @@ def kimi_config(model: LanguageModel) -> dict[str, Any]:
 
 
 def llama_config(model: LanguageModel) -> dict[str, Any]:
-    """config.json for a model of softmax layers, which is a Qwen3 where it has a QK-norm."""
+    """config.json for a model of softmax layers: a Qwen3 where it has a QK-norm, else a Llama."""
     config = model.config
     base = options_of(config, "softmax")["rope_base"]
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
@@ -70,7 +70,7 @@ def llama_config(model: LanguageModel) -> dict[str, Any]:
         "num_key_value_heads": config["mixer"]["num_heads"],
         "head_dim": config["d_model"] // config["mixer"]["num_heads"],
         "max_position_embeddings": config["context"] or _CONTEXT,
-        # transformers 5 reads the second, the others the first.
+        # transformers 5 reads rope_parameters, other tools rope_theta.
         "rope_theta": base,
         "rope_parameters": {"rope_type": "default", "rope_theta": base},
         "attention_bias": False,
@@ -78,9 +78,9 @@ def llama_config(model: LanguageModel) -> dict[str, Any]:
 
 
 def read_kimi(config: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """The model of a Kimi Linear config.json, made here or elsewhere.
+    """The dict of `build_model` for a Kimi Linear config.json.
 
-    Raises: ValueError for mixture-of-experts layers and other things that our mixers do not have.
+    Raises: ValueError for mixture-of-experts layers and other features that lkda lacks.
     """
     made = _read_common(config, source)
     names = _kinds_of_layers(config, made["num_layers"], source)
@@ -108,7 +108,7 @@ def read_kimi(config: Mapping[str, Any], source: object) -> dict[str, Any]:
 
 
 def read_llama(config: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """The model of a Llama or Qwen3 config.json. Raises ValueError for what our softmax attention does not have."""
+    """The dict of `build_model` for a Llama or Qwen3 config.json. Raises ValueError for features that lkda lacks."""
     made = _read_common(config, source)
     heads = made["mixer"]["num_heads"]
     for key, wanted in (
@@ -165,7 +165,7 @@ def _read_common(config: Mapping[str, Any], source: object) -> dict[str, Any]:
 
 
 def _kinds_of_layers(config: Mapping[str, Any], num_layers: int, source: object) -> list[str]:
-    """kda or mla for each layer, from `linear_attn_config` (layers counted from 1) or `layer_types`."""
+    """ "kda" or "mla" for each layer, from `linear_attn_config` (which counts layers from 1) or `layer_types`."""
     words = {"linear_attention": "kda", "full_attention": "mla"}
     if config.get("layer_types"):
         names = [words.get(word, "") for word in config["layer_types"]]
@@ -188,13 +188,13 @@ def _refuse_experts(config: Mapping[str, Any], num_layers: int, source: object) 
     dense = config.get("first_k_dense_replace", 1) >= num_layers if types is None else set(types) == {"dense"}
     if experts and not dense:
         raise InputError(
-            f"{source} has mixture-of-experts layers ({experts} experts), which lkda does not: "
+            f"{source} has mixture-of-experts layers ({experts} experts), which lkda lacks: "
             "it reads Kimi Linear models whose layers are all dense."
         )
 
 
 def _require(config: Mapping[str, Any], key: str, wanted: Any, source: object) -> None:
-    """A key that may be absent, but says `wanted` where it is there."""
+    """Raises ValueError where a key is present and is not `wanted`."""
     value = config.get(key)
     if value is not None and value != wanted:
         raise InputError(f"config.json of {source}: {key} is {value!r}; a model of lkda has {wanted!r} here.")

@@ -1,4 +1,4 @@
-"""Kimi Linear (arXiv:2510.26692) as transformers, vLLM, SGLang, mlx-lm and llama.cpp define it: what of ours fits."""
+"""Kimi Linear (arXiv:2510.26692) as transformers, vLLM, SGLang, mlx-lm and llama.cpp define it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lkda.models.lm import LanguageModel
 from lkda.models.mixers.kda import KimiDeltaAttention
 from lkda.models.mixers.mla import MultiHeadLatentAttention
 
-# Readers take every norm's eps from rms_norm_eps, or fix it to this.
+# The other tools take the eps of every norm from rms_norm_eps, or always use this one.
 NORM_EPS = 1e-5
-# What no reader has: option of `kda`, the value that they have, and how it is called.
+# Options of `kda`, the only value that the other tools support, and the words for any other value.
 _FIXED = (
-    ("gate", "channel", "a KDA gate a head, or none"),
+    ("gate", "channel", "a KDA gate per head, or none"),
     ("gate_form", "softplus", "the bounded gate of KDA"),
     ("negative_eigenvalues", False, "KDA with negative eigenvalues"),
     ("output_gate", True, "KDA without an output gate"),
 )
 
 
-def obstacle(config: Mapping[str, Any]) -> str | None:
-    """What of a model's config Kimi Linear does not have, in a few words; None where it has everything."""
+def unsupported_feature(config: Mapping[str, Any]) -> str | None:
+    """A feature of the model that Kimi Linear lacks, in words; None where it has all."""
     names = set(layer_names(config))
     if not names <= {"kda", "mla"}:
         return f"a pattern with {', '.join(sorted(names - {'kda', 'mla'}))}"
@@ -53,9 +53,10 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
 
 
 def both_kinds(model: LanguageModel) -> LanguageModel:
-    """The model with a last layer of the kind, KDA or MLA, that it lacks; the new layer adds nothing.
+    """The model, with a last layer of the kind that it lacks, KDA or MLA.
 
-    Readers size their caches by a layer of each kind. Its weights are zeros, so what it adds to the residual is zero.
+    Other tools need a layer of each kind to size their caches. The weights of the new layer are zero, so it adds zero
+    to the residual stream.
     """
     names = layer_names(model.config)
     lacking = {"kda", "mla"} - set(names)
@@ -75,15 +76,16 @@ def both_kinds(model: LanguageModel) -> LanguageModel:
 
 
 def adds_nothing(weights: Mapping[str, Tensor], last: int, stored_as: Any) -> bool:
-    """Whether layer `last` leaves the residual stream as it is, as that of `both_kinds` does."""
+    """Whether layer `last` adds zero to the residual stream, as the one of `both_kinds` does."""
     outputs = (stored_as(f"blocks.{last}.{name}.weight") for name in ("mixer.o_proj", "mlp.down_proj"))
     return all(name in weights and not weights[name].any() for name in outputs)
 
 
 def with_scaled_latent(weights: Mapping[str, Tensor], model: LanguageModel, factor: float) -> dict[str, Tensor]:
-    """The weights with the rows of MLA that make the latent c times `factor`.
+    """The weights, with the rows that make the latent c of MLA multiplied by `factor`.
 
-    RMSNorm(s c; s^2 eps) = RMSNorm(c; eps), so a factor of s stands for a reader's eps that is s^2 times ours.
+    RMSNorm(s c; s^2 eps) = RMSNorm(c; eps). So with a factor of s, a tool whose eps is s^2 times that of lkda computes
+    the same.
     """
     changed = dict(weights)
     for i, mixer in enumerate(model.mixers()):
@@ -101,7 +103,7 @@ def latent_eps(config: Mapping[str, Any]) -> float:
 
 
 def kinds(model: LanguageModel) -> tuple[KimiDeltaAttention, MultiHeadLatentAttention]:
-    """A layer of each kind of a model of `both_kinds`, to read their sizes from."""
+    """A KDA and an MLA layer of a model of `both_kinds`, to read their sizes from."""
     mixers = model.mixers()
     kda = next(mixer for mixer in mixers if isinstance(mixer, KimiDeltaAttention))
     mla = next(mixer for mixer in mixers if isinstance(mixer, MultiHeadLatentAttention))

@@ -1,4 +1,4 @@
-"""Llama and Qwen3, which models of rotary softmax attention alone are, without and with QK-norm: what of ours fits."""
+"""Llama and Qwen3. A model of softmax attention is a Qwen3 where it has a QK-norm, else a Llama."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def has_qk_norm(config: Mapping[str, Any]) -> bool:
     return bool(options_of(config, "softmax")["qk_norm"])
 
 
-def obstacle(config: Mapping[str, Any]) -> str | None:
-    """What neither has, in a few words; None where one has everything."""
+def unsupported_feature(config: Mapping[str, Any]) -> str | None:
+    """A feature of the model that its architecture lacks, in words; None where it has all."""
     options = options_of(config, "softmax")
     if not config["mlp_hidden"]:
         return "layers without an MLP"

@@ -1,4 +1,4 @@
-"""Reading a directory that may come from anywhere: JSON and safetensors alone, nothing in it is executed."""
+"""Reads directories from untrusted sources: only JSON and safetensors, so nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lkda.checks import InputError
 
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
-# Reading a pickle runs what is written in it.
+# Reading a pickle can run code.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json, after a look at whether the other files are there.
+    """The content of config.json, after checking that the other files exist.
 
     Raises: ValueError naming the file that is missing or broken.
     """
@@ -34,7 +34,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         if pickles:
             raise InputError(
                 f"{directory} holds its weights as a pickle ({pickles[0]}), which runs code when it is read; "
-                f"lkda reads {WEIGHTS} alone: convert it where you trust it."
+                f"lkda reads only {WEIGHTS}: convert it where you trust it."
             )
         raise InputError(f"{directory} is no exported model: it has no {WEIGHTS}.")
     if not (directory / "tokenizer.json").is_file():
@@ -43,7 +43,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists, on the CPU.
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, on the CPU.
 
     Raises: ValueError naming the file that is missing or broken.
     """
@@ -62,10 +62,10 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """tokenizer.json as lkda uses it: it adds no tokens of its own to a text, cuts and pads nothing."""
+    """The tokenizer of tokenizer.json, without special tokens around a text, truncation and padding."""
     try:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # tokenizers raises Exception itself
         raise InputError(f"{directory / 'tokenizer.json'} is not a tokenizer ({error}).") from error
     tokenizer.post_processor = None
     tokenizer.no_truncation()
@@ -74,7 +74,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 
 def number(config: Mapping[str, Any], key: str, *, least: int = 0, source: object) -> int:
-    """A whole number of config.json. Raises ValueError naming the key, what came and `source`."""
+    """A whole number of config.json. Raises ValueError, naming the key, its value and `source`, where it is not one."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"config.json of {source}: {key} must be a whole number of {least} or more, got {value!r}.")
@@ -87,7 +87,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:  # of JSON or of UTF-8
         raise InputError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, expected an object with names and values.")
+        raise InputError(f"{path} holds a {type(content).__name__}, expected an object.")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer as other tools expect it: told which token begins and ends a document."""
+"""Writes the tokenizer as other tools expect it, with the tokens that begin and end a document."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context: int | None) -> None:
-    """tokenizer.json, tokenizer_config.json and generation_config.json.
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
 
-    A text is encoded as models here see documents: the token first that begins them.
+    A text is encoded as in training, with the token that begins a document in front.
 
     Args:
-        context: length that the model was trained at; None where it is not known.
+        context: the context of training; None where it is not known.
     """
     written = Tokenizer.from_str(tokenizer.to_str())
     token = document_start(tokenizer)

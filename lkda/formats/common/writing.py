@@ -1,4 +1,4 @@
-"""Weights and JSON on disk."""
+"""Writes weights and JSON."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from lkda.formats.common.reading import WEIGHTS
 from lkda.models.lm import LanguageModel
 
 DTYPES = ("float32", "bfloat16")
-# exp and softplus of these decide how long a head remembers; Kimi Linear's own checkpoints keep them whole too.
+# The decay depends on exp and softplus of these. Kimi Linear's checkpoints hold them in float32 too.
 _FLOAT32 = ("A_log", "dt_bias")
 
 
 def weights_of(model: LanguageModel) -> dict[str, Tensor]:
-    """Every parameter by our name, on the CPU in float32; a tied head stands under both of its names."""
+    """All parameters by their names in lkda, on the CPU in float32. A tied head is included under its own name too."""
     return {name: tensor.detach().cpu().float().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def write_weights(directory: Path, weights: Mapping[str, Tensor], *, dtype: str) -> None:
-    """model.safetensors, as `dtype` (float32 | bfloat16) but for A_log and dt_bias, which stay in float32."""
+    """Writes model.safetensors in `dtype` (float32 | bfloat16), except for A_log and dt_bias, which stay float32."""
     rounded = {
         name: tensor if name.endswith(_FLOAT32) else tensor.to(getattr(torch, dtype)).clone()
         for name, tensor in weights.items()
     }
-    # Written here rather than by safetensors, whose files only their owner can read.
+    # Not written by safetensors, because only the owner could read its files.
     (directory / WEIGHTS).write_bytes(serialize(rounded, metadata={"format": "pt"}))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Readable JSON with a newline at its end."""
+    """Writes indented JSON that ends with a newline."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The sequence mixers, one a module; a mixer's name is its module's. Dropping a module in here adds one."""
+"""The sequence mixers, one per module. A mixer has the name of its module; a new module adds a mixer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def mixer_names() -> list[str]:
 def find_mixer(name: str) -> type[Mixer]:
     """The mixer class in the module `name` of this package.
 
-    Raises: ValueError for an unknown name, listing those there are.
+    Raises: ValueError, listing the mixers, for an unknown name.
     """
     if name not in mixer_names():
         raise InputError(f"unknown mixer {name!r}; there are {', '.join(mixer_names())}.")

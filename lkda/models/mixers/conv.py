@@ -1,4 +1,4 @@
-"""A gated short convolution: what happened within a few tokens, and nothing else (as BaseConv of arXiv:2312.04927)."""
+"""A gated short convolution, which sees only a few tokens (BaseConv of arXiv:2312.04927)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lkda.ops import short_convolution
 
 
 class GatedConvolution(Mixer):
-    """y = o_proj(SiLU(conv(v_proj x)) * gate_proj x); the state is the convolution's cache. It has no heads.
+    """y = o_proj(SiLU(conv(v_proj x)) * gate_proj x); the state is the cache of the convolution. It has no heads.
 
-    A first layer of it lets a second one, of any kind, compare each token with its neighbour's; so models differ in the
-    second alone.
+    As the first layer it lets any second layer compare each token with its neighbour, so that compared models differ
+    only in their second layer.
 
     Args:
-        conv_width: tokens that it sees, its own included.
-        conv_std: standard deviation of its filters at the start, N(0, conv_std); None: uniform within
+        conv_width: number of tokens that it sees, including the current one.
+        conv_std: standard deviation of its initial filters, N(0, conv_std); where None, they are uniform within
             1/sqrt(conv_width).
     """
 
@@ -44,5 +44,5 @@ class GatedConvolution(Mixer):
         return (self.v_conv1d.init_state(batch_size, device=device),)
 
     def flops_per_token(self, context: int) -> float:
-        """Linear layers, the convolution and the product."""
+        """FLOPs of the linear layers, the convolution and the product."""
         return linear_flops(self) + 2.0 * self.v_conv1d.weight.numel() + 2.0 * self.v_conv1d.weight.shape[0]

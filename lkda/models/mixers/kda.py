@@ -1,4 +1,4 @@
-"""Kimi Delta Attention, the layer (arXiv:2510.26692, section 3)."""
+"""The layer of Kimi Delta Attention (arXiv:2510.26692, section 3)."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from lkda.checks import InputError
 from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
-from lkda.ops import kda_attention_fused, kda_step_fused
+from lkda.ops import KDAGate, kda_attention_fused, kda_step_fused
+from lkda.ops.kda.reference.gate import FORMS, LOWEST_BOUND
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
 
 class KimiDeltaAttention(RecurrentMixer):
-    """A D x D state a head, written by the delta rule, forgotten channel by channel.
+    """Linear attention with a D x D state per head, a delta rule, and a decay per channel.
 
-        q, k, v = SiLU(conv(W x)), q and k of unit norm           beta = sigmoid(W_beta x), one a head
+        q, k, v = SiLU(conv(W x)), q and k of unit norm           beta = sigmoid(W_beta x), one per head
         g = -exp(A_log) softplus(f_b(f_a(x)) + dt_bias)           (W_alpha, of low rank D)
         y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x))))        o = kda_attention(q, k, v, g, beta)
 
     Args:
         conv_width: of the short convolutions; 0 for none.
-        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+        conv_std: standard deviation of their initial filters, N(0, conv_std); where None, they are uniform within
             1/sqrt(conv_width).
-        activation: "silu", of q, k and v; "none" is possible without convolutions alone.
-        gate: "channel" (a decay a channel), "head" (one a head) or "none" (no decay: the plain delta rule).
+        activation: of q, k and v: "silu", or "none", which is possible only without convolutions.
+        gate: "channel" (a decay per channel), "head" (one per head) or "none" (no decay: the delta rule).
         gate_form: "softplus", or "bounded": g = lower_bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias)).
         lower_bound: of g in the bounded form, in [-5, 0).
         negative_eigenvalues: beta in [0, 2] instead of [0, 1].
         output_gate: whether o is gated.
-        state_dtype: how a state is kept between calls: float32 (float64 in a model of that), bfloat16, or int8 with a
-            factor a row; docs/decoding.md says when each is safe. It changes no training on whole sequences.
+        state_dtype: dtype in which the state is stored between calls: float32 (float64 in a float64 model), bfloat16,
+            or int8 with a scale per row; docs/guides/generating.md says when each is safe. Training on whole sequences
+            does not depend on it.
         backend: of `kda_attention`.
     """
 
@@ -65,9 +67,9 @@ class KimiDeltaAttention(RecurrentMixer):
         gates = {"channel": d_model, "head": num_heads, "none": 0}
         if gate not in gates:
             raise InputError(f"mixer.kda.gate must be one of {', '.join(gates)}, got {gate!r}.")
-        if gate_form not in ("softplus", "bounded"):
+        if gate_form not in FORMS:
             raise InputError(f"mixer.kda.gate_form must be softplus or bounded, got {gate_form!r}.")
-        if not -5 <= lower_bound < 0:
+        if not LOWEST_BOUND <= lower_bound < 0:
             raise InputError(f"mixer.kda.lower_bound must be in [-5, 0), got {lower_bound}.")
         if state_dtype not in STATE_DTYPES:
             raise InputError(f"mixer.kda.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
@@ -82,26 +84,22 @@ class KimiDeltaAttention(RecurrentMixer):
         self.b_proj = linear(d_model, num_heads)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew."""
+        """Initialises all weights again."""
         super().reset_parameters()
         if self.gate != "none":
             self._reset_gate()
 
     @torch.no_grad()
     def _reset_gate(self) -> None:
-        """Rates exp(A_log) from 1 to 16 and steps softplus(dt_bias) from 0.001 to 0.1, as Mamba has them."""
+        """Initialises rates exp(A_log) from 1 to 16 and steps softplus(dt_bias) from 0.001 to 0.1, as in Mamba."""
         self.A_log.uniform_(1, 16).log_()
         self.dt_bias.copy_(inverse_softplus(log_uniform_(self.dt_bias, low=1e-3, high=1e-1)))
 
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        logits, A_log, dt_bias = self._gate(x)
         return kda_attention_fused(
-            *(q, k, v, logits, self.b_proj(x), A_log, dt_bias),
-            gate=self.gate_form,
-            lower_bound=self.lower_bound,
-            negative_eigenvalues=self.negative_eigenvalues,
+            *(q, k, v, self._gate_logits(x), self.b_proj(x), self._kda_gate()),
             normalized=True,
             initial_state=state,
             cu_seqlens=cu_seqlens,
@@ -109,15 +107,12 @@ class KimiDeltaAttention(RecurrentMixer):
         )
 
     def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
-        logits, A_log, dt_bias = self._gate(x)
-        caches, kept = self._parts(state)
+        caches, kept = self._split_state(state)
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)
         o = kda_step_fused(
-            *(self.heads(q), self.heads(k), self.heads(v), logits, self.b_proj(x), A_log, dt_bias, kept),
+            *(q, k, v, self._gate_logits(x), self.b_proj(x), self._kda_gate(), kept),
             weights=[convolve.weight for _, convolve in self._paths() if convolve is not None],
             caches=caches,
-            gate=self.gate_form,
-            lower_bound=self.lower_bound,
-            negative_eigenvalues=self.negative_eigenvalues,
         )
         return o, state
 
@@ -127,17 +122,21 @@ class KimiDeltaAttention(RecurrentMixer):
     def widen(self, kept: State) -> Tensor:
         return unpack_state(kept)
 
-    def _gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gate's logits, [..., H, D] or one a head [..., H], A_log and dt_bias; Nones without a gate."""
+    def _gate_logits(self, x: Tensor) -> Tensor | None:
+        """[..., H, D], [..., H] for one decay per head, or None without a gate."""
         if self.gate == "none":
-            return None, None, None
+            return None
         logits = self.f_b_proj(self.f_a_proj(x))
-        return self.heads(logits) if self.gate == "channel" else logits, self.A_log, self.dt_bias
+        return self.heads(logits) if self.gate == "channel" else logits
+
+    def _kda_gate(self) -> KDAGate:
+        A_log, dt_bias = (None, None) if self.gate == "none" else (self.A_log, self.dt_bias)
+        return KDAGate(A_log, dt_bias, self.gate_form, self.lower_bound, self.negative_eigenvalues)
 
     @property
     def state_shape(self) -> tuple[int, ...]:
         return (self.num_heads, self.head_dim, self.head_dim)
 
     def flops_per_token(self, context: int) -> float:
-        """Linear layers, convolutions, and the recurrence as written: decay, read, write and query of a D x D state."""
+        """FLOPs of the linear layers, convolutions and the recurrence: decay, read, write and query of the state."""
         return self.projection_flops() + 7 * self.num_heads * self.head_dim**2

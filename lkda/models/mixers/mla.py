@@ -1,4 +1,4 @@
-"""Multi-head latent attention without position encoding, as Kimi Linear interleaves it (arXiv:2510.26692)."""
+"""Multi-head latent attention without position encoding, as in Kimi Linear (arXiv:2510.26692)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lkda.ops import short_convolution, softmax_attention
 
 
 class MultiHeadLatentAttention(Mixer):
-    """Softmax attention whose keys and values grow from one latent a token, which is all that the cache holds.
+    """Softmax attention whose keys and values are computed from one latent per token, which is all that is cached.
 
         c, r = split(kv_a x)        k = [k_nope(RMSNorm c), r], v = v(RMSNorm c)        scale = (nope + rope)^-0.5
 
     Args:
         kv_lora_rank: width of the latent c; half of d_model where None.
-        qk_nope_head_dim: key channels a head from the latent; d_model / num_heads where None.
-        qk_rope_head_dim: key channels r shared by the heads (named for the rotary part they are elsewhere; none is
-            applied); half a head where None.
-        v_head_dim: value channels a head; d_model / num_heads where None.
-        norm_eps: of the latent's RMSNorm; 1e-6 as in transformers' Kimi Linear, whose other norms have 1e-5.
-        qk_norm: an RMSNorm of each head of q and of k, whole; one weight for all heads.
+        qk_nope_head_dim: key channels per head from the latent; d_model / num_heads where None.
+        qk_rope_head_dim: key channels r that the heads share; half a head where None. (Elsewhere rotary positions are
+            applied to them, hence the name; not here.)
+        v_head_dim: value channels per head; d_model / num_heads where None.
+        norm_eps: of the RMSNorm of the latent; 1e-6 as in transformers' Kimi Linear, whose other norms have 1e-5.
+        qk_norm: whether each head of q and k has an RMSNorm; all heads share its weight.
         conv_width: of short convolutions with SiLU, of q and of the latent with its shared key channels (before the
             latent's norm); 0 for none (then no SiLU either). The cache then holds what was convolved.
-        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+        conv_std: standard deviation of their initial filters, N(0, conv_std); where None, they are uniform within
             1/sqrt(conv_width).
         backend: of `softmax_attention`.
     """
@@ -114,7 +114,6 @@ class MultiHeadLatentAttention(Mixer):
         return (context * (self.rank + self.rope) + cached) * self.o_proj.weight.element_size()
 
     def flops_per_token(self, context: int) -> float:
-        """Linear layers, convolutions, and scores and sums over the (context + 1) / 2 tokens that a token sees on
-        average."""
+        """FLOPs of linear layers, convolutions, scores and sums; a token sees (context + 1) / 2 tokens on average."""
         convolved = sum(2.0 * weight.numel() for weight in self._filters())
         return linear_flops(self) + convolved + (context + 1) * self.num_heads * (self.nope + self.rope + self.v_dim)

@@ -1,4 +1,4 @@
-"""Simplified linear attention, the layer: two numbers a channel, one learned decay a head."""
+"""The layer of simplified linear attention: a state of two numbers per channel, and a decay per head."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lkda.ops.precision import at_least_float32
 
 
 class SimplifiedAttention(RecurrentMixer):
-    """A decayed average of v weighted by sigmoid(k), channel by channel, gated by q.
+    """A decayed average of v, weighted by sigmoid(k) and gated by q, for each channel by itself.
 
-    b = sigmoid(W_b x + bias), one a head and token; the biases so that heads remember from 4 to 4096 tokens. Around it
-    the same convolutions, head norm and output gate as KDA has, so that the operator is the only difference.
+    The decay b = sigmoid(W_b x + bias) is one number per head and token. The biases give the heads time constants from
+    4 to 4096 tokens. Convolutions, head norm and output gate are those of KDA, so that only the operator differs.
 
     Args:
         conv_width: of the short convolutions; 0 for none.
-        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+        conv_std: standard deviation of their initial filters, N(0, conv_std); where None, they are uniform within
             1/sqrt(conv_width).
-        activation: "silu", of q, k and v; "none" is possible without convolutions alone.
-        decay: "token" (b from the token) or "constant" (one learned number a head).
-        output_norm: RMSNorm over each head's output.
-        output_gate: gate the normalised output; needs output_norm.
+        activation: of q, k and v: "silu", or "none", which is possible only without convolutions.
+        decay: "token" (b depends on the token) or "constant" (one learned number per head).
+        output_norm: whether the output of each head has an RMSNorm.
+        output_gate: whether the normalised output is gated; needs output_norm.
         backend: of `simplified_attention`.
     """
 
@@ -62,13 +62,13 @@ class SimplifiedAttention(RecurrentMixer):
         self._reset_decay()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew."""
+        """Initialises all weights again."""
         super().reset_parameters()
         self._reset_decay()
 
     @torch.no_grad()
     def _reset_decay(self) -> None:
-        """Memories from 4 to 4096 tokens: b = 1 - 1/memory, so its logit is log(memory - 1)."""
+        """Initialises time constants from 4 to 4096 tokens: b = 1 - 1/memory, so its logit is log(memory - 1)."""
         memory = torch.logspace(math.log10(4), math.log10(4096), self.num_heads, device=self.decay_bias.device)
         self.decay_bias.copy_(torch.log(memory - 1))
 
@@ -79,13 +79,13 @@ class SimplifiedAttention(RecurrentMixer):
         return simplified_attention(q, k, v, decay, initial_state=state, cu_seqlens=cu_seqlens, backend=self.backend)
 
     def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
-        caches, (own,) = self._parts(state)
+        caches, (own,) = self._split_state(state)
         (q, k, v), after = self._convolve_step(q, k, v, caches=caches)
         o, own = simplified_step(q, k, v, self.decay(x), own)
         return o, (*after, own)
 
     def decay(self, x: Tensor) -> Tensor:
-        """b [..., H], or [H] where it is constant, in float32 at least."""
+        """b [..., H], or [H] where it is constant, in at least float32."""
         bias = at_least_float32(self.decay_bias)
         return torch.sigmoid(bias if self.b_proj is None else at_least_float32(self.b_proj(x)) + bias)
 
@@ -94,5 +94,5 @@ class SimplifiedAttention(RecurrentMixer):
         return (self.num_heads, 2, self.head_dim)
 
     def flops_per_token(self, context: int) -> float:
-        """Linear layers, convolutions, and ten operations a channel."""
+        """FLOPs of the linear layers, the convolutions, and ten operations per channel."""
         return self.projection_flops() + 10 * self.num_heads * self.head_dim

@@ -1,4 +1,4 @@
-"""Softmax attention with rotary positions: the Transformer's mixer."""
+"""Softmax attention with rotary positions, the mixer of the Transformer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lkda.ops.sequences import positions
 
 
 class SoftmaxAttention(Mixer):
-    """y = o_proj(softmax(rotary(q) rotary(k)^T / sqrt(D)) v); the state is the growing cache of keys and values, after
-    it the convolutions' last inputs.
+    """y = o_proj(softmax(rotary(q) rotary(k)^T / sqrt(D)) v); the state is the growing cache of keys and values,
+    followed by the caches of the convolutions.
 
     Args:
         rope_base: of the rotary frequencies.
-        qk_norm: an RMSNorm of each head of q and k before they are rotated, as Qwen3 has; one weight [D] for all heads.
+        qk_norm: whether each head of q and k has an RMSNorm before the rotation, as in Qwen3. All heads share a weight.
         norm_eps: of that norm.
-        conv_width: of short convolutions with SiLU of q, k and v, as KDA has them; 0 for none (then no SiLU either).
-        conv_std: standard deviation of their filters at the start, N(0, conv_std); None: uniform within
+        conv_width: of short convolutions with SiLU of q, k and v, as in KDA; 0 for none, and then no SiLU either.
+        conv_std: standard deviation of their initial filters, N(0, conv_std); where None, they are uniform within
             1/sqrt(conv_width).
         backend: of `softmax_attention`.
     """
@@ -104,7 +104,6 @@ class SoftmaxAttention(Mixer):
         return (2 * context * self.num_heads * self.head_dim + cached) * self.o_proj.weight.element_size()
 
     def flops_per_token(self, context: int) -> float:
-        """Linear layers, convolutions, and scores and sums over the (context + 1) / 2 tokens that a token sees on
-        average."""
+        """FLOPs of linear layers, convolutions, scores and sums; a token sees (context + 1) / 2 tokens on average."""
         convolved = sum(2.0 * weight.numel() for weight in self._filters())
         return linear_flops(self) + convolved + 2 * (context + 1) * self.num_heads * self.head_dim

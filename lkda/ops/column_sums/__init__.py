@@ -1,1 +1,1 @@
-"""Sums over rows in a fixed order: the second pass of every gradient that all tokens share."""
+"""Sums over rows in a fixed order: the second pass of the gradients of weights, which are sums over all tokens."""

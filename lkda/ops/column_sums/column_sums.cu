@@ -1,6 +1,6 @@
-// y[m] = sum_p x[p][m], in a fixed order: what blocks of a backward have summed up for a weight, added.
+// y[m] = sum_p x[p][m], in a fixed order. The rows are the partial sums of a weight's gradient, one per block of a backward.
 //
-// A block has 32 columns; its threads of one column take every ROWS-th row, then the first adds up what they have.
+// A block has 32 columns. The threads of a column sum every ROWS-th row each; then the first of them adds the partial sums.
 constexpr int ROWS = 32;
 
 extern "C" __global__ void __launch_bounds__(ROWS * 32) column_sums(const float* x, float* y, int rows, int columns) {

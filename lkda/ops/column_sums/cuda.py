@@ -1,4 +1,4 @@
-"""Sums over rows, in an order that never changes from run to run."""
+"""Sums over rows, in an order that is the same in every run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lkda.ops.runtime.jit import Kernel, Module
 
 HERE = Path(__file__).parent
-THREADS, COLUMNS = 1024, 32  # of a block
+THREADS, COLUMNS = 1024, 32  # per block
 
 
 @cache

@@ -41,7 +41,7 @@ def _pieces(tokens: int, vocab_size: int) -> int:
 def _plus_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """total + x y, in the total's dtype."""
     if x.dtype != total.dtype and x.is_cuda:
-        return torch.addmm(total, x, y, out_dtype=total.dtype)
+        return total.add_(torch.mm(x, y, out_dtype=total.dtype))
     return total.addmm_(x.to(total.dtype), y.to(total.dtype))
 
 

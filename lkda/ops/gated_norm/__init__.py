@@ -1,1 +1,1 @@
-"""RMSNorm of each head's output, gated: `op` is public, `plain` the definition."""
+"""RMSNorm of each head's output, with a gate: `op` holds the public function, `reference` the definition."""

@@ -2,13 +2,13 @@
 //
 //     dw = sum over rows of h n        dx = r (h w - n mean(h w n))        dgate = dy n w s (1 - s)
 //
-// A block takes every gridDim-th group of rows and sums up dw in a fixed order; column_sums.cu adds up the blocks'
-// partials [blocks, HEAD_DIM].
+// A block takes every gridDim-th group of rows and sums dw in a fixed order. column_sums.cu adds the blocks' partials
+// [blocks, HEAD_DIM].
 #include "vector.cuh"
 
 using Element = ELEMENT;
 
-constexpr int N = 16 / sizeof(Element);  // channels of a thread
+constexpr int N = 16 / sizeof(Element);  // channels per thread
 constexpr int LANES = HEAD_DIM / N;
 constexpr int THREADS = 256, BLOCK_ROWS = THREADS / LANES, ROWS = 2;
 

@@ -1,6 +1,6 @@
-"""The gated norm on a GPU: the kernels' launches, as custom ops with fakes and autograd.
+"""The gated norm on a GPU: launches of the kernels, as custom ops with fake implementations and autograd.
 
-docs/kernels_layer.md explains them. Only the inputs are kept for the backward.
+docs/dev/kernels_layer.md explains the kernels. Only the inputs are saved for the backward.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
@@ -21,12 +21,12 @@ HERE = Path(__file__).parent
 
 # As in the .cu files.
 THREADS = 256
-ROWS = {"forward": 4, "backward": 2}  # of a thread at a time
+ROWS = {"forward": 4, "backward": 2}  # rows per thread at a time
 RESIDENT = 3  # blocks of the backward that a multiprocessor should hold
-MOST_BLOCKS = 396  # of the backward, each with a line of partial sums: three a multiprocessor of a chip with 132
+MAX_BLOCKS = 396  # of the backward, each with a line of partial sums: three per multiprocessor of a GPU with 132
 
 
-reason_cannot_run = cannot_take(otherwise="plain")
+reason_cannot_run = cannot_take(otherwise="torch")
 
 
 @cache
@@ -40,12 +40,12 @@ def norm_kernel(name: str, head_dim: int, dtype: torch.dtype) -> Kernel:
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every kernel used on an architecture, for every head size and dtype."""
+    """Every variant for `arch`: each head size and dtype."""
     return [norm_kernel(name, head_dim, dtype) for name in ROWS for head_dim in HEAD_DIMS for dtype in ELEMENTS]
 
 
 def _blocks(name: str, x: Tensor) -> int:
-    """That every group of rows has one."""
+    """The number of blocks, so that each group of rows has one."""
     rows_of_a_block = THREADS * 16 // x.element_size() // x.shape[-1] * ROWS[name]
     return -(-(x.numel() // x.shape[-1]) // rows_of_a_block)
 
@@ -67,7 +67,7 @@ def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: f
     dy, x, gate = readable(dy), readable(x), None if gate is None else readable(gate)
     D = x.shape[-1]
     dx, dgate = _like(x), x.new_empty(0) if gate is None else _like(gate)
-    blocks = min(_blocks("backward", x), MOST_BLOCKS)
+    blocks = min(_blocks("backward", x), MAX_BLOCKS)
     partials = torch.empty((blocks, D), dtype=torch.float32, device=x.device)
     arguments = (dy, x, gate, readable(weight), dx, dgate, partials, x.numel() // D, eps)
     norm_kernel("backward", D, x.dtype)((blocks, 1, 1), THREADS, *arguments, device=x.device)
@@ -100,7 +100,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy):
     x, gate, weight = ctx.saved_tensors
-    backward: Callable = _backward if goes_straight(dy) else torch.ops.lkda.gated_norm_backward
+    backward: Callable = _backward if can_bypass_dispatcher(dy) else torch.ops.lkda.gated_norm_backward
     dx, dgate, dweight = backward(dy, x, gate, weight, ctx.eps)
     return dx, dgate if gate is not None else None, dweight, None
 
@@ -108,14 +108,14 @@ def _gradients(ctx, dy):
 torch.library.register_autograd("lkda::gated_norm_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_straight = straight(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(_forward, _save, _gradients)
 
 
 def gated_norm_cuda(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """The kernels, differentiable; arguments as in `gated_rms_norm`."""
+    """The kernels, differentiable. Arguments as in `gated_rms_norm`."""
     inputs = (x, gate, weight.float())
     forward: Callable = torch.ops.lkda.gated_norm_forward
-    if goes_straight(*inputs):
-        keep = wants_gradient(*inputs)
-        forward = _straight if keep else _forward
+    if can_bypass_dispatcher(*inputs):
+        save = wants_gradient(*inputs)
+        forward = _with_autograd if save else _forward
     return forward(*inputs, eps)

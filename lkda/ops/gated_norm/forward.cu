@@ -1,11 +1,11 @@
-// y = x / sqrt(mean over the head of x^2 + eps) * w * sigmoid(gate); a null gate is none.
+// y = x / sqrt(mean over the head of x^2 + eps) * w * sigmoid(gate). A null gate means no gate.
 //
-// A row is one head of one token; LANES neighbouring lanes have a row, 16 bytes each, and a thread ROWS rows.
+// A row is one head of one token. LANES neighbouring lanes share a row, 16 bytes each, and a thread has parts of ROWS rows.
 #include "vector.cuh"
 
 using Element = ELEMENT;
 
-constexpr int N = 16 / sizeof(Element);  // channels of a thread
+constexpr int N = 16 / sizeof(Element);  // channels per thread
 constexpr int LANES = HEAD_DIM / N;
 constexpr int THREADS = 256, BLOCK_ROWS = THREADS / LANES, ROWS = 4;
 

@@ -1,4 +1,4 @@
-"""The public function: it validates, picks a backend and runs it."""
+"""The public function: it checks its arguments, chooses a backend and runs it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike
 from lkda.ops.gated_norm import cuda
-from lkda.ops.gated_norm.plain import gated_norm_plain
+from lkda.ops.gated_norm.reference import gated_norm_torch
 from lkda.ops.runtime.backend import Backend, choose
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.gated_norm_cuda, cuda.reason_cannot_run),
-    "plain": Backend(gated_norm_plain),
+    "torch": Backend(gated_norm_torch),
 }
 
 
@@ -23,12 +23,12 @@ def gated_rms_norm(
 
     Args:
         x: [..., D].
-        gate: of x's shape and dtype, before the sigmoid; none where None.
+        gate: of x's shape and dtype, before the sigmoid. None for no gate.
         weight: [D].
         eps: added to the mean.
-        backend: auto | cuda | plain.
+        backend: auto | cuda | torch.
     Returns: of x's shape and dtype.
-    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     fn = "gated_rms_norm"
     if weight.dim() != 1 or x.shape[-1:] != weight.shape:

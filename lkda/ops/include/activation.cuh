@@ -1,4 +1,4 @@
-// Functions of the layer's gates.
+// The functions that the layer's gates use.
 #pragma once
 #include "numeric.cuh"
 

@@ -5,12 +5,12 @@ __device__ __forceinline__ unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));
 }
 
-// 16 bytes, both sides aligned to 16; past the L1 cache.
+// Copies 16 bytes, aligned to 16 on both sides, without the L1 cache.
 __device__ __forceinline__ void copy_16_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
-// Zeros where not `valid`.
+// The same; writes zeros if not `valid`.
 __device__ __forceinline__ void copy_16_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
@@ -25,7 +25,7 @@ __device__ __forceinline__ void copy_4_async(void* to, const void* from) {
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Wait until all but the newest N committed groups of this thread have landed.
+// Waits until all but the newest N committed groups of this thread have arrived.
 template <int N>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");

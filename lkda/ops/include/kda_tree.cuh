@@ -1,7 +1,7 @@
 // The tree of anchors: products of E = exp(g) inside a leaf of 8 tokens, and from a leaf to the boundaries of its groups.
 //
-// A thread holds two channels of the 8 tokens of one leaf. Leaf number l is in the second half (rows) of its group of
-// level b (halves of 8 << b tokens) where bit b of l is set, else in the first half (columns).
+// A thread holds two channels of the 8 tokens of one leaf. On level b the halves of a group have 8 << b tokens. Leaf number l is
+// in the second half (rows) of its group where bit b of l is set, else in the first half (columns).
 #pragma once
 #include "kda_chunk.cuh"
 
@@ -14,7 +14,7 @@ __device__ __forceinline__ void add_to(float2& a, float2 b) {
 constexpr float LOG2_E = 1.4426950408889634f;
 __device__ __forceinline__ float2 exp2_fast(float2 x) { return make_float2(exp2_fast(x.x), exp2_fast(x.y)); }
 
-// Two channels of a leaf's tokens, read from [rows, H, D], zeros past the chunk's last token; kept as they lie in memory.
+// Two channels of a leaf's tokens, read from [rows, H, D], in memory's type. Tokens past the chunk's last one are zeros.
 template <class T>
 struct Packed {
   using type = unsigned;
@@ -35,7 +35,7 @@ struct Leaf {
     for (int i = 0; i < LEAF; ++i, at += heads * D) pair[i] = i < left ? *reinterpret_cast<const Pair*>(at) : Pair{};
   }
   __device__ __forceinline__ float2 operator[](int i) const {
-    if constexpr (sizeof(T) == 2) {  // unpacked anew at each use: sixteen registers fewer
+    if constexpr (sizeof(T) == 2) {  // unpacked again at each use, which saves 16 registers
       unsigned word = pair[i];
       asm volatile("" : "+r"(word));
       return unpack(T{}, word);
@@ -45,7 +45,7 @@ struct Leaf {
   }
 };
 
-// E of a leaf's tokens, 1 past the chunk's last token. decay(j..i) and the factors are running products of them.
+// E of a leaf's tokens; it is 1 past the chunk's last token. decay(j..i) and the factors are running products of E.
 struct Gates {
   float2 e[LEAF];
 
@@ -58,14 +58,14 @@ struct Gates {
 #pragma unroll
     for (int i = 0; i < LEAF; ++i) e[i] = make_float2(exp2_fast(LOG2_E * nats[i].x), exp2_fast(LOG2_E * nats[i].y));
   }
-  // log2 of the whole leaf's product, for the other threads: leaf_logs [LEAVES][D].
+  // Writes log2 of the whole leaf's product to leaf_logs [LEAVES][D], for the other threads.
   static __device__ __forceinline__ void share(const Leaf<float>& nats, float* leaf_logs, int leaf, int channel) {
     float2 sum = nats[0];
 #pragma unroll
     for (int i = 1; i < LEAF; ++i) add_to(sum, nats[i]);
     *reinterpret_cast<float2*>(leaf_logs + leaf * D + channel) = make_float2(LOG2_E * sum.x, LOG2_E * sum.y);
   }
-  // use(i, f_i) for tokens in rising order: f_i = before * product of E from the leaf's first token through i.
+  // Calls use(i, f_i) for the tokens in ascending order: f_i = before * product of E from the leaf's first token through i.
   template <class Use>
   __device__ __forceinline__ float2 rows(float2 before, Use use) const {
     float2 f = before;
@@ -76,7 +76,7 @@ struct Gates {
     }
     return f;
   }
-  // use(j, f_j) in falling order: f_j = after * product of E after j to the leaf's end.
+  // Calls use(j, f_j) in descending order: f_j = after * product of E after j to the leaf's end.
   template <class Use>
   __device__ __forceinline__ void columns(float2 after, Use use) const {
     float2 f = after;
@@ -88,9 +88,9 @@ struct Gates {
   }
 };
 
-// log2 of the product of whole leaves between this leaf and the boundary of its group: `before` from the group's middle (as
-// rows), `after` to it (as columns); after the last level, from the chunk's start and to its end. A sum of logs is exact where
-// a product of many factors near 1 drifts.
+// log2 of the product of the whole leaves between this leaf and the boundary of its group: `before` from the middle of the group
+// to this leaf (for rows), `after` from this leaf to the middle (for columns). After the last level they reach from the chunk's
+// start and to its end. Logs are summed because a product of many factors near 1 accumulates errors of one sign.
 struct Reach {
   float2 before = {0.f, 0.f}, after = {0.f, 0.f};
 
@@ -98,15 +98,16 @@ struct Reach {
     return level == 0 ? make_float2(1.f, 1.f) : exp2_fast(leaf >> level & 1 ? before : after);
   }
   __device__ __forceinline__ void widen(const float* leaf_logs, int level, int leaf, int channel) {
-    const int first = ((leaf >> level) ^ 1) << level;  // of the other half's leaves
+    const int first = ((leaf >> level) ^ 1) << level;  // the first leaf of the other half
     float2 other = make_float2(0.f, 0.f);
     for (int l = first; l < first + (1 << level); ++l) add_to(other, *reinterpret_cast<const float2*>(leaf_logs + l * D + channel));
     add_to(leaf >> level & 1 ? before : after, other);
   }
 };
 
-// The operands of one level, k^ = f k and q^ = f q. Group n has rows 2 h n: h tokens of k^, then the same h of q^, from its
-// second half; columns h n: h tokens of k^ from its first half. A factor f is the leaf's own product times the reach.
+// The operands of one level, k^ = f k and q^ = f q. From row 2 h n on, `rows` holds the second half of group n: h tokens of k^, then
+// the same h tokens of q^. From row h n on, `columns` holds k^ of its first half. A factor f is the product inside the leaf times
+// the reach.
 struct Level {
   using Rows = Tile<Operand, C, D>;
   using Columns = Tile<Operand, C / 2, D>;
@@ -115,16 +116,16 @@ struct Level {
   static constexpr int bytes = Rows::bytes + Columns::bytes;
 
   static __device__ __forceinline__ bool is_row(int level, int leaf) { return leaf >> level & 1; }
-  // Of a leaf in the second half, its first row: of k^, and LEAF << level further of q^.
+  // The first row of k^ of a leaf in the second half; that of q^ is LEAF << level further.
   static __device__ __forceinline__ int first_row(int level, int leaf) {
     return ((leaf >> (level + 1) << (level + 1)) + (leaf & ((1 << level) - 1))) * LEAF;
   }
-  // Of a leaf in the first half, its first column.
+  // The first row in `columns` of a leaf in the first half.
   static __device__ __forceinline__ int first_column(int level, int leaf) {
     return ((leaf >> (level + 1) << level) + (leaf & ((1 << level) - 1))) * LEAF;
   }
 
-  // x = k, or q where `of_q`: each token times the product of E from the leaf's first token through it.
+  // x: k (q with of_q), each token times the product of E from the leaf's first token through it.
   static __device__ __forceinline__ void write_rows(char* tile, int level, int leaf, int channel, float2 reach, const float2 (&x)[LEAF], bool of_q) {
     char* to = Rows::from(tile + rows, first_row(level, leaf) + (of_q ? LEAF << level : 0));
 #pragma unroll

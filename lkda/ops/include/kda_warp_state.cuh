@@ -1,58 +1,15 @@
-// A warp's part of a state: 16 columns of V, all of K, transposed: S^T [16 of V, K], float32 in registers; and the ring
-// of shared-memory stages that feeds the warps of a block, one chunk a stage.
+// A warp's part of a state: 16 columns of V and all of K, transposed: S^T [16 of V, K], float32 in registers.
 #pragma once
-#include "kda_unit.cuh"
-#if WARPGROUPS
-#include "warpgroup.cuh"
-#endif
-
-constexpr int WIDTH = WARPS * 16;        // columns of a block
-constexpr int SPLITS = COLUMNS / WIDTH;  // blocks of a head
-constexpr int STEPS = D / 16;            // 16-channel blocks of K
-constexpr int VALUES = WIDTH < D ? WIDTH : D;  // columns of V of a block
-using Values = Tile<Element, C, VALUES>;
-
-struct Stage {
-  static constexpr int packet = 0;
-  static constexpr int values = (Packet::bytes + 127) / 128 * 128;  // Values: v; in the reverse scan v and dO
-  static constexpr int bytes = (values + STREAMS * Values::bytes + 1023) / 1024 * 1024;
-  static constexpr int units = bytes - WARPS * 4;  // of the first stage: float [WARPS]
-};
-static_assert(Stage::values + STREAMS * Values::bytes <= Stage::units, "the units fit where a stage is rounded up");
-static_assert(STAGES * Stage::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
-
-// x, with 32-bit operands computed anew where it is used.
-__device__ __forceinline__ int recomputed(int x) { return sizeof(Operand) == 4 ? opaque(x) : x; }
-
-__device__ __forceinline__ void fetch_packet(char* stage, const char* packet) {
-  for (int at = recomputed(threadIdx.x) * 16; at < Packet::bytes; at += WARPS * 32 * 16) copy_16_async(stage + Stage::packet + at, packet + at);
-}
-
-// A chunk's rows of `values` [rows, H, D] from column `first`, zeros past the last token.
-__device__ __forceinline__ void fetch_values(char* to, const Element* values, int start, int tokens, int heads, int head, int first) {
-  constexpr int THREADS = WARPS * 32, PIECE = 16 / sizeof(Element), PIECES = VALUES / PIECE;
-  for (int n = recomputed(threadIdx.x); n < C * PIECES; n += THREADS) {
-    const int t = n / PIECES, column = n % PIECES * PIECE;
-    const long long row = start + min(t, tokens - 1);
-    copy_16_async(Values::at(to, t, column), values + (row * heads + head) * D + first + column, t < tokens);
-  }
-}
-
-// Copies that have arrived, of this thread, may be read by all after the next barrier.
-__device__ __forceinline__ void show_copies() {
-#if WARPGROUPS
-  show_to_products();
-#endif
-}
+#include "kda_inter_chunk.cuh"
 
 #if WARPGROUPS
-// x[V, tokens] += left rows^T over all channels. rows: Rows in shared memory; left: [16 of V, channels].
+// x[V, tokens] += left rows^T, summed over all channels. rows: Rows in shared memory. left: [16 of V, channels].
 __device__ __forceinline__ void products_over_channels(Sum (&x)[BLOCKS], const Block<Operand> (&left)[STEPS], const char* rows) {
   static_assert(BLOCKS == 4 && STEPS % 4 == 0 && WARPS % 4 == 0, "four warps, 64 tokens, panels of 64 channels");
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) product_of_four<false>(x, left[i], Rows::at(rows, 0, i * 16));
 }
-// x[V, channels] += left rows over all tokens. left: [16 of V, tokens].
+// x[V, channels] += left rows, summed over all tokens. left: [16 of V, tokens].
 __device__ __forceinline__ void products_over_tokens(Sum (&x)[STEPS], const Block<Operand> (&left)[BLOCKS], const char* rows) {
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t)
@@ -61,7 +18,7 @@ __device__ __forceinline__ void products_over_tokens(Sum (&x)[STEPS], const Bloc
 }
 #endif
 
-// Operands of 32 bits take so many registers that no load may be brought forward past this point.
+// For 32-bit operands, no load may be moved up past this point: they take so many registers that the kernel would spill.
 __device__ __forceinline__ void pace() {
   if constexpr (sizeof(Operand) == 4) __syncwarp();
 }
@@ -75,22 +32,7 @@ __device__ __forceinline__ void unit_diagonal(Sum& sum) {
   }
 }
 
-// The unit of what this warp computes, in shared memory: registers are short.
-struct SharedUnit {
-  char* shared;
-
-  __device__ __forceinline__ volatile float* at() const {
-    return reinterpret_cast<volatile float*>(shared + Stage::units) + opaque(threadIdx.x) / 32;
-  }
-  __device__ __forceinline__ void set(float unit) const {
-    if (lane_id() == 0) *at() = unit;
-    __syncwarp();
-  }
-  __device__ __forceinline__ float get() const { return HALVES ? *at() : 1.f; }
-  __device__ __forceinline__ float inverse() const { return HALVES ? inverse_of(get()) : 1.f; }
-};
-
-// S^T from S times `factor`, or the other way; S: [K, V] in float32, `at` is &S[0][first column of the warp].
+// Reads S^T from S times `factor`, or writes it back. S is [K, V] float32; `at` is &S[0][first column of the warp].
 __device__ __forceinline__ void read_state(Sum (&state)[STEPS], const float* at, float factor) {
 #pragma unroll
   for (int n = 0; n < STEPS; ++n)
@@ -111,7 +53,7 @@ __device__ __forceinline__ void write_state(const Sum (&state)[STEPS], float* at
     }
 }
 
-// To a matrix [V, K]; `at` is &matrix[first row of the warp][0].
+// Writes S^T to a matrix [V, K]; `at` is &matrix[first row of the warp][0].
 __device__ __forceinline__ void write_transposed(const Sum (&state)[STEPS], float* at) {
 #pragma unroll
   for (int n = 0; n < STEPS; ++n)
@@ -120,33 +62,33 @@ __device__ __forceinline__ void write_transposed(const Sum (&state)[STEPS], floa
       *reinterpret_cast<float2*>(at + quadrant_row(q) * D + n * 16 + quadrant_column(q)) = state[n].pair[q];
 }
 
-// Blocks of a matrix kept in global memory as the image of a tile.
+// Writes a block of a matrix that lies in global memory as the image of a tile.
 template <class Image, class T>
 __device__ __forceinline__ void write_block(char* image, int row, int column, const Block<T>& block) {
 #pragma unroll
   for (int q = 0; q < 4; ++q) store_quadrant(Image::at(image, row + quadrant_row(q), column + quadrant_column(q)), block, q);
 }
 
-// Keeps the warp's 16 rows of a state, in halves: the largest number comes to lie in [2^14, 2^15).
-__device__ __forceinline__ void keep_state(char* kept, int row, const Sum (&state)[STEPS]) {
-  float largest = 0.f;
+// Saves the warp's 16 rows of a state in float16, scaled so that the largest number lies in [2^14, 2^15).
+__device__ __forceinline__ void save_state(char* saved, int row, const Sum (&state)[STEPS]) {
+  float amax = 0.f;
 #pragma unroll
   for (int i = 0; i < STEPS; ++i)
 #pragma unroll
-    for (int q = 0; q < 4; ++q) largest = fmaxf(largest, fmaxf(fabsf(state[i].pair[q].x), fabsf(state[i].pair[q].y)));
-  const unsigned exponent = max(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)) >> 23, 15u);
+    for (int q = 0; q < 4; ++q) amax = fmaxf(amax, fmaxf(fabsf(state[i].pair[q].x), fabsf(state[i].pair[q].y)));
+  const unsigned exponent = max(__reduce_max_sync(0xffffffffu, __float_as_uint(amax)) >> 23, 15u);
   const float scale = __uint_as_float((268u - exponent) << 23);
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) {
     Sum scaled;
 #pragma unroll
     for (int q = 0; q < 4; ++q) scaled.pair[q] = make_float2(scale * state[i].pair[q].x, scale * state[i].pair[q].y);
-    write_block<State>(kept, WARPGROUPS ? row : opaque(row), i * 16, round_to<Operand>(scaled));
+    write_block<State>(saved, WARPGROUPS ? row : opaque(row), i * 16, round_to<Operand>(scaled));
   }
-  if (lane_id() < Kept::REPEATS) reinterpret_cast<float*>(kept + Kept::scales)[row / 16 * Kept::REPEATS + lane_id()] = __uint_as_float((exponent - 14u) << 23);
+  if (lane_id() < SavedState::REPEATS) reinterpret_cast<float*>(saved + SavedState::scales)[row / 16 * SavedState::REPEATS + lane_id()] = __uint_as_float((exponent - 14u) << 23);
 }
 
-// x[.][t] *= factor[t]: a factor for each of a block's columns.
+// x[.][t] *= factor[t], one factor for each column of a block.
 __device__ __forceinline__ void scale_columns(Sum& x, const float* factor) {
 #pragma unroll
   for (int q = 0; q < 4; ++q) {

@@ -1,4 +1,4 @@
-// The instructions this project's tensor-core kernels are made of, one function each; all of sm_80.
+// One function for each instruction that the tensor-core kernels use. All exist since sm_80.
 #pragma once
 #include "async_copy.cuh"
 #include "numeric.cuh"
@@ -7,7 +7,7 @@ struct tf32 {
   float value;
 };
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8x8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(unsigned (&word)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])

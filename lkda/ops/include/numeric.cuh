@@ -1,7 +1,8 @@
-// Element types in memory and their float32 values, in pairs. No toolkit header: NVRTC parses nothing else.
+// Element types in memory and their float32 values, in pairs. No header of the CUDA toolkit is included, so that NVRTC has less to parse.
 #pragma once
 
-// x, of which the compiler knows nothing: what follows from it is computed where it is needed, not held in registers.
+// Returns x, but the compiler does not know that. So it computes what depends on the result where it is needed, instead of holding it
+// in registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -14,7 +15,7 @@ struct float16 {
   unsigned short bits;
 };
 
-// Two neighbours as they lie in memory.
+// Two neighbouring elements in memory's type.
 template <class Element>
 struct PairOf {
   using type = unsigned;
@@ -26,7 +27,7 @@ struct PairOf<float> {
 template <class Element>
 using Pair = typename PairOf<Element>::type;
 
-// Two neighbours in one 32-bit word, the first in the low half.
+// Two neighbouring elements in one 32-bit word; the first is in the low half.
 __device__ __forceinline__ float2 unpack(bfloat16, unsigned pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
@@ -53,7 +54,7 @@ __device__ __forceinline__ unsigned pack(float16, float2 x) {
   return pair;
 }
 
-// Two neighbours at an address of either's alignment times two.
+// Loads or stores two neighbouring elements. The address is aligned to both together.
 template <class Half>
 __device__ __forceinline__ float2 load_pair(const Half* at) {
   return unpack(Half{}, *reinterpret_cast<const unsigned*>(at));
@@ -68,8 +69,8 @@ __device__ __forceinline__ void store_pair(Half* at, float2 x) {
 
 __device__ __forceinline__ void store_pair(float* at, float2 x) { *reinterpret_cast<float2*>(at) = x; }
 
-// The same for global memory that nobody reads soon (first to leave the caches), if `wanted`. A predicate of the store alone:
-// of an `if`, the compiler makes a branch, moves the arithmetic of x into it, and overlaps it with nothing.
+// Stores two elements to global memory if `wanted`, with a hint that they are not read soon. The condition is a predicate of the
+// store: for an `if` the compiler would make a branch, move the arithmetic of x into it and overlap it with nothing.
 template <class Half>
 __device__ __forceinline__ void stream_pair_if(bool wanted, Half* at, float2 x) {
   asm volatile("{.reg .pred p;\n setp.ne.s32 p, %0, 0;\n @p st.global.cs.b32 [%1], %2;}" ::"r"(int(wanted)), "l"(at),
@@ -83,12 +84,12 @@ __device__ __forceinline__ void stream_pair_if(bool wanted, float* at, float2 x)
                : "memory");
 }
 
-// 16 bytes to global memory at once. Of a uint4 whose parts it knows the compiler may make four stores.
+// Stores 16 bytes to global memory with one instruction. For a uint4 whose parts the compiler knows it may make four stores.
 __device__ __forceinline__ void store_16(void* at, const unsigned (&word)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
 }
 
-// The greater, or NaN where either is.
+// max(x, y), or NaN if one of them is NaN.
 __device__ __forceinline__ float max_or_nan(float x, float y) {
   float greater;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(greater) : "f"(x), "f"(y));
@@ -113,5 +114,5 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// 1 / (1 + exp(-x)); 0 for x below -87, without an infinity on the way out.
+// 1 / (1 + exp(-x)). For x below -87 it is 0.
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-1.4426950408889634f * x)); }

@@ -1,24 +1,24 @@
-// What the forward and the backward of the short convolution share: which tokens and channels a thread has, and the
-// sequences that it walks through.
+// What the forward and the backward of the short convolution share: which tokens and channels a thread has, and the sequences that
+// it goes through.
 //
-// A warp takes RUN tokens of 32 N channels, one token after another, and keeps in registers what the taps reach back to. Up to
-// three tensors (q, k and v) of one shape go through one launch: stream 0, 1 and 2. A packed row holds the sequences n of tokens
-// [bounds[n], bounds[n + 1]); where bounds is null every row is a sequence.
+// A warp goes through RUN tokens of 32 N channels, one token after another, with the past inputs that the taps need in registers. Up
+// to three tensors (q, k and v) of one shape go through one launch; they are streams 0, 1 and 2. In a packed row, sequence n has
+// the tokens [bounds[n], bounds[n + 1]). Where bounds is null every row is one sequence.
 #pragma once
 #include "vector.cuh"
 
 using Element = ELEMENT;
 
-constexpr int N = CHANNELS;                 // of a thread
-constexpr int TAPS = CONVOLVE ? 4 : 1;      // the most there may be: a narrower filter has zeros for the oldest
+constexpr int N = CHANNELS;                 // channels per thread
+constexpr int TAPS = CONVOLVE ? 4 : 1;      // the maximum; a narrower filter has zeros for the oldest inputs
 constexpr int PAST = TAPS - 1;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // whose compiler runs out of registers
-constexpr int GROUP = AHEAD < 2 ? AHEAD : 2;  // tokens that are asked for together
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // for these the compiler runs out of registers
+constexpr int GROUP = AHEAD < 2 ? AHEAD : 2;  // tokens that are loaded together
 #else
 constexpr int GROUP = AHEAD;
 #endif
 constexpr int WARPS = 8;
-constexpr int LANES = HEAD_DIM / N;         // of a head
+constexpr int LANES = HEAD_DIM / N;         // lanes per head
 constexpr float EPS = 1e-6f;                // of the norm
 
 using Channels = Numbers<N>;
@@ -36,10 +36,11 @@ __device__ __forceinline__ Channels zeros() {
   return x;
 }
 
-// Blocks: stream, row of the batch, WARPS runs of tokens, 32 N channels; the last one varies fastest.
+// The part of the batch that a thread has. Blocks are numbered by stream, row of the batch, WARPS runs of tokens, and 32 N channels;
+// the last one varies fastest.
 struct Place {
   int stream, row, start, channel, times, time;
-  bool inside;  // lanes past the last channel do as the first channel's, and store nothing
+  bool inside;  // lanes past the last channel compute channel 0 and store nothing
 
   __device__ Place(int batch, int length, int channels) {
     const int columns = (channels + 32 * N - 1) / (32 * N);
@@ -63,7 +64,7 @@ struct Walk {
   const int* bounds;
   int count, length, n, begin, end;
 
-  // `pass(m)` for every sequence m without tokens before the row's first token.
+  // Calls pass(m) for each empty sequence m before the row's first token.
   template <class Pass>
   __device__ Walk(const int* bounds, int count, int length, int row, int token, Pass pass) : bounds(bounds), count(count), length(length) {
     if (bounds == nullptr) {
@@ -89,7 +90,7 @@ struct Walk {
     }
   }
 
-  // To the next sequence that has tokens; `pass(m)` for every one on the way that has none.
+  // Goes to the next sequence that has tokens, and calls pass(m) for each empty one before it.
   template <class Pass>
   __device__ void advance(Pass pass) {
     if (bounds == nullptr) return;
@@ -102,7 +103,7 @@ struct Walk {
   }
 };
 
-// States are [sequences, width - 1, channels], the newest token last: what lies `lag` tokens before a sequence's first.
+// States are [sequences, width - 1, channels], the newest token last. They hold the inputs `lag` tokens before a sequence's first.
 struct States {
   const float* data;
   int width, channels, channel;
@@ -126,7 +127,7 @@ __device__ __forceinline__ void load_past(Channels* window, const Element* x, lo
   for (int lag = 1; lag <= PAST; ++lag) window[PAST - lag] = input_at(x, step, start - lag, walk, states);
 }
 
-// Tokens start to end of one tensor, one after another, of which the next GROUP are on their way; zeros from the end on.
+// Reads tokens start to end of one tensor, one after another, and loads the next GROUP ahead. From the end on it returns zeros.
 struct Reader {
   const Element* from;
   long long step;
@@ -147,7 +148,7 @@ struct Reader {
     from += step;
     --left;
   }
-  // Of the token whose number from the start on is j, modulo GROUP.
+  // The next token, whose number from `start` on is j modulo GROUP.
   __device__ __forceinline__ Channels take(int j) {
     const Channels x = numbers<N>(Element{}, ahead[j]);
     send(j);
@@ -155,7 +156,7 @@ struct Reader {
   }
 };
 
-// taps[s] is the factor of the input s tokens ago; the filter is [channels, width], the newest token last.
+// Loads the filter [channels, width], the newest token last; taps[s] becomes the factor of the input s tokens ago.
 __device__ __forceinline__ void load_taps(Channels (&taps)[TAPS], const float* weight, int width, int channel) {
   if constexpr (!CONVOLVE) {
 #pragma unroll

@@ -1,10 +1,10 @@
-// Matrices in shared memory and the 16x16 blocks of them that a warp multiplies.
+// Matrices in shared memory, and the 16x16 blocks of them that a warp multiplies.
 //
-// A warp holds a block as four quadrants of 8x8: 0 rows 0-7 columns 0-7, 1 rows 8-15 columns 0-7, 2 rows 0-7 columns
-// 8-15, 3 rows 8-15 columns 8-15. In each, lane l has row l / 4, columns 2 (l % 4) and the next: a pair. Operands
-// and float32 sums (Sum) are held alike, so a sum, rounded, is at once an operand of the next product. A left operand
-// (Block) keeps its quadrants in the order 0 1 2 3, a right one (Right) in the order 0 2 1 3: so the registers that one
-// instruction takes are neighbours.
+// A warp holds a block as four quadrants of 8x8: 0 is rows 0-7 and columns 0-7, 1 is rows 8-15 and columns 0-7, 2 is rows 0-7 and
+// columns 8-15, 3 is rows 8-15 and columns 8-15. In each quadrant lane l has a pair: row l / 4, columns 2 (l % 4) and the next.
+// Operands and float32 sums (Sum) have the same layout, so a rounded sum is an operand of the next product. A left operand (Block)
+// has its quadrants in the order 0 1 2 3, a right operand (Right) in the order 0 2 1 3, so that the registers of one instruction
+// are neighbours.
 #pragma once
 #include "mma.cuh"
 
@@ -50,7 +50,7 @@ __device__ __forceinline__ void clear(Sum& sum) {
   for (int q = 0; q < 4; ++q) sum.pair[q] = make_float2(0.f, 0.f);
 }
 
-// Elements in memory, beyond numeric.cuh.
+// Loads and stores of elements that numeric.cuh does not have.
 __device__ __forceinline__ float2 load_pair(const tf32* at) { return *reinterpret_cast<const float2*>(at); }
 __device__ __forceinline__ void store_pair(tf32* at, float2 x) {
   *reinterpret_cast<float2*>(at) = make_float2(round_to_tf32(x.x), round_to_tf32(x.y));
@@ -61,7 +61,7 @@ __device__ __forceinline__ void store_one(Half* at, float x) {
 }
 __device__ __forceinline__ void store_one(tf32* at, float x) { at->value = round_to_tf32(x); }
 
-// Blocks from numbers and back.
+// Conversions between numbers and blocks.
 template <class T>
 __device__ __forceinline__ void set_pair(Block<T>& block, int q, float2 x) { block.word[q] = pack(T{}, x); }
 __device__ __forceinline__ void set_pair(Block<tf32>& block, int q, float2 x) {
@@ -76,7 +76,7 @@ template <class T>
 __device__ __forceinline__ void store_quadrant(T* at, const Block<T>& block, int q) { *reinterpret_cast<unsigned*>(at) = block.word[q]; }
 __device__ __forceinline__ void store_quadrant(tf32* at, const Block<tf32>& block, int q) { *reinterpret_cast<float2*>(at) = block.pair[q]; }
 
-// A quadrant of sums, rounded where elements are narrower.
+// Stores a quadrant of sums, rounded to the element type.
 template <class T>
 __device__ __forceinline__ void store_quadrant(T* at, const Sum& sum, int q) { store_pair(at, sum.pair[q]); }
 
@@ -108,7 +108,7 @@ __device__ __forceinline__ Right<tf32> as_right(const Block<tf32>& block) {
   return {{block.pair[0], block.pair[2], block.pair[1], block.pair[3]}};
 }
 
-// sum[m][n] += sum_k a[m][k] b[n][k]: both operands have the summed index along their columns.
+// sum[m][n] += sum_k a[m][k] b[n][k]. In both operands the summed index runs along a row.
 template <class T>
 __device__ __forceinline__ void product(Sum& sum, const Block<T>& a, const Right<T>& b) {
   multiply(T{}, sum.pair[0], sum.pair[1], a.word, b.word[0], b.word[1]);
@@ -122,7 +122,8 @@ __device__ __forceinline__ void product(Sum& sum, const Block<tf32>& a, const Ri
   }
 }
 
-// Keeps the elements of a diagonal block below the diagonal (row > column) or above it; on it where `diagonal`.
+// Sets all elements of a diagonal block to zero but those below the diagonal (row > column) or above it, and with `diagonal` those
+// on it.
 enum class Triangle { lower, upper };
 template <Triangle SIDE, bool diagonal>
 __device__ __forceinline__ bool kept(int row, int column) {
@@ -165,10 +166,10 @@ __device__ __forceinline__ void keep(Right<T>& block) {
   }
 }
 
-// A matrix of ROWS x COLUMNS, in panels 128 bytes wide (64 for a matrix no wider than that), each panel row after row.
-// The 16-byte pieces of a row are permuted by the row's number, so that eight rows of one column of pieces lie in
-// different banks. TILED, in squares of 8x8, each contiguous: what a warp writes best straight from its blocks. The same
-// image is stored in global memory where one kernel hands a matrix to another.
+// A matrix of ROWS x COLUMNS in panels of 128 bytes (64 if the matrix is no wider), each panel row after row. The 16-byte pieces of
+// a row are permuted by the row's number, so that eight rows of one column of pieces lie in different banks. A TILED matrix is made
+// of contiguous squares of 8x8 instead, which a warp can write fastest from its blocks. A matrix that one kernel passes to another
+// has the same image in global memory.
 template <class T, int ROWS, int COLUMNS, bool TILED = false>
 struct Tile {
   static constexpr int bytes = ROWS * COLUMNS * sizeof(T);
@@ -192,8 +193,8 @@ struct Tile {
     return reinterpret_cast<const T*>(static_cast<const char*>(tile) + offset(row, column));
   }
 
-  // The tile from a row and column on, multiples of 8 (of equal rows, the column is 0): at(from(tile, row, column), i, j) is
-  // at(tile, row + i, column + j), with less to compute for a constant row and column.
+  // The tile from a row and column on, which are multiples of 8 (not TILED: the column is 0). at(from(tile, row, column), i, j) is
+  // at(tile, row + i, column + j), with less address arithmetic for a constant row and column.
   template <class Byte>
   static __device__ __forceinline__ Byte* from(Byte* tile, int row, int column = 0) {
     if constexpr (TILED) return tile + (row / 8 * (COLUMNS / 8) + column / 8) * static_cast<int>(64 * sizeof(T));

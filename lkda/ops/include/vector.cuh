@@ -1,14 +1,14 @@
-// Neighbouring elements that one thread moves at once: N of them, 8 or 16 bytes, aligned to that.
+// N neighbouring elements that one thread loads or stores at once: 8 or 16 bytes, aligned to their size.
 #pragma once
 #include "numeric.cuh"
 
-// As they lie in memory.
+// The elements in memory's type.
 template <int BYTES>
 struct Raw {
   unsigned word[BYTES / 4];
 };
 
-// From memory that the kernel does not write.
+// Loads from memory that the kernel does not write.
 __device__ __forceinline__ void fetch(Raw<8>& raw, const void* at) {
   const uint2 x = __ldg(static_cast<const uint2*>(at));
   raw = {{x.x, x.y}};
@@ -22,7 +22,7 @@ __device__ __forceinline__ void put(void* at, const Raw<16>& raw) {
   *static_cast<uint4*>(at) = {raw.word[0], raw.word[1], raw.word[2], raw.word[3]};
 }
 
-// As numbers.
+// The elements in float32.
 template <int N>
 struct Numbers {
   float x[N];
@@ -53,7 +53,7 @@ __device__ __forceinline__ Numbers<N> load_numbers(const Half* at) {
   fetch(raw, at);
   return numbers<N>(Half{}, raw);
 }
-// Float32 whatever N is: 16 bytes at a time.
+// Loads N float32 numbers, 16 bytes at a time.
 template <int N>
 __device__ __forceinline__ Numbers<N> load_floats(const float* at) {
   Numbers<N> y;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_numbers(float* at, const Numbers<N>& x) {
   store_floats<N>(at, x);
 }
 
-// The sum over LANES neighbouring lanes (a power of two), the same in each of them.
+// The sum over LANES neighbouring lanes (a power of two). Each lane gets it.
 template <int LANES>
 __device__ __forceinline__ float sum_over_lanes(float x) {
 #pragma unroll
@@ -93,7 +93,7 @@ __device__ __forceinline__ float sum_over_lanes(float x) {
   return x;
 }
 
-// One element.
+// Loads or stores one element.
 template <class Half>
 __device__ __forceinline__ float load_number(const Half* at) {
   return unpack(Half{}, static_cast<unsigned>(at->bits)).x;

@@ -1,12 +1,12 @@
-// Products by four warps at once (wgmma, sm_90a): each has 16 rows of the left operand in registers, and all share a right
-// operand that is read once, from shared memory. They go on in the background, in groups, as copies do.
+// Matrix products by four warps together (wgmma, sm_90a). Each warp has 16 rows of the left operand in registers, and all share a
+// right operand, which is read from shared memory once. The products are asynchronous and, like copies, are waited for in groups.
 #pragma once
 #include "tile.cuh"
 
-// Shared memory filled by this thread's copies may be read by products, after the next barrier.
+// After the next barrier, products may read shared memory that this thread's copies have filled.
 __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Sums that products have written or are about to: nothing that concerns them may cross this point.
+// For sums that products have written or will write: the compiler moves no access to them across this point.
 template <int N>
 __device__ __forceinline__ void settle(Sum (&x)[N]) {
 #pragma unroll
@@ -15,19 +15,19 @@ __device__ __forceinline__ void settle(Sum (&x)[N]) {
     for (int q = 0; q < 4; ++q) asm volatile("" : "+f"(x[t].pair[q].x), "+f"(x[t].pair[q].y)::"memory");
 }
 
-// Before the first product after registers of its sums or left operands were written.
+// Call before the first product after its sums or left operands were written in registers.
 __device__ __forceinline__ void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most NEWEST of the closed groups are under way.
+// Waits until at most the newest NEWEST of the closed groups are unfinished.
 template <int NEWEST>
 __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST) : "memory");
 }
 
-// x[16 of the warp][64] += a[16][16] b, x being four blocks side by side. b is in a Tile of 128-byte rows, aligned to 1024:
-// b[k][n] = tile[n][k] from `corner`, or, TRANSPOSED, tile[k][n].
+// x[16 rows of the warp][64] += a[16][16] b; x is four blocks side by side. b lies in a Tile with rows of 128 bytes, aligned to 1024,
+// from `corner` on: b[k][n] = tile[n][k], or with TRANSPOSED tile[k][n].
 template <bool TRANSPOSED>
 __device__ __forceinline__ void product_of_four(Sum* x, const Block<float16>& a, const void* corner) {
   constexpr unsigned long long ROWS_OF_8 = 1024 >> 4, SWIZZLED_128 = 1ull << 62;
@@ -43,7 +43,7 @@ __device__ __forceinline__ void product_of_four(Sum* x, const Block<float16>& a,
       : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "l"(b), "n"(TRANSPOSED ? 1 : 0));
 }
 
-// An 8x8 matrix of 16-bit elements, transposed.
+// Transposes an 8x8 matrix of 16-bit elements.
 __device__ __forceinline__ unsigned transpose(unsigned word) {
   unsigned other;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(word));

@@ -1,1 +1,1 @@
-"""Kimi Delta Attention (arXiv:2510.26692): `op` is public, `recurrent` the equations, `chunk` the chunked form."""
+"""Kimi Delta Attention (arXiv:2510.26692): `op`, `fused` and `step` are public, `reference` has the equations."""

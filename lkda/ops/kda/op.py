@@ -1,4 +1,4 @@
-"""The public KDA functions: they validate, pick a backend and run it."""
+"""The public KDA functions: they check their arguments, choose a backend and run it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BACKENDS: dict[str, Backend] = {
     "chunk": Backend(kda_chunk),
     "recurrent": Backend(kda_recurrent),
 }
-# The kernels keep square states.
-_ANY_STATE = {word: BACKENDS[word] for word in ("chunk", "recurrent")}
+# For K != V, which the kernels cannot do.
+_WITHOUT_KERNELS = {word: BACKENDS[word] for word in ("chunk", "recurrent")}
 
 
 def kda_attention(
@@ -40,20 +40,21 @@ def kda_attention(
 
         S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T,    o_t = scale * S_t^T q_t
 
-    Exact for every gate from 0 to a hard reset (-inf); no lower bound on g is assumed.
+    The result is exact for every gate from 0 to a hard reset (-inf); no lower bound on g is assumed.
 
     Args:
-        q, k: [B, T, H, K]; k of unit L2 norm over K, and q too in KDA. The kernels multiply halves in float16:
-            numbers of q above 65,504 overflow, and those below 6e-5 lose digits. v may have any size.
+        q, k: [B, T, H, K]; k has unit L2 norm over K, and in KDA so has q. For half-precision inputs the kernels
+            multiply in float16: numbers of q above 65,504 overflow, and those below 6e-5 lose digits. v may have any
+            size.
         v: [B, T, H, V], of the dtype of q and k.
         g: [B, T, H, K], log decay per token in nats, <= 0.
         beta: [B, T, H], write strength in [0, 2].
-        scale: of the output; K^-0.5 where None.
-        initial_state: [B, H, K, V], or [N, H, K, V] with cu_seqlens; zeros where None.
-        cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1); empty ones are legal.
+        scale: the factor of the output; None for K^-0.5.
+        initial_state: [B, H, K, V], or [N, H, K, V] with cu_seqlens; None for zeros.
+        cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1); they may be empty.
         backend: auto | cuda | cuda_recurrent | chunk | recurrent.
     Returns: o [B, T, H, V] in v's dtype, final_state [B or N, H, K, V] in float32 (float64 for float64 inputs).
-    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     check_attention("kda_attention", q, k, v, g, beta, initial_state, cu_seqlens)
     word = backend_of("kda_attention", backend, q, v)
@@ -62,13 +63,13 @@ def kda_attention(
 
 
 def backend_of(fn: str, backend: str, q: Tensor, v: Tensor) -> str:
-    """The backend that `backend` means for q and v, the best where it is "auto"."""
-    backends = BACKENDS if v.shape[3] == q.shape[3] else _ANY_STATE
+    """The word of the backend that runs for q and v; "auto" means the fastest one that can."""
+    backends = BACKENDS if v.shape[3] == q.shape[3] else _WITHOUT_KERNELS
     return choose(fn, backends, backend, device=q.device, head_dim=q.shape[3], dtype=q.dtype)
 
 
 def _usual(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> bool:
-    """Whether `check_attention` would find nothing, told in a fraction of its time. False tells nothing."""
+    """A quick test for the usual case. True means that `check_attention` would find no error; False means nothing."""
     return (
         q.dim() == 4
         and q.shape[1] > 0
@@ -90,7 +91,7 @@ def check_attention(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    """Raises ValueError where a shape, dtype or device does not fit."""
+    """Raises ValueError if a shape, dtype or device does not fit."""
     if initial_state is None and cu_seqlens is None and _usual(q, k, v, g, beta):
         return
     sizes: dict[str, int] = {}
@@ -117,9 +118,9 @@ def kda_step(
 
     Args:
         q, k, g: [B, H, K].   v: [B, H, V].   beta: [B, H].   state: [B, H, K, V], float32 or float64.
-        scale: of the output; K^-0.5 where None.
+        scale: the factor of the output; None for K^-0.5.
     Returns: o [B, H, V] in v's dtype, and the state after the token, in the given state's dtype.
-    Raises: ValueError where a shape, dtype or device does not fit.
+    Raises: ValueError if a shape, dtype or device does not fit.
     """
     fn = "kda_step"
     sizes: dict[str, int] = {}

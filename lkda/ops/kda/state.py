@@ -1,4 +1,4 @@
-"""How a state is kept from token to token: in float32, in bf16, or in int8 with a float32 factor for each row of K."""
+"""The formats of a state between tokens: float32, bf16, or int8 with a float32 factor for each row of K."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": to
 
 
 def pack_state(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A state [..., K, V] as it is kept: (state,), or for int8 (codes [..., K, V], factors [..., K]).
+    """Converts a state [..., K, V] to (state,), or for int8 to (codes [..., K, V], factors [..., K]).
 
-    bf16 and int8 are rounded to nearest; docs/decoding.md tells when that is safe. Float32 keeps its dtype (which may
-    be float64).
+    bf16 and int8 are rounded to nearest; docs/guides/generating.md says when that is safe. With float32 the state keeps
+    its own dtype, which may be float64.
     """
     if dtype == torch.bfloat16:
         return (state.bfloat16(),)
@@ -24,7 +24,7 @@ def pack_state(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def unpack_state(kept: tuple[Tensor, ...]) -> Tensor:
-    """The numbers that `pack_state` kept, float32 at least."""
+    """The state that `pack_state` converted, in float32 at least."""
     state, *factors = kept
     wide = at_least_float32(state)
     return wide * factors[0].unsqueeze(-1) if factors else wide

@@ -1,4 +1,4 @@
-"""KDA's decoding step as the layer calls it: from one token's projections to o, state and caches in place."""
+"""KDA's decoding step as a layer calls it: from one token's projections to o; state and caches change in place."""
 
 from __future__ import annotations
 
@@ -10,48 +10,40 @@ from torch import Tensor
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_shape
 from lkda.ops.kda.cuda import step as cuda_step
-from lkda.ops.kda.fused import check_gate, plain_decay
-from lkda.ops.kda.reference.gate import write_strength
+from lkda.ops.kda.reference.gate import KDAGate, kda_gate_torch
 from lkda.ops.kda.reference.recurrent import kda_step_recurrent
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.runtime.backend import Backend, choose
-from lkda.ops.short_conv.plain import convolve_plain, normalized_plain
+from lkda.ops.short_conv.reference import convolve_torch, normalize_torch
 
 
-def _plain(
+def _torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gate_logits: Tensor | None,
     beta_logits: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
+    gate: KDAGate,
     state: Tensor,
     factors: Tensor | None,
     weights: Sequence[Tensor],
     caches: Sequence[Tensor],
     *,
     normalize: bool,
-    bounded: bool,
-    lower_bound: float,
-    strength: float,
     scale: float,
 ) -> Tensor:
-    """The same in plain PyTorch: the definition. Computed in float32 at least."""
+    """The step in PyTorch, in float32 at least: the definition that the kernel is compared with."""
     dtype = torch.promote_types(compute_dtype(v), torch.float64 if state.dtype == torch.float64 else torch.float32)
     out_dtype = v.dtype
     (B, H, D), heads = q.shape, [x.to(dtype) for x in (q, k, v)]
     for i, (weight, cache) in enumerate(zip(weights, caches)):
-        y, after = convolve_plain(heads[i].reshape(B, 1, H * D), weight, cache, None)
+        y, after = convolve_torch(heads[i].reshape(B, 1, H * D), weight, cache, None)
         heads[i] = y.view(B, H, D)
         cache.copy_(after)
     if normalize:
-        heads[0], heads[1] = normalized_plain(heads[0]), normalized_plain(heads[1])
-    form = "bounded" if bounded else "softplus"
-    logits, strengths = _as_sequence(gate_logits), beta_logits.unsqueeze(1)
-    g = plain_decay(logits, A_log, dt_bias, strengths, D, form, lower_bound).squeeze(1).to(dtype)
-    beta = strength * write_strength(beta_logits).to(dtype)
+        heads[0], heads[1] = normalize_torch(heads[0]), normalize_torch(heads[1])
+    g, beta = (x.to(dtype) for x in kda_gate_torch(gate_logits, beta_logits, gate, head_dim=D))
     kept = (state,) if factors is None else (state, factors)
     q, k, v = heads
     o, new_state = kda_step_recurrent(q, k, v, g, beta, unpack_state(kept).to(dtype), scale)
@@ -62,10 +54,10 @@ def _plain(
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda_step.kda_step_cuda, cuda_step.reason_cannot_run),
-    "plain": Backend(_plain),
+    "torch": Backend(_torch),
 }
-# The kernel takes filters of up to 4 taps and no float64.
-_ANY = {"plain": BACKENDS["plain"]}
+# For what the kernel cannot do: filters of more than 4 taps, and float64.
+_WITHOUT_KERNEL = {"torch": BACKENDS["torch"]}
 
 
 @torch.no_grad()
@@ -75,38 +67,35 @@ def kda_step_fused(
     v: Tensor,
     gate_logits: Tensor | None,
     beta_logits: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
+    gate: KDAGate,
     state: tuple[Tensor, ...],
     *,
     weights: Sequence[Tensor] = (),
     caches: Sequence[Tensor] = (),
-    gate: str = "softplus",
-    lower_bound: float = -5.0,
-    negative_eigenvalues: bool = False,
     normalized: bool = False,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One token of the KDA layer between its projections, without gradients. State and caches are updated IN PLACE.
+    """One token of a KDA layer between its projections, without gradients. State and caches are updated IN PLACE.
 
-        q, k, v = SiLU(conv(q)), SiLU(conv(k)), SiLU(conv(v)) where there are weights, then as `kda_attention_fused`
-
-    It is one kernel launch, which a CUDA graph can capture; a batch's sequences do not depend on one another's places.
+    With weights, q, k and v go through the short convolution with SiLU first. Then it does what `kda_attention_fused`
+    does. On a GPU that is one kernel launch, which a CUDA graph can capture. The bits of a sequence's result do not
+    depend on its place in the batch.
 
     Args:
         q, k, v: [B, H, D] of one dtype.
-        gate_logits: [B, H, D], or [B, H] for one decay a head; None: no decay, and no A_log and dt_bias.
+        gate_logits: [B, H, D], or [B, H] for one decay per head; None for no decay.
         beta_logits: [B, H].
-        A_log: of H numbers, in any shape.   dt_bias: as many numbers as the gate has logits.
+        gate: what turns the logits into g and beta.
         state: ([B, H, D, D],) in float32, float64 or bf16, or (int8 [B, H, D, D], float32 [B, H, D]), as
-            `lkda.ops.kda.state.pack_state` gives it; contiguous.
-        weights: of the convolutions of q, k and v, [H * D, 1, width] each; none for no convolution.
-        caches: their last inputs, [B, width - 1, H * D] each, as `short_convolutions` leaves them; contiguous.
-        gate, lower_bound, negative_eigenvalues, normalized, scale: as in `kda_attention_fused`.
-        backend: auto | cuda | plain.
+            `lkda.ops.kda.state.pack_state` returns it; contiguous.
+        weights: of the convolutions of q, k and v, [H * D, 1, width] each; empty for no convolution.
+        caches: the last inputs of the convolutions, [B, width - 1, H * D] each, as `short_convolutions` returns them;
+            contiguous.
+        normalized, scale: as in `kda_attention_fused`.
+        backend: auto | cuda | torch.
     Returns: o [B, H, D] in v's dtype.
-    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     fn = "kda_step_fused"
     sizes: dict[str, int] = {"1": 1}
@@ -115,28 +104,22 @@ def kda_step_fused(
     check_shape(fn, "v", v, "B H D", sizes)
     check_shape(fn, "beta_logits", beta_logits, "B H", sizes)
     given = {"q": q, "k": k, "v": v, "gate_logits": gate_logits, "beta_logits": beta_logits}
-    given |= {"A_log": A_log, "dt_bias": dt_bias}
+    given |= {"A_log": gate.A_log, "dt_bias": gate.dt_bias}
     check_alike(fn, given, same_dtype=("q", "k", "v"))
-    whole = sizes | {"T": 1, "K": sizes["D"]}
-    check_gate(fn, whole, _as_sequence(gate_logits), A_log, dt_bias, gate, lower_bound)
+    sequence = None if gate_logits is None else gate_logits.unsqueeze(1)
+    gate.check(fn, sequence, sizes | {"T": 1, "K": sizes["D"]})
     _check_state(fn, state, q.device, sizes)
     _check_caches(fn, weights, caches, q.device, sizes)
-    fits = state[0].dtype != torch.float64 and sizes.get("W", 1) <= cuda_step.MOST_TAPS
-    word = choose(fn, BACKENDS if fits else _ANY, backend, device=q.device, head_dim=sizes["D"], dtype=q.dtype)
+    fits = state[0].dtype != torch.float64 and sizes.get("W", 1) <= cuda_step.MAX_TAPS
+    word = choose(
+        fn, BACKENDS if fits else _WITHOUT_KERNEL, backend, device=q.device, head_dim=sizes["D"], dtype=q.dtype
+    )
     return BACKENDS[word].run(
-        *(q, k, v, gate_logits, beta_logits, A_log, dt_bias),
+        *(q, k, v, gate_logits, beta_logits, gate),
         *(state[0], state[1] if len(state) == 2 else None, weights, caches),
         normalize=not normalized,
-        bounded=gate == "bounded",
-        lower_bound=lower_bound,
-        strength=2.0 if negative_eigenvalues else 1.0,
         scale=sizes["D"] ** -0.5 if scale is None else scale,
     )
-
-
-def _as_sequence(x: Tensor | None) -> Tensor | None:
-    """[B, ...] -> [B, 1, ...]"""
-    return None if x is None else x.unsqueeze(1)
 
 
 def _check_state(fn: str, state: tuple[Tensor, ...], device: torch.device, sizes: dict[str, int]) -> None:

@@ -1,1 +1,1 @@
-"""How a kernel is compiled, cached, chosen and launched."""
+"""Compiling, caching, choosing and launching kernels."""

@@ -1,8 +1,7 @@
-"""Which implementation runs: a word, resolved once, never guessed silently.
+"""Which implementation of an op runs. Its name, the backend, is resolved once and never changed silently.
 
-Each op's module `lkda.ops.<op>.op` holds `BACKENDS`, a dict from a word to a `Backend`, fastest first. `auto` is the
-first of them that may be chosen by itself and can run on the device; asking for one that cannot is an error that says
-why.
+Each op's module `lkda.ops.<op>.op` has a dict `BACKENDS` from a name to a `Backend`, fastest first. `auto` is the first
+automatic one that can run on the device. Asking for a backend that cannot run is an error that says why.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lkda.checks import InputError
 
 
 def always(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """A backend in plain PyTorch: nothing stops it."""
+    """For a backend in PyTorch, which can always run."""
     return None
 
 
@@ -27,9 +26,9 @@ class Backend:
     """One implementation of an op.
 
     Args:
-        run: the function; it takes the op's tensors, validated.
-        cannot_run: (device, head_dim, dtype) -> the reason why it cannot run there, or None.
-        automatic: whether `auto` may pick it.
+        run: the function. It takes the op's arguments, already checked.
+        cannot_run: (device, head_dim, dtype) -> the reason why it cannot run there, or None if it can.
+        automatic: whether `auto` may choose it.
     """
 
     run: Callable[..., Any]
@@ -46,7 +45,7 @@ def choose(
     head_dim: int,
     dtype: torch.dtype,
 ) -> str:
-    """The word of the backend that runs. Raises ValueError where `backend` is unknown or cannot run."""
+    """The name of the backend that runs. Raises ValueError if `backend` is unknown or cannot run."""
     if backend == "auto":
         for word, candidate in backends.items():
             if candidate.automatic and candidate.cannot_run(device, head_dim, dtype) is None:
@@ -68,13 +67,13 @@ def _backends(op: str) -> Mapping[str, Backend]:
 
 
 def available_backends(op: str) -> tuple[str, ...]:
-    """The words that `backend` may be for `op` ("kda", "simplified", "softmax"), `auto` first."""
+    """The backends of `op` ("kda", "simplified", "softmax"), `auto` first."""
     return ("auto", *_backends(op))
 
 
 def resolve_backend(op: str, backend: str, *, device: torch.device | str, head_dim: int, dtype: torch.dtype) -> str:
-    """The word that `backend` (which may be `auto`) comes to for `op` on `device`.
+    """The backend of `op` that runs on `device` for `backend`, which may be `auto`.
 
-    Raises: ValueError for an unknown word, or one that cannot run there, with the reason.
+    Raises: ValueError for an unknown backend, or one that cannot run there, with the reason.
     """
     return choose(op, _backends(op), backend, device=torch.device(device), head_dim=head_dim, dtype=dtype)

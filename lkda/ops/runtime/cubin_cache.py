@@ -1,7 +1,7 @@
-"""Compiled kernels on disk: one file an entry, named by the hash of all that went into it.
+"""Compiled kernels on disk: one file per entry, named by the hash of everything that it was compiled from.
 
-Many processes may share the folder: a file appears whole, by an atomic rename, and is checked when read. A folder that
-cannot be used costs compiling again, and one warning.
+Processes may share the directory: a file is written by an atomic rename and checked when it is read. If the directory
+cannot be used, kernels are compiled again in each process, with one warning.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _warned = False
 
 
 def directory() -> Path:
-    """The kernels' folder in LKDA_CACHE, or in ~/.cache/lkda. Raises ValueError where neither is known."""
+    """The directory `kernels` in LKDA_CACHE, or in ~/.cache/lkda. Raises ValueError if neither is known."""
     given = os.environ.get("LKDA_CACHE")
     try:
         return (Path(given) if given else Path.home() / ".cache" / "lkda") / "kernels"
@@ -29,7 +29,7 @@ def directory() -> Path:
 
 
 def key(words: Iterable[str], texts: Iterable[bytes]) -> str:
-    """Hash of options and sources; each is preceded by its length, so that no two lists collide by concatenation."""
+    """A hash of options and sources. The length of each piece is hashed too, so that no two lists can collide."""
     digest = hashlib.sha256()
     for piece in (*(word.encode() for word in words), *texts):
         digest.update(len(piece).to_bytes(8, "little"))
@@ -38,7 +38,7 @@ def key(words: Iterable[str], texts: Iterable[bytes]) -> str:
 
 
 def read(name: str) -> tuple[bytes, str] | None:
-    """(cubin, log) of an entry, or None where there is none or it is damaged."""
+    """(cubin, log) of an entry, or None if it does not exist or is damaged."""
     try:
         head, _, cubin = (directory() / name).read_bytes().partition(b"\n")
     except FileNotFoundError:
@@ -47,15 +47,15 @@ def read(name: str) -> tuple[bytes, str] | None:
         _warn(error)
         return None
     try:
-        facts = json.loads(head)
-        whole = hashlib.sha256(cubin).hexdigest() == facts["sha256"]
+        metadata = json.loads(head)
+        whole = hashlib.sha256(cubin).hexdigest() == metadata["sha256"]
     except (ValueError, KeyError, TypeError):
         whole = False
-    return (cubin, facts["log"]) if whole else None
+    return (cubin, metadata["log"]) if whole else None
 
 
 def write(name: str, cubin: bytes, log: str) -> None:
-    """Store an entry; failing to is no error."""
+    """Stores an entry. A failure gives a warning, no error."""
     head = json.dumps({"sha256": hashlib.sha256(cubin).hexdigest(), "log": log})
     temporary = None
     try:
@@ -75,7 +75,7 @@ def _warn(error: OSError) -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"the kernel cache {directory()} cannot be used ({error}); kernels are compiled anew in every process; "
+            f"the kernel cache {directory()} cannot be used ({error}); kernels are compiled again in every process; "
             "set LKDA_CACHE to a writable folder",
             RuntimeWarning,
             stacklevel=2,

@@ -1,4 +1,4 @@
-"""A call may go straight to its kernels, past PyTorch's dispatcher."""
+"""Calling an op's function directly, without PyTorch's dispatcher, where nothing but autograd watches the call."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def goes_straight(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd can be watching a call on these tensors.
+def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors may skip PyTorch's dispatcher.
 
-    A custom op is what the tracer, fake tensors and dispatch modes see; in Python its passage through the dispatcher
-    costs more host time than a short kernel runs. Where none of them is there, an op's function is called by itself.
+    The tracer, fake tensors and dispatch modes see a custom op only if it passes through the dispatcher. For an op
+    written in Python that passage takes more host time than a short kernel takes to run. So an op's function is called
+    directly where none of the three is active and every tensor is an ordinary one.
     """
     if (
         torch.compiler.is_compiling()
@@ -24,8 +25,8 @@ def goes_straight(*tensors: Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
     ):
         return False
-    for x in tensors:  # noqa: SIM110 - a loop: `any` of a generator takes three times as long
-        if x is not None and type(x) not in _PLAIN:
+    for x in tensors:  # noqa: SIM110 - `any` over a generator takes three times as long as this loop
+        if x is not None and type(x) not in _TENSOR_TYPES:
             return False
     return True
 
@@ -35,18 +36,18 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def straight(
+def without_dispatcher(
     forward: Callable[..., Any], save: Callable, gradients: Callable, *, results: int | None = None
 ) -> Callable[..., Any]:
-    """`forward` with an op's autograd, but without the dispatcher.
+    """A differentiable function that calls `forward` without the dispatcher.
 
     Args:
-        forward: of the op; its results, tensors or None.
-        save, gradients: `setup_context` and `backward` of `torch.library.register_autograd`.
-        results: how many of the first results have a gradient; all where None.
+        forward: the op's implementation. It returns tensors, or None for a tensor that does not exist.
+        save, gradients: `setup_context` and `backward`, as `torch.library.register_autograd` takes them.
+        results: the first `results` outputs have a gradient, the others do not. None: all have one.
     """
 
-    class Straight(torch.autograd.Function):
+    class WithoutDispatcher(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             output = forward(*inputs)
@@ -57,4 +58,4 @@ def straight(
 
         backward = staticmethod(once_differentiable(gradients))  # type: ignore[assignment]
 
-    return Straight.apply
+    return WithoutDispatcher.apply

@@ -1,11 +1,11 @@
-"""CUDA kernels compiled at first use: .cu -> cubin through NVRTC (cuda-core), kept on disk, launched on torch's stream.
+"""CUDA kernels compiled at first use: .cu -> cubin with NVRTC (cuda-core), cached on disk, launched on torch's stream.
 
     module = Module(Path(__file__).with_name("forward.cu"), {"HEAD_DIM": 64, "ELEMENT": "bfloat16"})
     forward = module.kernel("simplified_forward", "PPPi", shared_bytes=32768)
     forward((blocks, 1, 1), 256, q, k, o, length, device=q.device)
 
-A .cu file holds `extern "C"` kernels and takes its variant through macros. Nothing is compiled when a Module or a
-Kernel is made; the first launch on a device does it, or `Module.binary(arch)`, which needs no device.
+A .cu file has `extern "C"` kernels; macros select its variant. Creating a Module or a Kernel compiles nothing. The
+first launch on a device compiles, or `Module.binary(arch)`, which needs no device.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ import torch
 from lkda.ops.runtime import cubin_cache
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
-# What one block may ask for, dynamic and static together (CUDA programming guide, compute capabilities).
+# The most that one block can have, dynamic and static together (CUDA programming guide, compute capabilities).
 SHARED_BYTES_PER_BLOCK = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -47,7 +47,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 
 class KernelCompileError(RuntimeError):
-    """NVRTC refused a source file; the message holds the file, the architecture and the compiler's own words."""
+    """NVRTC could not compile a source file. The message has the file, the architecture and the compiler's message."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,20 @@ class Binary:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The NVRTC target of a CUDA device; sm_90 and sm_10x with their own instructions (suffix a)."""
+    """The NVRTC target of a CUDA device. sm_90 and sm_10x have the suffix a, for instructions of their own."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}" + ("a" if major in (9, 10) else "")
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a CUDA device has."""
+    """The number of multiprocessors of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
 def reason_cannot_run(device: torch.device) -> str | None:
-    """Why no kernel can be compiled for and launched on this device, or None."""
+    """Why no kernel can be compiled for this device and launched on it, or None if one can."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a CUDA device; use backend='chunk', or move them."
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -111,7 +111,7 @@ def _reason_no_compiler() -> str | None:
 
 @cache
 def _toolkit_includes() -> tuple[Path, ...]:
-    """Folders that hold the CUDA headers: those of the pip wheels, else of an installed toolkit."""
+    """The folders with the CUDA headers: those of the pip wheels, or else of an installed toolkit."""
     spec = importlib.util.find_spec("nvidia")
     wheels = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     folders = [root / part / "include" for root in wheels for part in ("cu13", "cuda_runtime")]
@@ -130,7 +130,7 @@ def _compiler_version() -> str:
 
 @cache
 def _source_closure(source: Path) -> tuple[bytes, ...]:
-    """The text of a source and of every header it includes, in order of first inclusion."""
+    """The text of a source and of every header that it includes, in the order of their first inclusion."""
     folders = (INCLUDE, *_toolkit_includes())
     texts, queue, seen = [], [source], {source}
     while queue:
@@ -148,21 +148,21 @@ def _source_closure(source: Path) -> tuple[bytes, ...]:
 
 
 class Module:
-    """One .cu file with one set of macros; compiled once per architecture, loaded once per device.
+    """One .cu file with one set of macros. It is compiled once per architecture and loaded once per device.
 
     Args:
         source: the .cu file.
         defines: macro -> value.
 
     Attributes:
-        companions: gives the modules that will be wanted soon after this one; where this one has to be compiled, they
-            are compiled at the same time, in threads of their own.
+        precompile_with: returns the modules that will be needed soon after this one. Where this one has to be compiled,
+            they are compiled at the same time, each in a thread.
     """
 
     def __init__(self, source: Path, defines: Mapping[str, str | int | float]):
         self.source = source
         self.defines = tuple(f"{name}={value}" for name, value in defines.items())
-        self.companions: Callable[[], Iterable[Module]] = tuple
+        self.precompile_with: Callable[[], Iterable[Module]] = tuple
         self._lock = threading.RLock()
         self._binaries: dict[str, Binary] = {}
         self._handles: dict[int, object] = {}
@@ -172,7 +172,7 @@ class Module:
 
     @property
     def operator(self) -> str:
-        """The folder of the operator: that of the source, or the one above where sources have a folder of their own."""
+        """The name of the operator's folder: the source's, or the one above if that is `cuda`."""
         folder = self.source.parent
         return (folder.parent if folder.name == "cuda" else folder).name
 
@@ -181,13 +181,14 @@ class Module:
 
         Args:
             entry: its `extern "C"` name.
-            signature: a letter a parameter: P pointer, i int32, q int64, f float32; a struct's members in parentheses.
+            signature: one letter per parameter: P pointer, i int32, q int64, f float32. Parentheses enclose the members
+                of a struct.
             shared_bytes: dynamic shared memory of every launch.
         """
         return Kernel(self, entry, signature, shared_bytes)
 
     def binary(self, arch: str) -> Binary:
-        """The cubin for `arch` ("sm_90a") with the compiler's log; from memory, from disk, or compiled. Needs no GPU.
+        """The cubin for `arch` ("sm_90a") with the compiler's log, from memory, from disk, or compiled. Needs no GPU.
 
         Raises: KernelCompileError with the compiler's message and the file.
         """
@@ -202,7 +203,7 @@ class Module:
         name = f"{self.operator}-{self.source.stem}-{arch}-{key}.cubin"
         entry = cubin_cache.read(name)
         if entry is None:
-            for module in self.companions():
+            for module in self.precompile_with():
                 threading.Thread(target=module._compile_early, args=(arch,)).start()
             binary = _compile(self.source, arch, self.defines)
             cubin_cache.write(name, binary.cubin, binary.log)
@@ -210,11 +211,11 @@ class Module:
         return Binary(*entry)
 
     def _compile_early(self, arch: str) -> None:
-        with suppress(KernelCompileError):  # said when the kernel is wanted
+        with suppress(KernelCompileError):  # raised again when the kernel is needed
             self.binary(arch)
 
     def function(self, entry: str, device: int):
-        """The driver's handle of a kernel on a device. The device's context must be current."""
+        """The driver's handle for a kernel on a device, whose context must be current."""
         from cuda.bindings import driver
 
         with self._lock:
@@ -225,7 +226,7 @@ class Module:
 
 
 def _compile(source: Path, arch: str, defines: tuple[str, ...]) -> Binary:
-    with _importing:  # two threads that import cuda.core at once can find it half made
+    with _importing:  # of two threads that import cuda.core at once, one can see it half imported
         from cuda.core import Program, ProgramOptions
 
     standard, verbose = _OPTIONS
@@ -234,20 +235,20 @@ def _compile(source: Path, arch: str, defines: tuple[str, ...]) -> Binary:
         arch=arch,
         std=standard,
         ptxas_options=[verbose],
-        no_cache=True,  # ours is enough, and what comes out of the compiler's own has no log
+        no_cache=True,  # this project has a cache, and an entry of the compiler's own has no log
         define_macro=list(defines) or None,
         include_path=[str(folder) for folder in (source.parent, INCLUDE, *_toolkit_includes())],
     )
     log = io.StringIO()
     try:
         code = Program(source.read_text(), "c++", options).compile("cubin", logs=log)
-    except Exception as error:  # cuda-core's class for this has moved between its versions
+    except Exception as error:  # cuda-core moved its exception class between versions
         raise KernelCompileError(f"{source} does not compile for {arch} with {' '.join(defines)}:\n{error}") from error
     return Binary(bytes(code.code), log.getvalue().strip("\0 \n"))
 
 
 def _checked(result: tuple):
-    """The value of a cuda.bindings call; RuntimeError with the driver's name for the error otherwise."""
+    """The value of a cuda.bindings call. Raises RuntimeError with the driver's name for an error."""
     from cuda.bindings import driver
 
     status, *values = result
@@ -257,10 +258,10 @@ def _checked(result: tuple):
 
 
 def _ensure_context(device: int) -> None:
-    """Make the device's primary context current where this thread has none.
+    """Makes the device's primary context current if this thread has none.
 
-    An autograd worker thread may launch before any call of the CUDA runtime has bound one: torch's allocator, served
-    from its cache, makes no such call.
+    An autograd worker thread may launch a kernel before it has called the CUDA runtime, which binds a context: torch's
+    allocator does not call it for memory from its cache.
     """
     if getattr(_thread, "has_context", False):
         return
@@ -274,8 +275,10 @@ def _ensure_context(device: int) -> None:
 
 
 def fill_words(x: torch.Tensor, value: int) -> None:
-    """Sets every 32-bit word of a contiguous CUDA tensor, on torch's current stream; the driver's own memset, which
-    costs the host a third of what `torch.full` does."""
+    """Sets every 32-bit word of a contiguous CUDA tensor, on torch's current stream.
+
+    It calls the driver's memset, which takes a third of the host time of `torch.full`.
+    """
     from cuda.bindings import driver
 
     index = x.device.index
@@ -289,7 +292,7 @@ def fill_words(x: torch.Tensor, value: int) -> None:
 
 
 class _Arguments(threading.local):
-    """One thread's packed kernel arguments, and the array of their addresses that cuLaunchKernel reads."""
+    """The packed kernel arguments of one thread, and the array of their addresses that cuLaunchKernel reads."""
 
     def __init__(self, signature: str):
         # "0q" adds nothing but padding to a multiple of 8, where a struct begins and ends.
@@ -308,7 +311,7 @@ class _Arguments(threading.local):
 
 
 class Kernel:
-    """A kernel of a Module, launched by calling it; asynchronous, on torch's current stream of `device`."""
+    """A kernel of a Module. Calling it launches it, asynchronously, on torch's current stream of `device`."""
 
     def __init__(self, module: Module, entry: str, signature: str, shared_bytes: int):
         self.module, self.entry, self.signature, self.shared_bytes = module, entry, signature, shared_bytes
@@ -319,12 +322,12 @@ class Kernel:
         return f"{self.entry} of {self.module}"
 
     def __call__(self, grid: tuple[int, int, int], block: int, *arguments, device: torch.device) -> None:
-        """Launch.
+        """Launches the kernel.
 
         Args:
-            grid: blocks along x, y, z; nothing is launched when one is 0.
+            grid: blocks along x, y, z. Nothing is launched if one of them is 0.
             block: threads along x.
-            arguments: as in the signature; tensors for pointers, None for a null one.
+            arguments: as in the signature; a tensor for a pointer, None for a null pointer.
             device: the CUDA device of the tensors, with its index.
         """
         if 0 in grid:

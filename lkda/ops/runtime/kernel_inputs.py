@@ -1,4 +1,4 @@
-"""What kernels take: sizes of heads, dtypes, and tensors that they can read sixteen bytes at a time."""
+"""What the kernels accept: head sizes, dtypes, and tensors that they can read 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Reason = Callable[[torch.device, int, torch.dtype], str | None]
 
 
 def cannot_take(otherwise: str) -> Reason:
-    """The `cannot_run` of a backend of such kernels: (device, head_dim, dtype) -> the reason why not, or None.
+    """The `cannot_run` of a backend with such kernels: (device, head_dim, dtype) -> the reason, or None if it can run.
 
     Args:
-        otherwise: the backend that takes what they cannot.
+        otherwise: the backend to name in the reason, which can do what the kernels cannot.
     """
 
     def reason(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
@@ -36,6 +36,6 @@ def cannot_take(otherwise: str) -> Reason:
 
 
 def readable(x: Tensor) -> Tensor:
-    """x itself where it is contiguous and aligned to 16 bytes, else a copy."""
+    """x if it is contiguous and aligned to 16 bytes, else a copy that is."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -1,1 +1,1 @@
-"""Short causal convolutions with SiLU, and the L2 norm of heads behind them: `op` is public, `plain` the definition."""
+"""Short causal convolutions with SiLU and the L2 norm per head: `op` is public, `reference` is the definition."""

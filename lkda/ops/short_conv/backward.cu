@@ -2,9 +2,9 @@
 //
 //     dz = (gradient of y through the norm) * silu'(z)        dx_t = sum_s w_s dz_{t+s}        dw_s = sum_t dz_t x_{t-s}
 //
-// z is computed again from x. A warp goes on for three tokens beyond its own, since they depend on its last ones. The filter's
-// gradient is summed in a fixed order: a warp's tokens, the block's warps, and (column_sums.cu) the blocks:
-// partials [rows * times, streams, channels, width].
+// z is computed again from x. A warp goes on for three tokens beyond its own, because their dz depends on its last tokens. The
+// filter's gradient is summed in a fixed order: over a warp's tokens, over the block's warps, and (column_sums.cu) over the blocks,
+// from partials [rows * times, streams, channels, width].
 #include "short_conv.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)

@@ -1,7 +1,7 @@
-"""Short convolutions on a GPU: the kernels' launches, as custom ops with fakes and autograd. docs/kernels_layer.md
-explains them.
+"""Short convolutions on a GPU: launches of the kernels, as custom ops with fake implementations and autograd.
 
-Up to three streams (q, k and v) go through one launch; only the inputs are kept for the backward.
+docs/dev/kernels_layer.md explains the kernels. Up to three tensors (q, k and v), here called streams, go through one
+launch. Only the inputs are saved for the backward.
 """
 
 from __future__ import annotations
@@ -14,29 +14,32 @@ import torch
 from torch import Tensor
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
 HERE = Path(__file__).parent
 
 # As in short_conv.cuh.
-MOST_TAPS, WARPS = 4, 8
-CHANNELS = {"forward": 4, "backward": 4}  # of a thread
-RUN = {"forward": 64, "backward": 64}  # tokens of a warp
-AHEAD = {"forward": 4, "backward": 4}  # tokens that are on their way while as many are worked on
+MAX_TAPS, WARPS = 4, 8
+CHANNELS = {"forward": 4, "backward": 4}  # per thread
+RUN = {"forward": 64, "backward": 64}  # tokens per warp
+AHEAD = {"forward": 4, "backward": 4}  # tokens that are being loaded while as many are computed on
 RESIDENT = {"forward": 3, "backward": 2}  # blocks that a multiprocessor should hold at least
 
 
-reason_cannot_run = cannot_take(otherwise="plain")
+reason_cannot_run = cannot_take(otherwise="torch")
 
 
 @cache
 def conv_kernel(
     name: str, head_dim: int, dtype: torch.dtype, convolve: bool, result: torch.dtype | None = None
 ) -> Kernel:
-    """`forward` or `backward`, of the convolution with the norm, or of the norm alone; y of a dtype of its own."""
-    # Float32 inputs take more registers; the norm alone gives a thread less to do, and so needs fewer.
+    """The kernel `forward` or `backward`: of the convolution with the norm, or (convolve=False) of the norm alone.
+
+    `result` is the dtype of y; None: that of x.
+    """
+    # Float32 inputs take more registers per thread. The norm alone has less to do and so needs fewer blocks.
     resident = RESIDENT[name] - 1 if dtype == torch.float32 or not convolve else RESIDENT[name]
     shape: dict[str, str | int | float] = {
         "HEAD_DIM": head_dim,
@@ -49,12 +52,12 @@ def conv_kernel(
         module = Module(HERE / "forward.cu", shape | {"RESULT": ELEMENTS[result or dtype]})
         return module.kernel("short_conv_forward", "P" * 16 + "qqiiiiii")
     module = Module(HERE / "backward.cu", shape)
-    shared_bytes = 4 * MOST_TAPS * _channels(name, dtype) * 32 * WARPS if convolve else 0
+    shared_bytes = 4 * MAX_TAPS * _channels(name, dtype) * 32 * WARPS if convolve else 0
     return module.kernel("short_conv_backward", "P" * 23 + "qqiiiiiii", shared_bytes=shared_bytes)
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every kernel used on an architecture, for every head size and dtype."""
+    """Every variant for `arch`: each head size and dtype."""
     return [
         conv_kernel(name, head_dim, dtype, convolve)
         for name in RUN
@@ -65,7 +68,7 @@ def kernels(arch: str) -> list[Kernel]:
 
 
 def _channels(name: str, dtype: torch.dtype) -> int:
-    """Of a thread."""
+    """Channels per thread."""
     return min(CHANNELS[name], 16 // dtype.itemsize)
 
 
@@ -75,12 +78,12 @@ def _blocks(name: str, streams: int, x: Tensor) -> int:
 
 
 def _times(name: str, T: int) -> int:
-    """Blocks along time."""
+    """The number of blocks along time."""
     return -(-T // (WARPS * RUN[name]))
 
 
 def _rows(xs: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors themselves where they have one layout that the kernels can read, else copies."""
+    """The tensors if they share one layout that the kernels can read, else contiguous copies."""
     steps = xs[0].stride()
     size = xs[0].element_size()
     fits = steps[2] == 1 and steps[0] * size % 16 == 0 and steps[1] * size % 16 == 0
@@ -112,7 +115,7 @@ def _forward(
     head_dim: int,
     result: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """The ys, of dtype `result` where that is given, and the last inputs; empty where there is none."""
+    """Three ys, of dtype `result` if that is given, and three last inputs. What does not exist is an empty tensor."""
     xs = _rows(_given(x0, x1, x2))
     B, T, C = x0.shape
     ys, lasts = _forward_outputs(x0, w0, len(xs), cu_seqlens, result)
@@ -137,7 +140,7 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _filled(xs: list[Tensor], like: Tensor) -> tuple[Tensor, ...]:
-    """Three, the absent ones empty."""
+    """Three tensors: the given ones, then empty ones."""
     return tuple(xs) + tuple(like.new_empty(0) for _ in range(3 - len(xs)))
 
 
@@ -148,7 +151,7 @@ def _forward_outputs(
     cu_seqlens: Tensor | None,
     result: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """y [B, T, C] and the last inputs [B or N, width - 1, C] in float32, of each stream; unwritten."""
+    """Uninitialised y [B, T, C] and last inputs [B or N, width - 1, C] (float32) of each stream."""
     B, T, C = x.shape
     ys = [torch.empty((B, T, C), dtype=result or x.dtype, device=x.device) for _ in range(streams)]
     if weight is None:
@@ -177,7 +180,7 @@ def _backward(
     normalized: int,
     head_dim: int,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the xs, of the states, and [streams, C, 1, width] of the weights; empty where there is none."""
+    """Gradients of three xs, three states, and the weights [streams, C, 1, width]. What does not exist is empty."""
     xs, gradients = _rows(_given(x0, x1, x2)), [readable(g) for g in _given(g0, g1, g2)]
     B, T, C = x0.shape
     dxs, dstates = _backward_outputs(x0, len(xs), s0)
@@ -243,7 +246,7 @@ def _gradients(ctx, g0, g1, g2, e0, e1, e2):
     streams = len(_given(x0, x1, x2))
     gradients = [torch.zeros_like(x0) if g is None else g for g in (g0, g1, g2)[:streams]]
     lasts = [e if w0 is not None and i < streams else None for i, e in enumerate((e0, e1, e2))]
-    backward: Callable = _backward if goes_straight(*gradients) else torch.ops.lkda.short_conv_backward
+    backward: Callable = _backward if can_bypass_dispatcher(*gradients) else torch.ops.lkda.short_conv_backward
     *found, dweights = backward(*_three(gradients), *lasts, *ctx.saved_tensors, ctx.normalized, ctx.head_dim)
     weights = _three(list(dweights.unbind(0)) if w0 is not None else [])
     dxs, dstates = found[:3], found[3:]
@@ -258,7 +261,7 @@ def _gradients(ctx, g0, g1, g2, e0, e1, e2):
 torch.library.register_autograd("lkda::short_conv_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_straight = straight(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(_forward, _save, _gradients)
 
 
 def short_convolutions_cuda(
@@ -269,7 +272,7 @@ def short_convolutions_cuda(
     states: Sequence[Tensor] | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The kernels, differentiable; arguments and results as in `short_convolutions`; the norm alone without weights."""
+    """The kernels, differentiable. Arguments and results as in `short_convolutions`; without weights the norm alone."""
     filters = [] if weights is None else [w.float() for w in weights]
     before = [] if states is None else [s.float().contiguous() for s in states]
     if cu_seqlens is not None:
@@ -278,9 +281,9 @@ def short_convolutions_cuda(
     size = head_dim if bits else HEAD_DIMS[0]
     tensors = (*_three(xs), *_three(filters), *_three(before))
     forward: Callable = torch.ops.lkda.short_conv_forward
-    if goes_straight(*tensors):
-        keep = wants_gradient(*tensors)
-        forward = _straight if keep else _forward
+    if can_bypass_dispatcher(*tensors):
+        save = wants_gradient(*tensors)
+        forward = _with_autograd if save else _forward
     found = forward(*tensors, cu_seqlens, bits, size)
     ys, lasts = found[: len(xs)], found[3 : 3 + len(filters)]
     dtypes = [] if weights is None else [x.dtype for x in (weights if states is None else states)]
@@ -290,23 +293,28 @@ def short_convolutions_cuda(
 _BOTH = 0b11  # q and k
 
 
-def unit_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of `unit_vectors`: of their numbers, none above 1, float16 keeps three binary digits more than bfloat16."""
+def normalized_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what `normalize_heads` returns: float16 for half precision.
+
+    The numbers are at most 1, and float16 keeps 3 bits more of them than bfloat16.
+    """
     return torch.float16 if dtype.itemsize == 2 else dtype
 
 
-def unit_vectors(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k [B, T, H, D] over their norms, in one launch; contiguous, of `unit_dtype`. Without autograd: see
-    `unit_vectors_backward`."""
+def normalize_heads(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k [B, T, H, D] divided by their L2 norms, in one launch; contiguous, of `normalized_dtype`.
+
+    Autograd does not record it; `normalize_heads_backward` computes the gradients.
+    """
     x0, x1, D = q.flatten(2), k.flatten(2), q.shape[-1]
     nothing = (None,) * 6  # neither filters nor states
-    ys = _forward(x0, x1, None, *nothing, None, _BOTH, D, unit_dtype(q.dtype))
+    ys = _forward(x0, x1, None, *nothing, None, _BOTH, D, normalized_dtype(q.dtype))
     return ys[0].view(q.shape), ys[1].view(k.shape)
 
 
-def unit_vectors_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k from those of their unit vectors, in the dtype of q and k."""
-    backward: Callable = _backward if goes_straight(dq, dk) else torch.ops.lkda.short_conv_backward
+def normalize_heads_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k, in their dtype, from those of the normalised q and k."""
+    backward: Callable = _backward if can_bypass_dispatcher(dq, dk) else torch.ops.lkda.short_conv_backward
     given, xs = (dq.flatten(2), dk.flatten(2), None), (q.flatten(2), k.flatten(2), None)
     nothing = (None,) * 6
     found = backward(*given, None, None, None, *xs, *nothing, None, _BOTH, q.shape[-1])

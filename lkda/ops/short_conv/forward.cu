@@ -1,8 +1,8 @@
-// y_t = SiLU(sum_s w_s x_{t-s}), and where a stream is normalised y / sqrt(sum over the head of y^2 + eps); CONVOLVE = 0: the
-// norm of x alone. `normalized` has a bit a stream. Also writes the last width - 1 inputs of every sequence.
+// y_t = SiLU(sum_s w_s x_{t-s}); in a normalised stream y / sqrt(sum over the head of y^2 + eps). With CONVOLVE = 0 the norm of x alone.
+// `normalized` has one bit per stream. Also writes the last width - 1 inputs of each sequence.
 #include "short_conv.cuh"
 
-using Result = RESULT;  // y: Element, or float16 where unit vectors are to keep its digits
+using Result = RESULT;  // y's type: Element, or float16 for normalised heads, of which it keeps more bits
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     short_conv_forward(const Element* x0, const Element* x1, const Element* x2, const float* w0, const float* w1, const float* w2,
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
   load_taps(taps, choose(at.stream, w0, w1, w2), width, at.channel);
   Walk walk(bounds, sequences, length, at.row, at.start, pass);
 
-  // One sequence's tokens at a time, as far as they are this warp's.
+  // The tokens of one sequence at a time, as far as this warp has them.
   for (int start = at.start; start < stop;) {
     const int end = min(walk.end, stop);
     Reader reader(x, start, end, token_step);

@@ -1,4 +1,4 @@
-"""The public functions: they validate, pick a backend and run it."""
+"""The public functions: they check their arguments, choose a backend and run it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.short_conv import cuda
-from lkda.ops.short_conv.plain import convolve_plain, normalized_plain
+from lkda.ops.short_conv.reference import convolve_torch, normalize_torch
 
-MOST_STREAMS = 3
+MAX_STREAMS = 3
 
 
-def _plain(
+def _torch(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor] | None,
     normalized: Sequence[bool],
@@ -26,18 +26,18 @@ def _plain(
     ys, lasts = [], []
     for i, x in enumerate(xs):
         if weights is not None:
-            x, last = convolve_plain(x, weights[i], None if states is None else states[i], cu_seqlens)
+            x, last = convolve_torch(x, weights[i], None if states is None else states[i], cu_seqlens)
             lasts.append(last)
-        ys.append(normalized_plain(x.unflatten(-1, (-1, head_dim))).flatten(-2) if normalized[i] else x)
+        ys.append(normalize_torch(x.unflatten(-1, (-1, head_dim))).flatten(-2) if normalized[i] else x)
     return tuple(ys), tuple(lasts)
 
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.short_convolutions_cuda, cuda.reason_cannot_run),
-    "plain": Backend(_plain),
+    "torch": Backend(_torch),
 }
-# The kernels take filters of up to 4 taps and rows of whole 16 bytes.
-_ANY_SHAPE = {"plain": BACKENDS["plain"]}
+# For what the kernels cannot do: filters of more than 4 taps, and rows that are no multiple of 16 bytes.
+_WITHOUT_KERNELS = {"torch": BACKENDS["torch"]}
 
 
 def short_convolutions(
@@ -57,17 +57,19 @@ def short_convolutions(
     Args:
         xs: tensors [B, T, channels] of one dtype.
         weights: [channels, 1, width] each, the newest token last; as a depthwise nn.Conv1d holds them.
-        normalized: which of them are divided by their norm over each head of `head_dim` channels; none where None.
-        states: the inputs before each sequence, [B, width - 1, channels], or [N, width - 1, channels] with cu_seqlens;
-            zeros where None.
-        cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1); empty ones are legal.
-        backend: auto | cuda | plain.
-    Returns: a y of each x's shape and dtype, and the states after, in the given states' dtype (else the weights').
-    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+        normalized: for each tensor whether to divide it by its L2 norm over each head of `head_dim` channels. None: no
+            tensor.
+        states: the inputs before each sequence, [B, width - 1, channels], or [N, width - 1, channels] with cu_seqlens.
+            None for zeros.
+        cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1); they may be empty.
+        backend: auto | cuda | torch.
+    Returns: for each x a y of its shape and dtype, and the states after each sequence, in the dtype of the given
+        states, or of the weights without states.
+    Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     fn = "short_convolutions"
-    if not 1 <= len(xs) <= MOST_STREAMS or len(weights) != len(xs):
-        raise InputError(f"{fn}: one to {MOST_STREAMS} tensors with a weight each, got {len(xs)} and {len(weights)}.")
+    if not 1 <= len(xs) <= MAX_STREAMS or len(weights) != len(xs):
+        raise InputError(f"{fn}: one to {MAX_STREAMS} tensors with a weight each, got {len(xs)} and {len(weights)}.")
     sizes: dict[str, int] = {"1": 1}
     tensors: dict[str, Tensor | None] = {}
     for i, x in enumerate(xs):
@@ -105,7 +107,7 @@ def short_convolution(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`short_convolutions` of one tensor; normalised over heads of `head_dim` where that is given."""
+    """`short_convolutions` for one tensor. With `head_dim`, each head of the result is divided by its L2 norm."""
     ys, states = short_convolutions(
         (x,),
         (weight,),
@@ -152,7 +154,7 @@ def _normalized(
 def _choose(
     fn: str, xs: Sequence[Tensor], width: int, normalized: Sequence[bool], head_dim: int | None, backend: str
 ) -> str:
-    fits = width <= cuda.MOST_TAPS and xs[0].shape[-1] * xs[0].element_size() % 16 == 0
+    fits = width <= cuda.MAX_TAPS and xs[0].shape[-1] * xs[0].element_size() % 16 == 0
     size = head_dim if head_dim and any(normalized) else cuda.HEAD_DIMS[0]
-    backends = BACKENDS if fits else _ANY_SHAPE
+    backends = BACKENDS if fits else _WITHOUT_KERNELS
     return choose(fn, backends, backend, device=xs[0].device, head_dim=size, dtype=xs[0].dtype)

@@ -1,1 +1,1 @@
-"""Simplified linear attention: an elementwise gated recurrence with two numbers a channel."""
+"""Simplified linear attention: an elementwise gated recurrence with two numbers per channel."""

@@ -1,4 +1,4 @@
-"""The public functions of simplified linear attention: they validate, pick a backend and run it."""
+"""The public functions of simplified linear attention: they check their arguments, choose a backend and run it."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def simplified_attention(
     Args:
         q, k, v: [B, T, H, D], of one dtype.
         decay: b, [B, T, H] or, constant over tokens, [H]; in (0, 1].
-        initial_state: [B, H, 2, D] (num, den), or [N, H, 2, D] with cu_seqlens; zeros where None.
-        cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1); empty ones are legal.
+        initial_state: [B, H, 2, D] (num, den), or [N, H, 2, D] with cu_seqlens; None for zeros.
+        cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1); they may be empty.
         backend: auto | cuda | cuda_baseline | chunk | recurrent.
     Returns: o [B, T, H, D] in v's dtype, final_state [B or N, H, 2, D] in float32 (float64 for float64 inputs).
-    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     fn = "simplified_attention"
     sizes: dict[str, int] = {}
@@ -71,7 +71,7 @@ def simplified_step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tenso
     Args:
         q, k, v: [B, H, D].   decay: [B, H] or [H].   state: [B, H, 2, D] (num, den), float32 or float64.
     Returns: o [B, H, D] in v's dtype, and the state after the token, in the given state's dtype.
-    Raises: ValueError where a shape, dtype or device does not fit.
+    Raises: ValueError if a shape, dtype or device does not fit.
     """
     fn = "simplified_step"
     sizes: dict[str, int] = {"2": 2}

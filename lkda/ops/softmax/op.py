@@ -1,4 +1,4 @@
-"""Causal softmax attention: PyTorch's fused kernels, and the quadratic form as it is written."""
+"""Causal softmax attention: PyTorch's fused kernels, and the quadratic form as its equation stands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lkda.ops.sequences import longest as longest_of
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q [B, H, T, K], k [B, H, S, K], v [B, H, S, V]: the T x S matrix of scores in full, in float32 or float64."""
+    """Computes the whole T x S matrix of scores, in float32 or float64, for q [B, H, T, K], k [B, H, S, K] and v."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     T, S = q.shape[-2], k.shape[-2]
     seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -28,7 +28,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     T, S = q.shape[-2], k.shape[-2]
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    # The queries are the last T of S positions; a lone query sees all.
+    # The queries are the last T of S positions. A single query attends to all of them.
     mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
@@ -55,8 +55,8 @@ def _sdpa_packed(
     K, V = q.shape[-1], v.shape[-1]
     if cu_seqlens is None or not (q.is_cuda and half and V <= K <= 256 and K % 8 == 0):
         return _per_sequence(_sdpa)(q, k, v, scale, cu_seqlens, longest)
-    # All sequences in one launch: the kernel behind SDPA, called by its name. It takes heads of one size, so narrower
-    # values are filled up; and it launches blocks for every sequence as for the longest, which must be known therefore.
+    # The kernel behind SDPA, called by its name, does all sequences in one launch. It needs K = V, so narrower values
+    # are padded. It launches as many blocks for each sequence as for the longest, so the longest must be known.
     v = F.pad(v, (0, K - V))
     T = q.shape[1]
     bounds, most = cu_seqlens.to(torch.int32), longest_of(cu_seqlens, T) if longest is None else min(longest, T)
@@ -85,15 +85,15 @@ def softmax_attention(
     """Causal softmax attention, o_t = sum_{s <= t} softmax_s(scale q_t . k_s) v_s.
 
     Args:
-        q: [B, T, H, K], the last T of S positions (T = S, unless keys were carried over).
+        q: [B, T, H, K], the last T of S positions. T = S, unless keys come from a cache.
         k: [B, S, H, K].   v: [B, S, H, V].
-        scale: of the scores; K^-0.5 where None.
-        cu_seqlens: int [N + 1], boundaries of N sequences packed in one row (B = 1, T = S); empty ones are legal.
-        longest: tokens that no packed sequence exceeds. Where None, cu_seqlens are read, which waits for a GPU; in a
-            traced or captured call, which cannot read them, T is taken, which launches idle blocks.
-        backend: auto | sdpa | naive (the S x S matrix in full: what it costs).
+        scale: the factor of the scores; None for K^-0.5.
+        cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1, T = S); they may be empty.
+        longest: an upper bound of the tokens of a packed sequence. None: it is read from cu_seqlens, for which the
+            host waits for the GPU. A traced or captured call cannot read it and takes T, which launches idle blocks.
+        backend: auto | sdpa | naive (computes the whole S x S matrix, to measure what it costs).
     Returns: o [B, T, H, V] in v's dtype.
-    Raises: ValueError where a shape, dtype or device does not fit, naming the one that does not.
+    Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     fn = "softmax_attention"
     sizes: dict[str, int] = {}

@@ -1,1 +1,1 @@
-"""What all pictures and pages share: colours, labels, units, curves, tables."""
+"""What all plots and pages use: colours, labels, units, curves and tables."""

@@ -1,4 +1,4 @@
-"""One curve for several seeds, and a smooth one for a noisy one."""
+"""The mean curve of several seeds, and smoothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lkda.report.read.runs import Run
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean over seeds, and the least and the greatest; lists of one length."""
+    """The mean over seeds, and the smallest and the largest value; all lists have the same length."""
 
     x: list[float]
     y: list[float]
@@ -21,7 +21,10 @@ class Curve:
 
 
 def mean_curve(runs: Sequence[Run], x: str, y: str) -> Curve:
-    """Over the steps where every run logged both columns of metrics.csv (the first run's, where they share none)."""
+    """The curve over the steps at which every run logged both columns of metrics.csv.
+
+    Where no step is common to all runs, it is the curve of the first run.
+    """
     by_step = [{row["step"]: (row[x], row[y]) for row in run.metrics if x in row and y in row} for run in runs]
     shared = sorted(set(by_step[0]).intersection(*by_step[1:]))
     if not shared:
@@ -32,7 +35,7 @@ def mean_curve(runs: Sequence[Run], x: str, y: str) -> Curve:
 
 
 def running_mean(curve: Curve) -> Curve:
-    """The mean over a window of a fifteenth of the curve around each point, narrower at its ends."""
+    """Each point becomes the mean over a window of a fifteenth of the curve, which is narrower at the ends."""
     half = max(1, len(curve.x) // 30)
 
     def smooth(values: list[float]) -> list[float]:

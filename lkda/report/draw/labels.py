@@ -1,4 +1,4 @@
-"""Names written beside what they name, without overlaps, in the place of a legend."""
+"""Labels beside curves and points, used instead of a legend. They overlap neither each other nor the grid lines."""
 
 from __future__ import annotations
 
@@ -7,36 +7,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 
-SIZE = 9.0  # points
-# Of the default font, as parts of its size.
+SIZE = 9.0  # typographic points
+ABOVE_GRID = 0.7  # grid lines have 0.5 and curves 2
+# Mean width and height of a character of the default font, relative to its size.
 WIDTH, HEIGHT = 0.6, 1.45
-# Of the width of a picture, at most for names beside the curves; it becomes wider for longer ones.
+# The labels take at most this share of the width of the axes. Longer ones make the figure wider.
 MOST_ROOM = 0.6
-# Right or left (1, -1) and above or below of a point, the preferred first.
-SIDES = ((1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
+# Where a label is placed relative to its point: (right or left, above or below), in order of preference.
+SIDES = ((1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1), (1, 2), (1, -2), (-1, 2), (-1, -2))
 
 
 @dataclass(frozen=True)
 class Label:
-    """A name for the point (x, y) of the data."""
+    """A text for the point (x, y) of the data.
+
+    Attributes:
+        low, high: the ends of the point's error bar, where it has one.
+    """
 
     x: float
     y: float
     text: str
     colour: str
+    low: float | None = None
+    high: float | None = None
 
 
 def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
-    """Writes the labels of curves' ends as a column at the right, each tied to its end by a hairline.
+    """Writes the labels of the ends of curves as a column at the right, each joined to its end by a thin line.
 
-    Makes room for the column by moving the right limit, and a wider figure where names are long. Call it when the
-    other limits and the scales are final.
+    Makes room for the column by moving the right limit, and makes the figure wider for long labels. The grid lines end
+    where the column begins. Call it after everything else, when the scales and the other limits are final.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # the layout decides how wide the axes are
+    figure.draw_without_rendering()  # computes the width of the axes
     room = max(len(label.text) for label in labels) * WIDTH * SIZE / 72 + 0.3  # inches
     missing = room / MOST_ROOM - axes.get_window_extent().width / figure.dpi
     if missing > 0:
@@ -53,19 +61,24 @@ def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
     ends = {label: to_axes.transform((label.x, label.y)) for label in labels}
     ordered = sorted(labels, key=lambda label: ends[label][1])
     column = 1 - share + 0.2 / width
+    room_behind = Rectangle(
+        (1 - share + 0.03 / width, 0), share, 1, transform=axes.transAxes, color=axes.get_facecolor(), zorder=ABOVE_GRID
+    )
+    axes.add_patch(room_behind)
+    axes.xaxis.label.set_x((1 - share) / 2)
     heights = spread([ends[label][1] for label in ordered], gap=SIZE * HEIGHT / 72 / height, low=0.03)
     for label, y in zip(ordered, heights):
         x, from_y = ends[label]
         inside, colour = axes.transAxes, label.colour
-        axes.plot([x, column], [from_y, y], color=colour, linewidth=0.7, alpha=0.6, transform=inside)
+        axes.plot([x, column], [from_y, y], color=colour, linewidth=0.7, alpha=0.6, transform=inside, zorder=1.5)
         x = column + 0.04 / width
         axes.text(x, y, label.text, color=colour, va="center_baseline", fontsize=SIZE, transform=inside)
 
 
 def spread(heights: Sequence[float], *, gap: float, low: float = -math.inf) -> list[float]:
-    """Ascending heights, moved as little as it takes to lie at least `gap` apart and not under `low`.
+    """Moves ascending heights as little as possible, so that they are at least `gap` apart and not below `low`.
 
-    Neighbours that are too close become one block around their mean, and blocks that meet become one.
+    Neighbours that are too close form a block around their mean, and blocks that touch are joined.
     """
 
     def bottom(block: list[float]) -> float:
@@ -81,7 +94,7 @@ def spread(heights: Sequence[float], *, gap: float, low: float = -math.inf) -> l
 
 
 def label_points(axes: Axes, labels: Sequence[Label]) -> None:
-    """Writes each label beside its point, on the side where it covers the least of the others.
+    """Writes each label beside its point, on the side where it covers least of the points, bars and other labels.
 
     Call it when the limits are final.
     """
@@ -91,6 +104,7 @@ def label_points(axes: Axes, labels: Sequence[Label]) -> None:
     scale = figure.dpi / 72
     points = [tuple(axes.transData.transform((label.x, label.y))) for label in labels]
     taken = [Bbox.from_bounds(x - 6 * scale, y - 6 * scale, 12 * scale, 12 * scale) for x, y in points]
+    taken += [_bar(axes, label, scale) for label in labels]
     inside = axes.get_window_extent()
     for label, point in zip(labels, points):
         boxes = [_box(label.text, point, side, scale) for side in SIDES]
@@ -106,11 +120,20 @@ def label_points(axes: Axes, labels: Sequence[Label]) -> None:
             ha=("right", "center", "left")[SIDES[best][0] + 1],
             va="center_baseline",
             fontsize=SIZE,
+            zorder=ABOVE_GRID,
+            bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.5},
         )
 
 
+def _bar(axes: Axes, label: Label, scale: float) -> Bbox:
+    """The error bar of a label's point, in pixels; of no height where it has none."""
+    low, high = label.y if label.low is None else label.low, label.y if label.high is None else label.high
+    (x, low), (_, high) = axes.transData.transform([(label.x, low), (label.x, high)])
+    return Bbox.from_bounds(x - 3 * scale, low, 6 * scale, high - low)
+
+
 def _box(text: str, point: tuple[float, float], side: tuple[int, int], scale: float) -> Bbox:
-    """What the text would cover at that side of the point; in pixels, `scale` of them a point of type."""
+    """The box that the text would cover at that side of the point. Pixels; `scale` of them are a typographic point."""
     width, height = len(text) * WIDTH * SIZE * scale, SIZE * HEIGHT * scale
     right, up = _offset(side)
     left = point[0] + right * scale + (side[0] - 1) * width / 2
@@ -118,14 +141,14 @@ def _box(text: str, point: tuple[float, float], side: tuple[int, int], scale: fl
 
 
 def _covered(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
-    """The area of others under the box; what lies outside the axes counts three times."""
+    """The area of other boxes under this one, plus three times its area outside the axes."""
     return sum(_area(box, other) for other in taken) + 3 * (box.width * box.height - _area(box, inside))
 
 
 def _offset(side: tuple[int, int]) -> tuple[float, float]:
-    """Points from the marker to where a label at this side is anchored."""
+    """The offset in typographic points from the marker to the anchor of a label at this side."""
     right, up = side
-    return 9.0 * right, up * (6.0 if right else 13.0)
+    return 9.0 * right, up * (7.5 if right else 13.0)
 
 
 def _area(one: Bbox, other: Bbox) -> float:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of tables and plots, for light and dark screens."""
+"""A self-contained HTML page of tables and plots, for light and dark screens."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ p.note, li {{ color: var(--faint); font-size: 0.875rem; margin: 0.35rem 0; }}
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, in this order.
+    """A section of the page. Its contents appear in the order of the attributes.
 
     Attributes:
-        heading: none for the first section, which stands under the title.
-        head, body: of the table; the first `names` columns are names.
-        notes: sentences under it.
-        pictures: alternative text -> plot.
-        items: lines of a list.
+        heading: empty for the first section, which follows the title.
+        head, body: headings and cells of the table, whose first `names` columns are names.
+        notes: sentences below the table.
+        pictures: {alternative text: plot}.
+        items: the items of a list.
     """
 
     heading: str = ""
@@ -53,7 +53,7 @@ class Section:
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """The page as text; whatever is in it is escaped."""
+    """The page as HTML. All text is escaped."""
     body = "\n".join(_section(section) for section in sections)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

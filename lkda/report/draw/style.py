@@ -1,4 +1,4 @@
-"""How plots look: a light and a dark theme, and a colour that a mixer keeps from picture to picture."""
+"""How plots look: a light and a dark style, and a colour for each mixer that is the same in every picture."""
 
 from __future__ import annotations
 
@@ -12,18 +12,31 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-# The order of the hues in both themes: Okabe and Ito's, which most colour-blind readers tell apart, darkened for text
-# on white and lightened for text on black. This package's mixers own the first six, any other shares the rest.
+# The hues are those of Okabe and Ito, which most colour-blind readers can distinguish, darkened for text on white and
+# lightened for text on black. These mixers have the first six colours; other names share the rest.
 KNOWN = ("kda", "softmax", "simplified", "mla", "kda_mla_3to1", "kda_softmax_3to1")
 
-# What tells several curves of one mixer apart, since they share its colour.
+# The first, second, ... curve of one mixer.
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
+DOTS_PER_INCH = 200
+# A larger figure has fewer dots per inch, so that it fits on a screen.
+MOST_PIXELS = (1600, 1000)
+
 
 @dataclass(frozen=True)
-class Theme:
-    """Colours of one look: the page behind the plot, its text, secondary text, grid lines, and the palette."""
+class Look:
+    """The colour, line style and marker of one curve."""
+
+    colour: str
+    line: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class Style:
+    """The colours of a plot: its background, text, secondary text, grid lines, and the palette for curves."""
 
     background: str
     text: str
@@ -31,8 +44,8 @@ class Theme:
     grid: str
     palette: tuple[str, ...]
 
-    def style(self) -> AbstractContextManager[None]:
-        """Matplotlib's settings, for the length of a `with`."""
+    def applied(self) -> AbstractContextManager[None]:
+        """A context in which Matplotlib draws in this style."""
         settings: dict[Any, Any] = {
             "font.size": 10,
             "axes.spines.top": False,
@@ -53,25 +66,41 @@ class Theme:
             "grid.color": self.grid,
             "grid.linewidth": 0.8,
             "axes.axisbelow": True,
-            "figure.dpi": 200,
+            "figure.dpi": DOTS_PER_INCH,
         }
         return mpl.rc_context(settings)
 
     def colours(self, names: Sequence[str]) -> dict[str, str]:
-        """A colour for each name: its own for a known mixer, one that follows from the name for any other."""
+        """A colour for each name. A known mixer has its own; for any other name it is chosen by a hash of the name.
+
+        No two of up to twelve names have the same colour.
+        """
         free = list(self.palette[len(KNOWN) :])
+        lent = [colour for colour, mixer in zip(self.palette, KNOWN) if mixer not in names]
         chosen: dict[str, str] = {}
         for name in dict.fromkeys(names):
             if name in KNOWN:
                 chosen[name] = self.palette[KNOWN.index(name)]
                 continue
             start = zlib.crc32(name.encode()) % len(free)
-            turn = free[start:] + free[:start]
-            chosen[name] = next((colour for colour in turn if colour not in chosen.values()), turn[0])
+            candidates = free[start:] + free[:start] + lent
+            unused = (colour for colour in candidates if colour not in chosen.values())
+            chosen[name] = next(unused, candidates[0])
         return chosen
 
+    def looks(self, mixers: Sequence[str], labels: Sequence[str]) -> list[Look]:
+        """A look for each curve of these mixers and labels.
 
-LIGHT = Theme(
+        The first curve of a mixer has the mixer's colour and a solid line. Its further curves have a colour of their
+        own, by their label, and another line style and marker.
+        """
+        occurrences = occurrence_index(mixers)
+        names = [label if n else mixer for mixer, label, n in zip(mixers, labels, occurrences, strict=True)]
+        chosen = self.colours(names)
+        return [Look(chosen[x], LINES[n % len(LINES)], MARKERS[n % len(MARKERS)]) for x, n in zip(names, occurrences)]
+
+
+LIGHT = Style(
     background="#ffffff",
     text="#222222",
     faint="#767676",
@@ -81,7 +110,7 @@ LIGHT = Theme(
         *("#5b5b5b", "#6a51a3", "#8b1a3a", "#4d7c0f", "#0e7c86", "#a0522d"),
     ),
 )
-DARK = Theme(
+DARK = Style(
     background="#15171a",
     text="#e4e4e4",
     faint="#8f949b",
@@ -93,27 +122,30 @@ DARK = Theme(
 )
 
 
-def turns(names: Sequence[str]) -> list[int]:
-    """0 for the first of each name, 1 for its second ..."""
+def occurrence_index(names: Sequence[str]) -> list[int]:
+    """For each name, how often it has occurred before: 0 for its first occurrence, 1 for its second."""
     return [list(names[:n]).count(name) for n, name in enumerate(names)]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One plot as two PNG files' contents, for a light and for a dark page."""
+    """One plot, as the contents of a PNG file for a light page and of one for a dark page."""
 
     light: bytes
     dark: bytes
 
 
-def picture(draw: Callable[[Theme], Figure]) -> Picture:
-    """Draws in both themes. `draw` returns the finished figure of one."""
-    return Picture(*(_png(draw, theme) for theme in (LIGHT, DARK)))
+def picture(draw: Callable[[Style], Figure]) -> Picture:
+    """Draws a plot in both styles. `draw` returns the finished figure in one of them."""
+    return Picture(*(_png(draw, style) for style in (LIGHT, DARK)))
 
 
-def _png(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
+def _png(draw: Callable[[Style], Figure], style: Style) -> bytes:
     buffer = io.BytesIO()
-    with theme.style():
+    with style.applied():
+        figure = draw(style)
+        width, height = figure.get_size_inches()
+        dpi = min(DOTS_PER_INCH, MOST_PIXELS[0] / width, MOST_PIXELS[1] / height)
         # No software version in the file: the same results give the same bytes.
-        draw(theme).savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

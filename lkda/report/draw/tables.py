@@ -1,23 +1,28 @@
-"""Headings and cells of text -> a table for the terminal, or for a page."""
+"""Tables for the terminal and for pages, from headings and cells of text."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from rich.table import Table
 
+HEADING_WIDTH = 16  # characters; longer headings are broken into lines, in the terminal
+
 
 def rich_table(head: Sequence[str], body: Sequence[Sequence[str]], *, names: int = 1) -> Table:
-    """For the terminal. The first `names` columns are names, to the left; the others numbers, to the right."""
+    """For the terminal. The first `names` columns are aligned to the left, the others, numbers, to the right."""
     shown = Table(header_style="bold", box=None, pad_edge=False)
     for n, heading in enumerate(head):
-        shown.add_column(heading, justify="right" if n >= names else "left", no_wrap=n >= names)
+        shown.add_column(
+            textwrap.fill(heading, HEADING_WIDTH), justify="right" if n >= names else "left", no_wrap=n >= names
+        )
     for line in body:
         shown.add_row(*line)
     return shown
 
 
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, names: int = 1) -> str:
-    """For a page: a pipe table."""
+    """For a page: a Markdown table."""
     lines = [head, ["---" if n < names else "---:" for n in range(len(head))], *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,10 +1,10 @@
-"""Numbers as people write them."""
+"""Numbers as text for tables and plots."""
 
 from __future__ import annotations
 
 
 def three(x: float) -> str:
-    """Three digits that tell, no exponent: 0.0612, 12.3, 1,042."""
+    """Three significant digits without an exponent: 0.0612, 12.3, 1,042."""
     return f"{x:.3g}" if 1e-4 <= x < 999.5 else f"{x:,.0f}"
 
 
@@ -26,5 +26,5 @@ def memory(x: float) -> str:
 
 
 def length(x: float) -> str:
-    """65536 -> 64K, as sequence lengths are said."""
+    """A sequence length: 65536 -> 64K"""
     return f"{x / 2**20:.3g}M" if x >= 2**20 else f"{x / 1024:.3g}K" if x >= 1024 else f"{x:g}"

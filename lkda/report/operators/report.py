@@ -1,4 +1,4 @@
-"""A benchmark -> tables, plots and a page in one directory."""
+"""Writes the tables, plots and page of a benchmark into one directory."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 from lkda.report.draw.page import Section, page
 from lkda.report.draw.style import Picture
 from lkda.report.operators import plots as bench_plots
-from lkda.report.operators.benchmark import Benchmark, as_cells, as_csv, as_markdown, measured, names_of, read_benchmark
+from lkda.report.operators import time_grid
+from lkda.report.operators.benchmark import Benchmark, as_cells, as_csv, as_markdown, names_of, read_benchmark
 from lkda.report.read.files import write_together
 
 
 def section(benchmark: Benchmark) -> Section:
-    """The benchmark as a part of a page."""
+    """The benchmark as a section of a page."""
     head, body = as_cells(benchmark.rows)
     return Section(
-        "Operators", head, body, names=names_of(head), notes=[facts(benchmark)], pictures=pictures(benchmark)
+        "Operators", head, body, names=names_of(head), notes=[metadata(benchmark)], pictures=pictures(benchmark)
     )
 
 
-def facts(benchmark: Benchmark) -> str:
-    """A sentence: the device, the speed of its copies, versions and date."""
+def metadata(benchmark: Benchmark) -> str:
+    """The device, the speed of its copies, versions and date, in words."""
     header = benchmark.header
     copy = header.get("copy_gb_per_s")
     parts = [benchmark.device, "" if copy is None else f"copies at {copy:,.0f} GB/s"]
@@ -30,11 +31,12 @@ def facts(benchmark: Benchmark) -> str:
 
 
 def pictures(benchmark: Benchmark) -> dict[str, Picture]:
-    """By what they show: time against the floor in each mode, and where there are lengths, the cost by length."""
+    """Plots by what they show: the times in each mode, and where there are several lengths, the cost by length."""
     drawn = {}
     for mode in ("fwd", "fwd+bwd"):
-        if measured(benchmark.rows, mode=mode):
-            drawn[f"time of {mode}"] = bench_plots.times(benchmark.rows, mode=mode)
+        pages = time_grid.pages(benchmark.rows, mode=mode)
+        for n, cells in enumerate(pages, 1):
+            drawn[f"time of {mode}" + (f" {n}" if len(pages) > 1 else "")] = time_grid.times(cells, mode=mode)
         if bench_plots.by_length(benchmark.rows, mode=mode):
             drawn[f"cost by length of {mode}"] = bench_plots.cost_by_length(benchmark.rows, mode=mode)
         if bench_plots.over_simplified(benchmark.rows, mode=mode):
@@ -43,7 +45,7 @@ def pictures(benchmark: Benchmark) -> dict[str, Picture]:
 
 
 def redraw(path: Path) -> None:
-    """Writes all that is made of the benchmark in a file beside it. Raises ValueError where it holds none."""
+    """Writes what `write` does beside a benchmark's file. Raises: ValueError where it is not one."""
     write(read_benchmark(path), path.parent)
 
 

@@ -1,1 +1,1 @@
-"""Files of runs and measurements -> records."""
+"""Reads the files of runs and measurements."""

@@ -1,4 +1,4 @@
-"""Results files: written whole or not at all, and read by the kind that stands in them."""
+"""Reading and writing results files. Each file names its kind."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 from lkda.checks import InputError
 from lkda.io import write_atomically, write_together
+from lkda.report.read.old_keys import translated_results
 
 __all__ = ["read_results_file", "write_atomically", "write_together"]
 
 
 def read_results_file(path: Path, *, kind: str | None = None) -> dict[str, Any]:
-    """The object in a results file, whose entry "kind" says what it is.
+    """The content of a results file, whose entry "kind" says what it is, with the keys of today.
 
     Args:
-        kind: the one it must be of; any where None.
-    Raises: ValueError naming the file where it cannot be read, names no kind, or is of another.
+        kind: the kind that the file must have; any kind where None.
+    Raises: ValueError, naming the file, where it cannot be read, names no kind, has another kind, or lacks what a file
+        of its kind holds.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -28,4 +30,7 @@ def read_results_file(path: Path, *, kind: str | None = None) -> dict[str, Any]:
         raise InputError(f'{path} does not say what it is: a results file has an entry "kind".')
     if kind is not None and named != kind:
         raise InputError(f"{path} is of the kind {named}, and {kind} is needed.")
-    return found
+    try:
+        return translated_results(found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not what its kind, {named}, says ({type(error).__name__}: {error}).") from error

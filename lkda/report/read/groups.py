@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone are one group, named by the mixer and by what tells it from the others."""
+"""Groups runs that differ only in their seed, and names each group by its mixer and by what distinguishes it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any
 from lkda.old_names import translated
 from lkda.report.read.runs import Run, reported_split
 
-# Settings that change nothing that is compared. A budget and a device show in the summary.
+# Settings that do not affect the results. (The summary says which budget and device a run had.)
 NEUTRAL = {
     *("seed", "resume", "backend", "checkpoint", "sample", "logger", "callbacks", "debug", "trainer"),
     *("data.seed", "data.cache_dir", "data.num_workers", "data.pin_memory"),
 }
-# Those of a neutral section that do.
-TELLING = {
+# Settings of a neutral section that do affect them.
+EFFECTIVE = {
     *("trainer.devices", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val"),
     "trainer.limit_val_batches",
 }
-# How a null reads; a setting that is not there counts as null.
+# The text of a null. A missing setting counts as null.
 NULL = "None"
-# What happened, whatever was asked for.
-FACTS = ("tokens", "backend", "device", "precision")
-# Tried first, because one of these names explains the differences in many settings.
+# Entries of the summary: what was used in the end, whatever the settings were.
+ACTUAL = ("tokens", "backend", "device", "precision")
+# Compared first, because one of these names explains the differences of many settings.
 NAMES = ("mixer.name", "model.name", "data.source")
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
-        label: the mixer, and what tells this group from the other groups of that mixer.
+        label: the mixer, and what distinguishes this group from the other groups of the mixer.
     """
 
     label: str
@@ -43,36 +43,35 @@ class Group:
     runs: list[Run]
 
     def values(self, key: str) -> list[float]:
-        """That entry of each run's summary."""
+        """An entry of each run's summary."""
         return [float(run.summary[key]) for run in self.runs]
 
     def mean(self, key: str) -> float:
-        """Of that entry over the runs."""
+        """The mean of an entry over the runs."""
         return statistics.fmean(self.values(key))
 
 
 def group_runs(runs: Iterable[Run], *, within: Collection[str] = ()) -> list[Group]:
-    """Groups, fewest bits per byte first (of the split that is reported); where a run is of no text, the smallest
-    loss first.
+    """The groups, sorted by bits per byte of the reported split; by loss where a run is not of text.
 
     Args:
-        within: further settings, or sections of them, that a group's runs may differ in.
+        within: further settings, or sections of settings, in which the runs of a group may differ.
     """
     members: dict[tuple[Any, ...], list[tuple[Run, Settings]]] = defaultdict(list)
     described = [(run, _without(within, settings(run))) for run in runs]
-    telling = _telling([found for _, found in described])
+    distinguishing = _distinguishing([found for _, found in described])
     for run, found in described:
-        members[tuple(found.get(key, NULL) for key in telling)].append((run, found))
-    values: dict[tuple[str, str], set[Any]] = defaultdict(set)  # of a setting, among a mixer's runs
+        members[tuple(found.get(key, NULL) for key in distinguishing)].append((run, found))
+    values: dict[tuple[str, str], set[Any]] = defaultdict(set)  # (mixer, setting): its values
     for _, found in described:
-        for key in telling:
+        for key in distinguishing:
             values[found["mixer"], key].add(found.get(key, NULL))
     groups = []
     for same in members.values():
         found = same[0][1]
-        # What follows from the mixer says nothing more.
-        follows = {key for key in telling if _of_mixer(key) and len(values[found["mixer"], key]) == 1}
-        shown = [key for key in telling[1:] if key in found and key not in follows]
+        # A setting with one value for the mixer adds nothing to its label.
+        follows = {key for key in distinguishing if _of_mixer(key) and len(values[found["mixer"], key]) == 1}
+        shown = [key for key in distinguishing[1:] if key in found and key not in follows]
         label = " · ".join([found["mixer"], *(_show(key, found[key]) for key in shown)])
         groups.append(Group(label, found["mixer"], [run for run, _ in same]))
     texts = all(run.summary.get("val/bits_per_byte") is not None for run, _ in described)
@@ -85,10 +84,10 @@ def _without(sections: Collection[str], found: Settings) -> Settings:
 
 
 def settings(run: Run) -> Settings:
-    """What may tell runs apart, in the order in which a label would say it: dotted name -> value, as text."""
+    """The settings that may distinguish runs, in the order of a label: {dotted name: value as text}."""
     flat = {key: value for key, value in _flatten(translated(run.config)).items() if not _neutral(key)}
-    flat |= {key: str(run.summary[key]) for key in FACTS if key in run.summary}
-    if "data" in run.summary:  # a synthetic task has its name from its class alone
+    flat |= {key: str(run.summary[key]) for key in ACTUAL if key in run.summary}
+    if "data" in run.summary:  # a synthetic task has no setting that names it
         flat.setdefault("data.source", str(run.summary["data"]))
     first = {key: flat[key] for key in NAMES if key in flat}
     return {"mixer": str(run.summary["mixer"])} | first | flat
@@ -99,11 +98,11 @@ def _of_mixer(key: str) -> bool:
 
 
 def _neutral(key: str) -> bool:
-    return key not in TELLING and _inside(key, NEUTRAL)
+    return key not in EFFECTIVE and _inside(key, NEUTRAL)
 
 
 def _inside(key: str, sections: Collection[str]) -> bool:
-    """Whether the setting or a section that it is in is one of these."""
+    """Whether the setting or a section that contains it is one of these."""
     parts = key.split(".")
     return any(".".join(parts[:n]) in sections for n in range(1, len(parts) + 1))
 
@@ -118,16 +117,16 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> Settings:
     return flat
 
 
-def _telling(described: Sequence[Settings]) -> list[str]:
-    """The settings that tell the runs apart, each only if those before it do not."""
-    telling = ["mixer"]
+def _distinguishing(described: Sequence[Settings]) -> list[str]:
+    """The settings that distinguish the runs, each only if those before it do not suffice."""
+    distinguishing = ["mixer"]
     for key in dict.fromkeys(key for found in described for key in found):
         seen: dict[tuple[Any, ...], set[Any]] = defaultdict(set)
         for found in described:
-            seen[tuple(found.get(name, NULL) for name in telling)].add(found.get(key, NULL))
+            seen[tuple(found.get(name, NULL) for name in distinguishing)].add(found.get(key, NULL))
         if any(len(values) > 1 for values in seen.values()):
-            telling.append(key)
-    return telling
+            distinguishing.append(key)
+    return distinguishing
 
 
 def _show(key: str, value: str) -> str:
@@ -136,7 +135,7 @@ def _show(key: str, value: str) -> str:
 
 
 def also_differing(runs: Sequence[Run]) -> list[str]:
-    """Settings outside the mixer that differ between mixers and so may explain a difference in their place."""
+    """Settings outside the mixer that differ between mixers and might explain a difference between them."""
     described = [settings(run) for run in runs]
     by_mixer: dict[str, set[str]] = defaultdict(set)
     found = []

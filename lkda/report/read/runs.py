@@ -1,4 +1,4 @@
-"""Run directories as they lie on disk: what a run was and how it went."""
+"""Reads run directories: the settings of a run, its results, and its metrics at each step."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ import yaml
 
 from lkda.checks import InputError
 from lkda.metrics_file import metrics_rows
+from lkda.report.read.old_keys import translated_summary
 
-# What a table or a plot cannot do without; numbers but for the mixer.
+# What tables and plots need. All are numbers, except for the mixer.
 REQUIRED = ("mixer", "val/loss", "state_bytes", "tokens", "tokens_per_s", "params")
-OF_TEXT, OF_TASKS = "val/bits_per_byte", "val/accuracy"  # and one of these
+OF_TEXT, OF_TASKS = "val/bits_per_byte", "val/accuracy"  # one of these is needed too
 
 RECORDED_ROWS = 300
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: finished, or read at a step that it reached.
+    """A run, finished or as it was at an earlier step.
 
     Attributes:
-        name: of its directory.
-        config: config.yaml, nested.
-        summary: what summary.json holds.
-        metrics: the rows of metrics.csv, numbers, only the columns that a row fills.
+        name: the name of its directory.
+        config: the content of config.yaml.
+        summary: the content of summary.json.
+        metrics: the rows of metrics.csv, without empty cells.
     """
 
     name: str
@@ -40,9 +41,9 @@ class Run:
 
 
 def read_run(directory: Path, *, step: int | None = None) -> Run:
-    """Reads a run directory, as it ended or as it was at the validation of `step`, however it went on.
+    """Reads a run directory: the run at its end, or as it was at the validation of `step` whether it finished or not.
 
-    Raises: ValueError with the reason why it is none, is not finished, or has no validation at that step.
+    Raises: ValueError with the reason where it is not a run directory, not finished, or has no validation at that step.
     """
     if not directory.is_dir():
         raise InputError("not a directory")
@@ -56,7 +57,7 @@ def read_run(directory: Path, *, step: int | None = None) -> Run:
 
 
 def _at(run: Run, step: int) -> Run:
-    """The run as it was after that step: its summary says so under "at_step"."""
+    """The run as it was after that step, which its summary names as "at_step"."""
     metrics = [row for row in run.metrics if row["step"] <= step]
     validations = [row for row in metrics if row["step"] == step and "val/loss" in row]
     if not validations:
@@ -70,19 +71,18 @@ def _at(run: Run, step: int) -> Run:
     if "test/loss" in then:
         summary["test/perplexity"] = math.exp(then["test/loss"])
     summary |= {"at_step": step, "steps": step, "tokens": int(then["tokens"]), "seconds": then["seconds"]}
-    if "parts" in summary:
-        summary["parts"] = [part | _of_part(part, then) for part in summary["parts"]]
+    if "val_subsets" in summary:
+        summary["val_subsets"] = [subset | _measured_on(subset, then) for subset in summary["val_subsets"]]
         summary["val/perplexity"] = None
     else:
         summary["val/perplexity"] = math.exp(then["val/loss"])
     return Run(run.name, run.config, summary, metrics)
 
 
-def _of_part(part: dict[str, Any], row: dict[str, float]) -> dict[str, float]:
-    """The row's measurements of a part of the validation."""
-    name = "_".join(f"{key}_{part[key]}" for key in ("length", "pairs") if key in part)
-    metrics = ("accuracy", "sequence_accuracy", "loss")
-    return {metric: row[f"val/{metric}/{name}"] for metric in metrics if f"val/{metric}/{name}" in row}
+def _measured_on(subset: dict[str, Any], row: dict[str, float]) -> dict[str, float]:
+    """What a row of metrics.csv says of a subset of the validation."""
+    columns = {metric: f"val/{metric}/{subset['name']}" for metric in ("accuracy", "sequence_accuracy", "loss")}
+    return {metric: row[column] for metric, column in columns.items() if column in row}
 
 
 def _read(path: Path) -> str:
@@ -101,10 +101,11 @@ def _read_summary(path: Path, *, finished: bool) -> dict[str, Any]:
         raise InputError(f"summary.json is not JSON ({error})") from error
     if not isinstance(summary, dict):
         raise InputError("summary.json holds no table of values")
+    summary = translated_summary(summary)
     if finished and summary.get("status") != "finished":
         raise InputError(f"the run is {summary.get('status', 'of an unknown status')}, not finished")
     missing = [key for key in REQUIRED if key != "mixer" and not _is_number(summary.get(key))]
-    if not _is_number(summary.get(OF_TEXT)) and not ("parts" in summary and _is_number(summary.get(OF_TASKS))):
+    if not _is_number(summary.get(OF_TEXT)) and not ("val_subsets" in summary and _is_number(summary.get(OF_TASKS))):
         missing.append(OF_TEXT)
     if not isinstance(summary.get("mixer"), str):
         missing.insert(0, "mixer")
@@ -140,7 +141,10 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def read_runs(directories: Iterable[Path], *, step: int | None = None) -> tuple[list[Run], list[tuple[Path, str]]]:
-    """All that are runs, read as `read_run` does, and the others, each with the reason why it is left out."""
+    """Reads all directories that are runs, as `read_run` does; the others are returned with the reason.
+
+    Returns: the runs, and (directory, reason) for each directory that is left out.
+    """
     runs, skipped = [], []
     for directory in sorted(directories):
         try:
@@ -151,7 +155,7 @@ def read_runs(directories: Iterable[Path], *, step: int | None = None) -> tuple[
 
 
 def as_record(run: Run) -> dict[str, Any]:
-    """The run as it goes into results.json: of a long course every validation, and so many of the other rows."""
+    """The run as results.json holds it, with all validations and at most RECORDED_ROWS of the other rows."""
     training = [row for row in run.metrics if "val/loss" not in row]
     every = math.ceil(len(training) / RECORDED_ROWS) or 1
     kept = {id(row) for row in training[every - 1 :: every]}
@@ -160,7 +164,7 @@ def as_record(run: Run) -> dict[str, Any]:
 
 
 def from_record(record: dict[str, Any]) -> Run:
-    """The run that `as_record` wrote down."""
+    """The inverse of `as_record`."""
     return Run(record["name"], record["config"], record["summary"], record["metrics"])
 
 
@@ -170,5 +174,5 @@ def reported_split(runs: Iterable[Run]) -> str:
 
 
 def tokenizers_differ(runs: Iterable[Run]) -> bool:
-    """Whether losses a token do not compare: other data, or another unigram entropy, which another tokenizer gives."""
+    """Whether losses per token cannot be compared: data or unigram entropies differ, the latter with the tokenizer."""
     return len({(run.summary.get("data"), run.summary.get("unigram_entropy")) for run in runs}) > 1

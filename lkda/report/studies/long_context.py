@@ -1,17 +1,16 @@
-"""What models make of text longer than they were trained on, from files that `scripts/evaluate.py out=` has written.
+"""How models do on texts longer than those of training, from files of `scripts/evaluate.py out=`.
 
     python -m lkda.report.studies.long_context 'multirun/long_context/*/*.json' outputs/long_context
 
-Those of text, one for each `data.context`, and those of `data=needle`. Writes evaluations.json, table.json, and plots
-of the loss by position, of bits per byte against the context, and of what is recalled of a hidden passage in texts of
-each length; `redraw` draws them again.
+The files are evaluations of text, one for each `data.context`, and of `data=needle`. This writes evaluations.json,
+table.json, and plots of the loss by position, of bits per byte against the context, and of how much of a hidden passage
+is recalled in texts of each length. `lkda.report.redraw` draws them again.
 """
 
 from __future__ import annotations
 
 import glob
 import json
-import re
 import statistics
 import sys
 from collections import defaultdict
@@ -23,20 +22,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from lkda.report.draw.labels import Label, label_ends
-from lkda.report.draw.style import Picture, Theme, picture
+from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.units import length
 from lkda.report.read.evaluations import Record, keep_evaluations, kept_evaluations, read_evaluations
 from lkda.report.read.files import write_atomically
 
 KIND = "long_context"
 SIZE = (7.2, 4.3)
-_PART = re.compile(r"accuracy/length_(\d+)_depth_(\d+)_needles_(\d+)")
+MOST_TICKS = 10
 
 Lines = dict[str, dict[float, float]]  # mixer -> {x: the mean over seeds}
 
 
 def write(records: Sequence[Record], directory: Path) -> None:
-    """Writes the table of the evaluations and what can be drawn of them into `directory`."""
+    """Writes the table of the evaluations and their plots into `directory`."""
     by_context, by_position = _means(records, _bits), _means(_longest(records), _positions)
     recalled, guessed = _means(records, _recalled), _means(records, _guessed)
     write_atomically(directory / "table.json", json.dumps(_table(by_context, recalled, guessed), indent=1) + "\n")
@@ -44,7 +43,9 @@ def write(records: Sequence[Record], directory: Path) -> None:
     drawn = {
         "loss_by_position": _picture(by_position, "position in the context (token)", "loss (nats per token)", trained),
         "bits_by_context": _picture(by_context, "context (tokens)", "bits per byte", trained),
-        "needle_by_length": _picture(recalled, "context (tokens)", "passage recalled", trained, share=True),
+        "needle_by_length": _picture(
+            recalled, "context (tokens)", "tokens of the passage recalled", trained, share=True
+        ),
     }
     for name, image in drawn.items():
         if image is not None:
@@ -59,27 +60,32 @@ def _bits(record: Record) -> dict[float, float]:
 def _positions(record: Record) -> dict[float, float]:
     head = "loss_from_"
     found = {int(name.removeprefix(head)): x for name, x in record["result"].items() if name.startswith(head)}
-    return {start: loss for start, loss in found.items() if start > 1}  # the first tokens are hard for every model
+    return {
+        start: loss for start, loss in found.items() if start > 1
+    }  # the first tokens are equally hard for every model
 
 
 def _recalled(record: Record) -> dict[float, float]:
-    """The mean over depths."""
-    found = defaultdict(list)
-    for name, accuracy in record["result"].items():
-        match = _PART.fullmatch(name)
-        if match and match[3] != "0":
-            found[float(match[1])].append(accuracy)
-    return {tokens: statistics.fmean(accuracies) for tokens, accuracies in found.items()}
+    """{length of the text: accuracy on the hidden passage, mean over its depths}"""
+    return _by_length(record, hidden=True)
 
 
 def _guessed(record: Record) -> dict[float, float]:
-    """Where no passage was hidden."""
-    matches = ((_PART.fullmatch(name), accuracy) for name, accuracy in record["result"].items())
-    return {float(match[1]): accuracy for match, accuracy in matches if match and match[3] == "0"}
+    """{length of the text: accuracy where the passage was not hidden in the text before}"""
+    return _by_length(record, hidden=False)
+
+
+def _by_length(record: Record, *, hidden: bool) -> dict[float, float]:
+    found = defaultdict(list)
+    for measured in record["result"].get("val_subsets", ()):
+        subset = measured["subset"]
+        if "needles" in subset and (subset["needles"] > 0) == hidden and "accuracy" in measured:
+            found[float(subset["length"])].append(measured["accuracy"])
+    return {tokens: statistics.fmean(accuracies) for tokens, accuracies in found.items()}
 
 
 def _longest(records: Sequence[Record]) -> list[Record]:
-    """Of text, those of the longest context."""
+    """The evaluations of text at the longest context."""
     contexts = [record["data"].get("context", 0) for record in records]
     return [record for record, context in zip(records, contexts) if context == max(contexts)]
 
@@ -105,36 +111,37 @@ def _table(by_context: Lines, recalled: Lines, guessed: Lines) -> dict[str, Any]
             known, luck = (lines.get(mixer, {}).get(x, float("nan")) for lines in (recalled, guessed))
             row[f"recalled at {length(x)}"] = f"{known:.1%} ({luck:.1%})"
         rows.append(row)
-    note = "Recalled: tokens of a hidden passage, mean over depths; in brackets without it."
+    note = "Recalled: tokens of a hidden passage, mean over depths. In brackets: without the passage in the text."
     return {"kind": "table", "rows": rows, "note": note}
 
 
 def _picture(lines: Lines, x: str, y: str, trained: Sequence[int], *, share: bool = False) -> Picture | None:
-    """A line a mixer on a log axis, with the contexts trained at marked; None where a line would be a point."""
+    """A line for each mixer on a log axis, with the training contexts marked; None where a line would be one point."""
     if not lines or max(map(len, lines.values())) < 2:
         return None
 
-    def draw(theme: Theme) -> Figure:
+    def draw(style: Style) -> Figure:
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
-        colours = theme.colours(list(lines))
+        colours = style.colours(list(lines))
         labels = []
         for mixer, points in lines.items():
             axes.plot(list(points), list(points.values()), color=colours[mixer], marker="o", markersize=4.5)
             end, value = list(points.items())[-1]
-            told = f"{value:.0%}" if share else f"{value:.3f}"
-            labels.append(Label(end, value, f"{mixer}  {told}", colours[mixer]))
+            number = f"{value:.0%}" if share else f"{value:.3f}"
+            labels.append(Label(end, value, f"{mixer}  {number}", colours[mixer]))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
-        axes.set_xticks(sorted({x for points in lines.values() for x in points}))
+        ticks = sorted({x for points in lines.values() for x in points})
+        axes.set_xticks(ticks if len(ticks) <= MOST_TICKS else ticks[::2])
         if share:
             axes.set_ylim(0, 1.03)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         for context in trained:
             if axes.get_xlim()[0] < context < axes.get_xlim()[1]:
-                axes.axvline(context, color=theme.faint, linewidth=0.8, linestyle=":")
-        axes.set_xlabel(f"{x}; dotted: trained at" if trained else x)
+                axes.axvline(context, color=style.faint, linewidth=0.8, linestyle=":")
+        axes.set_xlabel(f"{x}; dotted line: context of training" if trained else x)
         axes.set_ylabel(y)
         label_ends(axes, labels)
         return figure
@@ -143,12 +150,12 @@ def _picture(lines: Lines, x: str, y: str, trained: Sequence[int], *, share: boo
 
 
 def redraw(path: Path) -> None:
-    """Of kept evaluations, beside them. Raises: ValueError where there are none."""
+    """Writes the table and plots of kept evaluations beside them. Raises: ValueError where there are none."""
     write(kept_evaluations(path, kind=KIND), path.parent)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Patterns of files, and the directory to write into."""
+    """Arguments: glob patterns of files, then the directory to write into."""
     if len(arguments) < 2:
         raise SystemExit(__doc__)
     *patterns, out = arguments

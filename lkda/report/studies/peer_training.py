@@ -1,4 +1,4 @@
-"""results.json of `lkda.commands.peer_training` -> table.json, and a plot of the losses and their differences."""
+"""Draws results.json of `lkda.commands.peer_training`: table.json, and a plot of the losses and their differences."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lkda.checks import InputError
-from lkda.report.draw.style import Picture, Theme, picture
+from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.read.files import read_results_file, write_atomically
 
 KIND = "peer_training"
-LAST = 50  # steps at the end, over which the training loss is averaged
-CLOSE = 0.01  # nats, within which two models count as the same
+LAST = 50  # the training loss is averaged over this many steps at the end
+CLOSE = 0.01  # nats; models whose losses differ by less count as equal
 
 
 def differences(peer: dict[str, Any], side: str) -> dict[str, float]:
-    """The loss of `side` less ours, in nats a token: at the first step, over the last steps, and of the validation.
+    """The loss of `side` minus that of lkda's model, in nats per token: first step, last steps, validation.
 
     Args:
-        side: "theirs", the peer, or "ours_rounded", our own from weights changed by one rounding.
+        side: "theirs" for the peer, or "ours_rounded" for lkda's model from weights changed by one rounding.
     """
     ours, other = peer["ours"], peer[side]
     return {
@@ -33,11 +33,11 @@ def differences(peer: dict[str, Any], side: str) -> dict[str, float]:
 
 
 def rows(found: dict[str, Any]) -> list[dict[str, str]]:
-    """Two lines of text cells for each peer: it, and our own from rounded weights."""
+    """Two rows for each peer: the peer, and lkda's model from rounded weights."""
     return [
         {
             "model": peer["peer"],
-            "less lkda's loss": words,
+            "minus lkda's loss": words,
             **{where: f"{value:+.1e}" for where, value in differences(peer, side).items()},
             "validation loss": f"{peer[side]['val_loss']:.4f}",
         }
@@ -49,7 +49,7 @@ def rows(found: dict[str, Any]) -> list[dict[str, str]]:
 def redraw(path: Path) -> None:
     """Writes table.json and peer_training.png beside a file of `lkda.commands.peer_training`.
 
-    Raises: ValueError where it is none.
+    Raises: ValueError where it is not such a file.
     """
     found = read_results_file(path, kind=KIND)
     try:
@@ -67,7 +67,7 @@ def _note(found: dict[str, Any]) -> str:
     settings, steps = first["settings"], len(first["ours"]["loss"])
     model = settings["model"]
     return (
-        f"Nats a token; {steps} steps of {first['tokens_per_step']:,} tokens, "
+        f"Nats per token; {steps} steps of {first['tokens_per_step']:,} tokens, "
         f"model={model['name']} ({model['num_layers']} layers of {model['d_model']}), "
         f"data={settings['data']['source']}, {settings['trainer']['precision']}; "
         f"{header['device']}, torch {header['torch']}, {versions}."
@@ -75,27 +75,28 @@ def _note(found: dict[str, Any]) -> str:
 
 
 def _picture(peers: list[dict[str, Any]]) -> Picture:
-    """A column for each peer: above, both training losses; below, what differs from ours, the grey band being CLOSE."""
+    """A column for each peer: both training losses, and below them the differences, with a grey band of +-CLOSE."""
 
-    def draw(theme: Theme) -> Figure:
+    def draw(style: Style) -> Figure:
         figure = Figure(figsize=(1.5 + 3.2 * len(peers), 4.4), layout="constrained")
         panels = figure.subplots(2, len(peers), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
         for (upper, lower), peer in zip(panels.T, peers):
             ours, theirs = peer["ours"]["loss"], peer["theirs"]["loss"]
             steps = range(1, len(ours) + 1)
-            colour, other = theme.palette[0], theme.palette[1]
-            upper.plot(steps, ours, color=colour, linewidth=1.2, label="lkda")
-            upper.plot(steps, theirs, "--", color=other, linewidth=1.2, label=peer["version"])
-            upper.set_title(peer["peer"], fontsize=10)
-            upper.legend(fontsize=8, frameon=False)
-            lower.axhspan(-CLOSE, CLOSE, color=theme.grid, linewidth=0)
-            for side, shade, label in (("ours_rounded", theme.faint, "lkda, rounded"), ("theirs", other, "peer")):
+            colour, other = style.palette[0], style.palette[1]
+            upper.plot(steps, ours, color=colour, linewidth=1.2)
+            upper.plot(steps, theirs, "--", color=other, linewidth=1.2)
+            upper.set_title(f"{peer['peer']} ({peer['version']})", fontsize=10)
+            lower.axhspan(-CLOSE, CLOSE, color=style.grid, linewidth=0)
+            for side, shade in (("ours_rounded", style.faint), ("theirs", other)):
                 difference = [b - a for a, b in zip(ours, peer[side]["loss"], strict=True)]
-                lower.plot(steps, difference, color=shade, linewidth=0.8, label=label)
-            lower.legend(fontsize=8, frameon=False, ncols=2)
+                lower.plot(steps, difference, color=shade, linewidth=0.8)
             lower.set_xlabel("step")
         panels[0, 0].set_ylabel("training loss, nats")
-        panels[1, 0].set_ylabel("difference, nats")
+        panels[1, 0].set_ylabel("minus lkda's, nats")
+        handles = [*panels[0, 0].lines, panels[1, 0].lines[0]]
+        names = ["lkda", "peer", "lkda, from rounded weights"]
+        figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
         return figure
 
     return picture(draw)

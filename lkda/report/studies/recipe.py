@@ -1,7 +1,7 @@
-"""What a change of the recipe brings each mixer: docs/results/recipe_*/runs.json -> table.json beside it.
+"""How changes of the recipe affect each mixer: makes table.json of docs/results/recipe_*/runs.json.
 
-A row for each set of settings, a column for each mixer: bits per byte of the validation and, in brackets, the share of
-steps whose gradient was clipped.
+The table has a row for each set of settings and a column for each mixer. A cell holds the bits per byte of the
+validation and, in brackets, the share of steps whose gradient was clipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GROUPS = ("model.", "optimizer.", "scheduler.", "trainer.", "data.", "mixer.")
 
 
 def rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The table's rows, in the order in which settings first come."""
+    """The rows of the table, in the order in which the settings first occur."""
     columns = list(dict.fromkeys(_column(run) for run in runs))
     found: dict[str, dict[str, str]] = {}
     for run in runs:
@@ -36,7 +36,7 @@ def _column(run: dict[str, Any]) -> str:
 
 
 def _settings(overrides: str) -> str:
-    """What differs from the recipe before: `embed_norm=true lr=4e-3`."""
+    """What differs from the earlier recipe, as `embed_norm=true lr=4e-3`."""
     kept = [word for word in overrides.split() if word not in (_QK_NORM, *_BEFORE) and not word.startswith("mixer=")]
     for group in _GROUPS:
         kept = [word.removeprefix(group) for word in kept]
@@ -44,7 +44,7 @@ def _settings(overrides: str) -> str:
 
 
 def redraw(path: Path) -> None:
-    """Writes table.json beside a file of runs. Raises: ValueError where it is of another kind."""
+    """Writes table.json beside a file of runs. Raises: ValueError where the file is of another kind."""
     found = read_results_file(path, kind=KIND)
     table = {"kind": "table", "rows": rows(found["runs"]), "note": found["note"]}
     write_atomically(path.parent / "table.json", json.dumps(table, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""What a narrower state costs while decoding, from files that `scripts/evaluate.py stepwise=true out=` has written.
+"""What a state of lower precision costs in decoding, from files of `scripts/evaluate.py stepwise=true out=`.
 
     python -m lkda.report.studies.state_dtypes 'multirun/ablations/ratios/*/state_*.json' outputs/state_dtypes
 
-Writes what it has read, evaluations.json, and table.json: a row for a mixer and data, a column a dtype, bits per byte
-of text and accuracy of other data, means over runs, with the difference from float32 in brackets. Evaluations that were
-not stepwise, and models without KDA, are left out.
+This writes evaluations.json, which holds what it read, and table.json with a row for each mixer and data set and a
+column for each dtype. A cell is the mean over runs of bits per byte for text and of the accuracy for other data. In
+brackets is the difference from float32. Evaluations that were not stepwise, and models without KDA, are left out.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DTYPES = ("float32", "bfloat16", "int8")
 MEASURES = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 
 
-Values = dict[str, dict[str, float]]  # dtype -> {checkpoint: what was measured}
+Values = dict[str, dict[str, float]]  # {dtype: {checkpoint: value}}
 
 
 def rows(records: Sequence[Record]) -> list[dict[str, str]]:
-    """A row for each mixer, data and measure: its mean in every dtype that was measured.
+    """A row for each mixer, data set and measure, with its mean in every dtype that was measured.
 
-    Raises: ValueError where none of them was stepwise, or a row's dtypes are of different checkpoints.
+    Raises: ValueError where none of them was stepwise, or the dtypes of a row were measured on different checkpoints.
     """
     found: dict[tuple[str, str, str], Values] = defaultdict(lambda: defaultdict(dict))
     for record in records:
@@ -45,13 +45,15 @@ def rows(records: Sequence[Record]) -> list[dict[str, str]]:
                 key = _data(record["data"]), record["run"]["mixer"], measure
                 found[key][record["state_dtype"]][record["ckpt"]] = record["result"][measure]
     if not found:
-        raise InputError("none of them has a state's dtype: evaluate models with KDA layers with stepwise=true.")
+        raise InputError(
+            "no evaluation says which dtype the state had: evaluate models with KDA layers with stepwise=true."
+        )
     seen = [dtype for dtype in DTYPES if any(dtype in values for values in found.values())]
     for (data, mixer, _), values in found.items():
         if any(values[dtype].keys() != values[seen[0]].keys() for dtype in seen):
-            told = ", ".join(f"{len(values[dtype])} in {dtype}" for dtype in seen)
+            counts = ", ".join(f"{len(values[dtype])} in {dtype}" for dtype in seen)
             raise InputError(
-                f"{mixer} on {data} was evaluated for different checkpoints ({told}): give each in every dtype."
+                f"{mixer} on {data} was evaluated for different checkpoints ({counts}): give each in every dtype."
             )
     return [
         {"mixer": mixer, "data": data, "measured": MEASURES[measure]} | {dtype: _cell(values, dtype) for dtype in seen}
@@ -60,7 +62,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, str]]:
 
 
 def _data(config: Mapping[str, Any]) -> str:
-    """Its name and the tokens of a sequence: "prose 1024"; other than text is named by its module."""
+    """The name of the data and the tokens per sequence, as "prose 1024". Synthetic tasks are named by their module."""
     name = config.get("source") or config["_target_"].split(".")[-2]
     return f"{name} {config['context']}" if "context" in config else name
 
@@ -75,26 +77,26 @@ def _cell(values: Values, dtype: str) -> str:
 def write(records: Sequence[Record], directory: Path) -> list[dict[str, str]]:
     """Writes table.json into `directory`. Returns: its rows. Raises: ValueError as `rows` does."""
     made = rows(records)
-    note = "Read token by token, KDA's states kept in that dtype; in brackets the difference from float32."
+    note = "Read token by token, with KDA's states in that dtype. In brackets: the difference from float32."
     table = {"kind": "table", "rows": made, "note": note}
     write_atomically(directory / "table.json", json.dumps(table, indent=1) + "\n")
     return made
 
 
 def redraw(path: Path) -> None:
-    """The table of kept evaluations, beside them. Raises: ValueError where there are none."""
+    """Writes the table of kept evaluations beside them. Raises: ValueError where there are none."""
     write(kept_evaluations(path, kind=KIND), path.parent)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Patterns of files, and the directory to write into."""
+    """Arguments: glob patterns of files, then the directory to write into."""
     if len(arguments) < 2:
         raise SystemExit(__doc__)
     *patterns, out = arguments
     paths = sorted({Path(path) for pattern in patterns for path in glob.glob(pattern)})
     try:
         records = read_evaluations(paths, also=("ckpt", "state_dtype"))
-        rows(records)  # what does not go together is said before anything is written
+        rows(records)  # raises before anything is written
         keep_evaluations(records, Path(out), kind=KIND)
         made = write(records, Path(out))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Plots of synthetic tasks: accuracy against the bytes of the state for each part, and against length for each task."""
+"""Plots of synthetic tasks: accuracy against the size of the state by subset, and against length by task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from lkda.report.draw.style import LINES, MARKERS, Picture, Theme, picture, turns
+from lkda.report.draw.style import MARKERS, Picture, Style, picture
 from lkda.report.draw.units import length, memory
 from lkda.report.training.accuracy import Line, Point, describe
 
@@ -18,17 +18,21 @@ WIDTH, HEIGHT = 2.35, 2.2  # of a panel, in inches
 
 
 def by_state(lines: Sequence[Line]) -> Picture | None:
-    """A panel for each part of the validation, a line from width to width for each mixer; None where no task has
-    several sizes of state."""
-    shapes = sorted({point.shape for line in lines for point in line.points})
-    if not any(len({p.state_bytes for p in line.points if p.shape == shape}) > 1 for line in lines for shape in shapes):
+    """A panel for each subset of the validation and a line for each mixer, whose points are its widths.
+
+    None where no task has states of several sizes.
+    """
+    subsets = sorted({point.subset for line in lines for point in line.points})
+    if not any(
+        len({p.state_bytes for p in line.points if p.subset == subset}) > 1 for line in lines for subset in subsets
+    ):
         return None
 
     states = [point.state_bytes for line in lines for point in line.points]
     low, high = math.log2(min(states)), math.log2(max(states))
 
-    def panel(axes: Axes, shape: object) -> None:
-        axes.set_title(describe(shape), fontsize=9)  # type: ignore[arg-type]
+    def panel(axes: Axes, subset: object) -> None:
+        axes.set_title(describe(subset), fontsize=9)  # type: ignore[arg-type]
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks([4.0**n for n in range(math.ceil(low / 2), math.floor(high / 2) + 1)])
@@ -36,20 +40,22 @@ def by_state(lines: Sequence[Line]) -> Picture | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: memory(value)))
         axes.tick_params(axis="x", labelrotation=30)
 
-    def points(line: Line, shape: object) -> list[tuple[float, Point]]:
-        return [(p.state_bytes, p) for p in line.points if p.shape == shape]
+    def points(line: Line, subset: object) -> list[tuple[float, Point]]:
+        return [(p.state_bytes, p) for p in line.points if p.subset == subset]
 
-    return _panels(lines, shapes, panel, points, x="state of one sequence")
+    return _panels(lines, subsets, panel, points, x="size of one sequence's state")
 
 
 def by_length(lines: Sequence[Line]) -> Picture | None:
-    """A panel for each task whose parts differ in length alone, each model at the length that it was trained at; None
-    where there is no such task with several lengths."""
+    """A panel for each task whose subsets differ only in length, each model at the length that it was trained at.
+
+    None where there is no such task with several lengths.
+    """
     found: dict[str, set[int]] = {}
     for line in lines:
         for point in line.points:
-            if len(point.shape) == 1:
-                found.setdefault(point.task, set()).add(dict(point.shape)["length"])
+            if len(point.subset) == 1:
+                found.setdefault(point.task, set()).add(dict(point.subset)["length"])
     tasks = [task for task, lengths in found.items() if len(lengths) > 1]
     if not tasks:
         return None
@@ -63,10 +69,10 @@ def by_length(lines: Sequence[Line]) -> Picture | None:
 
     def points(line: Line, task: object) -> list[tuple[float, Point]]:
         own = [p for p in line.points if p.task == task]
-        trained_there = [p for p in own if dict(p.shape)["length"] == p.context]
-        return [(dict(p.shape)["length"], p) for p in trained_there]
+        trained_there = [p for p in own if dict(p.subset)["length"] == p.context]
+        return [(dict(p.subset)["length"], p) for p in trained_there]
 
-    return _panels(lines, tasks, panel, points, x="length in tokens, trained and measured")
+    return _panels(lines, tasks, panel, points, x="length in tokens, of training and of validation")
 
 
 def _panels(
@@ -77,17 +83,16 @@ def _panels(
     *,
     x: str,
 ) -> Picture:
-    """A panel a cell in rows of COLUMNS, and the lines' names in the place after the last."""
+    """A panel for each cell, in rows of COLUMNS, with the legend in the place after the last panel."""
 
-    def draw(theme: Theme) -> Figure:
+    def draw(style: Style) -> Figure:
         columns = min(COLUMNS, len(cells) + 1)
         rows = -(-(len(cells) + 1) // columns)
         figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
-        colours, turn_of = theme.colours([line.mixer for line in lines]), turns([line.mixer for line in lines])
         looks = [
-            {"color": colours[line.mixer], "linestyle": LINES[turn % len(LINES)], "marker": MARKERS[n % len(MARKERS)]}
-            for n, (line, turn) in enumerate(zip(lines, turn_of, strict=True))
+            {"color": look.colour, "linestyle": look.line, "marker": MARKERS[n % len(MARKERS)]}
+            for n, look in enumerate(style.looks([line.mixer for line in lines], [line.label for line in lines]))
         ]
         for axes, cell in zip(grid, cells, strict=False):
             panel(axes, cell)
@@ -106,7 +111,7 @@ def _panels(
         handles = [names.plot([], [], label=line.label, **look)[0] for line, look in zip(lines, looks, strict=True)]
         names.legend(handles=handles, loc="center left", frameon=False, fontsize=8.5)
         figure.supxlabel(x, fontsize=9)
-        figure.supylabel("accuracy of asked tokens", fontsize=9)
+        figure.supylabel("accuracy at the target positions", fontsize=9)
         return figure
 
     return picture(draw)

@@ -1,4 +1,4 @@
-"""Any set of run directories -> a table, plots and a page in one directory."""
+"""Compares any set of run directories: writes a table, plots and a page into one directory."""
 
 from __future__ import annotations
 
@@ -25,40 +25,42 @@ KIND = "comparison"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The runs to compare.
 
     Attributes:
-        skipped: what was left out, with the reasons.
-        benchmark: of the operators; None for none.
-        alone: whether each run had its device to itself.
+        skipped: directories that were left out, with the reasons.
+        benchmark: the operators' times, or None.
+        exclusive_device: whether no run shared its device with another process.
     """
 
     title: str
     runs: list[Run]
     skipped: list[tuple[str, str]]
     benchmark: bench.Benchmark | None
-    alone: bool = True
+    exclusive_device: bool = True
 
     @property
     def groups(self) -> list[Group]:
-        """The rows of the table."""
+        """The groups of runs; each is a row of the table."""
         return group_runs(self.runs)
 
     @property
     def across_tokenizers(self) -> bool:
-        """Whether only bits per byte compare."""
-        return tokenizers_differ(self.runs) and not accuracy.has_parts(self.runs)
+        """Whether only bits per byte can be compared, because data or tokenizers differ."""
+        return tokenizers_differ(self.runs) and not accuracy.has_val_subsets(self.runs)
 
     @property
     def rows(self) -> list[table.Row]:
-        """The table in full numbers."""
+        """The table with full-precision numbers."""
         kernel_ms = bench.kernel_times(self.benchmark.rows)[1] if self.benchmark else None
         across = self.across_tokenizers
-        return table.rows(self.groups, across_tokenizers=across, alone=self.alone, kernel_ms=kernel_ms)
+        return table.rows(
+            self.groups, across_tokenizers=across, exclusive_device=self.exclusive_device, kernel_ms=kernel_ms
+        )
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on reading the table."""
+        """Sentences that explain the table."""
         devices = sorted({str(run.summary.get("device", "an unnamed device")) for run in self.runs})
         notes = [f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''} on {'; '.join(devices)}."]
         tested = sum("test/loss" in run.summary for run in self.runs)
@@ -78,25 +80,25 @@ class Comparison:
                 f"{ended} of the runs finished."
             )
         if len(devices) > 1:
-            notes.append("The devices differ: times and tokens/s do not compare.")
+            notes.append("The devices differ, so times and tokens/s cannot be compared.")
         if self.across_tokenizers:
-            notes.append("Data or tokenizers differ: the runs compare in bits per byte; a loss per token does not.")
+            notes.append("Data or tokenizers differ, so compare bits per byte and not the loss per token.")
         differing = also_differing(self.runs)
         if differing:
-            notes.append(f"Besides the mixer, these differ between the rows: {', '.join(differing)}.")
+            notes.append(f"Besides the mixer, these settings differ between the rows: {', '.join(differing)}.")
         if any(len(group.runs) > 1 for group in self.groups):
             notes.append("± is the standard deviation over seeds.")
-        if not self.alone:
-            notes.append("Runs shared a device: nothing of time is compared.")
-        seconds = table.same_time(self.groups) if self.alone else None
+        if not self.exclusive_device:
+            notes.append("Runs shared a device, so times are not compared.")
+        seconds = table.equal_wall_clock(self.groups) if self.exclusive_device else None
         if seconds is not None:
             notes.append(
-                f"Same time: after {seconds:.1f} s of training, when the first run ended, by a straight line between "
-                "validations; of runs that had the device to themselves."
+                f"Equal wall-clock: after {seconds:.1f} s of training, when the first run ended, interpolated linearly "
+                "between validations. Each run had its device to itself."
             )
         timed = bench.kernel_times(self.benchmark.rows)[0] if self.benchmark else ""
         if self.benchmark and timed:
-            notes.append(f"kernel ms: the operator alone, {timed}, on {self.benchmark.device}.")
+            notes.append(f"kernel ms: the time of the operator, {timed}, on {self.benchmark.device}.")
         return notes
 
 
@@ -107,17 +109,17 @@ def compare(
     title: str,
     benchmark: Path | None = None,
     step: int | None = None,
-    alone: bool = True,
+    exclusive_device: bool = True,
 ) -> Comparison:
     """Reads run directories and writes table.csv, table.md, results.json, plots and report.html into `out`.
 
     Args:
-        directories: run directories; what is none is left out by name.
-        benchmark: JSON of scripts/benchmark.py: adds a column and a section of the page.
-        step: read every run at its validation of that step, finished or not; where None, as it ended.
-        alone: whether each run had its device to itself; where not, nothing of time is compared.
+        directories: run directories. Others are left out and named.
+        benchmark: JSON of scripts/benchmark.py. It adds a column to the table and a section to the page.
+        step: read every run as it was at the validation of that step, finished or not; at its end where None.
+        exclusive_device: whether no run shared its device with another process. Else times are not compared.
     Raises:
-        ValueError: none of them is a finished run, or `benchmark` is no benchmark.
+        ValueError: none of them is a finished run, or `benchmark` is not a benchmark's file.
         OSError: `out` cannot be written.
     """
     runs, skipped = read_runs(directories, step=step)
@@ -128,27 +130,31 @@ def compare(
             "hold a summary.json."
         )
     kernels = bench.read_benchmark(benchmark) if benchmark else None
-    result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], kernels, alone)
+    result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], kernels, exclusive_device)
     out.mkdir(parents=True, exist_ok=True)
     write(result, out / RESULTS)
     return result
 
 
 def read_comparison(path: Path) -> Comparison:
-    """The comparison in a file. Raises ValueError where it holds none."""
+    """Reads the comparison in a file. Raises ValueError where it holds none."""
     found = read_results_file(path, kind=KIND)
     try:
         kernels = found["benchmark"] and bench.Benchmark(**found["benchmark"])
         runs = [from_record(record) for record in found["runs"]]
         return Comparison(
-            found["title"], runs, [tuple(pair) for pair in found["skipped"]], kernels, found.get("alone", True)
+            found["title"],
+            runs,
+            [tuple(pair) for pair in found["skipped"]],
+            kernels,
+            found.get("exclusive_device", True),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a comparison's ({error}); scripts/compare.py writes one.") from error
+        raise InputError(f"{path} is not a comparison ({error}); scripts/compare.py writes one.") from error
 
 
 def redraw(path: Path) -> None:
-    """Writes the comparison in a file, and all that is made of it, anew. Raises ValueError where it holds none."""
+    """Writes the comparison in a file again, with its tables, plots and page. Raises ValueError where it holds none."""
     write(read_comparison(path), path)
 
 
@@ -157,7 +163,10 @@ def write(comparison: Comparison, path: Path) -> None:
     out, rows, notes = path.parent, comparison.rows, comparison.notes
     results: dict[str, Any] = {"kind": KIND, "title": comparison.title, "rows": rows, "notes": notes}
     results |= {"runs": [as_record(run) for run in comparison.runs], "skipped": comparison.skipped}
-    results |= {"benchmark": comparison.benchmark and asdict(comparison.benchmark), "alone": comparison.alone}
+    results |= {
+        "benchmark": comparison.benchmark and asdict(comparison.benchmark),
+        "exclusive_device": comparison.exclusive_device,
+    }
     head, body = table.as_cells(rows)
     files: dict[Path, str | bytes] = {
         path: json.dumps(results, indent=1) + "\n",
@@ -167,9 +176,12 @@ def write(comparison: Comparison, path: Path) -> None:
     drawn = _pictures(comparison)
     files |= {out / f"{name}.png": picture.light for (name, _), picture in drawn.items()}
     sections = [Section(head=head, body=body, notes=notes)]
-    if accuracy.has_parts(comparison.runs):
-        by_part, best = accuracy.table(comparison.runs), "Accuracy of asked tokens, each model at its better rate"
-        sections += [Section(best, *by_part, names=by_part[0].index("mixer") + 1)]
+    if accuracy.has_val_subsets(comparison.runs):
+        by_subset, heading = (
+            accuracy.table(comparison.runs),
+            "Accuracy at the target positions, each model at its best learning rate",
+        )
+        sections += [Section(heading, *by_subset, names=by_subset[0].index("mixer") + 1)]
     sections += [Section(heading, pictures={heading: picture}) for (_, heading), picture in drawn.items()]
     sections += [bench_report.section(comparison.benchmark)] if comparison.benchmark else []
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
@@ -179,9 +191,12 @@ def write(comparison: Comparison, path: Path) -> None:
 
 
 def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
-    """By file name and heading. Across tokenizers in bits per byte alone, else in nats with bits per byte beside; of
-    synthetic tasks accuracies in their place."""
-    if accuracy.has_parts(comparison.runs):
+    """The plots by file name and heading.
+
+    Losses are in nats with a second scale in bits per byte, or only in bits per byte across tokenizers. Runs of
+    synthetic tasks have plots of accuracy instead.
+    """
+    if accuracy.has_val_subsets(comparison.runs):
         lines = accuracy.lines(comparison.runs)
         drawn = {
             ("accuracy_by_state", "Accuracy against the size of the state"): accuracy_plots.by_state(lines),
@@ -201,6 +216,6 @@ def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
             groups, y=y.replace("val/", f"{reported_split(comparison.runs)}/")
         ),
     }
-    if not comparison.alone:
+    if not comparison.exclusive_device:
         drawn = {name: picture for name, picture in drawn.items() if name[0] != "loss_by_seconds"}
     return {name: picture for name, picture in drawn.items() if picture is not None}

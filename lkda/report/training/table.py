@@ -1,4 +1,4 @@
-"""Groups of runs -> one table, for the terminal, CSV, Markdown and JSON."""
+"""The table of groups of runs, for the terminal, CSV, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lkda.report.read.runs import Run
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its heading, the entry of a row it shows, how a number is written, and whether with its spread."""
+    """A column: its heading, the entry that it shows, the format, and whether the spread over seeds is shown."""
 
     heading: str
     key: str
@@ -31,7 +31,7 @@ COLUMNS = (
     Column("test bits/byte", "test/bits_per_byte", "{:.3f}".format, spread=True),
     Column("val loss", "val/loss", "{:.3f}".format, spread=True),
     Column("bits/byte", "val/bits_per_byte", "{:.3f}".format, spread=True),
-    Column("bits/byte, same time", "bits_at_same_time", "{:.3f}".format, spread=True),
+    Column("bits/byte at equal wall-clock", "bits_at_equal_wall_clock", "{:.3f}".format, spread=True),
     Column("accuracy", "val/accuracy", "{:.1%}".format, spread=True),
     Column("whole sequences", "val/sequence_accuracy", "{:.1%}".format, spread=True),
     Column("test perplexity", "test/perplexity", "{:.1f}".format),
@@ -43,12 +43,12 @@ COLUMNS = (
     Column("tokens/s", "tokens_per_s", count, spread=True),
     Column("kernel ms", "kernel_ms", "{:.3f}".format),
 )
-# Means nothing where runs shared a device.
+# Cannot be compared where runs shared a device.
 OF_TIME = ("tokens_per_s",)
-# Means nothing across tokenizers.
+# Cannot be compared across tokenizers.
 PER_TOKEN = ("val/loss", "val/perplexity", "test/loss", "test/perplexity")
 
-# Validations that make a course.
+# A run needs this many validations for its loss to be interpolated.
 ENOUGH = 3
 
 Row = dict[str, Any]
@@ -58,57 +58,59 @@ def rows(
     groups: Sequence[Group],
     *,
     across_tokenizers: bool = False,
-    alone: bool = True,
+    exclusive_device: bool = True,
     kernel_ms: Mapping[str, float] | None = None,
 ) -> list[Row]:
-    """One row a group: its label, its number of runs, and mean and (of several) standard deviation of each column.
+    """A row for each group: its label, its number of runs, and each column's mean and, for several runs, deviation.
 
     Args:
-        across_tokenizers: leave out what compares only between runs with one tokenizer.
-        alone: whether each run had its device to itself; where not, leave out what is of time.
-        kernel_ms: forward+backward time of a mixer's operator in milliseconds, from a benchmark, by the mixer's name.
+        across_tokenizers: leave out what can only be compared between runs with the same tokenizer.
+        exclusive_device: whether no run shared its device. If one did, times are left out.
+        kernel_ms: {mixer: forward+backward time of its operator in milliseconds}, from a benchmark.
     """
     table = []
-    seconds = same_time(groups) if alone else None
+    seconds = equal_wall_clock(groups) if exclusive_device else None
     for group in groups:
         row: Row = {"mixer": group.label, "seeds": len(group.runs)}
         for column in COLUMNS:
             if any(run.summary.get(column.key) is None for run in group.runs):
                 continue
-            if (across_tokenizers and column.key in PER_TOKEN) or (not alone and column.key in OF_TIME):
+            if (across_tokenizers and column.key in PER_TOKEN) or (not exclusive_device and column.key in OF_TIME):
                 continue
             row[column.key] = group.mean(column.key)
             if column.spread and len(group.runs) > 1:
                 row[f"{column.key} sd"] = statistics.stdev(group.values(column.key))
         if seconds is not None:
             found = [bits_after(run, seconds) for run in group.runs]
-            row["bits_at_same_time"] = statistics.fmean(found)
+            row["bits_at_equal_wall_clock"] = statistics.fmean(found)
             if len(found) > 1:
-                row["bits_at_same_time sd"] = statistics.stdev(found)
+                row["bits_at_equal_wall_clock sd"] = statistics.stdev(found)
         if kernel_ms is not None and group.mixer in kernel_ms:
             row["kernel_ms"] = kernel_ms[group.mixer]
         table.append(row)
     return table
 
 
-def same_time(groups: Sequence[Group]) -> float | None:
-    """Seconds of training that every run reached: those of the one that ended first. None for fewer than two groups,
-    where devices differ, or where a run has too few validations to tell its course."""
+def equal_wall_clock(groups: Sequence[Group]) -> float | None:
+    """Seconds of training that every run reached, which are those of the run that ended first.
+
+    None for fewer than two groups, where devices differ, or where a run has too few validations to interpolate between.
+    """
     runs = [run for group in groups for run in group.runs]
-    courses = [_course(run) for run in runs]
-    if len(groups) < 2 or len({run.summary.get("device") for run in runs}) > 1 or min(map(len, courses)) < ENOUGH:
+    curves = [_bits_by_time(run) for run in runs]
+    if len(groups) < 2 or len({run.summary.get("device") for run in runs}) > 1 or min(map(len, curves)) < ENOUGH:
         return None
-    seconds = min(course[-1][0] for course in courses)
-    return seconds if all(course[0][0] <= seconds for course in courses) else None
+    seconds = min(curve[-1][0] for curve in curves)
+    return seconds if all(curve[0][0] <= seconds for curve in curves) else None
 
 
 def bits_after(run: Run, seconds: float) -> float:
-    """Validation bits per byte after so many seconds of training, by a straight line between validations."""
-    times, bits = zip(*_course(run))
+    """Bits per byte after so many seconds of training, interpolated linearly between validations."""
+    times, bits = zip(*_bits_by_time(run))
     return float(np.interp(seconds, times, bits))
 
 
-def _course(run: Run) -> list[tuple[float, float]]:
+def _bits_by_time(run: Run) -> list[tuple[float, float]]:
     name = "val/bits_per_byte"
     return [(row["seconds"], row[name]) for row in run.metrics if name in row]
 
@@ -122,8 +124,10 @@ def _cell(row: Row, column: Column) -> str:
 
 
 def as_cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The headings and the cells as text; a column that no row fills is left out, and one of the validation where every
-    row has the same of the test split."""
+    """The headings and the cells as text. Columns that would be empty are left out.
+
+    A column of the validation is left out too where every row has the same column of the test split.
+    """
     tested = [key for key in table[0] if key.startswith("test/") and all(key in row for row in table)] if table else []
     hidden = [key.replace("test/", "val/") for key in tested]
     columns = [c for c in COLUMNS if c.key not in hidden and any(c.key in row for row in table)]
@@ -137,7 +141,7 @@ def as_cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def as_csv(table: Sequence[Row]) -> str:
-    """Full numbers, one line a row, spreads beside their means."""
+    """The rows with full-precision numbers, each spread beside its mean."""
     keys = (name for column in COLUMNS for name in (column.key, f"{column.key} sd"))
     names = ["mixer", "seeds", *(name for name in keys if any(name in row for row in table))]
     text = io.StringIO()

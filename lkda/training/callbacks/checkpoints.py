@@ -47,12 +47,12 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.stop_request = stop_request
-        self.facts = {"format": FORMAT, "model": model, "tokenizer": tokenizer, "run": run}
+        self.metadata = {"format": FORMAT, "model": model, "tokenizer": tokenizer, "run": run}
         self.best = dict(_NONE_YET)
         self.saved_step = -1
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lkda"] = {**self.facts, "step": trainer.global_step, "best": dict(self.best)}
+        checkpoint["lkda"] = {**self.metadata, "step": trainer.global_step, "best": dict(self.best)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.best = checkpoint["lkda"]["best"]

@@ -58,18 +58,18 @@ def test_packages_become_streams_that_a_data_module_maps(tmp_path, sources):
     assert texts["test_bytes"] == manifest["test_bytes"] == len(text(30))
     assert module["train_bytes"] == len(SENTENCE * 30)
     assert module["licence"] == "MIT"
-    assert manifest["overlap"]["train_bytes"] == texts["train_bytes"] + module["train_bytes"]
+    assert manifest["decontamination"]["train_bytes"] == texts["train_bytes"] + module["train_bytes"]
 
     data = TextDataModule(source="prose", directory=str(tmp_path / "mix"), context=16, batch_size=2)
     data.prepare()
-    assert isinstance(data._train.stream, np.memmap)
-    assert data._train.stream.dtype == np.uint16
-    assert data.tokenizer.decode(data._validation.stream.tolist(), skip_special_tokens=True) == held_out
+    assert isinstance(data._train.token_ids, np.memmap)
+    assert data._train.token_ids.dtype == np.uint16
+    assert data.tokenizer.decode(data._validation.token_ids.tolist(), skip_special_tokens=True) == held_out
     assert data.bytes_per_token == pytest.approx(len(held_out) / data.val_tokens)
     test = [token for batch in data.in_order(data.test.batches) for token in batch["tokens"].flatten().tolist()]
     assert text(30) in data.tokenizer.decode(test)
     assert data.test.bytes_per_token == pytest.approx(len(text(30)) / data.test.tokens)
-    assert text(30) not in data.tokenizer.decode(data._train.stream.tolist())
+    assert text(30) not in data.tokenizer.decode(data._train.token_ids.tolist())
     assert next(iter(data.train_dataloader()))["tokens"].shape == (1, 32)
 
 
@@ -90,14 +90,14 @@ def test_a_package_without_a_licence_is_refused(tmp_path):
 
 def test_what_validates_is_not_trained_on(tmp_path, sources):
     copies = Source("module", "MIT", "*.py", lambda _: [f"{text(100)}\n\n{text(20)}\n\n{text(101)}"])
-    overlap = prepare_prose(tmp_path / "mix", vocab_size=300, sources=[sources[0], copies])["overlap"]
-    assert overlap["before"]["validation"] > 0.9
-    assert overlap["before"]["test"] == 0
-    assert overlap["after"] == {"validation": 0, "test": 0}
-    assert overlap["dropped_bytes"] == len(text(20)) + 2
+    decontamination = prepare_prose(tmp_path / "mix", vocab_size=300, sources=[sources[0], copies])["decontamination"]
+    assert decontamination["before"]["validation"] > 0.9
+    assert decontamination["before"]["test"] == 0
+    assert decontamination["after"] == {"validation": 0, "test": 0}
+    assert decontamination["dropped_bytes"] == len(text(20)) + 2
     data = TextDataModule(source="prose", directory=str(tmp_path / "mix"), context=16, batch_size=2)
     data.prepare()
-    train = data.tokenizer.decode(data._train.stream.tolist())
+    train = data.tokenizer.decode(data._train.token_ids.tolist())
     assert text(20) not in train
     assert f"{text(100)}\n\n{text(101)}" in train
 
@@ -118,10 +118,10 @@ def test_a_mix_that_is_there_is_not_overwritten(tmp_path, sources):
 
 def without_test(directory: Path) -> None:
     """Make it a mix of a version that knew no test split."""
-    facts = json.loads((directory / "facts.json").read_text())
+    metadata = json.loads((directory / "facts.json").read_text())
     (directory / "test.npy").unlink()
-    del facts["facts"]["test_bytes"], facts["sizes"]["test.npy"]
-    (directory / "facts.json").write_text(json.dumps(facts))
+    del metadata["facts"]["test_bytes"], metadata["sizes"]["test.npy"]
+    (directory / "facts.json").write_text(json.dumps(metadata))
 
 
 def test_a_mix_of_before_the_test_split_still_trains_and_says_so(tmp_path, sources):

@@ -1,4 +1,4 @@
-"""What the tasks promise, seen in what they draw."""
+"""What the tasks promise, seen in what they sample."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from lkda.data.datamodule import CountUp
-from lkda.data.packing import IGNORED
 from lkda.data.synthetic.mqar import MQAR
 from lkda.data.synthetic.mqar_answered import AnsweredMQAR
 from lkda.data.synthetic.mqar_kimi import ConsecutiveMQAR
 from lkda.data.synthetic.palindrome import Palindrome
 from lkda.data.synthetic.sampling import distinct, weighted
 from lkda.data.synthetic.stack import POP, PUSH, STACKS_FROM, Stack
+from lkda.special_tokens import IGNORE_INDEX
 
 SHAPES = [(64, 4), (64, 16), (128, 32), (256, 64), (1024, 256)]
 MIXTURE = [{"length": 64, "pairs": 4, "examples": 96}, {"length": 128, "pairs": 8, "examples": 32}]
@@ -42,14 +42,14 @@ def rng():
 
 @pytest.mark.parametrize(("length", "pairs"), SHAPES)
 def test_mqar_asks_every_key_once_and_labels_its_value(length, pairs):
-    tokens, targets = mqar().draw(64, rng(), length=length, pairs=pairs)
+    tokens, targets = mqar().sample(64, rng(), length=length, pairs=pairs)
     keys, values = tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2]
     assert keys.min() >= 1
     assert keys.max() < 4096 <= values.min()
     assert values.max() < 8192
     for row, asks, k, v in zip(tokens, targets, keys, values):
         assert len(set(k)) == len(set(v)) == pairs
-        places = np.flatnonzero(asks != IGNORED)
+        places = np.flatnonzero(asks != IGNORE_INDEX)
         assert len(places) == pairs
         assert places.min() >= 2 * pairs
         assert not (places % 2).any()
@@ -60,19 +60,19 @@ def test_mqar_asks_every_key_once_and_labels_its_value(length, pairs):
 
 def test_mqar_asks_in_a_random_order_at_places_of_the_stated_law():
     """The place of a single pair's query: chi-squared against p(g) ~ g^(a - 1), 30 degrees of freedom."""
-    _, targets = mqar().draw(50_000, rng(), length=64, pairs=1)
-    counts = np.bincount((np.nonzero(targets != IGNORED)[1] - 2) // 2, minlength=31)
+    _, targets = mqar().sample(50_000, rng(), length=64, pairs=1)
+    counts = np.bincount((np.nonzero(targets != IGNORE_INDEX)[1] - 2) // 2, minlength=31)
     law = np.arange(1, 32) ** (0.01 - 1)
     expected = law / law.sum() * counts.sum()
     assert ((counts - expected) ** 2 / expected).sum() < 30 + 5 * 60**0.5
-    tokens, targets = mqar().draw(2000, rng(), length=64, pairs=2)
-    first = np.argmax(targets != IGNORED, axis=1)
+    tokens, targets = mqar().sample(2000, rng(), length=64, pairs=2)
+    first = np.argmax(targets != IGNORE_INDEX, axis=1)
     assert 0.45 < (tokens[np.arange(2000), first] == tokens[:, 0]).mean() < 0.55
 
 
 def test_mqar_is_noise_where_nothing_is_said_or_asked():
-    tokens, targets = mqar().draw(500, rng(), length=64, pairs=4)
-    noise = tokens[:, 8:][targets[:, 8:] == IGNORED]
+    tokens, targets = mqar().sample(500, rng(), length=64, pairs=4)
+    noise = tokens[:, 8:][targets[:, 8:] == IGNORE_INDEX]
     assert noise.min() < 50
     assert noise.max() > 8140
     assert abs(noise.mean() - 4095.5) < 50
@@ -80,8 +80,8 @@ def test_mqar_is_noise_where_nothing_is_said_or_asked():
 
 def test_drawing_without_replacement():
     """Every ordered pair of 4 numbers equally often; and weights 3 : 1 : 1 come first in 3 of 5."""
-    drawn = distinct(rng(), 24_000, 2, low=5, high=9)
-    counts = np.bincount((drawn[:, 0] - 5) * 4 + drawn[:, 1] - 5, minlength=16).reshape(4, 4)
+    sampled = distinct(rng(), 24_000, 2, low=5, high=9)
+    counts = np.bincount((sampled[:, 0] - 5) * 4 + sampled[:, 1] - 5, minlength=16).reshape(4, 4)
     assert (np.diag(counts) == 0).all()
     assert abs(counts[~np.eye(4, dtype=bool)] - 2000).max() < 5 * 2000**0.5
     assert np.array_equal(np.sort(distinct(rng(), 3, 50, low=0, high=50)), np.tile(np.arange(50), (3, 1)))
@@ -92,19 +92,19 @@ def test_drawing_without_replacement():
 
 
 def test_palindrome():
-    tokens, targets = Palindrome(context=32).draw(50, rng(), length=32)
+    tokens, targets = Palindrome(context=32).sample(50, rng(), length=32)
     string = tokens[:, :16]
     assert string.min() >= 1
     assert string.max() <= 64
     assert (tokens[:, 16] == 0).all()
-    assert (targets[:, :16] == IGNORED).all()
+    assert (targets[:, :16] == IGNORE_INDEX).all()
     assert (targets[:, 16:] == string[:, ::-1]).all()
     assert (tokens[:, 17:] == targets[:, 16:-1]).all()
 
 
 @pytest.mark.parametrize("length", [64, 65, 66, 4])
 def test_mqar_kimi_asks_one_query_after_another(length):
-    tokens, targets = ConsecutiveMQAR(context=length).draw(50, rng(), length=length)
+    tokens, targets = ConsecutiveMQAR(context=length).sample(50, rng(), length=length)
     pairs = (length - 1) // 3
     assert tokens.shape == targets.shape == (50, length)
     keys, values = tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2]
@@ -117,11 +117,11 @@ def test_mqar_kimi_asks_one_query_after_another(length):
         assert sorted(row[-pairs:]) == sorted(k)
         assert [value_of[key] for key in row[-pairs:]] == list(asks[-pairs:])
     assert pairs == 1 or (tokens[:, -pairs:] != keys).any(1).all()
-    assert (targets[:, :-pairs] == IGNORED).all()
+    assert (targets[:, :-pairs] == IGNORE_INDEX).all()
 
 
 def test_mqar_answered():
-    tokens, targets = AnsweredMQAR(context=64).draw(50, rng(), length=64)
+    tokens, targets = AnsweredMQAR(context=64).sample(50, rng(), length=64)
     keys, values = tokens[:, 0:32:2], tokens[:, 1:32:2]
     assert (tokens[:, 32] == 0).all()
     assert keys.min() >= 1
@@ -133,20 +133,20 @@ def test_mqar_answered():
         assert sorted(row[33::2]) == sorted(k)
         assert [value_of[key] for key in row[33::2]] == list(asks[33::2])
         assert list(row[34::2]) == list(asks[33:-1:2])
-    assert (np.delete(targets, np.s_[33::2], axis=1) == IGNORED).all()
+    assert (np.delete(targets, np.s_[33::2], axis=1) == IGNORE_INDEX).all()
 
 
 def test_stack_pops_what_was_pushed_last():
     data = Stack(context=300, stacks=8, elements=50)
-    tokens, targets = data.draw(40, rng(), length=300)
+    tokens, targets = data.sample(40, rng(), length=300)
     pops = 0
     for row, asks in zip(tokens.reshape(40, 100, 3), targets.reshape(40, 100, 3)):
         stacks = {STACKS_FROM + n: [] for n in range(8)}
-        assert (asks[:, [0, 2]] == IGNORED).all()
+        assert (asks[:, [0, 2]] == IGNORE_INDEX).all()
         for (what, stack, element), asked in zip(row, asks[:, 1]):
             assert STACKS_FROM + 8 <= element < data.vocab_size
             if what == PUSH:
-                assert asked == IGNORED
+                assert asked == IGNORE_INDEX
                 stacks[stack].append(element)
             else:
                 assert what == POP
@@ -173,17 +173,17 @@ def test_batches_do_not_depend_on_the_workers(task):
     loader = iter(DataLoader(CountUp(batches, 3), batch_size=None, num_workers=2))
     for n in range(3, 9):
         got, want = next(loader), batches[n]
-        assert got["part"] == want["part"]
+        assert got["subset"] == want["subset"]
         assert got["cu_seqlens"] is None
-        assert all(torch.equal(got[key], want[key]) for key in ("tokens", "targets", "asked"))
+        assert all(torch.equal(got[key], want[key]) for key in ("tokens", "targets", "target_positions"))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_asked_are_the_places_of_the_targets(task):
     batch = TASKS[task]().training_batches(rank=0, world_size=1)[0]
     flat = batch["targets"].flatten()
-    assert torch.equal(batch["asked"], (flat != IGNORED).nonzero().flatten())
-    assert len(batch["asked"]) > 0
+    assert torch.equal(batch["target_positions"], (flat != IGNORE_INDEX).nonzero().flatten())
+    assert len(batch["target_positions"]) > 0
     assert batch["tokens"].max() < TASKS[task]().vocab_size
 
 
@@ -191,8 +191,8 @@ def test_an_epoch_holds_every_part_as_often_as_it_says():
     data = mqar()
     batches = data.training_batches(rank=0, world_size=1)
     for epoch in range(3):
-        parts = [batches[n]["part"] for n in range(8 * epoch, 8 * epoch + 8)]
-        assert sorted(parts) == [0] * 6 + [1] * 2
+        subsets = [batches[n]["subset"] for n in range(8 * epoch, 8 * epoch + 8)]
+        assert sorted(subsets) == [0] * 6 + [1] * 2
     assert data.tokens_per_batch == 16 * (6 * 64 + 2 * 128) // 8
     assert data.context == 128
     assert data.source == "mqar"
@@ -222,10 +222,10 @@ def test_validation_is_the_same_for_every_seed_and_unlike_training():
     ("make", "message"),
     [
         (lambda: mqar(train=[{"length": 64, "pairs": 17, "examples": 1}]), "got length 64 and 17 pairs: .* at most 16"),
-        (lambda: mqar(vocab_size=8), "draws 4 different keys from .1, 4.: set data.vocab_size to 10 or more"),
+        (lambda: mqar(vocab_size=8), "samples 4 different keys from .1, 4.: set data.vocab_size to 10 or more"),
         (lambda: mqar(train=[{"length": 64, "examples": 1}]), "has the wrong entries: .*pairs"),
-        (lambda: mqar(train=[{"pairs": 4, "examples": 1}]), "a part of data.train lacks length"),
-        (lambda: mqar(train=[]), "need a part each"),
+        (lambda: mqar(train=[{"pairs": 4, "examples": 1}]), "a subset of data.train lacks length"),
+        (lambda: mqar(train=[]), "need a subset each"),
         (lambda: mqar(batch_size=0), "data.batch_size must be a whole number of 1 or more, got 0"),
         (lambda: Palindrome(context=33), "give an even data.context"),
         (lambda: AnsweredMQAR(context=30), "multiples of 4 tokens; got a length of 30"),
@@ -233,7 +233,7 @@ def test_validation_is_the_same_for_every_seed_and_unlike_training():
         (lambda: ConsecutiveMQAR(context=3), "take 4 tokens; got a length of 3"),
         (lambda: ConsecutiveMQAR(context=64, vocab_size=32), "21 different keys do not fit into .1, 16.: set .* 44"),
         (lambda: Stack(context=5), "take 6 tokens; got a length of 5"),
-        (lambda: mqar(train=[5]), "a part of data.train is like .length: 64, examples: 1000.; got 5"),
+        (lambda: mqar(train=[5]), "a subset of data.train is like .length: 64, examples: 1000.; got 5"),
         (lambda: Stack(stacks=0), "data.stacks must be a whole number of 1 or more, got 0"),
         (lambda: Palindrome(letters=0), "data.letters must be a whole number of 1 or more, got 0"),
         (lambda: Stack(pop=1.0), "data.pop must be between 0 and 1, got 1.0"),
@@ -245,9 +245,9 @@ def test_what_cannot_be_drawn_is_refused(make, message):
 
 
 def test_drawing_is_fast_enough():
-    """A batch of 256 of the training mixture's largest part within 100 ms; it takes about 2."""
+    """A batch of 256 of the training mixture's largest subset within 100 ms; it takes about 2."""
     data, generator = mqar(), rng()
-    data.draw(256, generator, length=256, pairs=64)
+    data.sample(256, generator, length=256, pairs=64)
     begin = time.perf_counter()
-    data.draw(256, generator, length=256, pairs=64)
+    data.sample(256, generator, length=256, pairs=64)
     assert time.perf_counter() - begin < 0.1

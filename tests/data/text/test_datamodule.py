@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lkda.data.text import tokenize as prepared
+from lkda.data.text import tokenize
 from lkda.data.text.datamodule import TextDataModule
 from lkda.data.text.files import file_sources, sotu_sources
 from lkda.data.text.tokenizer import END_OF_TEXT
@@ -107,8 +107,8 @@ def test_the_test_documents_come_out_of_training_and_the_validation_stays(tmp_pa
     assert data.fingerprint["validation"] == without.fingerprint["validation"]
     assert data.no_test is None
     whole = {path.read_text() for path in texts.iterdir()}
-    train = set(data.tokenizer.decode(data._train.stream.tolist(), skip_special_tokens=False).split(END_OF_TEXT)[1:])
-    tested = data.tokenizer.decode(data.test.batches.rows.stream.tolist(), skip_special_tokens=False)
+    train = set(data.tokenizer.decode(data._train.token_ids.tolist(), skip_special_tokens=False).split(END_OF_TEXT)[1:])
+    tested = data.tokenizer.decode(data.test.batches.rows.token_ids.tolist(), skip_special_tokens=False)
     test = set(tested.split(END_OF_TEXT)[1:])
     validation = whole - train - test
     assert (len(train), len(validation), len(test)) == (5, 2, 3)
@@ -123,7 +123,7 @@ def test_files_can_be_named_for_the_test(tmp_path, texts):
     (tmp_path / "mine.txt").write_text(prose(90, 3))
     data = module(tmp_path, texts, test_paths=[str(tmp_path / "mine.txt")])
     data.prepare()
-    tested = data.tokenizer.decode(data.test.batches.rows.stream.tolist(), skip_special_tokens=True)
+    tested = data.tokenizer.decode(data.test.batches.rows.token_ids.tolist(), skip_special_tokens=True)
     assert tested == prose(90, 3)
     assert len(list(data.in_order(data.test.batches))) == len(data.test.batches)
 
@@ -133,7 +133,7 @@ def test_of_one_document_what_is_before_the_validation_tests(tmp_path, texts):
     (tmp_path / "one.txt").write_text(text)
     data = module(tmp_path, tmp_path / "one.txt", val_fraction=0.1, test_fraction=0.2)
     data.prepare()
-    streams = (data._train.stream, data.test.batches.rows.stream, data._validation.stream)
+    streams = (data._train.token_ids, data.test.batches.rows.token_ids, data._validation.token_ids)
     train, test, validation = (data.tokenizer.decode(own.tolist(), skip_special_tokens=True) for own in streams)
     assert train + test + validation == text
     assert [len(test), len(validation)] == [pytest.approx(share * len(text), abs=1) for share in (0.2, 0.1)]
@@ -219,7 +219,7 @@ def test_a_second_run_finds_the_cache_and_a_change_of_content_does_not(tmp_path,
         raise AssertionError("built again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "_build", never)
+        patch.setattr(tokenize, "_build", never)
         module(tmp_path, texts).prepare()
         (texts / "3.txt").write_text(prose(500, 3))
         with pytest.raises(AssertionError, match="built again"):
@@ -270,18 +270,18 @@ def test_what_a_killed_process_left_behind_is_cleared(tmp_path, texts):
 BUILDS = """
 import sys
 from pathlib import Path
-from lkda.data.text import tokenize as prepared
+from lkda.data.text import tokenize
 from lkda.data.text.files import file_sources
 
-build = prepared._build
+build = tokenize._build
 
 def told(*arguments):
     print("built")
     return build(*arguments)
 
-prepared._build = told
+tokenize._build = told
 sources = file_sources([sys.argv[1]], val_paths=[], val_fraction=0.2, text_column="text")
-made = prepared.prepare_corpus(sources, vocab_size=300, tokenizer_path=None, cache_dir=Path(sys.argv[2]))
+made = tokenize.tokenize_corpus(sources, vocab_size=300, tokenizer_path=None, cache_dir=Path(sys.argv[2]))
 print(len(made.train), int(made.train.astype(int).sum()))
 """
 
@@ -366,11 +366,11 @@ def test_a_changed_file_of_the_same_size_and_time_is_read_again(tmp_path):
 def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, texts, monkeypatch):
     whole = module(tmp_path, texts, cache_dir=str(tmp_path / "whole"))
     whole.prepare()
-    monkeypatch.setattr(prepared, "_PIECE", 100)
-    monkeypatch.setattr(prepared, "_AT_ONCE", 300)
+    monkeypatch.setattr(tokenize, "_PIECE", 100)
+    monkeypatch.setattr(tokenize, "_AT_ONCE", 300)
     cut = module(tmp_path, texts, cache_dir=str(tmp_path / "cut"))
     cut.prepare()
-    assert len(list(prepared._pieces((texts / "0.txt").read_text(), None))) > 10
+    assert len(list(tokenize._pieces((texts / "0.txt").read_text(), None))) > 10
     assert cut.tokenizer.to_str() == whole.tokenizer.to_str()
     assert (cut.train_tokens, cut.val_tokens, cut.bytes_per_token) == (
         whole.train_tokens,

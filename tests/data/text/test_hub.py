@@ -49,8 +49,8 @@ def texts(data: HubDataModule, stream: np.ndarray) -> list[str]:
 def test_splits_of_a_data_set_train_and_validate(tmp_path, folder, streaming):
     data = module(tmp_path, folder, val_split="test", streaming=streaming)
     data.prepare()
-    assert texts(data, data._train.stream) == [document(n) for n in range(40) if n % 10 != 9]
-    assert texts(data, data._validation.stream) == [document(n) for n in range(100, 104)]
+    assert texts(data, data._train.token_ids) == [document(n) for n in range(40) if n % 10 != 9]
+    assert texts(data, data._validation.token_ids) == [document(n) for n in range(100, 104)]
     assert data.source == str(folder)
 
 
@@ -59,8 +59,8 @@ def test_the_first_documents_of_which_some_are_held_out(tmp_path, folder, stream
     data = module(tmp_path, folder, max_documents=20, val_fraction=0.25, streaming=streaming)
     data.prepare()
     found = [n for n in range(20) if n % 10 != 9]
-    assert texts(data, data._validation.stream) == [document(n) for n in found[2::4]]
-    assert texts(data, data._train.stream) == [document(n) for n in found if n not in found[2::4]]
+    assert texts(data, data._validation.token_ids) == [document(n) for n in found[2::4]]
+    assert texts(data, data._train.token_ids) == [document(n) for n in found if n not in found[2::4]]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -71,15 +71,15 @@ def test_some_of_what_does_not_validate_tests(tmp_path, folder, streaming):
     data.prepare()
     found = [n for n in range(20) if n % 10 != 9]
     rest = [n for n in found if n not in found[2::4]]
-    assert texts(data, data._validation.stream) == [document(n) for n in found[2::4]]
-    assert texts(data, data.test.batches.rows.stream) == [document(n) for n in rest[2::4]]
-    assert texts(data, data._train.stream) == [document(n) for n in rest if n not in rest[2::4]]
+    assert texts(data, data._validation.token_ids) == [document(n) for n in found[2::4]]
+    assert texts(data, data.test.batches.rows.token_ids) == [document(n) for n in rest[2::4]]
+    assert texts(data, data._train.token_ids) == [document(n) for n in rest if n not in rest[2::4]]
 
 
 def test_a_split_of_the_data_set_tests(tmp_path, folder):
     data = module(tmp_path, folder, val_fraction=0.25, test_split="test", context=16)
     data.prepare()
-    assert texts(data, data.test.batches.rows.stream) == [document(n) for n in range(100, 104)]
+    assert texts(data, data.test.batches.rows.token_ids) == [document(n) for n in range(100, 104)]
     with pytest.raises(ValueError, match=r"data\.test_split=test is data\.val_split too"):
         module(tmp_path, folder, val_split="test", test_split="test")
     with pytest.raises(ValueError, match=r"data\.test_fraction must be 0 \(no test split\) or more, and at most 0\.5"):
@@ -95,11 +95,11 @@ def test_only_the_files_that_are_named_are_read(tmp_path, folder, streaming):
     files = OmegaConf.create({"train": "more/[ab].jsonl", "test": ["more/c.jsonl"]})
     data = module(tmp_path, folder, data_files=files, val_split="test", streaming=streaming)
     data.prepare()
-    assert texts(data, data._train.stream) == [document(n) for n in range(200, 220)]
-    assert texts(data, data._validation.stream) == [document(n) for n in (300, 301)]
+    assert texts(data, data._train.token_ids) == [document(n) for n in range(200, 220)]
+    assert texts(data, data._validation.token_ids) == [document(n) for n in (300, 301)]
     other = module(tmp_path, folder, data_files="more/a.jsonl", val_fraction=0.1, streaming=streaming)
     other.prepare()
-    assert texts(other, other._train.stream) == [document(n) for n in range(200, 210) if n != 205]
+    assert texts(other, other._train.token_ids) == [document(n) for n in range(200, 210) if n != 205]
 
 
 @pytest.mark.parametrize("given", [[], 3, [""], {"train": []}, "/etc/passwd", ["../a.jsonl"], "https://a.b/c.jsonl"])
@@ -141,7 +141,7 @@ def test_a_second_run_finds_the_cache_and_a_change_of_content_does_not(tmp_path,
     (folder / "test.jsonl").write_text(json.dumps({"id": 1, "text": document(7)}) + "\n")
     data = module(tmp_path, folder, val_split="test")
     data.prepare()
-    assert texts(data, data._validation.stream) == [document(7)]
+    assert texts(data, data._validation.token_ids) == [document(7)]
 
 
 @pytest.mark.parametrize(

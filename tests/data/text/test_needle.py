@@ -11,7 +11,7 @@ from rich.progress import Progress
 from lkda.data.text.cache import publish
 from lkda.data.text.documents import Splits
 from lkda.data.text.needle import Needle
-from lkda.data.text.tokenize import tokenise
+from lkda.data.text.tokenize import tokenize_splits
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,10 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = " ".join(np.random.default_rng(0).choice(words, 4000))
     (built := home / "built").mkdir()
     with Progress(disable=True) as progress:
-        facts = tokenise(Splits([text], [text], [text[::-1]]), built, given=None, vocab_size=400, progress=progress)
-    publish(built, home / "prose", facts)
+        metadata = tokenize_splits(
+            Splits([text], [text], [text[::-1]]), built, given=None, vocab_size=400, progress=progress
+        )
+    publish(built, home / "prose", metadata)
     return home / "prose"
 
 
@@ -37,22 +39,22 @@ def test_the_passage_stands_where_it_is_said_and_at_the_end(prose):
     batches = list(data.val_dataloader())
     assert len(batches) == data.val_batches == 3 * (2 * 3 + 2)
     for batch in batches:
-        part = data.parts[batch["part"]]
+        subset = data.val_subsets[batch["subset"]]
         tokens, targets = batch["tokens"][0].numpy(), batch["targets"][0].numpy()
-        assert len(tokens) == len(targets) == part["length"]
-        assert batch["asked"].tolist() == list(range(part["length"] - 12, part["length"]))
+        assert len(tokens) == len(targets) == subset["length"]
+        assert batch["target_positions"].tolist() == list(range(subset["length"] - 12, subset["length"]))
         assert (targets[:-12] == -100).all()
         whole = np.append(tokens, targets[-1])
         assert (whole[1:][-12:] == targets[-12:]).all()
-        passage, text = whole[-16:], part["length"] + 1 - 16 * (1 + part["needles"])
+        passage, text = whole[-16:], subset["length"] + 1 - 16 * (1 + subset["needles"])
         found = [n for n in range(len(whole) - 31) if (whole[n : n + 16] == passage).all()]
-        assert found == ([text * part["depth"] // 100] if part["needles"] else [])
+        assert found == ([text * subset["depth"] // 100] if subset["needles"] else [])
 
 
 def test_depths_hide_the_same_passage_in_the_same_text(prose):
     data = needle(prose)
     data.prepare()
-    early, middle, _, _, _, _, without, _ = (data.sequence(data._validation, part, 1) for part in data.parts)
+    early, middle, _, _, _, _, without, _ = (data.sequence(data._validation, subset, 1) for subset in data.val_subsets)
     assert sorted(early) == sorted(middle)
     assert (early[-16:] == middle[-16:]).all()
     assert len(without) == len(early)
@@ -64,10 +66,10 @@ def test_the_test_split_is_made_of_the_test_text(prose):
     assert data.test is not None
     batches = list(data.in_order(data.test.batches))
     assert len(batches) == data.val_batches
-    part = data.parts[batches[4]["part"]]
-    expected = data.sequence(np.load(prose / "test.npy"), part, 1)
+    subset = data.val_subsets[batches[4]["subset"]]
+    expected = data.sequence(np.load(prose / "test.npy"), subset, 1)
     assert (batches[4]["tokens"][0].numpy() == expected[:-1]).all()
-    assert not (expected == data.sequence(np.load(prose / "validation.npy"), part, 1)).all()
+    assert not (expected == data.sequence(np.load(prose / "validation.npy"), subset, 1)).all()
 
 
 @pytest.mark.parametrize(

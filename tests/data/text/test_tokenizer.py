@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lkda.data.text import tokenize as prepared
+from lkda.data.text import tokenize
 from lkda.data.text.datamodule import TextDataModule
 from lkda.data.text.files import sotu_sources
 from lkda.data.text.tokenizer import (
@@ -107,7 +107,7 @@ def test_a_word_of_400_000_characters_is_prepared_in_seconds(kind, tmp_path):
     begin = time.process_time()
     data = data_of(tmp_path, [text], vocab_size=4096)
     assert time.process_time() - begin < 60
-    assert data.tokenizer.decode(data._train.stream[1:].tolist()) == text
+    assert data.tokenizer.decode(data._train.token_ids[1:].tolist()) == text
 
 
 def test_ordinary_text_has_the_tokens_it_always_had():
@@ -123,14 +123,14 @@ def test_ordinary_text_has_the_tokens_it_always_had():
 def test_a_long_text_without_blanks_is_cut_where_words_end(monkeypatch, tmp_path):
     text = "".join(np.random.default_rng(0).choice(list("abcdé漢🙂0+ \n"), 20_000)).replace(" ", "")
     tokenizer = train_tokenizer([text], 400)
-    monkeypatch.setattr(prepared, "_PIECE", 1000)
-    pieces = list(prepared._pieces(text, tokenizer.pre_tokenizer))
+    monkeypatch.setattr(tokenize, "_PIECE", 1000)
+    pieces = list(tokenize._pieces(text, tokenizer.pre_tokenizer))
     assert "".join(pieces) == text
     assert max(len(piece) for piece in pieces) <= 2000
     assert [token for piece in pieces for token in encode_text(tokenizer, piece)] == encode_text(tokenizer, text)
     # One that puts a space before every text would make other tokens of the pieces: it gets the whole.
-    assert list(prepared._pieces(text, pre_tokenizers.ByteLevel(add_prefix_space=True))) == [text]
-    assert list(prepared._pieces(text, None)) == [text]
+    assert list(tokenize._pieces(text, pre_tokenizers.ByteLevel(add_prefix_space=True))) == [text]
+    assert list(tokenize._pieces(text, None)) == [text]
 
 
 TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
@@ -196,7 +196,7 @@ def data_of(
     for name, texts in (("train", documents), ("val", validation or [prose(60)])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     given = {"vocab_size": 300, "context": 32, "batch_size": 2, "cache_dir": str(folder / "cache"), **options}
-    paths = {"paths": [str(folder / "train.jsonl")], "val_paths": [str(folder / "val.jsonl")]}
+    paths = {"paths": [str(folder / "train.jsonl")], "val_paths": [str(folder / "val.jsonl")], "test_fraction": 0.0}
     data = TextDataModule(source="files", **paths, **given)  # type: ignore[arg-type]
     data.prepare()
     return data
@@ -205,8 +205,8 @@ def data_of(
 def test_a_document_that_spells_the_token_between_documents_is_one_document(tmp_path):
     documents = [f"{prose(30, n)} {END_OF_TEXT} {prose(30, n + 50)}{END_OF_TEXT}" for n in range(9)]
     data = data_of(tmp_path, documents)
-    assert (data._train.stream == document_start(data.tokenizer)).sum() == len(data._train.starts) == 9
-    texts = np.split(data._train.stream, data._train.starts[1:])
+    assert (data._train.token_ids == document_start(data.tokenizer)).sum() == len(data._train.starts) == 9
+    texts = np.split(data._train.token_ids, data._train.starts[1:])
     assert [data.tokenizer.decode(text.tolist()) for text in texts] == documents
 
 
@@ -221,7 +221,7 @@ def test_documents_of_a_foreign_tokenizer_never_see_each_other(special, tmp_path
     first = [] if start is None else [start]
     streams = [[*first, *encode_text(tokenizer, document)] for document in documents]
     places = np.cumsum([0, *(len(tokens) for tokens in streams[:-1])])
-    assert data._train.stream.tolist() == [token for tokens in streams for token in tokens]
+    assert data._train.token_ids.tolist() == [token for tokens in streams for token in tokens]
     assert data._train.starts.tolist() == places.tolist()
     begins = {n for n in places if n < data._train.count * 32} | {32 * n for n in range(data._train.count)}
     found = [data._train.begins(n) + 32 * n for n in range(data._train.count)]

@@ -1,4 +1,4 @@
-"""The gated norm: its plain form, and its kernels run on the CPU, against float64."""
+"""The gated norm: its form in PyTorch, and its kernels run on the CPU, against float64."""
 
 import shutil
 
@@ -32,7 +32,7 @@ def norm(backend):
 
 
 def check(inputs):
-    want = outputs_and_gradients(norm("plain"), {name: x.double() for name, x in inputs.items()})
+    want = outputs_and_gradients(norm("torch"), {name: x.double() for name, x in inputs.items()})
     assert_within_yardstick(outputs_and_gradients(norm("cuda"), inputs), want)
 
 
@@ -74,7 +74,7 @@ class TestKernels:
         check(inputs_of(1, 64))
 
     def test_of_more_groups_of_rows_than_blocks(self, monkeypatch):
-        monkeypatch.setattr(cuda, "MOST_BLOCKS", 2)
+        monkeypatch.setattr(cuda, "MAX_BLOCKS", 2)
         check(inputs_of(2, 150, 3, 64))
 
     def test_strided_inputs_and_gradients(self):

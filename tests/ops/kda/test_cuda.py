@@ -289,12 +289,12 @@ class TestTorch:
         forward = (q, k, v, g, beta, state, None, 0.125, normalize, True)
         torch.library.opcheck(torch.ops.lkda.kda_forward, forward)
         q, k, v, g, beta, state = (x.detach() for x in forward[:6])
-        o, _, packets, kept, *units = torch.ops.lkda.kda_forward(q, k, v, g, beta, state, *forward[6:])
-        reverse = (o, None, v, None, packets, kept, True)
-        torch.library.opcheck(torch.ops.lkda.kda_reverse, reverse)
-        _, d_kept = torch.ops.lkda.kda_reverse(*reverse)
-        gradients = (o, None, *(units if normalize else (q, k)), g, beta, state, None, kept, d_kept, 0.125)
-        torch.library.opcheck(torch.ops.lkda.kda_gradients, gradients)
+        o, _, workspaces, saved, *normalized = torch.ops.lkda.kda_forward(q, k, v, g, beta, state, *forward[6:])
+        inter_chunk = (o, None, v, None, workspaces, saved, True)
+        torch.library.opcheck(torch.ops.lkda.kda_inter_chunk_bwd, inter_chunk)
+        _, d_saved = torch.ops.lkda.kda_inter_chunk_bwd(*inter_chunk)
+        intra_chunk = (o, None, *(normalized if normalize else (q, k)), g, beta, state, None, saved, d_saved, 0.125)
+        torch.library.opcheck(torch.ops.lkda.kda_intra_chunk_bwd, intra_chunk)
         torch.library.opcheck(torch.ops.lkda.kda_recurrent, (*(x.detach() for x in forward[:6]), None, 0.125))
 
     def test_compiles_without_a_graph_break(self):
@@ -314,7 +314,7 @@ class TestTorch:
         assert all(torch.equal(x, y) for x, y in zip(first, second))
 
     def test_memory(self):
-        """At most 450 MiB beyond the inputs of 1x8192x16x128: the packets are gone before the gradients come."""
+        """At most 450 MiB beyond the inputs of 1x8192x16x128: workspaces are freed before gradients are allocated."""
         inputs = {name: x.requires_grad_() for name, x in on_gpu(1, 8192, 16, 128).items()}
         grad_o = torch.randn_like(inputs["v"])
         torch.cuda.reset_peak_memory_stats()

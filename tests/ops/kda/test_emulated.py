@@ -45,16 +45,16 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
         return torch.full(shape, torch.nan, dtype=dtype)
 
     operand = torch.float32 if dtype == torch.float32 else torch.float16
-    packets = torch.full((slots * H * layout.packet,), 255, dtype=torch.uint8)
-    states, d_states = (torch.full((slots, H, layout.kept_state), 255, dtype=torch.uint8) for _ in range(2))
-    corrections, d_corrections = (unwritten(slots, H, D, layout.chunk, dtype=operand) for _ in range(2))
+    workspaces = torch.full((slots * H * layout.workspace,), 255, dtype=torch.uint8)
+    states, d_states = (torch.full((slots, H, layout.saved_state), 255, dtype=torch.uint8) for _ in range(2))
+    v_tilde, d_residual = (unwritten(slots, H, D, layout.chunk, dtype=operand) for _ in range(2))
     got = {"o": unwritten(*v.shape, dtype=dtype), "final_state": unwritten(*state.shape)}
     got |= {f"d{name}": unwritten(*x.shape, dtype=x.dtype) for name, x in inputs.items()}
-    parts = unwritten(slots, H, D // 16, layout.chunk)
-    largest, d_largest, units, d_units = unwritten(slots, H), unwritten(slots, H), unwritten(B, H), unwritten(B, H)
+    beta_parts = unwritten(slots, H, D // 16, layout.chunk)
+    amax, d_amax, v_scales, do_scales = unwritten(slots, H), unwritten(slots, H), unwritten(B, H), unwritten(B, H)
 
-    def scan(name, part, *tensors):
-        launch = cuda_kernels.Scan(name, D, dtype, ARCH, part)
+    def inter_chunk(name, part, *tensors):
+        launch = cuda_kernels.InterChunkKernel(name, D, dtype, ARCH, part)
         run = emulated(launch.kernel)
         run(B * segments * H * launch.blocks, 32 * launch.warps, *tensors, None, B, T, H, segments)
 
@@ -63,31 +63,45 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
         run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, segments, H, int(backward))
         return found
 
-    prepare = emulated(cuda_kernels.prepare_kernel(D, dtype, ARCH))
-    prepare(min(3, slots * H), layout.threads, q, k, g, beta, packets, None, slots * H, T, H, scale)
+    intra_chunk_fwd = emulated(cuda_kernels.intra_chunk_fwd_kernel(D, dtype, ARCH))
+    intra_chunk_fwd(min(3, slots * H), layout.threads, q, k, g, beta, workspaces, None, slots * H, T, H, scale)
     if dtype.itemsize == 2:
-        find = emulated(cuda_kernels.largest_kernel(D, dtype))
-        find(-(-slots * H // 8), 256, v, largest, None, slots * H, T, H)
-        find(-(-slots * H // 8), 256, grad_o, d_largest, None, slots * H, T, H)
-    enters, leaves = state, grad_state
+        find_amax = emulated(cuda_kernels.amax_kernel(D, dtype))
+        find_amax(-(-slots * H // 8), 256, v, amax, None, slots * H, T, H)
+        find_amax(-(-slots * H // 8), 256, grad_o, d_amax, None, slots * H, T, H)
+    entering, leaving = state, grad_state
     if segments > 1:
         offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
         run = emulated(cuda_kernels.segments_kernel(D, ARCH))
         ends = (offsets, None, None, None, transposed, transitions)
-        scan("scan", "summary", packets, v, largest, state, None, None, *ends)
-        enters = entries(transposed, offsets, state, backward=False)
+        inter_chunk("inter_chunk_fwd", "summary", workspaces, v, amax, state, None, None, *ends)
+        entering = entries(transposed, offsets, state, backward=False)
         ends = (d_offsets, None, None, None, None)
-        scan("reverse", "summary", packets, None, grad_o, d_largest, grad_state, None, *ends)
-        leaves = entries(transitions, d_offsets, grad_state, backward=True)
+        inter_chunk("inter_chunk_bwd", "summary", workspaces, None, grad_o, d_amax, grad_state, None, *ends)
+        leaving = entries(transitions, d_offsets, grad_state, backward=True)
     results = (got["o"], got["final_state"])
-    scan("scan", "whole", packets, v, largest, state, enters, *results, states, corrections, units, None, None)
-    kept = (got["dinitial_state"], d_states, d_corrections, d_units, parts)
-    scan("reverse", "whole", packets, v, grad_o, d_largest, grad_state, leaves, *kept)
-    gradients = emulated(cuda_kernels.gradients_kernel(D, dtype, ARCH))
-    passed = (states, corrections, d_states, d_corrections, parts, units, d_units)
+    inter_chunk(
+        "inter_chunk_fwd",
+        "whole",
+        workspaces,
+        v,
+        amax,
+        state,
+        entering,
+        *results,
+        states,
+        v_tilde,
+        v_scales,
+        None,
+        None,
+    )
+    saved = (got["dinitial_state"], d_states, d_residual, do_scales, beta_parts)
+    inter_chunk("inter_chunk_bwd", "whole", workspaces, v, grad_o, d_amax, grad_state, leaving, *saved)
+    intra_chunk_bwd = emulated(cuda_kernels.intra_chunk_bwd_kernel(D, dtype, ARCH))
+    passed = (states, v_tilde, d_states, d_residual, beta_parts, v_scales, do_scales)
     given = (q, k, g, beta, grad_o, *passed, state, grad_state)
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
-    gradients(slots * H, layout.threads, *given, *results, None, T, H, scale)
+    intra_chunk_bwd(slots * H, layout.threads, *given, *results, None, T, H, scale)
 
     for name, want in kda_truth(inputs).items():
         assert relative(got[name], want) < ALLOWED[dtype], name
@@ -105,7 +119,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
     ],
 )
 def test_the_op_around_the_kernels(T, packed, state, segments, normalize, monkeypatch):
-    """Forward, what is kept, backward: the launches and their arguments as a GPU would get them."""
+    """Forward, what is saved, backward: the launches and their arguments as a GPU would get them."""
     monkeypatch.setattr(cuda_plan, "architecture", lambda device: ARCH)
     monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
     inputs, D = kda_inputs(1, T, 2, 32, 32, gate="slow", dtype=torch.bfloat16), 32
@@ -124,11 +138,11 @@ def test_the_op_around_the_kernels(T, packed, state, segments, normalize, monkey
             **given, scale=D**-0.5, initial_state=initial_state, cu_seqlens=cu_seqlens, normalize=normalize
         )
 
-    def plain(q, k, **given):
-        q, k = l2_normalized(q, k, backend="plain") if normalize else (q, k)
+    def reference(q, k, **given):
+        q, k = l2_normalized(q, k, backend="torch") if normalize else (q, k)
         return kda_attention(q, k, **given, backend="recurrent")
 
     got = outputs_and_gradients(op, inputs, **options)
-    truth = outputs_and_gradients(plain, {name: x.double() for name, x in inputs.items()}, **options)
+    truth = outputs_and_gradients(reference, {name: x.double() for name, x in inputs.items()}, **options)
     for name, want in truth.items():
         assert relative(got[name], want) < ALLOWED[torch.bfloat16], name

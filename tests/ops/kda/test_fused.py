@@ -1,4 +1,4 @@
-"""KDA from raw logits: the plain path against its parts, the gate's kernels, run on the CPU, against float64."""
+"""KDA from raw logits: the PyTorch path against its parts, the gate's kernels, run on the CPU, against float64."""
 
 import shutil
 
@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lkda.ops import kda_attention, kda_attention_fused
-from lkda.ops.kda import fused
+from lkda.ops import KDAGate, kda_attention, kda_attention_fused
 from lkda.ops.kda.cuda.gate import kda_gate_cuda
-from lkda.ops.kda.reference.gate import write_strength
+from lkda.ops.kda.reference.gate import kda_gate_torch
 from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
@@ -32,17 +31,14 @@ def gate_inputs(B, T, H, K, *, per_head=False, dtype=torch.bfloat16, spread=3.0)
 
 def gates(backend, K, form="softplus", lower_bound=-5.0, negative=False):
     def run(strengths, logits=None, A_log=None, dt_bias=None):
-        if backend == "plain":
-            g = fused.plain_decay(logits, A_log, dt_bias, strengths, K, form, lower_bound)
-            return g, write_strength(strengths, negative_eigenvalues=negative)
-        options = {"bounded": form == "bounded", "lower_bound": lower_bound, "strength": 2.0 if negative else 1.0}
-        return kda_gate_cuda(logits, strengths, A_log, dt_bias, head_dim=K, **options)
+        gate = KDAGate(A_log, dt_bias, form, lower_bound, negative)
+        return (kda_gate_torch if backend == "torch" else kda_gate_cuda)(logits, strengths, gate, head_dim=K)
 
     return run
 
 
 def check_gates(inputs, K, *form):
-    want = outputs_and_gradients(gates("plain", K, *form), {name: x.double() for name, x in inputs.items()})
+    want = outputs_and_gradients(gates("torch", K, *form), {name: x.double() for name, x in inputs.items()})
     assert_within_yardstick(outputs_and_gradients(gates("cuda", K, *form), inputs), want)
 
 
@@ -69,14 +65,14 @@ class TestGateKernels:
         def beta(backend):
             return lambda strengths: gates(backend, 32, "softplus", -5.0, True)(strengths)[1:]
 
-        want = outputs_and_gradients(beta("plain"), {"strengths": strengths.double()})
+        want = outputs_and_gradients(beta("torch"), {"strengths": strengths.double()})
         assert_within_yardstick(outputs_and_gradients(beta("cuda"), {"strengths": strengths}), want)
 
     def test_where_logits_are_large(self):
         """softplus keeps its digits where it is tiny, and is the identity where it is large."""
         inputs = gate_inputs(1, 50, 2, 32, dtype=torch.float32, spread=30.0)
         g, _ = gates("cuda", 32)(**inputs)
-        exact, _ = gates("plain", 32)(**{name: x.double() for name, x in inputs.items()})
+        exact, _ = gates("torch", 32)(**{name: x.double() for name, x in inputs.items()})
         kept = exact < -1e-37  # what float32 can hold
         assert ((g - exact).abs() / exact.abs())[kept].max() < 1e-5
 
@@ -107,6 +103,12 @@ def layer_inputs(B=2, T=50, H=2, K=16, *, per_head=False, dtype=torch.float64):
     return {"q": q, "k": k, "v": v, "gate_logits": logits, "beta_logits": strengths, "A_log": A_log, "dt_bias": dt_bias}
 
 
+def attention(A_log, dt_bias, *, form="softplus", lower_bound=-5.0, negative_eigenvalues=False, **inputs):
+    """`kda_attention_fused`, of the gate's parameters one by one, so that each can have a gradient."""
+    gate = KDAGate(A_log, dt_bias, form, lower_bound, negative_eigenvalues)
+    return kda_attention_fused(**inputs, gate=gate)
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(("gate", "lower_bound", "negative"), FORMS)
 def test_is_the_attention_of_the_activated_inputs(gate, lower_bound, negative, per_head):
@@ -118,10 +120,10 @@ def test_is_the_attention_of_the_activated_inputs(gate, lower_bound, negative, p
     beta = torch.sigmoid(strengths) * (2 if negative else 1)
     norms = [F.normalize(x, dim=-1) for x in (q, k)]
     want = kda_attention(*norms, v, g.expand_as(q), beta)
-    options = {"gate": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
+    options = {"form": gate, "lower_bound": lower_bound, "negative_eigenvalues": negative}
     for got in (
-        kda_attention_fused(**inputs, **options),
-        kda_attention_fused(**inputs | {"q": norms[0], "k": norms[1]}, normalized=True, **options),
+        attention(**inputs, **options),
+        attention(**inputs | {"q": norms[0], "k": norms[1]}, normalized=True, **options),
     ):
         assert relative(got[0], want[0]) < 1e-6
         assert relative(got[1], want[1]) < 1e-6
@@ -129,17 +131,26 @@ def test_is_the_attention_of_the_activated_inputs(gate, lower_bound, negative, p
 
 def test_without_logits_nothing_decays():
     q, k, v, _, strengths, *_ = layer_inputs().values()
-    o, _ = kda_attention_fused(q, k, v, None, strengths, None, None, normalized=True)
+    o, _ = kda_attention_fused(q, k, v, None, strengths, KDAGate(), normalized=True)
     want, _ = kda_attention(q, k, v, torch.zeros_like(q), strengths.sigmoid())
     assert torch.equal(o, want)
+
+
+@pytest.mark.slow  # imports torch._dynamo
+def test_a_gate_made_in_a_compiled_function_breaks_no_graph():
+    inputs = gate_inputs(1, 4, 2, 8, dtype=torch.float32)
+    run = gates("torch", 8, "bounded", -3.0, True)
+    got = torch.compile(run, backend="eager", fullgraph=True)(**inputs)
+    assert all(torch.equal(x, y) for x, y in zip(got, run(**inputs), strict=True))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate": "linear"}, "gate must be one of softplus, bounded, got 'linear'"),
+        ({"form": "linear"}, "form must be one of softplus, bounded, got 'linear'"),
         ({"lower_bound": -6.0}, r"lower_bound must be in \[-5, 0\), got -6.0"),
-        ({"A_log": None}, "gate_logits, A_log and dt_bias come together"),
+        ({"A_log": None}, "dt_bias needs A_log too"),
+        ({"gate_logits": None}, "gate_logits, A_log and dt_bias come together"),
         ({"dt_bias": torch.zeros(3)}, r"A_log must hold 2 numbers and dt_bias 32, got .* and \[3\]"),
         ({"gate_logits": torch.zeros(2, 50, 2, 5)}, "gate_logits must be"),
         ({"beta_logits": torch.zeros(2, 50, 3)}, "beta_logits must be"),
@@ -148,4 +159,4 @@ def test_without_logits_nothing_decays():
 )
 def test_what_does_not_fit_is_said(changes, message):
     with pytest.raises(ValueError, match=message):
-        kda_attention_fused(**layer_inputs() | changes)
+        attention(**layer_inputs() | changes)

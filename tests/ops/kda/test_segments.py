@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lkda.ops.kda.cuda.segments import FEWEST, FEWEST_CHUNKS, segment_count
+from lkda.ops.kda.cuda.segments import MIN_CHUNKS, MIN_SEGMENTS, segment_count
 
 
 @pytest.mark.parametrize(
@@ -24,5 +24,5 @@ def test_segments_fill_the_chip_and_no_more(sequences, heads, chunks, want):
     found = segment_count(sequences, heads, chunks)
     assert found == want
     if want > 1:
-        assert found >= FEWEST
-        assert chunks >= found * FEWEST_CHUNKS
+        assert found >= MIN_SEGMENTS
+        assert chunks >= found * MIN_CHUNKS

@@ -1,4 +1,4 @@
-"""KDA's decoding step: the kernel on the CPU, and the plain form, against float64."""
+"""KDA's decoding step: the kernel on the CPU, and the form in PyTorch, against float64."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from lkda.ops import kda_attention_fused, kda_step_fused, short_convolutions
 from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.state import pack_state, unpack_state
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.kda.step_cases import STATES, copied, exact, relative, state_of, token
+from tests.ops.kda.step_cases import STATES, copied, exact, moved, relative, state_of, token
 
 # Relative, of a state rounded once, by half a step at most: 2^-9 of a number in bf16, 1/254 of a row's largest in int8.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.int8: 8e-3}
 OUTPUT = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
 
-def by_kernel(x, state, *, negative=False, normalized=False, gate="softplus", lower_bound=-5.0, scale=None):
+def by_kernel(x, state, *, normalized=False, scale=None):
     """`kda_step_fused(backend="cuda")` as far as it does not ask for a GPU."""
     D = x["q"].shape[-1]
     return cuda_step.kda_step_cuda(
-        *(x[name] for name in ("q", "k", "v", "gate_logits", "beta_logits", "A_log", "dt_bias")),
+        *(x[name] for name in ("q", "k", "v", "gate_logits", "beta_logits", "gate")),
         *(state[0], state[1] if len(state) == 2 else None, x.get("weights", []), x.get("caches", [])),
         normalize=not normalized,
-        bounded=gate == "bounded",
-        lower_bound=lower_bound,
-        strength=2.0 if negative else 1.0,
         scale=D**-0.5 if scale is None else scale,
     )
 
@@ -68,17 +65,16 @@ OPTIONS = [
     ({"gate": "none"}, {}),
     ({"width": 0}, {"normalized": True}),
     ({"width": 2, "cache_dtype": torch.float16}, {}),
-    ({"width": 1}, {"negative": True}),
+    ({"width": 1, "negative_eigenvalues": True}, {}),
     ({"cache_dtype": torch.bfloat16}, {"scale": 0.5}),
-    ({}, {"gate": "bounded", "lower_bound": -3.0}),
+    ({"form": "bounded", "lower_bound": -3.0}, {}),
 ]
 
 
 @pytest.mark.parametrize(("shape", "options"), OPTIONS)
 def test_options(kernels_on_the_cpu, shape, options):  # noqa: F811
     x, state = token(1, 2, 32, torch.float16, **shape), state_of(1, 2, 32, torch.float32)
-    words = {"negative_eigenvalues" if k == "negative" else k: v for k, v in options.items()}
-    want, after, caches = exact(x, state, **words)
+    want, after, caches = exact(x, state, **options)
     assert relative(by_kernel(x, state, **options), want) < OUTPUT[torch.float16]
     assert relative(state[0], after) < 1e-6
     for got, truth in zip(x.get("caches", []), caches):
@@ -86,24 +82,24 @@ def test_options(kernels_on_the_cpu, shape, options):  # noqa: F811
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
-def test_kernel_rounds_as_the_plain_form(kernels_on_the_cpu, state_dtype):  # noqa: F811
+def test_kernel_rounds_as_the_form_in_pytorch(kernels_on_the_cpu, state_dtype):  # noqa: F811
     """Where the numbers before rounding agree to the last bit, so do those after."""
     x, state = token(1, 2, 64, torch.float32), state_of(1, 2, 64, state_dtype)
-    plain = tuple(copied(state))
-    kda_step_fused(**{**x, "caches": copied(x["caches"])}, state=plain, backend="plain")
+    in_torch = tuple(copied(state))
+    kda_step_fused(**{**x, "caches": copied(x["caches"])}, state=in_torch, backend="torch")
     by_kernel(x, state)
-    step = unpack_state(plain).abs().amax(-1, keepdim=True) / (127 if state_dtype == torch.int8 else 128)
-    assert ((unpack_state(state) - unpack_state(plain)).abs() <= 1.01 * step).all()
+    step = unpack_state(in_torch).abs().amax(-1, keepdim=True) / (127 if state_dtype == torch.int8 else 128)
+    assert ((unpack_state(state) - unpack_state(in_torch)).abs() <= 1.01 * step).all()
     if state_dtype != torch.float32:
-        assert (state[0] != plain[0]).float().mean() < 0.01
+        assert (state[0] != in_torch[0]).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 def test_a_number_that_is_none_is_not_hidden(kernels_on_the_cpu, state_dtype):  # noqa: F811
     x, state = token(1, 1, 32, torch.float32, width=0), state_of(1, 1, 32, state_dtype)
-    plain = tuple(copied(state))
+    in_torch = tuple(copied(state))
     x["v"][0, 0, 5] = float("nan")
-    for o, kept in ((by_kernel(x, state), state), (kda_step_fused(**x, state=plain, backend="plain"), plain)):
+    for o, kept in ((by_kernel(x, state), state), (kda_step_fused(**x, state=in_torch, backend="torch"), in_torch)):
         assert o[0, 0, 5].isnan()
         assert unpack_state(kept)[..., 5].isnan().all()
 
@@ -127,20 +123,20 @@ def test_rounding_is_to_nearest(dtype):
 
 
 def test_steps_equal_the_sequence():
-    """Plain, in float64, convolutions and all."""
+    """In float64 with backend "torch", convolutions included."""
     B, T, H, D = 2, 9, 2, 32
     tokens = [token(B, H, D, torch.float64, seed=t) for t in range(T)]
-    weights, A_log, dt_bias = (tokens[0][name] for name in ("weights", "A_log", "dt_bias"))
-    weights, A_log, dt_bias = [w.double() for w in weights], A_log.double(), dt_bias.double()
+    x = moved(tokens[0], torch.Tensor.double)
+    weights, gate = x["weights"], x["gate"]
     xs = {n: torch.stack([x[n] for x in tokens], 1) for n in ("q", "k", "v", "gate_logits", "beta_logits")}
     streams = [xs[n].flatten(2) for n in "qkv"]
     (q, k, v), lasts = short_convolutions(streams, weights, normalized=(True, True, False), head_dim=D)
     heads = [y.unflatten(2, (H, D)) for y in (q, k, v)]
-    want, final = kda_attention_fused(*heads, xs["gate_logits"], xs["beta_logits"], A_log, dt_bias, normalized=True)
+    want, final = kda_attention_fused(*heads, xs["gate_logits"], xs["beta_logits"], gate, normalized=True)
     state = (torch.zeros(B, H, D, D, dtype=torch.float64),)
     caches = [torch.zeros(B, 3, H * D, dtype=torch.float64) for _ in range(3)]
     for t in range(T):
-        x = tokens[t] | {"weights": weights, "caches": caches, "A_log": A_log, "dt_bias": dt_bias}
+        x = tokens[t] | {"weights": weights, "caches": caches, "gate": gate}
         torch.testing.assert_close(kda_step_fused(**x, state=state), want[:, t], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(state[0], final, rtol=1e-10, atol=1e-12)
     for cache, last in zip(caches, lasts):

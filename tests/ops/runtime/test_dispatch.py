@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 
 
 class Watching(TorchDispatchMode):
@@ -14,25 +14,25 @@ class Watching(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_plain_tensors_go_straight():
-    assert goes_straight(torch.zeros(1), None, torch.nn.Parameter(torch.zeros(1)))
+def test_ordinary_tensors_bypass_the_dispatcher():
+    assert can_bypass_dispatcher(torch.zeros(1), None, torch.nn.Parameter(torch.zeros(1)))
 
 
 def test_whatever_watches_keeps_the_dispatcher():
     x = torch.zeros(1)
     with Watching():
-        assert not goes_straight(x)
+        assert not can_bypass_dispatcher(x)
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
-    assert not goes_straight(fake)
+    assert not can_bypass_dispatcher(fake)
     seen = []
-    torch.func.grad(lambda y: (seen.append(goes_straight(y)), y.sum())[1])(x)
-    torch.compile(lambda y: y + goes_straight(y), backend="eager", fullgraph=True)(x)
+    torch.func.grad(lambda y: (seen.append(can_bypass_dispatcher(y)), y.sum())[1])(x)
+    torch.compile(lambda y: y + can_bypass_dispatcher(y), backend="eager", fullgraph=True)(x)
     assert seen == [False]
-    assert float(torch.compile(lambda y: y + goes_straight(y), backend="eager", fullgraph=True)(x)) == 0
+    assert float(torch.compile(lambda y: y + can_bypass_dispatcher(y), backend="eager", fullgraph=True)(x)) == 0
 
 
-def test_straight_has_the_gradient_of_the_op_and_of_no_other_result():
+def test_without_dispatcher_has_the_gradient_of_the_op_and_of_no_other_result():
     def save(ctx, inputs, output):
         ctx.save_for_backward(inputs[0], output[1])
 
@@ -40,7 +40,7 @@ def test_straight_has_the_gradient_of_the_op_and_of_no_other_result():
         x, kept = ctx.saved_tensors
         return grad * kept + 0 * x, None
 
-    call = straight(lambda x, factor: (factor * x, torch.full_like(x, factor)), save, gradients, results=1)
+    call = without_dispatcher(lambda x, factor: (factor * x, torch.full_like(x, factor)), save, gradients, results=1)
     x = torch.ones(3, requires_grad=True)
     y, kept = call(x, 5.0)
     assert y.requires_grad

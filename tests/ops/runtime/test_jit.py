@@ -53,9 +53,9 @@ def test_every_architecture_compiles_without_a_gpu(source):
     assert len(entries()) == len(jit.ARCHITECTURES)
 
 
-def test_companions_are_compiled_beside_a_module(source):
+def test_modules_to_precompile_are_compiled_beside_a_module(source):
     first, second, broken = (jit.Module(source, {"FACTOR": factor}) for factor in ("3", "5", "none"))
-    first.companions = lambda: [second, broken]
+    first.precompile_with = lambda: [second, broken]
     first.binary("sm_90a")
     while len(threads := threading.enumerate()) > 1 and any("_compile_early" in thread.name for thread in threads):
         time.sleep(0.01)

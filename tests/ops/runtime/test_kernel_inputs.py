@@ -12,10 +12,10 @@ from lkda.ops.runtime import kernel_inputs
 MODULES = {
     "kda.cuda.core": "chunk",
     "kda.cuda.recurrent": "chunk",
-    "kda.cuda.step": "plain",
+    "kda.cuda.step": "torch",
     "simplified.cuda.core": "chunk",
-    "short_conv.cuda": "plain",
-    "gated_norm.cuda": "plain",
+    "short_conv.cuda": "torch",
+    "gated_norm.cuda": "torch",
 }
 
 

@@ -42,7 +42,7 @@ def inputs_of(B, T, C, *, width=4, streams=3, dtype=torch.bfloat16, sequences=No
 
 def check(inputs, **options):
     got = outputs_and_gradients(convolutions("cuda", **options), inputs)
-    want = outputs_and_gradients(convolutions("plain", **options), {name: x.double() for name, x in inputs.items()})
+    want = outputs_and_gradients(convolutions("torch", **options), {name: x.double() for name, x in inputs.items()})
     assert_within_yardstick(got, want)
 
 
@@ -89,7 +89,7 @@ def test_strided_inputs_and_gradients():
 def test_a_loss_of_one_output_alone():
     inputs = {name: x.requires_grad_() for name, x in inputs_of(2, 40, 64, dtype=torch.float32).items()}
     results = []
-    for backend in ("cuda", "plain"):
+    for backend in ("cuda", "torch"):
         outputs = convolutions(backend)(**inputs)
         for loss in (outputs[0], outputs[5]):
             leaves, options = list(inputs.values()), {"retain_graph": True, "allow_unused": True}
@@ -105,5 +105,5 @@ def test_the_norm_alone(dtype):
         return lambda **xs: BACKENDS[backend].run(list(xs.values()), None, (True, True), 64, None, None)[0]
 
     inputs = {name: x for name, x in inputs_of(2, 300, 192, dtype=dtype).items() if name in ("x0", "x1")}
-    want = outputs_and_gradients(norms("plain"), {name: x.double() for name, x in inputs.items()})
+    want = outputs_and_gradients(norms("torch"), {name: x.double() for name, x in inputs.items()})
     assert_within_yardstick(outputs_and_gradients(norms("cuda"), inputs), want)

@@ -1,4 +1,4 @@
-"""The short convolution and the norm of heads: the plain form against a loop over tokens, and what is refused."""
+"""The short convolution and the norm of heads: the form in PyTorch against a loop over tokens, and what is refused."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_streams_are_independent():
         ({"normalized": (True,), "head_dim": 3}, "a head_dim that divides 8 channels"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "packed in one row"),
         ({"backend": "cuda"}, "not on a CUDA device"),
-        ({"backend": "fast"}, "backend must be one of auto, cuda, plain"),
+        ({"backend": "fast"}, "backend must be one of auto, cuda, torch"),
     ],
 )
 def test_what_does_not_fit_is_said(changes, message):

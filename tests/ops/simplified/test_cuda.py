@@ -188,7 +188,7 @@ class TestTorch:
         torch.library.opcheck(torch.ops.lkda.simplified_baseline, (q, k, v, decay, state, None))
         torch.library.opcheck(torch.ops.lkda.simplified_step, (q[:, 0], k[:, 0], v[:, 0], decay[:, 0], state))
 
-    def test_a_straight_call_equals_a_dispatched_one(self):
+    def test_a_call_without_the_dispatcher_equals_a_dispatched_one(self):
         class Watching(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 return function(*args, **(kwargs or {}))

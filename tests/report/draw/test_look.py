@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
+import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
-from lkda.report.draw.labels import Label, label_ends, label_points, spread
-from lkda.report.draw.style import DARK, KNOWN, LIGHT
+from lkda.report.draw.labels import ABOVE_GRID, Label, label_ends, label_points, spread
+from lkda.report.draw.style import DARK, KNOWN, LIGHT, picture
 from lkda.report.draw.units import count, length, memory, three
 
 
@@ -40,12 +44,61 @@ def test_crowded_labels_do_not_overlap(write):
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
 
 
-@pytest.mark.parametrize("theme", [LIGHT, DARK])
-def test_a_mixer_keeps_its_colour(theme):
-    everything = theme.colours([*KNOWN, "mamba", "gla"])
+@pytest.mark.parametrize("size", [(15.6, 24), (20, 3), (7.2, 4.3)])
+def test_a_figure_fits_a_screen(size):
+    """The decoding step's 24 panels in one column, a wide figure, and an ordinary one."""
+    height, width, _ = matplotlib.image.imread(io.BytesIO(picture(lambda _: Figure(figsize=size)).light)).shape
+    assert width <= 1600
+    assert height <= 1000
+    assert width == 1600 or height == 1000 or (width, height) == (1440, 860)
+
+
+def test_several_curves_of_a_mixer_have_colours_of_their_own():
+    one, two, three, other = LIGHT.looks(["kda", "kda", "kda", "softmax"], ["a", "b", "c", "d"])
+    assert one.colour == LIGHT.colours(["kda"])["kda"]
+    assert other.colour == LIGHT.colours(["softmax"])["softmax"]
+    assert len({look.colour for look in (one, two, three, other)}) == 4
+    assert len({(look.line, look.marker) for look in (one, two, three)}) == 3
+
+
+@pytest.mark.parametrize("style", [LIGHT, DARK])
+def test_twelve_names_have_twelve_colours(style):
+    names = ["kda", *(f"kda, variant {n}" for n in range(10)), "softmax"]
+    assert len(set(style.colours(names).values())) == 12
+
+
+def test_labels_of_points_that_coincide_do_not_overlap():
+    figure = Figure(figsize=(7.2, 4.3), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 1)
+    long = "kda, conv_width 0, gate channel, output_gate "
+    label_points(axes, [Label(1, 0.1, f"{long}{word}", "k") for word in ("True", "False")])
+    one, other = (Text.get_window_extent(text) for text in axes.texts)
+    assert not one.overlaps(other)
+
+
+def test_a_label_does_not_cover_a_neighbours_error_bar_or_a_grid_line():
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 1)
+    label_points(
+        axes, [Label(4, 0.5, "kda_mla_3to1", "k", low=0.5, high=0.5), Label(5, 0.4, "x", "k", low=0.1, high=0.9)]
+    )
+    bar = axes.transData.transform([(5, 0.1), (5, 0.9)])
+    for text in axes.texts:
+        assert not Text.get_window_extent(text).overlaps(Bbox(bar).expanded(1, 1))
+        assert text.get_bbox_patch() is not None
+        assert text.get_zorder() == ABOVE_GRID
+
+
+@pytest.mark.parametrize("style", [LIGHT, DARK])
+def test_a_mixer_keeps_its_colour(style):
+    everything = style.colours([*KNOWN, "mamba", "gla"])
     assert len(set(everything.values())) == len(KNOWN) + 2
-    assert theme.colours(["softmax", "mla"])["softmax"] == everything["softmax"]
-    assert theme.colours(["mamba"]) == {"mamba": everything["mamba"]}
+    assert style.colours(["softmax", "mla"])["softmax"] == everything["softmax"]
+    assert style.colours(["mamba"]) == {"mamba": everything["mamba"]}
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
+from lkda.report.draw.labels import ABOVE_GRID
+from lkda.report.draw.style import LIGHT
 from lkda.report.operators import benchmark as bench
 from lkda.report.operators import plots as bench_plots
+from lkda.report.operators import time_grid
+from lkda.report.operators.plots import SOFTMAX
 from lkda.report.readme import fill
 from lkda.report.redraw import redraw
 from tests.report.conftest import bench_row
@@ -30,10 +38,12 @@ def test_the_table_joins_replay_to_eager_and_keeps_what_was_not_measured():
     head, body = bench.as_cells(ROWS)
     lines = [dict(zip(head, line)) for line in body]
     assert len(lines) == 5
-    assert (lines[0]["ms"], lines[0]["graph ms"], lines[0]["x floor"]) == ("0.200", "0.150", "3.57")
+    assert (lines[0]["graph ms"], lines[0]["eager ms"], lines[0]["p20-p80"]) == ("0.150", "0.200", "0.147-0.153")
+    assert lines[0]["x lower bound"] == "2.68"  # of the graph
+    assert (lines[1]["graph ms"], lines[1]["eager ms"], lines[1]["x lower bound"]) == ("", "12.000", "214.29")
     assert [line["implementation"] for line in lines[:4]] == ["lkda cuda", "lkda chunk", "fla chunk_kda", "cudnn"]
     assert lines[3]["why not"] == "takes heads of 128 only"
-    assert lines[3]["ms"] == ""
+    assert lines[3]["eager ms"] == lines[3]["graph ms"] == ""
     assert bench.as_markdown(ROWS).count("\n") == 7
 
 
@@ -64,15 +74,18 @@ def test_cost_by_length_compares_the_same_number_of_tokens():
     assert next(iter(curves.values()))[0] == (1024, pytest.approx(0.2e6 / (16384 * 16)))
 
 
-@pytest.mark.parametrize(("draw", "rows"), [(bench_plots.times, ROWS), (bench_plots.cost_by_length, LENGTHS)])
-def test_plots_show_something_in_both_themes(draw, rows):
+def drawn_times(rows, *, mode):
+    (cells,) = time_grid.pages(rows, mode=mode)
+    return time_grid.times(cells, mode=mode)
+
+
+@pytest.mark.parametrize(("draw", "rows"), [(drawn_times, ROWS), (bench_plots.cost_by_length, LENGTHS)])
+def test_plots_show_something_in_both_styles(draw, rows):
     picture = draw(rows, mode="fwd")
     for png, brightness in ((picture.light, 1.0), (picture.dark, 0.1)):
         pixels = matplotlib.image.imread(io.BytesIO(png))[..., :3]
         assert pixels[0, 0].mean() == pytest.approx(brightness, abs=0.05)
         assert (pixels.max(-1) - pixels.min(-1) > 0.3).mean() > 0.001
-    with pytest.raises(ValueError, match="the benchmark has no"):
-        draw(rows, mode="bwd")
 
 
 def test_a_benchmark_is_written_as_table_plots_and_page(tmp_path):
@@ -105,7 +118,7 @@ def test_a_file_of_another_kind_is_named_with_the_reason(tmp_path, text, reason)
 
 def lengths(op, **changes):
     """Softmax from 0.1 ms doubling with T, the rest flat, at 2^14 tokens."""
-    grows = changes.get("peer") == "sdpa"
+    grows = changes.get("peer") == SOFTMAX
     return [
         bench_row(
             op, T=2**n, B=2 ** (14 - n), ms=0.1 * 2 ** (n - 10) if grows else changes["time"], **_without(changes)
@@ -119,11 +132,111 @@ def _without(changes):
 
 
 def test_the_crossing_with_softmax_is_read_between_lengths():
-    rows = lengths("kda", time=0.3) + lengths("kda", backend=None, peer="sdpa")
+    rows = lengths("kda", time=0.3) + lengths("kda", backend=None, peer=SOFTMAX)
     ((at, cost),) = bench_plots.crossings(bench_plots.by_length(rows, mode="fwd"))
     assert at == pytest.approx(3 * 1024)
     assert cost == pytest.approx(0.3e6 / (2**14 * 16))
     assert bench_plots.crossings(bench_plots.by_length(lengths("kda", time=0.3), mode="fwd")) == []
+
+
+def test_no_times_are_no_picture_and_no_lengths_an_error():
+    assert time_grid.pages(ROWS, mode="bwd") == []
+    with pytest.raises(ValueError, match="the benchmark has no fwd times at several lengths"):
+        bench_plots.cost_by_length(ROWS, mode="fwd")
+
+
+def test_a_curve_is_labelled_by_what_it_is_and_has_its_own_colour(monkeypatch):
+    rows = lengths("kda", time=0.3) + lengths("kda", backend=None, peer=SOFTMAX) + lengths("simplified", time=0.1)
+    rows += lengths("kda", backend="chunk", time=9.0) + lengths("simplified", backend="chunk", time=5.0)
+    (curves,) = drawn(monkeypatch, lambda: bench_plots.cost_by_length(rows, mode="fwd"))
+    labels = {text.get_text(): text.get_color() for text in curves.axes[0].texts}
+    style = LIGHT.colours(["kda", "softmax", "simplified"])
+    assert labels.pop(SOFTMAX) == style["softmax"]
+    assert labels.pop("kda, lkda cuda") == style["kda"]
+    assert labels.pop("simplified, lkda cuda") == style["simplified"]
+    others = {text: colour for text, colour in labels.items() if "slower" not in text}
+    assert set(others) == {"kda, lkda chunk", "simplified, lkda chunk"}
+    assert len({*others.values(), *style.values()}) == 5
+
+
+def test_no_text_of_a_plot_crosses_a_curve_another_text_or_a_grid_line(monkeypatch):
+    rows = lengths("kda", time=0.3) + lengths("kda", backend=None, peer=SOFTMAX) + lengths("simplified", time=0.1)
+    (figure,) = drawn(monkeypatch, lambda: bench_plots.cost_by_length(rows, mode="fwd"))
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+    assert any("T = 3,100" in text for text in boxes)
+    for one, other in itertools.combinations(boxes.values(), 2):
+        assert not one.overlaps(other)
+    for line in (line for line in axes.lines if len(line.get_xdata()) > 1):
+        path = line.get_transform().transform_path(line.get_path())
+        assert [text for text, box in boxes.items() if path.intersects_bbox(box, filled=False)] == []
+    assert {text.get_zorder() >= ABOVE_GRID for text in axes.texts} == {True}
+    assert any(isinstance(patch, Rectangle) for patch in axes.patches)  # it hides the grid behind the labels
+
+
+def drawn(monkeypatch, call):
+    """The figures of the light style that a call draws."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    call()
+    return figures[::2]
+
+
+def marks(axes):
+    """x -> whether the mark is filled; of every mark in the panel."""
+    return {
+        float(line.get_xdata()[0]): line.get_markerfacecolor() == line.get_color()
+        for line in axes.lines
+        if line.get_marker() == "o"
+    }
+
+
+def test_times_show_the_graph_filled_and_the_eager_call_hollow(monkeypatch):
+    (figure,) = drawn(monkeypatch, lambda: drawn_times(ROWS, mode="fwd"))
+    assert marks(figure.axes[0]) == {0.15: True, 0.2: False, 12.0: False, 1.1: False}
+    numbers = [text.get_text() for text in figure.axes[0].texts]
+    assert numbers == ["0.15 ms  2.68x", "1.1 ms  19.6x  eager", "12 ms  214x  eager"]
+
+
+def test_a_noisy_time_is_marked_in_plot_and_table(monkeypatch):
+    noisy = {"ms_p20": 0.5, "ms_p80": 4.0, "noisy": True}
+    rows = [bench_row(ms=2.0, **noisy), bench_row(backend="chunk", ms=3.0, **noisy)]
+    rows += [bench_row(ms=0.6, replay="graph")]
+    (figure,) = drawn(monkeypatch, lambda: drawn_times(rows, mode="fwd"))
+    bars = [line for line in figure.axes[0].lines if list(line.get_xdata()) == [0.5, 4.0]]
+    assert len(bars) == 2
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.6 ms  10.7x", "3 ms  53.6x  eager, noisy"]
+    head, body = bench.as_cells(rows)
+    assert [line[head.index("eager ms")] for line in body] == ["2.000 (noisy)", "3.000 (noisy)"]
+    assert [line[head.index("graph ms")] for line in body] == ["0.600", ""]
+
+
+@pytest.mark.parametrize(
+    ("panels", "sizes"),
+    [
+        ([(op, b) for op in ("a", "b", "c") for b in range(1, 9)], [(8, 3)]),
+        ([(op, b) for op in "abcd" for b in (1, 2)], [(4, 2)]),
+        ([("a", b) for b in range(1, 14)], [(7, 2)]),
+        ([("a", 1)], [(1, 1)]),
+        ([("a", b) for b in range(1, 30)], [(8, 3), (2, 3)]),
+    ],
+)
+def test_panels_are_laid_out_as_a_grid(panels, sizes):
+    rows = [bench_row(op, "cuda", B=b, ms=0.1 * b) for op, b in panels]
+    pages = time_grid.pages(rows, mode="fwd")
+    assert [(len(cells), len(cells[0])) for cells in pages] == sizes
+    found = [panel.title for cells in pages for line in cells for panel in line if panel]
+    assert len(set(found)) == len(panels)
+
+
+def test_operator_times_prefer_the_replayed_graph():
+    rows = [bench_row(mode="fwd+bwd", ms=2.14), bench_row(mode="fwd+bwd", ms=0.67, replay="graph")]
+    assert bench.kernel_times(rows)[1] == {"kda": 0.67}
+    simplified = [bench_row("simplified", gate=None, B=8 // n, T=n, ms=0.1, replay="graph") for n in (1, 2)]
+    both = [bench_row(B=8 // n, T=n, ms=ms, replay=r) for n in (1, 2) for r, ms in (("eager", 9.0), ("graph", 0.4))]
+    (points,) = bench_plots.over_simplified([*simplified, *both], mode="fwd").values()
+    assert [ratio for _, ratio in points] == [pytest.approx(4), pytest.approx(4)]
 
 
 def test_kda_over_simplified_is_told_by_length(tmp_path):

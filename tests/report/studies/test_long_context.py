@@ -50,7 +50,7 @@ def test_what_is_no_evaluation_gets_one_clear_message(tmp_path):
     with pytest.raises(SystemExit, match=r"a.json does not name the model's mixer"):
         main([f"{tmp_path}/*.json", str(tmp_path / "out")])
     (tmp_path / "a.json").write_text('{"kind": "evaluation"}')
-    with pytest.raises(SystemExit, match=r"a.json is not of scripts/evaluate.py"):
+    with pytest.raises(SystemExit, match=r"a.json lacks the entry .run.|is not what its kind"):
         main([f"{tmp_path}/*.json", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="no evaluations"):
         main([f"{tmp_path}/*.none", str(tmp_path / "out")])

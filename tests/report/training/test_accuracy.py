@@ -16,15 +16,21 @@ from tests.report.conftest import write_run
 SCORES = {("kda", 64, 3e-3): 0.5, ("kda", 64, 1e-2): 0.9, ("kda", 128, 3e-3): 1.0, ("softmax", 64, 3e-3): 0.8}
 
 
-def task_run(directory, mixer, width, rate, score, *, seed=0, data="mqar", context=256, parts=None):
-    parts = parts or [
-        {"length": 64, "pairs": 4, "accuracy": score, "sequence_accuracy": score / 2, "state_bytes": 100 * width},
-        {"length": 256, "pairs": 64, "accuracy": score / 4, "sequence_accuracy": 0.0, "state_bytes": 400 * width},
+def measured(*, length, pairs=None, **values):
+    """An entry of a summary's "val_subsets"."""
+    subset = {"length": length} if pairs is None else {"length": length, "pairs": pairs}
+    return {"name": "_".join(f"{name}_{x}" for name, x in subset.items()), "subset": subset, **values}
+
+
+def task_run(directory, mixer, width, rate, score, *, seed=0, data="mqar", context=256, subsets=None):
+    subsets = subsets or [
+        measured(length=64, pairs=4, accuracy=score, sequence_accuracy=score / 2, state_bytes=100 * width),
+        measured(length=256, pairs=64, accuracy=score / 4, sequence_accuracy=0.0, state_bytes=400 * width),
     ]
     settings = {"model": {"name": "recall", "d_model": width}, "data": {}, "optimizer": {"name": "adamw", "lr": rate}}
     summary = {
         **{"val/bits_per_byte": None, "unigram_entropy": None, "val/perplexity": None, "data": data},
-        **{"context": context, "learning_rate": rate, "parts": parts},
+        **{"context": context, "learning_rate": rate, "val_subsets": subsets},
         **{"val/accuracy": score, "val/sequence_accuracy": score / 2},
     }
     return write_run(directory, mixer, seed=seed, settings=settings, **summary)
@@ -38,7 +44,7 @@ def sweep(tmp_path):
 def test_each_model_counts_by_its_better_rate(sweep):
     lines = {line.label: line for line in accuracy.lines(read_runs(sweep)[0])}
     assert set(lines) == {"kda", "softmax"}
-    found = {(point.width, dict(point.shape)["pairs"]): point for point in lines["kda"].points}
+    found = {(point.width, dict(point.subset)["pairs"]): point for point in lines["kda"].points}
     assert {key: point.accuracy for key, point in found.items()} == {
         (64, 4): 0.9,
         (64, 64): 0.225,
@@ -81,11 +87,11 @@ def test_table_pictures_and_page(sweep, tmp_path):
 def test_by_length_each_model_is_read_at_the_length_it_was_trained_at(tmp_path):
     runs = []
     for n, context in enumerate((256, 512)):
-        parts = [
-            {"length": at, "accuracy": 1.0 if at == context else 0.1, "sequence_accuracy": 0.0, "state_bytes": 9}
+        subsets = [
+            measured(length=at, accuracy=1.0 if at == context else 0.1, sequence_accuracy=0.0, state_bytes=9)
             for at in (256, 512)
         ]
-        runs.append(task_run(tmp_path / str(n), "kda", 64, 1e-3, 0.5, data="stack", context=context, parts=parts))
+        runs.append(task_run(tmp_path / str(n), "kda", 64, 1e-3, 0.5, data="stack", context=context, subsets=subsets))
     head, body = accuracy.table(read_runs(runs)[0])
     assert head[-2:] == ["256", "512"]
     assert body == [["kda", "64", "0.001", "9 B", "100.0%", "100.0%"]]

@@ -22,7 +22,7 @@ from lkda.report.readme import fill
 from lkda.report.redraw import redraw
 from lkda.report.training.comparison import compare
 from lkda.report.training.plots import loss_curves
-from lkda.report.training.table import rows, same_time
+from lkda.report.training.table import equal_wall_clock, rows
 from tests.report.conftest import bench_row, write_run
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "compare.py"
@@ -99,7 +99,7 @@ def test_other_data_are_compared_in_bits_per_byte(tmp_path):
         write_run(tmp_path / "b", "kda", data="files", unigram_entropy=5.0, settings={"data": {"source": "files"}}),
     ]
     result = compare(paths, tmp_path / "out", title="t")
-    assert any("compare in bits per byte" in note for note in result.notes)
+    assert any("compare bits per byte" in note for note in result.notes)
     assert {row["mixer"] for row in result.rows} == {"kda · sotu", "kda · files"}
     assert not any("val/loss" in row or "val/perplexity" in row for row in result.rows)
     assert "Bits per byte against tokens" in (tmp_path / "out" / "report.html").read_text()
@@ -115,10 +115,10 @@ def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
 
 
 def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):
-    result = compare(runs, tmp_path / "out", title="t", alone=False)
-    assert "Runs shared a device: nothing of time is compared." in result.notes
+    result = compare(runs, tmp_path / "out", title="t", exclusive_device=False)
+    assert "Runs shared a device, so times are not compared." in result.notes
     assert result.rows
-    assert not any("tokens_per_s" in row or "bits_at_same_time" in row for row in result.rows)
+    assert not any("tokens_per_s" in row or "bits_at_equal_wall_clock" in row for row in result.rows)
     (tmp_path / "out" / "table.md").unlink()
     redraw(tmp_path / "out" / "results.json")  # as it was written
     assert "tokens/s" not in (tmp_path / "out" / "table.md").read_text()
@@ -132,7 +132,7 @@ def test_a_course_with_few_validations_is_drawn_by_the_training_loss(tmp_path):
 
 
 def configuration(**changes):
-    return OmegaConf.create({"title": "t", "bench": None, "step": None, "alone": True, **changes})
+    return OmegaConf.create({"title": "t", "bench": None, "step": None, "exclusive_device": True, **changes})
 
 
 def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, capsys):
@@ -190,16 +190,16 @@ def test_readme_blocks_are_filled_from_results(compared):
 def test_bits_per_byte_at_the_time_of_the_fastest_run(tmp_path):
     runs = [read_run(write_run(tmp_path / mixer, mixer)) for mixer in ("kda", "softmax")]
     groups = group_runs(runs)
-    seconds = same_time(groups)
+    seconds = equal_wall_clock(groups)
     assert seconds == min(run.metrics[-1]["seconds"] for run in runs)
     for row, group in zip(rows(groups), groups):
         course = [(r["seconds"], r["val/bits_per_byte"]) for r in group.runs[0].metrics if "val/loss" in r]
         before, after = [p for p in course if p[0] <= seconds][-1], next(p for p in course if p[0] >= seconds)
         low, high = sorted((before[1], after[1]))
-        assert low <= row["bits_at_same_time"] <= high
-    assert same_time(groups[:1]) is None
+        assert low <= row["bits_at_equal_wall_clock"] <= high
+    assert equal_wall_clock(groups[:1]) is None
     elsewhere = dataclasses.replace(runs[1], summary=runs[1].summary | {"device": "another"})
-    assert same_time(group_runs([runs[0], elsewhere])) is None
+    assert equal_wall_clock(group_runs([runs[0], elsewhere])) is None
 
 
 def with_test(loss: float) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""KDA's kernels, and what launches them."""
+"""The KDA kernels and the code that launches them."""

@@ -1,12 +1,18 @@
-"""KDA on tensor cores: the kernels' launches, as custom ops with fakes and autograd. docs/kernels.md explains them.
+"""KDA on tensor cores: launches of the kernels, as custom ops with fake implementations and autograd.
 
-Forward: `prepare.cu` (all chunks at once: everything that does not need the state), then `scan.cu` (chunk after chunk:
-state and output). Backward: `reverse.cu` (chunk after chunk, backwards: the state's gradient), then `gradients.cu` (all
-chunks at once). For the backward the forward keeps the packets, which only `reverse.cu` needs and which are freed
-before the gradients are made; the state entering each chunk; and N~.
+docs/dev/kernels.md explains the kernels, docs/reference/mixers.md the notation.
 
-Where q and k are to be normalised, that is part of the op: half-precision ones are then float16 to the kernels, as the
-gradients of A_log and dt_bias, sums over all tokens, show what bfloat16 rounds away.
+    intra_chunk_fwd   all chunks in parallel: everything that does not depend on the state
+    inter_chunk_fwd   one chunk after another: the state and the output
+    inter_chunk_bwd   one chunk after another, from the last to the first: the gradient of the state
+    intra_chunk_bwd   all chunks in parallel: the gradients of q, k, v, g and beta
+
+The forward saves three things for the backward: the workspaces that intra_chunk_fwd writes, the state h that enters
+each chunk, and v~ (v_new without its factor beta). Only inter_chunk_bwd reads the workspaces; they are freed before
+intra_chunk_bwd allocates the gradients.
+
+The op itself can normalise q and k. In half precision the kernels then get them in float16, because the gradients of
+A_log and dt_bias are sums over all tokens and would show the rounding of bfloat16.
 """
 
 from __future__ import annotations
@@ -18,9 +24,9 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.ops.kda.cuda.plan import Plan, plan_of, sizes_of
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.kernel_inputs import cannot_take, readable
-from lkda.ops.short_conv.cuda import unit_dtype, unit_vectors, unit_vectors_backward
+from lkda.ops.short_conv.cuda import normalize_heads, normalize_heads_backward, normalized_dtype
 
 reason_cannot_run = cannot_take(otherwise="chunk")
 
@@ -30,7 +36,7 @@ def _bytes(count: int, device: torch.device) -> Tensor:
 
 
 def _scratch(plan: Plan) -> tuple[Tensor, int, int, int]:
-    """The memory of three arrays [N * segments, H, K, V] in float32, and their addresses."""
+    """One allocation for three float32 arrays [N * segments, H, K, V], and the three addresses."""
     memory = torch.empty(3 * plan.state_numbers, dtype=torch.float32, device=plan.device)
     start, size = memory.data_ptr(), 4 * plan.state_numbers
     return memory, start, start + size, start + 2 * size
@@ -46,31 +52,33 @@ def _forward(
     cu_seqlens: Tensor | None,
     scale: float,
     normalize: bool,
-    keep: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """o, final_state, and where a backward follows (keep) packets, what `Sizes` says is kept, and where they have been
-    made q and k of unit norm; else None."""
+    """Returns o and final_state; with `save` also the workspaces, the memory that `Sizes.saved` describes, and with
+    `normalize` the normalised q and k. What is not computed is None."""
     _, T, H, _ = q.shape
-    q, k = unit_vectors(q, k) if normalize else (readable(q), readable(k))
+    q, k = normalize_heads(q, k) if normalize else (readable(q), readable(k))
     v, g, beta = readable(v), readable(g), readable(beta)
     plan = plan_of(v, cu_seqlens, q.dtype)
     bounds, spans = plan.chunks(cu_seqlens)
-    packets = _bytes(plan.packets, q.device)
-    plan.prepare(q, k, g, beta, packets, spans, plan.items, T, H, scale)
+    workspaces = _bytes(plan.workspaces, q.device)
+    plan.intra_chunk_fwd(q, k, g, beta, workspaces, spans, plan.items, T, H, scale)
     o, final_state = _results(v, cu_seqlens)
-    kept = _bytes(plan.kept, q.device) if keep else None
-    states, corrections, transitions, units = (None,) * 4 if kept is None else plan.kept_parts(kept)
-    begins = (plan.find_largest(v, spans, packets), initial_state)
-    where = (bounds, plan.sequences, T, H, plan.segments)
-    enters: Tensor | int | None = initial_state
+    saved = _bytes(plan.saved, q.device) if save else None
+    states, v_tilde, transitions, v_scales = (None,) * 4 if saved is None else plan.saved_parts(saved)
+    first = (plan.find_amax(v, spans, workspaces), initial_state)
+    shape = (bounds, plan.sequences, T, H, plan.segments)
+    entering: Tensor | int | None = initial_state
     if plan.segments > 1:
-        _memory, offsets, transposed, enters = _scratch(plan)
-        plan.summarize(packets, v, *begins, None, None, offsets, None, None, None, transposed, transitions, *where)
-        plan.enter_segments(transposed, offsets, initial_state, enters, plan.segments, H, 0)
-    plan.scan(packets, v, *begins, enters, o, final_state, states, corrections, units, None, None, *where)
-    if not keep:
+        _memory, offsets, transposed, entering = _scratch(plan)
+        summary = (offsets, None, None, None, transposed, transitions)
+        plan.summarize_fwd(workspaces, v, *first, None, None, *summary, *shape)
+        plan.segment_entries(transposed, offsets, initial_state, entering, plan.segments, H, 0)
+    outputs = (o, final_state, states, v_tilde, v_scales, None, None)
+    plan.inter_chunk_fwd(workspaces, v, *first, entering, *outputs, *shape)
+    if not save:
         return o, final_state, None, None, None, None
-    return o, final_state, packets, kept, q if normalize else None, k if normalize else None
+    return o, final_state, workspaces, saved, q if normalize else None, k if normalize else None
 
 
 def _forward_op(
@@ -83,10 +91,10 @@ def _forward_op(
     cu_seqlens: Tensor | None,
     scale: float,
     normalize: bool,
-    keep: bool,
+    save: bool,
 ) -> tuple[Tensor, ...]:
-    """`_forward` as an op may be: an empty tensor in the place of every None."""
-    results = _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, keep)
+    """`_forward` as a custom op, which may not return None: an empty tensor stands for it."""
+    results = _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save)
     return tuple(_nothing(v) if x is None else x for x in results)
 
 
@@ -95,49 +103,51 @@ def _nothing(v: Tensor) -> Tensor:
 
 
 def _results(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """o and final_state, uninitialised."""
+    """Uninitialised o and final_state."""
     B, _, H, D = v.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     return o, torch.empty((N, H, D, D), dtype=torch.float32, device=v.device)
 
 
-def _reverse(
+def _inter_chunk_bwd(
     grad_o: Tensor,
     grad_final: Tensor | None,
     v: Tensor,
     cu_seqlens: Tensor | None,
-    packets: Tensor,
-    kept: Tensor,
+    workspaces: Tensor,
+    saved: Tensor,
     wants_initial: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradient of the initial state where it is wanted, and what `Sizes` says a `reverse` leaves."""
+    """Returns the gradient of the initial state (None unless `wants_initial`) and the memory that `Sizes.d_saved`
+    describes."""
     _, T, H, _ = v.shape
     v, grad_o = readable(v), readable(grad_o)
     grad_final = None if grad_final is None else readable(grad_final)
     plan = plan_of(v, cu_seqlens)
     bounds, spans = plan.chunks(cu_seqlens)
     d_initial = _results(v, cu_seqlens)[1] if wants_initial else None
-    d_kept = _bytes(plan.d_kept, v.device)
-    where = (bounds, plan.sequences, T, H, plan.segments)
-    ends = (plan.find_largest(grad_o, spans, d_kept), grad_final)
-    leaves: Tensor | int | None = grad_final
+    d_saved = _bytes(plan.d_saved, v.device)
+    shape = (bounds, plan.sequences, T, H, plan.segments)
+    last = (plan.find_amax(grad_o, spans, d_saved), grad_final)
+    leaving: Tensor | int | None = grad_final
     if plan.segments > 1:
-        _memory, offsets, leaves, _ = _scratch(plan)
-        plan.summarize_reverse(packets, None, grad_o, *ends, None, offsets, None, None, None, None, *where)
-        plan.enter_segments(plan.kept_parts(kept)[2], offsets, grad_final, leaves, plan.segments, H, 1)
-    d_states, d_corrections, products, d_units = plan.d_kept_parts(d_kept)
-    plan.reverse(packets, v, grad_o, *ends, leaves, d_initial, d_states, d_corrections, d_units, products, *where)
-    return d_initial, d_kept
+        _memory, offsets, leaving, _ = _scratch(plan)
+        plan.summarize_bwd(workspaces, None, grad_o, *last, None, offsets, None, None, None, None, *shape)
+        plan.segment_entries(plan.saved_parts(saved)[2], offsets, grad_final, leaving, plan.segments, H, 1)
+    d_states, d_residual, beta_parts, do_scales = plan.d_saved_parts(d_saved)
+    outputs = (d_initial, d_states, d_residual, do_scales, beta_parts)
+    plan.inter_chunk_bwd(workspaces, v, grad_o, *last, leaving, *outputs, *shape)
+    return d_initial, d_saved
 
 
-def _reverse_op(*inputs) -> tuple[Tensor, Tensor]:
-    """`_reverse` as an op may be."""
-    d_initial, d_kept = _reverse(*inputs)
-    return _nothing(d_kept) if d_initial is None else d_initial, d_kept
+def _inter_chunk_bwd_op(*inputs) -> tuple[Tensor, Tensor]:
+    """`_inter_chunk_bwd` as a custom op, which may not return None."""
+    d_initial, d_saved = _inter_chunk_bwd(*inputs)
+    return _nothing(d_saved) if d_initial is None else d_initial, d_saved
 
 
-def _chunk_gradients(
+def _intra_chunk_bwd(
     grad_o: Tensor,
     grad_final: Tensor | None,
     q: Tensor,
@@ -146,8 +156,8 @@ def _chunk_gradients(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    kept: Tensor,
-    d_kept: Tensor,
+    saved: Tensor,
+    d_saved: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, T, H, _ = q.shape
@@ -156,15 +166,15 @@ def _chunk_gradients(
     plan = plan_of(grad_o, cu_seqlens, q.dtype)
     _, spans = plan.chunks(cu_seqlens)
     grads = _gradients_of(grad_o, g, beta)
-    states, corrections, _, units = plan.kept_parts(kept)
-    d_states, d_corrections, products, d_units = plan.d_kept_parts(d_kept)
-    passed = (states, corrections, d_states, d_corrections, products, units, d_units, initial_state, grad_final)
-    plan.gradients(q, k, g, beta, grad_o, *passed, *grads, spans, T, H, scale)
+    states, v_tilde, _, v_scales = plan.saved_parts(saved)
+    d_states, d_residual, beta_parts, do_scales = plan.d_saved_parts(d_saved)
+    passed = (states, v_tilde, d_states, d_residual, beta_parts, v_scales, do_scales, initial_state, grad_final)
+    plan.intra_chunk_bwd(q, k, g, beta, grad_o, *passed, *grads, spans, T, H, scale)
     return grads
 
 
 def _gradients_of(grad_o: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g and beta, contiguous, uninitialised."""
+    """Uninitialised, contiguous gradients of q, k, v, g and beta."""
     dq, dk, dv = (torch.empty_like(grad_o, memory_format=torch.contiguous_format) for _ in range(3))
     return (
         dq,
@@ -178,76 +188,76 @@ def _gradients_of(grad_o: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tens
 _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(
     "kda_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens,"
-    " float scale, bool normalize, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " float scale, bool normalize, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "kda_reverse(Tensor grad_o, Tensor? grad_final, Tensor v, Tensor? cu_seqlens, Tensor packets, Tensor kept,"
-    " bool wants_initial) -> (Tensor, Tensor)"
+    "kda_inter_chunk_bwd(Tensor grad_o, Tensor? grad_final, Tensor v, Tensor? cu_seqlens, Tensor workspaces,"
+    " Tensor saved, bool wants_initial) -> (Tensor, Tensor)"
 )
 _library.define(
-    "kda_gradients(Tensor grad_o, Tensor? grad_final, Tensor q, Tensor k, Tensor g, Tensor beta, Tensor? initial_state,"
-    " Tensor? cu_seqlens, Tensor kept, Tensor d_kept, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "kda_intra_chunk_bwd(Tensor grad_o, Tensor? grad_final, Tensor q, Tensor k, Tensor g, Tensor beta,"
+    " Tensor? initial_state, Tensor? cu_seqlens, Tensor saved, Tensor d_saved, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("kda_forward", _forward_op, "CUDA")
-_library.impl("kda_reverse", _reverse_op, "CUDA")
-_library.impl("kda_gradients", _chunk_gradients, "CUDA")
+_library.impl("kda_inter_chunk_bwd", _inter_chunk_bwd_op, "CUDA")
+_library.impl("kda_intra_chunk_bwd", _intra_chunk_bwd, "CUDA")
 
 
 @torch.library.register_fake("lkda::kda_forward", lib=_library)
-def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, keep):
-    if not keep:
+def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save):
+    if not save:
         return *_results(v, cu_seqlens), *(_nothing(v) for _ in range(4))
     sizes = sizes_of(v, cu_seqlens)
-    kept = (_bytes(sizes.packets, v.device), _bytes(sizes.kept, v.device))
+    saved = (_bytes(sizes.workspaces, v.device), _bytes(sizes.saved, v.device))
     if not normalize:
-        return *_results(v, cu_seqlens), *kept, _nothing(v), _nothing(v)
-    units = (x.new_empty(x.shape, dtype=unit_dtype(x.dtype)) for x in (q, k))
-    return *_results(v, cu_seqlens), *kept, *units
+        return *_results(v, cu_seqlens), *saved, _nothing(v), _nothing(v)
+    normalized = (x.new_empty(x.shape, dtype=normalized_dtype(x.dtype)) for x in (q, k))
+    return *_results(v, cu_seqlens), *saved, *normalized
 
 
-@torch.library.register_fake("lkda::kda_reverse", lib=_library)
-def _(grad_o, grad_final, v, cu_seqlens, packets, kept, wants_initial):
-    d_initial = _results(v, cu_seqlens)[1] if wants_initial else _nothing(kept)
-    return d_initial, _bytes(sizes_of(v, cu_seqlens).d_kept, v.device)
+@torch.library.register_fake("lkda::kda_inter_chunk_bwd", lib=_library)
+def _(grad_o, grad_final, v, cu_seqlens, workspaces, saved, wants_initial):
+    d_initial = _results(v, cu_seqlens)[1] if wants_initial else _nothing(saved)
+    return d_initial, _bytes(sizes_of(v, cu_seqlens).d_saved, v.device)
 
 
-@torch.library.register_fake("lkda::kda_gradients", lib=_library)
+@torch.library.register_fake("lkda::kda_intra_chunk_bwd", lib=_library)
 def _(grad_o, grad_final, q, k, g, beta, *rest):
     return _gradients_of(grad_o, g, beta)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, keep = inputs
-    if not keep:
-        raise RuntimeError("lkda::kda_forward needs keep=True where a gradient is wanted")
+    q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save = inputs
+    if not save:
+        raise RuntimeError("lkda::kda_forward needs save=True where a gradient is wanted")
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.normalize = scale, normalize
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2:])
 
 
-def _gradients(ctx, grad_o, grad_final, *grad_kept):
-    q, k, v, g, beta, initial_state, cu_seqlens, packets, kept, *units = ctx.saved_tensors
-    ctx.maybe_clear_saved_tensors()  # unless the graph is kept: from here on only this function holds them
+def _gradients(ctx, grad_o, grad_final, *grad_saved):
+    q, k, v, g, beta, initial_state, cu_seqlens, workspaces, saved, *normalized = ctx.saved_tensors
+    ctx.maybe_clear_saved_tensors()  # with retain_graph=False only this function holds them from here on
     if grad_o is None:
         grad_o = torch.zeros_like(v)
-    straight = goes_straight(grad_o)
-    reverse: Callable = _reverse if straight else torch.ops.lkda.kda_reverse
-    gradients: Callable = _chunk_gradients if straight else torch.ops.lkda.kda_gradients
+    bypass = can_bypass_dispatcher(grad_o)
+    inter_chunk_bwd: Callable = _inter_chunk_bwd if bypass else torch.ops.lkda.kda_inter_chunk_bwd
+    intra_chunk_bwd: Callable = _intra_chunk_bwd if bypass else torch.ops.lkda.kda_intra_chunk_bwd
     wants_initial = initial_state is not None
-    d_initial, d_kept = reverse(grad_o, grad_final, v, cu_seqlens, packets, kept, wants_initial)
-    del packets  # their memory serves the gradients
-    directions = units if ctx.normalize else (q, k)
-    inputs = (*directions, g, beta, initial_state, cu_seqlens)
-    dq, dk, *grads = gradients(grad_o, grad_final, *inputs, kept, d_kept, ctx.scale)
+    d_initial, d_saved = inter_chunk_bwd(grad_o, grad_final, v, cu_seqlens, workspaces, saved, wants_initial)
+    del workspaces  # the gradients are allocated in the memory that this frees
+    inputs = (*(normalized if ctx.normalize else (q, k)), g, beta, initial_state, cu_seqlens)
+    dq, dk, *grads = intra_chunk_bwd(grad_o, grad_final, *inputs, saved, d_saved, ctx.scale)
     if ctx.normalize:
-        dq, dk = unit_vectors_backward(dq, dk, q, k)
+        dq, dk = normalize_heads_backward(dq, dk, q, k)
     return dq, dk, *grads, d_initial if wants_initial else None, None, None, None, None
 
 
 torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_straight = straight(_forward, _save, _gradients, results=2)
+_with_autograd = without_dispatcher(_forward, _save, _gradients, results=2)
 
 
 def kda_cuda(
@@ -262,11 +272,11 @@ def kda_cuda(
     *,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked kernels, differentiable; arguments and results as in `kda_attention`.
+    """The chunked kernels, differentiable. Arguments and results are those of `kda_attention`.
 
     Args:
-        normalize: whether q and k are to be divided by their norms.
-    Raises: ValueError where K and V differ.
+        normalize: whether to divide each q and k by its L2 norm first.
+    Raises: ValueError if K and V differ.
     """
     if k.shape[-1] != v.shape[-1]:
         raise InputError(
@@ -278,9 +288,9 @@ def kda_cuda(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     inputs = (q, k, v, g, beta, initial_state)
-    keep = wants_gradient(*inputs)
+    save = wants_gradient(*inputs)
     forward: Callable = torch.ops.lkda.kda_forward
-    if goes_straight(*inputs):
-        forward = _straight if keep else _forward
-    o, final_state, *_ = forward(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, normalize, keep)
+    if can_bypass_dispatcher(*inputs):
+        forward = _with_autograd if save else _forward
+    o, final_state, *_ = forward(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, normalize, save)
     return o, final_state

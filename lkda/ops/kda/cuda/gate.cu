@@ -1,24 +1,24 @@
-// The gate of the layer, from logits to what the core op takes, and back.
+// The gates of a KDA layer: from logits to g and beta, and the gradients back.
 //
 //     softplus: g = -exp(A_log) softplus(x + bias)        bounded: g = lower_bound sigmoid(exp(A_log) (x + bias))
 //     beta = strength sigmoid(y)
 //
-// x and bias have a number a channel, or (PER_HEAD) one a head, which all of its channels share. The first `gate_blocks` blocks
-// have the gate: 32 N channels of WARPS runs of tokens, the channels vary fastest; the others have beta. A thread holds its
-// channels' bias for all its tokens. Backwards the gradients of bias and A_log are summed in a fixed order: a warp's tokens, the
-// block's warps, and (column_sums.cu) the blocks: partials [runs of WARPS, biases + heads].
+// x and bias have one number per channel, or with PER_HEAD one per head, which its channels share. The first `gate_blocks` blocks
+// compute g: each has 32 N channels and WARPS runs of tokens, and the channels vary fastest. The other blocks compute beta. A thread
+// keeps its channels' bias for all its tokens. In the backward the gradients of bias and A_log are summed in a fixed order: over a
+// warp's tokens, over the block's warps, and (column_sums.cu) over the blocks, from partials [runs of WARPS, biases + heads].
 #include "activation.cuh"
 #include "vector.cuh"
 
 using Element = ELEMENT;
 
-constexpr int N = 16 / sizeof(Element);  // channels of a thread
-constexpr int LANES = HEAD_DIM / N;      // of a head
+constexpr int N = 16 / sizeof(Element);  // channels per thread
+constexpr int LANES = HEAD_DIM / N;      // lanes per head
 constexpr int WARPS = 8, THREADS = 32 * WARPS, AHEAD = 4;
 
 struct Place {
   int start, channel, head, line;
-  bool inside;  // lanes past the last channel do as the first channel's, and store nothing
+  bool inside;  // lanes past the last channel compute channel 0 and store nothing
 
   __device__ Place(int channels, int run) {
     const int columns = (channels + 32 * N - 1) / (32 * N);
@@ -32,7 +32,7 @@ struct Place {
   }
 };
 
-// The logits of a thread's channels at a token; PER_HEAD its head's, in all places.
+// The logits of a thread's channels at a token; with PER_HEAD that of its head, N times.
 __device__ __forceinline__ Numbers<N> logits_at(const Element* logits, long long token, const Place& at, int channels) {
   if constexpr (PER_HEAD) {
     const float x = load_number(logits + token * (channels / HEAD_DIM) + at.head);

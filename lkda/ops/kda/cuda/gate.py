@@ -1,6 +1,6 @@
-"""The layer's gate on a GPU: logits to g and beta in one launch, and back; custom ops with fakes and autograd.
+"""The gates of a KDA layer on a GPU: from logits to g and beta in one launch, as custom ops with autograd.
 
-docs/kernels_layer.md explains the kernels. Only the logits are kept for the backward.
+docs/dev/kernels_layer.md explains the kernels. Only the logits are saved for the backward.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lkda.ops.column_sums.cuda import column_sums
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.kda.reference.gate import KDAGate
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, readable
 
@@ -22,7 +23,7 @@ HERE = Path(__file__).parent
 # As in gate.cu.
 WARPS = 8
 THREADS = 32 * WARPS
-RUN = {"kda_gate": 2, "kda_gate_backward": 16}  # tokens of a warp
+RUN = {"kda_gate": 2, "kda_gate_backward": 16}  # tokens per warp
 
 
 def _channels_of_a_thread(dtype: torch.dtype) -> int:
@@ -39,7 +40,7 @@ def gate_kernel(entry: str, head_dim: int, dtype: torch.dtype, per_head: bool) -
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every kernel used on an architecture, for every head size and dtype."""
+    """Every variant for `arch`: each head size and dtype."""
     return [
         gate_kernel(entry, head_dim, dtype, per_head)
         for entry in RUN
@@ -54,12 +55,12 @@ def _given(*xs: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _lines(entry: str, tokens: int) -> int:
-    """Blocks along the tokens."""
+    """The number of blocks along the tokens."""
     return -(-tokens // (WARPS * RUN[entry]))
 
 
 def _launch(entry: str, strengths: Tensor, per_head: bool, gated: bool, head_dim: int, *arguments, options) -> None:
-    """`options`: bounded, lower_bound, strength."""
+    """Launches a kernel. `options` are bounded, lower_bound and strength."""
     tokens, heads = strengths.numel() // strengths.shape[-1], strengths.shape[-1]
     channels = heads * head_dim
     columns = -(-channels // (32 * _channels_of_a_thread(strengths.dtype)))
@@ -91,7 +92,7 @@ def _forward(
 
 
 def _forward_outputs(strengths: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """g [B, T, H, K] and beta [B, T, H] in float32, unwritten."""
+    """Uninitialised g [B, T, H, K] and beta [B, T, H], float32."""
     return (
         torch.empty((*strengths.shape, head_dim), dtype=torch.float32, device=strengths.device),
         torch.empty(strengths.shape, dtype=torch.float32, device=strengths.device),
@@ -109,7 +110,10 @@ def _backward(
     lower_bound: float,
     strength: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of logits, of strengths, and in one row [biases + heads] of bias and A_log; empty where none."""
+    """Gradients of logits and strengths, and those of bias and A_log in one row [biases + heads].
+
+    The gradient of what was not given is an empty tensor.
+    """
     dlogits, dstrengths = _like(logits, strengths), torch.empty_like(strengths, memory_format=torch.contiguous_format)
     strengths = strengths.contiguous()
     tokens, heads = strengths.numel() // strengths.shape[-1], strengths.shape[-1]
@@ -155,7 +159,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dg, dbeta):
     logits, _, a_log, bias = ctx.saved_tensors
-    backward: Callable = _backward if goes_straight(dg, dbeta) else torch.ops.lkda.kda_gate_backward
+    backward: Callable = _backward if can_bypass_dispatcher(dg, dbeta) else torch.ops.lkda.kda_gate_backward
     options = (ctx.bounded, ctx.lower_bound, ctx.strength)
     dlogits, dstrengths, sums = backward(dg, dbeta, *ctx.saved_tensors, *options)
     if logits is None:
@@ -167,32 +171,24 @@ def _gradients(ctx, dg, dbeta):
 torch.library.register_autograd("lkda::kda_gate", _gradients, setup_context=_save, lib=_library)
 
 
-_straight = straight(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(_forward, _save, _gradients)
 
 
 def kda_gate_cuda(
-    gate_logits: Tensor | None,
-    beta_logits: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    *,
-    head_dim: int,
-    bounded: bool,
-    lower_bound: float,
-    strength: float,
+    gate_logits: Tensor | None, beta_logits: Tensor, gate: KDAGate, *, head_dim: int
 ) -> tuple[Tensor, Tensor]:
     """g [B, T, H, K] and beta [B, T, H] in float32, differentiable.
 
     Args:
-        gate_logits: [B, T, H, K], or [B, T, H] for one decay a head, or None for no decay.
+        gate_logits: [B, T, H, K], [B, T, H] for one decay per head, or None for no decay.
         beta_logits: [B, T, H].
-        A_log: of H numbers.   dt_bias: of as many numbers as the gate has logits a token.
-        bounded, lower_bound: the gate's form.   strength: beta is at most that.
+        head_dim: K.
     """
-    inputs = (gate_logits, beta_logits, *(None if x is None else x.float() for x in (A_log, dt_bias)))
+    parameters = (None if x is None else x.float() for x in (gate.A_log, gate.dt_bias))
+    inputs = (gate_logits, beta_logits, *parameters)
     forward: Callable = torch.ops.lkda.kda_gate
-    if goes_straight(*inputs):
-        keep = wants_gradient(*inputs)
-        forward = _straight if keep else _forward
-    g, beta = forward(*inputs, head_dim, bounded, lower_bound, strength)
+    if can_bypass_dispatcher(*inputs):
+        save = wants_gradient(*inputs)
+        forward = _with_autograd if save else _forward
+    g, beta = forward(*inputs, head_dim, gate.bounded, gate.lower_bound, gate.strength)
     return g if gate_logits is not None else g.detach(), beta

@@ -1,4 +1,4 @@
-"""What a batch of one shape asks of the chunked kernels: sizes of what passes between them, and their launches."""
+"""For a batch of one shape: the sizes of what the chunked kernels pass to each other, and the launches of them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from lkda.ops.kda.cuda.segments import segment_count
 from lkda.ops.kda.cuda.variants import (
-    Scan,
+    InterChunkKernel,
+    amax_kernel,
     chunk_of,
-    gradients_kernel,
-    kept_state_bytes,
-    largest_kernel,
+    inter_chunk_kernel,
+    intra_chunk_bwd_kernel,
+    intra_chunk_fwd_kernel,
     layout_of,
-    packet_bytes,
     parts_of,
-    prepare_kernel,
-    scan_of,
+    saved_state_bytes,
     segments_kernel,
     sequences_kernel,
+    workspace_bytes,
 )
 from lkda.ops.runtime.jit import architecture, multiprocessors
 
@@ -29,19 +29,26 @@ Launch = Callable[..., None]
 
 
 class Sizes:
-    """Sizes, in arithmetic that takes symbolic ones.
+    """Sizes in bytes of what the kernels pass to each other. The arithmetic works on symbolic sizes too.
+
+    "The operands' type" is what the tensor cores multiply: float16, or tf32 (4 bytes) for float32 inputs.
 
     Attributes:
-        sequences: N.   segments: of each of them.
-        slots: chunks at most: where cu_seqlens is on the device, nobody knows how many there are.
-        largest: bytes of the largest |v| of every chunk and head, or |dO|, in float32.
-        packets: bytes of all packets, and after them of those of v.
-        states, corrections, transitions, units: bytes of what a forward keeps: the state entering each chunk (Kept in
-            kda_chunk.cuh), N~ [slots, H, D, C] in the operands' type, the segments' A [N * segments, H, K, K], and the
-            units of v [N, H] (kda_unit.cuh), both in float32.
-        products: bytes of what `reverse` leaves in the place of A: Y . v over 16 columns of V at a time, [slots, H,
-            D / 16, C] in float32. Before it lie dS1 and Y, of the sizes of states and corrections; after it dO's
-            units and the largest |dO|.
+        sequences: N, the number of sequences.
+        segments: the number of segments of each sequence.
+        slots: an upper bound of the number of chunks, which itself is known only on the device, where cu_seqlens is.
+        amax: the largest |v| (or |do|) of each chunk and head, [slots, H] float32. 0 for float32 inputs.
+        workspaces: a ChunkWorkspace (kda_chunk.cuh) per chunk and head, [slots, H]; after them the amax of v.
+        saved: what the forward saves for the backward, in this order:
+            states: h, the state that enters each chunk, [slots, H] SavedState (kda_chunk.cuh).
+            v_tilde: v~^T, [slots, H, D, C] in the operands' type.
+            transitions: A of the segments, [N, segments, H, K, K] float32.
+            scales: the power-of-two scale of v (kda_scale.cuh), [N, H] float32.
+        d_saved: what inter_chunk_bwd leaves for intra_chunk_bwd, in this order:
+            dh', the gradient of the state that leaves each chunk, laid out as `states`.
+            Y^T, laid out as `v_tilde`.
+            beta_parts: Y . v over 16 columns of V at a time, [slots, H, D / 16, C] float32.
+            the power-of-two scale of do, laid out as `scales`; then the amax of do.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, N: int | None, segments: int):
@@ -50,36 +57,44 @@ class Sizes:
         self.sequences, self.segments = B if N is None else N, segments
         self.slots = B * ((T + C - 1) // C) if N is None else T // C + N
         items = self.slots * H
-        self.largest = 4 * items if dtype.itemsize == 2 else 0
-        self.packets = items * packet_bytes(D, dtype) + self.largest
-        self.states, self.corrections = items * kept_state_bytes(D, dtype), items * D * C * operand
-        self.units = 4 * self.sequences * H if dtype.itemsize == 2 else 0
+        self.amax = 4 * items if dtype.itemsize == 2 else 0
+        self.workspaces = items * workspace_bytes(D, dtype) + self.amax
+        self.states, self.v_tilde = items * saved_state_bytes(D, dtype), items * D * C * operand
+        self.scales = 4 * self.sequences * H if dtype.itemsize == 2 else 0
         self.transitions = self.sequences * segments * H * D * D * 4 if segments > 1 else 0
-        self.products = items * (D // 16) * C * 4
-        both = self.states + self.corrections + self.units
-        self.kept, self.d_kept = both + self.transitions, both + self.products + self.largest
+        self.beta_parts = items * (D // 16) * C * 4
+        both = self.states + self.v_tilde + self.scales
+        self.saved, self.d_saved = both + self.transitions, both + self.beta_parts + self.amax
 
-    def kept_parts(self, memory: Tensor) -> tuple[int, int, int, int]:
-        """Addresses of states, corrections, transitions and units in what a forward keeps: one allocation, as host time
-        is counted in them."""
+    def saved_parts(self, memory: Tensor) -> tuple[int, int, int, int]:
+        """Addresses of states, v_tilde, transitions and scales in `memory`, the one allocation of what is saved.
+
+        It is one allocation because each of them costs host time.
+        """
         return self._parts(memory, self.transitions)
 
-    def d_kept_parts(self, memory: Tensor) -> tuple[int, int, int, int]:
-        """Addresses of dS1, Y, products and dO's units in what `reverse` leaves."""
-        return self._parts(memory, self.products)
+    def d_saved_parts(self, memory: Tensor) -> tuple[int, int, int, int]:
+        """Addresses of dh', Y, beta_parts and the scales of do in what inter_chunk_bwd leaves."""
+        return self._parts(memory, self.beta_parts)
 
     def _parts(self, memory: Tensor, third: int) -> tuple[int, int, int, int]:
         start = memory.data_ptr()
-        states, both = start + self.states, start + self.states + self.corrections
+        states, both = start + self.states, start + self.states + self.v_tilde
         return start, states, both, both + third
 
-    def largest_in(self, memory: Tensor) -> int:
-        """Address of the largest numbers at the end of what `packets` or `d_kept` counts."""
-        return memory.data_ptr() + memory.shape[0] - self.largest
+    def amax_in(self, memory: Tensor) -> int:
+        """Address of the amax, which lies at the end of the memory that `workspaces` or `d_saved` counts."""
+        return memory.data_ptr() + memory.shape[0] - self.amax
 
 
 class Plan(Sizes):
-    """Sizes, and launches on a device: functions of a kernel's arguments alone. q and k are of dtype `query`."""
+    """Sizes, and a launch for each kernel on a device: a function of the kernel's arguments alone.
+
+    Args:
+        shape, dtype: of v, [B, T, H, D].
+        N: the number of packed sequences; None where each row of the batch is one.
+        query: the dtype of q and k.
+    """
 
     def __init__(
         self,
@@ -100,30 +115,33 @@ class Plan(Sizes):
             return partial(kernel, (blocks, 1, 1), threads, device=device)
 
         def scan(name: str, part: str) -> Launch:
-            variant: Scan = scan_of(name, D, dtype, arch, part)
+            variant: InterChunkKernel = inter_chunk_kernel(name, D, dtype, arch, part)
             return launch(variant.kernel, self.sequences * segments * H * variant.blocks, 32 * variant.warps)
 
         part = "segment" if segments > 1 and "segment" in parts_of(D) else "whole"
         resident_blocks = min(self.items, multiprocessors(device) * layout.resident)
-        self.prepare = launch(prepare_kernel(D, dtype, arch, query), resident_blocks, layout.threads)
-        self.scan, self.reverse = scan("scan", part), scan("reverse", part)
-        self.summarize, self.summarize_reverse = scan("scan", "summary"), scan("reverse", "summary")
-        self.enter_segments = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
-        self.gradients = launch(gradients_kernel(D, dtype, arch, query), self.items, layout.threads)
-        self._largest: Launch | None = None
+        self.intra_chunk_fwd = launch(intra_chunk_fwd_kernel(D, dtype, arch, query), resident_blocks, layout.threads)
+        self.inter_chunk_fwd, self.inter_chunk_bwd = scan("inter_chunk_fwd", part), scan("inter_chunk_bwd", part)
+        self.summarize_fwd, self.summarize_bwd = scan("inter_chunk_fwd", "summary"), scan("inter_chunk_bwd", "summary")
+        self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
+        self.intra_chunk_bwd = launch(intra_chunk_bwd_kernel(D, dtype, arch, query), self.items, layout.threads)
+        self._amax: Launch | None = None
         if dtype.itemsize == 2:
-            self._largest = launch(largest_kernel(D, dtype), -(-self.items // 8), 256)
+            self._amax = launch(amax_kernel(D, dtype), -(-self.items // 8), 256)
         self._sequences = launch(sequences_kernel(torch.float32 if layout.operand == 4 else torch.bfloat16), 1, 1024)
 
-    def find_largest(self, x: Tensor, spans: Tensor | None, memory: Tensor) -> int:
-        """The largest |x| of every chunk and head, to the end of `memory`; its address. Float32 has no use for them."""
+    def find_amax(self, x: Tensor, spans: Tensor | None, memory: Tensor) -> int:
+        """Writes the largest |x| of each chunk and head to the end of `memory` and returns its address.
+
+        Float32 inputs need none, so nothing is launched for them.
+        """
         _, T, H, _ = x.shape
-        if self._largest is not None:
-            self._largest(x, self.largest_in(memory), spans, self.items, T, H)
-        return self.largest_in(memory)
+        if self._amax is not None:
+            self._amax(x, self.amax_in(memory), spans, self.items, T, H)
+        return self.amax_in(memory)
 
     def chunks(self, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Of packed sequences: first chunks and bounds of sequences, and where each chunk lies; else None."""
+        """For packed sequences: bounds [2 (N + 1)] and spans [slots, 4], as sequences.cu describes them. Else Nones."""
         if cu_seqlens is None:
             return None, None
         N = self.sequences
@@ -134,13 +152,14 @@ class Plan(Sizes):
 
 
 def sizes_of(x: Tensor, cu_seqlens: Tensor | None) -> Sizes:
-    """Of the batch that x (v or its like) belongs to; for fake tensors too."""
+    """The sizes for the batch of x, which is v or shaped like it. x may be a fake tensor."""
     N = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return Sizes(x.shape, x.dtype, N, _segments(x, N))
 
 
 def plan_of(x: Tensor, cu_seqlens: Tensor | None, query: torch.dtype | None = None) -> Plan:
-    """Of the batch that x (v or its like) belongs to, on its device; where it matters with q and k of dtype `query`."""
+    """The plan for the batch of x, which is v or shaped like it, on its device. q and k are of dtype `query`, or of x's
+    dtype where that is None."""
     N = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return _plan(x.shape, x.dtype, N, _segments(x, N), x.device, query or x.dtype)
 

@@ -1,8 +1,8 @@
-// The recurrence as it is written, one token after another: what Kimi Delta Attention costs without chunks.
+// The recurrence one token after another, to measure what Kimi Delta Attention costs without chunks.
 //
 //   S' = Diag(exp g) S     S = S' + k (beta (v - S'^T k))^T     o = scale S^T q
 //
-// A block is a head of a sequence, two neighbouring threads a column of V: each has half the column of S in registers.
+// One block per head of a sequence, two neighbouring threads per column of V; each has half the column of S in registers.
 #include "numeric.cuh"
 
 constexpr int D = HEAD_DIM;
@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(2 * D, 1) kda_recurrent(
   for (int d = 0; d < HALF; ++d) state[d] = initial_state != nullptr ? initial_state[state_at + d * D] : 0.f;
   for (long long t = begin; t < end; ++t) {
     const long long row = (t * heads + head) * D;
-    __syncthreads();  // the last token has been used
+    __syncthreads();  // all threads are done with the token before
     if (threadIdx.x < D) {
       qs[threadIdx.x] = scale * load_one(q + row + threadIdx.x);
       ks[threadIdx.x] = load_one(k + row + threadIdx.x);

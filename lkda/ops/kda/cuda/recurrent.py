@@ -1,4 +1,4 @@
-"""KDA token by token in one kernel, forward only: the row of a table that shows what the recurrence itself costs."""
+"""KDA token by token in one kernel, forward only. Benchmarks use it to show what the recurrence itself costs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _kernel(D: int, dtype: torch.dtype) -> Kernel:
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every kernel, for every head size and dtype (the same on all architectures)."""
+    """Every variant: each head size and dtype. They are the same on all architectures."""
     return [_kernel(D, dtype) for D in HEAD_DIMS for dtype in ELEMENTS]
 
 
 def _outputs(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """o and final_state, uninitialised."""
+    """Uninitialised o and final_state."""
     B, _, H, D = v.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
@@ -79,9 +79,9 @@ def kda_cuda_recurrent(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, without gradients; arguments and results as in `kda_attention`.
+    """The recurrence, without gradients. Arguments and results are those of `kda_attention`.
 
-    Raises: ValueError where K and V differ, or where a gradient is asked for.
+    Raises: ValueError if K and V differ, or if an input requires a gradient.
     """
     if k.shape[-1] != v.shape[-1]:
         raise InputError(

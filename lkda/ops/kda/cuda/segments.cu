@@ -1,20 +1,21 @@
-// The state that enters each segment of a sequence, from what each segment does to a state: S -> A S + Z.
+// The state that enters each segment of a sequence, computed from A and Z of the segments, one segment after another, in float32.
 //
-// Forward: S enters segment s + 1 as A_s S + Z_s. Backwards, of the state's gradient: dS leaves segment s - 1 as
-// A_s^T dS + Z'_s. In float32, segment after segment; a block has COLUMNS columns of V of one head. Of A S each warp has the
-// terms of 16 rows of S for all rows of the sum: what it reads of A no other warp reads, so that it copies and waits alone.
+// In the forward the state that enters segment s + 1 is A_s S + Z_s. In the backward the gradient of the state that leaves segment
+// s - 1 is A_s^T dS + Z'_s. A block has COLUMNS columns of V of one head. Of the product A S each warp computes the terms of 16 rows
+// of S, for all rows of the result. No other warp reads the same part of A, so each warp copies its part and waits for it alone.
 #include "kda_chunk.cuh"
 
-constexpr int COLUMNS = 8, THREADS = 2 * D, SHARE = 16;  // SHARE: rows of A^T (of A backwards) of a warp
-constexpr int GROUPS = D / 4;      // of four rows of the sum: a lane has one, and all columns
-constexpr int PARTS = 32 / GROUPS;  // of a warp's rows, side by side
-constexpr int PIECE = 4, PIECES = SHARE / PIECE;  // rows in a stage of a warp
-constexpr int STRIDE = D + 4;      // of partial sums: eight columns in different banks
+constexpr int COLUMNS = 8, THREADS = 2 * D, SHARE = 16;  // SHARE: rows of A^T (in the backward, of A) per warp
+constexpr int GROUPS = D / 4;      // groups of four rows of the sum; a lane has one of them, and all columns
+constexpr int PARTS = 32 / GROUPS;  // rows of A^T that a warp multiplies at a time
+constexpr int PIECE = 4, PIECES = SHARE / PIECE;  // PIECE: rows in a stage of a warp
+constexpr int STRIDE = D + 4;      // of partial sums: puts eight columns in different banks
 constexpr int STATE_BYTES = D * COLUMNS * 4, PARTIAL_BYTES = 8 * COLUMNS * STRIDE * 4, PIECE_BYTES = PIECE * D * 4;
 static_assert(STATE_BYTES + PARTIAL_BYTES + STAGES * PIECE_BYTES * (THREADS / 32) == SHARED_BYTES, "variants.py allocates what this kernel uses");
 
-// matrices: [N, segments, H, D, D], A^T forward, A backwards. offsets: [N, segments, H, K, V], Z.
-// start (may be null, zeros): [N, H, K, V], enters the first. entries: [N, segments, H, K, V]. Grid: N x H x V / COLUMNS.
+// matrices: [N, segments, H, D, D], A^T in the forward, A in the backward. offsets: [N, segments, H, K, V], Z.
+// start (may be null, zeros): [N, H, K, V], the state that enters the first segment. entries: [N, segments, H, K, V], result.
+// Grid: N x H x V / COLUMNS.
 extern "C" __global__ void __launch_bounds__(THREADS) kda_segments(
     const float* matrices, const float* offsets, const float* start, float* entries, int segments, int heads, int backward) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];

@@ -1,19 +1,23 @@
-"""Segments: where there are too few heads to fill a GPU, runs of a sequence's chunks go side by side, exactly.
+"""Cutting a sequence into segments that run in parallel, exactly, where there are too few heads to fill a GPU.
 
-What a segment does to a state is S -> A S + Z. A first pass of the scan finds A and Z of every segment at once; in
-order, and in float32, they tell the state that enters each; a second pass writes the outputs. Backwards, the state's
-gradient goes dS -> A^T dS + Z', with the same A.
+A segment is a run of consecutive chunks. It maps the state that enters it to the state that leaves it by S -> A S + Z.
+A first pass finds A and Z of all segments in parallel. Then segments.cu goes through them in order, in float32, and
+computes the state that enters each. A second pass computes the outputs of all segments in parallel. In the backward the
+gradient of the state takes the same way, dS -> A^T dS + Z', with the same A.
 """
 
 from __future__ import annotations
 
-# Multiprocessors to fill. A constant, not the device's number: results must not depend on the device.
+# Multiprocessors to fill. This is a constant and not the number of the device, since results must not depend on it.
 BLOCKS = 132
-FEWEST_CHUNKS = 4  # of a segment
-FEWEST = 4  # segments: the first pass does up to three times the work of a scan without segments
+MIN_CHUNKS = 4  # of a segment
+MIN_SEGMENTS = 4  # with fewer, the first pass costs more than running in parallel gains: up to 3 times the work
 
 
 def segment_count(sequences: int, heads: int, chunks: int) -> int:
-    """Segments of each sequence of about `chunks` chunks. A matter of shapes alone: results depend on it bitwise."""
-    count = min(BLOCKS // (sequences * heads), chunks // FEWEST_CHUNKS)
-    return count if count >= FEWEST else 1
+    """How many segments to cut each sequence of about `chunks` chunks into; 1 means that it is not cut.
+
+    The count depends on shapes alone, because the bits of the results depend on it.
+    """
+    count = min(BLOCKS // (sequences * heads), chunks // MIN_CHUNKS)
+    return count if count >= MIN_SEGMENTS else 1

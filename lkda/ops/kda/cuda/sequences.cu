@@ -1,4 +1,5 @@
-// Where the chunks of packed sequences lie, from cu_seqlens on the device: no host ever waits for it. One block.
+// The positions of the chunks of packed sequences, computed from cu_seqlens on the device so that the host need not wait for it.
+// One block.
 #include "kda_chunk.cuh"
 
 // cu_seqlens: [N + 1]. bounds: [2 (N + 1)], a copy of it and the number of chunks before each sequence.

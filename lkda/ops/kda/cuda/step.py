@@ -1,4 +1,4 @@
-"""KDA's decoding step on a GPU: one launch a layer, in place. docs/decoding.md explains the kernel."""
+"""KDA's decoding step on a GPU: one launch per layer, in place. docs/guides/generating.md explains the kernel."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lkda.ops.runtime.dispatch import goes_straight
+from lkda.ops.kda.reference.gate import KDAGate
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module, multiprocessors
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
 
 STATES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8"}
-MOST_TAPS = 4
+MAX_TAPS = 4
 _NONE = (None, None, None)
-# Rows of K that threads hold side by side; each takes every GROUPS-th.
+# The number of rows of K that the threads of a block hold at a time; each thread takes every GROUPS-th row.
 GROUPS = {torch.float32: 8, torch.bfloat16: 16, torch.int8: 16}
-# Threads that a multiprocessor should hold: registers for one state a block, while shared memory receives the next.
+# Threads that a multiprocessor should hold. Each block has one state in registers and the next one in shared memory.
 THREADS = {torch.float32: 512, torch.bfloat16: 512, torch.int8: 384}
 
 
-reason_cannot_run = cannot_take(otherwise="plain")
+reason_cannot_run = cannot_take(otherwise="torch")
 
 
 def _threads(head_dim: int, state: torch.dtype) -> int:
@@ -30,7 +31,7 @@ def _threads(head_dim: int, state: torch.dtype) -> int:
 
 
 def _resident(head_dim: int, state: torch.dtype) -> int:
-    """Blocks that a multiprocessor should hold."""
+    """The number of blocks that a multiprocessor should hold."""
     return min(16, THREADS[state] // _threads(head_dim, state))
 
 
@@ -45,11 +46,11 @@ def step_kernel(head_dim: int, dtype: torch.dtype, state: torch.dtype) -> Kernel
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every kernel, for every head size, dtype and state (the same on all architectures)."""
+    """Every variant: each head size, dtype and state dtype. They are the same on all architectures."""
     return [step_kernel(D, dtype, state) for D in HEAD_DIMS for dtype in ELEMENTS for state in STATES]
 
 
-def _castless(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _float32_or(dtype: torch.dtype, x: Tensor) -> Tensor:
     return readable(x if x.dtype in (torch.float32, dtype) else x.float())
 
 
@@ -77,11 +78,11 @@ def _step(
     filters: Sequence[Tensor | None] = weights or _NONE
     width = weights[0].shape[-1] if weights else 0
     wide = [int(bool(xs) and xs[0].dtype == torch.float32) for xs in (weights, caches)]
-    units, room = B * H, multiprocessors(q.device) * _resident(D, state.dtype)
+    items, room = B * H, multiprocessors(q.device) * _resident(D, state.dtype)
     step_kernel(D, q.dtype, state.dtype)(
-        (min(units, room), 1, 1),
+        (min(items, room), 1, 1),
         _threads(D, state.dtype),
-        *(*inputs, *filters, *(caches or _NONE), state, factors, o, units, H, width, *wide, int(normalize)),
+        *(*inputs, *filters, *(caches or _NONE), state, factors, o, items, H, width, *wide, int(normalize)),
         *(int(gate_logits is not None and gate_logits.dim() == 2), int(bounded), lower_bound, strength, scale),
         device=q.device,
     )
@@ -108,31 +109,30 @@ def kda_step_cuda(
     v: Tensor,
     gate_logits: Tensor | None,
     beta_logits: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
+    gate: KDAGate,
     state: Tensor,
     factors: Tensor | None,
     weights: Sequence[Tensor],
     caches: Sequence[Tensor],
     *,
     normalize: bool,
-    bounded: bool,
-    lower_bound: float,
-    strength: float,
     scale: float,
 ) -> Tensor:
-    """The kernel; arguments as in `kda_step_fused`, validated. Parameters and caches may be in float32 or in q's dtype;
-    others are cast, and so are updated by way of a copy."""
-    dtype, kept = q.dtype, caches
-    filters, caches = ([_castless(x, dtype) for x in xs] for xs in (weights, caches))
+    """The kernel. The arguments are those of `kda_step_fused`, already checked.
+
+    The kernel takes weights and caches in float32 and in q's dtype. Others are cast. A cache that was cast is updated
+    in the copy, which is then copied back.
+    """
+    dtype, given = q.dtype, caches
+    filters, caches = ([_float32_or(dtype, x) for x in xs] for xs in (weights, caches))
     inputs = (
         *(q, k, v, None if gate_logits is None else gate_logits.to(dtype), beta_logits.to(dtype)),
-        *(None if x is None else x.float() for x in (A_log, dt_bias)),
+        *(None if x is None else x.float() for x in (gate.A_log, gate.dt_bias)),
         *(state, factors),
     )
-    step: Callable = _step if goes_straight(*inputs, *filters, *caches) else torch.ops.lkda.kda_step
-    o = step(*inputs, filters, caches, normalize, bounded, lower_bound, strength, scale)
-    for before, after in zip(kept, caches):
+    step: Callable = _step if can_bypass_dispatcher(*inputs, *filters, *caches) else torch.ops.lkda.kda_step
+    o = step(*inputs, filters, caches, normalize, gate.bounded, gate.lower_bound, gate.strength, scale)
+    for before, after in zip(given, caches):
         if before is not after:
             before.copy_(after)
     return o

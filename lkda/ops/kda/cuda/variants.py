@@ -1,6 +1,6 @@
-"""The chunked kernels, a variant for each head size, dtype and architecture: their sizes, and what a launch needs.
+"""The variants of the chunked kernels: one for each head size, dtype and architecture, with the sizes of a launch.
 
-docs/kernels.md explains the kernels. `lkda.ops.kda.cuda.core` launches them.
+docs/dev/kernels.md explains the kernels. `lkda.ops.kda.cuda.plan` binds them to a shape, `core` launches them.
 """
 
 from __future__ import annotations
@@ -16,32 +16,39 @@ from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS
 HERE = Path(__file__).parent
 
 LEAF = 8
-WARPGROUPS = True  # where the scans may multiply by four warps at once (wgmma, sm_90a), they do
-MOST_STAGES = 3  # chunks of the scan in shared memory: the one at work and those being fetched
+WARPGROUPS = True  # whether the inter-chunk kernels use wgmma where there is one (sm_90a)
+MAX_STAGES = 3  # chunks in the shared memory of an inter-chunk kernel: one is computed on, the others are being fetched
+INTER_CHUNK = ("inter_chunk_fwd", "inter_chunk_bwd")
 
 
 def chunk_of(dtype: torch.dtype) -> int:
-    """C, tokens of a chunk."""
+    """C, the number of tokens in a chunk."""
     return 32 if dtype == torch.float32 else 64
 
 
-def packet_bytes(D: int, dtype: torch.dtype) -> int:
+def workspace_bytes(D: int, dtype: torch.dtype) -> int:
     C, size = chunk_of(dtype), 4 if dtype == torch.float32 else 2
     return 3 * C * D * size + C * C * size + 4 * D + 4 * C
 
 
-def kept_state_bytes(D: int, dtype: torch.dtype) -> int:
+def saved_state_bytes(D: int, dtype: torch.dtype) -> int:
     return 4 * D * D if dtype == torch.float32 else 2 * D * D + 128
 
 
 class Layout:
-    """Sizes of the kernels for heads of D and a dtype, as the .cu files compute them (and check at compile time).
+    """Sizes of the kernels for a head dimension D and a dtype.
+
+    The .cu files compute the same sizes and compare them with these at compile time.
 
     Attributes:
-        chunk: C. Half-precision inputs are multiplied in fp16 and units (kda_unit.cuh), float32 in tf32.
-        packet, kept_state, columns: bytes of a Packet, of a Kept state and of [V, C] in the operands' type.
-        threads: of the chunk-parallel kernels.   resident: blocks of `prepare` that a multiprocessor holds at most.
-        warps: of the scans, 16 columns of V each.
+        chunk: C, tokens. Half-precision inputs are multiplied in float16 with power-of-two scales (kda_scale.cuh),
+            float32 inputs in tf32.
+        operand: bytes of a number that the tensor cores multiply.
+        workspace, saved_state: bytes of a ChunkWorkspace and of a SavedState (kda_chunk.cuh).
+        columns: bytes of a [V, C] matrix in the operands' type.
+        threads: threads in a block of an intra-chunk kernel.
+        resident: the largest number of blocks of intra_chunk_fwd that one multiprocessor holds.
+        warps: warps in a block of an inter-chunk kernel; each has 16 columns of V.
     """
 
     def __init__(self, D: int, dtype: torch.dtype):
@@ -51,8 +58,8 @@ class Layout:
         self.operand = size = 4 if wide else 2
         self.levels = 2 if wide else 3
         self.leaves = C // LEAF
-        self.packet = packet_bytes(D, dtype)
-        self.kept_state = kept_state_bytes(D, dtype)
+        self.workspace = workspace_bytes(D, dtype)
+        self.saved_state = saved_state_bytes(D, dtype)
         self.columns = D * C * size
         self.threads = D * self.leaves // 2
         self.resident = max(1, (384 if wide else 512) // self.threads)
@@ -64,18 +71,21 @@ class Layout:
             "OPERAND": "tf32" if wide else "float16",
         }
 
-    def prepare_shared(self) -> int:
+    def intra_chunk_fwd_shared(self) -> int:
         C, D, size = self.chunk, self.D, self.operand
         small = _round_up(4 * self.leaves * D + 4 * C + 4 * C * 17, 128)
         tree = self.levels * (C + C // 2) * D * size
         return small + 2 * C * C * size + max(tree, 2 * C * C * size + 64 * C)
 
     def stage(self, streams: int, warps: int) -> int:
-        """Of a scan that reads `streams` tensors beside the packet: v, and backwards dO."""
-        values = self.chunk * min(16 * warps, self.D) * self.item
-        return _round_up(_round_up(self.packet, 128) + streams * values, 1024)
+        """Bytes of one stage of an inter-chunk kernel: a workspace, and a chunk's rows of `streams` tensors.
 
-    def gradients_shared(self, roomy: bool) -> int:
+        The forward reads one tensor (v), the backward two (v and do).
+        """
+        values = self.chunk * min(16 * warps, self.D) * self.item
+        return _round_up(_round_up(self.workspace, 128) + streams * values, 1024)
+
+    def intra_chunk_bwd_shared(self, roomy: bool) -> int:
         C, D, size = self.chunk, self.D, self.operand
         slice_ = 32 if D == 32 or size == 4 else 64
         small = _round_up(4 * ((self.levels + 2) * self.leaves + C // 16) * D + 4 * C + 288 + 8 * 64 * self.leaves, 128)
@@ -85,9 +95,9 @@ class Layout:
         return small + self.levels * C * (C // 2) * size + max(slices, operands)
 
     def room(self, shared_bytes: int, arch: str) -> dict[str, str | int | float]:
-        """Of a chunk-parallel kernel: its shared memory, and how many of its blocks a multiprocessor should hold.
+        """Macros of an intra-chunk kernel: its shared memory, and how many blocks one multiprocessor should hold.
 
-        In half precision 128 registers a thread are enough; float32 has all it wants.
+        In half precision 128 registers per thread are enough, so two blocks may fit; float32 gets all registers.
         """
         fit = SHARED_BYTES_PER_BLOCK[arch] // shared_bytes
         resident = 1 if self.operand == 4 else max(1, min(2, 512 // self.threads, fit))
@@ -104,51 +114,56 @@ def layout_of(D: int, dtype: torch.dtype) -> Layout:
 
 
 @cache
-def prepare_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
-    """Of q and k of dtype `query`, of which alone it reads; beside v of `dtype`, which is theirs where None."""
+def intra_chunk_fwd_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
+    """The kernel for q and k of dtype `query`, where v is of `dtype`. None: all three are of `dtype`."""
     layout = layout_of(D, query or dtype)
-    shared_bytes = layout.prepare_shared()
+    shared_bytes = layout.intra_chunk_fwd_shared()
     defines = layout.defines | layout.room(shared_bytes, arch)
-    module = Module(HERE / "prepare.cu", defines)
-    module.companions = lambda: (
-        gradients_kernel(D, dtype, arch, query).module,
-        *(scan_of(name, D, dtype, arch, "whole").kernel.module for name in ("reverse", "scan")),
+    module = Module(HERE / "intra_chunk_fwd.cu", defines)
+    module.precompile_with = lambda: (
+        intra_chunk_bwd_kernel(D, dtype, arch, query).module,
+        *(inter_chunk_kernel(name, D, dtype, arch, "whole").kernel.module for name in INTER_CHUNK),
     )
-    return module.kernel("kda_prepare", "PPPPPPiiif", shared_bytes=shared_bytes)
+    return module.kernel("kda_intra_chunk_fwd", "PPPPPPiiif", shared_bytes=shared_bytes)
 
 
-class Scan:
-    """A scan over chunks: `scan` or `reverse`, of whole sequences or of segments, or the segments' `summary`.
+class InterChunkKernel:
+    """A kernel that goes from chunk to chunk.
+
+    Args:
+        name: inter_chunk_fwd or inter_chunk_bwd.
+        part: what a block goes through: a "whole" sequence, a "segment" of one, or a segment for its "summary" alone
+            (A and Z, see segments.py).
 
     Attributes:
-        warps: of a block, 16 columns each.
-        blocks: of a head of a segment.
+        warps: warps in a block; each has 16 columns.
+        blocks: blocks for one head of one segment.
     """
 
     def __init__(self, name: str, D: int, dtype: torch.dtype, arch: str, part: str):
         layout = layout_of(D, dtype)
         summary = part == "summary"
-        columns = 2 * D if summary and name == "scan" else D
+        forward = name == "inter_chunk_fwd"
+        columns = 2 * D if summary and forward else D
         self.warps = layout.warps if part == "whole" else min(8, columns // 16)
         self.blocks = columns // 16 // self.warps
-        stage = layout.stage(2 if name == "reverse" and not summary else 1, self.warps)
-        stages = min(MOST_STAGES, SHARED_BYTES_PER_BLOCK[arch] // stage)
+        stage = layout.stage(1 if forward or summary else 2, self.warps)
+        stages = min(MAX_STAGES, SHARED_BYTES_PER_BLOCK[arch] // stage)
         shared_bytes = stages * stage
         groups = WARPGROUPS and arch == "sm_90a" and layout.operand == 2 and D % 64 == 0
         defines = layout.defines | {"WARPS": self.warps, "STAGES": stages, "SHARED_BYTES": shared_bytes}
         module = Module(HERE / f"{name}.cu", defines | {"SUMMARY": int(summary), "WARPGROUPS": int(groups)})
-        self.kernel = module.kernel(
-            f"kda_{name}", "P" * (13 if name == "scan" else 12) + "iiii", shared_bytes=shared_bytes
-        )
+        self.kernel = module.kernel(f"kda_{name}", "P" * (13 if forward else 12) + "iiii", shared_bytes=shared_bytes)
 
 
 @cache
-def scan_of(name: str, D: int, dtype: torch.dtype, arch: str, part: str) -> Scan:
-    return Scan(name, D, dtype, arch, part)
+def inter_chunk_kernel(name: str, D: int, dtype: torch.dtype, arch: str, part: str) -> InterChunkKernel:
+    return InterChunkKernel(name, D, dtype, arch, part)
 
 
 def parts_of(D: int) -> tuple[str, ...]:
-    """Those of a scan with kernels of their own. Of a segment a block holds all columns, as of small heads anyway."""
+    """The parts that have a kernel of their own. A segment's block has all columns of V, and for a small head so does
+    the block of a whole sequence: then one kernel serves both."""
     return ("whole", "summary") if D // 16 <= 4 else ("whole", "segment", "summary")
 
 
@@ -156,26 +171,26 @@ def parts_of(D: int) -> tuple[str, ...]:
 def segments_kernel(D: int, arch: str) -> Kernel:
     sums = 4 * D * 8 + 4 * 8 * 8 * (D + 4)  # a state's eight columns, and partial sums of the next
     stage = 4 * D * 4 * (D // 16)  # four rows a warp
-    stages = min(12, max(3, (SHARED_BYTES_PER_BLOCK[arch] // 2 - sums) // stage))  # room for two blocks, where it does
+    stages = min(12, max(3, (SHARED_BYTES_PER_BLOCK[arch] // 2 - sums) // stage))  # two blocks per multiprocessor
     shared_bytes = sums + stages * stage
     defines = layout_of(D, torch.float32).defines | {"STAGES": stages, "SHARED_BYTES": shared_bytes}
     return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPiii", shared_bytes=shared_bytes)
 
 
 @cache
-def gradients_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
-    """With q and k of dtype `query`, `dtype` where None."""
+def intra_chunk_bwd_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
+    """The kernel for q and k of dtype `query`, where the others are of `dtype`. None: all are of `dtype`."""
     layout = layout_of(D, dtype)
-    roomy = SHARED_BYTES_PER_BLOCK[arch] >= layout.gradients_shared(True) * (2 if D < 128 else 1)
-    shared_bytes = layout.gradients_shared(roomy)
+    roomy = SHARED_BYTES_PER_BLOCK[arch] >= layout.intra_chunk_bwd_shared(True) * (2 if D < 128 else 1)
+    shared_bytes = layout.intra_chunk_bwd_shared(roomy)
     more = layout.room(shared_bytes, arch) | {"ROOMY": int(roomy), "QUERY": ELEMENTS[query or dtype]}
-    module = Module(HERE / "gradients.cu", layout.defines | more)
-    return module.kernel("kda_gradients", "P" * 20 + "iif", shared_bytes=shared_bytes)
+    module = Module(HERE / "intra_chunk_bwd.cu", layout.defines | more)
+    return module.kernel("kda_intra_chunk_bwd", "P" * 20 + "iif", shared_bytes=shared_bytes)
 
 
 @cache
-def largest_kernel(D: int, dtype: torch.dtype) -> Kernel:
-    return Module(HERE / "largest.cu", layout_of(D, dtype).defines).kernel("kda_largest", "PPPiii")
+def amax_kernel(D: int, dtype: torch.dtype) -> Kernel:
+    return Module(HERE / "amax.cu", layout_of(D, dtype).defines).kernel("kda_amax", "PPPiii")
 
 
 @cache
@@ -184,20 +199,22 @@ def sequences_kernel(dtype: torch.dtype) -> Kernel:
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every kernel that runs on `arch`, for every head size and dtype."""
+    """Every variant for `arch`: each head size and dtype."""
     variants = [(D, dtype) for D in HEAD_DIMS for dtype in ELEMENTS]
-    chunked = [kernel(*variant, arch) for kernel in (prepare_kernel, gradients_kernel) for variant in variants]
-    scans = [
-        scan_of(name, *variant, arch, part).kernel
-        for name in ("scan", "reverse")
+    intra_chunk = [
+        kernel(*variant, arch) for kernel in (intra_chunk_fwd_kernel, intra_chunk_bwd_kernel) for variant in variants
+    ]
+    inter_chunk = [
+        inter_chunk_kernel(name, *variant, arch, part).kernel
+        for name in INTER_CHUNK
         for variant in variants
         for part in parts_of(variant[0])
     ]
     return (
-        chunked
-        + [gradients_kernel(D, torch.bfloat16, arch, torch.float16) for D in HEAD_DIMS]
-        + scans
+        intra_chunk
+        + [intra_chunk_bwd_kernel(D, torch.bfloat16, arch, torch.float16) for D in HEAD_DIMS]
+        + inter_chunk
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
-        + [largest_kernel(D, dtype) for D, dtype in variants if dtype.itemsize == 2]
+        + [amax_kernel(D, dtype) for D, dtype in variants if dtype.itemsize == 2]
         + [sequences_kernel(torch.bfloat16), sequences_kernel(torch.float32)]
     )

@@ -1,1 +1,1 @@
-"""KDA in PyTorch: the recurrence as it is written, and its chunked form."""
+"""KDA in PyTorch: the recurrence as its equation stands, its chunked form, and the gates of a layer."""

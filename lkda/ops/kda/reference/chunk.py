@@ -1,12 +1,14 @@
-"""Kimi Delta Attention in chunks of 64 tokens, in PyTorch matrix products, its backward derived by hand.
+"""Kimi Delta Attention in chunks of 64 tokens, as matrix products in PyTorch, with a hand-derived backward.
 
-For a chunk entered with state S0 (per head; before, after: running products of E = exp(g), B = diag(beta)):
+The notation is that of docs/reference/mixers.md. For one head and one chunk that the state h enters, with G the running
+sum of g inside the chunk, G_C its last row and B = diag(beta):
 
-    T = (I + B M)^-1      W = T B (before k)      U = T B v      N = U - W S0
-    o = scale ((before q) S0 + P N)               S1 = Diag(prod E) S0 + (after k)^T N
+    qg = exp(G) q       k_in = exp(G) k       kg = exp(G_C - G) k
+    T = (I + B Akk)^-1     w = T B k_in       u = T B v       v_new = u - w h
+    o = scale (qg h + Aqk v_new)              h' = Diag(exp G_C) h + kg^T v_new
 
-M and P come from `decay.py`. Everything but the two lines with S0 runs over all chunks at once. Only the inputs and the
-states at the chunks' entries are saved; the backward computes the rest again.
+`decay.py` computes Aqk and Akk. Only the lines with h and h' go from chunk to chunk; everything else is computed for
+all chunks at once. The forward saves the inputs and each chunk's h. The backward computes the rest again.
 """
 
 from __future__ import annotations
@@ -23,38 +25,36 @@ from lkda.ops.sequences import Chunks, lengths_of
 
 CHUNK = 64
 
-# Every matrix product of this module but the triangular solve goes through this name, so that a test can give the
-# operands a tensor core's precision.
+# Every matrix product of this module except the triangular solve calls this name, so that a test can give the operands
+# the precision of a tensor core.
 product = torch.matmul
 
 
-class _Prepared(NamedTuple):
-    """What a chunk holds before its entry state is known. [M, H, C, .]"""
+class _IntraChunk(NamedTuple):
+    """What a chunk holds before the state that enters it is known. [M, H, C, .] unless said otherwise."""
 
-    E: Tensor
+    E: Tensor  # exp g
     decay: Decays
-    qg: Tensor  # before q
-    kg: Tensor  # before k
-    kd: Tensor  # after k
-    total: Tensor  # prod E, [M, H, K, 1]
-    M: Tensor
-    P: Tensor
+    qg: Tensor
+    k_in: Tensor
+    kg: Tensor
+    total: Tensor  # exp G_C, [M, H, K, 1]
+    Akk: Tensor
+    Aqk: Tensor
     T: Tensor
-    W: Tensor
-    U: Tensor
+    w: Tensor
+    u: Tensor
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> _Prepared:
+def _intra_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> _IntraChunk:
     E = g.exp()
     decay = decays(E)
-    M, P = pair_scores(q, k, E, decay, product)
+    Akk, Aqk = pair_scores(q, k, E, decay, product)
     eye = torch.eye(CHUNK, dtype=q.dtype, device=q.device)
-    T = torch.linalg.solve_triangular(beta * M, eye.expand_as(M), upper=False, unitriangular=True)
-    kg = decay.before * k
-    W, U = product(T, beta * kg), product(T, beta * v)
-    return _Prepared(
-        E, decay, decay.before * q, kg, decay.after * k, decay.before[:, :, -1].unsqueeze(-1), M, P, T, W, U
-    )
+    T = torch.linalg.solve_triangular(beta * Akk, eye.expand_as(Akk), upper=False, unitriangular=True)
+    qg, k_in, kg = decay.before * q, decay.before * k, decay.after * k
+    w, u = product(T, beta * k_in), product(T, beta * v)
+    return _IntraChunk(E, decay, qg, k_in, kg, decay.before[:, :, -1].unsqueeze(-1), Akk, Aqk, T, w, u)
 
 
 class _KDA(torch.autograd.Function):
@@ -73,60 +73,61 @@ class _KDA(torch.autograd.Function):
         dtype = compute_dtype(v)
         chunks = Chunks(lengths_of(v.shape[0], v.shape[1], cu_seqlens), CHUNK, v.device)
         qc, kc, vc, gc = (chunks.cut(x, dtype) for x in (q, k, v, g))
-        c = _prepare(qc, kc, vc, gc, chunks.cut(beta, dtype).unsqueeze(-1))
+        c = _intra_chunk(qc, kc, vc, gc, chunks.cut(beta, dtype).unsqueeze(-1))
         state = chunks.sort(initial_state.to(dtype)).clone()
-        entries = c.kd.new_empty(chunks.count, *state.shape[1:])
-        N = torch.empty_like(c.U)
+        h = c.kg.new_empty(chunks.count, *state.shape[1:])
+        v_new = torch.empty_like(c.u)
         start = 0
         for alive in chunks.alive:
             rows = slice(start, start + alive)
-            entries[rows] = S = state[:alive]
-            N[rows] = n = c.U[rows] - product(c.W[rows], S)
-            state[:alive] = c.total[rows] * S + product(c.kd[rows].mT, n)
+            h[rows] = entering = state[:alive]
+            v_new[rows] = c.u[rows] - product(c.w[rows], entering)
+            state[:alive] = c.total[rows] * entering + product(c.kg[rows].mT, v_new[rows])
             start += alive
-        o = scale * (product(c.qg, entries) + product(c.P, N))
-        ctx.save_for_backward(q, k, v, g, beta, initial_state, entries)
+        o = scale * (product(c.qg, h) + product(c.Aqk, v_new))
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, h)
         ctx.chunks, ctx.scale = chunks, scale
         return chunks.join(o, v), chunks.unsort(state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, initial_state, S0 = ctx.saved_tensors
+        q, k, v, g, beta, initial_state, h = ctx.saved_tensors
         chunks: Chunks = ctx.chunks
         dtype = compute_dtype(v)
         qc, kc, vc, gc = (chunks.cut(x, dtype) for x in (q, k, v, g))
         bc = chunks.cut(beta, dtype).unsqueeze(-1)
         do = ctx.scale * chunks.cut(do, dtype)
-        c = _prepare(qc, kc, vc, gc, bc)
-        N = c.U - product(c.W, S0)
+        c = _intra_chunk(qc, kc, vc, gc, bc)
+        v_new = c.u - product(c.w, h)
 
-        # Backwards through the chunks: dS1, the gradient of the state that each chunk leaves.
-        dN, qdo = product(c.P.mT, do), product(c.qg.mT, do)
+        # From the last chunk to the first: dh_next, the gradient of the state that leaves each chunk.
+        dv_new, qdo = product(c.Aqk.mT, do), product(c.qg.mT, do)
         dstate = chunks.sort(dfinal.to(dtype)).clone()
-        dS1 = torch.empty_like(S0)
+        dh_next = torch.empty_like(h)
         start = chunks.count
         for alive in reversed(chunks.alive):
             start -= alive
             rows = slice(start, start + alive)
-            dS1[rows] = dS = dstate[:alive]
-            dN[rows] += product(c.kd[rows], dS)
-            dstate[:alive] = c.total[rows] * dS + qdo[rows] - product(c.W[rows].mT, dN[rows])
+            dh_next[rows] = leaving = dstate[:alive]
+            dv_new[rows] += product(c.kg[rows], leaving)
+            dstate[:alive] = c.total[rows] * leaving + qdo[rows] - product(c.w[rows].mT, dv_new[rows])
 
-        # All chunks at once. Y is the gradient of B (v - kg S0), of which N = T B (v - kg S0).
-        Y = product(c.T.mT, dN)
+        # All chunks at once. v_new = T B r with the residual r = v - k_in h; Y is the gradient of B r.
+        Y = product(c.T.mT, dv_new)
         dv = bc * Y
-        dP = product(do, N.mT).tril()
-        YN = product(Y, N.mT).tril(-1)
-        residual = vc - product(c.kg, S0)
-        dbeta = (Y * residual).sum(-1) - (YN * c.M).sum(-1)
-        dqg, dkg, dkd = product(do, S0.mT), -product(dv, S0.mT), product(N, dS1.mT)
-        dq, dk, dg = pair_gradients(qc, kc, c.E, c.decay, -bc * YN, dP, product)
+        dAqk = product(do, v_new.mT).tril()
+        Yv = product(Y, v_new.mT).tril(-1)
+        residual = vc - product(c.k_in, h)
+        dbeta = (Y * residual).sum(-1) - (Yv * c.Akk).sum(-1)
+        dqg, dk_in, dkg = product(do, h.mT), -product(dv, h.mT), product(v_new, dh_next.mT)
+        dq, dk, dg = pair_gradients(qc, kc, c.E, c.decay, -bc * Yv, dAqk, product)
         dq += c.decay.before * dqg
-        dk += c.decay.before * dkg + c.decay.after * dkd
-        # g_t decays what entered the chunk, for rows >= t; what columns < t leave to later chunks; and S0 on to S1.
-        dg += from_here(c.qg * dqg + c.kg * dkg) + before_here(c.kd * dkd)
-        dg += (c.total * S0 * dS1).sum(-1).unsqueeze(-2)
+        dk += c.decay.before * dk_in + c.decay.after * dkg
+        # g_t decays what comes from the past to the tokens i >= t, what the tokens j < t leave to later chunks, and h
+        # on its way to h'.
+        dg += from_here(c.qg * dqg + c.k_in * dk_in) + before_here(c.kg * dkg)
+        dg += (c.total * h * dh_next).sum(-1).unsqueeze(-2)
         return (
             chunks.join(dq, q),
             chunks.join(dk, k),
@@ -149,7 +150,7 @@ def kda_chunk(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The whole sequence; arguments as in `kda_attention`."""
+    """The chunked form on whole sequences. Arguments and results are those of `kda_attention`."""
     B, _, H, K = q.shape
     if initial_state is None:
         N = B if cu_seqlens is None else len(cu_seqlens) - 1

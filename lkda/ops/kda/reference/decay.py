@@ -1,10 +1,12 @@
-"""Decays between the tokens of a chunk: a binary tree of anchors (KDA's M and P), exact for every gate.
+"""Aqk and Akk of the chunked form: scores between the tokens of a chunk, with decays that are exact for every gate.
 
-M_ij = sum_d k_i k_j D_ij and P_ij = sum_d q_i k_j D_ij, with D_ij = prod_{j < r <= i} E_r per channel, E = exp(g).
-For h = 32, 16, 8, 4 each group of 2h tokens has later rows I and earlier columns J; the anchor between them splits
-D_ij = f_i f_j into two products of at most h factors, both <= 1, so the block is one matrix product of f x and f k.
-Inside leaves of 4 tokens the pairs are summed as they are. Nothing is divided and no difference of running sums is
-taken, so no gate overflows and none loses its digits; row i reads only tokens <= i.
+    Akk_ij = sum_d k_i k_j D_ij  (j < i)      Aqk_ij = sum_d q_i k_j D_ij  (j <= i)      D_ij = prod_{j < r <= i} E_r
+
+per channel, with E = exp(g). For h = 32, 16, 8, 4 each group of 2h tokens is cut into columns J (the earlier half) and
+rows I (the later half). The boundary between them, the anchor, splits D_ij = f_i f_j into two products of at most h
+factors, each <= 1. So the block of a group is one matrix product of f x and f k. Inside leaves of 4 tokens the pairs
+are summed one by one. Nothing is divided and no difference of running sums is taken: no gate overflows and none loses
+its digits. Row i reads only tokens <= i.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Decays(NamedTuple):
-    """Products of E [M, H, C, K] over ranges of a chunk, all [M, H, C, K].
+    """Products of E over ranges of a chunk, each [M, H, C, K].
 
-    before: prod_{r <= i}.   after: prod_{r > i}.
-    anchored: for each h, from the anchor of the group of 2h: through i for its rows, after j for its columns.
+    Attributes:
+        before: the product over r <= i, which is exp(G_i).
+        after: the product over r > i, which is exp(G_C - G_i).
+        anchored: for each h the factors f: from the anchor of the group of 2h through i for its rows, from after j to
+            the anchor for its columns.
     """
 
     before: Tensor
@@ -33,7 +38,7 @@ class Decays(NamedTuple):
 
 
 def decays(E: Tensor) -> Decays:
-    """Grows groups from one token to the chunk, doubling: products over ranges inside each group."""
+    """Computes products inside groups of 1, 2, 4, ... tokens up to the chunk. E is [M, H, C, K]."""
     C = E.shape[-2]
     before, after = E.clone(), torch.ones_like(E)
     anchored = {}
@@ -49,7 +54,7 @@ def decays(E: Tensor) -> Decays:
 
 
 def _halves(x: Tensor, h: int) -> Tensor:
-    """[..., C, K] -> [..., C / 2h, 2, h, K]: columns (0) and rows (1) of each group."""
+    """[..., C, K] -> [..., C / 2h, 2, h, K]: the columns (0) and the rows (1) of each group."""
     return x.unflatten(-2, (-1, 2, h))
 
 
@@ -71,7 +76,7 @@ def _offset(A: Tensor, d: int) -> Tensor:
 
 
 def _windows(E: Tensor) -> list[Tensor]:
-    """For d = 0 .. LEAF - 1 the decay of the pairs (i, i - d) of each leaf, [..., C / LEAF, LEAF - d, K]."""
+    """The decays of the pairs (i, i - d) of each leaf for d = 0 .. LEAF - 1, each [..., C / LEAF, LEAF - d, K]."""
     e = _leaves(E)
     windows = [torch.ones_like(e), e[..., 1:, :]]
     for d in range(2, LEAF):
@@ -80,43 +85,44 @@ def _windows(E: Tensor) -> list[Tensor]:
 
 
 def pair_scores(q: Tensor, k: Tensor, E: Tensor, decay: Decays, product: Product) -> tuple[Tensor, Tensor]:
-    """M (strictly lower) and P (lower), [M, H, C, C]; zeros elsewhere.
+    """Akk (strictly lower triangular) and Aqk (lower triangular), [M, H, C, C]; zeros elsewhere.
 
     Args:
         q, k, E: [M, H, C, K].
-        product: the matrix product.
+        product: the function for matrix products.
     """
     C = q.shape[-2]
-    M, P = (q.new_zeros(*q.shape[:-1], C) for _ in range(2))
+    Akk, Aqk = (q.new_zeros(*q.shape[:-1], C) for _ in range(2))
     for h, f in decay.anchored.items():
         kh, qh = _halves(k * f, h), _halves(q * f, h)[..., 1, :, :]
         rows = torch.cat([kh[..., 1, :, :], qh], -2)
-        m, p = product(rows, kh[..., 0, :, :].mT).chunk(2, -2)
-        _blocks(M, h).copy_(m)
-        _blocks(P, h).copy_(p)
+        kk, qk = product(rows, kh[..., 0, :, :].mT).chunk(2, -2)
+        _blocks(Akk, h).copy_(kk)
+        _blocks(Aqk, h).copy_(qk)
     ql, kl = _leaves(q), _leaves(k)
     for d, w in enumerate(_windows(E)):
         kj = kl[..., : LEAF - d, :] * w if d else kl
-        _offset(P, d).copy_((ql[..., d:, :] * kj).sum(-1))
+        _offset(Aqk, d).copy_((ql[..., d:, :] * kj).sum(-1))
         if d:
-            _offset(M, d).copy_((kl[..., d:, :] * kj).sum(-1))
-    return M, P
+            _offset(Akk, d).copy_((kl[..., d:, :] * kj).sum(-1))
+    return Akk, Aqk
 
 
 def pair_gradients(
-    q: Tensor, k: Tensor, E: Tensor, decay: Decays, dM: Tensor, dP: Tensor, product: Product
+    q: Tensor, k: Tensor, E: Tensor, decay: Decays, dAkk: Tensor, dAqk: Tensor, product: Product
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and g = log E, [M, H, C, K], through `pair_scores`; dM strictly lower, dP lower.
+    """Gradients of q, k and g = log E, each [M, H, C, K], through `pair_scores`.
 
-    The gradient of g_t is the sum over the pairs whose decay contains E_t: in a block, of the rows from t on and of
-    the columns before t. Only additions, so nothing cancels.
+    dAkk is strictly lower triangular, dAqk lower triangular. The gradient of g_t is the sum over all pairs whose decay
+    contains E_t; in a block these are the rows from t on, or the columns before t. The sums have no subtraction, so
+    nothing cancels.
     """
-    diagonal = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    diagonal = dAqk.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     dq, dk, dg = diagonal * k, diagonal * q, torch.zeros_like(k)
     for h, f in decay.anchored.items():
         qh, kh, fh = _halves(q * f, h), _halves(k * f, h), _halves(f, h)
         fI, fJ = fh[..., 1, :, :], fh[..., 0, :, :]
-        both = torch.cat([_blocks(dM, h), _blocks(dP, h)], -2)  # [..., 2h rows of k over q, h]
+        both = torch.cat([_blocks(dAkk, h), _blocks(dAqk, h)], -2)  # [..., 2h rows of k over q, h]
         b, a = (product(both, kh[..., 0, :, :]) * fI.repeat(1, 1, 1, 2, 1)).chunk(2, -2)
         c = product(both.mT, torch.cat([kh[..., 1, :, :], qh[..., 1, :, :]], -2)) * fJ
         _halves(dq, h)[..., 1, :, :] += a
@@ -125,25 +131,29 @@ def pair_gradients(
         through = _halves(dg, h)
         through[..., 1, :, :] += from_here(_halves(q, h)[..., 1, :, :] * a + _halves(k, h)[..., 1, :, :] * b)
         through[..., 0, :, :] += before_here(_halves(k, h)[..., 0, :, :] * c)
-    _leaf_gradients(q, k, E, dM, dP, dq, dk, dg)
+    _leaf_gradients(q, k, E, dAkk, dAqk, dq, dk, dg)
     return dq, dk, dg
 
 
 def _leaf_gradients(
-    q: Tensor, k: Tensor, E: Tensor, dM: Tensor, dP: Tensor, dq: Tensor, dk: Tensor, dg: Tensor
+    q: Tensor, k: Tensor, E: Tensor, dAkk: Tensor, dAqk: Tensor, dq: Tensor, dk: Tensor, dg: Tensor
 ) -> None:
-    """Adds the pairs inside leaves. A pair d apart counts for the d gates between; from the farthest pairs inwards,
-    `carried` hands each window's sum to its last gate and the rest to the window one shorter."""
+    """Adds the pairs inside leaves to dq, dk and dg.
+
+    The decay of a pair (i, i - d) contains the d gates between the two tokens. The loop starts with the pairs that are
+    farthest apart. It adds each window's sum to the window's last gate, and `carried` adds it to the window that is one
+    token shorter, which contains the other gates.
+    """
     ql, kl, dql, dkl, dgl = (_leaves(x) for x in (q, k, dq, dk, dg))
     windows = _windows(E)
     carried = None
     for d in range(LEAF - 1, 0, -1):
         w = windows[d]
-        p, m = _offset(dP, d).unsqueeze(-1), _offset(dM, d).unsqueeze(-1)
+        qk, kk = _offset(dAqk, d).unsqueeze(-1), _offset(dAkk, d).unsqueeze(-1)
         kj = kl[..., : LEAF - d, :] * w
-        row = p * ql[..., d:, :] + m * kl[..., d:, :]
-        dql[..., d:, :] += p * kj
-        dkl[..., d:, :] += m * kj
+        row = qk * ql[..., d:, :] + kk * kl[..., d:, :]
+        dql[..., d:, :] += qk * kj
+        dkl[..., d:, :] += kk * kj
         dkl[..., : LEAF - d, :] += w * row
         pairs = kj * row
         if carried is not None:
@@ -153,12 +163,12 @@ def _leaf_gradients(
 
 
 def from_here(x: Tensor) -> Tensor:
-    """sum_{i >= t} x_i over the tokens [..., C, K]."""
+    """sum_{i >= t} x_i for each token t, [..., C, K]."""
     C = x.shape[-2]
     return torch.ones(C, C, dtype=x.dtype, device=x.device).triu() @ x
 
 
 def before_here(x: Tensor) -> Tensor:
-    """sum_{j < t} x_j over the tokens [..., C, K]."""
+    """sum_{j < t} x_j for each token t, [..., C, K]."""
     C = x.shape[-2]
     return torch.ones(C, C, dtype=x.dtype, device=x.device).tril(-1) @ x

@@ -1,4 +1,4 @@
-"""Kimi Delta Attention as it is written: one token after another. The truth that every other form is measured by."""
+"""Kimi Delta Attention as its equation stands: one token after another. All other forms are compared with this one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from lkda.ops.recurrence import compute_dtype, run_tokens
 def kda_step_recurrent(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """One token: q, k, g [B, H, K], v [B, H, V], beta [B, H], state [B, H, K, V], all of one dtype.
+    """One token.
 
-    S' = Diag(exp g) S,    S_t = S' + k (beta (v - S'^T k))^T,    o = scale * S_t^T q
+        S' = Diag(exp g) S,    S_t = S' + k (beta (v - S'^T k))^T,    o = scale * S_t^T q
+
+    Args:
+        q, k, g: [B, H, K].   v: [B, H, V].   beta: [B, H].   state: [B, H, K, V]. All are of one dtype.
+    Returns: o [B, H, V] and the state after the token.
     """
     state = g.exp().unsqueeze(-1) * state
     correction = beta.unsqueeze(-1) * (v - torch.einsum("bhkv,bhk->bhv", state, k))
@@ -33,7 +37,7 @@ def kda_recurrent(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The whole sequence; arguments as in `kda_attention`. Differentiable by autograd."""
+    """The recurrence over whole sequences, differentiable by autograd. Arguments and results as in `kda_attention`."""
     B, _, H, K = q.shape
     dtype = compute_dtype(v)
     if initial_state is None:

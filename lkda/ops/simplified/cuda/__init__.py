@@ -1,1 +1,1 @@
-"""The kernels of simplified linear attention, and what launches them."""
+"""The kernels of simplified linear attention and the code that launches them."""

@@ -1,9 +1,9 @@
-// Simplified linear attention, backward, from the states that entered each chunk; scan.cuh has the plan.
+// Simplified linear attention, backward, from the states that enter the chunks. scan.cuh explains how the work is divided.
 //
 // With r = 1 / (den + 1e-30), y = num r, and the gradients N, D of the loss by num_t, den_t:
 //     dq = do y        N_t = do q r + b_{t+1} N_{t+1}        D_t = -do q r y + b_{t+1} D_{t+1}
 //     dv = s N         dk = (v N + D) s (1 - s)              db_t = sum over channels of N_t num_{t-1} + D_t den_{t-1}
-// where s = sigmoid(k). What walks from chunk to chunk, last to first, is b_t (N_t, D_t): the gradient of the state before t.
+// where s = sigmoid(k). From the last chunk to the first, b_t (N_t, D_t) is carried: the gradient of the state before token t.
 #include "scan.cuh"
 
 constexpr int WARPS_A_STRIP = LANES > 32 ? LANES / 32 : 1;
@@ -54,7 +54,7 @@ __device__ __forceinline__ float sum_over_lanes(float (&x)[TOKENS]) {
 
 struct Local {
   float2 y;    // num / (den + 1e-30)
-  State grad;  // of the state after the token, by its own output alone
+  State grad;  // gradient of the state after the token, through the token's own output alone
 };
 
 __device__ __forceinline__ Local local_gradient(State x, float2 q, float2 grad_o) {
@@ -107,22 +107,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (threadIdx.x == 0) shared.drawn = item_of(draw(workspace));
   }
 
-  State entered = ZERO;  // the state entering this thread's strip of the chunk at hand
+  State entered = ZERO;  // the state that enters this thread's strip of the current chunk
   for (int turn = 0;; ++turn) {
     const Stage& ahead = shared.stages[turn % STAGES];
     const Stage& stage = shared.stages[(turn + STAGES - 1) % STAGES];
     Exchange<true>& back_ahead = shared.strips_back[turn % 2];
     const Exchange<true>& back = shared.strips_back[(turn + 1) % 2];
     wait_copies<0>();
-    __syncthreads();  // the chunk ahead is here, and the outputs of the turn before are done
+    __syncthreads();  // the next chunk has arrived, and the outputs of the turn before are written
     const bool more = ahead.place.rank < chunks;
     if (turn > 0 && stage.place.rank >= chunks) break;
     if (STAGES == 3) begin_load(shared.stages[(turn + 1) % STAGES]);
     Asked asked;
     if (turn > 0) asked = ask({workspace, rows, stage.place.row, chunks}, stage.place.rank);
 
-    // The chunk ahead, twice along the strip: from a zero state, and from the state that enters it. Reaching back from a
-    // token to the strip's entry, a gradient meets the decays up to there.
+    // The next chunk: twice along the strip, from a zero state and from the state that enters it. On the way from a token back to
+    // the strip's first token, a gradient is multiplied by the decays between them.
     State enters = ZERO;
     float2 weights[TOKENS];
     if (more) {
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       Published(workspace, rows, ahead.place.row, chunks).write(ahead.place.rank, back_ahead.all());
     }
 
-    // The chunk at hand: forward along the strip, and back from the gradient that enters.
+    // The current chunk: forward along the strip, then back from the gradient that enters.
     if (turn > 0) {
       const Place at = stage.place;
       State grad = enter_chunk({workspace, rows, at.row, chunks}, at.rank, asked, [&] { return back.all(); },
@@ -176,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       };
       Product unused;
       walk_strip(stage, initial, heads, entered, unused, keep);
-      __syncwarp();  // ptxas else keeps all it has read of the strip, to read it no second time, and spills
+      __syncwarp();  // without this ptxas holds everything it has read of the strip in registers, and spills
       const int start = (chunks - 1 - at.rank) * CHUNK + strip * TOKENS;
       const long long token = (static_cast<long long>(at.batch) * length + start) * heads + at.head;
       const long long first = token * HEAD_DIM + 2 * lane;

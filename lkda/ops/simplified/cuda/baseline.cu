@@ -1,5 +1,5 @@
-// Simplified linear attention as one would first write it: one thread a channel, one token after another. It is the row the
-// tuned kernel is compared with. Block = one head of one sequence, thread = channel.
+// A straightforward kernel for simplified linear attention, to compare the tuned kernels with. One block per head of a sequence, one
+// thread per channel, one token after another.
 #include "numeric.cuh"
 
 using Element = ELEMENT;

@@ -1,8 +1,8 @@
-"""Simplified linear attention on a GPU: the kernels' launches, as custom ops with fakes and autograd.
+"""Simplified linear attention on a GPU: launches of the kernels, as custom ops with fake implementations and autograd.
 
-`forward.cu` and `backward.cu` are the tuned pair: chunk-parallel over time, every tensor crosses memory once. For the
-backward, the forward keeps the state entering each chunk and nothing else beyond the inputs.
-`baseline.cu` is the plain kernel to compare with, forward only; `step.cu` is one token of decoding.
+`forward.cu` and `backward.cu` are the tuned pair. They are parallel over chunks, and each tensor is read or written
+once. Besides the inputs, the forward saves only the state that enters each chunk for the backward.
+`baseline.cu` is a straightforward kernel to compare with, forward only. `step.cu` is one token of decoding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.runtime.dispatch import goes_straight, straight, wants_gradient
+from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture, fill_words, multiprocessors
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take
 
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 # As in scan.cuh.
 THREADS, FAN_OUT = 256, 8
-# Blocks that a multiprocessor holds at a time; more would find no work, fewer would leave it idle.
+# Blocks per multiprocessor. More would find no work, and fewer would leave it idle.
 BLOCKS = 2
 
 _TENSOR = "(Pqqi)"  # address, and the strides of batch, head and token
@@ -33,22 +33,22 @@ reason_cannot_run = cannot_take(otherwise="chunk")
 
 
 def _tokens(dtype: torch.dtype, *, backward: bool) -> int:
-    """Tokens that a thread walks in a chunk: so many that the tensors of a chunk fill 32 KiB, 2 of them or 4."""
+    """Tokens per thread and chunk. The tensors of a chunk, two in the forward and four in the backward, fill 32 KiB."""
     return (16 if backward else 32) // dtype.itemsize
 
 
 def _chunk(head_dim: int, dtype: torch.dtype, *, backward: bool) -> int:
-    """Tokens a chunk: those of a thread for each strip of head_dim / 2 threads."""
+    """Tokens per chunk: those of a thread, times the number of strips of head_dim / 2 threads."""
     return _tokens(dtype, backward=backward) * 2 * THREADS // head_dim
 
 
 def _stages(arch: str) -> int:
-    """Chunks in shared memory at a time: 3 let a chunk arrive during a whole turn, 2 are what fits elsewhere."""
+    """Chunks in shared memory at a time: 3 where they fit, so that a copy has a whole turn to arrive; else 2."""
     return 3 if SHARED_BYTES_PER_BLOCK.get(arch, 0) >= 227 * 1024 else 2
 
 
 def _shared_bytes(arch: str, head_dim: int, dtype: torch.dtype, packed: bool, *, backward: bool) -> int:
-    """sizeof(Shared) of forward.cu or backward.cu, every member rounded up to 16."""
+    """sizeof(Shared) of forward.cu or backward.cu. Every member is rounded up to 16 bytes."""
     strips = 2 * THREADS // head_dim
     chunk = _chunk(head_dim, dtype, backward=backward)
     exchange = 16 * THREADS + 8 * strips
@@ -93,7 +93,7 @@ def mark_kernel() -> Kernel:
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every kernel used on an architecture, for every head size and dtype."""
+    """Every variant for `arch`: each head size and dtype."""
     variants = [(head_dim, dtype) for head_dim in HEAD_DIMS for dtype in ELEMENTS]
     scans = [
         (name, arch, *variant, packed)
@@ -106,7 +106,7 @@ def kernels(arch: str) -> list[Kernel]:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x itself where its rows are contiguous and aligned to 16 bytes, else a copy of which that is true."""
+    """x if its rows are contiguous and aligned to 16 bytes, else a contiguous copy."""
     if x.data_ptr() % 16 == 0:
         if x.is_contiguous():
             return x
@@ -116,17 +116,18 @@ def _readable(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _seen(x: Tensor) -> tuple:
-    """A tensor [B, T, H, ...] as kernel arguments."""
+def _strided(x: Tensor) -> tuple:
+    """A tensor [B, T, H, ...] as kernel arguments: the tensor and its strides of batch, head and token."""
     batch, token, head = x.stride()[:3]
     return x, batch, head, token
 
 
 class _Workspace:
-    """What the blocks of one launch tell each other: the counter they draw chunks from, and the published summaries.
+    """The memory through which the blocks of one launch communicate: a counter of chunks, and published summaries.
 
-    Layout as in scan.cuh: 4 words, a state of 2 head_dim words for each entry, a decay of 2 for each; then, for packed
-    rows, the marks. All of it starts as -1. An entry is a chunk, a group of FAN_OUT chunks or a span of FAN_OUT groups.
+    The layout is that of scan.cuh: 4 words; for each entry a state of 2 head_dim words; for each entry a decay of 2
+    words; for packed rows the marks. All words start as -1. An entry is a chunk, a group of FAN_OUT chunks or a span of
+    FAN_OUT groups.
     """
 
     def __init__(self, q: Tensor, cu_seqlens: Tensor | None, *, backward: bool):
@@ -141,19 +142,19 @@ class _Workspace:
         self.marks = None if cu_seqlens is None else self.words[words:]
 
     def mark(self, cu_seqlens: Tensor, through: Tensor | None, result: Tensor, T: int) -> None:
-        """Mark where the packed sequences begin and end; the empty ones' rows of `result` become those of `through`."""
+        """Marks where the packed sequences begin and end. Copies the rows of empty ones from `through` to `result`."""
         N = len(cu_seqlens) - 1
         words = result[0].numel()
         mark_kernel()((N, 1, 1), 1024, cu_seqlens, self.marks, T, through, result, words, device=cu_seqlens.device)
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, keep: bool
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, D = q.shape
     q, k, v = _readable(q), _readable(k), _readable(v)
     workspace = _Workspace(q, cu_seqlens, backward=False)
-    o, final_state, entering = _forward_outputs(q, cu_seqlens, keep)
+    o, final_state, entering = _forward_outputs(q, cu_seqlens, save)
     if cu_seqlens is not None:
         workspace.mark(cu_seqlens, initial_state, final_state, T)
     kernel = scan_kernel("forward", architecture(q.device), D, q.dtype, cu_seqlens is not None)
@@ -161,21 +162,22 @@ def _forward(
     kernel(
         (blocks, 1, 1),
         THREADS,
-        *(*_seen(q), *_seen(k), *_seen(v), *_seen(decay)),
-        *(initial_state, workspace.marks, workspace.words, o, final_state, entering if keep else None),
+        *(*_strided(q), *_strided(k), *_strided(v), *_strided(decay)),
+        *(initial_state, workspace.marks, workspace.words, o, final_state, entering if save else None),
         *(B, T, H),
         device=q.device,
     )
     return o, final_state, entering
 
 
-def _forward_outputs(q: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Unwritten o, final_state, and, if kept, the states entering the backward's chunks [B, H, chunks, D / 2, 4]."""
+def _forward_outputs(q: Tensor, cu_seqlens: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised o and final_state and, with `save`, the states that enter the backward's chunks
+    [B, H, chunks, D / 2, 4]."""
     B, T, H, D = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunk = _chunk(D, q.dtype, backward=True)
     final_state = q.new_empty((N, H, 2, D), dtype=torch.float32)
-    entering = final_state.new_empty((B, H, (T + chunk - 1) // chunk, D // 2, 4) if keep else 0)
+    entering = final_state.new_empty((B, H, (T + chunk - 1) // chunk, D // 2, 4) if save else 0)
     return torch.empty_like(q, memory_format=torch.contiguous_format), final_state, entering
 
 
@@ -202,7 +204,7 @@ def _backward(
     kernel(
         (blocks, 1, 1),
         THREADS,
-        *(*_seen(q), *_seen(k), *_seen(v), *_seen(decay), *_seen(grad_o)),
+        *(*_strided(q), *_strided(k), *_strided(v), *_strided(decay), *_strided(grad_o)),
         *(initial_state, grad_final, entering, workspace.marks, workspace.words, *grads),
         *(B, T, H),
         device=q.device,
@@ -211,7 +213,7 @@ def _backward(
 
 
 def _backward_outputs(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, decay and the initial state, uninitialised."""
+    """Uninitialised gradients of q, k, v, decay and the initial state."""
     B, T, H, D = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     grad_q, grad_k, grad_v = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
@@ -228,7 +230,7 @@ def _baseline(
     baseline_kernel(D, q.dtype)(
         (final_state.shape[0] * H, 1, 1),
         D,
-        *(*_seen(q), *_seen(k), *_seen(v), *_seen(decay)),
+        *(*_strided(q), *_strided(k), *_strided(v), *_strided(decay)),
         *(initial_state, cu_seqlens, o, final_state, T, H),
         device=q.device,
     )
@@ -248,7 +250,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tupl
 _QKV = "Tensor q, Tensor k, Tensor v, Tensor decay"
 _REST = "Tensor? initial_state, Tensor? cu_seqlens"
 _library = torch.library.Library("lkda", "FRAGMENT")
-_library.define(f"simplified_forward({_QKV}, {_REST}, bool keep) -> (Tensor, Tensor, Tensor)")
+_library.define(f"simplified_forward({_QKV}, {_REST}, bool save) -> (Tensor, Tensor, Tensor)")
 _library.define(
     f"simplified_backward(Tensor grad_o, Tensor? grad_final, {_QKV}, {_REST}, Tensor entering)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -260,8 +262,8 @@ for _name, _function in (("forward", _forward), ("backward", _backward), ("basel
 
 
 @torch.library.register_fake("lkda::simplified_forward", lib=_library)
-def _(q, k, v, decay, initial_state, cu_seqlens, keep):
-    return _forward_outputs(q, cu_seqlens, keep)
+def _(q, k, v, decay, initial_state, cu_seqlens, save):
+    return _forward_outputs(q, cu_seqlens, save)
 
 
 @torch.library.register_fake("lkda::simplified_backward", lib=_library)
@@ -280,9 +282,9 @@ def _(q, k, v, decay, state):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, decay, initial_state, cu_seqlens, keep = inputs
-    if not keep:
-        raise RuntimeError("lkda::simplified_forward needs keep=True where a gradient is wanted")
+    q, k, v, decay, initial_state, cu_seqlens, save = inputs
+    if not save:
+        raise RuntimeError("lkda::simplified_forward needs save=True where a gradient is wanted")
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, decay, initial_state, cu_seqlens, output[2])
 
@@ -291,7 +293,7 @@ def _gradients(ctx, grad_o, grad_final, grad_entering):
     q, k, v, decay, initial_state, cu_seqlens, entering = ctx.saved_tensors
     if grad_o is None:
         grad_o = torch.zeros_like(q)
-    backward = _backward if goes_straight(grad_o) else torch.ops.lkda.simplified_backward
+    backward = _backward if can_bypass_dispatcher(grad_o) else torch.ops.lkda.simplified_backward
     grads = backward(grad_o, grad_final, q, k, v, decay, initial_state, cu_seqlens, entering)
     return *grads[:4], grads[4] if initial_state is not None else None, None, None
 
@@ -299,11 +301,11 @@ def _gradients(ctx, grad_o, grad_final, grad_entering):
 torch.library.register_autograd("lkda::simplified_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_straight = straight(_forward, _save, _gradients, results=2)
+_with_autograd = without_dispatcher(_forward, _save, _gradients, results=2)
 
 
-def _plain(decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None):
-    """The small arguments in the kernels' dtypes."""
+def _as_kernel_inputs(decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None):
+    """decay, initial_state and cu_seqlens in the dtypes that the kernels read."""
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     return decay.float(), initial_state, None if cu_seqlens is None else cu_seqlens.to(torch.int32)
@@ -312,25 +314,25 @@ def _plain(decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | Non
 def simplified_cuda(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The tuned kernels, differentiable; arguments as in `simplified_attention`, decay [B, T, H]."""
-    decay, initial_state, cu_seqlens = _plain(decay, initial_state, cu_seqlens)
+    """The tuned kernels, differentiable. Arguments as in `simplified_attention`, with decay [B, T, H]."""
+    decay, initial_state, cu_seqlens = _as_kernel_inputs(decay, initial_state, cu_seqlens)
     inputs = (q, k, v, decay, initial_state)
-    keep = wants_gradient(*inputs)
+    save = wants_gradient(*inputs)
     forward: Callable = torch.ops.lkda.simplified_forward
-    if goes_straight(*inputs):
-        forward = _straight if keep else _forward
-    o, final_state, _ = forward(q, k, v, decay, initial_state, cu_seqlens, keep)
+    if can_bypass_dispatcher(*inputs):
+        forward = _with_autograd if save else _forward
+    o, final_state, _ = forward(q, k, v, decay, initial_state, cu_seqlens, save)
     return o, final_state
 
 
 def simplified_cuda_baseline(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The plain kernel; as `simplified_cuda`, without gradients.
+    """The straightforward kernel, without gradients. Arguments as in `simplified_cuda`.
 
-    Raises: ValueError where a gradient is asked for.
+    Raises: ValueError if an input requires a gradient.
     """
-    decay, initial_state, cu_seqlens = _plain(decay, initial_state, cu_seqlens)
+    decay, initial_state, cu_seqlens = _as_kernel_inputs(decay, initial_state, cu_seqlens)
     inputs = (q, k, v, decay, initial_state)
     if wants_gradient(*inputs):
         raise InputError(
@@ -341,6 +343,6 @@ def simplified_cuda_baseline(
 
 
 def simplified_step_cuda(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token in one kernel, without gradients; arguments as in `simplified_step`, the state in float32."""
-    step = _step if goes_straight(q, k, v, decay, state) else torch.ops.lkda.simplified_step
+    """One token in one kernel, without gradients. Arguments as in `simplified_step`, with a float32 state."""
+    step = _step if can_bypass_dispatcher(q, k, v, decay, state) else torch.ops.lkda.simplified_step
     return step(q, k, v, decay.float().expand(q.shape[:2]), state.contiguous())

@@ -1,12 +1,12 @@
-// Simplified linear attention, forward: every tensor crosses memory once. scan.cuh has the plan.
+// Simplified linear attention, forward. Each tensor is read or written once. scan.cuh explains how the work is divided.
 //
 //     num_t = b_t num_{t-1} + sigmoid(k_t) v_t,   den_t = b_t den_{t-1} + sigmoid(k_t),   o_t = q_t num_t / (den_t + 1e-30)
 //
-// k and v go through shared memory, and are walked twice: from a zero state for the summary, then from the state that
-// enters for the outputs. q goes straight to the registers of the thread that needs it.
+// k and v are copied to shared memory and gone through twice: from a zero state for the summary, then from the state that enters, for
+// the outputs. q is loaded directly into the registers of the thread that needs it.
 #include "scan.cuh"
 
-// The backward holds twice as many tensors in shared memory, so its chunks are half as long.
+// The backward has twice as many tensors in shared memory, so its chunks are half as long.
 constexpr int BACKWARD_CHUNK = CHUNK / 2;
 
 struct Item {
@@ -76,13 +76,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     Exchange<false>& strips_ahead = shared.strips[turn % 2];
     const Exchange<false>& strips = shared.strips[(turn + 1) % 2];
     wait_copies<0>();
-    __syncthreads();  // the chunk ahead is here, and the outputs of the turn before are done
+    __syncthreads();  // the next chunk has arrived, and the outputs of the turn before are written
     const bool more = ahead.place.rank < chunks;
     const Place at = turn > 0 ? stage.place : Place{0, 0, 0, 0};
     if (at.rank >= chunks) break;
     if (STAGES == 3) begin_load(shared.stages[(turn + 1) % STAGES]);
 
-    // Send for what the outputs will need.
+    // Start loading what the outputs need.
     const int start = at.rank * CHUNK + strip * TOKENS;
     Pair<Element> query[TOKENS];
     if (turn > 0) {
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const Published published(workspace, rows, at.row, chunks);
     Asked asked = ask(published, at.rank);
 
-    // The summary of the chunk ahead.
+    // The summary of the next chunk.
     if (more) {
       Product through_strip;
       const State leaves = walk_strip(ahead, initial, heads, ZERO, through_strip, [](int, float2, State) {});
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         const Mark mark = mark_of(stage, i);
         if (mark.ends()) store_state(final, mark.sequence() * heads + at.head, x);
       });
-      // Tokens past the end change nothing, so the last one's state is the final state.
+      // Tokens past the end do not change the state, so the state after the last token of the chunk is the final state.
       if (!PACKED && at.rank == chunks - 1 && strip == STRIPS - 1) store_state(final, at.row, last);
     }
     if (threadIdx.x == 0) shared.drawn = item_of(number);

@@ -1,18 +1,18 @@
-// What the forward and the backward kernel share: how a chunk lies on a block, and the scan over the chunks.
+// What the forward and the backward kernel share: how a chunk is divided among the threads of a block, and the scan over chunks.
 //
-// A block of 256 threads takes one chunk of one head at a time. Two neighbouring channels make a lane; the LANES threads of
-// a token's row form a strip, and a strip owns TOKENS consecutive tokens, which its threads walk one after another.
+// A block of 256 threads takes one chunk of one head at a time. A thread has two neighbouring channels. The LANES threads of a token's
+// row form a strip. A strip has TOKENS consecutive tokens, and its threads go through them one after another.
 //
-// Walking a run of tokens maps the state x that enters it to decay * x + state: a Summary. Summaries of neighbouring runs
-// combine into one. Chunks are ranked in the order of the walk (from the last chunk to the first in the backward), and every
-// chunk publishes its Summary; FAN_OUT of them make a group, whose last chunk publishes the group's; FAN_OUT groups make a
-// span, whose last chunk publishes the state that leaves it. The state that enters a chunk is then
-//     the state entering its span, through the groups before it in the span, through the chunks before it in the group,
-// in that order whatever the timing, so that results do not change from run to run. Nobody waits for a summary of a chunk
-// that no block has begun: blocks draw chunks from a counter, in rank order.
+// A run of tokens maps the state x that enters it to decay * x + state. The pair (decay, state) is its Summary, and the Summaries of
+// neighbouring runs combine into one. Chunks are ranked in the order of the scan (in the backward from the last to the first). Each
+// chunk publishes its Summary. FAN_OUT chunks are a group, and the last one publishes the group's Summary. FAN_OUT groups are a
+// span, and its last chunk publishes the state that leaves it. The state that enters a chunk is the state that enters its span,
+// mapped by the groups before it in the span, then by the chunks before it in the group. This order does not depend on the timing, so
+// results are the same in every run. Blocks take chunks from a counter in the order of their ranks, so no block waits for a chunk
+// that no block has begun.
 //
-// A block is one chunk ahead of itself: it copies chunk i + 2 to shared memory, publishes the summary of chunk i + 1, and
-// writes the outputs of chunk i, whose predecessors have had a whole turn to publish theirs: blocks seldom wait.
+// In one turn a block copies chunk i + 2 to shared memory, publishes the Summary of chunk i + 1, and writes the outputs of chunk i.
+// The chunks before i have then had a whole turn to publish theirs, so blocks seldom wait.
 #pragma once
 #include "async_copy.cuh"
 #include "numeric.cuh"
@@ -40,8 +40,8 @@ __device__ __forceinline__ State through(float decay, State x, State plus) {
   return make_float4(fmaf(decay, x.x, plus.x), fmaf(decay, x.y, plus.y), fmaf(decay, x.z, plus.z), fmaf(decay, x.w, plus.w));
 }
 
-// A product of decays. Decays of a long memory are 1 less a few units in the last place, and their rounded products err all
-// to one side: by 1e-4 over 100,000 tokens. So what rounding drops is carried along.
+// A product of decays. Decays of a long memory are slightly less than 1, by a few units in the last place. The rounding errors of
+// their products all have one sign and reach 1e-4 over 100,000 tokens, so the rounding error is carried along.
 struct Product {
   float value, dropped;
 
@@ -58,7 +58,7 @@ struct Product {
     dropped += more;
     settle();
   }
-  // Make `value` the nearest to the product that it can be.
+  // Makes `value` the float that is nearest to the product value + dropped.
   __device__ void settle() {
     const float nearest = value + dropped;
     dropped -= nearest - value;
@@ -82,12 +82,12 @@ __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % LANES; }
 
 // ---- Chunks
 
-// A chunk to be done: its rank, its head, and the head's row = batch * heads + head.
+// A chunk to compute: its rank, its head, and the head's row = batch * heads + head.
 struct alignas(16) Place {
   int rank, row, batch, head;
 };
 
-// The next chunk that nobody has: a number that counts heads first, then ranks.
+// The next chunk that no block has taken. The counter goes through the heads first, then through the ranks.
 __device__ __forceinline__ unsigned draw(unsigned* counter) {
   return atomicAdd(counter, 1u) + 1;  // it starts as UNWRITTEN, which is -1
 }
@@ -97,7 +97,7 @@ __device__ __forceinline__ Place place_of(unsigned item, int batch, int heads) {
   return {static_cast<int>(item / rows), static_cast<int>(row), static_cast<int>(row / heads), static_cast<int>(row % heads)};
 }
 
-// A tensor [B, T, H, ...] as the kernel gets it: address and strides in elements.
+// A tensor [B, T, H, ...] as a kernel argument: its address, and its strides in elements.
 template <class T>
 struct Tensor {
   const T* data;
@@ -107,22 +107,22 @@ struct Tensor {
   __device__ const T* at(Place place) const { return data + place.batch * batch + place.head * head; }
 };
 
-// Rows of 64 bytes fill half the banks, and two strips share a warp: odd strips keep neighbouring tokens swapped.
+// A row of 64 bytes covers half the banks, and two strips share a warp. So odd strips have neighbouring tokens swapped.
 __device__ __forceinline__ int row_in_strip(int strip, int i) { return ROW_BYTES == 64 ? i ^ (strip & 1) : i; }
 
-// Where this thread's pair of channels of token `i` of its strip lies in a tile.
+// The position in a tile of this thread's pair of channels of token `i` of its strip.
 __device__ __forceinline__ const Element* in_tile(const unsigned char* tile, int i) {
   const int strip = strip_of_thread();
   return reinterpret_cast<const Element*>(tile + strip * STRIP_BYTES + row_in_strip(strip, i) * ROW_BYTES) + 2 * lane_of_thread();
 }
 
-// Element `i` steps of `bytes` further: one multiply-add a use, where a step in elements would take three instructions.
+// The element `i` steps of `bytes` further. This is one multiply-add per use; a step in elements would take three instructions.
 template <class T>
 __device__ __forceinline__ T* further(T* at, int i, int bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<unsigned long long>(at) + static_cast<long long>(i) * bytes);
 }
 
-// Begin to copy tokens [start, start + CHUNK) of one head to a tile; tokens from `end` on are filled with a word instead.
+// Starts copying tokens [start, start + CHUNK) of one head to a tile. Tokens from `end` on are filled with a word instead.
 __device__ __forceinline__ void load_tile(unsigned char* tile, const Element* head, int token, int start, int end, unsigned fill) {
   constexpr int PIECES = ROW_BYTES / 16, ROWS = THREADS / PIECES;  // of a row; copied at once
   static_assert(ROWS % TOKENS == 0, "a strip is copied at once");
@@ -172,7 +172,7 @@ __device__ __forceinline__ Mark mark_of(const Stage& stage, int i) {
   return {PACKED ? stage.marks[strip_of_thread() * TOKENS + i] : 0};
 }
 
-// Two channels of a state tensor [N, H, 2, D], row = n * H + h; of zeros where it is null.
+// Two channels of a state tensor [N, H, 2, D] (null: zeros), row = n * H + h.
 __device__ __forceinline__ State load_state(const float* states, int row) {
   if (states == nullptr) return ZERO;
   const float* at = states + row * (2ll * HEAD_DIM) + 2 * lane_of_thread();
@@ -208,7 +208,8 @@ __device__ __forceinline__ State written(const Stage& stage, int i, float2 weigh
   return make_float4(weight.x * v.x, weight.y * v.y, weight.x, weight.y);
 }
 
-// Walk this thread's strip on from `x`, and tell the decay through it. Where a packed sequence begins, the walk goes on from that sequence's initial state.
+// Goes through this thread's strip from the state `x`. Returns the state that leaves the strip, and sets `decay` to the decay over it.
+// Where a packed sequence begins, it continues from that sequence's initial state.
 template <class Stage, class Visit>
 __device__ __forceinline__ State walk_strip(const Stage& stage, const float* initial, int heads, State x, Product& decay,
                                             Visit visit) {
@@ -231,8 +232,8 @@ __device__ __forceinline__ State walk_strip(const Stage& stage, const float* ini
   return x;
 }
 
-// ---- Publishing between blocks. Every word is its own flag: the host fills the workspace with UNWRITTEN, and a word that
-// is something else has arrived. So readers need no fence, and one trip to memory.
+// ---- Publishing between blocks. Each word is its own flag: the host fills the workspace with UNWRITTEN, and a word with another value
+// has been written. So readers need no fence, and read memory once.
 constexpr unsigned UNWRITTEN = 0xffffffffu;
 
 __device__ __forceinline__ float as_written(float x) {
@@ -273,7 +274,7 @@ __device__ __forceinline__ State peek(const State* at) {
   return x;
 }
 
-// The published summaries of one head: an entry for every chunk, group and span. core.py allots the same.
+// The published summaries of one head: an entry for each chunk, group and span. core.py allocates the same layout.
 struct Published {
   State* states;    // [entries][LANES], from this thread's lane on
   Product* decays;  // [entries]
@@ -332,8 +333,8 @@ struct Exchange {
   }
 };
 
-// What a chunk has to know of the others, read by all strips together: the first half gathers the groups before it in its
-// span, the second half the chunks before it in its group.
+// What a chunk needs from other chunks. All strips read it together: the first half reads the groups before it in its span, the second
+// half the chunks before it in its group.
 struct Ancestors {
   static constexpr int HALF = STRIPS / 2;
   static constexpr int SHARE = FAN_OUT / HALF;  // entries for each strip
@@ -352,12 +353,12 @@ struct Ancestors {
   }
 };
 
-// Their summaries, perhaps not written yet.
+// Their summaries, which may not be written yet.
 struct Asked {
   Summary found[Ancestors::SHARE];
 };
 
-// Send for the summaries that the chunk of a rank needs.
+// Starts loading the summaries that the chunk of a rank needs.
 __device__ __forceinline__ Asked ask(const Published& published, int rank) {
   const Ancestors ancestors(published, rank);
   Asked asked;
@@ -369,9 +370,8 @@ __device__ __forceinline__ Asked ask(const Published& published, int rank) {
   return asked;
 }
 
-// The state that enters the chunk, for every thread, as soon as all that was asked for is there. `own()` is the chunk's
-// Summary, for the last strip; row `row` of `initial` (may be null) enters rank 0. `partial` must be free; one barrier of the
-// block inside.
+// Waits for those summaries and returns the state that enters the chunk, in each thread. own() returns the chunk's Summary, for the last
+// strip. Row `row` of `initial` (may be null) enters rank 0. `partial` must be free. The block meets at one barrier inside.
 template <class Own>
 __device__ __forceinline__ State enter_chunk(const Published& published, int rank, Asked& asked, Own own, const float* initial,
                                              int row, Exchange<false>& partial) {
@@ -392,7 +392,7 @@ __device__ __forceinline__ State enter_chunk(const Published& published, int ran
   }
   partial.put(share);
   if (strip >= HALF && ancestors.ends_group && !ancestors.ends_span) {
-    // A barrier of the second half alone: the group is published without waiting for earlier groups.
+    // A barrier for the second half alone, so that the group is published without waiting for earlier groups.
     asm volatile("barrier.sync 1, 128;" ::: "memory");
     if (strip == STRIPS - 1) {
       Summary whole = partial.get(HALF);

@@ -1,7 +1,7 @@
-// Packed sequences: mark the token where each begins and where it ends, and pass the state of an empty one through.
+// For packed sequences: marks the tokens where each sequence begins and ends, and copies the state of an empty one.
 //
-// One block a sequence n of tokens [bounds[n], bounds[n + 1]). The mark of a token is 4 n, + 2 where n begins, + 1 where it
-// ends. `through` and `result` are [N, words]; `through` may be null, for zeros.
+// One block per sequence n, which has the tokens [bounds[n], bounds[n + 1]). The mark of a token is 4 n, + 2 where n begins, + 1 where
+// it ends. `through` and `result` are [N, words]; a null `through` means zeros.
 
 extern "C" __global__ void simplified_mark(const int* bounds, int* marks, int length, const float* through, float* result,
                                            int words) {

@@ -1,4 +1,4 @@
-// One token of simplified linear attention, for decoding: a thread takes two neighbouring channels of one head.
+// One token of simplified linear attention, for decoding. A thread has two neighbouring channels of one head.
 #include "numeric.cuh"
 
 using Element = ELEMENT;

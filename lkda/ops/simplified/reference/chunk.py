@@ -1,10 +1,12 @@
-"""Simplified linear attention in chunks: inside a chunk the recurrence is a product with a lower-triangular matrix of
-decays; between chunks two numbers a channel are carried. The backward is derived by hand.
+"""Simplified linear attention in chunks, with a hand-derived backward.
+
+Inside a chunk the recurrence is a product with a lower-triangular matrix of decays. From chunk to chunk two numbers per
+channel are carried.
 
     n_i = sum_{j <= i} L_ij x_j + p_i n_0,    x_j = [sigmoid(k_j) v_j, sigmoid(k_j)],
     L_ij = prod_{j < r <= i} b_r,    p_i = prod_{r <= i} b_r,    n = [num, den]
 
-Every factor is a product of decays <= 1: no division by a decay, so a decay of 0 is exact too.
+Every factor is a product of decays <= 1. Nothing is divided by a decay, so a decay of 0 is exact too.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ CHUNK = 64
 
 
 def _cut(chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
-    """Chunks of the inputs; a token past the end writes nothing (its key is -inf) and keeps the state (b = 1)."""
+    """The inputs cut into chunks. Tokens past the end do not change the state: their key is -inf and their b is 1."""
     dtype = compute_dtype(v)
     filled = ((q, 0.0), (k, -torch.inf), (v, 0.0), (decay, 1.0))
     return tuple(chunks.cut(x, dtype, fill=fill) for x, fill in filled)

@@ -1,4 +1,4 @@
-"""Simplified linear attention as it is written: one token after another. The truth for every other form."""
+"""Simplified linear attention as its equation stands: one token after another. All other forms are compared with it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from torch import Tensor
 
 from lkda.ops.recurrence import compute_dtype, run_tokens
 
-# Keeps the output finite where every key so far is hugely negative. Part of the definition.
+# Keeps the output finite where every key so far is very negative. It is part of the definition.
 EPS = 1e-30
 
 
 def simplified_step_recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: q, k, v [B, H, D], decay [B, H], state [B, H, 2, D] (num, den), all of one dtype.
+    """One token.
 
-    num = b num + sigmoid(k) v,    den = b den + sigmoid(k),    o = q num / (den + 1e-30)
+        num = b num + sigmoid(k) v,    den = b den + sigmoid(k),    o = q num / (den + 1e-30)
+
+    Args:
+        q, k, v: [B, H, D].   decay: b, [B, H].   state: [B, H, 2, D] (num, den). All are of one dtype.
+    Returns: o [B, H, D] and the state after the token.
     """
     write = torch.sigmoid(k)
     state = decay[..., None, None] * state + torch.stack([write * v, write], -2)
@@ -25,7 +29,10 @@ def simplified_step_recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, st
 def simplified_recurrent(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The whole sequence; arguments as in `simplified_attention`, decay [B, T, H]. Differentiable by autograd."""
+    """The recurrence over whole sequences, differentiable by autograd.
+
+    Arguments as in `simplified_attention`, with decay [B, T, H].
+    """
     B, _, H, D = q.shape
     dtype = compute_dtype(v)
     if initial_state is None:

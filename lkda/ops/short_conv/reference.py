@@ -1,4 +1,4 @@
-"""The short convolution and the norm of heads in plain PyTorch: the definition."""
+"""The short convolution and the L2 norm per head in PyTorch: the definition that the kernels are compared with."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lkda.ops.sequences import positions
 EPS = 1e-6
 
 
-def convolve_plain(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One stream of `short_convolutions`: SiLU(sum_s w_s x_{t-s}) and the last inputs.
+def convolve_torch(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One tensor of `short_convolutions`: SiLU(sum_s w_s x_{t-s}), and the last inputs.
 
-    Computed as `width` shifted multiply-adds: on a CPU that is as fast as a grouped convolution forward and backward,
-    and a packed row needs only a mask.
+    It is computed as `width` shifted multiply-adds. On a CPU that is as fast as a grouped convolution, forward and
+    backward, and packed sequences need only a mask.
     """
     T, width = x.shape[1], weight.shape[-1]
     taps = weight.to(x.dtype)[:, 0].unbind(-1)
@@ -34,7 +34,7 @@ def convolve_plain(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: 
 
 
 def _within_sequences(lags: list[Tensor], state: Tensor | None, cu_seqlens: Tensor) -> list[Tensor]:
-    """The input s tokens ago, lags[s] [1, T, channels], where that is in the token's own sequence; else the state's."""
+    """lags[s] [1, T, channels]: the input s tokens ago, from the state where that is before the token's sequence."""
     position, sequence = positions(cu_seqlens, lags[0].shape[1])
     found = lags[:1]
     for s, lag in enumerate(lags[1:], 1):
@@ -48,7 +48,7 @@ def _within_sequences(lags: list[Tensor], state: Tensor | None, cu_seqlens: Tens
 
 
 def _last_of_sequences(x: Tensor, width: int, state: Tensor | None, cu_seqlens: Tensor) -> Tensor:
-    """[N, width - 1, channels]: the last inputs of every sequence, of a short one after its state's."""
+    """The last inputs of each sequence, [N, width - 1, channels]. In a short one the state's inputs come first."""
     begin, end = cu_seqlens.long()[:-1, None], cu_seqlens.long()[1:, None]
     row = torch.arange(width - 1, device=x.device)
     token = end - (width - 1) + row
@@ -59,7 +59,7 @@ def _last_of_sequences(x: Tensor, width: int, state: Tensor | None, cu_seqlens: 
     return torch.where((token >= begin).unsqueeze(-1), found, state.to(x.dtype).gather(1, earlier))
 
 
-def normalized_plain(x: Tensor) -> Tensor:
+def normalize_torch(x: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + 1e-6) over the last dimension, computed in float32 at least, in x's dtype."""
     y = at_least_float32(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + EPS)).to(x.dtype)

@@ -1,14 +1,17 @@
-// The state's gradient from chunk to chunk, backwards; laid out as scan.cu. S1 is the state after the chunk.
+// Backward from chunk to chunk, from the last to the first: the gradient of the state. Laid out as inter_chunk_fwd.cu. dh' is the
+// gradient of the state that leaves the chunk, dh that of the state that enters it.
 //
-//   dN = P^T dO + kd dS1     Y = dN + T~^T (B dN)     dS0 = Gam dS1 + qg^T dO - kg^T (B Y)            (qg, P with the scale)
-// Of segments (scan.cu) SUMMARY finds what each leaves of a gradient of zeros.
-constexpr int STREAMS = SUMMARY ? 1 : 2;  // of values fetched beside a packet: dO and v
+//   dv_new = Aqk^T do + kg dh'     Y = dv_new + T~^T (B dv_new)     dh = exp(G_C) dh' + qg^T do - k_in^T (B Y)
+//
+// where qg and Aqk include the attention scale. Y is the gradient of B r. With SUMMARY the kernel computes for each segment the
+// gradient that it passes on when it receives zeros.
+constexpr int STREAMS = SUMMARY ? 1 : 2;  // tensors that are fetched beside the workspace: do and v
 constexpr int COLUMNS = HEAD_DIM;
 #include "kda_warp_state.cuh"
 
-// factor Y_i . v_i over a warp's 16 columns of V, in float32: parts [C]. The rest of dbeta is in gradients.cu.
+// Writes parts[C]: factor * (Y_i . v_i) over a warp's 16 columns of V, in float32. intra_chunk_bwd.cu adds the rest of dbeta.
 __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], const char* values, int mine, float factor) {
-  float sum[4 * BLOCKS];  // of tokens 8 i + lane_column() + {0, 1}, i the half of the index
+  float sum[4 * BLOCKS];  // sum[2 i + {0, 1}] belongs to token 8 i + lane_column() + {0, 1}
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t) {
     pace();
@@ -20,7 +23,7 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
       sum[4 * t + q + 1] = y[t].pair[q].y * top.y + y[t].pair[q + 1].y * bottom.y;
     }
   }
-  int count = 4 * BLOCKS;  // over the eight rows: each step halves what a lane goes on with, down to a pair
+  int count = 4 * BLOCKS;  // sum over the eight rows: each step halves the sums that a lane has, down to a pair
 #pragma unroll
   for (int step = 16; step >= 4; step /= 2) {
     if (count > 2) {
@@ -37,96 +40,73 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
   *reinterpret_cast<float2*>(parts + lane_row() * (2 * BLOCKS) / 8 * 8 + lane_column()) = make_float2(factor * sum[0], factor * sum[1]);
 }
 
-// packets: [chunks, H] Packet. v, d_o: [rows, H, D]. largest: [chunks, H] float32, of |dO|. leaving (may be null): [N, H, K, V]
-// float32, of the state that each sequence leaves, and d_final (may be null): [N, segments, H, K, V] float32, of the one that
-// each segment leaves. d_initial (may be null): [N, H, K, V] float32. units: [N, H] float32, those of dO.
-// d_states: [chunks, H] Kept, dS1^T of each chunk. d_corrections: [chunks, H] Columns, Y^T.
-// beta_parts: [chunks, H, D / 16, C] float32. Of SUMMARY, those three, units and d_final are null, and d_initial is
-// [N, segments, H, K, V]. Grid: N x segments x H x SPLITS.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
-    const char* packets, const Element* v, const Element* d_o, const float* largest, const float* leaving, const float* d_final, float* d_initial,
-    char* d_states, char* d_corrections, float* units, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
+// workspaces: [chunks, H] ChunkWorkspace. v, d_o: [rows, H, D]. amax: [chunks, H] float32, of do.
+// leaving (may be null, zeros): [N, H, K, V] float32, the gradient of each sequence's last state; the scale depends on it.
+// d_final (may be null, zeros): [N, segments, H, K, V] float32, the gradient of the state that leaves each segment.
+// d_initial (may be null): [N, H, K, V] float32. scales: [N, H] float32, those of do. d_states: [chunks, H] SavedState, dh'^T.
+// d_residual: [chunks, H] Columns, Y^T. beta_parts: [chunks, H, D / 16, C] float32, Y . v over 16 columns of V.
+// With SUMMARY: the last three, scales and d_final are null, and d_initial is [N, segments, H, K, V].
+// Grid: N x segments x H x SPLITS.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
+    const char* workspaces, const Element* v, const Element* d_o, const float* amax, const float* leaving, const float* d_final, float* d_initial,
+    char* d_states, char* d_residual, float* scales, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
   const int n = run / segments, segment = run % segments;
   const Sequence whole = sequence_of(n, sequences, length, bounds), sequence = segment_of(whole, segment, segments);
   const int chunks = (sequence.length + C - 1) / C;
-  const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // of V: the block's first, the warp's first of those
-  if (SUMMARY && segment == 0) return;  // nothing precedes it
+  const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // the block's first column, and the warp's counted from it
+  if (SUMMARY && segment == 0) return;  // no segment precedes it
 
-  auto fetch = [&](int step) {  // steps count chunks from the last one
+  auto fetch = [&](int step) {  // step 0 is the last chunk
     const int m = chunks - 1 - step;
     const long long slot = static_cast<long long>(sequence.first_chunk + m) * heads + head;
     char* stage = shared + step % STAGES * Stage::bytes;
     const int start = sequence.start + m * C, tokens = min(C, sequence.length - m * C);
-    fetch_packet(stage, packets + slot * Packet::bytes);
+    fetch_workspace(stage, workspaces + slot * ChunkWorkspace::bytes);
     fetch_values(stage + Stage::values, d_o, start, tokens, heads, head, columns);
     if (!SUMMARY) fetch_values(stage + Stage::values + Values::bytes, v, start, tokens, heads, head, columns);
     commit_copies();
   };
-  for (int step = 0; step < STAGES - 1; ++step) {
-    if (step < chunks) {
-      fetch(step);
-    } else {
-      commit_copies();
-    }
-  }
+  fill_pipeline(chunks, fetch);
 
-  const SharedUnit unit = {shared};
-  if constexpr (HALVES) {
-    const long long of_head = static_cast<long long>(n) * heads + head;
-    unit.set(unit_of_gradients(largest_of_sequence(largest, whole, heads, head, leaving == nullptr ? nullptr : leaving + of_head * D * D)));
-    if (units != nullptr && threadIdx.x == 0) units[of_head] = unit.get();
-  }
+  const SharedScale scale = {shared};
+  if constexpr (HALVES) scale.find<gradient_scale>(n, whole, heads, head, amax, leaving, scales);
 
-  Sum state[STEPS];  // dS^T
+  Sum state[STEPS];  // dh'^T, then dh^T
   const long long state_at = (static_cast<long long>(run) * heads + head) * D * D + columns + mine;
   if (d_final != nullptr) {
-    read_state(state, d_final + state_at, unit.get());
+    read_state(state, d_final + state_at, scale.get());
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) clear(state[i]);
   }
 
   for (int step = 0; step < chunks; ++step) {
-    if constexpr (STAGES == 1) {
-      __syncthreads();  // every warp is done with the last chunk
-      fetch(step);
-      wait_copies<0>();
-      __syncthreads();
-    } else {
-      wait_copies<STAGES - 2>();
-      show_copies();
-      __syncthreads();  // this chunk is there for all, and all are done with the one before, whose stage is next to fill
-      if (step + STAGES - 1 < chunks) {
-        fetch(step + STAGES - 1);
-      } else {
-        commit_copies();
-      }
-    }
+    advance_pipeline(step, chunks, fetch);
     char* stage = shared + opaque(step % STAGES * Stage::bytes);
-    const char* packet = stage + Stage::packet;
-    const char* pairs = packet + Packet::pairs;
-    const float* beta = reinterpret_cast<const float*>(packet + Packet::beta);
+    const char* workspace = stage + Stage::workspace;
+    const char* pairs = workspace + ChunkWorkspace::pairs;
+    const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
     const long long slot = static_cast<long long>(opaque(sequence.first_chunk + chunks - 1) - step) * heads + head;
 
-    auto d_out = [&](int t) {  // dO^T
+    auto d_out = [&](int t) {  // do^T
       const Block<Element> values = Values::load_transposed(stage + Stage::values, t * 16, mine);
       if constexpr (!HALVES) return convert<Operand>(values);
       Sum y;
 #pragma unroll
       for (int q = 0; q < 4; ++q) y.pair[q] = get_pair(values, q);
-      scale_all(y, unit.get());
+      scale_all(y, scale.get());
       return round_to<Operand>(y);
     };
 
-    const float* decay = reinterpret_cast<const float*>(packet + Packet::decay);
+    const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);
 #if WARPGROUPS
     Block<Operand> entry[STEPS], out[BLOCKS];
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
-    Sum x[BLOCKS], from_state[BLOCKS];  // dN^T, then Y^T
+    Sum x[BLOCKS], from_state[BLOCKS];  // dv_new^T, then Y^T
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
       out[j] = d_out(j);
@@ -135,14 +115,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     }
     settle(from_state);
     open_products();
-    products_over_channels(from_state, entry, packet + Packet::kd);
+    products_over_channels(from_state, entry, workspace + ChunkWorkspace::kg);
     close_products();
-    if constexpr (!SUMMARY) keep_state(d_states + slot * Kept::bytes, columns + mine, state);
+    if constexpr (!SUMMARY) save_state(d_states + slot * SavedState::bytes, columns + mine, state);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
     settle(state);
     open_products();
-    products_over_tokens(state, out, packet + Packet::qg);
+    products_over_tokens(state, out, workspace + ChunkWorkspace::qg);
     close_products();
 #pragma unroll
     for (int i = 0; i < BLOCKS; ++i)
@@ -154,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       }
     wait_products<1>();
     settle(from_state);
-    Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
+    Block<Operand> weighted[BLOCKS];  // dv_new^T B, then -dr^T = -Y^T B
 #pragma unroll
     for (int i = 0; i < BLOCKS; ++i) {
 #pragma unroll
@@ -180,18 +160,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
       weighted[j] = round_to<Operand>(y);
     }
     open_products();
-    products_over_tokens(state, weighted, packet + Packet::kg);
+    products_over_tokens(state, weighted, workspace + ChunkWorkspace::k_in);
     close_products();
     if constexpr (!SUMMARY) {
-      beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, unit.inverse());
+      beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, scale.inverse());
 #pragma unroll
-      for (int j = 0; j < BLOCKS; ++j) write_block<Columns>(d_corrections + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
+      for (int j = 0; j < BLOCKS; ++j) write_block<Columns>(d_residual + slot * Columns::bytes, columns + mine, j * 16, round_to<Operand>(x[j]));
     }
     wait_products<0>();
     settle(state);
 #else
-    if constexpr (HALVES && !SUMMARY) keep_state(d_states + slot * Kept::bytes, columns + mine, state);
-    Sum x[BLOCKS];  // dN^T, then Y^T
+    if constexpr (HALVES && !SUMMARY) save_state(d_states + slot * SavedState::bytes, columns + mine, state);
+    Sum x[BLOCKS];  // dv_new^T, then Y^T
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) clear(x[j]);
 #pragma unroll
@@ -211,14 +191,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
     for (int i = 0; i < STEPS; ++i) {
       pace();
       const Block<Operand> entry = round_to<Operand>(state[i]);
-      if (!HALVES && !SUMMARY) write_block<State>(d_states + slot * Kept::bytes, recomputed(columns + mine), i * 16, entry);
+      if (!HALVES && !SUMMARY) write_block<State>(d_states + slot * SavedState::bytes, recomputed(columns + mine), i * 16, entry);
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) {
         pace();
-        product(x[j], entry, Rows::load_right(packet + Packet::kd, j * 16, i * 16));
+        product(x[j], entry, Rows::load_right(workspace + ChunkWorkspace::kg, j * 16, i * 16));
       }
     }
-    Block<Operand> weighted[BLOCKS];  // dN^T B, then -dR^T = -Y^T B
+    Block<Operand> weighted[BLOCKS];  // dv_new^T B, then -dr^T = -Y^T B
 #pragma unroll
     for (int i = 0; i < BLOCKS; ++i) {
       Sum y = x[i];
@@ -235,10 +215,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
         product(x[j], weighted[i], t);
       }
     pace();
-    if constexpr (!SUMMARY) beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, unit.inverse());
+    if constexpr (!SUMMARY) beta_part(beta_parts + (slot * STEPS + (columns + mine) / 16) * C, x, stage + Stage::values + Values::bytes, mine, scale.inverse());
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      if (!SUMMARY) write_block<Columns>(d_corrections + slot * Columns::bytes, opaque(columns + mine), j * 16, round_to<Operand>(x[j]));
+      if (!SUMMARY) write_block<Columns>(d_residual + slot * Columns::bytes, opaque(columns + mine), j * 16, round_to<Operand>(x[j]));
       scale_columns(x[j], beta + j * 16);
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[j].pair[q] = make_float2(-x[j].pair[q].x, -x[j].pair[q].y);
@@ -253,19 +233,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_reverse(
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) {
         pace();
-        product(state[i], out, Rows::load_right_transposed(packet + Packet::qg, t * 16, i * 16));
+        product(state[i], out, Rows::load_right_transposed(workspace + ChunkWorkspace::qg, t * 16, i * 16));
       }
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) {
         pace();
-        product(state[i], weighted[t], Rows::load_right_transposed(packet + Packet::kg, t * 16, i * 16));
+        product(state[i], weighted[t], Rows::load_right_transposed(workspace + ChunkWorkspace::k_in, t * 16, i * 16));
       }
     }
 #endif
   }
   if (SUMMARY) {
-    write_state(state, d_initial + (static_cast<long long>(recomputed(run)) * heads + recomputed(head)) * D * D + columns + mine, unit.inverse());
+    write_state(state, d_initial + (static_cast<long long>(recomputed(run)) * heads + recomputed(head)) * D * D + columns + mine, scale.inverse());
   } else if (segment == 0 && d_initial != nullptr) {
-    write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, unit.inverse());
+    write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, scale.inverse());
   }
 }

@@ -1,42 +1,44 @@
-// Every gradient of a chunk, from the state it was entered with, the gradient of the state it left, N~ and Y; one block a
-// chunk and head, all chunks at once. S0, dS1, N~, Y and dO are products' operands; q, k and the gates enter in float32.
+// Backward inside each chunk: all gradients, from h, dh', v~, Y and do. One block per chunk and head, all chunks in parallel. h, dh',
+// v~, Y and do are operands of products; q, k and the gates enter in float32.
 //
-//   dP_ij = s beta_j dO_i . N~_j (j <= i)     dM_ij = -beta_j Y_i . N~_j (j < i; of row i of M, its beta_i left out)
-//   dqg = s dO S0^T     dkg = -Y S0^T (likewise)     dkd_j = beta_j (N~ dS1^T)_j     dv = B Y
-//   on each level, I = rows, J = columns:  a_I = f (dP k^)   b_I = f (dM k^)   c_J = f (dP^T q^ + dM^T (B k^))
-//   dq = pre dqg + sum a + dP_ii k_i      dk = B (pre dkg + sum b) + suf dkd + sum c + dP_ii q_i
-//   dbeta_i = Y_i . v_i + k_i . (pre dkg + sum b)_i      whose first term is the reverse scan's
+//   dAqk_ij = s beta_j do_i . v~_j (j <= i)     dAkk_ij = -beta_j Y_i . v~_j (j < i; the beta_i of row i is left out)
+//   dqg = s do h^T     dk_in = -Y h^T (beta left out)     dkg_j = beta_j (v~ dh'^T)_j     dv = B Y
+//   on each level, I = rows, J = columns:  a_I = f (dAqk k^)   b_I = f (dAkk k^)   c_J = f (dAqk^T q^ + dAkk^T (B k^))
+//   dq = pre dqg + sum a + dAqk_ii k_i      dk = B (pre dk_in + sum b) + suf dkg + sum c + dAqk_ii q_i
+//   dbeta_i = Y_i . v_i + k_i . (pre dk_in + sum b)_i      the first term comes from inter_chunk_bwd.cu
 //
-// dg_t is the sum of all terms whose decay contains E_t, so that nothing cancels: of rows' terms (q a + k b) those of
-// tokens from t on in the same half, of columns' terms (k c) those before t; and Gam rowsum(S0 dS1), straight through.
+// with pre = exp(G) and suf = exp(G_C - G). dg_t is the sum of all terms whose decay contains E_t: of the rows' terms (q a + k b)
+// those of tokens from t on in the same half, of the columns' terms (k c) those before t, and exp(G_C) rowsum(h dh'). The sum has
+// no subtraction, so nothing cancels.
 //
-// A factor f is a product inside the leaf times a reach, one number a leaf and channel. So a warp adds up a, b and c of all
-// levels as products leave them, 32 channels x 16 tokens, times their reach; the product inside the leaf comes at the end,
-// where a thread has two channels of a leaf. The sums change hands, through shared memory, only then.
+// A factor f is a product inside the leaf times a reach, which is one number per leaf and channel. A warp has 32 channels x 16
+// tokens of a, b and c. It adds up all levels, each times its reach, in the layout in which products leave them. The product
+// inside the leaf is applied at the end, by threads that have two channels of a leaf. The sums are exchanged through shared
+// memory only then.
 #include "kda_tree.cuh"
-#include "kda_unit.cuh"
+#include "kda_scale.cuh"
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
-constexpr int SLICE = D == 32 ? 32 : sizeof(Operand) == 2 ? 64 : 32;  // of V in shared memory at a time
-constexpr bool BOTH = ROOMY && D == 2 * SLICE && sizeof(Operand) == 2;  // slices are on their way at once
+constexpr int SLICE = D == 32 ? 32 : sizeof(Operand) == 2 ? 64 : 32;  // columns of V that are in shared memory at a time
+constexpr bool BOTH = ROOMY && D == 2 * SLICE && sizeof(Operand) == 2;  // whether both slices are fetched at once
 constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2;                      // 16x16 blocks on and below the diagonal
-constexpr int ROUNDS = (2 * LOWER + WARPS - 1) / WARPS;               // of tasks, each a block of dP or of dM
-constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // of a warp that share a leaf
+constexpr int ROUNDS = (2 * LOWER + WARPS - 1) / WARPS;               // rounds of tasks; a task is a block of dAqk or of dAkk
+constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // lanes of a warp that share a leaf
 constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
 static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
 
-using Query = QUERY;  // q and k in memory: Element, or float16, as which `lkda::kda_forward` normalises halves
+using Query = QUERY;  // type of q and k in memory: Element, or float16 where `lkda::kda_forward` normalised half-precision inputs
 
 using StateSlice = Tile<Operand, SLICE, D, true>;
 using ColumnsSlice = Tile<Operand, SLICE, C, true>;
-using OutputSlice = Tile<Element, C, SLICE>;    // dO as it comes
-using OutputOperand = Tile<Operand, C, SLICE>;  // and, of halves, as it is then multiplied
-using Pairs = Tile<Operand, C, C / 2>;  // of a level: rows as Level::rows (dM first, then dP), columns modulo max(half, 16)
+using OutputSlice = Tile<Element, C, SLICE>;    // do in memory's type
+using OutputOperand = Tile<Operand, C, SLICE>;  // and, for half-precision inputs, as it is multiplied
+using Pairs = Tile<Operand, C, C / 2>;  // of a level: rows as in Level::rows (dAkk first, then dAqk), columns modulo max(half, 16)
 
-// A float32 matrix on its way from warps with blocks of [channels, tokens] to threads with two channels of a leaf. Pieces of
-// four tokens are permuted by the channel, so that one in eight channels two apart, as taken, lie in different banks, and a
-// leaf's two in four neighbouring channels, as given, in two at most.
+// A float32 matrix that warps write as blocks of [channels, tokens] and threads read as two channels of a leaf. Pieces of four
+// tokens are permuted by the channel against bank conflicts: a read of one piece in eight channels, two apart, touches different
+// banks, and a write of a leaf's two pieces in four neighbouring channels has at most two-way conflicts.
 struct HandOver {
   static constexpr int bytes = D * C * 4;
 
@@ -60,11 +62,11 @@ struct HandOver {
     x[2] = make_float2(first.z, second.z);
     x[3] = make_float2(first.w, second.w);
   }
-  // A number a token, in the place of what was taken.
-  static __device__ __forceinline__ void keep_one(char* to, int leaf, int channel, int i, float x) {
+  // Stores one number per token in the place of what was taken.
+  static __device__ __forceinline__ void put_one(char* to, int leaf, int channel, int i, float x) {
     *reinterpret_cast<float*>(to + offset(channel, leaf * LEAF + (i & 4)) + (i & 3) * 4) = x;
   }
-  static __device__ __forceinline__ void kept(float (&x)[LEAF], const char* from, int leaf, int channel) {
+  static __device__ __forceinline__ void take_ones(float (&x)[LEAF], const char* from, int leaf, int channel) {
 #pragma unroll
     for (int i = 0; i < LEAF; i += 4) {
       const float4 four = *reinterpret_cast<const float4*>(from + offset(channel, leaf * LEAF + i));
@@ -84,40 +86,40 @@ struct HandOver {
 
 struct Shared {
   static constexpr int leaf_logs = 0;                                   // float [LEAVES][D]
-  static constexpr int straight = leaf_logs + LEAVES * D * 4;          // float [BLOCKS][D]: partial sums of S0 dS1
+  static constexpr int straight = leaf_logs + LEAVES * D * 4;          // float [BLOCKS][D]: partial sums of h dh' 
   static constexpr int totals = straight + BLOCKS * D * 4;              // float [LEVELS + 1][LEAVES][D]: reaches, then sums over a leaf
   static constexpr int beta = totals + (LEVELS + 1) * LEAVES * D * 4;   // float [C]
-  static constexpr int place = beta + C * 4;                            // Span, head, and units of v and dO: read again after each barrier, as q and k
-  static constexpr int scales = place + 32;                           // of S0 and of dS1, 128 bytes each, as in Kept
-  static constexpr int leaf_p = scales + 256;                         // float [LEAVES][8][8]
-  static constexpr int leaf_m = leaf_p + LEAVES * 64 * 4;
-  static constexpr int pairs = (leaf_m + LEAVES * 64 * 4 + 127) / 128 * 128;  // LEVELS x Pairs
-  static constexpr int work = pairs + LEVELS * Pairs::bytes;            // the slices; then levels' operands, and exchanges
+  static constexpr int place = beta + C * 4;                            // Span, head, scales of v and do: read again after each barrier, as q and k
+  static constexpr int state_scales = place + 32;                           // of h and of dh', 128 bytes each, as in SavedState
+  static constexpr int leaf_daqk = state_scales + 256;                         // float [LEAVES][8][8]
+  static constexpr int leaf_dakk = leaf_daqk + LEAVES * 64 * 4;
+  static constexpr int pairs = (leaf_dakk + LEAVES * 64 * 4 + 127) / 128 * 128;  // LEVELS x Pairs
+  static constexpr int work = pairs + LEVELS * Pairs::bytes;            // the slices; later the operands of the levels and the exchanges
   static constexpr int state = work;
   static constexpr int d_state = state + StateSlice::bytes;
-  static constexpr int correction = d_state + StateSlice::bytes;
-  static constexpr int d_correction = correction + ColumnsSlice::bytes;
-  static constexpr int d_output = d_correction + ColumnsSlice::bytes;
+  static constexpr int v_tilde = d_state + StateSlice::bytes;
+  static constexpr int d_residual = v_tilde + ColumnsSlice::bytes;
+  static constexpr int d_output = d_residual + ColumnsSlice::bytes;
   static constexpr int slices = 2 * StateSlice::bytes + 2 * ColumnsSlice::bytes + OutputSlice::bytes;
   static constexpr int exchange = ROOMY ? work + LEVELS * Level::bytes : work;  // HandOver: three at once, or one
-  static constexpr int last_exchange = ROOMY ? exchange : pairs;                // of dq and dk's rows
+  static constexpr int last_exchange = ROOMY ? exchange : pairs;                // of dq and of the rows' part of dk
   static constexpr int columns_exchange = ROOMY ? exchange + 2 * HandOver::bytes : work;
   static constexpr int end_of_operands = ROOMY ? exchange + 3 * HandOver::bytes : work + Level::bytes;
   static constexpr int end_of_slices = work + (BOTH ? 2 : 1) * slices;
   static constexpr int bytes = end_of_operands > end_of_slices ? end_of_operands : end_of_slices;
 };
-static_assert(!BOTH || Shared::end_of_slices <= Shared::end_of_operands, "both slices lie where operands and exchanges will");
-static_assert(Shared::last_exchange + 2 * HandOver::bytes <= Shared::bytes && Shared::columns_exchange + HandOver::bytes <= Shared::bytes, "what changes hands fits");
+static_assert(!BOTH || Shared::end_of_slices <= Shared::end_of_operands, "both slices fit where the operands and exchanges will be");
+static_assert(Shared::last_exchange + 2 * HandOver::bytes <= Shared::bytes && Shared::columns_exchange + HandOver::bytes <= Shared::bytes, "the exchanges fit");
 static_assert(Shared::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
 
-// Rows first .. first + SLICE of a tiled image: consecutive bytes.
+// Starts copying rows first .. first + SLICE of a tiled image, which are consecutive bytes.
 template <class Slice>
 __device__ __forceinline__ void fetch_rows(char* to, const char* image, int first) {
   image += Slice::bytes / SLICE * first + threadIdx.x * 16;
   to += threadIdx.x * 16;
 #pragma unroll
   for (int n = 0; n < Slice::bytes / 16; n += THREADS)
-    // `true`: of the instruction without a size the compiler made spills
+    // with the size argument (`true`), because the compiler spills for the instruction without it
     if (n + THREADS <= Slice::bytes / 16 || n + threadIdx.x < Slice::bytes / 16) copy_16_async(to + n * 16, image + n * 16, true);
 }
 
@@ -129,23 +131,23 @@ __device__ __forceinline__ Block<Operand> output_of(const char* slice, int token
   else return convert<Operand>(OutputSlice::load(slice + Shared::d_output, token, column));
 }
 
-// A 16x16 block of dP or dM, on or below the diagonal: a warp's task.
+// A warp's task: a 16x16 block of dAqk or dAkk, on or below the diagonal.
 struct Task {
-  bool exists, of_p;
+  bool exists, of_aqk;
   int row, column;  // in blocks
 
-  __device__ __forceinline__ explicit Task(int n) : exists(n < 2 * LOWER), of_p(n < LOWER) {
-    const int of = of_p ? n : n - LOWER;
+  __device__ __forceinline__ explicit Task(int n) : exists(n < 2 * LOWER), of_aqk(n < LOWER) {
+    const int of = of_aqk ? n : n - LOWER;
     row = of < 1 ? 0 : of < 3 ? 1 : of < 6 ? 2 : 3;
     column = of - row * (row + 1) / 2;
   }
 };
 
-// A task's block to where its pairs are used: their leaf, or their level.
+// Stores a task's block where its pairs are used: in their leaf, or in their level.
 __device__ __forceinline__ void store_pairs(char* shared, const Task& task, const Sum& sum) {
   if (task.row != task.column) {
     const int level = (task.row ^ task.column) >= 2 ? 2 : 1, bits = LEAF_BITS + level, half = 1 << bits, i = task.row * 16;
-    const int row = (i >> (bits + 1) << (bits + 1)) + (i & (half - 1)) + (task.of_p ? half : 0), column = task.column * 16 & (half - 1);
+    const int row = (i >> (bits + 1) << (bits + 1)) + (i & (half - 1)) + (task.of_aqk ? half : 0), column = task.column * 16 & (half - 1);
     char* pairs = shared + Shared::pairs + level * Pairs::bytes;
 #pragma unroll
     for (int q = 0; q < 4; ++q) store_pair(Pairs::at(pairs, row + quadrant_row(q), column + quadrant_column(q)), sum.pair[q]);
@@ -154,33 +156,33 @@ __device__ __forceinline__ void store_pairs(char* shared, const Task& task, cons
 #pragma unroll
   for (int q = 0; q < 4; q += 3) {
     const int at = ((task.row * 2 + q / 3) * LEAF + lane_row()) * LEAF + lane_column();
-    *reinterpret_cast<float2*>(shared + (task.of_p ? Shared::leaf_p : Shared::leaf_m) + at * 4) = sum.pair[q];
+    *reinterpret_cast<float2*>(shared + (task.of_aqk ? Shared::leaf_daqk : Shared::leaf_dakk) + at * 4) = sum.pair[q];
   }
-  const int row = task.row * 16 + lane_row() + (task.of_p ? LEAF : 0), column = task.row % 2 * LEAF + lane_column();
+  const int row = task.row * 16 + lane_row() + (task.of_aqk ? LEAF : 0), column = task.row % 2 * LEAF + lane_column();
   char* pairs = shared + Shared::pairs;
   store_pair(Pairs::at(pairs, row, column), sum.pair[1]);
-  store_pair(Pairs::at(pairs, row, column ^ LEAF), make_float2(0.f, 0.f));  // the other group that shares these 16 columns
+  store_pair(Pairs::at(pairs, row, column ^ LEAF), make_float2(0.f, 0.f));  // the other group has these 16 columns too
 }
 
-// Pairs inside the leaf, j < i, w = decay(j..i), x = dP q_i + beta_i dM k_i:
-//   a_i += dP w k_j    b_i += dM w k_j    c_j += w x    dg_t += w k_j x, j < t <= i
-// done(i, a_i, b_i) when row i has met all j < i.
+// Pairs inside the leaf, j < i, w = decay(j..i), x = dAqk q_i + beta_i dAkk k_i:
+//   a_i += dAqk w k_j    b_i += dAkk w k_j    c_j += w x    dg_t += w k_j x, j < t <= i
+// Calls done(i, a_i, b_i) when row i is complete.
 template <class Done>
 __device__ __forceinline__ void leaf_gradients(
     const char* shared, int leaf, const Gates& gates, const Leaf<Query>& q, const Leaf<Query>& k, const float* beta,
     float2 (&column)[LEAF], float2 (&dg)[LEAF], Done done) {
-  const float* dp = reinterpret_cast<const float*>(shared + Shared::leaf_p) + leaf * LEAF * LEAF;
-  const float* dm = reinterpret_cast<const float*>(shared + Shared::leaf_m) + leaf * LEAF * LEAF;
+  const float* daqk = reinterpret_cast<const float*>(shared + Shared::leaf_daqk) + leaf * LEAF * LEAF;
+  const float* dakk = reinterpret_cast<const float*>(shared + Shared::leaf_dakk) + leaf * LEAF * LEAF;
   float2 w[LEAF];
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
-    if constexpr (same<Query, float16>) __syncwarp();  // no load comes forward past this: registers are short
+    if constexpr (same<Query, float16>) __syncwarp();  // no load moves up past this: there are no registers for it
     const float2 qi = q[i], weighted = scaled(beta[i], k[i]);
     float2 a = make_float2(0.f, 0.f), b = a, sum = a;
 #pragma unroll
     for (int j = 0; j < i; ++j) {
       w[j] = times(w[j], gates.e[i]);
-      const float p = dp[i * LEAF + j], m = dm[i * LEAF + j];
+      const float p = daqk[i * LEAF + j], m = dakk[i * LEAF + j];
       const float2 decayed = times(w[j], k[j]), x = fused(p, qi, scaled(m, weighted));
       a = fused(p, decayed, a);
       b = fused(m, decayed, b);
@@ -193,7 +195,7 @@ __device__ __forceinline__ void leaf_gradients(
   }
 }
 
-// x[i] summed over the lanes that share a leaf, to out[i].
+// Sums x[i] over the lanes that share a leaf, into out[i].
 __device__ __forceinline__ void sum_over_channels(float (&x)[LEAF], float* out) {
   int count = LEAF;
 #pragma unroll
@@ -211,22 +213,23 @@ __device__ __forceinline__ void sum_over_channels(float (&x)[LEAF], float* out) 
   if (lane_id() % (LANES / LEAF) == 0) out[lane_id() % LANES / (LANES / LEAF)] = x[0];
 }
 
-// Of v and of dO, in shared memory.
-struct Units {
+// The power-of-two scales of v and do (kda_scale.cuh), in shared memory.
+struct Scales {
   static constexpr int values = Shared::place + 20, gradients = Shared::place + 24;
 
-  static __device__ __forceinline__ float of_values(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + values) : 1.f; }
-  static __device__ __forceinline__ float of_gradients(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + gradients) : 1.f; }
-  // What gradients are to be multiplied by, those of v by the first; float32's greatest number where it has no such power.
-  static __device__ __forceinline__ float inverse_of_gradients(const char* shared) { return inverse_of(of_gradients(shared)); }
+  static __device__ __forceinline__ float of_v(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + values) : 1.f; }
+  static __device__ __forceinline__ float of_do(const char* shared) { return HALVES ? *reinterpret_cast<const float*>(shared + gradients) : 1.f; }
+  // The factors that undo the scales: dv is multiplied by the first, other gradients by the second. Where the second exceeds
+  // float32's range, it is float32's largest number.
+  static __device__ __forceinline__ float inverse_of_do(const char* shared) { return inverse_of(of_do(shared)); }
   static __device__ __forceinline__ float inverse_of_both(const char* shared) {
-    return fminf(inverse_of(of_values(shared)) * inverse_of(of_gradients(shared)), 3.4028234e38f);
+    return fminf(inverse_of(of_v(shared)) * inverse_of(of_do(shared)), 3.4028234e38f);
   }
 };
 
-// A thread's share of dO, as it came, to operands in its unit.
+// Converts a thread's share of do from memory's type to scaled operands, in place.
 template <class Half>
-__device__ __forceinline__ void make_operands(char* output, float unit) {
+__device__ __forceinline__ void make_operands(char* output, float factor) {
   static_assert(OutputSlice::bytes % (THREADS * 16) == 0, "each thread has whole pieces");
 #pragma unroll
   for (int at = threadIdx.x * 16; at < OutputSlice::bytes; at += THREADS * 16) {
@@ -234,7 +237,7 @@ __device__ __forceinline__ void make_operands(char* output, float unit) {
     uint4 word = piece;
     auto converted = [&](unsigned pair) {
       const float2 x = unpack(Half{}, pair);
-      return pack(Operand{}, make_float2(unit * x.x, unit * x.y));
+      return pack(Operand{}, make_float2(factor * x.x, factor * x.y));
     };
     word.x = converted(word.x);
     word.y = converted(word.y);
@@ -244,9 +247,9 @@ __device__ __forceinline__ void make_operands(char* output, float unit) {
   }
 }
 
-// S0 . dS1 of this lane's channel over eight rows of V and 32 channels at a time, for the warps of these channels one after
-// another: to straight [BLOCKS][D]. A sequence's own ends come unrounded: a short one is made of them. Halves, each met once
-// here, become operands.
+// h . dh' of this lane's channel, summed over V: eight rows of V and 32 channels at a time, the warps of these channels in turn, into
+// straight [BLOCKS][D]. The states at a sequence's ends are read unrounded in float32, since in a short sequence they are all there
+// is. Numbers in float16 are each read here once, and are turned into operands in place.
 struct Straight {
   static __device__ __forceinline__ float2 halves(unsigned& word, float scale) {
     float2 x = unpack(float16{}, word);
@@ -268,30 +271,30 @@ struct Straight {
       *reinterpret_cast<uint4*>(row) = word;
     }
   }
-  static __device__ __forceinline__ void replace(float2 (&x)[4], const float* exact, float unit) {
+  static __device__ __forceinline__ void replace(float2 (&x)[4], const float* exact, float factor) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) x[n] = make_float2(unit * exact[2 * n * D], unit * exact[(2 * n + 1) * D]);
+    for (int n = 0; n < 4; ++n) x[n] = make_float2(factor * exact[2 * n * D], factor * exact[(2 * n + 1) * D]);
   }
   template <bool AT_AN_END>
   static __device__ __forceinline__ void sums(float (&sum)[8], char* shared, char* slice, int block, int channel, int first, const float* exact_initial, const float* exact_final) {
 #pragma unroll 1
     for (int v = block * 8 + lane_id() % 8; v < SLICE; v += BLOCKS * 8) {
-      float2 s0[4], ds1[4];
-      const float* scales = reinterpret_cast<const float*>(shared + Shared::scales) + (first + v) / 16 * Kept::REPEATS;
-      eight(s0, StateSlice::at(slice + Shared::state, v, channel), scales[0]);
-      eight(ds1, StateSlice::at(slice + Shared::d_state, v, channel), scales[32]);
+      float2 h[4], dh[4];
+      const float* scales = reinterpret_cast<const float*>(shared + Shared::state_scales) + (first + v) / 16 * SavedState::REPEATS;
+      eight(h, StateSlice::at(slice + Shared::state, v, channel), scales[0]);
+      eight(dh, StateSlice::at(slice + Shared::d_state, v, channel), scales[32]);
       if constexpr (AT_AN_END) {
-        if (exact_initial != nullptr) replace(s0, exact_initial + channel * D + v, Units::of_values(shared));
-        if (exact_final != nullptr) replace(ds1, exact_final + channel * D + v, Units::of_gradients(shared));
+        if (exact_initial != nullptr) replace(h, exact_initial + channel * D + v, Scales::of_v(shared));
+        if (exact_final != nullptr) replace(dh, exact_final + channel * D + v, Scales::of_do(shared));
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        sum[2 * n] += s0[n].x * ds1[n].x;
-        sum[2 * n + 1] += s0[n].y * ds1[n].y;
+        sum[2 * n] += h[n].x * dh[n].x;
+        sum[2 * n + 1] += h[n].y * dh[n].y;
       }
     }
   }
-  // exact_initial, exact_final: [K, V] from this slice's first column of V on, or null.
+  // exact_initial, exact_final (may be null): [K, V], from this slice's first column of V on.
   static __device__ __forceinline__ void add(char* shared, char* slice, int block, int channels, int first, const float* exact_initial, const float* exact_final) {
     const int channel = channels + lane_id() / 8 * 8;
     float sum[8] = {};
@@ -300,7 +303,7 @@ struct Straight {
     } else {
       sums<false>(sum, shared, slice, block, channel, first, nullptr, nullptr);
     }
-    int count = 8;  // over eight lanes: each step halves what a lane goes on with
+    int count = 8;  // sum over eight lanes: each step halves the sums that a lane has
 #pragma unroll
     for (int step = 4; step >= 1; step /= 2) {
       count /= 2;
@@ -314,13 +317,13 @@ struct Straight {
   }
 };
 
-// What a warp gathers for its 16 tokens and 32 channels, [channels, tokens]: dq, and dk in the parts that have the token as
-// a row (its beta left out) and as a column; without the products inside the leaf.
+// What a warp sums up for its 16 tokens and 32 channels, [channels, tokens]: dq, and the parts of dk in which the token is a row
+// (its beta left out) and a column. The products inside the leaf are not yet applied.
 struct Gathered {
   Sum dq[2], row[2], column[2];
 };
 
-// sum += reach x over one level or the chunk; reach holds [LEAVES][D].
+// sum += reach * x, for one level or for the chunk. reach: [LEAVES][D].
 __device__ __forceinline__ void gather(Sum& sum, const Sum& x, const float* reach, int leaf, int channel) {
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
@@ -329,7 +332,7 @@ __device__ __forceinline__ void gather(Sum& sum, const Sum& x, const float* reac
   }
 }
 
-// Each quadrant's sum over its eight tokens takes the place of the reach.
+// Overwrites the reach with each quadrant's sum over its eight tokens.
 __device__ __forceinline__ void store_totals(float* total, const float (&sum)[4], int leaf, int channel) {
   const int lane = lane_id();
   float two[2];
@@ -342,8 +345,8 @@ __device__ __forceinline__ void store_totals(float* total, const float (&sum)[4]
 
 __device__ __forceinline__ float dot(float2 a, float2 b) { return a.x * b.x + a.y * b.y; }
 
-// The level of halves of 8: a block's first leaf is its columns, the second its rows. Reaches are 1, and no other leaf's dg
-// needs the sums.
+// The lowest level, with halves of 8 tokens: a block's first leaf has the columns, the second the rows. All reaches are 1, and no
+// other leaf's dg needs the sums.
 __device__ __forceinline__ void lowest_level(Gathered& out, const char* tile, const char* pairs, int block, int channels) {
   const Right<Operand> of_rows = Pairs::load_right(pairs, block * 16, 0), of_columns = Pairs::load_right_transposed(pairs, block * 16, 0);
 #pragma unroll
@@ -363,7 +366,7 @@ __device__ __forceinline__ void lowest_level(Gathered& out, const char* tile, co
   }
 }
 
-// Level LEVEL >= 1. totals: its.
+// Level LEVEL >= 1. totals: [LEAVES][D], its reaches, replaced by its sums.
 template <int LEVEL>
 __device__ __forceinline__ void level_gradients(Gathered& out, const char* tile, const char* pairs, float* totals, int block, int channels) {
   constexpr int half = LEAF << LEVEL;
@@ -416,11 +419,11 @@ __device__ __forceinline__ void level_gradients(Gathered& out, const char* tile,
 
 // q, k: [rows, H, D] Query. d_o, d_q, d_k, d_v: likewise, Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
 // initial_state, d_final (each may be null): [N, H, K, V] float32. beta_parts: [chunks, H, D / 16, C] float32.
-// states, d_states: [chunks, H] Kept. corrections, d_corrections: [chunks, H] Columns. units, d_units: [N, H] float32, of v and
-// dO. Grid: chunks x H.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
-    const Query* q, const Query* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* corrections,
-    const char* d_states, const char* d_corrections, const float* beta_parts, const float* units, const float* d_units, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
+// states, d_states: [chunks, H] SavedState. v_tilde, d_residual: [chunks, H] Columns. v_scales, do_scales: [N, H] float32.
+// Grid: chunks x H.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_bwd(
+    const Query* q, const Query* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* v_tilde,
+    const char* d_states, const char* d_residual, const float* beta_parts, const float* v_scales, const float* do_scales, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
     const int4* spans, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
@@ -429,31 +432,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   const Span span = span_of(chunk, length, spans);
   if (span.tokens <= 0) return;
   int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
-  const int warp = threadIdx.x / 32, block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;  // of a warp's sums
+  const int warp = threadIdx.x / 32, block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;  // of the warp's sums
   float* betas = reinterpret_cast<float*>(shared + Shared::beta);
   float* leaf_logs = reinterpret_cast<float*>(shared + Shared::leaf_logs);
-  float* totals = reinterpret_cast<float*>(shared + Shared::totals);  // 0: rows from the chunk's start, 1: columns to its end, 1 + level
+  float* totals = reinterpret_cast<float*>(shared + Shared::totals);  // [0]: of rows from the chunk's start, [1]: of columns to its end, [1 + level]
   auto total = [&](int which, int of) { return reinterpret_cast<float2*>(totals + (which * LEAVES + of) * D + channel); };
   if (threadIdx.x == 0) {
     *reinterpret_cast<Span*>(shared + Shared::place) = span;
     *reinterpret_cast<int*>(shared + Shared::place + 16) = head;
     if (HALVES) {
-      *reinterpret_cast<float*>(shared + Units::values) = units[static_cast<long long>(span.sequence) * heads + head];
-      *reinterpret_cast<float*>(shared + Units::gradients) = d_units[static_cast<long long>(span.sequence) * heads + head];
+      *reinterpret_cast<float*>(shared + Scales::values) = v_scales[static_cast<long long>(span.sequence) * heads + head];
+      *reinterpret_cast<float*>(shared + Scales::gradients) = do_scales[static_cast<long long>(span.sequence) * heads + head];
     }
   }
   if (threadIdx.x < C) betas[threadIdx.x] = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
 
   auto fetch = [&](int first) {
     char* slice = shared + (BOTH && first > 0 ? Shared::slices : 0);
-    fetch_rows<StateSlice>(slice + Shared::state, states + slot * Kept::bytes, first);
-    fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * Kept::bytes, first);
+    fetch_rows<StateSlice>(slice + Shared::state, states + slot * SavedState::bytes, first);
+    fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * SavedState::bytes, first);
     if (HALVES && first == 0 && threadIdx.x < 16) {
-      const char* kept = (threadIdx.x < 8 ? states : d_states) + slot * Kept::bytes;
-      copy_16_async(shared + Shared::scales + threadIdx.x * 16, kept + Kept::scales + threadIdx.x % 8 * 16, true);
+      const char* saved = (threadIdx.x < 8 ? states : d_states) + slot * SavedState::bytes;
+      copy_16_async(shared + Shared::state_scales + threadIdx.x * 16, saved + SavedState::scales + threadIdx.x % 8 * 16, true);
     }
-    fetch_rows<ColumnsSlice>(slice + Shared::correction, corrections + slot * Columns::bytes, first);
-    fetch_rows<ColumnsSlice>(slice + Shared::d_correction, d_corrections + slot * Columns::bytes, first);
+    fetch_rows<ColumnsSlice>(slice + Shared::v_tilde, v_tilde + slot * Columns::bytes, first);
+    fetch_rows<ColumnsSlice>(slice + Shared::d_residual, d_residual + slot * Columns::bytes, first);
     constexpr int PIECE = 16 / sizeof(Element), PIECES = SLICE / PIECE;
 #pragma unroll
     for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
@@ -473,7 +476,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
 
   // Products with the states, summed over slices of V.
   Gathered out;
-  Sum pairs[ROUNDS];  // of dP or dM
+  Sum pairs[ROUNDS];  // blocks of dAqk or dAkk
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     clear(out.dq[n]);
@@ -511,27 +514,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     Straight::add(shared, slice, block, channels, first, exact_initial == nullptr ? nullptr : exact_initial + first,
                   exact_final == nullptr ? nullptr : exact_final + first);
     if constexpr (HALVES) {
-      make_operands<Element>(slice + Shared::d_output, Units::of_gradients(shared));
-      __syncthreads();  // all are operands now
+      make_operands<Element>(slice + Shared::d_output, Scales::of_do(shared));
+      __syncthreads();  // all of do has been converted
     }
 #pragma unroll(SLICE == D ? SLICE / 16 : 1)
     for (int v = 0; v < SLICE; v += 16) {
       const Right<Operand> d_out = as_right(output_of(slice, tokens, v));
-      const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_correction, v), 0, tokens);
-      const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::correction, v), 0, tokens);
+      const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, tokens);
+      const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, tokens);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const Block<Operand> s0 = StateSlice::load_transposed(StateSlice::from(slice + Shared::state, v, c * 16), 0, channels);
-        product(out.dq[c], s0, d_out);
-        product(out.row[c], s0, as_right(y));
+        const Block<Operand> h = StateSlice::load_transposed(StateSlice::from(slice + Shared::state, v, c * 16), 0, channels);
+        product(out.dq[c], h, d_out);
+        product(out.row[c], h, as_right(y));
         product(out.column[c], StateSlice::load_transposed(StateSlice::from(slice + Shared::d_state, v, c * 16), 0, channels), n);
       }
-      if (warp / BLOCKS == v / 16 % (D / 32)) {  // a share of dv for each of the warps with these tokens
+      if (warp / BLOCKS == v / 16 % (D / 32)) {  // the warps that have these tokens share dv
 #pragma unroll
         for (int q4 = 0; q4 < 4; ++q4) {
           const int t = tokens + quadrant_row(q4);
           stream_pair_if(t < span.tokens, d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4),
-                         scaled(Units::inverse_of_gradients(shared) * betas[t], get_pair(y, q4)));
+                         scaled(Scales::inverse_of_do(shared) * betas[t], get_pair(y, q4)));
         }
       }
     }
@@ -541,16 +544,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       if (!task.exists) continue;
 #pragma unroll 1
       for (int v = 0; v < SLICE; v += 16) {
-        const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::correction, v), 0, task.column * 16);
-        if (task.of_p) {
+        const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, task.column * 16);
+        if (task.of_aqk) {
           product(pairs[round], output_of(slice, task.row * 16, v), n);
         } else {
-          product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_correction, v), 0, task.row * 16), n);
+          product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, task.row * 16), n);
         }
       }
     }
   }
-  __syncthreads();  // the slices give way
+  __syncthreads();  // the slices are no longer needed
 
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
@@ -559,12 +562,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
 #pragma unroll
     for (int q4 = 0; q4 < 4; ++q4) {
       const float2 b = *reinterpret_cast<const float2*>(betas + task.column * 16 + quadrant_column(q4));
-      pairs[round].pair[q4] = scaled(task.of_p ? scale : -1.f, times(b, pairs[round].pair[q4]));
+      pairs[round].pair[q4] = scaled(task.of_aqk ? scale : -1.f, times(b, pairs[round].pair[q4]));
     }
     store_pairs(shared, task, pairs[round]);
   }
 
-  // The past's and the future's part.
+  // The parts from the past (dq, rows) and to the future (columns).
 #pragma unroll
   for (int c = 0; c < 2; ++c)
 #pragma unroll
@@ -581,12 +584,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   auto place = [&] { return *reinterpret_cast<const Span*>(shared + Shared::place); };
   Gates gates;
   gates.read(g, place(), heads, place_head(), leaf, channel);
-  Leaf<Query> qs, ks;  // read again later instead of held meanwhile: registers are short
+  Leaf<Query> qs, ks;  // read again later instead of being held, to save registers
   auto read_rows = [&] {
     qs.read(q, place(), heads, place_head(), leaf, channel);
     ks.read(k, place(), heads, place_head(), leaf, channel);
   };
-  channel = opaque(threadIdx.x) % (D / 2) * 2;  // anew: registers are short
+  channel = opaque(threadIdx.x) % (D / 2) * 2;  // computed again, to save registers
   leaf = opaque(threadIdx.x) / (D / 2);
   float2 near[LEAF];  // q or B k, or k, times the product inside the leaf
   auto near_q = [&] { gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { near[i] = times(f, qs[i]); }); };
@@ -602,7 +605,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   qs.read(q, place(), heads, place_head(), leaf, channel);
   if constexpr (!ROOMY) ks.read(k, place(), heads, place_head(), leaf, channel);
 
-  // Their sums over a leaf go to the other leaves' dg.
+  // Their sums over a leaf are needed for the dg of the other leaves.
   char* exchange = shared + Shared::exchange;
   auto sum_of = [&](const char* from) {
     float2 sum = make_float2(0.f, 0.f);
@@ -623,7 +626,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   near_q();
   if constexpr (ROOMY) ks.read(k, place(), heads, place_head(), leaf, channel);
   __syncthreads();
-  constexpr bool LAID_DOWN = D == 64;  // the first sum waits in shared memory: a register is short
+  constexpr bool LAID_DOWN = D == 64;  // the first sum is held in shared memory, to save a register
   float2 sum;
   if constexpr (LAID_DOWN) {
     *total(0, leaf) = sum_of(exchange);
@@ -662,7 +665,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   __syncthreads();
 
   // The levels of the tree.
-  auto operands = [&](int level) {  // of a level, written now where not all fit at once
+  auto operands = [&](int level) {  // of a level; where they do not all fit at once, they are written here
     char* tile = shared + Shared::work + (ROOMY ? level * Level::bytes : 0);
     if constexpr (!ROOMY) {
       if (level > 0) __syncthreads();  // the operands before these have been read
@@ -710,7 +713,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   if constexpr (ROOMY) take_columns();
   gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { column[j] = times(f, column[j]); });
 
-  // dg of every token of this leaf: other leaves' terms, the state's own path, then this leaf's terms.
+  // dg of each token of this leaf: the terms of other leaves, that of h and dh', then those of this leaf.
   float2 rest = make_float2(0.f, 0.f), gamma = rest;
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n) add_to(rest, *reinterpret_cast<const float2*>(shared + Shared::straight + (n * D + channel) * 4));
@@ -739,13 +742,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
       dg[i + n] = times(inside, make_float2(qs[i + n].x * dq[n].x + of_k.x, qs[i + n].y * dq[n].y + of_k.y));
     }
   }
-  float2 after = rest;  // rows count for the tokens up to their own
+  float2 after = rest;  // a row's term counts for all tokens up to its own
 #pragma unroll
   for (int i = LEAF - 1; i >= 0; --i) {
     add_to(after, dg[i]);
     dg[i] = after;
   }
-  float2 before = make_float2(0.f, 0.f);  // columns for those after their own
+  float2 before = make_float2(0.f, 0.f);  // a column's term counts for all tokens after its own
 #pragma unroll
   for (int j = 0; j < LEAF; ++j) {
     add_to(dg[j], before);
@@ -758,10 +761,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
   Element* to_q = d_q + first_element(place());
   auto left = [&] { return place().tokens - leaf * LEAF; };
   inside = make_float2(1.f, 1.f);
-  const float one = Units::inverse_of_both(shared);
+  const float one = Scales::inverse_of_both(shared);
   float2 dq[2], row[2];
   leaf_gradients(shared, leaf, gates, qs, ks, betas + leaf * LEAF, column, dg, [&](int i, float2 a, float2 b) {
-    const float p = reinterpret_cast<const float*>(shared + Shared::leaf_p)[(leaf * LEAF + i) * LEAF + i];  // dP_ii
+    const float p = reinterpret_cast<const float*>(shared + Shared::leaf_daqk)[(leaf * LEAF + i) * LEAF + i];  // dAqk_ii
     inside = times(inside, gates.e[i]);
     if (i % 2 == 0) {
       HandOver::take_two(dq, dq_waits, leaf, channel, i);
@@ -770,7 +773,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     add_to(a, times(inside, dq[i % 2]));
     add_to(b, times(inside, row[i % 2]));
     if (i < left()) store_pair(to_q + i * stride, scaled(one, fused(p, ks[i], a)));
-    HandOver::keep_one(shared + Shared::last_exchange, leaf, channel, i, ks[i].x * b.x + ks[i].y * b.y);  // of dbeta
+    HandOver::put_one(shared + Shared::last_exchange, leaf, channel, i, ks[i].x * b.x + ks[i].y * b.y);  // of dbeta
     add_to(column[i], fused(p, qs[i], scaled(betas[leaf * LEAF + i], b)));
   });
   const Span here = place();
@@ -783,9 +786,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_gradients(
     }
   }
   float share[LEAF];
-  HandOver::kept(share, shared + Shared::last_exchange, leaf, channel);
-  __syncthreads();  // all have left the exchange
-  float* shares = reinterpret_cast<float*>(shared + Shared::last_exchange);  // [PARTS][C]: dbeta of 64 channels
+  HandOver::take_ones(share, shared + Shared::last_exchange, leaf, channel);
+  __syncthreads();  // the exchange is no longer needed
+  float* shares = reinterpret_cast<float*>(shared + Shared::last_exchange);  // [PARTS][C]: parts of dbeta, of 64 channels each
   sum_over_channels(share, shares + (PARTS > 1 ? warp % PARTS * C : 0) + leaf * LEAF);
   __syncthreads();
   if (threadIdx.x < here.tokens) {

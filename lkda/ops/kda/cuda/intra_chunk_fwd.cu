@@ -1,39 +1,39 @@
-// Everything about a chunk that does not depend on the state: one block a chunk and head, all chunks at once.
+// Forward inside each chunk: everything that does not depend on the state. One block per chunk and head, all chunks in parallel.
 //
-//   E_t = exp(g_t)    M_ij = sum_d k_i k_j decay(j..i), j < i    P_ij = sum_d q_i k_j decay(j..i), j <= i
-//   T = (I + B M)^-1 = I + B T~,  B = diag(beta)
+//   E_t = exp(g_t)    Akk_ij = sum_d k_i k_j decay(j..i), j < i    Aqk_ij = sum_d q_i k_j decay(j..i), j <= i
+//   T = (I + B Akk)^-1 = I + B T~,  B = diag(beta)
 //
-// decay(j..i) = product of E over (j, i]. It is never a quotient of running products: pairs are sorted by the smallest
-// group of 2h tokens (h = 8, 16, 32) that has j in its first half and i in its second; from the boundary between the
-// halves f_i = prod E from the boundary through i and f_j = prod E after j up to it, both <= 1, and decay = f_i f_j. So
-// each level is a product of two matrices of rounded numbers <= |k|. Pairs inside 8 tokens are summed in float32.
+// decay(j..i) is the product of E over (j, i]. It is never computed as a quotient of running products. Instead each pair (i, j)
+// belongs to the smallest group of 2h tokens, h = 8, 16 or 32, that has j in its first half and i in its second. With f_i the
+// product of E from the boundary of the halves through i, and f_j the product after j up to it, both <= 1, decay = f_i f_j. So
+// each level of the tree is a product of two matrices of rounded numbers <= |k|. Pairs inside 8 tokens are summed in float32.
 #include "kda_tree.cuh"
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
-constexpr int LANES = D / 2 < 32 ? D / 2 : 32;        // of a warp that share a leaf
+constexpr int LANES = D / 2 < 32 ? D / 2 : 32;        // lanes of a warp that share a leaf
 constexpr int WARPS_PER_LEAF = D / 2 > 32 ? D / 64 : 1;
 
 struct Shared {
   static constexpr int leaf_logs = 0;                                        // float [LEAVES][D]
   static constexpr int beta = leaf_logs + LEAVES * D * 4;                    // float [C]
-  static constexpr int corner = beta + C * 4;                                // float [C][17]: M, its diagonal 16x16 blocks
+  static constexpr int corner = beta + C * 4;                                // float [C][17]: the diagonal 16x16 blocks of Akk
   static constexpr int pairs = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square
-  static constexpr int below = pairs + Square::bytes;                        // Square: M below the diagonal blocks
+  static constexpr int below = pairs + Square::bytes;                        // Square: Akk below the diagonal blocks
   static constexpr int tree = below + Square::bytes;                    // LEVELS x Level, then T and T~
   static constexpr int inverse = tree, inverse_rest = tree + Square::bytes;
-  static constexpr int leaf_t = inverse_rest + Square::bytes;           // float [8][C]: columns of the leaves' T, T~
+  static constexpr int leaf_t = inverse_rest + Square::bytes;           // float [8][C]: columns of T and T~ of the leaves
   static constexpr int leaf_rest = leaf_t + 8 * C * 4;
   static constexpr int after_tree = leaf_rest + 8 * C * 4 - tree;
   static constexpr int tree_bytes = LEVELS * Level::bytes > after_tree ? LEVELS * Level::bytes : after_tree;
-  static constexpr int partial = below;                                      // float [WARPS][64], before M: sums over half the channels
+  static constexpr int partial = below;                                      // float [WARPS][64], in the place of Akk before it is written: sums over half the channels
   static constexpr int bytes = tree + tree_bytes;
 };
-static_assert(WARPS_PER_LEAF == 1 || WARPS * 64 * 4 <= Square::bytes, "the partial sums fit where M will be");
+static_assert(WARPS_PER_LEAF == 1 || WARPS * 64 * 4 <= Square::bytes, "the partial sums fit where Akk will be");
 static_assert(THREADS >= C + D / 2, "a thread for each column of the leaves' inverses, and for two channels");
 static_assert(Shared::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
 
-// values[0..31] summed over LANES lanes: lane l of them ends up with the sums of values 32 / LANES * l and on.
+// Sums value[0..31] over LANES lanes. Lane l of them gets the sums of the 32 / LANES values from 32 / LANES * l on.
 __device__ __forceinline__ void sum_over_lanes(float (&value)[32]) {
   int count = 32;
 #pragma unroll
@@ -51,12 +51,12 @@ __device__ __forceinline__ void sum_over_lanes(float (&value)[32]) {
   }
 }
 
-// The pair number n of a leaf: i (i - 1) / 2 + j for j < i, 28 of them.
+// The row i of pair number n = i (i - 1) / 2 + j, j < i, of a leaf. There are 28 pairs.
 __device__ __forceinline__ int pair_row(int n) { return n < 1 ? 1 : n < 3 ? 2 : n < 6 ? 3 : n < 10 ? 4 : n < 15 ? 5 : n < 21 ? 6 : 7; }
 
 __device__ __forceinline__ void store_leaf_sum(char* shared, int leaf, int batch, int n, float sum) {
   const int first = leaf * LEAF;
-  if (n >= 28) {  // P_ii
+  if (n >= 28) {  // Aqk_ii
     const int i = first + (n - 28) + 4 * batch;
     store_one(Square::at(shared + Shared::pairs, i, i), sum);
     return;
@@ -71,7 +71,7 @@ __device__ __forceinline__ void store_leaf_sum(char* shared, int leaf, int batch
   }
 }
 
-// M and P inside a leaf. Batch 0 is the 28 entries of M and P_00..P_33, batch 1 the 28 of P and P_44..P_77.
+// Akk and Aqk inside a leaf. Batch 0 is the 28 entries of Akk and Aqk_00..Aqk_33, batch 1 the 28 of Aqk and Aqk_44..Aqk_77.
 __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& gates, const Leaf<Element>& q, const Leaf<Element>& k, float scale) {
 #pragma unroll 1
   for (int batch = 0; batch < 2; ++batch) {
@@ -120,7 +120,7 @@ __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& 
   }
 }
 
-// M and P between the halves of every group of every level, on tensor cores: a task is 16 rows of one level.
+// Akk and Aqk between the halves of each group of each level, on tensor cores. A task is 16 rows of one level.
 __device__ __forceinline__ void tree_pairs(char* shared) {
   for (int task = opaque(threadIdx.x / 32); task < LEVELS * BLOCKS; task += WARPS) {
     const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
@@ -165,8 +165,8 @@ __device__ __forceinline__ void tree_pairs(char* shared) {
   }
 }
 
-// T and T~ of the 8x8 diagonal blocks, by substitution in float32; a thread a column c:
-//   T~_ic = -sum_{c <= j < i} M_ij T_jc,    T_ic = [i = c] + beta_i T~_ic
+// T and T~ of the 8x8 diagonal blocks, by substitution in float32. Each thread has one column c:
+//   T~_ic = -sum_{c <= j < i} Akk_ij T_jc,    T_ic = [i = c] + beta_i T~_ic
 __device__ __forceinline__ void invert_leaves(char* shared) {
   if (threadIdx.x >= C) return;
   const int leaf = threadIdx.x / LEAF, c = threadIdx.x % LEAF, first = leaf * LEAF;
@@ -174,7 +174,7 @@ __device__ __forceinline__ void invert_leaves(char* shared) {
   const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + first;
   float* leaf_t = reinterpret_cast<float*>(shared + Shared::leaf_t) + threadIdx.x;
   float* leaf_rest = reinterpret_cast<float*>(shared + Shared::leaf_rest) + threadIdx.x;
-  float entry[LEAF * (LEAF - 1) / 2], weight[LEAF], t[LEAF], rest[LEAF];  // read at once: stores would keep loads waiting
+  float entry[LEAF * (LEAF - 1) / 2], weight[LEAF], t[LEAF], rest[LEAF];  // all read first: a load would wait for the stores before it
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
     weight[i] = beta[i];
@@ -195,7 +195,7 @@ __device__ __forceinline__ void invert_leaves(char* shared) {
   }
 }
 
-// What was inverted, to where it is used: entry (i, c) of each leaf.
+// Copies entry (i, c) of each inverted leaf to the matrices that use it.
 __device__ __forceinline__ void spread_leaves(char* shared) {
   for (int n = opaque(threadIdx.x); n < C * LEAF; n += THREADS) {
     const int i = n / C, column = n % C, row = column / LEAF * LEAF + i;
@@ -206,18 +206,18 @@ __device__ __forceinline__ void spread_leaves(char* shared) {
   }
 }
 
-// Gam, by threads that invert nothing.
-__device__ __forceinline__ void whole_decay(const char* shared, char* packet) {
+// exp(G_C), by the threads that invert nothing.
+__device__ __forceinline__ void whole_decay(const char* shared, char* workspace) {
   const int channel = 2 * (opaque(threadIdx.x) - C);
   if (channel < 0 || channel >= D) return;
   float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
   for (int leaf = 0; leaf < LEAVES; ++leaf) add_to(sum, *reinterpret_cast<const float2*>(shared + Shared::leaf_logs + (leaf * D + channel) * 4));
-  *reinterpret_cast<float2*>(packet + Packet::decay + channel * 4) = exp2_fast(sum);
+  *reinterpret_cast<float2*>(workspace + ChunkWorkspace::decay + channel * 4) = exp2_fast(sum);
 }
 
-// The 8x8 block of T~ below two of them, 1 above 2, in float32; eight neighbouring threads a column:
-//   T~_21 = -(I + T~_22 B_2) X,    X = M_21 T_11
+// The 8x8 block of T~ below two diagonal blocks 1 and 2, in float32. Eight neighbouring threads have a column:
+//   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
 __device__ __forceinline__ void merge_leaves(char* shared) {
   for (int n = opaque(threadIdx.x); n < BLOCKS * 64; n += THREADS) {
     const int block = n / 64, c = n % 64 / LEAF, i = n % LEAF, upper = block * 16, lower = upper + LEAF;
@@ -243,9 +243,9 @@ __device__ __forceinline__ void merge_leaves(char* shared) {
   }
 }
 
-// The block of T~ below two inverted diagonal blocks of HALF tokens, 1 above 2:
-//   T~_21 = -(I + T~_22 B_2) X,    X = M_21 T_11.
-// Transposed, so that a sum is the next operand and the result lies as it is packed: X^T = T_11^T M_21^T.
+// The block of T~ below two inverted diagonal blocks 1 and 2 of HALF tokens:
+//   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
+// It is computed transposed, X^T = T_11^T Akk_21^T: then a sum is the next operand, and the result lies as `pairs` holds it.
 template <int HALF>
 __device__ __forceinline__ void merge(char* shared) {
   constexpr int N = HALF / 16;
@@ -259,7 +259,7 @@ __device__ __forceinline__ void merge(char* shared) {
       clear(x[n]);
 #pragma unroll
       for (int l = 0; l < N; ++l)
-        if (upper + l * 16 >= column)  // T_11 is lower triangular, and no more of it was written
+        if (upper + l * 16 >= column)  // T_11 is lower triangular, and only that part was written
           product(x[n], Square::load_transposed(shared + Shared::inverse, upper + l * 16, column),
                   Square::load_right(shared + Shared::below, lower + n * 16, upper + l * 16));
       Sum scaled;
@@ -290,10 +290,11 @@ __device__ __forceinline__ void merge(char* shared) {
   }
 }
 
-// q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. packets: [chunks, H] Packet. A block takes chunk and
-// head number blockIdx.x of `items` = chunks x H, then every gridDim.x-th; each one's inputs are on their way meanwhile.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
-    const Element* q, const Element* k, const float* g, const float* beta, char* packets, const int4* spans, int items, int length, int heads, float scale) {
+// q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. workspaces: [chunks, H] ChunkWorkspace, result. An item is
+// one chunk of one head, items = chunks x H. A block takes item blockIdx.x, then every gridDim.x-th, and reads the inputs of the
+// next one while it computes.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_fwd(
+    const Element* q, const Element* k, const float* g, const float* beta, char* workspaces, const int4* spans, int items, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
@@ -319,16 +320,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
       if (item + gridDim.x < items) ask(item + gridDim.x);
       continue;
     }
-    auto packet_of = [&](int item) { return packets + static_cast<long long>(item) * Packet::bytes; };
-    char* packet = packet_of(item);
+    auto workspace_of = [&](int item) { return workspaces + static_cast<long long>(item) * ChunkWorkspace::bytes; };
+    char* workspace = workspace_of(item);
     if (threadIdx.x < C) {
       reinterpret_cast<float*>(shared + Shared::beta)[threadIdx.x] = own_beta;
-      reinterpret_cast<float*>(packet + Packet::beta)[threadIdx.x] = own_beta;
+      reinterpret_cast<float*>(workspace + ChunkWorkspace::beta)[threadIdx.x] = own_beta;
     }
     Gates gates;
     gates.set(nats);
     Gates::share(nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), leaf, channel);
-    __syncthreads();  // and the last packet has left
+    __syncthreads();  // the workspace of the item before has been copied out
 
     const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
     Reach reach;
@@ -336,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
       near[level] = reach.at(level, leaf);
-#if __CUDA_ARCH__ < 900  // registers are short, and each compiler wants its own way around it
+#if __CUDA_ARCH__ < 900  // for fewer registers; the compiler for later architectures does better without it
       reach.widen(leaf_logs, level, opaque(leaf), channel);
 #else
       reach.widen(leaf_logs, level, leaf, channel);
@@ -349,9 +350,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
       near_k[i] = times(f, ks[i]);
       near_q[i] = times(make_float2(scale * f.x, scale * f.y), qs[i]);
     });
-    char* kg = Rows::from(packet + Packet::kg, leaf * LEAF);
-    char* qg = Rows::from(packet + Packet::qg, leaf * LEAF);
-    char* kd = Rows::from(packet + Packet::kd, leaf * LEAF);
+    char* k_in = Rows::from(workspace + ChunkWorkspace::k_in, leaf * LEAF);
+    char* qg = Rows::from(workspace + ChunkWorkspace::qg, leaf * LEAF);
+    char* kg = Rows::from(workspace + ChunkWorkspace::kg, leaf * LEAF);
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level)
       if (Level::is_row(level, leaf)) {
@@ -360,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
       }
 #pragma unroll
     for (int i = 0; i < LEAF; ++i) {
-      store_pair(Rows::at(kg, i, channel), times(reach.before, near_k[i]));
+      store_pair(Rows::at(k_in, i, channel), times(reach.before, near_k[i]));
       store_pair(Rows::at(qg, i, channel), times(reach.before, near_q[i]));
     }
     gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, ks[j]); });
@@ -368,15 +369,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
     for (int level = 0; level < LEVELS; ++level)
       if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k);
 #pragma unroll
-    for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kd, j, channel), times(reach.after, near_k[j]));
+    for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, near_k[j]));
     leaf_pairs(shared, leaf, gates, qs, ks, scale);
-    packet = packet_of(opaque(item));  // anew: registers are short
+    workspace = workspace_of(opaque(item));  // computed again, to save registers
     if (item + gridDim.x < items) ask(item + gridDim.x);
     __syncthreads();
     tree_pairs(shared);
-    __syncthreads();  // the level tiles give way to T and T~
+    __syncthreads();  // T and T~ take the place of the level tiles
     invert_leaves(shared);
-    whole_decay(shared, packet);
+    whole_decay(shared, workspace);
     __syncthreads();
     spread_leaves(shared);
     merge_leaves(shared);
@@ -388,6 +389,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_prepare(
     }
     __syncthreads();
     for (int at = opaque(threadIdx.x) * 16; at < Square::bytes; at += THREADS * 16)
-      *reinterpret_cast<uint4*>(packet + Packet::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
+      *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
   }
 }

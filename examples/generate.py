@@ -1,0 +1,38 @@
+"""Load an exported model and continue a text.
+
+python scripts/train.py hydra.run.dir=runs/one trainer.max_steps=200
+python scripts/export.py ckpt=runs/one out=exported/one
+python examples/generate.py exported/one "The people of the United States"
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import lkda
+from lkda.models.generate import generate
+from lkda.special_tokens import document_ends
+
+
+def main(directory: str = "exported/one", prompt: str = "The people of the United States") -> str:
+    """Prints and returns the prompt with its continuation."""
+    model, tokenizer = lkda.load(directory)
+    tokens = torch.tensor([tokenizer.encode(prompt).ids])
+    drawn = generate(
+        model,
+        tokens,
+        max_new_tokens=50,
+        temperature=0.8,
+        top_p=0.95,
+        seed=1,
+        end_tokens=document_ends(tokenizer),
+    )
+    text = prompt + tokenizer.decode(list(drawn))
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

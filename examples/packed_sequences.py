@@ -1,0 +1,55 @@
+"""The KDA operator alone: packed sequences of different lengths, and a state that is carried from call to call.
+
+    python examples/packed_sequences.py
+
+It needs torch and lkda only, and takes a second on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from lkda.ops import kda_attention
+
+H, K, V = 2, 32, 32  # heads, key channels and value channels per head
+
+
+def main() -> float:
+    """Returns the largest difference between the outputs of whole sequences and of sequences cut in two."""
+    torch.manual_seed(0)
+    lengths = [5, 80, 43]
+    total = sum(lengths)
+    q, k = (F.normalize(torch.randn(1, total, H, K), dim=-1) for _ in range(2))  # unit norm per head
+    v = torch.randn(1, total, H, V)
+    g = -F.softplus(torch.randn(1, total, H, K))  # log decay per token and channel, <= 0
+    beta = torch.sigmoid(torch.randn(1, total, H))  # write strength per token
+
+    # Three sequences lie one behind the other in one row [1, total]. cu_seqlens holds their boundaries, 0 5 85 128.
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    o, state = kda_attention(q, k, v, g, beta, cu_seqlens=cu_seqlens)
+    print(f"o {list(o.shape)}, one state per sequence {list(state.shape)}")
+
+    # The same sequences in two calls: first their halves, then the rest, which starts from the states of the halves.
+    difference = 0.0
+    pieces: list[list[int]] = [[], []]
+    for begin, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+        middle = (begin + end) // 2
+        pieces[0] += range(begin, middle)
+        pieces[1] += range(middle, end)
+    carried = None
+    for piece, sizes in zip(pieces, ([n // 2 for n in lengths], [n - n // 2 for n in lengths])):
+        at = torch.tensor(piece)
+        boundaries = torch.tensor([0, *sizes]).cumsum(0)
+        part, carried = kda_attention(
+            *(x[:, at] for x in (q, k, v, g, beta)), cu_seqlens=boundaries, initial_state=carried
+        )
+        difference = max(difference, (part - o[:, at]).abs().max().item())
+    assert carried is not None
+    difference = max(difference, (carried - state).abs().max().item())
+    print(f"largest difference between one call and two: {difference:.1e}")
+    return difference
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Every link of a page leads somewhere: its file is there, and so is the heading behind its `#`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.documentation.commands import ROOT
+
+# Links, and images, outside code: [text](target), ![text](target).
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """The committed pages that people read."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(page: str) -> set[str]:
+    """What `#` may name in a page: GitHub's form of each heading, numbered where headings repeat, and each id."""
+    found: set[str] = set(re.findall(r'<a (?:id|name)="([^"]+)"', page))
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", _FENCE.sub("", page), re.MULTILINE):
+        shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        name = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        repeated = sum(bool(re.fullmatch(rf"{re.escape(name)}(-\d+)?", other)) for other in found)
+        found.add(f"{name}-{repeated}" if repeated else name)
+    return found
+
+
+def broken(page: Path, text: str) -> list[str]:
+    """The targets of a page's links that lead nowhere. Addresses of the web are not asked."""
+    found = []
+    for target in _LINK.findall(_FENCE.sub("", text)):
+        path, _, anchor = target.partition("#")
+        if "://" in path or path.startswith("mailto:"):
+            continue
+        there = (page.parent / path).resolve() if path else page
+        found += [] if _leads(page, text, there, anchor) else [target]
+    return found
+
+
+def _leads(page: Path, text: str, there: Path, anchor: str) -> bool:
+    if there == page:
+        return anchor in anchors(text)
+    if not there.exists() or not there.is_relative_to(ROOT):
+        return False
+    return not anchor or anchor in anchors(there.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert broken(page, text) == []
+    assert not re.search(r"\]\([^)]*report\.html\)", text), "report.html is made by redraw and not committed"
+
+
+def test_a_broken_link_is_found() -> None:
+    text = "# One `two`: three\n\n## Same\n\n## Same\n\n"
+    text += "[a](#one-two-three) [b](#same-1) [c](#same-2) [d](README.md#lkda)\n"
+    assert broken(ROOT / "page.md", text) == ["#same-2"]
+    assert broken(ROOT / "page.md", "[a](no_such.md) ![b](docs/no_such.png)\n```\n[c](code.md)\n```\n") == [
+        "no_such.md",
+        "docs/no_such.png",
+    ]
+    assert broken(ROOT / "page.md", "[a](../elsewhere)") == ["../elsewhere"]
+
+
+def test_pages_named_in_code_and_comments_exist() -> None:
+    folders = ("lkda", "configs", "scripts", "examples", "tests", "docs")
+    files = [path for name in folders for path in sorted((ROOT / name).rglob("*")) if path != Path(__file__)]
+    named = {
+        (name, str(path.relative_to(ROOT)))
+        for path in [*files, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+        if path.suffix in (".py", ".cu", ".cuh", ".yaml", ".md")
+        for name in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert [(name, path) for name, path in sorted(named) if not (ROOT / name).exists()] == []

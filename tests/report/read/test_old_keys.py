@@ -1,0 +1,112 @@
+"""Results files and summaries of earlier versions are read as if they were written today, with the same numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lkda.report.operators.benchmark import read_benchmark
+from lkda.report.read.evaluations import read_evaluations
+from lkda.report.read.files import read_results_file
+from lkda.report.read.old_keys import main, translated_results
+from lkda.report.read.runs import read_run
+from lkda.report.training.comparison import read_comparison
+from tests.report.conftest import bench_row, write_run
+
+PART = {"length": 64, "pairs": 4, "accuracy": 0.5, "sequence_accuracy": 0.25, "loss": 1.0, "state_bytes": 100}
+SUBSET = {
+    **{"name": "length_64_pairs_4", "subset": {"length": 64, "pairs": 4}},
+    **{"accuracy": 0.5, "sequence_accuracy": 0.25, "loss": 1.0, "state_bytes": 100},
+}
+
+
+def old_row(**changes):
+    row = bench_row(**changes)
+    row["floor_ms"], row["fraction_of_floor"] = row.pop("lower_bound_ms"), 0.3
+    del row["noisy"]
+    return row
+
+
+def write(path, found):
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_a_benchmark_has_lower_bounds_and_says_what_is_noisy(tmp_path):
+    rows = [
+        old_row(),
+        old_row(ms_p20=0.1, ms_p80=0.3),
+        old_row(backend=None, peer="sdpa"),
+        old_row(backend=None, peer="x", ms=None, reason="not installed"),
+    ]
+    path = write(tmp_path / "benchmark.json", {"kind": "benchmark", "header": {}, "rows": rows})
+    found = read_benchmark(path).rows
+    assert [(row["lower_bound_ms"], row["fraction_of_lower_bound"]) for row in found] == [(0.056, 0.3)] * 4
+    assert not {key for row in found for key in row if "floor" in key}
+    assert [row.get("noisy") for row in found] == [False, True, False, None]
+    assert [row["peer"] for row in found] == [None, None, "softmax attention (SDPA)", "x"]
+
+
+def test_a_comparison_has_subsets_and_says_whether_devices_were_shared(tmp_path):
+    summary = {"mixer": "kda", "parts": [PART]}
+    record = {"name": "a", "config": {}, "summary": summary, "metrics": []}
+    old = {"kind": "comparison", "title": "t", "notes": [], "runs": [record], "skipped": [], "alone": False}
+    old |= {"benchmark": {"header": {}, "rows": [old_row()]}, "rows": [{"bits_at_same_time": 1.5}]}
+    path = write(tmp_path / "results.json", old)
+    found = read_comparison(path)
+    assert found.exclusive_device is False
+    assert found.runs[0].summary == {"mixer": "kda", "val_subsets": [SUBSET]}
+    assert found.benchmark is not None
+    assert found.benchmark.rows[0]["lower_bound_ms"] == 0.056
+    assert read_results_file(path)["rows"] == [{"bits_at_equal_wall_clock": 1.5}]
+
+
+def test_a_run_directory_has_subsets(tmp_path):
+    run = write_run(tmp_path / "a", "kda", parts=[PART], **{"val/accuracy": 0.5, "val/bits_per_byte": None})
+    summary = read_run(run).summary
+    assert summary["val_subsets"] == [SUBSET]
+    assert "parts" not in summary
+
+
+def test_an_evaluation_has_subsets_instead_of_names_to_take_apart(tmp_path):
+    result = {"accuracy": 0.5, "sequence_accuracy": 0.25, "loss": 1.0}
+    flat = {f"{metric}/length_64_pairs_4": value for metric, value in result.items()}
+    flat |= {"accuracy/length_2048_depth_50_needles_1": 0.75, "loss_from_128": 3.0}
+    old = {"kind": "evaluation", "run": {"mixer": "kda"}, "data": {}, "result": result | flat}
+    (found,) = read_evaluations([write(tmp_path / "a.json", old)])
+    assert found["result"] == result | {
+        "loss_from_128": 3.0,
+        "val_subsets": [
+            {key: x for key, x in SUBSET.items() if key != "state_bytes"},
+            {
+                **{"name": "length_2048_depth_50_needles_1", "accuracy": 0.75},
+                "subset": {"length": 2048, "depth": 50, "needles": 1},
+            },
+        ],
+    }
+
+
+@pytest.mark.parametrize("kind", ["table", "measurements", "of the future"])
+def test_other_kinds_are_left_as_they_are(kind):
+    found = {"kind": kind, "rows": [{"floor_ms": 1}], "alone": 2}
+    assert translated_results(found) == found
+
+
+def test_files_are_rewritten_once(tmp_path, capsys):
+    path = write(tmp_path / "a.json", {"kind": "benchmark", "header": {"x": 0.1}, "rows": [old_row()]})
+    main([str(path)])
+    assert "rewritten" in capsys.readouterr().out
+    written = path.read_text()
+    assert json.loads(written)["rows"][0]["lower_bound_ms"] == 0.056
+    main([str(path)])
+    assert path.read_text() == written
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"kind": "benchmark"}'])
+def test_what_is_no_results_file_is_named(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"a.json is not a results file"):
+        main([str(tmp_path / "a.json")])
+    assert (tmp_path / "a.json").read_text() == text
