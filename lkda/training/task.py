@@ -14,6 +14,7 @@ from rich import get_console
 from torch import Tensor
 
 from lkda.models.lm import LanguageModel
+from lkda.models.mixer import Mixer
 from lkda.training.cuda_graphs import CaptureError, GraphedLoss
 from lkda.training.losses import ModelLoss
 from lkda.training.old_checkpoint import current_optimizer_state
@@ -86,8 +87,9 @@ class LanguageModelTask(L.LightningModule):
         self.test = ValidationMetrics(
             context=context, vocab_size=rows, bytes_per_token=test_bytes_per_token, split="test"
         )
-        for mixer in model.mixers():
-            mixer.longest_sequence = context
+        for module in model.modules():
+            if isinstance(module, Mixer):
+                module.longest_sequence = context
         self.loss = ModelLoss(model, compile=compile)
         self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
 
