@@ -44,6 +44,7 @@ def quiet_libraries() -> None:
 def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask:
     """The LightningModule that trains `model` as planned."""
     plan, data = prepared.plan, prepared.data
+    graphs = plan.compile == "auto" and plan.device.type == "cuda" and not plan.trainer.detect_anomaly
     return LanguageModelTask(
         model,
         optimizer=plan.optimizer,
@@ -54,7 +55,8 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
         val_subsets=data.val_subsets,
         test_batches=None if data.test is None else data.in_order(data.test.batches),
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
-        compile=plan.compile,
+        compile=plan.compile is True or graphs,
+        cuda_graphs=graphs,
     )
 
 

@@ -61,7 +61,7 @@ class RunPlan:
         callbacks, loggers: each with its `_target_`.
         device: that the run trains on.
         backends: that will run, by operator.
-        compile: whether `torch.compile` takes the model and its loss.
+        compile: True, `torch.compile` takes the model's blocks; "auto", on a GPU also CUDA graphs, on a CPU neither.
         resume: whether to continue the run that is in the run directory.
         init_from: the directory that `initial` comes from.
     """
@@ -82,7 +82,7 @@ class RunPlan:
     loggers: list[dict[str, Any]]
     device: torch.device
     backends: dict[str, str]
-    compile: bool
+    compile: bool | str
     resume: bool
     init_from: str | None
 
@@ -134,7 +134,8 @@ def _check(settings: dict[str, Any]) -> None:
     check_parts("logger", settings["logger"], kind="logger", choice="wandb")
     check_parts("callbacks", settings["callbacks"], kind="callback", choice="default")
     check_count("seed", settings["seed"], least=0, most=MOST_SEED)
-    check_switch("compile", settings["compile"])
+    if settings["compile"] not in ("auto", True, False):
+        raise InputError(f"compile must be auto, true or false, got {settings['compile']!r}.")
     if not isinstance(settings["init_from"], str | None):
         raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
 

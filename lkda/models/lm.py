@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from lkda.models.init import STD, apply_initialization
 from lkda.models.mixer import Mixer, State
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import resolve_backend
+
+ApplyBlock = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+
+
+def apply_block(block: nn.Module, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x [B, T, d_model] -> what `block` makes of it, of that shape."""
+    y: Tensor = block(x, cu_seqlens=cu_seqlens)[0]
+    return y
 
 
 class LanguageModel(nn.Module):
@@ -69,9 +78,13 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> [B, T, d_model], the input of the head."""
+        return self.hidden_by(apply_block, tokens, cu_seqlens=cu_seqlens)
+
+    def hidden_by(self, apply: ApplyBlock, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """As `hidden`, with each block called through `apply`, such as a compiled `apply_block`."""
         x = self.embed(tokens)
         for block in self.blocks:
-            x, _ = block(x, cu_seqlens=cu_seqlens)
+            x = apply(block, x, cu_seqlens)
         return self.norm(x)
 
     def forward_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:

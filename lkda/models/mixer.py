@@ -23,6 +23,8 @@ class Mixer(nn.Module, ABC):
     Attributes:
         op: the operator in `lkda.ops` that it runs, and whose backends `backend` may name; None where it runs none.
         head_dim: d_model / num_heads.
+        longest_sequence: tokens that no packed sequence exceeds, where whoever calls the model knows it; None where it
+            is read from cu_seqlens, which makes a GPU wait.
     """
 
     op: ClassVar[str | None] = None
@@ -34,6 +36,7 @@ class Mixer(nn.Module, ABC):
                 f"mixer.num_heads must divide model.d_model = {d_model}, got {num_heads!r}; "
                 f"choose one of {[h for h in range(1, d_model + 1) if d_model % h == 0][:12]}."
             )
+        self.longest_sequence: int | None = None
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lkda.models.lm import LanguageModel, apply_block
+from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
 from lkda.special_tokens import IGNORE_INDEX
 
 
@@ -23,3 +26,56 @@ def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     flat = targets.flatten()
     losses = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE_INDEX, reduction="none")
     return losses.view_as(targets)
+
+
+class ModelLoss:
+    """The losses of a model's predictions. On a GPU the logits exist for some tokens at a time.
+
+    Args:
+        model: that is trained.
+        compile: whether `torch.compile` takes its blocks. Blocks of one kind share one compilation, so that the first
+            step waits for one block of each kind instead of for the whole model.
+    """
+
+    def __init__(self, model: LanguageModel, *, compile: bool = False) -> None:
+        self.model = model
+        self.apply = torch.compile(apply_block, dynamic=False) if compile else apply_block
+
+    def mean(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None = None,
+        target_positions: Tensor | None = None,
+    ) -> Tensor:
+        """The mean over all targets that are not IGNORE_INDEX.
+
+        Args:
+            tokens, targets: [B, T] int64.
+            cu_seqlens: [N + 1], bounds of the sequences that are packed in one row.
+            target_positions: [M], where few targets are predicted: their positions in the flattened batch.
+        """
+        x = self._hidden(tokens, cu_seqlens)
+        if target_positions is not None:
+            targets = targets.flatten()[target_positions].unsqueeze(0)
+            return next_token_loss(self.model.lm_head(x.flatten(0, 1)[target_positions]).unsqueeze(0), targets)
+        if x.is_cuda:
+            return linear_cross_entropy(_as_multiplied(x), self.model.lm_head.weight, targets.flatten())
+        return next_token_loss(self.model.lm_head(x), targets)
+
+    def each(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Of each target, [B, T]; 0 where it is IGNORE_INDEX. On a GPU without gradients."""
+        x = self._hidden(tokens, cu_seqlens)
+        if x.is_cuda:
+            losses = linear_cross_entropies(_as_multiplied(x), self.model.lm_head.weight, targets.flatten())
+            return losses.view_as(targets)
+        return next_token_losses(self.model.lm_head(x), targets)
+
+    def _hidden(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return self.model.hidden_by(self.apply, tokens, cu_seqlens=cu_seqlens)
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    """x laid out flat, in the type that a linear layer would multiply it in."""
+    x = x.flatten(0, 1)
+    return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x

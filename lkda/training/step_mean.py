@@ -21,25 +21,31 @@ class StepMean:
     """
 
     unit: Tensor
+    piece: Tensor
     count: Tensor
     total: Tensor
 
-    def weighted(self, loss: Tensor, targets: Tensor, *, first: bool) -> Tensor:
-        """What the backward of a piece begins at.
+    def weight(self, targets: Tensor, *, first: bool) -> Tensor:
+        """What a piece's loss is multiplied by before its backward.
 
         Args:
-            loss: the mean over the piece's targets, a scalar.
-            targets: int64; IGNORE_INDEX where nothing is predicted.
+            targets: of the piece, int64; IGNORE_INDEX where nothing is predicted.
             first: whether this is the step's first piece.
         """
         count = (targets != IGNORE_INDEX).sum()
         if first:
             self.unit, self.count = count.clamp(min=1), torch.zeros_like(count)
-            self.total = torch.zeros_like(loss.detach())
-        loss = torch.where(count > 0, loss, 0.0)  # the mean of no targets is NaN
+            self.total = torch.zeros((), device=targets.device)
         self.count = self.count + count
-        self.total = self.total + loss.detach() * count
-        return loss * (count / self.unit)
+        self.piece = count
+        return count / self.unit
+
+    def add(self, loss: Tensor) -> Tensor:
+        """Take in the mean loss over the targets of the piece that `weight` was last called for; returns it, or 0 where
+        it has no targets, whose mean is NaN."""
+        loss = torch.where(self.piece > 0, loss, 0.0)
+        self.total = self.total + loss.detach() * self.piece
+        return loss
 
     @property
     def loss(self) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from rich import get_console
 from torch import Tensor
-from torch.nn import functional as F
 
 from lkda.models.lm import LanguageModel
-from lkda.training.losses import next_token_loss, next_token_losses
+from lkda.models.mixer import Mixer
+from lkda.training.cuda_graphs import CaptureError, GraphedLoss
+from lkda.training.losses import ModelLoss
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
 from lkda.training.step_mean import StepMean
@@ -45,7 +47,8 @@ class LanguageModelTask(L.LightningModule):
         bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
         val_subsets: of the validation; see `lkda.training.accuracy`.
         test_batches, test_bytes_per_token: of the test split, a text; None where there is none.
-        compile: whether `torch.compile` takes the model and its loss.
+        compile: whether `torch.compile` takes the model's blocks.
+        cuda_graphs: whether forward and backward are replayed as CUDA graphs, as long as they can be captured.
 
     Attributes:
         clipped_steps: how many optimiser steps of this process had a gradient norm above the limit.
@@ -66,6 +69,7 @@ class LanguageModelTask(L.LightningModule):
         test_batches: Loader | None = None,
         test_bytes_per_token: float | None = None,
         compile: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -83,19 +87,11 @@ class LanguageModelTask(L.LightningModule):
         self.test = ValidationMetrics(
             context=context, vocab_size=rows, bytes_per_token=test_bytes_per_token, split="test"
         )
-        self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
-        self._losses = torch.compile(self._eager_losses, dynamic=False) if compile else self._eager_losses
-
-    def _eager_loss(
-        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, target_positions: Tensor | None = None
-    ) -> Tensor:
-        if target_positions is None:
-            return next_token_loss(self.model(tokens, cu_seqlens=cu_seqlens), targets)
-        logits = self.model.logits_at(tokens, target_positions, cu_seqlens=cu_seqlens)
-        return F.cross_entropy(logits.float(), targets.flatten()[target_positions])
-
-    def _eager_losses(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return next_token_losses(self.model(tokens, cu_seqlens=cu_seqlens), targets)
+        for module in model.modules():
+            if isinstance(module, Mixer):
+                module.longest_sequence = context
+        self.loss = ModelLoss(model, compile=compile)
+        self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the learning rate of the step that this batch belongs to: a function of the step and the settings, not
@@ -106,13 +102,48 @@ class LanguageModelTask(L.LightningModule):
             group["lr"] = self.optimizer_config["lr"] * group["lr_scale"] * factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        mean = loss = self._loss(batch["tokens"], batch["targets"], batch["cu_seqlens"], batch.get("target_positions"))
         pieces = self.trainer.accumulate_grad_batches
-        if pieces > 1:
-            loss = self.step_mean.weighted(loss, batch["targets"], first=batch_idx % pieces == 0)
-            mean = self.step_mean.loss
+        first = batch_idx % pieces == 0
+        weight = self.step_mean.weight(batch["targets"], first=first) if pieces > 1 else None
+        inputs = {name: batch.get(name) for name in ("tokens", "targets", "cu_seqlens", "target_positions")}
+        loss = self._replay(inputs, weight, first=first)
+        if loss is None:
+            loss = self.loss.mean(batch["tokens"], batch["targets"], batch["cu_seqlens"], inputs["target_positions"])
+        mean = loss
+        if weight is not None:
+            loss, mean = self.step_mean.add(loss) * weight, self.step_mean.loss
         self.log_dict(with_bits("train", mean.detach(), self.bytes_per_token), logger=False)
         return loss
+
+    def _replay(self, inputs: Mapping[str, Tensor | None], weight: Tensor | None, *, first: bool) -> Tensor | None:
+        """The loss, its gradients already added to the parameters'; None where there are no graphs."""
+        if self._graphs is None:
+            return None
+        pieces = self.trainer.accumulate_grad_batches
+        scale = self.loss_scale(weight) / pieces
+        try:
+            return self._graphs(inputs, scale=scale, first=first, accumulates=pieces > 1)
+        except CaptureError as error:
+            if not first:  # pieces of this step are in the graphs' gradients
+                raise
+            get_console().print(f"without CUDA graphs: {error}", markup=False, highlight=False, soft_wrap=True)
+            self._graphs = None
+            self.zero_grad()
+            return None
+
+    def loss_scale(self, weight: Tensor | None) -> Tensor:
+        """What the loss is multiplied by before its backward: the piece's weight, and in float16 the scaler's."""
+        factor = torch.ones((), device=self.device) if weight is None else weight
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return factor if scaler is None else scaler.scale(factor)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._graphs is None:  # a graph has done it
+            loss.backward(*args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if self._graphs is None:  # a graph has written new ones, before Lightning asks for zeros
+            optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         pieces = self.trainer.accumulate_grad_batches
@@ -120,7 +151,7 @@ class LanguageModelTask(L.LightningModule):
             self.step_mean.normalize(self.parameters(), pieces=pieces)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validation.update(self.model, batch, token_losses=self._losses)
+        self.validation.update(self.model, batch, token_losses=self.loss.each)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.validation.compute(), logger=False)
@@ -135,7 +166,7 @@ class LanguageModelTask(L.LightningModule):
         count = max(1, int(limit * len(batches))) if isinstance(limit, float) else limit
         for batch in islice(batches, count):
             with trainer.precision_plugin.val_step_context():
-                self.test.update(self.model, trainer.strategy.batch_to_device(batch), token_losses=self._losses)
+                self.test.update(self.model, trainer.strategy.batch_to_device(batch), token_losses=self.loss.each)
 
     def configure_gradient_clipping(
         self,

@@ -86,7 +86,7 @@ class MultiHeadLatentAttention(Mixer):
         k = torch.cat([k, shared_heads], -1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
+        o = softmax_attention(*(q, k, v), cu_seqlens=cu_seqlens, longest=self.longest_sequence, backend=self.backend)
         return self.o_proj(o.flatten(-2)), () if cu_seqlens is not None else (latent, shared, *caches)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:

@@ -76,7 +76,12 @@ class SoftmaxAttention(Mixer):
         q, k = (rotate(y, position, self.rope_base) for y in (q, k))
         if state is not None:
             k, v = (torch.cat([past, new.to(past.dtype)], 1) for past, new in zip(state[:2], (k, v)))
-        o = softmax_attention(q, k.to(q.dtype), v.to(q.dtype), cu_seqlens=cu_seqlens, backend=self.backend)
+        o = softmax_attention(
+            *(q, k.to(q.dtype), v.to(q.dtype)),
+            cu_seqlens=cu_seqlens,
+            longest=self.longest_sequence,
+            backend=self.backend,
+        )
         return self.o_proj(o.flatten(-2)), () if cu_seqlens is not None else (k, v, *caches)
 
     def _filters(self) -> list[Tensor]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.runtime.backend import Backend, choose
-from lkda.ops.sequences import lengths_of, longest
+from lkda.ops.sequences import lengths_of
+from lkda.ops.sequences import longest as longest_of
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -34,8 +35,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _per_sequence(
     attend: Callable[[Tensor, Tensor, Tensor, float], Tensor],
-) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None, int | None], Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, longest: int | None) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cu_seqlens is None:
             return attend(q, k, v, scale).transpose(1, 2)
@@ -47,15 +48,18 @@ def _per_sequence(
     return run
 
 
-def _sdpa_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+def _sdpa_packed(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, longest: int | None
+) -> Tensor:
     half = q.dtype in (torch.float16, torch.bfloat16)
     K, V = q.shape[-1], v.shape[-1]
     if cu_seqlens is None or not (q.is_cuda and half and V <= K <= 256 and K % 8 == 0):
-        return _per_sequence(_sdpa)(q, k, v, scale, cu_seqlens)
+        return _per_sequence(_sdpa)(q, k, v, scale, cu_seqlens, longest)
     # The kernel behind SDPA, called by its name, does all sequences in one launch. It needs K = V, so narrower values
     # are padded. It launches as many blocks for each sequence as for the longest, so the longest must be known.
     v = F.pad(v, (0, K - V))
-    bounds, most = cu_seqlens.to(torch.int32), longest(cu_seqlens, q.shape[1])
+    T = q.shape[1]
+    bounds, most = cu_seqlens.to(torch.int32), longest_of(cu_seqlens, T) if longest is None else min(longest, T)
     o, *_ = torch.ops.aten._flash_attention_forward(
         q[0], k[0], v[0], bounds, bounds, most, most, 0.0, True, False, scale=scale
     )
@@ -75,6 +79,7 @@ def softmax_attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal softmax attention, o_t = sum_{s <= t} softmax_s(scale q_t . k_s) v_s.
@@ -84,6 +89,8 @@ def softmax_attention(
         k: [B, S, H, K].   v: [B, S, H, V].
         scale: the factor of the scores; None for K^-0.5.
         cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1, T = S); they may be empty.
+        longest: an upper bound of the tokens of a packed sequence. None: it is read from cu_seqlens, for which the
+            host waits for the GPU. A traced or captured call cannot read it and takes T, which launches idle blocks.
         backend: auto | sdpa | naive (computes the whole S x S matrix, to measure what it costs).
     Returns: o [B, T, H, V] in v's dtype.
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
@@ -104,4 +111,4 @@ def softmax_attention(
     check_alike(fn, {"q": q, "k": k, "v": v}, same_dtype=("q", "k", "v"))
     scale = sizes["K"] ** -0.5 if scale is None else scale
     word = choose(fn, BACKENDS, backend, device=q.device, head_dim=sizes["K"], dtype=q.dtype)
-    return BACKENDS[word].run(q, k, v, scale, cu_seqlens)
+    return BACKENDS[word].run(q, k, v, scale, cu_seqlens, longest)

@@ -1,0 +1,107 @@
+"""The loss of a head, without all of its logits at once: linear layer and cross-entropy, some tokens at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lkda.ops.cross_entropy.cuda import rows_cuda
+from lkda.ops.runtime.jit import reason_cannot_run
+from lkda.ops.runtime.kernel_inputs import ELEMENTS
+
+IGNORE_INDEX = -100  # a target that is not predicted, as in torch
+# Logits of a piece: 2^26 of them are 128 MiB in bf16.
+_LOGITS = 2**26
+
+
+def rows_torch(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each row of `logits` [N, V], 0 where the target is IGNORE_INDEX, and the gradient of `scale` times
+    their sum, [N, V] in the logits' dtype. Computed in float32, or float64 where the logits are."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    asked = targets != IGNORE_INDEX
+    place = targets.clamp(min=0).unsqueeze(1)
+    log_sum = wide.logsumexp(1, keepdim=True)
+    losses = torch.where(asked, (log_sum - wide.gather(1, place)).squeeze(1), 0.0)
+    gradient = (wide - log_sum).exp_().scatter_add_(1, place, wide.new_full(place.shape, -1.0))
+    return losses, (gradient * torch.where(asked, scale, 0.0).unsqueeze(1)).to(logits.dtype)
+
+
+def _rows(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    aligned = logits.shape[1] * logits.element_size() % 16 == 0
+    if logits.is_cuda and aligned and logits.dtype in ELEMENTS and reason_cannot_run(logits.device) is None:
+        return rows_cuda(logits, targets, scale)
+    return rows_torch(logits, targets, scale)
+
+
+def _pieces(tokens: int, vocab_size: int) -> int:
+    """Tokens of a piece: a multiple of 128, as many as _LOGITS allows."""
+    return min(tokens, max(128, _LOGITS // vocab_size // 128 * 128))
+
+
+def _plus_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """total + x y, in the total's dtype."""
+    if x.dtype != total.dtype and x.is_cuda:
+        return total.add_(torch.mm(x, y, out_dtype=total.dtype))
+    return total.addmm_(x.to(total.dtype), y.to(total.dtype))
+
+
+@torch.library.custom_op("lkda::linear_cross_entropy", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = weight.to(x.dtype)
+    asked = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    scale = 1.0 / asked.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    piece = _pieces(len(x), len(weight))
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    total, grad_x, grad_weight = torch.zeros_like(scale), torch.empty_like(x), torch.zeros_like(weight, dtype=kind)
+    for start in range(0, len(x), piece):
+        part = slice(start, start + piece)
+        losses, gradient = _rows(x[part] @ rows.mT, targets[part], scale)
+        total += losses.sum()
+        grad_x[part] = gradient @ rows
+        grad_weight = _plus_product(grad_weight, gradient.mT, x[part])
+    return total * scale, grad_x, grad_weight.to(weight.dtype)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((), dtype=kind), torch.empty_like(x), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, grad, *_):
+    grad_x, grad_weight = ctx.saved_tensors
+    return grad_x * grad, grad_weight * grad, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The mean of cross_entropy(x weightᵀ, targets) over the targets that are not IGNORE_INDEX, in nats.
+
+    The logits exist for some tokens at a time, and the gradients are computed with them, in the forward.
+
+    Args:
+        x: [N, d], of the type that the product is to have.
+        weight: [V, d], of x's type or float32; its gradient is summed in float32 at least.
+        targets: [N] int64.
+    Returns: a scalar in float32, or float64 where x is; 0 where the target is IGNORE_INDEX.
+    """
+    loss: Tensor = _forward(x, weight, targets)[0]
+    return loss
+
+
+@torch.no_grad()
+def linear_cross_entropies(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Of each target, [N] in float32, 0 where it is IGNORE_INDEX; without gradients. Arguments as of the mean."""
+    rows, piece = weight.to(x.dtype), _pieces(len(x), len(weight))
+    parts = zip(x.split(piece), targets.split(piece), strict=True)
+    losses = [
+        torch.nn.functional.cross_entropy((y @ rows.mT).float(), wanted, ignore_index=IGNORE_INDEX, reduction="none")
+        for y, wanted in parts
+    ]
+    return torch.cat(losses)

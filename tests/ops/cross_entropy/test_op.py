@@ -1,0 +1,83 @@
+"""The head's loss in pieces is the loss of all its logits at once, with its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lkda.ops.cross_entropy import op
+from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
+
+CLASSES, WIDTH = 50, 16
+
+
+def inputs(tokens: int, *, device: str = "cpu", classes: int = CLASSES) -> tuple[Tensor, Tensor, Tensor]:
+    """x and weight in float64, and targets of which every seventh is not predicted."""
+    draw = torch.Generator(device).manual_seed(0)
+    x = torch.randn(tokens, WIDTH, dtype=torch.float64, generator=draw, device=device)
+    weight = torch.randn(classes, WIDTH, dtype=torch.float64, generator=draw, device=device)
+    targets = torch.randint(classes, (tokens,), generator=draw, device=device)
+    targets[::7] = op.IGNORE_INDEX
+    return x, weight, targets
+
+
+def gradients(loss: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(3 * loss, of)
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 1000])
+def test_pieces_give_the_whole(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_LOGITS", 128 * CLASSES)
+    x, weight, targets = inputs(tokens)
+    targets[-1] = 3
+    for tensor in (x, weight):
+        tensor.requires_grad_()
+    want = F.cross_entropy(x @ weight.mT, targets)
+    got = linear_cross_entropy(x, weight, targets)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    for mine, theirs in zip(gradients(got, x, weight), gradients(want, x, weight), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-14)
+    each = F.cross_entropy(x @ weight.mT, targets, reduction="none")
+    torch.testing.assert_close(linear_cross_entropies(x, weight, targets), each.float())
+
+
+def test_without_targets_it_is_zero() -> None:
+    x, weight, targets = inputs(10)
+    targets[:] = op.IGNORE_INDEX
+    for tensor in (x, weight):
+        tensor.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets)
+    assert float(loss) == 0
+    assert not any(gradient.any() for gradient in gradients(loss, x, weight))
+
+
+def test_it_breaks_no_compiled_graph() -> None:
+    x, weight, targets = inputs(300)
+    x.requires_grad_()
+
+    def loss(y: Tensor) -> Tensor:
+        return linear_cross_entropy(2 * y, weight, targets)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (got,), (want,) = gradients(compiled(x), x), gradients(loss(x), x)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("classes", [1000, 32000, 16387])
+def test_the_kernel_agrees_with_float64(dtype: torch.dtype, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of logits that were rounded to the dtype, the loss to float32 and the gradients to the dtype."""
+    monkeypatch.setattr(op, "_LOGITS", 256 * classes)
+    x, weight, targets = inputs(700, device="cuda", classes=classes)
+    rounded, wide = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
+    narrow = weight.float().requires_grad_()
+    same = weight.float().to(dtype).double().requires_grad_()
+    got, want = linear_cross_entropy(rounded, narrow, targets), F.cross_entropy(wide @ same.mT, targets)
+    error = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}[dtype]  # float32 products may be TF32
+    torch.testing.assert_close(got.double(), want, rtol=error, atol=0)
+    for mine, theirs in zip(gradients(got, rounded, narrow), gradients(want, wide, same), strict=True):
+        assert (mine.double() - theirs).norm() < 2 * error * theirs.norm()

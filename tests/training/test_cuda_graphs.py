@@ -1,0 +1,78 @@
+"""A replayed loss has the value and the gradients of the loss that was captured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lkda.training import cuda_graphs
+from lkda.training.cuda_graphs import CaptureError, GraphedLoss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: there are no graphs"),
+]
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 1)).cuda()
+
+
+def batch(rows: int, seed: int) -> dict[str, Tensor | None]:
+    draw = torch.Generator("cuda").manual_seed(seed)
+    return {"x": torch.randn(rows, 8, device="cuda", generator=draw), "absent": None}
+
+
+def loss_of(net: nn.Module):  # type: ignore[no-untyped-def]
+    def loss(x: Tensor, absent: None) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return net(x).float().square().mean()
+
+    return loss
+
+
+def one() -> Tensor:
+    return torch.ones((), device="cuda")
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_it_trains_as_without_graphs(pieces: int) -> None:
+    """Also where weights change between replays, and batches of two shapes alternate."""
+    plain, graphed = model(), model()
+    replay = GraphedLoss(loss_of(graphed), graphed.parameters())
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (plain, graphed)]
+    for step in range(6):
+        optimizers[0].zero_grad()
+        for piece in range(pieces):
+            inputs = batch(4 + 4 * (step % 2), seed=10 * step + piece)
+            want = loss_of(plain)(**inputs)
+            (want / pieces).backward()
+            got = replay(inputs, scale=one() / pieces, first=piece == 0, accumulates=pieces > 1)
+            torch.testing.assert_close(got, want.detach())
+        for mine, theirs in zip(graphed.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_what_cannot_be_captured_says_why() -> None:
+    net = model()
+
+    def reads(x: Tensor, absent: None) -> Tensor:
+        return net(x).mean() * float(x.sum())  # waits for the device
+
+    with pytest.raises(CaptureError, match="captur"):
+        GraphedLoss(reads, net.parameters())(batch(4, 0), scale=one())
+    assert torch.isfinite(net(torch.ones(1, 8, device="cuda"))).all()  # the device goes on
+
+
+def test_shapes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 2)
+    net = model()
+    replay = GraphedLoss(loss_of(net), net.parameters())
+    replay(batch(4, 0), scale=one())
+    replay(batch(5, 0), scale=one())
+    with pytest.raises(CaptureError, match="more than 2 shapes"):
+        replay(batch(6, 0), scale=one())
