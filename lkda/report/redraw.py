@@ -12,7 +12,7 @@ from pathlib import Path
 from lkda.checks import InputError
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file
-from lkda.report.studies import long_context, peer_training, recipe, state_dtypes, state_error
+from lkda.report.studies import learning_rates, long_context, peer_training, recipe, state_dtypes, state_error
 from lkda.report.training import comparison
 
 # The kinds of results files, each with the function that draws it; None where there is nothing to draw.
@@ -23,6 +23,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "long_context": long_context.redraw,
     "state_dtypes": state_dtypes.redraw,
     "recipe": recipe.redraw,
+    "learning_rates": learning_rates.redraw,
     "peer_training": peer_training.redraw,  # written by lkda.commands.peer_training
     "evaluation": None,  # written by scripts/evaluate.py out=; long_context and state_dtypes collect them
     "table": None,  # lkda.report.readme writes it into a page
