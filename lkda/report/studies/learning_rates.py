@@ -73,7 +73,7 @@ def _best(found: Mapping[float, float]) -> float:
 
 
 def _plot(runs: Sequence[Run], measures: Mapping[str, str]) -> Picture:
-    """A panel for each model, the validation against the peak learning rate: a curve for each mixer, its best ringed."""
+    """A panel for each model: validation against the peak learning rate, a curve per mixer with its best ringed."""
 
     def draw(style: Style) -> Figure:
         figure = Figure(figsize=(5.2 * len(measures), 4.2), layout="constrained")
