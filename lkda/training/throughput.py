@@ -10,8 +10,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 from lkda.models.lm import LanguageModel
 
-# Of dense matrix products, from data sheets. Lightning knows other devices; its figures for these are of sparse products
-# or missing.
+# Of dense matrix products, from data sheets. Lightning knows other devices, but these not, or with sparse products.
 _PEAK = {
     "H200": {torch.bfloat16: 989.4e12, torch.float16: 989.4e12, torch.float32: 494.7e12, torch.float64: 67e12},
     "B200": {torch.bfloat16: 2250e12, torch.float16: 2250e12, torch.float32: 1125e12, torch.float64: 37e12},
