@@ -30,7 +30,9 @@ from lkda.training.callbacks import (
 )
 from lkda.training.checkpoint import AtomicCheckpointIO
 from lkda.training.metrics_csv import MetricsCSV
+from lkda.training.precision import PRECISIONS
 from lkda.training.task import LanguageModelTask
+from lkda.training.throughput import Throughput
 
 
 def quiet_libraries() -> None:
@@ -77,7 +79,9 @@ def trainer_options(plan: RunPlan, total_steps: int) -> dict[str, Any]:
     }
 
 
-def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRequest) -> L.Trainer:
+def build_trainer(
+    prepared: PreparedRun, model: LanguageModel, run: RunDirectory, stop_request: StopRequest
+) -> L.Trainer:
     """The trainer of the plan, which records into `run`, with the run's own callbacks before those that only show.
 
     Raises: ValueError where Lightning refuses the settings, or would run another precision.
@@ -92,7 +96,7 @@ def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRe
         "profiler": _profiler(plan.trainer.profiler, run),
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in shown),
     }
-    callbacks = [*_own_callbacks(prepared, run, stop_request), *shown]
+    callbacks = [*_own_callbacks(prepared, model, run, stop_request), *shown]
     loggers = _loggers(prepared, run)
     try:
         trainer = instantiate(options, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
@@ -110,7 +114,9 @@ def _profiler(word: str | None, run: RunDirectory) -> Profiler | None:
     return None if word is None else kinds[word](dirpath=run.path, filename="profile")
 
 
-def _own_callbacks(prepared: PreparedRun, run: RunDirectory, stop_request: StopRequest) -> list[L.Callback]:
+def _own_callbacks(
+    prepared: PreparedRun, model: LanguageModel, run: RunDirectory, stop_request: StopRequest
+) -> list[L.Callback]:
     plan, tokenizer = prepared.plan, prepared.data.tokenizer
     checkpoints = Checkpoints(
         run.checkpoints,
@@ -122,7 +128,12 @@ def _own_callbacks(prepared: PreparedRun, run: RunDirectory, stop_request: StopR
         run=prepared.metadata,
     )
     tokens_per_step = prepared.metadata["tokens_per_step"]
-    recorder = Recorder(every_n_steps=plan.trainer.log_every_n_steps, tokens_per_step=tokens_per_step)
+    throughput = Throughput.of(
+        model, context=prepared.data.context, device=plan.device, dtype=PRECISIONS[plan.trainer.precision]
+    )
+    recorder = Recorder(
+        every_n_steps=plan.trainer.log_every_n_steps, tokens_per_step=tokens_per_step, throughput=throughput
+    )
     return [DivergenceGuard(), recorder, checkpoints]
 
 

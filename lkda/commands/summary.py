@@ -48,6 +48,9 @@ def summarize(
         "tokens": tokens,
         # A run shorter than the warm-up has no row with a speed.
         "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
+        "tflops_per_s": latest.get("tflops_per_s"),
+        "mfu": latest.get("mfu"),
+        "peak_memory_gib": latest.get("peak_memory_gib"),
         "params": model.num_parameters(embedding=True),
         "params_non_embedding": model.num_parameters(embedding=False),
         "state_bytes": model.state_bytes(context),

@@ -54,7 +54,7 @@ def _train(plan: RunPlan, run: RunDirectory) -> dict[str, Any]:
         run.write_tokenizer(prepared.data.tokenizer)
     console.print_start(prepared)
     stop_request = StopRequest()
-    trainer = build_trainer(prepared, run, stop_request)
+    trainer = build_trainer(prepared, model, run, stop_request)
     ending = fit(trainer, build_task(prepared, model), prepared, stop_request)
     summary = summarize(run, model, prepared, ending)
     run.write_summary(summary)

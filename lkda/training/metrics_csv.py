@@ -27,6 +27,9 @@ COLUMNS = (
     "val/loss",
     "val/bits_per_byte",
     "tokens_per_s",
+    "tflops_per_s",
+    "mfu",
+    "peak_memory_gib",
     "lr",
 )
 

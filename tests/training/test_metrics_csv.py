@@ -14,7 +14,7 @@ def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:
     logger = MetricsCSV(tmp_path / "metrics.csv")
     logger.log_metrics({"tokens": 64, "seconds": 0.5, "train/loss": 0.1 + 0.2}, step=1)
     # Floats are written so that reading gives the same number back.
-    assert (tmp_path / "metrics.csv").read_text() == HEADER + "1,64,0.5,0.30000000000000004,,,,,,,\n"
+    assert (tmp_path / "metrics.csv").read_text() == HEADER + "1,64,0.5,0.30000000000000004,,,,,,,,,,\n"
 
 
 def test_a_resumed_run_keeps_what_it_builds_on(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_resumed_run_keeps_what_it_builds_on(tmp_path: Path) -> None:
         file.write("4,256,1.")  # cut by a kill
     again = MetricsCSV(path, resume_step=2)
     again.log_metrics({"train/loss": 3.5}, step=3)
-    assert path.read_text() == HEADER + "1,,,1.0,,,,,,,\n2,,,2.0,,,,,,,\n3,,,3.5,,,,,,,\n"
+    assert path.read_text() == HEADER + "1,,,1.0,,,,,,,,,,\n2,,,2.0,,,,,,,,,,\n3,,,3.5,,,,,,,,,,\n"
 
 
 def test_rows_of_an_older_version_stand_under_todays_names(tmp_path: Path) -> None:

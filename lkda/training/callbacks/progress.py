@@ -23,6 +23,7 @@ _SHOWN = {
     "train/loss": "loss {:.3f}",
     "train/bits_per_byte": "{:.3f} bpb",
     "tokens_per_s": "{:,.0f} tok/s",
+    "mfu": "{:.0%} mfu",
     "val/loss": "val {:.3f}",
     "val/accuracy": "acc {:.1%}",
 }

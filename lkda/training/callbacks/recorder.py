@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lkda.training.callbacks.steps import ends_step, validation_follows
+from lkda.training.throughput import Throughput
 
 # Steps at the start of a process that are left out of the speed: they compile, allocate and fill caches.
 WARMUP_STEPS = 3
@@ -25,9 +26,11 @@ class Recorder(L.Callback):
     Args:
         every_n_steps: optimiser steps between two rows.
         tokens_per_step: over all devices and accumulated batches.
+        throughput: what the rows say of the device beside tokens per second.
     """
 
-    def __init__(self, *, every_n_steps: int, tokens_per_step: int) -> None:
+    def __init__(self, *, every_n_steps: int, tokens_per_step: int, throughput: Throughput) -> None:
+        self.throughput = throughput
         self.every_n_steps = every_n_steps
         self.tokens_per_step = tokens_per_step
         self.seconds = 0.0
@@ -90,6 +93,7 @@ class Recorder(L.Callback):
         if self._since is not None and self._steps_here > WARMUP_STEPS:
             tokens, seconds = self._since
             row["tokens_per_s"] = (self.tokens(trainer) - tokens) / (self.seconds - seconds)
+            row |= self.throughput.columns(row["tokens_per_s"])
             self._since = (self.tokens(trainer), self.seconds)
         clipped, steps = self._clipped_since(trainer.lightning_module)
         row["train/clipped_share"] = clipped / steps
