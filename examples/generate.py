@@ -1,4 +1,4 @@
-"""Load an exported model and continue a text.
+"""Loads an exported model and continues a text. These commands train a model, export it, and run the example:
 
 python scripts/train.py hydra.run.dir=runs/one trainer.max_steps=200
 python scripts/export.py ckpt=runs/one out=exported/one
@@ -17,7 +17,7 @@ from lkda.special_tokens import document_ends
 
 
 def main(directory: str = "exported/one", prompt: str = "The people of the United States") -> str:
-    """Prints and returns the prompt with its continuation."""
+    """Prints the prompt with its continuation, and returns this text."""
     model, tokenizer = lkda.load(directory)
     tokens = torch.tensor([tokenizer.encode(prompt).ids])
     drawn = generate(

@@ -1,8 +1,8 @@
-"""KDA layers in a plain PyTorch model. It learns to copy: the second half of a sequence repeats the first.
+"""Trains a plain PyTorch model with KDA layers to copy: the second half of each sequence repeats the first half.
 
     python examples/kda_in_pytorch.py
 
-It needs torch and lkda only, and takes some seconds on a CPU. On a GPU the same code runs lkda's CUDA kernels.
+The example needs only torch and lkda. It takes a few seconds on a CPU. On a GPU, it uses lkda's CUDA kernels.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Model(nn.Module):
 
 
 def main(steps: int = 200) -> float:
-    """Trains, prints the accuracy of the copied half now and then, and returns the last one."""
+    """Trains the model and prints the accuracy in the copied half every 100 steps. Returns the last accuracy."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Model().to(device)

@@ -1,8 +1,8 @@
-"""The KDA operator alone: packed sequences of different lengths, and a state that is carried from call to call.
+"""Calls the KDA operator on packed sequences of different lengths, and carries their states from call to call.
 
     python examples/packed_sequences.py
 
-It needs torch and lkda only, and takes a second on a CPU.
+The example needs only torch and lkda. It takes about a second on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ H, K, V = 2, 32, 32  # heads, key channels and value channels per head
 
 
 def main() -> float:
-    """Returns the largest difference between the outputs of whole sequences and of sequences cut in two."""
+    """Computes three sequences in one call and in two calls. Returns the largest difference between the results."""
     torch.manual_seed(0)
     lengths = [5, 80, 43]
     total = sum(lengths)
@@ -25,12 +25,12 @@ def main() -> float:
     g = -F.softplus(torch.randn(1, total, H, K))  # log decay per token and channel, <= 0
     beta = torch.sigmoid(torch.randn(1, total, H))  # write strength per token
 
-    # Three sequences lie one behind the other in one row [1, total]. cu_seqlens holds their boundaries, 0 5 85 128.
+    # The three sequences are packed into one row [1, total]. cu_seqlens holds their boundaries: 0, 5, 85, 128.
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     o, state = kda_attention(q, k, v, g, beta, cu_seqlens=cu_seqlens)
     print(f"o {list(o.shape)}, one state per sequence {list(state.shape)}")
 
-    # The same sequences in two calls: first their halves, then the rest, which starts from the states of the halves.
+    # The first call computes the first half of each sequence. The second call continues from the states of the first.
     difference = 0.0
     pieces: list[list[int]] = [[], []]
     for begin, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
