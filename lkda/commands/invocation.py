@@ -39,8 +39,10 @@ def given_overrides(*, without: tuple[str, ...]) -> list[str]:
         return []
     hydra = HydraConfig.get()
     given = [word for word in hydra.overrides.task if not word.lstrip("+~").startswith(without)]
+    of_hydra = [word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
     # An experiment may ask for a sweep by itself.
-    return [*given, *(["hydra.mode=RUN"] if hydra.mode == RunMode.MULTIRUN else [])]
+    would_sweep = hydra.mode == RunMode.MULTIRUN or hydra.sweeper.get("params")
+    return [*given, *of_hydra, *(["hydra.mode=RUN"] if would_sweep else [])]
 
 
 def by_this_door(text: str) -> str:

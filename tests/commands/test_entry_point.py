@@ -130,6 +130,17 @@ def test_a_job_of_an_experiment_resumes_alone(tmp_path: Path, monkeypatch: pytes
     assert [job[:2] for job in jobs] == [(directory, RunMode.RUN)]
 
 
+def test_an_experiment_that_was_run_once_is_printed_as_one_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("experiment=mixers_on_sotu", *small_run(corpus), "hydra.mode=RUN", "hydra.run.dir=run")
+    assert typed(monkeypatch, "train", *words) == 0
+    (_, printed) = capsys.readouterr().out.split("\nnext:\n")
+    again = shlex.split(printed.splitlines()[2])[1:]
+    assert again == ["train", *words[:-1], "mixer=softmax"]
+
+
 def test_printed_commands_can_be_pasted(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

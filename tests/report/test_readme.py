@@ -46,7 +46,13 @@ def test_speeds_are_sorted_and_say_nothing_of_accuracy(tmp_path: Path) -> None:
         for name, speed in (("slow", 1e3), ("quick", 2e3))
     ]
     (tmp_path / "NAME").mkdir()
-    record = {"kind": "comparison", "runs": [], "benchmark": None, "rows": rows, "notes": ["2 runs on a device.", "Another note."]}
+    record = {
+        "kind": "comparison",
+        "runs": [],
+        "benchmark": None,
+        "rows": rows,
+        "notes": ["2 runs on a device.", "Another note."],
+    }
     (tmp_path / "NAME" / "results.json").write_text(json.dumps(record))
     block = fill("<!-- speeds:NAME -->\n<!-- /speeds:NAME -->", tmp_path)
     assert [line.split("|")[1].strip() for line in block.splitlines() if line.startswith("|")][2:] == ["quick", "slow"]
