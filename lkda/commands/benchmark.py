@@ -75,8 +75,8 @@ def benchmark(config: DictConfig) -> None:
         raise InputError(f"cannot write the directory {out}: {error.strerror}.") from error
     header = measure.header(device)
     rows: list[dict[str, Any]] = []
-    terminal = Console(markup=False)
-    console = terminal if terminal.is_terminal else Console(width=160, markup=False)
+    terminal = Console(markup=False, emoji=False)
+    console = terminal if terminal.is_terminal else Console(width=160, markup=False, emoji=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(cases))

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from hydra.utils import get_class
 
 from lkda.checks import InputError
+from lkda.commands.invocation import typed_overrides
 from lkda.data.text.datamodule import TextDataModule
 from lkda.models.mixers import mixer_names
 
@@ -168,10 +169,7 @@ def _given() -> list[str]:
 
     What it sets to null counts as left out.
     """
-    if not HydraConfig.initialized():
-        return []
-    overrides = HydraConfig.get().overrides
-    parsed = OverridesParser.create().parse_overrides([*overrides.task, *overrides.hydra])
+    parsed = OverridesParser.create().parse_overrides([*typed_overrides(), *typed_overrides(of_hydra=True)])
     kept = (override for override in parsed if not override.is_delete() and not override.is_sweep_override())
     return [key for override in kept for key in _leaves(override.key_or_group, override.value())]
 

@@ -145,6 +145,7 @@ TRAINING = [
     ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
     # the sample at the end
     ("sample.temperature=-1", r"sample.temperature must be 0 or more, got -1"),
+    ("sample.prompt=${{x}}", r"sample.prompt: Interpolation key 'x' not found. .*; in a text, write \\\$\{...\}"),
     ("sample.prompt=null", r"sample.prompt must be text, got None"),
     # directories
     ("hydra.run.dir={tmp}/short.txt/run", r"cannot create the output directory .*short.txt/run: Not a directory"),
@@ -161,6 +162,7 @@ CHECKPOINT = [
     ("ckpt={tmp}/truncated.ckpt", r"truncated.ckpt is truncated or not a checkpoint"),
     ("ckpt={tmp}/foreign.ckpt", r"foreign.ckpt is not a checkpoint of lkda"),
     ("ckpt={tmp}/other.ckpt", r"other.ckpt holds the weights of another model: blocks.0.* is .*, expected "),
+    ("ckpt={tmp}/no_last", r"no checkpoint at .*last.ckpt; beside it there is best.ckpt: give one as ckpt="),
     ("ckpt={tmp}", r"there is no checkpoint at .*checkpoints/last.ckpt"),
 ]
 
@@ -283,6 +285,8 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     last = run / "checkpoints" / "last.ckpt"
     (tmp / "truncated.ckpt").write_bytes(last.read_bytes()[:5000])
     (tmp / "alone.ckpt").write_bytes(last.read_bytes())
+    (tmp / "no_last" / "checkpoints").mkdir(parents=True)
+    (tmp / "no_last" / "checkpoints" / "best.ckpt").write_bytes(last.read_bytes())
     torch.save({"model": torch.zeros(3)}, tmp / "foreign.ckpt")
     other = torch.load(last, weights_only=True)
     other["lkda"]["model"]["d_model"] = 64
@@ -456,7 +460,7 @@ class OfLightning:
         ("misconfiguration", "a setting does not do: .*limit_val_batches"),
         ("no_such_class", "Error locating target 'lightning.Nothing'$"),
         ("no_such_option", ".*unexpected keyword argument 'colour'"),
-        ("no_such_key", "Interpolation key 'b' not found"),
+        ("no_such_key", r"a: Interpolation key 'b' not found. \$\{...\} stands for another setting"),
         ("no_memory", r"out of memory \(.*lower data.batch_size"),
         ("no_file", ".*/nowhere/at/all: No such file or directory"),
     ],
