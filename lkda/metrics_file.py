@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from lkda.checks import InputError
+
 
 def metrics_rows(text: str) -> list[dict[str, str]]:
     """The rows of a metrics.csv, in order, as text by column, "" where a row has no value.
@@ -15,5 +17,15 @@ def metrics_rows(text: str) -> list[dict[str, str]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of the file at `path`, none where there is no file."""
-    return metrics_rows(path.read_text(encoding="utf-8")) if path.exists() else []
+    """The rows of the file at `path`, none where there is no file. Raises ValueError for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        rows = metrics_rows(path.read_text(encoding="utf-8"))
+        for row in rows:
+            int(row["step"])
+    except (UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged: not each of its rows is of one step of a run. Put it back, or move it away."
+        ) from error
+    return rows

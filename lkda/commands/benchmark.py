@@ -22,6 +22,7 @@ from lkda.report.operators.benchmark import KIND, Benchmark, as_rich
 from lkda.report.read.files import write_atomically
 
 _WORDS = ("ops", "shapes", "dtypes", "backends", "peers", "modes", "replays")
+MOST_MILLISECONDS = 600_000
 OPTIONS = {
     **dict.fromkeys(_WORDS, Sequence[str]),
     "gates": Sequence[str] | None,
@@ -48,8 +49,11 @@ def benchmark(config: DictConfig) -> None:
     device = resolve_device(config.device, option="device", gpu="cuda", instead=instead)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    if config.milliseconds <= 0:
-        raise InputError(f"milliseconds must be above 0, got {config.milliseconds}.")
+    if not 0 < config.milliseconds <= MOST_MILLISECONDS:
+        raise InputError(
+            f"milliseconds must be above 0 and at most {MOST_MILLISECONDS}, got {config.milliseconds}: each row is "
+            "measured for so long."
+        )
     if device.type == "cpu" and list(config.replays) == ["graph"]:
         raise InputError("replays=[graph] replays CUDA graphs, which a CPU has none of: use replays=[eager].")
     cases = measure.cases(
@@ -71,8 +75,8 @@ def benchmark(config: DictConfig) -> None:
         raise InputError(f"cannot write the directory {out}: {error.strerror}.") from error
     header = measure.header(device)
     rows: list[dict[str, Any]] = []
-    terminal = Console(markup=False)
-    console = terminal if terminal.is_terminal else Console(width=160, markup=False)
+    terminal = Console(markup=False, emoji=False)
+    console = terminal if terminal.is_terminal else Console(width=160, markup=False, emoji=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(cases))

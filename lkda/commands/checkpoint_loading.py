@@ -64,7 +64,7 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
         model, tokenizer = load(path, backend=backend)
         return TrainedModel(model, tokenizer, path)
     if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
+        path = _last_of_run(path)
     checkpoint = read_checkpoint(path)
     ours = checkpoint["lkda"]
     prefix = "model."
@@ -76,6 +76,17 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     model = build_with_weights(current_model_config(ours["model"]), weights, source=path, backend=backend)
     vocabulary = None if ours["tokenizer"] is None else Tokenizer.from_str(ours["tokenizer"])
     return TrainedModel(model, vocabulary, path, ours["run"], ours["step"], fingerprint_of(checkpoint))
+
+
+def _last_of_run(directory: Path) -> Path:
+    """Raises ValueError, naming the others, where a run directory has checkpoints and none of them is the last."""
+    last = directory / "checkpoints" / "last.ckpt"
+    others = sorted(path.name for path in last.parent.glob("*.ckpt"))
+    if others and not last.exists():
+        raise InputError(
+            f"there is no checkpoint at {last}; beside it there is {', '.join(others)}: give one as ckpt=."
+        )
+    return last
 
 
 def config_of_run(trained: TrainedModel) -> dict[str, Any]:

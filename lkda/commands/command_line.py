@@ -16,7 +16,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 import lkda
 from lkda.checks import InputError
@@ -203,7 +210,9 @@ def _inside_lkda(error: Exception) -> bool:
 
 def _configuration_message(error: Exception) -> str:
     """Hydra's own words on one line; for an unknown key, those that exist, the nearest one first."""
-    text = " ".join(re.split(r"\n(?:full_key|Config search path)|, set env var HYDRA", str(error))[0].split())
+    text = " ".join(re.split(r"\n\s*(?:full_key|Config search path)|, set env var HYDRA", str(error))[0].split())
+    if isinstance(error, (InterpolationKeyError, InterpolationResolutionError)):
+        return f"{error.full_key}: {text}. ${{...}} stands for another setting; in a text, write \\${{...}}."
     cause = error.__cause__
     if not isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or not isinstance(cause.parent_node, DictConfig):
         return text

@@ -48,8 +48,8 @@ def compare(config: DictConfig) -> None:
         )
     except OSError as error:
         raise InputError(f"out={out} cannot be written: {error.strerror}.") from error
-    terminal = Console(highlight=False, markup=False)
-    console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False)
+    terminal = Console(highlight=False, markup=False, emoji=False)
+    console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False, emoji=False)
     console.print(rich_table(*as_cells(result.rows)))
     for note in result.notes:
         console.print(note, style="dim")

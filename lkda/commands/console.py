@@ -45,10 +45,11 @@ class RunConsole:
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
-        self.console = Console(highlight=False, markup=False)
+        self.console = Console(highlight=False, markup=False, emoji=False)
 
     def _line(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        """`text` as it is: Rich would expand a tab in a path."""
+        print(text, file=self.console.file)
 
     def print_nothing_to_do(self, steps: int) -> None:
         self._line(f"{self.run.path} holds a finished run of {steps} steps: nothing to do.")
@@ -59,7 +60,7 @@ class RunConsole:
         backends = " ".join(f"{op}={word}" for op, word in plan.backends.items())
         self._line(
             f"{metadata['mixer']} · {metadata['model']} · {metadata['data']} on {plan.device}, "
-            f"{plan.trainer.precision}, backend {backends}; "
+            f"{plan.trainer.precision}{f', backend {backends}' if backends else ''}; "
             f"{prepared.total_steps:,} steps of {metadata['tokens_per_step']:,} tokens, "
             f"peak learning rate {plan.optimizer['lr']:g}\nrun directory {self.run.path}"
         )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
@@ -26,6 +25,7 @@ from lkda.checks import InputError, check_count, check_values
 from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
 from lkda.commands.config import resolve
 from lkda.commands.data_options import build_data, check_data_options
+from lkda.commands.invocation import typed_overrides
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.commands.unused_options import EVALUATE, check_unused
@@ -75,7 +75,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     """
     settings = resolve(config)
     _check(config, settings)
-    console = Console(soft_wrap=True, markup=False)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     device = resolve_device(config.accelerator)
     trained = load_trained(config.ckpt, backend=config.backend)
     backends = trained.model.resolve_backends(device, PRECISION)
@@ -94,7 +94,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         told = f"{in_words(changed)} of {data.source} are not those of the run that trained {trained.path}"
         seen = config.split == "test" and NAMES["train"] in changed
         also = ", which may have seen some of the test split in training" if seen else ""
-        console.print(f"note: {told}{also}.", highlight=False, markup=False)
+        console.print(f"note: {told}{also}.", highlight=False, markup=False, emoji=False)
     model = trained.model.to(device)
     title, state_dtype = f"{trained.path} on {data.source}, {config.split}", None
     if config.stepwise:
@@ -285,8 +285,7 @@ def _data_options(settings: dict[str, Any], trained: TrainedModel) -> dict[str, 
     code. Raises: ValueError where nothing is recorded, or another module.
     """
     if "data" in settings:
-        given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-        unused = [word for word in given if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
+        unused = [word for word in typed_overrides() if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
         if unused and "tokenizer_path" in settings["data"]:
             raise InputError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
         return data_with_absolute_paths(settings["data"])

@@ -36,7 +36,7 @@ def export(config: DictConfig) -> Path:
     lkda.export(
         trained.model, trained.tokenizer, out, format=config.format, dtype=config.dtype, run=record_of_run(trained)
     )
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(f"{trained.path} -> {out} ({config.format})")
     console.print("in Python:\n" + "".join(f"  {line}\n" for line in module.usage(str(out)).splitlines()))
     return out

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-
 import lkda
 from lkda.checks import InputError
-from lkda.commands.invocation import command
+from lkda.commands.invocation import command, typed_overrides
 from lkda.commands.overrides import override
 from lkda.models.lm import LanguageModel
 
@@ -30,8 +28,7 @@ def load_initial_model(directory: Path, *, backend: str, data: Mapping[str, Any]
     Raises:
         ValueError: it is no usable exported directory, or the command line asks for another model besides.
     """
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    names = {word: word.lstrip("+~").split("=")[0] for word in given}
+    names = {word: word.lstrip("+~").split("=")[0] for word in typed_overrides()}
     clashing = [word for word, name in names.items() if name.startswith(_BROUGHT) and name not in _HARMLESS]
     if clashing:
         raise InputError(f"init_from brings its own model and tokenizer: leave out {' '.join(clashing)}.")

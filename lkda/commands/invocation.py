@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 import lkda
 
@@ -29,6 +30,20 @@ def command(name: str, *overrides: str) -> str:
     return shlex.join([*_door(name), *overrides])
 
 
+def typed_overrides(*, of_hydra: bool = False) -> list[str]:
+    """The overrides of the command line (of a sweep, its job's) as they were typed, interpolations not resolved.
+
+    Args:
+        of_hydra: those of Hydra's own settings, instead of the others.
+    """
+    if not HydraConfig.initialized():
+        return []
+    overrides = HydraConfig.get().overrides
+    words = OmegaConf.to_container(overrides.hydra if of_hydra else overrides.task, resolve=False)
+    assert isinstance(words, list)
+    return words
+
+
 def given_overrides(*, without: tuple[str, ...]) -> list[str]:
     """The overrides that made this run, to be given again; of a sweep's job, such that they run that job alone.
 
@@ -38,9 +53,11 @@ def given_overrides(*, without: tuple[str, ...]) -> list[str]:
     if not HydraConfig.initialized():
         return []
     hydra = HydraConfig.get()
-    given = [word for word in hydra.overrides.task if not word.lstrip("+~").startswith(without)]
+    given = [word for word in typed_overrides() if not word.lstrip("+~").startswith(without)]
+    of_hydra = [word for word in typed_overrides(of_hydra=True) if word.startswith("hydra.searchpath=")]
     # An experiment may ask for a sweep by itself.
-    return [*given, *(["hydra.mode=RUN"] if hydra.mode == RunMode.MULTIRUN else [])]
+    would_sweep = hydra.mode == RunMode.MULTIRUN or hydra.sweeper.get("params")
+    return [*given, *of_hydra, *(["hydra.mode=RUN"] if would_sweep else [])]
 
 
 def by_this_door(text: str) -> str:

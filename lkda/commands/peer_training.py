@@ -154,7 +154,7 @@ def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Cons
             redraw(out / "results.json")
     if found["peers"]:
         table = rows(found)
-        wide = Console(width=140, highlight=False, markup=False, file=console.file)
+        wide = Console(width=140, highlight=False, markup=False, emoji=False, file=console.file)
         wide.print(rich_table([*table[0]], [[*row.values()] for row in table]))
     return not found["failed"]
 
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     with readable_errors():
         peers = options.peers.split(",") if options.peers else []
-        done = run(peers, options.out, options.overrides, Console(highlight=False, markup=False))
+        done = run(peers, options.out, options.overrides, Console(highlight=False, markup=False, emoji=False))
     raise SystemExit(0 if done else FAILED)
 
 

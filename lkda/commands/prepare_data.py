@@ -33,8 +33,8 @@ def prepare_data(config: DictConfig) -> None:
             raise InputError(f"there is no source {name!r}; there are {', '.join(known)}.")
     default = default_cache_dir() / "prose"
     out = expanded(config.out) if config.out else default
-    terminal = Console(highlight=False, markup=False)
-    console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False)
+    terminal = Console(highlight=False, markup=False, emoji=False)
+    console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False, emoji=False)
     if is_without_test(out):
         console.print(
             f"{out} was made before there was a test split: it is made again, and the old one becomes {out}{OF_BEFORE}",

@@ -177,8 +177,14 @@ def recorded_config(run_dir: Path) -> dict[str, Any] | None:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What a run's summary.json holds, {} where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What a run's summary.json holds, {} where there is none. Raises ValueError where it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise InputError(f"{path} is damaged: it is not JSON ({error}). Put it back, or move it away.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged: it holds no table of values. Put it back, or move it away.")
+    return found
 
 
 def fingerprint_of(checkpoint: Mapping[str, Any]) -> dict[str, str | None]:

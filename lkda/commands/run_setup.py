@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lkda.checks import InputError, check_count
+from lkda.checks import InputError, check_count, check_values
 from lkda.commands.config import resolve
 from lkda.commands.data_options import check_data_options
 from lkda.commands.init_from import load_initial_model, mixer_name
@@ -19,7 +19,7 @@ from lkda.commands.invocation import given_overrides
 from lkda.commands.learning_rate import measured_learning_rate
 from lkda.commands.paths import with_absolute_paths
 from lkda.commands.run_directory import recorded_config
-from lkda.commands.unused_options import TRAIN, check_unused
+from lkda.commands.unused_options import RATES, TRAIN, check_unused
 from lkda.device import resolve_device
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
@@ -100,6 +100,7 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
             raise InputError(f"{group} is null, and a run needs one: leave {group}=null out, or choose another.")
     check_switch("resume", settings["resume"])
     recorded = recorded_config(run_dir) if settings["resume"] else None
+    check_unused(RATES, settings)
     settings = _with_learning_rate(settings, recorded)
     _check(settings)
     settings = with_absolute_paths(settings)
@@ -117,11 +118,19 @@ def _with_learning_rate(settings: dict[str, Any], recorded: Mapping[str, Any] | 
     optimizer = settings["optimizer"]
     if not isinstance(optimizer, Mapping) or optimizer.get("lr", "absent") is not None:
         return settings
-    before = recorded.get("optimizer") if recorded else None
+    before = recorded.get("optimizer") if recorded and not _gives_a_rate() else None
     rate = before.get("lr") if isinstance(before, Mapping) else None
+    if rate is None and settings["init_from"] is not None and settings["model"].get("learning_rate") is None:
+        raise InputError("no learning rate is known for the model of init_from: give optimizer.lr=...")
     if rate is None:
         rate = measured_learning_rate(settings["model"], settings["mixer"])
     return {**settings, "optimizer": {**optimizer, "lr": rate}}
+
+
+def _gives_a_rate() -> bool:
+    """Whether the command line does, other than by optimizer.lr."""
+    names = ("model.learning_rate", "mixer.learning_rate")
+    return any(word.lstrip("+").startswith(names) for word in given_overrides(without=()))
 
 
 def _check(settings: dict[str, Any]) -> None:
@@ -133,6 +142,8 @@ def _check(settings: dict[str, Any]) -> None:
     check_sample(settings["sample"])
     check_parts("logger", settings["logger"], kind="logger", choice="wandb")
     check_parts("callbacks", settings["callbacks"], kind="callback", choice="default")
+    for group in ("model", "mixer"):
+        check_values({"name": settings[group].get("name")}, {"name": str}, prefix=f"{group}.")
     check_count("seed", settings["seed"], least=0, most=MOST_SEED)
     if settings["compile"] not in ("auto", True, False):
         raise InputError(f"compile must be auto, true or false, got {settings['compile']!r}.")

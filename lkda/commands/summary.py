@@ -59,7 +59,7 @@ def summarize(
         "model": metadata["model"],
         "data": metadata["data"],
         "context": context,
-        "backend": " ".join(dict.fromkeys(prepared.plan.backends.values())),
+        "backend": " ".join(dict.fromkeys(prepared.plan.backends.values())) or None,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",

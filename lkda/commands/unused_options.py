@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from hydra.utils import get_class
 
 from lkda.checks import InputError
+from lkda.commands.invocation import typed_overrides
 from lkda.data.text.datamodule import TextDataModule
 from lkda.models.mixers import mixer_names
 
@@ -58,6 +59,11 @@ def _no_layer_is_of(mixer: str) -> Condition:
     return lambda get: mixer not in _layers(get)
 
 
+def _rates_of_other_models(get: Get) -> bool:
+    given = [key for key in _given() if key.startswith("mixer.learning_rate.")]
+    return bool(given) and f"mixer.learning_rate.{get('model.name')}" not in given
+
+
 def _tokens_are_no_text(get: Get) -> bool:
     return not issubclass(get_class(get("data._target_")), TextDataModule)
 
@@ -96,6 +102,12 @@ DATA = (
     ),
 )
 
+RATES = (
+    *_each(("model.learning_rate", "mixer.learning_rate"), _has_value("optimizer.lr"), "beside optimizer.lr"),
+    _Unused("mixer.learning_rate", _has_value("model.learning_rate"), "beside model.learning_rate"),
+    _Unused("mixer.learning_rate", _rates_of_other_models, "for a model of another name, model.name"),
+)
+
 TRAIN = (
     *(_Unused(f"mixer.{name}", _no_layer_is_of(name), f"in a model without a {name} layer") for name in mixer_names()),
     _Unused("mixer.num_heads", lambda get: _layers(get) == {"conv"}, "in a model of conv layers, which have no heads"),
@@ -104,7 +116,6 @@ TRAIN = (
     _Unused("mixer.kda.lower_bound", _is_not("mixer.kda.gate_form", "bounded"), "without mixer.kda.gate_form=bounded"),
     _Unused("mixer.softmax.norm_eps", _is_not("mixer.softmax.qk_norm", True), "without mixer.softmax.qk_norm=true"),
     _Unused("model.num_heads", _is_given_too("mixer.num_heads"), "beside mixer.num_heads"),
-    _Unused("model.learning_rate", _is_given_too("optimizer.lr"), "beside optimizer.lr"),
     _Unused("model.init.head_std", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
     _Unused("optimizer.lr_scale.head", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
     *(
@@ -158,10 +169,7 @@ def _given() -> list[str]:
 
     What it sets to null counts as left out.
     """
-    if not HydraConfig.initialized():
-        return []
-    overrides = HydraConfig.get().overrides
-    parsed = OverridesParser.create().parse_overrides([*overrides.task, *overrides.hydra])
+    parsed = OverridesParser.create().parse_overrides([*typed_overrides(), *typed_overrides(of_hydra=True)])
     kept = (override for override in parsed if not override.is_delete() and not override.is_sweep_override())
     return [key for override in kept for key in _leaves(override.key_or_group, override.value())]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lkda.checks import InputError, check_types
@@ -78,7 +78,8 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
 def _mixers(config: dict[str, Any]) -> list[Mixer]:
     mixer = config["mixer"]
     pattern = mixer.get("pattern")
-    if not pattern or isinstance(pattern, str) or "num_heads" not in mixer:
+    a_list = isinstance(pattern, Sequence) and not isinstance(pattern, str)
+    if not pattern or not a_list or "num_heads" not in mixer:
         raise InputError(
             f"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern {pattern!r} and "
             f"num_heads {mixer.get('num_heads')!r}. A model of one mixer has a pattern of one name, as [kda]."

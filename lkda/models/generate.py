@@ -60,13 +60,16 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float) -> 
     """Raises ValueError for values that `generate` cannot sample with."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise InputError(f"generate: max_new_tokens must be a whole number >= 0, got {max_new_tokens!r}.")
-    numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (temperature, top_p))
+    given = (temperature, top_p)
+    numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in given)
+    numbers = numbers and not any(isinstance(value, bool) for value in given)
     if not numbers or temperature < 0 or not 0 < top_p <= 1:
         raise InputError(f"generate: temperature must be >= 0 and top_p in (0, 1], got {temperature!r} and {top_p!r}.")
 
 
 def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    if temperature == 0:
+    # A logit over a temperature of nearly 0 is no finite number: only the likeliest token has a probability then.
+    if logits.abs().max() > torch.finfo(logits.dtype).max * temperature or temperature == 0:
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True, stable=True)
     # Keep each token whose predecessors sum to less than top_p. The first one is always kept.

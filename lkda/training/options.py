@@ -122,7 +122,8 @@ def check_parts(group: str, parts: object, *, kind: str, choice: str) -> None:
         choice: of the group, that has entries.
     """
     named = parts if isinstance(parts, Mapping) else {}
-    wrong = [name for name, part in named.items() if part and not (isinstance(part, Mapping) and "_target_" in part)]
+    given = {name: part for name, part in named.items() if part is not None}
+    wrong = [name for name, part in given.items() if not (isinstance(part, Mapping) and "_target_" in part)]
     if wrong or not isinstance(parts, Mapping):
         what = f"{group}.{wrong[0]}" if wrong else group
         raise InputError(f"{what} is no {kind} (that has an entry _target_): choose {group}={choice} first.")

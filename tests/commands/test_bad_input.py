@@ -58,6 +58,11 @@ TRAINING = [
     ("model.embed_scale=nan", r"model.embed_scale must be a number above 0, got nan"),
     ("callbacks=default callbacks.progress._target_=builtins.dict", r"callbacks makes a dict, which is no callback"),
     ("hydra.run.dir=''", r"hydra.run.dir is empty: give a directory, or leave it out"),
+    ("mixer.pattern=-1", r"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern -1 "),
+    ("mixer.pattern=[null]", r"unknown mixer None; there are conv, "),
+    ("model.name=null", r"model.name must be text, got None"),
+    ("mixer.name=null", r"mixer.name must be text, got None"),
+    ("~model.learning_rate init_from=5", r"no learning rate is known for the model of init_from: give optimizer.lr="),
     ("init_from=5", r"5 is no exported model: it has no config.json"),
     # data
     (
@@ -98,6 +103,19 @@ TRAINING = [
     ),
     ("model.num_heads=4 mixer.num_heads=2", r"model.num_heads has no effect beside mixer.num_heads"),
     ("model.learning_rate=1e-3 optimizer.lr=1e-4", r"model.learning_rate has no effect beside optimizer.lr"),
+    ("mixer.learning_rate.tiny=1e-4", r"mixer.learning_rate.tiny has no effect beside model.learning_rate"),
+    (
+        "~model.learning_rate optimizer.lr=1e-3 mixer.learning_rate.tiny=1e-4",
+        r"mixer.learning_rate.tiny has no effect beside optimizer.lr",
+    ),
+    (
+        "~model.learning_rate model.name=tiny mixer.learning_rate.small=1e-4",
+        r"mixer.learning_rate.small has no effect for a model of another name, model.name",
+    ),
+    (
+        "hydra.run.dir={run} resume=true model.learning_rate=1e-4",
+        r"holds a run with other settings \(optimizer.lr: 0.004 there, 0.0001 here\)",
+    ),
     ("model.init.head_std=0", r"model.init.head_std has no effect beside model.tie_embeddings=true"),
     ("optimizer.lr_scale.head=2", r"optimizer.lr_scale.head has no effect beside model.tie_embeddings=true"),
     ("mixer=softmax mixer.softmax.conv_std=0.1", r"mixer.softmax.conv_std has no effect beside .*softmax.conv_width=0"),
@@ -123,9 +141,11 @@ TRAINING = [
     ("data.pin_memory=true", r"data.pin_memory has no effect where there is no GPU"),
     # the logger
     ("+logger.wandb.project=mine", r"logger.wandb is no logger .*: choose logger=wandb"),
+    ("+logger.wandb=0", r"logger.wandb is no logger"),
     ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
     # the sample at the end
     ("sample.temperature=-1", r"sample.temperature must be 0 or more, got -1"),
+    ("sample.prompt=${{x}}", r"sample.prompt: Interpolation key 'x' not found. .*; in a text, write \\\$\{...\}"),
     ("sample.prompt=null", r"sample.prompt must be text, got None"),
     # directories
     ("hydra.run.dir={tmp}/short.txt/run", r"cannot create the output directory .*short.txt/run: Not a directory"),
@@ -142,6 +162,7 @@ CHECKPOINT = [
     ("ckpt={tmp}/truncated.ckpt", r"truncated.ckpt is truncated or not a checkpoint"),
     ("ckpt={tmp}/foreign.ckpt", r"foreign.ckpt is not a checkpoint of lkda"),
     ("ckpt={tmp}/other.ckpt", r"other.ckpt holds the weights of another model: blocks.0.* is .*, expected "),
+    ("ckpt={tmp}/no_last", r"no checkpoint at .*last.ckpt; beside it there is best.ckpt: give one as ckpt="),
     ("ckpt={tmp}", r"there is no checkpoint at .*checkpoints/last.ckpt"),
 ]
 
@@ -230,7 +251,8 @@ OTHERS = [
     ),
     ("benchmark.py", "out={tmp}/new device=cpu shapes=[1x2x3]", r"a shape is B x T x H x D, .*, got 1x2x3"),
     ("benchmark.py", "out={tmp}/new device=cpu gates=[slow]", r"gates: there is no slow; there are none"),
-    ("benchmark.py", "out={tmp}/new device=cpu milliseconds=-1", r"milliseconds must be above 0, got -1"),
+    ("benchmark.py", "out={tmp}/new device=cpu milliseconds=-1", r"milliseconds must be above 0 and .*, got -1"),
+    ("benchmark.py", "out={tmp}/new device=cpu milliseconds=1e30", r"above 0 and at most 600000, got 1e\+30"),
     (
         "benchmark.py",
         "out={tmp}/new device=cpu replays=[graph]",
@@ -263,6 +285,8 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     last = run / "checkpoints" / "last.ckpt"
     (tmp / "truncated.ckpt").write_bytes(last.read_bytes()[:5000])
     (tmp / "alone.ckpt").write_bytes(last.read_bytes())
+    (tmp / "no_last" / "checkpoints").mkdir(parents=True)
+    (tmp / "no_last" / "checkpoints" / "best.ckpt").write_bytes(last.read_bytes())
     torch.save({"model": torch.zeros(3)}, tmp / "foreign.ckpt")
     other = torch.load(last, weights_only=True)
     other["lkda"]["model"]["d_model"] = 64
@@ -436,7 +460,7 @@ class OfLightning:
         ("misconfiguration", "a setting does not do: .*limit_val_batches"),
         ("no_such_class", "Error locating target 'lightning.Nothing'$"),
         ("no_such_option", ".*unexpected keyword argument 'colour'"),
-        ("no_such_key", "Interpolation key 'b' not found"),
+        ("no_such_key", r"a: Interpolation key 'b' not found. \$\{...\} stands for another setting"),
         ("no_memory", r"out of memory \(.*lower data.batch_size"),
         ("no_file", ".*/nowhere/at/all: No such file or directory"),
     ],

@@ -130,13 +130,25 @@ def test_a_job_of_an_experiment_resumes_alone(tmp_path: Path, monkeypatch: pytes
     assert [job[:2] for job in jobs] == [(directory, RunMode.RUN)]
 
 
+def test_an_experiment_that_was_run_once_is_printed_as_one_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("experiment=mixers_on_sotu", *small_run(corpus), "hydra.mode=RUN", "hydra.run.dir=run")
+    assert typed(monkeypatch, "train", *words) == 0
+    (_, printed) = capsys.readouterr().out.split("\nnext:\n")
+    again = shlex.split(printed.splitlines()[2])[1:]
+    assert again == ["train", *words[:-1], "mixer=softmax"]
+
+
 def test_printed_commands_can_be_pasted(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a run in a directory with everything that a shell or Hydra minds."""
-    nasty = tmp_path / 'it\'s [a] = $b, {c}; "é"' / "run 1"
+    nasty = tmp_path / 'it\'s [a] = $b, {c}; "é"\t:x:' / "run 1"
     monkeypatch.chdir(tmp_path)
-    assert typed(monkeypatch, "train", *small_run(corpus), f"hydra.run.dir={nasty}") == 0
+    words = small_run(corpus, r"sample.prompt=\${x}")  # the text ${x}
+    assert typed(monkeypatch, "train", *words, f"hydra.run.dir={nasty}") == 0
     (_, printed) = capsys.readouterr().out.split("\nnext:\n")
     found = [shlex.split(line) for line in printed.splitlines()]
     names = ["generate", "evaluate", "train", "compare"]
@@ -144,8 +156,10 @@ def test_printed_commands_can_be_pasted(
     generate, evaluate, train, compare = (words[1:] for words in found)
     assert typed(monkeypatch, *generate, "max_new_tokens=2") == 0
     assert capsys.readouterr().out.startswith("The people")
+    assert typed(monkeypatch, *generate[:-1], "prompt=???", "max_new_tokens=0") == 0
+    assert capsys.readouterr().out == "???\n"
     assert typed(monkeypatch, *evaluate, "accelerator=cpu") == 0
-    assert train == ["train", *small_run(corpus), "mixer=softmax"]  # the same data and model
+    assert train == ["train", *words, "mixer=softmax"]  # the same data and model
     asked = [DictConfig({})]
     monkeypatch.setattr("lkda.commands.compare.compare", asked.append)
     assert typed(monkeypatch, *compare) == 0

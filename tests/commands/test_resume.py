@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from lkda.checks import InputError
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.train import train
 from lkda.training.checkpoint import read_checkpoint, step_files, step_path
@@ -56,6 +58,13 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return known[overrides]
 
     return rows_of
+
+
+@pytest.fixture(scope="module")
+def short_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("short") / "run"
+    run(corpus, directory, *SHORTER)
+    return directory
 
 
 def stopped_by(signum: int, corpus: Path, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -394,3 +403,24 @@ def test_two_processes_do_not_share_a_directory(corpus: Path, tmp_path: Path) ->
         run(corpus, tmp_path / "run", *SHORT)
     other.release()
     run(corpus, tmp_path / "run", *SHORT)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", b"{", r"summary\.json is damaged: it is not JSON \(.*Put it back, or move it away"),
+        ("summary.json", b"[]", r"summary\.json is damaged: it holds no table of values"),
+        ("metrics.csv", b"\xff\x00\n1,2\n", r"metrics\.csv is damaged: not each of its rows is of one step of a run"),
+        ("metrics.csv", b"step,tokens\n1,2\n,\n", r"metrics\.csv is damaged"),
+    ],
+)
+def test_a_damaged_record_is_refused(
+    name: str, content: bytes, message: str, short_run: Path, corpus: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(short_run, directory)
+    (directory / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        # A run that is finished already has its summary read, and another its metrics.
+        run(corpus, directory, *SHORTER, *(("trainer.max_steps=5",) if name == "metrics.csv" else ()), "resume=true")
+    assert (directory / name).read_bytes() == content

@@ -161,7 +161,10 @@ def test_the_record_of_init_from_is_the_models_own(run: Path, corpus: Path, tmp_
     for group in ("model", "mixer"):
         assert plan.record[group] == fresh.record[group]
     assert plan.optimizer["lr"] == 4e-3
-    larger = planned("data=files", *small_run(corpus)[2:], f"init_from={out}")  # of the size that is the default
+    words = ("data=files", *small_run(corpus)[2:], f"init_from={out}")
+    with pytest.raises(ValueError, match=r"no learning rate is known for the model of init_from: give optimizer\.lr="):
+        planned(*words)  # the measured rates are of fresh models
+    larger = planned(*words, "optimizer.lr=1e-3")  # of the size that is the default
     assert larger.model["d_model"] == 32
     assert larger.record["data"]["vocab_size"] == larger.record["model"]["vocab_size"] == 300
 

@@ -252,3 +252,9 @@ def test_the_sample_ends_with_its_document(corpus: Path, tmp_path: Path, monkeyp
 def test_a_profile_is_written_into_the_run_directory(corpus: Path, tmp_path: Path) -> None:
     train(composed("train", *small_run(corpus, "+trainer.profiler=simple", "trainer.max_steps=2")), tmp_path / "run")
     assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
+
+
+def test_layers_without_backends_name_none(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("mixer=conv", "trainer.max_steps=1", "sample.max_new_tokens=0")
+    assert train(composed("train", *small_run(corpus, *words)), tmp_path / "run")["backend"] is None
+    assert "on cpu, 32-true; 1 steps of 64 tokens" in capsys.readouterr().out

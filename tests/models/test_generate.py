@@ -40,6 +40,13 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
     assert list(generate(model, x, max_new_tokens=10, top_p=1e-6, seed=3)) == greedy
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
+def test_a_temperature_of_nearly_0_takes_the_likeliest_token(temperature):
+    model, x = small(["kda"]), tokens(1, 5)
+    greedy = list(generate(model, x, max_new_tokens=10, temperature=0))
+    assert list(generate(model, x, max_new_tokens=10, temperature=temperature, seed=3)) == greedy
+
+
 def test_an_end_token_ends_the_text():
     model, x = small(["kda"]), tokens(1, 5)
     drawn = list(generate(model, x, max_new_tokens=10, temperature=0))
@@ -51,6 +58,8 @@ def test_an_end_token_ends_the_text():
     ("options", "message"),
     [
         ({"temperature": float("nan")}, "temperature must be >= 0"),
+        ({"temperature": True}, "temperature must be >= 0"),
+        ({"top_p": True}, "top_p in"),
         ({"temperature": "hot"}, "temperature must be >= 0"),
         ({"max_new_tokens": 1.5}, "whole number >= 0, got 1.5"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
