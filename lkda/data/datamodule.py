@@ -109,7 +109,7 @@ class IndexedDataModule(L.LightningDataModule):
     def prepare(self) -> None:
         """Checks the options and the data, and builds what the batches need. A second call does nothing.
 
-        Raises: ValueError for data that will not do, or that are not the expected ones.
+        Raises: InputError for data that will not do, or that are not the expected ones.
         """
         raise NotImplementedError
 

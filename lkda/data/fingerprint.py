@@ -65,7 +65,7 @@ def in_words(names: Sequence[str]) -> str:
 
 
 def check_same(expected: Fingerprint, found: Fingerprint, *, source: str) -> None:
-    """Raises ValueError, naming what differs, where data are not what a run was trained on.
+    """Raises InputError, naming what differs, where data are not what a run was trained on.
 
     Args:
         expected: the fingerprint of the run, {} for one that has none.

@@ -68,7 +68,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint of ours onto the CPU with `weights_only=True`: nothing in the file is executed.
 
     Raises:
-        ValueError: the file is missing, truncated, not a checkpoint, or not one of lkda.
+        InputError: the file is missing, truncated, not a checkpoint, or not one of lkda.
     """
     path = Path(path)
     if not path.is_file():
@@ -97,7 +97,7 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
     broken one is passed over and set aside under the name *.broken, with a warning that names it.
 
     Raises:
-        ValueError: checkpoints are there, and none can be read.
+        InputError: checkpoints are there, and none can be read.
     """
     directory = Path(directory)
     steps = step_files(directory)

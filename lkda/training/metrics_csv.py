@@ -66,7 +66,7 @@ class MetricsCSV(Logger):
         return ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write one row. Raises ValueError for a name that is no column: it would be lost; OSError on a full disk."""
+        """Write one row. Raises InputError for a name that is no column: it would be lost; OSError on a full disk."""
         unknown = metrics.keys() - set(self.columns)
         if unknown:
             raise InputError(f"metrics.csv has no column for {', '.join(sorted(unknown))}.")

@@ -26,7 +26,7 @@ SCHEDULES = {
 
 
 def check_optimizer(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unknown optimiser, an option that it does not have, or a number out of its range."""
+    """Raise InputError for an unknown optimiser, an option that it does not have, or a number out of its range."""
     name = _check_choice("optimizer", config, OPTIMIZERS)
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise InputError(f"optimizer=muon needs torch 2.9 or later, this is {torch.__version__}; use optimizer=adamw.")
@@ -46,7 +46,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
 
 
 def _check_choice(group: str, config: object, choices: Mapping[str, tuple[str, ...]]) -> str:
-    """The name that a group gives. Raise ValueError where it is unknown, or the other options are not those it has."""
+    """The name that a group gives. Raise InputError if it is unknown, or the other options are not those it has."""
     name = config.get("name") if isinstance(config, Mapping) else config
     if not isinstance(config, Mapping) or not isinstance(name, str) or name not in choices:
         raise InputError(f"{group}.name must be one of {', '.join(choices)}, got {name!r}.")
@@ -69,7 +69,7 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any], *, fused: bool 
             part of a step. False where a loss scale must be divided out before clipping. Muon's own AdamW is fused in
             any case: it is stepped by `MuonWithAdamW`, which does not unscale.
     Raises:
-        ValueError: as `check_optimizer`.
+        InputError: as `check_optimizer`.
     """
     check_optimizer(config)
     if config["name"] == "muon":
@@ -79,7 +79,7 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any], *, fused: bool 
 
 
 def check_schedule(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unknown schedule, an option that it does not have, or a number out of its range."""
+    """Raise InputError for an unknown schedule, an option that it does not have, or a number out of its range."""
     name = _check_choice("scheduler", config, SCHEDULES)
     check_count("scheduler.warmup_steps", config["warmup_steps"], least=0)
     if "min_lr_ratio" in SCHEDULES[name]:

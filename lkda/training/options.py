@@ -76,7 +76,7 @@ MOST_SEED = 2**32 - 1
 def check_names(
     group: str, options: object, known: Iterable[str], *, also: Iterable[str] = (), choice: str = "..."
 ) -> Mapping[str, Any]:
-    """The options of a group. Raise ValueError unless they are every known name, some of `also`, and no other.
+    """The options of a group. Raise InputError unless they are every known name, some of `also`, and no other.
 
     Args:
         choice: of the group, that has these options.
@@ -95,7 +95,7 @@ def check_names(
 
 
 def check_number(name: str, value: object, *, wanted: str, fits: Callable[[float], bool]) -> None:
-    """Raise ValueError for what is no number, does not fit, or is infinite.
+    """Raise InputError for what is no number, does not fit, or is infinite.
 
     Args:
         wanted: the range in words, for the message: "greater than 0".
@@ -109,13 +109,13 @@ def check_number(name: str, value: object, *, wanted: str, fits: Callable[[float
 
 
 def check_switch(name: str, value: object) -> None:
-    """Raise ValueError for what is neither true nor false."""
+    """Raise InputError for what is neither true nor false."""
     if not isinstance(value, bool):
         raise InputError(f"{name} must be true or false, got {value!r}.")
 
 
 def check_parts(group: str, parts: object, *, kind: str, choice: str) -> None:
-    """Raise ValueError unless a group, logger or callbacks, is a mapping whose entries are null or name their class.
+    """Raise InputError unless a group, logger or callbacks, is a mapping whose entries are null or name their class.
 
     Args:
         kind: what an entry is, for the message.
@@ -129,7 +129,7 @@ def check_parts(group: str, parts: object, *, kind: str, choice: str) -> None:
 
 
 def check_trainer(options: object) -> None:
-    """Raise ValueError for an option of the group trainer that is unknown or has a value that no run can use.
+    """Raise InputError for an option of the group trainer that is unknown or has a value that no run can use.
 
     `accelerator` is checked where the device is found, and `precision` in `lkda.training.precision`.
     """
@@ -172,7 +172,7 @@ def _check_validation_part(value: object) -> None:
 
 
 def check_validation_batches(limit: int | float, batches: int) -> None:
-    """Raise ValueError where `trainer.limit_val_batches`, a part of that many validation batches, is less than one."""
+    """Raise InputError if `trainer.limit_val_batches`, a part of that many validation batches, is less than one."""
     if isinstance(limit, float) and int(limit * batches) < 1:
         raise InputError(
             f"trainer.limit_val_batches={limit} of {batches} validation batches is less than one batch: "
@@ -181,14 +181,14 @@ def check_validation_batches(limit: int | float, batches: int) -> None:
 
 
 def check_checkpoint(options: object) -> None:
-    """Raise ValueError for an option of the group checkpoint that is unknown or out of its range."""
+    """Raise InputError for an option of the group checkpoint that is unknown or out of its range."""
     options = check_names("checkpoint", options, _names(CheckpointOptions, optional=False))
     for name, value in options.items():
         check_count(f"checkpoint.{name}", value, least=1)
 
 
 def check_sample(options: object) -> None:
-    """Raise ValueError for what the text at the end of the run cannot be drawn with."""
+    """Raise InputError for what the text at the end of the run cannot be drawn with."""
     options = check_names("sample", options, _names(SampleOptions, optional=False))
     if not isinstance(options["prompt"], str):
         raise InputError(

@@ -28,7 +28,7 @@ def resolve_precision(word: object, device: torch.device) -> str:
     """The word of PRECISIONS that `word` stands for on `device`: `auto`, one of them, or Lightning's short forms 16,
     bf16, 32 and 64.
 
-    Raises: ValueError for an unknown one, and for one that would run as another or train badly, with what to use.
+    Raises: InputError for an unknown one, and for one that would run as another or train badly, with what to use.
     """
     given = str(word)
     if given == "auto":

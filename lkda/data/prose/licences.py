@@ -16,7 +16,7 @@ _WHEEL = re.compile(r".*\.dist-info/(METADATA|(.*/)?(LICEN[CS]E|COPYING|COPYRIGH
 def copy_licences(unpacked: Path, package: str, folder: Path) -> list[Path]:
     """Copy a package's licence files into `folder`, a new directory. Returns the copies.
 
-    Raises: ValueError where the package has none.
+    Raises: InputError if the package has none.
     """
     debian = unpacked / "usr" / "share" / "doc" / package / "copyright"
     files = (

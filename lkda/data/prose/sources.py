@@ -135,7 +135,7 @@ def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source]
     Args:
         vocab_size: of the byte-level BPE that is trained on the training documents, before any are dropped.
     Returns: the manifest.
-    Raises: ValueError where a package cannot be had or holds no text, or the directory is there already.
+    Raises: InputError if a package cannot be had or holds no text, or the directory is there already.
     """
     check_vocab_size(vocab_size)
     aside = directory.with_name(f"{directory.name}{OF_BEFORE}")

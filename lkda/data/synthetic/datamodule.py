@@ -41,7 +41,7 @@ class SyntheticDataModule(IndexedDataModule):
 
     Attributes:
         fingerprint_name: of a task that has another name than when it was first trained on; else None.
-    Raises: ValueError for a subset that cannot be sampled, or a count out of its range.
+    Raises: InputError for a subset that cannot be sampled, or a count out of its range.
     """
 
     fingerprint_name: str | None = None

@@ -19,7 +19,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def default_cache_dir() -> Path:
-    """LKDA_CACHE, or ~/.cache/lkda. Raises ValueError where neither is known."""
+    """LKDA_CACHE, or ~/.cache/lkda. Raises InputError if neither is known."""
     given = os.environ.get("LKDA_CACHE")
     if given:
         return Path(given)
@@ -32,7 +32,7 @@ def default_cache_dir() -> Path:
 
 
 def expanded(path: str) -> Path:
-    """`path` with the home directory in place of ~. Raises ValueError where that is not known."""
+    """`path` with the home directory in place of ~. Raises InputError if that is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -43,7 +43,7 @@ def expanded(path: str) -> Path:
 def building(entry: Path) -> Iterator[Path]:
     """Hold the entry's lock, which other processes wait for. Yields an empty directory to build in, gone afterwards.
 
-    Raises: ValueError where the cache cannot be written.
+    Raises: InputError if the cache cannot be written.
     """
     scratch = entry.with_name(f".{entry.name}.building")
     try:

@@ -115,7 +115,7 @@ class TextDataModule(IndexedDataModule):
     def prepare(self) -> None:
         """Reads, tokenises (or finds in the cache) and checks the corpus. A second call does nothing.
 
-        Raises: ValueError for anything about the data that will not do.
+        Raises: InputError for anything about the data that will not do.
         """
         if self._prepared:
             return

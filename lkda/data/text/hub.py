@@ -72,7 +72,7 @@ class HubCorpus:
         return digest.hexdigest()
 
     def documents(self, scratch: Path, progress: Progress) -> Splits:
-        """Raises: ValueError for a split or column that is not there, or no documents in it."""
+        """Raises: InputError for a split or column that is not there, or no documents in it."""
         train = self._split(self.split, scratch / "train", progress)
         if self.val_split is not None:
             validation = self._split(self.val_split, scratch / "validation", progress)
@@ -248,7 +248,7 @@ class HubDataModule(TextDataModule):
 
 
 def files_of(data_files: object) -> DataFiles:
-    """`data.data_files` as `datasets` takes it. Raises: ValueError for what is no path within a data set."""
+    """`data.data_files` as `datasets` takes it. Raises: InputError for what is no path within a data set."""
     if isinstance(data_files, Mapping):
         return {str(split): _patterns(patterns) for split, patterns in data_files.items()}
     return _patterns(data_files)
@@ -271,7 +271,7 @@ def commit_of(name: str, revision: str | None) -> str:
     """The commit of a data set on the hub; "" for a local directory; `revision` itself where HF_HUB_OFFLINE is set.
 
     Asked here, with a limit: `datasets` takes half a minute to find out that there is no network.
-    Raises: ValueError where there is no such data set or no way to the hub.
+    Raises: InputError if there is no such data set or no way to the hub.
     """
     if Path(name).is_dir():
         return ""

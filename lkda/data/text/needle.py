@@ -32,7 +32,7 @@ class Needle(IndexedDataModule):
         cue, answer: tokens of the passage that are given, and predicted.
         cache_dir: where None, LKDA_CACHE, or ~/.cache/lkda.
         pin_memory: see `IndexedDataModule`.
-    Raises: ValueError for a number out of its range.
+    Raises: InputError for a number out of its range.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Needle(IndexedDataModule):
         self.val_batches = examples * len(self.val_subsets)
 
     def prepare(self) -> None:
-        """Raises: ValueError where there is no tokenised text, or less of it than the longest sequence wants."""
+        """Raises: InputError if there is no tokenised text, or less of it than the longest sequence wants."""
         tokenized = load_tokenized(self.directory)
         self.tokenizer, self._validation = tokenized.tokenizer, tokenized.validation
         self.fingerprint = tokenized.fingerprint

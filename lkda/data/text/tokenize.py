@@ -106,7 +106,7 @@ def tokenize_corpus(
 
     Args:
         expected: the fingerprint of the run to go on with; other documents are refused before they are tokenised.
-    Raises: ValueError for a corpus or a tokenizer that cannot be read, a corpus that is not the expected one, or a
+    Raises: InputError for a corpus or a tokenizer that cannot be read, a corpus that is not the expected one, or a
         cache that cannot be written.
     """
     given = load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
@@ -206,7 +206,7 @@ def _starts_file(token_file: Path) -> Path:
 
 
 def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
-    """Raises ValueError for a character that a given tokenizer drops without a word."""
+    """Raises InputError for a character that a given tokenizer drops without a word."""
     characters: set[str] = set()
     for text in documents:
         characters.update(text)
@@ -263,7 +263,7 @@ def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tu
 
 
 def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np.ndarray, list[int]]:
-    """The token ids of a text, and where documents begin in it. Raises ValueError for text outside the vocabulary."""
+    """The token ids of a text, and where documents begin in it. Raises InputError for text outside the vocabulary."""
     start, unknown = document_start(tokenizer), unknown_token(tokenizer)
     dtype = np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32
     first = [] if start is None else [start]
@@ -286,7 +286,7 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np
 def load_tokenized(directory: Path) -> TokenizedCorpus:
     """The token files of a published directory, memory-mapped.
 
-    Raises: ValueError where it is not there, or a file in it has lost its size.
+    Raises: InputError if it is not there, or a file in it has lost its size.
     """
     metadata = metadata_of(directory)
     if metadata is None:

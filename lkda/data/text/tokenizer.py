@@ -34,7 +34,7 @@ SMALLEST_VOCABULARY = 257
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises ValueError for a vocabulary that cannot hold every byte."""
+    """Raises InputError for a vocabulary that cannot hold every byte."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
             f"data.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
@@ -44,7 +44,7 @@ def check_vocab_size(vocab_size: int) -> None:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens, END_OF_TEXT being token 0.
 
-    Raises: ValueError for a vocabulary that cannot hold every byte.
+    Raises: InputError for a vocabulary that cannot hold every byte.
     """
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
@@ -63,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.json, without the truncation and padding that it may ask for.
 
-    Raises: ValueError where it is missing or broken.
+    Raises: InputError if it is missing or broken.
     """
     path = Path(path)
     if not path.is_file():
