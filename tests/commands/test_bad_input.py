@@ -125,10 +125,10 @@ TRAINING = [
     ("data=hub data.name={tmp}/set data.val_split=train", r"data.val_split=train is what trains"),
     ("data=sotu +data.val_fraction=0.1", r"data.val_fraction has no effect with data=sotu and data=prose"),
     ("data=prose data.directory={tmp} data.cache_dir={tmp}", r"data.cache_dir has no effect beside data.directory"),
-    ("data=prose +data.vocab_size=300", r"data.vocab_size has no effect with data=prose, which has a tokenizer of its"),
+    ("data=prose +data.vocab_size=300", r"data.vocab_size has no effect with data=prose, which has its own tokenizer"),
     ("data.pin_memory=true", r"data.pin_memory has no effect where there is no GPU"),
     # the logger
-    ("+logger.wandb.project=mine", r"logger.wandb is no logger .*: choose logger=wandb"),
+    ("+logger.wandb.project=mine", r"logger.wandb is not a logger.*: choose logger=wandb"),
     ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
     # the sample at the end
     ("sample.temperature=-1", r"sample.temperature must be 0 or more, got -1"),
@@ -141,7 +141,10 @@ TRAINING = [
         r"foreign/config.yaml is not a configuration of lkda: choose another hydra.run.dir",
     ),
     ("hydra.run.dir={run}", r"already holds a run. Continue it with resume=true"),
-    ("hydra.run.dir={run} resume=true model.d_model=16", r"holds a run with other settings \(model.d_model: 32 there"),
+    (
+        "hydra.run.dir={run} resume=true model.d_model=16",
+        r"holds a run with other settings \(model.d_model: 32 is recorded",
+    ),
 ]
 
 CHECKPOINT = [
@@ -190,7 +193,7 @@ EVALUATE = [
     ("ckpt={run} out=/proc/result.json", r"out=/proc/result.json cannot be written: /proc: "),
     ("ckpt=''", r"ckpt must be a path .*, got ''"),
     ("ckpt=5", r"there is no checkpoint at 5"),
-    ("ckpt={run} limit=5", r"limit has an effect only with tasks=\[...\]: name some, or leave it out"),
+    ("ckpt={run} limit=5", r"limit has an effect only with tasks=\[...\]: name some tasks, or leave it out"),
     ("ckpt={run} tasks_path={tmp}", r"tasks_path has an effect only with tasks="),
     (
         "ckpt={run} tasks=[a] max_batches=2",
