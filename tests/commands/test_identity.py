@@ -82,7 +82,7 @@ def test_another_tokenizer_does_not_resume(home: Path, tmp_path: Path) -> None:
     vocabulary["model"]["merges"] = vocabulary["model"]["merges"][:-1]
     given.write_text(json.dumps(vocabulary))
     before = files(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"cannot resume: the tokenizer \(.*tokenizer.json\) are not those"):
+    with pytest.raises(ValueError, match=r"cannot be resumed: the tokenizer \(.*tokenizer.json\) must be the same"):
         run(tmp_path / "other", home / "texts", f"data.tokenizer_path={given}", *LONGER, "resume=true")
     assert files(tmp_path / "other") == before
 
@@ -117,7 +117,7 @@ def test_without_a_fingerprint_the_place_must_be_the_same_and_the_tokenizer_too(
     with pytest.raises(ValueError, match=r"other settings \(data.paths: .*texts.* is recorded, .*moved.* is given\)"):
         run(home / "run", home / "moved", *LONGER, "resume=true")
     change(home / "texts")
-    with pytest.raises(ValueError, match="cannot resume: the tokenizer "):
+    with pytest.raises(ValueError, match="cannot be resumed: the tokenizer "):
         run(home / "run", home / "texts", *LONGER, "resume=true")
 
 
