@@ -71,7 +71,7 @@ TRAINING = [
     ("data.val_fraction=much", r"data.val_fraction must be a finite number, got 'much'"),
     ("data.val_fraction=0.1 data.val_from_year=2012", r"data.val_fraction has no effect beside data.val_from_year"),
     ("data.vocab_size=300 data.tokenizer_path={run}/tokenizer.json", r"data.vocab_size has no effect beside data.tok"),
-    ("data.text_column=body", r"data.text_column is of .jsonl, .json and .parquet files, and these are text"),
+    ("data.text_column=body", r"data.text_column is for .jsonl, .json and .parquet files, but these are text"),
     ("data.num_workers=99999", r"data.num_workers must be at most 256, got 99999: each is a process"),
     ("data.pin_memory=maybe", r"data.pin_memory must be true or false or null, got 'maybe'"),
     ("data._target_=lkda.data.text.datamodule.Nothing", r"datamodule.Nothing is not a class that can be imported"),
@@ -80,10 +80,10 @@ TRAINING = [
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
     ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
     ("data.paths=[]", r"data.paths is empty"),
-    ("data.paths=[{tmp}/folder]", r"folder holds no file of a kind that is read: .txt"),
+    ("data.paths=[{tmp}/folder]", r"folder holds no file of a known kind: .txt"),
     ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
     ("data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
-    ("data.paths=[{tmp}/short.txt]", r"the training text has \d+ tokens, fewer than one context of 32"),
+    ("data.paths=[{tmp}/short.txt]", r"the training text must have at least 33 tokens"),
     ("data.context=0", r"data.context must be a positive whole number, got 0"),
     (
         "data.vocab_size=350",
@@ -120,9 +120,9 @@ TRAINING = [
     ("hydra.sweep.dir={tmp}/sweep", r"hydra.sweep.dir has no effect in a single run, which uses hydra.run.dir"),
     (
         "data=hub data.name={tmp}/set data.revision=main",
-        r"data.revision is of data sets on the hub, and .* is a",
+        r"data.revision is for data sets on the hub, but .* is a",
     ),
-    ("data=hub data.name={tmp}/set data.val_split=train", r"data.val_split=train is what trains"),
+    ("data=hub data.name={tmp}/set data.val_split=train", r"data.val_split=train is also data.split"),
     ("data=sotu +data.val_fraction=0.1", r"data.val_fraction has no effect with data=sotu and data=prose"),
     ("data=prose data.directory={tmp} data.cache_dir={tmp}", r"data.cache_dir has no effect beside data.directory"),
     ("data=prose +data.vocab_size=300", r"data.vocab_size has no effect with data=prose, which has its own tokenizer"),
@@ -232,7 +232,7 @@ OTHERS = [
     ("prepare_data.py", "out={tmp}/new sources=[]", r"sources is empty; give some of sotu, "),
     ("prepare_data.py", "out={tmp}/new sources=sotu", r"sources must be a list, each entry text or null, got 'sotu'"),
     ("prepare_data.py", "out={tmp}/new vocab_size=x", r"vocab_size must be a whole number"),
-    ("prepare_data.py", "out={tmp}/folder", r"folder exists; give another out, or remove it"),
+    ("prepare_data.py", "out={tmp}/folder", r"folder exists already: give another out, or remove it"),
     ("benchmark.py", "out={tmp}/new device=cpu ops=5", r"ops must be a list, each entry text, got 5"),
     ("benchmark.py", "out={tmp}/new device=cpu ops=[]", r"ops is empty: give some, or leave it out"),
     (
@@ -408,7 +408,7 @@ def test_no_home_directory(
     monkeypatch.delenv("LKDA_CACHE")
     monkeypatch.setattr(Path, "home", unknown)
     printed = message("train.py", [*small_run(corpus), f"hydra.run.dir={tmp_path}/run"], monkeypatch, capsys)
-    assert "there is no home directory to keep a cache in: set LKDA_CACHE to a directory" in printed
+    assert "there is no home directory for the cache: set LKDA_CACHE to a directory" in printed
     with pytest.raises(ValueError, match="no home directory to keep compiled kernels in: set LKDA_CACHE"):
         cubin_cache.directory()
     assert not (tmp_path / "run").exists()

@@ -231,7 +231,10 @@ def test_validation_is_the_same_for_every_seed_and_unlike_training():
         (lambda: AnsweredMQAR(context=30), "a multiple of 4 tokens, got 30"),
         (lambda: AnsweredMQAR(context=64, vocab_size=16), "16 different keys, which do not fit"),
         (lambda: ConsecutiveMQAR(context=3), "a length of 4 tokens or more .*, got 3"),
-        (lambda: ConsecutiveMQAR(context=64, vocab_size=32), "21 different keys, which do not fit into .1, 16.: set .* 44"),
+        (
+            lambda: ConsecutiveMQAR(context=64, vocab_size=32),
+            "21 different keys, which do not fit into .1, 16.: set .* 44",
+        ),
         (lambda: Stack(context=5), "a length of 6 tokens or more .*, got 5"),
         (lambda: mqar(train=[5]), "a subset of data.train must be like .length: 64, examples: 1000., got 5"),
         (lambda: Stack(stacks=0), "data.stacks must be a whole number of 1 or more, got 0"),

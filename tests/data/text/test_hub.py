@@ -116,7 +116,7 @@ def test_the_documents_of_a_stream_are_counted(tmp_path, folder, monkeypatch):
     assert [line for line in told if line.startswith("reading")] == [
         f"reading train: {n} documents" for n in (10, 20, 30, 40)
     ]
-    assert any(line.startswith("tokenising train: 36 documents, ") and line.endswith(" tokens") for line in told)
+    assert any(line.startswith("tokenizing train: 36 documents, ") and line.endswith(" tokens") for line in told)
 
 
 def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path, folder, monkeypatch):
@@ -167,12 +167,12 @@ def test_bad_data_gets_one_clear_message(tmp_path, folder, changes, message):
 
 
 def test_a_column_that_a_stream_lacks_is_named(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"no column 'body'; there are id, text"):
+    with pytest.raises(ValueError, match=r"no column 'body'; the columns are id, text"):
         module(tmp_path, folder, text_column="body", streaming=True).prepare()
 
 
 def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path):
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="must be a directory, but there is none"):
         module(tmp_path, tmp_path / "nothing")
 
 

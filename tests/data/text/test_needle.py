@@ -79,7 +79,7 @@ def test_the_test_split_is_made_of_the_test_text(prose):
         ({"depths": [120]}, "depths"),
         ({"depths": []}, "entry each"),
         ({"examples": 0}, "examples"),
-        ({"lengths": [8192]}, "want twice as many"),
+        ({"lengths": [8192]}, "need twice as many"),
     ],
 )
 def test_bad_numbers_get_one_clear_message(prose, changes, message):
