@@ -81,6 +81,6 @@ def _in_words(declared: Any) -> str:
         return f"a list, each entry {_in_words(parts[0])}"
     if origin is Mapping:
         return f"names with values, each {_in_words(parts[1])}"
-    words: dict[Any, str] = {Path: "a path (one of digits alone needs quotes)"}
+    words: dict[Any, str] = {Path: "a path (quote it if it is a number)"}
     words |= {bool: "true or false", int: f"a whole number (at most {MOST})", float: "a finite number", str: "text"}
     return words.get(declared, "null")

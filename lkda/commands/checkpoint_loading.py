@@ -59,7 +59,7 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
         weights of another model.
     """
     if not isinstance(path, str | Path) or not str(path):
-        raise InputError(f"ckpt must be a path (one of digits alone needs quotes), got {path!r}.")
+        raise InputError(f"ckpt must be a path (quote it if it is a number), got {path!r}.")
     path = Path(path)
     if path.is_dir() and (path / "config.json").exists():
         model, tokenizer = load(path, backend=backend)

@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 import lkda
 from lkda.checks import InputError
-from lkda.commands.invocation import by_this_door
+from lkda.commands.invocation import with_started_command
 
 BAD_INPUT = 2
 FAILED = 1
@@ -56,7 +56,7 @@ def readable_errors() -> Iterator[None]:
         message = _message(error)
         if TRACEBACKS or message is None:
             raise
-        print(f"error: {by_this_door(message)}", file=sys.stderr)
+        print(f"error: {with_started_command(message)}", file=sys.stderr)
         _leave_no_empty_directory()
         if _in_a_sweep():
             raise  # an exception fails only this job; the other jobs of the sweep continue

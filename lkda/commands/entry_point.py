@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 import lkda
 from lkda.checks import InputError
 from lkda.commands.command_line import BAD_INPUT, output_that_may_end, readable_errors
-from lkda.commands.invocation import by_this_door
+from lkda.commands.invocation import with_started_command
 from lkda.commands.overrides import as_typed
 from lkda.commands.shipped import CONFIGS
 
@@ -27,7 +27,7 @@ COMMANDS = {
     "export": "write a trained model into a directory that other programs load",
     "compare": "compare runs: a table, plots and a page",
     "benchmark": "measure the operators",
-    "prepare-data": "prepare the mix of public texts",
+    "prepare-data": "download and tokenize the mix of public texts (data=prose)",
 }
 # Settings whose value is taken literally and is not parsed by Hydra's grammar.
 _VERBATIM = {"generate": ("prompt",)}
@@ -82,14 +82,14 @@ def _run(name: str, arguments: Sequence[str]) -> None:
         # The output is flushed here, not when the interpreter exits, because a closed pipe shows only at a flush.
         # `finally` is needed because Hydra itself exits after some of its flags.
         try:
-            with _help_by_this_door(arguments):
+            with _help_as_started(arguments):
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=module)(task)()
         finally:
             sys.stdout.flush()
 
 
 @contextmanager
-def _help_by_this_door(arguments: Sequence[str]) -> Iterator[None]:
+def _help_as_started(arguments: Sequence[str]) -> Iterator[None]:
     """If help is requested, print it with commands that start as this process was started (`lkda` or a script)."""
     if not {"-h", "--help"} & set(arguments):
         yield
@@ -99,7 +99,7 @@ def _help_by_this_door(arguments: Sequence[str]) -> Iterator[None]:
         with redirect_stdout(text):
             yield
     finally:
-        print(by_this_door(text.getvalue()), end="")
+        print(with_started_command(text.getvalue()), end="")
 
 
 def _check_words(arguments: Sequence[str]) -> None:
@@ -108,7 +108,7 @@ def _check_words(arguments: Sequence[str]) -> None:
         value_of_a_flag = before.startswith("-") and "=" not in before
         if "=" not in word and not word.startswith(("-", "~")) and not value_of_a_flag:
             raise InputError(
-                f"{word!r} is not key=value. A prompt of several words stands in quotes, as in "
+                f"{word!r} is not key=value. A prompt of several words must be in quotes, as in "
                 "prompt='Fellow citizens'; or give prompt_file=PATH, or pipe the text in."
             )
 

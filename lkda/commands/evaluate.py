@@ -93,10 +93,10 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         raise InputError(f"{data.source} has no test split{why}. Leave split=test out for the validation.")
     changed = differences(trained.fingerprint, data.fingerprint)
     if changed:
-        told = f"{in_words(changed)} of {data.source} are not those of the run that trained {trained.path}"
+        message = f"{in_words(changed)} of {data.source} are not those of the run that trained {trained.path}"
         seen = config.split == "test" and NAMES["train"] in changed
         also = ", which may have seen some of the test split in training" if seen else ""
-        console.print(f"note: {told}{also}.", highlight=False, markup=False)
+        console.print(f"note: {message}{also}.", highlight=False, markup=False)
     model = trained.model.to(device)
     title, state_dtype = f"{trained.path} on {data.source}, {config.split}", None
     if config.stepwise:
@@ -158,8 +158,8 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     for_tasks = {"tasks_path": config.tasks_path, "limit": config.limit}
     unused = [name for name, value in (for_data if config.tasks else for_tasks).items() if value is not None]
     if unused and config.tasks:
-        told = f"{unused[0]} has no effect with tasks=[...], which are measured in place of data"
-        raise InputError(f"{told}: leave out one of the two.")
+        message = f"{unused[0]} has no effect with tasks=[...], which are measured in place of data"
+        raise InputError(f"{message}: leave out one of the two.")
     if unused:
         raise InputError(f"{unused[0]} has an effect only with tasks=[...]: name some tasks, or leave it out.")
     if config.stepwise and config.backend != "auto":

@@ -85,9 +85,9 @@ def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRe
     """
     plan = prepared.plan
     shown = [instantiate(node) for node in plan.callbacks]
-    strangers = [type(callback).__name__ for callback in shown if not isinstance(callback, L.Callback)]
-    if strangers:
-        raise InputError(f"a _target_ in callbacks makes a {strangers[0]}, which is not a Lightning callback.")
+    wrong = [type(callback).__name__ for callback in shown if not isinstance(callback, L.Callback)]
+    if wrong:
+        raise InputError(f"a _target_ in callbacks makes a {wrong[0]}, which is not a Lightning callback.")
     options = trainer_options(plan, prepared.total_steps) | {
         "default_root_dir": str(run.path),
         "profiler": _profiler(plan.trainer.profiler, run),
@@ -101,7 +101,9 @@ def build_trainer(prepared: PreparedRun, run: RunDirectory, stop_request: StopRe
         raise InputError(f"Lightning refuses these settings: {_on_one_line(error.__cause__ or error)}") from error
     assert isinstance(trainer, L.Trainer)
     if trainer.precision != plan.trainer.precision:  # Lightning may choose another one with only a warning
-        raise InputError(f"trainer.precision={plan.trainer.precision} would run as {trainer.precision}: give that.")
+        raise InputError(
+            f"trainer.precision={plan.trainer.precision} would run as {trainer.precision}: set it to that."
+        )
     return trainer
 
 

@@ -76,7 +76,7 @@ def _prompt(config: DictConfig) -> str:
             source = f"prompt_file {config.prompt_file}"
             text = Path(str(config.prompt_file)).read_bytes().decode("utf-8")
         elif sys.stdin is None:
-            raise InputError("there is no standard input to read the prompt from: give prompt=... or prompt_file=....")
+            raise InputError("there is no standard input to read the prompt from: give prompt=... or prompt_file=...")
         else:
             if sys.stdin.isatty():
                 print("type the prompt, then Ctrl-D:", file=sys.stderr)

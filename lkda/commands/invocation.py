@@ -26,7 +26,7 @@ def command(name: str, *overrides: str) -> str:
         name: train, evaluate, generate, export, compare, benchmark or prepare-data.
         overrides: as made by `lkda.commands.overrides.override`. They are quoted for the shell here.
     """
-    return shlex.join([*_door(name), *overrides])
+    return shlex.join([*_launcher(name), *overrides])
 
 
 def given_overrides(*, without: tuple[str, ...]) -> list[str]:
@@ -43,15 +43,15 @@ def given_overrides(*, without: tuple[str, ...]) -> list[str]:
     return [*given, *(["hydra.mode=RUN"] if hydra.mode == RunMode.MULTIRUN else [])]
 
 
-def by_this_door(text: str) -> str:
+def with_started_command(text: str) -> str:
     """`text` with every script replaced by the matching command, `python scripts/train.py` by `lkda train`, if this
     process was started by that command."""
-    if _door("train")[-1] != "train":
+    if _launcher("train")[-1] != "train":
         return text
     return re.sub(r"(?:python )?scripts/(\w+)\.py", lambda script: command(script[1].replace("_", "-")), text)
 
 
-def _door(name: str) -> list[str]:
+def _launcher(name: str) -> list[str]:
     started = Path(sys.argv[0])
     if started.stem == "lkda":
         on_path = shutil.which("lkda")

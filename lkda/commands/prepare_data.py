@@ -1,4 +1,4 @@
-"""Download and tokenize the prose corpus of data=prose."""
+"""Download and tokenize the mix of public texts (data=prose)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lkda.data.text.cache import default_cache_dir, expanded
 
 
 def prepare_data(config: DictConfig) -> None:
-    """Prepare the corpus of `data=prose`.
+    """Prepare the mix of public texts, the corpus of `data=prose`.
 
     Args:
         config: composed from configs/prepare_data.yaml.

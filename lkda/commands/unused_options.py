@@ -166,8 +166,8 @@ def _given() -> list[str]:
         return []
     overrides = HydraConfig.get().overrides
     parsed = OverridesParser.create().parse_overrides([*overrides.task, *overrides.hydra])
-    kept = (override for override in parsed if not override.is_delete() and not override.is_sweep_override())
-    return [key for override in kept for key in _leaves(override.key_or_group, override.value())]
+    assigned = (override for override in parsed if not override.is_delete() and not override.is_sweep_override())
+    return [key for override in assigned for key in _leaves(override.key_or_group, override.value())]
 
 
 def _leaves(key: str, value: object) -> Iterator[str]:

@@ -47,9 +47,9 @@ class SubsetMetrics(nn.Module):
     def __init__(self, subsets: Sequence[Mapping[str, int]], *, vocab_size: int) -> None:
         super().__init__()
         self.subsets = list(subsets)
-        kept: dict[str, Any] = {"num_classes": vocab_size, "ignore_index": IGNORE_INDEX, "validate_args": False}
-        self.accuracy = nn.ModuleList(MulticlassAccuracy(average="micro", **kept) for _ in subsets)
-        self.sequence_accuracy = nn.ModuleList(MulticlassExactMatch(**kept) for _ in subsets)
+        options: dict[str, Any] = {"num_classes": vocab_size, "ignore_index": IGNORE_INDEX, "validate_args": False}
+        self.accuracy = nn.ModuleList(MulticlassAccuracy(average="micro", **options) for _ in subsets)
+        self.sequence_accuracy = nn.ModuleList(MulticlassExactMatch(**options) for _ in subsets)
         self.loss = nn.ModuleList(MeanMetric() for _ in subsets)
 
     def measure(self, model: LanguageModel, batch: Mapping[str, Any]) -> None:

@@ -50,12 +50,12 @@ class MetricsCSV(Logger):
         self.path = Path(path)
         self.columns = (*COLUMNS, *also)
         # Columns are matched by name, because a run that an older version began has other columns.
-        kept = [
+        earlier_rows = [
             ",".join(row.get(name) or "" for name in self.columns)
             for row in read_metrics(self.path)
             if int(row["step"]) <= resume_step
         ]
-        write_atomically(self.path, "\n".join([",".join(self.columns), *kept]) + "\n")
+        write_atomically(self.path, "\n".join([",".join(self.columns), *earlier_rows]) + "\n")
 
     @property
     def name(self) -> str:

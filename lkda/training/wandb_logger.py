@@ -58,7 +58,7 @@ def why_offline() -> str | None:
 def wandb_logger(
     *, save_dir: str, config: dict[str, Any], project: str, name: str, group: str, tags: Sequence[str]
 ) -> WandbLogger:
-    """A logger that sends the rows of metrics.csv and the resolved configuration to W&B.
+    """A logger that sends the rows of metrics.csv, and once the resolved configuration, to W&B.
 
     A resumed run continues with the same id, which is stored in the run directory, and on the same axis.
 

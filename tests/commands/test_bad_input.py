@@ -168,7 +168,7 @@ GENERATE = [
     ("ckpt={run} prompt=a seed=99999999999999999999", r"seed must be at most 4294967295"),
     ("ckpt={run} prompt=a temperature=warm", r"temperature must be >= 0 and top_p in \(0, 1\], got 'warm'"),
     ("ckpt={run} prompt=a ignore_eos=perhaps", r"ignore_eos must be true or false, got 'perhaps'"),
-    ("ckpt={run} prompt=two words", r"'words' is not key=value. A prompt of several words stands in quotes"),
+    ("ckpt={run} prompt=two words", r"'words' is not key=value. A prompt of several words must be in quotes"),
     ("ckpt={run} prompt=\udcff", r"prompt is not UTF-8"),
     ("ckpt={run} prompt=a temperature=0 top_p=0.5", r"top_p has no effect beside temperature=0, .*; leave it out"),
     ("ckpt={run} prompt=a max_new_tokens=0 ignore_eos=true", r"ignore_eos has no effect beside max_new_tokens=0"),

@@ -40,10 +40,10 @@ class Decontamination:
 
 
 def decontaminate(
-    train: Path, held_out: Mapping[str, Path], kept: Path, *, tokenizer: Tokenizer, progress: Progress
+    train: Path, held_out: Mapping[str, Path], filtered: Path, *, tokenizer: Tokenizer, progress: Progress
 ) -> Decontamination:
-    """Write `kept`: the token file `train` without the paragraphs that share WINDOW consecutive tokens with a held-out
-    text.
+    """Write `filtered`: the token file `train` without the paragraphs that share WINDOW consecutive tokens with a
+    held-out text.
 
     A paragraph ends at a blank line, or at the end of a line in a document without blank lines. Only the hashes of the
     held-out windows and one training document are in memory at a time. When a paragraph is dropped, its neighbors
@@ -52,7 +52,7 @@ def decontaminate(
     Args:
         train: the token file of the training text.
         held_out: token files by name, {"validation": ..., "test": ...}.
-        kept: the token file to write.
+        filtered: the token file to write.
         tokenizer: the byte-level tokenizer of all these files.
     """
     start, letters = document_start(tokenizer), _Letters(tokenizer)
@@ -62,10 +62,10 @@ def decontaminate(
     task = progress.add_task(f"dropping what is also {' or '.join(held_out)}", total=len(token_ids))
     before = {name: _Found(own) for name, own in windows.items()}
     dropped_bytes = train_bytes = 0
-    with writing_token_file(kept, token_ids.dtype) as write:
+    with writing_token_file(filtered, token_ids.dtype) as write:
         for document in documents_of(token_ids, start):
             shared = np.unique(np.concatenate([found.among(document) for found in before.values()]))
-            left = document[_kept(letters.breaks(document), shared, len(document))]
+            left = document[_kept_tokens(letters.breaks(document), shared, len(document))]
             size, left_size = letters.size(document), letters.size(left)
             if left_size:
                 write(left)
@@ -73,7 +73,7 @@ def decontaminate(
             train_bytes += left_size
             progress.advance(task, len(document))
     after = {name: _Found(own) for name, own in windows.items()}
-    for document in documents_of(np.load(kept, mmap_mode="r"), start):
+    for document in documents_of(np.load(filtered, mmap_mode="r"), start):
         for found in after.values():
             found.among(document)
     progress.remove_task(task)
@@ -158,7 +158,7 @@ class _Letters:
 _NEWLINE = "Ċ"  # of the byte-level alphabet
 
 
-def _kept(breaks: np.ndarray, shared: np.ndarray, length: int) -> np.ndarray:
+def _kept_tokens(breaks: np.ndarray, shared: np.ndarray, length: int) -> np.ndarray:
     """bool [length]: the tokens of a document that are kept.
 
     A paragraph is dropped if shared windows cover at least WINDOW // 2 of its tokens, or all of them. This removes a

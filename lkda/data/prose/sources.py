@@ -168,10 +168,10 @@ def is_without_test(directory: Path) -> bool:
 
 def _decontaminate(built: Path, unfiltered: Path, progress: Progress) -> dict[str, Any]:
     """Decontaminate built/train.npy. Returns the entries for the manifest."""
-    kept, tokenizer = built / "train.npy", load_tokenizer(built / "tokenizer.json")
-    kept.rename(unfiltered)
+    filtered, tokenizer = built / "train.npy", load_tokenizer(built / "tokenizer.json")
+    filtered.rename(unfiltered)
     held_out = {name: built / f"{name}.npy" for name in ("validation", "test")}
-    found = decontaminate(unfiltered, held_out, kept, tokenizer=tokenizer, progress=progress)
+    found = decontaminate(unfiltered, held_out, filtered, tokenizer=tokenizer, progress=progress)
     return {"window_tokens": WINDOW, **asdict(found)}
 
 

@@ -19,7 +19,7 @@ from lkda.special_tokens import IGNORE_INDEX
 
 Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORE_INDEX where nothing is predicted
 _TRAINING, _VALIDATION = 0, 1
-_SHOWN = 16  # examples of a subset that its fingerprint holds
+_FINGERPRINT_EXAMPLES = 16  # of each subset
 
 
 class SyntheticDataModule(IndexedDataModule):
@@ -112,7 +112,7 @@ class SyntheticDataModule(IndexedDataModule):
 
         The seed is left out: it only selects which examples of the same data a run uses.
         """
-        sampled = [self.sample(_SHOWN, np.random.default_rng(0), **_shape(subset)) for subset in subsets]
+        sampled = [self.sample(_FINGERPRINT_EXAMPLES, np.random.default_rng(0), **_shape(subset)) for subset in subsets]
         arrays = of_arrays(*(array for example in sampled for array in example))
         return of_texts([json.dumps([self.fingerprint_name or self.source, self.vocab_size, *description]), arrays])
 

@@ -133,9 +133,7 @@ def file_sources(
             "data.val_from_year and data.val_paths both choose the validation split: give only one of them."
         )
     if not val_paths and val_from_year is None and not 0 < val_fraction < 1:
-        raise InputError(
-            f"data.val_fraction must be between 0 and 1 where data.val_paths is empty, got {val_fraction}."
-        )
+        raise InputError(f"data.val_fraction must be between 0 and 1 if data.val_paths is empty, got {val_fraction}.")
     if test_from_year is not None and test_paths:
         raise InputError("data.test_from_year and data.test_paths both choose the test split: give only one of them.")
     train, validation, test = _expand(paths), _expand(val_paths), _expand(test_paths)

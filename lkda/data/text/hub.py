@@ -128,8 +128,8 @@ def _every_so_many(documents: Documents, fraction: float) -> tuple[Documents, Do
     beginning in the middle of the first such group."""
     every = max(2, round(1 / fraction))
     held_out = range(every // 2, len(documents), every)
-    kept = set(range(len(documents))) - set(held_out)
-    return documents.some(sorted(kept)), documents.some(held_out)
+    remaining = set(range(len(documents))) - set(held_out)
+    return documents.some(sorted(remaining)), documents.some(held_out)
 
 
 def _counted(rows: Iterable[Any], doing: str, task: TaskID, progress: Progress) -> Iterator[Any]:
@@ -301,9 +301,11 @@ def commit_of(name: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha)
     except HfHubHTTPError as error:
         at = f" at revision {revision}" if revision else ""
-        raise InputError(f"the hub has no data set {name!r}{at} for you: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"the hub has no data set {name!r}{at} that you can read: {str(error).splitlines()[0]}"
+        ) from error
     except Exception as error:  # a connection error, whose class depends on the hub's client
         raise InputError(
-            f"data.name={name} is no directory here, and the Hugging Face hub cannot be reached ({error}). Use "
-            "data=files for files of your own, or set HF_HUB_OFFLINE=1 where the data set was fetched before."
+            f"data.name={name} is not a local directory, and the Hugging Face hub cannot be reached ({error}). Use "
+            "data=files for your own files, or set HF_HUB_OFFLINE=1 if the data set was downloaded before."
         ) from error

@@ -33,9 +33,9 @@ class Recorder(L.Callback):
         self.seconds = 0.0
         self.latest: dict[str, float] = {}
         self._running_since: float | None = None
-        self._since: tuple[int, float] | None = None  # tokens and seconds where the next speed begins
+        self._since: tuple[int, float] | None = None  # tokens and seconds at which the next speed measurement begins
         self._steps_here = 0
-        self._clipped = (0, 0)  # clipped steps, and steps, of this process at the last row
+        self._clipped = (0, 0)  # clipped steps and all steps of this process, at the last row
 
     def tokens(self, trainer: L.Trainer) -> int:
         """The number of tokens trained on so far, including those before a resume."""
@@ -75,7 +75,7 @@ class Recorder(L.Callback):
         self._steps_here += 1
         last = step >= trainer.max_steps
         if last:
-            trainer.should_stop = True  # makes Lightning validate at the end, whatever the interval
+            trainer.should_stop = True  # makes Lightning validate at the end, for any interval
         if self._steps_here == WARMUP_STEPS:
             self._read_clock()
             self._since = (self.tokens(trainer), self.seconds)

@@ -80,9 +80,9 @@ def test_a_split_of_the_data_set_tests(tmp_path, folder):
     data = module(tmp_path, folder, val_fraction=0.25, test_split="test", context=16)
     data.prepare()
     assert texts(data, data.test.batches.rows.token_ids) == [document(n) for n in range(100, 104)]
-    with pytest.raises(ValueError, match=r"data\.test_split=test is data\.val_split too"):
+    with pytest.raises(ValueError, match=r"data\.test_split=test is also data\.val_split"):
         module(tmp_path, folder, val_split="test", test_split="test")
-    with pytest.raises(ValueError, match=r"data\.test_fraction must be 0 \(no test split\) or more, and at most 0\.5"):
+    with pytest.raises(ValueError, match=r"data\.test_fraction must be in \[0, 0\.5\] \(0: no test split\), got 0\.7"):
         module(tmp_path, folder, test_fraction=0.7)
 
 
@@ -104,13 +104,13 @@ def test_only_the_files_that_are_named_are_read(tmp_path, folder, streaming):
 
 @pytest.mark.parametrize("given", [[], 3, [""], {"train": []}, "/etc/passwd", ["../a.jsonl"], "https://a.b/c.jsonl"])
 def test_files_that_are_not_of_the_data_set_are_refused(tmp_path, folder, given):
-    with pytest.raises(ValueError, match=r"data\.data_files(=| takes)"):
+    with pytest.raises(ValueError, match=r"data\.data_files(=| must be)"):
         module(tmp_path, folder, data_files=given)
 
 
 def test_the_documents_of_a_stream_are_counted(tmp_path, folder, monkeypatch):
     told = []
-    monkeypatch.setattr("lkda.data.text.hub._TOLD", 10)
+    monkeypatch.setattr("lkda.data.text.hub._DOCUMENTS_PER_UPDATE", 10)
     monkeypatch.setattr(Progress, "update", lambda *_, description, **__: told.append(description))
     module(tmp_path, folder, val_split="test", streaming=True).prepare()
     assert [line for line in told if line.startswith("reading")] == [
