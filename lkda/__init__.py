@@ -3,7 +3,7 @@
     model, tokenizer = lkda.load("exported_directory")
     lkda.export(model, tokenizer, "another_directory", format="hf")
 
-`import lkda` and `lkda.ops` need torch alone; the rest is imported by the function that uses it.
+`import lkda` and `lkda.ops` need only torch. Every other dependency is imported by the function that uses it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ __version__ = "0.1.0"
 
 
 def load(directory: str | Path, *, backend: str = "auto") -> tuple[LanguageModel, Tokenizer]:
-    """Load an exported directory, or one of transformers (Kimi Linear, Llama): (model, tokenizer).
+    """Load an exported directory, or a transformers directory (Kimi Linear, Llama). Returns (model, tokenizer).
 
-    The model is in float32, on the CPU and in eval mode. Nothing in the directory is executed. Raises ValueError where
-    it is incomplete, broken or of another kind.
+    The model is in float32, on the CPU and in eval mode. No code in the directory is executed.
+
+    Raises: InputError (a ValueError) if the directory is incomplete or broken, or holds a model of an unsupported kind.
     """
     from lkda.formats import load
 
@@ -43,11 +44,12 @@ def export(
     """Write `model`, `tokenizer` and a model card into the new or empty directory `out`.
 
     Args:
-        format: lkda, hf (transformers and its kin), gguf (llama.cpp) or fla (flash-linear-attention).
-        dtype: of the weights: float32 or bfloat16, in gguf f32, f16 or q8_0; the first where None.
-        run: what the model card tells of the training, {"training": {name: value}, "results": {...}, "config": dict}.
-    Raises: ValueError for an unknown format or dtype, an occupied directory, or a model that the format cannot express,
-        naming those that can.
+        format: lkda, hf (transformers, and programs that read its format), gguf (llama.cpp) or fla
+            (flash-linear-attention).
+        dtype: data type of the weights: float32 or bfloat16; for gguf f32, f16 or q8_0. None means the first of these.
+        run: what the model card says about the training, {"training": {name: value}, "results": {...}, "config": dict}.
+    Raises: InputError (a ValueError) for an unknown format or dtype, a directory that is not empty, or a model that the
+        format cannot express. The message names the formats that can.
     """
     from lkda.formats import save
 

@@ -1,4 +1,4 @@
-"""Errors of whoever calls: what was expected, what came, and what to do, before any time is spent."""
+"""Checks of the caller's values. A message says what was expected, what came and what to do, before time is spent."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
-# A number above it is a slip of the keyboard, and stops no library below at once.
+# A larger whole number is taken for a typing mistake. The libraries below would not reject it at once.
 MOST = 2**31 - 1
 
 
 class InputError(ValueError):
-    """A value that the caller gave does not do; the message is written for them."""
+    """The caller gave a value that cannot be used. The message is written for the caller."""
 
 
 def check_count(name: str, value: object, *, least: int, most: int | None = None) -> None:
-    """Raises InputError for what is no whole number of `least` or more, or is above `most`."""
+    """Raises InputError unless `value` is a whole number from `least` to `most` (no upper limit if None)."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}.")
     if most is not None and value > most:
@@ -30,8 +30,8 @@ def check_types(function: Callable[..., Any], given: Mapping[str, object], *, pr
     """Raises InputError for an argument in `given` whose value is not of the type that `function` declares.
 
     Args:
-        function: or class.
-        prefix: of the names in the message, "data." for data.context.
+        function: a function, or a class, whose constructor is checked.
+        prefix: put before the names in the message, such as "data." for data.context.
     """
     target = function.__init__ if inspect.isclass(function) else function
     check_values(given, typing.get_type_hints(target), prefix=prefix)
@@ -40,8 +40,9 @@ def check_types(function: Callable[..., Any], given: Mapping[str, object], *, pr
 def check_values(given: Mapping[str, object], declared: Mapping[str, Any], *, prefix: str = "") -> None:
     """Raises InputError for a value in `given` that is not of its type in `declared`.
 
-    Numbers are finite, and whole ones at most MOST; a Path is a string that is not empty. What is declared in other
-    words than these, bool, str, None, unions, sequences and mappings of them is not looked at.
+    A number must be finite, and a whole number at most MOST. A value declared as a Path must be a string that is not
+    empty. Other types that are understood are bool, str, None, and unions, sequences and mappings of all these. A value
+    of any other declared type is not checked.
     """
     for name, value in given.items():
         if name in declared and not _fits(value, declared[name]):
@@ -80,6 +81,6 @@ def _in_words(declared: Any) -> str:
         return f"a list, each entry {_in_words(parts[0])}"
     if origin is Mapping:
         return f"names with values, each {_in_words(parts[1])}"
-    words: dict[Any, str] = {Path: "a path (one of digits alone needs quotes)"}
+    words: dict[Any, str] = {Path: "a path (quote it if it is a number)"}
     words |= {bool: "true or false", int: f"a whole number (at most {MOST})", float: "a finite number", str: "text"}
     return words.get(declared, "null")

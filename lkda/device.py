@@ -1,4 +1,4 @@
-"""Which device a word of the command line stands for."""
+"""The device that an option such as `trainer.accelerator=auto` selects."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ CPU, AUTO = "cpu", "auto"
 def resolve_device(
     word: object, *, option: str = "accelerator", gpu: str = "gpu", instead: str | None = None
 ) -> torch.device:
-    """The device that `auto`, `cpu` or `gpu` stands for: `auto` is a GPU that torch sees, else the CPU.
+    """The device that `auto`, `cpu` or `gpu` selects. `auto` is a GPU if torch finds one, else the CPU.
 
     Args:
-        word: as the user gave it.
-        option: its name, for the message.
-        gpu: the option's own word for a GPU.
-        instead: for the message, what to give where there is no GPU; where None, the other words.
-    Raises: ValueError for another word, or where a GPU is wanted and torch sees none.
+        word: the value that the user gave.
+        option: the option's name, for the message.
+        gpu: the value that means a GPU for this option.
+        instead: for the message, what to give if there is no GPU. None means the option's other values.
+    Raises: InputError for another value, or if a GPU was requested and torch finds none.
     """
     if word not in (AUTO, CPU, gpu):
         raise InputError(f"{option} must be {AUTO}, {CPU} or {gpu}, got {word!r}.")

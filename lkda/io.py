@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from lkda.checks import InputError
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a file to write into, which takes the place of `path` when the context ends.
 
-    A reader, or a kill or a full disk at any moment, sees the old content or the new, never a part of it.
+    A reader sees the old content or the new content, never a part of it. This also holds if the process is killed or
+    the disk is full.
 
-    Raises: OSError, naming `path`, where it cannot be written; nothing is left behind then.
+    Raises: OSError, naming `path`, if the file cannot be written. No temporary file is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,23 +34,23 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file at once, as `replacing` does; text in UTF-8."""
+    """Write a file atomically, as `replacing` does. Text is encoded as UTF-8."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_together(files: Mapping[Path, str | bytes]) -> None:
-    """Write several files, as `write_atomically` does; where one cannot be written, all stay as they were."""
+    """Write several files, as `write_atomically` does. If one of them cannot be written, all stay as they were."""
     with ExitStack() as stack:
         for path, content in files.items():
             file = stack.enter_context(replacing(path))
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())  # before the first takes its place
+            os.fsync(file.fileno())  # before the first file is renamed
 
 
 def replace_file(temporary: Path, path: Path) -> None:
-    """Rename `temporary` over `path`, and make the rename itself survive a power cut."""
+    """Rename `temporary` over `path`, and sync the folder, so that the rename survives a power failure."""
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -59,15 +60,15 @@ def replace_file(temporary: Path, path: Path) -> None:
 
 
 def named(error: OSError, path: Path) -> OSError:
-    """The same error with the file that the user knows; a write that fails names none."""
+    """The same error with the path that the user knows. The error of a failed write names no file."""
     return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def check_output_file(path: Path, *, option: str) -> None:
-    """Raises ValueError where a file cannot be written to `path`, whose folder need not be there yet.
+    """Raises InputError if a file cannot be written to `path`. Its folder need not exist yet.
 
     Args:
-        option: of the command line, that gave the path.
+        option: the command-line option that gave the path.
     """
     if path.is_dir():
         raise InputError(f"{option}={path} is a directory: give the name of a file in it.")

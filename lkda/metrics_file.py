@@ -1,4 +1,4 @@
-"""Reading metrics.csv, the record of a run's course."""
+"""Reads metrics.csv, the rows that a run records while it trains."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lkda.checks import InputError
 
 
 def metrics_rows(text: str) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, in order, as text by column, "" where a row has no value.
+    """The rows of a metrics.csv, in order: text by column, "" if a row has no value.
 
-    A kill may have cut the last line short: only what ends in a newline is a row.
+    A killed process may have left an incomplete last line. Only a line that ends in a newline is a row.
     """
     return list(csv.DictReader(text.split("\n")[:-1]))
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of the file at `path`, none where there is no file. Raises ValueError for a damaged one."""
+    """The rows of the file at `path`, or an empty list if there is no file. Raises: ValueError if it is damaged."""
     if not path.exists():
         return []
     try:

@@ -1,4 +1,4 @@
-"""What run directories and exported directories of earlier versions say, as it is said today."""
+"""Translates the configurations in run directories and exported directories of earlier versions to today's names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-# `_target_` of the data. Checkpoints hold no module's name.
+# `_target_` of the group data. Checkpoints contain no module names.
 DATA_MODULES = {
     "lkda.data.text.TextDataModule": "lkda.data.text.datamodule.TextDataModule",
     "lkda.data.hub.HubDataModule": "lkda.data.text.hub.HubDataModule",
@@ -19,9 +19,9 @@ DATA_MODULES = {
 }
 
 
-# Options of the scheduler.
+# Renamed options of the scheduler.
 _SCHEDULER = {"final": "min_lr_ratio", "decay": "decay_fraction"}
-# Options that came later, by group, with what every run before them had.
+# Options that were added later, by group, with the value that all earlier runs had in effect.
 _LATER: dict[str, dict[str, Any]] = {
     "model": {"embed_norm": False, "embed_scale": 1.0, "init": {}},
     "optimizer": {"lr_scale": {"matrix": 1.0, "embedding": 1.0, "head": 1.0, "vector": 1.0}},
@@ -33,7 +33,7 @@ _LATER_OF_MIXERS: dict[str, dict[str, Any]] = {
     "mla": {"qk_norm": False, "conv_width": 0, "conv_std": None},
     "conv": {"conv_std": None},
 }
-# Of data by source, where text had no test split.
+# The same for data, by source: earlier versions had no test split of text.
 _LATER_OF_DATA: dict[str, dict[str, Any]] = {
     "files": {"test_paths": [], "test_from_year": None, "test_fraction": 0.0},
     "sotu": {"test_from_year": None},
@@ -42,9 +42,11 @@ _LATER_OF_DATA: dict[str, dict[str, Any]] = {
 
 
 def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """The options that a recorded configuration lacks because they came later, as {"model.embed_norm": what it had}.
+    """The options that a recorded configuration lacks because they were added later, as {"model.embed_norm": the value
+    it had in effect}.
 
-    KDA and simplified attention without a convolution had no activation. How filters begin was once the model's to say.
+    KDA and simplified attention without a convolution had no activation. The initial values of convolution filters were
+    once an option of the model.
     """
     missing: dict[str, Any] = {}
     model = config.get("model")
@@ -68,12 +70,12 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _source_of(data: Mapping[Any, Any]) -> str:
-    """sotu, files, prose or hub; "" for data that are no text."""
+    """sotu, files, prose or hub. "" for data that are not text."""
     return "hub" if str(data.get("_target_")).endswith(".HubDataModule") else str(data.get("source", ""))
 
 
 def with_options(config: Mapping[Any, Any], options: Mapping[str, Any]) -> dict[Any, Any]:
-    """A copy of a nested configuration with other values at some dotted names."""
+    """A copy of a nested configuration in which some values, given by dotted names, are replaced."""
     found = copy.deepcopy(dict(config))
     for name, value in options.items():
         *path, last = name.split(".")
@@ -85,7 +87,7 @@ def with_options(config: Mapping[Any, Any], options: Mapping[str, Any]) -> dict[
 
 
 def translated(config: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A recorded configuration as it would be written today: a copy, equal where it holds nothing old."""
+    """A copy of a recorded configuration as it would be written today. The copy is equal if nothing in it is old."""
     found, data = with_options(config, later_options(config)), config.get("data")
     if isinstance(found.get("model"), dict):
         found["model"] = _without_filters(found["model"])
@@ -106,8 +108,8 @@ def _translated_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _move_to_their_groups(config: dict[str, Any]) -> None:
-    """The number of heads is the mixer's and the learning rate the optimizer's; the model's were what they referred
-    to."""
+    """Move num_heads from the group model to mixer, and learning_rate from model to optimizer.lr. Earlier versions
+    recorded them in the group model, to which the two other options referred."""
     heads, rate = config["model"].pop("num_heads", None), config["model"].pop("learning_rate", None)
     if config["mixer"].get("num_heads") is None and heads is not None:
         config["mixer"]["num_heads"] = heads
@@ -117,7 +119,7 @@ def _move_to_their_groups(config: dict[str, Any]) -> None:
 
 
 def current_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a saved model as `build_model` takes it today, so that the model computes what it computed."""
+    """The config of a saved model as `build_model` takes it today. The model computes the same as before."""
     if not isinstance(config.get("mixer"), Mapping):
         return dict(config)
     later = later_options({"mixer": config["mixer"], "model": config})
@@ -126,7 +128,7 @@ def current_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_filters(model: dict[str, Any]) -> dict[str, Any]:
-    """`model` without `init.conv_std`, which mixers have today."""
+    """`model` without `init.conv_std`, which is an option of the mixers today."""
     init = model.get("init")
     if not isinstance(init, Mapping) or "conv_std" not in init:
         return model

@@ -1,5 +1,5 @@
-"""Which token begins a document and which end one, in lkda's own tokenizers and in those made elsewhere; and the target
-that is no token."""
+"""Finds the token that begins a document and the tokens that end one, in lkda's own tokenizers and in others. Also
+defines IGNORE_INDEX, the target where nothing is predicted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 
 from tokenizers import Tokenizer
 
-# Begins every document in lkda's own tokenizers, and so ends the one before it.
+# Stands at the beginning of every document in lkda's own tokenizers, and thereby ends the previous document.
 END_OF_TEXT = "<|endoftext|>"
-# The target at a position where nothing is predicted. It is what torch's losses ignore unless told otherwise.
+# The target at a position where nothing is predicted. It is the default `ignore_index` of torch's losses.
 IGNORE_INDEX = -100
-# Names of begin and end tokens, most usual first, without case and without signs other than the slash: "<s>" is s,
+# Names of begin and end tokens, most common first, in lower case and without signs other than the slash: "<s>" is s,
 # "[BOS]" and "<bos>" are bos, "<|begin_of_text|>" is beginoftext, "</s>" is /s, "<|im_end|>" is imend.
 _BEGINS = ("s", "bos", "bostoken", "sos", "beginoftext", "startoftext", "beginofsentence", "beginofdocument", "cls")
 _ENDS = ("/s", "eos", "eostoken", "endoftext", "endofsentence", "endofdocument", "eot", "eotid", "eod", "imend", "sep")
@@ -24,14 +24,15 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def document_start(tokenizer: Tokenizer) -> int | None:
-    """The token that stands before every document, and so ends the one before it.
+    """The token that stands before every document, and thereby ends the previous document.
 
-    It is END_OF_TEXT where the vocabulary has it; else the special token that the tokenizer calls its begin (<s>,
-    [BOS], <|begin_of_text|>, ...); else the one that it calls its end (</s>, [EOS], <|im_end|>, ...). The names alone
-    decide: a tokenizer.json does not say which token begins a text, and a post-processor is dropped when a model is
-    loaded.
+    It is END_OF_TEXT if the vocabulary has it. Otherwise it is the special token that is named as a begin token (<s>,
+    [BOS], <|begin_of_text|>, ...), or else the one that is named as an end token (</s>, [EOS], <|im_end|>, ...). Only
+    the names decide: a tokenizer.json does not say which token begins a text, and its post-processor is dropped when a
+    model is loaded.
 
-    Returns: its id; None where there is no such token. Documents are then kept apart by their positions alone.
+    Returns: the token's id, or None if there is no such token. Documents are then separated only by their recorded
+        positions.
     """
     token = tokenizer.token_to_id(END_OF_TEXT)
     if token is not None:
@@ -41,11 +42,12 @@ def document_start(tokenizer: Tokenizer) -> int | None:
 
 
 def document_ends(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens after which a document is over: the one that begins the next, and another tokenizer's end tokens."""
+    """The tokens that end a document: the token that begins the next document, and the tokenizer's end tokens, if
+    any."""
     by_word, start = _by_word(tokenizer), document_start(tokenizer)
     return frozenset([*(by_word[word] for word in _ENDS if word in by_word), *([] if start is None else [start])])
 
 
 def _by_word(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of the special tokens by their names' letters and slash."""
+    """The ids of the special tokens, by their names reduced to lower-case letters and the slash."""
     return {re.sub(r"[^a-z/]", "", name.lower()): number for name, number in special_tokens(tokenizer).items()}

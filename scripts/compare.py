@@ -1,4 +1,4 @@
-"""Lay runs side by side: `python scripts/compare.py --help`."""
+"""Compare runs: `python scripts/compare.py --help`."""
 
 from lkda.commands.entry_point import run_script
 

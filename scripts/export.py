@@ -1,4 +1,4 @@
-"""Write a trained model into a directory that others load: `python scripts/export.py --help`."""
+"""Write a trained model into a directory that other programs can load: `python scripts/export.py --help`."""
 
 from lkda.commands.entry_point import run_script
 

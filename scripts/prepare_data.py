@@ -1,4 +1,4 @@
-"""Assemble the offline prose mix: `python scripts/prepare_data.py --help`."""
+"""Download and tokenize the mix of public texts (data=prose): `python scripts/prepare_data.py --help`."""
 
 from lkda.commands.entry_point import run_script
 

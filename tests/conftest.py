@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# A test must neither read nor fill the user's caches, nor reach for a network. What one test compiled or tokenised, no
+# A test must neither read nor fill the user's caches, nor reach for a network. What one test compiled or tokenized, no
 # other test of the session has to: xdist's workers, and a pytest that a test starts, inherit the directory.
 CACHES = "LKDA_TEST_CACHES"
 MADE_HERE = CACHES not in os.environ

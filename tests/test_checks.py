@@ -44,7 +44,7 @@ def test_values_of_the_declared_types(given: dict[str, object]) -> None:
         ("switch", 1, "switch must be true or false, got 1"),
         ("word", None, "word must be text, got None"),
         ("file", "", "file must be a path"),
-        ("file", 2012, "file must be a path .one of digits alone needs quotes., got 2012"),
+        ("file", 2012, "file must be a path .quote it if it is a number., got 2012"),
         ("perhaps", "x", r"perhaps must be a whole number .* or null, got 'x'"),
         ("words", "a", "words must be a list, each entry text, got 'a'"),
         ("words", ["a", 1], "words must be a list"),

@@ -1,4 +1,4 @@
-"""Measure the operators against their floor, against float64 and against the peers."""
+"""Measure the operators: time against the lower bound, error against float64, and both against other packages."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ OPTIONS = {
 
 
 def benchmark(config: DictConfig) -> None:
-    """Measures every combination of `config`; benchmark.json, tables, plots and a page go into `config.out`.
+    """Measure every combination in `config`. Writes benchmark.json, tables, plots and a page into `config.out`.
 
-    The JSON is rewritten after every row: what a stopped run has measured is kept.
+    The JSON file is rewritten after every row, so a benchmark that is stopped keeps what it has measured.
 
     Args:
         config: composed from configs/benchmark.yaml.
-    Raises: ValueError for a word, a shape or a device that is none, and where `out` cannot be written.
+    Raises: InputError for an unknown name, shape or device, or if `out` cannot be written.
     """
     check_values(resolve(config), OPTIONS)
     empty = [name for name in _WORDS if not config[name] and name != "peers"]
@@ -55,7 +55,7 @@ def benchmark(config: DictConfig) -> None:
             "measured for so long."
         )
     if device.type == "cpu" and list(config.replays) == ["graph"]:
-        raise InputError("replays=[graph] replays CUDA graphs, which a CPU has none of: use replays=[eager].")
+        raise InputError("replays=[graph] needs a GPU, because it replays CUDA graphs: on a CPU use replays=[eager].")
     cases = measure.cases(
         [ops.find(name) for name in config.ops],
         [Shape.parse(text) for text in config.shapes],
@@ -67,7 +67,10 @@ def benchmark(config: DictConfig) -> None:
         None if config.gates is None else list(config.gates),
     )
     if not cases:
-        raise InputError("ops, shapes, dtypes, backends, peers, modes and replays leave nothing to measure.")
+        raise InputError(
+            "no combination of ops, shapes, dtypes, backends, peers, modes and replays can be measured: "
+            "change one of them."
+        )
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -93,5 +96,5 @@ def benchmark(config: DictConfig) -> None:
     bench_report.write(Benchmark(header, rows), out)
     console.print(as_rich(rows))
     console.print(
-        f"\n{header['device']}, copy {header['copy_gb_per_s']:,.0f} GB/s; {out} has JSON, tables, plots and a page."
+        f"\n{header['device']}, copy {header['copy_gb_per_s']:,.0f} GB/s; JSON, tables, plots and a page are in {out}."
     )

@@ -1,4 +1,4 @@
-"""Where a trained model comes from: a checkpoint, a run directory, or an exported directory."""
+"""Loads a trained model from a checkpoint, a run directory, or an exported directory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lkda.training.checkpoint import read_checkpoint
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its tokenizer, where it has one, and the metadata of its run where they are known.
+    """A model, its tokenizer (if it was trained on text) and the metadata of its run (if they are known).
 
     Attributes:
         model: on the CPU, in eval mode.
-        vocabulary: the tokenizer it was trained with; None where its tokens are no text.
-        run: plain values (mixer, data, bytes_per_token, ...), {} for an exported directory.
+        vocabulary: the tokenizer that the model was trained with. None if its tokens are not text.
+        run: plain values that describe the run (mixer, data, bytes_per_token, ...); {} for an exported directory.
         path: the file or directory that was read.
-        step: of the run, None for an exported directory.
-        fingerprint: of the data that it was trained on, {} where it is not known.
+        step: the optimizer step of the checkpoint; None for an exported directory.
+        fingerprint: of the data that the model was trained on; {} if it is not known.
     """
 
     model: LanguageModel
@@ -40,10 +40,11 @@ class TrainedModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ValueError where the model's tokens are no text."""
+        """Raises InputError if the model's tokens are not text."""
         if self.vocabulary is None:
             raise InputError(
-                f"{self.path} was trained on {self.run['data']}, whose tokens are no text; this needs a model of text."
+                f"this needs a model of text, but {self.path} was trained on {self.run['data']}, whose tokens are not "
+                "text: give another ckpt."
             )
         return self.vocabulary
 
@@ -52,13 +53,13 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     """Read a checkpoint file, a run directory (its last checkpoint) or an exported directory.
 
     Args:
-        path: of it.
-        backend: of the ops.
-    Raises:
-        ValueError: nothing is there, or it is truncated, of another kind, or holds another model's weights.
+        path: the file or directory.
+        backend: of the operators, as in configs/train.yaml.
+    Raises: InputError if there is no such file or directory, or if it is truncated, of another kind, or holds the
+        weights of another model.
     """
     if not isinstance(path, str | Path) or not str(path):
-        raise InputError(f"ckpt must be a path (one of digits alone needs quotes), got {path!r}.")
+        raise InputError(f"ckpt must be a path (quote it if it is a number), got {path!r}.")
     path = Path(path)
     if path.is_dir() and (path / "config.json").exists():
         model, tokenizer = load(path, backend=backend)
@@ -90,10 +91,12 @@ def _last_of_run(directory: Path) -> Path:
 
 
 def config_of_run(trained: TrainedModel) -> dict[str, Any]:
-    """The configuration of the run that a model comes from, {} where it is not known.
+    """The configuration of the run that a model comes from; {} if it is not known.
 
-    It stands in the config.yaml of the run in whose directory a checkpoint lies, and in the card of an exported
-    directory. Raises: ValueError where what stands there cannot be read.
+    For a checkpoint it is read from the config.yaml of its run directory, for an exported directory from the model
+    card.
+
+    Raises: InputError if the recorded configuration cannot be read.
     """
     if trained.step is None:
         return translated(recorded_config(trained.path))

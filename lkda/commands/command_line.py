@@ -1,4 +1,4 @@
-"""The outside of every command: a caller's mistake is one line and exit code 2, a bug keeps its traceback."""
+"""Error handling of every command: a user's mistake gives one line and exit code 2, a bug keeps its traceback."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ from omegaconf.errors import (
 
 import lkda
 from lkda.checks import InputError
-from lkda.commands.invocation import by_this_door
+from lkda.commands.invocation import with_started_command
 
 BAD_INPUT = 2
 FAILED = 1
-TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # what the user asked for, before this module asks too
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # set by the user, before this module sets it too
 _HOME = Path(lkda.__file__).parent
-# What takes settings from the configuration as they are: what these packages say of a value is for the user.
+# Packages that receive settings unchanged from the configuration. Their errors about a value are shown to the user.
 _CONFIGURED = ("lightning", "lightning_utilities", "hydra", "omegaconf")
 
 
 class CommandError(RuntimeError):
-    """A command ended badly for a reason that is neither a bug nor bad input; its text is all there is to say."""
+    """A command failed for a reason that is neither a bug nor bad input. Only its message is printed."""
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line `error: ...` and exit code 2. HYDRA_FULL_ERROR=1 keeps the traceback.
+    """Turn an error that the user can correct into one line `error: ...` and exit code 2. HYDRA_FULL_ERROR=1 keeps the
+    traceback.
 
-    Use it around `main()`, where it also catches what Hydra finds wrong with the command line, and around the command
-    inside, where it speaks before Hydra adds a line of its own.
+    It is used twice: around `main()`, where it also catches Hydra's errors about the command line, and around the
+    command inside, where it prints before Hydra adds a line of its own.
     """
-    # Hydra shall raise what it finds instead of printing it in its own way and exiting with 1.
+    # With this, Hydra raises its errors. Otherwise it prints them in its own format and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
@@ -62,15 +63,15 @@ def readable_errors() -> Iterator[None]:
         message = _message(error)
         if TRACEBACKS or message is None:
             raise
-        print(f"error: {by_this_door(message)}", file=sys.stderr)
+        print(f"error: {with_started_command(message)}", file=sys.stderr)
         _leave_no_empty_directory()
         if _in_a_sweep():
-            raise  # an exception fails this job alone; the sweep's other jobs go on
+            raise  # an exception fails only this job; the other jobs of the sweep continue
         raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None
 
 
 def _leave_the_pipe() -> None:
-    """After the reader of a pipe has left (`... | head`): what is still buffered goes nowhere, without a word."""
+    """Discard buffered output without a message, after the reader of a pipe has exited (`... | head`)."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -82,9 +83,9 @@ def _leave_the_pipe() -> None:
 
 @contextmanager
 def output_that_may_end() -> Iterator[None]:
-    """What is printed goes nowhere from when its reader has left (`... | head`), and the work goes on.
+    """Once the reader of the output has exited (`... | head`), discard what is printed and continue the work.
 
-    For a command whose result lies in files: hours of training must not end with a pipe.
+    For a command that writes its result into files: hours of training must not end because a pipe was closed.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _MayEnd(before[0]), _MayEnd(before[1])
@@ -95,7 +96,7 @@ def output_that_may_end() -> Iterator[None]:
 
 
 class _MayEnd:
-    """A text stream whose reader may leave; all but writing and flushing is the stream's own."""
+    """A text stream whose reader may exit. Everything except writing and flushing is passed to the stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -117,11 +118,11 @@ class _MayEnd:
             self._let_go()
 
     def _let_go(self) -> None:
-        """What is written from now on, and what is still buffered, goes to the null device."""
+        """Send what is buffered, and everything written from now on, to the null device."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
-        print("nobody reads the output any more: training goes on without it", file=sys.stderr)
+        print("the output is no longer read: training continues without printing", file=sys.stderr)
 
 
 def _in_a_sweep() -> bool:
@@ -129,7 +130,7 @@ def _in_a_sweep() -> bool:
 
 
 def _leave_no_empty_directory() -> None:
-    """Hydra makes the output directory before a command begins."""
+    """Remove the output directory if it is empty. Hydra creates it before a command begins."""
     runtime = HydraConfig.get().runtime if HydraConfig.initialized() else None
     if runtime is None or OmegaConf.is_missing(runtime, "output_dir"):
         return
@@ -140,10 +141,10 @@ def _leave_no_empty_directory() -> None:
 
 
 def _message(error: Exception) -> str | None:
-    """The one line for an error that the user can mend; None for a bug."""
+    """The one-line message for an error that the user can correct; None for a bug."""
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         known = _message(error.__cause__)
-        # A class that is not there, say; what is raised within one of lkda's is a bug.
+        # For example a class that does not exist. An error raised inside a class of lkda's is a bug.
         within = any(path.is_relative_to(_HOME) for path in _files(error.__cause__))
         return known if known is not None or within else _configuration_message(error)
     if isinstance(error, MissingMandatoryValue):
@@ -160,7 +161,7 @@ def _message(error: Exception) -> str | None:
             "trainer.accumulate_grad_batches in its place), data.context or the size of the model."
         )
     if isinstance(error, (ValueError, TypeError, *_misconfiguration())) and _raised_by(error, _CONFIGURED):
-        return f"a setting does not do: {_on_one_line(str(error))}"
+        return f"a setting cannot be used: {_on_one_line(str(error))}"
     return None
 
 
@@ -169,7 +170,7 @@ def _on_one_line(text: str) -> str:
 
 
 def _of_the_system(error: OSError) -> str:
-    """A file that is not there or may not be used, a full disk, a network that is down."""
+    """The message for an error of the operating system: a missing or protected file, a full disk, a network failure."""
     what = error.strerror or _on_one_line(str(error)) or type(error).__name__
     if error.filename is None:
         return f"{what}." if _inside_lkda(error) else f"cannot print: {what}."
@@ -179,20 +180,20 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """On a GPU, or on the CPU, where torch has no type of error for it."""
+    """Whether memory ran out, on a GPU or on the CPU. For the CPU torch has no error type of its own."""
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
     return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _misconfiguration() -> tuple[type[Exception], ...]:
-    """Lightning's error for a setting, where Lightning is loaded."""
+    """Lightning's error type for a wrong setting, if Lightning is loaded."""
     module = sys.modules.get("lightning.fabric.utilities.exceptions")
     return () if module is None else (module.MisconfigurationException,)
 
 
 def _files(error: Exception) -> list[Path]:
-    """The source files that the error passed through, the raising one last."""
+    """The source files in the error's traceback. The file that raised it is the last."""
     return [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
@@ -203,13 +204,13 @@ def _raised_by(error: Exception, packages: tuple[str, ...]) -> bool:
 
 
 def _inside_lkda(error: Exception) -> bool:
-    """Whether a command had begun: else Hydra failed to make the output directory."""
+    """Whether a command had begun. If not, Hydra failed to create the output directory."""
     begin = (Path(__file__), Path(__file__).with_name("entry_point.py"))
     return any(path.is_relative_to(_HOME) and path not in begin for path in _files(error))
 
 
 def _configuration_message(error: Exception) -> str:
-    """Hydra's own words on one line; for an unknown key, those that exist, the nearest one first."""
+    """Hydra's message on one line. For an unknown key it adds the nearest existing key and the list of all keys."""
     text = " ".join(re.split(r"\n\s*(?:full_key|Config search path)|, set env var HYDRA", str(error))[0].split())
     if isinstance(error, (InterpolationKeyError, InterpolationResolutionError)):
         return f"{error.full_key}: {text}. ${{...}} stands for another setting; in a text, write \\${{...}}."

@@ -1,4 +1,4 @@
-"""Lay runs side by side: a table, plots and a page."""
+"""Compare runs: a table, plots and a page."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ OPTIONS = {
 
 
 def compare(config: DictConfig) -> None:
-    """Compares the run directories that `config.runs` finds and writes the result into `config.out`.
+    """Compare the run directories that match `config.runs`, and write the result into `config.out`.
 
     Args:
         config: composed from configs/compare.yaml.
-    Raises: ValueError where nothing is found, none of it is a finished run, or `out` cannot be written.
+    Raises: InputError if nothing matches, if no match is a finished run, or if `out` cannot be written.
     """
     check_values(resolve(config), OPTIONS)
     directories = _find(config.runs)
@@ -55,14 +55,15 @@ def compare(config: DictConfig) -> None:
         console.print(note, style="dim")
     for path, reason in result.skipped:
         console.print(f"left out {path}: {reason}", style="yellow", soft_wrap=True)
-    beside = "table.csv, table.md, results.json and the plots lie beside it."
-    console.print(f"\n{out / 'report.html'} shows it all; {beside}", soft_wrap=True)
+    beside = "table.csv, table.md, results.json and the plots are in the same directory."
+    console.print(f"\nthe report is {out / 'report.html'}; {beside}", soft_wrap=True)
 
 
 def _find(runs: str | ListConfig) -> list[Path]:
-    """The path of that very name, else those that it matches as a glob; of each, where it is a list.
+    """The path with exactly this name if it exists, else the paths that match it as a glob. A list is searched entry by
+    entry.
 
-    Raises: ValueError where one matches nothing.
+    Raises: InputError if an entry matches nothing.
     """
     if not isinstance(runs, str) and not runs:
         raise InputError("runs is empty: give run directories, as in runs='outputs/*'.")

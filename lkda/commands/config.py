@@ -1,4 +1,4 @@
-"""From the configuration that Hydra composed to plain values."""
+"""Converts the configuration that Hydra composed to plain values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from lkda.checks import InputError
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
-    """The configuration as a plain dict, interpolations resolved. Raises ValueError naming a value that is required and
-    missing."""
+    """The configuration as a plain dict with all interpolations resolved.
+
+    Raises: InputError if a required value is missing. The message names it.
+    """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise InputError(f"{missing[0]} is required: give {missing[0]}=...")

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: what it begins with, its numbers at the end, a sample, and what to try next."""
+"""What a run prints: its settings at the start; its results, a sample of text and the next commands at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lkda.training.options import SampleOptions
 
 
 def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleOptions, *, seed: int) -> str:
-    """The prompt of `sample` and the model's continuation."""
+    """The prompt of `sample`, followed by the model's continuation."""
     model.eval()
     tokens = encode_prompt(tokenizer, sample.prompt).to(next(model.parameters()).device)
     drawn = generate(
@@ -41,7 +41,7 @@ def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleOption
 
 
 class RunConsole:
-    """The terminal of the run in a directory."""
+    """Prints the messages of the run in a run directory."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
@@ -55,7 +55,7 @@ class RunConsole:
         self._line(f"{self.run.path} holds a finished run of {steps} steps: nothing to do.")
 
     def print_start(self, prepared: PreparedRun) -> None:
-        """What is trained, on what and where, and what it begins from."""
+        """Print the model, the data, the device, and the weights that the run starts from."""
         plan, metadata = prepared.plan, prepared.metadata
         backends = " ".join(f"{op}={word}" for op, word in plan.backends.items())
         self._line(
@@ -68,29 +68,31 @@ class RunConsole:
             self._line(f"weights, model and tokenizer from {plan.init_from}")
             if has_folded_embedding(plan.init_from):
                 self._line(
-                    "its export wrote the embedding's norm or scale into the table: this model has neither, and its "
-                    "head is not tied to the embedding"
+                    "the export folded the norm or scale of the embedding into the embedding table: this model has "
+                    "neither, and its head is not tied to the embedding"
                 )
         if plan.resume:
             fresh = prepared.checkpoint is None
             self._line(
-                "nothing is saved here yet: starting afresh" if fresh else f"resuming from step {prepared.first_step}"
+                "no checkpoint is saved here yet: starting from step 0"
+                if fresh
+                else f"resuming from step {prepared.first_step}"
             )
         if prepared.data.no_test is not None:
             self._line(f"no test split: {prepared.data.no_test}")
 
     def print_interruption(self, ending: InterruptedRunError) -> None:
-        """How to go on with the run."""
+        """Print how to continue the run."""
         self._line(f"{ending}. Continue with\n  {resume_command(self.run)}")
 
     def print_result(self, summary: dict[str, Any], sample: str | None) -> None:
-        """The table, the sample where the tokens are text, and the next commands."""
+        """Print the table of results, the sample (if the tokens are text) and the next commands."""
         table = Table(title=f"{summary['mixer']} · {summary['model']} · {summary['data']}", show_header=False)
         table.add_column(style="bold")
         table.add_column(justify="right")
         for name, value in (
-            ("validation loss", f"{summary['val/loss']:.4f} nats a token"),
-            *([("test loss", f"{summary['test/loss']:.4f} nats a token")] if "test/loss" in summary else []),
+            ("validation loss", f"{summary['val/loss']:.4f} nats per token"),
+            *([("test loss", f"{summary['test/loss']:.4f} nats per token")] if "test/loss" in summary else []),
             *(_of_text(summary) if sample is not None else _of_subsets(summary)),
             ("parameters", f"{summary['params']:,} ({summary['params_non_embedding']:,} without embeddings)"),
             ("state of one sequence", f"{summary['state_bytes']:,} bytes at {summary['context']} tokens"),
@@ -107,7 +109,7 @@ class RunConsole:
 
 
 def resume_command(run: RunDirectory) -> str:
-    """What goes on with the run in that directory, from the same command line."""
+    """The command that continues the run in that directory, with the options of this command line."""
     given = given_overrides(without=("resume=",))
     return command("train", *given, override("hydra.run.dir", str(run.path)), "resume=true")
 
@@ -129,7 +131,7 @@ def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool)
 
 
 def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Of the test split where there is one."""
+    """Rows of the table for text: of the test split if there is one, else of the validation."""
     tested = "test/loss" in summary
     split, of = ("test", " of the test split") if tested else ("val", "")
     entropy = summary["test_unigram_entropy" if tested else "unigram_entropy"]

@@ -1,4 +1,4 @@
-"""The group `data`: its options checked against the data module that they are for, and that module built."""
+"""The group `data`: checks its options against the data module that it names, and builds that module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lkda.data.datamodule import IndexedDataModule
 
 
 def check_data_options(data: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that the chosen data does not have or lacks, or a value that is not of its kind.
+    """Raise InputError if an option is unknown to the chosen data module, is missing, or has a value of a wrong type.
 
     Args:
         data: the resolved group, with its `_target_`.
@@ -22,8 +22,8 @@ def check_data_options(data: Mapping[str, Any]) -> None:
     target = data.get("_target_")
     try:
         module = get_class(target)  # type: ignore[arg-type]
-    except Exception as error:  # of many types: the module, the class, or what importing it raises
-        raise InputError(f"data._target_={target} is no class that can be imported: {error}.") from error
+    except Exception as error:  # of many types: the import itself may fail
+        raise InputError(f"data._target_={target} is not a class that can be imported: {error}.") from error
     options, known = _options(data), inspect.signature(module).parameters
     name = str(target).rsplit(".", 1)[-1]
     extra = [option for option in options if option not in known]
@@ -34,13 +34,13 @@ def check_data_options(data: Mapping[str, Any]) -> None:
         )
     missing = [option for option, of in known.items() if of.default is of.empty and option not in options]
     if missing:
-        raise InputError(f"data.{missing[0]} is missing, which {name} needs: choose the data= that brings it.")
+        raise InputError(f"data.{missing[0]} is missing, which {name} needs: choose the data= that has it.")
     check_types(module, options, prefix="data.")
     check_unused(DATA, {"data": data})
 
 
 def build_data(data: Mapping[str, Any]) -> IndexedDataModule:
-    """The data module that checked options name, not prepared yet."""
+    """Build the data module from checked options. It is not prepared yet."""
     module: IndexedDataModule = get_class(data["_target_"])(**_options(data))
     return module
 

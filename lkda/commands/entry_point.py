@@ -1,4 +1,4 @@
-"""Where every command begins: the scripts of a checkout, and the console command `lkda`."""
+"""The entry point of every command: of the scripts in a checkout, and of the console command `lkda`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 import lkda
 from lkda.checks import InputError
 from lkda.commands.command_line import BAD_INPUT, output_that_may_end, readable_errors
-from lkda.commands.invocation import by_this_door
+from lkda.commands.invocation import with_started_command
 from lkda.commands.overrides import as_typed
 from lkda.commands.shipped import CONFIGS
 
@@ -27,9 +27,9 @@ COMMANDS = {
     "export": "write a trained model into a directory that other programs load",
     "compare": "compare runs: a table, plots and a page",
     "benchmark": "measure the operators",
-    "prepare-data": "prepare the mix of public texts",
+    "prepare-data": "download and tokenize the mix of public texts (data=prose)",
 }
-# Settings whose value is taken as it stands, whatever Hydra's grammar would make of it.
+# Settings whose value is taken literally and is not parsed by Hydra's grammar.
 _VERBATIM = {"generate": ("prompt",)}
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def run_script(name: str) -> None:
-    """The command `name`, with the arguments of this process."""
+    """Run the command `name` with the arguments of this process."""
     _run(name, sys.argv[1:])
 
 
@@ -62,8 +62,8 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     module = name.replace("-", "_")
 
     def task(config: DictConfig) -> None:
-        with readable_errors():  # here too, where it speaks before Hydra adds a line of its own
-            # Imported here, so that --help need not wait for torch.
+        with readable_errors():  # here too, so that it prints before Hydra adds a line of its own
+            # Imported here, so that --help does not wait for torch.
             function = getattr(importlib.import_module(f"lkda.commands.{module}"), module)
             if name == "train":
                 if not HydraConfig.get().run.dir:
@@ -79,18 +79,18 @@ def _run(name: str, arguments: Sequence[str]) -> None:
         if name == "evaluate":
             _check_data_options(arguments)
         sys.argv[1:] = as_typed(arguments, verbatim=_VERBATIM.get(name, ()))
-        # Hydra exits by itself after some of its flags; and a reader that has left the pipe shows when what is printed
-        # is flushed, which must not wait for the interpreter's end.
+        # The output is flushed here, not when the interpreter exits, because a closed pipe shows only at a flush.
+        # `finally` is needed because Hydra itself exits after some of its flags.
         try:
-            with _help_by_this_door(arguments):
+            with _help_as_started(arguments):
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=module)(task)()
         finally:
             sys.stdout.flush()
 
 
 @contextmanager
-def _help_by_this_door(arguments: Sequence[str]) -> Iterator[None]:
-    """Where help is asked for, it names the commands as this process was started."""
+def _help_as_started(arguments: Sequence[str]) -> Iterator[None]:
+    """If help is requested, print it with commands that start as this process was started (`lkda` or a script)."""
     if not {"-h", "--help"} & set(arguments):
         yield
         return
@@ -99,26 +99,26 @@ def _help_by_this_door(arguments: Sequence[str]) -> Iterator[None]:
         with redirect_stdout(text):
             yield
     finally:
-        print(by_this_door(text.getvalue()), end="")
+        print(with_started_command(text.getvalue()), end="")
 
 
 def _check_words(arguments: Sequence[str]) -> None:
-    """Raises ValueError for a prompt that the shell has cut into words."""
+    """Raises InputError for a prompt that the shell has split into words."""
     for before, word in zip(["", *arguments], arguments, strict=False):
         value_of_a_flag = before.startswith("-") and "=" not in before
         if "=" not in word and not word.startswith(("-", "~")) and not value_of_a_flag:
             raise InputError(
-                f"{word!r} is not key=value. A prompt of several words stands in quotes, as in "
+                f"{word!r} is not key=value. A prompt of several words must be in quotes, as in "
                 "prompt='Fellow citizens'; or give prompt_file=PATH, or pipe the text in."
             )
 
 
 def _check_data_options(arguments: Sequence[str]) -> None:
-    """Raises ValueError for options of data where no data are chosen: there is nothing yet that could have them."""
+    """Raises InputError for options of data without a choice of data, because the options that exist depend on it."""
     keys = [word.lstrip("+~").partition("=")[0] for word in arguments]
     options = [key for key in keys if key.startswith("data.")]
     if options and "data" not in keys:
         raise InputError(
-            f"{options[0]} needs data=CHOICE beside it, as data=files: without one, the data of the run are measured "
-            "with the options that they had."
+            f"{options[0]} needs data=CHOICE beside it, for example data=files. Without it, the data of the run are "
+            "used with their recorded options."
         )

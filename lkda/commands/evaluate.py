@@ -1,4 +1,4 @@
-"""Measure a trained model on the validation or the test split of its data, or of others."""
+"""Measure a trained model on the validation split or the test split of its own data, or of other data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from lkda.training.accuracy import METRICS, by_subset
 from lkda.training.validation import ValidationMetrics
 
 SPLITS = ("validation", "test")
-PRECISION = torch.float32  # of the weights and of what is computed
+PRECISION = torch.float32  # of the weights and of the computation
 OPTIONS = {
     "ckpt": Path,
     "seed": int,
@@ -60,18 +60,20 @@ OPTIONS = {
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
-    """What `ckpt` makes of the validation or, with split=test, of the test split: loss, perplexity and bits per byte of
-    text, loss and accuracy of other data; or, where `tasks` are given, its scores in those of lm-eval.
+    """Measure the model in `ckpt` on the validation split, or with split=test on the test split.
 
-    With `stepwise` the model reads token by token, as it decodes, with its states kept in `state_dtype`.
+    For text the results are loss, perplexity and bits per byte; for other data, loss and accuracy. If `tasks` are
+    given, the results are the scores in these lm-eval tasks instead. With `stepwise` the model reads one token at a
+    time, as in decoding, and stores its states in `state_dtype`.
 
     Args:
-        config: composed from configs/evaluate.yaml; `data` is the run's own where it is not given.
+        config: composed from configs/evaluate.yaml; without `data`, the data of the run are used.
     Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens", "loss_from_0", "loss_from_1",
         "loss_from_2", "loss_from_4", ...: by position} of text; {"accuracy", "sequence_accuracy", "loss",
         "val_subsets": see `by_subset`} of other data; {"TASK/METRIC": value} of tasks.
     Raises:
-        ValueError: no usable checkpoint or data, an unknown task, or settings that do not go together.
+        InputError: for a checkpoint or data that cannot be used, an unknown task, or settings that contradict each
+            other.
     """
     settings = resolve(config)
     _check(config, settings)
@@ -91,10 +93,10 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         raise InputError(f"{data.source} has no test split{why}. Leave split=test out for the validation.")
     changed = differences(trained.fingerprint, data.fingerprint)
     if changed:
-        told = f"{in_words(changed)} of {data.source} are not those of the run that trained {trained.path}"
+        message = f"{in_words(changed)} of {data.source} are not those of the run that trained {trained.path}"
         seen = config.split == "test" and NAMES["train"] in changed
         also = ", which may have seen some of the test split in training" if seen else ""
-        console.print(f"note: {told}{also}.", highlight=False, markup=False, emoji=False)
+        console.print(f"note: {message}{also}.", highlight=False, markup=False, emoji=False)
     model = trained.model.to(device)
     title, state_dtype = f"{trained.path} on {data.source}, {config.split}", None
     if config.stepwise:
@@ -124,7 +126,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 def _write(
     config: DictConfig, trained: TrainedModel, result: dict[str, Any], device: torch.device, ran: dict[str, Any]
 ) -> None:
-    """What was measured and how, as JSON into `out`, if given. Raises OSError where it cannot be written."""
+    """Write the results and the settings as JSON into `out`, if given. Raises OSError if it cannot be written."""
     if config.out is None:
         return
     record = {
@@ -156,14 +158,14 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     for_tasks = {"tasks_path": config.tasks_path, "limit": config.limit}
     unused = [name for name, value in (for_data if config.tasks else for_tasks).items() if value is not None]
     if unused and config.tasks:
-        told = f"{unused[0]} is not for tasks=[...], which are measured in place of data"
-        raise InputError(f"{told}: give one or the other.")
+        message = f"{unused[0]} has no effect with tasks=[...], which are measured in place of data"
+        raise InputError(f"{message}: leave out one of the two.")
     if unused:
-        raise InputError(f"{unused[0]} is for tasks=[...]: name some, or leave it out.")
+        raise InputError(f"{unused[0]} has an effect only with tasks=[...]: name some tasks, or leave it out.")
     if config.stepwise and config.backend != "auto":
         raise InputError(
-            f"backend={config.backend} is how whole sequences are computed, and stepwise=true reads token by token: "
-            "leave one of them out."
+            f"backend={config.backend} is for whole sequences, but stepwise=true reads one token at a time: leave out "
+            "one of the two."
         )
     if config.out is not None:
         check_output_file(expanded(config.out), option="out")
@@ -172,16 +174,17 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     if config.state_dtype not in STATE_DTYPES:
         known = ", ".join(STATE_DTYPES)
         raise InputError(
-            f"state_dtype must be one of {known}, got {config.state_dtype!r}; leave it out for the model's own."
+            f"state_dtype must be one of {known}, got {config.state_dtype!r}; leave it out to use the model's own."
         )
     if not config.stepwise:
         raise InputError(
-            f"state_dtype={config.state_dtype} is how a state is kept from token to token: add stepwise=true."
+            f"state_dtype={config.state_dtype} has an effect only when the model reads one token at a time: add "
+            "stepwise=true."
         )
 
 
 def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
-    """The data to measure on, prepared; text with the model's own tokenizer.
+    """The data to measure on, prepared. Text is tokenized with the model's own tokenizer.
 
     Args:
         chosen: the resolved group `data`.
@@ -197,14 +200,14 @@ def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
         data.prepare()
     name = chosen.get("_target_")
     if data.tokenizer is None and trained.vocabulary is not None:
-        raise InputError(f"{trained.path} is a model of text, and {name} has none: give data=...")
+        raise InputError(f"{trained.path} is a model of text, but the data of {name} are not text: give data=files.")
     if data.tokenizer is not None and data.tokenizer.to_str() != trained.tokenizer.to_str():
         raise InputError(
-            f"{data.source} was tokenised with another tokenizer than {trained.path} has: give data=files."
+            f"{data.source} was tokenized with another tokenizer than that of {trained.path}: give data=files."
         )
     rows = trained.model.config["vocab_size"]
     if data.vocab_size > rows:
-        raise InputError(f"the data have {data.vocab_size} tokens and the model {rows} rows: give the data of its run.")
+        raise InputError(f"the data need {data.vocab_size} rows, but the model has {rows}: give the data of its run.")
     return data
 
 
@@ -212,7 +215,7 @@ def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
 def _measure(
     model: LanguageModel, data: IndexedDataModule, *, split: str, device: torch.device, limit: int | None
 ) -> dict[str, Any]:
-    """What `evaluate` returns of data."""
+    """What `evaluate` returns for data."""
     text = data.test if split == "test" else data
     assert text is not None
     metrics = ValidationMetrics(
@@ -242,7 +245,7 @@ def _measure(
 
 
 def _lines(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Names and values of everything that was measured, those of the subsets last."""
+    """The names and values of all results, those of the subsets last."""
     for name, value in result.items():
         if name != "val_subsets":
             yield name.replace("_", " "), value
@@ -256,7 +259,7 @@ def _on(device: torch.device, value: Any) -> Any:
 
 
 def _batches(model: LanguageModel, data: IndexedDataModule, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
-    """The first `limit` of the split, behind a bar that a stepwise model moves with every token."""
+    """The first `limit` batches of the split, with a progress bar. A stepwise model advances the bar at every token."""
     loader = data.in_order(data.test.batches) if split == "test" and data.test is not None else data.val_dataloader()
     total = len(loader) if limit is None else min(limit, len(loader))
     with Progress(transient=True) as bar:
@@ -279,33 +282,34 @@ def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, cons
 
 
 def _data_options(settings: dict[str, Any], trained: TrainedModel) -> dict[str, Any]:
-    """The chosen data, as the resolved group; where none is chosen, those that the model was trained on.
+    """The chosen group `data`, resolved. If none is chosen, the group with which the model was trained.
 
-    What a run or an exported directory records is only followed to this project's own data modules: `_target_` names
-    code. Raises: ValueError where nothing is recorded, or another module.
+    A recorded `_target_` names code. It is therefore accepted only if it is a data module of lkda.
+
+    Raises: InputError if no data are recorded, or if their module is not one of lkda's.
     """
     if "data" in settings:
         unused = [word for word in typed_overrides() if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
         if unused and "tokenizer_path" in settings["data"]:
-            raise InputError(f"text is measured with the model's own tokenizer: leave out {unused[0]}.")
+            raise InputError(f"text is always measured with the model's own tokenizer: leave out {unused[0]}.")
         return data_with_absolute_paths(settings["data"])
     data = config_of_run(trained).get("data")
     if not isinstance(data, dict):
-        where = "lies in no run directory that says" if trained.step is not None else "does not say"
-        raise InputError(f"{trained.path} {where} what data it saw: give data=...")
+        where = "is in no run directory that records" if trained.step is not None else "does not record"
+        raise InputError(f"{trained.path} {where} what data it was trained on: give data=...")
     _check_data_module(data, trained.path)
     return data_with_absolute_paths(data)
 
 
 def _check_data_module(data: dict[str, Any], source: Path) -> None:
-    """Raises: ValueError where recorded settings would make anything but one of lkda.data's own modules."""
+    """Raises InputError unless the recorded settings build one of lkda's own data modules, and nothing else."""
     module, _, name = str(data.get("_target_")).rpartition(".")
     found = None
     if module.startswith("lkda.data."):
         with suppress(ImportError):
             found = getattr(import_module(module), name, None)
-    for_hydra = re.findall(r"'(_\w+_)':", str(data))  # keys, at any depth, that `instantiate` acts on
+    for_hydra = re.findall(r"'(_\w+_)':", str(data))  # keys, at any depth, that `instantiate` would act on
     if not (isinstance(found, type) and issubclass(found, IndexedDataModule)) or for_hydra != ["_target_"]:
         raise InputError(
-            f"the data that {source} records are of no data module of lkda ({module}.{name}): give data=..."
+            f"the data recorded in {source} use {module}.{name}, which is not a data module of lkda: give data=..."
         )

@@ -1,4 +1,4 @@
-"""Write a trained model into a directory that others load."""
+"""Write a trained model into a directory that other programs can load."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lkda.metrics_file import read_metrics
 
 
 def export(config: DictConfig) -> Path:
-    """Export `ckpt` to `out` in `format`, with a model card made from the run.
+    """Export `ckpt` to `out` in `format`, with a model card that describes the run.
 
     Args:
         config: composed from configs/export.yaml.
     Returns: the directory.
     Raises:
-        ValueError: an unknown format or dtype, an unusable checkpoint, a model that the format cannot express, an
-            occupied or unwritable directory.
+        InputError: for an unknown format or dtype, an unusable checkpoint, a model that the format cannot express, or a
+            directory that is not empty or cannot be written.
     """
     check_values(resolve(config), {"ckpt": Path, "out": Path, "format": str, "dtype": str | None})
     module = find_format(config.format)
@@ -43,9 +43,9 @@ def export(config: DictConfig) -> Path:
 
 
 def record_of_run(trained: TrainedModel) -> dict[str, Any]:
-    """What the model card tells of the training; of an exported directory, the configuration that its card shows.
+    """What the model card says about the training. For an exported directory, only the configuration from its card.
 
-    What was measured is that of the checkpoint's own step.
+    The results are those of the checkpoint's own step.
     """
     config = config_of_run(trained)
     if trained.step is None:
@@ -67,14 +67,14 @@ def record_of_run(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _measured(metrics: Path, trained: TrainedModel) -> dict[str, Any]:
-    """The validation of the checkpoint's step, where there was one."""
+    """The results of the validation at the checkpoint's step; {} if there was none."""
     rows = [row for row in read_metrics(metrics) if row["val/loss"] and int(row["step"]) == trained.step]
     if not rows:
         return {}
     loss = float(rows[-1]["val/loss"])
     return {
-        "validation loss (nats a token)": loss,
+        "validation loss (nats per token)": loss,
         "validation perplexity": math.exp(loss),
         "validation bits per byte": float(rows[-1]["val/bits_per_byte"]),
-        "unigram entropy of the validation text (nats a token)": trained.run["unigram_entropy"],
+        "unigram entropy of the validation text (nats per token)": trained.run["unigram_entropy"],
     }

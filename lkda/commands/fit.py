@@ -1,4 +1,4 @@
-"""From a prepared run to Lightning's trainer, and its training until it ends or is ended."""
+"""Builds Lightning's trainer for a prepared run, and trains until the run ends or is stopped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from lkda.training.throughput import Throughput
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to what this project says: no tips and device lists of the libraries below."""
+    """Suppress the tips and device lists that Lightning prints."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -63,18 +63,18 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
 
 
 def trainer_options(plan: RunPlan, total_steps: int) -> dict[str, Any]:
-    """What Hydra builds the plan's trainer from, but for what is recorded and shown."""
+    """The options from which Hydra builds the trainer, without loggers and callbacks."""
     options = asdict(plan.trainer)
     del options["max_tokens"]
     return {"_target_": options.pop("target"), **options} | {
-        # The stream of batches has no end, so steps decide when to validate and when to end.
+        # The sequence of batches has no end. Validation and the end of training are therefore counted in steps.
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the batches know their rank
         "accelerator": plan.device.type,
         "max_steps": total_steps,
-        # Lightning counts batches here, so that an interval could end within an optimiser step.
+        # Lightning counts batches here. The product makes every interval end at the end of an optimizer step.
         "val_check_interval": plan.trainer.val_check_interval * plan.trainer.accumulate_grad_batches,
     }
 
@@ -82,15 +82,16 @@ def trainer_options(plan: RunPlan, total_steps: int) -> dict[str, Any]:
 def build_trainer(
     prepared: PreparedRun, model: LanguageModel, run: RunDirectory, stop_request: StopRequest
 ) -> L.Trainer:
-    """The trainer of the plan, which records into `run`, with the run's own callbacks before those that only show.
+    """The trainer of the plan, which records into `run`. The callbacks that record come before those of the
+    configuration.
 
-    Raises: ValueError where Lightning refuses the settings, or would run another precision.
+    Raises: InputError if Lightning rejects the settings, or would run in another precision.
     """
     plan = prepared.plan
     shown = [instantiate(node) for node in plan.callbacks]
-    strangers = [type(callback).__name__ for callback in shown if not isinstance(callback, L.Callback)]
-    if strangers:
-        raise InputError(f"a _target_ in callbacks makes a {strangers[0]}, which is no callback of Lightning's.")
+    wrong = [type(callback).__name__ for callback in shown if not isinstance(callback, L.Callback)]
+    if wrong:
+        raise InputError(f"a _target_ in callbacks makes a {wrong[0]}, which is not a Lightning callback.")
     options = trainer_options(plan, prepared.total_steps) | {
         "default_root_dir": str(run.path),
         "profiler": _profiler(plan.trainer.profiler, run),
@@ -103,13 +104,15 @@ def build_trainer(
     except InstantiationException as error:
         raise InputError(f"Lightning refuses these settings: {_on_one_line(error.__cause__ or error)}") from error
     assert isinstance(trainer, L.Trainer)
-    if trainer.precision != plan.trainer.precision:  # Lightning may take another, and only warn
-        raise InputError(f"trainer.precision={plan.trainer.precision} would run as {trainer.precision}: give that.")
+    if trainer.precision != plan.trainer.precision:  # Lightning may choose another one with only a warning
+        raise InputError(
+            f"trainer.precision={plan.trainer.precision} would run as {trainer.precision}: set it to that."
+        )
     return trainer
 
 
 def _profiler(word: str | None, run: RunDirectory) -> Profiler | None:
-    """Lightning's of that name; what it finds goes into fit-profile.txt of the run directory."""
+    """Lightning's profiler of that name. It writes into fit-profile.txt in the run directory."""
     kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
     return None if word is None else kinds[word](dirpath=run.path, filename="profile")
 
@@ -138,7 +141,7 @@ def _own_callbacks(
 
 
 def _loggers(prepared: PreparedRun, run: RunDirectory) -> list[L.pytorch.loggers.Logger]:
-    """metrics.csv first, then the chosen ones."""
+    """The logger of metrics.csv first, then the loggers of the configuration."""
     plan, data = prepared.plan, prepared.data
     also = accuracy.columns(data.val_subsets) if data.val_subsets else positions.columns(data.context)
     if data.test is not None:
@@ -150,7 +153,11 @@ def _loggers(prepared: PreparedRun, run: RunDirectory) -> list[L.pytorch.loggers
 def fit(
     trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop_request: StopRequest
 ) -> InterruptedRunError | DivergedError | None:
-    """Train from the plan's first step on. Returns what ended the run before its last step, if something did."""
+    """Train, beginning with the plan's first step.
+
+    Returns: what ended the run before its last step; None if it was completed.
+    Raises: InputError if Lightning rejects the settings.
+    """
     data = prepared.data
     data.start_batch = prepared.first_step * prepared.plan.trainer.accumulate_grad_batches
     with stop_request:

@@ -1,4 +1,4 @@
-"""Continue a text, showing it as it is sampled."""
+"""Continue a text, and print the continuation while it is sampled."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ from lkda.training.options import MOST_SEED
 
 
 def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
-    """Write the prompt and the model's continuation to `out`, piece by piece; the speed, and why it ended, go to
-    stderr.
+    """Write the prompt and the model's continuation to `out`, piece by piece. The speed in tokens per second and the
+    reason for the end are written to stderr.
 
     Args:
-        out: standard output where None.
-        config: composed from configs/generate.yaml: ckpt, prompt or prompt_file (else standard input),
-            max_new_tokens, temperature, top_p, seed, ignore_eos, accelerator, backend.
-    Returns: the whole text.
-    Raises:
-        ValueError: no usable checkpoint or prompt, or a setting out of its range.
+        out: None means standard output.
+        config: composed from configs/generate.yaml: ckpt, prompt or prompt_file (if both are null, the prompt is read
+            from standard input), max_new_tokens, temperature, top_p, seed, ignore_eos, accelerator, backend.
+    Returns: the prompt and its continuation.
+    Raises: InputError for a checkpoint or a prompt that cannot be used, or a setting outside its range.
     """
     settings = resolve(config)
     out = out or sys.stdout
@@ -65,7 +64,8 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
 
 
 def _prompt(config: DictConfig) -> str:
-    """As it was typed; of a file or standard input, without its last line end: editors and `echo` add one."""
+    """The prompt as it was given. A final line break is removed from a file or standard input: editors and `echo` add
+    it."""
     if config.prompt is not None and config.prompt_file is not None:
         raise InputError("give either prompt=... or prompt_file=..., not both.")
     if config.prompt is not None:
@@ -76,7 +76,7 @@ def _prompt(config: DictConfig) -> str:
             source = f"prompt_file {config.prompt_file}"
             text = Path(str(config.prompt_file)).read_bytes().decode("utf-8")
         elif sys.stdin is None:
-            raise InputError("there is no standard input to read the prompt from: give prompt=... or prompt_file=....")
+            raise InputError("there is no standard input to read the prompt from: give prompt=... or prompt_file=...")
         else:
             if sys.stdin.isatty():
                 print("type the prompt, then Ctrl-D:", file=sys.stderr)
@@ -89,7 +89,7 @@ def _prompt(config: DictConfig) -> str:
 
 
 class _Timed:
-    """Passes tokens through; counts them, and the time after the first (which waits for the prompt)."""
+    """Passes tokens through, counts them, and times those after the first. The first one includes the prompt's time."""
 
     def __init__(self, tokens: Iterator[int]) -> None:
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""How lkda was started, so that the commands it prints can be pasted into the same shell."""
+"""How lkda was started. The commands that it prints begin in the same way and can be pasted into the same shell."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SCRIPTS = Path(lkda.__file__).parents[1] / "scripts"
 
 
 def command(name: str, *overrides: str) -> str:
-    """A line for the shell that runs the command `name` by the door that this process came through.
+    """A shell command that runs the command `name`, started in the same way as this process.
 
-    That is `lkda train`, `python -m lkda train`, or else `python scripts/train.py` where the scripts are at hand.
+    This is `lkda train`, `python -m lkda train`, or `python scripts/train.py` if the scripts exist.
 
     Args:
         name: train, evaluate, generate, export, compare, benchmark or prepare-data.
-        overrides: as `lkda.commands.overrides.override` makes them; they are quoted for the shell here.
+        overrides: as made by `lkda.commands.overrides.override`. They are quoted for the shell here.
     """
-    return shlex.join([*_door(name), *overrides])
+    return shlex.join([*_launcher(name), *overrides])
 
 
 def typed_overrides(*, of_hydra: bool = False) -> list[str]:
@@ -45,29 +45,30 @@ def typed_overrides(*, of_hydra: bool = False) -> list[str]:
 
 
 def given_overrides(*, without: tuple[str, ...]) -> list[str]:
-    """The overrides that made this run, to be given again; of a sweep's job, such that they run that job alone.
+    """The overrides of this run, for a command that repeats it. For a job of a sweep they run only that job.
 
     Args:
-        without: beginnings of those to leave out, as "mixer" or "resume=".
+        without: overrides that begin with one of these strings, such as "mixer" or "resume=", are left out.
     """
     if not HydraConfig.initialized():
         return []
     hydra = HydraConfig.get()
     given = [word for word in typed_overrides() if not word.lstrip("+~").startswith(without)]
     of_hydra = [word for word in typed_overrides(of_hydra=True) if word.startswith("hydra.searchpath=")]
-    # An experiment may ask for a sweep by itself.
+    # An experiment may itself start a sweep.
     would_sweep = hydra.mode == RunMode.MULTIRUN or hydra.sweeper.get("params")
     return [*given, *of_hydra, *(["hydra.mode=RUN"] if would_sweep else [])]
 
 
-def by_this_door(text: str) -> str:
-    """`text` that names scripts, with `lkda train` for `python scripts/train.py` where that is how lkda was started."""
-    if _door("train")[-1] != "train":
+def with_started_command(text: str) -> str:
+    """`text` with every script replaced by the matching command, `python scripts/train.py` by `lkda train`, if this
+    process was started by that command."""
+    if _launcher("train")[-1] != "train":
         return text
     return re.sub(r"(?:python )?scripts/(\w+)\.py", lambda script: command(script[1].replace("_", "-")), text)
 
 
-def _door(name: str) -> list[str]:
+def _launcher(name: str) -> list[str]:
     started = Path(sys.argv[0])
     if started.stem == "lkda":
         on_path = shutil.which("lkda")
@@ -80,11 +81,11 @@ def _door(name: str) -> list[str]:
 
 
 def python_command() -> str:
-    """What to type for the interpreter that runs: its path where it is one of an environment that is not activated."""
+    """The shell word for this Python interpreter: its path if it belongs to an environment that is not activated."""
     activated = "VIRTUAL_ENV" in os.environ or sys.prefix == sys.base_prefix
     return "python" if activated else short(Path(sys.executable))
 
 
 def short(path: Path) -> str:
-    """An absolute path, relative to the working directory where it is below it."""
+    """`path`, an absolute path, made relative to the working directory if it is inside it."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval (the extra `lkda[eval]`) on a model of ours, through its own tokenizer; no network is asked."""
+"""Runs tasks of lm-eval (the extra `lkda[eval]`) on a model of lkda, with its own tokenizer and without a network."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from lkda.special_tokens import document_ends
 def run_tasks(
     trained: TrainedModel, names: list[str], *, folder: str | Path | None, limit: int | None, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of lm-eval's task files in `folder` (lkda's own, where None).
+    """Run lm-eval tasks.
 
     Args:
-        limit: questions of each task; all where None.
-    Raises: ValueError where lm-eval is not installed, or a task is not in the folder, naming those that are.
+        names: of the tasks.
+        folder: holds the task files. None means those that come with lkda.
+        limit: number of questions of each task. None means all.
+    Returns: {task: {metric: value}}.
+    Raises: InputError if lm-eval is not installed, or if a task is not in the folder. The message names the tasks that
+        are.
     """
     try:
         import lm_eval
@@ -34,12 +38,12 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder = Path(folder or TASKS)
     if not folder.is_dir():
-        raise InputError(f"tasks_path={folder} is no directory of lm-eval's task files.")
+        raise InputError(f"tasks_path must be a directory of lm-eval task files, but {folder} is not a directory.")
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         known = ", ".join(sorted(manager.all_tasks)) or "none"
-        raise InputError(f"{folder} holds no task {', '.join(unknown)}; it holds {known}.")
+        raise InputError(f"there is no task {', '.join(unknown)} in {folder}; the tasks there are {known}.")
     found = lm_eval.simple_evaluate(
         model=_language_model(trained, device),
         tasks=names,
@@ -52,7 +56,7 @@ def run_tasks(
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The metrics without their filter's name, and without what could not be had."""
+    """The metrics without the name of their filter, and without those that have no numeric value."""
     return {
         name.partition(",")[0]: float(value)
         for name, value in values.items()
@@ -69,7 +73,7 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
         return encode_text(tokenizer, text)
 
     def scores(before: list[int], after: list[int]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of `after`, and whether each token is the likeliest."""
+        """The log-probability of each token of `after`, and whether it is the most likely token at its position."""
         tokens = torch.tensor([before + after], device=device)
         with torch.inference_mode():
             logits = model(tokens[:, :-1])[0, len(before) - 1 :].float().log_softmax(-1)

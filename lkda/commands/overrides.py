@@ -1,4 +1,4 @@
-"""Text on Hydra's command line: a value that must arrive exactly as it is, whatever characters it has."""
+"""Quotes text for Hydra's command line, so that a value with any characters arrives unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-# Settings whose value is one text or path: of these Hydra's grammar shall make no number, list or dictionary.
+# Settings whose value is a text or a path. Hydra's grammar must not turn it into a number, a list or a dictionary.
 _TEXTS = {
     *("ckpt", "out", "prompt_file", "init_from", "tasks_path", "bench", "title", "runs"),
     *(
@@ -23,16 +23,16 @@ _TEXTS = {
         "hydra.sweep.dir",
     ),
 }
-# Of these, the one that also takes a list.
+# Those of the settings above that also take a list.
 _MAY_BE_A_LIST = ("runs",)
-# OmegaConf takes this word for a value that is still to be given.
+# OmegaConf reads this word as a value that is required and missing.
 _MISSING = "???"
 
 
 def override(key: str, value: str) -> str:
-    """`key=value` from which Hydra reads exactly the text `value`; quoted only where it must be.
+    """`key=value`, from which Hydra reads exactly the text `value`. The value is quoted only if this is necessary.
 
-    It is not quoted for the shell: that is `shlex.join`'s part.
+    The result is not quoted for the shell: use `shlex.join` for that.
     """
     bare = f"{key}={value}"
     parsed = None if _special(value) else _parsed(bare)
@@ -42,15 +42,15 @@ def override(key: str, value: str) -> str:
 
 
 def as_typed(arguments: Sequence[str], *, verbatim: Sequence[str] = ()) -> list[str]:
-    """A command's arguments, so quoted that Hydra reads what was typed.
+    """The arguments of a command, quoted so that Hydra reads them as they were typed.
 
-    The values of settings that hold a text or a path (`ckpt`, `out`, `hydra.run.dir`, ...) are taken as they stand: no
-    number is made of `1.10`, and `runs/lr=1e-3` needs no quotes. What is left to Hydra is a value in quotes of its own,
+    The value of a setting that holds a text or a path (`ckpt`, `out`, `hydra.run.dir`, ...) is taken literally: `1.10`
+    does not become a number, and `runs/lr=1e-3` needs no quotes. Hydra still parses a value that is itself in quotes,
     `null`, an interpolation `${...}`, and a sweep over several values.
 
     Args:
-        arguments: as in sys.argv, without the program.
-        verbatim: settings whose value is all that follows the first `=`, with nothing left to Hydra.
+        arguments: as in sys.argv, without the name of the program.
+        verbatim: settings whose value is always the literal text after the first `=`.
     """
     return [_read_as_typed(argument, verbatim) for argument in arguments]
 
@@ -66,7 +66,7 @@ def _read_as_typed(argument: str, verbatim: Sequence[str]) -> str:
 
 
 def _is_hydras(parsed: Override, value: str) -> bool:
-    """Whether Hydra's reading of a text's `value` is the wanted one."""
+    """Whether Hydra should parse the `value` of a text setting itself."""
     if parsed.is_sweep_override():
         return not Path(value).exists()
     read = parsed.value()
@@ -74,7 +74,7 @@ def _is_hydras(parsed: Override, value: str) -> bool:
 
 
 def _parsed(argument: str) -> Override | None:
-    """None for what is not in Hydra's grammar."""
+    """The override that Hydra parses from the argument; None if it does not follow Hydra's grammar."""
     try:
         return OverridesParser.create().parse_override(argument)
     except HydraException:
@@ -86,10 +86,10 @@ def _special(value: str) -> bool:
 
 
 def _quoted(value: str) -> str:
-    """A quoted value of Hydra's grammar whose interpolations OmegaConf leaves alone."""
+    """`value` quoted for Hydra's grammar, with `${` escaped for OmegaConf."""
     if value == _MISSING:
         text = f"${{oc.decode:\"'{_MISSING}'\"}}"
     else:
-        # `\${` is no interpolation; backslashes that stand before it are doubled, or they would escape the escape.
+        # `\${` is not an interpolation. Backslashes directly before it are doubled, or they would escape the backslash.
         text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     return QuotedString(text, Quote.single).with_quotes()

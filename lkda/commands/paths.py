@@ -1,4 +1,4 @@
-"""The paths in a run's configuration, made absolute when the run begins: then they mean the same from anywhere."""
+"""Makes the paths in a run's configuration absolute, so that they stay valid in any working directory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from lkda.checks import InputError
 from lkda.data.text.cache import expanded
 
-# Options of data that are paths, or lists of paths.
+# Options of the group data that are paths, or lists of paths.
 _DATA_LISTS = ("paths", "val_paths", "test_paths")
 _DATA_PATHS = (*_DATA_LISTS, "tokenizer_path", "cache_dir", "directory")
 _PATTERN = re.compile(r"[*?[]")
 
 
 def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved configuration of a run with every path in it absolute, so that what is recorded means the same
-    anywhere.
+    """The resolved configuration of a run with absolute paths. The recorded configuration then stays valid in any
+    working directory.
 
-    Raises: ValueError for what is no path, or one in a home directory that is not known.
+    Raises: InputError for a value that is not a path, or a path in an unknown home directory.
     """
     initial = settings["init_from"]
     return {
@@ -32,7 +32,7 @@ def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_with_absolute_paths(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The group `data`, likewise."""
+    """The resolved group `data` with absolute paths."""
     changed = dict(data)
     for name in _DATA_PATHS:
         value = data.get(name)
@@ -40,7 +40,7 @@ def data_with_absolute_paths(data: Mapping[str, Any]) -> dict[str, Any]:
             changed[name] = [_absolute(item, f"data.{name}") for item in value]
         elif value is not None and name not in _DATA_LISTS:
             changed[name] = _absolute(value, f"data.{name}")
-    # A data set of the hub, or a directory.
+    # The name of a data set on the hub, or a directory.
     of_the_hub = data.get("name")
     if isinstance(of_the_hub, str) and expanded(of_the_hub).is_dir():
         changed["name"] = _absolute(of_the_hub, "data.name")
@@ -48,7 +48,7 @@ def data_with_absolute_paths(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(path: object, option: str) -> str:
-    """`path` from the root on; a pattern is still a pattern, and means the same files."""
+    """`path` made absolute. A glob stays a glob that matches the same files."""
     if not isinstance(path, str) or not path:
         quoted = "" if isinstance(path, str) else f": a name that looks like a number needs quotes, '\"{path}\"'"
         raise InputError(f"{option} must be a path, got {path!r}{quoted}.")

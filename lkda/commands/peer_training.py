@@ -1,13 +1,15 @@
-"""Train our model and the same model of another package from the same weights, and compare the losses.
+"""Train a model of lkda and the same model of another package from the same weights, and compare their losses.
 
     python -m lkda.commands.peer_training --peers llama --out outputs/peer_training debug=fast
 
-Peers are llama and qwen3 (transformers) and fla_kda (flash-linear-attention, on a GPU). The arguments key=value are
-settings of scripts/train.py. Both models see the same batches in the same order, under the same loop, optimiser,
-schedule, clipping and precision; nothing is compiled. The directory --out gets results.json, table.json and a plot.
+The peers are llama and qwen3 (transformers) and fla_kda (flash-linear-attention, on a GPU). The arguments key=value are
+settings of scripts/train.py. Both models are trained on the same batches in the same order, with the same loop,
+optimizer, schedule, clipping and precision. Nothing is compiled. The results are written into the directory --out:
+results.json, table.json and a plot.
 
-Training amplifies rounding errors, the more the higher the learning rate. How much is measured beside it: our model is
-trained a second time from weights that are changed by one rounding of float32, and what that changes is the yardstick.
+Training amplifies rounding errors, and more so at a higher learning rate. To measure this effect, lkda's model is
+trained a second time from weights that are changed by one float32 rounding. The difference between its two runs is the
+reference for the difference between the packages.
 """
 
 from __future__ import annotations
@@ -46,14 +48,14 @@ from lkda.report.studies.peer_training import KIND, redraw, rows
 from lkda.training.callbacks import DivergenceGuard
 from lkda.training.callbacks.steps import ends_step
 
-# What of configs/train.yaml is used here; the mixer is the peer's.
+# The groups of configs/train.yaml that are used here. The mixer is decided by the peer.
 _USED = ("model", "data", "optimizer", "scheduler", "trainer", "seed", "backend", "debug")
 
-_NO_RUN = Path(".")  # nothing is recorded as a run, nor continued
+_NO_RUN = Path(".")  # no run is recorded or continued
 
 
 class LossRecorder(L.Callback):
-    """Keeps the training loss of every optimiser step, on the device."""
+    """Stores the training loss of every optimizer step, on the device."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
@@ -66,21 +68,20 @@ class LossRecorder(L.Callback):
 
 
 def compare_training(name: str, config: DictConfig, console: Console) -> dict[str, Any]:
-    """Train our model and the peer `name` from the same weights on the same batches.
+    """Train lkda's model and the peer `name` from the same weights on the same batches.
 
     Args:
         config: composed from configs/train.yaml with the peer's overrides.
-        console: is told of each model that has been trained.
+        console: prints a line after each trained model.
     Returns: the settings, and under "ours", "theirs" and "ours_rounded" (from weights changed by one rounding) the loss
-        of every step and of the validation after the last.
-    Raises:
-        ValueError: a setting does not do, the data are no text, or the peer cannot be what our model is.
-        DivergedError: a loss is not finite.
+        of every step and the validation loss after the last step, in nats per token.
+    Raises: InputError if a setting cannot be used, if the data are not text, or if the peer cannot represent the model;
+        DivergedError if a loss is not finite.
     """
     plan = plan_run(config, _NO_RUN)
     data = prepare_data(plan, None)
     if data.tokenizer is None:
-        raise InputError(f"peers are compared on packed text, and data={data.source} is none: give data=sotu, say.")
+        raise InputError(f"peers are compared on packed text, but data={data.source} is not text: give data=sotu, say.")
     prepared = with_data(plan, data, None)
     ours = model_of(prepared)
     models = {"ours": ours, "theirs": peer_model(name, ours, data.tokenizer), "ours_rounded": rounded(ours)}
@@ -101,7 +102,7 @@ def compare_training(name: str, config: DictConfig, console: Console) -> dict[st
 
 @torch.no_grad()
 def rounded(model: LanguageModel) -> LanguageModel:
-    """A copy whose weights are each changed by about one rounding of float32, drawn at random."""
+    """A copy in which every weight is changed at random by about one float32 rounding."""
     changed = copy.deepcopy(model)
     for parameter in changed.parameters():
         parameter.mul_(1 + torch.finfo(torch.float32).eps * torch.randint_like(parameter, -1, 2))
@@ -109,7 +110,8 @@ def rounded(model: LanguageModel) -> LanguageModel:
 
 
 def _train(model: LanguageModel, prepared: PreparedRun) -> dict[str, Any]:
-    """Train `model` as scripts/train.py does. Returns the losses, the validation loss and the seconds they took."""
+    """Train `model` as scripts/train.py does. Returns the loss of every step and the validation loss (nats per token),
+    and the seconds."""
     plan, recorder = prepared.plan, LossRecorder()
     options = trainer_options(plan, prepared.total_steps) | {
         "val_check_interval": prepared.total_steps * plan.trainer.accumulate_grad_batches,
@@ -129,11 +131,11 @@ def _train(model: LanguageModel, prepared: PreparedRun) -> dict[str, Any]:
 
 
 def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Console) -> bool:
-    """Compare with each of `peers` in turn, writing and drawing what there is after each. A peer that fails does not
-    stop the others.
+    """Compare with each of `peers` in turn. The files and the plot are updated after each one. A peer that fails does
+    not stop the others.
 
-    Returns: whether all of them were compared.
-    Raises: ValueError before any training, for an unknown peer or a setting that does not do.
+    Returns: whether all peers were compared.
+    Raises: InputError, before any training, for an unknown peer or a setting that cannot be used.
     """
     quiet_libraries()
     configs = _compose(peers, overrides)
@@ -144,7 +146,7 @@ def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Cons
         try:
             check_available(name, device)
             found["peers"].append(compare_training(name, config, console))
-        except Exception as error:  # of any package: it is told, and the other peers are still of use
+        except Exception as error:  # of any package: report it and continue with the next peer
             found["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             console.print(f"{name} failed: {found['failed'][name]}", soft_wrap=True)
             if not isinstance(error, InputError):
@@ -160,13 +162,15 @@ def run(peers: Sequence[str], out: Path, overrides: Sequence[str], console: Cons
 
 
 def _compose(peers: Sequence[str], overrides: Sequence[str]) -> dict[str, DictConfig]:
-    """The checked configuration of each peer. Raises ValueError for unknown peers and settings without an effect."""
+    """The checked configuration of each peer. Raises InputError for unknown peers and settings without an effect."""
     unknown = [name for name in peers if name not in PEERS]
     if unknown or not peers:
         raise InputError(f"--peers takes names of {', '.join(PEERS)}, separated by commas; got {','.join(peers)!r}.")
     unused = [word for word in overrides if word.lstrip("+~").split("=")[0].split(".")[0] not in _USED]
     if unused:
-        raise InputError(f"{unused[0]} has no effect here; there are {', '.join(_USED)}, and the mixer is the peer's.")
+        raise InputError(
+            f"{unused[0]} has no effect here; the settings are {', '.join(_USED)}, and the peer decides the mixer."
+        )
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         configs = {name: compose("train", overrides=[*PEERS[name].overrides, *overrides]) for name in peers}
     for config in configs.values():

@@ -1,8 +1,8 @@
-"""Models of other packages that compute what ours do, with our weights: transformers' Llama and Qwen3, and
-flash-linear-attention's KDA.
+"""Models of other packages that compute the same as lkda's, with the same weights: Llama and Qwen3 of transformers, and
+KDA of flash-linear-attention.
 
-What a peer lacks is done by us on its behalf: the token embedding with its norm and scale, and a head that shares the
-embedding's table. Everything between them, the layers and the last norm, is the peer's own code.
+lkda's own code computes the token embedding with its norm and scale, and the head. Everything between them, the layers
+and the last norm, is the peer's code.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class SoftmaxLayers(nn.Module):
     """The layers and the last norm of a Transformer, called as a `Block` is.
 
     Args:
-        body: of transformers, such as LlamaModel.
-        context: tokens of a row; packed rows are attended to one by one.
+        body: a model of transformers without a head, such as LlamaModel.
+        context: tokens per row. Packed rows attend only to themselves.
     """
 
     def __init__(self, body: nn.Module, context: int) -> None:
@@ -52,7 +52,7 @@ class SoftmaxLayers(nn.Module):
 class KDALayers(nn.Module):
     """The layers and the last norm of flash-linear-attention's KDAModel, called as a `Block` is.
 
-    The bias of its output gate, which our layer does not have, stays zero.
+    The bias of its output gate stays zero, because lkda's layer has none.
     """
 
     def __init__(self, body: nn.Module, context: int) -> None:
@@ -73,11 +73,12 @@ class Peer:
     """A model of another package.
 
     Attributes:
-        package: to import, and `distribution`, the name to install it by.
-        overrides: of configs/train.yaml, that make our model what the peer is.
-        format: of `lkda.formats`, that it loads.
-        layers: its layers as a `Block`, from its body and the context.
-        needs_gpu: whether its kernels run on a GPU alone.
+        package: the name to import.
+        distribution: the name to install.
+        overrides: overrides of configs/train.yaml with which lkda's model is the same as the peer.
+        format: the format of `lkda.formats` that the peer loads.
+        layers: builds the peer's layers as a `Block`, from its body and the context.
+        needs_gpu: whether its kernels run only on a GPU.
     """
 
     package: str
@@ -88,7 +89,7 @@ class Peer:
     needs_gpu: bool = False
 
     def version(self) -> str:
-        """Of the installed package."""
+        """The name and version of the installed package."""
         return f"{self.distribution} {importlib.metadata.version(self.distribution)}"
 
 
@@ -102,21 +103,21 @@ PEERS = {
 
 
 def check_available(name: str, device: torch.device) -> None:
-    """Raise ValueError where the peer's package is not installed or does not run on `device`."""
+    """Raise InputError if the peer's package is not installed or does not run on `device`."""
     peer = PEERS[name]
     for package, distribution in ((peer.package, peer.distribution), ("transformers", "transformers")):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"peer {name} needs the package {package}: pip install {distribution}.")
     if peer.needs_gpu and device.type != "cuda":
-        raise InputError(f"peer {name} runs on a GPU alone, and this run is on {device.type}: leave it out.")
+        raise InputError(f"peer {name} needs a GPU, but this run is on {device.type}: leave the peer out.")
 
 
 def peer_model(name: str, ours: LanguageModel, tokenizer: Tokenizer) -> LanguageModel:
-    """A copy of `ours` whose layers and last norm are the peer's, with the weights that ours has.
+    """A copy of `ours` whose layers and last norm are the peer's, with the same weights.
 
-    The weights go through an exported directory, as they would for a user of the peer.
+    The weights are passed through an exported directory, as a user of the peer would load them.
 
-    Raises: ValueError where the format cannot express the model, or the peer trains other parameters than ours.
+    Raises: InputError if the format cannot express the model, or if the peer has other numbers of trained parameters.
     """
     peer = PEERS[name]
     model = copy.deepcopy(ours)
@@ -124,7 +125,9 @@ def peer_model(name: str, ours: LanguageModel, tokenizer: Tokenizer) -> Language
     model.norm = nn.Identity()  # type: ignore[assignment]
     expected, found = (_sizes(each) for each in (ours, model))
     if expected != found:
-        raise InputError(f"peer {name} trains other parameters than lkda: {found} instead of {expected}.")
+        raise InputError(
+            f"peer {name} must train the same numbers of parameters as lkda: expected {expected}, got {found}."
+        )
     return model.train()
 
 
@@ -133,23 +136,23 @@ def _load_body(peer: Peer, ours: LanguageModel, tokenizer: Tokenizer) -> nn.Modu
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    importlib.import_module(peer.package)  # flash-linear-attention tells transformers of its models
+    importlib.import_module(peer.package)  # flash-linear-attention registers its models with transformers
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "exported"
         formats.save(directory, ours, tokenizer, format=peer.format, dtype="float32")
-        # Its annotations do not know that it gives two things where it is asked for the second.
+        # Its annotations do not say that it returns a pair with output_loading_info=True.
         given: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True
         )
     loaded, report = given
     wrong = {word: sorted(map(str, names)) for word, names in report.items() if word.endswith("_keys") and names}
     if wrong:
-        raise InputError(f"{type(loaded).__name__} did not take the exported weights as they are: {wrong}.")
+        raise InputError(f"{type(loaded).__name__} did not load the exported weights unchanged: {wrong}.")
     body: nn.Module = loaded.model
     loaded.set_input_embeddings(nn.Identity())
     return body
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
-    """How many numbers an optimiser trains, by kind of parameter."""
+    """The number of trained parameters, by kind."""
     return {kind: sum(p.numel() for p in parameters) for kind, parameters in parameters_by_kind(model).items()}

@@ -1,4 +1,4 @@
-"""Assemble the offline prose mix, tokenised once."""
+"""Download and tokenize the mix of public texts (data=prose)."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from lkda.data.text.cache import default_cache_dir, expanded
 
 
 def prepare_data(config: DictConfig) -> None:
-    """Makes what `data=prose` trains on.
+    """Prepare the mix of public texts, the corpus of `data=prose`.
 
     Args:
         config: composed from configs/prepare_data.yaml.
-    Raises: ValueError for an unknown source, one that cannot be had, or a directory that is there already.
+    Raises: InputError for an unknown source, a source that cannot be downloaded, or a directory that exists already.
     """
     check_values(resolve(config), {"out": Path | None, "vocab_size": int, "sources": Sequence[str] | None})
     known = {source.name: source for source in SOURCES}
     wanted = list(known) if config.sources is None else list(config.sources)
     if not wanted:
-        raise InputError(f"sources is empty; there are {', '.join(known)}.")
+        raise InputError(f"sources is empty; give some of {', '.join(known)}.")
     for name in wanted:
         if name not in known:
-            raise InputError(f"there is no source {name!r}; there are {', '.join(known)}.")
+            raise InputError(f"there is no source {name!r}; the sources are {', '.join(known)}.")
     default = default_cache_dir() / "prose"
     out = expanded(config.out) if config.out else default
     terminal = Console(highlight=False, markup=False, emoji=False)
     console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False, emoji=False)
     if is_without_test(out):
         console.print(
-            f"{out} was made before there was a test split: it is made again, and the old one becomes {out}{OF_BEFORE}",
+            f"{out} was made by an earlier version and has no test split: it is made again, and the old directory is "
+            f"renamed to {out}{OF_BEFORE}",
             soft_wrap=True,
         )
     manifest = prepare_prose(out, vocab_size=config.vocab_size, sources=[known[name] for name in wanted])
@@ -48,17 +49,17 @@ def prepare_data(config: DictConfig) -> None:
     decontamination = manifest["decontamination"]
     for name in decontamination["before"]:
         console.print(
-            f"of the windows of {decontamination['window_tokens']} tokens of the {name} text "
-            f"{decontamination['before'][name]:.3%} were in training, "
-            f"{decontamination['after'][name]:.3%} after the dropping"
+            f"of the {decontamination['window_tokens']}-token windows of the {name} text, "
+            f"{decontamination['before'][name]:.3%} occurred in the training text before decontamination, "
+            f"{decontamination['after'][name]:.3%} after it"
         )
     console.print(
-        f"{decontamination['dropped_bytes'] / 1e6:.2f} MB were dropped from training, "
-        f"{decontamination['train_bytes'] / 1e6:.2f} MB train"
+        f"{decontamination['dropped_bytes'] / 1e6:.2f} MB were dropped from the training text, "
+        f"{decontamination['train_bytes'] / 1e6:.2f} MB are left"
     )
     elsewhere = [] if out == default else [override("data.directory", str(out))]
     console.print(
-        f"{out} holds the token files, the tokenizer, licences and manifest.json; train on it with\n"
+        f"the token files, the tokenizer, licences and manifest.json are in {out}; train on them with\n"
         f"  {command('train', 'data=prose', *elsewhere)}",
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""A plan together with its prepared data: what only the data, or the run that is continued, can tell."""
+"""A plan together with its prepared data, and everything that depends on the data or on the run that is resumed."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lkda.models.lm import LanguageModel
 from lkda.training.metrics_csv import steps_with
 from lkda.training.options import check_validation_batches
 
-# A checkpoint to go on from: its path and its content.
+# A checkpoint to resume from: its path and its content.
 Saved = tuple[Path, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """All that is settled before the first step.
+    """Everything that is known before the first step.
 
     Attributes:
-        data: prepared.
-        model_config: the whole dict of `build_model`.
+        data: the prepared data module.
+        model_config: the complete dict of `build_model`.
         metadata: plain values that describe the run, for its checkpoints and its summary.
-        total_steps: of the whole run.
-        checkpoint: the file to go on from; None for a fresh run.
-        first_step: the steps that are done already.
+        total_steps: optimizer steps of the whole run.
+        checkpoint: the file to resume from; None for a new run.
+        first_step: the number of steps that are already done.
     """
 
     plan: RunPlan
@@ -46,32 +46,33 @@ class PreparedRun:
     first_step: int
 
     def is_finished(self, run: RunDirectory) -> bool:
-        """Whether the directory holds the result of as many steps already."""
+        """Whether the directory already holds the result of this many steps."""
         return self.first_step >= self.total_steps and run.read_summary().get("status") == "finished"
 
     def check_steps(self, run: RunDirectory) -> None:
-        """Raise ValueError where the run has done more than the new number of steps, or as many without validating."""
+        """Raise InputError if the run has already done more than `total_steps` steps, or this many without a
+        validation."""
         step = self.first_step
         if step < self.total_steps:
             return
         if step > self.total_steps or step not in steps_with(run.metrics, "val/loss"):
             raise InputError(
-                f"{run.path} has {step} steps already, which leaves none to train and validate of {self.total_steps}: "
+                f"{run.path} has already done {step} steps, so {self.total_steps} steps leave nothing to train: "
                 f"give trainer.max_steps={step + 1} or more."
             )
 
 
 def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
-    """The data of the run, prepared. Raises ValueError where they are not those of the run that is continued."""
+    """The prepared data of the run. Raises InputError if they are not the data of the run that is resumed."""
     data = build_data(plan.data)
-    assert data.tokens_per_batch > 0  # of data that train nothing it raises, before they are prepared
+    assert data.tokens_per_batch > 0  # raises for data that cannot be trained on, before they are prepared
     data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
     return data
 
 
 def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> PreparedRun:
-    """The plan with its prepared data. Raises ValueError where they do not fit together."""
+    """The plan with its prepared data. Raises InputError if they do not fit together."""
     check_validation_batches(plan.trainer.limit_val_batches, data.val_batches)
     tokens_per_step = data.tokens_per_batch * plan.trainer.accumulate_grad_batches
     metadata = {
@@ -104,33 +105,32 @@ def _test_metadata(test: TestSplit) -> dict[str, Any]:
 
 
 def model_config(model: Mapping[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:
-    """The whole dict of `build_model`.
+    """The complete dict of `build_model`.
 
     Args:
         model: as in a plan.
-        vocab_size: of the tokenizer; the model has as many rows unless model.vocab_size asks for more.
-        context: length trained at.
-    Raises:
-        ValueError: the tokenizer has more tokens than the model has rows.
+        vocab_size: of the tokenizer. The embedding has as many rows, unless model.vocab_size is larger.
+        context: training length in tokens.
+    Raises: InputError if the tokenizer has more tokens than the embedding has rows.
     """
     rows = model["vocab_size"] or vocab_size
     if vocab_size > rows:
         raise InputError(
-            f"the tokenizer has {vocab_size} tokens and the model {rows} rows: "
+            f"the tokenizer has {vocab_size} tokens, but the model has only {rows} rows: "
             f"set model.vocab_size to {vocab_size} or more, or data.vocab_size to {rows} or less."
         )
     return {**model, "vocab_size": rows, "context": context}
 
 
 def model_of(prepared: PreparedRun) -> LanguageModel:
-    """The model that is trained: freshly drawn from the run's seed, or the one that the run begins with.
+    """The model to train, on the CPU: initialized at random from the run's seed, or the model of `init_from`.
 
-    A checkpoint to go on from is loaded over it later.
+    If the run is resumed, the weights of the checkpoint replace these later.
     """
     plan = prepared.plan
     L.seed_everything(plan.seed, workers=True, verbose=False)
     if plan.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32 products
+        torch.set_float32_matmul_precision("high")  # matrix products that stay in float32 may use TF32
     if plan.initial is None:
         return build_model(prepared.model_config)
     plan.initial.config = prepared.model_config

@@ -1,4 +1,4 @@
-"""The run directory, the record of a run: who may write into it, and what is in it."""
+"""The run directory, which records a run: its files, and the lock of the process that writes them."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from lkda.old_names import translated
 from lkda.training.checkpoint import newest_intact
 
 _CONFIG = "config.yaml"
-# Settings that change what a run computes: a run is resumed with the same ones.
+# Settings that change what a run computes. A resumed run must have the same values.
 _FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from", "trainer")
-# How long a run is, where things lie, how many hands fetch them and what is shown are free. So are, outside of _FIXED,
-# the backend, compile, checkpoint, logger, callbacks and sample.
+# Settings in these groups that a resumed run may change: the length of the run, the place of the cache, the number of #
+# workers and what is printed. The groups outside _FIXED may change too: backend, compile, checkpoint, logger, callbacks
+# # and sample.
 _FREE = {
     "data": ("cache_dir", "num_workers", "pin_memory"),
     "trainer": (
         *("max_steps", "max_tokens", "accelerator", "log_every_n_steps", "detect_anomaly", "profiler"),
         *("enable_model_summary", "enable_progress_bar"),
-        # The same in every run.
+        # These have the same value in every run.
         *("max_epochs", "check_val_every_n_epoch", "num_sanity_val_steps", "use_distributed_sampler"),
     ),
 }
-# Where the content of data is known by its fingerprint, its place is free too.
+# If the content of the data is known by its fingerprint, its path may change too.
 _PLACES = ("paths", "val_paths", "test_paths", "tokenizer_path", "directory")
-# What a configuration of lkda has: another program's config.yaml is not written over.
+# Groups in every configuration of lkda. A config.yaml without them belongs to another program and is not overwritten.
 _OURS = {"model", "mixer", "data", "trainer"}
 
 
 class RunDirectory:
-    """Paths of a run directory, and the lock of the process that trains in it.
+    """The paths of a run directory, and the lock of the process that trains in it.
 
     Args:
-        path: of the directory; made where missing.
-    Raises:
-        ValueError: it cannot be written, or another process trains in it.
+        path: the directory, which is created if it does not exist.
+    Raises: InputError if the directory cannot be written, or if another process trains in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,22 +72,25 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise InputError(f"another process is training in {self.path}. Wait for it, or choose another.") from error
+            raise InputError(
+                f"another process is training in {self.path}. Wait for it, or choose another hydra.run.dir."
+            ) from error
         self._before = there
 
     def _files(self) -> tuple[Path, ...]:
         return self.config, self.metrics, self.summary, self.samples, self.tokenizer
 
     def holds_run(self) -> bool:
-        """Whether a run has come as far as its first step here: there is a checkpoint, or a row in metrics.csv."""
+        """Whether a run has done at least one step here: there is a checkpoint, or a row in metrics.csv."""
         if any(not path.name.startswith(".") for path in self.checkpoints.glob("*.ckpt*")):
             return True
         return self.metrics.exists() and self.metrics.read_bytes().count(b"\n") > 1
 
     def release(self) -> None:
-        """Let others train here. The lock also ends with the process.
+        """Release the lock, which otherwise ends with the process.
 
-        A run that failed before its first step leaves nothing: what it wrote is removed, and the directory if empty.
+        If the run failed before its first step, the files that it wrote are removed, and the directory too if it is
+        empty.
         """
         if not self.holds_run():
             for path in self._files():
@@ -99,19 +102,18 @@ class RunDirectory:
         os.close(self._lock)
 
     def begin(self, config: Mapping[str, Any], *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-        """Take the directory for a run with `config`, a plain dict.
+        """Claim the directory for a run with the settings `config`, a plain dict.
 
-        Returns: the newest intact checkpoint of the run that is here, its path and content; None to start afresh.
-        Raises:
-            ValueError: a run is here and `resume` is false; or it has other settings; or none of its checkpoints can
-                be read; or a config.yaml is here that is none of lkda's.
+        Returns: path and content of the newest intact checkpoint to resume from; None to start from step 0.
+        Raises: InputError if the directory holds a run and `resume` is false; if that run has other settings; if none
+            of its checkpoints can be read; or if the config.yaml in it is not one of lkda's.
         """
         recorded = recorded_config(self.path)
         before = None if recorded is None else translated(recorded)
         if self.holds_run() and before is None:
             raise InputError(
-                f"{self.path} holds a run without its config.yaml, so its settings are not known. Put it back, or "
-                "choose another hydra.run.dir."
+                f"{self.path} holds a run whose config.yaml is missing, so its settings are not known. Restore "
+                "the file, or choose another hydra.run.dir."
             )
         if self.holds_run() and not resume:
             raise InputError(
@@ -121,7 +123,7 @@ class RunDirectory:
             left_over.unlink()
         if before is None or not self.holds_run():
             return None
-        now = translated(config)  # what a model of another package does not say, is said on both sides
+        now = translated(config)  # adds the options that a model of another package does not state, as in `before`
         self._check_settings(before, now, free_places=True)
         saved = newest_intact(self.checkpoints)
         self._check_settings(before, now, free_places=saved is None or "train" in fingerprint_of(saved[1]))
@@ -131,27 +133,28 @@ class RunDirectory:
         changed = _differences(_fixed(before, free_places), _fixed(now, free_places))
         if changed:
             raise InputError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}); it cannot resume."
+                f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}), so it cannot be resumed. "
+                "Give the recorded settings, or choose another hydra.run.dir."
             )
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Record the resolved configuration. From here on the directory holds a run."""
+        """Write config.yaml, the resolved configuration."""
         write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Record the tokenizer."""
+        """Write tokenizer.json."""
         write_atomically(self.tokenizer, tokenizer.to_str(pretty=True))
 
     def write_samples(self, text: str) -> None:
-        """Record what was drawn at the end."""
+        """Write samples.txt, the text that was sampled at the end."""
         write_atomically(self.samples, text + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Record the result."""
+        """Write summary.json, the result of the run."""
         write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
-        """The result that is recorded, {} where there is none."""
+        """The content of summary.json; {} if there is none."""
         return read_summary(self.summary)
 
     def rows(self) -> list[dict[str, str]]:
@@ -160,9 +163,9 @@ class RunDirectory:
 
 
 def recorded_config(run_dir: Path) -> dict[str, Any] | None:
-    """What the config.yaml of a run directory holds, as it was written; None where there is none.
+    """The unchanged content of the config.yaml of a run directory; None if there is none.
 
-    Raises: ValueError where it cannot be read, or is another program's.
+    Raises: InputError if the file cannot be read, or if it is not a configuration of lkda.
     """
     path = run_dir / _CONFIG
     if not path.exists():
@@ -172,12 +175,12 @@ def recorded_config(run_dir: Path) -> dict[str, Any] | None:
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(found, dict) or not found.keys() >= _OURS:
-        raise InputError(f"{path} is no configuration of lkda's: choose another hydra.run.dir.")
+        raise InputError(f"{path} is not a configuration of lkda: choose another hydra.run.dir.")
     return {str(name): value for name, value in found.items()}
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What a run's summary.json holds, {} where there is none. Raises ValueError where it cannot be read."""
+    """The content of a run's summary.json; {} if there is none. Raises: ValueError if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:  # no JSON, or no UTF-8
@@ -188,8 +191,8 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def fingerprint_of(checkpoint: Mapping[str, Any]) -> dict[str, str | None]:
-    """Of the data and the tokenizer that a checkpoint was trained with; of the tokenizer alone, if any, where it was
-    written before runs had a fingerprint."""
+    """The fingerprint of the data and the tokenizer that a checkpoint was trained with. A checkpoint of an earlier
+    version without a fingerprint gives only that of its tokenizer, if it has one."""
     ours = checkpoint["lkda"]
     found = dict(ours["run"].get("fingerprint") or {})
     if ours["tokenizer"] is not None:
@@ -198,7 +201,7 @@ def fingerprint_of(checkpoint: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:
-    """The settings that must stay, paths absolute."""
+    """The settings that a resumed run must not change, with absolute paths."""
     free = {**_FREE, "data": (*_FREE["data"], *(_PLACES if free_places else ()))}
     absolute = data_with_absolute_paths(config.get("data") or {})
     found: dict[str, Any] = {**{key: config.get(key) for key in _FIXED}, "data": absolute}
@@ -210,9 +213,9 @@ def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Every leaf in which two nested dicts differ, as `key: before there, now here`."""
+    """Every value in which two nested dicts differ, as `key: BEFORE is recorded, NOW is given`."""
     if not isinstance(before, dict) or not isinstance(now, dict):
-        return [] if before == now else [f"{key}: {before} there, {now} here"]
+        return [] if before == now else [f"{key}: {before} is recorded, {now} is given"]
     found = []
     for name in [*before, *(name for name in now if name not in before)]:
         found += _differences(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))

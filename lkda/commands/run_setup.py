@@ -1,4 +1,4 @@
-"""From Hydra's configuration to a plan: resolved once, checked once, and from there only the plan travels on."""
+"""Turns Hydra's configuration into a `RunPlan`: it is resolved and checked once, and later code uses only the plan."""
 
 from __future__ import annotations
 
@@ -39,29 +39,30 @@ from lkda.training.options import (
 from lkda.training.precision import PRECISIONS, resolve_precision
 
 GROUPS = ("model", "mixer", "data", "optimizer", "scheduler", "trainer", "checkpoint", "sample", "callbacks", "logger")
-# Of the groups `model` and `mixer`, what does not belong to a model: its name, and where a run's own number is found.
+# Options of the groups `model` and `mixer` that are not options of a model: its name, and defaults for other groups.
 _NOT_THE_MODELS = ("name", "num_heads", "learning_rate")
 _NOT_THE_MIXERS = ("learning_rate",)
-# Of a model's config, what is in no group of that name.
+# Entries of a model's config that are not in the group `model`.
 _NOT_OF_THE_GROUP = ("mixer", "backend", "context")
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run is to do, every option of it checked; only what its data must tell is left open.
+    """All checked options of a run. Only what depends on the prepared data is missing.
 
     Attributes:
         record: the resolved configuration, as config.yaml holds it.
-        model_name, mixer_name: what the model and the mixer are called.
-        model: the dict of `build_model`; its vocab_size is None where the data's is meant, its context is open.
-        initial: the model that the run begins with; None where it begins with fresh weights.
+        model_name, mixer_name: the names of the model and the mixer.
+        model: the dict of `build_model`, without its context. A vocab_size of None means that of the data.
+        initial: the model that the run starts from; None if it starts from random weights.
         data: options of the data module, with its `_target_`.
         optimizer: what `build_optimizer` takes.
         scheduler: what `learning_rate_factor` takes.
         callbacks, loggers: each with its `_target_`.
-        device: that the run trains on.
-        backends: that will run, by operator.
-        compile: True, `torch.compile` takes the model's blocks; "auto", on a GPU also CUDA graphs, on a CPU neither.
+        device: the device to train on.
+        backends: the backend of each operator, as {"kda": "chunk"}.
+        compile: True compiles the model's blocks with `torch.compile`. "auto" means on a GPU the same with CUDA graphs,
+            on a CPU no compilation.
         resume: whether to continue the run that is in the run directory.
         init_from: the directory that `initial` comes from.
     """
@@ -91,13 +92,13 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
     """The plan of the run that `config`, composed from configs/train.yaml, describes.
 
     Args:
-        run_dir: where the run is recorded; only read here, where a run is to be continued.
-    Raises: ValueError for what no run can use, before anything is written and before the data are prepared.
+        run_dir: the run directory. It is only read, and only if a run is resumed.
+    Raises: InputError for settings that cannot be used, before anything is written and before the data are prepared.
     """
     settings = resolve(config)
     for group in GROUPS:
         if settings.get(group) is None:
-            raise InputError(f"{group} is null, and a run needs one: leave {group}=null out, or choose another.")
+            raise InputError(f"{group} must not be null: leave {group}=null out, or choose another {group}.")
     check_switch("resume", settings["resume"])
     recorded = recorded_config(run_dir) if settings["resume"] else None
     check_unused(RATES, settings)
@@ -113,8 +114,8 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
 
 
 def _with_learning_rate(settings: dict[str, Any], recorded: Mapping[str, Any] | None) -> dict[str, Any]:
-    """With a number in the place of an `optimizer.lr` that is null: that of the run which is continued, or the measured
-    one."""
+    """The settings with a number for an `optimizer.lr` that is null: the rate of the run that is resumed, or the
+    measured rate."""
     optimizer = settings["optimizer"]
     if not isinstance(optimizer, Mapping) or optimizer.get("lr", "absent") is not None:
         return settings
@@ -134,7 +135,7 @@ def _gives_a_rate() -> bool:
 
 
 def _check(settings: dict[str, Any]) -> None:
-    """Raise ValueError for what no run can use, whatever its data and its device."""
+    """Raise InputError for settings that are wrong for every device and all data."""
     check_trainer(settings["trainer"])
     check_optimizer(settings["optimizer"])
     check_schedule(settings["scheduler"])
@@ -152,8 +153,9 @@ def _check(settings: dict[str, Any]) -> None:
 
 
 def _with_initial_model(settings: dict[str, Any], config: DictConfig) -> tuple[dict[str, Any], LanguageModel | None]:
-    """The model of `init_from`, and the settings with its tokenizer, and with its mixer's name wherever the
-    configuration refers to that, as a logger's name of the run. None, and the settings as they are, where it is null.
+    """The settings for the model of `init_from`, and that model. The settings get its tokenizer, and its mixer's name
+    wherever the configuration refers to the name, for example in a logger's name of the run. If `init_from` is null,
+    the settings are unchanged and the model is None.
     """
     if settings["init_from"] is None:
         return settings, None
@@ -171,10 +173,11 @@ def _with_initial_model(settings: dict[str, Any], config: DictConfig) -> tuple[d
 def with_recorded_options(
     settings: dict[str, Any], recorded: Mapping[str, Any], *, of_model: bool = True
 ) -> dict[str, Any]:
-    """The settings to go on with: a run that was begun before an option existed keeps what it had without it.
+    """The settings of a resumed run. An option that did not exist when the run began keeps the value that was then in
+    effect.
 
     Args:
-        recorded: the config.yaml of the run that is continued, {} where there is none.
+        recorded: the config.yaml of the run that is resumed; {} if there is none.
         of_model: whether the groups model and mixer describe the model.
     """
     given = given_overrides(without=())
@@ -191,7 +194,7 @@ def with_recorded_options(
 
 
 def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
-    """The plan of settings that are right by themselves: whether they fit together, the device and the model."""
+    """The plan. Each setting is already checked by itself; this checks the device, the model, and their combination."""
     accelerator = settings["trainer"]["accelerator"]
     device = resolve_device(accelerator, option="trainer.accelerator", instead="trainer=cpu or trainer=auto")
     precision = resolve_precision(settings["trainer"]["precision"], device)
@@ -222,9 +225,9 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
 
 
 def model_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The dict of `build_model` from the resolved groups model, mixer and backend, but for the context.
+    """The dict of `build_model`, without the context, from the resolved groups model, mixer and backend.
 
-    A mixer whose `num_heads` is null has the model's.
+    A `num_heads` of the mixer that is null takes the model's value.
     """
     model = {name: value for name, value in settings["model"].items() if name not in _NOT_THE_MODELS}
     mixer = {name: value for name, value in settings["mixer"].items() if name not in _NOT_THE_MIXERS}
@@ -234,13 +237,13 @@ def model_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_options_of(initial: LanguageModel) -> dict[str, Any]:
-    """The same of a model that there is already."""
+    """The dict of `build_model`, without the context, of a model that exists already."""
     mixer = {"name": mixer_name(initial), **initial.config["mixer"]}
     return {**{name: value for name, value in initial.config.items() if name != "context"}, "mixer": mixer}
 
 
 def groups_of(model: Mapping[str, Any], *, model_name: str) -> dict[str, dict[str, Any]]:
-    """The groups `model` and `mixer` that record a dict of `build_model`."""
+    """The groups `model` and `mixer`, as recorded in config.yaml, from a dict of `build_model`."""
     own = {name: value for name, value in model.items() if name not in _NOT_OF_THE_GROUP}
     return {"model": {"name": model_name, **own}, "mixer": dict(model["mixer"])}
 
@@ -248,16 +251,15 @@ def groups_of(model: Mapping[str, Any], *, model_name: str) -> dict[str, dict[st
 def check_model(
     model: Mapping[str, Any], *, device: torch.device, precision: torch.dtype, initial: LanguageModel | None = None
 ) -> dict[str, str]:
-    """The backends that the model runs on the device, as {"kda": "chunk"}.
+    """Check that the model can be built. Returns the backends that it uses on the device, as {"kda": "chunk"}.
 
-    The model is built without memory for this: preparing the data may take minutes, and what is wrong with the model
-    shall be said before.
+    The model is built on the device "meta", without memory. Preparing the data may take minutes, and an error in the
+    model is reported before that.
 
     Args:
         model: the dict of `build_model`.
-        initial: that model, where it is built already.
-    Raises:
-        ValueError: it cannot be built, or a backend cannot run there.
+        initial: the model, if it exists already.
+    Raises: InputError if the model cannot be built, or if a backend cannot run on the device.
     """
     if initial is not None:
         return initial.resolve_backends(device, precision)
@@ -268,4 +270,4 @@ def check_model(
             made = build_model({**model, "vocab_size": model["vocab_size"] or 1})
             return made.resolve_backends(device, precision)
     except (RuntimeError, OverflowError) as error:  # torch cannot count the bytes of a tensor
-        raise InputError(f"the model is too large to be built ({str(error).splitlines()[0]}).") from error
+        raise InputError(f"the model is too large ({str(error).splitlines()[0]}): lower its sizes.") from error

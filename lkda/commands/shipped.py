@@ -1,4 +1,4 @@
-"""The configurations and lm-eval tasks that come with lkda."""
+"""The directories of the configurations and lm-eval tasks that come with lkda."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import lkda
 
 
 def _folder(name: str) -> Path:
-    """In an installed wheel it lies inside the package, in a checkout beside it."""
+    """The directory is inside the package in an installed wheel, and beside the package in a checkout."""
     package = Path(lkda.__file__).parent
     return package / name if (package / name).is_dir() else package.parent / name
 

@@ -1,4 +1,4 @@
-"""summary.json: the result of a run, with what is needed to compare it with another."""
+"""summary.json: the result of a run, with the settings that are needed to compare it with other runs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from lkda.training.callbacks import DivergedError, InterruptedRunError
 def summarize(
     run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ending: InterruptedRunError | DivergedError | None
 ) -> dict[str, Any]:
-    """What summary.json holds; what was measured comes from metrics.csv, so that a resumed run sums up as a whole.
+    """The content of summary.json. The measurements come from metrics.csv, so that they cover all parts of a resumed
+    run.
 
     Args:
-        model: as it was trained.
-        ending: what ended the run before its last step; None where nothing did.
+        model: the trained model.
+        ending: what ended the run before its last step; None if the run was completed.
     """
     status = {InterruptedRunError: "interrupted", DivergedError: "diverged"}.get(type(ending), "finished")
-    # The last one; metrics.csv has a row every few steps only.
+    # The last step. It cannot be read from metrics.csv, which has only a row every few steps.
     step = max(prepared.first_step, prepared.total_steps) if ending is None else ending.step
     metadata, device = prepared.metadata, prepared.plan.device
     context, rows = metadata["context"], run.rows()
@@ -46,7 +47,7 @@ def summarize(
         "unigram_entropy": metadata["unigram_entropy"],
         **_of_test(metadata["test"], rows, step),
         "tokens": tokens,
-        # A run shorter than the warm-up has no row with a speed.
+        # A run that is shorter than the warm-up has no row with a speed.
         "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
         "tflops_per_s": latest.get("tflops_per_s"),
         "mfu": latest.get("mfu"),
@@ -83,8 +84,7 @@ def summarize(
 
 
 def _of_test(test: dict[str, Any] | None, rows: list[dict[str, str]], step: int) -> dict[str, Any]:
-    """What was measured on the test split after the last step; nothing where there is no split, or the run stopped
-    before."""
+    """The results on the test split after the last step; {} if there is no test split or the run stopped early."""
     measured = [row for row in rows if int(row["step"]) == step and row.get("test/loss")]
     if test is None or not measured:
         return {}
@@ -99,7 +99,7 @@ def _of_test(test: dict[str, Any] | None, rows: list[dict[str, str]], step: int)
 
 
 def _clipped_share(rows: list[dict[str, str]]) -> float | None:
-    """Of all steps, those whose gradient was clipped; a row of metrics.csv speaks of the steps since the row before."""
+    """The share of steps whose gradient was clipped. A row of metrics.csv has the share since the previous such row."""
     shares = [(int(row["step"]), float(row["train/clipped_share"])) for row in rows if row.get("train/clipped_share")]
     steps = [step for step, _ in shares]
     weights = [step - before for before, step in zip([0, *steps], steps)]
@@ -107,7 +107,7 @@ def _clipped_share(rows: list[dict[str, str]]) -> float | None:
 
 
 def _state_dtype(model: LanguageModel) -> str | None:
-    """The type that the KDA layers keep their states in from call to call; None where there are no such layers."""
+    """The data type in which KDA layers store their states between calls; None if the model has no KDA layers."""
     words = [mixer.state_dtype for mixer in model.mixers() if hasattr(mixer, "state_dtype")]
     if not words:
         return None
@@ -116,11 +116,11 @@ def _state_dtype(model: LanguageModel) -> str | None:
 
 
 def _perplexity(loss: float | None) -> float | None:
-    return math.exp(loss) if loss is not None and loss < 700 else None  # a float ends at exp(709)
+    return math.exp(loss) if loss is not None and loss < 700 else None  # exp overflows a float above 709
 
 
 def _by_subset(subsets: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:
-    """Mean accuracies, and those of each subset of the validation with the bytes of a state at its length."""
+    """The mean accuracies, and for each validation subset its accuracies and the bytes of a state at its length."""
     if not subsets:
         return {}
     rows = [
@@ -131,7 +131,7 @@ def _by_subset(subsets: list[dict[str, int]], latest: dict[str, float], model: L
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree that runs, with `+changes` where it has uncommitted ones; None outside git."""
+    """The commit of the running source tree, with `+changes` if there are uncommitted changes; None outside git."""
     here = Path(lkda.__file__).parent
     try:
         described = subprocess.run(

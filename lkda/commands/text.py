@@ -1,4 +1,4 @@
-"""Between text and tokens, for prompts and for a stream of drawn tokens."""
+"""Converts prompts to tokens, and sampled tokens to text."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lkda.data.text.tokenizer import document_start, encode_text
 
 
 def check_text(name: str, value: object) -> str:
-    """`value`, which must be text that UTF-8 can hold. Raises ValueError naming the setting."""
+    """Return `value`. Raises InputError, naming the setting, unless it is text that UTF-8 can encode."""
     if not isinstance(value, str):
-        raise InputError(f"{name} must be text, got {value!r}; in quotes of its own, as in '\"{value}\"', it is text.")
+        raise InputError(f"{name} must be text, got {value!r}; add quotes to make it text, as in '\"{value}\"'.")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # bytes of the command line that are none come as lone surrogates
+    except UnicodeEncodeError as error:  # invalid bytes of the command line arrive as lone surrogates
         raise InputError(f"{name} is not UTF-8: {error}.") from error
     return value
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """[1, T]: the token that begins a document, where the tokenizer has one, then the prompt's characters.
+    """[1, T] int64: the token that begins a document, if the tokenizer has one, followed by the tokens of the prompt.
 
-    Raises: ValueError for an empty prompt where no token begins a document: nothing is left to continue.
+    Raises: InputError for an empty prompt if no token begins a document, because there is nothing to continue.
     """
     start = document_start(tokenizer)
     tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
@@ -37,10 +37,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of `tokens`, piece by piece as it is complete; special tokens are no text.
+    """The text of `tokens`, yielded in pieces as soon as their characters are complete. Special tokens are skipped.
 
-    A character of several bytes may span tokens: its piece comes with its last one. What a last, incomplete character
-    left behind comes as U+FFFD.
+    A character of several bytes may span several tokens. It is yielded with the last of them. An incomplete character
+    at the end is yielded as U+FFFD.
     """
     stream = DecodeStream(skip_special_tokens=True)
     drawn: list[int] = []

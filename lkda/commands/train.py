@@ -1,4 +1,4 @@
-"""Train a language model as the configuration says, into a run directory."""
+"""Train a language model and record the run in a run directory."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lkda.training.checkpoint import step_files
 
 
 def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
-    """Train, validate at the end, and leave everything in `run_dir`.
+    """Train, validate at the end, and save everything in `run_dir`.
 
     Args:
         config: composed from configs/train.yaml.
         run_dir: where the run is recorded.
-    Returns: what summary.json holds.
+    Returns: the content of summary.json.
     Raises:
-        ValueError: before training starts: something in the configuration, the data or the directory does not do.
-        CommandError: the loss diverged.
-        SystemExit: stopped by Ctrl-C (130) or SIGTERM (143), with a checkpoint saved.
+        InputError: the configuration, the data or the directory cannot be used. It is raised before training starts.
+        CommandError: the loss or a parameter became NaN or infinite.
+        SystemExit: Ctrl-C (code 130) or SIGTERM (code 143) stopped the run. A checkpoint is saved.
     """
     quiet_libraries()
     plan = plan_run(config, Path(run_dir))
@@ -68,7 +68,8 @@ def _train(plan: RunPlan, run: RunDirectory) -> dict[str, Any]:
 
 
 def _write_sample(run: RunDirectory, model: LanguageModel, prepared: PreparedRun) -> str | None:
-    """A text of the trained model, also written into the run directory; None where its tokens are no text."""
+    """A text sampled from the trained model. It is also written into the run directory. None if its tokens are not
+    text."""
     plan, tokenizer = prepared.plan, prepared.data.tokenizer
     if tokenizer is None:
         return None
@@ -78,5 +79,5 @@ def _write_sample(run: RunDirectory, model: LanguageModel, prepared: PreparedRun
 
 
 def _divergence(ending: DivergedError, run: RunDirectory) -> str:
-    good = [str(path) for path in step_files(run.checkpoints)] or ["none, it came before the first"]
+    good = [str(path) for path in step_files(run.checkpoints)] or ["none, it happened before the first one"]
     return f"{ending}. Last good checkpoint: {good[-1]}. Try a lower optimizer.lr in a new run directory."

@@ -1,7 +1,8 @@
-"""Options of the command line that another setting leaves without effect. They are refused, never silently ignored.
+"""Rejects options of the command line that have no effect beside another setting, instead of ignoring them.
 
-A table per command says which option that is, when, and beside what. An option counts as given where the command line
-names it: an experiment, a debug choice or a default may set what a run does not use.
+There is a table for each command. It lists the option, the condition under which it has no effect, and the reason. Only
+options on the command line are checked: an experiment, a debug choice or a default may set options that a run does not
+use.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from lkda.commands.invocation import typed_overrides
 from lkda.data.text.datamodule import TextDataModule
 from lkda.models.mixers import mixer_names
 
-# The value of a setting by its dotted name, None where there is none.
+# Looks up the value of a setting by its dotted name; None if there is no such setting.
 Get = Callable[[str], Any]
 Condition = Callable[[Get], bool]
 
 
 @dataclass(frozen=True)
 class _Unused:
-    """`option`, and every option below it, has no effect where `when` holds.
+    """`option`, and every option inside it, has no effect if `when` is true.
 
     Attributes:
+        option: its dotted name.
+        when: the condition.
         where: the end of the sentence "OPTION has no effect ...", which names the other setting.
     """
 
@@ -92,13 +95,13 @@ DATA = (
     _Unused("data.test_fraction", _has_value("data.test_from_year"), "beside data.test_from_year"),
     _Unused("data.test_fraction", _has_value("data.test_split"), "beside data.test_split"),
     _Unused("data.vocab_size", _has_value("data.tokenizer_path"), "beside data.tokenizer_path"),
-    _Unused("data.vocab_size", _is("data.source", "prose"), "with data=prose, which has a tokenizer of its own"),
+    _Unused("data.vocab_size", _is("data.source", "prose"), "with data=prose, which has its own tokenizer"),
     _Unused("data.pin_memory", _pins_nothing, "where there is no GPU"),
     _Unused("data.cache_dir", _has_value("data.directory"), "beside data.directory"),
     *_each(
         ("data.val_fraction", "data.val_from_year", "data.test_fraction", "data.text_column"),
         _is("data.source", "sotu", "prose"),
-        "with data=sotu and data=prose, which say by themselves what validates",
+        "with data=sotu and data=prose, which have a fixed validation split",
     ),
 )
 
@@ -123,34 +126,34 @@ TRAIN = (
         for name in mixer_names()
     ),
     _Unused("trainer.max_steps", _is_not("trainer.max_tokens", None), "beside trainer.max_tokens"),
-    _Unused("sample", _tokens_are_no_text, "for data whose tokens are no text"),
+    _Unused("sample", _tokens_are_no_text, "for data whose tokens are not text"),
     *_each(("sample.temperature", "sample.top_p"), _is("sample.max_new_tokens", 0), "beside sample.max_new_tokens=0"),
     _Unused("sample.top_p", _is("sample.temperature", 0), "beside sample.temperature=0"),
-    _Unused("hydra.run.dir", _sweeps, "in a sweep, which has hydra.sweep.dir"),
+    _Unused("hydra.run.dir", _sweeps, "in a sweep, which uses hydra.sweep.dir"),
     *_each(
         ("hydra.sweep.dir", "hydra.sweep.subdir"),
         lambda get: not _sweeps(get),
-        "in a single run, which has hydra.run.dir",
+        "in a single run, which uses hydra.run.dir",
     ),
 )
 
 GENERATE = (
     *_each(("temperature", "top_p", "ignore_eos"), _is("max_new_tokens", 0), "beside max_new_tokens=0"),
-    _Unused("top_p", _is("temperature", 0), "beside temperature=0, which takes the likeliest token each time"),
+    _Unused("top_p", _is("temperature", 0), "beside temperature=0, which always takes the most likely token"),
 )
 
 EVALUATE = (
-    _Unused("seed", _always, "in an evaluation, which draws nothing"),
-    *_each(("data.seed", "data.num_workers"), _always, "in an evaluation: it is about training batches"),
+    _Unused("seed", _always, "in an evaluation, which samples nothing"),
+    *_each(("data.seed", "data.num_workers"), _always, "in an evaluation: it concerns only training batches"),
 )
 
 
 def check_unused(table: tuple[_Unused, ...], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option of the command line that has no effect beside `settings`.
+    """Raise InputError for an option of the command line that has no effect beside `settings`.
 
     Args:
         table: of the command.
-        settings: its resolved configuration, a valid one.
+        settings: the resolved configuration of the command, which must be valid.
     """
     for key in _given():
         for unused in table:
@@ -165,13 +168,14 @@ def _value(settings: Any, name: str) -> Any:
 
 
 def _given() -> list[str]:
-    """The settings that the command line names, one by one where it gives a dictionary; of a sweep, its job's.
+    """The dotted names of the settings on the command line. A dictionary gives one name for each of its entries. In a
+    sweep they are those of the current job.
 
-    What it sets to null counts as left out.
+    A setting that is set to null counts as left out.
     """
     parsed = OverridesParser.create().parse_overrides([*typed_overrides(), *typed_overrides(of_hydra=True)])
-    kept = (override for override in parsed if not override.is_delete() and not override.is_sweep_override())
-    return [key for override in kept for key in _leaves(override.key_or_group, override.value())]
+    assigned = (override for override in parsed if not override.is_delete() and not override.is_sweep_override())
+    return [key for override in assigned for key in _leaves(override.key_or_group, override.value())]
 
 
 def _leaves(key: str, value: object) -> Iterator[str]:
@@ -183,6 +187,6 @@ def _leaves(key: str, value: object) -> Iterator[str]:
 
 
 def _layers(get: Get) -> set[str]:
-    """The names of the mixers that the layers have."""
+    """The names of the mixers in the layers of the model."""
     pattern = get("mixer.pattern")
     return {pattern[layer % len(pattern)] for layer in range(get("model.num_layers"))}

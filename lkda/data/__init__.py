@@ -1,1 +1,1 @@
-"""From text to packed batches of tokens."""
+"""Data modules: packed batches of text tokens, and batches of synthetic tasks."""

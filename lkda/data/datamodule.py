@@ -1,4 +1,4 @@
-"""The DataModule of everything whose batches are functions of their number."""
+"""The base DataModule of data whose batch n depends only on n."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ MOST_WORKERS = 256
 
 
 class Numbered(Protocol):
-    """Batches by number, without an end."""
+    """An unlimited sequence of batches that is indexed by number."""
 
     def __getitem__(self, batch: int) -> dict[str, Any]: ...
 
 
 class CountUp(IterableDataset[dict[str, Any]]):
-    """Batches start, start + 1, ..., in this order with any number of workers."""
+    """Batches start, start + 1, ... in this order, with any number of workers."""
 
     def __init__(self, batches: Numbered, start: int) -> None:
         self.batches, self.start = batches, start
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
-        # A DataLoader asks its workers in turn.
+        # A DataLoader reads from its workers in turn.
         n, stride = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
         while True:
             yield self.batches[n]
@@ -41,15 +41,15 @@ class CountUp(IterableDataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class TestSplit:
-    """What is measured once, at the end, and chosen by never.
+    """The test split. It is measured once, at the end of a run, and is never used to choose settings.
 
     Attributes:
-        batches: all of them, with a length.
-        tokens: of the text.
-        bytes_per_token, unigram_entropy: as of `IndexedDataModule`, of this text.
+        batches: all batches, with a length.
+        tokens: the number of tokens of the text.
+        bytes_per_token, unigram_entropy: as in `IndexedDataModule`, for the test text.
     """
 
-    __test__ = False  # of pytest, which takes a class of this name for a test
+    __test__ = False  # pytest would take a class of this name for a test
 
     batches: Dataset[Any]
     tokens: int | None = None
@@ -60,26 +60,30 @@ class TestSplit:
 class IndexedDataModule(L.LightningDataModule):
     """Trains on an unlimited sequence of batches from `start_batch` on, and validates on a fixed list of batches.
 
-    A subclass gives `prepare`, `training_batches` and `validation_batches`. How far training has come is counted by the
-    trainer's steps, never by what a loader has fetched, and a checkpoint holds it: `fit(ckpt_path=...)` goes on with
-    exactly the next batch.
+    A subclass defines `prepare`, `training_batches` and `validation_batches`. The position in the training data is
+    derived from the trainer's steps, not from what a loader has fetched, and it is saved in checkpoints.
+    `fit(ckpt_path=...)` therefore continues with exactly the next batch.
 
     Attributes, after `prepare`:
-        source: the name of the data. vocab_size: rows that an embedding needs. context: tokens of the longest training
-            sequence. batch_size: sequences a batch and device. val_batches: their number.
-        tokenizer, bytes_per_token, unigram_entropy: of data whose tokens are text (bytes, and nats a token, of what
-            validates); None of any other.
-        test: None where the data have no test split.
-        no_test: why a text has none, in words.
-        val_subsets: for other data, what each subset of the validation is like, as {"length": 256, "pairs": 64}. The
-            "subset" of a validation batch is an index into it. Empty where the validation is one text.
+        source: the name of the data.
+        vocab_size: the number of embedding rows that the data need.
+        context: tokens of the longest training sequence.
+        batch_size: sequences per batch and device.
+        val_batches: the number of validation batches.
+        tokenizer: of text; None for other data.
+        bytes_per_token, unigram_entropy: of the validation text, in bytes per token and nats per token; None for other
+            data.
+        test: the test split; None if there is none.
+        no_test: the reason why text has no test split, in words.
+        val_subsets: for data that are not text, the properties of each validation subset, such as {"length": 256,
+            "pairs": 64}. The "subset" of a validation batch is an index into this list. Empty for text.
         fingerprint: hashes of the content, see `lkda.data.fingerprint`.
 
-    Set `expected` before `prepare` to go on with a run: its fingerprint, which the data must have.
+    To resume a run, set `expected` to its fingerprint before `prepare`. The data must have this fingerprint.
 
     Args:
-        num_workers: processes that make training batches; 0: the training process does.
-        pin_memory: hand batches over in pinned memory; where None, if there is a GPU.
+        num_workers: processes that make training batches. 0 means the training process itself.
+        pin_memory: whether to put batches into pinned memory. None means yes if there is a GPU.
     """
 
     source: str
@@ -107,30 +111,30 @@ class IndexedDataModule(L.LightningDataModule):
         self.start_batch = 0
 
     def prepare(self) -> None:
-        """Checks the options and the data, and builds what the batches need. A second call does nothing.
+        """Check the options and the data, and build what the batches need. A second call does nothing.
 
-        Raises: ValueError for data that will not do, or that are not the expected ones.
+        Raises: InputError for data that cannot be used, or that are not the expected ones.
         """
         raise NotImplementedError
 
     def training_batches(self, *, rank: int, world_size: int) -> Numbered:
-        """Of one of `world_size` data-parallel processes."""
+        """The training batches of one of `world_size` data-parallel processes."""
         raise NotImplementedError
 
     def validation_batches(self) -> Dataset[Any]:
-        """All of them, on every process, with a length."""
+        """All validation batches, with a length. They are the same on every process."""
         raise NotImplementedError
 
     @property
     def tokens_per_batch(self) -> int:
-        """Of a training batch on one device; the mean where they differ."""
+        """The number of tokens of a training batch on one device. It is the mean if batches differ."""
         return self.batch_size * self.context
 
     def setup(self, stage: str) -> None:
         self.prepare()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """From batch `start_batch` on, without an end."""
+        """The training batches, from `start_batch` on, without an end."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         batches = CountUp(self.training_batches(rank=rank, world_size=world_size), self.start_batch)
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
@@ -140,13 +144,13 @@ class IndexedDataModule(L.LightningDataModule):
         return self.in_order(self.validation_batches())
 
     def in_order(self, batches: Dataset[Any]) -> DataLoader[Any]:
-        """Such batches from the first, on every process."""
-        # Lightning would give any other sampler's batches out among the devices, some of them twice.
+        """A loader of all `batches` in order, on every process."""
+        # With any other sampler, Lightning would distribute the batches among the devices, some of them twice.
         sampler: DistributedSampler[Any] = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)
         return DataLoader(batches, batch_size=None, sampler=sampler, pin_memory=self.pin_memory)
 
     def state_dict(self) -> dict[str, int]:
-        """The next training batch."""
+        """The number of the next training batch."""
         if self.trainer is None:
             return {"start_batch": self.start_batch}
         return {"start_batch": self.trainer.global_step * self.trainer.accumulate_grad_batches}

@@ -1,4 +1,5 @@
-"""What data are, whatever their path is: hashes of their content, kept with a run and compared on the next reading."""
+"""Identifies data by hashes of their content, independent of their path. A run records them, and compares them when it
+is resumed."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from tokenizers import Tokenizer
 from lkda.checks import InputError
 from lkda.data.words import as_bounded
 
-# {"train", "validation", "test", "tokenizer": hexadecimal SHA-256}; "tokenizer" is None for tokens that are no text,
-# and "test" is absent where there is no test split.
+# {"train", "validation", "test", "tokenizer": hexadecimal SHA-256}. "tokenizer" is None for tokens that are not text,
+# and "test" is absent if there is no test split.
 Fingerprint = Mapping[str, str | None]
 
 NAMES = {
@@ -22,12 +23,12 @@ NAMES = {
     "test": "the test data",
     "tokenizer": "the tokenizer",
 }
-_BEGINS = b"\xff"  # is in no UTF-8 text, so that where documents begin is hashed too
+_BEGINS = b"\xff"  # occurs in no UTF-8 text, so that the beginnings of documents are hashed too
 _AT_ONCE = 2**24  # tokens
 
 
 def of_texts(texts: Iterable[str]) -> str:
-    """Of documents, in their order."""
+    """The hash of documents in their order."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(_BEGINS)
@@ -36,7 +37,7 @@ def of_texts(texts: Iterable[str]) -> str:
 
 
 def of_arrays(*arrays: np.ndarray) -> str:
-    """Of the values and shapes of whole numbers, a part of them in memory at a time."""
+    """The hash of the values and shapes of integer arrays. Only a part of them is in memory at a time."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape} ".encode())
@@ -47,34 +48,34 @@ def of_arrays(*arrays: np.ndarray) -> str:
 
 
 def of_tokenizer(tokenizer: Tokenizer) -> str:
-    """Of everything that a tokenizer.json says. One of an earlier version that trained today would be the same, but for
-    the length of its words, is the same."""
+    """The hash of the content of a tokenizer.json. A tokenizer of an earlier version, whose words have no maximum
+    length, has the same hash as the same tokenizer with that maximum."""
     content = as_bounded(json.loads(tokenizer.to_str()))
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """What differs, as ["the training data", "the tokenizer"]. What either of the two does not know is left out."""
+    """What differs, as ["the training data", "the tokenizer"]. Entries that one of the two lacks are not compared."""
     known = [name for name in NAMES if before.get(name) is not None and now.get(name) is not None]
     return [NAMES[name] for name in known if before[name] != now[name]]
 
 
 def in_words(names: Sequence[str]) -> str:
-    """Names in a sentence: "the training data, the validation data and the tokenizer"."""
+    """The names as a phrase: "the training data, the validation data and the tokenizer"."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def check_same(expected: Fingerprint, found: Fingerprint, *, source: str) -> None:
-    """Raises ValueError, naming what differs, where data are not what a run was trained on.
+    """Raises InputError, naming the differences, if data are not those that a run was trained on.
 
     Args:
-        expected: the fingerprint of the run, {} for one that has none.
-        found: of the data that are here; what is not known yet is left out.
-        source: what the data are called.
+        expected: the fingerprint of the run; {} if it has none.
+        found: the fingerprint of the data. Entries that are not known yet are left out.
+        source: the name of the data.
     """
     changed = differences(expected, found)
     if changed:
         raise InputError(
-            f"the run cannot resume: {in_words(changed)} ({source}) are not those that it was trained with. "
-            "Restore them, or begin a new run in another hydra.run.dir."
+            f"the run cannot be resumed: {in_words(changed)} ({source}) must be the same as before, but differ. "
+            "Restore the old content, or begin a new run in another hydra.run.dir."
         )

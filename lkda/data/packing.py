@@ -1,8 +1,8 @@
 """Packs a sequence of tokens into batches of fixed shape.
 
-A row is `context` consecutive tokens, and its targets are the tokens one further. A batch is its rows end to end
-in one line [1, N]; cu_seqlens marks where sequences begin, at every row and at every document, padded to one length by
-repeating its last value.
+A row is `context` consecutive tokens. Its targets are the same tokens shifted by one position. A batch is the
+concatenation of its rows, [1, N]. cu_seqlens holds the positions where sequences begin, which are the beginnings of
+rows and of documents. It is padded to a fixed length by repeating its last value.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ class Rows:
     """The rows of a sequence of tokens.
 
     Args:
-        token_ids: token ids.
-        starts: where in them documents begin, in ascending order.
-        context: tokens a row.
-        partial: whether the last tokens, fewer than a row, are a row too (filled up, with nothing to predict).
+        token_ids: [N], whole numbers.
+        starts: positions in it where documents begin, in ascending order.
+        context: tokens per row.
+        partial: whether the last tokens, if they are fewer than a row, make a row too. The rest of that row is padding
+            without targets.
     """
 
     def __init__(self, token_ids: np.ndarray, *, starts: np.ndarray, context: int, partial: bool) -> None:
         self.token_ids, self.starts, self.context = token_ids, starts, context
         targets = max(0, len(token_ids) - 1)
         self.count = -(-targets // context) if partial else targets // context
-        # Sequences a row: one, and one more for each document that begins inside it.
+        # Sequences per row: one, and one more for each document that begins inside the row.
         inside = starts[(starts % context != 0) & (starts < self.count * context)] // context
         self.most_sequences = 1 + int(np.bincount(inside).max(initial=0))
 
     def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """tokens and targets [context] of row n; a row past the end is empty, with no targets."""
+        """tokens and targets of row n, both [context] int64. A row past the end is padding without targets."""
         tokens = np.full(self.context + 1, self.token_ids[0], dtype=np.int64)
         piece = self.token_ids[n * self.context : (n + 1) * self.context + 1] if n < self.count else self.token_ids[:0]
         tokens[: len(piece)] = piece
@@ -46,8 +47,8 @@ class Rows:
         return tokens[:-1], targets
 
     def begins(self, n: int) -> np.ndarray:
-        """Where in row n a sequence begins: at its first token, and at each document, but not at the last
-        token, after which nothing is predicted."""
+        """The positions in row n where a sequence begins: its first token, and the first token of each document. The
+        last token does not count, because nothing is predicted after it."""
         first = n * self.context
         end = min(first + self.context, len(self.token_ids) - 1)
         low, high = np.searchsorted(self.starts, [first + 1, end])
@@ -55,12 +56,12 @@ class Rows:
 
 
 def cu_seqlens_length(parts: Sequence[Rows], *, batch_size: int) -> int:
-    """What suffices for every batch of every part: all splits have one shape."""
+    """A length of cu_seqlens that is enough for every batch of every split, so that all batches have one shape."""
     return 1 + batch_size * max(rows.most_sequences for rows in parts)
 
 
 def pack(rows: Rows, numbers: Sequence[int], length: int) -> dict[str, Tensor]:
-    """A batch of those rows: tokens, targets int64 [1, N], cu_seqlens int32 [length]."""
+    """A batch of the rows with these numbers: tokens and targets [1, N] int64, cu_seqlens [length] int32."""
     pairs = [rows.row(n) for n in numbers]
     tokens = np.concatenate([pair[0] for pair in pairs])
     targets = np.concatenate([pair[1] for pair in pairs])
@@ -75,12 +76,13 @@ def pack(rows: Rows, numbers: Sequence[int], length: int) -> dict[str, Tensor]:
 
 
 class TrainingBatches(Dataset[dict[str, Tensor]]):
-    """Batch b of an unlimited sequence: epoch after epoch, each an order of the rows that (seed, epoch) alone decides.
+    """An unlimited sequence of batches, epoch after epoch. The order of the rows in an epoch depends only on (seed,
+    epoch).
 
     Args:
-        batch_size: rows a batch, on this rank.
+        batch_size: rows per batch on this rank.
         cu_seqlens_length: see the function of that name.
-        rank, world_size: of data-parallel processes, which share out the rows of a step.
+        rank, world_size: of the data-parallel processes. They divide the rows of a step among themselves.
     """
 
     def __init__(
@@ -96,7 +98,8 @@ class TrainingBatches(Dataset[dict[str, Tensor]]):
 
 
 class ValidationBatches(Dataset[dict[str, Tensor]]):
-    """All rows once, in order; the last batch is filled up with empty rows. With a limit, the first batches alone."""
+    """All rows once, in order. The last batch is filled with empty rows. With a limit, only the first `limit`
+    batches."""
 
     def __init__(self, rows: Rows, *, batch_size: int, cu_seqlens_length: int, limit: int | None = None) -> None:
         self.rows, self.batch_size, self.cu_seqlens_length, self.limit = rows, batch_size, cu_seqlens_length, limit

@@ -1,4 +1,4 @@
-"""A progress bar for what may be over before anybody looks."""
+"""A progress bar that appears only if the work takes more than a few seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ PATIENCE = 2.0
 
 @contextmanager
 def patient_progress() -> Iterator[Progress]:
-    """A bar on stderr, for a person who has waited for PATIENCE seconds; it leaves nothing behind."""
+    """A progress bar on stderr that appears after PATIENCE seconds, if stderr is a terminal. It is erased at the
+    end."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,8 +1,9 @@
 """The order of an epoch: a pseudo-random permutation that is computed, not stored.
 
-A Feistel network is a bijection of [0, 2^2b) whatever its round function is; walking its cycles until the value falls
-below n restricts it to [0, n). So the row at any place of any epoch costs the same, in O(1) memory, and depends on
-nothing but the seed, the epoch and the place: neither on a library's generator nor on what was sampled before.
+A Feistel network is a bijection of [0, 2^2b) for any round function. Applying it repeatedly until the value is below n
+gives a permutation of [0, n). The row at any position of any epoch is therefore computed at the same cost and in O(1)
+memory. It depends only on the seed, the epoch and the position, not on a library's random generator or on earlier
+samples.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _ROUNDS = 6
 
 
 def permuted(places: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The images of `places` (int64, in [0, size)) under the permutation of [0, size) that (seed, epoch) names."""
+    """The images of `places` (int64, in [0, size)) under the permutation of [0, size) that (seed, epoch) selects."""
     bits = (max(size - 1, 1).bit_length() + 1) // 2
     keys = [_round_key(seed, epoch, index) for index in range(_ROUNDS)]
     image = _feistel(places.astype(np.uint64), bits, keys)
@@ -49,7 +50,7 @@ def _feistel(x: np.ndarray, bits: int, keys: list[np.uint64]) -> np.ndarray:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014); products wrap modulo 2^64."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014). Products wrap modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""How lkda's own tokenizers cut a text into words before byte pairs are joined."""
+"""The pre-tokenizer of lkda's own tokenizers, which splits a text into words before byte pairs are merged."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-# Characters of a word, a number, or a run of signs or of white space that are tokenised together. BPE training takes
-# time that grows with the square of a word's length. Rules and indentation of ordinary files are shorter than this.
+# Maximum number of characters of a word, a number, or a run of signs or white space. The time of BPE training grows
+# with the square of a word's length. Horizontal rules and indentation in ordinary files are shorter than this.
 LONGEST_WORD = 128
-# GPT-2's pattern (ByteLevel's own), its four kinds of runs bounded.
+# GPT-2's pattern (the one in ByteLevel), with a maximum length for its four kinds of runs.
 _WORDS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}").replace(
     "1,N", f"1,{LONGEST_WORD}"
 )
-# What tokenizers of earlier versions did: the same words, of any length.
+# The pre-tokenizer of earlier versions: the same words, without a maximum length.
 _UNBOUNDED = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -26,8 +26,8 @@ def word_splitter() -> pre_tokenizers.PreTokenizer:
 
 
 def as_bounded(content: dict[str, Any]) -> dict[str, Any]:
-    """What a tokenizer.json says, with today's words where it has those of earlier versions. The two differ in runs of
-    more than LONGEST_WORD characters alone."""
+    """The content of a tokenizer.json, with the pre-tokenizer of earlier versions replaced by today's. The two differ
+    only in runs of more than LONGEST_WORD characters."""
     return {**content, "pre_tokenizer": _bounded()} if content["pre_tokenizer"] == _UNBOUNDED else content
 
 

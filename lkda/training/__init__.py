@@ -1,1 +1,1 @@
-"""Training: the LightningModule, its optimiser, and the callbacks that make a run directory the record of a run."""
+"""Training: the LightningModule, its optimizer, and the callbacks that record a run in its run directory."""

@@ -1,4 +1,4 @@
-"""Accuracy at the target positions and of whole sequences, for each subset of the validation."""
+"""Accuracy per target and per whole sequence, for each subset of the validation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PLACES_AT_ONCE = 8192
 
 
 def described(subset: Mapping[str, int]) -> dict[str, int]:
-    """What a subset is like, as {"length": 64, "pairs": 4}: its entries without the number of examples."""
+    """The properties of a subset, such as {"length": 64, "pairs": 4}: its entries without the number of examples."""
     return {name: value for name, value in subset.items() if name != "examples"}
 
 
 def subset_name(subset: Mapping[str, int]) -> str:
-    """As length_64_pairs_4."""
+    """The name of a subset, such as length_64_pairs_4."""
     return "_".join(f"{name}_{value}" for name, value in described(subset).items())
 
 
@@ -37,23 +37,23 @@ METRICS = ("accuracy", "sequence_accuracy", "loss")
 
 
 class SubsetMetrics(nn.Module):
-    """For each subset: accuracy at the target positions, accuracy of whole sequences, and loss in nats.
+    """For each subset: accuracy per target, accuracy per whole sequence, and loss in nats per target.
 
     Args:
-        subsets: of the validation, as {"length": 64, "pairs": 4}.
+        subsets: of the validation, such as {"length": 64, "pairs": 4}.
         vocab_size: of the model.
     """
 
     def __init__(self, subsets: Sequence[Mapping[str, int]], *, vocab_size: int) -> None:
         super().__init__()
         self.subsets = list(subsets)
-        kept: dict[str, Any] = {"num_classes": vocab_size, "ignore_index": IGNORE_INDEX, "validate_args": False}
-        self.accuracy = nn.ModuleList(MulticlassAccuracy(average="micro", **kept) for _ in subsets)
-        self.sequence_accuracy = nn.ModuleList(MulticlassExactMatch(**kept) for _ in subsets)
+        options: dict[str, Any] = {"num_classes": vocab_size, "ignore_index": IGNORE_INDEX, "validate_args": False}
+        self.accuracy = nn.ModuleList(MulticlassAccuracy(average="micro", **options) for _ in subsets)
+        self.sequence_accuracy = nn.ModuleList(MulticlassExactMatch(**options) for _ in subsets)
         self.loss = nn.ModuleList(MeanMetric() for _ in subsets)
 
     def measure(self, model: LanguageModel, batch: Mapping[str, Any]) -> None:
-        """Take in the model's predictions on a validation batch {tokens, targets, target_positions, subset}."""
+        """Add the model's predictions on a validation batch {tokens, targets, target_positions, subset}."""
         subset, targets = batch["subset"], batch["targets"]
         hidden, wanted = model.hidden(batch["tokens"]).flatten(0, 1), targets.flatten()
         predicted = torch.zeros_like(wanted)
@@ -66,7 +66,8 @@ class SubsetMetrics(nn.Module):
         self.sequence_accuracy[subset].update(predicted, targets)
 
     def compute(self) -> dict[str, Tensor]:
-        """By column of metrics.csv: of each subset that was seen, and their means as val/accuracy ...; resets."""
+        """The metrics by column of metrics.csv: of each measured subset, and their means as val/accuracy and so on.
+        Resets them."""
         found, means = {}, {}
         for metric in METRICS:
             seen = []
@@ -80,10 +81,10 @@ class SubsetMetrics(nn.Module):
 
 
 def by_subset(subsets: Sequence[Mapping[str, int]], measured: Mapping[str, float]) -> list[dict[str, Any]]:
-    """A record for each subset, as summary.json and evaluations hold it: {"name", "subset", and its metrics}.
+    """A record for each subset, as in summary.json and in evaluations: {"name", "subset", and its metrics}.
 
     Args:
-        measured: by column of metrics.csv. A metric that was not measured is left out.
+        measured: the metrics by column of metrics.csv. A metric that is missing here is left out.
     """
     return [
         {"name": subset_name(subset), "subset": described(subset)}
@@ -93,7 +94,7 @@ def by_subset(subsets: Sequence[Mapping[str, int]], measured: Mapping[str, float
 
 
 def columns(subsets: Sequence[Mapping[str, int]]) -> list[str]:
-    """The columns of metrics.csv that `SubsetMetrics` fills and a run without subsets has not."""
+    """The additional columns of metrics.csv that `SubsetMetrics` fills."""
     return [
         "val/accuracy",
         "val/sequence_accuracy",

@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, read as tensors and plain values only.
+"""Checkpoints: written atomically, and read as tensors and plain values only.
 
-A file is Lightning's checkpoint plus `checkpoint["lkda"]`, which makes it self-contained:
-    {"format": 1, "model": the dict of `build_model`, "tokenizer": JSON text, "run": plain values that describe the run}
-where the tokenizer is None for a model of tokens that are no text.
+A file is Lightning's checkpoint plus `checkpoint["lkda"]`, which makes it self-contained: {"format": 1, "model": the
+dict of `build_model`, "tokenizer": JSON text, "run": plain values that describe the run} where the tokenizer is None if
+the model's tokens are not text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STEP = re.compile(r"step_(\d+)\.ckpt")
 
 
 def step_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies. No `=` in the name: Hydra's command line cannot take one."""
+    """The path of the checkpoint of `step`. The name has no `=`, which Hydra's command line would not accept."""
     return directory / f"step_{step:07d}.ckpt"
 
 
@@ -37,7 +37,7 @@ def step_files(directory: Path) -> list[Path]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint writer, through a temporary file, fsync and a rename."""
+    """Lightning's checkpoint writer, made atomic by a temporary file, fsync and a rename."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -45,14 +45,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with replacing(path) as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # what torch's writer makes of an OSError
+            except RuntimeError as error:  # torch's writer turns an OSError into this type
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
 
 
 def point_to(target: Path, link: Path) -> None:
-    """Make `link` another name of the file `target`, atomically; a copy where the file system has no hard links."""
+    """Make `link` a hard link to the file `target`, atomically. It is a copy if the file system has no hard links."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -65,10 +65,9 @@ def point_to(target: Path, link: Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint of ours onto the CPU with `weights_only=True`: nothing in the file is executed.
+    """Load a checkpoint of lkda onto the CPU with `weights_only=True`: no code in the file is executed.
 
-    Raises:
-        ValueError: the file is missing, truncated, not a checkpoint, or not one of lkda.
+    Raises: InputError if the file is missing or truncated, or is not a checkpoint of lkda.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,24 +79,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is truncated or not a checkpoint ({type(error).__name__} while reading it)."
         ) from error
     if not isinstance(checkpoint, Mapping) or "lkda" not in checkpoint:
-        raise InputError(f"{path} is not a checkpoint of lkda: it lacks the entry 'lkda' that scripts/train.py writes.")
+        raise InputError(f"{path} is not a checkpoint of lkda: it has no entry 'lkda', which scripts/train.py writes.")
     if checkpoint["lkda"]["format"] != FORMAT:
         raise InputError(
-            f"{path} has checkpoint format {checkpoint['lkda']['format']}, this version of lkda reads {FORMAT}."
+            f"{path} has checkpoint format {checkpoint['lkda']['format']}, but this version of lkda reads {FORMAT}."
         )
     return dict(checkpoint)
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint of `directory` with the most steps that can be read: its path and content; None where there is
-    none.
+    """The readable checkpoint of `directory` with the most steps: its path and content. None if there is no checkpoint.
 
-    The newest intact step checkpoint is looked for first; then last.ckpt, best.ckpt and any other that is a file of its
-    own, which may be newer, or all that is left. What is found is given its step's name again where it has lost it. A
-    broken one is passed over and set aside under the name *.broken, with a warning that names it.
+    The newest intact step checkpoint is looked for first. Then last.ckpt, best.ckpt and other files are read if they
+    are not links to step checkpoints: they may be newer, or the only ones left. If the step checkpoint of the result is
+    missing, a link with its name is created. A broken checkpoint is renamed to *.broken, with a warning that names it.
 
-    Raises:
-        ValueError: checkpoints are there, and none can be read.
+    Raises: InputError if there are checkpoints but none of them can be read.
     """
     directory = Path(directory)
     steps = step_files(directory)
@@ -122,7 +119,7 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
     if found is None:
         if broken:
             raise InputError(
-                f"none of the {len(broken)} checkpoints in {directory} can be read. Delete them to start afresh."
+                f"none of the {len(broken)} checkpoints in {directory} can be read. Delete them to start from step 0."
             )
         return None
     for path in broken:

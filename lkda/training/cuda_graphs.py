@@ -1,4 +1,4 @@
-"""Forward and backward of a training step as one CUDA graph: one launch of the host instead of hundreds."""
+"""Forward and backward of a training step as one CUDA graph: one launch from the host instead of hundreds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Calls before a capture: the first ones compile, choose algorithms and make workspaces.
+# Calls before a capture. The first calls compile, choose algorithms and allocate workspaces.
 WARMUP_CALLS = 2
-# Shapes of batches, each of which has a graph; all of them share the memory of activations.
+# The largest number of batch shapes. Each shape has its own graph, and all graphs share the memory for activations.
 MOST_GRAPHS = 16
 
 Inputs = Mapping[str, Tensor | None]
@@ -24,10 +24,11 @@ class CaptureError(RuntimeError):
 
 @dataclass
 class _Captured:
-    """
+    """A captured graph.
+
     Attributes:
-        inputs: what the graph reads.
-        loss, gradients: what it writes.
+        inputs: the tensors that the graph reads.
+        loss, gradients: the tensors that it writes.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -39,12 +40,13 @@ class _Captured:
 class GraphedLoss:
     """Computes a loss and its gradients by replaying a CUDA graph, one for each shape of the inputs.
 
-    The gradients are the graph's own tensors, which the parameters have as their `.grad` after a call; between the
-    pieces of a step nobody else may write to them. Nothing here waits for the device, but for a capture.
+    The gradients are the graph's own tensors. After a call they are the `.grad` of the parameters. No other code may
+    write to them between the pieces of a step. Only a capture waits for the device.
 
     Args:
-        loss: of named tensors (None where there is none), a scalar. It must not read a tensor on the host.
-        parameters: that have gradients.
+        loss: a function of named tensors (some may be None) that returns a scalar. It must not read a tensor on the
+            host.
+        parameters: the parameters that get gradients.
     """
 
     def __init__(self, loss: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> None:
@@ -56,15 +58,14 @@ class GraphedLoss:
         self._pool: Any = None
 
     def __call__(self, inputs: Inputs, *, scale: Tensor, first: bool = True, accumulates: bool = False) -> Tensor:
-        """The loss of `inputs`, detached, the caller's own.
+        """The loss of `inputs`, detached. The returned tensor is a copy that later calls do not overwrite.
 
         Args:
-            scale: what the gradients are multiplied by, a scalar on the device.
-            first: whether the gradients replace those of the call before; they are added to them otherwise.
-            accumulates: the same in all calls: whether there are calls that are not the first. All graphs then add to
-                the same tensors; otherwise each has its own, which saves the addition.
-        Raises:
-            CaptureError: the loss cannot be captured, or there are more shapes than MOST_GRAPHS.
+            scale: the factor on the gradients, a scalar on the device.
+            first: whether the gradients replace those of the previous call. Otherwise they are added to them.
+            accumulates: whether any call has first=False. It must be the same in all calls. If true, all graphs add to
+                the same tensors. If false, each graph has its own tensors, which saves the addition.
+        Raises: CaptureError if the loss cannot be captured, or if there are more shapes than MOST_GRAPHS.
         """
         if accumulates and self._summed is None:
             self._summed = [torch.zeros_like(parameter) for parameter in self._parameters]
@@ -105,7 +106,7 @@ class GraphedLoss:
 
     def _captured_of(self, inputs: dict[str, Tensor | None]) -> _Captured:
         none: list[Tensor | None] = [None] * len(self._parameters)
-        # As torch.cuda.graph wants it: the calls before run beside the current stream, as the capture will.
+        # torch.cuda.graph requires that the warm-up calls run on a side stream, as the capture does.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -115,14 +116,14 @@ class GraphedLoss:
         torch.cuda.current_stream().wait_stream(stream)
         self._give(self._summed or none)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use CUDA meanwhile: that of a data loader pins memory.
+        # "thread_local" allows other threads to use CUDA during the capture: a data loader's thread pins memory.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             loss = self._forward_backward(inputs)
         self._pool = self._pool or graph.pool()
         return _Captured(graph, inputs, loss, [parameter.grad for parameter in self._parameters])
 
     def _forward_backward(self, inputs: dict[str, Tensor | None]) -> Tensor:
-        # Autocast keeps casts of weights; one that was made outside a capture would be read in every replay.
+        # Autocast caches casts of weights. A cast from outside the capture would be read, unchanged, in every replay.
         torch.clear_autocast_cache()
         assert self._scale is not None
         loss = self._loss(**inputs)

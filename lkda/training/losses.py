@@ -12,7 +12,7 @@ from lkda.special_tokens import IGNORE_INDEX
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean over all targets that are not IGNORE_INDEX.
+    """The mean loss over all targets that are not IGNORE_INDEX, a scalar in nats per token.
 
     Args:
         logits: [B, T, vocab].
@@ -22,19 +22,20 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each target, [B, T]; 0 where it is IGNORE_INDEX. Arguments as of `next_token_loss`."""
+    """The loss of each target, [B, T] in nats; 0 where the target is IGNORE_INDEX. Arguments as in
+    `next_token_loss`."""
     flat = targets.flatten()
     losses = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE_INDEX, reduction="none")
     return losses.view_as(targets)
 
 
 class ModelLoss:
-    """The losses of a model's predictions. On a GPU the logits exist for some tokens at a time.
+    """The losses of a model's predictions. On a GPU the logits are computed for a part of the tokens at a time.
 
     Args:
-        model: that is trained.
-        compile: whether `torch.compile` takes its blocks. Blocks of one kind share one compilation, so that the first
-            step waits for one block of each kind instead of for the whole model.
+        model: the model to train.
+        compile: whether to compile its blocks with `torch.compile`. Blocks of one kind share one compilation, so the
+            first step compiles only one block of each kind instead of the whole model.
     """
 
     def __init__(self, model: LanguageModel, *, compile: bool = False) -> None:
@@ -48,12 +49,12 @@ class ModelLoss:
         cu_seqlens: Tensor | None = None,
         target_positions: Tensor | None = None,
     ) -> Tensor:
-        """The mean over all targets that are not IGNORE_INDEX.
+        """The mean loss over all targets that are not IGNORE_INDEX, a scalar in nats per token.
 
         Args:
             tokens, targets: [B, T] int64.
             cu_seqlens: [N + 1], bounds of the sequences that are packed in one row.
-            target_positions: [M], where few targets are predicted: their positions in the flattened batch.
+            target_positions: [M], positions of the targets in the flattened batch. Given if there are few targets.
         """
         x = self._hidden(tokens, cu_seqlens)
         if target_positions is not None:
@@ -64,7 +65,7 @@ class ModelLoss:
         return next_token_loss(self.model.lm_head(x), targets)
 
     def each(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Of each target, [B, T]; 0 where it is IGNORE_INDEX. On a GPU without gradients."""
+        """The loss of each target, [B, T] in nats; 0 where the target is IGNORE_INDEX. On a GPU it has no gradient."""
         x = self._hidden(tokens, cu_seqlens)
         if x.is_cuda:
             losses = linear_cross_entropies(_as_multiplied(x), self.model.lm_head.weight, targets.flatten())
@@ -76,6 +77,6 @@ class ModelLoss:
 
 
 def _as_multiplied(x: Tensor) -> Tensor:
-    """x laid out flat, in the type that a linear layer would multiply it in."""
+    """x [B, T, d_model] as [B * T, d_model], in the data type that a linear layer would compute in."""
     x = x.flatten(0, 1)
     return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x

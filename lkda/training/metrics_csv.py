@@ -1,4 +1,4 @@
-"""metrics.csv, the record of a run's course, as a Lightning logger."""
+"""A Lightning logger that writes metrics.csv, the rows that a run records while it trains."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ COLUMNS = (
 
 
 def steps_with(path: Path, column: str) -> set[int]:
-    """The steps whose rows of a metrics.csv have a value in that column; none where there is no such file."""
+    """The steps whose rows have a value in that column of a metrics.csv. The set is empty if there is no such file."""
     return {int(row["step"]) for row in read_metrics(path) if row.get(column)}
 
 
 class MetricsCSV(Logger):
-    """Appends a row at a time, each on disk when `log_metrics` returns.
+    """Appends one row at a time. The row is on disk when `log_metrics` returns.
 
     Args:
-        path: of the file; a run that goes on appends to it.
-        also: columns beside COLUMNS.
-        resume_step: rows after this step are dropped first: the run resumes there and writes them again.
+        path: the file. A resumed run appends to it.
+        also: columns in addition to COLUMNS.
+        resume_step: rows after this step are removed first, because the resumed run writes them again.
     """
 
     def __init__(self, path: str | Path, *, also: Sequence[str] = (), resume_step: int = 0) -> None:
         super().__init__()
         self.path = Path(path)
         self.columns = (*COLUMNS, *also)
-        # By name: a run that was begun by an older version has other columns.
-        kept = [
+        # Columns are matched by name, because a run that an older version began has other columns.
+        earlier_rows = [
             ",".join(row.get(name) or "" for name in self.columns)
             for row in read_metrics(self.path)
             if int(row["step"]) <= resume_step
         ]
-        write_atomically(self.path, "\n".join([",".join(self.columns), *kept]) + "\n")
+        write_atomically(self.path, "\n".join([",".join(self.columns), *earlier_rows]) + "\n")
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ class MetricsCSV(Logger):
         return ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write one row. Raises ValueError for a name that is no column: it would be lost; OSError on a full disk."""
+        """Write one row. Raises InputError for a name that is not a column, and OSError if the disk is full."""
         unknown = metrics.keys() - set(self.columns)
         if unknown:
             raise InputError(f"metrics.csv has no column for {', '.join(sorted(unknown))}.")
@@ -83,8 +83,8 @@ class MetricsCSV(Logger):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError as error:
-                os.truncate(self.path, whole)  # a part of a row would not be one
+                os.truncate(self.path, whole)  # remove the incomplete row
                 raise named(error, self.path) from error
 
     def log_hyperparams(self, params: Any) -> None:
-        """Nothing: config.yaml holds them."""
+        """Does nothing: config.yaml holds the hyperparameters."""

@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices and AdamW for the rest, as one optimiser (arXiv:2502.16982)."""
+"""Muon for the hidden matrices and AdamW for all other parameters, as one optimizer (arXiv:2502.16982)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from lkda.training.parameters import parameter_groups
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon and AdamW behind one list of groups and one state, so that schedules, clipping and checkpoints see a
-    single optimiser.
+    """torch's Muon and AdamW with one list of groups and one state, so that schedules, clipping and checkpoints handle
+    a single optimizer.
 
     Args:
-        matrices: the group that Muon trains, its parameters all of two dimensions.
-        rest: AdamW's groups.
-        lr: of both; Muon's is scaled to AdamW's root-mean-square step, 0.2 sqrt(max(rows, columns)).
-        momentum: of Muon, Nesterov's.   weight_decay: of Muon.   betas, eps: of AdamW.
+        matrices: the group that Muon trains. All its parameters have two dimensions.
+        rest: the groups that AdamW trains.
+        lr: of both. Muon's is multiplied by 0.2 sqrt(max(rows, columns)), which matches the root-mean-square step of
+            AdamW.
+        momentum: Nesterov momentum of Muon.
+        weight_decay: of Muon.
+        betas, eps: of AdamW.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Both optimisers work on these groups and this state, not on their own."""
+        """Make both optimizers use this optimizer's groups and state instead of their own."""
         count = len(self.muon.param_groups)
         self.muon.param_groups, self.adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
         self.muon.state = self.adamw.state = self.state
@@ -64,10 +67,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def muon(model: nn.Module, config: Mapping[str, Any]) -> MuonWithAdamW:
     """Muon for the matrices of linear layers between the embedding and the head; AdamW for embeddings, the head, norms,
-    convolutions, A_log, dt_bias and other biases. Weight decay acts on the matrices of linear layers alone.
+    convolutions, A_log, dt_bias and other biases. Weight decay acts on the matrices of linear layers, and on a head
+    with a weight of its own.
 
     Args:
-        model: with its output layer, if it has one, as `lm_head`.
+        model: the model to train. Its output layer, if it has one, is `lm_head`.
         config: {"lr", "lr_scale", "momentum", "weight_decay", "betas", "eps"}.
     """
     groups = parameter_groups(model, lr=config["lr"], lr_scale=config["lr_scale"], weight_decay=config["weight_decay"])

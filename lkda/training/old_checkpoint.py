@@ -1,4 +1,4 @@
-"""Optimiser states of checkpoints that were written before an option existed, in today's order."""
+"""Converts optimizer states from checkpoints of earlier versions to today's parameter groups."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lkda.training.parameters import parameters_by_kind
 
 
 def current_optimizer_state(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """An optimiser's state_dict with a group for each kind of parameter.
+    """An optimizer's state_dict with one group for each kind of parameter.
 
-    Before there were learning rates by kind, AdamW had two groups, of matrices and the head, and of everything else;
-    Muon had its matrices, then the head where it has a weight of its own, then the rest.
+    Before there were learning rates by kind, AdamW had two groups: matrices with the head, and everything else. Muon
+    had a group of matrices, a group of the head if it has a weight of its own, and a group of everything else.
 
     Args:
-        saved: the state_dict, of either time.
-        model: that it trains.
+        saved: the state_dict, in the old or the new form.
+        model: the model that the optimizer trains.
     """
     if all("kind" in group for group in saved["param_groups"]):
         return saved

@@ -1,4 +1,4 @@
-"""From plain names and numbers to an optimiser and a learning-rate schedule."""
+"""Builds the optimizer and the learning-rate schedule from plain names and numbers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SCHEDULES = {
 
 
 def check_optimizer(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unknown optimiser, an option that it does not have, or a number out of its range."""
+    """Raise InputError for an unknown optimizer, an option that it does not have, or a number outside its range."""
     name = _check_choice("optimizer", config, OPTIMIZERS)
     if name == "muon" and not hasattr(torch.optim, "Muon"):
-        raise InputError(f"optimizer=muon needs torch 2.9 or later, this is {torch.__version__}; use optimizer=adamw.")
+        raise InputError(f"optimizer=muon needs torch 2.9 or later, got {torch.__version__}; use optimizer=adamw.")
     check_number("optimizer.lr", config["lr"], wanted="greater than 0", fits=lambda value: value > 0)
     check_number("optimizer.eps", config["eps"], wanted="greater than 0", fits=lambda value: value > 0)
     check_number("optimizer.weight_decay", config["weight_decay"], wanted="0 or more", fits=lambda value: value >= 0)
@@ -46,7 +46,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
 
 
 def _check_choice(group: str, config: object, choices: Mapping[str, tuple[str, ...]]) -> str:
-    """The name that a group gives. Raise ValueError where it is unknown, or the other options are not those it has."""
+    """The name in a group. Raises InputError if it is unknown, or if the other options are not those of this name."""
     name = config.get("name") if isinstance(config, Mapping) else config
     if not isinstance(config, Mapping) or not isinstance(name, str) or name not in choices:
         raise InputError(f"{group}.name must be one of {', '.join(choices)}, got {name!r}.")
@@ -59,17 +59,16 @@ def _is_part(value: object) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: Mapping[str, Any], *, fused: bool = True) -> torch.optim.Optimizer:
-    """The optimiser that `config` names.
+    """The optimizer that `config` names.
 
     Args:
-        model: whose parameters it trains; weight decay acts on matrices alone.
-        config: {"name": "adamw" or "muon", "lr", "lr_scale", "betas": [b1, b2], "eps", "weight_decay"}; of muon also
-            "momentum". "lr_scale" multiplies lr by kind of parameter, as in `lkda.training.parameters`.
-        fused: whether AdamW is one fused pass over each group: on small models the optimiser is otherwise a visible
-            part of a step. False where a loss scale must be divided out before clipping. Muon's own AdamW is fused in
-            any case: it is stepped by `MuonWithAdamW`, which does not unscale.
-    Raises:
-        ValueError: as `check_optimizer`.
+        model: the model to train. Weight decay acts only on matrices and on a head with a weight of its own.
+        config: {"name": "adamw" or "muon", "lr", "lr_scale", "betas": [b1, b2], "eps", "weight_decay"}; muon also has
+            "momentum". "lr_scale" holds factors on lr by kind of parameter; see `lkda.training.parameters`.
+        fused: whether AdamW uses one fused pass over each group. Without it the optimizer takes a noticeable part of a
+            step in small models. It must be False if a loss scale is removed before the clipping. The AdamW of muon is
+            always fused, because `MuonWithAdamW` does not unscale.
+    Raises: InputError, as `check_optimizer`.
     """
     check_optimizer(config)
     if config["name"] == "muon":
@@ -79,7 +78,7 @@ def build_optimizer(model: nn.Module, config: Mapping[str, Any], *, fused: bool 
 
 
 def check_schedule(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unknown schedule, an option that it does not have, or a number out of its range."""
+    """Raise InputError for an unknown schedule, an option that it does not have, or a number outside its range."""
     name = _check_choice("scheduler", config, SCHEDULES)
     check_count("scheduler.warmup_steps", config["warmup_steps"], least=0)
     if "min_lr_ratio" in SCHEDULES[name]:
@@ -91,17 +90,17 @@ def check_schedule(config: Mapping[str, Any]) -> None:
 
 
 def learning_rate_factor(config: Mapping[str, Any], *, step: int, total_steps: int) -> float:
-    """What the peak learning rate is multiplied by at `step`, in [0, 1].
+    """The factor on the peak learning rate at `step`, in [0, 1].
 
-    A linear warm-up from 1 / warmup_steps, then
+    The schedule begins with a linear warm-up from 1 / warmup_steps. After the warm-up:
         constant   1
         cosine     half a cosine from 1 to `min_lr_ratio`
-        wsd        1, and in the last `decay_fraction` of the steps a straight line from 1 to `min_lr_ratio`
+        wsd        1, then linear from 1 to `min_lr_ratio` in the last `decay_fraction` of all steps
                    (warm-up, stable, decay; arXiv:2404.06395)
 
     Args:
-        config: {"name", "warmup_steps", ...}, valid; cosine and wsd also have "min_lr_ratio", and wsd "decay_fraction",
-            a part of the steps.
+        config: {"name", "warmup_steps", ...}, already checked. cosine and wsd also have "min_lr_ratio", and wsd has
+            "decay_fraction".
     """
     name, warmup = config["name"], config["warmup_steps"]
     if step < warmup:

@@ -1,4 +1,4 @@
-"""What the options of a run may be, each checked before any time is spent on it."""
+"""The options of a run in the groups trainer, checkpoint and sample, and their checks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lkda.checks import InputError, check_count
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """The group `trainer`: the options of configs/trainer/auto.yaml, and Lightning's that may be added to them.
+    """The group `trainer`: the options of configs/trainer/auto.yaml, and the options of Lightning that may be added.
 
     Attributes:
-        target: the class, `_target_` in the YAML.
-        precision: a word of `lkda.training.precision`.
-        max_tokens: a budget that takes the place of max_steps, where given.
+        target: the trainer's class, `_target_` in the YAML.
+        precision: a name in `lkda.training.precision`.
+        max_tokens: the number of tokens to train on. If given, it replaces max_steps.
     """
 
     target: str
@@ -38,17 +38,17 @@ class TrainerOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> TrainerOptions:
-        """From checked options by their names in the YAML."""
+        """Create it from checked options with their names in the YAML."""
         return cls(**{"target" if name == "_target_" else name: value for name, value in options.items()})
 
     def steps(self, tokens_per_step: int) -> int:
-        """Of the run: enough for the token budget where there is one, else max_steps."""
+        """The optimizer steps of the run: enough for max_tokens if that is given, else max_steps."""
         return self.max_steps if self.max_tokens is None else math.ceil(self.max_tokens / tokens_per_step)
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """The group `checkpoint`: optimiser steps between two, and how many stay beside the best and the last."""
+    """The group `checkpoint`: optimizer steps between two checkpoints, and how many are kept beside best and last."""
 
     every_n_steps: int
     keep: int
@@ -56,7 +56,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """The group `sample`: how the text at the end of the run is drawn."""
+    """The group `sample`: options for sampling a text at the end of the run."""
 
     prompt: str
     max_new_tokens: int
@@ -76,10 +76,11 @@ MOST_SEED = 2**32 - 1
 def check_names(
     group: str, options: object, known: Iterable[str], *, also: Iterable[str] = (), choice: str = "..."
 ) -> Mapping[str, Any]:
-    """The options of a group. Raise ValueError unless they are every known name, some of `also`, and no other.
+    """Return the options of a group. Raises InputError unless they are all names in `known`, any in `also`, and no
+    others.
 
     Args:
-        choice: of the group, that has these options.
+        choice: the choice for the group that has these options, for the message.
     """
     known, also = tuple(known), tuple(also)
     if not isinstance(options, Mapping):
@@ -90,15 +91,16 @@ def check_names(
         raise InputError(f"{group}.{unknown[0]} is not an option of {group}={choice}, which has {there}.")
     missing = [name for name in known if name not in options]
     if missing:
-        raise InputError(f"{group}.{missing[0]} is missing; {group}={choice} brings it.")
+        raise InputError(f"{group}.{missing[0]} is missing; choose {group}={choice}, which has it.")
     return options
 
 
 def check_number(name: str, value: object, *, wanted: str, fits: Callable[[float], bool]) -> None:
-    """Raise ValueError for what is no number, does not fit, or is infinite.
+    """Raise InputError unless `value` is a finite number in the range.
 
     Args:
         wanted: the range in words, for the message: "greater than 0".
+        fits: whether a number is in the range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{name} must be a number, got {value!r}.")
@@ -109,30 +111,30 @@ def check_number(name: str, value: object, *, wanted: str, fits: Callable[[float
 
 
 def check_switch(name: str, value: object) -> None:
-    """Raise ValueError for what is neither true nor false."""
+    """Raise InputError unless `value` is true or false."""
     if not isinstance(value, bool):
         raise InputError(f"{name} must be true or false, got {value!r}.")
 
 
 def check_parts(group: str, parts: object, *, kind: str, choice: str) -> None:
-    """Raise ValueError unless a group, logger or callbacks, is a mapping whose entries are null or name their class.
+    """Raise InputError unless a group (logger or callbacks) is a mapping whose entries are null or have a `_target_`.
 
     Args:
         kind: what an entry is, for the message.
-        choice: of the group, that has entries.
+        choice: a choice for the group that has entries, for the message.
     """
     named = parts if isinstance(parts, Mapping) else {}
     given = {name: part for name, part in named.items() if part is not None}
     wrong = [name for name, part in given.items() if not (isinstance(part, Mapping) and "_target_" in part)]
     if wrong or not isinstance(parts, Mapping):
         what = f"{group}.{wrong[0]}" if wrong else group
-        raise InputError(f"{what} is no {kind} (that has an entry _target_): choose {group}={choice} first.")
+        raise InputError(f"{what} is not a {kind}, which needs an entry _target_: choose {group}={choice} first.")
 
 
 def check_trainer(options: object) -> None:
-    """Raise ValueError for an option of the group trainer that is unknown or has a value that no run can use.
+    """Raise InputError for an option of the group trainer that is unknown, or has a value that cannot be used.
 
-    `accelerator` is checked where the device is found, and `precision` in `lkda.training.precision`.
+    `accelerator` is checked in `lkda.device`, and `precision` in `lkda.training.precision`.
     """
     options = check_names(
         "trainer",
@@ -165,31 +167,31 @@ def check_trainer(options: object) -> None:
 def _check_validation_part(value: object) -> None:
     name = "trainer.limit_val_batches"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{name} must be a number of batches, or a part of them in (0, 1], got {value!r}.")
+        raise InputError(f"{name} must be a number of batches, or a fraction of them in (0, 1], got {value!r}.")
     if not value > 0:
         raise InputError(f"{name} must be above 0: a run always validates at the end; got {value!r}.")
     if isinstance(value, float) and value > 1:
-        raise InputError(f"{name} must be a whole number of batches, or a part of them in (0, 1], got {value!r}.")
+        raise InputError(f"{name} must be a whole number of batches, or a fraction of them in (0, 1], got {value!r}.")
 
 
 def check_validation_batches(limit: int | float, batches: int) -> None:
-    """Raise ValueError where `trainer.limit_val_batches`, a part of that many validation batches, is less than one."""
+    """Raise InputError if the fraction `trainer.limit_val_batches` of the validation batches is less than one batch."""
     if isinstance(limit, float) and int(limit * batches) < 1:
         raise InputError(
             f"trainer.limit_val_batches={limit} of {batches} validation batches is less than one batch: "
-            f"give a number of batches, as trainer.limit_val_batches=1, or a larger part."
+            f"give a number of batches, such as trainer.limit_val_batches=1, or a larger fraction."
         )
 
 
 def check_checkpoint(options: object) -> None:
-    """Raise ValueError for an option of the group checkpoint that is unknown or out of its range."""
+    """Raise InputError for an option of the group checkpoint that is unknown or outside its range."""
     options = check_names("checkpoint", options, _names(CheckpointOptions, optional=False))
     for name, value in options.items():
         check_count(f"checkpoint.{name}", value, least=1)
 
 
 def check_sample(options: object) -> None:
-    """Raise ValueError for what the text at the end of the run cannot be drawn with."""
+    """Raise InputError for an option of the group sample that is unknown or outside its range."""
     options = check_names("sample", options, _names(SampleOptions, optional=False))
     if not isinstance(options["prompt"], str):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Parameter groups: which learning rate and which weight decay a parameter has."""
+"""Parameter groups: the learning rate and the weight decay of each kind of parameter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ KINDS = ("matrix", "embedding", "head", "vector")
 
 
 def parameters_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters of a model, each once:
+    """The trained parameters of a model by kind. Each parameter appears once.
 
-    matrix      weights of linear layers, but for the head
-    embedding   the token embedding, also where the head shares it
-    head        the output layer `lm_head`, where it has a weight of its own
+    matrix      weights of linear layers, except the head
+    embedding   the token embedding, also if the head shares its weight
+    head        the output layer `lm_head`, if it has a weight of its own
     vector      everything else: norms, convolutions, A_log, dt_bias and other biases
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
@@ -38,12 +38,14 @@ def parameters_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def parameter_groups(
     model: nn.Module, *, lr: float, lr_scale: Mapping[str, float], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """An optimiser group for each kind of parameter that the model has, matrices first. Weight decay acts on matrices
-    and on a head of its own; embeddings (also where the head shares their table) and vectors have none.
+    """An optimizer group for each kind of parameter that the model has, matrices first.
+
+    Weight decay acts on matrices and on a head with a weight of its own. Vectors and embeddings, also an embedding that
+    is shared with the head, have none.
 
     Args:
         lr: the peak learning rate.
-        lr_scale: what it is multiplied by, by kind.
+        lr_scale: the factor on `lr`, by kind.
     """
     return [
         {

@@ -1,4 +1,4 @@
-"""Loss by position in the context: what more of the text before a token is worth to a model."""
+"""Loss by position in the context. It shows how much a model gains from more preceding text."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from lkda.special_tokens import IGNORE_INDEX
 
 
 def starts(context: int) -> list[int]:
-    """First positions of the ranges 0, 1, 2-3, 4-7, ... of a context."""
+    """The first positions of the ranges 0, 1, 2-3, 4-7, ... of a context of that many tokens."""
     return [0, *(1 << n for n in range((context - 1).bit_length()))]
 
 
 def columns(context: int, *, split: str = "val") -> list[str]:
-    """The columns of metrics.csv that `PositionLoss` fills: val/loss/from_0, val/loss/from_1, val/loss/from_2, ..., and
-    for the split "test" those of the test split."""
+    """The columns of metrics.csv that `PositionLoss` fills: val/loss/from_0, val/loss/from_1, val/loss/from_2 and so
+    on, or test/loss/from_0 and so on for the split "test"."""
     return [f"{split}/loss/from_{start}" for start in starts(context)]
 
 
 class PositionLoss(nn.Module):
-    """The mean loss in nats over the targets of each range of positions, a position counted from its sequence's start.
+    """The mean loss in nats per token over the targets in each range of positions, counted from the sequence's start.
 
     Args:
-        context: tokens of a sequence, at most.
-        split: the beginning of the columns.
+        context: the largest number of tokens in a sequence.
+        split: prefix of the column names, "val" or "test".
     """
 
     starts: Tensor
@@ -43,7 +43,7 @@ class PositionLoss(nn.Module):
             self.register_buffer(name, torch.zeros(len(self.columns), device=self.starts.device), persistent=False)
 
     def update(self, losses: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> None:
-        """Take in the losses [B, T] of targets [B, T]; those of IGNORE_INDEX do not count."""
+        """Add the losses [B, T] of the targets [B, T]. Targets of IGNORE_INDEX do not count."""
         T = targets.shape[1]
         where = torch.arange(T, device=targets.device) if cu_seqlens is None else positions(cu_seqlens, T)[0]
         ranges = torch.searchsorted(self.starts, where, right=True) - 1
@@ -54,7 +54,7 @@ class PositionLoss(nn.Module):
             self.counts[n] += chosen.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """By column of metrics.csv, of the ranges that were seen; resets."""
+        """The mean losses by column of metrics.csv, for the ranges with at least one target. Resets them."""
         found = {name: self.sums[n] / self.counts[n] for n, name in enumerate(self.columns) if self.counts[n] > 0}
         self.reset()
         return found

@@ -1,4 +1,4 @@
-"""The number format a run computes in: the words that the trainer takes, and what each of them runs."""
+"""The precision of a run: the values of trainer.precision, and the data type of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from lkda.checks import InputError
 
-# The type of the ops' inputs. Weights are float64 in 64-true and float32 in the others.
+# The data type of the operators' inputs. Weights are float64 in 64-true and float32 in the others.
 PRECISIONS = {
     "32-true": torch.float32,
     "bf16-mixed": torch.bfloat16,
@@ -19,16 +19,17 @@ _HALF_WEIGHTS = "keeps the weights in half precision, where small updates round 
 _REFUSED = {
     "16-true": f"{_HALF_WEIGHTS}, and no loss scale: use 16-mixed or bf16-mixed",
     "bf16-true": f"{_HALF_WEIGHTS}: use bf16-mixed",
-    "transformer-engine": "needs layers that the models here do not have: use bf16-mixed",
-    "transformer-engine-float16": "needs layers that the models here do not have: use 16-mixed",
+    "transformer-engine": "needs layers that lkda's models do not have: use bf16-mixed",
+    "transformer-engine-float16": "needs layers that lkda's models do not have: use 16-mixed",
 }
 
 
 def resolve_precision(word: object, device: torch.device) -> str:
-    """The word of PRECISIONS that `word` stands for on `device`: `auto`, one of them, or Lightning's short forms 16,
-    bf16, 32 and 64.
+    """The name in PRECISIONS that `word` means on `device`. `word` is `auto`, a name in PRECISIONS, or one of
+    Lightning's short forms 16, bf16, 32 and 64.
 
-    Raises: ValueError for an unknown one, and for one that would run as another or train badly, with what to use.
+    Raises: InputError for an unknown value, and for one that would train badly or run in another precision. The message
+        says what to use.
     """
     given = str(word)
     if given == "auto":

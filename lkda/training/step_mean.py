@@ -1,4 +1,4 @@
-"""The mean over the targets of an optimiser step whose batch comes in pieces (trainer.accumulate_grad_batches)."""
+"""The mean over all targets of an optimizer step whose batch is split into pieces (trainer.accumulate_grad_batches)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from lkda.special_tokens import IGNORE_INDEX
 
 
 class StepMean:
-    """Makes a step the same however its batch is cut: loss and gradients are means over all its targets.
+    """Makes the loss and the gradients of a step means over all its targets, however its batch is split into pieces.
 
-    Lightning adds the gradients of each piece's mean loss times 1 / pieces. That is the mean over the step's targets
-    where all pieces have equally many, as the rows of a text have. Where they have not, a piece must count by its
-    targets, whose total is known only after the last piece. So each piece's loss is multiplied by n / n_1, n its
-    number of targets and n_1 the first piece's, and `normalize` multiplies the gradients by pieces * n_1 / (sum of n).
-    For equal numbers both factors are exactly 1. All of it stays on the device, so that no step waits.
+    Lightning adds the gradients of each piece's mean loss, times 1 / pieces. This is the mean over the step's targets
+    only if all pieces have the same number of targets, as the rows of a text have. Otherwise a piece must be weighted
+    by its number of targets, and the total is known only after the last piece. Therefore the loss of a piece with n
+    targets is multiplied by n / n_1, where n_1 is the number of the first piece. After the last piece, `normalize`
+    multiplies the gradients by pieces * n_1 / (sum of n). If all numbers are equal, both factors are exactly 1. All
+    values stay on the device, so that no step waits for it.
     """
 
     unit: Tensor
@@ -26,7 +27,7 @@ class StepMean:
     total: Tensor
 
     def weight(self, targets: Tensor, *, first: bool) -> Tensor:
-        """What a piece's loss is multiplied by before its backward.
+        """The factor for a piece's loss before its backward pass, a scalar on the device.
 
         Args:
             targets: of the piece, int64; IGNORE_INDEX where nothing is predicted.
@@ -41,18 +42,18 @@ class StepMean:
         return count / self.unit
 
     def add(self, loss: Tensor) -> Tensor:
-        """Take in the mean loss over the targets of the piece that `weight` was last called for; returns it, or 0 where
-        it has no targets, whose mean is NaN."""
+        """Add `loss`, the mean over the targets of the piece for which `weight` was last called. Returns it, or 0 for a
+        piece without targets, whose mean is NaN."""
         loss = torch.where(self.piece > 0, loss, 0.0)
         self.total = self.total + loss.detach() * self.piece
         return loss
 
     @property
     def loss(self) -> Tensor:
-        """The mean loss over the targets of the step's pieces so far."""
+        """The mean loss over the targets of the step's pieces so far, in nats per token."""
         return self.total / self.count
 
     def normalize(self, parameters: Iterable[nn.Parameter], *, pieces: int) -> None:
-        """Make the gradients those of `loss`, after the last of the step's pieces."""
+        """Scale the gradients to those of `loss`. Call it after the last piece of the step."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, pieces * self.unit / self.count.clamp(min=1))

@@ -1,4 +1,4 @@
-"""The LightningModule: next-token prediction with any model that `build_model` makes."""
+"""The LightningModule: next-token prediction with any model that `build_model` returns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lkda.training.validation import Batch, ValidationMetrics, with_bits
 
 
 class Loader(Protocol):
-    """Batches, one after another, and their number."""
+    """An iterable of batches with a length."""
 
     def __len__(self) -> int: ...
 
@@ -34,24 +34,26 @@ class Loader(Protocol):
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    Logged: train/loss, the mean over every target of an optimiser step, at the last of its batches, and beside it bits
-    per byte where the tokens are text; train/grad_norm, of the step's gradient before clipping; of a validation what
-    `ValidationMetrics` computes; and of a test split, where there is one, the same after the last step of a run.
+    It logs train/loss, the mean over all targets of an optimizer step in nats per token, at the last batch of the step.
+    If the tokens are text, it also logs train/bits_per_byte. train/grad_norm is the norm of the step's gradient before
+    clipping. For a validation it logs what `ValidationMetrics` computes, and after the last step of the run the same
+    for the test split, if there is one.
 
     Args:
-        model: that is trained.
+        model: the model to train.
         optimizer: what `build_optimizer` takes.
         scheduler: what `learning_rate_factor` takes.
-        total_steps: optimiser steps of the whole run, for the schedule.
-        context: tokens of a sequence, at most.
-        bytes_per_token: of the validation text; divides nats a token into bits a byte. None where it is no text.
+        total_steps: optimizer steps of the whole run, for the schedule.
+        context: the largest number of tokens in a sequence.
+        bytes_per_token: of the validation text; it converts nats per token to bits per byte. None if the tokens are not
+            text.
         val_subsets: of the validation; see `lkda.training.accuracy`.
-        test_batches, test_bytes_per_token: of the test split, a text; None where there is none.
-        compile: whether `torch.compile` takes the model's blocks.
-        cuda_graphs: whether forward and backward are replayed as CUDA graphs, as long as they can be captured.
+        test_batches, test_bytes_per_token: of the test split, which is text; None if there is no test split.
+        compile: whether to compile the model's blocks with `torch.compile`.
+        cuda_graphs: whether to replay forward and backward as CUDA graphs, as long as they can be captured.
 
     Attributes:
-        clipped_steps: how many optimiser steps of this process had a gradient norm above the limit.
+        clipped_steps: the number of optimizer steps of this process whose gradient norm was above the limit.
     """
 
     clipped_steps: Tensor
@@ -94,8 +96,8 @@ class LanguageModelTask(L.LightningModule):
         self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Sets the learning rate of the step that this batch belongs to: a function of the step and the settings, not
-        of what a checkpoint holds, so that a run that goes on with more steps has the rates of the longer run."""
+        """Set the learning rate of this batch's step. It depends only on the step and the settings, not on the
+        checkpoint. A run that is resumed with more steps therefore has the rates of the longer run."""
         step = self.trainer.global_step
         factor = learning_rate_factor(self.scheduler_config, step=step, total_steps=self.total_steps)
         for group in self.trainer.optimizers[0].param_groups:
@@ -116,7 +118,7 @@ class LanguageModelTask(L.LightningModule):
         return loss
 
     def _replay(self, inputs: Mapping[str, Tensor | None], weight: Tensor | None, *, first: bool) -> Tensor | None:
-        """The loss, its gradients already added to the parameters'; None where there are no graphs."""
+        """The loss, whose gradients are already added to those of the parameters; None without CUDA graphs."""
         if self._graphs is None:
             return None
         pieces = self.trainer.accumulate_grad_batches
@@ -124,7 +126,7 @@ class LanguageModelTask(L.LightningModule):
         try:
             return self._graphs(inputs, scale=scale, first=first, accumulates=pieces > 1)
         except CaptureError as error:
-            if not first:  # pieces of this step are in the graphs' gradients
+            if not first:  # the graphs' gradients hold earlier pieces of this step
                 raise
             get_console().print(f"without CUDA graphs: {error}", markup=False, highlight=False, soft_wrap=True)
             self._graphs = None
@@ -132,17 +134,17 @@ class LanguageModelTask(L.LightningModule):
             return None
 
     def loss_scale(self, weight: Tensor | None) -> Tensor:
-        """What the loss is multiplied by before its backward: the piece's weight, and in float16 the scaler's."""
+        """The factor for the loss before its backward pass: the piece's weight, times the loss scale in float16."""
         factor = torch.ones((), device=self.device) if weight is None else weight
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return factor if scaler is None else scaler.scale(factor)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self._graphs is None:  # a graph has done it
+        if self._graphs is None:  # otherwise the graph has computed the gradients
             loss.backward(*args, **kwargs)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        if self._graphs is None:  # a graph has written new ones, before Lightning asks for zeros
+        if self._graphs is None:  # otherwise the graph has already overwritten the gradients
             optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -161,7 +163,7 @@ class LanguageModelTask(L.LightningModule):
             self.log_dict(self.test.compute(), logger=False)
 
     def _measure_test(self, batches: Loader) -> None:
-        """Take in the test split as a validation does: as many batches, in the same precision."""
+        """Measure the test split like a validation: with the same limit on batches, in the same precision."""
         trainer, limit = self.trainer, self.trainer.limit_val_batches
         count = max(1, int(limit * len(batches))) if isinstance(limit, float) else limit
         for batch in islice(batches, count):
@@ -174,8 +176,10 @@ class LanguageModelTask(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the norm over all parameters. Lightning's own refuses a fused optimiser under mixed precision: such a
-        one would unscale the gradients after the clipping. `configure_optimizers` uses none where there is a scale.
+        """Clip the gradient norm over all parameters.
+
+        Lightning's own method rejects a fused optimizer under mixed precision, because such an optimizer would unscale
+        the gradients after the clipping. `configure_optimizers` uses no fused optimizer if there is a loss scale.
         """
         limit = gradient_clip_val or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
@@ -187,7 +191,7 @@ class LanguageModelTask(L.LightningModule):
         checkpoint["optimizer_states"] = [current_optimizer_state(state, self.model) for state in states]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # float16 scales the loss. A fused optimiser would divide the scale out in its step; of any other, Lightning
-        # unscales the gradients first, and clipping sees their true size.
+        # float16 uses a loss scale. A fused optimizer would remove the scale only in its step. For other optimizers
+        # Lightning unscales the gradients first, so that the clipping sees their true size.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         return build_optimizer(self.model, self.optimizer_config, fused=not scaled)

@@ -1,4 +1,4 @@
-"""How a validation is measured, batch by batch: one measurement, for training and for scripts/evaluate.py."""
+"""Measures a model on validation batches, in the same way for training and for scripts/evaluate.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lkda.training.accuracy import SubsetMetrics
 from lkda.training.losses import next_token_losses
 from lkda.training.positions import PositionLoss
 
-# {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}, and where few targets are predicted: their positions in
-# the flattened batch, target_positions [N], and the number of the batch's subset.
+# {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}. A batch with few targets also has target_positions [M],
+# their positions in the flattened batch, and subset, the number of the batch's subset.
 Batch = Mapping[str, Any]
 # (tokens, targets, cu_seqlens) of a batch -> the loss of each target, [B, T].
 TokenLosses = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -25,18 +25,19 @@ TokenLosses = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class ValidationMetrics(nn.Module):
     """Measures a model on the batches of a validation.
 
-    Of a text: the mean loss over every target (not over batches, whose numbers of targets differ), the same in bits per
-    byte, and the loss by position (`PositionLoss`). Of a validation that has subsets: what `SubsetMetrics` computes.
+    For text, it computes the mean loss over all targets (not over batches, whose numbers of targets differ) in nats per
+    token and in bits per byte, and the loss by position (`PositionLoss`). For a validation with subsets, it computes
+    what `SubsetMetrics` does.
 
     Args:
-        context: tokens of a sequence, at most.
+        context: the largest number of tokens in a sequence.
         vocab_size: of the model.
-        bytes_per_token: of the validation text; None where the tokens are no text.
+        bytes_per_token: of the validation text; None if the tokens are not text.
         val_subsets: of the validation; see `lkda.training.accuracy`.
-        split: the beginning of the columns, "val", or "test" for a text that is measured likewise.
+        split: prefix of the column names, "val" or "test".
 
     Attributes:
-        count: int64, the targets of a text that were measured since the last `compute`.
+        count: int64 scalar, the number of text targets since the last `compute`.
     """
 
     nats: Tensor
@@ -60,10 +61,11 @@ class ValidationMetrics(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def update(self, model: LanguageModel, batch: Batch, *, token_losses: TokenLosses | None = None) -> None:
-        """Take in what the model makes of a batch, which is on its device.
+        """Add the model's loss on a batch, which must be on the model's device.
 
         Args:
-            token_losses: in place of the model's own, as compiled.
+            token_losses: computes the losses, for example with compiled blocks. None means a plain forward of the
+                model.
         """
         if self.subsets is not None:
             self.subsets.measure(model, batch)
@@ -78,7 +80,7 @@ class ValidationMetrics(nn.Module):
         self.positions.update(losses, targets, cu_seqlens)
 
     def compute(self) -> dict[str, Tensor]:
-        """By column of metrics.csv; begins anew."""
+        """The metrics by column of metrics.csv. Resets them."""
         if self.subsets is not None:
             return self.subsets.compute()
         loss = self.nats / self.count
@@ -88,6 +90,6 @@ class ValidationMetrics(nn.Module):
 
 
 def with_bits(split: str, loss: Tensor, bytes_per_token: float | None) -> dict[str, Tensor]:
-    """The loss in nats per token; where the tokens are text also in bits per byte, which compares across tokenizers."""
+    """The loss in nats per token. For text also in bits per byte, which is comparable across tokenizers."""
     bits = {} if bytes_per_token is None else {"bits_per_byte": loss / (math.log(2) * bytes_per_token)}
     return {f"{split}/{name}": value for name, value in {"loss": loss, **bits}.items()}

@@ -1,4 +1,4 @@
-"""Weights & Biases, online where it can be, offline where it cannot."""
+"""The logger for Weights & Biases: online if its server can be reached and an account is logged in, else offline."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning.pytorch.loggers import WandbLogger
 
 
 class StepWandbLogger(WandbLogger):
-    """Lightning's logger, with the optimiser step as W&B's own step, and the run ended with the training.
+    """Lightning's logger, with the optimizer step as W&B's own step. It ends the W&B run when the training ends.
 
-    W&B counts rows where it is given no step, from 0 in every process: the rows of a resumed run would overwrite those
-    of its beginning. Given the optimiser step, the parts of a run make one axis, and what is trained again after the
-    last checkpoint lies on what was there. Rows of one step are one row there, sent when the step is complete (`save`).
-    Ending the run leaves a sweep's next job to begin one of its own.
+    Without a step, W&B counts rows from 0 in every process, so that a resumed run would overwrite its first rows. With
+    the optimizer step, all parts of a run share one axis, and steps that are trained again after the last checkpoint
+    replace the earlier ones. All rows of one step become one row in W&B, which is sent when the step is complete
+    (`save`). Because the W&B run is ended, the next job of a sweep begins a new one.
     """
 
     _open_step: int | None = None
@@ -40,7 +40,7 @@ class StepWandbLogger(WandbLogger):
 
 
 def why_offline() -> str | None:
-    """The reason why nothing can be sent now, or None."""
+    """The reason why W&B cannot be used online now; None if it can."""
     import wandb
 
     if os.environ.get("WANDB_MODE") == "offline":
@@ -58,21 +58,21 @@ def why_offline() -> str | None:
 def wandb_logger(
     *, save_dir: str, config: dict[str, Any], project: str, name: str, group: str, tags: Sequence[str]
 ) -> WandbLogger:
-    """A logger that mirrors metrics.csv, with the resolved configuration beside it.
+    """A logger that sends the rows of metrics.csv, and once the resolved configuration, to W&B.
 
-    A resumed run goes on under the same id, which is kept in the run directory, and on the same axis.
+    A resumed run continues with the same id, which is stored in the run directory, and on the same axis.
 
     Args:
         save_dir: the run directory.
         config: the resolved configuration.
-        project, name, group, tags: how the run is filed; runs to be compared share a group.
+        project, name, group, tags: of the run in W&B. Runs that are compared share a group.
     """
     import wandb
 
     reason = why_offline()
     if reason is not None:
         files = f"{shlex.quote(save_dir)}/wandb/offline-run-*"
-        print(f"wandb: offline, because {reason}; send it later with `wandb sync {files}`")
+        print(f"wandb: offline, because {reason}; upload the run later with `wandb sync {files}`")
     identity = Path(save_dir) / "wandb_id.txt"
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
@@ -86,6 +86,6 @@ def wandb_logger(
         id=identity.read_text(encoding="utf-8").strip(),
         mode="online" if reason is None else "offline",
         resume="allow" if reason is None else None,
-        # The terminal belongs to the progress bar, and is not worth recording.
+        # The terminal is used by the progress bar, and its output need not be recorded.
         settings=wandb.Settings(silent=True, console="off"),
     )

@@ -56,7 +56,10 @@ TRAINING = [
     ("model.init=null", r"model.init must hold embedding_std, .*, got None"),
     ("model.embed_norm=5", r"model.embed_norm must be true or false, got 5"),
     ("model.embed_scale=nan", r"model.embed_scale must be a number above 0, got nan"),
-    ("callbacks=default callbacks.progress._target_=builtins.dict", r"callbacks makes a dict, which is no callback"),
+    (
+        "callbacks=default callbacks.progress._target_=builtins.dict",
+        r"callbacks makes a dict, which is not a Lightning callback",
+    ),
     ("hydra.run.dir=''", r"hydra.run.dir is empty: give a directory, or leave it out"),
     ("mixer.pattern=-1", r"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern -1 "),
     ("mixer.pattern=[null]", r"unknown mixer None; there are conv, "),
@@ -73,21 +76,24 @@ TRAINING = [
     ("data.val_fraction=much", r"data.val_fraction must be a finite number, got 'much'"),
     ("data.val_fraction=0.1 data.val_from_year=2012", r"data.val_fraction has no effect beside data.val_from_year"),
     ("data.vocab_size=300 data.tokenizer_path={run}/tokenizer.json", r"data.vocab_size has no effect beside data.tok"),
-    ("data.text_column=body", r"data.text_column is of .jsonl, .json and .parquet files, and these are text"),
+    ("data.text_column=body", r"data.text_column is for .jsonl, .json and .parquet files, but these are text"),
     ("data.num_workers=99999", r"data.num_workers must be at most 256, got 99999: each is a process"),
     ("data.pin_memory=maybe", r"data.pin_memory must be true or false or null, got 'maybe'"),
-    ("data._target_=lkda.data.text.datamodule.Nothing", r"datamodule.Nothing is no class that can be imported"),
+    ("data._target_=lkda.data.text.datamodule.Nothing", r"datamodule.Nothing is not a class that can be imported"),
     ("data.paths=[{tmp}/mixed.jsonl]", r"column 'text' of .*mixed.jsonl holds a number, not text, in row 2"),
     ("data.paths=['~nobody_of_this_name/a.txt']", r"the home directory in ~nobody_of_this_name/a.txt is not known"),
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
     ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
     ("data.paths=[]", r"data.paths is empty"),
-    ("data.paths=[{tmp}/folder]", r"folder holds no file of a kind that is read: .txt"),
+    ("data.paths=[{tmp}/folder]", r"folder holds no file of a known kind: .txt"),
     ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
     ("data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
-    ("data.paths=[{tmp}/short.txt]", r"the training text has \d+ tokens, fewer than one context of 32"),
+    ("data.paths=[{tmp}/short.txt]", r"the training text must have at least 33 tokens"),
     ("data.context=0", r"data.context must be a positive whole number, got 0"),
-    ("data.vocab_size=350", r"the tokenizer has 350 tokens and the model 300 rows: set model.vocab_size to 350"),
+    (
+        "data.vocab_size=350",
+        r"the tokenizer has 350 tokens, but the model has only 300 rows: set model.vocab_size to 350",
+    ),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
     # options that another one leaves without effect
     ("mixer.kda.lower_bound=-4", r"mixer.kda.lower_bound has no effect without mixer.kda.gate_form=bounded; leave it"),
@@ -124,24 +130,24 @@ TRAINING = [
         r"mixer.kda.conv_std has no effect beside mixer.kda.conv_width=0",
     ),
     ("trainer.max_tokens=1000 trainer.max_steps=5", r"trainer.max_steps has no effect beside trainer.max_tokens"),
-    ("data=palindrome sample.prompt=a", r"sample.prompt has no effect for data whose tokens are no text"),
-    ("data=mqar_kimi sample={{prompt:a}}", r"sample.prompt has no effect for data whose tokens are no text"),
-    ("data=needle sample.top_p=0.5", r"sample.top_p has no effect for data whose tokens are no text"),
+    ("data=palindrome sample.prompt=a", r"sample.prompt has no effect for data whose tokens are not text"),
+    ("data=mqar_kimi sample={{prompt:a}}", r"sample.prompt has no effect for data whose tokens are not text"),
+    ("data=needle sample.top_p=0.5", r"sample.top_p has no effect for data whose tokens are not text"),
     ("sample.max_new_tokens=0 sample.temperature=1", r"sample.temperature has no effect beside sample.max_new_to"),
     ("sample.temperature=0 sample.top_p=0.5", r"sample.top_p has no effect beside sample.temperature=0"),
-    ("hydra.sweep.dir={tmp}/sweep", r"hydra.sweep.dir has no effect in a single run, which has hydra.run.dir"),
+    ("hydra.sweep.dir={tmp}/sweep", r"hydra.sweep.dir has no effect in a single run, which uses hydra.run.dir"),
     (
         "data=hub data.name={tmp}/set data.revision=main",
-        r"data.revision is of data sets on the hub, and .* is a",
+        r"data.revision is for data sets on the hub, but .* is a",
     ),
-    ("data=hub data.name={tmp}/set data.val_split=train", r"data.val_split=train is what trains"),
+    ("data=hub data.name={tmp}/set data.val_split=train", r"data.val_split=train is also data.split"),
     ("data=sotu +data.val_fraction=0.1", r"data.val_fraction has no effect with data=sotu and data=prose"),
     ("data=prose data.directory={tmp} data.cache_dir={tmp}", r"data.cache_dir has no effect beside data.directory"),
-    ("data=prose +data.vocab_size=300", r"data.vocab_size has no effect with data=prose, which has a tokenizer of its"),
+    ("data=prose +data.vocab_size=300", r"data.vocab_size has no effect with data=prose, which has its own tokenizer"),
     ("data.pin_memory=true", r"data.pin_memory has no effect where there is no GPU"),
     # the logger
-    ("+logger.wandb.project=mine", r"logger.wandb is no logger .*: choose logger=wandb"),
-    ("+logger.wandb=0", r"logger.wandb is no logger"),
+    ("+logger.wandb.project=mine", r"logger.wandb is not a logger.*: choose logger=wandb"),
+    ("+logger.wandb=0", r"logger.wandb is not a logger"),
     ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
     # the sample at the end
     ("sample.temperature=-1", r"sample.temperature must be 0 or more, got -1"),
@@ -150,9 +156,15 @@ TRAINING = [
     # directories
     ("hydra.run.dir={tmp}/short.txt/run", r"cannot create the output directory .*short.txt/run: Not a directory"),
     ("hydra.run.dir=/proc/lkda", r"cannot create the output directory /proc/lkda: No such file or directory"),
-    ("hydra.run.dir={tmp}/foreign", r"foreign/config.yaml is no configuration of lkda's: choose another hydra.run.dir"),
+    (
+        "hydra.run.dir={tmp}/foreign",
+        r"foreign/config.yaml is not a configuration of lkda: choose another hydra.run.dir",
+    ),
     ("hydra.run.dir={run}", r"already holds a run. Continue it with resume=true"),
-    ("hydra.run.dir={run} resume=true model.d_model=16", r"holds a run with other settings \(model.d_model: 32 there"),
+    (
+        "hydra.run.dir={run} resume=true model.d_model=16",
+        r"holds a run with other settings \(model.d_model: 32 is recorded",
+    ),
 ]
 
 CHECKPOINT = [
@@ -177,7 +189,7 @@ GENERATE = [
     ("ckpt={run} prompt=a seed=99999999999999999999", r"seed must be at most 4294967295"),
     ("ckpt={run} prompt=a temperature=warm", r"temperature must be >= 0 and top_p in \(0, 1\], got 'warm'"),
     ("ckpt={run} prompt=a ignore_eos=perhaps", r"ignore_eos must be true or false, got 'perhaps'"),
-    ("ckpt={run} prompt=two words", r"'words' is not key=value. A prompt of several words stands in quotes"),
+    ("ckpt={run} prompt=two words", r"'words' is not key=value. A prompt of several words must be in quotes"),
     ("ckpt={run} prompt=\udcff", r"prompt is not UTF-8"),
     ("ckpt={run} prompt=a temperature=0 top_p=0.5", r"top_p has no effect beside temperature=0, .*; leave it out"),
     ("ckpt={run} prompt=a max_new_tokens=0 ignore_eos=true", r"ignore_eos has no effect beside max_new_tokens=0"),
@@ -192,7 +204,7 @@ EXPORT = [
 ]
 
 EVALUATE = [
-    ("ckpt={tmp}/alone.ckpt", r"lies in no run directory that says what data it saw: give data=..."),
+    ("ckpt={tmp}/alone.ckpt", r"is in no run directory that records what data it was trained on: give data=..."),
     ("ckpt={run} data=files data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
     ("ckpt={run} out={tmp}", r"out=.* is a directory: give the name of a file in it"),
     (
@@ -202,23 +214,23 @@ EVALUATE = [
     ("ckpt={run} out=/proc/result.json", r"out=/proc/result.json cannot be written: /proc: "),
     ("ckpt=''", r"ckpt must be a path .*, got ''"),
     ("ckpt=5", r"there is no checkpoint at 5"),
-    ("ckpt={run} limit=5", r"limit is for tasks=\[...\]: name some, or leave it out"),
-    ("ckpt={run} tasks_path={tmp}", r"tasks_path is for tasks="),
+    ("ckpt={run} limit=5", r"limit has an effect only with tasks=\[...\]: name some tasks, or leave it out"),
+    ("ckpt={run} tasks_path={tmp}", r"tasks_path has an effect only with tasks="),
     (
         "ckpt={run} tasks=[a] max_batches=2",
-        r"max_batches is not for tasks=\[...\], which are measured in place of data",
+        r"max_batches has no effect with tasks=\[...\], which are measured in place of data",
     ),
-    ("ckpt={run} tasks=[a] stepwise=true", r"stepwise is not for tasks"),
-    ("ckpt={run} tasks=[a] data=sotu", r"data is not for tasks=.*: give one or the other"),
+    ("ckpt={run} tasks=[a] stepwise=true", r"stepwise has no effect with tasks"),
+    ("ckpt={run} tasks=[a] data=sotu", r"data has no effect with tasks=.*: leave out one of the two"),
     ("ckpt={run} tasks=[a] limit=0", r"limit must be a whole number of 1 or more, got 0"),
     ("ckpt={run} tasks=a", r"tasks must be a list, each entry text, got 'a'"),
     ("ckpt={run} stepwise=maybe", r"stepwise must be true or false, got 'maybe'"),
     (
         "ckpt={run} stepwise=true backend=chunk",
-        r"backend=chunk is how whole sequences are computed, and stepwise=true ",
+        r"backend=chunk is for whole sequences, but stepwise=true ",
     ),
-    ("ckpt={run} seed=2", r"seed has no effect in an evaluation, which draws nothing; leave it out"),
-    ("ckpt={run} data=sotu data.num_workers=2", r"data.num_workers has no effect in an evaluation: it is"),
+    ("ckpt={run} seed=2", r"seed has no effect in an evaluation, which samples nothing; leave it out"),
+    ("ckpt={run} data=sotu data.num_workers=2", r"data.num_workers has no effect in an evaluation: it concerns"),
     ("ckpt={run} data.batch_size=1", r"data.batch_size needs data=CHOICE beside it"),
     ("ckpt={run} +data.batch_size=1", r"data.batch_size needs data=CHOICE beside it"),
     ("ckpt={run} seed=x", r"seed must be a whole number"),
@@ -238,10 +250,10 @@ OTHERS = [
     ("compare.py", "runs={run} out={tmp}/new step=x", r"step must be a whole number .* or null, got 'x'"),
     ("compare.py", "runs={run} out={tmp}/new exclusive_device=maybe", r"exclusive_device must be true or false, got"),
     ("compare.py", "runs={run} out={tmp}/new title=null", r"title must be text, got None"),
-    ("prepare_data.py", "out={tmp}/new sources=[]", r"sources is empty; there are sotu, "),
+    ("prepare_data.py", "out={tmp}/new sources=[]", r"sources is empty; give some of sotu, "),
     ("prepare_data.py", "out={tmp}/new sources=sotu", r"sources must be a list, each entry text or null, got 'sotu'"),
     ("prepare_data.py", "out={tmp}/new vocab_size=x", r"vocab_size must be a whole number"),
-    ("prepare_data.py", "out={tmp}/folder", r"folder exists; give another out, or remove it"),
+    ("prepare_data.py", "out={tmp}/folder", r"folder exists already: give another out, or remove it"),
     ("benchmark.py", "out={tmp}/new device=cpu ops=5", r"ops must be a list, each entry text, got 5"),
     ("benchmark.py", "out={tmp}/new device=cpu ops=[]", r"ops is empty: give some, or leave it out"),
     (
@@ -256,7 +268,7 @@ OTHERS = [
     (
         "benchmark.py",
         "out={tmp}/new device=cpu replays=[graph]",
-        r"replays=\[graph\] replays CUDA graphs, which a CPU has ",
+        r"replays=\[graph\] needs a GPU, because it replays CUDA graphs",
     ),
 ]
 
@@ -420,7 +432,7 @@ def test_no_home_directory(
     monkeypatch.delenv("LKDA_CACHE")
     monkeypatch.setattr(Path, "home", unknown)
     printed = message("train.py", [*small_run(corpus), f"hydra.run.dir={tmp_path}/run"], monkeypatch, capsys)
-    assert "there is no home directory to keep a cache in: set LKDA_CACHE to a directory" in printed
+    assert "there is no home directory for the cache: set LKDA_CACHE to a directory" in printed
     with pytest.raises(ValueError, match="no home directory to keep compiled kernels in: set LKDA_CACHE"):
         cubin_cache.directory()
     assert not (tmp_path / "run").exists()
@@ -457,7 +469,7 @@ class OfLightning:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("misconfiguration", "a setting does not do: .*limit_val_batches"),
+        ("misconfiguration", "a setting cannot be used: .*limit_val_batches"),
         ("no_such_class", "Error locating target 'lightning.Nothing'$"),
         ("no_such_option", ".*unexpected keyword argument 'colour'"),
         ("no_such_key", r"a: Interpolation key 'b' not found. \$\{...\} stands for another setting"),

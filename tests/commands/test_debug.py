@@ -18,7 +18,7 @@ from tests.commands.small import ROOT, composed
 DATA = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
 # It measures models of text, and trains none.
 MEASURES = "needle"
-# Tokenising 12 MB takes a quarter of a minute.
+# Tokenizing 12 MB takes a quarter of a minute.
 SLOW = "sotu"
 
 
@@ -55,7 +55,7 @@ def test_it_trains_on_every_choice(name: str, corpus: Path, tmp_path: Path) -> N
 
 
 def test_what_only_measures_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data=needle measures models of text and trains none: scripts/evaluate.py"):
+    with pytest.raises(ValueError, match=r"data=needle is only for evaluation: use scripts/evaluate.py"):
         train(composed("train", "debug=fast", f"data={MEASURES}", "trainer=cpu"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -82,7 +82,7 @@ def test_another_tokenizer_does_not_resume(home: Path, tmp_path: Path) -> None:
     vocabulary["model"]["merges"] = vocabulary["model"]["merges"][:-1]
     given.write_text(json.dumps(vocabulary))
     before = files(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"cannot resume: the tokenizer \(.*tokenizer.json\) are not those"):
+    with pytest.raises(ValueError, match=r"cannot be resumed: the tokenizer \(.*tokenizer.json\) must be the same"):
         run(tmp_path / "other", home / "texts", f"data.tokenizer_path={given}", *LONGER, "resume=true")
     assert files(tmp_path / "other") == before
 
@@ -114,22 +114,22 @@ def test_a_run_of_before_fingerprints_resumes(home: Path, monkeypatch: pytest.Mo
 def test_without_a_fingerprint_the_place_must_be_the_same_and_the_tokenizer_too(home: Path) -> None:
     without_fingerprint(home / "run")
     shutil.copytree(home / "texts", home / "moved")
-    with pytest.raises(ValueError, match=r"other settings \(data.paths: .*texts.* there, .*moved.* here\)"):
+    with pytest.raises(ValueError, match=r"other settings \(data.paths: .*texts.* is recorded, .*moved.* is given\)"):
         run(home / "run", home / "moved", *LONGER, "resume=true")
     change(home / "texts")
-    with pytest.raises(ValueError, match="cannot resume: the tokenizer "):
+    with pytest.raises(ValueError, match="cannot be resumed: the tokenizer "):
         run(home / "run", home / "texts", *LONGER, "resume=true")
 
 
 @pytest.mark.parametrize(
     ("override", "differs"),
     [
-        ("trainer.precision=bf16-mixed", "trainer.precision: 32-true there, bf16-mixed here"),
-        ("data.batch_size=4", "data.batch_size: 2 there, 4 here"),
-        ("mixer=softmax", "mixer.name: kda there, softmax here"),
-        ("scheduler=constant", "scheduler.name: wsd there, constant here"),
-        ("seed=5", "seed: 1 there, 5 here"),
-        ("trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val: 1.0 there, 2.0 here"),
+        ("trainer.precision=bf16-mixed", "trainer.precision: 32-true is recorded, bf16-mixed is given"),
+        ("data.batch_size=4", "data.batch_size: 2 is recorded, 4 is given"),
+        ("mixer=softmax", "mixer.name: kda is recorded, softmax is given"),
+        ("scheduler=constant", "scheduler.name: wsd is recorded, constant is given"),
+        ("seed=5", "seed: 1 is recorded, 5 is given"),
+        ("trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val: 1.0 is recorded, 2.0 is given"),
     ],
 )
 def test_what_changes_a_run_does_not_resume(home: Path, override: str, differs: str) -> None:
@@ -215,9 +215,9 @@ def test_a_run_that_fails_before_its_first_step_leaves_its_directory_free(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.yaml", "port: 8080\n", r"config.yaml is no configuration of lkda's"),
+        ("config.yaml", "port: 8080\n", r"config.yaml is not a configuration of lkda"),
         ("config.yaml", "{", r"config.yaml cannot be read"),
-        ("metrics.csv", "name,value\na,1\n", "holds a run without its config.yaml"),
+        ("metrics.csv", "name,value\na,1\n", "holds a run whose config.yaml is missing"),
     ],
 )
 def test_files_of_others_are_not_written_over(

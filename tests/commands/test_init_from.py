@@ -46,7 +46,9 @@ def test_the_validation_loss_survives(
     model = load_trained(run).model
     folded = model.lm_head.weight.numel() - model.config["d_model"] if format == "hf" else 0
     assert summary["params"] == trained["params"] + folded
-    assert ("wrote the embedding's norm or scale into the table" in capsys.readouterr().out) == (format == "hf")
+    assert ("folded the norm or scale of the embedding into the embedding table" in capsys.readouterr().out) == (
+        format == "hf"
+    )
     data = ("data=files", f"data.paths=[{corpus}]", "data.context=32", "data.batch_size=2")
     result = evaluate(composed("evaluate", f"ckpt={out}", "accelerator=cpu", *data))
     assert result["loss"] == pytest.approx(trained["val/loss"], abs=1e-6)
@@ -62,7 +64,7 @@ def test_fine_tuning_learns_and_resumes(run: Path, corpus: Path, tmp_path: Path)
 
 
 def test_a_run_directory_must_be_exported_first(run: Path, corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"takes an exported directory, and .* is a run: export it first"):
+    with pytest.raises(ValueError, match=r"needs an exported directory, but .* is a run directory: export it first"):
         fine_tuned(corpus, run, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -75,7 +77,7 @@ def test_another_model_on_the_command_line_is_refused(run: Path, corpus: Path, t
     HydraConfig.instance().set_config(config)
     with open_dict(config):
         del config["hydra"]  # as hydra.main does
-    with pytest.raises(ValueError, match=r"brings its own model and tokenizer: leave out model.d_model=64"):
+    with pytest.raises(ValueError, match=r"has a model and a tokenizer of its own: leave out model.d_model=64"):
         train(config, tmp_path / "again")
 
 

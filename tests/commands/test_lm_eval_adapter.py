@@ -61,8 +61,11 @@ def test_likelihoods_are_those_of_the_model(run: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tasks=[sotu]"], r"holds no task sotu; it holds sotu_word_order"),
-        (["tasks=[sotu]", "tasks_path=/nowhere"], r"tasks_path=/nowhere is no directory of lm-eval's task files"),
+        (["tasks=[sotu]"], r"there is no task sotu in .*; the tasks there are sotu_word_order"),
+        (
+            ["tasks=[sotu]", "tasks_path=/nowhere"],
+            r"tasks_path must be a directory of lm-eval task files, but /nowhere is not",
+        ),
     ],
 )
 def test_an_unknown_task_is_refused(run: Path, words: list[str], message: str) -> None:

@@ -75,7 +75,7 @@ def test_an_exported_directory_is_measured_on_the_data_of_its_run(run: Path, for
         result = evaluate(composed("evaluate", f"ckpt={directory}", "accelerator=cpu"))
         assert result["loss"] == pytest.approx(summary["val/loss"], rel=1e-5)
     (tmp_path / "two" / "README.md").unlink()
-    with pytest.raises(ValueError, match=r"two does not say what data it saw: give data="):
+    with pytest.raises(ValueError, match=r"two does not record what data it was trained on: give data="):
         evaluate(composed("evaluate", f"ckpt={tmp_path}/two", "accelerator=cpu"))
 
 
@@ -95,7 +95,7 @@ def test_an_exported_directory_names_no_code(run: Path, data: dict[str, Any], tm
     card = tmp_path / "one" / "README.md"
     before = card.read_text().partition("## Configuration")[0]
     card.write_text(f"{before}## Configuration\n\n```yaml\n{json.dumps({'data': data})}\n```\n")
-    with pytest.raises(ValueError, match=r"are of no data module of lkda \(" + data["_target_"]):
+    with pytest.raises(ValueError, match=data["_target_"] + ", which is not a data module of lkda"):
         evaluate(composed("evaluate", f"ckpt={tmp_path}/one", "accelerator=cpu"))
     card.write_text(f"{before}## Configuration\n\n```yaml\n[\n```\n")
     with pytest.raises(ValueError, match=r"the configuration in .*README.md is not YAML"):
@@ -125,7 +125,7 @@ def test_evaluating_other_text_uses_the_models_tokenizer(run: Path, tmp_path: Pa
 
 
 def prepared(directory: Path, text: str) -> list[str]:
-    """Overrides for data that were tokenised once, as by scripts/prepare_data.py."""
+    """Overrides for data that were tokenized once, as by scripts/prepare_data.py."""
     (built := directory.with_name("built")).mkdir()
     with Progress(disable=True) as progress:
         metadata = tokenize_splits(

@@ -129,7 +129,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(earlier: Path) -> None:
 
 def test_options_that_came_later_can_not_be_brought_into_it(earlier: Path) -> None:
     steps = ("debug=fast", "trainer.accelerator=cpu", "trainer.max_steps=8", "resume=true", "model.embed_norm=true")
-    with pytest.raises(ValueError, match=r"other settings \(model.embed_norm: False there, True here\)"):
+    with pytest.raises(ValueError, match=r"other settings \(model.embed_norm: False is recorded, True is given\)"):
         train_from_command_line(steps, earlier)
 
 

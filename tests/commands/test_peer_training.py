@@ -125,7 +125,7 @@ def test_a_peer_that_trains_other_parameters_is_refused(
         return body
 
     monkeypatch.setattr(peers, "_load_body", load_frozen)
-    with pytest.raises(ValueError, match="peer llama trains other parameters than lkda"):
+    with pytest.raises(ValueError, match="peer llama must train the same numbers of parameters as lkda"):
         compare_training("llama", config("llama", settings), QUIET)
 
 
@@ -184,7 +184,7 @@ def test_bad_input_is_told_before_any_training(
 
 def test_a_peer_that_needs_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())  # as if everything were installed
-    with pytest.raises(ValueError, match="peer fla_kda runs on a GPU alone, and this run is on cpu"):
+    with pytest.raises(ValueError, match="peer fla_kda needs a GPU, but this run is on cpu"):
         peers.check_available("fla_kda", torch.device("cpu"))
     peers.check_available("llama", torch.device("cpu"))
 

@@ -349,7 +349,7 @@ def test_checkpoints_without_their_run_are_not_overwritten(corpus: Path, tmp_pat
     (directory / "config.yaml").unlink()
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     for words in ((), ("resume=true",)):
-        with pytest.raises(ValueError, match=r"holds a run without its config\.yaml"):
+        with pytest.raises(ValueError, match=r"holds a run whose config\.yaml is missing"):
             run(corpus, directory, *SHORT, *words)
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
 
@@ -359,13 +359,19 @@ def test_fewer_steps_than_are_done_leave_nothing_to_train(corpus: Path, tmp_path
     run(corpus, directory, *SHORT, "trainer.val_check_interval=5")
     (directory / "summary.json").unlink()
     before = (directory / "metrics.csv").read_bytes()
-    with pytest.raises(ValueError, match=r"has 7 steps already, .* of 5: give trainer.max_steps=8 or more"):
+    with pytest.raises(
+        ValueError,
+        match=r"has already done 7 steps, so 5 steps leave nothing to train: give trainer.max_steps=8 or more",
+    ):
         run(corpus, directory, *SHORT, "trainer.val_check_interval=5", "trainer.max_steps=5", "resume=true")
     # At step 6 a checkpoint was written without a validation.
     step_path(directory / "checkpoints", 7).unlink()
     (directory / "checkpoints" / "last.ckpt").unlink()
     (directory / "checkpoints" / "best.ckpt").unlink()
-    with pytest.raises(ValueError, match=r"has 6 steps already, .* of 6: give trainer.max_steps=7 or more"):
+    with pytest.raises(
+        ValueError,
+        match=r"has already done 6 steps, so 6 steps leave nothing to train: give trainer.max_steps=7 or more",
+    ):
         run(corpus, directory, *SHORT, "trainer.val_check_interval=5", "trainer.max_steps=6", "resume=true")
     assert (directory / "metrics.csv").read_bytes() == before
 
@@ -382,7 +388,7 @@ def test_a_truncated_newest_checkpoint_is_passed_over(corpus: Path, tmp_path: Pa
 
 def test_resume_starts_afresh_where_nothing_is_saved(corpus: Path, tmp_path: Path, capsys: Any) -> None:
     assert run(corpus, tmp_path / "run", *SHORT, "resume=true")["steps"] == 7
-    assert "nothing is saved here yet: starting afresh" in capsys.readouterr().out
+    assert "no checkpoint is saved here yet: starting from step 0" in capsys.readouterr().out
 
 
 def test_a_directory_that_holds_a_run_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -393,7 +399,9 @@ def test_a_directory_that_holds_a_run_is_refused(corpus: Path, tmp_path: Path) -
 
 def test_a_run_with_other_settings_does_not_resume(corpus: Path, tmp_path: Path) -> None:
     run(corpus, tmp_path / "run", *SHORT)
-    with pytest.raises(ValueError, match=r"other settings \(model.d_model: 32 there, 64 here; optimizer.lr: "):
+    with pytest.raises(
+        ValueError, match=r"other settings \(model.d_model: 32 is recorded, 64 is given; optimizer.lr: "
+    ):
         run(corpus, tmp_path / "run", *SHORT, "resume=true", "model.d_model=64", "optimizer.lr=0.5")
 
 

@@ -64,7 +64,7 @@ def test_the_rate_is_the_one_given_or_the_measured_one(given: tuple[str, ...], r
         (("~mixer.learning_rate",), r"known for mixer=kda in a model named tiny: give optimizer\.lr=\.\.\.$"),
         (
             ("mixer.learning_rate=1e-3",),
-            r"mixer\.learning_rate must be a rate for each name .*, got 0\.001; the rate",
+            r"mixer\.learning_rate must be a table of rates by the name .*, got 0\.001; set the rate",
         ),
         (("mixer.learning_rate.tiny=high",), r"optimizer\.lr must be a number, got 'high'"),
         (("+model.learning_rate=-1",), r"optimizer\.lr must be greater than 0, got -1"),
@@ -120,7 +120,7 @@ def test_a_resumed_run_keeps_its_rate(run: Path, corpus: Path, tmp_path: Path) -
     assert train(composed("train", *later), tmp_path / "run")["learning_rate"] == 4e-3
     nameless = small_run(corpus, "trainer.max_steps=4", "~model.learning_rate", "resume=true")
     assert train(composed("train", *nameless), tmp_path / "run")["learning_rate"] == 4e-3
-    with pytest.raises(ValueError, match=r"other settings \(optimizer\.lr: 0\.004 there, 0\.001 here\)"):
+    with pytest.raises(ValueError, match=r"other settings \(optimizer\.lr: 0\.004 is recorded, 0\.001 is given\)"):
         train(composed("train", *nameless, "optimizer.lr=1e-3"), tmp_path / "run")
 
 
@@ -130,7 +130,7 @@ def test_another_mixer_is_no_run_to_resume(run: Path, corpus: Path, tmp_path: Pa
     config = OmegaConf.load(tmp_path / "run/config.yaml")
     del config.mixer.kda["activation"]
     OmegaConf.save(config, tmp_path / "run/config.yaml")
-    with pytest.raises(ValueError, match=r"other settings \(mixer\.name: kda there, softmax here"):
+    with pytest.raises(ValueError, match=r"other settings \(mixer\.name: kda is recorded, softmax is given"):
         train(composed("train", *small_run(corpus, "mixer=softmax", "resume=true")), tmp_path / "run")
 
 

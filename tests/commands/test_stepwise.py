@@ -93,7 +93,10 @@ def test_recall_is_measured_so_too(tmp_path: Path) -> None:
             ["stepwise=true", "state_dtype=float16"],
             "must be one of float32, bfloat16, int8, got 'float16'; leave it out",
         ),
-        (["state_dtype=int8"], "state_dtype=int8 is how a state is kept from token to token: add stepwise=true"),
+        (
+            ["state_dtype=int8"],
+            "state_dtype=int8 has an effect only when the model reads one token at a time: add stepwise=true",
+        ),
         (["stepwise=maybe"], "stepwise must be true or false, got 'maybe'"),
         (["max_batches=0"], "max_batches must be a whole number of 1 or more, got 0"),
         (["stepwise=true", "tasks=[sotu_word_order]"], "give one or the other"),

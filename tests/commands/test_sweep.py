@@ -45,5 +45,5 @@ def test_the_directory_of_a_single_run_is_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         sweep(corpus, tmp_path, monkeypatch, f"hydra.run.dir={tmp_path}/one")
-    assert "hydra.run.dir has no effect in a sweep, which has hydra.sweep.dir" in capsys.readouterr().err
+    assert "hydra.run.dir has no effect in a sweep, which uses hydra.sweep.dir" in capsys.readouterr().err
     assert not results(tmp_path)

@@ -177,7 +177,7 @@ def test_a_validation_of_less_than_a_batch_is_refused(corpus: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("checkpoint=null", "checkpoint is null, and a run needs one"),
+        ("checkpoint=null", "checkpoint must not be null"),
         ("seed=4294967296", "seed must be at most 4294967295, got 4294967296"),
         ("compile=maybe", "compile must be auto, true or false, got 'maybe'"),
         ("resume=1", "resume must be true or false, got 1"),
@@ -233,7 +233,7 @@ def test_training_goes_on_where_nobody_reads_what_it_prints(
         runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
     assert (tmp_path / "run" / "samples.txt").exists()
-    assert capsys.readouterr().err == "nobody reads the output any more: training goes on without it\n"
+    assert capsys.readouterr().err == "the output is no longer read: training continues without printing\n"
 
 
 def test_the_sample_ends_with_its_document(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

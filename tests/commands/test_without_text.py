@@ -80,14 +80,14 @@ def test_evaluate_finds_what_training_found(run: Path) -> None:
 
 
 def test_what_needs_text_says_so(run: Path, corpus: Path, tmp_path: Path) -> None:
-    no_text = "was trained on mqar, whose tokens are no text"
+    no_text = "was trained on mqar, whose tokens are not text"
     with pytest.raises(ValueError, match=no_text):
         generate(composed("generate", f"ckpt={run}", "prompt=a", "accelerator=cpu"))
     with pytest.raises(ValueError, match=no_text):
         export(composed("export", f"ckpt={run}", f"out={tmp_path}/out"))
     with pytest.raises(ValueError, match=no_text):
         evaluate(composed("evaluate", f"ckpt={run}", "data=files", f"data.paths=[{corpus}]", "accelerator=cpu"))
-    with pytest.raises(ValueError, match="init_from brings a model of text"):
+    with pytest.raises(ValueError, match="init_from needs data of text"):
         train(composed("train", *TINY, f"init_from={tmp_path}/exported"), tmp_path / "run")
 
 
@@ -98,5 +98,5 @@ def test_a_model_of_text_is_not_asked_for_recall(corpus: Path, tmp_path: Path) -
 
 
 def test_a_larger_vocabulary_than_the_models_is_refused(run: Path) -> None:
-    with pytest.raises(ValueError, match="the data have 8192 tokens and the model 64 rows"):
+    with pytest.raises(ValueError, match="the data need 8192 rows, but the model has 64"):
         evaluate(composed("evaluate", f"ckpt={run}", "data=mqar", "accelerator=cpu"))

@@ -63,7 +63,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Session:
-    """The server, and the folder that holds what pages share: the stock and the cache of tokenised text."""
+    """The server, and the folder that holds what pages share: the stock and the cache of tokenized text."""
 
     folder: Path
     environment: dict[str, str]

@@ -1,1 +1,1 @@
-"""The offline mix of prose: its sources, their licences, and what is left out of training."""
+"""The corpus of data=prose: its sources, their licences, and the removal of held-out text from training."""

@@ -1,5 +1,5 @@
-"""What trains must not be what validates or tests: paragraphs of a training text that share a run of tokens with the
-validation or the test text are dropped from it."""
+"""Removes held-out text from the training text: drops every training paragraph that shares a run of tokens with the
+validation text or the test text."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from tokenizers import Tokenizer
 from lkda.data.text.token_file import writing_token_file
 from lkda.data.text.tokenizer import document_start, vocabulary_rows
 
-# Tokens of a run that is long enough to count as shared.
+# The length in tokens of a run that counts as shared.
 WINDOW = 32
-_AT_ONCE = 2**22  # tokens that are searched for the beginnings of documents
-# A window's hash is a sum of its tokens with these weights, modulo 2^64: odd ones at random, so that different windows
-# hardly ever share a hash.
+_AT_ONCE = 2**22  # tokens that are searched for beginnings of documents at a time
+# The hash of a window is the sum of its tokens times these weights, modulo 2^64. The weights are random odd numbers, so
+# that different windows almost never have the same hash.
 _WEIGHTS = np.random.default_rng(0).integers(2**63, size=WINDOW, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
 @dataclass(frozen=True)
 class Decontamination:
-    """What was dropped, and what it changed.
+    """How much was dropped, and how much overlap there was before and after.
 
     Attributes:
-        before, after: share of each held-out text's windows that occur in training, by its name; a window lies within
-            a document.
-        dropped_bytes: UTF-8 bytes of training text.
-        train_bytes: of the text that is left.
+        before, after: the fraction of the windows of each held-out text that occur in the training text, by its name. A
+            window is within one document.
+        dropped_bytes: UTF-8 bytes of the training text that were dropped.
+        train_bytes: UTF-8 bytes of the training text that are left.
     """
 
     before: dict[str, float]
@@ -40,29 +40,32 @@ class Decontamination:
 
 
 def decontaminate(
-    train: Path, held_out: Mapping[str, Path], kept: Path, *, tokenizer: Tokenizer, progress: Progress
+    train: Path, held_out: Mapping[str, Path], filtered: Path, *, tokenizer: Tokenizer, progress: Progress
 ) -> Decontamination:
-    """Writes `kept`: the token file `train` without paragraphs that share WINDOW tokens in a row with a held-out text.
+    """Write `filtered`: the token file `train` without the paragraphs that share WINDOW consecutive tokens with a
+    held-out text.
 
-    A paragraph ends at a blank line, or at a line's end in a document without blank lines. In memory are the hashes of
-    the held-out windows and one training document at a time. Where a paragraph is gone its neighbours meet, which may
-    make a shared window again: `after` is counted in what is kept.
+    A paragraph ends at a blank line, or at the end of a line in a document without blank lines. Only the hashes of the
+    held-out windows and one training document are in memory at a time. When a paragraph is dropped, its neighbors
+    become adjacent, which may create a shared window again. `after` is therefore counted in the text that is left.
 
     Args:
-        held_out: token files by name, as {"validation": ..., "test": ...}.
-        tokenizer: byte-level, which all were made with.
+        train: the token file of the training text.
+        held_out: token files by name, {"validation": ..., "test": ...}.
+        filtered: the token file to write.
+        tokenizer: the byte-level tokenizer of all these files.
     """
     start, letters = document_start(tokenizer), _Letters(tokenizer)
-    assert start is not None, "the mix is tokenised with a tokenizer of lkda's own"
+    assert start is not None, "the corpus is tokenized with one of lkda's own tokenizers"
     windows = {name: _Windows(np.load(path, mmap_mode="r"), start) for name, path in held_out.items()}
     token_ids = np.load(train, mmap_mode="r")
     task = progress.add_task(f"dropping what is also {' or '.join(held_out)}", total=len(token_ids))
     before = {name: _Found(own) for name, own in windows.items()}
     dropped_bytes = train_bytes = 0
-    with writing_token_file(kept, token_ids.dtype) as write:
+    with writing_token_file(filtered, token_ids.dtype) as write:
         for document in documents_of(token_ids, start):
             shared = np.unique(np.concatenate([found.among(document) for found in before.values()]))
-            left = document[_kept(letters.breaks(document), shared, len(document))]
+            left = document[_kept_tokens(letters.breaks(document), shared, len(document))]
             size, left_size = letters.size(document), letters.size(left)
             if left_size:
                 write(left)
@@ -70,7 +73,7 @@ def decontaminate(
             train_bytes += left_size
             progress.advance(task, len(document))
     after = {name: _Found(own) for name, own in windows.items()}
-    for document in documents_of(np.load(kept, mmap_mode="r"), start):
+    for document in documents_of(np.load(filtered, mmap_mode="r"), start):
         for found in after.values():
             found.among(document)
     progress.remove_task(task)
@@ -91,7 +94,7 @@ def documents_of(token_ids: np.ndarray, start: int) -> Iterator[np.ndarray]:
 
 
 def window_hashes(document: np.ndarray) -> np.ndarray:
-    """uint64, of the windows that begin at each token of a document; none where it is shorter than a window."""
+    """The hashes of the windows that begin at each token of a document [N]: uint64, [max(0, N - WINDOW + 1)]."""
     count = max(0, len(document) - WINDOW + 1)
     hashes = np.zeros(count, dtype=np.uint64)
     for offset, weight in enumerate(_WEIGHTS):
@@ -100,7 +103,7 @@ def window_hashes(document: np.ndarray) -> np.ndarray:
 
 
 class _Windows:
-    """The different windows of a held-out text, and how often each is in it."""
+    """The distinct windows of a held-out text, and how often each one occurs."""
 
     def __init__(self, token_ids: np.ndarray, start: int) -> None:
         hashes = [window_hashes(document) for document in documents_of(token_ids, start)]
@@ -108,14 +111,14 @@ class _Windows:
 
 
 class _Found:
-    """Which windows of a held-out text have been met."""
+    """The windows of a held-out text that have been found in the training text."""
 
     def __init__(self, held_out: _Windows) -> None:
         self.held_out = held_out
         self.met = np.zeros(len(held_out.hashes), dtype=bool)
 
     def among(self, document: np.ndarray) -> np.ndarray:
-        """The places in a document where one of these windows begins."""
+        """The positions in a document where one of these windows begins."""
         hashes, known = window_hashes(document), self.held_out.hashes
         places = np.searchsorted(known, hashes)
         inside = np.flatnonzero(places < len(known))
@@ -124,13 +127,13 @@ class _Found:
         return shared
 
     def share(self) -> float:
-        """Of all these windows, those met."""
+        """The fraction of the held-out windows that have been found."""
         counts = self.held_out.counts
         return float(counts[self.met].sum() / max(1, counts.sum()))
 
 
 class _Letters:
-    """What tokens are as text."""
+    """The number of bytes and of newlines of each token's text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         # A byte-level token has a letter for each byte; the token that begins a document has no text.
@@ -140,11 +143,11 @@ class _Letters:
         self.newlines = np.array([len(token) * (set(token) == {_NEWLINE}) for token in tokens])
 
     def size(self, document: np.ndarray) -> int:
-        """UTF-8 bytes."""
+        """The UTF-8 bytes of a document."""
         return int(self.sizes[document].sum())
 
     def breaks(self, document: np.ndarray) -> np.ndarray:
-        """The places where a paragraph begins, the first after the token that begins the document."""
+        """The positions where a paragraph begins. The first one is after the token that begins the document."""
         newlines = self.newlines[document]
         ends = newlines > 0
         blank = (newlines > 1) | (ends & np.concatenate([[False], ends[:-1]]))
@@ -155,13 +158,14 @@ class _Letters:
 _NEWLINE = "Ċ"  # of the byte-level alphabet
 
 
-def _kept(breaks: np.ndarray, shared: np.ndarray, length: int) -> np.ndarray:
-    """bool [length]: the tokens of a document that stay.
+def _kept_tokens(breaks: np.ndarray, shared: np.ndarray, length: int) -> np.ndarray:
+    """bool [length]: the tokens of a document that are kept.
 
-    A paragraph goes where shared windows cover half a window of it, or all of it. That breaks every shared window: of
-    one across two paragraphs half is in one of them, and one across more covers those between.
+    A paragraph is dropped if shared windows cover at least WINDOW // 2 of its tokens, or all of them. This removes a
+    part of every shared window: if a window spans two paragraphs, one of them holds at least half of it, and if it
+    spans more, it covers those in between completely.
     """
-    # +1 where a shared window begins and -1 behind its end: above zero is what some window covers.
+    # +1 where a shared window begins and -1 after its end. The running sum is above zero where a window covers a token.
     edges = np.zeros(length + 1, dtype=np.int64)
     np.add.at(edges, shared, 1)
     np.add.at(edges, shared + WINDOW, -1)

@@ -1,4 +1,4 @@
-"""What a package says of its licence: the files that say it, and the line that names it."""
+"""Finds the licence of a package: its licence files, and the line that names the licence."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from lkda.checks import InputError
 
-# Of a wheel: its metadata, and the texts beside it. Of a Debian package: its copyright file.
+# The licence files of a wheel: its metadata, and the licence texts beside it.
 _WHEEL = re.compile(r".*\.dist-info/(METADATA|(.*/)?(LICEN[CS]E|COPYING|COPYRIGHT|NOTICE|CREDITS)[^/]*)", re.IGNORECASE)
 
 
 def copy_licences(unpacked: Path, package: str, folder: Path) -> list[Path]:
     """Copy a package's licence files into `folder`, a new directory. Returns the copies.
 
-    Raises: ValueError where the package has none.
+    Raises: InputError if the package has none.
     """
     debian = unpacked / "usr" / "share" / "doc" / package / "copyright"
     files = (
@@ -24,7 +24,7 @@ def copy_licences(unpacked: Path, package: str, folder: Path) -> list[Path]:
     )
     if not files:
         raise InputError(
-            f"{package} holds no licence: neither *.dist-info/METADATA nor copyright in usr/share/doc; leave it out."
+            f"{package} has no licence file, neither *.dist-info/METADATA nor copyright in usr/share/doc: leave it out."
         )
     folder.mkdir(parents=True)
     return [Path(shutil.copyfile(path, folder / path.name)) for path in files]
@@ -35,7 +35,7 @@ def _of_wheel(path: Path, unpacked: Path) -> bool:
 
 
 def stated_licence(files: list[Path]) -> str | None:
-    """The licence that the package names for itself, which may be that of its code alone; None where no line does."""
+    """The licence that the package states, which may be that of its code only. None if no line states a licence."""
     for path in files:
         text = path.read_text(encoding="utf-8", errors="replace")
         if path.name == "METADATA":
@@ -46,5 +46,5 @@ def stated_licence(files: list[Path]) -> str | None:
     return None
 
 
-# The paragraph on all files, in the machine-readable form of debian/copyright.
+# The paragraph about all files in a machine-readable debian/copyright.
 _OF_ALL_FILES = re.compile(r"^Files: \*\n(?:.+\n)*?License: (.+)$", re.MULTILINE)

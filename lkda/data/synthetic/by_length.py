@@ -1,4 +1,4 @@
-"""Tasks of one length: trained at it, and validated at it or at several."""
+"""Synthetic tasks that are trained at one length, and validated at the same length or at several lengths."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from lkda.data.synthetic.datamodule import SyntheticDataModule
 
 
 class LengthTask(SyntheticDataModule):
-    """A synthetic task whose examples differ in their length alone; every training batch is new.
+    """A synthetic task whose subsets differ only in length. Every training batch has new examples.
 
     Args:
-        context: length trained at.
-        val_lengths: validated at; where None, `context` alone.
-        val_examples: of each of these lengths.
+        context: training length in tokens.
+        val_lengths: validation lengths in tokens. None means only `context`.
+        val_examples: validation examples of each length.
         vocab_size, batch_size, seed, num_workers, pin_memory: see `SyntheticDataModule`.
     """
 

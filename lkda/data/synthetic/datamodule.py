@@ -1,4 +1,4 @@
-"""The DataModule of tasks whose examples are sampled, not read: batches of one shape each, made when asked for."""
+"""The DataModule of synthetic tasks, whose examples are sampled when a batch is requested."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from lkda.special_tokens import IGNORE_INDEX
 
 Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORE_INDEX where nothing is predicted
 _TRAINING, _VALIDATION = 0, 1
-_SHOWN = 16  # examples of a subset that its fingerprint holds
+_FINGERPRINT_EXAMPLES = 16  # of each subset
 
 
 class SyntheticDataModule(IndexedDataModule):
-    """Trains on an unlimited mixture of subsets, each of one shape, and validates on subsets of their own.
+    """Trains on an unlimited mixture of subsets, each of one shape, and validates on separate subsets.
 
-    A batch {tokens, targets [B, T], cu_seqlens None, target_positions [N], subset} holds examples of one subset;
-    `target_positions` are the
-    positions of targets in the flattened batch, the only ones that need logits; `subset` is the index of the subset in
-    its list. What batch n holds follows from (seed, n) alone: an epoch is each subset's `examples` cut into batches, in
-    an order of its own.
+    A batch {tokens, targets [B, T] int64, cu_seqlens None, target_positions [N] int64, subset} holds examples of one
+    subset. `target_positions` are the positions of the targets in the flattened batch; only these need logits. `subset`
+    is the index of the subset in its list. The content of batch n depends only on (seed, n). An epoch consists of the
+    `examples` of each subset, split into batches, in an order of its own.
 
     Args:
-        train, validation: subsets: {"length", "examples", ...}, the rest being what a subclass's `sample` takes.
-        vocab_size: of the model's embedding.
-        batch_size: examples a batch and device.
-        seed: of the training examples and their order; the validation examples are the same for every seed.
-        fresh: sample new examples every epoch; else each epoch has the first one's batches, in another order.
+        train, validation: subsets {"length", "examples", ...}. The other entries are arguments of the subclass's
+            `sample`.
+        vocab_size: number of rows of the model's embedding.
+        batch_size: examples per batch and device.
+        seed: of the training examples and their order. The validation examples are the same for every seed.
+        fresh: whether every epoch has new examples. Otherwise every epoch has the batches of the first one, in another
+            order.
         num_workers, pin_memory: see `IndexedDataModule`.
 
     Attributes:
-        fingerprint_name: of a task that has another name than when it was first trained on; else None.
-    Raises: ValueError for a subset that cannot be sampled, or a count out of its range.
+        fingerprint_name: the earlier name of a task that was renamed, for its fingerprint; else None.
+    Raises: InputError for a subset that cannot be sampled, or a count outside its range.
     """
 
     fingerprint_name: str | None = None
@@ -66,25 +67,27 @@ class SyntheticDataModule(IndexedDataModule):
         self.train_subsets = [self._checked("train", subset) for subset in train]
         self.val_subsets = [self._checked("validation", subset) for subset in validation]
         if not self.train_subsets or not self.val_subsets:
-            raise InputError("data.train and data.validation need a subset each, as in [{length: 64, examples: 1000}].")
+            raise InputError(
+                "data.train and data.validation need at least one subset, as in [{length: 64, examples: 1000}]."
+            )
         self.source = type(self).__module__.rpartition(".")[2]
         self.context = max(subset["length"] for subset in self.train_subsets)
 
     def sample(self, *count_and_rng: Any, **shape: Any) -> Examples:
-        """sample(count, rng, *, length, ...): that many examples of a subset's shape, its entries but `examples`."""
+        """sample(count, rng, *, length, ...): `count` examples of a subset with these entries."""
         raise NotImplementedError
 
     def check(self, *_: Any, **shape: Any) -> None:
-        """check(*, length, ...): raises ValueError for a shape that cannot be sampled."""
+        """check(*, length, ...): raises InputError for a shape that cannot be sampled."""
         raise NotImplementedError
 
     def _checked(self, group: str, subset: Mapping[str, int]) -> dict[str, int]:
         if not isinstance(subset, Mapping):
-            raise InputError(f"a subset of data.{group} is like {{length: 64, examples: 1000}}; got {subset!r}.")
+            raise InputError(f"a subset of data.{group} must be like {{length: 64, examples: 1000}}, got {subset!r}.")
         plain = dict(subset)
         missing = {"length", "examples"} - plain.keys()
         if missing:
-            raise InputError(f"a subset of data.{group} lacks {', '.join(sorted(missing))}: {plain}.")
+            raise InputError(f"a subset of data.{group} needs the entries {', '.join(sorted(missing))}, got {plain}.")
         for name, value in plain.items():
             check_count(f"{name} of a subset of data.{group}", value, least=1)
         try:
@@ -104,18 +107,18 @@ class SyntheticDataModule(IndexedDataModule):
         }
         check_same(self.expected, self.fingerprint, source=self.source)
 
-    def _fingerprint(self, subsets: Sequence[Mapping[str, int]], *told: Any) -> str:
-        """Of what is `told` and of a few examples of each subset, in which every option of the sampling shows.
+    def _fingerprint(self, subsets: Sequence[Mapping[str, int]], *description: Any) -> str:
+        """A hash of `description` and of a few examples of each subset, which depend on every option of the sampling.
 
-        The seed is left out: it says which examples of the same data a run sees.
+        The seed is left out: it only selects which examples of the same data a run uses.
         """
-        sampled = [self.sample(_SHOWN, np.random.default_rng(0), **_shape(subset)) for subset in subsets]
+        sampled = [self.sample(_FINGERPRINT_EXAMPLES, np.random.default_rng(0), **_shape(subset)) for subset in subsets]
         arrays = of_arrays(*(array for example in sampled for array in example))
-        return of_texts([json.dumps([self.fingerprint_name or self.source, self.vocab_size, *told]), arrays])
+        return of_texts([json.dumps([self.fingerprint_name or self.source, self.vocab_size, *description]), arrays])
 
     @property
     def tokens_per_batch(self) -> int:
-        """The mean over an epoch, for subsets differ in length."""
+        """The mean over an epoch, because subsets differ in length."""
         epoch = _Epoch(self.train_subsets, self.batch_size)
         total = sum(n * subset["length"] for n, subset in zip(epoch.batches, self.train_subsets, strict=True))
         return round(self.batch_size * total / epoch.size)
@@ -127,7 +130,7 @@ class SyntheticDataModule(IndexedDataModule):
         return ValidationBatches(self)
 
     def batch(self, subset: Mapping[str, int], number: int, count: int, *key: int) -> dict[str, Any]:
-        """`count` examples of `subset`, which has that number; others for every other `key`."""
+        """A batch of `count` examples of `subset`, whose index is `number`. Every `key` gives other examples."""
         tokens, targets = self.sample(count, np.random.default_rng(key), **_shape(subset))
         target_positions = torch.from_numpy(np.flatnonzero(targets != IGNORE_INDEX))
         tensors: dict[str, Tensor | None] = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
@@ -135,7 +138,7 @@ class SyntheticDataModule(IndexedDataModule):
 
 
 class _Epoch:
-    """How the batches of an epoch, numbered subset by subset, share out among the subsets."""
+    """The number of batches of each subset in an epoch. Batches are numbered subset by subset."""
 
     def __init__(self, subsets: Sequence[Mapping[str, int]], batch_size: int) -> None:
         self.batches = [max(1, subset["examples"] // batch_size) for subset in subsets]
@@ -144,7 +147,7 @@ class _Epoch:
 
 
 class TrainingBatches(Dataset[dict[str, Any]]):
-    """Batch n of an unlimited sequence. Ranks sample different batches of the same subset."""
+    """An unlimited sequence of training batches. Ranks sample different examples of the same subset."""
 
     def __init__(self, data: SyntheticDataModule, *, rank: int, world_size: int) -> None:
         self.data, self.rank, self.world_size = data, rank, world_size
@@ -159,7 +162,7 @@ class TrainingBatches(Dataset[dict[str, Any]]):
 
 
 class ValidationBatches(Dataset[dict[str, Any]]):
-    """The validation subsets one after another."""
+    """The batches of the validation subsets, one subset after another."""
 
     def __init__(self, data: SyntheticDataModule) -> None:
         self.data = data

@@ -1,4 +1,4 @@
-"""Multi-query associative recall as Zoology samples it (arXiv:2312.04927)."""
+"""Multi-query associative recall (MQAR) as sampled by Zoology (arXiv:2312.04927)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lkda.special_tokens import IGNORE_INDEX
 
 
 class MQAR(SyntheticDataModule):
-    """Key, value, key, value, ...; then each key once, where its value is asked; random tokens everywhere else.
+    """Pairs of a key and a value, then each key once, with its value as the target. All other tokens are random.
 
         tokens   k1 v1 k2 v2  r  r k2  r k1  r        targets  -  -  -  -  -  - v2  - v1  -
 
     Keys are sampled from the lower half of the vocabulary without 0, values from the upper half, each without
-    replacement. A key is asked at an even offset 2 g from the end of the pairs; the g are sampled without replacement
-    with p(g) ~ (g + 1)^(power - 1), so that most keys are asked soon and some late.
+    replacement. A key is queried at an even offset 2 g from the end of the pairs. The g are sampled without replacement
+    with p(g) ~ (g + 1)^(power - 1), so that most keys are queried early and some late.
 
     Args:
-        train, validation: subsets {"length", "pairs", "examples"}; 4 pairs <= length.
-        power: of the law of the gaps.
+        train, validation: subsets {"length", "pairs", "examples"} with 4 pairs <= length.
+        power: exponent of the distribution of g.
         vocab_size, batch_size, seed, fresh, num_workers, pin_memory: see `SyntheticDataModule`.
     """
 
@@ -55,8 +55,8 @@ class MQAR(SyntheticDataModule):
     def check(self, *, length: int, pairs: int) -> None:
         if 4 * pairs > length:
             raise InputError(
-                f"mqar needs 4 tokens of length a pair, got length {length} and {pairs} pairs: "
-                f"ask for at most {length // 4} pairs."
+                f"mqar needs 4 tokens of length per pair, got length {length} and {pairs} pairs: "
+                f"give at most {length // 4} pairs."
             )
         if pairs > self.keys_below - 1:
             raise InputError(

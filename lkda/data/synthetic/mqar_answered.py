@@ -16,21 +16,22 @@ SEPARATOR = 0
 
 
 class AnsweredMQAR(LengthTask):
-    """Pairs of a key and a value, a separator, then each key once in a random order, followed by its value.
+    """Pairs of a key and a value, a separator, then each key once in random order, followed by its value.
 
         tokens   k1 v1 k2 v2 | k2 v2 k1        targets  -  -  -  - - v2  - v1        (length 4 pairs)
 
-    A quarter of the length is pairs, and no token is noise. Keys are different ones of the lower half of the vocabulary
-    without 0, values any of the upper half.
+    There are length / 4 pairs, and no token is noise. Keys are distinct and are sampled from the lower half of the
+    vocabulary without 0. Values are sampled from the upper half and may repeat.
 
-    The answers repeat the pairs, which `mqar_kimi` does not.
+    In contrast to `mqar_kimi`, the answers are part of the tokens, so that each pair occurs twice.
 
     Args:
-        vocab_size: keys and values.
-        context, val_lengths: multiples of 4. The rest: see `LengthTask`.
+        vocab_size: the number of keys and values, including the separator 0.
+        context, val_lengths: multiples of 4 tokens.
+        val_examples, batch_size, seed, num_workers, pin_memory: see `LengthTask`.
     """
 
-    fingerprint_name = "mqar_kimi"  # its name in earlier versions, whose runs can go on
+    fingerprint_name = "mqar_kimi"  # its name in earlier versions, so that their runs can be resumed
 
     def __init__(
         self,
@@ -59,11 +60,13 @@ class AnsweredMQAR(LengthTask):
     def check(self, *, length: int) -> None:
         if length % 4:
             raise InputError(
-                f"pairs, once written and once asked, fill multiples of 4 tokens; got a length of {length}."
+                f"mqar_answered needs a length that is a multiple of 4 tokens, got {length}: change data.context or "
+                "data.val_lengths."
             )
         if length // 4 > self.keys_below - 1:
             raise InputError(
-                f"{length // 4} different keys do not fit into [1, {self.keys_below}): set data.vocab_size to "
+                f"mqar_answered needs {length // 4} different keys, which do not fit into [1, {self.keys_below}): set "
+                "data.vocab_size to "
                 f"{length // 2 + 2} or more."
             )
 

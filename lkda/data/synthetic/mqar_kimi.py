@@ -16,17 +16,18 @@ SEPARATOR = 0
 
 
 class ConsecutiveMQAR(LengthTask):
-    """Pairs of a key and a value, a separator, then each key once in a random order, where its value is asked.
+    """Pairs of a key and a value, a separator, then each key once in random order. The target at a key is its value.
 
         tokens   k1 v1 k2 v2 | k2 k1        targets  -  -  -  - - v2 v1        (length 3 pairs + 1)
 
-    The queries follow one another, no answer is written, and no token is noise. A third of the length is pairs; where
-    that leaves one token or two, the separator is repeated. Keys are different ones of the lower half of the vocabulary
-    without 0, values any of the upper half.
+    The queries directly follow one another. The answers are not part of the tokens, and no token is noise. There are
+    (length - 1) // 3 pairs. If one or two tokens are left over, the separator is repeated. Keys are distinct and are
+    sampled from the lower half of the vocabulary without 0. Values are sampled from the upper half and may repeat.
 
     Args:
-        vocab_size: keys and values.
-        context, val_lengths: at least 4. The rest: see `LengthTask`.
+        vocab_size: the number of keys and values, including the separator 0.
+        context, val_lengths: at least 4 tokens.
+        val_examples, batch_size, seed, num_workers, pin_memory: see `LengthTask`.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class ConsecutiveMQAR(LengthTask):
 
     def check(self, *, length: int) -> None:
         if length < 4:
-            raise InputError(f"a pair, a separator and a query take 4 tokens; got a length of {length}.")
+            raise InputError(
+                f"mqar_kimi needs a length of 4 tokens or more (a pair, a separator and a query), got {length}."
+            )
         pairs = _pairs(length)
         if pairs > self.keys_below - 1:
             raise InputError(
-                f"{pairs} different keys do not fit into [1, {self.keys_below}): set data.vocab_size to "
-                f"{2 * (pairs + 1)} or more."
+                f"mqar_kimi needs {pairs} different keys, which do not fit into [1, {self.keys_below}): set "
+                f"data.vocab_size to {2 * (pairs + 1)} or more."
             )
 
     def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:

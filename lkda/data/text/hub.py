@@ -19,29 +19,30 @@ from lkda.data.text.datamodule import TextDataModule
 from lkda.data.text.documents import Documents, Splits
 from lkda.data.text.files import kind_of_value, text_column_of
 
-HUB_SECONDS = 10  # until the hub counts as out of reach
+HUB_SECONDS = 10  # time limit of a request to the hub
 _STREAMED = "text"  # the column that a stream is written to
-_TOLD = 100  # documents of a stream until the progress tells of them
+_DOCUMENTS_PER_UPDATE = 100  # documents of a stream between two updates of the progress bar
 
-# Paths or globs within a data set: of all splits, or of each by name.
+# Paths or globs within a data set: one list for all splits, or one list for each split by name.
 DataFiles = list[str] | dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A data set, and which of its documents are taken.
+    """A data set, and which of its documents are used.
 
     Attributes:
-        name: on the hub, or of a local directory.
-        subset: its configuration, where it has several.
-        data_files: which of its files are loaded; where None, what `datasets` finds.
-        revision: a branch, tag or commit; "" for the newest, or for a local directory.
-        split, val_split: of the data set; where val_split is None, every so many of `split` validate, val_fraction of
-            all.
-        test_split: likewise, of what does not validate; where None, test_fraction of that; 0: no test split.
-        text_column: what holds the text.
-        max_documents: of each split, the first so many; all where None.
-        streaming: fetch no more than that. Documents are written down as they come and read from there.
+        name: the name on the hub, or a local directory.
+        subset: the configuration of the data set, if it has several.
+        data_files: the files to load. None means those that `datasets` finds.
+        revision: a branch, tag or commit. "" means the newest, or a local directory.
+        split, val_split: splits of the data set. If val_split is None, the fraction val_fraction of `split`, at regular
+            intervals, is used for validation.
+        test_split: a split of the data set. If None, the fraction test_fraction of the documents that are left is used,
+            at regular intervals. A fraction of 0 means no test split.
+        text_column: the column that holds the text.
+        max_documents: use only the first documents of each split, up to this number. None means all.
+        streaming: download only the documents that are used. They are written to a file first, and read from it.
     """
 
     name: str
@@ -58,9 +59,10 @@ class HubCorpus:
     test_fraction: float = 0.0
 
     def fingerprint(self) -> str:
-        """Of the revision's commit, not of the documents: they need not be fetched to be found in the cache."""
+        """A hash of the revision's commit, not of the documents, so that a cached corpus is found without a
+        download."""
         words = {name: value for name, value in asdict(self).items() if name != "streaming"}
-        if self.test_split is None and not self.test_fraction:  # so that a cache of an earlier version is found
+        if self.test_split is None and not self.test_fraction:  # so that the cache of an earlier version is found
             del words["test_split"], words["test_fraction"]
         digest = hashlib.sha256(repr(sorted(words.items())).encode())
         folder = Path(self.name)
@@ -72,7 +74,10 @@ class HubCorpus:
         return digest.hexdigest()
 
     def documents(self, scratch: Path, progress: Progress) -> Splits:
-        """Raises: ValueError for a split or column that is not there, or no documents in it."""
+        """Load and split the documents.
+
+        Raises: InputError for a split or a column that does not exist, or a split without text.
+        """
         train = self._split(self.split, scratch / "train", progress)
         if self.val_split is not None:
             validation = self._split(self.val_split, scratch / "validation", progress)
@@ -80,7 +85,9 @@ class HubCorpus:
             count = len(train)
             train, validation = _every_so_many(train, self.val_fraction)
             if not validation:
-                raise InputError(f"{count} documents are too few to hold {self.val_fraction} out; give data.val_split.")
+                raise InputError(
+                    f"{count} documents are too few to hold out the fraction {self.val_fraction}: give data.val_split."
+                )
         if self.test_split is not None:
             return Splits(train, validation, self._split(self.test_split, scratch / "test", progress))
         if not self.test_fraction:
@@ -94,11 +101,11 @@ class HubCorpus:
         reading = progress.add_task(f"reading {split}", total=None)
         options: dict[str, Any] = {"split": split, "streaming": self.streaming, "revision": self.revision or None}
         options["data_files"] = self.data_files
-        if Path(self.name).is_dir():  # `datasets` tells versions of a file apart by size and time alone
+        if Path(self.name).is_dir():  # `datasets` distinguishes versions of a file only by size and time
             options["cache_dir"] = str(scratch)
         try:
             found = datasets.load_dataset(self.name, self.subset, **options)
-        except Exception as error:  # whatever a loader meets
+        except Exception as error:  # a loader may raise any type
             reason = " ".join(str(error).split())
             raise InputError(f"data.name={self.name} cannot be loaded: {type(error).__name__}: {reason}") from error
         if self.streaming:
@@ -117,24 +124,27 @@ class HubCorpus:
 
 
 def _every_so_many(documents: Documents, fraction: float) -> tuple[Documents, Documents]:
-    """Those that stay, and those held out: one of every 1 / fraction, the first of them in the middle."""
+    """Split documents in two: those that stay, and those held out. One of every 1 / fraction documents is held out,
+    beginning in the middle of the first such group."""
     every = max(2, round(1 / fraction))
     held_out = range(every // 2, len(documents), every)
-    kept = set(range(len(documents))) - set(held_out)
-    return documents.some(sorted(kept)), documents.some(held_out)
+    remaining = set(range(len(documents))) - set(held_out)
+    return documents.some(sorted(remaining)), documents.some(held_out)
 
 
 def _counted(rows: Iterable[Any], doing: str, task: TaskID, progress: Progress) -> Iterator[Any]:
-    """The rows, their number told as they come."""
+    """Yield the rows, and show their number in the progress bar."""
     for count, row in enumerate(rows, start=1):
         yield row
-        if count % _TOLD == 0:
+        if count % _DOCUMENTS_PER_UPDATE == 0:
             progress.update(task, description=f"{doing}: {count:,} documents")
 
 
 def _written_down(rows: Iterable[Any], column: str, scratch: Path) -> Any:
-    """A `datasets.Dataset` of the documents of a stream. Resuming a shuffled stream loses examples, so that
-    batches are cut from what was written, and never from the stream."""
+    """Write the documents of a stream to a file. Returns a `datasets.Dataset` of the file.
+
+    Batches are made from this file and not from the stream, because resuming a shuffled stream loses examples.
+    """
     import datasets
 
     scratch.mkdir(parents=True, exist_ok=True)
@@ -142,7 +152,9 @@ def _written_down(rows: Iterable[Any], column: str, scratch: Path) -> Any:
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             if column not in row:
-                raise InputError(f"no column {column!r}; there are {', '.join(row)}. Set data.text_column.")
+                raise InputError(
+                    f"there is no column {column!r}; the columns are {', '.join(row)}. Set data.text_column."
+                )
             text = row[column]
             if not isinstance(text, str | None):
                 raise InputError(f"column {column!r} holds {kind_of_value(text)}, not text. Set data.text_column.")
@@ -151,13 +163,13 @@ def _written_down(rows: Iterable[Any], column: str, scratch: Path) -> Any:
 
 
 class HubDataModule(TextDataModule):
-    """Documents of a data set by name -> packed batches, by way of the same cache as files; see `TextDataModule`.
+    """Packed batches of the documents of a data set on the hub. It uses the same cache as files; see `TextDataModule`.
 
     Args:
         name: on the hub ("roneneldan/TinyStories"), or a local directory that `datasets` can load.
-        data_files: paths or globs within the data set: one, a list, or of each split, as in {"train": "a/*.parquet"}.
-        subset, revision, split, val_split, val_fraction, test_split, test_fraction, text_column, max_documents,
-            streaming: see `HubCorpus`.
+        data_files: paths or globs within the data set: one, a list, or one for each split, as in {"train":
+            "a/*.parquet"}. subset, revision, split, val_split, val_fraction, test_split, test_fraction, text_column,
+            max_documents, streaming: see `HubCorpus`.
         context, batch_size, vocab_size, seed, tokenizer_path, cache_dir, max_val_batches, num_workers, pin_memory: see
             `TextDataModule`.
     """
@@ -207,23 +219,23 @@ class HubDataModule(TextDataModule):
         if val_split is None and not 0 < val_fraction <= 0.5:
             raise InputError(f"data.val_fraction must be above 0 and at most 0.5, got {val_fraction}.")
         if val_split == split:
-            raise InputError(f"data.val_split={val_split} is what trains: give another split, or leave it out.")
-        if test_split is None and not 0 <= test_fraction <= 0.5:
             raise InputError(
-                f"data.test_fraction must be 0 (no test split) or more, and at most 0.5; got {test_fraction}."
+                f"data.val_split={val_split} is also data.split, the training split: give another one, or leave it out."
             )
+        if test_split is None and not 0 <= test_fraction <= 0.5:
+            raise InputError(f"data.test_fraction must be in [0, 0.5] (0: no test split), got {test_fraction}.")
         same = [name for name, other in (("split", split), ("val_split", val_split)) if other == test_split]
         if test_split is not None and same:
-            raise InputError(
-                f"data.test_split={test_split} is data.{same[0]} too: what tests must neither train nor validate."
-            )
+            raise InputError(f"data.test_split={test_split} is also data.{same[0]}: give another split for the test.")
         if max_documents is not None and (type(max_documents) is not int or max_documents < 2):
             raise InputError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
         home = expanded(name)
         if name.startswith(("~", "/", ".")) and not home.is_dir():
-            raise InputError(f"data.name={name} is no directory.")
+            raise InputError(f"data.name={name} must be a directory, but there is none.")
         if home.is_dir() and revision is not None:
-            raise InputError(f"data.revision is of data sets on the hub, and data.name={name} is a directory.")
+            raise InputError(
+                f"data.revision is for data sets on the hub, but data.name={name} is a directory: leave it out."
+            )
         self.source = str(home) if home.is_dir() else name
         self.subset, self.revision, self.split, self.val_split = subset, revision, split, val_split
         self.test_split = test_split
@@ -248,7 +260,8 @@ class HubDataModule(TextDataModule):
 
 
 def files_of(data_files: object) -> DataFiles:
-    """`data.data_files` as `datasets` takes it. Raises: ValueError for what is no path within a data set."""
+    """`data.data_files` in the form that `datasets` takes. Raises InputError unless it holds paths within a data
+    set."""
     if isinstance(data_files, Mapping):
         return {str(split): _patterns(patterns) for split, patterns in data_files.items()}
     return _patterns(data_files)
@@ -257,9 +270,11 @@ def files_of(data_files: object) -> DataFiles:
 def _patterns(given: object) -> list[str]:
     patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise InputError(f"data.data_files takes paths or globs, [a.parquet] or {{train: [a.parquet]}}, got {given!r}.")
+        raise InputError(
+            f"data.data_files must be paths or globs, [a.parquet] or {{train: [a.parquet]}}, got {given!r}."
+        )
     for pattern in patterns:
-        # The cache knows the content of the data set alone.
+        # The name of the cache entry depends only on the content of the data set.
         if pattern.startswith(("/", "~")) or "://" in pattern or ".." in Path(pattern).parts:
             raise InputError(
                 f"data.data_files={pattern} must be a path within data.name; for other files use data=files."
@@ -268,10 +283,12 @@ def _patterns(given: object) -> list[str]:
 
 
 def commit_of(name: str, revision: str | None) -> str:
-    """The commit of a data set on the hub; "" for a local directory; `revision` itself where HF_HUB_OFFLINE is set.
+    """The commit of a data set on the hub. It is "" for a local directory, and `revision` if HF_HUB_OFFLINE is set.
 
-    Asked here, with a limit: `datasets` takes half a minute to find out that there is no network.
-    Raises: ValueError where there is no such data set or no way to the hub.
+    The hub is asked here with a time limit, because `datasets` takes half a minute to find out that there is no
+    network.
+
+    Raises: InputError if there is no such data set, or if the hub cannot be reached.
     """
     if Path(name).is_dir():
         return ""
@@ -284,9 +301,11 @@ def commit_of(name: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha)
     except HfHubHTTPError as error:
         at = f" at revision {revision}" if revision else ""
-        raise InputError(f"the hub has no data set {name!r}{at} for you: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # of the connection; which class depends on the hub's client
         raise InputError(
-            f"data.name={name} is no directory here, and the Hugging Face hub cannot be reached ({error}). Use "
-            "data=files for files of your own, or set HF_HUB_OFFLINE=1 where the data set was fetched before."
+            f"the hub has no data set {name!r}{at} that you can read: {str(error).splitlines()[0]}"
+        ) from error
+    except Exception as error:  # a connection error, whose class depends on the hub's client
+        raise InputError(
+            f"data.name={name} is not a local directory, and the Hugging Face hub cannot be reached ({error}). Use "
+            "data=files for your own files, or set HF_HUB_OFFLINE=1 if the data set was downloaded before."
         ) from error

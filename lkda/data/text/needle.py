@@ -1,4 +1,4 @@
-"""A passage that stood far back, repeated: does a model of text still know how it goes on?"""
+"""Recall of a passage that occurred far back in a text: the passage is repeated, and its continuation is predicted."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from lkda.special_tokens import IGNORE_INDEX
 
 
 class Needle(IndexedDataModule):
-    """For measuring alone: validation text (of the test split: test text) of each length, a passage of it hidden at
-    each depth, and at the end the passage once more, of which all but the first `cue` tokens are predicted.
+    """Data for evaluation only. A sequence is held-out text with a passage from elsewhere inserted at some depth. The
+    passage is repeated at the end, and all its tokens after the first `cue` are predicted there.
 
-    A subset is {"length", "depth", "needles"}. Of each length there is one with needles = 0, where the passage was not
-    hidden, which shows what is guessed without it. Batches are one sequence each, the same for every model and seed.
+    The text is from the validation split, or with split=test from the test split. A subset is {"length", "depth",
+    "needles"}. Each length also has a subset with needles = 0, in which the passage is not inserted. It shows how well
+    the passage is predicted without recall. A batch is one sequence. The sequences are the same for every model and
+    seed.
 
     Args:
-        directory: of tokenised text (scripts/prepare_data.py); where None, `prose` in cache_dir.
-        lengths: tokens of a sequence.
-        depths: where the passage is hidden, in percent of the text before its end.
-        examples: of each subset.
-        cue, answer: tokens of the passage that are given, and predicted.
-        cache_dir: where None, LKDA_CACHE, or ~/.cache/lkda.
+        directory: of tokenized text (scripts/prepare_data.py). None means `prose` in cache_dir.
+        lengths: tokens per sequence.
+        depths: positions where the passage is inserted, in percent of the text before the repetition.
+        examples: number of sequences of each subset.
+        cue, answer: numbers of tokens of the passage that are given, and that are predicted.
+        cache_dir: None means LKDA_CACHE, or ~/.cache/lkda.
         pin_memory: see `IndexedDataModule`.
-    Raises: ValueError for a number out of its range.
+    Raises: InputError for a number outside its range.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Needle(IndexedDataModule):
             check_count("data.depths", depth, least=0)
         if not lengths or not depths or max(depths) > 100:
             raise InputError(
-                f"data.lengths and data.depths need an entry each, depths up to 100; got {lengths}, {depths}."
+                f"data.lengths and data.depths need at least one entry, depths up to 100; got {lengths}, {depths}."
             )
         home = expanded(cache_dir) if cache_dir else default_cache_dir()
         self.directory = expanded(directory) if directory else home / "prose"
@@ -67,39 +69,42 @@ class Needle(IndexedDataModule):
         self.val_batches = examples * len(self.val_subsets)
 
     def prepare(self) -> None:
-        """Raises: ValueError where there is no tokenised text, or less of it than the longest sequence wants."""
+        """Load the tokenized text.
+
+        Raises: InputError if there is none, or if it is too short for the longest sequence.
+        """
         tokenized = load_tokenized(self.directory)
         self.tokenizer, self._validation = tokenized.tokenizer, tokenized.validation
         self.fingerprint = tokenized.fingerprint
         self.vocab_size = vocabulary_rows(tokenized.tokenizer)
         least = 2 * self.context
         if len(tokenized.validation) < least:
-            there = f"{self.directory} validates on {len(tokenized.validation)} tokens"
-            raise InputError(f"{there}; sequences of {self.context} want twice as many: shorten data.lengths.")
+            there = f"the validation split of {self.directory} has {len(tokenized.validation)} tokens"
+            raise InputError(f"{there}, but sequences of {self.context} need twice as many: shorten data.lengths.")
         if tokenized.test is None:
             self.no_test = without_test(self.directory)
         elif len(tokenized.test) < least:
-            self.no_test = f"its text has {len(tokenized.test)} tokens; sequences of {self.context} want twice as many"
+            self.no_test = (
+                f"its text has {len(tokenized.test)} tokens, but sequences of {self.context} need twice as many"
+            )
         else:
             self.test = TestSplit(_Sequences(self, tokenized.test), tokens=len(tokenized.test))
 
     @property
     def tokens_per_batch(self) -> int:
-        raise InputError(
-            "data=needle measures models of text and trains none: scripts/evaluate.py ckpt=RUN data=needle."
-        )
+        raise InputError("data=needle is only for evaluation: use scripts/evaluate.py ckpt=RUN data=needle.")
 
     def validation_batches(self) -> Dataset[Any]:
         return _Sequences(self, self._validation)
 
     def sequence(self, token_ids: np.ndarray, subset: Mapping[str, int], number: int) -> np.ndarray:
-        """The tokens of an example that is made of `token_ids`, and the one after the last."""
+        """The tokens of an example made from `token_ids`, and the next token, [length + 1] int64."""
         length, depth, needles = subset["length"], subset["depth"], subset["needles"]
         rng = np.random.default_rng((length, number))  # the same text and passage at every depth
         passage = self.cue + self.answer
         text = length + 1 - passage * (1 + needles)
         begin = int(rng.integers(len(token_ids) - text - passage))
-        # Of what lies outside of the text, wherever that is.
+        # The passage is taken from outside the text.
         where = int(rng.integers(len(token_ids) - text - 2 * passage))
         where += (text + passage) * (where > begin - passage)
         tokens, needle = token_ids[begin : begin + text], token_ids[where : where + passage]
@@ -108,7 +113,7 @@ class Needle(IndexedDataModule):
 
 
 class _Sequences(Dataset[Any]):
-    """Part by subset, examples of each."""
+    """The sequences, subset by subset."""
 
     def __init__(self, data: Needle, token_ids: np.ndarray) -> None:
         self.data, self.token_ids = data, token_ids

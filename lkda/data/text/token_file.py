@@ -1,4 +1,4 @@
-"""A token file: a .npy file of token ids that is written a part at a time."""
+"""A token file: a .npy file of token ids that is written in parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @contextmanager
 def writing_token_file(path: Path, dtype: np.dtype) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields what appends tokens to the array at `path`, which is whole when the context ends."""
+    """Yields a function that appends tokens to the array at `path`. The file is complete when the context ends."""
     count = 0
 
     def append(tokens: np.ndarray) -> None:
@@ -28,7 +28,7 @@ def writing_token_file(path: Path, dtype: np.dtype) -> Iterator[Callable[[np.nda
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
-    """Of a .npy file; as long for every count, since numpy leaves room in it for an array that grows."""
+    """Write the header of a .npy file. It has the same length for every count, because numpy reserves space for it."""
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
     )

@@ -1,4 +1,4 @@
-"""A corpus tokenised once: a directory of the cache, named by the hash of everything it depends on."""
+"""Tokenizes a corpus once, into a cache directory named by the hash of everything that the tokens depend on."""
 
 from __future__ import annotations
 
@@ -32,26 +32,25 @@ from lkda.data.text.tokenizer import (
     word_splitter,
 )
 
-# Raise it when what a directory holds changes.
+# Increase this when the content of a directory changes.
 FORMAT = 3
-# Characters tokenised at a time: what `tokenizers` keeps of a character takes some hundred bytes until it is done.
+# Characters that are tokenized at a time. Meanwhile `tokenizers` needs a few hundred bytes of memory per character.
 _AT_ONCE = 2**21
 _PIECE = 2**18
-# Where a long document may be cut: byte-level BPE never joins a word with a space after it.
+# Positions where a long document may be split: byte-level BPE never merges a word with a space after it.
 _SEAM = re.compile(r"(?<=\S) (?=\S)")
 
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
-    """Token files, every document beginning with the tokenizer's `document_start` where it has one.
+    """The token files of a corpus. If the tokenizer has a `document_start`, every document begins with it.
 
     Attributes:
-        directory: what they are read from.
-        train, validation: uint16 or uint32, memory-mapped.
+        directory: the directory of the files.
+        train, validation: token ids [N], uint16 or uint32, memory-mapped.
         validation_bytes: UTF-8 bytes of the validation text.
-        test, test_bytes: likewise; None where there is no test split.
-        fingerprint: of the documents and of the tokenizer; of a corpus that was tokenised into a directory of its own
-            (data=prose), of the token files.
+        test, test_bytes: the same for the test split; None if there is none.
+        fingerprint: of the documents and the tokenizer. For data=prose, of the token files and the tokenizer.
     """
 
     directory: Path
@@ -64,7 +63,7 @@ class TokenizedCorpus:
     test_bytes: int | None = None
 
     def starts(self, name: str) -> np.ndarray:
-        """Where documents begin in the token file `name`, "train", "validation" or "test"."""
+        """The positions where documents begin in the token file `name`: "train", "validation" or "test"."""
         start = document_start(self.tokenizer)
         if start is None:
             return np.load(_starts_file(self.directory / f"{name}.npy"))
@@ -72,24 +71,24 @@ class TokenizedCorpus:
 
 
 def unigram_entropy(token_ids: np.ndarray) -> float:
-    """Of tokens, in nats a token: the loss of the best model that ignores the context."""
+    """The unigram entropy of tokens, in nats per token: the loss of the best model that ignores the context."""
     share = np.bincount(token_ids) / len(token_ids)
     share = share[share > 0]
     return float(-(share * np.log(share)).sum())
 
 
 class Corpus(Protocol):
-    """What can be tokenised."""
+    """A corpus that can be tokenized."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the corpus in messages."""
 
     def fingerprint(self) -> str:
-        """Changes with any of its documents, and with how they are split."""
+        """A hash that changes with any of the documents, and with how they are split."""
 
     def documents(self, scratch: Path, progress: Progress) -> Splits:
-        """Its documents; `scratch`, an empty directory, stays while they are read."""
+        """The split documents. `scratch`, an empty directory, must exist while they are read."""
 
 
 def tokenize_corpus(
@@ -100,13 +99,17 @@ def tokenize_corpus(
     cache_dir: Path,
     expected: Fingerprint = MappingProxyType({}),
 ) -> TokenizedCorpus:
-    """The tokenised corpus, from the cache or built into it.
+    """The tokenized corpus, which is read from the cache, or built there first.
 
-    Of processes that want the same at once, one builds and the others wait for it.
+    If several processes need the same corpus, one of them builds it and the others wait.
 
     Args:
-        expected: the fingerprint of the run to go on with; other documents are refused before they are tokenised.
-    Raises: ValueError for a corpus or a tokenizer that cannot be read, a corpus that is not the expected one, or a
+        sources: the corpus.
+        vocab_size: of the tokenizer to train, if `tokenizer_path` is None.
+        tokenizer_path: a tokenizer.json to use.
+        cache_dir: the directory of the cache.
+        expected: the fingerprint of the run that is resumed. Other documents are rejected before they are tokenized.
+    Raises: InputError for a corpus or a tokenizer that cannot be read, a corpus that is not the expected one, or a
         cache that cannot be written.
     """
     given = load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
@@ -132,7 +135,7 @@ def _build(
     vocab_size: int,
     expected: Fingerprint,
 ) -> dict[str, Any]:
-    """Fills `directory`; `arrow` is scratch space of `datasets`. Returns the metadata to keep beside the files."""
+    """Fill `directory`, with `arrow` as scratch space for `datasets`. Returns the metadata to store with the files."""
     with patient_progress() as progress:
         splits = sources.documents(arrow, progress)
         digests = {"train": of_texts(splits.train), "validation": of_texts(splits.validation)}
@@ -154,12 +157,12 @@ def tokenize_splits(
     """Fill `directory` with tokenizer.json, train.npy, validation.npy and, where there is a test split, test.npy.
     Returns the metadata to publish with them.
 
-    Where no token begins a document, train_starts.npy and so on hold the places where one does.
-
-    The documents are iterated several times, and what is in memory of them and of their tokens is a part at a time.
+    If the tokenizer has no token that begins a document, the positions where documents begin are written to
+    train_starts.npy and so on. The documents are iterated several times. Only a part of them and of their tokens is in
+    memory at a time.
 
     Args:
-        given: the tokenizer; where None, one of `vocab_size` tokens is trained on the training documents.
+        given: the tokenizer. None means to train one of `vocab_size` tokens on the training documents.
     """
     tokenizer = given
     if tokenizer is None:
@@ -180,8 +183,8 @@ def tokenize_splits(
 
 
 def _write_token_file(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
-    """One array of tokens, and where documents begin, if no token says so. Returns the documents' UTF-8 bytes."""
-    task = progress.add_task(f"tokenising {path.stem}", total=len(documents))
+    """Write the tokens, and the beginnings of documents if no token marks them. Returns the documents' UTF-8 bytes."""
+    task = progress.add_task(f"tokenizing {path.stem}", total=len(documents))
     dtype = np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32)
     begun = count = size = 0
     starts: list[int] = []
@@ -193,11 +196,11 @@ def _write_token_file(path: Path, tokenizer: Tokenizer, documents: Texts, progre
             begun += len(begins)
             count += len(tokens)
             size += sum(len(piece.encode()) for _, piece in batch)
-            told = f"tokenising {path.stem}: {begun:,} documents, {count:,} tokens"
-            progress.update(task, completed=begun, description=told)
+            description = f"tokenizing {path.stem}: {begun:,} documents, {count:,} tokens"
+            progress.update(task, completed=begun, description=description)
     if document_start(tokenizer) is None:
         places = np.unique(np.array(starts, dtype=np.int64))
-        np.save(_starts_file(path), places[places < count])  # documents that have no tokens begin where others do
+        np.save(_starts_file(path), places[places < count])  # a document without tokens begins where the next one does
     return size
 
 
@@ -206,7 +209,7 @@ def _starts_file(token_file: Path) -> Path:
 
 
 def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
-    """Raises ValueError for a character that a given tokenizer drops without a word."""
+    """Raises InputError for a character that a given tokenizer would drop silently."""
     characters: set[str] = set()
     for text in documents:
         characters.update(text)
@@ -215,15 +218,16 @@ def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
         if not encoding.ids:
             raise InputError(
                 f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "
-                "give one that knows every byte, or none."
+                "give a tokenizer that has every byte, or leave data.tokenizer_path out."
             )
 
 
 def _pieces(text: str, splitter: PreTokenizer | None) -> Iterator[str]:
-    """The text in pieces of about _PIECE characters, which tokenise as the whole does.
+    """The text in pieces of about _PIECE characters, whose tokens are together those of the whole text.
 
     Args:
-        splitter: the tokenizer's, where it sees the text as it is: it says where a text without blanks may be cut.
+        splitter: the tokenizer's pre-tokenizer, if no normalizer changes the text before. It finds the positions where
+            a text without spaces may be split.
     """
     begin = 0
     while begin + _PIECE < len(text):
@@ -236,19 +240,20 @@ def _pieces(text: str, splitter: PreTokenizer | None) -> Iterator[str]:
 
 
 def _word_end(text: str, begin: int, splitter: PreTokenizer | None) -> int:
-    """Where a word ends, about _PIECE characters on; where none does, the next seam, or the end of the text."""
+    """The end of a word, about _PIECE characters after `begin`. If there is none, the next seam or the end of the
+    text."""
     words = splitter.pre_tokenize_str(text[begin : begin + _PIECE]) if splitter is not None else []
     if splitter is not None and len(words) > 2:
-        word, (place, _) = words[-2]  # not the last one, which may go on
+        word, (place, _) = words[-2]  # not the last one, which may be incomplete
         again = splitter.pre_tokenize_str(text[begin + place : begin + _PIECE])
-        if again[0][0] == word:  # it is no other word at the beginning of a text, as where a space is put before it
+        if again[0][0] == word:  # the word is the same at the beginning of a text; some splitters put a space before it
             return begin + place
     seam = _SEAM.search(text, begin + 2 * _PIECE)
     return seam.start() if seam else len(text)
 
 
 def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[bool, str]]]:
-    """Pieces, with whether a document begins there, of about _AT_ONCE characters together."""
+    """Batches of about _AT_ONCE characters: (whether a document begins here, piece) for each piece."""
     splitter = tokenizer.pre_tokenizer if tokenizer.normalizer is None else None
     batch, size = [], 0
     for text in documents:
@@ -263,7 +268,8 @@ def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tu
 
 
 def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np.ndarray, list[int]]:
-    """The token ids of a text, and where documents begin in it. Raises ValueError for text outside the vocabulary."""
+    """The token ids of a batch of pieces, and the positions where documents begin. Raises InputError for text outside
+    the vocabulary."""
     start, unknown = document_start(tokenizer), unknown_token(tokenizer)
     dtype = np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32
     first = [] if start is None else [start]
@@ -274,7 +280,7 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np
             begin, end = encoding.offsets[encoding.ids.index(unknown)]
             raise InputError(
                 f"the tokenizer of data.tokenizer_path has no token for {piece[begin:end]!r}, which is in the text; "
-                "give one that knows every byte, or none."
+                "give a tokenizer that has every byte, or leave data.tokenizer_path out."
             )
         if begins:
             places.append(count)
@@ -284,13 +290,13 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np
 
 
 def load_tokenized(directory: Path) -> TokenizedCorpus:
-    """The token files of a published directory, memory-mapped.
+    """Load the token files of a published directory, memory-mapped.
 
-    Raises: ValueError where it is not there, or a file in it has lost its size.
+    Raises: InputError if there is no such directory, or if a file in it has another size than when it was written.
     """
     metadata = metadata_of(directory)
     if metadata is None:
-        raise InputError(f"{directory} holds no tokenised corpus, or a part of one; make it: scripts/prepare_data.py.")
+        raise InputError(f"{directory} holds no complete tokenized corpus: make it with scripts/prepare_data.py.")
     names = ("train", "validation", *(["test"] if "test_bytes" in metadata else []))
     arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
     tokenizer = load_tokenizer(directory / "tokenizer.json")
@@ -308,5 +314,5 @@ def load_tokenized(directory: Path) -> TokenizedCorpus:
 
 
 def without_test(directory: Path) -> str:
-    """What is said of a mix that was prepared before there was a test split."""
-    return f"{directory} was made before there was one; python scripts/prepare_data.py makes it again"
+    """The reason why a corpus of an earlier version has no test split, in words."""
+    return f"{directory} was made by an earlier version; make it again with python scripts/prepare_data.py"

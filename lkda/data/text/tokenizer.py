@@ -1,4 +1,4 @@
-"""Byte-level BPE, trained and read through `tokenizers`; text to tokens."""
+"""Trains and loads tokenizers through the library `tokenizers`, and converts text to tokens."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ __all__ = [
     "word_splitter",
 ]
 
-# The 256 bytes and END_OF_TEXT: with them no text is out of vocabulary.
+# The 256 bytes and END_OF_TEXT. With them, every text can be tokenized.
 SMALLEST_VOCABULARY = 257
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises ValueError for a vocabulary that cannot hold every byte."""
+    """Raises InputError for a vocabulary that cannot hold every byte."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
             f"data.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
@@ -42,9 +42,9 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens, END_OF_TEXT being token 0.
+    """Train a byte-level BPE of at most `vocab_size` tokens. END_OF_TEXT is token 0.
 
-    Raises: ValueError for a vocabulary that cannot hold every byte.
+    Raises: InputError for a vocabulary that cannot hold every byte.
     """
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
@@ -61,9 +61,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer.json, without the truncation and padding that it may ask for.
+    """Load a tokenizer.json, with its truncation and padding turned off.
 
-    Raises: ValueError where it is missing or broken.
+    Raises: InputError if it is missing or broken.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,14 +78,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text, none of them special: "<|endoftext|>" in a text is thirteen ordinary characters."""
+    """The token ids of a text, without special tokens: "<|endoftext|>" in a text is thirteen ordinary characters."""
     with _special_tokens_as_text(tokenizer):
         encoding = tokenizer.encode(text, add_special_tokens=False)
     return _without_special(tokenizer, [text], [encoding])[0].ids
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
-    """As `encode_text`, of many texts in parallel, with the characters that each token stands for."""
+    """Encode many texts in parallel, as `encode_text` does, with the character offsets of each token."""
     with _special_tokens_as_text(tokenizer):
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     return _without_special(tokenizer, texts, encodings)
@@ -93,7 +93,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
 
 @contextmanager
 def _special_tokens_as_text(tokenizer: Tokenizer) -> Iterator[None]:
-    """Special tokens are not looked for in a text. A tokenizer file cannot hold this setting."""
+    """A context in which special tokens are not recognized in text. A tokenizer file cannot store this setting."""
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:
@@ -103,9 +103,10 @@ def _special_tokens_as_text(tokenizer: Tokenizer) -> Iterator[None]:
 
 
 def _without_special(tokenizer: Tokenizer, texts: Sequence[str], encodings: list[Encoding]) -> list[Encoding]:
-    """`encodings`, made again where the model itself (one of whole words, or Unigram) found a special token in a text.
+    """`encodings`, or new ones if the tokenizer's model itself (a WordLevel or a Unigram model) found a special token
+    in a text.
 
-    The token for unknown text may stay: it says that the text has something unknown.
+    The token for unknown text may stay, because it shows that the text has something unknown.
     """
     start = document_start(tokenizer)
     special = {*special_tokens(tokenizer).values(), *([] if start is None else [start])}
@@ -116,7 +117,7 @@ def _without_special(tokenizer: Tokenizer, texts: Sequence[str], encodings: list
     if found == {unknown}:
         return encodings
     names = {str(tokenizer.id_to_token(token)) for token in special if token != unknown}
-    # Characters that no text here has, before the names: no text can then spell them.
+    # Put characters that occur in no text before the names, so that no text can contain these names.
     mark = "\U0010ffff"
     while any(mark in text for text in texts):
         mark += "\U0010ffff"
@@ -126,7 +127,7 @@ def _without_special(tokenizer: Tokenizer, texts: Sequence[str], encodings: list
 
 
 def _with_marked_names(tokenizer: Tokenizer, names: set[str], mark: str) -> Tokenizer:
-    """A copy with `mark` before some tokens' names; the same ids."""
+    """A copy of the tokenizer with `mark` before the names of some tokens. The ids stay the same."""
 
     def marked(name: str) -> str:
         return mark + name if name in names else name
@@ -147,12 +148,14 @@ def _with_marked_names(tokenizer: Tokenizer, names: set[str], mark: str) -> Toke
 
 
 def vocabulary_rows(tokenizer: Tokenizer) -> int:
-    """Rows that an embedding needs: one more than the largest token, for there may be gaps between tokens."""
+    """The number of embedding rows that are needed: the largest token id plus 1, because there may be gaps between
+    ids."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
 def unknown_token(tokenizer: Tokenizer) -> int | None:
-    """The token that stands for text outside the vocabulary, if the tokenizer has one and it means nothing else."""
+    """The id of the token for text outside the vocabulary. None if the tokenizer has none, or uses it to begin
+    documents."""
     model = json.loads(tokenizer.to_str())["model"]
     if model.get("unk_id") is not None:
         return int(model["unk_id"])

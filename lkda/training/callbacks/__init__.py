@@ -1,4 +1,4 @@
-"""Lightning callbacks, one idea each."""
+"""Lightning callbacks, one purpose per file."""
 
 from lkda.training.callbacks.checkpoints import Checkpoints
 from lkda.training.callbacks.divergence import DivergedError, DivergenceGuard

@@ -1,4 +1,4 @@
-"""Saves the run so that a kill at any moment loses little, and a resumed run repeats nothing and skips nothing."""
+"""Saves checkpoints, so that a killed process loses few steps, and a resumed run repeats and skips no data."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _NONE_YET = {"step": 0, "loss": float("inf")}
 
 
 class Checkpoints(Checkpoint):
-    """Writes step_N.ckpt every N optimiser steps, at the best validation loss, at the end, and when asked to stop.
-    last.ckpt and best.ckpt are further names of such files, not copies.
+    """Writes step_STEP.ckpt every `every_n_steps` optimizer steps, at the best validation loss, at the end, and when a
+    signal asks the run to stop. last.ckpt and best.ckpt are links to such files, not copies.
 
-    A step that validates is saved after its validation, so that a saved step has all its rows in metrics.csv.
+    A step with a validation is saved after the validation, so that all rows of a saved step are in metrics.csv.
     Parameters that are not finite are never saved.
 
     Args:
-        directory: where they go.
-        every_n_steps: optimiser steps between two.
-        keep: how many step checkpoints stay; with more than one, a broken newest has a predecessor.
-        stop_request: consulted at the end of every step.
+        directory: the directory of the checkpoints.
+        every_n_steps: optimizer steps between two checkpoints.
+        keep: how many step checkpoints are kept. With more than one, an earlier one is left if the newest is broken.
+        stop_request: checked at the end of every step.
         model, tokenizer, run: written into each file (see lkda.training.checkpoint).
     """
 
@@ -57,18 +57,18 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.best = checkpoint["lkda"]["best"]
         self.saved_step = checkpoint["lkda"]["step"]
-        # The kill may have come between the writing of the file and of its second names.
+        # The process may have been killed after it wrote the file and before it made the links.
         self._name("last.ckpt", self.saved_step)
         if self.best["step"] == self.saved_step:
             self._name("best.ckpt", self.saved_step)
         elif not (self.directory / "best.ckpt").exists():
-            self.best = dict(_NONE_YET)  # its file is lost: the best of the validations to come takes its place
+            self.best = dict(_NONE_YET)  # the file is lost: the best of the later validations replaces it
 
     def _name(self, name: str, step: int) -> None:
         point_to(step_path(self.directory, step), self.directory / name)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write this step's checkpoint, unless it is written already, and forget the oldest."""
+        """Write this step's checkpoint, unless it exists already, and delete the oldest ones."""
         step = trainer.global_step
         if step == self.saved_step:
             return

@@ -1,4 +1,4 @@
-"""Stops a run whose loss or parameters stop being numbers."""
+"""Stops a run whose loss or parameters become NaN or infinite."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class DivergedError(RuntimeError):
     """Training produced a NaN or an infinity.
 
     Args:
-        what: the loss, or the parameters.
-        step: the optimiser step at which it was seen.
+        what: the value that is not finite, such as "the loss".
+        step: the first optimizer step at which this was observed.
     """
 
     def __init__(self, what: str, step: int) -> None:
@@ -25,17 +25,17 @@ class DivergedError(RuntimeError):
 
 
 def require_finite(model: nn.Module, *, step: int) -> None:
-    """Raise DivergedError unless every parameter is finite: what must hold before a checkpoint is written."""
+    """Raise DivergedError unless every parameter is finite. It is called before a checkpoint is written."""
     finite = torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()])
     if not bool(finite.all()):
         raise DivergedError("a parameter", step)
 
 
 class DivergenceGuard(L.Callback):
-    """Raises DivergedError, naming the first step whose loss was not finite.
+    """Raises DivergedError with the first step whose loss was not finite.
 
-    Reading the loss waits for the device, so a GPU is asked every `every_n_steps` only; the step itself is kept on the
-    device, and the one that is named is still the first.
+    Reading the loss waits for the device, so on a GPU it is read only every `every_n_steps` steps. The first bad step
+    is stored on the device, so that the reported step is still the first one.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -46,7 +46,7 @@ class DivergenceGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"]
-        # The trainer counts a step when the last of its batches has been trained on.
+        # The trainer counts a step after the last of its batches.
         step = trainer.global_step if ends_step(trainer, batch_idx) else trainer.global_step + 1
         if self.first_bad_step is None:
             self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)

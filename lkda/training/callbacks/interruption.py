@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask for an end; the step in progress is finished and saved first."""
+"""Ctrl-C and SIGTERM stop a run after the current step is finished and saved."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptedRunError(RuntimeError):
-    """The run was asked to stop, and its state is saved.
+    """The run was stopped by a signal, and its state is saved.
 
     Args:
-        signum: the signal that asked.
-        step: the optimiser step that was saved.
+        signum: the number of the signal.
+        step: the optimizer step that was saved.
     """
 
     def __init__(self, signum: int, step: int) -> None:
@@ -25,12 +25,12 @@ class InterruptedRunError(RuntimeError):
 
     @property
     def exit_code(self) -> int:
-        """What a shell reports for a process that ended by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The exit code that a shell reports for a process ended by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signum
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM is only noted in `signum`; a second one ends the process at once.
+    """A context in which the first SIGINT or SIGTERM is stored in `signum`. A second one ends the process at once.
 
     Enter it before `Trainer.fit`, which composes its own SIGTERM handler with the one it finds.
     """

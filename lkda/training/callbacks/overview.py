@@ -1,4 +1,4 @@
-"""The model at a glance, before training."""
+"""Prints a table of the model's parts before training."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lkda.models.lm import LanguageModel
 
 
 class ModelOverview(L.Callback):
-    """Prints what the parts of the model have in parameters, leave behind in state, and cost in a forward.
+    """Prints the parameters, the state size in bytes and the forward FLOPs per token of the model's parts.
 
-    The module that trains must hold a LanguageModel as `model`.
+    The LightningModule must have a LanguageModel as `model`.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -25,10 +25,10 @@ class ModelOverview(L.Callback):
 
 
 def overview(model: LanguageModel) -> Table:
-    """The table of `ModelOverview`: equal parts together, the whole last."""
+    """The table of `ModelOverview`. Parts of one kind share a row; the last row is the whole model."""
     context = model.config["context"]
     table = Table("part", title=f"the model, its state after {context} tokens")
-    for column in ("parameters", "state bytes", "flops a token"):
+    for column in ("parameters", "state bytes", "FLOPs per token"):
         table.add_column(column, justify="right")
     embedding, head = model.embed_tokens.weight, model.lm_head.weight
     table.add_row(f"embedding {embedding.shape[0]} x {embedding.shape[1]}", f"{embedding.numel():,}", "", "0")

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: loss, bits per byte, tokens/s and the time left."""
+"""The progress display of a run: loss, bits per byte, tokens/s and the time left."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ TIMED_STEPS = 5
 
 
 def describe(row: dict[str, float]) -> str:
-    """The shown part of a row of the Recorder, as text that fits a narrow terminal beside a bar."""
+    """The displayed values of a Recorder's row, as text that fits beside a bar on a narrow terminal."""
     return "  ".join(form.format(row[name]) for name, form in _SHOWN.items() if name in row)
 
 
 class TrainingProgress(RichProgressBar):
-    """Lightning's rich bar, over the steps of the whole run. Where the output is no terminal (a log file, CI), a line
-    now and then and at each validation instead. After the first few steps a line says how long the run takes.
+    """Lightning's rich progress bar over the steps of the whole run. If the output is not a terminal (a log file, CI),
+    a line is printed every 30 seconds and at each validation instead. After the first few steps, a line says how long
+    the run will take.
 
-    It shows the Recorder's latest row: asking the device for each step's loss would make the device wait.
+    The display shows the Recorder's latest row. Reading the loss of every step would make the device wait.
     """
 
     def __init__(self) -> None:
@@ -92,7 +93,7 @@ class TrainingProgress(RichProgressBar):
         print(f"step {trainer.global_step}/{trainer.max_steps}  {describe(recorder.latest)}{left}", flush=True)
 
     def _estimate(self, trainer: L.Trainer) -> None:
-        """Time the first steps after the warm-up, and say after them how long the run takes."""
+        """Time the first steps after the warm-up, and then print how long the run will take."""
         self._steps_here += 1
         if self._steps_here == WARMUP_STEPS:
             self._timed_from = self._recorder(trainer).read_clock()

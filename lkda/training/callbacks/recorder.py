@@ -1,4 +1,4 @@
-"""Writes the run's rows: what was logged at a step, with the tokens and the seconds that it took to get there."""
+"""Writes the rows of a run: the metrics logged at a step, with the tokens and the training seconds so far."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lkda.training.callbacks.steps import ends_step, validation_follows
 from lkda.training.throughput import Throughput
 
-# Steps at the start of a process that are left out of the speed: they compile, allocate and fill caches.
+# Steps at the start of a process that do not count for the speed, because they compile, allocate and fill caches.
 WARMUP_STEPS = 3
 
 
 class Recorder(L.Callback):
-    """Sends one row to every logger at each `every_n_steps`-th step, at the first and at the last, and one after each
-    validation, with the test split's measurements beside the last one's. Written before the step's checkpoint, so that
-    a resumed run has the rows of the steps it builds on.
+    """Sends rows to every logger: one at every `every_n_steps`-th step, at the first and at the last step, and one
+    after each validation. The row after the last validation also has the results on the test split.
 
-    The clock counts training alone: validation and the writing of checkpoints stop it.
+    The rows of a step are written before its checkpoint, so that a resumed run has all rows up to its first step. The
+    clock measures only training: it is stopped during validations and while checkpoints are written.
 
     Args:
-        every_n_steps: optimiser steps between two rows.
+        every_n_steps: optimizer steps between two rows.
         tokens_per_step: over all devices and accumulated batches.
         throughput: what the rows say of the device beside tokens per second.
     """
@@ -36,16 +36,16 @@ class Recorder(L.Callback):
         self.seconds = 0.0
         self.latest: dict[str, float] = {}
         self._running_since: float | None = None
-        self._since: tuple[int, float] | None = None  # tokens and seconds where the next speed begins
+        self._since: tuple[int, float] | None = None  # tokens and seconds at which the next speed measurement begins
         self._steps_here = 0
-        self._clipped = (0, 0)  # clipped steps, and steps, of this process at the last row
+        self._clipped = (0, 0)  # clipped steps and all steps of this process, at the last row
 
     def tokens(self, trainer: L.Trainer) -> int:
-        """Tokens trained on so far, resumes included."""
+        """The number of tokens trained on so far, including those before a resume."""
         return trainer.global_step * self.tokens_per_step
 
     def read_clock(self) -> float:
-        """Seconds of training so far, with everything done that a GPU was asked to do."""
+        """The seconds of training so far, after a synchronization with the GPU."""
         self._read_clock()
         return self.seconds
 
@@ -78,7 +78,7 @@ class Recorder(L.Callback):
         self._steps_here += 1
         last = step >= trainer.max_steps
         if last:
-            trainer.should_stop = True  # makes Lightning validate at the end, whatever the interval
+            trainer.should_stop = True  # makes Lightning validate at the end, for any interval
         if self._steps_here == WARMUP_STEPS:
             self._read_clock()
             self._since = (self.tokens(trainer), self.seconds)
@@ -125,18 +125,18 @@ class Recorder(L.Callback):
         self._clipped = (-clipped, -steps)
 
     def _clipped_since(self, pl_module: L.LightningModule) -> tuple[int, int]:
-        """Clipped steps, and steps, since the last row."""
+        """The number of clipped steps, and of all steps, since the last row."""
         assert isinstance(pl_module.clipped_steps, torch.Tensor)
         return int(pl_module.clipped_steps) - self._clipped[0], self._steps_here - self._clipped[1]
 
 
 def _complete(trainer: L.Trainer) -> None:
-    """Tell every logger that it has all rows of this step."""
+    """Call `save` of every logger, which then has all rows of this step."""
     for logger in trainer.loggers:
         logger.save()
 
 
 def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:
-    """What the task logged under that prefix."""
+    """The metrics that the task logged under that prefix."""
     metrics = trainer.callback_metrics.items()
     return {name: float(value) for name, value in metrics if name.startswith(prefix)}

@@ -1,21 +1,22 @@
-"""How long a run still takes, estimated from its own first steps."""
+"""Estimates the remaining time of a run from its own first steps."""
 
 from __future__ import annotations
 
 import lightning as L
 
-# A run that takes longer is told with what number of steps it would take about so long.
+# Seconds. For a longer run, the message says how many steps would take about this long.
 SHORT_RUN = 120.0
-# Of the time of a training batch, until a validation has been timed: a forward, without the backward of twice its work.
+# Time of a validation batch as a part of a training batch's, until a validation has been timed: the backward pass takes
+# twice the work of the forward pass.
 VALIDATION_PART = 1 / 3
 
 
 class TimeLeft:
-    """Estimates the seconds that are left: steps at the latest speed, and validations at the latest, both in seconds.
+    """Estimates the remaining seconds from the latest time of a step and of a validation.
 
     Attributes:
-        step_seconds: of an optimiser step; None before it is known.
-        validation_seconds: of a validation; where None, it is taken from its number of batches.
+        step_seconds: seconds of an optimizer step; None before it is known.
+        validation_seconds: seconds of a validation. If None, they are estimated from its number of batches.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,7 @@ class TimeLeft:
         self.validation_seconds: float | None = None
 
     def seconds(self, trainer: L.Trainer) -> float | None:
-        """What is left of the run, or None before a step has been timed. Writing checkpoints is not counted."""
+        """The remaining seconds of the run, without the writing of checkpoints. None before a step has been timed."""
         if self.step_seconds is None:
             return None
         validation = self.validation_seconds
@@ -34,7 +35,7 @@ class TimeLeft:
 
 
 def validations_left(trainer: L.Trainer) -> int:
-    """How many validations come after this step: one every so many steps, and one at the end."""
+    """The number of validations after this step: one at every interval, and one at the end."""
     assert isinstance(trainer.val_check_batch, int)
     every = trainer.val_check_batch // trainer.accumulate_grad_batches
     done, last = trainer.global_step, trainer.max_steps
@@ -42,7 +43,7 @@ def validations_left(trainer: L.Trainer) -> int:
 
 
 def duration(seconds: float) -> str:
-    """40 s, 2 min, 5 min 30 s, 3 h 20 min."""
+    """A duration in words: 40 s, 2 min, 5 min 30 s, 3 h 20 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -54,12 +55,12 @@ def duration(seconds: float) -> str:
 def announcement(
     *, step: int, max_steps: int, validations: int, seconds: float, step_seconds: float, tokens_per_step: int
 ) -> str:
-    """The line that says how long the run takes from here, and where that is long, how to make it shorter.
+    """The line that says how long the rest of the run will take. If that is long, it also says how to shorten the run.
 
     Args:
-        step: the steps done.
-        validations, seconds: that are left.
-        step_seconds, tokens_per_step: of a training step, which the estimate is made from.
+        step: the number of steps done.
+        validations, seconds: the remaining validations, and the estimated remaining seconds.
+        step_seconds, tokens_per_step: seconds and tokens of a training step.
     """
     left = max_steps - step
     line = (

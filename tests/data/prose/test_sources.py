@@ -84,7 +84,7 @@ def test_a_package_brings_what_it_says_of_its_licence(tmp_path, sources):
 
 def test_a_package_without_a_licence_is_refused(tmp_path):
     (tmp_path / "unpacked").mkdir()
-    with pytest.raises(ValueError, match=r"nothing holds no licence: .*copyright in usr/share/doc; leave it out"):
+    with pytest.raises(ValueError, match=r"nothing has no licence file, .*copyright in usr/share/doc: leave it out"):
         copy_licences(tmp_path / "unpacked", "nothing", tmp_path / "licences")
 
 
@@ -104,7 +104,7 @@ def test_what_validates_is_not_trained_on(tmp_path, sources):
 
 def test_nothing_is_left_of_a_mix_that_fails(tmp_path, sources):
     broken = Source("module", "MIT", "*.txt", prose.text_of)
-    with pytest.raises(ValueError, match=r"module.whl holds no text at \*.txt"):
+    with pytest.raises(ValueError, match=r"module.whl has no text at \*.txt"):
         prepare_prose(tmp_path / "mix", vocab_size=300, sources=[sources[0], broken])
     assert not (tmp_path / "mix").exists()
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -131,7 +131,8 @@ def test_a_mix_of_before_the_test_split_still_trains_and_says_so(tmp_path, sourc
     data.prepare()
     assert data.test is None
     assert (
-        data.no_test == f"{tmp_path}/mix was made before there was one; python scripts/prepare_data.py makes it again"
+        data.no_test
+        == f"{tmp_path}/mix was made by an earlier version; make it again with python scripts/prepare_data.py"
     )
     assert "test" not in data.fingerprint
 
@@ -144,20 +145,20 @@ def test_a_mix_of_before_the_test_split_gives_way_and_is_kept(tmp_path, sources)
     assert (tmp_path / "mix" / "test.npy").exists()
     assert (tmp_path / "mix_without_test" / "train.npy").read_bytes() == before
     without_test(tmp_path / "mix")
-    with pytest.raises(ValueError, match=r"mix_without_test exists; give another out, or remove it"):
+    with pytest.raises(ValueError, match=r"mix_without_test exists already: give another out, or remove it"):
         prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
 
 
 def test_something_must_validate(tmp_path, sources):
-    with pytest.raises(ValueError, match=r"nothing would validate"):
+    with pytest.raises(ValueError, match="documents to make a test split"):
         prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources[1:])
 
 
 def test_a_package_that_cannot_be_had_is_named(tmp_path):
     source = Source("nothing==1", "none", "*", prose.text_of)
-    with pytest.raises(ValueError, match=r"nothing==1 cannot be had.*says gone"):
+    with pytest.raises(ValueError, match=r"nothing==1 cannot be downloaded.*says gone"):
         prose._run(["bash", "-c", "echo gone >&2; exit 3"], tmp_path, source)
-    with pytest.raises(ValueError, match=r"nothing==1 cannot be had.*leave it out"):
+    with pytest.raises(ValueError, match=r"nothing==1 cannot be downloaded.*leave it out"):
         prose._run(["no-such-command-here"], tmp_path, source)
 
 

@@ -58,7 +58,7 @@ def test_files_are_split_by_the_year_in_their_names(tmp_path):
     sources = file_sources([str(tmp_path)], **options, val_from_year=2012)
     assert [path.name for path in sources.train] == ["1999-spring.txt", "2011.txt"]
     assert [path.name for path in sources.validation] == ["2012.txt", "letters 2013 07.txt"]
-    with pytest.raises(ValueError, match="leaves nothing to validate on: the files are of 1999 to 2013"):
+    with pytest.raises(ValueError, match="leaves nothing to validate on: the years of the files are 1999 to 2013"):
         file_sources([str(tmp_path)], **options, val_from_year=2014)
 
 
@@ -82,7 +82,7 @@ def test_validation_and_test_are_split_by_year_in_either_order(tmp_path, years, 
     assert (names(sources.train), names(sources.validation), names(sources.test)) == (train, validation, test)
     assert sources.test_fraction == 0
     assert sources.fraction == (0 if validation else 0.05)
-    with pytest.raises(ValueError, match="leave nothing to test on: the files are of 1990 to 2020"):
+    with pytest.raises(ValueError, match="leave nothing to test on: the years of the files are 1990 to 2020"):
         file_sources([str(tmp_path)], **options, val_from_year=2010, test_from_year=2021)
 
 
@@ -151,7 +151,7 @@ def test_a_test_text_of_less_than_a_context_is_no_test_split(tmp_path, texts):
     data = module(tmp_path, texts, test_paths=[str(tmp_path / "mine.txt")])
     data.prepare()
     assert data.test is None
-    assert re.fullmatch(r"its text has \d+ tokens, fewer than one context of 16 and the token after it", data.no_test)
+    assert re.fullmatch(r"its text has \d+ tokens, fewer than one context of 16 and the next token", data.no_test)
 
 
 def test_files_become_batches_that_decode_to_the_text(tmp_path, texts):
@@ -449,16 +449,16 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "missing": ({"paths": ["/no/such"]}, "data path /no/such does not exist"),
         "none": ({"paths": []}, "data.paths is empty: give files"),
         "empty": ({"paths": [str(tmp_path / "empty.txt")]}, "empty.txt is empty"),
-        "empty folder": ({"paths": [str(tmp_path / "folder")]}, "holds no file of a kind that is read: .txt"),
+        "empty folder": ({"paths": [str(tmp_path / "folder")]}, "holds no file of a known kind: .txt"),
         "not utf-8": ({"paths": [str(tmp_path / "latin.txt")]}, "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
         "short": (
             {"paths": [str(tmp_path / "short.txt")]},
-            "training text has .* tokens, fewer than one context of 16",
+            r"training text must have at least 17 tokens \(one context and the next token\), got \d+: give",
         ),
-        "short validation": (good | {"context": 3000}, "validation text has .* tokens, fewer than one context of 3000"),
+        "short validation": (good | {"context": 3000}, r"validation text must have at least 3001 tokens"),
         "column": ({"paths": [str(tmp_path / "rows.jsonl")]}, "rows.jsonl has no column 'text'; it has body"),
         "torn": ({"paths": [str(tmp_path / "torn.jsonl")]}, "cannot read .*torn.jsonl"),
-        "suffix": ({"paths": [str(tmp_path / "page.html")]}, "unknown kind '.html'; read are .txt"),
+        "suffix": ({"paths": [str(tmp_path / "page.html")]}, "unknown kind '.html'; the kinds are .txt"),
         "vocabulary": (good | {"vocab_size": 100}, "data.vocab_size must be at least 257"),
         "context": (good | {"context": 0}, "data.context must be a positive whole number, got 0"),
         "batch": (good | {"batch_size": -1}, "data.batch_size must be a positive whole number, got -1"),
@@ -466,8 +466,14 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "cache": (good | {"cache_dir": str(tmp_path / "latin.txt")}, "cannot write the cache .*latin.txt"),
         "source": ({"source": "web"}, "data.source must be one of sotu, files, prose, got 'web'"),
         "fraction": (good | {"val_fraction": 1.5}, "data.val_fraction must be between 0 and 1"),
-        "no year": (good | {"val_from_year": 2012}, "the name of .*txt has no year; use data.val_paths"),
-        "year": (good | {"val_from_year": 2012, "val_paths": [str(texts / "1.txt")]}, "two ways to say what validates"),
+        "no year": (
+            good | {"val_from_year": 2012},
+            "needs file names with a year, but .*txt has none: use data.val_paths",
+        ),
+        "year": (
+            good | {"val_from_year": 2012, "val_paths": [str(texts / "1.txt")]},
+            "both choose the validation split: give only one",
+        ),
         "overlap": (good | {"val_paths": [str(texts / "1.txt")]}, "in data.paths and in data.val_paths"),
         "test overlap": (
             good | {"test_paths": [str(texts / "1.txt")]},
@@ -478,11 +484,14 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
             | {"val_paths": [str(texts / "1.txt")], "test_paths": [str(texts / "1.txt")]},
             "1.txt is in data.val_paths and in data.test_paths",
         ),
-        "test fraction": (good | {"test_fraction": -0.1}, r"data.test_fraction must be 0 \(no test split\) or more"),
+        "test fraction": (
+            good | {"test_fraction": -0.1},
+            r"data.test_fraction must be in \[0, 1\) \(0: no test split\)",
+        ),
         "fractions": (good | {"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on: give fractions"),
         "test year": (
             good | {"test_from_year": 2012, "test_paths": [str(texts / "1.txt")]},
-            "data.test_from_year and data.test_paths are two ways to say what tests",
+            "data.test_from_year and data.test_paths both choose the test split",
         ),
         "tokenizer": (good | {"tokenizer_path": "/no/t.json"}, "there is no tokenizer at /no/t.json"),
         "numbers": (
@@ -490,7 +499,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
             "column 'text' of .*numbers.jsonl holds a number, not text, in row 1",
         ),
         "parquet": ({"paths": [str(tmp_path / "broken.parquet")]}, "cannot read .*broken.parquet as parquet"),
-        "one path": (good | {"paths": str(texts)}, "are lists: write"),
+        "one path": (good | {"paths": str(texts)}, "must be lists: write"),
         "seed": (good | {"seed": -1}, "data.seed must be a whole number of 0 or more, got -1"),
         "workers": (good | {"num_workers": -1}, "data.num_workers must be a whole number of 0 or more, got -1"),
         "val batches": (good | {"max_val_batches": 0}, "data.max_val_batches must be a positive whole number, got 0"),

@@ -80,9 +80,9 @@ def test_a_split_of_the_data_set_tests(tmp_path, folder):
     data = module(tmp_path, folder, val_fraction=0.25, test_split="test", context=16)
     data.prepare()
     assert texts(data, data.test.batches.rows.token_ids) == [document(n) for n in range(100, 104)]
-    with pytest.raises(ValueError, match=r"data\.test_split=test is data\.val_split too"):
+    with pytest.raises(ValueError, match=r"data\.test_split=test is also data\.val_split"):
         module(tmp_path, folder, val_split="test", test_split="test")
-    with pytest.raises(ValueError, match=r"data\.test_fraction must be 0 \(no test split\) or more, and at most 0\.5"):
+    with pytest.raises(ValueError, match=r"data\.test_fraction must be in \[0, 0\.5\] \(0: no test split\), got 0\.7"):
         module(tmp_path, folder, test_fraction=0.7)
 
 
@@ -104,19 +104,19 @@ def test_only_the_files_that_are_named_are_read(tmp_path, folder, streaming):
 
 @pytest.mark.parametrize("given", [[], 3, [""], {"train": []}, "/etc/passwd", ["../a.jsonl"], "https://a.b/c.jsonl"])
 def test_files_that_are_not_of_the_data_set_are_refused(tmp_path, folder, given):
-    with pytest.raises(ValueError, match=r"data\.data_files(=| takes)"):
+    with pytest.raises(ValueError, match=r"data\.data_files(=| must be)"):
         module(tmp_path, folder, data_files=given)
 
 
 def test_the_documents_of_a_stream_are_counted(tmp_path, folder, monkeypatch):
     told = []
-    monkeypatch.setattr("lkda.data.text.hub._TOLD", 10)
+    monkeypatch.setattr("lkda.data.text.hub._DOCUMENTS_PER_UPDATE", 10)
     monkeypatch.setattr(Progress, "update", lambda *_, description, **__: told.append(description))
     module(tmp_path, folder, val_split="test", streaming=True).prepare()
     assert [line for line in told if line.startswith("reading")] == [
         f"reading train: {n} documents" for n in (10, 20, 30, 40)
     ]
-    assert any(line.startswith("tokenising train: 36 documents, ") and line.endswith(" tokens") for line in told)
+    assert any(line.startswith("tokenizing train: 36 documents, ") and line.endswith(" tokens") for line in told)
 
 
 def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path, folder, monkeypatch):
@@ -167,12 +167,12 @@ def test_bad_data_gets_one_clear_message(tmp_path, folder, changes, message):
 
 
 def test_a_column_that_a_stream_lacks_is_named(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"no column 'body'; there are id, text"):
+    with pytest.raises(ValueError, match=r"no column 'body'; the columns are id, text"):
         module(tmp_path, folder, text_column="body", streaming=True).prepare()
 
 
 def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path):
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="must be a directory, but there is none"):
         module(tmp_path, tmp_path / "nothing")
 
 

@@ -77,9 +77,9 @@ def test_the_test_split_is_made_of_the_test_text(prose):
     [
         ({"lengths": [32]}, "lengths"),
         ({"depths": [120]}, "depths"),
-        ({"depths": []}, "entry each"),
+        ({"depths": []}, "at least one entry"),
         ({"examples": 0}, "examples"),
-        ({"lengths": [8192]}, "want twice as many"),
+        ({"lengths": [8192]}, "need twice as many"),
     ],
 )
 def test_bad_numbers_get_one_clear_message(prose, changes, message):
@@ -88,5 +88,5 @@ def test_bad_numbers_get_one_clear_message(prose, changes, message):
 
 
 def test_it_does_not_train(prose):
-    with pytest.raises(ValueError, match="trains none"):
+    with pytest.raises(ValueError, match="only for evaluation"):
         _ = needle(prose).tokens_per_batch
