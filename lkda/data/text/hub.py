@@ -1,4 +1,4 @@
-"""Any data set that `datasets` loads by name, from the Hugging Face hub or a local directory."""
+"""Text from any data set that `datasets` can load, on the Hugging Face hub or in a local directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lkda.data.text.documents import Documents, Splits
 from lkda.data.text.files import kind_of_value, text_column_of
 
 HUB_SECONDS = 10  # time limit of a request to the hub
-_STREAMED = "text"  # the column that a stream is written to
+_STREAMED = "text"  # the column name in the file of a stream
 _DOCUMENTS_PER_UPDATE = 100  # documents of a stream between two updates of the progress bar
 
 # Paths or globs within a data set: one list for all splits, or one list for each split by name.
