@@ -167,9 +167,10 @@ class HubDataModule(TextDataModule):
 
     Args:
         name: on the hub ("roneneldan/TinyStories"), or a local directory that `datasets` can load.
-        data_files: paths or globs within the data set: one, a list, or one for each split, as in {"train":
-            "a/*.parquet"}. subset, revision, split, val_split, val_fraction, test_split, test_fraction, text_column,
-            max_documents, streaming: see `HubCorpus`.
+        data_files: paths or globs within the data set: one, a list, or one for each split, as in
+            {"train": "a/*.parquet"}.
+        subset, revision, split, val_split, val_fraction, test_split, test_fraction, text_column, max_documents,
+            streaming: see `HubCorpus`.
         context, batch_size, vocab_size, seed, tokenizer_path, cache_dir, max_val_batches, num_workers, pin_memory: see
             `TextDataModule`.
     """
