@@ -1,1 +1,1 @@
-"""What the scripts do, one function each: from a composed configuration to files and a result."""
+"""The commands: one function each, which takes a composed configuration, writes files and returns a result."""

@@ -136,7 +136,7 @@ def _leave_no_empty_directory() -> None:
         return
     made = Path(runtime.output_dir)
     if made.absolute() != Path.cwd():
-        with suppress(OSError):  # something is in it
+        with suppress(OSError):  # fails if the directory is not empty
             made.rmdir()
 
 

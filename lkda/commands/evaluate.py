@@ -116,7 +116,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "stepwise": config.stepwise,
         "state_dtype": state_dtype,
         "max_batches": config.max_batches,
-        # A model that reads token by token calls the operators' steps, which have no option `backend`.
+        # A stepwise model calls the step form of the operators, which has no option `backend`.
         "backend": None if config.stepwise else backends,
     }
     _write(config, trained, result, device, ran)

@@ -120,5 +120,5 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
 
 
 def _between_documents(trained: TrainedModel) -> int:
-    """The token that begins documents, for a question without a context; token 0 where the tokenizer has none."""
+    """The id of the token that begins documents, for a question without a context. 0 if the tokenizer has none."""
     return document_start(trained.tokenizer) or 0

@@ -41,7 +41,7 @@ class SoftmaxLayers(nn.Module):
         self.body, self.context = body, context
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor) -> tuple[Tensor, None]:
-        """x [1, N, d_model] -> the same shape. N is a multiple of the context, and a sequence begins at each row."""
+        """x [1, N, d_model] -> [1, N, d_model]. N is a multiple of the context, and a sequence begins at each row."""
         position, sequence = (y.view(-1, self.context) for y in positions(cu_seqlens, x.shape[1]))
         mask = (sequence.unsqueeze(2) == sequence.unsqueeze(1)).tril().unsqueeze(1)  # [rows, 1, context, context]
         rows = x.view(*position.shape, -1)
@@ -63,7 +63,7 @@ class KDALayers(nn.Module):
                 parameter.requires_grad_(False)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor) -> tuple[Tensor, None]:
-        """x [1, N, d_model] -> the same shape."""
+        """x [1, N, d_model] -> [1, N, d_model]."""
         bounds = torch.unique_consecutive(cu_seqlens).long()  # without the empty sequences at the end
         return self.body(inputs_embeds=x, cu_seqlens=bounds, use_cache=False).last_hidden_state, None
 

@@ -26,9 +26,9 @@ from lkda.training.checkpoint import newest_intact
 _CONFIG = "config.yaml"
 # Settings that change what a run computes. A resumed run must have the same values.
 _FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from", "trainer")
-# Settings in these groups that a resumed run may change: the length of the run, the place of the cache, the number of #
+# Settings in these groups that a resumed run may change: the length of the run, the place of the cache, the number of
 # workers and what is printed. The groups outside _FIXED may change too: backend, compile, checkpoint, logger, callbacks
-# # and sample.
+# and sample.
 _FREE = {
     "data": ("cache_dir", "num_workers", "pin_memory"),
     "trainer": (
@@ -97,7 +97,7 @@ class RunDirectory:
                 if path not in self._before:
                     path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.path):
-            with suppress(OSError):  # something is in it
+            with suppress(OSError):  # fails if the directory is not empty
                 folder.rmdir()
         os.close(self._lock)
 

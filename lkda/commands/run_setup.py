@@ -269,5 +269,5 @@ def check_model(
         with torch.device("meta"):
             made = build_model({**model, "vocab_size": model["vocab_size"] or 1})
             return made.resolve_backends(device, precision)
-    except (RuntimeError, OverflowError) as error:  # torch cannot count the bytes of a tensor
+    except (RuntimeError, OverflowError) as error:  # the size of a tensor in bytes overflows in torch
         raise InputError(f"the model is too large ({str(error).splitlines()[0]}): lower its sizes.") from error

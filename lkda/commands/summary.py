@@ -140,6 +140,6 @@ def git_commit() -> str | None:
             capture_output=True,
             text=True,
         )
-    except FileNotFoundError:  # no git on this machine
+    except FileNotFoundError:  # git is not installed
         return None
     return described.stdout.strip() or None

@@ -76,8 +76,7 @@ def pack(rows: Rows, numbers: Sequence[int], length: int) -> dict[str, Tensor]:
 
 
 class TrainingBatches(Dataset[dict[str, Tensor]]):
-    """An unlimited sequence of batches, epoch after epoch. The order of the rows in an epoch depends only on (seed,
-    epoch).
+    """An unlimited sequence of batches, epoch after epoch. Only (seed, epoch) decides the order of the rows.
 
     Args:
         batch_size: rows per batch on this rank.

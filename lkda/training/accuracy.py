@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassExactMatch
 from lkda.models.lm import LanguageModel
 from lkda.special_tokens import IGNORE_INDEX
 
-# Logits are computed for this many positions at a time: 256 MB of them for a vocabulary of 8192.
+# Logits are computed for this many positions at a time. They take 256 MB for a vocabulary of 8192.
 PLACES_AT_ONCE = 8192
 
 

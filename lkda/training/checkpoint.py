@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, and read as tensors and plain values only.
 
-A file is Lightning's checkpoint plus `checkpoint["lkda"]`, which makes it self-contained: {"format": 1, "model": the
-dict of `build_model`, "tokenizer": JSON text, "run": plain values that describe the run} where the tokenizer is None if
-the model's tokens are not text.
+A file is Lightning's checkpoint plus `checkpoint["lkda"]`, which makes it self-contained:
+    {"format": 1, "model": the dict of `build_model`, "tokenizer": JSON text, "run": plain values that describe the run}
+The tokenizer is None if the model's tokens are not text.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_errors_name_the_door_that_was_used(
 ) -> None:
     small = ("debug=fast", "data=prose", f"data.directory={tmp_path}", "trainer=cpu", f"hydra.run.dir={tmp_path}/run")
     assert typed(monkeypatch, "train", *small) == 2
-    assert "make it: /somewhere/bin/lkda prepare-data." in capsys.readouterr().err
+    assert "make it with /somewhere/bin/lkda prepare-data." in capsys.readouterr().err
 
 
 def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

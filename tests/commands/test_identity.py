@@ -68,7 +68,8 @@ def test_other_text_does_not_resume(home: Path, monkeypatch: pytest.MonkeyPatch)
     # Before time is spent on it: the tokenizer is not trained.
     monkeypatch.setattr("lkda.data.text.tokenize.train_tokenizer", lambda *_: pytest.fail("trained a tokenizer"))
     with pytest.raises(
-        ValueError, match=r"resume: the training data, the validation data and the test data \(.*texts\) are not"
+        ValueError,
+        match=r"resumed: the training data, the validation data and the test data \(.*texts\) must be the same",
     ):
         run(home / "run", home / "texts", *LONGER, "resume=true")
     assert files(home / "run") == before

@@ -99,7 +99,7 @@ def test_recall_is_measured_so_too(tmp_path: Path) -> None:
         ),
         (["stepwise=maybe"], "stepwise must be true or false, got 'maybe'"),
         (["max_batches=0"], "max_batches must be a whole number of 1 or more, got 0"),
-        (["stepwise=true", "tasks=[sotu_word_order]"], "give one or the other"),
+        (["stepwise=true", "tasks=[sotu_word_order]"], "leave out one of the two"),
     ],
 )
 def test_what_makes_no_sense_is_refused(run: Path, given: list[str], message: str) -> None:

@@ -84,7 +84,7 @@ def test_metrics_have_every_step_and_validation(run: Path) -> None:
     seconds = [float(row["seconds"]) for row in rows]
     assert seconds == sorted(seconds)
     ratio = {round(float(row["train/loss"]) / float(row["train/bits_per_byte"]), 4) for row in trained}
-    assert len(ratio) == 1  # nats a token and bits a byte differ by a constant of the corpus
+    assert len(ratio) == 1  # nats per token and bits per byte differ by a constant of the corpus
 
 
 def test_a_checkpoint_is_plain_and_enough(run: Path) -> None:

@@ -136,7 +136,7 @@ class _Letters:
     """The number of bytes and of newlines of each token's text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # A byte-level token has a letter for each byte; the token that begins a document has no text.
+        # The name of a byte-level token has one letter per byte. The token that begins a document has no text.
         tokens = [tokenizer.id_to_token(token) or "" for token in range(vocabulary_rows(tokenizer))]
         self.sizes = np.array([len(token) for token in tokens])
         self.sizes[document_start(tokenizer)] = 0
@@ -155,7 +155,7 @@ class _Letters:
         return np.union1d([1], found[found < len(document)])
 
 
-_NEWLINE = "Ċ"  # of the byte-level alphabet
+_NEWLINE = "Ċ"  # a newline in the byte-level alphabet
 
 
 def _kept_tokens(breaks: np.ndarray, shared: np.ndarray, length: int) -> np.ndarray:

@@ -55,7 +55,7 @@ def building(entry: Path) -> Iterator[Path]:
         raise _not_writable(entry, error) from error
     try:
         try:
-            shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left behind
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
             scratch.mkdir()
         except OSError as error:
             raise _not_writable(entry, error) from error

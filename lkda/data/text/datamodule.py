@@ -52,8 +52,7 @@ class TextDataModule(IndexedDataModule):
 
     There is no test split if its text has fewer than context + 1 tokens.
 
-    Attributes after `prepare`, in addition to those of `IndexedDataModule`: train_tokens and val_tokens, the numbers of
-        tokens. unigram_entropy (nats per token) and bytes_per_token are of the validation text.
+    `prepare` also sets train_tokens and val_tokens, the numbers of tokens of the two splits.
     """
 
     sources: tuple[str, ...] = ("sotu", "files", "prose")

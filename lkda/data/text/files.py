@@ -25,7 +25,8 @@ from lkda.io import named
 
 # The reader of a file, by its suffix. A text file is one document.
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# The State of the Union addresses from this year on are the validation split. They are 5% of the bytes.
+# The State of the Union addresses from this year on are the validation split: 5% of the bytes. No later address is
+# trained on.
 SOTU_VALIDATION_FROM = 2012
 
 

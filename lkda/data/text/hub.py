@@ -1,4 +1,4 @@
-"""Any data set that `datasets` loads by name, from the Hugging Face hub or a local directory."""
+"""Text from any data set that `datasets` can load, on the Hugging Face hub or in a local directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lkda.data.text.documents import Documents, Splits
 from lkda.data.text.files import kind_of_value, text_column_of
 
 HUB_SECONDS = 10  # time limit of a request to the hub
-_STREAMED = "text"  # the column that a stream is written to
+_STREAMED = "text"  # the column name in the file of a stream
 _DOCUMENTS_PER_UPDATE = 100  # documents of a stream between two updates of the progress bar
 
 # Paths or globs within a data set: one list for all splits, or one list for each split by name.
@@ -167,9 +167,10 @@ class HubDataModule(TextDataModule):
 
     Args:
         name: on the hub ("roneneldan/TinyStories"), or a local directory that `datasets` can load.
-        data_files: paths or globs within the data set: one, a list, or one for each split, as in {"train":
-            "a/*.parquet"}. subset, revision, split, val_split, val_fraction, test_split, test_fraction, text_column,
-            max_documents, streaming: see `HubCorpus`.
+        data_files: paths or globs within the data set: one, a list, or one for each split, as in
+            {"train": "a/*.parquet"}.
+        subset, revision, split, val_split, val_fraction, test_split, test_fraction, text_column, max_documents,
+            streaming: see `HubCorpus`.
         context, batch_size, vocab_size, seed, tokenizer_path, cache_dir, max_val_batches, num_workers, pin_memory: see
             `TextDataModule`.
     """

@@ -154,8 +154,8 @@ def tokenize_splits(
     vocab_size: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """Fill `directory` with tokenizer.json, train.npy, validation.npy and, where there is a test split, test.npy.
-    Returns the metadata to publish with them.
+    """Fill `directory` with tokenizer.json, train.npy, validation.npy and, if there is a test split, test.npy. Returns
+    the metadata to publish with them.
 
     If the tokenizer has no token that begins a document, the positions where documents begin are written to
     train_starts.npy and so on. The documents are iterated several times. Only a part of them and of their tokens is in

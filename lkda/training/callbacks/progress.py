@@ -28,7 +28,7 @@ _SHOWN = {
     "val/accuracy": "acc {:.1%}",
 }
 SECONDS_BETWEEN_LINES = 30
-# Steps after the warm-up that the first estimate of the time left is made from.
+# The number of steps after the warm-up that are timed for the first estimate.
 TIMED_STEPS = 5
 
 

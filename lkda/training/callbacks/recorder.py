@@ -121,7 +121,7 @@ class Recorder(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.seconds = checkpoint["lkda_seconds"]
-        clipped, steps = checkpoint.get("lkda_clipped", (0, 0))  # absent from old checkpoints
+        clipped, steps = checkpoint.get("lkda_clipped", (0, 0))  # missing in checkpoints of earlier versions
         self._clipped = (-clipped, -steps)
 
     def _clipped_since(self, pl_module: L.LightningModule) -> tuple[int, int]:
