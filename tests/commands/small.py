@@ -9,6 +9,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 ROOT = Path(__file__).parents[2]
+# Columns of metrics.csv that depend on the clock.
+TIMES = ("seconds", "tokens_per_s", "tflops_per_s")
 
 
 def small_run(corpus: Path, *overrides: str) -> list[str]:

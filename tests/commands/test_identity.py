@@ -17,7 +17,7 @@ from lkda.commands import command_line
 from lkda.commands.evaluate import evaluate
 from lkda.commands.train import train
 from lkda.training.task import LanguageModelTask
-from tests.commands.small import composed
+from tests.commands.small import TIMES, composed
 
 SETTINGS = ("debug=fast", "data=files", "trainer=cpu", "sample.max_new_tokens=0", "trainer.max_steps=2")
 LONGER = ("trainer.max_steps=4",)
@@ -231,9 +231,6 @@ def test_files_of_others_are_not_written_over(
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "work", home / "texts")
     assert files(tmp_path / "work") == before
-
-
-TIMES = ("seconds", "tokens_per_s", "tflops_per_s")
 
 
 def rows(directory: Path) -> list[dict[str, str]]:

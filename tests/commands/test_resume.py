@@ -21,7 +21,7 @@ from lkda.commands.train import train
 from lkda.training.checkpoint import read_checkpoint, step_files, step_path
 from lkda.training.metrics_csv import MetricsCSV
 from lkda.training.task import LanguageModelTask
-from tests.commands.small import ROOT, composed, small_run
+from tests.commands.small import ROOT, TIMES, composed, small_run
 
 LONG = (
     "trainer.max_steps=90",
@@ -38,7 +38,7 @@ Rows = list[dict[str, str]]
 def rows(directory: Path) -> Rows:
     """metrics.csv without the columns that tell the time."""
     with open(directory / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
 def run(corpus: Path, directory: Path, *overrides: str) -> dict[str, Any]:

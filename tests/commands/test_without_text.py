@@ -11,7 +11,7 @@ from lkda.commands.export import export
 from lkda.commands.generate import generate
 from lkda.commands.train import train
 from lkda.training.checkpoint import read_checkpoint
-from tests.commands.small import composed, small_run
+from tests.commands.small import TIMES, composed, small_run
 
 TINY = (
     *("trainer=cpu", "callbacks=none", "model=recall", "mixer=conv_kda", "model.d_model=32", "data=mqar"),
@@ -24,7 +24,7 @@ SUBSETS = ("length_32_pairs_2", "length_64_pairs_8")
 
 def rows(directory: Path) -> list[dict[str, str]]:
     with open(directory / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
