@@ -120,7 +120,7 @@ TRAINING = [
     ),
     (
         "hydra.run.dir={run} resume=true model.learning_rate=1e-4",
-        r"holds a run with other settings \(optimizer.lr: 0.004 there, 0.0001 here\)",
+        r"holds a run with other settings \(optimizer.lr: 0.004 is recorded, 0.0001 is given\)",
     ),
     ("model.init.head_std=0", r"model.init.head_std has no effect beside model.tie_embeddings=true"),
     ("optimizer.lr_scale.head=2", r"optimizer.lr_scale.head has no effect beside model.tie_embeddings=true"),

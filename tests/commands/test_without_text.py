@@ -88,7 +88,7 @@ def test_what_needs_text_says_so(run: Path, corpus: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=no_text):
         evaluate(composed("evaluate", f"ckpt={run}", "data=files", f"data.paths=[{corpus}]", "accelerator=cpu"))
     with pytest.raises(ValueError, match="init_from needs data of text"):
-        train(composed("train", *TINY, f"init_from={tmp_path}/exported"), tmp_path / "run")
+        train(composed("train", *TINY, f"init_from={tmp_path}/exported", "optimizer.lr=1e-3"), tmp_path / "run")
 
 
 def test_a_model_of_text_is_not_asked_for_recall(corpus: Path, tmp_path: Path) -> None:
