@@ -22,6 +22,9 @@ from tests.commands.small import ROOT, composed, small_run
 TRAINING = [
     # settings
     ("trainer.max_step=5", r"Could not override 'trainer.max_step'. Did you mean max_steps\? It has .*accelerator"),
+    ("+colour=red", r"train has no option colour; it has seed, backend, .*, model, mixer, data"),
+    ("~resume", r"train needs its option resume: leave ~resume out"),
+    ("~seed", r"train needs its option seed: leave ~seed out"),
     ("modle.d_model=5", r"Could not override 'modle.d_model'.* Did you mean model\?"),
     ("mixer=kdaa", r"Could not find 'mixer/kdaa'.*kda_mla_3to1.*simplified"),
     ("mixer.kda.gates=head", r"Could not override 'mixer.kda.gates'. Did you mean gate\?"),
@@ -58,6 +61,8 @@ TRAINING = [
     ("model.embed_scale=nan", r"model.embed_scale must be a number above 0, got nan"),
     ("callbacks=default callbacks.progress._target_=builtins.dict", r"callbacks makes a dict, which is no callback"),
     ("hydra.run.dir=''", r"hydra.run.dir is empty: give a directory, or leave it out"),
+    ("mixer=mla mixer.mla.qk_nope_head_dim=-1", r"mixer.mla.qk_nope_head_dim must be a whole number of 1 or more"),
+    ("mixer=mla mixer.mla.kv_lora_rank=0", r"mixer.mla.kv_lora_rank must be a whole number of 1 or more, got 0"),
     ("mixer.pattern=-1", r"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern -1 "),
     ("mixer.pattern=[null]", r"unknown mixer None; there are conv, "),
     ("model.name=null", r"model.name must be text, got None"),
@@ -82,6 +87,7 @@ TRAINING = [
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
     ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
     ("data.paths=[]", r"data.paths is empty"),
+    ("data.paths=[{tmp}/loop.txt]", r"data path .*loop.txt is a link that leads to itself"),
     ("data.paths=[{tmp}/folder]", r"folder holds no file of a kind that is read: .txt"),
     ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
     ("data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
@@ -200,6 +206,7 @@ EVALUATE = [
         r"out=.*result.json cannot be written: .*short.txt: Not a directory",
     ),
     ("ckpt={run} out=/proc/result.json", r"out=/proc/result.json cannot be written: /proc: "),
+    ("ckpt={run} +colour=red", r"evaluate has no option colour; it has ckpt, seed, .*, data"),
     ("ckpt=''", r"ckpt must be a path .*, got ''"),
     ("ckpt=5", r"there is no checkpoint at 5"),
     ("ckpt={run} limit=5", r"limit is for tasks=\[...\]: name some, or leave it out"),
@@ -278,6 +285,7 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     (tmp / "latin1.txt").write_bytes("déjà vu, and more".encode("latin-1"))
     (tmp / "mixed.jsonl").write_text('{"text": "a b c"}\n{"text": 6}\n')
     (tmp / "folder").mkdir()
+    (tmp / "loop.txt").symlink_to("loop.txt")
     (tmp / "set").mkdir()
     (tmp / "set" / "train.jsonl").write_text('{"text": "a document of a few words"}\n' * 40)
     (tmp / "foreign").mkdir()

@@ -201,6 +201,13 @@ def _year_of(path: Path, option: str) -> int:
     return int(year[0])
 
 
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as error:
+        raise InputError(f"data path {path} is a link that leads to itself.") from error
+
+
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
     found: set[Path] = set()
     for pattern in paths:
@@ -212,7 +219,7 @@ def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
             inside = _inside(match) if match.is_dir() else [match]
             if not inside:
                 raise InputError(f"data path {match} holds no file of a kind that is read: {', '.join(BUILDERS)}.")
-            found.update(path.resolve() for path in inside)
+            found.update(_resolved(path) for path in inside)
     for path in found:
         if kind_of(path) is None:
             raise InputError(f"data path {path} is of an unknown kind {path.suffix!r}; read are {', '.join(BUILDERS)}.")
