@@ -18,6 +18,7 @@ def check_keys(config: DictConfig, command: str) -> None:
         command: train, evaluate, ...: the name of the YAML.
     """
     declared = OmegaConf.load(CONFIGS / f"{command}.yaml")
+    assert isinstance(declared, DictConfig)
     own = [str(key) for key in declared if key not in ("defaults", "hydra")]
     defaults = [entry for entry in declared.get("defaults", []) if isinstance(entry, DictConfig)]
     groups = [str(key) for entry in defaults for key in entry if "/" not in str(key)]

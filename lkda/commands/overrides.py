@@ -13,15 +13,8 @@ from hydra.errors import HydraException
 # Settings whose value is one text or path: of these Hydra's grammar shall make no number, list or dictionary.
 _TEXTS = {
     *("ckpt", "out", "prompt_file", "init_from", "tasks_path", "bench", "title", "runs"),
-    *(
-        "model.name",
-        "mixer.name",
-        "sample.prompt",
-        "data.tokenizer_path",
-        "data.directory",
-        "hydra.run.dir",
-        "hydra.sweep.dir",
-    ),
+    *("sample.prompt", "data.tokenizer_path", "data.directory", "hydra.run.dir", "hydra.sweep.dir"),
+    *("model.name", "mixer.name", "logger.wandb.project", "logger.wandb.name", "logger.wandb.group"),
 }
 # Of these, the one that also takes a list.
 _MAY_BE_A_LIST = ("runs",)

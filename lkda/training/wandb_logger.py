@@ -56,7 +56,13 @@ def why_offline() -> str | None:
 
 
 def wandb_logger(
-    *, save_dir: str, config: dict[str, Any], project: str, name: str, group: str, tags: Sequence[str]
+    *,
+    save_dir: str,
+    config: dict[str, Any],
+    project: str | None,
+    name: str | None,
+    group: str | None,
+    tags: Sequence[str],
 ) -> WandbLogger:
     """A logger that mirrors metrics.csv, with the resolved configuration beside it.
 
@@ -65,7 +71,7 @@ def wandb_logger(
     Args:
         save_dir: the run directory.
         config: the resolved configuration.
-        project, name, group, tags: how the run is filed; runs to be compared share a group.
+        project, name, group, tags: how the run is filed, where None as W&B does; runs to be compared share a group.
     """
     import wandb
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import lkda
 from lkda.commands.command_line import _message
@@ -87,13 +89,17 @@ TRAINING = [
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
     ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
     ("data.paths=[]", r"data.paths is empty"),
-    ("data.paths=[{tmp}/loop.txt]", r"data path .*loop.txt is a link that leads to itself"),
+    ("data.paths=[{tmp}/loop.txt]", r"data path .*loop.txt is a link to nothing"),
     ("data.paths=[{tmp}/folder]", r"folder holds no file of a kind that is read: .txt"),
     ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
     ("data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
     ("data.paths=[{tmp}/short.txt]", r"the training text has \d+ tokens, fewer than one context of 32"),
     ("data.context=0", r"data.context must be a positive whole number, got 0"),
     ("data.vocab_size=350", r"the tokenizer has 350 tokens and the model 300 rows: set model.vocab_size to 350"),
+    (
+        "data.tokenizer_path={tmp}/one_word.json",
+        r"the tokenizer of data.tokenizer_path cannot encode the text \(.*UNK.*\); give one that knows every byte",
+    ),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
     # options that another one leaves without effect
     ("mixer.kda.lower_bound=-4", r"mixer.kda.lower_bound has no effect without mixer.kda.gate_form=bounded; leave it"),
@@ -147,6 +153,9 @@ TRAINING = [
     ("data.pin_memory=true", r"data.pin_memory has no effect where there is no GPU"),
     # the logger
     ("+logger.wandb.project=mine", r"logger.wandb is no logger .*: choose logger=wandb"),
+    ("logger=wandb logger.wandb.tags=null", r"logger.wandb.tags must be a list, each entry text, got None"),
+    ("logger=wandb logger.wandb.tags=[1]", r"logger.wandb.tags must be a list, each entry text, got \[1\]"),
+    ("logger=wandb logger.wandb._target_=lkda.nothing", r"logger.wandb._target_=lkda.nothing cannot be imported"),
     ("+logger.wandb=0", r"logger.wandb is no logger"),
     ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
     # the sample at the end
@@ -284,6 +293,7 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     (tmp / "short.txt").write_text("a few words")
     (tmp / "latin1.txt").write_bytes("déjà vu, and more".encode("latin-1"))
     (tmp / "mixed.jsonl").write_text('{"text": "a b c"}\n{"text": 6}\n')
+    Tokenizer(WordLevel({"a": 0})).save(str(tmp / "one_word.json"))
     (tmp / "folder").mkdir()
     (tmp / "loop.txt").symlink_to("loop.txt")
     (tmp / "set").mkdir()

@@ -202,10 +202,9 @@ def _year_of(path: Path, option: str) -> int:
 
 
 def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except RuntimeError as error:
-        raise InputError(f"data path {path} is a link that leads to itself.") from error
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"data path {path} is a link to nothing.")
+    return path.resolve()
 
 
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
