@@ -7,6 +7,27 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import InputError
+from lkda.commands.shipped import CONFIGS
+
+
+def check_keys(config: DictConfig, command: str) -> None:
+    """Raises ValueError where the composed configuration has a top-level key that the command's YAML does not have, as
+    `+colour=red` gives it, or lacks one, as `~seed` takes it away.
+
+    Args:
+        command: train, evaluate, ...: the name of the YAML.
+    """
+    declared = OmegaConf.load(CONFIGS / f"{command}.yaml")
+    assert isinstance(declared, DictConfig)
+    own = [str(key) for key in declared if key not in ("defaults", "hydra")]
+    defaults = [entry for entry in declared.get("defaults", []) if isinstance(entry, DictConfig)]
+    groups = [str(key) for entry in defaults for key in entry if "/" not in str(key)]
+    unknown = [str(key) for key in config if key not in (*own, *groups)]
+    if unknown:
+        raise InputError(f"{command} has no option {unknown[0]}; it has {', '.join((*own, *groups))}.")
+    missing = [key for key in own if key not in config]
+    if missing:
+        raise InputError(f"{command} needs its option {missing[0]}: leave ~{missing[0]} out.")
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 import lkda
 from lkda.checks import InputError
 from lkda.commands.command_line import BAD_INPUT, output_that_may_end, readable_errors
+from lkda.commands.config import check_keys
 from lkda.commands.invocation import with_started_command
 from lkda.commands.overrides import as_typed
 from lkda.commands.shipped import CONFIGS
@@ -63,6 +64,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
 
     def task(config: DictConfig) -> None:
         with readable_errors():  # here too, so that it prints before Hydra adds a line of its own
+            check_keys(config, module)
             # Imported here, so that --help does not wait for torch.
             function = getattr(importlib.import_module(f"lkda.commands.{module}"), module)
             if name == "train":

@@ -13,15 +13,8 @@ from hydra.errors import HydraException
 # Settings whose value is a text or a path. Hydra's grammar must not turn it into a number, a list or a dictionary.
 _TEXTS = {
     *("ckpt", "out", "prompt_file", "init_from", "tasks_path", "bench", "title", "runs"),
-    *(
-        "model.name",
-        "mixer.name",
-        "sample.prompt",
-        "data.tokenizer_path",
-        "data.directory",
-        "hydra.run.dir",
-        "hydra.sweep.dir",
-    ),
+    *("sample.prompt", "data.tokenizer_path", "data.directory", "hydra.run.dir", "hydra.sweep.dir"),
+    *("model.name", "mixer.name", "logger.wandb.project", "logger.wandb.name", "logger.wandb.group"),
 }
 # Those of the settings above that also take a list.
 _MAY_BE_A_LIST = ("runs",)

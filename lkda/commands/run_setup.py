@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from lkda.checks import InputError, check_count, check_values
+from lkda.checks import InputError, check_count, check_types, check_values
 from lkda.commands.config import resolve
 from lkda.commands.data_options import check_data_options
 from lkda.commands.init_from import load_initial_model, mixer_name
@@ -142,6 +143,9 @@ def _check(settings: dict[str, Any]) -> None:
     check_checkpoint(settings["checkpoint"])
     check_sample(settings["sample"])
     check_parts("logger", settings["logger"], kind="logger", choice="wandb")
+    for name, logger in settings["logger"].items():
+        if logger and str(logger["_target_"]).startswith("lkda."):
+            check_types(_located(f"logger.{name}", logger["_target_"]), logger, prefix=f"logger.{name}.")
     check_parts("callbacks", settings["callbacks"], kind="callback", choice="default")
     for group in ("model", "mixer"):
         check_values({"name": settings[group].get("name")}, {"name": str}, prefix=f"{group}.")
@@ -150,6 +154,13 @@ def _check(settings: dict[str, Any]) -> None:
         raise InputError(f"compile must be auto, true or false, got {settings['compile']!r}.")
     if not isinstance(settings["init_from"], str | None):
         raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
+
+
+def _located(part: str, target: str) -> Callable[..., Any]:
+    try:
+        return get_object(target)
+    except Exception as error:  # of many types: the module, the name, or what importing it raises
+        raise InputError(f"{part}._target_={target} cannot be imported: {' '.join(str(error).split())}.") from error
 
 
 def _with_initial_model(settings: dict[str, Any], config: DictConfig) -> tuple[dict[str, Any], LanguageModel | None]:

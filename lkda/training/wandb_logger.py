@@ -56,7 +56,13 @@ def why_offline() -> str | None:
 
 
 def wandb_logger(
-    *, save_dir: str, config: dict[str, Any], project: str, name: str, group: str, tags: Sequence[str]
+    *,
+    save_dir: str,
+    config: dict[str, Any],
+    project: str | None,
+    name: str | None,
+    group: str | None,
+    tags: Sequence[str],
 ) -> WandbLogger:
     """A logger that sends the rows of metrics.csv, and once the resolved configuration, to W&B.
 
@@ -65,7 +71,7 @@ def wandb_logger(
     Args:
         save_dir: the run directory.
         config: the resolved configuration.
-        project, name, group, tags: of the run in W&B. Runs that are compared share a group.
+        project, name, group, tags: of the run in W&B; W&B chooses what is None. Runs that are compared share a group.
     """
     import wandb
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import lkda
 from lkda.commands.command_line import _message
@@ -22,6 +24,9 @@ from tests.commands.small import ROOT, composed, small_run
 TRAINING = [
     # settings
     ("trainer.max_step=5", r"Could not override 'trainer.max_step'. Did you mean max_steps\? It has .*accelerator"),
+    ("+colour=red", r"train has no option colour; it has seed, backend, .*, model, mixer, data"),
+    ("~resume", r"train needs its option resume: leave ~resume out"),
+    ("~seed", r"train needs its option seed: leave ~seed out"),
     ("modle.d_model=5", r"Could not override 'modle.d_model'.* Did you mean model\?"),
     ("mixer=kdaa", r"Could not find 'mixer/kdaa'.*kda_mla_3to1.*simplified"),
     ("mixer.kda.gates=head", r"Could not override 'mixer.kda.gates'. Did you mean gate\?"),
@@ -61,6 +66,8 @@ TRAINING = [
         r"callbacks makes a dict, which is not a Lightning callback",
     ),
     ("hydra.run.dir=''", r"hydra.run.dir is empty: give a directory, or leave it out"),
+    ("mixer=mla mixer.mla.qk_nope_head_dim=-1", r"mixer.mla.qk_nope_head_dim must be a whole number of 1 or more"),
+    ("mixer=mla mixer.mla.kv_lora_rank=0", r"mixer.mla.kv_lora_rank must be a whole number of 1 or more, got 0"),
     ("mixer.pattern=-1", r"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern -1 "),
     ("mixer.pattern=[null]", r"unknown mixer None; there are conv, "),
     ("model.name=null", r"model.name must be text, got None"),
@@ -85,6 +92,7 @@ TRAINING = [
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
     ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
     ("data.paths=[]", r"data.paths is empty"),
+    ("data.paths=[{tmp}/loop.txt]", r"data path .*loop.txt is a link to nothing"),
     ("data.paths=[{tmp}/folder]", r"folder holds no file of a known kind: .txt"),
     ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
     ("data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
@@ -93,6 +101,10 @@ TRAINING = [
     (
         "data.vocab_size=350",
         r"the tokenizer has 350 tokens, but the model has only 300 rows: set model.vocab_size to 350",
+    ),
+    (
+        "data.tokenizer_path={tmp}/one_word.json",
+        r"the tokenizer of data.tokenizer_path cannot encode the text \(.*UNK.*\); give one that knows every byte",
     ),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
     # options that another one leaves without effect
@@ -147,6 +159,9 @@ TRAINING = [
     ("data.pin_memory=true", r"data.pin_memory has no effect where there is no GPU"),
     # the logger
     ("+logger.wandb.project=mine", r"logger.wandb is not a logger.*: choose logger=wandb"),
+    ("logger=wandb logger.wandb.tags=null", r"logger.wandb.tags must be a list, each entry text, got None"),
+    ("logger=wandb logger.wandb.tags=[1]", r"logger.wandb.tags must be a list, each entry text, got \[1\]"),
+    ("logger=wandb logger.wandb._target_=lkda.nothing", r"logger.wandb._target_=lkda.nothing cannot be imported"),
     ("+logger.wandb=0", r"logger.wandb is not a logger"),
     ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
     # the sample at the end
@@ -212,6 +227,7 @@ EVALUATE = [
         r"out=.*result.json cannot be written: .*short.txt: Not a directory",
     ),
     ("ckpt={run} out=/proc/result.json", r"out=/proc/result.json cannot be written: /proc: "),
+    ("ckpt={run} +colour=red", r"evaluate has no option colour; it has ckpt, seed, .*, data"),
     ("ckpt=''", r"ckpt must be a path .*, got ''"),
     ("ckpt=5", r"there is no checkpoint at 5"),
     ("ckpt={run} limit=5", r"limit has an effect only with tasks=\[...\]: name some tasks, or leave it out"),
@@ -289,7 +305,9 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     (tmp / "short.txt").write_text("a few words")
     (tmp / "latin1.txt").write_bytes("déjà vu, and more".encode("latin-1"))
     (tmp / "mixed.jsonl").write_text('{"text": "a b c"}\n{"text": 6}\n')
+    Tokenizer(WordLevel({"a": 0})).save(str(tmp / "one_word.json"))
     (tmp / "folder").mkdir()
+    (tmp / "loop.txt").symlink_to("loop.txt")
     (tmp / "set").mkdir()
     (tmp / "set" / "train.jsonl").write_text('{"text": "a document of a few words"}\n' * 40)
     (tmp / "foreign").mkdir()

@@ -211,6 +211,12 @@ def _year_of(path: Path, option: str) -> int:
     return int(year[0])
 
 
+def _resolved(path: Path) -> Path:
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"data path {path} is a link to nothing.")
+    return path.resolve()
+
+
 def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
     found: set[Path] = set()
     for pattern in paths:
@@ -222,7 +228,7 @@ def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
             inside = _inside(match) if match.is_dir() else [match]
             if not inside:
                 raise InputError(f"data path {match} holds no file of a known kind: {', '.join(BUILDERS)}.")
-            found.update(path.resolve() for path in inside)
+            found.update(_resolved(path) for path in inside)
     for path in found:
         if kind_of(path) is None:
             raise InputError(

@@ -214,7 +214,13 @@ def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
     for text in documents:
         characters.update(text)
     visible = [character for character in sorted(characters) if not character.isspace()]
-    for character, encoding in zip(visible, encode_texts(tokenizer, visible), strict=True):
+    try:
+        encodings = encode_texts(tokenizer, visible)
+    except Exception as error:  # the library's own has no other type
+        raise InputError(
+            f"the tokenizer of data.tokenizer_path cannot encode the text ({error}); give one that knows every byte."
+        ) from error
+    for character, encoding in zip(visible, encodings, strict=True):
         if not encoding.ids:
             raise InputError(
                 f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import check_count
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
 from lkda.models.short_conv import ShortConvolution
@@ -49,6 +50,15 @@ class MultiHeadLatentAttention(Mixer):
         backend: str = "auto",
     ) -> None:
         super().__init__(d_model, num_heads)
+        widths_given = {
+            "kv_lora_rank": kv_lora_rank,
+            "qk_nope_head_dim": qk_nope_head_dim,
+            "qk_rope_head_dim": qk_rope_head_dim,
+            "v_head_dim": v_head_dim,
+        }
+        for name, width in widths_given.items():
+            if width is not None:
+                check_count(f"mixer.mla.{name}", width, least=1)
         self.rank = kv_lora_rank or d_model // 2
         self.nope = qk_nope_head_dim or self.head_dim
         self.rope = qk_rope_head_dim or self.head_dim // 2
