@@ -25,7 +25,8 @@ def check_keys(config: DictConfig, command: str) -> None:
     unknown = [str(key) for key in config if key not in (*own, *groups)]
     if unknown:
         raise InputError(f"{command} has no option {unknown[0]}; it has {', '.join((*own, *groups))}.")
-    missing = [key for key in own if key not in config]
+    given = list(config)  # `in config` is false for a value of ???
+    missing = [key for key in own if key not in given]
     if missing:
         raise InputError(f"{command} needs its option {missing[0]}: leave ~{missing[0]} out.")
 
