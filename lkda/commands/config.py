@@ -22,10 +22,11 @@ def check_keys(config: DictConfig, command: str) -> None:
     own = [str(key) for key in declared if key not in ("defaults", "hydra")]
     defaults = [entry for entry in declared.get("defaults", []) if isinstance(entry, DictConfig)]
     groups = [str(key) for entry in defaults for key in entry if "/" not in str(key)]
-    unknown = [str(key) for key in config if key not in (*own, *groups)]
+    there = list(config.keys())  # a value that is still to be given is there too
+    unknown = [str(key) for key in there if key not in (*own, *groups)]
     if unknown:
         raise InputError(f"{command} has no option {unknown[0]}; it has {', '.join((*own, *groups))}.")
-    missing = [key for key in own if key not in config]
+    missing = [key for key in own if key not in there]
     if missing:
         raise InputError(f"{command} needs its option {missing[0]}: leave ~{missing[0]} out.")
 
