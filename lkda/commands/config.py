@@ -1,4 +1,4 @@
-"""Converts the configuration that Hydra composed to plain values."""
+"""From the configuration that Hydra composed to plain values."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ def check_keys(config: DictConfig, command: str) -> None:
     own = [str(key) for key in declared if key not in ("defaults", "hydra")]
     defaults = [entry for entry in declared.get("defaults", []) if isinstance(entry, DictConfig)]
     groups = [str(key) for entry in defaults for key in entry if "/" not in str(key)]
-    unknown = [str(key) for key in config if key not in (*own, *groups)]
+    there = list(config.keys())  # a value that is still to be given is there too
+    unknown = [str(key) for key in there if key not in (*own, *groups)]
     if unknown:
         raise InputError(f"{command} has no option {unknown[0]}; it has {', '.join((*own, *groups))}.")
-    given = list(config)  # `in config` is false for a value of ???
-    missing = [key for key in own if key not in given]
+    missing = [key for key in own if key not in there]
     if missing:
         raise InputError(f"{command} needs its option {missing[0]}: leave ~{missing[0]} out.")
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
-    """The configuration as a plain dict with all interpolations resolved.
-
-    Raises: InputError if a required value is missing. The message names it.
-    """
+    """The configuration as a plain dict, interpolations resolved. Raises ValueError naming a value that is required and
+    missing."""
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
