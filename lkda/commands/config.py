@@ -7,12 +7,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import InputError
+from lkda.commands.invocation import typed_overrides
 from lkda.commands.shipped import CONFIGS
 
 
 def check_keys(config: DictConfig, command: str) -> None:
-    """Raises ValueError where the composed configuration has a top-level key that the command's YAML does not have, as
-    `+colour=red` gives it, or lacks one, as `~seed` takes it away.
+    """Raises ValueError if the command line adds a top-level key that the command's YAML does not have, as
+    `+colour=red` does, or removes one that it has, as `~seed` does. An experiment may have keys of its own, to which
+    its settings refer.
 
     Args:
         command: train, evaluate, ...: the name of the YAML.
@@ -23,7 +25,8 @@ def check_keys(config: DictConfig, command: str) -> None:
     defaults = [entry for entry in declared.get("defaults", []) if isinstance(entry, DictConfig)]
     groups = [str(key) for entry in defaults for key in entry if "/" not in str(key)]
     there = list(config.keys())  # a value that is still to be given is there too
-    unknown = [str(key) for key in there if key not in (*own, *groups)]
+    added = {word.lstrip("+").split("=")[0].split(".")[0] for word in typed_overrides() if word.startswith("+")}
+    unknown = [str(key) for key in there if key in added and key not in (*own, *groups)]
     if unknown:
         raise InputError(f"{command} has no option {unknown[0]}; it has {', '.join((*own, *groups))}.")
     missing = [key for key in own if key not in there]

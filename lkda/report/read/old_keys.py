@@ -1,6 +1,6 @@
 """Results files of earlier versions, as they would be written today. Keys and names change, numbers never.
 
-The committed files were rewritten with `python -m lkda.report.read.old_keys FILE ...`.
+The committed files were rewritten with `python -m lkda.report.read.old_keys docs/results/*/*.json`.
 """
 
 from __future__ import annotations
