@@ -65,10 +65,6 @@ class LanguageModel(nn.Module):
         """tokens [B, T] -> logits [B, T, vocab]. With cu_seqlens (B = 1), packed sequences are independent."""
         return self.lm_head(self.hidden(tokens, cu_seqlens=cu_seqlens))
 
-    def logits_at(self, tokens: Tensor, places: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The logits [N, vocab] at `places` [N] only, which are positions in the flattened `tokens` [B, T]."""
-        return self.lm_head(self.hidden(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)[places])
-
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [...] -> [..., d_model], the input of the first block."""
         x = self.embed_tokens(tokens)

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from lkda.models.build import build_model
 from lkda.training.accuracy import SubsetMetrics, columns
+from lkda.training.losses import ModelLoss, next_token_loss
 
 
 def small():
@@ -61,7 +62,9 @@ def test_a_part_that_was_not_seen_has_no_numbers():
         assert not any(other in name for name in found)
 
 
-def test_logits_are_made_where_they_are_asked():
+def test_the_loss_is_computed_at_the_target_positions():
     model, each = small(), batch(0, rows=4, seed=1)
-    want = model(each["tokens"]).flatten(0, 1)[each["target_positions"]]
-    torch.testing.assert_close(model.logits_at(each["tokens"], each["target_positions"]), want)
+    want = next_token_loss(model(each["tokens"]), each["targets"])
+    positions = each["target_positions"]
+    got = ModelLoss(model).mean(each["tokens"], each["targets"], target_positions=positions)
+    torch.testing.assert_close(got, want)

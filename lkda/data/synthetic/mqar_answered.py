@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from lkda.checks import InputError
-from lkda.data.synthetic.by_length import LengthTask
 from lkda.data.synthetic.datamodule import Examples
+from lkda.data.synthetic.mqar_kimi import SEPARATOR, ConsecutiveMQAR
 from lkda.data.synthetic.sampling import distinct
 from lkda.special_tokens import IGNORE_INDEX
 
-SEPARATOR = 0
 
-
-class AnsweredMQAR(LengthTask):
+class AnsweredMQAR(ConsecutiveMQAR):
     """Pairs of a key and a value, a separator, then each key once in random order, followed by its value.
 
         tokens   k1 v1 k2 v2 | k2 v2 k1        targets  -  -  -  - - v2  - v1        (length 4 pairs)
@@ -32,30 +28,6 @@ class AnsweredMQAR(LengthTask):
     """
 
     fingerprint_name = "mqar_kimi"  # its name in earlier versions, so that their runs can be resumed
-
-    def __init__(
-        self,
-        *,
-        context: int = 256,
-        val_lengths: Sequence[int] | None = None,
-        val_examples: int = 512,
-        vocab_size: int = 8192,
-        batch_size: int = 64,
-        seed: int = 0,
-        num_workers: int = 0,
-        pin_memory: bool | None = None,
-    ) -> None:
-        self.keys_below = vocab_size // 2
-        super().__init__(
-            context=context,
-            val_lengths=val_lengths,
-            val_examples=val_examples,
-            vocab_size=vocab_size,
-            batch_size=batch_size,
-            seed=seed,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-        )
 
     def check(self, *, length: int) -> None:
         if length % 4:
