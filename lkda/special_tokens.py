@@ -1,5 +1,4 @@
-"""Finds the token that begins a document and the tokens that end one, in lkda's own tokenizers and in others. Also
-defines IGNORE_INDEX, the target where nothing is predicted."""
+"""Finds the token that begins a document and the tokens that end one, in lkda's own tokenizers and in others."""
 
 from __future__ import annotations
 
@@ -9,8 +8,6 @@ from tokenizers import Tokenizer
 
 # Stands at the beginning of every document in lkda's own tokenizers, and thereby ends the previous document.
 END_OF_TEXT = "<|endoftext|>"
-# The target at a position where nothing is predicted. It is the default `ignore_index` of torch's losses.
-IGNORE_INDEX = -100
 # Names of begin and end tokens, most common first, in lower case and without signs other than the slash: "<s>" is s,
 # "[BOS]" and "<bos>" are bos, "<|begin_of_text|>" is beginoftext, "</s>" is /s, "<|im_end|>" is imend.
 _BEGINS = ("s", "bos", "bostoken", "sos", "beginoftext", "startoftext", "beginofsentence", "beginofdocument", "cls")

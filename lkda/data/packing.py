@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lkda.data.shuffle import shuffled
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 
 class Rows:

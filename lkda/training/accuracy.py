@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassExactMatch
 
 from lkda.models.lm import LanguageModel
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 # Logits are computed for this many positions at a time. They take 256 MB for a vocabulary of 8192.
 PLACES_AT_ONCE = 8192

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lkda.models.lm import LanguageModel, apply_block
 from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lkda.ops.sequences import positions
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 
 def starts(context: int) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lkda.models.lm import LanguageModel
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 from lkda.training.accuracy import SubsetMetrics
 from lkda.training.losses import next_token_losses
 from lkda.training.positions import PositionLoss

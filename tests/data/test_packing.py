@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 START = 0
 

@@ -15,7 +15,7 @@ from lkda.checks import InputError, check_count
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import check_same, of_arrays, of_texts
 from lkda.data.shuffle import shuffled
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORE_INDEX where nothing is predicted
 _TRAINING, _VALIDATION = 0, 1

@@ -9,7 +9,7 @@ import numpy as np
 from lkda.checks import InputError
 from lkda.data.synthetic.datamodule import Examples, SyntheticDataModule
 from lkda.data.synthetic.sampling import distinct, weighted
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 
 class MQAR(SyntheticDataModule):

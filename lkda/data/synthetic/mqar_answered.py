@@ -8,7 +8,7 @@ from lkda.checks import InputError
 from lkda.data.synthetic.datamodule import Examples
 from lkda.data.synthetic.mqar_kimi import SEPARATOR, ConsecutiveMQAR
 from lkda.data.synthetic.sampling import distinct
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 
 class AnsweredMQAR(ConsecutiveMQAR):

@@ -10,7 +10,7 @@ from lkda.checks import InputError
 from lkda.data.synthetic.by_length import LengthTask
 from lkda.data.synthetic.datamodule import Examples
 from lkda.data.synthetic.sampling import distinct
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 SEPARATOR = 0
 

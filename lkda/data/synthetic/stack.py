@@ -9,7 +9,7 @@ import numpy as np
 from lkda.checks import InputError, check_count
 from lkda.data.synthetic.by_length import LengthTask
 from lkda.data.synthetic.datamodule import Examples
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 PUSH, POP, STACKS_FROM = 0, 1, 2
 

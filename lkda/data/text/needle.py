@@ -14,7 +14,7 @@ from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.data.text.cache import default_cache_dir, expanded
 from lkda.data.text.tokenize import load_tokenized, without_test
 from lkda.data.text.tokenizer import vocabulary_rows
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 
 class Needle(IndexedDataModule):

@@ -8,8 +8,8 @@ from torch import Tensor
 from lkda.ops.cross_entropy.cuda import rows_cuda
 from lkda.ops.runtime.jit import reason_cannot_run
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
+from lkda.targets import IGNORE_INDEX
 
-IGNORE_INDEX = -100  # a target that is not predicted, as in torch
 # Logits of a piece: 2^26 of them are 128 MiB in bf16.
 _LOGITS = 2**26
 

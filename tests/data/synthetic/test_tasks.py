@@ -16,7 +16,7 @@ from lkda.data.synthetic.mqar_kimi import ConsecutiveMQAR
 from lkda.data.synthetic.palindrome import Palindrome
 from lkda.data.synthetic.sampling import distinct, weighted
 from lkda.data.synthetic.stack import POP, PUSH, STACKS_FROM, Stack
-from lkda.special_tokens import IGNORE_INDEX
+from lkda.targets import IGNORE_INDEX
 
 SHAPES = [(64, 4), (64, 16), (128, 32), (256, 64), (1024, 256)]
 MIXTURE = [{"length": 64, "pairs": 4, "examples": 96}, {"length": 128, "pairs": 8, "examples": 32}]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lkda.ops.cross_entropy import op
 from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
+from lkda.targets import IGNORE_INDEX
 
 CLASSES, WIDTH = 50, 16
 
@@ -19,7 +20,7 @@ def inputs(tokens: int, *, device: str = "cpu", classes: int = CLASSES) -> tuple
     x = torch.randn(tokens, WIDTH, dtype=torch.float64, generator=draw, device=device)
     weight = torch.randn(classes, WIDTH, dtype=torch.float64, generator=draw, device=device)
     targets = torch.randint(classes, (tokens,), generator=draw, device=device)
-    targets[::7] = op.IGNORE_INDEX
+    targets[::7] = IGNORE_INDEX
     return x, weight, targets
 
 
@@ -45,7 +46,7 @@ def test_pieces_give_the_whole(tokens: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_targets_it_is_zero() -> None:
     x, weight, targets = inputs(10)
-    targets[:] = op.IGNORE_INDEX
+    targets[:] = IGNORE_INDEX
     for tensor in (x, weight):
         tensor.requires_grad_()
     loss = linear_cross_entropy(x, weight, targets)
