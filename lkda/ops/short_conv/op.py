@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lkda.checks import InputError
@@ -24,24 +23,14 @@ def _torch(
     states: Sequence[Tensor] | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    lasts: Sequence[Tensor] = ()
-    if weights is not None:
-        xs, lasts = _convolved(xs, weights, states, cu_seqlens)
-    ys = (
-        normalize_torch(x.unflatten(-1, (-1, head_dim))).flatten(-2) if word else x for x, word in zip(xs, normalized)
-    )
+    ys, lasts = [], []
+    # On a CPU one convolution of all streams is slower than one each: its larger tensors do not stay in the cache.
+    for i, x in enumerate(xs.chunk(len(normalized), -1) if isinstance(xs, Tensor) else xs):
+        if weights is not None:
+            x, last = convolve_torch(x, weights[i], None if states is None else states[i], cu_seqlens)
+            lasts.append(last)
+        ys.append(normalize_torch(x.unflatten(-1, (-1, head_dim))).flatten(-2) if normalized[i] else x)
     return tuple(ys), tuple(lasts)
-
-
-def _convolved(
-    xs: Sequence[Tensor] | Tensor, weights: Sequence[Tensor], states: Sequence[Tensor] | None, cu_seqlens: Tensor | None
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    if not isinstance(xs, Tensor):
-        before = [None] * len(xs) if states is None else states
-        return tuple(zip(*(convolve_torch(x, w, s, cu_seqlens) for x, w, s in zip(xs, weights, before, strict=True))))
-    before = None if states is None else torch.cat(tuple(states), -1)
-    y, last = convolve_torch(xs, torch.cat(tuple(weights)), before, cu_seqlens)
-    return y.chunk(len(weights), -1), [part.contiguous() for part in last.chunk(len(weights), -1)]
 
 
 BACKENDS: dict[str, Backend] = {
