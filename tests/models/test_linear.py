@@ -67,6 +67,17 @@ def test_autocast_multiplies_in_its_own_type() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_steps_of_many_sequences_equal_the_forward(pattern: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in decoding, where each layer is multiplied by itself below a number of sequences."""
+    monkeypatch.setattr(linear, "FEWEST_TOKENS", 1)
+    model, x = small(pattern, scale=1).double(), tokens(3, 5)
+    want, state = model(x), model.init_state(3)
+    for t in range(5):
+        logits, state = model.step(x[:, t], state)
+        torch.testing.assert_close(logits, want[:, t])
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
 def test_models_have_the_same_loss_and_gradients(

@@ -24,7 +24,7 @@ def _torch(
     cu_seqlens: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     ys, lasts = [], []
-    # On a CPU one convolution of all streams is slower than one each: its larger tensors do not stay in the cache.
+    # Streams side by side are convolved one by one: on a CPU one convolution of all their channels is slower.
     for i, x in enumerate(xs.chunk(len(normalized), -1) if isinstance(xs, Tensor) else xs):
         if weights is not None:
             x, last = convolve_torch(x, weights[i], None if states is None else states[i], cu_seqlens)
