@@ -34,7 +34,7 @@ def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     weights = [layer.weight for layer in layers]
     padding = -sum(sizes) % MULTIPLE
     if padding:
-        weights.append(weights[0].new_zeros(padding, x.shape[-1]))  # type: ignore[arg-type]
+        weights.append(weights[0].new_zeros(padding, x.shape[-1]))
         sizes.append(padding)
     return F.linear(x, torch.cat(weights)).split(sizes, -1)[: len(layers)]
 
