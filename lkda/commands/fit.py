@@ -58,6 +58,7 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
         test_batches=None if data.test is None else data.in_order(data.test.batches),
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
         compile=plan.compile is True or graphs,
+        checkpointing=plan.checkpointing,
         cuda_graphs=graphs,
     )
 

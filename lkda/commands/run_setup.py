@@ -25,6 +25,7 @@ from lkda.device import resolve_device
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.old_names import later_options, with_options
+from lkda.training.losses import CHECKPOINTING
 from lkda.training.optimizer import check_optimizer, check_schedule
 from lkda.training.options import (
     MOST_SEED,
@@ -64,6 +65,8 @@ class RunPlan:
         backends: the backend of each operator, as {"kda": "chunk"}.
         compile: True compiles the model's blocks with `torch.compile`. "auto" means on a GPU the same with CUDA graphs,
             on a CPU no compilation.
+        checkpointing: "none", or "block" to compute each block again in the backward pass instead of keeping its
+            intermediate results.
         resume: whether to continue the run that is in the run directory.
         init_from: the directory that `initial` comes from.
     """
@@ -85,6 +88,7 @@ class RunPlan:
     device: torch.device
     backends: dict[str, str]
     compile: bool | str
+    checkpointing: str
     resume: bool
     init_from: str | None
 
@@ -152,6 +156,8 @@ def _check(settings: dict[str, Any]) -> None:
     check_count("seed", settings["seed"], least=0, most=MOST_SEED)
     if settings["compile"] not in ("auto", True, False):
         raise InputError(f"compile must be auto, true or false, got {settings['compile']!r}.")
+    if settings["checkpointing"] not in CHECKPOINTING:
+        raise InputError(f"checkpointing must be {' or '.join(CHECKPOINTING)}, got {settings['checkpointing']!r}.")
     if not isinstance(settings["init_from"], str | None):
         raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
 
@@ -230,6 +236,7 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
         device=device,
         backends=backends,
         compile=settings["compile"],
+        checkpointing=settings["checkpointing"],
         resume=settings["resume"],
         init_from=settings["init_from"],
     )

@@ -65,6 +65,7 @@ def summarize(
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         "precision": prepared.plan.trainer.precision,
+        "checkpointing": prepared.plan.checkpointing,
         "state_dtype": _state_dtype(model),
         "seed": metadata["seed"],
         "fingerprint": metadata["fingerprint"],

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.models.init import reset_children
+from lkda.models.linear import fused_linear
 
 
 class SwiGLU(nn.Module):
@@ -22,4 +23,5 @@ class SwiGLU(nn.Module):
         reset_children(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = fused_linear(x, [self.gate_proj, self.up_proj])
+        return self.down_proj(F.silu(gate) * up)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import InputError
+from lkda.models.linear import fused_linear, joined_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
 from lkda.models.short_conv import ShortConvolution
@@ -65,19 +66,32 @@ class RecurrentMixer(Mixer):
 
     @abstractmethod
     def attend(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        *,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The operator on convolved q, k, v [B, T, H, D], of which those that `normalized` names are normalised.
 
-        Its gates come from x [B, T, d_model]. Returns: o [B, T, H, D] and the operator's state.
+        `gates` are the outputs [B, T, ...] of `gate_layers`. Returns: o [B, T, H, D] and the operator's state.
         """
 
     @abstractmethod
-    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
-        """The convolutions, norms and operator on one token: q, k, v [B, H * D] as projected, and x [B, d_model].
+    def attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
+    ) -> tuple[Tensor, State]:
+        """The convolutions, norms and operator on one token: q, k, v [B, H * D] as projected, and gates [B, ...].
 
         `state` is the whole state, with the caches first. Returns: o [B, H, D] and the whole state after the token.
         """
+
+    @abstractmethod
+    def gate_layers(self) -> list[nn.Linear]:
+        """The linear layers of x whose outputs are the operator's gates."""
 
     def keep(self, own: Tensor) -> State:
         """The operator's state in the form that is stored from call to call."""
@@ -99,24 +113,27 @@ class RecurrentMixer(Mixer):
         caches, kept = (None, None) if state is None else self._split_state(state)
         inputs, after = self._inputs(x, cu_seqlens, caches)
         q, k, v = (self.heads(y) for y in inputs)
-        o, own = self.attend(x, q, k, v, state=None if kept is None else self.widen(kept), cu_seqlens=cu_seqlens)
-        return self._output(o, x), () if cu_seqlens is not None else (*after, *self.keep(own))
+        latent, gates = self._gates(x)
+        before = None if kept is None else self.widen(kept)
+        o, own = self.attend(q, k, v, gates, state=before, cu_seqlens=cu_seqlens)
+        return self._output(o, latent), () if cu_seqlens is not None else (*after, *self.keep(own))
 
     def _inputs(
         self, x: Tensor, cu_seqlens: Tensor | None, caches: Sequence[Tensor] | None
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """q, k and v [B, T, H * D], convolved and normalised, and the caches after them."""
-        projected, convolutions = zip(*((project(x), convolve) for project, convolve in self._paths()))
-        filters = [convolve.weight for convolve in convolutions if convolve is not None]
+        layers = [project for project, _ in self._paths()]
+        filters = [convolve.weight for _, convolve in self._paths() if convolve is not None]
         if filters:
             return short_convolutions(
-                projected,
+                joined_linear(x, layers),
                 filters,
                 normalized=self.normalized,
                 head_dim=self.head_dim,
                 states=caches,
                 cu_seqlens=cu_seqlens,
             )
+        projected = fused_linear(x, layers)
         if self.activation == "silu":
             projected = tuple(F.silu(y) for y in projected)
         chosen = [i for i, word in enumerate(self.normalized) if word]
@@ -126,11 +143,19 @@ class RecurrentMixer(Mixer):
         return [next(norms).flatten(2) if i in chosen else y for i, y in enumerate(projected)], ()
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        q, k, v = (project(x) for project, _ in self._paths())
+        q, k, v = fused_linear(x, [project for project, _ in self._paths()])
         if self.q_conv1d is None and self.activation == "silu":
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        o, after = self.attend_step(x, q, k, v, state=state)
-        return self._output(o, x), after
+        latent, gates = self._gates(x)
+        o, after = self.attend_step(q, k, v, gates, state=state)
+        return self._output(o, latent), after
+
+    def _gates(self, x: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The latent [..., D] of the output gate, None without one, and the operator's gates."""
+        if self.g_a_proj is None:
+            return None, fused_linear(x, self.gate_layers())
+        latent, *gates = fused_linear(x, [self.g_a_proj, *self.gate_layers()])
+        return latent, tuple(gates)
 
     def _convolve_step(self, *inputs: Tensor, caches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """q, k and v [B, H, D] of one token, convolved, and the caches after it."""
@@ -157,10 +182,10 @@ class RecurrentMixer(Mixer):
         """FLOPs of one token in the linear layers and convolutions."""
         return linear_flops(self) + sum(2.0 * conv.weight.numel() for _, conv in self._paths() if conv is not None)
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+    def _output(self, o: Tensor, latent: Tensor | None) -> Tensor:
         if self.o_norm is not None:
-            gated = self.g_a_proj is not None and self.g_b_proj is not None
-            o = self.o_norm(o, self.heads(self.g_b_proj(self.g_a_proj(x))) if gated else None)  # type: ignore[misc]
+            gated = latent is not None and self.g_b_proj is not None
+            o = self.o_norm(o, self.heads(self.g_b_proj(latent)) if gated else None)  # type: ignore[misc]
         return self.o_proj(o.flatten(-2))
 
     def _paths(self) -> list[tuple[nn.Linear, ShortConvolution | None]]:

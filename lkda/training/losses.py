@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from lkda.models.lm import LanguageModel, apply_block
+from lkda.checks import InputError
+from lkda.models.lm import ApplyBlock, LanguageModel, apply_block
 from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
 from lkda.targets import IGNORE_INDEX
+
+# The values of the option `checkpointing`.
+CHECKPOINTING = ("none", "block")
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -36,11 +41,16 @@ class ModelLoss:
         model: the model to train.
         compile: whether to compile its blocks with `torch.compile`. Blocks of one kind share one compilation, so the
             first step compiles only one block of each kind instead of the whole model.
+        checkpointing: "block" keeps only the input of each block for the backward pass, which computes the block again.
+            "none" keeps what the backward pass needs.
     """
 
-    def __init__(self, model: LanguageModel, *, compile: bool = False) -> None:
+    def __init__(self, model: LanguageModel, *, compile: bool = False, checkpointing: str = "none") -> None:
+        if checkpointing not in CHECKPOINTING:
+            raise InputError(f"checkpointing must be {' or '.join(CHECKPOINTING)}, got {checkpointing!r}.")
         self.model = model
-        self.apply = torch.compile(apply_block, dynamic=False) if compile else apply_block
+        apply: ApplyBlock = torch.compile(apply_block, dynamic=False) if compile else apply_block
+        self.apply = _recomputing(apply) if checkpointing == "block" else apply
 
     def mean(
         self,
@@ -74,6 +84,18 @@ class ModelLoss:
 
     def _hidden(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return self.model.hidden_by(self.apply, tokens, cu_seqlens=cu_seqlens)
+
+
+def _recomputing(apply: ApplyBlock) -> ApplyBlock:
+    """`apply`, which runs again in the backward pass instead of keeping its intermediate results."""
+
+    def recomputing(block: nn.Module, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        # Blocks draw no random numbers. To save and restore a generator would wait for the device, which a CUDA graph
+        # cannot capture.
+        y: Tensor = checkpoint(apply, block, x, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+        return y
+
+    return recomputing
 
 
 def _as_multiplied(x: Tensor) -> Tensor:

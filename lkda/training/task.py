@@ -50,6 +50,7 @@ class LanguageModelTask(L.LightningModule):
         val_subsets: of the validation; see `lkda.training.accuracy`.
         test_batches, test_bytes_per_token: of the test split, which is text; None if there is no test split.
         compile: whether to compile the model's blocks with `torch.compile`.
+        checkpointing: "none", or "block" to keep only the input of each block for the backward pass.
         cuda_graphs: whether to replay forward and backward as CUDA graphs, as long as they can be captured.
 
     Attributes:
@@ -71,6 +72,7 @@ class LanguageModelTask(L.LightningModule):
         test_batches: Loader | None = None,
         test_bytes_per_token: float | None = None,
         compile: bool = False,
+        checkpointing: str = "none",
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
@@ -92,7 +94,7 @@ class LanguageModelTask(L.LightningModule):
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.longest_sequence = context
-        self.loss = ModelLoss(model, compile=compile)
+        self.loss = ModelLoss(model, compile=compile, checkpointing=checkpointing)
         self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -28,7 +28,8 @@ SUMMARY = {
     "status", "val/loss", "val/perplexity", "val/bits_per_byte", "unigram_entropy", "tokens", "tokens_per_s", "params",
     "tflops_per_s", "mfu", "peak_memory_gib",
     "params_non_embedding", "state_bytes", "flops_per_token", "mixer", "model", "data", "context", "backend", "device",
-    "precision", "state_dtype", "clipped_share", "seed", "fingerprint", "steps", "seconds", "learning_rate",
+    "precision", "state_dtype", "checkpointing", "clipped_share", "seed", "fingerprint", "steps", "seconds",
+    "learning_rate",
     "git_commit", "versions",
     "test/loss", "test/perplexity", "test/bits_per_byte", "test_unigram_entropy", "test_tokens",
 }  # fmt: skip
@@ -180,6 +181,8 @@ def test_a_validation_of_less_than_a_batch_is_refused(corpus: Path, tmp_path: Pa
         ("checkpoint=null", "checkpoint must not be null"),
         ("seed=4294967296", "seed must be at most 4294967295, got 4294967296"),
         ("compile=maybe", "compile must be auto, true or false, got 'maybe'"),
+        ("checkpointing=layer", "checkpointing must be none or block, got 'layer'"),
+        ("checkpointing=true", "checkpointing must be none or block, got True"),
         ("resume=1", "resume must be true or false, got 1"),
         ("init_from=5", "init_from must be the path of an exported directory, got 5"),
         ("trainer._target_=nowhere.Trainer", "Lightning refuses these settings: Error loading 'nowhere.Trainer'"),
@@ -218,6 +221,20 @@ def test_a_compiled_run_learns_the_same(corpus: Path, tmp_path: Path, monkeypatc
     found = train(composed("train", *settings, "compile=true"), tmp_path / "compiled")
     assert len(compiled) == 1  # the call of a block, in training and validation
     assert found["val/loss"] == pytest.approx(usual["val/loss"], rel=1e-5)
+
+
+def test_checkpointing_changes_no_loss(run: Path, corpus: Path, tmp_path: Path) -> None:
+    """The run without the option in its configuration, as of an earlier version, can be resumed."""
+    words = ("trainer.max_steps=7", "sample.max_new_tokens=0")
+    found = train(composed("train", *small_run(corpus, *words, "checkpointing=block")), tmp_path / "run")
+    assert found["val/loss"] == json.loads((run / "summary.json").read_text())["val/loss"]
+    assert found["checkpointing"] == "block"
+    recorded = tmp_path / "run" / "config.yaml"
+    assert "checkpointing: block\n" in recorded.read_text()
+    recorded.write_text(recorded.read_text().replace("checkpointing: block\n", ""))
+    longer = ("trainer.max_steps=8", "sample.max_new_tokens=0", "resume=true")
+    found = train(composed("train", *small_run(corpus, *longer)), tmp_path / "run")
+    assert (found["steps"], found["checkpointing"]) == (8, "none")
 
 
 def test_training_goes_on_where_nobody_reads_what_it_prints(

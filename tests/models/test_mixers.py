@@ -251,7 +251,7 @@ def test_tied_embeddings_are_one_matrix():
 
 def test_simplified_heads_remember_from_4_to_4096_tokens():
     mixer = build_model(config(["simplified"])).mixers()[0]
-    memory = 1 / (1 - mixer.decay(torch.zeros(1, 32)))
+    memory = 1 / (1 - mixer.decay(mixer.b_proj(torch.zeros(1, 32))))
     torch.testing.assert_close(memory[0], torch.tensor([4.0, 4096.0]), rtol=1e-2, atol=0)
 
 

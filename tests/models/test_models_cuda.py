@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lkda.models import linear
 from tests.models.helpers import small, tokens
 
 pytestmark = [
@@ -12,6 +13,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the mixers' kernels are not run"),
 ]
 PATTERNS = [["kda"], ["simplified"], ["kda", "softmax"], ["simplified", "mla"]]
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    """Linear layers of one input are multiplied together here too, where batches are small."""
+    monkeypatch.setattr(linear, "FEWEST_TOKENS", 1)
 
 
 def model_and_tokens(pattern: list[str], **changes):

@@ -47,8 +47,24 @@ def bind_conv(backend, *, normalized=(True, True, False), head_dim=64, cu_seqlen
     return run
 
 
+def bind_joined(backend, *, normalized=(True, True, False), head_dim=64, cu_seqlens=None):
+    def run(x, **inputs):
+        weights, states = ([inputs[name] for name in inputs if name[0] == kind] for kind in "ws")
+        options = {"normalized": normalized, "head_dim": head_dim, "cu_seqlens": cu_seqlens}
+        ys, after = short_convolutions(x, weights, states=states, backend=backend, **options)
+        return (*ys, *after)
+
+    return run
+
+
+def joined_inputs(B, T, D, dtype):
+    inputs = conv_inputs(B, T, 4 * D, dtype=dtype)
+    return {"x": torch.cat([inputs.pop(f"x{i}") for i in range(3)], -1), **inputs}
+
+
 OPS = {
     "conv": Op(bind_conv, lambda B, T, D, dtype: conv_inputs(B, T, 4 * D, dtype=dtype)),
+    "joined": Op(bind_joined, joined_inputs),
     "norm": Op(
         lambda backend, **_: lambda x, gate, weight: (gated_rms_norm(x, gate, weight, backend=backend),),
         lambda B, T, D, dtype: norm_inputs(B, T, 4, D, dtype=dtype),
@@ -167,6 +183,9 @@ def test_opcheck_of_the_convolution():
     lasts = [torch.randn_like(x) for x in inputs[6:]]
     plain = [x.detach() for x in inputs]
     torch.library.opcheck(torch.ops.lkda.short_conv_backward, (*ys, *lasts, *plain, None, 3, 64))
+    joined = (torch.cat(plain[:3], -1), None, None, *plain[3:], None, 3, 64)
+    torch.library.opcheck(torch.ops.lkda.short_conv_forward, joined)
+    torch.library.opcheck(torch.ops.lkda.short_conv_backward, (*ys, *lasts, *joined))
     one = (inputs[0], *([None] * 8), None, 1, 64)
     torch.library.opcheck(torch.ops.lkda.short_conv_forward, one)
     torch.library.opcheck(torch.ops.lkda.short_conv_backward, (ys[0], *([None] * 5), plain[0], *one[1:]))

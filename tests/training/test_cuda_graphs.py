@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lkda.training import cuda_graphs
 from lkda.training.cuda_graphs import CaptureError, GraphedLoss
+from lkda.training.losses import ModelLoss
+from tests.models.helpers import small, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +57,25 @@ def test_it_trains_as_without_graphs(pieces: int) -> None:
             torch.testing.assert_close(mine.grad, theirs.grad)
         for optimizer in optimizers:
             optimizer.step()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_blocks_that_are_computed_again_can_be_captured(compile: bool) -> None:
+    model = small(["kda"], scale=1, d_model=64).cuda()
+    x = tokens(2, 130).cuda()
+    found = []
+    for checkpointing in ("none", "block"):
+        loss = ModelLoss(model, compile=compile, checkpointing=checkpointing)
+
+        def mean(tokens: Tensor, loss: ModelLoss = loss) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                return loss.mean(tokens, tokens.roll(-1, 1))
+
+        replay = GraphedLoss(mean, model.parameters())
+        values = [replay({"tokens": tokens}, scale=one()) for tokens in (x, x.flip(1))]
+        found.append((*values, *(p.grad for p in model.parameters() if p.grad is not None)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_what_cannot_be_captured_says_why() -> None:

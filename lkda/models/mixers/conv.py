@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.models.linear import fused_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
 from lkda.models.short_conv import ShortConvolution
@@ -33,12 +34,14 @@ class GatedConvolution(Mixer):
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
         cache = None if state is None else state[0]
-        y, after = short_convolution(self.v_proj(x), self.v_conv1d.weight, state=cache, cu_seqlens=cu_seqlens)
-        return self.o_proj(y * self.gate_proj(x)), () if cu_seqlens is not None else (after,)
+        v, gate = fused_linear(x, [self.v_proj, self.gate_proj])
+        y, after = short_convolution(v, self.v_conv1d.weight, state=cache, cu_seqlens=cu_seqlens)
+        return self.o_proj(y * gate), () if cu_seqlens is not None else (after,)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, cache = self.v_conv1d.step(self.v_proj(x), state[0])
-        return self.o_proj(y * self.gate_proj(x)), (cache,)
+        v, gate = fused_linear(x, [self.v_proj, self.gate_proj])
+        y, cache = self.v_conv1d.step(v, state[0])
+        return self.o_proj(y * gate), (cache,)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
         return (self.v_conv1d.init_state(batch_size, device=device),)

@@ -96,21 +96,30 @@ class KimiDeltaAttention(RecurrentMixer):
         self.dt_bias.copy_(inverse_softplus(log_uniform_(self.dt_bias, low=1e-3, high=1e-1)))
 
     def attend(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        *,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return kda_attention_fused(
-            *(q, k, v, self._gate_logits(x), self.b_proj(x), self._kda_gate()),
+            *(q, k, v, *self._logits(*gates), self._kda_gate()),
             normalized=True,
             initial_state=state,
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
 
-    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
+    def attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
+    ) -> tuple[Tensor, State]:
         caches, kept = self._split_state(state)
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
         o = kda_step_fused(
-            *(q, k, v, self._gate_logits(x), self.b_proj(x), self._kda_gate(), kept),
+            *(q, k, v, *self._logits(*gates), self._kda_gate(), kept),
             weights=[convolve.weight for _, convolve in self._paths() if convolve is not None],
             caches=caches,
         )
@@ -122,12 +131,16 @@ class KimiDeltaAttention(RecurrentMixer):
     def widen(self, kept: State) -> Tensor:
         return unpack_state(kept)
 
-    def _gate_logits(self, x: Tensor) -> Tensor | None:
-        """[..., H, D], [..., H] for one decay per head, or None without a gate."""
-        if self.gate == "none":
-            return None
-        logits = self.f_b_proj(self.f_a_proj(x))
-        return self.heads(logits) if self.gate == "channel" else logits
+    def gate_layers(self) -> list[nn.Linear]:
+        return [self.b_proj] if self.gate == "none" else [self.f_a_proj, self.b_proj]
+
+    def _logits(self, *gates: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The logits of the decay, [..., H, D], [..., H] for one per head, or None without a gate; those of beta."""
+        *latent, beta = gates
+        if not latent:
+            return None, beta
+        logits = self.f_b_proj(*latent)
+        return self.heads(logits) if self.gate == "channel" else logits, beta
 
     def _kda_gate(self) -> KDAGate:
         A_log, dt_bias = (None, None) if self.gate == "none" else (self.A_log, self.dt_bias)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lkda.checks import check_count
+from lkda.models.linear import fused_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
 from lkda.models.short_conv import ShortConvolution
@@ -79,7 +80,7 @@ class MultiHeadLatentAttention(Mixer):
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
-        q, kv = self.q_proj(x), self.kv_a_proj_with_mqa(x)
+        q, kv = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
         caches: tuple[Tensor, ...] = ()
         if self.q_conv1d is not None and self.kv_conv1d is not None:
             q_cache, kv_cache = (None, None) if state is None else state[2:]

@@ -73,21 +73,33 @@ class SimplifiedAttention(RecurrentMixer):
         self.decay_bias.copy_(torch.log(memory - 1))
 
     def attend(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, ...],
+        *,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        decay = self.decay(x)
+        decay = self.decay(*gates)
         return simplified_attention(q, k, v, decay, initial_state=state, cu_seqlens=cu_seqlens, backend=self.backend)
 
-    def attend_step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, state: State) -> tuple[Tensor, State]:
+    def attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
+    ) -> tuple[Tensor, State]:
         caches, (own,) = self._split_state(state)
         (q, k, v), after = self._convolve_step(q, k, v, caches=caches)
-        o, own = simplified_step(q, k, v, self.decay(x), own)
+        o, own = simplified_step(q, k, v, self.decay(*gates), own)
         return o, (*after, own)
 
-    def decay(self, x: Tensor) -> Tensor:
-        """b [..., H], or [H] where it is constant, in at least float32."""
+    def gate_layers(self) -> list[nn.Linear]:
+        return [] if self.b_proj is None else [self.b_proj]
+
+    def decay(self, logits: Tensor | None = None) -> Tensor:
+        """b of the shape of `logits` [..., H], or [H] where it is constant, in at least float32."""
         bias = at_least_float32(self.decay_bias)
-        return torch.sigmoid(bias if self.b_proj is None else at_least_float32(self.b_proj(x)) + bias)
+        return torch.sigmoid(bias if logits is None else at_least_float32(logits) + bias)
 
     @property
     def state_shape(self) -> tuple[int, ...]:

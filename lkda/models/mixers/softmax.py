@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lkda.checks import InputError
+from lkda.models.linear import fused_linear, joined_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
 from lkda.models.rope import rotate
@@ -58,14 +59,14 @@ class SoftmaxAttention(Mixer):
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
-        projected = tuple(project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
+        layers, filters = [self.q_proj, self.k_proj, self.v_proj], self._filters()
         caches: tuple[Tensor, ...] = ()
-        filters = self._filters()
         if filters:
-            projected, caches = short_convolutions(
-                projected, filters, states=None if state is None else state[2:], cu_seqlens=cu_seqlens
-            )
-        q, k, v = (self.heads(y) for y in projected)
+            before = None if state is None else state[2:]
+            inputs, caches = short_convolutions(joined_linear(x, layers), filters, states=before, cu_seqlens=cu_seqlens)
+        else:
+            inputs = fused_linear(x, layers)
+        q, k, v = (self.heads(y) for y in inputs)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if cu_seqlens is not None:

@@ -4,7 +4,8 @@
 //
 // z is computed again from x. A warp goes on for three tokens beyond its own, because their dz depends on its last tokens. The
 // filter's gradient is summed in a fixed order: over a warp's tokens, over the block's warps, and (column_sums.cu) over the blocks,
-// from partials [rows * times, streams, channels, width].
+// from partials [rows * times, streams, channels, width]. The tokens of x have a stride of token_step, those of dx one of dx_step; all
+// other tensors are contiguous.
 #include "short_conv.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
@@ -12,14 +13,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
                         const Element* g2, const float* w0, const float* w1, const float* w2, const float* s0, const float* s1,
                         const float* s2, const float* e0, const float* e1, const float* e2, Element* dx0, Element* dx1,
                         Element* dx2, float* ds0, float* ds1, float* ds2, float* partials, const int* bounds,
-                        long long row_step, long long token_step, int batch, int length, int channels, int sequences, int width,
+                        long long row_step, long long token_step, long long dx_step, int batch, int length, int channels, int sequences, int width,
                         int normalized, int streams) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Place at(batch, length, channels);
   const long long row = static_cast<long long>(at.row) * length * channels + at.channel;
   const Element* x = choose(at.stream, x0, x1, x2) + at.row * row_step + at.channel;
   const Element* gradient = choose(at.stream, g0, g1, g2) + row;
-  Element* dx = choose(at.stream, dx0, dx1, dx2) + row;
+  Element* dx = choose(at.stream, dx0, dx1, dx2) + at.row * dx_step * length + at.channel;
   float* dstates = choose(at.stream, ds0, ds1, ds2);
   const States states{choose(at.stream, s0, s1, s2), width, channels, at.channel};
   const States lasts{choose(at.stream, e0, e1, e2), width, channels, at.channel};  // gradients of the last inputs
@@ -52,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
           for (int i = 0; i < N; ++i) value.x[i] += last.x[i];
         }
         if (token >= start) {
-          if (token < own) store_numbers<N>(dx + static_cast<long long>(token) * channels, value);
+          if (token < own) store_numbers<N>(dx + token * dx_step, value);
         } else if (walk.begin == start && dstates != nullptr && start - token < width) {
           store_floats<N>(dstates + states.offset(walk.n, start - token), value);
         }
@@ -63,8 +64,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 #pragma unroll
       for (int p = 0; p < PAST; ++p) sums[p] = zeros();
 
-      Element* to = dx + static_cast<long long>(start - PAST) * channels;
-      for (int first = start; first < steps; first += GROUP, to += GROUP * channels) {
+      Element* to = dx + (start - PAST) * dx_step;
+      for (int first = start; first < steps; first += GROUP, to += GROUP * dx_step) {
         // Whether all that comes out are gradients of this warp's tokens, with nothing to add.
         const bool plain = at.inside && first - PAST >= start && first + GROUP <= end && first + GROUP - PAST <= own;
 #pragma unroll
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
             }
           }
           if (plain) {
-            store_numbers<N>(to + j * channels, sums[j]);
+            store_numbers<N>(to + j * dx_step, sums[j]);
           } else if (at.inside && token < steps) {
             emit(token - PAST, sums[j]);
           }

@@ -1,7 +1,8 @@
 """Short convolutions on a GPU: launches of the kernels, as custom ops with fake implementations and autograd.
 
 docs/dev/kernels_layer.md explains the kernels. Up to three tensors (q, k and v), here called streams, go through one
-launch. Only the inputs are saved for the backward.
+launch. They may lie side by side in one tensor, which is then x0; its gradient is one tensor too. Only the inputs are
+saved for the backward.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def conv_kernel(
         return module.kernel("short_conv_forward", "P" * 16 + "qqiiiiii")
     module = Module(HERE / "backward.cu", shape)
     shared_bytes = 4 * MAX_TAPS * _channels(name, dtype) * 32 * WARPS if convolve else 0
-    return module.kernel("short_conv_backward", "P" * 23 + "qqiiiiiii", shared_bytes=shared_bytes)
+    return module.kernel("short_conv_backward", "P" * 23 + "qqqiiiiiii", shared_bytes=shared_bytes)
 
 
 def kernels(arch: str) -> list[Kernel]:
@@ -92,6 +93,16 @@ def _rows(xs: Sequence[Tensor]) -> list[Tensor]:
     return [readable(x) for x in xs]
 
 
+def _streams(xs: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The tensors of the streams: the given ones, or the parts of one that has all of them side by side."""
+    return list(xs[0].chunk(count, -1)) if len(xs) < count else list(xs)
+
+
+def _count(xs: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> int:
+    """The number of streams."""
+    return max(len(_given(*xs)), len(_given(*weights)))
+
+
 def _given(*xs: Tensor | None) -> list[Tensor]:
     return [x for x in xs if x is not None]
 
@@ -116,13 +127,13 @@ def _forward(
     result: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Three ys, of dtype `result` if that is given, and three last inputs. What does not exist is an empty tensor."""
-    xs = _rows(_given(x0, x1, x2))
-    B, T, C = x0.shape
-    ys, lasts = _forward_outputs(x0, w0, len(xs), cu_seqlens, result)
+    xs = _streams(_rows(_given(x0, x1, x2)), _count((x0, x1, x2), (w0, w1, w2)))
+    B, T, C = xs[0].shape
+    ys, lasts = _forward_outputs(xs[0], w0, len(xs), cu_seqlens, result)
     kernel = conv_kernel("forward", head_dim, x0.dtype, w0 is not None, result)
     weights = (w if w is None else readable(w) for w in (w0, w1, w2))
     kernel(
-        (_blocks("forward", len(xs), x0), 1, 1),
+        (_blocks("forward", len(xs), xs[0]), 1, 1),
         32 * WARPS,
         *(*_three(xs), *weights, s0, s1, s2, *_three(ys), *_three(lasts if w0 is not None else [])),
         *(cu_seqlens, *xs[0].stride()[:2], B, T, C, _sequences(x0, cu_seqlens), _width(w0), normalized),
@@ -181,9 +192,11 @@ def _backward(
     head_dim: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of three xs, three states, and the weights [streams, C, 1, width]. What does not exist is empty."""
-    xs, gradients = _rows(_given(x0, x1, x2)), [readable(g) for g in _given(g0, g1, g2)]
-    B, T, C = x0.shape
-    dxs, dstates = _backward_outputs(x0, len(xs), s0)
+    given, gradients = _rows(_given(x0, x1, x2)), [readable(g) for g in _given(g0, g1, g2)]
+    xs = _streams(given, len(gradients))
+    B, T, C = xs[0].shape
+    dgiven, dstates = _backward_outputs(given, len(xs), s0)
+    dxs = _streams(dgiven, len(xs))
     rows = B * _times("backward", T)
     size = rows * len(xs) * C * _width(w0) if w0 is not None else 0
     partials = torch.empty(size, dtype=torch.float32, device=x0.device)
@@ -191,21 +204,23 @@ def _backward(
     weights = (w if w is None else readable(w) for w in (w0, w1, w2))
     lasts = (e if e is None else readable(e) for e in (e0, e1, e2))
     kernel(
-        (_blocks("backward", len(xs), x0), 1, 1),
+        (_blocks("backward", len(xs), xs[0]), 1, 1),
         32 * WARPS,
         *(*_three(xs), *_three(gradients), *weights, s0, s1, s2, *lasts, *_three(dxs), *_three(dstates), partials),
-        *(cu_seqlens, *xs[0].stride()[:2], B, T, C, _sequences(x0, cu_seqlens), _width(w0), normalized, len(xs)),
+        *(cu_seqlens, *xs[0].stride()[:2], dxs[0].stride(1)),
+        *(B, T, C, _sequences(x0, cu_seqlens), _width(w0), normalized, len(xs)),
         device=x0.device,
     )
     dweights = partials if w0 is None else column_sums(partials.view(rows, -1)).view(len(xs), *w0.shape)
-    return *_filled(dxs, x0), *_filled(dstates, x0), dweights
+    return *_filled(dgiven, x0), *_filled(dstates, x0), dweights
 
 
-def _backward_outputs(x: Tensor, streams: int, state: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(streams)]
+def _backward_outputs(xs: Sequence[Tensor], streams: int, state: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Uninitialised gradients, contiguous: one per given x, and one per stream of its state."""
+    dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
     if state is None:
         return dxs, []
-    return dxs, [torch.empty(state.shape, dtype=state.dtype, device=x.device) for _ in range(streams)]
+    return dxs, [torch.empty(state.shape, dtype=state.dtype, device=state.device) for _ in range(streams)]
 
 
 _THREE = "Tensor {0}0, Tensor? {0}1, Tensor? {0}2, "
@@ -222,14 +237,16 @@ _library.impl("short_conv_backward", _backward, "CUDA")
 
 @torch.library.register_fake("lkda::short_conv_forward", lib=_library)
 def _(x0, x1, x2, w0, w1, w2, s0, s1, s2, cu_seqlens, normalized, head_dim):
-    ys, lasts = _forward_outputs(x0, w0, len(_given(x0, x1, x2)), cu_seqlens)
+    streams = _count((x0, x1, x2), (w0, w1, w2))
+    x = _streams(_given(x0, x1, x2), streams)[0]
+    ys, lasts = _forward_outputs(x, w0, streams, cu_seqlens)
     return _filled(ys, x0) + _filled(lasts, x0)
 
 
 @torch.library.register_fake("lkda::short_conv_backward", lib=_library)
 def _(g0, g1, g2, e0, e1, e2, x0, x1, x2, w0, w1, w2, s0, s1, s2, cu_seqlens, normalized, head_dim):
-    streams = len(_given(x0, x1, x2))
-    dxs, dstates = _backward_outputs(x0, streams, s0)
+    streams = len(_given(g0, g1, g2))
+    dxs, dstates = _backward_outputs(_given(x0, x1, x2), streams, s0)
     shape = (0,) if w0 is None else (streams, *w0.shape)
     dweights = torch.empty(shape, dtype=torch.float32, device=x0.device)
     return *_filled(dxs, x0), *_filled(dstates, x0), dweights
@@ -242,9 +259,10 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, g0, g1, g2, e0, e1, e2):
-    x0, x1, x2, w0, _, _, *states, _ = ctx.saved_tensors
-    streams = len(_given(x0, x1, x2))
-    gradients = [torch.zeros_like(x0) if g is None else g for g in (g0, g1, g2)[:streams]]
+    x0, x1, x2, w0, w1, w2, *states, _ = ctx.saved_tensors
+    streams = _count((x0, x1, x2), (w0, w1, w2))
+    x = _streams(_given(x0, x1, x2), streams)[0]
+    gradients = [x.new_zeros(x.shape) if g is None else g for g in (g0, g1, g2)[:streams]]
     lasts = [e if w0 is not None and i < streams else None for i, e in enumerate((e0, e1, e2))]
     backward: Callable = _backward if can_bypass_dispatcher(*gradients) else torch.ops.lkda.short_conv_backward
     *found, dweights = backward(*_three(gradients), *lasts, *ctx.saved_tensors, ctx.normalized, ctx.head_dim)
@@ -265,7 +283,7 @@ _with_autograd = without_dispatcher(_forward, _save, _gradients)
 
 
 def short_convolutions_cuda(
-    xs: Sequence[Tensor],
+    xs: Sequence[Tensor] | Tensor,
     weights: Sequence[Tensor] | None,
     normalized: Sequence[bool],
     head_dim: int,
@@ -279,13 +297,13 @@ def short_convolutions_cuda(
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     bits = sum(1 << i for i, word in enumerate(normalized) if word)
     size = head_dim if bits else HEAD_DIMS[0]
-    tensors = (*_three(xs), *_three(filters), *_three(before))
+    tensors = (*_three([xs] if isinstance(xs, Tensor) else xs), *_three(filters), *_three(before))
     forward: Callable = torch.ops.lkda.short_conv_forward
     if can_bypass_dispatcher(*tensors):
         save = wants_gradient(*tensors)
         forward = _with_autograd if save else _forward
     found = forward(*tensors, cu_seqlens, bits, size)
-    ys, lasts = found[: len(xs)], found[3 : 3 + len(filters)]
+    ys, lasts = found[: len(normalized)], found[3 : 3 + len(filters)]
     dtypes = [] if weights is None else [x.dtype for x in (weights if states is None else states)]
     return tuple(ys), tuple(last.to(dtype) for last, dtype in zip(lasts, dtypes))
 

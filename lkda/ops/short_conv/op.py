@@ -16,7 +16,7 @@ MAX_STREAMS = 3
 
 
 def _torch(
-    xs: Sequence[Tensor],
+    xs: Sequence[Tensor] | Tensor,
     weights: Sequence[Tensor] | None,
     normalized: Sequence[bool],
     head_dim: int,
@@ -24,7 +24,8 @@ def _torch(
     cu_seqlens: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     ys, lasts = [], []
-    for i, x in enumerate(xs):
+    # Streams side by side are convolved one by one: on a CPU one convolution of all their channels is slower.
+    for i, x in enumerate(xs.chunk(len(normalized), -1) if isinstance(xs, Tensor) else xs):
         if weights is not None:
             x, last = convolve_torch(x, weights[i], None if states is None else states[i], cu_seqlens)
             lasts.append(last)
@@ -41,7 +42,7 @@ _WITHOUT_KERNELS = {"torch": BACKENDS["torch"]}
 
 
 def short_convolutions(
-    xs: Sequence[Tensor],
+    xs: Sequence[Tensor] | Tensor,
     weights: Sequence[Tensor],
     *,
     normalized: Sequence[bool] | None = None,
@@ -55,7 +56,8 @@ def short_convolutions(
         y_t = SiLU(sum_s w_s x_{t-s}), s < width, per channel, no bias;    y / sqrt(sum over the head of y^2 + 1e-6)
 
     Args:
-        xs: tensors [B, T, channels] of one dtype.
+        xs: tensors [B, T, channels] of one dtype; or one tensor [B, T, len(weights) * channels] that has them side by
+            side. Its gradient is then one tensor too.
         weights: [channels, 1, width] each, the newest token last; as a depthwise nn.Conv1d holds them.
         normalized: for each tensor whether to divide it by its L2 norm over each head of `head_dim` channels. None: no
             tensor.
@@ -68,15 +70,14 @@ def short_convolutions(
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     fn = "short_convolutions"
-    if not 1 <= len(xs) <= MAX_STREAMS or len(weights) != len(xs):
-        raise InputError(f"{fn}: one to {MAX_STREAMS} tensors with a weight each, got {len(xs)} and {len(weights)}.")
+    streams = _streams(fn, xs, len(weights))
     sizes: dict[str, int] = {"1": 1}
     tensors: dict[str, Tensor | None] = {}
-    for i, x in enumerate(xs):
+    for i, x in enumerate(streams):
         check_shape(fn, f"xs[{i}]", x, "B T C", sizes)
         tensors[f"xs[{i}]"] = x
     if sizes["T"] == 0:
-        raise InputError(f"{fn}: T must be at least 1, got x of {list(xs[0].shape)}.")
+        raise InputError(f"{fn}: T must be at least 1, got x of {list(streams[0].shape)}.")
     for i, weight in enumerate(weights):
         check_shape(fn, f"weights[{i}]", weight, "C 1 W", sizes)
     rows = "B"
@@ -88,13 +89,13 @@ def short_convolutions(
         for i, state in enumerate(states):
             check_shape(fn, f"states[{i}]", state, f"{rows} W-1 C", sizes)
             tensors[f"states[{i}]"] = state
-    normalized = _normalized(fn, xs, normalized, head_dim)
+    normalized = _normalized(fn, streams, normalized, head_dim)
     check_alike(
         fn,
         tensors | {f"weights[{i}]": weight for i, weight in enumerate(weights)},
-        same_dtype=tuple(f"xs[{i}]" for i in range(len(xs))),
+        same_dtype=tuple(f"xs[{i}]" for i in range(len(streams))),
     )
-    word = _choose(fn, xs, weights[0].shape[-1], normalized, head_dim, backend)
+    word = _choose(fn, streams, weights[0].shape[-1], normalized, head_dim, backend)
     return BACKENDS[word].run(xs, weights, normalized, head_dim or 0, states, cu_seqlens)
 
 
@@ -135,6 +136,20 @@ def l2_normalized(*xs: Tensor, backend: str = "auto") -> tuple[Tensor, ...]:
     word = _choose(fn, flat, 1, (True,), D, backend)
     ys, _ = BACKENDS[word].run(flat, None, (True,) * len(xs), D, None, None)
     return tuple(y.unflatten(-1, (-1, D)) for y in ys)
+
+
+def _streams(fn: str, xs: Sequence[Tensor] | Tensor, count: int) -> Sequence[Tensor]:
+    """The tensor of each of `count` weights."""
+    if not isinstance(xs, Tensor):
+        if not 1 <= len(xs) <= MAX_STREAMS or count != len(xs):
+            raise InputError(f"{fn}: one to {MAX_STREAMS} tensors with a weight each, got {len(xs)} and {count}.")
+        return xs
+    if not 1 <= count <= MAX_STREAMS or xs.dim() != 3 or xs.shape[-1] % count:
+        raise InputError(
+            f"{fn}: xs as one tensor must be [B, T, weights * channels] for one to {MAX_STREAMS} weights, "
+            f"got {list(xs.shape)} and {count} weights."
+        )
+    return xs.chunk(count, -1)
 
 
 def _normalized(

@@ -86,6 +86,33 @@ def test_strided_inputs_and_gradients():
     assert all(x.grad.isfinite().all() for x in leaves.values())
 
 
+@pytest.mark.parametrize(("streams", "packed", "padding"), [(3, False, 0), (2, True, 0), (3, True, 16), (3, False, 3)])
+def test_streams_side_by_side_in_one_tensor(streams, packed, padding):
+    """Their results equal those of separate tensors bit for bit. With padding, the rows of the tensor have a stride."""
+    sequences = len(PACKED) - 1 if packed else 2
+    given = inputs_of(1 if packed else 2, PACKED[-1] if packed else 70, 64, streams=streams, sequences=sequences)
+    bounds = torch.tensor(PACKED) if packed else None
+    want = outputs_and_gradients(convolutions("cuda", cu_seqlens=bounds), given)
+    xs = [given.pop(f"x{i}") for i in range(streams)]
+    wide = torch.cat([*xs, xs[0].new_zeros(*xs[0].shape[:2], padding)], -1)
+
+    def joined(**inputs):
+        weights, states = ([inputs[name] for name in inputs if name[0] == kind] for kind in "ws")
+        normalized = (True, True, False)[:streams]
+        run = BACKENDS["cuda"].run(inputs["x"], weights, normalized, 32, states, bounds)
+        return [y for results in run for y in results]
+
+    got = outputs_and_gradients(joined, given | {"x": wide[..., : 64 * streams]})
+    dx = next(got.pop(name) for name in list(got) if name.endswith("x"))
+    assert dx.is_contiguous()
+    parts = dx.chunk(streams, -1)
+    for i, part in enumerate(parts):
+        name = next(name for name in want if name.endswith(f"x{i}"))
+        assert torch.equal(part, want.pop(name))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(x, want[name]) for name, x in got.items())
+
+
 def test_a_loss_of_one_output_alone():
     inputs = {name: x.requires_grad_() for name, x in inputs_of(2, 40, 64, dtype=torch.float32).items()}
     results = []

@@ -52,11 +52,35 @@ def test_streams_are_independent():
         assert torch.equal(state, states[i])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_streams_side_by_side_in_one_tensor(packed):
+    draw = torch.Generator().manual_seed(0)
+    given = torch.tensor(PACKED) if packed else None
+    x = torch.randn(1 if packed else 2, 41, 24, dtype=torch.float64, generator=draw, requires_grad=True)
+    weights = [torch.randn(8, 1, 4, dtype=torch.float64, generator=draw, requires_grad=True) for _ in range(3)]
+    states = [
+        torch.randn(len(PACKED) - 1 if packed else 2, 3, 8, dtype=torch.float64, generator=draw) for _ in range(3)
+    ]
+    options = {"normalized": (True, False, True), "head_dim": 4, "cu_seqlens": given}
+    for before in (states, None):
+        results = [short_convolutions(xs, weights, states=before, **options) for xs in (x, x.chunk(3, -1))]
+        for got, want in zip(*((*ys, *after) for ys, after in results)):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        losses = (sum((y.sin() * i).sum() for i, y in enumerate((*ys, *after), 1)) for ys, after in results)
+        gradients = [torch.autograd.grad(loss, [x, *weights]) for loss in losses]
+        for got, want in zip(*gradients):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert all(state.is_contiguous() for state in results[0][1])  # a decoding step writes to them
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"xs": []}, "one to 3 tensors with a weight each, got 0 and 1"),
         ({"xs": [torch.zeros(2, 5)]}, r"xs\[0\] must be \[B, T, C\], got a shape of \[2, 5\]"),
+        ({"xs": torch.zeros(2, 5, 9), "weights": [torch.zeros(4, 1, 4)] * 2}, r"got \[2, 5, 9\] and 2 weights"),
+        ({"xs": torch.zeros(2, 8)}, r"\[B, T, weights \* channels\] for one to 3 weights, got \[2, 8\] and 1 weights"),
+        ({"xs": torch.zeros(2, 5, 8), "weights": []}, r"got \[2, 5, 8\] and 0 weights"),
         ({"xs": [torch.zeros(2, 0, 8)]}, "T must be at least 1"),
         ({"weights": [torch.zeros(6, 1, 4)]}, r"weights\[0\] must be .*C is 8 in the tensors before it"),
         ({"states": [torch.zeros(2, 4, 8)]}, r"states\[0\] must be \[B, W-1, C\] = \[2, 3, 8\], got \[2, 4, 8\]"),

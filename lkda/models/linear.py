@@ -1,0 +1,50 @@
+"""Linear layers of one input, computed as one matrix product of the concatenated weights.
+
+The layers stay separate modules, so that their weights keep their names and their shapes in checkpoints, exports and
+optimizers. Only the forward concatenates. Forward and backward then have one product instead of one per layer, and the
+gradients of the weights are slices of one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Inputs of fewer tokens, as in decoding, are multiplied layer by layer. The time of such a product is that of reading
+# the weights, which a concatenation would read and write once more.
+FEWEST_TOKENS = 256
+# The concatenated weights are padded with zeros to a multiple of this number of outputs. A row of outputs in half
+# precision is then a multiple of 16 bytes, which fast matrix products and the kernels of the operators need.
+MULTIPLE = 8
+
+
+def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """The output of each layer, [..., out_features]. Where x has many tokens, they are views of one tensor.
+
+    Args:
+        x: [..., in_features].
+        layers: layers without biases.
+    """
+    if len(layers) < 2 or _has_few_tokens(x):
+        return tuple(layer(x) for layer in layers)
+    sizes = [layer.out_features for layer in layers]
+    weights = [layer.weight for layer in layers]
+    padding = -sum(sizes) % MULTIPLE
+    if padding:
+        weights.append(weights[0].new_zeros(padding, x.shape[-1]))
+        sizes.append(padding)
+    return F.linear(x, torch.cat(weights)).split(sizes, -1)[: len(layers)]
+
+
+def joined_linear(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+    """As `fused_linear`, but with the outputs side by side in one tensor [..., sum of out_features]."""
+    if _has_few_tokens(x):
+        return torch.cat([layer(x) for layer in layers], -1)
+    return F.linear(x, torch.cat([layer.weight for layer in layers]))
+
+
+def _has_few_tokens(x: Tensor) -> bool:
+    return x.numel() < FEWEST_TOKENS * x.shape[-1]

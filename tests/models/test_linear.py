@@ -1,0 +1,102 @@
+"""Linear layers of one input, multiplied as one matrix, equal the layers one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lkda.models import linear
+from lkda.models.linear import fused_linear, joined_linear
+from tests.models.helpers import IDS, PATTERNS, small, tokens
+
+
+def layers_of(*sizes: int, dtype: torch.dtype = torch.float64) -> list[nn.Linear]:
+    torch.manual_seed(0)
+    return [nn.Linear(16, size, bias=False, dtype=dtype) for size in sizes]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sizes", [(24, 8, 8), (5, 3, 1), (8,), ()])
+@pytest.mark.parametrize("rows", [3, 300])
+def test_outputs_and_gradients_are_those_of_the_layers(rows: int, sizes: tuple[int, ...]) -> None:
+    layers = layers_of(*sizes)
+    x = torch.randn(rows, 16, dtype=torch.float64, requires_grad=True)
+    got, want = fused_linear(x, layers), tuple(layer(x) for layer in layers)
+    assert [y.shape for y in got] == [y.shape for y in want]
+    leaves = [x, *(layer.weight for layer in layers)]
+    if layers:
+        torch.testing.assert_close(joined_linear(x, layers), torch.cat(want, -1), rtol=1e-12, atol=1e-12)
+        gradients = (torch.autograd.grad(torch.cat(ys, -1).sin().sum(), leaves) for ys in (got, want))
+        for mine, theirs in zip((*got, *next(gradients)), (*want, *next(gradients)), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_many_tokens_need_one_product_forward_and_two_backward() -> None:
+    layers, x = layers_of(5, 3, 1), torch.randn(300, 16, dtype=torch.float64, requires_grad=True)
+    with Products() as products:
+        sum(y.sum() for y in fused_linear(x, layers)).backward()  # type: ignore[union-attr]
+    assert products.count["mm"] == 3
+
+
+def test_a_row_of_outputs_is_a_multiple_of_16_bytes_in_half_precision() -> None:
+    for y in fused_linear(torch.randn(300, 16).bfloat16(), layers_of(5, 3, 1, dtype=torch.bfloat16)):
+        assert y.stride() == (16, 1)
+
+
+def test_autocast_multiplies_in_its_own_type() -> None:
+    layers, x = layers_of(8, 16, dtype=torch.float32), torch.randn(300, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = fused_linear(x, layers), tuple(layer(x) for layer in layers)
+    assert all(y.dtype == torch.bfloat16 for y in got)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_steps_of_many_sequences_equal_the_forward(pattern: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in decoding, where each layer is multiplied by itself below a number of sequences."""
+    monkeypatch.setattr(linear, "FEWEST_TOKENS", 1)
+    model, x = small(pattern, scale=1).double(), tokens(3, 5)
+    want, state = model(x), model.init_state(3)
+    for t in range(5):
+        logits, state = model.step(x[:, t], state)
+        torch.testing.assert_close(logits, want[:, t])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_models_have_the_same_loss_and_gradients(
+    pattern: list[str], dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = small(pattern, scale=1).to(dtype), tokens(2, 130)
+    names = [name for name, _ in model.named_parameters()]
+
+    def results() -> list[Tensor]:
+        logits = model(x)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.roll(-1, 1).flatten())
+        return [logits, loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    with Products() as fused:
+        got = results()
+    monkeypatch.setattr(linear, "FEWEST_TOKENS", 10**9)
+    with Products() as separate:
+        want = results()
+    assert fused.count["mm"] < separate.count["mm"]
+    for name, mine, theirs in zip(("logits", "loss", *names), got, want, strict=True):
+        error = (mine - theirs).norm() / theirs.norm()
+        assert error <= tolerance, f"{name} differs by {error:.1e}"
