@@ -48,9 +48,13 @@ class ModelLoss:
     def __init__(self, model: LanguageModel, *, compile: bool = False, checkpointing: str = "none") -> None:
         if checkpointing not in CHECKPOINTING:
             raise InputError(f"checkpointing must be {' or '.join(CHECKPOINTING)}, got {checkpointing!r}.")
-        self.model = model
+        self.model, self.checkpointing = model, checkpointing
         apply: ApplyBlock = torch.compile(apply_block, dynamic=False) if compile else apply_block
         self.apply = _recomputing(apply) if checkpointing == "block" else apply
+
+    def uncompiled(self) -> ModelLoss:
+        """The same losses without `torch.compile`."""
+        return ModelLoss(self.model, checkpointing=self.checkpointing)
 
     def mean(
         self,

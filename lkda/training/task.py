@@ -130,8 +130,9 @@ class LanguageModelTask(L.LightningModule):
         except CaptureError as error:
             if not first:  # the graphs' gradients hold earlier pieces of this step
                 raise
-            get_console().print(f"without CUDA graphs: {error}", markup=False, highlight=False, soft_wrap=True)
-            self._graphs = None
+            why = f"without torch.compile and CUDA graphs: {error}"
+            get_console().print(why, markup=False, highlight=False, soft_wrap=True)
+            self._graphs, self.loss = None, self.loss.uncompiled()
             self.zero_grad()
             return None
 
