@@ -25,7 +25,7 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
-from torch import Tensor, nn
+from torch import nn
 
 from lkda.bench.files import write_json
 from lkda.checks import InputError
@@ -131,7 +131,7 @@ def _bare(prepared: PreparedRun, steps: Steps, word: str) -> dict[str, Any]:
     return clock.row | (_of_device(prepared, clock.row) if word == BARE else {})
 
 
-def _on_device(prepared: PreparedRun) -> Iterator[dict[str, Tensor | None]]:
+def _on_device(prepared: PreparedRun) -> Iterator[dict[str, Any]]:
     for batch in prepared.data.train_dataloader():
         yield {
             name: batch[name] if batch[name] is None else batch[name].to(prepared.plan.device, non_blocking=True)
@@ -140,7 +140,7 @@ def _on_device(prepared: PreparedRun) -> Iterator[dict[str, Tensor | None]]:
 
 
 # Computes the gradients of a batch, in place of those of the batch before.
-Gradients = Callable[[dict[str, Tensor | None]], None]
+Gradients = Callable[[dict[str, Any]], None]
 
 
 def _lkda(prepared: PreparedRun) -> tuple[Any, Gradients]:
@@ -150,7 +150,7 @@ def _lkda(prepared: PreparedRun) -> tuple[Any, Gradients]:
     replay = GraphedLoss(task.loss.mean, task.model.parameters()) if graphed else None
     one = torch.ones((), device=plan.device)
 
-    def gradients(batch: dict[str, Tensor | None]) -> None:
+    def gradients(batch: dict[str, Any]) -> None:
         with _autocast(prepared):
             if replay is not None:  # its gradients take the place of those before
                 replay(batch, scale=one)
@@ -171,14 +171,12 @@ def _peer(prepared: PreparedRun, word: str) -> tuple[nn.Module, Gradients]:
     model = found.build(config).to(plan.device, torch.float32).train()
     loss_of = found.loss(model)
 
-    def gradients(batch: dict[str, Tensor | None]) -> None:
+    def gradients(batch: dict[str, Any]) -> None:
         model.zero_grad()  # before the forward pass, whose graph may take the memory of the gradients
         if found.mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
-        tokens = batch["tokens"]
-        assert tokens is not None
         with _autocast(prepared):
-            loss = loss_of(tokens)
+            loss = loss_of(batch["tokens"])
         loss.backward()
 
     return model, gradients

@@ -1,8 +1,8 @@
 """Draws step_benchmark.json of `scripts/benchmark.py task=step`: tables, tokens/s, and where the time of a step goes.
 
 The JSON is {"kind": "step_benchmark", "header": {device, torch, lkda, versions, git_commit, date}, "rows": [...]}. A
-row holds title, implementation ("train": scripts/train.py's loop; "bare": the same model without Lightning; else a model of
-another package), model, mixer, B, T, packed, the settings it was measured with, and the measurements of
+row holds title, implementation ("train": scripts/train.py's loop; "bare": the same model without Lightning; else a
+model of another package), model, mixer, B, T, packed, the settings it was measured with, and the measurements of
 `lkda.commands.step_clock`; or the reason why nothing was measured.
 """
 
