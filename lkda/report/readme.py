@@ -10,7 +10,6 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
     accuracy    the same file: synthetic tasks, by subset of the validation
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
-    steps       step_benchmark.json, as `scripts/benchmark.py task=step` writes it: training steps of whole models
     table       table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}
 """
 
@@ -27,7 +26,6 @@ from lkda.report.operators.peers import side_by_side
 from lkda.report.operators.report import metadata
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import from_record
-from lkda.report.studies import step_benchmark
 from lkda.report.training import accuracy
 from lkda.report.training.comparison import KIND as COMPARISON
 from lkda.report.training.table import as_cells
@@ -72,17 +70,12 @@ def _table(path: Path) -> str:
     return markdown_table([*rows[0]], cells) + "\n" + found["note"]
 
 
-def _steps(path: Path) -> str:
-    return step_benchmark.as_markdown(read_results_file(path, kind=step_benchmark.KIND))
-
-
 KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "results": ("results.json", "scripts/compare.py", _runs),
     "speeds": ("results.json", "scripts/compare.py", _speeds),
     "accuracy": ("results.json", "scripts/compare.py", _accuracy),
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
     "peers": ("benchmark.json", "scripts/benchmark.py", _peers),
-    "steps": ("step_benchmark.json", "scripts/benchmark.py task=step", _steps),
     "table": ("table.json", "what measures it,", _table),
 }
 _BLOCK = re.compile(

@@ -115,7 +115,7 @@ def test_a_whole_benchmark_in_processes_of_its_own(tmp_path: Path) -> None:
     assert [row["mixer"] for row in rows] == ["kda", "simplified"]
     assert all(row["tokens_per_s"] > 0 and row["cold_first_step_s"] > 0 and row["imports_s"] > 1 for row in rows)
     assert {path.name for path in tmp_path.glob("*.*")} == {
-        *("step_benchmark.json", "table.md", "tokens_per_s.png", "step_time.png")
+        *("step_benchmark.json", "table.json", "table.md", "tokens_per_s.png", "step_time.png")
     }
 
 

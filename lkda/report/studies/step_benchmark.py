@@ -8,6 +8,7 @@ model of another package), model, mixer, B, T, packed, the settings it was measu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,14 @@ def loop_cost(row: Row, rows: Sequence[Row]) -> float | None:
     return bare[0] / row["tokens_per_s"] - 1 if bare else None
 
 
-def as_cells(rows: Sequence[Row], *, packed: bool) -> tuple[list[str], list[list[str]]]:
-    """The headings and the cells as text, of the rows with or without packed documents. Columns that would be empty are
-    left out; a row without a measurement has the reason as its last cell."""
-    lines = [row for row in rows if bool(row["packed"]) == packed]
+def as_cells(rows: Sequence[Row], *, packed: bool | None = None) -> tuple[list[str], list[list[str]]]:
+    """The headings and the cells as text. Columns that would be empty are left out; a row without a measurement has the
+    reason as its last cell.
+
+    Args:
+        packed: whether the rows with or those without packed documents are shown; None: all, packed ones last.
+    """
+    lines = [row for each in ((False, True) if packed is None else (packed,)) for row in rows if row["packed"] == each]
 
     def over(key: str) -> Callable[[Row], float | None]:
         def ratio(row: Row) -> float | None:
@@ -110,7 +115,7 @@ def as_cells(rows: Sequence[Row], *, packed: bool) -> tuple[list[str], list[list
     head = ["model", "B x T", "what", *(heading for heading, _, _ in shown), *(["why not"] if missing else [])]
     body = []
     for row in lines:
-        cells = [row["model"], f"{row['B']}x{row['T']}", row["title"]]
+        cells = [row["model"], f"{row['B']}x{row['T']}{' packed' * (row['packed'] and packed is None)}", row["title"]]
         for _, value, form in shown:
             found = value(row)
             cells.append("" if found is None else form.format(found))
@@ -141,13 +146,18 @@ def as_markdown(found: dict[str, Any]) -> str:
 
 
 def redraw(path: Path) -> None:
-    """Writes table.md, and the plots tokens_per_s.png and step_time.png, beside a results file.
+    """Writes table.md, the same as table.json, and the plots tokens_per_s.png and step_time.png beside a results file.
 
     Raises: ValueError where it is not of scripts/benchmark.py task=step.
     """
     found = read_results_file(path, kind=KIND)
     try:
-        files: dict[Path, str | bytes] = {path.parent / "table.md": as_markdown(found) + "\n"}
+        head, body = as_cells(found["rows"])
+        table = {"kind": "table", "rows": [dict(zip(head, cells)) for cells in body], "note": note(found)}
+        files: dict[Path, str | bytes] = {
+            path.parent / "table.md": as_markdown(found) + "\n",
+            path.parent / "table.json": json.dumps(table, indent=1) + "\n",  # lkda.report.readme writes it into a page
+        }
         if any(row.get("tokens_per_s") for row in found["rows"]):
             files[path.parent / "tokens_per_s.png"] = speeds(found["rows"]).light
         if any("profile" in row for row in found["rows"]):
