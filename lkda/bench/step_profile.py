@@ -43,10 +43,11 @@ _TABLE = (
     ),
 )
 _EXPRESSIONS = tuple((name, re.compile(expression, re.IGNORECASE)) for name, expression in _TABLE)
-# What the profiler reports beside kernels: spans that cover several of them.
+# What the profiler reports beside kernels: spans that cover several of them, waiting, and its own work.
 _SPANS = re.compile(
     r"^(ProfilerStep|Optimizer\.|## |Torch-Compiled|CompiledFunction|Inductor:|autograd::engine|Pregraph|"
-    r"TorchDynamo|AOTDispatcher|\[pl\]|\[Strategy\]|\[LightningModule\]|\[Callback\]|nccl:)"
+    r"TorchDynamo|AOTDispatcher|\[pl\]|\[Strategy\]|\[LightningModule\]|\[Callback\]|nccl:|"
+    r"(Stream|Event|Context|Device) Sync|Stream Wait|Activity Buffer|Buffer Flush|Instrumentation|Command Buffer)"
 )
 MOST_KERNELS = 40
 

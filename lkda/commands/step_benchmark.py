@@ -326,7 +326,7 @@ def run_child(request: Mapping[str, Any], caches: Mapping[str, str], limit: floa
     Args:
         request: of `lkda.commands.step_row`.
         caches: environment variables that name directories of compiled code.
-        log: where its output goes.
+        log: where its output goes. It is kept if the process fails.
     """
     source = str(Path(lkda.__file__).parents[1])  # the child must import this package, not an installed one
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
@@ -349,6 +349,8 @@ def run_child(request: Mapping[str, Any], caches: Mapping[str, str], limit: floa
             _end(child)
         if result.exists():
             measured: dict[str, Any] = json.loads(result.read_text())
+            if "reason" not in measured:
+                log.unlink()
             return measured
     return {"reason": f"the process ended with {status} and without a result; the log is {log}"}
 

@@ -1,20 +1,24 @@
-"""Measures the training steps of one model, in a process of its own: `python -m lkda.commands.step_row REQUEST RESULT`.
+"""Measures the training steps of one model, in a process of its own, which `lkda.commands.step_benchmark` starts.
 
-REQUEST is a JSON file {"implementation", "overrides", "warmup", "timed", "profiled", "started"}. The implementation is
+Its arguments are two files. The first is the request, JSON: {"implementation", "overrides", "warmup", "timed",
+"profiled", "started"}. The implementation is
 
     train       scripts/train.py's own loop
     bare        lkda's model, loss and optimizer in a loop without Lightning
     a peer      a variant of `lkda.commands.step_peers`, in the same loop
 
-and the overrides are those of configs/train.yaml. RESULT, the measurements, is written when they are complete.
+and the overrides are those of configs/train.yaml. The second, the measurements, is written when they are complete.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -39,6 +43,7 @@ from lkda.commands.step_peers import BARE, TRAIN, check_peer, variant
 from lkda.commands.train import train
 from lkda.metrics_file import read_metrics
 from lkda.models.build import build_model
+from lkda.models.lm import LanguageModel
 from lkda.training.cuda_graphs import GraphedLoss
 from lkda.training.optimizer import build_optimizer
 from lkda.training.precision import PRECISIONS
@@ -50,8 +55,9 @@ _NO_RUN = Path(".")  # no run is recorded or continued
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """The measurements that a request asks for, as `StepClock.row` has them, and in addition imports_s.
 
-    A row of train also has tokens_per_s_logged, the median of its metrics.csv, and rows of lkda have tflops_per_s and,
-    where the peak of the device is known, mfu.
+    A row of train also has tokens_per_s_logged, the median of its metrics.csv. Rows of lkda have tflops_per_s and,
+    where the peak of the device is known, mfu. product_shares divides the matrix products of the profile by their
+    FLOPs.
 
     Raises: InputError for settings that cannot be used or a peer that cannot run.
     """
@@ -92,19 +98,38 @@ def _train(config: DictConfig, prepared: PreparedRun, steps: Steps) -> dict[str,
         ]
     if logged:
         row["tokens_per_s_logged"] = statistics.median(logged)
-    return row | _of_device(prepared, row)
+    return row | _of_device(prepared, row, lkda=True)
 
 
-def _of_device(prepared: PreparedRun, row: dict[str, Any]) -> dict[str, Any]:
+def _of_device(prepared: PreparedRun, row: dict[str, Any], *, lkda: bool) -> dict[str, Any]:
+    """What the measurements of `row` say about the device.
+
+    Args:
+        lkda: whether the model is lkda's. If not, only product_shares, which depends on the sizes, is known.
+    """
     if "tokens_per_s" not in row:
         return {}
     plan = prepared.plan
-    dtype = PRECISIONS[plan.trainer.precision]
     with torch.device("meta"):
         model = build_model(prepared.model_config)
+    shares = {"product_shares": _product_shares(model)}
+    if not lkda:
+        return shares
+    dtype = PRECISIONS[plan.trainer.precision]
     throughput = Throughput.of(model, context=prepared.data.context, device=plan.device, dtype=dtype)
     columns = throughput.columns(row["tokens_per_s"])
-    return {name: columns[name] for name in ("tflops_per_s", "mfu") if name in columns}
+    return shares | {name: columns[name] for name in ("tflops_per_s", "mfu") if name in columns}
+
+
+def _product_shares(model: LanguageModel) -> dict[str, float]:
+    """The shares of projections, feed-forward layers and head in the FLOPs of the products with weights."""
+    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    sizes = {
+        "MLP": sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name and p.ndim == 2),
+        "head": model.lm_head.weight.numel(),
+    }
+    sizes = {"projections": sum(p.numel() for p in linear) - sum(sizes.values()), **sizes}
+    return {name: round(size / sum(sizes.values()), 4) for name, size in sizes.items()}
 
 
 def _bare(prepared: PreparedRun, steps: Steps, word: str) -> dict[str, Any]:
@@ -128,7 +153,7 @@ def _bare(prepared: PreparedRun, steps: Steps, word: str) -> dict[str, Any]:
             nn.utils.clip_grad_norm_(model.parameters(), limit)
         optimizer.step()
         clock.after(step)
-    return clock.row | (_of_device(prepared, clock.row) if word == BARE else {})
+    return clock.row | _of_device(prepared, clock.row, lkda=word == BARE)
 
 
 def _on_device(prepared: PreparedRun) -> Iterator[dict[str, Any]]:
@@ -199,6 +224,13 @@ def _autocast(prepared: PreparedRun) -> AbstractContextManager[Any]:
     return torch.autocast(plan.device.type, torch.bfloat16) if mixed else nullcontext()
 
 
+def _end_with(parent: int) -> None:
+    """End this process, and those that compile for it, when the process `parent` has ended, even if it was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main(arguments: list[str]) -> None:
     request, result = map(Path, arguments)
     try:
@@ -210,4 +242,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     main(sys.argv[1:])

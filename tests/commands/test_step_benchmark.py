@@ -44,6 +44,9 @@ def test_a_row_is_measured_through_the_loop_of_training() -> None:
     assert row["tflops_per_s"] > 0
     assert row["profile"]["ms"]["matrix products"] > 0
     assert row["profile"]["ms"]["optimizer"] > 0
+    mlp, head = 3 * 16 * 16, 60 * 16
+    assert row["product_shares"]["head"] / row["product_shares"]["MLP"] == pytest.approx(head / mlp, rel=1e-3)
+    assert sum(row["product_shares"].values()) == pytest.approx(1, abs=1e-3)
     assert "profile_reason" not in row
     assert {"reserved_gib", "mfu"}.isdisjoint(row)  # of a GPU
 

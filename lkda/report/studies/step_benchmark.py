@@ -26,17 +26,21 @@ KIND = "step_benchmark"
 NAMES = 3  # the first columns of the table are names
 Row = dict[str, Any]
 _COMPILED_LLAMA = ("llama_compiled", "llama_graphs")
-# The classes of `lkda.bench.step_profile` in the order of the bars, each with its place in the palette.
-_CLASSES = {
-    "matrix products": 0,
+# The bars of a step in their order, each with its place in the palette: the classes of `lkda.bench.step_profile`, with
+# the matrix products divided.
+_SEGMENTS = {
+    "projections": 0,
+    "MLP": 5,
+    "head": 7,
     "operator": 1,
     "convolution": 2,
     "norms": 3,
     "loss": 4,
-    "optimizer": 5,
-    "element-wise": 7,
+    "optimizer": 8,
+    "element-wise": 6,
 }
 _IDLE = "idle"
+_DIVIDED = "The time of matrix products is divided into projections, MLP and head by their FLOPs."
 
 
 def same_batch(row: Row) -> tuple[str, int, int]:
@@ -221,9 +225,9 @@ def step_times(rows: Sequence[Row]) -> Picture:
         for axis, (title, panel) in zip(axes, panels.items(), strict=True):
             places = range(len(panel))
             left = [0.0] * len(panel)
-            for name in (*_CLASSES, _IDLE):
+            for name in (*_SEGMENTS, _IDLE):
                 widths = [_milliseconds(row, name) for row in panel]
-                colour = style.grid if name == _IDLE else style.palette[_CLASSES[name]]
+                colour = style.grid if name == _IDLE else style.palette[_SEGMENTS[name]]
                 hatch = {"hatch": "////", "edgecolor": style.faint, "linewidth": 0.0} if name == _IDLE else {}
                 axis.barh(places, widths, left=left, height=0.7, color=colour, label=name, **hatch)
                 left = [before + width for before, width in zip(left, widths, strict=True)]
@@ -233,15 +237,20 @@ def step_times(rows: Sequence[Row]) -> Picture:
             _finish(axis, title, panel, right=1.25 * max(left))
         axes[-1].set_xlabel("milliseconds of a step")
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+        figure.suptitle(_DIVIDED, fontsize=9, color=style.faint, x=0.01, ha="left")
+        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
         return figure
 
     return picture(draw)
 
 
 def _milliseconds(row: Row, name: str) -> float:
+    """Of a step, in the segment of a bar with that name."""
     found = row["profile"]
-    return float(found["idle_share"] * row["step_ms"] if name == _IDLE else found["ms"].get(name, 0.0))
+    if name == _IDLE:
+        return float(found["idle_share"] * row["step_ms"])
+    share = row.get("product_shares", {}).get(name)
+    return float(found["ms"].get(name, 0.0) if share is None else share * found["ms"]["matrix products"])
 
 
 def _subject(row: Row) -> str:
