@@ -1,9 +1,12 @@
-"""Measure the operators: time against the lower bound, error against float64, and both against other packages."""
+"""Measure the operators: time against the lower bound, error against float64, and both against other packages.
+
+With task=step, training steps of whole models are measured instead; see `lkda.commands.step_benchmark`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from lkda.bench import measure, ops
 from lkda.bench.op_benchmark import Shape
 from lkda.checks import InputError, check_values
 from lkda.commands.config import resolve
+from lkda.commands.step_benchmark import check_against, step_benchmark
+from lkda.commands.unused_options import BENCHMARK, check_unused
 from lkda.device import resolve_device
 from lkda.report.operators import report as bench_report
 from lkda.report.operators.benchmark import KIND, Benchmark, as_rich
@@ -24,54 +29,92 @@ from lkda.report.read.files import write_atomically
 _WORDS = ("ops", "shapes", "dtypes", "backends", "peers", "modes", "replays")
 MOST_MILLISECONDS = 600_000
 OPTIONS = {
+    "task": str,
     **dict.fromkeys(_WORDS, Sequence[str]),
+    "shapes": Sequence[str] | None,
     "gates": Sequence[str] | None,
     "device": str,
     "milliseconds": float,
     "out": Path,
+    **dict.fromkeys(("models", "mixers", "overrides"), Sequence[str]),
+    "packed": Sequence[bool],
+    "vocab_size": int,
+    "compile": bool | str,
+    "steps": int,
+    **dict.fromkeys(("bare", "cold"), bool),
+    "time_limit": float,
+    "check": Path | None,
 }
+# What `shapes` is if it is null: B x T x H x D of operators, B x T of steps.
+_SHAPES = {"op": ["8x8192x16x64", "1x8192x8x64"], "step": ["8x2048"]}
 
 
 def benchmark(config: DictConfig) -> None:
-    """Measure every combination in `config`. Writes benchmark.json, tables, plots and a page into `config.out`.
+    """Measure what `config.task` names: operators, or training steps of whole models.
+
+    Args:
+        config: composed from configs/benchmark.yaml.
+    Raises:
+        InputError: for an unknown name, shape or device, an option without an effect, or if `out` cannot be written.
+        CommandError: no training step could be measured, or with `check` a row is slower than recorded.
+    """
+    settings = resolve(config)
+    check_values(settings, OPTIONS)
+    if settings["task"] not in _SHAPES:
+        raise InputError(f"task must be {' or '.join(_SHAPES)}, got {settings['task']!r}.")
+    check_unused(BENCHMARK, settings)
+    if settings["shapes"] is None:
+        settings["shapes"] = _SHAPES[settings["task"]]
+    if not settings["time_limit"] > 0:
+        raise InputError(f"time_limit must be above 0, in seconds for each row; got {settings['time_limit']}.")
+    instead = "device=cpu" + (" with backends=[chunk,recurrent]" if settings["task"] == "op" else "")
+    device = resolve_device(settings["device"], option="device", gpu="cuda", instead=instead)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    if settings["task"] == "op":
+        _benchmark_operators(settings, device)
+    elif settings["check"] is None:
+        step_benchmark(settings, device)
+    else:
+        check_against(settings, device)
+
+
+def _benchmark_operators(config: Mapping[str, Any], device: torch.device) -> None:
+    """Measure every combination in `config`. Writes benchmark.json, tables, plots and a page into `out`.
 
     The JSON file is rewritten after every row, so a benchmark that is stopped keeps what it has measured.
 
     Args:
-        config: composed from configs/benchmark.yaml.
-    Raises: InputError for an unknown name, shape or device, or if `out` cannot be written.
+        config: resolved.
+    Raises: InputError for an unknown name or shape, or if `out` cannot be written.
     """
-    check_values(resolve(config), OPTIONS)
     empty = [name for name in _WORDS if not config[name] and name != "peers"]
     if empty:
         raise InputError(f"{empty[0]} is empty: give some, or leave it out.")
-    instead = "device=cpu with backends=[chunk,recurrent]"
-    device = resolve_device(config.device, option="device", gpu="cuda", instead=instead)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    if not 0 < config.milliseconds <= MOST_MILLISECONDS:
+    milliseconds = config["milliseconds"]
+    if not 0 < milliseconds <= MOST_MILLISECONDS:
         raise InputError(
-            f"milliseconds must be above 0 and at most {MOST_MILLISECONDS}, got {config.milliseconds}: each row is "
+            f"milliseconds must be above 0 and at most {MOST_MILLISECONDS}, got {config['milliseconds']}: each row is "
             "measured for so long."
         )
-    if device.type == "cpu" and list(config.replays) == ["graph"]:
+    if device.type == "cpu" and list(config["replays"]) == ["graph"]:
         raise InputError("replays=[graph] needs a GPU, because it replays CUDA graphs: on a CPU use replays=[eager].")
     cases = measure.cases(
-        [ops.find(name) for name in config.ops],
-        [Shape.parse(text) for text in config.shapes],
-        list(config.dtypes),
-        list(config.backends),
-        list(config.peers),
-        list(config.modes),
-        list(config.replays),
-        None if config.gates is None else list(config.gates),
+        [ops.find(name) for name in config["ops"]],
+        [Shape.parse(text) for text in config["shapes"]],
+        list(config["dtypes"]),
+        list(config["backends"]),
+        list(config["peers"]),
+        list(config["modes"]),
+        list(config["replays"]),
+        None if config["gates"] is None else list(config["gates"]),
     )
     if not cases:
         raise InputError(
             "no combination of ops, shapes, dtypes, backends, peers, modes and replays can be measured: "
             "change one of them."
         )
-    out = Path(config.out)
+    out = Path(config["out"])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,7 +126,7 @@ def benchmark(config: DictConfig) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(cases))
-        measured = measure.measure(cases, device, header["copy_gb_per_s"], milliseconds=config.milliseconds)
+        measured = measure.measure(cases, device, header["copy_gb_per_s"], milliseconds=milliseconds)
         for case in cases:
             what = (
                 f"{case.benchmark.op} {case.shape} {case.dtype} {case.gate or ''} {case.name} {case.mode} {case.replay}"

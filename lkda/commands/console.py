@@ -145,7 +145,7 @@ def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _of_subsets(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    for record in summary["val_subsets"]:
+    for record in summary.get("val_subsets", []):  # none of random tokens
         words = ", ".join(f"{name} {value}" for name, value in record["subset"].items())
         if "accuracy" in record:
             rows.append(

@@ -12,12 +12,14 @@ from hydra.errors import HydraException
 
 # Settings whose value is a text or a path. Hydra's grammar must not turn it into a number, a list or a dictionary.
 _TEXTS = {
-    *("ckpt", "out", "prompt_file", "init_from", "tasks_path", "bench", "title", "runs"),
+    *("ckpt", "out", "prompt_file", "init_from", "tasks_path", "bench", "title", "runs", "check"),
     *("sample.prompt", "data.tokenizer_path", "data.directory", "hydra.run.dir", "hydra.sweep.dir"),
     *("model.name", "mixer.name", "logger.wandb.project", "logger.wandb.name", "logger.wandb.group"),
 }
 # Those of the settings above that also take a list.
 _MAY_BE_A_LIST = ("runs",)
+# A list of settings of another command, as in overrides=[trainer.precision=32-true]. Hydra's grammar has no `=` there.
+_SETTINGS = "overrides"
 # OmegaConf reads this word as a value that is required and missing.
 _MISSING = "???"
 
@@ -52,10 +54,24 @@ def _read_as_typed(argument: str, verbatim: Sequence[str]) -> str:
     key, equals, value = argument.partition("=")
     if equals and key in verbatim:
         return f"{key}={_quoted(value)}"
+    if key == _SETTINGS and value[:1] == "[" and value[-1:] == "]" and _parsed(argument) is None:
+        return f"{key}=[{','.join(_quoted(word) for word in _outer_words(value[1:-1]))}]"
     if not equals or key not in _TEXTS or "${" in value:
         return argument
     parsed = _parsed(argument)
     return argument if parsed is not None and _is_hydras(parsed, value) else f"{key}={_quoted(value)}"
+
+
+def _outer_words(text: str) -> list[str]:
+    """The words between commas that are not inside brackets or braces."""
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words]
 
 
 def _is_hydras(parsed: Override, value: str) -> bool:

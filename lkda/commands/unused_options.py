@@ -98,6 +98,7 @@ DATA = (
     _Unused("data.vocab_size", _is("data.source", "prose"), "with data=prose, which has its own tokenizer"),
     _Unused("data.pin_memory", _pins_nothing, "where there is no GPU"),
     _Unused("data.cache_dir", _has_value("data.directory"), "beside data.directory"),
+    _Unused("data.shortest", _is("data.packed", False), "without data.packed=true"),
     *_each(
         ("data.val_fraction", "data.val_from_year", "data.test_fraction", "data.text_column"),
         _is("data.source", "sotu", "prose"),
@@ -145,6 +146,36 @@ GENERATE = (
 EVALUATE = (
     _Unused("seed", _always, "in an evaluation, which samples nothing"),
     *_each(("data.seed", "data.num_workers"), _always, "in an evaluation: it concerns only training batches"),
+)
+
+_OF_STEPS = (
+    *("models", "mixers", "packed", "vocab_size", "compile", "bare", "cold", "steps", "time_limit", "overrides"),
+    "check",
+)
+BENCHMARK = (
+    *_each(_OF_STEPS, _is("task", "op"), "with task=op, which measures operators"),
+    *_each(
+        ("ops", "dtypes", "backends", "gates", "modes", "replays", "milliseconds"),
+        _is("task", "step"),
+        "with task=step, which measures training steps of whole models",
+    ),
+    *_each(
+        (
+            "models",
+            "mixers",
+            "shapes",
+            "packed",
+            "peers",
+            "vocab_size",
+            "compile",
+            "bare",
+            "cold",
+            "steps",
+            "overrides",
+        ),
+        _is_not("check", None),
+        "beside check, which measures the recorded rows again with their settings",
+    ),
 )
 
 

@@ -12,13 +12,22 @@ from pathlib import Path
 from lkda.checks import InputError
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file
-from lkda.report.studies import learning_rates, long_context, peer_training, recipe, state_dtypes, state_error
+from lkda.report.studies import (
+    learning_rates,
+    long_context,
+    peer_training,
+    recipe,
+    state_dtypes,
+    state_error,
+    step_benchmark,
+)
 from lkda.report.training import comparison
 
 # The kinds of results files, each with the function that draws it; None where there is nothing to draw.
 KINDS: dict[str, Callable[[Path], None] | None] = {
     "comparison": comparison.redraw,  # written by scripts/compare.py
     "benchmark": bench_report.redraw,  # written by scripts/benchmark.py
+    "step_benchmark": step_benchmark.redraw,  # written by scripts/benchmark.py task=step
     "state_error": state_error.redraw,  # written by lkda.bench.state_error
     "long_context": long_context.redraw,
     "state_dtypes": state_dtypes.redraw,

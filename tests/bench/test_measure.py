@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from lkda.bench import measure, ops, timing
 from lkda.bench.op_benchmark import Shape
 from lkda.commands.benchmark import benchmark
+from tests.commands.small import composed
 
 CPU = torch.device("cpu")
 SDPA = "softmax attention (SDPA)"
@@ -195,24 +195,9 @@ def test_a_steady_measurement_is_not_repeated(monkeypatch):
 
 
 def test_the_command_writes_json_tables_and_plots(tmp_path):
-    config = {
-        **{
-            "ops": ["simplified"],
-            "shapes": ["1x64x2x32", "1x128x2x32"],
-            "dtypes": ["fp32"],
-            "backends": ["chunk", "cuda"],
-        },
-        **{
-            "peers": [],
-            "modes": ["fwd"],
-            "replays": ["eager"],
-            "gates": None,
-            "device": "cpu",
-            "milliseconds": 2,
-            "out": str(tmp_path),
-        },
-    }
-    benchmark(OmegaConf.create(config))
+    operators = ("ops=[simplified]", "shapes=[1x64x2x32,1x128x2x32]", "dtypes=[fp32]", "backends=[chunk,cuda]")
+    how = ("modes=[fwd]", "replays=[eager]", "device=cpu", "milliseconds=2", f"out={tmp_path}")
+    benchmark(composed("benchmark", *operators, *how))
     written = json.loads((tmp_path / "benchmark.json").read_text())
     assert written["header"]["device"] == "cpu"
     assert written["header"]["copy_gb_per_s"] > 0

@@ -279,6 +279,33 @@ OTHERS = [
     ),
     ("benchmark.py", "out={tmp}/new device=cpu shapes=[1x2x3]", r"a shape is B x T x H x D, .*, got 1x2x3"),
     ("benchmark.py", "out={tmp}/new device=cpu gates=[slow]", r"gates: there is no slow; there are none"),
+    ("benchmark.py", "out={tmp}/new device=cpu task=stp", r"task must be op or step, got 'stp'"),
+    ("benchmark.py", "out={tmp}/new device=cpu mixers=[kda]", r"mixers has no effect with task=op, which measures op"),
+    (
+        "benchmark.py",
+        "out={tmp}/new device=cpu task=step ops=[kda]",
+        r"ops has no effect with task=step, which measures",
+    ),
+    ("benchmark.py", "out={tmp}/new device=cpu task=step mixers=[kd]", r"mixers: there is no kd; with task=step there"),
+    (
+        "benchmark.py",
+        "out={tmp}/new device=cpu task=step shapes=[8x2x3]",
+        r"a shape is B x T, rows x tokens of a row, .*got 8x2x3",
+    ),
+    ("benchmark.py", "out={tmp}/new device=cpu task=step steps=15", r"steps must be a multiple of 10, got 15"),
+    ("benchmark.py", "out={tmp}/new device=cpu task=step time_limit=0", r"time_limit must be above 0, in seconds"),
+    ("benchmark.py", "out={tmp}/new device=cpu task=step packed=[]", r"packed is empty: give some, or leave it out"),
+    (
+        "benchmark.py",
+        "out={tmp}/new device=cpu task=step check={tmp} steps=20",
+        r"steps has no effect beside check, which",
+    ),
+    ("benchmark.py", "out={tmp}/new device=cpu task=step check={tmp}", r"step_benchmark.json cannot be read as JSON"),
+    (
+        "benchmark.py",
+        "out={tmp}/new device=cpu task=step models=[tiny] overrides=[model.d_modl=3]",
+        r"Could not override 'model.d_modl'. Did you mean d_model",
+    ),
     ("benchmark.py", "out={tmp}/new device=cpu milliseconds=-1", r"milliseconds must be above 0 and .*, got -1"),
     ("benchmark.py", "out={tmp}/new device=cpu milliseconds=1e30", r"above 0 and at most 600000, got 1e\+30"),
     (

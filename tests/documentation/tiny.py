@@ -45,9 +45,15 @@ TINY: dict[str, str] = {
     "scheduler.warmup_steps": "2",
     "sample.max_new_tokens": "8",
     "max_new_tokens": "8",  # scripts/generate.py
-    "shapes": "[1x64x2x16]",  # scripts/benchmark.py
-    "milliseconds": "2",
     "vocab_size": "300",  # scripts/prepare_data.py
+}
+# Options of scripts/benchmark.py for each task.
+TINY_BENCHMARK: dict[str, dict[str, str]] = {
+    "op": {"shapes": "[1x64x2x16]", "milliseconds": "2"},
+    "step": {
+        **{"models": "[tiny]", "mixers": "[kda]", "shapes": "[1x16]", "vocab_size": "300", "steps": "10"},
+        **{"peers": "[]", "bare": "false", "compile": "false"},
+    },
 }
 # Options of the modules that read their own command line; --op where none is printed.
 TINY_ARGUMENTS: dict[str, list[str]] = {
@@ -76,6 +82,9 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         config = _composed(name, given, configs)
     except Exception:  # the command meets it too, and shows it
         return [], []
+    if name == "benchmark":
+        checks = config.check is not None  # its rows have settings of their own
+        return [] if checks else [f"{key}={value}" for key, value in TINY_BENCHMARK[config.task].items()], []
     unused = _BROUGHT if config.get("init_from") else ()
     unused += _without_effect(config) if name == "train" else ()
     added = [
