@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor
 
 from lkda.ops.runtime import cubin_cache
+
+# The suffix of a function for tensors of that type.
+NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 INCLUDE = Path(__file__).parents[1] / "include"
 _COMPILERS = ("c++", "g++", "clang++")
@@ -124,6 +128,20 @@ class Library:
         compiled = result.with_suffix(".o")
         _run(executable, *_OPTIONS, f"-I{INCLUDE}", "-c", str(self.source), "-o", str(compiled))
         _run(executable, "-shared", str(compiled), *_openmp(), "-o", str(result))
+
+
+def cpu_only(library: Library, *, otherwise: str) -> Callable[[torch.device, int, torch.dtype], str | None]:
+    """The `cannot_run` of a backend that calls `library`; `otherwise` is the backend to name in the reason."""
+
+    def reason(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"the tensors are on {device.type}, not on a CPU; use backend={otherwise!r}, or move them."
+        why = library.reason_cannot_run()
+        return None if why is None else f"its C++ cannot be compiled: {why}; use backend={otherwise!r}."
+
+    # As `cannot_take` in kernel_inputs.py does.
+    reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return reason
 
 
 def _as_c(value: Tensor | int | float | None) -> object:

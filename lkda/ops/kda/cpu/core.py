@@ -13,24 +13,14 @@ import torch
 from torch import Tensor
 
 from lkda.ops.recurrence import compute_dtype
-from lkda.ops.runtime.cpp import Library
+from lkda.ops.runtime.cpp import NAMES, Library, cpu_only
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
+from lkda.ops.sequences import bounds_of
 
 LIBRARY = Library(Path(__file__).with_name("recurrence.cpp"))
 EVERY = 32  # as in the .cpp file: tokens from one saved state to the next
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
-
-def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the C++ cannot run on these tensors, or None if it can."""
-    if device.type != "cpu":
-        return f"the tensors are on {device.type}, not on a CPU; use backend='cuda', or move them."
-    reason = LIBRARY.reason_cannot_run()
-    return None if reason is None else f"it needs a C++ compiler: {reason}; use backend='chunk'."
-
-
-# As `cannot_take` in runtime/kernel_inputs.py does.
-reason_cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+reason_cannot_run = cpu_only(LIBRARY, otherwise="chunk")
 
 
 def _sizes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int, int]:
@@ -41,19 +31,12 @@ def _sizes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, i
 
 
 
-def _bounds(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    B, T = q.shape[:2]
-    if cu_seqlens is None:
-        return torch.arange(0, B * T + 1, T, dtype=torch.int32)
-    return cu_seqlens.to(torch.int32).contiguous()
-
-
 def _results(
     q: Tensor, v: Tensor, cu_seqlens: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised o, final_state, and the memory for the saved states."""
     N, H, K, V, rows = _sizes(q, v, cu_seqlens)
-    lanes = LIBRARY.call(f"kda_lanes_{_NAMES[v.dtype]}")
+    lanes = LIBRARY.call(f"kda_lanes_{NAMES[v.dtype]}")
     slots = rows // EVERY + N if save else 0
     saved = v.new_empty(slots, H, -(-V // lanes), K, lanes)
     return torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(N, H, K, V), saved
@@ -74,9 +57,9 @@ def _forward(
     q, k, v, E, beta = (x.contiguous() for x in (q, k, v, g.exp(), beta))
     initial_state = None if initial_state is None else initial_state.contiguous()
     o, final_state, saved = _results(q, v, cu_seqlens, save)
-    inputs = (_bounds(q, cu_seqlens), *_sizes(q, v, cu_seqlens), q, k, v, E, beta, scale, initial_state)
+    inputs = (bounds_of(*q.shape[:2], cu_seqlens), *_sizes(q, v, cu_seqlens), q, k, v, E, beta, scale, initial_state)
     LIBRARY.call(
-        f"kda_forward_{_NAMES[v.dtype]}", *inputs, o, final_state, saved if save else None, torch.get_num_threads()
+        f"kda_forward_{NAMES[v.dtype]}", *inputs, o, final_state, saved if save else None, torch.get_num_threads()
     )
     return o, final_state, saved
 
@@ -101,9 +84,9 @@ def _backward(
     dq, dk, dg = (q.new_empty(blocks, *q.shape) for _ in range(3))
     dv, dbeta = torch.empty_like(v), beta.new_empty(blocks, *beta.shape)
     dinitial = v.new_empty(sizes[0], *sizes[1:4])
-    inputs = (_bounds(q, cu_seqlens), *sizes, q, k, v, E, beta, scale, grad_o, grad_final, saved)
+    inputs = (bounds_of(*q.shape[:2], cu_seqlens), *sizes, q, k, v, E, beta, scale, grad_o, grad_final, saved)
     LIBRARY.call(
-        f"kda_backward_{_NAMES[v.dtype]}", *inputs, dq, dk, dv, dg, dbeta, dinitial, torch.get_num_threads()
+        f"kda_backward_{NAMES[v.dtype]}", *inputs, dq, dk, dv, dg, dbeta, dinitial, torch.get_num_threads()
     )
     dq, dk, dg, dbeta = (x[0] if blocks == 1 else x.sum(0) for x in (dq, dk, dg, dbeta))
     return dq, dk, dv, dg, dbeta, dinitial
