@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.ops.cross_entropy.cpu import can_take, rows_cpu
 from lkda.ops.cross_entropy.cuda import rows_cuda
 from lkda.ops.runtime.jit import reason_cannot_run
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
@@ -30,6 +31,8 @@ def _rows(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
     aligned = logits.shape[1] * logits.element_size() % 16 == 0
     if logits.is_cuda and aligned and logits.dtype in ELEMENTS and reason_cannot_run(logits.device) is None:
         return rows_cuda(logits, targets, scale)
+    if can_take(logits):
+        return rows_cpu(logits, targets, scale)
     return rows_torch(logits, targets, scale)
 
 
