@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import InputError
+from lkda.models.dense import Linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
 from lkda.models.short_conv import ShortConvolution
@@ -169,4 +170,4 @@ class RecurrentMixer(Mixer):
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer without a bias."""
-    return nn.Linear(inputs, outputs, bias=False)
+    return Linear(inputs, outputs)
