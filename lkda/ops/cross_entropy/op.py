@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lkda.ops.cross_entropy.cpu import can_take, rows_cpu
 from lkda.ops.cross_entropy.cuda import rows_cuda
-from lkda.ops.linear import product
+from lkda.ops.products.op import product
 from lkda.ops.runtime.jit import reason_cannot_run
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
 from lkda.targets import IGNORE_INDEX
@@ -105,7 +105,9 @@ def linear_cross_entropies(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     rows, piece = weight.to(x.dtype), _pieces(len(x), len(weight))
     parts = zip(x.split(piece), targets.split(piece), strict=True)
     losses = [
-        torch.nn.functional.cross_entropy(product(y, rows.mT).float(), wanted, ignore_index=IGNORE_INDEX, reduction="none")
+        torch.nn.functional.cross_entropy(
+            product(y, rows.mT).float(), wanted, ignore_index=IGNORE_INDEX, reduction="none"
+        )
         for y, wanted in parts
     ]
     return torch.cat(losses)

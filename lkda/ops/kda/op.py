@@ -22,8 +22,8 @@ BACKENDS: dict[str, Backend] = {
     "chunk": Backend(kda_chunk),
     "recurrent": Backend(kda_recurrent),
 }
-# For K != V, which the kernels cannot do.
-_WITHOUT_KERNELS = {word: BACKENDS[word] for word in ("chunk", "recurrent")}
+# For K != V, which the CUDA kernels cannot do.
+_WITHOUT_KERNELS = {word: BACKENDS[word] for word in ("cpu", "chunk", "recurrent")}
 
 
 def kda_attention(

@@ -29,11 +29,7 @@ def _sizes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, i
     return B if cu_seqlens is None else cu_seqlens.shape[0] - 1, H, K, v.shape[3], B * T
 
 
-
-
-def _results(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _results(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised o, final_state, and the memory for the saved states."""
     N, H, K, V, rows = _sizes(q, v, cu_seqlens)
     lanes = LIBRARY.call(f"kda_lanes_{NAMES[v.dtype]}")
@@ -57,7 +53,7 @@ def _forward(
     q, k, v, E, beta = (x.contiguous() for x in (q, k, v, g.exp(), beta))
     initial_state = None if initial_state is None else initial_state.contiguous()
     o, final_state, saved = _results(q, v, cu_seqlens, save)
-    inputs = (bounds_of(*q.shape[:2], cu_seqlens), *_sizes(q, v, cu_seqlens), q, k, v, E, beta, scale, initial_state)
+    inputs = (bounds_of(q.shape[0], q.shape[1], cu_seqlens), *_sizes(q, v, cu_seqlens), q, k, v, E, beta, scale, initial_state)
     LIBRARY.call(
         f"kda_forward_{NAMES[v.dtype]}", *inputs, o, final_state, saved if save else None, torch.get_num_threads()
     )
@@ -84,10 +80,8 @@ def _backward(
     dq, dk, dg = (q.new_empty(blocks, *q.shape) for _ in range(3))
     dv, dbeta = torch.empty_like(v), beta.new_empty(blocks, *beta.shape)
     dinitial = v.new_empty(sizes[0], *sizes[1:4])
-    inputs = (bounds_of(*q.shape[:2], cu_seqlens), *sizes, q, k, v, E, beta, scale, grad_o, grad_final, saved)
-    LIBRARY.call(
-        f"kda_backward_{NAMES[v.dtype]}", *inputs, dq, dk, dv, dg, dbeta, dinitial, torch.get_num_threads()
-    )
+    inputs = (bounds_of(q.shape[0], q.shape[1], cu_seqlens), *sizes, q, k, v, E, beta, scale, grad_o, grad_final, saved)
+    LIBRARY.call(f"kda_backward_{NAMES[v.dtype]}", *inputs, dq, dk, dv, dg, dbeta, dinitial, torch.get_num_threads())
     dq, dk, dg, dbeta = (x[0] if blocks == 1 else x.sum(0) for x in (dq, dk, dg, dbeta))
     return dq, dk, dv, dg, dbeta, dinitial
 

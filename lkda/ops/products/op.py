@@ -47,7 +47,7 @@ def _uses_onednn(rows: int, inner: int, columns: int, *tensors: Tensor) -> bool:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, N]. Not differentiable where gradients are recorded: `linear` is."""
-    if _uses_onednn(*a.shape, b.shape[1], a, b):
+    if _uses_onednn(a.shape[0], a.shape[1], b.shape[1], a, b):
         return _product(a, b)
     return a @ b
 
