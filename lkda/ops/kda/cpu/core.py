@@ -18,7 +18,7 @@ from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, wit
 from lkda.ops.sequences import bounds_of
 
 LIBRARY = Library(Path(__file__).with_name("recurrence.cpp"))
-EVERY = 32  # as in the .cpp file: tokens from one saved state to the next
+EVERY = 16  # as in the .cpp file: tokens from one saved state to the next
 
 reason_cannot_run = cpu_only(LIBRARY, otherwise="chunk")
 

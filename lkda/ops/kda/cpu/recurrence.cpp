@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int EVERY = 32;
+constexpr int EVERY = 16;
 constexpr int VECTORS = 4;  // of a row of a block
 
 // One row of a block's state: VECTORS vectors.
