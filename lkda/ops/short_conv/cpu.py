@@ -99,7 +99,7 @@ def _backward(
             f"convolution_backward_{NAMES[x.dtype]}",
             *(*sizes, x, taps, state, normalized >> i & 1, dy, dlast, dx, dtaps, dstate, torch.get_num_threads()),
         )
-        grads[i] = dtaps.sum(0).t().unsqueeze(1)
+        grads[i] = dtaps.sum(0).t().unsqueeze(1).contiguous()
         if dstate is not None:
             grads[STREAMS + i] = dstate
     return (*dxs, *grads)

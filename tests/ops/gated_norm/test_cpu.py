@@ -15,9 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "allowed"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
-)
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("rows", "D"), [(1, 1), (7, 20), (200, 64)])
 def test_equals_the_form_in_pytorch(rows, D, gated, dtype, allowed):

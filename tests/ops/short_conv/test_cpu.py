@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lkda.ops import short_convolutions
 from lkda.ops.short_conv import cpu
@@ -78,6 +79,16 @@ def test_streams_may_lie_side_by_side_in_one_tensor():
     (got,) = torch.autograd.grad(sum(y.square().sum() for y in outputs[0]), joined)
     wanted = torch.autograd.grad(sum(y.square().sum() for y in outputs[1]), separate)
     assert torch.equal(got, torch.cat(wanted, -1))
+
+
+def test_gradients_are_laid_out_as_the_fake_implementation_says():
+    inputs = list(inputs_of(False, 4, torch.float32, True).values())
+    outputs = torch.ops.lkda.short_conv_cpu_forward(*inputs, None, 5, 8)
+    backward = torch.ops.lkda.short_conv_cpu_backward
+    real = backward(*outputs, *inputs, None, 5, 8)
+    with FakeTensorMode() as mode:
+        fake = backward(*(mode.from_tensor(x) for x in (*outputs, *inputs)), None, 5, 8)
+    assert [(x.shape, x.stride()) for x in real] == [(x.shape, x.stride()) for x in fake]
 
 
 def test_the_custom_op_is_what_pytorch_expects():

@@ -53,7 +53,8 @@ def _forward(
     q, k, v, E, beta = (x.contiguous() for x in (q, k, v, g.exp(), beta))
     initial_state = None if initial_state is None else initial_state.contiguous()
     o, final_state, saved = _results(q, v, cu_seqlens, save)
-    inputs = (bounds_of(q.shape[0], q.shape[1], cu_seqlens), *_sizes(q, v, cu_seqlens), q, k, v, E, beta, scale, initial_state)
+    sizes = (bounds_of(q.shape[0], q.shape[1], cu_seqlens), *_sizes(q, v, cu_seqlens))
+    inputs = (*sizes, q, k, v, E, beta, scale, initial_state)
     LIBRARY.call(
         f"kda_forward_{NAMES[v.dtype]}", *inputs, o, final_state, saved if save else None, torch.get_num_threads()
     )
