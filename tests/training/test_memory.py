@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-import resource
 import subprocess
 import sys
 
@@ -29,8 +28,7 @@ print(plain, faults())
 def test_freed_memory_is_used_again():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     plain, kept = map(int, done.stdout.split())
-    pages = 12_000_000 * 4 // resource.getpagesize()
-    assert kept < min(plain, pages)  # 50 tensors cost less than the pages of one
+    assert kept < plain / 4
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
