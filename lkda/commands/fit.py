@@ -29,6 +29,7 @@ from lkda.training.callbacks import (
     StopRequest,
 )
 from lkda.training.checkpoint import AtomicCheckpointIO
+from lkda.training.memory import keep_freed_memory
 from lkda.training.metrics_csv import MetricsCSV
 from lkda.training.precision import PRECISIONS
 from lkda.training.task import LanguageModelTask
@@ -159,6 +160,8 @@ def fit(
     Returns: what ended the run before its last step; None if it was completed.
     Raises: InputError if Lightning rejects the settings.
     """
+    if prepared.plan.device.type == "cpu":
+        keep_freed_memory()
     data = prepared.data
     data.start_batch = prepared.first_step * prepared.plan.trainer.accumulate_grad_batches
     with stop_request:

@@ -133,7 +133,7 @@ def load(directory: str | Path, *, backend: str = "auto") -> tuple[LanguageModel
     Only JSON and safetensors are read, so nothing in the directory is executed.
 
     Args:
-        backend: of the ops: auto, cuda, chunk, recurrent.
+        backend: of the ops: auto, cuda, cpu, chunk, recurrent.
     Returns: the model, in float32, on the CPU and in eval mode, and its tokenizer.
     Raises:
         ValueError: a file is missing or broken, the model type is unknown, or the tensors do not fit the config.

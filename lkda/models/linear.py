@@ -1,6 +1,6 @@
-"""Linear layers of one input, computed as one matrix product of the concatenated weights.
+"""Linear layers without biases. Layers of one input are one matrix product of their concatenated weights.
 
-The layers stay separate modules, so that their weights keep their names and their shapes in checkpoints, exports and
+These layers stay separate modules, so that their weights keep their names and their shapes in checkpoints, exports and
 optimizers. Only the forward concatenates. Forward and backward then have one product instead of one per layer, and the
 gradients of the weights are slices of one matrix.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lkda.ops import linear
 
 # Inputs of fewer tokens, as in decoding, are multiplied layer by layer. The time of such a product is that of reading
 # the weights, which a concatenation would read and write once more.
@@ -19,6 +20,16 @@ FEWEST_TOKENS = 256
 # The concatenated weights are padded with zeros to a multiple of this number of outputs. A row of outputs in half
 # precision is then a multiple of 16 bytes, which fast matrix products and the kernels of the operators need.
 MULTIPLE = 8
+
+
+class Linear(nn.Linear):
+    """A linear layer without a bias, whose products run in the library that is fastest for them."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
@@ -36,14 +47,14 @@ def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     if padding:
         weights.append(weights[0].new_zeros(padding, x.shape[-1]))
         sizes.append(padding)
-    return F.linear(x, torch.cat(weights)).split(sizes, -1)[: len(layers)]
+    return linear(x, torch.cat(weights)).split(sizes, -1)[: len(layers)]
 
 
 def joined_linear(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
     """As `fused_linear`, but with the outputs side by side in one tensor [..., sum of out_features]."""
     if _has_few_tokens(x):
         return torch.cat([layer(x) for layer in layers], -1)
-    return F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return linear(x, torch.cat([layer.weight for layer in layers]))
 
 
 def _has_few_tokens(x: Tensor) -> bool:

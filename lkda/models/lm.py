@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lkda.models.block import Block
 from lkda.models.init import STD, apply_initialization
+from lkda.models.linear import Linear
 from lkda.models.mixer import Mixer, State
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import resolve_backend
@@ -38,7 +39,7 @@ class LanguageModel(nn.Module):
         self.embed_norm = nn.RMSNorm(d_model, eps=config["norm_eps"]) if config["embed_norm"] else None
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model, eps=config["norm_eps"])
-        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        self.lm_head = Linear(d_model, vocab_size)
         self._tie()
 
     def reset_parameters(self) -> None:

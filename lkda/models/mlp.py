@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.models.init import reset_children
-from lkda.models.linear import fused_linear
+from lkda.models.linear import Linear, fused_linear
 
 
 class SwiGLU(nn.Module):
@@ -14,9 +14,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, hidden, bias=False)
-        self.up_proj = nn.Linear(d_model, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, d_model, bias=False)
+        self.gate_proj = Linear(d_model, hidden)
+        self.up_proj = Linear(d_model, hidden)
+        self.down_proj = Linear(hidden, d_model)
 
     def reset_parameters(self) -> None:
         """Initialises all weights again."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import InputError
-from lkda.models.linear import fused_linear, joined_linear
+from lkda.models.linear import Linear, fused_linear, joined_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
 from lkda.models.short_conv import ShortConvolution
@@ -194,4 +194,4 @@ class RecurrentMixer(Mixer):
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer without a bias."""
-    return nn.Linear(inputs, outputs, bias=False)
+    return Linear(inputs, outputs)

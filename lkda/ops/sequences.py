@@ -22,6 +22,13 @@ def lengths_of(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
     return [end - start for start, end in zip(bounds, bounds[1:])]
 
 
+def bounds_of(batch: int, length: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The bounds of the sequences in the rows [batch * length], int32 [N + 1] and contiguous."""
+    if cu_seqlens is None:
+        return torch.arange(0, batch * length + 1, length, dtype=torch.int32)
+    return cu_seqlens.to(torch.int32).contiguous()
+
+
 def longest(cu_seqlens: Tensor, length: int) -> int:
     """The number of tokens of the longest sequence. In a traced or captured call, where that cannot be read, it is
     `length`, that of the whole row.

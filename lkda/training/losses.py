@@ -74,7 +74,7 @@ class ModelLoss:
         if target_positions is not None:
             targets = targets.flatten()[target_positions].unsqueeze(0)
             return next_token_loss(self.model.lm_head(x.flatten(0, 1)[target_positions]).unsqueeze(0), targets)
-        if x.is_cuda:
+        if x.is_cuda or not torch.is_autocast_enabled("cpu"):
             return linear_cross_entropy(_as_multiplied(x), self.model.lm_head.weight, targets.flatten())
         return next_token_loss(self.model.lm_head(x), targets)
 

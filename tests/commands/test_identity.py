@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from lkda.commands import command_line
 from lkda.commands.evaluate import evaluate
 from lkda.commands.train import train
+from lkda.ops import resolve_backend
 from lkda.training.task import LanguageModelTask
 from tests.commands.small import TIMES, composed
 
@@ -158,7 +159,8 @@ def test_evaluating_other_data_says_so(home: Path, tmp_path: Path, capsys: pytes
     assert same["differs_from_the_run"] == []
     assert other["differs_from_the_run"] == ["the training data", "the validation data", "the test data"]
     assert same["fingerprint"] == same["run"]["fingerprint"] != other["fingerprint"]
-    assert (same["precision"], same["backend"], same["device"]) == ("float32", {"kda": "chunk"}, "cpu")
+    kda = resolve_backend("kda", "auto", device="cpu", head_dim=16, dtype=torch.float32)
+    assert (same["precision"], same["backend"], same["device"]) == ("float32", {"kda": kda}, "cpu")
 
 
 def test_relative_paths_mean_the_same_from_anywhere(

@@ -18,6 +18,7 @@ from lkda.commands.console import draw_sample
 from lkda.commands.text import encode_prompt, text_pieces
 from lkda.commands.train import train
 from lkda.models.generate import generate
+from lkda.ops import resolve_backend
 from lkda.training.checkpoint import read_checkpoint
 from lkda.training.metrics_csv import COLUMNS
 from lkda.training.options import SampleOptions
@@ -68,7 +69,7 @@ def test_the_summary_says_what_was_measured(run: Path) -> None:
     assert summary["tokens_per_s"] > 0
     # KDA of 2 layers and 2 heads of 16: a 16 x 16 state a head, and 3 caches of 3 tokens of 32 channels, in float32.
     assert summary["state_bytes"] == 2 * 4 * (2 * 16 * 16 + 3 * 3 * 32)
-    assert summary["backend"] == "chunk"
+    assert summary["backend"] == resolve_backend("kda", "auto", device="cpu", head_dim=16, dtype=torch.float32)
 
 
 def test_metrics_have_every_step_and_validation(run: Path) -> None:

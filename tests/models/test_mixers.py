@@ -296,7 +296,7 @@ def test_a_mixer_dropped_into_the_package_is_found(tmp_path, monkeypatch):
         ({"mixer": {"pattern": ["kda"], "num_heads": 2, "patern": 1}}, "under the mixers' names .*; unknown: patern"),
         ({"num_layers": 0}, "model.num_layers must be a positive integer, got 0"),
         ({"d_modle": 3}, "unknown: d_modle"),
-        ({"backend": "fast"}, "no mixer of kda has a backend 'fast'; they have auto, chunk, cuda"),
+        ({"backend": "fast"}, "no mixer of kda has a backend 'fast'; they have auto, chunk, cpu, cuda"),
     ],
 )
 def test_what_cannot_be_built_is_said(changes, message):

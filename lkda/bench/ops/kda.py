@@ -110,6 +110,7 @@ BENCHMARK = OpBenchmark(
     backends={
         "cuda": Implementation(_lkda("cuda"), NAMES),
         "cuda_recurrent": Implementation(_lkda("cuda_recurrent")),
+        "cpu": Implementation(_lkda("cpu"), NAMES),
         "chunk": Implementation(_lkda("chunk"), NAMES),
         "recurrent": Implementation(_lkda("recurrent"), NAMES),
     },

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.ops.cross_entropy.cpu import can_take, rows_cpu
 from lkda.ops.cross_entropy.cuda import rows_cuda
+from lkda.ops.products.op import product
 from lkda.ops.runtime.jit import reason_cannot_run
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
 from lkda.targets import IGNORE_INDEX
@@ -30,6 +32,8 @@ def _rows(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
     aligned = logits.shape[1] * logits.element_size() % 16 == 0
     if logits.is_cuda and aligned and logits.dtype in ELEMENTS and reason_cannot_run(logits.device) is None:
         return rows_cuda(logits, targets, scale)
+    if can_take(logits):
+        return rows_cpu(logits, targets, scale)
     return rows_torch(logits, targets, scale)
 
 
@@ -42,7 +46,7 @@ def _plus_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """total + x y, in the total's dtype."""
     if x.dtype != total.dtype and x.is_cuda:
         return total.add_(torch.mm(x, y, out_dtype=total.dtype))
-    return total.addmm_(x.to(total.dtype), y.to(total.dtype))
+    return total.add_(product(x.to(total.dtype), y.to(total.dtype)))
 
 
 @torch.library.custom_op("lkda::linear_cross_entropy", mutates_args=())
@@ -55,9 +59,9 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     total, grad_x, grad_weight = torch.zeros_like(scale), torch.empty_like(x), torch.zeros_like(weight, dtype=kind)
     for start in range(0, len(x), piece):
         part = slice(start, start + piece)
-        losses, gradient = _rows(x[part] @ rows.mT, targets[part], scale)
+        losses, gradient = _rows(product(x[part], rows.mT), targets[part], scale)
         total += losses.sum()
-        grad_x[part] = gradient @ rows
+        grad_x[part] = product(gradient, rows)
         grad_weight = _plus_product(grad_weight, gradient.mT, x[part])
     return total * scale, grad_x, grad_weight.to(weight.dtype)
 
@@ -101,7 +105,9 @@ def linear_cross_entropies(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     rows, piece = weight.to(x.dtype), _pieces(len(x), len(weight))
     parts = zip(x.split(piece), targets.split(piece), strict=True)
     losses = [
-        torch.nn.functional.cross_entropy((y @ rows.mT).float(), wanted, ignore_index=IGNORE_INDEX, reduction="none")
+        torch.nn.functional.cross_entropy(
+            product(y, rows.mT).float(), wanted, ignore_index=IGNORE_INDEX, reduction="none"
+        )
         for y, wanted in parts
     ]
     return torch.cat(losses)

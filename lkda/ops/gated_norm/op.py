@@ -6,12 +6,13 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike
-from lkda.ops.gated_norm import cuda
+from lkda.ops.gated_norm import cpu, cuda
 from lkda.ops.gated_norm.reference import gated_norm_torch
 from lkda.ops.runtime.backend import Backend, choose
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.gated_norm_cuda, cuda.reason_cannot_run),
+    "cpu": Backend(cpu.gated_norm_cpu, cpu.reason_cannot_run),
     "torch": Backend(gated_norm_torch),
 }
 
@@ -26,7 +27,7 @@ def gated_rms_norm(
         gate: of x's shape and dtype, before the sigmoid. None for no gate.
         weight: [D].
         eps: added to the mean.
-        backend: auto | cuda | torch.
+        backend: auto | cuda | cpu | torch.
     Returns: of x's shape and dtype.
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.ops.checks import alike, check_alike, check_cu_seqlens, check_shape
+from lkda.ops.kda.cpu import core as cpu
 from lkda.ops.kda.cuda import core as cuda
 from lkda.ops.kda.cuda import recurrent as cuda_recurrent
 from lkda.ops.kda.reference.chunk import kda_chunk
@@ -17,11 +18,12 @@ from lkda.ops.runtime.backend import Backend, choose
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.kda_cuda, cuda.reason_cannot_run),
     "cuda_recurrent": Backend(cuda_recurrent.kda_cuda_recurrent, cuda_recurrent.reason_cannot_run, automatic=False),
+    "cpu": Backend(cpu.kda_cpu, cpu.reason_cannot_run),
     "chunk": Backend(kda_chunk),
     "recurrent": Backend(kda_recurrent),
 }
-# For K != V, which the kernels cannot do.
-_WITHOUT_KERNELS = {word: BACKENDS[word] for word in ("chunk", "recurrent")}
+# For K != V, which the CUDA kernels cannot do.
+_WITHOUT_KERNELS = {word: BACKENDS[word] for word in ("cpu", "chunk", "recurrent")}
 
 
 def kda_attention(
@@ -52,7 +54,7 @@ def kda_attention(
         scale: the factor of the output; None for K^-0.5.
         initial_state: [B, H, K, V], or [N, H, K, V] with cu_seqlens; None for zeros.
         cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1); they may be empty.
-        backend: auto | cuda | cuda_recurrent | chunk | recurrent.
+        backend: auto | cuda | cuda_recurrent | cpu | chunk | recurrent.
     Returns: o [B, T, H, V] in v's dtype, final_state [B or N, H, K, V] in float32 (float64 for float64 inputs).
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """

@@ -44,7 +44,7 @@ def read(name: str) -> tuple[bytes, str] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        _warn(error)
+        warn(error)
         return None
     try:
         metadata = json.loads(head)
@@ -67,10 +67,10 @@ def write(name: str, cubin: bytes, log: str) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        _warn(error)
+        warn(error)
 
 
-def _warn(error: OSError) -> None:
+def warn(error: OSError) -> None:
     global _warned
     if not _warned:
         _warned = True

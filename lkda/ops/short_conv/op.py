@@ -9,7 +9,7 @@ from torch import Tensor
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.runtime.backend import Backend, choose
-from lkda.ops.short_conv import cuda
+from lkda.ops.short_conv import cpu, cuda
 from lkda.ops.short_conv.reference import convolve_torch, normalize_torch
 
 MAX_STREAMS = 3
@@ -35,10 +35,11 @@ def _torch(
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.short_convolutions_cuda, cuda.reason_cannot_run),
+    "cpu": Backend(cpu.short_convolutions_cpu, cpu.reason_cannot_run),
     "torch": Backend(_torch),
 }
-# For what the kernels cannot do: filters of more than 4 taps, and rows that are no multiple of 16 bytes.
-_WITHOUT_KERNELS = {"torch": BACKENDS["torch"]}
+# For what the CUDA kernels cannot do: filters of more than 4 taps, and rows that are no multiple of 16 bytes.
+_WITHOUT_KERNELS = {word: BACKENDS[word] for word in ("cpu", "torch")}
 
 
 def short_convolutions(
@@ -64,7 +65,7 @@ def short_convolutions(
         states: the inputs before each sequence, [B, width - 1, channels], or [N, width - 1, channels] with cu_seqlens.
             None for zeros.
         cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1); they may be empty.
-        backend: auto | cuda | torch.
+        backend: auto | cuda | cpu | torch.
     Returns: for each x a y of its shape and dtype, and the states after each sequence, in the dtype of the given
         states, or of the weights without states.
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.

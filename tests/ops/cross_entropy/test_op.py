@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lkda.ops.cross_entropy import op
+from lkda.ops.cross_entropy import cpu, op
 from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
 from lkda.targets import IGNORE_INDEX
 
@@ -82,3 +82,19 @@ def test_the_kernel_agrees_with_float64(dtype: torch.dtype, classes: int, monkey
     torch.testing.assert_close(got.double(), want, rtol=error, atol=0)
     for mine, theirs in zip(gradients(got, rounded, narrow), gradients(want, wide, same), strict=True):
         assert (mine.double() - theirs).norm() < 2 * error * theirs.norm()
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_rows_in_cpp_are_those_in_pytorch(dtype: torch.dtype, allowed: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(9, 77, dtype=dtype, generator=draw)
+    logits[1, 3:] = -1e30
+    logits[2, 5] = 1e4
+    targets = torch.randint(77, (9,), generator=draw)
+    targets[3] = IGNORE_INDEX
+    if not cpu.can_take(logits):
+        pytest.skip("no C++ compiler")
+    scale = torch.tensor(0.3, dtype=dtype)
+    want = op.rows_torch(logits, targets, scale)
+    for got, wanted in zip(cpu.rows_cpu(logits.clone(), targets, scale), want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=allowed, atol=allowed)

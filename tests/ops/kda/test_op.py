@@ -182,5 +182,5 @@ def test_chunk_is_ten_times_faster_than_the_recurrence_on_two_threads():
 def test_a_state_that_is_not_square_runs_where_kernels_only_keep_square_ones():
     inputs = kda_inputs(1, 8, 1, 32, 16)
     assert kda_attention(**inputs)[1].shape == (1, 1, 32, 16)
-    with pytest.raises(ValueError, match="backend must be one of auto, chunk, recurrent, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, chunk, recurrent, got 'cuda'"):
         kda_attention(**inputs, backend="cuda")

@@ -88,7 +88,7 @@ def test_streams_side_by_side_in_one_tensor(packed):
         ({"normalized": (True,), "head_dim": 3}, "a head_dim that divides 8 channels"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "packed in one row"),
         ({"backend": "cuda"}, "not on a CUDA device"),
-        ({"backend": "fast"}, "backend must be one of auto, cuda, torch"),
+        ({"backend": "fast"}, "backend must be one of auto, cuda, cpu, torch"),
     ],
 )
 def test_what_does_not_fit_is_said(changes, message):
