@@ -10,15 +10,12 @@ that are not filled; `cut` makes S smaller where the sequences are short.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-
-# (q [B, ...], caches, mask [B, S] of the entries that are filled; None: all of them) -> o [B, ...]
-Attend = Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]
 
 
 def new_cache(
@@ -65,18 +62,11 @@ def append_one(caches: Sequence[Tensor], entries: Sequence[Tensor], length: Tens
     return list(caches)
 
 
-def attend_one(attend: Attend, q: Tensor, caches: Sequence[Tensor], length: Tensor) -> Tensor:
-    """`attend` for one query per sequence, q [B, ...].
-
-    On a CPU, which knows the lengths, the sequences of preallocated caches attend one after the other to what is
-    filled: the bits of a sequence's result then do not depend on the other sequences.
-    """
+def filled_mask(caches: Sequence[Tensor], length: Tensor) -> Tensor | None:
+    """[B, S], the entries that are filled; None where all of them are."""
     if not is_preallocated(length):
-        return attend(q, caches, None)
-    if length.device.type != "cpu":
-        return attend(q, caches, torch.arange(caches[0].shape[-2], device=length.device) < length)
-    rows = enumerate(length.flatten().tolist())
-    return torch.cat([attend(q[b : b + 1], [cut(x[b : b + 1], n) for x in caches], None) for b, n in rows])
+        return None
+    return torch.arange(caches[0].shape[-2], device=length.device) < length
 
 
 def append_many(

@@ -12,9 +12,9 @@ from lkda.checks import check_count
 from lkda.models.growing_cache import (
     append_many,
     append_one,
-    attend_one,
     cut,
     fill_packed,
+    filled_mask,
     is_preallocated,
     masked_softmax,
     new_cache,
@@ -114,7 +114,7 @@ class MultiHeadLatentAttention(Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         q, latent, shared, convolved = self._inputs(x.unsqueeze(1), None, state[3:])
         caches = append_one(state[:2], (latent, shared), state[2])
-        o = attend_one(self._attend_one, q[:, 0], caches, state[2])
+        o = self._attend_one(q[:, 0], caches, filled_mask(caches, state[2]))
         return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
 
     def _inputs(

@@ -12,9 +12,9 @@ from lkda.checks import InputError
 from lkda.models.growing_cache import (
     append_many,
     append_one,
-    attend_one,
     cut,
     fill_packed,
+    filled_mask,
     is_preallocated,
     masked_softmax,
     new_cache,
@@ -95,7 +95,7 @@ class SoftmaxAttention(Mixer):
         x = x.unsqueeze(1)
         q, k, v, convolved = self._heads(x, self._positions(x, None, state), None, state)
         caches = append_one(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2])
-        o = attend_one(self._attend_one, q[:, 0], caches, state[2])
+        o = self._attend_one(q[:, 0], caches, filled_mask(caches, state[2]))
         return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
