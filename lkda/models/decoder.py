@@ -97,7 +97,7 @@ class Decoder:
         self.keys[at] = torch.tensor(keys, device=self.device)
         for some, logits in found:
             self.positions[some] = 0
-            self.tokens[some] = self._sample(logits, self.keys[some], self.positions[some])
+            self.tokens[some] = self.sample(logits, some)
             self.positions[some] = 1
 
     @torch.inference_mode()
@@ -139,7 +139,7 @@ class Decoder:
         state = self.state if self.constant else self.model.cut_state(self.state, bucket)
         logits, after = self.model.step(self.tokens.clamp(min=0), state)
         _write(state, after)
-        self.tokens.copy_(self._sample(logits, self.keys, self.positions))
+        self.tokens.copy_(self.sample(logits))
         self.positions.add_(1)
 
     def _advance_by_graph(self, bucket: int) -> None:
@@ -165,12 +165,13 @@ class Decoder:
             self._graphs[bucket] = graph
         self._graphs[bucket].replay()
 
-    def _sample(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The tokens [N] sampled from logits [N, vocab] for `rows` [N]; None: for all rows."""
         chosen = self.sampling
         return sample_tokens(
             logits,
-            keys=keys,
-            positions=positions,
+            keys=self.keys if rows is None else self.keys[rows],
+            positions=self.positions if rows is None else self.positions[rows],
             temperature=chosen.temperature,
             top_k=chosen.top_k,
             top_p=chosen.top_p,

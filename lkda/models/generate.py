@@ -43,14 +43,14 @@ class Request:
 
 
 class BatchGenerator:
-    """Yields (request, token) for every token of every request. `reason` of a request is set after its last token.
+    """Yields (request, token) for every token of every request, and (request, None) when its text has ended.
 
-    The tokens of a request depend on its prompt, its numbers and the seed. On a CPU, in float32, they are the same in
-    any batch, because each request is decoded alone there; on a GPU logits depend on the batch by rounding.
+    The tokens of a request depend on its prompt, its numbers and the seed. A matrix product rounds differently for
+    another number of rows, so in a batch the logits depend on the other requests by rounding. On a CPU each request is
+    therefore decoded alone, unless `batch_size` says otherwise.
 
     Args:
-        requests: they are decoded in this order; on a GPU `batch_size` at a time, and a finished one makes place for
-            the next one.
+        requests: they are decoded in this order, `batch_size` at a time. A finished one makes place for the next one.
         max_new_tokens: the largest number of tokens of a request.
         end_tokens: tokens that end a text, and are not yielded.
         seed: of the sampling.
@@ -84,11 +84,12 @@ class BatchGenerator:
         self.max_new_tokens, self.end_tokens, self.batch_size = max_new_tokens, frozenset(end_tokens), batch_size
         self.decoder: Decoder | None = None
 
-    def __iter__(self) -> Iterator[tuple[Request, int]]:
+    def __iter__(self) -> Iterator[tuple[Request, int | None]]:
         waiting = deque(self.requests)
         if not self.max_new_tokens:
             for request in waiting:
                 request.reason = LENGTH
+                yield request, None
             return
         if not waiting:
             return
@@ -144,8 +145,8 @@ class BatchGenerator:
             rows[row] = request
         return free
 
-    def _found(self, rows: list[Request | None], row: int, token: int) -> Iterator[tuple[Request, int]]:
-        """Yield a token, and free the row if its request ends."""
+    def _found(self, rows: list[Request | None], row: int, token: int) -> Iterator[tuple[Request, int | None]]:
+        """Yield a token, and free the row if its text ends."""
         request = rows[row]
         if request is None:
             return
@@ -160,6 +161,7 @@ class BatchGenerator:
             yield request, token
         if request.reason is not None:
             rows[row] = None
+            yield request, None
 
 
 def generate(
@@ -196,7 +198,7 @@ def generate(
         seed=seed,
         end_tokens=end_tokens,
     )
-    return (token for _, token in found)
+    return (token for _, token in found if token is not None)
 
 
 def check_sampling(

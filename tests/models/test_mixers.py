@@ -99,7 +99,7 @@ class TestEveryMixer:
 
     @torch.no_grad()
     def test_preallocated_caches_equal_growing_ones(self, pattern):
-        """Prefilled, in steps, and read on; two sequences of unequal length, each as it is alone, in float64 exactly."""
+        """Packed, in steps, and read on: two sequences of unequal length, each as it is alone, in float64 exactly."""
         model, x = small(pattern).double(), tokens(2, 30)
         lengths = [7, 12]
         packed = torch.cat([x[0, :7], x[1, :12]]).unsqueeze(0)
