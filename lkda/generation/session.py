@@ -46,7 +46,7 @@ class Session:
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         self.tokens: list[int] = []
         self._model, self._tokenizer = prepare_decoding(model), tokenizer
-        self._name_of_model = _fingerprint(model)
+        self._name_of_model = fingerprint(model)
         self.constant = model.has_constant_state
         self._decoder = Decoder(self._model, 1, SMALLEST_CACHE, Sampling())
         self._logits: Tensor | None = None
@@ -240,7 +240,7 @@ def _room(tokens: int) -> int:
     return room
 
 
-def _fingerprint(model: LanguageModel) -> dict[str, Any]:
+def fingerprint(model: LanguageModel) -> dict[str, Any]:
     """What tells models apart: their kind, in words, and a hash of their weights."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():

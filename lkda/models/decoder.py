@@ -6,6 +6,7 @@ is captured in a CUDA graph, one for each size of the growing caches, and replay
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -159,6 +160,7 @@ class Decoder:
                     self._advance(bucket)
             except (RuntimeError, NotImplementedError) as error:
                 self.not_captured = " ".join(str(error).split())[:300]
+                logging.getLogger(__name__).warning("decoding without CUDA graphs: %s", self.not_captured)
                 self._advance(bucket)
                 return
             self._pool = self._pool or graph.pool()
