@@ -59,7 +59,7 @@ ONLY_IN = {
     "hydra": {"commands"},
     "datasets": {"data"},
     "wandb": {"training"},
-    "transformers": {"formats", "commands"},
+    "transformers": {"formats", "commands", "bench"},
     "lm_eval": {"commands"},
 }
 # Packages that must not load with the package that uses them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from tokenizers import Tokenizer
 
@@ -44,7 +45,13 @@ class Generations(Sequence[Generated]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+    @overload
+    def __getitem__(self, index: int) -> Generated: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Generated, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Generated | tuple[Generated, ...]:
         return self.samples[index]
 
     @property

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,10 +71,10 @@ class Decoder:
         self.state = self.model.init_state(batch_size, max_tokens=max_tokens)
         self.tokens, self.keys, self.positions = torch.zeros(3, batch_size, dtype=torch.int64, device=self.device)
         self.lengths = [0] * batch_size
-        self.not_captured = None if graphs else "graphs=False"
+        self.not_captured: str | None = None if graphs else "graphs=False"
         self._uses: dict[int, int] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @torch.inference_mode()
     def admit(

@@ -62,11 +62,16 @@ def append_one(caches: Sequence[Tensor], entries: Sequence[Tensor], length: Tens
     return list(caches)
 
 
-def filled_mask(caches: Sequence[Tensor], length: Tensor) -> Tensor | None:
-    """[B, S], the entries that are filled; None where all of them are."""
+def filled(caches: Sequence[Tensor], length: Tensor) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The caches to attend to, and the mask [B, S] of the entries that are filled; None where all of them are.
+
+    A single sequence on a CPU, where the host may read the length, needs no mask.
+    """
     if not is_preallocated(length):
-        return None
-    return torch.arange(caches[0].shape[-2], device=length.device) < length
+        return caches, None
+    if length.device.type == "cpu" and len(length) == 1:
+        return [cut(cache, int(length)) for cache in caches], None
+    return caches, torch.arange(caches[0].shape[-2], device=length.device) < length
 
 
 def append_many(

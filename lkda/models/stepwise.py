@@ -72,7 +72,7 @@ def set_state_dtype(model: LanguageModel, state_dtype: str) -> None:
     model.config = config
     for mixer in model.mixers():
         if hasattr(mixer, "state_dtype"):
-            mixer.state_dtype = state_dtype
+            setattr(mixer, "state_dtype", state_dtype)  # noqa: B010
 
 
 def _with_state_dtype(state_dtype: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lkda.models.growing_cache import (
     append_one,
     cut,
     fill_packed,
-    filled_mask,
+    filled,
     is_preallocated,
     masked_softmax,
     new_cache,
@@ -114,7 +114,7 @@ class MultiHeadLatentAttention(Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         q, latent, shared, convolved = self._inputs(x.unsqueeze(1), None, state[3:])
         caches = append_one(state[:2], (latent, shared), state[2])
-        o = self._attend_one(q[:, 0], caches, filled_mask(caches, state[2]))
+        o = self._attend_one(q[:, 0], *filled(caches, state[2]))
         return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
 
     def _inputs(
@@ -144,8 +144,8 @@ class MultiHeadLatentAttention(Mixer):
 
     def _output(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         if mask is not None:
-            heads = (y.transpose(1, 2) for y in (q, k, v))
-            o = F.scaled_dot_product_attention(*heads, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
         else:
             longest = self.longest_sequence
             o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, longest=longest, backend=self.backend)

@@ -14,7 +14,7 @@ from lkda.models.growing_cache import (
     append_one,
     cut,
     fill_packed,
-    filled_mask,
+    filled,
     is_preallocated,
     masked_softmax,
     new_cache,
@@ -95,7 +95,7 @@ class SoftmaxAttention(Mixer):
         x = x.unsqueeze(1)
         q, k, v, convolved = self._heads(x, self._positions(x, None, state), None, state)
         caches = append_one(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2])
-        o = self._attend_one(q[:, 0], caches, filled_mask(caches, state[2]))
+        o = self._attend_one(q[:, 0], *filled(caches, state[2]))
         return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
@@ -129,8 +129,8 @@ class SoftmaxAttention(Mixer):
         """y of q [B, T, H, D] and k and v [B, S, H, D]; `mask` as `append_many` returns it."""
         k, v = k.to(q.dtype), v.to(q.dtype)
         if mask is not None:
-            heads = (y.transpose(1, 2) for y in (q, k, v))
-            o = F.scaled_dot_product_attention(*heads, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
         else:
             longest = self.longest_sequence
             o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, longest=longest, backend=self.backend)

@@ -42,11 +42,12 @@ def _torch(
     if normalize:
         heads[0], heads[1] = normalize_torch(heads[0]), normalize_torch(heads[1])
     g, beta = (x.to(dtype) for x in kda_gate_torch(gate_logits, beta_logits, gate, head_dim=q.shape[-1]))
+    q, k, v = heads
     if state.dtype == dtype:
-        return _step_in_place(*heads, g, beta, state, scale).to(out_dtype)
+        return _step_in_place(q, k, v, g, beta, state, scale).to(out_dtype)
     kept = (state,) if factors is None else (state, factors)
     wide = unpack_state(kept).to(dtype)
-    o = _step_in_place(*heads, g, beta, wide, scale)
+    o = _step_in_place(q, k, v, g, beta, wide, scale)
     for before, new in zip(kept, pack_state(wide, state.dtype), strict=True):
         before.copy_(new)
     return o.to(out_dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lkda.ops.runtime.jit import Kernel, Module, reason_cannot_run
+from lkda.ops.runtime.jit import SHARED_BYTES_PER_BLOCK, Kernel, Module, architecture, reason_cannot_run
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, readable
 
 THREADS = 1024
@@ -21,7 +21,7 @@ def cannot_run(device: torch.device, vocab_size: int, dtype: torch.dtype) -> str
         return reason
     if dtype not in (torch.float32, torch.bfloat16):
         return f"the kernel takes float32 and bfloat16, got {dtype}; use backend='torch'."
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    limit = SHARED_BYTES_PER_BLOCK.get(architecture(device), 99 * 1024)
     if shared_bytes(vocab_size) > limit:
         return f"the kernel holds {limit:,} bytes of a row, too few for {vocab_size:,} tokens; use backend='torch'."
     return None
@@ -32,8 +32,9 @@ def shared_bytes(vocab_size: int) -> int:
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """Every variant, for a vocabulary of 32,000 tokens: they differ by dtype alone."""
-    return [sample_kernel(32000, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    """Every variant, for 32,000 tokens or as many as fit: they differ by dtype alone."""
+    most = min(32000, (SHARED_BYTES_PER_BLOCK[arch] - shared_bytes(0)) // 16 * 4)
+    return [sample_kernel(most, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 @cache
