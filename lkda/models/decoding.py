@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from lkda.models.linear import FusedLinear
 from lkda.models.lm import LanguageModel
 
+# Smaller matrices stay in a core's cache, where their layout makes no difference.
+LARGE_BYTES = 2**19
+
 
 def prepare_decoding(model: LanguageModel) -> LanguageModel:
     """A copy of `model` with the same parameters, whose steps are faster. A copy that is prepared is returned as it is.
@@ -57,9 +60,11 @@ class DecodingLinear(nn.Linear, FusedLinear):
 
 
 def _product(weights: Sequence[Tensor]) -> Tensor:
-    """The concatenated weights [out, in]; on a CPU transposed and in two halves [2, in, out / 2], for two threads."""
+    """The concatenated weights [out, in]; large ones on a CPU transposed and in halves [2, in, out / 2], for two
+    threads."""
     weight = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+    small = weight.numel() * weight.element_size() < LARGE_BYTES
+    if small or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return weight
     weight = F.pad(weight, (0, 0, 0, len(weight) % 2))
     return weight.view(2, -1, weight.shape[1]).transpose(1, 2).contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 UNIT = 2.0**40
 # On a CPU the nucleus is searched in so many likeliest tokens first, since sorting all of them takes longer.
-LIKELIEST = 1024
+LIKELIEST = (64, 512)
 
 _MASK = 2**64 - 1
 # The constants of SplitMix64 (Steele, Lea and Flood, 2014).
@@ -64,10 +64,11 @@ def sample_torch(
 def _least_of_nucleus(counts: Tensor, top_p: float) -> Tensor:
     """[B, 1], the count of the last token of the smallest set of likeliest tokens that has the share `top_p`."""
     needed = (counts.sum(-1, keepdim=True).double() * top_p).ceil().long().clamp(min=1)
-    if not counts.is_cuda and counts.shape[-1] > 4 * LIKELIEST:
-        some = counts.topk(LIKELIEST).values
-        if bool((some.sum(-1, keepdim=True) >= needed).all()):
-            return _reaching(some, needed)
+    for size in LIKELIEST:
+        if counts.device.type == "cpu" and counts.shape[-1] > 4 * size:
+            some = counts.topk(size).values
+            if bool((some.sum(-1, keepdim=True) >= needed).all()):
+                return _reaching(some, needed)
     return _reaching(counts.sort(descending=True).values, needed)
 
 
