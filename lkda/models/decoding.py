@@ -46,14 +46,14 @@ class DecodingLinear(nn.Linear, FusedLinear):
         return y if self.bias is None else y + self.bias
 
     def joined(self, x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
-        if x.dim() > 2 and x.shape[-2] > 1:  # a prompt
-            return torch.cat([F.linear(x, layer.weight) for layer in layers], -1)
         key = tuple(id(layer) for layer in layers)
         if key not in self._products:
             self._products[key] = _product([layer.weight for layer in layers])
         weight = self._products[key]
         if weight.dim() == 2:
             return F.linear(x, weight)
+        if x.dim() > 2 and x.shape[-2] > 1:  # a prompt
+            return torch.cat([F.linear(x, layer.weight) for layer in layers], -1)
         halves = torch.bmm(x.reshape(1, -1, self.in_features).expand(2, -1, -1), weight)  # [2, B, out / 2]
         y = halves.transpose(0, 1).reshape(*x.shape[:-1], -1)
         return y[..., : sum(layer.out_features for layer in layers)]
