@@ -9,27 +9,14 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 import lkda
-from lkda.models.generate import generate
-from lkda.special_tokens import document_ends
 
 
 def main(directory: str = "exported/one", prompt: str = "The people of the United States") -> str:
     """Prints the prompt with its continuation, and returns this text."""
     model, tokenizer = lkda.load(directory)
-    tokens = torch.tensor([tokenizer.encode(prompt).ids])
-    drawn = generate(
-        model,
-        tokens,
-        max_new_tokens=50,
-        temperature=0.8,
-        top_p=0.95,
-        seed=1,
-        end_tokens=document_ends(tokenizer),
-    )
-    text = prompt + tokenizer.decode(list(drawn))
+    found = lkda.generate(model, tokenizer, prompt, max_new_tokens=50, temperature=0.8, top_p=0.95, seed=1)
+    text = prompt + found.texts[0]
     print(text)
     return text
 

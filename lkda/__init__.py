@@ -1,6 +1,7 @@
 """lkda: small language models in which the sequence mixer is the variable.
 
     model, tokenizer = lkda.load("exported_directory")
+    print(lkda.generate(model, tokenizer, "Fellow citizens", max_new_tokens=50).texts[0])
     lkda.export(model, tokenizer, "another_directory", format="hf")
 
 `import lkda` and `lkda.ops` need only torch. Every other dependency is imported by the function that uses it.
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from lkda.generation import Session, generate, stream
     from lkda.models.lm import LanguageModel
 
+__all__ = ["Session", "export", "generate", "load", "stream"]
 __version__ = "0.1.0"
 
 
@@ -54,3 +57,15 @@ def export(
     from lkda.formats import save
 
     save(out, model, tokenizer, format=format, dtype=dtype, run=run)
+
+
+def __getattr__(name: str) -> Any:
+    """`generate`, `stream` and `Session` are imported when they are used: they need more than torch."""
+    if name in _GENERATION:
+        import lkda.generation
+
+        return getattr(lkda.generation, name)
+    raise AttributeError(f"module 'lkda' has no attribute {name!r}")
+
+
+_GENERATION = ("Session", "generate", "stream")

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.text": {"data"},
     "data.prose": {"data", "data.text"},
     "data.synthetic": {"data"},
-    "bench": {"models", "ops.*", "data.synthetic"},
+    "bench": {"models", "generation", "ops.*", "data.synthetic"},
     "bench.ops": {"bench", "ops.*"},
     "report.read": set(),
     "report.draw": {"report.read"},
@@ -52,15 +52,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.training": {"report.read", "report.draw", "report.operators"},
     "report.studies": {"report.read", "report.draw"},
     "report": {"report.*"},  # readme.py and redraw.py, which call the others
-    "commands": {"ops.*", "models", "training.*", "formats.*", "data.*", "bench.*", "report.*"},
-    "top": {"formats.*", "models", "commands"},  # lkda/__init__.py and __main__.py
+    "generation": {"models", "ops.*", "data.text"},
+    "commands": {"ops.*", "models", "generation", "training.*", "formats.*", "data.*", "bench.*", "report.*"},
+    "top": {"formats.*", "models", "generation", "commands"},  # lkda/__init__.py and __main__.py
 }
 # Other packages, and the packages of lkda whose modules may import them at all.
 ONLY_IN = {
     "hydra": {"commands"},
     "datasets": {"data"},
     "wandb": {"training"},
-    "transformers": {"formats", "commands"},
+    "transformers": {"formats", "commands", "bench"},
     "lm_eval": {"commands"},
 }
 # Packages that must not load with the package that uses them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -14,53 +14,92 @@ from omegaconf import DictConfig
 from lkda.checks import InputError, check_count
 from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.config import resolve
-from lkda.commands.text import check_text, encode_prompt, text_pieces
+from lkda.commands.prompts_job import check_prompts_job
+from lkda.commands.text import check_text, encode_prompt
 from lkda.commands.unused_options import GENERATE, check_unused
 from lkda.device import resolve_device
-from lkda.models.generate import check_sampling
-from lkda.models.generate import generate as sample_tokens
+from lkda.generation.generate import Piece, pieces_of
+from lkda.generation.text import check_stop
+from lkda.models.decoder import Sampling
+from lkda.models.generate import END, LENGTH, STOP, BatchGenerator, Request, check_sampling
+from lkda.models.stepwise import set_state_dtype
 from lkda.special_tokens import document_ends
 from lkda.training.options import MOST_SEED
 
 
 def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     """Write the prompt and the model's continuation to `out`, piece by piece. The speed in tokens per second and the
-    reason for the end are written to stderr.
+    reason for the end are written to stderr. With `prompts`, the texts of many prompts are written to a file instead.
 
     Args:
         out: None means standard output.
-        config: composed from configs/generate.yaml: ckpt, prompt or prompt_file (if both are null, the prompt is read
-            from standard input), max_new_tokens, temperature, top_p, seed, ignore_eos, accelerator, backend.
-    Returns: the prompt and its continuation.
+        config: composed from configs/generate.yaml.
+    Returns: the prompt and its continuation; of several samples, each after an empty line. "" with `prompts`.
     Raises: InputError for a checkpoint or a prompt that cannot be used, or a setting outside its range.
     """
     settings = resolve(config)
-    out = out or sys.stdout
     device = resolve_device(config.accelerator)
-    sampling = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p")}
-    check_sampling(**sampling)
+    sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+    check_sampling(max_new_tokens=config.max_new_tokens, **sampling)
     check_count("seed", config.seed, least=0, most=MOST_SEED)
+    check_count("num_samples", config.num_samples, least=1)
+    if config.batch_size is not None:
+        check_count("batch_size", config.batch_size, least=1)
     if not isinstance(config.ignore_eos, bool):
         raise InputError(f"ignore_eos must be true or false, got {config.ignore_eos!r}.")
+    stop = check_stop(settings["stop"] or ())
     check_unused(GENERATE, settings)
-    prompt = _prompt(config)
+    job = None if config.prompts is None else check_prompts_job(settings)
+    prompts = [_prompt(config)] if job is None else job.prompts
     trained = load_trained(config.ckpt, backend=config.backend)
+    if config.state_dtype is not None:
+        set_state_dtype(trained.model, config.state_dtype)
     trained.model.resolve_backends(device, torch.float32)
-    model = trained.model.to(device)
-    tokens = encode_prompt(trained.tokenizer, prompt).to(device)
-    ends = () if config.ignore_eos else document_ends(trained.tokenizer)
-    timed = _Timed(sample_tokens(model, tokens, **sampling, seed=config.seed, end_tokens=ends))
-    pieces = [prompt]
-    out.write(prompt)
-    for piece in text_pieces(trained.tokenizer, timed):
-        pieces.append(piece)
-        out.write(piece)
-        out.flush()
+    model, tokenizer = trained.model.to(device), trained.tokenizer
+    wanted = [(i, j) for i in range(len(prompts)) for j in range(config.num_samples)]
+    if job is not None:
+        wanted = job.begin(model, wanted)
+    encoded = {i: encode_prompt(tokenizer, prompts[i])[0].tolist() for i in sorted({i for i, _ in wanted})}
+    batch = BatchGenerator(
+        model,
+        [Request(encoded[i], i, j) for i, j in wanted],
+        max_new_tokens=config.max_new_tokens,
+        sampling=Sampling(**sampling),
+        seed=config.seed,
+        end_tokens=() if config.ignore_eos else document_ends(tokenizer),
+        batch_size=config.batch_size,
+    )
+    pieces = _Timed(pieces_of(batch, tokenizer, prompts, stop))
+    if job is not None:
+        job.write(pieces)
+        print(f"{pieces.count} tokens, {pieces.per_second:,.1f} tokens/s on {device}; wrote {job.out}", file=sys.stderr)
+        return ""
+    text, reasons = _show(pieces, prompts[0], out or sys.stdout, whole=config.num_samples > 1)
+    ended = {END: "the document ended", LENGTH: f"max_new_tokens={config.max_new_tokens}", STOP: "a stop string"}
+    stopped = ", ".join(ended[reason] for reason in dict.fromkeys(reasons))
+    print(f"{pieces.count} tokens, {pieces.per_second:,.1f} tokens/s on {device}; stopped: {stopped}", file=sys.stderr)
+    return text
+
+
+def _show(pieces: Iterable[Piece], prompt: str, out: TextIO, *, whole: bool) -> tuple[str, list[str]]:
+    """Write the pieces of one text as they come, or (whole) several texts one after the other."""
+    parts, results = [prompt], []
+    if not whole:
+        out.write(prompt)
+    for piece in pieces:
+        if not whole and piece.text:
+            parts.append(piece.text)
+            out.write(piece.text)
+            out.flush()
+        if piece.result is not None:
+            results.append(piece.result)
+    text = "".join(parts)
+    if whole:
+        text = "\n\n".join(prompt + result.text for result in sorted(results, key=lambda x: x.sample_index))
+        out.write(text)
     out.write("\n")
     out.flush()
-    ended = "the document ended" if timed.count < config.max_new_tokens else f"max_new_tokens={config.max_new_tokens}"
-    print(f"{timed.count} tokens, {timed.per_second:,.1f} tokens/s on {device}; stopped: {ended}", file=sys.stderr)
-    return "".join(pieces)
+    return text, [result.reason for result in results]
 
 
 def _prompt(config: DictConfig) -> str:
@@ -89,21 +128,22 @@ def _prompt(config: DictConfig) -> str:
 
 
 class _Timed:
-    """Passes tokens through, counts them, and times those after the first. The first one includes the prompt's time."""
+    """Passes pieces through, counts the tokens, and times those after the first, which includes the prompt's time."""
 
-    def __init__(self, tokens: Iterator[int]) -> None:
-        self.tokens = tokens
+    def __init__(self, pieces: Iterator[Piece]) -> None:
+        self.pieces = pieces
         self.count = 0
         self.seconds = 0.0
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Piece]:
         begin = 0.0
-        for token in self.tokens:
-            now = time.perf_counter()
-            begin = begin or now
-            self.seconds = now - begin
-            self.count += 1
-            yield token
+        for piece in self.pieces:
+            if piece.result is None:
+                now = time.perf_counter()
+                begin = begin or now
+                self.seconds = now - begin
+                self.count += 1
+            yield piece
 
     @property
     def per_second(self) -> float:

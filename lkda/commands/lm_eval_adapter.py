@@ -13,6 +13,7 @@ from lkda.checks import InputError
 from lkda.commands.checkpoint_loading import TrainedModel
 from lkda.commands.shipped import TASKS
 from lkda.data.text.tokenizer import document_start, encode_text
+from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import generate
 from lkda.special_tokens import document_ends
 
@@ -68,6 +69,7 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
     from lm_eval.api.model import TemplateLM
 
     model, tokenizer = trained.model.to(device).eval(), trained.tokenizer
+    decoding = prepare_decoding(model)
 
     def ids(text: str) -> list[int]:
         return encode_text(tokenizer, text)
@@ -108,7 +110,7 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
         drawn: list[int] = []
         written = ""
         longest, ends = int(options.get("max_gen_toks", 128)), document_ends(tokenizer)
-        for token in generate(model, prompt, max_new_tokens=longest, temperature=0, end_tokens=ends):
+        for token in generate(decoding, prompt, max_new_tokens=longest, temperature=0, end_tokens=ends):
             drawn.append(token)
             written = tokenizer.decode(drawn)
             cuts = [written.index(stop) for stop in stops if stop in written]

@@ -139,8 +139,17 @@ TRAIN = (
 )
 
 GENERATE = (
-    *_each(("temperature", "top_p", "ignore_eos"), _is("max_new_tokens", 0), "beside max_new_tokens=0"),
-    _Unused("top_p", _is("temperature", 0), "beside temperature=0, which always takes the most likely token"),
+    *_each(
+        ("temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos"),
+        _is("max_new_tokens", 0),
+        "beside max_new_tokens=0",
+    ),
+    *_each(
+        ("top_k", "top_p", "min_p", "num_samples"),
+        _is("temperature", 0),
+        "beside temperature=0, which always takes the most likely token",
+    ),
+    _Unused("out", _is("prompts", None), "without prompts=..., whose texts are written to it"),
 )
 
 EVALUATE = (

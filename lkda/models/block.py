@@ -29,6 +29,10 @@ class Block(nn.Module):
         y, state = self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, state=state)
         return self._feed_forward(x + y), state
 
+    def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
+        y, state = self.mixer.forward_packed(self.mixer_norm(x), state, cu_seqlens=cu_seqlens)
+        return self._feed_forward(x + y), state
+
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = self.mixer.step(self.mixer_norm(x), state)
         return self._feed_forward(x + y), state

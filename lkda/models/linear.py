@@ -7,6 +7,7 @@ gradients of the weights are slices of one matrix.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
+class FusedLinear(ABC):
+    """A layer that computes the layers of one input itself. `lkda.models.decoding` has such layers."""
+
+    @abstractmethod
+    def joined(self, x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+        """`joined_linear` of these layers, of which it is the first."""
+
+
 def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """The output of each layer, [..., out_features]. Where x has many tokens, they are views of one tensor.
 
@@ -39,6 +48,8 @@ def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
         x: [..., in_features].
         layers: layers without biases.
     """
+    if len(layers) > 1 and isinstance(layers[0], FusedLinear):
+        return layers[0].joined(x, layers).split([layer.out_features for layer in layers], -1)
     if len(layers) < 2 or _has_few_tokens(x):
         return tuple(layer(x) for layer in layers)
     sizes = [layer.out_features for layer in layers]
@@ -52,6 +63,8 @@ def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
 
 def joined_linear(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
     """As `fused_linear`, but with the outputs side by side in one tensor [..., sum of out_features]."""
+    if isinstance(layers[0], FusedLinear):
+        return layers[0].joined(x, layers)
     if _has_few_tokens(x):
         return torch.cat([layer(x) for layer in layers], -1)
     return linear(x, torch.cat([layer.weight for layer in layers]))

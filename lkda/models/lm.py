@@ -94,6 +94,21 @@ class LanguageModel(nn.Module):
         x, after = self._hidden_from(tokens, state)
         return self.lm_head(self.norm(x[:, -1])), after
 
+    def prefill_packed(self, tokens: Tensor, state: list[State], *, cu_seqlens: Tensor) -> tuple[Tensor, list[State]]:
+        """Reads prompts of unequal length, packed in one row, as the first tokens of their sequences.
+
+        Args:
+            tokens: [1, T].
+            state: of `init_state(N, max_tokens=...)`, which may be overwritten.
+            cu_seqlens: int [N + 1], the boundaries of the prompts, none of which is empty.
+        Returns: the logits [N, vocab] of the last token of each prompt, and the state after it.
+        """
+        x, after = self.embed(tokens), []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, new = block.forward_packed(x, before, cu_seqlens=cu_seqlens)  # type: ignore[operator]
+            after.append(new)
+        return self.lm_head(self.norm(x[0, cu_seqlens[1:].long() - 1])), after
+
     def step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """One token per sequence: tokens [B] -> logits [B, vocab] and the state after it."""
         x, after = self.hidden_step(tokens, state)
@@ -114,9 +129,23 @@ class LanguageModel(nn.Module):
             after.append(new)
         return x, after
 
-    def init_state(self, batch_size: int) -> list[State]:
-        """The state before the first token: one entry per layer."""
-        return [mixer.init_state(batch_size) for mixer in self.mixers()]
+    def init_state(self, batch_size: int, *, max_tokens: int | None = None) -> list[State]:
+        """The state before the first token: one entry per layer.
+
+        Args:
+            max_tokens: the tokens of a sequence for which growing caches (softmax, MLA) are preallocated. They are then
+                written in place, and a step has static shapes. None: they grow by copying.
+        """
+        return [mixer.init_state(batch_size, max_tokens=max_tokens) for mixer in self.mixers()]
+
+    def cut_state(self, state: list[State], tokens: int) -> list[State]:
+        """Views of the part of a state made with `max_tokens` that sequences of up to `tokens` tokens use."""
+        return [mixer.cut_state(part, tokens) for mixer, part in zip(self.mixers(), state, strict=True)]
+
+    @property
+    def has_constant_state(self) -> bool:
+        """Whether the size of the state does not depend on the number of tokens."""
+        return self.state_bytes(1) == self.state_bytes(2)
 
     def mixers(self) -> list[Mixer]:
         """The mixer of each layer, in order."""

@@ -54,17 +54,51 @@ class Mixer(nn.Module, ABC):
         returned is then empty.
         """
 
+    def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
+        """As `forward` with cu_seqlens [N + 1], with the state after each of the N sequences, none of them empty.
+
+        Args:
+            x: [1, T, d_model].
+            state: of `init_state(N, max_tokens=...)`, which may be overwritten.
+        """
+        parts, after = [], []
+        lengths = cu_seqlens.diff().tolist()
+        for n, piece in enumerate(x.split(lengths, 1)):
+            y, own = self(piece, state=tuple(part[n : n + 1] for part in state))
+            parts.append(y)
+            after.append(own)
+        return torch.cat(parts, 1), tuple(torch.cat(rows) for rows in zip(*after, strict=True))
+
     @abstractmethod
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: x [B, d_model] -> y [B, d_model] and the state after it. No gradients pass through the state.
 
         A mixer may overwrite the tensors of the given state and return them. Clone the state first where it is needed
-        again, for example to branch or to step back. `forward` does not change the state that it is given.
+        again, for example to branch or to step back. `forward` changes only the caches of a state that was made with
+        `max_tokens`.
+
+        With a state that was made with `max_tokens`, a step on a GPU must not wait for the device, and its shapes must
+        depend on those of its arguments alone, so that a CUDA graph can capture it.
         """
 
     @abstractmethod
-    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
-        """The state before the first token: tensors [batch_size, ...]."""
+    def init_state(
+        self, batch_size: int, *, max_tokens: int | None = None, device: torch.device | None = None
+    ) -> State:
+        """The state before the first token: tensors [batch_size, ...].
+
+        Args:
+            max_tokens: the tokens for which a cache that grows is preallocated; None: it grows by copying. A mixer
+                whose state has a constant size ignores it.
+            device: None for that of the weights.
+        """
+
+    def cut_state(self, state: State, tokens: int) -> State:
+        """Views of the part of a state made with `max_tokens` that sequences of up to `tokens` tokens use.
+
+        A mixer whose state has a constant size returns the state.
+        """
+        return state
 
     def state_bytes(self, context: int) -> int:
         """Bytes of the state after one sequence of `context` tokens, with convolution caches."""

@@ -118,6 +118,13 @@ class RecurrentMixer(Mixer):
         o, own = self.attend(q, k, v, gates, state=before, cu_seqlens=cu_seqlens)
         return self._output(o, latent), () if cu_seqlens is not None else (*after, *self.keep(own))
 
+    def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
+        inputs, after = self._inputs(x, cu_seqlens, None)
+        q, k, v = (self.heads(y) for y in inputs)
+        latent, gates = self._gates(x)
+        o, own = self.attend(q, k, v, gates, state=None, cu_seqlens=cu_seqlens)
+        return self._output(o, latent), (*after, *self.keep(own))
+
     def _inputs(
         self, x: Tensor, cu_seqlens: Tensor | None, caches: Sequence[Tensor] | None
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -172,7 +179,9 @@ class RecurrentMixer(Mixer):
         count = sum(convolve is not None for _, convolve in self._paths())
         return state[:count], state[count:]
 
-    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
+    def init_state(
+        self, batch_size: int, *, max_tokens: int | None = None, device: torch.device | None = None
+    ) -> State:
         w = self.o_proj.weight
         device, dtype = device or w.device, torch.promote_types(w.dtype, torch.float32)
         caches = (conv.init_state(batch_size, device=device) for _, conv in self._paths() if conv is not None)

@@ -9,10 +9,14 @@ from lkda.ops.precision import at_least_float32
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Rotates the pairs (x_i, x_{i + D/2}) of x [B, T, H, D] by the angles position * base^(-2i/D). position: [T]."""
+    """Rotates the pairs (x_i, x_{i + D/2}) of x [B, T, H, D] by the angles position * base^(-2i/D).
+
+    Args:
+        position: [T], or [B, T].
+    """
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)) / half)
-    angle = position.to(frequency.dtype).unsqueeze(-1) * frequency  # [T, D/2]
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    angle = position.to(frequency.dtype).unsqueeze(-1) * frequency  # [T or B, T, D/2]
+    cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
     a, b = at_least_float32(x).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

@@ -13,6 +13,7 @@ from lkda.checks import InputError
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.models.mixers import find_mixer
+from lkda.ops.kda.state import STATE_DTYPES
 from lkda.ops.sequences import lengths_of
 
 
@@ -58,6 +59,20 @@ class StepwiseModel(LanguageModel):
             x[places], state = self.hidden_step(flat[places], state)
             self.on_step(1 / steps)
         return x.view(B, T, -1)
+
+
+def set_state_dtype(model: LanguageModel, state_dtype: str) -> None:
+    """Let the KDA layers of `model` store their states in this dtype.
+
+    Raises: ValueError for an unknown dtype, or where no layer has such a state.
+    """
+    config = _with_state_dtype(state_dtype, model.config)
+    if state_dtype not in STATE_DTYPES:
+        raise InputError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
+    model.config = config
+    for mixer in model.mixers():
+        if hasattr(mixer, "state_dtype"):
+            setattr(mixer, "state_dtype", state_dtype)  # noqa: B010
 
 
 def _with_state_dtype(state_dtype: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lkda.data.text.cache import publish
 from lkda.data.text.documents import Splits
 from lkda.data.text.tokenize import tokenize_splits
 from lkda.data.text.tokenizer import END_OF_TEXT
+from lkda.models.decoder import Decoder
 from lkda.special_tokens import document_ends
 from tests.commands.small import composed, small_run
 
@@ -219,7 +220,7 @@ def test_a_document_that_ends_ends_the_text(
     """A model that draws END_OF_TEXT after four tokens."""
     tokenizer = load_trained(run).tokenizer
     drawn = iter([tokenizer.token_to_id(token) for token in ("a", "b", "c", "d", END_OF_TEXT, "e")])
-    monkeypatch.setattr(sys.modules["lkda.models.generate"], "_sample", lambda *arguments: next(drawn))
+    monkeypatch.setattr(Decoder, "sample", lambda *arguments: torch.tensor([next(drawn)]))
     text = greedy(run, "prompt=x", "max_new_tokens=6", f"ignore_eos={ignore_eos}")
     count, reason = ("6", "max_new_tokens=6") if ignore_eos else ("4", "the document ended")
     assert text == ("xabcde" if ignore_eos else "xabcd")

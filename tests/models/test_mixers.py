@@ -97,6 +97,32 @@ class TestEveryMixer:
             logits, state = model.step(x[:, t], state)
             torch.testing.assert_close(logits, want[:, t], rtol=1e-11, atol=1e-11)
 
+    @torch.no_grad()
+    def test_preallocated_caches_equal_growing_ones(self, pattern):
+        """Packed, in steps, and read on: two sequences of unequal length, each as it is alone, in float64 exactly."""
+        model, x = small(pattern).double(), tokens(2, 30)
+        lengths = [7, 12]
+        packed = torch.cat([x[0, :7], x[1, :12]]).unsqueeze(0)
+        logits, state = model.prefill_packed(
+            packed, model.init_state(2, max_tokens=30), cu_seqlens=torch.tensor([0, 7, 19], dtype=torch.int32)
+        )
+        want = model(x)
+        exactly = {"rtol": 1e-11, "atol": 1e-11}
+        torch.testing.assert_close(logits, torch.stack([want[b, n - 1] for b, n in enumerate(lengths)]), **exactly)
+        for t in range(4):
+            chosen = torch.stack([x[b, n + t] for b, n in enumerate(lengths)])
+            logits, after = model.step(chosen, model.cut_state(state, 16))
+            for row, new in zip(state, after):
+                for whole, part in zip(row, new):
+                    if whole.shape == part.shape:  # otherwise `part` is a view of it, written in place
+                        whole.copy_(part)
+            torch.testing.assert_close(logits, torch.stack([want[b, n + t] for b, n in enumerate(lengths)]), **exactly)
+        rest = torch.stack([x[b, n + 4 : n + 14] for b, n in enumerate(lengths)])
+        logits, _ = model.forward_from(rest, state)
+        torch.testing.assert_close(
+            logits, torch.stack([want[b, n + 4 : n + 14] for b, n in enumerate(lengths)]), **exactly
+        )
+
     def test_prefill_gives_the_last_logits(self, pattern):
         model, x = small(pattern), tokens(2, 20)
         want, left = model.forward_from(x, model.init_state(2))
@@ -213,6 +239,16 @@ def test_a_step_may_spend_its_state_but_never_a_clone(pattern):
     assert all(torch.equal(a, b) for one, two in zip(state, before) for a, b in zip(one, two))
     assert torch.equal(continued(cloned()), first)
     assert torch.equal(continued(state), first)
+
+
+@pytest.mark.parametrize("name", ["softmax", "mla"])
+def test_a_full_cache_is_refused(name):
+    model = small([name])
+    with pytest.raises(ValueError, match="holds 4 tokens per sequence, and a sequence would have 5: give init_state"):
+        model.forward_from(tokens(1, 5), model.init_state(1, max_tokens=4))
+    _, state = model.forward_from(tokens(1, 4), model.init_state(1, max_tokens=4))
+    with pytest.raises(ValueError, match="would have 5"):
+        model.step(tokens(1), state)
 
 
 def test_kda_begins_with_a_long_memory():

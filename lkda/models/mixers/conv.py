@@ -38,12 +38,19 @@ class GatedConvolution(Mixer):
         y, after = short_convolution(v, self.v_conv1d.weight, state=cache, cu_seqlens=cu_seqlens)
         return self.o_proj(y * gate), () if cu_seqlens is not None else (after,)
 
+    def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
+        v, gate = fused_linear(x, [self.v_proj, self.gate_proj])
+        y, after = short_convolution(v, self.v_conv1d.weight, cu_seqlens=cu_seqlens)
+        return self.o_proj(y * gate), (after,)
+
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         v, gate = fused_linear(x, [self.v_proj, self.gate_proj])
         y, cache = self.v_conv1d.step(v, state[0])
         return self.o_proj(y * gate), (cache,)
 
-    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
+    def init_state(
+        self, batch_size: int, *, max_tokens: int | None = None, device: torch.device | None = None
+    ) -> State:
         return (self.v_conv1d.init_state(batch_size, device=device),)
 
     def flops_per_token(self, context: int) -> float:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import check_count
+from lkda.models.growing_cache import (
+    append_many,
+    append_one,
+    cut,
+    fill_packed,
+    filled,
+    is_preallocated,
+    masked_softmax,
+    new_cache,
+    new_length,
+)
 from lkda.models.linear import fused_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
@@ -80,42 +94,94 @@ class MultiHeadLatentAttention(Mixer):
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
+        q, latent, shared, convolved = self._inputs(x, cu_seqlens, None if state is None else state[3:])
+        caches, mask = [latent, shared], None
+        length = new_length(x.shape[0], None, x.device) if state is None else state[2]
+        if state is not None:
+            caches, mask = append_many(state[:2], caches, length)
+        y = self._output(q, *self._keys_and_values(*caches), mask, cu_seqlens)
+        if cu_seqlens is not None:
+            return y, ()
+        return y, (*(caches if state is None or not is_preallocated(length) else state[:2]), length, *convolved)
+
+    def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
+        if not is_preallocated(state[2]):
+            return super().forward_packed(x, state, cu_seqlens=cu_seqlens)
+        q, latent, shared, convolved = self._inputs(x, cu_seqlens, None)
+        fill_packed(state[:2], (latent, shared), state[2], cu_seqlens.diff().tolist())
+        return self._output(q, *self._keys_and_values(latent, shared), None, cu_seqlens), (*state[:3], *convolved)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        q, latent, shared, convolved = self._inputs(x.unsqueeze(1), None, state[3:])
+        caches = append_one(state[:2], (latent, shared), state[2])
+        o = self._attend_one(q[:, 0], *filled(caches, state[2]))
+        return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
+
+    def _inputs(
+        self, x: Tensor, cu_seqlens: Tensor | None, before: State | None
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        """q [B, T, H, nope + rope], the latent [B, T, rank], the shared key channels [B, T, rope], and the caches of
+        the convolutions after them."""
         q, kv = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
-        caches: tuple[Tensor, ...] = ()
+        convolved: State = ()
         if self.q_conv1d is not None and self.kv_conv1d is not None:
-            q_cache, kv_cache = (None, None) if state is None else state[2:]
+            q_cache, kv_cache = before or (None, None)
             q, q_cache = short_convolution(q, self.q_conv1d.weight, state=q_cache, cu_seqlens=cu_seqlens)
             kv, kv_cache = short_convolution(kv, self.kv_conv1d.weight, state=kv_cache, cu_seqlens=cu_seqlens)
-            caches = (q_cache, kv_cache)
+            convolved = (q_cache, kv_cache)
         q = self.heads(q)
+        if self.q_norm is not None:
+            q = self.q_norm(q).to(kv.dtype)
         latent, shared = kv.split([self.rank, self.rope], -1)
-        latent = self.kv_a_layernorm(latent)
-        if state is not None:
-            latent, shared = (torch.cat([past, y.to(past.dtype)], 1) for past, y in zip(state[:2], (latent, shared)))
+        return q, self.kv_a_layernorm(latent), shared, convolved
+
+    def _keys_and_values(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """k [B, S, H, nope + rope] and v [B, S, H, v_dim]."""
         k, v = self.heads(self.kv_b_proj(latent)).split([self.nope, self.v_dim], -1)
         shared_heads = shared.unsqueeze(2).expand(-1, -1, self.num_heads, -1).to(k.dtype)
         k = torch.cat([k, shared_heads], -1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        o = softmax_attention(*(q, k, v), cu_seqlens=cu_seqlens, longest=self.longest_sequence, backend=self.backend)
-        return self.o_proj(o.flatten(-2)), () if cu_seqlens is not None else (latent, shared, *caches)
+        return k if self.k_norm is None else self.k_norm(k).to(v.dtype), v
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.forward(x.unsqueeze(1), state=state)
-        return y.squeeze(1), state
+    def _output(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        if mask is not None:
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
+        else:
+            longest = self.longest_sequence
+            o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, longest=longest, backend=self.backend)
+        return self.o_proj(o.flatten(-2))
 
-    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
+    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """q [B, H, nope + rope], the latents [B, S, rank] and the shared key channels [B, S, rope] -> [B, H, v_dim].
+
+        Without a norm of the keys, the query is projected to the latent and the sum of latents to the values (as in
+        arXiv:2405.04434, section 2.1.2), which costs nothing per cached token. With it the keys are computed again.
+        """
+        latent, shared = (cache.to(q.dtype) for cache in caches)
+        scale = q.shape[-1] ** -0.5
+        if self.k_norm is not None:
+            k, v = (y.transpose(1, 2) for y in self._keys_and_values(latent, shared))
+            weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), mask, scale)
+            return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
+        to_key, to_value = self.kv_b_proj.weight.view(self.num_heads, -1, self.rank).split([self.nope, self.v_dim], 1)
+        nope, rope = q.split([self.nope, self.rope], -1)
+        nope = torch.einsum("bhn,hnr->bhr", nope, to_key)
+        scores = torch.matmul(nope, latent.mT) + torch.matmul(rope, shared.mT)
+        summed = torch.matmul(masked_softmax(scores, mask, scale), latent)
+        return torch.einsum("bhr,hvr->bhv", summed, to_value)
+
+    def init_state(
+        self, batch_size: int, *, max_tokens: int | None = None, device: torch.device | None = None
+    ) -> State:
         w = self.o_proj.weight
-        latent, shared = (
-            torch.empty(batch_size, 0, width, device=device or w.device, dtype=w.dtype)
-            for width in (self.rank, self.rope)
-        )
-        convolutions = (self.q_conv1d, self.kv_conv1d)
-        return (
-            latent,
-            shared,
-            *(conv.init_state(batch_size, device=device) for conv in convolutions if conv is not None),
-        )
+        device = device or w.device
+        latent, shared = (new_cache(batch_size, max_tokens, (width,), w, device) for width in (self.rank, self.rope))
+        convolutions = (conv for conv in (self.q_conv1d, self.kv_conv1d) if conv is not None)
+        caches = (conv.init_state(batch_size, device=device) for conv in convolutions)
+        return latent, shared, new_length(batch_size, max_tokens, device), *caches
+
+    def cut_state(self, state: State, tokens: int) -> State:
+        return cut(state[0], tokens), cut(state[1], tokens), *state[2:]
 
     def _filters(self) -> list[Tensor]:
         return [convolve.weight for convolve in (self.q_conv1d, self.kv_conv1d) if convolve is not None]

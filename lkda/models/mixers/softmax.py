@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import InputError
+from lkda.models.growing_cache import (
+    append_many,
+    append_one,
+    cut,
+    fill_packed,
+    filled,
+    is_preallocated,
+    masked_softmax,
+    new_cache,
+    new_length,
+)
 from lkda.models.linear import fused_linear, joined_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
@@ -16,8 +30,8 @@ from lkda.ops.sequences import positions
 
 
 class SoftmaxAttention(Mixer):
-    """y = o_proj(softmax(rotary(q) rotary(k)^T / sqrt(D)) v); the state is the growing cache of keys and values,
-    followed by the caches of the convolutions.
+    """y = o_proj(softmax(rotary(q) rotary(k)^T / sqrt(D)) v); the state is the growing cache of keys [B, H, S, D]
+    and values, its length (see `lkda.models.growing_cache`), and the caches of the convolutions.
 
     Args:
         rope_base: of the rotary frequencies.
@@ -59,46 +73,91 @@ class SoftmaxAttention(Mixer):
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
+        q, k, v, convolved = self._heads(x, self._positions(x, cu_seqlens, state), cu_seqlens, state)
+        caches, mask = [k.transpose(1, 2), v.transpose(1, 2)], None
+        length = new_length(x.shape[0], None, x.device) if state is None else state[2]
+        if state is not None:
+            caches, mask = append_many(state[:2], caches, length)
+            k, v = (cache.transpose(1, 2) for cache in caches)
+        y = self._output(q, k, v, mask, cu_seqlens)
+        if cu_seqlens is not None:
+            return y, ()
+        return y, (*(caches if state is None or not is_preallocated(length) else state[:2]), length, *convolved)
+
+    def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
+        if not is_preallocated(state[2]):
+            return super().forward_packed(x, state, cu_seqlens=cu_seqlens)
+        q, k, v, convolved = self._heads(x, self._positions(x, cu_seqlens, None), cu_seqlens, None)
+        fill_packed(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2], cu_seqlens.diff().tolist())
+        return self._output(q, k, v, None, cu_seqlens), (*state[:3], *convolved)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        x = x.unsqueeze(1)
+        q, k, v, convolved = self._heads(x, self._positions(x, None, state), None, state)
+        caches = append_one(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2])
+        o = self._attend_one(q[:, 0], *filled(caches, state[2]))
+        return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
+
+    def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
+        """The position of each token in its sequence, [T], or [B, T] where the lengths before them differ."""
+        if cu_seqlens is not None:
+            return positions(cu_seqlens, x.shape[1])[0]
+        new = torch.arange(x.shape[1], device=x.device)
+        if state is None:
+            return new
+        return new + (state[2] if is_preallocated(state[2]) else state[0].shape[2])
+
+    def _heads(
+        self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None, state: State | None
+    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
+        """q, k and v [B, T, H, D], q and k rotated, and the caches of the convolutions after them."""
         layers, filters = [self.q_proj, self.k_proj, self.v_proj], self._filters()
-        caches: tuple[Tensor, ...] = ()
+        convolved: Sequence[Tensor] = ()
         if filters:
-            before = None if state is None else state[2:]
-            inputs, caches = short_convolutions(joined_linear(x, layers), filters, states=before, cu_seqlens=cu_seqlens)
+            before = None if state is None else state[3:]
+            inputs, convolved = short_convolutions(
+                joined_linear(x, layers), filters, states=before, cu_seqlens=cu_seqlens
+            )
         else:
             inputs = fused_linear(x, layers)
         q, k, v = (self.heads(y) for y in inputs)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if cu_seqlens is not None:
-            position, _ = positions(cu_seqlens, x.shape[1])
+        return rotate(q, position, self.rope_base), rotate(k, position, self.rope_base), v, convolved
+
+    def _output(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """y of q [B, T, H, D] and k and v [B, S, H, D]; `mask` as `append_many` returns it."""
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        if mask is not None:
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
         else:
-            past = 0 if state is None else state[0].shape[1]
-            position = torch.arange(past, past + x.shape[1], device=x.device)
-        q, k = (rotate(y, position, self.rope_base) for y in (q, k))
-        if state is not None:
-            k, v = (torch.cat([past, new.to(past.dtype)], 1) for past, new in zip(state[:2], (k, v)))
-        o = softmax_attention(
-            *(q, k.to(q.dtype), v.to(q.dtype)),
-            cu_seqlens=cu_seqlens,
-            longest=self.longest_sequence,
-            backend=self.backend,
-        )
-        return self.o_proj(o.flatten(-2)), () if cu_seqlens is not None else (k, v, *caches)
+            longest = self.longest_sequence
+            o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, longest=longest, backend=self.backend)
+        return self.o_proj(o.flatten(-2))
+
+    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """q [B, H, D] and keys and values [B, H, S, D] -> [B, H, D]."""
+        k, v = (cache.to(q.dtype) for cache in caches)
+        weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), mask, self.head_dim**-0.5)
+        return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
 
     def _filters(self) -> list[Tensor]:
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         return [convolve.weight for convolve in convolutions if convolve is not None]
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.forward(x.unsqueeze(1), state=state)
-        return y.squeeze(1), state
-
-    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> State:
+    def init_state(
+        self, batch_size: int, *, max_tokens: int | None = None, device: torch.device | None = None
+    ) -> State:
         w = self.o_proj.weight
-        empty = torch.empty(batch_size, 0, self.num_heads, self.head_dim, device=device or w.device, dtype=w.dtype)
+        device, shape = device or w.device, (self.num_heads, self.head_dim)
+        k, v = (new_cache(batch_size, max_tokens, shape, w, device) for _ in range(2))
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         caches = (conv.init_state(batch_size, device=device) for conv in convolutions if conv is not None)
-        return empty, empty, *caches
+        return k, v, new_length(batch_size, max_tokens, device), *caches
+
+    def cut_state(self, state: State, tokens: int) -> State:
+        return cut(state[0], tokens), cut(state[1], tokens), *state[2:]
 
     def state_bytes(self, context: int) -> int:
         cached = sum(weight.numel() - len(weight) for weight in self._filters())

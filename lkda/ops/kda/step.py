@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_shape
 from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.reference.gate import KDAGate, kda_gate_torch
-from lkda.ops.kda.reference.recurrent import kda_step_recurrent
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.runtime.backend import Backend, choose
-from lkda.ops.short_conv.reference import convolve_torch, normalize_torch
+from lkda.ops.short_conv.reference import normalize_torch
 
 
 def _torch(
@@ -36,20 +36,37 @@ def _torch(
     """The step in PyTorch, in float32 at least: the definition that the kernel is compared with."""
     dtype = torch.promote_types(compute_dtype(v), torch.float64 if state.dtype == torch.float64 else torch.float32)
     out_dtype = v.dtype
-    (B, H, D), heads = q.shape, [x.to(dtype) for x in (q, k, v)]
+    heads = [x.to(dtype) for x in (q, k, v)]
     for i, (weight, cache) in enumerate(zip(weights, caches)):
-        y, after = convolve_torch(heads[i].reshape(B, 1, H * D), weight, cache, None)
-        heads[i] = y.view(B, H, D)
-        cache.copy_(after)
+        heads[i] = _convolved(heads[i], weight, cache)
     if normalize:
         heads[0], heads[1] = normalize_torch(heads[0]), normalize_torch(heads[1])
-    g, beta = (x.to(dtype) for x in kda_gate_torch(gate_logits, beta_logits, gate, head_dim=D))
-    kept = (state,) if factors is None else (state, factors)
+    g, beta = (x.to(dtype) for x in kda_gate_torch(gate_logits, beta_logits, gate, head_dim=q.shape[-1]))
     q, k, v = heads
-    o, new_state = kda_step_recurrent(q, k, v, g, beta, unpack_state(kept).to(dtype), scale)
-    for before, new in zip(kept, pack_state(new_state, state.dtype), strict=True):
+    if state.dtype == dtype:
+        return _step_in_place(q, k, v, g, beta, state, scale).to(out_dtype)
+    kept = (state,) if factors is None else (state, factors)
+    wide = unpack_state(kept).to(dtype)
+    o = _step_in_place(q, k, v, g, beta, wide, scale)
+    for before, new in zip(kept, pack_state(wide, state.dtype), strict=True):
         before.copy_(new)
     return o.to(out_dtype)
+
+
+def _convolved(x: Tensor, weight: Tensor, cache: Tensor) -> Tensor:
+    """One token of `convolve_torch`, in few operations: x [B, H, D] with the cache [B, width - 1, H * D], which moves
+    on."""
+    window = torch.cat([cache.to(x.dtype), x.flatten(1).unsqueeze(1)], 1)
+    cache.copy_(window[:, 1:])
+    return F.silu((window * weight[:, 0].T.to(x.dtype)).sum(1)).view_as(x)
+
+
+def _step_in_place(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float) -> Tensor:
+    """`kda_step_recurrent`, with `state` updated in place. Returns o."""
+    state.mul_(g.exp().unsqueeze(-1))
+    correction = beta.unsqueeze(-1) * (v - torch.matmul(k.unsqueeze(-2), state).squeeze(-2))
+    state.addcmul_(k.unsqueeze(-1), correction.unsqueeze(-2))
+    return torch.matmul(q.unsqueeze(-2), state).squeeze(-2).mul_(scale)
 
 
 BACKENDS: dict[str, Backend] = {

@@ -17,7 +17,7 @@ from lkda.ops.runtime.jit import INCLUDE, Kernel
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
-_KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+_KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
 class Emulated:

@@ -1,0 +1,144 @@
+"""Texts for a file of prompts, written to a file. A job that was interrupted continues where it stopped.
+
+Finished texts are appended to a journal beside the output, OUT.part, whose first line has the settings. The output is
+written from it atomically when all texts are finished, in the order of the prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lkda.checks import InputError
+from lkda.commands.text import check_text
+from lkda.data.progress import patient_progress
+from lkda.generation.generate import Generated, Piece
+from lkda.generation.session import fingerprint
+from lkda.io import check_output_file, write_atomically
+from lkda.models.lm import LanguageModel
+
+# What decides about the texts, beside the model and the prompts.
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "num_samples", "stop", "seed", "ignore_eos")
+
+Numbers = tuple[int, int]  # of the prompt and of the sample
+
+
+@dataclass
+class PromptsJob:
+    """The prompts of a file, and the texts that are finished.
+
+    Attributes:
+        settings: those that decide about the texts.
+    """
+
+    prompts: list[str]
+    out: Path
+    settings: dict[str, Any]
+    finished: dict[Numbers, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def journal(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.part")
+
+    def begin(self, model: LanguageModel, wanted: Sequence[Numbers]) -> list[Numbers]:
+        """Those of `wanted` that are not finished yet.
+
+        Raises: ValueError if the journal is of other settings, prompts or another model.
+        """
+        prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+        header = {**self.settings, "prompts": prompts, "model": fingerprint(model)}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        if self.journal.exists():
+            first, *lines = _whole_lines(self.journal) or [{}]
+            changed = [name for name, value in header.items() if first.get(name) != value]
+            if changed:
+                raise InputError(
+                    f"{self.journal} holds finished texts of another {', '.join(changed)}: start the command with the "
+                    "settings of before, or delete that file to begin again."
+                )
+            self.finished = {(line["prompt_index"], line["sample_index"]): line for line in lines}
+        write_atomically(self.journal, "".join(_line(x) for x in (header, *self.finished.values())))
+        return [numbers for numbers in wanted if numbers not in self.finished]
+
+    def write(self, pieces: Iterable[Piece]) -> None:
+        """Append each finished text to the journal, then write the output and remove the journal."""
+        with patient_progress() as bar, self.journal.open("a", encoding="utf-8") as file:
+            total = len(self.prompts) * self.settings["num_samples"]
+            task = bar.add_task("texts", total=total, completed=len(self.finished))
+            for piece in pieces:
+                if piece.result is not None:
+                    line = _record(piece.result)
+                    self.finished[piece.prompt_index, piece.sample_index] = line
+                    file.write(_line(line))
+                    file.flush()
+                    bar.advance(task)
+        write_atomically(self.out, "".join(_line(self.finished[numbers]) for numbers in sorted(self.finished)))
+        self.journal.unlink()
+
+
+def check_prompts_job(settings: Mapping[str, Any]) -> PromptsJob:
+    """The job of `prompts=` and `out=`. Raises ValueError if a file cannot be read or written."""
+    for name in ("prompt", "prompt_file"):
+        if settings[name] is not None:
+            raise InputError(f"give either prompts=... or {name}=..., not both.")
+    if settings["out"] is None:
+        raise InputError("prompts=... needs out=FILE.jsonl, the file for the texts.")
+    source, out = Path(check_text("prompts", settings["prompts"])), Path(check_text("out", settings["out"]))
+    if out.suffix != ".jsonl":
+        raise InputError(f"out must be a .jsonl file, got {out}.")
+    check_output_file(out, option="out")
+    job = PromptsJob(_read_prompts(source), out, {name: settings[name] for name in SETTINGS})
+    if out.exists() and not job.journal.exists():
+        raise InputError(f"out={out} exists already: give another file, or delete it.")
+    return job
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """Raises ValueError, naming the line, for a file that holds something else than prompts."""
+    if path.suffix not in (".jsonl", ".txt"):
+        raise InputError(f"prompts must be a .txt file (a prompt per line) or a .jsonl file, got {path}.")
+    try:
+        lines = path.read_bytes().decode("utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read prompts={path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompts={path} is not UTF-8: {error}.") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise InputError(f"prompts={path} holds no prompt.")
+    if path.suffix == ".txt":
+        return [line for _, line in numbered]
+    return [_prompt_of(path, number, line) for number, line in numbered]
+
+
+def _prompt_of(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"line {number} of prompts={path} is not JSON: {error}.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise InputError(f'line {number} of prompts={path} must be {{"prompt": "..."}}, got {line[:80]}.')
+    return check_text(f"the prompt in line {number} of prompts={path}", record["prompt"])
+
+
+def _record(result: Generated) -> dict[str, Any]:
+    return {**asdict(result), "tokens": list(result.tokens)}
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _whole_lines(journal: Path) -> list[dict[str, Any]]:
+    """The lines of a journal, without a last one that was cut off."""
+    found = []
+    for line in journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found

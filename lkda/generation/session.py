@@ -1,0 +1,275 @@
+"""A session: what a model has read, kept between calls, to be continued, copied and saved."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lkda.checks import InputError
+from lkda.data.text.tokenizer import document_start, encode_text
+from lkda.generation.generate import Generated
+from lkda.generation.text import GrowingText, check_stop
+from lkda.io import replacing
+from lkda.models.decoder import Decoder, Sampling
+from lkda.models.decoding import prepare_decoding
+from lkda.models.generate import END, LENGTH, STOP, check_sampling
+from lkda.models.lm import LanguageModel
+from lkda.ops.sampling.reference import draw_key
+from lkda.special_tokens import document_ends
+
+FORMAT = 1
+SMALLEST_CACHE = 1024
+
+
+class Session:
+    """Reads a text once and continues it many times.
+
+        session = lkda.Session(model, tokenizer)
+        session.read(document)
+        answer = session.clone()
+        answer.read("Question: ...")
+        print(answer.generate(max_new_tokens=50).text)
+
+    The state has a constant size if `constant` is true (KDA, simplified). Otherwise it grows linearly with the tokens.
+
+    Attributes:
+        tokens: all tokens that were read or generated.
+        constant: whether the size of the state does not depend on the number of tokens.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        self.tokens: list[int] = []
+        self._model, self._tokenizer = prepare_decoding(model), tokenizer
+        self._name_of_model = fingerprint(model)
+        self.constant = model.has_constant_state
+        self._decoder = Decoder(self._model, 1, SMALLEST_CACHE, Sampling())
+        self._logits: Tensor | None = None
+        self._unread: list[int] = []  # a generated token that the state has not read
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state after the tokens so far."""
+        return self._model.state_bytes(self._decoder.lengths[0])
+
+    def __repr__(self) -> str:
+        growth = "constant" if self.constant else "grows with the tokens"
+        return f"Session({len(self.tokens):,} tokens, state of {self.state_bytes:,} bytes, {growth})"
+
+    def read(self, text: str) -> None:
+        """Read a text, after what was read and generated. The first one begins a document.
+
+        Raises: ValueError if `text` is not text.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"Session.read: text must be text, got {text!r}.")
+        start = document_start(self._tokenizer) if not self.tokens else None
+        self._read([*([] if start is None else [start]), *encode_text(self._tokenizer, text)])
+
+    def stream(
+        self,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """As `generate`, but yields the text in pieces."""
+        for piece, _ in self._pieces(
+            max_new_tokens, Sampling(temperature, top_k, top_p, min_p), check_stop(stop), seed
+        ):
+            if piece:
+                yield piece
+
+    def generate(
+        self,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+    ) -> Generated:
+        """Continue the text. Arguments as in `lkda.generate`; a draw depends on the seed and the number of tokens.
+
+        The session then continues after the tokens that were generated, those of a stop string included, without the
+        token that ends a document.
+
+        Raises: ValueError for a value out of its range, or if nothing was read.
+        """
+        sampling, strings = Sampling(temperature, top_k, top_p, min_p), check_stop(stop)
+        *_, (_, result) = self._pieces(max_new_tokens, sampling, strings, seed)
+        assert result is not None
+        return result
+
+    @torch.inference_mode()
+    def clone(self) -> Session:
+        """A session that continues from here by itself."""
+        other = object.__new__(Session)
+        other.__dict__.update(self.__dict__)
+        other.tokens, other._unread = list(self.tokens), list(self._unread)
+        other._decoder = self._decoder_of(self._decoder.max_tokens)
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a file, atomically. The weights are not in it."""
+        length = self._decoder.lengths[0]
+        state = self._decoder.state if self.constant else self._model.cut_state(self._decoder.state, max(1, length))
+        content = {
+            "lkda_session": FORMAT,
+            "model": self._name_of_model,
+            "tokens": self.tokens,
+            "unread": self._unread,
+            "length": length,
+            "logits": None if self._logits is None else self._logits.cpu(),
+            "state": [[part.cpu().clone() for part in layer] for layer in state],
+        }
+        with replacing(Path(path)) as file:
+            torch.save(content, file)
+
+    @classmethod
+    def load(cls, path: str | Path, model: LanguageModel, tokenizer: Tokenizer) -> Session:
+        """The session that `save` wrote.
+
+        Raises: ValueError if there is no such file, it is no session, or it is one of another model.
+        """
+        content = _read_file(Path(path))
+        session = cls(model, tokenizer)
+        _check_same_model(path, content["model"], session._name_of_model)
+        length = content["length"]
+        session.tokens, session._unread = content["tokens"], content["unread"]
+        device = session._decoder.device
+        session._logits = None if content["logits"] is None else content["logits"].to(device)
+        session._decoder = Decoder(session._model, 1, _room(length), Sampling())
+        session._fill(session._decoder, content["state"], length)
+        return session
+
+    def _pieces(
+        self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], seed: int
+    ) -> Iterator[tuple[str, Generated | None]]:
+        """Pieces of the text; the last one comes with the whole."""
+        check_sampling(max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"Session.generate: seed must be a whole number, got {seed!r}.")
+        if not self.tokens:
+            raise InputError("Session.generate: the session is empty; read a text first.")
+        self._read([])
+        text, ends, reason = GrowingText(self._tokenizer, stop), document_ends(self._tokenizer), LENGTH
+        for token in self._sampled(max_new_tokens, sampling, seed):
+            if token in ends:
+                reason = END
+                break
+            self.tokens.append(token)
+            self._unread = [token]
+            yield text.add(token), None
+            if text.stopped:
+                reason = STOP
+                break
+        rest = text.finish()
+        reason = STOP if text.stopped else reason
+        yield rest, Generated("", 0, 0, text.text, tuple(text.tokens), reason)
+
+    def _sampled(self, count: int, sampling: Sampling, seed: int) -> Iterator[int]:
+        """Sampled tokens; each is read when the next one is asked for."""
+        if not count:
+            return
+        self._reserve(self._decoder.lengths[0] + count)
+        decoder = self._decoder
+        if decoder.sampling != sampling:
+            decoder = self._decoder = self._decoder_of(decoder.max_tokens, sampling)
+        assert self._logits is not None
+        key, position = draw_key(seed, 0, 0), len(self.tokens)
+        with torch.inference_mode():
+            decoder.keys.fill_(key)
+            decoder.positions.fill_(position)
+            decoder.tokens.copy_(decoder.sample(self._logits))
+            decoder.positions.add_(1)
+        for left in range(count, 0, -1):
+            token = int(decoder.tokens[0])
+            if token < 0:
+                raise InputError("Session.generate: the model's logits are not finite numbers.")
+            yield token
+            self._unread = self._unread if left == 1 else []
+            if left > 1:
+                decoder.step()
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        self.tokens.extend(tokens)
+        unread = [*self._unread, *tokens]
+        if unread:
+            self._reserve(self._decoder.lengths[0] + len(unread))
+            self._logits, self._unread = self._decoder.read(unread), []
+
+    def _reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in growing caches."""
+        if not self.constant and tokens > self._decoder.max_tokens:
+            self._decoder = self._decoder_of(_room(tokens))
+
+    def _decoder_of(self, max_tokens: int, sampling: Sampling | None = None) -> Decoder:
+        """A decoder with a copy of the state."""
+        old = self._decoder
+        decoder = Decoder(self._model, 1, max_tokens, sampling or old.sampling)
+        length = old.lengths[0]
+        state = old.state if self.constant else self._model.cut_state(old.state, max(1, length))
+        self._fill(decoder, state, length)
+        return decoder
+
+    @torch.inference_mode()
+    def _fill(self, decoder: Decoder, state: Sequence[Sequence[Tensor]], length: int) -> None:
+        into = decoder.state if self.constant else self._model.cut_state(decoder.state, max(1, length))
+        for own, given in zip(into, state, strict=True):
+            for part, new in zip(own, given, strict=True):
+                part.copy_(new)
+        decoder.lengths[0] = length
+
+
+def _room(tokens: int) -> int:
+    room = SMALLEST_CACHE
+    while room < tokens:
+        room *= 2
+    return room
+
+
+def fingerprint(model: LanguageModel) -> dict[str, Any]:
+    """What tells models apart: their kind, in words, and a hash of their weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    pattern, config = model.config["mixer"]["pattern"], model.config
+    kind = f"{'-'.join(pattern)}, {config['num_layers']} layers of {config['d_model']} channels"
+    dtypes = {str(getattr(mixer, "state_dtype", "")) for mixer in model.mixers()} - {""}
+    states = f", states in {', '.join(sorted(dtypes))}" if dtypes else ""
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return {"kind": f"{kind}, weights in {dtype}{states}", "weights": digest.hexdigest()}
+
+
+def _check_same_model(path: str | Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    if saved != given:
+        other = f"it is {given['kind']}" if saved["kind"] != given["kind"] else "its weights are others"
+        raise InputError(
+            f"{path} is a session of another model ({saved['kind']}, weights {saved['weights'][:12]}): {other} "
+            f"({given['weights'][:12]}). Load that model, or begin a new session."
+        )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"there is no session at {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a file that is not its own
+        raise InputError(f"{path} is not a session, or is incomplete ({type(error).__name__}).") from error
+    if not isinstance(content, dict) or content.get("lkda_session") != FORMAT:
+        raise InputError(f"{path} is not a session of format {FORMAT}.")
+    return content

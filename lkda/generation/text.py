@@ -1,0 +1,106 @@
+"""Converts prompts to tokens, and sampled tokens to text that ends at a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from lkda.checks import InputError
+from lkda.data.text.tokenizer import document_start, encode_text
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """[1, T] int64: the token that begins a document, if the tokenizer has one, followed by the tokens of the prompt.
+
+    Raises: InputError for an empty prompt if no token begins a document, because there is nothing to continue.
+    """
+    start = document_start(tokenizer)
+    tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
+    if not tokens:
+        raise InputError("the prompt is empty, and the tokenizer has no token that begins a document: give a prompt.")
+    return torch.tensor([tokens])
+
+
+def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of `tokens`, yielded in pieces as soon as their characters are complete, as `GrowingText` has it."""
+    text = GrowingText(tokenizer)
+    for token in tokens:
+        piece = text.add(token)
+        if piece:
+            yield piece
+    rest = text.finish()
+    if rest:
+        yield rest
+
+
+def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """The stop strings. Raises ValueError for anything but text that is not empty, or a list of such texts."""
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(text, str) and text for text in strings):
+        raise InputError(f"stop must be a text that is not empty, or a list of such texts, got {stop!r}.")
+    return tuple(strings)
+
+
+class GrowingText:
+    """The text of tokens that come one by one. Special tokens are skipped.
+
+    A character of several bytes may span several tokens. It is returned with the last of them. What may be the
+    beginning of a stop string is held back until it is known whether it is.
+
+    Args:
+        stop: strings that end the text. They are not part of it.
+
+    Attributes:
+        tokens: all tokens, those of a stop string included.
+        text: the text so far.
+        stopped: whether a stop string was found.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, stop
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._decoded, self._held = "", ""
+
+    def add(self, token: int) -> str:
+        """The text that is new with this token; it may be empty."""
+        self.tokens.append(token)
+        piece = self._stream.step(self._tokenizer, token) or ""
+        self._decoded += piece
+        return self._found(piece)
+
+    def finish(self) -> str:
+        """The rest of the text. An incomplete character at the end is U+FFFD."""
+        if self.stopped:
+            return ""
+        new = self._found(self._tokenizer.decode(self.tokens)[len(self._decoded) :])
+        if not self.stopped:
+            self.text += self._held
+            new, self._held = new + self._held, ""
+        return new
+
+    def _found(self, piece: str) -> str:
+        self._held += piece
+        places = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
+        if places:
+            self.stopped, keep = True, min(places)
+            new, self._held = self._held[:keep], ""
+        else:
+            keep = len(self._held) - self._possible_stop()
+            new, self._held = self._held[:keep], self._held[keep:]
+        self.text += new
+        return new
+
+    def _possible_stop(self) -> int:
+        """The number of characters at the end that may be the beginning of a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
+                return size
+        return 0

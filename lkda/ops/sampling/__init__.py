@@ -1,0 +1,2 @@
+"""Sampling a token from logits, with random numbers that a counter determines: `op` is public, `reference` is the
+definition."""

@@ -1,0 +1,112 @@
+"""scripts/generate.py for a file of prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lkda
+from lkda.commands.generate import generate
+from tests.commands.small import composed
+from tests.generation.test_generate import byte_tokenizer, model_of
+
+PROMPTS = ["ab", "cde", "f"]
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    lkda.export(model_of(["kda"]), byte_tokenizer(), tmp_path / "exported")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return tmp_path / "exported"
+
+
+def run(exported: Path, *overrides: str) -> None:
+    folder = exported.parent
+    given = [f"ckpt={exported}", f"prompts={folder}/prompts.txt", f"out={folder}/out.jsonl", "accelerator=cpu"]
+    names = {override.partition("=")[0] for override in overrides}
+    defaults = [word for word in (*given, "max_new_tokens=6", "num_samples=2") if word.partition("=")[0] not in names]
+    generate(composed("generate", *defaults, *overrides))
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_texts_of_many_prompts(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(exported)
+    found = lines(exported.parent / "out.jsonl")
+    want = lkda.generate(
+        *lkda.load(exported), PROMPTS, max_new_tokens=6, num_samples=2, temperature=0.8, top_p=0.95, seed=1
+    )
+    assert [x["text"] for x in found] == want.texts
+    assert [x["prompt"] for x in found] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [(x["reason"], tuple(x["tokens"])) for x in found] == list(zip(want.reasons, want.tokens))
+    assert list(exported.parent.glob("*.part")) == []
+    assert "wrote" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="exists already"):
+        run(exported)
+
+
+def test_an_interrupted_job_continues(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(exported, f"out={exported.parent}/whole.jsonl")
+    from lkda.commands import prompts_job
+
+    written, record = [], prompts_job._record
+
+    def interrupted(result):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append((result.prompt_index, result.sample_index))
+        return record(result)
+
+    monkeypatch.setattr(prompts_job, "_record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(exported)
+    journal = exported.parent / "out.jsonl.part"
+    assert len(lines(journal)) == 4
+    journal.write_text(journal.read_text() + '{"prompt_index": 1, "sam')  # a line that was cut off
+    monkeypatch.setattr(prompts_job, "_record", record)
+    with pytest.raises(ValueError, match=r"finished texts of another temperature, seed: start the command with"):
+        run(exported, "temperature=0.5", "seed=7")
+    again = []
+    monkeypatch.setattr(prompts_job, "_record", lambda result: again.append(result) or record(result))
+    run(exported)
+    assert len(again) == 3
+    assert lines(exported.parent / "out.jsonl") == lines(exported.parent / "whole.jsonl")
+
+
+def test_prompts_as_json(exported: Path) -> None:
+    source = exported.parent / "prompts.jsonl"
+    source.write_text('{"prompt": "ab"}\n\n{"prompt": "line\\nbreak"}\n')
+    run(exported, f"prompts={source}", "num_samples=1")
+    assert [x["prompt"] for x in lines(exported.parent / "out.jsonl")] == ["ab", "line\nbreak"]
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt"', [], "line 2 of prompts=.* is not JSON"),
+        ('{"text": "a"}', [], "line 1 of prompts=.* must be"),
+        ("\n", [], "holds no prompt"),
+        ('{"prompt": "a"}', ["out=a.txt"], "out must be a .jsonl file"),
+        ('{"prompt": "a"}', ["prompt=b"], "give either prompts=... or prompt="),
+        ('{"prompt": "a"}', ["prompts=none.jsonl"], "cannot read prompts=none.jsonl: No such file"),
+        ('{"prompt": "a"}', ["prompts=a.csv"], "prompts must be a .txt file"),
+        ('{"prompt": "a"}', ["state_dtype=int4"], "state_dtype"),
+        ('{"prompt": "a"}', ["num_samples=0"], "num_samples must be a whole number of 1 or more"),
+    ],
+)
+def test_bad_files_are_one_line(exported: Path, content: str, overrides: list[str], message: str) -> None:
+    source = exported.parent / "prompts.jsonl"
+    source.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        run(exported, *(overrides if any("prompts=" in x for x in overrides) else [f"prompts={source}", *overrides]))
+
+
+def test_samples_of_one_prompt_are_whole_texts(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("max_new_tokens=5", "num_samples=3", "state_dtype=bfloat16", "top_k=20", "min_p=0.01", "stop=x")
+    text = generate(composed("generate", f"ckpt={exported}", "prompt=ab", "accelerator=cpu", *options))
+    assert capsys.readouterr().out == text + "\n"
+    assert text.count("ab") >= 3

@@ -1,0 +1,136 @@
+"""Texts from prompts: independent of the batch, ended by stop strings, in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import lkda
+from lkda.generation.text import GrowingText
+from lkda.models.decoder import Sampling
+from lkda.models.generate import BatchGenerator, Request
+from lkda.special_tokens import END_OF_TEXT
+from tests.models.helpers import IDS, PATTERNS, small
+
+PROMPTS = ["ab", "c", "abcdefgh", "ba ab", ""]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Every byte is a token, and token 0 begins a document."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({END_OF_TEXT: 0} | {letter: i + 1 for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def model_of(pattern, **changes):
+    return small(pattern, vocab_size=257, **changes)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_a_text_is_the_same_in_any_batch(pattern):
+    model, tokenizer = model_of(pattern), byte_tokenizer()
+    options = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, "num_samples": 2, "seed": 5}
+    together = lkda.generate(model, tokenizer, PROMPTS, **options)
+    assert [(x.prompt_index, x.sample_index) for x in together] == [(i, j) for i in range(5) for j in range(2)]
+    for i in (0, 4):
+        # The number of the prompt is part of the draws, so the same prompt must stand at the same place.
+        alone = lkda.generate(model, tokenizer, PROMPTS[: i + 1], **options)
+        assert alone.tokens[-2:] == together.tokens[2 * i : 2 * i + 2]
+    assert together.tokens[0] != together.tokens[1]
+    assert len(set(lkda.generate(model, tokenizer, "ab", **(options | {"temperature": 0})).texts)) == 1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_rows_of_a_batch_decode_what_they_decode_alone(pattern):
+    """The batched step, with places that are taken again, in float64, where rounding flips no draw."""
+    model = model_of(pattern).double()
+
+    def generated(batch_size):
+        prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12], [13]]
+        requests = [Request(prompt, i) for i, prompt in enumerate(prompts)]
+        found = {i: [] for i in range(5)}
+        batch = BatchGenerator(
+            model, requests, max_new_tokens=9, sampling=Sampling(top_p=0.9), end_tokens=range(40), batch_size=batch_size
+        )
+        for request, token in batch:
+            if token is not None:
+                found[request.prompt_index].append(token)
+        assert all(request.reason is not None for request in requests)
+        return found
+
+    alone = generated(1)
+    assert len({len(tokens) for tokens in alone.values()}) > 1
+    assert generated(3) == alone
+    assert generated(5) == alone
+
+
+def test_a_stop_string_ends_the_text_across_tokens():
+    model, tokenizer = model_of(["kda"]), byte_tokenizer()
+    whole = lkda.generate(model, tokenizer, "ab", max_new_tokens=40, seed=1, ignore_eos=True)[0]
+    assert whole.reason == "max_new_tokens"
+    assert len(whole.tokens) == 40
+    stop = whole.text[10:13]
+    cut = lkda.generate(model, tokenizer, "ab", max_new_tokens=40, seed=1, stop=["never", stop], ignore_eos=True)[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.reason == "stop"
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    pieces = list(lkda.stream(model, tokenizer, "ab", max_new_tokens=40, seed=1, stop=stop, ignore_eos=True))
+    assert "".join(piece.text for piece in pieces) == cut.text
+    assert pieces[-1].result == cut
+    assert len(pieces) > 5
+
+
+def test_what_may_begin_a_stop_string_is_held_back():
+    tokenizer = byte_tokenizer()
+    text, pieces = GrowingText(tokenizer, ["xyz"]), []
+    for token in tokenizer.encode("axyaxyxy").ids:
+        pieces.append(text.add(token))
+    assert pieces == ["a", "", "", "xya", "", "", "xy", ""]
+    assert text.finish() == "xy"
+    assert text.text == "axyaxyxy"
+    cut = GrowingText(tokenizer, ["é"])
+    assert [cut.add(token) for token in tokenizer.encode("aé").ids] == ["a", "", ""]
+    assert cut.stopped
+    assert cut.finish() == ""
+    assert cut.text == "a"
+    broken = GrowingText(tokenizer)
+    assert [broken.add(tokenizer.encode("é").ids[0]), broken.finish(), broken.text] == ["", "\ufffd", "\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": 3}, "prompts must be a text or a list of texts, got 3"),
+        ({"num_samples": 0}, "num_samples must be a whole number of 1 or more, got 0"),
+        ({"stop": ""}, "stop must be a text that is not empty"),
+        ({"stop": [1]}, "stop must be a text that is not empty, or a list of such texts, got"),
+        ({"top_k": 0}, "top_k must be a whole number of 1 or more, got 0"),
+        ({"min_p": 1.5}, r"min_p in \[0, 1\], got 1.0, 1.0 and 1.5"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"ignore_eos": "yes"}, "ignore_eos must be true or false"),
+        ({"batch_size": 0}, "batch_size must be a whole number of 1 or more"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number >= 0"),
+    ],
+)
+def test_bad_values_are_one_line_at_once(options, message):
+    given = {"prompts": "a"} | options
+    with pytest.raises(ValueError, match=message):
+        lkda.stream(model_of(["kda"]), byte_tokenizer(), given.pop("prompts"), **given)
+
+
+def test_nothing_to_generate():
+    model, tokenizer = model_of(["kda"]), byte_tokenizer()
+    assert lkda.generate(model, tokenizer, ["a", "b"], max_new_tokens=0).texts == ["", ""]
+    assert len(lkda.generate(model, tokenizer, [])) == 0
+
+
+def test_logits_that_are_not_numbers_are_an_error():
+    model = model_of(["kda"])
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite numbers"):
+        lkda.generate(model, byte_tokenizer(), "a", max_new_tokens=2)

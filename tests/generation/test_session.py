@@ -1,0 +1,88 @@
+"""A session continues, forks, and is saved."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lkda
+from tests.generation.test_generate import byte_tokenizer, model_of
+from tests.models.helpers import IDS, PATTERNS
+
+OPTIONS = {"max_new_tokens": 10, "temperature": 0}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_a_session_generates_what_the_whole_text_gives(pattern, tmp_path):
+    model, tokenizer = model_of(pattern).double(), byte_tokenizer()
+    session = lkda.Session(model, tokenizer)
+    session.read("abc")
+    session.read("def")
+    fork = session.clone()
+    first = session.generate(**OPTIONS)
+    assert first.tokens == lkda.generate(model, tokenizer, "abcdef", **OPTIONS).tokens[0]
+    second = session.generate(**OPTIONS)
+    whole = lkda.generate(model, tokenizer, "abcdef", max_new_tokens=20, temperature=0).tokens[0]
+    if first.reason == "max_new_tokens":
+        assert first.tokens + second.tokens == whole
+    assert fork.generate(**OPTIONS) == first
+    fork.save(tmp_path / "session")
+    loaded = lkda.Session.load(tmp_path / "session", model, tokenizer)
+    assert loaded.tokens == fork.tokens
+    assert loaded.generate(max_new_tokens=10, seed=3) == fork.generate(max_new_tokens=10, seed=3)
+    constant = "softmax" not in pattern and "mla" not in pattern
+    assert session.constant == constant
+    assert ("constant" in repr(session)) == constant
+    assert session.state_bytes == model.state_bytes(session._decoder.lengths[0])
+
+
+def test_a_cache_makes_room(monkeypatch):
+    monkeypatch.setattr("lkda.generation.session.SMALLEST_CACHE", 4)
+    model, tokenizer = model_of(["softmax"]), byte_tokenizer()
+    session = lkda.Session(model, tokenizer)
+    for text in ("ab", "cdefg", "h"):
+        session.read(text)
+    want = lkda.generate(model, tokenizer, "abcdefgh", **OPTIONS).tokens[0]
+    assert session.generate(**OPTIONS).tokens == want
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    tokenizer = byte_tokenizer()
+    session = lkda.Session(model_of(["kda"]), tokenizer)
+    session.read("abc")
+    session.save(tmp_path / "session")
+    with pytest.raises(ValueError, match=r"session of another model \(kda, 2 layers.*it is softmax, 2 layers of 32"):
+        lkda.Session.load(tmp_path / "session", model_of(["softmax"]), tokenizer)
+    other = model_of(["kda"])
+    with torch.no_grad():
+        other.norm.weight.add_(1)
+    with pytest.raises(ValueError, match="its weights are others"):
+        lkda.Session.load(tmp_path / "session", other, tokenizer)
+    (tmp_path / "broken").write_bytes((tmp_path / "session").read_bytes()[:200])
+    with pytest.raises(ValueError, match="is not a session, or is incomplete"):
+        lkda.Session.load(tmp_path / "broken", other, tokenizer)
+    with pytest.raises(ValueError, match="there is no session at"):
+        lkda.Session.load(tmp_path / "none", other, tokenizer)
+    with pytest.raises(ValueError, match="the session is empty"):
+        lkda.Session(other, tokenizer).generate()
+
+
+@pytest.mark.slow
+def test_another_process_continues_it(tmp_path):
+    model, tokenizer = model_of(["kda", "softmax"]), byte_tokenizer()
+    lkda.export(model, tokenizer, tmp_path / "exported")
+    session = lkda.Session(*lkda.load(tmp_path / "exported"))
+    session.read("abc")
+    session.generate(max_new_tokens=5, seed=1)
+    session.save(tmp_path / "session")
+    code = (
+        "import lkda, sys\n"
+        "session = lkda.Session.load(sys.argv[1], *lkda.load(sys.argv[2]))\n"
+        "print(session.generate(max_new_tokens=9, seed=2).tokens)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "session"), str(tmp_path / "exported")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == str(session.generate(max_new_tokens=9, seed=2).tokens)

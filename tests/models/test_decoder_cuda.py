@@ -1,0 +1,53 @@
+"""Decoding on a GPU: captured steps are those that run one by one, and texts are those of a CPU but for near ties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lkda.models.decoder import Decoder, Sampling
+from lkda.models.generate import BatchGenerator, Request
+from tests.models.helpers import IDS, PATTERNS, small
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is captured")
+
+PROMPTS = [[1, 2, 3], [4], list(range(5, 45)), [11, 12]]
+NEAR = 1e-2  # texts may part where the two likeliest logits differ by less
+
+
+def model_of(pattern):
+    return small(pattern, d_model=64, scale=2)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_captured_steps_are_those_that_run_one_by_one(pattern):
+    model, found = model_of(pattern).cuda(), []
+    for graphs in (True, False):
+        decoder = Decoder(model, 4, 600, Sampling(top_p=0.9), graphs=graphs)
+        decoder.admit(range(4), PROMPTS, range(4), [5, 6, 7, 8])
+        drawn = [decoder.step().tolist() for _ in range(300)]  # across a bucket of the growing caches
+        assert decoder.not_captured == (None if graphs else "graphs=False")
+        assert len(decoder._graphs) == (0 if not graphs else 1 if decoder.constant else 2)
+        found.append(drawn)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_greedy_texts_part_from_those_of_a_cpu_only_at_near_ties(pattern):
+    model, texts = model_of(pattern), []
+    for device in ("cpu", "cuda"):
+        requests = [Request(prompt, i) for i, prompt in enumerate(PROMPTS)]
+        batch = BatchGenerator(model.to(device), requests, max_new_tokens=40, sampling=Sampling(0.0))
+        found = {i: [] for i in range(len(PROMPTS))}
+        for request, token in batch:
+            if token is not None:
+                found[request.prompt_index].append(token)
+        texts.append(found)
+    model.cpu()
+    for i, prompt in enumerate(PROMPTS):
+        one, two = texts[0][i], texts[1][i]
+        assert len(one) == len(two) == 40
+        parted = next((t for t in range(40) if one[t] != two[t]), None)
+        if parted is not None:
+            likeliest = model(torch.tensor([prompt + one[:parted]]))[0, -1].topk(2).values
+            assert likeliest[0] - likeliest[1] < NEAR
