@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,14 @@ class KimiDeltaAttention(RecurrentMixer):
         state_dtype: dtype in which the state is stored between calls: float32 (float64 in a float64 model), bfloat16,
             or int8 with a scale per row; docs/guides/generating.md says when each is safe. Training on whole sequences
             does not depend on it.
-        backend: of `kda_attention`."""
+        backend: of `kda_attention`.
+
+    Attributes:
+        keeps: what a training step on a GPU keeps between forward and backward, of `lkda.ops.kda.cuda.layer.KEEPS`.
+    """
 
     op = "kda"
+    keeps: ClassVar[str] = "inputs"
     normalized = (True, True, False)
 
     def __init__(
@@ -124,6 +130,7 @@ class KimiDeltaAttention(RecurrentMixer):
             self.o_norm.weight,
             head_dim=self.head_dim,
             cu_seqlens=cu_seqlens,
+            keeps=self.keeps,
         )
 
     def _recomputes(self, projected: Tensor | tuple[Tensor, ...], state: State | None) -> bool:

@@ -53,16 +53,18 @@ def _forward(
     scale: float,
     normalize: bool,
     save: bool,
+    workspaces: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Returns o and final_state; with `save` also the workspaces, the memory that `Sizes.saved` describes, and with
-    `normalize` the normalised q and k. What is not computed is None."""
+    `normalize` the normalised q and k. What is not computed is None. `workspaces` are those of `_intra_chunk_fwd`, if
+    they have been computed already."""
     _, T, H, _ = q.shape
     q, k = normalize_heads(q, k) if normalize else (readable(q), readable(k))
     v, g, beta = readable(v), readable(g), readable(beta)
     plan = plan_of(v, cu_seqlens, q.dtype)
     bounds, spans = plan.chunks(cu_seqlens)
-    workspaces = _bytes(plan.workspaces, q.device)
-    plan.intra_chunk_fwd(q, k, g, beta, workspaces, spans, plan.items, T, H, scale)
+    if workspaces is None:
+        workspaces = _intra_chunk_fwd(q, k, g, beta, plan, spans, scale)
     o, final_state = _results(v, cu_seqlens)
     saved = _bytes(plan.saved, q.device) if save else None
     states, v_tilde, transitions, v_scales = (None,) * 4 if saved is None else plan.saved_parts(saved)
@@ -79,6 +81,24 @@ def _forward(
     if not save:
         return o, final_state, None, None, None, None
     return o, final_state, workspaces, saved, q if normalize else None, k if normalize else None
+
+
+def _intra_chunk_fwd(
+    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, plan: Plan, spans: Tensor | None, scale: float
+) -> Tensor:
+    """The workspaces. The end of the memory is left for the amax of v, see `Sizes.workspaces`."""
+    _, T, H, _ = q.shape
+    workspaces = _bytes(plan.workspaces, q.device)
+    plan.intra_chunk_fwd(q, k, g, beta, workspaces, spans, plan.items, T, H, scale)
+    return workspaces
+
+
+def _workspaces(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> Tensor:
+    """The workspaces of contiguous q and k, which are normalised, v, g and beta, for `_forward`."""
+    plan = plan_of(v, cu_seqlens, q.dtype)
+    return _intra_chunk_fwd(q, k, g, beta, plan, plan.chunks(cu_seqlens)[1], scale)
 
 
 def _forward_op(

@@ -1,12 +1,12 @@
-"""A KDA layer between its projections on a GPU, as one differentiable function that keeps only its inputs.
+"""A KDA layer between its projections on a GPU, as one differentiable function that keeps little for its backward.
 
     q, k, v = SiLU(conv(x)), q and k normalised         g, beta = gate(logits), logits = W_f latent
     y = RMSNorm(o) * sigmoid(W_g latent')               o = the core of KDA on q, k, v, g and beta
 
 The kernels are those of `short_conv`, `gate`, `core` and `gated_norm`. As operators of their own each keeps its inputs
 for the backward, and the core keeps its workspaces and states too. Here the backward runs the kernels of the forward
-again, which gives the same numbers bit for bit, and then those of the backward. docs/dev/kernels_layer.md has the bytes
-and the times.
+again, which gives the same numbers bit for bit, and then those of the backward. `KEEPS` says what it can leave out in
+exchange for memory. docs/dev/kernels_layer.md has the bytes and the times.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.short_conv import cuda as short_conv
 
+# What is kept between forward and backward: the inputs of the function; the workspaces of the core too; or the
+# workspaces, the states and the output of the core, so that the backward computes only element-wise results and
+# products of low rank again.
+KEEPS = ("inputs", "workspaces", "core")
 _NORMALIZED = 0b011  # q and k
+_RESULTS = 5  # y, the final state and three last inputs; what is kept follows
 # latent, weight, beta_logits, A_log and bias
 _Decay = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
@@ -97,15 +102,20 @@ def _forward(
     strength: float,
     scale: float,
     eps: float,
+    keeps: str,
 ) -> tuple[Tensor, ...]:
-    """y [B, T, H, D], the final state, and the last inputs of the three convolutions."""
+    """y [B, T, H, D], the final state, the last inputs of the three convolutions, and for `_backward` the workspaces,
+    what else the core saves, and o. Of these three, what is not kept is empty."""
     decay, options = (latent, weight, beta_logits, a_log, bias), (bounded, lower_bound, strength)
     here = _before_core(x, (w0, w1, w2), decay, cu_seqlens, head_dim, options)
-    o, final_state, *_ = core._forward(
-        *(here.q, here.k, here.v, here.g, here.beta), None, cu_seqlens, scale, normalize=False, save=False
+    inputs = (here.q, here.k, here.v, here.g, here.beta)
+    kept = core._workspaces(*inputs, cu_seqlens, scale) if keeps == "workspaces" else None
+    o, final_state, workspaces, saved, _, _ = core._forward(
+        *inputs, None, cu_seqlens, scale, normalize=False, save=keeps == "core", workspaces=kept
     )
     y = gated_norm._forward(o, _output_gate(out_latent, out_weight, head_dim), norm_weight, eps)
-    return y, final_state, *here.lasts
+    more = (kept if keeps == "workspaces" else workspaces, saved, o if keeps == "core" else None)
+    return y, final_state, *here.lasts, *(x.new_empty(0) if tensor is None else tensor for tensor in more)
 
 
 def _output_gate(latent: Tensor | None, weight: Tensor | None, head_dim: int) -> Tensor | None:
@@ -118,6 +128,9 @@ def _backward(
     e0: Tensor | None,
     e1: Tensor | None,
     e2: Tensor | None,
+    workspaces: Tensor,
+    saved: Tensor,
+    o: Tensor,
     x: Tensor,
     w0: Tensor,
     w1: Tensor,
@@ -137,6 +150,7 @@ def _backward(
     strength: float,
     scale: float,
     eps: float,
+    keeps: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, of the filters as one tensor [3, C, 1, width], of latent, weight and beta_logits, of bias and
     A_log as one row, and of out_latent, out_weight and norm_weight. What does not exist is empty.
@@ -145,11 +159,15 @@ def _backward(
     """
     decay, options = (latent, weight, beta_logits, a_log, bias), (bounded, lower_bound, strength)
     q, k, v, logits, g, beta, _ = _before_core(x, (w0, w1, w2), decay, cu_seqlens, head_dim, options)
-    o, _, workspaces, saved, _, _ = core._forward(
-        *(q, k, v, g, beta), None, cu_seqlens, scale, normalize=False, save=True
-    )
-    assert workspaces is not None
-    assert saved is not None
+    if keeps != "core":
+        kept = workspaces if keeps == "workspaces" else None
+        o, _, found, more, _, _ = core._forward(
+            *(q, k, v, g, beta), None, cu_seqlens, scale, normalize=False, save=True, workspaces=kept
+        )
+        assert found is not None
+        assert more is not None
+        workspaces, saved = found, more
+        del kept, found, more
     output_gate = _output_gate(out_latent, out_weight, head_dim)
     do, d_output_gate, d_norm_weight = gated_norm._backward(dy, o, output_gate, norm_weight, eps)
     del o, output_gate
@@ -182,12 +200,13 @@ def _linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> tup
 _INPUTS = (
     "Tensor x, Tensor w0, Tensor w1, Tensor w2, Tensor? latent, Tensor? weight, Tensor beta_logits, Tensor? a_log, "
     "Tensor? bias, Tensor? out_latent, Tensor? out_weight, Tensor norm_weight, Tensor? cu_seqlens, int head_dim, "
-    "bool bounded, float lower_bound, float strength, float scale, float eps"
+    "bool bounded, float lower_bound, float strength, float scale, float eps, str keeps"
 )
 _library = torch.library.Library("lkda", "FRAGMENT")
-_library.define(f"kda_layer({_INPUTS}) -> ({', '.join(['Tensor'] * 5)})")
+_library.define(f"kda_layer({_INPUTS}) -> ({', '.join(['Tensor'] * 8)})")
 _library.define(
-    f"kda_layer_backward(Tensor dy, Tensor? d_final, Tensor? e0, Tensor? e1, Tensor? e2, {_INPUTS})"
+    f"kda_layer_backward(Tensor dy, Tensor? d_final, Tensor? e0, Tensor? e1, Tensor? e2, "
+    f"Tensor workspaces, Tensor saved, Tensor o, {_INPUTS})"
     f" -> ({', '.join(['Tensor'] * 9)})"
 )
 _library.impl("kda_layer", _forward, "CUDA")
@@ -196,51 +215,25 @@ _library.impl("kda_layer_backward", _backward, "CUDA")
 
 @torch.library.register_fake("lkda::kda_layer", lib=_library)
 def _(
-    x,
-    w0,
-    w1,
-    w2,
-    latent,
-    weight,
-    beta_logits,
-    a_log,
-    bias,
-    out_latent,
-    out_weight,
-    norm_weight,
-    cu_seqlens,
-    head_dim,
-    *_,
+    x, w0, w1, w2, latent, weight, beta_logits, a_log, bias, out_latent, out_weight, norm_weight, cu_seqlens, *options
 ):
-    streams = x.chunk(3, -1)
-    ys, lasts = short_conv._forward_outputs(streams[0], w0, 3, cu_seqlens)
+    head_dim, *_, keeps = options
+    ys, lasts = short_conv._forward_outputs(x.chunk(3, -1)[0], w0, 3, cu_seqlens)
     y = _heads(ys[0], head_dim)
-    return y, core._results(y, cu_seqlens)[1], *lasts
+    sizes, kept = core.sizes_of(y, cu_seqlens), [x.new_empty(0) for _ in range(3)]
+    if keeps != "inputs":
+        kept[0] = core._bytes(sizes.workspaces, x.device)
+    if keeps == "core":
+        kept[1:] = core._bytes(sizes.saved, x.device), torch.empty_like(y)
+    return y, core._results(y, cu_seqlens)[1], *lasts, *kept
 
 
 @torch.library.register_fake("lkda::kda_layer_backward", lib=_library)
-def _(
-    dy,
-    d_final,
-    e0,
-    e1,
-    e2,
-    x,
-    w0,
-    w1,
-    w2,
-    latent,
-    weight,
-    beta_logits,
-    a_log,
-    bias,
-    out_latent,
-    out_weight,
-    norm_weight,
-    *_,
-):
-    def like(x):
-        return dy.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _(dy, d_final, e0, e1, e2, workspaces, saved, o, *inputs):
+    x, w0, _, _, latent, weight, beta_logits, _, bias, out_latent, out_weight, norm_weight, *_ = inputs
+
+    def like(given):
+        return dy.new_empty(0) if given is None else torch.empty(given.shape, dtype=given.dtype, device=x.device)
 
     sums = 0 if bias is None else bias.numel() + beta_logits.shape[-1]
     return (
@@ -254,18 +247,19 @@ def _(
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    *tensors, ctx.head_dim, ctx.bounded, ctx.lower_bound, ctx.strength, ctx.scale, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, head_dim, bounded, lower_bound, strength, scale, eps, keeps = inputs
+    ctx.options = (head_dim, bounded, lower_bound, strength, scale, eps, keeps)
+    ctx.save_for_backward(*output[_RESULTS:], *tensors)
 
 
-def _gradients(ctx, dy, d_final, *d_lasts):
-    x, _, _, _, latent, _, _, a_log, bias, out_latent, *_ = ctx.saved_tensors
+def _gradients(ctx, dy, d_final, *more):
+    *_, x, _, _, _, latent, _, _, a_log, bias, out_latent, _, _, _ = ctx.saved_tensors
     if dy is None:
-        dy = x.new_zeros(*x.shape[:2], x.shape[2] // 3 // ctx.head_dim, ctx.head_dim)
+        head_dim = ctx.options[0]
+        dy = x.new_zeros(*x.shape[:2], x.shape[2] // 3 // head_dim, head_dim)
     backward: Callable = _backward if can_bypass_dispatcher(dy) else torch.ops.lkda.kda_layer_backward
-    options = (ctx.head_dim, ctx.bounded, ctx.lower_bound, ctx.strength, ctx.scale, ctx.eps)
     dx, dfilters, dlatent, dweight, dbeta_logits, sums, *d_output, d_norm_weight = backward(
-        dy, d_final, *d_lasts, *ctx.saved_tensors, *options
+        dy, d_final, *more[:3], *ctx.saved_tensors, *ctx.options
     )
     d_decay: tuple[Tensor | None, ...] = (None, None)
     if bias is not None and a_log is not None:
@@ -273,13 +267,13 @@ def _gradients(ctx, dy, d_final, *d_lasts):
     if latent is None:
         dlatent = dweight = None
     d_gate = d_output if out_latent is not None else (None, None)
-    return dx, *dfilters.unbind(0), dlatent, dweight, dbeta_logits, *d_decay, *d_gate, d_norm_weight, *[None] * 7
+    return dx, *dfilters.unbind(0), dlatent, dweight, dbeta_logits, *d_decay, *d_gate, d_norm_weight, *[None] * 8
 
 
 torch.library.register_autograd("lkda::kda_layer", _gradients, setup_context=_save, lib=_library)
 
 
-_with_autograd = without_dispatcher(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(_forward, _save, _gradients, results=_RESULTS)
 
 
 def kda_layer_cuda(
@@ -296,6 +290,7 @@ def kda_layer_cuda(
     head_dim: int,
     eps: float = 1e-5,
     cu_seqlens: Tensor | None = None,
+    keeps: str = "inputs",
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """From the projections of a KDA layer to the input of its output projection; differentiable.
 
@@ -311,23 +306,25 @@ def kda_layer_cuda(
         head_dim: D.
         eps: of the norm.
         cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1); they may be empty.
+        keeps: one of KEEPS.
     Returns: y [B, T, H, D] in x's dtype, the final state [B or N, H, D, D] in float32, and the inputs of the three
         convolutions at the end of each sequence, [B or N, width - 1, H * D] in the filters' dtype.
     """
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-    cast = (None if w is None else w.to(x.dtype) for w in (weight, out_weight))
-    weight, out_weight = cast
-    decay = (None if p is None else p.float() for p in (gate.A_log, gate.dt_bias))
-    latents = (None if y is None else y.to(x.dtype) for y in (latent, out_latent))
-    latent, out_latent = latents
+    dtype = x.dtype
+    latent, weight, out_latent, out_weight = (
+        None if y is None else y.to(dtype) for y in (latent, weight, out_latent, out_weight)
+    )
+    a_log, bias = (None if p is None else p.float() for p in (gate.A_log, gate.dt_bias))
     tensors = (
-        *(x, *(w.float() for w in filters), latent, weight, beta_logits.to(x.dtype), *decay),
+        *(x, *(w.float() for w in filters), latent, weight, beta_logits.to(dtype), a_log, bias),
         *(out_latent, out_weight, norm_weight.float()),
     )
+    wanted = wants_gradient(*tensors)
     forward: Callable = torch.ops.lkda.kda_layer
     if can_bypass_dispatcher(*tensors):
-        forward = _with_autograd if wants_gradient(*tensors) else _forward
+        forward = _with_autograd if wanted else _forward
     options = (head_dim, gate.bounded, gate.lower_bound, gate.strength, head_dim**-0.5, eps)
-    y, final_state, *lasts = forward(*tensors, cu_seqlens, *options)
-    return y, final_state, tuple(last.to(w.dtype) for last, w in zip(lasts, filters, strict=True))
+    y, final_state, *more = forward(*tensors, cu_seqlens, *options, keeps if wanted else "inputs")
+    return y, final_state, tuple(last.to(w.dtype) for last, w in zip(more, filters))
