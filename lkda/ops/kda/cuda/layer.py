@@ -75,10 +75,10 @@ def _before_core(
 ) -> _Recomputed:
     latent, weight, beta_logits, a_log, bias = decay
     none = (None, None, None)
-    found = short_conv._forward(x, None, None, *filters, *none, cu_seqlens, _NORMALIZED, head_dim)
+    found = short_conv.launch_forward(x, None, None, *filters, *none, cu_seqlens, _NORMALIZED, head_dim)
     q, k, v = (_heads(y, head_dim) for y in found[:3])
     logits = _logits(latent, weight, beta_logits, head_dim)
-    g, beta = gates._forward(logits, beta_logits, a_log, bias, head_dim, *options)
+    g, beta = gates.launch_forward(logits, beta_logits, a_log, bias, head_dim, *options)
     return _Recomputed(q, k, v, logits, g, beta, found[3:])
 
 
@@ -109,11 +109,11 @@ def _forward(
     decay, options = (latent, weight, beta_logits, a_log, bias), (bounded, lower_bound, strength)
     here = _before_core(x, (w0, w1, w2), decay, cu_seqlens, head_dim, options)
     inputs = (here.q, here.k, here.v, here.g, here.beta)
-    kept = core._workspaces(*inputs, cu_seqlens, scale) if keeps == "workspaces" else None
-    o, final_state, workspaces, saved, _, _ = core._forward(
+    kept = core.launch_workspaces(*inputs, cu_seqlens, scale) if keeps == "workspaces" else None
+    o, final_state, workspaces, saved, _, _ = core.launch_forward(
         *inputs, None, cu_seqlens, scale, normalize=False, save=keeps == "core", workspaces=kept
     )
-    y = gated_norm._forward(o, _output_gate(out_latent, out_weight, head_dim), norm_weight, eps)
+    y = gated_norm.launch_forward(o, _output_gate(out_latent, out_weight, head_dim), norm_weight, eps)
     more = (kept if keeps == "workspaces" else workspaces, saved, o if keeps == "core" else None)
     return y, final_state, *here.lasts, *(x.new_empty(0) if tensor is None else tensor for tensor in more)
 
@@ -161,7 +161,7 @@ def _backward(
     q, k, v, logits, g, beta, _ = _before_core(x, (w0, w1, w2), decay, cu_seqlens, head_dim, options)
     if keeps != "core":
         kept = workspaces if keeps == "workspaces" else None
-        o, _, found, more, _, _ = core._forward(
+        o, _, found, more, _, _ = core.launch_forward(
             *(q, k, v, g, beta), None, cu_seqlens, scale, normalize=False, save=True, workspaces=kept
         )
         assert found is not None
@@ -169,21 +169,23 @@ def _backward(
         workspaces, saved = found, more
         del kept, found, more
     output_gate = _output_gate(out_latent, out_weight, head_dim)
-    do, d_output_gate, d_norm_weight = gated_norm._backward(dy, o, output_gate, norm_weight, eps)
+    do, d_output_gate, d_norm_weight = gated_norm.launch_backward(dy, o, output_gate, norm_weight, eps)
     del o, output_gate
     d_out_latent, d_out_weight = _linear_backward(d_output_gate, out_latent, out_weight)
     del d_output_gate
-    _, d_saved = core._inter_chunk_bwd(do, d_final, v, cu_seqlens, workspaces, saved, wants_initial=False)
+    _, d_saved = core.launch_inter_chunk_bwd(do, d_final, v, cu_seqlens, workspaces, saved, wants_initial=False)
     del v, workspaces
-    dq, dk, dv, dg, dbeta = core._intra_chunk_bwd(do, d_final, q, k, g, beta, None, cu_seqlens, saved, d_saved, scale)
+    dq, dk, dv, dg, dbeta = core.launch_intra_chunk_bwd(
+        do, d_final, q, k, g, beta, None, cu_seqlens, saved, d_saved, scale
+    )
     del do, q, k, g, beta, saved, d_saved
-    dlogits, dbeta_logits, sums = gates._backward(dg, dbeta, logits, beta_logits, a_log, bias, *options)
+    dlogits, dbeta_logits, sums = gates.launch_backward(dg, dbeta, logits, beta_logits, a_log, bias, *options)
     del dg, dbeta, logits
     dlatent, dweight = _linear_backward(dlogits, latent, weight)
     del dlogits
     d0, d1, d2 = (d.flatten(2) for d in (dq, dk, dv))
     none = (None, None, None)
-    dx, *_, dfilters = short_conv._backward(
+    dx, *_, dfilters = short_conv.launch_backward(
         *(d0, d1, d2, e0, e1, e2), *(x, None, None), *(w0, w1, w2), *none, cu_seqlens, _NORMALIZED, head_dim
     )
     return dx, dfilters, dlatent, dweight, dbeta_logits, sums, d_out_latent, d_out_weight, d_norm_weight
@@ -218,14 +220,14 @@ def _(
     x, w0, w1, w2, latent, weight, beta_logits, a_log, bias, out_latent, out_weight, norm_weight, cu_seqlens, *options
 ):
     head_dim, *_, keeps = options
-    ys, lasts = short_conv._forward_outputs(x.chunk(3, -1)[0], w0, 3, cu_seqlens)
+    ys, lasts = short_conv.forward_outputs(x.chunk(3, -1)[0], w0, 3, cu_seqlens)
     y = _heads(ys[0], head_dim)
     sizes, kept = core.sizes_of(y, cu_seqlens), [x.new_empty(0) for _ in range(3)]
     if keeps != "inputs":
-        kept[0] = core._bytes(sizes.workspaces, x.device)
+        kept[0] = core.empty_bytes(sizes.workspaces, x.device)
     if keeps == "core":
-        kept[1:] = core._bytes(sizes.saved, x.device), torch.empty_like(y)
-    return y, core._results(y, cu_seqlens)[1], *lasts, *kept
+        kept[1:] = core.empty_bytes(sizes.saved, x.device), torch.empty_like(y)
+    return y, core.empty_results(y, cu_seqlens)[1], *lasts, *kept
 
 
 @torch.library.register_fake("lkda::kda_layer_backward", lib=_library)
