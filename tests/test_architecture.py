@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops.simplified.cuda": OPERATOR,
     "ops.simplified": OPERATOR | {"ops.simplified.reference", "ops.simplified.cuda"},
     "ops.kda.reference": {"ops.tensors"},
-    "ops.kda.cuda": OPERATOR | {"ops.short_conv", "ops.kda.reference"},
+    "ops.kda.cuda": OPERATOR | {"ops.short_conv", "ops.gated_norm", "ops.kda.reference"},
     "ops.kda.cpu": OPERATOR,
     "ops.kda": OPERATOR | {"ops.short_conv", "ops.kda.reference", "ops.kda.cuda", "ops.kda.cpu"},
     "ops": {"ops.*"},  # lkda/ops/__init__.py, which names what is public

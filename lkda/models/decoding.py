@@ -27,7 +27,7 @@ def prepare_decoding(model: LanguageModel) -> LanguageModel:
     prepared = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
     for module in list(prepared.modules()):
         for name, child in module.named_children():
-            if type(child) in (nn.Linear, Linear):
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear):
                 setattr(module, name, DecodingLinear(child))
     return prepared.eval()
 

@@ -25,6 +25,8 @@ class Mixer(nn.Module, ABC):
         head_dim: d_model / num_heads.
         longest_sequence: tokens that no packed sequence exceeds, where whoever calls the model knows it; None where it
             is read from cu_seqlens, which makes a GPU wait.
+        recomputes: whether the backward of a mixer may compute again what its forward could keep. False where the whole
+            block is computed again anyway.
     """
 
     op: ClassVar[str | None] = None
@@ -37,6 +39,7 @@ class Mixer(nn.Module, ABC):
                 f"choose one of {[h for h in range(1, d_model + 1) if d_model % h == 0][:12]}."
             )
         self.longest_sequence: int | None = None
+        self.recomputes = True
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
 

@@ -110,37 +110,60 @@ class RecurrentMixer(Mixer):
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
-        caches, kept = (None, None) if state is None else self._split_state(state)
-        inputs, after = self._inputs(x, cu_seqlens, caches)
-        q, k, v = (self.heads(y) for y in inputs)
-        latent, gates = self._gates(x)
-        before = None if kept is None else self.widen(kept)
-        o, own = self.attend(q, k, v, gates, state=before, cu_seqlens=cu_seqlens)
-        return self._output(o, latent), () if cu_seqlens is not None else (*after, *self.keep(own))
+        y, own, after = self._mixed(x, cu_seqlens, state)
+        return y, () if cu_seqlens is not None else (*after, *self.keep(own))
 
     def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
-        inputs, after = self._inputs(x, cu_seqlens, None)
-        q, k, v = (self.heads(y) for y in inputs)
+        y, own, after = self._mixed(x, cu_seqlens, None)
+        return y, (*after, *self.keep(own))
+
+    def _mixed(
+        self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """The output [B, T, d_model], the operator's state, and the caches of the convolutions."""
+        layers = [project for project, _ in self._paths()]
+        projected = joined_linear(x, layers) if self._filters() else fused_linear(x, layers)
         latent, gates = self._gates(x)
-        o, own = self.attend(q, k, v, gates, state=None, cu_seqlens=cu_seqlens)
-        return self._output(o, latent), (*after, *self.keep(own))
+        y, own, after = self._mix(projected, latent, gates, state=state, cu_seqlens=cu_seqlens)
+        return self.o_proj(y.flatten(-2)), own, after
+
+    def _mix(
+        self,
+        projected: Tensor | tuple[Tensor, ...],
+        latent: Tensor | None,
+        gates: tuple[Tensor, ...],
+        *,
+        state: State | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """From the projections to the input of o_proj.
+
+        Args:
+            projected: q, k and v as projected, [B, T, 3 * H * D] for the convolutions or three tensors without them.
+            latent, gates: as `_gates` returns them.
+        Returns: y [B, T, H, D], the operator's state, and the caches of the convolutions.
+        """
+        caches, kept = (None, None) if state is None else self._split_state(state)
+        inputs, after = self._inputs(projected, cu_seqlens, caches)
+        q, k, v = (self.heads(y) for y in inputs)
+        before = None if kept is None else self.widen(kept)
+        o, own = self.attend(q, k, v, gates, state=before, cu_seqlens=cu_seqlens)
+        return self._normed(o, latent), own, after
 
     def _inputs(
-        self, x: Tensor, cu_seqlens: Tensor | None, caches: Sequence[Tensor] | None
+        self, projected: Tensor | tuple[Tensor, ...], cu_seqlens: Tensor | None, caches: Sequence[Tensor] | None
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """q, k and v [B, T, H * D], convolved and normalised, and the caches after them."""
-        layers = [project for project, _ in self._paths()]
-        filters = [convolve.weight for _, convolve in self._paths() if convolve is not None]
-        if filters:
+        if filters := self._filters():
             return short_convolutions(
-                joined_linear(x, layers),
+                projected,
                 filters,
                 normalized=self.normalized,
                 head_dim=self.head_dim,
                 states=caches,
                 cu_seqlens=cu_seqlens,
             )
-        projected = fused_linear(x, layers)
+        assert isinstance(projected, tuple)
         if self.activation == "silu":
             projected = tuple(F.silu(y) for y in projected)
         chosen = [i for i, word in enumerate(self.normalized) if word]
@@ -155,7 +178,7 @@ class RecurrentMixer(Mixer):
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         latent, gates = self._gates(x)
         o, after = self.attend_step(q, k, v, gates, state=state)
-        return self._output(o, latent), after
+        return self.o_proj(self._normed(o, latent).flatten(-2)), after
 
     def _gates(self, x: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """The latent [..., D] of the output gate, None without one, and the operator's gates."""
@@ -191,11 +214,16 @@ class RecurrentMixer(Mixer):
         """FLOPs of one token in the linear layers and convolutions."""
         return linear_flops(self) + sum(2.0 * conv.weight.numel() for _, conv in self._paths() if conv is not None)
 
-    def _output(self, o: Tensor, latent: Tensor | None) -> Tensor:
-        if self.o_norm is not None:
-            gated = latent is not None and self.g_b_proj is not None
-            o = self.o_norm(o, self.heads(self.g_b_proj(latent)) if gated else None)  # type: ignore[misc]
-        return self.o_proj(o.flatten(-2))
+    def _normed(self, o: Tensor, latent: Tensor | None) -> Tensor:
+        """o [..., H, D], normalised and gated."""
+        if self.o_norm is None:
+            return o
+        gated = latent is not None and self.g_b_proj is not None
+        y: Tensor = self.o_norm(o, self.heads(self.g_b_proj(latent)) if gated else None)  # type: ignore[misc]
+        return y
+
+    def _filters(self) -> list[Tensor]:
+        return [convolve.weight for _, convolve in self._paths() if convolve is not None]
 
     def _paths(self) -> list[tuple[nn.Linear, ShortConvolution | None]]:
         return [(self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d)]

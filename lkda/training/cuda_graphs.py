@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class GraphedLoss:
         self._scale: Tensor | None = None
         self._summed: list[Tensor] | None = None
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, inputs: Inputs, *, scale: Tensor, first: bool = True, accumulates: bool = False) -> Tensor:
         """The loss of `inputs`, detached. The returned tensor is a copy that later calls do not overwrite.
@@ -106,18 +108,25 @@ class GraphedLoss:
 
     def _captured_of(self, inputs: dict[str, Tensor | None]) -> _Captured:
         none: list[Tensor | None] = [None] * len(self._parameters)
-        # torch.cuda.graph requires that the warm-up calls run on a side stream, as the capture does.
-        stream = torch.cuda.Stream()
+        # torch.cuda.graph requires that the warm-up calls run on a side stream, as the capture does. One stream serves
+        # all calls and captures, because the matrix-product library allocates a workspace per stream and keeps it.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUP_CALLS):
                 self._give(self._summed or none)
                 self._forward_backward(inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        # The warm-up calls allocated outside the graphs' pool. What they left, gradients included, must be free now:
+        # torch.cuda.graph then returns it to the device before the pool grows, so it is not reserved twice.
         self._give(self._summed or none)
+        if self._pool is None:
+            gc.collect()  # the first call may have compiled, which leaves tensors in reference cycles
         graph = torch.cuda.CUDAGraph()
         # "thread_local" allows other threads to use CUDA during the capture: a data loader's thread pins memory.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             loss = self._forward_backward(inputs)
         self._pool = self._pool or graph.pool()
         return _Captured(graph, inputs, loss, [parameter.grad for parameter in self._parameters])

@@ -49,6 +49,8 @@ class ModelLoss:
         if checkpointing not in CHECKPOINTING:
             raise InputError(f"checkpointing must be {' or '.join(CHECKPOINTING)}, got {checkpointing!r}.")
         self.model, self.checkpointing = model, checkpointing
+        for mixer in model.mixers():
+            mixer.recomputes = checkpointing == "none"
         apply: ApplyBlock = torch.compile(apply_block, dynamic=False) if compile else apply_block
         self.apply = _recomputing(apply) if checkpointing == "block" else apply
 

@@ -82,3 +82,10 @@ def test_an_evaluation_computes_a_block_once() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(ValueError, match="checkpointing must be none or block, got 'layer'"):
         ModelLoss(small(["kda"]), checkpointing="layer")
+
+
+def test_mixers_recompute_only_where_blocks_do_not() -> None:
+    model = small(["kda"])
+    for checkpointing, want in (("block", False), ("none", True)):
+        ModelLoss(model, checkpointing=checkpointing)
+        assert all(mixer.recomputes is want for mixer in model.mixers())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,8 @@ from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import KDAGate, kda_attention_fused, kda_step_fused
+from lkda.ops.kda.cuda.layer import kda_layer_cuda
+from lkda.ops.kda.cuda.layer import runs as kda_layer_runs
 from lkda.ops.kda.reference.gate import FORMS, LOWEST_BOUND
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 
@@ -35,9 +40,14 @@ class KimiDeltaAttention(RecurrentMixer):
             or int8 with a scale per row; docs/guides/generating.md says when each is safe. Training on whole sequences
             does not depend on it.
         backend: of `kda_attention`.
+
+    Attributes:
+        keeps: what a training step on a GPU keeps between forward and backward, of `lkda.ops.kda.cuda.layer.KEEPS`;
+            None runs the operators one by one, each of which keeps its inputs and the core its workspaces too.
     """
 
     op = "kda"
+    keeps: ClassVar[str | None] = None
     normalized = (True, True, False)
 
     def __init__(
@@ -94,6 +104,44 @@ class KimiDeltaAttention(RecurrentMixer):
         """Initialises rates exp(A_log) from 1 to 16 and steps softplus(dt_bias) from 0.001 to 0.1, as in Mamba."""
         self.A_log.uniform_(1, 16).log_()
         self.dt_bias.copy_(inverse_softplus(log_uniform_(self.dt_bias, low=1e-3, high=1e-1)))
+
+    def _mix(
+        self,
+        projected: Tensor | tuple[Tensor, ...],
+        latent: Tensor | None,
+        gates: tuple[Tensor, ...],
+        *,
+        state: State | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        if not self._recomputes(projected, state):
+            return super()._mix(projected, latent, gates, state=state, cu_seqlens=cu_seqlens)
+        assert isinstance(projected, Tensor)
+        assert self.o_norm is not None
+        assert self.keeps is not None
+        *decay, beta = gates
+        return kda_layer_cuda(
+            projected,
+            self._filters(),
+            decay[0] if decay else None,
+            self.f_b_proj.weight if decay else None,
+            beta,
+            self._kda_gate(),
+            latent,
+            None if self.g_b_proj is None else self.g_b_proj.weight,
+            self.o_norm.weight,
+            head_dim=self.head_dim,
+            cu_seqlens=cu_seqlens,
+            keeps=self.keeps,
+        )
+
+    def _recomputes(self, projected: Tensor | tuple[Tensor, ...], state: State | None) -> bool:
+        """Whether to run the layer as one function of its projections, whose backward recomputes the rest."""
+        if self.keeps is None or not self.recomputes or state is not None or not torch.is_grad_enabled():
+            return False
+        if not isinstance(projected, Tensor):
+            return False
+        return kda_layer_runs(projected, self._filters(), self.head_dim, self.backend)
 
     def attend(
         self,

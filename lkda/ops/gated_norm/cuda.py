@@ -54,7 +54,7 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def launch_forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     x, gate, y = readable(x), None if gate is None else readable(gate), _like(x)
     D = x.shape[-1]
     arguments = (x, gate, readable(weight), y, x.numel() // D, eps)
@@ -62,7 +62,9 @@ def _forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tens
     return y
 
 
-def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def launch_backward(
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate (empty where there is none) and weight."""
     dy, x, gate = readable(dy), readable(x), None if gate is None else readable(gate)
     D = x.shape[-1]
@@ -79,8 +81,8 @@ _library.define("gated_norm_forward(Tensor x, Tensor? gate, Tensor weight, float
 _library.define(
     "gated_norm_backward(Tensor dy, Tensor x, Tensor? gate, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)"
 )
-_library.impl("gated_norm_forward", _forward, "CUDA")
-_library.impl("gated_norm_backward", _backward, "CUDA")
+_library.impl("gated_norm_forward", launch_forward, "CUDA")
+_library.impl("gated_norm_backward", launch_backward, "CUDA")
 
 
 @torch.library.register_fake("lkda::gated_norm_forward", lib=_library)
@@ -100,7 +102,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy):
     x, gate, weight = ctx.saved_tensors
-    backward: Callable = _backward if can_bypass_dispatcher(dy) else torch.ops.lkda.gated_norm_backward
+    backward: Callable = launch_backward if can_bypass_dispatcher(dy) else torch.ops.lkda.gated_norm_backward
     dx, dgate, dweight = backward(dy, x, gate, weight, ctx.eps)
     return dx, dgate if gate is not None else None, dweight, None
 
@@ -108,7 +110,7 @@ def _gradients(ctx, dy):
 torch.library.register_autograd("lkda::gated_norm_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_with_autograd = without_dispatcher(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(launch_forward, _save, _gradients)
 
 
 def gated_norm_cuda(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -117,5 +119,5 @@ def gated_norm_cuda(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) 
     forward: Callable = torch.ops.lkda.gated_norm_forward
     if can_bypass_dispatcher(*inputs):
         save = wants_gradient(*inputs)
-        forward = _with_autograd if save else _forward
+        forward = _with_autograd if save else launch_forward
     return forward(*inputs, eps)

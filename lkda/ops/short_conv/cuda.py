@@ -111,7 +111,7 @@ def _three(xs: Sequence[Tensor]) -> list[Tensor | None]:
     return [*xs, *(None for _ in range(3 - len(xs)))]
 
 
-def _forward(
+def launch_forward(
     x0: Tensor,
     x1: Tensor | None,
     x2: Tensor | None,
@@ -129,7 +129,7 @@ def _forward(
     """Three ys, of dtype `result` if that is given, and three last inputs. What does not exist is an empty tensor."""
     xs = _streams(_rows(_given(x0, x1, x2)), _count((x0, x1, x2), (w0, w1, w2)))
     B, T, C = xs[0].shape
-    ys, lasts = _forward_outputs(xs[0], w0, len(xs), cu_seqlens, result)
+    ys, lasts = forward_outputs(xs[0], w0, len(xs), cu_seqlens, result)
     kernel = conv_kernel("forward", head_dim, x0.dtype, w0 is not None, result)
     weights = (w if w is None else readable(w) for w in (w0, w1, w2))
     kernel(
@@ -155,7 +155,7 @@ def _filled(xs: list[Tensor], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(xs) + tuple(like.new_empty(0) for _ in range(3 - len(xs)))
 
 
-def _forward_outputs(
+def forward_outputs(
     x: Tensor,
     weight: Tensor | None,
     streams: int,
@@ -171,7 +171,7 @@ def _forward_outputs(
     return ys, [torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(streams)]
 
 
-def _backward(
+def launch_backward(
     g0: Tensor,
     g1: Tensor | None,
     g2: Tensor | None,
@@ -231,15 +231,15 @@ _library.define(f"short_conv_forward({_INPUTS}) -> ({', '.join(['Tensor'] * 6)})
 _library.define(
     f"short_conv_backward({_THREE.format('g')}{_ANY.format('e')}{_INPUTS}) -> ({', '.join(['Tensor'] * 7)})"
 )
-_library.impl("short_conv_forward", _forward, "CUDA")
-_library.impl("short_conv_backward", _backward, "CUDA")
+_library.impl("short_conv_forward", launch_forward, "CUDA")
+_library.impl("short_conv_backward", launch_backward, "CUDA")
 
 
 @torch.library.register_fake("lkda::short_conv_forward", lib=_library)
 def _(x0, x1, x2, w0, w1, w2, s0, s1, s2, cu_seqlens, normalized, head_dim):
     streams = _count((x0, x1, x2), (w0, w1, w2))
     x = _streams(_given(x0, x1, x2), streams)[0]
-    ys, lasts = _forward_outputs(x, w0, streams, cu_seqlens)
+    ys, lasts = forward_outputs(x, w0, streams, cu_seqlens)
     return _filled(ys, x0) + _filled(lasts, x0)
 
 
@@ -264,7 +264,7 @@ def _gradients(ctx, g0, g1, g2, e0, e1, e2):
     x = _streams(_given(x0, x1, x2), streams)[0]
     gradients = [x.new_zeros(x.shape) if g is None else g for g in (g0, g1, g2)[:streams]]
     lasts = [e if w0 is not None and i < streams else None for i, e in enumerate((e0, e1, e2))]
-    backward: Callable = _backward if can_bypass_dispatcher(*gradients) else torch.ops.lkda.short_conv_backward
+    backward: Callable = launch_backward if can_bypass_dispatcher(*gradients) else torch.ops.lkda.short_conv_backward
     *found, dweights = backward(*_three(gradients), *lasts, *ctx.saved_tensors, ctx.normalized, ctx.head_dim)
     weights = _three(list(dweights.unbind(0)) if w0 is not None else [])
     dxs, dstates = found[:3], found[3:]
@@ -279,7 +279,7 @@ def _gradients(ctx, g0, g1, g2, e0, e1, e2):
 torch.library.register_autograd("lkda::short_conv_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_with_autograd = without_dispatcher(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(launch_forward, _save, _gradients)
 
 
 def short_convolutions_cuda(
@@ -301,7 +301,7 @@ def short_convolutions_cuda(
     forward: Callable = torch.ops.lkda.short_conv_forward
     if can_bypass_dispatcher(*tensors):
         save = wants_gradient(*tensors)
-        forward = _with_autograd if save else _forward
+        forward = _with_autograd if save else launch_forward
     found = forward(*tensors, cu_seqlens, bits, size)
     ys, lasts = found[: len(normalized)], found[3 : 3 + len(filters)]
     dtypes = [] if weights is None else [x.dtype for x in (weights if states is None else states)]
@@ -326,13 +326,13 @@ def normalize_heads(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """
     x0, x1, D = q.flatten(2), k.flatten(2), q.shape[-1]
     nothing = (None,) * 6  # neither filters nor states
-    ys = _forward(x0, x1, None, *nothing, None, _BOTH, D, normalized_dtype(q.dtype))
+    ys = launch_forward(x0, x1, None, *nothing, None, _BOTH, D, normalized_dtype(q.dtype))
     return ys[0].view(q.shape), ys[1].view(k.shape)
 
 
 def normalize_heads_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of q and k, in their dtype, from those of the normalised q and k."""
-    backward: Callable = _backward if can_bypass_dispatcher(dq, dk) else torch.ops.lkda.short_conv_backward
+    backward: Callable = launch_backward if can_bypass_dispatcher(dq, dk) else torch.ops.lkda.short_conv_backward
     given, xs = (dq.flatten(2), dk.flatten(2), None), (q.flatten(2), k.flatten(2), None)
     nothing = (None,) * 6
     found = backward(*given, None, None, None, *xs, *nothing, None, _BOTH, q.shape[-1])

@@ -31,7 +31,7 @@ from lkda.ops.short_conv.cuda import normalize_heads, normalize_heads_backward, 
 reason_cannot_run = cannot_take(otherwise="chunk")
 
 
-def _bytes(count: int, device: torch.device) -> Tensor:
+def empty_bytes(count: int, device: torch.device) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device=device)
 
 
@@ -42,7 +42,7 @@ def _scratch(plan: Plan) -> tuple[Tensor, int, int, int]:
     return memory, start, start + size, start + 2 * size
 
 
-def _forward(
+def launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -53,18 +53,20 @@ def _forward(
     scale: float,
     normalize: bool,
     save: bool,
+    workspaces: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Returns o and final_state; with `save` also the workspaces, the memory that `Sizes.saved` describes, and with
-    `normalize` the normalised q and k. What is not computed is None."""
+    `normalize` the normalised q and k. What is not computed is None. `workspaces` are those that
+    `launch_workspaces` computed, if it has been called already."""
     _, T, H, _ = q.shape
     q, k = normalize_heads(q, k) if normalize else (readable(q), readable(k))
     v, g, beta = readable(v), readable(g), readable(beta)
     plan = plan_of(v, cu_seqlens, q.dtype)
     bounds, spans = plan.chunks(cu_seqlens)
-    workspaces = _bytes(plan.workspaces, q.device)
-    plan.intra_chunk_fwd(q, k, g, beta, workspaces, spans, plan.items, T, H, scale)
-    o, final_state = _results(v, cu_seqlens)
-    saved = _bytes(plan.saved, q.device) if save else None
+    if workspaces is None:
+        workspaces = launch_intra_chunk_fwd(q, k, g, beta, plan, spans, scale)
+    o, final_state = empty_results(v, cu_seqlens)
+    saved = empty_bytes(plan.saved, q.device) if save else None
     states, v_tilde, transitions, v_scales = (None,) * 4 if saved is None else plan.saved_parts(saved)
     first = (plan.find_amax(v, spans, workspaces), initial_state)
     shape = (bounds, plan.sequences, T, H, plan.segments)
@@ -81,6 +83,24 @@ def _forward(
     return o, final_state, workspaces, saved, q if normalize else None, k if normalize else None
 
 
+def launch_intra_chunk_fwd(
+    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, plan: Plan, spans: Tensor | None, scale: float
+) -> Tensor:
+    """The workspaces. The end of the memory is left for the amax of v, see `Sizes.workspaces`."""
+    _, T, H, _ = q.shape
+    workspaces = empty_bytes(plan.workspaces, q.device)
+    plan.intra_chunk_fwd(q, k, g, beta, workspaces, spans, plan.items, T, H, scale)
+    return workspaces
+
+
+def launch_workspaces(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> Tensor:
+    """The workspaces of contiguous q and k, which are normalised, v, g and beta, for `launch_forward`."""
+    plan = plan_of(v, cu_seqlens, q.dtype)
+    return launch_intra_chunk_fwd(q, k, g, beta, plan, plan.chunks(cu_seqlens)[1], scale)
+
+
 def _forward_op(
     q: Tensor,
     k: Tensor,
@@ -93,8 +113,8 @@ def _forward_op(
     normalize: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    """`_forward` as a custom op, which may not return None: an empty tensor stands for it."""
-    results = _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save)
+    """`launch_forward` as a custom op, which may not return None: an empty tensor stands for it."""
+    results = launch_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save)
     return tuple(_nothing(v) if x is None else x for x in results)
 
 
@@ -102,7 +122,7 @@ def _nothing(v: Tensor) -> Tensor:
     return v.new_empty(0, dtype=torch.float32)
 
 
-def _results(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def empty_results(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Uninitialised o and final_state."""
     B, _, H, D = v.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -110,7 +130,7 @@ def _results(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     return o, torch.empty((N, H, D, D), dtype=torch.float32, device=v.device)
 
 
-def _inter_chunk_bwd(
+def launch_inter_chunk_bwd(
     grad_o: Tensor,
     grad_final: Tensor | None,
     v: Tensor,
@@ -126,8 +146,8 @@ def _inter_chunk_bwd(
     grad_final = None if grad_final is None else readable(grad_final)
     plan = plan_of(v, cu_seqlens)
     bounds, spans = plan.chunks(cu_seqlens)
-    d_initial = _results(v, cu_seqlens)[1] if wants_initial else None
-    d_saved = _bytes(plan.d_saved, v.device)
+    d_initial = empty_results(v, cu_seqlens)[1] if wants_initial else None
+    d_saved = empty_bytes(plan.d_saved, v.device)
     shape = (bounds, plan.sequences, T, H, plan.segments)
     last = (plan.find_amax(grad_o, spans, d_saved), grad_final)
     leaving: Tensor | int | None = grad_final
@@ -142,12 +162,12 @@ def _inter_chunk_bwd(
 
 
 def _inter_chunk_bwd_op(*inputs) -> tuple[Tensor, Tensor]:
-    """`_inter_chunk_bwd` as a custom op, which may not return None."""
-    d_initial, d_saved = _inter_chunk_bwd(*inputs)
+    """`launch_inter_chunk_bwd` as a custom op, which may not return None."""
+    d_initial, d_saved = launch_inter_chunk_bwd(*inputs)
     return _nothing(d_saved) if d_initial is None else d_initial, d_saved
 
 
-def _intra_chunk_bwd(
+def launch_intra_chunk_bwd(
     grad_o: Tensor,
     grad_final: Tensor | None,
     q: Tensor,
@@ -201,25 +221,25 @@ _library.define(
 )
 _library.impl("kda_forward", _forward_op, "CUDA")
 _library.impl("kda_inter_chunk_bwd", _inter_chunk_bwd_op, "CUDA")
-_library.impl("kda_intra_chunk_bwd", _intra_chunk_bwd, "CUDA")
+_library.impl("kda_intra_chunk_bwd", launch_intra_chunk_bwd, "CUDA")
 
 
 @torch.library.register_fake("lkda::kda_forward", lib=_library)
 def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save):
     if not save:
-        return *_results(v, cu_seqlens), *(_nothing(v) for _ in range(4))
+        return *empty_results(v, cu_seqlens), *(_nothing(v) for _ in range(4))
     sizes = sizes_of(v, cu_seqlens)
-    saved = (_bytes(sizes.workspaces, v.device), _bytes(sizes.saved, v.device))
+    saved = (empty_bytes(sizes.workspaces, v.device), empty_bytes(sizes.saved, v.device))
     if not normalize:
-        return *_results(v, cu_seqlens), *saved, _nothing(v), _nothing(v)
+        return *empty_results(v, cu_seqlens), *saved, _nothing(v), _nothing(v)
     normalized = (x.new_empty(x.shape, dtype=normalized_dtype(x.dtype)) for x in (q, k))
-    return *_results(v, cu_seqlens), *saved, *normalized
+    return *empty_results(v, cu_seqlens), *saved, *normalized
 
 
 @torch.library.register_fake("lkda::kda_inter_chunk_bwd", lib=_library)
 def _(grad_o, grad_final, v, cu_seqlens, workspaces, saved, wants_initial):
-    d_initial = _results(v, cu_seqlens)[1] if wants_initial else _nothing(saved)
-    return d_initial, _bytes(sizes_of(v, cu_seqlens).d_saved, v.device)
+    d_initial = empty_results(v, cu_seqlens)[1] if wants_initial else _nothing(saved)
+    return d_initial, empty_bytes(sizes_of(v, cu_seqlens).d_saved, v.device)
 
 
 @torch.library.register_fake("lkda::kda_intra_chunk_bwd", lib=_library)
@@ -242,8 +262,8 @@ def _gradients(ctx, grad_o, grad_final, *grad_saved):
     if grad_o is None:
         grad_o = torch.zeros_like(v)
     bypass = can_bypass_dispatcher(grad_o)
-    inter_chunk_bwd: Callable = _inter_chunk_bwd if bypass else torch.ops.lkda.kda_inter_chunk_bwd
-    intra_chunk_bwd: Callable = _intra_chunk_bwd if bypass else torch.ops.lkda.kda_intra_chunk_bwd
+    inter_chunk_bwd: Callable = launch_inter_chunk_bwd if bypass else torch.ops.lkda.kda_inter_chunk_bwd
+    intra_chunk_bwd: Callable = launch_intra_chunk_bwd if bypass else torch.ops.lkda.kda_intra_chunk_bwd
     wants_initial = initial_state is not None
     d_initial, d_saved = inter_chunk_bwd(grad_o, grad_final, v, cu_seqlens, workspaces, saved, wants_initial)
     del workspaces  # the gradients are allocated in the memory that this frees
@@ -257,7 +277,7 @@ def _gradients(ctx, grad_o, grad_final, *grad_saved):
 torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)
 
 
-_with_autograd = without_dispatcher(_forward, _save, _gradients, results=2)
+_with_autograd = without_dispatcher(launch_forward, _save, _gradients, results=2)
 
 
 def kda_cuda(
@@ -291,6 +311,6 @@ def kda_cuda(
     save = wants_gradient(*inputs)
     forward: Callable = torch.ops.lkda.kda_forward
     if can_bypass_dispatcher(*inputs):
-        forward = _with_autograd if save else _forward
+        forward = _with_autograd if save else launch_forward
     o, final_state, *_ = forward(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, normalize, save)
     return o, final_state

@@ -70,7 +70,7 @@ def _launch(entry: str, strengths: Tensor, per_head: bool, gated: bool, head_dim
     kernel(grid, THREADS, *arguments, gate_blocks, RUN[entry], tokens, channels, *options, device=strengths.device)
 
 
-def _forward(
+def launch_forward(
     logits: Tensor | None,
     strengths: Tensor,
     a_log: Tensor | None,
@@ -80,7 +80,7 @@ def _forward(
     lower_bound: float,
     strength: float,
 ) -> tuple[Tensor, Tensor]:
-    g, beta = _forward_outputs(strengths, head_dim)
+    g, beta = forward_outputs(strengths, head_dim)
     strengths = strengths.contiguous()
     if logits is None:
         g.zero_()
@@ -91,7 +91,7 @@ def _forward(
     return g, beta
 
 
-def _forward_outputs(strengths: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def forward_outputs(strengths: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Uninitialised g [B, T, H, K] and beta [B, T, H], float32."""
     return (
         torch.empty((*strengths.shape, head_dim), dtype=torch.float32, device=strengths.device),
@@ -99,7 +99,7 @@ def _forward_outputs(strengths: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _backward(
+def launch_backward(
     dg: Tensor,
     dbeta: Tensor,
     logits: Tensor | None,
@@ -136,13 +136,13 @@ _OPTIONS = "bool bounded, float lower_bound, float strength"
 _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(f"kda_gate({_INPUTS}int head_dim, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(f"kda_gate_backward(Tensor dg, Tensor dbeta, {_INPUTS}{_OPTIONS}) -> (Tensor, Tensor, Tensor)")
-_library.impl("kda_gate", _forward, "CUDA")
-_library.impl("kda_gate_backward", _backward, "CUDA")
+_library.impl("kda_gate", launch_forward, "CUDA")
+_library.impl("kda_gate_backward", launch_backward, "CUDA")
 
 
 @torch.library.register_fake("lkda::kda_gate", lib=_library)
 def _(logits, strengths, a_log, bias, head_dim, bounded, lower_bound, strength):
-    return _forward_outputs(strengths, head_dim)
+    return forward_outputs(strengths, head_dim)
 
 
 @torch.library.register_fake("lkda::kda_gate_backward", lib=_library)
@@ -159,7 +159,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dg, dbeta):
     logits, _, a_log, bias = ctx.saved_tensors
-    backward: Callable = _backward if can_bypass_dispatcher(dg, dbeta) else torch.ops.lkda.kda_gate_backward
+    backward: Callable = launch_backward if can_bypass_dispatcher(dg, dbeta) else torch.ops.lkda.kda_gate_backward
     options = (ctx.bounded, ctx.lower_bound, ctx.strength)
     dlogits, dstrengths, sums = backward(dg, dbeta, *ctx.saved_tensors, *options)
     if logits is None:
@@ -171,7 +171,7 @@ def _gradients(ctx, dg, dbeta):
 torch.library.register_autograd("lkda::kda_gate", _gradients, setup_context=_save, lib=_library)
 
 
-_with_autograd = without_dispatcher(_forward, _save, _gradients)
+_with_autograd = without_dispatcher(launch_forward, _save, _gradients)
 
 
 def kda_gate_cuda(
@@ -189,6 +189,6 @@ def kda_gate_cuda(
     forward: Callable = torch.ops.lkda.kda_gate
     if can_bypass_dispatcher(*inputs):
         save = wants_gradient(*inputs)
-        forward = _with_autograd if save else _forward
+        forward = _with_autograd if save else launch_forward
     g, beta = forward(*inputs, head_dim, gate.bounded, gate.lower_bound, gate.strength)
     return g if gate_logits is not None else g.detach(), beta
