@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lkda.checks import InputError
 from lkda.models.lm import ApplyBlock, LanguageModel, apply_block
+from lkda.models.mixer import Mixer
 from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
 from lkda.targets import IGNORE_INDEX
 
@@ -49,8 +50,9 @@ class ModelLoss:
         if checkpointing not in CHECKPOINTING:
             raise InputError(f"checkpointing must be {' or '.join(CHECKPOINTING)}, got {checkpointing!r}.")
         self.model, self.checkpointing = model, checkpointing
-        for mixer in model.mixers():
-            mixer.recomputes = checkpointing == "none"
+        for module in model.modules():
+            if isinstance(module, Mixer):
+                module.recomputes = checkpointing == "none"
         apply: ApplyBlock = torch.compile(apply_block, dynamic=False) if compile else apply_block
         self.apply = _recomputing(apply) if checkpointing == "block" else apply
 

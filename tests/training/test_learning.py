@@ -9,7 +9,6 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from lkda.commands.config import resolve
 from lkda.commands.run_setup import model_options
@@ -23,7 +22,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def choices() -> Iterator[ParameterSet]:
     """The mixers of configs/mixer. One of several kinds is slow: each kind is also there alone."""
     for path in sorted((CONFIGS / "mixer").glob("*.yaml")):
-        kinds = set(OmegaConf.load(path).pattern)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            kinds = set(compose("train", overrides=[f"mixer={path.stem}"]).mixer.pattern)
         yield pytest.param(path.stem, marks=[pytest.mark.slow] if len(kinds) > 1 else [])
 
 
