@@ -45,7 +45,7 @@ def text() -> torch.Tensor:
     return torch.tensor([ord(letter) for letter in letters[: 16 * (LENGTH + 1)]]).view(16, LENGTH + 1)
 
 
-@pytest.mark.parametrize("mixer", choices())
+@pytest.mark.parametrize("mixer", list(choices()))
 def test_it_learns(mixer: str) -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=[f"mixer={mixer}", "model.num_heads=2"])
