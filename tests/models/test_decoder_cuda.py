@@ -9,7 +9,10 @@ from lkda.models.decoder import Decoder, Sampling
 from lkda.models.generate import BatchGenerator, Request
 from tests.models.helpers import IDS, PATTERNS, small
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is captured")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is captured"),
+]
 
 PROMPTS = [[1, 2, 3], [4], list(range(5, 45)), [11, 12]]
 NEAR = 1e-2  # texts may part where the two likeliest logits differ by less
