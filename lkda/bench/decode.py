@@ -142,8 +142,10 @@ def peer_row(model: LanguageModel, peer: str, batch: int, context: int) -> Row:
     theirs = theirs.to(weight.device, weight.dtype).eval()
     static: Row = {}
     if peer == "transformers_compiled":
-        if weight.device.type != "cuda" or not getattr(theirs, "_can_compile_fullgraph", False):
-            raise InputError(f"transformers' generate compiles {type(theirs).__name__} on no {weight.device.type}.")
+        if weight.device.type != "cuda":
+            raise InputError("transformers' generate compiles on a GPU only.")
+        if not getattr(theirs, "_can_compile_fullgraph", False):
+            raise InputError(f"transformers' generate does not compile {type(theirs).__name__}.")
         static = {"cache_implementation": "static"}
     prompt = torch.randint(3, vocab_size, (batch, context), device=weight.device)
     mask = torch.ones_like(prompt)

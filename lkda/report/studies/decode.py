@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,13 @@ def _pictures(rows: Sequence[Row]) -> dict[str, Picture]:
     bytes_by_context = _panels(rows, by=None, along="context", value="bytes_per_sequence")
     found = {}
     if by_context:
-        marks = [(panel, title, x, y) for panel, title, x, y in crossings(rows)]
-        found["tokens_per_s_by_context.png"] = _plot(by_context, "context, tokens", "tokens/s", length, count, marks)
+        found["tokens_per_s_by_context.png"] = _plot(
+            by_context, "context, tokens", "tokens/s", length, count, crossings(rows)
+        )
     if by_batch:
-        found["tokens_per_s_by_batch.png"] = _plot(by_batch, "batch, sequences", "tokens/s", count, count, [])
+        found["tokens_per_s_by_batch.png"] = _plot(
+            by_batch, "batch, sequences", "tokens/s", "{:,.0f}".format, count, []
+        )
     if bytes_by_context:
         y_title = "memory of the state of one sequence"
         found["memory_by_context.png"] = _plot(bytes_by_context, "context, tokens", y_title, length, memory, [])
@@ -205,8 +209,8 @@ def _plot(
     def draw(style: Style) -> Figure:
         across = min(2, len(panels))
         down = -(-len(panels) // across)
-        named = max([sum(panel == mark[0] for mark in marks) for panel in panels], default=0)
-        figure = Figure(figsize=(1.2 + 4.2 * across, 1.0 + (3.0 + 0.15 * named) * down), layout="constrained")
+        legend = 0.2 * -(-len(titles) // 2)
+        figure = Figure(figsize=(1.2 + 4.2 * across, 0.4 + legend + 3.3 * down), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False, sharey=True)
         looks = dict(zip(titles, style.looks([title.split(",")[0] for title in titles], titles), strict=True))
         for axis, (panel, lines) in zip(axes.flat, panels.items()):
@@ -214,8 +218,7 @@ def _plot(
             here = [mark for mark in marks if mark[0] == panel]
             for _, title, x, y in here:
                 axis.plot([x], [y], "o", markersize=10, markerfacecolor="none", color=looks[title].colour, zorder=3)
-            axis.set_title("\n".join([panel, *(f"{m[1]} passes softmax at {length(round(m[2]))}" for m in here)]))
-            axis.title.set(fontsize=9.5, ha="left", x=0)
+            axis.set_title(_panel_title(panel, here), fontsize=9.5, loc="left")
             xs = sorted({x for line in lines.values() for x, _ in line})
             axis.xaxis.set(major_locator=FixedLocator(xs), minor_locator=NullLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: x_text(value)))
@@ -225,7 +228,8 @@ def _plot(
                 axis.yaxis.set_major_locator(LogLocator(base=4))
         for axis in list(axes.flat)[len(panels) :]:
             axis.set_visible(False)
-        figure.supxlabel(x_title, fontsize=10)
+        for axis in list(axes.flat)[max(0, len(panels) - across) : len(panels)]:
+            axis.set_xlabel(x_title)
         figure.supylabel(y_title, fontsize=10)
         handles = {line.get_label(): line for axis in axes.flat for line in axis.lines if line.get_label() in looks}
         figure.legend(
@@ -234,6 +238,13 @@ def _plot(
         return figure
 
     return picture(draw)
+
+
+def _panel_title(panel: str, marks: Sequence[tuple[str, str, float, float]]) -> str:
+    if not marks:
+        return panel
+    named = "; ".join(f"{title}, {length(round(x))}" for _, title, x, _ in marks)
+    return f"{panel}\n" + textwrap.fill(f"faster than softmax from a context of: {named}", 62)
 
 
 def _draw_panel(axis: Any, lines: dict[str, Points], looks: dict[str, Look]) -> None:
