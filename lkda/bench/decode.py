@@ -50,6 +50,9 @@ def decode_row(model: LanguageModel, batch: int, context: int, sampling: Samplin
     if needed > MEMORY_SHARE * free:
         return row | {"bytes_needed": needed, "reason": _does_not_fit(needed, free)}
     copied = copy_gb_per_s(device)
+    if device.type == "cuda":  # give the memory of the copy back, and do not count it
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         speed, decoder = _decode(prepare_decoding(model), batch, context, sampling)
     except torch.OutOfMemoryError:
@@ -154,9 +157,10 @@ def peer_row(model: LanguageModel, peer: str, batch: int, context: int) -> Row:
         lengths = {"max_new_tokens": count, "min_new_tokens": count}
         theirs.generate(prompt, attention_mask=mask, do_sample=False, use_cache=True, **lengths, **static)
 
-    with torch.inference_mode():
-        short, long = (_seconds(partial(generate, count), weight.device) for count in PEER_TOKENS)
-        own = decode_row(model, batch, max(context, LEAST_CONTEXT), Sampling(0.0))
+    with torch.no_grad():  # what is compiled need not support inference mode
+        # The longer one first: a static cache keeps its size, and a new size would be compiled again.
+        long, short = (_seconds(partial(generate, count), weight.device) for count in reversed(PEER_TOKENS))
+    own = decode_row(model, batch, max(context, LEAST_CONTEXT), Sampling(0.0))
     if long <= short:
         raise InputError(f"{PEER_TOKENS[1]} tokens took no longer than {PEER_TOKENS[0]}: the times are too noisy.")
     speed = (PEER_TOKENS[1] - PEER_TOKENS[0]) * batch / (long - short)
