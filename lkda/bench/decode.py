@@ -1,70 +1,82 @@
-"""Measures decoding: tokens/s and bytes of state of whole models, by mixer, batch and context, and prefill beside it.
+"""Measures decoding and prefill of a whole model, and the `generate` of other packages beside it.
 
-    python -m lkda.bench.decode --model small --mixer kda softmax --batch 1 256 --context 1024 262144 --out decode.json
-    python -m lkda.bench.decode --mixer kda --batch 256 --context 1024 --top-p 0.95 --state-dtype int8 --dtype bfloat16
-    python -m lkda.bench.decode --mixer kda+kda+kda+mla --peers transformers --out decode.json
-
-Models have random weights. A state of `context` tokens is not computed: its caches are zeros of that length, which take
-as long to read. Rows that do not fit into the memory have `bytes_needed` and no speed; rows that fail have `error`.
+A state of `context` tokens is not computed: its caches are zeros of that length, which take as long to read.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tokenizers import Tokenizer, models
 
-from lkda.bench.files import write_json
-from lkda.bench.measure import header
-from lkda.device import resolve_device
-from lkda.models import build_model
+from lkda.bench.timing import copy_gb_per_s
+from lkda.checks import InputError
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import STEPS_PER_READ
 from lkda.models.lm import LanguageModel
-from lkda.models.stepwise import set_state_dtype
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 # Seconds that a row is measured for; the best of this many intervals counts.
 SECONDS, INTERVALS = 0.5, 3
 WARMUP_STEPS = 2 * STEPS_PER_READ
+# The steps of an interval. They end before the sequences have LEAST_CONTEXT more tokens than at its beginning.
+STEPS, LEAST_CONTEXT = 128, 256
 # The share of the free memory that states may take; the rest is for activations and graphs.
 MEMORY_SHARE = 0.85
 FORWARD = (8, 2048)  # the batch whose forward without head prefill is compared with
+PEER_TOKENS = (16, 80)  # a peer's time per token is from the difference of two lengths
 
 Row = dict[str, Any]
 
 
-def build(size: str, mixer: str, *, dtype: torch.dtype, device: torch.device, state_dtype: str | None) -> LanguageModel:
-    """A model of configs/model/SIZE.yaml with random weights and mixers NAME+NAME+... with their default options."""
-    plain = yaml.safe_load((CONFIGS / "model" / f"{size}.yaml").read_text())
-    mixers = {"pattern": mixer.split("+"), "num_heads": plain["num_heads"]}
-    plain = {name: value for name, value in plain.items() if name not in ("name", "num_heads", "learning_rate")}
-    torch.manual_seed(0)
-    model = build_model({**plain, "mixer": mixers}).to(device, dtype).eval()
-    if state_dtype is not None:
-        set_state_dtype(model, state_dtype)
-    return model
-
-
 def decode_row(model: LanguageModel, batch: int, context: int, sampling: Sampling) -> Row:
-    """tokens/s of all sequences, with the host reading the tokens after every STEPS_PER_READ steps."""
+    """tokens/s of all sequences, with the host reading the tokens after every STEPS_PER_READ steps.
+
+    Returns: also bytes_per_sequence, and bytes_per_step, which a step must read and write: the weights, the states, and
+        what a step writes of them. copy_share is the time in which a copy moves as many bytes, divided by the time of a
+        step. If the states do not fit into the memory, the row has bytes_needed and the reason instead.
+    """
     device = model.embed_tokens.weight.device
+    row: Row = {"bytes_per_sequence": model.state_bytes(context), "weight_bytes": weight_bytes(model)}
     needed = batch * model.state_bytes(context)
-    row: Row = {"batch": batch, "context": context, "bytes_per_sequence": model.state_bytes(context)}
-    if device.type == "cuda" and needed > MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return row | {"bytes_needed": needed}
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _physical_memory()
+    if needed > MEMORY_SHARE * free:
+        return row | {"bytes_needed": needed, "reason": _does_not_fit(needed, free)}
+    copied = copy_gb_per_s(device)
+    if device.type == "cuda":  # give the memory of the copy back, and do not count it
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        speed, decoder = _decode(prepare_decoding(model), batch, context, sampling)
+    except torch.OutOfMemoryError:
+        return row | {"bytes_needed": needed, "reason": _does_not_fit(needed, free)}
+    # A constant state is written whole; of a growing cache one entry is written.
+    moved = row["weight_bytes"] + batch * (model.state_bytes(context) + model.state_bytes(1))
+    row |= {"tokens_per_s": speed, "bytes_per_step": moved, "copy_gb_per_s": copied}
+    row |= {"copy_share": moved / (copied * 1e9) / (batch / speed)}
+    if device.type == "cuda":
+        row |= {"graphs": decoder.not_captured is None, "peak_bytes": torch.cuda.max_memory_allocated(device)}
+    return row | ({"not_captured": decoder.not_captured} if decoder.not_captured else {})
+
+
+def weight_bytes(model: LanguageModel) -> int:
+    """Bytes of the weights that a step reads: all of them, without the table of an embedding that is not tied."""
+    table = model.embed_tokens.weight
+    tied = model.lm_head.weight is table
+    return sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not table)
+
+
+def _decode(model: LanguageModel, batch: int, context: int, sampling: Sampling) -> tuple[float, Decoder]:
     # The steps that are measured stay in the bucket of `context` tokens.
-    decoder = Decoder(model, batch, max(context, 1024), sampling)
-    start = max(0, context - 256)
+    decoder = Decoder(model, batch, context, sampling)
+    start = context - LEAST_CONTEXT
 
     def rewind() -> None:
         decoder.lengths = [start] * batch
@@ -83,24 +95,20 @@ def decode_row(model: LanguageModel, batch: int, context: int, sampling: Samplin
         rewind()
         steps(WARMUP_STEPS)
         best, begin = 0.0, time.perf_counter()
-        while time.perf_counter() - begin < SECONDS * INTERVALS:
+        while not best or time.perf_counter() - begin < SECONDS * INTERVALS:
             rewind()
             at = time.perf_counter()
-            steps(128)
-            best = max(best, 128 * batch / (time.perf_counter() - at))
-    return (
-        row
-        | {"tokens_per_s": best, "graphs": device.type == "cuda" and not decoder.not_captured}
-        | ({"not_captured": decoder.not_captured} if decoder.not_captured else {})
-    )
+            steps(STEPS)
+            best = max(best, STEPS * batch / (time.perf_counter() - at))
+    return best, decoder
 
 
 def prefill_row(model: LanguageModel, context: int) -> Row:
     """tokens/s of reading a prompt of `context` tokens, and of the forward without head of FORWARD tokens."""
-    device = model.embed_tokens.weight.device
+    device, vocab_size = model.embed_tokens.weight.device, model.embed_tokens.num_embeddings
     decoder = Decoder(model, 1, context + 1, Sampling())
-    prompt = torch.randint(0, model.embed_tokens.num_embeddings, (context,)).tolist()
-    batch = torch.randint(0, model.embed_tokens.num_embeddings, FORWARD, device=device)
+    prompt = torch.randint(0, vocab_size, (context,)).tolist()
+    batch = torch.randint(0, vocab_size, FORWARD, device=device)
 
     def read() -> None:
         decoder.release(0)
@@ -108,35 +116,64 @@ def prefill_row(model: LanguageModel, context: int) -> Row:
 
     with torch.inference_mode():
         own, forward = _seconds(read, device), _seconds(lambda: model.hidden(batch), device)
-    return {"context": context, "prefill_tokens_per_s": context / own, "forward_tokens_per_s": batch.numel() / forward}
+    speeds = {"tokens_per_s": context / own, "forward_tokens_per_s": batch.numel() / forward}
+    peak = {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+    return {"bytes_per_sequence": model.state_bytes(context), **speeds, **peak}
 
 
 def peer_row(model: LanguageModel, peer: str, batch: int, context: int) -> Row:
-    """tokens/s of `generate` of the exported model, greedy and with its cache, after a prompt of `context` tokens."""
+    """tokens/s of `generate` of the exported model, greedy and with its cache, after a prompt of `context` tokens.
+
+    Args:
+        peer: transformers (eager), transformers_compiled (a static cache and torch.compile) or fla.
+    Returns: beside tokens_per_s, lkda_tokens_per_s: lkda's own in the same process, on the same state.
+    Raises: InputError for a model that the peer does not have or does not compile.
+    """
     from transformers import AutoModelForCausalLM
 
     import lkda
 
     if peer == "fla":
-        import fla  # noqa: F401
-    vocab_size = model.embed_tokens.num_embeddings
+        import fla.models  # noqa: F401
+    weight, vocab_size = model.embed_tokens.weight, model.embed_tokens.num_embeddings
     words = {f"w{i}": i for i in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    weight = model.embed_tokens.weight
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "exported"
-        lkda.export(model, tokenizer, out, format="hf" if peer == "transformers" else peer)
+        lkda.export(model, tokenizer, out, format="fla" if peer == "fla" else "hf")
         theirs: Any = AutoModelForCausalLM.from_pretrained(out)
-        theirs = theirs.to(weight.device, weight.dtype).eval()
+    theirs = theirs.to(weight.device, weight.dtype).eval()
+    static: Row = {}
+    if peer == "transformers_compiled":
+        if weight.device.type != "cuda":
+            raise InputError("transformers' generate compiles on a GPU only.")
+        if not getattr(theirs, "_can_compile_fullgraph", False):
+            raise InputError(f"transformers' generate does not compile {type(theirs).__name__}.")
+        static = {"cache_implementation": "static"}
     prompt = torch.randint(3, vocab_size, (batch, context), device=weight.device)
+    mask = torch.ones_like(prompt)
 
     def generate(count: int) -> None:
-        theirs.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=True)
+        lengths = {"max_new_tokens": count, "min_new_tokens": count}
+        theirs.generate(prompt, attention_mask=mask, do_sample=False, use_cache=True, **lengths, **static)
 
-    with torch.inference_mode():
-        generate(8)
-        short, long = (_seconds(partial(generate, count), weight.device) for count in (16, 80))
-    return {"peer": peer, "batch": batch, "context": context, "tokens_per_s": 64 * batch / (long - short)}
+    with torch.no_grad():  # what is compiled need not support inference mode
+        # The longer one first: a static cache keeps its size, and a new size would be compiled again.
+        long, short = (_seconds(partial(generate, count), weight.device) for count in reversed(PEER_TOKENS))
+    own = decode_row(model, batch, max(context, LEAST_CONTEXT), Sampling(0.0))
+    if long <= short:
+        raise InputError(f"{PEER_TOKENS[1]} tokens took no longer than {PEER_TOKENS[0]}: the times are too noisy.")
+    speed = (PEER_TOKENS[1] - PEER_TOKENS[0]) * batch / (long - short)
+    shared = {"lkda_tokens_per_s": own["tokens_per_s"]} if "tokens_per_s" in own else {}
+    return {"tokens_per_s": speed, **shared}
+
+
+def _does_not_fit(needed: int, free: int) -> str:
+    return f"does not fit: the states take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -154,74 +191,3 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Every row that is asked for."""
-    sampling = Sampling(0.0) if options.top_p is None else Sampling(1.0, top_p=options.top_p)
-    for mixer in options.mixer:
-        state_dtype = options.state_dtype
-        dtype = getattr(torch, options.dtype)
-        model = build(options.model, mixer, dtype=dtype, device=device, state_dtype=state_dtype)
-        common = {"model": options.model, "mixer": mixer, "dtype": options.dtype, "state_dtype": state_dtype}
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        common |= {"sampling": "greedy" if options.top_p is None else f"top_p {options.top_p}", "weight_bytes": weights}
-        prepared = prepare_decoding(model)
-        for context in options.context:
-            for batch in options.batch:
-                yield common | _guarded(partial(decode_row, prepared, batch, context, sampling), batch, context)
-            if options.prefill:
-                yield common | _guarded(partial(prefill_row, model, context), 1, context)
-        for peer in options.peers:
-            for batch in options.batch:
-                yield (
-                    common
-                    | _guarded(partial(peer_row, model, peer, batch, options.peer_context), batch, options.peer_context)
-                    | {"peer": peer}
-                )
-
-
-def _guarded(measure: Callable[[], Row], batch: int, context: int) -> Row:
-    """The row, or one that says why there is none: a peer or a size that fails must not lose the others."""
-    try:
-        return measure()
-    except Exception as error:
-        return {
-            "batch": batch,
-            "context": context,
-            "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        }
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _shown(value: object) -> str:
-    return f"{value:,.1f}" if isinstance(value, float) else str(value)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small", help="of configs/model")
-    parser.add_argument("--mixer", nargs="+", default=["kda"], help="a pattern, as kda+kda+softmax")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--context", nargs="+", type=int, default=[1024])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
-    parser.add_argument("--state-dtype", choices=["float32", "bfloat16", "int8"], help="of the states of KDA")
-    parser.add_argument("--top-p", type=float, help="sample; without it, greedy")
-    parser.add_argument("--prefill", action="store_true", help="measure prefill at each context too")
-    parser.add_argument("--peers", nargs="*", choices=["transformers", "fla"], default=[])
-    parser.add_argument("--peer-context", type=int, default=1024, help="tokens of the peers' prompts")
-    parser.add_argument("--device", default="auto", help="auto | cpu | gpu")
-    parser.add_argument("--out", type=Path, help="the JSON")
-    options = parser.parse_args(arguments)
-    device, found = resolve_device(options.device), []
-    for row in rows(options, device):
-        found.append(row)
-        print(" ".join(f"{name}={_shown(value)}" for name, value in row.items()), flush=True)
-        if options.out is not None:
-            write_json(options.out, {"kind": "decode", **header(device), "rows": found})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """Measure the operators: time against the lower bound, error against float64, and both against other packages.
 
-With task=step, training steps of whole models are measured instead; see `lkda.commands.step_benchmark`.
+With task=step, training steps of whole models are measured instead; see `lkda.commands.step_benchmark`. With
+task=decode, their decoding; see `lkda.commands.decode_benchmark`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lkda.bench import measure, ops
 from lkda.bench.op_benchmark import Shape
 from lkda.checks import InputError, check_values
 from lkda.commands.config import resolve
+from lkda.commands.decode_benchmark import decode_benchmark
 from lkda.commands.step_benchmark import check_against, step_benchmark
 from lkda.commands.unused_options import BENCHMARK, check_unused
 from lkda.device import resolve_device
@@ -44,26 +46,31 @@ OPTIONS = {
     **dict.fromkeys(("bare", "cold"), bool),
     "time_limit": float,
     "check": Path | None,
+    **dict.fromkeys(("batches", "contexts"), Sequence[int]),
+    "state_dtypes": Sequence[str],
+    "top_p": float | None,
+    "prefill": bool,
 }
+TASKS = ("op", "step", "decode")
 # What `shapes` is if it is null: B x T x H x D of operators, B x T of steps.
 _SHAPES = {"op": ["8x8192x16x64", "1x8192x8x64"], "step": ["8x2048"]}
 
 
 def benchmark(config: DictConfig) -> None:
-    """Measure what `config.task` names: operators, or training steps of whole models.
+    """Measure what `config.task` names: operators, or training steps or decoding of whole models.
 
     Args:
         config: composed from configs/benchmark.yaml.
     Raises:
         InputError: for an unknown name, shape or device, an option without an effect, or if `out` cannot be written.
-        CommandError: no training step could be measured, or with `check` a row is slower than recorded.
+        CommandError: no row could be measured, or with `check` a row is slower than recorded.
     """
     settings = resolve(config)
     check_values(settings, OPTIONS)
-    if settings["task"] not in _SHAPES:
-        raise InputError(f"task must be {' or '.join(_SHAPES)}, got {settings['task']!r}.")
+    if settings["task"] not in TASKS:
+        raise InputError(f"task must be one of {', '.join(TASKS)}, got {settings['task']!r}.")
     check_unused(BENCHMARK, settings)
-    if settings["shapes"] is None:
+    if settings["shapes"] is None and settings["task"] in _SHAPES:
         settings["shapes"] = _SHAPES[settings["task"]]
     if not settings["time_limit"] > 0:
         raise InputError(f"time_limit must be above 0, in seconds for each row; got {settings['time_limit']}.")
@@ -73,6 +80,8 @@ def benchmark(config: DictConfig) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     if settings["task"] == "op":
         _benchmark_operators(settings, device)
+    elif settings["task"] == "decode":
+        decode_benchmark(settings, device)
     elif settings["check"] is None:
         step_benchmark(settings, device)
     else:

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,13 +14,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import lkda
-from lkda.bench.files import write_json
 from lkda.bench.measure import versions
 from lkda.checks import InputError, check_count
 from lkda.commands.command_line import CommandError
+from lkda.commands.row_process import measure_rows, run_child
 from lkda.commands.run_setup import plan_run
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.step_clock import BLOCK_STEPS, PROFILED_STEPS
@@ -40,6 +32,7 @@ from lkda.report.studies import step_benchmark as report
 WARMUP_STEPS = 10
 SLOWER = 0.05  # a row is slower than recorded if its tokens/s are lower by more than this share
 RESULT = "step_benchmark.json"
+ROW = "lkda.commands.step_row"
 _PACKAGES = ("torch", "triton", "lightning", "transformers", "flash-linear-attention", "nvidia-cudnn-cu12")
 # The caches of compiled code: of torch.compile, of Triton, of lkda's kernels, and of the CUDA driver.
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "LKDA_CACHE", "CUDA_CACHE_PATH")
@@ -118,8 +111,8 @@ def step_benchmark(settings: Mapping[str, Any], device: torch.device) -> None:
     """
     cases = cases_of(settings)
     _check_trainable(cases, device)
-    out = _made(Path(settings["out"]))
-    console = _console()
+    out = made_directory(Path(settings["out"]))
+    console = open_console()
     found = _measure_all(cases, settings, device, out, console)
     for packed in report.packings(found["rows"]):
         console.print(rich_table(*report.as_cells(found["rows"], packed=packed), names=report.NAMES))
@@ -149,8 +142,8 @@ def check_against(settings: Mapping[str, Any], device: torch.device) -> None:
     before = [row for row in recorded["rows"] if row["implementation"] in (TRAIN, BARE) and row.get("tokens_per_s")]
     if not before:
         raise InputError(f"check={path} holds no row of lkda with a speed: record one with task=step.")
-    out = _made(Path(settings["out"]))
-    console = _console()
+    out = made_directory(Path(settings["out"]))
+    console = open_console()
     names = [field.name for field in fields(StepCase)]
     cases = [StepCase(**{name: row[name] for name in names}) for row in before]
     found = _measure_all(cases, {**settings, "cold": False}, device, out, console)
@@ -179,9 +172,9 @@ def cases_of(settings: Mapping[str, Any]) -> list[StepCase]:
     for option in ("models", "mixers", "shapes", "packed"):
         if not settings[option]:
             raise InputError(f"{option} is empty: give some, or leave it out.")
-    _check_names("models", settings["models"], _choices("model"))
-    _check_names("mixers", settings["mixers"], _choices("mixer"))
-    _check_names("peers", settings["peers"], list(VARIANTS))
+    check_names("step", "models", settings["models"], choices("model"))
+    check_names("step", "mixers", settings["mixers"], choices("mixer"))
+    check_names("step", "peers", settings["peers"], list(VARIANTS))
     check_count("vocab_size", settings["vocab_size"], least=2)
     check_count("steps", settings["steps"], least=BLOCK_STEPS)
     if settings["steps"] % BLOCK_STEPS:
@@ -229,17 +222,20 @@ def _check_trainable(cases: Sequence[StepCase], device: torch.device) -> None:
             plan_run(compose("train", overrides=case.train_overrides(device)), Path("."))
 
 
-def _choices(group: str) -> list[str]:
+def choices(group: str) -> list[str]:
+    """The choices of a group of configs/."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
+def check_names(task: str, option: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise InputError for a name of `option` that is not known with this task."""
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"{option}: there is no {unknown[0]}; with task=step there are {', '.join(known)}.")
+        raise InputError(f"{option}: there is no {unknown[0]}; with task={task} there are {', '.join(known)}.")
 
 
-def _made(out: Path) -> Path:
+def made_directory(out: Path) -> Path:
+    """`out`, with a directory for logs. Raises InputError if it cannot be made."""
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -247,7 +243,8 @@ def _made(out: Path) -> Path:
     return out
 
 
-def _console() -> Console:
+def open_console() -> Console:
+    """The terminal, or wide enough for the tables if the output is a file."""
     terminal = Console(markup=False, emoji=False, highlight=False)
     return terminal if terminal.is_terminal else Console(width=200, markup=False, emoji=False, highlight=False)
 
@@ -263,11 +260,9 @@ def device_name(device: torch.device) -> str:
     return f"{found[1].strip() if found else 'cpu'}, {torch.get_num_threads()} threads"
 
 
-def _measure_all(
-    cases: Sequence[StepCase], settings: Mapping[str, Any], device: torch.device, out: Path, console: Console
-) -> dict[str, Any]:
-    """Measure the cases one after another. The JSON is complete after each row; tables and plots come at the end."""
-    header = {
+def header_of(device: torch.device) -> dict[str, Any]:
+    """The device, the versions, the commit and the date."""
+    return {
         "device": device_name(device),
         "torch": torch.__version__,
         "lkda": lkda.__version__,
@@ -275,19 +270,18 @@ def _measure_all(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(_PACKAGES),
     }
-    found: dict[str, Any] = {"kind": report.KIND, "header": header, "rows": []}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(cases))
-        for case in cases:
-            progress.update(task, description=case.name)
-            begun = time.perf_counter()
-            row = measure_case(case, device, cold=settings["cold"], limit=settings["time_limit"], out=out)
-            found["rows"].append(row | {"row_seconds": round(time.perf_counter() - begun, 1)})
-            write_json(out / RESULT, found)
-            said = f"{row['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row else row.get("reason", "")
-            console.print(f"{case.name}: {said} ({found['rows'][-1]['row_seconds']:.0f} s)", soft_wrap=True)
-            progress.advance(task)
+
+
+def _measure_all(
+    cases: Sequence[StepCase], settings: Mapping[str, Any], device: torch.device, out: Path, console: Console
+) -> dict[str, Any]:
+    """Measure the cases one after another. The JSON is complete after each row; tables and plots come at the end."""
+    found: dict[str, Any] = {"kind": report.KIND, "header": header_of(device), "rows": []}
+
+    def measure(case: StepCase) -> dict[str, Any]:
+        return measure_case(case, device, cold=settings["cold"], limit=settings["time_limit"], out=out)
+
+    measure_rows(cases, measure, found, out / RESULT, console, said=lambda row: f"{row['tokens_per_s']:,.0f} tokens/s")
     if any("tokens_per_s" in row for row in found["rows"]):
         report.redraw(out / RESULT)
     return found
@@ -313,50 +307,8 @@ def measure_case(case: StepCase, device: torch.device, *, cold: bool, limit: flo
         caches: dict[str, str] = {}
         if cold and case.implementation == TRAIN:
             caches = {name: str(Path(folder, name.lower())) for name in _CACHES}
-            first = run_child(request | {"timed": 0}, caches, limit, out / "logs" / f"{case.name}_cold.txt")
+            first = run_child(ROW, request | {"timed": 0}, limit, out / "logs" / f"{case.name}_cold.txt", caches=caches)
             if "first_step_s" not in first:
                 return row | first
             row["cold_first_step_s"] = first["first_step_s"]
-        return row | run_child(request, caches, limit, out / "logs" / f"{case.name}.txt")
-
-
-def run_child(request: Mapping[str, Any], caches: Mapping[str, str], limit: float, log: Path) -> dict[str, Any]:
-    """What a process of its own measures; {"reason"} if it fails or does not end within `limit` seconds.
-
-    Args:
-        request: of `lkda.commands.step_row`.
-        caches: environment variables that name directories of compiled code.
-        log: where its output goes. It is kept if the process fails.
-    """
-    source = str(Path(lkda.__file__).parents[1])  # the child must import this package, not an installed one
-    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
-    with tempfile.TemporaryDirectory() as folder, open(log, "wb") as output:
-        asked, result = Path(folder, "request.json"), Path(folder, "result.json")
-        asked.write_text(json.dumps({**request, "started": time.time()}))
-        child = subprocess.Popen(
-            [sys.executable, "-m", "lkda.commands.step_row", str(asked), str(result)],
-            env={**os.environ, **caches, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that the processes that compile for it end with it
-        )
-        try:
-            status = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            return {"reason": f"not measured within time_limit={limit:g} seconds; the log is {log}"}
-        finally:
-            _end(child)
-        if result.exists():
-            measured: dict[str, Any] = json.loads(result.read_text())
-            if "reason" not in measured:
-                log.unlink()
-            return measured
-    return {"reason": f"the process ended with {status} and without a result; the log is {log}"}
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child's whole session: after a time limit or an interruption it is still running."""
-    with suppress(ProcessLookupError):  # all of it has ended
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+        return row | run_child(ROW, request, limit, out / "logs" / f"{case.name}.txt", caches=caches)

@@ -12,13 +12,9 @@ and the overrides are those of configs/train.yaml. The second, the measurements,
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -31,10 +27,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
-from lkda.bench.files import write_json
 from lkda.checks import InputError
 from lkda.commands.fit import build_task, quiet_libraries
 from lkda.commands.prepared_run import PreparedRun, model_of, prepare_data, with_data
+from lkda.commands.row_process import answer, end_with_parent
 from lkda.commands.run_setup import plan_run
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.step_clock import StepClock, Steps
@@ -224,23 +220,10 @@ def _autocast(prepared: PreparedRun) -> AbstractContextManager[Any]:
     return torch.autocast(plan.device.type, torch.bfloat16) if mixed else nullcontext()
 
 
-def _end_with(parent: int) -> None:
-    """End this process, and those that compile for it, when the process `parent` has ended, even if it was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.killpg(0, signal.SIGKILL)
-
-
 def main(arguments: list[str]) -> None:
-    request, result = map(Path, arguments)
-    try:
-        write_json(result, measure(json.loads(request.read_text())))
-    except Exception as error:  # of any package: the caller records the reason, the log has the traceback
-        name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        write_json(result, {"reason": f"{name}{' '.join(str(error).split())[:400]}"})
-        raise
+    answer(measure, arguments)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+    end_with_parent()
     main(sys.argv[1:])

@@ -157,17 +157,16 @@ EVALUATE = (
     *_each(("data.seed", "data.num_workers"), _always, "in an evaluation: it concerns only training batches"),
 )
 
-_OF_STEPS = (
-    *("models", "mixers", "packed", "vocab_size", "compile", "bare", "cold", "steps", "time_limit", "overrides"),
-    "check",
-)
+_OF_OPERATORS = ("ops", "backends", "gates", "modes", "replays", "milliseconds")
+_OF_STEPS = ("packed", "compile", "bare", "cold", "steps", "check")
+_OF_DECODING = ("batches", "contexts", "state_dtypes", "top_p", "prefill")
+_OF_MODELS = ("models", "mixers", "vocab_size", "time_limit", "overrides")
+_STEPS, _DECODING = "with task=step, which measures training steps of whole models", "with task=decode"
 BENCHMARK = (
-    *_each(_OF_STEPS, _is("task", "op"), "with task=op, which measures operators"),
-    *_each(
-        ("ops", "dtypes", "backends", "gates", "modes", "replays", "milliseconds"),
-        _is("task", "step"),
-        "with task=step, which measures training steps of whole models",
-    ),
+    *_each((*_OF_MODELS, *_OF_STEPS, *_OF_DECODING), _is("task", "op"), "with task=op, which measures operators"),
+    *_each((*_OF_OPERATORS, "dtypes", *_OF_DECODING), _is("task", "step"), _STEPS),
+    *_each((*_OF_OPERATORS, *_OF_STEPS), _is("task", "decode"), _DECODING),
+    _Unused("shapes", _is("task", "decode"), "with task=decode: give batches and contexts"),
     *_each(
         (
             "models",

@@ -23,7 +23,7 @@ from lkda.ops.sampling.op import check_sampling, sample_tokens
 
 # The smallest number of tokens of a growing cache to which a step attends. The sizes are its multiples by powers of 2.
 SMALLEST_BUCKET = 256
-# Prompts are packed into rows of at most so many tokens; a longer prompt is read in pieces, if the state allows it.
+# Prompts are packed into rows of at most so many tokens; a longer prompt is read in pieces of as many.
 PREFILL_TOKENS = 2**16
 # Steps that run before a graph is captured. They compile kernels and allocate workspaces.
 WARMUP_STEPS = 2
@@ -206,7 +206,7 @@ class Decoder:
         if len(prompts) > 1:
             bounds = torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
             return self.model.prefill_packed(packed, state, cu_seqlens=bounds)
-        for piece in packed.split(PREFILL_TOKENS if self.constant else lengths[0], 1):
+        for piece in packed.split(PREFILL_TOKENS, 1):
             logits, state = self.model.prefill(piece, state)
         return logits, state
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
+from lkda.ops import softmax_attention
 
 
 def new_cache(
@@ -76,13 +77,13 @@ def filled(caches: Sequence[Tensor], length: Tensor) -> tuple[Sequence[Tensor], 
 
 def append_many(
     caches: Sequence[Tensor], entries: Sequence[Tensor], length: Tensor
-) -> tuple[list[Tensor], Tensor | None]:
+) -> tuple[list[Tensor], list[int] | None]:
     """Append T tokens to each sequence: entries [B, ..., T, width].
 
     Preallocated caches and the length are changed in place; the host waits for the device to read the length.
 
-    Returns: the filled part of the caches, which ends with the new entries, and the mask [B, T, S] of the entries that
-        each new token sees, or None where all sequences have one length, so that causal attention needs none.
+    Returns: the filled part of the caches, and the length of each sequence, which ends with the new entries; None where
+        all sequences have one length, and end where the caches end.
     Raises: ValueError if the tokens do not fit.
     """
     if not is_preallocated(length):
@@ -94,12 +95,23 @@ def append_many(
         for cache, new in zip(caches, entries):
             cache[row].narrow(-2, start, T).copy_(new[row])
     filled = [cut(cache, max(before) + T) for cache in caches]
-    mask = None
-    if len(set(before)) > 1:
-        last_seen = length + torch.arange(T, device=length.device)  # [B, T]
-        mask = torch.arange(max(before) + T, device=length.device) <= last_seen.unsqueeze(-1)
     length.add_(T)
-    return filled, mask
+    return filled, [start + T for start in before] if len(set(before)) > 1 else None
+
+
+def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, backend: str) -> Tensor:
+    """Softmax attention of sequences of unequal lengths, one after another, so that it needs no mask [B, T, S].
+
+    Args:
+        q: [B, T, H, K], the last T tokens of each sequence.
+        k, v: [B, S, H, K] and [B, S, H, V], of which each sequence has the first `lengths` entries.
+        backend: of `softmax_attention`.
+    """
+    rows = [
+        softmax_attention(q[row, None], k[row, None, :n], v[row, None, :n], backend=backend)
+        for row, n in enumerate(lengths)
+    ]
+    return torch.cat(rows)
 
 
 def fill_packed(caches: Sequence[Tensor], entries: Sequence[Tensor], length: Tensor, lengths: Sequence[int]) -> None:

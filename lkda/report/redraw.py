@@ -13,6 +13,7 @@ from lkda.checks import InputError
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file
 from lkda.report.studies import (
+    decode,
     learning_rates,
     long_context,
     peer_training,
@@ -28,6 +29,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "comparison": comparison.redraw,  # written by scripts/compare.py
     "benchmark": bench_report.redraw,  # written by scripts/benchmark.py
     "step_benchmark": step_benchmark.redraw,  # written by scripts/benchmark.py task=step
+    "decode": decode.redraw,  # written by scripts/benchmark.py task=decode
     "state_error": state_error.redraw,  # written by lkda.bench.state_error
     "long_context": long_context.redraw,
     "state_dtypes": state_dtypes.redraw,

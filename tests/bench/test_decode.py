@@ -1,42 +1,68 @@
-"""The benchmark of decoding measures what it says, and a row that fails does not lose the others."""
+"""The measurements of decoding are those of the model: its bytes, its speed beside a copy, and the reason of a gap."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 
 from lkda.bench import decode
+from lkda.models.decoder import Sampling
+from tests.models.helpers import small
 
 
-def test_rows_of_a_small_model(tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "SECONDS", 0.01)
     monkeypatch.setattr(decode, "FORWARD", (1, 64))
-    monkeypatch.setattr(decode, "header", lambda device: {"device": str(device)})
-    out = tmp_path / "decode.json"
-    sizes = ["--model", "tiny", "--mixer", "kda", "kda+softmax", "--batch", "2", "--context", "300"]
-    decode.main([*sizes, "--prefill", "--device", "cpu", "--out", str(out)])
-    found = json.loads(out.read_text())
-    assert found["kind"] == "decode"
-    speeds = [row for row in found["rows"] if "tokens_per_s" in row]
-    assert [(row["mixer"], row["batch"], row["context"]) for row in speeds] == [
-        ("kda", 2, 300),
-        ("kda+softmax", 2, 300),
-    ]
-    assert all(row["tokens_per_s"] > 0 for row in speeds)
-    assert [row["prefill_tokens_per_s"] > 0 for row in found["rows"] if "prefill_tokens_per_s" in row] == [True, True]
-    assert speeds[0]["bytes_per_sequence"] < speeds[1]["bytes_per_sequence"]
-    assert "tokens_per_s=" in capsys.readouterr().out
+    monkeypatch.setattr(decode, "copy_gb_per_s", lambda device: 1.0)
 
 
-def test_a_row_that_fails_says_why():
-    def fails():
-        raise torch.OutOfMemoryError("no\nmemory")
+@pytest.mark.parametrize("pattern", [["kda"], ["softmax"], ["kda", "mla"]])
+def test_a_row_counts_the_bytes_that_a_step_moves(pattern):
+    model = small(pattern)
+    row = decode.decode_row(model, 2, 300, Sampling(0.0))
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    if not model.config["tie_embeddings"]:
+        weights -= model.embed_tokens.weight.numel() * 4
+    state = sum(part.numel() * part.element_size() for layer in model.init_state(1, max_tokens=300) for part in layer)
+    lengths = sum(8 for layer in model.init_state(1, max_tokens=300) for part in layer if part.dtype == torch.int64)
+    assert row["bytes_per_sequence"] == state - lengths
+    written = model.state_bytes(0) if model.has_constant_state else model.state_bytes(1)
+    assert row["bytes_per_step"] == weights + 2 * (row["bytes_per_sequence"] + written)
+    assert row["copy_share"] == pytest.approx(row["bytes_per_step"] / 1e9 * row["tokens_per_s"] / 2)
+    assert row["tokens_per_s"] > 0
 
-    assert decode._guarded(fails, 4, 8) == {"batch": 4, "context": 8, "error": "OutOfMemoryError: no memory"}
+
+def test_states_that_do_not_fit_are_named_with_their_bytes(monkeypatch):
+    model = small(["softmax"])
+    monkeypatch.setattr(decode, "_physical_memory", lambda: 2**30)
+    batch = 2**30 // model.state_bytes(256)
+    row = decode.decode_row(model, batch, 256, Sampling(0.0))
+    assert row["bytes_needed"] == batch * model.state_bytes(256)
+    assert row["reason"] == "does not fit: the states take 1.0 GiB, and 1.0 GiB are free"
+    assert "tokens_per_s" not in row
 
 
-def test_an_unknown_peer_is_refused():
-    with pytest.raises(SystemExit):
-        decode.main(["--peers", "nobody"])
+def test_running_out_of_memory_is_a_state_that_does_not_fit(monkeypatch):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(decode, "_decode", fails)
+    row = decode.decode_row(small(["kda"]), 1, 256, Sampling(0.0))
+    assert row["reason"].startswith("does not fit: the states take")
+
+
+def test_prefill_is_measured_beside_the_forward():
+    row = decode.prefill_row(small(["kda", "softmax"]), 300)
+    assert row["tokens_per_s"] > 0
+    assert row["forward_tokens_per_s"] > 0
+
+
+def test_a_peer_is_measured_beside_lkda(monkeypatch):
+    pytest.importorskip("transformers", minversion="5.17")
+    monkeypatch.setattr(decode, "PEER_TOKENS", (1, 9))
+    row = decode.peer_row(small(["kda", "mla"]), "transformers", 2, 10)
+    assert row["tokens_per_s"] > 0
+    assert row["lkda_tokens_per_s"] > 0
+    with pytest.raises(ValueError, match="transformers' generate compiles on a GPU only"):
+        decode.peer_row(small(["kda"]), "transformers_compiled", 1, 10)

@@ -285,13 +285,17 @@ OTHERS = [
     ),
     ("benchmark.py", "out={tmp}/new device=cpu shapes=[1x2x3]", r"a shape is B x T x H x D, .*, got 1x2x3"),
     ("benchmark.py", "out={tmp}/new device=cpu gates=[slow]", r"gates: there is no slow; there are none"),
-    ("benchmark.py", "out={tmp}/new device=cpu task=stp", r"task must be op or step, got 'stp'"),
+    ("benchmark.py", "out={tmp}/new device=cpu task=stp", r"task must be one of op, step, decode, got 'stp'"),
     ("benchmark.py", "out={tmp}/new device=cpu mixers=[kda]", r"mixers has no effect with task=op, which measures op"),
     (
         "benchmark.py",
         "out={tmp}/new device=cpu task=step ops=[kda]",
         r"ops has no effect with task=step, which measures",
     ),
+    ("benchmark.py", "out={tmp}/new device=cpu task=step batches=[2]", r"batches has no effect with task=step, which"),
+    ("benchmark.py", "out={tmp}/new device=cpu task=decode steps=20", r"steps has no effect with task=decode"),
+    ("benchmark.py", "out={tmp}/new device=cpu task=decode shapes=[1x2]", r"shapes has no effect .*: give batches and"),
+    ("benchmark.py", "out={tmp}/new device=cpu task=decode contexts=[9]", r"contexts must be a whole number of 256 or"),
     ("benchmark.py", "out={tmp}/new device=cpu task=step mixers=[kd]", r"mixers: there is no kd; with task=step there"),
     (
         "benchmark.py",

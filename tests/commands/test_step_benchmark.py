@@ -15,7 +15,8 @@ from lkda.commands.benchmark import benchmark
 from lkda.commands.command_line import CommandError
 from lkda.commands.config import resolve
 from lkda.commands.overrides import as_typed
-from lkda.commands.step_benchmark import StepCase, cases_of, parse_shape, run_child
+from lkda.commands.row_process import run_child
+from lkda.commands.step_benchmark import ROW, StepCase, cases_of, parse_shape
 from lkda.commands.step_clock import StepClock, Steps
 from lkda.commands.step_row import main, measure
 from lkda.report.redraw import main as redraw
@@ -103,7 +104,7 @@ def test_a_failed_row_says_why(tmp_path: Path) -> None:
 
 def test_a_row_has_a_time_limit(tmp_path: Path) -> None:
     begun = time.perf_counter()
-    row = run_child(request("train"), {}, 0.2, tmp_path / "log.txt")
+    row = run_child(ROW, request("train"), 0.2, tmp_path / "log.txt")
     assert time.perf_counter() - begun < 5
     assert row["reason"].startswith("not measured within time_limit=0.2 seconds; the log is ")
 
@@ -130,7 +131,8 @@ class Children:
         self.caches: list[set[str]] = []
         self.rows_before: list[int] = []
 
-    def __call__(self, asked: Any, caches: Any, limit: float, log: Path) -> dict[str, Any]:
+    def __call__(self, module: str, asked: Any, limit: float, log: Path, *, caches: Any) -> dict[str, Any]:
+        assert module == ROW
         self.caches.append(set(caches))
         saved = self.out / "step_benchmark.json"
         self.rows_before.append(len(json.loads(saved.read_text())["rows"]) if saved.exists() else 0)

@@ -54,6 +54,10 @@ TINY_BENCHMARK: dict[str, dict[str, str]] = {
         **{"models": "[tiny]", "mixers": "[kda]", "shapes": "[1x16]", "vocab_size": "300", "steps": "10"},
         **{"peers": "[]", "bare": "false", "compile": "false"},
     },
+    "decode": {
+        **{"models": "[tiny]", "mixers": "[kda]", "batches": "[1]", "contexts": "[256]", "vocab_size": "300"},
+        **{"peers": "[]", "state_dtypes": "[float32]"},
+    },
 }
 # Options of the modules that read their own command line; --op where none is printed.
 TINY_ARGUMENTS: dict[str, list[str]] = {

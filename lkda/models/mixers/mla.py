@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import check_count
 from lkda.models.growing_cache import (
     append_many,
     append_one,
+    attend_each,
     cut,
     fill_packed,
     filled,
@@ -95,11 +95,11 @@ class MultiHeadLatentAttention(Mixer):
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
         q, latent, shared, convolved = self._inputs(x, cu_seqlens, None if state is None else state[3:])
-        caches, mask = [latent, shared], None
+        caches, lengths = [latent, shared], None
         length = new_length(x.shape[0], None, x.device) if state is None else state[2]
         if state is not None:
-            caches, mask = append_many(state[:2], caches, length)
-        y = self._output(q, *self._keys_and_values(*caches), mask, cu_seqlens)
+            caches, lengths = append_many(state[:2], caches, length)
+        y = self._output(q, *self._keys_and_values(*caches), lengths, cu_seqlens)
         if cu_seqlens is not None:
             return y, ()
         return y, (*(caches if state is None or not is_preallocated(length) else state[:2]), length, *convolved)
@@ -142,10 +142,11 @@ class MultiHeadLatentAttention(Mixer):
         k = torch.cat([k, shared_heads], -1)
         return k if self.k_norm is None else self.k_norm(k).to(v.dtype), v
 
-    def _output(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        if mask is not None:
-            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
+    def _output(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        if lengths is not None:
+            o = attend_each(q, k, v, lengths, backend=self.backend)
         else:
             longest = self.longest_sequence
             o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, longest=longest, backend=self.backend)

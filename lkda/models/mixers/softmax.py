@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import InputError
 from lkda.models.growing_cache import (
     append_many,
     append_one,
+    attend_each,
     cut,
     fill_packed,
     filled,
@@ -74,12 +74,12 @@ class SoftmaxAttention(Mixer):
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
         q, k, v, convolved = self._heads(x, self._positions(x, cu_seqlens, state), cu_seqlens, state)
-        caches, mask = [k.transpose(1, 2), v.transpose(1, 2)], None
+        caches, lengths = [k.transpose(1, 2), v.transpose(1, 2)], None
         length = new_length(x.shape[0], None, x.device) if state is None else state[2]
         if state is not None:
-            caches, mask = append_many(state[:2], caches, length)
+            caches, lengths = append_many(state[:2], caches, length)
             k, v = (cache.transpose(1, 2) for cache in caches)
-        y = self._output(q, k, v, mask, cu_seqlens)
+        y = self._output(q, k, v, lengths, cu_seqlens)
         if cu_seqlens is not None:
             return y, ()
         return y, (*(caches if state is None or not is_preallocated(length) else state[:2]), length, *convolved)
@@ -125,12 +125,13 @@ class SoftmaxAttention(Mixer):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return rotate(q, position, self.rope_base), rotate(k, position, self.rope_base), v, convolved
 
-    def _output(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """y of q [B, T, H, D] and k and v [B, S, H, D]; `mask` as `append_many` returns it."""
+    def _output(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """y of q [B, T, H, D] and k and v [B, S, H, D]; `lengths` as `append_many` returns them."""
         k, v = k.to(q.dtype), v.to(q.dtype)
-        if mask is not None:
-            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
+        if lengths is not None:
+            o = attend_each(q, k, v, lengths, backend=self.backend)
         else:
             longest = self.longest_sequence
             o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, longest=longest, backend=self.backend)

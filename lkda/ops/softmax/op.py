@@ -7,12 +7,17 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.sequences import lengths_of
 from lkda.ops.sequences import longest as longest_of
+
+# The most entries of a mask. PyTorch converts them to floats, so that this is 64 MB in float32.
+MASK_ENTRIES = 2**24
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -25,12 +30,28 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The memory that it needs beside the arguments is linear in T and S: q has the last T of S positions."""
     T, S = q.shape[-2], k.shape[-2]
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    # The queries are the last T of S positions. A single query attends to all of them.
-    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if T == 1:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if q.is_cuda and _takes_lower_right(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), scale=scale)
+    # A mask is needed: of a block of queries at a time, with the keys that they see.
+    blocks, seen, rows = [], S - T, max(1, MASK_ENTRIES // S)
+    for queries in q.split(rows, -2):
+        N, seen = queries.shape[-2], seen + queries.shape[-2]
+        mask = torch.ones(N, seen, dtype=torch.bool, device=q.device).tril(seen - N)
+        keys, values = k[..., :seen, :], v[..., :seen, :]
+        blocks.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale))
+    return torch.cat(blocks, -2)
+
+
+def _takes_lower_right(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch has a kernel for queries that are the last positions. Otherwise it makes the whole T x S mask."""
+    given = SDPAParams(q, k, v, None, 0.0, False, False)
+    return can_use_flash_attention(given) or can_use_efficient_attention(given)
 
 
 def _per_sequence(
