@@ -50,3 +50,12 @@ def test_autocast_still_rounds(onednn):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     assert linear(x.double(), weight.double()).dtype == torch.float64
+
+
+def test_a_part_of_a_larger_matrix_is_copied():
+    """oneDNN falls back to a loop for it."""
+    joined = torch.randn(64, 136)
+    part = joined[:, :64]
+    assert op._dense(part).is_contiguous()
+    assert all(op._dense(x) is x for x in (joined, joined.t()))
+    torch.testing.assert_close(op.product(joined.t(), part), joined.t() @ part)
