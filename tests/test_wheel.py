@@ -60,7 +60,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nothing_of_the_checkout_is_missing(wheel: Path) -> None:
-    kinds = ("*.py", "*.cu", "*.cuh", "py.typed")
+    kinds = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h", "py.typed")
     wanted = {path.relative_to(ROOT) for kind in kinds for path in (ROOT / "lkda").rglob(kind)}
     wanted |= {"lkda" / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")}
     wanted |= {"lkda" / path.relative_to(ROOT) for path in (ROOT / "tasks").glob("*.*")}

@@ -33,6 +33,8 @@ PLACEHOLDERS = {
     "GLOB": "'runs/*'",
     "NAME": "name",
     "OPERATORS": "operators",
+    "STEPS": "steps",
+    "DECODING": "decoding",
     "OUT": "out",
 }
 SENTENCE = "the president reads a letter of every citizen who signs some law and carries the map to an old senate"
