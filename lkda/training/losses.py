@@ -107,8 +107,10 @@ def keeps_less(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..
     from torch._dynamo import lookup_backend  # these imports take seconds, which a run without compilation saves
     from torch._functorch import config
 
+    # Inductor chooses the sizes of its reductions by timing them, which can change the order of a sum between runs.
+    options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
     with config.patch(ban_recompute_materialized_backward=False):
-        compiled: Callable[..., Any] = lookup_backend("inductor")(graph, inputs)
+        compiled: Callable[..., Any] = lookup_backend("inductor")(graph, inputs, config_patches=options)
         return compiled
 
 
