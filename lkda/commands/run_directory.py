@@ -33,7 +33,7 @@ _FREE = {
     "data": ("cache_dir", "num_workers", "pin_memory"),
     "trainer": (
         *("max_steps", "max_tokens", "accelerator", "log_every_n_steps", "detect_anomaly", "profiler"),
-        *("enable_model_summary", "enable_progress_bar"),
+        *("deterministic", "enable_model_summary", "enable_progress_bar"),
         # These have the same value in every run.
         *("max_epochs", "check_val_every_n_epoch", "num_sanity_val_steps", "use_distributed_sampler"),
     ),

@@ -32,6 +32,7 @@ class TrainerOptions:
     log_every_n_steps: int
     accumulate_grad_batches: int
     gradient_clip_val: float | None
+    deterministic: bool
     enable_model_summary: bool
     detect_anomaly: bool = False
     profiler: str | None = None
@@ -159,6 +160,7 @@ def check_trainer(options: object) -> None:
         )
     check_switch("trainer.enable_model_summary", options["enable_model_summary"])
     check_switch("trainer.detect_anomaly", options.get("detect_anomaly", False))
+    check_switch("trainer.deterministic", options["deterministic"])
     profiler = options.get("profiler")
     if profiler is not None and profiler not in PROFILERS:
         raise InputError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, or null; got {profiler!r}.")

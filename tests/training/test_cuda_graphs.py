@@ -128,3 +128,39 @@ def test_shapes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     replay(batch(5, 0), scale=one())
     with pytest.raises(CaptureError, match="more than 2 shapes"):
         replay(batch(6, 0), scale=one())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("mixer", ["kda", "simplified", "softmax", "mla"])
+def test_two_trainings_are_equal_bit_for_bit(mixer: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KDA and simplified by default; softmax and MLA with deterministic algorithms."""
+    if mixer in ("softmax", "mla") and not deterministic:
+        pytest.skip("the backward pass of the attention adds in any order")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as Lightning does for trainer.deterministic=true
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        first, second = (trained(mixer) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for one_result, other in zip(first, second, strict=True):
+        assert torch.equal(one_result, other)
+
+
+def trained(mixer: str, steps: int = 20) -> list[Tensor]:
+    """The losses and the weights of a training with graphs, clipping and fused AdamW."""
+    net = small([mixer], scale=1, d_model=64).cuda()
+    mean = ModelLoss(net, compile=True).mean
+
+    def loss(tokens: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return mean(tokens, tokens.roll(-1, 1))
+
+    replay = GraphedLoss(loss, net.parameters())
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    losses = []
+    for step in range(steps):
+        losses.append(replay({"tokens": tokens(4, 512, seed=step).cuda()}, scale=one()))
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    return [*losses, *(parameter.detach() for parameter in net.parameters())]

@@ -89,3 +89,26 @@ def test_mixers_recompute_only_where_blocks_do_not() -> None:
     for checkpointing, want in (("block", False), ("none", True)):
         ModelLoss(model, checkpointing=checkpointing)
         assert all(mixer.recomputes is want for mixer in model.mixers())
+
+
+def test_only_its_own_compilation_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+    from torch._functorch import config
+
+    seen = []
+
+    def compiler(
+        graph: torch.fx.GraphModule, inputs: list[Tensor], *, config_patches: dict[str, bool]
+    ) -> torch.fx.GraphModule:
+        seen.append(config.ban_recompute_materialized_backward)
+        return graph
+
+    before = config.ban_recompute_materialized_backward
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: compiler)
+    model = small(["kda"])
+    want = ModelLoss(model).mean(tokens(1, 8), tokens(1, 8))
+    got = ModelLoss(model, compile=True).mean(tokens(1, 8), tokens(1, 8))
+    torch.testing.assert_close(got, want)
+    assert seen
+    assert not any(seen)
+    assert config.ban_recompute_materialized_backward is before

@@ -33,6 +33,7 @@ WRONG_KIND = (None, True, "many", [1], {"a": 1}, math.nan)
 RIGHT = (
     ("trainer", "max_tokens", None),
     ("trainer", "gradient_clip_val", None),
+    ("trainer", "deterministic", True),
     ("trainer", "enable_model_summary", True),
     ("sample", "prompt", "many"),
 )
