@@ -40,6 +40,12 @@ TRAINING = [
     ("trainer.max_steps=many", r"trainer.max_steps must be a whole number of 1 or more, got 'many'"),
     ("trainer.max_tokens=0", r"trainer.max_tokens must be a whole number of 1 or more, got 0"),
     ("checkpoint.every_n_steps=0", r"checkpoint.every_n_steps must be a whole number of 1 or more, got 0"),
+    ("trainer.accumulate_grad_batches=1000000000", r"trainer.accumulate_grad_batches must be at most 65536, got 10000"),
+    (
+        "data.batch_size=100000000",
+        r"one batch of 3,200,000,000 tokens needs more than \d+.*the machine has .*batch_size",
+    ),
+    ("data=mqar data.power=1e30", r"data.power must be from -20 to 20, got 1e\+30"),
     ("seed=-1", r"seed must be a whole number of 0 or more, got -1"),
     ("optimizer.lr=0", r"optimizer.lr must be greater than 0, got 0"),
     ("optimizer=muon optimizer.momentum=1", r"optimizer.momentum must be in \[0, 1\), got 1"),
