@@ -18,6 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+from rich.console import Console
+from rich.progress import track
+
 import lkda.ops
 from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
 
@@ -68,8 +71,11 @@ def collect(operators: Sequence[str] | None, architectures: Sequence[str], proce
     if not modules:
         raise SystemExit(f"no operator among {', '.join(operators or [])} has kernels")
     tasks = [(m.__name__, arch, n) for m in modules for arch in architectures for n in range(len(m.kernels(arch)))]
+    print(f"compiling {len(tasks)} kernels, {processes} at a time", file=sys.stderr)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return pool.map(usage, tasks, chunksize=4)
+        found = pool.imap(usage, tasks, chunksize=4)
+        console = Console(stderr=True)
+        return list(track(found, "kernels", len(tasks), console=console, disable=not console.is_terminal))
 
 
 def summary(table: Sequence[Usage]) -> str:
