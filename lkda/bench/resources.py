@@ -97,9 +97,9 @@ def summary(table: Sequence[Usage]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/kernel_resources.csv"), help="the table, as CSV")
-    parser.add_argument("--op", nargs="+", help="the operators whose kernels; all where not given")
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--op", nargs="+", help="operators whose kernels are compiled; default: all")
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count(), help="kernels at a time")
     options = parser.parse_args()
     start = time.perf_counter()
     table = collect(options.op, options.arch, options.processes)

@@ -218,7 +218,7 @@ def test_figures_are_of_the_test_split_where_every_run_has_one(tmp_path):
     shown = dict(zip(head, first))
     assert [shown[name] for name in ("test loss", "test bits/byte", "test perplexity")] == ["4.250", "1.700", "8.5"]
     assert not {"val loss", "bits/byte", "perplexity"} & set(head)
-    assert any("test is of the test split, measured once at the end; curves" in note for note in result.notes)
+    assert any("Columns named test are of the test split, which is measured once" in note for note in result.notes)
     assert "val/loss" in (tmp_path / "out" / "table.csv").read_text()
 
 
