@@ -1,6 +1,8 @@
-"""The device that an option such as `trainer.accelerator=auto` selects."""
+"""The device that an option such as `trainer.accelerator=auto` selects, and the memory of the machine."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -28,3 +30,8 @@ def resolve_device(
     if word == gpu and not there:
         raise InputError(f"{option}={gpu}: a GPU was asked for and torch sees no CUDA device; use {instead or others}.")
     return torch.device("cuda" if there and word != CPU else CPU)
+
+
+def physical_memory() -> int:
+    """The bytes of the machine's memory, which is that of the device "cpu"."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

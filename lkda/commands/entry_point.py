@@ -27,7 +27,7 @@ COMMANDS = {
     "generate": "continue a text with a trained model",
     "export": "write a trained model into a directory that other programs load",
     "compare": "compare runs: a table, plots and a page",
-    "benchmark": "measure the operators",
+    "benchmark": "measure operators, training steps and decoding",
     "prepare-data": "download and tokenize the mix of public texts (data=prose)",
 }
 # Settings whose value is taken literally and is not parsed by Hydra's grammar.

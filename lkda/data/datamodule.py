@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 from lkda.data.fingerprint import Fingerprint
 
 MOST_WORKERS = 256
@@ -102,8 +102,7 @@ class IndexedDataModule(L.LightningDataModule):
 
     def __init__(self, *, num_workers: int = 0, pin_memory: bool | None = None) -> None:
         super().__init__()
-        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-            raise InputError(f"data.num_workers must be a whole number of 0 or more, got {num_workers!r}.")
+        check_count("data.num_workers", num_workers, least=0)
         if num_workers > MOST_WORKERS:
             raise InputError(f"data.num_workers must be at most {MOST_WORKERS}, got {num_workers}: each is a process.")
         self.num_workers = num_workers

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkda.models.linear import FusedLinear, Linear
+from lkda.models.linear import FusedLinear, Linear, has_hooks
 from lkda.models.lm import LanguageModel
 
 # Smaller matrices stay in a core's cache, where their layout makes no difference.
@@ -27,7 +27,7 @@ def prepare_decoding(model: LanguageModel) -> LanguageModel:
     prepared = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
     for module in list(prepared.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear):
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear) and not has_hooks(child):
                 setattr(module, name, DecodingLinear(child))
     return prepared.eval()
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lkda.checks import InputError
+from lkda.models.linear import is_plain
 from lkda.models.lm import ApplyBlock, LanguageModel, apply_block
 from lkda.models.mixer import Mixer
 from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
@@ -81,14 +82,14 @@ class ModelLoss:
         if target_positions is not None:
             targets = targets.flatten()[target_positions].unsqueeze(0)
             return next_token_loss(self.model.lm_head(x.flatten(0, 1)[target_positions]).unsqueeze(0), targets)
-        if x.is_cuda or not torch.is_autocast_enabled("cpu"):
+        if is_plain(self.model.lm_head) and (x.is_cuda or not torch.is_autocast_enabled("cpu")):
             return linear_cross_entropy(_as_multiplied(x), self.model.lm_head.weight, targets.flatten())
         return next_token_loss(self.model.lm_head(x), targets)
 
     def each(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The loss of each target, [B, T] in nats; 0 where the target is IGNORE_INDEX. On a GPU it has no gradient."""
         x = self._hidden(tokens, cu_seqlens)
-        if x.is_cuda:
+        if x.is_cuda and is_plain(self.model.lm_head):
             losses = linear_cross_entropies(_as_multiplied(x), self.model.lm_head.weight, targets.flatten())
             return losses.view_as(targets)
         return next_token_losses(self.model.lm_head(x), targets)
@@ -109,9 +110,9 @@ def keeps_less(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..
 
     # Inductor chooses the sizes of its reductions by timing them, which can change the order of a sum between runs.
     options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    inductor: Callable[..., Callable[..., Any]] = lookup_backend("inductor")
     with config.patch(ban_recompute_materialized_backward=False):
-        compiled: Callable[..., Any] = lookup_backend("inductor")(graph, inputs, config_patches=options)
-        return compiled
+        return inductor(graph, inputs, config_patches=options)
 
 
 def _recomputing(apply: ApplyBlock) -> ApplyBlock:

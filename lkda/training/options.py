@@ -10,6 +10,9 @@ from typing import Any
 
 from lkda.checks import InputError, check_count
 
+# The most batches of one optimizer step. A run stops for Ctrl-C only at the end of a step.
+MOST_PIECES = 2**16
+
 
 @dataclass(frozen=True)
 class TrainerOptions:
@@ -146,8 +149,9 @@ def check_trainer(options: object) -> None:
     )
     if not isinstance(options["devices"], int) or isinstance(options["devices"], bool) or options["devices"] != 1:
         raise InputError(f"trainer.devices must be 1, got {options['devices']!r}: a run trains on one device.")
-    for name in ("max_steps", "val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
+    for name in ("max_steps", "val_check_interval", "log_every_n_steps"):
         check_count(f"trainer.{name}", options[name], least=1)
+    check_count("trainer.accumulate_grad_batches", options["accumulate_grad_batches"], least=1, most=MOST_PIECES)
     if options["max_tokens"] is not None:
         check_count("trainer.max_tokens", options["max_tokens"], least=1)
     _check_validation_part(options["limit_val_batches"])

@@ -330,7 +330,7 @@ def test_a_mixer_dropped_into_the_package_is_found(tmp_path, monkeypatch):
         ({"mixer": {"pattern": [], "num_heads": 2}}, "mixer must hold `pattern`"),
         ({"mixer": {"pattern": "kda", "num_heads": 2}}, r"got pattern 'kda' .* has a pattern of one name, as \[kda\]"),
         ({"mixer": {"pattern": ["kda"], "num_heads": 2, "patern": 1}}, "under the mixers' names .*; unknown: patern"),
-        ({"num_layers": 0}, "model.num_layers must be a positive integer, got 0"),
+        ({"num_layers": 0}, "model.num_layers must be a whole number of 1 or more, got 0"),
         ({"d_modle": 3}, "unknown: d_modle"),
         ({"backend": "fast"}, "no mixer of kda has a backend 'fast'; they have auto, chunk, cpu, cuda"),
     ],

@@ -90,6 +90,7 @@ def test_no_option_is_ignored_and_none_may_lack(group: str) -> None:
         ("trainer", {"max_steps": 1e3}, "trainer.max_steps must be a whole number of 1 or more, got 1000.0"),
         ("trainer", {"val_check_interval": 0.5}, "val_check_interval must be a whole number of 1 or more, got 0.5"),
         ("trainer", {"accumulate_grad_batches": 0}, "must be a whole number of 1 or more, got 0"),
+        ("trainer", {"accumulate_grad_batches": 10**9}, "accumulate_grad_batches must be at most 65536, got 10"),
         ("trainer", {"log_every_n_steps": -1}, "must be a whole number of 1 or more, got -1"),
         ("trainer", {"limit_val_batches": 0}, "limit_val_batches must be above 0: a run always validates at the end"),
         (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lkda.checks import InputError
 from lkda.models.init import inverse_softplus, log_uniform_
+from lkda.models.linear import is_plain
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import KDAGate, kda_attention_fused, kda_step_fused
@@ -139,7 +140,8 @@ class KimiDeltaAttention(RecurrentMixer):
         """Whether to run the layer as one function of its projections, whose backward recomputes the rest."""
         if self.keeps is None or not self.recomputes or state is not None or not torch.is_grad_enabled():
             return False
-        if not isinstance(projected, Tensor):
+        inner = (self.g_b_proj, None if self.gate == "none" else self.f_b_proj)
+        if not isinstance(projected, Tensor) or not all(layer is None or is_plain(layer) for layer in inner):
             return False
         return kda_layer_runs(projected, self._filters(), self.head_dim, self.backend)
 

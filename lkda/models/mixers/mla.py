@@ -20,7 +20,7 @@ from lkda.models.growing_cache import (
     new_cache,
     new_length,
 )
-from lkda.models.linear import fused_linear
+from lkda.models.linear import fused_linear, is_plain
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
 from lkda.models.short_conv import ShortConvolution
@@ -156,11 +156,12 @@ class MultiHeadLatentAttention(Mixer):
         """q [B, H, nope + rope], the latents [B, S, rank] and the shared key channels [B, S, rope] -> [B, H, v_dim].
 
         Without a norm of the keys, the query is projected to the latent and the sum of latents to the values (as in
-        arXiv:2405.04434, section 2.1.2), which costs nothing per cached token. With it the keys are computed again.
+        arXiv:2405.04434, section 2.1.2), which costs nothing per cached token. With it the keys are computed again, as
+        they are where another module has taken the place of kv_b_proj.
         """
         latent, shared = (cache.to(q.dtype) for cache in caches)
         scale = q.shape[-1] ** -0.5
-        if self.k_norm is not None:
+        if self.k_norm is not None or not is_plain(self.kv_b_proj):
             k, v = (y.transpose(1, 2) for y in self._keys_and_values(latent, shared))
             weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), mask, scale)
             return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
