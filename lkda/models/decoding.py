@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lkda.models.block import Block
+from lkda.models.decoding_block import DecodingBlock
 from lkda.models.linear import FusedLinear, Linear
 from lkda.models.lm import LanguageModel
+from lkda.ops.token_linear.op import takes
 
 # Smaller matrices stay in a core's cache, where their layout makes no difference.
 LARGE_BYTES = 2**19
@@ -25,11 +28,29 @@ def prepare_decoding(model: LanguageModel) -> LanguageModel:
     if isinstance(model.lm_head, DecodingLinear):
         return model
     prepared = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    if takes(model.embed_tokens.weight):
+        _use_few_launches(prepared, torch.float32)
     for module in list(prepared.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear):
                 setattr(module, name, DecodingLinear(child))
     return prepared.eval()
+
+
+@torch.no_grad()
+def _use_few_launches(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Replace the blocks by `DecodingBlock`s, and vectors that the kernels take in `dtype` by copies of that dtype."""
+    for i, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        model.blocks[i] = DecodingBlock(block)
+        for module, name in (
+            (block.mixer, "A_log"),
+            (block.mixer, "dt_bias"),
+            (getattr(block.mixer, "o_norm", None), "weight"),
+        ):
+            vector = getattr(module, name, None)
+            if vector is not None:
+                setattr(module, name, nn.Parameter(vector.to(dtype), requires_grad=False))
 
 
 class DecodingLinear(nn.Linear, FusedLinear):
