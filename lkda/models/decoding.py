@@ -13,7 +13,7 @@ from lkda.models.block import Block
 from lkda.models.decoding_block import DecodingBlock
 from lkda.models.linear import FusedLinear, Linear
 from lkda.models.lm import LanguageModel
-from lkda.ops.token_linear.op import takes
+from lkda.ops.token_linear.op import normed_linear, takes
 
 # Smaller matrices stay in a core's cache, where their layout makes no difference.
 LARGE_BYTES = 2**19
@@ -51,6 +51,8 @@ def _use_few_launches(model: LanguageModel, dtype: torch.dtype) -> None:
             vector = getattr(module, name, None)
             if vector is not None:
                 setattr(module, name, nn.Parameter(vector.to(dtype), requires_grad=False))
+    model.lm_head = NormedHead(model.norm, model.lm_head)  # type: ignore[assignment]
+    model.norm = nn.Identity()  # type: ignore[assignment]
 
 
 class DecodingLinear(nn.Linear, FusedLinear):
@@ -89,3 +91,17 @@ def _product(weights: Sequence[Tensor]) -> Tensor:
         return weight
     weight = F.pad(weight, (0, 0, 0, len(weight) % 2))
     return weight.view(2, -1, weight.shape[1]).transpose(1, 2).contiguous()
+
+
+class NormedHead(DecodingLinear):
+    """The head together with the norm before it."""
+
+    def __init__(self, norm: nn.RMSNorm, head: nn.Linear) -> None:
+        super().__init__(head)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() > 2:
+            return super().forward(self.norm(x))
+        assert self.norm.eps is not None
+        return normed_linear(x, self.norm.weight, self.weight, eps=self.norm.eps)

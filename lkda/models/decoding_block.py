@@ -47,11 +47,12 @@ class DecodingBlock(Block):
         """x += mixer(norm(x)), in place. Returns the state after the token."""
         sizes = [layer.out_features for layer in mixer.step_layers()]
         joined = normed_linear(x, self.mixer_norm.weight, weight, eps=_eps(self.mixer_norm))
+        factors: Sequence[Tensor]
         projected, latents = mixer.split_step(joined[:, : sum(sizes)].split(sizes, -1))
         if self._factors is not None and latents:
             rank, count = latents[0].shape[-1], len(latents)
             first = sum(sizes) - count * rank
-            factors = list(grouped_linear(joined[:, first : sum(sizes)], self._factors).chunk(count, -1))
+            factors = grouped_linear(joined[:, first : sum(sizes)], self._factors)
         else:
             factors = [second(latent) for (_, second), latent in zip(mixer.factor_layers(), latents, strict=True)]
         o, gate, after = mixer.step_from(projected, factors, state)

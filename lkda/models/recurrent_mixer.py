@@ -87,7 +87,9 @@ class RecurrentMixer(Mixer):
         """The convolutions, norms and operator on one token: q, k, v [B, H * D] as projected.
 
         `gates` [B, ...]: the outputs of the second factors without that of the output gate, then of the other gate
-        layers. `state` is the whole state, with the caches first. Returns: o [B, H, D] and the whole state after the token.
+        layers. `state` is the whole state, with the caches first.
+
+        Returns: o [B, H, D] and the whole state after the token.
         """
 
     @abstractmethod

@@ -110,7 +110,8 @@ def keeps_less(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..
     # Inductor chooses the sizes of its reductions by timing them, which can change the order of a sum between runs.
     options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
     with config.patch(ban_recompute_materialized_backward=False):
-        compiled: Callable[..., Any] = lookup_backend("inductor")(graph, inputs, config_patches=options)
+        inductor: Callable[..., Any] = lookup_backend("inductor")
+        compiled: Callable[..., Any] = inductor(graph, inputs, config_patches=options)
         return compiled
 
 

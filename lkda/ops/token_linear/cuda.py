@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -91,10 +92,10 @@ def normed_linear_cuda(x: Tensor, norm: Tensor, weight: Tensor, eps: float, swig
     return y
 
 
-def grouped_linear_cuda(x: Tensor, weight: Tensor) -> Tensor:
+def grouped_linear_cuda(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
     y = x.new_empty(len(x), weight.shape[0] * weight.shape[1])
     _launch(_rows(x), weight, y, before=PLAIN, after=STORE)
-    return y
+    return y.chunk(len(weight), -1)
 
 
 def add_linear_cuda(x: Tensor, y: Tensor, weight: Tensor) -> None:

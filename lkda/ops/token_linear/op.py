@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,11 +50,11 @@ def normed_linear(
     return y
 
 
-def grouped_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
-    """A linear layer for each group of channels: x [B, groups * in], weight [groups, out, in] -> [B, groups * out]."""
+def grouped_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Sequence[Tensor]:
+    """A linear layer for each group of channels: x [B, groups * in], weight [groups, out, in] -> [B, out] for each."""
     word = _word("grouped_linear", _GROUPED, backend, x, weight, weight.shape[2])
-    y: Tensor = _GROUPED[word].run(x, weight)
-    return y
+    outputs: Sequence[Tensor] = _GROUPED[word].run(x, weight)
+    return outputs
 
 
 def add_linear_(x: Tensor, y: Tensor, weight: Tensor, *, backend: str = "auto") -> None:

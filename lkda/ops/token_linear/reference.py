@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,10 +18,8 @@ def normed_linear_torch(x: Tensor, norm: Tensor, weight: Tensor, eps: float, swi
     return F.silu(gate) * up
 
 
-def grouped_linear_torch(x: Tensor, weight: Tensor) -> Tensor:
-    groups = weight.shape[0]
-    y = x.unflatten(-1, (groups, -1)).transpose(0, 1).bmm(weight.transpose(1, 2))
-    return y.transpose(0, 1).flatten(1)
+def grouped_linear_torch(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
+    return x.unflatten(-1, (len(weight), -1)).transpose(0, 1).bmm(weight.transpose(1, 2)).unbind()
 
 
 def add_linear_torch(x: Tensor, y: Tensor, weight: Tensor) -> None:

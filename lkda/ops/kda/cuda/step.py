@@ -87,7 +87,7 @@ def _step(
     B, H, D = q.shape
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     q, k, v = _in_rows(q, k, v)
-    gate_logits, beta_logits = (x if x is None else _row(x) for x in (gate_logits, beta_logits))
+    gate_logits, beta_logits = None if gate_logits is None else _row(gate_logits), _row(beta_logits)
     a_log, dt_bias = (x if x is None else readable(x) for x in (a_log, dt_bias))
     strides = q.stride(0), 0 if gate_logits is None else gate_logits.stride(0), beta_logits.stride(0)
     filters: Sequence[Tensor | None] = weights or _NONE
