@@ -16,17 +16,14 @@ THREADS = 128
 AHEAD = 4  # 16-byte parts of a row that a lane asks for at first, as in linear.cu
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 PLAIN, NORM, HEAD_NORM = range(3)  # what comes before the product
-STORE, ADD, SWIGLU = range(3)  # what becomes of it
 # Layers of at least so many outputs, such as the head, give each warp several rows of the weight: so many, for each
 # number of tokens that the kernel is compiled for. With more tokens, the matrix units are faster.
 MANY_OUTPUTS = 8192
 ROWS_OF_A_WARP = {1: 4, 4: 2}
 MOST_TOKENS = max(ROWS_OF_A_WARP)
-# Warps that can share a row.
-SPLITS = (1, 4)
-_VARIANTS = ((NORM, STORE), (NORM, SWIGLU), (PLAIN, ADD), (HEAD_NORM, ADD))
+# Warps that share a row; with so many rows per multiprocessor, none do.
+SPLITS = (1, 2, 4)
 ROWS_OF_A_MULTIPROCESSOR = 32
-ROWS_OF_A_WARP = {1: 4, 2: 4, 4: 2, 8: 2}
 
 
 def cannot_run(device: torch.device, tokens: int, dtype: torch.dtype) -> str | None:
@@ -39,12 +36,11 @@ def cannot_run(device: torch.device, tokens: int, dtype: torch.dtype) -> str | N
 
 
 @cache
-def linear_kernel(dtype: torch.dtype, before: int, after: int, tokens: int, rows: int, split: int) -> Kernel:
-    defines: dict[str, str | int | float] = {"ELEMENT": DTYPES[dtype], "PROLOGUE": before, "EPILOGUE": after}
-    defines |= {"TOKENS": tokens, "OUT": rows, "SPLIT": split}
-    module = Module(Path(__file__).with_name("linear.cu"), defines)
-    shared_bytes = 4 * THREADS // 32 * ((2 if after == SWIGLU else 1) * rows + 1) * tokens
-    return module.kernel("token_linear", "PPPPPiiiiiiiif", shared_bytes=shared_bytes, overlapping=True)
+def linear_kernel(dtype: torch.dtype, before: int, swiglu: bool, tokens: int, rows: int) -> Kernel:
+    defines: dict[str, str | int | float] = {"ELEMENT": DTYPES[dtype], "PROLOGUE": before, "SWIGLU": int(swiglu)}
+    module = Module(Path(__file__).with_name("linear.cu"), defines | {"TOKENS": tokens, "OUT": rows})
+    shared_bytes = 4 * THREADS // 32 * ((1 + swiglu) * rows + 1) * tokens
+    return module.kernel("token_linear", "P" * 5 + "i" * 10 + "f", shared_bytes=shared_bytes, overlapping=True)
 
 
 def kernels(arch: str) -> list[Kernel]:
@@ -52,12 +48,8 @@ def kernels(arch: str) -> list[Kernel]:
     found = []
     for dtype in DTYPES:
         for tokens, rows in ROWS_OF_A_WARP.items():
-            found += [
-                linear_kernel(dtype, NORM, STORE, tokens, rows, 1),
-                linear_kernel(dtype, PLAIN, STORE, tokens, 1, 1),
-            ]
-            for split in SPLITS:
-                found += [linear_kernel(dtype, *variant, tokens, 1, split) for variant in _VARIANTS]
+            found += [linear_kernel(dtype, before, False, tokens, 1) for before in (PLAIN, NORM, HEAD_NORM)]
+            found += [linear_kernel(dtype, NORM, True, tokens, 1), linear_kernel(dtype, NORM, False, tokens, rows)]
     return found
 
 
@@ -73,27 +65,26 @@ def _launch(
     weight: Tensor,
     y: Tensor,
     *,
-    before: int,
-    after: int,
+    before: int = PLAIN,
+    swiglu: bool = False,
+    adds: bool = False,
     gate: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
     head_dim: int = 0,
 ) -> None:
     """x [B, ...] and y [B, outputs], whose rows are contiguous and aligned to 16 bytes; weight [(groups,) out, in]."""
-    B, (outputs, inputs) = len(x), weight.shape[-2:]
+    B, (group_rows, inputs) = len(x), weight.shape[-2:]
     tokens = next(count for count in ROWS_OF_A_WARP if count >= B)
-    group_rows = outputs
-    outputs = outputs // 2 if after == SWIGLU else weight.numel() // inputs
-    many = outputs >= MANY_OUTPUTS and (before, after) == (NORM, STORE)
-    rows = ROWS_OF_A_WARP[tokens] if many else 1
+    outputs = weight.numel() // inputs // (1 + swiglu)
+    rows = ROWS_OF_A_WARP[tokens] if outputs >= MANY_OUTPUTS and before == NORM and not swiglu else 1
     split = 1 if rows > 1 else _split(inputs * x.element_size() // 16, outputs, x.device)
     blocks = -(-outputs // (THREADS // 32 // split * rows))
     strides = x.stride(0), 0 if gate is None else gate.stride(0), y.stride(0)
-    linear_kernel(x.dtype, before, after, tokens, rows, split)(
+    linear_kernel(x.dtype, before, swiglu, tokens, rows)(
         (blocks, 1, 1),
         THREADS,
-        *(x, gate, norm, weight, y, inputs, outputs, B, *strides, group_rows, head_dim, eps),
+        *(x, gate, norm, weight, y, inputs, outputs, B, *strides, group_rows, head_dim, split, int(adds), eps),
         device=x.device,
     )
 
@@ -105,25 +96,30 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def normed_linear_cuda(x: Tensor, norm: Tensor, weight: Tensor, eps: float, swiglu: bool) -> Tensor:
-    y = x.new_empty(len(x), weight.shape[0] // (2 if swiglu else 1))
-    after = SWIGLU if swiglu else STORE
-    _launch(_rows(x), weight, y, before=NORM, after=after, norm=readable(norm.float()), eps=eps)
+    y = x.new_empty(len(x), weight.shape[0] // (1 + swiglu))
+    _launch(_rows(x), weight, y, before=NORM, swiglu=swiglu, norm=readable(norm.float()), eps=eps)
     return y
 
 
 def grouped_linear_cuda(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
     y = x.new_empty(len(x), weight.shape[0] * weight.shape[1])
-    _launch(_rows(x), weight, y, before=PLAIN, after=STORE)
+    _launch(_rows(x), weight, y)
     return y.chunk(len(weight), -1)
 
 
 def add_linear_cuda(x: Tensor, y: Tensor, weight: Tensor) -> None:
-    _launch(_rows(y), weight, x, before=PLAIN, after=ADD)
+    _launch(_rows(y), weight, x, adds=True)
 
 
 def add_gated_linear_cuda(x: Tensor, o: Tensor, gate: Tensor | None, norm: Tensor, weight: Tensor, eps: float) -> None:
     gate = None if gate is None else _rows(gate)
-    o, head_dim = _rows(o.flatten(1)), o.shape[-1]
+    scale, head_dim = readable(norm.float()), o.shape[-1]
     _launch(
-        o, weight, x, before=HEAD_NORM, after=ADD, gate=gate, norm=readable(norm.float()), eps=eps, head_dim=head_dim
+        *(_rows(o.flatten(1)), weight, x),
+        before=HEAD_NORM,
+        adds=True,
+        gate=gate,
+        norm=scale,
+        eps=eps,
+        head_dim=head_dim,
     )

@@ -3,9 +3,10 @@
 //   PROLOGUE 0: x as it is. With several groups, output row r reads group r / group_rows of x.
 //   PROLOGUE 1: RMSNorm of x. The norm's factor is one number per token, so it multiplies the finished sums.
 //   PROLOGUE 2: RMSNorm of each head of x, times sigmoid(gate) where a gate is given.
-//   EPILOGUE 0: y = W x.    EPILOGUE 1: y += W x.    EPILOGUE 2: y = SiLU(W_first x) * (W_second x), the halves of W.
+//   SWIGLU 0: y = W x, or y += W x if `adds`.
+//   SWIGLU 1: y = SiLU(W_first x) * (W_second x), with the halves of W.
 //
-// The time is that of reading W. SPLIT warps share OUT rows of W, so that long rows do not make few warps read for long. Each lane
+// The time is that of reading W. `split` warps share OUT rows of W, so that long rows do not make few warps read for long. Each lane
 // reads 16 bytes of a row at once, every 32nd of its warp's. The lane that has a part of W has the same part of x, of every token, so
 // that only the sums of warps that share a row go through shared memory.
 //
@@ -18,9 +19,8 @@ using Element = ELEMENT;
 
 constexpr int N = 16 / sizeof(Element);    // elements that a lane reads at once
 constexpr int THREADS = 128, WARPS = THREADS / 32;
-constexpr int STRIDE = 32 * SPLIT;         // parts of a row that its warps read at once
 constexpr int AHEAD = 4;                   // parts of a row of W that a lane asks for before x is known
-constexpr int MATRICES = EPILOGUE == 2 ? 2 : 1;
+constexpr int MATRICES = SWIGLU ? 2 : 1;
 
 // Loads what the launch before this one may have written. `fetch` must not be used: it assumes that nothing writes it.
 __device__ __forceinline__ Numbers<N> read(const Element* at) {
@@ -30,11 +30,12 @@ __device__ __forceinline__ Numbers<N> read(const Element* at) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     token_linear(const Element* x, const Element* gate, const float* norm, const Element* weight, Element* y, int inputs, int outputs,
-                 int tokens, int x_stride, int gate_stride, int y_stride, int group_rows, int head_dim, float eps) {
+                 int tokens, int x_stride, int gate_stride, int y_stride, int group_rows, int head_dim, int split, int adds, float eps) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   auto& partial = *reinterpret_cast<float(*)[WARPS][MATRICES * OUT + 1][TOKENS]>(shared_memory);
-  const int warp = threadIdx.x / 32, begin = warp % SPLIT * 32 + threadIdx.x % 32, parts = inputs / N;
-  const int first = (blockIdx.x * (WARPS / SPLIT) + warp / SPLIT) * OUT;
+  const int warp = threadIdx.x / 32, begin = warp % split * 32 + threadIdx.x % 32, parts = inputs / N;
+  const int first = (blockIdx.x * (WARPS / split) + warp / split) * OUT;
+  const int stride = 32 * split;  // parts of a row that its warps read at once
   let_the_next_launch_begin();
 
   // Row `o` of matrix `m`; a row past the end is read as the last one and not stored.
@@ -49,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int o = 0; o < OUT; ++o)
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i)
-        if (begin + STRIDE * i < parts) fetch(ahead[m][o][i], row_of(m, o) + (begin + STRIDE * i) * N);
+        if (begin + stride * i < parts) fetch(ahead[m][o][i], row_of(m, o) + (begin + stride * i) * N);
   wait_for_the_launch_before();
 
   float sums[MATRICES][OUT][TOKENS] = {}, squares[TOKENS] = {};
@@ -104,15 +105,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Raw<16> now[MATRICES][OUT];
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i) {
-    if (STRIDE * i >= parts) break;
+    if (stride * i >= parts) break;
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m)
 #pragma unroll
       for (int o = 0; o < OUT; ++o) now[m][o] = ahead[m][o][i];
-    add(begin + STRIDE * i, now);
+    add(begin + stride * i, now);
   }
 #pragma unroll 2
-  for (int part = begin + STRIDE * AHEAD; part - begin < parts; part += STRIDE) {
+  for (int part = begin + stride * AHEAD; part - begin < parts; part += stride) {
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m)
 #pragma unroll
@@ -130,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int o = 0; o < OUT; ++o) sums[m][o][t] = sum_over_lanes<32>(sums[m][o][t]);
   }
-  if (SPLIT > 1) {
+  if (split > 1) {
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
       for (int t = 0; t < TOKENS; ++t) {
@@ -142,13 +143,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     if (begin > 0) return;
 #pragma unroll
-    for (int other = 1; other < SPLIT; ++other)
+    for (int other = 1; other < WARPS; ++other) {
+      if (other >= split) break;
 #pragma unroll
       for (int t = 0; t < TOKENS; ++t) {
         squares[t] += partial[warp + other][MATRICES * OUT][t];
 #pragma unroll
         for (int r = 0; r < MATRICES * OUT; ++r) sums[r / OUT][r % OUT][t] += partial[warp + other][r][t];
       }
+    }
   }
   if (begin > 0) return;
 #pragma unroll
@@ -158,9 +161,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int o = 0; o < OUT; ++o) {
       float result = r * sums[0][o][t];
-      if (EPILOGUE == 2) result *= sigmoid(result) * r * sums[MATRICES - 1][o][t];
+      if (SWIGLU) result *= sigmoid(result) * r * sums[MATRICES - 1][o][t];
       Element* to = y + static_cast<long long>(t) * y_stride + first + o;
-      if (first + o < outputs) store_number(to, EPILOGUE == 1 ? load_number(to) + result : result);
+      if (first + o < outputs) store_number(to, adds ? load_number(to) + result : result);
     }
   }
 }
