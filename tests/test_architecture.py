@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops.products": {"ops.runtime"},
     "ops.cross_entropy": {"ops.runtime", "ops.products"},
     "ops.sampling": OPERATOR,
+    "ops.token_linear": OPERATOR | {"ops.gated_norm"},
     "ops.simplified.reference": {"ops.tensors"},
     "ops.simplified.cuda": OPERATOR,
     "ops.simplified": OPERATOR | {"ops.simplified.reference", "ops.simplified.cuda"},

@@ -84,9 +84,12 @@ class RecurrentMixer(Mixer):
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
     ) -> tuple[Tensor, State]:
-        """The convolutions, norms and operator on one token: q, k, v [B, H * D] as projected, and gates [B, ...].
+        """The convolutions, norms and operator on one token: q, k, v [B, H * D] as projected.
 
-        `state` is the whole state, with the caches first. Returns: o [B, H, D] and the whole state after the token.
+        `gates` [B, ...]: the outputs of the second factors without that of the output gate, then of the other gate
+        layers. `state` is the whole state, with the caches first.
+
+        Returns: o [B, H, D] and the whole state after the token.
         """
 
     @abstractmethod
@@ -173,12 +176,44 @@ class RecurrentMixer(Mixer):
         return [next(norms).flatten(2) if i in chosen else y for i, y in enumerate(projected)], ()
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        q, k, v = fused_linear(x, [project for project, _ in self._paths()])
+        projected, latents = self.split_step(fused_linear(x, self.step_layers()))
+        factors = [second(latent) for (_, second), latent in zip(self.factor_layers(), latents, strict=True)]
+        o, gate, after = self.step_from(projected, factors, state)
+        if self.o_norm is not None:
+            o = self.o_norm(o, None if gate is None else self.heads(gate))
+        return self.o_proj(o.flatten(-2)), after
+
+    def factor_layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        """The products of low rank, as pairs of layers; that of the output gate, if there is one, is the last."""
+        return [] if self.g_a_proj is None or self.g_b_proj is None else [(self.g_a_proj, self.g_b_proj)]
+
+    def step_layers(self) -> list[nn.Linear]:
+        """The linear layers of a step's input: those of q, k and v, gates, and the first of each of `factor_layers`."""
+        firsts = [first for first, _ in self.factor_layers()]
+        gates = [layer for layer in self.gate_layers() if layer not in firsts]
+        return [*(project for project, _ in self._paths()), *gates, *firsts]
+
+    def split_step(self, projected: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The outputs of `step_layers`: those that `step_from` takes, and those of the first factors."""
+        count = len(projected) - len(self.factor_layers())
+        return projected[:count], projected[count:]
+
+    def step_from(
+        self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """The step after the linear layers of its input, up to the norm of the heads.
+
+        Args:
+            projected: q, k, v and gates [B, ...], as `split_step` returns them.
+            factors: the outputs [B, ...] of the second of each of `factor_layers`.
+        Returns: o [B, H, D], the logits [B, H * D] of its gate, None without one, and the state after the token.
+        """
+        q, k, v, *gates = projected
         if self.q_conv1d is None and self.activation == "silu":
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        latent, gates = self._gates(x)
-        o, after = self.attend_step(q, k, v, gates, state=state)
-        return self.o_proj(self._normed(o, latent).flatten(-2)), after
+        *decay, gate = factors if self.g_b_proj is not None else (*factors, None)
+        o, after = self.attend_step(q, k, v, (*decay, *gates), state=state)
+        return o, gate, after
 
     def _gates(self, x: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """The latent [..., D] of the output gate, None without one, and the operator's gates."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from lkda.models import decoder as decoding
 from lkda.models.decoder import Decoder, Sampling
+from lkda.models.decoding import _use_few_launches
+from lkda.models.decoding_block import DecodingBlock
 from tests.models.helpers import IDS, PATTERNS, small, tokens
 
 
@@ -43,3 +47,19 @@ def test_sequences_of_unequal_lengths_read_on(pattern):
         got, _ = model.forward_from(more, state)
         for row, (start, end) in enumerate([(9, 20), (4, 15)]):
             torch.testing.assert_close(got[row], model(texts[row, None, :end])[0, start:])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+@torch.no_grad()
+def test_blocks_of_few_launches_are_the_blocks(pattern):
+    model = small(pattern, scale=2).double()
+    fused, found = copy.deepcopy(model), []
+    _use_few_launches(fused, torch.float64)
+    assert all(type(block) is DecodingBlock for block in fused.blocks)
+    for each in (model, fused):
+        state, logits = each.init_state(3, max_tokens=10), []
+        for read in tokens(3, 6).T:
+            new, state = each.step(read, state)
+            logits.append(new)
+        found.append(torch.stack(logits))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)

@@ -168,8 +168,10 @@ class KimiDeltaAttention(RecurrentMixer):
     ) -> tuple[Tensor, State]:
         caches, kept = self._split_state(state)
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
+        *decay, beta = gates
+        logits = None if not decay else self.heads(decay[0]) if self.gate == "channel" else decay[0]
         o = kda_step_fused(
-            *(q, k, v, *self._logits(*gates), self._kda_gate(), kept),
+            *(q, k, v, logits, beta, self._kda_gate(), kept),
             weights=[convolve.weight for _, convolve in self._paths() if convolve is not None],
             caches=caches,
         )
@@ -183,6 +185,10 @@ class KimiDeltaAttention(RecurrentMixer):
 
     def gate_layers(self) -> list[nn.Linear]:
         return [self.b_proj] if self.gate == "none" else [self.f_a_proj, self.b_proj]
+
+    def factor_layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        decay = [] if self.gate == "none" else [(self.f_a_proj, self.f_b_proj)]
+        return decay + super().factor_layers()
 
     def _logits(self, *gates: Tensor) -> tuple[Tensor | None, Tensor]:
         """The logits of the decay, [..., H, D], [..., H] for one per head, or None without a gate; those of beta."""

@@ -42,7 +42,7 @@ def step_kernel(head_dim: int, dtype: torch.dtype, state: torch.dtype) -> Kernel
     types = {"ELEMENT": ELEMENTS[dtype], "STATE": STATES[state]}
     sizes = {"HEAD_DIM": head_dim, "GROUPS": groups, "RESIDENT": _resident(head_dim, state)}
     module = Module(Path(__file__).with_name("step.cu"), {**sizes, **types, "SHARED_BYTES": shared_bytes})
-    return module.kernel("kda_step", "P" * 16 + "iiiiiiiifff", shared_bytes=shared_bytes)
+    return module.kernel("kda_step", "P" * 16 + "iiiiiiiiiiifff", shared_bytes=shared_bytes, overlapping=True)
 
 
 def kernels(arch: str) -> list[Kernel]:
@@ -52,6 +52,18 @@ def kernels(arch: str) -> list[Kernel]:
 
 def _float32_or(dtype: torch.dtype, x: Tensor) -> Tensor:
     return readable(x if x.dtype in (torch.float32, dtype) else x.float())
+
+
+def _row(x: Tensor) -> Tensor:
+    """x if each sequence's part is contiguous and aligned to 16 bytes, else a copy whose parts are."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if x[0].is_contiguous() and aligned else readable(x)
+
+
+def _in_rows(*heads: Tensor) -> list[Tensor]:
+    """q, k and v [B, H, D] with one stride from sequence to sequence; copied where they have none."""
+    rows = [_row(x) for x in heads]
+    return rows if len({x.stride(0) for x in rows}) == 1 else [readable(x) for x in heads]
 
 
 def _step(
@@ -74,7 +86,10 @@ def _step(
 ) -> Tensor:
     B, H, D = q.shape
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
-    inputs = (x if x is None else readable(x) for x in (q, k, v, gate_logits, beta_logits, a_log, dt_bias))
+    q, k, v = _in_rows(q, k, v)
+    gate_logits, beta_logits = None if gate_logits is None else _row(gate_logits), _row(beta_logits)
+    a_log, dt_bias = (x if x is None else readable(x) for x in (a_log, dt_bias))
+    strides = q.stride(0), 0 if gate_logits is None else gate_logits.stride(0), beta_logits.stride(0)
     filters: Sequence[Tensor | None] = weights or _NONE
     width = weights[0].shape[-1] if weights else 0
     wide = [int(bool(xs) and xs[0].dtype == torch.float32) for xs in (weights, caches)]
@@ -82,7 +97,8 @@ def _step(
     step_kernel(D, q.dtype, state.dtype)(
         (min(items, room), 1, 1),
         _threads(D, state.dtype),
-        *(*inputs, *filters, *(caches or _NONE), state, factors, o, items, H, width, *wide, int(normalize)),
+        *(q, k, v, gate_logits, beta_logits, a_log, dt_bias, *filters, *(caches or _NONE), state, factors, o),
+        *(items, H, *strides, width, *wide, int(normalize)),
         *(int(gate_logits is not None and gate_logits.dim() == 2), int(bounded), lower_bound, strength, scale),
         device=q.device,
     )
