@@ -12,7 +12,7 @@ from torch import Tensor
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module, multiprocessors
-from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
+from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, float32_or, readable
 
 STATES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MAX_TAPS = 4
@@ -48,10 +48,6 @@ def step_kernel(head_dim: int, dtype: torch.dtype, state: torch.dtype) -> Kernel
 def kernels(arch: str) -> list[Kernel]:
     """Every variant: each head size, dtype and state dtype. They are the same on all architectures."""
     return [step_kernel(D, dtype, state) for D in HEAD_DIMS for dtype in ELEMENTS for state in STATES]
-
-
-def _float32_or(dtype: torch.dtype, x: Tensor) -> Tensor:
-    return readable(x if x.dtype in (torch.float32, dtype) else x.float())
 
 
 def _row(x: Tensor) -> Tensor:
@@ -140,7 +136,7 @@ def kda_step_cuda(
     in the copy, which is then copied back.
     """
     dtype, given = q.dtype, caches
-    filters, caches = ([_float32_or(dtype, x) for x in xs] for xs in (weights, caches))
+    filters, caches = ([float32_or(dtype, x) for x in xs] for xs in (weights, caches))
     inputs = (
         *(q, k, v, None if gate_logits is None else gate_logits.to(dtype), beta_logits.to(dtype)),
         *(None if x is None else x.float() for x in (gate.A_log, gate.dt_bias)),
