@@ -45,3 +45,9 @@ def readable(x: Tensor) -> Tensor:
 def float32_or(dtype: torch.dtype, x: Tensor) -> Tensor:
     """x as `readable` returns it, converted to float32 if it is neither that nor of `dtype`."""
     return readable(x if x.dtype in (torch.float32, dtype) else x.float())
+
+
+def readable_rows(x: Tensor) -> Tensor:
+    """x [B, ...] if each x[i] is contiguous and aligned to 16 bytes, else a contiguous copy that is aligned."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if aligned and len(x) and x[0].is_contiguous() else readable(x)
