@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lkda.ops.runtime.jit import Kernel, Module, reason_cannot_run
-from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, readable, readable_rows
+from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, readable
 
 THREADS = 128
 # The kernel is compiled for these numbers of tokens. With more, the matrix units are faster.
@@ -79,26 +79,32 @@ def _launch(
     )
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x if the kernel can read its rows as they are, else a copy."""
+    fits = x[0].is_contiguous() and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if fits else readable(x)
+
+
 def normed_linear_cuda(x: Tensor, norm: Tensor, weight: Tensor, eps: float, swiglu: bool) -> Tensor:
     y = x.new_empty(len(x), weight.shape[0] // (2 if swiglu else 1))
     after = SWIGLU if swiglu else STORE
-    _launch(readable_rows(x), weight, y, before=NORM, after=after, norm=readable(norm.float()), eps=eps)
+    _launch(_rows(x), weight, y, before=NORM, after=after, norm=readable(norm.float()), eps=eps)
     return y
 
 
 def grouped_linear_cuda(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
     y = x.new_empty(len(x), weight.shape[0] * weight.shape[1])
-    _launch(readable_rows(x), weight, y, before=PLAIN, after=STORE)
+    _launch(_rows(x), weight, y, before=PLAIN, after=STORE)
     return y.chunk(len(weight), -1)
 
 
 def add_linear_cuda(x: Tensor, y: Tensor, weight: Tensor) -> None:
-    _launch(readable_rows(y), weight, x, before=PLAIN, after=ADD)
+    _launch(_rows(y), weight, x, before=PLAIN, after=ADD)
 
 
 def add_gated_linear_cuda(x: Tensor, o: Tensor, gate: Tensor | None, norm: Tensor, weight: Tensor, eps: float) -> None:
-    gate = None if gate is None else readable_rows(gate)
-    o, head_dim = readable_rows(o.flatten(1)), o.shape[-1]
+    gate = None if gate is None else _rows(gate)
+    o, head_dim = _rows(o.flatten(1)), o.shape[-1]
     _launch(
         o, weight, x, before=HEAD_NORM, after=ADD, gate=gate, norm=readable(norm.float()), eps=eps, head_dim=head_dim
     )

@@ -21,6 +21,12 @@ constexpr int AHEAD = 4;                   // parts of a row of W that are asked
 constexpr int MATRICES = EPILOGUE == 2 ? 2 : 1;
 constexpr int LANES = PROLOGUE == 2 ? HEAD_DIM / N : 1;  // that share a head
 
+// Loads what the launch before this one may have written. `fetch` must not be used: it assumes that nothing writes it.
+__device__ __forceinline__ Numbers<N> read(const Element* at) {
+  const uint4 x = *reinterpret_cast<const uint4*>(at);
+  return numbers<N>(Element{}, Raw<16>{{x.x, x.y, x.z, x.w}});
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     token_linear(const Element* x, const Element* gate, const float* norm, const Element* weight, Element* y, int inputs, int outputs,
                  int tokens, int x_stride, int gate_stride, int y_stride, int group_rows, float eps) {
@@ -60,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       if (t > 0 && t >= tokens) break;
       const Element* own = x + static_cast<long long>(t) * x_stride + at;
       if (PROLOGUE == 0) own += first / group_rows * inputs;
-      Numbers<N> value = read_numbers<N>(own);
+      Numbers<N> value = read(own);
       if (PROLOGUE == 1) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -76,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int i = 0; i < N; ++i) value.x[i] *= r * scale.x[i];
         if (gate != nullptr) {
-          const Numbers<N> open = read_numbers<N>(gate + static_cast<long long>(t) * gate_stride + at);
+          const Numbers<N> open = read(gate + static_cast<long long>(t) * gate_stride + at);
 #pragma unroll
           for (int i = 0; i < N; ++i) value.x[i] *= sigmoid(open.x[i]);
         }
