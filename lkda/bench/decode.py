@@ -159,7 +159,7 @@ def peer_row(model: LanguageModel, peer: str, batch: int, context: int) -> Row:
 
     with torch.no_grad():  # what is compiled need not support inference mode
         # The longer one first: a static cache keeps its size, and a new size would be compiled again.
-        long, short = (_seconds(partial(generate, count), weight.device) for count in reversed(PEER_TOKENS))
+        long, short = (_seconds(partial(generate, count), weight.device, times=1) for count in reversed(PEER_TOKENS))
     own = decode_row(model, batch, max(context, LEAST_CONTEXT), Sampling(0.0))
     if long <= short:
         raise InputError(f"{PEER_TOKENS[1]} tokens took no longer than {PEER_TOKENS[0]}: the times are too noisy.")
@@ -176,10 +176,10 @@ def _physical_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, times: int = INTERVALS) -> float:
     call()
     best = float("inf")
-    for _ in range(INTERVALS):
+    for _ in range(times):
         _wait(device)
         begin = time.perf_counter()
         call()

@@ -13,6 +13,7 @@ from lkda.models.block import Block
 from lkda.models.decoding_block import DecodingBlock
 from lkda.models.linear import FusedLinear, Linear
 from lkda.models.lm import LanguageModel
+from lkda.ops.precision import at_least_float32
 from lkda.ops.token_linear.op import normed_linear, takes
 
 # Smaller matrices stay in a core's cache, where their layout makes no difference.
@@ -99,10 +100,10 @@ class NormedHead(DecodingLinear):
 
     def __init__(self, norm: nn.RMSNorm, head: nn.Linear) -> None:
         super().__init__(head)
-        self.norm = norm
+        self.norm, self._scale = norm, at_least_float32(norm.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() > 2:
             return super().forward(self.norm(x))
         assert self.norm.eps is not None
-        return normed_linear(x, self.norm.weight, self.weight, eps=self.norm.eps)
+        return normed_linear(x, self._scale, self.weight, eps=self.norm.eps)

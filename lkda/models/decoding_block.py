@@ -11,6 +11,7 @@ from lkda.models.block import Block
 from lkda.models.linear import MULTIPLE
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer
+from lkda.ops.precision import at_least_float32
 from lkda.ops.token_linear.op import add_gated_linear_, add_linear_, grouped_linear, normed_linear
 
 
@@ -24,6 +25,7 @@ class DecodingBlock(Block):
         nn.Module.__init__(self)
         self.mixer_norm, self.mixer = block.mixer_norm, block.mixer
         self.mlp_norm, self.mlp = block.mlp_norm, block.mlp
+        self._mixer_scale, self._mlp_scale = _scale(self.mixer_norm), _scale(self.mlp_norm)
         self._projections = self._factors = self._halves = None
         if isinstance(self.mixer, RecurrentMixer) and self.mixer.o_norm is not None:
             self._projections = _joined(self.mixer.step_layers())
@@ -38,15 +40,15 @@ class DecodingBlock(Block):
         else:
             assert isinstance(self.mixer, RecurrentMixer)
             state = self._mix(x, self.mixer, self._projections, state)
-        if self.mlp is not None and self.mlp_norm is not None and self._halves is not None:
-            hidden = normed_linear(x, self.mlp_norm.weight, self._halves, eps=_eps(self.mlp_norm), swiglu=True)
+        if self.mlp is not None and self._halves is not None:
+            hidden = normed_linear(x, self._mlp_scale, self._halves, eps=_eps(self.mlp_norm), swiglu=True)
             add_linear_(x, hidden, self.mlp.down_proj.weight)
         return x, state
 
     def _mix(self, x: Tensor, mixer: RecurrentMixer, weight: Tensor, state: State) -> State:
         """x += mixer(norm(x)), in place. Returns the state after the token."""
         sizes = [layer.out_features for layer in mixer.step_layers()]
-        joined = normed_linear(x, self.mixer_norm.weight, weight, eps=_eps(self.mixer_norm))
+        joined = normed_linear(x, self._mixer_scale, weight, eps=_eps(self.mixer_norm))
         factors: Sequence[Tensor]
         projected, latents = mixer.split_step(joined[:, : sum(sizes)].split(sizes, -1))
         if self._factors is not None and latents:
@@ -74,6 +76,12 @@ def _stacked(layers: Sequence[nn.Linear]) -> Tensor | None:
     return torch.stack(weights) if weights and len({w.shape for w in weights}) == 1 else None
 
 
-def _eps(norm: nn.RMSNorm) -> float:
+def _scale(norm: nn.RMSNorm | None) -> Tensor:
+    """The weight of a norm in float32 at least, as the kernels take it."""
+    return torch.empty(0) if norm is None else at_least_float32(norm.weight.detach())
+
+
+def _eps(norm: nn.RMSNorm | None) -> float:
+    assert norm is not None
     assert norm.eps is not None
     return norm.eps

@@ -84,4 +84,4 @@ def add_gated_linear_(
 
 def takes(x: Tensor) -> bool:
     """Whether x is where these functions gain anything: on a GPU, in one of the kernel's dtypes."""
-    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float32)
