@@ -47,6 +47,7 @@ def _use_few_launches(model: LanguageModel, dtype: torch.dtype) -> None:
         for module, name in (
             (block.mixer, "A_log"),
             (block.mixer, "dt_bias"),
+            (block.mixer, "decay_bias"),
             (getattr(block.mixer, "o_norm", None), "weight"),
         ):
             vector = getattr(module, name, None)

@@ -222,16 +222,6 @@ class RecurrentMixer(Mixer):
         latent, *gates = fused_linear(x, [self.g_a_proj, *self.gate_layers()])
         return latent, tuple(gates)
 
-    def _convolve_step(self, *inputs: Tensor, caches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """q, k and v [B, H, D] of one token, convolved, and the caches after it."""
-        outputs, after, before = [], [], iter(caches)
-        for y, (_, convolve) in zip(inputs, self._paths(), strict=True):
-            if convolve is not None:
-                y, cache = convolve.step(y, next(before))
-                after.append(cache)
-            outputs.append(self.heads(y))
-        return outputs, after
-
     def _split_state(self, state: State) -> tuple[State, State]:
         """Splits a state into the caches of the convolutions and the operator's own state."""
         count = sum(convolve is not None for _, convolve in self._paths())

@@ -9,6 +9,7 @@ from lkda.ops.products.op import linear
 from lkda.ops.runtime.backend import available_backends, resolve_backend
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
 from lkda.ops.simplified.op import simplified_attention, simplified_step
+from lkda.ops.simplified.step import simplified_step_fused
 from lkda.ops.softmax.op import softmax_attention
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "short_convolutions",
     "simplified_attention",
     "simplified_step",
+    "simplified_step_fused",
     "softmax_attention",
 ]

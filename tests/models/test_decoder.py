@@ -63,3 +63,15 @@ def test_blocks_of_few_launches_are_the_blocks(pattern):
             logits.append(new)
         found.append(torch.stack(logits))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["kda", "simplified"])
+def test_vectors_that_the_step_takes_in_float32_are_cast_once(name):
+    model = small([name]).bfloat16()
+    _use_few_launches(model, torch.float32)
+    for mixer in model.mixers():
+        vectors = {
+            n: p.dtype for n, p in mixer.named_parameters() if n in ("A_log", "dt_bias", "decay_bias", "o_norm.weight")
+        }
+        assert vectors
+        assert set(vectors.values()) == {torch.float32}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lkda.models.decoder import Decoder, Sampling
+from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import BatchGenerator, Request
 from tests.models.helpers import IDS, PATTERNS, small
 
@@ -54,3 +55,21 @@ def test_greedy_texts_part_from_those_of_a_cpu_only_at_near_ties(pattern):
         if parted is not None:
             likeliest = model(torch.tensor([prompt + one[:parted]]))[0, -1].topk(2).values
             assert likeliest[0] - likeliest[1] < NEAR
+
+
+@pytest.mark.parametrize("name", ["kda", "simplified"])
+@torch.inference_mode()
+def test_the_operator_of_a_step_is_one_launch(name):
+    """In bf16, with parts of one product: nothing is cast or copied before or after it."""
+    from lkda.bench.timing import launches
+
+    model = prepare_decoding(model_of([name]).bfloat16().cuda())
+    mixer = model.mixers()[0]
+    state, x = mixer.init_state(3), torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
+    sizes = [layer.out_features for layer in mixer.step_layers()]
+    joined = torch.cat([layer(x) for layer in mixer.step_layers()], -1)
+    joined = torch.nn.functional.pad(joined, (0, -joined.shape[1] % 8))[:, : sum(sizes)]
+    (q, k, v, *gates), latents = mixer.split_step(joined.split(sizes, -1))
+    factors = [second(latent) for (_, second), latent in zip(mixer.factor_layers(), latents, strict=True)]
+    given = (*factors[:-1], *gates)
+    assert launches(lambda: mixer.attend_step(q, k, v, given, state=state)) == 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lkda.checks import InputError
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
-from lkda.ops import simplified_attention, simplified_step
+from lkda.ops import simplified_attention, simplified_step_fused
 from lkda.ops.precision import at_least_float32
 
 
@@ -89,9 +89,10 @@ class SimplifiedAttention(RecurrentMixer):
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
     ) -> tuple[Tensor, State]:
         caches, (own,) = self._split_state(state)
-        (q, k, v), after = self._convolve_step(q, k, v, caches=caches)
-        o, own = simplified_step(q, k, v, self.decay(*gates), own)
-        return o, (*after, own)
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)
+        logits = gates[0] if gates else None
+        o = simplified_step_fused(*(q, k, v, logits, self.decay_bias, own), weights=self._filters(), caches=caches)
+        return o, state
 
     def gate_layers(self) -> list[nn.Linear]:
         return [] if self.b_proj is None else [self.b_proj]

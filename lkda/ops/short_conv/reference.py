@@ -33,6 +33,14 @@ def convolve_torch(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: 
     return F.silu(y), last.to(weight.dtype if state is None else state.dtype)
 
 
+def convolve_step_torch(x: Tensor, weight: Tensor, cache: Tensor) -> Tensor:
+    """One token of `convolve_torch`, in few operations: x [B, H, D] with the cache [B, width - 1, H * D], which is
+    updated in place."""
+    window = torch.cat([cache.to(x.dtype), x.flatten(1).unsqueeze(1)], 1)
+    cache.copy_(window[:, 1:])
+    return F.silu((window * weight[:, 0].T.to(x.dtype)).sum(1)).view_as(x)
+
+
 def _within_sequences(lags: list[Tensor], state: Tensor | None, cu_seqlens: Tensor) -> list[Tensor]:
     """lags[s] [1, T, channels]: the input s tokens ago, from the state where that is before the token's sequence."""
     position, sequence = positions(cu_seqlens, lags[0].shape[1])

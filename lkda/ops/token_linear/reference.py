@@ -8,14 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkda.ops.gated_norm.op import gated_rms_norm
+from lkda.ops.swiglu.op import swiglu as swiglu_halves
 
 
 def normed_linear_torch(x: Tensor, norm: Tensor, weight: Tensor, eps: float, swiglu: bool) -> Tensor:
     y = F.linear(F.rms_norm(x, norm.shape, norm.to(x.dtype), eps), weight)
-    if not swiglu:
-        return y
-    gate, up = y.chunk(2, -1)
-    return F.silu(gate) * up
+    return swiglu_halves(y) if swiglu else y
 
 
 def grouped_linear_torch(x: Tensor, weight: Tensor) -> Sequence[Tensor]:

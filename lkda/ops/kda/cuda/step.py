@@ -12,7 +12,7 @@ from torch import Tensor
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module, multiprocessors
-from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
+from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, float32_or, readable, readable_rows
 
 STATES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MAX_TAPS = 4
@@ -50,19 +50,9 @@ def kernels(arch: str) -> list[Kernel]:
     return [step_kernel(D, dtype, state) for D in HEAD_DIMS for dtype in ELEMENTS for state in STATES]
 
 
-def _float32_or(dtype: torch.dtype, x: Tensor) -> Tensor:
-    return readable(x if x.dtype in (torch.float32, dtype) else x.float())
-
-
-def _row(x: Tensor) -> Tensor:
-    """x if each sequence's part is contiguous and aligned to 16 bytes, else a copy whose parts are."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if x[0].is_contiguous() and aligned else readable(x)
-
-
 def _in_rows(*heads: Tensor) -> list[Tensor]:
     """q, k and v [B, H, D] with one stride from sequence to sequence; copied where they have none."""
-    rows = [_row(x) for x in heads]
+    rows = [readable_rows(x) for x in heads]
     return rows if len({x.stride(0) for x in rows}) == 1 else [readable(x) for x in heads]
 
 
@@ -87,7 +77,7 @@ def _step(
     B, H, D = q.shape
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     q, k, v = _in_rows(q, k, v)
-    gate_logits, beta_logits = None if gate_logits is None else _row(gate_logits), _row(beta_logits)
+    gate_logits, beta_logits = None if gate_logits is None else readable_rows(gate_logits), readable_rows(beta_logits)
     a_log, dt_bias = (x if x is None else readable(x) for x in (a_log, dt_bias))
     strides = q.stride(0), 0 if gate_logits is None else gate_logits.stride(0), beta_logits.stride(0)
     filters: Sequence[Tensor | None] = weights or _NONE
@@ -140,7 +130,7 @@ def kda_step_cuda(
     in the copy, which is then copied back.
     """
     dtype, given = q.dtype, caches
-    filters, caches = ([_float32_or(dtype, x) for x in xs] for xs in (weights, caches))
+    filters, caches = ([float32_or(dtype, x) for x in xs] for xs in (weights, caches))
     inputs = (
         *(q, k, v, None if gate_logits is None else gate_logits.to(dtype), beta_logits.to(dtype)),
         *(None if x is None else x.float() for x in (gate.A_log, gate.dt_bias)),
