@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops.products": {"ops.runtime"},
     "ops.cross_entropy": {"ops.runtime", "ops.products"},
     "ops.sampling": OPERATOR,
-    "ops.token_linear": OPERATOR | {"ops.gated_norm"},
+    "ops.token_linear": OPERATOR | {"ops.gated_norm", "ops.swiglu"},
     "ops.simplified.reference": {"ops.tensors"},
     "ops.simplified.cuda": OPERATOR,
     "ops.simplified": OPERATOR | {"ops.short_conv", "ops.simplified.reference", "ops.simplified.cuda"},

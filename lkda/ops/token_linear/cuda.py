@@ -15,12 +15,13 @@ from lkda.ops.runtime.kernel_inputs import readable
 THREADS = 128
 AHEAD = 4  # 16-byte parts of a row that a lane asks for at first, as in linear.cu
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float"}
+# The numbers of tokens that the kernel is compiled for. With more tokens, the matrix units are faster. In float32, more
+# than one would need too many registers.
+TOKENS = {torch.bfloat16: (1, 4), torch.float32: (1,)}
 PLAIN, NORM, HEAD_NORM = range(3)  # what comes before the product
-# Layers of at least so many outputs, such as the head, give each warp several rows of the weight: so many, for each
-# number of tokens that the kernel is compiled for. With more tokens, the matrix units are faster.
+# Layers of at least so many outputs, such as the head, give each warp several rows of the weight, by number of tokens.
 MANY_OUTPUTS = 8192
 ROWS_OF_A_WARP = {1: 4, 4: 2}
-MOST_TOKENS = max(ROWS_OF_A_WARP)
 # Warps that share a row; with so many rows per multiprocessor, none do.
 SPLITS = (1, 2, 4)
 ROWS_OF_A_MULTIPROCESSOR = 32
@@ -28,10 +29,11 @@ ROWS_OF_A_MULTIPROCESSOR = 32
 
 def cannot_run(device: torch.device, tokens: int, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot run, or None if it can."""
-    if device.type == "cuda" and tokens > MOST_TOKENS:
-        return f"the kernel takes {MOST_TOKENS} tokens at most, got {tokens}; use backend='torch'."
     if device.type == "cuda" and dtype not in DTYPES:
         return f"the kernel takes bfloat16 and float32, got {dtype}; use backend='torch'."
+    if device.type == "cuda" and tokens > TOKENS[dtype][-1]:
+        most = " and ".join(f"{counts[-1]} in {DTYPES[kind]}" for kind, counts in TOKENS.items())
+        return f"the kernel takes at most so many tokens: {most}; got {tokens} in {DTYPES[dtype]}. Use backend='torch'."
     return reason_cannot_run(device)
 
 
@@ -47,7 +49,8 @@ def kernels(arch: str) -> list[Kernel]:
     """Every variant that the functions below launch."""
     found = []
     for dtype in DTYPES:
-        for tokens, rows in ROWS_OF_A_WARP.items():
+        for tokens in TOKENS[dtype]:
+            rows = ROWS_OF_A_WARP[tokens]
             found += [linear_kernel(dtype, before, False, tokens, 1) for before in (PLAIN, NORM, HEAD_NORM)]
             found += [linear_kernel(dtype, NORM, True, tokens, 1), linear_kernel(dtype, NORM, False, tokens, rows)]
     return found
@@ -75,7 +78,7 @@ def _launch(
 ) -> None:
     """x [B, ...] and y [B, outputs], whose rows are contiguous and aligned to 16 bytes; weight [(groups,) out, in]."""
     B, (group_rows, inputs) = len(x), weight.shape[-2:]
-    tokens = next(count for count in ROWS_OF_A_WARP if count >= B)
+    tokens = next(count for count in TOKENS[x.dtype] if count >= B)
     outputs = weight.numel() // inputs // (1 + swiglu)
     rows = ROWS_OF_A_WARP[tokens] if outputs >= MANY_OUTPUTS and before == NORM and not swiglu else 1
     split = 1 if rows > 1 else _split(inputs * x.element_size() // 16, outputs, x.device)

@@ -63,7 +63,7 @@ def check_all(dtype, tokens, inputs, outputs, head_dim, device, normed, grouped,
 
 @pytest.mark.parametrize(
     ("dtype", "tokens", "inputs", "outputs", "head_dim"),
-    [(torch.bfloat16, 1, 1344, 9, 64), (torch.float32, 3, 640, 13, 32), (torch.bfloat16, 4, 256, 20, 128)],
+    [(torch.bfloat16, 1, 1344, 9, 64), (torch.float32, 1, 640, 13, 32), (torch.bfloat16, 4, 256, 20, 128)],
     ids=str,
 )
 def test_kernel_against_float64(kernels_on_the_cpu, dtype, tokens, inputs, outputs, head_dim):  # noqa: F811
@@ -100,8 +100,9 @@ def test_pytorch_against_float64():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernel is emulated, not run")
-@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [(torch.bfloat16, 1), (torch.bfloat16, 2), (torch.bfloat16, 4), (torch.float32, 1)], ids=str
+)
 def test_on_a_gpu(dtype, tokens):
     torch.backends.cuda.matmul.allow_tf32 = False
     for inputs, outputs, head_dim in ((512, 1672, 64), (1024, 1024, 128), (1376, 512, 32), (2752, 9000, 64)):
@@ -112,6 +113,6 @@ def test_on_a_gpu(dtype, tokens):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_more_tokens_than_the_kernel_takes_are_refused_by_name():
     x, norm, weight = cases(torch.bfloat16, 5, 64, 16, "cuda")
-    with pytest.raises(ValueError, match="4 tokens at most, got 5"):
+    with pytest.raises(ValueError, match="4 in bfloat16 and 1 in float; got 5 in bfloat16"):
         normed_linear(x, norm, weight, eps=EPS, backend="cuda")
     assert normed_linear(x, norm, weight, eps=EPS).shape == (5, 16)
