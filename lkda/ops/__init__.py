@@ -10,6 +10,7 @@ from lkda.ops.runtime.backend import available_backends, resolve_backend
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
 from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.softmax.op import softmax_attention
+from lkda.ops.softmax.step import softmax_step
 
 __all__ = [
     "KDAGate",
@@ -27,4 +28,5 @@ __all__ = [
     "simplified_attention",
     "simplified_step",
     "softmax_attention",
+    "softmax_step",
 ]

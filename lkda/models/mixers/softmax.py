@@ -23,10 +23,10 @@ from lkda.models.growing_cache import (
 from lkda.models.linear import fused_linear, joined_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
-from lkda.models.rope import rotate
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import short_convolutions, softmax_attention
 from lkda.ops.sequences import positions
+from lkda.ops.softmax.rotary import rotate
 
 
 class SoftmaxAttention(Mixer):

@@ -39,3 +39,15 @@ def readable(x: Tensor) -> Tensor:
     """x if it is contiguous and aligned to 16 bytes, else a copy that is."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def row(x: Tensor) -> Tensor:
+    """x if each sequence's part is contiguous and aligned to 16 bytes, else a copy whose parts are."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if x[0].is_contiguous() and aligned else readable(x)
+
+
+def in_rows(*heads: Tensor) -> list[Tensor]:
+    """q, k and v [B, H, D] with one stride from sequence to sequence; copied where they have none."""
+    rows = [row(x) for x in heads]
+    return rows if len({x.stride(0) for x in rows}) == 1 else [readable(x) for x in heads]

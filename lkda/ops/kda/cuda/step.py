@@ -12,7 +12,7 @@ from torch import Tensor
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module, multiprocessors
-from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
+from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, in_rows, readable, row
 
 STATES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MAX_TAPS = 4
@@ -54,18 +54,6 @@ def _float32_or(dtype: torch.dtype, x: Tensor) -> Tensor:
     return readable(x if x.dtype in (torch.float32, dtype) else x.float())
 
 
-def _row(x: Tensor) -> Tensor:
-    """x if each sequence's part is contiguous and aligned to 16 bytes, else a copy whose parts are."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if x[0].is_contiguous() and aligned else readable(x)
-
-
-def _in_rows(*heads: Tensor) -> list[Tensor]:
-    """q, k and v [B, H, D] with one stride from sequence to sequence; copied where they have none."""
-    rows = [_row(x) for x in heads]
-    return rows if len({x.stride(0) for x in rows}) == 1 else [readable(x) for x in heads]
-
-
 def _step(
     q: Tensor,
     k: Tensor,
@@ -86,8 +74,8 @@ def _step(
 ) -> Tensor:
     B, H, D = q.shape
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
-    q, k, v = _in_rows(q, k, v)
-    gate_logits, beta_logits = None if gate_logits is None else _row(gate_logits), _row(beta_logits)
+    q, k, v = in_rows(q, k, v)
+    gate_logits, beta_logits = None if gate_logits is None else row(gate_logits), row(beta_logits)
     a_log, dt_bias = (x if x is None else readable(x) for x in (a_log, dt_bias))
     strides = q.stride(0), 0 if gate_logits is None else gate_logits.stride(0), beta_logits.stride(0)
     filters: Sequence[Tensor | None] = weights or _NONE
