@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lkda.models.block import Block
 from lkda.models.linear import MULTIPLE
 from lkda.models.mixer import State
-from lkda.models.recurrent_mixer import RecurrentMixer
+from lkda.models.projected_mixer import ProjectedMixer
 from lkda.ops.token_linear.op import add_gated_linear_, add_linear_, grouped_linear, normed_linear
 
 
@@ -25,7 +25,7 @@ class DecodingBlock(Block):
         self.mixer_norm, self.mixer = block.mixer_norm, block.mixer
         self.mlp_norm, self.mlp = block.mlp_norm, block.mlp
         self._projections = self._factors = self._halves = None
-        if isinstance(self.mixer, RecurrentMixer) and self.mixer.o_norm is not None:
+        if isinstance(self.mixer, ProjectedMixer):
             self._projections = _joined(self.mixer.step_layers())
             self._factors = _stacked([second for _, second in self.mixer.factor_layers()])
         if self.mlp is not None:
@@ -36,14 +36,14 @@ class DecodingBlock(Block):
             y, state = self.mixer.step(self.mixer_norm(x), state)
             x = x + y
         else:
-            assert isinstance(self.mixer, RecurrentMixer)
+            assert isinstance(self.mixer, ProjectedMixer)
             state = self._mix(x, self.mixer, self._projections, state)
         if self.mlp is not None and self.mlp_norm is not None and self._halves is not None:
             hidden = normed_linear(x, self.mlp_norm.weight, self._halves, eps=_eps(self.mlp_norm), swiglu=True)
             add_linear_(x, hidden, self.mlp.down_proj.weight)
         return x, state
 
-    def _mix(self, x: Tensor, mixer: RecurrentMixer, weight: Tensor, state: State) -> State:
+    def _mix(self, x: Tensor, mixer: ProjectedMixer, weight: Tensor, state: State) -> State:
         """x += mixer(norm(x)), in place. Returns the state after the token."""
         sizes = [layer.out_features for layer in mixer.step_layers()]
         joined = normed_linear(x, self.mixer_norm.weight, weight, eps=_eps(self.mixer_norm))
@@ -56,8 +56,10 @@ class DecodingBlock(Block):
         else:
             factors = [second(latent) for (_, second), latent in zip(mixer.factor_layers(), latents, strict=True)]
         o, gate, after = mixer.step_from(projected, factors, state)
-        assert mixer.o_norm is not None
-        add_gated_linear_(x, o, gate, mixer.o_norm.weight, mixer.o_proj.weight)
+        if mixer.o_norm is None:
+            add_linear_(x, o.flatten(1), mixer.o_proj.weight)
+        else:
+            add_gated_linear_(x, o, gate, mixer.o_norm.weight, mixer.o_proj.weight)
         return after
 
 

@@ -1,1 +1,1 @@
-"""Softmax attention: of sequences, through PyTorch's fused implementation; and of one token, in kernels for decoding."""
+"""Softmax attention: of sequences, through PyTorch's fused implementation; of one token, in kernels for decoding."""

@@ -18,8 +18,8 @@ THREADS = 256
 RESIDENT = 2  # blocks that a multiprocessor holds
 # A cache of this many tokens or fewer is one part: a second launch would take longer.
 WHOLE = 512
-# The number of tokens of a part is a multiple of the first, and it is at least the second. Where there are enough blocks,
-# it is at most the third, so that blocks of sequences of unequal lengths end at about the same time.
+# The number of tokens of a part is a multiple of the first and at least the second. As far as MAX_SPLITS allows, it is
+# at most the third, so that the blocks of sequences of unequal lengths end at about the same time.
 MULTIPLE, LEAST, MOST = 128, 256, 4096
 MAX_SPLITS = 64
 

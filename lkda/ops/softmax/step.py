@@ -1,4 +1,4 @@
-"""Softmax attention's decoding step as a layer calls it: from one token's q, k and v to o; the caches change in place."""
+"""Softmax attention's decoding step as a layer calls it: from a token's q, k and v to o; the caches change in place."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 BASE = 10000.0
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated, not run")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated")
 
 
 def relative(got, want):
@@ -55,7 +55,7 @@ def exact(q, k, v, k_cache, v_cache, lengths, scale=None):
 
 def check(run, x, dtype, scale=None):
     """That `run` gives o and writes the new entries, and nothing else."""
-    q, k, v, k_cache, v_cache, lengths = x
+    q, _, _, k_cache, v_cache, lengths = x
     want, new_key, new_value = exact(*x, scale=scale)
     before = [cache.clone() for cache in (k_cache, v_cache)]
     count = lengths.clone()
@@ -111,10 +111,10 @@ def test_as_many_parts_as_there_can_be(kernels_on_the_cpu, monkeypatch):  # noqa
     check(by_kernel, drawn((70,), 1, 32, 128, torch.float32), torch.float32)
 
 
-def test_large_scores_and_another_scale(kernels_on_the_cpu, few_tokens_a_part):  # noqa: F811
-    for factor, scale in ((30.0, None), (-1.0, 0.7)):
-        q, *rest = drawn((60, 5), 2, 32, 64, torch.float32)
-        check(lambda *x: by_kernel(*x, scale=scale), (q * factor, *rest), torch.float32, scale)
+@pytest.mark.parametrize(("factor", "scale"), [(30.0, None), (-1.0, 0.7)])
+def test_large_scores_and_another_scale(kernels_on_the_cpu, few_tokens_a_part, factor, scale):  # noqa: F811
+    q, *rest = drawn((60, 5), 2, 32, 64, torch.float32)
+    check(lambda *x: by_kernel(*x, scale=scale), (q * factor, *rest), torch.float32, scale)
 
 
 def test_a_full_cache_loses_its_last_token(kernels_on_the_cpu, few_tokens_a_part):  # noqa: F811
