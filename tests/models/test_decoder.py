@@ -11,7 +11,7 @@ from lkda.models import decoder as decoding
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import _use_few_launches
 from lkda.models.decoding_block import DecodingBlock
-from lkda.models.mixers.softmax import SoftmaxAttention
+from lkda.models.mixers import softmax
 from lkda.ops.runtime.backend import Backend
 from lkda.ops.softmax import cuda as softmax_cuda
 from lkda.ops.softmax import step as softmax_step
@@ -96,7 +96,7 @@ def test_softmax_steps_by_its_kernel(kernels_on_the_cpu, monkeypatch, options): 
     for by_kernel in (False, True):
         if by_kernel:
             _use_few_launches(model, torch.float32)
-            monkeypatch.setattr(SoftmaxAttention, "_steps_by_op", lambda *_: True)
+            monkeypatch.setattr(softmax, "has_kernel", lambda *_: True)
             monkeypatch.setitem(softmax_step.BACKENDS, "torch", Backend(softmax_cuda.softmax_step_cuda))
         _, state = model.prefill_packed(prompts, model.init_state(2, max_tokens=20), cu_seqlens=bounds)
         state, logits = model.cut_state(state, 12), []
@@ -108,3 +108,16 @@ def test_softmax_steps_by_its_kernel(kernels_on_the_cpu, monkeypatch, options): 
     assert states[1][0][2].tolist() == [[11], [8]]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-4)
+
+
+def test_softmax_steps_in_pytorch_where_its_kernel_cannot(monkeypatch):
+    """With gradients, and with a cache that grows by copying."""
+    mixer, x = small(["softmax"]).blocks[0].mixer, torch.randn(1, 32)
+    monkeypatch.setattr(softmax, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(softmax, "softmax_step", lambda *_, rope_base: pytest.fail("a step by the kernel"))
+    mixer.step(x, mixer.init_state(1, max_tokens=4))[0].sum().backward()
+    assert mixer.q_proj.weight.grad is not None
+    with torch.no_grad():
+        mixer.step(x, mixer.init_state(1))
+        with pytest.raises(pytest.fail.Exception, match="by the kernel"):
+            mixer.step(x, mixer.init_state(1, max_tokens=4))

@@ -29,6 +29,7 @@ from lkda.ops import short_convolutions, softmax_attention, softmax_step
 from lkda.ops.runtime.dispatch import wants_gradient
 from lkda.ops.sequences import positions
 from lkda.ops.softmax.rotary import rotate
+from lkda.ops.softmax.step import has_kernel
 
 
 class SoftmaxAttention(ProjectedMixer):
@@ -102,18 +103,19 @@ class SoftmaxAttention(ProjectedMixer):
     ) -> tuple[Tensor, Tensor | None, State]:
         q, k, v, convolved = self._heads([y.unsqueeze(1) for y in projected], None, state)
         if self._steps_by_op(q, k, v, state):
-            o = softmax_step(q[:, 0], k[:, 0], v[:, 0], *state[:2], state[2][:, 0], rope_base=self.rope_base)
-            state[2].add_(1)
+            k_cache, v_cache, length = state[:3]
+            o = softmax_step(q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, length[:, 0], rope_base=self.rope_base)
+            length.add_(1)
             return o, None, (*state[:3], *convolved)
         position = self._positions(q, None, state)
-        k = rotate(k, position, self.rope_base)
+        q, k = rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
         caches = append_one(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2])
-        q = rotate(q, position, self.rope_base)[:, 0]
-        return self._attend_one(q, *filled(caches, state[2])), None, (*caches, state[2], *convolved)
+        o = self._attend_one(q[:, 0], *filled(caches, state[2]))
+        return o, None, (*caches, state[2], *convolved)
 
     def _steps_by_op(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> bool:
         """Whether a step is the operator `softmax_step`, which has no gradients."""
-        return q.is_cuda and is_preallocated(state[2]) and not wants_gradient(q, k, v)
+        return is_preallocated(state[2]) and has_kernel(q, state[0]) and not wants_gradient(q, k, v)
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
         """The position of each token in its sequence, [T], or [B, T] where the lengths before them differ."""

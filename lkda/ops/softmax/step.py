@@ -44,6 +44,11 @@ BACKENDS: dict[str, Backend] = {
 _WITHOUT_KERNEL = {"torch": BACKENDS["torch"]}
 
 
+def has_kernel(q: Tensor, cache: Tensor) -> bool:
+    """Whether `softmax_step` runs its kernels for q [B, H, D] and a cache, which is faster than other ways."""
+    return q.is_cuda and q.dtype == cache.dtype and cuda.reason_cannot_run(q.device, q.shape[-1], q.dtype) is None
+
+
 @torch.no_grad()
 def softmax_step(
     q: Tensor,
