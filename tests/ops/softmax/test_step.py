@@ -219,3 +219,15 @@ class TestOnAGPU:
             o.zero_()
             graph.replay()
             assert torch.equal(o, want)
+
+    @pytest.mark.parametrize(("S", "count"), [(256, 1), (512, 1), (1024, 2)])
+    def test_it_is_one_launch_or_two(self, S, count):
+        from lkda.bench.timing import launches
+
+        x = drawn((200, 3), 4, 64, S, torch.bfloat16, device="cuda")
+        assert launches(lambda: by_function("cuda")(*x)) == count
+
+    def test_opcheck(self):
+        *heads, k_cache, v_cache, lengths = drawn((200, 3), 4, 64, 1024, torch.bfloat16, device="cuda")
+        arguments = (*heads, k_cache.nan_to_num(0.0), v_cache.nan_to_num(0.0), lengths, BASE, 0.125)
+        torch.library.opcheck(torch.ops.lkda.softmax_step, arguments, test_utils=("test_schema", "test_faketensor"))
