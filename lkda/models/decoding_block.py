@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lkda.models.block import Block
 from lkda.models.linear import MULTIPLE, is_plain
 from lkda.models.mixer import State
-from lkda.models.recurrent_mixer import RecurrentMixer
+from lkda.models.projected_mixer import ProjectedMixer
 from lkda.ops.precision import at_least_float32
 from lkda.ops.token_linear.op import add_gated_linear_, add_linear_, grouped_linear, normed_linear
 
@@ -18,7 +18,8 @@ from lkda.ops.token_linear.op import add_gated_linear_, add_linear_, grouped_lin
 class DecodingBlock(Block):
     """`block` with the same modules. The weights of layers of one input are concatenated here, once.
 
-    Layers that have been replaced by others, such as adapters, are called, and so are mixers without a constant state.
+    Layers that have been replaced by others, such as adapters, are called, and so are mixers of other classes than
+    `ProjectedMixer`.
 
     The stream of residuals is updated in place, so a step's input must not be needed afterwards.
     """
@@ -29,15 +30,15 @@ class DecodingBlock(Block):
         self.mlp_norm, self.mlp = block.mlp_norm, block.mlp
         self._mixer_scale, self._mlp_scale = _scale(self.mixer_norm), _scale(self.mlp_norm)
         self._projections = self._factors = self._halves = None
-        if isinstance(self.mixer, RecurrentMixer) and self.mixer.o_norm is not None and _are_plain(self._layers()):
+        if isinstance(self.mixer, ProjectedMixer) and _are_plain(self._layers()):
             self._projections = _joined(self.mixer.step_layers())
             self._factors = _stacked([second for _, second in self.mixer.factor_layers()])
         if self.mlp is not None and _are_plain([self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj]):
             self._halves = _joined([self.mlp.gate_proj, self.mlp.up_proj], multiple=1)
 
     def _layers(self) -> list[nn.Linear]:
-        """All linear layers of a recurrent mixer."""
-        assert isinstance(self.mixer, RecurrentMixer)
+        """All linear layers of the mixer."""
+        assert isinstance(self.mixer, ProjectedMixer)
         factors = [second for _, second in self.mixer.factor_layers()]
         return [*self.mixer.step_layers(), *factors, self.mixer.o_proj]
 
@@ -46,7 +47,7 @@ class DecodingBlock(Block):
             y, state = self.mixer.step(self.mixer_norm(x), state)
             x = x + y
         else:
-            assert isinstance(self.mixer, RecurrentMixer)
+            assert isinstance(self.mixer, ProjectedMixer)
             state = self._mix(x, self.mixer, self._projections, state)
         if self._halves is None:
             return self._feed_forward(x), state
@@ -55,7 +56,7 @@ class DecodingBlock(Block):
             add_linear_(x, hidden, self.mlp.down_proj.weight)
         return x, state
 
-    def _mix(self, x: Tensor, mixer: RecurrentMixer, weight: Tensor, state: State) -> State:
+    def _mix(self, x: Tensor, mixer: ProjectedMixer, weight: Tensor, state: State) -> State:
         """x += mixer(norm(x)), in place. Returns the state after the token."""
         sizes = [layer.out_features for layer in mixer.step_layers()]
         joined = normed_linear(x, self._mixer_scale, weight, eps=_eps(self.mixer_norm))
@@ -68,8 +69,10 @@ class DecodingBlock(Block):
         else:
             factors = [second(latent) for (_, second), latent in zip(mixer.factor_layers(), latents, strict=True)]
         o, gate, after = mixer.step_from(projected, factors, state)
-        assert mixer.o_norm is not None
-        add_gated_linear_(x, o, gate, mixer.o_norm.weight, mixer.o_proj.weight)
+        if mixer.o_norm is None:
+            add_linear_(x, o.flatten(1), mixer.o_proj.weight)
+        else:
+            add_gated_linear_(x, o, gate, mixer.o_norm.weight, mixer.o_proj.weight)
         return after
 
 

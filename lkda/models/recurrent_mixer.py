@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lkda.checks import InputError
 from lkda.models.linear import Linear, fused_linear, joined_linear
-from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
+from lkda.models.mixer import State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
+from lkda.models.projected_mixer import ProjectedMixer
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import l2_normalized, short_convolutions
 
 
-class RecurrentMixer(Mixer):
+class RecurrentMixer(ProjectedMixer):
     """q, k, v = SiLU(conv(W x)), then the operator, then y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x)))).
 
     The state holds the caches of the convolutions, followed by the operator's own state as `keep` stores it.
@@ -175,39 +176,17 @@ class RecurrentMixer(Mixer):
         norms = iter(l2_normalized(*(self.heads(projected[i]) for i in chosen)))
         return [next(norms).flatten(2) if i in chosen else y for i, y in enumerate(projected)], ()
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        projected, latents = self.split_step(fused_linear(x, self.step_layers()))
-        factors = [second(latent) for (_, second), latent in zip(self.factor_layers(), latents, strict=True)]
-        o, gate, after = self.step_from(projected, factors, state)
-        if self.o_norm is not None:
-            o = self.o_norm(o, None if gate is None else self.heads(gate))
-        return self.o_proj(o.flatten(-2)), after
-
     def factor_layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
-        """The products of low rank, as pairs of layers; that of the output gate, if there is one, is the last."""
         return [] if self.g_a_proj is None or self.g_b_proj is None else [(self.g_a_proj, self.g_b_proj)]
 
     def step_layers(self) -> list[nn.Linear]:
-        """The linear layers of a step's input: those of q, k and v, gates, and the first of each of `factor_layers`."""
         firsts = [first for first, _ in self.factor_layers()]
         gates = [layer for layer in self.gate_layers() if layer not in firsts]
         return [*(project for project, _ in self._paths()), *gates, *firsts]
 
-    def split_step(self, projected: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The outputs of `step_layers`: those that `step_from` takes, and those of the first factors."""
-        count = len(projected) - len(self.factor_layers())
-        return projected[:count], projected[count:]
-
     def step_from(
         self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
     ) -> tuple[Tensor, Tensor | None, State]:
-        """The step after the linear layers of its input, up to the norm of the heads.
-
-        Args:
-            projected: q, k, v and gates [B, ...], as `split_step` returns them.
-            factors: the outputs [B, ...] of the second of each of `factor_layers`.
-        Returns: o [B, H, D], the logits [B, H * D] of its gate, None without one, and the state after the token.
-        """
         q, k, v, *gates = projected
         if self.q_conv1d is None and self.activation == "silu":
             q, k, v = F.silu(q), F.silu(k), F.silu(v)

@@ -11,6 +11,7 @@ from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convo
 from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.simplified.step import simplified_step_fused
 from lkda.ops.softmax.op import softmax_attention
+from lkda.ops.softmax.step import softmax_step
 
 __all__ = [
     "KDAGate",
@@ -29,4 +30,5 @@ __all__ = [
     "simplified_step",
     "simplified_step_fused",
     "softmax_attention",
+    "softmax_step",
 ]

@@ -36,6 +36,19 @@ def test_captured_steps_are_those_that_run_one_by_one(pattern):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"conv_width": 4, "qk_norm": True}], ids=["plain", "conv-norm"])
+def test_captured_steps_over_a_long_cache(options):
+    """A cache of several parts, whose sums a second launch adds up."""
+    mixer = {"pattern": ["softmax"], "num_heads": 2, "softmax": options}
+    model, found = small(["softmax"], d_model=128, scale=2, mixer=mixer).cuda(), []
+    for graphs in (True, False):
+        decoder = Decoder(model, 2, 3000, Sampling(top_p=0.9), graphs=graphs)
+        decoder.admit(range(2), [list(range(50)) * 20, [7] * 600], range(2), [5, 6])
+        found.append([decoder.step().tolist() for _ in range(100)])  # across a bucket
+        assert len(decoder._graphs) == (2 if graphs else 0)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
 def test_greedy_texts_part_from_those_of_a_cpu_only_at_near_ties(pattern):
     model, texts = model_of(pattern), []

@@ -21,15 +21,18 @@ from lkda.models.growing_cache import (
     new_length,
 )
 from lkda.models.linear import fused_linear, joined_linear
-from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
+from lkda.models.mixer import State, linear_flops, refuse_packed_state
+from lkda.models.projected_mixer import ProjectedMixer
 from lkda.models.recurrent_mixer import linear
-from lkda.models.rope import rotate
 from lkda.models.short_conv import ShortConvolution
-from lkda.ops import short_convolutions, softmax_attention
+from lkda.ops import short_convolutions, softmax_attention, softmax_step
+from lkda.ops.runtime.dispatch import wants_gradient
 from lkda.ops.sequences import positions
+from lkda.ops.softmax.rotary import rotate
+from lkda.ops.softmax.step import has_kernel
 
 
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(ProjectedMixer):
     """y = o_proj(softmax(rotary(q) rotary(k)^T / sqrt(D)) v); the state is the growing cache of keys [B, H, S, D]
     and values, its length (see `lkda.models.growing_cache`), and the caches of the convolutions.
 
@@ -64,6 +67,7 @@ class SoftmaxAttention(Mixer):
             )
         self.rope_base, self.backend = rope_base, backend
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(d_model, d_model) for _ in range(4))
+        self.o_norm = None
         norms = (nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
         convolutions = (ShortConvolution(d_model, conv_width, std=conv_std) if conv_width else None for _ in range(3))
@@ -73,7 +77,7 @@ class SoftmaxAttention(Mixer):
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
-        q, k, v, convolved = self._heads(x, self._positions(x, cu_seqlens, state), cu_seqlens, state)
+        q, k, v, convolved = self._rotated(x, cu_seqlens, state)
         caches, lengths = [k.transpose(1, 2), v.transpose(1, 2)], None
         length = new_length(x.shape[0], None, x.device) if state is None else state[2]
         if state is not None:
@@ -87,16 +91,31 @@ class SoftmaxAttention(Mixer):
     def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
         if not is_preallocated(state[2]):
             return super().forward_packed(x, state, cu_seqlens=cu_seqlens)
-        q, k, v, convolved = self._heads(x, self._positions(x, cu_seqlens, None), cu_seqlens, None)
+        q, k, v, convolved = self._rotated(x, cu_seqlens, None)
         fill_packed(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2], cu_seqlens.diff().tolist())
         return self._output(q, k, v, None, cu_seqlens), (*state[:3], *convolved)
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        x = x.unsqueeze(1)
-        q, k, v, convolved = self._heads(x, self._positions(x, None, state), None, state)
+    def step_layers(self) -> list[nn.Linear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def step_from(
+        self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
+    ) -> tuple[Tensor, Tensor | None, State]:
+        q, k, v, convolved = self._heads([y.unsqueeze(1) for y in projected], None, state)
+        if self._steps_by_op(q, k, v, state):
+            k_cache, v_cache, length = state[:3]
+            o = softmax_step(q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, length[:, 0], rope_base=self.rope_base)
+            length.add_(1)
+            return o, None, (*state[:3], *convolved)
+        position = self._positions(q, None, state)
+        q, k = rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
         caches = append_one(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2])
         o = self._attend_one(q[:, 0], *filled(caches, state[2]))
-        return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
+        return o, None, (*caches, state[2], *convolved)
+
+    def _steps_by_op(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> bool:
+        """Whether a step is the operator `softmax_step`, which has no gradients."""
+        return is_preallocated(state[2]) and has_kernel(q, state[0]) and not wants_gradient(q, k, v)
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
         """The position of each token in its sequence, [T], or [B, T] where the lengths before them differ."""
@@ -107,23 +126,32 @@ class SoftmaxAttention(Mixer):
             return new
         return new + (state[2] if is_preallocated(state[2]) else state[0].shape[2])
 
-    def _heads(
-        self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None, state: State | None
+    def _rotated(
+        self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
-        """q, k and v [B, T, H, D], q and k rotated, and the caches of the convolutions after them."""
-        layers, filters = [self.q_proj, self.k_proj, self.v_proj], self._filters()
+        """`_heads` of x [B, T, d_model], with q and k rotated."""
+        layers = self.step_layers()
+        projected = joined_linear(x, layers) if self._filters() else fused_linear(x, layers)
+        q, k, v, convolved = self._heads(projected, cu_seqlens, state)
+        position = self._positions(x, cu_seqlens, state)
+        return rotate(q, position, self.rope_base), rotate(k, position, self.rope_base), v, convolved
+
+    def _heads(
+        self, projected: Tensor | Sequence[Tensor], cu_seqlens: Tensor | None, state: State | None
+    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
+        """q, k and v [B, T, H, D], convolved and normalised, and the caches of the convolutions after them.
+
+        Args:
+            projected: q, k and v as projected, [B, T, 3 * H * D] for the convolutions, or three tensors.
+        """
         convolved: Sequence[Tensor] = ()
-        if filters:
+        if filters := self._filters():
             before = None if state is None else state[3:]
-            inputs, convolved = short_convolutions(
-                joined_linear(x, layers), filters, states=before, cu_seqlens=cu_seqlens
-            )
-        else:
-            inputs = fused_linear(x, layers)
-        q, k, v = (self.heads(y) for y in inputs)
+            projected, convolved = short_convolutions(projected, filters, states=before, cu_seqlens=cu_seqlens)
+        q, k, v = (self.heads(y) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return rotate(q, position, self.rope_base), rotate(k, position, self.rope_base), v, convolved
+        return q, k, v, convolved
 
     def _output(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None, cu_seqlens: Tensor | None

@@ -51,3 +51,9 @@ def readable_rows(x: Tensor) -> Tensor:
     """x [B, ...] if each x[i] is contiguous and aligned to 16 bytes, else a contiguous copy that is aligned."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return x if aligned and len(x) and x[0].is_contiguous() else readable(x)
+
+
+def in_rows(*heads: Tensor) -> list[Tensor]:
+    """q, k and v [B, H, D] with one stride from sequence to sequence; copied where they have none."""
+    rows = [readable_rows(x) for x in heads]
+    return rows if len({x.stride(0) for x in rows}) == 1 else [readable(x) for x in heads]

@@ -12,7 +12,15 @@ from torch import Tensor
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module, multiprocessors
-from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, float32_or, readable, readable_rows
+from lkda.ops.runtime.kernel_inputs import (
+    ELEMENTS,
+    HEAD_DIMS,
+    cannot_take,
+    float32_or,
+    in_rows,
+    readable,
+    readable_rows,
+)
 
 STATES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MAX_TAPS = 4
@@ -50,12 +58,6 @@ def kernels(arch: str) -> list[Kernel]:
     return [step_kernel(D, dtype, state) for D in HEAD_DIMS for dtype in ELEMENTS for state in STATES]
 
 
-def _in_rows(*heads: Tensor) -> list[Tensor]:
-    """q, k and v [B, H, D] with one stride from sequence to sequence; copied where they have none."""
-    rows = [readable_rows(x) for x in heads]
-    return rows if len({x.stride(0) for x in rows}) == 1 else [readable(x) for x in heads]
-
-
 def _step(
     q: Tensor,
     k: Tensor,
@@ -76,7 +78,7 @@ def _step(
 ) -> Tensor:
     B, H, D = q.shape
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
-    q, k, v = _in_rows(q, k, v)
+    q, k, v = in_rows(q, k, v)
     gate_logits, beta_logits = None if gate_logits is None else readable_rows(gate_logits), readable_rows(beta_logits)
     a_log, dt_bias = (x if x is None else readable(x) for x in (a_log, dt_bias))
     strides = q.stride(0), 0 if gate_logits is None else gate_logits.stride(0), beta_logits.stride(0)

@@ -14,9 +14,15 @@ def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
     Args:
         position: [T], or [B, T].
     """
-    half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)) / half)
+    frequency = frequencies(x.shape[-1], base, torch.promote_types(x.dtype, torch.float32), x.device)
     angle = position.to(frequency.dtype).unsqueeze(-1) * frequency  # [T or B, T, D/2]
     cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
     a, b = at_least_float32(x).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def frequencies(head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The angles [D/2] of position 1, base^(-2i/D)."""
+    half = head_dim // 2
+    rotary: Tensor = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    return rotary
