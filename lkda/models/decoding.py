@@ -14,7 +14,7 @@ from lkda.models.decoding_block import DecodingBlock
 from lkda.models.linear import FusedLinear, Linear, has_hooks, is_plain
 from lkda.models.lm import LanguageModel
 from lkda.ops.precision import at_least_float32
-from lkda.ops.token_linear.op import normed_linear, takes
+from lkda.ops.token_linear.op import gains, normed_linear, takes
 
 # Smaller matrices stay in a core's cache, where their layout makes no difference.
 LARGE_BYTES = 2**19
@@ -29,7 +29,7 @@ def prepare_decoding(model: LanguageModel) -> LanguageModel:
     if isinstance(model.lm_head, DecodingLinear):
         return model
     prepared = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
-    if takes(model.embed_tokens.weight):
+    if gains(model.embed_tokens.weight):
         _use_few_launches(prepared, torch.float32)
     for module in list(prepared.modules()):
         for name, child in module.named_children():
@@ -107,4 +107,4 @@ class NormedHead(DecodingLinear):
         if x.dim() > 2:
             return super().forward(self.norm(x))
         assert self.norm.eps is not None
-        return normed_linear(x, self._scale, self.weight, eps=self.norm.eps)
+        return normed_linear(x, self._scale if takes(x) else self.norm.weight, self.weight, eps=self.norm.eps)

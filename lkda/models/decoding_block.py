@@ -12,7 +12,7 @@ from lkda.models.linear import MULTIPLE, is_plain
 from lkda.models.mixer import State
 from lkda.models.projected_mixer import ProjectedMixer
 from lkda.ops.precision import at_least_float32
-from lkda.ops.token_linear.op import add_gated_linear_, add_linear_, grouped_linear, normed_linear
+from lkda.ops.token_linear.op import add_gated_linear_, add_linear_, grouped_linear, normed_linear, takes
 
 
 class DecodingBlock(Block):
@@ -29,10 +29,11 @@ class DecodingBlock(Block):
         self.mixer_norm, self.mixer = block.mixer_norm, block.mixer
         self.mlp_norm, self.mlp = block.mlp_norm, block.mlp
         self._mixer_scale, self._mlp_scale = _scale(self.mixer_norm), _scale(self.mlp_norm)
-        self._projections = self._factors = self._halves = None
+        self._projections = self._factors = self._multiplied = self._halves = None
         if isinstance(self.mixer, ProjectedMixer) and _are_plain(self._layers()):
             self._projections = _joined(self.mixer.step_layers())
             self._factors = _stacked([second for _, second in self.mixer.factor_layers()])
+            self._multiplied = _multiplied(self.mixer)
         if self.mlp is not None and _are_plain([self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj]):
             self._halves = _joined([self.mlp.gate_proj, self.mlp.up_proj], multiple=1)
 
@@ -48,32 +49,40 @@ class DecodingBlock(Block):
             x = x + y
         else:
             assert isinstance(self.mixer, ProjectedMixer)
-            state = self._mix(x, self.mixer, self._projections, state)
+            state = self._mix(x, self.mixer, state)
         if self._halves is None:
             return self._feed_forward(x), state
-        if self.mlp is not None:
-            hidden = normed_linear(x, self._mlp_scale, self._halves, eps=_eps(self.mlp_norm), swiglu=True)
+        if self.mlp is not None and self.mlp_norm is not None:
+            scale = self._mlp_scale if takes(x) else self.mlp_norm.weight
+            hidden = normed_linear(x, scale, self._halves, eps=_eps(self.mlp_norm), swiglu=True)
             add_linear_(x, hidden, self.mlp.down_proj.weight)
         return x, state
 
-    def _mix(self, x: Tensor, mixer: ProjectedMixer, weight: Tensor, state: State) -> State:
+    def _mix(self, x: Tensor, mixer: ProjectedMixer, state: State) -> State:
         """x += mixer(norm(x)), in place. Returns the state after the token."""
-        sizes = [layer.out_features for layer in mixer.step_layers()]
-        joined = normed_linear(x, self._mixer_scale, weight, eps=_eps(self.mixer_norm))
-        factors: Sequence[Tensor]
-        projected, latents = mixer.split_step(joined[:, : sum(sizes)].split(sizes, -1))
-        if self._factors is not None and latents:
-            rank, count = latents[0].shape[-1], len(latents)
-            first = sum(sizes) - count * rank
-            factors = grouped_linear(joined[:, first : sum(sizes)], self._factors)
-        else:
-            factors = [second(latent) for (_, second), latent in zip(mixer.factor_layers(), latents, strict=True)]
+        projected, factors = self._project(x, mixer)
         o, gate, after = mixer.step_from(projected, factors, state)
         if mixer.o_norm is None:
             add_linear_(x, o.flatten(1), mixer.o_proj.weight)
         else:
             add_gated_linear_(x, o, gate, mixer.o_norm.weight, mixer.o_proj.weight)
         return after
+
+    def _project(self, x: Tensor, mixer: ProjectedMixer) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The arguments of `mixer.step_from`, from a block's input x."""
+        assert self._projections is not None
+        layers, pairs, eps = mixer.step_layers(), mixer.factor_layers(), _eps(self.mixer_norm)
+        sizes = [layer.out_features for layer in layers]
+        if takes(x) and self._multiplied is not None:
+            sizes[len(layers) - len(pairs) :] = [second.out_features for _, second in pairs]
+            joined = normed_linear(x, self._mixer_scale, self._multiplied, eps=eps)
+            return mixer.split_step(joined[:, : sum(sizes)].split(sizes, -1))
+        scale = self._mixer_scale if takes(x) else self.mixer_norm.weight
+        joined = normed_linear(x, scale, self._projections, eps=eps)[:, : sum(sizes)]
+        projected, latents = mixer.split_step(joined.split(sizes, -1))
+        if self._factors is None:
+            return projected, [second(latent) for (_, second), latent in zip(pairs, latents, strict=True)]
+        return projected, grouped_linear(joined[:, -sum(latent.shape[-1] for latent in latents) :], self._factors)
 
 
 def _are_plain(layers: Sequence[nn.Module]) -> bool:
@@ -84,6 +93,22 @@ def _joined(layers: Sequence[nn.Linear], multiple: int = MULTIPLE) -> Tensor:
     """The concatenated weights [out, in], with zeros up to a multiple of `multiple` outputs."""
     weights = [layer.weight.detach() for layer in layers]
     padding = -sum(map(len, weights)) % multiple
+    return torch.cat([*weights, weights[0].new_zeros(padding, weights[0].shape[1])])
+
+
+@torch.no_grad()
+def _multiplied(mixer: ProjectedMixer) -> Tensor | None:
+    """As `_joined` for the layers of a step, with both factors of each product of low rank multiplied.
+
+    The product has more weights than its factors, but it needs one launch less. None where there are no factors.
+    """
+    pairs = mixer.factor_layers()
+    if not pairs:
+        return None
+    others = mixer.step_layers()[: -len(pairs)]
+    products = [(b.weight.double() @ a.weight.double()).to(a.weight.dtype) for a, b in pairs]
+    weights = [*(layer.weight for layer in others), *products]
+    padding = -sum(map(len, weights)) % MULTIPLE
     return torch.cat([*weights, weights[0].new_zeros(padding, weights[0].shape[1])])
 
 

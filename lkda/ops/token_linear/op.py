@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lkda.ops.runtime.backend import Backend, choose
@@ -83,5 +82,10 @@ def add_gated_linear_(
 
 
 def takes(x: Tensor) -> bool:
-    """Whether x is where these functions gain anything: on a GPU, in one of the kernel's dtypes."""
-    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float32)
+    """Whether the kernel takes x [B, in], so that the weights of norms are best given in float32."""
+    return x.device.type == "cuda" and cuda.cannot_run(x.device, len(x), x.dtype) is None
+
+
+def gains(weight: Tensor) -> bool:
+    """Whether these functions gain anything for a model with such weights: on a GPU, in one of the kernel's dtypes."""
+    return weight.device.type == "cuda" and weight.dtype in cuda.DTYPES

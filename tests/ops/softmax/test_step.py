@@ -31,23 +31,23 @@ def drawn(lengths, H, D, S, dtype, *, device="cpu", capacity=None, seed=0):
     return *heads, *caches[..., :S, :], torch.tensor(lengths, device=device)
 
 
-def turned(x, position, D):
-    """x [H, D] in float64, rotated by the angles that float32 has."""
-    angle = (position * frequencies(D, BASE, torch.float32, torch.device("cpu"))).double()
+def turned(x, position, D, device):
+    """x [H, D] in float64, rotated by the angles that float32 has, with the frequencies that `device` computes."""
+    angle = (position * frequencies(D, BASE, torch.float32, device)).double().cpu()
     a, b = x.chunk(2, -1)
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
 def exact(q, k, v, k_cache, v_cache, lengths, scale=None):
     """o in float64, and the new entries [B, H, D] of the caches as they are stored."""
-    D, dtype, S = q.shape[-1], q.dtype, k_cache.shape[2]
+    D, dtype, S, device = q.shape[-1], q.dtype, k_cache.shape[2], q.device
     q, k, v, k_cache, v_cache = (x.double().cpu() for x in (q, k, v, k_cache, v_cache))
     outputs, keys = [], []
     for b, n in enumerate(lengths.tolist()):
-        new = turned(k[b], n, D).to(dtype).double()
+        new = turned(k[b], n, D, device).to(dtype).double()
         n_cached = min(n, S - 1)
         seen = [torch.cat([x[b, :, :n_cached], y[:, None]], 1) for x, y in ((k_cache, new), (v_cache, v[b]))]
-        scores = torch.einsum("hd,hsd->hs", turned(q[b], n, D), seen[0]) * (D**-0.5 if scale is None else scale)
+        scores = torch.einsum("hd,hsd->hs", turned(q[b], n, D, device), seen[0]) * (D**-0.5 if scale is None else scale)
         outputs.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), seen[1]))
         keys.append(new)
     return torch.stack(outputs), torch.stack(keys), v

@@ -100,16 +100,18 @@ class TestOnAGPU:
     def test_it_is_one_launch_and_waits_for_the_one_before(self):
         from lkda.bench.timing import launches
 
-        x, weight = drawn(64, 256, torch.bfloat16, "cuda"), drawn(512, 128, torch.bfloat16, "cuda") / 16
+        x, weight = drawn(64, 256, torch.bfloat16, "cuda"), drawn(512, 128, torch.bfloat16, "cuda") / 400
+        bias = drawn(1, 256, torch.bfloat16, "cuda")[0]  # so that the numbers neither vanish nor overflow
         assert launches(lambda: swiglu(x)) == 1
 
         def chain():
             y = x
             for _ in range(8):
-                y = F.linear(swiglu(y), weight)
+                y = F.linear(swiglu(y), weight, bias)
             return y
 
         want = chain()
+        assert want.isfinite().all()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             got = chain()

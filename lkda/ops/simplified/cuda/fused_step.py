@@ -98,7 +98,9 @@ def simplified_step_fused_cuda(
     """
     dtype, given = q.dtype, caches
     filters, caches = ([float32_or(dtype, x) for x in xs] for xs in (weights, caches))
-    inputs = (q, k, v, None if logits is None else float32_or(dtype, logits), bias.float(), state)
+    if logits is not None and logits.dtype not in (torch.float32, dtype):
+        logits = logits.float()
+    inputs = (q, k, v, logits, bias.float(), state)
     bypass = can_bypass_dispatcher(*inputs, *filters, *caches)
     step: Callable = _step if bypass else torch.ops.lkda.simplified_fused_step
     o: Tensor = step(*inputs, filters, caches)
