@@ -44,11 +44,11 @@ class KimiDeltaAttention(RecurrentMixer):
 
     Attributes:
         keeps: what a training step on a GPU keeps between forward and backward, of `lkda.ops.kda.cuda.layer.KEEPS`;
-            None runs the operators one by one, each of which keeps its inputs and the core its workspaces too.
+            None runs the operators one by one, each of which keeps its inputs and the core its workspaces too. Heads of
+            128 keep so much that they keep the workspaces alone.
     """
 
     op = "kda"
-    keeps: ClassVar[str | None] = None
     normalized = (True, True, False)
 
     def __init__(
@@ -84,6 +84,7 @@ class KimiDeltaAttention(RecurrentMixer):
             raise InputError(f"mixer.kda.lower_bound must be in [-5, 0), got {lower_bound}.")
         if state_dtype not in STATE_DTYPES:
             raise InputError(f"mixer.kda.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
+        self.keeps = "workspaces" if self.head_dim >= 128 else None
         self.state_dtype = state_dtype
         self.gate, self.gate_form, self.lower_bound = gate, gate_form, lower_bound
         self.negative_eigenvalues, self.backend = negative_eigenvalues, backend
