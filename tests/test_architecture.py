@@ -53,7 +53,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.studies": {"report.read", "report.draw"},
     "report": {"report.*"},  # readme.py and redraw.py, which call the others
     "generation": {"models", "ops.*", "data.text"},
-    "commands": {"ops.*", "models", "generation", "training.*", "formats.*", "data.*", "bench.*", "report.*"},
+    "integrations": {"ops.*"},
+    "commands": {
+        "integrations",
+        "ops.*",
+        "models",
+        "generation",
+        "training.*",
+        "formats.*",
+        "data.*",
+        "bench.*",
+        "report.*",
+    },
     "top": {"formats.*", "models", "generation", "commands"},  # lkda/__init__.py and __main__.py
 }
 # Other packages, and the packages of lkda whose modules may import them at all.
@@ -61,7 +72,8 @@ ONLY_IN = {
     "hydra": {"commands"},
     "datasets": {"data"},
     "wandb": {"training"},
-    "transformers": {"formats", "commands", "bench"},
+    "transformers": {"formats", "commands", "bench", "integrations"},
+    "fla": {"commands", "bench", "bench.ops", "integrations"},
     "lm_eval": {"commands"},
 }
 # Packages that must not load with the package that uses them.

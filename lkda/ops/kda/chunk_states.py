@@ -26,7 +26,7 @@ def kda_chunk_states(
     chunk_size: int = 64,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kda_attention` without gradients, and the states before tokens 0, chunk_size, 2 chunk_size, ... of each sequence.
+    """`kda_attention` without gradients, and the states before every `chunk_size` tokens of each sequence.
 
     It calls `kda_attention` once per chunk, so it is slower than one call of it, and cu_seqlens is read on the host.
 
