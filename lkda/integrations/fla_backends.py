@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.integrations import fla_kda
+from lkda.integrations.fla_kda import names
 from lkda.ops import gated_rms_norm, short_convolution
 from lkda.ops.gated_norm import cuda as norm_cuda
 from lkda.ops.short_conv import cuda as conv_cuda
@@ -26,60 +27,18 @@ Arguments = dict[str, Any]
 KNOWN: dict[str, frozenset[str]] = {
     "chunk_kda": fla_kda.CHUNK_ARGUMENTS,
     "fused_recurrent_kda_fwd": fla_kda.RECURRENT_ARGUMENTS,
-    "causal_conv1d_fwd": frozenset(
-        [
-            "x",
-            "weight",
-            "bias",
-            "residual",
-            "initial_state",
-            "output_final_state",
-            "activation",
-            "cu_seqlens",
-            "cu_seqlens_cpu",
-            "chunk_indices",
-            "chunk_size",
-            "layout_fallback",
-        ]
+    "causal_conv1d_fwd": names(
+        "x weight bias residual initial_state output_final_state activation cu_seqlens cu_seqlens_cpu chunk_indices",
+        "chunk_size layout_fallback",
     ),
-    "causal_conv1d_bwd": frozenset(
-        [
-            "x",
-            "dy",
-            "dht",
-            "weight",
-            "bias",
-            "residual",
-            "initial_state",
-            "activation",
-            "cu_seqlens",
-            "cu_seqlens_cpu",
-            "chunk_indices",
-            "chunk_size",
-            "layout_fallback",
-        ]
+    "causal_conv1d_bwd": names(
+        "x dy dht weight bias residual initial_state activation cu_seqlens cu_seqlens_cpu chunk_indices chunk_size",
+        "layout_fallback",
     ),
-    "causal_conv1d_update": frozenset(["x", "cache", "residual", "weight", "bias", "activation"]),
-    "layer_norm_gated_fwd": frozenset(
-        ["x", "g", "weight", "bias", "activation", "eps", "residual", "out_dtype", "residual_dtype", "is_rms_norm"]
-    ),
-    "layer_norm_gated_bwd": frozenset(
-        [
-            "dy",
-            "x",
-            "g",
-            "weight",
-            "bias",
-            "activation",
-            "eps",
-            "mean",
-            "rstd",
-            "dresidual",
-            "has_residual",
-            "is_rms_norm",
-            "x_dtype",
-            "recompute_output",
-        ]
+    "causal_conv1d_update": names("x cache residual weight bias activation"),
+    "layer_norm_gated_fwd": names("x g weight bias activation eps residual out_dtype residual_dtype is_rms_norm"),
+    "layer_norm_gated_bwd": names(
+        "dy x g weight bias activation eps mean rstd dresidual has_residual is_rms_norm x_dtype recompute_output"
     ),
 }
 _SIGNATURES: dict[str, inspect.Signature] = {}
@@ -224,9 +183,8 @@ def _conv_fwd(given: Arguments) -> tuple[Tensor, Tensor | None]:
 def _conv_bwd(given: Arguments) -> tuple[Tensor | None, ...]:
     x, weight, state = given["x"], given["weight"], given["initial_state"]
     rows = _as_rows(x, weight)
-    dx, dw, d_state = _gradients(
-        _convolved(given), (rows, weight, state), (given["dy"].reshape(rows.shape), given["dht"])
-    )
+    given_gradients = (given["dy"].reshape(rows.shape), given["dht"])
+    dx, dw, d_state = _gradients(_convolved(given), (rows, weight, state), given_gradients)
     assert dx is not None
     return dx.reshape(x.shape), dw, None, None, d_state
 

@@ -16,32 +16,23 @@ from lkda.ops.kda.reference.gate import LOWEST_BOUND
 from lkda.ops.recurrence import compute_dtype
 
 Arguments = dict[str, Any]
-_BOTH = frozenset(
-    [
-        "q",
-        "k",
-        "v",
-        "g",
-        "beta",
-        "scale",
-        "initial_state",
-        "output_final_state",
-        "use_qk_l2norm_in_kernel",
-        "use_gate_in_kernel",
-        "use_beta_sigmoid_in_kernel",
-        "allow_neg_eigval",
-        "lower_bound",
-        "state_v_first",
-        "cu_seqlens",
-    ]
+
+
+def names(*lines: str) -> frozenset[str]:
+    """The words of some lines."""
+    return frozenset(word for line in lines for word in line.split())
+
+
+_BOTH = names(
+    "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel",
+    "use_beta_sigmoid_in_kernel allow_neg_eigval lower_bound state_v_first cu_seqlens A_log dt_bias",
 )
-# Arguments that FLA's signatures do not name, since they are in its **kwargs.
-KEYWORDS = frozenset(("A_log", "dt_bias", "chunk_size"))
-CHUNK_ARGUMENTS = _BOTH | KEYWORDS
-CHUNK_ARGUMENTS |= frozenset(["safe_gate", "disable_recompute", "return_intermediate_states", "cu_seqlens_cpu"])
-CHUNK_ARGUMENTS |= frozenset(["cp_context", "use_graph", "max_num_seqs"])
-RECURRENT_ARGUMENTS = _BOTH | frozenset(["A_log", "dt_bias", "inplace_final_state", "out"])
-RECURRENT_ARGUMENTS |= frozenset(["ssm_state_indices", "num_accepted_tokens"])
+CHUNK_ARGUMENTS = _BOTH | names(
+    "safe_gate disable_recompute return_intermediate_states cu_seqlens_cpu cp_context use_graph max_num_seqs chunk_size"
+)
+RECURRENT_ARGUMENTS = _BOTH | names("inplace_final_state out ssm_state_indices num_accepted_tokens")
+# Those that FLA's signatures need not name, since they may be in its **kwargs.
+KEYWORDS = names("A_log dt_bias chunk_size")
 
 
 def chunk_declined(given: Arguments) -> str | None:
@@ -116,13 +107,9 @@ def recurrent(given: Arguments) -> tuple[Tensor, Tensor | None]:
 
 def _is_one_step(given: Arguments) -> bool:
     """Whether lkda's decoding step, one kernel from the logits, computes the call."""
+    q, v = given["q"], given["v"]
     from_logits = given["use_gate_in_kernel"] and given["use_beta_sigmoid_in_kernel"]
-    return (
-        from_logits
-        and given["q"].shape[1] == 1
-        and given["cu_seqlens"] is None
-        and given["q"].shape == given["v"].shape
-    )
+    return from_logits and q.shape[1] == 1 and given["cu_seqlens"] is None and q.shape == v.shape
 
 
 def _step(given: Arguments) -> tuple[Tensor, Tensor | None]:

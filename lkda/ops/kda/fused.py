@@ -78,7 +78,7 @@ def kda_gate(
     sizes: dict[str, int] = {}
     check_shape(fn, "gate_logits", gate_logits, "B T H K", sizes)
     check_shape(fn, "beta_logits", beta_logits, "B T H", sizes)
-    given = {"gate_logits": gate_logits, "beta_logits": beta_logits}
+    given: dict[str, Tensor | None] = {"gate_logits": gate_logits, "beta_logits": beta_logits}
     check_alike(fn, given | {"A_log": gate.A_log, "dt_bias": gate.dt_bias}, same_dtype=())
     gate.check(fn, gate_logits, sizes)
     dtype = torch.promote_types(gate_logits.dtype, beta_logits.dtype)
