@@ -51,7 +51,7 @@ def kda_attention_fused(
     check_alike(fn, given | {"A_log": gate.A_log, "dt_bias": gate.dt_bias}, same_dtype=("q", "k", "v"))
     gate.check(fn, gate_logits, sizes | {"H": v.shape[2]})
     word = backend_of(fn, backend, q)
-    scale = sizes["K"] ** -0.5 if scale is None else scale
+    scale = sizes["K"] ** -0.5 if scale is None else float(scale)
     if word == "cuda":
         logits = None if gate_logits is None else gate_logits.to(q.dtype)
         g, beta = kda_gate_cuda(logits, beta_logits.to(q.dtype), gate, head_dim=sizes["K"])

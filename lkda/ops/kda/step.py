@@ -140,7 +140,7 @@ def kda_step_fused(
         *(q, k, v, gate_logits, beta_logits, gate),
         *(state[0], state[1] if len(state) == 2 else None, weights, caches),
         normalize=not normalized,
-        scale=sizes["D"] ** -0.5 if scale is None else scale,
+        scale=sizes["D"] ** -0.5 if scale is None else float(scale),
     )
 
 

@@ -281,3 +281,11 @@ class TestChunkStates:
         assert not states[0, 0].any()
         assert relative(states[0, 1], kda_attention(*(inputs[n][:, :16] for n in NAMES))[1][0]) < 1e-12
         assert not states[0, 2].any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunk", "recurrent"])
+def test_a_scale_may_be_a_whole_number(backend):
+    """A C++ function would read an int from another register than a float."""
+    inputs = kda_inputs(1, 20, 1, 16, 16)
+    got, want = (kda_attention(**inputs, scale=scale, backend=backend) for scale in (2, 2.0))
+    assert torch.equal(got[0], want[0])
