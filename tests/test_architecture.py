@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.studies": {"report.read", "report.draw"},
     "report": {"report.*"},  # readme.py and redraw.py, which call the others
     "generation": {"models", "ops.*", "data.text"},
+    "layers": {"models", "ops.*"},
     "integrations": {"ops.*"},
     "commands": {
         "integrations",

@@ -8,10 +8,10 @@
     with use_lkda_kernels(model):                # or only for a while
         model.generate(...)
 
-transformers writes a KDA layer as a method that calls functions of its module: two convolutions and two forms of KDA. The
-layers of the model get a subclass of their class whose method is transformers' own, but calls lkda's functions under
-those names. Their gates and gated norms get subclasses with a forward of lkda's. Parameters, buffers, hooks and state
-dicts stay as they are, other models are not touched, and no code of transformers is copied.
+In transformers the forward of a KDA layer calls four functions of its module: two for the convolution and two for KDA.
+The layers of the model get a subclass of their class whose forward is transformers' own, but calls lkda's functions
+under those names. Their gates and gated norms get subclasses with a forward of lkda's. Parameters, buffers, hooks and
+state dicts stay as they are, other models are not touched, and no code of transformers is copied.
 """
 
 from __future__ import annotations
