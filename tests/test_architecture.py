@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.text": {"data"},
     "data.prose": {"data", "data.text"},
     "data.synthetic": {"data"},
-    "bench": {"models", "generation", "ops.*", "data.synthetic"},
+    "bench": {"integrations", "models", "generation", "ops.*", "data.synthetic"},
     "bench.ops": {"bench", "ops.*"},
     "report.read": set(),
     "report.draw": {"report.read"},
