@@ -229,12 +229,15 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="separated by commas")
     for name, value in asdict(Sizes()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.only.split(",")
     if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
         parser.error(f"--only takes names of {', '.join(IMPLEMENTATIONS)}; got {', '.join(unknown)}")
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: torch sees no CUDA device; use --device cpu.")
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     sizes = Sizes(**{name: getattr(options, name) for name in asdict(Sizes())})
     if options.row:
         print(json.dumps(measure(names[0], sizes, device, steps=options.steps, seed=int(options.seeds))))

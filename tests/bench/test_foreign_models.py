@@ -42,7 +42,9 @@ def test_a_missing_package_is_the_reason_of_its_row(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(
         foreign_models, "_row_of_process", lambda name, seed, _: {"implementation": name, "reason": "no"}
     )
-    monkeypatch.setattr(foreign_models.sys, "argv", ["", "--only", "fla,kimi_fla", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        foreign_models.sys, "argv", ["", "--device", "cpu", "--only", "fla,kimi_fla", "--out", str(tmp_path)]
+    )
     foreign_models.main()
     assert capsys.readouterr().out == "fla: no\nkimi_fla: no\n"
     assert (tmp_path / "table.json").exists()
