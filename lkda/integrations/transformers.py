@@ -102,6 +102,12 @@ def _changes(layer: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     if len(gates) != 1 or len(norms) != 1:
         raise _unknown(f"{type(layer).__name__} has {len(gates)} gates and {len(norms)} gated norms, not one of each")
     gate, norm = gates[0], norms[0]
+    for module in (layer, gate, norm):
+        if "forward" in vars(module):
+            raise InputError(
+                f"use_lkda_kernels: {type(module).__name__} has a forward of its own, as the hooks of accelerate make "
+                "it; call use_lkda_kernels before the model is dispatched to devices or wrapped."
+            )
     _check_parts(gate, norm)
     _check_filters(layer)
     yield layer, _with_functions(type(layer), tuple(originals))

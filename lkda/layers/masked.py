@@ -28,8 +28,8 @@ class Masked(RecurrentMixer):
         """Mix whole sequences, or continue them.
 
         A masked row gives the result that its tokens alone would give. torch.compile(fullgraph=True) takes the layer
-        with or without a mask, except that the forms in PyTorch read the lengths of masked or packed sequences and cannot be
-        traced whole. `SimplifiedAttention` has no other form on a CPU.
+        with or without a mask. Only the forms in PyTorch read the lengths of masked or packed sequences, and so cannot
+        be traced whole with them. `SimplifiedAttention` has no other form on a CPU.
 
         Args:
             x: [B, T, d_model].

@@ -276,6 +276,13 @@ class TestRefusals:
             use_lkda_kernels(model)
         assert unchanged(model)
 
+    def test_a_forward_that_would_hide_the_kernels_is_named(self):
+        model = kimi()
+        layer = model.model.layers[0].self_attn
+        layer.forward = layer.forward  # what accelerate does to a module with hooks
+        with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, as the hooks"):
+            use_lkda_kernels(model)
+
     def test_a_gate_out_of_range_is_named(self):
         with pytest.raises(ValueError, match=r"lower bound of the gate must be in \[-5, 0\), got -8.0"):
             use_lkda_kernels(glm(bound=-8.0))
