@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import CellType, FunctionType, ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,8 @@ def _is_kda_layer(module: nn.Module) -> bool:
 def _changes(layer: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     """The modules of a KDA layer that change, each with its new class. Raises InputError for an unknown interface."""
     family = sys.modules[inspect.unwrap(type(layer).forward).__module__]
-    originals = {name: _checked_function(family, name) for name in _REPLACEMENTS}
+    for name in _REPLACEMENTS:
+        _check_function(family, name)
     gates = [part for part in layer.children() if hasattr(part, "A_log") and hasattr(part, "dt_bias")]
     norms = [part for part in layer.children() if getattr(part, "activation", None) == "sigmoid"]
     if len(gates) != 1 or len(norms) != 1:
@@ -110,9 +111,10 @@ def _changes(layer: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
             )
     _check_parts(gate, norm)
     _check_filters(layer)
-    yield layer, _with_functions(type(layer), tuple(originals))
-    yield gate, _with_forward(type(gate), _gate_forward)
-    yield norm, _with_forward(type(norm), _norm_forward)
+    classes: list[Any] = [type(module) for module in (layer, gate, norm)]
+    yield layer, _with_functions(classes[0])
+    yield gate, _with_forward(classes[1], _gate_forward)
+    yield norm, _with_forward(classes[2], _norm_forward)
 
 
 def _unknown(what: str) -> InputError:
@@ -124,15 +126,14 @@ def _unknown(what: str) -> InputError:
     )
 
 
-def _checked_function(family: ModuleType, name: str) -> Callable[..., Any]:
-    """The function of a family's module. Raises InputError unless it has the arguments of its replacement."""
+def _check_function(family: ModuleType, name: str) -> None:
+    """Raises InputError unless the function of a family's module has the arguments of its replacement."""
     function = getattr(family, name, None)
     if function is None:
         raise _unknown(f"{family.__name__} has no function {name}")
     wanted, found = (list(inspect.signature(f).parameters) for f in (_REPLACEMENTS[name], function))
     if wanted != found:
         raise _unknown(f"{family.__name__}.{name} has the arguments {', '.join(found)}, not {', '.join(wanted)}")
-    return cast(Callable[..., Any], function)
 
 
 def _check_parts(gate: nn.Module, norm: nn.Module) -> None:
@@ -169,8 +170,8 @@ def _gate_forward(self: Any, hidden_states: Tensor) -> Tensor:
     logits = self.f_proj(hidden_states) if hasattr(self, "f_proj") else self.f_b_proj(self.f_a_proj(hidden_states))
     logits = logits.unflatten(-1, (-1, self.head_dim))
     bound = _lower_bound(self)
-    form = {"form": "softplus"} if bound is None else {"form": "bounded", "lower_bound": bound}
-    gate = KDAGate(self.A_log.flatten(), self.dt_bias, **form)  # type: ignore[arg-type]
+    form: dict[str, Any] = {"form": "softplus"} if bound is None else {"form": "bounded", "lower_bound": bound}
+    gate = KDAGate(self.A_log.flatten(), self.dt_bias, **form)
     # The layer computes beta by itself.
     return kda_gate(logits, logits.new_zeros(logits.shape[:-1]), gate)[0]
 
@@ -278,16 +279,15 @@ def _step_backend(q: Tensor, *others: Tensor | None) -> str:
 
 
 @cache
-def _with_forward(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """A subclass with another forward."""
+def _with_forward(original: Any, forward: Callable[..., Any]) -> type[nn.Module]:
+    """A subclass of a class of modules, with another forward."""
     return type(original.__name__, (original,), {"forward": forward, _ORIGINAL: original})
 
 
 @cache
-def _with_functions(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass whose forward calls lkda's functions under these names."""
-    replaced = _rebuilt(original.forward, {name: _REPLACEMENTS[name] for name in names})
-    return _with_forward(original, replaced)
+def _with_functions(original: Any) -> type[nn.Module]:
+    """A subclass of a class of KDA layers whose forward calls lkda's functions."""
+    return _with_forward(original, _rebuilt(original.forward, _REPLACEMENTS))
 
 
 def _rebuilt(function: Any, names: Mapping[str, Any]) -> FunctionType:
