@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.text": {"data"},
     "data.prose": {"data", "data.text"},
     "data.synthetic": {"data"},
-    "bench": {"models", "generation", "ops.*", "data.synthetic"},
+    "bench": {"integrations", "models", "generation", "ops.*", "data.synthetic"},
     "bench.ops": {"bench", "ops.*"},
     "report.read": set(),
     "report.draw": {"report.read"},
@@ -57,7 +57,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.studies": {"report.read", "report.draw"},
     "report": {"report.*"},  # readme.py and redraw.py, which call the others
     "generation": {"models", "ops.*", "data.text"},
-    "commands": {"ops.*", "models", "generation", "training.*", "formats.*", "data.*", "bench.*", "report.*"},
+    "layers": {"models", "ops.*"},
+    "integrations": {"ops.*"},
+    "commands": {
+        "integrations",
+        "ops.*",
+        "models",
+        "generation",
+        "training.*",
+        "formats.*",
+        "data.*",
+        "bench.*",
+        "report.*",
+    },
     "top": {"formats.*", "models", "generation", "commands"},  # lkda/__init__.py and __main__.py
 }
 # Other packages, and the packages of lkda whose modules may import them at all.
@@ -65,7 +77,8 @@ ONLY_IN = {
     "hydra": {"commands"},
     "datasets": {"data"},
     "wandb": {"training"},
-    "transformers": {"formats", "commands", "bench"},
+    "transformers": {"formats", "commands", "bench", "integrations"},
+    "fla": {"commands", "bench", "bench.ops", "integrations"},
     "lm_eval": {"commands"},
 }
 # Packages that must not load with the package that uses them.

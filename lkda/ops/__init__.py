@@ -1,7 +1,8 @@
 """Sequence-mixing operators, as functions of tensors. They need torch alone; kernels are compiled at the first call."""
 
 from lkda.ops.gated_norm.op import gated_rms_norm
-from lkda.ops.kda.fused import kda_attention_fused
+from lkda.ops.kda.chunk_states import kda_chunk_states
+from lkda.ops.kda.fused import kda_attention_fused, kda_gate
 from lkda.ops.kda.op import kda_attention, kda_step
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.kda.step import kda_step_fused
@@ -19,6 +20,8 @@ __all__ = [
     "gated_rms_norm",
     "kda_attention",
     "kda_attention_fused",
+    "kda_chunk_states",
+    "kda_gate",
     "kda_step",
     "kda_step_fused",
     "l2_normalized",

@@ -109,6 +109,11 @@ def kda_step_fused(
     sizes: dict[str, int] = {"1": 1}
     check_shape(fn, "q", q, "B H D", sizes)
     check_shape(fn, "k", k, "B H D", sizes)
+    if v.dim() == 3 and v.shape[0] == sizes["B"] and v.shape != q.shape:
+        raise InputError(
+            f"{fn}: v must have as many heads as q and of the same size, {list(q.shape)}, got {list(v.shape)}; "
+            "for other heads call `kda_gate` and `kda_step`."
+        )
     check_shape(fn, "v", v, "B H D", sizes)
     check_shape(fn, "beta_logits", beta_logits, "B H", sizes)
     given = {"q": q, "k": k, "v": v, "gate_logits": gate_logits, "beta_logits": beta_logits}
@@ -126,7 +131,7 @@ def kda_step_fused(
         *(q, k, v, gate_logits, beta_logits, gate),
         *(state[0], state[1] if len(state) == 2 else None, weights, caches),
         normalize=not normalized,
-        scale=sizes["D"] ** -0.5 if scale is None else scale,
+        scale=sizes["D"] ** -0.5 if scale is None else float(scale),
     )
 
 
