@@ -60,10 +60,12 @@ class SubsetMetrics(nn.Module):
         for places in batch["target_positions"].split(PLACES_AT_ONCE):
             logits = model.lm_head(hidden[places]).float()
             predicted[places] = logits.argmax(-1)
-            self.loss[subset].update(F.cross_entropy(logits, wanted[places]), weight=len(places))
+            loss = F.cross_entropy(logits, wanted[places]) if len(places) else logits.sum()
+            self.loss[subset].update(loss, weight=len(places))
         predicted = predicted.view_as(targets)
         self.accuracy[subset].update(predicted, targets)
-        self.sequence_accuracy[subset].update(predicted, targets)
+        asked = (targets != IGNORE_INDEX).any(1)  # a process's share may have a row more than there are examples
+        self.sequence_accuracy[subset].update(predicted[asked], targets[asked])
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics by column of metrics.csv: of each measured subset, and their means as val/accuracy and so on.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lkda.ops.sequences import positions
 from lkda.targets import IGNORE_INDEX
+from lkda.training.processes import sum_over_processes
 
 
 def starts(context: int) -> list[int]:
@@ -54,7 +55,9 @@ class PositionLoss(nn.Module):
             self.counts[n] += chosen.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean losses by column of metrics.csv, for the ranges with at least one target. Resets them."""
+        """The mean losses by column of metrics.csv, for the ranges with at least one target on any process. Resets
+        them."""
+        sum_over_processes(self.sums, self.counts)
         found = {name: self.sums[n] / self.counts[n] for n, name in enumerate(self.columns) if self.counts[n] > 0}
         self.reset()
         return found
