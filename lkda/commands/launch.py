@@ -33,7 +33,8 @@ _VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SI
 
 
 class Processes:
-    """The processes of a run, one for each device. It is a context, at whose end they part.
+    """The processes of a run, one for each device. It is a context, at whose end they part. Processes that something
+    else has started stay together for the next run of a sweep.
 
     If nothing else has started them, the first process starts the others of its node in `join`: they run the same
     command again. torchrun, Slurm, or a command on each node may also start them.
@@ -72,6 +73,9 @@ class Processes:
 
     def __exit__(self, *exception: object) -> None:
         if self.group is None:
+            return
+        if self._started_elsewhere:  # they have one address, at which they can meet once
+            dist.destroy_process_group(self.group)
             return
         dist.destroy_process_group()
         # The next run of a sweep in this process starts processes of its own.

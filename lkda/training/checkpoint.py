@@ -129,7 +129,7 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
     others = [
         path
         for path in sorted(directory.glob("*.ckpt"))
-        if path not in steps and not any(path.samefile(step) for step in steps)
+        if path not in steps and path.exists() and not any(path.samefile(step) for step in steps)
     ]
     found: tuple[Path, dict[str, Any]] | None = None
     broken = []

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+SECONDS = 60  # after which the processes of a test are ended
 
 
 def on_ranks(count: int, function: Callable[[int], Any], directory: Path) -> list[Any]:
@@ -23,11 +27,30 @@ def on_ranks(count: int, function: Callable[[int], Any], directory: Path) -> lis
     directory.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     children = [_fork(rank, count, port, function, directory) for rank in range(count)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = _wait(children)
     files = [directory / f"{rank}.pickle" for rank in range(count)]
     failures = [(directory / f"{rank}.txt") for rank in range(count)]
     assert codes == [0] * count, "\n".join(file.read_text() for file in failures if file.exists())
     return [pickle.loads(file.read_bytes()) for file in files]
+
+
+def _wait(children: list[int]) -> list[int]:
+    """Their exit codes. When one fails, or after a minute, the others are ended: they may wait for it."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + SECONDS
+    while len(codes) < len(children):
+        for child in children:
+            found, status = (0, 0) if child in codes else os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child]:
+                    deadline = min(deadline, time.monotonic() + 1)
+        if time.monotonic() > deadline:
+            for child in children:
+                if child not in codes:
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
 
 
 def _free_port() -> int:

@@ -109,3 +109,4 @@ class Checkpoints(Checkpoint):
         self._end_of_step(trainer, due=best or trainer.should_stop)
         if best and trainer.is_global_zero:
             self._name("best.ckpt", trainer.global_step)
+            delete_old(self.directory, keep=self.keep)  # the best one before
