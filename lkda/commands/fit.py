@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
@@ -62,8 +63,10 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
     """The LightningModule that trains `model` as planned."""
     plan, data = prepared.plan, prepared.data
     automatic = plan.compile == "auto" and plan.device.type == "cuda" and not plan.trainer.detect_anomaly
-    # A replayed graph would not run what the strategies add to the backward pass.
     graphs = automatic and plan.trainer.strategy == "single"
+    if plan.trainer.strategy == "ddp" and (plan.compile is True or automatic):
+        # A block is compiled as a whole. Its gradients are averaged while the block before it runs backward.
+        torch._dynamo.config.optimize_ddp = False
     return LanguageModelTask(
         model,
         optimizer=plan.optimizer,

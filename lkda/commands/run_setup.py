@@ -39,7 +39,7 @@ from lkda.training.options import (
     check_trainer,
     sequences_per_batch,
 )
-from lkda.training.precision import PRECISIONS, resolve_precision
+from lkda.training.precision import FSDP_PRECISIONS, PRECISIONS, resolve_precision
 
 GROUPS = ("model", "mixer", "data", "optimizer", "scheduler", "trainer", "checkpoint", "sample", "callbacks", "logger")
 # Options of the groups `model` and `mixer` that are not options of a model: its name, and defaults for other groups.
@@ -219,6 +219,10 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
     devices = resolve_device_count(settings["trainer"]["devices"], device)
     trainer = {**settings["trainer"], "precision": precision, "devices": devices}
     data = _data_of_all_devices(settings["data"], trainer)
+    if trainer["strategy"] == "fsdp" and precision not in FSDP_PRECISIONS:
+        raise InputError(
+            f"trainer.precision={precision} cannot be used with trainer=fsdp: use {' or '.join(FSDP_PRECISIONS)}."
+        )
     model = model_options(settings) if initial is None else model_options_of(initial)
     backends = check_model(model, device=device, precision=PRECISIONS[precision], initial=initial)
     return RunPlan(
@@ -309,3 +313,9 @@ def check_model(
             return made.resolve_backends(device, precision)
     except (RuntimeError, OverflowError) as error:  # the size of a tensor in bytes overflows in torch
         raise InputError(f"the model is too large ({str(error).splitlines()[0]}): lower its sizes.") from error
+
+
+def require_one_device(plan: RunPlan, *, what: str) -> None:
+    """Raise InputError, naming `what` does not run on several devices, if the plan has them."""
+    if plan.trainer.strategy != "single":
+        raise InputError(f"{what} measures one device: leave trainer={plan.trainer.strategy} out.")

@@ -64,6 +64,8 @@ def summarize(
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
+        "devices": prepared.plan.trainer.world_size,
+        "strategy": prepared.plan.trainer.strategy,
         "precision": prepared.plan.trainer.precision,
         "checkpointing": prepared.plan.checkpointing,
         "state_dtype": _state_dtype(model),

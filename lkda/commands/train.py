@@ -60,8 +60,9 @@ def _train_beside(plan: RunPlan, own_directory: Path, processes: Processes) -> N
         return
     run = RunFiles(start["directory"])
     if own_directory.absolute() != run.path:
-        with suppress(OSError):  # fails if the directory is not empty, or not there
+        with suppress(OSError):  # fails if a directory is not empty, or not there
             own_directory.rmdir()
+            own_directory.parent.rmdir()
     saved: Saved | None = start["saved"]
     prepared = with_data(plan, processes.one_at_first(lambda: prepare_data(plan, saved)), saved)
     _fit(prepared, model_of(prepared), run, processes)

@@ -3,6 +3,8 @@
 import csv
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +20,13 @@ from lkda.commands.data_options import build_data
 from lkda.commands.export import export
 from lkda.commands.run_setup import plan_run
 from lkda.commands.train import train
+from lkda.training import losses
 from lkda.training.checkpoint import read_checkpoint
 from lkda.training.processes import value_of_first
 from lkda.training.sharded_checkpoint import read_sharded, rows_of
 from lkda.training.task import LanguageModelTask
 from tests.commands.ranks import on_ranks
-from tests.commands.small import TIMES, composed, small_run
+from tests.commands.small import ROOT, TIMES, composed, small_run
 
 SAME = (
     "data.batch_size=4",
@@ -89,7 +92,12 @@ def test_ddp_is_one_process(pieces: int, corpus: Path, tmp_path: Path, alone: Ru
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("trainer.accumulate_grad_batches=2", "checkpointing=block"), ("optimizer=muon",)]
+    "overrides",
+    [
+        (),
+        ("trainer.accumulate_grad_batches=2", "checkpointing=block"),
+        pytest.param(("optimizer=muon",), marks=pytest.mark.slow),
+    ],
 )
 def test_fsdp_is_one_process(overrides: tuple[str, ...], corpus: Path, tmp_path: Path, alone: Run) -> None:
     trained(corpus, tmp_path / "run", *overrides, *on("fsdp"), processes=2)
@@ -97,6 +105,7 @@ def test_fsdp_is_one_process(overrides: tuple[str, ...], corpus: Path, tmp_path:
     assert_same_rows(tmp_path / "run", alone(*overrides), rel=rel)
 
 
+@pytest.mark.slow
 def test_bf16_and_fsdp(corpus: Path, tmp_path: Path, alone: Run) -> None:
     trained(corpus, tmp_path / "run", "trainer.precision=bf16-mixed", *on("fsdp"), processes=2)
     assert_same_rows(tmp_path / "run", alone("trainer.precision=bf16-mixed"), rel=1e-2)
@@ -139,27 +148,28 @@ def seen_rows(rank: int, config: Any, directory: Path) -> list[tuple[int, ...]]:
 
 def test_two_one_two_processes_see_every_example_once(corpus: Path, tmp_path: Path) -> None:
     """A run that is resumed with other numbers of processes, in the middle of an epoch. It also changes its strategy."""
-    changes: list[tuple[int, int, str]] = [(2, 2, "fsdp"), (5, 1, "single"), (7, 2, "ddp"), (9, 2, "fsdp")]
-    plan = plan_run(composed("train", *small_run(corpus, *SAME)), tmp_path)
+    changes: list[tuple[int, int, str]] = [(2, 2, "fsdp"), (3, 1, "single"), (5, 2, "ddp")]
+    same = (*SAME, "data.batch_size=16", "checkpoint.every_n_steps=100", "trainer.val_check_interval=100")
+    plan = plan_run(composed("train", *small_run(corpus, *same)), tmp_path)
     data: Any = build_data(plan.data)
     data.prepare()
-    epoch = data._train.count // 4  # steps that stay within the first epoch
+    epoch = data._train.count // 16  # steps that stay within the first epoch
     seen: Counter[tuple[int, ...]] = Counter()
-    changes.append((epoch, 2, "ddp"))
+    changes.append((epoch, 2, "fsdp"))
     for number, (steps, count, strategy) in enumerate(changes):
         overrides = [f"trainer.max_steps={steps}", f"resume={str(number > 0).lower()}", "scheduler=constant"]
         overrides += on(strategy, count) if strategy != "single" else ()
-        config = composed("train", *small_run(corpus, *SAME, *overrides))
+        config = composed("train", *small_run(corpus, *same, *overrides))
         results = on_ranks(count, lambda r, c=config: seen_rows(r, c, tmp_path / "run"), tmp_path / f"part{number}")
         assert len({len(found) for found in results}) == 1  # shared out evenly
         seen.update(row for found in results for row in found)
     all_rows = Counter(tuple(data._train.row(n)[0].tolist()) for n in range(data._train.count))
-    assert sum(seen.values()) == 4 * epoch
+    assert sum(seen.values()) == 16 * epoch
     assert all(count <= all_rows[row] for row, count in seen.items())  # none twice
-    assert sum((all_rows - seen).values()) == data._train.count - 4 * epoch < 4  # and all but the incomplete batch
+    assert sum((all_rows - seen).values()) == data._train.count - 16 * epoch < 16  # and all but the incomplete batch
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_resumed_with_another_number(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
     """2 -> 1 -> 2 processes end as one process that was not stopped."""
     run = tmp_path / "run"
@@ -257,6 +267,7 @@ def test_unequal_numbers_of_targets(corpus: Path, tmp_path: Path, monkeypatch: p
     assert_same_rows(tmp_path / "two", tmp_path / "one", rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_size_for_each_device(corpus: Path, tmp_path: Path, alone: Run) -> None:
     each = ("data.batch_size=2", "trainer.global_batch=false", *on("ddp"))
     summaries = trained(corpus, tmp_path / "run", *each, processes=2)
@@ -267,7 +278,7 @@ def test_a_batch_size_for_each_device(corpus: Path, tmp_path: Path, alone: Run) 
     assert trained(corpus, tmp_path / "run", "resume=true", "trainer.max_steps=5")[0]["steps"] == 5
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_stops_all(strategy: str, corpus: Path, tmp_path: Path) -> None:
     """After the same step, which is saved. The run then continues."""
     step = LanguageModelTask.training_step
@@ -330,3 +341,38 @@ def test_a_finished_run_has_nothing_to_do(corpus: Path, tmp_path: Path) -> None:
     first, _ = trained(corpus, tmp_path / "run", "trainer.max_steps=1", *on("ddp"), processes=2)
     again = trained(corpus, tmp_path / "run", "trainer.max_steps=1", *on("ddp"), "resume=true", processes=2)
     assert again == [first, {}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiled_blocks(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
+    """The blocks are traced and called, whichever strategy they have."""
+
+    def run(rank: int) -> int:
+        traced = []
+        losses.keeps_less = lambda graph, inputs: traced.append(graph) or graph.forward  # in a process of its own
+        config = composed("train", *small_run(corpus, *SAME, "mixer=softmax", "compile=true", *on(strategy)))
+        train(config, tmp_path / "run")
+        return len(traced)
+
+    assert min(on_ranks(2, run, tmp_path / "ranks")) >= 1
+    assert_same_rows(tmp_path / "run", alone("mixer=softmax"), rel=1e-4)
+
+
+@pytest.mark.slow  # it starts Python four times
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_command_starts_its_processes(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
+    """Also in a sweep, whose jobs follow each other in one process."""
+    words = small_run(corpus, *SAME, *on(strategy), "seed=1,2", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${seed}")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"2 devices with {strategy}; 2 sequences at a time on each") == 2  # one process prints
+    for seed in (1, 2):
+        assert_same_rows(tmp_path / str(seed), alone(f"seed={seed}"), rel=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "multirun.yaml"]
+
+
+def test_precisions_of_fsdp() -> None:
+    with pytest.raises(InputError, match="trainer.precision=64-true cannot be used with trainer=fsdp: use bf16-mixed or 32"):
+        plan_run(composed("train", *on("fsdp"), "trainer.precision=64-true"), Path("nowhere"))

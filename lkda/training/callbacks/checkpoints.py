@@ -70,6 +70,9 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if process_count() > 1:
             self.stop_request.take_over()
+            # Before each batch Lightning asks all processes for a SIGTERM, and waits for the device to answer.
+            # `agreed` asks without waiting.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
     def _name(self, name: str, step: int) -> None:
         point_to(step_path(self.directory, step), self.directory / name)
@@ -110,3 +113,7 @@ class Checkpoints(Checkpoint):
         if best and trainer.is_global_zero:
             self._name("best.ckpt", trainer.global_step)
             delete_old(self.directory, keep=self.keep)  # the best one before
+
+
+def _nothing() -> None:
+    pass
