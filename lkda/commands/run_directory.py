@@ -21,6 +21,7 @@ from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
 from lkda.metrics_file import read_metrics
 from lkda.old_names import translated
+from lkda.run_failure import FAILURE
 from lkda.training.checkpoint import newest_intact
 from lkda.training.options import sequences_per_batch
 from lkda.training.sharded_checkpoint import remove
@@ -149,7 +150,8 @@ class RunDirectory(RunFiles):
             )
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.yaml, the resolved configuration."""
+        """Write config.yaml, the resolved configuration. The run begins again if it had failed."""
+        (self.path / FAILURE).unlink(missing_ok=True)
         write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:

@@ -124,5 +124,3 @@ def share_weights(task: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, *, m
     fully_shard(task, mesh=mesh, reshard_after_forward=False)
     for method in methods:
         register_fsdp_forward_method(task, method)
-
-

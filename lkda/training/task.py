@@ -99,9 +99,7 @@ class LanguageModelTask(L.LightningModule):
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.longest_sequence = context
-        self.loss = ModelLoss(
-            model, compile=compile, checkpointing=checkpointing, shares_weights=shares_weights
-        )
+        self.loss = ModelLoss(model, compile=compile, checkpointing=checkpointing, shares_weights=shares_weights)
         self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
         self.shares_weights = shares_weights
 

@@ -85,7 +85,8 @@ def test_ddp_is_one_process(pieces: int, corpus: Path, tmp_path: Path, alone: Ru
     assert_same_rows(tmp_path / "run", alone(*overrides), rel=1e-6)
     assert all(row["train/clipped_share"] == 1 for row in rows(tmp_path / "run") if "train/loss" in row)
     ours, theirs = (
-        read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (tmp_path / "run", alone(*overrides))
+        read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+        for run in (tmp_path / "run", alone(*overrides))
     )
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-9, atol=1e-12)
@@ -123,7 +124,10 @@ def test_the_first_weights_are_those_of_one_process(strategy: str, corpus: Path,
                 found[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
         LanguageModelTask.on_train_start = note  # type: ignore[method-assign]  # in a process of its own
-        train(composed("train", *small_run(corpus, *SAME, "trainer.max_steps=1", *overrides)), tmp_path / str(len(overrides)))
+        train(
+            composed("train", *small_run(corpus, *SAME, "trainer.max_steps=1", *overrides)),
+            tmp_path / str(len(overrides)),
+        )
         return found
 
     (expected,) = on_ranks(1, first, tmp_path / "one")
@@ -185,7 +189,11 @@ def test_a_shared_checkpoint_is_loaded_and_exported_on_one_device(corpus: Path, 
     run = tmp_path / "run"
     trained(corpus, run, "checkpoint.keep=1", *on("fsdp"), processes=2)
     path = run / "checkpoints" / "last.ckpt"
-    assert sorted(file.name for file in path.iterdir()) == ["part_00000_of_00002.pt", "part_00001_of_00002.pt", "rest.pt"]
+    assert sorted(file.name for file in path.iterdir()) == [
+        "part_00000_of_00002.pt",
+        "part_00001_of_00002.pt",
+        "rest.pt",
+    ]
     names = {found.name for found in path.parent.iterdir()}
     assert names == {"last.ckpt", "best.ckpt", "step_0000004.ckpt"}
     shared, whole = load_trained(run), load_trained(alone())
@@ -363,7 +371,9 @@ def test_compiled_blocks(strategy: str, corpus: Path, tmp_path: Path, alone: Run
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_command_starts_its_processes(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
     """Also in a sweep, whose jobs follow each other in one process."""
-    words = small_run(corpus, *SAME, *on(strategy), "seed=1,2", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${seed}")
+    words = small_run(
+        corpus, *SAME, *on(strategy), "seed=1,2", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${seed}"
+    )
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -374,5 +384,7 @@ def test_the_command_starts_its_processes(strategy: str, corpus: Path, tmp_path:
 
 
 def test_precisions_of_fsdp() -> None:
-    with pytest.raises(InputError, match="trainer.precision=64-true cannot be used with trainer=fsdp: use bf16-mixed or 32"):
+    with pytest.raises(
+        InputError, match="trainer.precision=64-true cannot be used with trainer=fsdp: use bf16-mixed or 32"
+    ):
         plan_run(composed("train", *on("fsdp"), "trainer.precision=64-true"), Path("nowhere"))

@@ -53,7 +53,9 @@ def test_what_the_configurations_hold_is_right(group: str) -> None:
     CHECKS[group](options(group, "debug=anomaly"))
 
 
-@pytest.mark.parametrize("choice", ["optimizer=muon", "scheduler=constant", "scheduler=cosine", "trainer=gpu", "trainer=ddp", "trainer=fsdp"])
+@pytest.mark.parametrize(
+    "choice", ["optimizer=muon", "scheduler=constant", "scheduler=cosine", "trainer=gpu", "trainer=ddp", "trainer=fsdp"]
+)
 def test_so_is_every_choice(choice: str) -> None:
     group = choice.split("=")[0]
     CHECKS[group](options(group, choice))
