@@ -93,6 +93,9 @@ class RunConsole:
         )
         if plan.compile == "auto" and plan.device.type == "cuda":
             # A replayed graph would not run what the strategies add to the backward pass.
+            if trainer.context_parallel > 1:
+                self._line("compile=auto: neither torch.compile nor CUDA graphs, which context_parallel does not allow")
+                return
             self._line(f"compile=auto: torch.compile without CUDA graphs, which {trainer.strategy} does not allow")
 
     def print_interruption(self, ending: InterruptedRunError) -> None:

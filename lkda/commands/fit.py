@@ -35,7 +35,7 @@ from lkda.training.checkpoint import AtomicCheckpointIO
 from lkda.training.memory import keep_freed_memory
 from lkda.training.metrics_csv import MetricsCSV
 from lkda.training.precision import PRECISIONS
-from lkda.training.shares import share_of
+from lkda.training.shares import part_of, share_of
 from lkda.training.strategies import build_strategy
 from lkda.training.task import LanguageModelTask
 from lkda.training.throughput import Throughput
@@ -54,16 +54,30 @@ def quiet_libraries() -> None:
 def share_data(prepared: PreparedRun, processes: Processes) -> None:
     """Give this process its share of every batch."""
     data, options = prepared.data, prepared.plan.trainer
-    if options.data_parallel > 1:
-        rank = processes.rank // options.context_parallel
-        data.share = share_of(rank=rank, count=options.data_parallel, rows=data.batch_size)
+    group, number = divmod(processes.rank, options.context_parallel)
+    rows = data.batch_size // options.data_parallel
+    share = share_of(rank=group, count=options.data_parallel, rows=data.batch_size)
+    part = part_of(number=number, count=options.context_parallel, rows=rows)
+    if options.context_parallel > 1:
+        data.share = (lambda batch: part(share(batch))) if options.data_parallel > 1 else part
+    elif options.data_parallel > 1:
+        data.share = share
 
 
-def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask:
-    """The LightningModule that trains `model` as planned."""
+def build_task(
+    prepared: PreparedRun, model: LanguageModel, processes: Processes | None = None
+) -> LanguageModelTask:
+    """The LightningModule that trains `model` as planned.
+
+    Args:
+        processes: of the run, which have joined; None for a run of one process.
+    """
     plan, data = prepared.plan, prepared.data
     automatic = plan.compile == "auto" and plan.device.type == "cuda" and not plan.trainer.detect_anomaly
     graphs = automatic and plan.trainer.strategy == "single"
+    context_parallel = plan.trainer.context_parallel
+    automatic = automatic and context_parallel == 1  # its exchanges are not traced
+    group = processes.context_group(context_parallel) if processes is not None and context_parallel > 1 else None
     if plan.trainer.strategy == "ddp" and (plan.compile is True or automatic):
         # A block is compiled as a whole. Its gradients are averaged while the block before it runs backward.
         torch._dynamo.config.optimize_ddp = False
@@ -81,6 +95,8 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
         checkpointing=plan.checkpointing,
         cuda_graphs=graphs,
         shares_weights=plan.trainer.strategy == "fsdp",
+        context_group=group,
+        context_number=0 if processes is None else processes.rank % context_parallel,
     )
 
 

@@ -105,6 +105,14 @@ class Processes:
             fabric.launch()
         self.group = dist.new_group(backend="gloo", timeout=timeout)
 
+    def context_group(self, size: int) -> Any:
+        """The processes that divide each row of a batch among themselves: `size` with consecutive ranks. All processes
+        must call it."""
+        timeout = timedelta(minutes=self._options.timeout_minutes)
+        firsts = range(0, self._options.world_size, size)
+        groups = [dist.new_group(range(first, first + size), timeout=timeout) for first in firsts]
+        return groups[self.rank // size]
+
     def dismiss(self) -> None:
         """Tell processes that were started elsewhere, and wait in `receive`, that there is nothing to do."""
         if self._started_elsewhere and self._options.world_size > 1:

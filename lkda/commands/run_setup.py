@@ -219,6 +219,8 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
     devices = resolve_device_count(settings["trainer"]["devices"], device)
     trainer = {**settings["trainer"], "precision": precision, "devices": devices}
     data = _data_of_all_devices(settings["data"], trainer)
+    if trainer["context_parallel"] > 1 and settings["compile"] is True:
+        raise InputError("compile=true cannot be used with trainer.context_parallel: use compile=auto or compile=false.")
     if trainer["strategy"] == "fsdp" and precision not in FSDP_PRECISIONS:
         raise InputError(
             f"trainer.precision={precision} cannot be used with trainer=fsdp: use {' or '.join(FSDP_PRECISIONS)}."

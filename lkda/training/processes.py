@@ -15,6 +15,11 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_count_of(group: Any) -> int:
+    """The number of processes in that group."""
+    return dist.get_world_size(group)
+
+
 def sum_over_processes(*tensors: Tensor) -> None:
     """Replace each tensor by its sum over all processes. This does not wait for the device. All processes must call it,
     with tensors of the same shapes."""

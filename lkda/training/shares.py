@@ -1,4 +1,4 @@
-"""Divides a batch among the processes of a run.
+"""Divides a batch among the processes of a run: its sequences, and with context parallelism their tokens too.
 
 Every process makes the whole batch, whose content depends only on its number, and takes its share. A step therefore has
 the same sequences for every number of processes, and a run may be resumed with another number.
@@ -70,3 +70,46 @@ def _bounds_of_rows(cu_seqlens: Tensor, rows: range, length: int) -> Tensor:
     row, within = starts // length, starts % length
     inside = (row < rows.stop) & (row % rows.step == rows.start) & (starts < cu_seqlens[-1])
     return torch.unique(row[inside] // rows.step * length + within[inside]).to(cu_seqlens.dtype)
+
+
+def part_of(*, number: int, count: int, rows: int) -> Callable[[Batch], dict[str, Any]]:
+    """The function that takes one of `count` consecutive parts from each row of a batch.
+
+    The part has further entries, for `SequencePart`: "before" [R], and for a packed batch "documents".
+
+    Args:
+        number: of the part.
+        rows: rows of a packed batch.
+    """
+
+    def part(batch: Batch) -> dict[str, Any]:
+        packed = batch.get("cu_seqlens") is not None
+        whole = {name: batch[name].view(rows if packed else len(batch[name]), -1) for name in ("tokens", "targets")}
+        R, T = whole["tokens"].shape
+        if T % count:
+            raise ValueError(f"{T} tokens cannot be divided among {count} processes")
+        begin, end = number * T // count, (number + 1) * T // count
+        found = {**batch, **{name: x[:, begin:end].contiguous() for name, x in whole.items()}}
+        if not packed:
+            return found | {"before": torch.full((R,), begin)}
+        return found | _packed_part(found, batch["cu_seqlens"], begin, end, T)
+
+    return part
+
+
+def _packed_part(found: dict[str, Any], cu_seqlens: Tensor, begin: int, end: int, T: int) -> dict[str, Any]:
+    R, length = found["tokens"].shape[0], end - begin
+    token = torch.arange(R * T)
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    position = (token - cu_seqlens[sequence].long()).view(R, T)
+    starts = (position[:, begin:end] == 0) | (torch.arange(length) == 0)
+    bounds = starts.flatten().nonzero().squeeze(1).to(cu_seqlens.dtype)
+    padded = torch.full_like(cu_seqlens, R * length)
+    padded[: len(bounds)] = bounds
+    return {
+        "tokens": found["tokens"].reshape(1, -1),
+        "targets": found["targets"].reshape(1, -1),
+        "cu_seqlens": padded,
+        "before": position[:, begin].contiguous(),
+        "documents": sequence.view(R, T)[:, :end].contiguous(),
+    }

@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
+from lkda.models.sequence_part import SequencePart
 from lkda.training.cuda_graphs import CaptureError, GraphedLoss
 from lkda.training.losses import ModelLoss
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
-from lkda.training.processes import process_count
+from lkda.training.processes import process_count, process_count_of
 from lkda.training.step_mean import StepMean
 from lkda.training.strategies import share_weights
 from lkda.training.validation import Batch, ValidationMetrics, with_bits
@@ -55,6 +56,8 @@ class LanguageModelTask(L.LightningModule):
         compile: whether to compile the model's blocks with `torch.compile`.
         checkpointing: "none", or "block" to keep only the input of each block for the backward pass.
         cuda_graphs: whether to replay forward and backward as CUDA graphs, as long as they can be captured.
+        context_group, context_number: the processes that divide each row among themselves, and the number of this
+            one's part. A batch then has the entries of `lkda.training.shares.part_of`. None: no process divides a row.
         shares_weights: whether the devices share the weights. The trainer's strategy must be a `ShardedStrategy`.
 
     Attributes:
@@ -79,6 +82,8 @@ class LanguageModelTask(L.LightningModule):
         checkpointing: str = "none",
         cuda_graphs: bool = False,
         shares_weights: bool = False,
+        context_group: Any = None,
+        context_number: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -102,12 +107,34 @@ class LanguageModelTask(L.LightningModule):
         self.loss = ModelLoss(model, compile=compile, checkpointing=checkpointing, shares_weights=shares_weights)
         self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
         self.shares_weights = shares_weights
+        self.context_group, self.context_number = context_group, context_number
 
     def configure_model(self) -> None:
         if self.shares_weights:
             assert self.device_mesh is not None
             methods = ("training_step", "validation_step", "measure_test_batch")
             share_weights(self, self.model.blocks, self.device_mesh["data_parallel"], methods=methods)
+
+    def _take_part(self, batch: Batch) -> None:
+        """Tell the mixers which part of its rows the batch is. It is so until the next batch, whose backward pass may
+        compute blocks again."""
+        if self.context_group is None:
+            return
+        part = SequencePart(
+            self.context_group,
+            self.context_number,
+            process_count_of(self.context_group),
+            before=batch["before"],
+            cu_seqlens=batch["cu_seqlens"],
+            documents=batch.get("documents"),
+        )
+        self.validation.positions.part = self.test.positions.part = part
+        for mixer in self.model.mixers():
+            mixer.part = part
+
+    def on_fit_end(self) -> None:
+        for mixer in self.model.mixers():
+            mixer.part = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set the learning rate of this batch's step. It depends only on the step and the settings, not on the
@@ -120,6 +147,7 @@ class LanguageModelTask(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         pieces = self.trainer.accumulate_grad_batches
         first = batch_idx % pieces == 0
+        self._take_part(batch)
         parts = pieces * process_count()
         weight = self.step_mean.weight(batch["targets"], first=first) if parts > 1 else None
         inputs = {name: batch.get(name) for name in ("tokens", "targets", "cu_seqlens", "target_positions")}
@@ -172,6 +200,7 @@ class LanguageModelTask(L.LightningModule):
             self.step_mean.normalize(self.parameters(), pieces=pieces)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._take_part(batch)
         self.validation.update(self.model, batch, token_losses=self.loss.each)
 
     def on_validation_epoch_end(self) -> None:
@@ -190,6 +219,7 @@ class LanguageModelTask(L.LightningModule):
                 self.measure_test_batch(trainer.strategy.batch_to_device(batch))
 
     def measure_test_batch(self, batch: Batch) -> None:
+        self._take_part(batch)
         self.test.update(self.model, batch, token_losses=self.loss.each)
 
     def configure_gradient_clipping(

@@ -24,6 +24,7 @@ from lkda.models.linear import fused_linear, joined_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
 from lkda.models.rope import rotate
+from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import short_convolutions, softmax_attention
 from lkda.ops.sequences import positions
@@ -100,9 +101,11 @@ class SoftmaxAttention(Mixer):
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
         """The position of each token in its sequence, [T], or [B, T] where the lengths before them differ."""
+        new = torch.arange(x.shape[1], device=x.device)
+        if self.part is not None:
+            return self.part.positions(new if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[0])
         if cu_seqlens is not None:
             return positions(cu_seqlens, x.shape[1])[0]
-        new = torch.arange(x.shape[1], device=x.device)
         if state is None:
             return new
         return new + (state[2] if is_preallocated(state[2]) else state[0].shape[2])
@@ -114,10 +117,10 @@ class SoftmaxAttention(Mixer):
         layers, filters = [self.q_proj, self.k_proj, self.v_proj], self._filters()
         convolved: Sequence[Tensor] = ()
         if filters:
-            before = None if state is None else state[3:]
-            inputs, convolved = short_convolutions(
-                joined_linear(x, layers), filters, states=before, cu_seqlens=cu_seqlens
-            )
+            projected, before = joined_linear(x, layers), None if state is None else state[3:]
+            if self.part is not None:
+                before = tuple(states_before(projected, filters, self.part))
+            inputs, convolved = short_convolutions(projected, filters, states=before, cu_seqlens=cu_seqlens)
         else:
             inputs = fused_linear(x, layers)
         q, k, v = (self.heads(y) for y in inputs)
@@ -130,7 +133,9 @@ class SoftmaxAttention(Mixer):
     ) -> Tensor:
         """y of q [B, T, H, D] and k and v [B, S, H, D]; `lengths` as `append_many` returns them."""
         k, v = k.to(q.dtype), v.to(q.dtype)
-        if lengths is not None:
+        if self.part is not None:
+            o = self.part.attend(q, k, v, backend=self.backend)
+        elif lengths is not None:
             o = attend_each(q, k, v, lengths, backend=self.backend)
         else:
             longest = self.longest_sequence
