@@ -64,9 +64,7 @@ def share_data(prepared: PreparedRun, processes: Processes) -> None:
         data.share = share
 
 
-def build_task(
-    prepared: PreparedRun, model: LanguageModel, processes: Processes | None = None
-) -> LanguageModelTask:
+def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes | None = None) -> LanguageModelTask:
     """The LightningModule that trains `model` as planned.
 
     Args:

@@ -159,8 +159,8 @@ def _environment() -> ClusterEnvironment:
 
 @contextmanager
 def _arguments_of_this_run() -> Iterator[None]:
-    """Lightning starts the other processes with sys.argv. A job of a sweep needs its own settings there, and the console
-    command the name of the command."""
+    """Lightning starts the other processes with sys.argv. A job of a sweep needs its own settings there, and the
+    console command the name of the command."""
     before = sys.argv
     if HydraConfig.initialized():
         by_name = Path(before[0]).name in ("lkda", "__main__.py")

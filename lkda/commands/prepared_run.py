@@ -77,8 +77,8 @@ def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> Pr
     parts = plan.trainer.context_parallel
     if data.context % parts:
         raise InputError(
-            f"data.context={data.context} tokens cannot be divided among trainer.context_parallel={parts} devices: give a "
-            f"multiple of {parts}."
+            f"data.context={data.context} tokens cannot be divided among trainer.context_parallel={parts} devices: "
+            f"give a multiple of {parts}."
         )
     if parts > 1 and data.val_subsets:
         raise InputError(f"trainer.context_parallel={parts} needs data of text or data=random, got data={data.source}.")

@@ -220,7 +220,9 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
     trainer = {**settings["trainer"], "precision": precision, "devices": devices}
     data = _data_of_all_devices(settings["data"], trainer)
     if trainer["context_parallel"] > 1 and settings["compile"] is True:
-        raise InputError("compile=true cannot be used with trainer.context_parallel: use compile=auto or compile=false.")
+        raise InputError(
+            "compile=true cannot be used with trainer.context_parallel: use compile=auto or compile=false."
+        )
     if trainer["strategy"] == "fsdp" and precision not in FSDP_PRECISIONS:
         raise InputError(
             f"trainer.precision={precision} cannot be used with trainer=fsdp: use {' or '.join(FSDP_PRECISIONS)}."
@@ -259,6 +261,8 @@ def _data_of_all_devices(data: dict[str, Any], trainer: Mapping[str, Any]) -> di
             f"trainer.context_parallel={context} must divide the number of devices, which is {world_size}."
         )
     groups = world_size // context
+    if "batch_size" not in data:  # for evaluation alone
+        return data
     batch_size = sequences_per_batch(data["batch_size"], trainer)
     if batch_size % groups:
         raise InputError(

@@ -86,8 +86,8 @@ def claim_gpus(config: DictConfig) -> None:
     most = places * (len(gpus) // needed)
     if workers > most:
         raise InputError(
-            f"hydra.launcher.n_jobs={workers} jobs at once, each on {needed} GPU{'s' * (needed > 1)}, need more than the "
-            f"{len(gpus)} GPUs here: give hydra.launcher.n_jobs={most}, or a larger jobs_per_gpu to share a GPU."
+            f"hydra.launcher.n_jobs={workers} jobs at once, each on {needed} GPU{'s' * (needed > 1)}, need more than "
+            f"the {len(gpus)} GPUs here: give hydra.launcher.n_jobs={most}, or a larger jobs_per_gpu to share a GPU."
         )
     chosen = wait_for_gpus(gpus, needed=needed, places=places)
     os.environ[_VARIABLE] = ",".join(chosen)

@@ -72,7 +72,8 @@ class SequencePart:
         return x if self.cu_seqlens is None else x.reshape(self.rows, -1, *x.shape[2:])
 
     def convolution_states(self, x: Tensor, width: int) -> Tensor:
-        """The inputs before each sequence, [sequences, width - 1, channels], for a convolution of x [B, T, channels]."""
+        """The inputs before each sequence, [sequences, width - 1, channels], for a convolution of x [B, T,
+        channels]."""
         rows = self.by_row(x)
         length, kept = rows.shape[1], width - 1
         first, _, of_last = self._ends(length)
@@ -188,7 +189,9 @@ class _WithEarlier(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         count, T = dist.get_world_size(ctx.group), grad.shape[1] // (ctx.number + 1)
         # Summed in float32, so that the sum has one rounding.
-        whole = grad.new_zeros(grad.shape[0], count * T, *grad.shape[2:], dtype=torch.promote_types(grad.dtype, torch.float32))
+        whole = grad.new_zeros(
+            grad.shape[0], count * T, *grad.shape[2:], dtype=torch.promote_types(grad.dtype, torch.float32)
+        )
         whole[:, : grad.shape[1]] = grad
         dist.all_reduce(whole, group=ctx.group)
         return whole[:, ctx.number * T : (ctx.number + 1) * T].to(grad.dtype), None, None
@@ -233,4 +236,6 @@ def states_before(x: Tensor, weights: Sequence[Tensor], part: SequencePart) -> l
     """The states before each sequence for convolutions with `weights` [C, 1, width] of x, whose channels lie side by
     side, in the dtype of the weights."""
     width = weights[0].shape[-1]
-    return [y.to(w.dtype) for y, w in zip(part.convolution_states(x, width).split([len(w) for w in weights], -1), weights)]
+    return [
+        y.to(w.dtype) for y, w in zip(part.convolution_states(x, width).split([len(w) for w in weights], -1), weights)
+    ]

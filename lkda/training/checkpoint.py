@@ -78,7 +78,8 @@ def point_to(target: Path, link: Path) -> None:
 
 
 def delete_old(directory: Path, *, keep: int) -> None:
-    """Delete all step checkpoints but the newest `keep` and those that last.ckpt and best.ckpt are symbolic links to."""
+    """Delete all step checkpoints but the newest `keep`, and those to which last.ckpt and best.ckpt are symbolic
+    links."""
     named = {link.resolve() for link in directory.glob("*.ckpt") if link.is_symlink()}
     for old in step_files(directory)[:-keep]:
         if old.resolve() not in named:

@@ -132,11 +132,12 @@ def _compile_inside(model: LanguageModel) -> None:
     """Compile what the blocks compute, but not what is done before and after it, such as gathering their weights."""
     compiled = torch.compile(_forward_of_block, dynamic=False, backend=keeps_less)
 
-    def forward(block: nn.Module, x: Tensor, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(block: Block, x: Tensor, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         return compiled(block, x, cu_seqlens), ()
 
     for block in model.blocks:
-        block.forward = partial(forward, block)
+        assert isinstance(block, Block)
+        block.forward = partial(forward, block)  # type: ignore[method-assign]
 
 
 def _forward_of_block(block: Block, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

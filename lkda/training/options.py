@@ -212,8 +212,8 @@ def _check_devices(options: Mapping[str, Any]) -> None:
     for name in ("devices", "num_nodes", "context_parallel"):
         if options[name] != 1:
             raise InputError(
-                f"trainer.{name}={options[name]} needs several devices: choose trainer=ddp, or trainer=fsdp for a model "
-                f"that is too large for one of them, beside trainer.{name}."
+                f"trainer.{name}={options[name]} needs several devices: choose trainer=ddp, or trainer=fsdp for a "
+                f"model that is too large for one of them, beside trainer.{name}."
             )
 
 

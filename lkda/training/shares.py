@@ -20,9 +20,9 @@ Batch = Mapping[str, Any]
 def share_of(*, rank: int, count: int, rows: int) -> Callable[[Batch], dict[str, Any]]:
     """The function that takes the share of one of `count` processes from a batch: every `count`-th sequence.
 
-    A packed batch has `rows` rows of equal length in its tokens [1, N], and a cu_seqlens of length 1 + rows * s, where s
-    is the largest number of sequences in a row. Any other batch has tokens [B, T] with a row for each sequence. If its
-    rows are too few for all processes to have equally many, some get another row that has no targets.
+    A packed batch has `rows` rows of equal length in its tokens [1, N], and a cu_seqlens of length 1 + rows * s, where
+    s is the largest number of sequences in a row. Any other batch has tokens [B, T] with a row for each sequence. If
+    its rows are too few for all processes to have equally many, some get another row that has no targets.
 
     Args:
         rank: of the process among those that train on different sequences.

@@ -56,8 +56,8 @@ class Throughput:
         return cls(3 * model.flops_per_token(context), None if peak is None else devices * peak)
 
     def columns(self, tokens_per_s: float) -> dict[str, float]:
-        """The columns of metrics.csv that say it: tflops_per_s of all devices, mfu where the peak is known, and on a GPU
-        the memory that was reserved at most, in GiB, on this device."""
+        """The columns of metrics.csv that say it: tflops_per_s of all devices, mfu where the peak is known, and on a
+        GPU the memory that was reserved at most, in GiB, on this device."""
         row = {"tflops_per_s": tokens_per_s * self.flops_per_token / 1e12}
         if self.peak is not None:
             row["mfu"] = tokens_per_s * self.flops_per_token / self.peak

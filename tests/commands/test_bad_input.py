@@ -50,7 +50,7 @@ TRAINING = [
     ("trainer.devices=2", r"trainer.devices=2 needs several devices: choose trainer=ddp, or trainer=fsdp"),
     (
         "trainer=ddp trainer.accelerator=cpu trainer.devices=3",
-        r"data.batch_size=2 sequences cannot be divided among 3 devices: give a multiple of 3, or trainer.global_batch=",
+        r"data.batch_size=2 sequences cannot be divided among 3 devices: give a multiple of 3, or trainer.global_batch",
     ),
     (
         "trainer=ddp trainer.accelerator=cpu trainer.devices=2 trainer.context_parallel=4",

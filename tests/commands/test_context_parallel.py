@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from lkda.checks import InputError
+from lkda.commands.prepared_run import prepare_data, with_data
+from lkda.commands.run_setup import plan_run
 from lkda.commands.train import train
 from lkda.training.shares import part_of
 from tests.commands.ranks import on_ranks
 from tests.commands.small import composed, small_run
-from tests.commands.test_many_processes import SAME, assert_same_rows, on
+from tests.commands.test_many_processes import MQAR, SAME, assert_same_rows, on
 
 RANDOM = (
     *("debug=fast", "data=random", "trainer=cpu", "model.vocab_size=64", "data.context=32", "data.batch_size=2"),
@@ -61,13 +63,16 @@ def test_beside_data_parallelism(strategy: str, corpus: Path, tmp_path: Path) ->
 
 
 def test_bad_settings(corpus: Path, tmp_path: Path) -> None:
-    def refused(message: str, *overrides: str) -> None:
+    text = tuple(small_run(corpus, *SAME))
+
+    def refused(message: str, *overrides: str, data: tuple[str, ...] = text) -> None:
+        config = composed("train", *data, *in_parts(2), *overrides)
         with pytest.raises(InputError, match=message):
-            train(composed("train", *small_run(corpus, *SAME, *in_parts(2), *overrides)), tmp_path / "run")
+            with_data(plan := plan_run(config, tmp_path / "run"), prepare_data(plan, None), None)
 
     refused(r"data.context=31 tokens cannot be divided among trainer.context_parallel=2 devices", "data.context=31")
     refused(r"compile=true cannot be used with trainer.context_parallel", "compile=true")
-    refused(r"trainer.context_parallel=2 needs data of text or data=random, got data=mqar", "data=mqar")
+    refused(r"trainer.context_parallel=2 needs data of text or data=random, got data=mqar", data=MQAR)
 
 
 def test_parts_of_packed_rows() -> None:

@@ -151,7 +151,7 @@ def seen_rows(rank: int, config: Any, directory: Path) -> list[tuple[int, ...]]:
 
 
 def test_two_one_two_processes_see_every_example_once(corpus: Path, tmp_path: Path) -> None:
-    """A run that is resumed with other numbers of processes, in the middle of an epoch. It also changes its strategy."""
+    """A run that is resumed with other numbers of processes, in the middle of an epoch, and with other strategies."""
     changes: list[tuple[int, int, str]] = [(2, 2, "fsdp"), (3, 1, "single"), (5, 2, "ddp")]
     same = (*SAME, "data.batch_size=16", "checkpoint.every_n_steps=100", "trainer.val_check_interval=100")
     plan = plan_run(composed("train", *small_run(corpus, *same)), tmp_path)
@@ -281,7 +281,7 @@ def test_a_batch_size_for_each_device(corpus: Path, tmp_path: Path, alone: Run) 
     summaries = trained(corpus, tmp_path / "run", *each, processes=2)
     assert summaries[0]["tokens"] == 4 * 4 * 32
     assert_same_rows(tmp_path / "run", alone(), rel=1e-5)
-    with pytest.raises(InputError, match="data.batch_size: 4 is recorded, 2 is given"):
+    with pytest.raises(InputError, match=r"data.batch_size: 4 is recorded, 2 is given"):
         trained(corpus, tmp_path / "run", "data.batch_size=2", "resume=true")
     assert trained(corpus, tmp_path / "run", "resume=true", "trainer.max_steps=5")[0]["steps"] == 5
 
@@ -385,6 +385,6 @@ def test_the_command_starts_its_processes(strategy: str, corpus: Path, tmp_path:
 
 def test_precisions_of_fsdp() -> None:
     with pytest.raises(
-        InputError, match="trainer.precision=64-true cannot be used with trainer=fsdp: use bf16-mixed or 32"
+        InputError, match=r"trainer.precision=64-true cannot be used with trainer=fsdp: use bf16-mixed or 32"
     ):
         plan_run(composed("train", *on("fsdp"), "trainer.precision=64-true"), Path("nowhere"))
