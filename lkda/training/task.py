@@ -129,12 +129,15 @@ class LanguageModelTask(L.LightningModule):
             documents=batch.get("documents"),
         )
         self.validation.positions.part = self.test.positions.part = part
-        for mixer in self.model.mixers():
-            mixer.part = part
+        self._tell_mixers(part)
+
+    def _tell_mixers(self, part: SequencePart | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Mixer):
+                module.part = part
 
     def on_fit_end(self) -> None:
-        for mixer in self.model.mixers():
-            mixer.part = None
+        self._tell_mixers(None)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set the learning rate of this batch's step. It depends only on the step and the settings, not on the

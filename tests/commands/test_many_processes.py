@@ -82,6 +82,7 @@ def test_ddp_is_one_process(pieces: int, corpus: Path, tmp_path: Path, alone: Ru
     summaries = trained(corpus, tmp_path / "run", *overrides, *on("ddp"), processes=2)
     assert summaries[0]["tokens"] == 4 * 4 * 32 * pieces
     assert summaries[1] == {}  # one process writes
+    assert summaries[0]["device"].startswith("2 x cpu")
     assert_same_rows(tmp_path / "run", alone(*overrides), rel=1e-6)
     assert all(row["train/clipped_share"] == 1 for row in rows(tmp_path / "run") if "train/loss" in row)
     ours, theirs = (
