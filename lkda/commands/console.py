@@ -88,9 +88,8 @@ class RunConsole:
         trainer = plan.trainer
         sequences = plan.data["batch_size"] // trainer.data_parallel
         parts = f", each {trainer.context_parallel} of them sharing a sequence" if trainer.context_parallel > 1 else ""
-        self._line(
-            f"{trainer.world_size} devices with {trainer.strategy}{parts}; {sequences} sequences at a time on each"
-        )
+        devices = f"{trainer.world_size} device{'s' * (trainer.world_size != 1)} with {trainer.strategy}{parts}"
+        self._line(f"{devices}; {sequences} sequence{'s' * (sequences != 1)} at a time on each")
         if plan.compile == "auto" and plan.device.type == "cuda":
             # A replayed graph would not run what the strategies add to the backward pass.
             if trainer.context_parallel > 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
@@ -17,6 +18,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, Profiler, SimpleProfil
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lkda.checks import InputError
+from lkda.commands.command_line import CommandError
 from lkda.commands.launch import Processes
 from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunFiles
@@ -35,6 +37,7 @@ from lkda.training.checkpoint import AtomicCheckpointIO
 from lkda.training.memory import keep_freed_memory
 from lkda.training.metrics_csv import MetricsCSV
 from lkda.training.precision import PRECISIONS
+from lkda.training.processes import process_count
 from lkda.training.shares import part_of, share_of
 from lkda.training.strategies import build_strategy
 from lkda.training.task import LanguageModelTask
@@ -209,7 +212,7 @@ def fit(
     """Train, beginning with the plan's first step.
 
     Returns: what ended the run before its last step; None if it was completed.
-    Raises: InputError if Lightning rejects the settings.
+    Raises: InputError if Lightning rejects the settings; CommandError if another process of the run has ended.
     """
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
@@ -223,7 +226,20 @@ def fit(
             return ending
         except MisconfigurationException as error:
             raise InputError(f"Lightning refuses these settings: {_on_one_line(error)}") from error
+        except RuntimeError as error:
+            if not _is_of_another_process(error):
+                raise
+            minutes = prepared.plan.trainer.timeout_minutes
+            raise CommandError(
+                f"another process of the run has ended, or did not answer for {minutes} minutes "
+                "(trainer.timeout_minutes). Continue from the last checkpoint with resume=true."
+            ) from error
     return None
+
+
+def _is_of_another_process(error: RuntimeError) -> bool:
+    """Whether an exchange with another process has failed. Gloo has no error type of its own."""
+    return process_count() > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
 
 def _on_one_line(error: BaseException) -> str:

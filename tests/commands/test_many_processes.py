@@ -2,6 +2,7 @@
 
 import csv
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -389,3 +390,27 @@ def test_precisions_of_fsdp() -> None:
         InputError, match=r"trainer.precision=64-true cannot be used with trainer=fsdp: use bf16-mixed or 32"
     ):
         plan_run(composed("train", *on("fsdp"), "trainer.precision=64-true"), Path("nowhere"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_process_ends_the_run_with_one_line(strategy: str, corpus: Path, tmp_path: Path) -> None:
+    """The last checkpoint stays, and the run continues from it."""
+    step = LanguageModelTask.training_step
+
+    def run(rank: int) -> str:
+        def killed(task: LanguageModelTask, batch: Any, batch_idx: int) -> Any:
+            if rank == 1 and batch_idx == 3:
+                (tmp_path / "ranks" / "1.pickle").write_bytes(pickle.dumps("killed"))
+                os._exit(0)
+            return step(task, batch, batch_idx)
+
+        LanguageModelTask.training_step = killed  # type: ignore[method-assign]  # in a process of its own
+        with pytest.raises(CommandError) as caught:
+            train(composed("train", *small_run(corpus, *SAME, *on(strategy))), tmp_path / "run")
+        return str(caught.value)
+
+    message, _ = on_ranks(2, run, tmp_path / "ranks")
+    assert message.startswith("another process of the run has ended, or did not answer for 30 minutes")
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["lkda"]["step"] == 2
+    summary, _ = trained(corpus, tmp_path / "run", *on(strategy), "resume=true", processes=2)
+    assert summary["status"] == "finished"
