@@ -11,6 +11,19 @@ from lkda.checks import InputError
 CPU, AUTO = "cpu", "auto"
 
 
+def resolve_device_count(count: int | str, device: torch.device) -> int:
+    """The number of devices of this machine that `trainer.devices` selects, where `auto` is all GPUs, or one CPU.
+
+    Raises: InputError if there are fewer GPUs.
+    """
+    there = torch.cuda.device_count() if device.type == "cuda" else None
+    if count == AUTO:
+        return there or 1
+    if there is not None and int(count) > there:
+        raise InputError(f"trainer.devices={count}: torch sees {there} GPU{'s' * (there != 1)}; use at most that many.")
+    return int(count)
+
+
 def resolve_device(
     word: object, *, option: str = "accelerator", gpu: str = "gpu", instead: str | None = None
 ) -> torch.device:

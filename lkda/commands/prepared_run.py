@@ -78,6 +78,14 @@ def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
 def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> PreparedRun:
     """The plan with its prepared data. Raises InputError if they do not fit together."""
     check_validation_batches(plan.trainer.limit_val_batches, data.val_batches)
+    parts = plan.trainer.context_parallel
+    if data.context % parts:
+        raise InputError(
+            f"data.context={data.context} tokens cannot be divided among trainer.context_parallel={parts} devices: "
+            f"give a multiple of {parts}."
+        )
+    if parts > 1 and data.val_subsets:
+        raise InputError(f"trainer.context_parallel={parts} needs data of text or data=random, got data={data.source}.")
     tokens_per_step = data.tokens_per_batch * plan.trainer.accumulate_grad_batches
     metadata = {
         "mixer": plan.mixer_name,

@@ -31,7 +31,7 @@ from lkda.checks import InputError
 from lkda.commands.fit import build_task, quiet_libraries
 from lkda.commands.prepared_run import PreparedRun, model_of, prepare_data, with_data
 from lkda.commands.row_process import answer, end_with_parent
-from lkda.commands.run_setup import plan_run
+from lkda.commands.run_setup import plan_run, require_one_device
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.step_clock import StepClock, Steps
 from lkda.commands.step_measurement import MeasuredError, StepMeasurement
@@ -65,6 +65,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         config = compose("train", overrides=request["overrides"])
     steps = Steps(request["warmup"], request["timed"], request["profiled"])
     plan = plan_run(config, _NO_RUN)
+    require_one_device(plan, what="task=step")
     prepared = with_data(plan, prepare_data(plan, None), None)
     word = request["implementation"]
     row = _train(config, prepared, steps) if word == TRAIN else _bare(prepared, steps, word)

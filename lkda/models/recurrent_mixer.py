@@ -15,6 +15,7 @@ from lkda.models.linear import Linear, fused_linear, joined_linear
 from lkda.models.mixer import State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
 from lkda.models.projected_mixer import ProjectedMixer
+from lkda.models.sequence_part import SequencePart, states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import l2_normalized, short_convolutions
 
@@ -80,6 +81,13 @@ class RecurrentMixer(ProjectedMixer):
 
         `gates` are the outputs [B, T, ...] of `gate_layers`. Returns: o [B, T, H, D] and the operator's state.
         """
+
+    @abstractmethod
+    def attend_in_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], part: SequencePart
+    ) -> tuple[Tensor, Tensor]:
+        """As `attend`, if the sequences begin in the parts of other devices and go on there. The state that it returns
+        is not that of the whole sequence."""
 
     @abstractmethod
     def attend_step(
@@ -148,10 +156,16 @@ class RecurrentMixer(ProjectedMixer):
         Returns: y [B, T, H, D], the operator's state, and the caches of the convolutions.
         """
         caches, kept = (None, None) if state is None else self._split_state(state)
+        if self.part is not None and (filters := self._filters()):
+            assert isinstance(projected, Tensor)
+            caches = tuple(states_before(projected, filters, self.part))
         inputs, after = self._inputs(projected, cu_seqlens, caches)
         q, k, v = (self.heads(y) for y in inputs)
-        before = None if kept is None else self.widen(kept)
-        o, own = self.attend(q, k, v, gates, state=before, cu_seqlens=cu_seqlens)
+        if self.part is not None:
+            o, own = self.attend_in_parts(q, k, v, gates, self.part)
+        else:
+            before = None if kept is None else self.widen(kept)
+            o, own = self.attend(q, k, v, gates, state=before, cu_seqlens=cu_seqlens)
         return self._normed(o, latent), own, after
 
     def _inputs(

@@ -54,7 +54,15 @@ TRAINING = [
     ("backend=cuda", r"kda\(backend='cuda'\): the tensors are on cpu, not on a CUDA device"),
     ("backend=cudda", r"no mixer of kda has a backend 'cudda'; they have auto, .*chunk"),
     ("trainer.limit_val_batches=0", r"trainer.limit_val_batches must be above 0: a run always validates at the end"),
-    ("trainer.devices=2", r"trainer.devices must be 1, got 2"),
+    ("trainer.devices=2", r"trainer.devices=2 needs several devices: choose trainer=ddp, or trainer=fsdp"),
+    (
+        "trainer=ddp trainer.accelerator=cpu trainer.devices=3",
+        r"data.batch_size=2 sequences cannot be divided among 3 devices: give a multiple of 3, or trainer.global_batch",
+    ),
+    (
+        "trainer=ddp trainer.accelerator=cpu trainer.devices=2 trainer.context_parallel=4",
+        r"trainer.context_parallel=4 must divide the number of devices, which is 2",
+    ),
     ("trainer=gpu", r"a GPU was asked for and torch sees no CUDA device; use trainer=cpu or trainer=auto"),
     ("model.d_model=99999999999999999999", r"model.d_model must be at most 1048576, got 99999999999999999999"),
     ("model.num_layers=99999999", r"model.num_layers must be at most 16384, got 99999999"),

@@ -8,6 +8,7 @@ from torch import Tensor
 from lkda.models.linear import fused_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
+from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import short_convolution
 
@@ -35,6 +36,8 @@ class GatedConvolution(Mixer):
         refuse_packed_state(cu_seqlens, state)
         cache = None if state is None else state[0]
         v, gate = fused_linear(x, [self.v_proj, self.gate_proj])
+        if self.part is not None:
+            (cache,) = states_before(v, [self.v_conv1d.weight], self.part)
         y, after = short_convolution(v, self.v_conv1d.weight, state=cache, cu_seqlens=cu_seqlens)
         return self.o_proj(y * gate), () if cu_seqlens is not None else (after,)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from lkda.models.init import inverse_softplus, log_uniform_
 from lkda.models.linear import is_plain
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
+from lkda.models.sequence_part import SequencePart
 from lkda.ops import KDAGate, kda_attention_fused, kda_step_fused
 from lkda.ops.kda.cuda.layer import kda_layer_cuda
 from lkda.ops.kda.cuda.layer import runs as kda_layer_runs
@@ -139,7 +139,9 @@ class KimiDeltaAttention(RecurrentMixer):
 
     def _recomputes(self, projected: Tensor | tuple[Tensor, ...], state: State | None) -> bool:
         """Whether to run the layer as one function of its projections, whose backward recomputes the rest."""
-        if self.keeps is None or not self.recomputes or state is not None or not torch.is_grad_enabled():
+        if self.keeps is None or not self.recomputes or self.part is not None:
+            return False
+        if state is not None or not torch.is_grad_enabled():
             return False
         inner = (self.g_b_proj, None if self.gate == "none" else self.f_b_proj)
         if not isinstance(projected, Tensor) or not all(layer is None or is_plain(layer) for layer in inner):
@@ -163,6 +165,21 @@ class KimiDeltaAttention(RecurrentMixer):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
+
+    def attend_in_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], part: SequencePart
+    ) -> tuple[Tensor, Tensor]:
+        """The operator is linear in (v, S) together. With S = 0 it gives this part's own output and Z. With v = 0 and
+        S = I it gives A, and outputs from which those of any entering S follow by a product."""
+        o, after = self.attend(q, k, v, gates, state=None, cu_seqlens=part.cu_seqlens)
+        length = part.by_row(q).shape[1]
+        one = torch.eye(self.head_dim, device=q.device, dtype=after.dtype)
+        ones = part.initial_states(one.expand(part.rows, self.num_heads, -1, -1), length=length)
+        from_one, through = self.attend(q, k, torch.zeros_like(v), gates, state=ones, cu_seqlens=part.cu_seqlens)
+        A, Z = (part.last_of(states, length=length) for states in (through, after))
+        S = part.entering(A, Z, matrix=True)
+        entered = torch.einsum("rthk,rhkv->rthv", part.by_row(from_one).to(S.dtype), S)
+        return (o + entered.reshape(o.shape)).to(o.dtype), after
 
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State

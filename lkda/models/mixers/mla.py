@@ -23,6 +23,7 @@ from lkda.models.growing_cache import (
 from lkda.models.linear import fused_linear, is_plain
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
+from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import short_convolution, softmax_attention
 
@@ -126,6 +127,9 @@ class MultiHeadLatentAttention(Mixer):
         convolved: State = ()
         if self.q_conv1d is not None and self.kv_conv1d is not None:
             q_cache, kv_cache = before or (None, None)
+            if self.part is not None:
+                (q_cache,) = states_before(q, [self.q_conv1d.weight], self.part)
+                (kv_cache,) = states_before(kv, [self.kv_conv1d.weight], self.part)
             q, q_cache = short_convolution(q, self.q_conv1d.weight, state=q_cache, cu_seqlens=cu_seqlens)
             kv, kv_cache = short_convolution(kv, self.kv_conv1d.weight, state=kv_cache, cu_seqlens=cu_seqlens)
             convolved = (q_cache, kv_cache)
@@ -145,7 +149,9 @@ class MultiHeadLatentAttention(Mixer):
     def _output(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None, cu_seqlens: Tensor | None
     ) -> Tensor:
-        if lengths is not None:
+        if self.part is not None:
+            o = self.part.attend(q, k, v, backend=self.backend)
+        elif lengths is not None:
             o = attend_each(q, k, v, lengths, backend=self.backend)
         else:
             longest = self.longest_sequence

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lkda.checks import InputError
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
+from lkda.models.sequence_part import SequencePart
 from lkda.ops import simplified_attention, simplified_step_fused
 from lkda.ops.precision import at_least_float32
 
@@ -84,6 +85,18 @@ class SimplifiedAttention(RecurrentMixer):
     ) -> tuple[Tensor, Tensor]:
         decay = self.decay(*gates)
         return simplified_attention(q, k, v, decay, initial_state=state, cu_seqlens=cu_seqlens, backend=self.backend)
+
+    def attend_in_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], part: SequencePart
+    ) -> tuple[Tensor, Tensor]:
+        """A first pass without an entering state gives Z; A is the product of the decays. A second pass gives o."""
+        _, Z = self.attend(q, k, v, gates, state=None, cu_seqlens=part.cu_seqlens)
+        decay = part.by_row(self.decay(*gates).expand(*q.shape[:3]))
+        length = decay.shape[1]
+        A = torch.where(part.is_whole(length=length).unsqueeze(1), decay.prod(1), 0.0).to(Z.dtype)
+        S = part.entering(A[..., None, None], part.last_of(Z, length=length), matrix=False)
+        entering = part.initial_states(S, length=length)
+        return self.attend(q, k, v, gates, state=entering, cu_seqlens=part.cu_seqlens)
 
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State

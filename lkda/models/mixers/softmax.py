@@ -24,6 +24,7 @@ from lkda.models.linear import fused_linear, joined_linear
 from lkda.models.mixer import State, linear_flops, refuse_packed_state
 from lkda.models.projected_mixer import ProjectedMixer
 from lkda.models.recurrent_mixer import linear
+from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import short_convolutions, softmax_attention, softmax_step
 from lkda.ops.runtime.dispatch import wants_gradient
@@ -119,9 +120,11 @@ class SoftmaxAttention(ProjectedMixer):
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
         """The position of each token in its sequence, [T], or [B, T] where the lengths before them differ."""
+        new = torch.arange(x.shape[1], device=x.device)
+        if self.part is not None:
+            return self.part.positions(new if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[0])
         if cu_seqlens is not None:
             return positions(cu_seqlens, x.shape[1])[0]
-        new = torch.arange(x.shape[1], device=x.device)
         if state is None:
             return new
         return new + (state[2] if is_preallocated(state[2]) else state[0].shape[2])
@@ -147,6 +150,9 @@ class SoftmaxAttention(ProjectedMixer):
         convolved: Sequence[Tensor] = ()
         if filters := self._filters():
             before = None if state is None else state[3:]
+            if self.part is not None:
+                assert isinstance(projected, Tensor)
+                before = tuple(states_before(projected, filters, self.part))
             projected, convolved = short_convolutions(projected, filters, states=before, cu_seqlens=cu_seqlens)
         q, k, v = (self.heads(y) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
@@ -158,7 +164,9 @@ class SoftmaxAttention(ProjectedMixer):
     ) -> Tensor:
         """y of q [B, T, H, D] and k and v [B, S, H, D]; `lengths` as `append_many` returns them."""
         k, v = k.to(q.dtype), v.to(q.dtype)
-        if lengths is not None:
+        if self.part is not None:
+            o = self.part.attend(q, k, v, backend=self.backend)
+        elif lengths is not None:
             o = attend_each(q, k, v, lengths, backend=self.backend)
         else:
             longest = self.longest_sequence
