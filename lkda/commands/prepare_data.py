@@ -1,9 +1,10 @@
-"""Download and tokenize the mix of public texts (data=prose)."""
+"""Download and tokenize a mix of public texts (data=prose, data=english, data=code)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -12,26 +13,34 @@ from lkda.checks import InputError, check_values
 from lkda.commands.config import resolve
 from lkda.commands.invocation import command
 from lkda.commands.overrides import override
-from lkda.data.prose.sources import OF_BEFORE, SOURCES, is_without_test, prepare_prose
+from lkda.data.prose.prepare import OF_BEFORE, is_without_test, prepare_mix
+from lkda.data.prose.sources import MIXES, SOURCES, Source
 from lkda.data.text.cache import default_cache_dir, expanded
+
+OPTIONS = {
+    "mix": str,
+    "out": Path | None,
+    "vocab_size": int,
+    "sources": Sequence[str] | None,
+    "path": Path | None,
+    "tokenizer_path": Path | None,
+}
 
 
 def prepare_data(config: DictConfig) -> None:
-    """Prepare the mix of public texts, the corpus of `data=prose`.
+    """Prepare a mix of public texts, the corpus of `data=prose`, `data=english` or `data=code`.
 
     Args:
         config: composed from configs/prepare_data.yaml.
-    Raises: InputError for an unknown source, a source that cannot be downloaded, or a directory that exists already.
+    Raises: InputError for an unknown mix or source, a source that cannot be downloaded, or a directory that exists
+        already.
     """
-    check_values(resolve(config), {"out": Path | None, "vocab_size": int, "sources": Sequence[str] | None})
-    known = {source.name: source for source in SOURCES}
-    wanted = list(known) if config.sources is None else list(config.sources)
-    if not wanted:
-        raise InputError(f"sources is empty; give some of {', '.join(known)}.")
-    for name in wanted:
-        if name not in known:
-            raise InputError(f"there is no source {name!r}; the sources are {', '.join(known)}.")
-    default = default_cache_dir() / "prose"
+    check_values(resolve(config), OPTIONS)
+    if config.mix not in MIXES:
+        raise InputError(f"mix must be one of {', '.join(MIXES)}, got {config.mix!r}.")
+    path = None if config.path is None else expanded(config.path)
+    sources = _sources(config.mix, config.sources, path)
+    default = default_cache_dir() / config.mix
     out = expanded(config.out) if config.out else default
     terminal = Console(highlight=False, markup=False, emoji=False)
     console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False, emoji=False)
@@ -41,7 +50,52 @@ def prepare_data(config: DictConfig) -> None:
             f"renamed to {out}{OF_BEFORE}",
             soft_wrap=True,
         )
-    manifest = prepare_prose(out, vocab_size=config.vocab_size, sources=[known[name] for name in wanted])
+    for source in _left_out(config, path):
+        console.print(f"without {source.name}, which needs path=FILE ({source.how})", soft_wrap=True)
+    manifest = prepare_mix(
+        out,
+        sources=sources,
+        vocab_size=config.vocab_size,
+        cache_dir=default_cache_dir(),
+        paths={} if path is None else {source.name: path for source in sources if source.is_local},
+        tokenizer_path=None if config.tokenizer_path is None else expanded(config.tokenizer_path),
+    )
+    _print(manifest, console)
+    elsewhere = [] if out == default else [override("data.directory", str(out))]
+    console.print(
+        f"the token files, the tokenizer, licences and manifest.json are in {out}; train on them with\n"
+        f"  {command('train', f'data={config.mix}', *elsewhere)}",
+        soft_wrap=True,
+    )
+
+
+def _sources(mix: str, wanted: Sequence[str] | None, path: Path | None) -> dict[Source, int | None]:
+    """The chosen sources of a mix, in its order, with their largest sizes. A local file is left out without a path."""
+    known = MIXES[mix].sources
+    if wanted is not None and not wanted:
+        raise InputError(f"sources is empty; give some of {', '.join(known)}.")
+    for name in wanted or ():
+        if name not in known:
+            raise InputError(f"there is no source {name!r} in mix={mix}; the sources are {', '.join(known)}.")
+        if SOURCES[name].is_local and path is None:
+            raise InputError(f"the source {name} needs path=FILE ({SOURCES[name].how}).")
+    chosen = [name for name in wanted or known if path is not None or not SOURCES[name].is_local]
+    if path is not None and not any(SOURCES[name].is_local for name in chosen):
+        raise InputError(f"path={path} has no effect: no chosen source of mix={mix} is a local file; leave it out.")
+    if path is not None and not path.is_file():
+        raise InputError(f"path={path} must be a file of JSON lines, but there is none.")
+    return {SOURCES[name]: known[name] for name in chosen}
+
+
+def _left_out(config: DictConfig, path: Path | None) -> list[Source]:
+    """The local sources of the mix that are left out because no path was given."""
+    if path is not None or config.sources is not None:
+        return []
+    return [SOURCES[name] for name in MIXES[config.mix].sources if SOURCES[name].is_local]
+
+
+def _print(manifest: dict[str, Any], console: Console) -> None:
+    """Print the sizes of the sources, and what was removed."""
     for source in manifest["sources"]:
         sizes = f"{source['train_bytes'] / 1e6:8.2f} MB train {source['validation_bytes'] / 1e6:6.2f} MB validation"
         sizes += f" {source['test_bytes'] / 1e6:6.2f} MB test"
@@ -53,13 +107,8 @@ def prepare_data(config: DictConfig) -> None:
             f"{decontamination['before'][name]:.3%} occurred in the training text before decontamination, "
             f"{decontamination['after'][name]:.3%} after it"
         )
+    tokens = max((source["tokens"]["train"][1] for source in manifest["sources"]), default=0)
     console.print(
         f"{decontamination['dropped_bytes'] / 1e6:.2f} MB were dropped from the training text, "
-        f"{decontamination['train_bytes'] / 1e6:.2f} MB are left"
-    )
-    elsewhere = [] if out == default else [override("data.directory", str(out))]
-    console.print(
-        f"the token files, the tokenizer, licences and manifest.json are in {out}; train on them with\n"
-        f"  {command('train', 'data=prose', *elsewhere)}",
-        soft_wrap=True,
+        f"{decontamination['train_bytes'] / 1e6:.2f} MB ({tokens / 1e6:.2f}M tokens) are left"
     )

@@ -8,9 +8,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Texts that can be iterated more than once.
-Texts = Collection[str]
 _ROWS_AT_ONCE = 256
+_BLOCK = 2**22  # characters of a long text that are read at a time
+
+
+@dataclass(frozen=True)
+class LongText:
+    """A document that is too long for the memory: characters `begin` to `end` of a text file.
+
+    Attributes:
+        end: None means the end of the file.
+    """
+
+    path: Path
+    begin: int = 0
+    end: int | None = None
+
+    def blocks(self) -> Iterator[str]:
+        """The text in blocks that follow each other."""
+        place = 0
+        with open(self.path, encoding="utf-8") as file:
+            while block := file.read(_BLOCK):
+                low, high = max(self.begin - place, 0), None if self.end is None else self.end - place
+                if high is not None and high <= 0:
+                    return
+                if low < len(block):
+                    yield block[low:high]
+                place += len(block)
+
+
+# A document, and documents that can be iterated more than once.
+Text = str | LongText
+Texts = Collection[Text]
+
+
+def blocks_of(document: Text) -> Iterator[str]:
+    """The text of a document in blocks that follow each other."""
+    return iter((document,)) if isinstance(document, str) else document.blocks()
 
 
 @dataclass(frozen=True)
@@ -66,12 +100,17 @@ class TextLines:
     """Texts in a file, one JSON line each, read from the file at every iteration.
 
     Args:
-        path: the file. It is created, or emptied if it exists.
+        path: the file.
+        count: the number of texts in it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
-        path.write_bytes(b"")
+    def __init__(self, path: Path, *, count: int = 0) -> None:
+        self.path, self.count = path, count
+
+    def emptied(self) -> TextLines:
+        """The same without texts. The file is created, or emptied if it exists."""
+        self.path.write_bytes(b"")
+        return TextLines(self.path)
 
     def append(self, texts: Sequence[str]) -> None:
         """Append texts to the file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,11 +18,11 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from lkda.checks import InputError
-from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_texts, of_tokenizer
+from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_documents, of_tokenizer
 from lkda.data.progress import patient_progress
 from lkda.data.text.cache import building, metadata_of, publish
-from lkda.data.text.documents import Splits, Texts
-from lkda.data.text.token_file import writing_token_file
+from lkda.data.text.documents import Splits, Text, Texts, blocks_of
+from lkda.data.text.token_file import parts_of, positions_of, writing_token_file
 from lkda.data.text.tokenizer import (
     document_start,
     encode_texts,
@@ -37,6 +38,8 @@ FORMAT = 3
 # Characters that are tokenized at a time. Meanwhile `tokenizers` needs a few hundred bytes of memory per character.
 _AT_ONCE = 2**21
 _PIECE = 2**18
+# Characters of the training text that a tokenizer is trained on.
+TRAINS_ON = 2**28
 # Positions where a long document may be split: byte-level BPE never merges a word with a space after it.
 _SEAM = re.compile(r"(?<=\S) (?=\S)")
 
@@ -67,12 +70,19 @@ class TokenizedCorpus:
         start = document_start(self.tokenizer)
         if start is None:
             return np.load(_starts_file(self.directory / f"{name}.npy"))
-        return np.flatnonzero({"train": self.train, "validation": self.validation, "test": self.test}[name] == start)
+        token_ids = {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        assert token_ids is not None, "only a test split may be absent"
+        return positions_of(token_ids, start)
 
 
 def unigram_entropy(token_ids: np.ndarray) -> float:
     """The unigram entropy of tokens, in nats per token: the loss of the best model that ignores the context."""
-    share = np.bincount(token_ids) / len(token_ids)
+    counts = np.zeros(1, dtype=np.int64)
+    for part in parts_of(token_ids):
+        found = np.bincount(part, minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    share = counts / len(token_ids)
     share = share[share > 0]
     return float(-(share * np.log(share)).sum())
 
@@ -138,9 +148,8 @@ def _build(
     """Fill `directory`, with `arrow` as scratch space for `datasets`. Returns the metadata to store with the files."""
     with patient_progress() as progress:
         splits = sources.documents(arrow, progress)
-        digests = {"train": of_texts(splits.train), "validation": of_texts(splits.validation)}
-        if splits.test:
-            digests["test"] = of_texts(splits.test)
+        parts = {"train": splits.train, "validation": splits.validation} | ({"test": splits.test} if splits.test else {})
+        digests = {name: of_documents(map(blocks_of, documents)) for name, documents in parts.items()}
         check_same(expected, digests, source=sources.name)
         metadata = tokenize_splits(splits, directory, given=given, vocab_size=vocab_size, progress=progress)
     return {**metadata, "sha256": digests}
@@ -166,40 +175,68 @@ def tokenize_splits(
     """
     tokenizer = given
     if tokenizer is None:
-        training = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=None)
-        tokenizer = train_tokenizer(
-            (piece for text in splits.train for piece in _pieces(text, word_splitter())), vocab_size
+        tokenizer = train_on(
+            splits.train, vocab_size=vocab_size, size=size_of(splits.train, progress), progress=progress
         )
-        progress.remove_task(training)
     else:
         _check_alphabet(tokenizer, chain(splits.train, splits.validation, splits.test))
     (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    _write_token_file(directory / "train.npy", tokenizer, splits.train, progress)
+    write_token_file(directory / "train.npy", tokenizer, splits.train, progress)
     held_out = {"validation": splits.validation} | ({"test": splits.test} if splits.test else {})
     return {
-        f"{name}_bytes": _write_token_file(directory / f"{name}.npy", tokenizer, documents, progress)
+        f"{name}_bytes": write_token_file(directory / f"{name}.npy", tokenizer, documents, progress)
         for name, documents in held_out.items()
     }
 
 
-def _write_token_file(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
+def size_of(documents: Iterable[Text], progress: Progress) -> int:
+    """The number of characters of documents."""
+    task = progress.add_task("measuring the training text", total=None)
+    size = sum(len(block) for document in documents for block in blocks_of(document))
+    progress.remove_task(task)
+    return size
+
+
+def train_on(documents: Iterable[Text], *, vocab_size: int, size: int, progress: Progress) -> Tokenizer:
+    """Train a tokenizer on documents. If they are longer than TRAINS_ON, it is trained on pieces of them at equal
+    distances, because the memory that it needs grows with the number of different words.
+
+    Args:
+        size: the number of characters of the documents, or more.
+    """
+    share = min(1.0, TRAINS_ON / max(1, size))
+    task = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=int(size * share))
+
+    def chosen() -> Iterator[str]:
+        pieces = (piece for document in documents for piece in _pieces(document, word_splitter()))
+        for number, piece in enumerate(pieces):
+            if int((number + 1) * share) > int(number * share):
+                progress.advance(task, len(piece))
+                yield piece
+
+    tokenizer = train_tokenizer(chosen(), vocab_size)
+    progress.remove_task(task)
+    return tokenizer
+
+
+def write_token_file(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
     """Write the tokens, and the beginnings of documents if no token marks them. Returns the documents' UTF-8 bytes."""
     task = progress.add_task(f"tokenizing {path.stem}", total=len(documents))
     dtype = np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32)
     begun = count = size = 0
-    starts: list[int] = []
+    starts = array("q")
     with writing_token_file(path, dtype) as write:
         for batch in _batches(documents, tokenizer):
             tokens, begins = _encode(tokenizer, batch)
             write(tokens)
-            starts += [count + place for place in begins]
+            starts.extend(count + place for place in begins)
             begun += len(begins)
             count += len(tokens)
             size += sum(len(piece.encode()) for _, piece in batch)
             description = f"tokenizing {path.stem}: {begun:,} documents, {count:,} tokens"
             progress.update(task, completed=begun, description=description)
     if document_start(tokenizer) is None:
-        places = np.unique(np.array(starts, dtype=np.int64))
+        places = np.unique(np.frombuffer(starts, dtype=np.int64))
         np.save(_starts_file(path), places[places < count])  # a document without tokens begins where the next one does
     return size
 
@@ -208,11 +245,12 @@ def _starts_file(token_file: Path) -> Path:
     return token_file.with_name(f"{token_file.stem}_starts.npy")
 
 
-def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
+def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[Text]) -> None:
     """Raises InputError for a character that a given tokenizer would drop silently."""
     characters: set[str] = set()
-    for text in documents:
-        characters.update(text)
+    for document in documents:
+        for block in blocks_of(document):
+            characters.update(block)
     visible = [character for character in sorted(characters) if not character.isspace()]
     try:
         encodings = encode_texts(tokenizer, visible)
@@ -228,26 +266,32 @@ def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
             )
 
 
-def _pieces(text: str, splitter: PreTokenizer | None) -> Iterator[str]:
+def _pieces(document: Text, splitter: PreTokenizer | None) -> Iterator[str]:
     """The text in pieces of about _PIECE characters, whose tokens are together those of the whole text.
 
     Args:
         splitter: the tokenizer's pre-tokenizer, if no normalizer changes the text before. It finds the positions where
             a text without spaces may be split.
     """
-    begin = 0
-    while begin + _PIECE < len(text):
-        seam = _SEAM.search(text, begin + _PIECE, begin + 2 * _PIECE)
-        end = seam.start() if seam else _word_end(text, begin, splitter)
-        yield text[begin:end]
-        begin = end
+    text, begin = "", 0
+    for block in blocks_of(document):
+        text, begin = text[begin:] + block, 0
+        while (end := _piece_end(text, begin, splitter)) is not None:
+            yield text[begin:end]
+            begin = end
     if begin < len(text):
         yield text[begin:]
 
 
-def _word_end(text: str, begin: int, splitter: PreTokenizer | None) -> int:
-    """The end of a word, about _PIECE characters after `begin`. If there is none, the next seam or the end of the
-    text."""
+def _piece_end(text: str, begin: int, splitter: PreTokenizer | None) -> int | None:
+    """The end of the piece that begins at `begin`. None if the text has no such end, or does not show it yet."""
+    if begin + _PIECE >= len(text):
+        return None
+    seam = _SEAM.search(text, begin + _PIECE, begin + 2 * _PIECE)
+    if seam:
+        return seam.start()
+    if begin + 2 * _PIECE > len(text):  # a longer text may have a seam there
+        return None
     words = splitter.pre_tokenize_str(text[begin : begin + _PIECE]) if splitter is not None else []
     if splitter is not None and len(words) > 2:
         word, (place, _) = words[-2]  # not the last one, which may be incomplete
@@ -255,15 +299,15 @@ def _word_end(text: str, begin: int, splitter: PreTokenizer | None) -> int:
         if again[0][0] == word:  # the word is the same at the beginning of a text; some splitters put a space before it
             return begin + place
     seam = _SEAM.search(text, begin + 2 * _PIECE)
-    return seam.start() if seam else len(text)
+    return seam.start() if seam else None
 
 
-def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[bool, str]]]:
+def _batches(documents: Iterable[Text], tokenizer: Tokenizer) -> Iterator[list[tuple[bool, str]]]:
     """Batches of about _AT_ONCE characters: (whether a document begins here, piece) for each piece."""
     splitter = tokenizer.pre_tokenizer if tokenizer.normalizer is None else None
     batch, size = [], 0
-    for text in documents:
-        for n, piece in enumerate(_pieces(text, splitter)):
+    for document in documents:
+        for n, piece in enumerate(_pieces(document, splitter)):
             batch.append((n == 0, piece))
             size += len(piece)
             if size >= _AT_ONCE:
