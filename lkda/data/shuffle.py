@@ -9,10 +9,15 @@ samples.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
+from lkda.checks import InputError
+
 _ROUNDS = 6
+# Places in which every source has exactly its share, rounded to a whole number.
+CYCLE = 10_000
 
 
 def permuted(places: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -33,6 +38,47 @@ def shuffled(places: np.ndarray, size: int, *, seed: int) -> np.ndarray:
         here = epochs == epoch
         rows[here] = permuted(within[here], size, seed=seed, epoch=int(epoch))
     return rows
+
+
+def weighted(places: np.ndarray, parts: Sequence[tuple[int, float]], *, seed: int) -> np.ndarray:
+    """The rows at `places` (int64, >= 0) of an unlimited mixture of sources, of which each has its own epochs.
+
+    In every CYCLE places in a row, each source has its share of the places, in an order that (seed, cycle) selects. The
+    rows of a source follow each other as in `shuffled`: each one is used once before any is used again.
+
+    Args:
+        parts: (number of rows, weight) of each source. The rows are numbered source by source.
+    """
+    counts = shares([weight for _, weight in parts])
+    ends = np.cumsum(counts)
+    firsts = np.cumsum([0, *(size for size, _ in parts)])
+    cycles, within = np.divmod(places, CYCLE)
+    slots = np.empty_like(places)
+    for cycle in np.unique(cycles):
+        here = cycles == cycle
+        slots[here] = permuted(within[here], CYCLE, seed=seed, epoch=int(cycle))
+    sources = np.searchsorted(ends, slots, side="right")
+    rows = np.empty_like(places)
+    for source, (size, _) in enumerate(parts):
+        here = sources == source
+        own = cycles[here] * counts[source] + slots[here] - (ends[source] - counts[source])
+        rows[here] = firsts[source] + shuffled(own, size, seed=seed + source)
+    return rows
+
+
+def shares(weights: Sequence[float]) -> np.ndarray:
+    """The number of places of each source in a cycle, int64, which add up to CYCLE.
+
+    Raises: InputError for a weight that is not positive, or that is too small for a single place.
+    """
+    if any(not weight > 0 for weight in weights):
+        raise InputError(f"weights must be positive, got {list(weights)}: leave a source out instead of a weight of 0.")
+    exact = np.array(weights, dtype=np.float64) / sum(weights) * CYCLE
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: CYCLE - int(counts.sum())]] += 1
+    if (counts == 0).any():
+        raise InputError(f"weights {list(weights)} differ too much: each must be at least 1/{CYCLE} of their sum.")
+    return counts
 
 
 def _round_key(seed: int, epoch: int, index: int) -> np.uint64:

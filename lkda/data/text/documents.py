@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _ROWS_AT_ONCE = 256
 _BLOCK = 2**22  # characters of a long text that are read at a time
 
@@ -47,6 +49,11 @@ def blocks_of(document: Text) -> Iterator[str]:
     return iter((document,)) if isinstance(document, str) else document.blocks()
 
 
+def part_of(document: Text, begin: int, end: int) -> Text:
+    """Characters `begin` to `end` of a whole document."""
+    return document[begin:end] if isinstance(document, str) else LongText(document.path, begin, end)
+
+
 @dataclass(frozen=True)
 class Splits:
     """The documents of a corpus. Each document is in exactly one split.
@@ -71,11 +78,10 @@ class Documents:
         rows: the numbers of the rows, in order. None means all rows with more than white space.
     """
 
-    def __init__(self, table: Any, column: str, rows: Sequence[int] | None = None) -> None:
+    def __init__(self, table: Any, column: str, rows: Sequence[int] | np.ndarray | None = None) -> None:
         self.table, self.column = table.select_columns([column]), column
-        self.rows = (
-            [n for n, text in enumerate(self._texts(self.table)) if text.strip()] if rows is None else list(rows)
-        )
+        found = (n for n, text in enumerate(self._texts(self.table)) if text.strip()) if rows is None else rows
+        self.rows = np.fromiter(found, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,14 +92,35 @@ class Documents:
     def __contains__(self, text: object) -> bool:
         return any(text == own for own in self)
 
-    def some(self, numbers: Sequence[int]) -> Documents:
-        """The documents with these numbers."""
-        return Documents(self.table, self.column, [self.rows[n] for n in numbers])
+    def some(self, numbers: np.ndarray) -> Documents:
+        """The documents with these numbers, in ascending order."""
+        return Documents(self.table, self.column, self.rows[numbers])
 
     def _texts(self, table: Any) -> Iterator[str]:
         for begin in range(0, len(table), _ROWS_AT_ONCE):
             for text in table[begin : begin + _ROWS_AT_ONCE][self.column]:
                 yield text or ""
+
+
+class TextFiles:
+    """Text files, each of which is a document, read from disk at every iteration. A long one is read in blocks."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Text]:
+        for path in self.paths:
+            yield LongText(path) if path.stat().st_size > _BLOCK else path.read_text(encoding="utf-8")
+
+    def __contains__(self, text: object) -> bool:
+        return any(text == own for own in self)
+
+    def some(self, numbers: np.ndarray) -> TextFiles:
+        """The documents with these numbers."""
+        return TextFiles([self.paths[n] for n in numbers.tolist()])
 
 
 class TextLines:

@@ -65,24 +65,37 @@ class TokenizedCorpus:
     test: np.ndarray | None = None
     test_bytes: int | None = None
 
+    def split(self, name: str) -> tuple[np.ndarray, int]:
+        """The tokens and the UTF-8 bytes of the split "validation" or "test", which must exist."""
+        if name == "validation":
+            return self.validation, self.validation_bytes
+        assert name == "test"
+        assert self.test is not None
+        assert self.test_bytes is not None
+        return self.test, self.test_bytes
+
     def starts(self, name: str) -> np.ndarray:
         """The positions where documents begin in the token file `name`: "train", "validation" or "test"."""
         start = document_start(self.tokenizer)
         if start is None:
             return np.load(_starts_file(self.directory / f"{name}.npy"))
-        token_ids = {"train": self.train, "validation": self.validation, "test": self.test}[name]
-        assert token_ids is not None, "only a test split may be absent"
+        token_ids = self.train if name == "train" else self.split(name)[0]
         return positions_of(token_ids, start)
 
 
 def unigram_entropy(token_ids: np.ndarray) -> float:
     """The unigram entropy of tokens, in nats per token: the loss of the best model that ignores the context."""
+    return unigram_entropy_of([token_ids])
+
+
+def unigram_entropy_of(arrays: Sequence[np.ndarray]) -> float:
+    """The unigram entropy of the tokens of all arrays together."""
     counts = np.zeros(1, dtype=np.int64)
-    for part in parts_of(token_ids):
+    for part in (part for token_ids in arrays for part in parts_of(token_ids)):
         found = np.bincount(part, minlength=len(counts))
         found[: len(counts)] += counts
         counts = found
-    share = counts / len(token_ids)
+    share = counts / counts.sum()
     share = share[share > 0]
     return float(-(share * np.log(share)).sum())
 
@@ -339,14 +352,16 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np
     return np.concatenate(parts), places
 
 
-def load_tokenized(directory: Path) -> TokenizedCorpus:
+def load_tokenized(directory: Path, *, mix: str | None = None) -> TokenizedCorpus:
     """Load the token files of a published directory, memory-mapped.
 
+    Args:
+        mix: the mix that scripts/prepare_data.py makes there, for the message. None means that it is not known.
     Raises: InputError if there is no such directory, or if a file in it has another size than when it was written.
     """
     metadata = metadata_of(directory)
     if metadata is None:
-        raise InputError(f"{directory} holds no complete tokenized corpus: make it with scripts/prepare_data.py.")
+        raise InputError(f"{directory} holds no complete tokenized corpus: make it with {_command(mix)}.")
     names = ("train", "validation", *(["test"] if "test_bytes" in metadata else []))
     arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
     tokenizer = load_tokenizer(directory / "tokenizer.json")
@@ -363,6 +378,11 @@ def load_tokenized(directory: Path) -> TokenizedCorpus:
     )
 
 
-def without_test(directory: Path) -> str:
+def without_test(directory: Path, mix: str | None = None) -> str:
     """The reason why a corpus of an earlier version has no test split, in words."""
-    return f"{directory} was made by an earlier version; make it again with python scripts/prepare_data.py"
+    return f"{directory} was made by an earlier version; make it again with python {_command(mix)}"
+
+
+def _command(mix: str | None) -> str:
+    """The command that prepares a mix."""
+    return "scripts/prepare_data.py" if mix in (None, "prose") else f"scripts/prepare_data.py mix={mix}"
