@@ -8,6 +8,7 @@ samples.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -43,27 +44,36 @@ def shuffled(places: np.ndarray, size: int, *, seed: int) -> np.ndarray:
 def weighted(places: np.ndarray, parts: Sequence[tuple[int, float]], *, seed: int) -> np.ndarray:
     """The rows at `places` (int64, >= 0) of an unlimited mixture of sources, of which each has its own epochs.
 
-    In every CYCLE places in a row, each source has its share of the places, in an order that (seed, cycle) selects. The
-    rows of a source follow each other as in `shuffled`: each one is used once before any is used again.
+    Each CYCLE places are a cycle, in which every source has its share of the places, in an order that (seed, cycle)
+    selects. The rows of a source follow each other as in `shuffled`: each is used once before any is used again.
 
     Args:
         parts: (number of rows, weight) of each source. The rows are numbered source by source.
     """
-    counts = shares([weight for _, weight in parts])
-    ends = np.cumsum(counts)
+    counts = tuple(shares([weight for _, weight in parts]).tolist())
     firsts = np.cumsum([0, *(size for size, _ in parts)])
     cycles, within = np.divmod(places, CYCLE)
-    slots = np.empty_like(places)
-    for cycle in np.unique(cycles):
-        here = cycles == cycle
-        slots[here] = permuted(within[here], CYCLE, seed=seed, epoch=int(cycle))
-    sources = np.searchsorted(ends, slots, side="right")
     rows = np.empty_like(places)
-    for source, (size, _) in enumerate(parts):
-        here = sources == source
-        own = cycles[here] * counts[source] + slots[here] - (ends[source] - counts[source])
-        rows[here] = firsts[source] + shuffled(own, size, seed=seed + source)
+    for cycle in np.unique(cycles).tolist():
+        sources, own = _cycle(counts, seed, cycle)
+        for source, (size, _) in enumerate(parts):
+            here = np.flatnonzero(cycles == cycle)
+            here = here[sources[within[here]] == source]
+            rows[here] = firsts[source] + shuffled(own[within[here]], size, seed=seed + source)
     return rows
+
+
+@functools.lru_cache(maxsize=4)
+def _cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """The source at each place of a cycle, and how many places the source has before it, of all cycles. Both are int64
+    [CYCLE]."""
+    slots = permuted(np.arange(CYCLE), CYCLE, seed=seed, epoch=cycle)
+    sources = np.searchsorted(np.cumsum(counts), slots, side="right")
+    own = np.empty(CYCLE, dtype=np.int64)
+    for source, count in enumerate(counts):
+        here = np.flatnonzero(sources == source)
+        own[here] = cycle * count + np.arange(count)
+    return sources, own
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:

@@ -233,7 +233,11 @@ class TokensDataModule(PackedDataModule):
 
 
 def _check_apart(train: Sequence[Shard], validation: Sequence[Shard], test: Sequence[Shard]) -> None:
-    """Raises InputError for a file that is in two splits."""
+    """Raises InputError for a file that is given twice."""
+    files = [shard.path.resolve() for shard in train]
+    twice = {path for path in files if files.count(path) > 1}
+    if twice:
+        raise InputError(f"{min(twice)} is given twice in data.paths.")
     paths = [{shard.path.resolve() for shard in shards} for shards in (train, validation, test)]
     shared = (paths[0] & paths[1]) | (paths[0] & paths[2]) | (paths[1] & paths[2])
     if shared:
