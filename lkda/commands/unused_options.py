@@ -156,6 +156,11 @@ GENERATE = (
     _Unused("out", _is("prompts", None), "without prompts=..., whose texts are written to it"),
 )
 
+PREPARE_DATA = (
+    *_each(("text_column", "val_fraction", "test_fraction"), _is("paths", None), "without paths=[...]"),
+    _Unused("vocab_size", _has_value("tokenizer_path"), "beside tokenizer_path"),
+)
+
 EVALUATE = (
     _Unused("seed", _always, "in an evaluation, which samples nothing"),
     *_each(("data.seed", "data.num_workers"), _always, "in an evaluation: it concerns only training batches"),

@@ -150,6 +150,25 @@ def tokenize_corpus(
     return load_tokenized(entry)
 
 
+def tokenize_into(
+    directory: Path, sources: Corpus, *, vocab_size: int, tokenizer_path: Path | None
+) -> TokenizedCorpus:
+    """Tokenize a corpus into `directory`, which is created atomically, outside the cache.
+
+    Args:
+        sources, vocab_size, tokenizer_path: as of `tokenize_corpus`.
+    Raises: InputError as `tokenize_corpus`, and if the directory exists already.
+    """
+    given = load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+    if directory.exists():
+        raise InputError(f"{directory} exists already: give another out, or remove it.")
+    with building(directory) as scratch:
+        built = scratch / "entry"
+        built.mkdir()
+        publish(built, directory, _build(built, scratch / "arrow", sources, given, vocab_size, {}))
+    return load_tokenized(directory)
+
+
 def _build(
     directory: Path,
     arrow: Path,
