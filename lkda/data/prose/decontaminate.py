@@ -20,6 +20,7 @@ WINDOW = 32
 # The hash of a window is the sum of its tokens times these weights, modulo 2^64. The weights are random odd numbers, so
 # that different windows almost never have the same hash.
 _WEIGHTS = np.random.default_rng(0).integers(2**63, size=WINDOW, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+_LOW_BITS = np.uint64(2**24 - 1)
 
 
 @dataclass
@@ -88,7 +89,8 @@ def decontaminate(
     with writing_token_file(filtered, arrays[0].dtype) as write:
         for source, token_ids in zip(sources, arrays):
             for document in documents_of(token_ids, start):
-                shared = np.unique(np.concatenate([found.among(document) for found in before.values()]))
+                hashes = window_hashes(document)
+                shared = np.unique(np.concatenate([found.among(hashes) for found in before.values()]))
                 left = document[_kept_tokens(letters.breaks(document), shared, len(document))]
                 size, left_size = letters.size(document), letters.size(left)
                 if left_size:
@@ -99,8 +101,9 @@ def decontaminate(
                 progress.advance(task, len(document))
     after = {name: _Found(own) for name, own in windows.items()}
     for document in documents_of(np.load(filtered, mmap_mode="r"), start):
+        hashes = window_hashes(document)
         for found in after.values():
-            found.among(document)
+            found.among(hashes)
     progress.remove_task(task)
     shares = [{name: found.share() for name, found in side.items()} for side in (before, after)]
     return Decontamination(shares[0], shares[1], sources)
@@ -136,6 +139,9 @@ class _Windows:
     def __init__(self, token_ids: np.ndarray, start: int) -> None:
         hashes = [window_hashes(document) for document in documents_of(token_ids, start)]
         self.hashes, self.counts = np.unique(np.concatenate(hashes), return_counts=True)
+        # Whether any of them has these lowest bits. One look-up rules out almost every window of the training text.
+        self.may_have = np.zeros(int(_LOW_BITS) + 1, dtype=bool)
+        self.may_have[self.hashes & _LOW_BITS] = True
 
 
 class _Found:
@@ -145,14 +151,16 @@ class _Found:
         self.held_out = held_out
         self.met = np.zeros(len(held_out.hashes), dtype=bool)
 
-    def among(self, document: np.ndarray) -> np.ndarray:
-        """The positions in a document where one of these windows begins."""
-        hashes, known = window_hashes(document), self.held_out.hashes
-        places = np.searchsorted(known, hashes)
-        inside = np.flatnonzero(places < len(known))
-        shared = inside[known[places[inside]] == hashes[inside]]
-        self.met[places[shared]] = True
-        return shared
+    def among(self, hashes: np.ndarray) -> np.ndarray:
+        """The positions in a document where one of these windows begins, from the hashes of its windows."""
+        known = self.held_out.hashes
+        candidates = np.flatnonzero(self.held_out.may_have[hashes & _LOW_BITS])
+        places = np.searchsorted(known, hashes[candidates])
+        inside = places < len(known)
+        candidates, places = candidates[inside], places[inside]
+        same = known[places] == hashes[candidates]
+        self.met[places[same]] = True
+        return candidates[same]
 
     def share(self) -> float:
         """The fraction of the held-out windows that have been found."""

@@ -176,4 +176,3 @@ def _concatenate(path: Path, tokenized: Sequence[Path], name: str) -> list[list[
             places.append([begin, begin + len(array)])
             begin += len(array)
     return places
-

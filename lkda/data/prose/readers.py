@@ -92,7 +92,9 @@ def rows_of(path: Path) -> Iterator[Document]:
             for number, line in enumerate(file, 1):
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise InputError(f'{path} must have a JSON object with a "text" in each line; line {number} has none.')
+                    raise InputError(
+                        f'{path} must have a JSON object with a "text" in each line; line {number} has none.'
+                    )
                 row["text"].encode()
                 author, title = (str(row.get(name, "")) for name in ("author", "title"))
                 yield Document(row["text"], f"{author}: {title}" if author or title else str(number), author)

@@ -159,4 +159,3 @@ class TableTexts:
     def some(self, numbers: np.ndarray) -> TableTexts:
         """The documents with these numbers, in ascending order."""
         return TableTexts(self.table, self.rows[numbers])
-

@@ -150,9 +150,7 @@ def tokenize_corpus(
     return load_tokenized(entry)
 
 
-def tokenize_into(
-    directory: Path, sources: Corpus, *, vocab_size: int, tokenizer_path: Path | None
-) -> TokenizedCorpus:
+def tokenize_into(directory: Path, sources: Corpus, *, vocab_size: int, tokenizer_path: Path | None) -> TokenizedCorpus:
     """Tokenize a corpus into `directory`, which is created atomically, outside the cache.
 
     Args:
@@ -180,7 +178,8 @@ def _build(
     """Fill `directory`, with `arrow` as scratch space for `datasets`. Returns the metadata to store with the files."""
     with patient_progress() as progress:
         splits = sources.documents(arrow, progress)
-        parts = {"train": splits.train, "validation": splits.validation} | ({"test": splits.test} if splits.test else {})
+        parts = {"train": splits.train, "validation": splits.validation}
+        parts |= {"test": splits.test} if splits.test else {}
         digests = {name: of_documents(map(blocks_of, documents)) for name, documents in parts.items()}
         check_same(expected, digests, source=sources.name)
         metadata = tokenize_splits(splits, directory, given=given, vocab_size=vocab_size, progress=progress)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from lkda.checks import InputError
 from lkda.data.fingerprint import of_tokenizer
-from lkda.data.packing import JoinedRows, RowSource, Rows
+from lkda.data.packing import JoinedRows, Rows, RowSource
 from lkda.data.shuffle import shares
 from lkda.data.text.cache import expanded
 from lkda.data.text.packed import HeldOut, PackedDataModule, PackedText
@@ -168,9 +168,7 @@ class TokensDataModule(PackedDataModule):
                 )
         return chosen
 
-    def _cut(
-        self, sources: list[_Source], test: list[Shard]
-    ) -> tuple[list[_Source], list[Shard], list[Shard]]:
+    def _cut(self, sources: list[_Source], test: list[Shard]) -> tuple[list[_Source], list[Shard], list[Shard]]:
         """Hold out the end of the last file: the validation, and before it the test, if no test split is given."""
         *before, last = sources[-1].train
         total = sum(len(shard.token_ids) for source in sources for shard in source.train)
@@ -259,4 +257,3 @@ def _hash_of_arrays(shards: Sequence[Shard]) -> str:
         for part in parts_of(shard.token_ids):
             digest.update(part.astype("<i8").tobytes())
     return digest.hexdigest()
-

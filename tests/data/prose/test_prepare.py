@@ -292,7 +292,10 @@ def test_c_files_licences_services_and_prose_are_read(tmp_path):
     (tmp_path / "mit.LICENSE").write_text("---\nkey: mit\n---\n\nPermission is granted.\n")
     assert readers.licence_of(tmp_path / "mit.LICENSE")[0].text == "Permission is granted."
     line = "This operation returns the list of all the buckets that the owner has."
-    service = {"operations": {"List": {"documentation": f"<p>{line}</p><p>Short.</p>"}}, "shapes": [{"documentation": 1}]}
+    service = {
+        "operations": {"List": {"documentation": f"<p>{line}</p><p>Short.</p>"}},
+        "shapes": [{"documentation": 1}],
+    }
     (tmp_path / "s.json.gz").write_bytes(gzip.compress(json.dumps(service).encode()))
     assert readers.service_of(tmp_path / "s.json.gz")[0].text == line
     (tmp_path / "p.html").write_text(f"<p>{line}</p><td>x = y[1] + z[2]; /* {'=' * 60} */</td><p>Next</p>")

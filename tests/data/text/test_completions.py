@@ -93,7 +93,7 @@ def test_bits_per_byte_are_those_of_the_completions(pairs):
 def test_long_examples_are_refused_or_dropped(pairs):
     with open(pairs, "a") as file:
         file.write(json.dumps({"prompt": "a " * 100, "completion": "b"}) + "\n")
-    with pytest.raises(ValueError, match=r"1 of \d+ examples for \w+ have more than data.context=48 tokens, the longest"):
+    with pytest.raises(ValueError, match=r"1 of \d+ examples for \w+ have more than data.context=48 tokens"):
         module(pairs).prepare()
     data = module(pairs, too_long="drop")
     data.prepare()
@@ -104,8 +104,8 @@ def test_long_examples_are_refused_or_dropped(pairs):
     ("text", "changes", "message"),
     [
         ('{"prompt": "a", "completion": ""}\n', {}, r"example 1 of .* has no text in column 'completion'"),
-        ('{"prompt": "a", "answer": "b"}\n', {}, r"no column 'completion'; it has prompt, answer. Set data.completion_"),
-        ('{"question": "a", "completion": "b"}\n', {}, r"no column 'prompt'; it has question, .*Set data.prompt_column"),
+        ('{"prompt": "a", "answer": "b"}\n', {}, r"no column 'completion'; it has prompt, answer. Set data.completion"),
+        ('{"question": "a", "completion": "b"}\n', {}, r"no column 'prompt'; it has question, .*Set data.prompt"),
         ('{"prompt": 1, "completion": "b"}\n', {}, r"column 'prompt' of .* holds a number, not text, in row 1"),
         ('{"prompt": "a", "completion": "b"}\n', {}, r"1 examples are too few to hold out 2"),
         ('{"prompt": "a", "completion": \n', {}, r"cannot read .* as JSON lines: line 1"),

@@ -81,7 +81,9 @@ def test_shards_follow_each_other_and_no_row_crosses_two(tmp_path, tokenizer, to
     np.save(tmp_path / "val.npy", tokens[:200])
     data = module(tokenizer, tmp_path / "shard_*.npy", val_paths=[str(tmp_path / "val.npy")], test_fraction=0.0)
     data.prepare()
-    rows = [tokens[low + 16 * n :][:16].tolist() for low, high in zip(cuts, cuts[1:]) for n in range((high - low - 1) // 16)]
+    rows = [
+        tokens[low + 16 * n :][:16].tolist() for low, high in zip(cuts, cuts[1:]) for n in range((high - low - 1) // 16)
+    ]
     assert every_row(data) == rows
     assert data.train_tokens == len(tokens)
     assert data.no_test == "data.test_fraction is 0"
@@ -167,7 +169,7 @@ def bad(folder: Path, tokenizer: Path, tokens: np.ndarray) -> dict[str, tuple[li
         "empty": ([folder / "empty.npy"], {}, "empty.npy (holds no tokens|is not a token file)"),
         "twice": ([a, a], {}, "a.npy is given twice in data.paths"),
         "two splits": ([a], {"val_paths": [str(a)]}, "a.npy is in two splits"),
-        "weights": ([a], {"weights": [1.0, 2.0]}, "data.weights must have one entry for each of data.paths, which has 1"),
+        "weights": ([a], {"weights": [1.0, 2.0]}, "data.weights must have one entry for each of data.paths"),
         "weight": ([a], {"weights": [0.0]}, "weights must be positive"),
         "dtype": ([a], {"dtype": "float16"}, "data.dtype must be one of uint16"),
         "fractions": ([a], {"val_fraction": 0.6, "test_fraction": 0.5}, "with a sum below 1; got 0.6 and 0.5"),
