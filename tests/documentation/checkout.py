@@ -177,7 +177,8 @@ class Page:
         (self.folder / ".venv" / "bin" / "activate").write_text(f'PATH="{self.folder}/.venv/bin:$PATH"\n')
         for stamp in ("installed", "installed-dev"):
             (self.folder / ".venv" / stamp).touch()
-        shutil.rmtree(session.folder / "cache" / "prose", ignore_errors=True)
+        for mix in MIXES:
+            shutil.rmtree(session.folder / "cache" / mix, ignore_errors=True)
 
     def run(self, snippet: Snippet) -> Result:
         """Run as bash would, or as a file of Python."""

@@ -103,8 +103,8 @@ def novels(plain: Path, marked_up: Path) -> list[Novel]:
 
 def write_novels(found: list[Novel], out: Path) -> None:
     """Write the novels as JSON lines, compressed with xz."""
-    with replacing(out) as file, lzma.open(file, "wt", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(novel._asdict(), ensure_ascii=False) + "\n" for novel in found)
+    with replacing(out) as file, lzma.open(file, "wb") as lines:
+        lines.writelines((json.dumps(novel._asdict(), ensure_ascii=False) + "\n").encode() for novel in found)
 
 
 def main() -> None:

