@@ -154,7 +154,7 @@ def _fill(stock: Path, made: Session) -> None:
     sentences = [" ".join(draw.choices(SENTENCE.split(), k=6)) + "." for _ in range(600)]
     (stock / "text").write_text(" ".join(sentences), encoding="utf-8")
     rows = (json.dumps({"text": " ".join(sentences[n : n + 20])}) for n in range(0, 600, 5))
-    (stock / "hub.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (stock / "hub.jsonl").write_text("\n".join([*rows] * 10) + "\n", encoding="utf-8")
     pairs = (json.dumps({"prompt": text[:40], "completion": text[40:60]}) for text in sentences if len(text) > 40)
     (stock / "pairs").write_text("\n".join(pairs) + "\n", encoding="utf-8")
     (corpus := stock / "100_english_novels" / "corpus").mkdir(parents=True)
