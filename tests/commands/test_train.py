@@ -215,7 +215,7 @@ def test_a_compiled_run_learns_the_same(corpus: Path, tmp_path: Path, monkeypatc
 
     def traced(function, **options):
         compiled.append(function)
-        return compiler(function, backend="eager", **options)
+        return compiler(function, **options | {"backend": "eager"})
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", traced)

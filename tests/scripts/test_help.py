@@ -30,7 +30,8 @@ def test_help_shows_how_to_call_it(script: str) -> None:
     assert f"python scripts/{script} " in text  # an example to copy
     assert "hydra.help" not in text
     assert len(text.splitlines()) < 60
-    groups = tuple(f"{path.name}: " for path in (ROOT / "configs").iterdir() if path.is_dir())
+    configs = ROOT / "configs"
+    groups = tuple(f"{path.relative_to(configs)}: " for path in configs.rglob("*") if path.is_dir())
     ours = [line for line in text.splitlines() if not line.startswith(groups)]  # Hydra lists choices on one line
     assert max(map(len, ours)) <= 120
 

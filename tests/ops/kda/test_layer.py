@@ -111,7 +111,7 @@ class TestOnTheCPU:
         """With the output, the state and the gradients of the mixer in PyTorch, both of bf16 projections."""
         torch.manual_seed(0)
         layer, x, found, calls = KimiDeltaAttention(H * D, H, **options), torch.randn(1, 70, H * D), [], []
-        monkeypatch.setattr(KimiDeltaAttention, "keeps", "inputs")
+        layer.keeps = "inputs"
         monkeypatch.setattr(mixer, "kda_layer_cuda", lambda *xs, **o: calls.append(1) or kda_layer_cuda(*xs, **o))
         for on_gpu in (False, True):
             monkeypatch.setattr(mixer, "kda_layer_runs", lambda *_, on_gpu=on_gpu: on_gpu)
