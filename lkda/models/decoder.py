@@ -1,7 +1,8 @@
 """A batch of sequences that are decoded together: their state in fixed buffers, and one step for all of them.
 
-The step function (embedding, layers, head and sampling) works on the buffers alone. On a CPU it is called; on a GPU it
-is captured in a CUDA graph, one for each size of the growing caches, and replayed.
+The step function (embedding, layers, head and sampling) works on the buffers alone. On a GPU it is captured in a CUDA
+graph, one for each size of the growing caches, and replayed. On a CPU the calls of C++ that it consists of, but for the
+sampling, are recorded and repeated. A step that cannot be captured or recorded is called.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lkda.checks import check_count
 from lkda.models.decoding import prepare_decoding
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import State
+from lkda.ops.runtime.recording import Recording, recorded
 from lkda.ops.sampling.op import check_sampling, sample_tokens
 
 # The smallest number of tokens of a growing cache to which a step attends. The sizes are its multiples by powers of 2.
@@ -53,11 +55,13 @@ class Decoder:
         batch_size: the number of rows.
         max_tokens: the most tokens of a sequence, prompt included, for which growing caches are made.
         sampling: how tokens are sampled.
-        graphs: whether to capture steps on a GPU.
+        graphs: whether to capture or record steps.
 
     Attributes:
         lengths: the tokens of each row that its state has read.
         not_captured: why the steps are not captured on a GPU; None where they are, or on a CPU.
+        not_recorded: the operation because of which the steps are not recorded on a CPU; None where they are, or on a
+            GPU.
     """
 
     @torch.inference_mode()
@@ -72,6 +76,10 @@ class Decoder:
         self.tokens, self.keys, self.positions = torch.zeros(3, batch_size, dtype=torch.int64, device=self.device)
         self.lengths = [0] * batch_size
         self.not_captured: str | None = None if graphs else "graphs=False"
+        self.not_recorded: str | None = None if graphs else "graphs=False"
+        self._read_tokens = torch.zeros_like(self.tokens)
+        self._recording: Recording | None = None
+        self._logits: Tensor | None = None
         self._uses: dict[int, int] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
@@ -119,11 +127,12 @@ class Decoder:
         for row, length in enumerate(self.lengths):
             if length == self.max_tokens and not self.constant:  # a row without a sequence
                 self.release(row)
-        bucket = self._bucket(max(self.lengths) + 1)
-        if self.device.type != "cuda" or self.not_captured is not None:
-            self._advance(bucket)
+        if self.device.type == "cpu" and self.not_recorded is None:
+            self._advance_by_recording()
+        elif self.device.type == "cuda" and self.not_captured is None:
+            self._advance_by_graph(self._bucket(max(self.lengths) + 1))
         else:
-            self._advance_by_graph(bucket)
+            self._advance(self._bucket(max(self.lengths) + 1))
         self.lengths = [length + 1 for length in self.lengths]
         return self.tokens
 
@@ -143,6 +152,27 @@ class Decoder:
         _write(state, after)
         self.tokens.copy_(self.sample(logits))
         self.positions.add_(1)
+
+    def _advance_by_recording(self) -> None:
+        """As `_advance`, with the calls of C++ recorded in the second step and repeated from the third one on. The first
+        one compiles, and computes what is kept."""
+        torch.clamp(self.tokens, min=0, out=self._read_tokens)
+        if self._recording is not None:
+            self._recording.repeat()
+        elif self._logits is None:
+            self._logits = self._logits_after_step()
+        else:
+            with recorded() as recording:
+                self._logits = self._logits_after_step()
+            self._recording, self.not_recorded = recording, recording.refused
+        assert self._logits is not None
+        self.tokens.copy_(self.sample(self._logits))
+        self.positions.add_(1)
+
+    def _logits_after_step(self) -> Tensor:
+        logits, after = self.model.step(self._read_tokens, self.state)
+        _write(self.state, after)
+        return logits
 
     def _advance_by_graph(self, bucket: int) -> None:
         uses = self._uses[bucket] = self._uses.get(bucket, 0) + 1

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lkda.models.linear import FusedLinear, Linear
 from lkda.models.lm import LanguageModel
+from lkda.ops.gated_norm.op import EPS, gated_rms_norm
+from lkda.ops.rows.cpu import MOST_ROWS, NORM, SILU, TIMES, can_take, product_rows
 
 # Smaller matrices stay in a core's cache, where their layout makes no difference.
 LARGE_BYTES = 2**19
@@ -46,6 +48,8 @@ class DecodingLinear(nn.Linear, FusedLinear):
         return y if self.bias is None else y + self.bias
 
     def joined(self, x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+        if _in_rows(x, self.weight):
+            return product_rows(x, [layer.weight for layer in layers])
         key = tuple(id(layer) for layer in layers)
         if key not in self._products:
             self._products[key] = _product([layer.weight for layer in layers])
@@ -57,6 +61,26 @@ class DecodingLinear(nn.Linear, FusedLinear):
         halves = torch.bmm(x.reshape(1, -1, self.in_features).expand(2, -1, -1), weight)  # [2, B, out / 2]
         y = halves.transpose(0, 1).reshape(*x.shape[:-1], -1)
         return y[..., : sum(layer.out_features for layer in layers)]
+
+    def of_heads(self, o: Tensor, gate: Tensor | None, weight: Tensor) -> Tensor:
+        if self.bias is None and _in_rows(o.flatten(1), self.weight, weight):
+            return product_rows(o.flatten(1), [self.weight], form=NORM, norm=weight, eps=EPS, other=gate)
+        gates = None if gate is None else gate.view_as(o).to(o.dtype)
+        return self(gated_rms_norm(o, gates, weight).flatten(-2))
+
+    def of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.bias is None and _in_rows(gate, self.weight):
+            return product_rows(gate, [self.weight], form=SILU, other=up)
+        return self(F.silu(gate) * up)
+
+    def of_product(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.bias is None and _in_rows(a, self.weight):
+            return product_rows(a, [self.weight], form=TIMES, other=b)
+        return self(a * b)
+
+
+def _in_rows(x: Tensor, *weights: Tensor) -> bool:
+    return x.dim() == 2 and len(x) <= MOST_ROWS and can_take(x, *weights)
 
 
 def _product(weights: Sequence[Tensor]) -> Tensor:

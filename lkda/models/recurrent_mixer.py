@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import InputError
-from lkda.models.linear import Linear, fused_linear, joined_linear
+from lkda.models.linear import FusedLinear, Linear, fused_linear, joined_linear
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
 from lkda.models.short_conv import ShortConvolution
@@ -178,6 +178,9 @@ class RecurrentMixer(Mixer):
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         latent, gates = self._gates(x)
         o, after = self.attend_step(q, k, v, gates, state=state)
+        if isinstance(self.o_proj, FusedLinear) and self.o_norm is not None:
+            gate = None if latent is None or self.g_b_proj is None else self.g_b_proj(latent)
+            return self.o_proj.of_heads(o, gate, self.o_norm.weight), after
         return self.o_proj(self._normed(o, latent).flatten(-2)), after
 
     def _gates(self, x: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:

@@ -12,6 +12,8 @@ from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.ops import simplified_attention, simplified_step
 from lkda.ops.precision import at_least_float32
+from lkda.ops.simplified.cpu.step import runs as step_cpu_runs
+from lkda.ops.simplified.cpu.step import simplified_step_cpu
 
 
 class SimplifiedAttention(RecurrentMixer):
@@ -89,6 +91,11 @@ class SimplifiedAttention(RecurrentMixer):
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
     ) -> tuple[Tensor, State]:
         caches, (own,) = self._split_state(state)
+        filters = self._filters()
+        if step_cpu_runs(q, own, self.decay_bias, *filters):
+            q, k, v = self.heads(q), self.heads(k), self.heads(v)
+            logits = gates[0] if gates else None
+            return simplified_step_cpu(q, k, v, logits, self.decay_bias, own, weights=filters, caches=caches), state
         (q, k, v), after = self._convolve_step(q, k, v, caches=caches)
         o, own = simplified_step(q, k, v, self.decay(*gates), own)
         return o, (*after, own)

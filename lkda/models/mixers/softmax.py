@@ -8,28 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from lkda.checks import InputError
-from lkda.models.growing_cache import (
-    append_many,
-    append_one,
-    attend_each,
-    cut,
-    fill_packed,
-    filled,
-    is_preallocated,
-    masked_softmax,
-    new_cache,
-    new_length,
-)
+from lkda.models.cached_attention import CachedAttention
+from lkda.models.growing_cache import is_preallocated, masked_softmax
 from lkda.models.linear import fused_linear, joined_linear
-from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
+from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import linear
-from lkda.models.rope import rotate
+from lkda.models.rope import kept_frequencies, rotate
 from lkda.models.short_conv import ShortConvolution
-from lkda.ops import short_convolutions, softmax_attention
+from lkda.ops import short_convolutions
 from lkda.ops.sequences import positions
+from lkda.ops.softmax.cpu.step import softmax_step_cpu
 
 
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(CachedAttention):
     """y = o_proj(softmax(rotary(q) rotary(k)^T / sqrt(D)) v); the state is the growing cache of keys [B, H, S, D]
     and values, its length (see `lkda.models.growing_cache`), and the caches of the convolutions.
 
@@ -42,8 +33,6 @@ class SoftmaxAttention(Mixer):
             1/sqrt(conv_width).
         backend: of `softmax_attention`.
     """
-
-    op = "softmax"
 
     def __init__(
         self,
@@ -62,41 +51,31 @@ class SoftmaxAttention(Mixer):
             raise InputError(
                 f"rotary positions turn pairs of channels: d_model / mixer.num_heads must be even, got {self.head_dim}."
             )
-        self.rope_base, self.backend = rope_base, backend
+        self.rope_base, self.norm_eps, self.backend = rope_base, norm_eps, backend
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(d_model, d_model) for _ in range(4))
         norms = (nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
         convolutions = (ShortConvolution(d_model, conv_width, std=conv_std) if conv_width else None for _ in range(3))
         self.q_conv1d, self.k_conv1d, self.v_conv1d = convolutions
 
-    def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        refuse_packed_state(cu_seqlens, state)
-        q, k, v, convolved = self._heads(x, self._positions(x, cu_seqlens, state), cu_seqlens, state)
-        caches, lengths = [k.transpose(1, 2), v.transpose(1, 2)], None
-        length = new_length(x.shape[0], None, x.device) if state is None else state[2]
-        if state is not None:
-            caches, lengths = append_many(state[:2], caches, length)
-            k, v = (cache.transpose(1, 2) for cache in caches)
-        y = self._output(q, k, v, lengths, cu_seqlens)
-        if cu_seqlens is not None:
-            return y, ()
-        return y, (*(caches if state is None or not is_preallocated(length) else state[:2]), length, *convolved)
-
-    def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
-        if not is_preallocated(state[2]):
-            return super().forward_packed(x, state, cu_seqlens=cu_seqlens)
-        q, k, v, convolved = self._heads(x, self._positions(x, cu_seqlens, None), cu_seqlens, None)
-        fill_packed(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2], cu_seqlens.diff().tolist())
-        return self._output(q, k, v, None, cu_seqlens), (*state[:3], *convolved)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        x = x.unsqueeze(1)
-        q, k, v, convolved = self._heads(x, self._positions(x, None, state), None, state)
-        caches = append_one(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2])
-        o = self._attend_one(q[:, 0], *filled(caches, state[2]))
-        return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
+    def inputs(
+        self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequence[Tensor]]:
+        layers, filters = [self.q_proj, self.k_proj, self.v_proj], self.filters()
+        convolved: Sequence[Tensor] = ()
+        if filters:
+            before = None if state is None else state[3:]
+            streams, convolved = short_convolutions(
+                joined_linear(x, layers), filters, states=before, cu_seqlens=cu_seqlens
+            )
+        else:
+            streams = fused_linear(x, layers)
+        q, k, v = (self.heads(y) for y in streams)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        position = self._positions(x, cu_seqlens, state)
+        q, k = rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
+        return q, (k.transpose(1, 2), v.transpose(1, 2)), convolved
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
         """The position of each token in its sequence, [T], or [B, T] where the lengths before them differ."""
@@ -107,64 +86,39 @@ class SoftmaxAttention(Mixer):
             return new
         return new + (state[2] if is_preallocated(state[2]) else state[0].shape[2])
 
-    def _heads(
-        self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None, state: State | None
-    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
-        """q, k and v [B, T, H, D], q and k rotated, and the caches of the convolutions after them."""
-        layers, filters = [self.q_proj, self.k_proj, self.v_proj], self._filters()
-        convolved: Sequence[Tensor] = ()
-        if filters:
-            before = None if state is None else state[3:]
-            inputs, convolved = short_convolutions(
-                joined_linear(x, layers), filters, states=before, cu_seqlens=cu_seqlens
-            )
-        else:
-            inputs = fused_linear(x, layers)
-        q, k, v = (self.heads(y) for y in inputs)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return rotate(q, position, self.rope_base), rotate(k, position, self.rope_base), v, convolved
+    def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = caches
+        return k.transpose(1, 2), v.transpose(1, 2)
 
-    def _output(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        """y of q [B, T, H, D] and k and v [B, S, H, D]; `lengths` as `append_many` returns them."""
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        if lengths is not None:
-            o = attend_each(q, k, v, lengths, backend=self.backend)
-        else:
-            longest = self.longest_sequence
-            o = softmax_attention(q, k, v, cu_seqlens=cu_seqlens, longest=longest, backend=self.backend)
-        return self.o_proj(o.flatten(-2))
-
-    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        """q [B, H, D] and keys and values [B, H, S, D] -> [B, H, D]."""
+    def attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         k, v = (cache.to(q.dtype) for cache in caches)
         weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), mask, self.head_dim**-0.5)
         return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
 
-    def _filters(self) -> list[Tensor]:
-        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        return [convolve.weight for convolve in convolutions if convolve is not None]
+    def attend_one_cpu(self, x: Tensor, state: State) -> Tensor | None:
+        keys, values, length, *caches = state
+        streams = fused_linear(x, [self.q_proj, self.k_proj, self.v_proj])
+        if caches:
+            pairs = zip(self.convolutions(), streams, caches, strict=True)
+            streams = tuple(convolve.step(y, cache)[0] for convolve, y, cache in pairs)
+        return softmax_step_cpu(
+            *(self.heads(y) for y in streams),
+            frequencies=kept_frequencies(self.head_dim // 2, self.rope_base, x.device, x.dtype),
+            keys=keys,
+            values=values,
+            length=length,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=self.norm_eps,
+        )
 
-    def init_state(
-        self, batch_size: int, *, max_tokens: int | None = None, device: torch.device | None = None
-    ) -> State:
-        w = self.o_proj.weight
-        device, shape = device or w.device, (self.num_heads, self.head_dim)
-        k, v = (new_cache(batch_size, max_tokens, shape, w, device) for _ in range(2))
-        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        caches = (conv.init_state(batch_size, device=device) for conv in convolutions if conv is not None)
-        return k, v, new_length(batch_size, max_tokens, device), *caches
+    def convolutions(self) -> list[ShortConvolution]:
+        return [convolve for convolve in (self.q_conv1d, self.k_conv1d, self.v_conv1d) if convolve is not None]
 
-    def cut_state(self, state: State, tokens: int) -> State:
-        return cut(state[0], tokens), cut(state[1], tokens), *state[2:]
-
-    def state_bytes(self, context: int) -> int:
-        cached = sum(weight.numel() - len(weight) for weight in self._filters())
-        return (2 * context * self.num_heads * self.head_dim + cached) * self.o_proj.weight.element_size()
+    def entry_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        shape = (self.num_heads, self.head_dim)
+        return shape, shape
 
     def flops_per_token(self, context: int) -> float:
         """FLOPs of linear layers, convolutions, scores and sums; a token sees (context + 1) / 2 tokens on average."""
-        convolved = sum(2.0 * weight.numel() for weight in self._filters())
-        return linear_flops(self) + convolved + 2 * (context + 1) * self.num_heads * self.head_dim
+        return self.projection_flops() + 2 * (context + 1) * self.num_heads * self.head_dim

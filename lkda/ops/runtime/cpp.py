@@ -16,9 +16,12 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +35,21 @@ INCLUDE = Path(__file__).parents[1] / "include"
 _COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: a gate may be -inf.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+
+
+Argument = Tensor | int | float | ctypes.Array[Any] | None
+Add = Callable[[Callable[..., Any], tuple[object, ...], tuple[object, ...]], None]
+_added_to: ContextVar[Add | None] = ContextVar("added_to", default=None)
+
+
+@contextmanager
+def calls_added_to(add: Add) -> Iterator[None]:
+    """Every call made inside is also passed to `add`: the function, its converted arguments, and those given."""
+    token = _added_to.set(add)
+    try:
+        yield
+    finally:
+        _added_to.reset(token)
 
 
 class CompileError(RuntimeError):
@@ -89,15 +107,19 @@ class Library:
                 self._reason = str(error)
         return self._reason
 
-    def call(self, function: str, *arguments: Tensor | int | float | None) -> int:
-        """Calls one of its functions: a tensor for a pointer, None for a null pointer, an int for an int64_t and a
-        float for a double. Returns its int64_t, which means nothing if the function is void."""
+    def call(self, function: str, *arguments: Argument) -> int:
+        """Calls one of its functions: a tensor or an array of ctypes for a pointer, None for a null pointer, an int for
+        an int64_t and a float for a double. Returns its int64_t, which means nothing if the function is void."""
         reason = self.reason_cannot_run()
         if self._loaded is None:
             raise RuntimeError(reason)
         entry = getattr(self._loaded, function)
         entry.restype = ctypes.c_int64
-        return int(entry(*map(_as_c, arguments)))
+        converted = tuple(map(_as_c, arguments))
+        add = _added_to.get()
+        if add is not None:
+            add(entry, converted, arguments)
+        return int(entry(*converted))
 
     def _load(self) -> ctypes.CDLL:
         executable = compiler()
@@ -144,9 +166,11 @@ def cpu_only(library: Library, *, otherwise: str) -> Callable[[torch.device, int
     return reason
 
 
-def _as_c(value: Tensor | int | float | None) -> object:
+def _as_c(value: Argument) -> object:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(None)
+    if isinstance(value, ctypes.Array):
+        return value
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)

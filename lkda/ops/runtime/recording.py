@@ -1,0 +1,73 @@
+"""Calls of C++ on a CPU that are recorded once and then repeated, as a CUDA graph repeats kernels.
+
+    with recorded() as recording:
+        y = function_of(x)          # it runs, and its calls are recorded
+    recording.repeat()              # the same calls on the same tensors: new numbers in x give new numbers in y
+
+What is recorded are calls of `Library`. Any other operation of PyTorch that computes something would be missing when the
+calls are repeated, so it makes the recording unusable: `refused` then names it. Views and uninitialised tensors are
+allowed. The memory of all tensors is kept as long as the recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lkda.ops.runtime import cpp
+
+_UNINITIALISED = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+}
+
+
+class Recording:
+    """Calls in their order.
+
+    Attributes:
+        refused: the operation because of which the calls must not be repeated; None where they may be.
+    """
+
+    def __init__(self) -> None:
+        self.refused: str | None = None
+        self._calls: list[tuple[Callable[..., Any], tuple[object, ...]]] = []
+        self._kept: list[object] = []
+
+    def add(self, entry: Callable[..., Any], converted: tuple[object, ...], arguments: tuple[object, ...]) -> None:
+        self._calls.append((entry, converted))
+        self._kept.append(arguments)
+
+    def repeat(self) -> None:
+        for entry, arguments in self._calls:
+            entry(*arguments)
+
+
+@contextmanager
+def recorded() -> Iterator[Recording]:
+    """Records the calls that are made inside."""
+    recording = Recording()
+    with _Watch(recording), cpp.calls_added_to(recording.add):
+        yield recording
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _UNINITIALISED and not _is_view(func):
+            self.recording.refused = self.recording.refused or str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_view(func: Any) -> bool:
+    aliases = [result.alias_info for result in func._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
