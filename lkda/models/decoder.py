@@ -154,8 +154,10 @@ class Decoder:
         self.positions.add_(1)
 
     def _advance_by_recording(self) -> None:
-        """As `_advance`, with the calls of C++ recorded in the second step and repeated from the third one on. The first
-        one compiles, and computes what is kept."""
+        """As `_advance`, with the calls of C++ recorded in the second step and repeated from the third one on.
+
+        The first step compiles, and computes what is kept.
+        """
         torch.clamp(self.tokens, min=0, out=self._read_tokens)
         if self._recording is not None:
             self._recording.repeat()

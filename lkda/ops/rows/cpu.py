@@ -19,12 +19,7 @@ MOST_ROWS = 64
 PLAIN, NORM, SILU, TIMES = range(4)  # as in the .cpp file
 
 
-def can_take(x: Tensor, *others: Tensor) -> bool:
-    """Whether the C++ can compute these: all of one dtype on a CPU, without gradients."""
-    if x.device.type != "cpu" or x.dtype not in NAMES or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return False
-    alike = all(other.dtype == x.dtype and other.device == x.device for other in others)
-    return alike and LIBRARY.reason_cannot_run() is None
+can_take = LIBRARY.can_take
 
 
 def embed_rows(tokens: Tensor, table: Tensor, *, norm: Tensor | None, eps: float, scale: float) -> Tensor:

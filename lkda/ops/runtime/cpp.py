@@ -121,6 +121,14 @@ class Library:
             add(entry, converted, arguments)
         return int(entry(*converted))
 
+    def can_take(self, *tensors: Tensor) -> bool:
+        """Whether it can compute these without gradients: all float32, or all float64, on a CPU."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        dtype = tensors[0].dtype
+        alike = dtype in NAMES and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+        return alike and self.reason_cannot_run() is None
+
     def _load(self) -> ctypes.CDLL:
         executable = compiler()
         if executable is None:

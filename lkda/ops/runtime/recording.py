@@ -4,8 +4,8 @@
         y = function_of(x)          # it runs, and its calls are recorded
     recording.repeat()              # the same calls on the same tensors: new numbers in x give new numbers in y
 
-What is recorded are calls of `Library`. Any other operation of PyTorch that computes something would be missing when the
-calls are repeated, so it makes the recording unusable: `refused` then names it. Views and uninitialised tensors are
+What is recorded are calls of `Library`. Another operation of PyTorch that computes something would be missing when the
+calls are repeated, so it makes the recording unusable, and `refused` names it. Views and uninitialised tensors are
 allowed. The memory of all tensors is kept as long as the recording.
 """
 
@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lkda.ops.runtime import cpp
 
@@ -63,11 +65,16 @@ class _Watch(TorchDispatchMode):
         self.recording = recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _UNINITIALISED and not _is_view(func):
+        found = func(*args, **(kwargs or {}))
+        if func not in _UNINITIALISED and not _is_view(func, args, found):
             self.recording.refused = self.recording.refused or str(func)
-        return func(*args, **(kwargs or {}))
+        return found
 
 
-def _is_view(func: Any) -> bool:
+def _is_view(func: Any, args: Any, found: Any) -> bool:
+    """Whether `found` is memory of the arguments that was not written. An operation such as `contiguous` may copy."""
     aliases = [result.alias_info for result in func._schema.returns]
-    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+    if not aliases or any(alias is None or alias.is_write for alias in aliases):
+        return False
+    given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor)}
+    return all(x.untyped_storage().data_ptr() in given for x in tree_leaves(found))

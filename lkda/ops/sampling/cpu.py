@@ -20,7 +20,5 @@ def sample_cpu(
     """Arguments as in `sample_torch`."""
     tokens = torch.empty_like(keys, memory_format=torch.contiguous_format)
     given = logits.float().contiguous(), keys.contiguous(), positions.contiguous()
-    LIBRARY.call(
-        "sample", *logits.shape, *given, temperature, top_k, top_p, min_p, tokens, torch.get_num_threads()
-    )
+    LIBRARY.call("sample", *logits.shape, *given, temperature, top_k, top_p, min_p, tokens, torch.get_num_threads())
     return tokens

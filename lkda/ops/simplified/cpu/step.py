@@ -7,15 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lkda.ops.rows.cpu import can_take
 from lkda.ops.runtime.cpp import NAMES, Library
 
 LIBRARY = Library(Path(__file__).with_name("step.cpp"))
 
-
-def runs(q: Tensor, *others: Tensor) -> bool:
-    """Whether the C++ can compute a step of these tensors."""
-    return can_take(q, *others) and LIBRARY.reason_cannot_run() is None
+runs = LIBRARY.can_take
 
 
 def simplified_step_cpu(
