@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -107,3 +109,20 @@ def test_what_cannot_be_recorded_is_called(name, options):
         first, second = (decoder.step().tolist() for decoder in decoders)
         assert first == second
     assert decoders[0].not_recorded is not None
+
+
+@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+def test_recorded_steps_keep_the_memory_of_the_weights():
+    """Where the model's weights move to other memory, the steps go on with those that were recorded."""
+    model = small(["kda", "mla"])
+    decoders = [Decoder(copy.deepcopy(model), 1, 30, Sampling(0.0)), Decoder(model, 1, 30, Sampling(0.0))]
+    found = []
+    for decoder in decoders:
+        decoder.admit([0], [[1, 2, 3]], [0], [5])
+        first = [decoder.step().item() for _ in range(3)]
+        if decoder is decoders[1]:
+            model.double()
+            scratch = [torch.full_like(p, float("nan"), dtype=torch.float32) for p in model.parameters()]
+        found.append(first + [decoder.step().item() for _ in range(9)])
+    assert found[0] == found[1]
+    assert scratch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,14 +79,12 @@ def product_rows(
         add: [B, sum of outputs], contiguous, added to the result.
     """
     B, n = x.shape
-    sizes = [len(weight) for weight in weights]
+    sizes = torch.Size(len(weight) for weight in weights)
     y = x.new_empty(B, sum(sizes))
     LIBRARY.call(
         f"product_{NAMES[x.dtype]}",
         *(B, n, x, x.stride(0), form, norm, n if norm is None else len(norm), eps),
-        *(other, 0 if other is None else other.stride(0), len(weights)),
-        (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)),
-        (ctypes.c_int64 * len(weights))(*sizes),
+        *(other, 0 if other is None else other.stride(0), len(weights), tuple(weights), sizes),
         *(add, y, torch.get_num_threads()),
     )
     return y

@@ -37,7 +37,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 
 
-Argument = Tensor | int | float | ctypes.Array[Any] | None
+Argument = Tensor | int | float | tuple[Tensor, ...] | torch.Size | None
 Add = Callable[[Callable[..., Any], tuple[object, ...], tuple[object, ...]], None]
 _added_to: ContextVar[Add | None] = ContextVar("added_to", default=None)
 
@@ -108,8 +108,13 @@ class Library:
         return self._reason
 
     def call(self, function: str, *arguments: Argument) -> int:
-        """Calls one of its functions: a tensor or an array of ctypes for a pointer, None for a null pointer, an int for
-        an int64_t and a float for a double. Returns its int64_t, which means nothing if the function is void."""
+        """Calls one of its functions.
+
+        Args:
+            arguments: a tensor for a pointer, None for a null pointer, an int for an int64_t, a float for a double,
+                tensors for an array of pointers, a torch.Size for an array of int64_t.
+        Returns: its int64_t, which means nothing if the function is void.
+        """
         reason = self.reason_cannot_run()
         if self._loaded is None:
             raise RuntimeError(reason)
@@ -179,6 +184,8 @@ def _as_c(value: Argument) -> object:
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(None)
-    if isinstance(value, ctypes.Array):
-        return value
+    if isinstance(value, torch.Size):
+        return (ctypes.c_int64 * len(value))(*value)
+    if isinstance(value, tuple):
+        return (ctypes.c_void_p * len(value))(*(x.data_ptr() for x in value))
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)

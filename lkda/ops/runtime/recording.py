@@ -40,11 +40,12 @@ class Recording:
     def __init__(self) -> None:
         self.refused: str | None = None
         self._calls: list[tuple[Callable[..., Any], tuple[object, ...]]] = []
-        self._kept: list[object] = []
+        self._kept: list[Tensor] = []
 
     def add(self, entry: Callable[..., Any], converted: tuple[object, ...], arguments: tuple[object, ...]) -> None:
         self._calls.append((entry, converted))
-        self._kept.append(arguments)
+        # A parameter may be given other memory later; a tensor of its own keeps the memory that was recorded.
+        self._kept += [x.detach() for x in tree_leaves(arguments) if isinstance(x, Tensor)]
 
     def repeat(self) -> None:
         for entry, arguments in self._calls:
