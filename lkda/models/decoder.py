@@ -59,6 +59,7 @@ class Decoder:
 
     Attributes:
         lengths: the tokens of each row that its state has read.
+        logits: [B, vocab], those that the last step sampled from, which the next step overwrites; None before it.
         not_captured: why the steps are not captured on a GPU; None where they are, or on a CPU.
         not_recorded: the operation because of which the steps are not recorded on a CPU; None where they are, or on a
             GPU.
@@ -79,9 +80,9 @@ class Decoder:
         self.not_recorded: str | None = None if graphs else "graphs=False"
         self._read_tokens = torch.zeros_like(self.tokens)
         self._recording: Recording | None = None
-        self._logits: Tensor | None = None
+        self.logits: Tensor | None = None
         self._uses: dict[int, int] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # with its buffer of logits
         self._pool: Any = None
 
     @torch.inference_mode()
@@ -130,9 +131,9 @@ class Decoder:
         if self.device.type == "cpu" and self.not_recorded is None:
             self._advance_by_recording()
         elif self.device.type == "cuda" and self.not_captured is None:
-            self._advance_by_graph(self._bucket(max(self.lengths) + 1))
+            self.logits = self._advance_by_graph(self._bucket(max(self.lengths) + 1))
         else:
-            self._advance(self._bucket(max(self.lengths) + 1))
+            self.logits = self._advance(self._bucket(max(self.lengths) + 1))
         self.lengths = [length + 1 for length in self.lengths]
         return self.tokens
 
@@ -145,13 +146,14 @@ class Decoder:
                 for part in layer:
                     part[row].zero_()
 
-    def _advance(self, bucket: int) -> None:
-        """The step function."""
+    def _advance(self, bucket: int) -> Tensor:
+        """The step function. Returns the logits."""
         state = self.state if self.constant else self.model.cut_state(self.state, bucket)
         logits, after = self.model.step(self.tokens.clamp(min=0), state)
         _write(state, after)
         self.tokens.copy_(self.sample(logits))
         self.positions.add_(1)
+        return logits
 
     def _advance_by_recording(self) -> None:
         """As `_advance`, with the calls of C++ recorded in the second step and repeated from the third one on.
@@ -161,14 +163,14 @@ class Decoder:
         torch.clamp(self.tokens, min=0, out=self._read_tokens)
         if self._recording is not None:
             self._recording.repeat()
-        elif self._logits is None:
-            self._logits = self._logits_after_step()
+        elif self.logits is None:
+            self.logits = self._logits_after_step()
         else:
             with recorded() as recording:
-                self._logits = self._logits_after_step()
+                self.logits = self._logits_after_step()
             self._recording, self.not_recorded = recording, recording.refused
-        assert self._logits is not None
-        self.tokens.copy_(self.sample(self._logits))
+        assert self.logits is not None
+        self.tokens.copy_(self.sample(self.logits))
         self.positions.add_(1)
 
     def _logits_after_step(self) -> Tensor:
@@ -176,29 +178,30 @@ class Decoder:
         _write(self.state, after)
         return logits
 
-    def _advance_by_graph(self, bucket: int) -> None:
+    def _advance_by_graph(self, bucket: int) -> Tensor:
         uses = self._uses[bucket] = self._uses.get(bucket, 0) + 1
         if uses <= WARMUP_STEPS:
             # torch.cuda.graph requires that the warm-up runs on a side stream, as the capture does.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._advance(bucket)
+                logits = self._advance(bucket)
             torch.cuda.current_stream().wait_stream(stream)
-            return
+            return logits
         if bucket not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    self._advance(bucket)
+                    logits = self._advance(bucket)
             except (RuntimeError, NotImplementedError) as error:
                 self.not_captured = " ".join(str(error).split())[:300]
                 logging.getLogger(__name__).warning("decoding without CUDA graphs: %s", self.not_captured)
-                self._advance(bucket)
-                return
+                return self._advance(bucket)
             self._pool = self._pool or graph.pool()
-            self._graphs[bucket] = graph
-        self._graphs[bucket].replay()
+            self._graphs[bucket] = graph, logits
+        graph, logits = self._graphs[bucket]
+        graph.replay()
+        return logits
 
     def sample(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """The tokens [N] sampled from logits [N, vocab] for `rows` [N]; None: for all rows."""
