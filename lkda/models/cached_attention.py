@@ -94,7 +94,7 @@ class CachedAttention(Mixer):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         caches, length = state[:2], state[2]
-        if self.runs_on_cpu() and is_preallocated(length) and step_cpu_runs(x, self.o_proj.weight, *caches):
+        if self._step_runs_on_cpu(x, state):
             o = self.attend_one_cpu(x, state)
             if o is None:
                 raise full_cache_error(caches[0].shape[-2], int(length.max()) + 1)
@@ -103,6 +103,13 @@ class CachedAttention(Mixer):
         after = append_one(caches, entries, length)
         o = self.attend_one(q[:, 0], *filled(after, length))
         return self.o_proj(o.flatten(1)), (*after, length, *convolved)
+
+    def _step_runs_on_cpu(self, x: Tensor, state: State) -> bool:
+        # Of a cache that was cut, the entries of each sequence and head lie side by side.
+        entries = [cache[(0,) * (cache.dim() - 2)] for cache in state[:2]] if len(x) else []
+        weights = (self.o_proj.weight, *self.filters())
+        usual = self.runs_on_cpu() and is_preallocated(state[2]) and state[2].is_contiguous()
+        return usual and step_cpu_runs(x, *weights, *entries, *state[3:])
 
     def _output(
         self, q: Tensor, caches: Sequence[Tensor], lengths: Sequence[int] | None, cu_seqlens: Tensor | None

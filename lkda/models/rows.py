@@ -27,6 +27,6 @@ def embedded(tokens: Tensor, table: Tensor, norm: nn.RMSNorm | None, scale: floa
     """tokens [B] -> scale times the norm of their rows of `table`; None where the C++ cannot do it."""
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     usual = tokens.dim() == 1 and tokens.dtype == torch.int64 and tokens.is_contiguous()
-    if not usual or eps is None or not can_take(table, *(() if weight is None else (weight,))):
+    if not usual or eps is None or not can_take(table, table, *(() if weight is None else (weight,))):
         return None
     return embed_rows(tokens, table, norm=weight, eps=eps, scale=scale)

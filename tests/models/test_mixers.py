@@ -195,6 +195,23 @@ def test_options_keep_the_contract(name, options):
     close(packed[:, 15:], want)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_steps_take_states_that_lie_apart(pattern):
+    """A state that is a part of a larger tensor, which only PyTorch can step, but for KDA, which refuses it."""
+    model, x = small(pattern), tokens(2, 6)
+    want, state = model(x), model.init_state(2, max_tokens=8)
+    state = [tuple(torch.stack([part, part], -1)[..., 0] for part in layer) for layer in state]
+    assert not any(part.is_contiguous() for layer in state for part in layer if part.numel() > 2)
+    if "kda" in pattern:
+        with pytest.raises(ValueError, match="is written in place and must be contiguous"):
+            model.step(x[:, 0], state)
+        return
+    for t in range(6):
+        logits, state = model.step(x[:, t], state)
+        close(logits, want[:, t])
+
+
 @pytest.mark.parametrize("name", ["kda", "simplified"])
 def test_no_activation_needs_no_convolution(name):
     with pytest.raises(ValueError, match="activation=none needs conv_width=0, got 4"):

@@ -92,7 +92,7 @@ class SimplifiedAttention(RecurrentMixer):
     ) -> tuple[Tensor, State]:
         caches, (own,) = self._split_state(state)
         filters = self._filters()
-        if step_cpu_runs(q, own, self.decay_bias, *filters):
+        if step_cpu_runs(q, own, self.decay_bias, *filters, *caches):
             q, k, v = self.heads(q), self.heads(k), self.heads(v)
             logits = gates[0] if gates else None
             return simplified_step_cpu(q, k, v, logits, self.decay_bias, own, weights=filters, caches=caches), state

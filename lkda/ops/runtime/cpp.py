@@ -126,12 +126,14 @@ class Library:
             add(entry, converted, arguments)
         return int(entry(*converted))
 
-    def can_take(self, *tensors: Tensor) -> bool:
-        """Whether it can compute these without gradients: all float32, or all float64, on a CPU."""
+    def can_take(self, x: Tensor, *contiguous: Tensor) -> bool:
+        """Whether it can compute these without gradients: all float32, or all float64, on a CPU. The rows of x may lie
+        apart; the others are contiguous."""
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
-        dtype = tensors[0].dtype
-        alike = dtype in NAMES and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+        if x.dtype not in NAMES or x.device.type != "cpu" or x.stride(-1) != 1:
+            return False
+        alike = all(y.dtype == x.dtype and y.device == x.device and y.is_contiguous() for y in contiguous)
         return alike and self.reason_cannot_run() is None
 
     def _load(self) -> ctypes.CDLL:

@@ -87,6 +87,9 @@ def test_what_has_gradients_or_another_dtype_is_not_taken() -> None:
     assert not cpu.can_take(x)
     with torch.no_grad():
         assert cpu.can_take(x, x)
+        assert cpu.can_take(x[:, :2], x)
+        assert not cpu.can_take(x.t(), x)
+        assert not cpu.can_take(x, x[:, :2])
         assert not cpu.can_take(x, x.double())
         assert not cpu.can_take(x.bfloat16())
         with torch.autocast("cpu", torch.bfloat16):
