@@ -84,7 +84,7 @@ def product_rows(
     LIBRARY.call(
         f"product_{NAMES[x.dtype]}",
         *(B, n, x, x.stride(0), form, norm, n if norm is None else len(norm), eps),
-        *(other, 0 if other is None else other.stride(0), len(weights), tuple(weights), sizes),
+        *(other, 0 if other is None else other.stride(0), len(weights), list(weights), sizes),
         *(add, y, torch.get_num_threads()),
     )
     return y

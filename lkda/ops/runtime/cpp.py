@@ -37,7 +37,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 
 
-Argument = Tensor | int | float | tuple[Tensor, ...] | torch.Size | None
+Argument = Tensor | int | float | list[Tensor] | torch.Size | None
 Add = Callable[[Callable[..., Any], tuple[object, ...], tuple[object, ...]], None]
 _added_to: ContextVar[Add | None] = ContextVar("added_to", default=None)
 
@@ -188,6 +188,6 @@ def _as_c(value: Argument) -> object:
         return ctypes.c_void_p(None)
     if isinstance(value, torch.Size):
         return (ctypes.c_int64 * len(value))(*value)
-    if isinstance(value, tuple):
+    if isinstance(value, list):
         return (ctypes.c_void_p * len(value))(*(x.data_ptr() for x in value))
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
