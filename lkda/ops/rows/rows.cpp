@@ -2,6 +2,7 @@
 //
 // The bits of a row do not depend on the other rows, nor on the number of threads: every output is summed in one order.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -10,8 +11,8 @@
 
 namespace {
 
-constexpr int GROUP = 8;               // outputs that are computed together, so that they share the loads of x
-constexpr int64_t PER_THREAD = 1 << 17;  // weights; fewer are not worth a thread
+constexpr int GROUP = 8;                 // outputs that are computed together, so that they share the loads of x
+constexpr int64_t PER_THREAD = 1 << 18;  // weights, of 1 MB in float32; fewer are not worth waiting for a thread
 
 enum Form { PLAIN, NORM, SILU, TIMES };
 
@@ -69,8 +70,7 @@ void product(int64_t B, int64_t n, const Input<T>& input, int64_t count, const T
     for (int64_t b = 0; b < B; b++) input.row(b, n, &z[b * n]);
     int64_t all = 0;
     for (int64_t m = 0; m < count; m++) all += sizes[m];
-    int64_t wanted = all * n / PER_THREAD + 1;
-    if (wanted < threads) threads = wanted;
+    threads = std::max<int64_t>(1, std::min(threads, all * n / PER_THREAD));
     for (int64_t m = 0, first = 0; m < count; first += sizes[m++]) {
         const T* w = matrices[m];
         int64_t rows = sizes[m], groups = (rows + GROUP - 1) / GROUP;
