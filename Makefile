@@ -1,5 +1,6 @@
 # make train: install into .venv, then train a small model on real text.   make test: install, then test, in minutes.
 # make test-slow: what takes longer; CI runs it too.   make test-long: what CI has no time for, and other programs.
+# make test-fla: lkda's kernels in flash-linear-attention, on a CPU; CI runs it too.
 # ARGS are passed on: make test ARGS="tests/ops -k simplified".
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # Two tests at a time, each with one thread of torch.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-slow test-long lint clean
+.PHONY: train test test-slow test-long test-fla lint clean
 
 train: $(VENV)/installed
 	$(BIN)/python scripts/train.py $(ARGS)
@@ -23,6 +24,9 @@ test-slow: $(VENV)/installed-dev
 
 test-long: $(VENV)/installed-dev
 	$(PARALLEL) -m "long or readers" $(ARGS)
+
+test-fla: $(VENV)/fla/installed
+	PYTHONPATH=$(VENV)/fla $(BIN)/python -m pytest tests/integrations/test_fla.py $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -39,6 +43,11 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	@echo "installing lkda and its development tools into $(VENV)"
 	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
 	@touch $@ $(VENV)/installed
+
+# In a folder of its own: transformers calls flash-linear-attention wherever it is installed.
+$(VENV)/fla/installed: | $(VENV)/installed-dev
+	$(BIN)/python -m pip install --no-deps --target $(VENV)/fla flash-linear-attention==0.6.0 fla-core==0.6.0 einops triton
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lkda needs Python 3.11 or later: make PYTHON=python3.12 ...")'

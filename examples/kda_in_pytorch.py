@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lkda.models.mixers.kda import KimiDeltaAttention
+from lkda.layers import KimiDeltaAttention
 
 VOCAB, WIDTH, HEADS, LAYERS, LENGTH = 32, 32, 2, 2, 8
 

@@ -1,12 +1,27 @@
-"""The device that an option such as `trainer.accelerator=auto` selects."""
+"""The device that an option such as `trainer.accelerator=auto` selects, and the memory of the machine."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
 from lkda.checks import InputError
 
 CPU, AUTO = "cpu", "auto"
+
+
+def resolve_device_count(count: int | str, device: torch.device) -> int:
+    """The number of devices of this machine that `trainer.devices` selects, where `auto` is all GPUs, or one CPU.
+
+    Raises: InputError if there are fewer GPUs.
+    """
+    there = torch.cuda.device_count() if device.type == "cuda" else None
+    if count == AUTO:
+        return there or 1
+    if there is not None and int(count) > there:
+        raise InputError(f"trainer.devices={count}: torch sees {there} GPU{'s' * (there != 1)}; use at most that many.")
+    return int(count)
 
 
 def resolve_device(
@@ -28,3 +43,8 @@ def resolve_device(
     if word == gpu and not there:
         raise InputError(f"{option}={gpu}: a GPU was asked for and torch sees no CUDA device; use {instead or others}.")
     return torch.device("cuda" if there and word != CPU else CPU)
+
+
+def physical_memory() -> int:
+    """The bytes of the machine's memory, which is that of the device "cpu"."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -26,12 +26,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops.gated_norm": OPERATOR,
     "ops.short_conv": OPERATOR,
     "ops.softmax": OPERATOR,
+    "ops.swiglu": OPERATOR,
     "ops.products": {"ops.runtime"},
     "ops.rows": {"ops.runtime"},
+    "ops.cross_entropy": {"ops.runtime", "ops.products"},
+    "ops.sampling": OPERATOR,
+    "ops.token_linear": OPERATOR | {"ops.gated_norm", "ops.swiglu"},
     "ops.simplified.reference": {"ops.tensors"},
     "ops.simplified.cuda": OPERATOR,
     "ops.simplified.cpu": OPERATOR,
-    "ops.simplified": OPERATOR | {"ops.simplified.reference", "ops.simplified.cuda"},
+    "ops.simplified": OPERATOR
+    | {"ops.short_conv", "ops.simplified.reference", "ops.simplified.cuda", "ops.simplified.cpu"},
     "ops.kda.reference": {"ops.tensors"},
     "ops.kda.cuda": OPERATOR | {"ops.short_conv", "ops.gated_norm", "ops.kda.reference"},
     "ops.kda.cpu": OPERATOR | {"ops.kda.reference"},
@@ -46,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.text": {"data"},
     "data.prose": {"data", "data.text"},
     "data.synthetic": {"data"},
-    "bench": {"models", "generation", "ops.*", "data.synthetic"},
+    "bench": {"integrations", "models", "generation", "ops.*", "data.synthetic"},
     "bench.ops": {"bench", "ops.*"},
     "report.read": set(),
     "report.draw": {"report.read"},
@@ -55,7 +60,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.studies": {"report.read", "report.draw"},
     "report": {"report.*"},  # readme.py and redraw.py, which call the others
     "generation": {"models", "ops.*", "data.text"},
-    "commands": {"ops.*", "models", "generation", "training.*", "formats.*", "data.*", "bench.*", "report.*"},
+    "layers": {"models", "ops.*"},
+    "integrations": {"ops.*"},
+    "commands": {
+        "integrations",
+        "ops.*",
+        "models",
+        "generation",
+        "training.*",
+        "formats.*",
+        "data.*",
+        "bench.*",
+        "report.*",
+    },
     "top": {"formats.*", "models", "generation", "commands"},  # lkda/__init__.py and __main__.py
 }
 # Other packages, and the packages of lkda whose modules may import them at all.
@@ -63,7 +80,8 @@ ONLY_IN = {
     "hydra": {"commands"},
     "datasets": {"data"},
     "wandb": {"training"},
-    "transformers": {"formats", "commands", "bench"},
+    "transformers": {"formats", "commands", "bench", "integrations"},
+    "fla": {"commands", "bench", "bench.ops", "integrations"},
     "lm_eval": {"commands"},
 }
 # Packages that must not load with the package that uses them.
@@ -132,6 +150,12 @@ def check_no_circle(modules: Mapping[str, Path]) -> None:
 
 def test_every_package_is_listed() -> None:
     assert [module for module in MODULES if place(module) is None] == []
+
+
+def test_every_operator_is_listed() -> None:
+    assert [
+        path.parent.name for path in HOME.glob("ops/*/__init__.py") if f"ops.{path.parent.name}" not in MAY_IMPORT
+    ] == []
 
 
 def test_the_layers_have_no_circle() -> None:

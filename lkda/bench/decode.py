@@ -5,7 +5,6 @@ A state of `context` tokens is not computed: its caches are zeros of that length
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer, models
 
 from lkda.bench.timing import copy_gb_per_s
 from lkda.checks import InputError
+from lkda.device import physical_memory
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import STEPS_PER_READ
@@ -46,7 +46,7 @@ def decode_row(model: LanguageModel, batch: int, context: int, sampling: Samplin
     device = model.embed_tokens.weight.device
     row: Row = {"bytes_per_sequence": model.state_bytes(context), "weight_bytes": weight_bytes(model)}
     needed = batch * model.state_bytes(context)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _physical_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else physical_memory()
     if needed > MEMORY_SHARE * free:
         return row | {"bytes_needed": needed, "reason": _does_not_fit(needed, free)}
     copied = copy_gb_per_s(device)
@@ -159,7 +159,7 @@ def peer_row(model: LanguageModel, peer: str, batch: int, context: int) -> Row:
 
     with torch.no_grad():  # what is compiled need not support inference mode
         # The longer one first: a static cache keeps its size, and a new size would be compiled again.
-        long, short = (_seconds(partial(generate, count), weight.device) for count in reversed(PEER_TOKENS))
+        long, short = (_seconds(partial(generate, count), weight.device, times=1) for count in reversed(PEER_TOKENS))
     own = decode_row(model, batch, max(context, LEAST_CONTEXT), Sampling(0.0))
     if long <= short:
         raise InputError(f"{PEER_TOKENS[1]} tokens took no longer than {PEER_TOKENS[0]}: the times are too noisy.")
@@ -172,14 +172,10 @@ def _does_not_fit(needed: int, free: int) -> str:
     return f"does not fit: the states take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
 
 
-def _physical_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, times: int = INTERVALS) -> float:
     call()
     best = float("inf")
-    for _ in range(INTERVALS):
+    for _ in range(times):
         _wait(device)
         begin = time.perf_counter()
         call()

@@ -56,7 +56,7 @@ def seconds(op: str, head_dim: int, cache: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no CUDA device.")

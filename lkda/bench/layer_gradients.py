@@ -56,7 +56,7 @@ def errors(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B x T x H x D")
     options = parser.parse_args()
     device = resolve_device("auto")

@@ -18,6 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+from rich.console import Console
+from rich.progress import track
+
 import lkda.ops
 from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
 
@@ -68,8 +71,11 @@ def collect(operators: Sequence[str] | None, architectures: Sequence[str], proce
     if not modules:
         raise SystemExit(f"no operator among {', '.join(operators or [])} has kernels")
     tasks = [(m.__name__, arch, n) for m in modules for arch in architectures for n in range(len(m.kernels(arch)))]
+    print(f"compiling {len(tasks)} kernels, {processes} at a time", file=sys.stderr)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return pool.map(usage, tasks, chunksize=4)
+        found = pool.imap(usage, tasks, chunksize=4)
+        console = Console(stderr=True)
+        return list(track(found, "kernels", len(tasks), console=console, disable=not console.is_terminal))
 
 
 def summary(table: Sequence[Usage]) -> str:
@@ -91,9 +97,9 @@ def summary(table: Sequence[Usage]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/kernel_resources.csv"), help="the table, as CSV")
-    parser.add_argument("--op", nargs="+", help="the operators whose kernels; all where not given")
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--op", nargs="+", help="operators whose kernels are compiled; default: all")
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count(), help="kernels at a time")
     options = parser.parse_args()
     start = time.perf_counter()
     table = collect(options.op, options.arch, options.processes)

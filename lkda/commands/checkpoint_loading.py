@@ -16,6 +16,7 @@ from lkda.formats.common.building import build_with_weights
 from lkda.models.lm import LanguageModel
 from lkda.old_names import current_model_config, translated
 from lkda.training.checkpoint import read_checkpoint
+from lkda.training.sharded_checkpoint import is_sharded
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     if path.is_dir() and (path / "config.json").exists():
         model, tokenizer = load(path, backend=backend)
         return TrainedModel(model, tokenizer, path)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         path = _last_of_run(path)
     checkpoint = read_checkpoint(path)
     ours = checkpoint["lkda"]

@@ -28,6 +28,8 @@ from omegaconf.errors import (
 import lkda
 from lkda.checks import InputError
 from lkda.commands.invocation import with_started_command
+from lkda.io import write_atomically
+from lkda.run_failure import FAILURE
 
 BAD_INPUT = 2
 FAILED = 1
@@ -68,6 +70,20 @@ def readable_errors() -> Iterator[None]:
         if _in_a_sweep():
             raise  # an exception fails only this job; the other jobs of the sweep continue
         raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None
+
+
+@contextmanager
+def recorded_failure() -> Iterator[None]:
+    """If a job of a sweep fails, write the reason into FAILURE in its directory, where compare.py finds it."""
+    try:
+        yield
+    except Exception as error:
+        if _in_a_sweep():
+            directory = Path(HydraConfig.get().runtime.output_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            reason = _message(error) or f"{type(error).__name__}: {_on_one_line(str(error))}"
+            write_atomically(directory / FAILURE, reason + "\n")
+        raise
 
 
 def _leave_the_pipe() -> None:

@@ -15,6 +15,7 @@ from lkda.commands.invocation import command, given_overrides, short
 from lkda.commands.overrides import override
 from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
+from lkda.commands.run_setup import RunPlan
 from lkda.commands.text import encode_prompt, text_pieces
 from lkda.formats import has_folded_embedding
 from lkda.models.generate import generate
@@ -78,8 +79,23 @@ class RunConsole:
                 if fresh
                 else f"resuming from step {prepared.first_step}"
             )
+        if plan.trainer.strategy != "single":
+            self._print_devices(plan)
         if prepared.data.no_test is not None:
             self._line(f"no test split: {prepared.data.no_test}")
+
+    def _print_devices(self, plan: RunPlan) -> None:
+        trainer = plan.trainer
+        sequences = plan.data["batch_size"] // trainer.data_parallel
+        parts = f", each {trainer.context_parallel} of them sharing a sequence" if trainer.context_parallel > 1 else ""
+        devices = f"{trainer.world_size} device{'s' * (trainer.world_size != 1)} with {trainer.strategy}{parts}"
+        self._line(f"{devices}; {sequences} sequence{'s' * (sequences != 1)} at a time on each")
+        if plan.compile == "auto" and plan.device.type == "cuda":
+            # A replayed graph would not run what the strategies add to the backward pass.
+            if trainer.context_parallel > 1:
+                self._line("compile=auto: neither torch.compile nor CUDA graphs, which context_parallel does not allow")
+                return
+            self._line(f"compile=auto: torch.compile without CUDA graphs, which {trainer.strategy} does not allow")
 
     def print_interruption(self, ending: InterruptedRunError) -> None:
         """Print how to continue the run."""

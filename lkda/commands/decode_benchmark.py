@@ -17,7 +17,7 @@ from lkda.bench.op_benchmark import DTYPES
 from lkda.checks import InputError, check_count
 from lkda.commands.command_line import CommandError
 from lkda.commands.decode_case import LKDA, PEERS, PREFILL, DecodeCase
-from lkda.commands.row_process import measure_rows, run_child
+from lkda.commands.row_process import measure_rows, run_fork
 from lkda.commands.run_setup import plan_run
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.step_benchmark import check_names, choices, header_of, made_directory, open_console
@@ -51,7 +51,7 @@ def decode_benchmark(settings: Mapping[str, Any], device: torch.device) -> None:
     def measure(case: DecodeCase) -> dict[str, Any]:
         request = {"case": asdict(case), "device": str(device)}
         log = out / "logs" / f"{case.name}.txt"
-        return {"title": case.title, **asdict(case), **run_child(ROW, request, settings["time_limit"], log)}
+        return {"title": case.title, **asdict(case), **run_fork(ROW, request, settings["time_limit"], log)}
 
     measure_rows(cases, measure, found, out / RESULT, console, said=lambda row: f"{row['tokens_per_s']:,.0f} tokens/s")
     report.redraw(out / RESULT)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lkda.commands.decode_case import LKDA, PREFILL, DecodeCase
 from lkda.commands.fit import quiet_libraries
 from lkda.commands.peers import check_available
 from lkda.commands.prepared_run import model_of, prepare_data, with_data
-from lkda.commands.row_process import answer, end_with_parent
+from lkda.commands.row_process import answer
 from lkda.commands.run_setup import plan_run
 from lkda.commands.shipped import CONFIGS
 from lkda.models.decoder import Sampling
@@ -28,10 +27,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     """The measurements of a case; see `lkda.bench.decode`.
 
     Args:
-        request: {"case": of a DecodeCase, "device", "started"}.
+        request: {"case": of a DecodeCase, "device"}.
     Raises: InputError for a peer that cannot run.
     """
-    imports_s = time.time() - request["started"]
     quiet_libraries()
     case, device = DecodeCase(**request["case"]), torch.device(request["device"])
     if case.implementation == "fla":
@@ -44,7 +42,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         row = prefill_row(model, case.context)
     else:
         row = peer_row(model, case.implementation, case.batch, case.context)
-    return {"imports_s": round(imports_s, 2), **row}
+    return row
 
 
 def model_of_case(case: DecodeCase, device: torch.device) -> LanguageModel:
@@ -57,10 +55,5 @@ def model_of_case(case: DecodeCase, device: torch.device) -> LanguageModel:
     return model
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     answer(measure, arguments)
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    main(sys.argv[1:])

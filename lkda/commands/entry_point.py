@@ -15,11 +15,12 @@ from omegaconf import DictConfig
 
 import lkda
 from lkda.checks import InputError
-from lkda.commands.command_line import BAD_INPUT, output_that_may_end, readable_errors
+from lkda.commands.command_line import BAD_INPUT, output_that_may_end, readable_errors, recorded_failure
 from lkda.commands.config import check_keys
 from lkda.commands.invocation import with_started_command
 from lkda.commands.overrides import as_typed
 from lkda.commands.shipped import CONFIGS
+from lkda.commands.sweep_gpus import claim_gpus, defaults_of_plugins, register
 
 COMMANDS = {
     "train": "train a language model",
@@ -27,7 +28,7 @@ COMMANDS = {
     "generate": "continue a text with a trained model",
     "export": "write a trained model into a directory that other programs load",
     "compare": "compare runs: a table, plots and a page",
-    "benchmark": "measure the operators",
+    "benchmark": "measure operators, training steps and decoding",
     "prepare-data": "download and tokenize the mix of public texts (data=prose)",
 }
 # Settings whose value is taken literally and is not parsed by Hydra's grammar.
@@ -62,25 +63,31 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     """Compose the configuration of the command `name`, and call its function."""
     module = name.replace("-", "_")
 
-    def task(config: DictConfig) -> None:
-        with readable_errors():  # here too, so that it prints before Hydra adds a line of its own
+    def task(config: DictConfig) -> float | None:
+        # Errors are made readable here too, before Hydra adds a line of its own.
+        with recorded_failure(), readable_errors():
             check_keys(config, module)
+            if name == "train":
+                claim_gpus(config)
             # Imported here, so that --help does not wait for torch.
             function = getattr(importlib.import_module(f"lkda.commands.{module}"), module)
             if name == "train":
                 if not HydraConfig.get().run.dir:
                     raise InputError("hydra.run.dir is empty: give a directory, or leave it out.")
                 with output_that_may_end():
-                    function(config, HydraConfig.get().runtime.output_dir)
-            else:
-                function(config)
+                    summary = function(config, HydraConfig.get().runtime.output_dir)
+                return summary.get("val/loss")  # what hydra/sweeper=optuna makes small
+            function(config)
+            return None
 
     with readable_errors():
         if name == "generate":
             _check_words(arguments)
         if name == "evaluate":
             _check_data_options(arguments)
-        sys.argv[1:] = as_typed(arguments, verbatim=_VERBATIM.get(name, ()))
+        register()
+        words = as_typed(arguments, verbatim=_VERBATIM.get(name, ()))
+        sys.argv[1:] = [*words, *defaults_of_plugins(words)]
         # The output is flushed here, not when the interpreter exits, because a closed pipe shows only at a flush.
         # `finally` is needed because Hydra itself exits after some of its flags.
         try:

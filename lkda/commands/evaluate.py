@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import islice
@@ -42,6 +42,7 @@ from lkda.training.accuracy import METRICS, by_subset
 from lkda.training.validation import ValidationMetrics
 
 SPLITS = ("validation", "test")
+_FROM = "loss_from_"  # and the first position of a range: a name of the result
 PRECISION = torch.float32  # of the weights and of the computation
 OPTIONS = {
     "ckpt": Path,
@@ -240,15 +241,29 @@ def _measure(
         "bits_per_byte": found["val/bits_per_byte"],
         "unigram_entropy": text.unigram_entropy,
         "tokens": tokens,
-        **{column.replace("val/loss/", "loss_"): found[column] for column in by_position if column in found},
+        **{column.replace("val/loss/from_", _FROM): found[column] for column in by_position if column in found},
     }
+
+
+def _position_ranges(result: Iterable[str]) -> dict[str, str]:
+    """What to print for loss_from_2, loss_from_4 and so on: "loss, positions 2 to 3". The last range has no end."""
+    starts = [int(name.removeprefix(_FROM)) for name in result if name.startswith(_FROM)]
+    found = {}
+    for first, after in zip(starts, [*starts[1:], None]):
+        if after is None:
+            where = f"from position {first}"
+        else:
+            where = f"position {first}" if after == first + 1 else f"positions {first} to {after - 1}"
+        found[f"{_FROM}{first}"] = f"loss, {where}"
+    return found
 
 
 def _lines(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The names and values of all results, those of the subsets last."""
+    ranges = _position_ranges(result)
     for name, value in result.items():
         if name != "val_subsets":
-            yield name.replace("_", " "), value
+            yield ranges.get(name, name.replace("_", " ")), value
     for record in result.get("val_subsets", ()):
         words = ", ".join(f"{name} {value}" for name, value in record["subset"].items())
         yield from ((f"{metric.replace('_', ' ')}, {words}", record[metric]) for metric in METRICS if metric in record)

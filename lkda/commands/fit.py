@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import torch
+import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
@@ -15,8 +18,10 @@ from lightning.pytorch.profilers import AdvancedProfiler, Profiler, SimpleProfil
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lkda.checks import InputError
+from lkda.commands.command_line import CommandError
+from lkda.commands.launch import Processes
 from lkda.commands.prepared_run import PreparedRun
-from lkda.commands.run_directory import RunDirectory
+from lkda.commands.run_directory import RunFiles
 from lkda.commands.run_setup import RunPlan
 from lkda.models.lm import LanguageModel
 from lkda.training import accuracy, positions
@@ -32,6 +37,9 @@ from lkda.training.checkpoint import AtomicCheckpointIO
 from lkda.training.memory import keep_freed_memory
 from lkda.training.metrics_csv import MetricsCSV
 from lkda.training.precision import PRECISIONS
+from lkda.training.processes import process_count
+from lkda.training.shares import part_of, share_of
+from lkda.training.strategies import build_strategy
 from lkda.training.task import LanguageModelTask
 from lkda.training.throughput import Throughput
 
@@ -42,12 +50,38 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # the values are already those of all processes
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated.*")
 
 
-def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask:
-    """The LightningModule that trains `model` as planned."""
+def share_data(prepared: PreparedRun, processes: Processes) -> None:
+    """Give this process its share of every batch."""
+    data, options = prepared.data, prepared.plan.trainer
+    group, number = divmod(processes.rank, options.context_parallel)
+    rows = data.batch_size // options.data_parallel
+    share = share_of(rank=group, count=options.data_parallel, rows=data.batch_size)
+    part = part_of(number=number, count=options.context_parallel, rows=rows)
+    if options.context_parallel > 1:
+        data.share = (lambda batch: part(share(batch))) if options.data_parallel > 1 else part
+    elif options.data_parallel > 1:
+        data.share = share
+
+
+def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes | None = None) -> LanguageModelTask:
+    """The LightningModule that trains `model` as planned.
+
+    Args:
+        processes: of the run, which have joined; None for a run of one process.
+    """
     plan, data = prepared.plan, prepared.data
-    graphs = plan.compile == "auto" and plan.device.type == "cuda" and not plan.trainer.detect_anomaly
+    automatic = plan.compile == "auto" and plan.device.type == "cuda" and not plan.trainer.detect_anomaly
+    graphs = automatic and plan.trainer.strategy == "single"
+    context_parallel = plan.trainer.context_parallel
+    automatic = automatic and context_parallel == 1  # its exchanges are not traced
+    group = processes.context_group(context_parallel) if processes is not None and context_parallel > 1 else None
+    if plan.trainer.strategy == "ddp" and (plan.compile is True or automatic):
+        # A block is compiled as a whole. Its gradients are averaged while the block before it runs backward.
+        torch._dynamo.config.optimize_ddp = False
     return LanguageModelTask(
         model,
         optimizer=plan.optimizer,
@@ -58,16 +92,20 @@ def build_task(prepared: PreparedRun, model: LanguageModel) -> LanguageModelTask
         val_subsets=data.val_subsets,
         test_batches=None if data.test is None else data.in_order(data.test.batches),
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
-        compile=plan.compile is True or graphs,
+        compile=plan.compile is True or automatic,
         checkpointing=plan.checkpointing,
         cuda_graphs=graphs,
+        shares_weights=plan.trainer.strategy == "fsdp",
+        context_group=group,
+        context_number=0 if processes is None else processes.rank % context_parallel,
     )
 
 
 def trainer_options(plan: RunPlan, total_steps: int) -> dict[str, Any]:
-    """The options from which Hydra builds the trainer, without loggers and callbacks."""
+    """The options from which Hydra builds the trainer, without strategy, loggers and callbacks."""
     options = asdict(plan.trainer)
-    del options["max_tokens"]
+    for name in ("max_tokens", "strategy", "global_batch", "context_parallel", "timeout_minutes"):
+        del options[name]
     return {"_target_": options.pop("target"), **options} | {
         # The sequence of batches has no end. Validation and the end of training are therefore counted in steps.
         "max_epochs": -1,
@@ -82,10 +120,10 @@ def trainer_options(plan: RunPlan, total_steps: int) -> dict[str, Any]:
 
 
 def build_trainer(
-    prepared: PreparedRun, model: LanguageModel, run: RunDirectory, stop_request: StopRequest
+    prepared: PreparedRun, model: LanguageModel, run: RunFiles, stop_request: StopRequest, processes: Processes
 ) -> L.Trainer:
     """The trainer of the plan, which records into `run`. The callbacks that record come before those of the
-    configuration.
+    configuration. Only the first process has loggers.
 
     Raises: InputError if Lightning rejects the settings, or would run in another precision.
     """
@@ -96,13 +134,24 @@ def build_trainer(
         raise InputError(f"a _target_ in callbacks makes a {wrong[0]}, which is not a Lightning callback.")
     options = trainer_options(plan, prepared.total_steps) | {
         "default_root_dir": str(run.path),
-        "profiler": _profiler(plan.trainer.profiler, run),
+        "profiler": _profiler(plan.trainer.profiler, run, rank=processes.rank),
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in shown),
     }
     callbacks = [*_own_callbacks(prepared, model, run, stop_request), *shown]
-    loggers = _loggers(prepared, run)
+    loggers = _loggers(prepared, run) if processes.is_first else []
+    strategy = build_strategy(
+        plan.trainer.strategy,
+        world_size=plan.trainer.world_size,
+        timeout=timedelta(minutes=plan.trainer.timeout_minutes),
+        environment=processes.environment,
+    )
+    if not isinstance(strategy, str):
+        strategy.checkpoint_io = AtomicCheckpointIO()
+    plugins = [AtomicCheckpointIO()] if isinstance(strategy, str) else []
     try:
-        trainer = instantiate(options, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
+        trainer = instantiate(
+            options, callbacks=callbacks, logger=loggers, plugins=plugins, strategy=strategy, _convert_="partial"
+        )
     except InstantiationException as error:
         raise InputError(f"Lightning refuses these settings: {_on_one_line(error.__cause__ or error)}") from error
     assert isinstance(trainer, L.Trainer)
@@ -113,14 +162,15 @@ def build_trainer(
     return trainer
 
 
-def _profiler(word: str | None, run: RunDirectory) -> Profiler | None:
+def _profiler(word: str | None, run: RunFiles, *, rank: int) -> Profiler | None:
     """Lightning's profiler of that name. It writes into fit-profile.txt in the run directory."""
     kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
-    return None if word is None else kinds[word](dirpath=run.path, filename="profile")
+    filename = "profile" if rank == 0 else f"profile-rank{rank}"
+    return None if word is None else kinds[word](dirpath=run.path, filename=filename)
 
 
 def _own_callbacks(
-    prepared: PreparedRun, model: LanguageModel, run: RunDirectory, stop_request: StopRequest
+    prepared: PreparedRun, model: LanguageModel, run: RunFiles, stop_request: StopRequest
 ) -> list[L.Callback]:
     plan, tokenizer = prepared.plan, prepared.data.tokenizer
     checkpoints = Checkpoints(
@@ -134,7 +184,11 @@ def _own_callbacks(
     )
     tokens_per_step = prepared.metadata["tokens_per_step"]
     throughput = Throughput.of(
-        model, context=prepared.data.context, device=plan.device, dtype=PRECISIONS[plan.trainer.precision]
+        model,
+        context=prepared.data.context,
+        device=plan.device,
+        dtype=PRECISIONS[plan.trainer.precision],
+        devices=plan.trainer.world_size,
     )
     recorder = Recorder(
         every_n_steps=plan.trainer.log_every_n_steps, tokens_per_step=tokens_per_step, throughput=throughput
@@ -142,7 +196,7 @@ def _own_callbacks(
     return [DivergenceGuard(), recorder, checkpoints]
 
 
-def _loggers(prepared: PreparedRun, run: RunDirectory) -> list[L.pytorch.loggers.Logger]:
+def _loggers(prepared: PreparedRun, run: RunFiles) -> list[L.pytorch.loggers.Logger]:
     """The logger of metrics.csv first, then the loggers of the configuration."""
     plan, data = prepared.plan, prepared.data
     also = accuracy.columns(data.val_subsets) if data.val_subsets else positions.columns(data.context)
@@ -158,7 +212,7 @@ def fit(
     """Train, beginning with the plan's first step.
 
     Returns: what ended the run before its last step; None if it was completed.
-    Raises: InputError if Lightning rejects the settings.
+    Raises: InputError if Lightning rejects the settings; CommandError if another process of the run has ended.
     """
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
@@ -167,11 +221,25 @@ def fit(
     with stop_request:
         try:
             trainer.fit(task, datamodule=data, ckpt_path=prepared.checkpoint, weights_only=True)
+            stop_request.finish()
         except (InterruptedRunError, DivergedError) as ending:
             return ending
         except MisconfigurationException as error:
             raise InputError(f"Lightning refuses these settings: {_on_one_line(error)}") from error
+        except RuntimeError as error:
+            if not _is_of_another_process(error):
+                raise
+            minutes = prepared.plan.trainer.timeout_minutes
+            raise CommandError(
+                f"another process of the run has ended, or did not answer for {minutes} minutes "
+                "(trainer.timeout_minutes). Continue from the last checkpoint with resume=true."
+            ) from error
     return None
+
+
+def _is_of_another_process(error: RuntimeError) -> bool:
+    """Whether an exchange with another process has failed. Gloo has no error type of its own."""
+    return process_count() > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
 
 def _on_one_line(error: BaseException) -> str:

@@ -38,7 +38,7 @@ from lkda.commands.command_line import FAILED, readable_errors
 from lkda.commands.fit import build_task, quiet_libraries, trainer_options
 from lkda.commands.peers import PEERS, check_available, peer_model
 from lkda.commands.prepared_run import PreparedRun, model_of, prepare_data, with_data
-from lkda.commands.run_setup import plan_run
+from lkda.commands.run_setup import plan_run, require_one_device
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.summary import git_commit
 from lkda.io import check_output_file
@@ -79,6 +79,7 @@ def compare_training(name: str, config: DictConfig, console: Console) -> dict[st
         DivergedError if a loss is not finite.
     """
     plan = plan_run(config, _NO_RUN)
+    require_one_device(plan, what="the comparison with peers")
     data = prepare_data(plan, None)
     if data.tokenizer is None:
         raise InputError(f"peers are compared on packed text, but data={data.source} is not text: give data=sotu, say.")
@@ -193,7 +194,7 @@ def _header(overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default="llama,qwen3", help=f"of {', '.join(PEERS)}, separated by commas")
-    parser.add_argument("--out", type=Path, default=Path("outputs/peer_training"), help="a directory")
+    parser.add_argument("--out", type=Path, default=Path("outputs/peer_training"), help="directory of the results")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of scripts/train.py")
     options = parser.parse_intermixed_args(arguments)
     with readable_errors():

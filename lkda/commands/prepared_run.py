@@ -15,8 +15,10 @@ from lkda.commands.data_options import build_data
 from lkda.commands.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.run_setup import RunPlan
 from lkda.data.datamodule import IndexedDataModule, TestSplit
+from lkda.device import physical_memory
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
+from lkda.training.memory import check_activations
 from lkda.training.metrics_csv import steps_with
 from lkda.training.options import check_validation_batches
 
@@ -65,7 +67,9 @@ class PreparedRun:
 def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
     """The prepared data of the run. Raises InputError if they are not the data of the run that is resumed."""
     data = build_data(plan.data)
-    assert data.tokens_per_batch > 0  # raises for data that cannot be trained on, before they are prepared
+    tokens = data.tokens_per_batch  # raises for data that cannot be trained on, before they are prepared
+    if plan.device.type == "cpu":  # a GPU has an error of its own for this
+        check_activations(plan.model, tokens=tokens, checkpointing=plan.checkpointing, available=physical_memory())
     data.expected = fingerprint_of(saved[1]) if saved else {}
     data.prepare()
     return data
@@ -74,6 +78,14 @@ def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
 def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> PreparedRun:
     """The plan with its prepared data. Raises InputError if they do not fit together."""
     check_validation_batches(plan.trainer.limit_val_batches, data.val_batches)
+    parts = plan.trainer.context_parallel
+    if data.context % parts:
+        raise InputError(
+            f"data.context={data.context} tokens cannot be divided among trainer.context_parallel={parts} devices: "
+            f"give a multiple of {parts}."
+        )
+    if parts > 1 and data.val_subsets:
+        raise InputError(f"trainer.context_parallel={parts} needs data of text or data=random, got data={data.source}.")
     tokens_per_step = data.tokens_per_batch * plan.trainer.accumulate_grad_batches
     metadata = {
         "mixer": plan.mixer_name,

@@ -21,7 +21,10 @@ from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
 from lkda.metrics_file import read_metrics
 from lkda.old_names import translated
+from lkda.run_failure import FAILURE
 from lkda.training.checkpoint import newest_intact
+from lkda.training.options import sequences_per_batch
+from lkda.training.sharded_checkpoint import remove
 
 _CONFIG = "config.yaml"
 # Settings that change what a run computes. A resumed run must have the same values.
@@ -34,6 +37,8 @@ _FREE = {
     "trainer": (
         *("max_steps", "max_tokens", "accelerator", "log_every_n_steps", "detect_anomaly", "profiler"),
         *("deterministic", "enable_model_summary", "enable_progress_bar"),
+        # Of the devices only the number of sequences that they train on together is fixed; see `_fixed`.
+        *("devices", "num_nodes", "strategy", "global_batch", "context_parallel", "timeout_minutes"),
         # These have the same value in every run.
         *("max_epochs", "check_val_every_n_epoch", "num_sanity_val_steps", "use_distributed_sampler"),
     ),
@@ -44,13 +49,8 @@ _PLACES = ("paths", "val_paths", "test_paths", "tokenizer_path", "directory")
 _OURS = {"model", "mixer", "data", "trainer"}
 
 
-class RunDirectory:
-    """The paths of a run directory, and the lock of the process that trains in it.
-
-    Args:
-        path: the directory, which is created if it does not exist.
-    Raises: InputError if the directory cannot be written, or if another process trains in it.
-    """
+class RunFiles:
+    """The paths of a run directory."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -60,6 +60,18 @@ class RunDirectory:
         self.samples = self.path / "samples.txt"
         self.tokenizer = self.path / "tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
+
+
+class RunDirectory(RunFiles):
+    """A run directory, and the lock of the process that trains in it.
+
+    Args:
+        path: the directory, which is created if it does not exist.
+    Raises: InputError if the directory cannot be written, or if another process trains in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
         there = [path for path in self._files() if path.exists()]
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -120,7 +132,7 @@ class RunDirectory:
                 f"{self.path} already holds a run. Continue it with resume=true, or choose another hydra.run.dir."
             )
         for left_over in self.checkpoints.glob(".*.tmp"):
-            left_over.unlink()
+            remove(left_over)
         if before is None or not self.holds_run():
             return None
         now = translated(config)  # adds the options that a model of another package does not state, as in `before`
@@ -138,7 +150,8 @@ class RunDirectory:
             )
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.yaml, the resolved configuration."""
+        """Write config.yaml, the resolved configuration. The run begins again if it had failed."""
+        (self.path / FAILURE).unlink(missing_ok=True)
         write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -205,6 +218,8 @@ def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:
     free = {**_FREE, "data": (*_FREE["data"], *(_PLACES if free_places else ()))}
     absolute = data_with_absolute_paths(config.get("data") or {})
     found: dict[str, Any] = {**{key: config.get(key) for key in _FIXED}, "data": absolute}
+    if "batch_size" in absolute:
+        absolute["batch_size"] = sequences_per_batch(absolute["batch_size"], config.get("trainer") or {})
     for group, names in free.items():
         found[group] = {key: value for key, value in (found[group] or {}).items() if key not in names}
     if isinstance(found["init_from"], str):

@@ -21,7 +21,7 @@ from lkda.commands.learning_rate import measured_learning_rate
 from lkda.commands.paths import with_absolute_paths
 from lkda.commands.run_directory import recorded_config
 from lkda.commands.unused_options import RATES, TRAIN, check_unused
-from lkda.device import resolve_device
+from lkda.device import resolve_device, resolve_device_count
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.old_names import later_options, with_options
@@ -37,8 +37,9 @@ from lkda.training.options import (
     check_sample,
     check_switch,
     check_trainer,
+    sequences_per_batch,
 )
-from lkda.training.precision import PRECISIONS, resolve_precision
+from lkda.training.precision import FSDP_PRECISIONS, PRECISIONS, resolve_precision
 
 GROUPS = ("model", "mixer", "data", "optimizer", "scheduler", "trainer", "checkpoint", "sample", "callbacks", "logger")
 # Options of the groups `model` and `mixer` that are not options of a model: its name, and defaults for other groups.
@@ -57,7 +58,7 @@ class RunPlan:
         model_name, mixer_name: the names of the model and the mixer.
         model: the dict of `build_model`, without its context. A vocab_size of None means that of the data.
         initial: the model that the run starts from; None if it starts from random weights.
-        data: options of the data module, with its `_target_`.
+        data: options of the data module, with its `_target_`. Its batch_size is that of all devices together.
         optimizer: what `build_optimizer` takes.
         scheduler: what `learning_rate_factor` takes.
         callbacks, loggers: each with its `_target_`.
@@ -215,7 +216,17 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
     accelerator = settings["trainer"]["accelerator"]
     device = resolve_device(accelerator, option="trainer.accelerator", instead="trainer=cpu or trainer=auto")
     precision = resolve_precision(settings["trainer"]["precision"], device)
-    trainer = {**settings["trainer"], "precision": precision}
+    devices = resolve_device_count(settings["trainer"]["devices"], device)
+    trainer = {**settings["trainer"], "precision": precision, "devices": devices}
+    data = _data_of_all_devices(settings["data"], trainer)
+    if trainer["context_parallel"] > 1 and settings["compile"] is True:
+        raise InputError(
+            "compile=true cannot be used with trainer.context_parallel: use compile=auto or compile=false."
+        )
+    if trainer["strategy"] == "fsdp" and precision not in FSDP_PRECISIONS:
+        raise InputError(
+            f"trainer.precision={precision} cannot be used with trainer=fsdp: use {' or '.join(FSDP_PRECISIONS)}."
+        )
     model = model_options(settings) if initial is None else model_options_of(initial)
     backends = check_model(model, device=device, precision=PRECISIONS[precision], initial=initial)
     return RunPlan(
@@ -225,7 +236,7 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
         mixer_name=settings["mixer"]["name"],
         model=model,
         initial=initial,
-        data=settings["data"],
+        data=data,
         optimizer=settings["optimizer"],
         scheduler=settings["scheduler"],
         trainer=TrainerOptions.of(trainer),
@@ -240,6 +251,25 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
         resume=settings["resume"],
         init_from=settings["init_from"],
     )
+
+
+def _data_of_all_devices(data: dict[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """The group data with the batch_size of all devices. Raises InputError if the devices cannot divide it."""
+    world_size, context = trainer["devices"] * trainer["num_nodes"], trainer["context_parallel"]
+    if world_size % context:
+        raise InputError(
+            f"trainer.context_parallel={context} must divide the number of devices, which is {world_size}."
+        )
+    groups = world_size // context
+    if "batch_size" not in data:  # for evaluation alone
+        return data
+    batch_size = sequences_per_batch(data["batch_size"], trainer)
+    if batch_size % groups:
+        raise InputError(
+            f"data.batch_size={batch_size} sequences cannot be divided among {groups} devices: give a multiple of "
+            f"{groups}, or trainer.global_batch=false if it is meant for each device."
+        )
+    return {**data, "batch_size": batch_size}
 
 
 def model_options(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,3 +319,9 @@ def check_model(
             return made.resolve_backends(device, precision)
     except (RuntimeError, OverflowError) as error:  # the size of a tensor in bytes overflows in torch
         raise InputError(f"the model is too large ({str(error).splitlines()[0]}): lower its sizes.") from error
+
+
+def require_one_device(plan: RunPlan, *, what: str) -> None:
+    """Raise InputError, naming `what` does not run on several devices, if the plan has them."""
+    if plan.trainer.strategy != "single":
+        raise InputError(f"{what} measures one device: leave trainer={plan.trainer.strategy} out.")

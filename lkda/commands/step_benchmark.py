@@ -19,7 +19,7 @@ import lkda
 from lkda.bench.measure import versions
 from lkda.checks import InputError, check_count
 from lkda.commands.command_line import CommandError
-from lkda.commands.row_process import measure_rows, run_child
+from lkda.commands.row_process import measure_rows, run_child, run_fork
 from lkda.commands.run_setup import plan_run
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.step_clock import BLOCK_STEPS, PROFILED_STEPS
@@ -292,7 +292,7 @@ def measure_case(case: StepCase, device: torch.device, *, cold: bool, limit: flo
 
     Args:
         cold: whether a run of scripts/train.py's loop is measured with empty caches first, up to the first step; the
-            row then has cold_first_step_s, and its first_step_s is that of a run that finds these caches.
+            row then has cold_first_step_s and imports_s, and its first_step_s is that of a run that finds these caches.
         limit: seconds after which a process is stopped.
     """
     request = {
@@ -304,11 +304,11 @@ def measure_case(case: StepCase, device: torch.device, *, cold: bool, limit: flo
     }
     row = {"title": case.title, **asdict(case)}
     with tempfile.TemporaryDirectory() as folder:
-        caches: dict[str, str] = {}
         if cold and case.implementation == TRAIN:
             caches = {name: str(Path(folder, name.lower())) for name in _CACHES}
             first = run_child(ROW, request | {"timed": 0}, limit, out / "logs" / f"{case.name}_cold.txt", caches=caches)
             if "first_step_s" not in first:
                 return row | first
             row["cold_first_step_s"] = first["first_step_s"]
-        return row | run_child(ROW, request, limit, out / "logs" / f"{case.name}.txt", caches=caches)
+            return row | run_child(ROW, request, limit, out / "logs" / f"{case.name}.txt", caches=caches)
+    return row | run_fork(ROW, request, limit, out / "logs" / f"{case.name}.txt")

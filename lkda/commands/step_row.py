@@ -31,7 +31,7 @@ from lkda.checks import InputError
 from lkda.commands.fit import build_task, quiet_libraries
 from lkda.commands.prepared_run import PreparedRun, model_of, prepare_data, with_data
 from lkda.commands.row_process import answer, end_with_parent
-from lkda.commands.run_setup import plan_run
+from lkda.commands.run_setup import plan_run, require_one_device
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.step_clock import StepClock, Steps
 from lkda.commands.step_measurement import MeasuredError, StepMeasurement
@@ -49,7 +49,9 @@ _NO_RUN = Path(".")  # no run is recorded or continued
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """The measurements that a request asks for, as `StepClock.row` has them, and in addition imports_s.
+    """The measurements that a request asks for, as `StepClock.row` has them.
+
+    If the request says when the process was started, the row has imports_s, the seconds until all packages were there.
 
     A row of train also has tokens_per_s_logged, the median of its metrics.csv. Rows of lkda have tflops_per_s and,
     where the peak of the device is known, mfu. product_shares divides the matrix products of the profile by their
@@ -57,16 +59,17 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     Raises: InputError for settings that cannot be used or a peer that cannot run.
     """
-    imports_s = time.time() - request["started"]
+    imported = {"imports_s": round(time.time() - request["started"], 2)} if "started" in request else {}
     quiet_libraries()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=request["overrides"])
     steps = Steps(request["warmup"], request["timed"], request["profiled"])
     plan = plan_run(config, _NO_RUN)
+    require_one_device(plan, what="task=step")
     prepared = with_data(plan, prepare_data(plan, None), None)
     word = request["implementation"]
     row = _train(config, prepared, steps) if word == TRAIN else _bare(prepared, steps, word)
-    return {"imports_s": round(imports_s, 2), **row}
+    return imported | row
 
 
 def _train(config: DictConfig, prepared: PreparedRun, steps: Steps) -> dict[str, Any]:

@@ -61,9 +61,9 @@ def summarize(
         "data": metadata["data"],
         "context": context,
         "backend": " ".join(dict.fromkeys(prepared.plan.backends.values())) or None,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": _device(device, count=prepared.plan.trainer.world_size),
+        "devices": prepared.plan.trainer.world_size,
+        "strategy": prepared.plan.trainer.strategy,
         "precision": prepared.plan.trainer.precision,
         "checkpointing": prepared.plan.checkpointing,
         "state_dtype": _state_dtype(model),
@@ -82,6 +82,13 @@ def summarize(
         },
         **_by_subset(metadata["val_subsets"], latest, model),
     }
+
+
+def _device(device: torch.device, *, count: int) -> str:
+    """The device in words, such as "4 x NVIDIA H100 80GB HBM3". Runs on other devices cannot be compared in speed."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    return name if count == 1 else f"{count} x {name}"
 
 
 def _of_test(test: dict[str, Any] | None, rows: list[dict[str, str]], step: int) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.command_line import CommandError
 from lkda.commands.console import RunConsole, draw_sample
-from lkda.commands.fit import build_task, build_trainer, fit, quiet_libraries
-from lkda.commands.prepared_run import PreparedRun, model_of, prepare_data, with_data
-from lkda.commands.run_directory import RunDirectory
+from lkda.commands.fit import build_task, build_trainer, fit, quiet_libraries, share_data
+from lkda.commands.launch import Processes
+from lkda.commands.prepared_run import PreparedRun, Saved, model_of, prepare_data, with_data
+from lkda.commands.run_directory import RunDirectory, RunFiles
 from lkda.commands.run_setup import RunPlan, plan_run
 from lkda.commands.summary import summarize
 from lkda.models.lm import LanguageModel
@@ -25,7 +28,8 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     Args:
         config: composed from configs/train.yaml.
         run_dir: where the run is recorded.
-    Returns: the content of summary.json.
+    Returns: the content of summary.json. If the run has several processes, only the first writes it; the others return
+        {}.
     Raises:
         InputError: the configuration, the data or the directory cannot be used. It is raised before training starts.
         CommandError: the loss or a parameter became NaN or infinite.
@@ -33,18 +37,53 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     """
     quiet_libraries()
     plan = plan_run(config, Path(run_dir))
-    run = RunDirectory(run_dir)
-    try:
-        return _train(plan, run)
-    finally:
-        run.release()
+    with Processes(plan.trainer, accelerator=plan.device.type) as processes:
+        if not processes.is_first:
+            _train_beside(plan, Path(run_dir), processes)
+            return {}
+        run = RunDirectory(run_dir)
+        try:
+            return _train(plan, run, processes)
+        finally:
+            run.release()
 
 
-def _train(plan: RunPlan, run: RunDirectory) -> dict[str, Any]:
+def _train_beside(plan: RunPlan, own_directory: Path, processes: Processes) -> None:
+    """The part of a process that is not the first: it trains, and writes nothing but its part of shared checkpoints.
+
+    Args:
+        own_directory: what Hydra made for this process. The run directory is the first process's.
+    """
+    processes.join()
+    start = processes.receive()
+    if start is None:
+        return
+    run = RunFiles(start["directory"])
+    if own_directory.absolute() != run.path:
+        with suppress(OSError):  # fails if a directory is not empty, or not there
+            own_directory.rmdir()
+            own_directory.parent.rmdir()
+    saved: Saved | None = start["saved"]
+    prepared = with_data(plan, processes.one_at_first(lambda: prepare_data(plan, saved)), saved)
+    _fit(prepared, model_of(prepared), run, processes)
+
+
+def _fit(
+    prepared: PreparedRun, model: LanguageModel, run: RunFiles, processes: Processes
+) -> InterruptedRunError | DivergedError | None:
+    """Train on this process's device. Returns what ended the run early."""
+    share_data(prepared, processes)
+    stop_request = StopRequest(processes.group)
+    trainer = build_trainer(prepared, model, run, stop_request, processes)
+    return fit(trainer, build_task(prepared, model, processes), prepared, stop_request)
+
+
+def _train(plan: RunPlan, run: RunDirectory, processes: Processes) -> dict[str, Any]:
     console = RunConsole(run)
     saved = run.begin(plan.record, resume=plan.resume)
     prepared = with_data(plan, prepare_data(plan, saved), saved)
     if prepared.is_finished(run):
+        processes.dismiss()
         console.print_nothing_to_do(prepared.first_step)
         return run.read_summary()
     prepared.check_steps(run)
@@ -53,9 +92,12 @@ def _train(plan: RunPlan, run: RunDirectory) -> dict[str, Any]:
     if prepared.data.tokenizer is not None:
         run.write_tokenizer(prepared.data.tokenizer)
     console.print_start(prepared)
-    stop_request = StopRequest()
-    trainer = build_trainer(prepared, model, run, stop_request)
-    ending = fit(trainer, build_task(prepared, model), prepared, stop_request)
+    processes.join()
+    # The others need of the checkpoint only what describes it. Each reads the tensors itself.
+    described = None if saved is None else (saved[0], {"lkda": saved[1]["lkda"]})
+    processes.send({"directory": run.path, "saved": described})
+    processes.wait()
+    ending = _fit(prepared, model, run, processes)
     summary = summarize(run, model, prepared, ending)
     run.write_summary(summary)
     if isinstance(ending, InterruptedRunError):
@@ -63,8 +105,15 @@ def _train(plan: RunPlan, run: RunDirectory) -> dict[str, Any]:
         raise SystemExit(ending.exit_code)
     if isinstance(ending, DivergedError):
         raise CommandError(_divergence(ending, run))
-    console.print_result(summary, _write_sample(run, model, prepared))
+    console.print_result(summary, _write_sample(run, trained_model(prepared, model, run), prepared))
     return summary
+
+
+def trained_model(prepared: PreparedRun, model: LanguageModel, run: RunFiles) -> LanguageModel:
+    """The trained model on one device. If the devices share its weights, it is read from the last checkpoint."""
+    if prepared.plan.trainer.strategy != "fsdp":
+        return model
+    return load_trained(run.checkpoints / "last.ckpt", backend=prepared.model_config["backend"]).model
 
 
 def _write_sample(run: RunDirectory, model: LanguageModel, prepared: PreparedRun) -> str | None:

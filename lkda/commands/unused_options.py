@@ -79,6 +79,10 @@ def _sweeps(get: Get) -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def _no_jobs_at_once(get: Get) -> bool:
+    return not _sweeps(get) or "joblib" not in str(HydraConfig.get().launcher.get("_target_"))
+
+
 def _always(get: Get) -> bool:
     return True
 
@@ -130,6 +134,7 @@ TRAIN = (
     _Unused("sample", _tokens_are_no_text, "for data whose tokens are not text"),
     *_each(("sample.temperature", "sample.top_p"), _is("sample.max_new_tokens", 0), "beside sample.max_new_tokens=0"),
     _Unused("sample.top_p", _is("sample.temperature", 0), "beside sample.temperature=0"),
+    _Unused("jobs_per_gpu", _no_jobs_at_once, "without a sweep with hydra/launcher=joblib"),
     _Unused("hydra.run.dir", _sweeps, "in a sweep, which uses hydra.sweep.dir"),
     *_each(
         ("hydra.sweep.dir", "hydra.sweep.subdir"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 from lkda.data.fingerprint import Fingerprint
 
 MOST_WORKERS = 256
@@ -37,6 +37,19 @@ class CountUp(IterableDataset[dict[str, Any]]):
         while True:
             yield self.batches[n]
             n += stride
+
+
+class Shared(Dataset[dict[str, Any]]):
+    """The share that a process takes of each of `batches`."""
+
+    def __init__(self, batches: Any, share: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+        self.batches, self.share = batches, share
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, batch: int) -> dict[str, Any]:
+        return self.share(self.batches[batch])
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,9 @@ class IndexedDataModule(L.LightningDataModule):
         source: the name of the data.
         vocab_size: the number of embedding rows that the data need.
         context: tokens of the longest training sequence.
-        batch_size: sequences per batch and device.
+        batch_size: sequences per batch, of all devices together.
+        share: takes the share of this process from a batch. Each process reads all batches, of training and validation,
+            and trains on its share; see `lkda.training.shares`. None means the whole batch.
         val_batches: the number of validation batches.
         tokenizer: of text; None for other data.
         bytes_per_token, unigram_entropy: of the validation text, in bytes per token and nats per token; None for other
@@ -90,6 +105,7 @@ class IndexedDataModule(L.LightningDataModule):
     vocab_size: int
     context: int
     batch_size: int
+    share: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     val_batches: int
     tokenizer: Tokenizer | None = None
     bytes_per_token: float | None = None
@@ -102,8 +118,7 @@ class IndexedDataModule(L.LightningDataModule):
 
     def __init__(self, *, num_workers: int = 0, pin_memory: bool | None = None) -> None:
         super().__init__()
-        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-            raise InputError(f"data.num_workers must be a whole number of 0 or more, got {num_workers!r}.")
+        check_count("data.num_workers", num_workers, least=0)
         if num_workers > MOST_WORKERS:
             raise InputError(f"data.num_workers must be at most {MOST_WORKERS}, got {num_workers}: each is a process.")
         self.num_workers = num_workers
@@ -127,7 +142,7 @@ class IndexedDataModule(L.LightningDataModule):
 
     @property
     def tokens_per_batch(self) -> int:
-        """The number of tokens of a training batch on one device. It is the mean if batches differ."""
+        """The number of tokens of a training batch on all devices. It is the mean if batches differ."""
         return self.batch_size * self.context
 
     def setup(self, stage: str) -> None:
@@ -135,8 +150,7 @@ class IndexedDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training batches, from `start_batch` on, without an end."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = CountUp(self.training_batches(rank=rank, world_size=world_size), self.start_batch)
+        batches = CountUp(self._shared(self.training_batches(rank=0, world_size=1)), self.start_batch)
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -144,10 +158,14 @@ class IndexedDataModule(L.LightningDataModule):
         return self.in_order(self.validation_batches())
 
     def in_order(self, batches: Dataset[Any]) -> DataLoader[Any]:
-        """A loader of all `batches` in order, on every process."""
+        """A loader of all `batches` in order. On every process it gives the process's share of each."""
+        batches = self._shared(batches)
         # With any other sampler, Lightning would distribute the batches among the devices, some of them twice.
         sampler: DistributedSampler[Any] = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)
         return DataLoader(batches, batch_size=None, sampler=sampler, pin_memory=self.pin_memory)
+
+    def _shared(self, batches: Any) -> Any:
+        return batches if self.share is None else Shared(batches, self.share)
 
     def state_dict(self) -> dict[str, int]:
         """The number of the next training batch."""

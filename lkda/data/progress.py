@@ -1,4 +1,4 @@
-"""A progress bar that appears only if the work takes more than a few seconds."""
+"""A progress bar that appears only if the work takes more than a few seconds, in place of those of `datasets`."""
 
 from __future__ import annotations
 
@@ -29,3 +29,17 @@ def patient_progress() -> Iterator[Progress]:
         timer.join()
         if bar.live.is_started:
             bar.stop()
+
+
+@contextmanager
+def without_bars_of_datasets() -> Iterator[None]:
+    """A context without the progress bars of `datasets`, which appear at once and stay."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

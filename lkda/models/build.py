@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lkda.checks import InputError, check_types
+from lkda.checks import InputError, check_count, check_types
 from lkda.models.block import Block
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
@@ -50,14 +50,8 @@ def build_model(config: Mapping[str, Any]) -> LanguageModel:
             f"missing here: {', '.join(missing) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}."
         )
     plain: dict[str, Any] = {**DEFAULTS, **config, "mixer": dict(config["mixer"])}
-    for key in ("vocab_size", "d_model", "num_layers"):
-        if isinstance(plain[key], bool) or not isinstance(plain[key], int) or plain[key] < 1:
-            raise InputError(f"model.{key} must be a positive integer, got {plain[key]!r}.")
-    if isinstance(plain["mlp_hidden"], bool) or not isinstance(plain["mlp_hidden"], int) or plain["mlp_hidden"] < 0:
-        raise InputError(f"model.mlp_hidden must be an integer >= 0 (0: no MLP), got {plain['mlp_hidden']!r}.")
     for key, most in _MOST.items():
-        if plain[key] > most:
-            raise InputError(f"model.{key} must be at most {most}, got {plain[key]}.")
+        check_count(f"model.{key}", plain[key], least=0 if key == "mlp_hidden" else 1, most=most)
     for key in ("tie_embeddings", "embed_norm"):
         if not isinstance(plain[key], bool):
             raise InputError(f"model.{key} must be true or false, got {plain[key]!r}.")

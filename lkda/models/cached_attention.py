@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from lkda.models.growing_cache import (
     append_many,
-    append_one,
     attend_each,
     cut,
     fill_packed,
-    filled,
     full_cache_error,
     is_preallocated,
     new_cache,
@@ -25,7 +23,7 @@ from lkda.models.growing_cache import (
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import softmax_attention
-from lkda.ops.softmax.cpu.step import runs as step_cpu_runs
+from lkda.ops.softmax.cpu.step import can_take, is_full
 
 
 class CachedAttention(Mixer):
@@ -56,21 +54,6 @@ class CachedAttention(Mixer):
     def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
         """k [B, S, H, K] and v [B, S, H, V] of caches [B, ..., S, width]."""
 
-    @abstractmethod
-    def attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        """One token: q [B, H, K] and the caches, of which `mask` [B, S] says what is filled -> o [B, H, V]."""
-
-    @abstractmethod
-    def attend_one_cpu(self, x: Tensor, state: State) -> Tensor | None:
-        """The whole step in C++ but for o_proj, for a state that `step_cpu_runs` allows: x [B, d_model] -> o [B, H, V].
-
-        State and caches are changed in place. None if a cache is full; nothing is changed then.
-        """
-
-    def runs_on_cpu(self) -> bool:
-        """Whether `attend_one_cpu` can compute the options of this layer."""
-        return True
-
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -92,31 +75,22 @@ class CachedAttention(Mixer):
         fill_packed(state[:2], entries, state[2], cu_seqlens.diff().tolist())
         return self._output(q, entries, None, cu_seqlens), (*state[:3], *convolved)
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        caches, length = state[:2], state[2]
-        if self._step_runs_on_cpu(x, state):
-            o = self.attend_one_cpu(x, state)
-            if o is None:
-                raise full_cache_error(caches[0].shape[-2], int(length.max()) + 1)
-            return self.o_proj(o.flatten(1)), state
-        q, entries, convolved = self.inputs(x.unsqueeze(1), cu_seqlens=None, state=state)
-        after = append_one(caches, entries, length)
-        o = self.attend_one(q[:, 0], *filled(after, length))
-        return self.o_proj(o.flatten(1)), (*after, length, *convolved)
-
-    def _step_runs_on_cpu(self, x: Tensor, state: State) -> bool:
+    def state_fits_cpp(self, x: Tensor, state: State) -> bool:
+        """Whether a step can be in C++ on a CPU, from x [B, channels] on, with this state changed in place."""
+        if not can_take(x) or not len(x) or not is_preallocated(state[2]) or not state[2].is_contiguous():
+            return False
         # Of a cache that was cut, the entries of each sequence and head lie side by side.
-        entries = [cache[(0,) * (cache.dim() - 2)] for cache in state[:2]] if len(x) else []
-        weights = (self.o_proj.weight, *self.filters())
-        usual = self.runs_on_cpu() and is_preallocated(state[2]) and state[2].is_contiguous()
-        return usual and step_cpu_runs(x, *weights, *entries, *state[3:])
+        entries = [cache[(0,) * (cache.dim() - 2)] for cache in state[:2]]
+        return can_take(x, *self.filters(), *entries, *state[3:])
 
     def _output(
         self, q: Tensor, caches: Sequence[Tensor], lengths: Sequence[int] | None, cu_seqlens: Tensor | None
     ) -> Tensor:
         """y of q [B, T, H, K] and the caches; `lengths` as `append_many` returns them."""
         k, v = (y.to(q.dtype) for y in self.keys_and_values(*caches))
-        if lengths is not None:
+        if self.part is not None:
+            o = self.part.attend(q, k, v, backend=self.backend)
+        elif lengths is not None:
             o = attend_each(q, k, v, lengths, backend=self.backend)
         else:
             longest = self.longest_sequence
@@ -146,3 +120,9 @@ class CachedAttention(Mixer):
     def projection_flops(self) -> float:
         """FLOPs of one token in the linear layers and convolutions."""
         return linear_flops(self) + sum(2.0 * weight.numel() for weight in self.filters())
+
+
+def refuse_full(cache: Tensor, length: Tensor) -> None:
+    """Raises ValueError if a sequence has no room for a token; for the steps in C++."""
+    if is_full(length, cache.shape[-2]):
+        raise full_cache_error(cache.shape[-2], int(length.max()) + 1)

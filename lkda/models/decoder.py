@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lkda.checks import check_count
 from lkda.models.decoding import prepare_decoding
+from lkda.models.linear import has_hooks
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import State
 from lkda.ops.runtime.recording import Recording, recorded
@@ -61,8 +62,8 @@ class Decoder:
         lengths: the tokens of each row that its state has read.
         logits: [B, vocab], those that the last step sampled from, which the next step overwrites; None before it.
         not_captured: why the steps are not captured on a GPU; None where they are, or on a CPU.
-        not_recorded: the operation because of which the steps are not recorded on a CPU; None where they are, or on a
-            GPU.
+        not_recorded: the operation because of which the steps are not recorded on a CPU, or that a module has a hook;
+            None where they are, or on a GPU.
     """
 
     @torch.inference_mode()
@@ -168,7 +169,9 @@ class Decoder:
         else:
             with recorded() as recording:
                 self.logits = self._logits_after_step()
-            self._recording, self.not_recorded = recording, recording.refused
+            hooked = [name for name, module in self.model.named_modules() if has_hooks(module)]
+            self.not_recorded = f"a hook of {hooked[0] or 'the model'}" if hooked else recording.refused
+            self._recording = recording
         assert self.logits is not None
         self.tokens.copy_(self.sample(self.logits))
         self.positions.add_(1)

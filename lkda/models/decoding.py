@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkda.models.linear import FusedLinear, Linear
+from lkda.models.block import Block
+from lkda.models.decoding_block import DecodingBlock
+from lkda.models.linear import FusedLinear, Linear, has_hooks, is_plain
 from lkda.models.lm import LanguageModel
 from lkda.ops.gated_norm.op import EPS, gated_rms_norm
+from lkda.ops.precision import at_least_float32
 from lkda.ops.products.op import linear
 from lkda.ops.rows.cpu import MOST_ROWS, NORM, SILU, TIMES, can_take, product_rows
+from lkda.ops.token_linear.op import gains, normed_linear, takes
 
 # Smaller matrices stay in a core's cache, where their layout makes no difference.
 LARGE_BYTES = 2**19
@@ -29,11 +33,33 @@ def prepare_decoding(model: LanguageModel) -> LanguageModel:
     if isinstance(model.lm_head, DecodingLinear):
         return model
     prepared = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    if gains(model.embed_tokens.weight):
+        _use_few_launches(prepared, torch.float32)
     for module in list(prepared.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear):
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear) and not has_hooks(child):
                 setattr(module, name, DecodingLinear(child))
     return prepared.eval()
+
+
+@torch.no_grad()
+def _use_few_launches(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Replace the blocks by `DecodingBlock`s, and vectors that the kernels take in `dtype` by copies of that dtype."""
+    for i, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        model.blocks[i] = DecodingBlock(block)
+        for module, name in (
+            (block.mixer, "A_log"),
+            (block.mixer, "dt_bias"),
+            (block.mixer, "decay_bias"),
+            (getattr(block.mixer, "o_norm", None), "weight"),
+        ):
+            vector = getattr(module, name, None)
+            if vector is not None:
+                setattr(module, name, nn.Parameter(vector.to(dtype), requires_grad=False))
+    if is_plain(model.lm_head) and type(model.norm) is nn.RMSNorm and not has_hooks(model.norm):
+        model.lm_head = NormedHead(model.norm, model.lm_head)  # type: ignore[assignment]
+        model.norm = nn.Identity()  # type: ignore[assignment]
 
 
 class DecodingLinear(nn.Linear, FusedLinear):
@@ -95,3 +121,17 @@ def _product(weights: Sequence[Tensor]) -> Tensor:
         return weight
     weight = F.pad(weight, (0, 0, 0, len(weight) % 2))
     return weight.view(2, -1, weight.shape[1]).transpose(1, 2).contiguous()
+
+
+class NormedHead(DecodingLinear):
+    """The head together with the norm before it."""
+
+    def __init__(self, norm: nn.RMSNorm, head: nn.Linear) -> None:
+        super().__init__(head)
+        self.norm, self._scale = norm, at_least_float32(norm.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() > 2:
+            return super().forward(self.norm(x))
+        assert self.norm.eps is not None
+        return normed_linear(x, self._scale if takes(x) else self.norm.weight, self.weight, eps=self.norm.eps)

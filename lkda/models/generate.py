@@ -73,7 +73,7 @@ class BatchGenerator:
         end_tokens: Collection[int] = (),
         batch_size: int | None = None,
     ) -> None:
-        _check_most(max_new_tokens)
+        check_count("generate: max_new_tokens", max_new_tokens, least=0)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"generate: seed must be a whole number, got {seed!r}.")
         for request in requests:
@@ -205,13 +205,8 @@ def check_sampling(
     *, max_new_tokens: int, temperature: float, top_p: float, top_k: int | None = None, min_p: float = 0.0
 ) -> None:
     """Raises ValueError for values that `generate` cannot sample with."""
-    _check_most(max_new_tokens)
+    check_count("generate: max_new_tokens", max_new_tokens, least=0)
     check_sampling_values(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-
-
-def _check_most(max_new_tokens: object) -> None:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise InputError(f"generate: max_new_tokens must be a whole number >= 0, got {max_new_tokens!r}.")
 
 
 def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:

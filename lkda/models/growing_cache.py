@@ -4,8 +4,8 @@ Such a cache is a tensor [B, ..., S, width], whose last dimension but one counts
 device of the cache) beside it says how many of the S entries of each sequence are filled; the others are zeros. With a
 length of [B, 0] the cache is not preallocated: all S entries are filled, and appending copies the cache.
 
-The steps of a preallocated cache have static shapes, as a CUDA graph needs. They attend to all S entries and mask those
-that are not filled; `cut` makes S smaller where the sequences are short.
+The steps of a preallocated cache have static shapes, as a CUDA graph needs. In PyTorch they attend to all S entries and
+mask those that are not filled; `cut` makes S smaller where the sequences are short.
 """
 
 from __future__ import annotations

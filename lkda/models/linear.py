@@ -2,7 +2,8 @@
 
 These layers stay separate modules, so that their weights keep their names and their shapes in checkpoints, exports and
 optimizers. Only the forward concatenates. Forward and backward then have one product instead of one per layer, and the
-gradients of the weights are slices of one matrix.
+gradients of the weights are slices of one matrix. If one of the layers has been replaced by a module of another class,
+such as a LoRA adapter, or has a hook, each layer is called by itself.
 """
 
 from __future__ import annotations
@@ -53,16 +54,32 @@ class FusedLinear(ABC):
         """Its output for a times b, [B, in_features] each."""
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer is the product with its weight and nothing else, so that the call may be replaced."""
+    return (
+        (isinstance(layer, FusedLinear) or type(layer) in (nn.Linear, Linear))
+        and layer.bias is None
+        and not has_hooks(layer)
+    )
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether the layer has a hook of PyTorch's, which runs only if the layer is called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """The output of each layer, [..., out_features]. Where x has many tokens, they are views of one tensor.
 
     Args:
         x: [..., in_features].
-        layers: layers without biases.
+        layers: the layers, or modules that have taken their places.
     """
-    if len(layers) > 1 and isinstance(layers[0], FusedLinear):
+    if len(layers) < 2 or not all(map(is_plain, layers)):
+        return tuple(layer(x) for layer in layers)
+    if isinstance(layers[0], FusedLinear):
         return layers[0].joined(x, layers).split([layer.out_features for layer in layers], -1)
-    if len(layers) < 2 or _has_few_tokens(x):
+    if _has_few_tokens(x):
         return tuple(layer(x) for layer in layers)
     sizes = [layer.out_features for layer in layers]
     weights = [layer.weight for layer in layers]
@@ -75,9 +92,10 @@ def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
 
 def joined_linear(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
     """As `fused_linear`, but with the outputs side by side in one tensor [..., sum of out_features]."""
-    if isinstance(layers[0], FusedLinear):
+    plain = all(map(is_plain, layers))
+    if plain and isinstance(layers[0], FusedLinear):
         return layers[0].joined(x, layers)
-    if _has_few_tokens(x):
+    if not plain or _has_few_tokens(x):
         return torch.cat([layer(x) for layer in layers], -1)
     return linear(x, torch.cat([layer.weight for layer in layers]))
 

@@ -117,7 +117,7 @@ class LanguageModel(nn.Module):
 
     def hidden_step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """As `step` without the head: tokens [B] -> [B, d_model], the input of the head."""
-        rows = embedded(tokens, self.embed_tokens.weight, self.embed_norm, self.config["embed_scale"])
+        rows = embedded(tokens, self.embed_tokens, self.embed_norm, self.config["embed_scale"])
         x, after = self.embed(tokens) if rows is None else rows, []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block.step(x, before)  # type: ignore[operator]

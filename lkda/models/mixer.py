@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lkda.checks import InputError
 from lkda.models.init import reset_children
+from lkda.models.sequence_part import SequencePart
 
 State = tuple[Tensor, ...]
 
@@ -25,6 +26,8 @@ class Mixer(nn.Module, ABC):
         head_dim: d_model / num_heads.
         longest_sequence: tokens that no packed sequence exceeds, where whoever calls the model knows it; None where it
             is read from cu_seqlens, which makes a GPU wait.
+        part: the part of each row that this device has, if several devices divide the rows among themselves; else None.
+            It is set before each batch.
         recomputes: whether the backward of a mixer may compute again what its forward could keep. False where the whole
             block is computed again anyway.
     """
@@ -40,6 +43,7 @@ class Mixer(nn.Module, ABC):
             )
         self.longest_sequence: int | None = None
         self.recomputes = True
+        self.part: SequencePart | None = None
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
 

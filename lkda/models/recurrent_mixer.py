@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.checks import InputError
-from lkda.models.linear import FusedLinear, Linear, fused_linear, joined_linear
-from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
+from lkda.models.linear import Linear, fused_linear, joined_linear
+from lkda.models.mixer import State, linear_flops, refuse_packed_state
 from lkda.models.norm import GatedHeadNorm
+from lkda.models.projected_mixer import ProjectedMixer
+from lkda.models.sequence_part import SequencePart, states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import l2_normalized, short_convolutions
 
 
-class RecurrentMixer(Mixer):
+class RecurrentMixer(ProjectedMixer):
     """q, k, v = SiLU(conv(W x)), then the operator, then y = o_proj(RMSNorm_head(o) * sigmoid(g_b(g_a(x)))).
 
     The state holds the caches of the convolutions, followed by the operator's own state as `keep` stores it.
@@ -81,12 +83,22 @@ class RecurrentMixer(Mixer):
         """
 
     @abstractmethod
+    def attend_in_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], part: SequencePart
+    ) -> tuple[Tensor, Tensor]:
+        """As `attend`, if the sequences begin in the parts of other devices and go on there. The state that it returns
+        is not that of the whole sequence."""
+
+    @abstractmethod
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
     ) -> tuple[Tensor, State]:
-        """The convolutions, norms and operator on one token: q, k, v [B, H * D] as projected, and gates [B, ...].
+        """The convolutions, norms and operator on one token: q, k, v [B, H * D] as projected.
 
-        `state` is the whole state, with the caches first. Returns: o [B, H, D] and the whole state after the token.
+        `gates` [B, ...]: the outputs of the second factors without that of the output gate, then of the other gate
+        layers. `state` is the whole state, with the caches first.
+
+        Returns: o [B, H, D] and the whole state after the token.
         """
 
     @abstractmethod
@@ -144,10 +156,16 @@ class RecurrentMixer(Mixer):
         Returns: y [B, T, H, D], the operator's state, and the caches of the convolutions.
         """
         caches, kept = (None, None) if state is None else self._split_state(state)
+        if self.part is not None and (filters := self._filters()):
+            assert isinstance(projected, Tensor)
+            caches = tuple(states_before(projected, filters, self.part))
         inputs, after = self._inputs(projected, cu_seqlens, caches)
         q, k, v = (self.heads(y) for y in inputs)
-        before = None if kept is None else self.widen(kept)
-        o, own = self.attend(q, k, v, gates, state=before, cu_seqlens=cu_seqlens)
+        if self.part is not None:
+            o, own = self.attend_in_parts(q, k, v, gates, self.part)
+        else:
+            before = None if kept is None else self.widen(kept)
+            o, own = self.attend(q, k, v, gates, state=before, cu_seqlens=cu_seqlens)
         return self._normed(o, latent), own, after
 
     def _inputs(
@@ -172,16 +190,23 @@ class RecurrentMixer(Mixer):
         norms = iter(l2_normalized(*(self.heads(projected[i]) for i in chosen)))
         return [next(norms).flatten(2) if i in chosen else y for i, y in enumerate(projected)], ()
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        q, k, v = fused_linear(x, [project for project, _ in self._paths()])
+    def factor_layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        return [] if self.g_a_proj is None or self.g_b_proj is None else [(self.g_a_proj, self.g_b_proj)]
+
+    def step_layers(self) -> list[nn.Linear]:
+        firsts = [first for first, _ in self.factor_layers()]
+        gates = [layer for layer in self.gate_layers() if layer not in firsts]
+        return [*(project for project, _ in self._paths()), *gates, *firsts]
+
+    def step_from(
+        self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
+    ) -> tuple[Tensor, Tensor | None, State]:
+        q, k, v, *gates = projected
         if self.q_conv1d is None and self.activation == "silu":
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        latent, gates = self._gates(x)
-        o, after = self.attend_step(q, k, v, gates, state=state)
-        if isinstance(self.o_proj, FusedLinear) and self.o_norm is not None:
-            gate = None if latent is None or self.g_b_proj is None else self.g_b_proj(latent)
-            return self.o_proj.of_heads(o, gate, self.o_norm.weight), after
-        return self.o_proj(self._normed(o, latent).flatten(-2)), after
+        *decay, gate = factors if self.g_b_proj is not None else (*factors, None)
+        o, after = self.attend_step(q, k, v, (*decay, *gates), state=state)
+        return o, gate, after
 
     def _gates(self, x: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """The latent [..., D] of the output gate, None without one, and the operator's gates."""
@@ -189,16 +214,6 @@ class RecurrentMixer(Mixer):
             return None, fused_linear(x, self.gate_layers())
         latent, *gates = fused_linear(x, [self.g_a_proj, *self.gate_layers()])
         return latent, tuple(gates)
-
-    def _convolve_step(self, *inputs: Tensor, caches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """q, k and v [B, H, D] of one token, convolved, and the caches after it."""
-        outputs, after, before = [], [], iter(caches)
-        for y, (_, convolve) in zip(inputs, self._paths(), strict=True):
-            if convolve is not None:
-                y, cache = convolve.step(y, next(before))
-                after.append(cache)
-            outputs.append(self.heads(y))
-        return outputs, after
 
     def _split_state(self, state: State) -> tuple[State, State]:
         """Splits a state into the caches of the convolutions and the operator's own state."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,3 +73,34 @@ def check_cu_seqlens(fn: str, cu_seqlens: Tensor, batch: int, length: int) -> No
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:])):
         shown = bounds if len(bounds) <= 8 else [*bounds[:3], "...", *bounds[-3:]]
         raise InputError(f"{fn}: cu_seqlens must go from 0 to T = {length} and never fall, got {shown}.")
+
+
+def check_step_caches(
+    fn: str, weights: Sequence[Tensor], caches: Sequence[Tensor], device: torch.device, sizes: dict[str, int]
+) -> None:
+    """Raises ValueError unless these are the filters [H * D, 1, W] of the convolutions of q, k and v, and their caches
+    [B, W - 1, H * D], which a decoding step can write in place; or none."""
+    if len(weights) not in (0, 3) or len(caches) != len(weights):
+        raise InputError(
+            f"{fn}: three weights and three caches (of q, k and v), or none; got {len(weights)} and {len(caches)}."
+        )
+    sizes["1"], sizes["C"] = 1, sizes["H"] * sizes["D"]
+    for i, (weight, cache) in enumerate(zip(weights, caches)):
+        check_shape(fn, f"weights[{i}]", weight, "C 1 W", sizes)
+        sizes["W-1"] = sizes["W"] - 1
+        check_shape(fn, f"caches[{i}]", cache, "B W-1 C", sizes)
+        if weight.device != device:
+            raise InputError(f"{fn}: weights[{i}] is on {weight.device} and q on {device}; move one of them.")
+        for name, x, first in (("weights", weight, weights[0]), ("caches", cache, caches[0])):
+            if x.dtype != first.dtype or not x.dtype.is_floating_point:
+                raise InputError(f"{fn}: the {name} share a floating-point dtype, got {first.dtype} and {x.dtype}.")
+    check_in_place(fn, {f"caches[{i}]": x for i, x in enumerate(caches)}, device)
+
+
+def check_in_place(fn: str, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Raises ValueError unless a kernel on q's device can write these tensors in place."""
+    for name, x in tensors.items():
+        if x.device != device:
+            raise InputError(f"{fn}: {name} is on {x.device} and q on {device}; move one of them.")
+        if not x.is_contiguous() or (x.is_cuda and x.data_ptr() % 16):
+            raise InputError(f"{fn}: {name} is written in place and must be contiguous and aligned to 16 bytes.")

@@ -22,7 +22,7 @@ HOME = Path(__file__).parents[1]
 WAY = (
     ("text files -> documents", "data/text/files.py"),
     ("documents -> tokens, once, on disk", "data/text/tokenize.py"),
-    ("tokens -> a packed batch: tokens [1, N], targets [1, N], cu_seqlens", "data/packing.py"),
+    ("tokens -> a packed batch: tokens and targets [1, N], cu_seqlens", "data/packing.py"),
     ("batch -> loss, gradients, optimizer step", "training/task.py"),
     ("tokens [1, N] -> logits [1, N, vocab]", "models/lm.py"),
     ("x + mixer(norm(x)), then x + MLP(norm(x))", "models/block.py"),
@@ -32,8 +32,9 @@ WAY = (
 )
 
 _FONT = 'font-family="Helvetica, Arial, sans-serif"'
-_WIDTH, _MARGIN, _LEFT = 1120, 24, 560  # of the picture, of its edge, of the packages
-_BOX, _HEIGHT, _GAP, _ROW = 134, 80, 8, 120  # of a package; from row to row
+_MARGIN, _WAY = 24, 456  # widths of the edges and of the way of a batch
+_TOP, _BOX, _GAP = 56, 130, 8  # of the first row; the width of a package and of what is between two
+_LETTERS, _LINE, _BETWEEN = 18, 13, 40  # of a line in a package; from line to line; from row to row
 _COLOURS = {"commands": "#f3e3c3", "data": "#d3e6d0", "report": "#dddddd", "models": "#cfe0f3", "ops": "#f2cfcf"}
 
 
@@ -42,6 +43,11 @@ class _Place:
     left: float
     top: float
     width: float
+    height: float
+
+    @property
+    def bottom(self) -> float:
+        return self.top + self.height
 
     @property
     def middle(self) -> float:
@@ -103,22 +109,24 @@ def svg(home: Path = HOME) -> str:
     graph = dependencies(home)
     rows = levels(graph)
     ways = {pair: _route(rows, *pair) for pair in arrows(graph)}
-    places = _places(rows, ways)
-    height = 64 + _ROW * len(rows) + 30
+    inside = {name: _wrapped([f"{inner}/" for inner in sub_packages(name, home)]) for name in graph}
+    places = _places(rows, ways, inside)
+    right = max(place.left + place.width for place in places.values()) + 2 * _MARGIN
+    width, height = right + _WAY + _MARGIN, max(place.bottom for place in places.values()) + 60
     body = [
-        _text(24, 34, "Packages: an arrow means “imports”", size=17, bold=True),
-        _text(_LEFT + 60, 34, "The way of a training batch", size=17, bold=True),
+        _text(_MARGIN, 34, "Packages: an arrow means “imports”", size=17, bold=True),
+        _text(right, 34, "The way of a training batch", size=17, bold=True),
         *(_arrow(places, way) for way in ways.values()),
-        *(_package(name, places[name], home) for row in rows for name in row),
-        *_way(height),
-        _text(24, height - 12, "Imports that a chain of arrows implies are not drawn.", size=12),
+        *(_package(name, places[name], inside[name]) for row in rows for name in row),
+        *_way(right, height),
+        _text(_MARGIN, height - 12, "Imports that a chain of arrows implies are not drawn.", size=12),
     ]
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" {_FONT}>',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" {_FONT}>',
             '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
             'orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="#444"/></marker></defs>',
-            f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
+            f'<rect width="{width:g}" height="{height:g}" fill="white"/>',
             *body,
             "</svg>\n",
         ]
@@ -131,38 +139,57 @@ def _route(rows: Sequence[Sequence[str]], name: str, other: str) -> list[str]:
     return [name, *(f"{name}>{other}>{row}" for row in range(at[name] + 1, at[other])), other]
 
 
-def _places(rows: Sequence[Sequence[str]], ways: Mapping[tuple[str, str], list[str]]) -> dict[str, _Place]:
-    """Where each package, and each gap that an arrow passes through, lies: below those that point to it."""
+def _places(
+    rows: Sequence[Sequence[str]], ways: Mapping[tuple[str, str], list[str]], inside: Mapping[str, Sequence[str]]
+) -> dict[str, _Place]:
+    """Where each package, and each gap that an arrow passes through, lies: below those that point to it.
+
+    Args:
+        inside: the lines in the box of each package below its name. The highest box of a row gives its height.
+    """
     found: dict[str, _Place] = {}
-    for number, packages in enumerate(rows):
-        gaps = [stop for way in ways.values() for stop in way[1:-1] if stop.endswith(f">{number}")]
+    stops = [[*packages, *_gaps(ways, number)] for number, packages in enumerate(rows)]
+    widest = max(_row_width(row, inside) for row in stops)
+    top = float(_TOP)
+    for number, row in enumerate(stops):
         above = {
             stop: [found[way[at]].middle for way in ways.values() for at in range(len(way) - 1) if way[at + 1] == stop]
-            for stop in (*packages, *gaps)
+            for stop in row
         }
-        row = sorted(above, key=lambda stop: (fmean(above[stop] or [0]), stop))
-        widths = [_GAP if stop in gaps else _BOX for stop in row]
-        left = _MARGIN + (_LEFT - sum(widths) - _GAP * (len(row) - 1)) / 2
-        for stop, width in zip(row, widths, strict=True):
-            found[stop] = _Place(left, 56.0 + number * _ROW, width)
-            left += width + _GAP
+        left = _MARGIN + (widest - _row_width(row, inside)) / 2
+        height = 36.0 + _LINE * max(len(inside[name]) for name in rows[number])
+        for stop in sorted(above, key=lambda stop: (fmean(above[stop] or [0]), stop)):
+            found[stop] = _Place(left, top, _width(stop, inside), height)
+            left += found[stop].width + _GAP
+        top += height + _BETWEEN
     return found
 
 
-def _package(name: str, place: _Place, home: Path) -> str:
+def _gaps(ways: Mapping[tuple[str, str], list[str]], row: int) -> list[str]:
+    return [stop for way in ways.values() for stop in way[1:-1] if stop.endswith(f">{row}")]
+
+
+def _width(stop: str, packages: Mapping[str, object]) -> float:
+    return _BOX if stop in packages else _GAP
+
+
+def _row_width(row: Sequence[str], packages: Mapping[str, object]) -> float:
+    return sum(_width(stop, packages) + _GAP for stop in row) - _GAP
+
+
+def _package(name: str, place: _Place, lines: Sequence[str]) -> str:
     x, y = place.left, place.top
-    lines = _wrapped([f"{inner}/" for inner in sub_packages(name, home)], 21)
     title = f"{name}/" if name == "scripts" else f"lkda/{name}/"
-    box = _box(x, y, _BOX, _HEIGHT, name)
-    texts = [_text(x + 8, y + 20, title, size=13, bold=True)]
-    texts += [_text(x + 8, y + 36 + 13 * n, line, size=11) for n, line in enumerate(lines)]
+    box = _box(x, y, place.width, place.height, name)
+    texts = [_text(x + 8, y + 20, title, size=12.5, bold=True)]
+    texts += [_text(x + 8, y + 36 + _LINE * n, line, size=11) for n, line in enumerate(lines)]
     return "\n".join([box, *texts])
 
 
-def _wrapped(words: list[str], letters: int) -> list[str]:
+def _wrapped(words: list[str]) -> list[str]:
     lines: list[str] = []
     for word in words:
-        if lines and len(f"{lines[-1]} {word}") <= letters:
+        if lines and len(f"{lines[-1]} {word}") <= _LETTERS:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
@@ -171,8 +198,8 @@ def _wrapped(words: list[str], letters: int) -> list[str]:
 
 def _arrow(places: Mapping[str, _Place], way: Sequence[str]) -> str:
     first, *between, last = (places[stop] for stop in way)
-    points = [(first.middle, first.top + _HEIGHT)]
-    points += [(stop.middle, stop.top + y) for stop in between for y in (0, _HEIGHT)]
+    points = [(first.middle, first.bottom)]
+    points += [(stop.middle, y) for stop in between for y in (stop.top, stop.bottom)]
     return _line([*points, (last.middle, last.top - 2)])
 
 
@@ -181,18 +208,17 @@ def _line(points: Sequence[tuple[float, float]]) -> str:
     return f'<polyline points="{path}" fill="none" stroke="#444" stroke-width="1.3" marker-end="url(#head)"/>'
 
 
-def _way(height: int) -> list[str]:
-    """A column of stations from the text at the top to the kernel at the bottom."""
-    step = (height - 90) / len(WAY)
-    x, width = _LEFT + 60, _WIDTH - _LEFT - 84
+def _way(x: float, height: float) -> list[str]:
+    """A column of stations, x its left edge, from the text at the top to the kernel at the bottom."""
+    step = (height - _TOP - 34) / len(WAY)
     found = []
     for number, (what, file) in enumerate(WAY):
-        y = 56 + number * step
-        found.append(_box(x, y, width, step - 18, file.split("/")[0]))
+        y = _TOP + number * step
+        found.append(_box(x, y, _WAY, step - 18, file.split("/")[0]))
         found.append(_text(x + 10, y + 19, what, size=13))
         found.append(_text(x + 10, y + 36, f"lkda/{file}", size=11.5, colour="#444"))
         if number + 1 < len(WAY):
-            middle = x + width / 2
+            middle = x + _WAY / 2
             found.append(_line([(middle, y + step - 18), (middle, y + step - 2)]))
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassExactMatch
+from torchmetrics.classification import MulticlassAccuracy
 
 from lkda.models.lm import LanguageModel
 from lkda.targets import IGNORE_INDEX
@@ -49,7 +49,7 @@ class SubsetMetrics(nn.Module):
         self.subsets = list(subsets)
         options: dict[str, Any] = {"num_classes": vocab_size, "ignore_index": IGNORE_INDEX, "validate_args": False}
         self.accuracy = nn.ModuleList(MulticlassAccuracy(average="micro", **options) for _ in subsets)
-        self.sequence_accuracy = nn.ModuleList(MulticlassExactMatch(**options) for _ in subsets)
+        self.sequence_accuracy = nn.ModuleList(MeanMetric() for _ in subsets)
         self.loss = nn.ModuleList(MeanMetric() for _ in subsets)
 
     def measure(self, model: LanguageModel, batch: Mapping[str, Any]) -> None:
@@ -60,10 +60,14 @@ class SubsetMetrics(nn.Module):
         for places in batch["target_positions"].split(PLACES_AT_ONCE):
             logits = model.lm_head(hidden[places]).float()
             predicted[places] = logits.argmax(-1)
-            self.loss[subset].update(F.cross_entropy(logits, wanted[places]), weight=len(places))
+            loss = F.cross_entropy(logits, wanted[places]) if len(places) else logits.sum()
+            self.loss[subset].update(loss, weight=len(places))
         predicted = predicted.view_as(targets)
         self.accuracy[subset].update(predicted, targets)
-        self.sequence_accuracy[subset].update(predicted, targets)
+        ignored = targets == IGNORE_INDEX
+        whole = ((predicted == targets) | ignored).all(1)
+        # A row without targets is no example: a process's share may have one more row than there are examples.
+        self.sequence_accuracy[subset].update(whole.float(), weight=(~ignored.all(1)).float())
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics by column of metrics.csv: of each measured subset, and their means as val/accuracy and so on.

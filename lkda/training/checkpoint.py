@@ -2,7 +2,8 @@
 
 A file is Lightning's checkpoint plus `checkpoint["lkda"]`, which makes it self-contained:
     {"format": 1, "model": the dict of `build_model`, "tokenizer": JSON text, "run": plain values that describe the run}
-The tokenizer is None if the model's tokens are not text.
+The tokenizer is None if the model's tokens are not text. If devices share the weights, a checkpoint of the same content
+is a directory; see `lkda.training.sharded_checkpoint`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lkda.checks import InputError
 from lkda.io import replace_file, replacing
+from lkda.training.sharded_checkpoint import is_sharded, read_sharded, remove
 
 FORMAT = 1
 _STEP = re.compile(r"step_(\d+)\.ckpt")
@@ -37,7 +39,11 @@ def step_files(directory: Path) -> list[Path]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint writer, made atomic by a temporary file, fsync and a rename."""
+    """Lightning's checkpoint writer, made atomic by a temporary file, fsync and a rename. It reads every checkpoint of
+    lkda."""
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -52,9 +58,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def point_to(target: Path, link: Path) -> None:
-    """Make `link` a hard link to the file `target`, atomically. It is a copy if the file system has no hard links."""
+    """Make `link` a hard link to the file `target`, atomically. It is a copy if the file system has no hard links. If
+    `target` is a directory, the link is a symbolic one."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
+    if target.is_dir():
+        temporary.symlink_to(target.name)
+        if link.is_dir() and not link.is_symlink():
+            remove(link)
+        replace_file(temporary, link)
+        return
     try:
         os.link(target, temporary)
     except OSError:
@@ -64,20 +77,27 @@ def point_to(target: Path, link: Path) -> None:
     replace_file(temporary, link)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def delete_old(directory: Path, *, keep: int) -> None:
+    """Delete all step checkpoints but the newest `keep`, and those to which last.ckpt and best.ckpt are symbolic
+    links."""
+    named = {link.resolve() for link in directory.glob("*.ckpt") if link.is_symlink()}
+    for old in step_files(directory)[:-keep]:
+        if old.resolve() not in named:
+            remove(old)
+
+
+def read_checkpoint(path: str | Path, *, rank: int = 0, count: int = 1) -> dict[str, Any]:
     """Load a checkpoint of lkda onto the CPU with `weights_only=True`: no code in the file is executed.
 
+    Args:
+        rank, count: the process that reads, if `count` processes share the tensors. It may then get only its rows of a
+            tensor; see `read_sharded`. By default all tensors are whole.
     Raises: InputError if the file is missing or truncated, or is not a checkpoint of lkda.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file() and not is_sharded(path):
         raise InputError(f"there is no checkpoint at {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here (RuntimeError, EOFError, UnpicklingError, KeyError, ...)
-        raise InputError(
-            f"{path} is truncated or not a checkpoint ({type(error).__name__} while reading it)."
-        ) from error
+    checkpoint = read_sharded(path, rank=rank, count=count) if path.is_dir() else _read_file(path, mmap=count > 1)
     if not isinstance(checkpoint, Mapping) or "lkda" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of lkda: it has no entry 'lkda', which scripts/train.py writes.")
     if checkpoint["lkda"]["format"] != FORMAT:
@@ -85,6 +105,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} has checkpoint format {checkpoint['lkda']['format']}, but this version of lkda reads {FORMAT}."
         )
     return dict(checkpoint)
+
+
+def _read_file(path: Path, *, mmap: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises many types here (RuntimeError, EOFError, UnpicklingError, KeyError, ...)
+        raise InputError(
+            f"{path} is truncated or not a checkpoint ({type(error).__name__} while reading it)."
+        ) from error
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
@@ -101,7 +130,7 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
     others = [
         path
         for path in sorted(directory.glob("*.ckpt"))
-        if path not in steps and not any(path.samefile(step) for step in steps)
+        if path not in steps and path.exists() and not any(path.samefile(step) for step in steps)
     ]
     found: tuple[Path, dict[str, Any]] | None = None
     broken = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lkda.checks import InputError
+from lkda.models.block import Block
+from lkda.models.linear import is_plain
 from lkda.models.lm import ApplyBlock, LanguageModel, apply_block
-from lkda.models.mixer import Mixer
+from lkda.models.mixer import Mixer, State
 from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
 from lkda.targets import IGNORE_INDEX
 
@@ -47,16 +50,28 @@ class ModelLoss:
             first step compiles only one block of each kind instead of the whole model.
         checkpointing: "block" keeps only the input of each block for the backward pass, which computes the block again.
             "none" keeps what the backward pass needs.
+        shares_weights: whether a block's weights are gathered when it is called (FSDP).
     """
 
-    def __init__(self, model: LanguageModel, *, compile: bool = False, checkpointing: str = "none") -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        compile: bool = False,
+        checkpointing: str = "none",
+        shares_weights: bool = False,
+    ) -> None:
         if checkpointing not in CHECKPOINTING:
             raise InputError(f"checkpointing must be {' or '.join(CHECKPOINTING)}, got {checkpointing!r}.")
         self.model, self.checkpointing = model, checkpointing
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.recomputes = checkpointing == "none"
-        apply: ApplyBlock = torch.compile(apply_block, dynamic=False, backend=keeps_less) if compile else apply_block
+        apply: ApplyBlock = apply_block
+        if compile and shares_weights:
+            _compile_inside(model)
+        elif compile:
+            apply = torch.compile(apply_block, dynamic=False, backend=keeps_less)
         self.apply = _recomputing(apply) if checkpointing == "block" else apply
 
     def uncompiled(self) -> ModelLoss:
@@ -81,14 +96,14 @@ class ModelLoss:
         if target_positions is not None:
             targets = targets.flatten()[target_positions].unsqueeze(0)
             return next_token_loss(self.model.lm_head(x.flatten(0, 1)[target_positions]).unsqueeze(0), targets)
-        if x.is_cuda or not torch.is_autocast_enabled("cpu"):
+        if is_plain(self.model.lm_head) and (x.is_cuda or not torch.is_autocast_enabled("cpu")):
             return linear_cross_entropy(_as_multiplied(x), self.model.lm_head.weight, targets.flatten())
         return next_token_loss(self.model.lm_head(x), targets)
 
     def each(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The loss of each target, [B, T] in nats; 0 where the target is IGNORE_INDEX. On a GPU it has no gradient."""
         x = self._hidden(tokens, cu_seqlens)
-        if x.is_cuda:
+        if x.is_cuda and is_plain(self.model.lm_head):
             losses = linear_cross_entropies(_as_multiplied(x), self.model.lm_head.weight, targets.flatten())
             return losses.view_as(targets)
         return next_token_losses(self.model.lm_head(x), targets)
@@ -109,9 +124,25 @@ def keeps_less(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..
 
     # Inductor chooses the sizes of its reductions by timing them, which can change the order of a sum between runs.
     options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    inductor: Callable[..., Callable[..., Any]] = lookup_backend("inductor")
     with config.patch(ban_recompute_materialized_backward=False):
-        compiled: Callable[..., Any] = lookup_backend("inductor")(graph, inputs, config_patches=options)
-        return compiled
+        return inductor(graph, inputs, config_patches=options)
+
+
+def _compile_inside(model: LanguageModel) -> None:
+    """Compile what the blocks compute, but not what is done before and after it, such as gathering their weights."""
+    compiled = torch.compile(_forward_of_block, dynamic=False, backend=keeps_less)
+
+    def forward(block: Block, x: Tensor, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        return compiled(block, x, cu_seqlens), ()
+
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.forward = partial(forward, block)  # type: ignore[method-assign]
+
+
+def _forward_of_block(block: Block, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return Block.forward(block, x, cu_seqlens=cu_seqlens)[0]
 
 
 def _recomputing(apply: ApplyBlock) -> ApplyBlock:

@@ -1,8 +1,12 @@
-"""How the C library manages the memory of a training process on a CPU."""
+"""The memory of a training process on a CPU: how much a step needs at least, and how the C library manages it."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+from lkda.checks import InputError
 
 # Parameters of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -20,3 +24,25 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, 2 * _LARGEST - 1))
+
+
+def check_activations(model: Mapping[str, Any], *, tokens: int, checkpointing: str, available: int) -> None:
+    """Raise InputError if the activations of one batch cannot fit into the memory, in which the system would kill the
+    process without a message. They are a lower bound: what the layers of every mixer keep for the backward pass.
+
+    Args:
+        model: the dict of `build_model`.
+        tokens: of one batch.
+        checkpointing: "none" or "block", which keeps only the input of each block.
+        available: bytes.
+    """
+    width = model["d_model"]
+    # The inputs of a block's two norms and four linear layers, two projections, and the products of the MLP, in bf16.
+    kept = 4 * width if checkpointing == "block" else 2 * (8 * width + 3 * model["mlp_hidden"])
+    needed = tokens * model["num_layers"] * kept
+    if needed > available:
+        raise InputError(
+            f"one batch of {tokens:,} tokens needs more than {needed / 2**30:,.0f} GiB of memory, and the machine has "
+            f"{available / 2**30:,.0f} GiB: lower data.batch_size (with trainer.accumulate_grad_batches in its place), "
+            "data.context or the size of the model."
+        )

@@ -10,6 +10,9 @@ from typing import Any
 
 from lkda.checks import InputError, check_count
 
+# The most batches of one optimizer step. A run stops for Ctrl-C only at the end of a step.
+MOST_PIECES = 2**16
+
 
 @dataclass(frozen=True)
 class TrainerOptions:
@@ -17,6 +20,11 @@ class TrainerOptions:
 
     Attributes:
         target: the trainer's class, `_target_` in the YAML.
+        devices: the number of devices of a node.
+        strategy: "single", or a name in `lkda.training.strategies`.
+        global_batch: whether data.batch_size counts the sequences of all devices. Otherwise it counts those of one.
+        context_parallel: the number of devices that divide each sequence among themselves.
+        timeout_minutes: how long a process waits for the others before the run ends with an error.
         precision: a name in `lkda.training.precision`.
         max_tokens: the number of tokens to train on. If given, it replaces max_steps.
     """
@@ -24,6 +32,11 @@ class TrainerOptions:
     target: str
     accelerator: str
     devices: int
+    num_nodes: int
+    strategy: str
+    global_batch: bool
+    context_parallel: int
+    timeout_minutes: int
     precision: str
     max_steps: int
     max_tokens: int | None
@@ -42,9 +55,32 @@ class TrainerOptions:
         """Create it from checked options with their names in the YAML."""
         return cls(**{"target" if name == "_target_" else name: value for name, value in options.items()})
 
+    @property
+    def world_size(self) -> int:
+        """The number of processes, each with one device."""
+        return self.devices * self.num_nodes
+
+    @property
+    def data_parallel(self) -> int:
+        """The number of groups of devices that train on different sequences."""
+        return self.world_size // self.context_parallel
+
     def steps(self, tokens_per_step: int) -> int:
         """The optimizer steps of the run: enough for max_tokens if that is given, else max_steps."""
         return self.max_steps if self.max_tokens is None else math.ceil(self.max_tokens / tokens_per_step)
+
+
+def sequences_per_batch(batch_size: int, trainer: Mapping[str, Any]) -> int:
+    """The number of sequences in a batch of all devices.
+
+    Args:
+        batch_size: the option of the data.
+        trainer: the recorded group. Earlier versions had one device.
+    """
+    if trainer.get("global_batch", True):
+        return batch_size
+    world_size = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
+    return int(batch_size * world_size // trainer.get("context_parallel", 1))
 
 
 @dataclass(frozen=True)
@@ -71,6 +107,7 @@ def _names(options: type, *, optional: bool) -> tuple[str, ...]:
 
 
 PROFILERS = ("simple", "advanced")
+STRATEGIES = ("single", "ddp", "fsdp")
 MOST_SEED = 2**32 - 1
 
 
@@ -144,10 +181,10 @@ def check_trainer(options: object) -> None:
         also=_names(TrainerOptions, optional=True),
         choice="auto",
     )
-    if not isinstance(options["devices"], int) or isinstance(options["devices"], bool) or options["devices"] != 1:
-        raise InputError(f"trainer.devices must be 1, got {options['devices']!r}: a run trains on one device.")
-    for name in ("max_steps", "val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
+    _check_devices(options)
+    for name in ("max_steps", "val_check_interval", "log_every_n_steps"):
         check_count(f"trainer.{name}", options[name], least=1)
+    check_count("trainer.accumulate_grad_batches", options["accumulate_grad_batches"], least=1, most=MOST_PIECES)
     if options["max_tokens"] is not None:
         check_count("trainer.max_tokens", options["max_tokens"], least=1)
     _check_validation_part(options["limit_val_batches"])
@@ -164,6 +201,24 @@ def check_trainer(options: object) -> None:
     profiler = options.get("profiler")
     if profiler is not None and profiler not in PROFILERS:
         raise InputError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, or null; got {profiler!r}.")
+
+
+def _check_devices(options: Mapping[str, Any]) -> None:
+    if options["strategy"] not in STRATEGIES:
+        raise InputError(f"trainer.strategy must be one of {', '.join(STRATEGIES)}, got {options['strategy']!r}.")
+    if options["devices"] != "auto":
+        check_count("trainer.devices", options["devices"], least=1)
+    for name in ("num_nodes", "context_parallel", "timeout_minutes"):
+        check_count(f"trainer.{name}", options[name], least=1)
+    check_switch("trainer.global_batch", options["global_batch"])
+    if options["strategy"] != "single":
+        return
+    for name in ("devices", "num_nodes", "context_parallel"):
+        if options[name] != 1:
+            raise InputError(
+                f"trainer.{name}={options[name]} needs several devices: choose trainer=ddp, or trainer=fsdp for a "
+                f"model that is too large for one of them, beside trainer.{name}."
+            )
 
 
 def _check_validation_part(value: object) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lkda.models.sequence_part import SequencePart
 from lkda.ops.sequences import positions
 from lkda.targets import IGNORE_INDEX
+from lkda.training.processes import sum_over_processes
 
 
 def starts(context: int) -> list[int]:
@@ -26,6 +28,9 @@ class PositionLoss(nn.Module):
     Args:
         context: the largest number of tokens in a sequence.
         split: prefix of the column names, "val" or "test".
+
+    Attributes:
+        part: of the batch's rows, if several devices divide them.
     """
 
     starts: Tensor
@@ -35,6 +40,7 @@ class PositionLoss(nn.Module):
     def __init__(self, context: int, *, split: str = "val") -> None:
         super().__init__()
         self.columns = columns(context, split=split)
+        self.part: SequencePart | None = None
         self.register_buffer("starts", torch.tensor(starts(context)), persistent=False)
         self.reset()
 
@@ -46,6 +52,8 @@ class PositionLoss(nn.Module):
         """Add the losses [B, T] of the targets [B, T]. Targets of IGNORE_INDEX do not count."""
         T = targets.shape[1]
         where = torch.arange(T, device=targets.device) if cu_seqlens is None else positions(cu_seqlens, T)[0]
+        if self.part is not None:
+            where = self.part.positions(where)
         ranges = torch.searchsorted(self.starts, where, right=True) - 1
         counted = targets != IGNORE_INDEX
         for n in range(len(self.columns)):
@@ -54,7 +62,9 @@ class PositionLoss(nn.Module):
             self.counts[n] += chosen.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean losses by column of metrics.csv, for the ranges with at least one target. Resets them."""
+        """The mean losses by column of metrics.csv, for the ranges with at least one target on any process. Resets
+        them."""
+        sum_over_processes(self.sums, self.counts)
         found = {name: self.sums[n] / self.counts[n] for n, name in enumerate(self.columns) if self.counts[n] > 0}
         self.reset()
         return found

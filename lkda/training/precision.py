@@ -13,6 +13,8 @@ PRECISIONS = {
     "16-mixed": torch.float16,
     "64-true": torch.float64,
 }
+# Those of Lightning's strategy for FSDP2.
+FSDP_PRECISIONS = ("bf16-mixed", "32-true")
 _SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 _DEFAULT = {"cpu": "32-true", "cuda": "bf16-mixed"}
 _HALF_WEIGHTS = "keeps the weights in half precision, where small updates round to nothing"

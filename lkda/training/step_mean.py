@@ -1,4 +1,5 @@
-"""The mean over all targets of an optimizer step whose batch is split into pieces (trainer.accumulate_grad_batches)."""
+"""The mean over all targets of an optimizer step whose batch is split into pieces (trainer.accumulate_grad_batches) and
+among processes."""
 
 from __future__ import annotations
 
@@ -8,17 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from lkda.targets import IGNORE_INDEX
+from lkda.training.processes import local, process_count, sum_over_processes
 
 
 class StepMean:
-    """Makes the loss and the gradients of a step means over all its targets, however its batch is split into pieces.
+    """Makes the loss and the gradients of a step means over all its targets, however its batch is split into pieces and
+    among processes.
 
-    Lightning adds the gradients of each piece's mean loss, times 1 / pieces. This is the mean over the step's targets
-    only if all pieces have the same number of targets, as the rows of a text have. Otherwise a piece must be weighted
-    by its number of targets, and the total is known only after the last piece. Therefore the loss of a piece with n
-    targets is multiplied by n / n_1, where n_1 is the number of the first piece. After the last piece, `normalize`
-    multiplies the gradients by pieces * n_1 / (sum of n). If all numbers are equal, both factors are exactly 1. All
-    values stay on the device, so that no step waits for it.
+    Lightning adds the gradients of each piece's mean loss, times 1 / pieces, and averages them over the processes. This
+    is the mean over the step's targets only if all pieces have the same number of targets, as the rows of a text have.
+    Otherwise a piece must be weighted by its number of targets, and the total is known only after the last piece.
+    Therefore the loss of a piece with n targets is multiplied by n / n_1, where n_1 is the number of the first piece,
+    averaged over the processes. After the last piece, `normalize` multiplies the gradients by
+    pieces * processes * n_1 / (sum of n). If all numbers are equal, both factors are exactly 1. All values stay on the
+    device, so that no step waits for it.
     """
 
     unit: Tensor
@@ -35,8 +39,10 @@ class StepMean:
         """
         count = (targets != IGNORE_INDEX).sum()
         if first:
-            self.unit, self.count = count.clamp(min=1), torch.zeros_like(count)
-            self.total = torch.zeros((), device=targets.device)
+            of_all = count.clone()
+            sum_over_processes(of_all)
+            self.unit = of_all.clamp(min=1) / process_count()
+            self.count, self.total = torch.zeros_like(count), torch.zeros((), device=targets.device)
         self.count = self.count + count
         self.piece = count
         return count / self.unit
@@ -48,12 +54,17 @@ class StepMean:
         self.total = self.total + loss.detach() * self.piece
         return loss
 
+    def complete(self) -> None:
+        """Add what the other processes have. Call it once, after `add` of the step's last piece."""
+        sum_over_processes(self.total, self.count)
+
     @property
     def loss(self) -> Tensor:
-        """The mean loss over the targets of the step's pieces so far, in nats per token."""
+        """The mean loss over the targets of the step's pieces so far, in nats per token. It is that of all processes
+        after `complete`, and that of this process before."""
         return self.total / self.count
 
     def normalize(self, parameters: Iterable[nn.Parameter], *, pieces: int) -> None:
-        """Scale the gradients to those of `loss`. Call it after the last piece of the step."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(gradients, pieces * self.unit / self.count.clamp(min=1))
+        """Scale the gradients to those of `loss`. Call it after `complete`."""
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, pieces * process_count() * self.unit / self.count.clamp(min=1))

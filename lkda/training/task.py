@@ -12,14 +12,18 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from rich import get_console
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
+from lkda.models.sequence_part import SequencePart
 from lkda.training.cuda_graphs import CaptureError, GraphedLoss
 from lkda.training.losses import ModelLoss
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
+from lkda.training.processes import process_count, process_count_of
 from lkda.training.step_mean import StepMean
+from lkda.training.strategies import share_weights
 from lkda.training.validation import Batch, ValidationMetrics, with_bits
 
 
@@ -52,6 +56,9 @@ class LanguageModelTask(L.LightningModule):
         compile: whether to compile the model's blocks with `torch.compile`.
         checkpointing: "none", or "block" to keep only the input of each block for the backward pass.
         cuda_graphs: whether to replay forward and backward as CUDA graphs, as long as they can be captured.
+        context_group, context_number: the processes that divide each row among themselves, and the number of this
+            one's part. A batch then has the entries of `lkda.training.shares.part_of`. None: no process divides a row.
+        shares_weights: whether the devices share the weights. The trainer's strategy must be a `ShardedStrategy`.
 
     Attributes:
         clipped_steps: the number of optimizer steps of this process whose gradient norm was above the limit.
@@ -74,6 +81,9 @@ class LanguageModelTask(L.LightningModule):
         compile: bool = False,
         checkpointing: str = "none",
         cuda_graphs: bool = False,
+        shares_weights: bool = False,
+        context_group: Any = None,
+        context_number: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -94,8 +104,40 @@ class LanguageModelTask(L.LightningModule):
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.longest_sequence = context
-        self.loss = ModelLoss(model, compile=compile, checkpointing=checkpointing)
+        self.loss = ModelLoss(model, compile=compile, checkpointing=checkpointing, shares_weights=shares_weights)
         self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
+        self.shares_weights = shares_weights
+        self.context_group, self.context_number = context_group, context_number
+
+    def configure_model(self) -> None:
+        if self.shares_weights:
+            assert self.device_mesh is not None
+            methods = ("training_step", "validation_step", "measure_test_batch")
+            share_weights(self, self.model.blocks, self.device_mesh["data_parallel"], methods=methods)
+
+    def _take_part(self, batch: Batch) -> None:
+        """Tell the mixers which part of its rows the batch is. It is so until the next batch, whose backward pass may
+        compute blocks again."""
+        if self.context_group is None:
+            return
+        part = SequencePart(
+            self.context_group,
+            self.context_number,
+            process_count_of(self.context_group),
+            before=batch["before"],
+            cu_seqlens=batch["cu_seqlens"],
+            documents=batch.get("documents"),
+        )
+        self.validation.positions.part = self.test.positions.part = part
+        self._tell_mixers(part)
+
+    def _tell_mixers(self, part: SequencePart | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Mixer):
+                module.part = part
+
+    def on_fit_end(self) -> None:
+        self._tell_mixers(None)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set the learning rate of this batch's step. It depends only on the step and the settings, not on the
@@ -105,19 +147,24 @@ class LanguageModelTask(L.LightningModule):
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.optimizer_config["lr"] * group["lr_scale"] * factor
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         pieces = self.trainer.accumulate_grad_batches
         first = batch_idx % pieces == 0
-        weight = self.step_mean.weight(batch["targets"], first=first) if pieces > 1 else None
+        self._take_part(batch)
+        parts = pieces * process_count()
+        weight = self.step_mean.weight(batch["targets"], first=first) if parts > 1 else None
         inputs = {name: batch.get(name) for name in ("tokens", "targets", "cu_seqlens", "target_positions")}
         loss = self._replay(inputs, weight, first=first)
         if loss is None:
             loss = self.loss.mean(batch["tokens"], batch["targets"], batch["cu_seqlens"], inputs["target_positions"])
         mean = loss
         if weight is not None:
-            loss, mean = self.step_mean.add(loss) * weight, self.step_mean.loss
+            loss = self.step_mean.add(loss) * weight
+            if (batch_idx + 1) % pieces == 0:
+                self.step_mean.complete()
+            mean = self.step_mean.loss
         self.log_dict(with_bits("train", mean.detach(), self.bytes_per_token), logger=False)
-        return loss
+        return {"loss": loss, "mean": mean.detach()}
 
     def _replay(self, inputs: Mapping[str, Tensor | None], weight: Tensor | None, *, first: bool) -> Tensor | None:
         """The loss, whose gradients are already added to those of the parameters; None without CUDA graphs."""
@@ -152,10 +199,11 @@ class LanguageModelTask(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         pieces = self.trainer.accumulate_grad_batches
-        if pieces > 1:
+        if pieces * process_count() > 1:
             self.step_mean.normalize(self.parameters(), pieces=pieces)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._take_part(batch)
         self.validation.update(self.model, batch, token_losses=self.loss.each)
 
     def on_validation_epoch_end(self) -> None:
@@ -171,7 +219,11 @@ class LanguageModelTask(L.LightningModule):
         count = max(1, int(limit * len(batches))) if isinstance(limit, float) else limit
         for batch in islice(batches, count):
             with trainer.precision_plugin.val_step_context():
-                self.test.update(self.model, trainer.strategy.batch_to_device(batch), token_losses=self.loss.each)
+                self.measure_test_batch(trainer.strategy.batch_to_device(batch))
+
+    def measure_test_batch(self, batch: Batch) -> None:
+        self._take_part(batch)
+        self.test.update(self.model, batch, token_losses=self.loss.each)
 
     def configure_gradient_clipping(
         self,
@@ -186,6 +238,8 @@ class LanguageModelTask(L.LightningModule):
         """
         limit = gradient_clip_val or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         self.log("train/grad_norm", norm, logger=False)
         self.clipped_steps += norm > limit
 

@@ -40,21 +40,24 @@ class Throughput:
 
     Attributes:
         flops_per_token: of forward and backward, a multiply-add counting two.
-        peak: FLOP/s of the device, from `peak_flops`.
+        peak: FLOP/s of all devices, from `peak_flops`.
     """
 
     flops_per_token: float
     peak: float | None
 
     @classmethod
-    def of(cls, model: LanguageModel, *, context: int, device: torch.device, dtype: torch.dtype) -> Throughput:
-        """Of training `model` on sequences of `context` tokens. A backward counts as two forwards; what is computed
-        again to save memory does not count."""
-        return cls(3 * model.flops_per_token(context), peak_flops(device, dtype))
+    def of(
+        cls, model: LanguageModel, *, context: int, device: torch.device, dtype: torch.dtype, devices: int = 1
+    ) -> Throughput:
+        """Of training `model` on sequences of `context` tokens on that many devices. A backward counts as two forwards;
+        what is computed again to save memory does not count."""
+        peak = peak_flops(device, dtype)
+        return cls(3 * model.flops_per_token(context), None if peak is None else devices * peak)
 
     def columns(self, tokens_per_s: float) -> dict[str, float]:
-        """The columns of metrics.csv that say it: tflops_per_s, mfu where the peak is known, and on a GPU the memory
-        that was reserved at most, in GiB."""
+        """The columns of metrics.csv that say it: tflops_per_s of all devices, mfu where the peak is known, and on a
+        GPU the memory that was reserved at most, in GiB, on this device."""
         row = {"tflops_per_s": tokens_per_s * self.flops_per_token / 1e12}
         if self.peak is not None:
             row["mfu"] = tokens_per_s * self.flops_per_token / self.peak

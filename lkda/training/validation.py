@@ -14,6 +14,7 @@ from lkda.targets import IGNORE_INDEX
 from lkda.training.accuracy import SubsetMetrics
 from lkda.training.losses import next_token_losses
 from lkda.training.positions import PositionLoss
+from lkda.training.processes import sum_over_processes
 
 # {tokens [B, T], targets [B, T], cu_seqlens [N + 1] or None}. A batch with few targets also has target_positions [M],
 # their positions in the flattened batch, and subset, the number of the batch's subset.
@@ -80,9 +81,10 @@ class ValidationMetrics(nn.Module):
         self.positions.update(losses, targets, cu_seqlens)
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics by column of metrics.csv. Resets them."""
+        """The metrics by column of metrics.csv, over what all processes have measured. Resets them."""
         if self.subsets is not None:
             return self.subsets.compute()
+        sum_over_processes(self.nats, self.count)
         loss = self.nats / self.count
         self.nats.zero_()
         self.count.zero_()

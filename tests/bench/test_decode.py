@@ -35,7 +35,7 @@ def test_a_row_counts_the_bytes_that_a_step_moves(pattern):
 
 def test_states_that_do_not_fit_are_named_with_their_bytes(monkeypatch):
     model = small(["softmax"])
-    monkeypatch.setattr(decode, "_physical_memory", lambda: 2**30)
+    monkeypatch.setattr(decode, "physical_memory", lambda: 2**30)
     batch = 2**30 // model.state_bytes(256)
     row = decode.decode_row(model, batch, 256, Sampling(0.0))
     assert row["bytes_needed"] == batch * model.state_bytes(256)

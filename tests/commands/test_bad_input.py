@@ -18,6 +18,7 @@ import lkda
 from lkda.commands.command_line import _message
 from lkda.commands.train import train
 from lkda.ops.runtime import cubin_cache
+from tests.commands.error_line import error_line
 from tests.commands.small import ROOT, composed, small_run
 
 # On the command line a value with commas, spaces or dots in it is quoted as any shell would pass it.
@@ -34,12 +35,18 @@ TRAINING = [
     ("+mixer.kda.colour=red", r"mixer 'kda' has no option colour; it has conv_width, conv_std, activation, gate, "),
     ("mixer.pattern=[kdaa]", r"unknown mixer 'kdaa'; there are conv, kda, mla, simplified, softmax"),
     ("model.d_model=30 mixer.num_heads=4", r"mixer.num_heads must divide model.d_model = 30, got 4"),
-    ("model.num_layers=0", r"model.num_layers must be a positive integer, got 0"),
-    ("model.d_model=wide", r"model.d_model must be a positive integer, got 'wide'"),
+    ("model.num_layers=0", r"model.num_layers must be a whole number of 1 or more, got 0"),
+    ("model.d_model=wide", r"model.d_model must be a whole number of 1 or more, got 'wide'"),
     ("trainer.max_steps=-5", r"trainer.max_steps must be a whole number of 1 or more, got -5"),
     ("trainer.max_steps=many", r"trainer.max_steps must be a whole number of 1 or more, got 'many'"),
     ("trainer.max_tokens=0", r"trainer.max_tokens must be a whole number of 1 or more, got 0"),
     ("checkpoint.every_n_steps=0", r"checkpoint.every_n_steps must be a whole number of 1 or more, got 0"),
+    ("trainer.accumulate_grad_batches=1000000000", r"trainer.accumulate_grad_batches must be at most 65536, got 10000"),
+    (
+        "data.batch_size=100000000",
+        r"one batch of 3,200,000,000 tokens needs more than \d+.*the machine has .*batch_size",
+    ),
+    ("data=mqar data.power=1e30", r"data.power must be from -20 to 20, got 1e\+30"),
     ("seed=-1", r"seed must be a whole number of 0 or more, got -1"),
     ("optimizer.lr=0", r"optimizer.lr must be greater than 0, got 0"),
     ("optimizer=muon optimizer.momentum=1", r"optimizer.momentum must be in \[0, 1\), got 1"),
@@ -47,7 +54,15 @@ TRAINING = [
     ("backend=cuda", r"kda\(backend='cuda'\): the tensors are on cpu, not on a CUDA device"),
     ("backend=cudda", r"no mixer of kda has a backend 'cudda'; they have auto, .*chunk"),
     ("trainer.limit_val_batches=0", r"trainer.limit_val_batches must be above 0: a run always validates at the end"),
-    ("trainer.devices=2", r"trainer.devices must be 1, got 2"),
+    ("trainer.devices=2", r"trainer.devices=2 needs several devices: choose trainer=ddp, or trainer=fsdp"),
+    (
+        "trainer=ddp trainer.accelerator=cpu trainer.devices=3",
+        r"data.batch_size=2 sequences cannot be divided among 3 devices: give a multiple of 3, or trainer.global_batch",
+    ),
+    (
+        "trainer=ddp trainer.accelerator=cpu trainer.devices=2 trainer.context_parallel=4",
+        r"trainer.context_parallel=4 must divide the number of devices, which is 2",
+    ),
     ("trainer=gpu", r"a GPU was asked for and torch sees no CUDA device; use trainer=cpu or trainer=auto"),
     ("model.d_model=99999999999999999999", r"model.d_model must be at most 1048576, got 99999999999999999999"),
     ("model.num_layers=99999999", r"model.num_layers must be at most 16384, got 99999999"),
@@ -97,7 +112,7 @@ TRAINING = [
     ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
     ("data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
     ("data.paths=[{tmp}/short.txt]", r"the training text must have at least 33 tokens"),
-    ("data.context=0", r"data.context must be a positive whole number, got 0"),
+    ("data.context=0", r"data.context must be a whole number of 1 or more, got 0"),
     (
         "data.vocab_size=350",
         r"the tokenizer has 350 tokens, but the model has only 300 rows: set model.vocab_size to 350",
@@ -199,7 +214,7 @@ GENERATE = [
         r"temperature must be >= 0, .* and min_p in \[0, 1\], got -1,",
     ),
     ("ckpt={run} prompt=a top_p=0", r"top_p in \(0, 1\] and min_p in \[0, 1\], got .*, 0 and 0"),
-    ("ckpt={run} prompt=a max_new_tokens=-1", r"max_new_tokens must be a whole number >= 0, got -1"),
+    ("ckpt={run} prompt=a max_new_tokens=-1", r"max_new_tokens must be a whole number of 0 or more, got -1"),
     ("ckpt={run} prompt=a prompt_file={tmp}/short.txt", r"give either prompt=... or prompt_file=..., not both"),
     ("ckpt={run} prompt_file={tmp}/missing.txt", r"cannot read prompt_file .*missing.txt: No such file"),
     ("ckpt={run} prompt_file={tmp}/latin1.txt", r"the prompt in .*latin1.txt is not UTF-8"),
@@ -276,53 +291,6 @@ OTHERS = [
     ("prepare_data.py", "out={tmp}/new sources=sotu", r"sources must be a list, each entry text or null, got 'sotu'"),
     ("prepare_data.py", "out={tmp}/new vocab_size=x", r"vocab_size must be a whole number"),
     ("prepare_data.py", "out={tmp}/folder", r"folder exists already: give another out, or remove it"),
-    ("benchmark.py", "out={tmp}/new device=cpu ops=5", r"ops must be a list, each entry text, got 5"),
-    ("benchmark.py", "out={tmp}/new device=cpu ops=[]", r"ops is empty: give some, or leave it out"),
-    (
-        "benchmark.py",
-        "out={tmp}/new device=cpu shapes=[1x16x1x16] backends=[chunk] peers=[fla@2x16x1x16]",
-        r"peers: fla@2x16x1x16 is fla at a shape that is not in shapes, 1x16x1x16",
-    ),
-    ("benchmark.py", "out={tmp}/new device=cpu shapes=[1x2x3]", r"a shape is B x T x H x D, .*, got 1x2x3"),
-    ("benchmark.py", "out={tmp}/new device=cpu gates=[slow]", r"gates: there is no slow; there are none"),
-    ("benchmark.py", "out={tmp}/new device=cpu task=stp", r"task must be one of op, step, decode, got 'stp'"),
-    ("benchmark.py", "out={tmp}/new device=cpu mixers=[kda]", r"mixers has no effect with task=op, which measures op"),
-    (
-        "benchmark.py",
-        "out={tmp}/new device=cpu task=step ops=[kda]",
-        r"ops has no effect with task=step, which measures",
-    ),
-    ("benchmark.py", "out={tmp}/new device=cpu task=step batches=[2]", r"batches has no effect with task=step, which"),
-    ("benchmark.py", "out={tmp}/new device=cpu task=decode steps=20", r"steps has no effect with task=decode"),
-    ("benchmark.py", "out={tmp}/new device=cpu task=decode shapes=[1x2]", r"shapes has no effect .*: give batches and"),
-    ("benchmark.py", "out={tmp}/new device=cpu task=decode contexts=[9]", r"contexts must be a whole number of 256 or"),
-    ("benchmark.py", "out={tmp}/new device=cpu task=step mixers=[kd]", r"mixers: there is no kd; with task=step there"),
-    (
-        "benchmark.py",
-        "out={tmp}/new device=cpu task=step shapes=[8x2x3]",
-        r"a shape is B x T, rows x tokens of a row, .*got 8x2x3",
-    ),
-    ("benchmark.py", "out={tmp}/new device=cpu task=step steps=15", r"steps must be a multiple of 10, got 15"),
-    ("benchmark.py", "out={tmp}/new device=cpu task=step time_limit=0", r"time_limit must be above 0, in seconds"),
-    ("benchmark.py", "out={tmp}/new device=cpu task=step packed=[]", r"packed is empty: give some, or leave it out"),
-    (
-        "benchmark.py",
-        "out={tmp}/new device=cpu task=step check={tmp} steps=20",
-        r"steps has no effect beside check, which",
-    ),
-    ("benchmark.py", "out={tmp}/new device=cpu task=step check={tmp}", r"step_benchmark.json cannot be read as JSON"),
-    (
-        "benchmark.py",
-        "out={tmp}/new device=cpu task=step models=[tiny] overrides=[model.d_modl=3]",
-        r"Could not override 'model.d_modl'. Did you mean d_model",
-    ),
-    ("benchmark.py", "out={tmp}/new device=cpu milliseconds=-1", r"milliseconds must be above 0 and .*, got -1"),
-    ("benchmark.py", "out={tmp}/new device=cpu milliseconds=1e30", r"above 0 and at most 600000, got 1e\+30"),
-    (
-        "benchmark.py",
-        "out={tmp}/new device=cpu replays=[graph]",
-        r"replays=\[graph\] needs a GPU, because it replays CUDA graphs",
-    ),
 ]
 
 
@@ -361,21 +329,6 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     return Places(tmp, run)
 
 
-def message(
-    script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """The one line that the script ends with, on a machine without a GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    with pytest.raises(SystemExit) as ending:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-    printed = capsys.readouterr().err.strip()
-    assert ending.value.code == 2, printed
-    assert printed.startswith("error: "), printed
-    assert "\n" not in printed
-    return printed
-
-
 @pytest.mark.parametrize(("arguments", "expected"), TRAINING)
 def test_train(
     arguments: str,
@@ -392,7 +345,7 @@ def test_train(
     before = {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()}
     chooses_data = any(word.startswith("data=") for word in given)
     base = ["debug=fast", "trainer=cpu"] if chooses_data else small_run(corpus)
-    printed = message("train.py", [*base, *given], monkeypatch, capsys)
+    printed = error_line("train.py", [*base, *given], monkeypatch, capsys)
     assert re.search(expected, printed), printed
     assert not (tmp_path / "run").exists()
     assert {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()} == before
@@ -416,7 +369,7 @@ def test_checkpoints(
 ) -> None:
     extra = {"generate.py": ["prompt=a"], "export.py": [f"out={tmp_path}/x"], "evaluate.py": []}[script]
     given = arguments.format(tmp=places.tmp, run=places.run).split()
-    printed = message(script, [*given, *extra], monkeypatch, capsys)
+    printed = error_line(script, [*given, *extra], monkeypatch, capsys)
     assert re.search(expected, printed), printed
 
 
@@ -438,7 +391,7 @@ def test_other_scripts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = sorted(places.tmp.rglob("*"))
-    printed = message(script, arguments.format(tmp=places.tmp, run=places.run).split(), monkeypatch, capsys)
+    printed = error_line(script, arguments.format(tmp=places.tmp, run=places.run).split(), monkeypatch, capsys)
     assert re.search(expected, printed), printed
     assert sorted(places.tmp.rglob("*")) == before
 
@@ -486,7 +439,7 @@ def test_no_home_directory(
 
     monkeypatch.delenv("LKDA_CACHE")
     monkeypatch.setattr(Path, "home", unknown)
-    printed = message("train.py", [*small_run(corpus), f"hydra.run.dir={tmp_path}/run"], monkeypatch, capsys)
+    printed = error_line("train.py", [*small_run(corpus), f"hydra.run.dir={tmp_path}/run"], monkeypatch, capsys)
     assert "there is no home directory for the cache: set LKDA_CACHE to a directory" in printed
     with pytest.raises(ValueError, match="no home directory to keep compiled kernels in: set LKDA_CACHE"):
         cubin_cache.directory()

@@ -66,7 +66,6 @@ def test_a_row_is_measured(options: tuple[str, ...], monkeypatch: pytest.MonkeyP
     row = measure(request(*options))
     assert row["tokens_per_s"] > 0
     assert row["bytes_per_step"] > 2 * row["bytes_per_sequence"]
-    assert row["imports_s"] >= 0
 
 
 def test_an_int8_state_takes_less_than_a_float32_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +107,7 @@ class Children:
 
 
 def run(children: Children, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[dict[str, Any]]:
-    monkeypatch.setattr(decoding, "run_child", children)
+    monkeypatch.setattr(decoding, "run_fork", children)
     benchmark(composed("benchmark", *SMALL, f"out={children.out}", *overrides))
     rows: list[dict[str, Any]] = json.loads((children.out / "decode.json").read_text())["rows"]
     return rows
@@ -175,4 +174,4 @@ def test_a_whole_benchmark_in_processes_of_its_own(tmp_path: Path) -> None:
     benchmark(composed("benchmark", *SMALL, "batches=[1]", "contexts=[256]", "prefill=true", f"out={tmp_path}"))
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert [row["implementation"] for row in rows] == ["prefill", "lkda"]
-    assert all(row["tokens_per_s"] > 0 and row["imports_s"] > 1 for row in rows)
+    assert all(row["tokens_per_s"] > 0 for row in rows)

@@ -97,11 +97,12 @@ def test_errors_name_the_door_that_was_used(
 def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = []
 
-    def note(config: DictConfig, directory: str) -> None:
+    def note(config: DictConfig, directory: str) -> dict[str, float]:
         hydra = HydraConfig.get()
         (run := RunDirectory(directory)).release()
         resume = shlex.split(resume_command(run))
         jobs.append((hydra.job.name, hydra.mode, list(hydra.overrides.task), Path(directory).name, resume[1:]))
+        return {}
 
     monkeypatch.setattr("lkda.commands.train.train", note)
     words = ("mixer=kda,softmax", "sample.prompt=it's", f"hydra.sweep.dir={tmp_path}")
@@ -117,9 +118,10 @@ def test_a_job_of_an_experiment_resumes_alone(tmp_path: Path, monkeypatch: pytes
     """The experiment asks for a sweep; the command that is printed for one of its jobs does not."""
     jobs: list[tuple[str, RunMode, list[str]]] = []
 
-    def note(config: DictConfig, directory: str) -> None:
+    def note(config: DictConfig, directory: str) -> dict[str, float]:
         (run := RunDirectory(directory)).release()
         jobs.append((directory, HydraConfig.get().mode, shlex.split(resume_command(run))[1:]))
+        return {}
 
     monkeypatch.setattr("lkda.commands.train.train", note)
     assert typed(monkeypatch, "train", "experiment=mixers_on_sotu", f"hydra.sweep.dir={tmp_path}") == 0

@@ -152,7 +152,9 @@ def test_brackets_of_a_path_are_shown(run: Path, tmp_path: Path, capsys: pytest.
     """They are no markup of the terminal."""
     (tmp_path / "[a]").symlink_to(run, target_is_directory=True)
     evaluate(composed("evaluate", override("ckpt", f"{tmp_path}/[a]"), "accelerator=cpu", "max_batches=1"))
-    assert "[a]" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "[a]" in printed
+    assert all(f"loss, {where}" in printed for where in ("position 0", "positions 2 to 3", "from position 16"))
 
 
 def greedy(ckpt: Path, *overrides: str) -> str:

@@ -131,7 +131,7 @@ class Children:
         self.caches: list[set[str]] = []
         self.rows_before: list[int] = []
 
-    def __call__(self, module: str, asked: Any, limit: float, log: Path, *, caches: Any) -> dict[str, Any]:
+    def __call__(self, module: str, asked: Any, limit: float, log: Path, *, caches: Any = ()) -> dict[str, Any]:
         assert module == ROW
         self.caches.append(set(caches))
         saved = self.out / "step_benchmark.json"
@@ -144,7 +144,8 @@ class Children:
 
 
 def run(children: Children, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> dict[str, Any]:
-    monkeypatch.setattr(steps, "run_child", children)
+    for name in ("run_child", "run_fork"):
+        monkeypatch.setattr(steps, name, children)
     shared = ("task=step", "device=cpu", f"out={children.out}")
     benchmark(composed("benchmark", *shared, *overrides))
     found: dict[str, Any] = json.loads((children.out / "step_benchmark.json").read_text())

@@ -27,7 +27,7 @@ from tests.commands.small import ROOT, composed, small_run
 
 SUMMARY = {
     "status", "val/loss", "val/perplexity", "val/bits_per_byte", "unigram_entropy", "tokens", "tokens_per_s", "params",
-    "tflops_per_s", "mfu", "peak_memory_gib",
+    "tflops_per_s", "mfu", "peak_memory_gib", "devices", "strategy",
     "params_non_embedding", "state_bytes", "flops_per_token", "mixer", "model", "data", "context", "backend", "device",
     "precision", "state_dtype", "checkpointing", "clipped_share", "seed", "fingerprint", "steps", "seconds",
     "learning_rate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,12 +76,8 @@ def test_fla(head_dim: int, tmp_path: Path) -> None:
 
 
 def compare_with_llama_cpp(path: Path, ours: LanguageModel, given: Tensor) -> None:
-    from llama_cpp import Llama
-
-    # Keys and values in float32 (type 0): its default of float16 rounds them.
-    made = Llama(str(path), n_ctx=640, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
-    made.eval(given[0].tolist())
-    got, want = torch.from_numpy(np.array(made.scores[: given.shape[1]])), logits(ours, given)
+    made = read_by_llama_cpp(path)
+    got, want = llama_cpp_logits(made, given), logits(ours, given)
     print(f"llama.cpp: {(got - want).abs().max():.1e} of {want.abs().max():.2f}")
     assert torch.equal(got.argmax(-1), want.argmax(-1))
     made.reset()
@@ -91,3 +88,15 @@ def compare_with_llama_cpp(path: Path, ours: LanguageModel, given: Tensor) -> No
         made.eval(drawn[-1:])
     made.close()
     assert drawn == list(generate(ours, prompt, max_new_tokens=100, temperature=0))
+
+
+def read_by_llama_cpp(path: Path) -> Any:
+    from llama_cpp import Llama
+
+    # Keys and values in float32 (type 0): its default of float16 rounds them.
+    return Llama(str(path), n_ctx=640, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
+
+
+def llama_cpp_logits(made: Any, given: Tensor) -> Tensor:
+    made.eval(given[0].tolist())
+    return torch.from_numpy(np.array(made.scores[: given.shape[1]]))

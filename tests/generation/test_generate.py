@@ -118,7 +118,7 @@ def test_what_may_begin_a_stop_string_is_held_back():
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"ignore_eos": "yes"}, "ignore_eos must be true or false"),
         ({"batch_size": 0}, "batch_size must be a whole number of 1 or more"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number >= 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of 0 or more"),
     ],
 )
 def test_bad_values_are_one_line_at_once(options, message):

@@ -9,8 +9,15 @@ import torch
 
 from lkda.models import decoder as decoding
 from lkda.models.decoder import Decoder, Sampling
+from lkda.models.decoding import _use_few_launches
+from lkda.models.decoding_block import DecodingBlock
+from lkda.models.mixers import softmax
 from lkda.ops.rows.cpu import LIBRARY
+from lkda.ops.runtime.backend import Backend
+from lkda.ops.softmax import cuda as softmax_cuda
+from lkda.ops.softmax import step as softmax_step
 from tests.models.helpers import IDS, PATTERNS, small, tokens
+from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
@@ -71,7 +78,7 @@ def test_recorded_steps_are_the_steps(pattern, dtype):
     assert decoders[1].not_recorded == "graphs=False"
 
 
-OPTIONS = [
+RECORDED = [
     ("softmax", {"qk_norm": True}),
     ("softmax", {"conv_width": 3}),
     ("mla", {"conv_width": 4}),
@@ -83,7 +90,7 @@ OPTIONS = [
 
 
 @pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+@pytest.mark.parametrize(("name", "options"), RECORDED, ids=str)
 def test_options_are_recorded_too(name, options):
     model = small([name], mixer={"pattern": [name], "num_heads": 2, name: options}, embed_norm=True, embed_scale=2.0)
     decoder = Decoder(model, 1, 20, Sampling(0.0))
@@ -111,6 +118,56 @@ def test_what_cannot_be_recorded_is_called(name, options):
     assert decoders[0].not_recorded is not None
 
 
+class Doubled(torch.nn.Module):
+    """A module that has taken the place of another: twice its output, in C++ alone where its layers are."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls, self.in_features, self.out_features = inner, 0, None, None
+        if isinstance(inner, torch.nn.Linear):
+            self.in_features, self.out_features = inner.in_features, inner.out_features
+
+    @property
+    def weight(self):
+        return self.inner.weight
+
+    bias, eps = None, 1e-5
+
+    def forward(self, *x):
+        return 2 * self.inner(*x)
+
+
+@pytest.mark.parametrize("name", ["kda", "simplified", "softmax", "mla", "conv"])
+def test_modules_that_were_replaced_are_called_in_steps(name):
+    """Linear layers, norms and the embedding, by the outputs of the whole sequence. A hook is called at each step."""
+    wide = small([name]).double()
+    names = [n for n, m in wide.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))]
+    names += [n for n, m in wide.named_modules() if type(m).__name__ in ("RMSNorm", "GatedHeadNorm")]
+    assert len(names) > 6
+    for which in names:
+        model = small([name]).double()
+        place, _, last = which.rpartition(".")
+        setattr(model.get_submodule(place), last, Doubled(model.get_submodule(which)))
+        decoder = Decoder(model, 1, 20, Sampling(0.0))
+        decoder.admit([0], [[1, 2, 3]], [0], [5])
+        found, logits = [decoder.tokens.item()], []
+        for _ in range(5):
+            found.append(decoder.step().item())
+            logits.append(decoder.logits.clone())
+        with torch.inference_mode():
+            want = model(torch.tensor([[1, 2, 3, *found[:-1]]]))[0, 3:]
+        torch.testing.assert_close(torch.cat(logits), want, msg=lambda text, which=which: f"{which}: {text}")
+    seen, model = [], small([name])
+    model.blocks[0].mixer.o_proj.register_forward_hook(lambda *_: seen.append(1))
+    decoder = Decoder(model, 1, 20, Sampling(0.0))
+    decoder.admit([0], [[1, 2, 3]], [0], [5])
+    before = len(seen)
+    for _ in range(5):
+        decoder.step()
+    assert len(seen) == before + 5
+    assert decoder.not_recorded == "a hook of blocks.0.mixer.o_proj"
+
+
 @pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
 def test_recorded_steps_keep_the_memory_of_the_weights():
     """Where the model's weights move to other memory, the steps go on with those that were recorded."""
@@ -126,3 +183,85 @@ def test_recorded_steps_keep_the_memory_of_the_weights():
         found.append(first + [decoder.step().item() for _ in range(9)])
     assert found[0] == found[1]
     assert scratch
+
+
+OPTIONS = [
+    ("softmax", {"qk_norm": True}),
+    ("softmax", {"conv_width": 4}),
+    ("softmax", {"conv_width": 3, "qk_norm": True, "rope_base": 500.0}),
+    ("simplified", {"output_norm": False, "output_gate": False}),
+]
+
+
+def with_options(name, options, **changes):
+    return small([name], scale=2, mixer={"pattern": [name], "num_heads": 2, name: options}, **changes)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*(lambda pattern=pattern: small(pattern, scale=2) for pattern in PATTERNS)]
+    + [lambda name=name, options=options: with_options(name, options) for name, options in OPTIONS],
+    ids=[*IDS, *(f"{name}-{'-'.join(options)}" for name, options in OPTIONS)],
+)
+@torch.no_grad()
+def test_blocks_of_few_launches_are_the_blocks(make):
+    model = make().double()
+    fused, found = copy.deepcopy(model), []
+    _use_few_launches(fused, torch.float64)
+    assert all(type(block) is DecodingBlock for block in fused.blocks)
+    for each in (model, fused):
+        state, logits = each.init_state(3, max_tokens=10), []
+        for read in tokens(3, 6).T:
+            new, state = each.step(read, state)
+            logits.append(new)
+        found.append(torch.stack(logits))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["kda", "simplified"])
+def test_vectors_that_the_step_takes_in_float32_are_cast_once(name):
+    model = small([name]).bfloat16()
+    _use_few_launches(model, torch.float32)
+    for mixer in model.mixers():
+        vectors = {
+            n: p.dtype for n, p in mixer.named_parameters() if n in ("A_log", "dt_bias", "decay_bias", "o_norm.weight")
+        }
+        assert vectors
+        assert set(vectors.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("options", [{}, {"conv_width": 3, "qk_norm": True}], ids=["plain", "conv-norm"])
+@torch.no_grad()
+def test_softmax_steps_by_its_kernel(kernels_on_the_cpu, monkeypatch, options):  # noqa: F811
+    """Sequences of unequal lengths, in caches cut to a bucket: the logits and the state of the steps in PyTorch."""
+    model, found, states = with_options("softmax", options, d_model=64), [], []
+    prompts, bounds = tokens(1, 7), torch.tensor([0, 5, 7], dtype=torch.int32)
+    for by_kernel in (False, True):
+        if by_kernel:
+            _use_few_launches(model, torch.float32)
+            monkeypatch.setattr(softmax, "has_kernel", lambda *_: True)
+            monkeypatch.setattr(softmax.SoftmaxAttention, "state_fits_cpp", lambda *_: False)
+            monkeypatch.setitem(softmax_step.BACKENDS, "cpu", Backend(softmax_cuda.softmax_step_cuda))
+        _, state = model.prefill_packed(prompts, model.init_state(2, max_tokens=20), cu_seqlens=bounds)
+        state, logits = model.cut_state(state, 12), []
+        for read in tokens(2, 6, seed=1).T:
+            new, state = model.step(read, state)
+            logits.append(new)
+        found.append(torch.stack(logits))
+        states.append(state)
+    assert states[1][0][2].tolist() == [[11], [8]]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-4)
+
+
+def test_softmax_steps_in_pytorch_where_its_kernel_cannot(monkeypatch):
+    """With gradients, and with a cache that grows by copying."""
+    mixer, x = small(["softmax"]).blocks[0].mixer, torch.randn(1, 32)
+    monkeypatch.setattr(softmax, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(softmax, "softmax_step", lambda *_, rope_base: pytest.fail("a step by the kernel"))
+    mixer.step(x, mixer.init_state(1, max_tokens=4))[0].sum().backward()
+    assert mixer.q_proj.weight.grad is not None
+    with torch.no_grad():
+        mixer.step(x, mixer.init_state(1))
+        with pytest.raises(pytest.fail.Exception, match="by the kernel"):
+            mixer.step(x, mixer.init_state(1, max_tokens=4))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lkda.models.decoder import Decoder, Sampling
+from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import BatchGenerator, Request
 from tests.models.helpers import IDS, PATTERNS, small
 
@@ -35,6 +36,19 @@ def test_captured_steps_are_those_that_run_one_by_one(pattern):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"conv_width": 4, "qk_norm": True}], ids=["plain", "conv-norm"])
+def test_captured_steps_over_a_long_cache(options):
+    """A cache of several parts, whose sums a second launch adds up."""
+    mixer = {"pattern": ["softmax"], "num_heads": 2, "softmax": options}
+    model, found = small(["softmax"], d_model=128, scale=2, mixer=mixer).cuda(), []
+    for graphs in (True, False):
+        decoder = Decoder(model, 2, 3000, Sampling(top_p=0.9), graphs=graphs)
+        decoder.admit(range(2), [list(range(50)) * 20, [7] * 600], range(2), [5, 6])
+        found.append([decoder.step().tolist() for _ in range(100)])  # across a bucket
+        assert len(decoder._graphs) == (2 if graphs else 0)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
 def test_greedy_texts_part_from_those_of_a_cpu_only_at_near_ties(pattern):
     model, texts = model_of(pattern), []
@@ -54,3 +68,21 @@ def test_greedy_texts_part_from_those_of_a_cpu_only_at_near_ties(pattern):
         if parted is not None:
             likeliest = model(torch.tensor([prompt + one[:parted]]))[0, -1].topk(2).values
             assert likeliest[0] - likeliest[1] < NEAR
+
+
+@pytest.mark.parametrize("name", ["kda", "simplified"])
+@torch.inference_mode()
+def test_the_operator_of_a_step_is_one_launch(name):
+    """In bf16, with parts of one product: nothing is cast or copied before or after it."""
+    from lkda.bench.timing import launches
+
+    model = prepare_decoding(model_of([name]).bfloat16().cuda())
+    mixer = model.mixers()[0]
+    state, x = mixer.init_state(3), torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
+    sizes = [layer.out_features for layer in mixer.step_layers()]
+    joined = torch.cat([layer(x) for layer in mixer.step_layers()], -1)
+    joined = torch.nn.functional.pad(joined, (0, -joined.shape[1] % 8))[:, : sum(sizes)]
+    (q, k, v, *gates), latents = mixer.split_step(joined.split(sizes, -1))
+    factors = [second(latent) for (_, second), latent in zip(mixer.factor_layers(), latents, strict=True)]
+    given = (*factors[:-1], *gates)
+    assert launches(lambda: mixer.attend_step(q, k, v, given, state=state)) == 1

@@ -61,10 +61,10 @@ def test_an_end_token_ends_the_text():
         ({"temperature": True}, "temperature must be >= 0"),
         ({"top_p": True}, "top_p in"),
         ({"temperature": "hot"}, "temperature must be >= 0"),
-        ({"max_new_tokens": 1.5}, "whole number >= 0, got 1.5"),
+        ({"max_new_tokens": 1.5}, "whole number of 0 or more, got 1.5"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
         ({"top_p": 0.0}, "top_p in"),
-        ({"max_new_tokens": -1}, ">= 0"),
+        ({"max_new_tokens": -1}, "whole number of 0 or more, got -1"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lkda.models import linear
+from lkda.models.decoding import prepare_decoding
 from lkda.models.linear import fused_linear, joined_linear
+from lkda.training.losses import ModelLoss
 from tests.models.helpers import IDS, PATTERNS, small, tokens
 
 
@@ -100,3 +102,59 @@ def test_models_have_the_same_loss_and_gradients(
     for name, mine, theirs in zip(("logits", "loss", *names), got, want, strict=True):
         error = (mine - theirs).norm() / theirs.norm()
         assert error <= tolerance, f"{name} differs by {error:.1e}"
+
+
+class Wrapped(nn.Module):
+    """An adapter as others write it: it keeps the layer, offers its weight, and adds to its output."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.added = nn.Parameter(torch.randn(base.out_features, base.in_features, dtype=base.weight.dtype) / 4)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.added.T
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_a_layer_that_was_replaced_takes_part_everywhere(pattern: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a forward pass, in steps, prepared for decoding or not, and in the loss, as if its weight were the sum's."""
+    monkeypatch.setattr(linear, "FEWEST_TOKENS", 1)
+    x, y = tokens(2, 6), tokens(2, 6, seed=1)
+    between = tuple(f"blocks.{i}." for i in range(1, len(pattern) - 1))
+    modules = small(pattern).named_modules()
+    names = [name for name, each in modules if isinstance(each, nn.Linear) and not name.startswith(between)]
+    for name in names:
+        model, summed = small(pattern, scale=1).double(), small(pattern, scale=1).double()
+        for each in (model, summed):
+            each.lm_head.weight = nn.Parameter(each.lm_head.weight.detach().clone())
+        place, _, last = name.rpartition(".")
+        wrapped = Wrapped(model.get_submodule(name))  # type: ignore[arg-type]
+        setattr(model.get_submodule(place), last, wrapped)
+        summed.get_submodule(name).weight.data += wrapped.added.detach()
+        want = summed(x)
+        torch.testing.assert_close(model(x), want, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ModelLoss(model).mean(x, y).double(), ModelLoss(summed).mean(x, y).double())
+        for decoded, gradients in ((model, True), (prepare_decoding(model), True), (prepare_decoding(model), False)):
+            with torch.set_grad_enabled(gradients):  # without gradients, a step is C++ where it can be
+                state = decoded.init_state(2, max_tokens=None if gradients else 3)
+                for t in range(3):
+                    logits, state = decoded.step(x[:, t], state)
+                    torch.testing.assert_close(logits, want[:, t], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_bias_and_a_hook_take_part() -> None:
+    layers, x = layers_of(4, 4), torch.randn(300, 16, dtype=torch.float64)
+    layers[1] = nn.Linear(16, 4, dtype=torch.float64)
+    torch.testing.assert_close(joined_linear(x, layers), torch.cat([layer(x) for layer in layers], -1))
+    layers[0].register_forward_hook(lambda layer, inputs, output: output + 1)
+    for got, layer in zip(fused_linear(x, layers), layers, strict=True):
+        torch.testing.assert_close(got, layer(x))

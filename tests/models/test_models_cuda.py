@@ -69,6 +69,11 @@ OPTIONS = [
 def test_float32_gradients_equal_those_of_the_plain_forms(name, options, packed):
     """Of every parameter, whatever the mixer's options are; a loss of what follows a carried state as well."""
     model = small([name], d_model=64, scale=2, mixer={"pattern": [name], "num_heads": 2, name: options})
+    if options.get("gate_form") == "bounded":
+        # A new bounded gate can be closed to 1e-12. The gradients of A_log and dt_bias are then sums of terms that
+        # cancel, whose relative error says nothing about the kernels.
+        for mixer in model.mixers():
+            torch.nn.init.uniform_(mixer.dt_bias, -1, 1)
     x, found = tokens(1, 100), []
     for device in ("cuda", "cpu"):
         model, x = model.to(device), x.to(device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from graphlib import CycleError
+from itertools import combinations
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -26,6 +28,30 @@ def a_house(home: Path, **imports: str) -> Path:
 
 def test_the_picture_is_current() -> None:
     assert (ROOT / "docs" / "layout.svg").read_text(encoding="utf-8") == svg(), "python -m lkda.report.layout draws it"
+
+
+def test_no_box_is_cut_off_or_covers_another() -> None:
+    picture = ElementTree.fromstring((ROOT / "docs" / "layout.svg").read_text(encoding="utf-8"))
+    _, _, right, bottom = map(float, picture.attrib["viewBox"].split())
+    _, *boxes = picture.iter("{http://www.w3.org/2000/svg}rect")
+    sides = [tuple(float(box.attrib[name]) for name in ("x", "y", "width", "height")) for box in boxes]
+    assert len(sides) == len(WAY) + len(dependencies())
+    for x, y, width, height in sides:
+        assert x >= 0
+        assert y >= 0
+        assert x + width <= right
+        assert y + height <= bottom
+    for (x, y, width, height), (x2, y2, width2, height2) in combinations(sides, 2):
+        assert x + width <= x2 or x2 + width2 <= x or y + height <= y2 or y2 + height2 <= y
+    for text in picture.iter("{http://www.w3.org/2000/svg}text"):
+        left, base, letters = float(text.attrib["x"]), float(text.attrib["y"]), len(text.text or "")
+        around = [side for side in sides if side[0] <= left <= side[0] + side[2] and side[1] <= base <= sum(side[1::2])]
+        size = float(text.attrib["font-size"])
+        if base > 34 and size != 12:  # the two headings, and the note at the foot
+            assert any(
+                left + (0.6 if "font-weight" in text.attrib else 0.52) * size * letters <= x + width
+                for x, _, width, _ in around
+            ), text.text
 
 
 def test_packages_and_arrows_follow_the_imports(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_first_bad_loss_is_named(bad: float, pieces: int) -> None:
 
     def batch(number: int, loss: float) -> None:
         trainer: Any = SimpleNamespace(global_step=(number + 1) // pieces, accumulate_grad_batches=pieces)
-        guard.on_train_batch_end(trainer, model, {"loss": torch.tensor(loss)}, None, number)
+        guard.on_train_batch_end(trainer, model, {"mean": torch.tensor(loss)}, None, number)
 
     for number in range(2 * pieces):
         batch(number, 3.0)

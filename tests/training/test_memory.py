@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, where the C library has that setting."""
+"""Activations that cannot fit are refused, and freed memory stays with the process."""
 
 import ctypes
 import platform
@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lkda.training import memory
+from lkda.training.losses import ModelLoss
+from tests.models.helpers import IDS, PATTERNS, small, tokens
 
 CODE = """
 import resource, torch
@@ -34,3 +37,25 @@ def test_freed_memory_is_used_again():
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert memory.keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_no_batch_that_fits_is_refused(pattern: list[str], checkpointing: str) -> None:
+    """What autograd keeps of a batch, in bf16, is more than the bound."""
+    model, x = small(pattern).train(), tokens(2, 256)
+    kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in model.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        loss = ModelLoss(model, checkpointing=checkpointing).mean(x, x)
+    total = sum(kept.values())
+    options = {"tokens": x.numel(), "checkpointing": checkpointing}
+    memory.check_activations(model.config, **options, available=total)
+    with pytest.raises(ValueError, match=r"one batch of 512 tokens needs more than 0 GiB .*: lower data.batch_size"):
+        memory.check_activations(model.config, **options, available=total // 100)
+    assert loss.isfinite()

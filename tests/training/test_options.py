@@ -35,6 +35,7 @@ RIGHT = (
     ("trainer", "gradient_clip_val", None),
     ("trainer", "deterministic", True),
     ("trainer", "enable_model_summary", True),
+    ("trainer", "global_batch", True),
     ("sample", "prompt", "many"),
 )
 # Options that are checked elsewhere: where the device is, what precision means on it, or by Hydra.
@@ -52,7 +53,9 @@ def test_what_the_configurations_hold_is_right(group: str) -> None:
     CHECKS[group](options(group, "debug=anomaly"))
 
 
-@pytest.mark.parametrize("choice", ["optimizer=muon", "scheduler=constant", "scheduler=cosine", "trainer=gpu"])
+@pytest.mark.parametrize(
+    "choice", ["optimizer=muon", "scheduler=constant", "scheduler=cosine", "trainer=gpu", "trainer=ddp", "trainer=fsdp"]
+)
 def test_so_is_every_choice(choice: str) -> None:
     group = choice.split("=")[0]
     CHECKS[group](options(group, choice))
@@ -90,6 +93,7 @@ def test_no_option_is_ignored_and_none_may_lack(group: str) -> None:
         ("trainer", {"max_steps": 1e3}, "trainer.max_steps must be a whole number of 1 or more, got 1000.0"),
         ("trainer", {"val_check_interval": 0.5}, "val_check_interval must be a whole number of 1 or more, got 0.5"),
         ("trainer", {"accumulate_grad_batches": 0}, "must be a whole number of 1 or more, got 0"),
+        ("trainer", {"accumulate_grad_batches": 10**9}, "accumulate_grad_batches must be at most 65536, got 10"),
         ("trainer", {"log_every_n_steps": -1}, "must be a whole number of 1 or more, got -1"),
         ("trainer", {"limit_val_batches": 0}, "limit_val_batches must be above 0: a run always validates at the end"),
         (
@@ -99,8 +103,11 @@ def test_no_option_is_ignored_and_none_may_lack(group: str) -> None:
         ),
         ("trainer", {"gradient_clip_val": -0.1}, "gradient_clip_val must be 0 or more .*got -0.1"),
         ("trainer", {"gradient_clip_val": math.inf}, "gradient_clip_val must be a finite number, got inf"),
-        ("trainer", {"devices": 2}, "trainer.devices must be 1, got 2: a run trains on one device"),
-        ("trainer", {"devices": 1.0}, "trainer.devices must be 1, got 1.0"),
+        ("trainer", {"devices": 2}, "trainer.devices=2 needs several devices: choose trainer=ddp, or trainer=fsdp"),
+        ("trainer", {"devices": 1.0}, "trainer.devices must be a whole number of 1 or more, got 1.0"),
+        ("trainer", {"num_nodes": 2}, "trainer.num_nodes=2 needs several devices: choose trainer=ddp"),
+        ("trainer", {"context_parallel": 2}, "trainer.context_parallel=2 needs several devices: choose trainer=ddp"),
+        ("trainer", {"strategy": "horovod"}, "trainer.strategy must be one of single, ddp, fsdp, got 'horovod'"),
         ("trainer", {"max_epochs": 3}, "trainer.max_epochs is not an option of trainer=auto, which has accelerator"),
         ("trainer", {"gradient_clip_algorithm": "value"}, "trainer.gradient_clip_algorithm is not an option"),
         ("trainer", {"profiler": "slow"}, "trainer.profiler must be one of simple, advanced, or null; got 'slow'"),

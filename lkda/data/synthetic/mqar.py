@@ -11,6 +11,9 @@ from lkda.data.synthetic.datamodule import Examples, SyntheticDataModule
 from lkda.data.synthetic.sampling import distinct, weighted
 from lkda.targets import IGNORE_INDEX
 
+# Larger exponents overflow in float64.
+MOST_POWER = 20
+
 
 class MQAR(SyntheticDataModule):
     """Pairs of a key and a value, then each key once, with its value as the target. All other tokens are random.
@@ -23,7 +26,7 @@ class MQAR(SyntheticDataModule):
 
     Args:
         train, validation: subsets {"length", "pairs", "examples"} with 4 pairs <= length.
-        power: exponent of the distribution of g.
+        power: exponent of the distribution of g, from -20 to 20.
         vocab_size, batch_size, seed, fresh, num_workers, pin_memory: see `SyntheticDataModule`.
     """
 
@@ -40,6 +43,8 @@ class MQAR(SyntheticDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
     ) -> None:
+        if not abs(power) <= MOST_POWER:
+            raise InputError(f"data.power must be from -{MOST_POWER} to {MOST_POWER}, got {power!r}.")
         self.power, self.keys_below = power, vocab_size // 2
         super().__init__(
             train=train,

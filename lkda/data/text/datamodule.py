@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.data.fingerprint import check_same
 from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
@@ -99,10 +99,8 @@ class TextDataModule(IndexedDataModule):
         if max_val_batches is not None:
             positive["max_val_batches"] = max_val_batches
         for name, value in positive.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"data.{name} must be a positive whole number, got {value!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise InputError(f"data.seed must be a whole number of 0 or more, got {seed!r}.")
+            check_count(f"data.{name}", value, least=1)
+        check_count("data.seed", seed, least=0)
         if not tokenizer_path:
             check_vocab_size(vocab_size)
         self.source, self.context, self.batch_size, self.seed = source, context, batch_size, seed

@@ -19,6 +19,7 @@ import numpy as np
 from rich.progress import Progress
 
 from lkda.checks import InputError
+from lkda.data.progress import without_bars_of_datasets
 from lkda.data.text.cache import expanded
 from lkda.data.text.documents import Documents, Splits
 from lkda.io import named
@@ -330,16 +331,16 @@ def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
     import datasets
 
     names = [glob.escape(str(path)) for path in paths]
-    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
+    level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        # load_dataset is not used, because it reports each load to a server.
-        if kind == "text":
-            return datasets.Dataset.from_text(names, sample_by="document", cache_dir=str(cache_dir))
-        if kind == "json":
-            return datasets.Dataset.from_json(names, cache_dir=str(cache_dir))
-        return datasets.Dataset.from_parquet(names, cache_dir=str(cache_dir))
+        with without_bars_of_datasets():
+            # load_dataset is not used, because it reports each load to a server.
+            if kind == "text":
+                return datasets.Dataset.from_text(names, sample_by="document", cache_dir=str(cache_dir))
+            if kind == "json":
+                return datasets.Dataset.from_json(names, cache_dir=str(cache_dir))
+            return datasets.Dataset.from_parquet(names, cache_dir=str(cache_dir))
     # Errors of pyarrow are ValueErrors, but those of datasets are not.
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
@@ -348,8 +349,6 @@ def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
         raise InputError(f"cannot read {_one_of(paths)} as {kind}: {reason}") from error
     finally:
         datasets.logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def _one_of(paths: Sequence[Path]) -> str:

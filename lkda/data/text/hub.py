@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from lkda.checks import InputError
+from lkda.data.progress import without_bars_of_datasets
 from lkda.data.text.cache import expanded
 from lkda.data.text.datamodule import TextDataModule
 from lkda.data.text.documents import Documents, Splits
@@ -101,10 +103,13 @@ class HubCorpus:
         reading = progress.add_task(f"reading {split}", total=None)
         options: dict[str, Any] = {"split": split, "streaming": self.streaming, "revision": self.revision or None}
         options["data_files"] = self.data_files
-        if Path(self.name).is_dir():  # `datasets` distinguishes versions of a file only by size and time
+        local = Path(self.name).is_dir()
+        if local:  # `datasets` distinguishes versions of a file only by size and time
             options["cache_dir"] = str(scratch)
+        downloads = progress.console.is_terminal and not local  # these show how far they are
         try:
-            found = datasets.load_dataset(self.name, self.subset, **options)
+            with nullcontext() if downloads else without_bars_of_datasets():
+                found = datasets.load_dataset(self.name, self.subset, **options)
         except Exception as error:  # a loader may raise any type
             reason = " ".join(str(error).split())
             raise InputError(f"data.name={self.name} cannot be loaded: {type(error).__name__}: {reason}") from error
@@ -159,7 +164,8 @@ def _written_down(rows: Iterable[Any], column: str, scratch: Path) -> Any:
             if not isinstance(text, str | None):
                 raise InputError(f"column {column!r} holds {kind_of_value(text)}, not text. Set data.text_column.")
             file.write(json.dumps({_STREAMED: text or ""}) + "\n")
-    return datasets.Dataset.from_json(str(path), cache_dir=str(scratch))
+    with without_bars_of_datasets():
+        return datasets.Dataset.from_json(str(path), cache_dir=str(scratch))
 
 
 class HubDataModule(TextDataModule):

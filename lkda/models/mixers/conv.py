@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.models.linear import FusedLinear, fused_linear
+from lkda.models.linear import FusedLinear, fused_linear, is_plain
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
+from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import short_convolution
 
@@ -35,6 +36,8 @@ class GatedConvolution(Mixer):
         refuse_packed_state(cu_seqlens, state)
         cache = None if state is None else state[0]
         v, gate = fused_linear(x, [self.v_proj, self.gate_proj])
+        if self.part is not None:
+            (cache,) = states_before(v, [self.v_conv1d.weight], self.part)
         y, after = short_convolution(v, self.v_conv1d.weight, state=cache, cu_seqlens=cu_seqlens)
         return self.o_proj(y * gate), () if cu_seqlens is not None else (after,)
 
@@ -46,7 +49,7 @@ class GatedConvolution(Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         v, gate = fused_linear(x, [self.v_proj, self.gate_proj])
         y, cache = self.v_conv1d.step(v, state[0])
-        if isinstance(self.o_proj, FusedLinear):
+        if isinstance(self.o_proj, FusedLinear) and is_plain(self.o_proj):
             return self.o_proj.of_product(y, gate), (cache,)
         return self.o_proj(y * gate), (cache,)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lkda.checks import InputError
 from lkda.models.init import inverse_softplus, log_uniform_
+from lkda.models.linear import is_plain
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
+from lkda.models.sequence_part import SequencePart
 from lkda.ops import KDAGate, kda_attention_fused, kda_step_fused
 from lkda.ops.kda.cuda.layer import kda_layer_cuda
 from lkda.ops.kda.cuda.layer import runs as kda_layer_runs
@@ -43,11 +44,11 @@ class KimiDeltaAttention(RecurrentMixer):
 
     Attributes:
         keeps: what a training step on a GPU keeps between forward and backward, of `lkda.ops.kda.cuda.layer.KEEPS`;
-            None runs the operators one by one, each of which keeps its inputs and the core its workspaces too.
+            None runs the operators one by one, each of which keeps its inputs and the core its workspaces too. Heads of
+            128 keep so much that they keep the workspaces alone.
     """
 
     op = "kda"
-    keeps: ClassVar[str | None] = None
     normalized = (True, True, False)
 
     def __init__(
@@ -83,6 +84,7 @@ class KimiDeltaAttention(RecurrentMixer):
             raise InputError(f"mixer.kda.lower_bound must be in [-5, 0), got {lower_bound}.")
         if state_dtype not in STATE_DTYPES:
             raise InputError(f"mixer.kda.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
+        self.keeps = "workspaces" if self.head_dim >= 128 else None
         self.state_dtype = state_dtype
         self.gate, self.gate_form, self.lower_bound = gate, gate_form, lower_bound
         self.negative_eigenvalues, self.backend = negative_eigenvalues, backend
@@ -137,9 +139,12 @@ class KimiDeltaAttention(RecurrentMixer):
 
     def _recomputes(self, projected: Tensor | tuple[Tensor, ...], state: State | None) -> bool:
         """Whether to run the layer as one function of its projections, whose backward recomputes the rest."""
-        if self.keeps is None or not self.recomputes or state is not None or not torch.is_grad_enabled():
+        if self.keeps is None or not self.recomputes or self.part is not None:
             return False
-        if not isinstance(projected, Tensor):
+        if state is not None or not torch.is_grad_enabled():
+            return False
+        inner = (self.g_b_proj, None if self.gate == "none" else self.f_b_proj)
+        if not isinstance(projected, Tensor) or not all(layer is None or is_plain(layer) for layer in inner):
             return False
         return kda_layer_runs(projected, self._filters(), self.head_dim, self.backend)
 
@@ -161,13 +166,30 @@ class KimiDeltaAttention(RecurrentMixer):
             backend=self.backend,
         )
 
+    def attend_in_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], part: SequencePart
+    ) -> tuple[Tensor, Tensor]:
+        """The operator is linear in (v, S) together. With S = 0 it gives this part's own output and Z. With v = 0 and
+        S = I it gives A, and outputs from which those of any entering S follow by a product."""
+        o, after = self.attend(q, k, v, gates, state=None, cu_seqlens=part.cu_seqlens)
+        length = part.by_row(q).shape[1]
+        one = torch.eye(self.head_dim, device=q.device, dtype=after.dtype)
+        ones = part.initial_states(one.expand(part.rows, self.num_heads, -1, -1), length=length)
+        from_one, through = self.attend(q, k, torch.zeros_like(v), gates, state=ones, cu_seqlens=part.cu_seqlens)
+        A, Z = (part.last_of(states, length=length) for states in (through, after))
+        S = part.entering(A, Z, matrix=True)
+        entered = torch.einsum("rthk,rhkv->rthv", part.by_row(from_one).to(S.dtype), S)
+        return (o + entered.reshape(o.shape)).to(o.dtype), after
+
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
     ) -> tuple[Tensor, State]:
         caches, kept = self._split_state(state)
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
+        *decay, beta = gates
+        logits = None if not decay else self.heads(decay[0]) if self.gate == "channel" else decay[0]
         o = kda_step_fused(
-            *(q, k, v, *self._logits(*gates), self._kda_gate(), kept),
+            *(q, k, v, logits, beta, self._kda_gate(), kept),
             weights=[convolve.weight for _, convolve in self._paths() if convolve is not None],
             caches=caches,
         )
@@ -181,6 +203,10 @@ class KimiDeltaAttention(RecurrentMixer):
 
     def gate_layers(self) -> list[nn.Linear]:
         return [self.b_proj] if self.gate == "none" else [self.f_a_proj, self.b_proj]
+
+    def factor_layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        decay = [] if self.gate == "none" else [(self.f_a_proj, self.f_b_proj)]
+        return decay + super().factor_layers()
 
     def _logits(self, *gates: Tensor) -> tuple[Tensor | None, Tensor]:
         """The logits of the decay, [..., H, D], [..., H] for one per head, or None without a gate; those of beta."""

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from lkda.checks import check_count
-from lkda.models.cached_attention import CachedAttention
-from lkda.models.growing_cache import masked_softmax
-from lkda.models.linear import fused_linear
+from lkda.models.cached_attention import CachedAttention, refuse_full
+from lkda.models.growing_cache import append_one, filled, masked_softmax
+from lkda.models.linear import fused_linear, is_plain
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import linear
+from lkda.models.rows import is_plain_norm
+from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import short_convolution
-from lkda.ops.softmax.cpu.step import latent_step_cpu
+from lkda.ops.softmax.cpu.step import advance_, can_take, latent_step_cpu
 
 
 class MultiHeadLatentAttention(CachedAttention):
@@ -83,9 +85,18 @@ class MultiHeadLatentAttention(CachedAttention):
         self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequence[Tensor]]:
         q, kv = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
+        return self._heads(q, kv, cu_seqlens, state)
+
+    def _heads(
+        self, q: Tensor, kv: Tensor, cu_seqlens: Tensor | None, state: State | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequence[Tensor]]:
+        """`inputs`, from the outputs [B, T, ...] of both linear layers on."""
         convolved: State = ()
         if self.q_conv1d is not None and self.kv_conv1d is not None:
             q_cache, kv_cache = (None, None) if state is None else state[3:]
+            if self.part is not None:
+                (q_cache,) = states_before(q, [self.q_conv1d.weight], self.part)
+                (kv_cache,) = states_before(kv, [self.kv_conv1d.weight], self.part)
             q, q_cache = short_convolution(q, self.q_conv1d.weight, state=q_cache, cu_seqlens=cu_seqlens)
             kv, kv_cache = short_convolution(kv, self.kv_conv1d.weight, state=kv_cache, cu_seqlens=cu_seqlens)
             convolved = (q_cache, kv_cache)
@@ -95,6 +106,40 @@ class MultiHeadLatentAttention(CachedAttention):
         latent, shared = kv.split([self.rank, self.rope], -1)
         return q, (self.kv_a_layernorm(latent), shared), convolved
 
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        q, kv = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
+        if self._steps_in_cpp(q, kv, state):
+            return self.o_proj(self._attend_in_cpp(q, kv, state).flatten(1)), state
+        q, entries, convolved = self._heads(q.unsqueeze(1), kv.unsqueeze(1), None, state)
+        caches = append_one(state[:2], entries, state[2])
+        o = self._attend_one(q[:, 0], *filled(caches, state[2]))
+        return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
+
+    def _steps_in_cpp(self, q: Tensor, kv: Tensor, state: State) -> bool:
+        plain = self.k_norm is None and is_plain(self.kv_b_proj) and is_plain_norm(self.kv_a_layernorm)
+        fits = plain and all(self.state_fits_cpp(y, state) for y in (q, kv))
+        return fits and can_take(q, self.kv_b_proj.weight, self.kv_a_layernorm.weight)
+
+    def _attend_in_cpp(self, q: Tensor, kv: Tensor, state: State) -> Tensor:
+        """The step from q and kv as projected to o [B, H, v_dim]. The state is changed in place."""
+        latents, shareds, length, *caches = state
+        refuse_full(latents, length)
+        if caches:
+            pairs = zip(self.convolutions(), (q, kv), caches, strict=True)
+            q, kv = (convolve.step(y, cache)[0] for convolve, y, cache in pairs)
+        latent, shared = kv.split([self.rank, self.rope], -1)
+        o = latent_step_cpu(
+            *(self.heads(q), latent, shared),
+            norm=self.kv_a_layernorm.weight,
+            eps=self.norm_eps,
+            projection=self.kv_b_proj.weight,
+            latents=latents,
+            shareds=shareds,
+            lengths=length[:, 0],
+        )
+        advance_(length)
+        return o
+
     def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
         latent, shared = caches
         k, v = self.heads(self.kv_b_proj(latent)).split([self.nope, self.v_dim], -1)
@@ -102,15 +147,16 @@ class MultiHeadLatentAttention(CachedAttention):
         k = torch.cat([k, shared_heads], -1)
         return k if self.k_norm is None else self.k_norm(k).to(v.dtype), v
 
-    def attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         """q [B, H, nope + rope], the latents [B, S, rank] and the shared key channels [B, S, rope] -> [B, H, v_dim].
 
         Without a norm of the keys, the query is projected to the latent and the sum of latents to the values (as in
-        arXiv:2405.04434, section 2.1.2), which costs nothing per cached token. With it the keys are computed again.
+        arXiv:2405.04434, section 2.1.2), which costs nothing per cached token. With it the keys are computed again, as
+        they are where another module has taken the place of kv_b_proj.
         """
         latent, shared = (cache.to(q.dtype) for cache in caches)
         scale = q.shape[-1] ** -0.5
-        if self.k_norm is not None:
+        if self.k_norm is not None or not is_plain(self.kv_b_proj):
             k, v = (y.transpose(1, 2) for y in self.keys_and_values(latent, shared))
             weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), mask, scale)
             return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
@@ -120,26 +166,6 @@ class MultiHeadLatentAttention(CachedAttention):
         scores = torch.matmul(nope, latent.mT) + torch.matmul(rope, shared.mT)
         summed = torch.matmul(masked_softmax(scores, mask, scale), latent)
         return torch.einsum("bhr,hvr->bhv", summed, to_value)
-
-    def runs_on_cpu(self) -> bool:
-        return self.k_norm is None
-
-    def attend_one_cpu(self, x: Tensor, state: State) -> Tensor | None:
-        latents, shareds, length, *caches = state
-        streams = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
-        if caches:
-            pairs = zip(self.convolutions(), streams, caches, strict=True)
-            streams = tuple(convolve.step(y, cache)[0] for convolve, y, cache in pairs)
-        latent, shared = streams[1].split([self.rank, self.rope], -1)
-        return latent_step_cpu(
-            *(self.heads(streams[0]), latent, shared),
-            norm=self.kv_a_layernorm.weight,
-            eps=self.norm_eps,
-            projection=self.kv_b_proj.weight,
-            latents=latents,
-            shareds=shareds,
-            length=length,
-        )
 
     def convolutions(self) -> list[ShortConvolution]:
         return [convolve for convolve in (self.q_conv1d, self.kv_conv1d) if convolve is not None]

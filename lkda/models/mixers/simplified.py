@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from lkda.checks import InputError
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
-from lkda.ops import simplified_attention, simplified_step
+from lkda.models.sequence_part import SequencePart
+from lkda.ops import simplified_attention, simplified_step_fused
 from lkda.ops.precision import at_least_float32
-from lkda.ops.simplified.cpu.step import runs as step_cpu_runs
-from lkda.ops.simplified.cpu.step import simplified_step_cpu
 
 
 class SimplifiedAttention(RecurrentMixer):
@@ -87,18 +86,26 @@ class SimplifiedAttention(RecurrentMixer):
         decay = self.decay(*gates)
         return simplified_attention(q, k, v, decay, initial_state=state, cu_seqlens=cu_seqlens, backend=self.backend)
 
+    def attend_in_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], part: SequencePart
+    ) -> tuple[Tensor, Tensor]:
+        """A first pass without an entering state gives Z; A is the product of the decays. A second pass gives o."""
+        _, Z = self.attend(q, k, v, gates, state=None, cu_seqlens=part.cu_seqlens)
+        decay = part.by_row(self.decay(*gates).expand(*q.shape[:3]))
+        length = decay.shape[1]
+        A = torch.where(part.is_whole(length=length).unsqueeze(1), decay.prod(1), 0.0).to(Z.dtype)
+        S = part.entering(A[..., None, None], part.last_of(Z, length=length), matrix=False)
+        entering = part.initial_states(S, length=length)
+        return self.attend(q, k, v, gates, state=entering, cu_seqlens=part.cu_seqlens)
+
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
     ) -> tuple[Tensor, State]:
         caches, (own,) = self._split_state(state)
-        filters = self._filters()
-        if step_cpu_runs(q, own, self.decay_bias, *filters, *caches):
-            q, k, v = self.heads(q), self.heads(k), self.heads(v)
-            logits = gates[0] if gates else None
-            return simplified_step_cpu(q, k, v, logits, self.decay_bias, own, weights=filters, caches=caches), state
-        (q, k, v), after = self._convolve_step(q, k, v, caches=caches)
-        o, own = simplified_step(q, k, v, self.decay(*gates), own)
-        return o, (*after, own)
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)
+        logits = gates[0] if gates else None
+        o = simplified_step_fused(*(q, k, v, logits, self.decay_bias, own), weights=self._filters(), caches=caches)
+        return o, state
 
     def gate_layers(self) -> list[nn.Linear]:
         return [] if self.b_proj is None else [self.b_proj]

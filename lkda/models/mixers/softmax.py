@@ -8,19 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from lkda.checks import InputError
-from lkda.models.cached_attention import CachedAttention
-from lkda.models.growing_cache import is_preallocated, masked_softmax
+from lkda.models.cached_attention import CachedAttention, refuse_full
+from lkda.models.growing_cache import append_one, filled, is_preallocated, masked_softmax
 from lkda.models.linear import fused_linear, joined_linear
 from lkda.models.mixer import State
+from lkda.models.projected_mixer import ProjectedMixer
 from lkda.models.recurrent_mixer import linear
-from lkda.models.rope import kept_frequencies, rotate
+from lkda.models.rows import normed
+from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
-from lkda.ops import short_convolutions
+from lkda.ops import short_convolutions, softmax_step
+from lkda.ops.runtime.dispatch import wants_gradient
 from lkda.ops.sequences import positions
-from lkda.ops.softmax.cpu.step import softmax_step_cpu
+from lkda.ops.softmax.cpu.step import advance_
+from lkda.ops.softmax.rotary import rotate
+from lkda.ops.softmax.step import has_kernel
 
 
-class SoftmaxAttention(CachedAttention):
+class SoftmaxAttention(ProjectedMixer, CachedAttention):
     """y = o_proj(softmax(rotary(q) rotary(k)^T / sqrt(D)) v); the state is the growing cache of keys [B, H, S, D]
     and values, its length (see `lkda.models.growing_cache`), and the caches of the convolutions.
 
@@ -51,66 +56,102 @@ class SoftmaxAttention(CachedAttention):
             raise InputError(
                 f"rotary positions turn pairs of channels: d_model / mixer.num_heads must be even, got {self.head_dim}."
             )
-        self.rope_base, self.norm_eps, self.backend = rope_base, norm_eps, backend
+        self.rope_base, self.backend = rope_base, backend
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(d_model, d_model) for _ in range(4))
+        self.o_norm = None
         norms = (nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
         convolutions = (ShortConvolution(d_model, conv_width, std=conv_std) if conv_width else None for _ in range(3))
         self.q_conv1d, self.k_conv1d, self.v_conv1d = convolutions
 
-    def inputs(
-        self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequence[Tensor]]:
-        layers, filters = [self.q_proj, self.k_proj, self.v_proj], self.filters()
-        convolved: Sequence[Tensor] = ()
-        if filters:
-            before = None if state is None else state[3:]
-            streams, convolved = short_convolutions(
-                joined_linear(x, layers), filters, states=before, cu_seqlens=cu_seqlens
-            )
-        else:
-            streams = fused_linear(x, layers)
-        q, k, v = (self.heads(y) for y in streams)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        position = self._positions(x, cu_seqlens, state)
+    def step_layers(self) -> list[nn.Linear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def step_from(
+        self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
+    ) -> tuple[Tensor, Tensor | None, State]:
+        if all(self.state_fits_cpp(y, state) for y in projected):
+            return self._attend_in_cpp(projected, state), None, state
+        q, k, v, convolved = self._heads([y.unsqueeze(1) for y in projected], None, state)
+        if self._steps_by_op(q, k, v, state):
+            k_cache, v_cache, length = state[:3]
+            o = softmax_step(q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, length[:, 0], rope_base=self.rope_base)
+            length.add_(1)
+            return o, None, (*state[:3], *convolved)
+        position = self._positions(q, None, state)
         q, k = rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
-        return q, (k.transpose(1, 2), v.transpose(1, 2)), convolved
+        caches = append_one(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2])
+        o = self._attend_one(q[:, 0], *filled(caches, state[2]))
+        return o, None, (*caches, state[2], *convolved)
+
+    def _attend_in_cpp(self, projected: Sequence[Tensor], state: State) -> Tensor:
+        """The step on a CPU, up to o [B, H, D]. The state is changed in place."""
+        k_cache, v_cache, length, *caches = state
+        refuse_full(k_cache, length)
+        if caches:
+            pairs = zip(self.convolutions(), projected, caches, strict=True)
+            projected = [convolve.step(y, cache)[0] for convolve, y, cache in pairs]
+        q, k, v = (self.heads(y) for y in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = normed(q, self.q_norm), normed(k, self.k_norm)
+        o = softmax_step(q, k, v, k_cache, v_cache, length[:, 0], rope_base=self.rope_base)
+        advance_(length)
+        return o
+
+    def _steps_by_op(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> bool:
+        """Whether a step is the operator `softmax_step`, which has no gradients."""
+        return is_preallocated(state[2]) and has_kernel(q, state[0]) and not wants_gradient(q, k, v)
 
     def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
         """The position of each token in its sequence, [T], or [B, T] where the lengths before them differ."""
+        new = torch.arange(x.shape[1], device=x.device)
+        if self.part is not None:
+            return self.part.positions(new if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[0])
         if cu_seqlens is not None:
             return positions(cu_seqlens, x.shape[1])[0]
-        new = torch.arange(x.shape[1], device=x.device)
         if state is None:
             return new
         return new + (state[2] if is_preallocated(state[2]) else state[0].shape[2])
+
+    def inputs(
+        self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequence[Tensor]]:
+        layers = self.step_layers()
+        projected = joined_linear(x, layers) if self.filters() else fused_linear(x, layers)
+        q, k, v, convolved = self._heads(projected, cu_seqlens, state)
+        position = self._positions(x, cu_seqlens, state)
+        q, k = rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
+        return q, (k.transpose(1, 2), v.transpose(1, 2)), convolved
 
     def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
         k, v = caches
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    def _heads(
+        self, projected: Tensor | Sequence[Tensor], cu_seqlens: Tensor | None, state: State | None
+    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
+        """q, k and v [B, T, H, D], convolved and normalised, and the caches of the convolutions after them.
+
+        Args:
+            projected: q, k and v as projected, [B, T, 3 * H * D] for the convolutions, or three tensors.
+        """
+        convolved: Sequence[Tensor] = ()
+        if filters := self.filters():
+            before = None if state is None else state[3:]
+            if self.part is not None:
+                assert isinstance(projected, Tensor)
+                before = tuple(states_before(projected, filters, self.part))
+            projected, convolved = short_convolutions(projected, filters, states=before, cu_seqlens=cu_seqlens)
+        q, k, v = (self.heads(y) for y in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return q, k, v, convolved
+
+    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """q [B, H, D] and keys and values [B, H, S, D] -> [B, H, D]."""
         k, v = (cache.to(q.dtype) for cache in caches)
         weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), mask, self.head_dim**-0.5)
         return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
-
-    def attend_one_cpu(self, x: Tensor, state: State) -> Tensor | None:
-        keys, values, length, *caches = state
-        streams = fused_linear(x, [self.q_proj, self.k_proj, self.v_proj])
-        if caches:
-            pairs = zip(self.convolutions(), streams, caches, strict=True)
-            streams = tuple(convolve.step(y, cache)[0] for convolve, y, cache in pairs)
-        return softmax_step_cpu(
-            *(self.heads(y) for y in streams),
-            frequencies=kept_frequencies(self.head_dim // 2, self.rope_base, x.device, x.dtype),
-            keys=keys,
-            values=values,
-            length=length,
-            q_norm=None if self.q_norm is None else self.q_norm.weight,
-            k_norm=None if self.k_norm is None else self.k_norm.weight,
-            eps=self.norm_eps,
-        )
 
     def convolutions(self) -> list[ShortConvolution]:
         return [convolve for convolve in (self.q_conv1d, self.k_conv1d, self.v_conv1d) if convolve is not None]

@@ -21,12 +21,12 @@ def rows_torch(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, 
     their sum, [N, V] in the logits' dtype. Computed in float32, or float64 where the logits are."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     wide = wide - wide.amax(1, keepdim=True)  # the logarithm of the sum would be lost in logits of 1e30
-    asked = targets != IGNORE_INDEX
+    has_target = targets != IGNORE_INDEX
     place = targets.clamp(min=0).unsqueeze(1)
     log_sum = wide.logsumexp(1, keepdim=True)
-    losses = torch.where(asked, (log_sum - wide.gather(1, place)).squeeze(1), 0.0)
+    losses = torch.where(has_target, (log_sum - wide.gather(1, place)).squeeze(1), 0.0)
     gradient = (wide - log_sum).exp_().scatter_add_(1, place, wide.new_full(place.shape, -1.0))
-    return losses, (gradient * torch.where(asked, scale, 0.0).unsqueeze(1)).to(logits.dtype)
+    return losses, (gradient * torch.where(has_target, scale, 0.0).unsqueeze(1)).to(logits.dtype)
 
 
 def _rows(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,8 @@ def _plus_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
 @torch.library.custom_op("lkda::linear_cross_entropy", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = weight.to(x.dtype)
-    asked = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    scale = 1.0 / asked.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    has_target = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    scale = 1.0 / has_target.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     piece = _pieces(len(x), len(weight))
     kind = torch.promote_types(weight.dtype, torch.float32)
     total, grad_x, grad_weight = torch.zeros_like(scale), torch.empty_like(x), torch.zeros_like(weight, dtype=kind)

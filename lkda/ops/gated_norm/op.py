@@ -40,4 +40,4 @@ def gated_rms_norm(
         raise InputError(f"{fn}: gate must have x's shape {list(x.shape)}, got {list(gate.shape)}.")
     check_alike(fn, {"x": x, "gate": gate, "weight": weight}, same_dtype=("x", "gate"))
     word = choose(fn, BACKENDS, backend, device=x.device, head_dim=x.shape[-1], dtype=x.dtype)
-    return BACKENDS[word].run(x, gate, weight, eps)
+    return BACKENDS[word].run(x, gate, weight, float(eps))

@@ -53,6 +53,13 @@ __device__ __forceinline__ Numbers<N> load_numbers(const Half* at) {
   fetch(raw, at);
   return numbers<N>(Half{}, raw);
 }
+// Loads 16 bytes of what an earlier launch may still have been writing when this one began. `load_numbers` must not be used there: it
+// assumes that nothing writes them.
+template <int N, class Half>
+__device__ __forceinline__ Numbers<N> read_numbers(const Half* at) {
+  const uint4 x = *reinterpret_cast<const uint4*>(at);
+  return numbers<N>(Half{}, Raw<16>{{x.x, x.y, x.z, x.w}});
+}
 // Loads N float32 numbers, 16 bytes at a time.
 template <int N>
 __device__ __forceinline__ Numbers<N> load_floats(const float* at) {

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.checks import check_alike, check_shape
+from lkda.ops.checks import check_alike, check_in_place, check_shape, check_step_caches
 from lkda.ops.kda.cpu import step as cpu_step
 from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.reference.gate import KDAGate, kda_gate_torch
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.runtime.backend import Backend, choose
-from lkda.ops.short_conv.reference import normalize_torch
+from lkda.ops.short_conv.reference import convolve_step_torch, normalize_torch
 
 
 def _torch(
@@ -39,7 +38,7 @@ def _torch(
     out_dtype = v.dtype
     heads = [x.to(dtype) for x in (q, k, v)]
     for i, (weight, cache) in enumerate(zip(weights, caches)):
-        heads[i] = _convolved(heads[i], weight, cache)
+        heads[i] = convolve_step_torch(heads[i], weight, cache)
     if normalize:
         heads[0], heads[1] = normalize_torch(heads[0]), normalize_torch(heads[1])
     g, beta = (x.to(dtype) for x in kda_gate_torch(gate_logits, beta_logits, gate, head_dim=q.shape[-1]))
@@ -52,14 +51,6 @@ def _torch(
     for before, new in zip(kept, pack_state(wide, state.dtype), strict=True):
         before.copy_(new)
     return o.to(out_dtype)
-
-
-def _convolved(x: Tensor, weight: Tensor, cache: Tensor) -> Tensor:
-    """One token of `convolve_torch`, in few operations: x [B, H, D] with the cache [B, width - 1, H * D], which moves
-    on."""
-    window = torch.cat([cache.to(x.dtype), x.flatten(1).unsqueeze(1)], 1)
-    cache.copy_(window[:, 1:])
-    return F.silu((window * weight[:, 0].T.to(x.dtype)).sum(1)).view_as(x)
 
 
 def _step_in_place(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float) -> Tensor:
@@ -118,6 +109,11 @@ def kda_step_fused(
     sizes: dict[str, int] = {"1": 1}
     check_shape(fn, "q", q, "B H D", sizes)
     check_shape(fn, "k", k, "B H D", sizes)
+    if v.dim() == 3 and v.shape[0] == sizes["B"] and v.shape != q.shape:
+        raise InputError(
+            f"{fn}: v must have as many heads as q and of the same size, {list(q.shape)}, got {list(v.shape)}; "
+            "for other heads call `kda_gate` and `kda_step`."
+        )
     check_shape(fn, "v", v, "B H D", sizes)
     check_shape(fn, "beta_logits", beta_logits, "B H", sizes)
     given = {"q": q, "k": k, "v": v, "gate_logits": gate_logits, "beta_logits": beta_logits}
@@ -126,7 +122,7 @@ def kda_step_fused(
     sequence = None if gate_logits is None else gate_logits.unsqueeze(1)
     gate.check(fn, sequence, sizes | {"T": 1, "K": sizes["D"]})
     _check_state(fn, state, q.device, sizes)
-    _check_caches(fn, weights, caches, q.device, sizes)
+    check_step_caches(fn, weights, caches, q.device, sizes)
     able = dict(BACKENDS)
     if state[0].dtype == torch.float64 or sizes.get("W", 1) > cuda_step.MAX_TAPS:
         del able["cuda"]
@@ -137,7 +133,7 @@ def kda_step_fused(
         *(q, k, v, gate_logits, beta_logits, gate),
         *(state[0], state[1] if len(state) == 2 else None, weights, caches),
         normalize=not normalized,
-        scale=sizes["D"] ** -0.5 if scale is None else scale,
+        scale=sizes["D"] ** -0.5 if scale is None else float(scale),
     )
 
 
@@ -156,29 +152,4 @@ def _check_state(fn: str, state: tuple[Tensor, ...], device: torch.device, sizes
         check_shape(fn, "state[1]", state[1], "B H K", sizes)
         if state[1].dtype != torch.float32:
             raise InputError(f"{fn}: state[1], the factors, must be float32, got {state[1].dtype}.")
-    _check_in_place(fn, {f"state[{i}]": x for i, x in enumerate(state)}, device)
-
-
-def _check_caches(
-    fn: str, weights: Sequence[Tensor], caches: Sequence[Tensor], device: torch.device, sizes: dict[str, int]
-) -> None:
-    if len(weights) not in (0, 3) or len(caches) != len(weights):
-        raise InputError(
-            f"{fn}: three weights and three caches (of q, k and v), or none; got {len(weights)} and {len(caches)}."
-        )
-    sizes["C"] = sizes["H"] * sizes["D"]
-    for i, (weight, cache) in enumerate(zip(weights, caches)):
-        check_shape(fn, f"weights[{i}]", weight, "C 1 W", sizes)
-        sizes["W-1"] = sizes["W"] - 1
-        check_shape(fn, f"caches[{i}]", cache, "B W-1 C", sizes)
-        if cache.dtype != caches[0].dtype:
-            raise InputError(f"{fn}: the caches share a dtype, got {caches[0].dtype} and {cache.dtype}.")
-    _check_in_place(fn, {f"caches[{i}]": x for i, x in enumerate(caches)}, device)
-
-
-def _check_in_place(fn: str, tensors: dict[str, Tensor], device: torch.device) -> None:
-    for name, x in tensors.items():
-        if x.device != device:
-            raise InputError(f"{fn}: {name} is on {x.device} and q on {device}; move one of them.")
-        if not x.is_contiguous() or (x.is_cuda and x.data_ptr() % 16):
-            raise InputError(f"{fn}: {name} is written in place and must be contiguous and aligned to 16 bytes.")
+    check_in_place(fn, {f"state[{i}]": x for i, x in enumerate(state)}, device)

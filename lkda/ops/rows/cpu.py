@@ -34,9 +34,10 @@ def embed_rows(tokens: Tensor, table: Tensor, *, norm: Tensor | None, eps: float
 
 
 def norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The RMSNorm of each row of x [B, n], contiguous."""
+    """The RMSNorm of x over its last dimension: [B, n], or heads [B, H, n]; x[b] is contiguous."""
     y = x.new_empty(x.shape)
-    LIBRARY.call(f"norm_{NAMES[x.dtype]}", *x.shape, x, weight, eps, y)
+    heads = x.shape[1] if x.dim() == 3 else 1
+    LIBRARY.call(f"norm_{NAMES[x.dtype]}", len(x), heads, x.shape[-1], x, x.stride(0), weight, eps, y)
     return y
 
 

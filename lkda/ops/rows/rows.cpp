@@ -128,8 +128,10 @@ int64_t embed(int64_t B, int64_t n, const int64_t* tokens, int64_t V, const T* t
                                  double eps, double scale, T* y) {                                                     \
         return embed<T>(B, n, tokens, V, table, norm, T(eps), T(scale), y);                                                      \
     }                                                                                                                  \
-    extern "C" void norm_##NAME(int64_t B, int64_t n, const T* x, const T* w, double eps, T* y) {                       \
-        for (int64_t b = 0; b < B; b++) rms_norm(n, x + b * n, w, T(eps), y + b * n);                                  \
+    extern "C" void norm_##NAME(int64_t B, int64_t heads, int64_t n, const T* x, int64_t stride, const T* w, double eps, \
+                                T* y) {                                                                                \
+        for (int64_t i = 0; i < B * heads; i++)                                                                        \
+            rms_norm(n, x + i / heads * stride + i % heads * n, w, T(eps), y + i * n);                                 \
     }                                                                                                                  \
     extern "C" void add_##NAME(int64_t count, const T* a, const T* b, T* y) {                                           \
         for (int64_t i = 0; i < count; i++) y[i] = a[i] + b[i];                                                        \

@@ -176,7 +176,7 @@ class Module:
         folder = self.source.parent
         return (folder.parent if folder.name == "cuda" else folder).name
 
-    def kernel(self, entry: str, signature: str, *, shared_bytes: int = 0) -> "Kernel":
+    def kernel(self, entry: str, signature: str, *, shared_bytes: int = 0, overlapping: bool = False) -> "Kernel":
         """A launchable kernel of this module.
 
         Args:
@@ -184,8 +184,10 @@ class Module:
             signature: one letter per parameter: P pointer, i int32, q int64, f float32. Parentheses enclose the members
                 of a struct.
             shared_bytes: dynamic shared memory of every launch.
+            overlapping: whether a launch in a CUDA graph may begin before the one before it has ended. The kernel must
+                then wait for that one itself; see overlap.cuh.
         """
-        return Kernel(self, entry, signature, shared_bytes)
+        return Kernel(self, entry, signature, shared_bytes, overlapping)
 
     def binary(self, arch: str) -> Binary:
         """The cubin for `arch` ("sm_90a") with the compiler's log, from memory, from disk, or compiled. Needs no GPU.
@@ -291,6 +293,27 @@ def fill_words(x: torch.Tensor, value: int) -> None:
     _checked(driver.cuMemsetD32Async(x.data_ptr(), value & 0xFFFFFFFF, words, stream))
 
 
+@cache
+def _can_overlap(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def _launch_overlapping(function, grid, block, shared_bytes, stream, arguments):
+    """cuLaunchKernel with programmatic stream serialization: the launch may begin before the one before it ends."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    (status,) = driver.cuLaunchKernelEx(config, function, arguments, 0)
+    return status
+
+
 class _Arguments(threading.local):
     """The packed kernel arguments of one thread, and the array of their addresses that cuLaunchKernel reads."""
 
@@ -313,8 +336,9 @@ class _Arguments(threading.local):
 class Kernel:
     """A kernel of a Module. Calling it launches it, asynchronously, on torch's current stream of `device`."""
 
-    def __init__(self, module: Module, entry: str, signature: str, shared_bytes: int):
+    def __init__(self, module: Module, entry: str, signature: str, shared_bytes: int, overlapping: bool):
         self.module, self.entry, self.signature, self.shared_bytes = module, entry, signature, shared_bytes
+        self.overlapping = overlapping
         self._functions: dict[int, object] = {}
         self._arguments = _Arguments(signature)
 
@@ -349,9 +373,11 @@ class Kernel:
             a if type(a) is int else 0 if a is None else a if type(a) is float else a.data_ptr() for a in arguments
         ]
         local.pack_into(local.buffer, 0, *values)
-        (status,) = _cu_launch_kernel()(
-            function, *grid, block, 1, 1, self.shared_bytes, torch._C._cuda_getCurrentRawStream(index), local.address, 0
-        )
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        if self.overlapping and torch._C._cuda_isCurrentStreamCapturing() and _can_overlap(index):
+            status = _launch_overlapping(function, grid, block, self.shared_bytes, stream, local.address)
+        else:
+            (status,) = _cu_launch_kernel()(function, *grid, block, 1, 1, self.shared_bytes, stream, local.address, 0)
         if status:
             raise RuntimeError(f"CUDA driver error {status.name} launching {self} with grid {grid}, block {block}")
 

@@ -259,13 +259,14 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, g0, g1, g2, e0, e1, e2):
-    x0, x1, x2, w0, w1, w2, *states, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second reading
+    x0, x1, x2, w0, w1, w2, *states, _ = saved
     streams = _count((x0, x1, x2), (w0, w1, w2))
     x = _streams(_given(x0, x1, x2), streams)[0]
     gradients = [x.new_zeros(x.shape) if g is None else g for g in (g0, g1, g2)[:streams]]
     lasts = [e if w0 is not None and i < streams else None for i, e in enumerate((e0, e1, e2))]
     backward: Callable = launch_backward if can_bypass_dispatcher(*gradients) else torch.ops.lkda.short_conv_backward
-    *found, dweights = backward(*_three(gradients), *lasts, *ctx.saved_tensors, ctx.normalized, ctx.head_dim)
+    *found, dweights = backward(*_three(gradients), *lasts, *saved, ctx.normalized, ctx.head_dim)
     weights = _three(list(dweights.unbind(0)) if w0 is not None else [])
     dxs, dstates = found[:3], found[3:]
     return (

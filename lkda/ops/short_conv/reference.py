@@ -29,8 +29,16 @@ def convolve_torch(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: 
     y = lags[0] * taps[-1]
     for s in range(1, width):
         y = torch.addcmul(y, lags[s], taps[-1 - s])
-    last = window[:, T:].clone() if cu_seqlens is None else _last_of_sequences(x, width, state, cu_seqlens)
+    last = window[:, T:].clone() if cu_seqlens is None else last_of_sequences(x, width, state, cu_seqlens)
     return F.silu(y), last.to(weight.dtype if state is None else state.dtype)
+
+
+def convolve_step_torch(x: Tensor, weight: Tensor, cache: Tensor) -> Tensor:
+    """One token of `convolve_torch`, in few operations: x [B, H, D] with the cache [B, width - 1, H * D], which is
+    updated in place."""
+    window = torch.cat([cache.to(x.dtype), x.flatten(1).unsqueeze(1)], 1)
+    cache.copy_(window[:, 1:])
+    return F.silu((window * weight[:, 0].T.to(x.dtype)).sum(1)).view_as(x)
 
 
 def _within_sequences(lags: list[Tensor], state: Tensor | None, cu_seqlens: Tensor) -> list[Tensor]:
@@ -47,7 +55,7 @@ def _within_sequences(lags: list[Tensor], state: Tensor | None, cu_seqlens: Tens
     return found
 
 
-def _last_of_sequences(x: Tensor, width: int, state: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+def last_of_sequences(x: Tensor, width: int, state: Tensor | None, cu_seqlens: Tensor) -> Tensor:
     """The last inputs of each sequence, [N, width - 1, channels]. In a short one the state's inputs come first."""
     begin, end = cu_seqlens.long()[:-1, None], cu_seqlens.long()[1:, None]
     row = torch.arange(width - 1, device=x.device)

@@ -1,1 +1,1 @@
-"""Softmax attention, through PyTorch's fused implementation."""
+"""Softmax attention: of sequences, through PyTorch's fused implementation; of one token, in kernels for decoding."""

@@ -15,6 +15,7 @@ import yaml
 from lkda.checks import InputError
 from lkda.metrics_file import metrics_rows
 from lkda.report.read.old_keys import translated_summary
+from lkda.run_failure import FAILURE
 
 # What tables and plots need. All are numbers, except for the mixer.
 REQUIRED = ("mixer", "val/loss", "state_bytes", "tokens", "tokens_per_s", "params")
@@ -47,6 +48,8 @@ def read_run(directory: Path, *, step: int | None = None) -> Run:
     """
     if not directory.is_dir():
         raise InputError("not a directory")
+    if (directory / FAILURE).is_file():
+        raise InputError(f"failed: {_read(directory / FAILURE).strip()}")
     if not (directory / "summary.json").is_file():
         started = (directory / "config.yaml").is_file()
         raise InputError("no summary.json: still running, or killed" if started else "no summary.json: not a run")

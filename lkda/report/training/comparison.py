@@ -66,11 +66,11 @@ class Comparison:
         tested = sum("test/loss" in run.summary for run in self.runs)
         if tested == len(self.runs):
             notes.append(
-                "What says test is of the test split, measured once at the end; curves and bits at the same time are "
-                "of validation."
+                "Columns named test are of the test split, which is measured once, at the end of a run. All other "
+                "losses, also those of the plots, are of the validation split."
             )
         elif tested:
-            notes.append(f"{tested} of the runs have a test split: what does not say test is of validation.")
+            notes.append(f"{tested} of the runs have a test split. Columns not named test are of the validation split.")
         steps = sorted({run.summary["at_step"] for run in self.runs if "at_step" in run.summary})
         if steps:
             planned = sorted({run.config["trainer"]["max_steps"] for run in self.runs})

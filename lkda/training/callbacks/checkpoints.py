@@ -12,7 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lkda.training.callbacks.divergence import require_finite
 from lkda.training.callbacks.interruption import InterruptedRunError, StopRequest
 from lkda.training.callbacks.steps import ends_step, validation_follows
-from lkda.training.checkpoint import FORMAT, point_to, step_files, step_path
+from lkda.training.checkpoint import FORMAT, delete_old, point_to, step_path
+from lkda.training.processes import process_count, value_of_first
 
 _NONE_YET = {"step": 0, "loss": float("inf")}
 
@@ -57,12 +58,21 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.best = checkpoint["lkda"]["best"]
         self.saved_step = checkpoint["lkda"]["step"]
-        # The process may have been killed after it wrote the file and before it made the links.
-        self._name("last.ckpt", self.saved_step)
-        if self.best["step"] == self.saved_step:
-            self._name("best.ckpt", self.saved_step)
-        elif not (self.directory / "best.ckpt").exists():
-            self.best = dict(_NONE_YET)  # the file is lost: the best of the later validations replaces it
+        if trainer.is_global_zero:
+            # The process may have been killed after it wrote the file and before it made the links.
+            self._name("last.ckpt", self.saved_step)
+            if self.best["step"] == self.saved_step:
+                self._name("best.ckpt", self.saved_step)
+            elif not (self.directory / "best.ckpt").exists():
+                self.best = dict(_NONE_YET)  # the file is lost: the best of the later validations replaces it
+        self.best = value_of_first(self.best)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if process_count() > 1:
+            self.stop_request.take_over()
+            # Before each batch Lightning asks all processes for a SIGTERM, and waits for the device to answer.
+            # `agreed` asks without waiting.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
     def _name(self, name: str, step: int) -> None:
         point_to(step_path(self.directory, step), self.directory / name)
@@ -74,13 +84,13 @@ class Checkpoints(Checkpoint):
             return
         require_finite(trainer.lightning_module, step=step)
         trainer.save_checkpoint(step_path(self.directory, step))
-        self._name("last.ckpt", step)
         self.saved_step = step
-        for old in step_files(self.directory)[: -self.keep]:
-            old.unlink()
+        if trainer.is_global_zero:
+            self._name("last.ckpt", step)
+            delete_old(self.directory, keep=self.keep)
 
     def _end_of_step(self, trainer: L.Trainer, *, due: bool) -> None:
-        signum = self.stop_request.signum if trainer.global_step < trainer.max_steps else None
+        signum = self.stop_request.agreed() if trainer.global_step < trainer.max_steps else None
         if due or signum is not None or trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
         if signum is not None:
@@ -100,5 +110,10 @@ class Checkpoints(Checkpoint):
         if best:
             self.best = {"step": trainer.global_step, "loss": loss}
         self._end_of_step(trainer, due=best or trainer.should_stop)
-        if best:
+        if best and trainer.is_global_zero:
             self._name("best.ckpt", trainer.global_step)
+            delete_old(self.directory, keep=self.keep)  # the best one before
+
+
+def _nothing() -> None:
+    pass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lkda.training.callbacks.steps import ends_step
+from lkda.training.processes import everywhere, local, process_count
 
 
 class DivergedError(RuntimeError):
@@ -25,9 +26,10 @@ class DivergedError(RuntimeError):
 
 
 def require_finite(model: nn.Module, *, step: int) -> None:
-    """Raise DivergedError unless every parameter is finite. It is called before a checkpoint is written."""
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()])
-    if not bool(finite.all()):
+    """Raise DivergedError unless every parameter is finite, on every process. It is called before a checkpoint is
+    written."""
+    finite = torch.stack([local(parameter.detach()).isfinite().all() for parameter in model.parameters()])
+    if not everywhere(bool(finite.all()), device=finite.device):
         raise DivergedError("a parameter", step)
 
 
@@ -45,7 +47,9 @@ class DivergenceGuard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"]
+        if process_count() > 1 and not ends_step(trainer, batch_idx):
+            return  # the processes know each other's losses only at the end of the step, and must stop together
+        loss = outputs["mean"]
         # The trainer counts a step after the last of its batches.
         step = trainer.global_step if ends_step(trainer, batch_idx) else trainer.global_step + 1
         if self.first_bad_step is None:

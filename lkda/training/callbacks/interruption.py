@@ -7,6 +7,10 @@ import signal
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -33,11 +37,42 @@ class StopRequest:
     """A context in which the first SIGINT or SIGTERM is stored in `signum`. A second one ends the process at once.
 
     Enter it before `Trainer.fit`, which composes its own SIGTERM handler with the one it finds.
+
+    Args:
+        group: of all processes of the run, on the CPU, for `agreed`; None for a run of one process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
+        self._group = group
+        self._asked: tuple[Tensor, dist.Work] | None = None
+
+    def take_over(self) -> None:
+        """Install the handlers in place of Lightning's, which would call a collective inside a signal handler."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def agreed(self) -> int | None:
+        """The signal that any process has received. Every process must call it at the end of each step. All get the
+        same answer at the same step: the one to the question of the step before, so that no process waits here."""
+        if self._group is None:
+            return self.signum
+        found = self.finish()
+        number = torch.tensor(self.signum or 0)
+        work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._asked = number, work
+        return found
+
+    def finish(self) -> int | None:
+        """The answer to the last question, if there is one."""
+        if self._asked is None:
+            return None
+        number, work = self._asked
+        self._asked = None
+        work.wait()
+        return int(number) or None
 
     def __enter__(self) -> StopRequest:
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}

@@ -121,6 +121,8 @@ class TrainingProgress(RichProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not trainer.is_global_zero:
+            return
         if ends_step(trainer, batch_idx):
             self._estimate(trainer)
         if self.lines and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
@@ -133,5 +135,5 @@ class TrainingProgress(RichProgressBar):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         self._time_left.validation_seconds = time.perf_counter() - self._validating_since
-        if self.lines:
+        if self.lines and trainer.is_global_zero:
             self._print_line(trainer)

@@ -460,8 +460,8 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "torn": ({"paths": [str(tmp_path / "torn.jsonl")]}, "cannot read .*torn.jsonl"),
         "suffix": ({"paths": [str(tmp_path / "page.html")]}, "unknown kind '.html'; the kinds are .txt"),
         "vocabulary": (good | {"vocab_size": 100}, "data.vocab_size must be at least 257"),
-        "context": (good | {"context": 0}, "data.context must be a positive whole number, got 0"),
-        "batch": (good | {"batch_size": -1}, "data.batch_size must be a positive whole number, got -1"),
+        "context": (good | {"context": 0}, "data.context must be a whole number of 1 or more, got 0"),
+        "batch": (good | {"batch_size": -1}, "data.batch_size must be a whole number of 1 or more, got -1"),
         "paths of sotu": (good | {"source": "sotu"}, "belong to data.source=files, not to sotu"),
         "cache": (good | {"cache_dir": str(tmp_path / "latin.txt")}, "cannot write the cache .*latin.txt"),
         "source": ({"source": "web"}, "data.source must be one of sotu, files, prose, got 'web'"),
@@ -502,7 +502,10 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "one path": (good | {"paths": str(texts)}, "must be lists: write"),
         "seed": (good | {"seed": -1}, "data.seed must be a whole number of 0 or more, got -1"),
         "workers": (good | {"num_workers": -1}, "data.num_workers must be a whole number of 0 or more, got -1"),
-        "val batches": (good | {"max_val_batches": 0}, "data.max_val_batches must be a positive whole number, got 0"),
+        "val batches": (
+            good | {"max_val_batches": 0},
+            "data.max_val_batches must be a whole number of 1 or more, got 0",
+        ),
         "unknown word": (
             good | {"tokenizer_path": str(tmp_path / "words.json")},
             "no token for '.*', which is in the text",

@@ -161,9 +161,10 @@ def test_a_second_run_finds_the_cache_and_a_change_of_content_does_not(tmp_path,
     ],
     ids=str,
 )
-def test_bad_data_gets_one_clear_message(tmp_path, folder, changes, message):
+def test_bad_data_gets_one_clear_message(tmp_path, folder, changes, message, capsys):
     with pytest.raises(ValueError, match=message):
         module(tmp_path, folder, **changes).prepare()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_column_that_a_stream_lacks_is_named(tmp_path, folder):

@@ -86,3 +86,11 @@ class TestKernels:
         leaves = [x.detach().requires_grad_() for x in strided.values()]
         norm("cuda")(leaves[0], leaves[2], leaves[1])[0].sum().backward()
         assert all(x.grad.isfinite().all() for x in leaves)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_an_eps_may_be_a_whole_number(backend):
+    """A C++ function would read an int from another register than a float."""
+    x, weight = torch.randn(3, 32), torch.ones(32)
+    got, want = (gated_rms_norm(x, x, weight, eps=eps, backend=backend) for eps in (1, 1.0))
+    assert torch.equal(got, want)

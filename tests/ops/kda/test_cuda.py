@@ -140,6 +140,21 @@ class TestError:
         for name, x in run(inputs).items():
             assert relative(cut[name], x) < 8e-3, name
 
+    @pytest.mark.parametrize(("H", "HV", "K", "V"), [(4, 8, 64, 64), (8, 8, 32, 80), (4, 8, 128, 64)])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_of_heads_that_the_kernels_do_not_have(self, packed, H, HV, K, V):
+        """More value heads than key heads, and V other than K."""
+        inputs = {name: x.cuda() for name, x in kda_inputs(1, 200, HV, K, V, dtype=torch.bfloat16).items()}
+        inputs |= {name: inputs[name][:, :, :: HV // H].contiguous() for name in ("q", "k")}
+        options = {}
+        if packed:
+            options["cu_seqlens"] = torch.tensor([0, 70, 70, 200], device="cuda")
+            inputs["initial_state"] = inputs["initial_state"].repeat(3, 1, 1, 1)
+        got = outputs_and_gradients(kda_attention, inputs, backend="cuda", **options)
+        want, allowed = kda_truth(inputs, **options), kda_yardstick(inputs, **options)
+        for name, x in want.items():
+            assert relative(got[name], x) <= 2 * relative(allowed[name], x) + 1e-6, name
+
     def test_with_beta_of_zero_and_one(self):
         inputs = every_gate(2, 300, 64)
         inputs["beta"] = (inputs["beta"] > 0.5).float()

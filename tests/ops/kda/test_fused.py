@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lkda.ops import KDAGate, kda_attention, kda_attention_fused
+from lkda.ops import KDAGate, kda_attention, kda_attention_fused, kda_gate
 from lkda.ops.kda.cuda.gate import kda_gate_cuda
 from lkda.ops.kda.reference.gate import kda_gate_torch
 from tests.ops.cases import relative
@@ -40,6 +40,31 @@ def gates(backend, K, form="softplus", lower_bound=-5.0, negative=False):
 def check_gates(inputs, K, *form):
     want = outputs_and_gradients(gates("torch", K, *form), {name: x.double() for name, x in inputs.items()})
     assert_within_yardstick(outputs_and_gradients(gates("cuda", K, *form), inputs), want)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gate_alone_equals_its_definition(form):
+    inputs = gate_inputs(2, 5, 4, 32, dtype=torch.float32)
+    gate = KDAGate(inputs["A_log"], inputs["dt_bias"], *form)
+    logits, strengths = inputs["logits"], inputs["strengths"]
+    want = kda_gate_torch(logits, strengths, gate, head_dim=32)
+    assert all(torch.equal(got, x) for got, x in zip(kda_gate(logits, strengths, gate), want))
+    mixed = kda_gate(logits, strengths.bfloat16(), gate)  # in the wider dtype
+    assert torch.equal(mixed[0], want[0])
+    with pytest.raises(ValueError, match=r"kda_gate: beta_logits must be \[B, T, H\] = \[2, 5, 4\]"):
+        kda_gate(logits, strengths[..., :2], gate)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_value_heads_have_gates_of_their_own(per_head):
+    inputs = gate_inputs(1, 20, 4, 16, per_head=per_head, dtype=torch.float32)
+    gate = KDAGate(inputs["A_log"], inputs["dt_bias"])
+    q, k, v = (torch.randn(1, 20, heads, size) for heads, size in ((2, 16), (2, 16), (4, 8)))
+    got, state = kda_attention_fused(q, k, v, inputs["logits"], inputs["strengths"], gate)
+    q, k = q.repeat_interleave(2, 2), k.repeat_interleave(2, 2)
+    want, final = kda_attention_fused(q, k, v, inputs["logits"], inputs["strengths"], gate)
+    assert relative(got, want) < 1e-6
+    assert relative(state, final) < 1e-6
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

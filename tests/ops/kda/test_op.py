@@ -7,7 +7,9 @@ import time
 import pytest
 import torch
 
-from lkda.ops import kda_attention, kda_step
+from lkda.ops import KDAGate, kda_attention, kda_chunk_states, kda_step, kda_step_fused
+from lkda.ops.kda.heads import in_square_heads
+from lkda.ops.kda.reference.chunk import kda_chunk
 from tests.ops.cases import GATES, kda_inputs, relative
 from tests.ops.yardstick import kda_truth, kda_yardstick, outputs_and_gradients
 
@@ -179,8 +181,111 @@ def test_chunk_is_ten_times_faster_than_the_recurrence_on_two_threads():
     assert ratio >= 10
 
 
-def test_a_state_that_is_not_square_runs_where_kernels_only_keep_square_ones():
-    inputs = kda_inputs(1, 8, 1, 32, 16)
-    assert kda_attention(**inputs)[1].shape == (1, 1, 32, 16)
-    with pytest.raises(ValueError, match="backend must be one of auto, cpu, chunk, recurrent, got 'cuda'"):
-        kda_attention(**inputs, backend="cuda")
+class TestHeads:
+    """More value heads than key heads, and values of another size than the keys."""
+
+    @pytest.mark.parametrize("backend", ["cpu", "chunk", "recurrent"])
+    @pytest.mark.parametrize("bounds", [None, [0, 30, 30, 70]])
+    def test_value_heads_share_a_key_head(self, bounds, backend):
+        """Value head i has key head i // 3, so the gradient of a key head is the sum over three value heads."""
+        inputs = kda_inputs(1, 70, 6, 16, 8, gate="fast")
+        cu_seqlens = None if bounds is None else torch.tensor(bounds)
+        if bounds is not None:
+            inputs["initial_state"] = inputs["initial_state"].repeat(3, 1, 1, 1)
+        shared = {name: inputs[name][:, :, ::3].contiguous() for name in ("q", "k")}
+        want = kda_truth(
+            inputs | {name: x.repeat_interleave(3, 2) for name, x in shared.items()}, cu_seqlens=cu_seqlens
+        )
+        for name in ("dq", "dk"):
+            want[name] = want[name].unflatten(2, (2, 3)).sum(3)
+        got = outputs_and_gradients(kda_attention, inputs | shared, cu_seqlens=cu_seqlens, backend=backend)
+        assert {name: relative(got[name], x) < 1e-12 for name, x in want.items()} == dict.fromkeys(want, True)
+
+    @pytest.mark.parametrize("V", [5, 16, 40])
+    def test_square_heads_give_any_size_of_values(self, V):
+        """What the CUDA kernels are called with, which have K = V."""
+        inputs = kda_inputs(2, 70, 2, 16, V, gate="fast")
+
+        def square(q, k, v, g, beta, scale, initial_state, cu_seqlens):
+            assert q.shape == k.shape == v.shape == g.shape
+            return kda_chunk(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+
+        def op(q, k, v, g, beta, initial_state):
+            return in_square_heads(square, q, k, v, g, beta, 0.25, initial_state, None)
+
+        got, want = outputs_and_gradients(op, inputs), kda_truth(inputs)
+        assert {name: relative(got[name], x) < 1e-12 for name, x in want.items()} == dict.fromkeys(want, True)
+        row = [inputs[name][:1] for name in NAMES]
+        o, state = in_square_heads(square, *row, 0.25, None, torch.tensor([0, 30, 70]))
+        assert (o.shape, state.shape) == ((1, 70, 2, V), (2, 2, 16, V))
+
+    def test_a_step_has_them_too(self):
+        inputs = kda_inputs(2, 3, 4, 16, 8, gate="fast")
+        inputs |= {name: inputs[name][:, :, ::2] for name in ("q", "k")}
+        want, final = kda_attention(**inputs, backend="recurrent")
+        state = inputs["initial_state"]
+        for t in range(3):
+            o, state = kda_step(*(inputs[n][:, t] for n in NAMES), state)
+            assert relative(o, want[:, t]) < 1e-12
+        assert relative(state, final) < 1e-12
+
+    def test_a_number_of_heads_that_does_not_divide_is_named(self):
+        inputs = kda_inputs(1, 8, 3, 16, 16)
+        inputs |= {name: inputs[name][:, :, :2] for name in ("q", "k")}
+        message = r"v must have as many heads as q and k, 2, or a multiple of that, got \[1, 8, 3, 16\]"
+        with pytest.raises(ValueError, match=message):
+            kda_attention(**inputs)
+        with pytest.raises(ValueError, match=message.replace("1, 8, 3", "1, 3")):
+            kda_step(*(inputs[name][:, 0] for name in NAMES), inputs["initial_state"])
+
+    def test_the_fused_step_refuses_them_and_names_what_does_not(self):
+        q, v, beta = torch.zeros(2, 2, 32), torch.zeros(2, 4, 32), torch.zeros(2, 4)
+        with pytest.raises(ValueError, match=r"\[2, 2, 32\], got \[2, 4, 32\]; for other heads call `kda_gate`"):
+            kda_step_fused(q, q, v, None, beta, KDAGate(), (torch.zeros(2, 4, 32, 32),))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunk"])
+def test_what_is_not_normalized_is_divided_by_its_norm(backend):
+    inputs = kda_inputs(2, 20, 2, 16, 16, gate="fast")
+    want = outputs_and_gradients(kda_attention, inputs)
+    longer = inputs | {name: 3 * inputs[name] for name in ("q", "k")}
+    got = outputs_and_gradients(kda_attention, longer, normalized=False, backend=backend)
+    for name in ("o", "final_state", "dv", "dg", "dbeta", "dinitial_state"):
+        assert relative(got[name], want[name]) < 1e-6, name  # the norm has an eps of 1e-6 inside
+
+
+class TestChunkStates:
+    @pytest.mark.parametrize("T", [16, 40])
+    def test_they_are_the_states_before_each_chunk(self, T):
+        inputs = kda_inputs(2, T, 2, 16, 8, gate="fast")
+        o, final, states = kda_chunk_states(**inputs, chunk_size=16)
+        want, want_final = kda_attention(**inputs)
+        assert relative(o, want) < 1e-12
+        assert relative(final, want_final) < 1e-12
+        assert states.shape == (2, -(-T // 16), 2, 16, 8)
+        for m, state in enumerate(states.unbind(1)):
+            before = {name: inputs[name][:, : 16 * m] for name in NAMES}
+            want = inputs["initial_state"] if m == 0 else kda_attention(**inputs | before)[1]
+            assert relative(state, want) < 1e-12
+
+    def test_packed_sequences_have_their_own_chunks(self):
+        bounds = [0, 20, 20, 36]
+        inputs = kda_inputs(1, 36, 2, 16, 16, gate="fast")
+        inputs.pop("initial_state")
+        o, final, states = kda_chunk_states(**inputs, chunk_size=16, cu_seqlens=torch.tensor(bounds))
+        want, want_final = kda_attention(**inputs, cu_seqlens=torch.tensor(bounds))
+        assert relative(o, want) < 1e-12
+        assert torch.equal(final[1], want_final[1])
+        assert relative(final, want_final) < 1e-12
+        assert states.shape == (1, 3, 2, 16, 16)  # of 16 + 4, 0 and 16 tokens
+        assert not states[0, 0].any()
+        assert relative(states[0, 1], kda_attention(*(inputs[n][:, :16] for n in NAMES))[1][0]) < 1e-12
+        assert not states[0, 2].any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunk", "recurrent"])
+def test_a_scale_may_be_a_whole_number(backend):
+    """A C++ function would read an int from another register than a float."""
+    inputs = kda_inputs(1, 20, 1, 16, 16)
+    got, want = (kda_attention(**inputs, scale=scale, backend=backend) for scale in (2, 2.0))
+    assert torch.equal(got[0], want[0])

@@ -205,3 +205,19 @@ def test_bad_input(spoil, message):
     spoil(x, state)
     with pytest.raises(ValueError, match=message):
         kda_step_fused(**x, state=tuple(state))
+
+
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_parts_of_one_product_are_read_where_they_are(kernels_on_the_cpu, gate):  # noqa: F811
+    apart, state = token(3, 2, 64, torch.bfloat16, gate=gate), state_of(3, 2, 64, torch.float32)
+    want = by_kernel(moved(apart, torch.Tensor.clone), tuple(x.clone() for x in state))
+    names = ("q", "k", "v", "gate_logits", "beta_logits")
+    sizes = [apart[name][0].numel() for name in names]
+    product = torch.cat([apart[name].flatten(1) for name in names], 1)
+    product = torch.nn.functional.pad(product, (0, -sum(sizes) % 8))
+    together = moved(apart, torch.Tensor.clone) | {
+        name: part.unflatten(1, apart[name].shape[1:])
+        for name, part in zip(names, product[:, : sum(sizes)].split(sizes, 1))
+    }
+    assert not together["q"].is_contiguous()
+    torch.testing.assert_close(by_kernel(together, state), want, rtol=0, atol=0)

@@ -66,6 +66,8 @@ def test_embedding_norm_and_sum(dtype: torch.dtype) -> None:
     want = 3 * F.rms_norm(table[tokens], (20,), norm, 1e-5)
     close(cpu.embed_rows(tokens, table, norm=norm, eps=1e-5, scale=3.0), want)
     close(cpu.norm_rows(table, norm, 1e-5), F.rms_norm(table, (20,), norm, 1e-5))
+    heads = table[:, :12].unflatten(1, (3, 4))  # rows that lie apart
+    close(cpu.norm_rows(heads, norm[:4], 1e-5), F.rms_norm(heads, (4,), norm[:4], 1e-5))
     close(cpu.add_rows(table, table), 2 * table)
     for token in (-1, 6):
         with pytest.raises(ValueError, match=f"tokens must be from 0 to 5, got .{token}."):

@@ -218,7 +218,7 @@ def test_figures_are_of_the_test_split_where_every_run_has_one(tmp_path):
     shown = dict(zip(head, first))
     assert [shown[name] for name in ("test loss", "test bits/byte", "test perplexity")] == ["4.250", "1.700", "8.5"]
     assert not {"val loss", "bits/byte", "perplexity"} & set(head)
-    assert any("test is of the test split, measured once at the end; curves" in note for note in result.notes)
+    assert any("Columns named test are of the test split, which is measured once" in note for note in result.notes)
     assert "val/loss" in (tmp_path / "out" / "table.csv").read_text()
 
 
@@ -229,7 +229,7 @@ def test_where_a_run_has_no_test_split_all_are_compared_by_validation(tmp_path):
     head = (tmp_path / "out" / "table.md").read_text().splitlines()[0]
     assert "| test loss |" in head
     assert "| val loss |" in head
-    assert "1 of the runs have a test split: what does not say test is of validation." in result.notes
+    assert "1 of the runs have a test split. Columns not named test are of the validation split." in result.notes
 
 
 def test_a_run_that_is_read_at_an_earlier_step_has_no_test_figures(tmp_path):

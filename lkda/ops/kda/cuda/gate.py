@@ -158,10 +158,11 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dg, dbeta):
-    logits, _, a_log, bias = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second reading
+    logits, _, a_log, bias = saved
     backward: Callable = launch_backward if can_bypass_dispatcher(dg, dbeta) else torch.ops.lkda.kda_gate_backward
     options = (ctx.bounded, ctx.lower_bound, ctx.strength)
-    dlogits, dstrengths, sums = backward(dg, dbeta, *ctx.saved_tensors, *options)
+    dlogits, dstrengths, sums = backward(dg, dbeta, *saved, *options)
     if logits is None:
         return None, dstrengths, *[None] * 6
     dbias, da_log = sums[: bias.numel()].view(bias.shape), sums[bias.numel() :].view(a_log.shape)

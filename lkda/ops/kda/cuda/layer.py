@@ -255,13 +255,14 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, d_final, *more):
-    *_, x, _, _, _, latent, _, _, a_log, bias, out_latent, _, _, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second reading
+    *_, x, _, _, _, latent, _, _, a_log, bias, out_latent, _, _, _ = saved
     if dy is None:
         head_dim = ctx.options[0]
         dy = x.new_zeros(*x.shape[:2], x.shape[2] // 3 // head_dim, head_dim)
     backward: Callable = _backward if can_bypass_dispatcher(dy) else torch.ops.lkda.kda_layer_backward
     dx, dfilters, dlatent, dweight, dbeta_logits, sums, *d_output, d_norm_weight = backward(
-        dy, d_final, *more[:3], *ctx.saved_tensors, *ctx.options
+        dy, d_final, *more[:3], *saved, *ctx.options
     )
     d_decay: tuple[Tensor | None, ...] = (None, None)
     if bias is not None and a_log is not None:

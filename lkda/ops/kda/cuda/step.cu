@@ -11,6 +11,7 @@
 // rounds nothing and only writing it does.
 #include "activation.cuh"
 #include "async_copy.cuh"
+#include "overlap.cuh"
 #include "vector.cuh"
 
 struct int8 {
@@ -119,8 +120,9 @@ __device__ __forceinline__ Raw<16> rounded(int8, const Numbers<16>& x, float* fa
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     kda_step(const Element* q, const Element* k, const Element* v, const Element* gate_logits, const Element* beta_logits,
              const float* a_log, const float* dt_bias, const void* q_weight, const void* k_weight, const void* v_weight,
-             void* q_cache, void* k_cache, void* v_cache, State* state, float* factors, Element* o, int items, int heads, int width,
-             int wide_weights, int wide_caches, int normalize, int per_head, int bounded, float lower_bound, float strength, float scale) {
+             void* q_cache, void* k_cache, void* v_cache, State* state, float* factors, Element* o, int items, int heads, int token_stride,
+             int gate_stride, int beta_stride, int width, int wide_weights, int wide_caches, int normalize, int per_head, int bounded,
+             float lower_bound, float strength, float scale) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   const int thread = threadIdx.x, group = thread / LANES, column = thread % LANES * COLUMNS;
@@ -131,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   auto ask = [&](int item) {
     const int thread = opaque(threadIdx.x), group = thread / LANES, column = thread % LANES * COLUMNS;  // computed again, to save registers
     const int head = item % heads, sequence = item / heads;
-    write_logit = load_number(beta_logits + item);
+    write_logit = load_number(beta_logits + static_cast<long long>(sequence) * beta_stride + head);
     if (gate_logits) decay_log = a_log[head];
     const State* from = state + static_cast<long long>(item) * D * D + column;
 #pragma unroll
@@ -139,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int row = thread / 32; row < 18; row += WARPS) {
       const int stream = row % 3, tap = row / 3 - 2;
       if (row < 3) {
-        copy_row(shared.tokens[stream], of_stream(stream, q, k, v), static_cast<long long>(item) * D, D, 0);
+        copy_row(shared.tokens[stream], of_stream(stream, q, k, v), static_cast<long long>(sequence) * token_stride + head * D, D, 0);
       } else if (row < 6) {
         if (width > 0)
           copy_row(shared.filters[stream], of_stream(stream, q_weight, k_weight, v_weight), static_cast<long long>(head) * D * width, D * width, wide_weights);
@@ -147,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         const long long first = (static_cast<long long>(sequence) * (width - 1) + tap) * channels + head * D;
         if (tap < width - 1) copy_row(shared.caches[stream][tap], of_stream<const void*>(stream, q_cache, k_cache, v_cache), first, D, wide_caches);
       } else if (stream == 0) {
-        if (gate_logits && !per_head) copy_row(shared.logits, gate_logits, static_cast<long long>(item) * D, D, 0);
+        if (gate_logits && !per_head) copy_row(shared.logits, gate_logits, static_cast<long long>(sequence) * gate_stride + head * D, D, 0);
       } else if (stream == 1) {
         if (gate_logits && !per_head) copy_row(shared.bias, dt_bias, head * D, D, 1);
       } else if (sizeof(State) == 1) {
@@ -157,6 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     commit_copies();
   };
 
+  wait_for_the_launch_before();
+  let_the_next_launch_begin();
   ask(blockIdx.x);
 #pragma unroll 1
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
@@ -186,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int i = thread; i < D; i += THREADS) {
       float g = 0.f;
       if (gate_logits) {
-        const float z = per_head ? load_number(gate_logits + item) + dt_bias[head] : load_either(shared.logits, i, 0) + shared.bias[i];
+        const float z = per_head ? load_number(gate_logits + static_cast<long long>(sequence) * gate_stride + head) + dt_bias[head] : load_either(shared.logits, i, 0) + shared.bias[i];
         const float A = exp2_fast(LOG2E * decay_log);
         g = bounded ? lower_bound * sigmoid(A * z) : -A * softplus(z);
       }

@@ -12,7 +12,15 @@ from torch import Tensor
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module, multiprocessors
-from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take, readable
+from lkda.ops.runtime.kernel_inputs import (
+    ELEMENTS,
+    HEAD_DIMS,
+    cannot_take,
+    float32_or,
+    in_rows,
+    readable,
+    readable_rows,
+)
 
 STATES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MAX_TAPS = 4
@@ -42,16 +50,12 @@ def step_kernel(head_dim: int, dtype: torch.dtype, state: torch.dtype) -> Kernel
     types = {"ELEMENT": ELEMENTS[dtype], "STATE": STATES[state]}
     sizes = {"HEAD_DIM": head_dim, "GROUPS": groups, "RESIDENT": _resident(head_dim, state)}
     module = Module(Path(__file__).with_name("step.cu"), {**sizes, **types, "SHARED_BYTES": shared_bytes})
-    return module.kernel("kda_step", "P" * 16 + "iiiiiiiifff", shared_bytes=shared_bytes)
+    return module.kernel("kda_step", "P" * 16 + "iiiiiiiiiiifff", shared_bytes=shared_bytes, overlapping=True)
 
 
 def kernels(arch: str) -> list[Kernel]:
     """Every variant: each head size, dtype and state dtype. They are the same on all architectures."""
     return [step_kernel(D, dtype, state) for D in HEAD_DIMS for dtype in ELEMENTS for state in STATES]
-
-
-def _float32_or(dtype: torch.dtype, x: Tensor) -> Tensor:
-    return readable(x if x.dtype in (torch.float32, dtype) else x.float())
 
 
 def _step(
@@ -74,7 +78,10 @@ def _step(
 ) -> Tensor:
     B, H, D = q.shape
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
-    inputs = (x if x is None else readable(x) for x in (q, k, v, gate_logits, beta_logits, a_log, dt_bias))
+    q, k, v = in_rows(q, k, v)
+    gate_logits, beta_logits = None if gate_logits is None else readable_rows(gate_logits), readable_rows(beta_logits)
+    a_log, dt_bias = (x if x is None else readable(x) for x in (a_log, dt_bias))
+    strides = q.stride(0), 0 if gate_logits is None else gate_logits.stride(0), beta_logits.stride(0)
     filters: Sequence[Tensor | None] = weights or _NONE
     width = weights[0].shape[-1] if weights else 0
     wide = [int(bool(xs) and xs[0].dtype == torch.float32) for xs in (weights, caches)]
@@ -82,7 +89,8 @@ def _step(
     step_kernel(D, q.dtype, state.dtype)(
         (min(items, room), 1, 1),
         _threads(D, state.dtype),
-        *(*inputs, *filters, *(caches or _NONE), state, factors, o, items, H, width, *wide, int(normalize)),
+        *(q, k, v, gate_logits, beta_logits, a_log, dt_bias, *filters, *(caches or _NONE), state, factors, o),
+        *(items, H, *strides, width, *wide, int(normalize)),
         *(int(gate_logits is not None and gate_logits.dim() == 2), int(bounded), lower_bound, strength, scale),
         device=q.device,
     )
@@ -124,7 +132,7 @@ def kda_step_cuda(
     in the copy, which is then copied back.
     """
     dtype, given = q.dtype, caches
-    filters, caches = ([_float32_or(dtype, x) for x in xs] for xs in (weights, caches))
+    filters, caches = ([float32_or(dtype, x) for x in xs] for xs in (weights, caches))
     inputs = (
         *(q, k, v, None if gate_logits is None else gate_logits.to(dtype), beta_logits.to(dtype)),
         *(None if x is None else x.float() for x in (gate.A_log, gate.dt_bias)),

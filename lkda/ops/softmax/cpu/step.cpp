@@ -1,8 +1,8 @@
 // One token of softmax attention and of multi-head latent attention on a CPU: the entries of the token are appended to
 // preallocated caches, then each head attends to them. step.py calls it.
 //
-// Caches are [B, heads, S, width] or [B, S, width] with their entries side by side; of each sequence `length` entries
-// are filled. A step of a full cache changes nothing and returns 1.
+// Caches are [B, heads, S, width] or [B, S, width] with their entries side by side; of each sequence `lengths` entries
+// are filled before the token. In a full cache, the token takes the place of the last one.
 
 #include <cmath>
 #include <cstdint>
@@ -15,16 +15,10 @@ namespace {
 
 constexpr int64_t PER_THREAD = 1 << 15;  // numbers of caches; fewer are not worth a thread
 
-inline bool is_full(int64_t B, const int64_t* length, int64_t S) {
-    for (int64_t b = 0; b < B; b++)
-        if (length[b] >= S) return true;
-    return false;
-}
-
 template <typename F>
-void for_heads(int64_t B, int64_t H, int64_t width, const int64_t* length, int64_t threads, const F& run) {
+void for_heads(int64_t B, int64_t H, int64_t width, const int64_t* lengths, int64_t threads, const F& run) {
     int64_t longest = 0;
-    for (int64_t b = 0; b < B; b++) longest = length[b] > longest ? length[b] : longest;
+    for (int64_t b = 0; b < B; b++) longest = lengths[b] > longest ? lengths[b] : longest;
     int64_t wanted = B * H * longest * width / PER_THREAD + 1;
     if (wanted < threads) threads = wanted;
     if (threads == 1) {
@@ -50,33 +44,25 @@ struct Softmax {
     int64_t B, H, D;
     const T *q, *k, *v;  // rows [B, H * D]
     int64_t q_stride, k_stride, v_stride;
-    const T *q_norm, *k_norm;  // weights [D] of the RMSNorms of heads, or null
-    T eps;
     const T* frequencies;
     T *keys, *values;
     int64_t batch_stride, head_stride, S;
-    int64_t* length;
+    const int64_t* lengths;
     T scale;
     T* o;
 
     void head(int64_t b, int64_t h) const {
-        int64_t at = length[b], from = b * batch_stride + h * head_stride;
-        std::vector<T> numbers(D + at + 1), normed(D);
+        int64_t at = lengths[b] < S ? lengths[b] : S - 1, from = b * batch_stride + h * head_stride;
+        std::vector<T> numbers(D + at + 1);
         T *query = numbers.data(), *scores = query + D, *K = keys + from, *V = values + from;
-        rotate(D / 2, T(length[b]), frequencies, own(q + b * q_stride + h * D, q_norm, normed.data()), query);
-        rotate(D / 2, T(length[b]), frequencies, own(k + b * k_stride + h * D, k_norm, normed.data()), K + at * D);
+        rotate(D / 2, T(lengths[b]), frequencies, q + b * q_stride + h * D, query);
+        rotate(D / 2, T(lengths[b]), frequencies, k + b * k_stride + h * D, K + at * D);
         std::memcpy(V + at * D, v + b * v_stride + h * D, sizeof(T) * D);
         for (int64_t s = 0; s <= at; s++) scores[s] = scale * inner(D, query, K + s * D);
         softmax(at + 1, scores);
         T* out = o + (b * H + h) * D;
         std::memset(out, 0, sizeof(T) * D);
         for (int64_t s = 0; s <= at; s++) accumulate(D, scores[s], V + s * D, out);
-    }
-
-    const T* own(const T* x, const T* weight, T* scratch) const {
-        if (!weight) return x;
-        rms_norm(D, x, weight, eps, scratch);
-        return scratch;
     }
 };
 
@@ -91,18 +77,20 @@ struct Latent {
     const T* projection;  // [H, nope + v_dim, rank]
     T *latents, *shareds;
     int64_t latents_stride, shareds_stride, S;
-    int64_t* length;
+    const int64_t* lengths;
     T scale;
     T* o;  // [B, H, v_dim]
 
+    int64_t place(int64_t b) const { return lengths[b] < S ? lengths[b] : S - 1; }
+
     void append(int64_t b) const {
-        int64_t at = length[b];
+        int64_t at = place(b);
         rms_norm(rank, latent + b * latent_stride, norm, eps, latents + b * latents_stride + at * rank);
         std::memcpy(shareds + b * shareds_stride + at * rope, shared + b * shared_stride, sizeof(T) * rope);
     }
 
     void head(int64_t b, int64_t h) const {
-        int64_t at = length[b];
+        int64_t at = place(b);
         std::vector<T> numbers(2 * rank + at + 1);
         T *query = numbers.data(), *sum = query + rank, *scores = sum + rank;
         const T *own = q + b * q_stride + h * (nope + rope), *rows = projection + h * (nope + v_dim) * rank;
@@ -117,43 +105,46 @@ struct Latent {
     }
 };
 
-// These return 1 for a full cache, else 0.
-
 template <typename T>
-int64_t softmax_step(const Softmax<T>& x, int64_t threads) {
-    if (is_full(x.B, x.length, x.S)) return 1;
-    for_heads(x.B, x.H, 2 * x.D, x.length, threads, [&](int64_t b, int64_t h) { x.head(b, h); });
-    for (int64_t b = 0; b < x.B; b++) x.length[b]++;
-    return 0;
+void softmax_step(const Softmax<T>& x, int64_t threads) {
+    for_heads(x.B, x.H, 2 * x.D, x.lengths, threads, [&](int64_t b, int64_t h) { x.head(b, h); });
 }
 
 template <typename T>
-int64_t latent_step(const Latent<T>& x, int64_t threads) {
-    if (is_full(x.B, x.length, x.S)) return 1;
+void latent_step(const Latent<T>& x, int64_t threads) {
     for (int64_t b = 0; b < x.B; b++) x.append(b);
-    for_heads(x.B, x.H, 2 * x.rank, x.length, threads, [&](int64_t b, int64_t h) { x.head(b, h); });
-    for (int64_t b = 0; b < x.B; b++) x.length[b]++;
-    return 0;
+    for_heads(x.B, x.H, 2 * x.rank, x.lengths, threads, [&](int64_t b, int64_t h) { x.head(b, h); });
 }
 
 }  // namespace
 
-#define ENTRIES(T, NAME)                                                                                              \
-    extern "C" int64_t softmax_step_##NAME(                                                                              \
-        int64_t B, int64_t H, int64_t D, const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stride,       \
-        int64_t v_stride, const T* q_norm, const T* k_norm, double eps, const T* frequencies, T* keys, T* values,      \
-        int64_t batch_stride, int64_t head_stride, int64_t S, int64_t* length, double scale, T* o, int64_t threads) {  \
-        return softmax_step<T>({B, H, D, q, k, v, q_stride, k_stride, v_stride, q_norm, k_norm, T(eps), frequencies, keys,    \
-                         values, batch_stride, head_stride, S, length, T(scale), o},                                   \
+// Whether a sequence has filled its S entries.
+extern "C" int64_t is_full(int64_t B, const int64_t* lengths, int64_t S) {
+    for (int64_t b = 0; b < B; b++)
+        if (lengths[b] >= S) return 1;
+    return 0;
+}
+
+extern "C" void advance(int64_t B, int64_t* lengths) {
+    for (int64_t b = 0; b < B; b++) lengths[b]++;
+}
+
+#define ENTRIES(T, NAME)                                                                                               \
+    extern "C" void softmax_step_##NAME(int64_t B, int64_t H, int64_t D, const T* q, const T* k, const T* v,           \
+                                        int64_t q_stride, int64_t k_stride, int64_t v_stride, const T* frequencies,    \
+                                        T* keys, T* values, int64_t batch_stride, int64_t head_stride, int64_t S,      \
+                                        const int64_t* lengths, double scale, T* o, int64_t threads) {                 \
+        softmax_step<T>({B, H, D, q, k, v, q_stride, k_stride, v_stride, frequencies, keys, values, batch_stride,      \
+                         head_stride, S, lengths, T(scale), o},                                                        \
                         threads);                                                                                      \
     }                                                                                                                  \
-    extern "C" int64_t latent_step_##NAME(                                                                               \
+    extern "C" void latent_step_##NAME(                                                                                \
         int64_t B, int64_t H, int64_t nope, int64_t rope, int64_t rank, int64_t v_dim, const T* q, const T* latent,    \
         const T* shared, int64_t q_stride, int64_t latent_stride, int64_t shared_stride, const T* norm, double eps,    \
         const T* projection, T* latents, T* shareds, int64_t latents_stride, int64_t shareds_stride, int64_t S,        \
-        int64_t* length, double scale, T* o, int64_t threads) {                                                        \
-        return latent_step<T>({B, H, nope, rope, rank, v_dim, q, latent, shared, q_stride, latent_stride, shared_stride,      \
-                        norm, T(eps), projection, latents, shareds, latents_stride, shareds_stride, S, length,         \
+        const int64_t* lengths, double scale, T* o, int64_t threads) {                                                 \
+        latent_step<T>({B, H, nope, rope, rank, v_dim, q, latent, shared, q_stride, latent_stride, shared_stride,      \
+                        norm, T(eps), projection, latents, shareds, latents_stride, shareds_stride, S, lengths,        \
                         T(scale), o},                                                                                  \
                        threads);                                                                                       \
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -16,18 +14,15 @@ def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
     Args:
         position: [T], or [B, T].
     """
-    frequency = frequencies(x.shape[-1] // 2, base, x.device, torch.promote_types(x.dtype, torch.float32))
+    frequency = frequencies(x.shape[-1], base, torch.promote_types(x.dtype, torch.float32), x.device)
     angle = position.to(frequency.dtype).unsqueeze(-1) * frequency  # [T or B, T, D/2]
     cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
     a, b = at_least_float32(x).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-def frequencies(half: int, base: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The angles [half] of one position: base^(-2i/D) for a head of D = 2 * half channels."""
-    exponents: Tensor = -torch.arange(half, device=device, dtype=dtype) / half
-    return base**exponents
-
-
-# A recorded step must find them computed.
-kept_frequencies = cache(frequencies)
+def frequencies(head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The angles [D/2] of position 1, base^(-2i/D)."""
+    half = head_dim // 2
+    rotary: Tensor = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    return rotary

@@ -1,0 +1,171 @@
+"""Starts the processes of a run on several devices, through Lightning's launcher, torchrun or Slurm."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lkda.checks import InputError
+from lkda.commands.invocation import given_overrides
+from lkda.training.options import TrainerOptions
+
+T = TypeVar("T")
+# What Lightning's launcher sets for the processes that it starts.
+_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+class Processes:
+    """The processes of a run, one for each device. It is a context, at whose end they part. Processes that something
+    else has started stay together for the next run of a sweep.
+
+    If nothing else has started them, the first process starts the others of its node in `join`: they run the same
+    command again. torchrun, Slurm, or a command on each node may also start them.
+
+    Attributes:
+        rank: the number of this process among all.
+        local_rank: its number among those of its node.
+        group: all processes, for values on the CPU; None before `join`, and for trainer.strategy=single.
+        environment: who started the processes; None for trainer.strategy=single.
+    """
+
+    def __init__(self, options: TrainerOptions, *, accelerator: str) -> None:
+        self._options, self._accelerator = options, accelerator
+        self.environment = _environment() if options.strategy != "single" else None
+        self.rank, self.local_rank, self.group = 0, 0, None
+        self._started_elsewhere = False
+        if self.environment is not None:
+            self._place(self.environment)
+        self._before = {name: os.environ.get(name) for name in _VARIABLES}
+
+    def _place(self, environment: ClusterEnvironment) -> None:
+        options = self._options
+        self.local_rank = environment.local_rank()
+        self._started_elsewhere = environment.creates_processes_externally
+        self.rank = environment.node_rank() * options.devices + self.local_rank
+        if not isinstance(environment, LightningEnvironment):
+            self.rank, there = environment.global_rank(), environment.world_size()
+            if there != options.world_size:
+                raise InputError(
+                    f"trainer.devices={options.devices} and trainer.num_nodes={options.num_nodes} make "
+                    f"{options.world_size} processes, but {there} were started; make the numbers equal."
+                )
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.group is None:
+            return
+        if self._started_elsewhere:  # they have one address, at which they can meet once
+            dist.destroy_process_group(self.group)
+            return
+        dist.destroy_process_group()
+        # The next run of a sweep in this process starts processes of its own.
+        for name, value in self._before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        rank_zero_only.rank = fabric_rank_zero_only.rank = 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def join(self) -> None:
+        """Start the other processes of the node if nothing else does, and wait for all."""
+        options = self._options
+        if self.environment is None:
+            return
+        timeout = timedelta(minutes=options.timeout_minutes)
+        fabric = Fabric(
+            accelerator=self._accelerator,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            strategy=DDPStrategy(timeout=timeout, cluster_environment=self.environment),
+        )
+        with _arguments_of_this_run():
+            fabric.launch()
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def context_group(self, size: int) -> Any:
+        """The processes that divide each row of a batch among themselves: `size` with consecutive ranks. All processes
+        must call it."""
+        timeout = timedelta(minutes=self._options.timeout_minutes)
+        firsts = range(0, self._options.world_size, size)
+        groups = [dist.new_group(range(first, first + size), timeout=timeout) for first in firsts]
+        return groups[self.rank // size]
+
+    def dismiss(self) -> None:
+        """Tell processes that were started elsewhere, and wait in `receive`, that there is nothing to do."""
+        if self._started_elsewhere and self._options.world_size > 1:
+            self.join()
+            self.send(None)
+
+    def send(self, value: Any) -> None:
+        """From the first process to all others, which call `receive`."""
+        if self.group is not None:
+            dist.broadcast_object_list([value], src=0, group=self.group)
+
+    def receive(self) -> Any:
+        """What the first process sends."""
+        box = [None]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def one_at_first(self, prepare: Callable[[], T]) -> T:
+        """What `prepare` returns. On each node one process calls it before the others, which find what it has cached.
+
+        The first process of the run has called it already, before `join`, and calls `wait` instead.
+        """
+        if self.local_rank == 0:
+            result = prepare()
+            self.wait()
+            return result
+        self.wait()
+        return prepare()
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+
+def _environment() -> ClusterEnvironment:
+    """Who starts processes: torchrun, Slurm (`srun`), or Lightning. It is chosen as Lightning's trainer chooses it."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
+
+
+@contextmanager
+def _arguments_of_this_run() -> Iterator[None]:
+    """Lightning starts the other processes with sys.argv. A job of a sweep needs its own settings there, and the
+    console command the name of the command."""
+    before = sys.argv
+    if HydraConfig.initialized():
+        by_name = Path(before[0]).name in ("lkda", "__main__.py")
+        sys.argv = [before[0], *(["train"] if by_name else []), *given_overrides(without=("hydra.run.dir",))]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,1 @@
+"""SwiGLU of the two halves of one product, in one launch."""

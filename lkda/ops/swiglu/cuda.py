@@ -1,0 +1,49 @@
+"""SwiGLU on a GPU: one launch, without gradients."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lkda.ops.runtime.jit import Kernel, Module, reason_cannot_run
+from lkda.ops.runtime.kernel_inputs import ELEMENTS, readable_rows
+
+# A row of most models then fills nearly all threads of its blocks.
+THREADS = 64
+
+
+def cannot_run(device: torch.device, hidden: int, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot run, or None if it can."""
+    if device.type == "cuda" and dtype not in ELEMENTS:
+        return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend='torch'."
+    if device.type == "cuda" and hidden % (multiple := _at_once(dtype)):
+        return f"the kernel takes halves of a multiple of {multiple} in {dtype}, got {hidden}; use backend='torch'."
+    return reason_cannot_run(device)
+
+
+def _at_once(dtype: torch.dtype) -> int:
+    """The elements that a thread reads at once, in 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+@cache
+def swiglu_kernel(dtype: torch.dtype) -> Kernel:
+    module = Module(Path(__file__).with_name("swiglu.cu"), {"ELEMENT": ELEMENTS[dtype], "THREADS": THREADS})
+    return module.kernel("swiglu", "PPii", overlapping=True)
+
+
+def kernels(arch: str) -> list[Kernel]:
+    """Every variant: each dtype."""
+    return [swiglu_kernel(dtype) for dtype in ELEMENTS]
+
+
+def swiglu_cuda(x: Tensor) -> Tensor:
+    """The kernel. The argument is that of `swiglu`, already checked."""
+    B, hidden = x.shape[0], x.shape[1] // 2
+    x, y = readable_rows(x), x.new_empty(B, hidden)
+    blocks = -(-hidden // (_at_once(x.dtype) * THREADS))
+    swiglu_kernel(x.dtype)((B * blocks, 1, 1), THREADS, x, y, hidden, x.stride(0), device=x.device)
+    return y

@@ -1,0 +1,185 @@
+"""Models of transformers and FLA with lkda's kernels on a GPU. On a CUDA machine: pytest -m gpu tests/integrations"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lkda.integrations import fla as integration
+from lkda.integrations.transformers import use_lkda_kernels
+from tests.ops.cases import relative
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+VOCAB = 1000
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", minversion="5.24")
+
+
+def dense_kimi(transformers, layers=4, width=512):
+    """Three KDA layers for each MLA layer, heads of 128."""
+    heads = width // 128
+    kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)]
+    config = transformers.KimiLinearConfig(
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, kv_lora_rank=width // 2, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, layer_types=kinds, mlp_layer_types=["dense"] * layers,
+        linear_head_dim=128, linear_num_heads=heads, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.KimiLinearForCausalLM(config).cuda().eval()
+
+
+def tokens(*shape):
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(0)).cuda()
+
+
+def logits_and_gradients(model, x, mask):
+    model.zero_grad()
+    found = model(input_ids=x, attention_mask=mask, labels=x, use_cache=False)
+    found.loss.backward()
+    real = mask.bool()
+    return {"logits": found.logits[real].float()} | {name: p.grad.float() for name, p in model.named_parameters()}
+
+
+class TestKimiLinear:
+    def test_logits_and_gradients_err_no_more_than_theirs(self, transformers):
+        """Of bf16 weights against float32: lkda's kernels at most twice the error of transformers' own path."""
+        truth = dense_kimi(transformers)
+        theirs = copy.deepcopy(truth).bfloat16()
+        truth.load_state_dict({name: x.float() for name, x in theirs.state_dict().items()})
+        ours = copy.deepcopy(theirs)
+        use_lkda_kernels(ours)
+        x = tokens(2, 300)
+        mask = torch.ones_like(x)
+        mask[0, :50] = 0
+        want, own, got = (logits_and_gradients(model, x, mask) for model in (truth, theirs, ours))
+        errors = {name: (relative(got[name], y), relative(own[name], y)) for name, y in want.items()}
+        worse = {name: pair for name, pair in errors.items() if pair[0] > 2 * pair[1] + 1e-3}
+        assert worse == {}
+
+    def test_greedy_generation_is_theirs_for_200_tokens(self, transformers):
+        theirs = dense_kimi(transformers)
+        with torch.no_grad():  # so that the likeliest token is clear
+            theirs.lm_head.weight.mul_(20)
+        ours = copy.deepcopy(theirs)
+        use_lkda_kernels(ours)
+        x = tokens(2, 50)
+        mask = torch.ones_like(x)
+        mask[0, :11] = 0
+        options = {"attention_mask": mask, "max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
+        assert torch.equal(ours.generate(x, **options), theirs.generate(x, **options))
+
+    def test_compiles_without_a_graph_break(self, transformers):
+        ours = dense_kimi(transformers).bfloat16()
+        use_lkda_kernels(ours)
+        x = tokens(2, 300)
+        want = ours(input_ids=x, use_cache=False).logits.float()
+        compiled = torch.compile(ours, fullgraph=True)
+        assert relative(compiled(input_ids=x, use_cache=False).logits.float(), want) < 0.02
+
+    def test_two_layers_of_the_published_48b_train_and_decode(self, transformers):
+        """Hidden 2304, 32 heads of 128, 256 experts: one KDA layer and one MLA layer, random weights in bf16."""
+        config = transformers.KimiLinearConfig(
+            num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], mlp_layer_types=["sparse"] * 2
+        )
+        assert (config.hidden_size, config.linear_num_heads, config.linear_head_dim) == (2304, 32, 128)
+        assert config.num_experts == 256
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model = transformers.KimiLinearForCausalLM._from_config(config, dtype=torch.bfloat16)
+        use_lkda_kernels(model)
+        x = torch.randint(3, config.vocab_size, (1, 2048), device="cuda")
+        loss = model(input_ids=x, labels=x, use_cache=False).loss
+        loss.backward()
+        assert loss.isfinite()
+        gradients = [p.grad for p in model.model.layers[0].self_attn.parameters()]
+        assert all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in gradients)
+        model.zero_grad()
+        model.eval()
+        prompt = x[:, :100]
+        found = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, min_new_tokens=20, do_sample=False,
+            eos_token_id=None,
+        )  # fmt: skip
+        with torch.no_grad():
+            logits = model(input_ids=found[:, :-1], use_cache=False).logits[0, 99:].float()
+        chosen = logits.gather(1, found[0, 100:, None]).squeeze(1)
+        best = logits.max(1).values
+        # The tokens of the cached steps are the likeliest of one pass too, up to rounding.
+        assert ((best - chosen) <= 0.05 * logits.std(1) + 1e-3).all()
+
+
+class TestFLA:
+    @pytest.fixture
+    def layers(self):
+        pytest.importorskip("fla.ops.kda")
+        from fla import layers
+
+        yield layers
+        integration.unregister()
+
+    @pytest.mark.parametrize(
+        "heads", [{"num_heads": 4}, {"num_heads": 2, "num_v_heads": 4}, {"num_heads": 4, "expand_v": 2}]
+    )
+    def test_a_layer_gives_its_own_results(self, layers, heads):
+        torch.manual_seed(0)
+        layer = layers.KimiDeltaAttention(hidden_size=512, head_dim=128, layer_idx=0, **heads).cuda()
+        mask = torch.ones(2, 300, dtype=torch.long, device="cuda")
+        mask[0, :70] = 0
+
+        def results():
+            x = torch.randn(2, 300, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+            x.requires_grad_()
+            with torch.autocast("cuda", torch.bfloat16):
+                y = layer(x, attention_mask=mask)[0].float()
+            return [y, *torch.autograd.grad(y.square().mean(), [x, *layer.parameters()])]
+
+        integration.unregister()
+        want = results()
+        integration.register()
+        got = results()
+        errors = [relative(x, y) for x, y in zip(got, want, strict=True)]
+        assert max(errors) < 0.03, errors
+
+    def test_decoding_gives_its_own_results(self, layers):
+        from fla.models.utils import Cache
+
+        torch.manual_seed(0)
+        layer = layers.KimiDeltaAttention(hidden_size=512, head_dim=128, num_heads=4, layer_idx=0)
+        layer = layer.cuda().bfloat16().eval()
+        x = torch.randn(2, 110, 512, device="cuda", dtype=torch.bfloat16)
+
+        @torch.no_grad()
+        def decoded():
+            cache, found = Cache(), []
+            for part in x.split([100, *[1] * 10], 1):
+                y, _, cache = layer(part, past_key_values=cache, use_cache=True)
+                found.append(y)
+            return torch.cat(found, 1).float()
+
+        integration.unregister()
+        want = decoded()
+        integration.register()
+        assert relative(decoded(), want) < 0.02
+
+    def test_chunk_kda_runs_lkda(self, layers, caplog):
+        from fla.ops.kda import chunk_kda
+
+        q, k, v, g = (torch.randn(1, 100, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+        beta = torch.rand(1, 100, 2, device="cuda", dtype=torch.bfloat16)
+        integration.register()
+        with caplog.at_level("INFO", "fla.backends"):
+            chunk_kda(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, -g.float().abs(), beta)
+            chunk_kda(q[..., :48], k[..., :48], v, -g[..., :48].float().abs(), beta)
+        said = [record.getMessage() for record in caplog.records]
+        assert any("chunk_kda -> lkda" in line for line in said)
+        assert any("lkda rejected: the kernel takes heads of 32, 64, 128, got 48" in line for line in said)

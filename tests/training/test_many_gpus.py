@@ -1,0 +1,72 @@
+"""On several GPUs, through NCCL: the runs of one GPU at the same number of tokens per step."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+STEPS = 200
+# Losses of bf16 runs whose sums have another order. The data are text, so that there is something to learn.
+TOLERANCE = 2e-2
+
+
+def trained(corpus: Path, directory: Path, *overrides: str) -> dict[int, float]:
+    """Train in processes of their own. Returns the training loss of every tenth step."""
+    words = (
+        *("data=files", f"data.paths=[{corpus}]", "data.vocab_size=300", "data.context=128", "data.batch_size=8"),
+        *("model=tiny", "model.vocab_size=null", f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}"),
+        *("sample.max_new_tokens=0", "callbacks=none", f"hydra.run.dir={directory}", *overrides),
+    )
+    # NVLink multicast needs rights that containers often lack.
+    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0"}
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert json.loads((directory / "summary.json").read_text())["status"] == "finished"
+    with open(directory / "metrics.csv", newline="") as file:
+        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+
+
+@pytest.fixture(scope="module")
+def on_one(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+    @cache
+    def of(mixer: str) -> dict[int, float]:
+        return trained(corpus, tmp_path_factory.mktemp("one") / "run", "trainer=gpu", f"mixer={mixer}")
+
+    return of
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["kda", "kda_softmax_3to1", "simplified"])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "context_parallel"])
+def test_as_on_one_gpu(how: str, count: int, mixer: str, corpus: Path, tmp_path: Path, on_one) -> None:
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+    parts = count if how == "context_parallel" else 1
+    strategy = "ddp" if how == "context_parallel" else how
+    many = (f"trainer={strategy}", f"trainer.devices={count}", f"trainer.context_parallel={parts}", f"mixer={mixer}")
+    found, expected = trained(corpus, tmp_path / "run", *many), on_one(mixer)
+    assert found.keys() == expected.keys()
+    assert max(expected) == STEPS
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=TOLERANCE), step
+
+
+@pytest.mark.gpu
+def test_resumed_with_another_number_of_gpus(corpus: Path, tmp_path: Path) -> None:
+    """From a checkpoint that two GPUs share, on one, and on two again."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    run = tmp_path / "run"
+    trained(corpus, run, "trainer=fsdp", "trainer.devices=2", "trainer.max_steps=20")
+    trained(corpus, run, "trainer=gpu", "trainer.max_steps=40", "resume=true")
+    losses = trained(corpus, run, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=60", "resume=true")
+    assert losses[60] < losses[20] < losses[1]
