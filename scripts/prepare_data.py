@@ -1,4 +1,4 @@
-"""Download and tokenize the mix of public texts (data=prose): `python scripts/prepare_data.py --help`."""
+"""Download and tokenize a mix of public texts, or tokenize your own files: `python scripts/prepare_data.py --help`."""
 
 from lkda.commands.entry_point import run_script
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "export": "write a trained model into a directory that other programs load",
     "compare": "compare runs: a table, plots and a page",
     "benchmark": "measure operators, training steps and decoding",
-    "prepare-data": "download and tokenize the mix of public texts (data=prose)",
+    "prepare-data": "download and tokenize a mix of public texts, or tokenize your own files",
 }
 # Settings whose value is taken literally and is not parsed by Hydra's grammar.
 _VERBATIM = {"generate": ("prompt",)}

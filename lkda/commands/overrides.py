@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 # Settings whose value is a text or a path. Hydra's grammar must not turn it into a number, a list or a dictionary.
 _TEXTS = {
     *("ckpt", "out", "prompt_file", "init_from", "tasks_path", "bench", "title", "runs", "check"),
+    *("path", "tokenizer_path"),
     *("sample.prompt", "data.tokenizer_path", "data.directory", "hydra.run.dir", "hydra.sweep.dir"),
     *("model.name", "mixer.name", "logger.wandb.project", "logger.wandb.name", "logger.wandb.group"),
 }

@@ -19,7 +19,8 @@ from hydra.utils import get_class
 
 from lkda.checks import InputError
 from lkda.commands.invocation import typed_overrides
-from lkda.data.text.datamodule import TextDataModule
+from lkda.data.text.datamodule import PREPARED
+from lkda.data.text.packed import PackedDataModule
 from lkda.models.mixers import mixer_names
 
 # Looks up the value of a setting by its dotted name; None if there is no such setting.
@@ -68,7 +69,7 @@ def _rates_of_other_models(get: Get) -> bool:
 
 
 def _tokens_are_no_text(get: Get) -> bool:
-    return not issubclass(get_class(get("data._target_")), TextDataModule)
+    return not issubclass(get_class(get("data._target_")), PackedDataModule)
 
 
 def _pins_nothing(get: Get) -> bool:
@@ -99,14 +100,17 @@ DATA = (
     _Unused("data.test_fraction", _has_value("data.test_from_year"), "beside data.test_from_year"),
     _Unused("data.test_fraction", _has_value("data.test_split"), "beside data.test_split"),
     _Unused("data.vocab_size", _has_value("data.tokenizer_path"), "beside data.tokenizer_path"),
-    _Unused("data.vocab_size", _is("data.source", "prose"), "with data=prose, which has its own tokenizer"),
+    *(
+        _Unused("data.vocab_size", _is("data.source", name), f"with data={name}, which has its own tokenizer")
+        for name in PREPARED
+    ),
     _Unused("data.pin_memory", _pins_nothing, "where there is no GPU"),
     _Unused("data.cache_dir", _has_value("data.directory"), "beside data.directory"),
     _Unused("data.shortest", _is("data.packed", False), "without data.packed=true"),
     *_each(
         ("data.val_fraction", "data.val_from_year", "data.test_fraction", "data.text_column"),
-        _is("data.source", "sotu", "prose"),
-        "with data=sotu and data=prose, which have a fixed validation split",
+        _is("data.source", "sotu", *PREPARED),
+        f"with data=sotu and data={' and data='.join(PREPARED)}, which have a fixed validation split",
     ),
 )
 
@@ -155,6 +159,11 @@ GENERATE = (
         "beside temperature=0, which always takes the most likely token",
     ),
     _Unused("out", _is("prompts", None), "without prompts=..., whose texts are written to it"),
+)
+
+PREPARE_DATA = (
+    *_each(("text_column", "val_fraction", "test_fraction"), _is("paths", None), "without paths=[...]"),
+    _Unused("vocab_size", _has_value("tokenizer_path"), "beside tokenizer_path"),
 )
 
 EVALUATE = (

@@ -29,10 +29,16 @@ _AT_ONCE = 2**24  # tokens
 
 def of_texts(texts: Iterable[str]) -> str:
     """The hash of documents in their order."""
+    return of_documents([text] for text in texts)
+
+
+def of_documents(documents: Iterable[Iterable[str]]) -> str:
+    """The hash of documents in their order. Each one is given as blocks of text that follow each other."""
     digest = hashlib.sha256()
-    for text in texts:
+    for blocks in documents:
         digest.update(_BEGINS)
-        digest.update(text.encode())
+        for block in blocks:
+            digest.update(block.encode())
     return digest.hexdigest()
 
 

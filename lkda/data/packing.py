@@ -8,14 +8,35 @@ rows and of documents. It is padded to a fixed length by repeating its last valu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lkda.data.shuffle import shuffled
+from lkda.data.shuffle import shuffled, weighted
 from lkda.targets import IGNORE_INDEX
+
+
+class RowSource(Protocol):
+    """Rows of `context` tokens that are read by number.
+
+    Attributes:
+        context: tokens per row.
+        count: the number of rows.
+        most_sequences: the largest number of sequences in a row.
+    """
+
+    context: int
+    count: int
+    most_sequences: int
+
+    def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """tokens and targets of row n, both [context] int64. A row past the end is padding without targets."""
+
+    def begins(self, n: int) -> np.ndarray:
+        """The positions in row n where a sequence begins, from 0 on, in ascending order."""
 
 
 class Rows:
@@ -55,12 +76,39 @@ class Rows:
         return np.concatenate([[0], self.starts[low:high] - first])
 
 
-def cu_seqlens_length(parts: Sequence[Rows], *, batch_size: int) -> int:
+class JoinedRows:
+    """The rows of several sources, one after another, none of which crosses from one source to the next.
+
+    Args:
+        parts: with the same context.
+    """
+
+    def __init__(self, parts: Sequence[RowSource]) -> None:
+        self.parts, self.context = parts, parts[0].context
+        self.ends = np.cumsum([part.count for part in parts])
+        self.count = int(self.ends[-1])
+        self.most_sequences = max(part.most_sequences for part in parts)
+
+    def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        part, own = self._place(n)
+        return part.row(own)
+
+    def begins(self, n: int) -> np.ndarray:
+        part, own = self._place(n)
+        return part.begins(own)
+
+    def _place(self, n: int) -> tuple[RowSource, int]:
+        """The source of row n, and the row's number in it."""
+        index = min(int(np.searchsorted(self.ends, n, side="right")), len(self.parts) - 1)
+        return self.parts[index], n - int(self.ends[index] - self.parts[index].count)
+
+
+def cu_seqlens_length(parts: Sequence[RowSource], *, batch_size: int) -> int:
     """A length of cu_seqlens that is enough for every batch of every split, so that all batches have one shape."""
     return 1 + batch_size * max(rows.most_sequences for rows in parts)
 
 
-def pack(rows: Rows, numbers: Sequence[int], length: int) -> dict[str, Tensor]:
+def pack(rows: RowSource, numbers: Sequence[int], length: int) -> dict[str, Tensor]:
     """A batch of the rows with these numbers: tokens and targets [1, N] int64, cu_seqlens [length] int32."""
     pairs = [rows.row(n) for n in numbers]
     tokens = np.concatenate([pair[0] for pair in pairs])
@@ -76,23 +124,38 @@ def pack(rows: Rows, numbers: Sequence[int], length: int) -> dict[str, Tensor]:
 
 
 class TrainingBatches(Dataset[dict[str, Tensor]]):
-    """An unlimited sequence of batches, epoch after epoch. Only (seed, epoch) decides the order of the rows.
+    """An unlimited sequence of batches. Their rows are numbered by their places in the unlimited sequence of all
+    rows, and only the seed and the place decide which row that is.
 
     Args:
         batch_size: rows per batch on this rank.
         cu_seqlens_length: see the function of that name.
-        rank, world_size: of the data-parallel processes. They divide the rows of a step among themselves.
+        rank, world_size: of the data-parallel processes. They divide the rows of a step among themselves: together
+            they have the rows of one process with a `world_size` times as large batch.
+        parts: for `JoinedRows`, the number of rows of each source, and its weight; see `weighted`. None means that all
+            rows follow each other, epoch after epoch.
     """
 
     def __init__(
-        self, rows: Rows, *, batch_size: int, cu_seqlens_length: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        rows: RowSource,
+        *,
+        batch_size: int,
+        cu_seqlens_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        parts: Sequence[tuple[int, float]] | None = None,
     ) -> None:
         self.rows, self.batch_size, self.cu_seqlens_length, self.seed = rows, batch_size, cu_seqlens_length, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.parts = rank, world_size, parts
 
     def __getitem__(self, batch: int) -> dict[str, Tensor]:
         places = (batch * self.batch_size + np.arange(self.batch_size)) * self.world_size + self.rank
-        numbers = shuffled(places, self.rows.count, seed=self.seed)
+        if self.parts is None:
+            numbers = shuffled(places, self.rows.count, seed=self.seed)
+        else:
+            numbers = weighted(places, self.parts, seed=self.seed)
         return pack(self.rows, numbers.tolist(), self.cu_seqlens_length)
 
 
@@ -100,7 +163,7 @@ class ValidationBatches(Dataset[dict[str, Tensor]]):
     """All rows once, in order. The last batch is filled with empty rows. With a limit, only the first `limit`
     batches."""
 
-    def __init__(self, rows: Rows, *, batch_size: int, cu_seqlens_length: int, limit: int | None = None) -> None:
+    def __init__(self, rows: RowSource, *, batch_size: int, cu_seqlens_length: int, limit: int | None = None) -> None:
         self.rows, self.batch_size, self.cu_seqlens_length, self.limit = rows, batch_size, cu_seqlens_length, limit
 
     def __len__(self) -> int:

@@ -8,11 +8,17 @@ samples.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
+from lkda.checks import InputError
+
 _ROUNDS = 6
+# Places in which every source has exactly its share, rounded to a whole number.
+CYCLE = 10_000
 
 
 def permuted(places: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -33,6 +39,56 @@ def shuffled(places: np.ndarray, size: int, *, seed: int) -> np.ndarray:
         here = epochs == epoch
         rows[here] = permuted(within[here], size, seed=seed, epoch=int(epoch))
     return rows
+
+
+def weighted(places: np.ndarray, parts: Sequence[tuple[int, float]], *, seed: int) -> np.ndarray:
+    """The rows at `places` (int64, >= 0) of an unlimited mixture of sources, of which each has its own epochs.
+
+    Each CYCLE places are a cycle, in which every source has its share of the places, in an order that (seed, cycle)
+    selects. The rows of a source follow each other as in `shuffled`: each is used once before any is used again.
+
+    Args:
+        parts: (number of rows, weight) of each source. The rows are numbered source by source.
+    """
+    counts = tuple(shares([weight for _, weight in parts]).tolist())
+    firsts = np.cumsum([0, *(size for size, _ in parts)])
+    cycles, within = np.divmod(places, CYCLE)
+    rows = np.empty_like(places)
+    for cycle in np.unique(cycles).tolist():
+        sources, own = _cycle(counts, seed, cycle)
+        for source, (size, _) in enumerate(parts):
+            here = np.flatnonzero(cycles == cycle)
+            here = here[sources[within[here]] == source]
+            rows[here] = firsts[source] + shuffled(own[within[here]], size, seed=seed + source)
+    return rows
+
+
+@functools.lru_cache(maxsize=4)
+def _cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """The source at each place of a cycle, and how many places the source has before it, of all cycles. Both are int64
+    [CYCLE]."""
+    slots = permuted(np.arange(CYCLE), CYCLE, seed=seed, epoch=cycle)
+    sources = np.searchsorted(np.cumsum(counts), slots, side="right")
+    own = np.empty(CYCLE, dtype=np.int64)
+    for source, count in enumerate(counts):
+        here = np.flatnonzero(sources == source)
+        own[here] = cycle * count + np.arange(count)
+    return sources, own
+
+
+def shares(weights: Sequence[float]) -> np.ndarray:
+    """The number of places of each source in a cycle, int64, which add up to CYCLE.
+
+    Raises: InputError for a weight that is not positive, or that is too small for a single place.
+    """
+    if any(not weight > 0 for weight in weights):
+        raise InputError(f"weights must be positive, got {list(weights)}: leave a source out instead of a weight of 0.")
+    exact = np.array(weights, dtype=np.float64) / sum(weights) * CYCLE
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: CYCLE - int(counts.sum())]] += 1
+    if (counts == 0).any():
+        raise InputError(f"weights {list(weights)} differ too much: each must be at least 1/{CYCLE} of their sum.")
+    return counts
 
 
 def _round_key(seed: int, epoch: int, index: int) -> np.uint64:

@@ -33,7 +33,7 @@ WAY = (
 
 _FONT = 'font-family="Helvetica, Arial, sans-serif"'
 _MARGIN, _WAY = 24, 456  # widths of the edges and of the way of a batch
-_TOP, _BOX, _GAP = 56, 130, 8  # of the first row; the width of a package and of what is between two
+_TOP, _BOX, _GAP = 56, 150, 8  # of the first row; the width of a package and of what is between two
 _LETTERS, _LINE, _BETWEEN = 18, 13, 40  # of a line in a package; from line to line; from row to row
 _COLOURS = {"commands": "#f3e3c3", "data": "#d3e6d0", "report": "#dddddd", "models": "#cfe0f3", "ops": "#f2cfcf"}
 

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from lkda.commands.train import train
 from lkda.data.text.cache import publish
+from lkda.data.text.datamodule import PREPARED
 from lkda.data.text.documents import Splits
 from lkda.data.text.tokenize import tokenize_splits
 from tests.commands.small import ROOT, composed
@@ -18,6 +19,8 @@ from tests.commands.small import ROOT, composed
 DATA = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
 # It measures models of text, and trains none.
 MEASURES = "needle"
+# data=hub with the names of data sets; tests/commands/test_hub.py trains on them.
+RECIPES = ("fineweb_edu", "tinystories")
 # Tokenizing 12 MB takes a quarter of a minute.
 SLOW = "sotu"
 
@@ -31,18 +34,26 @@ def required(name: str, corpus: Path, directory: Path) -> list[str]:
         rows = (json.dumps({"text": text}) for text in texts * 20)
         (directory / "train.jsonl").write_text("\n".join(rows) + "\n")
         return [f"data.name={directory}"]
-    if name == "prose":
+    if name == "completions":
+        rows = (json.dumps({"prompt": text[:20], "completion": text[20:40]}) for text in texts * 20)
+        (directory / "pairs.jsonl").write_text("\n".join(rows) + "\n")
+        return [f"data.paths=[{directory}/pairs.jsonl]"]
+    if name in PREPARED or name == "tokens":
         (built := directory / "built").mkdir()
         with Progress(disable=True) as progress:
             metadata = tokenize_splits(
                 Splits(texts[1:], texts[:1]), built, given=None, vocab_size=350, progress=progress
             )
         publish(built, directory / "prose", metadata)
-        return [f"data.directory={directory}/prose"]
+        return [f"data.paths=[{directory}/prose]" if name == "tokens" else f"data.directory={directory}/prose"]
     return []
 
 
-CHOICES = [pytest.param(name, marks=pytest.mark.slow) if name == SLOW else name for name in DATA if name != MEASURES]
+CHOICES = [
+    pytest.param(name, marks=pytest.mark.slow) if name == SLOW else name
+    for name in DATA
+    if name not in (MEASURES, *RECIPES)
+]
 
 
 @pytest.mark.parametrize("name", CHOICES)

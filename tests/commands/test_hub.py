@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lkda.commands.train import train
+from lkda.data.text.tokenizer import load_tokenizer
 from tests.commands.small import ROOT, composed
 
 SMALL = ("debug=fast", "trainer=cpu", "trainer.max_steps=2", "data=hub")
@@ -47,3 +49,48 @@ def test_the_command_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.Mo
     assert summary["status"] == "finished"
     assert summary["data"] == "roneneldan/TinyStories"
     assert asked == [("roneneldan/TinyStories", None, "train", True)]
+
+
+def hub_layout(home: Path, *, configs: str, files: dict[str, int]) -> Path:
+    """A directory with the layout of a data set of the hub: a README.md with YAML, and parquet files."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for name, count in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        table = pyarrow.Table.from_pylist([{**row, "id": n} for n, row in enumerate(rows(count))])
+        pyarrow.parquet.write_table(table, home / name)
+    (home / "README.md").write_text(f"---\nconfigs:\n{configs}---\n# A data set\n")
+    return home
+
+
+TINY_STORIES = """- config_name: default
+  data_files:
+  - {split: train, path: data/train-*}
+  - {split: validation, path: data/validation-*}
+"""
+FINEWEB = """- config_name: default
+  data_files: [{split: train, path: data/*/*}]
+- config_name: sample-10BT
+  data_files: [{split: train, path: sample/10BT/*}]
+"""
+
+
+@pytest.mark.parametrize("name", ["tinystories", "fineweb_edu"])
+def test_a_recipe_trains_on_a_directory_of_the_same_layout(tmp_path: Path, name: str) -> None:
+    """A local directory stands for the data set of the hub. Everything else is as in the configuration."""
+    if name == "tinystories":
+        files = {"data/train-00000-of-00002.parquet": 90, "data/train-00001-of-00002.parquet": 60}
+        home = hub_layout(tmp_path / "set", configs=TINY_STORIES, files={**files, "data/validation-0.parquet": 20})
+        words, documents = (), 149
+    else:
+        files = {"data/CC-MAIN-2013-20/train-0.parquet": 500, "sample/10BT/000_00000.parquet": 1500}
+        home = hub_layout(tmp_path / "set", configs=FINEWEB, files={**files, "sample/10BT/001_00000.parquet": 1500})
+        words, documents = ("data.max_documents=2000",), 2000 - 2 - 2
+    small = ("debug=fast", "trainer=cpu", "trainer.max_steps=2", f"data={name}", "model.vocab_size=300")
+    options = (f"data.name={home}", f"data.cache_dir={tmp_path}/cache", *words)
+    summary = train(composed("train", *small, *options), tmp_path / "run")
+    assert (summary["status"], summary["steps"], summary["data"]) == ("finished", 2, str(home))
+    (tokens,) = (tmp_path / "cache").rglob("train.npy")
+    start = load_tokenizer(tokens.with_name("tokenizer.json")).token_to_id("<|endoftext|>")
+    assert int((np.load(tokens) == start).sum()) == documents

@@ -21,7 +21,8 @@ def required(tmp_path: Path) -> dict[str, list[str]]:
     """What a user must give, by configuration."""
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text(json.dumps({"text": "some words"}) + "\n")
-    return {"files": [f"data.paths=[{tmp_path}/set]"], "hub": [f"data.name={tmp_path}/set"]}
+    paths = [f"data.paths=[{tmp_path}/set]"]
+    return {"hub": [f"data.name={tmp_path}/set"]} | dict.fromkeys(("files", "tokens", "completions"), paths)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lkda.data.prose.sources import MIXES
 from lkda.ops.runtime import cubin_cache
 from tests.documentation.commands import ROOT, Snippet, console_commands
 from tests.documentation.sources import snippets
@@ -132,6 +133,8 @@ def _write_programs(folder: Path) -> None:
     for name, function in console_commands().items():
         written[name] = f'{ask} --console {function} {name} "$@"'
     written |= {name: f'exec "{sys.executable}" -m {name} "$@"' for name in ("ruff", "mypy")}
+    # A clone of a public repository is a copy of the stand-in in the stock.
+    written["git"] = f'[ "$1" = clone ] && exec cp -r "{folder.parent}/stock/$(basename "$2")" .; exit 1'
     for name, line in written.items():
         (folder / name).write_text(f"#!/bin/sh\n{line}\n")
         (folder / name).chmod(0o755)
@@ -151,7 +154,17 @@ def _fill(stock: Path, made: Session) -> None:
     sentences = [" ".join(draw.choices(SENTENCE.split(), k=6)) + "." for _ in range(600)]
     (stock / "text").write_text(" ".join(sentences), encoding="utf-8")
     rows = (json.dumps({"text": " ".join(sentences[n : n + 20])}) for n in range(0, 600, 5))
-    (stock / "hub.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (stock / "hub.jsonl").write_text("\n".join([*rows] * 10) + "\n", encoding="utf-8")
+    pairs = (json.dumps({"prompt": text[:40], "completion": text[40:60]}) for text in sentences if len(text) > 40)
+    (stock / "pairs").write_text("\n".join(pairs) + "\n", encoding="utf-8")
+    (corpus := stock / "100_english_novels" / "corpus").mkdir(parents=True)
+    for n in range(40):
+        (corpus / f"Author{n:02}_Title_1900.txt").write_text("\n\n".join(sentences[n : n + 30]), encoding="utf-8")
+    (level := stock / "ELTeC-eng" / "level1").mkdir(parents=True)
+    body = "".join(f"<p>{sentence}</p>" for sentence in sentences[:30])
+    header = "<titleStmt><title>A Tale : ELTeC edition</title><author>Other, A. (1800-1850)</author></titleStmt>"
+    tei = f'<TEI xmlns="http://www.tei-c.org/ns/1.0">{header}<text><body>{body}</body></text></TEI>'
+    (level / "ENG18480_Other.xml").write_text(tei, encoding="utf-8")
     page = Page("stock", made)
     for command in (
         "python scripts/train.py hydra.run.dir=run",
@@ -177,7 +190,8 @@ class Page:
         (self.folder / ".venv" / "bin" / "activate").write_text(f'PATH="{self.folder}/.venv/bin:$PATH"\n')
         for stamp in ("installed", "installed-dev"):
             (self.folder / ".venv" / stamp).touch()
-        shutil.rmtree(session.folder / "cache" / "prose", ignore_errors=True)
+        for mix in MIXES:
+            shutil.rmtree(session.folder / "cache" / mix, ignore_errors=True)
 
     def run(self, snippet: Snippet) -> Result:
         """Run as bash would, or as a file of Python."""

@@ -107,7 +107,8 @@ class Command:
         def run() -> int:
             return self._main(lambda: runpy.run_path(str(path), run_name="__main__"), [str(path), *rest, *added])
 
-        return self._prepare(run) if path.stem == "prepare_data" and added else run()
+        of_prose = path.stem == "prepare_data" and not any(word.startswith(("mix=", "paths=")) for word in rest)
+        return self._prepare(run) if of_prose and added else run()
 
     def _cut(self, name: str, words: list[str]) -> list[str]:
         """What is added to the words of the command `name`, with a note of it."""

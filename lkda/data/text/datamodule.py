@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from lkda.checks import InputError, check_count
-from lkda.data.datamodule import IndexedDataModule, TestSplit
-from lkda.data.fingerprint import check_same
-from lkda.data.packing import Rows, TrainingBatches, ValidationBatches, cu_seqlens_length
+from lkda.data.packing import Rows
 from lkda.data.text.cache import default_cache_dir, expanded
 from lkda.data.text.files import file_sources, sotu_sources
+from lkda.data.text.packed import HeldOut, PackedDataModule, PackedText
 from lkda.data.text.tokenize import (
     Corpus,
     TokenizedCorpus,
@@ -21,18 +18,21 @@ from lkda.data.text.tokenize import (
     unigram_entropy,
     without_test,
 )
-from lkda.data.text.tokenizer import check_vocab_size, vocabulary_rows
+from lkda.data.text.tokenizer import check_vocab_size
+
+# Corpora that scripts/prepare_data.py makes.
+PREPARED = ("prose", "english", "code")
 
 
-class TextDataModule(IndexedDataModule):
+class TextDataModule(PackedDataModule):
     """Text -> packed batches {tokens, targets, cu_seqlens}; see `lkda.data.packing`.
 
     Args:
         source: "sotu" (249 State of the Union addresses; those since 2012 are the validation split), "files", or
-            "prose" (the output of scripts/prepare_data.py, with its own validation and test split).
+            one of PREPARED (the output of scripts/prepare_data.py, with its own validation and test split).
         context: tokens per sequence.
         batch_size: sequences per batch and device.
-        vocab_size: of the byte-level BPE that is trained on the training text. "prose" has its own tokenizer.
+        vocab_size: of the byte-level BPE that is trained on the training text. A prepared corpus has its own tokenizer.
         seed: of the order of the training batches.
         paths: files, directories or globs for "files": .txt and .md (one document each), .jsonl, .json, .parquet.
         val_paths: the same for the validation split. If empty, the split is the files whose name has a year from
@@ -44,7 +44,7 @@ class TextDataModule(IndexedDataModule):
         text_column: the column of jsonl, json and parquet files that holds the text.
         tokenizer_path: a tokenizer.json to use instead of training a tokenizer.
         cache_dir: None means LKDA_CACHE, or ~/.cache/lkda.
-        directory: of "prose". None means `prose` in cache_dir.
+        directory: of a prepared corpus. None means the directory in cache_dir that has its name.
         max_val_batches: measure only this many batches of the validation and of the test split, from the beginning.
             None means all.
         num_workers: processes that assemble training batches. A batch is a slice of a memory map, so few are needed.
@@ -55,7 +55,7 @@ class TextDataModule(IndexedDataModule):
     `prepare` also sets train_tokens and val_tokens, the numbers of tokens of the two splits.
     """
 
-    sources: tuple[str, ...] = ("sotu", "files", "prose")
+    sources: tuple[str, ...] = ("sotu", "files", *PREPARED)
 
     def __init__(
         self,
@@ -80,7 +80,15 @@ class TextDataModule(IndexedDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
     ) -> None:
-        super().__init__(num_workers=num_workers, pin_memory=pin_memory)
+        super().__init__(
+            source=source,
+            context=context,
+            batch_size=batch_size,
+            seed=seed,
+            max_val_batches=max_val_batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
         if source not in self.sources:
             raise InputError(f"data.source must be one of {', '.join(self.sources)}, got {source!r}.")
         if source != "files" and (paths or val_paths or test_paths):
@@ -89,70 +97,59 @@ class TextDataModule(IndexedDataModule):
             )
         if source not in ("files", "sotu") and test_from_year is not None:
             raise InputError(f"data.test_from_year belongs to data.source=files and sotu, not to {source}.")
-        if source != "prose" and directory:
-            raise InputError(f"data.directory belongs to data.source=prose, not to {source}.")
-        if source == "prose" and tokenizer_path:
+        if source not in PREPARED and directory:
+            raise InputError(f"data.directory belongs to data.source={' and '.join(PREPARED)}, not to {source}.")
+        if source in PREPARED and tokenizer_path:
             raise InputError(
-                "data.tokenizer_path has no effect with data.source=prose, which is already tokenized: leave it out."
+                f"data.tokenizer_path has no effect with data.source={source}, which is already tokenized: leave it "
+                "out."
             )
-        positive = {"context": context, "batch_size": batch_size, "vocab_size": vocab_size}
-        if max_val_batches is not None:
-            positive["max_val_batches"] = max_val_batches
-        for name, value in positive.items():
-            check_count(f"data.{name}", value, least=1)
-        check_count("data.seed", seed, least=0)
+        check_count("data.vocab_size", vocab_size, least=1)
         if not tokenizer_path:
             check_vocab_size(vocab_size)
-        self.source, self.context, self.batch_size, self.seed = source, context, batch_size, seed
         self.paths, self.val_paths = paths, val_paths
         self.val_fraction, self.val_from_year, self.text_column = val_fraction, val_from_year, text_column
         self.test_paths, self.test_fraction, self.test_from_year = test_paths, test_fraction, test_from_year
         self.wanted_vocab_size, self.tokenizer_path = vocab_size, tokenizer_path
         self.cache_dir = expanded(cache_dir) if cache_dir else default_cache_dir()
-        self.directory = expanded(directory) if directory else self.cache_dir / "prose"
-        self.max_val_batches = max_val_batches
-        self._prepared = False
+        self.directory = expanded(directory) if directory else self.cache_dir / source
 
-    def prepare(self) -> None:
-        """Read and tokenize the corpus, or find it in the cache, and check it. A second call does nothing.
+    def _read(self) -> PackedText:
+        """Read and tokenize the corpus, or find it in the cache.
 
-        Raises: InputError for data that cannot be used, or that are not the expected ones.
+        Raises: InputError for data that cannot be used.
         """
-        if self._prepared:
-            return
-        tokenized = self._read()
-        check_same(self.expected, tokenized.fingerprint, source=self.source)
-        self.fingerprint = tokenized.fingerprint
-        self.tokenizer = tokenized.tokenizer
-        self.vocab_size = vocabulary_rows(tokenized.tokenizer)
+        tokenized = self._tokenized()
         for name, token_ids in (("training", tokenized.train), ("validation", tokenized.validation)):
             if len(token_ids) < self.context + 1:
                 raise InputError(
                     f"the {name} text must have at least {self.context + 1} tokens (one context and the next token), "
                     f"got {len(token_ids)}: give more text, or a data.context of at most {len(token_ids) - 1}."
                 )
-        self._train = Rows(tokenized.train, starts=tokenized.starts("train"), context=self.context, partial=False)
-        self._validation = self._held_out(tokenized.validation, tokenized.starts("validation"))
-        self.no_test = self._why_no_test(tokenized)
-        test = []
-        if self.no_test is None:
-            assert tokenized.test is not None
-            test = [self._held_out(tokenized.test, tokenized.starts("test"))]
-        self.train_tokens, self.val_tokens = len(tokenized.train), len(tokenized.validation)
-        self._cu_seqlens_length = cu_seqlens_length([self._train, self._validation, *test], batch_size=self.batch_size)
-        self.val_batches = len(self.validation_batches())
-        self.unigram_entropy = unigram_entropy(tokenized.validation)
-        self.bytes_per_token = tokenized.validation_bytes / len(tokenized.validation)
-        self.test = self._test_split(tokenized, test[0]) if test else None
-        self._prepared = True
+        no_test = self._why_no_test(tokenized)
+        return PackedText(
+            tokenizer=tokenized.tokenizer,
+            fingerprint=tokenized.fingerprint,
+            train=Rows(tokenized.train, starts=tokenized.starts("train"), context=self.context, partial=False),
+            train_tokens=len(tokenized.train),
+            validation=self._held_out(tokenized, "validation"),
+            test=self._held_out(tokenized, "test") if no_test is None else None,
+            no_test=no_test,
+        )
 
-    def _held_out(self, token_ids: np.ndarray, starts: np.ndarray) -> Rows:
-        return Rows(token_ids, starts=starts, context=self.context, partial=True)
+    def _held_out(self, tokenized: TokenizedCorpus, name: str) -> HeldOut:
+        token_ids, size = tokenized.split(name)
+        return HeldOut(
+            Rows(token_ids, starts=tokenized.starts(name), context=self.context, partial=True),
+            tokens=len(token_ids),
+            bytes_per_token=size / len(token_ids),
+            unigram_entropy=unigram_entropy(token_ids),
+        )
 
     def _why_no_test(self, tokenized: TokenizedCorpus) -> str | None:
         """The reason why there is no test split; None if there is one."""
-        if tokenized.test is None and self.source == "prose":
-            return without_test(self.directory)
+        if tokenized.test is None and self.source in PREPARED:
+            return without_test(self.directory, self.source)
         if tokenized.test is None:
             return self._without_test()
         if len(tokenized.test) < self.context + 1:
@@ -168,19 +165,9 @@ class TextDataModule(IndexedDataModule):
             return "data.test_from_year is null"
         return "data.test_fraction is 0" if self.test_fraction == 0 else "the documents are too few to hold one out"
 
-    def _test_split(self, tokenized: TokenizedCorpus, rows: Rows) -> TestSplit:
-        assert tokenized.test is not None
-        assert tokenized.test_bytes is not None
-        return TestSplit(
-            self._measured_batches(rows),
-            tokens=len(tokenized.test),
-            bytes_per_token=tokenized.test_bytes / len(tokenized.test),
-            unigram_entropy=unigram_entropy(tokenized.test),
-        )
-
-    def _read(self) -> TokenizedCorpus:
-        if self.source == "prose":
-            return load_tokenized(self.directory)
+    def _tokenized(self) -> TokenizedCorpus:
+        if self.source in PREPARED:
+            return load_tokenized(self.directory, mix=self.source)
         return tokenize_corpus(
             self._corpus(),
             vocab_size=self.wanted_vocab_size,
@@ -201,25 +188,4 @@ class TextDataModule(IndexedDataModule):
             test_fraction=self.test_fraction,
             test_from_year=self.test_from_year,
             text_column=self.text_column,
-        )
-
-    def training_batches(self, *, rank: int, world_size: int) -> TrainingBatches:
-        return TrainingBatches(
-            self._train,
-            batch_size=self.batch_size,
-            cu_seqlens_length=self._cu_seqlens_length,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def validation_batches(self) -> ValidationBatches:
-        return self._measured_batches(self._validation)
-
-    def _measured_batches(self, rows: Rows) -> ValidationBatches:
-        return ValidationBatches(
-            rows,
-            batch_size=self.batch_size,
-            cu_seqlens_length=self._cu_seqlens_length,
-            limit=self.max_val_batches,
         )

@@ -3,6 +3,7 @@ test."""
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import importlib.util
@@ -21,7 +22,8 @@ from rich.progress import Progress
 from lkda.checks import InputError
 from lkda.data.progress import without_bars_of_datasets
 from lkda.data.text.cache import expanded
-from lkda.data.text.documents import Documents, Splits
+from lkda.data.text.documents import Documents, Splits, Text, TextFiles, blocks_of, part_of
+from lkda.data.text.table import Table, TableTexts, kind_of_value
 from lkda.io import named
 
 # The reader of a file, by its suffix. A text file is one document.
@@ -29,6 +31,9 @@ BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".
 # The State of the Union addresses from this year on are the validation split: 5% of the bytes. No later address is
 # trained on.
 SOTU_VALIDATION_FROM = 2012
+_AT_ONCE = 2**24  # bytes that are checked at a time
+# The documents of files.
+Found = TextFiles | TableTexts | Documents
 
 
 @dataclass(frozen=True)
@@ -256,8 +261,8 @@ def read_documents(sources: Sources, cache_dir: Path) -> Splits:
     Raises: InputError for a file that is not UTF-8, has no text column or cannot be parsed, or for an empty corpus.
     """
     found = _read(sources.train, sources.text_column, cache_dir)
-    taken = _cut if len(found) == 1 else _sampled
-    splits = taken(found, val_fraction=sources.fraction, test_fraction=sources.test_fraction)
+    fractions = {"val_fraction": sources.fraction, "test_fraction": sources.test_fraction}
+    splits = _cut(next(iter(found)), **fractions) if len(found) == 1 else _sampled(found, **fractions)
     validation, test = (
         _read(paths, sources.text_column, cache_dir) if paths else own
         for paths, own in ((sources.validation, splits.validation), (sources.test, splits.test))
@@ -265,41 +270,47 @@ def read_documents(sources: Sources, cache_dir: Path) -> Splits:
     return Splits(splits.train, validation, test)
 
 
-def _cut(documents: Documents, *, val_fraction: float, test_fraction: float) -> Splits:
+def _cut(document: Text, *, val_fraction: float, test_fraction: float) -> Splits:
     """Split one document: its end is for validation, the part before that for the test, and the beginning for
     training."""
-    (text,) = documents
-    end = len(text) - math.ceil(val_fraction * len(text))
-    begin = max(0, end - math.ceil(test_fraction * len(text)))
-    train, test, validation = text[:begin], text[begin:end], text[end:]
-    return Splits([train], [validation], [test] if test else ())
+    length = sum(map(len, blocks_of(document)))
+    end = length - math.ceil(val_fraction * length)
+    begin = max(0, end - math.ceil(test_fraction * length))
+    train, test, validation = (part_of(document, *part) for part in ((0, begin), (begin, end), (end, length)))
+    return Splits([train], [validation], [test] if begin < end else ())
 
 
-def _sampled(documents: Documents, *, val_fraction: float, test_fraction: float) -> Splits:
+def _sampled(documents: Found, *, val_fraction: float, test_fraction: float) -> Splits:
     """Split several documents at random. The validation split is sampled first, so that it does not depend on the test
     split."""
     count = len(documents)
-    order = np.random.default_rng(0).permutation(count).tolist()
+    order = np.random.default_rng(0).permutation(count)
     first = min(count - 1, math.ceil(val_fraction * count))
     second = first + min(count - 1 - first, math.ceil(test_fraction * count))
     train, validation, test = (
-        documents.some(sorted(numbers)) for numbers in (order[second:], order[:first], order[first:second])
+        documents.some(np.sort(numbers)) for numbers in (order[second:], order[:first], order[first:second])
     )
     return Splits(train, validation, test)
 
 
-def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Documents:
+def _read(paths: Sequence[Path], text_column: str, cache_dir: Path) -> Found:
     kind = str(kind_of(paths[0]))
     if kind != "parquet":
         for path in paths:
             _check_utf8(path)
-    found = _load(kind, paths, cache_dir)
-    documents = Documents(found, text_column_of(found, "text" if kind == "text" else text_column, _one_of(paths)))
-    if not documents:
+    found: Found
+    if kind == "text":
+        found = TextFiles(paths)
+    elif any(path.suffix.lower() == ".json" for path in paths):
+        table = _load_json(paths, cache_dir)
+        found = Documents(table, text_column_of(table, text_column, _one_of(paths)))
+    else:
+        found = TableTexts(Table(paths, [text_column]))
+    if not found:
         raise InputError(
             f"the corpus is empty: no text in {paths[0]}{' and the files with it' if len(paths) > 1 else ''}."
         )
-    return documents
+    return found
 
 
 def text_column_of(found: Any, column: str, name: str) -> str:
@@ -320,33 +331,23 @@ def text_column_of(found: Any, column: str, name: str) -> str:
     return column
 
 
-def kind_of_value(value: object) -> str:
-    """The kind of a value that is not text, in words."""
-    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-def _load(kind: str, paths: Sequence[Path], cache_dir: Path) -> Any:
-    """A `datasets.Dataset` of the rows of all files. The progress bars and log lines of `datasets` are suppressed."""
+def _load_json(paths: Sequence[Path], cache_dir: Path) -> Any:
+    """A `datasets.Dataset` of the rows of .json files, which may be JSON lines or one array. The progress bars and log
+    lines of `datasets` are suppressed."""
     import datasets
 
-    names = [glob.escape(str(path)) for path in paths]
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         with without_bars_of_datasets():
             # load_dataset is not used, because it reports each load to a server.
-            if kind == "text":
-                return datasets.Dataset.from_text(names, sample_by="document", cache_dir=str(cache_dir))
-            if kind == "json":
-                return datasets.Dataset.from_json(names, cache_dir=str(cache_dir))
-            return datasets.Dataset.from_parquet(names, cache_dir=str(cache_dir))
+            return datasets.Dataset.from_json([glob.escape(str(path)) for path in paths], cache_dir=str(cache_dir))
     # Errors of pyarrow are ValueErrors, but those of datasets are not.
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         if isinstance(error.__cause__, OSError):  # an error of the file system, in the scratch directory
             raise named(error.__cause__, cache_dir) from error
-        raise InputError(f"cannot read {_one_of(paths)} as {kind}: {reason}") from error
+        raise InputError(f"cannot read {_one_of(paths)} as json: {reason}") from error
     finally:
         datasets.logging.set_verbosity(level)
 
@@ -357,10 +358,20 @@ def _one_of(paths: Sequence[Path]) -> str:
 
 
 def _check_utf8(path: Path) -> None:
-    content = path.read_bytes()
-    if not content.strip():
+    """Raises InputError for a file that is not UTF-8, or that has only white space. A part of it is in memory at a
+    time."""
+    decoder, place, blank = codecs.getincrementaldecoder("utf-8")(), 0, True
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(_AT_ONCE)
+            pending = len(decoder.getstate()[0])  # bytes of a character that the last block had only the beginning of
+            try:
+                blank = not decoder.decode(block, final=not block).strip() and blank
+            except UnicodeDecodeError as error:
+                offset, wrong = place - pending + error.start, error.object[error.start]
+                raise InputError(f"{path} is not UTF-8: byte {wrong:#04x} at offset {offset}.") from error
+            place += len(block)
+            if not block:
+                break
+    if blank:
         raise InputError(f"{path} is empty.")
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}.") from error

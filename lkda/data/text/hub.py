@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import Progress, TaskID
 
 from lkda.checks import InputError
@@ -19,7 +20,8 @@ from lkda.data.progress import without_bars_of_datasets
 from lkda.data.text.cache import expanded
 from lkda.data.text.datamodule import TextDataModule
 from lkda.data.text.documents import Documents, Splits
-from lkda.data.text.files import kind_of_value, text_column_of
+from lkda.data.text.files import text_column_of
+from lkda.data.text.table import kind_of_value
 
 HUB_SECONDS = 10  # time limit of a request to the hub
 _STREAMED = "text"  # the column name in the file of a stream
@@ -132,9 +134,8 @@ def _every_so_many(documents: Documents, fraction: float) -> tuple[Documents, Do
     """Split documents in two: those that stay, and those held out. One of every 1 / fraction documents is held out,
     beginning in the middle of the first such group."""
     every = max(2, round(1 / fraction))
-    held_out = range(every // 2, len(documents), every)
-    remaining = set(range(len(documents))) - set(held_out)
-    return documents.some(sorted(remaining)), documents.some(held_out)
+    held_out = np.arange(every // 2, len(documents), every)
+    return documents.some(np.delete(np.arange(len(documents)), held_out)), documents.some(held_out)
 
 
 def _counted(rows: Iterable[Any], doing: str, task: TaskID, progress: Progress) -> Iterator[Any]:

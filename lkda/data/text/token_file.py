@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+PART = 2**22  # tokens of a file that are in memory at a time
+
+
+def parts_of(token_ids: np.ndarray) -> Iterator[np.ndarray]:
+    """The tokens in parts of at most PART. A memory-mapped file is mapped anew for each part, so that the process does
+    not hold more than a part of it."""
+    for begin in range(0, len(token_ids), PART):
+        count = min(PART, len(token_ids) - begin)
+        if isinstance(token_ids, np.memmap) and isinstance(token_ids.base, mmap.mmap):  # all of a file, not a slice
+            place = token_ids.offset + begin * token_ids.itemsize
+            yield np.memmap(token_ids.filename, token_ids.dtype, mode="r", offset=place, shape=(count,))
+        else:
+            yield token_ids[begin : begin + count]
+
+
+def positions_of(token_ids: np.ndarray, token: int) -> np.ndarray:
+    """The positions of a token, int64 [N], in ascending order."""
+    found, begin = [np.zeros(0, dtype=np.int64)], 0
+    for part in parts_of(token_ids):
+        found.append(begin + np.flatnonzero(part == token))
+        begin += len(part)
+    return np.concatenate(found)
 
 
 @contextmanager

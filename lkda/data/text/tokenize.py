@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,11 +18,11 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from lkda.checks import InputError
-from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_texts, of_tokenizer
+from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_documents, of_tokenizer
 from lkda.data.progress import patient_progress
 from lkda.data.text.cache import building, metadata_of, publish
-from lkda.data.text.documents import Splits, Texts
-from lkda.data.text.token_file import writing_token_file
+from lkda.data.text.documents import Splits, Text, Texts, blocks_of
+from lkda.data.text.token_file import parts_of, positions_of, writing_token_file
 from lkda.data.text.tokenizer import (
     document_start,
     encode_texts,
@@ -37,6 +38,8 @@ FORMAT = 3
 # Characters that are tokenized at a time. Meanwhile `tokenizers` needs a few hundred bytes of memory per character.
 _AT_ONCE = 2**21
 _PIECE = 2**18
+# Characters of the training text that a tokenizer is trained on.
+TRAINS_ON = 2**28
 # Positions where a long document may be split: byte-level BPE never merges a word with a space after it.
 _SEAM = re.compile(r"(?<=\S) (?=\S)")
 
@@ -62,17 +65,37 @@ class TokenizedCorpus:
     test: np.ndarray | None = None
     test_bytes: int | None = None
 
+    def split(self, name: str) -> tuple[np.ndarray, int]:
+        """The tokens and the UTF-8 bytes of the split "validation" or "test", which must exist."""
+        if name == "validation":
+            return self.validation, self.validation_bytes
+        assert name == "test"
+        assert self.test is not None
+        assert self.test_bytes is not None
+        return self.test, self.test_bytes
+
     def starts(self, name: str) -> np.ndarray:
         """The positions where documents begin in the token file `name`: "train", "validation" or "test"."""
         start = document_start(self.tokenizer)
         if start is None:
             return np.load(_starts_file(self.directory / f"{name}.npy"))
-        return np.flatnonzero({"train": self.train, "validation": self.validation, "test": self.test}[name] == start)
+        token_ids = self.train if name == "train" else self.split(name)[0]
+        return positions_of(token_ids, start)
 
 
 def unigram_entropy(token_ids: np.ndarray) -> float:
     """The unigram entropy of tokens, in nats per token: the loss of the best model that ignores the context."""
-    share = np.bincount(token_ids) / len(token_ids)
+    return unigram_entropy_of([token_ids])
+
+
+def unigram_entropy_of(arrays: Sequence[np.ndarray]) -> float:
+    """The unigram entropy of the tokens of all arrays together."""
+    counts = np.zeros(1, dtype=np.int64)
+    for part in (part for token_ids in arrays for part in parts_of(token_ids)):
+        found = np.bincount(part, minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    share = counts / counts.sum()
     share = share[share > 0]
     return float(-(share * np.log(share)).sum())
 
@@ -127,6 +150,23 @@ def tokenize_corpus(
     return load_tokenized(entry)
 
 
+def tokenize_into(directory: Path, sources: Corpus, *, vocab_size: int, tokenizer_path: Path | None) -> TokenizedCorpus:
+    """Tokenize a corpus into `directory`, which is created atomically, outside the cache.
+
+    Args:
+        sources, vocab_size, tokenizer_path: as of `tokenize_corpus`.
+    Raises: InputError as `tokenize_corpus`, and if the directory exists already.
+    """
+    given = load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+    if directory.exists():
+        raise InputError(f"{directory} exists already: give another out, or remove it.")
+    with building(directory) as scratch:
+        built = scratch / "entry"
+        built.mkdir()
+        publish(built, directory, _build(built, scratch / "arrow", sources, given, vocab_size, {}))
+    return load_tokenized(directory)
+
+
 def _build(
     directory: Path,
     arrow: Path,
@@ -138,9 +178,9 @@ def _build(
     """Fill `directory`, with `arrow` as scratch space for `datasets`. Returns the metadata to store with the files."""
     with patient_progress() as progress:
         splits = sources.documents(arrow, progress)
-        digests = {"train": of_texts(splits.train), "validation": of_texts(splits.validation)}
-        if splits.test:
-            digests["test"] = of_texts(splits.test)
+        parts = {"train": splits.train, "validation": splits.validation}
+        parts |= {"test": splits.test} if splits.test else {}
+        digests = {name: of_documents(map(blocks_of, documents)) for name, documents in parts.items()}
         check_same(expected, digests, source=sources.name)
         metadata = tokenize_splits(splits, directory, given=given, vocab_size=vocab_size, progress=progress)
     return {**metadata, "sha256": digests}
@@ -166,40 +206,68 @@ def tokenize_splits(
     """
     tokenizer = given
     if tokenizer is None:
-        training = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=None)
-        tokenizer = train_tokenizer(
-            (piece for text in splits.train for piece in _pieces(text, word_splitter())), vocab_size
+        tokenizer = train_on(
+            splits.train, vocab_size=vocab_size, size=size_of(splits.train, progress), progress=progress
         )
-        progress.remove_task(training)
     else:
         _check_alphabet(tokenizer, chain(splits.train, splits.validation, splits.test))
     (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    _write_token_file(directory / "train.npy", tokenizer, splits.train, progress)
+    write_token_file(directory / "train.npy", tokenizer, splits.train, progress)
     held_out = {"validation": splits.validation} | ({"test": splits.test} if splits.test else {})
     return {
-        f"{name}_bytes": _write_token_file(directory / f"{name}.npy", tokenizer, documents, progress)
+        f"{name}_bytes": write_token_file(directory / f"{name}.npy", tokenizer, documents, progress)
         for name, documents in held_out.items()
     }
 
 
-def _write_token_file(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
+def size_of(documents: Iterable[Text], progress: Progress) -> int:
+    """The number of characters of documents."""
+    task = progress.add_task("measuring the training text", total=None)
+    size = sum(len(block) for document in documents for block in blocks_of(document))
+    progress.remove_task(task)
+    return size
+
+
+def train_on(documents: Iterable[Text], *, vocab_size: int, size: int, progress: Progress) -> Tokenizer:
+    """Train a tokenizer on documents. If they are longer than TRAINS_ON, it is trained on pieces of them at equal
+    distances, because the memory that it needs grows with the number of different words.
+
+    Args:
+        size: the number of characters of the documents, or more.
+    """
+    share = min(1.0, TRAINS_ON / max(1, size))
+    task = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=int(size * share))
+
+    def chosen() -> Iterator[str]:
+        pieces = (piece for document in documents for piece in _pieces(document, word_splitter()))
+        for number, piece in enumerate(pieces):
+            if int((number + 1) * share) > int(number * share):
+                progress.advance(task, len(piece))
+                yield piece
+
+    tokenizer = train_tokenizer(chosen(), vocab_size)
+    progress.remove_task(task)
+    return tokenizer
+
+
+def write_token_file(path: Path, tokenizer: Tokenizer, documents: Texts, progress: Progress) -> int:
     """Write the tokens, and the beginnings of documents if no token marks them. Returns the documents' UTF-8 bytes."""
     task = progress.add_task(f"tokenizing {path.stem}", total=len(documents))
     dtype = np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32)
     begun = count = size = 0
-    starts: list[int] = []
+    starts = array("q")
     with writing_token_file(path, dtype) as write:
         for batch in _batches(documents, tokenizer):
             tokens, begins = _encode(tokenizer, batch)
             write(tokens)
-            starts += [count + place for place in begins]
+            starts.extend(count + place for place in begins)
             begun += len(begins)
             count += len(tokens)
             size += sum(len(piece.encode()) for _, piece in batch)
             description = f"tokenizing {path.stem}: {begun:,} documents, {count:,} tokens"
             progress.update(task, completed=begun, description=description)
     if document_start(tokenizer) is None:
-        places = np.unique(np.array(starts, dtype=np.int64))
+        places = np.unique(np.frombuffer(starts, dtype=np.int64))
         np.save(_starts_file(path), places[places < count])  # a document without tokens begins where the next one does
     return size
 
@@ -208,11 +276,12 @@ def _starts_file(token_file: Path) -> Path:
     return token_file.with_name(f"{token_file.stem}_starts.npy")
 
 
-def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
+def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[Text]) -> None:
     """Raises InputError for a character that a given tokenizer would drop silently."""
     characters: set[str] = set()
-    for text in documents:
-        characters.update(text)
+    for document in documents:
+        for block in blocks_of(document):
+            characters.update(block)
     visible = [character for character in sorted(characters) if not character.isspace()]
     try:
         encodings = encode_texts(tokenizer, visible)
@@ -228,26 +297,32 @@ def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[str]) -> None:
             )
 
 
-def _pieces(text: str, splitter: PreTokenizer | None) -> Iterator[str]:
+def _pieces(document: Text, splitter: PreTokenizer | None) -> Iterator[str]:
     """The text in pieces of about _PIECE characters, whose tokens are together those of the whole text.
 
     Args:
         splitter: the tokenizer's pre-tokenizer, if no normalizer changes the text before. It finds the positions where
             a text without spaces may be split.
     """
-    begin = 0
-    while begin + _PIECE < len(text):
-        seam = _SEAM.search(text, begin + _PIECE, begin + 2 * _PIECE)
-        end = seam.start() if seam else _word_end(text, begin, splitter)
-        yield text[begin:end]
-        begin = end
+    text, begin = "", 0
+    for block in blocks_of(document):
+        text, begin = text[begin:] + block, 0
+        while (end := _piece_end(text, begin, splitter)) is not None:
+            yield text[begin:end]
+            begin = end
     if begin < len(text):
         yield text[begin:]
 
 
-def _word_end(text: str, begin: int, splitter: PreTokenizer | None) -> int:
-    """The end of a word, about _PIECE characters after `begin`. If there is none, the next seam or the end of the
-    text."""
+def _piece_end(text: str, begin: int, splitter: PreTokenizer | None) -> int | None:
+    """The end of the piece that begins at `begin`. None if the text has no such end, or does not show it yet."""
+    if begin + _PIECE >= len(text):
+        return None
+    seam = _SEAM.search(text, begin + _PIECE, begin + 2 * _PIECE)
+    if seam:
+        return seam.start()
+    if begin + 2 * _PIECE > len(text):  # a longer text may have a seam there
+        return None
     words = splitter.pre_tokenize_str(text[begin : begin + _PIECE]) if splitter is not None else []
     if splitter is not None and len(words) > 2:
         word, (place, _) = words[-2]  # not the last one, which may be incomplete
@@ -255,15 +330,15 @@ def _word_end(text: str, begin: int, splitter: PreTokenizer | None) -> int:
         if again[0][0] == word:  # the word is the same at the beginning of a text; some splitters put a space before it
             return begin + place
     seam = _SEAM.search(text, begin + 2 * _PIECE)
-    return seam.start() if seam else len(text)
+    return seam.start() if seam else None
 
 
-def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[bool, str]]]:
+def _batches(documents: Iterable[Text], tokenizer: Tokenizer) -> Iterator[list[tuple[bool, str]]]:
     """Batches of about _AT_ONCE characters: (whether a document begins here, piece) for each piece."""
     splitter = tokenizer.pre_tokenizer if tokenizer.normalizer is None else None
     batch, size = [], 0
-    for text in documents:
-        for n, piece in enumerate(_pieces(text, splitter)):
+    for document in documents:
+        for n, piece in enumerate(_pieces(document, splitter)):
             batch.append((n == 0, piece))
             size += len(piece)
             if size >= _AT_ONCE:
@@ -295,14 +370,16 @@ def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np
     return np.concatenate(parts), places
 
 
-def load_tokenized(directory: Path) -> TokenizedCorpus:
+def load_tokenized(directory: Path, *, mix: str | None = None) -> TokenizedCorpus:
     """Load the token files of a published directory, memory-mapped.
 
+    Args:
+        mix: the mix that scripts/prepare_data.py makes there, for the message. None means that it is not known.
     Raises: InputError if there is no such directory, or if a file in it has another size than when it was written.
     """
     metadata = metadata_of(directory)
     if metadata is None:
-        raise InputError(f"{directory} holds no complete tokenized corpus: make it with scripts/prepare_data.py.")
+        raise InputError(f"{directory} holds no complete tokenized corpus: make it with {_command(mix)}.")
     names = ("train", "validation", *(["test"] if "test_bytes" in metadata else []))
     arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
     tokenizer = load_tokenizer(directory / "tokenizer.json")
@@ -319,6 +396,11 @@ def load_tokenized(directory: Path) -> TokenizedCorpus:
     )
 
 
-def without_test(directory: Path) -> str:
+def without_test(directory: Path, mix: str | None = None) -> str:
     """The reason why a corpus of an earlier version has no test split, in words."""
-    return f"{directory} was made by an earlier version; make it again with python scripts/prepare_data.py"
+    return f"{directory} was made by an earlier version; make it again with python {_command(mix)}"
+
+
+def _command(mix: str | None) -> str:
+    """The command that prepares a mix."""
+    return "scripts/prepare_data.py" if mix in (None, "prose") else f"scripts/prepare_data.py mix={mix}"

