@@ -102,7 +102,8 @@ def _read_prompts(path: Path) -> list[str]:
     if path.suffix not in (".jsonl", ".txt"):
         raise InputError(f"prompts must be a .txt file (a prompt per line) or a .jsonl file, got {path}.")
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        # Not splitlines: a text may hold other line separators, such as U+2028.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
     except OSError as error:
         raise InputError(f"cannot read prompts={path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from lkda.checks import InputError
 from lkda.data.text.tokenizer import document_start, encode_text
 from lkda.generation.generate import Generated
 from lkda.generation.text import GrowingText, check_stop
-from lkda.io import replacing
+from lkda.io import check_output_file, replacing
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import END, LENGTH, STOP, check_sampling
@@ -122,7 +122,13 @@ class Session:
         return other
 
     def save(self, path: str | Path) -> None:
-        """Write the session to a file, atomically. The weights are not in it."""
+        """Write the session to a file, atomically. The weights are not in it. Missing folders are made.
+
+        Raises: ValueError if no file can be written there.
+        """
+        path = Path(path)
+        check_output_file(path, option="path")
+        path.parent.mkdir(parents=True, exist_ok=True)
         length = self._decoder.lengths[0]
         state = self._decoder.state if self.constant else self._model.cut_state(self._decoder.state, max(1, length))
         content = {
@@ -134,7 +140,7 @@ class Session:
             "logits": None if self._logits is None else self._logits.cpu(),
             "state": [[part.cpu().clone() for part in layer] for layer in state],
         }
-        with replacing(Path(path)) as file:
+        with replacing(path) as file:
             torch.save(content, file)
 
     @classmethod
@@ -168,6 +174,9 @@ class Session:
         for token in self._sampled(max_new_tokens, sampling, seed):
             if token in ends:
                 reason = END
+                if text.tokens:  # the state has read them, and the next token follows them
+                    assert self._decoder.logits is not None
+                    self._logits = self._decoder.logits.clone()
                 break
             self.tokens.append(token)
             self._unread = [token]

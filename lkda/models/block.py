@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lkda.models.init import reset_children
 from lkda.models.mixer import Mixer, State
 from lkda.models.mlp import SwiGLU
+from lkda.models.rows import added, normed
 
 
 class Block(nn.Module):
@@ -34,8 +35,11 @@ class Block(nn.Module):
         return self._feed_forward(x + y), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.mixer.step(self.mixer_norm(x), state)
-        return self._feed_forward(x + y), state
+        y, state = self.mixer.step(normed(x, self.mixer_norm), state)
+        x = added(x, y)
+        if self.mlp is None or self.mlp_norm is None:
+            return x, state
+        return added(x, self.mlp(normed(x, self.mlp_norm))), state
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         if self.mlp is None or self.mlp_norm is None:

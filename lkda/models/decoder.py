@@ -1,7 +1,8 @@
 """A batch of sequences that are decoded together: their state in fixed buffers, and one step for all of them.
 
-The step function (embedding, layers, head and sampling) works on the buffers alone. On a CPU it is called; on a GPU it
-is captured in a CUDA graph, one for each size of the growing caches, and replayed.
+The step function (embedding, layers, head and sampling) works on the buffers alone. On a GPU it is captured in a CUDA
+graph, one for each size of the growing caches, and replayed. On a CPU the calls of C++ that it consists of, but for the
+sampling, are recorded and repeated. A step that cannot be captured or recorded is called.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from lkda.checks import check_count
 from lkda.models.decoding import prepare_decoding
+from lkda.models.linear import has_hooks
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import State
+from lkda.ops.runtime.recording import Recording, recorded
 from lkda.ops.sampling.op import check_sampling, sample_tokens
 
 # The smallest number of tokens of a growing cache to which a step attends. The sizes are its multiples by powers of 2.
@@ -53,11 +56,14 @@ class Decoder:
         batch_size: the number of rows.
         max_tokens: the most tokens of a sequence, prompt included, for which growing caches are made.
         sampling: how tokens are sampled.
-        graphs: whether to capture steps on a GPU.
+        graphs: whether to capture or record steps.
 
     Attributes:
         lengths: the tokens of each row that its state has read.
+        logits: [B, vocab], those that the last step sampled from, which the next step overwrites; None before it.
         not_captured: why the steps are not captured on a GPU; None where they are, or on a CPU.
+        not_recorded: the operation because of which the steps are not recorded on a CPU, or that a module has a hook;
+            None where they are, or on a GPU.
     """
 
     @torch.inference_mode()
@@ -72,8 +78,12 @@ class Decoder:
         self.tokens, self.keys, self.positions = torch.zeros(3, batch_size, dtype=torch.int64, device=self.device)
         self.lengths = [0] * batch_size
         self.not_captured: str | None = None if graphs else "graphs=False"
+        self.not_recorded: str | None = None if graphs else "graphs=False"
+        self._read_tokens = torch.zeros_like(self.tokens)
+        self._recording: Recording | None = None
+        self.logits: Tensor | None = None
         self._uses: dict[int, int] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # with its buffer of logits
         self._pool: Any = None
 
     @torch.inference_mode()
@@ -119,11 +129,12 @@ class Decoder:
         for row, length in enumerate(self.lengths):
             if length == self.max_tokens and not self.constant:  # a row without a sequence
                 self.release(row)
-        bucket = self._bucket(max(self.lengths) + 1)
-        if self.device.type != "cuda" or self.not_captured is not None:
-            self._advance(bucket)
+        if self.device.type == "cpu" and self.not_recorded is None:
+            self._advance_by_recording()
+        elif self.device.type == "cuda" and self.not_captured is None:
+            self.logits = self._advance_by_graph(self._bucket(max(self.lengths) + 1))
         else:
-            self._advance_by_graph(bucket)
+            self.logits = self._advance(self._bucket(max(self.lengths) + 1))
         self.lengths = [length + 1 for length in self.lengths]
         return self.tokens
 
@@ -136,37 +147,64 @@ class Decoder:
                 for part in layer:
                     part[row].zero_()
 
-    def _advance(self, bucket: int) -> None:
-        """The step function."""
+    def _advance(self, bucket: int) -> Tensor:
+        """The step function. Returns the logits."""
         state = self.state if self.constant else self.model.cut_state(self.state, bucket)
         logits, after = self.model.step(self.tokens.clamp(min=0), state)
         _write(state, after)
         self.tokens.copy_(self.sample(logits))
         self.positions.add_(1)
+        return logits
 
-    def _advance_by_graph(self, bucket: int) -> None:
+    def _advance_by_recording(self) -> None:
+        """As `_advance`, with the calls of C++ recorded in the second step and repeated from the third one on.
+
+        The first step compiles, and computes what is kept.
+        """
+        torch.clamp(self.tokens, min=0, out=self._read_tokens)
+        if self._recording is not None:
+            self._recording.repeat()
+        elif self.logits is None:
+            self.logits = self._logits_after_step()
+        else:
+            with recorded() as recording:
+                self.logits = self._logits_after_step()
+            hooked = [name for name, module in self.model.named_modules() if has_hooks(module)]
+            self.not_recorded = f"a hook of {hooked[0] or 'the model'}" if hooked else recording.refused
+            self._recording = recording
+        assert self.logits is not None
+        self.tokens.copy_(self.sample(self.logits))
+        self.positions.add_(1)
+
+    def _logits_after_step(self) -> Tensor:
+        logits, after = self.model.step(self._read_tokens, self.state)
+        _write(self.state, after)
+        return logits
+
+    def _advance_by_graph(self, bucket: int) -> Tensor:
         uses = self._uses[bucket] = self._uses.get(bucket, 0) + 1
         if uses <= WARMUP_STEPS:
             # torch.cuda.graph requires that the warm-up runs on a side stream, as the capture does.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._advance(bucket)
+                logits = self._advance(bucket)
             torch.cuda.current_stream().wait_stream(stream)
-            return
+            return logits
         if bucket not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    self._advance(bucket)
+                    logits = self._advance(bucket)
             except (RuntimeError, NotImplementedError) as error:
                 self.not_captured = " ".join(str(error).split())[:300]
                 logging.getLogger(__name__).warning("decoding without CUDA graphs: %s", self.not_captured)
-                self._advance(bucket)
-                return
+                return self._advance(bucket)
             self._pool = self._pool or graph.pool()
-            self._graphs[bucket] = graph
-        self._graphs[bucket].replay()
+            self._graphs[bucket] = graph, logits
+        graph, logits = self._graphs[bucket]
+        graph.replay()
+        return logits
 
     def sample(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """The tokens [N] sampled from logits [N, vocab] for `rows` [N]; None: for all rows."""

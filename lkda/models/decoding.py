@@ -13,7 +13,10 @@ from lkda.models.block import Block
 from lkda.models.decoding_block import DecodingBlock
 from lkda.models.linear import FusedLinear, Linear, has_hooks, is_plain
 from lkda.models.lm import LanguageModel
+from lkda.ops.gated_norm.op import EPS, gated_rms_norm
 from lkda.ops.precision import at_least_float32
+from lkda.ops.products.op import linear
+from lkda.ops.rows.cpu import MOST_ROWS, NORM, SILU, TIMES, can_take, product_rows
 from lkda.ops.token_linear.op import gains, normed_linear, takes
 
 # Smaller matrices stay in a core's cache, where their layout makes no difference.
@@ -23,8 +26,9 @@ LARGE_BYTES = 2**19
 def prepare_decoding(model: LanguageModel) -> LanguageModel:
     """A copy of `model` with the same parameters, whose steps are faster. A copy that is prepared is returned as it is.
 
-    Layers of one input are one product, whose weights are concatenated once, at the first step. On a CPU they are also
-    transposed, which makes the product of one row twice as fast. They do not follow later changes of the model's.
+    Layers of one input are one product. On a CPU it is C++, which reads the weights where they are. Elsewhere, and
+    without a compiler, the weights are concatenated once, at the first step, and do not follow later changes of the
+    model's. On a CPU they are then also transposed, which makes a product of one row in MKL twice as fast.
     """
     if isinstance(model.lm_head, DecodingLinear):
         return model
@@ -72,17 +76,40 @@ class DecodingLinear(nn.Linear, FusedLinear):
         return y if self.bias is None else y + self.bias
 
     def joined(self, x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+        weights = [layer.weight for layer in layers]
+        if _in_rows(x, *weights):
+            return product_rows(x, weights)
         key = tuple(id(layer) for layer in layers)
         if key not in self._products:
-            self._products[key] = _product([layer.weight for layer in layers])
-        weight = self._products[key]
-        if weight.dim() == 2:
-            return F.linear(x, weight)
+            self._products[key] = _product(weights)
+        whole = self._products[key]
+        if whole.dim() == 2:
+            return linear(x, whole)
         if x.dim() > 2 and x.shape[-2] > 1:  # a prompt
-            return torch.cat([F.linear(x, layer.weight) for layer in layers], -1)
-        halves = torch.bmm(x.reshape(1, -1, self.in_features).expand(2, -1, -1), weight)  # [2, B, out / 2]
+            return torch.cat([linear(x, weight) for weight in weights], -1)
+        halves = torch.bmm(x.reshape(1, -1, self.in_features).expand(2, -1, -1), whole)  # [2, B, out / 2]
         y = halves.transpose(0, 1).reshape(*x.shape[:-1], -1)
         return y[..., : sum(layer.out_features for layer in layers)]
+
+    def of_heads(self, o: Tensor, gate: Tensor | None, weight: Tensor) -> Tensor:
+        if self.bias is None and _in_rows(o.flatten(1), self.weight, weight):
+            return product_rows(o.flatten(1), [self.weight], form=NORM, norm=weight, eps=EPS, other=gate)
+        gates = None if gate is None else gate.view_as(o).to(o.dtype)
+        return self(gated_rms_norm(o, gates, weight).flatten(-2))
+
+    def of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.bias is None and _in_rows(gate, self.weight):
+            return product_rows(gate, [self.weight], form=SILU, other=up)
+        return self(F.silu(gate) * up)
+
+    def of_product(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.bias is None and _in_rows(a, self.weight):
+            return product_rows(a, [self.weight], form=TIMES, other=b)
+        return self(a * b)
+
+
+def _in_rows(x: Tensor, *weights: Tensor) -> bool:
+    return x.dim() == 2 and len(x) <= MOST_ROWS and can_take(x, *weights)
 
 
 def _product(weights: Sequence[Tensor]) -> Tensor:

@@ -54,7 +54,7 @@ def append_one(caches: Sequence[Tensor], entries: Sequence[Tensor], length: Tens
         return [torch.cat([past, new.to(past.dtype)], -2) for past, new in zip(caches, entries)]
     S = caches[0].shape[-2]
     if length.device.type == "cpu" and int(length.max()) >= S:
-        raise _full(S, int(length.max()) + 1)
+        raise full_cache_error(S, int(length.max()) + 1)
     place = length.clamp(max=S - 1)
     for cache, new in zip(caches, entries):
         at = place.view(-1, *[1] * (cache.dim() - 1)).expand_as(new)
@@ -90,7 +90,7 @@ def append_many(
         return [torch.cat([past, new.to(past.dtype)], -2) for past, new in zip(caches, entries)], None
     T, S, before = entries[0].shape[-2], caches[0].shape[-2], length.flatten().tolist()
     if max(before) + T > S:
-        raise _full(S, max(before) + T)
+        raise full_cache_error(S, max(before) + T)
     for row, start in enumerate(before):
         for cache, new in zip(caches, entries):
             cache[row].narrow(-2, start, T).copy_(new[row])
@@ -121,7 +121,7 @@ def fill_packed(caches: Sequence[Tensor], entries: Sequence[Tensor], length: Ten
     """
     S = caches[0].shape[-2]
     if max(lengths) > S:
-        raise _full(S, max(lengths))
+        raise full_cache_error(S, max(lengths))
     for cache, packed in zip(caches, entries):
         for row, new in enumerate(packed[0].split(list(lengths), -2)):
             cut(cache[row], new.shape[-2]).copy_(new)
@@ -136,7 +136,8 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return wide.softmax(-1).to(scores.dtype)
 
 
-def _full(size: int, tokens: int) -> InputError:
+def full_cache_error(size: int, tokens: int) -> InputError:
+    """The error for a sequence of `tokens` tokens in a cache of `size`."""
     return InputError(
         f"the state holds {size} tokens per sequence, and a sequence would have {tokens}: give init_state a larger "
         "max_tokens."

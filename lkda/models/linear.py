@@ -41,6 +41,18 @@ class FusedLinear(ABC):
     def joined(self, x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
         """`joined_linear` of these layers, of which it is the first."""
 
+    @abstractmethod
+    def of_heads(self, o: Tensor, gate: Tensor | None, weight: Tensor) -> Tensor:
+        """Its output for `gated_rms_norm` of o [B, H, D], with the heads side by side; gate [B, H * D]."""
+
+    @abstractmethod
+    def of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Its output for SiLU(gate) times up, [B, in_features] each."""
+
+    @abstractmethod
+    def of_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Its output for a times b, [B, in_features] each."""
+
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a call of the layer is the product with its weight and nothing else, so that the call may be replaced."""

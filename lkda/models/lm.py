@@ -12,6 +12,7 @@ from lkda.models.block import Block
 from lkda.models.init import STD, apply_initialization
 from lkda.models.linear import Linear
 from lkda.models.mixer import Mixer, State
+from lkda.models.rows import embedded, normed
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import resolve_backend
 
@@ -116,11 +117,12 @@ class LanguageModel(nn.Module):
 
     def hidden_step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """As `step` without the head: tokens [B] -> [B, d_model], the input of the head."""
-        x, after = self.embed(tokens), []
+        rows = embedded(tokens, self.embed_tokens, self.embed_norm, self.config["embed_scale"])
+        x, after = self.embed(tokens) if rows is None else rows, []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block.step(x, before)  # type: ignore[operator]
             after.append(new)
-        return self.norm(x), after
+        return normed(x, self.norm), after
 
     def _hidden_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         x, after = self.embed(tokens), []

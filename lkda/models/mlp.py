@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkda.models.init import reset_children
-from lkda.models.linear import Linear, fused_linear
+from lkda.models.linear import FusedLinear, Linear, fused_linear, is_plain
 
 
 class SwiGLU(nn.Module):
@@ -24,4 +24,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = fused_linear(x, [self.gate_proj, self.up_proj])
+        if isinstance(self.down_proj, FusedLinear) and is_plain(self.down_proj):
+            return self.down_proj.of_swiglu(gate, up)
         return self.down_proj(F.silu(gate) * up)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lkda.models.linear import fused_linear
+from lkda.models.linear import FusedLinear, fused_linear, has_hooks, is_plain
 from lkda.models.mixer import Mixer, State
 from lkda.models.norm import GatedHeadNorm
 
@@ -53,6 +53,9 @@ class ProjectedMixer(Mixer):
         projected, latents = self.split_step(fused_linear(x, self.step_layers()))
         factors = [second(latent) for (_, second), latent in zip(self.factor_layers(), latents, strict=True)]
         o, gate, after = self.step_from(projected, factors, state)
+        plain = type(self.o_norm) is GatedHeadNorm and not has_hooks(self.o_norm) and is_plain(self.o_proj)
+        if plain and self.o_norm is not None and isinstance(self.o_proj, FusedLinear):
+            return self.o_proj.of_heads(o, gate, self.o_norm.weight), after
         if self.o_norm is not None:
             o = self.o_norm(o, None if gate is None else self.heads(gate))
         return self.o_proj(o.flatten(-2)), after

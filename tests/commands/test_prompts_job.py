@@ -79,9 +79,10 @@ def test_an_interrupted_job_continues(exported: Path, monkeypatch: pytest.Monkey
 
 def test_prompts_as_json(exported: Path) -> None:
     source = exported.parent / "prompts.jsonl"
-    source.write_text('{"prompt": "ab"}\n\n{"prompt": "line\\nbreak"}\n')
+    source.write_bytes('{"prompt": "ab"}\r\n\n{"prompt": "line\\nbreak"}\n{"prompt": "a\u2028b"}'.encode())
     run(exported, f"prompts={source}", "num_samples=1")
-    assert [x["prompt"] for x in lines(exported.parent / "out.jsonl")] == ["ab", "line\nbreak"]
+    found = (exported.parent / "out.jsonl").read_text().split("\n")[:-1]
+    assert [json.loads(line)["prompt"] for line in found] == ["ab", "line\nbreak", "a\u2028b"]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,35 @@ def test_a_session_generates_what_the_whole_text_gives(pattern, tmp_path):
     assert session.state_bytes == model.state_bytes(session._decoder.lengths[0])
 
 
+@pytest.mark.parametrize("pattern", [["kda"], ["softmax"]], ids=["kda", "softmax"])
+def test_after_the_end_of_a_document_it_continues_what_it_has_generated(pattern):
+    model, tokenizer = model_of(pattern).double(), byte_tokenizer()
+    session = lkda.Session(model, tokenizer)
+    session.read("abc")
+    reasons = []
+    for seed in range(40):  # an end after some tokens, and one at once
+        generated = session.generate(max_new_tokens=40, temperature=1.5, seed=seed)
+        reasons.append((generated.reason, bool(generated.tokens)))
+        with torch.inference_mode():
+            want = int(model(torch.tensor([session.tokens]))[0, -1].argmax())
+        after = session.clone().generate(max_new_tokens=1, temperature=0)
+        assert (after.tokens or (0,)) == (want,)
+        if ("end of document", True) in reasons:
+            break
+    assert ("end of document", True) in reasons
+
+
+def test_it_is_saved_in_a_new_folder_or_refused_in_one_line(tmp_path):
+    session = lkda.Session(model_of(["kda"]), byte_tokenizer())
+    session.read("abc")
+    session.save(tmp_path / "new" / "folder" / "session")
+    assert (tmp_path / "new" / "folder" / "session").is_file()
+    with pytest.raises(ValueError, match="is a directory: give the name of a file in it"):
+        session.save(tmp_path)
+    with pytest.raises(ValueError, match="cannot be written"):
+        session.save("/proc/none/session")
+
+
 def test_a_cache_makes_room(monkeypatch):
     monkeypatch.setattr("lkda.generation.session.SMALLEST_CACHE", 4)
     model, tokenizer = model_of(["softmax"]), byte_tokenizer()

@@ -12,6 +12,7 @@ from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import _use_few_launches
 from lkda.models.decoding_block import DecodingBlock
 from lkda.models.mixers import softmax
+from lkda.ops.rows.cpu import LIBRARY
 from lkda.ops.runtime.backend import Backend
 from lkda.ops.softmax import cuda as softmax_cuda
 from lkda.ops.softmax import step as softmax_step
@@ -52,6 +53,136 @@ def test_sequences_of_unequal_lengths_read_on(pattern):
         got, _ = model.forward_from(more, state)
         for row, (start, end) in enumerate([(9, 20), (4, 15)]):
             torch.testing.assert_close(got[row], model(texts[row, None, :end])[0, start:])
+
+
+@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_recorded_steps_are_the_steps(pattern, dtype):
+    """Bit for bit, for rows whose sequences end and begin at different steps."""
+    model = small(pattern).to(dtype)
+    decoders = [Decoder(model, 3, 40, Sampling(), graphs=graphs) for graphs in (True, False)]
+    for decoder in decoders:
+        decoder.admit([0, 1, 2], [[1, 2, 3], [4]], [0, 1, 0], [5, 6, 7])
+    for step in range(12):
+        if step == 7:
+            for decoder in decoders:
+                decoder.release(1)
+                decoder.admit([1], [[8, 9]], [0], [8])
+        by_recording, called = (decoder.step().tolist() for decoder in decoders)
+        assert by_recording == called
+        for own, other in zip(*(decoder.state for decoder in decoders), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(own, other, strict=True))
+    assert decoders[0].not_recorded is None
+    assert decoders[0]._recording is not None
+    assert decoders[1].not_recorded == "graphs=False"
+
+
+RECORDED = [
+    ("softmax", {"qk_norm": True}),
+    ("softmax", {"conv_width": 3}),
+    ("mla", {"conv_width": 4}),
+    ("kda", {"gate": "head", "gate_form": "bounded"}),
+    ("kda", {"gate": "none", "conv_width": 0, "activation": "none", "negative_eigenvalues": True}),
+    ("kda", {"output_gate": False}),
+    ("simplified", {"decay": "constant", "output_gate": False}),
+]
+
+
+@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize(("name", "options"), RECORDED, ids=str)
+def test_options_are_recorded_too(name, options):
+    model = small([name], mixer={"pattern": [name], "num_heads": 2, name: options}, embed_norm=True, embed_scale=2.0)
+    decoder = Decoder(model, 1, 20, Sampling(0.0))
+    decoder.admit([0], [[1, 2, 3]], [0], [5])
+    found = [decoder.tokens.item(), *(decoder.step().item() for _ in range(9))]
+    assert decoder.not_recorded is None
+    with torch.inference_mode():
+        logits = model(torch.tensor([[1, 2, 3, *found[:-1]]]))[0, 2:]
+    assert found == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("mla", {"qk_norm": True}), ("kda", {"state_dtype": "int8"}), ("simplified", {"conv_width": 0})],
+    ids=["norm", "int8", "silu"],
+)
+def test_what_cannot_be_recorded_is_called(name, options):
+    model = small([name], mixer={"pattern": [name], "num_heads": 2, name: options})
+    decoders = [Decoder(model, 2, 20, Sampling(), graphs=graphs) for graphs in (True, False)]
+    for decoder in decoders:
+        decoder.admit([0, 1], [[1, 2, 3], [4]], [0, 1], [5, 6])
+    for _ in range(8):
+        first, second = (decoder.step().tolist() for decoder in decoders)
+        assert first == second
+    assert decoders[0].not_recorded is not None
+
+
+class Doubled(torch.nn.Module):
+    """A module that has taken the place of another: twice its output, in C++ alone where its layers are."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls, self.in_features, self.out_features = inner, 0, None, None
+        if isinstance(inner, torch.nn.Linear):
+            self.in_features, self.out_features = inner.in_features, inner.out_features
+
+    @property
+    def weight(self):
+        return self.inner.weight
+
+    bias, eps = None, 1e-5
+
+    def forward(self, *x):
+        return 2 * self.inner(*x)
+
+
+@pytest.mark.parametrize("name", ["kda", "simplified", "softmax", "mla", "conv"])
+def test_modules_that_were_replaced_are_called_in_steps(name):
+    """Linear layers, norms and the embedding, by the outputs of the whole sequence. A hook is called at each step."""
+    wide = small([name]).double()
+    names = [n for n, m in wide.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))]
+    names += [n for n, m in wide.named_modules() if type(m).__name__ in ("RMSNorm", "GatedHeadNorm")]
+    assert len(names) > 6
+    for which in names:
+        model = small([name]).double()
+        place, _, last = which.rpartition(".")
+        setattr(model.get_submodule(place), last, Doubled(model.get_submodule(which)))
+        decoder = Decoder(model, 1, 20, Sampling(0.0))
+        decoder.admit([0], [[1, 2, 3]], [0], [5])
+        found, logits = [decoder.tokens.item()], []
+        for _ in range(5):
+            found.append(decoder.step().item())
+            logits.append(decoder.logits.clone())
+        with torch.inference_mode():
+            want = model(torch.tensor([[1, 2, 3, *found[:-1]]]))[0, 3:]
+        torch.testing.assert_close(torch.cat(logits), want, msg=lambda text, which=which: f"{which}: {text}")
+    seen, model = [], small([name])
+    model.blocks[0].mixer.o_proj.register_forward_hook(lambda *_: seen.append(1))
+    decoder = Decoder(model, 1, 20, Sampling(0.0))
+    decoder.admit([0], [[1, 2, 3]], [0], [5])
+    before = len(seen)
+    for _ in range(5):
+        decoder.step()
+    assert len(seen) == before + 5
+    assert decoder.not_recorded == "a hook of blocks.0.mixer.o_proj"
+
+
+@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+def test_recorded_steps_keep_the_memory_of_the_weights():
+    """Where the model's weights move to other memory, the steps go on with those that were recorded."""
+    model = small(["kda", "mla"])
+    decoders = [Decoder(copy.deepcopy(model), 1, 30, Sampling(0.0)), Decoder(model, 1, 30, Sampling(0.0))]
+    found = []
+    for decoder in decoders:
+        decoder.admit([0], [[1, 2, 3]], [0], [5])
+        first = [decoder.step().item() for _ in range(3)]
+        if decoder is decoders[1]:
+            model.double()
+            scratch = [torch.full_like(p, float("nan"), dtype=torch.float32) for p in model.parameters()]
+        found.append(first + [decoder.step().item() for _ in range(9)])
+    assert found[0] == found[1]
+    assert scratch
 
 
 OPTIONS = [
@@ -109,7 +240,8 @@ def test_softmax_steps_by_its_kernel(kernels_on_the_cpu, monkeypatch, options): 
         if by_kernel:
             _use_few_launches(model, torch.float32)
             monkeypatch.setattr(softmax, "has_kernel", lambda *_: True)
-            monkeypatch.setitem(softmax_step.BACKENDS, "torch", Backend(softmax_cuda.softmax_step_cuda))
+            monkeypatch.setattr(softmax.SoftmaxAttention, "state_fits_cpp", lambda *_: False)
+            monkeypatch.setitem(softmax_step.BACKENDS, "cpu", Backend(softmax_cuda.softmax_step_cuda))
         _, state = model.prefill_packed(prompts, model.init_state(2, max_tokens=20), cu_seqlens=bounds)
         state, logits = model.cut_state(state, 12), []
         for read in tokens(2, 6, seed=1).T:

@@ -143,11 +143,12 @@ def test_a_layer_that_was_replaced_takes_part_everywhere(pattern: list[str], mon
         want = summed(x)
         torch.testing.assert_close(model(x), want, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(ModelLoss(model).mean(x, y).double(), ModelLoss(summed).mean(x, y).double())
-        for decoded in (model, prepare_decoding(model)):
-            state = decoded.init_state(2)
-            for t in range(3):
-                logits, state = decoded.step(x[:, t], state)
-                torch.testing.assert_close(logits, want[:, t], msg=lambda text, name=name: f"{name}: {text}")
+        for decoded, gradients in ((model, True), (prepare_decoding(model), True), (prepare_decoding(model), False)):
+            with torch.set_grad_enabled(gradients):  # without gradients, a step is C++ where it can be
+                state = decoded.init_state(2, max_tokens=None if gradients else 3)
+                for t in range(3):
+                    logits, state = decoded.step(x[:, t], state)
+                    torch.testing.assert_close(logits, want[:, t], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_bias_and_a_hook_take_part() -> None:

@@ -19,11 +19,14 @@ def close(got, want):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
 class TestEveryMixer:
     def test_steps_equal_forward(self, pattern):
+        """Where gradients could be recorded, steps are in PyTorch, and otherwise in C++, where there is a compiler."""
         model, x = small(pattern), tokens(3, 20)
-        want, state = model(x), model.init_state(3)
-        for t in range(20):
-            logits, state = model.step(x[:, t], state)
-            close(logits, want[:, t])
+        for recording, max_tokens in ((True, None), (True, 20), (False, None), (False, 20)):
+            with torch.set_grad_enabled(recording):
+                want, state = model(x), model.init_state(3, max_tokens=max_tokens)
+                for t in range(20):
+                    logits, state = model.step(x[:, t], state)
+                    close(logits, want[:, t])
 
     def test_a_carried_state_continues_the_sequence(self, pattern):
         model, x = small(pattern), tokens(2, 90)
@@ -91,11 +94,13 @@ class TestEveryMixer:
     def test_float64_is_computed_in_float64(self, pattern):
         """Steps and the whole agree to float64's digits, which nothing done in float32 on the way would."""
         model, x = small(pattern).double(), tokens(2, 20)
-        want, state = model(x), model.init_state(2)
-        assert want.dtype == torch.float64
-        for t in range(20):
-            logits, state = model.step(x[:, t], state)
-            torch.testing.assert_close(logits, want[:, t], rtol=1e-11, atol=1e-11)
+        for recording, max_tokens in ((True, None), (False, None), (False, 20)):  # see above
+            with torch.set_grad_enabled(recording):
+                want, state = model(x), model.init_state(2, max_tokens=max_tokens)
+                assert want.dtype == torch.float64
+                for t in range(20):
+                    logits, state = model.step(x[:, t], state)
+                    torch.testing.assert_close(logits, want[:, t], rtol=1e-11, atol=1e-11)
 
     @torch.no_grad()
     def test_preallocated_caches_equal_growing_ones(self, pattern):
@@ -188,6 +193,23 @@ def test_options_keep_the_contract(name, options):
     close(torch.cat(pieces, 1), want)
     packed = model(torch.cat([x[:, 5:], x], 1), cu_seqlens=torch.tensor([0, 15, 35], dtype=torch.int32))
     close(packed[:, 15:], want)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_steps_take_states_that_lie_apart(pattern):
+    """A state that is a part of a larger tensor, which only PyTorch can step. KDA and simplified refuse it."""
+    model, x = small(pattern), tokens(2, 6)
+    want, state = model(x), model.init_state(2, max_tokens=8)
+    state = [tuple(torch.stack([part, part], -1)[..., 0] for part in layer) for layer in state]
+    assert not any(part.is_contiguous() for layer in state for part in layer if part.numel() > 2)
+    if {"kda", "simplified"} & set(pattern):
+        with pytest.raises(ValueError, match="is written in place and must be contiguous"):
+            model.step(x[:, 0], state)
+        return
+    for t in range(6):
+        logits, state = model.step(x[:, t], state)
+        close(logits, want[:, t])
 
 
 @pytest.mark.parametrize("name", ["kda", "simplified"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkda.models.linear import fused_linear
+from lkda.models.linear import FusedLinear, fused_linear, is_plain
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.recurrent_mixer import linear
 from lkda.models.sequence_part import states_before
@@ -49,6 +49,8 @@ class GatedConvolution(Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         v, gate = fused_linear(x, [self.v_proj, self.gate_proj])
         y, cache = self.v_conv1d.step(v, state[0])
+        if isinstance(self.o_proj, FusedLinear) and is_plain(self.o_proj):
+            return self.o_proj.of_product(y, gate), (cache,)
         return self.o_proj(y * gate), (cache,)
 
     def init_state(

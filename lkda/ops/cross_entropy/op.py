@@ -20,6 +20,7 @@ def rows_torch(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, 
     """The loss of each row of `logits` [N, V], 0 where the target is IGNORE_INDEX, and the gradient of `scale` times
     their sum, [N, V] in the logits' dtype. Computed in float32, or float64 where the logits are."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = wide - wide.amax(1, keepdim=True)  # the logarithm of the sum would be lost in logits of 1e30
     has_target = targets != IGNORE_INDEX
     place = targets.clamp(min=0).unsqueeze(1)
     log_sum = wide.logsumexp(1, keepdim=True)

@@ -17,7 +17,7 @@ void row(int64_t V, T* x, int64_t target, T scale, T* loss) {
         x[c] = exponential(x[c] - largest);
         sum += x[c];
     }
-    *loss = std::log(sum) + largest - wanted;
+    *loss = std::log(sum) + (largest - wanted);  // in this order, for logits of 1e30
     T factor = scale / sum;
 #pragma omp simd
     for (int64_t c = 0; c < V; c++) x[c] *= factor;

@@ -10,6 +10,8 @@ from lkda.ops.gated_norm import cpu, cuda
 from lkda.ops.gated_norm.reference import gated_norm_torch
 from lkda.ops.runtime.backend import Backend, choose
 
+EPS = 1e-5
+
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.gated_norm_cuda, cuda.reason_cannot_run),
     "cpu": Backend(cpu.gated_norm_cpu, cpu.reason_cannot_run),
@@ -18,7 +20,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def gated_rms_norm(
-    x: Tensor, gate: Tensor | None, weight: Tensor, *, eps: float = 1e-5, backend: str = "auto"
+    x: Tensor, gate: Tensor | None, weight: Tensor, *, eps: float = EPS, backend: str = "auto"
 ) -> Tensor:
     """x / sqrt(mean of x^2 + eps) * weight * sigmoid(gate), over the last dimension, computed in float32 at least.
 

@@ -16,12 +16,14 @@ template <typename T>
 struct Vector;
 template <>
 struct Vector<float> {
+    typedef float loose __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));  // at any address
     typedef float type __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
     typedef int32_t index __attribute__((vector_size(VECTOR_BYTES)));
     static constexpr int W = VECTOR_BYTES / 4;
 };
 template <>
 struct Vector<double> {
+    typedef double loose __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));  // at any address
     typedef double type __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
     typedef int64_t index __attribute__((vector_size(VECTOR_BYTES)));
     static constexpr int W = VECTOR_BYTES / 8;

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_in_place, check_shape, check_step_caches
+from lkda.ops.kda.cpu import step as cpu_step
 from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.reference.gate import KDAGate, kda_gate_torch
 from lkda.ops.kda.state import STATE_DTYPES, pack_state, unpack_state
@@ -62,10 +63,9 @@ def _step_in_place(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sta
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda_step.kda_step_cuda, cuda_step.reason_cannot_run),
+    "cpu": Backend(cpu_step.kda_step_cpu, cpu_step.reason_cannot_run),
     "torch": Backend(_torch),
 }
-# For what the kernel cannot do: filters of more than 4 taps, and float64.
-_WITHOUT_KERNEL = {"torch": BACKENDS["torch"]}
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def kda_step_fused(
         caches: the last inputs of the convolutions, [B, width - 1, H * D] each, as `short_convolutions` returns them;
             contiguous.
         normalized, scale: as in `kda_attention_fused`.
-        backend: auto | cuda | torch.
+        backend: auto | cuda | cpu | torch.
     Returns: o [B, H, D] in v's dtype.
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
@@ -123,10 +123,12 @@ def kda_step_fused(
     gate.check(fn, sequence, sizes | {"T": 1, "K": sizes["D"]})
     _check_state(fn, state, q.device, sizes)
     check_step_caches(fn, weights, caches, q.device, sizes)
-    fits = state[0].dtype != torch.float64 and sizes.get("W", 1) <= cuda_step.MAX_TAPS
-    word = choose(
-        fn, BACKENDS if fits else _WITHOUT_KERNEL, backend, device=q.device, head_dim=sizes["D"], dtype=q.dtype
-    )
+    able = dict(BACKENDS)
+    if state[0].dtype == torch.float64 or sizes.get("W", 1) > cuda_step.MAX_TAPS:
+        del able["cuda"]
+    if not cpu_step.of_one_dtype(q, gate_logits, beta_logits, gate.A_log, gate.dt_bias, *state, *weights, *caches):
+        del able["cpu"]
+    word = choose(fn, able, backend, device=q.device, head_dim=sizes["D"], dtype=q.dtype)
     return BACKENDS[word].run(
         *(q, k, v, gate_logits, beta_logits, gate),
         *(state[0], state[1] if len(state) == 2 else None, weights, caches),

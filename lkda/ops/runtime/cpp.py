@@ -16,9 +16,12 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +35,21 @@ INCLUDE = Path(__file__).parents[1] / "include"
 _COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: a gate may be -inf.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+
+
+Argument = Tensor | int | float | list[Tensor] | torch.Size | None
+Add = Callable[[Callable[..., Any], tuple[object, ...], tuple[object, ...]], None]
+_added_to: ContextVar[Add | None] = ContextVar("added_to", default=None)
+
+
+@contextmanager
+def calls_added_to(add: Add) -> Iterator[None]:
+    """Every call made inside is also passed to `add`: the function, its converted arguments, and those given."""
+    token = _added_to.set(add)
+    try:
+        yield
+    finally:
+        _added_to.reset(token)
 
 
 class CompileError(RuntimeError):
@@ -89,15 +107,34 @@ class Library:
                 self._reason = str(error)
         return self._reason
 
-    def call(self, function: str, *arguments: Tensor | int | float | None) -> int:
-        """Calls one of its functions: a tensor for a pointer, None for a null pointer, an int for an int64_t and a
-        float for a double. Returns its int64_t, which means nothing if the function is void."""
+    def call(self, function: str, *arguments: Argument) -> int:
+        """Calls one of its functions.
+
+        Args:
+            arguments: a tensor for a pointer, None for a null pointer, an int for an int64_t, a float for a double,
+                tensors for an array of pointers, a torch.Size for an array of int64_t.
+        Returns: its int64_t, which means nothing if the function is void.
+        """
         reason = self.reason_cannot_run()
         if self._loaded is None:
             raise RuntimeError(reason)
         entry = getattr(self._loaded, function)
         entry.restype = ctypes.c_int64
-        return int(entry(*map(_as_c, arguments)))
+        converted = tuple(map(_as_c, arguments))
+        add = _added_to.get()
+        if add is not None:
+            add(entry, converted, arguments)
+        return int(entry(*converted))
+
+    def can_take(self, x: Tensor, *contiguous: Tensor) -> bool:
+        """Whether it can compute these without gradients: all float32, or all float64, on a CPU. The rows of x may lie
+        apart; the others are contiguous."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if x.dtype not in NAMES or x.device.type != "cpu" or x.stride(-1) != 1:
+            return False
+        alike = all(y.dtype == x.dtype and y.device == x.device and y.is_contiguous() for y in contiguous)
+        return alike and self.reason_cannot_run() is None
 
     def _load(self) -> ctypes.CDLL:
         executable = compiler()
@@ -144,9 +181,13 @@ def cpu_only(library: Library, *, otherwise: str) -> Callable[[torch.device, int
     return reason
 
 
-def _as_c(value: Tensor | int | float | None) -> object:
+def _as_c(value: Argument) -> object:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(None)
+    if isinstance(value, torch.Size):
+        return (ctypes.c_int64 * len(value))(*value)
+    if isinstance(value, list):
+        return (ctypes.c_void_p * len(value))(*(x.data_ptr() for x in value))
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)

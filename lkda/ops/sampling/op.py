@@ -9,11 +9,12 @@ from torch import Tensor
 from lkda.checks import InputError, check_count
 from lkda.ops.checks import check_shape
 from lkda.ops.runtime.backend import Backend, choose
-from lkda.ops.sampling import cuda
+from lkda.ops.sampling import cpu, cuda
 from lkda.ops.sampling.reference import sample_torch
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.sample_cuda, cuda.cannot_run),
+    "cpu": Backend(cpu.sample_cpu, cpu.reason_cannot_run),
     "torch": Backend(sample_torch),
 }
 # Below it the likeliest token has all the probability in float32.
@@ -56,7 +57,7 @@ def sample_tokens(
         top_p: in (0, 1]; of these, sample from the smallest set of likeliest tokens that has this share of the
             probability, and those as likely as the last of them.
         min_p: in [0, 1]; of these, sample from those that are at least min_p times as likely as the likeliest.
-        backend: auto | cuda | torch.
+        backend: auto | cuda | cpu | torch.
     Returns: int64 [B]; -1 where the largest logit is not a finite number.
     Raises: ValueError for a value out of its range or a tensor that does not fit.
     """

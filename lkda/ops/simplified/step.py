@@ -13,6 +13,7 @@ from lkda.ops.checks import check_alike, check_in_place, check_shape, check_step
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.short_conv.reference import convolve_step_torch
+from lkda.ops.simplified.cpu import step as cpu
 from lkda.ops.simplified.cuda import fused_step as cuda
 from lkda.ops.simplified.reference.recurrent import EPS
 
@@ -48,10 +49,9 @@ def _torch(
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.simplified_step_fused_cuda, cuda.reason_cannot_run),
+    "cpu": Backend(cpu.simplified_step_fused_cpu, cpu.reason_cannot_run),
     "torch": Backend(_torch),
 }
-# For what the kernel cannot do: filters of more than 4 taps, and a float64 state.
-_WITHOUT_KERNEL = {"torch": BACKENDS["torch"]}
 
 
 @torch.no_grad()
@@ -71,7 +71,8 @@ def simplified_step_fused(
 
     State and caches are updated IN PLACE. With weights, q, k and v go through the short convolution with SiLU first.
     Then it does what `simplified_step` does with the decay sigmoid(logits + bias). On a GPU that is one kernel launch,
-    which a CUDA graph can capture. The bits of a sequence's result do not depend on its place in the batch.
+    which a CUDA graph can capture; on a CPU it is one call of C++, if there is a compiler. The bits of a sequence's
+    result do not depend on its place in the batch.
 
     Args:
         q, k, v: [B, H, D] of one dtype; they may be parts of longer rows.
@@ -81,7 +82,7 @@ def simplified_step_fused(
         weights: of the convolutions of q, k and v, [H * D, 1, width] each; empty for no convolution.
         caches: the last inputs of the convolutions, [B, width - 1, H * D] each, as `short_convolutions` returns them;
             contiguous.
-        backend: auto | cuda | torch.
+        backend: auto | cuda | cpu | torch.
     Returns: o [B, H, D] in v's dtype.
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
@@ -98,9 +99,11 @@ def simplified_step_fused(
         raise InputError(f"{fn}: state must be float32 or float64, got {state.dtype}.")
     check_in_place(fn, {"state": state}, q.device)
     check_step_caches(fn, weights, caches, q.device, sizes)
-    fits = state.dtype == torch.float32 and sizes.get("W", 1) <= cuda.MAX_TAPS
-    word = choose(
-        fn, BACKENDS if fits else _WITHOUT_KERNEL, backend, device=q.device, head_dim=sizes["D"], dtype=q.dtype
-    )
+    able = dict(BACKENDS)
+    if state.dtype == torch.float64 or sizes.get("W", 1) > cuda.MAX_TAPS:
+        del able["cuda"]
+    if any(x is not None and x.dtype != q.dtype for x in (logits, bias, state, *weights, *caches)):
+        del able["cpu"]
+    word = choose(fn, able, backend, device=q.device, head_dim=sizes["D"], dtype=q.dtype)
     o: Tensor = BACKENDS[word].run(q, k, v, logits, bias, state, weights, caches)
     return o

@@ -9,6 +9,7 @@ from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_shape
 from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.softmax import cuda
+from lkda.ops.softmax.cpu import step as cpu
 from lkda.ops.softmax.rotary import rotate
 
 
@@ -38,9 +39,10 @@ def _torch(
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(cuda.softmax_step_cuda, cuda.reason_cannot_run),
+    "cpu": Backend(cpu.softmax_step_cpu, cpu.reason_cannot_run),
     "torch": Backend(_torch),
 }
-# For what the kernels cannot do: caches of another dtype than q, k and v.
+# For what the kernels and the C++ cannot do: caches of another dtype than q, k and v.
 _WITHOUT_KERNEL = {"torch": BACKENDS["torch"]}
 
 
@@ -66,8 +68,8 @@ def softmax_step(
 
     q and k of each sequence are rotated at the position n = `lengths` of the token. k and v are written into the caches
     at n, or over the last token of a full cache. Then o = sum_{s <= n} softmax_s(scale q . k_s) v_s. On a GPU that is
-    one kernel launch, or two, and a CUDA graph can capture it. The bits of a sequence's result do not depend on its
-    place in the batch.
+    one kernel launch, or two, and a CUDA graph can capture it; on a CPU it is one call of C++, if there is a compiler.
+    The bits of a sequence's result do not depend on its place in the batch.
 
     Args:
         q, k, v: [B, H, D] of one dtype, not rotated.
@@ -76,7 +78,7 @@ def softmax_step(
         lengths: int64 [B], the tokens of each sequence before this one. They are not changed.
         rope_base: of the rotary frequencies.
         scale: the factor of the scores; None for D^-0.5.
-        backend: auto | cuda | torch.
+        backend: auto | cuda | cpu | torch.
     Returns: o [B, H, D] in v's dtype.
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """

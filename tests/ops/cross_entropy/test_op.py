@@ -98,3 +98,23 @@ def test_rows_in_cpp_are_those_in_pytorch(dtype: torch.dtype, allowed: float) ->
     want = op.rows_torch(logits, targets, scale)
     for got, wanted in zip(cpu.rows_cpu(logits.clone(), targets, scale), want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=allowed, atol=allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", [-1e30, 1e30])
+def test_equal_logits_are_equally_likely_however_large(dtype: torch.dtype, level: float) -> None:
+    logits, targets, scale = torch.full((2, 64), level, dtype=dtype), torch.tensor([3, IGNORE_INDEX]), torch.tensor(1.0)
+    forms = [op.rows_torch, *([cpu.rows_cpu] if cpu.can_take(logits) else [])]
+    for rows in forms:
+        losses, gradient = rows(logits.clone(), targets, scale)
+        torch.testing.assert_close(losses.double(), torch.tensor([64.0, 1.0]).double().log())
+        want = torch.full((2, 64), 1 / 64, dtype=torch.float64)
+        want[0, 3] -= 1
+        want[1] = 0
+        torch.testing.assert_close(gradient.double(), want)
+
+
+def test_a_row_without_finite_logits_has_no_number() -> None:
+    logits = torch.tensor([[0.0, float("inf")], [float("-inf"), float("-inf")], [float("nan"), 0.0]])
+    losses, _ = op.rows_torch(logits, torch.zeros(3, dtype=torch.int64), torch.tensor(1.0))
+    assert losses.isnan().all()

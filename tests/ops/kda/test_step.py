@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lkda.ops import kda_attention_fused, kda_step_fused, short_convolutions
+from lkda.ops.kda.cpu import step as cpu_step
 from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.state import pack_state, unpack_state
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
@@ -81,6 +82,28 @@ def test_options(kernels_on_the_cpu, shape, options):  # noqa: F811
         torch.testing.assert_close(got, truth.to(got.dtype), rtol=0, atol=0)
 
 
+@pytest.mark.skipif(cpu_step.LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize(("shape", "options"), [({}, {}), *OPTIONS])
+def test_options_in_cpp(shape, options):
+    shape = {name: value for name, value in shape.items() if name != "cache_dtype"}
+    x, state = token(2, 3, 40, torch.float32, **shape), state_of(2, 3, 40, torch.float32)
+    want, after, caches = exact(x, state, **options)
+    assert relative(kda_step_fused(**x, state=state, backend="cpu", **options), want) < OUTPUT[torch.float32]
+    assert relative(state[0], after) < 1e-6
+    for got, truth in zip(x.get("caches", []), caches):
+        torch.testing.assert_close(got, truth.to(got.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(cpu_step.LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+def test_what_the_cpp_cannot_take_runs_in_pytorch():
+    x = token(1, 1, 32, torch.float32)
+    for state_dtype in (torch.bfloat16, torch.int8):
+        state = state_of(1, 1, 32, state_dtype)
+        kda_step_fused(**x, state=state)
+        with pytest.raises(ValueError, match="backend must be one of auto, cuda, torch, got 'cpu'"):
+            kda_step_fused(**x, state=state, backend="cpu")
+
+
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 def test_kernel_rounds_as_the_form_in_pytorch(kernels_on_the_cpu, state_dtype):  # noqa: F811
     """Where the numbers before rounding agree to the last bit, so do those after."""
@@ -122,8 +145,11 @@ def test_rounding_is_to_nearest(dtype):
     assert abs((got - x)[:, 1:].mean().item()) < 0.05 * step
 
 
-def test_steps_equal_the_sequence():
-    """In float64 with backend "torch", convolutions included."""
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_steps_equal_the_sequence(backend):
+    """In float64, convolutions included."""
+    if backend == "cpu" and cpu_step.LIBRARY.reason_cannot_run() is not None:
+        pytest.skip("no C++ compiler")
     B, T, H, D = 2, 9, 2, 32
     tokens = [token(B, H, D, torch.float64, seed=t) for t in range(T)]
     x = moved(tokens[0], torch.Tensor.double)
@@ -137,7 +163,8 @@ def test_steps_equal_the_sequence():
     caches = [torch.zeros(B, 3, H * D, dtype=torch.float64) for _ in range(3)]
     for t in range(T):
         x = tokens[t] | {"weights": weights, "caches": caches, "gate": gate}
-        torch.testing.assert_close(kda_step_fused(**x, state=state), want[:, t], rtol=1e-10, atol=1e-12)
+        got = kda_step_fused(**x, state=state, backend=backend)
+        torch.testing.assert_close(got, want[:, t], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(state[0], final, rtol=1e-10, atol=1e-12)
     for cache, last in zip(caches, lasts):
         torch.testing.assert_close(cache, last)

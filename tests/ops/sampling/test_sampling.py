@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from lkda.ops.sampling.cpu import LIBRARY, sample_cpu
 from lkda.ops.sampling.cuda import sample_cuda
 from lkda.ops.sampling.op import sample_tokens
 from lkda.ops.sampling.reference import draw_key, sample_torch, uniforms
@@ -103,6 +104,19 @@ def test_the_kernel_gives_no_token_for_logits_that_are_not_finite():
     logits[0, 5], logits[1, 1099], logits[2, 3] = float("nan"), float("inf"), 1.0
     got = sample_cuda(logits, torch.arange(3), torch.zeros(3).long(), 0.0, 0, 1.0, 0.0)
     assert got.tolist() == [-1, -1, 3]
+
+
+@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("scale", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("options", [*OPTIONS, (1.0, 3, 1.0, 0.0), (1.0, 0, 0.01, 0.0), (1.0, 0, 1.0, 0.3)])
+def test_the_cpp_samples_what_the_definition_does(options, scale):
+    """But for the last bits of exp, which decide one draw of thousands."""
+    logits = scale * torch.randn(300, 3000, generator=torch.Generator().manual_seed(1))
+    logits[:, 7] = float("-inf")
+    given = logits, torch.arange(300) - 1, torch.arange(300) ** 4
+    found = sample_cpu(*given, *options)
+    assert (found == sample_torch(*given, *options)).float().mean() >= 0.99
+    assert torch.equal(torch.cat([sample_cpu(*(x[n : n + 1] for x in given), *options) for n in (0, 7)]), found[[0, 7]])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernel is emulated, not run")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lkda.ops import short_convolutions, simplified_attention, simplified_step_fused
+from lkda.ops.simplified.cpu.step import LIBRARY
 from lkda.ops.simplified.cuda import fused_step as cuda
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 from tests.ops.simplified.step_cases import STATE, check, exact, moved, relative, token, written
@@ -52,6 +53,23 @@ def test_options(kernels_on_the_cpu, options):  # noqa: F811
     want, in_torch = exact(x), moved(x, torch.Tensor.clone)
     check(simplified_step_fused(**in_torch, backend="torch"), in_torch, want)
     check(by_kernel(x), x, want)
+
+
+CPP_OPTIONS = [{}, {"decay": "constant"}, {"width": 0}, {"width": 1}, {"width": 6}]
+
+
+@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("options", CPP_OPTIONS, ids=str)
+def test_cpp(options):
+    x = token(3, 2, 20, torch.float32, **options)
+    want = exact(x)
+    x["q"] = x["q"].mT.contiguous().mT
+    check(simplified_step_fused(**x, backend="cpu"), x, want)
+
+
+def test_cpp_takes_one_dtype():
+    with pytest.raises(ValueError, match="backend must be one of auto, cuda, torch, got 'cpu'"):
+        simplified_step_fused(**token(1, 2, 32, torch.float32, logits_dtype=torch.float64), backend="cpu")
 
 
 def test_a_bias_in_half_precision(kernels_on_the_cpu):  # noqa: F811
@@ -204,5 +222,5 @@ def test_bad_input(spoil, message):
 
 
 def test_what_the_kernel_cannot_take_is_refused_by_name():
-    with pytest.raises(ValueError, match="backend must be one of auto, torch, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, torch, got 'cuda'"):
         simplified_step_fused(**token(1, 2, 32, torch.float32, width=5), backend="cuda")

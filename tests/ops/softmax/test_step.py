@@ -8,11 +8,13 @@ import torch
 from lkda.ops import softmax_step
 from lkda.ops.runtime.jit import ARCHITECTURES
 from lkda.ops.softmax import cuda
+from lkda.ops.softmax.cpu.step import LIBRARY
 from lkda.ops.softmax.rotary import frequencies
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 BASE = 10000.0
+needs_compiler = pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated")
 
 
@@ -142,6 +144,32 @@ def test_pytorch_against_float64(dtype):
     q, k, v, k_cache, v_cache, lengths = drawn((0, 17, 39, 52), 3, 32, 40, dtype, capacity=64)
     k_cache.nan_to_num_(0.0), v_cache.nan_to_num_(0.0)
     check(by_function("torch"), (q, k, v, k_cache, v_cache, lengths), dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("D", [2, 30, 32, 64])
+def test_cpp_against_float64(D):
+    """Full caches and NaN beyond what is filled included, as the kernels do; and in float64."""
+    check(by_function("cpu"), drawn((0, 17, 39, 52), 3, D, 40, torch.float32, capacity=64), torch.float32)
+    x = drawn((0, 17, 39, 52), 3, D, 40, torch.float64, capacity=64)
+    twin = [part.clone() for part in x[:3]] + [cache.nan_to_num(0.0) for cache in x[3:5]] + [x[5]]
+    torch.testing.assert_close(by_function("cpu")(*x), by_function("torch")(*twin), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(x[3].nan_to_num(0.0), twin[3], rtol=1e-11, atol=1e-11)
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [None, 0.7, 2])
+def test_cpp_with_another_layout_and_scale(scale):
+    q, k, v, *caches = drawn((5, 8), 2, 32, 20, torch.float32)
+    q = q.mT.contiguous().mT
+    check(lambda *x: softmax_step(*x, rope_base=BASE, scale=scale, backend="cpu"), (q, k, v, *caches), q.dtype, scale)
+
+
+def test_cpp_takes_one_dtype():
+    x = drawn((3, 4), 2, 32, 10, torch.float32)
+    caches = [cache.double() for cache in x[3:5]]
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, got 'cpu'"):
+        softmax_step(*x[:3], *caches, x[5], rope_base=BASE, backend="cpu")
 
 
 def test_parts_cover_the_cache():

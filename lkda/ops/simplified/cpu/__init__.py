@@ -1,0 +1,1 @@
+"""Simplified linear attention on a CPU, in C++."""
