@@ -57,8 +57,9 @@ def decode_row(model: LanguageModel, batch: int, context: int, sampling: Samplin
         speed, decoder = _decode(prepare_decoding(model), batch, context, sampling)
     except torch.OutOfMemoryError:
         return row | {"bytes_needed": needed, "reason": _does_not_fit(needed, free)}
-    # A constant state is written whole; of a growing cache one entry is written.
-    moved = row["weight_bytes"] + batch * (model.state_bytes(context) + model.state_bytes(1))
+    # A constant state is written whole; of a growing cache, the entries so far are read and one is written.
+    tokens = context - LEAST_CONTEXT + STEPS // 2
+    moved = row["weight_bytes"] + batch * (model.state_bytes(tokens) + model.state_bytes(1))
     row |= {"tokens_per_s": speed, "bytes_per_step": moved, "copy_gb_per_s": copied}
     row |= {"copy_share": moved / (copied * 1e9) / (batch / speed)}
     if device.type == "cuda":

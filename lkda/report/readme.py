@@ -6,7 +6,6 @@ number is typed.
 A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows a file of docs/results/NAME:
 
     results     results.json, as `scripts/compare.py` writes it: the table of runs
-    speeds      the same file: training speed alone
     accuracy    the same file: synthetic tasks, by subset of the validation
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
@@ -36,17 +35,6 @@ def _runs(path: Path) -> str:
     return markdown_table(*as_cells(found["rows"])) + "\n" + " ".join(found["notes"])
 
 
-# What of a table of runs says how fast they were.
-_OF_SPEED = ("mixer", "seeds", "params", "flops_per_token", "tokens_per_s", "tokens_per_s sd")
-
-
-def _speeds(path: Path) -> str:
-    found = read_results_file(path, kind=COMPARISON)
-    rows = [{key: row[key] for key in _OF_SPEED if key in row} for row in found["rows"]]
-    rows = sorted(rows, key=lambda row: -float(row["tokens_per_s"]))
-    return markdown_table(*as_cells(rows)) + "\n" + found["notes"][0]
-
-
 def _accuracy(path: Path) -> str:
     found = [from_record(record) for record in read_results_file(path, kind=COMPARISON)["runs"]]
     head, body = accuracy.table(found)
@@ -72,7 +60,6 @@ def _table(path: Path) -> str:
 
 KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "results": ("results.json", "scripts/compare.py", _runs),
-    "speeds": ("results.json", "scripts/compare.py", _speeds),
     "accuracy": ("results.json", "scripts/compare.py", _accuracy),
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
     "peers": ("benchmark.json", "scripts/benchmark.py", _peers),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -38,18 +37,3 @@ def test_implementations_stand_side_by_side() -> None:
     head, body = side_by_side(rows)
     assert head[2:] == ["lkda cuda", "fla chunk_kda", "cudnn"]
     assert [line[2:] for line in body] == [["0.150 / 0.500", "1.100", ""]]
-
-
-def test_speeds_are_sorted_and_say_nothing_of_accuracy(tmp_path: Path) -> None:
-    rows = [
-        {"mixer": name, "seeds": 1, "val/loss": 4.0, "params": 1e6, "tokens_per_s": speed}
-        for name, speed in (("slow", 1e3), ("quick", 2e3))
-    ]
-    (tmp_path / "NAME").mkdir()
-    notes = ["2 runs on a device.", "Another note."]
-    record = {"kind": "comparison", "runs": [], "benchmark": None, "rows": rows, "notes": notes}
-    (tmp_path / "NAME" / "results.json").write_text(json.dumps(record))
-    block = fill("<!-- speeds:NAME -->\n<!-- /speeds:NAME -->", tmp_path)
-    assert [line.split("|")[1].strip() for line in block.splitlines() if line.startswith("|")][2:] == ["quick", "slow"]
-    assert "loss" not in block
-    assert "Another" not in block

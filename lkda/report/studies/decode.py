@@ -226,6 +226,8 @@ def _plot(
             axis.yaxis.set_minor_formatter(NullFormatter())
             if y_text is memory:
                 axis.yaxis.set_major_locator(LogLocator(base=4))
+            else:
+                axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
         for axis in list(axes.flat)[len(panels) :]:
             axis.set_visible(False)
         for axis in list(axes.flat)[max(0, len(panels) - across) : len(panels)]:

@@ -120,7 +120,7 @@ def test_each_step_of_keeps_keeps_more():
         return (requested() - before - sum(x.nbytes for x in results)) / (2 * 2048 * 8)
 
     found = [kept(as_one(64, keeps=keeps)) for keeps in KEEPS]
-    # The states (130), v~ (128), o (128) and the workspaces; for so few heads also what joins the segments of a sequence.
+    # The states (130), v~ (128), o (128) and the workspaces; for so few heads also what joins the segments.
     joined = sizes_of(torch.empty(2, 2048, 8, 64, dtype=torch.bfloat16), None).transitions / (2 * 2048 * 8)
     for got, want in zip(found, (0, 520, 520 + 258 + 128 + joined), strict=True):
         assert want <= got < want + 20
