@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lkda.ops.runtime.jit import Kernel, Module, multiprocessors, reason_cannot_run
-from lkda.ops.runtime.kernel_inputs import readable
+from lkda.ops.runtime.kernel_inputs import readable, readable_rows
 
 THREADS = 128
 AHEAD = 4  # 16-byte parts of a row that a lane asks for at first, as in linear.cu
@@ -92,33 +92,27 @@ def _launch(
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x if the kernel can read its rows as they are, else a copy."""
-    fits = x[0].is_contiguous() and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if fits else readable(x)
-
-
 def normed_linear_cuda(x: Tensor, norm: Tensor, weight: Tensor, eps: float, swiglu: bool) -> Tensor:
     y = x.new_empty(len(x), weight.shape[0] // (1 + swiglu))
-    _launch(_rows(x), weight, y, before=NORM, swiglu=swiglu, norm=readable(norm.float()), eps=eps)
+    _launch(readable_rows(x), weight, y, before=NORM, swiglu=swiglu, norm=readable(norm.float()), eps=eps)
     return y
 
 
 def grouped_linear_cuda(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
     y = x.new_empty(len(x), weight.shape[0] * weight.shape[1])
-    _launch(_rows(x), weight, y)
+    _launch(readable_rows(x), weight, y)
     return y.chunk(len(weight), -1)
 
 
 def add_linear_cuda(x: Tensor, y: Tensor, weight: Tensor) -> None:
-    _launch(_rows(y), weight, x, adds=True)
+    _launch(readable_rows(y), weight, x, adds=True)
 
 
 def add_gated_linear_cuda(x: Tensor, o: Tensor, gate: Tensor | None, norm: Tensor, weight: Tensor, eps: float) -> None:
-    gate = None if gate is None else _rows(gate)
+    gate = None if gate is None else readable_rows(gate)
     scale, head_dim = readable(norm.float()), o.shape[-1]
     _launch(
-        *(_rows(o.flatten(1)), weight, x),
+        *(readable_rows(o.flatten(1)), weight, x),
         before=HEAD_NORM,
         adds=True,
         gate=gate,

@@ -22,12 +22,6 @@ constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int AHEAD = 4;                   // parts of a row of W that a lane asks for before x is known
 constexpr int MATRICES = SWIGLU ? 2 : 1;
 
-// Loads what the launch before this one may have written. `fetch` must not be used: it assumes that nothing writes it.
-__device__ __forceinline__ Numbers<N> read(const Element* at) {
-  const uint4 x = *reinterpret_cast<const uint4*>(at);
-  return numbers<N>(Element{}, Raw<16>{{x.x, x.y, x.z, x.w}});
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
     token_linear(const Element* x, const Element* gate, const float* norm, const Element* weight, Element* y, int inputs, int outputs,
                  int tokens, int x_stride, int gate_stride, int y_stride, int group_rows, int head_dim, int split, int adds, float eps) {
@@ -70,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       const int token = t < tokens ? t : 0;  // without a branch, so that all tokens are asked for at once
       const Element* own = x + static_cast<long long>(token) * x_stride + at;
       if (PROLOGUE == 0) own += first / group_rows * inputs;
-      Numbers<N> value = read(own);
+      Numbers<N> value = read_numbers<N>(own);
       if (PROLOGUE == 1) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -87,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int i = 0; i < N; ++i) value.x[i] *= r * scale.x[i];
         if (gate != nullptr) {
-          const Numbers<N> open = read(gate + static_cast<long long>(token) * gate_stride + at);
+          const Numbers<N> open = read_numbers<N>(gate + static_cast<long long>(token) * gate_stride + at);
 #pragma unroll
           for (int i = 0; i < N; ++i) value.x[i] *= sigmoid(open.x[i]);
         }
