@@ -23,7 +23,6 @@ test-slow: $(VENV)/installed-dev
 	$(PARALLEL) -m slow $(ARGS)
 
 test-long: $(VENV)/installed-dev
-	$(BIN)/python -m lkda.bench.resources
 	$(PARALLEL) -m "long or readers" $(ARGS)
 
 test-fla: $(VENV)/fla/installed
