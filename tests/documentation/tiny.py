@@ -102,6 +102,7 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
     reasons = []
     if name == "train":
         added += _first_of_numbers(config, given)
+        added += ["hydra.sweeper.n_trials=1"] * any(word.startswith("hydra.sweeper.n_trials=") for word in given)
     if name == "evaluate":
         added.append("limit=2" if config.tasks else "max_batches=1")
     if name == "prepare_data" and config.sources is None and config.paths is None:
