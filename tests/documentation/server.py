@@ -102,6 +102,10 @@ class Command:
         return self._main(lambda: _run_module(argv[0]), argv)
 
     def _script(self, path: Path, rest: list[str]) -> int:
+        if tiny.needs_a_cluster(rest):
+            tiny.check_settings(path.stem, rest, Path("configs").resolve())
+            self.record["notes"].append("a cluster: only the settings are checked here")
+            return 0
         added = self._cut(path.stem, rest)
 
         def run() -> int:

@@ -103,12 +103,25 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
     if name == "train":
         added += _first_of_numbers(config, given)
         added += ["hydra.sweeper.n_trials=1"] * any(word.startswith("hydra.sweeper.n_trials=") for word in given)
+        if config.trainer.strategy != "single":
+            added.append("trainer.accelerator=gpu")
+            reasons.append("several processes: only the settings are checked here")
     if name == "evaluate":
         added.append("limit=2" if config.tasks else "max_batches=1")
     if name == "prepare_data" and config.sources is None and config.paths is None:
         added.append(f"sources={PIP_SOURCES['novels' if config.path else config.mix or 'prose']}")
         reasons.append("the smallest part that comes by pip")
     return added, reasons
+
+
+def needs_a_cluster(words: Sequence[str]) -> bool:
+    """Whether the command submits jobs to Slurm, which is checked up to its settings."""
+    return "hydra/launcher=submitit_slurm" in words
+
+
+def check_settings(name: str, words: Sequence[str], configs: Path) -> None:
+    """Raises what Hydra raises for settings that it cannot compose."""
+    _composed(name, [word for word in words if not word.startswith("-")], configs)
 
 
 def _without_effect(config: DictConfig) -> tuple[str, ...]:
@@ -127,6 +140,7 @@ def _composed(name: str, given: Sequence[str], configs: Path) -> DictConfig:
             if override.is_sweep_override()
             else str(override.input_line)
             for override in parsed
+            if not override.is_interval_sweep()
         ]
         return compose(name, overrides=first, return_hydra_config=True)
 

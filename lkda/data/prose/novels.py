@@ -1,8 +1,6 @@
-"""Makes the file of novels for scripts/prepare_data.py mix=english, from clones of two public repositories:
+"""Makes the file of novels for scripts/prepare_data.py mix=english, from clones of two public repositories.
 
-    git clone https://github.com/computationalstylistics/100_english_novels
-    git clone https://github.com/COST-ELTeC/ELTeC-eng
-    python -m lkda.data.prose.novels 100_english_novels ELTeC-eng novels.jsonl.xz
+docs/guides/data.md has the commands.
 
 A line is a JSON object {"author", "title", "year", "source", "text"}, with blank lines between the paragraphs. Novels
 after 1930 are left out, and so is the ELTeC-eng copy of a novel that both repositories have.
