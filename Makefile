@@ -1,6 +1,6 @@
 # make train: install into .venv, then train a small model on real text.   make test: install, then test, in minutes.
 # make test-slow: what takes longer; CI runs it too.   make test-long: what CI has no time for, and other programs.
-# make test-fla: lkda's kernels in flash-linear-attention, on a CPU; CI runs it too.
+# make test-fla: lkda's kernels in flash-linear-attention, on a CPU.
 # ARGS are passed on: make test ARGS="tests/ops -k simplified".
 PYTHON ?= python3
 VENV := .venv
