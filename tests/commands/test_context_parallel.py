@@ -47,7 +47,7 @@ def test_packed_documents(mixer: str, tmp_path: Path) -> None:
     same_run(words, in_parts(2), tmp_path, processes=2, rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("packed", ["true", "false"])
 def test_four_parts(packed: str, tmp_path: Path) -> None:
     """A state passes through the parts between."""

@@ -85,7 +85,7 @@ def assert_named(directory: Path, out: Path, capsys: pytest.CaptureFixture[str])
     assert re.search(r"left out \S*0_kda_debug_seed1: failed: the loss became NaN or infinite at step 2", shown)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_joblib(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = swept(corpus, tmp_path / "runs", "hydra/launcher=joblib", "optimizer.lr=1e30,1e-3", gpus="0,1")
@@ -95,7 +95,7 @@ def test_joblib(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert_named(tmp_path / "runs", tmp_path / "comparison", capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_workers_than_gpus(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = swept(corpus, tmp_path, "hydra/launcher=joblib", "hydra.launcher.n_jobs=3", "seed=1,2", gpus="0,1")
@@ -103,7 +103,7 @@ def test_more_workers_than_gpus(corpus: Path, tmp_path: Path) -> None:
     assert "give hydra.launcher.n_jobs=2, or a larger jobs_per_gpu" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_submitit_on_this_machine(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With submitit's local executor. On a cluster its Slurm executor takes its place."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")

@@ -99,7 +99,7 @@ def test_ddp_is_one_process(pieces: int, corpus: Path, tmp_path: Path, alone: Ru
     [
         (),
         ("trainer.accumulate_grad_batches=2", "checkpointing=block"),
-        pytest.param(("optimizer=muon",), marks=pytest.mark.slow),
+        pytest.param(("optimizer=muon",), marks=pytest.mark.long),
     ],
 )
 def test_fsdp_is_one_process(overrides: tuple[str, ...], corpus: Path, tmp_path: Path, alone: Run) -> None:
@@ -108,7 +108,7 @@ def test_fsdp_is_one_process(overrides: tuple[str, ...], corpus: Path, tmp_path:
     assert_same_rows(tmp_path / "run", alone(*overrides), rel=rel)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bf16_and_fsdp(corpus: Path, tmp_path: Path, alone: Run) -> None:
     trained(corpus, tmp_path / "run", "trainer.precision=bf16-mixed", *on("fsdp"), processes=2)
     assert_same_rows(tmp_path / "run", alone("trainer.precision=bf16-mixed"), rel=1e-2)
@@ -175,7 +175,7 @@ def test_two_one_two_processes_see_every_example_once(corpus: Path, tmp_path: Pa
     assert sum((all_rows - seen).values()) == data._train.count - 16 * epoch < 16  # and all but the incomplete batch
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.long)])
 def test_resumed_with_another_number(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
     """2 -> 1 -> 2 processes end as one process that was not stopped."""
     run = tmp_path / "run"
@@ -277,7 +277,7 @@ def test_unequal_numbers_of_targets(corpus: Path, tmp_path: Path, monkeypatch: p
     assert_same_rows(tmp_path / "two", tmp_path / "one", rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_batch_size_for_each_device(corpus: Path, tmp_path: Path, alone: Run) -> None:
     each = ("data.batch_size=2", "trainer.global_batch=false", *on("ddp"))
     summaries = trained(corpus, tmp_path / "run", *each, processes=2)
@@ -288,7 +288,7 @@ def test_a_batch_size_for_each_device(corpus: Path, tmp_path: Path, alone: Run) 
     assert trained(corpus, tmp_path / "run", "resume=true", "trainer.max_steps=5")[0]["steps"] == 5
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_a_signal_to_one_process_stops_all(strategy: str, corpus: Path, tmp_path: Path) -> None:
     """After the same step, which is saved. The run then continues."""
     step = LanguageModelTask.training_step
@@ -353,7 +353,7 @@ def test_a_finished_run_has_nothing_to_do(corpus: Path, tmp_path: Path) -> None:
     assert again == [first, {}]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_compiled_blocks(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
     """The blocks are traced and called, whichever strategy they have."""
@@ -369,7 +369,7 @@ def test_compiled_blocks(strategy: str, corpus: Path, tmp_path: Path, alone: Run
     assert_same_rows(tmp_path / "run", alone("mixer=softmax"), rel=1e-4)
 
 
-@pytest.mark.slow  # it starts Python four times
+@pytest.mark.long  # it starts Python four times
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_command_starts_its_processes(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
     """Also in a sweep, whose jobs follow each other in one process."""
