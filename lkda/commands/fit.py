@@ -30,6 +30,7 @@ from lkda.training.callbacks import (
     DivergedError,
     DivergenceGuard,
     InterruptedRunError,
+    LearntRunError,
     Recorder,
     StopRequest,
 )
@@ -208,7 +209,7 @@ def _loggers(prepared: PreparedRun, run: RunFiles) -> list[L.pytorch.loggers.Log
 
 def fit(
     trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop_request: StopRequest
-) -> InterruptedRunError | DivergedError | None:
+) -> InterruptedRunError | DivergedError | LearntRunError | None:
     """Train, beginning with the plan's first step.
 
     Returns: what ended the run before its last step; None if it was completed.
@@ -222,7 +223,7 @@ def fit(
         try:
             trainer.fit(task, datamodule=data, ckpt_path=prepared.checkpoint, weights_only=True)
             stop_request.finish()
-        except (InterruptedRunError, DivergedError) as ending:
+        except (InterruptedRunError, DivergedError, LearntRunError) as ending:
             return ending
         except MisconfigurationException as error:
             raise InputError(f"Lightning refuses these settings: {_on_one_line(error)}") from error

@@ -10,9 +10,11 @@ An experiment may have keys for this command, which scripts/train.py ignores:
     estimate    {start: seconds until the first step, then: seconds of the commands below,
                 steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same}}
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
-                run directory. A command whose `out` exists is not run again.
+                run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
+                continued.
 A job is not begun if its estimate exceeds the time left, unless --cut is given. At the deadline the jobs that still run
-save a checkpoint and stop.
+save a checkpoint and stop. When a job is done, its checkpoints and exported weights are deleted, unless
+--keep-checkpoints is given.
 """
 
 from __future__ import annotations
@@ -86,17 +88,26 @@ class Job:
 
     def commands(self) -> list[list[str]]:
         """The arguments of lkda for what is still to be done. A run that diverged is not trained again."""
-        status = self.status
-        if status == "diverged":
+        if self.status == "diverged":
             return []
-        train = ["train", *self.overrides, *_QUIET, "hydra.mode=RUN", f"hydra.run.dir={self.directory}", "resume=true"]
-        after = [list(words) for words in self.then if not _output(words).exists()]
-        return ([] if status == "finished" else [train]) + after
+        own = ("train", *self.overrides, f"hydra.run.dir={self.directory}")
+        return [_continuing(words) for words in (own, *self.then) if not _is_done(words)]
+
+    def delete_weights(self) -> None:
+        """Delete the checkpoints, and what was exported. The directory of an export stays, and is empty."""
+        shutil.rmtree(RunFiles(self.directory).checkpoints, ignore_errors=True)
+        for words in self.then:
+            path = _result(words)
+            if words[0] == "train":
+                shutil.rmtree(RunFiles(path).checkpoints, ignore_errors=True)
+            elif words[0] == "export":
+                shutil.rmtree(path)
+                path.mkdir()
 
     def seconds(self) -> float | None:
         """The estimated time of what is still to be done, on a GPU to itself; None if it cannot be estimated."""
         commands = self.commands()
-        train = bool(commands) and commands[0][0] == "train"
+        train = self.status not in ("finished", "diverged")
         after = self.then_seconds * (len(commands) - train) / max(1, len(self.then))
         if not train:
             return after
@@ -107,8 +118,22 @@ class Job:
         return self.start + max(0, self.steps - done) / self.steps_per_s + after
 
 
-def _output(words: Sequence[str]) -> Path:
-    return Path(next(word.removeprefix("out=") for word in words if word.startswith("out=")))
+def _result(words: Sequence[str]) -> Path:
+    """What a command makes: its run directory, or its `out`. Raises: InputError where it names none."""
+    option = "hydra.run.dir=" if words[0] == "train" else "out="
+    named = [word.removeprefix(option) for word in words if word.startswith(option)]
+    if not named:
+        raise InputError(f"a command of `then` needs {option}..., which says whether it is done: {' '.join(words)}")
+    return Path(named[-1])
+
+
+def _is_done(words: Sequence[str]) -> bool:
+    path = _result(words)
+    return path.exists() if words[0] != "train" else read_summary(path / "summary.json").get("status") == "finished"
+
+
+def _continuing(words: Sequence[str]) -> list[str]:
+    return [*words, *_QUIET, "hydra.mode=RUN", "resume=true"] if words[0] == "train" else [*words]
 
 
 def jobs_of(experiments: Sequence[str], overrides: Sequence[str], out: Path) -> list[Job]:
@@ -164,9 +189,8 @@ def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path)
     name = f"{experiment}/{_directory_name(swept)}"
     directory = out.absolute() / name
     then = tuple(tuple(shlex.split(line.replace("{run}", str(directory)))) for line in _plain(config, "then", []))
-    without = [" ".join(words) for words in then if not any(word.startswith("out=") for word in words)]
-    if without:
-        raise InputError(f"each command of `then` in {experiment} needs out=, which says that it is done: {without[0]}")
+    for words in then:
+        _result(words)  # raises where a command names none
     return Job(
         name=name,
         overrides=overrides,
@@ -185,15 +209,16 @@ def _plain(config: DictConfig, key: str, otherwise: Any) -> Any:
 
 
 def _directory_name(swept: Sequence[str]) -> str:
-    """As mixer=kda,seed=1; a dictionary {kda:{gate:head}} becomes kda.gate=head."""
-    return ",".join(_word(override) for override in swept) or "run"
+    """As mixer=kda_seed=1; a dictionary {kda:{gate:head}} becomes kda.gate=head. It has no comma, as Hydra would take a
+    path with one for a sweep."""
+    return "_".join(_word(override) for override in swept) or "run"
 
 
 def _word(override: str) -> str:
     key, _, value = override.partition("=")
     if value.startswith("{"):
         value = value.strip("{}").replace(":{", ".").replace("}", "").replace(":", "=")
-    return re.sub(r"[^\w.=,+-]+", "_", f"{key.rpartition('.')[2]}={value}").strip("_")
+    return re.sub(r"[^\w.=+-]+", "_", f"{key.rpartition('.')[2]}={value}").strip("_")
 
 
 @dataclass
@@ -210,7 +235,7 @@ class _Running:
         """Begin the next command where one has ended well. Returns whether there is more to wait for."""
         if self.process is not None and self.process.poll() is None:
             return True
-        if self.process is not None and self.process.returncode != 0 or not self.commands:
+        if (self.process is not None and self.process.returncode != 0) or not self.commands:
             return False
         self.job.directory.mkdir(parents=True, exist_ok=True)
         source = str(Path(lkda.__file__).parents[1])  # the child must import this package, not an installed one
@@ -311,7 +336,7 @@ def _say_end(one: _Running, said: Callable[[str], None], *, keep_checkpoints: bo
     job, log = one.job, one.job.directory / LOG
     if not job.commands():
         if not keep_checkpoints:
-            shutil.rmtree(RunFiles(job.directory).checkpoints, ignore_errors=True)
+            job.delete_weights()
         said(f"{job.name}: {job.status}")
     elif one.stopped:
         said(f"{job.name}: stopped; the same command continues it")
