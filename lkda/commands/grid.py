@@ -42,7 +42,7 @@ from rich.console import Console
 
 import lkda
 from lkda.checks import InputError, check_count, check_values
-from lkda.commands.command_line import FAILED, readable_errors
+from lkda.commands.command_line import FAILED, TRACEBACKS, readable_errors
 from lkda.commands.run_directory import RunFiles, read_summary
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.sweep_gpus import jobs_at_once, visible_gpus
@@ -240,14 +240,18 @@ class _Running:
         self.job.directory.mkdir(parents=True, exist_ok=True)
         source = str(Path(lkda.__file__).parents[1])  # the child must import this package, not an installed one
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
-        own = {} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu}
+        environment = {**os.environ, "PYTHONPATH": path}
+        if self.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpu
+        if not TRACEBACKS:  # `readable_errors` has set it for this process
+            environment.pop("HYDRA_FULL_ERROR", None)
         with open(self.job.directory / LOG, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lkda", *self.commands.pop(0)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": path, **own},
+                env=environment,
             )
         return True
 

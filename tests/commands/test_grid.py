@@ -126,14 +126,14 @@ def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:
 def test_real_runs(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are trained, stopped, continued, exported and measured; only the results are kept."""
     then = "then=['export ckpt={run} out={run}/exported','evaluate ckpt={run} out={run}/val.json']"
-    swept = ["mixer=kda,softmax", "seed=1", "trainer.max_steps=40", "+estimate={start:5}", f"+{then}"]
-    words = ["mixers_on_sotu", *small_run(corpus, *swept), "--out", str(tmp_path), "--per-gpu", "2"]
+    settings = small_run(corpus, "mixer=kda,softmax", "seed=1", "trainer.max_steps=40", then)
+    words = ["lm_by_mixer_full", *settings, "--out", str(tmp_path), "--per-gpu", "2", "--slowdown", "1"]
     with pytest.raises(SystemExit) as ending:
         main([*words, "--deadline", "400"])
     assert ending.value.code == 0
     said = capsys.readouterr().out
-    assert re.search(r"mixers_on_sotu/mixer=softmax_seed=1 +done +40", said), said
-    run = tmp_path / "mixers_on_sotu" / "mixer=kda_seed=1"
+    assert re.search(r"lm_by_mixer_full/mixer=softmax_seed=1 +done +40", said), said
+    run = tmp_path / "lm_by_mixer_full" / "mixer=kda_seed=1"
     assert (run / "val.json").is_file()
     assert not (run / "checkpoints").exists()
     assert list((run / "exported").iterdir()) == []

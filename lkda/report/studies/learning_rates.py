@@ -107,7 +107,7 @@ def _plot(runs: Sequence[Run], measures: Mapping[str, str]) -> Picture:
             panel.xaxis.set_major_locator(FixedLocator(sorted({rate for found in curves.values() for rate in found})))
             panel.xaxis.set_minor_locator(NullLocator())
             panel.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: _written(rate)))
-            panel.set_xlabel(f"peak learning rate, model={model}; square: best at the edge of the grid")
+            panel.set_xlabel(f"peak learning rate, model={model}\n(ring: best; square: best, at the edge of the grid)")
             panel.set_ylabel(_AXES[measure])
             ends = {mixer: (list(found)[-1], list(found.values())[-1]) for mixer, found in curves.items()}
             label_ends(panel, [Label(x, y, mixer, colours[mixer]) for mixer, (x, y) in ends.items()])
