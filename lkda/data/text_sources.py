@@ -36,10 +36,11 @@ def sources_of(directory: Path, split: str) -> list[TextSource]:
         return []
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["sources"]
-        return [
-            TextSource(source["name"], *source["tokens"][split], source[f"{split}_bytes"])
-            for source in listed
-            if split in source.get("tokens", ())
-        ]
+        found = []
+        for source in listed:
+            if split in source.get("tokens", ()):
+                begin, end = source["tokens"][split]
+                found.append(TextSource(source["name"], begin, end, source[f"{split}_bytes"]))
+        return found
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is no manifest of a prepared corpus ({error!r}): prepare it again.") from error
