@@ -10,6 +10,7 @@ import pytest
 from lkda.checks import InputError
 from lkda.commands.train import train
 from lkda.training.callbacks import StopWhenLearnt
+from lkda.training.checkpoint import step_files
 from tests.commands.small import composed, small_run
 
 SMALL = ("data=palindrome", "data.context=32", "data.letters=2", "data.val_examples=4", "data.batch_size=2")
@@ -29,7 +30,7 @@ def test_it_ends_after_the_first_validation_that_is_good_enough(accuracy: float,
     assert summary["val/accuracy"] > 0.01
     with open(tmp_path / "metrics.csv") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)][-1] == steps
-    assert (tmp_path / "checkpoints" / "best.ckpt").exists()
+    assert step_files(tmp_path / "checkpoints")[-1].name == f"step_000000{steps}.ckpt"
 
 
 def test_text_has_no_accuracy(corpus: Path, tmp_path: Path) -> None:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lkda.checks import InputError
 
 
-class LearntRunError(RuntimeError):
-    """The run ended before its last step, because the model has learnt the task.
+@dataclass(frozen=True)
+class LearntRun:
+    """A run that ended before its last step, because the model has learnt the task.
 
-    Args:
+    Attributes:
         step: the last optimizer step.
     """
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"learnt after step {step}")
-        self.step = step
+    step: int
 
 
 class StopWhenLearnt(L.Callback):
-    """Ends the run after a validation whose mean accuracy is `accuracy` or more. The run then counts as finished.
-
-    The checkpoints are those that the run has without this callback: the best one and the last ones that were due.
+    """Ends the run after a validation whose mean accuracy is `accuracy` or more. The run then counts as finished,
+    and has a checkpoint of its last step.
 
     Args:
         accuracy: a share of the target positions, above 0 and at most 1.
@@ -42,4 +42,4 @@ class StopWhenLearnt(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         early = trainer.state.fn == TrainerFn.FITTING and trainer.global_step < trainer.max_steps
         if early and float(trainer.callback_metrics["val/accuracy"]) >= self.accuracy:
-            raise LearntRunError(trainer.global_step)
+            trainer.should_stop = True  # the checkpoint is written after this: Lightning puts `Checkpoints` last
