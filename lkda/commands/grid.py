@@ -252,6 +252,7 @@ class _Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                process_group=0,  # Ctrl-C reaches this process alone, which then stops the jobs: once each
             )
         return True
 
@@ -373,6 +374,7 @@ def _number(value: float | None, form: str) -> str:
 
 def run(options: argparse.Namespace, console: Console) -> bool:
     """Run the command. Returns whether all jobs are done."""
+    started = time.monotonic()
     check_count("--per-gpu", options.per_gpu, least=1)
     overrides = [word for word in options.words if "=" in word]
     jobs = jobs_of([word for word in options.words if "=" not in word], overrides, options.out)
@@ -381,13 +383,13 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     _print_plan(jobs, places=jobs_at_once(options.per_gpu) if gpus else options.per_gpu, slowdown=slowdown, out=console)
     if options.dry_run:
         return True
-    started = time.monotonic()
+    deadline = None if options.deadline is None else options.deadline - (time.monotonic() - started)
     run_jobs(
         jobs,
         gpus=gpus,
         per_gpu=options.per_gpu,
         slowdown=slowdown,
-        deadline=options.deadline,
+        deadline=deadline,
         cut=options.cut,
         keep_checkpoints=options.keep_checkpoints,
         said=lambda line: console.print(f"{time.monotonic() - started:5.0f} s  {line}", soft_wrap=True),
