@@ -39,6 +39,8 @@ from lkda.models.stepwise import StepwiseModel
 from lkda.ops.kda.state import STATE_DTYPES
 from lkda.training import positions
 from lkda.training.accuracy import METRICS, by_subset
+from lkda.training.losses import next_token_losses
+from lkda.training.source_loss import SourceLoss
 from lkda.training.validation import ValidationMetrics
 
 SPLITS = ("validation", "test")
@@ -70,7 +72,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     Args:
         config: composed from configs/evaluate.yaml; without `data`, the data of the run are used.
     Returns: {"loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens", "loss_from_0", "loss_from_1",
-        "loss_from_2", "loss_from_4", ...: by position} of text; {"accuracy", "sequence_accuracy", "loss",
+        "loss_from_2", "loss_from_4", ...: by position} of text, and of a prepared corpus "by_source": {source: {"loss",
+        "bits_per_byte", "tokens"}}; {"accuracy", "sequence_accuracy", "loss",
         "val_subsets": see `by_subset`} of other data; {"TASK/METRIC": value} of tasks.
     Raises:
         InputError: for a checkpoint or data that cannot be used, an unknown task, or settings that contradict each
@@ -225,8 +228,15 @@ def _measure(
         bytes_per_token=text.bytes_per_token,
         val_subsets=data.val_subsets,
     ).to(device)
+    sources = SourceLoss(data.test.sources if split == "test" and data.test else data.val_sources, device)
+
+    def token_losses(tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        losses = next_token_losses(model(tokens, cu_seqlens=cu_seqlens), targets)
+        sources.update(losses, targets)
+        return losses
+
     for batch in _batches(model, data, split, limit):
-        metrics.update(model, {name: _on(device, value) for name, value in batch.items()})
+        metrics.update(model, {name: _on(device, value) for name, value in batch.items()}, token_losses=token_losses)
     tokens = int(metrics.count)
     found = {name: float(value) for name, value in metrics.compute().items()}
     if data.val_subsets:
@@ -242,6 +252,7 @@ def _measure(
         "unigram_entropy": text.unigram_entropy,
         "tokens": tokens,
         **{column.replace("val/loss/from_", _FROM): found[column] for column in by_position if column in found},
+        **({"by_source": sources.compute()} if sources.sources else {}),
     }
 
 
@@ -262,8 +273,10 @@ def _lines(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The names and values of all results, those of the subsets last."""
     ranges = _position_ranges(result)
     for name, value in result.items():
-        if name != "val_subsets":
+        if name not in ("val_subsets", "by_source"):
             yield ranges.get(name, name.replace("_", " ")), value
+    for source, measured in result.get("by_source", {}).items():
+        yield f"bits per byte, {source}", measured["bits_per_byte"]
     for record in result.get("val_subsets", ()):
         words = ", ".join(f"{name} {value}" for name, value in record["subset"].items())
         yield from ((f"{metric.replace('_', ' ')}, {words}", record[metric]) for metric in METRICS if metric in record)

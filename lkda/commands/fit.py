@@ -30,6 +30,7 @@ from lkda.training.callbacks import (
     DivergedError,
     DivergenceGuard,
     InterruptedRunError,
+    LearntRun,
     Recorder,
     StopRequest,
 )
@@ -208,7 +209,7 @@ def _loggers(prepared: PreparedRun, run: RunFiles) -> list[L.pytorch.loggers.Log
 
 def fit(
     trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop_request: StopRequest
-) -> InterruptedRunError | DivergedError | None:
+) -> InterruptedRunError | DivergedError | LearntRun | None:
     """Train, beginning with the plan's first step.
 
     Returns: what ended the run before its last step; None if it was completed.
@@ -234,7 +235,7 @@ def fit(
                 f"another process of the run has ended, or did not answer for {minutes} minutes "
                 "(trainer.timeout_minutes). Continue from the last checkpoint with resume=true."
             ) from error
-    return None
+    return LearntRun(trainer.global_step) if trainer.global_step < prepared.total_steps else None
 
 
 def _is_of_another_process(error: RuntimeError) -> bool:

@@ -11,6 +11,7 @@ import copy
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lkda import formats
 from lkda.checks import InputError
+from lkda.integrations.autoload import VARIABLE
 from lkda.models.lm import LanguageModel
 from lkda.ops.sequences import positions
 from lkda.training.parameters import parameters_by_kind
@@ -103,11 +105,13 @@ PEERS = {
 
 
 def check_available(name: str, device: torch.device) -> None:
-    """Raise InputError if the peer's package is not installed or does not run on `device`."""
+    """Raise InputError if the peer's package is not installed, does not run on `device`, or would run lkda's code."""
     peer = PEERS[name]
     for package, distribution in ((peer.package, peer.distribution), ("transformers", "transformers")):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"peer {name} needs the package {package}: pip install {distribution}.")
+    if peer.package == "fla" and os.environ.get(VARIABLE, "0") not in ("", "0"):
+        raise InputError(f"{VARIABLE} makes flash-linear-attention run lkda's kernels: unset it for peer {name}.")
     if peer.needs_gpu and device.type != "cuda":
         raise InputError(f"peer {name} needs a GPU, but this run is on {device.type}: leave the peer out.")
 

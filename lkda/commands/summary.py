@@ -17,11 +17,14 @@ from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
 from lkda.models.lm import LanguageModel
 from lkda.training.accuracy import by_subset
-from lkda.training.callbacks import DivergedError, InterruptedRunError
+from lkda.training.callbacks import DivergedError, InterruptedRunError, LearntRun
 
 
 def summarize(
-    run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ending: InterruptedRunError | DivergedError | None
+    run: RunDirectory,
+    model: LanguageModel,
+    prepared: PreparedRun,
+    ending: InterruptedRunError | DivergedError | LearntRun | None,
 ) -> dict[str, Any]:
     """The content of summary.json. The measurements come from metrics.csv, so that they cover all parts of a resumed
     run.

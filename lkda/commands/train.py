@@ -18,7 +18,7 @@ from lkda.commands.run_directory import RunDirectory, RunFiles
 from lkda.commands.run_setup import RunPlan, plan_run
 from lkda.commands.summary import summarize
 from lkda.models.lm import LanguageModel
-from lkda.training.callbacks import DivergedError, InterruptedRunError, StopRequest
+from lkda.training.callbacks import DivergedError, InterruptedRunError, LearntRun, StopRequest
 from lkda.training.checkpoint import step_files
 
 
@@ -70,7 +70,7 @@ def _train_beside(plan: RunPlan, own_directory: Path, processes: Processes) -> N
 
 def _fit(
     prepared: PreparedRun, model: LanguageModel, run: RunFiles, processes: Processes
-) -> InterruptedRunError | DivergedError | None:
+) -> InterruptedRunError | DivergedError | LearntRun | None:
     """Train on this process's device. Returns what ended the run early."""
     share_data(prepared, processes)
     stop_request = StopRequest(processes.group)

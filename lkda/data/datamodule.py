@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lkda.checks import InputError, check_count
 from lkda.data.fingerprint import Fingerprint
+from lkda.data.text_sources import TextSource
 
 MOST_WORKERS = 256
 
@@ -60,6 +61,7 @@ class TestSplit:
         batches: all batches, with a length.
         tokens: the number of tokens of the text.
         bytes_per_token, unigram_entropy: as in `IndexedDataModule`, for the test text.
+        sources: of the test text, as `val_sources`.
     """
 
     __test__ = False  # pytest would take a class of this name for a test
@@ -68,6 +70,7 @@ class TestSplit:
     tokens: int | None = None
     bytes_per_token: float | None = None
     unigram_entropy: float | None = None
+    sources: Sequence[TextSource] = ()
 
 
 class IndexedDataModule(L.LightningDataModule):
@@ -88,6 +91,7 @@ class IndexedDataModule(L.LightningDataModule):
         tokenizer: of text; None for other data.
         bytes_per_token, unigram_entropy: of the validation text, in bytes per token and nats per token; None for other
             data.
+        val_sources: the sources of the validation text, in order; empty if they are not known.
         test: the test split; None if there is none.
         no_test: the reason why text has no test split, in words.
         val_subsets: for data that are not text, the properties of each validation subset, such as {"length": 256,
@@ -110,6 +114,7 @@ class IndexedDataModule(L.LightningDataModule):
     tokenizer: Tokenizer | None = None
     bytes_per_token: float | None = None
     unigram_entropy: float | None = None
+    val_sources: Sequence[TextSource] = ()
     test: TestSplit | None = None
     no_test: str | None = None
     val_subsets: Sequence[Mapping[str, int]] = ()

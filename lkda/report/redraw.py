@@ -13,6 +13,7 @@ from lkda.checks import InputError
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file
 from lkda.report.studies import (
+    by_source,
     decode,
     learning_rates,
     long_context,
@@ -33,6 +34,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "state_error": state_error.redraw,  # written by lkda.bench.state_error
     "long_context": long_context.redraw,
     "state_dtypes": state_dtypes.redraw,
+    "by_source": by_source.redraw,
     "recipe": recipe.redraw,
     "learning_rates": learning_rates.redraw,
     "peer_training": peer_training.redraw,  # written by lkda.commands.peer_training

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
@@ -140,8 +141,15 @@ def test_a_model_of_prepared_text_is_evaluated_on_it_and_on_no_other(run: Path, 
     data = prepared(tmp_path / "prose", "It was the best of times, it was the worst of times. ")
     changes = [override for override in small_run(corpus) if not override.startswith("data")]
     summary = train(composed("train", *changes, *data, "trainer.limit_val_batches=1.0"), tmp_path / "run")
+    tokens = len(np.load(tmp_path / "prose" / "validation.npy"))
+    halves = {"first": [0, tokens // 2], "second": [tokens // 2, tokens]}
+    manifest = {"sources": [{"name": n, "tokens": {"validation": p}, "validation_bytes": 9} for n, p in halves.items()]}
+    (tmp_path / "prose" / "manifest.json").write_text(json.dumps(manifest))
     result = evaluate(composed("evaluate", f"ckpt={tmp_path / 'run'}", "accelerator=cpu"))
     assert result["loss"] == pytest.approx(summary["val/loss"], rel=1e-6)
+    own = [(source["tokens"], source["loss"]) for source in result["by_source"].values()]
+    assert [count for count, _ in own] == [tokens // 2 - 1, tokens - tokens // 2]
+    assert sum(count * loss for count, loss in own) / sum(count for count, _ in own) == pytest.approx(result["loss"])
     weights = {name: count for name, count in result.items() if name.startswith("loss_from_")}
     assert set(weights) == {"loss_from_0", *(f"loss_from_{2**n}" for n in range(5))}
     with pytest.raises(ValueError, match="another tokenizer"):

@@ -160,7 +160,17 @@ class Command:
                 args = [*sys.argv[1:], *added]
             return parse(parser, args, namespace)
 
+        mixed = argparse.ArgumentParser.parse_intermixed_args
+
+        def parse_intermixed_args(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+            if args is None or [*args] == sys.argv[1:]:
+                added = tiny.arguments_of(list(parser._option_string_actions), sys.argv)
+                record["added"] += added
+                args = [*sys.argv[1:], *added]
+            return mixed(parser, args, namespace)
+
         argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+        argparse.ArgumentParser.parse_intermixed_args = parse_intermixed_args  # type: ignore[method-assign,assignment]
 
     def _venv(self, directory: Path) -> int:
         """An environment whose programs are those of the scratch checkout."""

@@ -66,6 +66,7 @@ TINY_ARGUMENTS: dict[str, list[str]] = {
     "--shapes": ["1x64x2x32"],
     "--arch": ["sm_90a"],
     "--processes": ["2"],
+    "--dry-run": [],
     "--op": ["column_sums", "gated_norm"],
 }
 # Of scripts/prepare_data.py, for each mix, where the others come by apt: the smallest that comes by pip, and the

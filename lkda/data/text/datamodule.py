@@ -19,6 +19,7 @@ from lkda.data.text.tokenize import (
     without_test,
 )
 from lkda.data.text.tokenizer import check_vocab_size
+from lkda.data.text_sources import sources_of
 
 # Corpora that scripts/prepare_data.py makes.
 PREPARED = ("prose", "english", "code")
@@ -144,6 +145,7 @@ class TextDataModule(PackedDataModule):
             tokens=len(token_ids),
             bytes_per_token=size / len(token_ids),
             unigram_entropy=unigram_entropy(token_ids),
+            sources=sources_of(self.directory, name) if self.source in PREPARED else (),
         )
 
     def _why_no_test(self, tokenized: TokenizedCorpus) -> str | None:

@@ -12,6 +12,7 @@ from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.data.fingerprint import Fingerprint, check_same
 from lkda.data.packing import RowSource, TrainingBatches, ValidationBatches, cu_seqlens_length
 from lkda.data.text.tokenizer import vocabulary_rows
+from lkda.data.text_sources import TextSource
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class HeldOut:
         tokens: the number of tokens of its text.
         bytes_per_token: UTF-8 bytes of the text per predicted token.
         unigram_entropy: of the predicted tokens, in nats per token.
+        sources: of a prepared corpus; empty if they are not known.
     """
 
     rows: RowSource
     tokens: int
     bytes_per_token: float
     unigram_entropy: float
+    sources: Sequence[TextSource] = ()
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,12 @@ class PackedDataModule(IndexedDataModule):
         self.val_batches = len(self.validation_batches())
         self.unigram_entropy = text.validation.unigram_entropy
         self.bytes_per_token = text.validation.bytes_per_token
+        self.val_sources = text.validation.sources
         self.no_test = text.no_test
         if text.test is not None:
             batches = self._measured_batches(text.test.rows)
             measures = text.test.bytes_per_token, text.test.unigram_entropy
-            self.test = TestSplit(batches, text.test.tokens, *measures)
+            self.test = TestSplit(batches, text.test.tokens, *measures, sources=text.test.sources)
         self._text = text
 
     def training_batches(self, *, rank: int, world_size: int) -> TrainingBatches:

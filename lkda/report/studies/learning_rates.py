@@ -1,12 +1,19 @@
-"""The best learning rate of each mixer: runs.json of docs/results/learning_rates_* -> table.json and a plot beside it.
+"""The best learning rate of each mixer, from run directories.
 
-The file holds runs of one or more sizes of model. Each run names its model, its mixer, its peak learning rate and what
-its validation measured; `measures` names the measure of each size: bits_per_byte, or loss in nats per token.
+    python -m lkda.report.studies.learning_rates 'multirun/learning_rates_small/*' outputs/learning_rates
+
+This writes runs.json, which holds what was read, table.json and a plot. `lkda.report.redraw` makes the last two again.
+
+runs.json holds runs of one or more sizes of model. Each run names its model, its mixer, its peak learning rate and what
+its validation measured; `measures` names the measure of each size: bits_per_byte, or loss in nats per token. Runs of
+the same size with other numbers of tokens count as another size, "small, 70.8M tokens".
 """
 
 from __future__ import annotations
 
+import glob
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +25,8 @@ from lkda.checks import InputError
 from lkda.report.draw.labels import Label, label_ends
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.runs import Run as TrainedRun
+from lkda.report.read.runs import read_runs
 
 KIND = "learning_rates"
 _AXES = {"bits_per_byte": "validation, bits per byte", "loss": "validation loss, nats per token"}
@@ -38,7 +47,8 @@ def redraw(path: Path) -> None:
 
 
 def rows(runs: Sequence[Run], measures: Mapping[str, str]) -> list[dict[str, str]]:
-    """A row for each model and mixer, a column for each rate. The best of a row is in bold.
+    """A row for each model and mixer, a column for each rate. The best of a row is in bold; "optimum" says whether it
+    is inside the rates of that row, or at their edge, so that a rate beyond may be better.
 
     Args:
         measures: by model: bits_per_byte or loss.
@@ -49,7 +59,8 @@ def rows(runs: Sequence[Run], measures: Mapping[str, str]) -> list[dict[str, str
         for mixer, found in _by_mixer(runs, model, measure).items():
             cells = {rate: f"{value:.3f}" for rate, value in found.items()}
             cells[_best(found)] = f"**{cells[_best(found)]}**"
-            made.append({"model": model, "mixer": mixer} | {_written(rate): cells.get(rate, "") for rate in rates})
+            values = {_written(rate): cells.get(rate, "") for rate in rates}
+            made.append({"model": model, "mixer": mixer} | values | {"optimum": "inside" if _inside(found) else "edge"})
     return made
 
 
@@ -72,8 +83,14 @@ def _best(found: Mapping[float, float]) -> float:
     return min(found, key=lambda rate: found[rate])
 
 
+def _inside(found: Mapping[float, float]) -> bool:
+    """Whether rates were measured on both sides of the best."""
+    return min(found) < _best(found) < max(found)
+
+
 def _plot(runs: Sequence[Run], measures: Mapping[str, str]) -> Picture:
-    """A panel for each model: validation against the peak learning rate, a curve per mixer with its best ringed."""
+    """A panel for each model: validation against the peak learning rate, a curve per mixer. Its best is ringed, by a
+    square if it is at the edge of the rates."""
 
     def draw(style: Style) -> Figure:
         figure = Figure(figsize=(5.2 * len(measures), 4.2), layout="constrained")
@@ -84,15 +101,81 @@ def _plot(runs: Sequence[Run], measures: Mapping[str, str]) -> Picture:
             for mixer, found in curves.items():
                 panel.plot(list(found), list(found.values()), "o-", markersize=4, color=colours[mixer])
                 best = _best(found)
-                panel.plot(best, found[best], "o", markersize=9, fillstyle="none", color=colours[mixer])
+                ring = "o" if _inside(found) else "s"
+                panel.plot(best, found[best], ring, markersize=9, fillstyle="none", color=colours[mixer])
             panel.set_xscale("log")
             panel.xaxis.set_major_locator(FixedLocator(sorted({rate for found in curves.values() for rate in found})))
             panel.xaxis.set_minor_locator(NullLocator())
             panel.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: _written(rate)))
-            panel.set_xlabel(f"peak learning rate, model={model}")
+            panel.set_xlabel(f"peak learning rate, model={model}\n(ring: best; square: best, at the edge of the grid)")
             panel.set_ylabel(_AXES[measure])
             ends = {mixer: (list(found)[-1], list(found.values())[-1]) for mixer, found in curves.items()}
             label_ends(panel, [Label(x, y, mixer, colours[mixer]) for mixer, (x, y) in ends.items()])
         return figure
 
     return picture(draw)
+
+
+def collect(runs: Sequence[TrainedRun]) -> dict[str, Any]:
+    """The content of runs.json for finished runs of text.
+
+    Raises: InputError where there are none, or where some are not of text.
+    """
+    if not runs:
+        raise InputError("there are no finished runs: give run directories.")
+    without = [run.name for run in runs if run.summary.get("val/bits_per_byte") is None]
+    if without:
+        raise InputError(f"{without[0]} has no bits per byte: give runs on text.")
+    data = sorted({f"{run.summary['data']} at {run.summary['context']} tokens" for run in runs})
+    shortest = {run.summary["model"]: run.summary["tokens"] for run in sorted(runs, key=lambda run: -_tokens(run))}
+    found = [
+        {
+            "model": run.summary["model"] + (f", {_tokens(run) / 1e6:.1f}M tokens" if longer else ""),
+            **{name: run.summary[name] for name in ("mixer", "learning_rate", "tokens", "seed", "clipped_share")},
+            "bits_per_byte": run.summary["val/bits_per_byte"],
+            "loss": run.summary["val/loss"],
+        }
+        for run in runs
+        for longer in [_tokens(run) > shortest[run.summary["model"]]]
+    ]
+    budgets = "; ".join(f"model={model}: {tokens / 1e6:.1f}M tokens" for model, tokens in sorted(shortest.items()))
+    seeds = len({run.summary["seed"] for run in runs})
+    devices = ", ".join(sorted({str(run.summary["device"]) for run in runs}))
+    note = (
+        f"Validation, bits per byte, at the end of the run. {budgets}, unless said otherwise. Data: {', '.join(data)}."
+    )
+    note += f" {seeds} seed{'s' * (seeds > 1)}. {devices}, {runs[0].summary['precision']}."
+    return {
+        "kind": KIND,
+        "note": note,
+        "measures": dict.fromkeys(sorted({run["model"] for run in found}), "bits_per_byte"),
+        "runs": found,
+    }
+
+
+def _tokens(run: TrainedRun) -> int:
+    return int(run.summary["tokens"])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Arguments: glob patterns of run directories, then the directory to write into."""
+    if len(arguments) < 2:
+        raise SystemExit(__doc__)
+    *patterns, out = arguments
+    runs, skipped = read_runs({Path(path) for pattern in patterns for path in glob.glob(pattern)})
+    for path, reason in skipped:
+        print(f"left out {path}: {reason}")
+    try:
+        found = collect(runs)
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(out) / "runs.json", json.dumps(found, indent=1) + "\n")
+        redraw(Path(out) / "runs.json")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    for row in rows(found["runs"], found["measures"]):
+        print("  ".join(f"{name}: {value}" for name, value in row.items() if value))
+    print(f"{out} holds runs.json, table.json and the plot")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

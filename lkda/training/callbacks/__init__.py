@@ -3,6 +3,7 @@
 from lkda.training.callbacks.checkpoints import Checkpoints
 from lkda.training.callbacks.divergence import DivergedError, DivergenceGuard
 from lkda.training.callbacks.interruption import InterruptedRunError, StopRequest
+from lkda.training.callbacks.learnt import LearntRun, StopWhenLearnt
 from lkda.training.callbacks.overview import ModelOverview
 from lkda.training.callbacks.progress import TrainingProgress
 from lkda.training.callbacks.recorder import Recorder
@@ -12,8 +13,10 @@ __all__ = [
     "DivergedError",
     "DivergenceGuard",
     "InterruptedRunError",
+    "LearntRun",
     "ModelOverview",
     "Recorder",
     "StopRequest",
+    "StopWhenLearnt",
     "TrainingProgress",
 ]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lkda.report.redraw import main
+from lkda.report.studies.learning_rates import main as collect_and_draw
 from lkda.report.studies.learning_rates import rows
 
 ROOT = Path(__file__).parents[3]
@@ -22,9 +23,43 @@ def run(mixer: str, rate: float, loss: float, *, model: str = "small") -> dict[s
 def test_the_best_of_each_mixer_is_in_bold() -> None:
     runs = [run("kda", 2e-3, 1.0), run("kda", 1e-3, 1.5), run("kda", 1e-3, 1.7), run("softmax", 2.8e-3, 2.0)]
     assert rows([*runs, run("kda", 1e-3, 9.0, model="tiny")], {"small": "loss"}) == [
-        {"model": "small", "mixer": "kda", "1e-3": "1.600", "2e-3": "**1.000**", "2.8e-3": ""},
-        {"model": "small", "mixer": "softmax", "1e-3": "", "2e-3": "", "2.8e-3": "**2.000**"},
+        {"model": "small", "mixer": "kda", "1e-3": "1.600", "2e-3": "**1.000**", "2.8e-3": "", "optimum": "edge"},
+        {"model": "small", "mixer": "softmax", "1e-3": "", "2e-3": "", "2.8e-3": "**2.000**", "optimum": "edge"},
     ]
+
+
+def test_an_optimum_inside_the_grid() -> None:
+    (row,) = rows([run("kda", 1e-3, 1.2), run("kda", 2e-3, 1.0), run("kda", 4e-3, 1.1)], {"small": "loss"})
+    assert row["optimum"] == "inside"
+
+
+def trained(path: Path, mixer: str, rate: float, bits: float, *, tokens: int = 23_600_000) -> None:
+    """A run directory."""
+    path.mkdir(parents=True)
+    summary = {"mixer": mixer, "learning_rate": rate, "val/bits_per_byte": bits, "val/loss": 2 * bits, "tokens": tokens}
+    summary |= {"status": "finished", "model": "small", "data": "prose", "context": 1024, "seed": 1, "device": "a GPU"}
+    summary |= {"precision": "bf16-mixed", "clipped_share": 0.0, "state_bytes": 1, "tokens_per_s": 9.0, "params": 5}
+    (path / "summary.json").write_text(json.dumps(summary))
+    (path / "config.yaml").write_text("model: {}\n")
+    (path / "metrics.csv").write_text("step,tokens,seconds,val/loss\n1,1,1,1\n")
+
+
+def test_run_directories_are_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rate, bits in ((1e-3, 1.4), (2e-3, 1.3), (4e-3, 1.5)):
+        trained(tmp_path / "runs" / f"kda_{rate}", "kda", rate, bits)
+    trained(tmp_path / "runs" / "longer", "kda", 2e-3, 1.2, tokens=70_800_000)
+    (tmp_path / "runs" / "failed").mkdir()
+    collect_and_draw([f"{tmp_path}/runs/*", f"{tmp_path}/out"])
+    assert "left out" in capsys.readouterr().out
+    first, second = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert first == {
+        **{"model": "small", "mixer": "kda", "1e-3": "1.400", "2e-3": "**1.300**", "4e-3": "1.500"},
+        "optimum": "inside",
+    }
+    assert (second["model"], second["2e-3"]) == ("small, 70.8M tokens", "**1.200**")
+    assert (tmp_path / "out" / "loss_by_rate.png").is_file()
+    with pytest.raises(SystemExit, match="there are no finished runs"):
+        collect_and_draw([f"{tmp_path}/none/*", f"{tmp_path}/out"])
 
 
 def test_it_is_drawn(tmp_path: Path) -> None:

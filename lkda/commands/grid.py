@@ -1,0 +1,434 @@
+"""Train the jobs of experiments side by side on all GPUs, and stop before a deadline.
+
+    python -m lkda.commands.grid lm_by_mixer ablations --per-gpu 2 --deadline 560
+
+Each argument is a file of configs/experiment/ or an override key=value of scripts/train.py. An experiment's sweep gives
+its jobs. Each job is a process of its own, whose run directory is OUT/EXPERIMENT/JOB; its output is grid.log there.
+The same command again skips the jobs that are done and continues those that were stopped. The longest jobs begin first.
+
+An experiment may have keys for this command, which scripts/train.py ignores:
+    estimate    {start: seconds until the first step, then: seconds of the commands below,
+                steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same}}
+    then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
+                run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
+                continued.
+A job is not begun if its estimate exceeds the time left, unless --cut is given. At the deadline the jobs that still run
+save a checkpoint and stop. When a job is done, its checkpoints and exported weights are deleted, unless
+--keep-checkpoints is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+import lkda
+from lkda.checks import InputError, check_count, check_values
+from lkda.commands.command_line import FAILED, TRACEBACKS, readable_errors
+from lkda.commands.run_directory import RunFiles, read_summary
+from lkda.commands.shipped import CONFIGS
+from lkda.commands.sweep_gpus import jobs_at_once, visible_gpus
+from lkda.metrics_file import read_metrics
+from lkda.report.draw.tables import rich_table
+
+LOG = "grid.log"
+# Seconds before the deadline at which running jobs are told to stop, to save their checkpoints.
+GRACE = 20.0
+_SECONDS_BETWEEN_LOOKS = 0.2
+_ESTIMATE = {"start": int | float, "then": int | float, "steps_per_s": dict}
+# A job writes into a log, where a bar would be redrawn line by line.
+_QUIET = ("callbacks.overview=null", "callbacks.progress=null")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of an experiment.
+
+    Attributes:
+        name: EXPERIMENT/JOB, the run directory below --out.
+        overrides: of scripts/train.py.
+        directory: the run directory.
+        steps: optimizer steps of the whole run; None where the length is given in tokens.
+        start, then_seconds: seconds until the first step, and of the commands after the training.
+        steps_per_s: of a job that has a GPU to itself; None if it is not known.
+        then: the arguments of each command after the training.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    directory: Path
+    steps: int | None
+    start: float
+    then_seconds: float
+    steps_per_s: float | None
+    then: tuple[tuple[str, ...], ...]
+
+    @property
+    def status(self) -> str:
+        """new, or the status in summary.json: finished, interrupted or diverged."""
+        return str(read_summary(self.directory / "summary.json").get("status", "new"))
+
+    def commands(self) -> list[list[str]]:
+        """The arguments of lkda for what is still to be done. A run that diverged is not trained again."""
+        if self.status == "diverged":
+            return []
+        own = ("train", *self.overrides, f"hydra.run.dir={self.directory}")
+        return [_continuing(words) for words in (own, *self.then) if not _is_done(words)]
+
+    def delete_weights(self) -> None:
+        """Delete the checkpoints, and what was exported. The directory of an export stays, and is empty."""
+        shutil.rmtree(RunFiles(self.directory).checkpoints, ignore_errors=True)
+        for words in self.then:
+            path = _result(words)
+            if words[0] == "train":
+                shutil.rmtree(RunFiles(path).checkpoints, ignore_errors=True)
+            elif words[0] == "export":
+                shutil.rmtree(path)
+                path.mkdir()
+
+    def seconds(self) -> float | None:
+        """The estimated time of what is still to be done, on a GPU to itself; None if it cannot be estimated."""
+        commands = self.commands()
+        train = self.status not in ("finished", "diverged")
+        after = self.then_seconds * (len(commands) - train) / max(1, len(self.then))
+        if not train:
+            return after
+        if self.steps is None or self.steps_per_s is None:
+            return None
+        rows = read_metrics(RunFiles(self.directory).metrics)
+        done = int(rows[-1]["step"]) if rows else 0
+        return self.start + max(0, self.steps - done) / self.steps_per_s + after
+
+
+def _result(words: Sequence[str]) -> Path:
+    """What a command makes: its run directory, or its `out`. Raises: InputError where it names none."""
+    option = "hydra.run.dir=" if words[0] == "train" else "out="
+    named = [word.removeprefix(option) for word in words if word.startswith(option)]
+    if not named:
+        raise InputError(f"a command of `then` needs {option}..., which says whether it is done: {' '.join(words)}")
+    return Path(named[-1])
+
+
+def _is_done(words: Sequence[str]) -> bool:
+    path = _result(words)
+    return path.exists() if words[0] != "train" else read_summary(path / "summary.json").get("status") == "finished"
+
+
+def _continuing(words: Sequence[str]) -> list[str]:
+    return [*words, *_QUIET, "hydra.mode=RUN", "resume=true"] if words[0] == "train" else [*words]
+
+
+def jobs_of(experiments: Sequence[str], overrides: Sequence[str], out: Path) -> list[Job]:
+    """The jobs of the experiments, in the order of their sweeps.
+
+    Args:
+        overrides: of scripts/train.py; a sweep in them takes the place of the experiment's over the same setting.
+    Raises: InputError for an unknown experiment, or settings that cannot be composed.
+    """
+    there = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+    unknown = [name for name in experiments if name not in there]
+    if unknown or not experiments:
+        raise InputError(f"give names of experiments: {', '.join(there)}; got {', '.join(unknown) or 'none'}.")
+    jobs: list[Job] = []
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for name in experiments:
+            jobs += [_job(name, swept, fixed, out) for swept, fixed in _combinations(name, overrides)]
+    names = [job.name for job in jobs]
+    double = [name for name in names if names.count(name) > 1]
+    if double:
+        raise InputError(f"two jobs would have the run directory {double[0]}: give each experiment and value once.")
+    return jobs
+
+
+def _combinations(experiment: str, overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """For each job, the values of the swept settings and those of the settings that all jobs share."""
+    params = compose("train", [f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper.get("params") or {}
+    parser = OverridesParser.create()
+    try:
+        parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *overrides])
+        combined = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    except HydraException as error:
+        raise InputError(f"the sweep of {experiment} cannot be read: {' '.join(str(error).split())}") from error
+    swept = {*params, *(one.get_key_element() for one in parsed if one.is_sweep_override())}
+
+    def is_swept(word: str) -> bool:
+        return word.partition("=")[0] in swept
+
+    return [([w for w in words if is_swept(w)], [w for w in words if not is_swept(w)]) for words in combined]
+
+
+def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path) -> Job:
+    overrides = (f"experiment={experiment}", *swept, *fixed)
+    try:
+        config = compose("train", list(overrides))
+    except HydraException as error:
+        raise InputError(f"{' '.join(overrides)} cannot be composed: {' '.join(str(error).split())}") from error
+    if config.trainer.devices != 1:
+        raise InputError(f"trainer.devices={config.trainer.devices}: a job has one GPU; run {experiment} by train.py.")
+    estimate = _plain(config, "estimate", {})
+    check_values(estimate, {key: kind for key, kind in _ESTIMATE.items() if key in estimate}, prefix="estimate.")
+    speeds = estimate.get("steps_per_s", {})
+    name = f"{experiment}/{_directory_name(swept)}"
+    directory = out.absolute() / name
+    then = tuple(tuple(shlex.split(line.replace("{run}", str(directory)))) for line in _plain(config, "then", []))
+    for words in then:
+        _result(words)  # raises where a command names none
+    return Job(
+        name=name,
+        overrides=overrides,
+        directory=directory,
+        steps=config.trainer.max_steps if config.trainer.max_tokens is None else None,
+        start=estimate.get("start", 0),
+        then_seconds=estimate.get("then", 0),
+        steps_per_s=speeds.get(config.mixer.name, speeds.get("default")),
+        then=then,
+    )
+
+
+def _plain(config: DictConfig, key: str, otherwise: Any) -> Any:
+    found = config.get(key)
+    return otherwise if found is None else OmegaConf.to_container(found, resolve=True)
+
+
+def _directory_name(swept: Sequence[str]) -> str:
+    """As mixer=kda_seed=1; a dictionary {kda:{gate:head}} becomes kda.gate=head. It has no comma, as Hydra would take a
+    path with one for a sweep."""
+    return "_".join(_word(override) for override in swept) or "run"
+
+
+def _word(override: str) -> str:
+    key, _, value = override.partition("=")
+    if value.startswith("{"):
+        value = value.strip("{}").replace(":{", ".").replace("}", "").replace(":", "=")
+    return re.sub(r"[^\w.=+-]+", "_", f"{key.rpartition('.')[2]}={value}").strip("_")
+
+
+@dataclass
+class _Running:
+    """A job in its process, on one GPU (None: the CPU)."""
+
+    job: Job
+    gpu: str | None
+    commands: list[list[str]]
+    process: subprocess.Popen[bytes] | None = None
+    stopped: bool = False
+
+    def goes_on(self) -> bool:
+        """Begin the next command where one has ended well. Returns whether there is more to wait for."""
+        if self.process is not None and self.process.poll() is None:
+            return True
+        if (self.process is not None and self.process.returncode != 0) or not self.commands:
+            return False
+        self.job.directory.mkdir(parents=True, exist_ok=True)
+        source = str(Path(lkda.__file__).parents[1])  # the child must import this package, not an installed one
+        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
+        environment = {**os.environ, "PYTHONPATH": path}
+        if self.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpu
+        if not TRACEBACKS:  # `readable_errors` has set it for this process
+            environment.pop("HYDRA_FULL_ERROR", None)
+        with open(self.job.directory / LOG, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lkda", *self.commands.pop(0)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                process_group=0,  # Ctrl-C reaches this process alone, which then stops the jobs: once each
+            )
+        return True
+
+    def stop(self) -> None:
+        """Tell it to save a checkpoint and stop."""
+        self.commands.clear()
+        self.stopped = True
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end, and kill it after so many seconds."""
+        assert self.process is not None
+        try:
+            self.process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    gpus: Sequence[str],
+    per_gpu: int,
+    slowdown: float,
+    deadline: float | None,
+    cut: bool,
+    keep_checkpoints: bool,
+    said: Callable[[str], None],
+) -> None:
+    """Run what is to be done of the jobs, the longest first. Those of an unknown length begin before all others.
+
+    Args:
+        gpus: as in CUDA_VISIBLE_DEVICES; if empty, `per_gpu` jobs share the CPU.
+        slowdown: how much longer a job takes than its estimate because jobs share a GPU.
+        deadline: seconds from now; None means no deadline.
+        cut: also begin jobs that will not end in time.
+        keep_checkpoints: of jobs that are done.
+        said: is given a line for each job that begins or ends.
+    """
+    end = None if deadline is None else time.monotonic() + deadline - GRACE
+    places: list[str | None] = [gpu for _ in range(per_gpu) for gpu in gpus] or [None] * per_gpu
+    estimates = {job.name: job.seconds() for job in jobs}
+    waiting = sorted((job for job in jobs if job.commands()), key=lambda job: _longest_first(estimates[job.name]))
+    running: list[_Running] = []
+
+    def left() -> float:
+        return float("inf") if end is None else end - time.monotonic()
+
+    try:
+        while (waiting or running) and left() > 0:
+            for one in [one for one in running if not one.goes_on()]:
+                running.remove(one)
+                places.append(one.gpu)
+                _say_end(one, said, keep_checkpoints=keep_checkpoints)
+            fitting = [job for job in waiting if cut or (estimates[job.name] or 0.0) * slowdown <= left()]
+            for job in fitting[: len(places)]:
+                waiting.remove(job)
+                running.append(_Running(job, places.pop(0), job.commands()))
+                said(f"{job.name}: begins, {_about(estimates[job.name], slowdown)}")
+            if not running:
+                break
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    finally:
+        for one in running:
+            one.stop()
+        until = time.monotonic() + GRACE
+        for one in running:
+            if one.process is not None:
+                one.wait(until - time.monotonic())
+            _say_end(one, said, keep_checkpoints=keep_checkpoints)
+    for job in waiting:
+        said(f"{job.name}: not begun, {_about(estimates[job.name], slowdown)}")
+
+
+def _longest_first(seconds: float | None) -> float:
+    return -float("inf") if seconds is None else -seconds
+
+
+def _about(seconds: float | None, slowdown: float) -> str:
+    return "of unknown length" if seconds is None else f"about {seconds * slowdown:.0f} s"
+
+
+def _say_end(one: _Running, said: Callable[[str], None], *, keep_checkpoints: bool) -> None:
+    job, log = one.job, one.job.directory / LOG
+    if not job.commands():
+        if not keep_checkpoints:
+            job.delete_weights()
+        said(f"{job.name}: {job.status}")
+    elif one.stopped:
+        said(f"{job.name}: stopped; the same command continues it")
+    else:
+        lines = log.read_text(errors="replace").splitlines() or ["it printed nothing"]
+        reasons = [line for line in lines if line.startswith("error:")] or lines
+        said(f"{job.name}: failed ({log}): {reasons[-1].removeprefix('error: ')}")
+
+
+def table(jobs: Sequence[Job]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: a row for each job with a summary."""
+    head = ["job", "status", "steps", "validation", "test", "rate", "clipped", "tokens/s", "seconds"]
+    body = []
+    for job in jobs:
+        found = read_summary(job.directory / "summary.json")
+        if found:
+            validation = found.get("val/accuracy", found.get("val/bits_per_byte"))
+            cells = [
+                *(found.get("steps"), _number(validation, ".4f"), _number(found.get("test/bits_per_byte"), ".4f")),
+                *(_number(found.get("learning_rate"), "g"), _number(found.get("clipped_share"), ".1%")),
+                *(_number(found.get("tokens_per_s"), ",.0f"), _number(found.get("seconds"), ".0f")),
+            ]
+            body.append([job.name, "done" if not job.commands() else job.status, *map(str, cells)])
+    return head, body
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def run(options: argparse.Namespace, console: Console) -> bool:
+    """Run the command. Returns whether all jobs are done."""
+    started = time.monotonic()
+    check_count("--per-gpu", options.per_gpu, least=1)
+    overrides = [word for word in options.words if "=" in word]
+    jobs = jobs_of([word for word in options.words if "=" not in word], overrides, options.out)
+    gpus = visible_gpus()
+    slowdown = float(options.per_gpu) if options.slowdown is None else options.slowdown
+    _print_plan(jobs, places=jobs_at_once(options.per_gpu) if gpus else options.per_gpu, slowdown=slowdown, out=console)
+    if options.dry_run:
+        return True
+    deadline = None if options.deadline is None else options.deadline - (time.monotonic() - started)
+    run_jobs(
+        jobs,
+        gpus=gpus,
+        per_gpu=options.per_gpu,
+        slowdown=slowdown,
+        deadline=deadline,
+        cut=options.cut,
+        keep_checkpoints=options.keep_checkpoints,
+        said=lambda line: console.print(f"{time.monotonic() - started:5.0f} s  {line}", soft_wrap=True),
+    )
+    head, body = table(jobs)
+    if body:
+        console.print(rich_table(head, body, names=2))
+    return not any(job.commands() for job in jobs)
+
+
+def _print_plan(jobs: Sequence[Job], *, places: int, slowdown: float, out: Console) -> None:
+    open_jobs = [job for job in jobs if job.commands()]
+    for job in open_jobs:
+        out.print(f"{job.name}: {_about(job.seconds(), slowdown)}", soft_wrap=True)
+    seconds = sum(job.seconds() or 0.0 for job in open_jobs) * slowdown
+    unknown = sum(job.seconds() is None for job in open_jobs)
+    out.print(
+        f"{len(open_jobs)} of {len(jobs)} jobs are to be done, {places} at a time: about {seconds / places:.0f} s"
+        + (f", and {unknown} of unknown length" if unknown else ""),
+        soft_wrap=True,
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="experiments, and settings key=value")
+    parser.add_argument("--out", type=Path, default=Path("multirun"), help="directory of the run directories")
+    parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU; without a GPU, the CPU")
+    parser.add_argument("--slowdown", type=float, help="of jobs that share a GPU; default: their number")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds until everything has stopped")
+    parser.add_argument("--cut", action="store_true", help="also begin jobs that will not end before the deadline")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="of jobs that are done")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs and their estimated times only")
+    options = parser.parse_intermixed_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # stops the jobs on the way out
+    with readable_errors():
+        done = run(options, Console(highlight=False, markup=False, emoji=False, width=150))
+    raise SystemExit(0 if done else FAILED)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

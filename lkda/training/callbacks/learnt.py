@@ -1,0 +1,45 @@
+"""Ends a run as soon as its model has learnt the task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lkda.checks import InputError
+
+
+@dataclass(frozen=True)
+class LearntRun:
+    """A run that ended before its last step, because the model has learnt the task.
+
+    Attributes:
+        step: the last optimizer step.
+    """
+
+    step: int
+
+
+class StopWhenLearnt(L.Callback):
+    """Ends the run after a validation whose mean accuracy is `accuracy` or more. The run then counts as finished,
+    and has a checkpoint of its last step.
+
+    Args:
+        accuracy: a share of the target positions, above 0 and at most 1.
+    Raises: InputError if `accuracy` is outside that range; at the start of the training, if the data are text.
+    """
+
+    def __init__(self, accuracy: float) -> None:
+        if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 < accuracy <= 1:
+            raise InputError(f"the accuracy of StopWhenLearnt must be above 0 and at most 1, got {accuracy!r}.")
+        self.accuracy = accuracy
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not trainer.datamodule.val_subsets:  # type: ignore[attr-defined]
+            raise InputError("StopWhenLearnt needs data with an accuracy, such as data=mqar: leave it out for text.")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        early = trainer.state.fn == TrainerFn.FITTING and trainer.global_step < trainer.max_steps
+        if early and float(trainer.callback_metrics["val/accuracy"]) >= self.accuracy:
+            trainer.should_stop = True  # the checkpoint is written after this: Lightning puts `Checkpoints` last

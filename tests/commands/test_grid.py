@@ -1,0 +1,142 @@
+"""Jobs of experiments side by side, until a deadline."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from lkda.checks import InputError
+from lkda.commands import grid
+from lkda.commands.grid import Job, jobs_of, main, run_jobs, table
+from tests.commands.small import small_run
+
+
+def test_a_job_for_each_combination(tmp_path: Path) -> None:
+    jobs = jobs_of(["ablations"], ["mixer=kda,{num_heads:4,kda:{gate:head}}", "trainer.max_steps=568"], tmp_path)
+    names = ["kda_seed=1", "kda_seed=2", "num_heads=4_kda.gate=head_seed=1", "num_heads=4_kda.gate=head_seed=2"]
+    assert [job.name for job in jobs] == [f"ablations/mixer={name}" for name in names]
+    assert jobs[0].directory == tmp_path / "ablations" / "mixer=kda_seed=1"
+    assert set(jobs[3].overrides) == {
+        *("experiment=ablations", "mixer={num_heads:4,kda:{gate:head}}", "seed=2", "trainer.max_steps=568")
+    }
+    assert jobs[0].seconds() == pytest.approx(25 + 568 / 28.4)
+
+
+def test_a_stopped_run_takes_less(tmp_path: Path) -> None:
+    (job,) = jobs_of(["ablations"], ["mixer=kda", "seed=1", "trainer.max_steps=568"], tmp_path)
+    job.directory.mkdir(parents=True)
+    (job.directory / "metrics.csv").write_text("step,tokens\n100,3\n284,9\n")
+    assert job.seconds() == pytest.approx(25 + 284 / 28.4)
+    (job.directory / "summary.json").write_text('{"status": "finished"}')
+    assert job.seconds() == 0
+    assert job.commands() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give names of experiments: ablations, .*; got none"),
+        (["ablation"], "got ablation"),
+        (["ablations", "colour=red"], "colour=red cannot be composed"),
+        (["ablations", "seed=interval(1, 2)"], "the sweep of ablations cannot be read"),
+        (["ablations", "seed=1,1"], "two jobs would have the run directory ablations/mixer=kda_seed=1"),
+        (["ablations", "trainer.devices=2"], "trainer.devices=2: a job has one GPU"),
+        (["lm_by_mixer_full", "then=['export ckpt=a']"], "needs out=..., which says whether it is done: export ckpt=a"),
+    ],
+)
+def test_bad_input(words: list[str], message: str, tmp_path: Path) -> None:
+    overrides = [word for word in words if "=" in word]
+    with pytest.raises(InputError, match=message):
+        jobs_of([word for word in words if "=" not in word], ["mixer=kda", *overrides], tmp_path)
+
+
+def job(directory: Path, name: str, *, steps: int) -> Job:
+    """Of 1 step per second. It imitates a run by writing its summary."""
+    return Job(name, (), directory / name, steps, 0, 0, 1.0, ())
+
+
+@pytest.fixture
+def imitated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Instead of lkda, a process that sleeps for a while, and writes a summary that says on which GPU it was."""
+    (tmp_path / "imitated").mkdir()
+    (tmp_path / "imitated" / "lkda.py").write_text(IMITATION)
+    monkeypatch.setattr(grid.lkda, "__file__", str(tmp_path / "imitated" / "lkda.py" / "lkda"))
+    monkeypatch.chdir(tmp_path / "imitated")  # `python -m` looks there first
+    monkeypatch.setattr(grid, "GRACE", 2.0)
+    return tmp_path
+
+
+IMITATION = """
+import json, os, signal, sys, time
+from pathlib import Path
+run = Path(next(word for word in sys.argv if word.startswith("hydra.run.dir="))[14:])
+def end(status, code):
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    (run / "summary.json").write_text(json.dumps({"status": status, "gpu": gpu, "seconds": time.monotonic()}))
+    sys.exit(code)
+signal.signal(signal.SIGTERM, lambda *_: end("interrupted", 143))
+if "fails" in run.name:
+    print("error: no such data"); sys.exit(2)
+time.sleep(30 if "long" in run.name else 0.1)
+end("finished", 0)
+"""
+
+
+def ran(jobs: list[Job], **options: object) -> list[str]:
+    lines: list[str] = []
+    given = {"gpus": ["3", "5"], "per_gpu": 1, "slowdown": 1.0, "deadline": None, "cut": False}
+    run_jobs(jobs, **{**given, "keep_checkpoints": False, **options}, said=lines.append)  # type: ignore[arg-type]
+    return lines
+
+
+def test_the_longest_begin_first_on_gpus_of_their_own(imitated: Path) -> None:
+    jobs = [job(imitated, "a", steps=1), job(imitated, "b", steps=30), job(imitated, "c", steps=20)]
+    lines = ran(jobs)
+    assert lines[:2] == ["b: begins, about 30 s", "c: begins, about 20 s"]
+    assert {"a: finished", "b: finished", "c: finished"} <= set(lines)
+    assert {json.loads((imitated / name / "summary.json").read_text())["gpu"] for name in "bc"} == {"3", "5"}
+    assert ran(jobs) == []  # nothing is to be done
+
+
+def test_nothing_begins_that_would_not_end_in_time(imitated: Path) -> None:
+    lines = ran([job(imitated, "a", steps=1), job(imitated, "b", steps=100)], deadline=30.0, slowdown=2.0)
+    assert lines == ["a: begins, about 2 s", "a: finished", "b: not begun, about 200 s"]
+
+
+def test_a_job_is_stopped_at_the_deadline(imitated: Path) -> None:
+    begun = time.monotonic()
+    (imitated / "long" / "checkpoints").mkdir(parents=True)
+    lines = ran([job(imitated, "long", steps=100)], deadline=3.5, cut=True)
+    assert lines == ["long: begins, about 100 s", "long: stopped; the same command continues it"]
+    assert time.monotonic() - begun < 3.5
+    assert (imitated / "long" / "checkpoints").is_dir()
+
+
+def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:
+    jobs = [job(imitated, "fails", steps=9), job(imitated, "a", steps=1)]
+    lines = ran(jobs, gpus=[])  # one after the other on the CPU
+    assert lines[1] == f"fails: failed ({imitated}/fails/grid.log): no such data"
+    assert lines[-1] == "a: finished"
+    assert [row[:2] for row in table(jobs)[1]] == [["a", "done"]]
+
+
+@pytest.mark.slow
+def test_real_runs(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are trained, stopped, continued, exported and measured; only the results are kept."""
+    then = "then=['export ckpt={run} out={run}/exported','evaluate ckpt={run} out={run}/val.json']"
+    settings = small_run(corpus, "mixer=kda,softmax", "seed=1", "trainer.max_steps=40", then)
+    words = ["lm_by_mixer_full", *settings, "--out", str(tmp_path), "--per-gpu", "2", "--slowdown", "1"]
+    with pytest.raises(SystemExit) as ending:
+        main([*words, "--deadline", "400"])
+    assert ending.value.code == 0
+    said = capsys.readouterr().out
+    assert re.search(r"lm_by_mixer_full/mixer=softmax_seed=1 +done +40", said), said
+    run = tmp_path / "lm_by_mixer_full" / "mixer=kda_seed=1"
+    assert (run / "val.json").is_file()
+    assert not (run / "checkpoints").exists()
+    assert list((run / "exported").iterdir()) == []
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "0 of 2 jobs are to be done" in capsys.readouterr().out
