@@ -35,7 +35,7 @@ _FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from
 _FREE = {
     "data": ("cache_dir", "num_workers", "pin_memory"),
     "trainer": (
-        *("max_steps", "max_tokens", "accelerator", "log_every_n_steps", "detect_anomaly", "profiler"),
+        *("max_steps", "max_tokens", "accelerator", "log_every_n_steps", "detect_anomaly", "profiler", "bad_steps"),
         *("deterministic", "enable_model_summary", "enable_progress_bar"),
         # Of the devices only the number of sequences that they train on together is fixed; see `_fixed`.
         *("devices", "num_nodes", "strategy", "global_batch", "context_parallel", "timeout_minutes"),

@@ -8,6 +8,7 @@ is a directory; see `lkda.training.sharded_checkpoint`.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -18,9 +19,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.io import replace_file, replacing
+from lkda.training.background import BackgroundWriter
 from lkda.training.sharded_checkpoint import is_sharded, read_sharded, remove
 
 FORMAT = 1
@@ -40,21 +43,59 @@ def step_files(directory: Path) -> list[Path]:
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint writer, made atomic by a temporary file, fsync and a rename. It reads every checkpoint of
-    lkda."""
+    lkda.
+
+    Args:
+        writer: writes the file while training goes on. `save_checkpoint` then only copies the content into the memory
+            of the CPU. None: the file is written when `save_checkpoint` returns.
+    """
+
+    def __init__(self, writer: BackgroundWriter | None = None) -> None:
+        super().__init__()
+        self._writer = writer
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer turns an OSError into this type
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from error
-                raise
+        if self._writer is None:
+            _write(checkpoint, Path(path))
+            return
+        copied = copy_to_cpu(checkpoint)
+        self._writer.submit(lambda: _write(copied, Path(path)))
+
+
+def _write(checkpoint: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's writer turns an OSError into this type
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def copy_to_cpu(value: Any) -> Any:
+    """A copy of nested dicts, lists and tuples that later training steps do not change. Its tensors are on the CPU.
+    Tensors that are the same memory, such as tied weights, are copied once."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copied(entry: Any) -> Any:
+        if isinstance(entry, Tensor):
+            place = (entry.device, entry.data_ptr(), entry.dtype, entry.shape, entry.stride())
+            if place not in copies or not entry.numel():
+                copies[place] = entry.detach().to("cpu", copy=True)
+            return copies[place]
+        if isinstance(entry, dict):
+            made = copy.copy(entry)  # of the same type, with its attributes, such as the _metadata of a state_dict
+            made.update({name: copied(part) for name, part in entry.items()})
+            return made
+        if type(entry) in (list, tuple):
+            return type(entry)(copied(part) for part in entry)
+        return entry
+
+    return copied(value)
 
 
 def point_to(target: Path, link: Path) -> None:
