@@ -104,14 +104,16 @@ class RunDirectory(RunFiles):
         If the run failed before its first step, the files that it wrote are removed, and the directory too if it is
         empty.
         """
-        if not self.holds_run():
-            for path in self._files():
-                if path not in self._before:
-                    path.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.path):
-            with suppress(OSError):  # fails if the directory is not empty
-                folder.rmdir()
-        os.close(self._lock)
+        try:
+            if not self.holds_run():
+                for path in self._files():
+                    if path not in self._before:
+                        path.unlink(missing_ok=True)
+            for folder in (self.checkpoints, self.path):
+                with suppress(OSError):  # fails if the directory is not empty
+                    folder.rmdir()
+        finally:  # the directory may have become unreadable
+            os.close(self._lock)
 
     def begin(self, config: Mapping[str, Any], *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
         """Claim the directory for a run with the settings `config`, a plain dict.

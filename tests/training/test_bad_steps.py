@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(config: dict[str, Any], steps: 
 
 
 @pytest.fixture
-def bad_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+def bad_batches(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The numbers, from 1, of the training batches whose loss becomes NaN. The test fills it."""
     bad: set[int] = set()
     calls = 0
@@ -72,7 +71,7 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
         return loss * math.nan if calls in bad else loss
 
     monkeypatch.setattr(ModelLoss, "mean", spoilt)
-    yield bad
+    return bad
 
 
 def run(corpus: Path, directory: Path, *overrides: str) -> dict[str, Any]:

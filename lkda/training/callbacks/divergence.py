@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lkda.training.callbacks.steps import ends_step
 from lkda.training.processes import everywhere, local, process_count
 
-
 # A run that skips bad steps ends after so many of them one after another: it would learn nothing more.
 MOST_SKIPPED = 20
 

@@ -52,8 +52,8 @@ class StopRequest:
         self._asked: tuple[Tensor, dist.Work] | None = None
 
     def take_over(self) -> None:
-        """Install the handlers in place of Lightning's. Those would call a collective inside a signal handler, and under
-        Slurm save and requeue in a way of their own."""
+        """Install the handlers in place of Lightning's. Those would call a collective inside a signal handler. Under
+        Slurm they would save and requeue in a way of their own."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
