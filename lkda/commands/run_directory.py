@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
-from lkda.checks import InputError
+from lkda.checks import InputError, refusing_damage
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
@@ -140,7 +140,9 @@ class RunDirectory(RunFiles):
         now = translated(config)  # adds the options that a model of another package does not state, as in `before`
         self._check_settings(before, now, free_places=True)
         saved = newest_intact(self.checkpoints)
-        self._check_settings(before, now, free_places=saved is None or "train" in fingerprint_of(saved[1]))
+        with refusing_damage(self.checkpoints):
+            fingerprint = {} if saved is None else fingerprint_of(saved[1])
+        self._check_settings(before, now, free_places=saved is None or "train" in fingerprint)
         return saved
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
@@ -211,8 +213,16 @@ def fingerprint_of(checkpoint: Mapping[str, Any]) -> dict[str, str | None]:
     ours = checkpoint["lkda"]
     found = dict(ours["run"].get("fingerprint") or {})
     if ours["tokenizer"] is not None:
-        found["tokenizer"] = of_tokenizer(Tokenizer.from_str(ours["tokenizer"]))
+        found["tokenizer"] = of_tokenizer(tokenizer_of(ours["tokenizer"], source="the checkpoint"))
     return found
+
+
+def tokenizer_of(text: str, *, source: object) -> Tokenizer:
+    """The tokenizer that a checkpoint holds as JSON. Raises: InputError, naming `source`, if it is not one."""
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"{source} is damaged: it holds no tokenizer ({error}).") from error
 
 
 def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:

@@ -36,7 +36,12 @@ def cases(count: int) -> settings:
     """The same cases in every run. A failing case is found again by its `@example`, not by a database of files."""
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
-        max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=quiet, print_blob=False
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=quiet,
+        print_blob=False,
     )
 
 
@@ -63,15 +68,17 @@ def _limited() -> Iterator[None]:
 def loads_or_refuses(load: Callable[[], Any]) -> None:
     """Fails unless `load` returns, or raises an InputError of one line, in time, in little memory, and runs no code."""
     global _forbidden
-    _forbidden = []
+    _forbidden, message = [], "none"
     try:
         with _limited():
             load()
     except InputError as error:
-        assert str(error).strip()
+        message = str(error)
     finally:
         found, _forbidden = _forbidden, None
     assert found == []
+    assert message.strip()
+    assert len(message.splitlines()) == 1
 
 
 # Values that a program did not expect where they stand.

@@ -1,10 +1,9 @@
-"""Files from anywhere: each loader reads them or refuses them with one line. It never crashes, hangs, fills the memory or
+"""Files from anywhere: each loader reads them or refuses them with one line. It never crashes, hangs, fills memory or
 runs code from a file."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
