@@ -2,7 +2,8 @@
 
     python -m lkda.commands.long_run --steps 20000 --out outputs/long_run
 
-Writes long_run.json and, from it, long_run.png and table.json. The arguments key=value are settings of scripts/train.py.
+Writes long_run.json and, from it, long_run.png and table.json. The arguments key=value are settings of
+scripts/train.py.
 """
 
 from __future__ import annotations
