@@ -120,7 +120,7 @@ def read_sharded(path: Path, *, rank: int = 0, count: int = 1) -> dict[str, Any]
             _put(checkpoint, where, _rows([piece for _, piece in pieces], rank, count))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
         raise InputError(f"{path} is damaged: the files part_*.pt do not fit together.") from error
-    return checkpoint  # type: ignore[no-any-return]  # read_checkpoint looks at what it is
+    return checkpoint  # whose kind read_checkpoint looks at
 
 
 def _rows(pieces: list[Tensor], rank: int, count: int) -> Tensor:

@@ -81,7 +81,11 @@ def run(corpus: Path, directory: Path, *overrides: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("options", [(), ("optimizer=muon",), ("trainer.accumulate_grad_batches=2",)])
 def test_a_run_goes_on_after_a_bad_step(
-    options: tuple[str, ...], corpus: Path, tmp_path: Path, bad_batches: set[int]
+    options: tuple[str, ...],
+    corpus: Path,
+    tmp_path: Path,
+    bad_batches: set[int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One bad batch spoils its step alone. The step counts, and its row says what it was."""
     pieces = 2 if "trainer.accumulate_grad_batches=2" in options else 1
@@ -92,6 +96,7 @@ def test_a_run_goes_on_after_a_bad_step(
         losses = {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
     assert [step for step, loss in losses.items() if not math.isfinite(loss)] == [3]
     assert math.isfinite(summary["val/loss"])
+    assert "steps skipped" in capsys.readouterr().out
     saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
 

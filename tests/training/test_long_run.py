@@ -23,7 +23,7 @@ def test_nothing_grows_in_20_000_steps() -> None:
 
 
 def test_a_short_one_is_measured() -> None:
-    rows = measure(8)
+    rows = measure(8, "mixer=softmax")
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert all(row["seconds_per_step"] > 0 and row["objects"] > 10_000 for row in rows)
     assert 2**26 < rows[-1]["resident_bytes"] < 2**36
@@ -37,7 +37,7 @@ def rows_of(growth: float) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize(("growth", "shown"), [(0.0, "+0.0%"), (1.0, "+36.3%")])
+@pytest.mark.parametrize(("growth", "shown"), [(0.0, "+0.0%"), (1.0, "+36.8%")])
 def test_growth_is_shown(growth: float, shown: str, tmp_path: Path) -> None:
     header = {"steps": 1000, "threads": 1, "torch": "2.9"}
     (tmp_path / "long_run.json").write_text(json.dumps({"kind": "long_run", "header": header, "rows": rows_of(growth)}))
