@@ -40,9 +40,9 @@ class GrowthMeter(L.Callback):
 
     Args:
         every: optimizer steps.
-        rows: each gets step, seconds_per_step (the mean since the row before, with all that belongs to a run:
-            validations, rows and checkpoints), resident_bytes of the process, and objects, the number of Python's
-            objects that the garbage collector knows.
+        rows: each gets step, cpu_seconds_per_step (the mean since the row before, with all that belongs to a run:
+            validations, rows and checkpoints; what else the machine computes does not count), resident_bytes of the
+            process, and objects, the number of Python's objects that the garbage collector knows.
     """
 
     def __init__(self, every: int, rows: list[dict[str, float]]) -> None:
@@ -51,18 +51,18 @@ class GrowthMeter(L.Callback):
         self._since = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since = time.perf_counter()
+        self._since = time.process_time()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not ends_step(trainer, batch_idx) or trainer.global_step % self.every:
             return
-        seconds = (time.perf_counter() - self._since) / self.every
+        seconds = (time.process_time() - self._since) / self.every
         gc.collect()
-        row = {"step": trainer.global_step, "seconds_per_step": seconds, "resident_bytes": resident_bytes()}
+        row = {"step": trainer.global_step, "cpu_seconds_per_step": seconds, "resident_bytes": resident_bytes()}
         self.rows.append({**row, "objects": len(gc.get_objects())})
-        self._since = time.perf_counter()
+        self._since = time.process_time()
 
 
 def resident_bytes() -> int:

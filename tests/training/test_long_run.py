@@ -17,7 +17,7 @@ from lkda.report.studies.long_run import quarters
 def test_nothing_grows_in_20_000_steps() -> None:
     rows = measure(20_000)
     assert rows[-1]["step"] == 20_000
-    for column, most in (("resident_bytes", 1.01), ("objects", 1.001), ("seconds_per_step", 1.2)):
+    for column, most in (("resident_bytes", 1.01), ("objects", 1.001), ("cpu_seconds_per_step", 1.2)):
         second, _, last = quarters(rows, column)
         assert last <= most * second, (column, second, last)
 
@@ -25,13 +25,13 @@ def test_nothing_grows_in_20_000_steps() -> None:
 def test_a_short_one_is_measured() -> None:
     rows = measure(8, "mixer=softmax")
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert all(row["seconds_per_step"] > 0 and row["objects"] > 10_000 for row in rows)
+    assert all(row["cpu_seconds_per_step"] > 0 and row["objects"] > 10_000 for row in rows)
     assert 2**26 < rows[-1]["resident_bytes"] < 2**36
 
 
 def rows_of(growth: float) -> list[dict[str, Any]]:
     """100 rows, whose values grow by that factor over the run."""
-    values = {"resident_bytes": 400 * 2**20, "objects": 200_000, "seconds_per_step": 0.004}
+    values = {"resident_bytes": 400 * 2**20, "objects": 200_000, "cpu_seconds_per_step": 0.004}
     return [
         {"step": 10 * n, **{name: value * (1 + growth * n / 99) for name, value in values.items()}} for n in range(100)
     ]

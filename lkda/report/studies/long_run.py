@@ -19,7 +19,7 @@ Row = dict[str, Any]
 SHOWN = {
     "resident_bytes": ("memory of the process in MiB", 2**-20),
     "objects": ("Python objects in thousands", 1e-3),
-    "seconds_per_step": ("time of a step in ms", 1e3),
+    "cpu_seconds_per_step": ("CPU time of a step in ms", 1e3),
 }
 
 
