@@ -6,7 +6,8 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
 
@@ -16,6 +17,26 @@ MOST = 2**31 - 1
 
 class InputError(ValueError):
     """The caller gave a value that cannot be used. The message is written for the caller."""
+
+
+@contextmanager
+def refusing_damage(source: object) -> Iterator[None]:
+    """Within it, what Python and the libraries raise for values of a wrong kind becomes an InputError of one line.
+
+    For code that uses values from a file that may be damaged or made by a stranger, where each value can be anything.
+
+    Args:
+        source: the file or directory, for the message.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{source} is damaged: it holds a value of a wrong kind ({type(error).__name__}: {text})."
+        ) from error
 
 
 def check_count(name: str, value: object, *, least: int, most: int | None = None) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
-from lkda.checks import InputError
-from lkda.commands.run_directory import fingerprint_of
+from lkda.checks import InputError, refusing_damage
+from lkda.commands.run_directory import fingerprint_of, tokenizer_of
 from lkda.formats import load, recorded_config
 from lkda.formats.common.building import build_with_weights
 from lkda.models.lm import LanguageModel
@@ -68,16 +68,17 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
     if path.is_dir() and not is_sharded(path):
         path = _last_of_run(path)
     checkpoint = read_checkpoint(path)
-    ours = checkpoint["lkda"]
-    prefix = "model."
-    weights = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(prefix)
-    }
-    model = build_with_weights(current_model_config(ours["model"]), weights, source=path, backend=backend)
-    vocabulary = None if ours["tokenizer"] is None else Tokenizer.from_str(ours["tokenizer"])
-    return TrainedModel(model, vocabulary, path, ours["run"], ours["step"], fingerprint_of(checkpoint))
+    with refusing_damage(path):
+        ours = checkpoint["lkda"]
+        prefix = "model."
+        weights = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in checkpoint["state_dict"].items()
+            if name.startswith(prefix)
+        }
+        model = build_with_weights(current_model_config(ours["model"]), weights, source=path, backend=backend)
+        vocabulary = None if ours["tokenizer"] is None else tokenizer_of(ours["tokenizer"], source=path)
+        return TrainedModel(model, vocabulary, path, ours["run"], ours["step"], fingerprint_of(checkpoint))
 
 
 def _last_of_run(directory: Path) -> Path:

@@ -114,6 +114,7 @@ class RunConsole:
             ("state of one sequence", f"{summary['state_bytes']:,} bytes at {summary['context']} tokens"),
             ("tokens trained on", f"{summary['tokens']:,} in {summary['seconds']:.0f} s"),
             ("tokens/s", f"{summary['tokens_per_s']:,.0f}"),
+            *([("steps skipped", f"{summary['skipped_steps']:,}")] if summary["skipped_steps"] else []),
         ):
             table.add_row(name, value)
         self.console.print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +25,7 @@ from lkda.commands.run_directory import RunFiles
 from lkda.commands.run_setup import RunPlan
 from lkda.models.lm import LanguageModel
 from lkda.training import accuracy, positions
+from lkda.training.background import BackgroundWriter
 from lkda.training.callbacks import (
     Checkpoints,
     DivergedError,
@@ -43,6 +44,22 @@ from lkda.training.shares import part_of, share_of
 from lkda.training.strategies import build_strategy
 from lkda.training.task import LanguageModelTask
 from lkda.training.throughput import Throughput
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended.
+
+    Attributes:
+        ending: what ended the run before its last step; None if it was completed.
+        checkpoints, checkpoint_seconds: how many were written, and for how long they stopped the training.
+        skipped_steps: the steps that changed nothing, because their loss or gradient was not finite.
+    """
+
+    ending: InterruptedRunError | DivergedError | LearntRun | None
+    checkpoints: int
+    checkpoint_seconds: float
+    skipped_steps: int
 
 
 def quiet_libraries() -> None:
@@ -95,6 +112,7 @@ def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
         compile=plan.compile is True or automatic,
         checkpointing=plan.checkpointing,
+        skips_bad_steps=plan.trainer.bad_steps == "skip",
         cuda_graphs=graphs,
         shares_weights=plan.trainer.strategy == "fsdp",
         context_group=group,
@@ -105,7 +123,7 @@ def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes
 def trainer_options(plan: RunPlan, total_steps: int) -> dict[str, Any]:
     """The options from which Hydra builds the trainer, without strategy, loggers and callbacks."""
     options = asdict(plan.trainer)
-    for name in ("max_tokens", "strategy", "global_batch", "context_parallel", "timeout_minutes"):
+    for name in ("max_tokens", "strategy", "global_batch", "context_parallel", "timeout_minutes", "bad_steps"):
         del options[name]
     return {"_target_": options.pop("target"), **options} | {
         # The sequence of batches has no end. Validation and the end of training are therefore counted in steps.
@@ -138,7 +156,8 @@ def build_trainer(
         "profiler": _profiler(plan.trainer.profiler, run, rank=processes.rank),
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in shown),
     }
-    callbacks = [*_own_callbacks(prepared, model, run, stop_request), *shown]
+    writer = BackgroundWriter()
+    callbacks = [*_own_callbacks(prepared, model, run, stop_request, writer), *shown]
     loggers = _loggers(prepared, run) if processes.is_first else []
     strategy = build_strategy(
         plan.trainer.strategy,
@@ -147,8 +166,8 @@ def build_trainer(
         environment=processes.environment,
     )
     if not isinstance(strategy, str):
-        strategy.checkpoint_io = AtomicCheckpointIO()
-    plugins = [AtomicCheckpointIO()] if isinstance(strategy, str) else []
+        strategy.checkpoint_io = AtomicCheckpointIO(writer)
+    plugins = [AtomicCheckpointIO(writer)] if isinstance(strategy, str) else []
     try:
         trainer = instantiate(
             options, callbacks=callbacks, logger=loggers, plugins=plugins, strategy=strategy, _convert_="partial"
@@ -171,13 +190,19 @@ def _profiler(word: str | None, run: RunFiles, *, rank: int) -> Profiler | None:
 
 
 def _own_callbacks(
-    prepared: PreparedRun, model: LanguageModel, run: RunFiles, stop_request: StopRequest
+    prepared: PreparedRun,
+    model: LanguageModel,
+    run: RunFiles,
+    stop_request: StopRequest,
+    writer: BackgroundWriter,
 ) -> list[L.Callback]:
     plan, tokenizer = prepared.plan, prepared.data.tokenizer
     checkpoints = Checkpoints(
         run.checkpoints,
         every_n_steps=plan.checkpoint.every_n_steps,
+        every_minutes=plan.checkpoint.every_minutes,
         keep=plan.checkpoint.keep,
+        writer=writer,
         stop_request=stop_request,
         model=prepared.model_config,
         tokenizer=None if tokenizer is None else tokenizer.to_str(),
@@ -194,7 +219,7 @@ def _own_callbacks(
     recorder = Recorder(
         every_n_steps=plan.trainer.log_every_n_steps, tokens_per_step=tokens_per_step, throughput=throughput
     )
-    return [DivergenceGuard(), recorder, checkpoints]
+    return [DivergenceGuard(skips=plan.trainer.bad_steps == "skip"), recorder, checkpoints]
 
 
 def _loggers(prepared: PreparedRun, run: RunFiles) -> list[L.pytorch.loggers.Logger]:
@@ -207,24 +232,22 @@ def _loggers(prepared: PreparedRun, run: RunFiles) -> list[L.pytorch.loggers.Log
     return [MetricsCSV(run.metrics, also=also, resume_step=prepared.first_step), *chosen]
 
 
-def fit(
-    trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop_request: StopRequest
-) -> InterruptedRunError | DivergedError | LearntRun | None:
+def fit(trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop_request: StopRequest) -> Outcome:
     """Train, beginning with the plan's first step.
 
-    Returns: what ended the run before its last step; None if it was completed.
     Raises: InputError if Lightning rejects the settings; CommandError if another process of the run has ended.
     """
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
     data = prepared.data
     data.start_batch = prepared.first_step * prepared.plan.trainer.accumulate_grad_batches
+    ending: InterruptedRunError | DivergedError | LearntRun | None = None
     with stop_request:
         try:
             trainer.fit(task, datamodule=data, ckpt_path=prepared.checkpoint, weights_only=True)
             stop_request.finish()
-        except (InterruptedRunError, DivergedError) as ending:
-            return ending
+        except (InterruptedRunError, DivergedError) as error:
+            ending = error
         except MisconfigurationException as error:
             raise InputError(f"Lightning refuses these settings: {_on_one_line(error)}") from error
         except RuntimeError as error:
@@ -235,7 +258,11 @@ def fit(
                 f"another process of the run has ended, or did not answer for {minutes} minutes "
                 "(trainer.timeout_minutes). Continue from the last checkpoint with resume=true."
             ) from error
-    return LearntRun(trainer.global_step) if trainer.global_step < prepared.total_steps else None
+    if ending is None and trainer.global_step < prepared.total_steps:
+        ending = LearntRun(trainer.global_step)
+    (checkpoints,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
+    (guard,) = (callback for callback in trainer.callbacks if isinstance(callback, DivergenceGuard))  # type: ignore[attr-defined]
+    return Outcome(ending, checkpoints.count, checkpoints.seconds, guard.skipped_steps(task))
 
 
 def _is_of_another_process(error: RuntimeError) -> bool:

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
-from lkda.checks import InputError
+from lkda.checks import InputError, refusing_damage
 from lkda.commands.paths import data_with_absolute_paths
 from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
@@ -35,7 +35,7 @@ _FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from
 _FREE = {
     "data": ("cache_dir", "num_workers", "pin_memory"),
     "trainer": (
-        *("max_steps", "max_tokens", "accelerator", "log_every_n_steps", "detect_anomaly", "profiler"),
+        *("max_steps", "max_tokens", "accelerator", "log_every_n_steps", "detect_anomaly", "profiler", "bad_steps"),
         *("deterministic", "enable_model_summary", "enable_progress_bar"),
         # Of the devices only the number of sequences that they train on together is fixed; see `_fixed`.
         *("devices", "num_nodes", "strategy", "global_batch", "context_parallel", "timeout_minutes"),
@@ -104,14 +104,16 @@ class RunDirectory(RunFiles):
         If the run failed before its first step, the files that it wrote are removed, and the directory too if it is
         empty.
         """
-        if not self.holds_run():
-            for path in self._files():
-                if path not in self._before:
-                    path.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.path):
-            with suppress(OSError):  # fails if the directory is not empty
-                folder.rmdir()
-        os.close(self._lock)
+        try:
+            if not self.holds_run():
+                for path in self._files():
+                    if path not in self._before:
+                        path.unlink(missing_ok=True)
+            for folder in (self.checkpoints, self.path):
+                with suppress(OSError):  # fails if the directory is not empty
+                    folder.rmdir()
+        finally:  # the directory may have become unreadable
+            os.close(self._lock)
 
     def begin(self, config: Mapping[str, Any], *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
         """Claim the directory for a run with the settings `config`, a plain dict.
@@ -138,7 +140,9 @@ class RunDirectory(RunFiles):
         now = translated(config)  # adds the options that a model of another package does not state, as in `before`
         self._check_settings(before, now, free_places=True)
         saved = newest_intact(self.checkpoints)
-        self._check_settings(before, now, free_places=saved is None or "train" in fingerprint_of(saved[1]))
+        with refusing_damage(self.checkpoints):
+            fingerprint = {} if saved is None else fingerprint_of(saved[1])
+        self._check_settings(before, now, free_places=saved is None or "train" in fingerprint)
         return saved
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
@@ -209,8 +213,16 @@ def fingerprint_of(checkpoint: Mapping[str, Any]) -> dict[str, str | None]:
     ours = checkpoint["lkda"]
     found = dict(ours["run"].get("fingerprint") or {})
     if ours["tokenizer"] is not None:
-        found["tokenizer"] = of_tokenizer(Tokenizer.from_str(ours["tokenizer"]))
+        found["tokenizer"] = of_tokenizer(tokenizer_of(ours["tokenizer"], source="the checkpoint"))
     return found
+
+
+def tokenizer_of(text: str, *, source: object) -> Tokenizer:
+    """The tokenizer that a checkpoint holds as JSON. Raises: InputError, naming `source`, if it is not one."""
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"{source} is damaged: it holds no tokenizer ({error}).") from error
 
 
 def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:

@@ -227,6 +227,9 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
         raise InputError(
             f"trainer.precision={precision} cannot be used with trainer=fsdp: use {' or '.join(FSDP_PRECISIONS)}."
         )
+    if trainer["bad_steps"] == "skip" and (precision == "16-mixed" or trainer["strategy"] == "fsdp"):
+        what = "trainer=fsdp" if trainer["strategy"] == "fsdp" else "trainer.precision=16-mixed"
+        raise InputError(f"trainer.bad_steps=skip cannot be used with {what}: use trainer.bad_steps=stop.")
     model = model_options(settings) if initial is None else model_options_of(initial)
     backends = check_model(model, device=device, precision=PRECISIONS[precision], initial=initial)
     return RunPlan(
@@ -240,7 +243,7 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
         optimizer=settings["optimizer"],
         scheduler=settings["scheduler"],
         trainer=TrainerOptions.of(trainer),
-        checkpoint=CheckpointOptions(**settings["checkpoint"]),
+        checkpoint=CheckpointOptions.of(settings["checkpoint"], device=device.type),
         sample=SampleOptions(**settings["sample"]),
         callbacks=[node for node in settings["callbacks"].values() if node],
         loggers=[node for node in settings["logger"].values() if node],

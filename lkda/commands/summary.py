@@ -13,26 +13,23 @@ import lightning
 import torch
 
 import lkda
+from lkda.commands.fit import Outcome
 from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
 from lkda.models.lm import LanguageModel
 from lkda.training.accuracy import by_subset
-from lkda.training.callbacks import DivergedError, InterruptedRunError, LearntRun
+from lkda.training.callbacks import DivergedError, InterruptedRunError
 
 
-def summarize(
-    run: RunDirectory,
-    model: LanguageModel,
-    prepared: PreparedRun,
-    ending: InterruptedRunError | DivergedError | LearntRun | None,
-) -> dict[str, Any]:
+def summarize(run: RunDirectory, model: LanguageModel, prepared: PreparedRun, outcome: Outcome) -> dict[str, Any]:
     """The content of summary.json. The measurements come from metrics.csv, so that they cover all parts of a resumed
     run.
 
     Args:
         model: the trained model.
-        ending: what ended the run before its last step; None if the run was completed.
+        outcome: how the training ended.
     """
+    ending = outcome.ending
     status = {InterruptedRunError: "interrupted", DivergedError: "diverged"}.get(type(ending), "finished")
     # The last step. It cannot be read from metrics.csv, which has only a row every few steps.
     step = max(prepared.first_step, prepared.total_steps) if ending is None else ending.step
@@ -75,6 +72,9 @@ def summarize(
         "steps": step,
         "seconds": seconds,
         "clipped_share": _clipped_share(rows),
+        "skipped_steps": outcome.skipped_steps,
+        "checkpoints": outcome.checkpoints,
+        "checkpoint_seconds": outcome.checkpoint_seconds,
         "learning_rate": metadata["learning_rate"],
         "git_commit": git_commit(),
         "versions": {

@@ -11,14 +11,14 @@ from omegaconf import DictConfig
 from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.command_line import CommandError
 from lkda.commands.console import RunConsole, draw_sample
-from lkda.commands.fit import build_task, build_trainer, fit, quiet_libraries, share_data
+from lkda.commands.fit import Outcome, build_task, build_trainer, fit, quiet_libraries, share_data
 from lkda.commands.launch import Processes
 from lkda.commands.prepared_run import PreparedRun, Saved, model_of, prepare_data, with_data
 from lkda.commands.run_directory import RunDirectory, RunFiles
 from lkda.commands.run_setup import RunPlan, plan_run
 from lkda.commands.summary import summarize
 from lkda.models.lm import LanguageModel
-from lkda.training.callbacks import DivergedError, InterruptedRunError, LearntRun, StopRequest
+from lkda.training.callbacks import DivergedError, InterruptedRunError, StopRequest
 from lkda.training.checkpoint import step_files
 
 
@@ -33,7 +33,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the configuration, the data or the directory cannot be used. It is raised before training starts.
         CommandError: the loss or a parameter became NaN or infinite.
-        SystemExit: Ctrl-C (code 130) or SIGTERM (code 143) stopped the run. A checkpoint is saved.
+        SystemExit: Ctrl-C (code 130), SIGTERM (143) or SIGUSR1 (138) stopped the run. A checkpoint is saved.
     """
     quiet_libraries()
     plan = plan_run(config, Path(run_dir))
@@ -68,10 +68,8 @@ def _train_beside(plan: RunPlan, own_directory: Path, processes: Processes) -> N
     _fit(prepared, model_of(prepared), run, processes)
 
 
-def _fit(
-    prepared: PreparedRun, model: LanguageModel, run: RunFiles, processes: Processes
-) -> InterruptedRunError | DivergedError | LearntRun | None:
-    """Train on this process's device. Returns what ended the run early."""
+def _fit(prepared: PreparedRun, model: LanguageModel, run: RunFiles, processes: Processes) -> Outcome:
+    """Train on this process's device."""
     share_data(prepared, processes)
     stop_request = StopRequest(processes.group)
     trainer = build_trainer(prepared, model, run, stop_request, processes)
@@ -97,8 +95,8 @@ def _train(plan: RunPlan, run: RunDirectory, processes: Processes) -> dict[str, 
     described = None if saved is None else (saved[0], {"lkda": saved[1]["lkda"]})
     processes.send({"directory": run.path, "saved": described})
     processes.wait()
-    ending = _fit(prepared, model, run, processes)
-    summary = summarize(run, model, prepared, ending)
+    outcome = _fit(prepared, model, run, processes)
+    ending, summary = outcome.ending, summarize(run, model, prepared, outcome)
     run.write_summary(summary)
     if isinstance(ending, InterruptedRunError):
         console.print_interruption(ending)

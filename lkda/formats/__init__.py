@@ -25,7 +25,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lkda.checks import InputError
+from lkda.checks import InputError, refusing_damage
 from lkda.formats.common.card import model_card, recorded_config
 from lkda.formats.common.embedding import FOLDED
 from lkda.formats.common.reading import read_config
@@ -142,6 +142,7 @@ def load(directory: str | Path, *, backend: str = "auto") -> tuple[LanguageModel
     config = read_config(directory)
     readers = {word: module for module in map(find_format, names()) for word in module.MODEL_TYPES}
     word = config.get("model_type")
-    if word not in readers:
+    if not isinstance(word, str | None) or word not in readers:
         raise InputError(f"{directory / 'config.json'} says model_type {word!r}; lkda reads {', '.join(readers)}.")
-    return readers[word].load(config, directory, backend=backend)
+    with refusing_damage(directory):
+        return readers[word].load(config, directory, backend=backend)

@@ -17,6 +17,7 @@ from lkda.report.studies import (
     decode,
     learning_rates,
     long_context,
+    long_run,
     peer_training,
     recipe,
     state_dtypes,
@@ -33,6 +34,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "decode": decode.redraw,  # written by scripts/benchmark.py task=decode
     "state_error": state_error.redraw,  # written by lkda.bench.state_error
     "long_context": long_context.redraw,
+    "long_run": long_run.redraw,  # written by lkda.commands.long_run
     "state_dtypes": state_dtypes.redraw,
     "by_source": by_source.redraw,
     "recipe": recipe.redraw,

@@ -8,6 +8,7 @@ is a directory; see `lkda.training.sharded_checkpoint`.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -18,12 +19,16 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.io import replace_file, replacing
+from lkda.training.background import BackgroundWriter
 from lkda.training.sharded_checkpoint import is_sharded, read_sharded, remove
+from lkda.training.torch_file import read_torch_file
 
 FORMAT = 1
+_ENTRIES = {"step": int, "model": Mapping, "tokenizer": str | None, "run": Mapping, "best": Mapping}
 _STEP = re.compile(r"step_(\d+)\.ckpt")
 
 
@@ -40,21 +45,59 @@ def step_files(directory: Path) -> list[Path]:
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint writer, made atomic by a temporary file, fsync and a rename. It reads every checkpoint of
-    lkda."""
+    lkda.
+
+    Args:
+        writer: writes the file while training goes on. `save_checkpoint` then only copies the content into the memory
+            of the CPU. None: the file is written when `save_checkpoint` returns.
+    """
+
+    def __init__(self, writer: BackgroundWriter | None = None) -> None:
+        super().__init__()
+        self._writer = writer
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer turns an OSError into this type
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from error
-                raise
+        if self._writer is None:
+            _write(checkpoint, Path(path))
+            return
+        copied = copy_to_cpu(checkpoint)
+        self._writer.submit(lambda: _write(copied, Path(path)))
+
+
+def _write(checkpoint: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's writer turns an OSError into this type
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def copy_to_cpu(value: Any) -> Any:
+    """A copy of nested dicts, lists and tuples that later training steps do not change. Its tensors are on the CPU.
+    Tensors that are the same memory, such as tied weights, are copied once."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copied(entry: Any) -> Any:
+        if isinstance(entry, Tensor):
+            place = (entry.device, entry.data_ptr(), entry.dtype, entry.shape, entry.stride())
+            if place not in copies or not entry.numel():
+                copies[place] = entry.detach().to("cpu", copy=True)
+            return copies[place]
+        if isinstance(entry, dict):
+            made = copy.copy(entry)  # of the same type, with its attributes, such as the _metadata of a state_dict
+            made.update({name: copied(part) for name, part in entry.items()})
+            return made
+        if type(entry) in (list, tuple):
+            return type(entry)(copied(part) for part in entry)
+        return entry
+
+    return copied(value)
 
 
 def point_to(target: Path, link: Path) -> None:
@@ -97,23 +140,21 @@ def read_checkpoint(path: str | Path, *, rank: int = 0, count: int = 1) -> dict[
     path = Path(path)
     if not path.is_file() and not is_sharded(path):
         raise InputError(f"there is no checkpoint at {path}.")
-    checkpoint = read_sharded(path, rank=rank, count=count) if path.is_dir() else _read_file(path, mmap=count > 1)
-    if not isinstance(checkpoint, Mapping) or "lkda" not in checkpoint:
+    if path.is_dir():
+        checkpoint = read_sharded(path, rank=rank, count=count)
+    else:
+        checkpoint = read_torch_file(path, what="a checkpoint", mmap=count > 1)
+    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("lkda"), Mapping):
         raise InputError(f"{path} is not a checkpoint of lkda: it has no entry 'lkda', which scripts/train.py writes.")
-    if checkpoint["lkda"]["format"] != FORMAT:
+    ours = checkpoint["lkda"]
+    if type(ours.get("format")) is not int or ours["format"] != FORMAT:
         raise InputError(
-            f"{path} has checkpoint format {checkpoint['lkda']['format']}, but this version of lkda reads {FORMAT}."
+            f"{path} has checkpoint format {ours.get('format')!r}, but this version of lkda reads {FORMAT}."
         )
+    for name, kind in _ENTRIES.items():
+        if name in ours and not isinstance(ours[name], kind):
+            raise InputError(f"{path} is damaged: its entry lkda.{name} is a {type(ours[name]).__name__}.")
     return dict(checkpoint)
-
-
-def _read_file(path: Path, *, mmap: bool) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises many types here (RuntimeError, EOFError, UnpicklingError, KeyError, ...)
-        raise InputError(
-            f"{path} is truncated or not a checkpoint ({type(error).__name__} while reading it)."
-        ) from error
 
 
 def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
@@ -121,7 +162,8 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
     The newest intact step checkpoint is looked for first. Then last.ckpt, best.ckpt and other files are read if they
     are not links to step checkpoints: they may be newer, or the only ones left. If the step checkpoint of the result is
-    missing, a link with its name is created. A broken checkpoint is renamed to *.broken, with a warning that names it.
+    missing, a link with its name is created. A broken checkpoint is renamed to *.broken, with a warning that names it,
+    and the links to it are deleted.
 
     Raises: InputError if there are checkpoints but none of them can be read.
     """
@@ -152,9 +194,18 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
             )
         return None
     for path in broken:
-        path.rename(path.with_name(path.name + ".broken"))
+        _set_aside(path)
     path, checkpoint = found
     own = step_path(directory, checkpoint["lkda"]["step"])
     if not own.exists():
         point_to(path, own)
     return own, checkpoint
+
+
+def _set_aside(broken: Path) -> None:
+    """Rename a broken checkpoint to *.broken, and delete the links to it: last.ckpt and best.ckpt must be readable."""
+    names = (link for link in broken.parent.glob("*.ckpt") if link.name != broken.name and link.exists())
+    links = [link for link in names if link.samefile(broken)]
+    broken.rename(broken.with_name(broken.name + ".broken"))
+    for link in links:
+        link.unlink()

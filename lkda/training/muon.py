@@ -13,7 +13,8 @@ from lkda.training.parameters import parameter_groups
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon and AdamW with one list of groups and one state, so that schedules, clipping and checkpoints handle
-    a single optimizer.
+    a single optimizer. Like torch's fused AdamW, it skips a step if its attribute `found_inf`, a scalar on the device,
+    is not zero.
 
     Args:
         matrices: the group that Muon trains. All its parameters have two dimensions.
@@ -60,9 +61,26 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.muon.step()
+        found_inf = getattr(self, "found_inf", None)
+        self.adamw.found_inf = found_inf  # type: ignore[attr-defined]
+        if found_inf is None:
+            self.muon.step()
+        else:
+            self._muon_step_unless(found_inf.bool())
         self.adamw.step()
         return loss
+
+    def _muon_step_unless(self, skip: Tensor) -> None:
+        """Muon's step, which has no effect if `skip`, a scalar on the device, is true. torch's Muon has no such
+        argument, as its AdamW has. The matrices and their momenta are therefore copied and put back."""
+        kept = []
+        for parameter in self.muon.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad))
+                kept += [(parameter, parameter.clone()), (momentum, momentum.clone())]
+        self.muon.step()
+        for tensor, before in kept:
+            tensor.copy_(torch.where(skip, before, tensor))
 
 
 def muon(model: nn.Module, config: Mapping[str, Any]) -> MuonWithAdamW:

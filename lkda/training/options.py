@@ -12,6 +12,11 @@ from lkda.checks import InputError, check_count
 
 # The most batches of one optimizer step. A run stops for Ctrl-C only at the end of a step.
 MOST_PIECES = 2**16
+AUTO = "auto"
+# The intervals between two checkpoints if none is given.
+GPU_MINUTES, CPU_STEPS = 10.0, 100
+# What may follow a step whose loss or gradient is NaN or infinite.
+BAD_STEPS = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class TrainerOptions:
         timeout_minutes: how long a process waits for the others before the run ends with an error.
         precision: a name in `lkda.training.precision`.
         max_tokens: the number of tokens to train on. If given, it replaces max_steps.
+        bad_steps: what follows a step whose loss or gradient is not finite: "stop" ends the run, "skip" leaves the
+            weights and the optimizer as they were.
     """
 
     target: str
@@ -45,6 +52,7 @@ class TrainerOptions:
     log_every_n_steps: int
     accumulate_grad_batches: int
     gradient_clip_val: float | None
+    bad_steps: str
     deterministic: bool
     enable_model_summary: bool
     detect_anomaly: bool = False
@@ -85,10 +93,33 @@ def sequences_per_batch(batch_size: int, trainer: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """The group `checkpoint`: optimizer steps between two checkpoints, and how many are kept beside best and last."""
+    """The group `checkpoint`.
 
-    every_n_steps: int
+    Attributes:
+        every_minutes: minutes between two checkpoints; None: not by time.
+        every_n_steps: optimizer steps between two checkpoints; None: not by steps.
+        keep: how many are kept beside best and last.
+    """
+
+    every_minutes: float | None
+    every_n_steps: int | None
     keep: int
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], *, device: str) -> CheckpointOptions:
+        """Create it from checked options. An interval that is "auto" is set only if the other one is not given: on a
+        GPU it is a time, because a step there may take milliseconds or seconds, and elsewhere a number of steps.
+
+        Args:
+            device: the type of the device, such as "cuda".
+        """
+        minutes, steps = options["every_minutes"], options["every_n_steps"]
+        both = minutes == steps == AUTO
+        if minutes == AUTO:
+            minutes = GPU_MINUTES if device == "cuda" and steps in (AUTO, None) else None
+        if steps == AUTO:
+            steps = CPU_STEPS if both and device != "cuda" else None
+        return cls(every_minutes=minutes, every_n_steps=steps, keep=options["keep"])
 
 
 @dataclass(frozen=True)
@@ -195,6 +226,8 @@ def check_trainer(options: object) -> None:
             wanted="0 or more (0 or null: no clipping)",
             fits=lambda value: value >= 0,
         )
+    if options["bad_steps"] not in BAD_STEPS:
+        raise InputError(f"trainer.bad_steps must be {' or '.join(BAD_STEPS)}, got {options['bad_steps']!r}.")
     check_switch("trainer.enable_model_summary", options["enable_model_summary"])
     check_switch("trainer.detect_anomaly", options.get("detect_anomaly", False))
     check_switch("trainer.deterministic", options["deterministic"])
@@ -243,8 +276,14 @@ def check_validation_batches(limit: int | float, batches: int) -> None:
 def check_checkpoint(options: object) -> None:
     """Raise InputError for an option of the group checkpoint that is unknown or outside its range."""
     options = check_names("checkpoint", options, _names(CheckpointOptions, optional=False))
-    for name, value in options.items():
-        check_count(f"checkpoint.{name}", value, least=1)
+    check_count("checkpoint.keep", options["keep"], least=1)
+    minutes, steps = options["every_minutes"], options["every_n_steps"]
+    if isinstance(minutes, str) and minutes != AUTO:
+        raise InputError(f"checkpoint.every_minutes must be a number, auto or null, got {minutes!r}.")
+    if minutes is not None and minutes != AUTO:
+        check_number("checkpoint.every_minutes", minutes, wanted="greater than 0", fits=lambda value: value > 0)
+    if steps is not None and steps != AUTO:
+        check_count("checkpoint.every_n_steps", steps, least=1)
 
 
 def check_sample(options: object) -> None:

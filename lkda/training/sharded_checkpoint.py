@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lkda.checks import InputError
 from lkda.io import named, replace_file, replacing
+from lkda.training.torch_file import read_torch_file
 
 REST = "rest.pt"
 _PART = re.compile(r"part_(\d+)_of_(\d+)\.pt")
@@ -109,25 +110,17 @@ def read_sharded(path: Path, *, rank: int = 0, count: int = 1) -> dict[str, Any]
     found = sorted((int(match[1]), int(match[2])) for match in numbers if match)
     if not found or found != [(part, len(found)) for part in range(len(found))]:
         raise InputError(f"{path} is not complete: it has {len(found)} of its files part_*.pt.")
-    checkpoint: dict[str, Any] = _load(path / REST)
-    parts = [_load(path / f"part_{part:05d}_of_{parts:05d}.pt") for part, parts in found]
+    files = [path / REST, *(path / f"part_{part:05d}_of_{parts:05d}.pt" for part, parts in found)]
+    # The first process has read all of it before the others, each of which needs only its rows.
+    checkpoint, *parts = [read_torch_file(file, what="a part of a checkpoint", mmap=count > 1) for file in files]
     try:
         for pieces in zip(*parts, strict=True):
             where = pieces[0][0]
             assert all(place == where for place, _ in pieces)
             _put(checkpoint, where, _rows([piece for _, piece in pieces], rank, count))
-    except (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
         raise InputError(f"{path} is damaged: the files part_*.pt do not fit together.") from error
-    return checkpoint
-
-
-def _load(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many types here
-        raise InputError(
-            f"{file} is truncated or not a part of a checkpoint ({type(error).__name__} while reading it)."
-        ) from error
+    return checkpoint  # whose kind read_checkpoint looks at
 
 
 def _rows(pieces: list[Tensor], rank: int, count: int) -> Tensor:

@@ -54,6 +54,8 @@ class LanguageModelTask(L.LightningModule):
         val_subsets: of the validation; see `lkda.training.accuracy`.
         test_batches, test_bytes_per_token: of the test split, which is text; None if there is no test split.
         compile: whether to compile the model's blocks with `torch.compile`.
+        skips_bad_steps: whether a step whose loss or gradient norm is not finite leaves the weights and the optimizer
+            as they were. Its batch counts as seen. The optimizer must take `found_inf`: a fused AdamW or Muon.
         checkpointing: "none", or "block" to keep only the input of each block for the backward pass.
         cuda_graphs: whether to replay forward and backward as CUDA graphs, as long as they can be captured.
         context_group, context_number: the processes that divide each row among themselves, and the number of this
@@ -62,9 +64,13 @@ class LanguageModelTask(L.LightningModule):
 
     Attributes:
         clipped_steps: the number of optimizer steps of this process whose gradient norm was above the limit.
+        skipped_steps, skipped_in_a_row: the number of skipped steps of this process, and of those since the last step
+            that was not skipped.
     """
 
     clipped_steps: Tensor
+    skipped_steps: Tensor
+    skipped_in_a_row: Tensor
 
     def __init__(
         self,
@@ -80,6 +86,7 @@ class LanguageModelTask(L.LightningModule):
         test_bytes_per_token: float | None = None,
         compile: bool = False,
         checkpointing: str = "none",
+        skips_bad_steps: bool = False,
         cuda_graphs: bool = False,
         shares_weights: bool = False,
         context_group: Any = None,
@@ -92,6 +99,9 @@ class LanguageModelTask(L.LightningModule):
         self.total_steps = total_steps
         self.bytes_per_token = bytes_per_token
         self.register_buffer("clipped_steps", torch.zeros((), dtype=torch.long), persistent=False)
+        for name in ("skipped_steps", "skipped_in_a_row"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long), persistent=False)
+        self.skips_bad_steps = skips_bad_steps
         self.step_mean = StepMean()
         rows = model.config["vocab_size"]
         self.validation = ValidationMetrics(
@@ -164,7 +174,8 @@ class LanguageModelTask(L.LightningModule):
                 self.step_mean.complete()
             mean = self.step_mean.loss
         self.log_dict(with_bits("train", mean.detach(), self.bytes_per_token), logger=False)
-        return {"loss": loss, "mean": mean.detach()}
+        self._step_loss = mean.detach()
+        return {"loss": loss, "mean": self._step_loss}
 
     def _replay(self, inputs: Mapping[str, Tensor | None], weight: Tensor | None, *, first: bool) -> Tensor | None:
         """The loss, whose gradients are already added to those of the parameters; None without CUDA graphs."""
@@ -242,6 +253,15 @@ class LanguageModelTask(L.LightningModule):
             norm = norm.full_tensor()
         self.log("train/grad_norm", norm, logger=False)
         self.clipped_steps += norm > limit
+        if self.skips_bad_steps:
+            self._skip_if_bad(optimizer, norm)
+
+    def _skip_if_bad(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        """Tell the optimizer on the device whether to skip this step, so that the host does not wait for the answer."""
+        bad = ~(norm.isfinite() & self._step_loss.isfinite())
+        self.skipped_steps += bad
+        self.skipped_in_a_row.copy_(torch.where(bad, self.skipped_in_a_row + 1, 0))
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined] # torch's own name, which loss scaling uses
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("optimizer_states", [])

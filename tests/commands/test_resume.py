@@ -100,7 +100,7 @@ def test_kill_9_in_the_middle(corpus: Path, tmp_path: Path, uninterrupted: Any, 
     assert rows(directory) == uninterrupted(LONG)
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 
 
 @pytest.mark.slow  # the test below sends them to its own process
@@ -162,14 +162,17 @@ def test_killed_at_writes(
     every: int, corpus: Path, tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever file was just renamed, linked or appended to when the kill came, the resumed run is the same run."""
-    left = 0
+    left, dead = 0, False
 
     def fatal(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
+            nonlocal left, dead
+            if dead:  # the other thread of the process, which writes checkpoints, writes nothing more either
+                raise Killed
             result = function(*args, **kwargs)
             left -= 1
             if left == 0:
+                dead = True
                 raise Killed
             return result
 
@@ -185,7 +188,7 @@ def test_killed_at_writes(
         try:
             run(corpus, directory, *SHORTER)
         except Killed:
-            left = 0
+            left, dead = 0, False
             assert run(corpus, directory, *SHORTER, "resume=true")["status"] == "finished"
             assert rows(directory) == uninterrupted(SHORTER), f"killed at write {write}"
             write += every

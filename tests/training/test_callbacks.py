@@ -37,6 +37,15 @@ def test_a_first_signal_is_noted_and_a_second_ends(signum: int, monkeypatch: pyt
 def test_exit_codes_are_those_of_a_shell() -> None:
     assert InterruptedRunError(signal.SIGINT, 5).exit_code == 130
     assert InterruptedRunError(signal.SIGTERM, 5).exit_code == 143
+    assert InterruptedRunError(signal.SIGUSR1, 5).exit_code == 138
+
+
+def test_a_sigterm_after_the_warning_of_slurm_does_not_end_the_saving() -> None:
+    """Slurm sends SIGUSR1 first, and SIGTERM at the time limit."""
+    with StopRequest() as request:
+        for signum in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+        assert request.signum == signal.SIGTERM
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -10,6 +10,7 @@ import torch
 from lkda.commands.config import resolve
 from lkda.training.optimizer import check_optimizer, check_schedule
 from lkda.training.options import (
+    CheckpointOptions,
     check_checkpoint,
     check_sample,
     check_trainer,
@@ -32,6 +33,8 @@ WRONG_KIND = (None, True, "many", [1], {"a": 1}, math.nan)
 # Options for which one of those is right.
 RIGHT = (
     ("trainer", "max_tokens", None),
+    ("checkpoint", "every_minutes", None),
+    ("checkpoint", "every_n_steps", None),
     ("trainer", "gradient_clip_val", None),
     ("trainer", "deterministic", True),
     ("trainer", "enable_model_summary", True),
@@ -110,6 +113,10 @@ def test_no_option_is_ignored_and_none_may_lack(group: str) -> None:
         ("trainer", {"strategy": "horovod"}, "trainer.strategy must be one of single, ddp, fsdp, got 'horovod'"),
         ("trainer", {"max_epochs": 3}, "trainer.max_epochs is not an option of trainer=auto, which has accelerator"),
         ("trainer", {"gradient_clip_algorithm": "value"}, "trainer.gradient_clip_algorithm is not an option"),
+        ("trainer", {"bad_steps": "ignore"}, "trainer.bad_steps must be stop or skip, got 'ignore'"),
+        ("checkpoint", {"every_minutes": 0}, "checkpoint.every_minutes must be greater than 0, got 0"),
+        ("checkpoint", {"every_minutes": "often"}, "checkpoint.every_minutes must be a number, auto or null, got 'o"),
+        ("checkpoint", {"every_n_steps": 0.5}, "checkpoint.every_n_steps must be a whole number of 1 or more, got 0.5"),
         ("trainer", {"profiler": "slow"}, "trainer.profiler must be one of simple, advanced, or null; got 'slow'"),
         ("trainer", {"detect_anomaly": 1}, "trainer.detect_anomaly must be true or false, got 1"),
         ("optimizer", {"lr": math.inf}, "optimizer.lr must be a finite number, got inf"),
@@ -174,3 +181,24 @@ def test_a_precision_is_called_what_it_runs(word: object, device: torch.device, 
 def test_a_precision_that_would_run_as_another_is_refused(word: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_precision(word, CPU)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "steps", "on_gpu", "on_cpu"),
+    [
+        ("auto", "auto", (10, None), (None, 100)),
+        ("auto", 50, (None, 50), (None, 50)),
+        ("auto", None, (10, None), (None, None)),
+        (30, "auto", (30, None), (30, None)),
+        (None, "auto", (None, None), (None, None)),
+        (30, 50, (30, 50), (30, 50)),
+        (None, None, (None, None), (None, None)),
+    ],
+)
+def test_the_interval_of_checkpoints(minutes: Any, steps: Any, on_gpu: Any, on_cpu: Any) -> None:
+    """On a GPU it is 10 minutes, on a CPU 100 steps, and each one that is given counts."""
+    given = {"every_minutes": minutes, "every_n_steps": steps, "keep": 2}
+    check_checkpoint(given)
+    for device, expected in (("cuda", on_gpu), ("cpu", on_cpu)):
+        found = CheckpointOptions.of(given, device=device)
+        assert (found.every_minutes, found.every_n_steps) == expected

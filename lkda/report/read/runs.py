@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lkda.checks import InputError
+from lkda.checks import InputError, refusing_damage
 from lkda.metrics_file import metrics_rows
 from lkda.report.read.old_keys import translated_summary
 from lkda.run_failure import FAILURE
@@ -56,7 +56,10 @@ def read_run(directory: Path, *, step: int | None = None) -> Run:
     summary = _read_summary(directory / "summary.json", finished=step is None)
     config = _read_config(directory / "config.yaml")
     run = Run(directory.name, config, summary, _read_metrics(directory / "metrics.csv"))
-    return run if step is None else _at(run, step)
+    if step is None:
+        return run
+    with refusing_damage("the run's summary.json or metrics.csv"):
+        return _at(run, step)
 
 
 def _at(run: Run, step: int) -> Run:
@@ -137,6 +140,8 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
         rows = [{name: float(x) for name, x in row.items() if x} for row in metrics_rows(text)]
     except (ValueError, TypeError, csv.Error) as error:
         raise InputError(f"metrics.csv cannot be read ({error})") from error
+    if any("step" not in row for row in rows):
+        raise InputError("metrics.csv has a row without a step")
     needed = {"step", "tokens", "seconds", "val/loss"}
     if not any(needed <= row.keys() for row in rows):
         raise InputError("metrics.csv holds no validation")

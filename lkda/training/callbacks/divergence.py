@@ -1,4 +1,4 @@
-"""Stops a run whose loss or parameters become NaN or infinite."""
+"""Stops a run whose loss or parameters become NaN or infinite, or whose steps are skipped for that reason for long."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from lkda.training.callbacks.steps import ends_step
 from lkda.training.processes import everywhere, local, process_count
+
+# A run that skips bad steps ends after so many of them one after another: it would learn nothing more.
+MOST_SKIPPED = 20
 
 
 class DivergedError(RuntimeError):
@@ -38,17 +41,37 @@ class DivergenceGuard(L.Callback):
 
     Reading the loss waits for the device, so on a GPU it is read only every `every_n_steps` steps. The first bad step
     is stored on the device, so that the reported step is still the first one.
+
+    Args:
+        skips: whether the task skips bad steps. The error is then raised after MOST_SKIPPED of them one after another.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
+    def __init__(self, every_n_steps: int = 10, *, skips: bool = False) -> None:
         self.every_n_steps = every_n_steps
+        self.skips = skips
         self.first_bad_step: Tensor | None = None
+        self._skipped_before = 0  # by the processes before a resume
+
+    def skipped_steps(self, pl_module: L.LightningModule) -> int:
+        """The steps that were skipped since the run began. This waits for the device."""
+        assert isinstance(pl_module.skipped_steps, Tensor)
+        return self._skipped_before + int(pl_module.skipped_steps)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lkda_skipped"] = self.skipped_steps(pl_module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._skipped_before = checkpoint.get("lkda_skipped", 0)  # missing in checkpoints of earlier versions
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if process_count() > 1 and not ends_step(trainer, batch_idx):
             return  # the processes know each other's losses only at the end of the step, and must stop together
+        if self.skips:
+            if ends_step(trainer, batch_idx):
+                self._check_skipped(trainer, pl_module)
+            return
         loss = outputs["mean"]
         # The trainer counts a step after the last of its batches.
         step = trainer.global_step if ends_step(trainer, batch_idx) else trainer.global_step + 1
@@ -60,6 +83,12 @@ class DivergenceGuard(L.Callback):
             first = int(self.first_bad_step)
             if first >= 0:
                 raise DivergedError("the loss", first)
+
+    def _check_skipped(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        count, step = pl_module.skipped_in_a_row, trainer.global_step
+        assert isinstance(count, Tensor)
+        if (count.device.type == "cpu" or step % self.every_n_steps == 0) and int(count) >= MOST_SKIPPED:
+            raise DivergedError(f"the loss or the gradient of each of the last {int(count)} steps", step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.callback_metrics["val/loss"].isfinite():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run after the current step is finished and saved."""
+"""Ctrl-C, SIGTERM and SIGUSR1 stop a run after the current step is finished and saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR1 is the warning that Slurm sends before the time limit of a job (`sbatch --signal=USR1@120`).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class InterruptedRunError(RuntimeError):
@@ -29,12 +30,14 @@ class InterruptedRunError(RuntimeError):
 
     @property
     def exit_code(self) -> int:
-        """The exit code that a shell reports for a process ended by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The exit code that a shell reports for a process ended by this signal: 130 for Ctrl-C, 143 for SIGTERM,
+        138 for SIGUSR1."""
         return 128 + self.signum
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM is stored in `signum`. A second one ends the process at once.
+    """A context in which the first of SIGNALS is stored in `signum`. A second one ends the process at once, unless the
+    first is SIGUSR1: the SIGTERM that follows a warning must not stop the writing of the checkpoint.
 
     Enter it before `Trainer.fit`, which composes its own SIGTERM handler with the one it finds.
 
@@ -49,30 +52,37 @@ class StopRequest:
         self._asked: tuple[Tensor, dist.Work] | None = None
 
     def take_over(self) -> None:
-        """Install the handlers in place of Lightning's, which would call a collective inside a signal handler."""
+        """Install the handlers in place of Lightning's. Those would call a collective inside a signal handler. Under
+        Slurm they would save and requeue in a way of their own."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
-    def agreed(self) -> int | None:
-        """The signal that any process has received. Every process must call it at the end of each step. All get the
-        same answer at the same step: the one to the question of the step before, so that no process waits here."""
-        if self._group is None:
-            return self.signum
-        found = self.finish()
-        number = torch.tensor(self.signum or 0)
-        work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._asked = number, work
-        return found
+    def agreed(self, *, due: bool = False) -> tuple[int | None, bool]:
+        """The signal that any process has received, and whether any has called this with `due`. Every process must call
+        it at the end of each step. All get the same answer at the same step: the one to the question of the step
+        before, so that no process waits here.
 
-    def finish(self) -> int | None:
+        Args:
+            due: whether this process wants a checkpoint.
+        """
+        if self._group is None:
+            return self.signum, due
+        signum, was_due = self.finish()
+        question = torch.tensor([self.signum or 0, int(due and not was_due)])
+        work = dist.all_reduce(question, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._asked = question, work
+        return signum, was_due
+
+    def finish(self) -> tuple[int | None, bool]:
         """The answer to the last question, if there is one."""
         if self._asked is None:
-            return None
-        number, work = self._asked
+            return None, False
+        question, work = self._asked
         self._asked = None
         work.wait()
-        return int(number) or None
+        signum, due = question.tolist()
+        return signum or None, bool(due)
 
     def __enter__(self) -> StopRequest:
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -83,7 +93,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self.signum not in (None, signal.SIGUSR1):
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self.signum = signum
