@@ -23,7 +23,8 @@ class Chart:
         name: of its files.
         title: the heading above it.
         caption: what is shown: device, dtype, shape.
-        spec: Vega-Lite, without size, title and colours. Colours are those of `domain`.
+        spec: Vega-Lite, without size, title and colours. Colours are those of `domain`, and the expressions `ink`, of
+            text, and `faint_ink`.
         domain: what colours stand for, in the order of the legend.
         mixers: for each of `domain`, the mixer whose colour it has; a further one of a mixer has a colour of its own.
     """
@@ -47,7 +48,7 @@ class Chart:
             "range": {"category": palette},
             "axis": lines | font | {"gridColor": style.grid, "tickColor": style.faint},
             "legend": {"labelColor": style.text, "titleColor": style.text, "labelFontSize": 12},
-            "style": {"note": {"fill": style.text, "fontSize": 12}, "front": {"stroke": style.faint}},
+            "params": [{"name": "ink", "value": style.text}, {"name": "faint_ink", "value": style.faint}],
         }
 
     @cached_property

@@ -35,6 +35,8 @@ p.lead {{ font-size: 1.05rem; max-width: 46rem; }}
 h3 {{ font-weight: 600; font-size: 1rem; margin: 2.4rem 0 0.2rem; }}
 .chart {{ width: 100%; max-width: 52rem; min-height: 21rem; }} .chart select {{ max-width: 100%; }}
 .vega-bindings {{ font-size: 0.875rem; }}
+table.sortable td, table.sortable th {{ text-align: left; }}
+table.sortable .dt-type-numeric {{ text-align: right; }}
 table.sortable td.name {{ white-space: normal; min-width: 7rem; }}
 td code {{ font-size: 0.75rem; white-space: nowrap; user-select: all; }}
 @media (max-width: 600px) {{ body {{ margin-top: 1.5rem; padding: 0 0.8rem; }} h1 {{ font-size: 1.35rem; }} }}

@@ -10,7 +10,6 @@ from lkda.report.tradeoff.measurements import Measurement
 
 Record = dict[str, Any]
 Encoding = dict[str, Any]
-MOST_NAMES = 8  # beside marks; with more mixers only those on the Pareto front are named
 _LEGEND: dict[str, Any] = {
     "orient": "bottom",
     "columns": {"expr": "width < 420 ? 1 : 2"},
@@ -30,15 +29,20 @@ _TOKENS = (
 
 def _log2(title: str, *, labels: str) -> Encoding:
     axis = {"labelExpr": labels, "grid": False, "labelOverlap": True}
-    return {"type": "quantitative", "title": title, "scale": {"type": "log", "base": 2, "nice": False}, "axis": axis}
+    return {
+        "type": "quantitative",
+        "title": title,
+        "scale": {"type": "log", "base": 2, "nice": False, "padding": 12},
+        "axis": axis,
+    }
 
 
 def _linear(title: str) -> Encoding:
     return {"type": "quantitative", "title": title, "scale": {"zero": False, "nice": True}, "axis": {"format": "~s"}}
 
 
-def _log10(title: str) -> Encoding:
-    axis = {"format": ".3~s", "labelOverlap": True}
+def _log10(title: str, *, format: str) -> Encoding:
+    axis = {"format": format, "labelOverlap": True}
     return {
         "type": "quantitative",
         "title": title,
@@ -119,7 +123,7 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     domain, mixers = _domain(records)
     of_time = value == "tokens_per_s"
     of_memory = "state of one sequence" if stage == "decode" else "peak memory"
-    y = {"field": "us", **_log10("time of a token, microseconds")}
+    y = {"field": "us", **_log10("time of a token, microseconds", format=",.3~r")}
     if not of_time:
         y = {"field": "memory", **_log2(of_memory, labels=_BYTES)}
     shown = {
@@ -176,7 +180,7 @@ def against(
     """
     domain, mixers = _domain(records)
     settings = list(dict.fromkeys(record["setting"] for record in records))
-    across = {"field": "x", **(_log2(x, labels=_BYTES) if bytes_ else _log10(x))}
+    across = {"field": "x", **(_log2(x, labels=_BYTES) if bytes_ else _log10(x, format=".3~s"))}
     if bytes_:
         across["scale"] = across["scale"] | {"padding": 30}
     up = {"field": "y", **_linear(y)}
@@ -190,7 +194,6 @@ def against(
     tooltip = [entry for entry in tooltip if entry["title"] and (entry["field"] != "setting" or not bytes_)]
     mean = [{"filter": "datum.run === 'mean over seeds'"}]
     front = [{"filter": "datum.run === 'mean over seeds' && datum.front"}]
-    named = front if len(domain) > MOST_NAMES else mean
     position = {"x": across, "y": up}
     spec = {
         "$schema": SCHEMA,
@@ -210,7 +213,7 @@ def against(
                     "type": "line",
                     "strokeDash": [5, 4],
                     "strokeWidth": 1.5,
-                    "style": "front",
+                    "color": {"expr": "faint_ink"},
                     "interpolate": "linear",
                 },
                 "encoding": position | {"order": {"field": "x", "type": "quantitative"}},
@@ -222,12 +225,18 @@ def against(
             },
             {
                 "transform": front,
-                "mark": {"type": "point", "size": 330, "filled": False, "strokeWidth": 1.8, "style": "front"},
+                "mark": {
+                    "type": "point",
+                    "size": 330,
+                    "filled": False,
+                    "strokeWidth": 1.8,
+                    "color": {"expr": "faint_ink"},
+                },
                 "encoding": position | {"tooltip": tooltip},
             },
             {
-                "transform": named,
-                "mark": {"type": "text", "dy": -15, "style": "note", "limit": 220},
+                "transform": front,
+                "mark": {"type": "text", "dy": -17, "color": {"expr": "ink"}, "fontSize": 12, "limit": 220},
                 "encoding": position | {"text": {"field": "series"}},
             },
         ],

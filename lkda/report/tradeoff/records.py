@@ -269,13 +269,13 @@ def _by_context(found: Sequence[Measurement]) -> list[Answer]:
             second = next(one for one in ranked if one.mixer != first.mixer)
             ratio = (first.tokens_per_s or 0) / (second.tokens_per_s or 1)
             why = f"{first.tokens_per_s:,.0f} tokens/s, {ratio:.2f} times {second.series}"
-            question, rivals = f"fastest {stage} at a context of {length(context)}", len({one.mixer for one in here})
+            question, rivals = f"fastest {stage}", len({one.mixer for one in here})
             result.append(Answer(question, first.series, why, where, context, rivals))
             of_state = [one for one in here if one.memory]
             if stage == "decode" and len(of_state) > 1:
                 smallest = min(of_state, key=lambda one: one.memory or 0)
-                question = f"least state of one sequence at a context of {length(context)}"
-                result.append(Answer(question, smallest.series, memory(smallest.memory or 0), where))
+                size = memory(smallest.memory or 0)
+                result.append(Answer("least state of one sequence", smallest.series, size, where, context, rivals))
     return result
 
 
@@ -295,8 +295,9 @@ def summary_sentence(groups: Sequence[Group], found: Sequence[Measurement], qual
         said += [f"The least state at equal accuracy has {answer.mixer}, {answer.why}." for answer in equal]
     fastest = [answer for answer in _by_context(found) if answer.question.startswith("fastest")]
     for stage in ("training step", "prefill", "decode"):
-        of_stage = [answer for answer in fastest if answer.question.startswith(f"fastest {stage}")]
+        of_stage = [answer for answer in fastest if answer.question == f"fastest {stage}"]
         if of_stage:
             most = max(of_stage, key=lambda answer: (answer.rivals, answer.context))
-            said.append(f"The {most.question} is that of {most.mixer}: {most.why} ({most.of}).")
+            at = f"at a context of {length(most.context)}"
+            said.append(f"The {most.question} {at} is that of {most.mixer}: {most.why} ({most.of}).")
     return " ".join(said)

@@ -6,11 +6,13 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lkda.report.draw.chart import Chart
-from lkda.report.draw.page import Section
+from lkda.report.draw.page import Section, page
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import length, memory
+from lkda.report.read.files import write_together
 from lkda.report.read.groups import Group
 from lkda.report.tradeoff import charts, records
 from lkda.report.tradeoff.crossings import Pair, pairs
@@ -62,7 +64,7 @@ class Tradeoff:
             drawn.append(charts.against("front_by_speed", title, caption, speeds, x="tokens/s", y=quality.title))
         title, x = (
             f"{quality.title.capitalize()} against memory",
-            "state of one sequence at the training context, bytes",
+            "state of one sequence",
         )
         states = records.by_state(self.groups, quality)
         drawn.append(
@@ -94,9 +96,10 @@ class Tradeoff:
     def first_section(self) -> Section:
         """What to choose: the sentence on top, and the table of answers."""
         found = records.answers(self.groups, self.found, self.quality)
-        body = [[answer.question, answer.mixer, answer.why, answer.of] for answer in found]
-        head = ["question", "mixer", "figures", "measured with"]
-        return Section(lead=self.sentence, head=head, body=body, names=4, sortable=True)
+        head = ["question", "context", "mixer", "figures", "measured with"]
+        body = [[one.question, length(one.context) if one.context else "", one.mixer, one.why, one.of] for one in found]
+        sort_by = [[one.question, one.context, one.mixer, one.why, one.of] for one in found]
+        return Section(lead=self.sentence, head=head, body=body, names=5, sortable=True, sort_by=sort_by)
 
     def chart_section(self) -> Section:
         """All charts."""
@@ -133,7 +136,7 @@ class Tradeoff:
         """
         drawn = self.charts()
         first, below = self.first_section(), self.sections()
-        parts = [f"# {title}", first.lead, markdown_table(first.head, first.body, names=4) if first.body else ""]
+        parts = [f"# {title}", first.lead, markdown_table(first.head, first.body, names=5) if first.body else ""]
         parts += [table, *notes] if table else []
         parts += [f"## {chart.title}\n\n{chart.caption}\n\n![{chart.title}]({chart.name}.svg)" for chart in drawn]
         for section in below:
@@ -146,6 +149,16 @@ class Tradeoff:
             files["crossings.csv"] = _csv(crossing.head, crossing.sort_by)
             files["measurements.csv"] = _csv(measured.head, measured.sort_by)
         return files
+
+
+def write_page(found: Sequence[Measurement], out: Path, *, title: str) -> None:
+    """Writes report.html of benchmarks alone, and what `Tradeoff.files` makes, into `out`."""
+    joined = Tradeoff([], found)
+    sections = [joined.first_section(), joined.chart_section(), *joined.sections()]
+    files = joined.files(title, table="", notes=())
+    write_together(
+        {out / name: content for name, content in files.items()} | {out / "report.html": page(title, sections)}
+    )
 
 
 def crossing_cells(found: Sequence[Pair]) -> tuple[list[str], list[list[str]], list[list[float | str | None]]]:
@@ -164,13 +177,14 @@ def measurement_cells(
     found: Sequence[Measurement],
 ) -> tuple[list[str], list[list[str]], list[list[float | str | None]]]:
     """Headings, cells, and what the cells are sorted by."""
-    head = ["stage", "mixer", "setting", "device", "context", "tokens/s", "memory", "why not", "file", "measure again"]
+    why_not = ["why not"] if any(one.reason for one in found) else []
+    head = ["stage", "mixer", "setting", "device", "context", "tokens/s", "memory", *why_not, "file", "measure again"]
     body, order = [], []
     for one in found:
         names = [one.stage, one.series, one.setting, one.device]
         speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}"
         space = "" if one.memory is None else memory(one.memory)
-        rest = [one.reason, one.file, one.command]
+        rest = [*([one.reason] if why_not else []), one.file, one.command]
         body.append([*names, f"{one.context:,}", speed, space, *rest])
         order.append([*names, one.context, one.tokens_per_s or -1, one.memory or -1, *rest])
     return head, body, order

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ def write(comparison: Comparison, path: Path) -> None:
     ]
     sections += tradeoff.sections()
     if comparison.benchmark:
-        sections += [bench_report.table_section(comparison.benchmark)]
+        sections += [replace(bench_report.table_section(comparison.benchmark), sortable=True)]
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
     sections += [Section("Left out", items=left_out)] if left_out else []
     files[out / "report.html"] = page(comparison.title, sections)
@@ -228,15 +228,16 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
     said = {True: "no, within the spread over seeds", False: "yes", None: "unknown, one seed"}
     head, body = table.as_cells(rows)
     extra = [
-        ["this is the best" if group is best else said[within_spread(group, best, quality)], reproduce(group, groups)]
+        ("this is the best" if group is best else said[within_spread(group, best, quality)], reproduce(group, groups))
         for group in groups
     ]
     return Section(
         "Runs",
-        head=[*head, f"differs from the best in {quality.title}", "train it again"],
-        body=[cells + more for cells, more in zip(body, extra, strict=True)],
+        head=[head[0], f"differs from the best in {quality.title}", *head[1:], "train it again"],
+        body=[[cells[0], differs, *cells[1:], command] for cells, (differs, command) in zip(body, extra, strict=True)],
+        names=2,
         sortable=True,
-        sort_by=table.as_values(rows),
+        sort_by=[[row[0], None, *row[1:]] for row in table.as_values(rows)],
         notes=notes,
     )
 
