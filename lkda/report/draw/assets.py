@@ -41,7 +41,7 @@ def scripts() -> str:
     """
     import vl_convert
 
-    vega = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
     tables = _datatables("dt_bundle.js")
     glue = _GLUE.replace("DATATABLES", base64.b64encode(tables.encode()).decode())
     return f'<script type="module">{vega}</script>\n<script type="module">{glue}</script>'

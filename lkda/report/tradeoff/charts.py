@@ -113,7 +113,7 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     settings = sorted(set(lines), key=lambda where: (-lines.count(where), where))
     if not settings:
         return None
-    records = [
+    records: list[Record] = [
         {"context": one.context, "us": 1e6 / float(one.tokens_per_s or 1), "memory": one.memory, "series": one.series}
         | {"mixer": one.mixer, "setting": one.where, "tokens_per_s": one.tokens_per_s, "file": one.file}
         | {"measured_with": one.command}

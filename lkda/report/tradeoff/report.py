@@ -18,6 +18,8 @@ from lkda.report.tradeoff import charts, records
 from lkda.report.tradeoff.crossings import Pair, pairs
 from lkda.report.tradeoff.measurements import STAGES, Measurement
 
+# What the cells of a table are sorted by; -1 stands for a missing number.
+Cells = list[list[float | str | None]]
 FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one of both and as good in the other."
 
 
@@ -98,7 +100,7 @@ class Tradeoff:
         found = records.answers(self.groups, self.found, self.quality)
         head = ["question", "context", "mixer", "figures", "measured with"]
         body = [[one.question, length(one.context) if one.context else "", one.mixer, one.why, one.of] for one in found]
-        sort_by = [[one.question, one.context, one.mixer, one.why, one.of] for one in found]
+        sort_by: Cells = [[one.question, one.context, one.mixer, one.why, one.of] for one in found]
         return Section(lead=self.sentence, head=head, body=body, names=5, sortable=True, sort_by=sort_by)
 
     def chart_section(self) -> Section:
@@ -161,10 +163,11 @@ def write_page(found: Sequence[Measurement], out: Path, *, title: str) -> None:
     )
 
 
-def crossing_cells(found: Sequence[Pair]) -> tuple[list[str], list[list[str]], list[list[float | str | None]]]:
+def crossing_cells(found: Sequence[Pair]) -> tuple[list[str], list[list[str]], Cells]:
     """Headings, cells, and what the cells are sorted by."""
     head = ["stage", "faster", "slower", "finding", "from context", "times faster", "at context", "setting"]
-    body, order = [], []
+    body: list[list[str]] = []
+    order: Cells = []
     for pair in found:
         names = [pair.stage, pair.faster, pair.slower, pair.text]
         context = "" if pair.context is None else f"{pair.context:,.0f}"
@@ -175,11 +178,12 @@ def crossing_cells(found: Sequence[Pair]) -> tuple[list[str], list[list[str]], l
 
 def measurement_cells(
     found: Sequence[Measurement],
-) -> tuple[list[str], list[list[str]], list[list[float | str | None]]]:
+) -> tuple[list[str], list[list[str]], Cells]:
     """Headings, cells, and what the cells are sorted by."""
     why_not = ["why not"] if any(one.reason for one in found) else []
     head = ["stage", "mixer", "setting", "device", "context", "tokens/s", "memory", *why_not, "file", "measure again"]
-    body, order = [], []
+    body: list[list[str]] = []
+    order: Cells = []
     for one in found:
         names = [one.stage, one.series, one.setting, one.device]
         speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}"
