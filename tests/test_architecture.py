@@ -56,7 +56,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.read": set(),
     "report.draw": {"report.read"},
     "report.operators": {"report.read", "report.draw"},
-    "report.training": {"report.read", "report.draw", "report.operators"},
+    "report.tradeoff": {"report.read", "report.draw", "report.operators"},
+    "report.training": {"report.read", "report.draw", "report.operators", "report.tradeoff"},
     "report.studies": {"report.read", "report.draw"},
     "report": {"report.*"},  # readme.py and redraw.py, which call the others
     "generation": {"models", "ops.*", "data.text"},

@@ -1,7 +1,8 @@
 """Measure the operators: time against the lower bound, error against float64, and both against other packages.
 
 With task=step, training steps of whole models are measured instead; see `lkda.commands.step_benchmark`. With
-task=decode, their decoding; see `lkda.commands.decode_benchmark`.
+task=decode, their decoding; see `lkda.commands.decode_benchmark`. With task=all, everything; see
+`lkda.commands.whole_set`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from lkda.checks import InputError, check_values
 from lkda.commands.config import resolve
 from lkda.commands.decode_benchmark import decode_benchmark
 from lkda.commands.step_benchmark import check_against, step_benchmark
-from lkda.commands.unused_options import BENCHMARK, check_unused
+from lkda.commands.unused_options import BENCHMARK, check_unused, given_options
+from lkda.commands.whole_set import measure_whole_set
 from lkda.device import resolve_device
 from lkda.report.operators import report as bench_report
 from lkda.report.operators.benchmark import KIND, Benchmark, as_rich
@@ -31,7 +33,8 @@ from lkda.report.read.files import write_atomically
 _WORDS = ("ops", "shapes", "dtypes", "backends", "peers", "modes", "replays")
 MOST_MILLISECONDS = 600_000
 OPTIONS = {
-    "task": str,
+    "task": str | None,
+    "minutes": float | None,
     **dict.fromkeys(_WORDS, Sequence[str]),
     "shapes": Sequence[str] | None,
     "gates": Sequence[str] | None,
@@ -51,13 +54,15 @@ OPTIONS = {
     "top_p": float | None,
     "prefill": bool,
 }
-TASKS = ("op", "step", "decode")
+TASKS = ("all", "op", "step", "decode")
+# Options beside which a command line without a task measures the whole set; any other is of operators.
+_OF_EVERYTHING = {"task", "device", "out", "minutes"}
 # What `shapes` is if it is null: B x T x H x D of operators, B x T of steps.
 _SHAPES = {"op": ["8x8192x16x64", "1x8192x8x64"], "step": ["8x2048"]}
 
 
 def benchmark(config: DictConfig) -> None:
-    """Measure what `config.task` names: operators, or training steps or decoding of whole models.
+    """Measure what `config.task` names: operators, training steps or decoding of whole models, or all of them.
 
     Args:
         config: composed from configs/benchmark.yaml.
@@ -67,17 +72,30 @@ def benchmark(config: DictConfig) -> None:
     """
     settings = resolve(config)
     check_values(settings, OPTIONS)
+    if settings["task"] is None:
+        given = {name for name in given_options() if not name.startswith("hydra.")}
+        settings["task"] = "op" if given - _OF_EVERYTHING else "all"
     if settings["task"] not in TASKS:
         raise InputError(f"task must be one of {', '.join(TASKS)}, got {settings['task']!r}.")
     check_unused(BENCHMARK, settings)
-    if settings["shapes"] is None and settings["task"] in _SHAPES:
-        settings["shapes"] = _SHAPES[settings["task"]]
+    if settings["minutes"] is not None and not settings["minutes"] > 0:
+        raise InputError(f"minutes must be above 0, got {settings['minutes']}.")
     if not settings["time_limit"] > 0:
         raise InputError(f"time_limit must be above 0, in seconds for each row; got {settings['time_limit']}.")
     instead = "device=cpu" + (" with backends=[chunk,recurrent]" if settings["task"] == "op" else "")
     device = resolve_device(settings["device"], option="device", gpu="cuda", instead=instead)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    if settings["task"] == "all":
+        measure_whole_set(settings, device, lambda part: _measure(part, device))
+    else:
+        _measure(settings, device)
+
+
+def _measure(settings: dict[str, Any], device: torch.device) -> None:
+    """Measure one task: operators, training steps or decoding."""
+    if settings["shapes"] is None and settings["task"] in _SHAPES:
+        settings["shapes"] = _SHAPES[settings["task"]]
     if settings["task"] == "op":
         _benchmark_operators(settings, device)
     elif settings["task"] == "decode":

@@ -22,7 +22,7 @@ OPTIONS = {
     "title": str,
     "step": int | None,
     "exclusive_device": bool,
-    "bench": Path | None,
+    "bench": Path | Sequence[Path] | None,
 }
 
 
@@ -34,15 +34,16 @@ def compare(config: DictConfig) -> None:
     Raises: InputError if nothing matches, if no match is a finished run, or if `out` cannot be written.
     """
     check_values(resolve(config), OPTIONS)
-    directories = _find(config.runs)
+    directories = _find(config.runs, option="runs", what="run directories, as in runs='outputs/*'")
+    what = "results of scripts/benchmark.py: files, or directories that hold some"
+    benchmarks = [] if config.bench is None else _find(config.bench, option="bench", what=what)
     out = Path(config.out)
-    benchmark = None if config.bench is None else Path(config.bench)
     try:
         result = compare_runs(
             directories,
             out,
             title=config.title,
-            benchmark=benchmark,
+            benchmarks=benchmarks,
             step=config.step,
             exclusive_device=config.exclusive_device,
         )
@@ -55,23 +56,25 @@ def compare(config: DictConfig) -> None:
         console.print(note, style="dim")
     for path, reason in result.skipped:
         console.print(f"left out {path}: {reason}", style="yellow", soft_wrap=True)
-    beside = "table.csv, table.md, results.json and the plots are in the same directory."
+    beside = "report.md, the tables as CSV, results.json and the plots are in the same directory."
     console.print(f"\nthe report is {out / 'report.html'}; {beside}", soft_wrap=True)
 
 
-def _find(runs: str | ListConfig) -> list[Path]:
+def _find(given: str | ListConfig, *, option: str, what: str) -> list[Path]:
     """The path with exactly this name if it exists, else the paths that match it as a glob. A list is searched entry by
     entry.
 
+    Args:
+        option, what: its name, and what it is to give, for messages.
     Raises: InputError if an entry matches nothing.
     """
-    if not isinstance(runs, str) and not runs:
-        raise InputError("runs is empty: give run directories, as in runs='outputs/*'.")
+    if not isinstance(given, str) and not given:
+        raise InputError(f"{option} is empty: give {what}.")
     found: dict[Path, None] = {}
-    for pattern in [runs] if isinstance(runs, str) else list(runs):
+    for pattern in [given] if isinstance(given, str) else list(given):
         literal = [str(pattern)] if os.path.exists(str(pattern)) else []
         paths = literal or sorted(glob.glob(str(pattern), recursive=True))
         if not paths:
-            raise InputError(f"runs={pattern} matches nothing; give run directories, as in runs='outputs/*'.")
+            raise InputError(f"{option}={pattern} matches nothing; give {what}.")
         found |= dict.fromkeys(Path(path) for path in paths)
     return list(found)

@@ -56,7 +56,7 @@ def _has_value(name: str) -> Condition:
 
 
 def _is_given_too(name: str) -> Condition:
-    return lambda get: name in _given()
+    return lambda get: name in given_options()
 
 
 def _no_layer_is_of(mixer: str) -> Condition:
@@ -64,7 +64,7 @@ def _no_layer_is_of(mixer: str) -> Condition:
 
 
 def _rates_of_other_models(get: Get) -> bool:
-    given = [key for key in _given() if key.startswith("mixer.learning_rate.")]
+    given = [key for key in given_options() if key.startswith("mixer.learning_rate.")]
     return bool(given) and f"mixer.learning_rate.{get('model.name')}" not in given
 
 
@@ -176,7 +176,12 @@ _OF_STEPS = ("packed", "compile", "bare", "cold", "steps", "check")
 _OF_DECODING = ("batches", "contexts", "state_dtypes", "top_p", "prefill")
 _OF_MODELS = ("models", "mixers", "vocab_size", "time_limit", "overrides")
 _STEPS, _DECODING = "with task=step, which measures training steps of whole models", "with task=decode"
+_ALL = "with task=all, which measures a fixed set: name one of task=op, task=step and task=decode"
 BENCHMARK = (
+    *_each(
+        (*_OF_OPERATORS, *_OF_STEPS, *_OF_DECODING, *_OF_MODELS, "dtypes", "shapes", "peers"), _is("task", "all"), _ALL
+    ),
+    _Unused("minutes", _is_not("task", "all"), "without task=all, whose parts it limits"),
     *_each((*_OF_MODELS, *_OF_STEPS, *_OF_DECODING), _is("task", "op"), "with task=op, which measures operators"),
     *_each((*_OF_OPERATORS, "dtypes", *_OF_DECODING), _is("task", "step"), _STEPS),
     *_each((*_OF_OPERATORS, *_OF_STEPS), _is("task", "decode"), _DECODING),
@@ -208,7 +213,7 @@ def check_unused(table: tuple[_Unused, ...], settings: Mapping[str, Any]) -> Non
         table: of the command.
         settings: the resolved configuration of the command, which must be valid.
     """
-    for key in _given():
+    for key in given_options():
         for unused in table:
             if f"{key}.".startswith(f"{unused.option}.") and unused.when(lambda name: _value(settings, name)):
                 raise InputError(f"{key} has no effect {unused.where}; leave it out.")
@@ -220,7 +225,7 @@ def _value(settings: Any, name: str) -> Any:
     return settings
 
 
-def _given() -> list[str]:
+def given_options() -> list[str]:
     """The dotted names of the settings on the command line. A dictionary gives one name for each of its entries. In a
     sweep they are those of the current job.
 

@@ -16,7 +16,10 @@ CASES = [
     ),
     ("shapes=[1x2x3]", r"a shape is B x T x H x D, .*, got 1x2x3"),
     ("gates=[slow]", r"gates: there is no slow; there are none"),
-    ("task=stp", r"task must be one of op, step, decode, got 'stp'"),
+    ("task=stp", r"task must be one of all, op, step, decode, got 'stp'"),
+    ("task=all ops=[kda]", r"ops has no effect with task=all, which measures a fixed set"),
+    ("minutes=0", r"minutes must be above 0, got 0"),
+    ("task=op minutes=9", r"minutes has no effect without task=all"),
     ("mixers=[kda]", r"mixers has no effect with task=op, which measures op"),
     (
         "task=step ops=[kda]",

@@ -49,6 +49,7 @@ TINY: dict[str, str] = {
 }
 # Options of scripts/benchmark.py for each task.
 TINY_BENCHMARK: dict[str, dict[str, str]] = {
+    "all": {},
     "op": {"shapes": "[1x64x2x16]", "milliseconds": "2"},
     "step": {
         **{"models": "[tiny]", "mixers": "[kda]", "shapes": "[1x16]", "vocab_size": "300", "steps": "10"},
@@ -91,7 +92,7 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         return [], []
     if name == "benchmark":
         checks = config.check is not None  # its rows have settings of their own
-        return [] if checks else [f"{key}={value}" for key, value in TINY_BENCHMARK[config.task].items()], []
+        return [] if checks else [f"{key}={value}" for key, value in TINY_BENCHMARK[config.task or "op"].items()], []
     unused = _BROUGHT if config.get("init_from") else ()
     unused += _without_effect(config) if name == "train" else ()
     unused += ("vocab_size",) if config.get("tokenizer_path") else ()

@@ -1,12 +1,15 @@
-"""A self-contained HTML page of tables and plots, for light and dark screens."""
+"""A self-contained HTML page of tables, plots and charts, for light and dark screens."""
 
 from __future__ import annotations
 
 import base64
 import html
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lkda.report.draw.assets import scripts, styles
+from lkda.report.draw.chart import Chart
 from lkda.report.draw.style import DARK, LIGHT, Picture
 
 _STYLE = f"""
@@ -28,6 +31,15 @@ figure {{ margin: 0 0 1.8rem; }} .note + figure {{ margin-top: 1.8rem; }}
 img {{ display: block; width: 100%; max-width: 46rem; height: auto; }}
 p.note, li {{ color: var(--faint); font-size: 0.875rem; margin: 0.35rem 0; }}
 .scroll + p.note {{ margin-top: 1rem; }} ul {{ padding-left: 1.1rem; }}
+p.lead {{ font-size: 1.05rem; max-width: 46rem; }}
+h3 {{ font-weight: 600; font-size: 1rem; margin: 2.4rem 0 0.2rem; }}
+.chart {{ width: 100%; max-width: 52rem; min-height: 21rem; }} .chart select {{ max-width: 100%; }}
+.vega-bindings {{ font-size: 0.875rem; }}
+table.sortable td, table.sortable th {{ text-align: left; }}
+table.sortable .dt-type-numeric {{ text-align: right; }}
+table.sortable td.name {{ white-space: normal; min-width: 7rem; }}
+td code {{ font-size: 0.75rem; white-space: nowrap; user-select: all; }}
+@media (max-width: 600px) {{ body {{ margin-top: 1.5rem; padding: 0 0.8rem; }} h1 {{ font-size: 1.35rem; }} }}
 """
 
 
@@ -37,48 +49,84 @@ class Section:
 
     Attributes:
         heading: empty for the first section, which follows the title.
+        lead: a paragraph in larger letters.
         head, body: headings and cells of the table, whose first `names` columns are names.
+        sortable: whether the reader can sort and filter the table.
+        sort_by: for each row what its cells are sorted by, where that is not their text.
         notes: sentences below the table.
         pictures: {alternative text: plot}.
+        charts: interactive charts, each with its title and caption.
         items: the items of a list.
     """
 
     heading: str = ""
+    lead: str = ""
     head: Sequence[str] = ()
     body: Sequence[Sequence[str]] = ()
     names: int = 1
+    sortable: bool = False
+    sort_by: Sequence[Sequence[float | str | None]] = ()
     notes: Sequence[str] = ()
     pictures: Mapping[str, Picture] = field(default_factory=dict)
+    charts: Sequence[Chart] = ()
     items: Sequence[str] = ()
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """The page as HTML. All text is escaped."""
+    """The page as HTML. All text is escaped. Only a page with charts or sortable tables has scripts, which it carries
+    with it."""
     body = "\n".join(_section(section) for section in sections)
+    charts = {chart.name: chart.embedded() for section in sections for chart in section.charts}
+    interactive = bool(charts) or any(section.sortable for section in sections)
+    sheets = f"<style>{styles()}</style>" if interactive else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
+        f"<title>{html.escape(title)}</title>{sheets}<style>{_STYLE}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1>\n{body}\n{_scripts(charts) if interactive else ''}</body></html>\n"
     )
+
+
+def _scripts(charts: Mapping[str, object]) -> str:
+    data = json.dumps(charts, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="charts">{data}</script>\n{scripts()}\n'
 
 
 def _section(section: Section) -> str:
     parts = [f"<h2>{html.escape(section.heading)}</h2>"] if section.heading else []
+    parts += [f'<p class="lead">{html.escape(section.lead)}</p>'] if section.lead else []
     if section.body:
-        lines = "".join(_line("td", line, section.names) for line in section.body)
-        head = _line("th", section.head, section.names)
-        parts.append(f'<div class="scroll"><table><thead>{head}</thead><tbody>{lines}</tbody></table></div>')
+        parts.append(_table(section))
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in section.notes]
     parts += [_figure(name, picture) for name, picture in section.pictures.items()]
+    parts += [_chart(chart) for chart in section.charts]
     if section.items:
         parts.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in section.items) + "</ul>")
     return "".join(parts)
 
 
-def _line(tag: str, cells: Sequence[str], names: int) -> str:
-    opened = [f'<{tag} class="name">' if n < names else f"<{tag}>" for n in range(len(cells))]
-    return "<tr>" + "".join(f"{tag_}{html.escape(cell)}</{tag}>" for tag_, cell in zip(opened, cells)) + "</tr>"
+def _table(section: Section) -> str:
+    orders = section.sort_by or [()] * len(section.body)
+    lines = "".join(_line("td", line, section.names, by) for line, by in zip(section.body, orders, strict=True))
+    head = _line("th", section.head, section.names)
+    name = ' class="sortable display compact"' if section.sortable else ""
+    return f'<div class="scroll"><table{name}><thead>{head}</thead><tbody>{lines}</tbody></table></div>'
+
+
+def _line(tag: str, cells: Sequence[str], names: int, sort_by: Sequence[float | str | None] = ()) -> str:
+    """A row of a table. A cell that is a command is shown as one."""
+    written = []
+    for n, cell in enumerate(cells):
+        order = sort_by[n] if n < len(sort_by) else None
+        attributes = (' class="name"' if n < names else "") + (f' data-order="{order}"' if order is not None else "")
+        text = html.escape(cell)
+        written.append(f"<{tag}{attributes}>{f'<code>{text}</code>' if cell.startswith('python ') else text}</{tag}>")
+    return f"<tr>{''.join(written)}</tr>"
+
+
+def _chart(chart: Chart) -> str:
+    caption = f'<p class="note">{html.escape(chart.caption)}</p>' if chart.caption else ""
+    return f'<h3>{html.escape(chart.title)}</h3>{caption}<div class="chart" id="{html.escape(chart.name)}"></div>'
 
 
 def _figure(name: str, picture: Picture) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +14,7 @@ from lkda.report.draw.labels import ABOVE_GRID, Label, label_ends
 from lkda.report.draw.style import KNOWN, LINES, Picture, Style, occurrence_index, picture
 from lkda.report.draw.units import count, length
 from lkda.report.operators.benchmark import Row, device_times, implementation, measured, shape
+from lkda.report.read.crossings import crossings as points_in_common
 
 NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 SOFTMAX = "softmax attention (SDPA)"  # an implementation that is measured beside KDA and is another function
@@ -157,14 +157,9 @@ def crossings(curves: dict[Name, list[tuple[int, float]]]) -> list[tuple[float, 
     found = []
     for name, points in curves.items():
         op, heads, implementation, *rest = name
-        softmax = dict(curves.get((op, heads, SOFTMAX, *rest), ()))
-        if implementation != "lkda cuda" or not softmax:
-            continue
-        both = [(math.log(T), math.log(cost), math.log(softmax[T])) for T, cost in points if T in softmax]
-        for (T0, lkda0, softmax0), (T1, lkda1, softmax1) in zip(both, both[1:]):
-            if softmax0 <= lkda0 and softmax1 > lkda1:
-                part = (lkda0 - softmax0) / ((softmax1 - softmax0) - (lkda1 - lkda0))
-                found.append((math.exp(T0 + part * (T1 - T0)), math.exp(lkda0 + part * (lkda1 - lkda0))))
+        softmax = curves.get((op, heads, SOFTMAX, *rest), [])
+        if implementation == "lkda cuda":
+            found += [(T, cost) for T, cost, above in points_in_common(softmax, points) if above]
     return found
 
 

@@ -13,12 +13,10 @@ from lkda.report.operators.benchmark import Benchmark, as_cells, as_csv, as_mark
 from lkda.report.read.files import write_together
 
 
-def section(benchmark: Benchmark) -> Section:
-    """The benchmark as a section of a page."""
+def table_section(benchmark: Benchmark) -> Section:
+    """The table of the benchmark as a section of a page."""
     head, body = as_cells(benchmark.rows)
-    return Section(
-        "Operators", head, body, names=names_of(head), notes=[metadata(benchmark)], pictures=pictures(benchmark)
-    )
+    return Section("Operators", head=head, body=body, names=names_of(head), notes=[metadata(benchmark)])
 
 
 def metadata(benchmark: Benchmark) -> str:
@@ -52,12 +50,12 @@ def redraw(path: Path) -> None:
 def write(benchmark: Benchmark, out: Path) -> None:
     """Writes table.md, benchmark.csv, the plots and report.html into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    shown = section(benchmark)
+    shown = replace(table_section(benchmark), heading="", pictures=pictures(benchmark))
     files: dict[Path, str | bytes] = {
         out / "table.md": as_markdown(benchmark.rows),
         out / "benchmark.csv": as_csv(benchmark.rows),
     }
     for name, picture in shown.pictures.items():
         files[out / f"{name.replace(' of ', '_').replace(' ', '_').replace('+', '_')}.png"] = picture.light
-    files[out / "report.html"] = page("Operators side by side", [replace(shown, heading="")])
+    files[out / "report.html"] = page("Operators side by side", [shown])
     write_together(files)

@@ -90,9 +90,11 @@ def _comparison(found: Record) -> Record:
     found = _renamed(found, _OF_COMPARISONS)
     found["rows"] = [_renamed(row, _OF_COMPARISON_ROWS) for row in found["rows"]]
     found["runs"] = [run | {"summary": translated_summary(run["summary"])} for run in found["runs"]]
-    if found["benchmark"]:
-        found["benchmark"] = _benchmark(found["benchmark"])
-    return found
+    if "benchmark" in found:  # there was one file at most, of operators
+        one = found.pop("benchmark")
+        found["benchmarks"] = [{"name": "benchmark.json", "kind": "benchmark", **one}] if one else []
+    translated = [one | translated_results(one) for one in found["benchmarks"]]
+    return found | {"benchmarks": translated}
 
 
 def _evaluations(found: Record) -> Record:

@@ -8,7 +8,6 @@ measured, with the bytes needed where the states do not fit into the memory.
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from lkda.checks import InputError
 from lkda.report.draw.style import Look, Picture, Style, picture
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import count, length, memory
+from lkda.report.read.crossings import crossings as points_in_common
 from lkda.report.read.files import read_results_file, write_together
 
 KIND = "decode"
@@ -99,14 +99,9 @@ def crossings(rows: Sequence[Row]) -> list[tuple[str, str, float, float]]:
     """
     found = []
     for panel, lines in _panels(rows, by="batch", along="context", value="tokens_per_s").items():
-        softmax = dict(lines.get("softmax", []))
+        softmax = lines.get("softmax", [])
         for title, line in lines.items():
-            both = [(x, y, softmax[x]) for x, y in line if x in softmax and title != "softmax"]
-            for (x, y, other), (next_x, next_y, next_other) in zip(both, both[1:]):
-                before, after = math.log(y / other), math.log(next_y / next_other)
-                if before < 0 <= after:
-                    share = before / (before - after)
-                    found.append((panel, title, x * (next_x / x) ** share, y * (next_y / y) ** share))
+            found += [(panel, title, x, y) for x, y, above in points_in_common(line, softmax) if above]
     return found
 
 

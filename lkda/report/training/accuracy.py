@@ -129,3 +129,13 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         named = [*([task] if several else []), label, str(width), ", ".join(f"{rate:g}" for rate in rates), size]
         body.append(named + cells)
     return head, body
+
+
+def records(found: Sequence[Line]) -> list[dict[str, Any]]:
+    """The points as data of a chart; see `lkda.report.tradeoff.charts.recall`."""
+    return [
+        {"series": line.label, "mixer": line.mixer, "x": point.state_bytes, "y": point.accuracy, "width": point.width}
+        | {"setting": f"{point.task}: {describe(point.subset)}", "rate": point.learning_rate, "seeds": point.seeds}
+        for line in found
+        for point in line.points
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,15 @@ from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group, also_differing, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
+from lkda.report.tradeoff.measurements import Results, find_results, measurements
+from lkda.report.tradeoff.records import best_of, reproduce, within_spread
+from lkda.report.tradeoff.report import Tradeoff
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
 RESULTS = "results.json"
 KIND = "comparison"
+# Plots whose place on the page is taken by interactive charts; the files are written.
+AS_CHARTS = ("loss_by_tokens", "loss_by_seconds", "loss_by_state", "accuracy_by_state")
 
 
 @dataclass(frozen=True)
@@ -29,15 +34,29 @@ class Comparison:
 
     Attributes:
         skipped: directories that were left out, with the reasons.
-        benchmark: the operators' times, or None.
+        results: of scripts/benchmark.py.
         exclusive_device: whether no run shared its device with another process.
     """
 
     title: str
     runs: list[Run]
     skipped: list[tuple[str, str]]
-    benchmark: bench.Benchmark | None
+    results: list[Results]
     exclusive_device: bool = True
+
+    @property
+    def benchmark(self) -> bench.Benchmark | None:
+        """The operators' times on the device of the first file that holds some, or None."""
+        found = [result for result in self.results if result.kind == bench.KIND]
+        same = [result for result in found if result.header.get("device") == found[0].header.get("device")]
+        return bench.Benchmark(found[0].header, [row for result in same for row in result.rows]) if found else None
+
+    @property
+    def tradeoff(self) -> Tradeoff:
+        """The runs joined with the benchmarks."""
+        of_tasks = accuracy.has_val_subsets(self.runs)
+        recall = accuracy.records(accuracy.lines(self.runs)) if of_tasks else []
+        return Tradeoff(self.groups, measurements(self.results), recall, self.exclusive_device)
 
     @property
     def groups(self) -> list[Group]:
@@ -107,7 +126,7 @@ def compare(
     out: Path,
     *,
     title: str,
-    benchmark: Path | None = None,
+    benchmarks: Sequence[Path] = (),
     step: int | None = None,
     exclusive_device: bool = True,
 ) -> Comparison:
@@ -115,11 +134,11 @@ def compare(
 
     Args:
         directories: run directories. Others are left out and named.
-        benchmark: JSON of scripts/benchmark.py. It adds a column to the table and a section to the page.
+        benchmarks: results of scripts/benchmark.py: files, or directories that hold some. They add the speeds.
         step: read every run as it was at the validation of that step, finished or not; at its end where None.
         exclusive_device: whether no run shared its device with another process. Else times are not compared.
     Raises:
-        ValueError: none of them is a finished run, or `benchmark` is not a benchmark's file.
+        ValueError: none of them is a finished run, or a path of `benchmarks` holds no benchmark.
         OSError: `out` cannot be written.
     """
     runs, skipped = read_runs(directories, step=step)
@@ -129,8 +148,8 @@ def compare(
             f"none of the {len(directories)} paths is the directory of a finished run ({reasons}); give those that "
             "hold a summary.json."
         )
-    kernels = bench.read_benchmark(benchmark) if benchmark else None
-    result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], kernels, exclusive_device)
+    results = find_results(benchmarks)
+    result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], results, exclusive_device)
     out.mkdir(parents=True, exist_ok=True)
     write(result, out / RESULTS)
     return result
@@ -140,13 +159,13 @@ def read_comparison(path: Path) -> Comparison:
     """Reads the comparison in a file. Raises ValueError where it holds none."""
     found = read_results_file(path, kind=KIND)
     try:
-        kernels = found["benchmark"] and bench.Benchmark(**found["benchmark"])
+        results = [Results(**result) for result in found["benchmarks"]]
         runs = [from_record(record) for record in found["runs"]]
         return Comparison(
             found["title"],
             runs,
             [tuple(pair) for pair in found["skipped"]],
-            kernels,
+            results,
             found.get("exclusive_device", True),
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -164,7 +183,7 @@ def write(comparison: Comparison, path: Path) -> None:
     results: dict[str, Any] = {"kind": KIND, "title": comparison.title, "rows": rows, "notes": notes}
     results |= {"runs": [as_record(run) for run in comparison.runs], "skipped": comparison.skipped}
     results |= {
-        "benchmark": comparison.benchmark and asdict(comparison.benchmark),
+        "benchmarks": [asdict(result) for result in comparison.results],
         "exclusive_device": comparison.exclusive_device,
     }
     head, body = table.as_cells(rows)
@@ -173,21 +192,54 @@ def write(comparison: Comparison, path: Path) -> None:
         out / "table.csv": table.as_csv(rows),
         out / "table.md": markdown_table(head, body) + "\n" + "".join(f"{n}\n" for n in notes),
     }
+    tradeoff = comparison.tradeoff
+    markdown = markdown_table(head, body)
+    beside = tradeoff.files(comparison.title, table=markdown, notes=notes)
+    files |= {out / name: content for name, content in beside.items()}
     drawn = _pictures(comparison)
     files |= {out / f"{name}.png": picture.light for (name, _), picture in drawn.items()}
-    sections = [Section(head=head, body=body, notes=notes)]
+    sections = [tradeoff.first_section(), _runs_section(comparison, rows, notes)]
     if accuracy.has_val_subsets(comparison.runs):
         by_subset, heading = (
             accuracy.table(comparison.runs),
             "Accuracy at the target positions, each model at its best learning rate",
         )
-        sections += [Section(heading, *by_subset, names=by_subset[0].index("mixer") + 1)]
-    sections += [Section(heading, pictures={heading: picture}) for (_, heading), picture in drawn.items()]
-    sections += [bench_report.section(comparison.benchmark)] if comparison.benchmark else []
+        sections += [Section(heading, head=by_subset[0], body=by_subset[1], names=by_subset[0].index("mixer") + 1)]
+    sections += [tradeoff.chart_section()]
+    sections += [
+        Section(heading, pictures={heading: picture})
+        for (name, heading), picture in drawn.items()
+        if name not in AS_CHARTS
+    ]
+    sections += tradeoff.sections()
+    if comparison.benchmark:
+        sections += [replace(bench_report.table_section(comparison.benchmark), sortable=True)]
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
     sections += [Section("Left out", items=left_out)] if left_out else []
     files[out / "report.html"] = page(comparison.title, sections)
     write_together(files)
+
+
+def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequence[str]) -> Section:
+    """The table of the runs with, for each row, whether it differs from the best, and the command that trains it."""
+    groups, quality = comparison.groups, comparison.tradeoff.quality
+    assert quality is not None
+    best = best_of(groups, quality)
+    said = {True: "no, within the spread over seeds", False: "yes", None: "unknown, one seed"}
+    head, body = table.as_cells(rows)
+    extra = [
+        ("this is the best" if group is best else said[within_spread(group, best, quality)], reproduce(group, groups))
+        for group in groups
+    ]
+    return Section(
+        "Runs",
+        head=[head[0], f"differs from the best in {quality.title}", *head[1:], "train it again"],
+        body=[[cells[0], differs, *cells[1:], command] for cells, (differs, command) in zip(body, extra, strict=True)],
+        names=2,
+        sortable=True,
+        sort_by=[[row[0], None, *row[1:]] for row in table.as_values(rows)],
+        notes=notes,
+    )
 
 
 def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:

@@ -128,16 +128,30 @@ def as_cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
     A column of the validation is left out too where every row has the same column of the test split.
     """
-    tested = [key for key in table[0] if key.startswith("test/") and all(key in row for row in table)] if table else []
-    hidden = [key.replace("test/", "val/") for key in tested]
-    columns = [c for c in COLUMNS if c.key not in hidden and any(c.key in row for row in table)]
-    several = any(row["seeds"] > 1 for row in table)
+    columns, several = _shown(table)
     head = ["mixer", *(["seeds"] if several else []), *(column.heading for column in columns)]
     body = [
         [row["mixer"], *([str(row["seeds"])] if several else []), *(_cell(row, column) for column in columns)]
         for row in table
     ]
     return head, body
+
+
+def as_values(table: Sequence[Row]) -> list[list[float | str | None]]:
+    """What the cells of `as_cells` are sorted by: names as text, numbers in full precision, -1 for empty cells."""
+    columns, several = _shown(table)
+    return [
+        [row["mixer"], *([row["seeds"]] if several else []), *(row.get(column.key, -1) for column in columns)]
+        for row in table
+    ]
+
+
+def _shown(table: Sequence[Row]) -> tuple[list[Column], bool]:
+    """The columns that are not empty, and whether a row has several seeds."""
+    tested = [key for key in table[0] if key.startswith("test/") and all(key in row for row in table)] if table else []
+    hidden = [key.replace("test/", "val/") for key in tested]
+    columns = [c for c in COLUMNS if c.key not in hidden and any(c.key in row for row in table)]
+    return columns, any(row["seeds"] > 1 for row in table)
 
 
 def as_csv(table: Sequence[Row]) -> str:

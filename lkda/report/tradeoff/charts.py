@@ -1,0 +1,318 @@
+"""The charts of the page, as Vega-Lite: accuracy against speed, state, tokens and time, and speed against context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lkda.report.draw.chart import SCHEMA, Chart
+from lkda.report.tradeoff.measurements import Measurement
+
+Record = dict[str, Any]
+Encoding = dict[str, Any]
+_LEGEND: dict[str, Any] = {
+    "orient": "bottom",
+    "columns": {"expr": "width < 420 ? 1 : 2"},
+    "labelLimit": 320,
+    "title": None,
+}
+_BYTES = (
+    "datum.value >= 1073741824 ? format(datum.value / 1073741824, '.3~r') + ' GiB' : datum.value >= 1048576 ? "
+    "format(datum.value / 1048576, '.3~r') + ' MiB' : datum.value >= 1024 ? format(datum.value / 1024, '.3~r') + ' KiB'"
+    " : datum.value + ' B'"
+)
+_TOKENS = (
+    "datum.value >= 1048576 ? datum.value / 1048576 + 'M' : datum.value >= 1024 ? format(datum.value / 1024, '.3~r') "
+    "+ 'K' : datum.value"
+)
+
+
+def _log2(title: str, *, labels: str) -> Encoding:
+    axis = {"labelExpr": labels, "grid": False, "labelOverlap": True}
+    return {
+        "type": "quantitative",
+        "title": title,
+        "scale": {"type": "log", "base": 2, "nice": False, "padding": 12},
+        "axis": axis,
+    }
+
+
+def _linear(title: str) -> Encoding:
+    return {"type": "quantitative", "title": title, "scale": {"zero": False, "nice": True}, "axis": {"format": "~s"}}
+
+
+def _log10(title: str, *, format: str) -> Encoding:
+    axis = {"format": format, "labelOverlap": True}
+    return {
+        "type": "quantitative",
+        "title": title,
+        "scale": {"type": "log", "nice": False, "padding": 12},
+        "axis": axis,
+    }
+
+
+def _tooltip(fields: Mapping[str, str], *, format: Mapping[str, str]) -> list[Encoding]:
+    return [
+        {"field": name, "title": title} | ({"type": "quantitative", "format": format[name]} if name in format else {})
+        for name, title in fields.items()
+    ]
+
+
+def _colour(domain: Sequence[str]) -> Encoding:
+    return {
+        "condition": {
+            "param": "highlighted",
+            "field": "series",
+            "type": "nominal",
+            "scale": {"domain": list(domain)},
+            "legend": _LEGEND,
+        },
+        "value": "#8884",
+    }
+
+
+# Drag to move, pinch or hold ctrl and turn the wheel to zoom, so that a turn of the wheel alone scrolls the page.
+_INTERACTIVE: list[dict[str, Any]] = [
+    {
+        "name": "zoomed",
+        "select": {"type": "interval", "zoom": "wheel![event.ctrlKey]"},
+        "bind": "scales",
+    },
+    {"name": "highlighted", "select": {"type": "point", "fields": ["series"]}, "bind": "legend"},
+]
+
+
+def _choice(settings: Sequence[str]) -> dict[str, Any]:
+    """A menu of settings above the chart, where there are several."""
+    if len(settings) < 2:
+        return {}
+    menu = {"input": "select", "options": list(settings), "name": "Shown: "}
+    return {"params": [{"name": "setting", "value": settings[0], "bind": menu}]}
+
+
+def _chosen(settings: Sequence[str]) -> list[dict[str, str]]:
+    return [{"filter": "datum.setting === setting"}] if len(settings) > 1 else []
+
+
+def _domain(records: Sequence[Record]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    named = {record["series"]: record["mixer"] for record in records}
+    return tuple(named), tuple(named.values())
+
+
+def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart | None:
+    """Time of a token, or memory, against the context: a line for each series. None where no series has two contexts.
+
+    Args:
+        value: tokens_per_s, drawn as microseconds per token, or memory.
+    """
+    measured = [one for one in found if one.stage == stage and getattr(one, value) and one.tokens_per_s]
+    contexts: dict[tuple[str, str], set[int]] = {}
+    for one in measured:
+        contexts.setdefault((one.where, one.series), set()).add(one.context)
+    lines = [where for (where, _), several in contexts.items() if len(several) > 1]
+    settings = sorted(set(lines), key=lambda where: (-lines.count(where), where))
+    if not settings:
+        return None
+    records: list[Record] = [
+        {"context": one.context, "us": 1e6 / float(one.tokens_per_s or 1), "memory": one.memory, "series": one.series}
+        | {"mixer": one.mixer, "setting": one.where, "tokens_per_s": one.tokens_per_s, "file": one.file}
+        | {"measured_with": one.command}
+        for one in measured
+        if one.where in settings
+    ]
+    domain, mixers = _domain(records)
+    of_time = value == "tokens_per_s"
+    of_memory = "state of one sequence" if stage == "decode" else "peak memory"
+    y = {"field": "us", **_log10("time of a token, microseconds", format=",.3~r")}
+    if not of_time:
+        y = {"field": "memory", **_log2(of_memory, labels=_BYTES)}
+    shown = {
+        "series": "mixer",
+        "context": "context, tokens",
+        "tokens_per_s": "tokens/s",
+        "us": "microseconds per token",
+    }
+    shown |= {} if of_time else {"memory": f"{of_memory}, bytes"}
+    shown |= {"setting": "setting", "file": "file", "measured_with": "measured with"}
+    tooltip = _tooltip(shown, format={"context": ",", "tokens_per_s": ",.0f", "us": ",.4~r", "memory": ",.0f"})
+    ticks = sorted({record["context"] for record in records})
+    x = _log2("context, tokens", labels=_TOKENS)
+    x["axis"] = x["axis"] | {"values": ticks}
+    spec = {
+        "$schema": SCHEMA,
+        **_choice(settings),
+        "data": {"values": records},
+        "transform": _chosen(settings),
+        "layer": [
+            {
+                "params": _INTERACTIVE,
+                "mark": {"type": "line", "point": {"size": 55, "filled": True}, "strokeWidth": 2},
+                "encoding": {
+                    "x": {"field": "context", **x},
+                    "y": y,
+                    "color": _colour(domain),
+                    "detail": {"field": "series"},
+                    "tooltip": tooltip,
+                },
+            }
+        ],
+    }
+    what = "Time of a token" if of_time else of_memory.capitalize()
+    return Chart(
+        f"{stage.replace(' ', '_')}_{'time' if of_time else 'memory'}",
+        f"{stage.capitalize()}: {what.lower()} against the context",
+        settings[0] if len(settings) == 1 else f"{settings[0]}; the menu has {len(settings) - 1} more",
+        spec,
+        domain,
+        mixers,
+    )
+
+
+def against(
+    name: str, title: str, caption: str, records: Sequence[Record], *, x: str, y: str, bytes_: bool = False
+) -> Chart:
+    """Accuracy against speed or state: a mark for each run and for each mean over seeds, and the Pareto front.
+
+    Args:
+        records: of runs and of means, as `lkda.report.tradeoff.records.points` makes them.
+        x, y: titles of the axes.
+        bytes_: whether x is a number of bytes.
+    """
+    domain, mixers = _domain(records)
+    settings = list(dict.fromkeys(record["setting"] for record in records))
+    across = {"field": "x", **(_log2(x, labels=_BYTES) if bytes_ else _log10(x, format=".3~s"))}
+    if bytes_:
+        across["scale"] = across["scale"] | {"padding": 30}
+    up = {"field": "y", **_linear(y)}
+    up["scale"] = up["scale"] | {"padding": 20}
+    up["axis"] = {"format": ".4~r"}
+    tooltip = _tooltip(
+        {"series": "mixer", "run": "run", "seed": "seed", "y": y, "x": x, "shown": "", "configuration": "configuration"}
+        | {"setting": "speed of"},
+        format={"y": ".4f", "x": ",.0f"},
+    )
+    tooltip = [entry for entry in tooltip if entry["title"] and (entry["field"] != "setting" or not bytes_)]
+    mean = [{"filter": "datum.run === 'mean over seeds'"}]
+    front = [{"filter": "datum.run === 'mean over seeds' && datum.front"}]
+    position = {"x": across, "y": up}
+    spec = {
+        "$schema": SCHEMA,
+        **_choice(settings),
+        "data": {"values": list(records)},
+        "transform": _chosen(settings),
+        "layer": [
+            {
+                "params": _INTERACTIVE,
+                "transform": [{"filter": "datum.run !== 'mean over seeds'"}],
+                "mark": {"type": "point", "size": 45, "filled": True, "opacity": 0.55},
+                "encoding": position | {"color": _colour(domain), "tooltip": tooltip},
+            },
+            {
+                "transform": front,
+                "mark": {
+                    "type": "line",
+                    "strokeDash": [5, 4],
+                    "strokeWidth": 1.5,
+                    "color": {"expr": "faint_ink"},
+                    "interpolate": "linear",
+                },
+                "encoding": position | {"order": {"field": "x", "type": "quantitative"}},
+            },
+            {
+                "transform": mean,
+                "mark": {"type": "point", "size": 130, "filled": True, "opacity": 1},
+                "encoding": position | {"color": _colour(domain), "tooltip": tooltip},
+            },
+            {
+                "transform": front,
+                "mark": {
+                    "type": "point",
+                    "size": 330,
+                    "filled": False,
+                    "strokeWidth": 1.8,
+                    "color": {"expr": "faint_ink"},
+                },
+                "encoding": position | {"tooltip": tooltip},
+            },
+            {
+                "transform": front,
+                "mark": {"type": "text", "dy": -17, "color": {"expr": "ink"}, "fontSize": 12, "limit": 220},
+                "encoding": position | {"text": {"field": "series"}},
+            },
+        ],
+    }
+    return Chart(name, title, caption, spec, domain, mixers)
+
+
+def curves(name: str, title: str, caption: str, records: Sequence[Record], *, x: str, y: str) -> Chart:
+    """A quantity of the validations of each run: a line for each run, coloured by its row of the table."""
+    domain, mixers = _domain(records)
+    tooltip = _tooltip(
+        {
+            "series": "mixer",
+            "run": "run",
+            "seed": "seed",
+            "step": "step",
+            "x": x,
+            "y": y,
+            "configuration": "configuration",
+        },
+        format={"step": ",", "x": ",.0f", "y": ".4f"},
+    )
+    across, up = _linear(x), _linear(y)
+    up["axis"] = {"format": ".4~r"}
+    spec = {
+        "$schema": SCHEMA,
+        "data": {"values": list(records)},
+        "layer": [
+            {
+                "params": _INTERACTIVE,
+                "mark": {"type": "line", "point": {"size": 35}, "strokeWidth": 1.6, "clip": True},
+                "encoding": {
+                    "x": {"field": "x", **across},
+                    "y": {"field": "y", **up},
+                    "color": _colour(domain),
+                    "detail": {"field": "run"},
+                    "tooltip": tooltip,
+                },
+            }
+        ],
+    }
+    return Chart(name, title, caption, spec, domain, mixers)
+
+
+def recall(records: Sequence[Record]) -> Chart:
+    """Accuracy of a synthetic task against the bytes of the state: a line for each kind of model over its widths.
+
+    Args:
+        records: {series, mixer, setting (the subset of the validation), x (bytes), y, width, seeds, rate}.
+    """
+    domain, mixers = _domain(records)
+    settings = list(dict.fromkeys(record["setting"] for record in records))
+    tooltip = _tooltip(
+        {"series": "mixer", "setting": "subset", "width": "d_model", "x": "state, bytes", "y": "accuracy"}
+        | {"rate": "learning rate", "seeds": "seeds"},
+        format={"x": ",.0f", "y": ".1%"},
+    )
+    up = {"field": "y", "type": "quantitative", "title": "accuracy at the target positions", "axis": {"format": "%"}}
+    spec = {
+        "$schema": SCHEMA,
+        **_choice(settings),
+        "data": {"values": list(records)},
+        "transform": _chosen(settings),
+        "layer": [
+            {
+                "params": _INTERACTIVE,
+                "mark": {"type": "line", "point": {"size": 60}, "strokeWidth": 2},
+                "encoding": {
+                    "x": {"field": "x", **_log2("state of one sequence", labels=_BYTES)},
+                    "y": up | {"scale": {"domain": [0, 1]}},
+                    "color": _colour(domain),
+                    "detail": {"field": "series"},
+                    "tooltip": tooltip,
+                },
+            }
+        ],
+    }
+    caption = settings[0] if len(settings) == 1 else f"{settings[0]}; the menu has {len(settings) - 1} more"
+    return Chart("recall_by_state", "Recall against the size of the state", caption, spec, domain, mixers)

@@ -1,0 +1,267 @@
+"""Reads the results files of `scripts/benchmark.py` into one kind of record, whatever was measured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lkda.checks import InputError
+from lkda.report.draw.units import length
+from lkda.report.operators.plots import SOFTMAX
+from lkda.report.read.files import read_results_file
+
+KINDS = ("benchmark", "step_benchmark", "decode")
+STAGES = ("kernel", "layer", "training step", "prefill", "decode")
+OF_MODELS = ("training step", "prefill", "decode")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The content of a results file of scripts/benchmark.py, and its name."""
+
+    name: str
+    kind: str
+    header: dict[str, Any]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One speed, or the reason why there is none.
+
+    Attributes:
+        stage: one of STAGES, or "other operator".
+        mixer: what it computes, as in "kda".
+        series: the mixer, with what tells it from other measurements of the mixer: the gate, a backend or a package.
+        model: a choice of configs/model; empty for operators.
+        setting: what must be equal for two speeds to be compared, in words.
+        context: tokens of a sequence.
+        tokens_per_s: None where nothing was measured.
+        memory: bytes: of the state of one sequence when decoding, else the peak.
+        reason: why nothing was measured.
+        file, command: where it is recorded, and how to measure it again.
+    """
+
+    stage: str
+    mixer: str
+    series: str
+    model: str
+    setting: str
+    device: str
+    context: int
+    tokens_per_s: float | None
+    memory: float | None
+    reason: str
+    file: str
+    command: str
+
+    @property
+    def where(self) -> str:
+        """Setting and device: measurements that are equal in this are compared."""
+        return f"{self.setting}, {self.device}" if self.setting else self.device
+
+
+def find_results(paths: Sequence[Path]) -> list[Results]:
+    """Reads results files; of a directory, all files of these kinds that lie in it or below.
+
+    Raises: InputError where a path is not there, a file is of another kind or lacks what its kind holds, or a directory
+        holds none.
+    """
+    found: dict[Path, Results] = {}
+    for path in paths:
+        if not path.is_dir():
+            found[path.resolve()] = _read(path)
+            continue
+        files = [file for file in sorted(path.rglob("*.json")) if _kind(file) in KINDS]
+        if not files:
+            raise InputError(f"bench={path} holds no results of scripts/benchmark.py ({', '.join(KINDS)}).")
+        found |= {file.resolve(): _read(file) for file in files}
+    return list(found.values())
+
+
+def _kind(file: Path) -> str | None:
+    try:
+        return str(read_results_file(file)["kind"])
+    except InputError:  # another JSON file, such as a log of another program
+        return None
+
+
+def _read(path: Path) -> Results:
+    found = read_results_file(path)
+    if found["kind"] not in KINDS:
+        raise InputError(f"{path} is of the kind {found['kind']}, and one of {', '.join(KINDS)} is needed.")
+    try:
+        results = Results(f"{path.parent.name}/{path.name}", found["kind"], dict(found["header"]), list(found["rows"]))
+        measurements([results])
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"{path} is not what scripts/benchmark.py writes ({error!r}).") from error
+    if not results.rows:
+        raise InputError(f"{path} is not what scripts/benchmark.py writes (it has no rows).")
+    return results
+
+
+def measurements(results: Sequence[Results]) -> list[Measurement]:
+    """The records of all files. Where two are of the same thing, the later one with a speed is kept."""
+    readers = {"benchmark": _operators, "step_benchmark": _steps, "decode": _decoding}
+    found: dict[tuple[Any, ...], Measurement] = {}
+    everything = []
+    for result in sorted(results, key=lambda result: str(result.header.get("date", ""))):
+        device = str(result.header.get("device", "an unnamed device"))
+        everything += [(row, measurement) for row, measurement in readers[result.kind](result, device)]
+    for measurement in _with_batches(everything):
+        key = (measurement.stage, measurement.series, measurement.model, measurement.where, measurement.context)
+        if key not in found or measurement.tokens_per_s is not None:
+            found[key] = measurement
+    order = {stage: n for n, stage in enumerate(STAGES)}
+    return sorted(found.values(), key=lambda one: (order.get(one.stage, 9), one.where, one.series, one.context))
+
+
+Read = list[tuple[Row, Measurement]]
+
+
+def _operators(result: Results, device: str) -> Read:
+    """A replayed CUDA graph measures the device alone, so where there is one, the eager call is left out."""
+    kept: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(result.rows, key=lambda row: row["replay"] == "graph"):
+        key = tuple(row.get(name) for name in ("op", "B", "T", "H", "D", "dtype", "gate", "backend", "peer", "mode"))
+        if key not in kept or row.get("ms_median"):
+            kept[key] = row
+    return [(row, _operator(row, result, device)) for row in kept.values()]
+
+
+def _operator(row: Row, result: Results, device: str) -> Measurement:
+    peer, op = row.get("peer"), str(row["op"])
+    softmax = peer == SOFTMAX
+    mixer = "softmax" if softmax else op.removesuffix("_layer")
+    stage = "layer" if op.endswith("_layer") else "kernel" if mixer in ("kda", "simplified", "softmax") else ""
+    gate = f", {row['gate']} decay" if row.get("gate") and not softmax else ""
+    who = "SDPA" if softmax else peer or (f"lkda {row['backend']}" if row["backend"] != "cuda" else "")
+    shape = "x".join(str(row[axis]) for axis in "BTHD")
+    time = row.get("ms_median")
+    command = f"python scripts/benchmark.py task=op ops=[{op}] shapes=[{shape}] dtypes=[{row['dtype']}]"
+    command += f" modes=[{row['mode']}]" + ("" if peer else f" backends=[{row['backend']}]")
+    return Measurement(
+        stage=stage or "other operator",
+        mixer=mixer,
+        series=mixer + gate + (f", {who}" if who else ""),
+        model="",
+        setting=f"{row['mode']}, {row['H']} heads of {row['D']}, {row['dtype']}",
+        device=device,
+        context=int(row["T"]),
+        tokens_per_s=1000 * row["B"] * row["T"] / time if time else None,
+        memory=row["peak_mib"] * 2**20 if row.get("peak_mib") else None,
+        reason="" if time else str(row.get("reason") or "not measured"),
+        file=result.name,
+        command=command + (f" peers=[{str(peer).split()[0] if not softmax else 'sdpa'}]" if peer else ""),
+    )
+
+
+def _steps(result: Results, device: str) -> Read:
+    return [(row, _step(row, result, device)) for row in result.rows]
+
+
+def _step(row: Row, result: Results, device: str) -> Measurement:
+    bare = row["implementation"] == "bare"
+    overrides = f", {' '.join(row['overrides'])}" if row.get("overrides") else ""
+    command = f"python scripts/benchmark.py task=step models=[{row['model']}] mixers=[{row['mixer']}]"
+    command += f" shapes=[{row['B']}x{row['T']}]" + (" packed=[true]" if row["packed"] else "")
+    command += "" if row["implementation"] in ("train", "bare") else f" peers=[{_peer(row)}]"
+    return Measurement(
+        stage="training step",
+        mixer=str(row["mixer"]),
+        series=f"{row['mixer']}, bare loop" if bare else str(row["title"]),
+        model=str(row["model"]),
+        setting=f"{row['model']}{', packed' * bool(row['packed'])}{overrides}",
+        device=device,
+        context=int(row["T"]),
+        tokens_per_s=row.get("tokens_per_s"),
+        memory=row["reserved_gib"] * 2**30 if row.get("reserved_gib") else None,
+        reason=str(row.get("reason", "")),
+        file=result.name,
+        command=command + _further(row),
+    )
+
+
+def _decoding(result: Results, device: str) -> Read:
+    return [(row, _decode(row, result, device)) for row in result.rows]
+
+
+def _decode(row: Row, result: Results, device: str) -> Measurement:
+    prefill = row["implementation"] == "prefill"
+    title = str(row["title"]).removesuffix(", prefill")
+    command = f"python scripts/benchmark.py task=decode models=[{row['model']}] mixers=[{row['mixer']}]"
+    command += f" dtypes=[{row['dtype']}] batches=[{row['batch']}] contexts=[{row['context']}]"
+    command += " prefill=true" if prefill else ""
+    command += "" if row["implementation"] in ("lkda", "prefill") else f" peers=[{_peer(row)}]"
+    command += f" state_dtypes=[{row['state_dtype']}]" if row.get("state_dtype") not in (None, "float32") else ""
+    overrides = f", {' '.join(row['overrides'])}" if row.get("overrides") else ""
+    sampled = f", top_p {row['top_p']}" if row.get("top_p") is not None else ""
+    return Measurement(
+        stage="prefill" if prefill else "decode",
+        mixer=str(row["mixer"]),
+        series=title,
+        model=str(row["model"]),
+        setting=f"{row['model']}, {row['dtype']}, batch {row['batch']:,}{sampled}{overrides}",
+        device=device,
+        context=int(row["context"]),
+        tokens_per_s=row.get("tokens_per_s"),
+        memory=row.get("peak_bytes") if prefill else row.get("bytes_per_sequence"),
+        reason=str(row.get("reason", "")),
+        file=result.name,
+        command=command + (f" top_p={row['top_p']}" if row.get("top_p") is not None else "") + _further(row),
+    )
+
+
+def _peer(row: Row) -> str:
+    """The name by which the command knows the peer: "llama" of llama_compiled."""
+    return next(
+        (name for name in ("llama", "fla_kda", "transformers", "fla") if row["implementation"].startswith(name)),
+        str(row["implementation"]),
+    )
+
+
+def _further(row: Row) -> str:
+    vocabulary = f" vocab_size={row['vocab_size']}" if row.get("vocab_size") else ""
+    return vocabulary + (f" 'overrides={row['overrides']}'" if row.get("overrides") else "")
+
+
+def _with_batches(found: Read) -> list[Measurement]:
+    """Adds the size of the batch to the settings of operators and steps.
+
+    Lengths are compared at the same number of tokens of a batch; where that gives a single length and the same number
+    of rows gives several, at that.
+    """
+    sized = [(row, one) for row, one in found if one.stage not in ("prefill", "decode")]
+    by_tokens = _lengths(sized, lambda row: row["B"] * row["T"])
+    by_rows = _lengths(sized, lambda row: row["B"])
+    written = []
+    for row, one in found:
+        if one.stage in ("prefill", "decode"):
+            written.append(one)
+            continue
+        tokens, rows = (one.stage, one.where, row["B"] * row["T"]), (one.stage, one.where, row["B"])
+        by_row = len(by_tokens[tokens]) == 1 and len(by_rows[rows]) > 1
+        size = f"{row['B']:,} rows" if by_row else f"{length(row['B'] * row['T'])} tokens a batch"
+        written.append(replace(one, setting=f"{one.setting}, {size}"))
+    return written
+
+
+def _lengths(found: Read, size: Callable[[Mapping[str, Any]], int]) -> dict[tuple[str, str, int], set[int]]:
+    lengths: dict[tuple[str, str, int], set[int]] = defaultdict(set)
+    for row, one in found:
+        lengths[one.stage, one.where, size(row)].add(one.context)
+    return lengths
+
+
+def series(found: Sequence[Measurement], *, value: str) -> dict[tuple[str, str, str, str], list[tuple[float, float]]]:
+    """Curves over the context: (stage, where, mixer, series) -> [(context, value)], of what has the value."""
+    curves: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    for one in found:
+        measured = getattr(one, value)
+        if measured:
+            curves[one.stage, one.where, one.mixer, one.series].append((one.context, measured))
+    return {name: sorted(points) for name, points in curves.items()}

@@ -1,0 +1,303 @@
+"""Joins groups of runs with measurements: accuracy beside speed and memory, the Pareto front, and what is best."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lkda.report.draw.units import length, memory
+from lkda.report.read.groups import Group, also_differing, settings
+from lkda.report.read.runs import Run, reported_split
+from lkda.report.tradeoff.measurements import OF_MODELS, Measurement
+
+Record = dict[str, Any]
+LOGGED = "training, as the runs logged it"
+MEAN = "mean over seeds"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What says how good a model is.
+
+    Attributes:
+        key: an entry of a run's summary.
+        title: with its unit.
+        more_is_better: whether larger values are better.
+        write: a value as text.
+    """
+
+    key: str
+    title: str
+    more_is_better: bool
+    write: Callable[[float], str]
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether `one` is better than `other`."""
+        return one > other if self.more_is_better else one < other
+
+
+def quality_of(groups: Sequence[Group]) -> Quality:
+    """Bits per byte for runs of text, accuracy for synthetic tasks, and the loss where both occur."""
+    runs = [run for group in groups for run in group.runs]
+    split = reported_split(runs)
+    if all(run.summary.get("val/bits_per_byte") is not None for run in runs):
+        return Quality(f"{split}/bits_per_byte", f"{_SPLITS[split]} bits per byte", False, "{:.3f}".format)
+    if all(run.summary.get("val/accuracy") is not None for run in runs):
+        return Quality("val/accuracy", "validation accuracy", True, "{:.1%}".format)
+    return Quality(f"{split}/loss", f"{_SPLITS[split]} loss, nats per token", False, "{:.3f}".format)
+
+
+_SPLITS = {"val": "validation", "test": "test"}
+
+
+def within_spread(group: Group, best: Group, quality: Quality) -> bool | None:
+    """Whether the difference from the best is not larger than the larger of both standard deviations over seeds.
+
+    None where either has one seed, so that there is no spread.
+    """
+    if len(group.runs) < 2 or len(best.runs) < 2:
+        return None
+    spread = max(statistics.stdev(one.values(quality.key)) for one in (group, best))
+    return abs(group.mean(quality.key) - best.mean(quality.key)) <= spread
+
+
+def best_of(groups: Sequence[Group], quality: Quality) -> Group:
+    """The group with the best mean."""
+    choose = max if quality.more_is_better else min
+    return choose(groups, key=lambda group: group.mean(quality.key))
+
+
+def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """For each (cost, gain) whether no other point costs at most as much and gains at least as much, and one of both
+    strictly: the Pareto front."""
+
+    def dominated(cost: float, gain: float) -> bool:
+        return any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points)
+
+    return [not dominated(cost, gain) for cost, gain in points]
+
+
+def by_speed(
+    groups: Sequence[Group], found: Sequence[Measurement], quality: Quality, *, exclusive_device: bool
+) -> list[Record]:
+    """Accuracy against tokens/s: of training as the runs logged it, and of each benchmark of at least two of the models
+    with the runs' mixer and model."""
+    records = []
+    devices = {run.summary.get("device") for group in groups for run in group.runs}
+    if exclusive_device and len(devices) == 1:
+        speeds = [(group, lambda run: float(run.summary["tokens_per_s"])) for group in groups]
+        records += _points(speeds, quality, setting=LOGGED, more_x_is_better=True)
+    settings_found = {(one.stage, one.where, one.context) for one in found if one.stage in OF_MODELS}
+    for stage, where, context in sorted(settings_found):
+        here = [one for one in found if (one.stage, one.where, one.context) == (stage, where, context)]
+        joined = [(group, _constant(speed)) for group in groups if (speed := speed_of(group, here)) is not None]
+        if len(joined) > 1:
+            setting = f"{stage} at a context of {length(context)}: {where}"
+            records += _points(joined, quality, setting=setting, more_x_is_better=True)
+    return records
+
+
+def _constant(value: float) -> Callable[[Run], float]:
+    return lambda run: value
+
+
+def speed_of(group: Group, found: Sequence[Measurement]) -> float | None:
+    """tokens/s of lkda's own implementation of the group's mixer and model among measurements of one setting."""
+    model = group.runs[0].summary.get("model")
+    return next(
+        (
+            one.tokens_per_s
+            for one in found
+            if one.tokens_per_s and (one.model, one.series) == (model, group.mixer)  # peers have a title of their own
+        ),
+        None,
+    )
+
+
+def by_state(groups: Sequence[Group], quality: Quality) -> list[Record]:
+    """Accuracy against the bytes of the state of one sequence at the training context."""
+    states = [(group, lambda run: float(run.summary["state_bytes"])) for group in groups]
+    return _points(states, quality, setting="", more_x_is_better=False)
+
+
+def _points(
+    values: Sequence[tuple[Group, Callable[[Run], float]]], quality: Quality, *, setting: str, more_x_is_better: bool
+) -> list[Record]:
+    """A record for each run and for each group's mean, with whether the mean is on the Pareto front."""
+    means = [
+        (
+            statistics.fmean(x(run) for run in group.runs),
+            statistics.fmean(run.summary[quality.key] for run in group.runs),
+        )
+        for group, x in values
+    ]
+    costs = [(-x if more_x_is_better else x, y if quality.more_is_better else -y) for x, y in means]
+    records = []
+    for (group, x_of), (mean_x, mean_y), front in zip(values, means, on_front(costs), strict=True):
+        common = {"series": group.label, "mixer": group.mixer, "setting": setting, "front": front}
+        for run in group.runs:
+            seed = {"run": run.name, "seed": str(run.summary.get("seed", "")), "configuration": configuration(run)}
+            records.append(common | seed | {"x": x_of(run), "y": float(run.summary[quality.key])})
+        seeds = ", ".join(str(run.summary.get("seed", "")) for run in group.runs)
+        mean = {"run": MEAN, "seed": seeds, "configuration": configuration(group.runs[0])}
+        records.append(common | mean | {"x": mean_x, "y": mean_y})
+    return records
+
+
+def configuration(run: Run) -> str:
+    """The settings that a reader asks for first."""
+    summary, config = run.summary, run.config
+    found = [f"model {summary['model']}"] if summary.get("model") else []
+    found += [f"{count} parameters"] if (count := f"{summary['params']:,.0f}") else []
+    found += [f"context {summary['context']:,}"] if summary.get("context") else []
+    found += [f"learning rate {rate:g}"] if isinstance(rate := summary.get("learning_rate"), float) else []
+    precision = config.get("trainer", {}).get("precision") or summary.get("precision")
+    found += [str(precision)] if precision else []
+    return ", ".join([*found, str(summary.get("device", "an unnamed device"))])
+
+
+def reproduce(group: Group, groups: Sequence[Group]) -> str:
+    """The command that trains the first run of a row again: its mixer, model, seed and what else tells rows apart."""
+    run = group.runs[0]
+    known = settings(run)
+    runs = [one for other in groups for one in other.runs]
+    words = [f"{name}={known[key]}" for name, key in _CHOICES if known.get(key)]
+    differing = [key for key in also_differing(runs) if "." in key and key not in dict(_CHOICES).values()]
+    words += [f"{key}={known[key]}" for key in differing if key in known]
+    seed = run.summary.get("seed")
+    words += [] if seed is None else [f"seed={seed}"]
+    steps = run.config.get("trainer", {}).get("max_steps")
+    return " ".join(["python scripts/train.py", *words, *([f"trainer.max_steps={steps}"] if steps else [])])
+
+
+_CHOICES = (("mixer", "mixer.name"), ("model", "model.name"), ("data", "data.source"))
+
+
+def curve_records(groups: Sequence[Group], *, x: str, y: str) -> list[Record]:
+    """The validations of each run: {x, y, step, run, seed, series, mixer, configuration}.
+
+    Args:
+        x, y: columns of metrics.csv.
+    """
+    return [
+        {"x": row[x], "y": row[y], "step": row["step"], "series": group.label, "mixer": group.mixer}
+        | {"run": run.name, "seed": str(run.summary.get("seed", "")), "configuration": configuration(run)}
+        for group in groups
+        for run in group.runs
+        for row in run.metrics
+        if x in row and y in row
+    ]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question that the page is for, and the mixer that answers it.
+
+    Attributes:
+        question, mixer: in words.
+        why: the figures.
+        of: where they are from.
+        context: for answers about a context.
+        rivals: the number of mixers that were compared.
+    """
+
+    question: str
+    mixer: str
+    why: str
+    of: str
+    context: int = 0
+    rivals: int = 0
+
+
+def answers(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[Answer]:
+    """The best by accuracy at each limit of memory, and the fastest and the smallest at each context."""
+    return [*(_by_accuracy(groups, quality) if quality else []), *_by_context(found)]
+
+
+def _by_accuracy(groups: Sequence[Group], quality: Quality) -> list[Answer]:
+    budget = budget_of(groups)
+    result = []
+    best = best_of(groups, quality)
+    equal = [group for group in groups if group is not best and within_spread(group, best, quality)]
+    also = f"; within the spread over seeds: {', '.join(group.label for group in equal)}" if equal else ""
+    result.append(
+        Answer(f"best {quality.title}, any memory", best.label, _figure(best, quality) + also, f"runs, {budget}")
+    )
+    states = [(group.mean("state_bytes"), group.mean(quality.key)) for group in groups]
+    front = on_front([(state, y if quality.more_is_better else -y) for state, y in states])
+    kept = [(state, group) for (state, _), group, is_front in zip(states, groups, front, strict=True) if is_front]
+    for state, group in sorted(kept, key=lambda pair: pair[0]):
+        if group is not best:
+            question = f"best {quality.title} with {memory(state)} of state a sequence or little more"
+            result.append(Answer(question, group.label, _figure(group, quality), f"runs, {budget}"))
+    smallest = min([best, *equal], key=lambda group: group.mean("state_bytes"))
+    if equal:
+        question = f"least state at {quality.title} equal to the best within the spread over seeds"
+        result.append(Answer(question, smallest.label, memory(smallest.mean("state_bytes")), f"runs, {budget}"))
+    return result
+
+
+def budget_of(groups: Sequence[Group]) -> str:
+    """The training tokens and the context of the runs, in words."""
+    runs = [run for group in groups for run in group.runs]
+    tokens = sorted({int(run.summary["tokens"]) for run in runs})
+    contexts = sorted({int(run.summary["context"]) for run in runs if run.summary.get("context")})
+    budget = f"{tokens[0]:,}" + (f" to {tokens[-1]:,}" if len(tokens) > 1 else "") + " training tokens"
+    return budget + (f", context {' and '.join(map(length, contexts))}" if contexts else "")
+
+
+def _figure(group: Group, quality: Quality) -> str:
+    values = group.values(quality.key)
+    spread = f" ± {quality.write(statistics.stdev(values))}" if len(values) > 1 else ""
+    state = memory(group.mean("state_bytes"))
+    return f"{quality.write(statistics.fmean(values))}{spread}, {state} of state a sequence"
+
+
+def _by_context(found: Sequence[Measurement]) -> list[Answer]:
+    """The fastest mixer at each stage, setting and context at which there are several; and the smallest state."""
+    result = []
+    for stage in ("training step", "prefill", "decode", "kernel"):
+        measured = [one for one in found if one.stage == stage and one.tokens_per_s]
+        for where, context in dict.fromkeys((one.where, one.context) for one in measured):
+            here = [one for one in measured if (one.where, one.context) == (where, context)]
+            ranked = sorted(here, key=lambda one: -(one.tokens_per_s or 0))
+            if len({one.mixer for one in here}) < 2:
+                continue
+            first = ranked[0]
+            second = next(one for one in ranked if one.mixer != first.mixer)
+            ratio = (first.tokens_per_s or 0) / (second.tokens_per_s or 1)
+            why = f"{first.tokens_per_s:,.0f} tokens/s, {ratio:.2f} times {second.series}"
+            question, rivals = f"fastest {stage}", len({one.mixer for one in here})
+            result.append(Answer(question, first.series, why, where, context, rivals))
+            of_state = [one for one in here if one.memory]
+            if stage == "decode" and len(of_state) > 1:
+                smallest = min(of_state, key=lambda one: one.memory or 0)
+                size = memory(smallest.memory or 0)
+                result.append(Answer("least state of one sequence", smallest.series, size, where, context, rivals))
+    return result
+
+
+def summary_sentence(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> str:
+    """What to choose, in two or three sentences: by accuracy and memory, and by speed at the longest context."""
+    said = []
+    if quality is not None:
+        best, *others = _by_accuracy(groups, quality)
+        said.append(
+            f"For {best.of.removeprefix('runs, ')}, choose {best.mixer}: its {quality.title} is the best, {best.why}."
+        )
+        smaller = [answer for answer in others if "or little more" in answer.question]
+        if smaller:
+            least = smaller[0]
+            said.append(f"If memory is short, choose {least.mixer}: {least.why}.")
+        equal = [answer for answer in others if answer.question.startswith("least state")]
+        said += [f"The least state at equal accuracy has {answer.mixer}, {answer.why}." for answer in equal]
+    fastest = [answer for answer in _by_context(found) if answer.question.startswith("fastest")]
+    for stage in ("training step", "prefill", "decode"):
+        of_stage = [answer for answer in fastest if answer.question == f"fastest {stage}"]
+        if of_stage:
+            most = max(of_stage, key=lambda answer: (answer.rivals, answer.context))
+            at = f"at a context of {length(most.context)}"
+            said.append(f"The {most.question} {at} is that of {most.mixer}: {most.why} ({most.of}).")
+    return " ".join(said)

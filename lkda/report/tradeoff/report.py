@@ -1,0 +1,203 @@
+"""The sections of the page, and the files beside it: report.md, the tables as CSV, and the charts."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lkda.report.draw.chart import Chart
+from lkda.report.draw.page import Section, page
+from lkda.report.draw.tables import markdown_table
+from lkda.report.draw.units import length, memory
+from lkda.report.read.files import write_together
+from lkda.report.read.groups import Group
+from lkda.report.tradeoff import charts, records
+from lkda.report.tradeoff.crossings import Pair, pairs
+from lkda.report.tradeoff.measurements import STAGES, Measurement
+
+# What the cells of a table are sorted by; -1 stands for a missing number.
+Cells = list[list[float | str | None]]
+FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one of both and as good in the other."
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """What is joined.
+
+    Attributes:
+        groups: runs by row of the table; empty for benchmarks alone.
+        found: of benchmarks.
+        recall: points of synthetic tasks; see `lkda.report.tradeoff.charts.recall`.
+        exclusive_device: whether no run shared its device, so that their speeds can be compared.
+    """
+
+    groups: Sequence[Group]
+    found: Sequence[Measurement]
+    recall: Sequence[records.Record] = ()
+    exclusive_device: bool = True
+
+    @property
+    def quality(self) -> records.Quality | None:
+        """What says how good a model is; None without runs."""
+        return records.quality_of(self.groups) if self.groups else None
+
+    @property
+    def sentence(self) -> str:
+        """What to choose, in words."""
+        return records.summary_sentence(self.groups, self.found, self.quality)
+
+    def charts(self) -> list[Chart]:
+        """The charts that the results allow."""
+        return [*self._of_runs(), *self._of_contexts()]
+
+    def _of_runs(self) -> list[Chart]:
+        quality = self.quality
+        if quality is None:
+            return []
+        drawn = []
+        budget = records.budget_of(self.groups)
+        speeds = records.by_speed(self.groups, self.found, quality, exclusive_device=self.exclusive_device)
+        if speeds:
+            caption = f"{budget}. {FRONT}"
+            title = f"{quality.title.capitalize()} against speed"
+            drawn.append(charts.against("front_by_speed", title, caption, speeds, x="tokens/s", y=quality.title))
+        title, x = (
+            f"{quality.title.capitalize()} against memory",
+            "state of one sequence",
+        )
+        states = records.by_state(self.groups, quality)
+        drawn.append(
+            charts.against("front_by_state", title, f"{budget}. {FRONT}", states, x=x, y=quality.title, bytes_=True)
+        )
+        y = quality.key.replace("test/", "val/")
+        of_y = quality.title.replace("test", "validation").capitalize()
+        for column, heading, name in (
+            ("tokens", "training tokens", "tokens"),
+            ("seconds", "training time, s", "seconds"),
+        ):
+            if column == "seconds" and not self.exclusive_device:
+                continue
+            curves = records.curve_records(self.groups, x=column, y=y)
+            if curves:
+                drawn.append(
+                    charts.curves(f"curves_by_{name}", f"{of_y} against {heading}", budget, curves, x=heading, y=of_y)
+                )
+        return drawn + ([charts.recall(self.recall)] if self.recall else [])
+
+    def _of_contexts(self) -> list[Chart]:
+        drawn = [
+            charts.by_context(self.found, stage=stage, value=value)
+            for value in ("tokens_per_s", "memory")
+            for stage in STAGES
+        ]
+        return [chart for chart in drawn if chart is not None]
+
+    def first_section(self) -> Section:
+        """What to choose: the sentence on top, and the table of answers."""
+        found = records.answers(self.groups, self.found, self.quality)
+        head = ["question", "context", "mixer", "figures", "measured with"]
+        body = [[one.question, length(one.context) if one.context else "", one.mixer, one.why, one.of] for one in found]
+        sort_by: Cells = [[one.question, one.context, one.mixer, one.why, one.of] for one in found]
+        return Section(lead=self.sentence, head=head, body=body, names=5, sortable=True, sort_by=sort_by)
+
+    def chart_section(self) -> Section:
+        """All charts."""
+        notes = ["Drag to move a chart, turn the wheel with ctrl to zoom, click a name in the legend to highlight it."]
+        return Section("Charts", notes=notes, charts=self.charts())
+
+    def crossing_section(self) -> Section:
+        """Which mixer overtakes which, and where."""
+        head, body, sort_by = crossing_cells(pairs(self.found))
+        notes = [
+            "The context from which one is faster is interpolated between the measured contexts, on logarithmic axes. "
+            "A pair without one has the same faster mixer at every context that both have."
+        ]
+        heading = "Where one mixer overtakes another"
+        return Section(heading, head=head, body=body, names=4, sortable=True, sort_by=sort_by, notes=notes)
+
+    def measurement_section(self) -> Section:
+        """Every measurement, with its file and its command."""
+        head, body, sort_by = measurement_cells(self.found)
+        absent = sorted({f"{one.series}: {one.reason}" for one in self.found if one.reason})
+        notes = [f"Not measured: {'; '.join(absent)}."] if absent else []
+        return Section("All measurements", head=head, body=body, names=4, sortable=True, sort_by=sort_by, notes=notes)
+
+    def sections(self) -> list[Section]:
+        """What the benchmarks add to the page, below the runs."""
+        return [self.crossing_section(), self.measurement_section()] if self.found else []
+
+    def files(self, title: str, *, table: str, notes: Sequence[str]) -> dict[str, str | bytes]:
+        """report.md, the tables of the benchmarks as CSV, and each chart as SVG and PNG.
+
+        Args:
+            table: that of the runs, in Markdown; empty without runs.
+            notes: below it.
+        """
+        drawn = self.charts()
+        first, below = self.first_section(), self.sections()
+        parts = [f"# {title}", first.lead, markdown_table(first.head, first.body, names=5) if first.body else ""]
+        parts += [table, *notes] if table else []
+        parts += [f"## {chart.title}\n\n{chart.caption}\n\n![{chart.title}]({chart.name}.svg)" for chart in drawn]
+        for section in below:
+            parts += [f"## {section.heading}", markdown_table(section.head, section.body, names=4), *section.notes]
+        files: dict[str, str | bytes] = {"report.md": "\n\n".join(part.rstrip() for part in parts if part) + "\n"}
+        for chart in drawn:
+            files |= chart.files
+        if self.found:
+            crossing, measured = below
+            files["crossings.csv"] = _csv(crossing.head, crossing.sort_by)
+            files["measurements.csv"] = _csv(measured.head, measured.sort_by)
+        return files
+
+
+def write_page(found: Sequence[Measurement], out: Path, *, title: str) -> None:
+    """Writes report.html of benchmarks alone, and what `Tradeoff.files` makes, into `out`."""
+    joined = Tradeoff([], found)
+    sections = [joined.first_section(), joined.chart_section(), *joined.sections()]
+    files = joined.files(title, table="", notes=())
+    write_together(
+        {out / name: content for name, content in files.items()} | {out / "report.html": page(title, sections)}
+    )
+
+
+def crossing_cells(found: Sequence[Pair]) -> tuple[list[str], list[list[str]], Cells]:
+    """Headings, cells, and what the cells are sorted by."""
+    head = ["stage", "faster", "slower", "finding", "from context", "times faster", "at context", "setting"]
+    body: list[list[str]] = []
+    order: Cells = []
+    for pair in found:
+        names = [pair.stage, pair.faster, pair.slower, pair.text]
+        context = "" if pair.context is None else f"{pair.context:,.0f}"
+        body.append([*names, context, f"{pair.ratio:.2f}", length(pair.longest), pair.where])
+        order.append([*names, pair.context if pair.context is not None else -1, pair.ratio, pair.longest, pair.where])
+    return head, body, order
+
+
+def measurement_cells(
+    found: Sequence[Measurement],
+) -> tuple[list[str], list[list[str]], Cells]:
+    """Headings, cells, and what the cells are sorted by."""
+    why_not = ["why not"] if any(one.reason for one in found) else []
+    head = ["stage", "mixer", "setting", "device", "context", "tokens/s", "memory", *why_not, "file", "measure again"]
+    body: list[list[str]] = []
+    order: Cells = []
+    for one in found:
+        names = [one.stage, one.series, one.setting, one.device]
+        speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}"
+        space = "" if one.memory is None else memory(one.memory)
+        rest = [*([one.reason] if why_not else []), one.file, one.command]
+        body.append([*names, f"{one.context:,}", speed, space, *rest])
+        order.append([*names, one.context, one.tokens_per_s or -1, one.memory or -1, *rest])
+    return head, body, order
+
+
+def _csv(head: Sequence[str], rows: Sequence[Sequence[float | str | None]]) -> str:
+    """A missing number is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(["" if cell == -1 else cell for cell in row] for row in rows)
+    return text.getvalue()

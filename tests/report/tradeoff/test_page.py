@@ -1,0 +1,129 @@
+"""The page in a browser: Debian's Chromium, driven by Playwright. Skipped where one of both is missing."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from lkda.report.training.comparison import compare
+from tests.report.conftest import write_run
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+CHROMIUM = shutil.which("chromium")
+# The distinct background colours of the charts.
+BACKGROUNDS = "[...new Set([...document.querySelectorAll('svg.marks')].map(e => getComputedStyle(e).backgroundColor))]"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def path(bench, tmp_path_factory):
+    home = tmp_path_factory.mktemp("page")
+    runs = [
+        write_run(home / f"{mixer}_{s}", mixer, seed=s, model="tiny") for mixer in ("kda", "softmax") for s in (0, 1)
+    ]
+    compare(runs, home / "out", title="In a browser", benchmarks=[bench])
+    return home / "out" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_page(browser, path):
+    """Opens the page without a network, and fails at the end if it logged an error or asked for anything."""
+    opened, said = [], []
+
+    def open_at(width=1440, theme="light"):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+        page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
+        opened.append(page)
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready]", state="attached")
+        charts = page.locator(".chart")
+        for n in range(charts.count()):
+            charts.nth(n).locator("svg.marks").wait_for()
+        return page
+
+    yield open_at
+    for page in opened:
+        page.close()
+    assert said == []
+
+
+def table(page, heading):
+    return page.locator(f"h2:has-text('{heading}') + div table.sortable")
+
+
+def column(shown, n):
+    return shown.locator(f"tbody tr td:nth-child({n})").all_inner_texts()
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (360, "dark")])
+def test_everything_is_drawn_and_nothing_is_wider_than_the_screen(open_page, width, theme):
+    page = open_page(width, theme)
+    assert page.locator(".chart svg.marks").count() == page.locator(".chart").count() == 10
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("p.lead").inner_text().startswith("For 1,024,000 training tokens, choose kda")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[theme]
+    assert page.evaluate(BACKGROUNDS) == [background]
+
+
+def test_the_charts_follow_a_change_of_the_theme(open_page):
+    page = open_page()
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"String({BACKGROUNDS}) === 'rgb(21, 23, 26)'", timeout=10_000)
+
+
+def test_a_table_is_sorted_by_number(open_page):
+    page = open_page()
+    shown = table(page, "All measurements")
+    heading = shown.locator("thead th", has_text="tokens/s").first
+    heading.click()
+    page.wait_for_timeout(500)
+    rising = [float(text.replace(",", "") or -1) for text in column(shown, 6)]
+    heading.click()
+    page.wait_for_timeout(500)
+    falling = [float(text.replace(",", "") or -1) for text in column(shown, 6)]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    assert falling[0] >= rising[-1] > rising[0]
+
+
+def test_a_table_is_filtered_by_a_column(open_page):
+    page = open_page()
+    shown = table(page, "All measurements")
+    assert len(set(column(shown, 1))) > 1
+    shown.locator("thead input").first.fill("decode")
+    page.wait_for_timeout(500)
+    assert set(column(shown, 1)) == {"decode"}
+
+
+def test_a_tooltip_names_run_seed_and_configuration(open_page):
+    page = open_page()
+    page.locator("#front_by_state .mark-symbol path").first.hover()
+    tooltip = page.locator("#vg-tooltip-element.visible")
+    tooltip.wait_for()
+    text = tooltip.inner_text()
+    for word in ("kda", "seed", "configuration", "tiny"):
+        assert word in text
+
+
+def test_the_menu_changes_the_chart(open_page):
+    page = open_page()
+    marks = page.locator("#front_by_speed .mark-symbol path")
+    before = [marks.nth(n).get_attribute("transform") for n in range(marks.count())]
+    page.locator("#front_by_speed select").select_option(index=2)
+    page.wait_for_timeout(300)
+    assert [marks.nth(n).get_attribute("transform") for n in range(marks.count())] != before

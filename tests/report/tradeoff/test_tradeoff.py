@@ -1,0 +1,169 @@
+"""Measurements, crossings, the Pareto front, and the answers on the page."""
+
+from __future__ import annotations
+
+import csv
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from lkda.report.read.crossings import crossings
+from lkda.report.read.groups import group_runs
+from lkda.report.read.runs import read_runs
+from lkda.report.tradeoff import records
+from lkda.report.tradeoff.crossings import pairs
+from lkda.report.tradeoff.measurements import find_results, measurements
+from lkda.report.training.comparison import compare
+from tests.report.conftest import write_run
+from tests.report.tradeoff.conftest import decode_row, step_row, write_results
+
+
+@pytest.fixture(scope="module")
+def joined(bench, runs, tmp_path_factory):
+    """The directory of a comparison of runs of the model tiny, joined with the benchmarks."""
+    home = tmp_path_factory.mktemp("joined")
+    tiny = [
+        write_run(home / f"{mixer}_{s}", mixer, seed=s, model="tiny") for mixer in ("kda", "softmax") for s in (0, 1)
+    ]
+    result = compare(tiny, home / "out", title="Joined", benchmarks=[bench])
+    return result, home / "out"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([(1, 1), (4, 4)], [(1, 2), (4, 2)], [(2, 2, True)]),
+        ([(1, 2), (4, 2)], [(1, 1), (4, 4)], [(2, 2, False)]),
+        ([(1, 1), (4, 4)], [(1, 2), (4, 8)], []),
+        ([(1, 1), (4, 2), (16, 3)], [(1, 2), (4, 2), (16, 4)], []),  # they touch
+        ([(1, 1), (4, 4)], [(2, 2)], []),  # no context in common
+        ([(1, 1), (4, 4), (16, 1)], [(1, 2), (4, 2), (16, 2)], [(2, 2, True), (8, 2, False)]),
+    ],
+)
+def test_curves_cross_where_their_logarithms_are_equal(one, other, expected):
+    assert [(pytest.approx(x), pytest.approx(y), up) for x, y, up in crossings(one, other)] == expected
+
+
+def test_each_pair_says_where_one_overtakes(bench):
+    found = {pair.stage: pair for pair in pairs(measurements(find_results([bench])))}
+    assert set(found) == {"kernel", "training step", "decode"}
+    assert found["decode"].context == pytest.approx(8000)
+    assert (found["decode"].faster, found["decode"].slower) == ("kda", "softmax")
+    assert found["decode"].ratio == pytest.approx(2)
+    assert found["decode"].text == "kda is faster from a context of about 7.8K"
+    assert found["kernel"].context is None
+    assert found["kernel"].text == "simplified is faster from 1K to 2K"
+    assert found["training step"].text == "kda is faster from 1K to 4K"
+
+
+def test_mixers_of_different_devices_settings_or_batches_are_not_paired(tmp_path):
+    rows = [decode_row("kda", 1024, 10.0), decode_row("softmax", 1024, 20.0, batch=2)]
+    rows += [decode_row("mla", 1024, 20.0, dtype="fp32"), decode_row("simplified", 1024, 9.0, overrides=["a=1"])]
+    here = write_results(tmp_path / "a.json", "decode", rows)
+    there = write_results(tmp_path / "b.json", "decode", [decode_row("conv", 1024, 30.0)], device="another")
+    assert pairs(measurements(find_results([here, there]))) == []
+
+
+def test_steps_are_paired_at_equal_tokens_or_at_equal_rows(tmp_path):
+    rows = [step_row(mixer, 1, T, speed) for mixer, speed in (("kda", 1.0), ("softmax", 2.0)) for T in (1024, 4096)]
+    (pair,) = pairs(measurements(find_results([write_results(tmp_path / "a.json", "step_benchmark", rows)])))
+    assert (pair.shortest, pair.longest, pair.faster) == (1024, 4096, "softmax")
+    assert pair.where == "tiny, 1 rows, a GPU"
+
+
+def test_the_later_of_two_measurements_is_kept(tmp_path):
+    old = write_results(tmp_path / "a.json", "decode", [decode_row("kda", 1024, 10.0)], date="2026-01-02")
+    new = write_results(tmp_path / "b.json", "decode", [decode_row("kda", 1024, 30.0)], date="2026-02-01")
+    failed = [decode_row("kda", 1024, None, reason="out of memory")]
+    newest = write_results(tmp_path / "c.json", "decode", failed, date="2026-03-01")
+    (one,) = measurements(find_results([new, old, newest]))
+    assert one.tokens_per_s == 30.0
+
+
+def test_the_front_has_what_nothing_beats():
+    assert records.on_front([(1, 1), (2, 3), (3, 2), (2, 3), (4, 4)]) == [True, True, False, True, True]
+
+
+def test_a_small_difference_is_within_the_spread(tmp_path):
+    bits = {"kda": (1.0, 1.2), "softmax": (1.05, 1.35), "simplified": (1.5, 1.52)}
+    paths = [
+        write_run(tmp_path / f"{mixer}{n}", mixer, seed=n, **{"val/bits_per_byte": value})
+        for mixer, values in bits.items()
+        for n, value in enumerate(values)
+    ]
+    groups = {group.mixer: group for group in group_runs(read_runs(paths)[0])}
+    quality = records.quality_of(list(groups.values()))
+    assert records.best_of(list(groups.values()), quality) is groups["kda"]
+    assert records.within_spread(groups["softmax"], groups["kda"], quality) is True
+    assert records.within_spread(groups["simplified"], groups["kda"], quality) is False
+    found = records.answers(list(groups.values()), [], quality)
+    assert found[0].mixer == "kda"
+    assert "within the spread over seeds: softmax" in found[0].why
+    assert found[1].mixer == "simplified"  # worse, with less state
+    sentence = records.summary_sentence(list(groups.values()), [], quality)
+    assert sentence.startswith(
+        "For 1,024,000 training tokens, choose kda: its validation bits per byte is the best, 1.100"
+    )
+
+
+def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
+    result, out = joined
+    found = records.by_speed(result.groups, result.tradeoff.found, result.tradeoff.quality, exclusive_device=True)
+    means = {(one["setting"], one["series"]): one["x"] for one in found if one["run"] == records.MEAN}
+    at = "decode at a context of 15.6K: tiny, bf16, batch 1, a GPU"
+    assert means[at, "kda"] == 1000
+    assert means[at, "softmax"] == 500
+    report = (out / "report.md").read_text()
+    assert "The fastest decode at a context of 15.6K is that of kda: 1,000 tokens/s, 2.00 times softmax" in report
+    assert "Not measured: kda, FLA: fla is not installed." in report
+
+
+def test_the_tables_beside_the_page_hold_the_numbers(joined):
+    _, out = joined
+    rows = list(csv.DictReader((out / "crossings.csv").open()))
+    decode = next(row for row in rows if row["stage"] == "decode")
+    assert float(decode["from context"]) == pytest.approx(8000)
+    measured = list(csv.DictReader((out / "measurements.csv").open()))
+    assert {row["stage"] for row in measured} == {"kernel", "training step", "decode"}
+    missing = next(row for row in measured if row["why not"])
+    assert (missing["mixer"], missing["tokens/s"], missing["why not"]) == ("kda, FLA", "", "fla is not installed")
+    kda = next(row for row in measured if row["mixer"] == "kda" and row["stage"] == "training step")
+    assert kda["measure again"] == (
+        "python scripts/benchmark.py task=step models=[tiny] mixers=[kda] shapes=[8x1024] vocab_size=300"
+    )
+
+
+def test_every_chart_says_what_it_shows(joined):
+    """Axes have titles, captions name the setting, and tooltips name run, seed and configuration."""
+    result, _ = joined
+    charts = {chart.name: chart for chart in result.tradeoff.charts()}
+    runs = {"front_by_speed", "front_by_state", "curves_by_tokens", "curves_by_seconds"}
+    contexts = {f"{stage}_{what}" for stage in ("kernel", "training_step", "decode") for what in ("time", "memory")}
+    assert set(charts) == runs | contexts
+    for chart in charts.values():
+        assert chart.caption
+        encodings = [layer["encoding"] for layer in chart.spec["layer"]]
+        assert all(encoding[axis]["title"] for encoding in encodings for axis in "xy")
+        fields = {entry["field"] for encoding in encodings for entry in encoding.get("tooltip", [])}
+        assert fields >= ({"run", "seed", "configuration"} if chart.name in runs else {"setting", "measured_with"})
+
+
+def test_the_committed_crossings_lie_where_the_rows_change_places():
+    home = Path(__file__).parents[3] / "docs" / "results"
+    found = measurements(find_results([home / "decode_context_h200", home / "kda_by_length_h100"]))
+    crossing = [pair for pair in pairs(found) if pair.context is not None]
+    assert {pair.stage for pair in crossing} >= {"kernel", "prefill"}
+    by_length = json.loads((home / "kda_by_length_h100" / "benchmark.json").read_text())["rows"]
+    graph = {
+        (row["op"] if not row["peer"] else "softmax", row["T"]): row["ms_median"]
+        for replay in ("eager", "graph")  # that of a graph is used where there is one
+        for row in by_length
+        if row["mode"] == "fwd+bwd" and row["replay"] == replay and row["ms_median"]
+    }
+    pair = next(pair for pair in crossing if pair.stage == "kernel" and pair.where.startswith("fwd+bwd"))
+    lengths = sorted(T for op, T in graph if op == "softmax")
+    before, after = next((a, b) for a, b in pairwise(lengths) if a <= (pair.context or 0) <= b)
+    assert graph["softmax", before] < graph["kda", before]
+    assert graph["softmax", after] > graph["kda", after]
