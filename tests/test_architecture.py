@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.synthetic": {"data"},
     "bench": {"integrations", "models", "generation", "ops.*", "data.synthetic"},
     "bench.ops": {"bench", "ops.*"},
+    "bench.notes": {"bench", "bench.ops", "ops.*"},
     "report.read": set(),
     "report.draw": {"report.read"},
     "report.operators": {"report.read", "report.draw"},

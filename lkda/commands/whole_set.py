@@ -37,7 +37,7 @@ class Part:
 
     Attributes:
         name: of its directory in `out`.
-        task: op, step or decode.
+        task: op, step, decode or notes.
         options: of configs/benchmark.yaml, where they differ from the defaults.
         minutes: the estimate before anything was measured.
     """
@@ -83,6 +83,7 @@ ON_GPU = (
         {"models": ["small"], "mixers": _MIXERS, "batches": [256], "contexts": [1024, 8192], "dtypes": ["bf16"]},
         1,
     ),
+    Part("notes", "notes", {}, 1),  # after the decoding, which its claims refer to
 )
 _SMALL = {"models": ["tiny"], "mixers": ["kda", "simplified", "softmax"], "vocab_size": 1024}
 ON_CPU = (

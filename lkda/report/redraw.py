@@ -18,6 +18,7 @@ from lkda.report.studies import (
     learning_rates,
     long_context,
     long_run,
+    notes,
     peer_training,
     recipe,
     state_dtypes,
@@ -39,6 +40,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "by_source": by_source.redraw,
     "recipe": recipe.redraw,
     "learning_rates": learning_rates.redraw,
+    "notes": notes.redraw,  # written by scripts/benchmark.py task=notes
     "peer_training": peer_training.redraw,  # written by lkda.commands.peer_training
     "evaluation": None,  # written by scripts/evaluate.py out=; long_context and state_dtypes collect them
     "table": None,  # lkda.report.readme writes it into a page
