@@ -16,7 +16,6 @@ from lkda.commands.step_benchmark import open_console
 from lkda.report.draw.tables import rich_table
 from lkda.report.read.files import write_atomically
 from lkda.report.studies import notes as report
-from lkda.report.studies.notes_claims import decoding_beside
 
 RESULT = "notes.json"
 
@@ -47,7 +46,8 @@ def notes_benchmark(settings: Mapping[str, Any], device: torch.device) -> None:
             write_atomically(out / RESULT, json.dumps(found, indent=1) + "\n")
             progress.update(task, advance=1, description=f"{row['part']}: {row['name']}")
     report.redraw(out / RESULT)
-    for cells in report.tables(found, decoding_beside(out / RESULT, found)).values():
-        console.print(rich_table(*cells, names=2))
-        console.print()
-    console.print(f"{report.note(found)} JSON, tables and a plot are in {out}.")
+    for name, cells in report.tables(found, []).items():
+        if name not in ("rows", "claims"):  # they are too wide for a terminal
+            console.print(rich_table(*cells, names=report.NAMES[name]))
+            console.print()
+    console.print(f"{report.note(found)} JSON, every row, the claims of the notes and a plot are in {out}.")

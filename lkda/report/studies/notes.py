@@ -19,10 +19,11 @@ from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import count, length, memory, three
 from lkda.report.read.files import read_results_file, write_together
-from lkda.report.studies.notes_claims import claims, decoding_beside, exponent, milliseconds, part_of
+from lkda.report.studies.notes_claims import claims, decoding_beside, exponent, part_of
 
 KIND = "notes"
-NAMES = 2  # the first columns of each table are names
+# The first columns of each table are text.
+NAMES = {"times": 1, "rows": 2, "heads": 1, "simplified": 1, "recurrent": 1, "claims": 4}
 TITLES = {
     "times": "Milliseconds by length",
     "rows": "Every row",
@@ -65,7 +66,7 @@ def note(found: dict[str, Any]) -> str:
 def block(name: str, path: Path) -> str:
     """A table of notes.json for a page, with a note."""
     found = read_results_file(path, kind=KIND)
-    return markdown_table(*tables(found, decoding_beside(path, found))[name], names=NAMES) + "\n" + note(found)
+    return markdown_table(*tables(found, decoding_beside(path, found))[name], names=NAMES[name]) + "\n" + note(found)
 
 
 def redraw(path: Path) -> None:
@@ -76,7 +77,9 @@ def redraw(path: Path) -> None:
     found = read_results_file(path, kind=KIND)
     try:
         parts = tables(found, decoding_beside(path, found))
-        text = "\n".join(f"{TITLES[name]}:\n\n{markdown_table(*cells, names=NAMES)}" for name, cells in parts.items())
+        text = "\n".join(
+            f"{TITLES[name]}:\n\n{markdown_table(*cells, names=NAMES[name])}" for name, cells in parts.items()
+        )
         drawn = _plot(found["rows"])
     except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
         raise InputError(f"{path} is not of scripts/benchmark.py task=notes ({error!r}).") from error
@@ -89,35 +92,34 @@ def _names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["name"] for row in rows))
 
 
+def _line(rows: Sequence[Row], name: str, axis: str, key: str) -> list[tuple[float, float | None]]:
+    """The values of an implementation along an axis; None where it was not measured."""
+    found = {row[axis]: row[key] for row in rows if row["name"] == name}
+    return [(x, found.get(x)) for x in sorted({row[axis] for row in rows})]
+
+
 def _times(rows: Sequence[Row]) -> Cells:
-    """Milliseconds of each implementation at each length, and the exponent of T."""
+    """Milliseconds of each implementation at each length, the exponent of T, and the resources."""
     table = part_of(rows, "length")
-    lengths = sorted({row["T"] for row in table})
-    head = ["operator", "B x H x D", *map(length, lengths), "exponent of T", "exponent of the last two"]
+    head = ["operator", *(f"ms at {length(T)}" for T in sorted({row["T"] for row in table}))]
+    head += ["exponent of T", "at the end", "registers", "shared KiB"]
     body = []
     for name in _names(table):
-        line = [(T, milliseconds(table, name, T=T)) for T in lengths]
-        first = next(row for row in table if row["name"] == name)
-        cells = ["" if ms is None else _ms(ms) for _, ms in line]
-        fits = [_fit(exponent(line)), _fit(exponent(line[-2:]))]
-        body.append([name, f"{first['B']} x {first['H']} x {first['D']}", *cells, *fits])
+        line = _line(table, name, "T", "ms_median")
+        largest = max((row for row in table if row["name"] == name), key=lambda row: row["T"])
+        body.append([name, *(_ms(ms) for _, ms in line), _fit(line), _fit(line[-2:]), *_resources(largest)])
     return head, body
 
 
 def _heads(rows: Sequence[Row]) -> Cells:
     """Milliseconds at each head size, and the exponent of D of the times and of the operations."""
     table = part_of(rows, "head size")
-    sizes = sorted({row["D"] for row in table})
-    head = ["operator", "B x T x H", *(f"D = {D}" for D in sizes), "exponent of D", "of its operations"]
+    head = ["operator", *(f"ms at D = {D}" for D in sorted({row["D"] for row in table}))]
     body = []
     for name in _names(table):
-        line = [(D, milliseconds(table, name, D=D)) for D in sizes]
-        operations = [(row["D"], row["operations"]) for row in table if row["name"] == name]
-        first = next(row for row in table if row["name"] == name)
-        cells = ["" if ms is None else _ms(ms) for _, ms in line]
-        shape = f"{first['B']} x {first['T']} x {first['H']}"
-        body.append([name, shape, *cells, _fit(exponent(line)), _fit(exponent(operations))])
-    return head, body
+        line, operations = (_line(table, name, "D", key) for key in ("ms_median", "operations"))
+        body.append([name, *(_ms(ms) for _, ms in line), _fit(line), _fit(operations)])
+    return [*head, "exponent of D", "of its operations"], body
 
 
 def _rows(rows: Sequence[Row]) -> Cells:
@@ -135,28 +137,30 @@ def _rows(rows: Sequence[Row]) -> Cells:
 
 
 def _ablations(rows: Sequence[Row], op: str) -> Cells:
-    """A line for each variant, with the time at each shape and what it is of the first variant's."""
+    """A line for each variant, with its time at each shape, also as a multiple of the first variant's."""
     table = [row for row in part_of(rows, "ablation") if row["op"] == op]
     shapes = list(dict.fromkeys(map(_shape, table)))
-    head = ["kernel", "variant"]
+    head = ["variant"]
     for shape in shapes:
-        head += [f"ms, {shape}", "x first", "threads resident"]
-    head += ["registers", "spilled bytes", "shared KiB", "threads that fit", "error"]
+        head += [f"ms, {shape}", "x the first", "occupancy"]
+    head += ["registers", "spilled bytes", "shared KiB", "most occupancy", "error"]
+    first = {_shape(row): row["ms_median"] for row in reversed(table)}
     body = []
     for name in _names(table):
-        variant = [row for row in table if row["name"] == name]
-        cells = ["simplified" if op == "simplified" else "KDA, recurrent", name]
+        variant = {_shape(row): row for row in table if row["name"] == name}
+        cells = [name]
         for shape in shapes:
-            here = [row for row in variant if _shape(row) == shape]
-            base = next(row for row in table if _shape(row) == shape)
-            for row in here:
-                ratio = row["ms_median"] / base["ms_median"]
-                cells += [_ms(row["ms_median"]), f"{ratio:.2f}", f"{row['occupancy']:.0%}"]
-            cells += ["", "", ""] * (not here)
-        last, error = variant[-1], max(row["error"] for row in variant)
-        body.append([*cells, str(last["registers"]), str(last["spill_bytes"]), f"{last['shared_bytes'] / 1024:.1f}"])
-        body[-1] += [f"{last['occupancy_limit']:.0%}", f"{error:.1e}"]
+            row = variant.get(shape)
+            cells += _timed(row, first[shape]) if row else ["", "", ""]
+        row = next(iter(variant.values()))
+        cells += [str(row["registers"]), str(row["spill_bytes"]), f"{row['shared_bytes'] / 1024:.1f}"]
+        error = max(row["error"] for row in variant.values())
+        body.append([*cells, f"{row['occupancy_limit']:.0%}", f"{error:.1e}"])
     return head, body
+
+
+def _timed(row: Row, first: float) -> list[str]:
+    return [_ms(row["ms_median"]), f"{row['ms_median'] / first:.2f}", f"{row['occupancy']:.0%}"]
 
 
 def _shape(row: Row) -> str:
@@ -170,12 +174,13 @@ def _resources(row: Row) -> list[str]:
     return [str(row["registers"]), f"{row['shared_bytes'] / 1024:.1f}"]
 
 
-def _ms(x: float) -> str:
-    return f"{x:.4f}" if x < 0.1 else three(x)
+def _ms(x: float | None) -> str:
+    return "" if x is None else f"{x:.4f}" if x < 0.1 else three(x)
 
 
-def _fit(x: float | None) -> str:
-    return "" if x is None else f"{x:.2f}"
+def _fit(line: Sequence[tuple[float, float | None]]) -> str:
+    found = exponent(line)
+    return "" if found is None else f"{found:.2f}"
 
 
 def _plot(rows: Sequence[Row]) -> Picture:
