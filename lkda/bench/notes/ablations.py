@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -143,8 +143,8 @@ def run_simplified(inputs: Inputs, choices: Choices) -> tuple[torch.Tensor]:
 
 def run_recurrent(inputs: Inputs, variant: Variant) -> tuple[torch.Tensor]:
     """o of `kda_attention`, with the variant of the recurrent kernel."""
-    given = (inputs[name] for name in ("q", "k", "v", "g", "beta"))
-    return recurrent.forward(*given, None, None, inputs["q"].shape[-1] ** -0.5, variant=variant)[:1]
+    q, k, v, g, beta = (inputs[name] for name in ("q", "k", "v", "g", "beta"))
+    return recurrent.forward(q, k, v, g, beta, None, None, q.shape[-1] ** -0.5, variant=variant)[:1]
 
 
 def ablations() -> list[tuple[Ablation, Shape]]:
@@ -152,12 +152,12 @@ def ablations() -> list[tuple[Ablation, Shape]]:
     found = []
     for sizes in (FEW_HEADS, MANY_HEADS):
         for option, choices in SIMPLIFIED.items():
-            implementation = Implementation(lambda inputs, choices=choices: run_simplified(inputs, choices))
+            implementation = Implementation(partial(run_simplified, choices=choices))
             blocks = _blocks_of(HEAD_DIM // choices.channels)
             one = Ablation("simplified", option, ablation_kernel(choices), THREADS, blocks, implementation)
             found.append((one, Shape(*sizes, HEAD_DIM)))
         for option, variant in RECURRENT.items():
-            implementation = Implementation(lambda inputs, variant=variant: run_recurrent(inputs, variant))
+            implementation = Implementation(partial(run_recurrent, variant=variant))
             threads = variant.column_threads * RECURRENT_HEAD_DIM
             one = Ablation("kda", option, _recurrent_kernel(variant), threads, _blocks_of(1), implementation)
             found.append((one, Shape(*sizes, RECURRENT_HEAD_DIM)))

@@ -28,7 +28,7 @@ def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:
 
 
 def _lkda(backend: str) -> Callable[[Inputs], Sequence[Tensor]]:
-    return lambda inputs: (softmax_attention(**inputs, backend=backend),)
+    return lambda inputs: (softmax_attention(*(inputs[name] for name in NAMES), backend=backend),)
 
 
 def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -> list[Kernel]:
