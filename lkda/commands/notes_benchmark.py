@@ -40,7 +40,7 @@ def notes_benchmark(settings: Mapping[str, Any], device: torch.device) -> None:
     found: dict[str, Any] = {"kind": report.KIND, "header": table.header(device), "rows": []}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("the notes' table", total=table.count())
+        task = progress.add_task("the notes' table", total=table.count(device))
         for row in table.rows(device, found["header"], milliseconds=settings["milliseconds"]):
             found["rows"].append(row)
             write_atomically(out / RESULT, json.dumps(found, indent=1) + "\n")

@@ -130,7 +130,7 @@ def _rows(rows: Sequence[Row]) -> Cells:
         tflops = row["operations"] / row["ms_median"] / 1e9
         cells = [row["name"], _shape(row), _ms(row["ms_median"]) + " (noisy)" * bool(row["noisy"])]
         cells += [count(row["operations"]), memory(row["bytes"]), row["bound_by"]]
-        cells += [f"{100 * row['fraction_of_lower_bound']:.3g}%", f"{row['gb_per_s']:,.0f}", three(tflops)]
+        cells += [f"{100 * row['fraction_of_lower_bound']:.3g}%", three(row["gb_per_s"]), three(tflops)]
         cells += ["" if row["error"] is None else f"{row['error']:.1e}", *_resources(row)]
         body.append([*cells, memory(row["state_bytes"]), f"{row['peak_mib']:,.0f}"])
     return head, body
