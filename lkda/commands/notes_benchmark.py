@@ -30,7 +30,8 @@ def notes_benchmark(settings: Mapping[str, Any], device: torch.device) -> None:
     Raises: InputError on a CPU, or if `out` cannot be written.
     """
     if device.type != "cuda":
-        raise InputError("task=notes measures CUDA kernels, and the device is a CPU: it needs an NVIDIA GPU.")
+        why = "it was asked for device=cpu" if torch.cuda.is_available() else "torch sees no CUDA device"
+        raise InputError(f"task=notes measures CUDA kernels, and {why}; on a CPU, task=op measures operators.")
     out = Path(settings["out"])
     try:
         out.mkdir(parents=True, exist_ok=True)
