@@ -50,6 +50,7 @@ TINY: dict[str, str] = {
 # Options of scripts/benchmark.py for each task.
 TINY_BENCHMARK: dict[str, dict[str, str]] = {
     "all": {},
+    "notes": {},
     "op": {"shapes": "[1x64x2x16]", "milliseconds": "2"},
     "step": {
         **{"models": "[tiny]", "mixers": "[kda]", "shapes": "[1x16]", "vocab_size": "300", "steps": "10"},
