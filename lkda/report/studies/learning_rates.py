@@ -121,8 +121,9 @@ def _plot(runs: Sequence[Run], measures: Mapping[str, str]) -> Picture:
             panel.set_axis_off()
         handles = [Line2D([], [], color=colours[mixer], marker="o", markersize=4, label=mixer) for mixer in mixers]
         for ring, words in (("o", "best"), ("s", "best, at the edge of the grid")):
-            look = {"color": style.faint, "marker": ring, "markersize": 9, "fillstyle": "none", "linestyle": "none"}
-            handles.append(Line2D([], [], label=words, **look))
+            mark = Line2D([], [], color=style.faint, marker=ring, markersize=9, fillstyle="none", linestyle="none")
+            mark.set_label(words)
+            handles.append(mark)
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
         return figure
 
