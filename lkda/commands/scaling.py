@@ -111,9 +111,9 @@ class Case:
         return words + [f"trainer.context_parallel={self.gpus}"] * (self.how == "context_parallel")
 
 
-def cases_of(parts: Sequence[str], counts: Sequence[int]) -> list[Case]:
-    """The cases of these parts but `longest`, in the order in which they are measured: by number of GPUs, so that runs
-    on few GPUs fill the machine."""
+def first_cases(parts: Sequence[str], counts: Sequence[int]) -> list[Case]:
+    """The cases that are measured before those of `longest`, in this order: by number of GPUs, so that runs on few GPUs
+    fill the machine."""
     found = []
     for n in sorted(counts):
         if "base" in parts:
@@ -121,11 +121,16 @@ def cases_of(parts: Sequence[str], counts: Sequence[int]) -> list[Case]:
         if "large" in parts:
             found.append(Case("large", "single" if n == 1 else "fsdp", n))
         if "context" in parts:
-            found += [Case("context", _divided(n), n, tokens) for tokens in (LONG, SHORT)]
+            found += [Case("context", _divided(n), n, tokens) for tokens in ((LONG, SHORT) if n == 1 else (LONG,))]
     if "agreement" in parts:
         hows = ("ddp", "fsdp", "context_parallel")
         found += [Case("agreement", "single", 1), *(Case("agreement", how, n) for n in counts if n > 1 for how in hows)]
     return found
+
+
+def last_cases(parts: Sequence[str], counts: Sequence[int]) -> list[Case]:
+    """The cases that are measured after all others."""
+    return [Case("context", _divided(n), n, SHORT) for n in sorted(counts) if n > 1 and "context" in parts]
 
 
 def _divided(gpus: int) -> str:
@@ -288,28 +293,25 @@ def measure(
     Args:
         keep: is called with new rows after each group of runs.
     """
-    there = {_case(row) for row in rows}
-    waiting = [case for case in cases_of(parts, counts) if case not in there]
-    gpus = len(runs.gpus) or max(counts)
-    for group in side_by_side(waiting, gpus):
-        if runs.left() < _LEAST:
-            break
-        new = runs.measure(group)
-        rows += new
-        keep(new)
-        waiting = [case for case in waiting if case not in group]
-    while "longest" in parts and runs.gpus and not waiting:
-        cases = longest_cases(rows, counts, memory_gib=_memory_gib())
-        for group in side_by_side(cases, gpus):
+
+    def left_of(cases: Sequence[Case]) -> list[Case]:
+        waiting = [case for case in cases if case not in {_case(row) for row in rows}]
+        for group in side_by_side(list(waiting), len(runs.gpus) or max(counts)):
             if runs.left() < _LEAST:
-                return cases
+                break
             new = runs.measure(group)
-            rows += new
+            rows.extend(new)
             keep(new)
-            cases = [case for case in cases if case not in group]
-        if not longest_cases(rows, counts, memory_gib=_memory_gib()):
+            waiting = [case for case in waiting if case not in group]
+        return waiting
+
+    waiting = left_of(first_cases(parts, counts))
+    while "longest" in parts and runs.gpus and not waiting:
+        tried = longest_cases(rows, counts, memory_gib=_memory_gib())
+        if not tried:
             break
-    return waiting
+        waiting = left_of(tried)
+    return waiting + left_of(last_cases(parts, counts))
 
 
 def _case(row: Row) -> Case:
