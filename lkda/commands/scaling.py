@@ -330,7 +330,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     counts = options.gpus or [n for n in (1, 2, 4, 8) if n <= max(1, len(gpus))]
     for count in counts:
         check_count("--gpus", count, least=1)
-    if gpus and max(counts) > len(gpus):
+    if gpus and max(counts) > len(gpus) and not options.dry_run:
         raise InputError(f"--gpus {max(counts)}: there are {len(gpus)} GPUs.")
     wrong = [word for word in options.overrides if "=" not in word]
     if wrong:
@@ -338,6 +338,11 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     path = options.out / "scaling.json"
     rows: list[Row] = read_results_file(path, kind=KIND)["rows"] if path.exists() else []
     rows = [row for row in rows if _is_final(row)]
+    if options.dry_run:
+        _print_plan(
+            [*first_cases(options.parts, counts), *last_cases(options.parts, counts)], rows, max(counts), console
+        )
+        return True
     options.out.mkdir(parents=True, exist_ok=True)
 
     def keep(new: Sequence[Row]) -> None:
@@ -364,6 +369,13 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     return not waiting and all(_is_final(row) for row in rows)
 
 
+def _print_plan(cases: Sequence[Case], rows: Sequence[Row], gpus: int, console: Console) -> None:
+    """The runs of each group. Those of `longest` depend on what is measured before."""
+    there = {_case(row) for row in rows}
+    for group in side_by_side([case for case in cases if case not in there], gpus):
+        console.print(f"at the same time: {', '.join(case.name for case in group)}", soft_wrap=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of scripts/train.py")
@@ -372,6 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; default: all")
     parser.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="of a run, at most; default: 180")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds until everything has stopped")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs only")
     parser.add_argument("--runs", type=Path, help="directory of the runs while they train; default: that of the system")
     options = parser.parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the runs on the way out

@@ -99,6 +99,14 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
     assert late.names == []
 
 
+def test_a_dry_run_prints_the_runs(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ending:
+        scaling.main(["--dry-run", "--gpus", "2", "--parts", "base", "--out", str(tmp_path / "out")])
+    assert ending.value.code == 0
+    assert capsys.readouterr().out.splitlines() == ["at the same time: base_ddp_2", "at the same time: base_fsdp_2"]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["--gpus", "0"], "--gpus must be"), (["x", "--gpus", "1"], "x is not a setting: give key=value")],
