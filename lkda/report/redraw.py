@@ -20,6 +20,7 @@ from lkda.report.studies import (
     long_run,
     peer_training,
     recipe,
+    scaling,
     state_dtypes,
     state_error,
     step_benchmark,
@@ -40,6 +41,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "recipe": recipe.redraw,
     "learning_rates": learning_rates.redraw,
     "peer_training": peer_training.redraw,  # written by lkda.commands.peer_training
+    "scaling": scaling.redraw,  # written by lkda.commands.scaling
     "evaluation": None,  # written by scripts/evaluate.py out=; long_context and state_dtypes collect them
     "table": None,  # lkda.report.readme writes it into a page
     "measurements": None,  # kept as they were measured
