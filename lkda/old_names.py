@@ -48,8 +48,8 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
     KDA and simplified attention without a convolution had no activation. The initial values of convolution filters were
     once an option of the model.
     """
-    missing: dict[str, Any] = {}
     model = config.get("model")
+    missing: dict[str, Any] = {"checkpointing": "none"} if model is not None and "checkpointing" not in config else {}
     init = model.get("init") if isinstance(model, Mapping) else None
     filters = init.get("conv_std") if isinstance(init, Mapping) else None
     groups = [(f"{name}.", config.get(name), options) for name, options in _LATER.items()]
