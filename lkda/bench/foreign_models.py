@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help=f"training steps; the first {WARMUP} are not timed")
     parser.add_argument("--seeds", default="0", help="separated by commas")
     for name, value in asdict(Sizes()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
