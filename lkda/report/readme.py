@@ -10,6 +10,7 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
     table       table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}
+    agreement   agreement.json of the same form: losses on several GPUs beside those on one
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
     "peers": ("benchmark.json", "scripts/benchmark.py", _peers),
     "table": ("table.json", "what measures it,", _table),
+    "agreement": ("agreement.json", "lkda.commands.scaling", _table),
 }
 _BLOCK = re.compile(
     rf"<!-- (?P<kind>{'|'.join(KINDS)}):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL
