@@ -148,8 +148,9 @@ def longest_cases(rows: Sequence[Row], counts: Sequence[int], *, memory_gib: flo
     for n in counts:
         of_n = [row for row in rows if row["gpus"] == n]
         tried = [row for row in of_n if row["part"] == "longest"]
-        peaks = [row.get("peak_memory_gib") for row in of_n if row["part"] == "context" and row["tokens"] == LONG]
-        if any("reason" not in row for row in tried) or len(tried) == len(_SHARES) or not any(peaks):
+        at_long = [row for row in of_n if row["part"] == "context" and row["tokens"] == LONG]
+        peaks = [peak for row in at_long if (peak := row.get("peak_memory_gib"))]
+        if any("reason" not in row for row in tried) or len(tried) == len(_SHARES) or not peaks:
             continue
         tokens = _SHARES[len(tried)] * memory_gib / peaks[0] * LONG
         found.append(Case("longest", _divided(n), n, int(tokens) // _STEP_OF_LENGTHS * _STEP_OF_LENGTHS))
