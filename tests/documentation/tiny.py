@@ -103,7 +103,7 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
     ]
     reasons = []
     if name == "train":
-        added += _first_of_numbers(config, given)
+        added += _first_of_each(config, given)
         added += ["hydra.sweeper.n_trials=1"] * any(word.startswith("hydra.sweeper.n_trials=") for word in given)
         if config.trainer.strategy != "single":
             added.append("trainer.accelerator=gpu")
@@ -147,15 +147,18 @@ def _composed(name: str, given: Sequence[str], configs: Path) -> DictConfig:
         return compose(name, overrides=first, return_hydra_config=True)
 
 
-def _first_of_numbers(config: DictConfig, given: Sequence[str]) -> list[str]:
-    """Of an experiment's sweep every word (a mixer, a task) is run, and of numbers (seeds, sizes, rates) the first."""
+def _first_of_each(config: DictConfig, given: Sequence[str]) -> list[str]:
+    """Of an experiment's sweep the first job is run. tests/test_experiments.py runs every mixer and task of it."""
     swept = config.hydra.sweeper.get("params") or {}
-    if not swept:
-        return []
     own = {word.split("=")[0] for word in given}  # take the place of the experiment's
-    kept = {name: str(values).split(",") for name, values in swept.items() if name not in own}
-    kept = {name: values[:1] if values[0].strip()[0].isdigit() else values for name, values in kept.items()}
-    return ["hydra.sweeper.params=null", *(f"{name}={','.join(values)}" for name, values in kept.items())]
+    firsts = [f"{name}={_first(values)}" for name, values in swept.items() if name not in own]
+    return ["hydra.sweeper.params=null", *firsts] if swept else []
+
+
+def _first(values: str) -> str:
+    """The first value of a choice sweep, such as `a,b` or `[1,2],[3]`."""
+    override = OverridesParser.create().parse_override(f"x={values}")
+    return str(next(iter(override.sweep_string_iterator()))) if override.is_sweep_override() else str(values)
 
 
 def arguments_of(known: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -197,6 +200,8 @@ def _kind(option: str, path: str) -> str | None:
         return "export" if option == "init_from" or path.startswith("exported") else "run"
     if option == "runs":
         return "run"
+    if option == "path":
+        return "novels"
     if option in ("data.paths", "paths", "data.val_paths", "prompt_file"):
         return "pairs" if path.endswith(".jsonl") else "text"
     return "evaluation" if not option and path.endswith(".json") and "*" in path else None
