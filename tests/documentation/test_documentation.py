@@ -100,7 +100,9 @@ def test_a_placeholder_has_a_meaning_or_is_named() -> None:
 
 def test_every_placeholder_of_a_page_has_a_meaning() -> None:
     pages = [name for name in names() if not name.endswith(" --help")]
-    assert {word for page in pages for snippet in snippets(page) for word in with_placeholders(snippet.text)[1]} == set()
+    assert {
+        word for page in pages for snippet in snippets(page) for word in with_placeholders(snippet.text)[1]
+    } == set()
 
 
 def test_the_pages_and_every_script_are_covered() -> None:

@@ -185,7 +185,9 @@ def provide(arguments: Sequence[str], stock: Path) -> list[str]:
     """
     laid = []
     for word in arguments:
-        option, _, value = word.rpartition("=")
+        option, is_option, value = word.partition("=")  # the value may be a path with "=" in it
+        if not is_option:
+            option, value = "", word
         for path in re.findall(r"[^\[\]{},'\"\s]+", value):
             kind = _kind(option, path)
             if kind and not _is_there(option, path) and _untouched(option, Path(path)):
