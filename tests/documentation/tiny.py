@@ -206,17 +206,24 @@ def _kind(option: str, path: str) -> str | None:
         return "novels"
     if option in ("data.paths", "paths", "data.val_paths", "prompt_file"):
         return "pairs" if path.endswith(".jsonl") else "text"
-    return "evaluation" if not option and path.endswith(".json") and "*" in path else None
+    if option or "*" not in path:
+        return None
+    return "evaluation" if path.endswith(".json") else "run" if _is_runs(option, path) else None
 
 
 def _is_there(option: str, path: str) -> bool:
     found = glob.glob(path)
-    return any(Path(one, "config.yaml").exists() for one in found) if option == "runs" else bool(found)
+    return any(Path(one, "config.yaml").exists() for one in found) if _is_runs(option, path) else bool(found)
+
+
+def _is_runs(option: str, path: str) -> bool:
+    """Whether an argument names several runs."""
+    return option == "runs" or (not option and path.endswith("*"))
 
 
 def _untouched(option: str, path: Path) -> bool:
     top = Path(path.parts[0])
-    without_runs = option == "runs" and not any(top.rglob("config.yaml"))
+    without_runs = _is_runs(option, str(path)) and not any(top.rglob("config.yaml"))
     return not top.exists() or (top / ".provided").exists() or without_runs
 
 
