@@ -89,19 +89,24 @@ def test_a_lost_process_ends_the_run(fault: signal.Signals, corpus: Path, tmp_pa
     run = tmp_path / "run"
     words = (*settings(corpus, run), "trainer=ddp", "trainer.devices=2", "checkpoint.every_n_steps=10")
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words, f"trainer.timeout_minutes={MINUTES}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    log = tmp_path / "log"  # not a pipe, which the other process would keep open
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT)
     deadline = time.monotonic() + 200
     while not (run / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (other,) = (int(pid) for pid in children if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(other, fault)
-    said, _ = process.communicate(timeout=60 + 60 * MINUTES)
-    with suppress(ProcessLookupError):
-        os.kill(other, signal.SIGKILL)
-    assert process.returncode != 0
+    try:
+        assert process.wait(60 + 60 * MINUTES) != 0
+    finally:
+        for pid in (other, process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    said = log.read_text()
     assert re.search(r"another process of the run has ended|Child process with PID \d+ terminated|Timeout", said), said
     losses = trained(corpus, run, "trainer=ddp", "trainer.devices=2", "resume=true")
     assert max(losses) == STEPS
