@@ -265,7 +265,8 @@ def _part(word: str) -> str | None:
 def measured(summary: Row) -> Row:
     """What a row has of summary.json. MFU belongs to the median speed, not to that of the last steps."""
     names = ("tokens_per_s", "peak_memory_gib", "context", "model", "mixer", "params", "checkpointing", "precision")
-    row = {name: summary[name] for name in (*names, "val/loss", "steps", "device", "git_commit", "versions")}
+    names += ("checkpoints", "checkpoint_seconds", "val/loss", "steps", "device", "git_commit", "versions")
+    row = {name: summary[name] for name in names}
     if summary["mfu"]:
         peak = 1e12 * summary["tflops_per_s"] / summary["mfu"]
         row["mfu"] = 3 * summary["flops_per_token"] * summary["tokens_per_s"] / peak
