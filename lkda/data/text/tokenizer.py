@@ -94,9 +94,11 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
 
 def first_unknown(tokenizer: Tokenizer, text: str) -> str:
     """The part of a text that the first token for unknown text stands for. The text must have one."""
+    unknown = unknown_token(tokenizer)
+    assert unknown is not None
     with _special_tokens_as_text(tokenizer):
         (encoding,) = _without_special(tokenizer, [text], [tokenizer.encode(text, add_special_tokens=False)])
-    begin, end = encoding.offsets[encoding.ids.index(unknown_token(tokenizer))]
+    begin, end = encoding.offsets[encoding.ids.index(unknown)]
     return text[begin:end]
 
 
