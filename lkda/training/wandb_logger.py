@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import WandbLogger
 
+from lkda.io import write_atomically
+
 _FINISH_SECONDS = 120.0  # that the end of a run waits for the upload of its rows
 
 
@@ -83,7 +85,7 @@ def wandb_logger(
         print(f"wandb: offline, because {reason}; upload the run later with `wandb sync {files}`")
     identity = Path(save_dir) / "wandb_id.txt"
     if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        write_atomically(identity, uuid.uuid4().hex[:8])
     return StepWandbLogger(
         save_dir=save_dir,
         project=project,
