@@ -15,6 +15,8 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lkda.io import write_atomically
 
+_FINISH_SECONDS = 120.0  # that the end of a run waits for the upload of its rows
+
 
 class StepWandbLogger(WandbLogger):
     """Lightning's logger, with the optimizer step as W&B's own step. It ends the W&B run when the training ends.
@@ -94,6 +96,7 @@ def wandb_logger(
         id=identity.read_text(encoding="utf-8").strip(),
         mode="online" if reason is None else "offline",
         resume="allow" if reason is None else None,
-        # The terminal is used by the progress bar, and its output need not be recorded.
-        settings=wandb.Settings(silent=True, console="off"),
+        # The terminal is used by the progress bar, and its output need not be recorded. If the server is lost during
+        # the run, its end would wait for it without a limit; `wandb sync` uploads the rest later.
+        settings=wandb.Settings(silent=True, console="off", finish_timeout=_FINISH_SECONDS),
     )

@@ -384,11 +384,16 @@ def test_fewer_steps_than_are_done_leave_nothing_to_train(corpus: Path, tmp_path
     assert (directory / "metrics.csv").read_bytes() == before
 
 
-def test_a_truncated_newest_checkpoint_is_passed_over(corpus: Path, tmp_path: Path, uninterrupted: Any) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "a flipped bit"])
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    damage: str, corpus: Path, tmp_path: Path, uninterrupted: Any
+) -> None:
     directory = tmp_path / "run"
     run(corpus, directory, *SHORT)
     newest = step_path(directory / "checkpoints", 7)
-    newest.write_bytes(newest.read_bytes()[:1000])
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # within a tensor
+    newest.write_bytes(content[:1000] if damage == "truncated" else content)
     with pytest.warns(UserWarning, match=r"skipping a broken checkpoint: .*step_0000007\.ckpt"):
         run(corpus, directory, *SHORT, "resume=true")
     assert rows(directory) == uninterrupted(SHORT)

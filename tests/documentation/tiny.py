@@ -68,6 +68,7 @@ TINY_ARGUMENTS: dict[str, list[str]] = {
     "--arch": ["sm_90a"],
     "--processes": ["2"],
     "--dry-run": [],
+    "--gigabytes": ["0.0002"],
     "--op": ["column_sums", "gated_norm"],
 }
 # Of scripts/prepare_data.py, for each mix, where the others come by apt: the smallest that comes by pip, and the
