@@ -48,17 +48,31 @@ class Part:
     minutes: float
 
 
-_MIXERS = ["kda", "simplified", "softmax", "kda_softmax_3to1"]
-_STEPS = {"models": ["small"], "mixers": _MIXERS, "peers": ["llama"], "bare": False, "steps": 30}
+_MIXERS = ["kda", "simplified", "softmax", "kda_softmax_3to1", "kda_mla_3to1"]
+_LIMIT = {"time_limit": 120}  # a peer that compiles for minutes must not cost the others their time
+_STEPS = {"models": ["small"], "mixers": _MIXERS, "bare": False, "steps": 30, **_LIMIT}
+_DECODE = {"models": ["small"], "dtypes": ["bf16"], **_LIMIT}
 # The kernels have 128K tokens at every length, so that a curve over the length shows how the cost of a token grows.
 _LENGTHS = ["128x1024x16x64", "16x8192x16x64", "4x32768x16x64", "1x131072x16x64"]
+_CONTEXTS = [1024, 8192, 32_768, 131_072]
 ON_GPU = (
     Part(
         "operators",
         "op",
         {"ops": ["kda", "simplified"], "shapes": _LENGTHS, "backends": ["cuda"], "gates": ["slow"]}
-        | {"peers": ["fla", "cudnn", "sdpa"], "replays": ["graph"]},
+        | {"peers": ["fla", "cudnn", "sdpa"]},
         4,
+    ),
+    Part("steps_2k", "step", {**_STEPS, "shapes": ["8x2048"], "peers": ["llama", "fla_kda"]}, 3.5),
+    Part("steps_8k", "step", {**_STEPS, "shapes": ["2x8192"], "peers": ["llama"]}, 3),
+    Part("decode", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [1], "contexts": _CONTEXTS, "prefill": True}, 3),
+    Part("steps_16k", "step", {**_STEPS, "shapes": ["1x16384"], "peers": ["llama"]}, 3),
+    Part("decode_batch", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [256], "contexts": [1024, 8192]}, 1),
+    Part(
+        "decode_peers",
+        "decode",
+        {**_DECODE, "mixers": ["kda", "softmax"], "batches": [1], "contexts": [1024], "peers": ["transformers", "fla"]},
+        2,
     ),
     Part(
         "layers",
@@ -66,22 +80,6 @@ ON_GPU = (
         {"ops": ["kda_layer", "kda_gate", "short_conv", "gated_norm"], "shapes": ["8x2048x16x64", "1x8192x16x128"]}
         | {"backends": ["cuda"], "peers": ["fla"], "replays": ["graph"]},
         2,
-    ),
-    Part("steps_2k", "step", {**_STEPS, "shapes": ["8x2048"]}, 4),
-    Part("steps_8k", "step", {**_STEPS, "shapes": ["2x8192"]}, 4),
-    Part("steps_16k", "step", {**_STEPS, "shapes": ["1x16384"]}, 4),
-    Part(
-        "decode",
-        "decode",
-        {"models": ["small"], "mixers": _MIXERS, "batches": [1], "contexts": [1024, 8192, 32_768, 131_072]}
-        | {"dtypes": ["bf16"], "prefill": True},
-        5,
-    ),
-    Part(
-        "decode_batch",
-        "decode",
-        {"models": ["small"], "mixers": _MIXERS, "batches": [256], "contexts": [1024, 8192], "dtypes": ["bf16"]},
-        1,
     ),
 )
 _SMALL = {"models": ["tiny"], "mixers": ["kda", "simplified", "softmax"], "vocab_size": 1024}
@@ -143,14 +141,16 @@ def measure_whole_set(
             console.print(f"{part.name}: complete, not measured again")
     begun = time.perf_counter()
     failed: dict[str, str] = {}
-    for n, part in enumerate(waiting):
+    measured = False
+    for part in waiting:
         pace = _pace(parts, done)
         spent = (time.perf_counter() - begun) / 60
-        if limit is not None and n and spent + part.minutes * pace > limit:
-            break
-        left = sum(other.minutes for other in waiting[n:]) * pace
+        if limit is not None and measured and spent + part.minutes * pace > limit:
+            continue  # a shorter one may still fit
+        measured = True
+        left = sum(other.minutes for other in parts if other.name not in {*done, *failed}) * pace
         console.print(
-            f"{_bar(len(parts) - len(waiting) + n, len(parts))} {part.name}, about {_minutes(part.minutes * pace)}; "
+            f"{_bar(len({*done, *failed}), len(parts))} {part.name}, about {_minutes(part.minutes * pace)}; "
             f"all that is left, about {_minutes(left)}"
         )
         started = time.perf_counter()
