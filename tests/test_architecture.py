@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN = {
     "hydra": {"commands"},
     "datasets": {"data"},
-    "wandb": {"training"},
+    "wandb": {"training", "commands"},
     "transformers": {"formats", "commands", "bench", "integrations"},
     "fla": {"commands", "bench", "bench.ops", "integrations"},
     "lm_eval": {"commands"},

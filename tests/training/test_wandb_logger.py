@@ -11,7 +11,7 @@ import wandb
 
 from lkda.commands.train import train
 from lkda.training.task import LanguageModelTask
-from lkda.training.wandb_logger import why_offline
+from lkda.training.wandb_connection import why_offline
 from tests.commands.small import composed, small_run
 from tests.training.wandb_records import history, records
 
@@ -45,7 +45,7 @@ def test_the_offline_run_is_metrics_csv(corpus: Path, tmp_path: Path, capsys: py
     (described,) = (record["run"] for record in found if record["type"] == "run")
     assert described["project"] == "lkda"
     assert described["display_name"] == "kda_debug_seed1"
-    assert described["run_group"] == "files_debug"
+    assert (described["run_group"], described["job_type"]) == ("kda_debug_files", "train")
     assert described["tags"] == ["kda", "debug", "files"]
     config = described["config"]["update"]
     assert config["model"]["d_model"] == 32

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lkda.report.draw.digest import digest, with_digest
 from lkda.report.draw.style import DARK, LIGHT, Style
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -63,7 +64,8 @@ class Chart:
             "title": {"text": self.title, "subtitle": self.caption, "anchor": "start", "subtitleColor": LIGHT.faint},
         }
         svg = _renumbered(vl_convert.vegalite_to_svg(drawn, config=self.config(LIGHT)))
-        png = vl_convert.svg_to_png(svg, scale=PNG_SCALE)
+        shown = digest([self.title, self.caption, dict(self.spec)])
+        png = with_digest(vl_convert.svg_to_png(svg, scale=PNG_SCALE), shown)
         return {f"{self.name}.svg": svg, f"{self.name}.png": png}
 
     def embedded(self) -> dict[str, Any]:

@@ -77,6 +77,12 @@ class Comparison:
             self.groups, across_tokenizers=across, exclusive_device=self.exclusive_device, kernel_ms=kernel_ms
         )
 
+    def tables(self) -> dict[str, Section]:
+        """The tables of the page: which_mixer, runs, and where there are benchmarks crossings and measurements."""
+        tradeoff = self.tradeoff
+        found = {"which_mixer": tradeoff.first_section(), "runs": _runs_section(self, self.rows, self.notes)}
+        return found | dict(zip(("crossings", "measurements"), tradeoff.sections()))
+
     @property
     def notes(self) -> list[str]:
         """Sentences that explain the table."""
@@ -198,7 +204,8 @@ def write(comparison: Comparison, path: Path) -> None:
     files |= {out / name: content for name, content in beside.items()}
     drawn = _pictures(comparison)
     files |= {out / f"{name}.png": picture.light for (name, _), picture in drawn.items()}
-    sections = [tradeoff.first_section(), _runs_section(comparison, rows, notes)]
+    tables = comparison.tables()
+    sections = [tables.pop("which_mixer"), tables.pop("runs")]
     if accuracy.has_val_subsets(comparison.runs):
         by_subset, heading = (
             accuracy.table(comparison.runs),
@@ -211,7 +218,7 @@ def write(comparison: Comparison, path: Path) -> None:
         for (name, heading), picture in drawn.items()
         if name not in AS_CHARTS
     ]
-    sections += tradeoff.sections()
+    sections += tables.values()
     if comparison.benchmark:
         sections += [replace(bench_report.table_section(comparison.benchmark), sortable=True)]
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
@@ -237,7 +244,7 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
         body=[[cells[0], differs, *cells[1:], command] for cells, (differs, command) in zip(body, extra, strict=True)],
         names=2,
         sortable=True,
-        sort_by=[[row[0], None, *row[1:]] for row in table.as_values(rows)],
+        sort_by=[[row[0], None, *row[1:], None] for row in table.as_values(rows)],
         notes=notes,
     )
 
