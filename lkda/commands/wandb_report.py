@@ -46,7 +46,7 @@ def send_report(comparison: Comparison, out: Path, *, project: str) -> str | Non
         for chart in comparison.tradeoff.charts():
             found |= dict(_panels(chart))
         run.log(found)
-        run.summary["answer"] = comparison.tradeoff.sentence
+        run.summary["answer"] = comparison.tradeoff.summary
     return reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,12 @@ def _log2(title: str, *, labels: str) -> Encoding:
         "scale": {"type": "log", "base": 2, "nice": False, "padding": 12},
         "axis": axis,
     }
+
+
+def _powers_of_two(values: Sequence[float]) -> list[int]:
+    """Those between the least and the greatest, at most eight of them; they need not be of a decade."""
+    low, high = math.ceil(math.log2(min(values))), math.floor(math.log2(max(values)))
+    return [2**power for power in range(low, high + 1, math.ceil((high - low + 1) / 8) or 1)]
 
 
 def _linear(title: str) -> Encoding:
@@ -126,6 +133,7 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     y = {"field": "us", **_log10("time of a token, microseconds", format=",.3~r")}
     if not of_time:
         y = {"field": "memory", **_log2(of_memory, labels=_BYTES)}
+        y["axis"] = y["axis"] | {"values": _powers_of_two([record["memory"] for record in records]), "grid": True}
     shown = {
         "series": "mixer",
         "context": "context, tokens",

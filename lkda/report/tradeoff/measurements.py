@@ -44,6 +44,7 @@ class Measurement:
         memory: bytes: of the state of one sequence when decoding, else the peak.
         reason: why nothing was measured.
         file, command: where it is recorded, and how to measure it again.
+        own: whether it is lkda's implementation; a kernel of softmax attention is that of PyTorch, which lkda calls.
     """
 
     stage: str
@@ -58,6 +59,7 @@ class Measurement:
     reason: str
     file: str
     command: str
+    own: bool = True
 
     @property
     def where(self) -> str:
@@ -157,6 +159,7 @@ def _operator(row: Row, result: Results, device: str) -> Measurement:
         reason="" if time else str(row.get("reason") or "not measured"),
         file=result.name,
         command=command + (f" peers=[{str(peer).split()[0] if not softmax else 'sdpa'}]" if peer else ""),
+        own=softmax or (peer is None and row["backend"] == "cuda"),
     )
 
 
@@ -183,6 +186,7 @@ def _step(row: Row, result: Results, device: str) -> Measurement:
         reason=str(row.get("reason", "")),
         file=result.name,
         command=command + _further(row),
+        own=row["implementation"] == "train",
     )
 
 
@@ -213,6 +217,7 @@ def _decode(row: Row, result: Results, device: str) -> Measurement:
         reason=str(row.get("reason", "")),
         file=result.name,
         command=command + (f" top_p={row['top_p']}" if row.get("top_p") is not None else "") + _further(row),
+        own=row["implementation"] in ("lkda", "prefill"),
     )
 
 

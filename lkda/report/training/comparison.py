@@ -19,7 +19,7 @@ from lkda.report.read.groups import Group, also_differing, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, find_results, measurements
 from lkda.report.tradeoff.records import best_of, reproduce, within_spread
-from lkda.report.tradeoff.report import Tradeoff
+from lkda.report.tradeoff.report import AGAIN, Tradeoff
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
 RESULTS = "results.json"
@@ -212,13 +212,14 @@ def write(comparison: Comparison, path: Path) -> None:
             "Accuracy at the target positions, each model at its best learning rate",
         )
         sections += [Section(heading, head=by_subset[0], body=by_subset[1], names=by_subset[0].index("mixer") + 1)]
+    sections += [section for name, section in tables.items() if name == "crossings"]
     sections += [tradeoff.chart_section()]
     sections += [
         Section(heading, pictures={heading: picture})
         for (name, heading), picture in drawn.items()
         if name not in AS_CHARTS
     ]
-    sections += tables.values()
+    sections += [section for name, section in tables.items() if name == "measurements"]
     if comparison.benchmark:
         sections += [replace(bench_report.table_section(comparison.benchmark), sortable=True)]
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
@@ -240,12 +241,12 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
     ]
     return Section(
         "Runs",
-        head=[head[0], f"differs from the best in {quality.title}", *head[1:], "train it again"],
-        body=[[cells[0], differs, *cells[1:], command] for cells, (differs, command) in zip(body, extra, strict=True)],
-        names=2,
+        head=[head[0], f"differs from the best in {quality.title}", "train it again", *head[1:]],
+        body=[[cells[0], differs, command, *cells[1:]] for cells, (differs, command) in zip(body, extra, strict=True)],
+        names=3,
         sortable=True,
-        sort_by=[[row[0], None, *row[1:], None] for row in table.as_values(rows)],
-        notes=notes,
+        sort_by=[[row[0], None, None, *row[1:]] for row in table.as_values(rows)],
+        notes=[AGAIN.format(column="train it again"), *notes],
     )
 
 
