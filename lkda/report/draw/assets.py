@@ -32,6 +32,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
       columnControl: [{target: 1, content: [{extend: "dropdown", text: "choose", content: ["searchList"]}]}],
     }],
   });
+  const scrolled = table.parentElement;
+  for (const [name, value] of [["tabindex", "0"], ["role", "region"], ["aria-label", table.ariaLabel]])
+    scrolled.setAttribute(name, value);
 }
 document.documentElement.dataset.ready = "true";
 """

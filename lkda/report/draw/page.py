@@ -38,6 +38,8 @@ h3 {{ font-weight: 600; font-size: 1rem; margin: 2.4rem 0 0.2rem; }}
 table.sortable td, table.sortable th {{ text-align: left; }}
 table.sortable .dt-type-numeric {{ text-align: right; }}
 table.sortable td.name {{ white-space: normal; min-width: 7rem; }}
+table.sortable td:last-child {{ white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }}
+td .dtcc-button_dropdown > .dtcc-button-text {{ display: inline !important; font-size: 0.75rem; color: var(--faint); }}
 nav {{ font-size: 0.875rem; margin: -0.8rem 0 1.5rem; }} a {{ color: inherit; }}
 summary {{ cursor: pointer; color: var(--faint); }}
 td code {{ display: block; width: 22rem; font-size: 0.75rem; white-space: normal; user-select: all; }}
@@ -126,13 +128,13 @@ def _table(section: Section) -> str:
     orders = section.sort_by or [()] * len(section.body)
     lines = "".join(_line("td", line, section.names, by) for line, by in zip(section.body, orders, strict=True))
     head = _line("th", section.head, section.names)
-    lists = f" data-lists='{json.dumps(list(section.lists))}'"
-    name = f' class="sortable display compact"{lists}' if section.sortable else ""
-    label = html.escape(section.heading or "table")
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-        f"<table{name}><thead>{head}</thead><tbody>{lines}</tbody></table></div>"
-    )
+    label = f'aria-label="{html.escape(section.heading or "table")}"'
+    lists = f"data-lists='{json.dumps(list(section.lists))}'"
+    name = f' class="sortable display compact" {label} {lists}' if section.sortable else ""
+    region = (
+        "" if section.sortable else f' tabindex="0" role="region" {label}'
+    )  # of a sortable one, its script makes one
+    return f'<div class="scroll"{region}><table{name}><thead>{head}</thead><tbody>{lines}</tbody></table></div>'
 
 
 def _line(tag: str, cells: Sequence[str], names: int, sort_by: Sequence[float | str | None] = ()) -> str:
