@@ -1,7 +1,8 @@
 """The whole set of `scripts/benchmark.py task=all`: operators, layers, training steps, prefill and decoding, in parts.
 
 Each part is a benchmark with fixed options, in a directory of its own. A part that is complete is not measured again,
-so the same command with the same `out` goes on where it stopped. whole_set.json in `out` holds the state.
+so the same command with the same `out` goes on where it stopped. In `out`, parts.json holds the state, and
+whole_set.json all results.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from lkda.commands.invocation import command
 from lkda.commands.step_benchmark import device_name, open_console
 from lkda.io import write_atomically
 from lkda.report.read.files import read_results_file
-from lkda.report.tradeoff.measurements import find_results, measurements
-from lkda.report.tradeoff.report import write_page
+from lkda.report.tradeoff.measurements import find_results
+from lkda.report.tradeoff.report import write_whole_set
 
-STATE = "whole_set.json"
+STATE, RESULT = "parts.json", "whole_set.json"
 Settings = dict[str, Any]
 
 
@@ -37,7 +38,7 @@ class Part:
 
     Attributes:
         name: of its directory in `out`.
-        task: op, step or decode.
+        task: op, step, decode or notes.
         options: of configs/benchmark.yaml, where they differ from the defaults.
         minutes: the estimate before anything was measured.
     """
@@ -66,6 +67,7 @@ ON_GPU = (
     Part("steps_2k", "step", {**_STEPS, "shapes": ["8x2048"], "peers": ["llama", "fla_kda"]}, 3.5),
     Part("steps_8k", "step", {**_STEPS, "shapes": ["2x8192"], "peers": ["llama"]}, 3),
     Part("decode", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [1], "contexts": _CONTEXTS, "prefill": True}, 3),
+    Part("notes", "notes", {}, 1.5),  # after the decoding, which its claims refer to
     Part("steps_16k", "step", {**_STEPS, "shapes": ["1x16384"], "peers": ["llama"]}, 3),
     Part("decode_batch", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [256], "contexts": [1024, 8192]}, 1),
     Part(
@@ -211,7 +213,7 @@ def _finish(
     """Write the page of what was measured, and say what is missing."""
     complete = [out / part.name for part in parts if part.name in done]
     if complete:
-        write_page(measurements(find_results(complete)), out, title="Which mixer is fastest")
+        write_whole_set(find_results(complete), out / RESULT, title="Which mixer is fastest")
         taken = sum(done.values()) / 60
         console.print(f"\n{len(complete)} of {len(parts)} parts in {taken:.1f} min; the page is {out / 'report.html'}.")
     again = command("benchmark", f"out={out}")

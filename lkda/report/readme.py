@@ -10,12 +10,14 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
     table       table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}
+    notes_X     notes.json, as `scripts/benchmark.py task=notes` writes it: the table X of `lkda.report.studies.notes`
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lkda.checks import InputError
@@ -25,6 +27,7 @@ from lkda.report.operators.peers import side_by_side
 from lkda.report.operators.report import metadata
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import from_record
+from lkda.report.studies import notes
 from lkda.report.training import accuracy
 from lkda.report.training.comparison import KIND as COMPARISON
 from lkda.report.training.table import as_cells
@@ -64,6 +67,10 @@ KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
     "peers": ("benchmark.json", "scripts/benchmark.py", _peers),
     "table": ("table.json", "what measures it,", _table),
+    **{
+        f"notes_{name}": ("notes.json", "scripts/benchmark.py task=notes", partial(notes.block, name))
+        for name in notes.TITLES
+    },
 }
 _BLOCK = re.compile(
     rf"<!-- (?P<kind>{'|'.join(KINDS)}):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL

@@ -1,4 +1,4 @@
-"""The figures of README show what their committed JSON holds: each PNG has the digest of a picture drawn from it now."""
+"""The figures of README show what their JSON holds: each PNG has the digest of a picture that is drawn from it now."""
 
 from __future__ import annotations
 

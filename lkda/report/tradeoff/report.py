@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.page import Section, page
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import length, memory
-from lkda.report.read.files import write_together
+from lkda.report.operators import report as bench_report
+from lkda.report.operators.benchmark import KIND as BENCHMARK
+from lkda.report.operators.benchmark import Benchmark
+from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group
+from lkda.report.studies import notes
 from lkda.report.tradeoff import charts, records
 from lkda.report.tradeoff.crossings import Pair, pairs
-from lkda.report.tradeoff.measurements import STAGES, Measurement
+from lkda.report.tradeoff.measurements import STAGES, WHOLE_SET, Measurement, Results, find_results, measurements
 
 # What the cells of a table are sorted by; -1 stands for a missing number.
 Cells = list[list[float | str | None]]
@@ -174,15 +179,44 @@ class Tradeoff:
         return files
 
 
-def write_page(found: Sequence[Measurement], out: Path, *, title: str) -> None:
-    """Writes report.html of benchmarks alone, and what `Tradeoff.files` makes, into `out`."""
-    joined = Tradeoff([], found)
+def write_whole_set(results: Sequence[Results], path: Path, *, title: str) -> None:
+    """Writes results of benchmarks to `path`, and beside it report.html and what `Tradeoff.files` makes."""
+    joined = Tradeoff([], measurements(results))
+    content = {"kind": WHOLE_SET, "title": title, "benchmarks": [asdict(result) for result in results]}
     crossing, measured = joined.sections()
-    sections = [joined.first_section(), crossing, joined.chart_section(), measured]
+    sections = [joined.first_section(), crossing, joined.chart_section(), *notes_sections(results), measured]
+    operators = benchmark_of(results)
+    sections += [replace(bench_report.table_section(operators), sortable=True)] if operators else []
     files = joined.files(title, table="", notes=())
-    write_together(
-        {out / name: content for name, content in files.items()} | {out / "report.html": page(title, sections)}
-    )
+    files |= {path.name: json.dumps(content, indent=1) + "\n", "report.html": page(title, sections)}
+    write_together({path.parent / name: text for name, text in files.items()})
+
+
+def redraw(path: Path) -> None:
+    """Writes what `write_whole_set` does beside a whole set's file. Raises: InputError where it is not one."""
+    found = read_results_file(path, kind=WHOLE_SET)
+    write_whole_set(find_results([path]), path, title=str(found.get("title")))
+
+
+def benchmark_of(results: Sequence[Results]) -> Benchmark | None:
+    """The operators' times on the device of the first file that holds some, or None."""
+    found = [result for result in results if result.kind == BENCHMARK]
+    same = [result for result in found if result.header.get("device") == found[0].header.get("device")]
+    return Benchmark(found[0].header, [row for result in same for row in result.rows]) if found else None
+
+
+def notes_sections(results: Sequence[Results]) -> list[Section]:
+    """The table of the project's notes, their lessons and their claims, from `scripts/benchmark.py task=notes`."""
+    sections = []
+    for result in (result for result in results if result.kind == notes.KIND):
+        found = {"header": result.header, "rows": result.rows}
+        same = [one for one in results if one.header.get("device") == result.header.get("device")]
+        decoding = [row for one in same if one.kind == "decode" for row in one.rows]
+        for name, (head, body) in notes.tables(found, decoding).items():
+            heading = f"The notes: {notes.TITLES[name][0].lower()}{notes.TITLES[name][1:]}"
+            shown = Section(heading, head=head, body=body, names=notes.NAMES[name], notes=[notes.note(found)])
+            sections.append(replace(shown, sortable=name == "rows"))
+    return sections
 
 
 def crossing_cells(found: Sequence[Pair]) -> tuple[list[str], list[list[str]], Cells]:

@@ -19,7 +19,7 @@ from lkda.report.read.groups import Group, also_differing, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, find_results, measurements
 from lkda.report.tradeoff.records import best_of, reproduce, within_spread
-from lkda.report.tradeoff.report import AGAIN, Tradeoff
+from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
 RESULTS = "results.json"
@@ -46,10 +46,8 @@ class Comparison:
 
     @property
     def benchmark(self) -> bench.Benchmark | None:
-        """The operators' times on the device of the first file that holds some, or None."""
-        found = [result for result in self.results if result.kind == bench.KIND]
-        same = [result for result in found if result.header.get("device") == found[0].header.get("device")]
-        return bench.Benchmark(found[0].header, [row for result in same for row in result.rows]) if found else None
+        """The operators' times, or None."""
+        return benchmark_of(self.results)
 
     @property
     def tradeoff(self) -> Tradeoff:
@@ -219,6 +217,7 @@ def write(comparison: Comparison, path: Path) -> None:
         for (name, heading), picture in drawn.items()
         if name not in AS_CHARTS
     ]
+    sections += notes_sections(comparison.results)
     sections += [section for name, section in tables.items() if name == "measurements"]
     if comparison.benchmark:
         sections += [replace(bench_report.table_section(comparison.benchmark), sortable=True)]
