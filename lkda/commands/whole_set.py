@@ -85,12 +85,13 @@ ON_GPU = (
     ),
 )
 _SMALL = {"models": ["tiny"], "mixers": ["kda", "simplified", "softmax"], "vocab_size": 1024}
+_STEPS_ON_CPU = {**_SMALL, "compile": False, "bare": False, "steps": 10}
 ON_CPU = (
     Part(
         "operators",
         "op",
         {"ops": ["kda", "simplified"], "shapes": ["8x256x2x32", "2x1024x2x32", "1x2048x2x32"], "dtypes": ["fp32"]}
-        | {"backends": ["chunk"], "gates": ["slow"], "peers": ["sdpa"], "replays": ["eager"]},
+        | {"backends": ["chunk"], "gates": ["slow"], "peers": ["sdpa", "fla"], "replays": ["eager"]},
         0.5,
     ),
     Part(
@@ -100,17 +101,20 @@ ON_CPU = (
         | {"backends": ["chunk", "torch"], "replays": ["eager"]},
         0.5,
     ),
-    Part(
-        "steps",
-        "step",
-        {**_SMALL, "shapes": ["4x256", "1x1024"], "compile": False, "bare": False, "steps": 10},
-        2,
-    ),
+    Part("steps", "step", {**_STEPS_ON_CPU, "shapes": ["4x256"], "peers": ["llama", "fla_kda"]}, 1.5),
+    Part("steps_1k", "step", {**_STEPS_ON_CPU, "shapes": ["1x1024"]}, 1),
     Part(
         "decode",
         "decode",
         {**_SMALL, "dtypes": ["fp32"], "batches": [1], "contexts": [256, 1024, 4096], "prefill": True},
         2,
+    ),
+    Part(
+        "decode_peers",
+        "decode",
+        {**_SMALL, "mixers": ["softmax"], "dtypes": ["fp32"], "batches": [1], "contexts": [256]}
+        | {"peers": ["transformers", "fla"]},
+        1.5,
     ),
 )
 

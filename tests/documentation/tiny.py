@@ -211,7 +211,9 @@ def _kind(option: str, path: str) -> str | None:
     if option in ("ckpt", "init_from"):
         return "export" if option == "init_from" or path.startswith("exported") else "run"
     if option == "runs":
-        return "run"
+        return None if path.endswith(".json") else "run"
+    if option == "bench":
+        return "bench"
     if option in ("data.paths", "paths", "data.val_paths", "prompt_file"):
         return "pairs" if path.endswith(".jsonl") else "text"
     return "evaluation" if not option and path.endswith(".json") and "*" in path else None
@@ -232,7 +234,9 @@ def _lay(kind: str, target: Path, stock: Path) -> None:
     if target.suffix == ".ckpt":
         target = target.parents[1]
     target.parent.mkdir(parents=True, exist_ok=True)
-    if kind in ("run", "export"):
+    if kind == "bench":
+        shutil.copytree("docs/results/decode_context_h200", target)
+    elif kind in ("run", "export"):
         shutil.copytree(stock / kind, target)
     else:
         shutil.copy(stock / kind, target)
