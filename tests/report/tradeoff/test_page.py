@@ -9,7 +9,7 @@ import pytest
 from lkda.report.training.comparison import compare
 from tests.report.conftest import write_run
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+playwright = pytest.importorskip("playwright.sync_api", reason="there is no Playwright: pip install -e '.[browser]'")
 CHROMIUM = shutil.which("chromium")
 # The distinct background colours of the charts.
 BACKGROUNDS = "[...new Set([...document.querySelectorAll('svg.marks')].map(e => getComputedStyle(e).backgroundColor))]"
