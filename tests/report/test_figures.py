@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from lkda.report.draw.digest import digest_of, with_digest
+from lkda.report.draw.digest import contents, digest, digest_of, with_digest
 from lkda.report.redraw import redraw, source
 
 ROOT = Path(__file__).parents[2]
@@ -34,3 +35,16 @@ def test_a_digest_is_read_back_and_tells_pictures_apart(tmp_path: Path) -> None:
     png = (ROOT / FIGURES[0]).read_bytes()
     (tmp_path / "a.png").write_bytes(with_digest(png, "0123"))
     assert digest_of(tmp_path / "a.png") == "0123"
+
+
+def test_the_digest_follows_the_numbers_that_are_drawn() -> None:
+    def drawn(*values: float) -> str:
+        figure = Figure()
+        axes = figure.subplots()
+        axes.plot([1, 2], values)
+        axes.bar([1, 2], values)
+        return digest(contents(figure))
+
+    assert drawn(1.0, 2.0) == drawn(1.0, 2.0 + 1e-9)  # the last digits depend on the machine
+    assert drawn(1.0, 2.0) != drawn(1.0, 2.01)
+    assert digest({"a": [1, "b", None]}) != digest({"a": [1, "c", None]})
