@@ -191,9 +191,13 @@ def _row(case: Case, inputs: Inputs, device: torch.device, copy_speed: float, mi
 
 
 def prepare(
-    implementation: Implementation, inputs: Inputs, case: Case, device: torch.device
+    implementation: Implementation, inputs: Inputs, case: Case, device: torch.device, *, compiled: bool = False
 ) -> tuple[Callable[[], object], dict[str, Tensor], float | None]:
-    """Returns the call to time, its results and gradients by name, and the peak MiB it needs beyond its inputs."""
+    """Returns the call to time, its results and gradients by name, and the peak MiB it needs beyond its inputs.
+
+    Args:
+        compiled: whether the kernels are compiled, so that the first call need not be repeated.
+    """
     results = case.benchmark.results
     own = {name: x.detach() for name, x in implementation.adapt(inputs).items()}
     if case.mode == "fwd":
@@ -202,7 +206,7 @@ def prepare(
         def forward() -> Sequence[Tensor]:
             return implementation.run(own)
 
-        outputs, peak = _with_peak(lambda: dict(zip((*results, STATE), forward())), device)
+        outputs, peak = _with_peak(lambda: dict(zip((*results, STATE), forward())), device, compiled)
         return forward, {name: x for name, x in outputs.items() if x is not None}, peak
     leaves = {name: own[name].requires_grad_() for name in implementation.gradients}
     with torch.no_grad():
@@ -216,12 +220,15 @@ def prepare(
         ), *gradients  # an autograd graph that stays alive keeps the stream it was made on
 
     names = (*results, *(f"d{name}" for name in leaves))
-    outputs, peak = _with_peak(lambda: dict(zip(names, both())), device)
+    outputs, peak = _with_peak(lambda: dict(zip(names, both())), device, compiled)
     return both, outputs | wanted, peak
 
 
-def _with_peak(call: Callable[[], dict[str, Tensor]], device: torch.device) -> tuple[dict[str, Tensor], float | None]:
-    call()  # the first call compiles kernels
+def _with_peak(
+    call: Callable[[], dict[str, Tensor]], device: torch.device, compiled: bool
+) -> tuple[dict[str, Tensor], float | None]:
+    if not compiled:
+        call()
     if device.type != "cuda":
         return call(), None
     torch.cuda.synchronize(device)

@@ -30,7 +30,8 @@ def notes_benchmark(settings: Mapping[str, Any], device: torch.device) -> None:
     Raises: InputError on a CPU, or if `out` cannot be written.
     """
     if device.type != "cuda":
-        raise InputError("task=notes measures CUDA kernels, and the device is a CPU: it needs an NVIDIA GPU.")
+        why = "it was asked for device=cpu" if torch.cuda.is_available() else "torch sees no CUDA device"
+        raise InputError(f"task=notes measures CUDA kernels, and {why}; on a CPU, task=op measures operators.")
     out = Path(settings["out"])
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,7 @@ def notes_benchmark(settings: Mapping[str, Any], device: torch.device) -> None:
     found: dict[str, Any] = {"kind": report.KIND, "header": table.header(device), "rows": []}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("the notes' table", total=table.count())
+        task = progress.add_task("the notes' table", total=table.count(device))
         for row in table.rows(device, found["header"], milliseconds=settings["milliseconds"]):
             found["rows"].append(row)
             write_atomically(out / RESULT, json.dumps(found, indent=1) + "\n")

@@ -46,7 +46,7 @@ CASES = [
         "task=step models=[tiny] overrides=[model.d_modl=3]",
         r"Could not override 'model.d_modl'. Did you mean d_model",
     ),
-    ("task=notes", r"task=notes measures CUDA kernels, and .* needs an NVIDIA GPU"),
+    ("task=notes", r"task=notes measures CUDA kernels, and .*; on a CPU, task=op"),
     ("task=notes shapes=[1x2]", r"shapes has no effect with task=notes, which"),
     ("task=decode milliseconds=5", r"milliseconds has no effect with task=decode"),
     ("milliseconds=-1", r"milliseconds must be above 0 and .*, got -1"),

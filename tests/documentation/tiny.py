@@ -53,6 +53,7 @@ TINY: dict[str, str] = {
 # Options of scripts/benchmark.py for each task.
 TINY_BENCHMARK: dict[str, dict[str, str]] = {
     "all": {},  # its parts: see `small_parts`
+    "notes": {},
     "op": {"shapes": "[1x64x2x16]", "milliseconds": "2"},
     "step": {
         **{"models": "[tiny]", "mixers": "[kda]", "shapes": "[1x16]", "vocab_size": "300", "steps": "10"},

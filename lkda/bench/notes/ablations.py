@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 
 from lkda.bench.op_benchmark import Implementation, Inputs, Shape
-from lkda.ops.kda.cuda import recurrent
-from lkda.ops.kda.cuda.recurrent import Variant, recurrent_kernel
-from lkda.ops.runtime.jit import Kernel, Module
+from lkda.ops import simplified_attention
+from lkda.ops.kda.cuda.recurrent import Variant, forward, recurrent_kernel
+from lkda.ops.runtime.jit import Kernel, Module, architecture, multiprocessors
+from lkda.ops.simplified.cuda import core
 
-# As many tokens in all: with few heads a multiprocessor has at most one block, with many it has several.
-FEW_HEADS, MANY_HEADS = (8, 8192, 16), (64, 1024, 16)
+# B, T and H, with as many tokens in all. A kernel with one block per head and sequence has 128, 1,024 and 16 blocks:
+# about one for each multiprocessor, several, and too few.
+SIZES = ((8, 8192, 16), (64, 1024, 16), (1, 65_536, 16))
 THREADS = 256  # of ablations.cu
 
 
@@ -144,24 +146,37 @@ def run_simplified(inputs: Inputs, choices: Choices) -> tuple[torch.Tensor]:
 def run_recurrent(inputs: Inputs, variant: Variant) -> tuple[torch.Tensor]:
     """o of `kda_attention`, with the variant of the recurrent kernel."""
     q, k, v, g, beta = (inputs[name] for name in ("q", "k", "v", "g", "beta"))
-    return recurrent.forward(q, k, v, g, beta, None, None, q.shape[-1] ** -0.5, variant=variant)[:1]
+    return forward(q, k, v, g, beta, None, None, q.shape[-1] ** -0.5, variant=variant)[:1]
 
 
-def ablations() -> list[tuple[Ablation, Shape]]:
-    """What is measured, with its shape."""
-    found = []
-    for sizes in (FEW_HEADS, MANY_HEADS):
-        for option, choices in SIMPLIFIED.items():
-            implementation = Implementation(partial(run_simplified, choices=choices))
-            blocks = _blocks_of(HEAD_DIM // choices.channels)
-            one = Ablation("simplified", option, ablation_kernel(choices), THREADS, blocks, implementation)
-            found.append((one, Shape(*sizes, HEAD_DIM)))
-        for option, variant in RECURRENT.items():
-            implementation = Implementation(partial(run_recurrent, variant=variant))
-            threads = variant.column_threads * RECURRENT_HEAD_DIM
-            one = Ablation("kda", option, _recurrent_kernel(variant), threads, _blocks_of(1), implementation)
-            found.append((one, Shape(*sizes, RECURRENT_HEAD_DIM)))
-    return found
+def ablations(device: torch.device) -> list[tuple[Ablation, Shape]]:
+    """What is measured, with its shape; the first variant of each operator is what the others are compared with."""
+    simplified = [_simplified(option, choices) for option, choices in SIMPLIFIED.items()]
+    simplified.append(_parallel_over_time(device))
+    found = [(one, Shape(*sizes, HEAD_DIM)) for sizes in SIZES for one in simplified]
+    recurrent = [_recurrent(option, variant) for option, variant in RECURRENT.items()]
+    return found + [(one, Shape(*sizes, RECURRENT_HEAD_DIM)) for sizes in SIZES[:2] for one in recurrent]
+
+
+def _simplified(option: str, choices: Choices) -> Ablation:
+    implementation = Implementation(partial(run_simplified, choices=choices))
+    blocks = _blocks_of(HEAD_DIM // choices.channels)
+    return Ablation("simplified", option, ablation_kernel(choices), THREADS, blocks, implementation)
+
+
+def _parallel_over_time(device: torch.device) -> Ablation:
+    """The tuned kernel of lkda. Its blocks share the tokens of a sequence."""
+    kernel = core.scan_kernel("forward", architecture(device), HEAD_DIM, torch.bfloat16, packed=False)
+    blocks = core.BLOCKS * multiprocessors(device)
+    implementation = Implementation(lambda inputs: simplified_attention(**inputs, backend="cuda"))
+    option = "parallel over time (lkda's tuned kernel)"
+    return Ablation("simplified", option, kernel, core.THREADS, lambda shape: blocks, implementation)
+
+
+def _recurrent(option: str, variant: Variant) -> Ablation:
+    implementation = Implementation(partial(run_recurrent, variant=variant))
+    threads = variant.column_threads * RECURRENT_HEAD_DIM
+    return Ablation("kda", option, _recurrent_kernel(variant), threads, _blocks_of(1), implementation)
 
 
 def _blocks_of(parts: int) -> Callable[[Shape], int]:

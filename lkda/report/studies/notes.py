@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from lkda.checks import InputError
-from lkda.report.draw.style import Picture, Style, picture
+from lkda.report.draw.style import LINES, MARKERS, Picture, Style, occurrence_index, picture
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import count, length, memory, three
 from lkda.report.read.files import read_results_file, write_together
@@ -130,7 +130,7 @@ def _rows(rows: Sequence[Row]) -> Cells:
         tflops = row["operations"] / row["ms_median"] / 1e9
         cells = [row["name"], _shape(row), _ms(row["ms_median"]) + " (noisy)" * bool(row["noisy"])]
         cells += [count(row["operations"]), memory(row["bytes"]), row["bound_by"]]
-        cells += [f"{100 * row['fraction_of_lower_bound']:.3g}%", f"{row['gb_per_s']:,.0f}", three(tflops)]
+        cells += [f"{100 * row['fraction_of_lower_bound']:.3g}%", three(row["gb_per_s"]), three(tflops)]
         cells += ["" if row["error"] is None else f"{row['error']:.1e}", *_resources(row)]
         body.append([*cells, memory(row["state_bytes"]), f"{row['peak_mib']:,.0f}"])
     return head, body
@@ -191,10 +191,11 @@ def _plot(rows: Sequence[Row]) -> Picture:
     def draw(style: Style) -> Figure:
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")
         axis = figure.subplots()
-        looks = style.looks([name.split(",")[0].lower() for name in names], names)
-        for name, look in zip(names, looks, strict=True):
+        mixers = [name.split(",")[0].lower() for name in names]
+        colours = style.colours(mixers)
+        for name, mixer, n in zip(names, mixers, occurrence_index(mixers), strict=True):
             points = [(row["T"], row["ms_median"]) for row in table if row["name"] == name]
-            axis.plot(*zip(*points), look.line, color=look.colour, marker=look.marker, markersize=4.5, label=name)
+            axis.plot(*zip(*points), LINES[n], color=colours[mixer], marker=MARKERS[n], markersize=4.5, label=name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.xaxis.set(major_locator=FixedLocator(lengths), minor_locator=NullLocator())

@@ -80,6 +80,11 @@ class _Measured:
             return NOT_MEASURED
         return f"{found['registers']} registers, {found['shared_bytes'] / K:.3g} KiB"
 
+    def wide_registers(self, name: str) -> str:
+        """Of the largest heads."""
+        found = max((row for row in self.by_head if row["name"] == name), key=lambda row: row["D"], default=None)
+        return NOT_MEASURED if found is None else str(found["registers"])
+
     def batched_ratio(self, slow: str, fast: str) -> str:
         """In the larger batch of the rows by head size, at heads of 64."""
         rows = {row["name"]: row for row in self.by_head if row["D"] == 64}
@@ -135,8 +140,8 @@ def _times(x: _Measured) -> list[Line]:
             "time of naive attention",
             "52,184 ms (length not given)",
             f"{x.ms(NAIVE, 8 * K)} at 8K, {x.ms(NAIVE, 128 * K)} at 128K; fused {x.ms(FUSED, 128 * K)} at 128K",
-            "The naive kernel takes one key at a time, without tensor cores. PyTorch's fused kernel is faster by a "
-            f"factor of {x.ratio(NAIVE, FUSED, 128 * K)} at 128K, so a naive kernel says little about attention.",
+            "GPU and batch, as above. The naive kernel takes one key at a time, without tensor cores. PyTorch's fused "
+            f"kernel is faster by a factor of {x.ratio(NAIVE, FUSED, 128 * K)} at 128K.",
         ),
     ]
 
@@ -162,8 +167,9 @@ def _ratios(x: _Measured) -> list[Line]:
             "naive attention divided by simplified attention, at 128K",
             "22,120",
             f"naive over tuned {x.ratio(NAIVE, TUNED, 128 * K)}, fused over tuned {x.ratio(FUSED, TUNED, 128 * K)}",
-            "Most of the ratio is the naive kernel. The figures of the notes do not fit together: 52,184 ms divided by "
-            "22,120 is 2.36 ms for simplified attention at 128K, less than their 8.5 ms at 8K.",
+            "Most of the ratio is the naive kernel. The claims do not fit together: if the 52,184 ms are of 8K tokens, "
+            "the ratio is 6,139 there and 16 times as much at 128K; if they are of 128K, simplified attention takes "
+            "2.36 ms there, less than the 8.5 ms at 8K.",
         ),
     ]
 
@@ -181,8 +187,8 @@ def _resources(x: _Measured) -> list[Line]:
             "resources of the KDA kernel",
             "163 registers; 82 KB",
             f"recurrent {x.resources(RECURRENT)}; chunked {x.resources(CHUNKED)}",
-            "The recurrent kernel has the state in registers: 164 for heads of 128, see the table of its variants. The "
-            "chunked kernels fill a multiprocessor with one or two blocks.",
+            "The recurrent kernel has the state in registers; for heads of 128 it uses "
+            f"{x.wide_registers(RECURRENT)}. The chunked kernels fill a multiprocessor with one or two blocks.",
         ),
     ]
 
@@ -195,9 +201,10 @@ def _costs(x: _Measured) -> list[Line]:
             "quadratic in D",
             f"exponents of D for 16 heads: recurrent {x.slope(RECURRENT)}, chunked {x.slope(CHUNKED)}, simplified "
             f"{x.slope(TUNED)}",
-            "The state of a head has D x D entries, so the work on it is quadratic for a fixed number of heads. Bytes "
-            "and the products inside a chunk are linear in D, so the chunked kernels grow more slowly. In a model of "
-            "fixed width there are fewer heads as D grows, and the work on the states is linear in D.",
+            "The state of a head has D x D entries, so the work on it is quadratic for a fixed number of heads, and "
+            "linear in a model of fixed width, which has fewer heads as D grows. The times grow more slowly than the "
+            "work up to D = 128: the recurrent kernel waits for one token after another, and the chunked kernels move "
+            "bytes, which are linear in D.",
         ),
         (
             "short contexts",
