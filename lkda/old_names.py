@@ -48,8 +48,8 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
     KDA and simplified attention without a convolution had no activation. The initial values of convolution filters were
     once an option of the model.
     """
-    missing: dict[str, Any] = {}
     model = config.get("model")
+    missing: dict[str, Any] = {"checkpointing": "none"} if model is not None and "checkpointing" not in config else {}
     init = model.get("init") if isinstance(model, Mapping) else None
     filters = init.get("conv_std") if isinstance(init, Mapping) else None
     groups = [(f"{name}.", config.get(name), options) for name, options in _LATER.items()]
@@ -67,6 +67,13 @@ def later_options(config: Mapping[Any, Any]) -> dict[str, Any]:
             if prefix + "activation" in missing and group.get("conv_width") == 0:
                 missing[prefix + "activation"] = "none"
     return missing
+
+
+def data_name(name: str, config: Mapping[Any, Any]) -> str:
+    """Today's name of the data of a run, which its summary calls `name`. mqar_answered was once called mqar_kimi."""
+    data = config.get("data")
+    target = str(data.get("_target_")) if isinstance(data, Mapping) else ""
+    return "mqar_answered" if name == "mqar_kimi" and target in DATA_MODULES else name
 
 
 def _source_of(data: Mapping[Any, Any]) -> str:

@@ -6,7 +6,9 @@
 
 The models are dense, and random weights are trained on a random chain of tokens, which can be learned. A row has the
 seconds to the end of the first step, tokens/s of a training step (float32 weights, bf16 autocast, AdamW), peak memory,
-the loss of every step, and tokens/s of reading a prompt with a cache (bf16 weights).
+the loss of every step, and tokens/s of reading a prompt with a cache (bf16 weights). Every row is written to
+OUT/foreign_models.json as soon as it is measured, and a later call measures only the rows that are missing there.
+`python -m lkda.report.redraw OUT` makes the tables and the plot.
 """
 
 from __future__ import annotations
@@ -27,17 +29,20 @@ import torch
 from torch import Tensor, nn
 
 from lkda.bench.files import write_json
-from lkda.bench.measure import header
+from lkda.bench.measure import header, versions
 from lkda.checks import InputError
+from lkda.device import resolve_device
 
 PREFILLS = 10  # prompts that are timed
 WARMUP = 10  # steps before those that are timed
+FILE = "foreign_models.json"
+PACKAGES = ("transformers", "flash-linear-attention")
 BRANCHES = 4  # tokens that can follow a token of the chain
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the models and of a batch, [rows, context]."""
+    """Of the models and of a batch, [rows, context]; and whether each layer is computed again in the backward pass."""
 
     layers: int = 12
     width: int = 1024
@@ -45,6 +50,7 @@ class Sizes:
     vocab_size: int = 32000
     rows: int = 4
     context: int = 4096
+    checkpointing: bool = False
 
 
 def kimi(sizes: Sizes) -> nn.Module:
@@ -175,9 +181,16 @@ def measure(name: str, sizes: Sizes, device: torch.device, *, steps: int, seed: 
         raise InputError(f"steps must be above {WARMUP}, which are not timed, got {steps}.")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
-    model = IMPLEMENTATIONS[name](sizes).to(device, torch.float32).train()
-    row = {"implementation": name, "seed": seed, **asdict(sizes), **_train(model, sizes, device, steps, seed)}
+    model: Any = IMPLEMENTATIONS[name](sizes).to(device, torch.float32).train()
+    if sizes.checkpointing:
+        model.gradient_checkpointing_enable()
+    row = _case(name, seed, sizes, steps) | _train(model, sizes, device, steps, seed)
     return row | {"prefill_tokens_per_s": _prefill(model, sizes, device, seed)}
+
+
+def _case(name: str, seed: int, sizes: Sizes, steps: int) -> dict[str, Any]:
+    """What a row measures."""
+    return {"implementation": name, "seed": seed, "steps": steps, **asdict(sizes)}
 
 
 def _train(model: nn.Module, sizes: Sizes, device: torch.device, steps: int, seed: int) -> dict[str, Any]:
@@ -221,41 +234,80 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a directory, for table.json")
+    parser.add_argument("--out", type=Path, required=True, help=f"a directory, for {FILE}")
     parser.add_argument("--only", default=",".join(IMPLEMENTATIONS), help="implementations, separated by commas")
     parser.add_argument("--steps", type=int, default=40, help=f"training steps; the first {WARMUP} are not timed")
     parser.add_argument("--seeds", default="0", help="separated by commas")
+    parser.add_argument("--seconds", type=float, default=1200, help="the longest that a row may take")
     for name, value in asdict(Sizes()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+        kind: dict[str, Any] = {"action": "store_true"} if isinstance(value, bool) else {"type": int, "default": value}
+        parser.add_argument(f"--{name.replace('_', '-')}", **kind)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    names = options.only.split(",")
-    if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
+    if unknown := [name for name in options.only.split(",") if name not in IMPLEMENTATIONS]:
         parser.error(f"--only takes names of {', '.join(IMPLEMENTATIONS)}; got {', '.join(unknown)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: torch sees no CUDA device; use --device cpu.")
-    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    if not all(seed.isdigit() for seed in options.seeds.split(",")):
+        parser.error(f"--seeds takes whole numbers, separated by commas; got {options.seeds!r}")
+    if options.steps <= WARMUP:
+        parser.error(f"--steps must be above {WARMUP}, which are not timed; got {options.steps}")
+    return options
+
+
+def main() -> None:
+    options = _options()
+    try:
+        device = resolve_device(options.device, option="--device", gpu="cuda", instead="--device=cpu")
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
     sizes = Sizes(**{name: getattr(options, name) for name in asdict(Sizes())})
     if options.row:
-        print(json.dumps(measure(names[0], sizes, device, steps=options.steps, seed=int(options.seeds))))
+        print(json.dumps(measure(options.only, sizes, device, steps=options.steps, seed=int(options.seeds))))
         return
-    machine, rows = header(device), list[dict[str, Any]]()
-    for name in names:
-        for seed in options.seeds.split(","):
-            rows.append(_row_of_process(name, seed, sys.argv[1:]))
+    path, machine = options.out / FILE, header(device)
+    machine["versions"] |= versions(PACKAGES)
+    try:
+        rows = _measured(path, machine)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
+    for name in options.only.split(","):
+        for seed in map(int, options.seeds.split(",")):
+            case = _case(name, seed, sizes, options.steps)
+            if any(case.items() <= row.items() for row in rows):
+                continue
+            rows.append(_row_of_process(case, options.seconds, sys.argv[1:]))
             _say(rows[-1])
-            write_json(options.out / "table.json", {"kind": "table", "header": machine, "rows": rows})
+            write_json(path, {"kind": "foreign_models", "header": machine, "rows": rows})
 
 
-def _row_of_process(name: str, seed: str, arguments: list[str]) -> dict[str, Any]:
-    """The row that a process of its own measures; the reason where it fails."""
+def _measured(path: Path, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier call that have a result. Raises InputError where the file is not of the same machine."""
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        there = {name: found["header"][name] for name in ("device", "versions")}
+        rows = [row for row in found["rows"] if "reason" not in row]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not of lkda.bench.foreign_models ({error!r}); choose another --out.") from error
+    if there != {name: machine[name] for name in there}:
+        raise InputError(f"{path} was measured on {there}, which differs from this machine; choose another --out.")
+    return rows
+
+
+def _row_of_process(case: dict[str, Any], seconds: float, arguments: list[str]) -> dict[str, Any]:
+    """The row that a process of its own measures; the reason where it fails or takes longer."""
+    name, seed = case["implementation"], str(case["seed"])
     command = [sys.executable, "-m", "lkda.bench.foreign_models", *arguments, "--row", "--only", name, "--seeds", seed]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return case | {"reason": f"not done after {seconds:g} s"}
     if done.returncode:
-        return {"implementation": name, "seed": int(seed), "reason": done.stderr.strip().splitlines()[-1]}
+        said = done.stderr.strip().splitlines() or [f"it ended with the status {done.returncode}"]
+        return case | {"reason": said[-1]}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 

@@ -219,7 +219,8 @@ def _own_callbacks(
     recorder = Recorder(
         every_n_steps=plan.trainer.log_every_n_steps, tokens_per_step=tokens_per_step, throughput=throughput
     )
-    return [DivergenceGuard(skips=plan.trainer.bad_steps == "skip"), recorder, checkpoints]
+    guard = DivergenceGuard(plan.trainer.log_every_n_steps, skips=plan.trainer.bad_steps == "skip")
+    return [guard, recorder, checkpoints]
 
 
 def _loggers(prepared: PreparedRun, run: RunFiles) -> list[L.pytorch.loggers.Logger]:

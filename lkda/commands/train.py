@@ -103,7 +103,7 @@ def _train(plan: RunPlan, run: RunDirectory, processes: Processes) -> dict[str, 
         raise SystemExit(ending.exit_code)
     if isinstance(ending, DivergedError):
         raise CommandError(_divergence(ending, run))
-    console.print_result(summary, _write_sample(run, trained_model(prepared, model, run), prepared))
+    console.print_result(summary, _write_sample(run, model, prepared))
     return summary
 
 
@@ -120,7 +120,8 @@ def _write_sample(run: RunDirectory, model: LanguageModel, prepared: PreparedRun
     plan, tokenizer = prepared.plan, prepared.data.tokenizer
     if tokenizer is None:
         return None
-    sample = draw_sample(model.to(plan.device), tokenizer, plan.sample, seed=plan.seed)
+    trained = trained_model(prepared, model, run)
+    sample = draw_sample(trained.to(plan.device), tokenizer, plan.sample, seed=plan.seed)
     run.write_samples(sample)
     return sample
 

@@ -13,7 +13,7 @@ from lkda.formats.common.embedding import folded
 from lkda.formats.common.kimi import NORM_EPS
 from lkda.formats.common.layers import layer_names, options_of
 from lkda.formats.common.tokenizer import special_ids, write_tokenizer
-from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
+from lkda.formats.common.writing import DTYPES, renamed, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
 
 __all__ = ["DTYPES", "MODEL_TYPES", "save", "unsupported_feature", "usage"]
@@ -93,9 +93,7 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
 
 def stored_as(name: str) -> str:
     """The name in the file of a parameter of lkda."""
-    for lkda_name, fla_name in _NAMES:
-        name = name.replace(lkda_name, fla_name)
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return renamed(name, _NAMES)
 
 
 def usage(directory: str) -> str:

@@ -21,7 +21,7 @@ from lkda.formats.common.hf_config import kimi_config, llama_config, read_kimi, 
 from lkda.formats.common.layers import layer_names
 from lkda.formats.common.reading import read_tokenizer, read_weights
 from lkda.formats.common.tokenizer import special_ids, write_tokenizer
-from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_weights
+from lkda.formats.common.writing import DTYPES, renamed, weights_of, write_json, write_weights
 from lkda.models.lm import LanguageModel
 
 __all__ = ["DTYPES", "MODEL_TYPES", "load", "save", "unsupported_feature", "usage"]
@@ -97,9 +97,7 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
 
 def stored_as(name: str) -> str:
     """The name in the file of a parameter of lkda."""
-    for lkda_name, hf_name in _NAMES:
-        name = name.replace(lkda_name, hf_name)
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return renamed(name, _NAMES)
 
 
 def usage(directory: str) -> str:

@@ -18,7 +18,7 @@ from lkda.generation.text import GrowingText, check_stop
 from lkda.io import check_output_file, replacing
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import prepare_decoding
-from lkda.models.generate import END, LENGTH, STOP, check_sampling
+from lkda.models.generate import END, LENGTH, STOP, check_sampling, check_seed
 from lkda.models.lm import LanguageModel
 from lkda.ops.sampling.reference import draw_key
 from lkda.special_tokens import document_ends
@@ -165,8 +165,7 @@ class Session:
     ) -> Iterator[tuple[str, Generated | None]]:
         """Pieces of the text; the last one comes with the whole."""
         check_sampling(max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise InputError(f"Session.generate: seed must be a whole number, got {seed!r}.")
+        check_seed("Session.generate", seed)
         if not self.tokens:
             raise InputError("Session.generate: the session is empty; read a text first.")
         self._read([])

@@ -74,8 +74,7 @@ class BatchGenerator:
         batch_size: int | None = None,
     ) -> None:
         check_count("generate: max_new_tokens", max_new_tokens, least=0)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise InputError(f"generate: seed must be a whole number, got {seed!r}.")
+        check_seed("generate", seed)
         for request in requests:
             _check_prompt(request.prompt, model.embed_tokens.num_embeddings)
         if batch_size is not None:
@@ -207,6 +206,12 @@ def check_sampling(
     """Raises ValueError for values that `generate` cannot sample with."""
     check_count("generate: max_new_tokens", max_new_tokens, least=0)
     check_sampling_values(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def check_seed(fn: str, seed: object) -> None:
+    """Raises ValueError unless it is a whole number. `fn` is the function that was called, for the message."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"{fn}: seed must be a whole number, got {seed!r}.")
 
 
 def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:

@@ -13,6 +13,7 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
     fastest     whole_set.json, as `scripts/benchmark.py` without options writes it: the fastest mixer at each context
     crossings   the same file: where KDA overtakes softmax attention
     notes_X     notes.json, as `scripts/benchmark.py task=notes` writes it: the table X of `lkda.report.studies.notes`
+    agreement   agreement.json of the same form: losses on several GPUs beside those on one
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
         f"notes_{name}": ("notes.json", "scripts/benchmark.py task=notes", partial(notes.block, name))
         for name in notes.TITLES
     },
+    "agreement": ("agreement.json", "lkda.commands.scaling", _table),
 }
 _BLOCK = re.compile(
     rf"<!-- (?P<kind>{'|'.join(KINDS)}):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL

@@ -15,12 +15,14 @@ from lkda.report.read.files import read_results_file
 from lkda.report.studies import (
     by_source,
     decode,
+    foreign_models,
     learning_rates,
     long_context,
     long_run,
     notes,
     peer_training,
     recipe,
+    scaling,
     state_dtypes,
     state_error,
     step_benchmark,
@@ -44,6 +46,8 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "learning_rates": learning_rates.redraw,
     "notes": notes.redraw,  # written by scripts/benchmark.py task=notes
     "peer_training": peer_training.redraw,  # written by lkda.commands.peer_training
+    "scaling": scaling.redraw,  # written by lkda.commands.scaling
+    "foreign_models": foreign_models.redraw,  # written by lkda.bench.foreign_models
     "evaluation": None,  # written by scripts/evaluate.py out=; long_context and state_dtypes collect them
     "table": None,  # lkda.report.readme writes it into a page
     "measurements": None,  # kept as they were measured

@@ -67,7 +67,8 @@ class GraphedLoss:
             first: whether the gradients replace those of the previous call. Otherwise they are added to them.
             accumulates: whether any call has first=False. It must be the same in all calls. If true, all graphs add to
                 the same tensors. If false, each graph has its own tensors, which saves the addition.
-        Raises: CaptureError if the loss cannot be captured, or if there are more shapes than MOST_GRAPHS.
+        Raises: CaptureError if the loss cannot be captured, or if there are more shapes than MOST_GRAPHS. The gradients
+            of earlier calls with first=False are then still those of the parameters.
         """
         if accumulates and self._summed is None:
             self._summed = [torch.zeros_like(parameter) for parameter in self._parameters]
@@ -99,12 +100,13 @@ class GraphedLoss:
             self._scale = torch.ones((), device=self._parameters[0].device)
         before = None if self._summed is None else [gradient.clone() for gradient in self._summed]
         try:
-            captured = self._captured_of(own)
+            return self._captured_of(own)
         except (RuntimeError, NotImplementedError) as error:
             raise CaptureError(" ".join(str(error).split())[:300]) from error
-        if before is not None and self._summed is not None:
-            torch._foreach_copy_(self._summed, before)
-        return captured
+        finally:  # the warm-up calls have added to the gradients
+            if before is not None and self._summed is not None:
+                torch._foreach_copy_(self._summed, before)
+                self._give(self._summed)
 
     def _captured_of(self, inputs: dict[str, Tensor | None]) -> _Captured:
         none: list[Tensor | None] = [None] * len(self._parameters)

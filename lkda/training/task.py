@@ -119,6 +119,11 @@ class LanguageModelTask(L.LightningModule):
         self.shares_weights = shares_weights
         self.context_group, self.context_number = context_group, context_number
 
+    @property
+    def replays_graphs(self) -> bool:
+        """Whether forward and backward are replayed CUDA graphs."""
+        return self._graphs is not None
+
     def configure_model(self) -> None:
         if self.shares_weights:
             assert self.device_mesh is not None
@@ -186,12 +191,11 @@ class LanguageModelTask(L.LightningModule):
         try:
             return self._graphs(inputs, scale=scale, first=first, accumulates=pieces > 1)
         except CaptureError as error:
-            if not first:  # the graphs' gradients hold earlier pieces of this step
-                raise
             why = f"without torch.compile and CUDA graphs: {error}"
             get_console().print(why, markup=False, highlight=False, soft_wrap=True)
             self._graphs, self.loss = None, self.loss.uncompiled()
-            self.zero_grad()
+            if first:  # otherwise the gradients of the step's earlier pieces stay, and those of this one are added
+                self.zero_grad()
             return None
 
     def loss_scale(self, weight: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lkda.io import write_atomically
+
 
 def why_offline() -> str | None:
     """The reason why W&B cannot be used online now; None if it can."""
@@ -43,5 +45,5 @@ def run_identity(directory: Path) -> str:
     """The id of the W&B run of a directory, which is stored in it, so that a later process continues the same run."""
     path = directory / "wandb_id.txt"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        write_atomically(path, uuid.uuid4().hex[:8])
     return path.read_text(encoding="utf-8").strip()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
@@ -20,8 +22,14 @@ VOCAB = 1000
 
 
 @pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers", minversion="5.24")
+def transformers(monkeypatch):
+    """With its PyTorch code, also where FLA is installed: a family's module chooses when it is imported."""
+    found = pytest.importorskip("transformers", minversion="5.24")
+    with monkeypatch.context() as patch:
+        for package in ("fla", "causal_conv1d"):
+            patch.setitem(sys.modules, package, None)
+        importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+    return found
 
 
 def dense_kimi(transformers, layers=4, width=512):

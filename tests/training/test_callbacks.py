@@ -106,6 +106,9 @@ def test_the_overview_adds_up(mlp_hidden: int) -> None:
 def test_a_row_is_described_in_one_line() -> None:
     row = {"train/loss": 3.14159, "train/bits_per_byte": 1.5, "lr": 0.1, "tokens_per_s": 12345.6}
     assert describe(row) == "loss 3.142  1.500 bpb  12,346 tok/s"
+    row |= {"tokens_per_s": 927557.0, "tflops_per_s": 243.4, "mfu": 0.246, "peak_memory_gib": 4.56, "val/loss": 3.2}
+    of_a_gpu = "927,557 tok/s  243 TFLOP/s  25% mfu  4.6 GiB"
+    assert describe(row) == f"loss 3.142  1.500 bpb  {of_a_gpu}  val 3.200"
 
 
 def trainer_at(step: int, *, max_steps: int, every: int, pieces: int = 1) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lkda.commands.train import train
+from lkda.training.callbacks import DivergenceGuard
 from lkda.training.task import LanguageModelTask
 from tests.commands.small import composed, small_run
 
@@ -71,9 +72,16 @@ def test_no_value_is_read_between_rows(tmp_path: Path, monkeypatch: pytest.Monke
         "checkpoint.every_n_steps=12",
     )
     config = composed("train", *small_run(corpus, *options, "mixer=simplified"))
-    reads = Reads()
+    reads, intervals, made = Reads(), list[int](), DivergenceGuard.__init__
+
+    def noted(self: DivergenceGuard, every_n_steps: int, *, skips: bool) -> None:
+        intervals.append(every_n_steps)
+        made(self, every_n_steps, skips=skips)
+
+    monkeypatch.setattr(DivergenceGuard, "__init__", noted)
     with counted_steps(reads, monkeypatch):
         train(config, tmp_path / "run")
     between = {file for step, file in reads.found if step in (2, 3, 4, 5, 7, 8, 9, 10, 11)}
     assert {step for step, file in reads.found if file == "recorder.py"} >= {1, 6, 12}  # rows are seen
-    assert between - {"ops"} == {"divergence.py"}  # on a CPU it reads each loss, on a GPU every tenth
+    assert between - {"ops"} == {"divergence.py"}  # on a CPU it reads each loss, on a GPU those of rows
+    assert intervals == [6]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress, TaskID
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 from lkda.data.progress import without_bars_of_datasets
 from lkda.data.text.cache import expanded
 from lkda.data.text.datamodule import TextDataModule
@@ -235,8 +235,8 @@ class HubDataModule(TextDataModule):
         same = [name for name, other in (("split", split), ("val_split", val_split)) if other == test_split]
         if test_split is not None and same:
             raise InputError(f"data.test_split={test_split} is also data.{same[0]}: give another split for the test.")
-        if max_documents is not None and (type(max_documents) is not int or max_documents < 2):
-            raise InputError(f"data.max_documents must be a whole number of 2 or more, got {max_documents!r}.")
+        if max_documents is not None:
+            check_count("data.max_documents", max_documents, least=2)
         home = expanded(name)
         if name.startswith(("~", "/", ".")) and not home.is_dir():
             raise InputError(f"data.name={name} must be a directory, but there is none.")

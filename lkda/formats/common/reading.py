@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lkda.checks import InputError
+from lkda.checks import InputError, check_count
 
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
@@ -75,9 +75,8 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 def number(config: Mapping[str, Any], key: str, *, least: int = 0, source: object) -> int:
     """A whole number of config.json. Raises ValueError, naming the key, its value and `source`, where it is not one."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"config.json of {source}: {key} must be a whole number of {least} or more, got {value!r}.")
+    check_count(f"config.json of {source}: {key}", config.get(key), least=least)
+    value: int = config[key]
     return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,17 @@ _FLOAT32 = ("A_log", "dt_bias")
 def weights_of(model: LanguageModel) -> dict[str, Tensor]:
     """All parameters by their names in lkda, on the CPU in float32. A tied head is included under its own name too."""
     return {name: tensor.detach().cpu().float().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def renamed(name: str, names: Sequence[tuple[str, str]]) -> str:
+    """The name in a file of transformers or flash-linear-attention of a parameter of lkda.
+
+    Args:
+        names: parts of names: lkda's and the file's.
+    """
+    for lkda_name, stored_name in names:
+        name = name.replace(lkda_name, stored_name)
+    return name if name.startswith("lm_head") else f"model.{name}"
 
 
 def write_weights(directory: Path, weights: Mapping[str, Tensor], *, dtype: str) -> None:

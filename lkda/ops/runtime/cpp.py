@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lkda.io import replace_file
 from lkda.ops.runtime import cubin_cache
 
 # The suffix of a function for tensors of that type.
@@ -153,7 +154,7 @@ class Library:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
                 self._compile(executable, Path(scratch) / name)
-                os.replace(Path(scratch) / name, folder / name)
+                replace_file(Path(scratch) / name, folder / name)
             return ctypes.CDLL(str(folder / name))
         except OSError as error:
             cubin_cache.warn(error)

@@ -7,12 +7,12 @@ cannot be used, kernels are compiled again in each process, with one warning.
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 
 _warned = False
 
@@ -57,16 +57,10 @@ def read(name: str) -> tuple[bytes, str] | None:
 def write(name: str, cubin: bytes, log: str) -> None:
     """Stores an entry. A failure gives a warning, no error."""
     head = json.dumps({"sha256": hashlib.sha256(cubin).hexdigest(), "log": log})
-    temporary = None
     try:
         directory().mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=directory(), prefix=".")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(head.encode() + b"\n" + cubin)
-        os.replace(temporary, directory() / name)
+        write_atomically(directory() / name, head.encode() + b"\n" + cubin)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         warn(error)
 
 

@@ -18,6 +18,7 @@ from lkda.report.read.crossings import crossings as points_in_common
 
 NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 SOFTMAX = "softmax attention (SDPA)"  # an implementation that is measured beside KDA and is another function
+REPLAYED = "Filled marks: replayed CUDA graphs. "
 HOLLOW = "Hollow marks: eager calls, which include the time of the host."
 # What tells curves of cost apart: operator, heads, implementation, gate, tokens.
 Name = tuple[str, ...]
@@ -78,8 +79,7 @@ def cost_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
             if name in replayed:
                 axes.plot(xs, ys, "o", color=colour, markersize=4)
             if name in eager:
-                face = style.background
-                axes.plot(*zip(*eager[name]), "o", color=colour, markersize=5, markerfacecolor=face)
+                axes.plot(*zip(*eager[name]), "o", color=colour, markersize=7, fillstyle="none")
             labels.append(Label(xs[-1], ys[-1], texts[name], colour))
         low, high = axes.get_ylim()
         if high < 4 * low:  # a difference of a few percent must look small
@@ -88,7 +88,7 @@ def cost_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
         axes.set_ylabel(f"{mode}, ns per token and head")
         if eager:
-            axes.set_title(HOLLOW, fontsize=9, color=style.faint, loc="left")
+            axes.set_title((REPLAYED if replayed else "") + HOLLOW, fontsize=9, color=style.faint, loc="left")
         label_ends(axes, labels)
         return figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,24 @@ from lkda.report.read.files import read_results_file, write_atomically
 
 EVALUATIONS = "evaluations.json"
 Record = Mapping[str, Any]
+
+
+def evaluations_of_arguments(
+    arguments: Sequence[str], *, usage: str | None, also: Sequence[str] = ()
+) -> tuple[list[Record], Path]:
+    """The records of the files that the arguments of a command name, and the directory to write into.
+
+    Args:
+        arguments: glob patterns of files, then the directory.
+        usage: what is printed where there are fewer than two arguments.
+        also: as in `read_evaluations`.
+    Raises: SystemExit with the usage; ValueError as `read_evaluations` does.
+    """
+    if len(arguments) < 2:
+        raise SystemExit(usage)
+    *patterns, out = arguments
+    paths = sorted({Path(path) for pattern in patterns for path in glob.glob(pattern)})
+    return read_evaluations(paths, also=also), Path(out)
 
 
 def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list[Record]:

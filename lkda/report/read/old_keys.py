@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lkda.io import write_atomically
+from lkda.old_names import data_name
 
 Record = dict[str, Any]
 
@@ -65,6 +66,11 @@ def translated_summary(summary: Record) -> Record:
     return _renamed(summary | {"parts": subsets}, {"parts": "val_subsets"})
 
 
+def with_data_name(summary: Record, config: Mapping[str, Any]) -> Record:
+    """The summary of a run with the settings `config`, with today's name of its data."""
+    return summary | {"data": data_name(str(summary["data"]), config)} if "data" in summary else summary
+
+
 def _subset_name(subset: Mapping[str, int]) -> str:
     return "_".join(f"{name}_{value}" for name, value in subset.items())
 
@@ -88,13 +94,31 @@ def _benchmark_row(row: Record) -> Record:
 
 def _comparison(found: Record) -> Record:
     found = _renamed(found, _OF_COMPARISONS)
-    found["rows"] = [_renamed(row, _OF_COMPARISON_ROWS) for row in found["rows"]]
-    found["runs"] = [run | {"summary": translated_summary(run["summary"])} for run in found["runs"]]
+    runs = found["runs"]
+    found["runs"] = [_run(run) for run in runs]
+    renamed = {
+        before["summary"]["data"]: after["summary"]["data"]
+        for before, after in zip(runs, found["runs"], strict=True)
+        if before["summary"].get("data") != after["summary"].get("data")
+    }
+    found["rows"] = [_comparison_row(row, renamed) for row in found["rows"]]
     if "benchmark" in found:  # there was one file at most, of operators
         one = found.pop("benchmark")
         found["benchmarks"] = [{"name": "benchmark.json", "kind": "benchmark", **one}] if one else []
     translated = [one | translated_results(one) for one in found["benchmarks"]]
     return found | {"benchmarks": translated}
+
+
+def _run(run: Record) -> Record:
+    return run | {"summary": with_data_name(translated_summary(run["summary"]), run["config"])}
+
+
+def _comparison_row(row: Record, data_names: Mapping[str, str]) -> Record:
+    """The entry "mixer" is the label of a group, which names its data where they differ between the groups."""
+    row = _renamed(row, _OF_COMPARISON_ROWS)
+    if data_names and "mixer" in row:
+        row["mixer"] = " · ".join(data_names.get(word, word) for word in str(row["mixer"]).split(" · "))
+    return row
 
 
 def _evaluations(found: Record) -> Record:

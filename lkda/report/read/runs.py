@@ -15,7 +15,7 @@ import yaml
 from lkda.checks import InputError, refusing_damage
 from lkda.metrics_file import metrics_rows
 from lkda.report.read.files import read_results_file
-from lkda.report.read.old_keys import translated_summary
+from lkda.report.read.old_keys import translated_summary, with_data_name
 from lkda.run_failure import FAILURE
 
 # What tables and plots need. All are numbers, except for the mixer.
@@ -56,7 +56,7 @@ def read_run(directory: Path, *, step: int | None = None) -> Run:
         raise InputError("no summary.json: still running, or killed" if started else "no summary.json: not a run")
     summary = _read_summary(directory / "summary.json", finished=step is None)
     config = _read_config(directory / "config.yaml")
-    run = Run(directory.name, config, summary, _read_metrics(directory / "metrics.csv"))
+    run = Run(directory.name, config, with_data_name(summary, config), _read_metrics(directory / "metrics.csv"))
     if step is None:
         return run
     with refusing_damage("the run's summary.json or metrics.csv"):

@@ -9,7 +9,6 @@ brackets, with several runs, their standard deviation. The best of a column is i
 
 from __future__ import annotations
 
-import glob
 import json
 import statistics
 import sys
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from lkda.checks import InputError
 from lkda.report.draw.tables import rich_table
-from lkda.report.read.evaluations import Record, keep_evaluations, kept_evaluations, read_evaluations
+from lkda.report.read.evaluations import Record, evaluations_of_arguments, keep_evaluations, kept_evaluations
 from lkda.report.read.files import write_atomically
 
 KIND = "by_source"
@@ -77,15 +76,11 @@ def redraw(path: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Arguments: glob patterns of files, then the directory to write into."""
-    if len(arguments) < 2:
-        raise SystemExit(__doc__)
-    *patterns, out = arguments
-    paths = sorted({Path(path) for pattern in patterns for path in glob.glob(pattern)})
     try:
-        records = read_evaluations(paths)
+        records, out = evaluations_of_arguments(arguments, usage=__doc__)
         rows(records)  # raises before anything is written
-        keep_evaluations(records, Path(out), kind=KIND)
-        made = write(records, Path(out))
+        keep_evaluations(records, out, kind=KIND)
+        made = write(records, out)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     Console(width=150).print(rich_table([*made[0]], [[*row.values()] for row in made]))

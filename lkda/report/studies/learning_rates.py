@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lkda.checks import InputError
-from lkda.report.draw.labels import Label, label_ends
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import Run as TrainedRun
 from lkda.report.read.runs import read_runs
 
 KIND = "learning_rates"
+MOST_COLUMNS = 2  # panels side by side
 _AXES = {"bits_per_byte": "validation, bits per byte", "loss": "validation loss, nats per token"}
 
 Run = Mapping[str, Any]
@@ -90,14 +91,19 @@ def _inside(found: Mapping[float, float]) -> bool:
 
 def _plot(runs: Sequence[Run], measures: Mapping[str, str]) -> Picture:
     """A panel for each model: validation against the peak learning rate, a curve per mixer. Its best is ringed, by a
-    square if it is at the edge of the rates."""
+    square if it is at the edge of the rates.
+
+    The curves end at different rates. Lines to labels beside a panel would cross them, so a legend names the curves.
+    """
+    columns = min(len(measures), MOST_COLUMNS)
+    down = -(-len(measures) // columns)
+    mixers = list(dict.fromkeys(run["mixer"] for run in runs))
 
     def draw(style: Style) -> Figure:
-        figure = Figure(figsize=(5.2 * len(measures), 4.2), layout="constrained")
-        panels = figure.subplots(1, len(measures), squeeze=False)[0]
-        for panel, (model, measure) in zip(panels, measures.items(), strict=True):
+        figure = Figure(figsize=(4.8 * columns, 3.2 * down + 1.0), layout="constrained")
+        panels, colours = figure.subplots(down, columns, squeeze=False).flatten(), style.colours(mixers)
+        for panel, (model, measure) in zip(panels, measures.items()):
             curves = _by_mixer(runs, model, measure)
-            colours = style.colours(list(curves))
             for mixer, found in curves.items():
                 panel.plot(list(found), list(found.values()), "o-", markersize=4, color=colours[mixer])
                 best = _best(found)
@@ -107,10 +113,18 @@ def _plot(runs: Sequence[Run], measures: Mapping[str, str]) -> Picture:
             panel.xaxis.set_major_locator(FixedLocator(sorted({rate for found in curves.values() for rate in found})))
             panel.xaxis.set_minor_locator(NullLocator())
             panel.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: _written(rate)))
-            panel.set_xlabel(f"peak learning rate, model={model}\n(ring: best; square: best, at the edge of the grid)")
+            panel.tick_params(labelsize=8)
+            panel.set_title(f"model={model}", fontsize=10, loc="left")
+            panel.set_xlabel("peak learning rate")
             panel.set_ylabel(_AXES[measure])
-            ends = {mixer: (list(found)[-1], list(found.values())[-1]) for mixer, found in curves.items()}
-            label_ends(panel, [Label(x, y, mixer, colours[mixer]) for mixer, (x, y) in ends.items()])
+        for panel in panels[len(measures) :]:
+            panel.set_axis_off()
+        handles = [Line2D([], [], color=colours[mixer], marker="o", markersize=4, label=mixer) for mixer in mixers]
+        for ring, words in (("o", "best"), ("s", "best, at the edge of the grid")):
+            mark = Line2D([], [], color=style.faint, marker=ring, markersize=9, fillstyle="none", linestyle="none")
+            mark.set_label(words)
+            handles.append(mark)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
         return figure
 
     return picture(draw)

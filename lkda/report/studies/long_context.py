@@ -9,7 +9,6 @@ is recalled in texts of each length. `lkda.report.redraw` draws them again.
 
 from __future__ import annotations
 
-import glob
 import json
 import statistics
 import sys
@@ -24,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 from lkda.report.draw.labels import Label, label_ends
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.units import length
-from lkda.report.read.evaluations import Record, keep_evaluations, kept_evaluations, read_evaluations
+from lkda.report.read.evaluations import Record, evaluations_of_arguments, keep_evaluations, kept_evaluations
 from lkda.report.read.files import write_atomically
 
 KIND = "long_context"
@@ -156,14 +155,10 @@ def redraw(path: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Arguments: glob patterns of files, then the directory to write into."""
-    if len(arguments) < 2:
-        raise SystemExit(__doc__)
-    *patterns, out = arguments
-    paths = sorted({Path(path) for pattern in patterns for path in glob.glob(pattern)})
     try:
-        records = read_evaluations(paths)
-        keep_evaluations(records, Path(out), kind=KIND)
-        write(records, Path(out))
+        records, out = evaluations_of_arguments(arguments, usage=__doc__)
+        keep_evaluations(records, out, kind=KIND)
+        write(records, out)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{out} holds table.json and the plots")

@@ -9,7 +9,6 @@ brackets is the difference from float32. Evaluations that were not stepwise, and
 
 from __future__ import annotations
 
-import glob
 import json
 import statistics
 import sys
@@ -21,8 +20,9 @@ from typing import Any
 from rich.console import Console
 
 from lkda.checks import InputError
+from lkda.old_names import DATA_MODULES
 from lkda.report.draw.tables import rich_table
-from lkda.report.read.evaluations import Record, keep_evaluations, kept_evaluations, read_evaluations
+from lkda.report.read.evaluations import Record, evaluations_of_arguments, keep_evaluations, kept_evaluations
 from lkda.report.read.files import write_atomically
 
 KIND = "state_dtypes"
@@ -63,7 +63,8 @@ def rows(records: Sequence[Record]) -> list[dict[str, str]]:
 
 def _data(config: Mapping[str, Any]) -> str:
     """The name of the data and the tokens per sequence, as "prose 1024". Synthetic tasks are named by their module."""
-    name = config.get("source") or config["_target_"].split(".")[-2]
+    target = config["_target_"]
+    name = config.get("source") or DATA_MODULES.get(target, target).split(".")[-2]
     return f"{name} {config['context']}" if "context" in config else name
 
 
@@ -90,15 +91,11 @@ def redraw(path: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Arguments: glob patterns of files, then the directory to write into."""
-    if len(arguments) < 2:
-        raise SystemExit(__doc__)
-    *patterns, out = arguments
-    paths = sorted({Path(path) for pattern in patterns for path in glob.glob(pattern)})
     try:
-        records = read_evaluations(paths, also=("ckpt", "state_dtype"))
+        records, out = evaluations_of_arguments(arguments, usage=__doc__, also=("ckpt", "state_dtype"))
         rows(records)  # raises before anything is written
-        keep_evaluations(records, Path(out), kind=KIND)
-        made = write(records, Path(out))
+        keep_evaluations(records, out, kind=KIND)
+        made = write(records, out)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     Console().print(rich_table([*made[0]], [[*row.values()] for row in made], names=3))

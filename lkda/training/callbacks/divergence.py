@@ -43,6 +43,7 @@ class DivergenceGuard(L.Callback):
     is stored on the device, so that the reported step is still the first one.
 
     Args:
+        every_n_steps: optimizer steps, as of the rows of metrics.csv, at which the host waits anyway.
         skips: whether the task skips bad steps. The error is then raised after MOST_SKIPPED of them one after another.
     """
 

@@ -1,4 +1,4 @@
-"""The progress display of a run: loss, bits per byte, tokens/s and the time left."""
+"""The progress display of a run: loss, bits per byte, speed, memory and the time left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _SHOWN = {
     "train/loss": "loss {:.3f}",
     "train/bits_per_byte": "{:.3f} bpb",
     "tokens_per_s": "{:,.0f} tok/s",
+    "tflops_per_s": "{:.3g} TFLOP/s",
     "mfu": "{:.0%} mfu",
+    "peak_memory_gib": "{:.1f} GiB",
     "val/loss": "val {:.3f}",
     "val/accuracy": "acc {:.1%}",
 }

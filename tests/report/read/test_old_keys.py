@@ -9,7 +9,7 @@ import pytest
 from lkda.report.operators.benchmark import read_benchmark
 from lkda.report.read.evaluations import read_evaluations
 from lkda.report.read.files import read_results_file
-from lkda.report.read.old_keys import main, translated_results
+from lkda.report.read.old_keys import main, translated_results, with_data_name
 from lkda.report.read.runs import read_run
 from lkda.report.training.comparison import read_comparison
 from tests.report.conftest import bench_row, write_run
@@ -60,6 +60,25 @@ def test_a_comparison_has_subsets_and_says_whether_devices_were_shared(tmp_path)
     assert found.benchmark is not None
     assert found.benchmark.rows[0]["lower_bound_ms"] == 0.056
     assert read_results_file(path)["rows"] == [{"bits_at_equal_wall_clock": 1.5}]
+
+
+def test_a_comparison_names_data_as_they_are_called_today(tmp_path):
+    data = {"_target_": "lkda.data.mqar_kimi.KimiMQAR"}
+    runs = [
+        {"name": name, "config": config, "summary": {"mixer": "kda", "data": name}, "metrics": []}
+        for name, config in {"mqar_kimi": {"data": data}, "stack": {"data": {}}}.items()
+    ]
+    rows = [{"mixer": "kda · mqar_kimi · lr 0.001"}, {"mixer": "kda · stack"}]
+    old = {"kind": "comparison", "runs": runs, "rows": rows, "benchmarks": []}
+    found = translated_results(old)
+    assert [run["summary"]["data"] for run in found["runs"]] == ["mqar_answered", "stack"]
+    assert [row["mixer"] for row in found["rows"]] == ["kda · mqar_answered · lr 0.001", "kda · stack"]
+    assert translated_results(found) == found
+
+
+def test_the_mqar_of_today_keeps_its_name():
+    config = {"data": {"_target_": "lkda.data.synthetic.mqar_kimi.ConsecutiveMQAR"}}
+    assert with_data_name({"data": "mqar_kimi"}, config) == {"data": "mqar_kimi"}
 
 
 def test_a_run_directory_has_subsets(tmp_path):

@@ -1,0 +1,93 @@
+"""Where a batch cannot be captured, a run goes on without graphs, and says why. A CPU imitates the graphs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lkda.commands.train import train
+from lkda.training import cuda_graphs
+from lkda.training.cuda_graphs import GraphedLoss, _Captured
+from lkda.training.task import LanguageModelTask
+from tests.commands.small import composed
+
+
+class Imitation:
+    """In place of a graph: computes what it would replay."""
+
+    def __init__(self, owner: GraphedLoss, inputs: dict[str, Tensor | None]) -> None:
+        self.owner, self.inputs = owner, inputs
+        self.captured: _Captured
+
+    def replay(self) -> None:
+        owner = self.owner
+        owner._give(owner._summed or [None] * len(owner._parameters))
+        self.captured.loss.copy_(owner._forward_backward(self.inputs))
+        for own, parameter in zip(self.captured.gradients, owner._parameters, strict=True):
+            if own is not None and parameter.grad is not None and own is not parameter.grad:
+                own.copy_(parameter.grad)
+
+
+def captured(self: GraphedLoss, inputs: dict[str, Tensor | None]) -> _Captured:
+    self._give(self._summed or [None] * len(self._parameters))
+    self._forward_backward(inputs)  # as the warm-up, which adds to the gradients
+    if len(self._captured) == cuda_graphs.MOST_GRAPHS - 1 and cuda_graphs.MOST_GRAPHS == 2:
+        raise RuntimeError("operation not permitted\nwhen a stream is capturing")
+    graph: Any = Imitation(self, inputs)
+    gradients = self._summed or [torch.zeros_like(parameter) for parameter in self._parameters]
+    graph.captured = _Captured(graph, inputs, torch.zeros(()), list(gradients))
+    return graph.captured  # type: ignore[no-any-return]
+
+
+WORDS = (
+    *("debug=fast", "data=mqar", "trainer=cpu", "mixer=simplified", "model.num_layers=1"),
+    *("trainer.max_steps=4", "trainer.val_check_interval=4", "checkpoint.every_n_steps=4"),
+    "data.train=[{length: 16, pairs: 2, examples: 16}, {length: 24, pairs: 2, examples: 16}]",
+)
+
+
+def losses(directory: Path, pieces: int) -> list[float]:
+    """Of a run whose batches are of two lengths in random order."""
+    train(composed("train", *WORDS, f"trainer.accumulate_grad_batches={pieces}"), directory)
+    with open(directory / "metrics.csv", newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+@pytest.fixture(scope="module")
+def without_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[float]]:
+    return cache(lambda pieces: losses(tmp_path_factory.mktemp("plain") / "run", pieces))
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize(
+    ("most", "why"),
+    [(16, None), (1, "batches have more than 1 shapes"), (2, "operation not permitted when a stream is capturing")],
+)
+def test_a_run_goes_on_and_says_why_in_one_line(
+    pieces: int,
+    most: int,
+    why: str | None,
+    without_graphs: Callable[[int], list[float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also in the middle of a step, whose earlier pieces count."""
+    plain, want = LanguageModelTask.__init__, without_graphs(pieces)
+
+    def with_graphs(self: LanguageModelTask, *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **{**options, "cuda_graphs": True})
+
+    monkeypatch.setattr(LanguageModelTask, "__init__", with_graphs)
+    monkeypatch.setattr(GraphedLoss, "_captured_of", captured)
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", most)
+    assert losses(tmp_path / "run", pieces) == pytest.approx(want, abs=1e-6)
+    said = [line for line in capsys.readouterr().out.splitlines() if "CUDA graphs" in line]
+    assert said == ([] if why is None else [f"without torch.compile and CUDA graphs: {why}"])
