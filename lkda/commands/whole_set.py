@@ -49,7 +49,7 @@ class Part:
     minutes: float
 
 
-_MIXERS = ["kda", "simplified", "softmax", "kda_softmax_3to1", "kda_mla_3to1"]
+_MIXERS = ["kda", "simplified", "softmax", "mla", "kda_softmax_3to1", "kda_mla_3to1"]
 _LIMIT = {"time_limit": 120}  # a peer that compiles for minutes must not cost the others their time
 _STEPS = {"models": ["small"], "mixers": _MIXERS, "bare": False, "steps": 30, **_LIMIT}
 _DECODE = {"models": ["small"], "dtypes": ["bf16"], **_LIMIT}
@@ -64,9 +64,11 @@ ON_GPU = (
         | {"peers": ["fla", "cudnn", "sdpa"]},
         4,
     ),
+    Part(
+        "decode", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [1], "contexts": _CONTEXTS, "prefill": True}, 3.5
+    ),
     Part("steps_2k", "step", {**_STEPS, "shapes": ["8x2048"], "peers": ["llama", "fla_kda"]}, 3.5),
     Part("steps_8k", "step", {**_STEPS, "shapes": ["2x8192"], "peers": ["llama"]}, 3),
-    Part("decode", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [1], "contexts": _CONTEXTS, "prefill": True}, 3),
     Part("notes", "notes", {}, 1.5),  # after the decoding, which its claims refer to
     Part("steps_16k", "step", {**_STEPS, "shapes": ["1x16384"], "peers": ["llama"]}, 3),
     Part("decode_batch", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [256], "contexts": [1024, 8192]}, 1),

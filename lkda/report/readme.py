@@ -10,7 +10,7 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
     table       table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}
-    fastest     whole_set.json, as `scripts/benchmark.py` without options writes it: the fastest mixer at each context
+    answers     the same file: the best mixer by accuracy, and the fastest at each context, as on top of the page
     crossings   the same file: where KDA overtakes softmax attention
     notes_X     notes.json, as `scripts/benchmark.py task=notes` writes it: the table X of `lkda.report.studies.notes`
     agreement   agreement.json of the same form: losses on several GPUs beside those on one
@@ -32,11 +32,10 @@ from lkda.report.operators.report import metadata
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import from_record
 from lkda.report.studies import notes
-from lkda.report.tradeoff import records
 from lkda.report.tradeoff.crossings import pairs
-from lkda.report.tradeoff.measurements import find_results, measurements
 from lkda.report.training import accuracy
 from lkda.report.training.comparison import KIND as COMPARISON
+from lkda.report.training.comparison import read_comparison
 from lkda.report.training.table import as_cells
 
 
@@ -68,15 +67,14 @@ def _table(path: Path) -> str:
     return markdown_table([*rows[0]], cells) + "\n" + found["note"]
 
 
-def _fastest(path: Path) -> str:
-    found = records.answers([], measurements(find_results([path])), None)
-    body = [[one.question, length(one.context), one.mixer, one.why, one.of] for one in found if one.context]
-    return markdown_table(["question", "context", "mixer", "figures", "measured with"], body, names=5)
+def _answers(path: Path) -> str:
+    first = read_comparison(path).tradeoff.first_section()
+    return markdown_table(first.head, first.body, names=5)
 
 
 def _crossings(path: Path) -> str:
     """Between lkda's KDA and softmax attention."""
-    found = pairs(measurements(find_results([path])))
+    found = pairs(read_comparison(path).tradeoff.found)
     between = [pair for pair in found if pair.own and set(pair.mixers) == {"kda", "softmax"}]
     body = [[pair.stage, pair.where, pair.text, f"{pair.ratio:.2f}", length(pair.longest)] for pair in between]
     return markdown_table(["stage", "measured with", "finding", "times faster", "at context"], body, names=3)
@@ -88,8 +86,8 @@ KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
     "peers": ("benchmark.json", "scripts/benchmark.py", _peers),
     "table": ("table.json", "what measures it,", _table),
-    "fastest": ("whole_set.json", "scripts/benchmark.py", _fastest),
-    "crossings": ("whole_set.json", "scripts/benchmark.py", _crossings),
+    "answers": ("results.json", "scripts/compare.py", _answers),
+    "crossings": ("results.json", "scripts/compare.py", _crossings),
     **{
         f"notes_{name}": ("notes.json", "scripts/benchmark.py task=notes", partial(notes.block, name))
         for name in notes.TITLES
