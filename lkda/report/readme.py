@@ -7,11 +7,11 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
 
     results     results.json, as `scripts/compare.py` writes it: the table of runs
     accuracy    the same file: synthetic tasks, by subset of the validation
+    answers     the same file: the best mixer by accuracy, and the fastest at each context, as on top of the page
+    crossings   the same file: where KDA overtakes softmax attention
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
     table       table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}
-    answers     the same file: the best mixer by accuracy, and the fastest at each context, as on top of the page
-    crossings   the same file: where KDA overtakes softmax attention
     notes_X     notes.json, as `scripts/benchmark.py task=notes` writes it: the table X of `lkda.report.studies.notes`
     agreement   agreement.json of the same form: losses on several GPUs beside those on one
 """

@@ -299,8 +299,9 @@ def _said_of_accuracy(groups: Sequence[Group], quality: Quality) -> str:
     best, *others = _by_accuracy(groups, quality)
     said = [f"With {budget_of(groups)}, choose {best.mixer}: its {quality.title} is the best, {best.why}."]
     smaller = [answer for answer in others if "or little more" in answer.question]
-    if smaller:
-        said.append(f"If memory is short, choose {smaller[0].mixer}: {smaller[0].why}.")
+    if smaller:  # from the largest state to the smallest
+        choices = "; ".join(f"{answer.mixer}, {answer.why}" for answer in reversed(smaller))
+        said.append(f"If memory is short, choose {choices}.")
     equal = [answer for answer in others if answer.question.startswith("least state") and "; " not in answer.why]
     return " ".join([*said, *(f"The least state at equal accuracy: {answer.mixer}, {answer.why}." for answer in equal)])
 

@@ -104,7 +104,7 @@ def test_a_small_difference_is_within_the_spread(tmp_path):
     assert found[1].mixer == "simplified"  # worse, with less state
     (said,) = records.summary(list(groups.values()), [], quality)
     assert said.startswith("With 1.02M training tokens, choose kda: its validation bits per byte is the best, 1.100")
-    assert "If memory is short, choose simplified: 1.510 ± 0.014, 22 KiB of state per sequence. The least" in said
+    assert "If memory is short, choose simplified, 1.510 ± 0.014, 22 KiB of state per sequence. The least" in said
     without = [group for name, group in groups.items() if name != "softmax"]
     least = records.answers(without, [], quality)[-1]
     assert (least.mixer, least.why) == ("kda", "146 KiB; no other is as good within the spread over seeds")
