@@ -117,9 +117,12 @@ def _anchor(section: Section) -> str:
 
 
 def _contents(sections: Sequence[Section]) -> str:
-    """Links to the headings."""
-    named = [section for section in sections if section.heading]
-    links = " · ".join(f'<a href="#{_anchor(one)}">{html.escape(one.heading)}</a>' for one in named)
+    """Links to the headings; of those that begin alike, as in "The notes: claims", to the first."""
+    named: dict[str, Section] = {}
+    for section in sections:
+        if section.heading:
+            named.setdefault(section.heading.partition(": ")[0], section)
+    links = " · ".join(f'<a href="#{_anchor(one)}">{html.escape(name)}</a>' for name, one in named.items())
     return f'<nav aria-label="contents">{links}</nav>\n' if len(named) > 1 else ""
 
 

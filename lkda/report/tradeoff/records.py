@@ -327,13 +327,13 @@ def _said_of_crossings(found: Sequence[Measurement]) -> str:
         overtakes, always = [], []
         for pair in (pair for pair in between if pair.mixers[0] == mixer):
             setting = settings_of[pair.where]
-            place = f"{pair.stage} ({setting.partition(',')[0] if pair.stage == 'kernel' else setting})"
+            place = f"{pair.stage}, {setting.partition(',')[0] if pair.stage == 'kernel' else setting}"
             if pair.context is None:
                 always.append(place)
             else:
-                overtakes.append(f"{rounded(pair.context)} in {place}")
+                overtakes.append(f"{rounded(pair.context)} ({place})")
         if overtakes:
             said.append(f"{mixer} is faster than {other} from a context of about {', '.join(overtakes)}.")
         if always:
-            said.append(f"At every context that was measured, {mixer} is faster than {other} in {', '.join(always)}.")
+            said.append(f"At every context that was measured, {mixer} is faster than {other}: {'; '.join(always)}.")
     return " ".join(dict.fromkeys(said))

@@ -119,8 +119,8 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     assert means[at, "softmax"] == 500
     report = (out / "report.md").read_text()
     assert "fastest decode at 15.6K: kda, 1,000 tokens/s, 2.00 times softmax (tiny, bf16, batch 1, a GPU)." in report
-    assert "kda is faster than softmax from a context of about 7.8K in decode (tiny, bf16, batch 1)." in report
-    assert "At every context that was measured, kda is faster than softmax in training step (tiny, 8K tokens" in report
+    assert "kda is faster than softmax from a context of about 7.8K (decode, tiny, bf16, batch 1)." in report
+    assert "At every context that was measured, kda is faster than softmax: training step, tiny, 8K tokens" in report
     assert "Not measured: kda, FLA: fla is not installed." in report
 
 
