@@ -12,8 +12,8 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
     table       table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}
-    notes_X     notes.json, as `scripts/benchmark.py task=notes` writes it: the table X of `lkda.report.studies.notes`
     agreement   agreement.json of the same form: losses on several GPUs beside those on one
+    notes_X     notes.json, as `scripts/benchmark.py task=notes` writes it: the table X of `lkda.report.studies.notes`
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "table": ("table.json", "what measures it,", _table),
     "answers": ("results.json", "scripts/compare.py", _answers),
     "crossings": ("results.json", "scripts/compare.py", _crossings),
+    "agreement": ("agreement.json", "lkda.commands.scaling", _table),
     **{
         f"notes_{name}": ("notes.json", "scripts/benchmark.py task=notes", partial(notes.block, name))
         for name in notes.TITLES
     },
-    "agreement": ("agreement.json", "lkda.commands.scaling", _table),
 }
 _BLOCK = re.compile(
     rf"<!-- (?P<kind>{'|'.join(KINDS)}):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL

@@ -26,7 +26,7 @@ table {{ border-collapse: collapse; width: 100%; font-size: 0.875rem; font-varia
 th, td {{ padding: 0.45rem 0 0.45rem 0.9rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }}
 th {{ color: var(--faint); font-weight: 500; }}
-.name {{ text-align: left; padding-left: 0; padding-right: 0.9rem; }}
+.name {{ text-align: left; padding-left: 0; padding-right: 0.9rem; }} td.name {{ white-space: normal; min-width: 7rem; }}
 figure {{ margin: 0 0 1.8rem; }} .note + figure {{ margin-top: 1.8rem; }}
 img {{ display: block; width: 100%; max-width: 46rem; height: auto; }}
 p.note, li {{ color: var(--faint); font-size: 0.875rem; margin: 0.35rem 0; }}
@@ -37,7 +37,6 @@ h3 {{ font-weight: 600; font-size: 1rem; margin: 2.4rem 0 0.2rem; }}
 .vega-bindings {{ font-size: 0.875rem; }}
 table.sortable td, table.sortable th {{ text-align: left; }}
 table.sortable .dt-type-numeric {{ text-align: right; }}
-table.sortable td.name {{ white-space: normal; min-width: 7rem; }}
 table.sortable td:last-child {{ white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }}
 td .dtcc-button_dropdown > .dtcc-button-text {{ display: inline !important; font-size: 0.75rem; color: var(--faint); }}
 nav {{ font-size: 0.875rem; margin: -0.8rem 0 1.5rem; }} a {{ color: inherit; }}
@@ -154,7 +153,8 @@ def _line(tag: str, cells: Sequence[str], names: int, sort_by: Sequence[float | 
 
 
 def _chart(chart: Chart) -> str:
-    caption = f'<p class="note">{html.escape(chart.caption)}</p>' if chart.caption else ""
+    more = " The menu has other settings." if "params" in chart.spec else ""
+    caption = f'<p class="note">{html.escape(chart.caption)}{"." * bool(more)}{more}</p>' if chart.caption else ""
     return f'<h3>{html.escape(chart.title)}</h3>{caption}<div class="chart" id="{html.escape(chart.name)}"></div>'
 
 

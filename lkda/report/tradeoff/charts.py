@@ -169,7 +169,7 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     return Chart(
         f"{stage.replace(' ', '_')}_{'time' if of_time else 'memory'}",
         f"{stage.capitalize()}: {what.lower()} against the context",
-        settings[0] if len(settings) == 1 else f"{settings[0]}; the menu has {len(settings) - 1} more",
+        settings[0],
         spec,
         domain,
         mixers,
@@ -322,5 +322,4 @@ def recall(records: Sequence[Record]) -> Chart:
             }
         ],
     }
-    caption = settings[0] if len(settings) == 1 else f"{settings[0]}; the menu has {len(settings) - 1} more"
-    return Chart("recall_by_state", "Recall against the size of the state", caption, spec, domain, mixers)
+    return Chart("recall_by_state", "Recall against the size of the state", settings[0], spec, domain, mixers)
