@@ -26,7 +26,8 @@ table {{ border-collapse: collapse; width: 100%; font-size: 0.875rem; font-varia
 th, td {{ padding: 0.45rem 0 0.45rem 0.9rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }}
 th {{ color: var(--faint); font-weight: 500; }}
-.name {{ text-align: left; padding-left: 0; padding-right: 0.9rem; }} td.name {{ white-space: normal; min-width: 7rem; }}
+.name {{ text-align: left; padding-left: 0; padding-right: 0.9rem; }}
+td.name {{ white-space: normal; min-width: 7rem; }}
 figure {{ margin: 0 0 1.8rem; }} .note + figure {{ margin-top: 1.8rem; }}
 img {{ display: block; width: 100%; max-width: 46rem; height: auto; }}
 p.note, li {{ color: var(--faint); font-size: 0.875rem; margin: 0.35rem 0; }}
