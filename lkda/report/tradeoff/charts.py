@@ -15,6 +15,7 @@ _LEGEND: dict[str, Any] = {
     "orient": "bottom",
     "columns": {"expr": "width < 420 ? 1 : 2"},
     "labelLimit": 320,
+    "symbolOpacity": 1,
     "title": None,
 }
 _BYTES = (
@@ -49,7 +50,8 @@ def _linear(title: str) -> Encoding:
 
 
 def _log10(title: str, *, format: str) -> Encoding:
-    axis = {"format": format, "labelOverlap": True}
+    # Without labelExpr, a logarithmic axis leaves most of its labels out where its range is less than a decade.
+    axis = {"labelExpr": f"format(datum.value, '{format}')", "labelOverlap": True}
     return {
         "type": "quantitative",
         "title": title,
@@ -189,8 +191,7 @@ def against(
     domain, mixers = _domain(records)
     settings = list(dict.fromkeys(record["setting"] for record in records))
     across = {"field": "x", **(_log2(x, labels=_BYTES) if bytes_ else _log10(x, format=".3~s"))}
-    if bytes_:
-        across["scale"] = across["scale"] | {"padding": 30}
+    across["scale"] = across["scale"] | {"padding": 40}  # the names of the first and the last mark need room
     up = {"field": "y", **_linear(y)}
     up["scale"] = up["scale"] | {"padding": 20}
     up["axis"] = {"format": ".4~r"}
