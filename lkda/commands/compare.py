@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lkda.checks import InputError, check_values
 from lkda.commands.config import resolve
+from lkda.commands.train_again import train_again
 from lkda.commands.wandb_report import offline_runs, send_report, sync_command
 from lkda.report.draw.tables import rich_table
 from lkda.report.training.comparison import Comparison
@@ -56,6 +57,7 @@ def compare(config: DictConfig) -> None:
             benchmarks=benchmarks,
             step=config.step,
             exclusive_device=config.exclusive_device,
+            train_again=train_again,
         )
     except OSError as error:
         raise InputError(f"out={out} cannot be written: {error.strerror}.") from error

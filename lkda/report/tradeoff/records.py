@@ -16,6 +16,7 @@ from lkda.report.tradeoff.measurements import OF_MODELS, Measurement
 Record = dict[str, Any]
 LOGGED = "training, as the runs logged it"
 MEAN = "mean over seeds"
+COMMAND = "train_again"  # an entry of a summary: the command that trains the run again
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,10 @@ def configuration(run: Run) -> str:
 
 
 def reproduce(group: Group, groups: Sequence[Group]) -> str:
-    """The command that trains the first run of a row again: its mixer, model, seed and what else tells rows apart."""
+    """The command that trains the first run of a row again; where it is not recorded, with what tells rows apart."""
     run = group.runs[0]
+    if COMMAND in run.summary:
+        return str(run.summary[COMMAND])
     known = settings(run)
     runs = [one for other in groups for one in other.runs]
     words = [f"{name}={known[key]}" for name, key in _CHOICES if known.get(key)]

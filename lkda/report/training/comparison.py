@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group, also_differing, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, find_results, measurements
-from lkda.report.tradeoff.records import best_of, reproduce, within_spread
+from lkda.report.tradeoff.records import COMMAND, best_of, reproduce, within_spread
 from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
@@ -133,6 +133,7 @@ def compare(
     benchmarks: Sequence[Path] = (),
     step: int | None = None,
     exclusive_device: bool = True,
+    train_again: Callable[[dict[str, Any]], str] | None = None,
 ) -> Comparison:
     """Reads run directories and writes table.csv, table.md, results.json, plots and report.html into `out`.
 
@@ -141,6 +142,8 @@ def compare(
         benchmarks: results of scripts/benchmark.py: files, or directories that hold some. They add the speeds.
         step: read every run as it was at the validation of that step, finished or not; at its end where None.
         exclusive_device: whether no run shared its device with another process. Else times are not compared.
+        train_again: the command that repeats a run, from its configuration. Without it, the command names only the
+            settings that tell the rows apart.
     Raises:
         ValueError: none of them is a finished run, or a path of `benchmarks` holds no benchmark.
         OSError: `out` cannot be written.
@@ -152,6 +155,8 @@ def compare(
             f"none of the {len(directories)} paths is the directory of a finished run ({reasons}); give those that "
             "hold a summary.json."
         )
+    if train_again is not None:
+        runs = [replace(run, summary=run.summary | {COMMAND: train_again(run.config)}) for run in runs]
     results = find_results(benchmarks)
     result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], results, exclusive_device)
     out.mkdir(parents=True, exist_ok=True)
