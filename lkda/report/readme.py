@@ -7,7 +7,8 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
 
     results     results.json, as `scripts/compare.py` writes it: the table of runs
     accuracy    the same file: synthetic tasks, by subset of the validation
-    answers     the same file: the best mixer by accuracy, and the fastest at each context, as on top of the page
+    summary     the same file: the paragraphs on top of the page
+    answers     the same file: the best mixer by accuracy, and the fastest at each context
     crossings   the same file: where KDA overtakes softmax attention
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
@@ -67,6 +68,10 @@ def _table(path: Path) -> str:
     return markdown_table([*rows[0]], cells) + "\n" + found["note"]
 
 
+def _summary(path: Path) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in read_comparison(path).tradeoff.summary.split("\n")) + "\n"
+
+
 def _answers(path: Path) -> str:
     first = read_comparison(path).tradeoff.first_section()
     return markdown_table(first.head, first.body, names=5)
@@ -86,6 +91,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
     "peers": ("benchmark.json", "scripts/benchmark.py", _peers),
     "table": ("table.json", "what measures it,", _table),
+    "summary": ("results.json", "scripts/compare.py", _summary),
     "answers": ("results.json", "scripts/compare.py", _answers),
     "crossings": ("results.json", "scripts/compare.py", _crossings),
     "agreement": ("agreement.json", "lkda.commands.scaling", _table),
