@@ -49,9 +49,10 @@ class Usage:
 
 
 def kernel_modules() -> list[ModuleType]:
-    """The modules of lkda.ops with a function `kernels(arch)`: each `cuda.py`, and those in a folder `cuda`."""
+    """The modules with a function `kernels(arch)`: in lkda.ops each `cuda.py` and those in a folder `cuda`, and the
+    ablations."""
     found = pkgutil.walk_packages(lkda.ops.__path__, "lkda.ops.")
-    names = [module.name for module in found if "cuda" in module.name.split(".")]
+    names = [*(module.name for module in found if "cuda" in module.name.split(".")), "lkda.bench.notes.ablations"]
     return [module for module in map(importlib.import_module, names) if hasattr(module, "kernels")]
 
 

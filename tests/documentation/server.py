@@ -141,6 +141,9 @@ class Command:
     def _main(self, main: Callable[[], Any], argv: list[str]) -> int:
         import datasets
 
+        from lkda.commands import whole_set
+
+        whole_set.ON_CPU = tuple(tiny.small_parts(whole_set.ON_CPU))
         datasets.load_dataset = tiny.stand_in_for_the_hub(
             datasets.load_dataset, self.stock, self.record["notes"].append
         )

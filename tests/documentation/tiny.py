@@ -11,14 +11,17 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from lkda.commands.whole_set import Part
 from lkda.data.text.packed import PackedDataModule
 
 PART = "[{length: 32, pairs: 2, examples: 4}]"
@@ -49,7 +52,8 @@ TINY: dict[str, str] = {
 }
 # Options of scripts/benchmark.py for each task.
 TINY_BENCHMARK: dict[str, dict[str, str]] = {
-    "all": {},
+    "all": {},  # its parts: see `small_parts`
+    "notes": {},
     "op": {"shapes": "[1x64x2x16]", "milliseconds": "2"},
     "step": {
         **{"models": "[tiny]", "mixers": "[kda]", "shapes": "[1x16]", "vocab_size": "300", "steps": "10"},
@@ -92,8 +96,11 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
     except Exception:  # the command meets it too, and shows it
         return [], []
     if name == "benchmark":
-        checks = config.check is not None  # its rows have settings of their own
-        return [] if checks else [f"{key}={value}" for key, value in TINY_BENCHMARK[config.task or "op"].items()], []
+        if config.check is not None:  # its rows have settings of their own
+            return [], []
+        of_operators = {word.split("=")[0] for word in given} - {"out", "device", "minutes"}
+        task = config.task or ("op" if of_operators else "all")
+        return [f"{key}={value}" for key, value in TINY_BENCHMARK[task].items()], []
     unused = _BROUGHT if config.get("init_from") else ()
     unused += _without_effect(config) if name == "train" else ()
     unused += ("vocab_size",) if config.get("tokenizer_path") else ()
@@ -115,6 +122,15 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         added.append(f"sources={PIP_SOURCES['novels' if config.path else config.mix or 'prose']}")
         reasons.append("the smallest part that comes by pip")
     return added, reasons
+
+
+def small_parts(parts: Sequence[Part]) -> list[Part]:
+    """The parts of the whole set of scripts/benchmark.py, each with the sizes of its task."""
+    return [replace(part, options={**part.options, **_values(TINY_BENCHMARK[part.task])}) for part in parts]
+
+
+def _values(texts: dict[str, str]) -> dict[str, Any]:
+    return {key: yaml.safe_load(text) for key, text in texts.items()}
 
 
 def needs_a_cluster(words: Sequence[str]) -> bool:
@@ -202,7 +218,9 @@ def _kind(option: str, path: str) -> str | None:
     if option in ("ckpt", "init_from"):
         return "export" if option == "init_from" or path.startswith("exported") else "run"
     if option == "runs":
-        return "run"
+        return None if path.endswith(".json") else "run"
+    if option == "bench":
+        return "bench"
     if option == "path":
         return "novels"
     if option in ("data.paths", "paths", "data.val_paths", "prompt_file"):
@@ -232,7 +250,9 @@ def _lay(kind: str, target: Path, stock: Path) -> None:
     if target.suffix == ".ckpt":
         target = target.parents[1]
     target.parent.mkdir(parents=True, exist_ok=True)
-    if kind in ("run", "export"):
+    if kind == "bench":
+        shutil.copytree("docs/results/decode_context_h200", target)
+    elif kind in ("run", "export"):
         shutil.copytree(stock / kind, target)
     else:
         shutil.copy(stock / kind, target)

@@ -13,6 +13,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from lkda.report.draw.digest import contents, digest, with_digest
+
 # The hues are those of Okabe and Ito, which most colour-blind readers can distinguish, darkened for text on white and
 # lightened for text on black. These mixers have the first six colours; other names share the rest.
 KNOWN = ("kda", "softmax", "simplified", "mla", "kda_mla_3to1", "kda_softmax_3to1")
@@ -153,4 +155,4 @@ def _png(draw: Callable[[Style], Figure], style: Style) -> bytes:
         dpi = min(DOTS_PER_INCH, MOST_PIXELS[0] / width, MOST_PIXELS[1] / height)
         # No software version in the file: the same results give the same bytes.
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
+    return with_digest(buffer.getvalue(), digest(contents(figure)))
