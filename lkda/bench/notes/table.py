@@ -40,6 +40,7 @@ class Subject:
 
     Args:
         op, backend: as in `lkda.bench.ops`.
+        complexity: how the operations of a head grow with T, D and the chunk C.
         operations: shape -> floating-point operations of the algorithm. A multiplication and an addition are two.
         least_operations: those of the cheapest algorithm for matrix units, which count for the lower bound.
     """
@@ -47,6 +48,7 @@ class Subject:
     name: str
     op: str
     backend: str
+    complexity: str
     operations: Callable[[Shape], float]
     least_operations: Callable[[Shape], float]
 
@@ -73,12 +75,12 @@ def _quadratic(shape: Shape) -> float:
 
 
 SUBJECTS = (
-    Subject("simplified, baseline", "simplified", "cuda_baseline", _elementwise, lambda shape: 0),
-    Subject("simplified, tuned", "simplified", "cuda", _elementwise, lambda shape: 0),
-    Subject("KDA, recurrent", "kda", "cuda_recurrent", _recurrent, _chunked),
-    Subject("KDA, chunked", "kda", "cuda", _chunked, _chunked),
-    Subject("softmax, naive", "softmax", "cuda_naive", _quadratic, _quadratic),
-    Subject("softmax, fused", "softmax", "sdpa", _quadratic, _quadratic),
+    Subject("simplified, baseline", "simplified", "cuda_baseline", "T D", _elementwise, lambda shape: 0),
+    Subject("simplified, tuned", "simplified", "cuda", "T D", _elementwise, lambda shape: 0),
+    Subject("KDA, recurrent", "kda", "cuda_recurrent", "T D^2", _recurrent, _chunked),
+    Subject("KDA, chunked", "kda", "cuda", "T (D^2 + C D)", _chunked, _chunked),
+    Subject("softmax, naive", "softmax", "cuda_naive", "T^2 D", _quadratic, _quadratic),
+    Subject("softmax, fused", "softmax", "sdpa", "T^2 D", _quadratic, _quadratic),
 )
 
 
@@ -122,6 +124,7 @@ def _subject_row(
     return {
         "name": subject.name,
         **row,
+        "complexity": subject.complexity,
         "operations": subject.operations(shape),
         "state_bytes": STATE_BYTES[subject.op](shape),
         "lower_bound_ms": bound,

@@ -102,12 +102,21 @@ def _times(rows: Sequence[Row]) -> Cells:
     """Milliseconds of each implementation at each length, the exponent of T, and the resources."""
     table = part_of(rows, "length")
     head = ["operator", *(f"ms at {length(T)}" for T in sorted({row["T"] for row in table}))]
-    head += ["exponent of T", "at the end", "registers", "shared KiB"]
+    head += ["exponent of T", "at the end", "complexity", "registers", "shared KiB"]
     body = []
     for name in _names(table):
         line = _line(table, name, "T", "ms_median")
         largest = max((row for row in table if row["name"] == name), key=lambda row: row["T"])
-        body.append([name, *(_ms(ms) for _, ms in line), _fit(line), _fit(line[-2:]), *_resources(largest)])
+        body.append(
+            [
+                name,
+                *(_ms(ms) for _, ms in line),
+                _fit(line),
+                _fit(line[-2:]),
+                largest["complexity"],
+                *_resources(largest),
+            ]
+        )
     return head, body
 
 

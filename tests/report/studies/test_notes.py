@@ -28,7 +28,7 @@ def row(part: str, name: str, T: int, D: int, ms: float) -> dict[str, Any]:
         **{"part": part, "name": name, "op": "kda", "B": 1, "T": T, "H": 16, "D": D, "noisy": False, "error": 1e-3},
         **{"ms_median": ms, "operations": 1e9 * D, "bytes": 2**20, "bound_by": "memory", "gb_per_s": 10.0},
         **{"fraction_of_lower_bound": 0.5, "registers": 36, "shared_bytes": 2048, "state_bytes": 8192, "peak_mib": 8.0},
-        **{"spill_bytes": 0, "occupancy": 0.25, "occupancy_limit": 0.5},
+        **{"spill_bytes": 0, "complexity": "T", "occupancy": 0.25, "occupancy_limit": 0.5},
     }
 
 
