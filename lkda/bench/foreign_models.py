@@ -243,7 +243,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1200, help="the longest that a row may take")
     for name, value in asdict(Sizes()).items():
         kind: dict[str, Any] = {"action": "store_true"} if isinstance(value, bool) else {"type": int, "default": value}
-        parser.add_argument(f"--{name.replace('_', '-')}", **kind)
+        parser.add_argument(f"--{name.replace('_', '-')}", help="default: %(default)s", **kind)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

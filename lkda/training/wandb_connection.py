@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from lkda.io import write_atomically
 
+_FINISH_SECONDS = 120.0  # that the end of a run waits for the upload of its rows
+
 
 def why_offline() -> str | None:
     """The reason why W&B cannot be used online now; None if it can."""
@@ -36,8 +38,9 @@ def wandb_mode() -> tuple[str | None, dict[str, Any]]:
     return reason, {
         "mode": "online" if reason is None else "offline",
         "resume": "allow" if reason is None else None,
-        # The terminal is used by the progress bar, and its output need not be recorded.
-        "settings": wandb.Settings(silent=True, console="off"),
+        # The terminal is used by the progress bar, and its output need not be recorded. If the server is lost during
+        # the run, its end would wait for it without a limit; `wandb sync` uploads the rest later.
+        "settings": wandb.Settings(silent=True, console="off", finish_timeout=_FINISH_SECONDS),
     }
 
 

@@ -12,6 +12,7 @@ import wandb
 from lkda.commands.train import train
 from lkda.training.task import LanguageModelTask
 from lkda.training.wandb_connection import why_offline
+from lkda.training.wandb_logger import wandb_logger
 from tests.commands.small import composed, small_run
 from tests.training.wandb_records import history, records
 
@@ -108,3 +109,8 @@ def test_the_reason_to_be_offline_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(why_offline()).startswith("no account is logged in")
     monkeypatch.setattr(wandb, "login", lambda **settings: True)
     assert why_offline() is None
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_lost_server(tmp_path: Path) -> None:
+    made = wandb_logger(save_dir=str(tmp_path), config={}, project=None, name=None, group=None, job_type=None, tags=())
+    assert made._wandb_init["settings"].finish_timeout == 120

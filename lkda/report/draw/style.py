@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import matplotlib as mpl
@@ -131,15 +132,19 @@ def occurrence_index(names: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class Picture:
-    """One plot, as the contents of a PNG file for a light page and of one for a dark page."""
+    """One plot, as the contents of a PNG file for a light page and, drawn when it is read, of one for a dark page."""
 
     light: bytes
-    dark: bytes
+    draw: Callable[[Style], Figure]
+
+    @cached_property
+    def dark(self) -> bytes:
+        return _png(self.draw, DARK)
 
 
 def picture(draw: Callable[[Style], Figure]) -> Picture:
-    """Draws a plot in both styles. `draw` returns the finished figure in one of them."""
-    return Picture(*(_png(draw, style) for style in (LIGHT, DARK)))
+    """Draws a plot. `draw` returns the finished figure in a style."""
+    return Picture(_png(draw, LIGHT), draw)
 
 
 def _png(draw: Callable[[Style], Figure], style: Style) -> bytes:

@@ -20,6 +20,7 @@ SHOWN = {
     "resident_bytes": ("memory of the process in MiB", 2**-20),
     "objects": ("Python objects in thousands", 1e-3),
     "cpu_seconds_per_step": ("CPU time of a step in ms", 1e3),
+    "steps_per_fixed": ("the same, as a multiple of a fixed calculation", 1.0),
 }
 
 
@@ -63,7 +64,7 @@ def _note(header: dict[str, Any]) -> str:
 
 def _plot(rows: list[Row]) -> Picture:
     def draw(style: Style) -> Figure:
-        figure = Figure(figsize=(9, 2.6), layout="constrained")
+        figure = Figure(figsize=(11, 2.6), layout="constrained")
         for panel, (column, (name, factor)) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items(), strict=True):
             panel.plot([row["step"] for row in rows], [row[column] * factor for row in rows], color=style.palette[0])
             panel.set_ylim(bottom=0)
