@@ -96,7 +96,7 @@ def summary(table: Sequence[Usage]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/kernel_resources.csv"), help="the table, as CSV")
     parser.add_argument("--op", nargs="+", help="operators whose kernels are compiled; default: all")
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, help="default: all")

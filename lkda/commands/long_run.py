@@ -13,6 +13,7 @@ import gc
 import json
 import platform
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from lkda.report.studies.long_run import KIND, redraw
 from lkda.training.callbacks.steps import ends_step
 
 BLOCKS = 40  # of which each gives one row
+FIXED = 20  # times that the fixed calculation is measured for a row
 SETTINGS = ("debug=fast", "data=random", "trainer=cpu", "callbacks=none", "sample.max_new_tokens=0")
 
 
@@ -41,14 +43,17 @@ class GrowthMeter(L.Callback):
     Args:
         every: optimizer steps.
         rows: each gets step, cpu_seconds_per_step (the mean since the row before, with all that belongs to a run:
-            validations, rows and checkpoints; what else the machine computes does not count), resident_bytes of the
-            process, and objects, the number of Python's objects that the garbage collector knows.
+            validations, rows and checkpoints; what else the machine computes does not count), fixed_cpu_seconds (of a
+            calculation that is always the same, measured between the steps: other work on the machine makes both
+            slower), steps_per_fixed (the first as a multiple of the second), resident_bytes of the process, and
+            objects, the number of Python's objects that the garbage collector knows.
     """
 
     def __init__(self, every: int, rows: list[dict[str, float]]) -> None:
         self.every = every
         self.rows = rows
         self._since = 0.0
+        self._fixed: list[float] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.process_time()
@@ -56,13 +61,34 @@ class GrowthMeter(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not ends_step(trainer, batch_idx) or trainer.global_step % self.every:
+        if not ends_step(trainer, batch_idx):
             return
-        seconds = (time.process_time() - self._since) / self.every
+        if trainer.global_step % max(1, self.every // FIXED) == 0:
+            self._fixed.append(fixed_calculation())
+        if trainer.global_step % self.every:
+            return
+        seconds = (time.process_time() - self._since - sum(self._fixed)) / self.every
+        fixed = statistics.fmean(self._fixed)
         gc.collect()
-        row = {"step": trainer.global_step, "cpu_seconds_per_step": seconds, "resident_bytes": resident_bytes()}
-        self.rows.append({**row, "objects": len(gc.get_objects())})
+        row = {"step": trainer.global_step, "cpu_seconds_per_step": seconds, "fixed_cpu_seconds": fixed}
+        row |= {
+            "steps_per_fixed": seconds / fixed,
+            "resident_bytes": resident_bytes(),
+            "objects": len(gc.get_objects()),
+        }
+        self.rows.append(row)
+        self._fixed.clear()
         self._since = time.process_time()
+
+
+def fixed_calculation() -> float:
+    """The CPU time in seconds of a calculation like that of a step: many small operations, forward and backward."""
+    begun = time.process_time()
+    with torch.enable_grad():
+        x = torch.ones(64, 32, requires_grad=True)
+        for _ in range(20):
+            (x @ x.T).relu().sum().backward()
+    return time.process_time() - begun
 
 
 def resident_bytes() -> int:

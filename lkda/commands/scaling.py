@@ -148,8 +148,9 @@ def longest_cases(rows: Sequence[Row], counts: Sequence[int], *, memory_gib: flo
     for n in counts:
         of_n = [row for row in rows if row["gpus"] == n]
         tried = [row for row in of_n if row["part"] == "longest"]
-        peaks = [row.get("peak_memory_gib") for row in of_n if row["part"] == "context" and row["tokens"] == LONG]
-        if any("reason" not in row for row in tried) or len(tried) == len(_SHARES) or not any(peaks):
+        of_context = [row for row in of_n if row["part"] == "context" and row["tokens"] == LONG]
+        peaks = [row["peak_memory_gib"] for row in of_context if row.get("peak_memory_gib") is not None]
+        if any("reason" not in row for row in tried) or len(tried) == len(_SHARES) or not peaks:
             continue
         tokens = _SHARES[len(tried)] * memory_gib / peaks[0] * LONG
         found.append(Case("longest", _divided(n), n, int(tokens) // _STEP_OF_LENGTHS * _STEP_OF_LENGTHS))
@@ -264,8 +265,11 @@ def _part(word: str) -> str | None:
 
 def measured(summary: Row) -> Row:
     """What a row has of summary.json. MFU belongs to the median speed, not to that of the last steps."""
-    names = ("tokens_per_s", "peak_memory_gib", "context", "model", "mixer", "params", "checkpointing", "precision")
-    row = {name: summary[name] for name in (*names, "val/loss", "steps", "device", "git_commit", "versions")}
+    names = (
+        *("tokens_per_s", "peak_memory_gib", "context", "model", "mixer", "params", "checkpointing", "precision"),
+        *("checkpoints", "checkpoint_seconds", "val/loss", "steps", "device", "git_commit", "versions"),
+    )
+    row = {name: summary[name] for name in names}
     if summary["mfu"]:
         peak = 1e12 * summary["tflops_per_s"] / summary["mfu"]
         row["mfu"] = 3 * summary["flops_per_token"] * summary["tokens_per_s"] / peak

@@ -27,6 +27,7 @@ from lkda.report.studies import (
     state_error,
     step_benchmark,
 )
+from lkda.report.tradeoff import report as tradeoff
 from lkda.report.training import comparison
 
 # The kinds of results files, each with the function that draws it; None where there is nothing to draw.
@@ -34,6 +35,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "comparison": comparison.redraw,  # written by scripts/compare.py
     "benchmark": bench_report.redraw,  # written by scripts/benchmark.py
     "step_benchmark": step_benchmark.redraw,  # written by scripts/benchmark.py task=step
+    "whole_set": tradeoff.redraw,  # written by scripts/benchmark.py without options
     "decode": decode.redraw,  # written by scripts/benchmark.py task=decode
     "state_error": state_error.redraw,  # written by lkda.bench.state_error
     "long_context": long_context.redraw,

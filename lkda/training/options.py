@@ -43,7 +43,7 @@ class TrainerOptions:
     strategy: str
     global_batch: bool
     context_parallel: int
-    timeout_minutes: int
+    timeout_minutes: float
     precision: str
     max_steps: int
     max_tokens: int | None
@@ -241,8 +241,10 @@ def _check_devices(options: Mapping[str, Any]) -> None:
         raise InputError(f"trainer.strategy must be one of {', '.join(STRATEGIES)}, got {options['strategy']!r}.")
     if options["devices"] != "auto":
         check_count("trainer.devices", options["devices"], least=1)
-    for name in ("num_nodes", "context_parallel", "timeout_minutes"):
+    for name in ("num_nodes", "context_parallel"):
         check_count(f"trainer.{name}", options[name], least=1)
+    minutes = options["timeout_minutes"]
+    check_number("trainer.timeout_minutes", minutes, wanted="greater than 0", fits=lambda value: value > 0)
     check_switch("trainer.global_batch", options["global_batch"])
     if options["strategy"] != "single":
         return

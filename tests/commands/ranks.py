@@ -8,42 +8,44 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 SECONDS = 60  # after which the processes of a test are ended
 
 
-def on_ranks(count: int, function: Callable[[int], Any], directory: Path) -> list[Any]:
-    """What `function(rank)` returns in each of `count` processes.
+def on_ranks(count: int, function: Callable[[int], Any], directory: Path, *, killed: Collection[int] = ()) -> list[Any]:
+    """What `function(rank)` returns in each of `count` processes; None for those that are killed.
 
     The processes are forks of this one, so that they need not import torch again. Their output goes to this process's.
 
     Args:
         directory: for the results.
-    Raises: AssertionError, with the traceback, if the function raises in one of them.
+        killed: the processes that are ended by SIGKILL before they return.
+    Raises: AssertionError, with the traceback, if the function raises in one of them, or if another one is killed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     children = [_fork(rank, count, port, function, directory) for rank in range(count)]
-    codes = _wait(children)
+    expected = [-signal.SIGKILL if rank in killed else 0 for rank in range(count)]
+    codes = _wait(children, expected)
     files = [directory / f"{rank}.pickle" for rank in range(count)]
     failures = [(directory / f"{rank}.txt") for rank in range(count)]
-    assert codes == [0] * count, "\n".join(file.read_text() for file in failures if file.exists())
-    return [pickle.loads(file.read_bytes()) for file in files]
+    assert codes == expected, "\n".join(file.read_text() for file in failures if file.exists())
+    return [None if rank in killed else pickle.loads(file.read_bytes()) for rank, file in enumerate(files)]
 
 
-def _wait(children: list[int]) -> list[int]:
+def _wait(children: list[int], expected: list[int]) -> list[int]:
     """Their exit codes. When one fails, or after a minute, the others are ended: they may wait for it."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + SECONDS
     while len(codes) < len(children):
-        for child in children:
+        for child, code in zip(children, expected, strict=True):
             found, status = (0, 0) if child in codes else os.waitpid(child, os.WNOHANG)
             if found:
                 codes[child] = os.waitstatus_to_exitcode(status)
-                if codes[child]:
+                if codes[child] != code:
                     deadline = min(deadline, time.monotonic() + 1)
         if time.monotonic() > deadline:
             for child in children:

@@ -7,13 +7,17 @@ every write (test_resume.py), a killed process of several (test_many_processes.p
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +72,76 @@ def assert_resumes(corpus: Path, directory: Path, whole: Path) -> None:
     assert not list((directory / "checkpoints").glob(".*.tmp"))
 
 
-def killed(seconds: float, corpus: Path, directory: Path) -> bool:
-    """Train in a process of its own, and kill it with SIGKILL after that time. Whether it still ran."""
+def forked(action: Callable[[], Any]) -> int:
+    """A process that runs `action` and ends."""
     child = os.fork()
     if not child:
         try:
-            run(corpus, directory)
+            action()
         finally:
             os._exit(0)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
+    return child
+
+
+def was_killed(child: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.long) for n in range(3, 30))])
-def test_kill_9_at_a_random_moment(number: int, corpus: Path, tmp_path: Path, whole: Path) -> None:
-    directory = tmp_path / "run"
-    start = time.perf_counter()
-    run(corpus, tmp_path / "timed")
-    duration = time.perf_counter() - start
-    killed(random.Random(number).uniform(0, duration), corpus, directory)
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_in(owner: Any, name: str, call: int, seconds: float) -> None:
+    """Let this process kill itself that many seconds after the given call of a function has begun; 0: before it
+    begins."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            if seconds:
+                threading.Timer(seconds, die).start()
+            else:
+                die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, function)  # in a process of its own
+
+
+# For each place where a process is killed: the function that is running, the number of its calls in the run, and the
+# most seconds after its beginning.
+MOMENTS: dict[str, tuple[Any, str, int, float]] = {
+    "a checkpoint is written": (torch, "save", 5, 0.01),
+    "a checkpoint is renamed": (os, "replace", 12, 0.0),
+    "a validation": (LanguageModelTask, "validation_step", 3, 0.02),
+    "the first step": (LanguageModelTask, "training_step", 1, 0.03),
+    "any step": (LanguageModelTask, "training_step", 15, 0.03),
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        pytest.param(n, moment, marks=[pytest.mark.long] if n >= 3 else [])
+        for n, moment in zip(range(30), itertools.cycle([*MOMENTS, "anywhere"]))
+    ],
+)
+def test_kill_9_at_a_random_moment(number: int, moment: str, corpus: Path, tmp_path: Path, whole: Path) -> None:
+    """The resumed run has the losses and the weights of one that was not killed, bit for bit."""
+    directory, draw = tmp_path / "run", random.Random(number)
+    if moment == "anywhere":
+        child = forked(lambda: run(corpus, directory))
+        time.sleep(draw.uniform(0, 3))
+        os.kill(child, signal.SIGKILL)
+        was_killed(child)
+    else:
+        owner, name, calls, most = MOMENTS[moment]
+        call, seconds = draw.randint(1, calls), draw.uniform(0, most)
+
+        def action() -> None:
+            dies_in(owner, name, call, seconds)
+            run(corpus, directory)
+
+        assert was_killed(forked(action))
     if (directory / "metrics.csv").exists():
         done = max([int(row["step"]) for row in rows(directory)], default=0)
         saved = [int(path.stem.removeprefix("step_")) for path in step_files(directory / "checkpoints")]
@@ -135,6 +189,38 @@ def test_a_full_disk_during_a_checkpoint(
     assert_resumes(corpus, directory, whole)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_file_system_that_becomes_full(
+    corpus: Path, small_disk: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When there is room again, the run continues."""
+    directory, other = small_disk / "run", small_disk / "other"
+
+    def fill() -> None:
+        with suppress(OSError), open(other, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    at_step(5, fill, monkeypatch)
+    found = line(lambda: run(corpus, directory), capsys)
+    assert found.startswith(f"error: {directory}/")
+    assert found.endswith(": No space left on device.")
+    monkeypatch.undo()
+    other.unlink()
+    assert_resumes(corpus, directory, whole)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
 def test_a_run_directory_that_cannot_be_written_any_more(
     corpus: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -178,6 +264,9 @@ def test_a_removed_data_file(corpus: Path, tmp_path: Path, capsys: pytest.Captur
     assert "cannot be resumed: the training data" in found
     removed.write_bytes(kept)
     assert run(texts, directory, *again)["steps"] == 6
+    run(texts, tmp_path / "straight", "trainer.max_steps=6", "scheduler=constant")
+    ours, theirs = weights(directory), weights(tmp_path / "straight")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     shutil.rmtree(texts)
     again = ("trainer.max_steps=8", "scheduler=constant", "resume=true")
     assert str(texts) in line(lambda: run(texts, directory, *again), capsys)

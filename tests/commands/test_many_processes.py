@@ -2,12 +2,12 @@
 
 import csv
 import os
-import pickle
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -392,25 +392,52 @@ def test_precisions_of_fsdp() -> None:
         plan_run(composed("train", *on("fsdp"), "trainer.precision=64-true"), Path("nowhere"))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_process_ends_the_run_with_one_line(strategy: str, corpus: Path, tmp_path: Path) -> None:
-    """The last checkpoint stays, and the run continues from it."""
+def ends_by_itself(strategy: str, corpus: Path, directory: Path, fault: Callable[[], None], *overrides: str) -> str:
+    """What the first of two processes ends with, if `fault` happens in the second one in step 4, which does not live
+    on."""
     step = LanguageModelTask.training_step
+    pid = directory / "pid"
 
     def run(rank: int) -> str:
-        def killed(task: LanguageModelTask, batch: Any, batch_idx: int) -> Any:
+        def faulty(task: LanguageModelTask, batch: Any, batch_idx: int) -> Any:
             if rank == 1 and batch_idx == 3:
-                (tmp_path / "ranks" / "1.pickle").write_bytes(pickle.dumps("killed"))
-                os._exit(0)
+                pid.write_text(str(os.getpid()))
+                fault()
             return step(task, batch, batch_idx)
 
-        LanguageModelTask.training_step = killed  # type: ignore[method-assign]  # in a process of its own
+        LanguageModelTask.training_step = faulty  # type: ignore[method-assign]  # in a process of its own
         with pytest.raises(CommandError) as caught:
-            train(composed("train", *small_run(corpus, *SAME, *on(strategy))), tmp_path / "run")
+            train(composed("train", *small_run(corpus, *SAME, *on(strategy), *overrides)), directory / "run")
+        with suppress(ProcessLookupError):
+            os.kill(int(pid.read_text()), signal.SIGKILL)
         return str(caught.value)
 
-    message, _ = on_ranks(2, run, tmp_path / "ranks")
-    assert message.startswith("another process of the run has ended, or did not answer for 30 minutes")
-    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["lkda"]["step"] == 2
-    summary, _ = trained(corpus, tmp_path / "run", *on(strategy), "resume=true", processes=2)
+    message, _ = on_ranks(2, run, directory / "ranks", killed=[1])
+    return str(message)
+
+
+def assert_continues(strategy: str, corpus: Path, run: Path, alone: Run) -> None:
+    """From the checkpoint of step 2, with the losses of a run that nothing has stopped."""
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["lkda"]["step"] == 2
+    summary, _ = trained(corpus, run, *on(strategy), "resume=true", processes=2)
     assert summary["status"] == "finished"
+    assert_same_rows(run, alone(), rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_process_ends_the_run_with_one_line(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
+    message = ends_by_itself(strategy, corpus, tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert message.startswith("another process of the run has ended, or did not answer for 30 minutes")
+    assert_continues(strategy, corpus, tmp_path / "run", alone)
+
+
+@pytest.mark.slow  # it waits for the end of the timeout
+def test_a_process_that_does_not_answer_ends_the_run(corpus: Path, tmp_path: Path, alone: Run) -> None:
+    """It is stopped, as a process that hangs in a driver or a file system."""
+
+    def fault() -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    message = ends_by_itself("ddp", corpus, tmp_path, fault, "trainer.timeout_minutes=0.2")
+    assert message.startswith("another process of the run has ended, or did not answer for 0.2 minutes")
+    assert_continues("ddp", corpus, tmp_path / "run", alone)

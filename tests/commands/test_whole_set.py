@@ -110,7 +110,7 @@ def test_a_limit_of_minutes_begins_no_part_that_would_end_after_it(tmp_path, mon
 
 def test_results_of_another_device_or_of_something_else_are_not_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"is not empty and holds no whole_set.json: give a new directory"):
+    with pytest.raises(ValueError, match=r"is not empty and holds no parts.json: give a new directory"):
         measure_whole_set(settings(tmp_path), CPU, Measure(), PARTS)
     state = {"kind": "measurements", "device": "a GPU", "parts": {}}
     (tmp_path / STATE).write_text(json.dumps(state))

@@ -3,11 +3,13 @@ runs code from a file."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,14 +19,16 @@ import lkda
 from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.run_directory import read_summary, recorded_config
 from lkda.data.text.tokenizer import encode_text, load_tokenizer
+from lkda.data.text.tokens import TokensDataModule
 from lkda.formats.common.reading import read_tokenizer
 from lkda.metrics_file import read_metrics
 from lkda.report.read.files import read_results_file
 from lkda.report.read.runs import read_run
+from lkda.training.sharded_checkpoint import REST, rows_of
 from tests.formats.models import model, tokenizer
 from tests.fuzz.mutations import ODD, cases, loads_or_refuses, spoilt, spoilt_bytes, spoilt_json
 
-COUNTS = pytest.mark.parametrize("count", [200, pytest.param(5_000, marks=pytest.mark.long)])
+COUNTS = pytest.mark.parametrize("count", [50, pytest.param(5_000, marks=pytest.mark.long)])
 ROOT = Path(__file__).parents[2]
 # The smallest models of each format: most of the time of a case is building one.
 PATTERNS = {"lkda": ("kda",), "hf": ("softmax",)}
@@ -73,6 +77,59 @@ def test_a_checkpoint_of_odd_bytes(count: int, tmp_path: Path) -> None:
         loads_or_refuses(lambda: load_trained(path))
 
     fuzz(count, spoilt_bytes(path.read_bytes()), check)
+
+
+@pytest.mark.parametrize("name", ["part_00001_of_00002.pt", REST])
+@COUNTS
+def test_a_shared_checkpoint(count: int, name: str, tmp_path: Path) -> None:
+    """As two devices write it with trainer=fsdp, each a half of the rows of every tensor."""
+    path = tmp_path / "x.ckpt"
+    path.mkdir()
+    rest = checkpoint()
+    contents: dict[str, Any] = {}
+    for n in range(2):
+        rows = {key: tensor[slice(*rows_of(len(tensor), n, 2))] for key, tensor in rest["state_dict"].items()}
+        contents[f"part_{n:05d}_of_00002.pt"] = [(["state_dict", key], row.clone()) for key, row in rows.items()]
+    contents[REST] = {**rest, "state_dict": dict.fromkeys(rest["state_dict"])}
+    for file, content in contents.items():
+        torch.save(content, path / file)
+    load_trained(path)  # before it is spoilt
+
+    def check(content: bytes) -> None:
+        (path / name).write_bytes(content)
+        loads_or_refuses(lambda: load_trained(path))
+
+    fuzz(count, st.one_of(spoilt_bytes((path / name).read_bytes()), _saved(spoilt(contents[name]))), check)
+
+
+def _saved(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
+    """The values as torch.save writes them."""
+
+    def as_bytes(value: Any) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return buffer.getvalue()
+
+    return values.map(as_bytes)
+
+
+@COUNTS
+def test_a_token_file(count: int, tmp_path: Path) -> None:
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    np.save(tmp_path / "x.npy", np.arange(600, dtype=np.uint16) % 8)
+    options: dict[str, Any] = {"context": 16, "batch_size": 2, "val_fraction": 0.1, "test_fraction": 0.0}
+
+    def load() -> None:
+        paths = {"paths": [str(tmp_path / "x.npy")], "tokenizer_path": str(tmp_path / "tokenizer.json")}
+        TokensDataModule(**paths, **options).prepare()
+
+    load()  # before it is spoilt
+
+    def check(content: bytes) -> None:
+        (tmp_path / "x.npy").write_bytes(content)
+        loads_or_refuses(load)
+
+    fuzz(count, spoilt_bytes((tmp_path / "x.npy").read_bytes()), check)
 
 
 @pytest.mark.parametrize("form", PATTERNS)

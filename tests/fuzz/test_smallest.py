@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ import lkda
 from lkda.checks import InputError
 from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.run_directory import fingerprint_of
+from lkda.data.text.token_shards import load_shard
 from lkda.report.read.runs import read_run
 from tests.formats.models import model, tokenizer
 from tests.fuzz.test_loaders import RUN, checkpoint
@@ -79,3 +81,11 @@ def test_the_fingerprint_of_a_checkpoint_without_a_tokenizer() -> None:
     found["lkda"]["tokenizer"] = "not JSON"
     with pytest.raises(InputError, match="the checkpoint is damaged: it holds no tokenizer"):
         fingerprint_of(found)
+
+
+def test_a_token_file_whose_header_does_not_end(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(9, dtype=np.uint16))
+    content = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(content.replace(b"{", b"z"))
+    with pytest.raises(InputError, match=r"x\.npy is not a token file that can be read: "):
+        load_shard(tmp_path / "x.npy", dtype="uint16")

@@ -3,8 +3,12 @@
 import csv
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,23 +19,27 @@ ROOT = Path(__file__).parents[2]
 STEPS = 200
 # Losses of bf16 runs whose sums have another order. The data are text, so that there is something to learn.
 TOLERANCE = 2e-2
+MINUTES = 0.5  # that a process waits for one that does not answer
+# NVLink multicast needs rights that containers often lack.
+ENVIRONMENT = {**os.environ, "NCCL_NVLS_ENABLE": "0"}
 
 
 def trained(corpus: Path, directory: Path, *overrides: str) -> dict[int, float]:
     """Train in processes of their own. Returns the training loss of every tenth step."""
-    words = (
-        *("data=files", f"data.paths=[{corpus}]", "data.vocab_size=300", "data.context=128", "data.batch_size=8"),
-        *("model=tiny", "model.vocab_size=null", f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}"),
-        *("sample.max_new_tokens=0", "callbacks=none", f"hydra.run.dir={directory}", *overrides),
-    )
-    # NVLink multicast needs rights that containers often lack.
-    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0"}
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *settings(corpus, directory), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert json.loads((directory / "summary.json").read_text())["status"] == "finished"
     with open(directory / "metrics.csv", newline="") as file:
         return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+
+
+def settings(corpus: Path, directory: Path) -> tuple[str, ...]:
+    return (
+        *("data=files", f"data.paths=[{corpus}]", "data.vocab_size=300", "data.context=128", "data.batch_size=8"),
+        *("model=tiny", "model.vocab_size=null", f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}"),
+        *("sample.max_new_tokens=0", "callbacks=none", f"hydra.run.dir={directory}"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +78,35 @@ def test_resumed_with_another_number_of_gpus(corpus: Path, tmp_path: Path) -> No
     trained(corpus, run, "trainer=gpu", "trainer.max_steps=40", "resume=true")
     losses = trained(corpus, run, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=60", "resume=true")
     assert losses[60] < losses[20] < losses[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_ends_the_run(fault: signal.Signals, corpus: Path, tmp_path: Path) -> None:
+    """One of two is killed, or stopped as if it hung. The run ends with a line that says so, and can be continued."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    run = tmp_path / "run"
+    words = (*settings(corpus, run), "trainer=ddp", "trainer.devices=2", "checkpoint.every_n_steps=10")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words, f"trainer.timeout_minutes={MINUTES}"]
+    log = tmp_path / "log"  # not a pipe, which the other process would keep open
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    deadline = time.monotonic() + 200
+    while not (run / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (other,) = (int(pid) for pid in children if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(other, fault)
+    try:
+        assert process.wait(60 + 60 * MINUTES) != 0
+    finally:
+        for pid in (other, process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    said = log.read_text()
+    assert re.search(r"another process of the run has ended|Child process with PID \d+ terminated|Timeout", said), said
+    losses = trained(corpus, run, "trainer=ddp", "trainer.devices=2", "resume=true")
+    assert max(losses) == STEPS

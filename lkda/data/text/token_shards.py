@@ -61,16 +61,13 @@ def load_shard(path: Path, *, dtype: str) -> Shard:
     Raises: InputError for a file that cannot be read, or that does not hold whole numbers.
     """
     try:
-        if path.suffix == ".npy":
-            token_ids = np.load(path, mmap_mode="r", allow_pickle=False)
-            if token_ids.dtype.kind not in "iu":
-                raise InputError(f"{path} must hold whole numbers, got {token_ids.dtype}.")
-        else:
-            token_ids = _bare(path, dtype)
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
+        token_ids = np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else _bare(path, dtype)
+    except InputError:
+        raise
+    except Exception as error:  # numpy reads the header as Python's literals, which raise many types
         raise InputError(f"{path} is not a token file that can be read: {' '.join(str(error).split())}.") from error
+    if token_ids.dtype.kind not in "iu":
+        raise InputError(f"{path} must hold whole numbers, got {token_ids.dtype}.")
     if token_ids.size == 0:
         raise InputError(f"{path} holds no tokens.")
     return Shard(path, token_ids.reshape(-1))

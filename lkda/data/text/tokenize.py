@@ -26,6 +26,7 @@ from lkda.data.text.token_file import parts_of, positions_of, writing_token_file
 from lkda.data.text.tokenizer import (
     document_start,
     encode_texts,
+    first_unknown,
     load_tokenizer,
     train_tokenizer,
     unknown_token,
@@ -254,11 +255,12 @@ def write_token_file(path: Path, tokenizer: Tokenizer, documents: Texts, progres
     """Write the tokens, and the beginnings of documents if no token marks them. Returns the documents' UTF-8 bytes."""
     task = progress.add_task(f"tokenizing {path.stem}", total=len(documents))
     dtype = np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32)
+    unknown = unknown_token(tokenizer)
     begun = count = size = 0
     starts = array("q")
     with writing_token_file(path, dtype) as write:
         for batch in _batches(documents, tokenizer):
-            tokens, begins = _encode(tokenizer, batch)
+            tokens, begins = _encode(tokenizer, batch, unknown=unknown, dtype=dtype)
             write(tokens)
             starts.extend(count + place for place in begins)
             begun += len(begins)
@@ -348,24 +350,29 @@ def _batches(documents: Iterable[Text], tokenizer: Tokenizer) -> Iterator[list[t
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]]) -> tuple[np.ndarray, list[int]]:
-    """The token ids of a batch of pieces, and the positions where documents begin. Raises InputError for text outside
-    the vocabulary."""
-    start, unknown = document_start(tokenizer), unknown_token(tokenizer)
-    dtype = np.uint16 if vocabulary_rows(tokenizer) <= 2**16 else np.uint32
+def _encode(
+    tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]], *, unknown: int | None, dtype: np.dtype
+) -> tuple[np.ndarray, list[int]]:
+    """The token ids of a batch of pieces, and the positions where documents begin.
+
+    Args:
+        unknown: the token for unknown text, if there is one.
+    Raises: InputError for text outside the vocabulary.
+    """
+    start = document_start(tokenizer)
     first = [] if start is None else [start]
     parts, places, count = [], [], 0
     encodings = encode_texts(tokenizer, [piece for _, piece in batch])
     for (begins, piece), encoding in zip(batch, encodings):
-        if unknown in encoding.ids:
-            begin, end = encoding.offsets[encoding.ids.index(unknown)]
+        ids = encoding.ids
+        if unknown is not None and unknown in ids:
             raise InputError(
-                f"the tokenizer of data.tokenizer_path has no token for {piece[begin:end]!r}, which is in the text; "
-                "give a tokenizer that has every byte, or leave data.tokenizer_path out."
+                f"the tokenizer of data.tokenizer_path has no token for {first_unknown(tokenizer, piece)!r}, which is "
+                "in the text; give a tokenizer that has every byte, or leave data.tokenizer_path out."
             )
         if begins:
             places.append(count)
-        parts.append(np.array([*first, *encoding.ids] if begins else encoding.ids, dtype=dtype))
+        parts.append(np.array([*first, *ids] if begins else ids, dtype=dtype))
         count += len(parts[-1])
     return np.concatenate(parts), places
 

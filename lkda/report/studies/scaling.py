@@ -72,6 +72,7 @@ def speeds(rows: Sequence[Row]) -> list[dict[str, str]]:
         if row["part"] == "agreement" or "reason" in row:
             continue
         share, mfu, peak = share_of_linear(row, rows), row.get("mfu"), row.get("peak_memory_gib")
+        stopped = row["checkpoint_seconds"] / row["checkpoints"] if row["checkpoints"] else None
         made.append(
             {
                 "model": row["model"],
@@ -84,6 +85,7 @@ def speeds(rows: Sequence[Row]) -> list[dict[str, str]]:
                 "share of linear": "" if share is None else f"{share:.3f}",
                 "MFU": "" if mfu is None else f"{mfu:.1%}",
                 "peak GiB per GPU": "" if peak is None else f"{peak:.1f}",
+                "seconds for a checkpoint": "" if stopped is None else f"{stopped:.2f}",
             }
         )
     return made
