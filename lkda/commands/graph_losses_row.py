@@ -36,7 +36,7 @@ class LastWeights(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         digest = hashlib.sha256()
         for weight in pl_module.parameters():
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         assert isinstance(pl_module, LanguageModelTask)
         found = {"weights": digest.hexdigest(), "graphs": pl_module.replays_graphs}
         write_atomically(Path(self.path), json.dumps(found))
