@@ -183,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     __syncthreads();
 
-#if __CUDA_ARCH__ < 900  // for fewer registers; the compiler for later architectures does better without it
+#if __CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200  // for fewer registers; for sm_90 and sm_100 the compiler does better without it
     for (int i = opaque(thread); i < 3 * D; i += THREADS) {
 #else
     for (int i = thread; i < 3 * D; i += THREADS) {
