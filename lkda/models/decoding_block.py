@@ -61,10 +61,6 @@ class DecodingBlock(Block):
     def _mix(self, x: Tensor, mixer: ProjectedMixer, state: State) -> State:
         """x += mixer(norm(x)), in place. Returns the state after the token."""
         projected, factors = self._project(x, mixer)
-        if mixer.norms_in_step and mixer.o_norm is not None:
-            o, after = mixer.step_normed(projected, factors, state)
-            add_linear_(x, o.flatten(1), mixer.o_proj.weight)
-            return after
         o, gate, after = mixer.step_from(projected, factors, state)
         if mixer.o_norm is None:
             add_linear_(x, o.flatten(1), mixer.o_proj.weight)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -20,10 +19,8 @@ class ProjectedMixer(Mixer):
 
     Attributes:
         o_norm: the norm of each head of o, with a gate or without; None for no norm.
-        norms_in_step: whether the operator of a step can compute `o_norm` too; see `step_normed`.
     """
 
-    norms_in_step: ClassVar[bool] = False
     o_proj: nn.Linear
     o_norm: GatedHeadNorm | None
 
@@ -42,10 +39,6 @@ class ProjectedMixer(Mixer):
             factors: the outputs [B, ...] of the second of each of `factor_layers`.
         Returns: o [B, H, D], the logits [B, H * D] of its gate, None without one, and the state after the token.
         """
-
-    def step_normed(self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
-        """As `step_from`, with the norm of the heads and its gate: o [B, H, D] and the state after the token."""
-        raise NotImplementedError(f"{type(self).__name__}.norms_in_step is False")
 
     def factor_layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
         """The products of low rank, as pairs of layers; that of the output gate, if there is one, is the last."""

@@ -201,19 +201,12 @@ class RecurrentMixer(ProjectedMixer):
     def step_from(
         self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
     ) -> tuple[Tensor, Tensor | None, State]:
-        heads, gates, gate = self._step_inputs(projected, factors)
-        o, after = self.attend_step(*heads, gates, state=state)
-        return o, gate, after
-
-    def _step_inputs(
-        self, projected: Sequence[Tensor], factors: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...], Tensor | None]:
-        """q, k and v, the operator's gates, and the logits of the output gate, None without one."""
         q, k, v, *gates = projected
         if self.q_conv1d is None and self.activation == "silu":
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         *decay, gate = factors if self.g_b_proj is not None else (*factors, None)
-        return (q, k, v), (*decay, *gates), gate
+        o, after = self.attend_step(q, k, v, (*decay, *gates), state=state)
+        return o, gate, after
 
     def _gates(self, x: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """The latent [..., D] of the output gate, None without one, and the operator's gates."""

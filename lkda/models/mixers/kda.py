@@ -14,8 +14,6 @@ from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.models.sequence_part import SequencePart
 from lkda.ops import KDAGate, kda_attention_fused, kda_step_fused
-from lkda.ops.gated_norm.op import EPS
-from lkda.ops.gated_norm.reference import HeadNorm
 from lkda.ops.kda.cuda.layer import kda_layer_cuda
 from lkda.ops.kda.cuda.layer import runs as kda_layer_runs
 from lkda.ops.kda.reference.gate import FORMS, LOWEST_BOUND
@@ -52,7 +50,6 @@ class KimiDeltaAttention(RecurrentMixer):
 
     op = "kda"
     normalized = (True, True, False)
-    norms_in_step = True
 
     def __init__(
         self,
@@ -184,21 +181,8 @@ class KimiDeltaAttention(RecurrentMixer):
         entered = torch.einsum("rthk,rhkv->rthv", part.by_row(from_one).to(S.dtype), S)
         return (o + entered.reshape(o.shape)).to(o.dtype), after
 
-    def step_normed(self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
-        heads, gates, gate = self._step_inputs(projected, factors)
-        assert self.o_norm is not None
-        norm = HeadNorm(self.o_norm.weight, None if gate is None else self.heads(gate), EPS)
-        return self.attend_step(*heads, gates, state=state, norm=norm)
-
     def attend_step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: tuple[Tensor, ...],
-        *,
-        state: State,
-        norm: HeadNorm | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, state: State
     ) -> tuple[Tensor, State]:
         caches, kept = self._split_state(state)
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
@@ -208,7 +192,6 @@ class KimiDeltaAttention(RecurrentMixer):
             *(q, k, v, logits, beta, self._kda_gate(), kept),
             weights=[convolve.weight for _, convolve in self._paths() if convolve is not None],
             caches=caches,
-            norm=norm,
         )
         return o, state
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_in_place, check_shape, check_step_caches
-from lkda.ops.gated_norm.reference import HeadNorm, gated_norm_torch
 from lkda.ops.kda.cpu import step as cpu_step
 from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.reference.gate import KDAGate, kda_gate_torch
@@ -33,7 +32,6 @@ def _torch(
     *,
     normalize: bool,
     scale: float,
-    norm: HeadNorm | None = None,
 ) -> Tensor:
     """The step in PyTorch, in float32 at least: the definition that the kernel is compared with."""
     dtype = torch.promote_types(compute_dtype(v), torch.float64 if state.dtype == torch.float64 else torch.float32)
@@ -46,14 +44,13 @@ def _torch(
     g, beta = (x.to(dtype) for x in kda_gate_torch(gate_logits, beta_logits, gate, head_dim=q.shape[-1]))
     q, k, v = heads
     if state.dtype == dtype:
-        o = _step_in_place(q, k, v, g, beta, state, scale)
-    else:
-        kept = (state,) if factors is None else (state, factors)
-        wide = unpack_state(kept).to(dtype)
-        o = _step_in_place(q, k, v, g, beta, wide, scale)
-        for before, new in zip(kept, pack_state(wide, state.dtype), strict=True):
-            before.copy_(new)
-    return (o if norm is None else gated_norm_torch(o, norm.gate, norm.weight, norm.eps)).to(out_dtype)
+        return _step_in_place(q, k, v, g, beta, state, scale).to(out_dtype)
+    kept = (state,) if factors is None else (state, factors)
+    wide = unpack_state(kept).to(dtype)
+    o = _step_in_place(q, k, v, g, beta, wide, scale)
+    for before, new in zip(kept, pack_state(wide, state.dtype), strict=True):
+        before.copy_(new)
+    return o.to(out_dtype)
 
 
 def _step_in_place(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float) -> Tensor:
@@ -85,7 +82,6 @@ def kda_step_fused(
     caches: Sequence[Tensor] = (),
     normalized: bool = False,
     scale: float | None = None,
-    norm: HeadNorm | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One token of a KDA layer between its projections, without gradients. State and caches are updated IN PLACE.
@@ -105,7 +101,6 @@ def kda_step_fused(
         caches: the last inputs of the convolutions, [B, width - 1, H * D] each, as `short_convolutions` returns them;
             contiguous.
         normalized, scale: as in `kda_attention_fused`.
-        norm: returns `gated_rms_norm` of o, with its weight [D] and gate [B, H, D]; None: o itself.
         backend: auto | cuda | cpu | torch.
     Returns: o [B, H, D] in v's dtype.
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
@@ -123,12 +118,7 @@ def kda_step_fused(
     check_shape(fn, "beta_logits", beta_logits, "B H", sizes)
     given = {"q": q, "k": k, "v": v, "gate_logits": gate_logits, "beta_logits": beta_logits}
     given |= {"A_log": gate.A_log, "dt_bias": gate.dt_bias}
-    given |= {"norm.weight": None if norm is None else norm.weight, "norm.gate": None if norm is None else norm.gate}
     check_alike(fn, given, same_dtype=("q", "k", "v"))
-    if norm is not None:
-        check_shape(fn, "norm.weight", norm.weight, "D", sizes)
-        if norm.gate is not None:
-            check_shape(fn, "norm.gate", norm.gate, "B H D", sizes)
     sequence = None if gate_logits is None else gate_logits.unsqueeze(1)
     gate.check(fn, sequence, sizes | {"T": 1, "K": sizes["D"]})
     _check_state(fn, state, q.device, sizes)
@@ -136,9 +126,7 @@ def kda_step_fused(
     able = dict(BACKENDS)
     if state[0].dtype == torch.float64 or sizes.get("W", 1) > cuda_step.MAX_TAPS:
         del able["cuda"]
-    if norm is not None or not cpu_step.of_one_dtype(
-        q, gate_logits, beta_logits, gate.A_log, gate.dt_bias, *state, *weights, *caches
-    ):
+    if not cpu_step.of_one_dtype(q, gate_logits, beta_logits, gate.A_log, gate.dt_bias, *state, *weights, *caches):
         del able["cpu"]
     word = choose(fn, able, backend, device=q.device, head_dim=sizes["D"], dtype=q.dtype)
     return BACKENDS[word].run(
@@ -146,7 +134,6 @@ def kda_step_fused(
         *(state[0], state[1] if len(state) == 2 else None, weights, caches),
         normalize=not normalized,
         scale=sizes["D"] ** -0.5 if scale is None else float(scale),
-        norm=norm,
     )
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from lkda.ops import KDAGate
-from lkda.ops.gated_norm.reference import HeadNorm
 from lkda.ops.kda.state import pack_state, unpack_state
 from lkda.ops.kda.step import kda_step_fused
 
@@ -68,14 +67,6 @@ def moved(x, move):
 def state_of(B, H, D, dtype, *, device="cpu", seed=1):
     S = torch.randn(B, H, D, D, generator=torch.Generator().manual_seed(seed)) * 0.3
     return tuple(x.contiguous().to(device) for x in pack_state(S, dtype))
-
-
-def norm_of(B, H, D, dtype, *, device="cpu", gated=True, seed=2):
-    """The norm of the heads that a step computes too; its gate is a part of a larger product."""
-    draw = torch.Generator().manual_seed(seed)
-    weight, product = torch.rand(D, generator=draw) + 0.5, torch.randn(B, 2 * H * D, generator=draw).to(dtype)
-    gate = product.chunk(2, -1)[1].unflatten(1, (H, D)) if gated else None
-    return HeadNorm(weight.to(device), None if gate is None else gate.to(device), 1e-5)
 
 
 def copied(x):

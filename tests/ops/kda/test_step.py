@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from lkda.ops import kda_attention_fused, kda_step_fused, short_convolutions
-from lkda.ops.gated_norm.reference import HeadNorm
 from lkda.ops.kda.cpu import step as cpu_step
 from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.state import pack_state, unpack_state
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.kda.step_cases import STATES, copied, exact, moved, norm_of, relative, state_of, token
+from tests.ops.kda.step_cases import STATES, copied, exact, moved, relative, state_of, token
 
 # Relative, of a state rounded once, by half a step at most: 2^-9 of a number in bf16, 1/254 of a row's largest in int8.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.int8: 8e-3}
 OUTPUT = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
 
-def by_kernel(x, state, *, normalized=False, scale=None, norm=None):
+def by_kernel(x, state, *, normalized=False, scale=None):
     """`kda_step_fused(backend="cuda")` as far as it does not ask for a GPU."""
     D = x["q"].shape[-1]
     return cuda_step.kda_step_cuda(
@@ -26,7 +25,6 @@ def by_kernel(x, state, *, normalized=False, scale=None, norm=None):
         *(state[0], state[1] if len(state) == 2 else None, x.get("weights", []), x.get("caches", [])),
         normalize=not normalized,
         scale=D**-0.5 if scale is None else scale,
-        norm=norm,
     )
 
 
@@ -51,28 +49,6 @@ def test_kernel_against_float64(kernels_on_the_cpu, dtype, D, state_dtype):  # n
     assert relative(unpack_state(state), after) < ROUNDING[state_dtype]
     for got, truth in zip(x["caches"], caches):
         torch.testing.assert_close(got.double(), truth, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize(
-    ("dtype", "D", "state_dtype"),
-    [
-        (torch.bfloat16, 32, torch.int8),
-        (torch.float32, 64, torch.bfloat16),
-        (torch.bfloat16, 128, torch.float32),
-    ],
-    ids=str,
-)
-def test_the_norm_of_the_heads_is_part_of_it(kernels_on_the_cpu, dtype, D, state_dtype, gated):  # noqa: F811
-    """Of o before it is rounded; the state and the caches are those of a step without it."""
-    x, state = token(3, 5, D, dtype), state_of(3, 5, D, state_dtype)
-    norm = norm_of(3, 5, D, dtype, gated=gated)
-    bare, other = moved(x, torch.Tensor.clone), tuple(copied(state))
-    want, _, _ = exact(x, state, norm=norm)
-    assert relative(by_kernel(x, state, norm=norm), want) < OUTPUT[dtype]
-    by_kernel(bare, other)
-    for one, two in zip([*state, *x["caches"]], [*other, *bare["caches"]], strict=True):
-        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
@@ -214,10 +190,6 @@ def _half(x, state):
     state[:] = [state[0].half()]
 
 
-def _short_gate(x, state):
-    x["norm"] = HeadNorm(torch.ones(32), torch.zeros(1, 2, 16), 1e-5)
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -226,7 +198,6 @@ def _short_gate(x, state):
         (_two_weights, "three weights and three caches"),
         (_short_cache, r"caches\[1\] must be"),
         (_half, "begins with a tensor of"),
-        (_short_gate, r"norm.gate must be \[B, H, D\]"),
     ],
 )
 def test_bad_input(spoil, message):

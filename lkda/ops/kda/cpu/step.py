@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lkda.ops.gated_norm.reference import HeadNorm
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.runtime.cpp import NAMES, Library, cpu_only
 
@@ -44,11 +43,8 @@ def kda_step_cpu(
     *,
     normalize: bool,
     scale: float,
-    norm: HeadNorm | None = None,
 ) -> Tensor:
-    """Arguments and result as of the form in PyTorch, all of one dtype, with a state that has no factors and without
-    a norm."""
-    assert norm is None, "the layer's output projection computes it"
+    """Arguments and result as of the form in PyTorch, all of one dtype, with a state that has no factors."""
     B, H, D = q.shape
     q, k, v, beta_logits = (_rows(x) for x in (q, k, v, beta_logits))
     kind = NO_DECAY if gate_logits is None else PER_HEAD if gate_logits.dim() == 2 else PER_CHANNEL

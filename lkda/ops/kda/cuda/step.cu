@@ -3,8 +3,7 @@
 //
 //     c = beta (v - S'^T k)        S = S' + k c^T        o = scale (S'^T q + (q . k) c)
 //
-// so one pass over the state gives both sums, and a second one, from registers, writes it. With the weight of a norm, what is stored is
-// RMSNorm(o) * weight * sigmoid(norm_gate), over the head. A thread has 16 bytes of a row (COLUMNS of
+// so one pass over the state gives both sums, and a second one, from registers, writes it. A thread has 16 bytes of a row (COLUMNS of
 // V) in every GROUPS-th row of K. A block takes item number blockIdx.x, then every gridDim.x-th; while it computes one, it copies all
 // that the next one needs to shared memory. A state in bf16 or int8 is rounded to nearest (docs/guides/generating.md says when that is safe).
 //
@@ -27,14 +26,12 @@ constexpr int MAX_TAPS = 4;
 
 struct Shared {
   float q[D], k[D], v[D], factor[D], c[D];  // factor: the row's decay, for int8 times the row's factor
-  float gain[D], squares[4];                // of the norm of o: its weight times its gate; sums of squares, one per warp that has a part of o
   float sums[2][GROUPS][D];                 // parts of S'^T k and S'^T q, one per group of rows
   // Inputs of the next item, in memory's type (float or Element).
-  float tokens[3][D], filters[3][D * MAX_TAPS], caches[3][MAX_TAPS - 1][D], logits[D], bias[D], row_factors[D], norm_logits[D], norm_weight[D];
+  float tokens[3][D], filters[3][D * MAX_TAPS], caches[3][MAX_TAPS - 1][D], logits[D], bias[D], row_factors[D];
   uint4 state[D * LANES];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "step.py allocates what this kernel uses");
-static_assert(THREADS >= D, "a thread has at most one channel of o");
 
 __device__ __forceinline__ float load_either(const void* at, long long i, int wide) {
   return wide ? static_cast<const float*>(at)[i] : load_number(static_cast<const Element*>(at) + i);
@@ -123,10 +120,9 @@ __device__ __forceinline__ Raw<16> rounded(int8, const Numbers<16>& x, float* fa
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     kda_step(const Element* q, const Element* k, const Element* v, const Element* gate_logits, const Element* beta_logits,
              const float* a_log, const float* dt_bias, const void* q_weight, const void* k_weight, const void* v_weight,
-             void* q_cache, void* k_cache, void* v_cache, State* state, float* factors, const float* norm_weight, const Element* norm_gate,
-             Element* o, int items, int heads, int token_stride, int gate_stride, int beta_stride, int norm_stride, int width,
-             int wide_weights, int wide_caches, int normalize, int per_head, int bounded, float lower_bound, float strength, float scale,
-             float eps) {
+             void* q_cache, void* k_cache, void* v_cache, State* state, float* factors, Element* o, int items, int heads, int token_stride,
+             int gate_stride, int beta_stride, int width, int wide_weights, int wide_caches, int normalize, int per_head, int bounded,
+             float lower_bound, float strength, float scale) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   const int thread = threadIdx.x, group = thread / LANES, column = thread % LANES * COLUMNS;
@@ -142,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const State* from = state + static_cast<long long>(item) * D * D + column;
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) copy_16_async(&shared.state[j * THREADS + thread], from + (j * GROUPS + group) * D);
-    for (int row = thread / 32; row < 20; row += WARPS) {
+    for (int row = thread / 32; row < 18; row += WARPS) {
       const int stream = row % 3, tap = row / 3 - 2;
       if (row < 3) {
         copy_row(shared.tokens[stream], of_stream(stream, q, k, v), static_cast<long long>(sequence) * token_stride + head * D, D, 0);
@@ -152,16 +148,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       } else if (tap < MAX_TAPS - 1) {
         const long long first = (static_cast<long long>(sequence) * (width - 1) + tap) * channels + head * D;
         if (tap < width - 1) copy_row(shared.caches[stream][tap], of_stream<const void*>(stream, q_cache, k_cache, v_cache), first, D, wide_caches);
-      } else if (row == 15) {
+      } else if (stream == 0) {
         if (gate_logits && !per_head) copy_row(shared.logits, gate_logits, static_cast<long long>(sequence) * gate_stride + head * D, D, 0);
-      } else if (row == 16) {
+      } else if (stream == 1) {
         if (gate_logits && !per_head) copy_row(shared.bias, dt_bias, head * D, D, 1);
-      } else if (row == 17) {
-        if (sizeof(State) == 1) copy_row(shared.row_factors, factors, static_cast<long long>(item) * D, D, 1);
-      } else if (row == 18) {
-        if (norm_weight) copy_row(shared.norm_weight, norm_weight, 0, D, 1);
-      } else if (norm_gate) {
-        copy_row(shared.norm_logits, norm_gate, static_cast<long long>(sequence) * norm_stride + head * D, D, 0);
+      } else if (sizeof(State) == 1) {
+        copy_row(shared.row_factors, factors, static_cast<long long>(item) * D, D, 1);
       }
     }
     commit_copies();
@@ -183,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     __syncthreads();
 
-#if __CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200  // for fewer registers; for sm_90 and sm_100 the compiler does better without it
+#if __CUDA_ARCH__ < 900  // for fewer registers; the compiler for later architectures does better without it
     for (int i = opaque(thread); i < 3 * D; i += THREADS) {
 #else
     for (int i = thread; i < 3 * D; i += THREADS) {
@@ -203,7 +195,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         g = bounded ? lower_bound * sigmoid(A * z) : -A * softplus(z);
       }
       shared.factor[i] = exp2_fast(LOG2E * g) * (sizeof(State) == 1 ? shared.row_factors[i] : 1.f);
-      if (norm_weight) shared.gain[i] = shared.norm_weight[i] * (norm_gate ? sigmoid(load_either(shared.norm_logits, i, 0)) : 1.f);
     }
     __syncthreads();
     if (item + gridDim.x < items) ask(item + gridDim.x);
@@ -237,28 +228,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     store_floats<COLUMNS>(&shared.sums[0][group][column], read);
     store_floats<COLUMNS>(&shared.sums[1][group][column], query);
     __syncthreads();
-    if (thread < D) {
+    for (int i = thread; i < D; i += THREADS) {
       float from_k = 0.f, from_q = 0.f;
 #pragma unroll
-      for (int part = 0; part < GROUPS; ++part) from_k += shared.sums[0][part][thread], from_q += shared.sums[1][part][thread];
-      const float c = beta * (shared.v[thread] - from_k);
-      shared.c[thread] = c;
-      const float result = scale * fmaf(qk, c, from_q);
-      if (norm_weight) {
-        shared.gain[thread] *= result;  // not kept in a register, of which there is none left
-        const float squares = sum_over_lanes<32>(result * result);
-        if (thread % 32 == 0) shared.squares[thread / 32] = squares;
-      } else {
-        store_number(o + static_cast<long long>(item) * D + thread, result);
-      }
+      for (int part = 0; part < GROUPS; ++part) from_k += shared.sums[0][part][i], from_q += shared.sums[1][part][i];
+      const float c = beta * (shared.v[i] - from_k);
+      shared.c[i] = c;
+      store_number(o + static_cast<long long>(item) * D + i, scale * fmaf(qk, c, from_q));
     }
     __syncthreads();
-    if (norm_weight && thread < D) {
-      float squares = 0.f;
-#pragma unroll
-      for (int warp = 0; warp < CHANNELS; ++warp) squares += shared.squares[warp];
-      store_number(o + static_cast<long long>(item) * D + thread, rsqrtf(squares * (1.f / D) + eps) * shared.gain[thread]);
-    }
 
     const Numbers<COLUMNS> c = load_floats<COLUMNS>(&shared.c[column]);
     State* own = state + static_cast<long long>(item) * D * D + column;

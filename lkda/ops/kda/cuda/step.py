@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lkda.ops.gated_norm.reference import HeadNorm
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 from lkda.ops.runtime.jit import Kernel, Module, multiprocessors
@@ -47,11 +46,11 @@ def _resident(head_dim: int, state: torch.dtype) -> int:
 @cache
 def step_kernel(head_dim: int, dtype: torch.dtype, state: torch.dtype) -> Kernel:
     groups = GROUPS[state]
-    shared_bytes = 4 * (head_dim * (35 + 2 * groups) + 4) + head_dim**2 * state.itemsize
+    shared_bytes = 4 * head_dim * (32 + 2 * groups) + head_dim**2 * state.itemsize
     types = {"ELEMENT": ELEMENTS[dtype], "STATE": STATES[state]}
     sizes = {"HEAD_DIM": head_dim, "GROUPS": groups, "RESIDENT": _resident(head_dim, state)}
     module = Module(Path(__file__).with_name("step.cu"), {**sizes, **types, "SHARED_BYTES": shared_bytes})
-    return module.kernel("kda_step", "P" * 18 + "iiiiiiiiiiiiffff", shared_bytes=shared_bytes, overlapping=True)
+    return module.kernel("kda_step", "P" * 16 + "iiiiiiiiiiifff", shared_bytes=shared_bytes, overlapping=True)
 
 
 def kernels(arch: str) -> list[Kernel]:
@@ -76,18 +75,13 @@ def _step(
     lower_bound: float,
     strength: float,
     scale: float,
-    norm_weight: Tensor | None,
-    norm_gate: Tensor | None,
-    eps: float,
 ) -> Tensor:
     B, H, D = q.shape
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     q, k, v = in_rows(q, k, v)
     gate_logits, beta_logits = None if gate_logits is None else readable_rows(gate_logits), readable_rows(beta_logits)
-    a_log, dt_bias, norm_weight = (x if x is None else readable(x) for x in (a_log, dt_bias, norm_weight))
-    norm_gate = None if norm_gate is None else readable_rows(norm_gate)
-    rows = (q, gate_logits, beta_logits, norm_gate)
-    strides = [0 if x is None else x.stride(0) for x in rows]
+    a_log, dt_bias = (x if x is None else readable(x) for x in (a_log, dt_bias))
+    strides = q.stride(0), 0 if gate_logits is None else gate_logits.stride(0), beta_logits.stride(0)
     filters: Sequence[Tensor | None] = weights or _NONE
     width = weights[0].shape[-1] if weights else 0
     wide = [int(bool(xs) and xs[0].dtype == torch.float32) for xs in (weights, caches)]
@@ -95,10 +89,9 @@ def _step(
     step_kernel(D, q.dtype, state.dtype)(
         (min(items, room), 1, 1),
         _threads(D, state.dtype),
-        *(q, k, v, gate_logits, beta_logits, a_log, dt_bias, *filters, *(caches or _NONE), state, factors),
-        *(norm_weight, norm_gate, o),
+        *(q, k, v, gate_logits, beta_logits, a_log, dt_bias, *filters, *(caches or _NONE), state, factors, o),
         *(items, H, *strides, width, *wide, int(normalize)),
-        *(int(gate_logits is not None and gate_logits.dim() == 2), int(bounded), lower_bound, strength, scale, eps),
+        *(int(gate_logits is not None and gate_logits.dim() == 2), int(bounded), lower_bound, strength, scale),
         device=q.device,
     )
     return o
@@ -108,8 +101,7 @@ _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(
     "kda_step(Tensor q, Tensor k, Tensor v, Tensor? gate_logits, Tensor beta_logits, Tensor? a_log, Tensor? dt_bias, "
     "Tensor(a!) state, Tensor(b!)? factors, Tensor[] weights, Tensor(c!)[] caches, "
-    "bool normalize, bool bounded, float lower_bound, float strength, float scale, Tensor? norm_weight, "
-    "Tensor? norm_gate, float eps) -> Tensor"
+    "bool normalize, bool bounded, float lower_bound, float strength, float scale) -> Tensor"
 )
 _library.impl("kda_step", _step, "CUDA")
 
@@ -133,7 +125,6 @@ def kda_step_cuda(
     *,
     normalize: bool,
     scale: float,
-    norm: HeadNorm | None = None,
 ) -> Tensor:
     """The kernel. The arguments are those of `kda_step_fused`, already checked.
 
@@ -141,18 +132,14 @@ def kda_step_cuda(
     in the copy, which is then copied back.
     """
     dtype, given = q.dtype, caches
-    weight, norm_gate, eps = (None, None, 0.0) if norm is None else (norm.weight.float(), norm.gate, norm.eps)
-    norm_gate = None if norm_gate is None else norm_gate.to(dtype)
     filters, caches = ([float32_or(dtype, x) for x in xs] for xs in (weights, caches))
     inputs = (
         *(q, k, v, None if gate_logits is None else gate_logits.to(dtype), beta_logits.to(dtype)),
         *(None if x is None else x.float() for x in (gate.A_log, gate.dt_bias)),
         *(state, factors),
     )
-    bypasses = can_bypass_dispatcher(*inputs, *filters, *caches, weight, norm_gate)
-    step: Callable = _step if bypasses else torch.ops.lkda.kda_step
-    options = (normalize, gate.bounded, gate.lower_bound, gate.strength, scale, weight, norm_gate, eps)
-    o = step(*inputs, filters, caches, *options)
+    step: Callable = _step if can_bypass_dispatcher(*inputs, *filters, *caches) else torch.ops.lkda.kda_step
+    o = step(*inputs, filters, caches, normalize, gate.bounded, gate.lower_bound, gate.strength, scale)
     for before, after in zip(given, caches):
         if before is not after:
             before.copy_(after)
