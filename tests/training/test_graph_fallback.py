@@ -43,7 +43,7 @@ def captured(self: GraphedLoss, inputs: dict[str, Tensor | None]) -> _Captured:
     graph: Any = Imitation(self, inputs)
     gradients = self._summed or [torch.zeros_like(parameter) for parameter in self._parameters]
     graph.captured = _Captured(graph, inputs, torch.zeros(()), list(gradients))
-    return graph.captured  # type: ignore[no-any-return]
+    return graph.captured
 
 
 WORDS = (
