@@ -8,7 +8,7 @@ The models are dense, and random weights are trained on a random chain of tokens
 seconds to the end of the first step, tokens/s of a training step (float32 weights, bf16 autocast, AdamW), peak memory,
 the loss of every step, and tokens/s of reading a prompt with a cache (bf16 weights). Every row is written to
 OUT/foreign_models.json as soon as it is measured, and a later call measures only the rows that are missing there.
-`python -m lkda.report.redraw OUT` makes the tables and the plot.
+lkda.report.redraw makes a table and a plot of it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def redraw(path: Path) -> None:
         header, rows = found["header"], found["rows"]
         table = {"kind": "table", "rows": _table(rows), "note": _note(header)}
         drawn = _plot(rows)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path} is not of lkda.commands.long_run ({error}).") from error
     write_atomically(path.parent / "table.json", json.dumps(table, indent=1) + "\n")
     write_atomically(path.parent / "long_run.png", drawn.light)
@@ -46,9 +46,14 @@ def quarters(rows: list[Row], column: str) -> list[float]:
     return [statistics.median(row[column] for row in rows[n * size : (n + 1) * size]) for n in (1, 2, 3)]
 
 
+def _shown(rows: list[Row]) -> dict[str, tuple[str, float]]:
+    """The columns of SHOWN that there are. Earlier versions had no fixed calculation."""
+    return {column: shown for column, shown in SHOWN.items() if column in rows[0]}
+
+
 def _table(rows: list[Row]) -> list[dict[str, str]]:
     made = []
-    for column, (name, factor) in SHOWN.items():
+    for column, (name, factor) in _shown(rows).items():
         second, third, last = (value * factor for value in quarters(rows, column))
         values = {"second quarter": f"{second:.2f}", "third quarter": f"{third:.2f}", "last quarter": f"{last:.2f}"}
         made.append({"median of": name, **values, "growth": f"{last / second - 1:+.1%}"})
@@ -64,8 +69,9 @@ def _note(header: dict[str, Any]) -> str:
 
 def _plot(rows: list[Row]) -> Picture:
     def draw(style: Style) -> Figure:
-        figure = Figure(figsize=(11, 2.6), layout="constrained")
-        for panel, (column, (name, factor)) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items(), strict=True):
+        columns = _shown(rows)
+        figure = Figure(figsize=(3 * len(columns), 2.6), layout="constrained")
+        for panel, (column, (name, factor)) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
             panel.plot([row["step"] for row in rows], [row[column] * factor for row in rows], color=style.palette[0])
             panel.set_ylim(bottom=0)
             panel.set_title(name, fontsize=9)
