@@ -11,6 +11,7 @@ from lkda.report.tradeoff.measurements import Measurement
 
 Record = dict[str, Any]
 Encoding = dict[str, Any]
+FEWEST_TICKS = 4
 _LEGEND: dict[str, Any] = {
     "orient": "bottom",
     "columns": {"expr": "width < 420 ? 1 : 2"},
@@ -43,6 +44,13 @@ def _powers_of_two(values: Sequence[float]) -> list[int]:
     """Those between the least and the greatest, at most eight of them; they need not be of a decade."""
     low, high = math.ceil(math.log2(min(values))), math.floor(math.log2(max(values)))
     return [2**power for power in range(low, high + 1, math.ceil((high - low + 1) / 8) or 1)]
+
+
+def _one_two_five(values: Sequence[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten between the least and the greatest value."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    ticks = [float(f"{digit}e{power}") for power in range(low, high + 1) for digit in (1, 2, 5)]
+    return [tick for tick in ticks if min(values) <= tick <= max(values)]
 
 
 def _linear(title: str) -> Encoding:
@@ -134,6 +142,9 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     of_time = value == "tokens_per_s"
     of_memory = "state of one sequence" if stage == "decode" else "peak memory"
     y = {"field": "us", **_log10("time of a token, microseconds", format=",.3~r")}
+    ticks = _one_two_five([record["us"] for record in records])
+    if len(ticks) >= FEWEST_TICKS:  # else those of the library, which are closer
+        y["axis"] = y["axis"] | {"values": ticks}
     if not of_time:
         y = {"field": "memory", **_log2(of_memory, labels=_BYTES)}
         y["axis"] = y["axis"] | {"values": _powers_of_two([record["memory"] for record in records]), "grid": True}
@@ -146,9 +157,8 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     shown |= {} if of_time else {"memory": f"{of_memory}, bytes"}
     shown |= {"setting": "setting", "file": "file", "measured_with": "measured with"}
     tooltip = _tooltip(shown, format={"context": ",", "tokens_per_s": ",.0f", "us": ",.4~r", "memory": ",.0f"})
-    ticks = sorted({record["context"] for record in records})
     x = _log2("context, tokens", labels=_TOKENS)
-    x["axis"] = x["axis"] | {"values": ticks}
+    x["axis"] = x["axis"] | {"values": sorted({record["context"] for record in records})}
     spec = {
         "$schema": SCHEMA,
         **_choice(settings),

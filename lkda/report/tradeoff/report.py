@@ -26,7 +26,7 @@ from lkda.report.tradeoff.measurements import STAGES, WHOLE_SET, Measurement, Re
 # What the cells of a table are sorted by; -1 stands for a missing number.
 Cells = list[list[float | str | None]]
 FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one of both and as good in the other."
-AGAIN = "Open a cell of the column {column} for the command."
+AGAIN = 'Open a cell of the column "{column}" for the command.'
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
         names=3,
         sortable=True,
         sort_by=[[row[0], None, None, *row[1:]] for row in table.as_values(rows)],
-        notes=[AGAIN.format(column="train it again"), *notes],
+        notes=[f"{AGAIN.format(column='train it again')} It is that of the first seed.", *notes],
     )
 
 

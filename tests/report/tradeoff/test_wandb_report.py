@@ -53,7 +53,7 @@ def test_the_run_is_a_report(found):
     assert (run["project"], run["job_type"], run["run_group"]) == ("mine", "report", "report")
     assert run["config"]["update"]["runs"] == ["kda_0", "kda_1", "softmax_0", "softmax_1"]
     summary = [record["summary"] for record in found if record["type"] == "summary"]
-    assert "For 1,024,000 training tokens, choose kda" in json.dumps(summary)
+    assert "With 1.02M training tokens, choose kda" in json.dumps(summary)
 
 
 @pytest.mark.slow
