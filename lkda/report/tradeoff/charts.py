@@ -104,8 +104,9 @@ def _chosen(settings: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _domain(records: Sequence[Record]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The series, and for each the mixer whose colour it has. A model of another package has a colour of its own."""
     named = {record["series"]: record["mixer"] for record in records}
-    return tuple(named), tuple(named.values())
+    return tuple(named), tuple(mixer if name.startswith(mixer) else name for name, mixer in named.items())
 
 
 def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart | None:
