@@ -18,7 +18,16 @@ from lkda.commands.shipped import CONFIGS
 _CHOICES = {"mixer": "mixer.name", "model": "model.name", "data": "data.source"}
 _CHOICES |= {"optimizer": "optimizer.name", "scheduler": "scheduler.name"}
 # What does not change the weights, or is a file of the machine that the run was on.
-_OTHERS: tuple[str, ...] = ("checkpoint.", "sample.", "logger.", "callbacks.", "resume", "debug", "data._target_", "data.cache_dir")
+_OTHERS: tuple[str, ...] = (
+    "checkpoint.",
+    "sample.",
+    "logger.",
+    "callbacks.",
+    "resume",
+    "debug",
+    "data._target_",
+    "data.cache_dir",
+)
 _OTHERS += ("data.seed", "data.directory", "data.num_workers", "data.pin_memory", "experiment", "jobs_per_gpu")
 _OF_TRAINER = ("max_steps", "max_tokens", "precision", "accumulate_grad_batches", "gradient_clip_val")
 

@@ -60,6 +60,18 @@ def test_a_block_uses_as_much_shared_memory_as_the_option_says(option):
     assert choices.shared_bytes <= min(jit.SHARED_BYTES_PER_BLOCK.values())
 
 
+def test_the_first_variant_is_that_of_the_notes_and_no_two_rows_are_of_the_same(monkeypatch):
+    monkeypatch.setattr(ablations, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(ablations, "multiprocessors", lambda device: 132)
+    found = ablations.ablations(torch.device("cuda", 0))
+    assert len({(one.op, one.option, shape) for one, shape in found}) == len(found)
+    assert {shape.B * shape.T * shape.H for _, shape in found} == {65_536 * 16}
+    firsts = {one.op: (one.option, one.blocks(shape)) for one, shape in reversed(found)}
+    assert firsts == {"simplified": ("the notes' choices", 128), "kda": ("2 threads per column", 128)}
+    last = next(one for one, _ in found if one.option.startswith("parallel over time"))
+    assert last.kernel.entry == "simplified_forward"
+
+
 def test_operations_by_hand():
     shape = Shape(2, 128, 3, 64)
     tokens = 2 * 128 * 3
