@@ -6,6 +6,7 @@ import glob
 import random
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,14 +123,15 @@ def test_other_settings_keep_hydras_grammar() -> None:
 
 
 def test_a_literal_path_comes_before_a_pattern(tmp_path: Path) -> None:
+    found = partial(_find, option="runs", what="run directories")
     (tmp_path / "run[1]").mkdir()
     (tmp_path / "run1").mkdir()
-    assert _find(f"{tmp_path}/run[1]") == [tmp_path / "run[1]"]
-    assert _find(f"{tmp_path}/run*") == [tmp_path / "run1", tmp_path / "run[1]"]
+    assert found(f"{tmp_path}/run[1]") == [tmp_path / "run[1]"]
+    assert found(f"{tmp_path}/run*") == [tmp_path / "run1", tmp_path / "run[1]"]
     (tmp_path / "run[1]" / "inside").mkdir()
-    assert _find(f"{glob.escape(str(tmp_path / 'run[1]'))}/*") == [tmp_path / "run[1]" / "inside"]
+    assert found(f"{glob.escape(str(tmp_path / 'run[1]'))}/*") == [tmp_path / "run[1]" / "inside"]
     with pytest.raises(ValueError, match="matches nothing"):
-        _find(f"{tmp_path}/none*")
+        found(f"{tmp_path}/none*")
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,13 @@ def rows(records: Sequence[Record]) -> list[dict[str, str]]:
 
 def _data(config: Mapping[str, Any]) -> str:
     """The name of the data and the tokens per sequence, as "prose 1024". Synthetic tasks are named by their module."""
-    target = config["_target_"]
-    name = config.get("source") or DATA_MODULES.get(target, target).split(".")[-2]
+    name = config.get("source") or _module_of(config["_target_"])
     return f"{name} {config['context']}" if "context" in config else name
+
+
+def _module_of(target: str) -> str:
+    """Today's name of the module of a class, without its package: mqar for lkda.data.synthetic.mqar.MQAR."""
+    return DATA_MODULES.get(target, target).split(".")[-2]
 
 
 def _cell(values: Values, dtype: str) -> str:
