@@ -53,10 +53,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.synthetic": {"data"},
     "bench": {"integrations", "models", "generation", "ops.*", "data.synthetic"},
     "bench.ops": {"bench", "ops.*"},
+    "bench.notes": {"bench", "bench.ops", "ops.*"},
     "report.read": set(),
     "report.draw": {"report.read"},
     "report.operators": {"report.read", "report.draw"},
-    "report.tradeoff": {"report.read", "report.draw", "report.operators"},
+    "report.tradeoff": {"report.read", "report.draw", "report.operators", "report.studies"},
     "report.training": {"report.read", "report.draw", "report.operators", "report.tradeoff"},
     "report.studies": {"report.read", "report.draw"},
     "report": {"report.*"},  # readme.py and redraw.py, which call the others
@@ -80,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN = {
     "hydra": {"commands"},
     "datasets": {"data"},
-    "wandb": {"training"},
+    "wandb": {"training", "commands"},
     "transformers": {"formats", "commands", "bench", "integrations"},
     "fla": {"commands", "bench", "bench.ops", "integrations"},
     "lm_eval": {"commands"},

@@ -55,10 +55,12 @@ def run(config: DictConfig, directory: Path) -> None:
     assert summary["val/loss"] < 20
 
 
-# These are others with more sizes, and those with many jobs or a deep model.
-LONG = ("lm_by_mixer_full", "mqar_by_state_size_full", "kimi_synthetics_full")
-LONG += ("ablations", "learning_rates_small", "learning_rates_base", "base_preliminary")
-EXPERIMENTS = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in names("experiment")]
+# These are others with more sizes,
+MARKS = dict.fromkeys(("lm_by_mixer_full", "mqar_by_state_size_full", "kimi_synthetics_full"), pytest.mark.long)
+# and these have many jobs or a deep model.
+SLOW = ("ablations", "learning_rates_small", "learning_rates_base", "base_preliminary")
+MARKS |= dict.fromkeys(SLOW, pytest.mark.slow)
+EXPERIMENTS = [pytest.param(name, marks=MARKS.get(name, ())) for name in names("experiment")]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

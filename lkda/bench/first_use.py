@@ -55,7 +55,7 @@ def seconds(op: str, head_dim: int, cache: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
     if not torch.cuda.is_available():

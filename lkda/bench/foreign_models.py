@@ -8,7 +8,7 @@ The models are dense, and random weights are trained on a random chain of tokens
 seconds to the end of the first step, tokens/s of a training step (float32 weights, bf16 autocast, AdamW), peak memory,
 the loss of every step, and tokens/s of reading a prompt with a cache (bf16 weights). Every row is written to
 OUT/foreign_models.json as soon as it is measured, and a later call measures only the rows that are missing there.
-`python -m lkda.report.redraw OUT` makes the tables and the plot.
+lkda.report.redraw makes a table and a plot of it.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1200, help="the longest that a row may take")
     for name, value in asdict(Sizes()).items():
         kind: dict[str, Any] = {"action": "store_true"} if isinstance(value, bool) else {"type": int, "default": value}
-        parser.add_argument(f"--{name.replace('_', '-')}", **kind)
+        parser.add_argument(f"--{name.replace('_', '-')}", help="default: %(default)s", **kind)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

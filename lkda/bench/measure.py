@@ -173,27 +173,31 @@ def _row(case: Case, inputs: Inputs, device: torch.device, copy_speed: float, mi
     if case.mode == "fwd+bwd" and not implementation.gradients:
         return row | {"reason": "no backward"}
     try:
-        call, outputs, peak = _prepare(implementation, inputs, case, device)
+        call, outputs, peak = prepare(implementation, inputs, case, device)
         row["peak_mib"] = peak
         timed = graph_of(call) if case.replay == "graph" else call
         timing = steady_clock(timed, device, milliseconds=milliseconds)
         if case.replay == "eager" and device.type == "cuda":
             row["host_us"], row["launches"] = host_microseconds(call), launches(call)
         if implementation.comparable and case.replay == "eager":
-            row["errors"] = _errors(case, implementation, inputs, outputs)
+            row["errors"] = errors(case, implementation, inputs, outputs)
             row["error"] = max(row["errors"].values())
     except Exception as error:  # the row says what stopped this implementation, and the others are still measured
         text = str(error).strip().splitlines()
         return row | {"reason": f"{type(error).__name__}: {text[0][:200] if text else ''}"}
     row |= {"ms_median": timing.median, "ms_p20": timing.p20, "ms_p80": timing.p80, "noisy": timing.is_noisy}
     row |= {"gb_per_s": moved / timing.median / 1e6, "fraction_of_lower_bound": row["lower_bound_ms"] / timing.median}
-    return row | _resources(case, device)
+    return row | resources(case, device)
 
 
-def _prepare(
-    implementation: Implementation, inputs: Inputs, case: Case, device: torch.device
+def prepare(
+    implementation: Implementation, inputs: Inputs, case: Case, device: torch.device, *, compiled: bool = False
 ) -> tuple[Callable[[], object], dict[str, Tensor], float | None]:
-    """Returns the call to time, its results and gradients by name, and the peak MiB it needs beyond its inputs."""
+    """Returns the call to time, its results and gradients by name, and the peak MiB it needs beyond its inputs.
+
+    Args:
+        compiled: whether the kernels are compiled, so that the first call need not be repeated.
+    """
     results = case.benchmark.results
     own = {name: x.detach() for name, x in implementation.adapt(inputs).items()}
     if case.mode == "fwd":
@@ -202,7 +206,7 @@ def _prepare(
         def forward() -> Sequence[Tensor]:
             return implementation.run(own)
 
-        outputs, peak = _with_peak(lambda: dict(zip((*results, STATE), forward())), device)
+        outputs, peak = _with_peak(lambda: dict(zip((*results, STATE), forward())), device, compiled)
         return forward, {name: x for name, x in outputs.items() if x is not None}, peak
     leaves = {name: own[name].requires_grad_() for name in implementation.gradients}
     with torch.no_grad():
@@ -216,12 +220,15 @@ def _prepare(
         ), *gradients  # an autograd graph that stays alive keeps the stream it was made on
 
     names = (*results, *(f"d{name}" for name in leaves))
-    outputs, peak = _with_peak(lambda: dict(zip(names, both())), device)
+    outputs, peak = _with_peak(lambda: dict(zip(names, both())), device, compiled)
     return both, outputs | wanted, peak
 
 
-def _with_peak(call: Callable[[], dict[str, Tensor]], device: torch.device) -> tuple[dict[str, Tensor], float | None]:
-    call()  # the first call compiles kernels
+def _with_peak(
+    call: Callable[[], dict[str, Tensor]], device: torch.device, compiled: bool
+) -> tuple[dict[str, Tensor], float | None]:
+    if not compiled:
+        call()
     if device.type != "cuda":
         return call(), None
     torch.cuda.synchronize(device)
@@ -231,7 +238,7 @@ def _with_peak(call: Callable[[], dict[str, Tensor]], device: torch.device) -> t
     return outputs, (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _errors(case: Case, implementation: Implementation, inputs: Inputs, outputs: dict[str, Tensor]) -> dict[str, float]:
+def errors(case: Case, implementation: Implementation, inputs: Inputs, outputs: dict[str, Tensor]) -> dict[str, float]:
     """Relative L2 errors of the results, and of the final state or of each gradient, against float64 on a few heads."""
 
     def few(x: Tensor, name: str = "") -> Tensor:
@@ -259,7 +266,7 @@ def _errors(case: Case, implementation: Implementation, inputs: Inputs, outputs:
     }
 
 
-def _resources(case: Case, device: torch.device) -> Row:
+def resources(case: Case, device: torch.device) -> Row:
     """The largest number of registers and of shared bytes among the lkda kernels that run."""
     if case.peer or device.type != "cuda":
         return {}

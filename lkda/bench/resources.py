@@ -49,9 +49,10 @@ class Usage:
 
 
 def kernel_modules() -> list[ModuleType]:
-    """The modules of lkda.ops with a function `kernels(arch)`: each `cuda.py`, and those in a folder `cuda`."""
+    """The modules with a function `kernels(arch)`: in lkda.ops each `cuda.py` and those in a folder `cuda`, and the
+    ablations."""
     found = pkgutil.walk_packages(lkda.ops.__path__, "lkda.ops.")
-    names = [module.name for module in found if "cuda" in module.name.split(".")]
+    names = [*(module.name for module in found if "cuda" in module.name.split(".")), "lkda.bench.notes.ablations"]
     return [module for module in map(importlib.import_module, names) if hasattr(module, "kernels")]
 
 
@@ -95,7 +96,7 @@ def summary(table: Sequence[Usage]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/kernel_resources.csv"), help="the table, as CSV")
     parser.add_argument("--op", nargs="+", help="operators whose kernels are compiled; default: all")
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, help="default: all")

@@ -66,6 +66,16 @@ def steady_clock(call: Callable[[], object], device: torch.device, *, millisecon
     return min(timings, key=lambda timing: timing.spread)
 
 
+def once(call: Callable[[], object]) -> float:
+    """Milliseconds of a single call on the GPU."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
 def host_microseconds(call: Callable[[], object]) -> float:
     """How long the host takes to launch a call's kernels, without waiting for them to finish: the median of 20."""
     times = []
@@ -94,6 +104,13 @@ def copy_gb_per_s(device: torch.device) -> float:
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / steady_clock(lambda: target.copy_(source), device).median / 1e6
+
+
+def product_tflops(device: torch.device) -> float:
+    """Floating-point operations of a large bf16 matrix product, in units of 1e12 per second."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return 2 * size**3 / steady_clock(lambda: a @ b, device).median / 1e9
 
 
 def graph_of(call: Callable[[], object]) -> Callable[[], object]:

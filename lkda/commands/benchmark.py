@@ -1,8 +1,8 @@
 """Measure the operators: time against the lower bound, error against float64, and both against other packages.
 
 With task=step, training steps of whole models are measured instead; see `lkda.commands.step_benchmark`. With
-task=decode, their decoding; see `lkda.commands.decode_benchmark`. With task=all, everything; see
-`lkda.commands.whole_set`.
+task=decode, their decoding; see `lkda.commands.decode_benchmark`. With task=notes, the table that the project began
+with; see `lkda.commands.notes_benchmark`. With task=all, everything; see `lkda.commands.whole_set`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lkda.bench.op_benchmark import Shape
 from lkda.checks import InputError, check_values
 from lkda.commands.config import resolve
 from lkda.commands.decode_benchmark import decode_benchmark
+from lkda.commands.notes_benchmark import notes_benchmark
 from lkda.commands.step_benchmark import check_against, step_benchmark
 from lkda.commands.unused_options import BENCHMARK, check_unused, given_options
 from lkda.commands.whole_set import measure_whole_set
@@ -54,7 +55,7 @@ OPTIONS = {
     "top_p": float | None,
     "prefill": bool,
 }
-TASKS = ("all", "op", "step", "decode")
+TASKS = ("all", "op", "step", "decode", "notes")
 # Options beside which a command line without a task measures the whole set; any other is of operators.
 _OF_EVERYTHING = {"task", "device", "out", "minutes"}
 # What `shapes` is if it is null: B x T x H x D of operators, B x T of steps.
@@ -62,7 +63,7 @@ _SHAPES = {"op": ["8x8192x16x64", "1x8192x8x64"], "step": ["8x2048"]}
 
 
 def benchmark(config: DictConfig) -> None:
-    """Measure what `config.task` names: operators, training steps or decoding of whole models, or all of them.
+    """Measure what `config.task` names: operators, training steps or decoding of whole models, the notes, or all.
 
     Args:
         config: composed from configs/benchmark.yaml.
@@ -93,17 +94,28 @@ def benchmark(config: DictConfig) -> None:
 
 
 def _measure(settings: dict[str, Any], device: torch.device) -> None:
-    """Measure one task: operators, training steps or decoding."""
+    """Measure one task: operators, training steps, decoding or the notes."""
+    _check_milliseconds(settings["milliseconds"])
     if settings["shapes"] is None and settings["task"] in _SHAPES:
         settings["shapes"] = _SHAPES[settings["task"]]
     if settings["task"] == "op":
         _benchmark_operators(settings, device)
     elif settings["task"] == "decode":
         decode_benchmark(settings, device)
+    elif settings["task"] == "notes":
+        notes_benchmark(settings, device)
     elif settings["check"] is None:
         step_benchmark(settings, device)
     else:
         check_against(settings, device)
+
+
+def _check_milliseconds(milliseconds: float) -> None:
+    if not 0 < milliseconds <= MOST_MILLISECONDS:
+        raise InputError(
+            f"milliseconds must be above 0 and at most {MOST_MILLISECONDS}, got {milliseconds}: each row is "
+            "measured for so long."
+        )
 
 
 def _benchmark_operators(config: Mapping[str, Any], device: torch.device) -> None:
@@ -118,12 +130,6 @@ def _benchmark_operators(config: Mapping[str, Any], device: torch.device) -> Non
     empty = [name for name in _WORDS if not config[name] and name != "peers"]
     if empty:
         raise InputError(f"{empty[0]} is empty: give some, or leave it out.")
-    milliseconds = config["milliseconds"]
-    if not 0 < milliseconds <= MOST_MILLISECONDS:
-        raise InputError(
-            f"milliseconds must be above 0 and at most {MOST_MILLISECONDS}, got {config['milliseconds']}: each row is "
-            "measured for so long."
-        )
     if device.type == "cpu" and list(config["replays"]) == ["graph"]:
         raise InputError("replays=[graph] needs a GPU, because it replays CUDA graphs: on a CPU use replays=[eager].")
     cases = measure.cases(
@@ -153,7 +159,7 @@ def _benchmark_operators(config: Mapping[str, Any], device: torch.device) -> Non
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(cases))
-        measured = measure.measure(cases, device, header["copy_gb_per_s"], milliseconds=milliseconds)
+        measured = measure.measure(cases, device, header["copy_gb_per_s"], milliseconds=config["milliseconds"])
         for case in cases:
             what = (
                 f"{case.benchmark.op} {case.shape} {case.dtype} {case.gate or ''} {case.name} {case.mode} {case.replay}"

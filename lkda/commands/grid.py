@@ -417,12 +417,12 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="experiments, and settings key=value")
     parser.add_argument("--out", type=Path, default=Path("multirun"), help="directory of the run directories")
-    parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU; without a GPU, the CPU")
-    parser.add_argument("--slowdown", type=float, help="of jobs that share a GPU; default: their number")
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds until everything has stopped")
+    parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU (without a GPU: the CPU)")
+    parser.add_argument("--slowdown", type=float, help="times as long as a job on its own GPU; default: PER_GPU")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds after which everything has stopped")
     parser.add_argument("--cut", action="store_true", help="also begin jobs that will not end before the deadline")
-    parser.add_argument("--keep-checkpoints", action="store_true", help="of jobs that are done")
-    parser.add_argument("--dry-run", action="store_true", help="print the jobs and their estimated times only")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete those of finished jobs")
+    parser.add_argument("--dry-run", action="store_true", help="only print the jobs and their estimated times")
     options = parser.parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # stops the jobs on the way out
     with readable_errors():

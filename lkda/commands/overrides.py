@@ -12,13 +12,14 @@ from hydra.errors import HydraException
 
 # Settings whose value is a text or a path. Hydra's grammar must not turn it into a number, a list or a dictionary.
 _TEXTS = {
-    *("ckpt", "out", "prompt_file", "init_from", "tasks_path", "bench", "title", "runs", "check"),
+    *("ckpt", "out", "prompt_file", "init_from", "tasks_path", "bench", "title", "runs", "check", "wandb"),
     *("path", "tokenizer_path"),
     *("sample.prompt", "data.tokenizer_path", "data.directory", "hydra.run.dir", "hydra.sweep.dir"),
     *("model.name", "mixer.name", "logger.wandb.project", "logger.wandb.name", "logger.wandb.group"),
+    "logger.wandb.job_type",
 }
 # Those of the settings above that also take a list.
-_MAY_BE_A_LIST = ("runs",)
+_MAY_BE_A_LIST = ("runs", "bench")
 # A list of settings of another command, as in overrides=[trainer.precision=32-true]. Hydra's grammar has no `=` there.
 _SETTINGS = "overrides"
 # OmegaConf reads this word as a value that is required and missing.

@@ -171,20 +171,28 @@ EVALUATE = (
     *_each(("data.seed", "data.num_workers"), _always, "in an evaluation: it concerns only training batches"),
 )
 
-_OF_OPERATORS = ("ops", "backends", "gates", "modes", "replays", "milliseconds")
+_OF_OPERATORS = ("ops", "backends", "gates", "modes", "replays")
 _OF_STEPS = ("packed", "compile", "bare", "cold", "steps", "check")
 _OF_DECODING = ("batches", "contexts", "state_dtypes", "top_p", "prefill")
 _OF_MODELS = ("models", "mixers", "vocab_size", "time_limit", "overrides")
 _STEPS, _DECODING = "with task=step, which measures training steps of whole models", "with task=decode"
 _ALL = "with task=all, which measures a fixed set: name one of task=op, task=step and task=decode"
+_NOTES = "with task=notes, which measures a fixed table"
 BENCHMARK = (
     *_each(
-        (*_OF_OPERATORS, *_OF_STEPS, *_OF_DECODING, *_OF_MODELS, "dtypes", "shapes", "peers"), _is("task", "all"), _ALL
+        (*_OF_OPERATORS, *_OF_STEPS, *_OF_DECODING, *_OF_MODELS, "dtypes", "shapes", "peers", "milliseconds"),
+        _is("task", "all"),
+        _ALL,
+    ),
+    *_each(
+        (*_OF_OPERATORS, *_OF_STEPS, *_OF_DECODING, *_OF_MODELS, "dtypes", "shapes", "peers"),
+        _is("task", "notes"),
+        _NOTES,
     ),
     _Unused("minutes", _is_not("task", "all"), "without task=all, whose parts it limits"),
     *_each((*_OF_MODELS, *_OF_STEPS, *_OF_DECODING), _is("task", "op"), "with task=op, which measures operators"),
-    *_each((*_OF_OPERATORS, "dtypes", *_OF_DECODING), _is("task", "step"), _STEPS),
-    *_each((*_OF_OPERATORS, *_OF_STEPS), _is("task", "decode"), _DECODING),
+    *_each((*_OF_OPERATORS, "milliseconds", "dtypes", *_OF_DECODING), _is("task", "step"), _STEPS),
+    *_each((*_OF_OPERATORS, "milliseconds", *_OF_STEPS), _is("task", "decode"), _DECODING),
     _Unused("shapes", _is("task", "decode"), "with task=decode: give batches and contexts"),
     *_each(
         (

@@ -1,7 +1,8 @@
 """The whole set of `scripts/benchmark.py task=all`: operators, layers, training steps, prefill and decoding, in parts.
 
 Each part is a benchmark with fixed options, in a directory of its own. A part that is complete is not measured again,
-so the same command with the same `out` goes on where it stopped. whole_set.json in `out` holds the state.
+so the same command with the same `out` goes on where it stopped. In `out`, parts.json holds the state, and
+whole_set.json all results.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from lkda.commands.invocation import command
 from lkda.commands.step_benchmark import device_name, open_console
 from lkda.io import write_atomically
 from lkda.report.read.files import read_results_file
-from lkda.report.tradeoff.measurements import find_results, measurements
-from lkda.report.tradeoff.report import write_page
+from lkda.report.tradeoff.measurements import find_results
+from lkda.report.tradeoff.report import write_whole_set
 
-STATE = "whole_set.json"
+STATE, RESULT = "parts.json", "whole_set.json"
 Settings = dict[str, Any]
 
 
@@ -37,7 +38,7 @@ class Part:
 
     Attributes:
         name: of its directory in `out`.
-        task: op, step or decode.
+        task: op, step, decode or notes.
         options: of configs/benchmark.yaml, where they differ from the defaults.
         minutes: the estimate before anything was measured.
     """
@@ -48,17 +49,34 @@ class Part:
     minutes: float
 
 
-_MIXERS = ["kda", "simplified", "softmax", "kda_softmax_3to1"]
-_STEPS = {"models": ["small"], "mixers": _MIXERS, "peers": ["llama"], "bare": False, "steps": 30}
+_MIXERS = ["kda", "simplified", "softmax", "mla", "kda_softmax_3to1", "kda_mla_3to1"]
+_LIMIT = {"time_limit": 120}  # a peer that compiles for minutes must not cost the others their time
+_STEPS = {"models": ["small"], "mixers": _MIXERS, "bare": False, "steps": 30, **_LIMIT}
+_DECODE = {"models": ["small"], "dtypes": ["bf16"], **_LIMIT}
 # The kernels have 128K tokens at every length, so that a curve over the length shows how the cost of a token grows.
 _LENGTHS = ["128x1024x16x64", "16x8192x16x64", "4x32768x16x64", "1x131072x16x64"]
+_CONTEXTS = [1024, 8192, 32_768, 131_072]
 ON_GPU = (
     Part(
         "operators",
         "op",
         {"ops": ["kda", "simplified"], "shapes": _LENGTHS, "backends": ["cuda"], "gates": ["slow"]}
-        | {"peers": ["fla", "cudnn", "sdpa"], "replays": ["graph"]},
+        | {"peers": ["fla", "cudnn", "sdpa"]},
         4,
+    ),
+    Part(
+        "decode", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [1], "contexts": _CONTEXTS, "prefill": True}, 3.5
+    ),
+    Part("steps_2k", "step", {**_STEPS, "shapes": ["8x2048"], "peers": ["llama", "fla_kda"]}, 3.5),
+    Part("steps_8k", "step", {**_STEPS, "shapes": ["2x8192"], "peers": ["llama"]}, 3),
+    Part("notes", "notes", {}, 1.5),  # after the decoding, which its claims refer to
+    Part("steps_16k", "step", {**_STEPS, "shapes": ["1x16384"], "peers": ["llama"]}, 3),
+    Part("decode_batch", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [256], "contexts": [1024, 8192]}, 1),
+    Part(
+        "decode_peers",
+        "decode",
+        {**_DECODE, "mixers": ["kda", "softmax"], "batches": [1], "contexts": [1024], "peers": ["transformers", "fla"]},
+        2,
     ),
     Part(
         "layers",
@@ -67,30 +85,15 @@ ON_GPU = (
         | {"backends": ["cuda"], "peers": ["fla"], "replays": ["graph"]},
         2,
     ),
-    Part("steps_2k", "step", {**_STEPS, "shapes": ["8x2048"]}, 4),
-    Part("steps_8k", "step", {**_STEPS, "shapes": ["2x8192"]}, 4),
-    Part("steps_16k", "step", {**_STEPS, "shapes": ["1x16384"]}, 4),
-    Part(
-        "decode",
-        "decode",
-        {"models": ["small"], "mixers": _MIXERS, "batches": [1], "contexts": [1024, 8192, 32_768, 131_072]}
-        | {"dtypes": ["bf16"], "prefill": True},
-        5,
-    ),
-    Part(
-        "decode_batch",
-        "decode",
-        {"models": ["small"], "mixers": _MIXERS, "batches": [256], "contexts": [1024, 8192], "dtypes": ["bf16"]},
-        1,
-    ),
 )
 _SMALL = {"models": ["tiny"], "mixers": ["kda", "simplified", "softmax"], "vocab_size": 1024}
+_STEPS_ON_CPU = {**_SMALL, "compile": False, "bare": False, "steps": 10}
 ON_CPU = (
     Part(
         "operators",
         "op",
         {"ops": ["kda", "simplified"], "shapes": ["8x256x2x32", "2x1024x2x32", "1x2048x2x32"], "dtypes": ["fp32"]}
-        | {"backends": ["chunk"], "gates": ["slow"], "peers": ["sdpa"], "replays": ["eager"]},
+        | {"backends": ["chunk"], "gates": ["slow"], "peers": ["sdpa", "fla"], "replays": ["eager"]},
         0.5,
     ),
     Part(
@@ -100,17 +103,20 @@ ON_CPU = (
         | {"backends": ["chunk", "torch"], "replays": ["eager"]},
         0.5,
     ),
-    Part(
-        "steps",
-        "step",
-        {**_SMALL, "shapes": ["4x256", "1x1024"], "compile": False, "bare": False, "steps": 10},
-        2,
-    ),
+    Part("steps", "step", {**_STEPS_ON_CPU, "shapes": ["4x256"], "peers": ["llama", "fla_kda"]}, 1.5),
+    Part("steps_1k", "step", {**_STEPS_ON_CPU, "shapes": ["1x1024"]}, 1),
     Part(
         "decode",
         "decode",
         {**_SMALL, "dtypes": ["fp32"], "batches": [1], "contexts": [256, 1024, 4096], "prefill": True},
         2,
+    ),
+    Part(
+        "decode_peers",
+        "decode",
+        {**_SMALL, "mixers": ["softmax"], "dtypes": ["fp32"], "batches": [1], "contexts": [256]}
+        | {"peers": ["transformers", "fla"]},
+        1.5,
     ),
 )
 
@@ -143,14 +149,16 @@ def measure_whole_set(
             console.print(f"{part.name}: complete, not measured again")
     begun = time.perf_counter()
     failed: dict[str, str] = {}
-    for n, part in enumerate(waiting):
+    measured = False
+    for part in waiting:
         pace = _pace(parts, done)
         spent = (time.perf_counter() - begun) / 60
-        if limit is not None and n and spent + part.minutes * pace > limit:
-            break
-        left = sum(other.minutes for other in waiting[n:]) * pace
+        if limit is not None and measured and spent + part.minutes * pace > limit:
+            continue  # a shorter one may still fit
+        measured = True
+        left = sum(other.minutes for other in parts if other.name not in {*done, *failed}) * pace
         console.print(
-            f"{_bar(len(parts) - len(waiting) + n, len(parts))} {part.name}, about {_minutes(part.minutes * pace)}; "
+            f"{_bar(len({*done, *failed}), len(parts))} {part.name}, about {_minutes(part.minutes * pace)}; "
             f"all that is left, about {_minutes(left)}"
         )
         started = time.perf_counter()
@@ -211,7 +219,7 @@ def _finish(
     """Write the page of what was measured, and say what is missing."""
     complete = [out / part.name for part in parts if part.name in done]
     if complete:
-        write_page(measurements(find_results(complete)), out, title="Which mixer is fastest")
+        write_whole_set(find_results(complete), out / RESULT, title="Which mixer is fastest")
         taken = sum(done.values()) / 60
         console.print(f"\n{len(complete)} of {len(parts)} parts in {taken:.1f} min; the page is {out / 'report.html'}.")
     again = command("benchmark", f"out={out}")

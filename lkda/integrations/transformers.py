@@ -281,7 +281,21 @@ def _step_backend(q: Tensor, *others: Tensor | None) -> str:
 @cache
 def _with_forward(original: Any, forward: Callable[..., Any]) -> type[nn.Module]:
     """A subclass of a class of modules, with another forward."""
-    return type(original.__name__, (original,), {"forward": forward, _ORIGINAL: original})
+    members = {"forward": forward, _ORIGINAL: original, "__reduce_ex__": _reduced}
+    return type(original.__name__, (original,), members)
+
+
+def _reduced(module: Any, protocol: Any) -> tuple[Any, ...]:
+    """For pickle, which could not find the subclass by its name."""
+    forward = type(module).forward
+    named = forward if forward in (_gate_forward, _norm_forward) else None
+    return _blank, (getattr(module, _ORIGINAL), named), vars(module)
+
+
+def _blank(original: Any, forward: Callable[..., Any] | None) -> nn.Module:
+    """A module of the subclass with this forward, or of the one of a KDA layer, without its parts."""
+    made = _with_functions(original) if forward is None else _with_forward(original, forward)
+    return made.__new__(made)
 
 
 @cache

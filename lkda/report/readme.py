@@ -7,27 +7,36 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
 
     results     results.json, as `scripts/compare.py` writes it: the table of runs
     accuracy    the same file: synthetic tasks, by subset of the validation
+    summary     the same file: the paragraphs on top of the page
+    answers     the same file: the best mixer by accuracy, and the fastest at each context
+    crossings   the same file: where KDA overtakes softmax attention
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
     table       table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}
     agreement   agreement.json of the same form: losses on several GPUs beside those on one
+    notes_X     notes.json, as `scripts/benchmark.py task=notes` writes it: the table X of `lkda.report.studies.notes`
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lkda.checks import InputError
 from lkda.report.draw.tables import markdown_table
+from lkda.report.draw.units import length
 from lkda.report.operators.benchmark import as_markdown, read_benchmark
 from lkda.report.operators.peers import side_by_side
 from lkda.report.operators.report import metadata
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import from_record
+from lkda.report.studies import notes
+from lkda.report.tradeoff.crossings import pairs
 from lkda.report.training import accuracy
 from lkda.report.training.comparison import KIND as COMPARISON
+from lkda.report.training.comparison import read_comparison
 from lkda.report.training.table import as_cells
 
 
@@ -59,13 +68,37 @@ def _table(path: Path) -> str:
     return markdown_table([*rows[0]], cells) + "\n" + found["note"]
 
 
+def _summary(path: Path) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in read_comparison(path).tradeoff.summary.split("\n")) + "\n"
+
+
+def _answers(path: Path) -> str:
+    first = read_comparison(path).tradeoff.first_section()
+    return markdown_table(first.head, first.body, names=5)
+
+
+def _crossings(path: Path) -> str:
+    """Between lkda's KDA and softmax attention."""
+    found = pairs(read_comparison(path).tradeoff.found)
+    between = [pair for pair in found if pair.own and set(pair.mixers) == {"kda", "softmax"}]
+    body = [[pair.stage, pair.where, pair.text, f"{pair.ratio:.2f}", length(pair.longest)] for pair in between]
+    return markdown_table(["stage", "measured with", "finding", "times faster", "at context"], body, names=3)
+
+
 KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "results": ("results.json", "scripts/compare.py", _runs),
     "accuracy": ("results.json", "scripts/compare.py", _accuracy),
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
     "peers": ("benchmark.json", "scripts/benchmark.py", _peers),
     "table": ("table.json", "what measures it,", _table),
+    "summary": ("results.json", "scripts/compare.py", _summary),
+    "answers": ("results.json", "scripts/compare.py", _answers),
+    "crossings": ("results.json", "scripts/compare.py", _crossings),
     "agreement": ("agreement.json", "lkda.commands.scaling", _table),
+    **{
+        f"notes_{name}": ("notes.json", "scripts/benchmark.py task=notes", partial(notes.block, name))
+        for name in notes.TITLES
+    },
 }
 _BLOCK = re.compile(
     rf"<!-- (?P<kind>{'|'.join(KINDS)}):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind):(?P=name) -->", re.DOTALL

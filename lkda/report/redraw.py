@@ -19,6 +19,7 @@ from lkda.report.studies import (
     learning_rates,
     long_context,
     long_run,
+    notes,
     peer_training,
     recipe,
     scaling,
@@ -26,6 +27,7 @@ from lkda.report.studies import (
     state_error,
     step_benchmark,
 )
+from lkda.report.tradeoff import report as tradeoff
 from lkda.report.training import comparison
 
 # The kinds of results files, each with the function that draws it; None where there is nothing to draw.
@@ -33,6 +35,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "comparison": comparison.redraw,  # written by scripts/compare.py
     "benchmark": bench_report.redraw,  # written by scripts/benchmark.py
     "step_benchmark": step_benchmark.redraw,  # written by scripts/benchmark.py task=step
+    "whole_set": tradeoff.redraw,  # written by scripts/benchmark.py without options
     "decode": decode.redraw,  # written by scripts/benchmark.py task=decode
     "state_error": state_error.redraw,  # written by lkda.bench.state_error
     "long_context": long_context.redraw,
@@ -41,6 +44,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "by_source": by_source.redraw,
     "recipe": recipe.redraw,
     "learning_rates": learning_rates.redraw,
+    "notes": notes.redraw,  # written by scripts/benchmark.py task=notes
     "peer_training": peer_training.redraw,  # written by lkda.commands.peer_training
     "scaling": scaling.redraw,  # written by lkda.commands.scaling
     "foreign_models": foreign_models.redraw,  # written by lkda.bench.foreign_models

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import socket
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import WandbLogger
 
-from lkda.io import write_atomically
-
-_FINISH_SECONDS = 120.0  # that the end of a run waits for the upload of its rows
+from lkda.training.wandb_connection import run_identity, wandb_mode
 
 
 class StepWandbLogger(WandbLogger):
@@ -43,22 +37,6 @@ class StepWandbLogger(WandbLogger):
         self.experiment.finish(exit_code=0 if status == "success" else 1)
 
 
-def why_offline() -> str | None:
-    """The reason why W&B cannot be used online now; None if it can."""
-    import wandb
-
-    if os.environ.get("WANDB_MODE") == "offline":
-        return "WANDB_MODE=offline"
-    address = urlsplit(wandb.setup().settings.base_url)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
-    except OSError as error:
-        return f"{address.hostname} cannot be reached ({error})"
-    if not wandb.login(prompt=False, verify=False):
-        return "no account is logged in (`wandb login`, or WANDB_API_KEY)"
-    return None
-
-
 def wandb_logger(
     *,
     save_dir: str,
@@ -66,6 +44,7 @@ def wandb_logger(
     project: str | None,
     name: str | None,
     group: str | None,
+    job_type: str | None,
     tags: Sequence[str],
 ) -> WandbLogger:
     """A logger that sends the rows of metrics.csv, and once the resolved configuration, to W&B.
@@ -75,28 +54,21 @@ def wandb_logger(
     Args:
         save_dir: the run directory.
         config: the resolved configuration.
-        project, name, group, tags: of the run in W&B; W&B chooses what is None. Runs that are compared share a group.
+        project, name, group, job_type, tags: of the run in W&B; W&B chooses what is None. W&B shows the runs of a group
+            as one line, their mean, so a group has the runs that differ only in their seed.
     """
-    import wandb
-
-    reason = why_offline()
+    reason, settings = wandb_mode()
     if reason is not None:
         files = f"{shlex.quote(save_dir)}/wandb/offline-run-*"
         print(f"wandb: offline, because {reason}; upload the run later with `wandb sync {files}`")
-    identity = Path(save_dir) / "wandb_id.txt"
-    if not identity.exists():
-        write_atomically(identity, uuid.uuid4().hex[:8])
     return StepWandbLogger(
         save_dir=save_dir,
         project=project,
         name=name,
         group=group,
+        job_type=job_type,
         tags=list(tags),
         config=config,
-        id=identity.read_text(encoding="utf-8").strip(),
-        mode="online" if reason is None else "offline",
-        resume="allow" if reason is None else None,
-        # The terminal is used by the progress bar, and its output need not be recorded. If the server is lost during
-        # the run, its end would wait for it without a limit; `wandb sync` uploads the rest later.
-        settings=wandb.Settings(silent=True, console="off", finish_timeout=_FINISH_SECONDS),
+        id=run_identity(Path(save_dir)),
+        **settings,
     )

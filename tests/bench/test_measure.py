@@ -196,7 +196,7 @@ def test_a_steady_measurement_is_not_repeated(monkeypatch):
 
 def test_the_command_writes_json_tables_and_plots(tmp_path):
     operators = ("ops=[simplified]", "shapes=[1x64x2x32,1x128x2x32]", "dtypes=[fp32]", "backends=[chunk,cuda]")
-    how = ("modes=[fwd]", "replays=[eager]", "device=cpu", "milliseconds=2", f"out={tmp_path}")
+    how = ("task=op", "modes=[fwd]", "replays=[eager]", "device=cpu", "milliseconds=2", f"out={tmp_path}")
     benchmark(composed("benchmark", *operators, *how))
     written = json.loads((tmp_path / "benchmark.json").read_text())
     assert written["header"]["device"] == "cpu"

@@ -16,7 +16,7 @@ CASES = [
     ),
     ("shapes=[1x2x3]", r"a shape is B x T x H x D, .*, got 1x2x3"),
     ("gates=[slow]", r"gates: there is no slow; there are none"),
-    ("task=stp", r"task must be one of all, op, step, decode, got 'stp'"),
+    ("task=stp", r"task must be one of all, op, step, decode, notes, got 'stp'"),
     ("task=all ops=[kda]", r"ops has no effect with task=all, which measures a fixed set"),
     ("minutes=0", r"minutes must be above 0, got 0"),
     ("task=op minutes=9", r"minutes has no effect without task=all"),
@@ -46,6 +46,9 @@ CASES = [
         "task=step models=[tiny] overrides=[model.d_modl=3]",
         r"Could not override 'model.d_modl'. Did you mean d_model",
     ),
+    ("task=notes", r"task=notes measures CUDA kernels, and .*; on a CPU, task=op"),
+    ("task=notes shapes=[1x2]", r"shapes has no effect with task=notes, which"),
+    ("task=decode milliseconds=5", r"milliseconds has no effect with task=decode"),
     ("milliseconds=-1", r"milliseconds must be above 0 and .*, got -1"),
     ("milliseconds=1e30", r"above 0 and at most 600000, got 1e\+30"),
     (

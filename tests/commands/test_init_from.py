@@ -19,7 +19,7 @@ from tests.commands.small import ROOT, composed, small_run
 WHOLE_VALIDATION = "trainer.limit_val_batches=1.0"
 
 
-@pytest.fixture(scope="module", params=["kda_mla_3to1", pytest.param("softmax", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["kda_mla_3to1", pytest.param("softmax", marks=pytest.mark.long)])
 def run(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifty steps."""
     directory = tmp_path_factory.mktemp("runs") / request.param

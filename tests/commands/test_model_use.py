@@ -30,7 +30,7 @@ from lkda.special_tokens import document_ends
 from tests.commands.small import composed, small_run
 
 # The first three have every kind of state among them.
-ALONE = (pytest.param(mixer, marks=pytest.mark.slow) for mixer in ("kda", "mla"))
+ALONE = (pytest.param(mixer, marks=pytest.mark.long) for mixer in ("kda", "mla"))
 MIXERS = ["simplified", "softmax", "kda_mla_3to1", *ALONE]
 
 

@@ -87,7 +87,7 @@ def stopped_by(signum: int, corpus: Path, directory: Path) -> subprocess.Complet
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-@pytest.mark.slow  # test_killed_at_writes ends runs without a process of their own
+@pytest.mark.long  # test_faults.py kills at random moments, and test_killed_at_writes at every write
 def test_kill_9_in_the_middle(corpus: Path, tmp_path: Path, uninterrupted: Any, capsys: Any) -> None:
     directory = tmp_path / "run"
     assert stopped_by(signal.SIGKILL, corpus, directory).returncode == -signal.SIGKILL
@@ -103,8 +103,13 @@ def test_kill_9_in_the_middle(corpus: Path, tmp_path: Path, uninterrupted: Any, 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 
 
-@pytest.mark.slow  # the test below sends them to its own process
-@pytest.mark.parametrize(("signum", "exit_code"), SIGNALS)
+# The test below sends all of them to its own process.
+IN_A_PROCESS = [
+    pytest.param(*pair, marks=pytest.mark.slow if pair[0] == signal.SIGTERM else pytest.mark.long) for pair in SIGNALS
+]
+
+
+@pytest.mark.parametrize(("signum", "exit_code"), IN_A_PROCESS)
 def test_ctrl_c_and_sigterm(signum: int, exit_code: int, corpus: Path, tmp_path: Path, uninterrupted: Any) -> None:
     directory = tmp_path / "run"
     done = stopped_by(signum, corpus, directory)
@@ -157,7 +162,7 @@ class Killed(BaseException):
     """Ends the process in the place where it is raised, as far as a test can."""
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_writes(
     every: int, corpus: Path, tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,8 +250,8 @@ def assert_the_same_run(directory: Path, straight: Path) -> None:
     [
         (3, 4, 2, 3),
         (4, 6, 3, 2),
-        pytest.param(6, 5, 4, 5, marks=pytest.mark.slow),
-        pytest.param(3, 1, 7, 4, marks=pytest.mark.slow),
+        pytest.param(6, 5, 4, 5, marks=pytest.mark.long),
+        pytest.param(3, 1, 7, 4, marks=pytest.mark.long),
     ],
 )
 def test_a_run_that_accumulates_resumes_as_the_same_run(
@@ -290,7 +295,7 @@ def test_a_run_that_accumulates_resumes_as_the_same_run(
     assert_the_same_run(resumed, straight)
 
 
-@pytest.mark.parametrize("scheduler", ["wsd", pytest.param("cosine", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheduler", ["wsd", pytest.param("cosine", marks=pytest.mark.long)])
 def test_a_finished_run_that_goes_on_has_the_rates_of_the_longer_run(
     scheduler: str, corpus: Path, tmp_path: Path
 ) -> None:

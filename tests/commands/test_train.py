@@ -30,7 +30,7 @@ SUMMARY = {
     "tflops_per_s", "mfu", "peak_memory_gib", "devices", "strategy",
     "params_non_embedding", "state_bytes", "flops_per_token", "mixer", "model", "data", "context", "backend", "device",
     "precision", "state_dtype", "checkpointing", "clipped_share", "seed", "fingerprint", "steps", "seconds",
-    "learning_rate",
+    "learning_rate", "checkpoints", "checkpoint_seconds", "skipped_steps",
     "git_commit", "versions",
     "test/loss", "test/perplexity", "test/bits_per_byte", "test_unigram_entropy", "test_tokens",
 }  # fmt: skip
@@ -87,6 +87,17 @@ def test_metrics_have_every_step_and_validation(run: Path) -> None:
     assert seconds == sorted(seconds)
     ratio = {round(float(row["train/loss"]) / float(row["train/bits_per_byte"]), 4) for row in trained}
     assert len(ratio) == 1  # nats per token and bits per byte differ by a constant of the corpus
+
+
+def test_the_norm_of_the_gradient_and_the_share_of_clipped_steps_are_logged(corpus: Path, tmp_path: Path) -> None:
+    steps = ("trainer.max_steps=7", "trainer.gradient_clip_val=1.25", "sample.max_new_tokens=0")
+    summary = train(composed("train", *small_run(corpus, *steps)), tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        trained = [row for row in csv.DictReader(file) if row["train/loss"]]
+    clipped = [float(row["train/grad_norm"]) > 1.25 for row in trained]
+    assert [float(row["train/clipped_share"]) for row in trained] == clipped  # every step has a row
+    assert 0 < sum(clipped) < len(clipped)
+    assert summary["clipped_share"] == pytest.approx(sum(clipped) / len(clipped), abs=1e-4)
 
 
 def test_a_checkpoint_is_plain_and_enough(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -12,18 +13,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lkda.data.prose.sources import MIXES
 from lkda.ops.runtime import cubin_cache
 from tests.documentation.commands import ROOT, Snippet, console_commands
 from tests.documentation.sources import snippets
 
 HERE = Path(__file__).parent
 SECONDS = 300  # that a command may take
+SERVER, LOG = "LKDA_DOCUMENTATION_SERVER", "LKDA_DOCUMENTATION_LOG"  # environment variables with paths
+SHARED_CACHES = ("corpora", "sources")  # the parts of the cache that are found by what they were made of
 # What a word in capitals stands for in a documented command.
 PLACEHOLDERS = {
     "COMMAND": "train",
@@ -37,6 +39,7 @@ PLACEHOLDERS = {
     "STEPS": "steps",
     "DECODING": "decoding",
     "OUT": "out",
+    "NOVELS": "novels.jsonl.xz",
 }
 SENTENCE = "the president reads a letter of every citizen who signs some law and carries the map to an old senate"
 NEEDS_GPU = re.compile(r"^error: .*torch sees no CUDA device", re.MULTILINE)  # said once all else is checked
@@ -71,51 +74,73 @@ class Session:
     folder: Path
     environment: dict[str, str]
 
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.jsonl"
-
 
 @contextmanager
 def session() -> Iterator[Session]:
-    """A server that has imported everything, and a stock for what commands read."""
-    with tempfile.TemporaryDirectory(prefix="lkda") as folder, _served(Path(folder)) as made:
-        yield made
+    """A server that has imported everything, and a stock for what commands read.
+
+    The workers of pytest-xdist share one. A documented command that runs these tests uses the one that it runs in.
+    """
+    address, caches = os.environ.get(SERVER), os.environ.get("LKDA_TEST_CACHES")
+    if address is not None:
+        yield _session(Path(address).parent)
+    elif caches is not None:
+        with _shared(Path(caches) / "documentation") as made:
+            yield made
+    else:
+        with tempfile.TemporaryDirectory(prefix="lkda") as folder, _served(Path(folder)) as made:
+            yield made
 
 
 @contextmanager
-def _served(folder: Path) -> Iterator[Session]:
-    stock, bin_ = folder / "stock", folder / "bin"
-    for path in (stock, bin_, folder / "cache"):
-        path.mkdir(parents=True)
-    kernels = cubin_cache.directory()
-    kernels.mkdir(parents=True, exist_ok=True)
-    (folder / "cache" / "kernels").symlink_to(kernels)  # those that are compiled need not be again
-    _write_programs(bin_)
+def _shared(folder: Path) -> Iterator[Session]:
+    """Served by the first process that comes, until the last one has ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    served = folder / "served"
+    with (folder / "begin").open("a") as begin, (folder / "use").open("a") as use, ExitStack() as stack:
+        fcntl.flock(begin, fcntl.LOCK_EX)
+        fcntl.flock(use, fcntl.LOCK_SH)
+        if served.exists():
+            made = _session(folder / "session")
+        else:
+            shutil.rmtree(folder / "session", ignore_errors=True)
+            made = stack.enter_context(_served(folder / "session"))
+            served.touch()
+            stack.callback(served.unlink)
+            stack.callback(fcntl.flock, use, fcntl.LOCK_EX)  # waits for the others
+        fcntl.flock(begin, fcntl.LOCK_UN)
+        yield made
+
+
+def _session(folder: Path) -> Session:
     # A make that runs these tests would hand its variables, VENV among them, to a documented `make`.
     leaking = ("PYTEST", "COV", "MAKE", "MFLAGS", "VENV", "ARGS")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(leaking)}
     environment |= {
-        "PATH": f"{bin_}:{os.environ['PATH']}",
+        "PATH": f"{folder}/bin:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "LKDA_CACHE": str(folder / "cache"),
-        "LKDA_DOCUMENTATION_SERVER": str(folder / "socket"),
-        "LKDA_DOCUMENTATION_BIN": str(bin_),
+        SERVER: str(folder / "socket"),
+        "LKDA_DOCUMENTATION_BIN": str(folder / "bin"),
         "MYPY_CACHE_DIR": str(ROOT / ".mypy_cache"),
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "160",
     }
-    made = Session(folder, environment)
-    served = [
-        sys.executable,
-        str(HERE / "server.py"),
-        environment["LKDA_DOCUMENTATION_SERVER"],
-        str(made.log),
-        str(stock),
-    ]
-    server = subprocess.Popen(served, env=environment, stdin=subprocess.DEVNULL)
+    return Session(folder, environment)
+
+
+@contextmanager
+def _served(folder: Path) -> Iterator[Session]:
+    made, stock, cache = _session(folder), folder / "stock", folder / "cache"
+    for path in (stock, folder / "bin", folder / "pages", *(cache / name for name in SHARED_CACHES)):
+        path.mkdir(parents=True)
+    kernels = cubin_cache.directory()
+    kernels.mkdir(parents=True, exist_ok=True)
+    (cache / "kernels").symlink_to(kernels)  # those that are compiled need not be again
+    _write_programs(folder / "bin")
+    served = [sys.executable, str(HERE / "server.py"), made.environment[SERVER], str(stock)]
+    server = subprocess.Popen(served, env=made.environment, stdin=subprocess.DEVNULL)
     try:
         _wait_for(folder / "socket", server)
         _fill(stock, made)
@@ -149,7 +174,7 @@ def _wait_for(address: Path, server: subprocess.Popen[bytes]) -> None:
 
 
 def _fill(stock: Path, made: Session) -> None:
-    """A text, documents for the hub's stand-in, a run, its export and an evaluation of it."""
+    """A text, documents for the hub's stand-in, a file of novels, a run, its export and an evaluation of it."""
     draw = random.Random(0)
     sentences = [" ".join(draw.choices(SENTENCE.split(), k=6)) + "." for _ in range(600)]
     (stock / "text").write_text(" ".join(sentences), encoding="utf-8")
@@ -167,6 +192,8 @@ def _fill(stock: Path, made: Session) -> None:
     (level / "ENG18480_Other.xml").write_text(tei, encoding="utf-8")
     page = Page("stock", made)
     for command in (
+        "git clone there/100_english_novels && git clone there/ELTeC-eng",
+        "python -m lkda.data.prose.novels 100_english_novels ELTeC-eng novels.jsonl.xz",
         "python scripts/train.py hydra.run.dir=run",
         "python scripts/export.py ckpt=run out=export",
         "python scripts/evaluate.py ckpt=run stepwise=true out=evaluation",
@@ -175,14 +202,19 @@ def _fill(stock: Path, made: Session) -> None:
         assert result.outcome == "ran", result.output
     for name in ("run", "export", "evaluation"):
         shutil.move(page.folder / name, stock / name)
+    shutil.move(page.folder / "novels.jsonl.xz", stock / "novels")
+    # As that of a corpus with sources, of which each page would otherwise prepare one.
+    evaluation = json.loads((stock / "evaluation").read_text(encoding="utf-8"))
+    evaluation["result"]["by_source"] = {"tales": {"bits_per_byte": evaluation["result"]["bits_per_byte"]}}
+    (stock / "evaluation").write_text(json.dumps(evaluation), encoding="utf-8")
 
 
 class Page:
-    """A scratch checkout with an environment in .venv, as `make` leaves it."""
+    """A scratch checkout with an environment in .venv, as `make` leaves it, and a cache without prepared prose."""
 
     def __init__(self, name: str, session: Session) -> None:
-        self.session = session
-        self.folder = session.folder / "pages" / re.sub(r"\W+", "_", name)
+        made = tempfile.mkdtemp(prefix=re.sub(r"\W+", "_", name) + "_", dir=session.folder / "pages")
+        self.folder, cache, self.log = Path(made, "checkout"), Path(made, "cache"), Path(made, "log.jsonl")
         ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
         patterns = [line.strip("/").rpartition("/")[2] for line in ignored]
         shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns(".git", *patterns))
@@ -190,8 +222,10 @@ class Page:
         (self.folder / ".venv" / "bin" / "activate").write_text(f'PATH="{self.folder}/.venv/bin:$PATH"\n')
         for stamp in ("installed", "installed-dev"):
             (self.folder / ".venv" / stamp).touch()
-        for mix in MIXES:
-            shutil.rmtree(session.folder / "cache" / mix, ignore_errors=True)
+        cache.mkdir()
+        for part in (session.folder / "cache").iterdir():
+            (cache / part.name).symlink_to(part)
+        self.environment = session.environment | {"LKDA_CACHE": str(cache), LOG: str(self.log)}
 
     def run(self, snippet: Snippet) -> Result:
         """Run as bash would, or as a file of Python."""
@@ -209,7 +243,7 @@ class Page:
             done = subprocess.run(
                 ["bash", "-e", "-o", "pipefail", "-c", command],
                 cwd=self.folder,
-                env=self.session.environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -224,11 +258,10 @@ class Page:
 
     def remove(self) -> None:
         """Away with it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def _told(self) -> list[str]:
-        log = self.session.log
-        return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
 
 
 def with_placeholders(command: str) -> tuple[str, list[str]]:

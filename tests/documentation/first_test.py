@@ -29,8 +29,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """After what the command line leaves out. Tests that are too long for CI are found, but not run."""
-    kept = [item for item in items if item.get_closest_marker("long") is None][:1]
+    """After what the command line leaves out. Tests that are too long for CI, or that measure time and would run beside
+    others here, are found, but not run."""
+    unfit = ("long", "serial")
+    kept = [item for item in items if not any(map(item.get_closest_marker, unfit))][:1]
     config.stash[_FOUND] = bool(items)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept

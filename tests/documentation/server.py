@@ -1,7 +1,7 @@
-"""A Python that has imported everything once and runs each command in a fork of itself: `server.py SOCKET LOG STOCK`.
+"""A Python that has imported everything once and runs each command in a fork of itself: `server.py SOCKET STOCK`.
 
 The `python` of the scratch checkout (client.py) sends its command line, working directory, environment and open files,
-and gets the exit status. What was run is written to LOG, a line of JSON each.
+and gets the exit status. What was run is written to the file that the environment names, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ WARM = (
 class Command:
     """One command line of python, run in this process, which is a fork made for it."""
 
-    def __init__(self, request: dict[str, Any], log: Path, stock: Path) -> None:
+    def __init__(self, request: dict[str, Any], stock: Path) -> None:
         self.arguments: list[str] = request["arguments"]
-        self.log, self.stock = log, stock
+        self.stock = stock
         self.record: dict[str, Any] = {"arguments": self.arguments, "added": [], "notes": []}
         os.chdir(request["cwd"])
         os.environ.clear()
@@ -59,7 +60,7 @@ class Command:
         except BaseException:
             traceback.print_exc()
         self.record |= {"code": code, "seconds": time.perf_counter() - begin, "cpu_seconds": sum(os.times()[:4])}
-        with open(self.log, "a", encoding="utf-8") as file:
+        with open(os.environ["LKDA_DOCUMENTATION_LOG"], "a", encoding="utf-8") as file:
             file.write(json.dumps(self.record) + "\n")
         raise SystemExit(code)
 
@@ -131,12 +132,18 @@ class Command:
             return 0
         code = run()
         if code == 0:
-            shutil.copytree(prose, kept)
+            made = kept.with_name(f"{kept.name}_{os.getpid()}")
+            shutil.copytree(prose, made)
+            with suppress(OSError):  # another page has kept it
+                made.rename(kept)
         return code
 
     def _main(self, main: Callable[[], Any], argv: list[str]) -> int:
         import datasets
 
+        from lkda.commands import whole_set
+
+        whole_set.ON_CPU = tuple(tiny.small_parts(whole_set.ON_CPU))
         datasets.load_dataset = tiny.stand_in_for_the_hub(
             datasets.load_dataset, self.stock, self.record["notes"].append
         )
@@ -212,7 +219,7 @@ def _run_module(name: str) -> None:
     runpy._run_module_as_main(name)  # type: ignore[attr-defined]
 
 
-def serve(address: str, log: Path, stock: Path) -> None:
+def serve(address: str, stock: Path) -> None:
     """Until the test ends this process."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.path[0] = ""  # the place of what a command line puts first; it was this file's folder
@@ -230,13 +237,13 @@ def serve(address: str, log: Path, stock: Path) -> None:
             importlib.import_module("lm_eval")
         if os.fork() == 0:
             listener.close()
-            _answer(connection, json.loads(message), files, log, stock)
+            _answer(connection, json.loads(message), files, stock)
         connection.close()
         for file in files:
             os.close(file)
 
 
-def _answer(connection: socket.socket, request: dict[str, Any], files: list[int], log: Path, stock: Path) -> None:
+def _answer(connection: socket.socket, request: dict[str, Any], files: list[int], stock: Path) -> None:
     """In a fork: the command in a fork of this one, and its exit status to the client."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
@@ -245,7 +252,7 @@ def _answer(connection: socket.socket, request: dict[str, Any], files: list[int]
         for number, file in enumerate(files):
             os.dup2(file, number)
             os.close(file)
-        Command(request, log, stock).run()
+        Command(request, stock).run()
     for file in files:
         os.close(file)
     _, status = os.waitpid(child, 0)
@@ -254,4 +261,4 @@ def _answer(connection: socket.socket, request: dict[str, Any], files: list[int]
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    serve(sys.argv[1], Path(sys.argv[2]))

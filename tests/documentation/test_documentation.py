@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from tests.documentation.checkout import PLACEHOLDERS, Page, Session, run_source, session, with_placeholders
 from tests.documentation.commands import ROOT, Snippet, comments, of_markdown, of_text
-from tests.documentation.sources import help_of, names, settings
+from tests.documentation.sources import help_of, names, settings, snippets
 
 PAGE = """# A page
 Prose with `a span`, `python -m lkda.thing
@@ -96,6 +96,13 @@ def test_a_placeholder_has_a_meaning_or_is_named() -> None:
     replaced = command.replace("RUNS", PLACEHOLDERS["RUNS"]).replace("=RUN ", f"={PLACEHOLDERS['RUN']} ")
     assert with_placeholders(command) == (replaced, [])
     assert with_placeholders("python x.py ckpt=WHATEVER")[1] == ["WHATEVER"]
+
+
+def test_every_placeholder_of_a_page_has_a_meaning() -> None:
+    pages = [name for name in names() if not name.endswith(" --help")]
+    assert {
+        word for page in pages for snippet in snippets(page) for word in with_placeholders(snippet.text)[1]
+    } == set()
 
 
 def test_the_pages_and_every_script_are_covered() -> None:

@@ -11,14 +11,17 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from lkda.commands.whole_set import Part
 from lkda.data.text.packed import PackedDataModule
 
 PART = "[{length: 32, pairs: 2, examples: 4}]"
@@ -49,7 +52,8 @@ TINY: dict[str, str] = {
 }
 # Options of scripts/benchmark.py for each task.
 TINY_BENCHMARK: dict[str, dict[str, str]] = {
-    "all": {},
+    "all": {},  # its parts: see `small_parts`
+    "notes": {},
     "op": {"shapes": "[1x64x2x16]", "milliseconds": "2"},
     "step": {
         **{"models": "[tiny]", "mixers": "[kda]", "shapes": "[1x16]", "vocab_size": "300", "steps": "10"},
@@ -92,8 +96,11 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
     except Exception:  # the command meets it too, and shows it
         return [], []
     if name == "benchmark":
-        checks = config.check is not None  # its rows have settings of their own
-        return [] if checks else [f"{key}={value}" for key, value in TINY_BENCHMARK[config.task or "op"].items()], []
+        if config.check is not None:  # its rows have settings of their own
+            return [], []
+        of_operators = {word.split("=")[0] for word in given} - {"out", "device", "minutes"}
+        task = config.task or ("op" if of_operators else "all")
+        return [f"{key}={value}" for key, value in TINY_BENCHMARK[task].items()], []
     unused = _BROUGHT if config.get("init_from") else ()
     unused += _without_effect(config) if name == "train" else ()
     unused += ("vocab_size",) if config.get("tokenizer_path") else ()
@@ -104,7 +111,7 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
     ]
     reasons = []
     if name == "train":
-        added += _first_of_numbers(config, given)
+        added += _first_of_each(config, given)
         added += ["hydra.sweeper.n_trials=1"] * any(word.startswith("hydra.sweeper.n_trials=") for word in given)
         if config.trainer.strategy != "single":
             added.append("trainer.accelerator=gpu")
@@ -115,6 +122,15 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         added.append(f"sources={PIP_SOURCES['novels' if config.path else config.mix or 'prose']}")
         reasons.append("the smallest part that comes by pip")
     return added, reasons
+
+
+def small_parts(parts: Sequence[Part]) -> list[Part]:
+    """The parts of the whole set of scripts/benchmark.py, each with the sizes of its task."""
+    return [replace(part, options={**part.options, **_values(TINY_BENCHMARK[part.task])}) for part in parts]
+
+
+def _values(texts: dict[str, str]) -> dict[str, Any]:
+    return {key: yaml.safe_load(text) for key, text in texts.items()}
 
 
 def needs_a_cluster(words: Sequence[str]) -> bool:
@@ -148,15 +164,18 @@ def _composed(name: str, given: Sequence[str], configs: Path) -> DictConfig:
         return compose(name, overrides=first, return_hydra_config=True)
 
 
-def _first_of_numbers(config: DictConfig, given: Sequence[str]) -> list[str]:
-    """Of an experiment's sweep every word (a mixer, a task) is run, and of numbers (seeds, sizes, rates) the first."""
+def _first_of_each(config: DictConfig, given: Sequence[str]) -> list[str]:
+    """Of an experiment's sweep the first job is run. tests/test_experiments.py runs every mixer and task of it."""
     swept = config.hydra.sweeper.get("params") or {}
-    if not swept:
-        return []
     own = {word.split("=")[0] for word in given}  # take the place of the experiment's
-    kept = {name: str(values).split(",") for name, values in swept.items() if name not in own}
-    kept = {name: values[:1] if values[0].strip()[0].isdigit() else values for name, values in kept.items()}
-    return ["hydra.sweeper.params=null", *(f"{name}={','.join(values)}" for name, values in kept.items())]
+    firsts = [f"{name}={_first(values)}" for name, values in swept.items() if name not in own]
+    return ["hydra.sweeper.params=null", *firsts] if swept else []
+
+
+def _first(values: str) -> str:
+    """The first value of a choice sweep, such as `a,b` or `[1,2],[3]`."""
+    override = OverridesParser.create().parse_override(f"x={values}")
+    return str(next(iter(override.sweep_string_iterator()))) if override.is_sweep_override() else str(values)
 
 
 def arguments_of(known: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -183,7 +202,9 @@ def provide(arguments: Sequence[str], stock: Path) -> list[str]:
     """
     laid = []
     for word in arguments:
-        option, _, value = word.rpartition("=")
+        option, is_option, value = word.partition("=")  # the value may be a path with "=" in it
+        if not is_option:
+            option, value = "", word
         for path in re.findall(r"[^\[\]{},'\"\s]+", value):
             kind = _kind(option, path)
             if kind and not _is_there(option, path) and _untouched(option, Path(path)):
@@ -197,20 +218,31 @@ def _kind(option: str, path: str) -> str | None:
     if option in ("ckpt", "init_from"):
         return "export" if option == "init_from" or path.startswith("exported") else "run"
     if option == "runs":
-        return "run"
+        return None if path.endswith(".json") else "run"
+    if option == "bench":
+        return "bench"
+    if option == "path":
+        return "novels"
     if option in ("data.paths", "paths", "data.val_paths", "prompt_file"):
         return "pairs" if path.endswith(".jsonl") else "text"
-    return "evaluation" if not option and path.endswith(".json") and "*" in path else None
+    if option or "*" not in path:
+        return None
+    return "evaluation" if path.endswith(".json") else "run" if _is_runs(option, path) else None
 
 
 def _is_there(option: str, path: str) -> bool:
     found = glob.glob(path)
-    return any(Path(one, "config.yaml").exists() for one in found) if option == "runs" else bool(found)
+    return any(Path(one, "config.yaml").exists() for one in found) if _is_runs(option, path) else bool(found)
+
+
+def _is_runs(option: str, path: str) -> bool:
+    """Whether an argument names several runs."""
+    return option == "runs" or (not option and path.endswith("*"))
 
 
 def _untouched(option: str, path: Path) -> bool:
     top = Path(path.parts[0])
-    without_runs = option == "runs" and not any(top.rglob("config.yaml"))
+    without_runs = _is_runs(option, str(path)) and not any(top.rglob("config.yaml"))
     return not top.exists() or (top / ".provided").exists() or without_runs
 
 
@@ -218,7 +250,9 @@ def _lay(kind: str, target: Path, stock: Path) -> None:
     if target.suffix == ".ckpt":
         target = target.parents[1]
     target.parent.mkdir(parents=True, exist_ok=True)
-    if kind in ("run", "export"):
+    if kind == "bench":
+        shutil.copytree("docs/results/decode_context_h200", target)
+    elif kind in ("run", "export"):
         shutil.copytree(stock / kind, target)
     else:
         shutil.copy(stock / kind, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -190,10 +191,14 @@ def test_the_state_dict_and_copies_stay(tmp_path, calls):
     ours.save_pretrained(tmp_path)
     loaded = transformers.KimiLinearForCausalLM.from_pretrained(tmp_path).eval()
     x = tokens(1, 8)
-    close(outputs(loaded, x), outputs(ours, x))
-    calls.clear()
-    outputs(copy.deepcopy(ours), x)
-    assert len(calls) == 2
+    want = outputs(ours, x)
+    close(outputs(loaded, x), want)
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        calls.clear()
+        assert torch.equal(outputs(copied, x), want)
+        assert len(calls) == 2
+        use_lkda_kernels(copied, enable=False)
+        assert unchanged(copied)
 
 
 def test_gradient_checkpointing_has_the_same_gradients(calls):

@@ -14,8 +14,8 @@ from lkda.models.decoding_block import DecodingBlock
 from lkda.models.mixers import softmax
 from lkda.ops.rows.cpu import LIBRARY
 from lkda.ops.runtime.backend import Backend
-from lkda.ops.softmax import cuda as softmax_cuda
 from lkda.ops.softmax import step as softmax_step
+from lkda.ops.softmax.cuda import step as softmax_cuda
 from tests.models.helpers import IDS, PATTERNS, small, tokens
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 

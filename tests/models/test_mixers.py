@@ -212,6 +212,23 @@ def test_steps_take_states_that_lie_apart(pattern):
         close(logits, want[:, t])
 
 
+@pytest.mark.parametrize("activation", ["silu", "none"])
+@pytest.mark.parametrize("name", ["kda", "simplified"])
+def test_without_convolutions_the_silu_stays_unless_it_is_left_out(name, activation, monkeypatch):
+    options = {"conv_width": 0, "activation": activation} if activation == "none" else {"conv_width": 0}
+    (block,) = small([name], num_layers=1, mixer={"pattern": [name], "num_heads": 2, name: options}).blocks
+    mixer, x, seen = block.mixer, torch.randn(1, 5, 32), []
+
+    def attend(q, k, v, *rest, **options):
+        seen.append(v.flatten(-2))
+        return type(mixer).attend(mixer, q, k, v, *rest, **options)
+
+    monkeypatch.setattr(mixer, "attend", attend)
+    mixer(x)
+    v = mixer.v_proj(x)
+    close(seen[0], torch.nn.functional.silu(v) if activation == "silu" else v)
+
+
 @pytest.mark.parametrize("name", ["kda", "simplified"])
 def test_no_activation_needs_no_convolution(name):
     with pytest.raises(ValueError, match="activation=none needs conv_width=0, got 4"):

@@ -20,11 +20,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def choices() -> Iterator[ParameterSet]:
-    """The mixers of configs/mixer. One of several kinds is slow: each kind is also there alone."""
+    """The mixers of configs/mixer. One of several kinds is slow or long: each kind is also there alone."""
     for path in sorted((CONFIGS / "mixer").glob("*.yaml")):
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             kinds = set(compose("train", overrides=[f"mixer={path.stem}"]).mixer.pattern)
-        yield pytest.param(path.stem, marks=[pytest.mark.slow] if len(kinds) > 1 else [])
+        mark = pytest.mark.slow if path.stem in STATED else pytest.mark.long
+        yield pytest.param(path.stem, marks=[mark] if len(kinds) > 1 else [])
 
 
 STEPS = 100

@@ -11,7 +11,8 @@ import wandb
 
 from lkda.commands.train import train
 from lkda.training.task import LanguageModelTask
-from lkda.training.wandb_logger import wandb_logger, why_offline
+from lkda.training.wandb_connection import why_offline
+from lkda.training.wandb_logger import wandb_logger
 from tests.commands.small import composed, small_run
 from tests.training.wandb_records import history, records
 
@@ -45,7 +46,7 @@ def test_the_offline_run_is_metrics_csv(corpus: Path, tmp_path: Path, capsys: py
     (described,) = (record["run"] for record in found if record["type"] == "run")
     assert described["project"] == "lkda"
     assert described["display_name"] == "kda_debug_seed1"
-    assert described["run_group"] == "files_debug"
+    assert (described["run_group"], described["job_type"]) == ("kda_debug_files", "train")
     assert described["tags"] == ["kda", "debug", "files"]
     config = described["config"]["update"]
     assert config["model"]["d_model"] == 32
@@ -111,5 +112,5 @@ def test_the_reason_to_be_offline_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_end_of_a_run_does_not_wait_for_a_lost_server(tmp_path: Path) -> None:
-    made = wandb_logger(save_dir=str(tmp_path), config={}, project=None, name=None, group=None, tags=())
+    made = wandb_logger(save_dir=str(tmp_path), config={}, project=None, name=None, group=None, job_type=None, tags=())
     assert made._wandb_init["settings"].finish_timeout == 120

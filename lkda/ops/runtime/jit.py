@@ -92,12 +92,16 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @cache
-def reason_cannot_run(device: torch.device) -> str | None:
-    """Why no kernel can be compiled for this device and launched on it, or None if one can."""
+def reason_cannot_run(device: torch.device, otherwise: str = "torch") -> str | None:
+    """Why no kernel can be compiled for this device and launched on it, or None if one can.
+
+    Args:
+        otherwise: the backend to name in the reason, which can run there.
+    """
     if device.type != "cuda":
-        return f"the tensors are on {device.type}, not on a CUDA device; use backend='chunk', or move them."
+        return f"the tensors are on {device.type}, not on a CUDA device; use backend={otherwise!r}, or move them."
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has compute capability below 8.0; use backend='chunk'."
+        return f"{torch.cuda.get_device_name(device)} has compute capability below 8.0; use backend={otherwise!r}."
     return _reason_no_compiler()
 
 
@@ -362,6 +366,14 @@ class Kernel:
                 self._launch(grid, block, arguments, index)
         else:
             self._launch(grid, block, arguments, index)
+
+    def resident_blocks(self, block: int, device: torch.device) -> int:
+        """How many blocks of `block` threads a multiprocessor of the device holds at a time."""
+        from cuda.bindings import driver
+
+        _ensure_context(device.index)
+        function = self._load(device.index)
+        return _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, block, self.shared_bytes))
 
     def _launch(self, grid, block, arguments, index) -> None:
         local = self._arguments

@@ -29,7 +29,7 @@ def cannot_take(otherwise: str, head_dims: Sequence[int] | None = HEAD_DIMS) -> 
             return f"the kernel takes heads of {sizes}, got {head_dim}; use backend={otherwise!r}."
         if device.type == "cuda" and dtype not in ELEMENTS:
             return f"the kernel takes bfloat16, float16 and float32, got {dtype}; use backend={otherwise!r}."
-        return reason_cannot_run(device)
+        return reason_cannot_run(device, otherwise)
 
     # What torch.compiler.assume_constant_result does; but that imports torch._dynamo, which takes seconds.
     reason._dynamo_marked_constant = True  # type: ignore[attr-defined]

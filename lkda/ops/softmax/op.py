@@ -1,4 +1,4 @@
-"""Causal softmax attention: PyTorch's fused kernels, and the quadratic form as its equation stands."""
+"""Causal softmax attention: PyTorch's fused kernels, the quadratic form as its equation stands, and a naive kernel."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lkda.ops.checks import check_alike, check_cu_seqlens, check_shape
 from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.sequences import lengths_of
 from lkda.ops.sequences import longest as longest_of
+from lkda.ops.softmax.cuda import naive as cuda_naive
 
 # The most entries of a mask. PyTorch converts them to floats, so that this is 64 MB in float32.
 MASK_ENTRIES = 2**24
@@ -90,6 +91,7 @@ def _sdpa_packed(
 BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(_sdpa_packed),
     "naive": Backend(_per_sequence(_naive)),
+    "cuda_naive": Backend(cuda_naive.softmax_cuda_naive, cuda_naive.reason_cannot_run, automatic=False),
 }
 
 
@@ -112,7 +114,8 @@ def softmax_attention(
         cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1, T = S); they may be empty.
         longest: an upper bound of the tokens of a packed sequence. None: it is read from cu_seqlens, for which the
             host waits for the GPU. A traced or captured call cannot read it and takes T, which launches idle blocks.
-        backend: auto | sdpa | naive (computes the whole S x S matrix, to measure what it costs).
+        backend: auto | sdpa | naive | cuda_naive. The last two are there to measure what they cost: naive computes the
+            whole T x S matrix; cuda_naive is a kernel without tensor cores, on a GPU, and has no backward.
     Returns: o [B, T, H, V] in v's dtype.
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """

@@ -8,8 +8,8 @@ from torch import Tensor
 from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_shape
 from lkda.ops.runtime.backend import Backend, choose
-from lkda.ops.softmax import cuda
 from lkda.ops.softmax.cpu import step as cpu
+from lkda.ops.softmax.cuda import step as cuda
 from lkda.ops.softmax.rotary import rotate
 
 

@@ -27,7 +27,14 @@ for (const table of document.querySelectorAll("table.sortable")) {
   new DataTable(table, {
     order: [], pageLength: 15, lengthMenu: [15, 50, {label: "all", value: -1}], autoWidth: false,
     ordering: {indicators: true, handler: true}, columnControl: [{target: 1, content: ["search"]}],
+    columnDefs: [{
+      targets: JSON.parse(table.dataset.lists),
+      columnControl: [{target: 1, content: [{extend: "dropdown", text: "choose", content: ["searchList"]}]}],
+    }],
   });
+  const scrolled = table.parentElement;
+  for (const [name, value] of [["tabindex", "0"], ["role", "region"], ["aria-label", table.ariaLabel]])
+    scrolled.setAttribute(name, value);
 }
 document.documentElement.dataset.ready = "true";
 """

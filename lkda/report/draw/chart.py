@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lkda.report.draw.digest import digest, with_digest
 from lkda.report.draw.style import DARK, LIGHT, Style
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 WIDTH, HEIGHT = 620, 340  # of a chart in a file, in points
+CAPTION_WIDTH = 100  # letters of a line below the title
 PNG_SCALE = 2.0  # pixels per point
 
 
@@ -60,11 +63,23 @@ class Chart:
             **self.spec,
             "width": WIDTH,
             "height": HEIGHT,
-            "title": {"text": self.title, "subtitle": self.caption, "anchor": "start", "subtitleColor": LIGHT.faint},
+            "title": {
+                "text": self.title,
+                "subtitle": self._subtitle(),
+                "anchor": "start",
+                "subtitleColor": LIGHT.faint,
+            },
         }
         svg = _renumbered(vl_convert.vegalite_to_svg(drawn, config=self.config(LIGHT)))
-        png = vl_convert.svg_to_png(svg, scale=PNG_SCALE)
+        shown = digest([self.title, self.caption, dict(self.spec)])
+        png = with_digest(vl_convert.svg_to_png(svg, scale=PNG_SCALE), shown)
         return {f"{self.name}.svg": svg, f"{self.name}.png": png}
+
+    def _subtitle(self) -> list[str]:
+        """The caption in lines; in a file, where there is no menu, with the setting that is shown."""
+        setting = next((one["value"] for one in self.spec.get("params", ()) if one["name"] == "setting"), "")
+        shown = f" Shown: {setting}." if setting and setting not in self.caption else ""
+        return textwrap.wrap(self.caption + shown, CAPTION_WIDTH)
 
     def embedded(self) -> dict[str, Any]:
         """What the page needs: the specification, which fills the width, and the colours of both themes."""

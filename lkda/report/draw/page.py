@@ -17,7 +17,7 @@ _STYLE = f"""
   --text: {LIGHT.text}; --faint: {LIGHT.faint}; --line: {LIGHT.grid}; --back: {LIGHT.background}; }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --text: {DARK.text}; --faint: {DARK.faint}; --line: {DARK.grid}; --back: {DARK.background}; }} }}
-body {{ margin: 3.5rem auto 5rem; max-width: 70rem; padding: 0 1.5rem; background: var(--back); color: var(--text);
+body {{ margin: 3.5rem auto 5rem; max-width: 78rem; padding: 0 1.5rem; background: var(--back); color: var(--text);
   font: 16px/1.55 system-ui, sans-serif; }}
 h1 {{ font-weight: 600; font-size: 1.7rem; margin: 0 0 1.5rem; }}
 h2 {{ font-weight: 600; font-size: 1.15rem; margin: 3.2rem 0 0.8rem; }}
@@ -27,6 +27,7 @@ th, td {{ padding: 0.45rem 0 0.45rem 0.9rem; text-align: right; white-space: now
   border-bottom: 1px solid var(--line); }}
 th {{ color: var(--faint); font-weight: 500; }}
 .name {{ text-align: left; padding-left: 0; padding-right: 0.9rem; }}
+td.name {{ white-space: normal; min-width: 7rem; }}
 figure {{ margin: 0 0 1.8rem; }} .note + figure {{ margin-top: 1.8rem; }}
 img {{ display: block; width: 100%; max-width: 46rem; height: auto; }}
 p.note, li {{ color: var(--faint); font-size: 0.875rem; margin: 0.35rem 0; }}
@@ -37,8 +38,11 @@ h3 {{ font-weight: 600; font-size: 1rem; margin: 2.4rem 0 0.2rem; }}
 .vega-bindings {{ font-size: 0.875rem; }}
 table.sortable td, table.sortable th {{ text-align: left; }}
 table.sortable .dt-type-numeric {{ text-align: right; }}
-table.sortable td.name {{ white-space: normal; min-width: 7rem; }}
-td code {{ font-size: 0.75rem; white-space: nowrap; user-select: all; }}
+table.sortable td:last-child {{ white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }}
+td .dtcc-button_dropdown > .dtcc-button-text {{ display: inline !important; font-size: 0.75rem; color: var(--faint); }}
+nav {{ font-size: 0.875rem; margin: -0.8rem 0 1.5rem; }} a {{ color: inherit; }}
+summary {{ cursor: pointer; color: var(--faint); }}
+td code {{ display: block; width: 22rem; font-size: 0.75rem; white-space: normal; user-select: all; }}
 @media (max-width: 600px) {{ body {{ margin-top: 1.5rem; padding: 0 0.8rem; }} h1 {{ font-size: 1.35rem; }} }}
 """
 
@@ -49,9 +53,10 @@ class Section:
 
     Attributes:
         heading: empty for the first section, which follows the title.
-        lead: a paragraph in larger letters.
+        lead: paragraphs in larger letters, with empty lines between them.
         head, body: headings and cells of the table, whose first `names` columns are names.
         sortable: whether the reader can sort and filter the table.
+        lists: the columns that the reader filters by choosing from a list of their cells.
         sort_by: for each row what its cells are sorted by, where that is not their text.
         notes: sentences below the table.
         pictures: {alternative text: plot}.
@@ -65,6 +70,7 @@ class Section:
     body: Sequence[Sequence[str]] = ()
     names: int = 1
     sortable: bool = False
+    lists: Sequence[int] = ()
     sort_by: Sequence[Sequence[float | str | None]] = ()
     notes: Sequence[str] = ()
     pictures: Mapping[str, Picture] = field(default_factory=dict)
@@ -83,7 +89,8 @@ def page(title: str, sections: Sequence[Section]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title>{sheets}<style>{_STYLE}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1>\n{body}\n{_scripts(charts) if interactive else ''}</body></html>\n"
+        f"<body><h1>{html.escape(title)}</h1>\n{_contents(sections)}{body}\n"
+        f"{_scripts(charts) if interactive else ''}</body></html>\n"
     )
 
 
@@ -93,8 +100,8 @@ def _scripts(charts: Mapping[str, object]) -> str:
 
 
 def _section(section: Section) -> str:
-    parts = [f"<h2>{html.escape(section.heading)}</h2>"] if section.heading else []
-    parts += [f'<p class="lead">{html.escape(section.lead)}</p>'] if section.lead else []
+    parts = [f'<h2 id="{_anchor(section)}">{html.escape(section.heading)}</h2>'] if section.heading else []
+    parts += [f'<p class="lead">{html.escape(lead)}</p>' for lead in section.lead.split("\n\n") if lead]
     if section.body:
         parts.append(_table(section))
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in section.notes]
@@ -105,27 +112,50 @@ def _section(section: Section) -> str:
     return "".join(parts)
 
 
+def _anchor(section: Section) -> str:
+    return "section-" + "".join(letter if letter.isalnum() else "-" for letter in section.heading.lower())
+
+
+def _contents(sections: Sequence[Section]) -> str:
+    """Links to the headings; of those that begin alike, as in "The notes: claims", to the first."""
+    named: dict[str, Section] = {}
+    for section in sections:
+        if section.heading:
+            named.setdefault(section.heading.partition(": ")[0], section)
+    links = " · ".join(f'<a href="#{_anchor(one)}">{html.escape(name)}</a>' for name, one in named.items())
+    return f'<nav aria-label="contents">{links}</nav>\n' if len(named) > 1 else ""
+
+
 def _table(section: Section) -> str:
+    """The keyboard scrolls a table that is wider than the screen once it has the focus."""
     orders = section.sort_by or [()] * len(section.body)
     lines = "".join(_line("td", line, section.names, by) for line, by in zip(section.body, orders, strict=True))
     head = _line("th", section.head, section.names)
-    name = ' class="sortable display compact"' if section.sortable else ""
-    return f'<div class="scroll"><table{name}><thead>{head}</thead><tbody>{lines}</tbody></table></div>'
+    label = f'aria-label="{html.escape(section.heading or "table")}"'
+    lists = f"data-lists='{json.dumps(list(section.lists))}'"
+    name = f' class="sortable display compact" {label} {lists}' if section.sortable else ""
+    region = (
+        "" if section.sortable else f' tabindex="0" role="region" {label}'
+    )  # of a sortable one, its script makes one
+    return f'<div class="scroll"{region}><table{name}><thead>{head}</thead><tbody>{lines}</tbody></table></div>'
 
 
 def _line(tag: str, cells: Sequence[str], names: int, sort_by: Sequence[float | str | None] = ()) -> str:
-    """A row of a table. A cell that is a command is shown as one."""
+    """A row of a table. A cell that is a command is folded."""
     written = []
     for n, cell in enumerate(cells):
         order = sort_by[n] if n < len(sort_by) else None
         attributes = (' class="name"' if n < names else "") + (f' data-order="{order}"' if order is not None else "")
         text = html.escape(cell)
-        written.append(f"<{tag}{attributes}>{f'<code>{text}</code>' if cell.startswith('python ') else text}</{tag}>")
+        if cell.startswith("python "):
+            text = f"<details><summary>command</summary><code>{text}</code></details>"
+        written.append(f"<{tag}{attributes}>{text}</{tag}>")
     return f"<tr>{''.join(written)}</tr>"
 
 
 def _chart(chart: Chart) -> str:
-    caption = f'<p class="note">{html.escape(chart.caption)}</p>' if chart.caption else ""
+    more = " The menu has other settings." if "params" in chart.spec else ""
+    caption = f'<p class="note">{html.escape(chart.caption)}{"." * bool(more)}{more}</p>' if chart.caption else ""
     return f'<h3>{html.escape(chart.title)}</h3>{caption}<div class="chart" id="{html.escape(chart.name)}"></div>'
 
 

@@ -7,10 +7,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from lkda.report.draw.digest import contents, digest, with_digest
 
 # The hues are those of Okabe and Ito, which most colour-blind readers can distinguish, darkened for text on white and
 # lightened for text on black. These mixers have the first six colours; other names share the rest.
@@ -129,15 +132,19 @@ def occurrence_index(names: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class Picture:
-    """One plot, as the contents of a PNG file for a light page and of one for a dark page."""
+    """One plot, as the contents of a PNG file for a light page and, drawn when it is read, of one for a dark page."""
 
     light: bytes
-    dark: bytes
+    draw: Callable[[Style], Figure]
+
+    @cached_property
+    def dark(self) -> bytes:
+        return _png(self.draw, DARK)
 
 
 def picture(draw: Callable[[Style], Figure]) -> Picture:
-    """Draws a plot in both styles. `draw` returns the finished figure in one of them."""
-    return Picture(*(_png(draw, style) for style in (LIGHT, DARK)))
+    """Draws a plot. `draw` returns the finished figure in a style."""
+    return Picture(_png(draw, LIGHT), draw)
 
 
 def _png(draw: Callable[[Style], Figure], style: Style) -> bytes:
@@ -148,4 +155,4 @@ def _png(draw: Callable[[Style], Figure], style: Style) -> bytes:
         dpi = min(DOTS_PER_INCH, MOST_PIXELS[0] / width, MOST_PIXELS[1] / height)
         # No software version in the file: the same results give the same bytes.
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
+    return with_digest(buffer.getvalue(), digest(contents(figure)))

@@ -10,7 +10,7 @@ def three(x: float) -> str:
 
 def count(x: float) -> str:
     """1234567 -> 1.23M"""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if x >= 0.9995 * size:  # 999,999 is 1M, not 1e+03k
             return f"{x / size:.3g}{unit}"
     return f"{x:.3g}"

@@ -14,6 +14,7 @@ import yaml
 
 from lkda.checks import InputError, refusing_damage
 from lkda.metrics_file import metrics_rows
+from lkda.report.read.files import read_results_file
 from lkda.report.read.old_keys import translated_summary, with_data_name
 from lkda.run_failure import FAILURE
 
@@ -148,18 +149,26 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def read_runs(directories: Iterable[Path], *, step: int | None = None) -> tuple[list[Run], list[tuple[Path, str]]]:
-    """Reads all directories that are runs, as `read_run` does; the others are returned with the reason.
+def read_runs(paths: Iterable[Path], *, step: int | None = None) -> tuple[list[Run], list[tuple[Path, str]]]:
+    """Reads all directories that are runs, as `read_run` does, and the runs of results.json files of comparisons.
 
-    Returns: the runs, and (directory, reason) for each directory that is left out.
+    Returns: the runs, and (path, reason) for each path that is left out.
     """
     runs, skipped = [], []
-    for directory in sorted(directories):
+    for path in sorted(paths):
         try:
-            runs.append(read_run(directory, step=step))
+            runs += _recorded(path, step) if path.suffix == ".json" and path.is_file() else [read_run(path, step=step)]
         except ValueError as error:
-            skipped.append((directory, str(error)))
+            skipped.append((path, str(error)))
     return runs, skipped
+
+
+def _recorded(path: Path, step: int | None) -> list[Run]:
+    """The runs of a comparison, at their end or at the validation of a step."""
+    found = read_results_file(path, kind="comparison")
+    with refusing_damage(str(path)):
+        runs = [from_record(record) for record in found["runs"]]
+        return runs if step is None else [_at(run, step) for run in runs]
 
 
 def as_record(run: Run) -> dict[str, Any]:

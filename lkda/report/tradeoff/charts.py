@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ _LEGEND: dict[str, Any] = {
     "orient": "bottom",
     "columns": {"expr": "width < 420 ? 1 : 2"},
     "labelLimit": 320,
+    "symbolOpacity": 1,
     "title": None,
 }
 _BYTES = (
@@ -37,12 +39,19 @@ def _log2(title: str, *, labels: str) -> Encoding:
     }
 
 
+def _powers_of_two(values: Sequence[float]) -> list[int]:
+    """Those between the least and the greatest, at most eight of them; they need not be of a decade."""
+    low, high = math.ceil(math.log2(min(values))), math.floor(math.log2(max(values)))
+    return [2**power for power in range(low, high + 1, math.ceil((high - low + 1) / 8) or 1)]
+
+
 def _linear(title: str) -> Encoding:
     return {"type": "quantitative", "title": title, "scale": {"zero": False, "nice": True}, "axis": {"format": "~s"}}
 
 
 def _log10(title: str, *, format: str) -> Encoding:
-    axis = {"format": format, "labelOverlap": True}
+    # Without labelExpr, a logarithmic axis leaves most of its labels out where its range is less than a decade.
+    axis = {"labelExpr": f"format(datum.value, '{format}')", "labelOverlap": True}
     return {
         "type": "quantitative",
         "title": title,
@@ -95,8 +104,9 @@ def _chosen(settings: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _domain(records: Sequence[Record]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The series, and for each the mixer whose colour it has. A model of another package has a colour of its own."""
     named = {record["series"]: record["mixer"] for record in records}
-    return tuple(named), tuple(named.values())
+    return tuple(named), tuple(mixer if name.startswith(mixer) else name for name, mixer in named.items())
 
 
 def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart | None:
@@ -126,6 +136,7 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     y = {"field": "us", **_log10("time of a token, microseconds", format=",.3~r")}
     if not of_time:
         y = {"field": "memory", **_log2(of_memory, labels=_BYTES)}
+        y["axis"] = y["axis"] | {"values": _powers_of_two([record["memory"] for record in records]), "grid": True}
     shown = {
         "series": "mixer",
         "context": "context, tokens",
@@ -161,7 +172,7 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     return Chart(
         f"{stage.replace(' ', '_')}_{'time' if of_time else 'memory'}",
         f"{stage.capitalize()}: {what.lower()} against the context",
-        settings[0] if len(settings) == 1 else f"{settings[0]}; the menu has {len(settings) - 1} more",
+        settings[0],
         spec,
         domain,
         mixers,
@@ -181,8 +192,7 @@ def against(
     domain, mixers = _domain(records)
     settings = list(dict.fromkeys(record["setting"] for record in records))
     across = {"field": "x", **(_log2(x, labels=_BYTES) if bytes_ else _log10(x, format=".3~s"))}
-    if bytes_:
-        across["scale"] = across["scale"] | {"padding": 30}
+    across["scale"] = across["scale"] | {"padding": 40}  # the names of the first and the last mark need room
     up = {"field": "y", **_linear(y)}
     up["scale"] = up["scale"] | {"padding": 20}
     up["axis"] = {"format": ".4~r"}
@@ -314,5 +324,4 @@ def recall(records: Sequence[Record]) -> Chart:
             }
         ],
     }
-    caption = settings[0] if len(settings) == 1 else f"{settings[0]}; the menu has {len(settings) - 1} more"
-    return Chart("recall_by_state", "Recall against the size of the state", caption, spec, domain, mixers)
+    return Chart("recall_by_state", "Recall against the size of the state", settings[0], spec, domain, mixers)

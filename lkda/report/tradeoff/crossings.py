@@ -17,6 +17,8 @@ class Pair:
 
     Attributes:
         slower, faster: the series; `faster` is the faster one at the longest context that both have.
+        mixers: of `faster` and `slower`.
+        own: whether both are lkda's implementations.
         context: where `faster` overtakes, interpolated; None where it is the faster one at all shared contexts.
         shortest, longest: the contexts that both have.
         ratio: tokens/s of `faster` over those of `slower` at the longest.
@@ -30,6 +32,8 @@ class Pair:
     shortest: int
     longest: int
     ratio: float
+    mixers: tuple[str, str]
+    own: bool
     further: tuple[float, ...] = ()  # contexts of earlier crossings, of curves that cross several times
 
     @property
@@ -39,17 +43,19 @@ class Pair:
             return f"{self.faster} is faster at {length(self.longest)}, the only context that both have"
         if self.context is None:
             return f"{self.faster} is faster from {length(self.shortest)} to {length(self.longest)}"
-        before = f" (they also cross at {', '.join(_rounded(x) for x in self.further)})" if self.further else ""
-        return f"{self.faster} is faster from a context of about {_rounded(self.context)}{before}"
+        before = f" (they also cross at {', '.join(rounded(x) for x in self.further)})" if self.further else ""
+        return f"{self.faster} is faster from a context of about {rounded(self.context)}{before}"
 
 
-def _rounded(context: float) -> str:
+def rounded(context: float) -> str:
+    """A context that was interpolated: 1529.3 -> 1.5K"""
     return length(context) if context < 1024 else f"{context / 1024:.2g}K" if context < 102_400 else length(context)
 
 
 def pairs(found: Sequence[Measurement]) -> list[Pair]:
     """Each pair of series of different mixers that have a context in common, by stage, those that cross first."""
     curves = {name: points for name, points in series(found, value="tokens_per_s").items() if name[0] in STAGES}
+    own = {(one.stage, one.where, one.series) for one in found if one.own}
     result = []
     for (name, points), (other_name, other_points) in combinations(curves.items(), 2):
         if name[:2] != other_name[:2] or name[2] == other_name[2]:
@@ -72,6 +78,8 @@ def pairs(found: Sequence[Measurement]) -> list[Pair]:
                 shortest=int(shared[0]),
                 longest=int(longest),
                 ratio=max(ratio, 1 / ratio),
+                mixers=(faster[2], slower[2]),
+                own=all((one[0], one[1], one[3]) in own for one in (faster, slower)),
                 further=tuple(at[:-1]),
             )
         )

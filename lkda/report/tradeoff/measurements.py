@@ -13,7 +13,8 @@ from lkda.report.draw.units import length
 from lkda.report.operators.plots import SOFTMAX
 from lkda.report.read.files import read_results_file
 
-KINDS = ("benchmark", "step_benchmark", "decode")
+KINDS = ("benchmark", "step_benchmark", "decode", "notes")
+WHOLE_SET = "whole_set"  # the results of several such files, as scripts/benchmark.py without options writes them
 STAGES = ("kernel", "layer", "training step", "prefill", "decode")
 OF_MODELS = ("training step", "prefill", "decode")
 Row = dict[str, Any]
@@ -44,6 +45,7 @@ class Measurement:
         memory: bytes: of the state of one sequence when decoding, else the peak.
         reason: why nothing was measured.
         file, command: where it is recorded, and how to measure it again.
+        own: whether it is lkda's implementation; a kernel of softmax attention is that of PyTorch, which lkda calls.
     """
 
     stage: str
@@ -58,6 +60,7 @@ class Measurement:
     reason: str
     file: str
     command: str
+    own: bool = True
 
     @property
     def where(self) -> str:
@@ -66,21 +69,23 @@ class Measurement:
 
 
 def find_results(paths: Sequence[Path]) -> list[Results]:
-    """Reads results files; of a directory, all files of these kinds that lie in it or below.
+    """Reads results files; of a directory, all files of these kinds that lie in it or below, or a whole set's file.
 
     Raises: InputError where a path is not there, a file is of another kind or lacks what its kind holds, or a directory
         holds none.
     """
-    found: dict[Path, Results] = {}
+    found: dict[Path, list[Results]] = {}
     for path in paths:
         if not path.is_dir():
             found[path.resolve()] = _read(path)
             continue
-        files = [file for file in sorted(path.rglob("*.json")) if _kind(file) in KINDS]
+        kinds = {file: _kind(file) for file in sorted(path.rglob("*.json"))}
+        files = [file for file, kind in kinds.items() if kind in KINDS]
+        files = files or [file for file, kind in kinds.items() if kind == WHOLE_SET]
         if not files:
             raise InputError(f"bench={path} holds no results of scripts/benchmark.py ({', '.join(KINDS)}).")
         found |= {file.resolve(): _read(file) for file in files}
-    return list(found.values())
+    return [result for results in found.values() for result in results]
 
 
 def _kind(file: Path) -> str | None:
@@ -90,23 +95,28 @@ def _kind(file: Path) -> str | None:
         return None
 
 
-def _read(path: Path) -> Results:
+def _read(path: Path) -> list[Results]:
+    """The results of a file: one, or those of a whole set."""
     found = read_results_file(path)
-    if found["kind"] not in KINDS:
+    if found["kind"] not in (*KINDS, WHOLE_SET):
         raise InputError(f"{path} is of the kind {found['kind']}, and one of {', '.join(KINDS)} is needed.")
     try:
-        results = Results(f"{path.parent.name}/{path.name}", found["kind"], dict(found["header"]), list(found["rows"]))
-        measurements([results])
+        if found["kind"] == WHOLE_SET:
+            results = [Results(**result) for result in found["benchmarks"]]
+        else:
+            name = f"{path.parent.name}/{path.name}"
+            results = [Results(name, found["kind"], dict(found["header"]), list(found["rows"]))]
+        measurements(results)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"{path} is not what scripts/benchmark.py writes ({error!r}).") from error
-    if not results.rows:
+    if not all(result.rows for result in results):
         raise InputError(f"{path} is not what scripts/benchmark.py writes (it has no rows).")
     return results
 
 
 def measurements(results: Sequence[Results]) -> list[Measurement]:
     """The records of all files. Where two are of the same thing, the later one with a speed is kept."""
-    readers = {"benchmark": _operators, "step_benchmark": _steps, "decode": _decoding}
+    readers = {"benchmark": _operators, "step_benchmark": _steps, "decode": _decoding, "notes": _nothing}
     found: dict[tuple[Any, ...], Measurement] = {}
     everything = []
     for result in sorted(results, key=lambda result: str(result.header.get("date", ""))):
@@ -157,7 +167,13 @@ def _operator(row: Row, result: Results, device: str) -> Measurement:
         reason="" if time else str(row.get("reason") or "not measured"),
         file=result.name,
         command=command + (f" peers=[{str(peer).split()[0] if not softmax else 'sdpa'}]" if peer else ""),
+        own=softmax or (peer is None and row["backend"] == "cuda"),
     )
+
+
+def _nothing(result: Results, device: str) -> Read:
+    """The table of the notes is shown as it is; its shapes are those of the notes."""
+    return []
 
 
 def _steps(result: Results, device: str) -> Read:
@@ -183,6 +199,7 @@ def _step(row: Row, result: Results, device: str) -> Measurement:
         reason=str(row.get("reason", "")),
         file=result.name,
         command=command + _further(row),
+        own=row["implementation"] == "train",
     )
 
 
@@ -213,6 +230,7 @@ def _decode(row: Row, result: Results, device: str) -> Measurement:
         reason=str(row.get("reason", "")),
         file=result.name,
         command=command + (f" top_p={row['top_p']}" if row.get("top_p") is not None else "") + _further(row),
+        own=row["implementation"] in ("lkda", "prefill"),
     )
 
 

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lkda.report.draw.units import length, memory
+from lkda.report.draw.units import count, length, memory
 from lkda.report.read.groups import Group, also_differing, settings
 from lkda.report.read.runs import Run, reported_split
+from lkda.report.tradeoff.crossings import pairs, rounded
 from lkda.report.tradeoff.measurements import OF_MODELS, Measurement
 
 Record = dict[str, Any]
 LOGGED = "training, as the runs logged it"
 MEAN = "mean over seeds"
+COMMAND = "train_again"  # an entry of a summary: the command that trains the run again
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def configuration(run: Run) -> str:
     """The settings that a reader asks for first."""
     summary, config = run.summary, run.config
     found = [f"model {summary['model']}"] if summary.get("model") else []
-    found += [f"{count} parameters"] if (count := f"{summary['params']:,.0f}") else []
+    found.append(f"{summary['params']:,.0f} parameters")
     found += [f"context {summary['context']:,}"] if summary.get("context") else []
     found += [f"learning rate {rate:g}"] if isinstance(rate := summary.get("learning_rate"), float) else []
     precision = config.get("trainer", {}).get("precision") or summary.get("precision")
@@ -159,8 +161,10 @@ def configuration(run: Run) -> str:
 
 
 def reproduce(group: Group, groups: Sequence[Group]) -> str:
-    """The command that trains the first run of a row again: its mixer, model, seed and what else tells rows apart."""
+    """The command that trains the first run of a row again; where it is not recorded, with what tells rows apart."""
     run = group.runs[0]
+    if COMMAND in run.summary:
+        return str(run.summary[COMMAND])
     known = settings(run)
     runs = [one for other in groups for one in other.runs]
     words = [f"{name}={known[key]}" for name, key in _CHOICES if known.get(key)]
@@ -230,13 +234,13 @@ def _by_accuracy(groups: Sequence[Group], quality: Quality) -> list[Answer]:
     kept = [(state, group) for (state, _), group, is_front in zip(states, groups, front, strict=True) if is_front]
     for state, group in sorted(kept, key=lambda pair: pair[0]):
         if group is not best:
-            question = f"best {quality.title} with {memory(state)} of state a sequence or little more"
+            question = f"best {quality.title} with {memory(state)} of state per sequence or little more"
             result.append(Answer(question, group.label, _figure(group, quality), f"runs, {budget}"))
     smallest = min([best, *equal], key=lambda group: group.mean("state_bytes"))
-    if equal:
-        question = f"least state at {quality.title} equal to the best within the spread over seeds"
-        result.append(Answer(question, smallest.label, memory(smallest.mean("state_bytes")), f"runs, {budget}"))
-    return result
+    none = "no other is as good within the spread over seeds" if len(best.runs) > 1 else "one seed has no spread"
+    why = memory(smallest.mean("state_bytes")) + ("" if equal else f"; {none}")
+    question = f"least state at {quality.title} equal to the best within the spread over seeds"
+    return [*result, Answer(question, smallest.label, why, f"runs, {budget}")]
 
 
 def budget_of(groups: Sequence[Group]) -> str:
@@ -244,15 +248,24 @@ def budget_of(groups: Sequence[Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     tokens = sorted({int(run.summary["tokens"]) for run in runs})
     contexts = sorted({int(run.summary["context"]) for run in runs if run.summary.get("context")})
-    budget = f"{tokens[0]:,}" + (f" to {tokens[-1]:,}" if len(tokens) > 1 else "") + " training tokens"
-    return budget + (f", context {' and '.join(map(length, contexts))}" if contexts else "")
+    budget = count(tokens[0]) + (f" to {count(tokens[-1])}" if len(tokens) > 1 else "") + " training tokens"
+    return budget + (f" and a context of {' or '.join(map(length, contexts))}" if contexts else "")
+
+
+def caption_of(groups: Sequence[Group]) -> str:
+    """Model, budget, precision and device of the runs."""
+    runs = [run for group in groups for run in group.runs]
+    models, devices = (sorted({str(run.summary.get(name) or "") for run in runs}) for name in ("model", "device"))
+    precisions = sorted({str(run.config.get("trainer", {}).get("precision") or "") for run in runs})
+    parts = ["/".join(models), budget_of(groups), "/".join(precisions), "/".join(devices)]
+    return ", ".join(part for part in parts if part)
 
 
 def _figure(group: Group, quality: Quality) -> str:
     values = group.values(quality.key)
     spread = f" ± {quality.write(statistics.stdev(values))}" if len(values) > 1 else ""
     state = memory(group.mean("state_bytes"))
-    return f"{quality.write(statistics.fmean(values))}{spread}, {state} of state a sequence"
+    return f"{quality.write(statistics.fmean(values))}{spread}, {state} of state per sequence"
 
 
 def _by_context(found: Sequence[Measurement]) -> list[Answer]:
@@ -279,25 +292,51 @@ def _by_context(found: Sequence[Measurement]) -> list[Answer]:
     return result
 
 
-def summary_sentence(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> str:
-    """What to choose, in two or three sentences: by accuracy and memory, and by speed at the longest context."""
-    said = []
-    if quality is not None:
-        best, *others = _by_accuracy(groups, quality)
-        said.append(
-            f"For {best.of.removeprefix('runs, ')}, choose {best.mixer}: its {quality.title} is the best, {best.why}."
-        )
-        smaller = [answer for answer in others if "or little more" in answer.question]
-        if smaller:
-            least = smaller[0]
-            said.append(f"If memory is short, choose {least.mixer}: {least.why}.")
-        equal = [answer for answer in others if answer.question.startswith("least state")]
-        said += [f"The least state at equal accuracy has {answer.mixer}, {answer.why}." for answer in equal]
+def summary(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[str]:
+    """What to choose, a paragraph each: by accuracy and memory, by speed at the longest context, and KDA or softmax."""
+    said = [_said_of_accuracy(groups, quality) if quality else "", _said_of_speed(found), _said_of_crossings(found)]
+    return [paragraph for paragraph in said if paragraph]
+
+
+def _said_of_accuracy(groups: Sequence[Group], quality: Quality) -> str:
+    best, *others = _by_accuracy(groups, quality)
+    said = [f"With {budget_of(groups)}, choose {best.mixer}: its {quality.title} is the best, {best.why}."]
+    smaller = [answer for answer in others if "or little more" in answer.question]
+    if smaller:  # from the largest state to the smallest
+        choices = "; ".join(f"{answer.mixer}, {answer.why}" for answer in reversed(smaller))
+        said.append(f"If memory is short, choose {choices}.")
+    equal = [answer for answer in others if answer.question.startswith("least state") and "; " not in answer.why]
+    return " ".join([*said, *(f"The least state at equal accuracy: {answer.mixer}, {answer.why}." for answer in equal)])
+
+
+def _said_of_speed(found: Sequence[Measurement]) -> str:
+    """Of each stage at the longest of the contexts at which most mixers were measured."""
     fastest = [answer for answer in _by_context(found) if answer.question.startswith("fastest")]
+    said = []
     for stage in ("training step", "prefill", "decode"):
         of_stage = [answer for answer in fastest if answer.question == f"fastest {stage}"]
         if of_stage:
             most = max(of_stage, key=lambda answer: (answer.rivals, answer.context))
-            at = f"at a context of {length(most.context)}"
-            said.append(f"The {most.question} {at} is that of {most.mixer}: {most.why} ({most.of}).")
-    return " ".join(said)
+            said.append(f"{most.question} at {length(most.context)}: {most.mixer}, {most.why} ({most.of})")
+    return f"F{'; '.join(said)[1:]}." if said else ""
+
+
+def _said_of_crossings(found: Sequence[Measurement]) -> str:
+    """Where lkda's KDA overtakes softmax attention."""
+    settings_of = {one.where: one.setting for one in found}
+    between = [pair for pair in pairs(found) if pair.own and set(pair.mixers) == {"kda", "softmax"}]
+    said = []
+    for mixer, other in (("kda", "softmax"), ("softmax", "kda")):
+        overtakes, always = [], []
+        for pair in (pair for pair in between if pair.mixers[0] == mixer):
+            setting = settings_of[pair.where]
+            place = f"{pair.stage}, {setting.partition(',')[0] if pair.stage == 'kernel' else setting}"
+            if pair.context is None:
+                always.append(place)
+            else:
+                overtakes.append(f"{rounded(pair.context)} ({place})")
+        if overtakes:
+            said.append(f"{mixer} is faster than {other} from a context of about {', '.join(overtakes)}.")
+        if always:
+            said.append(f"At every context that was measured, {mixer} is faster than {other}: {'; '.join(always)}.")
+    return " ".join(dict.fromkeys(said))

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.page import Section, page
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import length, memory
-from lkda.report.read.files import write_together
+from lkda.report.operators import report as bench_report
+from lkda.report.operators.benchmark import KIND as BENCHMARK
+from lkda.report.operators.benchmark import Benchmark
+from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group
+from lkda.report.studies import notes
 from lkda.report.tradeoff import charts, records
 from lkda.report.tradeoff.crossings import Pair, pairs
-from lkda.report.tradeoff.measurements import STAGES, Measurement
+from lkda.report.tradeoff.measurements import STAGES, WHOLE_SET, Measurement, Results, find_results, measurements
 
 # What the cells of a table are sorted by; -1 stands for a missing number.
 Cells = list[list[float | str | None]]
 FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one of both and as good in the other."
+AGAIN = "Open a cell of the column {column} for the command."
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,9 @@ class Tradeoff:
         return records.quality_of(self.groups) if self.groups else None
 
     @property
-    def sentence(self) -> str:
-        """What to choose, in words."""
-        return records.summary_sentence(self.groups, self.found, self.quality)
+    def summary(self) -> str:
+        """What to choose, in paragraphs."""
+        return "\n\n".join(records.summary(self.groups, self.found, self.quality))
 
     def charts(self) -> list[Chart]:
         """The charts that the results allow."""
@@ -58,10 +64,10 @@ class Tradeoff:
         if quality is None:
             return []
         drawn = []
-        budget = records.budget_of(self.groups)
+        where = records.caption_of(self.groups)
         speeds = records.by_speed(self.groups, self.found, quality, exclusive_device=self.exclusive_device)
         if speeds:
-            caption = f"{budget}. {FRONT}"
+            caption = f"{where}. {FRONT}"
             title = f"{quality.title.capitalize()} against speed"
             drawn.append(charts.against("front_by_speed", title, caption, speeds, x="tokens/s", y=quality.title))
         title, x = (
@@ -70,7 +76,7 @@ class Tradeoff:
         )
         states = records.by_state(self.groups, quality)
         drawn.append(
-            charts.against("front_by_state", title, f"{budget}. {FRONT}", states, x=x, y=quality.title, bytes_=True)
+            charts.against("front_by_state", title, f"{where}. {FRONT}", states, x=x, y=quality.title, bytes_=True)
         )
         y = quality.key.replace("test/", "val/")
         of_y = quality.title.replace("test", "validation").capitalize()
@@ -83,7 +89,7 @@ class Tradeoff:
             curves = records.curve_records(self.groups, x=column, y=y)
             if curves:
                 drawn.append(
-                    charts.curves(f"curves_by_{name}", f"{of_y} against {heading}", budget, curves, x=heading, y=of_y)
+                    charts.curves(f"curves_by_{name}", f"{of_y} against {heading}", where, curves, x=heading, y=of_y)
                 )
         return drawn + ([charts.recall(self.recall)] if self.recall else [])
 
@@ -101,7 +107,17 @@ class Tradeoff:
         head = ["question", "context", "mixer", "figures", "measured with"]
         body = [[one.question, length(one.context) if one.context else "", one.mixer, one.why, one.of] for one in found]
         sort_by: Cells = [[one.question, one.context, one.mixer, one.why, one.of] for one in found]
-        return Section(lead=self.sentence, head=head, body=body, names=5, sortable=True, sort_by=sort_by)
+        notes = ["Choose a question and a context below the headings to find the answer for your case."]
+        return Section(
+            lead=self.summary,
+            head=head,
+            body=body,
+            names=5,
+            sortable=True,
+            sort_by=sort_by,
+            notes=notes,
+            lists=(0, 1, 2),
+        )
 
     def chart_section(self) -> Section:
         """All charts."""
@@ -116,14 +132,24 @@ class Tradeoff:
             "A pair without one has the same faster mixer at every context that both have."
         ]
         heading = "Where one mixer overtakes another"
-        return Section(heading, head=head, body=body, names=4, sortable=True, sort_by=sort_by, notes=notes)
+        lists = (0, 1, 2)
+        return Section(heading, head=head, body=body, names=4, sortable=True, sort_by=sort_by, notes=notes, lists=lists)
 
     def measurement_section(self) -> Section:
         """Every measurement, with its file and its command."""
         head, body, sort_by = measurement_cells(self.found)
         absent = sorted({f"{one.series}: {one.reason}" for one in self.found if one.reason})
-        notes = [f"Not measured: {'; '.join(absent)}."] if absent else []
-        return Section("All measurements", head=head, body=body, names=4, sortable=True, sort_by=sort_by, notes=notes)
+        notes = [AGAIN.format(column="measure again"), *([f"Not measured: {'; '.join(absent)}."] if absent else [])]
+        return Section(
+            "All measurements",
+            head=head,
+            body=body,
+            names=4,
+            sortable=True,
+            sort_by=sort_by,
+            notes=notes,
+            lists=(0, 1, 3, 4),
+        )
 
     def sections(self) -> list[Section]:
         """What the benchmarks add to the page, below the runs."""
@@ -153,14 +179,44 @@ class Tradeoff:
         return files
 
 
-def write_page(found: Sequence[Measurement], out: Path, *, title: str) -> None:
-    """Writes report.html of benchmarks alone, and what `Tradeoff.files` makes, into `out`."""
-    joined = Tradeoff([], found)
-    sections = [joined.first_section(), joined.chart_section(), *joined.sections()]
+def write_whole_set(results: Sequence[Results], path: Path, *, title: str) -> None:
+    """Writes results of benchmarks to `path`, and beside it report.html and what `Tradeoff.files` makes."""
+    joined = Tradeoff([], measurements(results))
+    content = {"kind": WHOLE_SET, "title": title, "benchmarks": [asdict(result) for result in results]}
+    crossing, measured = joined.sections()
+    sections = [joined.first_section(), crossing, joined.chart_section(), *notes_sections(results), measured]
+    operators = benchmark_of(results)
+    sections += [replace(bench_report.table_section(operators), sortable=True)] if operators else []
     files = joined.files(title, table="", notes=())
-    write_together(
-        {out / name: content for name, content in files.items()} | {out / "report.html": page(title, sections)}
-    )
+    files |= {path.name: json.dumps(content, indent=1) + "\n", "report.html": page(title, sections)}
+    write_together({path.parent / name: text for name, text in files.items()})
+
+
+def redraw(path: Path) -> None:
+    """Writes what `write_whole_set` does beside a whole set's file. Raises: InputError where it is not one."""
+    found = read_results_file(path, kind=WHOLE_SET)
+    write_whole_set(find_results([path]), path, title=str(found.get("title")))
+
+
+def benchmark_of(results: Sequence[Results]) -> Benchmark | None:
+    """The operators' times on the device of the first file that holds some, or None."""
+    found = [result for result in results if result.kind == BENCHMARK]
+    same = [result for result in found if result.header.get("device") == found[0].header.get("device")]
+    return Benchmark(found[0].header, [row for result in same for row in result.rows]) if found else None
+
+
+def notes_sections(results: Sequence[Results]) -> list[Section]:
+    """The table of the project's notes, their lessons and their claims, from `scripts/benchmark.py task=notes`."""
+    sections = []
+    for result in (result for result in results if result.kind == notes.KIND):
+        found = {"header": result.header, "rows": result.rows}
+        same = [one for one in results if one.header.get("device") == result.header.get("device")]
+        decoding = [row for one in same if one.kind == "decode" for row in one.rows]
+        for name, (head, body) in notes.tables(found, decoding).items():
+            heading = f"The notes: {notes.TITLES[name][0].lower()}{notes.TITLES[name][1:]}"
+            shown = Section(heading, head=head, body=body, names=notes.NAMES[name], notes=[notes.note(found)])
+            sections.append(replace(shown, sortable=name == "rows"))
+    return sections
 
 
 def crossing_cells(found: Sequence[Pair]) -> tuple[list[str], list[list[str]], Cells]:
@@ -181,15 +237,15 @@ def measurement_cells(
 ) -> tuple[list[str], list[list[str]], Cells]:
     """Headings, cells, and what the cells are sorted by."""
     why_not = ["why not"] if any(one.reason for one in found) else []
-    head = ["stage", "mixer", "setting", "device", "context", "tokens/s", "memory", *why_not, "file", "measure again"]
+    head = ["stage", "mixer", "setting", "device", "context", "tokens/s", "memory", "measure again", *why_not, "file"]
     body: list[list[str]] = []
     order: Cells = []
     for one in found:
         names = [one.stage, one.series, one.setting, one.device]
         speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}"
         space = "" if one.memory is None else memory(one.memory)
-        rest = [*([one.reason] if why_not else []), one.file, one.command]
-        body.append([*names, f"{one.context:,}", speed, space, *rest])
+        rest = [one.command, *([one.reason] if why_not else []), one.file]
+        body.append([*names, length(one.context), speed, space, *rest])
         order.append([*names, one.context, one.tokens_per_s or -1, one.memory or -1, *rest])
     return head, body, order
 

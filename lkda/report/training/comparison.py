@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group, also_differing, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, find_results, measurements
-from lkda.report.tradeoff.records import best_of, reproduce, within_spread
-from lkda.report.tradeoff.report import Tradeoff
+from lkda.report.tradeoff.records import COMMAND, best_of, reproduce, within_spread
+from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
 RESULTS = "results.json"
@@ -46,10 +46,8 @@ class Comparison:
 
     @property
     def benchmark(self) -> bench.Benchmark | None:
-        """The operators' times on the device of the first file that holds some, or None."""
-        found = [result for result in self.results if result.kind == bench.KIND]
-        same = [result for result in found if result.header.get("device") == found[0].header.get("device")]
-        return bench.Benchmark(found[0].header, [row for result in same for row in result.rows]) if found else None
+        """The operators' times, or None."""
+        return benchmark_of(self.results)
 
     @property
     def tradeoff(self) -> Tradeoff:
@@ -76,6 +74,12 @@ class Comparison:
         return table.rows(
             self.groups, across_tokenizers=across, exclusive_device=self.exclusive_device, kernel_ms=kernel_ms
         )
+
+    def tables(self) -> dict[str, Section]:
+        """The tables of the page: which_mixer, runs, and where there are benchmarks crossings and measurements."""
+        tradeoff = self.tradeoff
+        found = {"which_mixer": tradeoff.first_section(), "runs": _runs_section(self, self.rows, self.notes)}
+        return found | dict(zip(("crossings", "measurements"), tradeoff.sections()))
 
     @property
     def notes(self) -> list[str]:
@@ -129,6 +133,7 @@ def compare(
     benchmarks: Sequence[Path] = (),
     step: int | None = None,
     exclusive_device: bool = True,
+    train_again: Callable[[dict[str, Any]], str] | None = None,
 ) -> Comparison:
     """Reads run directories and writes table.csv, table.md, results.json, plots and report.html into `out`.
 
@@ -137,6 +142,8 @@ def compare(
         benchmarks: results of scripts/benchmark.py: files, or directories that hold some. They add the speeds.
         step: read every run as it was at the validation of that step, finished or not; at its end where None.
         exclusive_device: whether no run shared its device with another process. Else times are not compared.
+        train_again: the command that repeats a run, from its configuration. Without it, the command names only the
+            settings that tell the rows apart.
     Raises:
         ValueError: none of them is a finished run, or a path of `benchmarks` holds no benchmark.
         OSError: `out` cannot be written.
@@ -148,6 +155,8 @@ def compare(
             f"none of the {len(directories)} paths is the directory of a finished run ({reasons}); give those that "
             "hold a summary.json."
         )
+    if train_again is not None:
+        runs = [replace(run, summary=run.summary | {COMMAND: train_again(run.config)}) for run in runs]
     results = find_results(benchmarks)
     result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], results, exclusive_device)
     out.mkdir(parents=True, exist_ok=True)
@@ -198,20 +207,23 @@ def write(comparison: Comparison, path: Path) -> None:
     files |= {out / name: content for name, content in beside.items()}
     drawn = _pictures(comparison)
     files |= {out / f"{name}.png": picture.light for (name, _), picture in drawn.items()}
-    sections = [tradeoff.first_section(), _runs_section(comparison, rows, notes)]
+    tables = comparison.tables()
+    sections = [tables.pop("which_mixer"), tables.pop("runs")]
     if accuracy.has_val_subsets(comparison.runs):
         by_subset, heading = (
             accuracy.table(comparison.runs),
             "Accuracy at the target positions, each model at its best learning rate",
         )
         sections += [Section(heading, head=by_subset[0], body=by_subset[1], names=by_subset[0].index("mixer") + 1)]
+    sections += [section for name, section in tables.items() if name == "crossings"]
     sections += [tradeoff.chart_section()]
     sections += [
         Section(heading, pictures={heading: picture})
         for (name, heading), picture in drawn.items()
         if name not in AS_CHARTS
     ]
-    sections += tradeoff.sections()
+    sections += notes_sections(comparison.results)
+    sections += [section for name, section in tables.items() if name == "measurements"]
     if comparison.benchmark:
         sections += [replace(bench_report.table_section(comparison.benchmark), sortable=True)]
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
@@ -233,12 +245,12 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
     ]
     return Section(
         "Runs",
-        head=[head[0], f"differs from the best in {quality.title}", *head[1:], "train it again"],
-        body=[[cells[0], differs, *cells[1:], command] for cells, (differs, command) in zip(body, extra, strict=True)],
-        names=2,
+        head=[head[0], f"differs from the best in {quality.title}", "train it again", *head[1:]],
+        body=[[cells[0], differs, command, *cells[1:]] for cells, (differs, command) in zip(body, extra, strict=True)],
+        names=3,
         sortable=True,
-        sort_by=[[row[0], None, *row[1:]] for row in table.as_values(rows)],
-        notes=notes,
+        sort_by=[[row[0], None, None, *row[1:]] for row in table.as_values(rows)],
+        notes=[AGAIN.format(column="train it again"), *notes],
     )
 
 

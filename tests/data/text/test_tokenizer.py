@@ -100,8 +100,13 @@ def test_a_run_without_an_end_is_cut_into_words_of_a_bounded_length(kind):
     assert max(ends) <= LONGEST_WORD + 1  # the blank before a word is a part of it
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", RUNS)
+# Of several bytes a character, of one, and of one character alone.
+SOME = ("cjk", "letters", "one letter")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SOME else pytest.mark.long) for kind in RUNS]
+)
 def test_a_word_of_400_000_characters_is_prepared_in_seconds(kind, tmp_path):
     text = "begin " + "".join(np.random.default_rng(0).choice(list(RUNS[kind]), 400_000)) + " end"
     begin = time.process_time()

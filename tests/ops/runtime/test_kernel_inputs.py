@@ -15,6 +15,8 @@ MODULES = {
     "kda.cuda.step": "torch",
     "simplified.cuda.core": "chunk",
     "short_conv.cuda": "torch",
+    "softmax.cuda.naive": "naive",
+    "softmax.cuda.step": "torch",
     "gated_norm.cuda": "torch",
 }
 
@@ -22,9 +24,10 @@ MODULES = {
 @pytest.mark.parametrize(("module", "otherwise"), MODULES.items())
 def test_what_the_kernels_cannot_take_is_said(module, otherwise, monkeypatch):
     reason, device = importlib.import_module(f"lkda.ops.{module}").reason_cannot_run, torch.device("cuda", 0)
-    assert "not on a CUDA device" in reason(torch.device("cpu"), 64, torch.bfloat16)
-    assert "not on a CUDA device" in reason(torch.device("cpu"), 96, torch.float64)
-    monkeypatch.setattr(kernel_inputs, "reason_cannot_run", lambda device: None)  # as on a machine that can
+    on_cpu = f"not on a CUDA device; use backend='{otherwise}', or move them"
+    assert on_cpu in reason(torch.device("cpu"), 64, torch.bfloat16)
+    assert on_cpu in reason(torch.device("cpu"), 96, torch.float64)
+    monkeypatch.setattr(kernel_inputs, "reason_cannot_run", lambda device, otherwise: None)  # as on a machine that can
     assert f"heads of 32, 64, 128, got 96; use backend='{otherwise}'" in reason(device, 96, torch.bfloat16)
     assert f"got torch.float64; use backend='{otherwise}'" in reason(device, 64, torch.float64)
     assert reason(device, 64, torch.bfloat16) is None

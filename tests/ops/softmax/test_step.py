@@ -7,8 +7,8 @@ import torch
 
 from lkda.ops import softmax_step
 from lkda.ops.runtime.jit import ARCHITECTURES
-from lkda.ops.softmax import cuda
 from lkda.ops.softmax.cpu.step import LIBRARY
+from lkda.ops.softmax.cuda import step as cuda
 from lkda.ops.softmax.rotary import frequencies
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 

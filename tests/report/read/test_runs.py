@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 
 import pytest
@@ -148,3 +149,15 @@ def test_a_long_course_is_recorded_thinly_but_with_every_validation():
 def test_a_short_course_is_recorded_whole(tmp_path):
     run = read_run(write_run(tmp_path / "a", "kda"))
     assert from_record(as_record(run)) == run
+
+
+def test_runs_of_earlier_comparisons_are_read_again(tmp_path, runs):
+    path, other = tmp_path / "results.json", tmp_path / "other.json"
+    recorded = [as_record(run) for run in read_runs(runs[:2])[0]]
+    path.write_text(json.dumps({"kind": "comparison", "rows": [], "benchmarks": [], "runs": recorded}))
+    other.write_text('{"kind": "table", "rows": [], "note": ""}')
+    found, skipped = read_runs([path, runs[2], other])
+    assert sorted(run.summary["mixer"] for run in found) == ["kda", "simplified", "softmax"]
+    assert [str(place) for place, _ in skipped] == [str(other)]
+    assert "is of the kind table, and comparison is needed" in skipped[0][1]
+    assert {run.summary["at_step"] for run in read_runs([path], step=400)[0]} == {400}

@@ -9,7 +9,7 @@ import pytest
 from lkda.report.training.comparison import compare
 from tests.report.conftest import write_run
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+playwright = pytest.importorskip("playwright.sync_api", reason="there is no Playwright: pip install -e '.[browser]'")
 CHROMIUM = shutil.which("chromium")
 # The distinct background colours of the charts.
 BACKGROUNDS = "[...new Set([...document.querySelectorAll('svg.marks')].map(e => getComputedStyle(e).backgroundColor))]"
@@ -74,7 +74,7 @@ def test_everything_is_drawn_and_nothing_is_wider_than_the_screen(open_page, wid
     page = open_page(width, theme)
     assert page.locator(".chart svg.marks").count() == page.locator(".chart").count() == 10
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.locator("p.lead").inner_text().startswith("For 1,024,000 training tokens, choose kda")
+    assert page.locator("p.lead").first.inner_text().startswith("With 1.02M training tokens, choose kda")
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[theme]
     assert page.evaluate(BACKGROUNDS) == [background]
@@ -105,9 +105,40 @@ def test_a_table_is_filtered_by_a_column(open_page):
     page = open_page()
     shown = table(page, "All measurements")
     assert len(set(column(shown, 1))) > 1
-    shown.locator("thead input").first.fill("decode")
+    shown.locator("thead .dtcc-button_dropdown").first.click()
+    page.locator(".dtcc-list-buttons button", has_text="decode").click()
+    page.keyboard.press("Escape")
     page.wait_for_timeout(500)
     assert set(column(shown, 1)) == {"decode"}
+    shown.locator("thead input").first.fill("batch 1")
+    page.wait_for_timeout(500)
+    assert len(column(shown, 1)) == 7
+
+
+def test_the_keyboard_sorts_a_table_scrolls_it_and_opens_a_command(open_page):
+    page = open_page(360)
+    region = page.get_by_role("region", name="All measurements")
+    region.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(500)
+    assert region.evaluate("e => e.scrollLeft") > 0
+    shown = table(page, "All measurements")
+    before = column(shown, 2)
+    shown.locator("thead th", has_text="mixer").first.locator("[tabindex='0']").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(500)
+    assert column(shown, 2) == sorted(before)
+    page.keyboard.press("Tab")
+    summary = shown.locator("summary").first
+    summary.focus()
+    page.keyboard.press("Enter")
+    assert shown.locator("details[open] code").inner_text().startswith("python scripts/benchmark.py task=")
+
+
+def test_links_lead_to_the_sections(open_page):
+    page = open_page()
+    page.locator("nav a", has_text="All measurements").click()
+    assert page.locator("h2:has-text('All measurements')").evaluate("e => e.getBoundingClientRect().top") < 900
 
 
 def test_a_tooltip_names_run_seed_and_configuration(open_page):

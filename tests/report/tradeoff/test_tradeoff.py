@@ -102,10 +102,12 @@ def test_a_small_difference_is_within_the_spread(tmp_path):
     assert found[0].mixer == "kda"
     assert "within the spread over seeds: softmax" in found[0].why
     assert found[1].mixer == "simplified"  # worse, with less state
-    sentence = records.summary_sentence(list(groups.values()), [], quality)
-    assert sentence.startswith(
-        "For 1,024,000 training tokens, choose kda: its validation bits per byte is the best, 1.100"
-    )
+    (said,) = records.summary(list(groups.values()), [], quality)
+    assert said.startswith("With 1.02M training tokens, choose kda: its validation bits per byte is the best, 1.100")
+    assert "If memory is short, choose simplified, 1.510 ± 0.014, 22 KiB of state per sequence. The least" in said
+    without = [group for name, group in groups.items() if name != "softmax"]
+    least = records.answers(without, [], quality)[-1]
+    assert (least.mixer, least.why) == ("kda", "146 KiB; no other is as good within the spread over seeds")
 
 
 def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
@@ -116,7 +118,9 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     assert means[at, "kda"] == 1000
     assert means[at, "softmax"] == 500
     report = (out / "report.md").read_text()
-    assert "The fastest decode at a context of 15.6K is that of kda: 1,000 tokens/s, 2.00 times softmax" in report
+    assert "fastest decode at 15.6K: kda, 1,000 tokens/s, 2.00 times softmax (tiny, bf16, batch 1, a GPU)." in report
+    assert "kda is faster than softmax from a context of about 7.8K (decode, tiny, bf16, batch 1)." in report
+    assert "At every context that was measured, kda is faster than softmax: training step, tiny, 8K tokens" in report
     assert "Not measured: kda, FLA: fla is not installed." in report
 
 

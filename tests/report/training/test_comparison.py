@@ -140,7 +140,8 @@ def test_a_course_with_few_validations_is_drawn_by_the_training_loss(tmp_path):
 
 
 def configuration(**changes):
-    return OmegaConf.create({"title": "t", "bench": None, "step": None, "exclusive_device": True, **changes})
+    others = {"title": "t", "bench": None, "step": None, "exclusive_device": True, "wandb": None}
+    return OmegaConf.create(others | changes)
 
 
 def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, capsys):
@@ -165,7 +166,7 @@ def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, caps
         ({"bench": "{}/empty"}, r"bench=.*/empty holds no results of scripts/benchmark.py \(benchmark, step_benchmark"),
         (
             {"bench": "{}/table.json"},
-            r"table.json is of the kind table, and one of benchmark, step_benchmark, decode is",
+            r"table.json is of the kind table, and one of benchmark, step_benchmark, decode, notes is",
         ),
         ({"bench": "{}/decode.json"}, r"decode.json is not what scripts/benchmark.py writes \(KeyError\('title'\)\)"),
         ({"bench": []}, r"bench is empty: give results of scripts/benchmark.py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,15 +17,37 @@ from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS, cannot_take
 reason_cannot_run = cannot_take(otherwise="chunk")
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How the kernel divides its work. Benchmarks measure other values than the defaults.
+
+    Args:
+        column_threads: that share a column of the state, a power of two.
+        blocks: that a multiprocessor must be able to hold, for which the compiler limits the registers of a thread.
+    """
+
+    column_threads: int = 2
+    blocks: int = 1
+
+
+USUAL = Variant()
+
+
 @cache
-def _kernel(D: int, dtype: torch.dtype) -> Kernel:
-    module = Module(Path(__file__).with_name("recurrent.cu"), {"HEAD_DIM": D, "ELEMENT": ELEMENTS[dtype]})
-    return module.kernel("kda_recurrent", "PPPPPPPPPiif")
+def recurrent_kernel(D: int, dtype: torch.dtype, variant: Variant) -> Kernel:
+    defines: dict[str, str | int | float] = {
+        "HEAD_DIM": D,
+        "ELEMENT": ELEMENTS[dtype],
+        "COLUMN_THREADS": variant.column_threads,
+        "BLOCKS": variant.blocks,
+    }
+    module = Module(Path(__file__).with_name("recurrent.cu"), defines)
+    return module.kernel("kda_recurrent", "PPPPPPPPPiif", shared_bytes=3 * 4 * D)  # q, k and the decay of a token
 
 
 def kernels(arch: str) -> list[Kernel]:
     """Every variant: each head size and dtype. They are the same on all architectures."""
-    return [_kernel(D, dtype) for D in HEAD_DIMS for dtype in ELEMENTS]
+    return [recurrent_kernel(D, dtype, USUAL) for D in HEAD_DIMS for dtype in ELEMENTS]
 
 
 def _outputs(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -37,7 +60,7 @@ def _outputs(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     )
 
 
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,13 +69,16 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    *,
+    variant: Variant = USUAL,
 ) -> tuple[Tensor, Tensor]:
+    """Launch the kernel. Arguments and results are those of `kda_attention`, in the dtypes that the kernel reads."""
     _, T, H, D = q.shape
     inputs = [x.contiguous() for x in (q, k, v, g, beta)]
     o, final_state = _outputs(v, cu_seqlens)
     grid = (final_state.shape[0] * H, 1, 1)
     arguments = (*inputs, initial_state, o, final_state, cu_seqlens, T, H, scale)
-    _kernel(D, q.dtype)(grid, 2 * D, *arguments, device=q.device)
+    recurrent_kernel(D, q.dtype, variant)(grid, variant.column_threads * D, *arguments, device=q.device)
     return o, final_state
 
 
@@ -61,7 +87,7 @@ _library.define(
     "kda_recurrent(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens,"
     " float scale) -> (Tensor, Tensor)"
 )
-_library.impl("kda_recurrent", _forward, "CUDA")
+_library.impl("kda_recurrent", forward, "CUDA")
 
 
 @torch.library.register_fake("lkda::kda_recurrent", lib=_library)
