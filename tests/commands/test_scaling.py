@@ -133,8 +133,8 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert [found["share of linear"] for found in speeds["rows"]] == ["1.000", "0.950", "1.000"]
     assert speeds["note"] == "NVIDIA H200, torch 2.11.0, lightning 2.6, bf16-mixed; 2026-01-02."
     (one, two) = json.loads((tmp_path / "agreement.json").read_text())["rows"]
-    assert one["largest difference from one GPU in any step"] == ""
-    assert two["largest difference from one GPU in any step"] == "1.00%"
+    assert one["largest difference from one device in any step"] == ""
+    assert two["largest difference from one device in any step"] == "1.00%"
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert share_of_linear(rows[1], rows[1:]) is None
 

@@ -19,7 +19,7 @@ from lkda.report.read.files import read_results_file, write_together
 KIND = "scaling"
 # What `lkda.commands.scaling` measures, in the order of importance.
 PARTS = ("base", "large", "context", "agreement", "longest")
-_NAMES = {"single": "one GPU", "ddp": "DDP", "fsdp": "FSDP", "context_parallel": "context parallel"}
+_NAMES = {"single": "one device", "ddp": "DDP", "fsdp": "FSDP", "context_parallel": "context parallel"}
 
 Row = Mapping[str, Any]
 
@@ -77,14 +77,14 @@ def speeds(rows: Sequence[Row]) -> list[dict[str, str]]:
             {
                 "model": row["model"],
                 "parameters": f"{row['params'] / 1e6:,.0f}M",
-                "GPUs": str(row["gpus"]),
+                "devices": str(row["gpus"]),
                 "with": _NAMES[row["how"]],
                 "context": length(row["context"]),
                 "checkpointing": row["checkpointing"],
                 "tokens/s": f"{row['tokens_per_s']:,.0f}",
                 "share of linear": "" if share is None else f"{share:.3f}",
                 "MFU": "" if mfu is None else f"{mfu:.1%}",
-                "peak GiB per GPU": "" if peak is None else f"{peak:.1f}",
+                "peak GiB per device": "" if peak is None else f"{peak:.1f}",
                 "seconds for a checkpoint": "" if stopped is None else f"{stopped:.2f}",
             }
         )
@@ -104,12 +104,12 @@ def agreement(rows: Sequence[Row]) -> list[dict[str, str]]:
         last = max(row["losses"], key=int)
         made.append(
             {
-                "GPUs": str(row["gpus"]),
+                "devices": str(row["gpus"]),
                 "with": _NAMES[row["how"]],
                 "loss of step 1": f"{first:.5f}",
                 f"loss of step {last}": f"{row['losses'][last]:.5f}",
                 "validation loss": f"{row['val/loss']:.5f}",
-                "largest difference from one GPU in any step": "" if row is one else f"{largest:.2%}",
+                "largest difference from one device in any step": "" if row is one else f"{largest:.2%}",
             }
         )
     return made
@@ -144,7 +144,7 @@ def _plot(rows: Sequence[Row]) -> Picture:
             axis.xaxis.set_major_locator(FixedLocator(sorted({row["gpus"] for row in measured})))
             axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda gpus, _: f"{gpus:g}"))
-            axis.set_xlabel("GPUs")
+            axis.set_xlabel("devices")
         return figure
 
     return picture(draw)
@@ -155,7 +155,7 @@ def _draw_shares(axis: Axes, rows: Sequence[Row], style: Style) -> None:
     for row in rows:
         share = share_of_linear(row, rows)
         if share is not None and row["gpus"] > 1:
-            sequence = f", {length(row['tokens'])} a GPU" if row["tokens"] else ""
+            sequence = f", {length(row['tokens'])} a device" if row["tokens"] else ""
             name = f"{row['model']}, {_NAMES[row['how']]}{sequence}"
             curves.setdefault(name, {1: 1.0})[row["gpus"]] = share
     for number, (name, curve) in enumerate(curves.items()):
