@@ -20,7 +20,7 @@ SHOWN = {
     "resident_bytes": ("memory of the process in MiB", 2**-20),
     "objects": ("Python objects in thousands", 1e-3),
     "cpu_seconds_per_step": ("CPU time of a step in ms", 1e3),
-    "steps_per_fixed": ("the same, as a multiple of a fixed calculation", 1.0),
+    "steps_per_fixed": ("CPU time of a step / fixed calculation", 1.0),
 }
 
 
@@ -46,14 +46,9 @@ def quarters(rows: list[Row], column: str) -> list[float]:
     return [statistics.median(row[column] for row in rows[n * size : (n + 1) * size]) for n in (1, 2, 3)]
 
 
-def _shown(rows: list[Row]) -> dict[str, tuple[str, float]]:
-    """The columns of SHOWN that there are. Earlier versions had no fixed calculation."""
-    return {column: shown for column, shown in SHOWN.items() if column in rows[0]}
-
-
 def _table(rows: list[Row]) -> list[dict[str, str]]:
     made = []
-    for column, (name, factor) in _shown(rows).items():
+    for column, (name, factor) in SHOWN.items():
         second, third, last = (value * factor for value in quarters(rows, column))
         values = {"second quarter": f"{second:.2f}", "third quarter": f"{third:.2f}", "last quarter": f"{last:.2f}"}
         made.append({"median of": name, **values, "growth": f"{last / second - 1:+.1%}"})
@@ -69,12 +64,19 @@ def _note(header: dict[str, Any]) -> str:
 
 def _plot(rows: list[Row]) -> Picture:
     def draw(style: Style) -> Figure:
+<<<<<<< HEAD
         columns = _shown(rows)
         figure = Figure(figsize=(3 * len(columns), 2.6), layout="constrained")
         for panel, (column, (name, factor)) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
             values = [row[column] * factor for row in rows]
             panel.plot([row["step"] for row in rows], values, color=style.palette[0])
             panel.set_ylim(0, 1.1 * max(values))
+=======
+        figure = Figure(figsize=(12, 2.6), layout="constrained")
+        for panel, (column, (name, factor)) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items(), strict=True):
+            panel.plot([row["step"] for row in rows], [row[column] * factor for row in rows], color=style.palette[0])
+            panel.set_ylim(bottom=0)
+>>>>>>> long22b
             panel.set_title(name, fontsize=9)
             panel.set_xlabel("step")
         return figure
