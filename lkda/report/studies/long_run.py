@@ -64,19 +64,10 @@ def _note(header: dict[str, Any]) -> str:
 
 def _plot(rows: list[Row]) -> Picture:
     def draw(style: Style) -> Figure:
-<<<<<<< HEAD
-        columns = _shown(rows)
-        figure = Figure(figsize=(3 * len(columns), 2.6), layout="constrained")
-        for panel, (column, (name, factor)) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
-            values = [row[column] * factor for row in rows]
-            panel.plot([row["step"] for row in rows], values, color=style.palette[0])
-            panel.set_ylim(0, 1.1 * max(values))
-=======
         figure = Figure(figsize=(12, 2.6), layout="constrained")
         for panel, (column, (name, factor)) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items(), strict=True):
             panel.plot([row["step"] for row in rows], [row[column] * factor for row in rows], color=style.palette[0])
             panel.set_ylim(bottom=0)
->>>>>>> long22b
             panel.set_title(name, fontsize=9)
             panel.set_xlabel("step")
         return figure
