@@ -165,7 +165,7 @@ def test_printed_commands_can_be_pasted(
     asked = [DictConfig({})]
     monkeypatch.setattr("lkda.commands.compare.compare", asked.append)
     assert typed(monkeypatch, *compare) == 0
-    assert _find(asked[-1].runs) == [nasty.relative_to(tmp_path)]
+    assert _find(asked[-1].runs, option="runs", what="run directories") == [nasty.relative_to(tmp_path)]
 
 
 @contextmanager
