@@ -40,6 +40,8 @@ PLACEHOLDERS = {
     "DECODING": "decoding",
     "OUT": "out",
     "NOVELS": "novels.jsonl.xz",
+    "NOTES": "notes",
+    "EVERYTHING": "everything",
 }
 SENTENCE = "the president reads a letter of every citizen who signs some law and carries the map to an old senate"
 NEEDS_GPU = re.compile(r"^error: .*torch sees no CUDA device", re.MULTILINE)  # said once all else is checked

@@ -245,8 +245,8 @@ def _is_runs(option: str, path: str) -> bool:
 
 
 def _untouched(option: str, path: Path) -> bool:
-    top = Path(path.parts[0])
-    without_runs = _is_runs(option, str(path)) and not any(top.rglob("config.yaml"))
+    top, folder = Path(path.parts[0]), Path(str(path).partition("*")[0])
+    without_runs = _is_runs(option, str(path)) and not any(folder.rglob("config.yaml"))
     return not top.exists() or (top / ".provided").exists() or without_runs
 
 
