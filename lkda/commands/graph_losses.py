@@ -1,6 +1,6 @@
 """Compare the losses of training with compiled blocks and CUDA graphs with those of training without, step by step.
 
-    python -m lkda.commands.graph_losses --mixers kda,softmax --out outputs/graph_losses data=files data.paths=[docs]
+    python -m lkda.commands.graph_losses --mixers kda,softmax --out outputs/graph_losses trainer=gpu data=sotu
 
 Each mixer is trained three times from one seed: with compile=false, and twice with compile=auto. Mixers with softmax
 attention or MLA are trained twice more, with compile=auto and trainer.deterministic=true. Each training is a process of
