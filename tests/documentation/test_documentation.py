@@ -128,8 +128,22 @@ def documentation() -> Iterator[Session]:
         yield made
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", names())
+# Commands of measurements and of experiments that other pages show too, or that are larger forms of others.
+SELDOM = (
+    "lkda/bench/",
+    "lkda/commands/",
+    "configs/experiment/base_preliminary",
+    "configs/experiment/learning_rates_base",
+)
+
+
+def _seldom(name: str) -> bool:
+    return name.startswith(SELDOM) or name.endswith("_full.yaml")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if _seldom(name) else pytest.mark.slow) for name in names()]
+)
 def test_what_is_documented_runs(name: str, documentation: Session) -> None:
     """In order, in one checkout. Every failure is shown, with what the command printed."""
     failed = []
