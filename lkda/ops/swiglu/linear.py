@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.products.op import linear
 from lkda.ops.runtime.backend import Backend, choose
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.swiglu.cuda import cannot_run, launch_backward, swiglu_cuda
@@ -62,7 +61,7 @@ def _swiglu_linear_cuda(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _swiglu_linear_torch(x: Tensor, weight: Tensor) -> Tensor:
-    return linear(swiglu_torch(x), weight)
+    return F.linear(swiglu_torch(x), weight)
 
 
 BACKENDS: dict[str, Backend] = {
