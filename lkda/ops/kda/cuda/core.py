@@ -35,11 +35,12 @@ def empty_bytes(count: int, device: torch.device) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device=device)
 
 
-def _scratch(plan: Plan) -> tuple[Tensor, int, int, int]:
-    """One allocation for three float32 arrays [N * segments, H, K, V], and the three addresses."""
-    memory = torch.empty(3 * plan.state_numbers, dtype=torch.float32, device=plan.device)
+def _scratch(plan: Plan, H: int) -> tuple[Tensor, int, int, int, int | None]:
+    """One allocation for three float32 arrays [N * segments, H, K, V] and an int32 array [N, H, segments], and the four
+    addresses. The last is None for float32 inputs, of which no chunk is known to forget."""
+    memory = torch.empty(3 * plan.state_numbers + plan.sequences * plan.segments * H, device=plan.device)
     start, size = memory.data_ptr(), 4 * plan.state_numbers
-    return memory, start, start + size, start + 2 * size
+    return memory, start, start + size, start + 2 * size, start + 3 * size if plan.amax else None
 
 
 def launch_forward(
@@ -72,11 +73,11 @@ def launch_forward(
     shape = (bounds, plan.sequences, T, H, plan.segments)
     entering: Tensor | int | None = initial_state
     if plan.segments > 1:
-        _memory, offsets, transposed, entering = _scratch(plan)
-        summary = (offsets, None, None, None, transposed, transitions)
+        _memory, offsets, transposed, entering, forgotten = _scratch(plan, H)
+        summary = (offsets, None, None, None, transposed, transitions, forgotten)
         plan.summarize_fwd(workspaces, v, *first, None, None, *summary, *shape)
-        plan.segment_entries(transposed, offsets, initial_state, entering, plan.segments, H, 0)
-    outputs = (o, final_state, states, v_tilde, v_scales, None, None)
+        plan.segment_entries(transposed, offsets, initial_state, entering, forgotten, plan.segments, H, 0)
+    outputs = (o, final_state, states, v_tilde, v_scales, None, None, None)
     plan.inter_chunk_fwd(workspaces, v, *first, entering, *outputs, *shape)
     if not save:
         return o, final_state, None, None, None, None
@@ -152,11 +153,13 @@ def launch_inter_chunk_bwd(
     last = (plan.find_amax(grad_o, spans, d_saved), grad_final)
     leaving: Tensor | int | None = grad_final
     if plan.segments > 1:
-        _memory, offsets, leaving, _ = _scratch(plan)
-        plan.summarize_bwd(workspaces, None, grad_o, *last, None, offsets, None, None, None, None, *shape)
-        plan.segment_entries(plan.saved_parts(saved)[2], offsets, grad_final, leaving, plan.segments, H, 1)
+        _memory, offsets, leaving, _, forgotten = _scratch(plan, H)
+        summary = (offsets, None, None, None, None, forgotten)
+        plan.summarize_bwd(workspaces, None, grad_o, *last, None, *summary, *shape)
+        transitions = plan.saved_parts(saved)[2]
+        plan.segment_entries(transitions, offsets, grad_final, leaving, forgotten, plan.segments, H, 1)
     d_states, d_residual, beta_parts, do_scales = plan.d_saved_parts(d_saved)
-    outputs = (d_initial, d_states, d_residual, do_scales, beta_parts)
+    outputs = (d_initial, d_states, d_residual, do_scales, beta_parts, None)
     plan.inter_chunk_bwd(workspaces, v, grad_o, *last, leaving, *outputs, *shape)
     return d_initial, d_saved
 

@@ -4,9 +4,11 @@
 //   dv_new = Aqk^T do + kg dh'     Y = dv_new + T~^T (B dv_new)     dh = exp(G_C) dh' + qg^T do - k_in^T (B Y)
 //
 // where qg and Aqk include the attention scale. Y is the gradient of B r. With SUMMARY the kernel computes for each segment the
-// gradient that it passes on when it receives zeros.
+// gradient that it passes on when it receives zeros. It starts at the chunk nearest to the segment's start that forgets its state, if
+// one does: then the result does not depend on the later chunks, nor on what the segment receives.
 constexpr int STREAMS = SUMMARY ? 1 : 2;  // tensors that are fetched beside the workspace: do and v
 constexpr int COLUMNS = HEAD_DIM;
+#include "kda_forgetting.cuh"
 #include "kda_warp_state.cuh"
 
 // Writes parts[C]: factor * (Y_i . v_i) over a warp's 16 columns of V, in float32. intra_chunk_bwd.cu adds the rest of dbeta.
@@ -45,19 +47,31 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
 // d_final (may be null, zeros): [N, segments, H, K, V] float32, the gradient of the state that leaves each segment.
 // d_initial (may be null): [N, H, K, V] float32. scales: [N, H] float32, those of do. d_states: [chunks, H] SavedState, dh'^T.
 // d_residual: [chunks, H] Columns, Y^T. beta_parts: [chunks, H, D / 16, C] float32, Y . v over 16 columns of V.
-// With SUMMARY: the last three, scales and d_final are null, and d_initial is [N, segments, H, K, V].
+// With SUMMARY: the last three, scales and d_final are null, and d_initial is [N, segments, H, K, V]. forgotten is that
+// of inter_chunk_fwd.cu.
 // Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
     const char* workspaces, const Element* v, const Element* d_o, const float* amax, const float* leaving, const float* d_final, float* d_initial,
-    char* d_states, char* d_residual, float* scales, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
+    char* d_states, char* d_residual, float* scales, float* beta_parts, int* forgotten, const int* bounds, int sequences, int length, int heads, int segments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
   const int n = run / segments, segment = run % segments;
-  const Sequence whole = sequence_of(n, sequences, length, bounds), sequence = segment_of(whole, segment, segments);
-  const int chunks = (sequence.length + C - 1) / C;
+  const Sequence whole = sequence_of(n, sequences, length, bounds);
+  Sequence sequence = segment_of(whole, segment, segments);
+  int chunks = (sequence.length + C - 1) / C;
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // the block's first column, and the warp's counted from it
   if (SUMMARY && segment == 0) return;  // no segment precedes it
+  if constexpr (SUMMARY && HALVES) {
+    const int first = last_forgetting(shared, chunks, [&](int step) {
+      return workspaces + (static_cast<long long>(sequence.first_chunk + chunks - 1 - step) * heads + head) * ChunkWorkspace::bytes;
+    });
+    if (split == 0 && threadIdx.x == 0) forgotten[(static_cast<long long>(n) * heads + head) * segments + segment] = first >= 0;
+    if (first >= 0) {
+      chunks -= first;
+      sequence.length = min(sequence.length, chunks * C);
+    }
+  }
 
   auto fetch = [&](int step) {  // step 0 is the last chunk
     const int m = chunks - 1 - step;
