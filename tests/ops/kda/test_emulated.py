@@ -57,7 +57,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
     def inter_chunk(name, part, *tensors):
         launch = cuda_kernels.InterChunkKernel(name, D, dtype, ARCH, part)
         run = emulated(launch.kernel)
-        run(B * segments * H * launch.blocks, 32 * launch.warps, *tensors, None, B, T, H, segments)
+        run(B * segments * H * launch.blocks, 32 * launch.warps, *tensors, None, B, T, H, segments, 0)
 
     def entries(matrices, offsets, start, backward):
         found = unwritten(*offsets.shape)

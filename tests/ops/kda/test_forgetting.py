@@ -40,7 +40,7 @@ def forgets_of(g):
     forgotten, amax = torch.full((segments,), -1, dtype=torch.int32), torch.ones(chunks)
     outputs = (offsets, None, None, None, transposed, None, forgotten)
     run = emulated(summary.kernel)
-    run(segments * summary.blocks, 32 * summary.warps, workspaces, inputs["v"], amax, None, None, None, *outputs, None, 1, T, 1, segments)
+    run(segments * summary.blocks, 32 * summary.warps, workspaces, inputs["v"], amax, None, None, None, *outputs, None, 1, T, 1, segments, 0)
     for forgets, matrix in zip(forgotten[:-1], transposed):
         assert matrix.isfinite().all() if forgets == 0 else not matrix.nan_to_num().any()  # 0, or not written
     return forgotten[:-1].tolist()
@@ -124,18 +124,26 @@ def with_and_without(inputs, monkeypatch, **options):
 
 @needs_compiler
 @pytest.mark.usefixtures("kernels_on_the_cpu")
-@pytest.mark.parametrize(("segments", "packed"), [(3, False), (3, True)])
-def test_no_bit_depends_on_it(segments, packed, monkeypatch):
+@pytest.mark.parametrize(("optional", "packed"), [(False, False), (True, False), (True, True)])
+def test_no_bit_depends_on_it(optional, packed, monkeypatch):
+    """With three segments, of which some forget; that optional ones change no bit; and that packed sequences may be
+    empty or of one chunk."""
     monkeypatch.setattr(cuda_plan, "architecture", lambda device: ARCH)
-    monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
-    inputs, options = varied(1, 560, 4, 32), {}
+    monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: 1 if optional else 3)
+    monkeypatch.setattr(cuda_plan, "optional_segment_count", lambda *sizes: 3)
+    inputs, options = varied(1, 360, 4, 32), {}
     if packed:
-        options["cu_seqlens"] = torch.tensor([0, 0, 20, 560], dtype=torch.int32)
+        options["cu_seqlens"] = torch.tensor([0, 0, 20, 360], dtype=torch.int32)
         inputs["initial_state"] = inputs["initial_state"].repeat(3, 1, 1, 1)
     with_it, without, part = with_and_without(inputs, monkeypatch, **options)
     assert packed or 0.3 < part < 0.9
     for name, x in without.items():
         assert torch.equal(with_it[name], x), name
+    if optional and not packed:
+        monkeypatch.setattr(cuda_plan, "optional_segment_count", lambda *sizes: 1)
+        uncut, _, _ = with_and_without(inputs, monkeypatch, **options)
+        for name, x in uncut.items():
+            assert torch.equal(with_it[name], x), name
 
 
 @pytest.mark.gpu
@@ -144,8 +152,10 @@ class TestOnTheGPU:
     @pytest.mark.parametrize("D", [32, 64, 128])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize("packed", [False, True])
-    def test_no_bit_depends_on_it(self, packed, dtype, D, monkeypatch):
-        T = 4096
+    @pytest.mark.parametrize("optional", [False, True])
+    def test_no_bit_depends_on_it(self, optional, packed, dtype, D, monkeypatch):
+        T, segments = 2048, 1 if optional else 8
+        monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
         inputs, options = {name: x.cuda() for name, x in varied(1, T, 8, D, dtype=dtype).items()}, {}
         if packed:
             options["cu_seqlens"] = torch.tensor([0, 0, 700, 711, T], device="cuda")
@@ -154,3 +164,8 @@ class TestOnTheGPU:
         assert packed or dtype == torch.float32 or 0.3 < part < 0.9
         for name, x in without.items():
             assert torch.equal(with_it[name], x), name
+        if optional:
+            monkeypatch.setattr(cuda_plan, "optional_segment_count", lambda *sizes: 1)
+            uncut, _, _ = with_and_without(inputs, monkeypatch, **options)
+            for name, x in uncut.items():
+                assert torch.equal(with_it[name], x), name

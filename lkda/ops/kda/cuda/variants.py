@@ -153,7 +153,7 @@ class InterChunkKernel:
         groups = WARPGROUPS and arch == "sm_90a" and layout.operand == 2 and D % 64 == 0
         defines = layout.defines | {"WARPS": self.warps, "STAGES": stages, "SHARED_BYTES": shared_bytes}
         module = Module(HERE / f"{name}.cu", defines | {"SUMMARY": int(summary), "WARPGROUPS": int(groups)})
-        self.kernel = module.kernel(f"kda_{name}", "P" * (14 if forward else 13) + "iiii", shared_bytes=shared_bytes)
+        self.kernel = module.kernel(f"kda_{name}", "P" * (14 if forward else 13) + "iiiii", shared_bytes=shared_bytes)
 
 
 @cache
