@@ -17,7 +17,6 @@ from tests.ops.yardstick import outputs_and_gradients
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-slow = pytest.mark.slow
 ARCH = "sm_90a"
 KILLED = -1e4
 
@@ -139,10 +138,8 @@ def with_and_without(inputs, monkeypatch, **options):
 
 @needs_compiler
 @pytest.mark.usefixtures("kernels_on_the_cpu")
-@pytest.mark.parametrize(
-    ("optional", "packed"),
-    [pytest.param(False, False, marks=slow), (True, False), pytest.param(True, True, marks=slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("optional", "packed"), [(False, False), (True, False), (True, True)])
 def test_no_bit_depends_on_it(optional, packed, monkeypatch):
     """With three segments, of which some forget; that optional ones change no bit; and that packed sequences may be
     empty or of one chunk."""

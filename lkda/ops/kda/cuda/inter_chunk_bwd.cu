@@ -99,14 +99,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
   if constexpr (HALVES) scale.find<gradient_scale>(n, whole, heads, head, amax, leaving, scales);
 
   Sum state[STEPS];  // dh'^T, then dh^T
-  const long long state_at = (static_cast<long long>(run) * heads + head) * D * D;
-  const float* from = d_final == nullptr ? nullptr : d_final + state_at;
+  const float* states_in = d_final;
+  int from = run;
   if (OPTIONAL && optional) {
-    const long long of_sequence = (static_cast<long long>(n) * heads + head) * D * D;
-    from = segment < segments - 1 ? from + static_cast<long long>(heads) * D * D : leaving == nullptr ? nullptr : leaving + of_sequence;
+    states_in = segment < segments - 1 ? d_final : leaving;
+    from = segment < segments - 1 ? run + 1 : n;
   }
-  if (from != nullptr) {
-    read_state(state, from + columns + mine, scale.get());
+  if (states_in != nullptr) {
+    read_state(state, states_in + (static_cast<long long>(from) * heads + head) * D * D + columns + mine, scale.get());
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) clear(state[i]);

@@ -101,13 +101,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
   Sum state[STEPS];
   const bool of_transition = SUMMARY && columns + mine >= D;
   const long long state_at = (static_cast<long long>(run) * heads + head) * D * D;
-  const float* from = initial_state == nullptr ? nullptr : initial_state + state_at;
+  const float* states_in = initial_state;
+  int from = run;
   if (OPTIONAL && optional) {
-    const long long of_sequence = (static_cast<long long>(n) * heads + head) * D * D;
-    from = segment > 0 ? from - static_cast<long long>(heads) * D * D : entering == nullptr ? nullptr : entering + of_sequence;
+    states_in = segment > 0 ? initial_state : entering;
+    from = segment > 0 ? run - 1 : n;
   }
-  if (from != nullptr) {
-    read_state(state, from + columns + mine, scale.get());
+  if (states_in != nullptr) {
+    read_state(state, states_in + (static_cast<long long>(from) * heads + head) * D * D + columns + mine, scale.get());
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
