@@ -29,8 +29,8 @@ struct Stage {
 static_assert(Stage::values + STREAMS * Values::bytes <= Stage::scales, "the scales fit where a stage is rounded up");
 static_assert(STAGES * Stage::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
 
-// A launch with `optional` segments goes on through a segment as if it were not cut off where no chunk forgets. That is only for
-// kernels with registers to spare, and there are few heads of 128 that neither fill a GPU nor are worth the pass that computes A.
+// Whether this kernel can be launched with optional segments (inter_chunk_fwd.cu). Wider heads have two blocks, so they rarely leave
+// multiprocessors without work, and their kernels have no registers to spare.
 constexpr bool OPTIONAL = !SUMMARY && HALVES && D <= 64;
 
 // Returns x. For 32-bit operands the compiler computes x again at each use instead of holding it in a register.
