@@ -125,5 +125,5 @@ def test_a_run_from_exported_weights(run: Run, replays: list[int], tmp_path: Pat
 
     run(graphs=True, name="first")
     out = export(composed("export", f"ckpt={tmp_path}/first", f"out={tmp_path}/out"))
-    start = f"init_from={out}"
-    near(run(start, graphs=True), run(start, graphs=False))
+    start = (f"init_from={out}", "optimizer.lr=1e-3")
+    near(run(*start, graphs=True), run(*start, graphs=False))

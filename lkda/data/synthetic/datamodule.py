@@ -20,14 +20,16 @@ from lkda.targets import IGNORE_INDEX
 Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORE_INDEX where nothing is predicted
 _TRAINING, _VALIDATION = 0, 1
 _FINGERPRINT_EXAMPLES = 16  # of each subset
+_SHARES_OF_BATCH = 64
 
 
 class SyntheticDataModule(IndexedDataModule):
     """Trains on an unlimited mixture of subsets, each of one shape, and validates on separate subsets.
 
     A batch {tokens, targets [B, T] int64, cu_seqlens None, target_positions [N] int64, subset} holds examples of one
-    subset. `target_positions` are the positions of the targets in the flattened batch; only these need logits. `subset`
-    is the index of the subset in its list. The content of batch n depends only on (seed, n). An epoch consists of the
+    subset. `target_positions` are the positions of the targets in the flattened batch; only these need logits. In
+    training a position without a target may follow them, several times: see `_rounded`. `subset` is the index of the
+    subset in its list. The content of batch n depends only on (seed, n). An epoch consists of the
     `examples` of each subset, split into batches, in an order of its own.
 
     Args:
@@ -158,7 +160,8 @@ class TrainingBatches(Dataset[dict[str, Any]]):
         number = int(np.searchsorted(self.epoch.ends, place, side="right"))
         epoch = batch // self.epoch.size if self.data.fresh else 0
         key = (_TRAINING, self.data.seed, epoch, place, self.rank)
-        return self.data.batch(self.data.train_subsets[number], number, self.data.batch_size, *key)
+        found = self.data.batch(self.data.train_subsets[number], number, self.data.batch_size, *key)
+        return found | {"target_positions": _rounded(found["target_positions"], found["targets"])}
 
 
 class ValidationBatches(Dataset[dict[str, Any]]):
@@ -180,6 +183,22 @@ class ValidationBatches(Dataset[dict[str, Any]]):
             raise IndexError(batch)
         number, first, count = self.places[batch]
         return self.data.batch(self.data.val_subsets[number], number, count, _VALIDATION, number, first)
+
+
+def _rounded(positions: Tensor, targets: Tensor) -> Tensor:
+    """`positions` [N], then one position without a target, repeated until their number is a multiple of 1/64 of the
+    tokens of `targets` [B, T].
+
+    The number of targets differs from batch to batch in some tasks, and each number needs a CUDA graph of its own. This
+    leaves a few numbers. A position without a target changes no loss.
+    """
+    flat = targets.flatten()
+    size = max(1, len(flat) // _SHARES_OF_BATCH)
+    more = min(-len(positions) % size, len(flat) - len(positions))
+    if not more:
+        return positions
+    without = (flat == IGNORE_INDEX).nonzero()[0]
+    return torch.cat([positions, without.expand(more)])
 
 
 def _shape(subset: Mapping[str, int]) -> dict[str, int]:

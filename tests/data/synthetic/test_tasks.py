@@ -181,10 +181,28 @@ def test_batches_do_not_depend_on_the_workers(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_asked_are_the_places_of_the_targets(task):
     batch = TASKS[task]().training_batches(rank=0, world_size=1)[0]
-    flat = batch["targets"].flatten()
-    assert torch.equal(batch["target_positions"], (flat != IGNORE_INDEX).nonzero().flatten())
-    assert len(batch["target_positions"]) > 0
+    flat, positions = batch["targets"].flatten(), batch["target_positions"]
+    targets = flat[positions] != IGNORE_INDEX
+    assert torch.equal(positions[targets], (flat != IGNORE_INDEX).nonzero().flatten())
+    assert targets.any()
     assert batch["tokens"].max() < TASKS[task]().vocab_size
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_few_shapes_and_so_few_cuda_graphs(task):
+    batches = TASKS[task](batch_size=32).training_batches(rank=0, world_size=1)
+    examples = [batches[n] for n in range(60)]
+    assert len({(x["tokens"].shape, x["target_positions"].shape) for x in examples}) <= 6
+    assert all(len(x["target_positions"]) <= x["targets"].numel() for x in examples)
+
+
+def test_positions_without_a_target_change_no_loss():
+    batch = Stack(context=64, batch_size=4).training_batches(rank=0, world_size=1)[0]
+    flat, positions = batch["targets"].flatten(), batch["target_positions"]
+    logits = torch.randn(len(flat), 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = torch.nn.functional.cross_entropy(logits[positions], flat[positions])
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, flat))
+    assert (flat[positions] == IGNORE_INDEX).any()
 
 
 def test_an_epoch_holds_every_part_as_often_as_it_says():
