@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lkda.ops.kda.cuda.segments import MIN_CHUNKS, MIN_SEGMENTS, segment_count
+from lkda.ops.kda.cuda.segments import MIN_CHUNKS, MIN_SEGMENTS, optional_segment_count, segment_count
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,20 @@ def test_segments_fill_the_chip_and_no_more(sequences, heads, chunks, want):
     if want > 1:
         assert found >= MIN_SEGMENTS
         assert chunks >= found * MIN_CHUNKS
+
+
+@pytest.mark.parametrize(
+    ("sequences", "heads", "chunks", "D", "want"),
+    [
+        (4, 12, 64, 64, 2),  # 48 heads, too many for four segments
+        (8, 8, 32, 64, 2),
+        (3, 12, 64, 32, 3),
+        (8, 16, 32, 64, 1),  # enough heads without
+        (4, 12, 64, 128, 1),  # two blocks per head
+        (4, 12, 15, 64, 1),  # of no fewer than eight chunks
+        (1000, 64, 1, 64, 1),
+    ],
+)
+def test_optional_segments_where_others_are_not_worth_it(sequences, heads, chunks, D, want):
+    assert segment_count(sequences, heads, chunks) == 1
+    assert optional_segment_count(sequences, heads, chunks, D) == want
