@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import glob
 import hashlib
 import importlib
 import json
@@ -53,6 +54,7 @@ class Command:
 
     def run(self) -> None:
         """Exits as the command does."""
+        _wait_for_a_new_name()
         code, begin = 1, time.perf_counter()
         try:
             code = self._run()
@@ -214,6 +216,13 @@ class Command:
 
     def _key(self) -> str:
         return hashlib.sha256(repr([*self.arguments, *self.record["added"]]).encode()).hexdigest()[:16]
+
+
+def _wait_for_a_new_name() -> None:
+    """What commands write is named by the second, and they follow one another faster here than anyone types them."""
+    written = "outputs", "outputs/*", "multirun"
+    while any(glob.glob(f"{folder}/{time.strftime('%Y-%m-%d_%H-%M-%S')}*") for folder in written):
+        time.sleep(0.02)
 
 
 def _end(code: int) -> NoReturn:
