@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -22,6 +23,9 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ[CACHES] + "/inductor"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+# What is imported and collected stays until the end: looking through it for garbage again and again takes seconds.
+gc.disable()
+
 SUBJECTS = ("the president", "a farmer", "the old senate", "my neighbour", "every citizen", "a young judge")
 VERBS = ("reads", "signs", "carries", "opposes", "remembers", "writes")
 OBJECTS = ("a letter", "the new law", "the map of the west", "some bread", "the long report", "a café menu")
@@ -38,6 +42,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     files = [collection_path] if collection_path.is_file() else collection_path.rglob("test_*.py")
     texts = (file.read_text(encoding="utf-8") for file in files)
     return None if any(f"mark.{mark}" in text for text in texts for mark in marks) else True
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -122,21 +122,27 @@ def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:
     assert [row[:2] for row in table(jobs)[1]] == [["a", "done"]]
 
 
-@pytest.mark.slow
-def test_real_runs(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are trained, stopped, continued, exported and measured; only the results are kept."""
+# Each job is three processes that import torch; the tests above run several jobs side by side.
+MIXERS = [pytest.param("softmax", marks=pytest.mark.slow), pytest.param("kda,softmax", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("mixers", MIXERS)
+def test_real_runs(mixers: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are trained, exported and measured; only the results are kept."""
     then = "then=['export ckpt={run} out={run}/exported','evaluate ckpt={run} out={run}/val.json']"
-    settings = small_run(corpus, "mixer=kda,softmax", "seed=1", "trainer.max_steps=40", then)
+    settings = small_run(corpus, f"mixer={mixers}", "seed=1", "trainer.max_steps=40", then)
     words = ["lm_by_mixer_full", *settings, "--out", str(tmp_path), "--per-gpu", "2", "--slowdown", "1"]
     with pytest.raises(SystemExit) as ending:
         main([*words, "--deadline", "400"])
     assert ending.value.code == 0
     said = capsys.readouterr().out
     assert re.search(r"lm_by_mixer_full/mixer=softmax_seed=1 +done +40", said), said
-    run = tmp_path / "lm_by_mixer_full" / "mixer=kda_seed=1"
-    assert (run / "val.json").is_file()
-    assert not (run / "checkpoints").exists()
-    assert list((run / "exported").iterdir()) == []
+    names = mixers.split(",")
+    for name in names:
+        run = tmp_path / "lm_by_mixer_full" / f"mixer={name}_seed=1"
+        assert (run / "val.json").is_file()
+        assert not (run / "checkpoints").exists()
+        assert list((run / "exported").iterdir()) == []
     with pytest.raises(SystemExit):
         main(words)
-    assert "0 of 2 jobs are to be done" in capsys.readouterr().out
+    assert f"0 of {len(names)} jobs are to be done" in capsys.readouterr().out
