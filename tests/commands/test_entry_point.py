@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shlex
@@ -18,7 +19,7 @@ from omegaconf import DictConfig
 
 from lkda.commands.compare import _find
 from lkda.commands.console import resume_command
-from lkda.commands.entry_point import COMMANDS, main
+from lkda.commands.entry_point import COMMANDS, _imported, main
 from lkda.commands.run_directory import RunDirectory
 from tests.commands.small import ROOT, small_run
 
@@ -209,3 +210,18 @@ def test_a_full_disk_below_standard_output_is_one_line(
         assert typed(monkeypatch, "train", "--cfg", "job") == 2
         monkeypatch.undo()
     assert capfd.readouterr().err == "error: cannot print: No space left on device.\n"
+
+
+def test_imports_are_not_searched_for_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "import gc\ncollects = gc.isenabled()\nkept = [[] for _ in range(1000)]\n"
+    (tmp_path / "many_objects.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = gc.get_freeze_count()
+    module = _imported("many_objects")
+    assert not module.collects
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + 1000
+    frozen = gc.get_freeze_count()
+    assert _imported("many_objects") is module
+    assert gc.get_freeze_count() == frozen, "what a job of a sweep leaves behind must be found"
+    del sys.modules["many_objects"]
