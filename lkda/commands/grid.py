@@ -165,14 +165,17 @@ def _combinations(experiment: str, overrides: Sequence[str]) -> list[tuple[list[
     config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
     params = config.hydra.sweeper.get("params") or {}
     own = [f"{key}={value}" for key, value in params.items()]
+    lines = _plain(config, "sweeps", [""])
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise InputError(f"sweeps of {experiment} must be a list of lines such as 'seed=1,2 mixer=kda'; got {lines}.")
     parser = OverridesParser.create()
     found = []
-    for line in _plain(config, "sweeps", [""]):
+    for line in lines:
         try:
             listed = parser.parse_overrides([*own, *shlex.split(line)])
             given = parser.parse_overrides([*overrides])
             combined = BasicSweeper.split_arguments([*listed, *given], max_batch_size=None)[0]
-        except HydraException as error:
+        except (HydraException, ValueError) as error:
             raise InputError(f"the sweep of {experiment} cannot be read: {' '.join(str(error).split())}") from error
         swept = {one.get_key_element() for one in (*listed, *(one for one in given if one.is_sweep_override()))}
         found += [_parted(words, swept) for words in combined]
