@@ -91,7 +91,7 @@ def collect(runs: Sequence[Run]) -> dict[str, Any]:
         if twin is not None:
             raise InputError(f"{twin} and {run.name} have the same settings: give one of them.")
         measured = {name: run.summary[key] for name, key in _MEASURED.items()}
-        copied = {name: run.summary[name] for name in _COPIED}
+        copied = {name: run.summary[name] for name in _COPIED} | {"torch": run.summary["versions"]["torch"]}
         found.append({"name": run.name, "mixer": mixer, "overrides": overrides} | measured | copied)
     default_first = sorted(found, key=lambda run: (_settings_but_seed(run), run["overrides"].partition(" ")[2]))
     return {"kind": KIND, "note": _note(runs), "base": "", "runs": default_first}
