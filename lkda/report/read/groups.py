@@ -11,10 +11,10 @@ from typing import Any
 from lkda.old_names import translated
 from lkda.report.read.runs import Run, reported_split
 
-# Settings that do not affect the results. (The summary says which budget and device a run had.) `estimate` and `then`
-# are keys of lkda.commands.grid.
+# Settings that do not affect the results. (The summary says which budget and device a run had.) `estimate`, `then` and
+# `sweeps` are keys of lkda.commands.grid.
 NEUTRAL = {
-    *("estimate", "then", "jobs_per_gpu"),
+    *("estimate", "then", "sweeps", "jobs_per_gpu"),
     *("seed", "resume", "backend", "checkpoint", "sample", "logger", "callbacks", "debug", "trainer"),
     *("data.seed", "data.cache_dir", "data.num_workers", "data.pin_memory"),
 }
