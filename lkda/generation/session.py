@@ -14,11 +14,11 @@ from torch import Tensor
 from lkda.checks import InputError
 from lkda.data.text.tokenizer import document_start, encode_text
 from lkda.generation.generate import Generated
-from lkda.generation.text import GrowingText, check_stop
+from lkda.generation.text import GrowingText, check_stop, check_unicode
 from lkda.io import check_output_file, replacing
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import prepare_decoding
-from lkda.models.generate import END, LENGTH, STOP, check_sampling, check_seed
+from lkda.models.generate import END, LENGTH, STOP, check_sampling, check_seed, check_states_fit
 from lkda.models.lm import LanguageModel
 from lkda.ops.sampling.reference import draw_key
 from lkda.special_tokens import document_ends
@@ -64,10 +64,11 @@ class Session:
     def read(self, text: str) -> None:
         """Read a text, after what was read and generated. The first one begins a document.
 
-        Raises: ValueError if `text` is not text.
+        Raises: ValueError if `text` is not text, or UTF-8 cannot encode it.
         """
         if not isinstance(text, str):
             raise InputError(f"Session.read: text must be text, got {text!r}.")
+        check_unicode("Session.read: the text", text)
         start = document_start(self._tokenizer) if not self.tokens else None
         self._read([*([] if start is None else [start]), *encode_text(self._tokenizer, text)])
 
@@ -221,6 +222,7 @@ class Session:
     def _reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in growing caches."""
         if not self.constant and tokens > self._decoder.max_tokens:
+            check_states_fit(self._model, rows=1, tokens=tokens)
             self._decoder = self._decoder_of(_room(tokens))
 
     def _decoder_of(self, max_tokens: int, sampling: Sampling | None = None) -> Decoder:

@@ -16,13 +16,23 @@ from lkda.data.text.tokenizer import document_start, encode_text
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
     """[1, T] int64: the token that begins a document, if the tokenizer has one, followed by the tokens of the prompt.
 
-    Raises: InputError for an empty prompt if no token begins a document, because there is nothing to continue.
+    Raises: InputError for text that UTF-8 cannot encode, and for an empty prompt if no token begins a document, because
+        there is nothing to continue.
     """
+    check_unicode("the prompt", prompt)
     start = document_start(tokenizer)
     tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
     if not tokens:
         raise InputError("the prompt is empty, and the tokenizer has no token that begins a document: give a prompt.")
     return torch.tensor([tokens])
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raises InputError, naming the text, if UTF-8 cannot encode it because it has a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not UTF-8: {error}.") from error
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

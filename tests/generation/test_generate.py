@@ -119,12 +119,29 @@ def test_what_may_begin_a_stop_string_is_held_back():
         ({"ignore_eos": "yes"}, "ignore_eos must be true or false"),
         ({"batch_size": 0}, "batch_size must be a whole number of 1 or more"),
         ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of 0 or more"),
+        ({"temperature": 10**400}, "temperature must be >= 0"),
+        ({"prompts": ["a", "\ud800"]}, "the prompt is not UTF-8: .*surrogates not allowed"),
     ],
 )
 def test_bad_values_are_one_line_at_once(options, message):
     given = {"prompts": "a"} | options
     with pytest.raises(ValueError, match=message):
         lkda.stream(model_of(["kda"]), byte_tokenizer(), given.pop("prompts"), **given)
+
+
+@pytest.mark.parametrize("pattern", [["softmax"], ["mla"], ["kda", "softmax"]], ids="-".join)
+def test_caches_larger_than_the_memory_are_refused_at_once(pattern):
+    model, tokenizer = model_of(pattern), byte_tokenizer()
+    session = lkda.Session(model, tokenizer)
+    session.read("a")
+    for tokens in (10**12, 10**30):
+        message = rf"1 texts of up to {tokens + 2:,} tokens .* give a smaller max_new_tokens"
+        with pytest.raises(ValueError, match=message):
+            lkda.stream(model, tokenizer, "a", max_new_tokens=tokens)
+        with pytest.raises(ValueError, match=message):
+            session.generate(max_new_tokens=tokens)
+    constant = lkda.stream(model_of(["kda"]), tokenizer, "a", max_new_tokens=10**30, ignore_eos=True)
+    assert next(constant).prompt_index == 0
 
 
 def test_nothing_to_generate():

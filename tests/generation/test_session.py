@@ -68,6 +68,14 @@ def test_it_is_saved_in_a_new_folder_or_refused_in_one_line(tmp_path):
         session.save("/proc/none/session")
 
 
+@pytest.mark.parametrize("text", [3, "\udcff"])
+def test_what_is_not_text_is_not_read(text):
+    session = lkda.Session(model_of(["kda"]), byte_tokenizer())
+    with pytest.raises(ValueError, match=r"Session.read: (text must be text|the text is not UTF-8)"):
+        session.read(text)
+    assert session.tokens == []
+
+
 def test_a_cache_makes_room(monkeypatch):
     monkeypatch.setattr("lkda.generation.session.SMALLEST_CACHE", 4)
     model, tokenizer = model_of(["softmax"]), byte_tokenizer()
