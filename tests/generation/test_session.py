@@ -108,6 +108,48 @@ def test_another_model_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pattern", [["kda"], ["softmax"]], ids=["kda", "softmax"])
+def test_a_damaged_file_is_refused_in_one_line(pattern, tmp_path):
+    model, tokenizer = model_of(pattern), byte_tokenizer()
+    session, path = lkda.Session(model, tokenizer), tmp_path / "session"
+    session.read("abc")
+    session.generate(max_new_tokens=2, seed=1)
+    session.save(path)
+    whole = torch.load(path, weights_only=True)
+    cut = [[part[..., :1] for part in layer] for layer in whole["state"]]
+    values = {
+        "model": [None, {}, "x"],
+        "tokens": [None, 5, ["a"], [10**9, *whole["tokens"][1:]], []],
+        "unread": [None, [300], [0, 0], 5],
+        "length": [None, -1, 10**9, "x", 0],
+        "logits": [None, 5, torch.zeros(1, 7)],
+        "state": [None, [], whole["state"][:1], cut, [["a"] * len(layer) for layer in whole["state"]]],
+    }
+    damaged = [whole | {name: value} for name, some in values.items() for value in some]
+    damaged += [{key: value for key, value in whole.items() if key != name} for name in values]
+    for content in damaged:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="is damaged: it holds a value of a wrong kind") as error:
+            lkda.Session.load(path, model, tokenizer)
+        assert "\n" not in str(error.value)
+
+
+def test_a_stream_checks_at_once_and_nothing_comes_between():
+    session = lkda.Session(model_of(["kda"]), byte_tokenizer())
+    session.read("abc")
+    for options in ({"top_p": 0}, {"seed": 1.5}, {"stop": ""}, {"max_new_tokens": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            session.stream(**options)
+    stream = session.stream(max_new_tokens=50, temperature=0)
+    next(stream)
+    fork = session.clone()
+    fork.read("d")
+    next(stream)
+    session.read("d")
+    with pytest.raises(ValueError, match="has read or generated something else since the last piece"):
+        next(stream)
+
+
 def test_another_process_continues_it(tmp_path):
     model, tokenizer = model_of(["kda", "softmax"]), byte_tokenizer()
     lkda.export(model, tokenizer, tmp_path / "exported")
