@@ -87,6 +87,10 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
         made["num_layers"] = last
         made["mixer"] = {**made["mixer"], "pattern": made["mixer"]["pattern"][:last]}
+    if "kda" in layer_names(made) and made["norm_eps"] != kimi.NORM_EPS:
+        raise InputError(
+            f"config.json of {directory}: KDA here has rms_norm_eps {kimi.NORM_EPS}, not {made['norm_eps']}."
+        )
     model = build_with_weights(made, weights, source=directory, backend=backend, stored_as=stored_as)
     scale = config.get("lkda_latent_scale", 1.0)
     if not isinstance(scale, float) or not scale > 0:

@@ -97,6 +97,14 @@ def test_bfloat16_weights(pattern: tuple[str, ...], tmp_path: Path) -> None:
         torch.testing.assert_close(back.state_dict()[name], weight, rtol=0 if exact else 2**-8, atol=0)
 
 
+def test_an_mla_model_with_another_eps_is_read_back(tmp_path: Path) -> None:
+    # The layer of KDA that is added to such a model has an eps of its own, and is dropped again.
+    ours = model(("mla", "mla"), scale=3, outer={"norm_eps": 1e-6})
+    lkda.export(ours, tokenizer(), tmp_path / "out", format="hf")
+    back, _ = lkda.load(tmp_path / "out")
+    assert torch.equal(logits(back, tokens()), logits(ours, tokens()))
+
+
 def test_another_eps_of_the_latents_norm_is_refused(tmp_path: Path) -> None:
     """transformers fixes it. llama.cpp takes it from the file."""
     ours = model(("mla", "kda"), mla={"norm_eps": 1e-3})
