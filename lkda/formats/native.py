@@ -30,7 +30,7 @@ def unsupported_feature(config: Mapping[str, Any]) -> str | None:
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
     """Writes the three files, without the backend, which belongs to the machine and not to the model.
 
-    Where options of a mixer are given, all of them are written: `load` takes a missing one for that of an older version.
+    Where options of a mixer are given, all of them are written: `load` takes a missing one for an older version's.
     """
     config = {key: value for key, value in model.config.items() if key != "backend"}
     config["mixer"] = dict(config["mixer"])
@@ -60,6 +60,6 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
     return model, read_tokenizer(directory)
 
 
-def usage(directory: str) -> str:
-    """Python code that loads the model."""
+def usage(directory: str, *, dtype: str) -> str:
+    """Python code that loads the model, whose weights were written in `dtype`."""
     return f"import lkda\n\nmodel, tokenizer = lkda.load({directory!r})  # model(tokens [B, T]) -> logits [B, T, vocab]"

@@ -83,6 +83,7 @@ def test_a_model_comes_back_as_it_went(pattern: tuple[str, ...], tmp_path: Path)
     assert {key: back.config[key] for key in ("num_layers", "d_model", "context", "norm_eps")} == {
         key: ours.config[key] for key in ("num_layers", "d_model", "context", "norm_eps")
     }
+    assert back.config["mixer"]["name"] == "_".join(dict.fromkeys(pattern))
 
 
 @pytest.mark.parametrize("pattern", [HYBRID, ("softmax",)], ids=names)
