@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def export(config: DictConfig) -> Path:
     trained = load_trained(config.ckpt)
     dtype = check_export(trained.model.config, format=config.format, dtype=config.dtype)
     out = Path(config.out)
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it would report a temporary path
     lkda.export(
         trained.model, trained.tokenizer, out, format=config.format, dtype=config.dtype, run=record_of_run(trained)
     )
