@@ -186,7 +186,7 @@ def pieces_of(
     for request, token in batch:
         key = (request.prompt_index, request.sample_index)
         if key not in growing:
-            growing[key] = GrowingText(tokenizer, stop)
+            growing[key] = GrowingText(tokenizer, stop, continues=bool(texts[key[0]]))
         if token is not None:
             yield Piece(*key, growing[key].add(token))
             if growing[key].stopped:

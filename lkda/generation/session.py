@@ -188,7 +188,8 @@ class Session:
         self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], seed: int
     ) -> Iterator[tuple[str, Generated | None]]:
         self._read([])
-        text, ends, reason = GrowingText(self._tokenizer, stop), document_ends(self._tokenizer), LENGTH
+        text = GrowingText(self._tokenizer, stop, continues=self.tokens != [document_start(self._tokenizer)])
+        ends, reason = document_ends(self._tokenizer), LENGTH
         for token in self._sampled(max_new_tokens, sampling, seed):
             if token in ends:
                 reason = END

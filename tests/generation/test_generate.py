@@ -106,6 +106,26 @@ def test_what_may_begin_a_stop_string_is_held_back():
     assert [broken.add(tokenizer.encode("é").ids[0]), broken.finish(), broken.text] == ["", "\ufffd", "\ufffd"]
 
 
+def test_the_space_before_the_first_word_is_kept_after_a_prompt():
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "<unk>": 1} | {x: i + 2 for i, x in enumerate("▁abc")}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+    tokens = tokenizer.encode("bc a", add_special_tokens=False).ids
+    assert tokenizer.decode(tokens) == "bc a"
+    for continues, want in ((False, "bc a"), (True, " bc a")):
+        text = GrowingText(tokenizer, continues=continues)
+        pieces = [text.add(token) for token in tokens]
+        assert "".join(pieces) + text.finish() == text.text == want
+    model = small(["kda"], vocab_size=len(tokenizer.get_vocab()))
+    options = {"max_new_tokens": 9, "seed": 4, "ignore_eos": True}
+    (found,) = lkda.generate(model, tokenizer, "ab", **options)
+    assert tokenizer.decode([*tokenizer.encode("ab", add_special_tokens=False).ids, *found.tokens]) == "ab" + found.text
+    session = lkda.Session(model, tokenizer)
+    session.read("ab")
+    text = session.generate(max_new_tokens=4, seed=4).text + session.generate(max_new_tokens=5, seed=4).text
+    assert tokenizer.decode(session.tokens) == "ab" + text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
