@@ -9,7 +9,7 @@ from typing import overload
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError, check_count
-from lkda.generation.text import GrowingText, check_stop, encode_prompt
+from lkda.generation.text import GrowingText, check_stop, check_tokenizer, encode_prompt
 from lkda.models.decoder import Sampling
 from lkda.models.generate import STOP, BatchGenerator, Request
 from lkda.models.lm import LanguageModel
@@ -155,6 +155,7 @@ def stream(
     batch_size: int | None = None,
 ) -> Iterator[Piece]:
     """As `generate`, but yields the pieces of the texts as soon as they are sampled. Arguments are checked at once."""
+    check_tokenizer(tokenizer)
     texts = check_prompts(prompts)
     check_count("num_samples", num_samples, least=1)
     strings = check_stop(stop)

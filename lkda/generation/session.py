@@ -14,11 +14,11 @@ from torch import Tensor
 from lkda.checks import InputError, check_count, refusing_damage
 from lkda.data.text.tokenizer import document_start, encode_text
 from lkda.generation.generate import Generated
-from lkda.generation.text import GrowingText, check_stop, check_unicode
+from lkda.generation.text import GrowingText, check_stop, check_tokenizer, check_unicode
 from lkda.io import check_output_file, replacing
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import prepare_decoding
-from lkda.models.generate import END, LENGTH, STOP, check_sampling, check_seed, check_states_fit
+from lkda.models.generate import END, LENGTH, STOP, check_prompt, check_sampling, check_seed, check_states_fit
 from lkda.models.lm import LanguageModel
 from lkda.ops.sampling.reference import draw_key
 from lkda.special_tokens import document_ends
@@ -44,6 +44,7 @@ class Session:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        check_tokenizer(tokenizer)
         self.tokens: list[int] = []
         self._model, self._tokenizer = prepare_decoding(model), tokenizer
         self._name_of_model = fingerprint(model)
@@ -64,13 +65,16 @@ class Session:
     def read(self, text: str) -> None:
         """Read a text, after what was read and generated. The first one begins a document.
 
-        Raises: ValueError if `text` is not text, or UTF-8 cannot encode it.
+        Raises: ValueError if `text` is not text, UTF-8 cannot encode it, or the model lacks one of its tokens.
         """
         if not isinstance(text, str):
             raise InputError(f"Session.read: text must be text, got {text!r}.")
         check_unicode("Session.read: the text", text)
         start = document_start(self._tokenizer) if not self.tokens else None
-        self._read([*([] if start is None else [start]), *encode_text(self._tokenizer, text)])
+        tokens = [*([] if start is None else [start]), *encode_text(self._tokenizer, text)]
+        if tokens:
+            check_prompt(tokens, self._model.embed_tokens.num_embeddings)
+        self._read(tokens)
 
     def stream(
         self,

@@ -25,8 +25,18 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
     start = document_start(tokenizer)
     tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
     if not tokens:
-        raise InputError("the prompt is empty, and the tokenizer has no token that begins a document: give a prompt.")
+        found = "the tokenizer knows no sign of the prompt" if prompt else "the prompt is empty"
+        raise InputError(f"{found}, and the tokenizer has no token that begins a document: give another prompt.")
     return torch.tensor([tokens])
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raises InputError unless it is a tokenizer of the package tokenizers."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise InputError(
+            f"tokenizer must be a tokenizers.Tokenizer, as lkda.load returns, got {type(tokenizer).__name__}; a fast "
+            "tokenizer of transformers has one as backend_tokenizer."
+        )
 
 
 def check_unicode(name: str, text: str) -> None:

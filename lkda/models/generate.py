@@ -77,7 +77,7 @@ class BatchGenerator:
         check_count("generate: max_new_tokens", max_new_tokens, least=0)
         check_seed("generate", seed)
         for request in requests:
-            _check_prompt(request.prompt, model.embed_tokens.num_embeddings)
+            check_prompt(request.prompt, model.embed_tokens.num_embeddings)
         if batch_size is not None:
             check_count("generate: batch_size", batch_size, least=1)
         self.model, self.requests, self.sampling, self.seed = model, requests, sampling, seed
@@ -231,7 +231,8 @@ def check_seed(fn: str, seed: object) -> None:
         raise InputError(f"{fn}: seed must be a whole number, got {seed!r}.")
 
 
-def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raises InputError for a prompt without tokens, or with tokens that the model does not have."""
     if not prompt:
         raise InputError("generate: the prompt is empty; it must have at least one token.")
     if min(prompt) < 0 or max(prompt) >= vocab_size:

@@ -10,7 +10,7 @@ import torch
 
 import lkda
 from tests.generation.test_generate import byte_tokenizer, model_of
-from tests.models.helpers import IDS, PATTERNS
+from tests.models.helpers import IDS, PATTERNS, small
 
 OPTIONS = {"max_new_tokens": 10, "temperature": 0}
 
@@ -74,6 +74,18 @@ def test_what_is_not_text_is_not_read(text):
     with pytest.raises(ValueError, match=r"Session.read: (text must be text|the text is not UTF-8)"):
         session.read(text)
     assert session.tokens == []
+
+
+def test_tokens_that_the_model_lacks_are_not_read():
+    session = lkda.Session(small(["kda"], vocab_size=90), byte_tokenizer())
+    session.read("0")
+    before = list(session.tokens)
+    with pytest.raises(ValueError, match=r"token ids from \d+ to \d+ and the model knows 0 to 89"):
+        session.read("~")
+    assert session.tokens == before
+    session.read("1")
+    with pytest.raises(ValueError, match=r"must be a tokenizers.Tokenizer, as lkda.load returns, got str"):
+        lkda.Session(model_of(["kda"]), "tokenizer")
 
 
 def test_a_cache_makes_room(monkeypatch):
