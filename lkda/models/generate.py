@@ -219,8 +219,8 @@ def check_states_fit(model: LanguageModel, *, rows: int, tokens: int) -> None:
     needed = rows * model.state_bytes(tokens)
     if needed > has:
         raise InputError(
-            f"generate: the states of {rows:,} texts of up to {tokens:,} tokens (prompt and max_new_tokens) need "
-            f"{needed:,} bytes, and the memory of the {device.type} has {has:,}: give a smaller max_new_tokens or "
+            f"generate: a batch of {rows:,} with up to {tokens:,} tokens per text (prompt and max_new_tokens) needs "
+            f"{needed:,} bytes of state, and the {device.type} has {has:,} of memory: give a smaller max_new_tokens or "
             "batch_size."
         )
 

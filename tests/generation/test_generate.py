@@ -155,7 +155,7 @@ def test_caches_larger_than_the_memory_are_refused_at_once(pattern):
     session = lkda.Session(model, tokenizer)
     session.read("a")
     for tokens in (10**12, 10**30):
-        message = rf"1 texts of up to {tokens + 2:,} tokens .* give a smaller max_new_tokens"
+        message = rf"a batch of 1 with up to {tokens + 2:,} tokens .* give a smaller max_new_tokens"
         with pytest.raises(ValueError, match=message):
             lkda.stream(model, tokenizer, "a", max_new_tokens=tokens)
         with pytest.raises(ValueError, match=message):
