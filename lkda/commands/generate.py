@@ -19,7 +19,7 @@ from lkda.commands.prompts_job import check_prompts_job
 from lkda.commands.text import check_text, encode_prompt
 from lkda.commands.unused_options import GENERATE, check_unused
 from lkda.device import resolve_device
-from lkda.generation.generate import Piece, pieces_of
+from lkda.generation.generate import MOST_SAMPLES, Piece, pieces_of
 from lkda.generation.text import check_stop
 from lkda.models.decoder import Sampling
 from lkda.models.generate import END, LENGTH, STOP, BatchGenerator, Request, check_sampling
@@ -43,7 +43,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p")}
     check_sampling(max_new_tokens=config.max_new_tokens, **sampling)
     check_count("seed", config.seed, least=0, most=MOST_SEED)
-    check_count("num_samples", config.num_samples, least=1)
+    check_count("num_samples", config.num_samples, least=1, most=MOST_SAMPLES)
     if config.batch_size is not None:
         check_count("batch_size", config.batch_size, least=1)
     if not isinstance(config.ignore_eos, bool):

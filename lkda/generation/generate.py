@@ -15,6 +15,9 @@ from lkda.models.generate import STOP, BatchGenerator, Request
 from lkda.models.lm import LanguageModel
 from lkda.special_tokens import document_ends
 
+# A larger number of samples is taken for a typing mistake. A list of all texts is made before the first one.
+MOST_SAMPLES = 10**6
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -111,7 +114,7 @@ def generate(
         top_k: sample from the top_k likeliest tokens; None: from all.
         top_p: in (0, 1]; sample from the smallest set of likeliest tokens that has this share of the probability.
         min_p: in [0, 1]; sample from the tokens at least min_p times as likely as the likeliest.
-        num_samples: texts per prompt.
+        num_samples: texts per prompt, at most 1,000,000.
         stop: a text, or several, that ends a text and is not part of it.
         seed: of the sampling.
         ignore_eos: whether to continue past the end of a document.
@@ -157,7 +160,7 @@ def stream(
     """As `generate`, but yields the pieces of the texts as soon as they are sampled. Arguments are checked at once."""
     check_tokenizer(tokenizer)
     texts = check_prompts(prompts)
-    check_count("num_samples", num_samples, least=1)
+    check_count("num_samples", num_samples, least=1, most=MOST_SAMPLES)
     strings = check_stop(stop)
     if not isinstance(ignore_eos, bool):
         raise InputError(f"ignore_eos must be true or false, got {ignore_eos!r}.")

@@ -99,6 +99,7 @@ def test_prompts_as_json(exported: Path) -> None:
         ('{"prompt": "a"}', ["prompts=none.jsonl"], "cannot read prompts=none.jsonl: No such file"),
         ('{"prompt": "a"}', ["prompts=a.csv"], "prompts must be a .txt file"),
         ('{"prompt": "a"}', ["state_dtype=int4"], "state_dtype"),
+        ('{"prompt": "a"}', ["num_samples=1000000000"], "num_samples must be at most 1000000"),
         ('{"prompt": "a"}', ["num_samples=0"], "num_samples must be a whole number of 1 or more"),
     ],
 )

@@ -131,6 +131,7 @@ def test_the_space_before_the_first_word_is_kept_after_a_prompt():
     [
         ({"prompts": 3}, "prompts must be a text or a list of texts, got 3"),
         ({"num_samples": 0}, "num_samples must be a whole number of 1 or more, got 0"),
+        ({"num_samples": 10**9}, "num_samples must be at most 1000000, got 1000000000"),
         ({"stop": ""}, "stop must be a text that is not empty"),
         ({"stop": [1]}, "stop must be a text that is not empty, or a list of such texts, got"),
         ({"top_k": 0}, "top_k must be a whole number of 1 or more, got 0"),
