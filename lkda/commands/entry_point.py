@@ -80,6 +80,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             function(config)
             return None
 
+    _replace_what_cannot_be_printed()
     with readable_errors():
         if name == "generate":
             _check_words(arguments)
@@ -95,6 +96,12 @@ def _run(name: str, arguments: Sequence[str]) -> None:
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=module)(task)()
         finally:
             sys.stdout.flush()
+
+
+def _replace_what_cannot_be_printed() -> None:
+    """Print `?` for a character that the encoding of the output lacks, instead of failing in the middle of a text."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager
