@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lkda.checks import InputError, check_count, refusing_damage
+from lkda.checks import InputError, refusing_damage
 from lkda.data.text.tokenizer import document_start, encode_text
 from lkda.generation.generate import Generated
 from lkda.generation.text import GrowingText, check_stop, check_tokenizer, check_unicode
@@ -165,8 +165,8 @@ class Session:
         """Take over what `save` wrote. Raises what Python raises for a value of a wrong kind, if it is damaged."""
         tokens, unread, length, logits = (content[name] for name in ("tokens", "unread", "length", "logits"))
         vocabulary = self._model.embed_tokens.num_embeddings
-        for token in tokens:
-            check_count("a token", token, least=0, most=vocabulary - 1)
+        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in tokens):
+            raise ValueError(f"the tokens are not all from 0 to {vocabulary - 1}")
         if unread != tokens[len(tokens) - len(unread) :] or length != len(tokens) - len(unread):
             raise ValueError(f"{len(tokens)} tokens, {len(unread)} unread and {length} read do not fit together")
         if (logits is None) != (not tokens) or (tokens and logits.shape != (1, vocabulary)):

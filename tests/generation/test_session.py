@@ -119,7 +119,6 @@ def test_another_model_is_refused_by_name(tmp_path):
         lkda.Session(other, tokenizer).generate()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [["kda"], ["softmax"]], ids=["kda", "softmax"])
 def test_a_damaged_file_is_refused_in_one_line(pattern, tmp_path):
     model, tokenizer = model_of(pattern), byte_tokenizer()
@@ -162,6 +161,7 @@ def test_a_stream_checks_at_once_and_nothing_comes_between():
         next(stream)
 
 
+@pytest.mark.slow
 def test_another_process_continues_it(tmp_path):
     model, tokenizer = model_of(["kda", "softmax"]), byte_tokenizer()
     lkda.export(model, tokenizer, tmp_path / "exported")
