@@ -82,6 +82,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             function(config)
             return None
 
+    _replace_what_cannot_be_printed()
     with readable_errors():
         if name == "generate":
             _check_words(arguments)
@@ -110,6 +111,12 @@ def _imported(name: str) -> ModuleType:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _replace_what_cannot_be_printed() -> None:
+    """Print `?` for a character that the encoding of the output lacks, instead of failing in the middle of a text."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager

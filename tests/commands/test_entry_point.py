@@ -17,11 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+import lkda
 from lkda.commands.compare import _find
 from lkda.commands.console import resume_command
 from lkda.commands.entry_point import COMMANDS, _imported, main
 from lkda.commands.run_directory import RunDirectory
 from tests.commands.small import ROOT, small_run
+from tests.generation.test_generate import byte_tokenizer, model_of
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -52,6 +54,16 @@ def test_it_lists_the_commands(
 def test_an_unknown_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(monkeypatch, "trian") == 2
     assert capsys.readouterr().err.startswith("error: lkda has no command 'trian'. Did you mean train? It has train,")
+
+
+def test_what_the_output_cannot_encode_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lkda.export(model_of(["kda"]), byte_tokenizer(), tmp_path / "exported")
+    (tmp_path / "prompt.txt").write_text("naïve", encoding="utf-8")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    words = [f"ckpt={tmp_path}/exported", f"prompt_file={tmp_path}/prompt.txt", "max_new_tokens=0", "accelerator=cpu"]
+    assert typed(monkeypatch, "generate", *words) == 0
+    assert printed.getvalue() == b"na?ve\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
