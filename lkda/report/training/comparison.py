@@ -95,8 +95,8 @@ class Comparison:
         elif tested:
             have = "have" if tested > 1 else "has"
             notes.append(
-                f"{tested} of the {len(self.runs)} runs {have} a test split. Columns not named test are of the validation "
-                "split."
+                f"{tested} of the {len(self.runs)} runs {have} a test split. Columns not named test are of the "
+                "validation split."
             )
         steps = sorted({run.summary["at_step"] for run in self.runs if "at_step" in run.summary})
         if steps:
