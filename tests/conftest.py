@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     files = [collection_path] if collection_path.is_file() else collection_path.rglob("test_*.py")
     texts = (file.read_text(encoding="utf-8") for file in files)
     return None if any(f"mark.{mark}" in text for text in texts for mark in marks) else True
+
+
+@pytest.fixture(autouse=True)
+def own_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own global console of rich. After a pipe was closed, rich makes the console print nothing more."""
+    if "rich" in sys.modules:
+        monkeypatch.setattr(sys.modules["rich"], "_console", None)
 
 
 def pytest_collection_finish() -> None:
