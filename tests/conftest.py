@@ -47,7 +47,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(autouse=True)
 def own_console(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test has its own global console of rich. After a pipe was closed, rich makes the console print nothing more."""
+    """Each test has its own global console of rich. Rich silences the console once its output was closed."""
     if "rich" in sys.modules:
         monkeypatch.setattr(sys.modules["rich"], "_console", None)
 
