@@ -12,7 +12,6 @@ should change one thing of the default.
 
 from __future__ import annotations
 
-import glob
 import json
 import sys
 from collections import Counter
@@ -23,7 +22,8 @@ from typing import Any
 from lkda.checks import InputError
 from lkda.old_names import translated
 from lkda.report.read.files import read_results_file, write_atomically
-from lkda.report.read.runs import Run, read_runs
+from lkda.report.read.runs import Run
+from lkda.report.studies.from_runs import print_rows, write_study
 
 KIND = "recipe"
 _QK_NORM = "mixer.softmax.qk_norm=true"
@@ -141,21 +141,8 @@ def _note(runs: Sequence[Run]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Arguments: glob patterns of run directories, then the directory to write into."""
-    if len(arguments) < 2:
-        raise SystemExit(__doc__)
-    *patterns, out = arguments
-    runs, skipped = read_runs({Path(path) for pattern in patterns for path in glob.glob(pattern)})
-    for path, reason in skipped:
-        print(f"left out {path}: {reason}")
-    try:
-        found = collect(runs)
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(out) / "runs.json", json.dumps(found, indent=1) + "\n")
-        redraw(Path(out) / "runs.json")
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    for row in rows(found["runs"]):
-        print("  ".join(f"{name}: {value}" for name, value in row.items() if value))
+    found, out = write_study(arguments, usage=__doc__, collect=collect, redraw=redraw)
+    print_rows(rows(found["runs"]))
     print(f"{out} holds runs.json and table.json")
 
 
