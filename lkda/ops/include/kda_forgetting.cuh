@@ -77,7 +77,6 @@ struct Forgetting {
     }
     return of_block(__reduce_or_sync(ALL_LANES, linked), either) == 0u;
   }
-
 };
 static_assert(Forgetting::memory + WARPS * 4 <= SHARED_BYTES, "it fits where the stages are later");
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from lkda.ops.kda.cuda import core
 from lkda.ops.kda.cuda.segments import MIN_CHUNKS, MIN_SEGMENTS, optional_segment_count, segment_count
 
 
@@ -43,3 +47,16 @@ def test_segments_fill_the_chip_and_no_more(sequences, heads, chunks, want):
 def test_optional_segments_where_others_are_not_worth_it(sequences, heads, chunks, D, want):
     assert segment_count(sequences, heads, chunks) == 1
     assert optional_segment_count(sequences, heads, chunks, D) == want
+
+
+@pytest.mark.parametrize("usual", [torch.bfloat16, torch.float64], ids=str)
+def test_memory_between_the_passes_is_float32_whatever_the_default_dtype_is(usual):
+    plan = SimpleNamespace(optional=False, state_numbers=10, sequences=1, segments=2, device="cpu", amax=None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(usual)
+    try:
+        memory = core._scratch(plan, 3)[0]
+    finally:
+        torch.set_default_dtype(before)
+    assert memory.dtype == torch.float32
+    assert len(memory) == 3 * 10 + 2 * 3

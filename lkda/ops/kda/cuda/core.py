@@ -40,7 +40,8 @@ def _scratch(plan: Plan, H: int) -> tuple[Tensor, int, int, int, int | None]:
     addresses. The last is None for float32 inputs, whose chunks are not asked whether they forget. With optional
     segments only the first and the last array are there."""
     arrays = 1 if plan.optional else 3
-    memory = torch.empty(arrays * plan.state_numbers + plan.sequences * plan.segments * H, device=plan.device)
+    size_of_all = arrays * plan.state_numbers + plan.sequences * plan.segments * H
+    memory = torch.empty(size_of_all, dtype=torch.float32, device=plan.device)
     start, size = memory.data_ptr(), 4 * plan.state_numbers
     return memory, start, start + size, start + 2 * size, start + arrays * size if plan.amax else None
 
