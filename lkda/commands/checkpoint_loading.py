@@ -85,16 +85,16 @@ def _last_of_run(directory: Path) -> Path:
     """Raises ValueError, naming the other checkpoints, where none of them is the last."""
     last = directory / "checkpoints" / "last.ckpt"
     others = sorted(path.name for path in last.parent.glob("*.ckpt"))
-    if others and not last.exists():
+    if last.exists():
+        return last
+    if others:
         raise InputError(
             f"there is no checkpoint at {last}; beside it there is {', '.join(others)}: give one as ckpt=."
         )
-    if not others:
-        raise InputError(
-            f"there is no checkpoint at {last}, and {directory} is no exported directory that lkda reads: it has no "
-            "config.json."
-        )
-    return last
+    raise InputError(
+        f"there is no checkpoint at {last}, and {directory} is no exported directory that lkda reads: it has no "
+        "config.json."
+    )
 
 
 def config_of_run(trained: TrainedModel) -> dict[str, Any]:

@@ -105,8 +105,8 @@ def _show(pieces: Iterable[Piece], prompt: str, out: TextIO, *, whole: bool) -> 
 
 
 def _unescaped(stop: object) -> object:
-    """Stop strings as typed, with the two signs \\n as a line break, \\t as a tab and \\\\ as a backslash: neither the
-    shell nor Hydra does this."""
+    """Stop strings as typed, with the two characters \\n as a line break, \\t as a tab and \\\\ as a backslash. Neither
+    the shell nor Hydra does this."""
     if isinstance(stop, str):
         return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], stop)
     return [_unescaped(text) for text in stop] if isinstance(stop, list) else stop

@@ -105,7 +105,7 @@ def _read_prompts(path: Path) -> list[str]:
         raise InputError(f"prompts must be a .txt file (a prompt per line) or a .jsonl file, got {path}.")
     try:
         # Not splitlines: a text may hold other line separators, such as U+2028.
-        # The sign U+FEFF, with which some editors begin a file, is no part of the first prompt.
+        # The byte order mark with which some editors begin a file is no part of the first prompt.
         lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise InputError(f"cannot read prompts={path}: {error.strerror}.") from error
@@ -122,7 +122,7 @@ def _read_prompts(path: Path) -> list[str]:
 def _prompt_of(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # the second for brackets within brackets without end
+    except (ValueError, RecursionError) as error:  # RecursionError: very many nested brackets
         raise InputError(f"line {number} of prompts={path} is not JSON: {error}.") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise InputError(f'line {number} of prompts={path} must be {{"prompt": "..."}}, got {line[:80]}.')

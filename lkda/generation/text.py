@@ -25,7 +25,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
     start = document_start(tokenizer)
     tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
     if not tokens:
-        found = "the tokenizer knows no sign of the prompt" if prompt else "the prompt is empty"
+        found = "the tokenizer knows no character of the prompt" if prompt else "the prompt is empty"
         raise InputError(f"{found}, and the tokenizer has no token that begins a document: give another prompt.")
     return torch.tensor([tokens])
 

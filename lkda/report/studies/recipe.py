@@ -23,6 +23,7 @@ from lkda.checks import InputError
 from lkda.old_names import translated
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import Run
+from lkda.report.read.settings import flatten
 from lkda.report.studies.from_runs import print_rows, write_study
 
 KIND = "recipe"
@@ -81,7 +82,7 @@ def collect(runs: Sequence[Run]) -> dict[str, Any]:
         missing = [key for key in (*_MEASURED.values(), *_COPIED, "versions") if run.summary.get(key) is None]
         if missing:
             raise InputError(f"{run.name}: summary.json lacks {', '.join(missing)}; give runs on text.")
-    described = [(run.summary["mixer"], _flat(translated(run.config))) for run in runs]
+    described = [(run.summary["mixer"], _effective(translated(run.config))) for run in runs]
     found: list[dict[str, Any]] = []
     for run, (mixer, settings) in zip(runs, described):
         default = {name: _usual(name, mixer, described) for name in settings}
@@ -104,16 +105,13 @@ def _usual(name: str, mixer: str, described: Sequence[tuple[str, Mapping[str, st
     return max(own, key=lambda value: (own[value], everywhere[value]))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _effective(config: Mapping[str, Any]) -> dict[str, str]:
     """The settings that affect the results: {dotted name: value as the command line takes it}."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{name}.")
-        elif (name == "seed" or name.startswith(_GROUPS)) and name not in _NEUTRAL:
-            flat[name] = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    return flat
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        for name, value in flatten(config).items()
+        if (name == "seed" or name.startswith(_GROUPS)) and name not in _NEUTRAL
+    }
 
 
 def _override(name: str, value: str) -> str:
