@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +24,9 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ[CACHES] + "/inductor"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+# What is imported and collected stays until the end: looking through it for garbage again and again takes seconds.
+gc.disable()
+
 SUBJECTS = ("the president", "a farmer", "the old senate", "my neighbour", "every citizen", "a young judge")
 VERBS = ("reads", "signs", "carries", "opposes", "remembers", "writes")
 OBJECTS = ("a letter", "the new law", "the map of the west", "some bread", "the long report", "a café menu")
@@ -38,6 +43,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     files = [collection_path] if collection_path.is_file() else collection_path.rglob("test_*.py")
     texts = (file.read_text(encoding="utf-8") for file in files)
     return None if any(f"mark.{mark}" in text for text in texts for mark in marks) else True
+
+
+@pytest.fixture(autouse=True)
+def own_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own global console of rich. Rich silences the console once its output was closed."""
+    if "rich" in sys.modules:
+        monkeypatch.setattr(sys.modules["rich"], "_console", None)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

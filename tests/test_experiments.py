@@ -1,5 +1,6 @@
 """Every configuration that is written down composes and runs, if only for a few steps."""
 
+import shlex
 from itertools import product
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def run(config: DictConfig, directory: Path) -> None:
 # These are others with more sizes,
 MARKS = dict.fromkeys(("lm_by_mixer_full", "mqar_by_state_size_full", "kimi_synthetics_full"), pytest.mark.long)
 # and these have many jobs or a deep model.
-SLOW = ("ablations", "learning_rates_small", "learning_rates_base", "base_preliminary")
+SLOW = ("ablations", "learning_rates_small", "learning_rates_base", "base_preliminary", "recipe_tiny")
 MARKS |= dict.fromkeys(SLOW, pytest.mark.slow)
 EXPERIMENTS = [pytest.param(name, marks=MARKS.get(name, ())) for name in names("experiment")]
 
@@ -66,17 +67,24 @@ EXPERIMENTS = [pytest.param(name, marks=MARKS.get(name, ())) for name in names("
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(experiment: str, corpus: Path, tmp_path: Path) -> None:
     """Each job of the sweep, where it is one; of those that differ in numbers alone, which are cut, the first."""
-    hydra = composed(f"experiment={experiment}", with_hydra=True).hydra
-    params = hydra.sweeper.params or {}
-    parsed = OverridesParser.create().parse_overrides([f"{name}={values}" for name, values in params.items()])
-    choices = [[*one.sweep_string_iterator()] if one.is_sweep_override() else [str(one.value())] for one in parsed]
-    choices = [values if all(map(_is_a_word, values)) else values[:1] for values in choices]
-    for number, values in enumerate(product(*choices)):
-        swept = [f"{name}={value}" for name, value in zip(params, values, strict=True)]
-        data = dict(zip(params, values)).get("data", hydra.runtime.choices.data)
+    config = composed(f"experiment={experiment}", with_hydra=True)
+    params = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
+    jobs = [job for line in config.get("sweeps", [""]) for job in _jobs([*params, *shlex.split(line)])]
+    for number, swept in enumerate(jobs):
+        data = swept.get("data", config.hydra.runtime.choices.data)
         text = ("data=files", f"data.paths=[{corpus}]", *OF_TEXT)
         cut = (*BRIEF, *OF_TASKS[data]) if data in OF_TASKS else text
-        run(composed(f"experiment={experiment}", *swept, *cut), tmp_path / str(number))
+        words = [f"{name}={value}" for name, value in swept.items()]
+        run(composed(f"experiment={experiment}", *words, *cut), tmp_path / str(number))
+
+
+def _jobs(sweep: list[str]) -> list[dict[str, str]]:
+    """The swept settings of each job; a setting that comes twice has its last values."""
+    choices: dict[str, list[str]] = {}
+    for one in OverridesParser.create().parse_overrides(sweep):
+        values = [*one.sweep_string_iterator()] if one.is_sweep_override() else [one.get_value_element_as_str()]
+        choices[one.get_key_element()] = values if all(map(_is_a_word, values)) else values[:1]
+    return [dict(zip(choices, values)) for values in product(*choices.values())]
 
 
 def _is_a_word(value: str) -> bool:

@@ -82,14 +82,19 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
 
 
 def _last_of_run(directory: Path) -> Path:
-    """Raises ValueError, naming the others, where a run directory has checkpoints and none of them is the last."""
+    """Raises ValueError, naming the other checkpoints, where none of them is the last."""
     last = directory / "checkpoints" / "last.ckpt"
     others = sorted(path.name for path in last.parent.glob("*.ckpt"))
-    if others and not last.exists():
+    if last.exists():
+        return last
+    if others:
         raise InputError(
             f"there is no checkpoint at {last}; beside it there is {', '.join(others)}: give one as ckpt=."
         )
-    return last
+    raise InputError(
+        f"there is no checkpoint at {last}, and {directory} is no exported directory that lkda reads: it has no "
+        "config.json."
+    )
 
 
 def config_of_run(trained: TrainedModel) -> dict[str, Any]:

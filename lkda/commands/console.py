@@ -38,7 +38,7 @@ def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleOption
         seed=seed,
         end_tokens=document_ends(tokenizer),
     )
-    return sample.prompt + "".join(text_pieces(tokenizer, drawn))
+    return sample.prompt + "".join(text_pieces(tokenizer, drawn, continues=bool(sample.prompt)))
 
 
 class RunConsole:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from types import ModuleType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -70,7 +72,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             if name == "train":
                 claim_gpus(config)
             # Imported here, so that --help does not wait for torch.
-            function = getattr(importlib.import_module(f"lkda.commands.{module}"), module)
+            function = getattr(_imported(f"lkda.commands.{module}"), module)
             if name == "train":
                 if not HydraConfig.get().run.dir:
                     raise InputError("hydra.run.dir is empty: give a directory, or leave it out.")
@@ -80,6 +82,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             function(config)
             return None
 
+    _replace_what_cannot_be_printed()
     with readable_errors():
         if name == "generate":
             _check_words(arguments)
@@ -95,6 +98,25 @@ def _run(name: str, arguments: Sequence[str]) -> None:
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=module)(task)()
         finally:
             sys.stdout.flush()
+
+
+def _imported(name: str) -> ModuleType:
+    """The module. The garbage collector does not search through what it imports, which takes seconds: not during the
+    import, and not later, because all of it stays until the process ends."""
+    if name in sys.modules:  # a sweep runs its jobs in one process: what they leave behind must be found
+        return sys.modules[name]
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _replace_what_cannot_be_printed() -> None:
+    """Print `?` for a character that the encoding of the output lacks, instead of failing in the middle of a text."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager

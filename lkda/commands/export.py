@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,16 @@ def export(config: DictConfig) -> Path:
     check_values(resolve(config), {"ckpt": Path, "out": Path, "format": str, "dtype": str | None})
     module = find_format(config.format)
     trained = load_trained(config.ckpt)
-    check_export(trained.model.config, format=config.format, dtype=config.dtype)
+    dtype = check_export(trained.model.config, format=config.format, dtype=config.dtype)
     out = Path(config.out)
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it would report a temporary path
     lkda.export(
         trained.model, trained.tokenizer, out, format=config.format, dtype=config.dtype, run=record_of_run(trained)
     )
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(f"{trained.path} -> {out} ({config.format})")
-    console.print("in Python:\n" + "".join(f"  {line}\n" for line in module.usage(str(out)).splitlines()))
+    usage = module.usage(str(out), dtype=dtype).splitlines()
+    console.print("in Python:\n" + "".join(f"  {line}\n" for line in usage))
     return out
 
 

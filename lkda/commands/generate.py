@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from lkda.commands.prompts_job import check_prompts_job
 from lkda.commands.text import check_text, encode_prompt
 from lkda.commands.unused_options import GENERATE, check_unused
 from lkda.device import resolve_device
-from lkda.generation.generate import Piece, pieces_of
+from lkda.generation.generate import MOST_SAMPLES, Piece, pieces_of
 from lkda.generation.text import check_stop
 from lkda.models.decoder import Sampling
 from lkda.models.generate import END, LENGTH, STOP, BatchGenerator, Request, check_sampling
@@ -42,12 +43,13 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p")}
     check_sampling(max_new_tokens=config.max_new_tokens, **sampling)
     check_count("seed", config.seed, least=0, most=MOST_SEED)
-    check_count("num_samples", config.num_samples, least=1)
+    check_count("num_samples", config.num_samples, least=1, most=MOST_SAMPLES)
     if config.batch_size is not None:
         check_count("batch_size", config.batch_size, least=1)
     if not isinstance(config.ignore_eos, bool):
         raise InputError(f"ignore_eos must be true or false, got {config.ignore_eos!r}.")
-    stop = check_stop(settings["stop"] or ())
+    settings["stop"] = _unescaped(settings["stop"])
+    stop = check_stop(() if settings["stop"] is None else settings["stop"])
     check_unused(GENERATE, settings)
     job = None if config.prompts is None else check_prompts_job(settings)
     prompts = [_prompt(config)] if job is None else job.prompts
@@ -102,6 +104,14 @@ def _show(pieces: Iterable[Piece], prompt: str, out: TextIO, *, whole: bool) -> 
     return text, [result.reason for result in results]
 
 
+def _unescaped(stop: object) -> object:
+    """Stop strings as typed, with the two characters \\n as a line break, \\t as a tab and \\\\ as a backslash. Neither
+    the shell nor Hydra does this."""
+    if isinstance(stop, str):
+        return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], stop)
+    return [_unescaped(text) for text in stop] if isinstance(stop, list) else stop
+
+
 def _prompt(config: DictConfig) -> str:
     """The prompt as it was given. A final line break is removed from a file or standard input: editors and `echo` add
     it."""
@@ -113,7 +123,7 @@ def _prompt(config: DictConfig) -> str:
     try:
         if config.prompt_file is not None:
             source = f"prompt_file {config.prompt_file}"
-            text = Path(str(config.prompt_file)).read_bytes().decode("utf-8")
+            text = Path(str(config.prompt_file)).read_bytes().decode("utf-8-sig")
         elif sys.stdin is None:
             raise InputError("there is no standard input to read the prompt from: give prompt=... or prompt_file=...")
         else:

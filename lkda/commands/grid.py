@@ -7,6 +7,8 @@ its jobs. Each job is a process of its own, whose run directory is OUT/EXPERIMEN
 The same command again skips the jobs that are done and continues those that were stopped. The longest jobs begin first.
 
 An experiment may have keys for this command, which scripts/train.py ignores:
+    sweeps      settings of scripts/train.py, several sweeps in place of one: each line is added to the experiment's
+                sweep, and takes the place of its values for the same setting
     estimate    {start: seconds until the first step, then: seconds of the commands below,
                 steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same}}
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
@@ -28,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,19 +162,33 @@ def jobs_of(experiments: Sequence[str], overrides: Sequence[str], out: Path) -> 
 
 def _combinations(experiment: str, overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     """For each job, the values of the swept settings and those of the settings that all jobs share."""
-    params = compose("train", [f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper.get("params") or {}
+    config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
+    params = config.hydra.sweeper.get("params") or {}
+    own = [f"{key}={value}" for key, value in params.items()]
+    lines = _plain(config, "sweeps", [""])
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise InputError(f"sweeps of {experiment} must be a list of lines such as 'seed=1,2 mixer=kda'; got {lines}.")
     parser = OverridesParser.create()
-    try:
-        parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *overrides])
-        combined = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-    except HydraException as error:
-        raise InputError(f"the sweep of {experiment} cannot be read: {' '.join(str(error).split())}") from error
-    swept = {*params, *(one.get_key_element() for one in parsed if one.is_sweep_override())}
+    found = []
+    for line in lines:
+        try:
+            listed = parser.parse_overrides([*own, *shlex.split(line)])
+            given = parser.parse_overrides([*overrides])
+            combined = BasicSweeper.split_arguments([*listed, *given], max_batch_size=None)[0]
+        except (HydraException, ValueError) as error:
+            raise InputError(f"the sweep of {experiment} cannot be read: {' '.join(str(error).split())}") from error
+        swept = {one.get_key_element() for one in (*listed, *(one for one in given if one.is_sweep_override()))}
+        found += [_parted(words, swept) for words in combined]
+    return found
+
+
+def _parted(words: Sequence[str], swept: Collection[str]) -> tuple[list[str], list[str]]:
+    """The overrides of the swept settings, and the others."""
 
     def is_swept(word: str) -> bool:
         return word.partition("=")[0] in swept
 
-    return [([w for w in words if is_swept(w)], [w for w in words if not is_swept(w)]) for words in combined]
+    return [word for word in words if is_swept(word)], [word for word in words if not is_swept(word)]
 
 
 def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path) -> Job:

@@ -54,6 +54,8 @@ class PromptsJob:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         if self.journal.exists():
             first, *lines = _whole_lines(self.journal) or [{}]
+            if "prompts" not in first or not all({"prompt_index", "sample_index"} <= line.keys() for line in lines):
+                raise InputError(f"{self.journal} does not hold finished texts: move it, or give another out=...")
             changed = [name for name, value in header.items() if first.get(name) != value]
             if changed:
                 raise InputError(
@@ -103,7 +105,8 @@ def _read_prompts(path: Path) -> list[str]:
         raise InputError(f"prompts must be a .txt file (a prompt per line) or a .jsonl file, got {path}.")
     try:
         # Not splitlines: a text may hold other line separators, such as U+2028.
-        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
+        # The byte order mark with which some editors begin a file is no part of the first prompt.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise InputError(f"cannot read prompts={path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -119,7 +122,7 @@ def _read_prompts(path: Path) -> list[str]:
 def _prompt_of(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: very many nested brackets
         raise InputError(f"line {number} of prompts={path} is not JSON: {error}.") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise InputError(f'line {number} of prompts={path} must be {{"prompt": "..."}}, got {line[:80]}.')
@@ -135,11 +138,14 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _whole_lines(journal: Path) -> list[dict[str, Any]]:
-    """The lines of a journal, without a last one that was cut off."""
-    found = []
+    """The objects in the lines of a journal, up to one that was cut off or is no object."""
+    found: list[dict[str, Any]] = []
     for line in journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict):
+            break
+        found.append(record)
     return found

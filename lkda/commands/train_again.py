@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -13,13 +13,14 @@ from omegaconf import OmegaConf
 
 from lkda.commands.overrides import override
 from lkda.commands.shipped import CONFIGS
+from lkda.report.read.settings import GRID_KEYS, flatten
 
 # The groups of configs/ with the setting that names the choice.
 _CHOICES = {"mixer": "mixer.name", "model": "model.name", "data": "data.source"}
 _CHOICES |= {"optimizer": "optimizer.name", "scheduler": "scheduler.name"}
 # What does not change the weights, or is a file of the machine that the run was on.
 _OTHERS = (
-    *("checkpoint.", "sample.", "logger.", "callbacks.", "resume", "debug", "experiment", "jobs_per_gpu"),
+    *("checkpoint.", "sample.", "logger.", "callbacks.", "resume", "debug", "experiment", *GRID_KEYS),
     *("data._target_", "data.cache_dir", "data.seed", "data.directory", "data.num_workers", "data.pin_memory"),
 )
 _OF_TRAINER = ("max_steps", "max_tokens", "precision", "accumulate_grad_batches", "gradient_clip_val")
@@ -31,7 +32,7 @@ def train_again(config: Mapping[str, Any]) -> str:
     Args:
         config: the content of a run's config.yaml.
     """
-    found = _flat(config)
+    found = flatten(config)
     module = str(found.get("data._target_")).split(".")[-2:][0]  # of a synthetic task, whose data has no source
     names = {group: found.get(name) for group, name in _CHOICES.items()}
     names["data"] = names["data"] or module
@@ -59,13 +60,7 @@ def _defaults(chosen: tuple[str, ...]) -> dict[str, Any]:
     GlobalHydra.instance().clear()  # the configuration of scripts/compare.py is composed already
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=list(chosen))
-    return _flat(OmegaConf.to_container(config, resolve=True))
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, Mapping):
-        return {prefix.removesuffix("."): config}
-    return {key: value for name, inner in config.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
+    return flatten(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
 
 
 def _word(key: str, value: Any) -> str:

@@ -5,7 +5,7 @@ A module defines
     DTYPES                                    the dtypes that weights can be written in, the default first
     unsupported_feature(config) -> str | None a feature of the model that the format lacks, in words
     save(directory, model, tokenizer, *, dtype)
-    usage(directory) -> str                   Python code that loads the model, for the model card
+    usage(directory, *, dtype) -> str         Python code that loads the model, for the model card
     MODEL_TYPES                               the model types of config.json that it can read, with
     load(config, directory, *, backend) -> (model, tokenizer)
 `lkda.formats.common` holds what several formats use.
@@ -102,7 +102,9 @@ def save(
         raise InputError(f"cannot write the directory {directory}: {error.strerror}.") from error
     try:
         module.save(unfinished, model, tokenizer, dtype=dtype)
-        card = model_card(directory.name, model, usage=module.usage(directory.name), dtype=dtype, run=run or {})
+        card = model_card(
+            directory.name, model, usage=module.usage(directory.name, dtype=dtype), dtype=dtype, run=run or {}
+        )
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         unfinished.chmod(0o755)  # mkdtemp makes it readable for its owner only
         os.replace(unfinished, directory)  # replaces an empty directory

@@ -96,8 +96,8 @@ def stored_as(name: str) -> str:
     return renamed(name, _NAMES)
 
 
-def usage(directory: str) -> str:
-    """Python code that loads the model."""
+def usage(directory: str, *, dtype: str) -> str:
+    """Python code that loads the model, whose weights were written in `dtype`."""
     return (
         "import fla  # flash-linear-attention; a CUDA GPU\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -99,11 +99,11 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: 
     writer.close()
 
 
-def usage(directory: str) -> str:
-    """Python code that loads the model."""
+def usage(directory: str, *, dtype: str) -> str:
+    """Python code that loads the model, whose weights were written in `dtype`."""
     return (
         "from llama_cpp import Llama\n\n"
-        f"model = Llama({directory + '/model-f32.gguf'!r})  # or model-f16.gguf, model-q8_0.gguf\n"
+        f"model = Llama({f'{directory}/model-{dtype}.gguf'!r})\n"
         'print(model("The people of the United States", max_tokens=50)["choices"][0]["text"])'
     )
 

@@ -86,7 +86,12 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
         prefix = stored_as(f"blocks.{last}.")
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
         made["num_layers"] = last
-        made["mixer"] = {**made["mixer"], "pattern": made["mixer"]["pattern"][:last]}
+        pattern = made["mixer"]["pattern"][:last]
+        made["mixer"] = {**made["mixer"], "pattern": pattern, "name": "_".join(dict.fromkeys(pattern))}
+    if "kda" in layer_names(made) and made["norm_eps"] != kimi.NORM_EPS:
+        raise InputError(
+            f"config.json of {directory}: KDA here has rms_norm_eps {kimi.NORM_EPS}, not {made['norm_eps']}."
+        )
     model = build_with_weights(made, weights, source=directory, backend=backend, stored_as=stored_as)
     scale = config.get("lkda_latent_scale", 1.0)
     if not isinstance(scale, float) or not scale > 0:
@@ -100,8 +105,8 @@ def stored_as(name: str) -> str:
     return renamed(name, _NAMES)
 
 
-def usage(directory: str) -> str:
-    """Python code that loads the model."""
+def usage(directory: str, *, dtype: str) -> str:
+    """Python code that loads the model, whose weights were written in `dtype`."""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained({directory!r}, dtype="auto")\n'

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from lkda.checks import InputError
 from lkda.formats.common.building import build_with_weights
+from lkda.formats.common.layers import layer_names, options_of
 from lkda.formats.common.reading import read_tokenizer, read_weights
 from lkda.formats.common.writing import DTYPES, weights_of, write_json, write_tokenizer_json, write_weights
 from lkda.models.lm import LanguageModel
@@ -27,8 +28,16 @@ def unsupported_feature(config: Mapping[str, Any]) -> str | None:
 
 
 def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, *, dtype: str) -> None:
-    """Writes the three files, without the backend, which belongs to the machine and not to the model."""
+    """Writes the three files, without the backend, which belongs to the machine and not to the model.
+
+    Where options of a mixer are given, all of them are written: `load` takes a missing one for an older version's.
+    """
     config = {key: value for key, value in model.config.items() if key != "backend"}
+    config["mixer"] = dict(config["mixer"])
+    for name in dict.fromkeys(layer_names(config)):
+        if config["mixer"].get(name):
+            options = options_of(config, name).items()
+            config["mixer"][name] = {key: value for key, value in options if key != "backend"}
     weights = weights_of(model)
     if config["tie_embeddings"]:
         del weights["lm_head.weight"]  # the same tensor as embed_tokens.weight; safetensors stores no aliases
@@ -51,6 +60,6 @@ def load(config: Mapping[str, Any], directory: Path, *, backend: str) -> tuple[L
     return model, read_tokenizer(directory)
 
 
-def usage(directory: str) -> str:
-    """Python code that loads the model."""
+def usage(directory: str, *, dtype: str) -> str:
+    """Python code that loads the model, whose weights were written in `dtype`."""
     return f"import lkda\n\nmodel, tokenizer = lkda.load({directory!r})  # model(tokens [B, T]) -> logits [B, T, vocab]"

@@ -9,11 +9,14 @@ from typing import overload
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError, check_count
-from lkda.generation.text import GrowingText, check_stop, encode_prompt
+from lkda.generation.text import GrowingText, check_stop, check_tokenizer, encode_prompt
 from lkda.models.decoder import Sampling
 from lkda.models.generate import STOP, BatchGenerator, Request
 from lkda.models.lm import LanguageModel
 from lkda.special_tokens import document_ends
+
+# A larger number of samples is taken for a typing mistake. A list of all texts is made before the first one.
+MOST_SAMPLES = 10**6
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def generate(
         top_k: sample from the top_k likeliest tokens; None: from all.
         top_p: in (0, 1]; sample from the smallest set of likeliest tokens that has this share of the probability.
         min_p: in [0, 1]; sample from the tokens at least min_p times as likely as the likeliest.
-        num_samples: texts per prompt.
+        num_samples: texts per prompt, at most 1,000,000.
         stop: a text, or several, that ends a text and is not part of it.
         seed: of the sampling.
         ignore_eos: whether to continue past the end of a document.
@@ -155,8 +158,9 @@ def stream(
     batch_size: int | None = None,
 ) -> Iterator[Piece]:
     """As `generate`, but yields the pieces of the texts as soon as they are sampled. Arguments are checked at once."""
+    check_tokenizer(tokenizer)
     texts = check_prompts(prompts)
-    check_count("num_samples", num_samples, least=1)
+    check_count("num_samples", num_samples, least=1, most=MOST_SAMPLES)
     strings = check_stop(stop)
     if not isinstance(ignore_eos, bool):
         raise InputError(f"ignore_eos must be true or false, got {ignore_eos!r}.")
@@ -186,7 +190,7 @@ def pieces_of(
     for request, token in batch:
         key = (request.prompt_index, request.sample_index)
         if key not in growing:
-            growing[key] = GrowingText(tokenizer, stop)
+            growing[key] = GrowingText(tokenizer, stop, continues=bool(texts[key[0]]))
         if token is not None:
             yield Piece(*key, growing[key].add(token))
             if growing[key].stopped:

@@ -11,14 +11,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lkda.checks import InputError
+from lkda.checks import InputError, refusing_damage
 from lkda.data.text.tokenizer import document_start, encode_text
 from lkda.generation.generate import Generated
-from lkda.generation.text import GrowingText, check_stop
+from lkda.generation.text import GrowingText, check_stop, check_tokenizer, check_unicode
 from lkda.io import check_output_file, replacing
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import prepare_decoding
-from lkda.models.generate import END, LENGTH, STOP, check_sampling, check_seed
+from lkda.models.generate import END, LENGTH, STOP, check_prompt, check_sampling, check_seed, check_states_fit
 from lkda.models.lm import LanguageModel
 from lkda.ops.sampling.reference import draw_key
 from lkda.special_tokens import document_ends
@@ -44,6 +44,7 @@ class Session:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        check_tokenizer(tokenizer)
         self.tokens: list[int] = []
         self._model, self._tokenizer = prepare_decoding(model), tokenizer
         self._name_of_model = fingerprint(model)
@@ -64,12 +65,16 @@ class Session:
     def read(self, text: str) -> None:
         """Read a text, after what was read and generated. The first one begins a document.
 
-        Raises: ValueError if `text` is not text.
+        Raises: ValueError if `text` is not text, UTF-8 cannot encode it, or the model lacks one of its tokens.
         """
         if not isinstance(text, str):
             raise InputError(f"Session.read: text must be text, got {text!r}.")
+        check_unicode("Session.read: the text", text)
         start = document_start(self._tokenizer) if not self.tokens else None
-        self._read([*([] if start is None else [start]), *encode_text(self._tokenizer, text)])
+        tokens = [*([] if start is None else [start]), *encode_text(self._tokenizer, text)]
+        if tokens:
+            check_prompt(tokens, self._model.embed_tokens.num_embeddings)
+        self._read(tokens)
 
     def stream(
         self,
@@ -82,12 +87,12 @@ class Session:
         stop: str | Sequence[str] = (),
         seed: int = 0,
     ) -> Iterator[str]:
-        """As `generate`, but yields the text in pieces."""
-        for piece, _ in self._pieces(
-            max_new_tokens, Sampling(temperature, top_k, top_p, min_p), check_stop(stop), seed
-        ):
-            if piece:
-                yield piece
+        """As `generate`, but yields the text in pieces. Arguments are checked at once.
+
+        Until the stream has ended or is closed, nothing else may be read or generated; a `clone` may.
+        """
+        pieces = self._pieces(max_new_tokens, Sampling(temperature, top_k, top_p, min_p), check_stop(stop), seed)
+        return (piece for piece, _ in pieces if piece)
 
     def generate(
         self,
@@ -151,25 +156,44 @@ class Session:
         """
         content = _read_file(Path(path))
         session = cls(model, tokenizer)
-        _check_same_model(path, content["model"], session._name_of_model)
-        length = content["length"]
-        session.tokens, session._unread = content["tokens"], content["unread"]
-        device = session._decoder.device
-        session._logits = None if content["logits"] is None else content["logits"].to(device)
-        session._decoder = Decoder(session._model, 1, _room(length), Sampling())
-        session._fill(session._decoder, content["state"], length)
+        with refusing_damage(path):
+            _check_same_model(path, content["model"], session._name_of_model)
+            session._restore(content)
         return session
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        """Take over what `save` wrote. Raises what Python raises for a value of a wrong kind, if it is damaged."""
+        tokens, unread, length, logits = (content[name] for name in ("tokens", "unread", "length", "logits"))
+        vocabulary = self._model.embed_tokens.num_embeddings
+        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in tokens):
+            raise ValueError(f"the tokens are not all from 0 to {vocabulary - 1}")
+        if unread != tokens[len(tokens) - len(unread) :] or length != len(tokens) - len(unread):
+            raise ValueError(f"{len(tokens)} tokens, {len(unread)} unread and {length} read do not fit together")
+        if (logits is None) != (not tokens) or (tokens and logits.shape != (1, vocabulary)):
+            raise ValueError("the logits do not fit the vocabulary")
+        self.tokens, self._unread = tokens, unread
+        self._logits = None if logits is None else logits.to(self._decoder.device)
+        self._decoder = Decoder(self._model, 1, _room(length), Sampling())
+        self._fill(self._decoder, content["state"], length)
 
     def _pieces(
         self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], seed: int
     ) -> Iterator[tuple[str, Generated | None]]:
-        """Pieces of the text; the last one comes with the whole."""
+        """Pieces of the text; the last one comes with the whole. Arguments are checked at once."""
         check_sampling(max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0)
         check_seed("Session.generate", seed)
         if not self.tokens:
             raise InputError("Session.generate: the session is empty; read a text first.")
+        if max_new_tokens:
+            check_states_fit(self._model, rows=1, tokens=len(self.tokens) + max_new_tokens)
+        return self._continued(max_new_tokens, sampling, stop, seed)
+
+    def _continued(
+        self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], seed: int
+    ) -> Iterator[tuple[str, Generated | None]]:
         self._read([])
-        text, ends, reason = GrowingText(self._tokenizer, stop), document_ends(self._tokenizer), LENGTH
+        text = GrowingText(self._tokenizer, stop, continues=self.tokens != [document_start(self._tokenizer)])
+        ends, reason = document_ends(self._tokenizer), LENGTH
         for token in self._sampled(max_new_tokens, sampling, seed):
             if token in ends:
                 reason = END
@@ -207,20 +231,25 @@ class Session:
             if token < 0:
                 raise InputError("Session.generate: the model's logits are not finite numbers.")
             yield token
+            if len(self.tokens) != position + count - left + 1:
+                raise InputError(
+                    "Session.stream: the session has read or generated something else since the last piece."
+                )
             self._unread = self._unread if left == 1 else []
             if left > 1:
                 decoder.step()
 
     def _read(self, tokens: Sequence[int]) -> None:
-        self.tokens.extend(tokens)
         unread = [*self._unread, *tokens]
         if unread:
             self._reserve(self._decoder.lengths[0] + len(unread))
+            self.tokens.extend(tokens)
             self._logits, self._unread = self._decoder.read(unread), []
 
     def _reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in growing caches."""
         if not self.constant and tokens > self._decoder.max_tokens:
+            check_states_fit(self._model, rows=1, tokens=tokens)
             self._decoder = self._decoder_of(_room(tokens))
 
     def _decoder_of(self, max_tokens: int, sampling: Sampling | None = None) -> Decoder:
@@ -237,6 +266,8 @@ class Session:
         into = decoder.state if self.constant else self._model.cut_state(decoder.state, max(1, length))
         for own, given in zip(into, state, strict=True):
             for part, new in zip(own, given, strict=True):
+                if part.shape != new.shape or part.dtype != new.dtype:
+                    raise ValueError(f"a state of {list(new.shape)} stands for one of {list(part.shape)}")
                 part.copy_(new)
         decoder.lengths[0] = length
 

@@ -12,22 +12,44 @@ from torch import Tensor
 from lkda.checks import InputError
 from lkda.data.text.tokenizer import document_start, encode_text
 
+WORD = "a"
+
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
     """[1, T] int64: the token that begins a document, if the tokenizer has one, followed by the tokens of the prompt.
 
-    Raises: InputError for an empty prompt if no token begins a document, because there is nothing to continue.
+    Raises: InputError for text that UTF-8 cannot encode, and for an empty prompt if no token begins a document, because
+        there is nothing to continue.
     """
+    check_unicode("the prompt", prompt)
     start = document_start(tokenizer)
     tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
     if not tokens:
-        raise InputError("the prompt is empty, and the tokenizer has no token that begins a document: give a prompt.")
+        found = "the tokenizer knows no character of the prompt" if prompt else "the prompt is empty"
+        raise InputError(f"{found}, and the tokenizer has no token that begins a document: give another prompt.")
     return torch.tensor([tokens])
 
 
-def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+def check_tokenizer(tokenizer: object) -> None:
+    """Raises InputError unless it is a tokenizer of the package tokenizers."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise InputError(
+            f"tokenizer must be a tokenizers.Tokenizer, as lkda.load returns, got {type(tokenizer).__name__}; a fast "
+            "tokenizer of transformers has one as backend_tokenizer."
+        )
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raises InputError, naming the text, if UTF-8 cannot encode it because it has a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not UTF-8: {error}.") from error
+
+
+def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int], *, continues: bool = False) -> Iterator[str]:
     """The text of `tokens`, yielded in pieces as soon as their characters are complete, as `GrowingText` has it."""
-    text = GrowingText(tokenizer)
+    text = GrowingText(tokenizer, continues=continues)
     for token in tokens:
         piece = text.add(token)
         if piece:
@@ -53,6 +75,8 @@ class GrowingText:
 
     Args:
         stop: strings that end the text. They are not part of it.
+        continues: whether another text stands before it. The decoders of some tokenizers (those of SentencePiece) drop
+            the space before the first word of what they decode.
 
     Attributes:
         tokens: all tokens, those of a stop string included.
@@ -60,13 +84,18 @@ class GrowingText:
         stopped: whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, continues: bool = False) -> None:
         self.tokens: list[int] = []
         self.text = ""
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._decoded, self._held = "", ""
+        self._held = ""
+        # What is decoded before the text; a word of any text does.
+        self._before = encode_text(tokenizer, WORD) if continues else []
+        for token in self._before:
+            self._stream.step(tokenizer, token)
+        self._decoded = tokenizer.decode(self._before)
 
     def add(self, token: int) -> str:
         """The text that is new with this token; it may be empty."""
@@ -79,7 +108,7 @@ class GrowingText:
         """The rest of the text. An incomplete character at the end is U+FFFD."""
         if self.stopped:
             return ""
-        new = self._found(self._tokenizer.decode(self.tokens)[len(self._decoded) :])
+        new = self._found(self._tokenizer.decode([*self._before, *self.tokens])[len(self._decoded) :])
         if not self.stopped:
             self.text += self._held
             new, self._held = new + self._held, ""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError, check_count
+from lkda.device import physical_memory
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.lm import LanguageModel
 from lkda.ops.sampling.op import check_sampling as check_sampling_values
@@ -76,12 +77,15 @@ class BatchGenerator:
         check_count("generate: max_new_tokens", max_new_tokens, least=0)
         check_seed("generate", seed)
         for request in requests:
-            _check_prompt(request.prompt, model.embed_tokens.num_embeddings)
+            check_prompt(request.prompt, model.embed_tokens.num_embeddings)
         if batch_size is not None:
             check_count("generate: batch_size", batch_size, least=1)
         self.model, self.requests, self.sampling, self.seed = model, requests, sampling, seed
         self.max_new_tokens, self.end_tokens, self.batch_size = max_new_tokens, frozenset(end_tokens), batch_size
         self.decoder: Decoder | None = None
+        self._max_tokens = max((len(request.prompt) for request in requests), default=0) + max_new_tokens
+        self._rows = self._number_of_rows() if requests else 0
+        check_states_fit(model, rows=self._rows, tokens=self._max_tokens)
 
     def __iter__(self) -> Iterator[tuple[Request, int | None]]:
         waiting = deque(self.requests)
@@ -92,11 +96,10 @@ class BatchGenerator:
             return
         if not waiting:
             return
-        longest = max(len(request.prompt) for request in waiting)
-        rows: list[Request | None] = [None] * self._rows(longest + self.max_new_tokens)
+        rows: list[Request | None] = [None] * self._rows
         device = self.model.embed_tokens.weight.device
         strides = STEPS_PER_READ if device.type == "cuda" else 1
-        self.decoder = decoder = Decoder(self.model, len(rows), longest + self.max_new_tokens, self.sampling)
+        self.decoder = decoder = Decoder(self.model, len(rows), self._max_tokens, self.sampling)
         history = torch.zeros(strides, len(rows), dtype=torch.int64, device=device)
         while True:
             fresh = self._admit(rows, waiting, decoder)
@@ -118,12 +121,12 @@ class BatchGenerator:
                 if rows[row] is None:
                     decoder.release(row)
 
-    def _rows(self, max_tokens: int) -> int:
+    def _number_of_rows(self) -> int:
         weight = self.model.embed_tokens.weight
         rows = self.batch_size or (MOST_ROWS if weight.is_cuda else 1)
         if weight.is_cuda and self.batch_size is None:
             free, _ = torch.cuda.mem_get_info(weight.device)
-            rows = min(rows, max(1, int(STATE_SHARE * free / max(1, self.model.state_bytes(max_tokens)))))
+            rows = min(rows, max(1, int(STATE_SHARE * free / max(1, self.model.state_bytes(self._max_tokens)))))
         return min(rows, len(self.requests))
 
     def _admit(self, rows: list[Request | None], waiting: deque[Request], decoder: Decoder) -> list[int]:
@@ -208,13 +211,28 @@ def check_sampling(
     check_sampling_values(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
 
+def check_states_fit(model: LanguageModel, *, rows: int, tokens: int) -> None:
+    """Raises InputError if the states of `rows` texts of up to `tokens` tokens need more memory than the device has.
+    Growing caches are allocated for all tokens when a text begins."""
+    device = model.embed_tokens.weight.device
+    has = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else physical_memory()
+    needed = rows * model.state_bytes(tokens)
+    if needed > has:
+        raise InputError(
+            f"generate: a batch of {rows:,} with up to {tokens:,} tokens per text (prompt and max_new_tokens) needs "
+            f"{needed:,} bytes of state, and the {device.type} has {has:,} of memory: give a smaller max_new_tokens or "
+            "batch_size."
+        )
+
+
 def check_seed(fn: str, seed: object) -> None:
     """Raises ValueError unless it is a whole number. `fn` is the function that was called, for the message."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"{fn}: seed must be a whole number, got {seed!r}.")
 
 
-def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raises InputError for a prompt without tokens, or with tokens that the model does not have."""
     if not prompt:
         raise InputError("generate: the prompt is empty; it must have at least one token.")
     if min(prompt) < 0 or max(prompt) >= vocab_size:

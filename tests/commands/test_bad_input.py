@@ -205,7 +205,7 @@ CHECKPOINT = [
     ("ckpt={tmp}/foreign.ckpt", r"foreign.ckpt is not a checkpoint of lkda"),
     ("ckpt={tmp}/other.ckpt", r"other.ckpt holds the weights of another model: blocks.0.* is .*, expected "),
     ("ckpt={tmp}/no_last", r"no checkpoint at .*last.ckpt; beside it there is best.ckpt: give one as ckpt="),
-    ("ckpt={tmp}", r"there is no checkpoint at .*checkpoints/last.ckpt"),
+    ("ckpt={tmp}", r"there is no checkpoint at .*checkpoints/last.ckpt, and .* is no exported directory"),
 ]
 
 GENERATE = [

@@ -21,8 +21,8 @@ DATA = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
 MEASURES = "needle"
 # data=hub with the names of data sets; tests/commands/test_hub.py trains on them.
 RECIPES = ("fineweb_edu", "tinystories")
-# Tokenizing 12 MB takes a quarter of a minute.
-SLOW = "sotu"
+# Tokenizing 12 MB takes a quarter of a minute. The documentation's `python scripts/train.py debug=fast` does it in CI.
+LONG = "sotu"
 
 
 def required(name: str, corpus: Path, directory: Path) -> list[str]:
@@ -50,7 +50,7 @@ def required(name: str, corpus: Path, directory: Path) -> list[str]:
 
 
 CHOICES = [
-    pytest.param(name, marks=pytest.mark.slow) if name == SLOW else name
+    pytest.param(name, marks=pytest.mark.long) if name == LONG else name
     for name in DATA
     if name not in (MEASURES, *RECIPES)
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shlex
@@ -16,11 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+import lkda
 from lkda.commands.compare import _find
 from lkda.commands.console import resume_command
-from lkda.commands.entry_point import COMMANDS, main
+from lkda.commands.entry_point import COMMANDS, _imported, main
 from lkda.commands.run_directory import RunDirectory
 from tests.commands.small import ROOT, small_run
+from tests.generation.test_generate import byte_tokenizer, model_of
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -51,6 +54,16 @@ def test_it_lists_the_commands(
 def test_an_unknown_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(monkeypatch, "trian") == 2
     assert capsys.readouterr().err.startswith("error: lkda has no command 'trian'. Did you mean train? It has train,")
+
+
+def test_what_the_output_cannot_encode_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lkda.export(model_of(["kda"]), byte_tokenizer(), tmp_path / "exported")
+    (tmp_path / "prompt.txt").write_text("naïve", encoding="utf-8")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    words = [f"ckpt={tmp_path}/exported", f"prompt_file={tmp_path}/prompt.txt", "max_new_tokens=0", "accelerator=cpu"]
+    assert typed(monkeypatch, "generate", *words) == 0
+    assert printed.getvalue() == b"na?ve\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -209,3 +222,18 @@ def test_a_full_disk_below_standard_output_is_one_line(
         assert typed(monkeypatch, "train", "--cfg", "job") == 2
         monkeypatch.undo()
     assert capfd.readouterr().err == "error: cannot print: No space left on device.\n"
+
+
+def test_imports_are_not_searched_for_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "import gc\ncollects = gc.isenabled()\nkept = [[] for _ in range(1000)]\n"
+    (tmp_path / "many_objects.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = gc.get_freeze_count()
+    module = _imported("many_objects")
+    assert not module.collects
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + 1000
+    frozen = gc.get_freeze_count()
+    assert _imported("many_objects") is module
+    assert gc.get_freeze_count() == frozen, "what a job of a sweep leaves behind must be found"
+    del sys.modules["many_objects"]

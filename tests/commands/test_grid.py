@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -22,6 +23,56 @@ def test_a_job_for_each_combination(tmp_path: Path) -> None:
         *("experiment=ablations", "mixer={num_heads:4,kda:{gate:head}}", "seed=2", "trainer.max_steps=568")
     }
     assert jobs[0].seconds() == pytest.approx(25 + 568 / 28.4)
+
+
+@pytest.fixture
+def several_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experiment `several`, of three sweeps, is the only one."""
+    shutil.copytree(grid.CONFIGS, tmp_path / "configs")
+    shutil.rmtree(tmp_path / "configs" / "experiment")
+    (tmp_path / "configs" / "experiment").mkdir()
+    (tmp_path / "configs" / "experiment" / "several.yaml").write_text(SEVERAL)
+    monkeypatch.setattr(grid, "CONFIGS", tmp_path / "configs")
+
+
+SEVERAL = """# @package _global_
+hydra: {mode: MULTIRUN, sweeper: {params: {mixer: "kda,softmax"}}}
+sweeps: ["", "optimizer.betas=[0.9,0.99] model.embed_norm=false", "mixer=softmax mixer.softmax.qk_norm=true,false"]
+"""
+
+
+@pytest.mark.usefixtures("several_sweeps")
+def test_each_line_of_several_sweeps_is_added_to_the_sweep(tmp_path: Path) -> None:
+    jobs = jobs_of(["several"], ["seed=4", "trainer.max_steps=5"], tmp_path)
+    assert [job.name for job in jobs] == [
+        *("several/mixer=kda", "several/mixer=softmax"),
+        *(
+            "several/mixer=kda_betas=_0.9_0.99_embed_norm=False",
+            "several/mixer=softmax_betas=_0.9_0.99_embed_norm=False",
+        ),
+        *("several/mixer=softmax_qk_norm=True", "several/mixer=softmax_qk_norm=False"),
+    ]
+    given = {"experiment=several", "seed=4", "trainer.max_steps=5"}
+    assert set(jobs[0].overrides) == given | {"mixer=kda"}
+    assert set(jobs[3].overrides) == given | {"mixer=softmax", "optimizer.betas=[0.9,0.99]", "model.embed_norm=False"}
+    assert set(jobs[5].overrides) == given | {"mixer=softmax", "mixer.softmax.qk_norm=False"}
+
+
+@pytest.mark.usefixtures("several_sweeps")
+@pytest.mark.parametrize(
+    ("sweeps", "message"),
+    [
+        ("[seed=1, seed=1]", "two jobs would have the run directory several/seed=1"),
+        ('["sample.prompt=\'a"]', "the sweep of several cannot be read"),
+        ('["seed=[1"]', "the sweep of several cannot be read"),
+        ("[no_such=1]", "no_such=1 mixer=kda cannot be composed"),
+        ("{mixer: kda}", "sweeps of several must be a list of lines .*; got {'mixer': 'kda'}"),
+    ],
+)
+def test_bad_sweeps(sweeps: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "configs" / "experiment" / "several.yaml").write_text(f"# @package _global_\nsweeps: {sweeps}\n")
+    with pytest.raises(InputError, match=message):
+        jobs_of(["several"], ["mixer=kda"], tmp_path)
 
 
 def test_a_stopped_run_takes_less(tmp_path: Path) -> None:
@@ -122,21 +173,27 @@ def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:
     assert [row[:2] for row in table(jobs)[1]] == [["a", "done"]]
 
 
-@pytest.mark.slow
-def test_real_runs(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are trained, stopped, continued, exported and measured; only the results are kept."""
+# Each job is three processes that import torch; the tests above run several jobs side by side.
+MIXERS = [pytest.param("softmax", marks=pytest.mark.slow), pytest.param("kda,softmax", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("mixers", MIXERS)
+def test_real_runs(mixers: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are trained, exported and measured; only the results are kept."""
     then = "then=['export ckpt={run} out={run}/exported','evaluate ckpt={run} out={run}/val.json']"
-    settings = small_run(corpus, "mixer=kda,softmax", "seed=1", "trainer.max_steps=40", then)
+    settings = small_run(corpus, f"mixer={mixers}", "seed=1", "trainer.max_steps=40", then)
     words = ["lm_by_mixer_full", *settings, "--out", str(tmp_path), "--per-gpu", "2", "--slowdown", "1"]
     with pytest.raises(SystemExit) as ending:
         main([*words, "--deadline", "400"])
     assert ending.value.code == 0
     said = capsys.readouterr().out
     assert re.search(r"lm_by_mixer_full/mixer=softmax_seed=1 +done +40", said), said
-    run = tmp_path / "lm_by_mixer_full" / "mixer=kda_seed=1"
-    assert (run / "val.json").is_file()
-    assert not (run / "checkpoints").exists()
-    assert list((run / "exported").iterdir()) == []
+    names = mixers.split(",")
+    for name in names:
+        run = tmp_path / "lm_by_mixer_full" / f"mixer={name}_seed=1"
+        assert (run / "val.json").is_file()
+        assert not (run / "checkpoints").exists()
+        assert list((run / "exported").iterdir()) == []
     with pytest.raises(SystemExit):
         main(words)
-    assert "0 of 2 jobs are to be done" in capsys.readouterr().out
+    assert f"0 of {len(names)} jobs are to be done" in capsys.readouterr().out

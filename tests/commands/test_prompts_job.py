@@ -91,11 +91,15 @@ def test_prompts_as_json(exported: Path) -> None:
         ('{"prompt": "a"}\n{"prompt"', [], "line 2 of prompts=.* is not JSON"),
         ('{"text": "a"}', [], "line 1 of prompts=.* must be"),
         ("\n", [], "holds no prompt"),
+        ("[" * 100_000, [], "line 1 of prompts=.* is not JSON"),
+        ('{"prompt": "a"}', ["stop=''"], "stop must be a text that is not empty"),
+        ('{"prompt": "a"}', ["stop=0"], "stop must be a text that is not empty"),
         ('{"prompt": "a"}', ["out=a.txt"], "out must be a .jsonl file"),
         ('{"prompt": "a"}', ["prompt=b"], "give either prompts=... or prompt="),
         ('{"prompt": "a"}', ["prompts=none.jsonl"], "cannot read prompts=none.jsonl: No such file"),
         ('{"prompt": "a"}', ["prompts=a.csv"], "prompts must be a .txt file"),
         ('{"prompt": "a"}', ["state_dtype=int4"], "state_dtype"),
+        ('{"prompt": "a"}', ["num_samples=1000000000"], "num_samples must be at most 1000000"),
         ('{"prompt": "a"}', ["num_samples=0"], "num_samples must be a whole number of 1 or more"),
     ],
 )
@@ -104,6 +108,39 @@ def test_bad_files_are_one_line(exported: Path, content: str, overrides: list[st
     source.write_text(content)
     with pytest.raises(ValueError, match=message):
         run(exported, *(overrides if any("prompts=" in x for x in overrides) else [f"prompts={source}", *overrides]))
+
+
+@pytest.mark.parametrize("content", ["[]\n", "", '{"prompts": ""}\n{"text": "x"}\n', "words\n"])
+def test_a_file_that_is_no_journal_is_kept(exported: Path, content: str) -> None:
+    journal = exported.parent / "out.jsonl.part"
+    journal.write_text(content)
+    with pytest.raises(ValueError, match=r"out.jsonl.part does not hold finished texts: move it"):
+        run(exported)
+    assert journal.read_text() == content
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(exported: Path) -> None:
+    source = exported.parent / "prompts.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "ab"}\n')
+    run(exported, f"prompts={source}", "num_samples=1")
+    assert [line["prompt"] for line in lines(exported.parent / "out.jsonl")] == ["ab"]
+
+
+def test_a_stop_text_has_escapes(exported: Path) -> None:
+    # Hydra and the shell leave the two signs \\n as they are.
+    run(exported, 'stop=["\\n","b\\t"]', "max_new_tokens=300", "temperature=1.5", "num_samples=8", "ignore_eos=true")
+    found = lines(exported.parent / "out.jsonl")
+    assert not any("\n" in line["text"] for line in found)
+    assert {line["reason"] for line in found} >= {"stop"}
+    run(
+        exported,
+        "stop='\\\\n'",
+        f"out={exported.parent}/other.jsonl",
+        "max_new_tokens=300",
+        "temperature=1.5",
+        "num_samples=8",
+    )
+    assert any("\n" in line["text"] for line in lines(exported.parent / "other.jsonl"))
 
 
 def test_samples_of_one_prompt_are_whole_texts(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

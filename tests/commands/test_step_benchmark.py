@@ -109,14 +109,18 @@ def test_a_row_has_a_time_limit(tmp_path: Path) -> None:
     assert row["reason"].startswith("not measured within time_limit=0.2 seconds; the log is ")
 
 
-@pytest.mark.slow
-def test_a_whole_benchmark_in_processes_of_its_own(tmp_path: Path) -> None:
+# Each mixer is two processes that import torch, one of them with cold caches.
+MIXERS = [pytest.param(["kda"], marks=pytest.mark.slow), pytest.param(["kda", "simplified"], marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("mixers", MIXERS)
+def test_a_whole_benchmark_in_processes_of_its_own(mixers: list[str], tmp_path: Path) -> None:
     overrides = f"overrides=[{','.join(repr(word) for word in TINY)}]"
     options = ("task=step", "device=cpu", "models=[tiny]", "shapes=[2x16]", "vocab_size=60", "compile=false")
-    more = ("mixers=[kda,simplified]", "steps=10", "cold=true", "bare=false", overrides, f"out={tmp_path}")
+    more = (f"mixers=[{','.join(mixers)}]", "steps=10", "cold=true", "bare=false", overrides, f"out={tmp_path}")
     benchmark(composed("benchmark", *options, *more))
     rows = json.loads((tmp_path / "step_benchmark.json").read_text())["rows"]
-    assert [row["mixer"] for row in rows] == ["kda", "simplified"]
+    assert [row["mixer"] for row in rows] == mixers
     assert all(row["tokens_per_s"] > 0 and row["cold_first_step_s"] > 0 and row["imports_s"] > 1 for row in rows)
     assert {path.name for path in tmp_path.glob("*.*")} == {
         *("step_benchmark.json", "table.json", "table.md", "tokens_per_s.png", "step_time.png")

@@ -28,6 +28,7 @@ def test_kimi_linear(dtype: str, tmp_path: Path) -> None:
     ours = model(HYBRID, head_dim=32)
     lkda.export(ours, tokenizer(), tmp_path / "out", format="gguf", dtype=dtype)
     found, tensors = read(tmp_path / "out", dtype)
+    assert f"Llama('out/model-{dtype}.gguf')" in (tmp_path / "out/README.md").read_text()
     assert value(found, "general.architecture") == "kimi-linear"
     assert value(found, "kimi-linear.attention.head_count_kv") == [0, 0, 0, 1]
     assert len(value(found, "tokenizer.ggml.tokens")) == VOCAB

@@ -83,6 +83,7 @@ def test_a_model_comes_back_as_it_went(pattern: tuple[str, ...], tmp_path: Path)
     assert {key: back.config[key] for key in ("num_layers", "d_model", "context", "norm_eps")} == {
         key: ours.config[key] for key in ("num_layers", "d_model", "context", "norm_eps")
     }
+    assert back.config["mixer"]["name"] == "_".join(dict.fromkeys(pattern))
 
 
 @pytest.mark.parametrize("pattern", [HYBRID, ("softmax",)], ids=names)
@@ -95,6 +96,14 @@ def test_bfloat16_weights(pattern: tuple[str, ...], tmp_path: Path) -> None:
     for name, weight in ours.state_dict().items():
         exact = name.endswith(("A_log", "dt_bias"))
         torch.testing.assert_close(back.state_dict()[name], weight, rtol=0 if exact else 2**-8, atol=0)
+
+
+def test_an_mla_model_with_another_eps_is_read_back(tmp_path: Path) -> None:
+    # The layer of KDA that is added to such a model has an eps of its own, and is dropped again.
+    ours = model(("mla", "mla"), scale=3, outer={"norm_eps": 1e-6})
+    lkda.export(ours, tokenizer(), tmp_path / "out", format="hf")
+    back, _ = lkda.load(tmp_path / "out")
+    assert torch.equal(logits(back, tokens()), logits(ours, tokens()))
 
 
 def test_another_eps_of_the_latents_norm_is_refused(tmp_path: Path) -> None:

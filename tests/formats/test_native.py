@@ -40,6 +40,17 @@ def test_round_trip(tie_embeddings: bool, tmp_path: Path) -> None:
     assert (loaded.lm_head.weight is loaded.embed_tokens.weight) == tie_embeddings
 
 
+@pytest.mark.parametrize("name", ["kda", "simplified"])
+def test_without_convolutions_the_silu_is_kept(name: str, tmp_path: Path) -> None:
+    # A directory of an earlier version that does not name the activation has none.
+    model = build_model({**CONFIG, "mixer": {"pattern": [name], "num_heads": 2, name: {"conv_width": 0}}}).eval()
+    lkda.export(model, Tokenizer(models.BPE()), tmp_path / "model")
+    loaded, _ = lkda.load(tmp_path / "model")
+    tokens = torch.arange(12).view(1, 12)
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert loaded.config["mixer"][name]["activation"] == "silu"
+
+
 def test_the_config_is_plain_and_without_a_backend(exported: Path) -> None:
     config = json.loads((exported / "config.json").read_text())
     assert config["model_type"] == "lkda"

@@ -106,11 +106,32 @@ def test_what_may_begin_a_stop_string_is_held_back():
     assert [broken.add(tokenizer.encode("é").ids[0]), broken.finish(), broken.text] == ["", "\ufffd", "\ufffd"]
 
 
+def test_the_space_before_the_first_word_is_kept_after_a_prompt():
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "<unk>": 1} | {x: i + 2 for i, x in enumerate("▁abc")}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+    tokens = tokenizer.encode("bc a", add_special_tokens=False).ids
+    assert tokenizer.decode(tokens) == "bc a"
+    for continues, want in ((False, "bc a"), (True, " bc a")):
+        text = GrowingText(tokenizer, continues=continues)
+        pieces = [text.add(token) for token in tokens]
+        assert "".join(pieces) + text.finish() == text.text == want
+    model = small(["kda"], vocab_size=len(tokenizer.get_vocab()))
+    options = {"max_new_tokens": 9, "seed": 4, "ignore_eos": True}
+    (found,) = lkda.generate(model, tokenizer, "ab", **options)
+    assert tokenizer.decode([*tokenizer.encode("ab", add_special_tokens=False).ids, *found.tokens]) == "ab" + found.text
+    session = lkda.Session(model, tokenizer)
+    session.read("ab")
+    text = session.generate(max_new_tokens=4, seed=4).text + session.generate(max_new_tokens=5, seed=4).text
+    assert tokenizer.decode(session.tokens) == "ab" + text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prompts": 3}, "prompts must be a text or a list of texts, got 3"),
         ({"num_samples": 0}, "num_samples must be a whole number of 1 or more, got 0"),
+        ({"num_samples": 10**9}, "num_samples must be at most 1000000, got 1000000000"),
         ({"stop": ""}, "stop must be a text that is not empty"),
         ({"stop": [1]}, "stop must be a text that is not empty, or a list of such texts, got"),
         ({"top_k": 0}, "top_k must be a whole number of 1 or more, got 0"),
@@ -119,12 +140,29 @@ def test_what_may_begin_a_stop_string_is_held_back():
         ({"ignore_eos": "yes"}, "ignore_eos must be true or false"),
         ({"batch_size": 0}, "batch_size must be a whole number of 1 or more"),
         ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of 0 or more"),
+        ({"temperature": 10**400}, "temperature must be >= 0"),
+        ({"prompts": ["a", "\ud800"]}, "the prompt is not UTF-8: .*surrogates not allowed"),
     ],
 )
 def test_bad_values_are_one_line_at_once(options, message):
     given = {"prompts": "a"} | options
     with pytest.raises(ValueError, match=message):
         lkda.stream(model_of(["kda"]), byte_tokenizer(), given.pop("prompts"), **given)
+
+
+@pytest.mark.parametrize("pattern", [["softmax"], ["mla"], ["kda", "softmax"]], ids="-".join)
+def test_caches_larger_than_the_memory_are_refused_at_once(pattern):
+    model, tokenizer = model_of(pattern), byte_tokenizer()
+    session = lkda.Session(model, tokenizer)
+    session.read("a")
+    for tokens in (10**12, 10**30):
+        message = rf"a batch of 1 with up to {tokens + 2:,} tokens .* give a smaller max_new_tokens"
+        with pytest.raises(ValueError, match=message):
+            lkda.stream(model, tokenizer, "a", max_new_tokens=tokens)
+        with pytest.raises(ValueError, match=message):
+            session.generate(max_new_tokens=tokens)
+    constant = lkda.stream(model_of(["kda"]), tokenizer, "a", max_new_tokens=10**30, ignore_eos=True)
+    assert next(constant).prompt_index == 0
 
 
 def test_nothing_to_generate():

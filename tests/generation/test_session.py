@@ -10,7 +10,7 @@ import torch
 
 import lkda
 from tests.generation.test_generate import byte_tokenizer, model_of
-from tests.models.helpers import IDS, PATTERNS
+from tests.models.helpers import IDS, PATTERNS, small
 
 OPTIONS = {"max_new_tokens": 10, "temperature": 0}
 
@@ -68,6 +68,26 @@ def test_it_is_saved_in_a_new_folder_or_refused_in_one_line(tmp_path):
         session.save("/proc/none/session")
 
 
+@pytest.mark.parametrize("text", [3, "\udcff"])
+def test_what_is_not_text_is_not_read(text):
+    session = lkda.Session(model_of(["kda"]), byte_tokenizer())
+    with pytest.raises(ValueError, match=r"Session.read: (text must be text|the text is not UTF-8)"):
+        session.read(text)
+    assert session.tokens == []
+
+
+def test_tokens_that_the_model_lacks_are_not_read():
+    session = lkda.Session(small(["kda"], vocab_size=90), byte_tokenizer())
+    session.read("0")
+    before = list(session.tokens)
+    with pytest.raises(ValueError, match=r"token ids from \d+ to \d+ and the model knows 0 to 89"):
+        session.read("~")
+    assert session.tokens == before
+    session.read("1")
+    with pytest.raises(ValueError, match=r"must be a tokenizers.Tokenizer, as lkda.load returns, got str"):
+        lkda.Session(model_of(["kda"]), "tokenizer")
+
+
 def test_a_cache_makes_room(monkeypatch):
     monkeypatch.setattr("lkda.generation.session.SMALLEST_CACHE", 4)
     model, tokenizer = model_of(["softmax"]), byte_tokenizer()
@@ -97,6 +117,48 @@ def test_another_model_is_refused_by_name(tmp_path):
         lkda.Session.load(tmp_path / "none", other, tokenizer)
     with pytest.raises(ValueError, match="the session is empty"):
         lkda.Session(other, tokenizer).generate()
+
+
+@pytest.mark.parametrize("pattern", [["kda"], ["softmax"]], ids=["kda", "softmax"])
+def test_a_damaged_file_is_refused_in_one_line(pattern, tmp_path):
+    model, tokenizer = model_of(pattern), byte_tokenizer()
+    session, path = lkda.Session(model, tokenizer), tmp_path / "session"
+    session.read("abc")
+    session.generate(max_new_tokens=2, seed=1)
+    session.save(path)
+    whole = torch.load(path, weights_only=True)
+    cut = [[part[..., :1] for part in layer] for layer in whole["state"]]
+    values = {
+        "model": [None, {}, "x"],
+        "tokens": [None, 5, ["a"], [10**9, *whole["tokens"][1:]], []],
+        "unread": [None, [300], [0, 0], 5],
+        "length": [None, -1, 10**9, "x", 0],
+        "logits": [None, 5, torch.zeros(1, 7)],
+        "state": [None, [], whole["state"][:1], cut, [["a"] * len(layer) for layer in whole["state"]]],
+    }
+    damaged = [whole | {name: value} for name, some in values.items() for value in some]
+    damaged += [{key: value for key, value in whole.items() if key != name} for name in values]
+    for content in damaged:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="is damaged: it holds a value of a wrong kind") as error:
+            lkda.Session.load(path, model, tokenizer)
+        assert "\n" not in str(error.value)
+
+
+def test_a_stream_checks_at_once_and_nothing_comes_between():
+    session = lkda.Session(model_of(["kda"]), byte_tokenizer())
+    session.read("abc")
+    for options in ({"top_p": 0}, {"seed": 1.5}, {"stop": ""}, {"max_new_tokens": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            session.stream(**options)
+    stream = session.stream(max_new_tokens=50, temperature=0)
+    next(stream)
+    fork = session.clone()
+    fork.read("d")
+    next(stream)
+    session.read("d")
+    with pytest.raises(ValueError, match="has read or generated something else since the last piece"):
+        next(stream)
 
 
 @pytest.mark.slow

@@ -32,16 +32,19 @@ def test_a_small_task_is_learnt_in_seconds(tmp_path: Path) -> None:
     assert summary["val/accuracy"] > 0.7
 
 
-@pytest.mark.slow
-def test_two_layers_of_kda_solve_four_pairs_in_64_tokens(tmp_path: Path) -> None:
-    mixture = (
-        "data.train=[{length: 64, pairs: 4, examples: 10000}]",
-        "data.validation=[{length: 64, pairs: 4, examples: 500}]",
-    )
-    summary = trained(
-        tmp_path, "data=mqar", "data.vocab_size=64", "model.d_model=128", "trainer.max_steps=400", *mixture
-    )
-    assert summary["val/accuracy"] >= 0.99
+# Tokens, pairs, width and steps.
+SOLVED = [
+    pytest.param(24, 2, 64, 250, marks=pytest.mark.slow),
+    pytest.param(64, 4, 128, 400, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("length", "pairs", "width", "steps"), SOLVED)
+def test_two_layers_of_kda_solve_recall(length: int, pairs: int, width: int, steps: int, tmp_path: Path) -> None:
+    part = f"length: {length}, pairs: {pairs}"
+    mixture = (f"data.train=[{{{part}, examples: 10000}}]", f"data.validation=[{{{part}, examples: 500}}]")
+    sizes = ("data.vocab_size=64", f"model.d_model={width}", f"trainer.max_steps={steps}")
+    assert trained(tmp_path, "data=mqar", *sizes, *mixture)["val/accuracy"] >= 0.99
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from lkda.targets import IGNORE_INDEX
 Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORE_INDEX where nothing is predicted
 _TRAINING, _VALIDATION = 0, 1
 _FINGERPRINT_EXAMPLES = 16  # of each subset
-_SHARES_OF_BATCH = 64
+_SHARES_OF_BATCH = 64  # see `_rounded`
 
 
 class SyntheticDataModule(IndexedDataModule):
@@ -29,8 +29,8 @@ class SyntheticDataModule(IndexedDataModule):
     A batch {tokens, targets [B, T] int64, cu_seqlens None, target_positions [N] int64, subset} holds examples of one
     subset. `target_positions` are the positions of the targets in the flattened batch; only these need logits. In
     training a position without a target may follow them, several times: see `_rounded`. `subset` is the index of the
-    subset in its list. The content of batch n depends only on (seed, n). An epoch consists of the
-    `examples` of each subset, split into batches, in an order of its own.
+    subset in its list. The content of batch n depends only on (seed, n). An epoch consists of the `examples` of each
+    subset, split into batches, in an order of its own.
 
     Args:
         train, validation: subsets {"length", "examples", ...}. The other entries are arguments of the subclass's

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lkda.checks import InputError
-from lkda.formats.common.kimi import NORM_EPS, kinds
+from lkda.formats.common.kimi import kinds
 from lkda.formats.common.layers import layer_names, options_of
 from lkda.formats.common.llama import has_qk_norm
 from lkda.formats.common.reading import number
@@ -97,8 +97,6 @@ def read_kimi(config: Mapping[str, Any], source: object) -> dict[str, Any]:
     if "kda" in names:
         for key, wanted in (("num_heads", heads), ("head_dim", made["d_model"] // heads)):
             _require(linear, f"linear_attn_config.{key}", wanted, source)
-        if made["norm_eps"] != NORM_EPS:
-            raise InputError(f"config.json of {source}: KDA here has rms_norm_eps {NORM_EPS}, not {made['norm_eps']}.")
         made["mixer"]["kda"] = {"conv_width": number(linear, "short_conv_kernel_size", least=1, source=source)}
     if "mla" in names:
         sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

@@ -29,6 +29,10 @@ struct Stage {
 static_assert(Stage::values + STREAMS * Values::bytes <= Stage::scales, "the scales fit where a stage is rounded up");
 static_assert(STAGES * Stage::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
 
+// Whether this kernel can be launched with optional segments (inter_chunk_fwd.cu). Wider heads have two blocks, so they rarely leave
+// multiprocessors without work, and their kernels have no registers to spare.
+constexpr bool OPTIONAL = !SUMMARY && HALVES && D <= 64;
+
 // Returns x. For 32-bit operands the compiler computes x again at each use instead of holding it in a register.
 __device__ __forceinline__ int recomputed(int x) { return sizeof(Operand) == 4 ? opaque(x) : x; }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from torch import Tensor
 
@@ -24,15 +25,19 @@ SMALLEST_TEMPERATURE = 1e-20
 def check_sampling(*, temperature: float, top_k: int | None, top_p: float, min_p: float) -> None:
     """Raises ValueError for values that `sample_tokens` cannot sample with."""
     given = (temperature, top_p, min_p)
-    numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in given)
-    numbers = numbers and not any(isinstance(value, bool) for value in given)
-    if not numbers or temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+    if not all(_is_number(value) for value in given) or temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         raise InputError(
             "generate: temperature must be >= 0, top_p in (0, 1] and min_p in [0, 1], got "
             f"{temperature!r}, {top_p!r} and {min_p!r}."
         )
     if top_k is not None:
         check_count("generate: top_k", top_k, least=1)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= sys.float_info.max
 
 
 def sample_tokens(

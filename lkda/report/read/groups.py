@@ -10,11 +10,11 @@ from typing import Any
 
 from lkda.old_names import translated
 from lkda.report.read.runs import Run, reported_split
+from lkda.report.read.settings import GRID_KEYS, flatten
 
-# Settings that do not affect the results. (The summary says which budget and device a run had.) `estimate` and `then`
-# are keys of lkda.commands.grid.
+# Settings that do not affect the results. (The summary says which budget and device a run had.)
 NEUTRAL = {
-    *("estimate", "then", "jobs_per_gpu"),
+    *GRID_KEYS,
     *("seed", "resume", "backend", "checkpoint", "sample", "logger", "callbacks", "debug", "trainer"),
     *("data.seed", "data.cache_dir", "data.num_workers", "data.pin_memory"),
 }
@@ -87,7 +87,7 @@ def _without(sections: Collection[str], found: Settings) -> Settings:
 
 def settings(run: Run) -> Settings:
     """The settings that may distinguish runs, in the order of a label: {dotted name: value as text}."""
-    flat = {key: value for key, value in _flatten(translated(run.config)).items() if not _neutral(key)}
+    flat = {key: str(value) for key, value in flatten(translated(run.config)).items() if not _neutral(key)}
     flat |= {key: str(run.summary[key]) for key in ACTUAL if key in run.summary}
     if "data" in run.summary:  # a synthetic task has no setting that names it
         flat.setdefault("data.source", str(run.summary["data"]))
@@ -107,16 +107,6 @@ def _inside(key: str, sections: Collection[str]) -> bool:
     """Whether the setting or a section that contains it is one of these."""
     parts = key.split(".")
     return any(".".join(parts[:n]) in sections for n in range(1, len(parts) + 1))
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> Settings:
-    flat: Settings = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
 
 
 def _distinguishing(described: Sequence[Settings]) -> list[str]:

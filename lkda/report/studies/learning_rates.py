@@ -11,7 +11,6 @@ the same size with other numbers of tokens count as another size, "small, 70.8M 
 
 from __future__ import annotations
 
-import glob
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from lkda.checks import InputError
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import Run as TrainedRun
-from lkda.report.read.runs import read_runs
+from lkda.report.studies.from_runs import print_rows, write_study
 
 KIND = "learning_rates"
 MOST_COLUMNS = 2  # panels side by side
@@ -173,21 +172,8 @@ def _tokens(run: TrainedRun) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     """Arguments: glob patterns of run directories, then the directory to write into."""
-    if len(arguments) < 2:
-        raise SystemExit(__doc__)
-    *patterns, out = arguments
-    runs, skipped = read_runs({Path(path) for pattern in patterns for path in glob.glob(pattern)})
-    for path, reason in skipped:
-        print(f"left out {path}: {reason}")
-    try:
-        found = collect(runs)
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(out) / "runs.json", json.dumps(found, indent=1) + "\n")
-        redraw(Path(out) / "runs.json")
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    for row in rows(found["runs"], found["measures"]):
-        print("  ".join(f"{name}: {value}" for name, value in row.items() if value))
+    found, out = write_study(arguments, usage=__doc__, collect=collect, redraw=redraw)
+    print_rows(rows(found["runs"], found["measures"]))
     print(f"{out} holds runs.json, table.json and the plot")
 
 

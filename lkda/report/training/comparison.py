@@ -93,7 +93,11 @@ class Comparison:
                 "losses, also those of the plots, are of the validation split."
             )
         elif tested:
-            notes.append(f"{tested} of the runs have a test split. Columns not named test are of the validation split.")
+            have = "have" if tested > 1 else "has"
+            notes.append(
+                f"{tested} of the {len(self.runs)} runs {have} a test split. Columns not named test are of the "
+                "validation split."
+            )
         steps = sorted({run.summary["at_step"] for run in self.runs if "at_step" in run.summary})
         if steps:
             planned = sorted({run.config["trainer"]["max_steps"] for run in self.runs})

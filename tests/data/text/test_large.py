@@ -36,10 +36,16 @@ def test_the_memory_for_a_large_text(kind: str, tmp_path: Path) -> None:
         assert data.tokenizer.decode(arrays[2][-100:].tolist()) in last
 
 
-@pytest.mark.slow  # two processes train a tokenizer
-def test_the_table(tmp_path: Path) -> None:
-    main(["--gigabytes", "0.0002", "--folder", str(tmp_path / "folder"), "--out", str(tmp_path / "out")])
+NAMES = {"jsonl": "JSON Lines", "txt": "one text file"}
+# Each is a process that trains a tokenizer.
+MEASURED = [pytest.param(["txt"], marks=pytest.mark.slow), pytest.param(["jsonl", "txt"], marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("kinds", MEASURED)
+def test_the_table(kinds: list[str], tmp_path: Path) -> None:
+    words = ["--gigabytes", "0.0002", "--folder", str(tmp_path / "folder"), "--out", str(tmp_path / "out")]
+    main([*words, "--kinds", *kinds])
     found = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [row["text"] for row in found["rows"]] == ["JSON Lines", "one text file"]
+    assert [row["text"] for row in found["rows"]] == [NAMES[kind] for kind in kinds]
     assert all(0.05 < float(row["largest memory in GB"]) < MEMORY for row in found["rows"])
     assert not list((tmp_path / "folder").iterdir())

@@ -95,4 +95,12 @@ inline unsigned __reduce_max_sync(unsigned, unsigned x) {
   warp_barrier();
   return largest;
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned x) {
+  exchange().word[threadIdx.x % 32][0] = x;
+  warp_barrier();
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= exchange().word[lane][0];
+  warp_barrier();
+  return all;
+}
 inline float __shfl_xor_sync(unsigned mask, float x, int lanes) { return __shfl_sync(mask, x, threadIdx.x % 32 ^ lanes); }

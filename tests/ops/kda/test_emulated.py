@@ -51,16 +51,17 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
     got = {"o": unwritten(*v.shape, dtype=dtype), "final_state": unwritten(*state.shape)}
     got |= {f"d{name}": unwritten(*x.shape, dtype=x.dtype) for name, x in inputs.items()}
     beta_parts = unwritten(slots, H, D // 16, layout.chunk)
+    forgotten = torch.empty(B, H, segments, dtype=torch.int32)
     amax, d_amax, v_scales, do_scales = unwritten(slots, H), unwritten(slots, H), unwritten(B, H), unwritten(B, H)
 
     def inter_chunk(name, part, *tensors):
         launch = cuda_kernels.InterChunkKernel(name, D, dtype, ARCH, part)
         run = emulated(launch.kernel)
-        run(B * segments * H * launch.blocks, 32 * launch.warps, *tensors, None, B, T, H, segments)
+        run(B * segments * H * launch.blocks, 32 * launch.warps, *tensors, None, B, T, H, segments, 0)
 
     def entries(matrices, offsets, start, backward):
         found = unwritten(*offsets.shape)
-        run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, segments, H, int(backward))
+        run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, forgotten, segments, H, int(backward))
         return found
 
     intra_chunk_fwd = emulated(cuda_kernels.intra_chunk_fwd_kernel(D, dtype, ARCH))
@@ -73,10 +74,10 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
     if segments > 1:
         offsets, d_offsets, transposed, transitions = (unwritten(B * segments, H, D, D) for _ in range(4))
         run = emulated(cuda_kernels.segments_kernel(D, ARCH))
-        ends = (offsets, None, None, None, transposed, transitions)
+        ends = (offsets, None, None, None, transposed, transitions, forgotten)
         inter_chunk("inter_chunk_fwd", "summary", workspaces, v, amax, state, None, None, *ends)
         entering = entries(transposed, offsets, state, backward=False)
-        ends = (d_offsets, None, None, None, None)
+        ends = (d_offsets, None, None, None, None, forgotten)
         inter_chunk("inter_chunk_bwd", "summary", workspaces, None, grad_o, d_amax, grad_state, None, *ends)
         leaving = entries(transitions, d_offsets, grad_state, backward=True)
     results = (got["o"], got["final_state"])
@@ -94,8 +95,9 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
         v_scales,
         None,
         None,
+        None,
     )
-    saved = (got["dinitial_state"], d_states, d_residual, do_scales, beta_parts)
+    saved = (got["dinitial_state"], d_states, d_residual, do_scales, beta_parts, None)
     inter_chunk("inter_chunk_bwd", "whole", workspaces, v, grad_o, d_amax, grad_state, leaving, *saved)
     intra_chunk_bwd = emulated(cuda_kernels.intra_chunk_bwd_kernel(D, dtype, ARCH))
     passed = (states, v_tilde, d_states, d_residual, beta_parts, v_scales, do_scales)

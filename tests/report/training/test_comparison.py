@@ -249,7 +249,7 @@ def test_where_a_run_has_no_test_split_all_are_compared_by_validation(tmp_path):
     head = (tmp_path / "out" / "table.md").read_text().splitlines()[0]
     assert "| test loss |" in head
     assert "| val loss |" in head
-    assert "1 of the runs have a test split. Columns not named test are of the validation split." in result.notes
+    assert "1 of the 2 runs has a test split. Columns not named test are of the validation split." in result.notes
 
 
 def test_a_run_that_is_read_at_an_earlier_step_has_no_test_figures(tmp_path):

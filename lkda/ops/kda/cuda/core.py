@@ -35,11 +35,15 @@ def empty_bytes(count: int, device: torch.device) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device=device)
 
 
-def _scratch(plan: Plan) -> tuple[Tensor, int, int, int]:
-    """One allocation for three float32 arrays [N * segments, H, K, V], and the three addresses."""
-    memory = torch.empty(3 * plan.state_numbers, dtype=torch.float32, device=plan.device)
+def _scratch(plan: Plan, H: int) -> tuple[Tensor, int, int, int, int | None]:
+    """One allocation for three float32 arrays [N * segments, H, K, V] and an int32 array [N, H, segments], and the four
+    addresses. The last is None for float32 inputs, whose chunks are not asked whether they forget. With optional
+    segments only the first and the last array are there."""
+    arrays = 1 if plan.optional else 3
+    size_of_all = arrays * plan.state_numbers + plan.sequences * plan.segments * H
+    memory = torch.empty(size_of_all, dtype=torch.float32, device=plan.device)
     start, size = memory.data_ptr(), 4 * plan.state_numbers
-    return memory, start, start + size, start + 2 * size
+    return memory, start, start + size, start + 2 * size, start + arrays * size if plan.amax else None
 
 
 def launch_forward(
@@ -69,14 +73,18 @@ def launch_forward(
     saved = empty_bytes(plan.saved, q.device) if save else None
     states, v_tilde, transitions, v_scales = (None,) * 4 if saved is None else plan.saved_parts(saved)
     first = (plan.find_amax(v, spans, workspaces), initial_state)
-    shape = (bounds, plan.sequences, T, H, plan.segments)
+    shape = (bounds, plan.sequences, T, H, plan.segments, int(plan.optional))
     entering: Tensor | int | None = initial_state
-    if plan.segments > 1:
-        _memory, offsets, transposed, entering = _scratch(plan)
-        summary = (offsets, None, None, None, transposed, transitions)
+    forgotten: int | None = None
+    if plan.optional:
+        _memory, entering, _, _, forgotten = _scratch(plan, H)
+        plan.summarize_fwd(workspaces, v, *first, None, None, entering, *(None,) * 5, forgotten, *shape)
+    elif plan.segments > 1:
+        _memory, offsets, transposed, entering, forgotten = _scratch(plan, H)
+        summary = (offsets, None, None, None, transposed, transitions, forgotten)
         plan.summarize_fwd(workspaces, v, *first, None, None, *summary, *shape)
-        plan.segment_entries(transposed, offsets, initial_state, entering, plan.segments, H, 0)
-    outputs = (o, final_state, states, v_tilde, v_scales, None, None)
+        plan.segment_entries(transposed, offsets, initial_state, entering, forgotten, plan.segments, H, 0)
+    outputs = (o, final_state, states, v_tilde, v_scales, None, None, forgotten)
     plan.inter_chunk_fwd(workspaces, v, *first, entering, *outputs, *shape)
     if not save:
         return o, final_state, None, None, None, None
@@ -148,15 +156,21 @@ def launch_inter_chunk_bwd(
     bounds, spans = plan.chunks(cu_seqlens)
     d_initial = empty_results(v, cu_seqlens)[1] if wants_initial else None
     d_saved = empty_bytes(plan.d_saved, v.device)
-    shape = (bounds, plan.sequences, T, H, plan.segments)
+    shape = (bounds, plan.sequences, T, H, plan.segments, int(plan.optional))
     last = (plan.find_amax(grad_o, spans, d_saved), grad_final)
     leaving: Tensor | int | None = grad_final
-    if plan.segments > 1:
-        _memory, offsets, leaving, _ = _scratch(plan)
-        plan.summarize_bwd(workspaces, None, grad_o, *last, None, offsets, None, None, None, None, *shape)
-        plan.segment_entries(plan.saved_parts(saved)[2], offsets, grad_final, leaving, plan.segments, H, 1)
+    forgotten: int | None = None
+    if plan.optional:
+        _memory, leaving, _, _, forgotten = _scratch(plan, H)
+        plan.summarize_bwd(workspaces, None, grad_o, *last, None, leaving, *(None,) * 4, forgotten, *shape)
+    elif plan.segments > 1:
+        _memory, offsets, leaving, _, forgotten = _scratch(plan, H)
+        summary = (offsets, None, None, None, None, forgotten)
+        plan.summarize_bwd(workspaces, None, grad_o, *last, None, *summary, *shape)
+        transitions = plan.saved_parts(saved)[2]
+        plan.segment_entries(transitions, offsets, grad_final, leaving, forgotten, plan.segments, H, 1)
     d_states, d_residual, beta_parts, do_scales = plan.d_saved_parts(d_saved)
-    outputs = (d_initial, d_states, d_residual, do_scales, beta_parts)
+    outputs = (d_initial, d_states, d_residual, do_scales, beta_parts, forgotten)
     plan.inter_chunk_bwd(workspaces, v, grad_o, *last, leaving, *outputs, *shape)
     return d_initial, d_saved
 

@@ -4,9 +4,11 @@
 //   dv_new = Aqk^T do + kg dh'     Y = dv_new + T~^T (B dv_new)     dh = exp(G_C) dh' + qg^T do - k_in^T (B Y)
 //
 // where qg and Aqk include the attention scale. Y is the gradient of B r. With SUMMARY the kernel computes for each segment the
-// gradient that it passes on when it receives zeros.
+// gradient that it passes on when it receives zeros. It starts at the chunk nearest to the segment's start that forgets its state, if
+// one does: then the result does not depend on the later chunks, nor on what the segment receives.
 constexpr int STREAMS = SUMMARY ? 1 : 2;  // tensors that are fetched beside the workspace: do and v
 constexpr int COLUMNS = HEAD_DIM;
+#include "kda_forgetting.cuh"
 #include "kda_warp_state.cuh"
 
 // Writes parts[C]: factor * (Y_i . v_i) over a warp's 16 columns of V, in float32. intra_chunk_bwd.cu adds the rest of dbeta.
@@ -42,22 +44,44 @@ __device__ __forceinline__ void beta_part(float* parts, const Sum (&y)[BLOCKS], 
 
 // workspaces: [chunks, H] ChunkWorkspace. v, d_o: [rows, H, D]. amax: [chunks, H] float32, of do.
 // leaving (may be null, zeros): [N, H, K, V] float32, the gradient of each sequence's last state; the scale depends on it.
-// d_final (may be null, zeros): [N, segments, H, K, V] float32, the gradient of the state that leaves each segment.
+// d_final (may be null, zeros): [N, segments, H, K, V] float32, the gradient of the state that leaves each segment. With optional
+// segments: of the state that enters each, and the last one receives `leaving`.
 // d_initial (may be null): [N, H, K, V] float32. scales: [N, H] float32, those of do. d_states: [chunks, H] SavedState, dh'^T.
 // d_residual: [chunks, H] Columns, Y^T. beta_parts: [chunks, H, D / 16, C] float32, Y . v over 16 columns of V.
-// With SUMMARY: the last three, scales and d_final are null, and d_initial is [N, segments, H, K, V].
+// With SUMMARY: the last three, scales and d_final are null, and d_initial is [N, segments, H, K, V]. forgotten and
+// optional: as in inter_chunk_fwd.cu.
 // Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
     const char* workspaces, const Element* v, const Element* d_o, const float* amax, const float* leaving, const float* d_final, float* d_initial,
-    char* d_states, char* d_residual, float* scales, float* beta_parts, const int* bounds, int sequences, int length, int heads, int segments) {
+    char* d_states, char* d_residual, float* scales, float* beta_parts, int* forgotten, const int* bounds, int sequences, int length, int heads, int segments, int optional) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
   const int n = run / segments, segment = run % segments;
-  const Sequence whole = sequence_of(n, sequences, length, bounds), sequence = segment_of(whole, segment, segments);
-  const int chunks = (sequence.length + C - 1) / C;
+  const Sequence whole = sequence_of(n, sequences, length, bounds);
+  Sequence sequence = segment_of(whole, segment, segments);
+  int first_segment = segment;  // the first segment that this block goes through
+  if (OPTIONAL && optional) {
+    const int* of_head = forgotten + (static_cast<long long>(n) * heads + head) * segments;
+    if (segment < segments - 1 && of_head[segment + 1] == 0) return;
+    while (first_segment > 0 && of_head[first_segment] == 0) --first_segment;
+    const Sequence begin = segment_of(whole, first_segment, segments);
+    sequence = {begin.start, sequence.start + sequence.length - begin.start, begin.first_chunk};
+  }
+  int chunks = (sequence.length + C - 1) / C;
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // the block's first column, and the warp's counted from it
   if (SUMMARY && segment == 0) return;  // no segment precedes it
+  if constexpr (SUMMARY && HALVES) {
+    const int first = last_forgetting(shared, chunks, [&](int step) {
+      return workspaces + (static_cast<long long>(sequence.first_chunk + chunks - 1 - step) * heads + head) * ChunkWorkspace::bytes;
+    });
+    if (split == 0 && threadIdx.x == 0) forgotten[(static_cast<long long>(n) * heads + head) * segments + segment] = first >= 0;
+    if (first < 0 && optional) return;
+    if (first >= 0) {
+      chunks -= first;
+      sequence.length = min(sequence.length, chunks * C);
+    }
+  }
 
   auto fetch = [&](int step) {  // step 0 is the last chunk
     const int m = chunks - 1 - step;
@@ -75,9 +99,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
   if constexpr (HALVES) scale.find<gradient_scale>(n, whole, heads, head, amax, leaving, scales);
 
   Sum state[STEPS];  // dh'^T, then dh^T
-  const long long state_at = (static_cast<long long>(run) * heads + head) * D * D + columns + mine;
-  if (d_final != nullptr) {
-    read_state(state, d_final + state_at, scale.get());
+  const float* states_in = d_final;
+  int from = run;
+  if (OPTIONAL && optional) {
+    states_in = segment < segments - 1 ? d_final : leaving;
+    from = segment < segments - 1 ? run + 1 : n;
+  }
+  if (states_in != nullptr) {
+    read_state(state, states_in + (static_cast<long long>(from) * heads + head) * D * D + columns + mine, scale.get());
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) clear(state[i]);
@@ -245,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_bwd(
   }
   if (SUMMARY) {
     write_state(state, d_initial + (static_cast<long long>(recomputed(run)) * heads + recomputed(head)) * D * D + columns + mine, scale.inverse());
-  } else if (segment == 0 && d_initial != nullptr) {
+  } else if (first_segment == 0 && d_initial != nullptr) {
     write_state(state, d_initial + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, scale.inverse());
   }
 }

@@ -11,9 +11,16 @@
 // that enters it to S -> A S + Z. With SUMMARY the kernel computes Z, starting from a state of zeros, and A in D further columns:
 // column j starts from the unit vector e_j, with v = 0. segments.cu then computes the state that enters each segment.
 //
+// If a chunk of the segment forgets the state that enters it (kda_forgetting.cuh), A is 0, and Z is what this chunk and those after
+// it make of a state of zeros. So the earlier chunks are left out, and A is not written. No bit of the result depends on that.
+//
+// Segments may be *optional*, where the pass that computes A would cost more than it gains. Then nothing is computed for a segment in
+// which no chunk forgets, and in the second pass the block of the segment before goes on through the next.
+//
 // With WARPGROUPS four warps multiply by k_in, qg and kg together (wgmma), in the background, and o is computed transposed.
 constexpr int STREAMS = 1;                                  // tensors that are fetched beside the workspace: v
 constexpr int COLUMNS = SUMMARY ? 2 * HEAD_DIM : HEAD_DIM;  // columns per head: of Z and A, or of o
+#include "kda_forgetting.cuh"
 #include "kda_warp_state.cuh"
 
 // Computes -v~^T = -r^T + (-r^T B) T~^T from -r^T, in place. x: the C / 16 blocks of [16 of V, C].
@@ -37,24 +44,48 @@ __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const
 
 // workspaces: [chunks, H] ChunkWorkspace. v, o: [rows, H, D]. amax: [chunks, H] float32, of v.
 // entering (may be null, zeros): [N, H, K, V] float32, the state that enters each sequence; its scale depends on it.
-// initial_state (may be null, zeros): [N, segments, H, K, V] float32, the state that enters each segment.
+// initial_state (may be null, zeros): [N, segments, H, K, V] float32, the state that enters each segment. With optional segments: the
+// state that leaves each, and the first is entered by `entering`.
 // final_state: [N, H, K, V] float32. scales (may be null): [N, H] float32, those of v.
 // states, v_tilde (null where no backward follows): [chunks, H] SavedState, the h of each chunk; [chunks, H] Columns, v~^T.
 // With SUMMARY: initial_state, o, states, v_tilde and scales are null; final_state is Z, [N, segments, H, K, V]; transposed and
-// transitions (may be null) are A^T and A, [N, segments, H, K, K]. Z and A^T of the last segment may stay unwritten.
+// transitions (may be null) are A^T and A, [N, segments, H, K, K]. Z and A^T of the last segment may stay unwritten. forgotten:
+// [N, H, segments], 1 where A is 0 and not written, else 0; null for float32 inputs. optional: whether the segments are; then the
+// second pass reads `forgotten`, and transposed and transitions are null.
 // Grid: N x segments x H x SPLITS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
     const char* workspaces, const Element* v, const float* amax, const float* entering, const float* initial_state, Element* o, float* final_state,
-    char* states, char* v_tilde, float* scales, float* transposed, float* transitions, const int* bounds, int sequences, int length, int heads, int segments) {
+    char* states, char* v_tilde, float* scales, float* transposed, float* transitions, int* forgotten, const int* bounds, int sequences, int length, int heads, int segments, int optional) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const int split = blockIdx.x % SPLITS, head = blockIdx.x / SPLITS % heads, run = blockIdx.x / SPLITS / heads;
   const int n = run / segments, segment = run % segments;
-  const Sequence whole = sequence_of(n, sequences, length, bounds), sequence = segment_of(whole, segment, segments);
-  const int chunks = (sequence.length + C - 1) / C;
+  const Sequence whole = sequence_of(n, sequences, length, bounds);
+  Sequence sequence = segment_of(whole, segment, segments);
+  int last = segment;  // the last segment that this block goes through
+  if (OPTIONAL && optional) {
+    const int* of_head = forgotten + (static_cast<long long>(n) * heads + head) * segments;
+    if (segment > 0 && of_head[segment - 1] == 0) return;
+    while (last < segments - 1 && of_head[last] == 0) ++last;
+    const Sequence end = segment_of(whole, last, segments);
+    sequence.length = end.start + end.length - sequence.start;
+  }
+  int chunks = (sequence.length + C - 1) / C;
   const int columns = split * WIDTH, mine = threadIdx.x / 32 * 16;  // the block's first column, and the warp's counted from it
   // No segment follows the last one, so its Z is not needed. Its A is, in the backward.
   if (SUMMARY && segment == segments - 1 && (transitions == nullptr || columns + WIDTH <= D)) return;
+  if constexpr (SUMMARY && HALVES) {
+    const int first = last_forgetting(shared, chunks, [&](int m) {
+      return workspaces + (static_cast<long long>(sequence.first_chunk + m) * heads + head) * ChunkWorkspace::bytes;
+    });
+    if (split == 0 && threadIdx.x == 0) forgotten[(static_cast<long long>(n) * heads + head) * segments + segment] = first >= 0;
+    if (first < 0 && optional) return;
+    if (first >= 0) {
+      if (columns >= D) return;
+      sequence = {sequence.start + first * C, sequence.length - first * C, sequence.first_chunk + first};
+      chunks -= first;
+    }
+  }
 
   const SharedScale scale = {shared};
   if constexpr (HALVES) scale.find<value_scale>(n, whole, heads, head, amax, entering, scales);
@@ -70,8 +101,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
   Sum state[STEPS];
   const bool of_transition = SUMMARY && columns + mine >= D;
   const long long state_at = (static_cast<long long>(run) * heads + head) * D * D;
-  if (initial_state != nullptr) {
-    read_state(state, initial_state + state_at + columns + mine, scale.get());
+  const float* states_in = initial_state;
+  int from = run;
+  if (OPTIONAL && optional) {
+    states_in = segment > 0 ? initial_state : entering;
+    from = segment > 0 ? run - 1 : n;
+  }
+  if (states_in != nullptr) {
+    read_state(state, states_in + (static_cast<long long>(from) * heads + head) * D * D + columns + mine, scale.get());
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
@@ -221,11 +258,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
 #endif
   }
   if (of_transition) {
+    if (transposed == nullptr) return;
     write_transposed(state, transposed + state_at + (columns + mine - D) * D);
     if (transitions != nullptr) write_state(state, transitions + state_at + columns + mine - D, 1.f);
   } else if (SUMMARY) {
     write_state(state, final_state + state_at + columns + mine, scale.inverse());
-  } else if (segment == segments - 1) {
+  } else if (last == segments - 1) {
     write_state(state, final_state + (static_cast<long long>(n) * heads + head) * D * D + columns + mine, scale.inverse());
   }
 }

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from lkda.ops.kda.cuda.segments import segment_count
+from lkda.ops.kda.cuda.segments import optional_segment_count, segment_count
 from lkda.ops.kda.cuda.variants import (
     InterChunkKernel,
     amax_kernel,
@@ -36,6 +36,7 @@ class Sizes:
     Attributes:
         sequences: N, the number of sequences.
         segments: the number of segments of each sequence.
+        optional: whether the segments are (segments.py).
         slots: an upper bound of the number of chunks, which itself is known only on the device, where cu_seqlens is.
         amax: the largest |v| (or |do|) of each chunk and head, [slots, H] float32. 0 for float32 inputs.
         workspaces: a ChunkWorkspace (kda_chunk.cuh) per chunk and head, [slots, H]; after them the amax of v.
@@ -51,17 +52,17 @@ class Sizes:
             the power-of-two scale of do, laid out as `scales`; then the amax of do.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, N: int | None, segments: int):
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, N: int | None, segments: int, optional: bool):
         B, T, H, D = shape
         C, operand = chunk_of(dtype), 4 if dtype == torch.float32 else 2
-        self.sequences, self.segments = B if N is None else N, segments
+        self.sequences, self.segments, self.optional = B if N is None else N, segments, optional
         self.slots = B * ((T + C - 1) // C) if N is None else T // C + N
         items = self.slots * H
         self.amax = 4 * items if dtype.itemsize == 2 else 0
         self.workspaces = items * workspace_bytes(D, dtype) + self.amax
         self.states, self.v_tilde = items * saved_state_bytes(D, dtype), items * D * C * operand
         self.scales = 4 * self.sequences * H if dtype.itemsize == 2 else 0
-        self.transitions = self.sequences * segments * H * D * D * 4 if segments > 1 else 0
+        self.transitions = self.sequences * segments * H * D * D * 4 if segments > 1 and not optional else 0
         self.beta_parts = items * (D // 16) * C * 4
         both = self.states + self.v_tilde + self.scales
         self.saved, self.d_saved = both + self.transitions, both + self.beta_parts + self.amax
@@ -102,10 +103,11 @@ class Plan(Sizes):
         dtype: torch.dtype,
         N: int | None,
         segments: int,
+        optional: bool,
         device: torch.device,
         query: torch.dtype,
     ):
-        super().__init__(shape, dtype, N, segments)
+        super().__init__(shape, dtype, N, segments, optional)
         _, _, H, D = shape
         self.device = device
         self.items, layout, arch = self.slots * H, layout_of(D, dtype), architecture(device)
@@ -154,20 +156,26 @@ class Plan(Sizes):
 def sizes_of(x: Tensor, cu_seqlens: Tensor | None) -> Sizes:
     """The sizes for the batch of x, which is v or shaped like it. x may be a fake tensor."""
     N = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return Sizes(x.shape, x.dtype, N, _segments(x, N))
+    return Sizes(x.shape, x.dtype, N, *_segments(x, N))
 
 
 def plan_of(x: Tensor, cu_seqlens: Tensor | None, query: torch.dtype | None = None) -> Plan:
     """The plan for the batch of x, which is v or shaped like it, on its device. q and k are of dtype `query`, or of x's
     dtype where that is None."""
     N = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return _plan(x.shape, x.dtype, N, _segments(x, N), x.device, query or x.dtype)
+    return _plan(x.shape, x.dtype, N, *_segments(x, N), x.device, query or x.dtype)
 
 
 _plan = lru_cache(maxsize=1024)(Plan)
 
 
-def _segments(x: Tensor, N: int | None) -> int:
-    B, T, H, _ = x.shape
+def _segments(x: Tensor, N: int | None) -> tuple[int, bool]:
+    """How many segments, and whether they are optional."""
+    B, T, H, D = x.shape
     sequences = B if N is None else N
-    return segment_count(sequences, H, B * T // (chunk_of(x.dtype) * sequences))
+    chunks = B * T // (chunk_of(x.dtype) * sequences)
+    count = segment_count(sequences, H, chunks)
+    if count > 1 or x.dtype.itemsize == 4:  # a chunk of float32 inputs is not asked whether it forgets
+        return count, False
+    count = optional_segment_count(sequences, H, chunks, D)
+    return count, count > 1

@@ -3,6 +3,7 @@
 // In the forward the state that enters segment s + 1 is A_s S + Z_s. In the backward the gradient of the state that leaves segment
 // s - 1 is A_s^T dS + Z'_s. A block has COLUMNS columns of V of one head. Of the product A S each warp computes the terms of 16 rows
 // of S, for all rows of the result. No other warp reads the same part of A, so each warp copies its part and waits for it alone.
+// A segment that forgets the state that enters it has no A: S is then Z.
 #include "kda_chunk.cuh"
 
 constexpr int COLUMNS = 8, THREADS = 2 * D, SHARE = 16;  // SHARE: rows of A^T (in the backward, of A) per warp
@@ -15,9 +16,10 @@ static_assert(STATE_BYTES + PARTIAL_BYTES + STAGES * PIECE_BYTES * (THREADS / 32
 
 // matrices: [N, segments, H, D, D], A^T in the forward, A in the backward. offsets: [N, segments, H, K, V], Z.
 // start (may be null, zeros): [N, H, K, V], the state that enters the first segment. entries: [N, segments, H, K, V], result.
+// forgotten (may be null): [N, H, segments], 1 where A is 0 and its matrix was not written.
 // Grid: N x H x V / COLUMNS.
 extern "C" __global__ void __launch_bounds__(THREADS) kda_segments(
-    const float* matrices, const float* offsets, const float* start, float* entries, int segments, int heads, int backward) {
+    const float* matrices, const float* offsets, const float* start, float* entries, const int* forgotten, int segments, int heads, int backward) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   float* state = reinterpret_cast<float*>(shared_memory);                      // [D][COLUMNS]
   float* partial = reinterpret_cast<float*>(shared_memory + STATE_BYTES);      // [8][COLUMNS][STRIDE]
@@ -28,12 +30,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) kda_segments(
   const int head = blockIdx.x / (D / COLUMNS) % heads, n = blockIdx.x / (D / COLUMNS) / heads;
   const int mine = row * D + blockIdx.x % (D / COLUMNS) * COLUMNS + column;
 
+  auto segment_of = [&](int step) { return backward ? segments - 1 - step : step; };
   auto matrix_of = [&](int step) {  // its place in an array of states
-    const int s = backward ? segments - 1 - step : step;
-    return (static_cast<long long>(n * segments + s) * heads + head) * D * D;
+    return (static_cast<long long>(n * segments + segment_of(step)) * heads + head) * D * D;
   };
+  auto has_matrix = [&](int step) { return forgotten == nullptr || forgotten[(static_cast<long long>(n) * heads + head) * segments + segment_of(step)] == 0; };
   auto fetch = [&](int piece) {
-    if (piece < (segments - 1) * PIECES) {
+    if (piece < (segments - 1) * PIECES && has_matrix(piece / PIECES)) {
       const float* from = matrices + matrix_of(piece / PIECES) + (warp * SHARE + piece % PIECES * PIECE) * D;
 #pragma unroll
       for (int at = lane * 4; at < PIECE * D; at += 32 * 4) copy_16_async(stages + piece % STAGES * PIECE_BYTES + at * 4, from + at);
@@ -52,6 +55,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) kda_segments(
 #pragma unroll
     for (int i = 0; i < 4; ++i) entries[at + i * D] = x[i];
     if (step == segments - 1) break;
+    if (!has_matrix(step)) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = offsets[at + i * D];
+      for (int p = 0; p < PIECES; ++p) {
+        __syncwarp();  // all lanes are done with the stage next to fill
+        fetch(step * PIECES + p + STAGES - 1);
+      }
+      continue;
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       state[(row + i) * COLUMNS + column] = x[i];

@@ -153,7 +153,7 @@ class InterChunkKernel:
         groups = WARPGROUPS and arch == "sm_90a" and layout.operand == 2 and D % 64 == 0
         defines = layout.defines | {"WARPS": self.warps, "STAGES": stages, "SHARED_BYTES": shared_bytes}
         module = Module(HERE / f"{name}.cu", defines | {"SUMMARY": int(summary), "WARPGROUPS": int(groups)})
-        self.kernel = module.kernel(f"kda_{name}", "P" * (13 if forward else 12) + "iiii", shared_bytes=shared_bytes)
+        self.kernel = module.kernel(f"kda_{name}", "P" * (14 if forward else 13) + "iiiii", shared_bytes=shared_bytes)
 
 
 @cache
@@ -174,7 +174,7 @@ def segments_kernel(D: int, arch: str) -> Kernel:
     stages = min(12, max(3, (SHARED_BYTES_PER_BLOCK[arch] // 2 - sums) // stage))  # two blocks per multiprocessor
     shared_bytes = sums + stages * stage
     defines = layout_of(D, torch.float32).defines | {"STAGES": stages, "SHARED_BYTES": shared_bytes}
-    return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPiii", shared_bytes=shared_bytes)
+    return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPPiii", shared_bytes=shared_bytes)
 
 
 @cache
