@@ -29,8 +29,9 @@ _COMPLETE = {
 
 
 def autoload() -> None:
-    """Prepare the registration that LKDA_FLA asks for. Nothing is done where it is unset, empty or 0."""
-    if os.environ.get(VARIABLE, "0") not in ("", "0"):
+    """Prepare the registration that LKDA_FLA asks for. Nothing is done where it is unset, empty or 0, or again."""
+    prepared = any(isinstance(finder, _AfterImport) for finder in sys.meta_path)
+    if not prepared and os.environ.get(VARIABLE, "0") not in ("", "0"):
         sys.meta_path.insert(0, _AfterImport())
 
 

@@ -49,6 +49,15 @@ def test_the_variable_chooses_what_an_import_registers(words, parts, stand_in, m
     assert stand_in == [(part,) for part in parts]
 
 
+def test_a_second_call_changes_nothing(stand_in, monkeypatch):
+    """PyTorch makes the first one."""
+    monkeypatch.setenv("LKDA_FLA", "kda")
+    autoload.autoload()
+    autoload.autoload()
+    importlib.import_module("stand_in.kda")
+    assert stand_in == [("kda",)]
+
+
 def test_an_unknown_part_is_named(stand_in, monkeypatch):
     monkeypatch.setenv("LKDA_FLA", "kda,gate")
     autoload.autoload()
