@@ -164,6 +164,15 @@ class TestFusedRecurrentKDA:
         same([o, final.mT], naive(**tensors, **parameters(HV), initial_state=state))
         assert torch.equal(before, state.mT)  # not written
 
+    @pytest.mark.parametrize("tokens", [1, 5])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_the_final_state_is_in_float32_whatever_the_initial_one_is_in(self, dtype, tokens):
+        tensors = {name: x[:, :tokens] for name, x in inputs().items()}
+        state = torch.randn(B, H, K, K).to(dtype)
+        o, final = fused_recurrent_kda(**tensors, **parameters(), **FROM_LOGITS, initial_state=state)
+        assert final.dtype == torch.float32
+        same([o, final], naive(**tensors, **parameters(), initial_state=state.float()))
+
     def test_into_a_given_tensor(self):
         tensors = inputs() | parameters()
         out = torch.empty_like(tensors["v"])
@@ -188,6 +197,7 @@ class TestDeclined:
             ({"beta": torch.zeros(B, T, 3)}, r"beta \[2, 40, 2\], got .* and \[2, 40, 3\]"),
             ({"v": torch.zeros(B, T, 3, K)}, "the shapes of q, k and v do not fit"),
             ({"v": torch.zeros(B, T, H, K).double()}, "of four axes and one dtype"),
+            ({name: x[:, :0] for name, x in inputs().items()}, "takes one token at least"),
         ],
     )
     def test_calls_that_lkda_cannot_do_name_the_reason(self, options, message, caplog, fresh_log):
