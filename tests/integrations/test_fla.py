@@ -309,20 +309,24 @@ class TestRegister:
         def chunk_kda(q, k, v, g, beta, scale=None, **kwargs):
             raise AssertionError
 
-        monkeypatch.setattr(fla.ops.kda.chunk, "chunk_kda", chunk_kda)
-        with pytest.raises(ValueError, match=r"chunk_kda has no argument allow_neg_eigval, .*; lkda knows"):
-            integration.register()
+        # `registered` undoes the registration before `monkeypatch` would undo this.
+        with monkeypatch.context() as patch:
+            patch.setattr(fla.ops.kda.chunk, "chunk_kda", chunk_kda)
+            with pytest.raises(ValueError, match=r"chunk_kda has no argument allow_neg_eigval, .*; lkda knows"):
+                integration.register()
 
     def test_a_missing_function_is_named(self, monkeypatch):
         import fla.ops.kda.chunk
 
-        monkeypatch.delattr(fla.ops.kda.chunk, "chunk_kda")
-        with pytest.raises(ValueError, match=r"the installed FLA has no fla.ops.kda.chunk.chunk_kda"):
-            integration.register()
+        with monkeypatch.context() as patch:
+            patch.delattr(fla.ops.kda.chunk, "chunk_kda")
+            with pytest.raises(ValueError, match=r"the installed FLA has no fla.ops.kda.chunk.chunk_kda"):
+                integration.register()
 
     def test_a_registry_that_is_off_is_named(self, monkeypatch):
         import fla.backends
 
-        monkeypatch.setattr(fla.backends, "_DISPATCH_DISABLED", True)
-        with pytest.raises(ValueError, match="FLA_DISABLE_BACKEND_DISPATCH=1 switches FLA's backends off"):
-            integration.register()
+        with monkeypatch.context() as patch:
+            patch.setattr(fla.backends, "_DISPATCH_DISABLED", True)
+            with pytest.raises(ValueError, match="FLA_DISABLE_BACKEND_DISPATCH=1 switches FLA's backends off"):
+                integration.register()
