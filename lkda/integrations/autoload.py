@@ -25,6 +25,7 @@ _COMPLETE = {
     "fla.ops.kda": "kda",
     "fla.modules.causal_conv1d.ops": "conv",
     "fla.modules.norm.fused_norm_gate": "norm",
+    "fla.modules.activations.ops": "swiglu",
 }
 
 

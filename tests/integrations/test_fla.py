@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="FLA needs triton, also where its kernels d
 pytest.importorskip("fla.ops.kda", reason="flash-linear-attention is not installed", exc_type=ImportError)
 
 from fla.layers import KimiDeltaAttention
-from fla.modules import FusedRMSNormGated, ShortConvolution
+from fla.modules import FusedRMSNormGated, GatedMLP, ShortConvolution
+from fla.modules.activations import swiglu
 from fla.ops.kda import chunk_kda, fused_recurrent_kda
 from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
 from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate
@@ -273,6 +274,26 @@ class TestGatedNorm:
     def test_swish_is_declined(self, caplog):
         layer = FusedRMSNormGated(K, activation="swish")
         assert "got activation='swish'" in reason(caplog, layer, torch.randn(B, 5, K), torch.randn(B, 5, K))
+
+
+class TestSwiGLU:
+    def test_it_is_the_product_of_a_silu(self):
+        layer = GatedMLP(hidden_size=16, intermediate_size=24)
+        x, leaves = torch.randn(B, 5, 16, requires_grad=True), list(layer.parameters())
+        want = layer.down_proj(F.silu(layer.gate_proj(x)) * layer.up_proj(x))
+        got = layer(x)
+        found = [torch.autograd.grad(y.square().sum(), [x, *leaves]) for y in (got, want)]
+        same([got, *found[0]], [want, *found[1]])
+
+    def test_with_frozen_weights_and_rows_that_lie_apart(self):
+        x, y = (torch.randn(B, 5, 48)[..., :24].requires_grad_() for _ in range(2))
+        got, want = swiglu(x, y), F.silu(x) * y
+        found = [torch.autograd.grad(z.square().sum(), (x, y)) for z in (got, want)]
+        same([got, *found[0]], [want, *found[1]])
+
+    def test_two_dtypes_are_declined(self, caplog):
+        x = torch.randn(B, 5, 24)
+        assert "tensors of one shape and dtype" in reason(caplog, swiglu, x, x.half())
 
 
 def test_flas_own_layer_trains_and_decodes():
