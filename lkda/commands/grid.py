@@ -120,8 +120,13 @@ class Job:
         return [("train", *self.overrides, f"hydra.run.dir={self.directory}"), *self.then]
 
     def _open(self) -> list[tuple[str, ...]]:
-        """What has no result yet."""
-        return [] if self.status == "diverged" else [words for words in self._all() if not _is_done(words)]
+        """What has no result yet. A missing export is none if all that comes after it is done."""
+        found: list[tuple[str, ...]] = []
+        for words in reversed([] if self.status == "diverged" else self._all()):
+            needed = words[0] != "export" or found or words is self.then[-1]
+            if needed and not _is_done(words):
+                found.insert(0, words)
+        return found
 
     def set_aside(self) -> None:
         """Rename the run directory to .JOB.before. An earlier directory of this name is deleted."""

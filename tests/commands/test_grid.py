@@ -68,6 +68,25 @@ sweeps: ["", "optimizer.betas=[0.9,0.99] model.embed_norm=false", "mixer=softmax
 """
 
 
+def test_a_job_that_is_done_needs_no_exported_weights(tmp_path: Path) -> None:
+    """Those are too large to be copied to another machine."""
+    (job,) = jobs_of(["lm_by_mixer_full"], ["mixer=softmax"], tmp_path)
+    for line in job.then:
+        words = dict(word.partition("=")[::2] for word in line)
+        path = Path(words["hydra.run.dir"], "summary.json") if line[0] == "train" else Path(words["out"])
+        if line[0] != "export":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"status": "finished"}')
+    (job.directory / "summary.json").write_text('{"status": "finished"}')
+    assert (job.standing, job.commands()) == ("done", [])
+    (job.directory / "text_8192.json").unlink()
+    assert job.begins_again
+    (only_exported,) = jobs_of(
+        ["lm_by_mixer_full"], ["mixer=softmax", "then=['export ckpt={run} out={run}/x']"], tmp_path
+    )
+    assert [words[0] for words in only_exported._open()] == ["export"]
+
+
 @pytest.mark.usefixtures("several_sweeps")
 def test_each_line_of_several_sweeps_is_added_to_the_sweep(tmp_path: Path) -> None:
     jobs = jobs_of(["several"], ["seed=4", "trainer.max_steps=5"], tmp_path)
