@@ -20,7 +20,7 @@ from lkda.commands.invocation import given_overrides
 from lkda.commands.learning_rate import measured_learning_rate
 from lkda.commands.paths import with_absolute_paths
 from lkda.commands.run_directory import recorded_config
-from lkda.commands.unused_options import RATES, TRAIN, check_unused
+from lkda.commands.unused_options import RATES, check_unused, of_training
 from lkda.device import resolve_device, resolve_device_count
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
@@ -115,7 +115,7 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
     check_data_options(settings["data"])
     settings = with_recorded_options(settings, recorded or {}, of_model=initial is None)
     plan = _plan(settings, initial)
-    check_unused(TRAIN, plan.record)
+    check_unused(of_training(), plan.record)
     return plan
 
 
