@@ -266,6 +266,7 @@ def _data_of_all_devices(data: dict[str, Any], trainer: Mapping[str, Any]) -> di
     groups = world_size // context
     if "batch_size" not in data:  # for evaluation alone
         return data
+    check_count("data.batch_size", data["batch_size"], least=1)
     batch_size = sequences_per_batch(data["batch_size"], trainer)
     if batch_size % groups:
         raise InputError(

@@ -60,6 +60,14 @@ TRAINING = [
         r"data.batch_size=2 sequences cannot be divided among 3 devices: give a multiple of 3, or trainer.global_batch",
     ),
     (
+        "trainer=ddp trainer.accelerator=cpu trainer.devices=2 trainer.global_batch=false data.batch_size=-2",
+        r"data.batch_size must be a whole number of 1 or more, got -2",
+    ),
+    (
+        "trainer=ddp trainer.accelerator=cpu trainer.devices=100000 trainer.global_batch=false",
+        r"trainer.devices=100000 would start 100000 processes on the CPU: use at most \d+",
+    ),
+    (
         "trainer=ddp trainer.accelerator=cpu trainer.devices=2 trainer.context_parallel=4",
         r"trainer.context_parallel=4 must divide the number of devices, which is 2",
     ),

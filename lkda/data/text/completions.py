@@ -193,19 +193,21 @@ class CompletionsDataModule(PackedDataModule):
         return {name: pairs for name, pairs in found.items() if len(pairs.numbers)}
 
     def _pairs(self, paths: Sequence[Path]) -> Pairs:
-        """All examples of files. Raises InputError for one without a completion."""
+        """All examples of files. Raises InputError for one without a prompt or a completion. A prompt may be empty."""
         options = dict(zip(self.columns, ("data.prompt_column", "data.completion_column")))
-        table, count, without = Table(paths, self.columns, options), 0, 0
-        for count, (_, completion) in enumerate(table.rows(), 1):
-            without = without or (0 if completion else count)
-        if without:
-            raise InputError(
-                f"example {without} of {paths[0]} has no text in column {self.columns[1]!r}: every example needs a "
-                "completion."
-            )
+        count = 0
+        for path in paths:
+            rows = Table([path], self.columns, options, complete=True).rows()
+            for number, (_, completion) in enumerate(rows, 1):
+                if not completion:
+                    raise InputError(
+                        f"row {number} of {path} has no text in column {self.columns[1]!r}: every example needs a "
+                        "completion."
+                    )
+                count += 1
         if not count:
             raise InputError(f"{paths[0]} has no examples.")
-        return Pairs(table, np.arange(count))
+        return Pairs(Table(paths, self.columns, options), np.arange(count))
 
 
 def _held_out(examples: Examples, rows: ExampleRows, size: int) -> HeldOut:
