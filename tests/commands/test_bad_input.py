@@ -46,6 +46,14 @@ TRAINING = [
         "data.batch_size=100000000",
         r"one batch of 3,200,000,000 tokens needs more than \d+.*the machine has .*batch_size",
     ),
+    (
+        "model.d_model=400000 model.mlp_hidden=400000",
+        r"a model of [\d,]+ parameters needs more than [\d,]+ GiB of memory to train, and the machine has",
+    ),
+    (
+        "model.d_model=400000 model.mlp_hidden=400000 trainer=ddp trainer.accelerator=cpu trainer.devices=2",
+        r"needs more than [\d,]+ GiB of memory to train in 2 processes, and the machine",
+    ),
     ("data=mqar data.power=1e30", r"data.power must be from -20 to 20, got 1e\+30"),
     ("seed=-1", r"seed must be a whole number of 0 or more, got -1"),
     ("optimizer.lr=0", r"optimizer.lr must be greater than 0, got 0"),
