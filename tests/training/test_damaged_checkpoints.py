@@ -121,6 +121,20 @@ def test_the_one_before_is_used_and_no_link_is_left_to_the_broken_one(kind: str,
     remove(tmp_path / "step_0000004.ckpt.broken")
 
 
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+def test_the_same_step_may_be_damaged_twice(first: str, second: str, tmp_path: Path) -> None:
+    """The run continued from the step before, wrote this one again, perhaps on other devices, and it was damaged too."""
+    write_file(2, step_path(tmp_path, 2))
+    for kind in (first, second):
+        KINDS[kind](4, step_path(tmp_path, 4))
+        files_of(step_path(tmp_path, 4))[-1].write_bytes(b"")
+        with pytest.warns(UserWarning, match="skipping a broken checkpoint"):
+            path, _ = newest_intact(tmp_path) or pytest.fail("nothing found")
+        assert path == step_path(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_0000002.ckpt", "step_0000004.ckpt.broken"}
+
+
 def test_a_compressed_file_is_refused_before_it_fills_memory(tmp_path: Path) -> None:
     write_file(1, tmp_path / "whole.ckpt")
     bomb = tmp_path / "bomb.ckpt"
