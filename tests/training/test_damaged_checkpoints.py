@@ -30,18 +30,47 @@ def write_file(step: int, path: Path) -> None:
     AtomicCheckpointIO().save_checkpoint(content(step), path)
 
 
-def write_parts(step: int, path: Path) -> None:
-    """As two processes of trainer=fsdp write it, each with half of the rows of model.w."""
+def write_parts(step: int, path: Path, *, save: str | None = "one") -> None:
+    """As two processes of trainer=fsdp write it, each with half of the rows of model.w. Without an id of the saving it
+    is one of an earlier version."""
     path.mkdir()
     whole = content(step)
     rows = whole["state_dict"].pop("model.w")
     whole["state_dict"]["model.w"] = None
     for part, piece in enumerate(rows.chunk(2)):
-        _save([(["state_dict", "model.w"], piece.clone())], path / f"part_{part:05d}_of_00002.pt", path)
-    _save(whole, path / REST, path)
+        pieces = [(["state_dict", "model.w"], piece.clone())]
+        found = pieces if save is None else {"save": save, "part": part, "pieces": pieces}
+        _save(found, path / f"part_{part:05d}_of_00002.pt", path)
+    _save(whole if save is None else {**whole, "lkda_save": save}, path / REST, path)
+
+
+def write_earlier(step: int, path: Path) -> None:
+    write_parts(step, path, save=None)
 
 
 KINDS = {"a file": write_file, "a directory": write_parts}
+
+
+def test_one_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    write_earlier(1, tmp_path / "one")
+    assert same(read_checkpoint(tmp_path / "one"), content(1))
+
+
+@pytest.mark.parametrize("kind", ["another part", "another saving", "an earlier version", "another rest"])
+def test_parts_that_do_not_belong_together_are_refused(kind: str, tmp_path: Path) -> None:
+    """Each file is whole, but a copy of the directory was interrupted, or mixed with another one."""
+    path, other = step_path(tmp_path, 1), tmp_path / "other"
+    write_parts(1, path)
+    write_parts(2, other, save=None if kind == "an earlier version" else "two")
+    first, second = "part_00000_of_00002.pt", "part_00001_of_00002.pt"
+    assert same(read_checkpoint(path), content(1))
+    if kind == "another part":
+        shutil.copy(path / first, path / second)
+    else:
+        name = REST if kind == "another rest" else second
+        shutil.copy(other / name, path / name)
+    with pytest.raises(InputError, match=r"step_0000001.ckpt is damaged: the files part_\*.pt do not fit together"):
+        read_checkpoint(path)
 
 
 def files_of(path: Path) -> list[Path]:
