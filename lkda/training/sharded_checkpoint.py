@@ -8,7 +8,8 @@
             pieces in order are the whole tensor.
 
 The id tells files of one saving from those of another, which a copy that was interrupted may have mixed. An earlier
-version wrote no id, and of a part only its pieces. All files are read with `weights_only=True`: no code in them is executed.
+version wrote no id, and of a part only its pieces. All files are read with `weights_only=True`: no code in them is
+executed.
 """
 
 from __future__ import annotations

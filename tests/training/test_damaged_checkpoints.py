@@ -153,7 +153,7 @@ def test_the_one_before_is_used_and_no_link_is_left_to_the_broken_one(kind: str,
 @pytest.mark.parametrize("first", KINDS)
 @pytest.mark.parametrize("second", KINDS)
 def test_the_same_step_may_be_damaged_twice(first: str, second: str, tmp_path: Path) -> None:
-    """The run continued from the step before, wrote this one again, perhaps on other devices, and it was damaged too."""
+    """The run went on from the step before and wrote this one again, perhaps on other devices: it is damaged again."""
     write_file(2, step_path(tmp_path, 2))
     for kind in (first, second):
         KINDS[kind](4, step_path(tmp_path, 4))

@@ -120,6 +120,7 @@ class CompletionsDataModule(PackedDataModule):
         names = [name for name in ("train", "validation", "test") if name in metadata["bytes"]]
         examples = {name: read_examples(entry, name) for name in names}
         rows = {name: self._rows(examples[name], name) for name in names}
+        given, used = len(examples["train"].answers), len(rows["train"].numbers)
         held_out = {name: _held_out(examples[name], rows[name], metadata["bytes"][name]) for name in names[1:]}
         return PackedText(
             tokenizer=tokenizer,
@@ -129,6 +130,7 @@ class CompletionsDataModule(PackedDataModule):
             validation=held_out["validation"],
             test=held_out.get("test"),
             no_test=None if "test" in names else "data.test_fraction is 0",
+            left_out=f"{given - used:,} of {given:,} examples, which are too long" if used < given else None,
         )
 
     def _rows(self, examples: Examples, name: str) -> ExampleRows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,13 @@ def test_bits_per_byte_are_those_of_the_completions(pairs):
 
 def test_long_examples_are_refused_or_dropped(pairs):
     with open(pairs, "a") as file:
-        file.write(json.dumps({"prompt": "a " * 100, "completion": "b"}) + "\n")
-    with pytest.raises(ValueError, match=r"1 of \d+ examples for \w+ have more than data.context=48 tokens"):
+        file.write(20 * (json.dumps({"prompt": "a " * 100, "completion": "b"}) + "\n"))
+    with pytest.raises(ValueError, match=r"\d+ of \d+ examples for \w+ have more than data.context=48 tokens"):
         module(pairs).prepare()
     data = module(pairs, too_long="drop")
     data.prepare()
-    assert data.dropped == 1
+    assert data.dropped == 20
+    assert re.fullmatch(r"\d\d of \d+ examples, which are too long", data.left_out)  # of those for training
 
 
 @pytest.mark.parametrize(
