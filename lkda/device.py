@@ -9,18 +9,23 @@ import torch
 from lkda.checks import InputError
 
 CPU, AUTO = "cpu", "auto"
+# Processes that train on one CPU, if it has fewer cores. More are a mistake, and would fill the memory.
+_MOST_ON_CPU = 16
 
 
 def resolve_device_count(count: int | str, device: torch.device) -> int:
     """The number of devices of this machine that `trainer.devices` selects, where `auto` is all GPUs, or one CPU.
 
-    Raises: InputError if there are fewer GPUs.
+    Raises: InputError if there are fewer GPUs, or if the CPU would have many more processes than cores.
     """
     there = torch.cuda.device_count() if device.type == "cuda" else None
     if count == AUTO:
         return there or 1
     if there is not None and int(count) > there:
         raise InputError(f"trainer.devices={count}: torch sees {there} GPU{'s' * (there != 1)}; use at most that many.")
+    most = max(_MOST_ON_CPU, os.cpu_count() or 1)
+    if there is None and int(count) > most:
+        raise InputError(f"trainer.devices={count} would start {count} processes on the CPU: use at most {most}.")
     return int(count)
 
 
