@@ -24,7 +24,8 @@ from lkda.checks import InputError
 from lkda.commands.command_line import CommandError
 from lkda.commands.invocation import command
 from lkda.commands.overrides import override
-from lkda.commands.step_benchmark import device_name, open_console
+from lkda.commands.step_benchmark import open_console
+from lkda.device import device_name
 from lkda.io import write_atomically
 from lkda.report.read.files import read_results_file
 from lkda.report.tradeoff.measurements import find_results

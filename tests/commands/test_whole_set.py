@@ -19,8 +19,8 @@ from lkda.commands.config import resolve
 from lkda.commands.decode_benchmark import cases_of as decode_cases
 from lkda.commands.entry_point import run_script
 from lkda.commands.step_benchmark import cases_of as step_cases
-from lkda.commands.step_benchmark import device_name
 from lkda.commands.whole_set import ON_CPU, ON_GPU, STATE, Part, measure_whole_set
+from lkda.device import device_name
 from tests.commands.small import composed
 from tests.report.conftest import bench_row
 from tests.report.tradeoff.conftest import decode_row, write_results
@@ -90,7 +90,7 @@ def test_what_a_package_raises_in_a_part_costs_no_other(tmp_path, capsys):
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
         Measure()(part)
 
-    with pytest.raises(CommandError, match="not measured: first: OutOfMemoryError: CUDA out of memory. Tried to all"):
+    with pytest.raises(CommandError, match="not measured: first: OutOfMemoryError: CUDA out of memory"):
         measure_whole_set(settings(tmp_path), CPU, out_of_memory, PARTS)
     assert set(json.loads((tmp_path / STATE).read_text())["parts"]) == {"second"}
     assert "in out_of_memory" in capsys.readouterr().out  # the traceback
