@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -48,6 +50,17 @@ def resolve_device(
     if word == gpu and not there:
         raise InputError(f"{option}={gpu}: a GPU was asked for and torch sees no CUDA device; use {instead or others}.")
     return torch.device("cuda" if there and word != CPU else CPU)
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of device: the GPU's name, or the CPU's with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:  # not on Linux
+        found = None
+    return f"{found[1].strip() if found else 'cpu'}, {torch.get_num_threads()} threads"
 
 
 def physical_memory() -> int:
