@@ -7,6 +7,7 @@ from lkda.ops.kda.op import kda_attention, kda_step
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.kda.step import kda_step_fused
 from lkda.ops.products.op import linear
+from lkda.ops.residual_norm.op import residual_norm
 from lkda.ops.runtime.backend import available_backends, resolve_backend
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
 from lkda.ops.simplified.op import simplified_attention, simplified_step
@@ -26,6 +27,7 @@ __all__ = [
     "kda_step_fused",
     "l2_normalized",
     "linear",
+    "residual_norm",
     "resolve_backend",
     "short_convolution",
     "short_convolutions",
