@@ -249,3 +249,62 @@ class TestOps:
         traced = torch.compile(norm("cuda", BF16), backend="aot_eager", fullgraph=True)
         got = outputs_and_gradients(traced, inputs)
         assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+def on_gpu(*shape, **types):
+    return inputs_of(*shape, device="cuda", **types)
+
+
+class TestOnAGPU:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("types", TYPES, ids=str)
+    @pytest.mark.parametrize(("rows", "width"), [(1, 8), (257, 512), (3000, 1024), (33, 1544), (65, 4096), (9, 8192)])
+    def test_against_float64(self, rows, width, types):
+        x, y, dtype = types
+        check(on_gpu(rows, width, x=x, y=y), dtype)
+
+    @pytest.mark.parametrize("y", [BF16, None])
+    def test_the_same_bits_in_every_run_and_form(self, y):
+        inputs = on_gpu(4, 3000, 512, y=y)
+        forms = [norm("cuda", BF16)] * 3 + [torch.compile(norm("cuda", BF16), fullgraph=True)]
+        want, *others = [outputs_and_gradients(form, inputs) for form in forms]
+        for got in others:
+            assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+    def test_opcheck(self):
+        inputs = {name: tensor.requires_grad_() for name, tensor in on_gpu(3, 64).items()}
+        x, weight, y = inputs.values()
+        torch.library.opcheck(torch.ops.lkda.residual_norm, (x, y, weight, EPS, BF16))
+        torch.library.opcheck(torch.ops.lkda.residual_norm, (x, None, weight, EPS, BF16))
+
+    def test_a_replayed_graph_has_the_same_bits(self):
+        inputs = {name: tensor.requires_grad_() for name, tensor in on_gpu(700, 512).items()}
+        ds, dn = torch.randn(700, 512, device="cuda"), torch.randn(700, 512, device="cuda").bfloat16()
+
+        def run():
+            outputs = norm("cuda", BF16)(**inputs)
+            return [*outputs, *torch.autograd.grad(outputs, list(inputs.values()), (ds, dn))]
+
+        want = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run()
+        for _ in range(2):
+            graph.replay()
+            assert all(map(torch.equal, got, want))
+
+    @pytest.mark.parametrize("y", [BF16, None])
+    def test_launches(self, y):
+        """One for the results; one for the gradients of x and y, and one for the sum of the weight's gradient."""
+        from lkda.bench.timing import launches
+
+        inputs = {name: tensor.requires_grad_() for name, tensor in on_gpu(700, 512, y=y).items()}
+        ds, dn = torch.randn(700, 512, device="cuda"), torch.randn(700, 512, device="cuda").bfloat16()
+        with torch.no_grad():
+            assert launches(lambda: norm("cuda", BF16)(**inputs)) == 1
+
+        def run():
+            return torch.autograd.grad(norm("cuda", BF16)(**inputs), list(inputs.values()), (ds, dn))
+
+        assert launches(run) == 3
