@@ -110,7 +110,8 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of y (empty if y is None) and of weight (empty if it is not `weighted`); s is x + y."""
     d, rows = x.shape[-1], inverse.numel()
-    ds, dn, x, y = (None if tensor is None else readable(tensor) for tensor in (ds, dn, x, y))
+    dn, x = readable(dn), readable(x)
+    ds, y = (None if tensor is None else readable(tensor) for tensor in (ds, y))
     dx, dy = _like(x), x.new_empty(0) if y is None else _like(y)
     blocks = min(_blocks(rows, d), MAX_BLOCKS)
     partials = x.new_empty(blocks, d, dtype=torch.float32) if weighted else None
