@@ -19,14 +19,14 @@ def normed_residual(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tenso
         x: [..., d_model], the residual stream.
         y: of x's shape, what a layer adds to the stream.
     """
-    if x.is_cuda and is_plain_norm(norm) and _are_ordinary(x, y, norm.weight):
+    if x.is_cuda and is_plain_norm(norm) and are_ordinary(x, y, norm.weight):
         assert norm.eps is not None
         return residual_norm(x, y, norm.weight, eps=norm.eps, dtype=_multiplied_dtype(x))
     s = x if y is None else x + y
     return s, norm(s)
 
 
-def _are_ordinary(*tensors: Tensor | None) -> bool:
+def are_ordinary(*tensors: Tensor | None) -> bool:
     """Whether none is of a class of its own, such as a tensor that several devices share."""
     return all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 

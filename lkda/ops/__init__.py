@@ -12,6 +12,7 @@ from lkda.ops.runtime.backend import available_backends, resolve_backend
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
 from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.simplified.step import simplified_step_fused
+from lkda.ops.softmax.heads import rotary_heads
 from lkda.ops.softmax.op import softmax_attention
 from lkda.ops.softmax.step import softmax_step
 
@@ -29,6 +30,7 @@ __all__ = [
     "linear",
     "residual_norm",
     "resolve_backend",
+    "rotary_heads",
     "short_convolution",
     "short_convolutions",
     "simplified_attention",

@@ -139,22 +139,22 @@ class TestKernels:
         x, y, dtype = types
         check(inputs_of(2, 7, 72, x=x, y=y), dtype)
 
-    @pytest.mark.parametrize(("rows", "width"), [(1, 8), (9, 512), (5, 520), (3, 1024), (2, 2056), (1, 8192)])
+    @pytest.mark.parametrize(("rows", "width"), [(1, 8), (9, 512), (5, 520), (3, 2056), (1, 8192)])
     def test_every_number_of_warps_for_a_row(self, rows, width):
         check(inputs_of(rows, width), BF16)
 
     def test_more_groups_of_rows_than_blocks(self, monkeypatch):
         monkeypatch.setattr(cuda, "MAX_BLOCKS", 2)
-        check(inputs_of(27, 64), BF16)
-        check(inputs_of(7, 1032), BF16)
+        check(inputs_of(27, 72), BF16)
+        check(inputs_of(7, 520), BF16)
 
     def test_no_rows(self):
-        got = outputs_and_gradients(norm("cuda", BF16), inputs_of(0, 64))
-        assert got["out1"].shape == got["dy"].shape == (0, 64)
-        assert torch.equal(got["dweight"], torch.zeros(64))
+        got = outputs_and_gradients(norm("cuda", BF16), inputs_of(0, 72))
+        assert got["out1"].shape == got["dy"].shape == (0, 72)
+        assert torch.equal(got["dweight"], torch.zeros(72))
 
     def test_strided_inputs_and_gradients(self):
-        inputs = inputs_of(4, 6, 64)
+        inputs = inputs_of(4, 6, 72)
         want = outputs_and_gradients(norm("cuda", BF16), inputs)
         strided = {
             name: tensor.transpose(0, 1).contiguous().transpose(0, 1)
@@ -173,7 +173,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("y", [BF16, FP32, None])
     def test_a_loss_of_one_output_alone(self, y):
-        inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(5, 64, y=y).items()}
+        inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(5, 72, y=y).items()}
         for index in range(2):
             losses = [norm(word, FP32)(**inputs)[index].square().sum() for word in ("cuda", "torch")]
             found = [
@@ -184,14 +184,14 @@ class TestKernels:
                 torch.testing.assert_close(got, want, rtol=1e-2 if y == BF16 else 1e-5, atol=1e-4)
 
     def test_a_frozen_weight_gets_no_gradient(self):
-        inputs = inputs_of(5, 64)
+        inputs = inputs_of(5, 72)
         want = outputs_and_gradients(norm("cuda", BF16), inputs)
         weight = inputs.pop("weight")
         got = outputs_and_gradients(lambda x, y: norm("cuda", BF16)(x, weight, y), inputs)
         assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
 
     def test_without_gradients_s_is_x_and_nothing_is_kept(self):
-        inputs = inputs_of(5, 64, y=None)
+        inputs = inputs_of(5, 72, y=None)
         s, n = norm("cuda", BF16)(**inputs)
         assert s is inputs["x"]
         assert not n.requires_grad
@@ -213,7 +213,7 @@ class TestKernels:
             kept.append(tensor.data_ptr())
             return tensor
 
-        inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(4, 64).items()}
+        inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(4, 72).items()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             s, _ = norm("cuda", BF16)(**inputs)
         assert {inputs["x"].data_ptr(), inputs["y"].data_ptr()} <= set(kept)
@@ -237,14 +237,14 @@ class TestOps:
     @pytest.mark.parametrize("types", [(FP32, BF16, BF16), (FP32, None, BF16), (FP32, FP32, FP32)], ids=str)
     def test_opcheck(self, types):
         x, y, dtype = types
-        inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(3, 64, x=x, y=y).items()}
+        inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(3, 72, x=x, y=y).items()}
         torch.library.opcheck(
             torch.ops.lkda.residual_norm, (inputs["x"], inputs.get("y"), inputs["weight"], EPS, dtype)
         )
 
     @pytest.mark.parametrize("y", [BF16, FP32, None])
     def test_traced_in_one_graph(self, y):
-        inputs = inputs_of(3, 4, 64, y=y)
+        inputs = inputs_of(3, 4, 72, y=y)
         want = outputs_and_gradients(norm("cuda", BF16), inputs)
         traced = torch.compile(norm("cuda", BF16), backend="aot_eager", fullgraph=True)
         got = outputs_and_gradients(traced, inputs)
