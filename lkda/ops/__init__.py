@@ -10,6 +10,7 @@ from lkda.ops.products.op import linear
 from lkda.ops.residual_norm.op import residual_norm
 from lkda.ops.runtime.backend import available_backends, resolve_backend
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
+from lkda.ops.simplified.decay import simplified_decay
 from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.simplified.step import simplified_step_fused
 from lkda.ops.softmax.heads import rotary_heads
@@ -34,6 +35,7 @@ __all__ = [
     "short_convolution",
     "short_convolutions",
     "simplified_attention",
+    "simplified_decay",
     "simplified_step",
     "simplified_step_fused",
     "softmax_attention",
