@@ -62,10 +62,9 @@ def norm_kernel(name: str, width: int, stream: torch.dtype, added: torch.dtype, 
 
 
 def kernels(arch: str) -> list[Kernel]:
-    """The variants of training in float32, mixed and half precision, with 1 to 16 warps for a row."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    types = ((fp32, bf16, bf16), (fp32, fp16, fp16), (fp32, fp32, fp32), (bf16, bf16, bf16), (fp16, fp16, fp16))
-    widths = (72, 512, 1024, 2048, 4096, 8192)
+    """Those of usual widths, with 1 to 16 warps for a row, in mixed precision, float32 and half precision."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    types, widths = ((fp32, bf16, bf16), (fp32, fp32, fp32), (bf16, bf16, bf16)), (512, 1024, 2048, 8192)
     return [norm_kernel(name, d, *chosen) for name in ("forward", "backward") for d in widths for chosen in types]
 
 
