@@ -100,7 +100,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 
 def _scripts(charts: Mapping[str, object]) -> str:
-    data = json.dumps(charts, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(charts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="charts">{data}</script>\n{scripts()}\n'
 
 

@@ -21,6 +21,7 @@ from lkda.run_failure import FAILURE
 
 # What tables and plots need. All are numbers, except for the mixer.
 REQUIRED = ("mixer", "val/loss", "state_bytes", "tokens", "tokens_per_s", "params")
+POSITIVE = ("state_bytes", "tokens", "tokens_per_s", "params")
 OF_TEXT, OF_TASKS = "val/bits_per_byte", "val/accuracy"  # one of these is needed too
 
 RECORDED_ROWS = 300
@@ -110,6 +111,12 @@ def _read_summary(path: Path, *, finished: bool) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise InputError("summary.json holds no table of values")
     summary = translated_summary(summary)
+    _check_summary(summary, finished=finished)
+    return summary
+
+
+def _check_summary(summary: dict[str, Any], *, finished: bool) -> None:
+    """Raises: InputError where the run is not finished, or where what tables and plots need is missing."""
     if finished and summary.get("status") != "finished":
         raise InputError(f"the run is {summary.get('status', 'of an unknown status')}, not finished")
     missing = [key for key in REQUIRED if key != "mixer" and not _is_number(summary.get(key))]
@@ -119,7 +126,9 @@ def _read_summary(path: Path, *, finished: bool) -> dict[str, Any]:
         missing.insert(0, "mixer")
     if missing:
         raise InputError(f"summary.json lacks {', '.join(missing)}")
-    return summary
+    nothing = [key for key in POSITIVE if not summary[key] > 0]
+    if nothing:
+        raise InputError(f"summary.json has {nothing[0]} = {summary[nothing[0]]}, and a number above 0 is needed")
 
 
 def _is_number(value: Any) -> bool:
@@ -188,6 +197,8 @@ def _recorded(path: Path, step: int | None) -> list[Run]:
     found = read_results_file(path, kind="comparison")
     with refusing_damage(str(path)):
         runs = [from_record(record) for record in found["runs"]]
+        for run in runs:
+            _check_summary(run.summary, finished=False)
         return runs if step is None else [_at(run, step) for run in runs]
 
 

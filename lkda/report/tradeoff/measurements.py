@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from lkda.checks import InputError
 from lkda.report.draw.units import length
 from lkda.report.operators.plots import SOFTMAX
 from lkda.report.read.files import read_results_file
+from lkda.report.studies import notes
 
 KINDS = ("benchmark", "step_benchmark", "decode", "notes")
 WHOLE_SET = "whole_set"  # the results of several such files, as scripts/benchmark.py without options writes them
@@ -106,12 +108,24 @@ def _read(path: Path) -> list[Results]:
         else:
             name = f"{path.parent.name}/{path.name}"
             results = [Results(name, found["kind"], dict(found["header"]), list(found["rows"]))]
-        measurements(results)
+        for one in measurements(results):
+            _check(one)
+        for result in results:
+            if result.kind == notes.KIND:
+                notes.tables({"header": result.header, "rows": result.rows}, [])
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"{path} is not what scripts/benchmark.py writes ({error!r}).") from error
     if not all(result.rows for result in results):
         raise InputError(f"{path} is not what scripts/benchmark.py writes (it has no rows).")
     return results
+
+
+def _check(one: Measurement) -> None:
+    """Raises: ValueError or TypeError where a number cannot be drawn, such as a speed that is not a number."""
+    for name, least in (("context", 1), ("tokens_per_s", 5e-324), ("memory", 0)):  # the smallest number above 0
+        value = getattr(one, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{one.stage} of {one.series}: {name} is {value}")
 
 
 def measurements(results: Sequence[Results]) -> list[Measurement]:

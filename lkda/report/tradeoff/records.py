@@ -225,7 +225,7 @@ def curve_records(groups: Sequence[Group], *, x: str, y: str) -> list[Record]:
             course, every = running_mean(course), math.ceil(len(course.x) / most) or 1
         about = {"series": group.label, "mixer": group.mixer, "run": run.name}
         about |= {"seed": str(run.summary.get("seed", "")), "configuration": configuration(run)}
-        points = list(zip(course.x, course.y, steps, strict=True))
+        points = [point for point in zip(course.x, course.y, steps, strict=True) if all(map(math.isfinite, point))]
         records += [{"x": x, "y": y, "step": step, **about} for x, y, step in points[::-every][::-1]]  # with the last
     return records
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.page import Section, page
-from lkda.report.draw.tables import markdown_table
+from lkda.report.draw.tables import markdown_table, markdown_text
 from lkda.report.draw.units import length, memory
 from lkda.report.operators import report as bench_report
 from lkda.report.operators.benchmark import KIND as BENCHMARK
@@ -164,11 +164,14 @@ class Tradeoff:
         """
         drawn = self.charts()
         first, below = self.first_section(), self.sections()
-        parts = [f"# {title}", first.lead, markdown_table(first.head, first.body, names=5) if first.body else ""]
-        parts += [table, *notes] if table else []
-        parts += [f"## {chart.title}\n\n{chart.caption}\n\n![{chart.title}]({chart.name}.svg)" for chart in drawn]
+        parts = [markdown_text(f"# {title}\n\n{first.lead}")]
+        parts += [markdown_table(first.head, first.body, names=5)] if first.body else []
+        parts += [table, *map(markdown_text, notes)] if table else []
+        for chart in drawn:
+            parts.append(markdown_text(f"## {chart.title}\n\n{chart.caption}\n\n![{chart.title}]({chart.name}.svg)"))
         for section in below:
-            parts += [f"## {section.heading}", markdown_table(section.head, section.body, names=4), *section.notes]
+            parts += [f"## {section.heading}", markdown_table(section.head, section.body, names=4)]
+            parts += map(markdown_text, section.notes)
         files: dict[str, str | bytes] = {"report.md": "\n\n".join(part.rstrip() for part in parts if part) + "\n"}
         for chart in drawn:
             files |= chart.files

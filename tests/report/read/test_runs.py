@@ -59,6 +59,7 @@ def test_what_is_no_finished_run_is_left_out_by_name_with_the_reason(tmp_path, r
     ):
         spoil(write_run(tmp_path / name, "kda"), spoilt, text)
     (spoil(write_run(tmp_path / "bytes", "kda"), "summary.json", "") / "summary.json").write_bytes(b"\xff\xfe")
+    write_run(tmp_path / "still", "kda", tokens_per_s=0)
     found, skipped = read_runs([path for path in tmp_path.iterdir() if path.name != "runs"] + runs)
     assert len(found) == len(runs)
     assert {path.name: reason.split(" (")[0] for path, reason in skipped} == {
@@ -72,6 +73,7 @@ def test_what_is_no_finished_run_is_left_out_by_name_with_the_reason(tmp_path, r
         "odd": "config.yaml is not YAML",
         "poor": "summary.json lacks state_bytes",
         "running": "no summary.json: still running, or killed",
+        "still": "summary.json has tokens_per_s = 0, and a number above 0 is needed",
         "stopped": "the run is interrupted, not finished",
         "torn": "summary.json is not JSON",
         "unset": "no config.yaml",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,6 +107,29 @@ def test_the_later_of_two_measurements_is_kept(tmp_path):
     assert one.tokens_per_s == 30.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens_per_s": float("nan")}, "decode of kda: tokens_per_s is nan"),
+        ({"tokens_per_s": float("inf")}, "decode of kda: tokens_per_s is inf"),
+        ({"tokens_per_s": -1.0}, "decode of kda: tokens_per_s is -1.0"),
+        ({"tokens_per_s": "fast"}, "must be real number, not str"),
+        ({"bytes_per_sequence": float("nan")}, "decode of kda: memory is nan"),
+        ({"context": 0}, "decode of kda: context is 0"),
+    ],
+)
+def test_a_number_that_cannot_be_drawn_is_refused(tmp_path, changes, message):
+    path = write_results(tmp_path / "a.json", "decode", [decode_row("kda", 1024, 1.0) | changes])
+    with pytest.raises(ValueError, match=f"a.json is not what scripts/benchmark.py writes .*{message}"):
+        find_results([path])
+
+
+def test_notes_of_another_form_are_refused(tmp_path):
+    path = write_results(tmp_path / "a.json", "notes", [{"part": "length", "name": "KDA"}])
+    with pytest.raises(ValueError, match=r"a.json is not what scripts/benchmark.py writes \(KeyError\('T'\)\)"):
+        find_results([path])
+
+
 def test_the_front_has_what_nothing_beats():
     assert records.on_front([(1, 1), (2, 3), (3, 2), (2, 3), (4, 4)]) == [True, True, False, True, True]
 
@@ -158,6 +182,8 @@ def test_a_course_with_few_validations_is_that_of_training(tmp_path):
     points = records.curve_records(seldom, x="tokens", y=column)
     assert len(points) > 20
     assert points[-1]["x"] == 500 * 2048
+    seldom[0].runs[0].metrics[3]["train/bits_per_byte"] = math.nan  # a step of a run that nearly diverged
+    assert all(math.isfinite(one["y"]) for one in records.curve_records(seldom, x="tokens", y=column))
     many = records.curve_records(seldom * 100, x="tokens", y=column)
     assert len(many) <= 2000
 
