@@ -148,9 +148,10 @@ def speed_of(group: Group, found: Sequence[Measurement]) -> float | None:
 def by_state(groups: Sequence[Group], quality: Quality) -> list[Record]:
     """Accuracy against the bytes of the state of one sequence at the training context, for each data."""
     records = []
-    for data, same in by_data(groups).items():
+    parts = by_data(groups)
+    for data, same in parts.items():
         states = [(group, lambda run: float(run.summary["state_bytes"])) for group in same]
-        records += _points(states, quality, setting=data, more_x_is_better=False)
+        records += _points(states, quality, setting=data if len(parts) > 1 else "", more_x_is_better=False)
     return records
 
 

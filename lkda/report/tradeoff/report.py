@@ -106,7 +106,7 @@ class Tradeoff:
         found = records.answers(self.groups, self.found, self.quality)
         head = ["question", "context", "mixer", "figures", "measured with"]
         body = [[one.question, length(one.context) if one.context else "", one.mixer, one.why, one.of] for one in found]
-        sort_by: Cells = [[one.question, one.context, one.mixer, one.why, one.of] for one in found]
+        sort_by: Cells = [[one.question, one.context or -1, one.mixer, one.why, one.of] for one in found]
         notes = ["Choose a question and a context below the headings to find the answer for your case."]
         return Section(
             lead=self.summary,

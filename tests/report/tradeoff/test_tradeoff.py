@@ -14,7 +14,7 @@ from lkda.report.read.crossings import crossings
 from lkda.report.read.groups import group_runs
 from lkda.report.read.runs import read_runs
 from lkda.report.tradeoff import records
-from lkda.report.tradeoff.crossings import pairs
+from lkda.report.tradeoff.crossings import pairs, rounded
 from lkda.report.tradeoff.measurements import find_results, measurements
 from lkda.report.training.comparison import compare
 from tests.report.conftest import write_run
@@ -81,6 +81,13 @@ def test_the_summary_says_how_far_its_contexts_reach_and_which_device_is_another
 
 
 _BATCHES = ((1, 1024), (1, 4096), (2, 1024))
+
+
+@pytest.mark.parametrize(
+    ("context", "text"), [(736.162, "740"), (1010.0, "0.99K"), (1529.3, "1.5K"), (65_536.0, "64K"), (131_072.0, "128K")]
+)
+def test_an_interpolated_context_has_two_digits(context, text):
+    assert rounded(context) == text
 
 
 def test_mixers_of_different_devices_settings_or_batches_are_not_paired(tmp_path):
