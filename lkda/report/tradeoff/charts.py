@@ -95,11 +95,13 @@ def _colour(domain: Sequence[str]) -> Encoding:
     }
 
 
-# Drag to move, pinch or hold ctrl and turn the wheel to zoom, so that a turn of the wheel alone scrolls the page.
+# Drag to move, pinch or hold ctrl and turn the wheel to zoom, so that a turn of the wheel alone scrolls the page. A
+# finger on a chart scrolls the page too: on a phone the charts are higher than the room beside them.
+_DRAG = "[pointerdown[event.pointerType !== 'touch'], window:pointerup] > window:pointermove!"
 _INTERACTIVE: list[dict[str, Any]] = [
     {
         "name": "zoomed",
-        "select": {"type": "interval", "zoom": "wheel![event.ctrlKey]"},
+        "select": {"type": "interval", "on": _DRAG, "translate": _DRAG, "zoom": "wheel![event.ctrlKey]"},
         "bind": "scales",
     },
     {"name": "highlighted", "select": {"type": "point", "fields": ["series"]}, "bind": "legend"},
