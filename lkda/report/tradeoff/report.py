@@ -122,8 +122,8 @@ class Tradeoff:
     def chart_section(self) -> Section:
         """All charts."""
         notes = [
-            "Point at a mark, or tap it, for its figures. Drag to move a chart, turn the wheel with ctrl to zoom, click "
-            "twice to go back, and click a name in the legend to highlight it."
+            "Point at a mark, or tap it, for its figures. Drag to move a chart, turn the wheel with ctrl to zoom, and "
+            "double-click to go back. Click a name in the legend to highlight it."
         ]
         return Section("Charts", notes=notes, charts=self.charts())
 
