@@ -290,6 +290,13 @@ def _by_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> list
         if group is not best:
             question = f"best {quality.title} with {memory(state)} of state per sequence or little more"
             result.append(Answer(question, group.label, _figure(group, quality), f"runs, {budget}"))
+    for group, is_front in zip(groups, front, strict=True):
+        if not is_front:
+            as_good = [one for _, one in kept if not quality.better(group.mean(quality.key), one.mean(quality.key))]
+            least = min(as_good, key=lambda one: one.mean("state_bytes"))
+            question = f"least state at {quality.title} of {group.label} or better"
+            why = f"{_figure(least, quality)}; {group.label} has {_figure(group, quality)}"
+            result.append(Answer(question, least.label, why, f"runs, {budget}"))
     smallest = min([best, *equal], key=lambda group: group.mean("state_bytes"))
     none = "no other is as good within the spread over seeds" if len(best.runs) > 1 else "one seed has no spread"
     why = memory(smallest.mean("state_bytes")) + ("" if equal else f"; {none}")
@@ -363,7 +370,7 @@ def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) ->
     if smaller:  # from the largest state to the smallest
         choices = "; ".join(f"{answer.mixer}, {answer.why}" for answer in reversed(smaller))
         said.append(f"If memory is short, choose {choices}.")
-    equal = [answer for answer in others if answer.question.startswith("least state") and "; " not in answer.why]
+    equal = [answer for answer in others if "equal to the best" in answer.question and "; " not in answer.why]
     return " ".join([*said, *(f"The least state at equal accuracy: {answer.mixer}, {answer.why}." for answer in equal)])
 
 

@@ -130,6 +130,11 @@ class Comparison:
                 f"Of these rows, runs have the same seed and settings: {'; '.join(again)}. If they are copies of one "
                 "run, the spread over seeds is too small."
             )
+        if all(str(run.summary.get("precision", "")).endswith(("-mixed", "32-true")) for run in self.runs):
+            notes.append(
+                "state: of one sequence of the training context, in float32, as the weights. In bf16, a cache of "
+                "keys and values takes half of it."
+            )
         if not self.exclusive_device:
             notes.append("Runs shared a device, so times are not compared.")
         seconds = table.equal_wall_clock(self.groups) if self.exclusive_device else None

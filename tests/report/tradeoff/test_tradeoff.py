@@ -165,6 +165,17 @@ def test_a_small_difference_is_within_the_spread(tmp_path):
     assert (least.mixer, least.why) == ("kda", "146 KiB; no other is as good within the spread over seeds")
 
 
+def test_a_mixer_that_another_beats_with_less_state_has_an_answer(tmp_path):
+    bits = {"kda": 1.0, "softmax": 1.1, "simplified": 1.2}
+    paths = [write_run(tmp_path / m, m, **{"val/bits_per_byte": value}) for m, value in bits.items()]
+    groups = group_runs(read_runs(paths)[0])
+    found = {one.question: one for one in records.answers(groups, [], records.quality_of(groups))}
+    answer = found.pop("least state at validation bits per byte of softmax or better")
+    assert answer.mixer == "kda"
+    assert answer.why == "1.000, 146 KiB of state per sequence; softmax has 1.100, 1 MiB of state per sequence"
+    assert not [question for question in found if " or better" in question]  # the others are on the front
+
+
 def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     result, out = joined
     found = records.by_speed(result.groups, result.tradeoff.found, result.tradeoff.quality, exclusive_device=True)
