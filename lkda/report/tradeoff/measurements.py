@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -166,8 +167,11 @@ def _operator(row: Row, result: Results, device: str) -> Measurement:
     who = "SDPA" if softmax else peer or (f"lkda {row['backend']}" if row["backend"] != "cuda" else "")
     shape = "x".join(str(row[axis]) for axis in "BTHD")
     time = row.get("ms_median")
-    command = f"python scripts/benchmark.py task=op ops=[{op}] shapes=[{shape}] dtypes=[{row['dtype']}]"
-    command += f" modes=[{row['mode']}]" + ("" if peer else f" backends=[{row['backend']}]")
+    words = ["task=op", f"ops=[{op}]", f"shapes=[{shape}]", f"dtypes=[{row['dtype']}]", f"modes=[{row['mode']}]"]
+    # The default backends are not those of every operator, and cuda is.
+    words += [f"replays=[{row['replay']}]", f"backends=[{row['backend'] or 'cuda'}]"]
+    words += [f"gates=[{row['gate']}]"] if row.get("gate") else []
+    words += [f"peers=[{'sdpa' if softmax else str(peer).split()[0]}]"] if peer else []
     return Measurement(
         stage=stage or "other operator",
         mixer=mixer,
@@ -180,7 +184,7 @@ def _operator(row: Row, result: Results, device: str) -> Measurement:
         memory=row["peak_mib"] * 2**20 if row.get("peak_mib") else None,
         reason="" if time else str(row.get("reason") or "not measured"),
         file=result.name,
-        command=command + (f" peers=[{str(peer).split()[0] if not softmax else 'sdpa'}]" if peer else ""),
+        command=_command(words),
         own=softmax or (peer is None and row["backend"] == "cuda"),
     )
 
@@ -197,9 +201,10 @@ def _steps(result: Results, device: str) -> Read:
 def _step(row: Row, result: Results, device: str) -> Measurement:
     bare = row["implementation"] == "bare"
     overrides = f", {' '.join(row['overrides'])}" if row.get("overrides") else ""
-    command = f"python scripts/benchmark.py task=step models=[{row['model']}] mixers=[{row['mixer']}]"
-    command += f" shapes=[{row['B']}x{row['T']}]" + (" packed=[true]" if row["packed"] else "")
-    command += "" if row["implementation"] in ("train", "bare") else f" peers=[{_peer(row)}]"
+    words = ["task=step", f"models=[{row['model']}]", f"mixers=[{row['mixer']}]", f"shapes=[{row['B']}x{row['T']}]"]
+    words += ["packed=[true]"] if row["packed"] else []
+    words += [] if row["implementation"] in ("train", "bare") else [f"peers=[{_peer(row)}]"]
+    words += [] if row.get("compile", "auto") == "auto" else [f"compile={str(row['compile']).lower()}"]
     return Measurement(
         stage="training step",
         mixer=str(row["mixer"]),
@@ -212,7 +217,7 @@ def _step(row: Row, result: Results, device: str) -> Measurement:
         memory=row["reserved_gib"] * 2**30 if row.get("reserved_gib") else None,
         reason=str(row.get("reason", "")),
         file=result.name,
-        command=command + _further(row),
+        command=_command([*words, *_further(row)]),
         own=row["implementation"] == "train",
     )
 
@@ -224,11 +229,11 @@ def _decoding(result: Results, device: str) -> Read:
 def _decode(row: Row, result: Results, device: str) -> Measurement:
     prefill = row["implementation"] == "prefill"
     title = str(row["title"]).removesuffix(", prefill")
-    command = f"python scripts/benchmark.py task=decode models=[{row['model']}] mixers=[{row['mixer']}]"
-    command += f" dtypes=[{row['dtype']}] batches=[{row['batch']}] contexts=[{row['context']}]"
-    command += " prefill=true" if prefill else ""
-    command += "" if row["implementation"] in ("lkda", "prefill") else f" peers=[{_peer(row)}]"
-    command += f" state_dtypes=[{row['state_dtype']}]" if row.get("state_dtype") not in (None, "float32") else ""
+    words = ["task=decode", f"models=[{row['model']}]", f"mixers=[{row['mixer']}]", f"dtypes=[{row['dtype']}]"]
+    words += [f"batches=[{row['batch']}]", f"contexts=[{row['context']}]", *(["prefill=true"] if prefill else [])]
+    words += [] if row["implementation"] in ("lkda", "prefill") else [f"peers=[{_peer(row)}]"]
+    words += [f"state_dtypes=[{row['state_dtype']}]"] if row.get("state_dtype") not in (None, "float32") else []
+    words += [f"top_p={row['top_p']}"] if row.get("top_p") is not None else []
     overrides = f", {' '.join(row['overrides'])}" if row.get("overrides") else ""
     sampled = f", top_p {row['top_p']}" if row.get("top_p") is not None else ""
     return Measurement(
@@ -243,7 +248,7 @@ def _decode(row: Row, result: Results, device: str) -> Measurement:
         memory=row.get("peak_bytes") if prefill else row.get("bytes_per_sequence"),
         reason=str(row.get("reason", "")),
         file=result.name,
-        command=command + (f" top_p={row['top_p']}" if row.get("top_p") is not None else "") + _further(row),
+        command=_command([*words, *_further(row)]),
         own=row["implementation"] in ("lkda", "prefill"),
     )
 
@@ -256,9 +261,14 @@ def _peer(row: Row) -> str:
     )
 
 
-def _further(row: Row) -> str:
-    vocabulary = f" vocab_size={row['vocab_size']}" if row.get("vocab_size") else ""
-    return vocabulary + (f" 'overrides={row['overrides']}'" if row.get("overrides") else "")
+def _further(row: Row) -> list[str]:
+    words = [f"vocab_size={row['vocab_size']}"] if row.get("vocab_size") else []
+    return words + ([f"overrides=[{','.join(row['overrides'])}]"] if row.get("overrides") else [])
+
+
+def _command(words: Sequence[str]) -> str:
+    """For any shell; some take brackets for names of files."""
+    return f"python scripts/benchmark.py {shlex.join(words)}"
 
 
 def _with_batches(found: Read) -> list[Measurement]:

@@ -217,7 +217,7 @@ def test_the_tables_beside_the_page_hold_the_numbers(joined):
     assert (missing["mixer"], missing["tokens/s"], missing["why not"]) == ("kda, FLA", "", "fla is not installed")
     kda = next(row for row in measured if row["mixer"] == "kda" and row["stage"] == "training step")
     assert kda["measure again"] == (
-        "python scripts/benchmark.py task=step models=[tiny] mixers=[kda] shapes=[8x1024] vocab_size=300"
+        "python scripts/benchmark.py task=step 'models=[tiny]' 'mixers=[kda]' 'shapes=[8x1024]' vocab_size=300"
     )
 
 
