@@ -59,6 +59,7 @@ class Section:
     Attributes:
         heading: empty for the first section, which follows the title.
         lead: paragraphs in larger letters, with empty lines between them.
+        hint: a sentence above the table.
         head, body: headings and cells of the table, whose first `names` columns are names.
         sortable: whether the reader can sort and filter the table.
         lists: the columns that the reader filters by choosing from a list of their cells.
@@ -71,6 +72,7 @@ class Section:
 
     heading: str = ""
     lead: str = ""
+    hint: str = ""
     head: Sequence[str] = ()
     body: Sequence[Sequence[str]] = ()
     names: int = 1
@@ -108,6 +110,7 @@ def _section(section: Section) -> str:
     parts = [f'<h2 id="{_anchor(section)}">{html.escape(section.heading)}</h2>'] if section.heading else []
     parts += [f'<p class="lead">{html.escape(lead)}</p>' for lead in section.lead.split("\n\n") if lead]
     if section.body:
+        parts += [f'<p class="note">{html.escape(section.hint)}</p>'] if section.hint else []
         parts.append(_table(section))
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in section.notes]
     parts += [_figure(name, picture) for name, picture in section.pictures.items()]

@@ -107,15 +107,14 @@ class Tradeoff:
         head = ["question", "context", "mixer", "figures", "measured with"]
         body = [[one.question, length(one.context) if one.context else "", one.mixer, one.why, one.of] for one in found]
         sort_by: Cells = [[one.question, one.context or -1, one.mixer, one.why, one.of] for one in found]
-        notes = ["Choose a question and a context below the headings to find the answer for your case."]
         return Section(
             lead=self.summary,
+            hint="Choose a question and a context below the headings to find the answer for your case.",
             head=head,
             body=body,
             names=5,
             sortable=True,
             sort_by=sort_by,
-            notes=notes,
             lists=(0, 1, 2),
         )
 
