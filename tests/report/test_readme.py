@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import pytest
 
 from lkda.report.operators.peers import side_by_side
 from lkda.report.readme import KINDS, fill
+from lkda.report.training.comparison import read_comparison
 from tests.report.conftest import bench_row
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,16 @@ def test_every_block_is_current(page: Path) -> None:
 def test_every_kind_of_block_is_on_a_page() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [kind for kind in KINDS if f"<!-- {kind}:" not in text] == []
+
+
+def test_the_committed_page_says_what_its_results_say() -> None:
+    """On top: which mixer by accuracy and memory, and which is the fastest. It is the only page of HTML."""
+    (path,) = (ROOT / "docs").rglob("*.html")
+    assert path.stat().st_size < 6_000_000
+    summary = read_comparison(path.with_name("results.json")).tradeoff.summary.split("\n\n")
+    page = path.read_text(encoding="utf-8")
+    for paragraph in summary[:2]:
+        assert f'<p class="lead">{html.escape(paragraph)}</p>' in page, f"python -m lkda.report.redraw {path.parent}"
 
 
 def test_implementations_stand_side_by_side() -> None:

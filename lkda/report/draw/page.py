@@ -44,6 +44,8 @@ h3 {{ font-weight: 600; font-size: 1rem; margin: 2.4rem 0 0.2rem; }}
 table.sortable td, table.sortable th {{ text-align: left; }}
 table.sortable .dt-type-numeric {{ text-align: right; }}
 table.sortable td:last-child {{ white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }}
+td button.dtcc-button_dropdown {{ opacity: 1 !important; }}
+td .dtcc-button_active.dtcc-button_dropdown > .dtcc-button-text {{ color: var(--text); font-weight: 600; }}
 td .dtcc-button_dropdown > .dtcc-button-text {{ display: inline !important; font-size: 0.75rem; color: var(--faint); }}
 nav {{ font-size: 0.875rem; margin: -0.8rem 0 1.5rem; }} a {{ color: inherit; }}
 summary {{ cursor: pointer; color: var(--faint); }}

@@ -79,7 +79,11 @@ class Tradeoff:
             charts.against("front_by_state", title, f"{where}. {FRONT}", states, x=x, y=quality.title, bytes_=True)
         )
         y, of_y = records.course_of(self.groups, quality)
-        smoothed = " Training is smoothed; most runs have few validations." if y.startswith("train/") else ""
+        smoothed = (
+            " The lines are of training, smoothed, because some runs have few validations."
+            if y.startswith("train/")
+            else ""
+        )
         for column, heading, name in (
             ("tokens", "training tokens", "tokens"),
             ("seconds", "training time, s", "seconds"),
