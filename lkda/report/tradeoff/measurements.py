@@ -49,6 +49,7 @@ class Measurement:
         reason: why nothing was measured.
         file, command: where it is recorded, and how to measure it again.
         own: whether it is lkda's implementation; a kernel of softmax attention is that of PyTorch, which lkda calls.
+        noisy: whether repeated measurements differ by more than `lkda.bench.timing` takes for steady.
     """
 
     stage: str
@@ -64,6 +65,7 @@ class Measurement:
     file: str
     command: str
     own: bool = True
+    noisy: bool = False
 
     @property
     def where(self) -> str:
@@ -186,6 +188,7 @@ def _operator(row: Row, result: Results, device: str) -> Measurement:
         file=result.name,
         command=_command(words),
         own=softmax or (peer is None and row["backend"] == "cuda"),
+        noisy=bool(row.get("noisy")),
     )
 
 

@@ -343,6 +343,7 @@ def _by_context(found: Sequence[Measurement]) -> list[Answer]:
             second = next(one for one in ranked if one.mixer != first.mixer)
             ratio = (first.tokens_per_s or 0) / (second.tokens_per_s or 1)
             why = f"{first.tokens_per_s:,.0f} tokens/s, {ratio:.2f} times {second.series}"
+            why += " (noisy)" if first.noisy or second.noisy else ""
             question, rivals = f"fastest {stage}", len({one.mixer for one in here})
             result.append(Answer(question, first.series, why, where, context, rivals))
             of_state = [one for one in here if one.memory]

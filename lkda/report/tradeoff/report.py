@@ -135,17 +135,25 @@ class Tradeoff:
         head, body, sort_by = crossing_cells(pairs(self.found))
         notes = [
             "The context from which one is faster is interpolated between the measured contexts, on logarithmic axes. "
-            "A pair without one has the same faster mixer at every context that both have."
+            "A pair without one has the same faster mixer at every context that both have.",
+            *self._noise(),
         ]
         heading = "Where one mixer overtakes another"
         lists = (0, 1, 2)
         return Section(heading, head=head, body=body, names=4, sortable=True, sort_by=sort_by, notes=notes, lists=lists)
+
+    def _noise(self) -> list[str]:
+        """A sentence where some measurements are noisy."""
+        noisy = sum(one.noisy and one.tokens_per_s is not None for one in self.found)
+        said = f"{noisy} of the measurements, marked as noisy below, differed by more than a fifth when repeated. "
+        return [f"{said}What depends on them is uncertain."] if noisy else []
 
     def measurement_section(self) -> Section:
         """Every measurement, with its file and its command."""
         head, body, sort_by = measurement_cells(self.found)
         absent = sorted({f"{one.series}: {one.reason}" for one in self.found if one.reason})
         notes = [AGAIN.format(column="measure again"), *([f"Not measured: {'; '.join(absent)}."] if absent else [])]
+        notes += self._noise()
         return Section(
             "All measurements",
             head=head,
@@ -251,7 +259,7 @@ def measurement_cells(
     order: Cells = []
     for one in found:
         names = [one.stage, one.series, one.setting, one.device]
-        speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}"
+        speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}" + " (noisy)" * one.noisy
         space = "" if one.memory is None else memory(one.memory)
         rest = [one.command, *([one.reason] if why_not else []), one.file]
         body.append([*names, length(one.context), speed, space, *rest])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from lkda.report.read.runs import read_runs
 from lkda.report.tradeoff import records
 from lkda.report.tradeoff.crossings import pairs, rounded
 from lkda.report.tradeoff.measurements import find_results, measurements
+from lkda.report.tradeoff.report import Tradeoff
 from lkda.report.training.comparison import compare
-from tests.report.conftest import write_run
+from tests.report.conftest import bench_row, write_run
 from tests.report.tradeoff.conftest import decode_row, step_row, write_results
 
 
@@ -112,6 +114,20 @@ def test_the_later_of_two_measurements_is_kept(tmp_path):
     newest = write_results(tmp_path / "c.json", "decode", failed, date="2026-03-01")
     (one,) = measurements(find_results([new, old, newest]))
     assert one.tokens_per_s == 30.0
+
+
+def test_what_depends_on_a_noisy_measurement_says_so(tmp_path):
+    rows = [bench_row(op, T=T, ms=ms, gate=None, noisy=op == "kda") for op, ms in _SPEEDS for T in (1024, 2048)]
+    found = measurements(find_results([write_results(tmp_path / "a.json", "benchmark", rows)]))
+    assert all(answer.why.endswith("(noisy)") for answer in records.answers([], found, None))
+    joined = Tradeoff([], found)
+    assert [cells[5].endswith("(noisy)") for cells in joined.measurement_section().body] == [True, True, False, False]
+    assert any(note.startswith("2 of the measurements, marked") for note in joined.crossing_section().notes)
+    calm = Tradeoff([], [replace(one, noisy=False) for one in found])
+    assert "(noisy)" not in str(calm.sections()) + str(records.answers([], calm.found, None))
+
+
+_SPEEDS = (("kda", 2.0), ("simplified", 1.0))
 
 
 @pytest.mark.parametrize(
