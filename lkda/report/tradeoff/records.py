@@ -371,6 +371,8 @@ def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) ->
     if smaller:  # from the largest state to the smallest
         choices = "; ".join(f"{answer.mixer}, {answer.why}" for answer in reversed(smaller))
         said.append(f"If memory is short, choose {choices}.")
+    if any(len(group.runs) < 2 for group in groups):
+        said.append("Models with one seed have no spread over seeds, so small differences from them may be chance.")
     equal = [answer for answer in others if "equal to the best" in answer.question and "; " not in answer.why]
     return " ".join([*said, *(f"The least state at equal accuracy: {answer.mixer}, {answer.why}." for answer in equal)])
 

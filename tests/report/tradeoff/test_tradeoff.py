@@ -174,6 +174,7 @@ def test_a_small_difference_is_within_the_spread(tmp_path):
     assert "within the spread over seeds: softmax" in found[0].why
     assert found[1].mixer == "simplified"  # worse, with less state
     (said,) = records.summary(list(groups.values()), [], quality)
+    assert "one seed" not in said
     assert said.startswith("With 1.02M training tokens, choose kda: its validation bits per byte is the best, 1.100")
     assert "If memory is short, choose simplified, 1.510 ± 0.014, 22 KiB of state per sequence. The least" in said
     without = [group for name, group in groups.items() if name != "softmax"]
@@ -190,6 +191,8 @@ def test_a_mixer_that_another_beats_with_less_state_has_an_answer(tmp_path):
     assert answer.mixer == "kda"
     assert answer.why == "1.000, 146 KiB of state per sequence; softmax has 1.100, 1 MiB of state per sequence"
     assert not [question for question in found if " or better" in question]  # the others are on the front
+    (said,) = records.summary(groups, [], records.quality_of(groups))
+    assert "Models with one seed have no spread over seeds, so small differences from them may be chance." in said
 
 
 def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
