@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from lkda.report.tradeoff.measurements import STAGES, WHOLE_SET, Measurement, Re
 # What the cells of a table are sorted by; -1 stands for a missing number.
 Cells = list[list[float | str | None]]
 FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one of both and as good in the other."
+CHARTS = ("front_by_speed", "front_by_state", "curves_by_tokens", "curves_by_seconds", "recall_by_state")  # of runs
 AGAIN = 'Open a cell of the column "{column}" for the command.'
 
 
@@ -196,6 +197,20 @@ class Tradeoff:
         return files
 
 
+def remove_stale(out: Path, written: Collection[Path], *, plots: Sequence[str] = ()) -> None:
+    """Removes the charts and tables of an earlier page in `out` that the page of today does not have.
+
+    Args:
+        written: the files of today.
+        plots: names of PNG files that the page may have beside its charts.
+    """
+    by_context = [f"{stage.replace(' ', '_')}_{what}" for stage in STAGES for what in ("time", "memory")]
+    names = [f"{name}.{ending}" for name in (*CHARTS, *by_context) for ending in ("svg", "png")]
+    for name in [*names, *(f"{name}.png" for name in plots), "crossings.csv", "measurements.csv"]:
+        if out / name not in written:
+            (out / name).unlink(missing_ok=True)
+
+
 def write_whole_set(results: Sequence[Results], path: Path, *, title: str) -> None:
     """Writes results of benchmarks to `path`, and beside it report.html and what `Tradeoff.files` makes."""
     joined = Tradeoff([], measurements(results))
@@ -206,7 +221,9 @@ def write_whole_set(results: Sequence[Results], path: Path, *, title: str) -> No
     sections += [replace(bench_report.table_section(operators), sortable=True)] if operators else []
     files = joined.files(title, table="", notes=())
     files |= {path.name: json.dumps(content, indent=1) + "\n", "report.html": page(title, sections)}
-    write_together({path.parent / name: text for name, text in files.items()})
+    written = {path.parent / name: text for name, text in files.items()}
+    write_together(written)
+    remove_stale(path.parent, written)
 
 
 def redraw(path: Path) -> None:

@@ -20,11 +20,15 @@ from lkda.report.read.groups import Group, also_differing, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, find_results, measurements
 from lkda.report.tradeoff.records import COMMAND, best_of, by_data, reproduce, within_spread
-from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections
+from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections, remove_stale
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
 RESULTS = "results.json"
 KIND = "comparison"
+PLOTS = (
+    *("loss_by_tokens", "loss_by_seconds", "loss_by_position", "loss_by_state"),
+    *("accuracy_by_state", "accuracy_by_length"),
+)
 # Plots whose place on the page is taken by interactive charts; the files are written.
 AS_CHARTS = ("loss_by_tokens", "loss_by_seconds", "loss_by_state", "accuracy_by_state")
 
@@ -254,6 +258,7 @@ def write(comparison: Comparison, path: Path) -> None:
     sections += [Section("Left out", items=left_out)] if left_out else []
     files[out / "report.html"] = page(comparison.title, sections)
     write_together(files)
+    remove_stale(out, files, plots=PLOTS)
 
 
 def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequence[str]) -> Section:

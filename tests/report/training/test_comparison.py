@@ -156,6 +156,17 @@ def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
     assert labels == {"kda · gate channel", "kda · gate none", "kda_mla_3to1"}
 
 
+def test_charts_of_an_earlier_comparison_in_the_same_directory_are_removed(tmp_path, runs):
+    compare(runs[:2], tmp_path, title="t")
+    (tmp_path / "mine.png").touch()
+    of_time = {"front_by_speed.png", "front_by_speed.svg", "curves_by_seconds.png", "loss_by_seconds.png"}
+    assert of_time <= {path.name for path in tmp_path.iterdir()}
+    compare(runs[:2], tmp_path, title="t", exclusive_device=False)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not of_time & left
+    assert {"mine.png", "loss_by_tokens.png", "front_by_state.svg", "report.html"} <= left
+
+
 def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):
     result = compare(runs, tmp_path / "out", title="t", exclusive_device=False)
     assert "Runs shared a device, so times are not compared." in result.notes
