@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lkda.report.draw.curves import ENOUGH, mean_curve, running_mean
+from lkda.report.draw.curves import ENOUGH, mean_curve, points, running_mean
 from lkda.report.draw.units import count, length, memory
 from lkda.report.read.groups import Group, also_differing, settings
 from lkda.report.read.runs import Run, reported_split
@@ -98,7 +99,7 @@ def _data_of(run: Run) -> str:
     """The name of the data; of files, which all have one name, with their paths."""
     name, data = str(run.summary.get("data", "unnamed data")), run.config.get("data") or {}
     paths = data.get("val_paths") or data.get("paths")
-    return f"{name} ({paths if isinstance(paths, str) else ', '.join(map(str, paths))})" if paths else name
+    return f"{name} ({', '.join(map(str, paths)) if isinstance(paths, list) else paths})" if paths else name
 
 
 def by_speed(
@@ -186,7 +187,7 @@ def configuration(run: Run) -> str:
     found.append(f"{summary['params']:,.0f} parameters")
     found += [f"context {summary['context']:,}"] if summary.get("context") else []
     found += [f"learning rate {rate:g}"] if isinstance(rate := summary.get("learning_rate"), float) else []
-    precision = config.get("trainer", {}).get("precision") or summary.get("precision")
+    precision = (config.get("trainer") or {}).get("precision") or summary.get("precision")
     found += [str(precision)] if precision else []
     return ", ".join([*found, str(summary.get("device", "an unnamed device"))])
 
@@ -203,8 +204,8 @@ def reproduce(group: Group, groups: Sequence[Group]) -> str:
     words += [f"{key}={known[key]}" for key in differing if key in known]
     seed = run.summary.get("seed")
     words += [] if seed is None else [f"seed={seed}"]
-    steps = run.config.get("trainer", {}).get("max_steps")
-    return " ".join(["python scripts/train.py", *words, *([f"trainer.max_steps={steps}"] if steps else [])])
+    steps = (run.config.get("trainer") or {}).get("max_steps")
+    return shlex.join(["python", "scripts/train.py", *words, *([f"trainer.max_steps={steps}"] if steps else [])])
 
 
 _CHOICES = (("mixer", "mixer.name"), ("model", "model.name"), ("data", "data.source"))
@@ -220,14 +221,14 @@ def curve_records(groups: Sequence[Group], *, x: str, y: str) -> list[Record]:
     most = max(FEWEST_POINTS, MOST_POINTS // len(runs))
     records = []
     for group, run in runs:
-        course, steps = mean_curve([run], x, y), mean_curve([run], "step", y).x
+        course, steps = mean_curve([run], x, y), sorted(points(run, x, y))
         every = 1
         if y.startswith("train/"):
             course, every = running_mean(course), math.ceil(len(course.x) / most) or 1
         about = {"series": group.label, "mixer": group.mixer, "run": run.name}
         about |= {"seed": str(run.summary.get("seed", "")), "configuration": configuration(run)}
-        points = [point for point in zip(course.x, course.y, steps, strict=True) if all(map(math.isfinite, point))]
-        records += [{"x": x, "y": y, "step": step, **about} for x, y, step in points[::-every][::-1]]  # with the last
+        line = list(zip(course.x, course.y, steps, strict=True))[::-every][::-1]  # with the last
+        records += [{"x": x, "y": y, "step": step, **about} for x, y, step in line]
     return records
 
 
@@ -317,7 +318,7 @@ def caption_of(groups: Sequence[Group]) -> str:
     """Model, budget, precision and device of the runs."""
     runs = [run for group in groups for run in group.runs]
     models, devices = (sorted({str(run.summary.get(name) or "") for run in runs}) for name in ("model", "device"))
-    precisions = sorted({str(run.config.get("trainer", {}).get("precision") or "") for run in runs})
+    precisions = sorted({str((run.config.get("trainer") or {}).get("precision") or "") for run in runs})
     parts = ["/".join(models), budget_of(groups), "/".join(precisions), "/".join(devices)]
     return ", ".join(part for part in parts if part)
 

@@ -156,6 +156,23 @@ def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
     assert labels == {"kda · gate channel", "kda · gate none", "kda_mla_3to1"}
 
 
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        "step,tokens,seconds,val/loss,val/bits_per_byte\n20,10,2,4.0,1.6\n",  # nothing was logged between validations
+        "step,tokens,seconds,train/loss,train/bits_per_byte,val/loss,val/bits_per_byte\n10,5,1,nan,nan,inf,inf\n"
+        "20,10,2,4.0,1.6,4.0,1.6\n",  # a step that nearly diverged
+        "step,tokens,seconds,val/loss,val/bits_per_byte\n20,10,2,4.0,1.6\n40,20,",  # cut in the middle of a row
+    ],
+)
+def test_a_course_with_gaps_is_compared(tmp_path, metrics):
+    paths = [write_run(tmp_path / mixer, mixer) for mixer in ("kda", "softmax")]
+    (paths[0] / "metrics.csv").write_text(metrics)
+    result = compare(paths, tmp_path / "out", title="t")
+    assert len(result.runs) == 2
+    assert "NaN" not in (tmp_path / "out" / "report.html").read_text().partition('id="charts">')[2].partition("<")[0]
+
+
 def test_charts_of_an_earlier_comparison_in_the_same_directory_are_removed(tmp_path, runs):
     compare(runs[:2], tmp_path, title="t")
     (tmp_path / "mine.png").touch()
