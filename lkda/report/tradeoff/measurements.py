@@ -139,7 +139,7 @@ def measurements(results: Sequence[Results]) -> list[Measurement]:
     for result in sorted(results, key=lambda result: str(result.header.get("date", ""))):
         device = str(result.header.get("device", "an unnamed device"))
         everything += [(row, measurement) for row, measurement in readers[result.kind](result, device)]
-    for measurement in _with_batches(everything):
+    for measurement in _with_batches(_told_apart(everything)):
         key = (measurement.stage, measurement.series, measurement.model, measurement.where, measurement.context)
         if key not in found or measurement.tokens_per_s is not None:
             found[key] = measurement
@@ -274,6 +274,28 @@ def _command(words: Sequence[str]) -> str:
     return f"python scripts/benchmark.py {shlex.join(words)}"
 
 
+# Settings of whole models that a setting in words does not have, unless measurements differ in them.
+_FURTHER: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("vocab_size", "vocabulary {:,}".format),
+    ("compile", "compile {}".format),
+)
+
+
+def _told_apart(found: Read) -> Read:
+    """Adds a further setting where speeds that would be compared differ in it."""
+    for key, write in _FURTHER:
+        values: dict[tuple[str, str], set[Any]] = defaultdict(set)
+        for row, one in found:
+            values[one.stage, one.where].add(row.get(key))
+        found = [
+            (row, replace(one, setting=f"{one.setting}, {write(row[key])}"))
+            if len(values[one.stage, one.where]) > 1 and row.get(key) is not None
+            else (row, one)
+            for row, one in found
+        ]
+    return found
+
+
 def _with_batches(found: Read) -> list[Measurement]:
     """Adds the size of the batch to the settings of operators and steps.
 
@@ -290,7 +312,7 @@ def _with_batches(found: Read) -> list[Measurement]:
             continue
         tokens, rows = (one.stage, one.where, row["B"] * row["T"]), (one.stage, one.where, row["B"])
         by_row = len(by_tokens[tokens]) == 1 and len(by_rows[rows]) > 1
-        size = f"{row['B']:,} rows" if by_row else f"{length(row['B'] * row['T'])} tokens a batch"
+        size = f"{row['B']:,} row{'s' * (row['B'] != 1)}" if by_row else f"{length(row['B'] * row['T'])} tokens a batch"
         written.append(replace(one, setting=f"{one.setting}, {size}"))
     return written
 

@@ -100,11 +100,23 @@ def test_mixers_of_different_devices_settings_or_batches_are_not_paired(tmp_path
     assert pairs(measurements(find_results([here, there]))) == []
 
 
+def test_mixers_of_other_vocabularies_are_not_paired(tmp_path):
+    rows = [decode_row("kda", 1024, 10.0), decode_row("softmax", 1024, 20.0, vocab_size=32_000)]
+    decode = write_results(tmp_path / "a.json", "decode", rows)
+    steps = [step_row("kda", 1, 1024, 1.0), step_row("softmax", 1, 1024, 2.0, compile=False)]
+    found = measurements(find_results([decode, write_results(tmp_path / "b.json", "step_benchmark", steps)]))
+    assert pairs(found) == []
+    assert {one.setting for one in found} == {
+        *("tiny, bf16, batch 1, vocabulary 300", "tiny, bf16, batch 1, vocabulary 32,000"),
+        *("tiny, compile auto, 1K tokens a batch", "tiny, compile False, 1K tokens a batch"),
+    }
+
+
 def test_steps_are_paired_at_equal_tokens_or_at_equal_rows(tmp_path):
     rows = [step_row(mixer, 1, T, speed) for mixer, speed in (("kda", 1.0), ("softmax", 2.0)) for T in (1024, 4096)]
     (pair,) = pairs(measurements(find_results([write_results(tmp_path / "a.json", "step_benchmark", rows)])))
     assert (pair.shortest, pair.longest, pair.faster) == (1024, 4096, "softmax")
-    assert pair.where == "tiny, 1 rows, a GPU"
+    assert pair.where == "tiny, 1 row, a GPU"
 
 
 def test_the_later_of_two_measurements_is_kept(tmp_path):
