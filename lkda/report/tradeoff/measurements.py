@@ -19,6 +19,7 @@ from lkda.report.studies import notes
 KINDS = ("benchmark", "step_benchmark", "decode", "notes")
 WHOLE_SET = "whole_set"  # the results of several such files, as scripts/benchmark.py without options writes them
 STAGES = ("kernel", "layer", "training step", "prefill", "decode")
+LARGEST_SPREAD = 0.2  # of repeated measurements, as a share; one with a larger spread is noisy
 OF_MODELS = ("training step", "prefill", "decode")
 Row = dict[str, Any]
 
@@ -213,7 +214,7 @@ def _step(row: Row, result: Results, device: str) -> Measurement:
         mixer=str(row["mixer"]),
         series=f"{row['mixer']}, bare loop" if bare else str(row["title"]),
         model=str(row["model"]),
-        setting=f"{row['model']}{', packed' * bool(row['packed'])}{overrides}",
+        setting=f"{row['model']}, {_precision(row, device)}{', packed' * bool(row['packed'])}{overrides}",
         device=device,
         context=int(row["T"]),
         tokens_per_s=row.get("tokens_per_s"),
@@ -222,7 +223,15 @@ def _step(row: Row, result: Results, device: str) -> Measurement:
         file=result.name,
         command=_command([*words, *_further(row)]),
         own=row["implementation"] == "train",
+        noisy=(row.get("noise") or 0) > LARGEST_SPREAD,
     )
+
+
+def _precision(row: Row, device: str) -> str:
+    """Of the training. Earlier rows do not have it: without a setting of theirs it was the default of the device."""
+    given = [word.partition("=")[2] for word in row.get("overrides") or () if word.startswith("trainer.precision=")]
+    on_cpu = device == "cpu" or device.endswith(" threads")
+    return str(row.get("precision") or (given[-1] if given else "32-true" if on_cpu else "bf16-mixed"))
 
 
 def _decoding(result: Results, device: str) -> Read:

@@ -108,7 +108,7 @@ def test_mixers_of_other_vocabularies_are_not_paired(tmp_path):
     assert pairs(found) == []
     assert {one.setting for one in found} == {
         *("tiny, bf16, batch 1, vocabulary 300", "tiny, bf16, batch 1, vocabulary 32,000"),
-        *("tiny, compile auto, 1K tokens a batch", "tiny, compile False, 1K tokens a batch"),
+        *("tiny, bf16-mixed, compile auto, 1K tokens a batch", "tiny, bf16-mixed, compile False, 1K tokens a batch"),
     }
 
 
@@ -116,7 +116,7 @@ def test_steps_are_paired_at_equal_tokens_or_at_equal_rows(tmp_path):
     rows = [step_row(mixer, 1, T, speed) for mixer, speed in (("kda", 1.0), ("softmax", 2.0)) for T in (1024, 4096)]
     (pair,) = pairs(measurements(find_results([write_results(tmp_path / "a.json", "step_benchmark", rows)])))
     assert (pair.shortest, pair.longest, pair.faster) == (1024, 4096, "softmax")
-    assert pair.where == "tiny, 1 row, a GPU"
+    assert pair.where == "tiny, bf16-mixed, 1 row, a GPU"
 
 
 def test_the_later_of_two_measurements_is_kept(tmp_path):
@@ -217,7 +217,10 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     report = (out / "report.md").read_text()
     assert "fastest decode at 15.6K: kda, 1,000 tokens/s, 2.00 times softmax (tiny, bf16, batch 1, a GPU)." in report
     assert "kda is faster than softmax from a context of about 7.8K (decode, tiny, bf16, batch 1)." in report
-    assert "At every context that was measured, kda is faster than softmax: training step, tiny, 8K tokens" in report
+    assert (
+        "At every context that was measured, kda is faster than softmax: training step, tiny, bf16-mixed, 8K tokens"
+        in report
+    )
     assert "Not measured: kda, FLA: fla is not installed." in report
 
 
