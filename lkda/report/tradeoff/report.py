@@ -19,7 +19,7 @@ from lkda.report.operators.benchmark import Benchmark
 from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group
 from lkda.report.studies import notes
-from lkda.report.tradeoff import charts, records
+from lkda.report.tradeoff import answers, charts, records
 from lkda.report.tradeoff.crossings import Pair, pairs
 from lkda.report.tradeoff.measurements import STAGES, WHOLE_SET, Measurement, Results, find_results, measurements
 
@@ -54,7 +54,7 @@ class Tradeoff:
     @property
     def summary(self) -> str:
         """What to choose, in paragraphs."""
-        return "\n\n".join(records.summary(self.groups, self.found, self.quality))
+        return "\n\n".join(answers.summary(self.groups, self.found, self.quality))
 
     def charts(self) -> list[Chart]:
         """The charts that the results allow."""
@@ -108,7 +108,7 @@ class Tradeoff:
 
     def first_section(self) -> Section:
         """What to choose: the sentence on top, and the table of answers."""
-        found = records.answers(self.groups, self.found, self.quality)
+        found = answers.answers(self.groups, self.found, self.quality)
         head = ["question", "context", "mixer", "figures", "measured with"]
         body = [[one.question, length(one.context) if one.context else "", one.mixer, one.why, one.of] for one in found]
         sort_by: Cells = [[one.question, one.context or -1, one.mixer, one.why, one.of] for one in found]

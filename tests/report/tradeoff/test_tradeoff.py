@@ -14,7 +14,7 @@ import pytest
 from lkda.report.read.crossings import crossings
 from lkda.report.read.groups import group_runs
 from lkda.report.read.runs import read_runs
-from lkda.report.tradeoff import records
+from lkda.report.tradeoff import answers, records
 from lkda.report.tradeoff.crossings import pairs, rounded
 from lkda.report.tradeoff.measurements import find_results, measurements
 from lkda.report.tradeoff.report import Tradeoff
@@ -74,7 +74,7 @@ def test_the_summary_says_how_far_its_contexts_reach_and_which_device_is_another
     here = write_results(tmp_path / "a.json", "decode", rows)
     other = [decode_row(m, 1024, speed, batch=4) for m, speed in (("kda", 1.0), ("softmax", 2.0))]
     there = write_results(tmp_path / "b.json", "decode", other, device="another")
-    said = records.summary([], measurements(find_results([here, there])), None)[-1]
+    said = answers.summary([], measurements(find_results([here, there])), None)[-1]
     assert said == (
         "At every context that was measured, kda is faster than softmax: decode, tiny, bf16, batch 1 (1K to 4K); "
         "decode, tiny, bf16, batch 2 (at 1K alone). At every context that was measured, softmax is faster than kda: "
@@ -131,12 +131,12 @@ def test_the_later_of_two_measurements_is_kept(tmp_path):
 def test_what_depends_on_a_noisy_measurement_says_so(tmp_path):
     rows = [bench_row(op, T=T, ms=ms, gate=None, noisy=op == "kda") for op, ms in _SPEEDS for T in (1024, 2048)]
     found = measurements(find_results([write_results(tmp_path / "a.json", "benchmark", rows)]))
-    assert all(answer.why.endswith("(noisy)") for answer in records.answers([], found, None))
+    assert all(answer.why.endswith("(noisy)") for answer in answers.answers([], found, None))
     joined = Tradeoff([], found)
     assert [cells[5].endswith("(noisy)") for cells in joined.measurement_section().body] == [True, True, False, False]
     assert any(note.startswith("2 of the measurements, marked") for note in joined.crossing_section().notes)
     calm = Tradeoff([], [replace(one, noisy=False) for one in found])
-    assert "(noisy)" not in str(calm.sections()) + str(records.answers([], calm.found, None))
+    assert "(noisy)" not in str(calm.sections()) + str(answers.answers([], calm.found, None))
 
 
 _SPEEDS = (("kda", 2.0), ("simplified", 1.0))
@@ -181,16 +181,16 @@ def test_a_small_difference_is_within_the_spread(tmp_path):
     assert records.best_of(list(groups.values()), quality) is groups["kda"]
     assert records.within_spread(groups["softmax"], groups["kda"], quality) is True
     assert records.within_spread(groups["simplified"], groups["kda"], quality) is False
-    found = records.answers(list(groups.values()), [], quality)
+    found = answers.answers(list(groups.values()), [], quality)
     assert found[0].mixer == "kda"
     assert "within the spread over seeds: softmax" in found[0].why
     assert found[1].mixer == "simplified"  # worse, with less state
-    (said,) = records.summary(list(groups.values()), [], quality)
+    (said,) = answers.summary(list(groups.values()), [], quality)
     assert "one seed" not in said
     assert said.startswith("With 1.02M training tokens, choose kda: its validation bits per byte is the best, 1.100")
     assert "If memory is short, choose simplified, 1.510 ± 0.014, 22 KiB of state per sequence. The least" in said
     without = [group for name, group in groups.items() if name != "softmax"]
-    least = records.answers(without, [], quality)[-1]
+    least = answers.answers(without, [], quality)[-1]
     assert (least.mixer, least.why) == ("kda", "146 KiB; no other is as good within the spread over seeds")
 
 
@@ -198,12 +198,12 @@ def test_a_mixer_that_another_beats_with_less_state_has_an_answer(tmp_path):
     bits = {"kda": 1.0, "softmax": 1.1, "simplified": 1.2}
     paths = [write_run(tmp_path / m, m, **{"val/bits_per_byte": value}) for m, value in bits.items()]
     groups = group_runs(read_runs(paths)[0])
-    found = {one.question: one for one in records.answers(groups, [], records.quality_of(groups))}
+    found = {one.question: one for one in answers.answers(groups, [], records.quality_of(groups))}
     answer = found.pop("least state at validation bits per byte of softmax or better")
     assert answer.mixer == "kda"
     assert answer.why == "1.000, 146 KiB of state per sequence; softmax has 1.100, 1 MiB of state per sequence"
     assert not [question for question in found if " or better" in question]  # the others are on the front
-    (said,) = records.summary(groups, [], records.quality_of(groups))
+    (said,) = answers.summary(groups, [], records.quality_of(groups))
     assert "Models with one seed have no spread over seeds, so small differences from them may be chance." in said
 
 
