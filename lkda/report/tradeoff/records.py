@@ -21,6 +21,7 @@ Record = dict[str, Any]
 LOGGED = "training, as the runs logged it"
 MEAN = "mean over seeds"
 MOST_POINTS, FEWEST_POINTS = 2000, 10  # of all curves of training in a chart, and of one of them
+MOST_SEEDS = 8  # that a tooltip names
 COMMAND = "train_again"  # an entry of a summary: the command that trains the run again
 
 
@@ -173,7 +174,8 @@ def _points(
         for run in group.runs:
             seed = {"run": run.name, "seed": str(run.summary.get("seed", "")), "configuration": configuration(run)}
             records.append(common | seed | {"x": x_of(run), "y": float(run.summary[quality.key])})
-        seeds = ", ".join(str(run.summary.get("seed", "")) for run in group.runs)
+        seeds = ", ".join(str(run.summary.get("seed", "")) for run in group.runs[:MOST_SEEDS])
+        seeds += f", ... ({len(group.runs)} in all)" if len(group.runs) > MOST_SEEDS else ""
         mean = {"run": MEAN, "seed": seeds, "configuration": configuration(group.runs[0])}
         records.append(common | mean | {"x": mean_x, "y": mean_y})
     return records

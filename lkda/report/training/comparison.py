@@ -25,6 +25,7 @@ from lkda.report.training import accuracy, accuracy_plots, plots, table
 
 RESULTS = "results.json"
 KIND = "comparison"
+MOST_NAMED = 5  # in a note
 PLOTS = (
     *("loss_by_tokens", "loss_by_seconds", "loss_by_position", "loss_by_state"),
     *("accuracy_by_state", "accuracy_by_length"),
@@ -131,8 +132,9 @@ class Comparison:
         ]
         if again:
             notes.append(
-                f"Of these rows, runs have the same seed and settings: {'; '.join(again)}. If they are copies of one "
-                "run, the spread over seeds is too small."
+                f"Of these rows, runs have the same seed and settings: {'; '.join(again[:MOST_NAMED])}"
+                f"{f'; and {len(again) - MOST_NAMED} more' if len(again) > MOST_NAMED else ''}. If they are copies of "
+                "one run, the spread over seeds is too small."
             )
         if all(str(run.summary.get("precision", "")).endswith(("-mixed", "32-true")) for run in self.runs):
             notes.append(

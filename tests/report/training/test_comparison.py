@@ -143,6 +143,11 @@ def test_runs_of_one_name_and_runs_of_one_seed_are_told_apart(tmp_path):
     result = compare([*paths, write_run(tmp_path / "1", "kda", seed=1)], tmp_path / "out", title="t")
     assert [run.name for run in result.runs] == ["1", "a/0", "b/0"]
     assert any("have the same seed and settings: kda (seed 0, 2 times)." in note for note in result.notes)
+    copies = [write_run(tmp_path / f"c{seed}_{n}", "kda", seed=seed) for seed in range(9) for n in (0, 1)]
+    many = compare(copies, tmp_path / "many", title="t")
+    assert any("(seed 4, 2 times); and 4 more. If they are copies" in note for note in many.notes)
+    marks = many.tradeoff.charts()[0].spec["data"]["values"]
+    assert marks[-1]["seed"] == "0, 0, 1, 1, 2, 2, 3, 3, ... (18 in all)"
     again = compare([tmp_path / "out" / "results.json"], tmp_path / "again", title="t")
     assert [run.name for run in again.runs] == ["1", "a/0", "b/0"]
 
