@@ -80,6 +80,7 @@ def _panels(chart: Chart) -> Iterator[tuple[str, Any]]:
     titles = {entry["field"]: entry["title"] for entry in encoding["tooltip"] if entry["title"]}
     records = chart.spec["data"]["values"]
     settings = dict.fromkeys(record.get("setting", "") for record in records)
+    keys: list[str] = []
     for setting in settings:
         shown = [record for record in records if record.get("setting", "") == setting]
         rows = [[record.get(field) for field in titles] for record in shown]
@@ -87,6 +88,8 @@ def _panels(chart: Chart) -> Iterator[tuple[str, Any]]:
         x, y = (titles[encoding[axis]["field"]] for axis in "xy")
         title = chart.title if len(settings) == 1 else f"{chart.title}: {setting}"
         key = f"{chart.name}/{re.sub(r'[^A-Za-z0-9]+', '_', setting).strip('_') or 'all'}"
+        key += f"_{len(keys)}" if key in keys else ""  # of other letters, such as those of another alphabet
+        keys.append(key)
         if layer["mark"]["type"] == "line":
             yield key, wandb.plot.line(table, x, y, stroke=titles[encoding["detail"]["field"]], title=title)
         else:
