@@ -38,17 +38,23 @@ _KDA = "chunk_kimi_delta_attention"
 _ORIGINAL = "_lkda_original"
 
 
-class KernelUse:
-    """What `use_lkda_kernels` returns: as a context manager it undoes the call at its end."""
+Changes = list[tuple[nn.Module, type[nn.Module]]]  # modules with their new class
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+
+class KernelUse:
+    """What `use_lkda_kernels` returns: as a context manager it undoes that call, and no other one, at its end."""
+
+    def __init__(self, changes: Changes) -> None:
+        self._after: Changes = changes
+        self._before: Changes = [(module, type(module)) for module, _ in changes]
+        _change(self._after)
 
     def __enter__(self) -> KernelUse:
+        _change(self._after)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _disable(self.model)
+        _change(self._before)
 
 
 def use_lkda_kernels(model: nn.Module, enable: bool = True) -> KernelUse:
@@ -61,35 +67,63 @@ def use_lkda_kernels(model: nn.Module, enable: bool = True) -> KernelUse:
         model: such as a KimiLinearForCausalLM, on any device and in any dtype; or a part of one.
         enable: False for transformers' own code again.
     Returns: a context manager that undoes the call at its end; it need not be used.
-    Raises: InputError (a ValueError) if the model has no KDA layer, or if the installed transformers has an interface
-        that lkda does not know. The model is unchanged then.
+    Raises: InputError (a ValueError) if the model has no KDA layer, if the installed transformers has an interface that
+        lkda does not know, or if a layer has a forward of its own or a class that was made of lkda's. The model is
+        unchanged then.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"use_lkda_kernels: model must be a model of transformers, got {model!r:.80}.")
+    changed = [module for module in model.modules() if hasattr(module, _ORIGINAL)]
     if not enable:
-        _disable(model)
-        return KernelUse(model)
+        return KernelUse([(module, getattr(module, _ORIGINAL)) for module in changed])
     layers = [module for module in model.modules() if _is_kda_layer(module)]
-    if not layers and not any(hasattr(module, _ORIGINAL) for module in model.modules()):
+    if not layers and not changed:
         raise InputError(
             f"use_lkda_kernels: {type(model).__name__} has no KDA layer of transformers, such as those of "
             "KimiLinearForCausalLM."
         )
-    changes = [change for layer in layers for change in _changes(layer)]
-    for module, subclass in changes:
-        module.__class__ = subclass
-    return KernelUse(model)
+    return KernelUse([change for layer in layers for change in _changes(layer)])
 
 
-def _disable(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, _ORIGINAL):
-            module.__class__ = getattr(module, _ORIGINAL)
+def _change(changes: Changes) -> None:
+    """Give modules their new classes. Raises InputError where that would do something else; none has changed then."""
+    for module, new in changes:
+        now = type(module)
+        if now is not new and now is not vars(new).get(_ORIGINAL) and new is not vars(now).get(_ORIGINAL):
+            raise InputError(
+                f"use_lkda_kernels: a layer's class {now.__name__} was made after lkda's, as fully_shard does; undo "
+                "use_lkda_kernels before that."
+            )
+        if "forward" in vars(module) and not _is_of_class(module.forward, module):
+            raise InputError(
+                f"use_lkda_kernels: {now.__name__} has a forward of its own, as the hooks of accelerate make it; call "
+                "use_lkda_kernels before the model is dispatched to devices or wrapped."
+            )
+    for module, new in changes:
+        vars(module).pop("forward", None)
+        module.__class__ = new
+
+
+def _is_of_class(forward: Any, module: nn.Module) -> bool:
+    """Whether it is the method of the module's class, which accelerate leaves at the module with its last hook."""
+    return getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
 
 
 def _is_kda_layer(module: nn.Module) -> bool:
-    """Whether the method of a module calls transformers' function of KDA. False where it was changed already."""
+    """Whether the method of a module calls transformers' function of KDA. False where it was changed already.
+
+    Raises: InputError for a class that is derived from a KDA layer and has another forward, which cannot be changed.
+    """
     if hasattr(module, _ORIGINAL):
         return False
-    forward = inspect.unwrap(type(module).forward)
+    found = [_calls_kda(base) for base in type(module).__mro__ if "forward" in vars(base)]
+    if any(found) and not found[0]:
+        raise InputError(f"use_lkda_kernels: {type(module).__name__} is a KDA layer with a forward of its own.")
+    return any(found)
+
+
+def _calls_kda(layer: type) -> bool:
+    forward = inspect.unwrap(vars(layer)["forward"])
     return _KDA in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
@@ -103,12 +137,6 @@ def _changes(layer: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     if len(gates) != 1 or len(norms) != 1:
         raise _unknown(f"{type(layer).__name__} has {len(gates)} gates and {len(norms)} gated norms, not one of each")
     gate, norm = gates[0], norms[0]
-    for module in (layer, gate, norm):
-        if "forward" in vars(module):
-            raise InputError(
-                f"use_lkda_kernels: {type(module).__name__} has a forward of its own, as the hooks of accelerate make "
-                "it; call use_lkda_kernels before the model is dispatched to devices or wrapped."
-            )
     _check_parts(gate, norm)
     _check_filters(layer)
     classes: list[Any] = [type(module) for module in (layer, gate, norm)]

@@ -185,6 +185,42 @@ def test_it_is_undone_by_a_second_call_or_at_the_end_of_a_context(calls):
     assert len(calls) == 4
 
 
+class TestContexts:
+    """A context undoes its own call, and no other one."""
+
+    @staticmethod
+    def on(model):
+        return not unchanged(model)
+
+    def test_an_inner_one_leaves_the_outer_one(self):
+        model = kimi()
+        with use_lkda_kernels(model):
+            with use_lkda_kernels(model):
+                pass
+            assert self.on(model)
+        assert not self.on(model)
+
+    def test_one_without_kernels_turns_them_on_again(self):
+        model = kimi()
+        use_lkda_kernels(model)
+        with use_lkda_kernels(model, enable=False):
+            assert not self.on(model)
+        assert self.on(model)
+
+    def test_an_exception_ends_it(self):
+        model = kimi()
+        with pytest.raises(KeyError), use_lkda_kernels(model):
+            raise KeyError
+        assert not self.on(model)
+
+    def test_one_can_be_entered_again(self):
+        model = kimi()
+        for context in [use_lkda_kernels(model)] * 2:
+            with context:
+                assert self.on(model)
+            assert not self.on(model)
+
+
 def test_the_state_dict_and_copies_stay(tmp_path, calls):
     theirs, ours = pair()
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -284,9 +320,46 @@ class TestRefusals:
     def test_a_forward_that_would_hide_the_kernels_is_named(self):
         model = kimi()
         layer = model.model.layers[0].self_attn
-        layer.forward = layer.forward  # what accelerate does to a module with hooks
+        own = layer.forward  # what accelerate keeps beside the forward with hooks, and leaves with the last hook
+        layer.forward = lambda *args, **options: own(*args, **options)
         with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, as the hooks"):
             use_lkda_kernels(model)
+        assert unchanged(model)
+        layer.forward = own
+        use_lkda_kernels(model)
+        assert not unchanged(model)
+        layer.forward = lambda *args, **options: own(*args, **options)
+        with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, as the hooks"):
+            use_lkda_kernels(model, enable=False)
+
+    def test_a_class_that_was_made_of_lkdas_is_named(self):
+        model = kimi()
+        use_lkda_kernels(model)
+        layer = model.model.layers[0].self_attn
+        layer.__class__ = type("FSDPLayer", (type(layer),), {})  # what fully_shard does
+        with pytest.raises(ValueError, match=r"class FSDPLayer was made after lkda's, as fully_shard does; undo"):
+            use_lkda_kernels(model, enable=False)
+        assert not unchanged(model)
+
+    def test_a_derived_layer_with_another_forward_is_named(self):
+        model = kimi()
+        layer = model.model.layers[0].self_attn
+        theirs = type(layer)
+
+        class Mine(theirs):
+            def forward(self, *args, **options):
+                return theirs.forward(self, *args, **options)
+
+        layer.__class__ = Mine
+        with pytest.raises(ValueError, match="Mine is a KDA layer with a forward of its own"):
+            use_lkda_kernels(model)
+        layer.__class__ = type("Sharded", (theirs,), {})  # with the forward of its base
+        use_lkda_kernels(model)
+        assert not unchanged(model)
+
+    def test_what_is_no_model_is_named(self):
+        with pytest.raises(ValueError, match="model must be a model of transformers, got 'kimi'"):
+            use_lkda_kernels("kimi")
 
     def test_a_gate_out_of_range_is_named(self):
         with pytest.raises(ValueError, match=r"lower bound of the gate must be in \[-5, 0\), got -8.0"):
