@@ -145,6 +145,17 @@ def test_compiles_without_a_graph_break(cls, masked):
         close(one, two, 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", LAYERS)
+def test_compiles_for_every_length(cls):
+    """The second length makes torch.compile trace with a symbol for it."""
+    layer = layer_of(cls)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for length in (5, 9, 70):
+        x = torch.randn(2, length, WIDTH)
+        close(compiled(x)[0], layer(x)[0])
+
+
 @pytest.mark.parametrize("cls", LAYERS)
 def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(cls):
     layer, x = layer_of(cls), inputs()
