@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="FLA needs triton, also where its kernels d
 pytest.importorskip("fla.ops.kda", reason="flash-linear-attention is not installed", exc_type=ImportError)
 
 from fla.layers import KimiDeltaAttention
+from fla.models import KDAConfig, KDAForCausalLM
 from fla.modules import FusedRMSNormGated, GatedMLP, ShortConvolution
 from fla.modules.activations import swiglu
 from fla.ops.kda import chunk_kda, fused_recurrent_kda
@@ -308,6 +309,20 @@ def test_flas_own_layer_trains_and_decodes():
     alone, _, _ = layer(x[:1, 3:])
     masked, _, _ = layer(x, attention_mask=mask)
     same([masked[:1, 3:], masked[1:]], [alone, want[1:]])
+
+
+@torch.no_grad()
+def test_flas_own_model_continues_a_cache():
+    """Its norms and its loss in PyTorch, since FLA's have no CPU form."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_heads": 2, "num_v_heads": 4, "head_dim": 16}
+    model = KDAForCausalLM(KDAConfig(**sizes, **heads, fuse_norm=False, fuse_cross_entropy=False)).eval()
+    x, cache, found = torch.randint(3, 50, (B, 80)), None, []
+    for part in x.split([10, 66, 1, 1, 2], 1):
+        results = model(input_ids=part, past_key_values=cache, use_cache=True)
+        cache = results.past_key_values
+        found.append(results.logits)
+    same([torch.cat(found, 1)], [model(input_ids=x, use_cache=False).logits])
 
 
 class TestRegister:
