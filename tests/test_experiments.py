@@ -72,7 +72,8 @@ def test_every_experiment_runs(experiment: str, corpus: Path, tmp_path: Path) ->
     jobs = [job for line in config.get("sweeps", [""]) for job in _jobs([*params, *shlex.split(line)])]
     for number, swept in enumerate(jobs):
         data = swept.get("data", config.hydra.runtime.choices.data)
-        text = ("data=files", f"data.paths=[{corpus}]", *OF_TEXT)
+        mixed = ["~data.weights"] if config.data.get("weights") else []  # the corpus is one source
+        text = ("data=files", f"data.paths=[{corpus}]", *mixed, *OF_TEXT)
         cut = (*BRIEF, *OF_TASKS[data]) if data in OF_TASKS else text
         words = [f"{name}={value}" for name, value in swept.items()]
         run(composed(f"experiment={experiment}", *words, *cut), tmp_path / str(number))

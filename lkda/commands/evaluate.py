@@ -40,17 +40,19 @@ from lkda.ops.kda.state import STATE_DTYPES
 from lkda.training import positions
 from lkda.training.accuracy import METRICS, by_subset
 from lkda.training.losses import next_token_losses
+from lkda.training.precision import PRECISIONS as DTYPES
 from lkda.training.source_loss import SourceLoss
 from lkda.training.validation import ValidationMetrics
 
 SPLITS = ("validation", "test")
 _FROM = "loss_from_"  # and the first position of a range: a name of the result
-PRECISION = torch.float32  # of the weights and of the computation
+PRECISIONS = ("32-true", "bf16-mixed")  # of the computation; the weights are float32
 OPTIONS = {
     "ckpt": Path,
     "seed": int,
     "accelerator": str,
     "backend": str,
+    "precision": str,
     "out": Path | None,
     "stepwise": bool,
     "state_dtype": str | None,
@@ -84,7 +86,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     console = Console(soft_wrap=True, markup=False, emoji=False)
     device = resolve_device(config.accelerator)
     trained = load_trained(config.ckpt, backend=config.backend)
-    backends = trained.model.resolve_backends(device, PRECISION)
+    dtype = DTYPES[config.precision]
+    backends = trained.model.resolve_backends(device, dtype)
     if config.tasks:
         result = _tasks(config, trained, device, console)
         ran = {name: settings[name] for name in ("tasks", "tasks_path", "limit")}
@@ -107,7 +110,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         model = StepwiseModel(model, state_dtype=config.state_dtype)
         state_dtype = model.state_dtype
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
-    result = _measure(model, data, split=config.split, device=device, limit=config.max_batches)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        result = _measure(model, data, split=config.split, device=device, limit=config.max_batches)
     table = Table(title=Text(title), show_header=False)
     for name, value in _lines(result):
         table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
@@ -140,7 +144,7 @@ def _write(
         "run": trained.run,
         **ran,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": str(PRECISION).removeprefix("torch."),
+        "precision": str(DTYPES[config.precision]).removeprefix("torch."),
         "result": result,
     }
     out = expanded(config.out)
@@ -153,12 +157,15 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
     check_unused(EVALUATE, settings)
     if config.split not in SPLITS:
         raise InputError(f"split must be {' or '.join(SPLITS)}, got {config.split!r}.")
+    if config.precision not in PRECISIONS:
+        raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got {config.precision!r}.")
     if config.max_batches is not None:
         check_count("max_batches", config.max_batches, least=1)
     if config.limit is not None:
         check_count("limit", config.limit, least=1)
     for_data = {"stepwise": config.stepwise or None, "max_batches": config.max_batches, "data": config.get("data")}
     for_data["split"] = config.split if config.split != "validation" else None
+    for_data["precision"] = config.precision if config.precision != PRECISIONS[0] else None
     for_tasks = {"tasks_path": config.tasks_path, "limit": config.limit}
     unused = [name for name, value in (for_data if config.tasks else for_tasks).items() if value is not None]
     if unused and config.tasks:
@@ -170,6 +177,11 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
         raise InputError(
             f"backend={config.backend} is for whole sequences, but stepwise=true reads one token at a time: leave out "
             "one of the two."
+        )
+    if config.stepwise and config.precision != PRECISIONS[0]:
+        raise InputError(
+            f"precision={config.precision} is for whole sequences, but stepwise=true reads one token at a time in "
+            f"{PRECISIONS[0]}: leave out one of the two."
         )
     if config.out is not None:
         check_output_file(expanded(config.out), option="out")

@@ -3,8 +3,11 @@
     python -m lkda.commands.grid lm_by_mixer ablations --per-gpu 2 --deadline 560
 
 Each argument is a file of configs/experiment/ or an override key=value of scripts/train.py. An experiment's sweep gives
-its jobs. Each job is a process of its own, whose run directory is OUT/EXPERIMENT/JOB; its output is grid.log there.
-The same command again skips the jobs that are done and continues those that were stopped. The longest jobs begin first.
+its jobs, which begin in its order: the values of its first setting change last. Each job is a process of its own, whose
+run directory is OUT/EXPERIMENT/JOB; its output is grid.log there. The same command again skips the jobs that are done
+and continues those that were stopped. A job that is not done and whose checkpoints are gone, for example on another
+machine to which only the small files were copied, begins again. What it had written is kept in
+OUT/EXPERIMENT/.JOB.before.
 
 An experiment may have keys for this command, which scripts/train.py ignores:
     sweeps      settings of scripts/train.py, several sweeps in place of one: each line is added to the experiment's
@@ -13,10 +16,10 @@ An experiment may have keys for this command, which scripts/train.py ignores:
                 steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same}}
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
                 run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
-                continued.
-A job is not begun if its estimate exceeds the time left, unless --cut is given. At the deadline the jobs that still run
-save a checkpoint and stop. When a job is done, its checkpoints and exported weights are deleted, unless
---keep-checkpoints is given.
+                continued. {only_with: mixer.kda, command: LINE} is run if the configuration of the job has that key.
+A job is not begun if its estimate exceeds the time left, unless --cut is given; a later one that fits begins instead.
+At the deadline the jobs that still run save a checkpoint and stop. When a job is done, its checkpoints and exported
+weights are deleted, unless --keep-checkpoints is given. The table at the end has a row for each job.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ LOG = "grid.log"
 GRACE = 20.0
 _SECONDS_BETWEEN_LOOKS = 0.2
 _ESTIMATE = {"start": int | float, "then": int | float, "steps_per_s": dict}
+_CONDITIONAL = {"only_with": str, "command": str}  # an entry of `then`
 # A job writes into a log, where a bar would be redrawn line by line.
 _QUIET = ("callbacks.overview=null", "callbacks.progress=null")
 
@@ -88,12 +92,47 @@ class Job:
         """new, or the status in summary.json: finished, interrupted or diverged."""
         return str(read_summary(self.directory / "summary.json").get("status", "new"))
 
+    @property
+    def standing(self) -> str:
+        """How far the job is, in words for a table."""
+        if not self.commands():
+            return "diverged" if self.status == "diverged" else "done"
+        if self.status == "finished":
+            return "trained, not all measured"
+        return "cut off" if self.has_begun else "not begun"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run directory has a summary, or measurements of a training."""
+        run = RunFiles(self.directory)
+        return run.summary.exists() or run.metrics.exists()
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether the job has begun, is not done, and has no checkpoint to go on from."""
+        return self.has_begun and bool(self._open()) and not any(RunFiles(self.directory).checkpoints.glob("*.ckpt*"))
+
     def commands(self) -> list[list[str]]:
         """The arguments of lkda for what is still to be done. A run that diverged is not trained again."""
-        if self.status == "diverged":
-            return []
-        own = ("train", *self.overrides, f"hydra.run.dir={self.directory}")
-        return [_continuing(words) for words in (own, *self.then) if not _is_done(words)]
+        return [_continuing(words) for words in (self._all() if self.begins_again else self._open())]
+
+    def _all(self) -> list[tuple[str, ...]]:
+        return [("train", *self.overrides, f"hydra.run.dir={self.directory}"), *self.then]
+
+    def _open(self) -> list[tuple[str, ...]]:
+        """What has no result yet. A missing export is none if all that comes after it is done."""
+        found: list[tuple[str, ...]] = []
+        for words in reversed([] if self.status == "diverged" else self._all()):
+            needed = words[0] != "export" or found or words is self.then[-1]
+            if needed and not _is_done(words):
+                found.insert(0, words)
+        return found
+
+    def set_aside(self) -> None:
+        """Rename the run directory to .JOB.before. An earlier directory of this name is deleted."""
+        before = self.directory.with_name(f".{self.directory.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        self.directory.rename(before)
 
     def delete_weights(self) -> None:
         """Delete the checkpoints, and what was exported. The directory of an export stays, and is empty."""
@@ -106,18 +145,21 @@ class Job:
                 shutil.rmtree(path)
                 path.mkdir()
 
-    def seconds(self) -> float | None:
-        """The estimated time of what is still to be done, on a GPU to itself; None if it cannot be estimated."""
-        commands = self.commands()
-        train = self.status not in ("finished", "diverged")
-        after = self.then_seconds * (len(commands) - train) / max(1, len(self.then))
+    def seconds(self, slowdown: float = 1.0) -> float | None:
+        """The estimated time of what is still to be done; None if it cannot be estimated.
+
+        Args:
+            slowdown: how much longer the training and the commands after it take because jobs share a GPU.
+        """
+        train = self.begins_again or self.status not in ("finished", "diverged")
+        after = slowdown * self.then_seconds * (len(self.commands()) - train) / max(1, len(self.then))
         if not train:
             return after
         if self.steps is None or self.steps_per_s is None:
             return None
-        rows = read_metrics(RunFiles(self.directory).metrics)
+        rows = [] if self.begins_again else read_metrics(RunFiles(self.directory).metrics)
         done = int(rows[-1]["step"]) if rows else 0
-        return self.start + max(0, self.steps - done) / self.steps_per_s + after
+        return self.start + slowdown * max(0, self.steps - done) / self.steps_per_s + after
 
 
 def _result(words: Sequence[str]) -> Path:
@@ -204,7 +246,7 @@ def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path)
     speeds = estimate.get("steps_per_s", {})
     name = f"{experiment}/{_directory_name(swept)}"
     directory = out.absolute() / name
-    then = tuple(tuple(shlex.split(line.replace("{run}", str(directory)))) for line in _plain(config, "then", []))
+    then = tuple(tuple(shlex.split(line.replace("{run}", str(directory)))) for line in _lines_after(config))
     for words in then:
         _result(words)  # raises where a command names none
     return Job(
@@ -217,6 +259,21 @@ def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path)
         steps_per_s=speeds.get(config.mixer.name, speeds.get("default")),
         then=then,
     )
+
+
+def _lines_after(config: DictConfig) -> list[str]:
+    """The lines of `then` that are for this job."""
+    lines = []
+    for entry in _plain(config, "then", []):
+        if isinstance(entry, dict):
+            if entry.keys() != _CONDITIONAL.keys():
+                raise InputError(f"an entry of `then` is a line, or has the keys only_with and command; got {entry}.")
+            check_values(entry, _CONDITIONAL, prefix="then.")
+            if OmegaConf.select(config, entry["only_with"]) is None:
+                continue
+            entry = entry["command"]
+        lines.append(str(entry))
+    return lines
 
 
 def _plain(config: DictConfig, key: str, otherwise: Any) -> Any:
@@ -300,11 +357,11 @@ def run_jobs(
     keep_checkpoints: bool,
     said: Callable[[str], None],
 ) -> None:
-    """Run what is to be done of the jobs, the longest first. Those of an unknown length begin before all others.
+    """Run what is to be done of the jobs. They begin in their order; one that would not end in time is passed over.
 
     Args:
         gpus: as in CUDA_VISIBLE_DEVICES; if empty, `per_gpu` jobs share the CPU.
-        slowdown: how much longer a job takes than its estimate because jobs share a GPU.
+        slowdown: see `Job.seconds`.
         deadline: seconds from now; None means no deadline.
         cut: also begin jobs that will not end in time.
         keep_checkpoints: of jobs that are done.
@@ -312,8 +369,8 @@ def run_jobs(
     """
     end = None if deadline is None else time.monotonic() + deadline - GRACE
     places: list[str | None] = [gpu for _ in range(per_gpu) for gpu in gpus] or [None] * per_gpu
-    estimates = {job.name: job.seconds() for job in jobs}
-    waiting = sorted((job for job in jobs if job.commands()), key=lambda job: _longest_first(estimates[job.name]))
+    estimates = {job.name: job.seconds(slowdown) for job in jobs}
+    waiting = [job for job in jobs if job.commands()]
     running: list[_Running] = []
 
     def left() -> float:
@@ -325,11 +382,15 @@ def run_jobs(
                 running.remove(one)
                 places.append(one.gpu)
                 _say_end(one, said, keep_checkpoints=keep_checkpoints)
-            fitting = [job for job in waiting if cut or (estimates[job.name] or 0.0) * slowdown <= left()]
+            fitting = [job for job in waiting if cut or (estimates[job.name] or 0.0) <= left()]
             for job in fitting[: len(places)]:
                 waiting.remove(job)
+                again = job.begins_again
+                if again:
+                    job.set_aside()
                 running.append(_Running(job, places.pop(0), job.commands()))
-                said(f"{job.name}: begins, {_about(estimates[job.name], slowdown)}")
+                how = "begins again, as its checkpoints are gone" if again else "begins"
+                said(f"{job.name}: {how}, {_about(estimates[job.name])}")
             if not running:
                 break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -342,15 +403,11 @@ def run_jobs(
                 one.wait(until - time.monotonic())
             _say_end(one, said, keep_checkpoints=keep_checkpoints)
     for job in waiting:
-        said(f"{job.name}: not begun, {_about(estimates[job.name], slowdown)}")
+        said(f"{job.name}: not begun, {_about(estimates[job.name])}")
 
 
-def _longest_first(seconds: float | None) -> float:
-    return -float("inf") if seconds is None else -seconds
-
-
-def _about(seconds: float | None, slowdown: float) -> str:
-    return "of unknown length" if seconds is None else f"about {seconds * slowdown:.0f} s"
+def _about(seconds: float | None) -> str:
+    return "of unknown length" if seconds is None else f"about {seconds:.0f} s"
 
 
 def _say_end(one: _Running, said: Callable[[str], None], *, keep_checkpoints: bool) -> None:
@@ -368,19 +425,19 @@ def _say_end(one: _Running, said: Callable[[str], None], *, keep_checkpoints: bo
 
 
 def table(jobs: Sequence[Job]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: a row for each job with a summary."""
+    """Headings and cells: a row for each job."""
     head = ["job", "status", "steps", "validation", "test", "rate", "clipped", "tokens/s", "seconds"]
     body = []
     for job in jobs:
         found = read_summary(job.directory / "summary.json")
-        if found:
-            validation = found.get("val/accuracy", found.get("val/bits_per_byte"))
-            cells = [
-                *(found.get("steps"), _number(validation, ".4f"), _number(found.get("test/bits_per_byte"), ".4f")),
-                *(_number(found.get("learning_rate"), "g"), _number(found.get("clipped_share"), ".1%")),
-                *(_number(found.get("tokens_per_s"), ",.0f"), _number(found.get("seconds"), ".0f")),
-            ]
-            body.append([job.name, "done" if not job.commands() else job.status, *map(str, cells)])
+        validation = found.get("val/accuracy", found.get("val/bits_per_byte"))
+        cells = [
+            *(_number(found.get("steps"), "d"), _number(validation, ".4f")),
+            *(_number(found.get("test/bits_per_byte"), ".4f"), _number(found.get("learning_rate"), "g")),
+            *(_number(found.get("clipped_share"), ".1%"), _number(found.get("tokens_per_s"), ",.0f")),
+            _number(found.get("seconds"), ".0f"),
+        ]
+        body.append([job.name, job.standing, *cells])
     return head, body
 
 
@@ -411,17 +468,16 @@ def run(options: argparse.Namespace, console: Console) -> bool:
         said=lambda line: console.print(f"{time.monotonic() - started:5.0f} s  {line}", soft_wrap=True),
     )
     head, body = table(jobs)
-    if body:
-        console.print(rich_table(head, body, names=2))
+    console.print(rich_table(head, body, names=2))
     return not any(job.commands() for job in jobs)
 
 
 def _print_plan(jobs: Sequence[Job], *, places: int, slowdown: float, out: Console) -> None:
     open_jobs = [job for job in jobs if job.commands()]
     for job in open_jobs:
-        out.print(f"{job.name}: {_about(job.seconds(), slowdown)}", soft_wrap=True)
-    seconds = sum(job.seconds() or 0.0 for job in open_jobs) * slowdown
-    unknown = sum(job.seconds() is None for job in open_jobs)
+        out.print(f"{job.name}: {_about(job.seconds(slowdown))}", soft_wrap=True)
+    seconds = sum(job.seconds(slowdown) or 0.0 for job in open_jobs)
+    unknown = sum(job.seconds(slowdown) is None for job in open_jobs)
     out.print(
         f"{len(open_jobs)} of {len(jobs)} jobs are to be done, {places} at a time: about {seconds / places:.0f} s"
         + (f", and {unknown} of unknown length" if unknown else ""),
@@ -434,7 +490,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="experiments, and settings key=value")
     parser.add_argument("--out", type=Path, default=Path("multirun"), help="directory of the run directories")
     parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU (without a GPU: the CPU)")
-    parser.add_argument("--slowdown", type=float, help="times as long as a job on its own GPU; default: PER_GPU")
+    parser.add_argument("--slowdown", type=float, help="times as long as on a GPU of its own; default: PER_GPU")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds after which everything has stopped")
     parser.add_argument("--cut", action="store_true", help="also begin jobs that will not end before the deadline")
     parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete those of finished jobs")

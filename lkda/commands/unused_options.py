@@ -3,6 +3,8 @@
 There is a table for each command. It lists the option, the condition under which it has no effect, and the reason. Only
 options on the command line are checked: an experiment, a debug choice or a default may set options that a run does not
 use.
+
+Importing this module does not import torch: scripts/prepare_data.py, which keeps its memory small, does without it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -19,13 +20,13 @@ from hydra.utils import get_class
 
 from lkda.checks import InputError
 from lkda.commands.invocation import typed_overrides
-from lkda.data.text.datamodule import PREPARED
-from lkda.data.text.packed import PackedDataModule
-from lkda.models.mixers import mixer_names
+from lkda.data.prose.sources import MIXES
 
 # Looks up the value of a setting by its dotted name; None if there is no such setting.
 Get = Callable[[str], Any]
 Condition = Callable[[Get], bool]
+
+_PREPARED = tuple(MIXES)  # the choices of data= that scripts/prepare_data.py makes
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,14 @@ def _rates_of_other_models(get: Get) -> bool:
 
 
 def _tokens_are_no_text(get: Get) -> bool:
+    from lkda.data.text.packed import PackedDataModule
+
     return not issubclass(get_class(get("data._target_")), PackedDataModule)
 
 
 def _pins_nothing(get: Get) -> bool:
+    import torch
+
     return get("data.pin_memory") is True and not torch.cuda.is_available()
 
 
@@ -102,15 +107,15 @@ DATA = (
     _Unused("data.vocab_size", _has_value("data.tokenizer_path"), "beside data.tokenizer_path"),
     *(
         _Unused("data.vocab_size", _is("data.source", name), f"with data={name}, which has its own tokenizer")
-        for name in PREPARED
+        for name in _PREPARED
     ),
     _Unused("data.pin_memory", _pins_nothing, "where there is no GPU"),
     _Unused("data.cache_dir", _has_value("data.directory"), "beside data.directory"),
     _Unused("data.shortest", _is("data.packed", False), "without data.packed=true"),
     *_each(
         ("data.val_fraction", "data.val_from_year", "data.test_fraction", "data.text_column"),
-        _is("data.source", "sotu", *PREPARED),
-        f"with data=sotu and data={' and data='.join(PREPARED)}, which have a fixed validation split",
+        _is("data.source", "sotu", *_PREPARED),
+        f"with data=sotu and data={' and data='.join(_PREPARED)}, which have a fixed validation split",
     ),
 )
 
@@ -120,32 +125,47 @@ RATES = (
     _Unused("mixer.learning_rate", _rates_of_other_models, "for a model of another name, model.name"),
 )
 
-TRAIN = (
-    *(_Unused(f"mixer.{name}", _no_layer_is_of(name), f"in a model without a {name} layer") for name in mixer_names()),
-    _Unused("mixer.num_heads", lambda get: _layers(get) == {"conv"}, "in a model of conv layers, which have no heads"),
-    _Unused("mixer.kda.gate_form", _is("mixer.kda.gate", "none"), "beside mixer.kda.gate=none"),
-    _Unused("mixer.kda.lower_bound", _is("mixer.kda.gate", "none"), "beside mixer.kda.gate=none"),
-    _Unused("mixer.kda.lower_bound", _is_not("mixer.kda.gate_form", "bounded"), "without mixer.kda.gate_form=bounded"),
-    _Unused("mixer.softmax.norm_eps", _is_not("mixer.softmax.qk_norm", True), "without mixer.softmax.qk_norm=true"),
-    _Unused("model.num_heads", _is_given_too("mixer.num_heads"), "beside mixer.num_heads"),
-    _Unused("model.init.head_std", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
-    _Unused("optimizer.lr_scale.head", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
-    *(
-        _Unused(f"mixer.{name}.conv_std", _is(f"mixer.{name}.conv_width", 0), f"beside mixer.{name}.conv_width=0")
-        for name in mixer_names()
-    ),
-    _Unused("trainer.max_steps", _is_not("trainer.max_tokens", None), "beside trainer.max_tokens"),
-    _Unused("sample", _tokens_are_no_text, "for data whose tokens are not text"),
-    *_each(("sample.temperature", "sample.top_p"), _is("sample.max_new_tokens", 0), "beside sample.max_new_tokens=0"),
-    _Unused("sample.top_p", _is("sample.temperature", 0), "beside sample.temperature=0"),
-    _Unused("jobs_per_gpu", _no_jobs_at_once, "without a sweep with hydra/launcher=joblib"),
-    _Unused("hydra.run.dir", _sweeps, "in a sweep, which uses hydra.sweep.dir"),
-    *_each(
-        ("hydra.sweep.dir", "hydra.sweep.subdir"),
-        lambda get: not _sweeps(get),
-        "in a single run, which uses hydra.run.dir",
-    ),
-)
+
+def of_training() -> tuple[_Unused, ...]:
+    """The table of scripts/train.py."""
+    from lkda.models.mixers import mixer_names
+
+    return (
+        *(
+            _Unused(f"mixer.{name}", _no_layer_is_of(name), f"in a model without a {name} layer")
+            for name in mixer_names()
+        ),
+        _Unused(
+            "mixer.num_heads", lambda get: _layers(get) == {"conv"}, "in a model of conv layers, which have no heads"
+        ),
+        _Unused("mixer.kda.gate_form", _is("mixer.kda.gate", "none"), "beside mixer.kda.gate=none"),
+        _Unused("mixer.kda.lower_bound", _is("mixer.kda.gate", "none"), "beside mixer.kda.gate=none"),
+        _Unused(
+            "mixer.kda.lower_bound", _is_not("mixer.kda.gate_form", "bounded"), "without mixer.kda.gate_form=bounded"
+        ),
+        _Unused("mixer.softmax.norm_eps", _is_not("mixer.softmax.qk_norm", True), "without mixer.softmax.qk_norm=true"),
+        _Unused("model.num_heads", _is_given_too("mixer.num_heads"), "beside mixer.num_heads"),
+        _Unused("model.init.head_std", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
+        _Unused("optimizer.lr_scale.head", _is("model.tie_embeddings", True), "beside model.tie_embeddings=true"),
+        *(
+            _Unused(f"mixer.{name}.conv_std", _is(f"mixer.{name}.conv_width", 0), f"beside mixer.{name}.conv_width=0")
+            for name in mixer_names()
+        ),
+        _Unused("trainer.max_steps", _is_not("trainer.max_tokens", None), "beside trainer.max_tokens"),
+        _Unused("sample", _tokens_are_no_text, "for data whose tokens are not text"),
+        *_each(
+            ("sample.temperature", "sample.top_p"), _is("sample.max_new_tokens", 0), "beside sample.max_new_tokens=0"
+        ),
+        _Unused("sample.top_p", _is("sample.temperature", 0), "beside sample.temperature=0"),
+        _Unused("jobs_per_gpu", _no_jobs_at_once, "without a sweep with hydra/launcher=joblib"),
+        _Unused("hydra.run.dir", _sweeps, "in a sweep, which uses hydra.sweep.dir"),
+        *_each(
+            ("hydra.sweep.dir", "hydra.sweep.subdir"),
+            lambda get: not _sweeps(get),
+            "in a single run, which uses hydra.run.dir",
+        ),
+    )
+
 
 GENERATE = (
     *_each(

@@ -13,6 +13,7 @@ from lkda.checks import InputError
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file
 from lkda.report.studies import (
+    budgets,
     by_source,
     decode,
     foreign_models,
@@ -42,6 +43,7 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "long_run": long_run.redraw,  # written by lkda.commands.long_run
     "state_dtypes": state_dtypes.redraw,
     "by_source": by_source.redraw,
+    "budgets": budgets.redraw,
     "recipe": recipe.redraw,
     "learning_rates": learning_rates.redraw,
     "notes": notes.redraw,  # written by scripts/benchmark.py task=notes

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from lkda.checks import InputError
 from lkda.commands import grid
@@ -16,13 +17,39 @@ from tests.commands.small import small_run
 
 def test_a_job_for_each_combination(tmp_path: Path) -> None:
     jobs = jobs_of(["ablations"], ["mixer=kda,{num_heads:4,kda:{gate:head}}", "trainer.max_steps=568"], tmp_path)
-    names = ["kda_seed=1", "kda_seed=2", "num_heads=4_kda.gate=head_seed=1", "num_heads=4_kda.gate=head_seed=2"]
-    assert [job.name for job in jobs] == [f"ablations/mixer={name}" for name in names]
-    assert jobs[0].directory == tmp_path / "ablations" / "mixer=kda_seed=1"
+    names = [f"seed={seed}_mixer={mixer}" for seed in (1, 2) for mixer in ("kda", "num_heads=4_kda.gate=head")]
+    assert [job.name for job in jobs] == [f"ablations/{name}" for name in names]
+    assert jobs[0].directory == tmp_path / "ablations" / "seed=1_mixer=kda"
     assert set(jobs[3].overrides) == {
         *("experiment=ablations", "mixer={num_heads:4,kda:{gate:head}}", "seed=2", "trainer.max_steps=568")
     }
-    assert jobs[0].seconds() == pytest.approx(25 + 568 / 28.4)
+    assert jobs[0].seconds() == pytest.approx(25 + 568 / 30)
+    assert jobs[0].seconds(slowdown=3.0) == pytest.approx(25 + 3 * 568 / 30)
+
+
+ORDERS = {
+    "lm_by_mixer": ("mixer", ["seed"]),
+    "ablations": ("mixer", ["seed"]),
+    "mqar_by_state_size": ("mixer optimizer.lr", ["model.d_model"]),
+    "kimi_synthetics": ("mixer optimizer.lr data", ["data.context"]),
+}
+
+
+@pytest.mark.parametrize("experiment", ORDERS)
+def test_a_grid_that_is_cut_off_has_whole_comparisons(experiment: str, tmp_path: Path) -> None:
+    """All mixers are compared at one seed, width or length before the next one begins."""
+    compared, outer = ORDERS[experiment]
+    with initialize_config_dir(str(grid.CONFIGS), version_base="1.3"):
+        params = compose("train", [f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper.params
+    assert [*params] == [*outer, *[name for name in params if name in compared.split()]]
+
+
+def test_a_command_for_jobs_that_have_a_key(tmp_path: Path) -> None:
+    jobs = jobs_of(["lm_by_mixer_full"], ["mixer=kda,softmax"], tmp_path)
+    dtypes = [[word for line in job.then for word in line if word.startswith("state_dtype=")] for job in jobs]
+    assert dtypes == [["state_dtype=float32", "state_dtype=bfloat16", "state_dtype=int8"], []]
+    rates = [word for job in jobs for line in job.then for word in line if word.startswith("optimizer.lr=")]
+    assert rates == ["optimizer.lr=0.001", "optimizer.lr=0.0005"]
 
 
 @pytest.fixture
@@ -39,6 +66,25 @@ SEVERAL = """# @package _global_
 hydra: {mode: MULTIRUN, sweeper: {params: {mixer: "kda,softmax"}}}
 sweeps: ["", "optimizer.betas=[0.9,0.99] model.embed_norm=false", "mixer=softmax mixer.softmax.qk_norm=true,false"]
 """
+
+
+def test_a_job_that_is_done_needs_no_exported_weights(tmp_path: Path) -> None:
+    """Those are too large to be copied to another machine."""
+    (job,) = jobs_of(["lm_by_mixer_full"], ["mixer=softmax"], tmp_path)
+    for line in job.then:
+        words = dict(word.partition("=")[::2] for word in line)
+        path = Path(words["hydra.run.dir"], "summary.json") if line[0] == "train" else Path(words["out"])
+        if line[0] != "export":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"status": "finished"}')
+    (job.directory / "summary.json").write_text('{"status": "finished"}')
+    assert (job.standing, job.commands()) == ("done", [])
+    (job.directory / "text_8192.json").unlink()
+    assert job.begins_again
+    (only_exported,) = jobs_of(
+        ["lm_by_mixer_full"], ["mixer=softmax", "then=['export ckpt={run} out={run}/x']"], tmp_path
+    )
+    assert [words[0] for words in only_exported._open()] == ["export"]
 
 
 @pytest.mark.usefixtures("several_sweeps")
@@ -77,12 +123,30 @@ def test_bad_sweeps(sweeps: str, message: str, tmp_path: Path) -> None:
 
 def test_a_stopped_run_takes_less(tmp_path: Path) -> None:
     (job,) = jobs_of(["ablations"], ["mixer=kda", "seed=1", "trainer.max_steps=568"], tmp_path)
-    job.directory.mkdir(parents=True)
+    assert job.standing == "not begun"
+    (job.directory / "checkpoints" / "last.ckpt").mkdir(parents=True)
     (job.directory / "metrics.csv").write_text("step,tokens\n100,3\n284,9\n")
-    assert job.seconds() == pytest.approx(25 + 284 / 28.4)
+    assert (job.standing, job.begins_again) == ("cut off", False)
+    assert job.seconds() == pytest.approx(25 + 284 / 30)
+    shutil.rmtree(job.directory / "checkpoints")  # nothing to go on from: as long as a new job
+    assert (job.standing, job.begins_again) == ("cut off", True)
+    assert job.seconds() == pytest.approx(25 + 568 / 30)
     (job.directory / "summary.json").write_text('{"status": "finished"}')
     assert job.seconds() == 0
     assert job.commands() == []
+    assert (job.standing, job.begins_again) == ("done", False)
+
+
+def test_a_job_without_weights_for_its_measurements_begins_again(tmp_path: Path) -> None:
+    (job,) = jobs_of(["lm_by_mixer_full"], ["mixer=softmax"], tmp_path)
+    job.directory.mkdir(parents=True)
+    (job.directory / "summary.json").write_text('{"status": "finished"}')
+    (job.directory / "test.json").write_text("{}")
+    assert (job.standing, job.begins_again) == ("trained, not all measured", True)
+    assert [words[0] for words in job.commands()] == ["train", *(line[0] for line in job.then)]
+    job.set_aside()
+    assert job.standing == "not begun"
+    assert (job.directory.with_name(".seed=1_mixer=softmax.before") / "test.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -92,9 +156,10 @@ def test_a_stopped_run_takes_less(tmp_path: Path) -> None:
         (["ablation"], "got ablation"),
         (["ablations", "colour=red"], "colour=red cannot be composed"),
         (["ablations", "seed=interval(1, 2)"], "the sweep of ablations cannot be read"),
-        (["ablations", "seed=1,1"], "two jobs would have the run directory ablations/mixer=kda_seed=1"),
+        (["ablations", "seed=1,1"], "two jobs would have the run directory ablations/seed=1_mixer=kda"),
         (["ablations", "trainer.devices=2"], "trainer.devices=2: a job has one GPU"),
         (["lm_by_mixer_full", "then=['export ckpt=a']"], "needs out=..., which says whether it is done: export ckpt=a"),
+        (["lm_by_mixer_full", "then=[{command:a}]"], "has the keys only_with and command; got {'command': 'a'}"),
     ],
 )
 def test_bad_input(words: list[str], message: str, tmp_path: Path) -> None:
@@ -142,18 +207,36 @@ def ran(jobs: list[Job], **options: object) -> list[str]:
     return lines
 
 
-def test_the_longest_begin_first_on_gpus_of_their_own(imitated: Path) -> None:
+def test_jobs_begin_in_their_order_on_gpus_of_their_own(imitated: Path) -> None:
     jobs = [job(imitated, "a", steps=1), job(imitated, "b", steps=30), job(imitated, "c", steps=20)]
     lines = ran(jobs)
-    assert lines[:2] == ["b: begins, about 30 s", "c: begins, about 20 s"]
+    assert lines[:2] == ["a: begins, about 1 s", "b: begins, about 30 s"]
     assert {"a: finished", "b: finished", "c: finished"} <= set(lines)
-    assert {json.loads((imitated / name / "summary.json").read_text())["gpu"] for name in "bc"} == {"3", "5"}
+    assert {json.loads((imitated / name / "summary.json").read_text())["gpu"] for name in "ab"} == {"3", "5"}
     assert ran(jobs) == []  # nothing is to be done
 
 
 def test_nothing_begins_that_would_not_end_in_time(imitated: Path) -> None:
-    lines = ran([job(imitated, "a", steps=1), job(imitated, "b", steps=100)], deadline=30.0, slowdown=2.0)
+    jobs = [job(imitated, "b", steps=100), job(imitated, "a", steps=1)]
+    lines = ran(jobs, deadline=30.0, slowdown=2.0)
     assert lines == ["a: begins, about 2 s", "a: finished", "b: not begun, about 200 s"]
+    assert [row[:2] for row in table(jobs)[1]] == [["b", "not begun"], ["a", "done"]]
+
+
+def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -> None:
+    """The small files of two jobs were copied, without checkpoints: one is done and one was cut off."""
+    jobs = [job(imitated, name, steps=1) for name in ("cut", "ended", "new")]
+    for directory, status in ((imitated / "cut", "interrupted"), (imitated / "ended", "finished")):
+        directory.mkdir()
+        (directory / "summary.json").write_text(json.dumps({"status": status, "mark": 1}))
+    lines = ran(jobs, gpus=["0"])
+    assert [line for line in lines if "begins" in line] == [
+        "cut: begins again, as its checkpoints are gone, about 1 s",
+        "new: begins, about 1 s",
+    ]
+    assert json.loads((imitated / ".cut.before" / "summary.json").read_text())["mark"] == 1
+    assert "mark" not in json.loads((imitated / "cut" / "summary.json").read_text())
+    assert json.loads((imitated / "ended" / "summary.json").read_text())["mark"] == 1
 
 
 def test_a_job_is_stopped_at_the_deadline(imitated: Path) -> None:
@@ -170,7 +253,7 @@ def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:
     lines = ran(jobs, gpus=[])  # one after the other on the CPU
     assert lines[1] == f"fails: failed ({imitated}/fails/grid.log): no such data"
     assert lines[-1] == "a: finished"
-    assert [row[:2] for row in table(jobs)[1]] == [["a", "done"]]
+    assert [row[:2] for row in table(jobs)[1]] == [["fails", "not begun"], ["a", "done"]]
 
 
 # Each job is three processes that import torch; the tests above run several jobs side by side.
@@ -187,10 +270,10 @@ def test_real_runs(mixers: str, corpus: Path, tmp_path: Path, capsys: pytest.Cap
         main([*words, "--deadline", "400"])
     assert ending.value.code == 0
     said = capsys.readouterr().out
-    assert re.search(r"lm_by_mixer_full/mixer=softmax_seed=1 +done +40", said), said
+    assert re.search(r"lm_by_mixer_full/seed=1_mixer=softmax +done +40", said), said
     names = mixers.split(",")
     for name in names:
-        run = tmp_path / "lm_by_mixer_full" / f"mixer={name}_seed=1"
+        run = tmp_path / "lm_by_mixer_full" / f"seed=1_mixer={name}"
         assert (run / "val.json").is_file()
         assert not (run / "checkpoints").exists()
         assert list((run / "exported").iterdir()) == []

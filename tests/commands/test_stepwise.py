@@ -72,6 +72,13 @@ def test_the_models_own_dtype_is_kept_where_none_is_given(corpus: Path, tmp_path
     assert json.loads((tmp_path / "out.json").read_text())["state_dtype"] == "int8"
 
 
+def test_precision_of_whole_sequences(run: Path, tmp_path: Path) -> None:
+    usual = measured(run)
+    rounded = measured(run, "precision=bf16-mixed", f"out={tmp_path}/out.json")
+    assert 0 < abs(rounded["loss"] - usual["loss"]) < 0.01
+    assert json.loads((tmp_path / "out.json").read_text())["precision"] == "bfloat16"
+
+
 def test_recall_is_measured_so_too(tmp_path: Path) -> None:
     tiny = ("trainer=cpu", "callbacks=none", "model=recall", "mixer=conv_kda", "model.d_model=32", "data=mqar")
     shapes = ("data.vocab_size=64", "data.batch_size=4", "data.train=[{length: 32, pairs: 2, examples: 16}]", SUBSETS)
@@ -100,6 +107,9 @@ def test_recall_is_measured_so_too(tmp_path: Path) -> None:
         (["stepwise=maybe"], "stepwise must be true or false, got 'maybe'"),
         (["max_batches=0"], "max_batches must be a whole number of 1 or more, got 0"),
         (["stepwise=true", "tasks=[sotu_word_order]"], "leave out one of the two"),
+        (["precision=16-mixed"], "precision must be 32-true or bf16-mixed, got '16-mixed'"),
+        (["precision=bf16-mixed", "stepwise=true"], "reads one token at a time in 32-true: leave out one of the two"),
+        (["precision=bf16-mixed", "tasks=[sotu_word_order]"], "precision has no effect with tasks"),
     ],
 )
 def test_what_makes_no_sense_is_refused(run: Path, given: list[str], message: str) -> None:

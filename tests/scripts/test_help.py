@@ -43,3 +43,9 @@ def test_help_of_training_names_every_choice() -> None:
         assert path.stem in line.split(": ")[1].split(", ")
     for setting in ("trainer.max_steps=", "trainer.max_tokens=", "seed=", "backend=", "resume=true", "hydra.run.dir="):
         assert setting in text
+
+
+def test_preparing_data_does_without_torch() -> None:
+    """Its import would take a third of the memory of a preparation."""
+    code = "import lkda.commands.prepare_data, sys; assert not {'torch', 'lightning'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -81,6 +81,12 @@ def prepare_mix(
     return manifest
 
 
+def _say(step: str, progress: Progress) -> None:
+    """Print the step that begins where there is no terminal, and so no progress bar."""
+    if not progress.console.is_terminal:
+        progress.console.print(step, soft_wrap=True, markup=False, highlight=False)
+
+
 def is_without_test(directory: Path) -> bool:
     """Whether the directory holds a corpus of an earlier version, without a test split."""
     metadata = metadata_of(directory)
@@ -93,6 +99,7 @@ def _collect(
     collected = []
     task = progress.add_task("collecting sources", total=len(sources))
     for source, megabytes in sources.items():
+        _say(f"collecting {source.name}", progress)
         path = paths.get(source.name)
         collected.append(collect(source, megabytes=megabytes, path=path, cache_dir=cache_dir, progress=progress))
         progress.advance(task)
@@ -113,6 +120,7 @@ def _tokenizer(collected: Sequence[Collected], vocab_size: int, cache_dir: Path,
             built = scratch / "built"
             built.mkdir()
             size = sum(own.manifest["train_bytes"] for own in collected)
+            _say(f"training a tokenizer of {vocab_size} tokens on {size / 1e6:.0f} MB", progress)
             documents = chain.from_iterable(own.texts("train") for own in collected)
             tokenizer = train_on(documents, vocab_size=vocab_size, size=size, progress=progress)
             (built / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
@@ -127,6 +135,7 @@ def _tokenize(collected: Collected, tokenizer: Tokenizer, cache_dir: Path, progr
         if metadata_of(entry) is None:
             built = scratch / "built"
             built.mkdir()
+            _say(f"tokenizing {collected.source.name}", progress)
             for name in SPLITS:
                 write_token_file(built / f"{name}.npy", tokenizer, collected.texts(name), progress)
             publish(built, entry, {})
@@ -142,6 +151,7 @@ def _assemble(
     progress: Progress,
 ) -> dict[str, Any]:
     """Write the token files of all sources together, the licences, and manifest.json. Returns the manifest."""
+    _say("removing the held-out text from the training text", progress)
     places = {name: _concatenate(built / f"{name}.npy", tokenized, name) for name in SPLITS[1:]}
     found = decontaminate(
         [entry / "train.npy" for entry in tokenized],

@@ -105,10 +105,10 @@ def _table(by_context: Lines, recalled: Lines, guessed: Lines) -> dict[str, Any]
     rows = []
     for mixer in sorted({*by_context, *recalled}):
         row = {"mixer": mixer}
-        row |= {f"bits/byte at {length(x)}": f"{by_context.get(mixer, {}).get(x, float('nan')):.3f}" for x in contexts}
+        bits, known, luck = (lines.get(mixer, {}) for lines in (by_context, recalled, guessed))
+        row |= {f"bits/byte at {length(x)}": f"{bits[x]:.3f}" if x in bits else "" for x in contexts}
         for x in lengths:
-            known, luck = (lines.get(mixer, {}).get(x, float("nan")) for lines in (recalled, guessed))
-            row[f"recalled at {length(x)}"] = f"{known:.1%} ({luck:.1%})"
+            row[f"recalled at {length(x)}"] = f"{known[x]:.1%} ({luck[x]:.1%})" if x in known else ""
         rows.append(row)
     note = "Recalled: tokens of a hidden passage, mean over depths. In brackets: without the passage in the text."
     return {"kind": "table", "rows": rows, "note": note}

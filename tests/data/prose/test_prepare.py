@@ -250,6 +250,16 @@ def novels(path: Path) -> Path:
     return path
 
 
+def test_without_a_terminal_each_step_is_a_line(tmp_path, sources, capsys):
+    prepare_prose(tmp_path / "mix", vocab_size=300, sources=sources)
+    names = [source.name for source in sources]
+    said = capsys.readouterr().err.splitlines()
+    assert said[: len(names)] == [f"collecting {name}" for name in names]
+    assert said[len(names)].startswith("training a tokenizer of 300 tokens on 0 MB")
+    assert said[len(names) + 1 : -1] == [f"tokenizing {name}" for name in names]
+    assert said[-1] == "removing the held-out text from the training text"
+
+
 def test_a_local_file_is_held_out_by_author(tmp_path):
     path = novels(tmp_path / "novels.jsonl.xz")
     options = {"sources": [SOURCES["novels"]], "paths": {"novels": path}}

@@ -45,6 +45,13 @@ def test_table_and_plots_and_drawn_again(files, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in out.glob("*.png")} == pictures
 
 
+def test_what_was_not_measured_is_an_empty_cell(files, tmp_path):
+    evaluation(files / "mla.json", "mla", 2048, {"bits_per_byte": 1.5})
+    main([f"{files}/*.json", str(tmp_path / "out")])
+    _, row = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert (row["bits/byte at 2K"], row["bits/byte at 4K"], row["recalled at 2K"]) == ("1.500", "", "")
+
+
 def test_what_is_no_evaluation_gets_one_clear_message(tmp_path):
     (tmp_path / "a.json").write_text('{"kind": "evaluation", "run": {}, "data": {}, "result": {}}')
     with pytest.raises(SystemExit, match=r"a.json does not name the model's mixer"):

@@ -1,0 +1,103 @@
+"""Training text in which passages are repeated, made from the training text of a prepared corpus.
+
+    python -m lkda.data.text.passages ~/.cache/lkda/english ~/.cache/lkda/english_passages
+
+A model that is trained on it, beside the corpus, learns the recall that data=needle measures: a passage occurs, and
+later its beginning occurs again, from which the rest can be named. Each document is a piece of training text into which
+passages from elsewhere in that text are inserted, each at two random places. The validation and the test text are not
+used. data=tokens reads the directory: data.paths=[CORPUS,PASSAGES] data.weights=[0.8,0.2].
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from lkda.checks import InputError, check_count
+from lkda.data.text.cache import building, expanded, publish
+from lkda.data.text.token_file import writing_token_file
+from lkda.data.text.tokenize import load_tokenized
+from lkda.data.text.tokenizer import document_start
+
+PASSAGE = 32  # tokens of a passage, as those of data=needle by default (data.cue + data.answer)
+
+
+def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, number: int) -> np.ndarray:
+    """A document of `length` tokens, int64, the same for every call with the same arguments.
+
+    Args:
+        token_ids: the text, [N].
+        start: the token that begins documents. It comes first, and is left out elsewhere.
+        passages: how many passages are inserted, each twice.
+        number: of the document.
+    """
+    rng = np.random.default_rng((length, passages, number))
+
+    def piece(count: int) -> np.ndarray:
+        begin = int(rng.integers(len(token_ids) - 2 * count))
+        found = token_ids[begin : begin + 2 * count]
+        return found[found != start][:count]
+
+    text = piece(length - 1 - 2 * passages * PASSAGE)
+    inserted = [piece(PASSAGE) for _ in range(passages)]
+    places = np.sort(rng.integers(len(text) + 1, size=2 * passages))
+    pieces = np.split(text, places)
+    order = rng.permutation(np.repeat(np.arange(passages), 2))
+    joined = [pieces[0], *(part for which, piece in zip(order, pieces[1:]) for part in (inserted[which], piece))]
+    return np.concatenate([[start], *joined]).astype(np.int64)
+
+
+def write_passages(corpus: Path, out: Path, *, length: int, passages: int, documents: int) -> int:
+    """Write train.npy and the tokenizer of `corpus` into `out`, which is created atomically.
+
+    Args:
+        length: tokens of a document.
+        passages: of a document.
+        documents: how many.
+    Returns: the number of tokens.
+    Raises: InputError if `out` exists, or if the corpus is missing, too short, or does not mark where documents begin.
+    """
+    for name, value in {"--passages": passages, "--documents": documents}.items():
+        check_count(name, value, least=1)
+    check_count("--length", length, least=4 * passages * PASSAGE)
+    if out.exists():
+        raise InputError(f"{out} exists already: give another directory, or remove it.")
+    tokenized = load_tokenized(corpus)
+    start = document_start(tokenized.tokenizer)
+    if start is None:
+        raise InputError(f"the tokenizer of {corpus} has no token that begins documents, which is needed here.")
+    found = len(tokenized.train)
+    if found < 4 * length:
+        raise InputError(f"{corpus} has {found} tokens for training: give a --length of at most {found // 4}.")
+    with building(out) as scratch:
+        built = scratch / "built"
+        built.mkdir()
+        (built / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
+        with writing_token_file(built / "train.npy", tokenized.train.dtype) as write:
+            for number in range(documents):
+                write(document(tokenized.train, start=start, length=length, passages=passages, number=number))
+        publish(built, out, {})
+    return documents * length
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", help="a directory of scripts/prepare_data.py")
+    parser.add_argument("out", help="the directory to create")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a document")
+    parser.add_argument("--passages", type=int, default=64, help=f"passages of {PASSAGE} tokens in a document")
+    parser.add_argument("--documents", type=int, default=1024)
+    given = parser.parse_args()
+    sizes = {"length": given.length, "passages": given.passages, "documents": given.documents}
+    tokens = write_passages(expanded(given.corpus), expanded(given.out), **sizes)
+    print(f"{given.documents} documents, {tokens:,} tokens, are in {given.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
