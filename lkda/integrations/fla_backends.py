@@ -216,9 +216,9 @@ def _conv_bwd(given: Arguments) -> tuple[Tensor | None, ...]:
         dx, dw = conv_cuda.convolve_backward(dy, rows, weight.unsqueeze(1), given["cu_seqlens"])
         return dx.view(x.shape), dw.squeeze(1).to(weight.dtype), None, None, None
     given_gradients = (given["dy"].reshape(rows.shape), given["dht"])
-    dx, dw, d_state = _gradients(_convolved(given), (rows, weight, state), given_gradients)
-    assert dx is not None
-    return dx.reshape(x.shape), dw, None, None, d_state
+    d_rows, d_weight, d_state = _gradients(_convolved(given), (rows, weight, state), given_gradients)
+    assert d_rows is not None
+    return d_rows.reshape(x.shape), d_weight, None, None, d_state
 
 
 def _update_declined(given: Arguments) -> str | None:
@@ -280,8 +280,7 @@ def _norm_bwd(given: Arguments) -> tuple[Tensor | None, ...]:
     def norm(x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor]:
         return (gated_rms_norm(x, g, weight, eps=given["eps"]),)
 
-    dx, dg, dw = _gradients(norm, (x, g, weight), (dy,))
-    return dx, dg, dw, None, None
+    return *_gradients(norm, (x, g, weight), (dy,)), None, None
 
 
 def _swiglu_declined(given: Arguments) -> str | None:
