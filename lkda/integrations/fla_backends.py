@@ -167,7 +167,7 @@ def _conv_declined(given: Arguments) -> str | None:
 
 
 def _convolved(given: Arguments) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function of x [B, T, D], weight [D, W] and state [N, D, W] that returns y and the state after it."""
+    """The function of x [B, T, D], weight [D, W] and state [N, D, W] that returns y, contiguous, and the last state."""
     cu_seqlens = given["cu_seqlens"]
 
     def run(x: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -199,13 +199,15 @@ def _runs_kernels(*tensors: Tensor) -> bool:
 
 
 def _conv_fwd(given: Arguments) -> tuple[Tensor, Tensor | None]:
-    x, weight = given["x"], given["weight"]
-    if given["initial_state"] is None and not given["output_final_state"] and _runs_kernels(x, weight):
-        y = conv_cuda.convolve(_as_rows(x, weight), weight.unsqueeze(1), given["cu_seqlens"])
-        return y.view(x.shape), None
+    x, weight, state, cu_seqlens = (given[name] for name in ("x", "weight", "initial_state", "cu_seqlens"))
+    rows = _as_rows(x, weight)
     with torch.no_grad():
-        y, last = _convolved(given)(_as_rows(x, weight), weight, given["initial_state"])
-    return y.reshape(x.shape), last.contiguous() if given["output_final_state"] else None
+        if state is None and _runs_kernels(x, weight):
+            y = conv_cuda.convolve(rows, weight.unsqueeze(1), cu_seqlens)
+        else:
+            y, _ = _convolved(given)(rows, weight, state)
+        last = _last_inputs(rows, weight.shape[1], state, cu_seqlens) if given["output_final_state"] else None
+    return y.view(x.shape), None if last is None else last.contiguous()
 
 
 def _conv_bwd(given: Arguments) -> tuple[Tensor | None, ...]:

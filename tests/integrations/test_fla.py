@@ -328,10 +328,11 @@ class TestKernelsCalledDirectly:
     def test_convolution(self, bounds, dtype):
         layer, rows = ShortConvolution(64, 4), B if bounds is None else 1
         x = torch.randn(rows, T, 64).to(dtype).requires_grad_()
-        got, _ = layer(x, cu_seqlens=None if bounds is None else torch.tensor(bounds))
+        got, states = layer(x, cu_seqlens=None if bounds is None else torch.tensor(bounds), output_final_state=True)
         parts = x.double().split([b - a for a, b in zip(bounds, bounds[1:])] if bounds else T, 1)
         weight, state = layer.weight.double(), torch.zeros(rows, 64, 4, dtype=torch.float64)
         want = torch.cat([TestConvolution.want(part, weight, state)[0] for part in parts if part.shape[1]], 1)
+        assert torch.equal(states[-1, :, -4:], x[-1, -4:].mT)
         found = [torch.autograd.grad(y.square().sum(), (x, layer.weight)) for y in (got, want)]
         assert got.dtype == dtype
         same([got.double(), *found[0]], [want, *found[1]], 1e-5 if dtype == torch.float32 else 1e-2)
