@@ -61,7 +61,8 @@ def use_lkda_kernels(model: nn.Module, enable: bool = True) -> KernelUse:
     """Run the KDA layers of a transformers model with lkda's convolutions, gate, KDA and gated norm, or no longer.
 
     Call it before torch.compile, and before or after FSDP. A second call of the same kind changes nothing. The result
-    is that of transformers' PyTorch code up to rounding. Packed sequences are given as `cu_seqlens`.
+    is that of transformers' PyTorch code up to rounding. Packed sequences are given as `cu_seqlens` or
+    `cu_seq_lens_q`.
 
     Args:
         model: such as a KimiLinearForCausalLM, on any device and in any dtype; or a part of one.
@@ -294,7 +295,8 @@ _REPLACEMENTS: Mapping[str, Callable[..., Any]] = {
 
 
 def _cu_seqlens(options: Mapping[str, Any]) -> Tensor | None:
-    cu_seqlens: Tensor | None = options.get("cu_seqlens")
+    """The boundaries of packed sequences, under FLA's name or that of transformers' DataCollatorWithFlattening."""
+    cu_seqlens: Tensor | None = options.get("cu_seqlens", options.get("cu_seq_lens_q"))
     if cu_seqlens is None and options.get("seq_idx") is not None:
         raise InputError("use_lkda_kernels: packed sequences need cu_seqlens; seq_idx alone is not enough.")
     return cu_seqlens

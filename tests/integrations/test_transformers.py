@@ -156,12 +156,13 @@ def test_a_cache_continues_a_sequence(family):
     close(torch.cat(found, 1), want)
 
 
-def test_packed_sequences_are_kept_apart():
-    """transformers' own PyTorch code refuses them."""
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q"])
+def test_packed_sequences_are_kept_apart(name):
+    """transformers' own PyTorch code refuses the first and ignores the second."""
     config = {"layer_types": LAYERS[:2], "num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2}
     theirs, ours = pair(lambda: kimi(**config))
     x, bounds = tokens(1, 30), [0, 12, 30]
-    got = outputs(ours, x, use_cache=False, cu_seqlens=torch.tensor(bounds))
+    got = outputs(ours, x, use_cache=False, **{name: torch.tensor(bounds)})
     for start, end in zip(bounds, bounds[1:]):
         close(got[:, start:end], outputs(theirs, x[:, start:end], use_cache=False))
     with pytest.raises(ValueError, match="packed sequences need cu_seqlens"):
