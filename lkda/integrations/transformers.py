@@ -20,7 +20,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from types import CellType, FunctionType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -95,19 +95,31 @@ def _change(changes: Changes) -> None:
                 f"use_lkda_kernels: a layer's class {now.__name__} was made after lkda's, as fully_shard does; undo "
                 "use_lkda_kernels before that."
             )
-        if "forward" in vars(module) and not _is_of_class(module.forward, module):
+        if not {"forward", _UNHOOKED}.isdisjoint(vars(module)) and _kept_forward(module) is None:
             raise InputError(
-                f"use_lkda_kernels: {now.__name__} has a forward of its own, as the hooks of accelerate make it; call "
-                "use_lkda_kernels before the model is dispatched to devices or wrapped."
+                f"use_lkda_kernels: {now.__name__} has a forward of its own, which hides that of its class; call "
+                "use_lkda_kernels before the forward is replaced."
             )
     for module, new in changes:
-        vars(module).pop("forward", None)
+        kept = _kept_forward(module)
         module.__class__ = new
+        if kept == _UNHOOKED:
+            setattr(module, _UNHOOKED, MethodType(new.forward, module))
+        elif kept is not None:
+            delattr(module, kept)
 
 
-def _is_of_class(forward: Any, module: nn.Module) -> bool:
-    """Whether it is the method of the module's class, which accelerate leaves at the module with its last hook."""
-    return getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
+_UNHOOKED = "_old_forward"  # where the hooks of accelerate, as for several devices, keep the forward that they call
+
+
+def _kept_forward(module: nn.Module) -> str | None:
+    """The attribute of a module itself that holds the method of its class. accelerate leaves it as `forward` with its
+    last hook."""
+    for name in (_UNHOOKED, "forward"):
+        own = vars(module).get(name)
+        if getattr(own, "__self__", None) is module and own.__func__ is type(module).forward:
+            return name
+    return None
 
 
 def _is_kda_layer(module: nn.Module) -> bool:
@@ -296,7 +308,9 @@ _REPLACEMENTS: Mapping[str, Callable[..., Any]] = {
 
 def _cu_seqlens(options: Mapping[str, Any]) -> Tensor | None:
     """The boundaries of packed sequences, under FLA's name or that of transformers' DataCollatorWithFlattening."""
-    cu_seqlens: Tensor | None = options.get("cu_seqlens", options.get("cu_seq_lens_q"))
+    cu_seqlens: Tensor | None = options.get("cu_seqlens")
+    if cu_seqlens is None:
+        cu_seqlens = options.get("cu_seq_lens_q")
     if cu_seqlens is None and options.get("seq_idx") is not None:
         raise InputError("use_lkda_kernels: packed sequences need cu_seqlens; seq_idx alone is not enough.")
     return cu_seqlens

@@ -285,6 +285,35 @@ def test_the_trainer_trains_it(tmp_path, calls):
     assert got == pytest.approx(want, rel=1e-3)
 
 
+def test_the_hooks_of_accelerate_stay(calls):
+    """As a model that `from_pretrained(device_map="auto")` puts on several devices has them."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    theirs, ours = pair()
+    use_lkda_kernels(ours, enable=False)
+    runs = []
+
+    class Counting(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            runs.append(module)
+            return args, kwargs
+
+    for module in ours.modules():
+        hooks.add_hook_to_module(module, Counting())
+    x, want = tokens(1, 8), outputs(theirs, tokens(1, 8))
+    with use_lkda_kernels(ours):
+        close(outputs(ours, x), want)
+        assert len(calls) == 2
+        assert ours.model.layers[0].self_attn in runs
+    assert torch.equal(outputs(ours, x), want)
+    assert len(calls) == 2
+    use_lkda_kernels(ours)
+    hooks.remove_hook_from_submodules(ours)
+    close(outputs(ours, x), want)
+    use_lkda_kernels(ours, enable=False)
+    assert torch.equal(outputs(ours, x), want)
+    assert len(calls) == 2 * 2
+
+
 def unchanged(model):
     return all(type(module).__module__.startswith(("transformers.", "torch.")) for module in model.modules())
 
@@ -321,16 +350,16 @@ class TestRefusals:
     def test_a_forward_that_would_hide_the_kernels_is_named(self):
         model = kimi()
         layer = model.model.layers[0].self_attn
-        own = layer.forward  # what accelerate keeps beside the forward with hooks, and leaves with the last hook
+        own = layer.forward
         layer.forward = lambda *args, **options: own(*args, **options)
-        with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, as the hooks"):
+        with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, which hides"):
             use_lkda_kernels(model)
         assert unchanged(model)
         layer.forward = own
         use_lkda_kernels(model)
         assert not unchanged(model)
         layer.forward = lambda *args, **options: own(*args, **options)
-        with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, as the hooks"):
+        with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, which hides"):
             use_lkda_kernels(model, enable=False)
 
     def test_a_class_that_was_made_of_lkdas_is_named(self):
