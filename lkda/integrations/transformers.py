@@ -117,7 +117,7 @@ def _kept_forward(module: nn.Module) -> str | None:
     last hook."""
     for name in (_UNHOOKED, "forward"):
         own = vars(module).get(name)
-        if getattr(own, "__self__", None) is module and own.__func__ is type(module).forward:
+        if isinstance(own, MethodType) and own.__self__ is module and own.__func__ is type(module).forward:
             return name
     return None
 
