@@ -38,7 +38,7 @@ _NOT_FROM_THE_USER = "LKDA_SETS_HYDRA_FULL_ERROR"
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and _NOT_FROM_THE_USER not in os.environ
 _HOME = Path(lkda.__file__).parent
 # Packages that receive settings unchanged from the configuration. Their errors about a value are shown to the user.
-_CONFIGURED = ("lightning", "lightning_utilities", "hydra", "omegaconf")
+_CONFIGURED = ("lightning", "lightning_utilities", "hydra", "omegaconf", "joblib")
 
 
 class CommandError(RuntimeError):
@@ -180,6 +180,8 @@ def _message(error: Exception) -> str | None:
             f"out of memory ({_on_one_line(str(error))[:200]}): lower data.batch_size (with "
             "trainer.accumulate_grad_batches in its place), data.context or the size of the model."
         )
+    if isinstance(error, ValueError) and _raised_by(error, ("optuna",)) and "No trials are completed" in str(error):
+        return "no run of the search has finished, so there is no best one: the file failure.txt of each says why."
     if isinstance(error, (ValueError, TypeError, *_misconfiguration())) and _raised_by(error, _CONFIGURED):
         return f"a setting cannot be used: {_on_one_line(str(error))}"
     return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +32,8 @@ from lkda.commands.invocation import given_overrides
 from lkda.training.options import TrainerOptions
 
 T = TypeVar("T")
+# For which a process waits for those that it has started, when the run has ended.
+_SECONDS_TO_END = 20.0
 # What Lightning's launcher sets for the processes that it starts.
 _VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -39,6 +44,9 @@ class Processes:
 
     If nothing else has started them, the first process starts the others of its node in `join`: they run the same
     command again. torchrun, Slurm, or a command on each node may also start them.
+
+    If a run ends with an error, processes of it that `join` has started and that do not end by themselves are killed:
+    one that hangs would otherwise keep its device.
 
     Attributes:
         rank: the number of this process among all.
@@ -52,6 +60,7 @@ class Processes:
         self.environment = _environment() if options.strategy != "single" else None
         self.rank, self.local_rank, self.group = 0, 0, None
         self._started_elsewhere = False
+        self._others: list[subprocess.Popen[bytes]] = []  # that `join` has started
         if self.environment is not None:
             self._place(self.environment)
         self._before = {name: os.environ.get(name) for name in _VARIABLES}
@@ -79,12 +88,26 @@ class Processes:
             dist.destroy_process_group(self.group)
             return
         dist.destroy_process_group()
+        self._end_others()
         # The next run of a sweep in this process starts processes of its own.
         for name, value in self._before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
         rank_zero_only.rank = fabric_rank_zero_only.rank = 0
+
+    def _end_others(self) -> None:
+        """Wait a while for the processes that were started, and kill those that do not end."""
+        deadline = time.monotonic() + _SECONDS_TO_END
+        for other in self._others:
+            try:
+                other.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                other.kill()
+                other.wait()
+        # Lightning watches this list for as long as this process lives, and kills it for one that has failed: also if
+        # it has reported the failure, and is in the next run of a sweep.
+        self._others.clear()
 
     @property
     def is_first(self) -> bool:
@@ -108,6 +131,7 @@ class Processes:
         try:
             with _arguments_of_this_run():
                 fabric.launch()
+            self._others = getattr(fabric.strategy.launcher, "procs", [])
             self.group = dist.new_group(backend="gloo", timeout=timeout)
         except RuntimeError as error:
             if not is_of_another_process(error):
@@ -176,13 +200,17 @@ def _environment() -> ClusterEnvironment:
 
 @contextmanager
 def _arguments_of_this_run() -> Iterator[None]:
-    """Lightning starts the other processes with sys.argv. A job of a sweep needs its own settings there, and the
-    console command the name of the command."""
-    before = sys.argv
+    """Lightning starts the other processes with the main module of this one and sys.argv. A job of a sweep needs its
+    own settings there, the console command the name of the command, and a job in a worker process of a launcher lkda's
+    module in place of the launcher's."""
+    main = sys.modules["__main__"]
+    arguments, spec = sys.argv, main.__spec__
     if HydraConfig.initialized():
-        by_name = Path(before[0]).name in ("lkda", "__main__.py")
-        sys.argv = [before[0], *(["train"] if by_name else []), *given_overrides(without=("hydra.run.dir",))]
+        by_name = Path(arguments[0]).name in ("lkda", "__main__.py")
+        if spec is not None and spec.name.partition(".")[0] != "lkda":
+            main.__spec__, by_name = importlib.util.find_spec("lkda.__main__"), True
+        sys.argv = [arguments[0], *(["train"] if by_name else []), *given_overrides(without=("hydra.run.dir",))]
     try:
         yield
     finally:
-        sys.argv = before
+        sys.argv, main.__spec__ = arguments, spec

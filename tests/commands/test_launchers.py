@@ -4,16 +4,23 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
 
 from lkda.checks import InputError
+from lkda.commands import launch
+from lkda.commands.command_line import readable_errors
 from lkda.commands.compare import compare
+from lkda.commands.run_setup import plan_run
 from lkda.commands.sweep_gpus import defaults_of_plugins, jobs_at_once, visible_gpus, wait_for_gpus
 from lkda.commands.train import train
 from tests.commands.ranks import on_ranks
@@ -127,6 +134,77 @@ def test_optuna(
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
     assert {summary["status"] for summary in summaries} == {"finished", "diverged"}
     assert {summary["val/loss"] for summary in summaries if summary["status"] == "finished"} == {best["best_value"]}
+
+
+def test_a_search_without_a_finished_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    optuna = pytest.importorskip("optuna")
+    with pytest.raises(SystemExit), readable_errors():
+        _ = optuna.create_study().best_trial
+    assert "error: no run of the search has finished, so there is no best one" in capsys.readouterr().err
+
+
+def test_a_wrong_number_of_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    joblib = pytest.importorskip("joblib")
+    with pytest.raises(SystemExit), readable_errors():
+        joblib.Parallel(n_jobs=0)([])
+    assert "error: a setting cannot be used: n_jobs == 0 in Parallel has no meaning" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "started"),
+    [
+        (None, "scripts/train.py", (None, "scripts/train.py", [])),
+        ("lkda.__main__", "lkda/__main__.py", ("lkda.__main__", "lkda/__main__.py", ["train"])),
+        ("joblib.externals.loky.backend.popen_loky_posix", "scripts/train.py", ("lkda.__main__", None, ["train"])),
+        ("submitit.core._submit", "submitit/core/_submit.py", ("lkda.__main__", None, ["train"])),
+    ],
+)
+def test_a_worker_starts_the_command_and_not_its_launcher(
+    module: str | None,
+    argument: str,
+    started: tuple[str | None, str | None, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lightning starts the other processes of a run with the main module, or with the file if there is none."""
+    main = ModuleType("__main__")
+    main.__spec__ = None if module is None else ModuleSpec(module, None)
+    before = main.__spec__
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", [argument, "--of-the-launcher"])
+    monkeypatch.setattr(launch, "given_overrides", lambda without: ["seed=2"])
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    name, file, words = started
+    with launch._arguments_of_this_run():
+        assert (main.__spec__ and main.__spec__.name) == name
+        assert file in (None, sys.argv[0])
+        assert sys.argv[1:] == [*words, "seed=2"]
+    assert (main.__spec__, sys.argv) == (before, [argument, "--of-the-launcher"])
+
+
+def test_no_process_of_a_run_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs is killed when the run ends, and none is watched any more in the next run of a sweep."""
+    options = plan_run(composed("train", "debug=fast", "data=random", "trainer=cpu"), Path("nowhere")).trainer
+    processes = launch.Processes(options, accelerator="cpu")
+    others = [subprocess.Popen(["sleep", seconds]) for seconds in ("0", "100")]
+    os.kill(others[1].pid, signal.SIGSTOP)
+    processes._others = watched = list(others)
+    monkeypatch.setattr(launch, "_SECONDS_TO_END", 0.5)
+    processes._end_others()
+    assert [other.returncode for other in others] == [0, -signal.SIGKILL]
+    assert watched == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_jobs_on_several_devices(launcher: str, corpus: Path, tmp_path: Path) -> None:
+    """The worker processes start the other processes of their runs."""
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    devices = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    done = swept(corpus, tmp_path, f"hydra/launcher={launcher}", *devices, "seed=1,2")
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("*/summary.json")]
+    assert [summary["status"] for summary in summaries] == ["finished"] * 2
+    assert {summary["device"][:3] for summary in summaries} == {"2 x"}
 
 
 def test_a_run_that_begins_again_has_not_failed(corpus: Path, tmp_path: Path) -> None:
