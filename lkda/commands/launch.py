@@ -56,6 +56,11 @@ class Processes:
     """
 
     def __init__(self, options: TrainerOptions, *, accelerator: str) -> None:
+        if options.strategy == "single" and TorchElasticEnvironment.detect() and _processes_of_torchrun() > 1:
+            raise InputError(
+                f"torchrun has started {_processes_of_torchrun()} processes, each of which would train by itself: "
+                "choose trainer=ddp or trainer=fsdp."
+            )
         self._options, self._accelerator = options, accelerator
         self.environment = _environment() if options.strategy != "single" else None
         self.rank, self.local_rank, self.group = 0, 0, None
@@ -182,6 +187,10 @@ class Processes:
         """Wait until all processes are here."""
         if self.group is not None:
             dist.barrier(group=self.group)
+
+
+def _processes_of_torchrun() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_of_another_process(error: RuntimeError) -> bool:

@@ -181,6 +181,17 @@ def test_a_worker_starts_the_command_and_not_its_launcher(
     assert (main.__spec__, sys.argv) == (before, [argument, "--of-the-launcher"])
 
 
+def test_several_processes_for_one_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train the same model by itself."""
+    options = plan_run(composed("train", "debug=fast", "data=random", "trainer=cpu"), Path("nowhere")).trainer
+    for name, value in {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    launch.Processes(options, accelerator="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"torchrun has started 2 processes, .*: choose trainer=ddp or trainer=fsdp\."):
+        launch.Processes(options, accelerator="cpu")
+
+
 def test_no_process_of_a_run_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that hangs is killed when the run ends, and none is watched any more in the next run of a sweep."""
     options = plan_run(composed("train", "debug=fast", "data=random", "trainer=cpu"), Path("nowhere")).trainer
