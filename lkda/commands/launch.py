@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,13 +28,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lkda.checks import InputError
-from lkda.commands.command_line import CommandError
+from lkda.commands.command_line import FAILED, CommandError
 from lkda.commands.invocation import given_overrides
 from lkda.training.options import TrainerOptions
 
 T = TypeVar("T")
+# Where the first process of a node leaves its process id for those that it starts.
+_FIRST = "LKDA_FIRST_PROCESS"
 # For which a process waits for those that it has started, when the run has ended.
 _SECONDS_TO_END = 20.0
+_SECONDS_TO_REPORT = 5.0
 # What Lightning's launcher sets for the processes that it starts.
 _VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -88,6 +92,7 @@ class Processes:
 
     def __exit__(self, *exception: object) -> None:
         if self.group is None:
+            self._end_others()  # of a `join` that failed
             return
         if self._started_elsewhere:  # they have one address, at which they can meet once
             dist.destroy_process_group(self.group)
@@ -126,6 +131,9 @@ class Processes:
         options = self._options
         if self.environment is None:
             return
+        first = os.environ.pop(_FIRST, None)
+        if first is not None:  # which may have ended already
+            threading.Thread(target=_end_with_parent, args=[int(first)], daemon=True).start()
         timeout = timedelta(minutes=options.timeout_minutes)
         fabric = Fabric(
             accelerator=self._accelerator,
@@ -134,9 +142,11 @@ class Processes:
             strategy=DDPStrategy(timeout=timeout, cluster_environment=self.environment),
         )
         try:
-            with _arguments_of_this_run():
-                fabric.launch()
-            self._others = getattr(fabric.strategy.launcher, "procs", [])
+            try:
+                with _arguments_of_this_run():
+                    fabric.launch()
+            finally:
+                self._others = getattr(fabric.strategy.launcher, "procs", [])
             self.group = dist.new_group(backend="gloo", timeout=timeout)
         except RuntimeError as error:
             if not is_of_another_process(error):
@@ -207,6 +217,16 @@ def _environment() -> ClusterEnvironment:
     return LightningEnvironment()
 
 
+def _end_with_parent(parent: int) -> None:
+    """End this process a while after its parent has ended, also if that was killed. It may wait for it in an exchange
+    that nothing interrupts, and would keep its device for as long as trainer.timeout_minutes."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(_SECONDS_TO_REPORT)  # an exchange that fails has an error line of its own
+    print("error: the first process of the run has ended. Continue with resume=true.", file=sys.stderr, flush=True)
+    os._exit(FAILED)
+
+
 @contextmanager
 def _arguments_of_this_run() -> Iterator[None]:
     """Lightning starts the other processes with the main module of this one and sys.argv. A job of a sweep needs its
@@ -214,6 +234,7 @@ def _arguments_of_this_run() -> Iterator[None]:
     module in place of the launcher's."""
     main = sys.modules["__main__"]
     arguments, spec = sys.argv, main.__spec__
+    os.environ[_FIRST] = str(os.getpid())
     if HydraConfig.initialized():
         by_name = Path(arguments[0]).name in ("lkda", "__main__.py")
         if spec is not None and spec.name.partition(".")[0] != "lkda":
@@ -223,3 +244,4 @@ def _arguments_of_this_run() -> Iterator[None]:
         yield
     finally:
         sys.argv, main.__spec__ = arguments, spec
+        del os.environ[_FIRST]

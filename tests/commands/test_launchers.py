@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -190,6 +191,26 @@ def test_several_processes_for_one_device_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"torchrun has started 2 processes, .*: choose trainer=ddp or trainer=fsdp\."):
         launch.Processes(options, accelerator="cpu")
+
+
+def test_a_process_ends_after_the_one_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if that was killed, and nothing interrupts what it waits for."""
+    monkeypatch.setattr(launch, "_SECONDS_TO_REPORT", 0.1)
+    reader, writer = os.pipe()
+    first = os.fork()
+    if not first:
+        if not os.fork():
+            parent = os.getppid()
+            os.write(writer, b"x")
+            launch._end_with_parent(parent)  # as its thread does
+            os._exit(0)
+        os.read(reader, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writer)
+    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == -signal.SIGKILL
+    assert select.select([reader], [], [], 20)[0]  # the other has closed its end, because it has ended
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_no_process_of_a_run_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
