@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lkda.formats import load, recorded_config
 from lkda.formats.common.building import build_with_weights
 from lkda.models.lm import LanguageModel
 from lkda.old_names import current_model_config, translated
+from lkda.records import check_yaml, read_record
 from lkda.training.checkpoint import read_checkpoint
 from lkda.training.sharded_checkpoint import is_sharded
 
@@ -108,6 +110,10 @@ def config_of_run(trained: TrainedModel) -> dict[str, Any]:
     if trained.step is None:
         return translated(recorded_config(trained.path))
     path = trained.path.parent.parent / "config.yaml"
-    found = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    found = {}
+    if path.is_file():
+        text = read_record(path)
+        check_yaml(text, source=path)
+        found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     assert isinstance(found, dict)
     return translated({str(name): value for name, value in found.items()})
