@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError, refusing_damage
-from lkda.commands.run_directory import fingerprint_of, tokenizer_of
+from lkda.commands.run_directory import fingerprint_of, read_yaml, tokenizer_of
 from lkda.formats import load, recorded_config
 from lkda.formats.common.building import build_with_weights
 from lkda.models.lm import LanguageModel
 from lkda.old_names import current_model_config, translated
-from lkda.records import check_yaml, read_record
 from lkda.training.checkpoint import read_checkpoint
 from lkda.training.sharded_checkpoint import is_sharded
 
@@ -110,10 +107,7 @@ def config_of_run(trained: TrainedModel) -> dict[str, Any]:
     if trained.step is None:
         return translated(recorded_config(trained.path))
     path = trained.path.parent.parent / "config.yaml"
-    found = {}
-    if path.is_file():
-        text = read_record(path)
-        check_yaml(text, source=path)
-        found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    assert isinstance(found, dict)
+    found = read_yaml(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no settings.")
     return translated({str(name): value for name, value in found.items()})

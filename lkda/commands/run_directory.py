@@ -189,15 +189,20 @@ def recorded_config(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / _CONFIG
     if not path.exists():
         return None
-    try:
-        text = read_record(path)
-        check_yaml(text, source=path)
-        found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    found = read_yaml(path)
     if not isinstance(found, dict) or not found.keys() >= _OURS:
         raise InputError(f"{path} is not a configuration of lkda: choose another hydra.run.dir.")
     return {str(name): value for name, value in found.items()}
+
+
+def read_yaml(path: Path) -> Any:
+    """The values of a YAML file that may come from a stranger. Raises: InputError if it cannot be read."""
+    try:
+        text = read_record(path)
+        check_yaml(text, source=path)
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
 
 
 def read_summary(path: Path) -> dict[str, Any]:
