@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.page import Section
 from lkda.report.training.comparison import Comparison
-from lkda.training.wandb_connection import run_identity, wandb_mode
+from lkda.training.wandb_connection import begin_online_or_offline, run_identity
 
 if TYPE_CHECKING:
     import wandb
@@ -28,19 +28,23 @@ def send_report(comparison: Comparison, out: Path, *, project: str) -> str | Non
     """
     import wandb
 
-    reason, settings = wandb_mode()
     names = [run.name for run in comparison.runs]
     config = {"title": comparison.title, "runs": names, "benchmarks": [result.name for result in comparison.results]}
-    with wandb.init(
-        project=project,
-        name=comparison.title,
-        group=GROUP,
-        job_type=JOB_TYPE,
-        id=run_identity(out),
-        dir=out,
-        config=config,
-        **settings,
-    ) as run:
+
+    def begin(settings: dict[str, Any]) -> wandb.Run:
+        return wandb.init(
+            project=project,
+            name=comparison.title,
+            group=GROUP,
+            job_type=JOB_TYPE,
+            id=run_identity(out),
+            dir=out,
+            config=config,
+            **settings,
+        )
+
+    begun, reason = begin_online_or_offline(begin)
+    with begun as run:
         found: dict[str, Any] = {"report": wandb.Html(str(out / "report.html"), inject=False)}
         found |= {f"tables/{name}": _table(section) for name, section in comparison.tables().items()}
         for chart in comparison.tradeoff.charts():

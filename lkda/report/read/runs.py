@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
+from lkda import records
 from lkda.checks import InputError, refusing_damage
-from lkda.metrics_file import metrics_rows
+from lkda.metrics_file import MOST_BYTES, metrics_rows
 from lkda.report.read.files import read_results_file
 from lkda.report.read.old_keys import translated_summary, with_data_name
 from lkda.run_failure import FAILURE
@@ -95,9 +96,9 @@ def _measured_on(subset: dict[str, Any], row: dict[str, float]) -> dict[str, flo
     return {metric: row[column] for metric, column in columns.items() if column in row}
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, *, most: int = records.MOST_BYTES) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return records.read_record(path, most=most)
     except FileNotFoundError:
         raise InputError(f"no {path.name}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -105,9 +106,10 @@ def _read(path: Path) -> str:
 
 
 def _read_summary(path: Path, *, finished: bool) -> dict[str, Any]:
+    text = _read(path)
     try:
-        summary = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        summary = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"summary.json is not JSON ({error})") from error
     if not isinstance(summary, dict):
         raise InputError("summary.json holds no table of values")
@@ -142,9 +144,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    text = _read(path)
     try:
-        config = yaml.safe_load(_read(path))
-    except yaml.YAMLError as error:
+        records.check_yaml(text, source=path.name)
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError("config.yaml is not YAML") from error
     _check_config(config)
     return config
@@ -162,9 +166,11 @@ def _check_config(config: Any) -> None:
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
-    text = _read(path)
+    text = _read(path, most=MOST_BYTES)
     try:
         rows = [{name: float(x) for name, x in row.items() if x} for row in metrics_rows(text)]
+    except InputError:
+        raise
     except (ValueError, TypeError, csv.Error) as error:
         raise InputError(f"metrics.csv cannot be read ({error})") from error
     _check_metrics(rows)
