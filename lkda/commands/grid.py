@@ -13,7 +13,9 @@ An experiment may have keys for this command, which scripts/train.py ignores:
     sweeps      settings of scripts/train.py, several sweeps in place of one: each line is added to the experiment's
                 sweep, and takes the place of its values for the same setting
     estimate    {start: seconds until the first step, then: seconds of the commands below,
-                steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same}}
+                steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same},
+                gpu_share: of a GPU that a job keeps busy; 1 if left out. Small models keep less than one busy, so that
+                several of them take hardly longer than one}
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
                 run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
                 continued. {only_with: mixer.kda, command: LINE} is run if the configuration of the job has that key.
@@ -58,7 +60,7 @@ LOG = "grid.log"
 # Seconds before the deadline at which running jobs are told to stop, to save their checkpoints.
 GRACE = 20.0
 _SECONDS_BETWEEN_LOOKS = 0.2
-_ESTIMATE = {"start": int | float, "then": int | float, "steps_per_s": dict}
+_ESTIMATE = {"start": int | float, "then": int | float, "steps_per_s": dict, "gpu_share": int | float}
 _CONDITIONAL = {"only_with": str, "command": str}  # an entry of `then`
 # A job writes into a log, where a bar would be redrawn line by line.
 _QUIET = ("callbacks.overview=null", "callbacks.progress=null")
@@ -75,6 +77,7 @@ class Job:
         steps: optimizer steps of the whole run; None where the length is given in tokens.
         start, then_seconds: seconds until the first step, and of the commands after the training.
         steps_per_s: of a job that has a GPU to itself; None if it is not known.
+        gpu_share: of a GPU that a job keeps busy.
         then: the arguments of each command after the training.
     """
 
@@ -86,6 +89,7 @@ class Job:
     then_seconds: float
     steps_per_s: float | None
     then: tuple[tuple[str, ...], ...]
+    gpu_share: float = 1.0
 
     @property
     def status(self) -> str:
@@ -145,12 +149,15 @@ class Job:
                 shutil.rmtree(path)
                 path.mkdir()
 
-    def seconds(self, slowdown: float = 1.0) -> float | None:
+    def seconds(self, *, per_gpu: int = 1, slowdown: float | None = None) -> float | None:
         """The estimated time of what is still to be done; None if it cannot be estimated.
 
         Args:
-            slowdown: how much longer the training and the commands after it take because jobs share a GPU.
+            per_gpu: jobs that share a GPU.
+            slowdown: how much longer the training and the commands after it take for that reason. None means that the
+                jobs need `per_gpu` times `gpu_share` of a GPU.
         """
+        slowdown = max(1.0, per_gpu * self.gpu_share) if slowdown is None else slowdown
         train = self.begins_again or self.status not in ("finished", "diverged")
         after = slowdown * self.then_seconds * (len(self.commands()) - train) / max(1, len(self.then))
         if not train:
@@ -258,6 +265,7 @@ def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path)
         then_seconds=estimate.get("then", 0),
         steps_per_s=speeds.get(config.mixer.name, speeds.get("default")),
         then=then,
+        gpu_share=estimate.get("gpu_share", 1.0),
     )
 
 
@@ -351,7 +359,7 @@ def run_jobs(
     *,
     gpus: Sequence[str],
     per_gpu: int,
-    slowdown: float,
+    slowdown: float | None,
     deadline: float | None,
     cut: bool,
     keep_checkpoints: bool,
@@ -361,7 +369,7 @@ def run_jobs(
 
     Args:
         gpus: as in CUDA_VISIBLE_DEVICES; if empty, `per_gpu` jobs share the CPU.
-        slowdown: see `Job.seconds`.
+        per_gpu, slowdown: see `Job.seconds`.
         deadline: seconds from now; None means no deadline.
         cut: also begin jobs that will not end in time.
         keep_checkpoints: of jobs that are done.
@@ -369,7 +377,7 @@ def run_jobs(
     """
     end = None if deadline is None else time.monotonic() + deadline - GRACE
     places: list[str | None] = [gpu for _ in range(per_gpu) for gpu in gpus] or [None] * per_gpu
-    estimates = {job.name: job.seconds(slowdown) for job in jobs}
+    estimates = {job.name: job.seconds(per_gpu=per_gpu, slowdown=slowdown) for job in jobs}
     waiting = [job for job in jobs if job.commands()]
     running: list[_Running] = []
 
@@ -452,8 +460,8 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     overrides = [word for word in options.words if "=" in word]
     jobs = jobs_of([word for word in options.words if "=" not in word], overrides, options.out)
     gpus = visible_gpus()
-    slowdown = float(options.per_gpu) if options.slowdown is None else options.slowdown
-    _print_plan(jobs, places=jobs_at_once(options.per_gpu) if gpus else options.per_gpu, slowdown=slowdown, out=console)
+    estimates = [job.seconds(per_gpu=options.per_gpu, slowdown=options.slowdown) for job in jobs]
+    _print_plan(jobs, estimates, places=jobs_at_once(options.per_gpu) if gpus else options.per_gpu, out=console)
     if options.dry_run:
         return True
     deadline = None if options.deadline is None else options.deadline - (time.monotonic() - started)
@@ -461,7 +469,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
         jobs,
         gpus=gpus,
         per_gpu=options.per_gpu,
-        slowdown=slowdown,
+        slowdown=options.slowdown,
         deadline=deadline,
         cut=options.cut,
         keep_checkpoints=options.keep_checkpoints,
@@ -472,14 +480,14 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     return not any(job.commands() for job in jobs)
 
 
-def _print_plan(jobs: Sequence[Job], *, places: int, slowdown: float, out: Console) -> None:
-    open_jobs = [job for job in jobs if job.commands()]
-    for job in open_jobs:
-        out.print(f"{job.name}: {_about(job.seconds(slowdown))}", soft_wrap=True)
-    seconds = sum(job.seconds(slowdown) or 0.0 for job in open_jobs)
-    unknown = sum(job.seconds(slowdown) is None for job in open_jobs)
+def _print_plan(jobs: Sequence[Job], estimates: Sequence[float | None], *, places: int, out: Console) -> None:
+    open_jobs = [(job, seconds) for job, seconds in zip(jobs, estimates, strict=True) if job.commands()]
+    for job, seconds in open_jobs:
+        out.print(f"{job.name}: {_about(seconds)}", soft_wrap=True)
+    known = [seconds for _, seconds in open_jobs if seconds is not None]
+    unknown = len(open_jobs) - len(known)
     out.print(
-        f"{len(open_jobs)} of {len(jobs)} jobs are to be done, {places} at a time: about {seconds / places:.0f} s"
+        f"{len(open_jobs)} of {len(jobs)} jobs are to be done, {places} at a time: about {sum(known) / places:.0f} s"
         + (f", and {unknown} of unknown length" if unknown else ""),
         soft_wrap=True,
     )
@@ -490,7 +498,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="experiments, and settings key=value")
     parser.add_argument("--out", type=Path, default=Path("multirun"), help="directory of the run directories")
     parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU (without a GPU: the CPU)")
-    parser.add_argument("--slowdown", type=float, help="times as long as on a GPU of its own; default: PER_GPU")
+    parser.add_argument("--slowdown", type=float, help="times as long as on a GPU of its own; default: by estimate")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds after which everything has stopped")
     parser.add_argument("--cut", action="store_true", help="also begin jobs that will not end before the deadline")
     parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete those of finished jobs")

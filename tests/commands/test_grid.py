@@ -24,7 +24,17 @@ def test_a_job_for_each_combination(tmp_path: Path) -> None:
         *("experiment=ablations", "mixer={num_heads:4,kda:{gate:head}}", "seed=2", "trainer.max_steps=568")
     }
     assert jobs[0].seconds() == pytest.approx(25 + 568 / 30)
-    assert jobs[0].seconds(slowdown=3.0) == pytest.approx(25 + 3 * 568 / 30)
+    assert jobs[0].seconds(per_gpu=3) == pytest.approx(25 + 3 * 568 / 30)
+    assert jobs[0].seconds(per_gpu=3, slowdown=1.5) == pytest.approx(25 + 1.5 * 568 / 30)
+
+
+@pytest.mark.parametrize("experiment", ["mqar_by_state_size", "kimi_synthetics"])
+def test_small_models_that_share_a_gpu_begin_before_a_deadline_of_ten_minutes(experiment: str, tmp_path: Path) -> None:
+    (job, *_) = jobs_of([experiment], [], tmp_path)
+    alone, beside_two = job.seconds(), job.seconds(per_gpu=3)
+    assert alone is not None
+    assert beside_two is not None
+    assert alone < beside_two < 560 - grid.GRACE
 
 
 ORDERS = {
