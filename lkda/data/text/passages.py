@@ -1,6 +1,9 @@
 """Training text in which passages are repeated, made from the training text of a prepared corpus.
 
-    python -m lkda.data.text.passages ~/.cache/lkda/english ~/.cache/lkda/english_passages
+    python scripts/prepare_data.py mix=english path=NOVELS
+    python -m lkda.data.text.passages
+
+The second command reads the corpus of data=english in the cache, and writes english_passages beside it. --help names the options.
 
 A model that is trained on it, beside the corpus, learns the recall that data=needle measures: a passage occurs, and
 later its beginning occurs again, from which the rest can be named. Each document is a piece of training text into which
@@ -17,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lkda.checks import InputError, check_count
-from lkda.data.text.cache import building, expanded, publish
+from lkda.data.text.cache import building, default_cache_dir, expanded, publish
 from lkda.data.text.token_file import writing_token_file
 from lkda.data.text.tokenize import load_tokenized
 from lkda.data.text.tokenizer import document_start
@@ -64,7 +67,7 @@ def write_passages(corpus: Path, out: Path, *, length: int, passages: int, docum
         check_count(name, value, least=1)
     check_count("--length", length, least=4 * passages * PASSAGE)
     if out.exists():
-        raise InputError(f"{out} exists already: give another directory, or remove it.")
+        raise InputError(f"{out} exists already: give another --out, or remove it.")
     tokenized = load_tokenized(corpus)
     start = document_start(tokenized.tokenizer)
     if start is None:
@@ -85,15 +88,17 @@ def write_passages(corpus: Path, out: Path, *, length: int, passages: int, docum
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", help="a directory of scripts/prepare_data.py")
-    parser.add_argument("out", help="the directory to create")
+    parser.add_argument("--corpus", help="a directory of scripts/prepare_data.py; default: english in the cache")
+    parser.add_argument("--out", help="the directory to create; default: that of the corpus with _passages at the end")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a document")
     parser.add_argument("--passages", type=int, default=64, help=f"passages of {PASSAGE} tokens in a document")
     parser.add_argument("--documents", type=int, default=1024)
     given = parser.parse_args()
     sizes = {"length": given.length, "passages": given.passages, "documents": given.documents}
-    tokens = write_passages(expanded(given.corpus), expanded(given.out), **sizes)
-    print(f"{given.documents} documents, {tokens:,} tokens, are in {given.out}")
+    corpus = expanded(given.corpus) if given.corpus else default_cache_dir() / "english"
+    out = expanded(given.out) if given.out else corpus.with_name(f"{corpus.name}_passages")
+    tokens = write_passages(corpus, out, **sizes)
+    print(f"{given.documents} documents, {tokens:,} tokens, are in {out}")
 
 
 if __name__ == "__main__":
