@@ -3,12 +3,13 @@
     python scripts/prepare_data.py mix=english path=NOVELS
     python -m lkda.data.text.passages
 
-The second command reads the corpus of data=english in the cache, and writes english_passages beside it. --help names the options.
+The second command reads the corpus of data=english in the cache, and writes english_passages beside it. --help names
+the options.
 
 A model that is trained on it, beside the corpus, learns the recall that data=needle measures: a passage occurs, and
 later its beginning occurs again, from which the rest can be named. Each document is a piece of training text into which
 passages from elsewhere in that text are inserted, each at two random places. The validation and the test text are not
-used. data=tokens reads the directory: data.paths=[CORPUS,PASSAGES] data.weights=[0.8,0.2].
+used. data=tokens reads the directory: data.paths=[CORPUS,PASSAGES] data.weights=[0.7,0.3].
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--out", help="the directory to create; default: that of the corpus with _passages at the end")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a document")
     parser.add_argument("--passages", type=int, default=64, help=f"passages of {PASSAGE} tokens in a document")
-    parser.add_argument("--documents", type=int, default=1024)
+    parser.add_argument("--documents", type=int, default=2048)
     given = parser.parse_args()
     sizes = {"length": given.length, "passages": given.passages, "documents": given.documents}
     corpus = expanded(given.corpus) if given.corpus else default_cache_dir() / "english"
