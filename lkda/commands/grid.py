@@ -27,6 +27,7 @@ weights are deleted, unless --keep-checkpoints is given. The table at the end ha
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import shlex
@@ -60,6 +61,7 @@ LOG = "grid.log"
 # Seconds before the deadline at which running jobs are told to stop, to save their checkpoints.
 GRACE = 20.0
 _SECONDS_BETWEEN_LOOKS = 0.2
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _ESTIMATE = {"start": int | float, "then": int | float, "steps_per_s": dict, "gpu_share": int | float}
 _CONDITIONAL = {"only_with": str, "command": str}  # an entry of `then`
 # A job writes into a log, where a bar would be redrawn line by line.
@@ -302,6 +304,12 @@ def _word(override: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", f"{key.rpartition('.')[2]}={value}").strip("_")
 
 
+def _end_with_parent() -> None:
+    """Called in a new process: it is to be told to stop when this command ends, even by kill -9. It would keep the GPU
+    otherwise, and no other process could continue the job."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 @dataclass
 class _Running:
     """A job in its process, on one GPU (None: the CPU)."""
@@ -333,6 +341,7 @@ class _Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
                 process_group=0,  # Ctrl-C reaches this process alone, which then stops the jobs: once each
             )
         return True

@@ -1,9 +1,12 @@
 """Jobs of experiments side by side, until a deadline."""
 
 import json
+import multiprocessing
 import re
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,9 +31,15 @@ def test_a_job_for_each_combination(tmp_path: Path) -> None:
     assert jobs[0].seconds(per_gpu=3, slowdown=1.5) == pytest.approx(25 + 1.5 * 568 / 30)
 
 
-@pytest.mark.parametrize("experiment", ["mqar_by_state_size", "kimi_synthetics"])
+SMALL_JOBS = {
+    "mqar_by_state_size": ["mixer=conv_kda", "model.d_model=256", "optimizer.lr=3e-3"],
+    "kimi_synthetics": ["mixer=kda", "data=stack", "data.context=1024", "optimizer.lr=1e-3"],
+}
+
+
+@pytest.mark.parametrize("experiment", SMALL_JOBS)
 def test_small_models_that_share_a_gpu_begin_before_a_deadline_of_ten_minutes(experiment: str, tmp_path: Path) -> None:
-    (job, *_) = jobs_of([experiment], [], tmp_path)
+    (job,) = jobs_of([experiment], SMALL_JOBS[experiment], tmp_path)
     alone, beside_two = job.seconds(), job.seconds(per_gpu=3)
     assert alone is not None
     assert beside_two is not None
@@ -203,6 +212,7 @@ def end(status, code):
     (run / "summary.json").write_text(json.dumps({"status": status, "gpu": gpu, "seconds": time.monotonic()}))
     sys.exit(code)
 signal.signal(signal.SIGTERM, lambda *_: end("interrupted", 143))
+(run / "ready").touch()
 if "fails" in run.name:
     print("error: no such data"); sys.exit(2)
 time.sleep(30 if "long" in run.name else 0.1)
@@ -256,6 +266,23 @@ def test_a_job_is_stopped_at_the_deadline(imitated: Path) -> None:
     assert lines == ["long: begins, about 100 s", "long: stopped; the same command continues it"]
     assert time.monotonic() - begun < 3.5
     assert (imitated / "long" / "checkpoints").is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such signal")
+def test_a_job_is_stopped_when_the_command_is_killed(imitated: Path) -> None:
+    killed = multiprocessing.get_context("fork").Process(target=ran, args=([job(imitated, "long", steps=100)],))
+    killed.start()
+    _wait_for((imitated / "long" / "ready").exists)
+    killed.kill()
+    _wait_for((imitated / "long" / "summary.json").exists)
+    assert json.loads((imitated / "long" / "summary.json").read_text())["status"] == "interrupted"
+
+
+def _wait_for(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not true() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert true()
 
 
 def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:
