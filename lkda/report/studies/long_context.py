@@ -1,4 +1,4 @@
-"""How models do on texts longer than those of training, from files of `scripts/evaluate.py out=`.
+r"""How models do on texts longer than those of training, from files of `scripts/evaluate.py out=`.
 
     python -m lkda.report.studies.long_context 'multirun/lm_by_mixer_full/*/text_*.json' \
       'multirun/lm_by_mixer_full/*/needle_*.json' outputs/long_context
