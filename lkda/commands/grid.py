@@ -6,8 +6,8 @@ Each argument is a file of configs/experiment/ or an override key=value of scrip
 its jobs, which begin in its order: the values of its first setting change last. Each job is a process of its own, whose
 run directory is OUT/EXPERIMENT/JOB; its output is grid.log there. The same command again skips the jobs that are done
 and continues those that were stopped. A job that is not done and whose checkpoints are gone, for example on another
-machine to which only the small files were copied, begins again. What it had written is kept in
-OUT/EXPERIMENT/.JOB.before.
+machine to which only the small files were copied, begins again: after all others, if its training had ended and only a
+measurement is missing. What it had written is kept in OUT/EXPERIMENT/.JOB.before.
 
 An experiment may have keys for this command, which scripts/train.py ignores:
     sweeps      settings of scripts/train.py, several sweeps in place of one: each line is added to the experiment's
@@ -19,6 +19,7 @@ An experiment may have keys for this command, which scripts/train.py ignores:
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
                 run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
                 continued. {only_with: mixer.kda, command: LINE} is run if the configuration of the job has that key.
+                If a measurement fails, the commands after it are run all the same.
 A job is not begun if its estimate exceeds the time left, unless --cut is given; a later one that fits begins instead.
 At the deadline the jobs that still run save a checkpoint and stop. When a job is done, its checkpoints and exported
 weights are deleted, unless --keep-checkpoints is given. The table at the end has a row for each job.
@@ -117,6 +118,11 @@ class Job:
     def begins_again(self) -> bool:
         """Whether the job has begun, is not done, and has no checkpoint to go on from."""
         return self.has_begun and bool(self._open()) and not any(RunFiles(self.directory).checkpoints.glob("*.ckpt*"))
+
+    @property
+    def trains_a_second_time(self) -> bool:
+        """Whether its training has ended, but has to be repeated for a measurement."""
+        return self.status == "finished" and self.begins_again
 
     def commands(self) -> list[list[str]]:
         """The arguments of lkda for what is still to be done. A run that diverged is not trained again."""
@@ -318,14 +324,20 @@ class _Running:
     gpu: str | None
     commands: list[list[str]]
     process: subprocess.Popen[bytes] | None = None
+    measures: bool = False
     stopped: bool = False
 
     def goes_on(self) -> bool:
-        """Begin the next command where one has ended well. Returns whether there is more to wait for."""
+        """Begin the next command where one has ended. Returns whether there is more to wait for.
+
+        The commands after a training or an export need it, so they are not run if it failed. After a measurement that
+        failed, the others are run: the weights may be gone later.
+        """
         if self.process is not None and self.process.poll() is None:
             return True
-        if (self.process is not None and self.process.returncode != 0) or not self.commands:
+        if (self.process is not None and self.process.returncode != 0 and not self.measures) or not self.commands:
             return False
+        self.measures = self.commands[0][0] == "evaluate"
         self.job.directory.mkdir(parents=True, exist_ok=True)
         source = str(Path(lkda.__file__).parents[1])  # the child must import this package, not an installed one
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
@@ -374,7 +386,8 @@ def run_jobs(
     keep_checkpoints: bool,
     said: Callable[[str], None],
 ) -> None:
-    """Run what is to be done of the jobs. They begin in their order; one that would not end in time is passed over.
+    """Run what is to be done of the jobs. They begin in their order, those that train a second time last; one that would
+    not end in time is passed over.
 
     Args:
         gpus: as in CUDA_VISIBLE_DEVICES; if empty, `per_gpu` jobs share the CPU.
@@ -387,7 +400,7 @@ def run_jobs(
     end = None if deadline is None else time.monotonic() + deadline - GRACE
     places: list[str | None] = [gpu for _ in range(per_gpu) for gpu in gpus] or [None] * per_gpu
     estimates = {job.name: job.seconds(per_gpu=per_gpu, slowdown=slowdown) for job in jobs}
-    waiting = [job for job in jobs if job.commands()]
+    waiting = sorted((job for job in jobs if job.commands()), key=lambda job: job.trains_a_second_time)
     running: list[_Running] = []
 
     def left() -> float:

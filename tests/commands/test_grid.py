@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,14 +208,15 @@ IMITATION = """
 import json, os, signal, sys, time
 from pathlib import Path
 run = Path(next(word for word in sys.argv if word.startswith("hydra.run.dir="))[14:])
+run.mkdir(exist_ok=True)
 def end(status, code):
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
     (run / "summary.json").write_text(json.dumps({"status": status, "gpu": gpu, "seconds": time.monotonic()}))
     sys.exit(code)
 signal.signal(signal.SIGTERM, lambda *_: end("interrupted", 143))
-(run / "ready").touch()
 if "fails" in run.name:
     print("error: no such data"); sys.exit(2)
+(run / "ready").touch()
 time.sleep(30 if "long" in run.name else 0.1)
 end("finished", 0)
 """
@@ -245,14 +247,17 @@ def test_nothing_begins_that_would_not_end_in_time(imitated: Path) -> None:
 
 def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -> None:
     """The small files of two jobs were copied, without checkpoints: one is done and one was cut off."""
-    jobs = [job(imitated, name, steps=1) for name in ("cut", "ended", "new")]
-    for directory, status in ((imitated / "cut", "interrupted"), (imitated / "ended", "finished")):
-        directory.mkdir()
-        (directory / "summary.json").write_text(json.dumps({"status": status, "mark": 1}))
+    jobs = [job(imitated, name, steps=1) for name in ("unmeasured", "cut", "ended", "new")]
+    then = (("evaluate", f"hydra.run.dir={imitated}/m", f"out={imitated}/m/summary.json"),)
+    jobs[0] = replace(jobs[0], then=then)
+    for name, status in (("unmeasured", "finished"), ("cut", "interrupted"), ("ended", "finished")):
+        (imitated / name).mkdir()
+        (imitated / name / "summary.json").write_text(json.dumps({"status": status, "mark": 1}))
     lines = ran(jobs, gpus=["0"])
     assert [line for line in lines if "begins" in line] == [
         "cut: begins again, as its checkpoints are gone, about 1 s",
         "new: begins, about 1 s",
+        "unmeasured: begins again, as its checkpoints are gone, about 1 s",  # it has trained once
     ]
     assert json.loads((imitated / ".cut.before" / "summary.json").read_text())["mark"] == 1
     assert "mark" not in json.loads((imitated / "cut" / "summary.json").read_text())
@@ -266,6 +271,18 @@ def test_a_job_is_stopped_at_the_deadline(imitated: Path) -> None:
     assert lines == ["long: begins, about 100 s", "long: stopped; the same command continues it"]
     assert time.monotonic() - begun < 3.5
     assert (imitated / "long" / "checkpoints").is_dir()
+
+
+def test_a_measurement_that_fails_does_not_stop_the_others(imitated: Path) -> None:
+    run = imitated / "a"
+    then = tuple(("evaluate", f"hydra.run.dir={run}/{name}", f"out={run}/{name}/ready") for name in ("fails", "well"))
+    after_export = (("export", f"hydra.run.dir={run}/fails_too", f"out={run}/exported"), *then)
+    lines = ran([replace(job(imitated, "a", steps=1), then=then)])
+    assert (run / "well" / "summary.json").is_file()
+    assert lines[-1] == f"a: failed ({run}/grid.log): no such data"
+    shutil.rmtree(run)
+    ran([replace(job(imitated, "a", steps=1), then=after_export)])
+    assert not (run / "well").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no such signal")
