@@ -386,8 +386,8 @@ def run_jobs(
     keep_checkpoints: bool,
     said: Callable[[str], None],
 ) -> None:
-    """Run what is to be done of the jobs. They begin in their order, those that train a second time last; one that would
-    not end in time is passed over.
+    """Run what is to be done of the jobs. They begin in their order, those that train a second time last. One that
+    would not end in time is passed over.
 
     Args:
         gpus: as in CUDA_VISIBLE_DEVICES; if empty, `per_gpu` jobs share the CPU.
