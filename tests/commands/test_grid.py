@@ -33,8 +33,8 @@ def test_a_job_for_each_combination(tmp_path: Path) -> None:
 
 
 SMALL_JOBS = {
-    "mqar_by_state_size": ["mixer=conv_kda", "model.d_model=256", "optimizer.lr=3e-3"],
-    "kimi_synthetics": ["mixer=kda", "data=stack", "data.context=1024", "optimizer.lr=1e-3"],
+    "mqar_by_state_size": ["mixer=conv_kda", "model.d_model=128", "optimizer.lr=3e-3"],
+    "kimi_synthetics": ["mixer=kda", "data=stack", "data.context=512", "optimizer.lr=1e-3"],
 }
 
 
