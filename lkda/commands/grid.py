@@ -20,6 +20,7 @@ An experiment may have keys for this command, which scripts/train.py ignores:
                 run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
                 continued. {only_with: mixer.kda, command: LINE} is run if the configuration of the job has that key.
                 If a measurement fails, the commands after it are run all the same.
+    values      of other settings of the experiment, as ${values.lr}; reports of the runs leave them out
 A job is not begun if its estimate exceeds the time left, unless --cut is given; a later one that fits begins instead.
 At the deadline the jobs that still run save a checkpoint and stop. When a job is done, its checkpoints and exported
 weights are deleted, unless --keep-checkpoints is given. The table at the end has a row for each job.
