@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
 from lkda.checks import InputError
 
 CPU, AUTO = "cpu", "auto"
+# Processes that train on one CPU, if it has fewer cores. More are a mistake, and would fill the memory.
+_MOST_ON_CPU = 16
 
 
 def resolve_device_count(count: int | str, device: torch.device) -> int:
     """The number of devices of this machine that `trainer.devices` selects, where `auto` is all GPUs, or one CPU.
 
-    Raises: InputError if there are fewer GPUs.
+    Raises: InputError if there are fewer GPUs, or if the CPU would have many more processes than cores.
     """
     there = torch.cuda.device_count() if device.type == "cuda" else None
     if count == AUTO:
         return there or 1
     if there is not None and int(count) > there:
         raise InputError(f"trainer.devices={count}: torch sees {there} GPU{'s' * (there != 1)}; use at most that many.")
+    most = max(_MOST_ON_CPU, os.cpu_count() or 1)
+    if there is None and int(count) > most:
+        raise InputError(f"trainer.devices={count} would start {count} processes on the CPU: use at most {most}.")
     return int(count)
 
 
@@ -43,6 +50,17 @@ def resolve_device(
     if word == gpu and not there:
         raise InputError(f"{option}={gpu}: a GPU was asked for and torch sees no CUDA device; use {instead or others}.")
     return torch.device("cuda" if there and word != CPU else CPU)
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of device: the GPU's name, or the CPU's with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:  # not on Linux
+        found = None
+    return f"{found[1].strip() if found else 'cpu'}, {torch.get_num_threads()} threads"
 
 
 def physical_memory() -> int:

@@ -33,8 +33,7 @@ from lkda.bench.measure import header, versions
 from lkda.checks import InputError
 from lkda.device import resolve_device
 
-PREFILLS = 10  # prompts that are timed
-WARMUP = 10  # steps before those that are timed
+PREFILLS = 10  # prompts that are timed, where as many steps are
 FILE = "foreign_models.json"
 PACKAGES = ("transformers", "flash-linear-attention")
 BRANCHES = 4  # tokens that can follow a token of the chain
@@ -131,8 +130,10 @@ def fla_core(sizes: Sizes) -> nn.Module:
 
 
 def fla_lkda(sizes: Sizes) -> nn.Module:
-    """FLA's model with lkda's KDA, convolutions and gated norm."""
-    return _fla_with(("kda", "conv", "norm"), sizes)
+    """FLA's model with lkda's KDA, convolutions and gated norm, and SwiGLU in PyTorch."""
+    from lkda.integrations.fla import PARTS
+
+    return _fla_with(PARTS, sizes)
 
 
 def _fla_with(parts: tuple[str, ...], sizes: Sizes) -> nn.Module:
@@ -172,20 +173,22 @@ class Chain:
         return torch.stack(tokens, 1).to(self.device)
 
 
-def measure(name: str, sizes: Sizes, device: torch.device, *, steps: int, seed: int) -> dict[str, Any]:
-    """A row: training steps, then prefill.
+def measure(
+    name: str, sizes: Sizes, device: torch.device, *, steps: int, seed: int, warmup: int = 10
+) -> dict[str, Any]:
+    """A row: training steps, of which the first `warmup` are not timed, then prefill.
 
-    Raises: InputError if a package is missing, or steps is not above WARMUP.
+    Raises: InputError if a package is missing, or steps is not above warmup.
     """
-    if steps <= WARMUP:
-        raise InputError(f"steps must be above {WARMUP}, which are not timed, got {steps}.")
+    if steps <= warmup:
+        raise InputError(f"steps must be above {warmup}, which are not timed, got {steps}.")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
     model: Any = IMPLEMENTATIONS[name](sizes).to(device, torch.float32).train()
     if sizes.checkpointing:
         model.gradient_checkpointing_enable()
-    row = _case(name, seed, sizes, steps) | _train(model, sizes, device, steps, seed)
-    return row | {"prefill_tokens_per_s": _prefill(model, sizes, device, seed)}
+    row = _case(name, seed, sizes, steps) | {"warmup": warmup} | _train(model, sizes, device, steps, warmup, seed)
+    return row | {"prefill_tokens_per_s": _prefill(model, sizes, device, min(PREFILLS, steps - warmup), seed)}
 
 
 def _case(name: str, seed: int, sizes: Sizes, steps: int) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def _case(name: str, seed: int, sizes: Sizes, steps: int) -> dict[str, Any]:
     return {"implementation": name, "seed": seed, "steps": steps, **asdict(sizes)}
 
 
-def _train(model: nn.Module, sizes: Sizes, device: torch.device, steps: int, seed: int) -> dict[str, Any]:
+def _train(model: nn.Module, sizes: Sizes, device: torch.device, steps: int, warmup: int, seed: int) -> dict[str, Any]:
     chain = Chain(sizes, device, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     losses, seconds = [], []
@@ -211,16 +214,16 @@ def _train(model: nn.Module, sizes: Sizes, device: torch.device, steps: int, see
         seconds.append(time.perf_counter() - begin)
         losses.append(loss.detach())
     peak = {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
-    median = statistics.median(seconds[WARMUP:])
+    median = statistics.median(seconds[warmup:])
     speed = {"first_step_s": seconds[0], "step_ms": 1000 * median, "tokens_per_s": sizes.rows * sizes.context / median}
     return speed | peak | {"losses": [round(float(loss), 5) for loss in losses]}
 
 
 @torch.no_grad()
-def _prefill(model: nn.Module, sizes: Sizes, device: torch.device, seed: int) -> float:
+def _prefill(model: nn.Module, sizes: Sizes, device: torch.device, prompts: int, seed: int) -> float:
     model = model.to(torch.bfloat16).eval()
     tokens, seconds = Chain(sizes, device, seed).batch(), []
-    for _ in range(2 + PREFILLS):  # two that are not timed
+    for _ in range(2 + prompts):  # two that are not timed
         _wait(device)
         begin = time.perf_counter()
         model(input_ids=tokens, use_cache=True, logits_to_keep=1)
@@ -238,7 +241,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help=f"a directory, for {FILE}")
     parser.add_argument("--only", default=",".join(IMPLEMENTATIONS), help="implementations, separated by commas")
-    parser.add_argument("--steps", type=int, default=40, help=f"training steps; the first {WARMUP} are not timed")
+    parser.add_argument("--steps", type=int, default=40, help="training steps")
+    parser.add_argument("--warmup", type=int, default=10, help="of them the first, which are not timed")
     parser.add_argument("--seeds", default="0", help="separated by commas")
     parser.add_argument("--seconds", type=float, default=1200, help="the longest that a row may take")
     for name, value in asdict(Sizes()).items():
@@ -251,8 +255,8 @@ def _options() -> argparse.Namespace:
         parser.error(f"--only takes names of {', '.join(IMPLEMENTATIONS)}; got {', '.join(unknown)}")
     if not all(seed.isdigit() for seed in options.seeds.split(",")):
         parser.error(f"--seeds takes whole numbers, separated by commas; got {options.seeds!r}")
-    if options.steps <= WARMUP:
-        parser.error(f"--steps must be above {WARMUP}, which are not timed; got {options.steps}")
+    if not 0 <= options.warmup < options.steps:
+        parser.error(f"--warmup must be below --steps; got {options.warmup} and {options.steps}")
     return options
 
 
@@ -264,7 +268,8 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     sizes = Sizes(**{name: getattr(options, name) for name in asdict(Sizes())})
     if options.row:
-        print(json.dumps(measure(options.only, sizes, device, steps=options.steps, seed=int(options.seeds))))
+        counts = {"steps": options.steps, "warmup": options.warmup, "seed": int(options.seeds)}
+        print(json.dumps(measure(options.only, sizes, device, **counts)))
         return
     path, machine = options.out / FILE, header(device)
     machine["versions"] |= versions(PACKAGES)

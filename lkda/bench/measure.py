@@ -15,6 +15,7 @@ import lkda
 from lkda.bench.op_benchmark import DTYPES, Implementation, Inputs, OpBenchmark, Shape
 from lkda.bench.timing import copy_gb_per_s, graph_of, host_microseconds, launches, steady_clock
 from lkda.checks import InputError
+from lkda.device import device_name
 from lkda.ops.runtime.jit import architecture
 
 Row = dict[str, Any]
@@ -41,7 +42,7 @@ class Case:
 def header(device: torch.device) -> dict[str, Any]:
     """The device, its copy speed, the versions of the packages, and the date."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "torch": torch.__version__,
         "lkda": lkda.__version__,
         "copy_gb_per_s": copy_gb_per_s(device),

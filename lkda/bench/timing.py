@@ -13,6 +13,7 @@ QUANTILES = (0.5, 0.2, 0.8)
 # repeated, up to MOST_MEASUREMENTS in all.
 LARGEST_SPREAD = 0.2
 MOST_MEASUREMENTS = 5
+LEAST_CALLS = 3  # on a CPU; a single call has no spread, so nothing would say that it was disturbed
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def clock(call: Callable[[], object], device: torch.device, *, milliseconds: flo
     """Times a call that is repeated for about `milliseconds`, after a warm-up of a quarter of that.
 
     On a GPU, CUDA events measure the time and the L2 cache is flushed before each call (triton.testing.do_bench). On a
-    CPU, `time.perf_counter` measures it.
+    CPU, `time.perf_counter` measures it, of LEAST_CALLS calls at least.
     """
     if device.type == "cuda":
         from triton.testing import do_bench
@@ -46,7 +47,7 @@ def clock(call: Callable[[], object], device: torch.device, *, milliseconds: flo
     call()
     times: list[float] = []
     deadline = time.perf_counter() + milliseconds / 1e3
-    while not times or time.perf_counter() < deadline:
+    while len(times) < LEAST_CALLS or time.perf_counter() < deadline:
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1e3)

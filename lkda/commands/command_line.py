@@ -33,7 +33,9 @@ from lkda.run_failure import FAILURE
 
 BAD_INPUT = 2
 FAILED = 1
-TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # set by the user, before this module sets it too
+# Tells the processes that this one starts, which inherit HYDRA_FULL_ERROR, that it is not from the user.
+_NOT_FROM_THE_USER = "LKDA_SETS_HYDRA_FULL_ERROR"
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and _NOT_FROM_THE_USER not in os.environ
 _HOME = Path(lkda.__file__).parent
 # Packages that receive settings unchanged from the configuration. Their errors about a value are shown to the user.
 _CONFIGURED = ("lightning", "lightning_utilities", "hydra", "omegaconf")
@@ -52,6 +54,8 @@ def readable_errors() -> Iterator[None]:
     command inside, where it prints before Hydra adds a line of its own.
     """
     # With this, Hydra raises its errors. Otherwise it prints them in its own format and exits with 1.
+    if not TRACEBACKS:
+        os.environ[_NOT_FROM_THE_USER] = "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield

@@ -100,11 +100,11 @@ def _find(given: str | ListConfig, *, option: str, what: str) -> list[Path]:
     """
     if not isinstance(given, str) and not given:
         raise InputError(f"{option} is empty: give {what}.")
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # a directory that is given twice, as a and b/../a, is one
     for pattern in [given] if isinstance(given, str) else list(given):
         literal = [str(pattern)] if os.path.exists(str(pattern)) else []
         paths = literal or sorted(glob.glob(str(pattern), recursive=True))
         if not paths:
             raise InputError(f"{option}={pattern} matches nothing; give {what}.")
-        found |= dict.fromkeys(Path(path) for path in paths)
-    return list(found)
+        found |= {Path(path).resolve(): Path(path) for path in paths}
+    return list(found.values())

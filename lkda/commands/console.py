@@ -81,6 +81,8 @@ class RunConsole:
             )
         if plan.trainer.strategy != "single":
             self._print_devices(plan)
+        if prepared.data.left_out is not None:
+            self._line(f"not trained on: {prepared.data.left_out}")
         if prepared.data.no_test is not None:
             self._line(f"no test split: {prepared.data.no_test}")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lkda.checks import InputError
 from lkda.commands.command_line import CommandError
-from lkda.commands.launch import Processes
+from lkda.commands.launch import Processes, is_of_another_process
 from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunFiles
 from lkda.commands.run_setup import RunPlan
@@ -254,7 +253,7 @@ def fit(trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop
         except MisconfigurationException as error:
             raise InputError(f"Lightning refuses these settings: {_on_one_line(error)}") from error
         except RuntimeError as error:
-            if not _is_of_another_process(error):
+            if process_count() == 1 or not is_of_another_process(error):
                 raise
             minutes = prepared.plan.trainer.timeout_minutes
             raise CommandError(
@@ -266,11 +265,6 @@ def fit(trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop
     (checkpoints,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
     (guard,) = (callback for callback in trainer.callbacks if isinstance(callback, DivergenceGuard))  # type: ignore[attr-defined]
     return Outcome(ending, checkpoints.count, checkpoints.seconds, guard.skipped_steps(task))
-
-
-def _is_of_another_process(error: RuntimeError) -> bool:
-    """Whether an exchange with another process has failed. Gloo has no error type of its own."""
-    return process_count() > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
 
 def _on_one_line(error: BaseException) -> str:

@@ -2,9 +2,10 @@
 
     python -m lkda.commands.graph_losses --mixers kda,softmax --out outputs/graph_losses trainer=gpu data=sotu
 
-Each mixer is trained three times from one seed: with compile=false, and twice with compile=auto. Mixers with softmax
-attention or MLA are trained twice more, with compile=auto and trainer.deterministic=true. Each training is a process of
-its own. Writes table.json, with every loss. The arguments key=value are settings of scripts/train.py.
+Each mixer is trained four times from one seed: twice with compile=false, and twice with compile=auto. The difference of
+the first two shows how far losses come apart without any compilation. Mixers with softmax attention or MLA are trained
+four times more, with trainer.deterministic=true. Each training is a process of its own. Writes table.json, with every
+loss. The arguments key=value are settings of scripts/train.py.
 """
 
 from __future__ import annotations
@@ -33,23 +34,37 @@ from lkda.io import write_atomically
 ORDERED = ("softmax", "mla")  # mixers whose backward pass adds in any order, unless it must be deterministic
 TIME_LIMIT = 1800.0  # seconds of a training
 CHILD = "lkda.commands.graph_losses_row"
+Training = dict[str, Any]  # what `graph_losses_row.measure` returns
 
 
-def compare(mixer: str, *, deterministic: bool, plain: dict[str, Any], first: dict, second: dict) -> dict[str, Any]:
-    """A row of the table, from what `graph_losses_row.measure` returns: without graphs, and twice with them."""
-    differences = [abs(a - b) for a, b in zip(plain["losses"], first["losses"], strict=True)]
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first["losses"], second["losses"])))
-    equal = same == len(differences) and first["weights"] == second["weights"]
+def compare(
+    mixer: str, *, deterministic: bool, plain: Sequence[Training], graphs: Sequence[Training]
+) -> dict[str, Any]:
+    """A row of the table, from two trainings without graphs and two with them."""
+    differences = _differences(plain[0], graphs[0])
     return {
         "mixer": mixer,
         "trainer.deterministic": str(deterministic).lower(),
-        "CUDA graphs": "yes" if first["graphs"] and not plain["graphs"] else "no",
-        "loss at the end": f"{plain['losses'][-1]:.3f}",
+        "CUDA graphs": "yes" if graphs[0]["graphs"] and not plain[0]["graphs"] else "no",
+        "loss at the end": f"{plain[0]['losses'][-1]:.3f}",
         "largest difference": f"{max(differences):.1e}",
         "mean difference": f"{statistics.fmean(differences):.1e}",
         "at the first step": f"{differences[0]:.1e}",
-        "two runs with graphs": "equal bit for bit" if equal else f"the same loss for {same} steps",
+        "two runs with graphs": _how_equal(*graphs),
+        "two runs without": _how_equal(*plain),
     }
+
+
+def _differences(one: Training, other: Training) -> list[float]:
+    return [abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True)]
+
+
+def _how_equal(one: Training, other: Training) -> str:
+    differences = _differences(one, other)
+    same = sum(1 for _ in takewhile(lambda difference: difference == 0, differences))
+    if same == len(differences):
+        return "equal bit for bit" if one["weights"] == other["weights"] else f"the same loss for {same} steps"
+    return f"apart after step {same}, at most {max(differences):.1e}, mean {statistics.fmean(differences):.1e}"
 
 
 def run(mixers: Sequence[str], out: Path, overrides: Sequence[str], *, steps: int, at_once: int) -> None:
@@ -66,30 +81,24 @@ def run(mixers: Sequence[str], out: Path, overrides: Sequence[str], *, steps: in
             device = plan.device
             ordered += [mixer] if set(ORDERED) & set(plan.model["mixer"]["pattern"]) else []
     (made_directory(out) / "logs").mkdir(exist_ok=True)
-    kinds = {"plain": "compile=false", "first": "compile=auto", "second": "compile=auto"}
     with ThreadPoolExecutor(at_once) as pool:
 
-        def begun(mixer: str, name: str, *words: str) -> Future[dict[str, Any]]:
+        def begun(mixer: str, deterministic: bool, compile: str) -> list[Future[Training]]:
+            words = [f"compile={compile}", *(["trainer.deterministic=true"] if deterministic else [])]
             request = {"overrides": [f"mixer={mixer}", *settings, *words]}
-            return pool.submit(run_child, CHILD, request, TIME_LIMIT, out / "logs" / f"{mixer}_{name}.txt")
+            name = f"{mixer}_{compile}{'_deterministic' if deterministic else ''}"
+            logs = (out / "logs" / f"{name}_{run}.txt" for run in (1, 2))
+            return [pool.submit(run_child, CHILD, request, TIME_LIMIT, log) for log in logs]
 
-        found = {mixer: {name: begun(mixer, name, word) for name, word in kinds.items()} for mixer in mixers}
-        again = {
-            mixer: {
-                name: begun(mixer, f"{name}_deterministic", "compile=auto", "trainer.deterministic=true")
-                for name in ("first", "second")
-            }
-            for mixer in ordered
-        }
+        asked = [(mixer, which) for mixer in mixers for which in ([False, True] if mixer in ordered else [False])]
+        found = [[begun(*each, compile) for compile in ("false", "auto")] for each in asked]
         rows, losses = [], {}
-        for mixer in mixers:
-            own = {name: _done(future) for name, future in found[mixer].items()}
-            rows.append(compare(mixer, deterministic=False, **own))
-            losses[mixer] = {"compile=false": own["plain"]["losses"], "compile=auto": own["first"]["losses"]}
-            if mixer in again:
-                own |= {name: _done(future) for name, future in again[mixer].items()}
-                rows.append(compare(mixer, deterministic=True, **own))
-            print(*(" ".join(row.values()) for row in rows[-1 - (mixer in again) :]), sep="\n", flush=True)
+        for (mixer, deterministic), futures in zip(asked, found, strict=True):
+            plain, graphs = ([_done(future) for future in pair] for pair in futures)
+            rows.append(compare(mixer, deterministic=deterministic, plain=plain, graphs=graphs))
+            name = f"{mixer}, deterministic" if deterministic else mixer
+            losses[name] = {"compile=false": plain[0]["losses"], "compile=auto": graphs[0]["losses"]}
+            print(" ".join(rows[-1].values()), flush=True)
     header = header_of(device) | {"steps": steps, "overrides": list(overrides)}
     note = (
         f"{header['device']}, torch {header['torch']}; {steps} steps, losses in nats per token; {header['date'][:10]}."
@@ -98,7 +107,7 @@ def run(mixers: Sequence[str], out: Path, overrides: Sequence[str], *, steps: in
     write_atomically(out / "table.json", json.dumps(table, indent=1) + "\n")
 
 
-def _done(future: Future[dict[str, Any]]) -> dict[str, Any]:
+def _done(future: Future[Training]) -> Training:
     found = future.result()
     if "reason" in found:
         raise CommandError(found["reason"])

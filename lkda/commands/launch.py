@@ -24,6 +24,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lkda.checks import InputError
+from lkda.commands.command_line import CommandError
 from lkda.commands.invocation import given_overrides
 from lkda.training.options import TrainerOptions
 
@@ -90,7 +91,10 @@ class Processes:
         return self.rank == 0
 
     def join(self) -> None:
-        """Start the other processes of the node if nothing else does, and wait for all."""
+        """Start the other processes of the node if nothing else does, and wait for all.
+
+        Raises: CommandError if not all of them come.
+        """
         options = self._options
         if self.environment is None:
             return
@@ -101,9 +105,17 @@ class Processes:
             num_nodes=options.num_nodes,
             strategy=DDPStrategy(timeout=timeout, cluster_environment=self.environment),
         )
-        with _arguments_of_this_run():
-            fabric.launch()
-        self.group = dist.new_group(backend="gloo", timeout=timeout)
+        try:
+            with _arguments_of_this_run():
+                fabric.launch()
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+        except RuntimeError as error:
+            if not is_of_another_process(error):
+                raise
+            raise CommandError(
+                f"the {options.world_size} processes of the run did not find each other within "
+                f"{options.timeout_minutes} minutes (trainer.timeout_minutes): {str(error).splitlines()[0]}"
+            ) from error
 
     def context_group(self, size: int) -> Any:
         """The processes that divide each row of a batch among themselves: `size` with consecutive ranks. All processes
@@ -146,6 +158,11 @@ class Processes:
         """Wait until all processes are here."""
         if self.group is not None:
             dist.barrier(group=self.group)
+
+
+def is_of_another_process(error: RuntimeError) -> bool:
+    """Whether an exchange with another process has failed. Gloo has no error type of its own."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _environment() -> ClusterEnvironment:

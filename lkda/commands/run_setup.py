@@ -21,11 +21,12 @@ from lkda.commands.learning_rate import measured_learning_rate
 from lkda.commands.paths import with_absolute_paths
 from lkda.commands.run_directory import recorded_config
 from lkda.commands.unused_options import RATES, check_unused, of_training
-from lkda.device import resolve_device, resolve_device_count
+from lkda.device import physical_memory, resolve_device, resolve_device_count
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.old_names import later_options, with_options
 from lkda.training.losses import CHECKPOINTING
+from lkda.training.memory import check_parameters
 from lkda.training.optimizer import check_optimizer, check_schedule
 from lkda.training.options import (
     MOST_SEED,
@@ -231,7 +232,8 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
         what = "trainer=fsdp" if trainer["strategy"] == "fsdp" else "trainer.precision=16-mixed"
         raise InputError(f"trainer.bad_steps=skip cannot be used with {what}: use trainer.bad_steps=stop.")
     model = model_options(settings) if initial is None else model_options_of(initial)
-    backends = check_model(model, device=device, precision=PRECISIONS[precision], initial=initial)
+    copies = devices if trainer["strategy"] == "ddp" else 1
+    backends = check_model(model, device=device, precision=PRECISIONS[precision], copies=copies, initial=initial)
     return RunPlan(
         record=settings | groups_of(model, model_name=settings["model"]["name"]) | {"trainer": trainer},
         seed=settings["seed"],
@@ -266,6 +268,7 @@ def _data_of_all_devices(data: dict[str, Any], trainer: Mapping[str, Any]) -> di
     groups = world_size // context
     if "batch_size" not in data:  # for evaluation alone
         return data
+    check_count("data.batch_size", data["batch_size"], least=1)
     batch_size = sequences_per_batch(data["batch_size"], trainer)
     if batch_size % groups:
         raise InputError(
@@ -300,7 +303,12 @@ def groups_of(model: Mapping[str, Any], *, model_name: str) -> dict[str, dict[st
 
 
 def check_model(
-    model: Mapping[str, Any], *, device: torch.device, precision: torch.dtype, initial: LanguageModel | None = None
+    model: Mapping[str, Any],
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    copies: int = 1,
+    initial: LanguageModel | None = None,
 ) -> dict[str, str]:
     """Check that the model can be built. Returns the backends that it uses on the device, as {"kda": "chunk"}.
 
@@ -309,8 +317,10 @@ def check_model(
 
     Args:
         model: the dict of `build_model`.
+        copies: how many processes of the machine hold the whole model.
         initial: the model, if it exists already.
-    Raises: InputError if the model cannot be built, or if a backend cannot run on the device.
+    Raises: InputError if the model cannot be built, is larger than the memory of a CPU, or if a backend cannot run on
+        the device.
     """
     if initial is not None:
         return initial.resolve_backends(device, precision)
@@ -319,9 +329,13 @@ def check_model(
     try:
         with torch.device("meta"):
             made = build_model({**model, "vocab_size": model["vocab_size"] or 1})
-            return made.resolve_backends(device, precision)
+            backends = made.resolve_backends(device, precision)
     except (RuntimeError, OverflowError) as error:  # the size of a tensor in bytes overflows in torch
         raise InputError(f"the model is too large ({str(error).splitlines()[0]}): lower its sizes.") from error
+    if device.type == "cpu":  # a GPU has an error of its own for this
+        count = sum(parameter.numel() for parameter in made.parameters())
+        check_parameters(count, copies=copies, available=physical_memory())
+    return backends
 
 
 def require_one_device(plan: RunPlan, *, what: str) -> None:

@@ -25,6 +25,7 @@ from lkda.commands.shipped import CONFIGS
 from lkda.commands.step_clock import BLOCK_STEPS, PROFILED_STEPS
 from lkda.commands.step_peers import BARE, TRAIN, VARIANTS, variant
 from lkda.commands.summary import git_commit
+from lkda.device import device_name
 from lkda.report.draw.tables import rich_table
 from lkda.report.read.files import read_results_file
 from lkda.report.studies import step_benchmark as report
@@ -247,17 +248,6 @@ def open_console() -> Console:
     """The terminal, or wide enough for the tables if the output is a file."""
     terminal = Console(markup=False, emoji=False, highlight=False)
     return terminal if terminal.is_terminal else Console(width=200, markup=False, emoji=False, highlight=False)
-
-
-def device_name(device: torch.device) -> str:
-    """The kind of device: the GPU's name, or the CPU's with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:  # not on Linux
-        found = None
-    return f"{found[1].strip() if found else 'cpu'}, {torch.get_num_threads()} threads"
 
 
 def header_of(device: torch.device) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.profiler import profile
 
 from lkda.bench.step_profile import breakdown, events_of, profiler
+from lkda.training.device_time import Moment
 
 BLOCK_STEPS = 10  # the speed is the median over blocks of this many steps
 PROFILED_STEPS = 5
@@ -40,7 +42,8 @@ class Steps:
 class StepClock:
     """Call `after` at the end of each optimizer step, until it returns True; then `row` holds the measurements.
 
-    The clock starts when it is made. It waits for the device after the first step and after each block of steps.
+    The clock starts when it is made. It waits for the device after the first step and after the last, but not between
+    blocks of steps, because a training does not wait either.
 
     Args:
         tokens_per_step: tokens of an optimizer step.
@@ -54,8 +57,8 @@ class StepClock:
     def __init__(self, steps: Steps, *, tokens_per_step: int, device: torch.device) -> None:
         self.steps, self.tokens_per_step, self.device = steps, tokens_per_step, device
         self.row: dict[str, Any] = {}
-        self._started = self._since = time.perf_counter()
-        self._blocks: list[float] = []
+        self._started = time.perf_counter()
+        self._moments: list[Moment] = []  # the end of the warm-up, and of each block
         self._profile: profile | None = None
 
     def after(self, step: int) -> bool:
@@ -64,12 +67,8 @@ class StepClock:
         timed_until = steps.warmup + steps.timed
         if step == 1:
             self.row["first_step_s"] = round(self._now() - self._started, 3)
-        if steps.timed and step == steps.warmup:
-            self._since = self._now()
-        if steps.warmup < step <= timed_until and step % BLOCK_STEPS == 0:
-            now = self._now()
-            self._blocks.append(now - self._since)
-            self._since = now
+        if steps.timed and steps.warmup <= step <= timed_until and step % BLOCK_STEPS == 0:
+            self._moments.append(Moment(self.device))
         if steps.timed and step == timed_until:
             self._end_of_timing()
             if steps.profiled:
@@ -85,10 +84,11 @@ class StepClock:
         return time.perf_counter()
 
     def _end_of_timing(self) -> None:
-        seconds = statistics.median(self._blocks)
+        blocks = [after.seconds_since(before) for before, after in pairwise(self._moments)]
+        seconds = statistics.median(blocks)
         self.row["step_ms"] = seconds / BLOCK_STEPS * 1000
         self.row["tokens_per_s"] = BLOCK_STEPS * self.tokens_per_step / seconds
-        self.row["noise"] = round((max(self._blocks) - min(self._blocks)) / seconds, 4)
+        self.row["noise"] = round((max(blocks) - min(blocks)) / seconds, 4)
         if self.device.type == "cuda":
             self.row["reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
             self.row["allocated_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30

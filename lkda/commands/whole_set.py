@@ -11,6 +11,7 @@ import datetime
 import gc
 import json
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from rich.console import Console
 from lkda.checks import InputError
 from lkda.commands.command_line import CommandError
 from lkda.commands.invocation import command
-from lkda.commands.step_benchmark import device_name, open_console
+from lkda.commands.overrides import override
+from lkda.commands.step_benchmark import open_console
+from lkda.device import device_name
 from lkda.io import write_atomically
 from lkda.report.read.files import read_results_file
 from lkda.report.tradeoff.measurements import find_results
@@ -50,44 +53,45 @@ class Part:
 
 
 _MIXERS = ["kda", "simplified", "softmax", "mla", "kda_softmax_3to1", "kda_mla_3to1"]
-_LIMIT = {"time_limit": 120}  # a peer that compiles for minutes must not cost the others their time
-_STEPS = {"models": ["small"], "mixers": _MIXERS, "bare": False, "steps": 30, **_LIMIT}
-_DECODE = {"models": ["small"], "dtypes": ["bf16"], **_LIMIT}
+# A peer that compiles for minutes must not cost the others their time.
+_STEPS = {"models": ["small"], "mixers": _MIXERS, "bare": False, "steps": 30, "time_limit": 90}
+_DECODE = {"models": ["small"], "dtypes": ["bf16"], "time_limit": 60}
 # The kernels have 128K tokens at every length, so that a curve over the length shows how the cost of a token grows.
 _LENGTHS = ["128x1024x16x64", "16x8192x16x64", "4x32768x16x64", "1x131072x16x64"]
 _CONTEXTS = [1024, 8192, 32_768, 131_072]
+# In an order in which the first parts alone answer most: each stage, for all mixers. The notes come after the decoding,
+# which their claims refer to. FLA tunes its kernels for minutes at each size of a head, so it is measured at one shape.
 ON_GPU = (
     Part(
         "operators",
         "op",
         {"ops": ["kda", "simplified"], "shapes": _LENGTHS, "backends": ["cuda"], "gates": ["slow"]}
-        | {"peers": ["fla", "cudnn", "sdpa"]},
-        4,
+        | {"peers": [f"fla@{_LENGTHS[1]}", "cudnn", "sdpa"]},
+        3.3,
     ),
-    Part(
-        "decode", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [1], "contexts": _CONTEXTS, "prefill": True}, 3.5
-    ),
-    Part("steps_2k", "step", {**_STEPS, "shapes": ["8x2048"], "peers": ["llama", "fla_kda"]}, 3.5),
-    Part("steps_8k", "step", {**_STEPS, "shapes": ["2x8192"], "peers": ["llama"]}, 3),
-    Part("notes", "notes", {}, 1.5),  # after the decoding, which its claims refer to
-    Part("steps_16k", "step", {**_STEPS, "shapes": ["1x16384"], "peers": ["llama"]}, 3),
+    Part("decode", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [1], "contexts": _CONTEXTS, "prefill": True}, 3),
+    Part("steps_16k", "step", {**_STEPS, "shapes": ["1x16384"]}, 2.2),
     Part("decode_batch", "decode", {**_DECODE, "mixers": _MIXERS, "batches": [256], "contexts": [1024, 8192]}, 1),
-    Part(
-        "decode_peers",
-        "decode",
-        {**_DECODE, "mixers": ["kda", "softmax"], "batches": [1], "contexts": [1024], "peers": ["transformers", "fla"]},
-        2,
-    ),
+    Part("steps_2k", "step", {**_STEPS, "shapes": ["8x2048"], "peers": ["llama", "fla_kda"]}, 5.6),
+    Part("notes", "notes", {}, 1.5),
     Part(
         "layers",
         "op",
         {"ops": ["kda_layer", "kda_gate", "short_conv", "gated_norm"], "shapes": ["8x2048x16x64", "1x8192x16x128"]}
-        | {"backends": ["cuda"], "peers": ["fla"], "replays": ["graph"]},
+        | {"backends": ["cuda"], "peers": ["fla@8x2048x16x64"], "replays": ["graph"]},
         2,
+    ),
+    Part("steps_8k", "step", {**_STEPS, "shapes": ["2x8192"], "peers": ["llama"]}, 3.7),
+    Part(
+        "decode_peers",
+        "decode",
+        {**_DECODE, "mixers": ["kda", "softmax"], "batches": [1], "contexts": [1024], "peers": ["transformers", "fla"]},
+        2.7,
     ),
 )
 _SMALL = {"models": ["tiny"], "mixers": ["kda", "simplified", "softmax"], "vocab_size": 1024}
 _STEPS_ON_CPU = {**_SMALL, "compile": False, "bare": False, "steps": 10}
+_LAYERS_ON_CPU = {"shapes": ["1x1024x2x32"], "dtypes": ["fp32"], "replays": ["eager"]}
 ON_CPU = (
     Part(
         "operators",
@@ -96,12 +100,12 @@ ON_CPU = (
         | {"backends": ["chunk"], "gates": ["slow"], "peers": ["sdpa", "fla"], "replays": ["eager"]},
         0.5,
     ),
+    Part("layers", "op", {**_LAYERS_ON_CPU, "ops": ["kda_layer"], "backends": ["chunk"]}, 0.3),
     Part(
-        "layers",
+        "layer_pieces",
         "op",
-        {"ops": ["kda_layer", "kda_gate", "short_conv", "gated_norm"], "shapes": ["1x1024x2x32"], "dtypes": ["fp32"]}
-        | {"backends": ["chunk", "torch"], "replays": ["eager"]},
-        0.5,
+        {**_LAYERS_ON_CPU, "ops": ["kda_gate", "short_conv", "gated_norm"], "backends": ["torch"]},
+        0.2,
     ),
     Part("steps", "step", {**_STEPS_ON_CPU, "shapes": ["4x256"], "peers": ["llama", "fla_kda"]}, 1.5),
     Part("steps_1k", "step", {**_STEPS_ON_CPU, "shapes": ["1x1024"]}, 1),
@@ -153,7 +157,8 @@ def measure_whole_set(
     for part in waiting:
         pace = _pace(parts, done)
         spent = (time.perf_counter() - begun) / 60
-        if limit is not None and measured and spent + part.minutes * pace > limit:
+        # The pace of the parts before says little of this one where it is a faster one: they may have lacked a peer.
+        if limit is not None and measured and spent + part.minutes * max(pace, 1.0) > limit:
             continue  # a shorter one may still fit
         measured = True
         left = sum(other.minutes for other in parts if other.name not in {*done, *failed}) * pace
@@ -167,6 +172,13 @@ def measure_whole_set(
         except (InputError, CommandError) as error:
             failed[part.name] = str(error)
             console.print(f"{part.name} failed: {error}", soft_wrap=True)
+        except Exception as error:  # of any package, such as too little memory: the other parts are still measured
+            failed[part.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            console.print(f"{part.name} failed:\n{traceback.format_exc()}", soft_wrap=True)
+        except KeyboardInterrupt:
+            _write_page(console, out, parts, done)
+            console.print(f"stopped in the part {part.name}; go on with: {_again(out)}", soft_wrap=True)
+            raise
         else:
             done[part.name] = time.perf_counter() - started
             _write_state(out, device, done)
@@ -217,16 +229,28 @@ def _finish(
     console: Console, out: Path, parts: Sequence[Part], done: Mapping[str, float], failed: Mapping[str, str]
 ) -> None:
     """Write the page of what was measured, and say what is missing."""
+    _write_page(console, out, parts, done)
+    if failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise CommandError(f"not measured: {reasons} What is missing is measured again by: {_again(out)}")
+    if any(part.name not in done for part in parts):
+        console.print(f"the other parts are measured by: {_again(out)}", soft_wrap=True)
+    else:
+        joined = command("compare", "runs=GLOB", override("bench", str(out)))
+        console.print(f"join it with runs: {joined}", soft_wrap=True)
+
+
+def _write_page(console: Console, out: Path, parts: Sequence[Part], done: Mapping[str, float]) -> None:
+    """Write the page and the results of the complete parts, if there is one."""
     complete = [out / part.name for part in parts if part.name in done]
     if complete:
         write_whole_set(find_results(complete), out / RESULT, title="Which mixer is fastest")
         taken = sum(done.values()) / 60
-        console.print(f"\n{len(complete)} of {len(parts)} parts in {taken:.1f} min; the page is {out / 'report.html'}.")
-    again = command("benchmark", f"out={out}")
-    if failed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        raise CommandError(f"not measured: {reasons} What is missing is measured again by: {again}")
-    if len(complete) < len(parts):
-        console.print(f"the other parts are measured by: {again}", soft_wrap=True)
-    else:
-        console.print(f"join it with runs: {command('compare', 'runs=GLOB', f'bench={out}')}", soft_wrap=True)
+        page = out / "report.html"
+        console.print(
+            f"\n{len(complete)} of {len(parts)} parts in {taken:.1f} min; the page is {page}.", soft_wrap=True
+        )
+
+
+def _again(out: Path) -> str:
+    return command("benchmark", override("out", str(out)))

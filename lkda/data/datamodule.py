@@ -94,6 +94,7 @@ class IndexedDataModule(L.LightningDataModule):
         val_sources: the sources of the validation text, in order; empty if they are not known.
         test: the test split; None if there is none.
         no_test: the reason why text has no test split, in words.
+        left_out: which of the training data are not trained on, in words; None if nearly all are.
         val_subsets: for data that are not text, the properties of each validation subset, such as {"length": 256,
             "pairs": 64}. The "subset" of a validation batch is an index into this list. Empty for text.
         fingerprint: hashes of the content, see `lkda.data.fingerprint`.
@@ -117,6 +118,7 @@ class IndexedDataModule(L.LightningDataModule):
     val_sources: Sequence[TextSource] = ()
     test: TestSplit | None = None
     no_test: str | None = None
+    left_out: str | None = None
     val_subsets: Sequence[Mapping[str, int]] = ()
     fingerprint: Fingerprint = MappingProxyType({})
     expected: Fingerprint = MappingProxyType({})

@@ -83,7 +83,8 @@ def shares(weights: Sequence[float]) -> np.ndarray:
     """
     if any(not weight > 0 for weight in weights):
         raise InputError(f"weights must be positive, got {list(weights)}: leave a source out instead of a weight of 0.")
-    exact = np.array(weights, dtype=np.float64) / sum(weights) * CYCLE
+    parts = np.array(weights, dtype=np.float64) / max(weights)  # whose sum is finite
+    exact = parts / parts.sum() * CYCLE
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: CYCLE - int(counts.sum())]] += 1
     if (counts == 0).any():

@@ -25,12 +25,14 @@ _COMPLETE = {
     "fla.ops.kda": "kda",
     "fla.modules.causal_conv1d.ops": "conv",
     "fla.modules.norm.fused_norm_gate": "norm",
+    "fla.modules.activations.ops": "swiglu",
 }
 
 
 def autoload() -> None:
-    """Prepare the registration that LKDA_FLA asks for. Nothing is done where it is unset, empty or 0."""
-    if os.environ.get(VARIABLE, "0") not in ("", "0"):
+    """Prepare the registration that LKDA_FLA asks for. Nothing is done where it is unset, empty or 0, or again."""
+    prepared = any(isinstance(finder, _AfterImport) for finder in sys.meta_path)
+    if not prepared and os.environ.get(VARIABLE, "0") not in ("", "0"):
         sys.meta_path.insert(0, _AfterImport())
 
 

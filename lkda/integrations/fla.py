@@ -33,6 +33,10 @@ ENTRY_POINTS: dict[str, tuple[tuple[str, str, str | None], ...]] = {
         ("fla.modules.norm.fused_norm_gate", "layer_norm_gated_fwd", None),
         ("fla.modules.norm.fused_norm_gate", "layer_norm_gated_bwd", None),
     ),
+    "swiglu": (
+        ("fla.modules.activations.ops", "swiglu_fwd", None),
+        ("fla.modules.activations.ops", "swiglu_fwdbwd", None),
+    ),
 }
 PARTS = tuple(ENTRY_POINTS)
 _TYPE = "lkda"  # as FLA's registries call the backend
@@ -42,8 +46,8 @@ def register(parts: Sequence[str] = PARTS) -> None:
     """Make lkda a backend of FLA for `parts`, before FLA's own code and its other backends. A second call is harmless.
 
     Args:
-        parts: which of kda (`chunk_kda` and `fused_recurrent_kda`), conv (`ShortConvolution`) and norm
-            (`FusedRMSNormGated`).
+        parts: which of kda (`chunk_kda` and `fused_recurrent_kda`), conv (`ShortConvolution`), norm
+            (`FusedRMSNormGated`) and swiglu (`GatedMLP`: PyTorch's functions, in place of kernels that FLA tunes).
     Raises: InputError (a ValueError) for an unknown part, if FLA is not installed, if its registry is switched off, or
         if the installed FLA has functions that differ from those that lkda knows.
     """

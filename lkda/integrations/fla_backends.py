@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fla.backends import BaseBackend
 from torch import Tensor
 
@@ -40,6 +41,8 @@ KNOWN: dict[str, frozenset[str]] = {
     "layer_norm_gated_bwd": names(
         "dy x g weight bias activation eps mean rstd dresidual has_residual is_rms_norm x_dtype recompute_output"
     ),
+    "swiglu_fwd": names("x y output_contiguous"),
+    "swiglu_fwdbwd": names("x y g use_weight output_contiguous"),
 }
 _SIGNATURES: dict[str, inspect.Signature] = {}
 
@@ -108,7 +111,16 @@ class NormBackend(_Backend):
     """The RMSNorm gated by a sigmoid."""
 
 
-BACKENDS: dict[str, type[_Backend]] = {"kda": KDABackend, "conv": ConvBackend, "norm": NormBackend}
+class SwiGLUBackend(_Backend):
+    """SiLU(x) * y in PyTorch. FLA tries 60 configurations of its two kernels, which takes about 40 s."""
+
+
+BACKENDS: dict[str, type[_Backend]] = {
+    "kda": KDABackend,
+    "conv": ConvBackend,
+    "norm": NormBackend,
+    "swiglu": SwiGLUBackend,
+}
 
 
 def _gradients(
@@ -245,6 +257,26 @@ def _norm_bwd(given: Arguments) -> tuple[Tensor | None, ...]:
     return dx, dg, dw, None, None
 
 
+def _swiglu_declined(given: Arguments) -> str | None:
+    tensors = [given[name] for name in ("x", "y", "g") if name in given]
+    if len({(x.shape, x.dtype) for x in tensors}) > 1:
+        return "lkda's SwiGLU takes tensors of one shape and dtype"
+    return None
+
+
+@torch.no_grad()
+def _swiglu_fwd(given: Arguments) -> Tensor:
+    return F.silu(given["x"].contiguous()) * given["y"]
+
+
+@torch.no_grad()
+def _swiglu_fwdbwd(given: Arguments) -> tuple[Tensor, ...]:
+    """The gradients of x and y, and with use_weight the result too."""
+    x, y, g = (given[name].contiguous() for name in ("x", "y", "g"))
+    dx, silu = torch.ops.aten.silu_backward(g * y, x), F.silu(x)
+    return (dx, g * silu, silu * y) if given["use_weight"] else (dx, g * silu)
+
+
 _add(KDABackend, "chunk_kda", fla_kda.chunk_declined, fla_kda.chunk)
 _add(KDABackend, "fused_recurrent_kda_fwd", fla_kda.recurrent_declined, fla_kda.recurrent)
 _add(ConvBackend, "causal_conv1d_fwd", _conv_declined, _conv_fwd)
@@ -252,3 +284,5 @@ _add(ConvBackend, "causal_conv1d_bwd", _conv_declined, _conv_bwd)
 _add(ConvBackend, "causal_conv1d_update", _update_declined, _conv_update)
 _add(NormBackend, "layer_norm_gated_fwd", _norm_fwd_declined, _norm_fwd)
 _add(NormBackend, "layer_norm_gated_bwd", _norm_bwd_declined, _norm_bwd)
+_add(SwiGLUBackend, "swiglu_fwd", _swiglu_declined, _swiglu_fwd)
+_add(SwiGLUBackend, "swiglu_fwdbwd", _swiglu_declined, _swiglu_fwdbwd)

@@ -68,7 +68,9 @@ def _declined(given: Arguments) -> str | None:
         return f"lkda takes q, k and v of four axes and one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
     B, T, H, K = q.shape
     HV = v.shape[2]
-    if k.shape != q.shape or v.shape[:2] != (B, T) or not H or HV % H or not T:
+    if not T:
+        return "lkda takes one token at least"
+    if k.shape != q.shape or v.shape[:2] != (B, T) or not H or HV % H:
         return f"the shapes of q, k and v do not fit: {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
     if g.shape != (B, T, HV, K) or beta.shape != (B, T, HV):
         return f"lkda takes g {[B, T, HV, K]} and beta {[B, T, HV]}, got {list(g.shape)} and {list(beta.shape)}"
@@ -115,11 +117,11 @@ def _is_one_step(given: Arguments) -> bool:
 def _step(given: Arguments) -> tuple[Tensor, Tensor | None]:
     q, k, v, g, beta = (given[name][:, 0] for name in ("q", "k", "v", "g", "beta"))
     B, H, K = q.shape
-    before = _k_first(given)
+    before, dtype = _k_first(given), compute_dtype(q)
     if before is None:
-        state = torch.zeros(B, H, K, K, dtype=compute_dtype(q), device=q.device)
-    else:
-        state = before.clone(memory_format=torch.contiguous_format)  # the step writes in place
+        state = torch.zeros(B, H, K, K, dtype=dtype, device=q.device)
+    else:  # a copy, since the step writes in place; FLA's final state is in float32, whatever the initial one is in
+        state = before.to(dtype, copy=True, memory_format=torch.contiguous_format)
     normalized = not given["use_qk_l2norm_in_kernel"]
     o = kda_step_fused(q, k, v, g, beta, _gate(given), (state,), normalized=normalized, scale=given["scale"])
     return o.unsqueeze(1), _final(given, state)

@@ -203,9 +203,13 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _set_aside(broken: Path) -> None:
-    """Rename a broken checkpoint to *.broken, and delete the links to it: last.ckpt and best.ckpt must be readable."""
+    """Rename a broken checkpoint to *.broken, and delete the links to it: last.ckpt and best.ckpt must be readable. One
+    of that name, of an earlier time, is replaced."""
     names = (link for link in broken.parent.glob("*.ckpt") if link.name != broken.name and link.exists())
     links = [link for link in names if link.samefile(broken)]
-    broken.rename(broken.with_name(broken.name + ".broken"))
+    aside = broken.with_name(broken.name + ".broken")
+    if aside.is_symlink() or aside.exists():
+        remove(aside)  # no file takes the place of a directory, and no directory that of anything
+    broken.rename(aside)
     for link in links:
         link.unlink()

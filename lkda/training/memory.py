@@ -26,6 +26,24 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, 2 * _LARGEST - 1))
 
 
+def check_parameters(count: int, *, copies: int, available: int) -> None:
+    """Raise InputError if the weights, their gradients and the state of the optimizer cannot fit into the memory, in
+    which the system would kill the process without a message.
+
+    Args:
+        count: of the parameters.
+        copies: how many processes of the machine hold all of them.
+        available: bytes.
+    """
+    needed = 12 * count * copies  # weights, gradients and at least one momentum, in float32
+    if needed > available:
+        raise InputError(
+            f"a model of {count:,} parameters needs more than {needed / 2**30:,.0f} GiB of memory to train"
+            f"{f' in {copies} processes' if copies > 1 else ''}, and the machine has {available / 2**30:,.0f} GiB: "
+            "lower the size of the model."
+        )
+
+
 def check_activations(model: Mapping[str, Any], *, tokens: int, checkpointing: str, available: int) -> None:
     """Raise InputError if the activations of one batch cannot fit into the memory, in which the system would kill the
     process without a message. They are a lower bound: what the layers of every mixer keep for the backward pass.

@@ -15,6 +15,9 @@ MOST_PIECES = 2**16
 AUTO = "auto"
 # The intervals between two checkpoints if none is given.
 GPU_MINUTES, CPU_STEPS = 10.0, 100
+# How long a process may wait for the others. The library that connects them takes less for no time at all, and cannot
+# represent much more.
+TIMEOUT_MINUTES = (0.01, 525_600)
 # What may follow a step whose loss or gradient is NaN or infinite.
 BAD_STEPS = ("stop", "skip")
 
@@ -243,8 +246,9 @@ def _check_devices(options: Mapping[str, Any]) -> None:
         check_count("trainer.devices", options["devices"], least=1)
     for name in ("num_nodes", "context_parallel"):
         check_count(f"trainer.{name}", options[name], least=1)
-    minutes = options["timeout_minutes"]
-    check_number("trainer.timeout_minutes", minutes, wanted="greater than 0", fits=lambda value: value > 0)
+    minutes, (least, most) = options["timeout_minutes"], TIMEOUT_MINUTES
+    wanted = f"from {least} to {most} (a year)"
+    check_number("trainer.timeout_minutes", minutes, wanted=wanted, fits=lambda value: least <= value <= most)
     check_switch("trainer.global_batch", options["global_batch"])
     if options["strategy"] != "single":
         return

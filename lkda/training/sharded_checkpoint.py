@@ -1,12 +1,15 @@
 """Checkpoints of models whose devices share the weights: a directory in which each process writes a file of its own.
 
     step_0000100.ckpt/
-        rest.pt               the checkpoint without the tensors that are shared
+        rest.pt               the checkpoint without the tensors that are shared, and "lkda_save", an id of this saving
         part_00000_of_00002.pt, part_00001_of_00002.pt
-            [(where, piece), ...]: `where` is the place in the checkpoint, such as ["state_dict", "model.norm.weight"],
-            and `piece` the process's rows of the tensor. The pieces in order are the whole tensor.
+            {"save": the same id, "part": 0 or 1, "pieces": [(where, piece), ...]}: `where` is the place in the
+            checkpoint, such as ["state_dict", "model.norm.weight"], and `piece` the process's rows of the tensor. The
+            pieces in order are the whole tensor.
 
-All files are read with `weights_only=True`: no code in them is executed.
+The id tells files of one saving from those of another, which a copy that was interrupted may have mixed. An earlier
+version wrote no id, and of a part only its pieces. All files are read with `weights_only=True`: no code in them is
+executed.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from lkda.io import named, replace_file, replacing
 from lkda.training.torch_file import read_torch_file
 
 REST = "rest.pt"
+_SAVE = "lkda_save"
 _PART = re.compile(r"part_(\d+)_of_(\d+)\.pt")
 Where = list[Any]
 
@@ -54,21 +58,22 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_part(checkpoint: dict[str, Any], path: Path, *, rank: int, count: int) -> None:
+def write_part(checkpoint: dict[str, Any], path: Path, *, rank: int, count: int, save: str) -> None:
     """Write this process's file, and on the first process the rest. `complete` makes the checkpoint visible.
 
     Args:
         path: of the checkpoint.
         rank, count: of the processes.
+        save: an id, the same on all processes, and another one for each saving.
     Raises: OSError, naming `path`, if the files cannot be written.
     """
     folder = temporary_of(path)
     folder.mkdir(parents=True, exist_ok=True)
-    parts: list[tuple[Where, Tensor]] = []
-    rest = divided(checkpoint, parts)
-    _save(parts, folder / f"part_{rank:05d}_of_{count:05d}.pt", path)
+    pieces: list[tuple[Where, Tensor]] = []
+    rest = divided(checkpoint, pieces)
+    _save({"save": save, "part": rank, "pieces": pieces}, folder / f"part_{rank:05d}_of_{count:05d}.pt", path)
     if rank == 0:
-        _save(rest, folder / REST, path)
+        _save({**rest, _SAVE: save}, folder / REST, path)
 
 
 def _save(value: Any, file: Path, path: Path) -> None:
@@ -114,13 +119,25 @@ def read_sharded(path: Path, *, rank: int = 0, count: int = 1) -> dict[str, Any]
     # The first process has read all of it before the others, each of which needs only its rows.
     checkpoint, *parts = [read_torch_file(file, what="a part of a checkpoint", mmap=count > 1) for file in files]
     try:
-        for pieces in zip(*parts, strict=True):
+        save = checkpoint.pop(_SAVE, None)
+        for pieces in zip(*(_pieces(part, save, number) for number, part in enumerate(parts)), strict=True):
             where = pieces[0][0]
             assert all(place == where for place, _ in pieces)
             _put(checkpoint, where, _rows([piece for _, piece in pieces], rank, count))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
         raise InputError(f"{path} is damaged: the files part_*.pt do not fit together.") from error
     return checkpoint  # whose kind read_checkpoint looks at
+
+
+def _pieces(part: Any, save: str | None, number: int) -> list[tuple[Where, Tensor]]:
+    """The pieces of the part of that number. Raises AssertionError if it is of another saving, or another part."""
+    if save is None:  # of an earlier version
+        assert isinstance(part, list)
+        return part
+    assert part["save"] == save
+    assert part["part"] == number
+    pieces: list[tuple[Where, Tensor]] = part["pieces"]
+    return pieces
 
 
 def _rows(pieces: list[Tensor], rank: int, count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -63,8 +64,9 @@ class ShardedStrategy(ModelParallelStrategy):
         return optimizer.state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        path = Path(self.broadcast(filepath))
-        write_part(checkpoint, path, rank=self.global_rank, count=self.world_size)
+        name, save = self.broadcast((filepath, uuid.uuid4().hex))
+        path = Path(name)
+        write_part(checkpoint, path, rank=self.global_rank, count=self.world_size, save=save)
         self.barrier()
         if self.is_global_zero:
             complete(path)

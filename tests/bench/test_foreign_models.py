@@ -10,6 +10,7 @@ import torch
 
 from lkda.bench import foreign_models
 from lkda.bench.foreign_models import Chain, Sizes, measure
+from lkda.device import device_name
 
 TINY = Sizes(layers=2, width=32, head_dim=16, vocab_size=20, rows=2, context=16)
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ class TestCommand:
     def test_rows_of_another_machine_are_kept(self, call, tmp_path):
         call("--only", "kimi_lkda")
         path = tmp_path / foreign_models.FILE
-        before = path.read_text().replace('"device": "cpu"', '"device": "another"')
+        before = path.read_text().replace(f'"device": "{device_name(CPU)}"', '"device": "another"')
         path.write_text(before)
         with pytest.raises(SystemExit, match=r"was measured on {'device': 'another', .*; choose another --out"):
             call("--only", "kimi_lkda")

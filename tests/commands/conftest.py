@@ -15,4 +15,5 @@ def fresh_hydra() -> Iterator[None]:
     yield
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
-    os.environ.pop("HYDRA_FULL_ERROR", None)
+    for name in ("HYDRA_FULL_ERROR", "LKDA_SETS_HYDRA_FULL_ERROR"):
+        os.environ.pop(name, None)

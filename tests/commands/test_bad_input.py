@@ -46,6 +46,14 @@ TRAINING = [
         "data.batch_size=100000000",
         r"one batch of 3,200,000,000 tokens needs more than \d+.*the machine has .*batch_size",
     ),
+    (
+        "model.d_model=400000 model.mlp_hidden=400000",
+        r"a model of [\d,]+ parameters needs more than [\d,]+ GiB of memory to train, and the machine has",
+    ),
+    (
+        "model.d_model=400000 model.mlp_hidden=400000 trainer=ddp trainer.accelerator=cpu trainer.devices=2",
+        r"needs more than [\d,]+ GiB of memory to train in 2 processes, and the machine",
+    ),
     ("data=mqar data.power=1e30", r"data.power must be from -20 to 20, got 1e\+30"),
     ("seed=-1", r"seed must be a whole number of 0 or more, got -1"),
     ("optimizer.lr=0", r"optimizer.lr must be greater than 0, got 0"),
@@ -58,6 +66,14 @@ TRAINING = [
     (
         "trainer=ddp trainer.accelerator=cpu trainer.devices=3",
         r"data.batch_size=2 sequences cannot be divided among 3 devices: give a multiple of 3, or trainer.global_batch",
+    ),
+    (
+        "trainer=ddp trainer.accelerator=cpu trainer.devices=2 trainer.global_batch=false data.batch_size=-2",
+        r"data.batch_size must be a whole number of 1 or more, got -2",
+    ),
+    (
+        "trainer=ddp trainer.accelerator=cpu trainer.devices=100000 trainer.global_batch=false",
+        r"trainer.devices=100000 would start 100000 processes on the CPU: use at most \d+",
     ),
     (
         "trainer=ddp trainer.accelerator=cpu trainer.devices=2 trainer.context_parallel=4",

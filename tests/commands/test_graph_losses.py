@@ -18,16 +18,18 @@ GRAPHS = {"losses": [5.0, 4.01, 2.99], "weights": "b", "graphs": True}
 
 
 def test_a_row_says_how_far_losses_are_apart_and_whether_two_runs_are_one() -> None:
-    row = compare("kda", deterministic=False, plain=PLAIN, first=GRAPHS, second=GRAPHS)
+    row = compare("kda", deterministic=False, plain=[PLAIN, PLAIN], graphs=[GRAPHS, GRAPHS])
     assert (row["largest difference"], row["mean difference"], row["at the first step"]) == (
         *("1.0e-02", "6.7e-03"),
         "0.0e+00",
     )
     assert row["CUDA graphs"] == "yes"
-    assert row["two runs with graphs"] == "equal bit for bit"
-    later = compare("kda", deterministic=False, plain=PLAIN, first=GRAPHS, second={**GRAPHS, "losses": [5.0, 4.0, 3.0]})
-    assert later["two runs with graphs"] == "the same loss for 1 steps"
-    weights = compare("kda", deterministic=False, plain=PLAIN, first=GRAPHS, second={**GRAPHS, "weights": "c"})
+    assert row["two runs with graphs"] == row["two runs without"] == "equal bit for bit"
+    other = {**GRAPHS, "losses": [5.0, 4.0, 3.0]}
+    later = compare("kda", deterministic=False, plain=[PLAIN, PLAIN], graphs=[GRAPHS, other])
+    assert later["two runs with graphs"] == "apart after step 1, at most 1.0e-02, mean 6.7e-03"
+    other = {**GRAPHS, "weights": "c"}
+    weights = compare("kda", deterministic=False, plain=[PLAIN, PLAIN], graphs=[GRAPHS, other])
     assert weights["two runs with graphs"] == "the same loss for 3 steps"
 
 
@@ -40,10 +42,10 @@ def test_each_training_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(graph_losses, "run_child", child)
     main(["--mixers", "kda,kda_mla_3to1", "--steps", "3", "--out", str(tmp_path), "trainer=cpu", "data=random"])
-    of_each = [["compile=false"], ["compile=auto"], ["compile=auto"]]
-    deterministic = ["mixer=kda_mla_3to1", "compile=auto", "trainer.deterministic=true"]
+    of_each = [[compile] for compile in ("compile=false", "compile=auto") for _ in range(2)]
     want = [[f"mixer={mixer}", *words] for mixer in ("kda", "kda_mla_3to1") for words in of_each]
-    assert sorted(asked) == sorted([*want, deterministic, deterministic])
+    want += [["mixer=kda_mla_3to1", *words, "trainer.deterministic=true"] for words in of_each]
+    assert sorted(asked) == sorted(want)
     found = json.loads((tmp_path / "table.json").read_text())
     assert [(row["mixer"], row["trainer.deterministic"]) for row in found["rows"]] == [
         *(("kda", "false"), ("kda_mla_3to1", "false")),

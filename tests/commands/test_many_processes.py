@@ -431,6 +431,20 @@ def test_a_killed_process_ends_the_run_with_one_line(strategy: str, corpus: Path
     assert_continues(strategy, corpus, tmp_path / "run", alone)
 
 
+def test_a_process_that_does_not_come(corpus: Path, tmp_path: Path) -> None:
+    """For example because the command was started on one of two machines."""
+
+    def run(rank: int) -> str:
+        words = small_run(corpus, *SAME, *on("ddp"), "trainer.timeout_minutes=0.01")
+        with pytest.raises(CommandError) as caught:
+            train(composed("train", *words), tmp_path / "run")
+        return str(caught.value)
+
+    (message,) = on_ranks(1, run, tmp_path / "ranks")
+    assert message.startswith("the 2 processes of the run did not find each other within 0.01 minutes")
+    assert "\n" not in message
+
+
 @pytest.mark.slow  # it waits for the end of the timeout
 def test_a_process_that_does_not_answer_ends_the_run(corpus: Path, tmp_path: Path, alone: Run) -> None:
     """It is stopped, as a process that hangs in a driver or a file system."""

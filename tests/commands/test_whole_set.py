@@ -19,8 +19,8 @@ from lkda.commands.config import resolve
 from lkda.commands.decode_benchmark import cases_of as decode_cases
 from lkda.commands.entry_point import run_script
 from lkda.commands.step_benchmark import cases_of as step_cases
-from lkda.commands.step_benchmark import device_name
 from lkda.commands.whole_set import ON_CPU, ON_GPU, STATE, Part, measure_whole_set
+from lkda.device import device_name
 from tests.commands.small import composed
 from tests.report.conftest import bench_row
 from tests.report.tradeoff.conftest import decode_row, write_results
@@ -84,7 +84,19 @@ def test_a_part_that_failed_is_measured_again_and_costs_no_other(tmp_path):
     assert again.names == ["first"]
 
 
-def test_an_interrupted_set_goes_on_with_the_part_that_it_was_in(tmp_path):
+def test_what_a_package_raises_in_a_part_costs_no_other(tmp_path, capsys):
+    def out_of_memory(part: dict[str, Any]) -> None:
+        if part["task"] == "op":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        Measure()(part)
+
+    with pytest.raises(CommandError, match="not measured: first: OutOfMemoryError: CUDA out of memory"):
+        measure_whole_set(settings(tmp_path), CPU, out_of_memory, PARTS)
+    assert set(json.loads((tmp_path / STATE).read_text())["parts"]) == {"second"}
+    assert "in out_of_memory" in capsys.readouterr().out  # the traceback
+
+
+def test_an_interrupted_set_goes_on_with_the_part_that_it_was_in(tmp_path, capsys):
     def interrupted(part: dict[str, Any]) -> None:
         if part["task"] == "decode":
             raise KeyboardInterrupt
@@ -92,6 +104,10 @@ def test_an_interrupted_set_goes_on_with_the_part_that_it_was_in(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         measure_whole_set(settings(tmp_path), CPU, interrupted, PARTS)
+    shown = capsys.readouterr().out
+    assert f"1 of 2 parts in 0.0 min; the page is {tmp_path}/report.html." in shown
+    assert "stopped in the part second; go on with: " in shown
+    assert "simplified is faster from 64 to 128" in (tmp_path / "report.html").read_text()
     again = Measure()
     measure_whole_set(settings(tmp_path), CPU, again, PARTS)
     assert again.names == ["second"]
@@ -106,6 +122,15 @@ def test_a_limit_of_minutes_begins_no_part_that_would_end_after_it(tmp_path, mon
     assert "the other parts are measured by:" in capsys.readouterr().out
     measure_whole_set(settings(tmp_path, minutes=0.001), CPU, measured, PARTS)  # the first part is always measured
     assert measured.names == ["first", "second"]
+
+
+def test_parts_that_were_fast_do_not_promise_that_a_later_one_is(tmp_path, monkeypatch):
+    """The first part takes a tenth of its estimate. The second one's estimate is above what is left all the same."""
+    clock = iter([0.0, 0.0, 0.0, 6.0, 6.0])
+    monkeypatch.setattr(whole_set.time, "perf_counter", lambda: next(clock))
+    measured = Measure()
+    measure_whole_set(settings(tmp_path, minutes=3), CPU, measured, PARTS)
+    assert measured.names == ["first"]
 
 
 def test_results_of_another_device_or_of_something_else_are_not_touched(tmp_path):
@@ -133,6 +158,8 @@ def test_the_options_of_every_part_are_known(parts):
         else:
             cases = [part.task] * (part.task == "notes" and not part.options)  # a fixed table
         assert cases
+        if parts is ON_CPU and part.task == "op":  # one of lkda's has no kernels of CUDA in it
+            assert not [case for case in cases if case.benchmark.op == "kda_layer" and case.name == "torch"]
     assert sum(part.minutes for part in parts) <= (25 if parts is ON_GPU else 10)
 
 

@@ -131,3 +131,5 @@ def test_weights_that_cannot_be_met_are_refused(weights, message):
 def test_shares_are_whole_and_complete():
     assert shares([1, 1, 1]).tolist() == [3334, 3333, 3333]
     assert shares([2.0]).tolist() == [CYCLE]
+    assert shares([1.5e308, 1.5e308]).tolist() == [CYCLE // 2] * 2  # whose sum is infinite
+    assert shares([5e-324, 5e-324]).tolist() == [CYCLE // 2] * 2

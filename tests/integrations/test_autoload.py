@@ -49,10 +49,19 @@ def test_the_variable_chooses_what_an_import_registers(words, parts, stand_in, m
     assert stand_in == [(part,) for part in parts]
 
 
+def test_a_second_call_changes_nothing(stand_in, monkeypatch):
+    """PyTorch makes the first one."""
+    monkeypatch.setenv("LKDA_FLA", "kda")
+    autoload.autoload()
+    autoload.autoload()
+    importlib.import_module("stand_in.kda")
+    assert stand_in == [("kda",)]
+
+
 def test_an_unknown_part_is_named(stand_in, monkeypatch):
     monkeypatch.setenv("LKDA_FLA", "kda,gate")
     autoload.autoload()
-    with pytest.raises(ValueError, match=r"parts must be some of kda, conv, norm, got \('kda', 'gate'\)"):
+    with pytest.raises(ValueError, match=r"parts must be some of kda, conv, norm, swiglu, got \('kda', 'gate'\)"):
         importlib.import_module("stand_in.kda")
 
 
@@ -75,5 +84,5 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla.backends", None)
     with pytest.raises(ValueError, match=r"needs flash-linear-attention 0.6 or later .*pip install 'flash-linear"):
         fla.register()
-    with pytest.raises(ValueError, match="parts must be some of kda, conv, norm, got 'kda'"):
+    with pytest.raises(ValueError, match="parts must be some of kda, conv, norm, swiglu, got 'kda'"):
         fla.register("kda")

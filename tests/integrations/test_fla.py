@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="FLA needs triton, also where its kernels d
 pytest.importorskip("fla.ops.kda", reason="flash-linear-attention is not installed", exc_type=ImportError)
 
 from fla.layers import KimiDeltaAttention
-from fla.modules import FusedRMSNormGated, ShortConvolution
+from fla.modules import FusedRMSNormGated, GatedMLP, ShortConvolution
+from fla.modules.activations import swiglu
 from fla.ops.kda import chunk_kda, fused_recurrent_kda
 from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
 from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate
@@ -164,6 +165,15 @@ class TestFusedRecurrentKDA:
         same([o, final.mT], naive(**tensors, **parameters(HV), initial_state=state))
         assert torch.equal(before, state.mT)  # not written
 
+    @pytest.mark.parametrize("tokens", [1, 5])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_the_final_state_is_in_float32_whatever_the_initial_one_is_in(self, dtype, tokens):
+        tensors = {name: x[:, :tokens] for name, x in inputs().items()}
+        state = torch.randn(B, H, K, K).to(dtype)
+        o, final = fused_recurrent_kda(**tensors, **parameters(), **FROM_LOGITS, initial_state=state)
+        assert final.dtype == torch.float32
+        same([o, final], naive(**tensors, **parameters(), initial_state=state.float()))
+
     def test_into_a_given_tensor(self):
         tensors = inputs() | parameters()
         out = torch.empty_like(tensors["v"])
@@ -188,6 +198,7 @@ class TestDeclined:
             ({"beta": torch.zeros(B, T, 3)}, r"beta \[2, 40, 2\], got .* and \[2, 40, 3\]"),
             ({"v": torch.zeros(B, T, 3, K)}, "the shapes of q, k and v do not fit"),
             ({"v": torch.zeros(B, T, H, K).double()}, "of four axes and one dtype"),
+            ({name: x[:, :0] for name, x in inputs().items()}, "takes one token at least"),
         ],
     )
     def test_calls_that_lkda_cannot_do_name_the_reason(self, options, message, caplog, fresh_log):
@@ -265,6 +276,26 @@ class TestGatedNorm:
         assert "got activation='swish'" in reason(caplog, layer, torch.randn(B, 5, K), torch.randn(B, 5, K))
 
 
+class TestSwiGLU:
+    def test_it_is_the_product_of_a_silu(self):
+        layer = GatedMLP(hidden_size=16, intermediate_size=24)
+        x, leaves = torch.randn(B, 5, 16, requires_grad=True), list(layer.parameters())
+        want = layer.down_proj(F.silu(layer.gate_proj(x)) * layer.up_proj(x))
+        got = layer(x)
+        found = [torch.autograd.grad(y.square().sum(), [x, *leaves]) for y in (got, want)]
+        same([got, *found[0]], [want, *found[1]])
+
+    def test_with_frozen_weights_and_rows_that_lie_apart(self):
+        x, y = (torch.randn(B, 5, 48)[..., :24].requires_grad_() for _ in range(2))
+        got, want = swiglu(x, y), F.silu(x) * y
+        found = [torch.autograd.grad(z.square().sum(), (x, y)) for z in (got, want)]
+        same([got, *found[0]], [want, *found[1]])
+
+    def test_two_dtypes_are_declined(self, caplog):
+        x = torch.randn(B, 5, 24)
+        assert "tensors of one shape and dtype" in reason(caplog, swiglu, x, x.half())
+
+
 def test_flas_own_layer_trains_and_decodes():
     """Its convolutions, gate, KDA and gated norm all run lkda's code: FLA's has no CPU form."""
     layer = KimiDeltaAttention(hidden_size=64, head_dim=32, num_heads=2, layer_idx=0)
@@ -299,20 +330,24 @@ class TestRegister:
         def chunk_kda(q, k, v, g, beta, scale=None, **kwargs):
             raise AssertionError
 
-        monkeypatch.setattr(fla.ops.kda.chunk, "chunk_kda", chunk_kda)
-        with pytest.raises(ValueError, match=r"chunk_kda has no argument allow_neg_eigval, .*; lkda knows"):
-            integration.register()
+        # `registered` undoes the registration before `monkeypatch` would undo this.
+        with monkeypatch.context() as patch:
+            patch.setattr(fla.ops.kda.chunk, "chunk_kda", chunk_kda)
+            with pytest.raises(ValueError, match=r"chunk_kda has no argument allow_neg_eigval, .*; lkda knows"):
+                integration.register()
 
     def test_a_missing_function_is_named(self, monkeypatch):
         import fla.ops.kda.chunk
 
-        monkeypatch.delattr(fla.ops.kda.chunk, "chunk_kda")
-        with pytest.raises(ValueError, match=r"the installed FLA has no fla.ops.kda.chunk.chunk_kda"):
-            integration.register()
+        with monkeypatch.context() as patch:
+            patch.delattr(fla.ops.kda.chunk, "chunk_kda")
+            with pytest.raises(ValueError, match=r"the installed FLA has no fla.ops.kda.chunk.chunk_kda"):
+                integration.register()
 
     def test_a_registry_that_is_off_is_named(self, monkeypatch):
         import fla.backends
 
-        monkeypatch.setattr(fla.backends, "_DISPATCH_DISABLED", True)
-        with pytest.raises(ValueError, match="FLA_DISABLE_BACKEND_DISPATCH=1 switches FLA's backends off"):
-            integration.register()
+        with monkeypatch.context() as patch:
+            patch.setattr(fla.backends, "_DISPATCH_DISABLED", True)
+            with pytest.raises(ValueError, match="FLA_DISABLE_BACKEND_DISPATCH=1 switches FLA's backends off"):
+                integration.register()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import importlib
+import re
+import statistics
 import sys
 
 import pytest
@@ -32,7 +35,7 @@ def transformers(monkeypatch):
     return found
 
 
-def dense_kimi(transformers, layers=4, width=512):
+def dense_kimi(transformers, layers=4, width=512, seed=0):
     """Three KDA layers for each MLA layer, heads of 128."""
     heads = width // 128
     kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)]
@@ -42,7 +45,7 @@ def dense_kimi(transformers, layers=4, width=512):
         qk_rope_head_dim=64, v_head_dim=128, layer_types=kinds, mlp_layer_types=["dense"] * layers,
         linear_head_dim=128, linear_num_heads=heads, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return transformers.KimiLinearForCausalLM(config).cuda().eval()
 
 
@@ -60,19 +63,26 @@ def logits_and_gradients(model, x, mask):
 
 class TestKimiLinear:
     def test_logits_and_gradients_err_no_more_than_theirs(self, transformers):
-        """Of bf16 weights against float32: lkda's kernels at most twice the error of transformers' own path."""
-        truth = dense_kimi(transformers)
-        theirs = copy.deepcopy(truth).bfloat16()
-        truth.load_state_dict({name: x.float() for name, x in theirs.state_dict().items()})
-        ours = copy.deepcopy(theirs)
-        use_lkda_kernels(ours)
+        """Of bf16 weights against float32: lkda's kernels at most twice the error of transformers' own path.
+
+        A parameter's error is the root mean square over layers and seeds: `A_log` has four numbers in a layer, whose
+        errors with one seed are between 0.5% and 4% in either path.
+        """
         x = tokens(2, 300)
         mask = torch.ones_like(x)
         mask[0, :50] = 0
-        want, own, got = (logits_and_gradients(model, x, mask) for model in (truth, theirs, ours))
-        errors = {name: (relative(got[name], y), relative(own[name], y)) for name, y in want.items()}
-        worse = {name: pair for name, pair in errors.items() if pair[0] > 2 * pair[1] + 1e-3}
-        assert worse == {}
+        errors = collections.defaultdict(list)
+        for seed in range(4):
+            truth = dense_kimi(transformers, seed=seed)
+            theirs = copy.deepcopy(truth).bfloat16()
+            truth.load_state_dict({name: x.float() for name, x in theirs.state_dict().items()})
+            ours = copy.deepcopy(theirs)
+            use_lkda_kernels(ours)
+            want, own, got = (logits_and_gradients(model, x, mask) for model in (truth, theirs, ours))
+            for name, y in want.items():
+                errors[re.sub(r"\.\d+\.", ".", name)].append((relative(got[name], y), relative(own[name], y)))
+        found = {name: [statistics.fmean(x**2 for x in side) ** 0.5 for side in zip(*e)] for name, e in errors.items()}
+        assert {name: pair for name, pair in found.items() if pair[0] > 2 * pair[1] + 1e-3} == {}
 
     def test_greedy_generation_is_theirs_for_200_tokens(self, transformers):
         theirs = dense_kimi(transformers)

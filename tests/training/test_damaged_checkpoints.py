@@ -30,18 +30,47 @@ def write_file(step: int, path: Path) -> None:
     AtomicCheckpointIO().save_checkpoint(content(step), path)
 
 
-def write_parts(step: int, path: Path) -> None:
-    """As two processes of trainer=fsdp write it, each with half of the rows of model.w."""
+def write_parts(step: int, path: Path, *, save: str | None = "one") -> None:
+    """As two processes of trainer=fsdp write it, each with half of the rows of model.w. Without an id of the saving it
+    is one of an earlier version."""
     path.mkdir()
     whole = content(step)
     rows = whole["state_dict"].pop("model.w")
     whole["state_dict"]["model.w"] = None
     for part, piece in enumerate(rows.chunk(2)):
-        _save([(["state_dict", "model.w"], piece.clone())], path / f"part_{part:05d}_of_00002.pt", path)
-    _save(whole, path / REST, path)
+        pieces = [(["state_dict", "model.w"], piece.clone())]
+        found = pieces if save is None else {"save": save, "part": part, "pieces": pieces}
+        _save(found, path / f"part_{part:05d}_of_00002.pt", path)
+    _save(whole if save is None else {**whole, "lkda_save": save}, path / REST, path)
+
+
+def write_earlier(step: int, path: Path) -> None:
+    write_parts(step, path, save=None)
 
 
 KINDS = {"a file": write_file, "a directory": write_parts}
+
+
+def test_one_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    write_earlier(1, tmp_path / "one")
+    assert same(read_checkpoint(tmp_path / "one"), content(1))
+
+
+@pytest.mark.parametrize("kind", ["another part", "another saving", "an earlier version", "another rest"])
+def test_parts_that_do_not_belong_together_are_refused(kind: str, tmp_path: Path) -> None:
+    """Each file is whole, but a copy of the directory was interrupted, or mixed with another one."""
+    path, other = step_path(tmp_path, 1), tmp_path / "other"
+    write_parts(1, path)
+    write_parts(2, other, save=None if kind == "an earlier version" else "two")
+    first, second = "part_00000_of_00002.pt", "part_00001_of_00002.pt"
+    assert same(read_checkpoint(path), content(1))
+    if kind == "another part":
+        shutil.copy(path / first, path / second)
+    else:
+        name = REST if kind == "another rest" else second
+        shutil.copy(other / name, path / name)
+    with pytest.raises(InputError, match=r"step_0000001.ckpt is damaged: the files part_\*.pt do not fit together"):
+        read_checkpoint(path)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -119,6 +148,20 @@ def test_the_one_before_is_used_and_no_link_is_left_to_the_broken_one(kind: str,
     assert same(checkpoint, content(2))
     assert {path.name for path in tmp_path.iterdir()} == {"step_0000002.ckpt", "step_0000004.ckpt.broken"}
     remove(tmp_path / "step_0000004.ckpt.broken")
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+def test_the_same_step_may_be_damaged_twice(first: str, second: str, tmp_path: Path) -> None:
+    """The run went on from the step before and wrote this one again, perhaps on other devices: it is damaged again."""
+    write_file(2, step_path(tmp_path, 2))
+    for kind in (first, second):
+        KINDS[kind](4, step_path(tmp_path, 4))
+        files_of(step_path(tmp_path, 4))[-1].write_bytes(b"")
+        with pytest.warns(UserWarning, match="skipping a broken checkpoint"):
+            path, _ = newest_intact(tmp_path) or pytest.fail("nothing found")
+        assert path == step_path(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_0000002.ckpt", "step_0000004.ckpt.broken"}
 
 
 def test_a_compressed_file_is_refused_before_it_fills_memory(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def test_no_option_is_ignored_and_none_may_lack(group: str) -> None:
         ("trainer", {"num_nodes": 2}, "trainer.num_nodes=2 needs several devices: choose trainer=ddp"),
         ("trainer", {"context_parallel": 2}, "trainer.context_parallel=2 needs several devices: choose trainer=ddp"),
         ("trainer", {"strategy": "horovod"}, "trainer.strategy must be one of single, ddp, fsdp, got 'horovod'"),
+        ("trainer", {"timeout_minutes": 1e-9}, r"trainer.timeout_minutes must be from 0.01 to 525600 .*, got 1e-09"),
+        ("trainer", {"timeout_minutes": 1e300}, r"trainer.timeout_minutes must be from 0.01 to 525600 .*, got 1e\+300"),
         ("trainer", {"max_epochs": 3}, "trainer.max_epochs is not an option of trainer=auto, which has accelerator"),
         ("trainer", {"gradient_clip_algorithm": "value"}, "trainer.gradient_clip_algorithm is not an option"),
         ("trainer", {"bad_steps": "ignore"}, "trainer.bad_steps must be stop or skip, got 'ignore'"),

@@ -120,6 +120,7 @@ class CompletionsDataModule(PackedDataModule):
         names = [name for name in ("train", "validation", "test") if name in metadata["bytes"]]
         examples = {name: read_examples(entry, name) for name in names}
         rows = {name: self._rows(examples[name], name) for name in names}
+        given, used = len(examples["train"].answers), len(rows["train"].numbers)
         held_out = {name: _held_out(examples[name], rows[name], metadata["bytes"][name]) for name in names[1:]}
         return PackedText(
             tokenizer=tokenizer,
@@ -129,6 +130,7 @@ class CompletionsDataModule(PackedDataModule):
             validation=held_out["validation"],
             test=held_out.get("test"),
             no_test=None if "test" in names else "data.test_fraction is 0",
+            left_out=f"{given - used:,} of {given:,} examples, which are too long" if used < given else None,
         )
 
     def _rows(self, examples: Examples, name: str) -> ExampleRows:
@@ -193,19 +195,21 @@ class CompletionsDataModule(PackedDataModule):
         return {name: pairs for name, pairs in found.items() if len(pairs.numbers)}
 
     def _pairs(self, paths: Sequence[Path]) -> Pairs:
-        """All examples of files. Raises InputError for one without a completion."""
+        """All examples of files. Raises InputError for one without a prompt or a completion. A prompt may be empty."""
         options = dict(zip(self.columns, ("data.prompt_column", "data.completion_column")))
-        table, count, without = Table(paths, self.columns, options), 0, 0
-        for count, (_, completion) in enumerate(table.rows(), 1):
-            without = without or (0 if completion else count)
-        if without:
-            raise InputError(
-                f"example {without} of {paths[0]} has no text in column {self.columns[1]!r}: every example needs a "
-                "completion."
-            )
+        count = 0
+        for path in paths:
+            rows = Table([path], self.columns, options, complete=True).rows()
+            for number, (_, completion) in enumerate(rows, 1):
+                if not completion:
+                    raise InputError(
+                        f"row {number} of {path} has no text in column {self.columns[1]!r}: every example needs a "
+                        "completion."
+                    )
+                count += 1
         if not count:
             raise InputError(f"{paths[0]} has no examples.")
-        return Pairs(table, np.arange(count))
+        return Pairs(Table(paths, self.columns, options), np.arange(count))
 
 
 def _held_out(examples: Examples, rows: ExampleRows, size: int) -> HeldOut:

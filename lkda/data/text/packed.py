@@ -42,6 +42,7 @@ class PackedText:
         train_tokens: the number of tokens of the training text.
         test: None if there is no test split.
         no_test: the reason why there is none, in words.
+        left_out: see `IndexedDataModule`.
         parts: see `TrainingBatches`.
     """
 
@@ -52,6 +53,7 @@ class PackedText:
     validation: HeldOut
     test: HeldOut | None = None
     no_test: str | None = None
+    left_out: str | None = None
     parts: Sequence[tuple[int, float]] | None = None
 
 
@@ -117,7 +119,7 @@ class PackedDataModule(IndexedDataModule):
         self.unigram_entropy = text.validation.unigram_entropy
         self.bytes_per_token = text.validation.bytes_per_token
         self.val_sources = text.validation.sources
-        self.no_test = text.no_test
+        self.no_test, self.left_out = text.no_test, text.left_out
         if text.test is not None:
             batches = self._measured_batches(text.test.rows)
             measures = text.test.bytes_per_token, text.test.unigram_entropy

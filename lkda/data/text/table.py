@@ -23,18 +23,21 @@ class Table:
         paths: the files, of one kind.
         columns: the columns to read. Each must hold text or null.
         names: what to set if a column is missing, by column, such as {"text": "data.text_column"}.
+        complete: whether every row must have all columns, though a value may be null.
     """
 
     paths: Sequence[Path]
     columns: Sequence[str]
     names: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
 
     def rows(self, numbers: np.ndarray | None = None) -> Iterator[tuple[str, ...]]:
         """The texts of the columns in each row, "" for null and where a row lacks the column.
 
         Args:
             numbers: the rows to give, in ascending order. None means all.
-        Raises: InputError for a file that cannot be read, a column that does not hold text, or one that no row has.
+        Raises: InputError for a file that cannot be read, a column that does not hold text, one that no row has, or if
+            `complete` one that any row lacks.
         """
         count = place = 0
         missing = set(self.columns)
@@ -47,6 +50,9 @@ class Table:
                     values = row.values()
                     if missing:
                         missing, has = missing - values.keys(), has or list(values)
+                    for column in self.columns if self.complete else ():
+                        if column not in values:
+                            raise self._no_column(f"row {own} of {path}", column, list(values))
                     yield tuple(self._text(values.get(column), column, path, own) for column in self.columns)
                     place += 1
                 count += 1
@@ -88,8 +94,9 @@ class Table:
             raise InputError(f"column {column!r} of {path} is not UTF-8 in row {number}: {error}.") from error
         return text or ""
 
-    def _no_column(self, path: Path, column: str, has: Sequence[str]) -> InputError:
-        return InputError(f"{path} has no column {column!r}; it has {', '.join(has)}. Set {self._option(column)}.")
+    def _no_column(self, what: str | Path, column: str, has: Sequence[str]) -> InputError:
+        there = ", ".join(has) or "none"
+        return InputError(f"{what} has no column {column!r}; it has {there}. Set {self._option(column)}.")
 
     def _option(self, column: str) -> str:
         return self.names.get(column, "data.text_column")
@@ -119,7 +126,7 @@ class _Line(_Row):
     def values(self) -> dict[str, Any]:
         try:
             row = json.loads(self.line)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of too many digits
             raise InputError(f"cannot read {self.path} as JSON lines: line {self.number}: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f"cannot read {self.path} as JSON lines: line {self.number} is {kind_of_value(row)}.")

@@ -16,8 +16,12 @@ from lkda.data.text.token_file import parts_of
 
 SUFFIXES = (".npy", ".bin")
 DTYPES = ("uint16", "uint32", "int32", "int64")
-# A .bin file of llm.c begins with 256 numbers of 32 bits: this one, a version, and the number of tokens.
-_LLM_C, _LLM_C_HEADER = 20240520, 1024
+# A .bin file of llm.c begins with 256 numbers of 32 bits: one of these, a version, and the number of tokens. The first
+# is for the tokens of GPT-2, the second for those of Llama 3.
+_LLM_C = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+_LLM_C_HEADER = 1024
+# The first numbers of a .bin file without a header, from which a wrong type is recognized.
+_SAMPLE, _LEAST = 2**16, 16
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,31 @@ def _bare(path: Path, dtype: str) -> np.ndarray:
     size, kind = path.stat().st_size, np.dtype(dtype).newbyteorder("<")
     with open(path, "rb") as file:
         header = file.read(_LLM_C_HEADER)
-    begin = 0
-    if len(header) == _LLM_C_HEADER and int(np.frombuffer(header, "<i4", 1)[0]) == _LLM_C:
+    first = int(np.frombuffer(header, "<i4", 1)[0]) if len(header) == _LLM_C_HEADER else 0
+    if first in _LLM_C:
         version, count = (int(number) for number in np.frombuffer(header, "<i4", 3)[1:])
-        begin, kind = _LLM_C_HEADER, np.dtype("<u2")
-        if version != 1 or size != begin + count * kind.itemsize:
-            raise InputError(f"{path} has the header of llm.c, but not version 1 with {count} tokens of 16 bits.")
-    if (size - begin) % kind.itemsize:
+        known, kind = _LLM_C[first]
+        if version != known or size != _LLM_C_HEADER + count * kind.itemsize:
+            raise InputError(
+                f"{path} has the header of llm.c, but not version {known} with {count} tokens of {8 * kind.itemsize} "
+                "bits."
+            )
+        return np.memmap(path, kind, mode="r", offset=_LLM_C_HEADER) if count else np.zeros(0, kind)
+    if size % kind.itemsize:
         raise InputError(f"{path} has {size} bytes, which is not a multiple of {kind.itemsize}: set data.dtype.")
-    return np.memmap(path, kind, mode="r", offset=begin) if size > begin else np.zeros(0, kind)
+    found = np.memmap(path, kind, mode="r") if size else np.zeros(0, kind)
+    _check_width(found[:_SAMPLE], path)
+    return found
+
+
+def _check_width(numbers: np.ndarray, path: Path) -> None:
+    """Raises InputError for numbers that were written with twice as many bits or more: then every second one is 0."""
+    if len(numbers) >= _LEAST and not numbers[1::2].any() and numbers[::2].any():
+        bits = 8 * numbers.itemsize
+        raise InputError(
+            f"every second number of {path} is 0, so its numbers have more than {bits} bits: set data.dtype, for "
+            f"example data.dtype={'uint32' if bits == 16 else 'int64'}."
+        )
 
 
 def check_tokens(shard: Shard, *, rows: int) -> None:

@@ -48,7 +48,7 @@ class TokensDataModule(PackedDataModule):
             or, if there is none, fractions at the end of the last file: first the test, then the validation.
         val_fraction, test_fraction: of all tokens. A test_fraction of 0 means no test split.
         tokenizer_path: the tokenizer.json of the tokens. None means that of a prepared directory.
-        dtype: of the numbers in .bin files without a header.
+        dtype: of the numbers in .bin files without a header. A type that is too narrow is an error.
         context, batch_size, seed, max_val_batches, num_workers, pin_memory: see `PackedDataModule`.
     """
 
@@ -133,6 +133,7 @@ class TokensDataModule(PackedDataModule):
             validation=self._held_out(validation, tokenizer),
             test=self._held_out(test, tokenizer) if no_test is None else None,
             no_test=no_test,
+            left_out=self._left_out([shard for source in sources for shard in source.train], parts),
             parts=None if self.weights is None else [(p.count, w) for p, w in zip(parts, self.weights)],
         )
 
@@ -210,6 +211,19 @@ class TokensDataModule(PackedDataModule):
                 f"the validation must have at least {self.context + 1} tokens, got {tokens}: give more, or a larger "
                 "data.val_fraction."
             )
+
+    def _left_out(self, shards: Sequence[Shard], parts: Sequence[JoinedRows]) -> str | None:
+        """Which training tokens are in no row: the last of each file, and files shorter than a row. None if they are
+        less than a hundredth."""
+        total = sum(len(shard.token_ids) for shard in shards)
+        unused = total - self.context * sum(part.count for part in parts)
+        if 100 * unused < total:
+            return None
+        short = sum(len(shard.token_ids) <= self.context for shard in shards)
+        return (
+            f"{unused:,} of {total:,} tokens. Of each file, those after the last whole sequence of data.context="
+            f"{self.context} are left out; {short} of {len(shards)} files are shorter than one"
+        )
 
     def _why_no_test(self, test: Sequence[Shard]) -> str | None:
         tokens = sum(len(shard.token_ids) for shard in test)

@@ -43,11 +43,28 @@ def _pieces(tokens: int, vocab_size: int) -> int:
     return min(tokens, max(128, _LOGITS // vocab_size // 128 * 128))
 
 
-def _plus_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """total + x y, in the total's dtype."""
-    if x.dtype != total.dtype and x.is_cuda:
-        return total.add_(torch.mm(x, y, out_dtype=total.dtype))
-    return total.add_(product(x.to(total.dtype), y.to(total.dtype)))
+def _product_into(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """out = x y."""
+    if out.is_cuda:
+        torch.mm(x, y, out=out)  # without a copy
+    else:
+        out.copy_(product(x, y))
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
+    """total += x y, in the total's dtype; what the total holds before the first product is ignored."""
+    kind = total.dtype
+    if x.dtype != kind and x.is_cuda:  # the product adds the total itself, which a launch of its own would read again
+        if first:
+            torch.mm(x, y, out_dtype=kind, out=total)
+        else:
+            torch.addmm(total, x, y, out_dtype=kind, out=total)
+        return
+    found = product(x.to(kind), y.to(kind))
+    if first:
+        total.copy_(found)
+    else:
+        total.add_(found)
 
 
 @torch.library.custom_op("lkda::linear_cross_entropy", mutates_args=())
@@ -57,14 +74,15 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     scale = 1.0 / has_target.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     piece = _pieces(len(x), len(weight))
     kind = torch.promote_types(weight.dtype, torch.float32)
-    total, grad_x, grad_weight = torch.zeros_like(scale), torch.empty_like(x), torch.zeros_like(weight, dtype=kind)
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight, dtype=kind)
+    losses = []
     for start in range(0, len(x), piece):
         part = slice(start, start + piece)
-        losses, gradient = _rows(product(x[part], rows.mT), targets[part], scale)
-        total += losses.sum()
-        grad_x[part] = product(gradient, rows)
-        grad_weight = _plus_product(grad_weight, gradient.mT, x[part])
-    return total * scale, grad_x, grad_weight.to(weight.dtype)
+        loss, gradient = _rows(product(x[part], rows.mT), targets[part], scale)
+        losses.append(loss)
+        _product_into(grad_x[part], gradient, rows)
+        _add_product(grad_weight, gradient.mT, x[part], first=start == 0)
+    return torch.cat(losses).sum() * scale, grad_x, grad_weight.to(weight.dtype)
 
 
 @_forward.register_fake

@@ -27,8 +27,13 @@ Optional3 = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def _readable(x: Tensor) -> Tensor:
     """x [B, T, channels] if its rows lie at one distance from each other, else a copy of which that is true."""
-    rows = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    rows = x.shape[0] == 1 or x.stride(0) == x.shape[1] * _distance(x)
     return x if rows and x.stride(2) == 1 else x.contiguous()
+
+
+def _distance(x: Tensor) -> int:
+    """From row to row of x [B, T, channels]. The stride of an axis of length 1 can be any number."""
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
 def _streams(
@@ -47,7 +52,7 @@ def _sizes(x: Tensor, taps: Tensor, cu_seqlens: Tensor | None, head: int) -> tup
     """The first arguments of both functions of the .cpp file."""
     B, T, channels = x.shape
     bounds = bounds_of(B, T, cu_seqlens)
-    return bounds, len(bounds) - 1, channels, taps.shape[0], head, x.stride(1)
+    return bounds, len(bounds) - 1, channels, taps.shape[0], head, _distance(x)
 
 
 def _results(x: Tensor, width: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -88,7 +93,7 @@ def _backward(
         into = dict(enumerate(dxs[0].chunk(2 if w2 is None else 3, -1)))
     for i, x, taps, state in _streams(inputs, (w0, w1, w2), (s0, s1, s2)):
         dx, dlast = into[i], dlasts[i]
-        if dx.stride(1) != x.stride(1):
+        if _distance(dx) != _distance(x):
             x = x.contiguous()
         dy = torch.zeros_like(x) if dys[i] is None else dys[i].contiguous()
         dlast = None if dlast is None else dlast.contiguous()

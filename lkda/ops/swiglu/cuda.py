@@ -1,4 +1,4 @@
-"""SwiGLU on a GPU: one launch, without gradients."""
+"""SwiGLU on a GPU, and its backward: one launch each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lkda.ops.runtime.jit import Kernel, Module, reason_cannot_run
-from lkda.ops.runtime.kernel_inputs import ELEMENTS, readable_rows
+from lkda.ops.runtime.kernel_inputs import ELEMENTS, readable, readable_rows
 
 # A row of most models then fills nearly all threads of its blocks.
 THREADS = 64
+BACKWARD_THREADS = 256
 
 
 def cannot_run(device: torch.device, hidden: int, dtype: torch.dtype) -> str | None:
@@ -22,6 +23,10 @@ def cannot_run(device: torch.device, hidden: int, dtype: torch.dtype) -> str | N
     if device.type == "cuda" and hidden % (multiple := _at_once(dtype)):
         return f"the kernel takes halves of a multiple of {multiple} in {dtype}, got {hidden}; use backend='torch'."
     return reason_cannot_run(device)
+
+
+# What torch.compiler.assume_constant_result does; but that imports torch._dynamo, which takes seconds.
+cannot_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _at_once(dtype: torch.dtype) -> int:
@@ -35,9 +40,15 @@ def swiglu_kernel(dtype: torch.dtype) -> Kernel:
     return module.kernel("swiglu", "PPii", overlapping=True)
 
 
+@cache
+def swiglu_backward_kernel(dtype: torch.dtype) -> Kernel:
+    defines: dict[str, str | int | float] = {"ELEMENT": ELEMENTS[dtype], "THREADS": BACKWARD_THREADS}
+    return Module(Path(__file__).with_name("backward.cu"), defines).kernel("swiglu_backward", "PPPPiii")
+
+
 def kernels(arch: str) -> list[Kernel]:
     """Every variant: each dtype."""
-    return [swiglu_kernel(dtype) for dtype in ELEMENTS]
+    return [kernel(dtype) for kernel in (swiglu_kernel, swiglu_backward_kernel) for dtype in ELEMENTS]
 
 
 def swiglu_cuda(x: Tensor) -> Tensor:
@@ -47,3 +58,16 @@ def swiglu_cuda(x: Tensor) -> Tensor:
     blocks = -(-hidden // (_at_once(x.dtype) * THREADS))
     swiglu_kernel(x.dtype)((B * blocks, 1, 1), THREADS, x, y, hidden, x.stride(0), device=x.device)
     return y
+
+
+def launch_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x [B, 2 * hidden], and the result of the forward again. dy [B, hidden] is that of the result."""
+    B, hidden = dy.shape
+    dy, x = readable(dy), readable_rows(x)
+    dx, y = x.new_empty(B, 2 * hidden), torch.empty_like(dy)
+    groups = B * hidden // _at_once(x.dtype)
+    if groups:
+        arguments = (dy, x, dx, y, groups, hidden, x.stride(0))
+        blocks = -(-groups // BACKWARD_THREADS)
+        swiglu_backward_kernel(x.dtype)((blocks, 1, 1), BACKWARD_THREADS, *arguments, device=x.device)
+    return dx, y

@@ -9,6 +9,9 @@ import numpy as np
 
 from lkda.report.read.runs import Run
 
+# With fewer validations than this, the curve of a run is its training loss.
+ENOUGH = 4
+
 
 @dataclass(frozen=True)
 class Curve:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from lkda.report.draw.assets import scripts, styles
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.style import DARK, LIGHT, Picture
+from lkda.report.draw.units import quantity
+
+LONG = 40  # characters of a cell
 
 _STYLE = f"""
 :root {{ color-scheme: light dark;
@@ -28,6 +31,7 @@ th, td {{ padding: 0.45rem 0 0.45rem 0.9rem; text-align: right; white-space: now
 th {{ color: var(--faint); font-weight: 500; }}
 .name {{ text-align: left; padding-left: 0; padding-right: 0.9rem; }}
 td.name {{ white-space: normal; min-width: 7rem; }}
+td.name.long {{ min-width: 14rem; }}
 figure {{ margin: 0 0 1.8rem; }} .note + figure {{ margin-top: 1.8rem; }}
 img {{ display: block; width: 100%; max-width: 46rem; height: auto; }}
 p.note, li {{ color: var(--faint); font-size: 0.875rem; margin: 0.35rem 0; }}
@@ -35,7 +39,8 @@ p.note, li {{ color: var(--faint); font-size: 0.875rem; margin: 0.35rem 0; }}
 p.lead {{ font-size: 1.05rem; max-width: 46rem; }}
 h3 {{ font-weight: 600; font-size: 1rem; margin: 2.4rem 0 0.2rem; }}
 .chart {{ width: 100%; max-width: 52rem; min-height: 21rem; }} .chart select {{ max-width: 100%; }}
-.vega-bindings {{ font-size: 0.875rem; }}
+.chart-wrapper {{ display: flex; flex-direction: column; }}
+.chart .vega-bindings {{ order: -1; margin-bottom: 0.6rem; font-size: 0.875rem; }}
 table.sortable td, table.sortable th {{ text-align: left; }}
 table.sortable .dt-type-numeric {{ text-align: right; }}
 table.sortable td:last-child {{ white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }}
@@ -128,7 +133,7 @@ def _contents(sections: Sequence[Section]) -> str:
 
 def _table(section: Section) -> str:
     """The keyboard scrolls a table that is wider than the screen once it has the focus."""
-    orders = section.sort_by or [()] * len(section.body)
+    orders = section.sort_by or (_orders(section.body) if section.sortable else [()] * len(section.body))
     lines = "".join(_line("td", line, section.names, by) for line, by in zip(section.body, orders, strict=True))
     head = _line("th", section.head, section.names)
     label = f'aria-label="{html.escape(section.heading or "table")}"'
@@ -140,12 +145,25 @@ def _table(section: Section) -> str:
     return f'<div class="scroll"{region}><table{name}><thead>{head}</thead><tbody>{lines}</tbody></table></div>'
 
 
+def _orders(body: Sequence[Sequence[str]]) -> list[list[float | None]]:
+    """What cells are sorted by: in a column of numbers with units, the numbers; -1 stands for a missing one."""
+    columns = []
+    for cells in zip(*body, strict=True):
+        values = [quantity(cell) for cell in cells]
+        numbers = all(value is not None for cell, value in zip(cells, values, strict=True) if cell)
+        columns.append([(-1 if value is None else value) if numbers else None for value in values])
+    return [list(line) for line in zip(*columns, strict=True)]
+
+
 def _line(tag: str, cells: Sequence[str], names: int, sort_by: Sequence[float | str | None] = ()) -> str:
-    """A row of a table. A cell that is a command is folded."""
+    """A row of a table. A cell that is a command is folded. Long text beside the first column gets some width, so that
+    a row is not high on a narrow screen."""
     written = []
     for n, cell in enumerate(cells):
         order = sort_by[n] if n < len(sort_by) else None
-        attributes = (' class="name"' if n < names else "") + (f' data-order="{order}"' if order is not None else "")
+        kind = "name long" if n > 0 and len(cell) > LONG else "name"
+        attributes = f' class="{kind}"' if n < names else ""
+        attributes += f' data-order="{html.escape(str(order))}"' if order is not None else ""
         text = html.escape(cell)
         if cell.startswith("python "):
             text = f"<details><summary>command</summary><code>{text}</code></details>"
@@ -155,7 +173,8 @@ def _line(tag: str, cells: Sequence[str], names: int, sort_by: Sequence[float | 
 
 def _chart(chart: Chart) -> str:
     more = " The menu has other settings." if "params" in chart.spec else ""
-    caption = f'<p class="note">{html.escape(chart.caption)}{"." * bool(more)}{more}</p>' if chart.caption else ""
+    stop = "." if more and not chart.caption.endswith(".") else ""
+    caption = f'<p class="note">{html.escape(chart.caption)}{stop}{more}</p>' if chart.caption else ""
     return f'<h3>{html.escape(chart.title)}</h3>{caption}<div class="chart" id="{html.escape(chart.name)}"></div>'
 
 

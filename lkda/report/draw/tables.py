@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -23,6 +24,13 @@ def rich_table(head: Sequence[str], body: Sequence[Sequence[str]], *, names: int
 
 
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, names: int = 1) -> str:
-    """For a page: a Markdown table."""
-    lines = [head, ["---" if n < names else "---:" for n in range(len(head))], *body]
+    """For a page: a Markdown table. A cell stays one cell and no HTML, whatever characters it has."""
+    lines = [[*map(_escaped, head)], ["---" if n < names else "---:" for n in range(len(head))]]
+    lines += [[*map(_escaped, line)] for line in body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    """Without ends of lines, and with what Markdown would take for the next column or for HTML escaped, once."""
+    line = re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.splitlines()))
+    return re.sub(r"(?<!\\)<(?=[A-Za-z/!?])", "&lt;", line)

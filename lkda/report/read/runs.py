@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Run:
     """A run, finished or as it was at an earlier step.
 
     Attributes:
-        name: the name of its directory.
+        name: the name of its directory; with those above it where others have the same name.
         config: the content of config.yaml.
         summary: the content of summary.json.
         metrics: the rows of metrics.csv, without empty cells.
@@ -152,15 +153,34 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
 def read_runs(paths: Iterable[Path], *, step: int | None = None) -> tuple[list[Run], list[tuple[Path, str]]]:
     """Reads all directories that are runs, as `read_run` does, and the runs of results.json files of comparisons.
 
-    Returns: the runs, and (path, reason) for each path that is left out.
+    Returns: the runs, each with a name of its own, and (path, reason) for each path that is left out.
     """
-    runs, skipped = [], []
+    found: list[tuple[Path, Run]] = []
+    skipped = []
     for path in sorted(paths):
         try:
-            runs += _recorded(path, step) if path.suffix == ".json" and path.is_file() else [read_run(path, step=step)]
+            if path.suffix == ".json" and path.is_file():
+                found += [(path.absolute().parent / run.name, run) for run in _recorded(path, step)]
+            else:
+                found.append((path.absolute(), read_run(path, step=step)))
         except ValueError as error:
             skipped.append((path, str(error)))
-    return runs, skipped
+    names = _names([path for path, _ in found])
+    return [replace(run, name=name) for (_, run), name in zip(found, names, strict=True)], skipped
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as tell it from the others: the jobs of every sweep are called 0, 1, ..."""
+    names = [path.name for path in paths]
+    for parts in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        counts = Counter(names)
+        if len(counts) == len(names):
+            break
+        names = [
+            str(Path(*path.parts[-parts:])) if counts[name] > 1 else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    return names
 
 
 def _recorded(path: Path, step: int | None) -> list[Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from lkda.report.tradeoff.measurements import Measurement
 
 Record = dict[str, Any]
 Encoding = dict[str, Any]
-FEWEST_TICKS = 4
+FEWEST_TICKS = 4  # of an axis
+FEW_POINTS = 15  # of a line, each with a large mark
 _LEGEND: dict[str, Any] = {
     "orient": "bottom",
     "columns": {"expr": "width < 420 ? 1 : 2"},
@@ -31,7 +33,7 @@ _TOKENS = (
 
 
 def _log2(title: str, *, labels: str) -> Encoding:
-    axis = {"labelExpr": labels, "grid": False, "labelOverlap": True}
+    axis = {"labelExpr": labels, "grid": False, "labelOverlap": True, "labelSeparation": 6}
     return {
         "type": "quantitative",
         "title": title,
@@ -40,10 +42,15 @@ def _log2(title: str, *, labels: str) -> Encoding:
     }
 
 
-def _powers_of_two(values: Sequence[float]) -> list[int]:
-    """Those between the least and the greatest, at most eight of them; they need not be of a decade."""
-    low, high = math.ceil(math.log2(min(values))), math.floor(math.log2(max(values)))
-    return [2**power for power in range(low, high + 1, math.ceil((high - low + 1) / 8) or 1)]
+def _powers_of_two(values: Sequence[float]) -> list[float]:
+    """Those between the least and the greatest, at most eight of them; where there are few, steps between them too."""
+    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+    for steps in (1, 2, 4):  # parts of the way from a power to the next
+        ticks = [2.0**power * (1 + n / steps) for power in range(low, high + 1) for n in range(steps)]
+        ticks = [tick for tick in ticks if min(values) <= tick <= max(values)]
+        if len(ticks) >= FEWEST_TICKS:
+            break
+    return ticks[:: math.ceil(len(ticks) / 8) or 1]
 
 
 def _one_two_five(values: Sequence[float]) -> list[float]:
@@ -212,6 +219,7 @@ def against(
         format={"y": ".4f", "x": ",.0f"},
     )
     tooltip = [entry for entry in tooltip if entry["title"] and (entry["field"] != "setting" or not bytes_)]
+    edges = "scale('x', datum.x) < 70 ? 'left' : scale('x', datum.x) > width - 70 ? 'right' : 'center'"
     mean = [{"filter": "datum.run === 'mean over seeds'"}]
     front = [{"filter": "datum.run === 'mean over seeds' && datum.front"}]
     position = {"x": across, "y": up}
@@ -256,7 +264,14 @@ def against(
             },
             {
                 "transform": front,
-                "mark": {"type": "text", "dy": -17, "color": {"expr": "ink"}, "fontSize": 12, "limit": 220},
+                "mark": {
+                    "type": "text",
+                    "align": {"expr": edges},  # within the chart on a narrow screen
+                    "dy": -17,
+                    "color": {"expr": "ink"},
+                    "fontSize": 12,
+                    "limit": 220,
+                },
                 "encoding": position | {"text": {"field": "series"}},
             },
         ],
@@ -281,13 +296,19 @@ def curves(name: str, title: str, caption: str, records: Sequence[Record], *, x:
     )
     across, up = _linear(x), _linear(y)
     up["axis"] = {"format": ".4~r"}
+    runs: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        runs[record["run"]].append(record["y"])
+    # Without the steep beginning, of which a line shows the last part only; drag the chart to see the rest.
+    up["scale"] |= {"domain": [min(map(min, runs.values())), max(max(ys[len(ys) // 8 :]) for ys in runs.values())]}
+    size = 35 if max(map(len, runs.values())) <= FEW_POINTS else 8
     spec = {
         "$schema": SCHEMA,
         "data": {"values": list(records)},
         "layer": [
             {
                 "params": _INTERACTIVE,
-                "mark": {"type": "line", "point": {"size": 35}, "strokeWidth": 1.6, "clip": True},
+                "mark": {"type": "line", "point": {"size": size}, "strokeWidth": 1.6, "clip": True},
                 "encoding": {
                     "x": {"field": "x", **across},
                     "y": {"field": "y", **up},

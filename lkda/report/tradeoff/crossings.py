@@ -65,7 +65,8 @@ def pairs(found: Sequence[Measurement]) -> list[Pair]:
         if not shared:
             continue
         longest = shared[-1]
-        faster, slower = (name, other_name) if speeds[longest] >= other_speeds[longest] else (other_name, name)
+        last = next((x for x in reversed(shared) if speeds[x] != other_speeds[x]), longest)  # where they do not tie
+        faster, slower = (name, other_name) if speeds[last] >= other_speeds[last] else (other_name, name)
         at = [x for x, _, _ in crossings(points, other_points)]
         ratio = speeds[longest] / other_speeds[longest]
         result.append(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lkda.report.draw.curves import ENOUGH, mean_curve, running_mean
 from lkda.report.draw.units import count, length, memory
 from lkda.report.read.groups import Group, also_differing, settings
 from lkda.report.read.runs import Run, reported_split
 from lkda.report.tradeoff.crossings import pairs, rounded
-from lkda.report.tradeoff.measurements import OF_MODELS, Measurement
+from lkda.report.tradeoff.measurements import OF_MODELS, STAGES, Measurement
 
 Record = dict[str, Any]
 LOGGED = "training, as the runs logged it"
 MEAN = "mean over seeds"
+MOST_POINTS, FEWEST_POINTS = 2000, 10  # of all curves of training in a chart, and of one of them
 COMMAND = "train_again"  # an entry of a summary: the command that trains the run again
 
 
@@ -81,18 +86,40 @@ def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not dominated(cost, gain) for cost, gain in points]
 
 
+def by_data(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """The groups by the data of their runs, because accuracies on different data cannot be compared."""
+    found: dict[str, list[Group]] = defaultdict(list)
+    for group in groups:
+        found[_data_of(group.runs[0])].append(group)
+    return dict(found)
+
+
+def _data_of(run: Run) -> str:
+    """The name of the data; of files, which all have one name, with their paths."""
+    name, data = str(run.summary.get("data", "unnamed data")), run.config.get("data") or {}
+    paths = data.get("val_paths") or data.get("paths")
+    return f"{name} ({paths if isinstance(paths, str) else ', '.join(map(str, paths))})" if paths else name
+
+
 def by_speed(
     groups: Sequence[Group], found: Sequence[Measurement], quality: Quality, *, exclusive_device: bool
 ) -> list[Record]:
     """Accuracy against tokens/s: of training as the runs logged it, and of each benchmark of at least two of the models
-    with the runs' mixer and model."""
+    with the runs' mixer and model. Runs of different data are not compared."""
+    parts = by_data(groups)
+    if len(parts) > 1:
+        return [
+            record | {"setting": f"{record['setting']}; {data}"}
+            for data, same in parts.items()
+            for record in by_speed(same, found, quality, exclusive_device=exclusive_device)
+        ]
     records = []
     devices = {run.summary.get("device") for group in groups for run in group.runs}
     if exclusive_device and len(devices) == 1:
         speeds = [(group, lambda run: float(run.summary["tokens_per_s"])) for group in groups]
         records += _points(speeds, quality, setting=LOGGED, more_x_is_better=True)
     settings_found = {(one.stage, one.where, one.context) for one in found if one.stage in OF_MODELS}
-    for stage, where, context in sorted(settings_found):
+    for stage, where, context in sorted(settings_found, key=lambda found: (STAGES.index(found[0]), *found[1:])):
         here = [one for one in found if (one.stage, one.where, one.context) == (stage, where, context)]
         joined = [(group, _constant(speed)) for group in groups if (speed := speed_of(group, here)) is not None]
         if len(joined) > 1:
@@ -119,9 +146,12 @@ def speed_of(group: Group, found: Sequence[Measurement]) -> float | None:
 
 
 def by_state(groups: Sequence[Group], quality: Quality) -> list[Record]:
-    """Accuracy against the bytes of the state of one sequence at the training context."""
-    states = [(group, lambda run: float(run.summary["state_bytes"])) for group in groups]
-    return _points(states, quality, setting="", more_x_is_better=False)
+    """Accuracy against the bytes of the state of one sequence at the training context, for each data."""
+    records = []
+    for data, same in by_data(groups).items():
+        states = [(group, lambda run: float(run.summary["state_bytes"])) for group in same]
+        records += _points(states, quality, setting=data, more_x_is_better=False)
+    return records
 
 
 def _points(
@@ -180,19 +210,36 @@ _CHOICES = (("mixer", "mixer.name"), ("model", "model.name"), ("data", "data.sou
 
 
 def curve_records(groups: Sequence[Group], *, x: str, y: str) -> list[Record]:
-    """The validations of each run: {x, y, step, run, seed, series, mixer, configuration}.
+    """The course of each run: {x, y, step, run, seed, series, mixer, configuration}.
 
     Args:
-        x, y: columns of metrics.csv.
+        x, y: columns of metrics.csv. A column of training is smoothed and thinned.
     """
-    return [
-        {"x": row[x], "y": row[y], "step": row["step"], "series": group.label, "mixer": group.mixer}
-        | {"run": run.name, "seed": str(run.summary.get("seed", "")), "configuration": configuration(run)}
-        for group in groups
-        for run in group.runs
-        for row in run.metrics
-        if x in row and y in row
-    ]
+    runs = [(group, run) for group in groups for run in group.runs]
+    most = max(FEWEST_POINTS, MOST_POINTS // len(runs))
+    records = []
+    for group, run in runs:
+        course, steps = mean_curve([run], x, y), mean_curve([run], "step", y).x
+        every = 1
+        if y.startswith("train/"):
+            course, every = running_mean(course), math.ceil(len(course.x) / most) or 1
+        about = {"series": group.label, "mixer": group.mixer, "run": run.name}
+        about |= {"seed": str(run.summary.get("seed", "")), "configuration": configuration(run)}
+        points = list(zip(course.x, course.y, steps, strict=True))
+        records += [{"x": x, "y": y, "step": step, **about} for x, y, step in points[::-every][::-1]]  # with the last
+    return records
+
+
+def course_of(groups: Sequence[Group], quality: Quality) -> tuple[str, str]:
+    """The column that shows the course of the runs, and its title: that of the validations, or of training where a run
+    has too few of them for a line."""
+    y = quality.key.replace("test/", "val/")
+    trained = y.replace("val/", "train/")
+    runs = [run for group in groups for run in group.runs]
+    few = min(sum(y in row for row in run.metrics) for run in runs) < ENOUGH
+    if few and all(any(trained in row for row in run.metrics) for run in runs):
+        return trained, re.sub("^(validation|test)", "training", quality.title)
+    return y, re.sub("^test", "validation", quality.title)
 
 
 @dataclass(frozen=True)
@@ -217,11 +264,17 @@ class Answer:
 
 def answers(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[Answer]:
     """The best by accuracy at each limit of memory, and the fastest and the smallest at each context."""
-    return [*(_by_accuracy(groups, quality) if quality else []), *_by_context(found)]
+    parts = by_data(groups)
+    of_runs = [_by_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
+    return [*(answer for part in of_runs for answer in part), *_by_context(found)]
 
 
-def _by_accuracy(groups: Sequence[Group], quality: Quality) -> list[Answer]:
-    budget = budget_of(groups)
+def _budget(groups: Sequence[Group], data: str, parts: Mapping[str, Any]) -> str:
+    """The budget of the runs, with their data where there are several."""
+    return budget_of(groups) + (f", on {data}" if len(parts) > 1 else "")
+
+
+def _by_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> list[Answer]:
     result = []
     best = best_of(groups, quality)
     equal = [group for group in groups if group is not best and within_spread(group, best, quality)]
@@ -294,13 +347,17 @@ def _by_context(found: Sequence[Measurement]) -> list[Answer]:
 
 def summary(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[str]:
     """What to choose, a paragraph each: by accuracy and memory, by speed at the longest context, and KDA or softmax."""
-    said = [_said_of_accuracy(groups, quality) if quality else "", _said_of_speed(found), _said_of_crossings(found)]
+    parts = by_data(groups)
+    said = [_said_of_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
+    said += [_said_of_speed(found), _said_of_crossings(found)]
     return [paragraph for paragraph in said if paragraph]
 
 
-def _said_of_accuracy(groups: Sequence[Group], quality: Quality) -> str:
-    best, *others = _by_accuracy(groups, quality)
-    said = [f"With {budget_of(groups)}, choose {best.mixer}: its {quality.title} is the best, {best.why}."]
+def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> str:
+    best, *others = _by_accuracy(groups, quality, budget)
+    if len(groups) == 1:
+        return f"With {budget}, {best.mixer} is the only model: its {quality.title} is {best.why}."
+    said = [f"With {budget}, choose {best.mixer}: its {quality.title} is the best, {best.why}."]
     smaller = [answer for answer in others if "or little more" in answer.question]
     if smaller:  # from the largest state to the smallest
         choices = "; ".join(f"{answer.mixer}, {answer.why}" for answer in reversed(smaller))
@@ -323,16 +380,20 @@ def _said_of_speed(found: Sequence[Measurement]) -> str:
 
 def _said_of_crossings(found: Sequence[Measurement]) -> str:
     """Where lkda's KDA overtakes softmax attention."""
-    settings_of = {one.where: one.setting for one in found}
+    measured = {one.where: one for one in found if one.tokens_per_s}
+    usual = max(devices := [one.device for one in measured.values()], key=devices.count) if measured else ""
     between = [pair for pair in pairs(found) if pair.own and set(pair.mixers) == {"kda", "softmax"}]
     said = []
     for mixer, other in (("kda", "softmax"), ("softmax", "kda")):
         overtakes, always = [], []
         for pair in (pair for pair in between if pair.mixers[0] == mixer):
-            setting = settings_of[pair.where]
+            setting = measured[pair.where].setting
             place = f"{pair.stage}, {setting.partition(',')[0] if pair.stage == 'kernel' else setting}"
-            if pair.context is None:
-                always.append(place)
+            place += "" if measured[pair.where].device == usual else f", {measured[pair.where].device}"
+            if pair.shortest == pair.longest:
+                always.append(f"{place} (at {length(pair.longest)} alone)")
+            elif pair.context is None:
+                always.append(f"{place} ({length(pair.shortest)} to {length(pair.longest)})")
             else:
                 overtakes.append(f"{rounded(pair.context)} ({place})")
         if overtakes:

@@ -78,8 +78,8 @@ class Tradeoff:
         drawn.append(
             charts.against("front_by_state", title, f"{where}. {FRONT}", states, x=x, y=quality.title, bytes_=True)
         )
-        y = quality.key.replace("test/", "val/")
-        of_y = quality.title.replace("test", "validation").capitalize()
+        y, of_y = records.course_of(self.groups, quality)
+        smoothed = " Training is smoothed; most runs have few validations." if y.startswith("train/") else ""
         for column, heading, name in (
             ("tokens", "training tokens", "tokens"),
             ("seconds", "training time, s", "seconds"),
@@ -88,9 +88,9 @@ class Tradeoff:
                 continue
             curves = records.curve_records(self.groups, x=column, y=y)
             if curves:
-                drawn.append(
-                    charts.curves(f"curves_by_{name}", f"{of_y} against {heading}", where, curves, x=heading, y=of_y)
-                )
+                title = f"{of_y.capitalize()} against {heading}"
+                caption = f"{where}.{smoothed}" if smoothed else where
+                drawn.append(charts.curves(f"curves_by_{name}", title, caption, curves, x=heading, y=of_y))
         return drawn + ([charts.recall(self.recall)] if self.recall else [])
 
     def _of_contexts(self) -> list[Chart]:

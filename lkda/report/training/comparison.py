@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group, also_differing, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, find_results, measurements
-from lkda.report.tradeoff.records import COMMAND, best_of, reproduce, within_spread
+from lkda.report.tradeoff.records import COMMAND, best_of, by_data, reproduce, within_spread
 from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
@@ -108,13 +109,27 @@ class Comparison:
             )
         if len(devices) > 1:
             notes.append("The devices differ, so times and tokens/s cannot be compared.")
-        if self.across_tokenizers:
-            notes.append("Data or tokenizers differ, so compare bits per byte and not the loss per token.")
+        data = list(by_data(self.groups))
+        if len(data) > 1:
+            notes.append(f"The data differ: {'; '.join(data)}. Only rows of the same data can be compared.")
+        elif self.across_tokenizers:
+            notes.append("The tokenizers differ, so compare bits per byte and not the loss per token.")
         differing = also_differing(self.runs)
         if differing:
             notes.append(f"Besides the mixer, these settings differ between the rows: {', '.join(differing)}.")
         if any(len(group.runs) > 1 for group in self.groups):
             notes.append("± is the standard deviation over seeds.")
+        again = [
+            f"{group.label} (seed {seed}, {times} times)"
+            for group in self.groups
+            for seed, times in Counter(run.summary.get("seed") for run in group.runs).items()
+            if seed is not None and times > 1
+        ]
+        if again:
+            notes.append(
+                f"Of these rows, runs have the same seed and settings: {'; '.join(again)}. If they are copies of one "
+                "run, the spread over seeds is too small."
+            )
         if not self.exclusive_device:
             notes.append("Runs shared a device, so times are not compared.")
         seconds = table.equal_wall_clock(self.groups) if self.exclusive_device else None
@@ -240,12 +255,16 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
     """The table of the runs with, for each row, whether it differs from the best, and the command that trains it."""
     groups, quality = comparison.groups, comparison.tradeoff.quality
     assert quality is not None
-    best = best_of(groups, quality)
+    bests = {id(group): best_of(same, quality) for same in by_data(groups).values() for group in same}
     said = {True: "no, within the spread over seeds", False: "yes", None: "unknown, one seed"}
     head, body = table.as_cells(rows)
     extra = [
-        ("this is the best" if group is best else said[within_spread(group, best, quality)], reproduce(group, groups))
+        (
+            "this is the best" if group is best else said[within_spread(group, best, quality)],
+            reproduce(group, groups),
+        )
         for group in groups
+        for best in [bests[id(group)]]
     ]
     return Section(
         "Runs",

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from lkda.report.draw.curves import Curve, mean_curve, running_mean
+from lkda.report.draw.curves import ENOUGH, Curve, mean_curve, running_mean
 from lkda.report.draw.labels import Label, label_ends, label_points
 from lkda.report.draw.style import Look, Picture, Style, picture
 from lkda.report.draw.units import count, memory
@@ -27,8 +27,6 @@ NAMES = {
     "test/loss": "loss (nats per token)",
     "test/bits_per_byte": "bits per byte",
 }
-# With fewer validations than this, the curve is the training loss and the validations are single points.
-ENOUGH = 4
 
 
 def loss_curves(groups: Sequence[Group], *, x: str, y: str, bits_per_nat: float | None = None) -> Picture:

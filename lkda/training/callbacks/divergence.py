@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lkda.training.callbacks.steps import ends_step
+from lkda.training.device_time import ComingValues
 from lkda.training.processes import everywhere, local, process_count
 
 # A run that skips bad steps ends after so many of them one after another: it would learn nothing more.
@@ -39,11 +40,11 @@ def require_finite(model: nn.Module, *, step: int) -> None:
 class DivergenceGuard(L.Callback):
     """Raises DivergedError with the first step whose loss was not finite.
 
-    Reading the loss waits for the device, so on a GPU it is read only every `every_n_steps` steps. The first bad step
-    is stored on the device, so that the reported step is still the first one.
+    On a GPU the loss is read only every `every_n_steps` steps, and after the next step has begun, so that the device
+    does not wait. The first bad step is stored on the device, so that the reported step is still the first one.
 
     Args:
-        every_n_steps: optimizer steps, as of the rows of metrics.csv, at which the host waits anyway.
+        every_n_steps: optimizer steps, as of the rows of metrics.csv.
         skips: whether the task skips bad steps. The error is then raised after MOST_SKIPPED of them one after another.
     """
 
@@ -51,6 +52,7 @@ class DivergenceGuard(L.Callback):
         self.every_n_steps = every_n_steps
         self.skips = skips
         self.first_bad_step: Tensor | None = None
+        self._coming: ComingValues | None = None  # what was asked at the last of these steps
         self._skipped_before = 0  # by the processes before a resume
 
     def skipped_steps(self, pl_module: L.LightningModule) -> int:
@@ -80,16 +82,22 @@ class DivergenceGuard(L.Callback):
             self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
         new = ~loss.detach().isfinite() & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(new, step, self.first_bad_step)
-        if loss.device.type == "cpu" or step % self.every_n_steps == 0:
-            first = int(self.first_bad_step)
-            if first >= 0:
-                raise DivergedError("the loss", first)
+        first = self._read(self.first_bad_step, step)
+        if first is not None and first >= 0:
+            raise DivergedError("the loss", first)
 
     def _check_skipped(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        count, step = pl_module.skipped_in_a_row, trainer.global_step
-        assert isinstance(count, Tensor)
-        if (count.device.type == "cpu" or step % self.every_n_steps == 0) and int(count) >= MOST_SKIPPED:
-            raise DivergedError(f"the loss or the gradient of each of the last {int(count)} steps", step)
+        assert isinstance(pl_module.skipped_in_a_row, Tensor)
+        count = self._read(pl_module.skipped_in_a_row, trainer.global_step)
+        if count is not None and count >= MOST_SKIPPED:
+            raise DivergedError(f"the loss or the gradient of each of the last {count} steps", trainer.global_step)
+
+    def _read(self, value: Tensor, step: int) -> int | None:
+        """The value on a CPU. On a GPU the value of the batch before this one, if it was one of those that are read."""
+        if value.device.type == "cpu":
+            return int(value)
+        before, self._coming = self._coming, ComingValues([value]) if step % self.every_n_steps == 0 else None
+        return None if before is None else int(before.read()[0])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.callback_metrics["val/loss"].isfinite():

@@ -98,11 +98,11 @@ class TrainingProgress(RichProgressBar):
         """Time the first steps after the warm-up, and then print how long the run will take."""
         self._steps_here += 1
         if self._steps_here == WARMUP_STEPS:
-            self._timed_from = self._recorder(trainer).read_clock()
+            self._timed_from = self._recorder(trainer).read_clock(trainer.lightning_module.device)
         if self._steps_here != WARMUP_STEPS + TIMED_STEPS or trainer.global_step >= trainer.max_steps:
             return
         recorder = self._recorder(trainer)
-        step_seconds = (recorder.read_clock() - self._timed_from) / TIMED_STEPS
+        step_seconds = (recorder.read_clock(trainer.lightning_module.device) - self._timed_from) / TIMED_STEPS
         self._time_left.step_seconds = step_seconds
         seconds = self._time_left.seconds(trainer)
         assert seconds is not None

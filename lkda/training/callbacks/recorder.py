@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lkda.training.callbacks.steps import ends_step, validation_follows
+from lkda.training.device_time import ComingValues, Moment
 from lkda.training.throughput import Throughput
 
 # Steps at the start of a process that do not count for the speed, because they compile, allocate and fill caches.
@@ -23,6 +25,9 @@ class Recorder(L.Callback):
     The rows of a step are written before its checkpoint, so that a resumed run has all rows up to its first step. The
     clock measures only training: it is stopped during validations and while checkpoints are written.
 
+    A GPU does not wait for a row. Its values are copied when the step ends, and the row is written after the next batch
+    has been given to the device, or before a validation or a checkpoint.
+
     Args:
         every_n_steps: optimizer steps between two rows.
         tokens_per_step: over all devices and accumulated batches.
@@ -35,43 +40,35 @@ class Recorder(L.Callback):
         self.tokens_per_step = tokens_per_step
         self.seconds = 0.0
         self.latest: dict[str, float] = {}
-        self._running_since: float | None = None
+        self._running_since: Moment | None = None
         self._since: tuple[int, float] | None = None  # tokens and seconds at which the next speed measurement begins
         self._steps_here = 0
         self._clipped = (0, 0)  # clipped steps and all steps of this process, at the last row
+        self._waiting: _Row | None = None
 
-    def tokens(self, trainer: L.Trainer) -> int:
-        """The number of tokens trained on so far, including those before a resume."""
-        return trainer.global_step * self.tokens_per_step
+    def read_clock(self, device: torch.device) -> float:
+        """The seconds of training so far, when the device has ended its work."""
+        return self.seconds if self._running_since is None else self._seconds_at(Moment(device))
 
-    def read_clock(self) -> float:
-        """The seconds of training so far, after a synchronization with the GPU."""
-        self._read_clock()
-        return self.seconds
-
-    def _start_clock(self) -> None:
-        if self._running_since is None:
-            self._running_since = time.perf_counter()
-
-    def _stop_clock(self) -> None:
+    def _stop_clock(self, device: torch.device) -> None:
         if self._running_since is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - self._running_since
-            self._running_since = None
+            self.seconds, self._running_since = self._seconds_at(Moment(device)), None
 
-    def _read_clock(self) -> None:
-        self._stop_clock()
-        self._start_clock()
+    def _seconds_at(self, moment: Moment) -> float:
+        """The seconds of training at a moment after the last start of the clock. Waits for it."""
+        assert self._running_since is not None
+        return self.seconds + moment.seconds_since(self._running_since)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._start_clock()
+        if self._running_since is None:
+            self._running_since = Moment(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._write_waiting(trainer)
         if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
@@ -80,42 +77,56 @@ class Recorder(L.Callback):
         if last:
             trainer.should_stop = True  # makes Lightning validate at the end, for any interval
         if self._steps_here == WARMUP_STEPS:
-            self._read_clock()
-            self._since = (self.tokens(trainer), self.seconds)
+            self._since = (step * self.tokens_per_step, self._seconds_at(Moment(pl_module.device)))
         if last or step == 1 or step % self.every_n_steps == 0:
-            self._read_clock()
-            self._write_training_row(trainer)
-            if not validation_follows(trainer, batch_idx):
-                _complete(trainer)
+            completes = not validation_follows(trainer, batch_idx)
+            self._waiting = _Row.of(trainer, steps_here=self._steps_here, completes=completes)
+            if last or self._waiting.values.have_arrived():
+                self._write_waiting(trainer)
 
-    def _write_training_row(self, trainer: L.Trainer) -> None:
-        row = {**_logged(trainer, "train/"), "lr": trainer.optimizers[0].param_groups[0]["lr"]}
-        if self._since is not None and self._steps_here > WARMUP_STEPS:
-            tokens, seconds = self._since
-            row["tokens_per_s"] = (self.tokens(trainer) - tokens) / (self.seconds - seconds)
+    def _write_waiting(self, trainer: L.Trainer) -> None:
+        """Write the row that waits for its values, if there is one."""
+        if self._waiting is None:
+            return
+        found, self._waiting = self._waiting, None
+        *values, clipped = found.values.read()
+        row = {**dict(zip(found.names, values, strict=True)), "lr": found.lr}
+        tokens, seconds = found.step * self.tokens_per_step, self._seconds_at(found.values.moment)
+        if self._since is not None and found.steps_here > WARMUP_STEPS:
+            tokens_before, seconds_before = self._since
+            row["tokens_per_s"] = (tokens - tokens_before) / (seconds - seconds_before)
             row |= self.throughput.columns(row["tokens_per_s"])
-            self._since = (self.tokens(trainer), self.seconds)
-        clipped, steps = self._clipped_since(trainer.lightning_module)
-        row["train/clipped_share"] = clipped / steps
-        self._clipped = (self._clipped[0] + clipped, self._clipped[1] + steps)
-        self._write(trainer, row)
+            self._since = (tokens, seconds)
+        clipped_before, steps_before = self._clipped
+        row["train/clipped_share"] = (clipped - clipped_before) / (found.steps_here - steps_before)
+        self._clipped = (int(clipped), found.steps_here)
+        self._write(trainer, row, step=found.step, seconds=seconds)
+        if found.completes:
+            _complete(trainer)
 
-    def _write(self, trainer: L.Trainer, row: dict[str, float]) -> None:
+    def _write(self, trainer: L.Trainer, row: dict[str, float], *, step: int, seconds: float) -> None:
         self.latest |= row
-        row = {"tokens": self.tokens(trainer), "seconds": self.seconds, **row}
+        row = {"tokens": step * self.tokens_per_step, "seconds": seconds, **row}
         for logger in trainer.loggers:
-            logger.log_metrics(row, step=trainer.global_step)
+            logger.log_metrics(row, step=step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop_clock()
+        self._write_waiting(trainer)
+        self._stop_clock(pl_module.device)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._write(trainer, _logged(trainer, "val/") | _logged(trainer, "test/"))
+            row = {name: float(value) for name, value in (_logged(trainer, "val/") | _logged(trainer, "test/")).items()}
+            self._write(trainer, row, step=trainer.global_step, seconds=self.seconds)
             _complete(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        with suppress(torch.AcceleratorError):  # a device that has failed has no values, and `exception` says why
+            self._write_waiting(trainer)
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._stop_clock()
+        self._write_waiting(trainer)
+        self._stop_clock(pl_module.device)
         checkpoint["lkda_seconds"] = self.seconds
         checkpoint["lkda_clipped"] = self._clipped_since(pl_module)
 
@@ -136,7 +147,36 @@ def _complete(trainer: L.Trainer) -> None:
         logger.save()
 
 
-def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:
+def _logged(trainer: L.Trainer, prefix: str) -> dict[str, torch.Tensor]:
     """The metrics that the task logged under that prefix."""
-    metrics = trainer.callback_metrics.items()
-    return {name: float(value) for name, value in metrics if name.startswith(prefix)}
+    return {name: value for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a training step, whose values are on their way to the host.
+
+    Attributes:
+        step: the optimizer step.
+        steps_here: the number of optimizer steps of this process.
+        names: of the metrics.
+        values: of the metrics, and the number of clipped steps of this process.
+        lr: the learning rate.
+        completes: whether it is the last row of the step.
+    """
+
+    step: int
+    steps_here: int
+    names: tuple[str, ...]
+    values: ComingValues
+    lr: float
+    completes: bool
+
+    @classmethod
+    def of(cls, trainer: L.Trainer, *, steps_here: int, completes: bool) -> _Row:
+        """The row of the step that has just ended."""
+        metrics, clipped = _logged(trainer, "train/"), trainer.lightning_module.clipped_steps
+        assert isinstance(clipped, torch.Tensor)
+        values = ComingValues([*metrics.values(), clipped.to(next(iter(metrics.values())).device)])
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        return cls(trainer.global_step, steps_here, tuple(metrics), values, lr, completes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +93,26 @@ def test_bits_per_byte_are_those_of_the_completions(pairs):
 
 def test_long_examples_are_refused_or_dropped(pairs):
     with open(pairs, "a") as file:
-        file.write(json.dumps({"prompt": "a " * 100, "completion": "b"}) + "\n")
-    with pytest.raises(ValueError, match=r"1 of \d+ examples for \w+ have more than data.context=48 tokens"):
+        file.write(20 * (json.dumps({"prompt": "a " * 100, "completion": "b"}) + "\n"))
+    with pytest.raises(ValueError, match=r"\d+ of \d+ examples for \w+ have more than data.context=48 tokens"):
         module(pairs).prepare()
     data = module(pairs, too_long="drop")
     data.prepare()
-    assert data.dropped == 1
+    assert data.dropped == 20
+    assert re.fullmatch(r"\d\d of \d+ examples, which are too long", data.left_out)  # of those for training
 
 
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        ('{"prompt": "a", "completion": ""}\n', {}, r"example 1 of .* has no text in column 'completion'"),
+        ('{"prompt": "a", "completion": ""}\n', {}, r"row 1 of .* has no text in column 'completion'"),
         ('{"prompt": "a", "answer": "b"}\n', {}, r"no column 'completion'; it has prompt, answer. Set data.completion"),
         ('{"question": "a", "completion": "b"}\n', {}, r"no column 'prompt'; it has question, .*Set data.prompt"),
         ('{"prompt": 1, "completion": "b"}\n', {}, r"column 'prompt' of .* holds a number, not text, in row 1"),
         ('{"prompt": "a", "completion": "b"}\n', {}, r"1 examples are too few to hold out 2"),
         ('{"prompt": "a", "completion": \n', {}, r"cannot read .* as JSON lines: line 1"),
         ('["a", "b"]\n', {}, r"line 1 is a list"),
+        ('{"prompt": ' + "9" * 5000 + "}\n", {}, r"cannot read .* as JSON lines: line 1: Exceeds the limit"),
         ('{"prompt": "a", "completion": "\\ud800"}\n', {}, r"column 'completion' of .* is not UTF-8 in row 1"),
         ("x", {"too_long": "cut"}, r"data.too_long must be error or drop, got 'cut'"),
         ("x", {"prompt_column": "completion"}, r"are both 'completion'"),
@@ -119,3 +122,21 @@ def test_bad_examples_get_one_clear_message(tmp_path, text, changes, message):
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         module(tmp_path / "a.jsonl", **changes).prepare()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"promt": "a", "completion": "b"}', r"row 3 of .*b.jsonl has no column 'prompt'; it has promt, completion"),
+        ('{"prompt": "a"}', r"row 3 of .*b.jsonl has no column 'completion'; it has prompt\."),
+        ("{}", r"row 3 of .*b.jsonl has no column 'prompt'; it has none"),
+        ('{"prompt": "a", "completion": null}', r"row 3 of .*b.jsonl has no text in column 'completion'"),
+    ],
+)
+def test_a_row_without_its_prompt_is_not_trained_on(tmp_path, line, message):
+    """One wrong row among many, in the second of two files: it is named, and not taken for one with an empty prompt."""
+    good = '{"prompt": "", "completion": "b"}\n{"prompt": null, "completion": "c"}\n'
+    (tmp_path / "a.jsonl").write_text(good * 10)
+    (tmp_path / "b.jsonl").write_text(good + line + "\n" + good)
+    with pytest.raises(ValueError, match=message):
+        module(tmp_path).prepare()

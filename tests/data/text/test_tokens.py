@@ -38,13 +38,16 @@ def every_row(data: TokensDataModule) -> list[list[int]]:
     return [data._train.row(n)[0].tolist() for n in range(data._train.count)]
 
 
-def llm_c(tokens: np.ndarray) -> bytes:
+def llm_c(tokens: np.ndarray, *, of_llama: bool = False) -> bytes:
     header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    return header.tobytes() + tokens.astype("<u2").tobytes()
+    header[:3] = (20240801, 7, len(tokens)) if of_llama else (20240520, 1, len(tokens))
+    return header.tobytes() + tokens.astype("<u4" if of_llama else "<u2").tobytes()
 
 
-@pytest.mark.parametrize("kind", ["npy", "npy of 64 bits", "npy with rows", "bin", "bin of 32 bits", "bin of llm.c"])
+@pytest.mark.parametrize(
+    "kind",
+    ["npy", "npy of 64 bits", "npy with rows", "bin", "bin of 32 bits", "bin of llm.c", "bin of llm.c for Llama"],
+)
 def test_each_kind_of_file_has_the_same_batches(tmp_path, tokenizer, tokens, kind):
     path, options = tmp_path / f"a.{kind[:3]}", {}
     if kind == "npy":
@@ -59,7 +62,7 @@ def test_each_kind_of_file_has_the_same_batches(tmp_path, tokenizer, tokens, kin
         path.write_bytes(tokens.astype("<u4").tobytes())
         options = {"dtype": "uint32"}
     else:
-        path.write_bytes(llm_c(tokens))
+        path.write_bytes(llm_c(tokens, of_llama="Llama" in kind))
     data = module(tokenizer, path, val_fraction=0.1, test_fraction=0.1, **options)
     data.prepare()
     used = tokens[: len(tokens) // 4 * 4] if kind == "npy with rows" else tokens
@@ -89,6 +92,34 @@ def test_shards_follow_each_other_and_no_row_crosses_two(tmp_path, tokenizer, to
     assert data.no_test == "data.test_fraction is 0"
     text = data.tokenizer.decode(tokens[:200].tolist(), skip_special_tokens=True)
     assert data.bytes_per_token == pytest.approx(len(text.encode()) / 200)
+
+
+@pytest.mark.parametrize(("written", "read", "better"), [("<u4", "uint16", "uint32"), ("<i8", "uint32", "int64")])
+def test_numbers_of_more_bits_are_not_read_as_twice_as_many_tokens(tmp_path, tokenizer, tokens, written, read, better):
+    """Every second token would be 0, which is a token."""
+    (tmp_path / "a.bin").write_bytes(tokens.astype(written).tobytes())
+    with pytest.raises(ValueError, match=rf"every second number of .*a.bin is 0, .* set data.dtype.*={better}\."):
+        module(tokenizer, tmp_path / "a.bin", dtype=read).prepare()
+
+
+def test_tokens_that_are_in_no_sequence_are_told(tmp_path, tokenizer, tokens):
+    """A file that is shorter than a sequence is not dropped without a word."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    np.save(folder / "long.npy", tokens[:161])
+    np.save(tmp_path / "val.npy", tokens[:200])
+    options = {"val_paths": [str(tmp_path / "val.npy")], "test_fraction": 0.0}
+    data = module(tokenizer, folder, **options)
+    data.prepare()
+    assert data.left_out is None  # one token of 161
+    for n in range(3):
+        np.save(folder / f"short_{n}.npy", tokens[: 10 + n])
+    data = module(tokenizer, folder, **options)
+    data.prepare()
+    assert data.left_out == (
+        "34 of 194 tokens. Of each file, those after the last whole sequence of data.context=16 are left out; 3 of 4 "
+        "files are shorter than one"
+    )
 
 
 def prepared(folder: Path, tokenizer: Path, tokens: np.ndarray) -> Path:

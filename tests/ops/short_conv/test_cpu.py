@@ -61,6 +61,18 @@ def test_large_inputs_saturate():
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in results))
 
 
+def test_one_token_of_each_row_may_have_any_stride_over_time():
+    """The stride of an axis of length 1 means nothing: PyTorch calls such a tensor contiguous."""
+    x, weight, state = torch.randn(3, 8, 1).mT.requires_grad_(), torch.randn(8, 1, 4), torch.randn(3, 3, 8)
+    assert x.stride() == (8, 1, 1)
+    assert x.is_contiguous()
+    results = []
+    for word in ("cpu", "torch"):
+        (y,), (last,) = short_convolutions((x,), (weight,), states=(state,), backend=word)
+        results.append((y, last, *torch.autograd.grad(y.square().sum(), x)))
+    torch.testing.assert_close(*results)
+
+
 def test_streams_may_lie_side_by_side_in_one_tensor():
     inputs = inputs_of(False, 4, torch.float32, False)
     side_by_side = torch.cat([inputs[f"x{i}"] for i in range(3)], -1)

@@ -260,17 +260,17 @@ q, k, v = (torch.randn(1, 100, 1, 64, device="cuda", dtype=torch.bfloat16, requi
 decay = torch.rand(1, 100, 1, device="cuda")
 (q * 2).sum().backward()
 torch.cuda.synchronize()
-start = time.perf_counter()
+start, of_this_process = time.perf_counter(), time.process_time()
 simplified_attention(q, k, v, decay, backend="cuda")[0].sum().backward()
 torch.cuda.synchronize()
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, time.process_time() - of_this_process)
 """
         environment = os.environ | {"LKDA_CACHE": str(tmp_path)}
         seconds = []
         for _ in range(2):
             done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
-            seconds.append(float(done.stdout))
-        print("first use, cold and warm cache, seconds:", seconds)
-        assert seconds[0] < 5
-        assert seconds[1] < 0.2
+            seconds.append([float(word) for word in done.stdout.split()])
+        print("first use, cold and warm cache, seconds, and those of a core:", seconds)
+        assert seconds[0][0] < 5
+        assert seconds[1][1] < 0.2  # of a core, because other tests may run beside this one

@@ -58,6 +58,30 @@ def test_each_pair_says_where_one_overtakes(bench):
     assert found["training step"].text == "kda is faster from 1K to 4K"
 
 
+def test_a_tie_at_the_longest_context_has_the_winner_of_the_one_before(tmp_path):
+    speeds = {"kda": (1.0, 4.0, 5.0), "softmax": (2.0, 2.0, 5.0)}
+    rows = [decode_row(m, T, speed) for m, found in speeds.items() for T, speed in zip((1024, 2048, 4096), found)]
+    (pair,) = pairs(measurements(find_results([write_results(tmp_path / "a.json", "decode", rows)])))
+    assert (pair.faster, pair.ratio) == ("kda", 1.0)
+    assert pair.text == "kda is faster from a context of about 1.4K"
+
+
+def test_the_summary_says_how_far_its_contexts_reach_and_which_device_is_another(tmp_path):
+    rows = [decode_row(m, T, speed, batch=B) for m, speed in (("kda", 2.0), ("softmax", 1.0)) for B, T in _BATCHES]
+    here = write_results(tmp_path / "a.json", "decode", rows)
+    other = [decode_row(m, 1024, speed, batch=4) for m, speed in (("kda", 1.0), ("softmax", 2.0))]
+    there = write_results(tmp_path / "b.json", "decode", other, device="another")
+    said = records.summary([], measurements(find_results([here, there])), None)[-1]
+    assert said == (
+        "At every context that was measured, kda is faster than softmax: decode, tiny, bf16, batch 1 (1K to 4K); "
+        "decode, tiny, bf16, batch 2 (at 1K alone). At every context that was measured, softmax is faster than kda: "
+        "decode, tiny, bf16, batch 4, another (at 1K alone)."
+    )
+
+
+_BATCHES = ((1, 1024), (1, 4096), (2, 1024))
+
+
 def test_mixers_of_different_devices_settings_or_batches_are_not_paired(tmp_path):
     rows = [decode_row("kda", 1024, 10.0), decode_row("softmax", 1024, 20.0, batch=2)]
     rows += [decode_row("mla", 1024, 20.0, dtype="fp32"), decode_row("simplified", 1024, 9.0, overrides=["a=1"])]
@@ -122,6 +146,20 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     assert "kda is faster than softmax from a context of about 7.8K (decode, tiny, bf16, batch 1)." in report
     assert "At every context that was measured, kda is faster than softmax: training step, tiny, 8K tokens" in report
     assert "Not measured: kda, FLA: fla is not installed." in report
+
+
+def test_a_course_with_few_validations_is_that_of_training(tmp_path):
+    groups = group_runs(read_runs([write_run(tmp_path / "often", "kda"), write_run(tmp_path / "b", "softmax")])[0])
+    quality = records.quality_of(groups)
+    assert records.course_of(groups, quality) == ("val/bits_per_byte", "validation bits per byte")
+    seldom = group_runs(read_runs([write_run(tmp_path / "seldom", "kda", every=500)])[0])
+    column, title = records.course_of([*groups, *seldom], quality)
+    assert (column, title) == ("train/bits_per_byte", "training bits per byte")
+    points = records.curve_records(seldom, x="tokens", y=column)
+    assert len(points) > 20
+    assert points[-1]["x"] == 500 * 2048
+    many = records.curve_records(seldom * 100, x="tokens", y=column)
+    assert len(many) <= 2000
 
 
 def test_the_tables_beside_the_page_hold_the_numbers(joined):

@@ -101,16 +101,50 @@ def test_everything_is_drawn_again_from_the_json_alone(compared, tmp_path):
         assert path.read_bytes() == (compared[1] / path.name).read_bytes()
 
 
-def test_other_data_are_compared_in_bits_per_byte(tmp_path):
+def test_runs_of_other_data_are_not_compared_with_each_other(tmp_path):
     paths = [
         write_run(tmp_path / "a", "kda"),
         write_run(tmp_path / "b", "kda", data="files", unigram_entropy=5.0, settings={"data": {"source": "files"}}),
     ]
     result = compare(paths, tmp_path / "out", title="t")
-    assert any("compare bits per byte" in note for note in result.notes)
+    assert "The data differ: sotu; files. Only rows of the same data can be compared." in result.notes
+    shown = {line[0]: line[1] for line in result.tables()["runs"].body}
+    assert shown == {"kda · sotu": "this is the best", "kda · files": "this is the best"}
+    first, second = result.tradeoff.summary.split("\n\n")
+    assert first.startswith("With 1.02M training tokens, on sotu, kda · sotu is the only model: its validation bits")
+    assert second.startswith("With 1.02M training tokens, on files, kda · files is the only model")
+    fronts = result.tradeoff.charts()[1].spec
+    assert {record["setting"] for record in fronts["data"]["values"]} == {"sotu", "files"}
+    assert all(record["front"] for record in fronts["data"]["values"])
     assert {row["mixer"] for row in result.rows} == {"kda · sotu", "kda · files"}
     assert not any("val/loss" in row or "val/perplexity" in row for row in result.rows)
     assert "Validation bits per byte against training tokens" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_files_of_other_paths_are_other_data(tmp_path):
+    paths = [
+        write_run(tmp_path / name, "kda", data="files", settings={"data": {"source": "files", "paths": [f"{name}/*"]}})
+        for name in "ab"
+    ]
+    result = compare(paths, tmp_path / "out", title="t")
+    assert "The data differ: files (a/*); files (b/*). Only rows of the same data can be compared." in result.notes
+
+
+def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path):
+    paths = [write_run(tmp_path / "a", "kda"), write_run(tmp_path / "b", "softmax", unigram_entropy=5.0)]
+    result = compare(paths, tmp_path / "out", title="t")
+    assert "The tokenizers differ, so compare bits per byte and not the loss per token." in result.notes
+    assert not any("val/loss" in row for row in result.rows)
+
+
+def test_runs_of_one_name_and_runs_of_one_seed_are_told_apart(tmp_path):
+    """The jobs of every sweep are called 0, 1, ..."""
+    paths = [write_run(tmp_path / sweep / "0", "kda") for sweep in ("a", "b")]
+    result = compare([*paths, write_run(tmp_path / "1", "kda", seed=1)], tmp_path / "out", title="t")
+    assert [run.name for run in result.runs] == ["1", "a/0", "b/0"]
+    assert any("have the same seed and settings: kda (seed 0, 2 times)." in note for note in result.notes)
+    again = compare([tmp_path / "out" / "results.json"], tmp_path / "again", title="t")
+    assert [run.name for run in again.runs] == ["1", "a/0", "b/0"]
 
 
 def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
@@ -182,6 +216,11 @@ def test_bad_input_gets_one_clear_error(tmp_path, runs, changes, message):
     config = configuration(**{name: value and value.format(tmp_path) for name, value in given.items()})
     with pytest.raises(ValueError, match=message):
         compare_command(config)
+
+
+def test_a_directory_that_is_given_twice_is_one_run(tmp_path, runs):
+    compare_command(configuration(runs=[str(runs[0]), f"{runs[1]}/../{runs[0].name}"], out=f"{tmp_path}/out"))
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 1
 
 
 def test_the_script_ends_with_one_line_and_code_2(tmp_path):

@@ -1,0 +1,117 @@
+"""Rows whose values reach the host later than the step ends, as on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lkda.commands.train import train
+from lkda.metrics_file import read_metrics
+from lkda.training.callbacks import Checkpoints, DivergenceGuard
+from lkda.training.device_time import ComingValues, Moment
+from lkda.training.task import LanguageModelTask
+from tests.commands.small import TIMES, composed, small_run
+
+OPTIONS = (
+    "mixer=simplified",
+    "trainer.max_steps=9",
+    "trainer.log_every_n_steps=2",
+    "trainer.val_check_interval=6",
+    "checkpoint.every_n_steps=4",
+)
+
+
+def rows_of(directory: Path) -> list[dict[str, str]]:
+    rows = read_metrics(directory / "metrics.csv")
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ComingValues, "have_arrived", lambda self: False)
+
+
+def test_rows_that_come_late_are_the_same_rows(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    config = composed("train", *small_run(corpus, *OPTIONS))
+    train(config, tmp_path / "at_once")
+    request.getfixturevalue("late")
+    begun, saved = list[tuple[int, int]](), dict[int, int]()
+    start, save = LanguageModelTask.on_train_batch_start, Checkpoints.save
+
+    def starting(self: LanguageModelTask, batch: Any, batch_idx: int) -> None:
+        begun.append((self.trainer.global_step, len(rows_of(tmp_path / "late"))))
+        start(self, batch, batch_idx)
+
+    def saving(self: Checkpoints, trainer: Any, *, best: bool = False) -> None:
+        save(self, trainer, best=best)
+        saved[trainer.global_step] = int(rows_of(tmp_path / "late")[-1]["step"])
+
+    monkeypatch.setattr(LanguageModelTask, "on_train_batch_start", starting)
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    train(config, tmp_path / "late")
+    assert rows_of(tmp_path / "late") == rows_of(tmp_path / "at_once")
+    assert dict(begun)[2] == 1  # the row of step 2 is not there when step 3 begins
+    assert saved == {4: 4, 6: 6, 8: 8, 9: 9}  # a checkpoint is written after the rows of its step
+
+
+@pytest.mark.usefixtures("late")
+def test_a_row_is_written_when_the_run_fails(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = LanguageModelTask.training_step
+
+    def failing(self: LanguageModelTask, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == 2:
+            raise RuntimeError("a failure")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModelTask, "training_step", failing)
+    with pytest.raises(RuntimeError, match="a failure"):
+        train(composed("train", *small_run(corpus, *OPTIONS)), tmp_path / "run")
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == ["1", "2"]
+
+
+def test_a_bad_loss_is_found_after_the_next_step_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = DivergenceGuard(every_n_steps=3)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    made: list[float] = []
+
+    class Coming:
+        def __init__(self, values: list[Any]) -> None:
+            made.append(2.0)
+
+        def read(self) -> list[float]:
+            return [made[-1]]
+
+    monkeypatch.setattr("lkda.training.callbacks.divergence.ComingValues", Coming)
+    assert [guard._read(on_gpu, step) for step in range(1, 8)] == [None, None, None, 2, None, None, 2]
+    assert len(made) == 2
+
+
+def test_moments_and_values_of_a_cpu() -> None:
+    before = Moment(torch.device("cpu"))
+    coming = ComingValues([torch.tensor(1.5), torch.tensor([7]), torch.tensor(True)])
+    assert coming.have_arrived()
+    assert coming.read() == [1.5, 7.0, 1.0]
+    assert 0 < coming.moment.seconds_since(before) < 10
+    assert before.seconds_since(coming.moment) == -coming.moment.seconds_since(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_moments_and_values_of_a_gpu() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(8192, 8192, device=device)
+    torch.cuda.synchronize()
+    before = Moment(device)
+    for _ in range(20):
+        x = x @ x / 8192
+    coming = ComingValues([x.isfinite().all(), torch.tensor(3, device=device)])
+    assert not coming.have_arrived()  # 20 products take milliseconds, and the host is here before
+    assert coming.read() == [1.0, 3.0]
+    assert coming.have_arrived()
+    assert 1e-3 < coming.moment.seconds_since(before) < 60
