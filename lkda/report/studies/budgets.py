@@ -3,9 +3,9 @@
     python -m lkda.report.studies.budgets 'multirun/lm_by_mixer/*' 'multirun/lm_by_mixer_full/*' outputs/budgets
 
 Each run has a schedule of its own length. Comparing such runs after equal time is fairer than reading a run in the
-middle of its schedule, before its learning rate has fallen. The time of a run is its tokens divided by its tokens per
-second, so each run needs its device to itself. Between two lengths of a mixer, bits per byte are interpolated linearly
-in the logarithm of the time.
+middle of its schedule, before its learning rate has fallen. The time of a run is its tokens divided by the tokens per
+second of the fastest run of its mixer, so one run of each mixer needs its device to itself. Between two lengths of a
+mixer, bits per byte are interpolated linearly in the logarithm of the time.
 
 This writes runs.json, which holds what was read, table.json and a plot. `lkda.report.redraw` makes the last two again.
 """
@@ -117,8 +117,8 @@ def _values(runs: Sequence[Run], mixer: str, tokens: int) -> list[float]:
 
 
 def _speed(runs: Sequence[Run], mixer: str) -> float:
-    """Tokens per second, the median over all runs of the mixer."""
-    return statistics.median(run["tokens_per_s"] for run in runs if run["mixer"] == mixer)
+    """Tokens per second, of the fastest run of the mixer."""
+    return float(max(run["tokens_per_s"] for run in runs if run["mixer"] == mixer))
 
 
 def _least(values: Any) -> float:
