@@ -170,7 +170,7 @@ def _plot(runs: Sequence[Run]) -> Picture:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: three(value)))
         axes.axvline(equal_time(runs), color=style.faint, linewidth=0.8, linestyle=":")
-        axes.set_xlabel("seconds of training, device to itself; dotted line: the time at which all are compared")
+        axes.set_xlabel("seconds of training; dotted line: equal time")
         axes.set_ylabel("bits per byte")
         label_ends(axes, labels)
         return figure
