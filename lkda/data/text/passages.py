@@ -8,7 +8,7 @@ the options.
 
 A model that is trained on it, beside the corpus, learns the recall that data=needle measures: a passage occurs, and
 later its beginning occurs again, from which the rest can be named. Each document is a piece of training text into which
-passages from elsewhere in that text are inserted, each at two random places. The validation and the test text are not
+passages from elsewhere in that text are inserted, each at four random places. The validation and the test text are not
 used. data=tokens reads the directory: data.paths=[CORPUS,PASSAGES] data.weights=[0.7,0.3].
 """
 
@@ -27,6 +27,7 @@ from lkda.data.text.tokenize import load_tokenized
 from lkda.data.text.tokenizer import document_start
 
 PASSAGE = 32  # tokens of a passage, as those of data=needle by default (data.cue + data.answer)
+TIMES = 4  # that a passage occurs in its document
 
 
 def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, number: int) -> np.ndarray:
@@ -35,7 +36,7 @@ def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, n
     Args:
         token_ids: the text, [N].
         start: the token that begins documents. It comes first, and is left out elsewhere.
-        passages: how many passages are inserted, each twice.
+        passages: how many passages are inserted, each TIMES times.
         number: of the document.
     """
     rng = np.random.default_rng((length, passages, number))
@@ -45,11 +46,11 @@ def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, n
         found = token_ids[begin : begin + 2 * count]
         return found[found != start][:count]
 
-    text = piece(length - 1 - 2 * passages * PASSAGE)
+    text = piece(length - 1 - TIMES * passages * PASSAGE)
     inserted = [piece(PASSAGE) for _ in range(passages)]
-    places = np.sort(rng.integers(len(text) + 1, size=2 * passages))
+    places = np.sort(rng.integers(len(text) + 1, size=TIMES * passages))
     pieces = np.split(text, places)
-    order = rng.permutation(np.repeat(np.arange(passages), 2))
+    order = rng.permutation(np.repeat(np.arange(passages), TIMES))
     joined = [pieces[0], *(part for which, piece in zip(order, pieces[1:]) for part in (inserted[which], piece))]
     return np.concatenate([[start], *joined]).astype(np.int64)
 
@@ -66,7 +67,7 @@ def write_passages(corpus: Path, out: Path, *, length: int, passages: int, docum
     """
     for name, value in {"--passages": passages, "--documents": documents}.items():
         check_count(name, value, least=1)
-    check_count("--length", length, least=4 * passages * PASSAGE)
+    check_count("--length", length, least=2 * TIMES * passages * PASSAGE)
     if out.exists():
         raise InputError(f"{out} exists already: give another --out, or remove it.")
     tokenized = load_tokenized(corpus)
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--corpus", help="a directory of scripts/prepare_data.py; default: english in the cache")
     parser.add_argument("--out", help="the directory to create; default: that of the corpus with _passages at the end")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a document")
-    parser.add_argument("--passages", type=int, default=64, help=f"passages of {PASSAGE} tokens in a document")
+    parser.add_argument("--passages", type=int, default=32, help=f"passages of {PASSAGE} tokens in a document")
     parser.add_argument("--documents", type=int, default=2048)
     given = parser.parse_args()
     sizes = {"length": given.length, "passages": given.passages, "documents": given.documents}
