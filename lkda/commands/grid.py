@@ -5,9 +5,9 @@
 Each argument is a file of configs/experiment/ or an override key=value of scripts/train.py. An experiment's sweep gives
 its jobs, which begin in its order: the values of its first setting change last. Each job is a process of its own, whose
 run directory is OUT/EXPERIMENT/JOB; its output is grid.log there. The same command again skips the jobs that are done
-and continues those that were stopped. A job that is not done and whose checkpoints are gone, for example on another
-machine to which only the small files were copied, begins again: after all others, if its training had ended and only a
-measurement is missing. What it had written is kept in OUT/EXPERIMENT/.JOB.before.
+and continues those that were stopped. A job that was cut off and whose checkpoints are gone, for example on another
+machine to which only the small files were copied, begins again. If its training had ended and only a measurement is
+missing, it begins again only with --again, after all others. What it had written is kept in OUT/EXPERIMENT/.JOB.before.
 
 An experiment may have keys for this command, which scripts/train.py ignores:
     sweeps      settings of scripts/train.py, several sweeps in place of one: each line is added to the experiment's
@@ -376,6 +376,12 @@ class _Running:
             self.process.wait()
 
 
+def to_be_done(jobs: Sequence[Job], *, again: bool) -> list[Job]:
+    """The jobs that are not done, in their order. Those that train a second time come last, or are left out."""
+    open_jobs = [job for job in jobs if job.commands() and (again or not job.trains_a_second_time)]
+    return sorted(open_jobs, key=lambda job: job.trains_a_second_time)
+
+
 def run_jobs(
     jobs: Sequence[Job],
     *,
@@ -384,24 +390,28 @@ def run_jobs(
     slowdown: float | None,
     deadline: float | None,
     cut: bool,
+    again: bool,
     keep_checkpoints: bool,
     said: Callable[[str], None],
 ) -> None:
-    """Run what is to be done of the jobs. They begin in their order, those that train a second time last. One that
-    would not end in time is passed over.
+    """Run what is to be done of the jobs, in the order of `to_be_done`. One that would not end in time is passed over.
 
     Args:
         gpus: as in CUDA_VISIBLE_DEVICES; if empty, `per_gpu` jobs share the CPU.
         per_gpu, slowdown: see `Job.seconds`.
         deadline: seconds from now; None means no deadline.
         cut: also begin jobs that will not end in time.
+        again: also train jobs a second time whose weights are gone before all was measured.
         keep_checkpoints: of jobs that are done.
         said: is given a line for each job that begins or ends.
     """
     end = None if deadline is None else time.monotonic() + deadline - GRACE
     places: list[str | None] = [gpu for _ in range(per_gpu) for gpu in gpus] or [None] * per_gpu
     estimates = {job.name: job.seconds(per_gpu=per_gpu, slowdown=slowdown) for job in jobs}
-    waiting = sorted((job for job in jobs if job.commands()), key=lambda job: job.trains_a_second_time)
+    waiting = to_be_done(jobs, again=again)
+    for job in jobs:
+        if job.commands() and job not in waiting:
+            said(f"{job.name}: trained, not all measured, and its weights are gone; --again trains it again")
     running: list[_Running] = []
 
     def left() -> float:
@@ -483,8 +493,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     overrides = [word for word in options.words if "=" in word]
     jobs = jobs_of([word for word in options.words if "=" not in word], overrides, options.out)
     gpus = visible_gpus()
-    estimates = [job.seconds(per_gpu=options.per_gpu, slowdown=options.slowdown) for job in jobs]
-    _print_plan(jobs, estimates, places=jobs_at_once(options.per_gpu) if gpus else options.per_gpu, out=console)
+    _print_plan(jobs, options, places=jobs_at_once(options.per_gpu) if gpus else options.per_gpu, out=console)
     if options.dry_run:
         return True
     deadline = None if options.deadline is None else options.deadline - (time.monotonic() - started)
@@ -495,6 +504,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
         slowdown=options.slowdown,
         deadline=deadline,
         cut=options.cut,
+        again=options.again,
         keep_checkpoints=options.keep_checkpoints,
         said=lambda line: console.print(f"{time.monotonic() - started:5.0f} s  {line}", soft_wrap=True),
     )
@@ -503,11 +513,12 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     return not any(job.commands() for job in jobs)
 
 
-def _print_plan(jobs: Sequence[Job], estimates: Sequence[float | None], *, places: int, out: Console) -> None:
-    open_jobs = [(job, seconds) for job, seconds in zip(jobs, estimates, strict=True) if job.commands()]
-    for job, seconds in open_jobs:
+def _print_plan(jobs: Sequence[Job], options: argparse.Namespace, *, places: int, out: Console) -> None:
+    open_jobs = to_be_done(jobs, again=options.again)
+    estimates = [job.seconds(per_gpu=options.per_gpu, slowdown=options.slowdown) for job in open_jobs]
+    for job, seconds in zip(open_jobs, estimates, strict=True):
         out.print(f"{job.name}: {_about(seconds)}", soft_wrap=True)
-    known = [seconds for _, seconds in open_jobs if seconds is not None]
+    known = [seconds for seconds in estimates if seconds is not None]
     unknown = len(open_jobs) - len(known)
     out.print(
         f"{len(open_jobs)} of {len(jobs)} jobs are to be done, {places} at a time: about {sum(known) / places:.0f} s"
@@ -524,6 +535,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--slowdown", type=float, help="times as long as on a GPU of its own; default: by estimate")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds after which everything has stopped")
     parser.add_argument("--cut", action="store_true", help="also begin jobs that will not end before the deadline")
+    parser.add_argument("--again", action="store_true", help="train again where weights to be measured are gone")
     parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete those of finished jobs")
     parser.add_argument("--dry-run", action="store_true", help="only print the jobs and their estimated times")
     options = parser.parse_intermixed_args(arguments)

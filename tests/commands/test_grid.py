@@ -224,7 +224,7 @@ end("finished", 0)
 
 def ran(jobs: list[Job], **options: object) -> list[str]:
     lines: list[str] = []
-    given = {"gpus": ["3", "5"], "per_gpu": 1, "slowdown": 1.0, "deadline": None, "cut": False}
+    given = {"gpus": ["3", "5"], "per_gpu": 1, "slowdown": 1.0, "deadline": None, "cut": False, "again": False}
     run_jobs(jobs, **{**given, "keep_checkpoints": False, **options}, said=lines.append)  # type: ignore[arg-type]
     return lines
 
@@ -254,11 +254,14 @@ def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -
         (imitated / name).mkdir()
         (imitated / name / "summary.json").write_text(json.dumps({"status": status, "mark": 1}))
     lines = ran(jobs, gpus=["0"])
+    assert lines[0] == "unmeasured: trained, not all measured, and its weights are gone; --again trains it again"
     assert [line for line in lines if "begins" in line] == [
         "cut: begins again, as its checkpoints are gone, about 1 s",
         "new: begins, about 1 s",
-        "unmeasured: begins again, as its checkpoints are gone, about 1 s",  # it has trained once
     ]
+    assert json.loads((imitated / "unmeasured" / "summary.json").read_text())["mark"] == 1
+    lines = ran(jobs, gpus=["0"], again=True)
+    assert lines[0] == "unmeasured: begins again, as its checkpoints are gone, about 1 s"
     assert json.loads((imitated / ".cut.before" / "summary.json").read_text())["mark"] == 1
     assert "mark" not in json.loads((imitated / "cut" / "summary.json").read_text())
     assert json.loads((imitated / "ended" / "summary.json").read_text())["mark"] == 1
