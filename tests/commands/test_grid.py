@@ -14,8 +14,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from lkda.checks import InputError
-from lkda.commands import grid
-from lkda.commands.grid import Job, jobs_of, main, run_jobs, table
+from lkda.commands import grid, grid_jobs
+from lkda.commands.grid import main, run_jobs, table
+from lkda.commands.grid_jobs import Job, jobs_of
 from tests.commands.small import small_run
 
 
@@ -59,7 +60,7 @@ ORDERS = {
 def test_a_grid_that_is_cut_off_has_whole_comparisons(experiment: str, tmp_path: Path) -> None:
     """All mixers are compared at one seed, width or length before the next one begins."""
     compared, outer = ORDERS[experiment]
-    with initialize_config_dir(str(grid.CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(grid_jobs.CONFIGS), version_base="1.3"):
         params = compose("train", [f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper.params
     assert [*params] == [*outer, *[name for name in params if name in compared.split()]]
 
@@ -75,11 +76,11 @@ def test_a_command_for_jobs_that_have_a_key(tmp_path: Path) -> None:
 @pytest.fixture
 def several_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experiment `several`, of three sweeps, is the only one."""
-    shutil.copytree(grid.CONFIGS, tmp_path / "configs")
+    shutil.copytree(grid_jobs.CONFIGS, tmp_path / "configs")
     shutil.rmtree(tmp_path / "configs" / "experiment")
     (tmp_path / "configs" / "experiment").mkdir()
     (tmp_path / "configs" / "experiment" / "several.yaml").write_text(SEVERAL)
-    monkeypatch.setattr(grid, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(grid_jobs, "CONFIGS", tmp_path / "configs")
 
 
 SEVERAL = """# @package _global_
