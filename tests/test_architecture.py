@@ -19,7 +19,7 @@ HOME = Path(lkda.__file__).parent
 # counts to its package. Everything may import the modules of "base" and the version in `lkda`.
 OPERATOR = {"ops.tensors", "ops.runtime", "ops.column_sums"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "base": set(),  # lkda/checks.py, device.py, io.py, metrics_file.py, old_names.py, special_tokens.py, targets.py
+    "base": set(),  # the modules of lkda/ itself, such as checks.py, device.py, io.py, metrics_file.py, records.py
     "ops.tensors": set(),  # lkda/ops/checks.py, precision.py, recurrence.py, sequences.py
     "ops.runtime": set(),
     "ops.column_sums": {"ops.runtime"},

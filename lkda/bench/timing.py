@@ -13,6 +13,7 @@ QUANTILES = (0.5, 0.2, 0.8)
 # repeated, up to MOST_MEASUREMENTS in all.
 LARGEST_SPREAD = 0.2
 MOST_MEASUREMENTS = 5
+MOST_TIME = 20
 LEAST_CALLS = 3  # on a CPU; a single call has no spread, so nothing would say that it was disturbed
 
 
@@ -55,14 +56,16 @@ def clock(call: Callable[[], object], device: torch.device, *, milliseconds: flo
 
 
 def steady_clock(call: Callable[[], object], device: torch.device, *, milliseconds: float = 100) -> Timing:
-    """As `clock`, measured again while the result is noisy, MOST_MEASUREMENTS times at most.
+    """As `clock`, measured again while the result is noisy: MOST_MEASUREMENTS times at most, and no more once they have
+    taken MOST_TIME times `milliseconds`, as those of slow calls on a busy CPU do.
 
     Returns: the measurement with the smallest spread.
     """
     timings = []
+    begun = time.perf_counter()
     for _ in range(MOST_MEASUREMENTS):
         timings.append(clock(call, device, milliseconds=milliseconds))
-        if not timings[-1].is_noisy:
+        if not timings[-1].is_noisy or time.perf_counter() - begun > MOST_TIME * milliseconds / 1e3:
             break
     return min(timings, key=lambda timing: timing.spread)
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError, refusing_damage
-from lkda.commands.run_directory import fingerprint_of, tokenizer_of
+from lkda.commands.run_directory import fingerprint_of, read_yaml, tokenizer_of
 from lkda.formats import load, recorded_config
 from lkda.formats.common.building import build_with_weights
 from lkda.models.lm import LanguageModel
@@ -108,6 +107,7 @@ def config_of_run(trained: TrainedModel) -> dict[str, Any]:
     if trained.step is None:
         return translated(recorded_config(trained.path))
     path = trained.path.parent.parent / "config.yaml"
-    found = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
-    assert isinstance(found, dict)
+    found = read_yaml(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no settings.")
     return translated({str(name): value for name, value in found.items()})

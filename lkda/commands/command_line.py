@@ -35,10 +35,17 @@ BAD_INPUT = 2
 FAILED = 1
 # Tells the processes that this one starts, which inherit HYDRA_FULL_ERROR, that it is not from the user.
 _NOT_FROM_THE_USER = "LKDA_SETS_HYDRA_FULL_ERROR"
-TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and _NOT_FROM_THE_USER not in os.environ
 _HOME = Path(lkda.__file__).parent
 # Packages that receive settings unchanged from the configuration. Their errors about a value are shown to the user.
-_CONFIGURED = ("lightning", "lightning_utilities", "hydra", "omegaconf")
+_CONFIGURED = ("lightning", "lightning_utilities", "hydra", "omegaconf", "joblib")
+
+
+def asks_for_tracebacks() -> bool:
+    """Whether the user has set HYDRA_FULL_ERROR=1."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" and _NOT_FROM_THE_USER not in os.environ
+
+
+TRACEBACKS = asks_for_tracebacks()  # before this module sets the variable too
 
 
 class CommandError(RuntimeError):
@@ -180,6 +187,8 @@ def _message(error: Exception) -> str | None:
             f"out of memory ({_on_one_line(str(error))[:200]}): lower data.batch_size (with "
             "trainer.accumulate_grad_batches in its place), data.context or the size of the model."
         )
+    if isinstance(error, ValueError) and _raised_by(error, ("optuna",)) and "No trials are completed" in str(error):
+        return "no run of the search has finished, so there is no best one: the file failure.txt of each says why."
     if isinstance(error, (ValueError, TypeError, *_misconfiguration())) and _raised_by(error, _CONFIGURED):
         return f"a setting cannot be used: {_on_one_line(str(error))}"
     return None

@@ -16,6 +16,7 @@ from lkda.commands.overrides import override
 from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.run_setup import RunPlan
+from lkda.commands.summary import TOO_LARGE
 from lkda.commands.text import encode_prompt, text_pieces
 from lkda.formats import has_folded_embedding
 from lkda.models.generate import generate
@@ -154,10 +155,10 @@ def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
     tested = "test/loss" in summary
     split, of = ("test", " of the test split") if tested else ("val", "")
     entropy = summary["test_unigram_entropy" if tested else "unigram_entropy"]
-    gain = entropy - summary[f"{split}/loss"]
+    gain, perplexity = entropy - summary[f"{split}/loss"], summary[f"{split}/perplexity"]
     return [
         (f"unigram entropy{of or ' of the text'}", f"{entropy:.4f} ({gain:+.2f} better)"),
-        (f"perplexity{of}", f"{summary[f'{split}/perplexity']:.2f}"),
+        (f"perplexity{of}", TOO_LARGE if perplexity is None else f"{perplexity:.2f}"),
         (f"bits per byte{of}", f"{summary[f'{split}/bits_per_byte']:.4f}"),
     ]
 

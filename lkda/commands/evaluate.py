@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from lkda.commands.data_options import build_data, check_data_options
 from lkda.commands.invocation import typed_overrides
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
+from lkda.commands.summary import TOO_LARGE, perplexity
 from lkda.commands.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import NAMES, differences, in_words
@@ -114,7 +114,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         result = _measure(model, data, split=config.split, device=device, limit=config.max_batches)
     table = Table(title=Text(title), show_header=False)
     for name, value in _lines(result):
-        table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+        table.add_row(name, _shown(value))
     console.print(table)
     ran = {
         "data": chosen,
@@ -259,7 +259,7 @@ def _measure(
     by_position = positions.columns(data.context)
     return {
         "loss": found["val/loss"],
-        "perplexity": math.exp(found["val/loss"]),
+        "perplexity": perplexity(found["val/loss"]),
         "bits_per_byte": found["val/bits_per_byte"],
         "unigram_entropy": text.unigram_entropy,
         "tokens": tokens,
@@ -281,7 +281,14 @@ def _position_ranges(result: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _lines(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _shown(value: float | None) -> str:
+    """A result in the table. The perplexity of a model that predicts very badly is no number."""
+    if value is None:
+        return TOO_LARGE
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _lines(result: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     """The names and values of all results, those of the subsets last."""
     ranges = _position_ranges(result)
     for name, value in result.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from lkda.checks import check_values
 from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
 from lkda.commands.config import resolve
 from lkda.commands.run_directory import read_summary
+from lkda.commands.summary import perplexity
 from lkda.formats import check_export, find_format
 from lkda.metrics_file import read_metrics
 
@@ -77,7 +77,7 @@ def _measured(metrics: Path, trained: TrainedModel) -> dict[str, Any]:
     loss = float(rows[-1]["val/loss"])
     return {
         "validation loss (nats per token)": loss,
-        "validation perplexity": math.exp(loss),
+        "validation perplexity": perplexity(loss),
         "validation bits per byte": float(rows[-1]["val/bits_per_byte"]),
         "unigram entropy of the validation text (nats per token)": trained.run["unigram_entropy"],
     }

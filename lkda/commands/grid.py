@@ -5,18 +5,22 @@
 Each argument is a file of configs/experiment/ or an override key=value of scripts/train.py. An experiment's sweep gives
 its jobs, which begin in its order: the values of its first setting change last. Each job is a process of its own, whose
 run directory is OUT/EXPERIMENT/JOB; its output is grid.log there. The same command again skips the jobs that are done
-and continues those that were stopped. A job that is not done and whose checkpoints are gone, for example on another
-machine to which only the small files were copied, begins again. What it had written is kept in
-OUT/EXPERIMENT/.JOB.before.
+and continues those that were stopped. A job that was cut off and whose checkpoints are gone, for example on another
+machine to which only the small files were copied, begins again. If its training had ended and only a measurement is
+missing, it begins again only with --again, after all others. What it had written is kept in OUT/EXPERIMENT/.JOB.before.
 
 An experiment may have keys for this command, which scripts/train.py ignores:
     sweeps      settings of scripts/train.py, several sweeps in place of one: each line is added to the experiment's
                 sweep, and takes the place of its values for the same setting
     estimate    {start: seconds until the first step, then: seconds of the commands below,
-                steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same}}
+                steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same},
+                gpu_share: of a GPU that a job keeps busy; 1 if left out. Small models keep less than one busy, so that
+                several of them take hardly longer than one}
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
                 run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
                 continued. {only_with: mixer.kda, command: LINE} is run if the configuration of the job has that key.
+                If a measurement fails, the commands after it are run all the same.
+    values      of other settings of the experiment, as ${values.lr}; reports of the runs leave them out
 A job is not begun if its estimate exceeds the time left, unless --cut is given; a later one that fits begins instead.
 At the deadline the jobs that still run save a checkpoint and stop. When a job is done, its checkpoints and exported
 weights are deleted, unless --keep-checkpoints is given. The table at the end has a row for each job.
@@ -25,273 +29,37 @@ weights are deleted, unless --keep-checkpoints is given. The table at the end ha
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
-import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import lkda
-from lkda.checks import InputError, check_count, check_values
+from lkda.checks import check_count
 from lkda.commands.command_line import FAILED, TRACEBACKS, readable_errors
-from lkda.commands.run_directory import RunFiles, read_summary
-from lkda.commands.shipped import CONFIGS
+from lkda.commands.grid_jobs import Job, jobs_of
+from lkda.commands.run_directory import read_summary
 from lkda.commands.sweep_gpus import jobs_at_once, visible_gpus
-from lkda.metrics_file import read_metrics
 from lkda.report.draw.tables import rich_table
 
 LOG = "grid.log"
 # Seconds before the deadline at which running jobs are told to stop, to save their checkpoints.
 GRACE = 20.0
 _SECONDS_BETWEEN_LOOKS = 0.2
-_ESTIMATE = {"start": int | float, "then": int | float, "steps_per_s": dict}
-_CONDITIONAL = {"only_with": str, "command": str}  # an entry of `then`
-# A job writes into a log, where a bar would be redrawn line by line.
-_QUIET = ("callbacks.overview=null", "callbacks.progress=null")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job of an experiment.
-
-    Attributes:
-        name: EXPERIMENT/JOB, the run directory below --out.
-        overrides: of scripts/train.py.
-        directory: the run directory.
-        steps: optimizer steps of the whole run; None where the length is given in tokens.
-        start, then_seconds: seconds until the first step, and of the commands after the training.
-        steps_per_s: of a job that has a GPU to itself; None if it is not known.
-        then: the arguments of each command after the training.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-    directory: Path
-    steps: int | None
-    start: float
-    then_seconds: float
-    steps_per_s: float | None
-    then: tuple[tuple[str, ...], ...]
-
-    @property
-    def status(self) -> str:
-        """new, or the status in summary.json: finished, interrupted or diverged."""
-        return str(read_summary(self.directory / "summary.json").get("status", "new"))
-
-    @property
-    def standing(self) -> str:
-        """How far the job is, in words for a table."""
-        if not self.commands():
-            return "diverged" if self.status == "diverged" else "done"
-        if self.status == "finished":
-            return "trained, not all measured"
-        return "cut off" if self.has_begun else "not begun"
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the run directory has a summary, or measurements of a training."""
-        run = RunFiles(self.directory)
-        return run.summary.exists() or run.metrics.exists()
-
-    @property
-    def begins_again(self) -> bool:
-        """Whether the job has begun, is not done, and has no checkpoint to go on from."""
-        return self.has_begun and bool(self._open()) and not any(RunFiles(self.directory).checkpoints.glob("*.ckpt*"))
-
-    def commands(self) -> list[list[str]]:
-        """The arguments of lkda for what is still to be done. A run that diverged is not trained again."""
-        return [_continuing(words) for words in (self._all() if self.begins_again else self._open())]
-
-    def _all(self) -> list[tuple[str, ...]]:
-        return [("train", *self.overrides, f"hydra.run.dir={self.directory}"), *self.then]
-
-    def _open(self) -> list[tuple[str, ...]]:
-        """What has no result yet. A missing export is none if all that comes after it is done."""
-        found: list[tuple[str, ...]] = []
-        for words in reversed([] if self.status == "diverged" else self._all()):
-            needed = words[0] != "export" or found or words is self.then[-1]
-            if needed and not _is_done(words):
-                found.insert(0, words)
-        return found
-
-    def set_aside(self) -> None:
-        """Rename the run directory to .JOB.before. An earlier directory of this name is deleted."""
-        before = self.directory.with_name(f".{self.directory.name}.before")
-        shutil.rmtree(before, ignore_errors=True)
-        self.directory.rename(before)
-
-    def delete_weights(self) -> None:
-        """Delete the checkpoints, and what was exported. The directory of an export stays, and is empty."""
-        shutil.rmtree(RunFiles(self.directory).checkpoints, ignore_errors=True)
-        for words in self.then:
-            path = _result(words)
-            if words[0] == "train":
-                shutil.rmtree(RunFiles(path).checkpoints, ignore_errors=True)
-            elif words[0] == "export":
-                shutil.rmtree(path)
-                path.mkdir()
-
-    def seconds(self, slowdown: float = 1.0) -> float | None:
-        """The estimated time of what is still to be done; None if it cannot be estimated.
-
-        Args:
-            slowdown: how much longer the training and the commands after it take because jobs share a GPU.
-        """
-        train = self.begins_again or self.status not in ("finished", "diverged")
-        after = slowdown * self.then_seconds * (len(self.commands()) - train) / max(1, len(self.then))
-        if not train:
-            return after
-        if self.steps is None or self.steps_per_s is None:
-            return None
-        rows = [] if self.begins_again else read_metrics(RunFiles(self.directory).metrics)
-        done = int(rows[-1]["step"]) if rows else 0
-        return self.start + slowdown * max(0, self.steps - done) / self.steps_per_s + after
-
-
-def _result(words: Sequence[str]) -> Path:
-    """What a command makes: its run directory, or its `out`. Raises: InputError where it names none."""
-    option = "hydra.run.dir=" if words[0] == "train" else "out="
-    named = [word.removeprefix(option) for word in words if word.startswith(option)]
-    if not named:
-        raise InputError(f"a command of `then` needs {option}..., which says whether it is done: {' '.join(words)}")
-    return Path(named[-1])
-
-
-def _is_done(words: Sequence[str]) -> bool:
-    path = _result(words)
-    return path.exists() if words[0] != "train" else read_summary(path / "summary.json").get("status") == "finished"
-
-
-def _continuing(words: Sequence[str]) -> list[str]:
-    return [*words, *_QUIET, "hydra.mode=RUN", "resume=true"] if words[0] == "train" else [*words]
-
-
-def jobs_of(experiments: Sequence[str], overrides: Sequence[str], out: Path) -> list[Job]:
-    """The jobs of the experiments, in the order of their sweeps.
-
-    Args:
-        overrides: of scripts/train.py; a sweep in them takes the place of the experiment's over the same setting.
-    Raises: InputError for an unknown experiment, or settings that cannot be composed.
-    """
-    there = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-    unknown = [name for name in experiments if name not in there]
-    if unknown or not experiments:
-        raise InputError(f"give names of experiments: {', '.join(there)}; got {', '.join(unknown) or 'none'}.")
-    jobs: list[Job] = []
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for name in experiments:
-            jobs += [_job(name, swept, fixed, out) for swept, fixed in _combinations(name, overrides)]
-    names = [job.name for job in jobs]
-    double = [name for name in names if names.count(name) > 1]
-    if double:
-        raise InputError(f"two jobs would have the run directory {double[0]}: give each experiment and value once.")
-    return jobs
-
-
-def _combinations(experiment: str, overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-    """For each job, the values of the swept settings and those of the settings that all jobs share."""
-    config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
-    params = config.hydra.sweeper.get("params") or {}
-    own = [f"{key}={value}" for key, value in params.items()]
-    lines = _plain(config, "sweeps", [""])
-    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise InputError(f"sweeps of {experiment} must be a list of lines such as 'seed=1,2 mixer=kda'; got {lines}.")
-    parser = OverridesParser.create()
-    found = []
-    for line in lines:
-        try:
-            listed = parser.parse_overrides([*own, *shlex.split(line)])
-            given = parser.parse_overrides([*overrides])
-            combined = BasicSweeper.split_arguments([*listed, *given], max_batch_size=None)[0]
-        except (HydraException, ValueError) as error:
-            raise InputError(f"the sweep of {experiment} cannot be read: {' '.join(str(error).split())}") from error
-        swept = {one.get_key_element() for one in (*listed, *(one for one in given if one.is_sweep_override()))}
-        found += [_parted(words, swept) for words in combined]
-    return found
-
-
-def _parted(words: Sequence[str], swept: Collection[str]) -> tuple[list[str], list[str]]:
-    """The overrides of the swept settings, and the others."""
-
-    def is_swept(word: str) -> bool:
-        return word.partition("=")[0] in swept
-
-    return [word for word in words if is_swept(word)], [word for word in words if not is_swept(word)]
-
-
-def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path) -> Job:
-    overrides = (f"experiment={experiment}", *swept, *fixed)
-    try:
-        config = compose("train", list(overrides))
-    except HydraException as error:
-        raise InputError(f"{' '.join(overrides)} cannot be composed: {' '.join(str(error).split())}") from error
-    if config.trainer.devices != 1:
-        raise InputError(f"trainer.devices={config.trainer.devices}: a job has one GPU; run {experiment} by train.py.")
-    estimate = _plain(config, "estimate", {})
-    check_values(estimate, {key: kind for key, kind in _ESTIMATE.items() if key in estimate}, prefix="estimate.")
-    speeds = estimate.get("steps_per_s", {})
-    name = f"{experiment}/{_directory_name(swept)}"
-    directory = out.absolute() / name
-    then = tuple(tuple(shlex.split(line.replace("{run}", str(directory)))) for line in _lines_after(config))
-    for words in then:
-        _result(words)  # raises where a command names none
-    return Job(
-        name=name,
-        overrides=overrides,
-        directory=directory,
-        steps=config.trainer.max_steps if config.trainer.max_tokens is None else None,
-        start=estimate.get("start", 0),
-        then_seconds=estimate.get("then", 0),
-        steps_per_s=speeds.get(config.mixer.name, speeds.get("default")),
-        then=then,
-    )
-
-
-def _lines_after(config: DictConfig) -> list[str]:
-    """The lines of `then` that are for this job."""
-    lines = []
-    for entry in _plain(config, "then", []):
-        if isinstance(entry, dict):
-            if entry.keys() != _CONDITIONAL.keys():
-                raise InputError(f"an entry of `then` is a line, or has the keys only_with and command; got {entry}.")
-            check_values(entry, _CONDITIONAL, prefix="then.")
-            if OmegaConf.select(config, entry["only_with"]) is None:
-                continue
-            entry = entry["command"]
-        lines.append(str(entry))
-    return lines
-
-
-def _plain(config: DictConfig, key: str, otherwise: Any) -> Any:
-    found = config.get(key)
-    return otherwise if found is None else OmegaConf.to_container(found, resolve=True)
-
-
-def _directory_name(swept: Sequence[str]) -> str:
-    """As mixer=kda_seed=1; a dictionary {kda:{gate:head}} becomes kda.gate=head. It has no comma, as Hydra would take a
-    path with one for a sweep."""
-    return "_".join(_word(override) for override in swept) or "run"
-
-
-def _word(override: str) -> str:
-    key, _, value = override.partition("=")
-    if value.startswith("{"):
-        value = value.strip("{}").replace(":{", ".").replace("}", "").replace(":", "=")
-    return re.sub(r"[^\w.=+-]+", "_", f"{key.rpartition('.')[2]}={value}").strip("_")
+def _end_with_parent() -> None:
+    """Called in a new process: it is to be told to stop when this command ends, even by kill -9. It would keep the GPU
+    otherwise, and no other process could continue the job."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @dataclass
@@ -302,14 +70,20 @@ class _Running:
     gpu: str | None
     commands: list[list[str]]
     process: subprocess.Popen[bytes] | None = None
+    measures: bool = False
     stopped: bool = False
 
     def goes_on(self) -> bool:
-        """Begin the next command where one has ended well. Returns whether there is more to wait for."""
+        """Begin the next command where one has ended. Returns whether there is more to wait for.
+
+        The commands after a training or an export need it, so they are not run if it failed. After a measurement that
+        failed, the others are run: the weights may be gone later.
+        """
         if self.process is not None and self.process.poll() is None:
             return True
-        if (self.process is not None and self.process.returncode != 0) or not self.commands:
+        if (self.process is not None and self.process.returncode != 0 and not self.measures) or not self.commands:
             return False
+        self.measures = self.commands[0][0] == "evaluate"
         self.job.directory.mkdir(parents=True, exist_ok=True)
         source = str(Path(lkda.__file__).parents[1])  # the child must import this package, not an installed one
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
@@ -325,6 +99,7 @@ class _Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
                 process_group=0,  # Ctrl-C reaches this process alone, which then stops the jobs: once each
             )
         return True
@@ -346,31 +121,42 @@ class _Running:
             self.process.wait()
 
 
+def to_be_done(jobs: Sequence[Job], *, again: bool) -> list[Job]:
+    """The jobs that are not done, in their order. Those that train a second time come last, or are left out."""
+    open_jobs = [job for job in jobs if job.commands() and (again or not job.trains_a_second_time)]
+    return sorted(open_jobs, key=lambda job: job.trains_a_second_time)
+
+
 def run_jobs(
     jobs: Sequence[Job],
     *,
     gpus: Sequence[str],
     per_gpu: int,
-    slowdown: float,
+    slowdown: float | None,
     deadline: float | None,
     cut: bool,
+    again: bool,
     keep_checkpoints: bool,
     said: Callable[[str], None],
 ) -> None:
-    """Run what is to be done of the jobs. They begin in their order; one that would not end in time is passed over.
+    """Run what is to be done of the jobs, in the order of `to_be_done`. One that would not end in time is passed over.
 
     Args:
         gpus: as in CUDA_VISIBLE_DEVICES; if empty, `per_gpu` jobs share the CPU.
-        slowdown: see `Job.seconds`.
+        per_gpu, slowdown: see `Job.seconds`.
         deadline: seconds from now; None means no deadline.
         cut: also begin jobs that will not end in time.
+        again: also train jobs a second time whose weights are gone before all was measured.
         keep_checkpoints: of jobs that are done.
         said: is given a line for each job that begins or ends.
     """
     end = None if deadline is None else time.monotonic() + deadline - GRACE
     places: list[str | None] = [gpu for _ in range(per_gpu) for gpu in gpus] or [None] * per_gpu
-    estimates = {job.name: job.seconds(slowdown) for job in jobs}
-    waiting = [job for job in jobs if job.commands()]
+    estimates = {job.name: job.seconds(per_gpu=per_gpu, slowdown=slowdown) for job in jobs}
+    waiting = to_be_done(jobs, again=again)
+    for job in jobs:
+        if job.commands() and job not in waiting:
+            said(f"{job.name}: trained, not all measured, and its weights are gone; --again trains it again")
     running: list[_Running] = []
 
     def left() -> float:
@@ -452,8 +238,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     overrides = [word for word in options.words if "=" in word]
     jobs = jobs_of([word for word in options.words if "=" not in word], overrides, options.out)
     gpus = visible_gpus()
-    slowdown = float(options.per_gpu) if options.slowdown is None else options.slowdown
-    _print_plan(jobs, places=jobs_at_once(options.per_gpu) if gpus else options.per_gpu, slowdown=slowdown, out=console)
+    _print_plan(jobs, options, places=jobs_at_once(options.per_gpu) if gpus else options.per_gpu, out=console)
     if options.dry_run:
         return True
     deadline = None if options.deadline is None else options.deadline - (time.monotonic() - started)
@@ -461,9 +246,10 @@ def run(options: argparse.Namespace, console: Console) -> bool:
         jobs,
         gpus=gpus,
         per_gpu=options.per_gpu,
-        slowdown=slowdown,
+        slowdown=options.slowdown,
         deadline=deadline,
         cut=options.cut,
+        again=options.again,
         keep_checkpoints=options.keep_checkpoints,
         said=lambda line: console.print(f"{time.monotonic() - started:5.0f} s  {line}", soft_wrap=True),
     )
@@ -472,14 +258,15 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     return not any(job.commands() for job in jobs)
 
 
-def _print_plan(jobs: Sequence[Job], *, places: int, slowdown: float, out: Console) -> None:
-    open_jobs = [job for job in jobs if job.commands()]
-    for job in open_jobs:
-        out.print(f"{job.name}: {_about(job.seconds(slowdown))}", soft_wrap=True)
-    seconds = sum(job.seconds(slowdown) or 0.0 for job in open_jobs)
-    unknown = sum(job.seconds(slowdown) is None for job in open_jobs)
+def _print_plan(jobs: Sequence[Job], options: argparse.Namespace, *, places: int, out: Console) -> None:
+    open_jobs = to_be_done(jobs, again=options.again)
+    estimates = [job.seconds(per_gpu=options.per_gpu, slowdown=options.slowdown) for job in open_jobs]
+    for job, seconds in zip(open_jobs, estimates, strict=True):
+        out.print(f"{job.name}: {_about(seconds)}", soft_wrap=True)
+    known = [seconds for seconds in estimates if seconds is not None]
+    unknown = len(open_jobs) - len(known)
     out.print(
-        f"{len(open_jobs)} of {len(jobs)} jobs are to be done, {places} at a time: about {seconds / places:.0f} s"
+        f"{len(open_jobs)} of {len(jobs)} jobs are to be done, {places} at a time: about {sum(known) / places:.0f} s"
         + (f", and {unknown} of unknown length" if unknown else ""),
         soft_wrap=True,
     )
@@ -490,9 +277,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="experiments, and settings key=value")
     parser.add_argument("--out", type=Path, default=Path("multirun"), help="directory of the run directories")
     parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU (without a GPU: the CPU)")
-    parser.add_argument("--slowdown", type=float, help="times as long as on a GPU of its own; default: PER_GPU")
+    parser.add_argument("--slowdown", type=float, help="times as long as on a GPU of its own; default: by estimate")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds after which everything has stopped")
     parser.add_argument("--cut", action="store_true", help="also begin jobs that will not end before the deadline")
+    parser.add_argument("--again", action="store_true", help="train again where weights to be measured are gone")
     parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete those of finished jobs")
     parser.add_argument("--dry-run", action="store_true", help="only print the jobs and their estimated times")
     options = parser.parse_intermixed_args(arguments)

@@ -124,9 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _note() -> str:
-    threads = os.environ.get("RAYON_NUM_THREADS") or os.cpu_count()
+    threads = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return f"{threads} threads of a CPU, tokenizers {tokenizers.__version__}, a vocabulary of 16,384; {date}."
+    processor = f"{threads} thread{'s' * (threads != 1)} of a CPU"
+    return f"{processor}, tokenizers {tokenizers.__version__}, a vocabulary of 16,384; {date}."
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,11 +28,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lkda.checks import InputError
-from lkda.commands.command_line import CommandError
+from lkda.commands.command_line import FAILED, CommandError
 from lkda.commands.invocation import given_overrides
 from lkda.training.options import TrainerOptions
 
 T = TypeVar("T")
+# Where the first process of a node leaves its process id for those that it starts.
+_FIRST = "LKDA_FIRST_PROCESS"
+# For which a process waits for those that it has started, when the run has ended.
+_SECONDS_TO_END = 20.0
+_SECONDS_TO_REPORT = 5.0
 # What Lightning's launcher sets for the processes that it starts.
 _VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -40,6 +49,9 @@ class Processes:
     If nothing else has started them, the first process starts the others of its node in `join`: they run the same
     command again. torchrun, Slurm, or a command on each node may also start them.
 
+    If a run ends with an error, processes of it that `join` has started and that do not end by themselves are killed:
+    one that hangs would otherwise keep its device.
+
     Attributes:
         rank: the number of this process among all.
         local_rank: its number among those of its node.
@@ -48,10 +60,16 @@ class Processes:
     """
 
     def __init__(self, options: TrainerOptions, *, accelerator: str) -> None:
+        if options.strategy == "single" and TorchElasticEnvironment.detect() and _processes_of_torchrun() > 1:
+            raise InputError(
+                f"torchrun has started {_processes_of_torchrun()} processes, each of which would train by itself: "
+                "choose trainer=ddp or trainer=fsdp."
+            )
         self._options, self._accelerator = options, accelerator
         self.environment = _environment() if options.strategy != "single" else None
         self.rank, self.local_rank, self.group = 0, 0, None
         self._started_elsewhere = False
+        self._others: list[subprocess.Popen[bytes]] = []  # that `join` has started
         if self.environment is not None:
             self._place(self.environment)
         self._before = {name: os.environ.get(name) for name in _VARIABLES}
@@ -74,17 +92,32 @@ class Processes:
 
     def __exit__(self, *exception: object) -> None:
         if self.group is None:
+            self._end_others()  # of a `join` that failed
             return
         if self._started_elsewhere:  # they have one address, at which they can meet once
             dist.destroy_process_group(self.group)
             return
         dist.destroy_process_group()
+        self._end_others()
         # The next run of a sweep in this process starts processes of its own.
         for name, value in self._before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
         rank_zero_only.rank = fabric_rank_zero_only.rank = 0
+
+    def _end_others(self) -> None:
+        """Wait a while for the processes that were started, and kill those that do not end."""
+        deadline = time.monotonic() + _SECONDS_TO_END
+        for other in self._others:
+            try:
+                other.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                other.kill()
+                other.wait()
+        # Lightning watches this list for as long as this process lives, and kills it for one that has failed: also if
+        # it has reported the failure, and is in the next run of a sweep.
+        self._others.clear()
 
     @property
     def is_first(self) -> bool:
@@ -98,6 +131,9 @@ class Processes:
         options = self._options
         if self.environment is None:
             return
+        first = os.environ.pop(_FIRST, None)
+        if first is not None:  # which may have ended already
+            threading.Thread(target=_end_with_parent, args=[int(first)], daemon=True).start()
         timeout = timedelta(minutes=options.timeout_minutes)
         fabric = Fabric(
             accelerator=self._accelerator,
@@ -106,8 +142,11 @@ class Processes:
             strategy=DDPStrategy(timeout=timeout, cluster_environment=self.environment),
         )
         try:
-            with _arguments_of_this_run():
-                fabric.launch()
+            try:
+                with _arguments_of_this_run():
+                    fabric.launch()
+            finally:
+                self._others = getattr(fabric.strategy.launcher, "procs", [])
             self.group = dist.new_group(backend="gloo", timeout=timeout)
         except RuntimeError as error:
             if not is_of_another_process(error):
@@ -160,6 +199,10 @@ class Processes:
             dist.barrier(group=self.group)
 
 
+def _processes_of_torchrun() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_of_another_process(error: RuntimeError) -> bool:
     """Whether an exchange with another process has failed. Gloo has no error type of its own."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
@@ -174,15 +217,31 @@ def _environment() -> ClusterEnvironment:
     return LightningEnvironment()
 
 
+def _end_with_parent(parent: int) -> None:
+    """End this process a while after its parent has ended, also if that was killed. It may wait for it in an exchange
+    that nothing interrupts, and would keep its device for as long as trainer.timeout_minutes."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(_SECONDS_TO_REPORT)  # an exchange that fails has an error line of its own
+    print("error: the first process of the run has ended. Continue with resume=true.", file=sys.stderr, flush=True)
+    os._exit(FAILED)
+
+
 @contextmanager
 def _arguments_of_this_run() -> Iterator[None]:
-    """Lightning starts the other processes with sys.argv. A job of a sweep needs its own settings there, and the
-    console command the name of the command."""
-    before = sys.argv
+    """Lightning starts the other processes with the main module of this one and sys.argv. A job of a sweep needs its
+    own settings there, the console command the name of the command, and a job in a worker process of a launcher lkda's
+    module in place of the launcher's."""
+    main = sys.modules["__main__"]
+    arguments, spec = sys.argv, main.__spec__
+    os.environ[_FIRST] = str(os.getpid())
     if HydraConfig.initialized():
-        by_name = Path(before[0]).name in ("lkda", "__main__.py")
-        sys.argv = [before[0], *(["train"] if by_name else []), *given_overrides(without=("hydra.run.dir",))]
+        by_name = Path(arguments[0]).name in ("lkda", "__main__.py")
+        if spec is not None and spec.name.partition(".")[0] != "lkda":
+            main.__spec__, by_name = importlib.util.find_spec("lkda.__main__"), True
+        sys.argv = [arguments[0], *(["train"] if by_name else []), *given_overrides(without=("hydra.run.dir",))]
     try:
         yield
     finally:
-        sys.argv = before
+        sys.argv, main.__spec__ = arguments, spec
+        del os.environ[_FIRST]

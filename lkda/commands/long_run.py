@@ -147,19 +147,19 @@ def measure(
         steps: optimizer steps of a very small model on the CPU; None: the run ends after `minutes`.
         keep: is called with all rows after each new one.
     """
+    every, seconds = None, None
     if steps is not None:
         every = max(1, steps // BLOCKS)
-        intervals = {"every": every}
-        lengths = (*OF_STEPS, f"trainer.max_steps={steps}", f"trainer.val_check_interval={every}")
-        lengths += (f"checkpoint.every_n_steps={every}",)
+        lengths = [*OF_STEPS, f"trainer.max_steps={steps}", f"trainer.val_check_interval={every}"]
+        lengths.append(f"checkpoint.every_n_steps={every}")
     else:
         assert minutes is not None
-        intervals = {"seconds": 60 * minutes / BLOCKS}
-        lengths = (f"trainer.max_steps={_ENDLESS}", f"checkpoint.every_minutes={minutes / BLOCKS}")
+        seconds = 60 * minutes / BLOCKS
+        lengths = [f"trainer.max_steps={_ENDLESS}", f"checkpoint.every_minutes={minutes / BLOCKS}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides=[*SETTINGS, *lengths, *overrides])
     rows: Rows = []
-    _METERS[id(rows)] = GrowthMeter(rows, lambda: keep(rows), **intervals)
+    _METERS[id(rows)] = GrowthMeter(rows, lambda: keep(rows), every=every, seconds=seconds)
     with open_dict(config):
         config.callbacks.growth = {"_target_": f"{__name__}.meter", "number": id(rows)}
     try:

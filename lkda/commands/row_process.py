@@ -173,6 +173,9 @@ def end_with_parent() -> None:
 
 
 def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
+    started_by = multiprocessing.parent_process()
+    if started_by is not None:  # a fork's own parent is the server, which lives as long as its children
+        started_by.join()
+    while os.getppid() == parent and started_by is None:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import tempfile
@@ -21,6 +22,7 @@ from lkda.data.fingerprint import of_tokenizer
 from lkda.io import write_atomically
 from lkda.metrics_file import read_metrics
 from lkda.old_names import translated
+from lkda.records import check_yaml, read_record
 from lkda.run_failure import FAILURE
 from lkda.training.checkpoint import newest_intact
 from lkda.training.options import sequences_per_batch
@@ -187,20 +189,29 @@ def recorded_config(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / _CONFIG
     if not path.exists():
         return None
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    found = read_yaml(path)
     if not isinstance(found, dict) or not found.keys() >= _OURS:
         raise InputError(f"{path} is not a configuration of lkda: choose another hydra.run.dir.")
     return {str(name): value for name, value in found.items()}
 
 
+def read_yaml(path: Path) -> Any:
+    """The values of a YAML file that may come from a stranger. Raises: InputError if it cannot be read."""
+    try:
+        text = read_record(path)
+        check_yaml(text, source=path)
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
 def read_summary(path: Path) -> dict[str, Any]:
     """The content of a run's summary.json; {} if there is none. Raises: ValueError if it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:  # no JSON, or no UTF-8
+        found = json.loads(read_record(path)) if path.exists() else {}
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise InputError(f"{path} is damaged: it is not JSON ({error}). Put it back, or move it away.") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is damaged: it holds no table of values. Put it back, or move it away.")

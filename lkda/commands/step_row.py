@@ -104,14 +104,15 @@ def _of_device(prepared: PreparedRun, row: dict[str, Any], *, lkda: bool) -> dic
     """What the measurements of `row` say about the device.
 
     Args:
-        lkda: whether the model is lkda's. If not, only product_shares, which depends on the sizes, is known.
+        lkda: whether the model is lkda's. If not, only product_shares, which depends on the sizes, and the precision
+            are known.
     """
     if "tokens_per_s" not in row:
         return {}
     plan = prepared.plan
     with torch.device("meta"):
         model = build_model(prepared.model_config)
-    shares = {"product_shares": _product_shares(model)}
+    shares = {"product_shares": _product_shares(model), "precision": plan.trainer.precision}
     if not lkda:
         return shares
     dtype = PRECISIONS[plan.trainer.precision]

@@ -42,7 +42,7 @@ def summarize(run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ou
     return {
         "status": status,
         "val/loss": loss,
-        "val/perplexity": _perplexity(loss) if not metadata["val_subsets"] else None,
+        "val/perplexity": perplexity(loss) if not metadata["val_subsets"] else None,
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
         "unigram_entropy": metadata["unigram_entropy"],
         **_of_test(metadata["test"], rows, step),
@@ -102,7 +102,7 @@ def _of_test(test: dict[str, Any] | None, rows: list[dict[str, str]], step: int)
     loss = float(measured[-1]["test/loss"])
     return {
         "test/loss": loss,
-        "test/perplexity": _perplexity(loss),
+        "test/perplexity": perplexity(loss),
         "test/bits_per_byte": float(measured[-1]["test/bits_per_byte"]),
         "test_unigram_entropy": test["unigram_entropy"],
         "test_tokens": test["tokens"],
@@ -126,8 +126,14 @@ def _state_dtype(model: LanguageModel) -> str | None:
     return "float64" if double and words[0] == "float32" else str(words[0])
 
 
-def _perplexity(loss: float | None) -> float | None:
-    return math.exp(loss) if loss is not None and loss < 700 else None  # exp overflows a float above 709
+_LARGEST_LOSS = 700.0  # exp overflows a float above 709
+# Shown in place of a perplexity that is None although there is a loss.
+TOO_LARGE = "too large for a number"
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss); None without a loss, or if it is larger than any float."""
+    return math.exp(loss) if loss is not None and loss < _LARGEST_LOSS else None
 
 
 def _by_subset(subsets: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:

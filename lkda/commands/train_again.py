@@ -45,7 +45,7 @@ def train_again(config: Mapping[str, Any]) -> str:
     words = [*(f"{group}={name}" for group, name in chosen.items())]
     words += [_word(key, value) for key, value in differing.items() if key in known]
     gone = sorted(f"{key}={value}" for key, value in differing.items() if key not in known and value is not None)
-    comment = f"  # settings of another version: {', '.join(gone)}" if gone else ""
+    comment = f"  # settings of another version: {', '.join(' '.join(one.split()) for one in gone)}" if gone else ""
     return shlex.join(["python", "scripts/train.py", *words]) + comment
 
 

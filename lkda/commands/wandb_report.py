@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.page import Section
 from lkda.report.training.comparison import Comparison
-from lkda.training.wandb_connection import run_identity, wandb_mode
+from lkda.training.wandb_connection import begin_online_or_offline, run_identity
 
 if TYPE_CHECKING:
     import wandb
@@ -28,19 +28,23 @@ def send_report(comparison: Comparison, out: Path, *, project: str) -> str | Non
     """
     import wandb
 
-    reason, settings = wandb_mode()
     names = [run.name for run in comparison.runs]
     config = {"title": comparison.title, "runs": names, "benchmarks": [result.name for result in comparison.results]}
-    with wandb.init(
-        project=project,
-        name=comparison.title,
-        group=GROUP,
-        job_type=JOB_TYPE,
-        id=run_identity(out),
-        dir=out,
-        config=config,
-        **settings,
-    ) as run:
+
+    def begin(settings: dict[str, Any]) -> wandb.Run:
+        return wandb.init(
+            project=project,
+            name=comparison.title,
+            group=GROUP,
+            job_type=JOB_TYPE,
+            id=run_identity(out),
+            dir=out,
+            config=config,
+            **settings,
+        )
+
+    begun, reason = begin_online_or_offline(begin)
+    with begun as run:
         found: dict[str, Any] = {"report": wandb.Html(str(out / "report.html"), inject=False)}
         found |= {f"tables/{name}": _table(section) for name, section in comparison.tables().items()}
         for chart in comparison.tradeoff.charts():
@@ -80,6 +84,7 @@ def _panels(chart: Chart) -> Iterator[tuple[str, Any]]:
     titles = {entry["field"]: entry["title"] for entry in encoding["tooltip"] if entry["title"]}
     records = chart.spec["data"]["values"]
     settings = dict.fromkeys(record.get("setting", "") for record in records)
+    keys: list[str] = []
     for setting in settings:
         shown = [record for record in records if record.get("setting", "") == setting]
         rows = [[record.get(field) for field in titles] for record in shown]
@@ -87,6 +92,8 @@ def _panels(chart: Chart) -> Iterator[tuple[str, Any]]:
         x, y = (titles[encoding[axis]["field"]] for axis in "xy")
         title = chart.title if len(settings) == 1 else f"{chart.title}: {setting}"
         key = f"{chart.name}/{re.sub(r'[^A-Za-z0-9]+', '_', setting).strip('_') or 'all'}"
+        key += f"_{len(keys)}" if key in keys else ""  # of other letters, such as those of another alphabet
+        keys.append(key)
         if layer["mark"]["type"] == "line":
             yield key, wandb.plot.line(table, x, y, stroke=titles[encoding["detail"]["field"]], title=title)
         else:

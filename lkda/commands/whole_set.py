@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lkda.checks import InputError
+from lkda.checks import InputError, refusing_damage
 from lkda.commands.command_line import CommandError
 from lkda.commands.invocation import command
 from lkda.commands.overrides import override
@@ -140,13 +140,17 @@ def measure_whole_set(
         measure: measures one part, with its settings.
         parts: those of the device where None.
     Raises:
-        InputError: `out` holds the results of another device, or is not a directory of a whole set.
+        InputError: `out` holds the results of another device, is not a directory of a whole set, or cannot be written.
         CommandError: parts failed; the others are measured.
     """
     parts = parts_of(device) if parts is None else parts
     out, limit = Path(settings["out"]), settings["minutes"]
     console = open_console()
     done = _read_state(out, device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write the directory {out}: {error.strerror}.") from error
     waiting = [part for part in parts if part.name not in done]
     for part in parts:
         if part.name in done:
@@ -216,7 +220,9 @@ def _read_state(out: Path, device: torch.device) -> dict[str, float]:
     if found.get("device") != device_name(device):
         here = device_name(device)
         raise InputError(f"out={out} holds results of {found.get('device')}, and this is {here}: give a new directory.")
-    return {str(name): float(seconds) for name, seconds in dict(found["parts"]).items()}
+    with refusing_damage(path):
+        done = {str(name): float(seconds) for name, seconds in found["parts"].items()}
+    return {name: seconds for name, seconds in done.items() if any((out / name).glob("*.json"))}  # one may be removed
 
 
 def _write_state(out: Path, device: torch.device, done: Mapping[str, float]) -> None:

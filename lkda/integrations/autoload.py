@@ -42,7 +42,7 @@ def asked_parts() -> tuple[str, ...]:
     if words in ("1", "all"):
         return PARTS
     parts = tuple(word.strip() for word in words.split(","))
-    check_parts(parts)
+    check_parts(parts, VARIABLE)
     return parts
 
 

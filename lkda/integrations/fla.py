@@ -72,10 +72,10 @@ def unregister() -> None:
             known[registry or function]._backends.pop(_TYPE, None)
 
 
-def check_parts(parts: Sequence[str]) -> None:
-    """Raises InputError unless every part is one of PARTS."""
+def check_parts(parts: Sequence[str], given_by: str = "lkda.integrations.fla") -> None:
+    """Raises InputError unless every part is one of PARTS; `given_by` is what the message names."""
     if isinstance(parts, str) or not parts or not set(parts) <= set(PARTS):
-        raise InputError(f"lkda.integrations.fla: parts must be some of {', '.join(PARTS)}, got {parts!r}.")
+        raise InputError(f"{given_by}: parts must be some of {', '.join(PARTS)}, got {parts!r}.")
 
 
 def _fla_backends() -> Any:

@@ -20,7 +20,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from types import CellType, FunctionType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -38,58 +38,105 @@ _KDA = "chunk_kimi_delta_attention"
 _ORIGINAL = "_lkda_original"
 
 
-class KernelUse:
-    """What `use_lkda_kernels` returns: as a context manager it undoes the call at its end."""
+Changes = list[tuple[nn.Module, type[nn.Module]]]  # modules with their new class
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+
+class KernelUse:
+    """What `use_lkda_kernels` returns: as a context manager it undoes that call, and no other one, at its end."""
+
+    def __init__(self, changes: Changes) -> None:
+        self._after: Changes = changes
+        self._before: Changes = [(module, type(module)) for module, _ in changes]
+        _change(self._after)
 
     def __enter__(self) -> KernelUse:
+        _change(self._after)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _disable(self.model)
+        _change(self._before)
 
 
 def use_lkda_kernels(model: nn.Module, enable: bool = True) -> KernelUse:
     """Run the KDA layers of a transformers model with lkda's convolutions, gate, KDA and gated norm, or no longer.
 
     Call it before torch.compile, and before or after FSDP. A second call of the same kind changes nothing. The result
-    is that of transformers' PyTorch code up to rounding. Packed sequences are given as `cu_seqlens`.
+    is that of transformers' PyTorch code up to rounding. Packed sequences are given as `cu_seqlens` or
+    `cu_seq_lens_q`.
 
     Args:
         model: such as a KimiLinearForCausalLM, on any device and in any dtype; or a part of one.
         enable: False for transformers' own code again.
     Returns: a context manager that undoes the call at its end; it need not be used.
-    Raises: InputError (a ValueError) if the model has no KDA layer, or if the installed transformers has an interface
-        that lkda does not know. The model is unchanged then.
+    Raises: InputError (a ValueError) if the model has no KDA layer, if the installed transformers has an interface that
+        lkda does not know, or if a layer has a forward of its own or a class that was made of lkda's. The model is
+        unchanged then.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"use_lkda_kernels: model must be a model of transformers, got {model!r:.80}.")
+    changed = [module for module in model.modules() if hasattr(module, _ORIGINAL)]
     if not enable:
-        _disable(model)
-        return KernelUse(model)
+        return KernelUse([(module, getattr(module, _ORIGINAL)) for module in changed])
     layers = [module for module in model.modules() if _is_kda_layer(module)]
-    if not layers and not any(hasattr(module, _ORIGINAL) for module in model.modules()):
+    if not layers and not changed:
         raise InputError(
             f"use_lkda_kernels: {type(model).__name__} has no KDA layer of transformers, such as those of "
             "KimiLinearForCausalLM."
         )
-    changes = [change for layer in layers for change in _changes(layer)]
-    for module, subclass in changes:
-        module.__class__ = subclass
-    return KernelUse(model)
+    return KernelUse([change for layer in layers for change in _changes(layer)])
 
 
-def _disable(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, _ORIGINAL):
-            module.__class__ = getattr(module, _ORIGINAL)
+def _change(changes: Changes) -> None:
+    """Give modules their new classes. Raises InputError where that would do something else; none has changed then."""
+    for module, new in changes:
+        now = type(module)
+        if now is not new and now is not vars(new).get(_ORIGINAL) and new is not vars(now).get(_ORIGINAL):
+            raise InputError(
+                f"use_lkda_kernels: a layer's class {now.__name__} was made after lkda's, as fully_shard does; undo "
+                "use_lkda_kernels before that."
+            )
+        if not {"forward", _UNHOOKED}.isdisjoint(vars(module)) and _kept_forward(module) is None:
+            raise InputError(
+                f"use_lkda_kernels: {now.__name__} has a forward of its own, which hides that of its class; call "
+                "use_lkda_kernels before the forward is replaced."
+            )
+    for module, new in changes:
+        kept = _kept_forward(module)
+        module.__class__ = new
+        if kept == _UNHOOKED:
+            setattr(module, _UNHOOKED, MethodType(new.forward, module))
+        elif kept is not None:
+            delattr(module, kept)
+
+
+_UNHOOKED = "_old_forward"  # where the hooks of accelerate, as for several devices, keep the forward that they call
+
+
+def _kept_forward(module: nn.Module) -> str | None:
+    """The attribute of a module itself that holds the method of its class. accelerate leaves it as `forward` with its
+    last hook."""
+    for name in (_UNHOOKED, "forward"):
+        own = vars(module).get(name)
+        if isinstance(own, MethodType) and own.__self__ is module and own.__func__ is type(module).forward:
+            return name
+    return None
 
 
 def _is_kda_layer(module: nn.Module) -> bool:
-    """Whether the method of a module calls transformers' function of KDA. False where it was changed already."""
+    """Whether the method of a module calls transformers' function of KDA. False where it was changed already.
+
+    Raises: InputError for a class that is derived from a KDA layer and has another forward, which cannot be changed.
+    """
     if hasattr(module, _ORIGINAL):
         return False
-    forward = inspect.unwrap(type(module).forward)
+    found = [_calls_kda(base) for base in type(module).__mro__ if "forward" in vars(base)]
+    if any(found) and not found[0]:
+        raise InputError(f"use_lkda_kernels: {type(module).__name__} is a KDA layer with a forward of its own.")
+    return any(found)
+
+
+def _calls_kda(layer: type) -> bool:
+    forward = inspect.unwrap(vars(layer)["forward"])
     return _KDA in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
@@ -103,12 +150,6 @@ def _changes(layer: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     if len(gates) != 1 or len(norms) != 1:
         raise _unknown(f"{type(layer).__name__} has {len(gates)} gates and {len(norms)} gated norms, not one of each")
     gate, norm = gates[0], norms[0]
-    for module in (layer, gate, norm):
-        if "forward" in vars(module):
-            raise InputError(
-                f"use_lkda_kernels: {type(module).__name__} has a forward of its own, as the hooks of accelerate make "
-                "it; call use_lkda_kernels before the model is dispatched to devices or wrapped."
-            )
     _check_parts(gate, norm)
     _check_filters(layer)
     classes: list[Any] = [type(module) for module in (layer, gate, norm)]
@@ -266,7 +307,10 @@ _REPLACEMENTS: Mapping[str, Callable[..., Any]] = {
 
 
 def _cu_seqlens(options: Mapping[str, Any]) -> Tensor | None:
+    """The boundaries of packed sequences, under FLA's name or that of transformers' DataCollatorWithFlattening."""
     cu_seqlens: Tensor | None = options.get("cu_seqlens")
+    if cu_seqlens is None:
+        cu_seqlens = options.get("cu_seq_lens_q")
     if cu_seqlens is None and options.get("seq_idx") is not None:
         raise InputError("use_lkda_kernels: packed sequences need cu_seqlens; seq_idx alone is not enough.")
     return cu_seqlens

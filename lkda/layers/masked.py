@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
+from lkda.models.linear import is_plain
 from lkda.models.mixer import State
 from lkda.models.mixers import kda, simplified
 from lkda.models.recurrent_mixer import RecurrentMixer
@@ -41,9 +42,10 @@ class Masked(RecurrentMixer):
             With cu_seqlens the state is empty.
         Raises: ValueError if a shape or dtype does not fit; on a CPU also if padding is between tokens.
         """
+        name = type(self).__name__
+        self._check(name, x, ("B", "T"), state)
         if attention_mask is None:
             return super().forward(x, cu_seqlens=cu_seqlens, state=state)
-        name = type(self).__name__
         if cu_seqlens is not None:
             raise InputError(f"{name}: attention_mask and cu_seqlens cannot be given together.")
         mask = _checked(name, attention_mask, x)
@@ -55,14 +57,49 @@ class Masked(RecurrentMixer):
         caches = (part[_TOKENS::_PARTS].contiguous() for part in after)
         return y, (*caches, *self.keep(own[_TOKENS::_PARTS].contiguous()))
 
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One more token of each sequence, without gradients.
+
+        Args:
+            x: [B, d_model].
+            state: what `forward`, `step` or `init_state(B)` returned; updated in place.
+        Returns: y [B, d_model] and the state after the token.
+        Raises: ValueError if a shape or dtype does not fit.
+        """
+        self._check(type(self).__name__, x, ("B",), state)
+        return super().step(x, state)
+
+    def _check(self, name: str, x: Tensor, axes: tuple[str, ...], state: State | None) -> None:
+        """Raises InputError unless x is [*axes, d_model] like the weights, and the state one of as many sequences."""
+        width, shape = self.num_heads * self.head_dim, list(x.shape) if isinstance(x, Tensor) else []
+        if len(shape) != len(axes) + 1 or shape[-1] != width or 0 in shape:
+            raise InputError(
+                f"{name}: x must be a tensor [{', '.join(axes)}, {width}] with no axis of length 0, got "
+                f"{shape or type(x).__name__}."
+            )
+        weight = self.q_proj.weight
+        same = x.dtype == weight.dtype and x.device == weight.device
+        if not same and is_plain(self.q_proj) and not torch.is_autocast_enabled(x.device.type):
+            raise InputError(
+                f"{name}: x must be like the weights, of {weight.dtype} on {weight.device}, got {x.dtype} on "
+                f"{x.device}; only under torch.autocast may the dtypes differ."
+            )
+        if state is None:
+            return
+        wanted = [list(part.shape) for part in self.init_state(shape[0], device=torch.device("meta"))]
+        found = [list(part.shape) for part in state] if isinstance(state, tuple) else type(state).__name__
+        if found != wanted:
+            raise InputError(
+                f"{name}: state must be what an earlier call for {shape[0]} sequences returned, a tuple with shapes "
+                f"{wanted}, got {found}."
+            )
+
 
 def _checked(name: str, attention_mask: Tensor, x: Tensor) -> Tensor:
     """The mask as booleans."""
-    if x.dim() != 3 or attention_mask.shape != x.shape[:2]:
-        raise InputError(
-            f"{name}: x must be [B, T, d_model] and attention_mask [B, T], got {list(x.shape)} and "
-            f"{list(attention_mask.shape)}."
-        )
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != x.shape[:2]:
+        found = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise InputError(f"{name}: attention_mask must be a tensor [B, T] = {list(x.shape[:2])}, got {found}.")
     if attention_mask.dtype.is_floating_point or attention_mask.device != x.device:
         raise InputError(
             f"{name}: attention_mask must be of booleans, or 0 and 1, on {x.device}, got {attention_mask.dtype} on "

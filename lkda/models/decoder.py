@@ -81,6 +81,7 @@ class Decoder:
         self.not_recorded: str | None = None if graphs else "graphs=False"
         self._read_tokens = torch.zeros_like(self.tokens)
         self._recording: Recording | None = None
+        self._kept: tuple[tuple[int, ...], Tensor, list[State]] | None = None  # a prompt, and what was read of it
         self.logits: Tensor | None = None
         self._uses: dict[int, int] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # with its buffer of logits
@@ -88,7 +89,13 @@ class Decoder:
 
     @torch.inference_mode()
     def admit(
-        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], which: Sequence[int], keys: Sequence[int]
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        which: Sequence[int],
+        keys: Sequence[int],
+        *,
+        keep: bool = False,
     ) -> None:
         """Begin a sequence in each of `rows` and sample its first token into `tokens`.
 
@@ -96,10 +103,13 @@ class Decoder:
             prompts: the different prompts, none of which is empty.
             which: for each row the number of its prompt.
             keys: for each row the key of its random numbers.
+            keep: whether to keep the state after a single prompt, because the next call begins with the same one.
         """
         at, found = torch.tensor(rows, device=self.device), []
         for first, end in self._groups([len(prompt) for prompt in prompts]):
             logits, state = self._read(prompts[first:end])
+            if keep and len(prompts) == 1:
+                self._kept = tuple(prompts[0]), logits, state
             mine = [i for i, prompt in enumerate(which) if first <= prompt < end]
             chosen = torch.tensor([which[i] - first for i in mine], device=self.device)
             self._put(at[mine], state, chosen, max(map(len, prompts[first:end])))
@@ -238,6 +248,9 @@ class Decoder:
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[State]]:
         """The logits [N, vocab] after N prompts, and the state after them."""
+        kept, self._kept = self._kept, None
+        if kept is not None and len(prompts) == 1 and kept[0] == tuple(prompts[0]):
+            return kept[1:]
         lengths = [len(prompt) for prompt in prompts]
         state = self.model.init_state(len(prompts), max_tokens=max(lengths))
         packed = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)

@@ -142,6 +142,7 @@ class BatchGenerator:
             prompts,
             [numbers[tuple(request.prompt)] for request in chosen],
             [draw_key(self.seed, request.prompt_index, request.sample_index) for request in chosen],
+            keep=bool(waiting) and tuple(waiting[0].prompt) == prompts[0],
         )
         for row, request in zip(free, chosen, strict=True):
             rows[row] = request

@@ -7,6 +7,8 @@ layout.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -67,6 +69,7 @@ class Chunks:
     """
 
     def __init__(self, lengths: list[int], size: int, device: torch.device) -> None:
+        lengths = [operator.index(n) for n in lengths]  # torch.compile may have symbols
         counts = [-(-n // size) for n in lengths]
         order = sorted(range(len(lengths)), key=lambda n: -counts[n])
         self.size = size

@@ -25,7 +25,7 @@ from lkda.checks import InputError
 from lkda.io import replace_file, replacing
 from lkda.training.background import BackgroundWriter
 from lkda.training.sharded_checkpoint import is_sharded, read_sharded, remove
-from lkda.training.torch_file import read_torch_file
+from lkda.training.torch_file import UnreadableError, read_torch_file
 
 FORMAT = 1
 _ENTRIES = {"step": int, "model": Mapping, "tokenizer": str | None, "run": Mapping, "best": Mapping}
@@ -165,7 +165,8 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
     missing, a link with its name is created. A broken checkpoint is renamed to *.broken, with a warning that names it,
     and the links to it are deleted.
 
-    Raises: InputError if there are checkpoints but none of them can be read.
+    Raises: InputError if there are checkpoints but none of them can be read; UnreadableError if one that would be used
+        may be whole, but cannot be read by this process.
     """
     directory = Path(directory)
     steps = step_files(directory)
@@ -181,6 +182,8 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         try:
             checkpoint = read_checkpoint(path)
+        except UnreadableError:
+            raise
         except ValueError as error:
             warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=2)
             broken.append(path)

@@ -48,7 +48,7 @@ class ComingValues:
     def __init__(self, values: Sequence[Tensor]) -> None:
         device = values[0].device
         found = torch.stack([value.detach().to(device, torch.float64).reshape(()) for value in values])
-        self._values = torch.empty_like(found, device="cpu", pin_memory=device.type == "cuda")
+        self._values = torch.empty(len(values), dtype=torch.float64, pin_memory=device.type == "cuda")
         self._values.copy_(found, non_blocking=True)
         self.moment = Moment(device)
 

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lkda.training.parameters import parameter_groups
+from lkda.training.sharded_checkpoint import rows_of
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -64,11 +66,38 @@ class MuonWithAdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         self.adamw.found_inf = found_inf  # type: ignore[attr-defined]
         if found_inf is None:
-            self.muon.step()
+            self._muon_step()
         else:
             self._muon_step_unless(found_inf.bool())
         self.adamw.step()
         return loss
+
+    def _muon_step(self) -> None:
+        """Muon's step. If devices share the weights, torch cannot add the update to a matrix that has fewer rows than
+        there are devices; that of such a matrix, which is small, is computed on every device."""
+        (group,) = self.muon.param_groups
+        parameters = group["params"]
+        few = [parameter for parameter in parameters if _has_few_rows(parameter) and parameter.grad is not None]
+        group["params"] = [parameter for parameter in parameters if not _has_few_rows(parameter)]
+        self.muon.step()
+        group["params"] = parameters
+        for parameter in few:
+            self._step_of_whole(parameter, group)
+
+    def _step_of_whole(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        """The step of a shared matrix, computed with all its rows. Each device keeps its own."""
+        gradient = parameter.grad
+        assert isinstance(parameter, DTensor)
+        assert isinstance(gradient, DTensor)
+        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
+        whole = nn.Parameter(parameter.full_tensor())
+        whole.grad = gradient.full_tensor()
+        muon = torch.optim.Muon([{**group, "params": [whole]}])
+        muon.state[whole]["momentum_buffer"] = momentum.full_tensor()
+        muon.step()
+        for shared, new in ((parameter, whole.detach()), (momentum, muon.state[whole]["momentum_buffer"])):
+            first, last = rows_of(len(new), shared.device_mesh.get_local_rank(), shared.device_mesh.size())
+            shared.to_local().copy_(new[first:last])
 
     def _muon_step_unless(self, skip: Tensor) -> None:
         """Muon's step, which has no effect if `skip`, a scalar on the device, is true. torch's Muon has no such
@@ -81,6 +110,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.muon.step()
         for tensor, before in kept:
             tensor.copy_(torch.where(skip, before, tensor))
+
+
+def _has_few_rows(parameter: Tensor) -> bool:
+    """Whether some of the devices that share a matrix have no row of it."""
+    return isinstance(parameter, DTensor) and len(parameter) < parameter.device_mesh.size()
 
 
 def muon(model: nn.Module, config: Mapping[str, Any]) -> MuonWithAdamW:

@@ -80,6 +80,8 @@ def _save(value: Any, file: Path, path: Path) -> None:
     try:
         with replacing(file) as opened:
             torch.save(value, opened)
+    except OSError as error:
+        raise named(error, path) from error
     except RuntimeError as error:  # torch's writer turns an OSError into this type
         if isinstance(error.__context__, OSError):
             raise named(error.__context__, path) from error

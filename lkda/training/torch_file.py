@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ import torch
 
 from lkda.checks import InputError
 
+# What the system says of a file that may be whole: it is protected, or there is no memory or handle left.
+_NOT_ITS_FAULT = (errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+
+
+class UnreadableError(InputError):
+    """A file cannot be read for a reason that is not in the file, which may be whole."""
+
 
 def read_torch_file(path: Path, *, what: str, mmap: bool = False) -> Any:
     """The content of a file of torch.save, on the CPU: tensors and plain values.
@@ -17,13 +25,25 @@ def read_torch_file(path: Path, *, what: str, mmap: bool = False) -> Any:
     Args:
         what: what the file should be, for the message: "a checkpoint".
         mmap: whether the tensors stay in the file until they are used. Their bytes are then not checked.
-    Raises: InputError if the file is truncated, changed in any byte that counts, compressed, or not of this kind.
+    Raises: InputError if the file is truncated, changed in any byte that counts, compressed, or not of this kind;
+        UnreadableError if this process cannot read it.
     """
     try:
         _check_archive(path, contents=not mmap)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many types here (RuntimeError, EOFError, UnpicklingError, KeyError, ...)
+        reason = _not_its_fault(error)
+        if reason is not None:
+            raise UnreadableError(f"{path} cannot be read: {reason}.") from error
         raise InputError(f"{path} is truncated or not {what} ({type(error).__name__} while reading it).") from error
+
+
+def _not_its_fault(error: Exception) -> str | None:
+    """Why a file cannot be read, if the reason is not in the file."""
+    if isinstance(error, OSError) and error.errno in _NOT_ITS_FAULT:
+        return error.strerror
+    no_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # torch has no type for it
+    return "there is not enough memory" if no_memory else None
 
 
 def _check_archive(path: Path, *, contents: bool) -> None:

@@ -1,16 +1,18 @@
-"""Whether Weights & Biases is used online: if its server can be reached and an account is logged in."""
+"""Whether Weights & Biases is used online: if an account is logged in and its server accepts the run."""
 
 from __future__ import annotations
 
 import os
 import socket
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from lkda.io import write_atomically
 
+T = TypeVar("T")
 _FINISH_SECONDS = 120.0  # that the end of a run waits for the upload of its rows
 
 
@@ -30,14 +32,27 @@ def why_offline() -> str | None:
     return None
 
 
-def wandb_mode() -> tuple[str | None, dict[str, Any]]:
-    """The reason why W&B is used offline (None: it is online), and the settings of `wandb.init` that follow from it."""
+def begin_online_or_offline(begin: Callable[[dict[str, Any]], T]) -> tuple[T, str | None]:
+    """What `begin(settings)` returns, which calls `wandb.init` with these settings: online if the server accepts the
+    run, else offline. And the reason why W&B is used offline; None if it is online."""
     import wandb
 
     reason = why_offline()
-    return reason, {
-        "mode": "online" if reason is None else "offline",
-        "resume": "allow" if reason is None else None,
+    if reason is None:
+        try:
+            return begin(_settings(online=True)), None
+        except wandb.Error as error:  # another server answers there, or none, or the key is wrong
+            reason = f"the server does not accept the run ({' '.join(str(error).split())[:150]})"
+            wandb.teardown()  # W&B's process would refuse to begin the same run again
+    return begin(_settings(online=False)), reason
+
+
+def _settings(*, online: bool) -> dict[str, Any]:
+    import wandb
+
+    return {
+        "mode": "online" if online else "offline",
+        "resume": "allow" if online else None,
         # The terminal is used by the progress bar, and its output need not be recorded. If the server is lost during
         # the run, its end would wait for it without a limit; `wandb sync` uploads the rest later.
         "settings": wandb.Settings(silent=True, console="off", finish_timeout=_FINISH_SECONDS),

@@ -1,4 +1,4 @@
-"""The logger for Weights & Biases: online if its server can be reached and an account is logged in, else offline."""
+"""The logger for Weights & Biases: online if its server accepts the run, else offline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
-from lkda.training.wandb_connection import run_identity, wandb_mode
+from lkda.training.wandb_connection import begin_online_or_offline, run_identity
 
 
 class StepWandbLogger(WandbLogger):
@@ -57,18 +57,25 @@ def wandb_logger(
         project, name, group, job_type, tags: of the run in W&B; W&B chooses what is None. W&B shows the runs of a group
             as one line, their mean, so a group has the runs that differ only in their seed.
     """
-    reason, settings = wandb_mode()
+
+    def begin(settings: Mapping[str, Any]) -> StepWandbLogger:
+        made = StepWandbLogger(
+            save_dir=save_dir,
+            project=project,
+            name=name,
+            group=group,
+            job_type=job_type,
+            tags=list(tags),
+            config=config,
+            id=run_identity(Path(save_dir)),
+            **settings,
+        )
+        if settings["mode"] == "online":
+            _ = made.experiment  # asks the server
+        return made
+
+    logger, reason = begin_online_or_offline(begin)
     if reason is not None:
         files = f"{shlex.quote(save_dir)}/wandb/offline-run-*"
         print(f"wandb: offline, because {reason}; upload the run later with `wandb sync {files}`")
-    return StepWandbLogger(
-        save_dir=save_dir,
-        project=project,
-        name=name,
-        group=group,
-        job_type=job_type,
-        tags=list(tags),
-        config=config,
-        id=run_identity(Path(save_dir)),
-        **settings,
-    )
+    return logger

@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import lkda
+from lkda.commands import command_line
 from lkda.commands.compare import _find
 from lkda.commands.console import resume_command
 from lkda.commands.entry_point import COMMANDS, _imported, main
@@ -237,3 +238,14 @@ def test_imports_are_not_searched_for_garbage(tmp_path: Path, monkeypatch: pytes
     assert _imported("many_objects") is module
     assert gc.get_freeze_count() == frozen, "what a job of a sweep leaves behind must be found"
     del sys.modules["many_objects"]
+
+
+def test_a_started_process_takes_no_traceback_for_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets HYDRA_FULL_ERROR for Hydra, and the processes of a run inherit it."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    assert not command_line.asks_for_tracebacks()
+    with command_line.readable_errors():
+        assert os.environ["HYDRA_FULL_ERROR"] == "1"
+    assert not command_line.asks_for_tracebacks()
+    monkeypatch.delenv("LKDA_SETS_HYDRA_FULL_ERROR")
+    assert command_line.asks_for_tracebacks()

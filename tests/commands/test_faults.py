@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -270,6 +271,31 @@ def test_a_removed_data_file(corpus: Path, tmp_path: Path, capsys: pytest.Captur
     shutil.rmtree(texts)
     again = ("trainer.max_steps=8", "scheduler=constant", "resume=true")
     assert str(texts) in line(lambda: run(texts, directory, *again), capsys)
+
+
+def test_a_token_file_that_becomes_shorter_during_the_run(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is mapped into memory. The system ends a process that reads where there is no file any more."""
+    file, directory = tmp_path / "tokens.npy", tmp_path / "run"
+    np.save(file, np.random.default_rng(0).integers(0, 200, 50_000).astype(np.uint16))
+    content = file.read_bytes()
+    words = ("debug=fast", "data=tokens", f"data.paths=[{file}]", f"data.tokenizer_path={whole / 'tokenizer.json'}")
+    words += ("trainer=cpu", "scheduler=constant", *OPTIONS)
+
+    def trained(path: Path, *overrides: str) -> dict[str, Any]:
+        return train(composed("train", *words, *overrides), path)
+
+    with monkeypatch.context() as within:
+        at_step(8, lambda: os.truncate(file, 100), within)
+        child = forked(lambda: trained(directory))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS
+    with pytest.raises(InputError, match=r"tokens\.npy is not a token file that can be read"):
+        trained(directory, "resume=true")
+    file.write_bytes(content)
+    trained(directory, "resume=true")
+    trained(tmp_path / "straight")
+    assert rows(directory) == rows(tmp_path / "straight")
 
 
 def test_checkpoints_by_the_clock(corpus: Path, tmp_path: Path, whole: Path) -> None:

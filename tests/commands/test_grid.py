@@ -1,17 +1,22 @@
 """Jobs of experiments side by side, until a deadline."""
 
 import json
+import multiprocessing
 import re
 import shutil
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from lkda.checks import InputError
-from lkda.commands import grid
-from lkda.commands.grid import Job, jobs_of, main, run_jobs, table
+from lkda.commands import grid, grid_jobs
+from lkda.commands.grid import main, run_jobs, table
+from lkda.commands.grid_jobs import Job, jobs_of
 from tests.commands.small import small_run
 
 
@@ -24,7 +29,23 @@ def test_a_job_for_each_combination(tmp_path: Path) -> None:
         *("experiment=ablations", "mixer={num_heads:4,kda:{gate:head}}", "seed=2", "trainer.max_steps=568")
     }
     assert jobs[0].seconds() == pytest.approx(25 + 568 / 30)
-    assert jobs[0].seconds(slowdown=3.0) == pytest.approx(25 + 3 * 568 / 30)
+    assert jobs[0].seconds(per_gpu=3) == pytest.approx(25 + 3 * 568 / 30)
+    assert jobs[0].seconds(per_gpu=3, slowdown=1.5) == pytest.approx(25 + 1.5 * 568 / 30)
+
+
+SMALL_JOBS = {
+    "mqar_by_state_size": ["mixer=conv_kda", "model.d_model=128", "optimizer.lr=3e-3"],
+    "kimi_synthetics": ["mixer=kda", "data=stack", "data.context=512", "optimizer.lr=1e-3"],
+}
+
+
+@pytest.mark.parametrize("experiment", SMALL_JOBS)
+def test_small_models_that_share_a_gpu_begin_before_a_deadline_of_ten_minutes(experiment: str, tmp_path: Path) -> None:
+    (job,) = jobs_of([experiment], SMALL_JOBS[experiment], tmp_path)
+    alone, beside_two = job.seconds(), job.seconds(per_gpu=3)
+    assert alone is not None
+    assert beside_two is not None
+    assert alone < beside_two < 560 - grid.GRACE
 
 
 ORDERS = {
@@ -39,7 +60,7 @@ ORDERS = {
 def test_a_grid_that_is_cut_off_has_whole_comparisons(experiment: str, tmp_path: Path) -> None:
     """All mixers are compared at one seed, width or length before the next one begins."""
     compared, outer = ORDERS[experiment]
-    with initialize_config_dir(str(grid.CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(grid_jobs.CONFIGS), version_base="1.3"):
         params = compose("train", [f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper.params
     assert [*params] == [*outer, *[name for name in params if name in compared.split()]]
 
@@ -55,11 +76,11 @@ def test_a_command_for_jobs_that_have_a_key(tmp_path: Path) -> None:
 @pytest.fixture
 def several_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experiment `several`, of three sweeps, is the only one."""
-    shutil.copytree(grid.CONFIGS, tmp_path / "configs")
+    shutil.copytree(grid_jobs.CONFIGS, tmp_path / "configs")
     shutil.rmtree(tmp_path / "configs" / "experiment")
     (tmp_path / "configs" / "experiment").mkdir()
     (tmp_path / "configs" / "experiment" / "several.yaml").write_text(SEVERAL)
-    monkeypatch.setattr(grid, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(grid_jobs, "CONFIGS", tmp_path / "configs")
 
 
 SEVERAL = """# @package _global_
@@ -188,6 +209,7 @@ IMITATION = """
 import json, os, signal, sys, time
 from pathlib import Path
 run = Path(next(word for word in sys.argv if word.startswith("hydra.run.dir="))[14:])
+run.mkdir(exist_ok=True)
 def end(status, code):
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
     (run / "summary.json").write_text(json.dumps({"status": status, "gpu": gpu, "seconds": time.monotonic()}))
@@ -195,6 +217,7 @@ def end(status, code):
 signal.signal(signal.SIGTERM, lambda *_: end("interrupted", 143))
 if "fails" in run.name:
     print("error: no such data"); sys.exit(2)
+(run / "ready").touch()
 time.sleep(30 if "long" in run.name else 0.1)
 end("finished", 0)
 """
@@ -202,7 +225,7 @@ end("finished", 0)
 
 def ran(jobs: list[Job], **options: object) -> list[str]:
     lines: list[str] = []
-    given = {"gpus": ["3", "5"], "per_gpu": 1, "slowdown": 1.0, "deadline": None, "cut": False}
+    given = {"gpus": ["3", "5"], "per_gpu": 1, "slowdown": 1.0, "deadline": None, "cut": False, "again": False}
     run_jobs(jobs, **{**given, "keep_checkpoints": False, **options}, said=lines.append)  # type: ignore[arg-type]
     return lines
 
@@ -225,15 +248,21 @@ def test_nothing_begins_that_would_not_end_in_time(imitated: Path) -> None:
 
 def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -> None:
     """The small files of two jobs were copied, without checkpoints: one is done and one was cut off."""
-    jobs = [job(imitated, name, steps=1) for name in ("cut", "ended", "new")]
-    for directory, status in ((imitated / "cut", "interrupted"), (imitated / "ended", "finished")):
-        directory.mkdir()
-        (directory / "summary.json").write_text(json.dumps({"status": status, "mark": 1}))
+    jobs = [job(imitated, name, steps=1) for name in ("unmeasured", "cut", "ended", "new")]
+    then = (("evaluate", f"hydra.run.dir={imitated}/m", f"out={imitated}/m/summary.json"),)
+    jobs[0] = replace(jobs[0], then=then)
+    for name, status in (("unmeasured", "finished"), ("cut", "interrupted"), ("ended", "finished")):
+        (imitated / name).mkdir()
+        (imitated / name / "summary.json").write_text(json.dumps({"status": status, "mark": 1}))
     lines = ran(jobs, gpus=["0"])
+    assert lines[0] == "unmeasured: trained, not all measured, and its weights are gone; --again trains it again"
     assert [line for line in lines if "begins" in line] == [
         "cut: begins again, as its checkpoints are gone, about 1 s",
         "new: begins, about 1 s",
     ]
+    assert json.loads((imitated / "unmeasured" / "summary.json").read_text())["mark"] == 1
+    lines = ran(jobs, gpus=["0"], again=True)
+    assert lines[0] == "unmeasured: begins again, as its checkpoints are gone, about 1 s"
     assert json.loads((imitated / ".cut.before" / "summary.json").read_text())["mark"] == 1
     assert "mark" not in json.loads((imitated / "cut" / "summary.json").read_text())
     assert json.loads((imitated / "ended" / "summary.json").read_text())["mark"] == 1
@@ -246,6 +275,35 @@ def test_a_job_is_stopped_at_the_deadline(imitated: Path) -> None:
     assert lines == ["long: begins, about 100 s", "long: stopped; the same command continues it"]
     assert time.monotonic() - begun < 3.5
     assert (imitated / "long" / "checkpoints").is_dir()
+
+
+def test_a_measurement_that_fails_does_not_stop_the_others(imitated: Path) -> None:
+    run = imitated / "a"
+    then = tuple(("evaluate", f"hydra.run.dir={run}/{name}", f"out={run}/{name}/ready") for name in ("fails", "well"))
+    after_export = (("export", f"hydra.run.dir={run}/fails_too", f"out={run}/exported"), *then)
+    lines = ran([replace(job(imitated, "a", steps=1), then=then)])
+    assert (run / "well" / "summary.json").is_file()
+    assert lines[-1] == f"a: failed ({run}/grid.log): no such data"
+    shutil.rmtree(run)
+    ran([replace(job(imitated, "a", steps=1), then=after_export)])
+    assert not (run / "well").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such signal")
+def test_a_job_is_stopped_when_the_command_is_killed(imitated: Path) -> None:
+    killed = multiprocessing.get_context("fork").Process(target=ran, args=([job(imitated, "long", steps=100)],))
+    killed.start()
+    _wait_for((imitated / "long" / "ready").exists)
+    killed.kill()
+    _wait_for((imitated / "long" / "summary.json").exists)
+    assert json.loads((imitated / "long" / "summary.json").read_text())["status"] == "interrupted"
+
+
+def _wait_for(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not true() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert true()
 
 
 def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:

@@ -4,16 +4,24 @@ import json
 import os
 import re
 import runpy
+import select
+import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
 
 from lkda.checks import InputError
+from lkda.commands import launch
+from lkda.commands.command_line import readable_errors
 from lkda.commands.compare import compare
+from lkda.commands.run_setup import plan_run
 from lkda.commands.sweep_gpus import defaults_of_plugins, jobs_at_once, visible_gpus, wait_for_gpus
 from lkda.commands.train import train
 from tests.commands.ranks import on_ranks
@@ -127,6 +135,108 @@ def test_optuna(
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
     assert {summary["status"] for summary in summaries} == {"finished", "diverged"}
     assert {summary["val/loss"] for summary in summaries if summary["status"] == "finished"} == {best["best_value"]}
+
+
+def test_a_search_without_a_finished_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    optuna = pytest.importorskip("optuna")
+    with pytest.raises(SystemExit), readable_errors():
+        _ = optuna.create_study().best_trial
+    assert "error: no run of the search has finished, so there is no best one" in capsys.readouterr().err
+
+
+def test_a_wrong_number_of_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    joblib = pytest.importorskip("joblib")
+    with pytest.raises(SystemExit), readable_errors():
+        joblib.Parallel(n_jobs=0)([])
+    assert "error: a setting cannot be used: n_jobs == 0 in Parallel has no meaning" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "started"),
+    [
+        (None, "scripts/train.py", (None, "scripts/train.py", [])),
+        ("lkda.__main__", "lkda/__main__.py", ("lkda.__main__", "lkda/__main__.py", ["train"])),
+        ("joblib.externals.loky.backend.popen_loky_posix", "scripts/train.py", ("lkda.__main__", None, ["train"])),
+        ("submitit.core._submit", "submitit/core/_submit.py", ("lkda.__main__", None, ["train"])),
+    ],
+)
+def test_a_worker_starts_the_command_and_not_its_launcher(
+    module: str | None,
+    argument: str,
+    started: tuple[str | None, str | None, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lightning starts the other processes of a run with the main module, or with the file if there is none."""
+    main = ModuleType("__main__")
+    main.__spec__ = None if module is None else ModuleSpec(module, None)
+    before = main.__spec__
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", [argument, "--of-the-launcher"])
+    monkeypatch.setattr(launch, "given_overrides", lambda without: ["seed=2"])
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    name, file, words = started
+    with launch._arguments_of_this_run():
+        assert (main.__spec__ and main.__spec__.name) == name
+        assert file in (None, sys.argv[0])
+        assert sys.argv[1:] == [*words, "seed=2"]
+    assert (main.__spec__, sys.argv) == (before, [argument, "--of-the-launcher"])
+
+
+def test_several_processes_for_one_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train the same model by itself."""
+    options = plan_run(composed("train", "debug=fast", "data=random", "trainer=cpu"), Path("nowhere")).trainer
+    for name, value in {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    launch.Processes(options, accelerator="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"torchrun has started 2 processes, .*: choose trainer=ddp or trainer=fsdp\."):
+        launch.Processes(options, accelerator="cpu")
+
+
+def test_a_process_ends_after_the_one_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if that was killed, and nothing interrupts what it waits for."""
+    monkeypatch.setattr(launch, "_SECONDS_TO_REPORT", 0.1)
+    reader, writer = os.pipe()
+    first = os.fork()
+    if not first:
+        if not os.fork():
+            parent = os.getppid()
+            os.write(writer, b"x")
+            launch._end_with_parent(parent)  # as its thread does
+            os._exit(0)
+        os.read(reader, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writer)
+    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == -signal.SIGKILL
+    assert select.select([reader], [], [], 20)[0]  # the other has closed its end, because it has ended
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def test_no_process_of_a_run_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs is killed when the run ends, and none is watched any more in the next run of a sweep."""
+    options = plan_run(composed("train", "debug=fast", "data=random", "trainer=cpu"), Path("nowhere")).trainer
+    processes = launch.Processes(options, accelerator="cpu")
+    others = [subprocess.Popen(["sleep", seconds]) for seconds in ("0", "100")]
+    os.kill(others[1].pid, signal.SIGSTOP)
+    processes._others = watched = list(others)
+    monkeypatch.setattr(launch, "_SECONDS_TO_END", 0.5)
+    processes._end_others()
+    assert [other.returncode for other in others] == [0, -signal.SIGKILL]
+    assert watched == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_jobs_on_several_devices(launcher: str, corpus: Path, tmp_path: Path) -> None:
+    """The worker processes start the other processes of their runs."""
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    devices = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    done = swept(corpus, tmp_path, f"hydra/launcher={launcher}", *devices, "seed=1,2")
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("*/summary.json")]
+    assert [summary["status"] for summary in summaries] == ["finished"] * 2
+    assert {summary["device"][:3] for summary in summaries} == {"2 x"}
 
 
 def test_a_run_that_begins_again_has_not_failed(corpus: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, models
 
 import lkda
+from lkda.commands import summary as summary_of_run
 from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
@@ -57,6 +58,18 @@ def test_evaluating_repeats_the_validation(run: Path) -> None:
     assert result["bits_per_byte"] == pytest.approx(summary["val/bits_per_byte"], rel=1e-6)
     assert result["perplexity"] == pytest.approx(summary["val/perplexity"], rel=1e-5)
     assert result["unigram_entropy"] == pytest.approx(summary["unigram_entropy"])
+
+
+def test_a_loss_whose_perplexity_is_no_number(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate that is too large may leave a finite loss of thousands. The run has finished all the same."""
+    monkeypatch.setattr(summary_of_run, "_LARGEST_LOSS", 1.0)
+    words = ("trainer.max_steps=1", "sample.max_new_tokens=0")
+    assert train(composed("train", *small_run(corpus, *words)), tmp_path / "run")["status"] == "finished"
+    assert evaluate(composed("evaluate", f"ckpt={tmp_path}/run", "accelerator=cpu"))["perplexity"] is None
+    assert capsys.readouterr().out.count("too large for a number") == 2
+    export(composed("export", f"ckpt={tmp_path}/run", f"out={tmp_path}/exported"))
 
 
 def test_what_is_measured_can_be_written_down(run: Path, tmp_path: Path) -> None:

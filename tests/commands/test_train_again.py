@@ -54,3 +54,5 @@ def test_settings_that_there_are_no_more_are_named() -> None:
     assert train_again({**config, "model": {**config["model"], "depth": 3}}).endswith(
         "  # settings of another version: model.depth=3"
     )
+    two_lines = {**config["model"], "note": "a\nrm b"}  # of which a shell would run the second one
+    assert train_again({**config, "model": two_lines}).endswith("  # settings of another version: model.note=a rm b")

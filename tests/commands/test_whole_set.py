@@ -76,6 +76,14 @@ def test_every_part_is_measured_once(tmp_path, capsys):
     assert second.names == []
 
 
+def test_a_part_whose_results_were_removed_is_measured_again(tmp_path):
+    measure_whole_set(settings(tmp_path), CPU, Measure(), PARTS)
+    (tmp_path / "first" / "benchmark.json").unlink()
+    again = Measure()
+    measure_whole_set(settings(tmp_path), CPU, again, PARTS)
+    assert again.names == ["first"]
+
+
 def test_a_part_that_failed_is_measured_again_and_costs_no_other(tmp_path):
     with pytest.raises(CommandError, match=r"not measured: first: nothing was measured: out of memory .*out="):
         measure_whole_set(settings(tmp_path), CPU, Measure(fail="first"), PARTS)
@@ -141,6 +149,20 @@ def test_results_of_another_device_or_of_something_else_are_not_touched(tmp_path
     (tmp_path / STATE).write_text(json.dumps(state))
     with pytest.raises(ValueError, match=f"holds results of a GPU, and this is {device_name(CPU)[:8]}"):
         measure_whole_set(settings(tmp_path), CPU, Measure(), PARTS)
+
+
+def test_a_directory_that_cannot_be_used_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    measured = Measure()
+    with pytest.raises(ValueError, match=r"cannot write the directory .*/file/new: Not a directory"):
+        measure_whole_set(settings(tmp_path / "file" / "new"), CPU, measured, PARTS)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for parts in ('"parts": {"first": "fast"}', '"part": {}'):
+        (damaged / STATE).write_text(f'{{"kind": "measurements", "device": "{device_name(CPU)}", {parts}}}')
+        with pytest.raises(ValueError, match=r"parts.json is damaged: it holds a value of a wrong kind"):
+            measure_whole_set(settings(damaged), CPU, measured, PARTS)
+    assert measured.asked == []
 
 
 @pytest.mark.parametrize("parts", [ON_GPU, ON_CPU])

@@ -16,12 +16,12 @@ START = 0
 TEXT = np.where(np.arange(5000) % 50 == 0, START, np.arange(5000) + 1)  # a document of 50 tokens after another
 
 
-def test_each_passage_occurs_twice() -> None:
+def test_each_passage_occurs_four_times() -> None:
     made = document(TEXT, start=START, length=512, passages=3, number=4)
     assert made.shape == (512,)
     assert (made == START).tolist() == [True] + 511 * [False]
     found = Counter(tuple(made[at : at + PASSAGE]) for at in range(1, len(made) - PASSAGE + 1))
-    assert sorted(count for count in found.values() if count > 1) == [2, 2, 2]
+    assert sorted(count for count in found.values() if count > 1) == [4, 4, 4]
     assert (made == document(TEXT, start=START, length=512, passages=3, number=4)).all()
     assert (made != document(TEXT, start=START, length=512, passages=3, number=5)).any()
 
@@ -40,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_is_read_beside_the_corpus(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "passages"
-    assert write_passages(corpus, out, length=256, passages=2, documents=5) == 5 * 256
+    assert write_passages(corpus, out, length=256, passages=1, documents=5) == 5 * 256
     data = TokensDataModule(paths=[str(corpus), str(out)], weights=[0.5, 0.5], context=256, batch_size=1)
     data.prepare()
     assert data.train_tokens == len(np.load(corpus / "train.npy")) + 5 * 256
@@ -50,7 +50,7 @@ def test_it_is_read_beside_the_corpus(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"length": 200, "passages": 2, "documents": 1}, "--length must be a whole number of 256 or more, got 200"),
+        ({"length": 200, "passages": 1, "documents": 1}, "--length must be a whole number of 256 or more, got 200"),
         ({"length": 256, "passages": 0, "documents": 1}, "--passages must be a whole number of 1 or more, got 0"),
         ({"length": 10**6, "passages": 1, "documents": 1}, "give a --length of at most"),
     ],
@@ -63,6 +63,6 @@ def test_bad_input(sizes: dict[str, int], message: str, corpus: Path, tmp_path: 
 
 def test_an_existing_directory_is_kept(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already"):
-        write_passages(corpus, tmp_path, length=256, passages=2, documents=1)
+        write_passages(corpus, tmp_path, length=256, passages=1, documents=1)
     with pytest.raises(InputError, match="no complete tokenized corpus"):
-        write_passages(tmp_path / "none", tmp_path / "out", length=256, passages=2, documents=1)
+        write_passages(tmp_path / "none", tmp_path / "out", length=256, passages=1, documents=1)

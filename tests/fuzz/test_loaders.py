@@ -89,8 +89,9 @@ def test_a_shared_checkpoint(count: int, name: str, tmp_path: Path) -> None:
     contents: dict[str, Any] = {}
     for n in range(2):
         rows = {key: tensor[slice(*rows_of(len(tensor), n, 2))] for key, tensor in rest["state_dict"].items()}
-        contents[f"part_{n:05d}_of_00002.pt"] = [(["state_dict", key], row.clone()) for key, row in rows.items()]
-    contents[REST] = {**rest, "state_dict": dict.fromkeys(rest["state_dict"])}
+        pieces = [(["state_dict", key], row.clone()) for key, row in rows.items()]
+        contents[f"part_{n:05d}_of_00002.pt"] = {"save": "one", "part": n, "pieces": pieces}
+    contents[REST] = {**rest, "state_dict": dict.fromkeys(rest["state_dict"]), "lkda_save": "one"}
     for file, content in contents.items():
         torch.save(content, path / file)
     load_trained(path)  # before it is spoilt

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import lkda
 from lkda.generation.text import GrowingText
-from lkda.models.decoder import Sampling
+from lkda.models.decoder import Decoder, Sampling
 from lkda.models.generate import BatchGenerator, Request
+from lkda.models.lm import LanguageModel
 from lkda.ops.rows.cpu import LIBRARY
 from lkda.special_tokens import END_OF_TEXT
 from tests.models.helpers import IDS, PATTERNS, small
@@ -43,6 +44,33 @@ def test_a_text_is_the_same_in_any_batch(pattern):
         assert alone.tokens[-2:] == together.tokens[2 * i : 2 * i + 2]
     assert together.tokens[0] != together.tokens[1]
     assert len(set(lkda.generate(model, tokenizer, "ab", **(options | {"temperature": 0})).texts)) == 1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+def test_a_prompt_is_read_once_for_all_its_samples(pattern, monkeypatch):
+    model, tokenizer = model_of(pattern), byte_tokenizer()
+    options = {"max_new_tokens": 5, "num_samples": 3}
+    want = lkda.generate(model, tokenizer, ["ab", "ab", "c"], **options)
+    read, prefill = [], LanguageModel.prefill
+
+    def reading(self, tokens, state):
+        read.append(tokens.tolist())
+        return prefill(self, tokens, state)
+
+    monkeypatch.setattr(LanguageModel, "prefill", reading)
+    found = lkda.generate(model, tokenizer, ["ab", "ab", "c"], **options)
+    assert found.tokens == want.tokens
+    assert len(set(found.tokens)) == 9
+    assert len(read) == 2
+    monkeypatch.setattr(Decoder, "_read", lambda self, prompts: one_by_one(self, prompts, prefill))
+    assert lkda.generate(model, tokenizer, ["ab", "ab", "c"], **options).tokens == want.tokens
+
+
+def one_by_one(decoder, prompts, prefill):
+    """The state after one prompt, which is read again for each sample."""
+    (prompt,) = prompts
+    state = decoder.model.init_state(1, max_tokens=len(prompt))
+    return prefill(decoder.model, torch.tensor([prompt]), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 
 import pytest
 import torch
@@ -11,17 +12,21 @@ import torch.nn.functional as F
 
 from lkda.integrations import fla as integration
 from tests.ops.cases import relative
+from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 
 pytest.importorskip("triton", reason="FLA needs triton, also where its kernels do not run")
 pytest.importorskip("fla.ops.kda", reason="flash-linear-attention is not installed", exc_type=ImportError)
 
 from fla.layers import KimiDeltaAttention
+from fla.models import KDAConfig, KDAForCausalLM
 from fla.modules import FusedRMSNormGated, GatedMLP, ShortConvolution
 from fla.modules.activations import swiglu
 from fla.ops.kda import chunk_kda, fused_recurrent_kda
 from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
 from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate
 from fla.ops.kda.naive import naive_recurrent_kda
+
+from lkda.integrations import fla_backends
 
 B, T, H, K = 2, 40, 2, 32
 
@@ -308,6 +313,60 @@ def test_flas_own_layer_trains_and_decodes():
     alone, _, _ = layer(x[:1, 3:])
     masked, _, _ = layer(x, attention_mask=mask)
     same([masked[:1, 3:], masked[1:]], [alone, want[1:]])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+class TestKernelsCalledDirectly:
+    """On a GPU the convolution and the norm call the kernels, without lkda's autograd. Here their source runs."""
+
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, kernels_on_the_cpu, monkeypatch):  # noqa: F811
+        monkeypatch.setattr(fla_backends, "_runs_kernels", lambda *tensors: True)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("bounds", [None, [0, 7, 7, 40]])
+    def test_convolution(self, bounds, dtype):
+        layer, rows = ShortConvolution(64, 4), B if bounds is None else 1
+        x = torch.randn(rows, T, 64).to(dtype).requires_grad_()
+        got, states = layer(x, cu_seqlens=None if bounds is None else torch.tensor(bounds), output_final_state=True)
+        parts = x.double().split([b - a for a, b in zip(bounds, bounds[1:])] if bounds else T, 1)
+        weight, state = layer.weight.double(), torch.zeros(rows, 64, 4, dtype=torch.float64)
+        want = torch.cat([TestConvolution.want(part, weight, state)[0] for part in parts if part.shape[1]], 1)
+        assert torch.equal(states[-1, :, -4:], x[-1, -4:].mT)
+        found = [torch.autograd.grad(y.square().sum(), (x, layer.weight)) for y in (got, want)]
+        assert got.dtype == dtype
+        same([got.double(), *found[0]], [want, *found[1]], 1e-5 if dtype == torch.float32 else 1e-2)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gated_norm(self, dtype):
+        layer = FusedRMSNormGated(K, activation="sigmoid", eps=1e-3)
+        x, g = (torch.randn(B, 5, H, K).to(dtype).requires_grad_() for _ in range(2))
+        got = layer(x, g)
+        want = F.rms_norm(x.double(), (K,), layer.weight.double(), 1e-3) * g.double().sigmoid()
+        found = [torch.autograd.grad(y.square().sum(), (x, g, layer.weight)) for y in (got, want)]
+        assert got.dtype == dtype
+        same([got.double(), *found[0]], [want, *found[1]], 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_missing_and_surplus_arguments_are_said_as_python_does():
+    with pytest.raises(TypeError, match="missing a required argument: 'v'"):
+        fla_backends._arguments("chunk_kda", (torch.zeros(1),), {"k": torch.zeros(1)})
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        fla_backends._arguments("swiglu_fwd", (None,) * 4, {})
+
+
+@torch.no_grad()
+def test_flas_own_model_continues_a_cache():
+    """Its norms and its loss in PyTorch, since FLA's have no CPU form."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_heads": 2, "num_v_heads": 4, "head_dim": 16}
+    model = KDAForCausalLM(KDAConfig(**sizes, **heads, fuse_norm=False, fuse_cross_entropy=False)).eval()
+    x, cache, found = torch.randint(3, 50, (B, 80)), None, []
+    for part in x.split([10, 66, 1, 1, 2], 1):
+        results = model(input_ids=part, past_key_values=cache, use_cache=True)
+        cache = results.past_key_values
+        found.append(results.logits)
+    same([torch.cat(found, 1)], [model(input_ids=x, use_cache=False).logits])
 
 
 class TestRegister:

@@ -156,12 +156,13 @@ def test_a_cache_continues_a_sequence(family):
     close(torch.cat(found, 1), want)
 
 
-def test_packed_sequences_are_kept_apart():
-    """transformers' own PyTorch code refuses them."""
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q"])
+def test_packed_sequences_are_kept_apart(name):
+    """transformers' own PyTorch code refuses the first and ignores the second."""
     config = {"layer_types": LAYERS[:2], "num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2}
     theirs, ours = pair(lambda: kimi(**config))
     x, bounds = tokens(1, 30), [0, 12, 30]
-    got = outputs(ours, x, use_cache=False, cu_seqlens=torch.tensor(bounds))
+    got = outputs(ours, x, use_cache=False, **{name: torch.tensor(bounds)})
     for start, end in zip(bounds, bounds[1:]):
         close(got[:, start:end], outputs(theirs, x[:, start:end], use_cache=False))
     with pytest.raises(ValueError, match="packed sequences need cu_seqlens"):
@@ -183,6 +184,42 @@ def test_it_is_undone_by_a_second_call_or_at_the_end_of_a_context(calls):
         assert len(calls) == 4
     outputs(ours, x)
     assert len(calls) == 4
+
+
+class TestContexts:
+    """A context undoes its own call, and no other one."""
+
+    @staticmethod
+    def on(model):
+        return not unchanged(model)
+
+    def test_an_inner_one_leaves_the_outer_one(self):
+        model = kimi()
+        with use_lkda_kernels(model):
+            with use_lkda_kernels(model):
+                pass
+            assert self.on(model)
+        assert not self.on(model)
+
+    def test_one_without_kernels_turns_them_on_again(self):
+        model = kimi()
+        use_lkda_kernels(model)
+        with use_lkda_kernels(model, enable=False):
+            assert not self.on(model)
+        assert self.on(model)
+
+    def test_an_exception_ends_it(self):
+        model = kimi()
+        with pytest.raises(KeyError), use_lkda_kernels(model):
+            raise KeyError
+        assert not self.on(model)
+
+    def test_one_can_be_entered_again(self):
+        model = kimi()
+        for context in [use_lkda_kernels(model)] * 2:
+            with context:
+                assert self.on(model)
+            assert not self.on(model)
 
 
 def test_the_state_dict_and_copies_stay(tmp_path, calls):
@@ -248,6 +285,35 @@ def test_the_trainer_trains_it(tmp_path, calls):
     assert got == pytest.approx(want, rel=1e-3)
 
 
+def test_the_hooks_of_accelerate_stay(calls):
+    """As a model that `from_pretrained(device_map="auto")` puts on several devices has them."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    theirs, ours = pair()
+    use_lkda_kernels(ours, enable=False)
+    runs = []
+
+    class Counting(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            runs.append(module)
+            return args, kwargs
+
+    for module in ours.modules():
+        hooks.add_hook_to_module(module, Counting())
+    x, want = tokens(1, 8), outputs(theirs, tokens(1, 8))
+    with use_lkda_kernels(ours):
+        close(outputs(ours, x), want)
+        assert len(calls) == 2
+        assert ours.model.layers[0].self_attn in runs
+    assert torch.equal(outputs(ours, x), want)
+    assert len(calls) == 2
+    use_lkda_kernels(ours)
+    hooks.remove_hook_from_submodules(ours)
+    close(outputs(ours, x), want)
+    use_lkda_kernels(ours, enable=False)
+    assert torch.equal(outputs(ours, x), want)
+    assert len(calls) == 2 * 2
+
+
 def unchanged(model):
     return all(type(module).__module__.startswith(("transformers.", "torch.")) for module in model.modules())
 
@@ -284,9 +350,46 @@ class TestRefusals:
     def test_a_forward_that_would_hide_the_kernels_is_named(self):
         model = kimi()
         layer = model.model.layers[0].self_attn
-        layer.forward = layer.forward  # what accelerate does to a module with hooks
-        with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, as the hooks"):
+        own = layer.forward
+        layer.forward = lambda *args, **options: own(*args, **options)
+        with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, which hides"):
             use_lkda_kernels(model)
+        assert unchanged(model)
+        layer.forward = own
+        use_lkda_kernels(model)
+        assert not unchanged(model)
+        layer.forward = lambda *args, **options: own(*args, **options)
+        with pytest.raises(ValueError, match=r"KimiLinearDeltaAttention has a forward of its own, which hides"):
+            use_lkda_kernels(model, enable=False)
+
+    def test_a_class_that_was_made_of_lkdas_is_named(self):
+        model = kimi()
+        use_lkda_kernels(model)
+        layer = model.model.layers[0].self_attn
+        layer.__class__ = type("FSDPLayer", (type(layer),), {})  # what fully_shard does
+        with pytest.raises(ValueError, match=r"class FSDPLayer was made after lkda's, as fully_shard does; undo"):
+            use_lkda_kernels(model, enable=False)
+        assert not unchanged(model)
+
+    def test_a_derived_layer_with_another_forward_is_named(self):
+        model = kimi()
+        layer = model.model.layers[0].self_attn
+        theirs = type(layer)
+
+        class Mine(theirs):
+            def forward(self, *args, **options):
+                return theirs.forward(self, *args, **options)
+
+        layer.__class__ = Mine
+        with pytest.raises(ValueError, match="Mine is a KDA layer with a forward of its own"):
+            use_lkda_kernels(model)
+        layer.__class__ = type("Sharded", (theirs,), {})  # with the forward of its base
+        use_lkda_kernels(model)
+        assert not unchanged(model)
+
+    def test_what_is_no_model_is_named(self):
+        with pytest.raises(ValueError, match="model must be a model of transformers, got 'kimi'"):
+            use_lkda_kernels("kimi")
 
     def test_a_gate_out_of_range_is_named(self):
         with pytest.raises(ValueError, match=r"lower bound of the gate must be in \[-5, 0\), got -8.0"):

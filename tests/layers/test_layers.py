@@ -89,13 +89,43 @@ class TestMask:
         ("mask", "message"),
         [
             (torch.tensor([[1, 0, 1]]).repeat(B, 7)[:, :T], "padding between the tokens of a row"),
-            (torch.ones(B, T, T, dtype=torch.bool), r"attention_mask \[B, T\], got \[4, 20, 32\] and \[4, 20, 20\]"),
+            (torch.ones(B, T, T, dtype=torch.bool), r"must be a tensor \[B, T\] = \[4, 20\], got \[4, 20, 20\]"),
+            ([[1] * T] * B, r"attention_mask must be a tensor \[B, T\] = \[4, 20\], got list"),
             (torch.ones(B, T), "must be of booleans, or 0 and 1, on cpu, got torch.float32"),
         ],
     )
     def test_a_mask_that_does_not_fit_is_said(self, cls, mask, message):
         with pytest.raises(ValueError, match=message):
             layer_of(cls)(inputs(), mask)
+
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            (torch.randn(T, WIDTH), r"x must be a tensor \[B, T, 32\] with no axis of length 0, got \[20, 32\]"),
+            (torch.randn(B, T, 31), r"x must be a tensor \[B, T, 32\] .* got \[4, 20, 31\]"),
+            (torch.randn(B, 0, WIDTH), r"with no axis of length 0, got \[4, 0, 32\]"),
+            (torch.randn(0, T, WIDTH), r"with no axis of length 0, got \[0, 20, 32\]"),
+            ([1.0], r"x must be a tensor \[B, T, 32\] .* got list"),
+            (torch.ones(B, T, WIDTH).double(), "like the weights, of torch.float32 on cpu, got torch.float64 on cpu"),
+            (torch.ones(B, T, WIDTH).long(), "like the weights, of torch.float32 on cpu, got torch.int64 on cpu"),
+        ],
+    )
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_an_input_that_does_not_fit_is_said(self, cls, x, message, masked):
+        layer = layer_of(cls)
+        with pytest.raises(ValueError, match=message):
+            layer(x, mask_of() if masked else None)
+        if isinstance(x, torch.Tensor) and len(x) == B and x.dim() == 3 and x.shape[1]:
+            with pytest.raises(ValueError, match=message.replace(", T,", ",").replace(", 20,", ",")):
+                layer.step(x[:, 0], layer.init_state(B))
+
+    @pytest.mark.parametrize("other", [(), [], torch.zeros(2), B + 1])
+    def test_a_state_that_does_not_fit_is_said(self, cls, other):
+        layer = layer_of(cls)
+        state = layer.init_state(other) if isinstance(other, int) else other
+        for call in (lambda: layer(inputs(), state=state), lambda: layer.step(inputs()[:, 0], state)):
+            with pytest.raises(ValueError, match="state must be what an earlier call for 4 sequences returned"):
+                call()
 
     def test_it_excludes_packed_sequences(self, cls):
         with pytest.raises(ValueError, match="attention_mask and cu_seqlens cannot be given together"):
@@ -113,6 +143,17 @@ def test_compiles_without_a_graph_break(cls, masked):
     close(got, want)
     for one, two in zip(gradients(layer, got), gradients(layer, want), strict=True):
         close(one, two, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", LAYERS)
+def test_compiles_for_every_length(cls):
+    """The second length makes torch.compile trace with a symbol for it."""
+    layer = layer_of(cls)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for length in (5, 9, 70):
+        x = torch.randn(2, length, WIDTH)
+        close(compiled(x)[0], layer(x)[0])
 
 
 @pytest.mark.parametrize("cls", LAYERS)

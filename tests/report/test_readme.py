@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 
 import pytest
 
 from lkda.report.operators.peers import side_by_side
 from lkda.report.readme import KINDS, fill
+from lkda.report.training.comparison import read_comparison
 from tests.report.conftest import bench_row
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +27,19 @@ def test_every_block_is_current(page: Path) -> None:
 def test_every_kind_of_block_is_on_a_page() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [kind for kind in KINDS if f"<!-- {kind}:" not in text] == []
+
+
+def test_the_committed_page_says_what_its_results_say() -> None:
+    """Its paragraphs on top have the figures of results.json. It is the only page of HTML."""
+    (path,) = (ROOT / "docs").rglob("*.html")
+    assert path.stat().st_size < 6_000_000
+    summary = read_comparison(path.with_name("results.json")).tradeoff.summary
+    lead = html.unescape(" ".join(re.findall('<p class="lead">(.*?)</p>', path.read_text(encoding="utf-8"))))
+    figures, shown = (
+        set(re.findall(r"[\d.,]+(?: ± [\d.]+| tokens/s| [KMG]iB| times|[KM]\b)", x)) for x in (summary, lead)
+    )
+    assert len(figures) > 10
+    assert figures <= shown, f"python -m lkda.report.redraw {path.parent}"
 
 
 def test_implementations_stand_side_by_side() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import zipfile
@@ -148,6 +149,37 @@ def test_the_one_before_is_used_and_no_link_is_left_to_the_broken_one(kind: str,
     assert same(checkpoint, content(2))
     assert {path.name for path in tmp_path.iterdir()} == {"step_0000002.ckpt", "step_0000004.ckpt.broken"}
     remove(tmp_path / "step_0000004.ckpt.broken")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (MemoryError(), "there is not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory"),
+    ],
+    ids=["protected", "handles", "memory", "memory of torch"],
+)
+def test_one_that_may_be_whole_is_not_set_aside(
+    kind: str, error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not damaged: the run must not go back to the one before because this process cannot read it."""
+    for step in (2, 4):
+        KINDS[kind](step, step_path(tmp_path, step))
+    before = sorted(tmp_path.rglob("*"))
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(InputError, match=rf"step_0000004\.ckpt\S* cannot be read: {reason}\.$"):
+        newest_intact(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.undo()
+    path, _ = newest_intact(tmp_path) or pytest.fail("nothing found")
+    assert path == step_path(tmp_path, 4)
 
 
 @pytest.mark.parametrize("first", KINDS)

@@ -1,15 +1,20 @@
 """Which parameters decay, and what the learning rate does."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lkda.models.build import build_model
 from lkda.models.mixers import mixer_names
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, check_schedule, learning_rate_factor
 from lkda.training.parameters import parameter_groups
+from tests.commands.ranks import on_ranks
 
 SCALE = {"matrix": 1.0, "embedding": 1.0, "head": 1.0, "vector": 1.0}
 ADAMW = {"name": "adamw", "lr": 1e-3, "lr_scale": SCALE, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -126,6 +131,38 @@ def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped() -> None:
     resumed = build_optimizer(again, MUON)
     resumed.load_state_dict(saved)
     assert losses(again, resumed, 3) == want
+
+
+def test_muon_on_more_devices_than_a_matrix_has_rows(tmp_path: Path) -> None:
+    """The projections to the heads' write strengths have 2 rows. Three devices share them and all other weights."""
+
+    def trained(rank: int, count: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = tiny("kda")
+        if count > 1:
+            torch.distributed.init_process_group("gloo", rank=rank, world_size=count)
+            fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
+        optimizer = build_optimizer(model, MUON)
+        drawn = torch.Generator().manual_seed(1)
+        for _ in range(2):
+            for parameter in model.parameters():
+                gradient = torch.randn(parameter.shape, generator=drawn)
+                parameter.grad = (
+                    distribute_tensor(gradient, parameter.device_mesh, [Shard(0)]) if count > 1 else gradient
+                )
+            optimizer.step()
+        found = model.state_dict()
+        states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+        momenta = {f"{name}.momentum": x["momentum_buffer"] for name, x in states.items() if "momentum_buffer" in x}
+        return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in {**found, **momenta}.items()}
+
+    (expected,) = on_ranks(1, lambda rank: trained(rank, 1), tmp_path / "one")
+    few = [name for name, tensor in expected.items() if tensor.ndim == 2 and len(tensor) == 2]
+    assert len(few) == 4  # two matrices and their momenta
+    for found in on_ranks(3, lambda rank: trained(rank, 3), tmp_path / "three"):
+        assert found.keys() == expected.keys()
+        for name in few:  # those of the other matrices are torch's, whose sums in bf16 have another order
+            torch.testing.assert_close(found[name], expected[name], msg=name)
 
 
 def test_muon_without_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

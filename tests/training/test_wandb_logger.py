@@ -10,6 +10,7 @@ import pytest
 import wandb
 
 from lkda.commands.train import train
+from lkda.training import wandb_connection
 from lkda.training.task import LanguageModelTask
 from lkda.training.wandb_connection import why_offline
 from lkda.training.wandb_logger import wandb_logger
@@ -109,6 +110,26 @@ def test_the_reason_to_be_offline_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(why_offline()).startswith("no account is logged in")
     monkeypatch.setattr(wandb, "login", lambda **settings: True)
     assert why_offline() is None
+
+
+def test_a_server_that_does_not_accept_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For example because the key is wrong, or something else answers there. The run is recorded offline."""
+    modes = []
+
+    def init(**options: Any) -> Any:
+        modes.append(options["mode"])
+        raise wandb.errors.CommError("returned error 501:\nUnsupported method")
+
+    monkeypatch.setattr(wandb_connection, "why_offline", lambda: None)
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "teardown", lambda: modes.append("teardown"))
+    made = wandb_logger(save_dir=str(tmp_path), config={}, project=None, name=None, group=None, job_type=None, tags=())
+    assert modes == ["online", "teardown"]
+    assert made._wandb_init["mode"] == "offline"
+    said = "wandb: offline, because the server does not accept the run (returned error 501: Unsupported method); upload"
+    assert capsys.readouterr().out.startswith(said)
 
 
 def test_the_end_of_a_run_does_not_wait_for_a_lost_server(tmp_path: Path) -> None:

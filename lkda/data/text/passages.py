@@ -1,11 +1,15 @@
 """Training text in which passages are repeated, made from the training text of a prepared corpus.
 
-    python -m lkda.data.text.passages ~/.cache/lkda/english ~/.cache/lkda/english_passages
+    python scripts/prepare_data.py mix=english path=NOVELS
+    python -m lkda.data.text.passages
+
+The second command reads the corpus of data=english in the cache, and writes english_passages beside it. --help names
+the options.
 
 A model that is trained on it, beside the corpus, learns the recall that data=needle measures: a passage occurs, and
 later its beginning occurs again, from which the rest can be named. Each document is a piece of training text into which
-passages from elsewhere in that text are inserted, each at two random places. The validation and the test text are not
-used. data=tokens reads the directory: data.paths=[CORPUS,PASSAGES] data.weights=[0.8,0.2].
+passages from elsewhere in that text are inserted, each at four random places. The validation and the test text are not
+used. data=tokens reads the directory: data.paths=[CORPUS,PASSAGES] data.weights=[0.7,0.3].
 """
 
 from __future__ import annotations
@@ -17,12 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from lkda.checks import InputError, check_count
-from lkda.data.text.cache import building, expanded, publish
+from lkda.data.text.cache import building, default_cache_dir, expanded, publish
 from lkda.data.text.token_file import writing_token_file
 from lkda.data.text.tokenize import load_tokenized
 from lkda.data.text.tokenizer import document_start
 
 PASSAGE = 32  # tokens of a passage, as those of data=needle by default (data.cue + data.answer)
+TIMES = 4  # that a passage occurs in its document
 
 
 def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, number: int) -> np.ndarray:
@@ -31,7 +36,7 @@ def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, n
     Args:
         token_ids: the text, [N].
         start: the token that begins documents. It comes first, and is left out elsewhere.
-        passages: how many passages are inserted, each twice.
+        passages: how many passages are inserted, each TIMES times.
         number: of the document.
     """
     rng = np.random.default_rng((length, passages, number))
@@ -41,11 +46,11 @@ def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, n
         found = token_ids[begin : begin + 2 * count]
         return found[found != start][:count]
 
-    text = piece(length - 1 - 2 * passages * PASSAGE)
+    text = piece(length - 1 - TIMES * passages * PASSAGE)
     inserted = [piece(PASSAGE) for _ in range(passages)]
-    places = np.sort(rng.integers(len(text) + 1, size=2 * passages))
+    places = np.sort(rng.integers(len(text) + 1, size=TIMES * passages))
     pieces = np.split(text, places)
-    order = rng.permutation(np.repeat(np.arange(passages), 2))
+    order = rng.permutation(np.repeat(np.arange(passages), TIMES))
     joined = [pieces[0], *(part for which, piece in zip(order, pieces[1:]) for part in (inserted[which], piece))]
     return np.concatenate([[start], *joined]).astype(np.int64)
 
@@ -62,9 +67,9 @@ def write_passages(corpus: Path, out: Path, *, length: int, passages: int, docum
     """
     for name, value in {"--passages": passages, "--documents": documents}.items():
         check_count(name, value, least=1)
-    check_count("--length", length, least=4 * passages * PASSAGE)
+    check_count("--length", length, least=2 * TIMES * passages * PASSAGE)
     if out.exists():
-        raise InputError(f"{out} exists already: give another directory, or remove it.")
+        raise InputError(f"{out} exists already: give another --out, or remove it.")
     tokenized = load_tokenized(corpus)
     start = document_start(tokenized.tokenizer)
     if start is None:
@@ -85,15 +90,17 @@ def write_passages(corpus: Path, out: Path, *, length: int, passages: int, docum
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", help="a directory of scripts/prepare_data.py")
-    parser.add_argument("out", help="the directory to create")
+    parser.add_argument("--corpus", help="a directory of scripts/prepare_data.py; default: english in the cache")
+    parser.add_argument("--out", help="the directory to create; default: that of the corpus with _passages at the end")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a document")
-    parser.add_argument("--passages", type=int, default=64, help=f"passages of {PASSAGE} tokens in a document")
-    parser.add_argument("--documents", type=int, default=1024)
+    parser.add_argument("--passages", type=int, default=32, help=f"passages of {PASSAGE} tokens in a document")
+    parser.add_argument("--documents", type=int, default=2048)
     given = parser.parse_args()
     sizes = {"length": given.length, "passages": given.passages, "documents": given.documents}
-    tokens = write_passages(expanded(given.corpus), expanded(given.out), **sizes)
-    print(f"{given.documents} documents, {tokens:,} tokens, are in {given.out}")
+    corpus = expanded(given.corpus) if given.corpus else default_cache_dir() / "english"
+    out = expanded(given.out) if given.out else corpus.with_name(f"{corpus.name}_passages")
+    tokens = write_passages(corpus, out, **sizes)
+    print(f"{given.documents} documents, {tokens:,} tokens, are in {out}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ SUFFIXES = (".npy", ".bin")
 DTYPES = ("uint16", "uint32", "int32", "int64")
 # A .bin file of llm.c begins with 256 numbers of 32 bits: one of these, a version, and the number of tokens. The first
 # is for the tokens of GPT-2, the second for those of Llama 3.
-_LLM_C = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+_LLM_C: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 _LLM_C_HEADER = 1024
 # The first numbers of a .bin file without a header, from which a wrong type is recognized.
 _SAMPLE, _LEAST = 2**16, 16

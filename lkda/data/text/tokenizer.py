@@ -12,6 +12,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 
 from lkda.checks import InputError
 from lkda.data.words import LONGEST_WORD, word_splitter
+from lkda.records import check_record
 from lkda.special_tokens import END_OF_TEXT, document_start, special_tokens
 
 __all__ = [
@@ -69,6 +70,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no tokenizer at {path}.")
+    check_record(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception

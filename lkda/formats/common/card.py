@@ -12,6 +12,7 @@ import yaml
 from lkda.checks import InputError
 from lkda.formats.common.layers import layer_names
 from lkda.models.lm import LanguageModel
+from lkda.records import check_yaml, read_record
 
 _CONFIGURATION = "## Configuration"
 
@@ -51,13 +52,15 @@ def recorded_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "README.md"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_record(path)
     except (OSError, UnicodeDecodeError):
         return {}
     match = re.search(rf"^{_CONFIGURATION}\n\n```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     try:
+        if match:
+            check_yaml(match[1], source=path)
         config = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         where = " ".join(str(error).split())
         raise InputError(f"the configuration in {path} is not YAML ({where}): correct it, or export again.") from error
     return config if isinstance(config, dict) else {}

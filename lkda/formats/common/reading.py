@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lkda.checks import InputError, check_count
+from lkda.records import check_record, read_record
 
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
@@ -63,6 +64,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 def read_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of tokenizer.json, without special tokens around a text, truncation and padding."""
+    check_record(directory / "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # tokenizers raises Exception itself
@@ -82,8 +84,10 @@ def number(config: Mapping[str, Any], key: str, *, least: int = 0, source: objec
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+        content = json.loads(read_record(path))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise InputError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected an object.")

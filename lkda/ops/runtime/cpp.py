@@ -68,7 +68,8 @@ def compiler() -> str | None:
 def _run(*command: str) -> str:
     """The standard output of a command. Raises CompileError with its messages."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        # A compiler's message need not be in the encoding of the locale.
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     except OSError as error:
         raise CompileError(f"{command[0]} does not run: {error}") from error
     if done.returncode:

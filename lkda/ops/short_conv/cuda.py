@@ -294,8 +294,7 @@ def short_convolutions_cuda(
     """The kernels, differentiable. Arguments and results as in `short_convolutions`; without weights the norm alone."""
     filters = [] if weights is None else [w.float() for w in weights]
     before = [] if states is None else [s.float().contiguous() for s in states]
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    cu_seqlens = _bounds(cu_seqlens)
     bits = sum(1 << i for i, word in enumerate(normalized) if word)
     size = head_dim if bits else HEAD_DIMS[0]
     tensors = (*_three([xs] if isinstance(xs, Tensor) else xs), *_three(filters), *_three(before))
@@ -307,6 +306,27 @@ def short_convolutions_cuda(
     ys, lasts = found[: len(normalized)], found[3 : 3 + len(filters)]
     dtypes = [] if weights is None else [x.dtype for x in (weights if states is None else states)]
     return tuple(ys), tuple(last.to(dtype) for last, dtype in zip(lasts, dtypes))
+
+
+def convolve(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """y [B, T, C] of the convolution of x with weight [C, 1, width], which begins with zeros.
+
+    Autograd does not record it; `convolve_backward` computes the gradients. The arguments are not checked.
+    """
+    nothing = (None,) * 5
+    return launch_forward(x, None, None, weight.float(), *nothing, _bounds(cu_seqlens), 0, HEAD_DIMS[0])[0]
+
+
+def convolve_backward(dy: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of x and, in float32, weight of `convolve`."""
+    inputs = (x, None, None, weight.float(), None, None, None, None, None, _bounds(cu_seqlens))
+    dx, *_, dweights = launch_backward(dy, None, None, None, None, None, *inputs, 0, HEAD_DIMS[0])
+    return dx, dweights[0]
+
+
+def _bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+    """As the kernels read it."""
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
 
 
 _BOTH = 0b11  # q and k

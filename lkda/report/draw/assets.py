@@ -23,6 +23,11 @@ const draw = () => {
 };
 dark.addEventListener("change", draw);
 draw();
+document.addEventListener("click", tap => {  // a finger does not hover: a tap on a mark shows its tooltip
+  const at = {bubbles: true, clientX: tap.clientX, clientY: tap.clientY};
+  if (tap.pointerType === "touch" && tap.target.closest(".chart svg"))
+    tap.target.dispatchEvent(new PointerEvent("pointermove", at));
+});
 for (const table of document.querySelectorAll("table.sortable")) {
   new DataTable(table, {
     order: [], pageLength: 15, lengthMenu: [15, 50, {label: "all", value: -1}], autoWidth: false,

@@ -16,6 +16,7 @@ SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 WIDTH, HEIGHT = 620, 340  # of a chart in a file, in points
 CAPTION_WIDTH = 100  # letters of a line below the title
 PNG_SCALE = 2.0  # pixels per point
+DRAG = "[pointerdown[event.pointerType !== 'touch'], window:pointerup] > window:pointermove!"
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,22 @@ class Chart:
         """What the page needs: the specification, which fills the width, and the colours of both themes."""
         spec = {
             **self.spec,
+            "layer": [_not_moved_by_fingers(layer) for layer in self.spec["layer"]],
             "width": "container",
             "height": HEIGHT,
             "autosize": {"type": "fit-x", "contains": "padding"},
         }
         return {"spec": spec, "light": self.config(LIGHT), "dark": self.config(DARK)}
+
+
+def _not_moved_by_fingers(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """On a phone a chart takes the whole width, so a finger on it must scroll the page."""
+    drag = {"on": DRAG, "translate": DRAG}
+    params = [
+        param | {"select": param["select"] | drag} if param["select"]["type"] == "interval" else param
+        for param in layer.get("params", ())
+    ]
+    return {**layer, "params": params} if params else {**layer}
 
 
 def _renumbered(svg: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,17 +24,23 @@ class Curve:
     high: list[float]
 
 
+def points(run: Run, x: str, y: str) -> dict[float, tuple[float, float]]:
+    """{step: (x, y)} of the rows that have both columns, without those of a step that diverged."""
+    rows = [row for row in run.metrics if x in row and y in row]
+    return {row["step"]: (row[x], row[y]) for row in rows if math.isfinite(row[x]) and math.isfinite(row[y])}
+
+
 def mean_curve(runs: Sequence[Run], x: str, y: str) -> Curve:
     """The curve over the steps at which every run logged both columns of metrics.csv.
 
     Where no step is common to all runs, it is the curve of the first run.
     """
-    by_step = [{row["step"]: (row[x], row[y]) for row in run.metrics if x in row and y in row} for run in runs]
+    by_step = [points(run, x, y) for run in runs]
     shared = sorted(set(by_step[0]).intersection(*by_step[1:]))
     if not shared:
         by_step, shared = by_step[:1], sorted(by_step[0])
-    points = np.array([[rows[step] for rows in by_step] for step in shared]).reshape(len(shared), len(by_step), 2)
-    xs, ys = points[..., 0].mean(1), points[..., 1]
+    values = np.array([[rows[step] for rows in by_step] for step in shared]).reshape(len(shared), len(by_step), 2)
+    xs, ys = values[..., 0].mean(1), values[..., 1]
     return Curve(xs.tolist(), ys.mean(1).tolist(), ys.min(1).tolist(), ys.max(1).tolist())
 
 

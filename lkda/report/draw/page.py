@@ -44,6 +44,8 @@ h3 {{ font-weight: 600; font-size: 1rem; margin: 2.4rem 0 0.2rem; }}
 table.sortable td, table.sortable th {{ text-align: left; }}
 table.sortable .dt-type-numeric {{ text-align: right; }}
 table.sortable td:last-child {{ white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }}
+td button.dtcc-button_dropdown {{ opacity: 1 !important; }}
+td .dtcc-button_active.dtcc-button_dropdown > .dtcc-button-text {{ color: var(--text); font-weight: 600; }}
 td .dtcc-button_dropdown > .dtcc-button-text {{ display: inline !important; font-size: 0.75rem; color: var(--faint); }}
 nav {{ font-size: 0.875rem; margin: -0.8rem 0 1.5rem; }} a {{ color: inherit; }}
 summary {{ cursor: pointer; color: var(--faint); }}
@@ -59,6 +61,7 @@ class Section:
     Attributes:
         heading: empty for the first section, which follows the title.
         lead: paragraphs in larger letters, with empty lines between them.
+        hint: a sentence above the table.
         head, body: headings and cells of the table, whose first `names` columns are names.
         sortable: whether the reader can sort and filter the table.
         lists: the columns that the reader filters by choosing from a list of their cells.
@@ -71,6 +74,7 @@ class Section:
 
     heading: str = ""
     lead: str = ""
+    hint: str = ""
     head: Sequence[str] = ()
     body: Sequence[Sequence[str]] = ()
     names: int = 1
@@ -100,7 +104,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 
 def _scripts(charts: Mapping[str, object]) -> str:
-    data = json.dumps(charts, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(charts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="charts">{data}</script>\n{scripts()}\n'
 
 
@@ -108,6 +112,7 @@ def _section(section: Section) -> str:
     parts = [f'<h2 id="{_anchor(section)}">{html.escape(section.heading)}</h2>'] if section.heading else []
     parts += [f'<p class="lead">{html.escape(lead)}</p>' for lead in section.lead.split("\n\n") if lead]
     if section.body:
+        parts += [f'<p class="note">{html.escape(section.hint)}</p>'] if section.hint else []
         parts.append(_table(section))
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in section.notes]
     parts += [_figure(name, picture) for name, picture in section.pictures.items()]

@@ -30,7 +30,11 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, names:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def markdown_text(text: str) -> str:
+    """For a page: text without HTML, whatever characters it has."""
+    return re.sub(r"(?<!\\)<(?=[A-Za-z/!?])", "&lt;", text)
+
+
 def _escaped(cell: str) -> str:
-    """Without ends of lines, and with what Markdown would take for the next column or for HTML escaped, once."""
-    line = re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.splitlines()))
-    return re.sub(r"(?<!\\)<(?=[A-Za-z/!?])", "&lt;", line)
+    """Without ends of lines, and with what Markdown would take for the next column escaped, once."""
+    return markdown_text(re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.splitlines())))

@@ -8,6 +8,7 @@ from typing import Any
 
 from lkda.checks import InputError
 from lkda.io import write_atomically, write_together
+from lkda.records import read_record
 from lkda.report.read.old_keys import translated_results
 
 __all__ = ["read_results_file", "write_atomically", "write_together"]
@@ -22,8 +23,10 @@ def read_results_file(path: Path, *, kind: str | None = None) -> dict[str, Any]:
         of its kind holds.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(read_record(path))
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}).") from error
     named = found.get("kind") if isinstance(found, dict) else None
     if not isinstance(named, str):

@@ -13,14 +13,17 @@ from typing import Any
 
 import yaml
 
+from lkda import records
 from lkda.checks import InputError, refusing_damage
-from lkda.metrics_file import metrics_rows
+from lkda.metrics_file import MOST_BYTES, metrics_rows
 from lkda.report.read.files import read_results_file
 from lkda.report.read.old_keys import translated_summary, with_data_name
 from lkda.run_failure import FAILURE
 
 # What tables and plots need. All are numbers, except for the mixer.
 REQUIRED = ("mixer", "val/loss", "state_bytes", "tokens", "tokens_per_s", "params")
+POSITIVE = ("state_bytes", "tokens", "tokens_per_s", "params")
+MAY_BE_MISSING = ("context", "flops_per_token", "unigram_entropy")  # else they are numbers
 OF_TEXT, OF_TASKS = "val/bits_per_byte", "val/accuracy"  # one of these is needed too
 
 RECORDED_ROWS = 300
@@ -93,9 +96,9 @@ def _measured_on(subset: dict[str, Any], row: dict[str, float]) -> dict[str, flo
     return {metric: row[column] for metric, column in columns.items() if column in row}
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, *, most: int = records.MOST_BYTES) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return records.read_record(path, most=most)
     except FileNotFoundError:
         raise InputError(f"no {path.name}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -103,13 +106,20 @@ def _read(path: Path) -> str:
 
 
 def _read_summary(path: Path, *, finished: bool) -> dict[str, Any]:
+    text = _read(path)
     try:
-        summary = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        summary = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"summary.json is not JSON ({error})") from error
     if not isinstance(summary, dict):
         raise InputError("summary.json holds no table of values")
     summary = translated_summary(summary)
+    _check_summary(summary, finished=finished)
+    return summary
+
+
+def _check_summary(summary: dict[str, Any], *, finished: bool) -> None:
+    """Raises: InputError where the run is not finished, or where what tables and plots need is missing."""
     if finished and summary.get("status") != "finished":
         raise InputError(f"the run is {summary.get('status', 'of an unknown status')}, not finished")
     missing = [key for key in REQUIRED if key != "mixer" and not _is_number(summary.get(key))]
@@ -119,7 +129,14 @@ def _read_summary(path: Path, *, finished: bool) -> dict[str, Any]:
         missing.insert(0, "mixer")
     if missing:
         raise InputError(f"summary.json lacks {', '.join(missing)}")
-    return summary
+    for key in MAY_BE_MISSING:
+        if summary.get(key) is not None and not _is_number(summary[key]):
+            raise InputError(f"summary.json has {key} = {summary[key]!r}, and a number is needed")
+    if isinstance(summary.get("seed"), (list, dict)):
+        raise InputError(f"summary.json has seed = {summary['seed']!r}, and a number is needed")
+    nothing = [key for key in POSITIVE if not summary[key] > 0]
+    if nothing:
+        raise InputError(f"summary.json has {nothing[0]} = {summary[nothing[0]]}, and a number above 0 is needed")
 
 
 def _is_number(value: Any) -> bool:
@@ -127,27 +144,48 @@ def _is_number(value: Any) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    text = _read(path)
     try:
-        config = yaml.safe_load(_read(path))
-    except yaml.YAMLError as error:
+        records.check_yaml(text, source=path.name)
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError("config.yaml is not YAML") from error
-    if not isinstance(config, dict):
-        raise InputError("config.yaml holds no settings")
+    _check_config(config)
     return config
 
 
+def _check_config(config: Any) -> None:
+    """Raises: InputError where it is no table of settings, or cannot be written into results.json."""
+    if not isinstance(config, dict):
+        raise InputError("config.yaml holds no settings")
+    for name in ("trainer", "data"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(f"config.yaml has {name} = {config[name]!r}, and a section of settings is needed")
+    with refusing_damage("config.yaml"):
+        json.dumps(config)
+
+
 def _read_metrics(path: Path) -> list[dict[str, float]]:
-    text = _read(path)
+    text = _read(path, most=MOST_BYTES)
     try:
         rows = [{name: float(x) for name, x in row.items() if x} for row in metrics_rows(text)]
+    except InputError:
+        raise
     except (ValueError, TypeError, csv.Error) as error:
         raise InputError(f"metrics.csv cannot be read ({error})") from error
-    if any("step" not in row for row in rows):
-        raise InputError("metrics.csv has a row without a step")
-    needed = {"step", "tokens", "seconds", "val/loss"}
-    if not any(needed <= row.keys() for row in rows):
-        raise InputError("metrics.csv holds no validation")
+    _check_metrics(rows)
     return rows
+
+
+def _check_metrics(rows: Sequence[dict[str, float]]) -> None:
+    """Raises: InputError where a row has no step or no numbers, or no row is of a validation that did not diverge."""
+    if not all(_is_number(row.get("step")) for row in rows):
+        raise InputError("metrics.csv has a row without a step")
+    if not all(isinstance(value, (int, float)) for row in rows for value in row.values()):
+        raise InputError("metrics.csv has a value that is no number")
+    needed = ("step", "tokens", "seconds", "val/loss")
+    if not any(all(_is_number(row.get(name)) for name in needed) for row in rows):
+        raise InputError("metrics.csv holds no validation")
 
 
 def read_runs(paths: Iterable[Path], *, step: int | None = None) -> tuple[list[Run], list[tuple[Path, str]]]:
@@ -188,6 +226,12 @@ def _recorded(path: Path, step: int | None) -> list[Run]:
     found = read_results_file(path, kind="comparison")
     with refusing_damage(str(path)):
         runs = [from_record(record) for record in found["runs"]]
+        if not runs:
+            raise InputError("it holds no runs")
+        for run in runs:
+            _check_summary(run.summary, finished=False)
+            _check_config(run.config)
+            _check_metrics(run.metrics)
         return runs if step is None else [_at(run, step) for run in runs]
 
 
@@ -202,7 +246,7 @@ def as_record(run: Run) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> Run:
     """The inverse of `as_record`."""
-    return Run(record["name"], record["config"], record["summary"], record["metrics"])
+    return Run(str(record["name"]), record["config"], record["summary"], record["metrics"])
 
 
 def reported_split(runs: Iterable[Run]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of an experiment that lkda.commands.grid reads. The last one is of earlier versions.
-GRID_KEYS = ("estimate", "then", "sweeps", "jobs_per_gpu")
+# Keys of an experiment that lkda.commands.grid reads, or whose values other settings take. The last one is of earlier
+# versions.
+GRID_KEYS = ("estimate", "then", "sweeps", "values", "jobs_per_gpu")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,9 +3,9 @@
     python -m lkda.report.studies.budgets 'multirun/lm_by_mixer/*' 'multirun/lm_by_mixer_full/*' outputs/budgets
 
 Each run has a schedule of its own length. Comparing such runs after equal time is fairer than reading a run in the
-middle of its schedule, before its learning rate has fallen. The time of a run is its tokens divided by its tokens per
-second, so each run needs its device to itself. Between two lengths of a mixer, bits per byte are interpolated linearly
-in the logarithm of the time.
+middle of its schedule, before its learning rate has fallen. The time of a run is its tokens divided by the tokens per
+second of the fastest run of its mixer, so one run of each mixer needs its device to itself. Between two lengths of a
+mixer, bits per byte are interpolated linearly in the logarithm of the time.
 
 This writes runs.json, which holds what was read, table.json and a plot. `lkda.report.redraw` makes the last two again.
 """
@@ -42,19 +42,16 @@ Curve = list[tuple[float, float]]  # (seconds of training, bits per byte), means
 def collect(runs: Sequence[TrainedRun]) -> dict[str, Any]:
     """The content of runs.json.
 
-    Raises: InputError for runs that are not of the same text and device, or of one number of tokens only.
+    Raises: InputError for runs that are not of the same text and device.
     """
+    if not runs:
+        raise InputError("none of the directories is that of a finished run.")
     if any(run.summary.get("val/bits_per_byte") is None for run in runs):
         raise InputError("the runs must be of text, with bits per byte.")
     for what in ("data", "device"):
         found = sorted({str(run.summary.get(what)) for run in runs})
         if len(found) > 1:
             raise InputError(f"the runs must have the same {what} to be compared; got {', '.join(found)}.")
-    budgets = sorted({int(run.summary["tokens"]) for run in runs})
-    if len(budgets) < 2:
-        raise InputError(
-            f"give runs of at least two numbers of tokens; got {', '.join(map(count, budgets)) or 'none'}."
-        )
     split = reported_split(runs)
     return {
         "kind": KIND,
@@ -120,8 +117,8 @@ def _values(runs: Sequence[Run], mixer: str, tokens: int) -> list[float]:
 
 
 def _speed(runs: Sequence[Run], mixer: str) -> float:
-    """Tokens per second, the median over all runs of the mixer."""
-    return statistics.median(run["tokens_per_s"] for run in runs if run["mixer"] == mixer)
+    """Tokens per second, of the fastest run of the mixer."""
+    return float(max(run["tokens_per_s"] for run in runs if run["mixer"] == mixer))
 
 
 def _least(values: Any) -> float:
@@ -173,7 +170,7 @@ def _plot(runs: Sequence[Run]) -> Picture:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: three(value)))
         axes.axvline(equal_time(runs), color=style.faint, linewidth=0.8, linestyle=":")
-        axes.set_xlabel("seconds of training, device to itself; dotted line: the time at which all are compared")
+        axes.set_xlabel("seconds of training; dotted line: equal time")
         axes.set_ylabel("bits per byte")
         label_ends(axes, labels)
         return figure

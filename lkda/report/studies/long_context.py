@@ -1,6 +1,7 @@
-"""How models do on texts longer than those of training, from files of `scripts/evaluate.py out=`.
+r"""How models do on texts longer than those of training, from files of `scripts/evaluate.py out=`.
 
-    python -m lkda.report.studies.long_context 'multirun/long_context/*/*.json' outputs/long_context
+    python -m lkda.report.studies.long_context 'multirun/lm_by_mixer_full/*/text_*.json' \
+      'multirun/lm_by_mixer_full/*/needle_*.json' outputs/long_context
 
 The files are evaluations of text, one for each `data.context`, and of `data=needle`. This writes evaluations.json,
 table.json, and plots of the loss by position, of bits per byte against the context, and of how much of a hidden passage

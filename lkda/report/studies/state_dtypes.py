@@ -1,6 +1,6 @@
 """What a state of lower precision costs in decoding, from files of `scripts/evaluate.py stepwise=true out=`.
 
-    python -m lkda.report.studies.state_dtypes 'multirun/ablations/ratios/*/state_*.json' outputs/state_dtypes
+    python -m lkda.report.studies.state_dtypes 'multirun/lm_by_mixer_full/*/state_*.json' outputs/state_dtypes
 
 This writes evaluations.json, which holds what it read, and table.json with a row for each mixer and data set and a
 column for each dtype. A cell is the mean over runs of bits per byte for text and of the accuracy for other data. In

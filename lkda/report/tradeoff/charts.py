@@ -33,7 +33,7 @@ _TOKENS = (
 
 
 def _log2(title: str, *, labels: str) -> Encoding:
-    axis = {"labelExpr": labels, "grid": False, "labelOverlap": True, "labelSeparation": 6}
+    axis = {"labelExpr": labels, "grid": False, "labelOverlap": True}
     return {
         "type": "quantitative",
         "title": title,
@@ -210,6 +210,7 @@ def against(
     settings = list(dict.fromkeys(record["setting"] for record in records))
     across = {"field": "x", **(_log2(x, labels=_BYTES) if bytes_ else _log10(x, format=".3~s"))}
     across["scale"] = across["scale"] | {"padding": 40}  # the names of the first and the last mark need room
+    across["axis"] = across["axis"] | {"labelSeparation": 6}
     up = {"field": "y", **_linear(y)}
     up["scale"] = up["scale"] | {"padding": 20}
     up["axis"] = {"format": ".4~r"}

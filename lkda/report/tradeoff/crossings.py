@@ -48,8 +48,10 @@ class Pair:
 
 
 def rounded(context: float) -> str:
-    """A context that was interpolated: 1529.3 -> 1.5K"""
-    return length(context) if context < 1024 else f"{context / 1024:.2g}K" if context < 102_400 else length(context)
+    """A context that was interpolated: 736.2 -> 740, 1529.3 -> 1.5K"""
+    if context < 1000:
+        return f"{float(f'{context:.2g}'):g}"
+    return f"{context / 1024:.2g}K" if context < 102_400 else length(context)
 
 
 def pairs(found: Sequence[Measurement]) -> list[Pair]:

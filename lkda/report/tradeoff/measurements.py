@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +14,12 @@ from lkda.checks import InputError
 from lkda.report.draw.units import length
 from lkda.report.operators.plots import SOFTMAX
 from lkda.report.read.files import read_results_file
+from lkda.report.studies import notes
 
 KINDS = ("benchmark", "step_benchmark", "decode", "notes")
 WHOLE_SET = "whole_set"  # the results of several such files, as scripts/benchmark.py without options writes them
 STAGES = ("kernel", "layer", "training step", "prefill", "decode")
+LARGEST_SPREAD = 0.2  # of repeated measurements, as a share; one with a larger spread is noisy
 OF_MODELS = ("training step", "prefill", "decode")
 Row = dict[str, Any]
 
@@ -46,6 +50,7 @@ class Measurement:
         reason: why nothing was measured.
         file, command: where it is recorded, and how to measure it again.
         own: whether it is lkda's implementation; a kernel of softmax attention is that of PyTorch, which lkda calls.
+        noisy: whether repeated measurements differ by more than `lkda.bench.timing` takes for steady.
     """
 
     stage: str
@@ -61,6 +66,7 @@ class Measurement:
     file: str
     command: str
     own: bool = True
+    noisy: bool = False
 
     @property
     def where(self) -> str:
@@ -106,12 +112,24 @@ def _read(path: Path) -> list[Results]:
         else:
             name = f"{path.parent.name}/{path.name}"
             results = [Results(name, found["kind"], dict(found["header"]), list(found["rows"]))]
-        measurements(results)
+        for one in measurements(results):
+            _check(one)
+        for result in results:
+            if result.kind == notes.KIND:
+                notes.tables({"header": result.header, "rows": result.rows}, [])
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"{path} is not what scripts/benchmark.py writes ({error!r}).") from error
     if not all(result.rows for result in results):
         raise InputError(f"{path} is not what scripts/benchmark.py writes (it has no rows).")
     return results
+
+
+def _check(one: Measurement) -> None:
+    """Raises: ValueError or TypeError where a number cannot be drawn, such as a speed that is not a number."""
+    for name, least in (("context", 1), ("tokens_per_s", 5e-324), ("memory", 0)):  # the smallest number above 0
+        value = getattr(one, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{one.stage} of {one.series}: {name} is {value}")
 
 
 def measurements(results: Sequence[Results]) -> list[Measurement]:
@@ -122,7 +140,7 @@ def measurements(results: Sequence[Results]) -> list[Measurement]:
     for result in sorted(results, key=lambda result: str(result.header.get("date", ""))):
         device = str(result.header.get("device", "an unnamed device"))
         everything += [(row, measurement) for row, measurement in readers[result.kind](result, device)]
-    for measurement in _with_batches(everything):
+    for measurement in _with_batches(_told_apart(everything)):
         key = (measurement.stage, measurement.series, measurement.model, measurement.where, measurement.context)
         if key not in found or measurement.tokens_per_s is not None:
             found[key] = measurement
@@ -152,8 +170,11 @@ def _operator(row: Row, result: Results, device: str) -> Measurement:
     who = "SDPA" if softmax else peer or (f"lkda {row['backend']}" if row["backend"] != "cuda" else "")
     shape = "x".join(str(row[axis]) for axis in "BTHD")
     time = row.get("ms_median")
-    command = f"python scripts/benchmark.py task=op ops=[{op}] shapes=[{shape}] dtypes=[{row['dtype']}]"
-    command += f" modes=[{row['mode']}]" + ("" if peer else f" backends=[{row['backend']}]")
+    words = ["task=op", f"ops=[{op}]", f"shapes=[{shape}]", f"dtypes=[{row['dtype']}]", f"modes=[{row['mode']}]"]
+    # The default backends are not those of every operator, and cuda is.
+    words += [f"replays=[{row['replay']}]", f"backends=[{row['backend'] or 'cuda'}]"]
+    words += [f"gates=[{row['gate']}]"] if row.get("gate") else []
+    words += [f"peers=[{'sdpa' if softmax else str(peer).split()[0]}]"] if peer else []
     return Measurement(
         stage=stage or "other operator",
         mixer=mixer,
@@ -166,8 +187,9 @@ def _operator(row: Row, result: Results, device: str) -> Measurement:
         memory=row["peak_mib"] * 2**20 if row.get("peak_mib") else None,
         reason="" if time else str(row.get("reason") or "not measured"),
         file=result.name,
-        command=command + (f" peers=[{str(peer).split()[0] if not softmax else 'sdpa'}]" if peer else ""),
+        command=_command(words),
         own=softmax or (peer is None and row["backend"] == "cuda"),
+        noisy=bool(row.get("noisy")),
     )
 
 
@@ -183,24 +205,33 @@ def _steps(result: Results, device: str) -> Read:
 def _step(row: Row, result: Results, device: str) -> Measurement:
     bare = row["implementation"] == "bare"
     overrides = f", {' '.join(row['overrides'])}" if row.get("overrides") else ""
-    command = f"python scripts/benchmark.py task=step models=[{row['model']}] mixers=[{row['mixer']}]"
-    command += f" shapes=[{row['B']}x{row['T']}]" + (" packed=[true]" if row["packed"] else "")
-    command += "" if row["implementation"] in ("train", "bare") else f" peers=[{_peer(row)}]"
+    words = ["task=step", f"models=[{row['model']}]", f"mixers=[{row['mixer']}]", f"shapes=[{row['B']}x{row['T']}]"]
+    words += ["packed=[true]"] if row["packed"] else []
+    words += [] if row["implementation"] in ("train", "bare") else [f"peers=[{_peer(row)}]"]
+    words += [] if row.get("compile", "auto") == "auto" else [f"compile={str(row['compile']).lower()}"]
     return Measurement(
         stage="training step",
         mixer=str(row["mixer"]),
         series=f"{row['mixer']}, bare loop" if bare else str(row["title"]),
         model=str(row["model"]),
-        setting=f"{row['model']}{', packed' * bool(row['packed'])}{overrides}",
+        setting=f"{row['model']}, {_precision(row, device)}{', packed' * bool(row['packed'])}{overrides}",
         device=device,
         context=int(row["T"]),
         tokens_per_s=row.get("tokens_per_s"),
         memory=row["reserved_gib"] * 2**30 if row.get("reserved_gib") else None,
         reason=str(row.get("reason", "")),
         file=result.name,
-        command=command + _further(row),
+        command=_command([*words, *_further(row)]),
         own=row["implementation"] == "train",
+        noisy=(row.get("noise") or 0) > LARGEST_SPREAD,
     )
+
+
+def _precision(row: Row, device: str) -> str:
+    """Of the training. Earlier rows do not have it: without a setting of theirs it was the default of the device."""
+    given = [word.partition("=")[2] for word in row.get("overrides") or () if word.startswith("trainer.precision=")]
+    on_cpu = device == "cpu" or device.endswith(" threads")
+    return str(row.get("precision") or (given[-1] if given else "32-true" if on_cpu else "bf16-mixed"))
 
 
 def _decoding(result: Results, device: str) -> Read:
@@ -210,11 +241,11 @@ def _decoding(result: Results, device: str) -> Read:
 def _decode(row: Row, result: Results, device: str) -> Measurement:
     prefill = row["implementation"] == "prefill"
     title = str(row["title"]).removesuffix(", prefill")
-    command = f"python scripts/benchmark.py task=decode models=[{row['model']}] mixers=[{row['mixer']}]"
-    command += f" dtypes=[{row['dtype']}] batches=[{row['batch']}] contexts=[{row['context']}]"
-    command += " prefill=true" if prefill else ""
-    command += "" if row["implementation"] in ("lkda", "prefill") else f" peers=[{_peer(row)}]"
-    command += f" state_dtypes=[{row['state_dtype']}]" if row.get("state_dtype") not in (None, "float32") else ""
+    words = ["task=decode", f"models=[{row['model']}]", f"mixers=[{row['mixer']}]", f"dtypes=[{row['dtype']}]"]
+    words += [f"batches=[{row['batch']}]", f"contexts=[{row['context']}]", *(["prefill=true"] if prefill else [])]
+    words += [] if row["implementation"] in ("lkda", "prefill") else [f"peers=[{_peer(row)}]"]
+    words += [f"state_dtypes=[{row['state_dtype']}]"] if row.get("state_dtype") not in (None, "float32") else []
+    words += [f"top_p={row['top_p']}"] if row.get("top_p") is not None else []
     overrides = f", {' '.join(row['overrides'])}" if row.get("overrides") else ""
     sampled = f", top_p {row['top_p']}" if row.get("top_p") is not None else ""
     return Measurement(
@@ -229,7 +260,7 @@ def _decode(row: Row, result: Results, device: str) -> Measurement:
         memory=row.get("peak_bytes") if prefill else row.get("bytes_per_sequence"),
         reason=str(row.get("reason", "")),
         file=result.name,
-        command=command + (f" top_p={row['top_p']}" if row.get("top_p") is not None else "") + _further(row),
+        command=_command([*words, *_further(row)]),
         own=row["implementation"] in ("lkda", "prefill"),
     )
 
@@ -242,9 +273,36 @@ def _peer(row: Row) -> str:
     )
 
 
-def _further(row: Row) -> str:
-    vocabulary = f" vocab_size={row['vocab_size']}" if row.get("vocab_size") else ""
-    return vocabulary + (f" 'overrides={row['overrides']}'" if row.get("overrides") else "")
+def _further(row: Row) -> list[str]:
+    words = [f"vocab_size={row['vocab_size']}"] if row.get("vocab_size") else []
+    return words + ([f"overrides=[{','.join(row['overrides'])}]"] if row.get("overrides") else [])
+
+
+def _command(words: Sequence[str]) -> str:
+    """For any shell; some take brackets for names of files."""
+    return f"python scripts/benchmark.py {shlex.join(words)}"
+
+
+# Settings of whole models that a setting in words does not have, unless measurements differ in them.
+_FURTHER: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("vocab_size", "vocabulary {:,}".format),
+    ("compile", "compile {}".format),
+)
+
+
+def _told_apart(found: Read) -> Read:
+    """Adds a further setting where speeds that would be compared differ in it."""
+    for key, write in _FURTHER:
+        values: dict[tuple[str, str], set[Any]] = defaultdict(set)
+        for row, one in found:
+            values[one.stage, one.where].add(row.get(key))
+        found = [
+            (row, replace(one, setting=f"{one.setting}, {write(row[key])}"))
+            if len(values[one.stage, one.where]) > 1 and row.get(key) is not None
+            else (row, one)
+            for row, one in found
+        ]
+    return found
 
 
 def _with_batches(found: Read) -> list[Measurement]:
@@ -263,7 +321,7 @@ def _with_batches(found: Read) -> list[Measurement]:
             continue
         tokens, rows = (one.stage, one.where, row["B"] * row["T"]), (one.stage, one.where, row["B"])
         by_row = len(by_tokens[tokens]) == 1 and len(by_rows[rows]) > 1
-        size = f"{row['B']:,} rows" if by_row else f"{length(row['B'] * row['T'])} tokens a batch"
+        size = f"{row['B']:,} row{'s' * (row['B'] != 1)}" if by_row else f"{length(row['B'] * row['T'])} tokens a batch"
         written.append(replace(one, setting=f"{one.setting}, {size}"))
     return written
 

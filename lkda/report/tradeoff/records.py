@@ -1,26 +1,27 @@
-"""Joins groups of runs with measurements: accuracy beside speed and memory, the Pareto front, and what is best."""
+"""Joins groups of runs with measurements: accuracy beside speed and memory, the Pareto front, and courses."""
 
 from __future__ import annotations
 
 import math
 import re
+import shlex
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lkda.report.draw.curves import ENOUGH, mean_curve, running_mean
-from lkda.report.draw.units import count, length, memory
+from lkda.report.draw.curves import ENOUGH, mean_curve, points, running_mean
+from lkda.report.draw.units import count, length
 from lkda.report.read.groups import Group, also_differing, settings
 from lkda.report.read.runs import Run, reported_split
-from lkda.report.tradeoff.crossings import pairs, rounded
 from lkda.report.tradeoff.measurements import OF_MODELS, STAGES, Measurement
 
 Record = dict[str, Any]
 LOGGED = "training, as the runs logged it"
 MEAN = "mean over seeds"
 MOST_POINTS, FEWEST_POINTS = 2000, 10  # of all curves of training in a chart, and of one of them
+MOST_SEEDS = 8  # that a tooltip names
 COMMAND = "train_again"  # an entry of a summary: the command that trains the run again
 
 
@@ -98,7 +99,7 @@ def _data_of(run: Run) -> str:
     """The name of the data; of files, which all have one name, with their paths."""
     name, data = str(run.summary.get("data", "unnamed data")), run.config.get("data") or {}
     paths = data.get("val_paths") or data.get("paths")
-    return f"{name} ({paths if isinstance(paths, str) else ', '.join(map(str, paths))})" if paths else name
+    return f"{name} ({', '.join(map(str, paths)) if isinstance(paths, list) else paths})" if paths else name
 
 
 def by_speed(
@@ -148,9 +149,10 @@ def speed_of(group: Group, found: Sequence[Measurement]) -> float | None:
 def by_state(groups: Sequence[Group], quality: Quality) -> list[Record]:
     """Accuracy against the bytes of the state of one sequence at the training context, for each data."""
     records = []
-    for data, same in by_data(groups).items():
+    parts = by_data(groups)
+    for data, same in parts.items():
         states = [(group, lambda run: float(run.summary["state_bytes"])) for group in same]
-        records += _points(states, quality, setting=data, more_x_is_better=False)
+        records += _points(states, quality, setting=data if len(parts) > 1 else "", more_x_is_better=False)
     return records
 
 
@@ -172,7 +174,8 @@ def _points(
         for run in group.runs:
             seed = {"run": run.name, "seed": str(run.summary.get("seed", "")), "configuration": configuration(run)}
             records.append(common | seed | {"x": x_of(run), "y": float(run.summary[quality.key])})
-        seeds = ", ".join(str(run.summary.get("seed", "")) for run in group.runs)
+        seeds = ", ".join(str(run.summary.get("seed", "")) for run in group.runs[:MOST_SEEDS])
+        seeds += f", ... ({len(group.runs)} in all)" if len(group.runs) > MOST_SEEDS else ""
         mean = {"run": MEAN, "seed": seeds, "configuration": configuration(group.runs[0])}
         records.append(common | mean | {"x": mean_x, "y": mean_y})
     return records
@@ -185,7 +188,7 @@ def configuration(run: Run) -> str:
     found.append(f"{summary['params']:,.0f} parameters")
     found += [f"context {summary['context']:,}"] if summary.get("context") else []
     found += [f"learning rate {rate:g}"] if isinstance(rate := summary.get("learning_rate"), float) else []
-    precision = config.get("trainer", {}).get("precision") or summary.get("precision")
+    precision = (config.get("trainer") or {}).get("precision") or summary.get("precision")
     found += [str(precision)] if precision else []
     return ", ".join([*found, str(summary.get("device", "an unnamed device"))])
 
@@ -202,8 +205,8 @@ def reproduce(group: Group, groups: Sequence[Group]) -> str:
     words += [f"{key}={known[key]}" for key in differing if key in known]
     seed = run.summary.get("seed")
     words += [] if seed is None else [f"seed={seed}"]
-    steps = run.config.get("trainer", {}).get("max_steps")
-    return " ".join(["python scripts/train.py", *words, *([f"trainer.max_steps={steps}"] if steps else [])])
+    steps = (run.config.get("trainer") or {}).get("max_steps")
+    return shlex.join(["python", "scripts/train.py", *words, *([f"trainer.max_steps={steps}"] if steps else [])])
 
 
 _CHOICES = (("mixer", "mixer.name"), ("model", "model.name"), ("data", "data.source"))
@@ -219,14 +222,14 @@ def curve_records(groups: Sequence[Group], *, x: str, y: str) -> list[Record]:
     most = max(FEWEST_POINTS, MOST_POINTS // len(runs))
     records = []
     for group, run in runs:
-        course, steps = mean_curve([run], x, y), mean_curve([run], "step", y).x
+        course, steps = mean_curve([run], x, y), sorted(points(run, x, y))
         every = 1
         if y.startswith("train/"):
             course, every = running_mean(course), math.ceil(len(course.x) / most) or 1
         about = {"series": group.label, "mixer": group.mixer, "run": run.name}
         about |= {"seed": str(run.summary.get("seed", "")), "configuration": configuration(run)}
-        points = list(zip(course.x, course.y, steps, strict=True))
-        records += [{"x": x, "y": y, "step": step, **about} for x, y, step in points[::-every][::-1]]  # with the last
+        line = list(zip(course.x, course.y, steps, strict=True))[::-every][::-1]  # with the last
+        records += [{"x": x, "y": y, "step": step, **about} for x, y, step in line]
     return records
 
 
@@ -242,60 +245,6 @@ def course_of(groups: Sequence[Group], quality: Quality) -> tuple[str, str]:
     return y, re.sub("^test", "validation", quality.title)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A question that the page is for, and the mixer that answers it.
-
-    Attributes:
-        question, mixer: in words.
-        why: the figures.
-        of: where they are from.
-        context: for answers about a context.
-        rivals: the number of mixers that were compared.
-    """
-
-    question: str
-    mixer: str
-    why: str
-    of: str
-    context: int = 0
-    rivals: int = 0
-
-
-def answers(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[Answer]:
-    """The best by accuracy at each limit of memory, and the fastest and the smallest at each context."""
-    parts = by_data(groups)
-    of_runs = [_by_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
-    return [*(answer for part in of_runs for answer in part), *_by_context(found)]
-
-
-def _budget(groups: Sequence[Group], data: str, parts: Mapping[str, Any]) -> str:
-    """The budget of the runs, with their data where there are several."""
-    return budget_of(groups) + (f", on {data}" if len(parts) > 1 else "")
-
-
-def _by_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> list[Answer]:
-    result = []
-    best = best_of(groups, quality)
-    equal = [group for group in groups if group is not best and within_spread(group, best, quality)]
-    also = f"; within the spread over seeds: {', '.join(group.label for group in equal)}" if equal else ""
-    result.append(
-        Answer(f"best {quality.title}, any memory", best.label, _figure(best, quality) + also, f"runs, {budget}")
-    )
-    states = [(group.mean("state_bytes"), group.mean(quality.key)) for group in groups]
-    front = on_front([(state, y if quality.more_is_better else -y) for state, y in states])
-    kept = [(state, group) for (state, _), group, is_front in zip(states, groups, front, strict=True) if is_front]
-    for state, group in sorted(kept, key=lambda pair: pair[0]):
-        if group is not best:
-            question = f"best {quality.title} with {memory(state)} of state per sequence or little more"
-            result.append(Answer(question, group.label, _figure(group, quality), f"runs, {budget}"))
-    smallest = min([best, *equal], key=lambda group: group.mean("state_bytes"))
-    none = "no other is as good within the spread over seeds" if len(best.runs) > 1 else "one seed has no spread"
-    why = memory(smallest.mean("state_bytes")) + ("" if equal else f"; {none}")
-    question = f"least state at {quality.title} equal to the best within the spread over seeds"
-    return [*result, Answer(question, smallest.label, why, f"runs, {budget}")]
-
-
 def budget_of(groups: Sequence[Group]) -> str:
     """The training tokens and the context of the runs, in words."""
     runs = [run for group in groups for run in group.runs]
@@ -309,95 +258,6 @@ def caption_of(groups: Sequence[Group]) -> str:
     """Model, budget, precision and device of the runs."""
     runs = [run for group in groups for run in group.runs]
     models, devices = (sorted({str(run.summary.get(name) or "") for run in runs}) for name in ("model", "device"))
-    precisions = sorted({str(run.config.get("trainer", {}).get("precision") or "") for run in runs})
+    precisions = sorted({str((run.config.get("trainer") or {}).get("precision") or "") for run in runs})
     parts = ["/".join(models), budget_of(groups), "/".join(precisions), "/".join(devices)]
     return ", ".join(part for part in parts if part)
-
-
-def _figure(group: Group, quality: Quality) -> str:
-    values = group.values(quality.key)
-    spread = f" ± {quality.write(statistics.stdev(values))}" if len(values) > 1 else ""
-    state = memory(group.mean("state_bytes"))
-    return f"{quality.write(statistics.fmean(values))}{spread}, {state} of state per sequence"
-
-
-def _by_context(found: Sequence[Measurement]) -> list[Answer]:
-    """The fastest mixer at each stage, setting and context at which there are several; and the smallest state."""
-    result = []
-    for stage in ("training step", "prefill", "decode", "kernel"):
-        measured = [one for one in found if one.stage == stage and one.tokens_per_s]
-        for where, context in dict.fromkeys((one.where, one.context) for one in measured):
-            here = [one for one in measured if (one.where, one.context) == (where, context)]
-            ranked = sorted(here, key=lambda one: -(one.tokens_per_s or 0))
-            if len({one.mixer for one in here}) < 2:
-                continue
-            first = ranked[0]
-            second = next(one for one in ranked if one.mixer != first.mixer)
-            ratio = (first.tokens_per_s or 0) / (second.tokens_per_s or 1)
-            why = f"{first.tokens_per_s:,.0f} tokens/s, {ratio:.2f} times {second.series}"
-            question, rivals = f"fastest {stage}", len({one.mixer for one in here})
-            result.append(Answer(question, first.series, why, where, context, rivals))
-            of_state = [one for one in here if one.memory]
-            if stage == "decode" and len(of_state) > 1:
-                smallest = min(of_state, key=lambda one: one.memory or 0)
-                size = memory(smallest.memory or 0)
-                result.append(Answer("least state of one sequence", smallest.series, size, where, context, rivals))
-    return result
-
-
-def summary(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[str]:
-    """What to choose, a paragraph each: by accuracy and memory, by speed at the longest context, and KDA or softmax."""
-    parts = by_data(groups)
-    said = [_said_of_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
-    said += [_said_of_speed(found), _said_of_crossings(found)]
-    return [paragraph for paragraph in said if paragraph]
-
-
-def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> str:
-    best, *others = _by_accuracy(groups, quality, budget)
-    if len(groups) == 1:
-        return f"With {budget}, {best.mixer} is the only model: its {quality.title} is {best.why}."
-    said = [f"With {budget}, choose {best.mixer}: its {quality.title} is the best, {best.why}."]
-    smaller = [answer for answer in others if "or little more" in answer.question]
-    if smaller:  # from the largest state to the smallest
-        choices = "; ".join(f"{answer.mixer}, {answer.why}" for answer in reversed(smaller))
-        said.append(f"If memory is short, choose {choices}.")
-    equal = [answer for answer in others if answer.question.startswith("least state") and "; " not in answer.why]
-    return " ".join([*said, *(f"The least state at equal accuracy: {answer.mixer}, {answer.why}." for answer in equal)])
-
-
-def _said_of_speed(found: Sequence[Measurement]) -> str:
-    """Of each stage at the longest of the contexts at which most mixers were measured."""
-    fastest = [answer for answer in _by_context(found) if answer.question.startswith("fastest")]
-    said = []
-    for stage in ("training step", "prefill", "decode"):
-        of_stage = [answer for answer in fastest if answer.question == f"fastest {stage}"]
-        if of_stage:
-            most = max(of_stage, key=lambda answer: (answer.rivals, answer.context))
-            said.append(f"{most.question} at {length(most.context)}: {most.mixer}, {most.why} ({most.of})")
-    return f"F{'; '.join(said)[1:]}." if said else ""
-
-
-def _said_of_crossings(found: Sequence[Measurement]) -> str:
-    """Where lkda's KDA overtakes softmax attention."""
-    measured = {one.where: one for one in found if one.tokens_per_s}
-    usual = max(devices := [one.device for one in measured.values()], key=devices.count) if measured else ""
-    between = [pair for pair in pairs(found) if pair.own and set(pair.mixers) == {"kda", "softmax"}]
-    said = []
-    for mixer, other in (("kda", "softmax"), ("softmax", "kda")):
-        overtakes, always = [], []
-        for pair in (pair for pair in between if pair.mixers[0] == mixer):
-            setting = measured[pair.where].setting
-            place = f"{pair.stage}, {setting.partition(',')[0] if pair.stage == 'kernel' else setting}"
-            place += "" if measured[pair.where].device == usual else f", {measured[pair.where].device}"
-            if pair.shortest == pair.longest:
-                always.append(f"{place} (at {length(pair.longest)} alone)")
-            elif pair.context is None:
-                always.append(f"{place} ({length(pair.shortest)} to {length(pair.longest)})")
-            else:
-                overtakes.append(f"{rounded(pair.context)} ({place})")
-        if overtakes:
-            said.append(f"{mixer} is faster than {other} from a context of about {', '.join(overtakes)}.")
-        if always:
-            said.append(f"At every context that was measured, {mixer} is faster than {other}: {'; '.join(always)}.")
-    return " ".join(dict.fromkeys(said))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.page import Section, page
-from lkda.report.draw.tables import markdown_table
+from lkda.report.draw.tables import markdown_table, markdown_text
 from lkda.report.draw.units import length, memory
 from lkda.report.operators import report as bench_report
 from lkda.report.operators.benchmark import KIND as BENCHMARK
@@ -19,13 +19,14 @@ from lkda.report.operators.benchmark import Benchmark
 from lkda.report.read.files import read_results_file, write_together
 from lkda.report.read.groups import Group
 from lkda.report.studies import notes
-from lkda.report.tradeoff import charts, records
+from lkda.report.tradeoff import answers, charts, records
 from lkda.report.tradeoff.crossings import Pair, pairs
 from lkda.report.tradeoff.measurements import STAGES, WHOLE_SET, Measurement, Results, find_results, measurements
 
 # What the cells of a table are sorted by; -1 stands for a missing number.
 Cells = list[list[float | str | None]]
 FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one of both and as good in the other."
+CHARTS = ("front_by_speed", "front_by_state", "curves_by_tokens", "curves_by_seconds", "recall_by_state")  # of runs
 AGAIN = 'Open a cell of the column "{column}" for the command.'
 
 
@@ -53,7 +54,7 @@ class Tradeoff:
     @property
     def summary(self) -> str:
         """What to choose, in paragraphs."""
-        return "\n\n".join(records.summary(self.groups, self.found, self.quality))
+        return "\n\n".join(answers.summary(self.groups, self.found, self.quality))
 
     def charts(self) -> list[Chart]:
         """The charts that the results allow."""
@@ -79,7 +80,11 @@ class Tradeoff:
             charts.against("front_by_state", title, f"{where}. {FRONT}", states, x=x, y=quality.title, bytes_=True)
         )
         y, of_y = records.course_of(self.groups, quality)
-        smoothed = " Training is smoothed; most runs have few validations." if y.startswith("train/") else ""
+        smoothed = (
+            " The lines are of training, smoothed, because some runs have few validations."
+            if y.startswith("train/")
+            else ""
+        )
         for column, heading, name in (
             ("tokens", "training tokens", "tokens"),
             ("seconds", "training time, s", "seconds"),
@@ -103,25 +108,27 @@ class Tradeoff:
 
     def first_section(self) -> Section:
         """What to choose: the sentence on top, and the table of answers."""
-        found = records.answers(self.groups, self.found, self.quality)
+        found = answers.answers(self.groups, self.found, self.quality)
         head = ["question", "context", "mixer", "figures", "measured with"]
         body = [[one.question, length(one.context) if one.context else "", one.mixer, one.why, one.of] for one in found]
-        sort_by: Cells = [[one.question, one.context, one.mixer, one.why, one.of] for one in found]
-        notes = ["Choose a question and a context below the headings to find the answer for your case."]
+        sort_by: Cells = [[one.question, one.context or -1, one.mixer, one.why, one.of] for one in found]
         return Section(
             lead=self.summary,
+            hint="Choose a question and a context below the headings to find the answer for your case.",
             head=head,
             body=body,
             names=5,
             sortable=True,
             sort_by=sort_by,
-            notes=notes,
             lists=(0, 1, 2),
         )
 
     def chart_section(self) -> Section:
         """All charts."""
-        notes = ["Drag to move a chart, turn the wheel with ctrl to zoom, click a name in the legend to highlight it."]
+        notes = [
+            "Point at a mark, or tap it, for its figures. Drag to move a chart, turn the wheel with ctrl to zoom, and "
+            "double-click to go back. Click a name in the legend to highlight it."
+        ]
         return Section("Charts", notes=notes, charts=self.charts())
 
     def crossing_section(self) -> Section:
@@ -129,17 +136,25 @@ class Tradeoff:
         head, body, sort_by = crossing_cells(pairs(self.found))
         notes = [
             "The context from which one is faster is interpolated between the measured contexts, on logarithmic axes. "
-            "A pair without one has the same faster mixer at every context that both have."
+            "A pair without one has the same faster mixer at every context that both have.",
+            *self._noise(),
         ]
         heading = "Where one mixer overtakes another"
         lists = (0, 1, 2)
         return Section(heading, head=head, body=body, names=4, sortable=True, sort_by=sort_by, notes=notes, lists=lists)
+
+    def _noise(self) -> list[str]:
+        """A sentence where some measurements are noisy."""
+        noisy = sum(one.noisy and one.tokens_per_s is not None for one in self.found)
+        said = f"{noisy} of the measurements, marked as noisy below, differed by more than a fifth when repeated. "
+        return [f"{said}What depends on them is uncertain."] if noisy else []
 
     def measurement_section(self) -> Section:
         """Every measurement, with its file and its command."""
         head, body, sort_by = measurement_cells(self.found)
         absent = sorted({f"{one.series}: {one.reason}" for one in self.found if one.reason})
         notes = [AGAIN.format(column="measure again"), *([f"Not measured: {'; '.join(absent)}."] if absent else [])]
+        notes += self._noise()
         return Section(
             "All measurements",
             head=head,
@@ -164,11 +179,14 @@ class Tradeoff:
         """
         drawn = self.charts()
         first, below = self.first_section(), self.sections()
-        parts = [f"# {title}", first.lead, markdown_table(first.head, first.body, names=5) if first.body else ""]
-        parts += [table, *notes] if table else []
-        parts += [f"## {chart.title}\n\n{chart.caption}\n\n![{chart.title}]({chart.name}.svg)" for chart in drawn]
+        parts = [markdown_text(f"# {title}\n\n{first.lead}")]
+        parts += [markdown_table(first.head, first.body, names=5)] if first.body else []
+        parts += [table, *map(markdown_text, notes)] if table else []
+        for chart in drawn:
+            parts.append(markdown_text(f"## {chart.title}\n\n{chart.caption}\n\n![{chart.title}]({chart.name}.svg)"))
         for section in below:
-            parts += [f"## {section.heading}", markdown_table(section.head, section.body, names=4), *section.notes]
+            parts += [f"## {section.heading}", markdown_table(section.head, section.body, names=4)]
+            parts += map(markdown_text, section.notes)
         files: dict[str, str | bytes] = {"report.md": "\n\n".join(part.rstrip() for part in parts if part) + "\n"}
         for chart in drawn:
             files |= chart.files
@@ -177,6 +195,20 @@ class Tradeoff:
             files["crossings.csv"] = _csv(crossing.head, crossing.sort_by)
             files["measurements.csv"] = _csv(measured.head, measured.sort_by)
         return files
+
+
+def remove_stale(out: Path, written: Collection[Path], *, plots: Sequence[str] = ()) -> None:
+    """Removes the charts and tables of an earlier page in `out` that the page of today does not have.
+
+    Args:
+        written: the files of today.
+        plots: names of PNG files that the page may have beside its charts.
+    """
+    by_context = [f"{stage.replace(' ', '_')}_{what}" for stage in STAGES for what in ("time", "memory")]
+    names = [f"{name}.{ending}" for name in (*CHARTS, *by_context) for ending in ("svg", "png")]
+    for name in [*names, *(f"{name}.png" for name in plots), "crossings.csv", "measurements.csv"]:
+        if out / name not in written:
+            (out / name).unlink(missing_ok=True)
 
 
 def write_whole_set(results: Sequence[Results], path: Path, *, title: str) -> None:
@@ -189,7 +221,9 @@ def write_whole_set(results: Sequence[Results], path: Path, *, title: str) -> No
     sections += [replace(bench_report.table_section(operators), sortable=True)] if operators else []
     files = joined.files(title, table="", notes=())
     files |= {path.name: json.dumps(content, indent=1) + "\n", "report.html": page(title, sections)}
-    write_together({path.parent / name: text for name, text in files.items()})
+    written = {path.parent / name: text for name, text in files.items()}
+    write_together(written)
+    remove_stale(path.parent, written)
 
 
 def redraw(path: Path) -> None:
@@ -242,7 +276,7 @@ def measurement_cells(
     order: Cells = []
     for one in found:
         names = [one.stage, one.series, one.setting, one.device]
-        speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}"
+        speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}" + " (noisy)" * one.noisy
         space = "" if one.memory is None else memory(one.memory)
         rest = [one.command, *([one.reason] if why_not else []), one.file]
         body.append([*names, length(one.context), speed, space, *rest])

@@ -20,11 +20,16 @@ from lkda.report.read.groups import Group, also_differing, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, find_results, measurements
 from lkda.report.tradeoff.records import COMMAND, best_of, by_data, reproduce, within_spread
-from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections
+from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections, remove_stale
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 
 RESULTS = "results.json"
 KIND = "comparison"
+MOST_NAMED = 5  # in a note
+PLOTS = (
+    *("loss_by_tokens", "loss_by_seconds", "loss_by_position", "loss_by_state"),
+    *("accuracy_by_state", "accuracy_by_length"),
+)
 # Plots whose place on the page is taken by interactive charts; the files are written.
 AS_CHARTS = ("loss_by_tokens", "loss_by_seconds", "loss_by_state", "accuracy_by_state")
 
@@ -127,8 +132,14 @@ class Comparison:
         ]
         if again:
             notes.append(
-                f"Of these rows, runs have the same seed and settings: {'; '.join(again)}. If they are copies of one "
-                "run, the spread over seeds is too small."
+                f"Of these rows, runs have the same seed and settings: {'; '.join(again[:MOST_NAMED])}"
+                f"{f'; and {len(again) - MOST_NAMED} more' if len(again) > MOST_NAMED else ''}. If they are copies of "
+                "one run, the spread over seeds is too small."
+            )
+        if all(str(run.summary.get("precision", "")).endswith(("-mixed", "32-true")) for run in self.runs):
+            notes.append(
+                "state: of one sequence of the training context, in float32, as the weights. In bf16, a cache of "
+                "keys and values takes half of it."
             )
         if not self.exclusive_device:
             notes.append("Runs shared a device, so times are not compared.")
@@ -249,6 +260,7 @@ def write(comparison: Comparison, path: Path) -> None:
     sections += [Section("Left out", items=left_out)] if left_out else []
     files[out / "report.html"] = page(comparison.title, sections)
     write_together(files)
+    remove_stale(out, files, plots=PLOTS)
 
 
 def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequence[str]) -> Section:

@@ -39,9 +39,10 @@ def loss_curves(groups: Sequence[Group], *, x: str, y: str, bits_per_nat: float 
     """
     validations = [mean_curve(group.runs, x, y) for group in groups]
     curves = validations
-    by_training = min(len(curve.x) for curve in validations) < ENOUGH
+    training = [running_mean(mean_curve(group.runs, x, y.replace("val", "train"))) for group in groups]
+    by_training = min(len(curve.x) for curve in validations) < ENOUGH and all(curve.x for curve in training)
     if by_training:
-        curves = [running_mean(mean_curve(group.runs, x, y.replace("val", "train"))) for group in groups]
+        curves = training
 
     def draw(style: Style) -> Figure:
         figure = Figure(figsize=SIZE, layout="constrained")

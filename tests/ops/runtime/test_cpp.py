@@ -89,6 +89,17 @@ def test_what_does_not_compile_is_a_reason(source: Path) -> None:
         library.call("twice", 1)
 
 
+def test_a_message_in_another_encoding_is_a_reason(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nprintf 'no room \\200' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(cpp, "compiler", lambda: str(broken))
+    monkeypatch.setattr(cpp, "_target", cpp._target.__wrapped__)
+    assert "no room" in str(cpp.Library(source).reason_cannot_run())
+
+
 def test_a_missing_compiler_is_a_reason(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "compiler", lambda: None)
     library = cpp.Library(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import statistics
 
@@ -55,10 +56,15 @@ def test_what_is_no_finished_run_is_left_out_by_name_with_the_reason(tmp_path, r
         ("odd", "config.yaml", "a: [1"),
         ("bare", "metrics.csv", None),
         ("untested", "metrics.csv", "step,tokens,seconds,train/loss\n1,1,1,9.0\n"),
+        ("inf", "metrics.csv", "step,tokens,seconds,val/loss\n1,1,1,inf\n"),
         ("words", "metrics.csv", "step,tokens\none,two\n"),
     ):
         spoil(write_run(tmp_path / name, "kda"), spoilt, text)
     (spoil(write_run(tmp_path / "bytes", "kda"), "summary.json", "") / "summary.json").write_bytes(b"\xff\xfe")
+    write_run(tmp_path / "still", "kda", tokens_per_s=0)
+    write_run(tmp_path / "wordy", "kda", context="long")
+    write_run(tmp_path / "seeds", "kda", settings={"trainer": [1]})
+    write_run(tmp_path / "dated", "kda", settings={"data": {"since": datetime.date(2020, 1, 1)}})
     found, skipped = read_runs([path for path in tmp_path.iterdir() if path.name != "runs"] + runs)
     assert len(found) == len(runs)
     assert {path.name: reason.split(" (")[0] for path, reason in skipped} == {
@@ -67,11 +73,16 @@ def test_what_is_no_finished_run_is_left_out_by_name_with_the_reason(tmp_path, r
         "diverged": "the run is diverged, not finished",
         "empty": "no summary.json: not a run",
         "file": "not a directory",
+        "inf": "metrics.csv holds no validation",
         "infinite": "summary.json lacks val/loss",
         "list": "summary.json holds no table of values",
         "odd": "config.yaml is not YAML",
         "poor": "summary.json lacks state_bytes",
         "running": "no summary.json: still running, or killed",
+        "still": "summary.json has tokens_per_s = 0, and a number above 0 is needed",
+        "seeds": "config.yaml has trainer = [1], and a section of settings is needed",
+        "dated": "config.yaml is damaged: it holds a value of a wrong kind",
+        "wordy": "summary.json has context = 'long', and a number is needed",
         "stopped": "the run is interrupted, not finished",
         "torn": "summary.json is not JSON",
         "unset": "no config.yaml",
@@ -161,3 +172,22 @@ def test_runs_of_earlier_comparisons_are_read_again(tmp_path, runs):
     assert [str(place) for place, _ in skipped] == [str(other)]
     assert "is of the kind table, and comparison is needed" in skipped[0][1]
     assert {run.summary["at_step"] for run in read_runs([path], step=400)[0]} == {400}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found["runs"].clear(), "it holds no runs"),
+        (lambda found: found["runs"][0]["summary"].pop("tokens"), "summary.json lacks tokens"),
+        (lambda found: found["runs"][0]["metrics"][0].update(tokens="x"), "metrics.csv has a value that is no number"),
+        (lambda found: found["runs"][0].update(metrics=None), "is damaged: it holds a value of a wrong kind"),
+        (lambda found: found["runs"][0].update(config=[]), "is not what its kind, comparison, says"),
+    ],
+)
+def test_a_damaged_comparison_is_left_out_with_the_reason(tmp_path, change, message):
+    record = as_record(read_run(write_run(tmp_path / "a", "kda")))
+    found = {"kind": "comparison", "runs": [record], "rows": [], "benchmarks": []}
+    change(found)
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    ((_, reason),) = read_runs([tmp_path / "results.json"])[1]
+    assert message in reason

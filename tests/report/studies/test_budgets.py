@@ -19,7 +19,7 @@ def run(mixer: str, tokens: int, bits: float, *, speed: float = 1e6, seed: int =
 # simplified is twice as fast as kda: after 200 s it has had 400M tokens, and kda 200M, half of the way on a log scale.
 FOUR = [
     run("kda", 100_000_000, 1.30),
-    run("kda", 100_000_000, 1.34, seed=2),
+    run("kda", 100_000_000, 1.34, seed=2, speed=4e5),  # it shared its device
     run("kda", 400_000_000, 1.12),
     run("simplified", 100_000_000, 1.4, speed=2e6),
     run("simplified", 400_000_000, 1.3, speed=2e6),
@@ -85,7 +85,6 @@ def test_run_directories_are_collected_and_drawn_again(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": 100}, "give runs of at least two numbers of tokens; got 100"),
         ({"tokens": 400, "data": "prose"}, "the runs must have the same data to be compared; got english, prose"),
         ({"tokens": 400, "device": "cpu"}, "the runs must have the same device to be compared; got a GPU, cpu"),
     ],
@@ -96,3 +95,12 @@ def test_runs_that_cannot_be_compared(changes: dict[str, object], message: str, 
     with pytest.raises(SystemExit, match=message):
         collect_and_draw([f"{tmp_path}/runs/*", f"{tmp_path}/out"])
     assert not (tmp_path / "out").exists()
+
+
+def test_one_length_and_none(tmp_path: Path) -> None:
+    trained(tmp_path / "runs" / "one", "kda", 100)
+    collect_and_draw([f"{tmp_path}/runs/*", f"{tmp_path}/out"])
+    (row,) = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert (row["100 tokens"], row["after 11.1 s"]) == ("**1.400**", "**1.400**")
+    with pytest.raises(SystemExit, match="none of the directories is that of a finished run"):
+        collect_and_draw([f"{tmp_path}/none/*", f"{tmp_path}/out"])

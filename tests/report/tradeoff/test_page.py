@@ -151,6 +151,54 @@ def test_a_tooltip_names_run_seed_and_configuration(open_page):
         assert word in text
 
 
+def test_on_a_phone_a_tap_shows_a_tooltip_and_a_finger_on_a_chart_scrolls_the_page(browser, path):
+    context = browser.new_context(viewport={"width": 360, "height": 800}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    marks = page.locator("#front_by_state .role-mark.mark-symbol path")
+    marks.last.wait_for()
+    page.evaluate("document.querySelector('#front_by_state').scrollIntoView({block: 'center'})")
+    marks.last.tap(force=True)
+    page.locator("#vg-tooltip-element.visible").wait_for()
+    labels, before = page.locator("#front_by_state .role-axis-label").all_text_contents(), page.evaluate("scrollY")
+    box = page.locator("#front_by_state svg.marks").bounding_box()
+    finger = {"x": box["x"] + 150, "y": box["y"] + 200}
+    touch = context.new_cdp_session(page)
+    for kind, moved in [("touchStart", 0), *(("touchMove", 15 * n) for n in range(1, 10))]:
+        points = [{"x": finger["x"], "y": finger["y"] - moved}]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.wait_for_timeout(16)
+    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    page.wait_for_timeout(300)
+    assert page.evaluate("scrollY") > before + 50
+    assert page.locator("#front_by_state .role-axis-label").all_text_contents() == labels
+    context.close()
+
+
+def test_the_wheel_zooms_with_ctrl_alone_and_two_clicks_go_back(open_page):
+    page = open_page()
+    chart = page.locator("#front_by_state svg.marks")
+    chart.scroll_into_view_if_needed()
+
+    def ticks(action=lambda: None):
+        box = chart.bounding_box()
+        page.mouse.move(box["x"] + 250, box["y"] + 150)
+        action()
+        page.wait_for_timeout(400)
+        return set(page.locator("#front_by_state .role-axis-label text").all_text_contents())
+
+    def zoom():
+        page.keyboard.down("Control")
+        page.mouse.wheel(0, -300)
+        page.keyboard.up("Control")
+
+    at_first = ticks()
+    assert ticks(lambda: page.mouse.wheel(0, -100)) == at_first
+    assert ticks(zoom) != at_first
+    box = chart.bounding_box()
+    assert ticks(lambda: page.mouse.dblclick(box["x"] + 251, box["y"] + 151)) == at_first
+
+
 def test_the_menu_changes_the_chart(open_page):
     page = open_page()
     marks = page.locator("#front_by_speed .mark-symbol path")

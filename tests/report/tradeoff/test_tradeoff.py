@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +14,12 @@ import pytest
 from lkda.report.read.crossings import crossings
 from lkda.report.read.groups import group_runs
 from lkda.report.read.runs import read_runs
-from lkda.report.tradeoff import records
-from lkda.report.tradeoff.crossings import pairs
+from lkda.report.tradeoff import answers, records
+from lkda.report.tradeoff.crossings import pairs, rounded
 from lkda.report.tradeoff.measurements import find_results, measurements
+from lkda.report.tradeoff.report import Tradeoff
 from lkda.report.training.comparison import compare
-from tests.report.conftest import write_run
+from tests.report.conftest import bench_row, write_run
 from tests.report.tradeoff.conftest import decode_row, step_row, write_results
 
 
@@ -71,7 +74,7 @@ def test_the_summary_says_how_far_its_contexts_reach_and_which_device_is_another
     here = write_results(tmp_path / "a.json", "decode", rows)
     other = [decode_row(m, 1024, speed, batch=4) for m, speed in (("kda", 1.0), ("softmax", 2.0))]
     there = write_results(tmp_path / "b.json", "decode", other, device="another")
-    said = records.summary([], measurements(find_results([here, there])), None)[-1]
+    said = answers.summary([], measurements(find_results([here, there])), None)[-1]
     assert said == (
         "At every context that was measured, kda is faster than softmax: decode, tiny, bf16, batch 1 (1K to 4K); "
         "decode, tiny, bf16, batch 2 (at 1K alone). At every context that was measured, softmax is faster than kda: "
@@ -82,6 +85,13 @@ def test_the_summary_says_how_far_its_contexts_reach_and_which_device_is_another
 _BATCHES = ((1, 1024), (1, 4096), (2, 1024))
 
 
+@pytest.mark.parametrize(
+    ("context", "text"), [(736.162, "740"), (1010.0, "0.99K"), (1529.3, "1.5K"), (65_536.0, "64K"), (131_072.0, "128K")]
+)
+def test_an_interpolated_context_has_two_digits(context, text):
+    assert rounded(context) == text
+
+
 def test_mixers_of_different_devices_settings_or_batches_are_not_paired(tmp_path):
     rows = [decode_row("kda", 1024, 10.0), decode_row("softmax", 1024, 20.0, batch=2)]
     rows += [decode_row("mla", 1024, 20.0, dtype="fp32"), decode_row("simplified", 1024, 9.0, overrides=["a=1"])]
@@ -90,11 +100,23 @@ def test_mixers_of_different_devices_settings_or_batches_are_not_paired(tmp_path
     assert pairs(measurements(find_results([here, there]))) == []
 
 
+def test_mixers_of_other_vocabularies_are_not_paired(tmp_path):
+    rows = [decode_row("kda", 1024, 10.0), decode_row("softmax", 1024, 20.0, vocab_size=32_000)]
+    decode = write_results(tmp_path / "a.json", "decode", rows)
+    steps = [step_row("kda", 1, 1024, 1.0), step_row("softmax", 1, 1024, 2.0, compile=False)]
+    found = measurements(find_results([decode, write_results(tmp_path / "b.json", "step_benchmark", steps)]))
+    assert pairs(found) == []
+    assert {one.setting for one in found} == {
+        *("tiny, bf16, batch 1, vocabulary 300", "tiny, bf16, batch 1, vocabulary 32,000"),
+        *("tiny, bf16-mixed, compile auto, 1K tokens a batch", "tiny, bf16-mixed, compile False, 1K tokens a batch"),
+    }
+
+
 def test_steps_are_paired_at_equal_tokens_or_at_equal_rows(tmp_path):
     rows = [step_row(mixer, 1, T, speed) for mixer, speed in (("kda", 1.0), ("softmax", 2.0)) for T in (1024, 4096)]
     (pair,) = pairs(measurements(find_results([write_results(tmp_path / "a.json", "step_benchmark", rows)])))
     assert (pair.shortest, pair.longest, pair.faster) == (1024, 4096, "softmax")
-    assert pair.where == "tiny, 1 rows, a GPU"
+    assert pair.where == "tiny, bf16-mixed, 1 row, a GPU"
 
 
 def test_the_later_of_two_measurements_is_kept(tmp_path):
@@ -104,6 +126,43 @@ def test_the_later_of_two_measurements_is_kept(tmp_path):
     newest = write_results(tmp_path / "c.json", "decode", failed, date="2026-03-01")
     (one,) = measurements(find_results([new, old, newest]))
     assert one.tokens_per_s == 30.0
+
+
+def test_what_depends_on_a_noisy_measurement_says_so(tmp_path):
+    rows = [bench_row(op, T=T, ms=ms, gate=None, noisy=op == "kda") for op, ms in _SPEEDS for T in (1024, 2048)]
+    found = measurements(find_results([write_results(tmp_path / "a.json", "benchmark", rows)]))
+    assert all(answer.why.endswith("(noisy)") for answer in answers.answers([], found, None))
+    joined = Tradeoff([], found)
+    assert [cells[5].endswith("(noisy)") for cells in joined.measurement_section().body] == [True, True, False, False]
+    assert any(note.startswith("2 of the measurements, marked") for note in joined.crossing_section().notes)
+    calm = Tradeoff([], [replace(one, noisy=False) for one in found])
+    assert "(noisy)" not in str(calm.sections()) + str(answers.answers([], calm.found, None))
+
+
+_SPEEDS = (("kda", 2.0), ("simplified", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens_per_s": float("nan")}, "decode of kda: tokens_per_s is nan"),
+        ({"tokens_per_s": float("inf")}, "decode of kda: tokens_per_s is inf"),
+        ({"tokens_per_s": -1.0}, "decode of kda: tokens_per_s is -1.0"),
+        ({"tokens_per_s": "fast"}, "must be real number, not str"),
+        ({"bytes_per_sequence": float("nan")}, "decode of kda: memory is nan"),
+        ({"context": 0}, "decode of kda: context is 0"),
+    ],
+)
+def test_a_number_that_cannot_be_drawn_is_refused(tmp_path, changes, message):
+    path = write_results(tmp_path / "a.json", "decode", [decode_row("kda", 1024, 1.0) | changes])
+    with pytest.raises(ValueError, match=f"a.json is not what scripts/benchmark.py writes .*{message}"):
+        find_results([path])
+
+
+def test_notes_of_another_form_are_refused(tmp_path):
+    path = write_results(tmp_path / "a.json", "notes", [{"part": "length", "name": "KDA"}])
+    with pytest.raises(ValueError, match=r"a.json is not what scripts/benchmark.py writes \(KeyError\('T'\)\)"):
+        find_results([path])
 
 
 def test_the_front_has_what_nothing_beats():
@@ -122,16 +181,30 @@ def test_a_small_difference_is_within_the_spread(tmp_path):
     assert records.best_of(list(groups.values()), quality) is groups["kda"]
     assert records.within_spread(groups["softmax"], groups["kda"], quality) is True
     assert records.within_spread(groups["simplified"], groups["kda"], quality) is False
-    found = records.answers(list(groups.values()), [], quality)
+    found = answers.answers(list(groups.values()), [], quality)
     assert found[0].mixer == "kda"
     assert "within the spread over seeds: softmax" in found[0].why
     assert found[1].mixer == "simplified"  # worse, with less state
-    (said,) = records.summary(list(groups.values()), [], quality)
+    (said,) = answers.summary(list(groups.values()), [], quality)
+    assert "one seed" not in said
     assert said.startswith("With 1.02M training tokens, choose kda: its validation bits per byte is the best, 1.100")
     assert "If memory is short, choose simplified, 1.510 ± 0.014, 22 KiB of state per sequence. The least" in said
     without = [group for name, group in groups.items() if name != "softmax"]
-    least = records.answers(without, [], quality)[-1]
+    least = answers.answers(without, [], quality)[-1]
     assert (least.mixer, least.why) == ("kda", "146 KiB; no other is as good within the spread over seeds")
+
+
+def test_a_mixer_that_another_beats_with_less_state_has_an_answer(tmp_path):
+    bits = {"kda": 1.0, "softmax": 1.1, "simplified": 1.2}
+    paths = [write_run(tmp_path / m, m, **{"val/bits_per_byte": value}) for m, value in bits.items()]
+    groups = group_runs(read_runs(paths)[0])
+    found = {one.question: one for one in answers.answers(groups, [], records.quality_of(groups))}
+    answer = found.pop("least state at validation bits per byte of softmax or better")
+    assert answer.mixer == "kda"
+    assert answer.why == "1.000, 146 KiB of state per sequence; softmax has 1.100, 1 MiB of state per sequence"
+    assert not [question for question in found if " or better" in question]  # the others are on the front
+    (said,) = answers.summary(groups, [], records.quality_of(groups))
+    assert "Models with one seed have no spread over seeds, so small differences from them may be chance." in said
 
 
 def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
@@ -144,7 +217,10 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     report = (out / "report.md").read_text()
     assert "fastest decode at 15.6K: kda, 1,000 tokens/s, 2.00 times softmax (tiny, bf16, batch 1, a GPU)." in report
     assert "kda is faster than softmax from a context of about 7.8K (decode, tiny, bf16, batch 1)." in report
-    assert "At every context that was measured, kda is faster than softmax: training step, tiny, 8K tokens" in report
+    assert (
+        "At every context that was measured, kda is faster than softmax: training step, tiny, bf16-mixed, 8K tokens"
+        in report
+    )
     assert "Not measured: kda, FLA: fla is not installed." in report
 
 
@@ -158,6 +234,8 @@ def test_a_course_with_few_validations_is_that_of_training(tmp_path):
     points = records.curve_records(seldom, x="tokens", y=column)
     assert len(points) > 20
     assert points[-1]["x"] == 500 * 2048
+    seldom[0].runs[0].metrics[3]["train/bits_per_byte"] = math.nan  # a step of a run that nearly diverged
+    assert all(math.isfinite(one["y"]) for one in records.curve_records(seldom, x="tokens", y=column))
     many = records.curve_records(seldom * 100, x="tokens", y=column)
     assert len(many) <= 2000
 
@@ -173,7 +251,7 @@ def test_the_tables_beside_the_page_hold_the_numbers(joined):
     assert (missing["mixer"], missing["tokens/s"], missing["why not"]) == ("kda, FLA", "", "fla is not installed")
     kda = next(row for row in measured if row["mixer"] == "kda" and row["stage"] == "training step")
     assert kda["measure again"] == (
-        "python scripts/benchmark.py task=step models=[tiny] mixers=[kda] shapes=[8x1024] vocab_size=300"
+        "python scripts/benchmark.py task=step 'models=[tiny]' 'mixers=[kda]' 'shapes=[8x1024]' vocab_size=300"
     )
 
 

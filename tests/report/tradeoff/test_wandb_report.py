@@ -8,7 +8,8 @@ import json
 import pytest
 
 from lkda.commands.compare import compare
-from lkda.commands.wandb_report import offline_runs, sync_command
+from lkda.commands.wandb_report import _panels, offline_runs, sync_command
+from lkda.report.tradeoff import charts
 from tests.commands.small import composed
 from tests.report.conftest import write_run
 from tests.training.wandb_records import history, records
@@ -61,6 +62,16 @@ def test_the_tables_hold_the_numbers_of_the_page(sent, media):
     out, _ = sent
     tables = {name.partition("/")[2] for name in media if name.startswith("tables/")}
     assert tables == {"which_mixer", "runs", "crossings", "measurements"}
+    first = json.loads(media["tables/which_mixer"].read_text())
+    assert {line[1] for line in first["data"]} == {
+        None,
+        1024,
+        2000,
+        2048,
+        4000,
+        4096,
+        16_000,
+    }  # of accuracy: no context
     crossings = json.loads(media["tables/crossings"].read_text())
     written = list(csv.DictReader((out / "crossings.csv").open()))
     assert crossings["columns"] == list(written[0])
@@ -89,6 +100,15 @@ def test_every_chart_of_the_page_is_a_vega_chart_with_its_data(sent, found, medi
     speeds = [dict(zip(decode["columns"], line, strict=True)) for line in decode["data"]]
     assert {line["tokens/s"] for line in speeds if line["mixer"] == "kda"} == {1000.0}
     assert media["report"].read_text() == (sent[0] / "report.html").read_text()
+
+
+def test_settings_of_other_alphabets_have_keys_of_their_own():
+    rows = [
+        {"x": 1.0, "y": 2.0, "series": "kda", "mixer": "kda", "setting": name} for name in ("\u65e5", "\u6708", "a")
+    ]
+    rows = [row | {"run": "r", "seed": "0", "configuration": "c", "front": True} for row in rows]
+    chart = charts.against("front", "t", "c", rows, x="tokens/s", y="bits")
+    assert [key for key, _ in _panels(chart)] == ["front/all", "front/all_1", "front/a"]
 
 
 def test_runs_that_were_not_sent_are_found(tmp_path):

@@ -143,6 +143,11 @@ def test_runs_of_one_name_and_runs_of_one_seed_are_told_apart(tmp_path):
     result = compare([*paths, write_run(tmp_path / "1", "kda", seed=1)], tmp_path / "out", title="t")
     assert [run.name for run in result.runs] == ["1", "a/0", "b/0"]
     assert any("have the same seed and settings: kda (seed 0, 2 times)." in note for note in result.notes)
+    copies = [write_run(tmp_path / f"c{seed}_{n}", "kda", seed=seed) for seed in range(9) for n in (0, 1)]
+    many = compare(copies, tmp_path / "many", title="t")
+    assert any("(seed 4, 2 times); and 4 more. If they are copies" in note for note in many.notes)
+    marks = many.tradeoff.charts()[0].spec["data"]["values"]
+    assert marks[-1]["seed"] == "0, 0, 1, 1, 2, 2, 3, 3, ... (18 in all)"
     again = compare([tmp_path / "out" / "results.json"], tmp_path / "again", title="t")
     assert [run.name for run in again.runs] == ["1", "a/0", "b/0"]
 
@@ -154,6 +159,34 @@ def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
     ]
     labels = {group.label for group in group_runs([read_run(path) for path in paths])}
     assert labels == {"kda · gate channel", "kda · gate none", "kda_mla_3to1"}
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        "step,tokens,seconds,val/loss,val/bits_per_byte\n20,10,2,4.0,1.6\n",  # nothing was logged between validations
+        "step,tokens,seconds,train/loss,train/bits_per_byte,val/loss,val/bits_per_byte\n10,5,1,nan,nan,inf,inf\n"
+        "20,10,2,4.0,1.6,4.0,1.6\n",  # a step that nearly diverged
+        "step,tokens,seconds,val/loss,val/bits_per_byte\n20,10,2,4.0,1.6\n40,20,",  # cut in the middle of a row
+    ],
+)
+def test_a_course_with_gaps_is_compared(tmp_path, metrics):
+    paths = [write_run(tmp_path / mixer, mixer) for mixer in ("kda", "softmax")]
+    (paths[0] / "metrics.csv").write_text(metrics)
+    result = compare(paths, tmp_path / "out", title="t")
+    assert len(result.runs) == 2
+    assert "NaN" not in (tmp_path / "out" / "report.html").read_text().partition('id="charts">')[2].partition("<")[0]
+
+
+def test_charts_of_an_earlier_comparison_in_the_same_directory_are_removed(tmp_path, runs):
+    compare(runs[:2], tmp_path, title="t")
+    (tmp_path / "mine.png").touch()
+    of_time = {"front_by_speed.png", "front_by_speed.svg", "curves_by_seconds.png", "loss_by_seconds.png"}
+    assert of_time <= {path.name for path in tmp_path.iterdir()}
+    compare(runs[:2], tmp_path, title="t", exclusive_device=False)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not of_time & left
+    assert {"mine.png", "loss_by_tokens.png", "front_by_state.svg", "report.html"} <= left
 
 
 def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):

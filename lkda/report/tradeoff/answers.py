@@ -1,0 +1,167 @@
+"""What the page answers: the best mixer by accuracy and memory, the fastest by context, and both in words."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lkda.report.draw.units import length, memory
+from lkda.report.read.groups import Group
+from lkda.report.tradeoff.crossings import pairs, rounded
+from lkda.report.tradeoff.measurements import Measurement
+from lkda.report.tradeoff.records import Quality, best_of, budget_of, by_data, on_front, within_spread
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question that the page is for, and the mixer that answers it.
+
+    Attributes:
+        question, mixer: in words.
+        why: the figures.
+        of: where they are from.
+        context: for answers about a context.
+        rivals: the number of mixers that were compared.
+    """
+
+    question: str
+    mixer: str
+    why: str
+    of: str
+    context: int = 0
+    rivals: int = 0
+
+
+def answers(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[Answer]:
+    """The best by accuracy at each limit of memory, and the fastest and the smallest at each context."""
+    parts = by_data(groups)
+    of_runs = [_by_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
+    return [*(answer for part in of_runs for answer in part), *_by_context(found)]
+
+
+def _budget(groups: Sequence[Group], data: str, parts: Mapping[str, Any]) -> str:
+    """The budget of the runs, with their data where there are several."""
+    return budget_of(groups) + (f", on {data}" if len(parts) > 1 else "")
+
+
+def _by_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> list[Answer]:
+    result = []
+    best = best_of(groups, quality)
+    equal = [group for group in groups if group is not best and within_spread(group, best, quality)]
+    also = f"; within the spread over seeds: {', '.join(group.label for group in equal)}" if equal else ""
+    result.append(
+        Answer(f"best {quality.title}, any memory", best.label, _figure(best, quality) + also, f"runs, {budget}")
+    )
+    states = [(group.mean("state_bytes"), group.mean(quality.key)) for group in groups]
+    front = on_front([(state, y if quality.more_is_better else -y) for state, y in states])
+    kept = [(state, group) for (state, _), group, is_front in zip(states, groups, front, strict=True) if is_front]
+    for state, group in sorted(kept, key=lambda pair: pair[0]):
+        if group is not best:
+            question = f"best {quality.title} with {memory(state)} of state per sequence or little more"
+            result.append(Answer(question, group.label, _figure(group, quality), f"runs, {budget}"))
+    for group, is_front in zip(groups, front, strict=True):
+        if not is_front:
+            as_good = [one for _, one in kept if not quality.better(group.mean(quality.key), one.mean(quality.key))]
+            least = min(as_good, key=lambda one: one.mean("state_bytes"))
+            question = f"least state at {quality.title} of {group.label} or better"
+            why = f"{_figure(least, quality)}; {group.label} has {_figure(group, quality)}"
+            result.append(Answer(question, least.label, why, f"runs, {budget}"))
+    smallest = min([best, *equal], key=lambda group: group.mean("state_bytes"))
+    none = "no other is as good within the spread over seeds" if len(best.runs) > 1 else "one seed has no spread"
+    why = memory(smallest.mean("state_bytes")) + ("" if equal else f"; {none}")
+    question = f"least state at {quality.title} equal to the best within the spread over seeds"
+    return [*result, Answer(question, smallest.label, why, f"runs, {budget}")]
+
+
+def _figure(group: Group, quality: Quality) -> str:
+    values = group.values(quality.key)
+    spread = f" ± {quality.write(statistics.stdev(values))}" if len(values) > 1 else ""
+    state = memory(group.mean("state_bytes"))
+    return f"{quality.write(statistics.fmean(values))}{spread}, {state} of state per sequence"
+
+
+def _by_context(found: Sequence[Measurement]) -> list[Answer]:
+    """The fastest mixer at each stage, setting and context at which there are several; and the smallest state."""
+    result = []
+    for stage in ("training step", "prefill", "decode", "kernel"):
+        measured = [one for one in found if one.stage == stage and one.tokens_per_s]
+        for where, context in dict.fromkeys((one.where, one.context) for one in measured):
+            here = [one for one in measured if (one.where, one.context) == (where, context)]
+            ranked = sorted(here, key=lambda one: -(one.tokens_per_s or 0))
+            if len({one.mixer for one in here}) < 2:
+                continue
+            first = ranked[0]
+            second = next(one for one in ranked if one.mixer != first.mixer)
+            ratio = (first.tokens_per_s or 0) / (second.tokens_per_s or 1)
+            why = f"{first.tokens_per_s:,.0f} tokens/s, {ratio:.2f} times {second.series}"
+            why += " (noisy)" if first.noisy or second.noisy else ""
+            question, rivals = f"fastest {stage}", len({one.mixer for one in here})
+            result.append(Answer(question, first.series, why, where, context, rivals))
+            of_state = [one for one in here if one.memory]
+            if stage == "decode" and len(of_state) > 1:
+                smallest = min(of_state, key=lambda one: one.memory or 0)
+                size = memory(smallest.memory or 0)
+                result.append(Answer("least state of one sequence", smallest.series, size, where, context, rivals))
+    return result
+
+
+def summary(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[str]:
+    """What to choose, a paragraph each: by accuracy and memory, by speed at the longest context, and KDA or softmax."""
+    parts = by_data(groups)
+    said = [_said_of_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
+    said += [_said_of_speed(found), _said_of_crossings(found)]
+    return [paragraph for paragraph in said if paragraph]
+
+
+def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> str:
+    best, *others = _by_accuracy(groups, quality, budget)
+    if len(groups) == 1:
+        return f"With {budget}, {best.mixer} is the only model: its {quality.title} is {best.why}."
+    said = [f"With {budget}, choose {best.mixer}: its {quality.title} is the best, {best.why}."]
+    smaller = [answer for answer in others if "or little more" in answer.question]
+    if smaller:  # from the largest state to the smallest
+        choices = "; ".join(f"{answer.mixer}, {answer.why}" for answer in reversed(smaller))
+        said.append(f"If memory is short, choose {choices}.")
+    if any(len(group.runs) < 2 for group in groups):
+        said.append("Models with one seed have no spread over seeds, so small differences from them may be chance.")
+    equal = [answer for answer in others if "equal to the best" in answer.question and "; " not in answer.why]
+    return " ".join([*said, *(f"The least state at equal accuracy: {answer.mixer}, {answer.why}." for answer in equal)])
+
+
+def _said_of_speed(found: Sequence[Measurement]) -> str:
+    """Of each stage at the longest of the contexts at which most mixers were measured."""
+    fastest = [answer for answer in _by_context(found) if answer.question.startswith("fastest")]
+    said = []
+    for stage in ("training step", "prefill", "decode"):
+        of_stage = [answer for answer in fastest if answer.question == f"fastest {stage}"]
+        if of_stage:
+            most = max(of_stage, key=lambda answer: (answer.rivals, answer.context))
+            said.append(f"{most.question} at {length(most.context)}: {most.mixer}, {most.why} ({most.of})")
+    return f"F{'; '.join(said)[1:]}." if said else ""
+
+
+def _said_of_crossings(found: Sequence[Measurement]) -> str:
+    """Where lkda's KDA overtakes softmax attention."""
+    measured = {one.where: one for one in found if one.tokens_per_s}
+    usual = max(devices := [one.device for one in measured.values()], key=devices.count) if measured else ""
+    between = [pair for pair in pairs(found) if pair.own and set(pair.mixers) == {"kda", "softmax"}]
+    said = []
+    for mixer, other in (("kda", "softmax"), ("softmax", "kda")):
+        overtakes, always = [], []
+        for pair in (pair for pair in between if pair.mixers[0] == mixer):
+            setting = measured[pair.where].setting
+            place = f"{pair.stage}, {setting.partition(',')[0] if pair.stage == 'kernel' else setting}"
+            place += "" if measured[pair.where].device == usual else f", {measured[pair.where].device}"
+            if pair.shortest == pair.longest:
+                always.append(f"{place} (at {length(pair.longest)} alone)")
+            elif pair.context is None:
+                always.append(f"{place} ({length(pair.shortest)} to {length(pair.longest)})")
+            else:
+                overtakes.append(f"{rounded(pair.context)} ({place})")
+        if overtakes:
+            said.append(f"{mixer} is faster than {other} from a context of about {', '.join(overtakes)}.")
+        if always:
+            said.append(f"At every context that was measured, {mixer} is faster than {other}: {'; '.join(always)}.")
+    return " ".join(dict.fromkeys(said))
