@@ -284,9 +284,15 @@ class TestOnAGPU:
 
         def run():
             outputs = norm("cuda", BF16)(**inputs)
-            return [*outputs, *torch.autograd.grad(outputs, list(inputs.values()), (ds, dn))]
+            gradients = torch.autograd.grad(outputs, list(inputs.values()), (ds, dn))
+            # Detached: a graph of autograd that lives on would bind the gradients to the stream of its first run.
+            return [tensor.detach() for tensor in (*outputs, *gradients)]
 
-        want = run()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            want = run()
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             got = run()
