@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops.runtime": set(),
     "ops.column_sums": {"ops.runtime"},
     "ops.gated_norm": OPERATOR,
+    "ops.residual_norm": OPERATOR,
     "ops.short_conv": OPERATOR,
     "ops.softmax": OPERATOR,
     "ops.swiglu": OPERATOR,

@@ -35,7 +35,7 @@ _TABLE = (
         OPTIMIZER,
         r"multi_tensor|adam|foreach|lp_?norm|aten::_?(fused_adamw?|foreach_\w+|linalg_vector_norm|clip_grad)|newton",
     ),
-    (NORMS, r"rms_?norm|layer_?norm|gammabeta|gated_norm|column_sums|rsqrt|div_mul_pow|mul_pow_sum|pow_sum"),
+    (NORMS, r"rms_?norm|layer_?norm|gammabeta|(gated|residual)_norm|column_sums|rsqrt|div_mul_pow|mul_pow_sum|pow_sum"),
     (
         PRODUCTS,
         r"gemm|gemv|nvjet|cutlass|cublas|splitk|wgmma|xmma|triton_(tem|mm|bmm)|"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lkda.models.init import reset_children
 from lkda.models.mixer import Mixer, State
 from lkda.models.mlp import SwiGLU
+from lkda.models.residual import normed_residual
 from lkda.models.rows import added, normed
 
 
@@ -27,12 +28,14 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        y, state = self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, state=state)
-        return self._feed_forward(x + y), state
+        x, normed_x = normed_residual(x, None, self.mixer_norm)
+        y, state = self.mixer(normed_x, cu_seqlens=cu_seqlens, state=state)
+        return self._feed_forward(x, y), state
 
     def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
-        y, state = self.mixer.forward_packed(self.mixer_norm(x), state, cu_seqlens=cu_seqlens)
-        return self._feed_forward(x + y), state
+        x, normed_x = normed_residual(x, None, self.mixer_norm)
+        y, state = self.mixer.forward_packed(normed_x, state, cu_seqlens=cu_seqlens)
+        return self._feed_forward(x, y), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = self.mixer.step(normed(x, self.mixer_norm), state)
@@ -41,7 +44,9 @@ class Block(nn.Module):
             return x, state
         return added(x, self.mlp(normed(x, self.mlp_norm))), state
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """x + y, with the feed-forward part added; y is what the mixer adds, None if x has it already."""
         if self.mlp is None or self.mlp_norm is None:
-            return x
-        return x + self.mlp(self.mlp_norm(x))
+            return x if y is None else x + y
+        x, normed_x = normed_residual(x, y, self.mlp_norm)
+        return x + self.mlp(normed_x)

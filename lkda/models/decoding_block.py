@@ -51,7 +51,7 @@ class DecodingBlock(Block):
             assert isinstance(self.mixer, ProjectedMixer)
             state = self._mix(x, self.mixer, state)
         if self._halves is None:
-            return self._feed_forward(x), state
+            return self._feed_forward(x, None), state
         if self.mlp is not None and self.mlp_norm is not None:
             scale = self._mlp_scale if takes(x) else self.mlp_norm.weight
             hidden = normed_linear(x, scale, self._halves, eps=_eps(self.mlp_norm), swiglu=True)

@@ -7,10 +7,13 @@ from lkda.ops.kda.op import kda_attention, kda_step
 from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.kda.step import kda_step_fused
 from lkda.ops.products.op import linear
+from lkda.ops.residual_norm.op import residual_norm
 from lkda.ops.runtime.backend import available_backends, resolve_backend
 from lkda.ops.short_conv.op import l2_normalized, short_convolution, short_convolutions
+from lkda.ops.simplified.decay import simplified_decay
 from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.simplified.step import simplified_step_fused
+from lkda.ops.softmax.heads import rotary_heads
 from lkda.ops.softmax.op import softmax_attention
 from lkda.ops.softmax.step import softmax_step
 
@@ -26,10 +29,13 @@ __all__ = [
     "kda_step_fused",
     "l2_normalized",
     "linear",
+    "residual_norm",
     "resolve_backend",
+    "rotary_heads",
     "short_convolution",
     "short_convolutions",
     "simplified_attention",
+    "simplified_decay",
     "simplified_step",
     "simplified_step_fused",
     "softmax_attention",

@@ -37,6 +37,8 @@ NAMES = {
     "norms": [
         "gated_norm_forward",
         "gated_norm_backward",
+        "residual_norm_forward",
+        "residual_norm_backward",
         "column_sums",
         "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float, true>",
         "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float, float>",

@@ -11,7 +11,7 @@ from lkda.checks import InputError
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import RecurrentMixer, linear
 from lkda.models.sequence_part import SequencePart
-from lkda.ops import simplified_attention, simplified_step_fused
+from lkda.ops import simplified_attention, simplified_decay, simplified_step_fused
 from lkda.ops.precision import at_least_float32
 
 
@@ -112,8 +112,9 @@ class SimplifiedAttention(RecurrentMixer):
 
     def decay(self, logits: Tensor | None = None) -> Tensor:
         """b of the shape of `logits` [..., H], or [H] where it is constant, in at least float32."""
-        bias = at_least_float32(self.decay_bias)
-        return torch.sigmoid(bias if logits is None else at_least_float32(logits) + bias)
+        if logits is None:
+            return torch.sigmoid(at_least_float32(self.decay_bias))
+        return simplified_decay(logits, self.decay_bias)
 
     @property
     def state_shape(self) -> tuple[int, ...]:

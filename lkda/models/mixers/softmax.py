@@ -14,10 +14,11 @@ from lkda.models.linear import fused_linear, joined_linear
 from lkda.models.mixer import State
 from lkda.models.projected_mixer import ProjectedMixer
 from lkda.models.recurrent_mixer import linear
-from lkda.models.rows import normed
+from lkda.models.residual import are_ordinary
+from lkda.models.rows import is_plain_norm, normed
 from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
-from lkda.ops import short_convolutions, softmax_step
+from lkda.ops import rotary_heads, short_convolutions, softmax_step
 from lkda.ops.runtime.dispatch import wants_gradient
 from lkda.ops.sequences import positions
 from lkda.ops.softmax.cpu.step import advance_
@@ -74,12 +75,12 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
             return self._attend_in_cpp(projected, state), None, state
         q, k, v, convolved = self._heads([y.unsqueeze(1) for y in projected], None, state)
         if self._steps_by_op(q, k, v, state):
+            q, k = self._normed(q, k)
             k_cache, v_cache, length = state[:3]
             o = softmax_step(q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, length[:, 0], rope_base=self.rope_base)
             length.add_(1)
             return o, None, (*state[:3], *convolved)
-        position = self._positions(q, None, state)
-        q, k = rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
+        q, k = self._rotated(q, k, self._positions(q, None, state))
         caches = append_one(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2])
         o = self._attend_one(q[:, 0], *filled(caches, state[2]))
         return o, None, (*caches, state[2], *convolved)
@@ -119,8 +120,7 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
         layers = self.step_layers()
         projected = joined_linear(x, layers) if self.filters() else fused_linear(x, layers)
         q, k, v, convolved = self._heads(projected, cu_seqlens, state)
-        position = self._positions(x, cu_seqlens, state)
-        q, k = rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
+        q, k = self._rotated(q, k, self._positions(x, cu_seqlens, state))
         return q, (k.transpose(1, 2), v.transpose(1, 2)), convolved
 
     def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
     def _heads(
         self, projected: Tensor | Sequence[Tensor], cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
-        """q, k and v [B, T, H, D], convolved and normalised, and the caches of the convolutions after them.
+        """q, k and v [B, T, H, D], convolved, and the caches of the convolutions after them.
 
         Args:
             projected: q, k and v as projected, [B, T, 3 * H * D] for the convolutions, or three tensors.
@@ -143,9 +143,26 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
                 before = tuple(states_before(projected, filters, self.part))
             projected, convolved = short_convolutions(projected, filters, states=before, cu_seqlens=cu_seqlens)
         q, k, v = (self.heads(y) for y in projected)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return q, k, v, convolved
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads of q and k [B, T, H, D], normalised if the mixer has norms."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
+
+    def _rotated(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads of q and k [B, T, H, D], normalised if the mixer has norms, and rotated: on a GPU in one launch."""
+        if q.is_cuda and are_ordinary(q, k):
+            if self.q_norm is None or self.k_norm is None:
+                return rotary_heads(q, k, position, base=self.rope_base)
+            plain = is_plain_norm(self.q_norm) and is_plain_norm(self.k_norm) and self.q_norm.eps == self.k_norm.eps
+            weights = (self.q_norm.weight, self.k_norm.weight)
+            if plain and are_ordinary(*weights):
+                assert self.q_norm.eps is not None
+                return rotary_heads(q, k, position, base=self.rope_base, weights=weights, eps=self.q_norm.eps)
+        q, k = self._normed(q, k)
+        return rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
 
     def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         """q [B, H, D] and keys and values [B, H, S, D] -> [B, H, D]."""

@@ -14,7 +14,7 @@ def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
     Args:
         position: [T], or [B, T].
     """
-    cos, sin = _cos_sin(position, x.shape[-1], base, torch.promote_types(x.dtype, torch.float32))
+    cos, sin = cos_sin(position, x.shape[-1], base, torch.promote_types(x.dtype, torch.float32))
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b = at_least_float32(x).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -23,13 +23,13 @@ def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
 # An operator of its own, because torch.compile would otherwise compute the cosines and sines again for each head and in
 # the backward, which takes longer than the rotation.
 @torch.library.custom_op("lkda::rotary_cos_sin", mutates_args=())
-def _cos_sin(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cos_sin(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The cosines and the sines of the angles, [T or B, T, D/2] each."""
     angle = position.to(dtype).unsqueeze(-1) * frequencies(head_dim, base, dtype, position.device)
     return angle.cos(), angle.sin()
 
 
-@_cos_sin.register_fake
+@cos_sin.register_fake
 def _(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     angle = position.new_empty((*position.shape, head_dim // 2), dtype=dtype)
     return angle, torch.empty_like(angle)
