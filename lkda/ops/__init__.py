@@ -14,6 +14,7 @@ from lkda.ops.simplified.decay import simplified_decay
 from lkda.ops.simplified.op import simplified_attention, simplified_step
 from lkda.ops.simplified.step import simplified_step_fused
 from lkda.ops.softmax.heads import rotary_heads
+from lkda.ops.softmax.latent_keys import latent_keys
 from lkda.ops.softmax.op import softmax_attention
 from lkda.ops.softmax.step import softmax_step
 
@@ -28,6 +29,7 @@ __all__ = [
     "kda_step",
     "kda_step_fused",
     "l2_normalized",
+    "latent_keys",
     "linear",
     "residual_norm",
     "resolve_backend",

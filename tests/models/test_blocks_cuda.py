@@ -20,6 +20,8 @@ MIXERS = {
     "softmax": {},
     "softmax, norm of heads": {"qk_norm": True},
     "softmax, convolutions": {"conv_width": 4, "qk_norm": True},
+    "mla": {},
+    "mla, norm of heads": {"qk_norm": True},
 }
 
 

@@ -23,6 +23,7 @@ from tests.models.helpers import small
 LAYOUT = {"view", "_unsafe_view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "split"}
 LAYOUT |= {"split_with_sizes", "alias", "detach", "unbind", "cat", "clone", "new_zeros", "zeros", "arange"}
 SAME_BITS = LAYOUT | {"mm", "_to_copy", "add"}
+KEYS_AS_WIDE_AS_VALUES = {"qk_nope_head_dim": 48, "qk_rope_head_dim": 16}
 ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 
 
@@ -73,18 +74,24 @@ def operators(graph):
 
 @pytest.mark.parametrize(
     ("mixer", "options"),
-    [("kda", {}), ("kda", {"gate": "head"}), ("simplified", {}), ("softmax", {}), ("softmax", {"qk_norm": True})],
+    [
+        *(("kda", {}), ("kda", {"gate": "head"}), ("simplified", {}), ("softmax", {}), ("softmax", {"qk_norm": True})),
+        # Keys as wide as values: the attention of a CPU is one operator then, as that of a GPU is for all widths.
+        *(("mla", KEYS_AS_WIDE_AS_VALUES | {"qk_norm": norm, "conv_width": 4 * norm}) for norm in (False, True)),
+    ],
     ids=str,
 )
 def test_nothing_is_left_that_a_compiler_may_round_differently(mixer, options, traced_as_on_a_gpu):
     settings = {"pattern": [mixer], "num_heads": 4, mixer: options}
+    attends = mixer in ("softmax", "mla")
     block = small([mixer], d_model=256, mlp_hidden=512, mixer=settings).blocks[0]
     forward, backward = map(operators, graphs_of(block))
     left = {name for space, name, _ in [*forward, *backward] if space == "aten"}
-    assert left <= SAME_BITS | (ATTENTION if mixer == "softmax" else set())
+    assert left <= SAME_BITS | (ATTENTION if attends else set())
     ours = [name for space, name, _ in [*forward, *backward] if space == "lkda"]
-    assert ours.count("residual_norm") == ours.count("residual_norm_backward") == 2
+    norms = 2 + (mixer == "mla") * (3 if options.get("qk_norm") else 1)  # of MLA: the latent, q and k
+    assert ours.count("residual_norm") == ours.count("residual_norm_backward") == norms
     assert [dtype for space, name, dtype in forward if name == "add"] == [torch.float32]  # the block's last sum
     # The gradient of the norm that two products read.
     sums = [dtype for space, name, dtype in backward if name == "add"]
-    assert sums == ([] if mixer == "softmax" else [torch.bfloat16])
+    assert sums == ([] if attends else [torch.bfloat16])

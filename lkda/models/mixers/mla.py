@@ -13,10 +13,11 @@ from lkda.models.growing_cache import append_one, filled, masked_softmax
 from lkda.models.linear import fused_linear, is_plain
 from lkda.models.mixer import State
 from lkda.models.recurrent_mixer import linear
+from lkda.models.residual import normed_residual
 from lkda.models.rows import is_plain_norm
 from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
-from lkda.ops import short_convolution
+from lkda.ops import latent_keys, short_convolution
 from lkda.ops.softmax.cpu.step import advance_, can_take, latent_step_cpu
 
 
@@ -102,9 +103,9 @@ class MultiHeadLatentAttention(CachedAttention):
             convolved = (q_cache, kv_cache)
         q = self.heads(q)
         if self.q_norm is not None:
-            q = self.q_norm(q).to(kv.dtype)
+            q = self._normed(q, self.q_norm).to(kv.dtype)
         latent, shared = kv.split([self.rank, self.rope], -1)
-        return q, (self.kv_a_layernorm(latent), shared), convolved
+        return q, (self._normed(latent, self.kv_a_layernorm), shared), convolved
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         q, kv = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
@@ -143,9 +144,12 @@ class MultiHeadLatentAttention(CachedAttention):
     def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
         latent, shared = caches
         k, v = self.heads(self.kv_b_proj(latent)).split([self.nope, self.v_dim], -1)
-        shared_heads = shared.unsqueeze(2).expand(-1, -1, self.num_heads, -1).to(k.dtype)
-        k = torch.cat([k, shared_heads], -1)
-        return k if self.k_norm is None else self.k_norm(k).to(v.dtype), v
+        k = latent_keys(k, shared.to(k.dtype))
+        return k if self.k_norm is None else self._normed(k, self.k_norm).to(v.dtype), v
+
+    @staticmethod
+    def _normed(x: Tensor, norm: nn.Module) -> Tensor:
+        return normed_residual(x, None, norm)[1]
 
     def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         """q [B, H, nope + rope], the latents [B, S, rank] and the shared key channels [B, S, rope] -> [B, H, v_dim].
