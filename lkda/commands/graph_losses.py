@@ -4,8 +4,8 @@
 
 Each mixer is trained four times from one seed: twice with compile=false, and twice with compile=auto. The difference of
 the first two shows how far losses come apart without any compilation. Mixers with softmax attention or MLA are trained
-four times more, with trainer.deterministic=true. Each training is a process of its own. Writes table.json, with every
-loss. The arguments key=value are settings of scripts/train.py.
+four times more, with trainer.deterministic=true. Each training is a process of its own. Writes table.json after each
+mixer, with every loss. The arguments key=value are settings of scripts/train.py.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ def run(mixers: Sequence[str], out: Path, overrides: Sequence[str], *, steps: in
             plan = plan_run(compose("train", overrides=[f"mixer={mixer}", *settings]), Path("."))
             device = plan.device
             ordered += [mixer] if set(ORDERED) & set(plan.model["mixer"]["pattern"]) else []
+    header = header_of(device) | {"steps": steps, "overrides": list(overrides)}
+    note = (
+        f"{header['device']}, torch {header['torch']}; {steps} steps, losses in nats per token; {header['date'][:10]}."
+    )
     (made_directory(out) / "logs").mkdir(exist_ok=True)
     with ThreadPoolExecutor(at_once) as pool:
 
@@ -99,12 +103,8 @@ def run(mixers: Sequence[str], out: Path, overrides: Sequence[str], *, steps: in
             name = f"{mixer}, deterministic" if deterministic else mixer
             losses[name] = {"compile=false": plain[0]["losses"], "compile=auto": graphs[0]["losses"]}
             print(" ".join(rows[-1].values()), flush=True)
-    header = header_of(device) | {"steps": steps, "overrides": list(overrides)}
-    note = (
-        f"{header['device']}, torch {header['torch']}; {steps} steps, losses in nats per token; {header['date'][:10]}."
-    )
-    table = {"kind": "table", "header": header, "rows": rows, "note": note, "losses": losses}
-    write_atomically(out / "table.json", json.dumps(table, indent=1) + "\n")
+            table = {"kind": "table", "header": header, "rows": rows, "note": note, "losses": losses}
+            write_atomically(out / "table.json", json.dumps(table, indent=1) + "\n")
 
 
 def _done(future: Future[Training]) -> Training:
