@@ -108,7 +108,10 @@ def test_mixers_of_other_vocabularies_are_not_paired(tmp_path):
     assert pairs(found) == []
     assert {one.setting for one in found} == {
         *("tiny, bf16, batch 1, vocabulary 300", "tiny, bf16, batch 1, vocabulary 32,000"),
-        *("tiny, bf16-mixed, compile auto, 1K tokens a batch", "tiny, bf16-mixed, compile False, 1K tokens a batch"),
+        *(
+            "tiny, bf16-mixed, compile auto, 1K tokens per batch",
+            "tiny, bf16-mixed, compile False, 1K tokens per batch",
+        ),
     }
 
 
