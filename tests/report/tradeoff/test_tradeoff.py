@@ -220,10 +220,7 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     report = (out / "report.md").read_text()
     assert "fastest decode at 15.6K: kda, 1,000 tokens/s, 2.00 times softmax (tiny, bf16, batch 1, a GPU)." in report
     assert "kda is faster than softmax from a context of about 7.8K (decode, tiny, bf16, batch 1)." in report
-    assert (
-        "At every measured context, kda is faster than softmax: training step, tiny, bf16-mixed, 8K tokens"
-        in report
-    )
+    assert "At every measured context, kda is faster than softmax: training step, tiny, bf16-mixed, 8K tokens" in report
     assert "Not measured: kda, FLA: fla is not installed." in report
 
 
