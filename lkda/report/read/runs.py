@@ -16,8 +16,8 @@ import yaml
 from lkda import records
 from lkda.checks import InputError, refusing_damage
 from lkda.metrics_file import MOST_BYTES, metrics_rows
+from lkda.old_names import translated_summary, with_data_name
 from lkda.report.read.files import read_results_file
-from lkda.report.read.old_keys import translated_summary, with_data_name
 from lkda.run_failure import FAILURE
 
 # What tables and plots need. All are numbers, except for the mixer.
