@@ -1,7 +1,11 @@
-# make train: install into .venv, then train a small model on real text.   make test: install, then test, in minutes.
-# make test-slow: what takes longer; CI runs it too.   make test-long: what CI has no time for, and other programs.
-# make test-fla: lkda's kernels in flash-linear-attention, on a CPU.
-# ARGS are passed on: make test ARGS="tests/ops -k simplified".
+# make train       install lkda into .venv, then train a small model on real text
+# make test        install the development tools, then run the tests that take seconds
+# make test-slow   the tests that take longer; CI runs them too
+# make test-long   the tests that CI has no time for, and those that need other programs
+# make test-fla    the tests of lkda's kernels in flash-linear-attention, on a CPU
+# make lint        ruff, ruff format and mypy
+# make clean       delete .venv, builds and caches
+# ARGS are passed on: make train ARGS="trainer.max_steps=200", make test ARGS="tests/ops -k simplified"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,10 +13,14 @@ BIN := $(VENV)/bin
 # Two tests at a time, each with one thread of torch.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-slow test-long test-fla lint clean
+.PHONY: train help test test-slow test-long test-fla lint clean
 
 train: $(VENV)/installed
 	$(BIN)/python scripts/train.py $(ARGS)
+
+# The comments at the top of this file.
+help:
+	@sed -n 's/^# \(make\|ARGS\)/\1/p' $(firstword $(MAKEFILE_LIST))
 
 # Of the tests that ARGS choose, none need be serial: pytest then ends with 5.
 test: $(VENV)/installed-dev

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models
 
-from lkda.bench.timing import copy_gb_per_s
+from lkda.bench.timing import copy_gb_per_s, synchronize
 from lkda.checks import InputError
 from lkda.device import physical_memory
 from lkda.models.decoder import Decoder, Sampling
@@ -177,14 +177,9 @@ def _seconds(call: Callable[[], object], device: torch.device, times: int = INTE
     call()
     best = float("inf")
     for _ in range(times):
-        _wait(device)
+        synchronize(device)
         begin = time.perf_counter()
         call()
-        _wait(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

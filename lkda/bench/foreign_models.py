@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lkda.bench.files import write_json
 from lkda.bench.measure import header, versions
+from lkda.bench.timing import synchronize
 from lkda.checks import InputError
 from lkda.device import resolve_device
 
@@ -202,7 +203,7 @@ def _train(model: nn.Module, sizes: Sizes, device: torch.device, steps: int, war
     losses, seconds = [], []
     for _ in range(steps):
         tokens = chain.batch()
-        _wait(device)
+        synchronize(device)
         begin = time.perf_counter()
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16):
@@ -210,7 +211,7 @@ def _train(model: nn.Module, sizes: Sizes, device: torch.device, steps: int, war
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        _wait(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - begin)
         losses.append(loss.detach())
     peak = {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
@@ -224,17 +225,12 @@ def _prefill(model: nn.Module, sizes: Sizes, device: torch.device, prompts: int,
     model = model.to(torch.bfloat16).eval()
     tokens, seconds = Chain(sizes, device, seed).batch(), []
     for _ in range(2 + prompts):  # two that are not timed
-        _wait(device)
+        synchronize(device)
         begin = time.perf_counter()
         model(input_ids=tokens, use_cache=True, logits_to_keep=1)
-        _wait(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return tokens.numel() / statistics.median(seconds[2:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _options() -> argparse.Namespace:

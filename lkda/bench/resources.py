@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import io
 import multiprocessing
 import pkgutil
 import sys
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 import lkda.ops
+from lkda.io import write_atomically
 from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
 
 
@@ -105,10 +107,11 @@ def main() -> int:
     start = time.perf_counter()
     table = collect(options.op, options.arch, options.processes)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(table[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in table)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(asdict(table[0])))
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in table)
+    write_atomically(options.out, text.getvalue())
     print(summary(table))
     complaints = [complaint for row in table if (complaint := row.complaint())]
     print("\n".join(complaints), end="\n" if complaints else "")

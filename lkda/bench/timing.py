@@ -70,6 +70,12 @@ def steady_clock(call: Callable[[], object], device: torch.device, *, millisecon
     return min(timings, key=lambda timing: timing.spread)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has computed what was launched. On a CPU nothing is left to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def once(call: Callable[[], object]) -> float:
     """Milliseconds of a single call on the GPU."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

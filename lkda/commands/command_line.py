@@ -223,7 +223,7 @@ def _misconfiguration() -> tuple[type[Exception], ...]:
 
 def _files(error: Exception) -> list[Path]:
     """The source files in the error's traceback. The file that raised it is the last."""
-    return [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
 
 
 def _raised_by(error: Exception, packages: tuple[str, ...]) -> bool:

@@ -156,8 +156,9 @@ def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
     split, of = ("test", " of the test split") if tested else ("val", "")
     entropy = summary["test_unigram_entropy" if tested else "unigram_entropy"]
     gain, perplexity = entropy - summary[f"{split}/loss"], summary[f"{split}/perplexity"]
+    compared = f"{abs(gain):.2f} {'lower' if gain > 0 else 'higher'}"
     return [
-        (f"unigram entropy{of or ' of the text'}", f"{entropy:.4f} ({gain:+.2f} better)"),
+        (f"unigram entropy{of or ' of the text'}", f"{entropy:.4f} (the loss is {compared})"),
         (f"perplexity{of}", TOO_LARGE if perplexity is None else f"{perplexity:.2f}"),
         (f"bits per byte{of}", f"{summary[f'{split}/bits_per_byte']:.4f}"),
     ]

@@ -1,4 +1,4 @@
-"""Draws the packages of lkda and the way of a batch: `python -m lkda.report.layout` writes docs/layout.svg.
+"""Draws the packages of lkda and the path of a batch: `python -m lkda.report.layout` writes docs/layout.svg.
 
 The packages, their sub-packages and the arrows between them are read from the import statements in the source files.
 """
@@ -18,8 +18,8 @@ from lkda.report.read.files import write_atomically
 
 HOME = Path(__file__).parents[1]
 
-# The way of a batch: what a token is at each station, and the file that makes it so.
-WAY = (
+# The path of a batch: what a token is at each step, and the file that makes it so.
+BATCH_PATH = (
     ("text files -> documents", "data/text/files.py"),
     ("documents -> tokens, once, on disk", "data/text/tokenize.py"),
     ("tokens -> a packed batch: tokens and targets [1, N], cu_seqlens", "data/packing.py"),
@@ -32,7 +32,7 @@ WAY = (
 )
 
 _FONT = 'font-family="Helvetica, Arial, sans-serif"'
-_MARGIN, _WAY = 24, 456  # widths of the edges and of the way of a batch
+_MARGIN, _BATCH_WIDTH = 24, 456  # widths of the margins and of the path of a batch
 _TOP, _BOX, _GAP = 56, 150, 8  # of the first row; the width of a package and of what is between two
 _LETTERS, _LINE, _BETWEEN = 18, 13, 40  # of a line in a package; from line to line; from row to row
 _COLOURS = {"commands": "#f3e3c3", "data": "#d3e6d0", "report": "#dddddd", "models": "#cfe0f3", "ops": "#f2cfcf"}
@@ -102,20 +102,22 @@ def sub_packages(package: str, home: Path = HOME) -> list[str]:
 
 
 def svg(home: Path = HOME) -> str:
-    """The picture. Raises: ValueError where a file of the way of a batch is not there."""
-    missing = [file for _, file in WAY if not (home / file).exists()]
+    """The picture. Raises: ValueError where a file of the path of a batch is not there."""
+    missing = [file for _, file in BATCH_PATH if not (home / file).exists()]
     if missing:
-        raise InputError(f"lkda/{missing[0]} is on the way of a batch and is not there; mend WAY in {__file__}.")
+        raise InputError(
+            f"lkda/{missing[0]} is on the path of a batch and is not there; mend BATCH_PATH in {__file__}."
+        )
     graph = dependencies(home)
     rows = levels(graph)
     ways = {pair: _route(rows, *pair) for pair in arrows(graph)}
     inside = {name: _wrapped([f"{inner}/" for inner in sub_packages(name, home)]) for name in graph}
     places = _places(rows, ways, inside)
     right = max(place.left + place.width for place in places.values()) + 2 * _MARGIN
-    width, height = right + _WAY + _MARGIN, max(place.bottom for place in places.values()) + 60
+    width, height = right + _BATCH_WIDTH + _MARGIN, max(place.bottom for place in places.values()) + 60
     body = [
         _text(_MARGIN, 34, "Packages: an arrow means “imports”", size=17, bold=True),
-        _text(right, 34, "The way of a training batch", size=17, bold=True),
+        _text(right, 34, "The path of a training batch", size=17, bold=True),
         *(_arrow(places, way) for way in ways.values()),
         *(_package(name, places[name], inside[name]) for row in rows for name in row),
         *_way(right, height),
@@ -210,15 +212,15 @@ def _line(points: Sequence[tuple[float, float]]) -> str:
 
 def _way(x: float, height: float) -> list[str]:
     """A column of stations, x its left edge, from the text at the top to the kernel at the bottom."""
-    step = (height - _TOP - 34) / len(WAY)
+    step = (height - _TOP - 34) / len(BATCH_PATH)
     found = []
-    for number, (what, file) in enumerate(WAY):
+    for number, (what, file) in enumerate(BATCH_PATH):
         y = _TOP + number * step
-        found.append(_box(x, y, _WAY, step - 18, file.split("/")[0]))
+        found.append(_box(x, y, _BATCH_WIDTH, step - 18, file.split("/")[0]))
         found.append(_text(x + 10, y + 19, what, size=13))
         found.append(_text(x + 10, y + 36, f"lkda/{file}", size=11.5, colour="#444"))
-        if number + 1 < len(WAY):
-            middle = x + _WAY / 2
+        if number + 1 < len(BATCH_PATH):
+            middle = x + _BATCH_WIDTH / 2
             found.append(_line([(middle, y + step - 18), (middle, y + step - 2)]))
     return found
 

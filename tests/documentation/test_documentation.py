@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +111,12 @@ def test_the_pages_and_every_script_are_covered() -> None:
     assert {"README.md", "CONTRIBUTING.md", "docs/guides/exporting.md", "docs/results/README.md"} <= set(found)
     assert {"configs/experiment/long_context.yaml", "lkda/report/redraw.py"} <= set(found)
     assert {f"scripts/{path.name} --help" for path in (ROOT / "scripts").glob("*.py")} <= set(found)
+
+
+def test_make_help_lists_every_target() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE)
+    assert set(re.findall(r"^# make ([\w-]+) ", text, re.MULTILINE)) == set(targets.split()) - {"help"}
 
 
 @pytest.mark.slow

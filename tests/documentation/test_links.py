@@ -1,8 +1,9 @@
-"""Every link of a page leads somewhere: its file is there, and so is the heading behind its `#`."""
+"""Links: each leads to a file and heading that exist; each page and each picture is linked."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,37 @@ def test_pages_named_in_code_and_comments_exist() -> None:
     }
     assert named
     assert [(name, path) for name, path in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def committed_files(*patterns: str) -> set[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = {ROOT / name for name in listed.stdout.splitlines()}
+    assert found
+    return found
+
+
+def test_one_report_is_committed() -> None:
+    assert committed_files("docs/*.html") == {COMMITTED_REPORT}
+
+
+def test_every_committed_picture_is_shown_by_a_page() -> None:
+    """`redraw` draws all; committed are only those that somebody sees."""
+    committed = committed_files("docs/*.png", "docs/*.svg")
+    shown = {(page.parent / path).resolve() for page in pages() for path in _LINK.findall(page.read_text("utf-8"))}
+    assert committed - shown == set()
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached: set[Path] = set()
+    beginning = [ROOT / "README.md"]
+    while beginning:
+        page = beginning.pop()
+        if page in reached or page.suffix != ".md" or not page.is_file():
+            continue
+        reached.add(page)
+        targets = [target.partition("#")[0] for target in _LINK.findall(page.read_text(encoding="utf-8"))]
+        beginning += [(page.parent / path).resolve() for path in targets if path and "://" not in path]
+    written_by_hand = {path for path in committed_files("*.md") if path.name != "table.md"}  # `redraw` makes those
+    assert written_by_hand - reached == set()

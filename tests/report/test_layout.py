@@ -9,14 +9,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lkda.report.layout import WAY, arrows, dependencies, levels, svg
+from lkda.report.layout import BATCH_PATH, arrows, dependencies, levels, svg
 
 ROOT = Path(__file__).parents[2]
 
 
 def a_house(home: Path, **imports: str) -> Path:
-    """Packages with one module each, and the files of the way of a batch."""
-    for _, file in WAY:
+    """Packages with one module each, and the files of the path of a batch."""
+    for _, file in BATCH_PATH:
         (home / file).parent.mkdir(parents=True, exist_ok=True)
         (home / file).touch()
     for package, text in imports.items():
@@ -35,7 +35,7 @@ def test_no_box_is_cut_off_or_covers_another() -> None:
     _, _, right, bottom = map(float, picture.attrib["viewBox"].split())
     _, *boxes = picture.iter("{http://www.w3.org/2000/svg}rect")
     sides = [tuple(float(box.attrib[name]) for name in ("x", "y", "width", "height")) for box in boxes]
-    assert len(sides) == len(WAY) + len(dependencies())
+    assert len(sides) == len(BATCH_PATH) + len(dependencies())
     for x, y, width, height in sides:
         assert x >= 0
         assert y >= 0
@@ -81,6 +81,6 @@ def test_what_cannot_be_drawn_is_an_error(tmp_path: Path) -> None:
     home = a_house(tmp_path, commands="import lkda.data.packing\n", data="import lkda.commands.train\n")
     with pytest.raises(CycleError):
         svg(home)
-    (home / WAY[0][1]).unlink()
-    with pytest.raises(ValueError, match=f"lkda/{WAY[0][1]} is on the way of a batch and is not there"):
+    (home / BATCH_PATH[0][1]).unlink()
+    with pytest.raises(ValueError, match=f"lkda/{BATCH_PATH[0][1]} is on the path of a batch and is not there"):
         svg(home)

@@ -43,9 +43,9 @@ class KimiDeltaAttention(RecurrentMixer):
         backend: of `kda_attention`.
 
     Attributes:
-        keeps: what a training step on a GPU keeps between forward and backward, of `lkda.ops.kda.cuda.layer.KEEPS`;
-            None runs the operators one by one, each of which keeps its inputs and the core its workspaces too. Heads of
-            128 keep so much that they keep the workspaces alone.
+        save_for_backward: what a training step on a GPU saves between forward and backward, one of
+            `lkda.ops.kda.cuda.layer.SAVED_FOR_BACKWARD`. None runs the operators one by one: each saves its inputs, and
+            the core its workspaces too. The default is None, and "workspaces" for heads of 128.
     """
 
     op = "kda"
@@ -84,7 +84,7 @@ class KimiDeltaAttention(RecurrentMixer):
             raise InputError(f"mixer.kda.lower_bound must be in [-5, 0), got {lower_bound}.")
         if state_dtype not in STATE_DTYPES:
             raise InputError(f"mixer.kda.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}.")
-        self.keeps = "workspaces" if self.head_dim >= 128 else None
+        self.save_for_backward = "workspaces" if self.head_dim >= 128 else None
         self.state_dtype = state_dtype
         self.gate, self.gate_form, self.lower_bound = gate, gate_form, lower_bound
         self.negative_eigenvalues, self.backend = negative_eigenvalues, backend
@@ -120,7 +120,7 @@ class KimiDeltaAttention(RecurrentMixer):
             return super()._mix(projected, latent, gates, state=state, cu_seqlens=cu_seqlens)
         assert isinstance(projected, Tensor)
         assert self.o_norm is not None
-        assert self.keeps is not None
+        assert self.save_for_backward is not None
         *decay, beta = gates
         return kda_layer_cuda(
             projected,
@@ -134,12 +134,12 @@ class KimiDeltaAttention(RecurrentMixer):
             self.o_norm.weight,
             head_dim=self.head_dim,
             cu_seqlens=cu_seqlens,
-            keeps=self.keeps,
+            save_for_backward=self.save_for_backward,
         )
 
     def _recomputes(self, projected: Tensor | tuple[Tensor, ...], state: State | None) -> bool:
         """Whether to run the layer as one function of its projections, whose backward recomputes the rest."""
-        if self.keeps is None or not self.recomputes or self.part is not None:
+        if self.save_for_backward is None or not self.recomputes or self.part is not None:
             return False
         if state is not None or not torch.is_grad_enabled():
             return False

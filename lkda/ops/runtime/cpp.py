@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -169,10 +169,20 @@ class Library:
         _run(executable, "-shared", str(compiled), *_openmp(), "-o", str(result))
 
 
-def cpu_only(library: Library, *, otherwise: str) -> Callable[[torch.device, int, torch.dtype], str | None]:
-    """The `cannot_run` of a backend that calls `library`; `otherwise` is the backend to name in the reason."""
+def cpu_only(
+    library: Library, *, otherwise: str, dtypes: Collection[torch.dtype] | None = None
+) -> Callable[[torch.device, int, torch.dtype], str | None]:
+    """The `cannot_run` of a backend that calls `library`.
+
+    Args:
+        otherwise: the backend to name in the reason.
+        dtypes: those that the backend can take; None for any.
+    """
 
     def reason(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+        if dtypes is not None and dtype not in dtypes:
+            names = " and ".join(str(one).removeprefix("torch.") for one in dtypes)
+            return f"it computes in {names}, got {dtype}; use backend={otherwise!r}."
         if device.type != "cpu":
             return f"the tensors are on {device.type}, not on a CPU; use backend={otherwise!r}, or move them."
         why = library.reason_cannot_run()
@@ -181,6 +191,11 @@ def cpu_only(library: Library, *, otherwise: str) -> Callable[[torch.device, int
     # As `cannot_take` in kernel_inputs.py does.
     reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return reason
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x [B, ...] with contiguous rows, between which there may be gaps. Copied only where a row is not contiguous."""
+    return x if x[0].is_contiguous() else x.contiguous()
 
 
 def _as_c(value: Argument) -> object:

@@ -28,7 +28,7 @@ class Chart:
         title: the heading above it.
         caption: what is shown: device, dtype, shape.
         spec: Vega-Lite, without size, title and colours. Colours are those of `domain`, and the expressions `ink`, of
-            text, and `faint_ink`.
+            text, `faint_ink`, and `page`, of the background.
         domain: what colours stand for, in the order of the legend.
         mixers: for each of `domain`, the mixer whose colour it has; a further one of a mixer has a colour of its own.
     """
@@ -52,7 +52,11 @@ class Chart:
             "range": {"category": palette},
             "axis": lines | font | {"gridColor": style.grid, "tickColor": style.faint},
             "legend": {"labelColor": style.text, "titleColor": style.text, "labelFontSize": 12},
-            "params": [{"name": "ink", "value": style.text}, {"name": "faint_ink", "value": style.faint}],
+            "params": [
+                {"name": "ink", "value": style.text},
+                {"name": "faint_ink", "value": style.faint},
+                {"name": "page", "value": style.background},
+            ],
         }
 
     @cached_property

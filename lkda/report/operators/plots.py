@@ -36,7 +36,7 @@ def subject(op: str, implementation: str) -> str:
 
 
 def by_length(rows: Sequence[Row], *, mode: str, replay: str | None = None) -> dict[Name, list[tuple[int, float]]]:
-    """The curves of cost by length: (op, heads, implementation, gate, tokens) -> [(T, ns per token and head)].
+    """Curves of time by length: (op, heads, implementation, gate, tokens) -> [(T, ns per token and head)].
 
     A curve has the same number of tokens B x T at each of its points, and at least two lengths.
 
@@ -55,7 +55,7 @@ def by_length(rows: Sequence[Row], *, mode: str, replay: str | None = None) -> d
     return {name: sorted(points.items()) for name, points in found.items() if len(points) > 1}
 
 
-def cost_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
+def time_per_token_by_length(rows: Sequence[Row], *, mode: str) -> Picture:
     """Nanoseconds per token and head against T at a fixed B x T. It is flat where time is linear in the length.
 
     Lines are times of replayed graphs, or of eager calls where there are none; eager times have hollow marks.

@@ -29,14 +29,16 @@ def metadata(benchmark: Benchmark) -> str:
 
 
 def pictures(benchmark: Benchmark) -> dict[str, Picture]:
-    """Plots by what they show: the times in each mode, and where there are several lengths, the cost by length."""
+    """Plots by what they show: the times in each mode, and by length where there are several."""
     drawn = {}
     for mode in ("fwd", "fwd+bwd"):
         pages = time_grid.pages(benchmark.rows, mode=mode)
         for n, cells in enumerate(pages, 1):
             drawn[f"time of {mode}" + (f" {n}" if len(pages) > 1 else "")] = time_grid.times(cells, mode=mode)
         if bench_plots.by_length(benchmark.rows, mode=mode):
-            drawn[f"cost by length of {mode}"] = bench_plots.cost_by_length(benchmark.rows, mode=mode)
+            drawn[f"time per token by length of {mode}"] = bench_plots.time_per_token_by_length(
+                benchmark.rows, mode=mode
+            )
         if bench_plots.over_simplified(benchmark.rows, mode=mode):
             drawn[f"kda over simplified of {mode}"] = bench_plots.ratio_by_length(benchmark.rows, mode=mode)
     return drawn

@@ -8,8 +8,8 @@ from typing import Any
 
 from lkda.checks import InputError
 from lkda.io import write_atomically, write_together
+from lkda.old_names import translated_results
 from lkda.records import read_record
-from lkda.report.read.old_keys import translated_results
 
 __all__ = ["read_results_file", "write_atomically", "write_together"]
 

@@ -16,8 +16,8 @@ import yaml
 from lkda import records
 from lkda.checks import InputError, refusing_damage
 from lkda.metrics_file import MOST_BYTES, metrics_rows
+from lkda.old_names import translated_summary, with_data_name
 from lkda.report.read.files import read_results_file
-from lkda.report.read.old_keys import translated_summary, with_data_name
 from lkda.run_failure import FAILURE
 
 # What tables and plots need. All are numbers, except for the mixer.
@@ -188,6 +188,9 @@ def _check_metrics(rows: Sequence[dict[str, float]]) -> None:
         raise InputError("metrics.csv holds no validation")
 
 
+_OF_A_SWEEP = "multirun.yaml"  # Hydra writes it beside the runs; a glob of the runs matches it too
+
+
 def read_runs(paths: Iterable[Path], *, step: int | None = None) -> tuple[list[Run], list[tuple[Path, str]]]:
     """Reads all directories that are runs, as `read_run` does, and the runs of results.json files of comparisons.
 
@@ -195,7 +198,9 @@ def read_runs(paths: Iterable[Path], *, step: int | None = None) -> tuple[list[R
     """
     found: list[tuple[Path, Run]] = []
     skipped = []
-    for path in sorted(paths):
+    for path in (given := sorted(paths)):
+        if path.name == _OF_A_SWEEP and len(given) > 1:
+            continue
         try:
             if path.suffix == ".json" and path.is_file():
                 found += [(path.absolute().parent / run.name, run) for run in _recorded(path, step)]

@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from lkda.checks import InputError
 from lkda.report.draw.style import Picture, Style, picture
@@ -29,6 +29,7 @@ from lkda.report.studies.from_runs import print_rows, write_study
 
 KIND = "learning_rates"
 MOST_COLUMNS = 2  # panels side by side
+LABEL_RATIO = 1.4  # labels of rates that are closer would touch
 _AXES = {"bits_per_byte": "validation, bits per byte", "loss": "validation loss, nats per token"}
 
 Run = Mapping[str, Any]
@@ -88,6 +89,15 @@ def _inside(found: Mapping[float, float]) -> bool:
     return min(found) < _best(found) < max(found)
 
 
+def _below_each_other(rates: Sequence[float]) -> list[str]:
+    """The labels of rates on a logarithmic axis. One that is close to the label before it is a line lower."""
+    labels: list[str] = []
+    for before, rate in zip([0.0, *rates], rates):
+        close = before > 0 and rate < LABEL_RATIO * before and not labels[-1].startswith("\n")
+        labels.append("\n" * close + _written(rate))
+    return labels
+
+
 def _plot(runs: Sequence[Run], measures: Mapping[str, str]) -> Picture:
     """A panel for each model: validation against the peak learning rate, a curve per mixer. Its best is ringed, by a
     square if it is at the edge of the rates.
@@ -109,9 +119,10 @@ def _plot(runs: Sequence[Run], measures: Mapping[str, str]) -> Picture:
                 ring = "o" if _inside(found) else "s"
                 panel.plot(best, found[best], ring, markersize=9, fillstyle="none", color=colours[mixer])
             panel.set_xscale("log")
-            panel.xaxis.set_major_locator(FixedLocator(sorted({rate for found in curves.values() for rate in found})))
+            rates = sorted({rate for found in curves.values() for rate in found})
+            panel.xaxis.set_major_locator(FixedLocator(rates))
             panel.xaxis.set_minor_locator(NullLocator())
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: _written(rate)))
+            panel.xaxis.set_major_formatter(FixedFormatter(_below_each_other(rates)))
             panel.tick_params(labelsize=8)
             panel.set_title(f"model={model}", fontsize=10, loc="left")
             panel.set_xlabel("peak learning rate")

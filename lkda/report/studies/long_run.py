@@ -79,7 +79,7 @@ def _plot(rows: list[Row]) -> Picture:
         shown = _shown(rows)
         for panel, (column, (name, factor)) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
             panel.plot([row["step"] for row in rows], [row[column] * factor for row in rows], color=style.palette[0])
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.1 * max(row[column] * factor for row in rows))
             panel.set_title(name, fontsize=9)
             panel.set_xlabel("step")
         return figure

@@ -93,10 +93,10 @@ def _picture(peers: list[dict[str, Any]]) -> Picture:
                 lower.plot(steps, difference, color=shade, linewidth=0.8)
             lower.set_xlabel("step")
         panels[0, 0].set_ylabel("training loss, nats")
-        panels[1, 0].set_ylabel("minus lkda's, nats")
-        handles = [*panels[0, 0].lines, panels[1, 0].lines[0]]
-        names = ["lkda", "peer", "lkda, from rounded weights"]
-        figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+        panels[1, 0].set_ylabel("difference\nfrom lkda, nats")
+        handles = [*panels[0, 0].lines, panels[1, 0].lines[0], panels[1, 0].patches[0]]
+        names = ["lkda", "peer", "lkda, from rounded weights", f"±{CLOSE:g} nats"]
+        figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
         return figure
 
     return picture(draw)

@@ -206,7 +206,7 @@ def speeds(rows: Sequence[Row]) -> Picture:
             for place, (row, value) in enumerate(zip(panel, values, strict=True)):
                 base = llama(row, rows, "tokens_per_s")
                 ratio = "" if base is None or row["implementation"] != "train" else f"  ({value / base:.2f} x Llama)"
-                axis.annotate(f"{count(value)}{ratio}", (value, place), (4, 0), textcoords="offset points", va="center")
+                _label(axis, f"{count(value)}{ratio}", (value, place), style, fontsize=10)
             _finish(axis, title, panel, right=1.4 * max(values))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value) if value else "0"))
         axes[-1].set_xlabel("tokens/s")
@@ -233,7 +233,7 @@ def step_times(rows: Sequence[Row]) -> Picture:
                 left = [before + width for before, width in zip(left, widths, strict=True)]
             for place, (row, end) in enumerate(zip(panel, left, strict=True)):
                 said = f"{row['step_ms']:.1f} ms, {row['profile']['idle_share']:.0%} idle"
-                axis.annotate(said, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+                _label(axis, said, (end, place), style, fontsize=8)
             _finish(axis, title, panel, right=1.25 * max(left))
         axes[-1].set_xlabel("milliseconds of a step")
         handles, names = axes[0].get_legend_handles_labels()
@@ -256,6 +256,12 @@ def _milliseconds(row: Row, name: str) -> float:
 def _subject(row: Row) -> str:
     """What a colour stands for: a mixer of lkda, or a model of another package."""
     return str(row["mixer"] if row["implementation"] in ("train", "bare") else row["title"])
+
+
+def _label(axis: Any, text: str, end: tuple[float, float], style: Style, *, fontsize: float) -> None:
+    """Write beside the end of a bar, on a box that hides the grid lines behind the letters."""
+    box = {"facecolor": style.background, "edgecolor": "none", "pad": 1.5}
+    axis.annotate(text, end, (5, 0), textcoords="offset points", va="center", fontsize=fontsize, bbox=box)
 
 
 def _finish(axis: Any, title: str, panel: Sequence[Row], *, right: float) -> None:

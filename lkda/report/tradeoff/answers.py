@@ -119,10 +119,10 @@ def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) ->
     best, *others = _by_accuracy(groups, quality, budget)
     if len(groups) == 1:
         return f"With {budget}, {best.mixer} is the only model: its {quality.title} is {best.why}."
-    said = [f"With {budget}, choose {best.mixer}: its {quality.title} is the best, {best.why}."]
+    said = [f"With {budget}, choose {best.mixer}: it has the best {quality.title} ({best.why})."]
     smaller = [answer for answer in others if "or little more" in answer.question]
     if smaller:  # from the largest state to the smallest
-        choices = "; ".join(f"{answer.mixer}, {answer.why}" for answer in reversed(smaller))
+        choices = " or ".join(f"{answer.mixer} ({answer.why})" for answer in reversed(smaller))
         said.append(f"If memory is short, choose {choices}.")
     if any(len(group.runs) < 2 for group in groups):
         said.append("Models with one seed have no spread over seeds, so small differences from them may be chance.")
@@ -155,13 +155,13 @@ def _said_of_crossings(found: Sequence[Measurement]) -> str:
             place = f"{pair.stage}, {setting.partition(',')[0] if pair.stage == 'kernel' else setting}"
             place += "" if measured[pair.where].device == usual else f", {measured[pair.where].device}"
             if pair.shortest == pair.longest:
-                always.append(f"{place} (at {length(pair.longest)} alone)")
+                always.append(f"{place} (only at {length(pair.longest)})")
             elif pair.context is None:
                 always.append(f"{place} ({length(pair.shortest)} to {length(pair.longest)})")
             else:
                 overtakes.append(f"{rounded(pair.context)} ({place})")
         if overtakes:
-            said.append(f"{mixer} is faster than {other} from a context of about {', '.join(overtakes)}.")
+            said.append(f"{mixer} is faster than {other} from a context of about {' and of '.join(overtakes)}.")
         if always:
-            said.append(f"At every context that was measured, {mixer} is faster than {other}: {'; '.join(always)}.")
+            said.append(f"At every measured context, {mixer} is faster than {other}: {'; '.join(always)}.")
     return " ".join(dict.fromkeys(said))

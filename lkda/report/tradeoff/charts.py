@@ -125,17 +125,13 @@ def _domain(records: Sequence[Record]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart | None:
-    """Time of a token, or memory, against the context: a line for each series. None where no series has two contexts.
+    """Time per token, or memory, against the context: a line for each series. None where no series has two contexts.
 
     Args:
         value: tokens_per_s, drawn as microseconds per token, or memory.
     """
     measured = [one for one in found if one.stage == stage and getattr(one, value) and one.tokens_per_s]
-    contexts: dict[tuple[str, str], set[int]] = {}
-    for one in measured:
-        contexts.setdefault((one.where, one.series), set()).add(one.context)
-    lines = [where for (where, _), several in contexts.items() if len(several) > 1]
-    settings = sorted(set(lines), key=lambda where: (-lines.count(where), where))
+    settings = _with_several_contexts(measured)
     if not settings:
         return None
     records: list[Record] = [
@@ -148,52 +144,74 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     domain, mixers = _domain(records)
     of_time = value == "tokens_per_s"
     of_memory = "state of one sequence" if stage == "decode" else "peak memory"
-    y = {"field": "us", **_log10("time of a token, microseconds", format=",.3~r")}
+    x = _log2("context, tokens", labels=_TOKENS)
+    x["axis"] = x["axis"] | {"values": sorted({record["context"] for record in records})}
+    lines = {
+        "params": _INTERACTIVE,
+        "mark": {"type": "line", "point": {"size": 55, "filled": True}, "strokeWidth": 2},
+        "encoding": {
+            "x": {"field": "context", **x},
+            "y": _microseconds(records) if of_time else _memory(of_memory, records),
+            "color": _colour(domain),
+            "detail": {"field": "series"},
+            "tooltip": _tooltip_of_context(None if of_time else of_memory),
+        },
+    }
+    what = "time per token" if of_time else of_memory
+    return Chart(
+        f"{stage.replace(' ', '_')}_{'time' if of_time else 'memory'}",
+        f"{stage.capitalize()}: {what} against the context",
+        settings[0],
+        _spec(records, settings, lines),
+        domain,
+        mixers,
+    )
+
+
+def _with_several_contexts(measured: Sequence[Measurement]) -> list[str]:
+    """The settings in which a series was measured at several contexts, those with the most such series first."""
+    contexts: dict[tuple[str, str], set[int]] = {}
+    for one in measured:
+        contexts.setdefault((one.where, one.series), set()).add(one.context)
+    lines = [where for (where, _), several in contexts.items() if len(several) > 1]
+    return sorted(set(lines), key=lambda where: (-lines.count(where), where))
+
+
+def _microseconds(records: Sequence[Record]) -> Encoding:
+    y = {"field": "us", **_log10("time per token, microseconds", format=",.3~r")}
     ticks = _one_two_five([record["us"] for record in records])
     if len(ticks) >= FEWEST_TICKS:  # else those of the library, which are closer
         y["axis"] = y["axis"] | {"values": ticks}
-    if not of_time:
-        y = {"field": "memory", **_log2(of_memory, labels=_BYTES)}
-        y["axis"] = y["axis"] | {"values": _powers_of_two([record["memory"] for record in records]), "grid": True}
+    return y
+
+
+def _memory(title: str, records: Sequence[Record]) -> Encoding:
+    y = {"field": "memory", **_log2(title, labels=_BYTES)}
+    y["axis"] = y["axis"] | {"values": _powers_of_two([record["memory"] for record in records]), "grid": True}
+    return y
+
+
+def _tooltip_of_context(of_memory: str | None) -> list[Encoding]:
     shown = {
         "series": "mixer",
         "context": "context, tokens",
         "tokens_per_s": "tokens/s",
         "us": "microseconds per token",
     }
-    shown |= {} if of_time else {"memory": f"{of_memory}, bytes"}
+    shown |= {} if of_memory is None else {"memory": f"{of_memory}, bytes"}
     shown |= {"setting": "setting", "file": "file", "measured_with": "measured with"}
-    tooltip = _tooltip(shown, format={"context": ",", "tokens_per_s": ",.0f", "us": ",.4~r", "memory": ",.0f"})
-    x = _log2("context, tokens", labels=_TOKENS)
-    x["axis"] = x["axis"] | {"values": sorted({record["context"] for record in records})}
-    spec = {
+    return _tooltip(shown, format={"context": ",", "tokens_per_s": ",.0f", "us": ",.4~r", "memory": ",.0f"})
+
+
+def _spec(records: Sequence[Record], settings: Sequence[str], *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """A specification whose menu chooses among the settings of the records."""
+    return {
         "$schema": SCHEMA,
         **_choice(settings),
-        "data": {"values": records},
+        "data": {"values": list(records)},
         "transform": _chosen(settings),
-        "layer": [
-            {
-                "params": _INTERACTIVE,
-                "mark": {"type": "line", "point": {"size": 55, "filled": True}, "strokeWidth": 2},
-                "encoding": {
-                    "x": {"field": "context", **x},
-                    "y": y,
-                    "color": _colour(domain),
-                    "detail": {"field": "series"},
-                    "tooltip": tooltip,
-                },
-            }
-        ],
+        "layer": list(layers),
     }
-    what = "Time of a token" if of_time else of_memory.capitalize()
-    return Chart(
-        f"{stage.replace(' ', '_')}_{'time' if of_time else 'memory'}",
-        f"{stage.capitalize()}: {what.lower()} against the context",
-        settings[0],
-        spec,
-        domain,
-        mixers,
-    )
 
 
 def against(
@@ -220,64 +238,51 @@ def against(
         format={"y": ".4f", "x": ",.0f"},
     )
     tooltip = [entry for entry in tooltip if entry["title"] and (entry["field"] != "setting" or not bytes_)]
-    edges = "scale('x', datum.x) < 70 ? 'left' : scale('x', datum.x) > width - 70 ? 'right' : 'center'"
-    mean = [{"filter": "datum.run === 'mean over seeds'"}]
-    front = [{"filter": "datum.run === 'mean over seeds' && datum.front"}]
     position = {"x": across, "y": up}
-    spec = {
-        "$schema": SCHEMA,
-        **_choice(settings),
-        "data": {"values": list(records)},
-        "transform": _chosen(settings),
-        "layer": [
-            {
-                "params": _INTERACTIVE,
-                "transform": [{"filter": "datum.run !== 'mean over seeds'"}],
-                "mark": {"type": "point", "size": 45, "filled": True, "opacity": 0.55},
-                "encoding": position | {"color": _colour(domain), "tooltip": tooltip},
-            },
-            {
-                "transform": front,
-                "mark": {
-                    "type": "line",
-                    "strokeDash": [5, 4],
-                    "strokeWidth": 1.5,
-                    "color": {"expr": "faint_ink"},
-                    "interpolate": "linear",
-                },
-                "encoding": position | {"order": {"field": "x", "type": "quantitative"}},
-            },
-            {
-                "transform": mean,
-                "mark": {"type": "point", "size": 130, "filled": True, "opacity": 1},
-                "encoding": position | {"color": _colour(domain), "tooltip": tooltip},
-            },
-            {
-                "transform": front,
-                "mark": {
-                    "type": "point",
-                    "size": 330,
-                    "filled": False,
-                    "strokeWidth": 1.8,
-                    "color": {"expr": "faint_ink"},
-                },
-                "encoding": position | {"tooltip": tooltip},
-            },
-            {
-                "transform": front,
-                "mark": {
-                    "type": "text",
-                    "align": {"expr": edges},  # within the chart on a narrow screen
-                    "dy": -17,
-                    "color": {"expr": "ink"},
-                    "fontSize": 12,
-                    "limit": 220,
-                },
-                "encoding": position | {"text": {"field": "series"}},
-            },
-        ],
+    shown = position | {"color": _colour(domain), "tooltip": tooltip}
+    runs = {
+        "params": _INTERACTIVE,
+        "transform": [{"filter": "datum.run !== 'mean over seeds'"}],
+        "mark": {"type": "point", "size": 45, "filled": True, "opacity": 0.55},
+        "encoding": shown,
     }
-    return Chart(name, title, caption, spec, domain, mixers)
+    means = {
+        "transform": [{"filter": "datum.run === 'mean over seeds'"}],
+        "mark": {"type": "point", "size": 130, "filled": True, "opacity": 1},
+        "encoding": shown,
+    }
+    line, *rings_and_names = _front(position, tooltip)
+    return Chart(name, title, caption, _spec(records, settings, runs, line, means, *rings_and_names), domain, mixers)
+
+
+def _front(position: Encoding, tooltip: list[Encoding]) -> list[dict[str, Any]]:
+    """The layers of the Pareto front: a dashed line, a ring around each of its models, and their names."""
+    front = [{"filter": "datum.run === 'mean over seeds' && datum.front"}]
+    edges = "scale('x', datum.x) < 70 ? 'left' : scale('x', datum.x) > width - 70 ? 'right' : 'center'"
+    line = {
+        "type": "line",
+        "strokeDash": [5, 4],
+        "strokeWidth": 1.5,
+        "color": {"expr": "faint_ink"},
+        "interpolate": "linear",
+    }
+    ring = {"type": "point", "size": 330, "filled": False, "strokeWidth": 1.8, "color": {"expr": "faint_ink"}}
+    name: dict[str, Any] = {
+        "type": "text",
+        "align": {"expr": edges},  # within the chart on a narrow screen
+        "dy": -17,
+        "fontSize": 12,
+        "limit": 220,
+    }
+    # A name hides the grid lines behind it: it is drawn twice, first with a wide outline in the colour of the page.
+    outline = name | {"color": {"expr": "page"}, "stroke": {"expr": "page"}, "strokeWidth": 5, "strokeJoin": "round"}
+    names = position | {"text": {"field": "series"}}
+    return [
+        {"transform": front, "mark": line, "encoding": position | {"order": {"field": "x", "type": "quantitative"}}},
+        {"transform": front, "mark": ring, "encoding": position | {"tooltip": tooltip}},
+        {"transform": front, "mark": outline, "encoding": names},
+        {"transform": front, "mark": name | {"color": {"expr": "ink"}}, "encoding": names},
+    ]
 
 
 def curves(name: str, title: str, caption: str, records: Sequence[Record], *, x: str, y: str) -> Chart:
@@ -337,23 +342,16 @@ def recall(records: Sequence[Record]) -> Chart:
         format={"x": ",.0f", "y": ".1%"},
     )
     up = {"field": "y", "type": "quantitative", "title": "accuracy at the target positions", "axis": {"format": "%"}}
-    spec = {
-        "$schema": SCHEMA,
-        **_choice(settings),
-        "data": {"values": list(records)},
-        "transform": _chosen(settings),
-        "layer": [
-            {
-                "params": _INTERACTIVE,
-                "mark": {"type": "line", "point": {"size": 60}, "strokeWidth": 2},
-                "encoding": {
-                    "x": {"field": "x", **_log2("state of one sequence", labels=_BYTES)},
-                    "y": up | {"scale": {"domain": [0, 1]}},
-                    "color": _colour(domain),
-                    "detail": {"field": "series"},
-                    "tooltip": tooltip,
-                },
-            }
-        ],
+    lines = {
+        "params": _INTERACTIVE,
+        "mark": {"type": "line", "point": {"size": 60}, "strokeWidth": 2},
+        "encoding": {
+            "x": {"field": "x", **_log2("state of one sequence", labels=_BYTES)},
+            "y": up | {"scale": {"domain": [0, 1]}},
+            "color": _colour(domain),
+            "detail": {"field": "series"},
+            "tooltip": tooltip,
+        },
     }
+    spec = _spec(records, settings, lines)
     return Chart("recall_by_state", "Recall against the size of the state", settings[0], spec, domain, mixers)

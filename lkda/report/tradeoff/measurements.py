@@ -321,7 +321,9 @@ def _with_batches(found: Read) -> list[Measurement]:
             continue
         tokens, rows = (one.stage, one.where, row["B"] * row["T"]), (one.stage, one.where, row["B"])
         by_row = len(by_tokens[tokens]) == 1 and len(by_rows[rows]) > 1
-        size = f"{row['B']:,} row{'s' * (row['B'] != 1)}" if by_row else f"{length(row['B'] * row['T'])} tokens a batch"
+        size = (
+            f"{row['B']:,} row{'s' * (row['B'] != 1)}" if by_row else f"{length(row['B'] * row['T'])} tokens per batch"
+        )
         written.append(replace(one, setting=f"{one.setting}, {size}"))
     return written
 

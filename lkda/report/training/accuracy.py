@@ -98,10 +98,10 @@ def _points_of(what: tuple[str, int, int], rate: float, seeds: Sequence[Run]) ->
 
 
 def describe(subset: Subset) -> str:
-    """As "64 pairs in 256", or "256" for a task without pairs."""
+    """As "64 pairs in 256 tokens", or "256 tokens" for a task without pairs."""
     found = dict(subset)
     pairs = f"{found['pairs']} pairs in " if "pairs" in found else ""
-    return pairs + length(found["length"])
+    return f"{pairs}{length(found['length'])} tokens"
 
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,16 +15,16 @@ from lkda.report.draw.tables import markdown_table
 from lkda.report.operators import benchmark as bench
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file, write_together
-from lkda.report.read.groups import Group, also_differing, group_runs
+from lkda.report.read.groups import Group, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, find_results, measurements
 from lkda.report.tradeoff.records import COMMAND, best_of, by_data, reproduce, within_spread
 from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections, remove_stale
 from lkda.report.training import accuracy, accuracy_plots, plots, table
+from lkda.report.training.notes import notes as table_notes
 
 RESULTS = "results.json"
 KIND = "comparison"
-MOST_NAMED = 5  # in a note
 PLOTS = (
     *("loss_by_tokens", "loss_by_seconds", "loss_by_position", "loss_by_state"),
     *("accuracy_by_state", "accuracy_by_length"),
@@ -90,69 +89,13 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """Sentences that explain the table."""
-        devices = sorted({str(run.summary.get("device", "an unnamed device")) for run in self.runs})
-        notes = [f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''} on {'; '.join(devices)}."]
-        tested = sum("test/loss" in run.summary for run in self.runs)
-        if tested == len(self.runs):
-            notes.append(
-                "Columns named test are of the test split, which is measured once, at the end of a run. All other "
-                "losses, also those of the plots, are of the validation split."
-            )
-        elif tested:
-            have = "have" if tested > 1 else "has"
-            notes.append(
-                f"{tested} of the {len(self.runs)} runs {have} a test split. Columns not named test are of the "
-                "validation split."
-            )
-        steps = sorted({run.summary["at_step"] for run in self.runs if "at_step" in run.summary})
-        if steps:
-            planned = sorted({run.config["trainer"]["max_steps"] for run in self.runs})
-            ended = sum(run.summary["status"] == "finished" for run in self.runs) or "none"
-            notes.append(
-                f"Read at the validation of step {' and '.join(map(str, steps))} of {' and '.join(map(str, planned))}; "
-                f"{ended} of the runs finished."
-            )
-        if len(devices) > 1:
-            notes.append("The devices differ, so times and tokens/s cannot be compared.")
-        data = list(by_data(self.groups))
-        if len(data) > 1:
-            notes.append(f"The data differ: {'; '.join(data)}. Only rows of the same data can be compared.")
-        elif self.across_tokenizers:
-            notes.append("The tokenizers differ, so compare bits per byte and not the loss per token.")
-        differing = also_differing(self.runs)
-        if differing:
-            notes.append(f"Besides the mixer, these settings differ between the rows: {', '.join(differing)}.")
-        if any(len(group.runs) > 1 for group in self.groups):
-            notes.append("± is the standard deviation over seeds.")
-        again = [
-            f"{group.label} (seed {seed}, {times} times)"
-            for group in self.groups
-            for seed, times in Counter(run.summary.get("seed") for run in group.runs).items()
-            if seed is not None and times > 1
-        ]
-        if again:
-            notes.append(
-                f"Of these rows, runs have the same seed and settings: {'; '.join(again[:MOST_NAMED])}"
-                f"{f'; and {len(again) - MOST_NAMED} more' if len(again) > MOST_NAMED else ''}. If they are copies of "
-                "one run, the spread over seeds is too small."
-            )
-        if all(str(run.summary.get("precision", "")).endswith(("-mixed", "32-true")) for run in self.runs):
-            notes.append(
-                "state: of one sequence of the training context, in float32, as the weights. In bf16, a cache of "
-                "keys and values takes half of it."
-            )
-        if not self.exclusive_device:
-            notes.append("Runs shared a device, so times are not compared.")
-        seconds = table.equal_wall_clock(self.groups) if self.exclusive_device else None
-        if seconds is not None:
-            notes.append(
-                f"Equal wall-clock: after {seconds:.1f} s of training, when the first run ended, interpolated linearly "
-                "between validations. Each run had its device to itself."
-            )
-        timed = bench.kernel_times(self.benchmark.rows)[0] if self.benchmark else ""
-        if self.benchmark and timed:
-            notes.append(f"kernel ms: the time of the operator, {timed}, on {self.benchmark.device}.")
-        return notes
+        return table_notes(
+            self.runs,
+            self.groups,
+            across_tokenizers=self.across_tokenizers,
+            exclusive_device=self.exclusive_device,
+            benchmark=self.benchmark,
+        )
 
 
 def compare(

@@ -25,7 +25,7 @@ class ModelOverview(L.Callback):
 
 
 def overview(model: LanguageModel) -> Table:
-    """The table of `ModelOverview`. Parts of one kind share a row; the last row is the whole model."""
+    """The table of `ModelOverview`. Parts of one kind share a row; the last row is their sum."""
     context = model.config["context"]
     table = Table("part", title=f"the model, its state after {context} tokens")
     for column in ("parameters", "state bytes", "FLOPs per token"):
@@ -44,9 +44,13 @@ def overview(model: LanguageModel) -> Table:
         table.add_row(f"{len(mlps)} x {type(mlps[0]).__name__}", f"{parameters:,}", "", f"{2 * parameters:,}")
     tied = head is embedding
     table.add_row("head", "the embedding's" if tied else f"{head.numel():,}", "", f"{2 * head.numel():,}")
+    named = [model.embed_tokens, *([] if tied else [model.lm_head]), *model.mixers(), *mlps]
+    norms = model.num_parameters() - sum(map(_count, named))
+    if norms:
+        table.add_row("norms", f"{norms:,}", "", "")
     table.add_section()
     flops = model.flops_per_token(context)
-    table.add_row("whole", f"{model.num_parameters():,}", f"{model.state_bytes(context):,}", f"{flops:,.0f}")
+    table.add_row("total", f"{model.num_parameters():,}", f"{model.state_bytes(context):,}", f"{flops:,.0f}")
     return table
 
 

@@ -13,7 +13,7 @@ from lkda.ops.gated_norm.cuda import gated_norm_cuda
 from lkda.ops.kda.cuda import plan
 from lkda.ops.kda.cuda.core import kda_cuda
 from lkda.ops.kda.cuda.gate import kda_gate_cuda
-from lkda.ops.kda.cuda.layer import KEEPS, kda_layer_cuda
+from lkda.ops.kda.cuda.layer import SAVED_FOR_BACKWARD, kda_layer_cuda
 from lkda.ops.short_conv.cuda import short_convolutions_cuda
 from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
@@ -40,7 +40,7 @@ def kda_layer_inputs(B, T, *, decay="channel", gated=True, heads=H, dim=D, dtype
     return inputs | ({"out_latent": normal(B, T, R), "out_weight": normal(C, R)} if gated else {})
 
 
-def as_one(head_dim=D, cu_seqlens=None, keeps="inputs"):
+def as_one(head_dim=D, cu_seqlens=None, save_for_backward="inputs"):
     def run(x, w0, w1, w2, beta_logits, norm_weight, A_log=None, dt_bias=None, **linear):
         given = [linear.get(name) for name in ("latent", "weight", "out_latent", "out_weight")]
         gate = KDAGate(A_log, dt_bias, **OPTIONS)
@@ -48,7 +48,7 @@ def as_one(head_dim=D, cu_seqlens=None, keeps="inputs"):
             *(x, [w0, w1, w2], *given[:2], beta_logits, gate, *given[2:], norm_weight),
             head_dim=head_dim,
             cu_seqlens=cu_seqlens,
-            keeps=keeps,
+            save_for_backward=save_for_backward,
         )
         return y, state, *caches
 
@@ -94,8 +94,10 @@ class TestOnTheCPU:
         cu_seqlens = torch.tensor([0, 0, 20, 70], dtype=torch.int32) if packed else None
         inputs = kda_layer_inputs(1, 70, decay=decay, gated=gated)
         want = outputs_and_gradients(in_pieces(cu_seqlens=cu_seqlens), inputs)
-        for keeps in KEEPS:
-            assert_equal(outputs_and_gradients(as_one(cu_seqlens=cu_seqlens, keeps=keeps), inputs), want)
+        for save_for_backward in SAVED_FOR_BACKWARD:
+            assert_equal(
+                outputs_and_gradients(as_one(cu_seqlens=cu_seqlens, save_for_backward=save_for_backward), inputs), want
+            )
 
     def test_keeps_its_inputs_alone(self):
         leaves = {name: x.requires_grad_() for name, x in kda_layer_inputs(1, 70).items()}
@@ -111,7 +113,7 @@ class TestOnTheCPU:
         """With the output, the state and the gradients of the mixer in PyTorch, both of bf16 projections."""
         torch.manual_seed(0)
         layer, x, found, calls = KimiDeltaAttention(H * D, H, **options), torch.randn(1, 70, H * D), [], []
-        layer.keeps = "inputs"
+        layer.save_for_backward = "inputs"
         monkeypatch.setattr(mixer, "kda_layer_cuda", lambda *xs, **o: calls.append(1) or kda_layer_cuda(*xs, **o))
         for on_gpu in (False, True):
             monkeypatch.setattr(mixer, "kda_layer_runs", lambda *_, on_gpu=on_gpu: on_gpu)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lkda.ops.kda.cuda.layer import KEEPS
+from lkda.ops.kda.cuda.layer import SAVED_FOR_BACKWARD
 from lkda.ops.kda.cuda.plan import sizes_of
 from tests.ops.cases import relative
 from tests.ops.kda.test_layer import as_one, in_pieces, kda_layer_inputs
@@ -33,7 +33,7 @@ def assert_equal(got, want, *, except_for=frozenset()):
             assert torch.equal(got[name], x), name
 
 
-@pytest.mark.parametrize("keeps", KEEPS)
+@pytest.mark.parametrize("save_for_backward", SAVED_FOR_BACKWARD)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize(
@@ -45,50 +45,50 @@ def assert_equal(got, want, *, except_for=frozenset()):
         (1, 8192, False, {}),  # in segments
     ],
 )
-def test_equals_its_pieces(B, T, packed, options, dim, dtype, keeps):
+def test_equals_its_pieces(B, T, packed, options, dim, dtype, save_for_backward):
     cu_seqlens = torch.tensor(PACKED, dtype=torch.int32, device="cuda") if packed else None
     inputs = on_gpu(B, T, heads=8, dim=dim, dtype=dtype, **options)
     want = outputs_and_gradients(in_pieces(dim, cu_seqlens), inputs)
-    got = outputs_and_gradients(as_one(dim, cu_seqlens, keeps), inputs)
+    got = outputs_and_gradients(as_one(dim, cu_seqlens, save_for_backward), inputs)
     assert_equal(got, want, except_for=PRODUCTS)
 
 
-@pytest.mark.parametrize("keeps", KEEPS)
+@pytest.mark.parametrize("save_for_backward", SAVED_FOR_BACKWARD)
 class TestAsAnOperator:
-    def test_a_call_without_the_dispatcher_equals_a_dispatched_one(self, keeps):
+    def test_a_call_without_the_dispatcher_equals_a_dispatched_one(self, save_for_backward):
         class Watching(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 return function(*args, **(kwargs or {}))
 
         inputs = on_gpu(2, 300)
-        want = outputs_and_gradients(as_one(keeps=keeps), inputs)
+        want = outputs_and_gradients(as_one(save_for_backward=save_for_backward), inputs)
         with Watching():
-            got = outputs_and_gradients(as_one(keeps=keeps), inputs)
+            got = outputs_and_gradients(as_one(save_for_backward=save_for_backward), inputs)
         assert_equal(got, want)
 
     @pytest.mark.parametrize("options", [{}, {"decay": "none", "gated": False}])
-    def test_compiles_without_a_graph_break(self, options, keeps):
+    def test_compiles_without_a_graph_break(self, options, save_for_backward):
         inputs = on_gpu(2, 300, **options)
-        want = outputs_and_gradients(as_one(keeps=keeps), inputs)
-        got = outputs_and_gradients(torch.compile(as_one(keeps=keeps), fullgraph=True), inputs)
+        want = outputs_and_gradients(as_one(save_for_backward=save_for_backward), inputs)
+        got = outputs_and_gradients(torch.compile(as_one(save_for_backward=save_for_backward), fullgraph=True), inputs)
         assert_equal(got, want, except_for=PRODUCTS)
 
-    def test_opcheck(self, keeps):
+    def test_opcheck(self, save_for_backward):
         given = {name: x.requires_grad_() for name, x in on_gpu(2, 70).items()}
         order = ("x", "w0", "w1", "w2", "latent", "weight", "beta_logits", "A_log", "dt_bias", "out_latent")
         tensors = [given[name] for name in (*order, "out_weight", "norm_weight")]
-        options = (None, 32, True, -3.0, 2.0, 32**-0.5, 1e-5, keeps)
+        options = (None, 32, True, -3.0, 2.0, 32**-0.5, 1e-5, save_for_backward)
         torch.library.opcheck(torch.ops.lkda.kda_layer, (*tensors, *options))
         plain = [x.detach() for x in tensors]
         y, final, *more = torch.ops.lkda.kda_layer(*plain, *options)
         given = (torch.randn_like(y), torch.randn_like(final), *(torch.randn_like(last) for last in more[:3]))
         torch.library.opcheck(torch.ops.lkda.kda_layer_backward, (*given, *more[3:], *plain, *options))
 
-    def test_replays_in_a_cuda_graph(self, keeps):
+    def test_replays_in_a_cuda_graph(self, save_for_backward):
         leaves = {name: x.requires_grad_() for name, x in on_gpu(2, 300).items()}
 
         def step():
-            y, *_ = as_one(keeps=keeps)(**leaves)
+            y, *_ = as_one(save_for_backward=save_for_backward)(**leaves)
             return y, *torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
 
         side = torch.cuda.Stream()
@@ -119,7 +119,7 @@ def test_each_step_of_keeps_keeps_more():
         results = op(**inputs)
         return (requested() - before - sum(x.nbytes for x in results)) / (2 * 2048 * 8)
 
-    found = [kept(as_one(64, keeps=keeps)) for keeps in KEEPS]
+    found = [kept(as_one(64, save_for_backward=save_for_backward)) for save_for_backward in SAVED_FOR_BACKWARD]
     # The states (130), v~ (128), o (128) and the workspaces; for so few heads also what joins the segments.
     joined = sizes_of(torch.empty(2, 2048, 8, 64, dtype=torch.bfloat16), None).transitions / (2 * 2048 * 8)
     for got, want in zip(found, (0, 520, 520 + 258 + 128 + joined), strict=True):

@@ -65,7 +65,7 @@ def test_an_operators_time_is_its_fastest_backends_where_most_operators_were_tim
     assert bench.kernel_times([bench_row()]) == ("", {})
 
 
-def test_cost_by_length_compares_the_same_number_of_tokens():
+def test_time_per_token_by_length_compares_the_same_number_of_tokens():
     curves = bench_plots.by_length([*ROWS, *LENGTHS], mode="fwd")
     assert {(name[0], name[4], len(points)) for name, points in curves.items()} == {
         ("kda", "16K tokens", 5),
@@ -79,7 +79,7 @@ def drawn_times(rows, *, mode):
     return time_grid.times(cells, mode=mode)
 
 
-@pytest.mark.parametrize(("draw", "rows"), [(drawn_times, ROWS), (bench_plots.cost_by_length, LENGTHS)])
+@pytest.mark.parametrize(("draw", "rows"), [(drawn_times, ROWS), (bench_plots.time_per_token_by_length, LENGTHS)])
 def test_plots_show_something_in_both_styles(draw, rows):
     picture = draw(rows, mode="fwd")
     for png, brightness in ((picture.light, 1.0), (picture.dark, 0.1)):
@@ -142,13 +142,13 @@ def test_the_crossing_with_softmax_is_read_between_lengths():
 def test_no_times_are_no_picture_and_no_lengths_an_error():
     assert time_grid.pages(ROWS, mode="bwd") == []
     with pytest.raises(ValueError, match="the benchmark has no fwd times at several lengths"):
-        bench_plots.cost_by_length(ROWS, mode="fwd")
+        bench_plots.time_per_token_by_length(ROWS, mode="fwd")
 
 
 def test_a_curve_is_labelled_by_what_it_is_and_has_its_own_colour(monkeypatch):
     rows = lengths("kda", time=0.3) + lengths("kda", backend=None, peer=SOFTMAX) + lengths("simplified", time=0.1)
     rows += lengths("kda", backend="chunk", time=9.0) + lengths("simplified", backend="chunk", time=5.0)
-    (curves,) = drawn(monkeypatch, lambda: bench_plots.cost_by_length(rows, mode="fwd"))
+    (curves,) = drawn(monkeypatch, lambda: bench_plots.time_per_token_by_length(rows, mode="fwd"))
     labels = {text.get_text(): text.get_color() for text in curves.axes[0].texts}
     style = LIGHT.colours(["kda", "softmax", "simplified"])
     assert labels.pop(SOFTMAX) == style["softmax"]
@@ -161,7 +161,7 @@ def test_a_curve_is_labelled_by_what_it_is_and_has_its_own_colour(monkeypatch):
 
 def test_no_text_of_a_plot_crosses_a_curve_another_text_or_a_grid_line(monkeypatch):
     rows = lengths("kda", time=0.3) + lengths("kda", backend=None, peer=SOFTMAX) + lengths("simplified", time=0.1)
-    (figure,) = drawn(monkeypatch, lambda: bench_plots.cost_by_length(rows, mode="fwd"))
+    (figure,) = drawn(monkeypatch, lambda: bench_plots.time_per_token_by_length(rows, mode="fwd"))
     axes = figure.axes[0]
     figure.draw_without_rendering()
     boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}

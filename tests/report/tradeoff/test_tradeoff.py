@@ -76,9 +76,9 @@ def test_the_summary_says_how_far_its_contexts_reach_and_which_device_is_another
     there = write_results(tmp_path / "b.json", "decode", other, device="another")
     said = answers.summary([], measurements(find_results([here, there])), None)[-1]
     assert said == (
-        "At every context that was measured, kda is faster than softmax: decode, tiny, bf16, batch 1 (1K to 4K); "
-        "decode, tiny, bf16, batch 2 (at 1K alone). At every context that was measured, softmax is faster than kda: "
-        "decode, tiny, bf16, batch 4, another (at 1K alone)."
+        "At every measured context, kda is faster than softmax: decode, tiny, bf16, batch 1 (1K to 4K); "
+        "decode, tiny, bf16, batch 2 (only at 1K). At every measured context, softmax is faster than kda: "
+        "decode, tiny, bf16, batch 4, another (only at 1K)."
     )
 
 
@@ -108,7 +108,10 @@ def test_mixers_of_other_vocabularies_are_not_paired(tmp_path):
     assert pairs(found) == []
     assert {one.setting for one in found} == {
         *("tiny, bf16, batch 1, vocabulary 300", "tiny, bf16, batch 1, vocabulary 32,000"),
-        *("tiny, bf16-mixed, compile auto, 1K tokens a batch", "tiny, bf16-mixed, compile False, 1K tokens a batch"),
+        *(
+            "tiny, bf16-mixed, compile auto, 1K tokens per batch",
+            "tiny, bf16-mixed, compile False, 1K tokens per batch",
+        ),
     }
 
 
@@ -187,8 +190,8 @@ def test_a_small_difference_is_within_the_spread(tmp_path):
     assert found[1].mixer == "simplified"  # worse, with less state
     (said,) = answers.summary(list(groups.values()), [], quality)
     assert "one seed" not in said
-    assert said.startswith("With 1.02M training tokens, choose kda: its validation bits per byte is the best, 1.100")
-    assert "If memory is short, choose simplified, 1.510 ± 0.014, 22 KiB of state per sequence. The least" in said
+    assert said.startswith("With 1.02M training tokens, choose kda: it has the best validation bits per byte (1.100")
+    assert "If memory is short, choose simplified (1.510 ± 0.014, 22 KiB of state per sequence). The least" in said
     without = [group for name, group in groups.items() if name != "softmax"]
     least = answers.answers(without, [], quality)[-1]
     assert (least.mixer, least.why) == ("kda", "146 KiB; no other is as good within the spread over seeds")
@@ -217,10 +220,7 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     report = (out / "report.md").read_text()
     assert "fastest decode at 15.6K: kda, 1,000 tokens/s, 2.00 times softmax (tiny, bf16, batch 1, a GPU)." in report
     assert "kda is faster than softmax from a context of about 7.8K (decode, tiny, bf16, batch 1)." in report
-    assert (
-        "At every context that was measured, kda is faster than softmax: training step, tiny, bf16-mixed, 8K tokens"
-        in report
-    )
+    assert "At every measured context, kda is faster than softmax: training step, tiny, bf16-mixed, 8K tokens" in report
     assert "Not measured: kda, FLA: fla is not installed." in report
 
 

@@ -94,7 +94,7 @@ def test_by_length_each_model_is_read_at_the_length_it_was_trained_at(tmp_path):
         ]
         runs.append(task_run(tmp_path / str(n), "kda", 64, 1e-3, 0.5, data="stack", context=context, subsets=subsets))
     head, body = accuracy.table(read_runs(runs)[0])
-    assert head[-2:] == ["256", "512"]
+    assert head[-2:] == ["256 tokens", "512 tokens"]
     assert body == [["kda", "64", "0.001", "9 B", "100.0%", "100.0%"]]
     compare(runs, tmp_path / "out", title="Stack")
     assert {path.name for path in (tmp_path / "out").glob("accuracy*.png")} == {"accuracy_by_length.png"}

@@ -9,19 +9,12 @@ import torch
 from torch import Tensor
 
 from lkda.ops.kda.reference.gate import KDAGate
-from lkda.ops.runtime.cpp import NAMES, Library, cpu_only
+from lkda.ops.runtime.cpp import NAMES, Library, contiguous_rows, cpu_only
 
 LIBRARY = Library(Path(__file__).with_name("step.cpp"))
 NO_DECAY, PER_CHANNEL, PER_HEAD = range(3)  # as in the .cpp file
 
-_reason = cpu_only(LIBRARY, otherwise="torch")
-
-
-def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the C++ cannot run, or None if it can."""
-    if dtype not in NAMES:
-        return f"it computes in float32 and float64, got {dtype}; use backend='torch'."
-    return _reason(device, head_dim, dtype)
+reason_cannot_run = cpu_only(LIBRARY, otherwise="torch", dtypes=NAMES)
 
 
 def of_one_dtype(q: Tensor, *others: Tensor | None) -> bool:
@@ -46,9 +39,9 @@ def kda_step_cpu(
 ) -> Tensor:
     """Arguments and result as of the form in PyTorch, all of one dtype, with a state that has no factors."""
     B, H, D = q.shape
-    q, k, v, beta_logits = (_rows(x) for x in (q, k, v, beta_logits))
+    q, k, v, beta_logits = (contiguous_rows(x) for x in (q, k, v, beta_logits))
     kind = NO_DECAY if gate_logits is None else PER_HEAD if gate_logits.dim() == 2 else PER_CHANNEL
-    logits = None if gate_logits is None else _rows(gate_logits)
+    logits = None if gate_logits is None else contiguous_rows(gate_logits)
     o = q.new_empty(B, H, D)
     LIBRARY.call(
         f"kda_step_{NAMES[q.dtype]}",
@@ -59,8 +52,3 @@ def kda_step_cpu(
         *(int(normalize), float(scale), state, o, torch.get_num_threads()),
     )
     return o
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [B, ...] with each row in one piece: a copy, unless the rows only lie apart."""
-    return x if x[0].is_contiguous() else x.contiguous()

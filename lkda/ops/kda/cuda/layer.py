@@ -1,12 +1,12 @@
-"""A KDA layer between its projections on a GPU, as one differentiable function that keeps little for its backward.
+"""A KDA layer between its projections on a GPU, as one differentiable function that saves little for its backward.
 
     q, k, v = SiLU(conv(x)), q and k normalised         g, beta = gate(logits), logits = W_f latent
     y = RMSNorm(o) * sigmoid(W_g latent')               o = the core of KDA on q, k, v, g and beta
 
-The kernels are those of `short_conv`, `gate`, `core` and `gated_norm`. As operators of their own each keeps its inputs
-for the backward, and the core keeps its workspaces and states too. Here the backward runs the kernels of the forward
-again, which gives the same numbers bit for bit, and then those of the backward. `KEEPS` says what it can leave out in
-exchange for memory. docs/dev/kernels_layer.md has the bytes and the times.
+The kernels are those of `short_conv`, `gate`, `core` and `gated_norm`. As operators of their own each saves its inputs
+for the backward, and the core saves its workspaces and states too. Here the backward runs the kernels of the forward
+again, which gives the same numbers bit for bit, and then those of the backward. `SAVED_FOR_BACKWARD` lists what can be
+saved, so that fewer kernels run again. docs/dev/kernels_layer.md has the bytes and the times.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lkda.ops.kda.reference.gate import KDAGate
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.short_conv import cuda as short_conv
 
-# What is kept between forward and backward: the inputs of the function; the workspaces of the core too; or the
+# What is saved between forward and backward: the inputs of the function; the workspaces of the core too; or the
 # workspaces, the states and the output of the core, so that the backward computes only element-wise results and
 # products of low rank again.
-KEEPS = ("inputs", "workspaces", "core")
+SAVED_FOR_BACKWARD = ("inputs", "workspaces", "core")
 _NORMALIZED = 0b011  # q and k
 _RESULTS = 5  # y, the final state and three last inputs; what is kept follows
 # latent, weight, beta_logits, A_log and bias
@@ -102,19 +102,23 @@ def _forward(
     strength: float,
     scale: float,
     eps: float,
-    keeps: str,
+    save_for_backward: str,
 ) -> tuple[Tensor, ...]:
     """y [B, T, H, D], the final state, the last inputs of the three convolutions, and for `_backward` the workspaces,
     what else the core saves, and o. Of these three, what is not kept is empty."""
     decay, options = (latent, weight, beta_logits, a_log, bias), (bounded, lower_bound, strength)
     here = _before_core(x, (w0, w1, w2), decay, cu_seqlens, head_dim, options)
     inputs = (here.q, here.k, here.v, here.g, here.beta)
-    kept = core.launch_workspaces(*inputs, cu_seqlens, scale) if keeps == "workspaces" else None
+    kept = core.launch_workspaces(*inputs, cu_seqlens, scale) if save_for_backward == "workspaces" else None
     o, final_state, workspaces, saved, _, _ = core.launch_forward(
-        *inputs, None, cu_seqlens, scale, normalize=False, save=keeps == "core", workspaces=kept
+        *inputs, None, cu_seqlens, scale, normalize=False, save=save_for_backward == "core", workspaces=kept
     )
     y = gated_norm.launch_forward(o, _output_gate(out_latent, out_weight, head_dim), norm_weight, eps)
-    more = (kept if keeps == "workspaces" else workspaces, saved, o if keeps == "core" else None)
+    more = (
+        kept if save_for_backward == "workspaces" else workspaces,
+        saved,
+        o if save_for_backward == "core" else None,
+    )
     return y, final_state, *here.lasts, *(x.new_empty(0) if tensor is None else tensor for tensor in more)
 
 
@@ -150,7 +154,7 @@ def _backward(
     strength: float,
     scale: float,
     eps: float,
-    keeps: str,
+    save_for_backward: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, of the filters as one tensor [3, C, 1, width], of latent, weight and beta_logits, of bias and
     A_log as one row, and of out_latent, out_weight and norm_weight. What does not exist is empty.
@@ -159,8 +163,8 @@ def _backward(
     """
     decay, options = (latent, weight, beta_logits, a_log, bias), (bounded, lower_bound, strength)
     q, k, v, logits, g, beta, _ = _before_core(x, (w0, w1, w2), decay, cu_seqlens, head_dim, options)
-    if keeps != "core":
-        kept = workspaces if keeps == "workspaces" else None
+    if save_for_backward != "core":
+        kept = workspaces if save_for_backward == "workspaces" else None
         o, _, found, more, _, _ = core.launch_forward(
             *(q, k, v, g, beta), None, cu_seqlens, scale, normalize=False, save=True, workspaces=kept
         )
@@ -202,7 +206,7 @@ def _linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> tup
 _INPUTS = (
     "Tensor x, Tensor w0, Tensor w1, Tensor w2, Tensor? latent, Tensor? weight, Tensor beta_logits, Tensor? a_log, "
     "Tensor? bias, Tensor? out_latent, Tensor? out_weight, Tensor norm_weight, Tensor? cu_seqlens, int head_dim, "
-    "bool bounded, float lower_bound, float strength, float scale, float eps, str keeps"
+    "bool bounded, float lower_bound, float strength, float scale, float eps, str save_for_backward"
 )
 _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(f"kda_layer({_INPUTS}) -> ({', '.join(['Tensor'] * 8)})")
@@ -219,13 +223,13 @@ _library.impl("kda_layer_backward", _backward, "CUDA")
 def _(
     x, w0, w1, w2, latent, weight, beta_logits, a_log, bias, out_latent, out_weight, norm_weight, cu_seqlens, *options
 ):
-    head_dim, *_, keeps = options
+    head_dim, *_, save_for_backward = options
     ys, lasts = short_conv.forward_outputs(x.chunk(3, -1)[0], w0, 3, cu_seqlens)
     y = _heads(ys[0], head_dim)
     sizes, kept = core.sizes_of(y, cu_seqlens), [x.new_empty(0) for _ in range(3)]
-    if keeps != "inputs":
+    if save_for_backward != "inputs":
         kept[0] = core.empty_bytes(sizes.workspaces, x.device)
-    if keeps == "core":
+    if save_for_backward == "core":
         kept[1:] = core.empty_bytes(sizes.saved, x.device), torch.empty_like(y)
     return y, core.empty_results(y, cu_seqlens)[1], *lasts, *kept
 
@@ -249,8 +253,8 @@ def _(dy, d_final, e0, e1, e2, workspaces, saved, o, *inputs):
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    *tensors, head_dim, bounded, lower_bound, strength, scale, eps, keeps = inputs
-    ctx.options = (head_dim, bounded, lower_bound, strength, scale, eps, keeps)
+    *tensors, head_dim, bounded, lower_bound, strength, scale, eps, save_for_backward = inputs
+    ctx.options = (head_dim, bounded, lower_bound, strength, scale, eps, save_for_backward)
     ctx.save_for_backward(*output[_RESULTS:], *tensors)
 
 
@@ -293,7 +297,7 @@ def kda_layer_cuda(
     head_dim: int,
     eps: float = 1e-5,
     cu_seqlens: Tensor | None = None,
-    keeps: str = "inputs",
+    save_for_backward: str = "inputs",
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """From the projections of a KDA layer to the input of its output projection; differentiable.
 
@@ -309,7 +313,7 @@ def kda_layer_cuda(
         head_dim: D.
         eps: of the norm.
         cu_seqlens: int [N + 1], the boundaries of N sequences packed in one row (B = 1); they may be empty.
-        keeps: one of KEEPS.
+        save_for_backward: one of SAVED_FOR_BACKWARD.
     Returns: y [B, T, H, D] in x's dtype, the final state [B or N, H, D, D] in float32, and the inputs of the three
         convolutions at the end of each sequence, [B or N, width - 1, H * D] in the filters' dtype.
     """
@@ -329,5 +333,5 @@ def kda_layer_cuda(
     if can_bypass_dispatcher(*tensors):
         forward = _with_autograd if wanted else _forward
     options = (head_dim, gate.bounded, gate.lower_bound, gate.strength, head_dim**-0.5, eps)
-    y, final_state, *more = forward(*tensors, cu_seqlens, *options, keeps if wanted else "inputs")
+    y, final_state, *more = forward(*tensors, cu_seqlens, *options, save_for_backward if wanted else "inputs")
     return y, final_state, tuple(last.to(w.dtype) for last, w in zip(more, filters))

@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from lkda.ops.runtime.cpp import NAMES, Library, cpu_only
+from lkda.ops.runtime.cpp import NAMES, Library, contiguous_rows, cpu_only
 
 LIBRARY = Library(Path(__file__).with_name("step.cpp"))
 
-_reason = cpu_only(LIBRARY, otherwise="torch")
-
-
-def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the C++ cannot run, or None if it can."""
-    if dtype not in NAMES:
-        return f"it computes in float32 and float64, got {dtype}; use backend='torch'."
-    return _reason(device, head_dim, dtype)
+reason_cannot_run = cpu_only(LIBRARY, otherwise="torch", dtypes=NAMES)
 
 
 def simplified_step_fused_cpu(
@@ -34,8 +26,8 @@ def simplified_step_fused_cpu(
 ) -> Tensor:
     """Arguments and result as of `simplified_step_fused`, already checked, and all of one dtype."""
     B, H, D = q.shape
-    q, k, v = (_rows(x) for x in (q, k, v))
-    logits = None if logits is None else _rows(logits)
+    q, k, v = (contiguous_rows(x) for x in (q, k, v))
+    logits = None if logits is None else contiguous_rows(logits)
     weights = [weight.contiguous() for weight in weights]
     o = q.new_empty(B, H, D)
     LIBRARY.call(
@@ -46,8 +38,3 @@ def simplified_step_fused_cpu(
         *(state, o),
     )
     return o
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [B, ...] with each row in one piece: a copy, unless the rows only lie apart."""
-    return x if x[0].is_contiguous() else x.contiguous()

@@ -8,22 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lkda.ops.runtime.cpp import NAMES, Library, cpu_only
+from lkda.ops.runtime.cpp import NAMES, Library, contiguous_rows, cpu_only
 from lkda.ops.softmax.rotary import frequencies
 
 LIBRARY = Library(Path(__file__).with_name("step.cpp"))
 
 can_take = LIBRARY.can_take
-_reason = cpu_only(LIBRARY, otherwise="torch")
+reason_cannot_run = cpu_only(LIBRARY, otherwise="torch", dtypes=NAMES)
 # A recorded step must find them computed.
 _known_frequencies = cache(frequencies)
-
-
-def reason_cannot_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the C++ cannot run, or None if it can."""
-    if dtype not in NAMES:
-        return f"it computes in float32 and float64, got {dtype}; use backend='torch'."
-    return _reason(device, head_dim, dtype)
 
 
 def softmax_step_cpu(
@@ -39,7 +32,7 @@ def softmax_step_cpu(
 ) -> Tensor:
     """Arguments and result as of `softmax_step`, already checked, and all of one dtype."""
     B, H, D = q.shape
-    q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
+    q, k, v = map(contiguous_rows, (q, k, v))
     o = q.new_empty(B, H, D)
     LIBRARY.call(
         f"softmax_step_{NAMES[q.dtype]}",

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from lkda.old_names import main, translated_results, with_data_name
 from lkda.report.operators.benchmark import read_benchmark
 from lkda.report.read.evaluations import read_evaluations
 from lkda.report.read.files import read_results_file
-from lkda.report.read.old_keys import main, translated_results, with_data_name
 from lkda.report.read.runs import read_run
 from lkda.report.training.comparison import read_comparison
 from tests.report.conftest import bench_row, write_run
