@@ -60,7 +60,7 @@ class PromptsJob:
             if changed:
                 raise InputError(
                     f"{self.journal} holds finished texts of another {', '.join(changed)}: start the command with the "
-                    "settings of before, or delete that file to begin again."
+                    "earlier settings, or delete that file to begin again."
                 )
             self.finished = {(line["prompt_index"], line["sample_index"]): line for line in lines}
         write_atomically(self.journal, "".join(_line(x) for x in (header, *self.finished.values())))
