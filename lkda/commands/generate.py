@@ -61,7 +61,8 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     wanted = [(i, j) for i in range(len(prompts)) for j in range(config.num_samples)]
     if job is not None:
         wanted = job.begin(model, wanted)
-    encoded = {i: encode_prompt(tokenizer, prompts[i])[0].tolist() for i in sorted({i for i, _ in wanted})}
+    names = ["the prompt"] if job is None else [f"prompt {i} (from 0) of {config.prompts}" for i in range(len(prompts))]
+    encoded = {i: encode_prompt(tokenizer, prompts[i], name=names[i])[0].tolist() for i in sorted(dict(wanted))}
     batch = BatchGenerator(
         model,
         [Request(encoded[i], i, j) for i, j in wanted],
@@ -129,7 +130,7 @@ def _prompt(config: DictConfig) -> str:
         else:
             if sys.stdin.isatty():
                 print("type the prompt, then Ctrl-D:", file=sys.stderr)
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

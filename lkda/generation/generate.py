@@ -9,7 +9,7 @@ from typing import overload
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError, check_count
-from lkda.generation.text import GrowingText, check_stop, check_tokenizer, encode_prompt
+from lkda.generation.text import GrowingText, check_model, check_stop, check_tokenizer, encode_prompt
 from lkda.models.decoder import Sampling
 from lkda.models.generate import STOP, BatchGenerator, Request
 from lkda.models.lm import LanguageModel
@@ -159,12 +159,13 @@ def stream(
 ) -> Iterator[Piece]:
     """As `generate`, but yields the pieces of the texts as soon as they are sampled. Arguments are checked at once."""
     check_tokenizer(tokenizer)
+    check_model(model)
     texts = check_prompts(prompts)
     check_count("num_samples", num_samples, least=1, most=MOST_SAMPLES)
     strings = check_stop(stop)
     if not isinstance(ignore_eos, bool):
         raise InputError(f"ignore_eos must be true or false, got {ignore_eos!r}.")
-    encoded = [encode_prompt(tokenizer, text)[0].tolist() for text in texts]
+    encoded = [encode_prompt(tokenizer, text, name=_name_of(i, texts))[0].tolist() for i, text in enumerate(texts)]
     batch = BatchGenerator(
         model,
         [Request(tokens, i, j) for i, tokens in enumerate(encoded) for j in range(num_samples)],
@@ -207,3 +208,7 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"prompts must be a text or a list of texts, got {prompts!r}.")
     return list(texts)
+
+
+def _name_of(number: int, texts: Sequence[str]) -> str:
+    return "the prompt" if len(texts) == 1 else f"prompts[{number}]"
