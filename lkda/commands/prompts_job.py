@@ -108,7 +108,7 @@ class PromptsJob:
                     bar.advance(task)
 
     def _lock(self, file: BinaryIO) -> None:
-        """Raises ValueError if another process has the journal. The lock ends with the process, also if it is killed."""
+        """Raises ValueError if another process has the journal. The lock ends with the process, however that ends."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -173,7 +173,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The objects in the lines of a journal, up to one that was cut off or is no object, and the bytes of these lines."""
+    """The objects in the lines of a journal, up to one that was cut off or is no object, and the size of these lines."""
     found: list[dict[str, Any]] = []
     size = 0
     for line in content.split(b"\n")[:-1]:

@@ -123,7 +123,7 @@ def test_two_processes_do_not_write_to_one_file(exported: Path, monkeypatch: pyt
     def recording(result):
         if not tried:
             tried.append((exported.parent / "out.jsonl.part").read_text())
-            with pytest.raises(ValueError, match="another process is writing to .*out.jsonl: wait for it"):
+            with pytest.raises(ValueError, match=r"another process is writing to .*out.jsonl: wait for it"):
                 run(exported)
             assert (exported.parent / "out.jsonl.part").read_text() == tried[0]
         return record(result)
