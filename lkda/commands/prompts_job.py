@@ -173,7 +173,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The objects in the lines of a journal, up to one that was cut off or is no object, and the size of these lines."""
+    """The objects in the lines of a journal, up to one that is cut off or no object, and the bytes of these lines."""
     found: list[dict[str, Any]] = []
     size = 0
     for line in content.split(b"\n")[:-1]:
