@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lkda.models import decoder as decoding
+from lkda.models.cached_attention import CachedAttention
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import _use_few_launches
 from lkda.models.decoding_block import DecodingBlock
@@ -216,6 +218,56 @@ def test_blocks_of_few_launches_are_the_blocks(make):
             logits.append(new)
         found.append(torch.stack(logits))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+MLA = [{}, {"conv_width": 3}, {"qk_norm": True}, {"kv_lora_rank": 5, "qk_nope_head_dim": 6, "v_head_dim": 7}]
+
+
+@pytest.mark.parametrize("options", MLA, ids=str)
+@torch.no_grad()
+def test_mla_steps_in_pytorch(monkeypatch, options):
+    """As on a GPU, with blocks of few launches: sequences of unequal lengths, in caches cut to a bucket, and alone."""
+    monkeypatch.setattr(CachedAttention, "state_fits_cpp", lambda *_: False)
+    plain = with_options("mla", options).double()
+    fused, texts, bounds = copy.deepcopy(plain), tokens(2, 13), torch.tensor([0, 7, 9], dtype=torch.int32)
+    _use_few_launches(fused, torch.float64)
+    assert all(block._projections is not None for block in fused.blocks)
+    packed = torch.cat([texts[:1, :7], texts[1:, :2]], 1)
+    for model in (plain, fused):
+        _, state = model.prefill_packed(packed, model.init_state(2, max_tokens=20), cu_seqlens=bounds)
+        state, single = model.cut_state(state, 14), model.init_state(1)
+        for t in range(6):
+            logits, state = model.step(torch.stack([texts[0, 7 + t], texts[1, 2 + t]]), state)
+            for row, end in enumerate([8 + t, 3 + t]):
+                torch.testing.assert_close(logits[row], plain(texts[row, None, :end])[0, -1], rtol=1e-9, atol=1e-9)
+            logits, single = model.step(texts[:1, t], single)
+            torch.testing.assert_close(logits, plain(texts[:1, : t + 1])[:, -1], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_mla_attends_with_few_launches():
+    """Scaling, the sum of both products and the mask are no products and copies of their own."""
+    mixer = small(["mla"]).blocks[0].mixer.bfloat16()
+    q, latent, shared = (torch.randn(3, *s).bfloat16() for s in ((2, 24), (8, mixer.rank), (8, mixer.rope)))
+    empty = torch.arange(8) >= torch.tensor([[2], [8], [5]])
+    with Called() as called:
+        mixer._attend_one(q, (latent, shared), empty)
+    assert called.names == ["bmm", "bmm", "baddbmm_", "masked_fill_", "_softmax", "bmm", "bmm"]
+
+
+class Called(TorchDispatchMode):
+    """Names of the operations that are called, but for views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        returned = [value.alias_info for value in function._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in returned):
+            self.names.append(function.overloadpacket.__name__)
+        return found
 
 
 @pytest.mark.parametrize("name", ["kda", "simplified"])

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lkda.checks import check_count
 from lkda.models.cached_attention import CachedAttention, refuse_full
-from lkda.models.growing_cache import append_one, filled, masked_softmax
+from lkda.models.growing_cache import append_one, filled, masked_softmax, softmax_of_filled
 from lkda.models.linear import fused_linear, is_plain
 from lkda.models.mixer import State
+from lkda.models.projected_mixer import ProjectedMixer
 from lkda.models.recurrent_mixer import linear
 from lkda.models.rows import is_plain_norm
 from lkda.models.sequence_part import states_before
@@ -20,7 +21,7 @@ from lkda.ops import short_convolution
 from lkda.ops.softmax.cpu.step import advance_, can_take, latent_step_cpu
 
 
-class MultiHeadLatentAttention(CachedAttention):
+class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
     """Softmax attention whose keys and values are computed from one latent per token, which is all that is cached.
 
         c, r = split(kv_a x)        k = [k_nope(RMSNorm c), r], v = v(RMSNorm c)        scale = (nope + rope)^-0.5
@@ -75,6 +76,7 @@ class MultiHeadLatentAttention(CachedAttention):
         self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=norm_eps)
         self.kv_b_proj = linear(self.rank, num_heads * (self.nope + self.v_dim))
         self.o_proj = linear(num_heads * self.v_dim, d_model)
+        self.o_norm = None
         norms = (nn.RMSNorm(self.nope + self.rope, eps=norm_eps) if qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
         widths = (num_heads * (self.nope + self.rope), self.rank + self.rope)
@@ -84,7 +86,7 @@ class MultiHeadLatentAttention(CachedAttention):
     def inputs(
         self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequence[Tensor]]:
-        q, kv = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
+        q, kv = fused_linear(x, self.step_layers())
         return self._heads(q, kv, cu_seqlens, state)
 
     def _heads(
@@ -106,14 +108,19 @@ class MultiHeadLatentAttention(CachedAttention):
         latent, shared = kv.split([self.rank, self.rope], -1)
         return q, (self.kv_a_layernorm(latent), shared), convolved
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        q, kv = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
+    def step_layers(self) -> list[nn.Linear]:
+        return [self.q_proj, self.kv_a_proj_with_mqa]
+
+    def step_from(
+        self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
+    ) -> tuple[Tensor, Tensor | None, State]:
+        q, kv = projected
         if self._steps_in_cpp(q, kv, state):
-            return self.o_proj(self._attend_in_cpp(q, kv, state).flatten(1)), state
+            return self._attend_in_cpp(q, kv, state), None, state
         q, entries, convolved = self._heads(q.unsqueeze(1), kv.unsqueeze(1), None, state)
         caches = append_one(state[:2], entries, state[2])
         o = self._attend_one(q[:, 0], *filled(caches, state[2]))
-        return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
+        return o, None, (*caches, state[2], *convolved)
 
     def _steps_in_cpp(self, q: Tensor, kv: Tensor, state: State) -> bool:
         plain = self.k_norm is None and is_plain(self.kv_b_proj) and is_plain_norm(self.kv_a_layernorm)
@@ -147,7 +154,7 @@ class MultiHeadLatentAttention(CachedAttention):
         k = torch.cat([k, shared_heads], -1)
         return k if self.k_norm is None else self.k_norm(k).to(v.dtype), v
 
-    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], empty: Tensor | None) -> Tensor:
         """q [B, H, nope + rope], the latents [B, S, rank] and the shared key channels [B, S, rope] -> [B, H, v_dim].
 
         Without a norm of the keys, the query is projected to the latent and the sum of latents to the values (as in
@@ -158,14 +165,15 @@ class MultiHeadLatentAttention(CachedAttention):
         scale = q.shape[-1] ** -0.5
         if self.k_norm is not None or not is_plain(self.kv_b_proj):
             k, v = (y.transpose(1, 2) for y in self.keys_and_values(latent, shared))
-            weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), mask, scale)
+            weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), empty, scale=scale)
             return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
+        # On a GPU with few sequences the time is that of the launches. So the second product adds and scales, too.
         to_key, to_value = self.kv_b_proj.weight.view(self.num_heads, -1, self.rank).split([self.nope, self.v_dim], 1)
         nope, rope = q.split([self.nope, self.rope], -1)
-        nope = torch.einsum("bhn,hnr->bhr", nope, to_key)
-        scores = torch.matmul(nope, latent.mT) + torch.matmul(rope, shared.mT)
-        summed = torch.matmul(masked_softmax(scores, mask, scale), latent)
-        return torch.einsum("bhr,hvr->bhv", summed, to_value)
+        nope = torch.bmm(nope.transpose(0, 1), to_key).transpose(0, 1)  # [B, H, rank]
+        scores = torch.bmm(rope, shared.mT).baddbmm_(nope, latent.mT, beta=scale, alpha=scale)
+        summed = torch.bmm(softmax_of_filled(scores, empty), latent)
+        return torch.bmm(summed.transpose(0, 1), to_value.mT).transpose(0, 1)
 
     def convolutions(self) -> list[ShortConvolution]:
         return [convolve for convolve in (self.q_conv1d, self.kv_conv1d) if convolve is not None]
