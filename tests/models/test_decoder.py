@@ -57,6 +57,18 @@ def test_sequences_of_unequal_lengths_read_on(pattern):
             torch.testing.assert_close(got[row], model(texts[row, None, :end])[0, start:])
 
 
+def test_a_state_that_does_not_keep_its_shape_is_an_error(monkeypatch):
+    """A mixer that grows by copying, although `max_tokens` was given."""
+    made = CachedAttention.init_state
+    monkeypatch.setattr(CachedAttention, "init_state", lambda self, batch, max_tokens=None: made(self, batch))
+    message = r"state of \[2, 0, 16\] per sequence.* has become \[2, 3, 16\]: the mixer must allocate it for max_tokens"
+    decoder = Decoder(small(["softmax"]), 1, 20, Sampling())
+    with pytest.raises(ValueError, match=message):
+        decoder.admit([0], [[1, 2, 3]], [0], [5])
+    with pytest.raises(ValueError, match=message):
+        decoder.read([1, 2, 3])
+
+
 @pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)

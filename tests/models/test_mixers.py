@@ -103,6 +103,20 @@ class TestEveryMixer:
                     torch.testing.assert_close(logits, want[:, t], rtol=1e-11, atol=1e-11)
 
     @torch.no_grad()
+    def test_bfloat16_states_do_not_wear_out(self, pattern):
+        """With weights in bfloat16, steps after 260 tokens are as near to the logits in float64 as the whole is."""
+        model, x = small(pattern, scale=1), tokens(1, 300)
+        want = model.double()(x)[:, 260:]
+        model.bfloat16()
+        whole, (_, state) = model(x)[:, 260:], model.prefill(x[:, :260], model.init_state(1, max_tokens=300))
+        steps = []
+        for t in range(260, 300):
+            logits, state = model.step(x[:, t], state)
+            steps.append(logits)
+        error, allowed = ((y.double() - want).norm() for y in (torch.stack(steps, 1), whole))
+        assert error < 1.5 * allowed
+
+    @torch.no_grad()
     def test_preallocated_caches_equal_growing_ones(self, pattern):
         """Packed, in steps, and read on: two sequences of unequal length, each as it is alone, in float64 exactly."""
         model, x = small(pattern).double(), tokens(2, 30)
