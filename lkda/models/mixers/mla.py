@@ -167,13 +167,53 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
             k, v = (y.transpose(1, 2) for y in self.keys_and_values(latent, shared))
             weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), empty, scale=scale)
             return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
-        # On a GPU with few sequences the time is that of the launches. So the second product adds and scales, too.
-        to_key, to_value = self.kv_b_proj.weight.view(self.num_heads, -1, self.rank).split([self.nope, self.v_dim], 1)
+        to_key, to_value = self._weights_of_heads()
         nope, rope = q.split([self.nope, self.rope], -1)
         nope = torch.bmm(nope.transpose(0, 1), to_key).transpose(0, 1)  # [B, H, rank]
-        scores = torch.bmm(rope, shared.mT).baddbmm_(nope, latent.mT, beta=scale, alpha=scale)
-        summed = torch.bmm(softmax_of_filled(scores, empty), latent)
+        summed = self._sum_of_latents(nope, rope, latent, shared, empty)
         return torch.bmm(summed.transpose(0, 1), to_value.mT).transpose(0, 1)
+
+    def _weights_of_heads(self) -> tuple[Tensor, Tensor]:
+        """The weights from the latent to the keys [H, nope, rank] and to the values [H, v_dim, rank] of each head."""
+        to_key, to_value = self.kv_b_proj.weight.view(self.num_heads, -1, self.rank).split([self.nope, self.v_dim], 1)
+        return to_key, to_value
+
+    def _sum_of_latents(
+        self, query: Tensor, rope: Tensor, latent: Tensor, shared: Tensor, empty: Tensor | None
+    ) -> Tensor:
+        """Attention in the latent space: query [B, H, rank], rope [B, H, rope] and the caches -> [B, H, rank].
+
+        On a GPU with few sequences the time is that of the launches. So the second product adds and scales, too.
+        """
+        scale = (self.nope + self.rope) ** -0.5
+        scores = torch.bmm(rope, shared.mT).baddbmm_(query, latent.mT, beta=scale, alpha=scale)
+        return torch.bmm(softmax_of_filled(scores, empty), latent)
+
+    @torch.no_grad()
+    def absorbed(self, *, most_bytes: int) -> tuple[list[Tensor], Tensor] | None:
+        """q_proj times the projection of q to the latent, [H * (rank + rope), d_model], the layer of the latent, and
+        o_proj times the projection of latents to the values, [d_model, H * rank]."""
+        layers = (self.q_proj, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj)
+        if self.q_norm is not None or self.q_conv1d is not None or not all(map(is_plain, layers)):
+            return None
+        q, o = self.q_proj.weight, self.o_proj.weight
+        numbers = self.num_heads * (2 * self.rank - self.nope - self.v_dim) * len(o) - self.kv_b_proj.weight.numel()
+        if numbers * o.element_size() > most_bytes:
+            return None
+        to_key, to_value = (weight.double() for weight in self._weights_of_heads())
+        nope, rope = self.heads(q.double().T).split([self.nope, self.rope], -1)  # [d_model, H, ...]
+        query = torch.cat([torch.einsum("dhn,hnr->hrd", nope, to_key), rope.permute(1, 2, 0)], 1)
+        values = torch.einsum("dhv,hvr->dhr", self.heads(o.double()), to_value)
+        return [query.flatten(0, 1).to(q.dtype), self.kv_a_proj_with_mqa.weight], values.flatten(1).to(o.dtype)
+
+    def absorbed_step_from(self, projected: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
+        query, kv = projected
+        q, entries, _ = self._heads(query.unsqueeze(1), kv.unsqueeze(1), None, state)
+        caches = append_one(state[:2], entries, state[2])
+        to_attend, empty = filled(caches, state[2])
+        latent, shared = (cache.to(q.dtype) for cache in to_attend)
+        summed = self._sum_of_latents(*q[:, 0].split([self.rank, self.rope], -1), latent, shared, empty)
+        return summed.flatten(1), (*caches, state[2])
 
     def convolutions(self) -> list[ShortConvolution]:
         return [convolve for convolve in (self.q_conv1d, self.kv_conv1d) if convolve is not None]
