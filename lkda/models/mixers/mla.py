@@ -212,8 +212,8 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         caches = append_one(state[:2], entries, state[2])
         to_attend, empty = filled(caches, state[2])
         latent, shared = (cache.to(q.dtype) for cache in to_attend)
-        summed = self._sum_of_latents(*q[:, 0].split([self.rank, self.rope], -1), latent, shared, empty)
-        return summed.flatten(1), (*caches, state[2])
+        query, rope = q[:, 0].split([self.rank, self.rope], -1)
+        return self._sum_of_latents(query, rope, latent, shared, empty).flatten(1), (*caches, state[2])
 
     def convolutions(self) -> list[ShortConvolution]:
         return [convolve for convolve in (self.q_conv1d, self.kv_conv1d) if convolve is not None]
