@@ -215,7 +215,7 @@ def test_another_object_in_place_of_the_model_is_an_error(model, message):
         ({"num_samples": 10**9}, "num_samples must be at most 1000000, got 1000000000"),
         (
             {"num_samples": 10**6, "prompts": ["a"] * 11},
-            "11 prompts with num_samples=1,000,000 are 11,000,000 texts, and",
+            "11 prompts with num_samples=1,000,000 are 11,000,000",
         ),
         ({"stop": ""}, "stop must be a text that is not empty"),
         ({"stop": [1]}, "stop must be a text that is not empty, or a list of such texts, got"),
