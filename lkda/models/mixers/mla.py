@@ -115,6 +115,7 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
     ) -> tuple[Tensor, Tensor | None, State]:
         q, kv = projected
+        self.check_state(state, len(q))
         if self._steps_in_cpp(q, kv, state):
             return self._attend_in_cpp(q, kv, state), None, state
         q, entries, convolved = self._heads(q.unsqueeze(1), kv.unsqueeze(1), None, state)
@@ -208,6 +209,7 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
 
     def absorbed_step_from(self, projected: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
         query, kv = projected
+        self.check_state(state, len(query))
         q, entries, _ = self._heads(query.unsqueeze(1), kv.unsqueeze(1), None, state)
         caches = append_one(state[:2], entries, state[2])
         to_attend, empty = filled(caches, state[2])

@@ -71,6 +71,7 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
     def step_from(
         self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
     ) -> tuple[Tensor, Tensor | None, State]:
+        self.check_state(state, len(projected[0]))
         if all(self.state_fits_cpp(y, state) for y in projected):
             return self._attend_in_cpp(projected, state), None, state
         q, k, v, convolved = self._heads([y.unsqueeze(1) for y in projected], None, state)
