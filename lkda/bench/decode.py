@@ -45,10 +45,9 @@ def decode_row(model: LanguageModel, batch: int, context: int, sampling: Samplin
     """
     device = model.embed_tokens.weight.device
     row: Row = {"bytes_per_sequence": model.state_bytes(context), "weight_bytes": weight_bytes(model)}
-    needed = batch * model.state_bytes(context)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else physical_memory()
+    needed, free = batch * model.state_bytes(context), _free_bytes(device)
     if needed > MEMORY_SHARE * free:
-        return row | {"bytes_needed": needed, "reason": _does_not_fit(needed, free)}
+        return row | _does_not_fit(needed, free)
     copied = copy_gb_per_s(device)
     if device.type == "cuda":  # give the memory of the copy back, and do not count it
         torch.cuda.empty_cache()
@@ -56,7 +55,7 @@ def decode_row(model: LanguageModel, batch: int, context: int, sampling: Samplin
     try:
         speed, decoder = _decode(prepare_decoding(model), batch, context, sampling)
     except torch.OutOfMemoryError:
-        return row | {"bytes_needed": needed, "reason": _does_not_fit(needed, free)}
+        return row | _does_not_fit(needed, free)
     # A constant state is written whole; of a growing cache, the entries so far are read and one is written.
     tokens = context - LEAST_CONTEXT + STEPS // 2
     moved = row["weight_bytes"] + batch * (model.state_bytes(tokens) + model.state_bytes(1))
@@ -105,8 +104,14 @@ def _decode(model: LanguageModel, batch: int, context: int, sampling: Sampling) 
 
 
 def prefill_row(model: LanguageModel, context: int) -> Row:
-    """tokens/s of reading a prompt of `context` tokens, and of the forward without head of FORWARD tokens."""
+    """tokens/s of reading a prompt of `context` tokens, and of the forward without head of FORWARD tokens.
+
+    If the states do not fit into the memory, the row has bytes_needed and the reason instead.
+    """
     device, vocab_size = model.embed_tokens.weight.device, model.embed_tokens.num_embeddings
+    needed, free = model.state_bytes(context + 1), _free_bytes(device)
+    if needed > MEMORY_SHARE * free:
+        return {"bytes_per_sequence": model.state_bytes(context)} | _does_not_fit(needed, free)
     decoder = Decoder(model, 1, context + 1, Sampling())
     prompt = torch.randint(0, vocab_size, (context,)).tolist()
     batch = torch.randint(0, vocab_size, FORWARD, device=device)
@@ -151,7 +156,8 @@ def peer_row(model: LanguageModel, peer: str, batch: int, context: int) -> Row:
         if not getattr(theirs, "_can_compile_fullgraph", False):
             raise InputError(f"transformers' generate does not compile {type(theirs).__name__}.")
         static = {"cache_implementation": "static"}
-    prompt = torch.randint(3, vocab_size, (batch, context), device=weight.device)
+    # The first tokens may be special ones, which end a text.
+    prompt = torch.randint(min(3, vocab_size - 1), vocab_size, (batch, context), device=weight.device)
     mask = torch.ones_like(prompt)
 
     def generate(count: int) -> None:
@@ -169,8 +175,13 @@ def peer_row(model: LanguageModel, peer: str, batch: int, context: int) -> Row:
     return {"tokens_per_s": speed, **shared}
 
 
-def _does_not_fit(needed: int, free: int) -> str:
-    return f"does not fit: the states take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else physical_memory()
+
+
+def _does_not_fit(needed: int, free: int) -> Row:
+    reason = f"does not fit: the states take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
+    return {"bytes_needed": needed, "reason": reason}
 
 
 def _seconds(call: Callable[[], object], device: torch.device, times: int = INTERVALS) -> float:

@@ -27,6 +27,8 @@ from lkda.report.draw.tables import rich_table
 from lkda.report.studies import decode as report
 
 RESULT = "decode.json"
+# Settings of a model that are options of their own.
+OPTIONS = {"model": "models", "mixer": "mixers", "model.vocab_size": "vocab_size"}
 ROW = "lkda.commands.decode_row"
 
 
@@ -114,5 +116,10 @@ def _check(settings: Mapping[str, Any]) -> None:
     for context in settings["contexts"]:
         check_count("contexts", context, least=LEAST_CONTEXT)
     check_count("vocab_size", settings["vocab_size"], least=2)
+    for override in settings["overrides"]:
+        key = override.partition("=")[0].strip().lstrip("+~")
+        instead = "state_dtypes" if key.endswith(".state_dtype") else OPTIONS.get(key)
+        if instead is not None:
+            raise InputError(f"overrides: {key} is what {instead}=... is for; a row would not be what it is called.")
     if settings["top_p"] is not None:
         Sampling(top_p=settings["top_p"])

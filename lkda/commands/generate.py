@@ -19,7 +19,7 @@ from lkda.commands.prompts_job import check_prompts_job
 from lkda.commands.text import check_text, encode_prompt
 from lkda.commands.unused_options import GENERATE, check_unused
 from lkda.device import resolve_device
-from lkda.generation.generate import MOST_SAMPLES, Piece, pieces_of
+from lkda.generation.generate import Piece, check_number_of_texts, pieces_of
 from lkda.generation.text import check_stop
 from lkda.models.decoder import Sampling
 from lkda.models.generate import END, LENGTH, STOP, BatchGenerator, Request, check_sampling
@@ -43,7 +43,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p")}
     check_sampling(max_new_tokens=config.max_new_tokens, **sampling)
     check_count("seed", config.seed, least=0, most=MOST_SEED)
-    check_count("num_samples", config.num_samples, least=1, most=MOST_SAMPLES)
+    check_number_of_texts(1, config.num_samples)
     if config.batch_size is not None:
         check_count("batch_size", config.batch_size, least=1)
     if not isinstance(config.ignore_eos, bool):
@@ -53,6 +53,7 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     check_unused(GENERATE, settings)
     job = None if config.prompts is None else check_prompts_job(settings)
     prompts = [_prompt(config)] if job is None else job.prompts
+    check_number_of_texts(len(prompts), config.num_samples)
     trained = load_trained(config.ckpt, backend=config.backend)
     if config.state_dtype is not None:
         set_state_dtype(trained.model, config.state_dtype)
@@ -61,7 +62,8 @@ def generate(config: DictConfig, *, out: TextIO | None = None) -> str:
     wanted = [(i, j) for i in range(len(prompts)) for j in range(config.num_samples)]
     if job is not None:
         wanted = job.begin(model, wanted)
-    encoded = {i: encode_prompt(tokenizer, prompts[i])[0].tolist() for i in sorted({i for i, _ in wanted})}
+    names = ["the prompt"] if job is None else [f"prompt {i} (from 0) of {config.prompts}" for i in range(len(prompts))]
+    encoded = {i: encode_prompt(tokenizer, prompts[i], name=names[i])[0].tolist() for i in sorted(dict(wanted))}
     batch = BatchGenerator(
         model,
         [Request(encoded[i], i, j) for i, j in wanted],
@@ -129,7 +131,7 @@ def _prompt(config: DictConfig) -> str:
         else:
             if sys.stdin.isatty():
                 print("type the prompt, then Ctrl-D:", file=sys.stderr)
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -6,23 +6,26 @@ written from it atomically when all texts are finished, in the order of the prom
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lkda.checks import InputError
 from lkda.commands.text import check_text
 from lkda.data.progress import patient_progress
 from lkda.generation.generate import Generated, Piece
 from lkda.generation.session import fingerprint
-from lkda.io import check_output_file, write_atomically
+from lkda.io import check_output_file, named, write_atomically
 from lkda.models.lm import LanguageModel
 
 # What decides about the texts, beside the model and the prompts.
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "num_samples", "stop", "seed", "ignore_eos")
+# How the first line of a journal begins. It may be cut off, if the disk was full or the process was killed.
+BEGINNING = f'{{"{SETTINGS[0]}": '.encode()
 
 Numbers = tuple[int, int]  # of the prompt and of the sample
 
@@ -33,42 +36,67 @@ class PromptsJob:
 
     Attributes:
         settings: those that decide about the texts.
+        header: the first line of the journal, once `begin` was called.
+        kept: bytes of the journal, from its beginning, that are of this job and whole.
     """
 
     prompts: list[str]
     out: Path
     settings: dict[str, Any]
     finished: dict[Numbers, dict[str, Any]] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
+    kept: int = 0
 
     @property
     def journal(self) -> Path:
         return self.out.with_name(f"{self.out.name}.part")
 
     def begin(self, model: LanguageModel, wanted: Sequence[Numbers]) -> list[Numbers]:
-        """Those of `wanted` that are not finished yet.
+        """Those of `wanted` that are not finished yet. Nothing is written.
 
-        Raises: ValueError if the journal is of other settings, prompts or another model.
+        Raises: ValueError if the journal has texts of other settings, prompts or another model.
         """
         prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
-        header = {**self.settings, "prompts": prompts, "model": fingerprint(model)}
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.header = {**self.settings, "prompts": prompts, "model": fingerprint(model)}
         if self.journal.exists():
-            first, *lines = _whole_lines(self.journal) or [{}]
+            content = self.journal.read_bytes()
+            records, size = _whole_lines(content)
+            first, *lines = records or [{}]
+            if not records and content[: len(BEGINNING)] == BEGINNING[: len(content)]:
+                return list(wanted)
             if "prompts" not in first or not all({"prompt_index", "sample_index"} <= line.keys() for line in lines):
                 raise InputError(f"{self.journal} does not hold finished texts: move it, or give another out=...")
-            changed = [name for name, value in header.items() if first.get(name) != value]
-            if changed:
+            changed = [name for name, value in self.header.items() if first.get(name) != value]
+            if changed and lines:
                 raise InputError(
                     f"{self.journal} holds finished texts of another {', '.join(changed)}: start the command with the "
                     "earlier settings, or delete that file to begin again."
                 )
             self.finished = {(line["prompt_index"], line["sample_index"]): line for line in lines}
-        write_atomically(self.journal, "".join(_line(x) for x in (header, *self.finished.values())))
+            self.kept = 0 if changed else size
         return [numbers for numbers in wanted if numbers not in self.finished]
 
     def write(self, pieces: Iterable[Piece]) -> None:
-        """Append each finished text to the journal, then write the output and remove the journal."""
-        with patient_progress() as bar, self.journal.open("a", encoding="utf-8") as file:
+        """Append each finished text to the journal, then write the output and remove the journal.
+
+        Raises: ValueError if another process writes to this journal.
+        """
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with self.journal.open("ab") as file:
+                self._lock(file)
+                self._append(pieces, file)
+            write_atomically(self.out, b"".join(_line(self.finished[numbers]) for numbers in sorted(self.finished)))
+            self.journal.unlink()
+        except OSError as error:
+            raise named(error, Path(error.filename or self.journal)) from error
+
+    def _append(self, pieces: Iterable[Piece], file: BinaryIO) -> None:
+        file.truncate(self.kept)
+        if not self.kept:
+            file.write(_line(self.header))
+            file.flush()
+        with patient_progress() as bar:
             total = len(self.prompts) * self.settings["num_samples"]
             task = bar.add_task("texts", total=total, completed=len(self.finished))
             for piece in pieces:
@@ -78,8 +106,15 @@ class PromptsJob:
                     file.write(_line(line))
                     file.flush()
                     bar.advance(task)
-        write_atomically(self.out, "".join(_line(self.finished[numbers]) for numbers in sorted(self.finished)))
-        self.journal.unlink()
+
+    def _lock(self, file: BinaryIO) -> None:
+        """Raises ValueError if another process has the journal. The lock ends with the process, however that ends."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"another process is writing to {self.out}: wait for it, or give another out=..."
+            ) from error
 
 
 def check_prompts_job(settings: Mapping[str, Any]) -> PromptsJob:
@@ -133,14 +168,15 @@ def _record(result: Generated) -> dict[str, Any]:
     return {**asdict(result), "tokens": list(result.tokens)}
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
-def _whole_lines(journal: Path) -> list[dict[str, Any]]:
-    """The objects in the lines of a journal, up to one that was cut off or is no object."""
+def _whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The objects in the lines of a journal, up to one that is cut off or no object, and the bytes of these lines."""
     found: list[dict[str, Any]] = []
-    for line in journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+    size = 0
+    for line in content.split(b"\n")[:-1]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -148,4 +184,5 @@ def _whole_lines(journal: Path) -> list[dict[str, Any]]:
         if not isinstance(record, dict):
             break
         found.append(record)
-    return found
+        size += len(line) + 1
+    return found, size

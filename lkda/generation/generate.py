@@ -9,14 +9,15 @@ from typing import overload
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError, check_count
-from lkda.generation.text import GrowingText, check_stop, check_tokenizer, encode_prompt
+from lkda.generation.text import GrowingText, check_model, check_stop, check_tokenizer, encode_prompt
 from lkda.models.decoder import Sampling
 from lkda.models.generate import STOP, BatchGenerator, Request
 from lkda.models.lm import LanguageModel
 from lkda.special_tokens import document_ends
 
-# A larger number of samples is taken for a typing mistake. A list of all texts is made before the first one.
-MOST_SAMPLES = 10**6
+# A larger number of samples is taken for a typing mistake. A list of all texts, about 0.3 KB each, is made before the
+# first one.
+MOST_SAMPLES, MOST_TEXTS = 10**6, 10**7
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def generate(
         top_k: sample from the top_k likeliest tokens; None: from all.
         top_p: in (0, 1]; sample from the smallest set of likeliest tokens that has this share of the probability.
         min_p: in [0, 1]; sample from the tokens at least min_p times as likely as the likeliest.
-        num_samples: texts per prompt, at most 1,000,000.
+        num_samples: texts per prompt, at most 1,000,000, and 10,000,000 in all.
         stop: a text, or several, that ends a text and is not part of it.
         seed: of the sampling.
         ignore_eos: whether to continue past the end of a document.
@@ -159,12 +160,13 @@ def stream(
 ) -> Iterator[Piece]:
     """As `generate`, but yields the pieces of the texts as soon as they are sampled. Arguments are checked at once."""
     check_tokenizer(tokenizer)
+    check_model(model)
     texts = check_prompts(prompts)
-    check_count("num_samples", num_samples, least=1, most=MOST_SAMPLES)
+    check_number_of_texts(len(texts), num_samples)
     strings = check_stop(stop)
     if not isinstance(ignore_eos, bool):
         raise InputError(f"ignore_eos must be true or false, got {ignore_eos!r}.")
-    encoded = [encode_prompt(tokenizer, text)[0].tolist() for text in texts]
+    encoded = [encode_prompt(tokenizer, text, name=_name_of(i, texts))[0].tolist() for i, text in enumerate(texts)]
     batch = BatchGenerator(
         model,
         [Request(tokens, i, j) for i, tokens in enumerate(encoded) for j in range(num_samples)],
@@ -201,9 +203,24 @@ def pieces_of(
         yield Piece(*key, rest, Generated(texts[key[0]], *key, text.text, tuple(text.tokens), reason))
 
 
+def check_number_of_texts(prompts: int, num_samples: object) -> None:
+    """Raises ValueError for a number of samples per prompt that is out of range, or too many texts in all."""
+    check_count("num_samples", num_samples, least=1, most=MOST_SAMPLES)
+    assert isinstance(num_samples, int)
+    if prompts * num_samples > MOST_TEXTS:
+        raise InputError(
+            f"{prompts:,} prompts with num_samples={num_samples:,} are {prompts * num_samples:,} texts, and at most "
+            f"{MOST_TEXTS:,} are generated at a time: give fewer prompts or samples."
+        )
+
+
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     """The prompts as a list. Raises ValueError for anything but a text or a list of texts."""
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"prompts must be a text or a list of texts, got {prompts!r}.")
     return list(texts)
+
+
+def _name_of(number: int, texts: Sequence[str]) -> str:
+    return "the prompt" if len(texts) == 1 else f"prompts[{number}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor
 from lkda.checks import InputError, refusing_damage
 from lkda.data.text.tokenizer import document_start, encode_text
 from lkda.generation.generate import Generated
-from lkda.generation.text import GrowingText, check_stop, check_tokenizer, check_unicode
+from lkda.generation.text import GrowingText, check_model, check_stop, check_tokenizer, check_unicode
 from lkda.io import check_output_file, replacing
+from lkda.models.cached_attention import CachedAttention
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import END, LENGTH, STOP, check_prompt, check_sampling, check_seed, check_states_fit
 from lkda.models.lm import LanguageModel
+from lkda.models.mixers import find_mixer
 from lkda.ops.sampling.reference import draw_key
 from lkda.special_tokens import document_ends
 
@@ -45,6 +48,7 @@ class Session:
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         check_tokenizer(tokenizer)
+        check_model(model)
         self.tokens: list[int] = []
         self._model, self._tokenizer = prepare_decoding(model), tokenizer
         self._name_of_model = fingerprint(model)
@@ -74,7 +78,7 @@ class Session:
         tokens = [*([] if start is None else [start]), *encode_text(self._tokenizer, text)]
         if tokens:
             check_prompt(tokens, self._model.embed_tokens.num_embeddings)
-        self._read(tokens)
+            self._read(tokens)
 
     def stream(
         self,
@@ -165,16 +169,22 @@ class Session:
         """Take over what `save` wrote. Raises what Python raises for a value of a wrong kind, if it is damaged."""
         tokens, unread, length, logits = (content[name] for name in ("tokens", "unread", "length", "logits"))
         vocabulary = self._model.embed_tokens.num_embeddings
-        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in tokens):
-            raise ValueError(f"the tokens are not all from 0 to {vocabulary - 1}")
+        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+            raise ValueError(f"the tokens are no list of numbers from 0 to {vocabulary - 1}")
         if unread != tokens[len(tokens) - len(unread) :] or length != len(tokens) - len(unread):
             raise ValueError(f"{len(tokens)} tokens, {len(unread)} unread and {length} read do not fit together")
         if (logits is None) != (not tokens) or (tokens and logits.shape != (1, vocabulary)):
             raise ValueError("the logits do not fit the vocabulary")
+        if tokens and (not logits.is_floating_point() or logits.layout != torch.strided):
+            raise ValueError(f"the logits are {logits.dtype}, {logits.layout}")
         self.tokens, self._unread = tokens, unread
-        self._logits = None if logits is None else logits.to(self._decoder.device)
+        self._logits = None if logits is None else logits.detach().to(self._decoder.device)
         self._decoder = Decoder(self._model, 1, _room(length), Sampling())
         self._fill(self._decoder, content["state"], length)
+        for mixer, layer in zip(self._model.mixers(), self._decoder.state, strict=True):
+            # The step in C++ takes the length that the state has for the place in the memory where it writes.
+            if isinstance(mixer, CachedAttention) and layer[2].tolist() != [[length]]:
+                raise ValueError(f"a cache of {layer[2].tolist()} tokens does not fit {length} tokens")
 
     def _pieces(
         self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], seed: int
@@ -191,7 +201,8 @@ class Session:
     def _continued(
         self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], seed: int
     ) -> Iterator[tuple[str, Generated | None]]:
-        self._read([])
+        if max_new_tokens:
+            self._read([])
         text = GrowingText(self._tokenizer, stop, continues=self.tokens != [document_start(self._tokenizer)])
         ends, reason = document_ends(self._tokenizer), LENGTH
         for token in self._sampled(max_new_tokens, sampling, seed):
@@ -231,7 +242,7 @@ class Session:
             if token < 0:
                 raise InputError("Session.generate: the model's logits are not finite numbers.")
             yield token
-            if len(self.tokens) != position + count - left + 1:
+            if len(self.tokens) != position + count - left + 1 or self._unread != [token]:
                 raise InputError(
                     "Session.stream: the session has read or generated something else since the last piece."
                 )
@@ -280,7 +291,7 @@ def _room(tokens: int) -> int:
 
 
 def fingerprint(model: LanguageModel) -> dict[str, Any]:
-    """What tells models apart: their kind, in words, and a hash of their weights."""
+    """What tells models apart: their kind, in words, their options, and a hash of their weights."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
@@ -290,12 +301,31 @@ def fingerprint(model: LanguageModel) -> dict[str, Any]:
     dtypes = {str(getattr(mixer, "state_dtype", "")) for mixer in model.mixers()} - {""}
     states = f", states in {', '.join(sorted(dtypes))}" if dtypes else ""
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    return {"kind": f"{kind}, weights in {dtype}{states}", "weights": digest.hexdigest()}
+    return {
+        "kind": f"{kind}, weights in {dtype}{states}",
+        "options": _options(config),
+        "weights": digest.hexdigest(),
+    }
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options on which the logits depend, beside the weights, with the defaults of those that are not given."""
+    options = {name: config[name] for name in ("norm_eps", "embed_scale")}
+    options["num_heads"] = config["mixer"]["num_heads"]
+    for mixer in dict.fromkeys(config["mixer"]["pattern"]):
+        given = config["mixer"].get(mixer) or {}
+        for name, parameter in inspect.signature(find_mixer(mixer)).parameters.items():
+            if parameter.default is not parameter.empty and name not in ("backend", "state_dtype", "conv_std"):
+                options[f"{mixer}.{name}"] = given.get(name, parameter.default)
+    return options
 
 
 def _check_same_model(path: str | Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
     if saved != given:
-        other = f"it is {given['kind']}" if saved["kind"] != given["kind"] else "its weights are others"
+        changed = [name for name, value in given["options"].items() if saved.get("options", {}).get(name) != value]
+        other = f"it has another {', '.join(changed)}" if changed else "its weights are others"
+        if saved["kind"] != given["kind"]:
+            other = f"it is {given['kind']}"
         raise InputError(
             f"{path} is a session of another model ({saved['kind']}, weights {saved['weights'][:12]}): {other} "
             f"({given['weights'][:12]}). Load that model, or begin a new session."

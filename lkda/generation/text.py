@@ -6,28 +6,43 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.data.text.tokenizer import document_start, encode_text
 
 WORD = "a"
+# What decoders write for bytes that are no character, or only the beginning of one.
+REPLACEMENT = "\ufffd"
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, name: str = "the prompt") -> Tensor:
     """[1, T] int64: the token that begins a document, if the tokenizer has one, followed by the tokens of the prompt.
 
+    Args:
+        name: of the prompt, for the message.
     Raises: InputError for text that UTF-8 cannot encode, and for an empty prompt if no token begins a document, because
         there is nothing to continue.
     """
-    check_unicode("the prompt", prompt)
+    check_unicode(name, prompt)
     start = document_start(tokenizer)
     tokens = [*([] if start is None else [start]), *encode_text(tokenizer, prompt)]
     if not tokens:
-        found = "the tokenizer knows no character of the prompt" if prompt else "the prompt is empty"
+        found = f"the tokenizer knows no character of {name}" if prompt else f"{name} is empty"
         raise InputError(f"{found}, and the tokenizer has no token that begins a document: give another prompt.")
     return torch.tensor([tokens])
+
+
+def check_model(model: object) -> None:
+    """Raises InputError unless it is a language model, or a module with one inside, that has its weights."""
+    weight = getattr(getattr(model, "embed_tokens", None), "weight", None)
+    if not isinstance(weight, torch.Tensor) or not hasattr(model, "init_state"):
+        raise InputError(
+            f"model must be a model of lkda, as lkda.load returns, got {type(model).__name__}: call "
+            "model, tokenizer = lkda.load(PATH)."
+        )
+    if weight.is_meta:
+        raise InputError("the model has no weights: it is on the device meta. Load it with lkda.load(PATH).")
 
 
 def check_tokenizer(tokenizer: object) -> None:
@@ -71,7 +86,8 @@ class GrowingText:
     """The text of tokens that come one by one. Special tokens are skipped.
 
     A character of several bytes may span several tokens. It is returned with the last of them. What may be the
-    beginning of a stop string is held back until it is known whether it is.
+    beginning of a stop string is held back until it is known whether it is. The text ends at the stop string that is
+    complete first, wherever the borders of tokens are; of several that end there, at the longest.
 
     Args:
         stop: strings that end the text. They are not part of it.
@@ -89,26 +105,45 @@ class GrowingText:
         self.text = ""
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._held = ""
         # What is decoded before the text; a word of any text does.
         self._before = encode_text(tokenizer, WORD) if continues else []
-        for token in self._before:
-            self._stream.step(tokenizer, token)
-        self._decoded = tokenizer.decode(self._before)
+        # New tokens are decoded together with those of the last piece: the first `_count` of `_window`, whose text is
+        # `_returned`. `_length` is the number of characters so far, with those before the text.
+        self._window, self._count = list(self._before), len(self._before)
+        self._returned = self._decoded(self._before)
+        self._length = len(self._returned)
 
     def add(self, token: int) -> str:
         """The text that is new with this token; it may be empty."""
         self.tokens.append(token)
-        piece = self._stream.step(self._tokenizer, token) or ""
-        self._decoded += piece
-        return self._found(piece)
+        return self._found(self._characters(token))
+
+    def _characters(self, token: int) -> str:
+        """The characters that the token completes.
+
+        `tokenizers.decoders.DecodeStream` does the same, but fails where a decoder changes what it has returned, which
+        one of SentencePiece does after bytes that are no character.
+        """
+        self._window.append(token)
+        text = self._decoded(self._window)
+        if len(text) <= len(self._returned) or text.endswith(REPLACEMENT):
+            return ""
+        new = text[len(self._returned) :]
+        self._length += len(new)
+        self._window = self._window[self._count :]
+        self._returned, self._count = self._decoded(self._window), len(self._window)
+        return new
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(tokens)
+        return text
 
     def finish(self) -> str:
         """The rest of the text. An incomplete character at the end is U+FFFD."""
         if self.stopped:
             return ""
-        new = self._found(self._tokenizer.decode([*self._before, *self.tokens])[len(self._decoded) :])
+        new = self._found(self._decoded([*self._before, *self.tokens])[self._length :])
         if not self.stopped:
             self.text += self._held
             new, self._held = new + self._held, ""
@@ -116,9 +151,9 @@ class GrowingText:
 
     def _found(self, piece: str) -> str:
         self._held += piece
-        places = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
-        if places:
-            self.stopped, keep = True, min(places)
+        found = [(place + len(stop), place) for stop in self._stop if (place := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped, (_, keep) = True, min(found)
             new, self._held = self._held[:keep], ""
         else:
             keep = len(self._held) - self._possible_stop()

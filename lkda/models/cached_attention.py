@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError
 from lkda.models.growing_cache import (
     append_many,
     attend_each,
@@ -58,6 +59,8 @@ class CachedAttention(Mixer):
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         refuse_packed_state(cu_seqlens, state)
+        if state is not None:
+            self.check_state(state, len(x))
         q, entries, convolved = self.inputs(x, cu_seqlens=cu_seqlens, state=state)
         caches, lengths = list(entries), None
         length = new_length(x.shape[0], None, x.device) if state is None else state[2]
@@ -71,9 +74,21 @@ class CachedAttention(Mixer):
     def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
         if not is_preallocated(state[2]):
             return super().forward_packed(x, state, cu_seqlens=cu_seqlens)
+        self.check_state(state, len(cu_seqlens) - 1)
         q, entries, convolved = self.inputs(x, cu_seqlens=cu_seqlens, state=None)
         fill_packed(state[:2], entries, state[2], cu_seqlens.diff().tolist())
         return self._output(q, entries, None, cu_seqlens), (*state[:3], *convolved)
+
+    def check_state(self, state: State, sequences: int) -> None:
+        """Raises ValueError unless it is a state of this mixer, for so many sequences."""
+        count = 3 + len(self.convolutions())
+        shapes = [(sequences, *shape) for shape in self.entry_shapes()]
+        found = [(*cache.shape[:-2], *cache.shape[-1:]) for cache in state[:2]]
+        if len(state) != count or found != shapes or len(state[2]) != sequences:
+            raise InputError(
+                f"a state of {sequences} sequences of this mixer has caches of {shapes} per token and {count} parts in "
+                f"all, got {found} and {len(state)}: give the state of this model for this batch."
+            )
 
     def state_fits_cpp(self, x: Tensor, state: State) -> bool:
         """Whether a step can be in C++ on a CPU, from x [B, channels] on, with this state changed in place."""

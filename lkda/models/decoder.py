@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lkda.checks import check_count
+from lkda.checks import InputError, check_count
 from lkda.models.decoding import prepare_decoding
 from lkda.models.linear import has_hooks
 from lkda.models.lm import LanguageModel
@@ -266,6 +266,7 @@ class Decoder:
         into = self.state if self.constant else self.model.cut_state(self.state, longest)
         for own, new in zip(into, state, strict=True):
             for part, given in zip(own, new, strict=True):
+                _check_kept_shape(part, given)
                 part[rows] = given[which].to(part.dtype)
 
 
@@ -274,4 +275,14 @@ def _write(state: list[State], after: list[State]) -> None:
     for layer, new_layer in zip(state, after, strict=True):
         for part, new in zip(layer, new_layer, strict=True):
             if part is not new:
+                _check_kept_shape(part, new)
                 part.copy_(new)
+
+
+def _check_kept_shape(part: Tensor, new: Tensor) -> None:
+    """Raises InputError if a state that was made with `max_tokens` has grown."""
+    if part.shape[1:] != new.shape[1:]:
+        raise InputError(
+            f"a mixer's state of {list(part.shape[1:])} per sequence, of init_state(max_tokens=...), has become "
+            f"{list(new.shape[1:])}: the mixer must allocate it for max_tokens tokens and write into it."
+        )

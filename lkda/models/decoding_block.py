@@ -14,6 +14,9 @@ from lkda.models.projected_mixer import ProjectedMixer
 from lkda.ops.precision import at_least_float32
 from lkda.ops.token_linear.op import add_gated_linear_, add_linear_, grouped_linear, normed_linear, takes
 
+# Reading so many bytes of a GPU's memory takes about as long as one launch. `ProjectedMixer.absorbed` saves two.
+BYTES_OF_A_LAUNCH = 6 * 2**20
+
 
 class DecodingBlock(Block):
     """`block` with the same modules. The weights of layers of one input are concatenated here, once.
@@ -29,11 +32,15 @@ class DecodingBlock(Block):
         self.mixer_norm, self.mixer = block.mixer_norm, block.mixer
         self.mlp_norm, self.mlp = block.mlp_norm, block.mlp
         self._mixer_scale, self._mlp_scale = _scale(self.mixer_norm), _scale(self.mlp_norm)
-        self._projections = self._factors = self._multiplied = self._halves = None
+        self._projections = self._factors = self._multiplied = self._halves = self._last = None
+        self._sizes: list[int] = []  # of the outputs of the layers of `absorbed`
         if isinstance(self.mixer, ProjectedMixer) and _are_plain(self._layers()):
             self._projections = _joined(self.mixer.step_layers())
             self._factors = _stacked([second for _, second in self.mixer.factor_layers()])
             self._multiplied = _multiplied(self.mixer)
+            if (found := self.mixer.absorbed(most_bytes=BYTES_OF_A_LAUNCH)) is not None:
+                weights, self._last = found
+                self._sizes, self._multiplied = [len(weight) for weight in weights], _side_by_side(weights)
         if self.mlp is not None and _are_plain([self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj]):
             self._halves = _joined([self.mlp.gate_proj, self.mlp.up_proj], multiple=1)
 
@@ -60,6 +67,12 @@ class DecodingBlock(Block):
 
     def _mix(self, x: Tensor, mixer: ProjectedMixer, state: State) -> State:
         """x += mixer(norm(x)), in place. Returns the state after the token."""
+        if self._last is not None and takes(x):
+            assert self._multiplied is not None
+            joined = normed_linear(x, self._mixer_scale, self._multiplied, eps=_eps(self.mixer_norm))
+            o, after = mixer.absorbed_step_from(joined[:, : sum(self._sizes)].split(self._sizes, -1), state)
+            add_linear_(x, o, self._last)
+            return after
         projected, factors = self._project(x, mixer)
         o, gate, after = mixer.step_from(projected, factors, state)
         if mixer.o_norm is None:
@@ -91,7 +104,11 @@ def _are_plain(layers: Sequence[nn.Module]) -> bool:
 
 def _joined(layers: Sequence[nn.Linear], multiple: int = MULTIPLE) -> Tensor:
     """The concatenated weights [out, in], with zeros up to a multiple of `multiple` outputs."""
-    weights = [layer.weight.detach() for layer in layers]
+    return _side_by_side([layer.weight for layer in layers], multiple)
+
+
+@torch.no_grad()
+def _side_by_side(weights: Sequence[Tensor], multiple: int = MULTIPLE) -> Tensor:
     padding = -sum(map(len, weights)) % multiple
     return torch.cat([*weights, weights[0].new_zeros(padding, weights[0].shape[1])])
 
@@ -107,9 +124,7 @@ def _multiplied(mixer: ProjectedMixer) -> Tensor | None:
         return None
     others = mixer.step_layers()[: -len(pairs)]
     products = [(b.weight.double() @ a.weight.double()).to(a.weight.dtype) for a, b in pairs]
-    weights = [*(layer.weight for layer in others), *products]
-    padding = -sum(map(len, weights)) % MULTIPLE
-    return torch.cat([*weights, weights[0].new_zeros(padding, weights[0].shape[1])])
+    return _side_by_side([*(layer.weight for layer in others), *products])
 
 
 def _stacked(layers: Sequence[nn.Linear]) -> Tensor | None:

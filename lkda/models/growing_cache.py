@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.ops import softmax_attention
+from lkda.ops.precision import at_least_float32
 
 
 def new_cache(
@@ -64,7 +65,7 @@ def append_one(caches: Sequence[Tensor], entries: Sequence[Tensor], length: Tens
 
 
 def filled(caches: Sequence[Tensor], length: Tensor) -> tuple[Sequence[Tensor], Tensor | None]:
-    """The caches to attend to, and the mask [B, S] of the entries that are filled; None where all of them are.
+    """The caches to attend to, and the mask [B, S] of the entries that are not filled; None where all of them are.
 
     A single sequence on a CPU, where the host may read the length, needs no mask.
     """
@@ -72,7 +73,7 @@ def filled(caches: Sequence[Tensor], length: Tensor) -> tuple[Sequence[Tensor], 
         return caches, None
     if length.device.type == "cpu" and len(length) == 1:
         return [cut(cache, int(length)) for cache in caches], None
-    return caches, torch.arange(caches[0].shape[-2], device=length.device) < length
+    return caches, torch.arange(caches[0].shape[-2], device=length.device) >= length
 
 
 def append_many(
@@ -128,12 +129,20 @@ def fill_packed(caches: Sequence[Tensor], entries: Sequence[Tensor], length: Ten
     length.copy_(torch.tensor(lengths, device=length.device).unsqueeze(1))
 
 
-def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale * scores) over S, of scores [B, H, S], in float32 at least, in their dtype."""
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    if mask is not None:
-        wide = wide.masked_fill(~mask.unsqueeze(1), -torch.inf)
-    return wide.softmax(-1).to(scores.dtype)
+def masked_softmax(scores: Tensor, empty: Tensor | None, *, scale: float) -> Tensor:
+    """softmax(scale * scores) over S, of scores [B, H, S], in float32 at least, in their dtype.
+
+    Args:
+        empty: the mask [B, S] of the entries that get no weight; None: there are none.
+    """
+    return softmax_of_filled(at_least_float32(scores) * scale, empty).to(scores.dtype)
+
+
+def softmax_of_filled(scores: Tensor, empty: Tensor | None) -> Tensor:
+    """softmax over S of scores [B, H, S], which may be overwritten. Its sums are in float32 at least."""
+    if empty is not None:
+        scores = scores.masked_fill_(empty.unsqueeze(1), -torch.inf)
+    return scores.softmax(-1)
 
 
 def full_cache_error(size: int, tokens: int) -> InputError:

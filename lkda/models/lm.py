@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lkda.checks import InputError, check_count
 from lkda.models.block import Block
 from lkda.models.init import STD, apply_initialization
 from lkda.models.linear import Linear
@@ -104,6 +105,7 @@ class LanguageModel(nn.Module):
             cu_seqlens: int [N + 1], the boundaries of the prompts, none of which is empty.
         Returns: the logits [N, vocab] of the last token of each prompt, and the state after it.
         """
+        self._check_state(state, len(cu_seqlens) - 1)
         x, after = self.embed(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block.forward_packed(x, before, cu_seqlens=cu_seqlens)  # type: ignore[operator]
@@ -117,6 +119,9 @@ class LanguageModel(nn.Module):
 
     def hidden_step(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """As `step` without the head: tokens [B] -> [B, d_model], the input of the head."""
+        if tokens.dim() != 1:
+            raise InputError(f"a step takes tokens [B], one per sequence, got a shape of {list(tokens.shape)}.")
+        self._check_state(state, len(tokens))
         rows = embedded(tokens, self.embed_tokens, self.embed_norm, self.config["embed_scale"])
         x, after = self.embed(tokens) if rows is None else rows, []
         for block, before in zip(self.blocks, state, strict=True):
@@ -124,7 +129,21 @@ class LanguageModel(nn.Module):
             after.append(new)
         return normed(x, self.norm), after
 
+    def _check_state(self, state: Sequence[State], sequences: int) -> None:
+        if len(state) != len(self.blocks):
+            raise InputError(
+                f"the state must have an entry for each of the {len(self.blocks)} layers, as init_state makes it, got "
+                f"{len(state)}."
+            )
+        of_others = [len(part) for layer in state for part in layer if len(part) != sequences]
+        if of_others:
+            raise InputError(
+                f"the state must have a row per sequence, as init_state({sequences}) makes it, got {of_others[0]} for "
+                f"{sequences} sequences."
+            )
+
     def _hidden_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        self._check_state(state, len(tokens))
         x, after = self.embed(tokens), []
         for block, before in zip(self.blocks, state, strict=True):
             x, new = block(x, state=before)
@@ -137,7 +156,11 @@ class LanguageModel(nn.Module):
         Args:
             max_tokens: the tokens of a sequence for which growing caches (softmax, MLA) are preallocated. They are then
                 written in place, and a step has static shapes. None: they grow by copying.
+        Raises: ValueError for a number that is not a whole number of 0 or more.
         """
+        check_count("init_state: batch_size", batch_size, least=0)
+        if max_tokens is not None:
+            check_count("init_state: max_tokens", max_tokens, least=0)
         return [mixer.init_state(batch_size, max_tokens=max_tokens) for mixer in self.mixers()]
 
     def cut_state(self, state: list[State], tokens: int) -> list[State]:

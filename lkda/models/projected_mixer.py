@@ -49,6 +49,25 @@ class ProjectedMixer(Mixer):
         count = len(projected) - len(self.factor_layers())
         return projected[:count], projected[count:]
 
+    def absorbed(self, *, most_bytes: int) -> tuple[list[Tensor], Tensor] | None:
+        """Weights for `absorbed_step_from`: those of a step's input, [out, d_model] each, and those of its output, with
+        the weights of other layers of the mixer multiplied in. A step then has fewer products.
+
+        Args:
+            most_bytes: None is returned if they have more bytes than this beyond those of the layers that they replace.
+        Returns: None also for a mixer without such layers.
+        """
+        return None
+
+    def absorbed_step_from(self, projected: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
+        """The step between the products with the weights of `absorbed`.
+
+        Args:
+            projected: the outputs [B, ...] of the first ones.
+        Returns: the input [B, ...] of the last one, and the state after the token.
+        """
+        raise NotImplementedError
+
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         projected, latents = self.split_step(fused_linear(x, self.step_layers()))
         factors = [second(latent) for (_, second), latent in zip(self.factor_layers(), latents, strict=True)]

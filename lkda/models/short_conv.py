@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lkda.checks import InputError
 from lkda.ops import short_convolution
+from lkda.ops.checks import check_shape
 from lkda.ops.rows.cpu import can_take, convolve_rows
 
 _drawn_later: ContextVar[bool] = ContextVar("drawn_later", default=False)
@@ -71,7 +72,14 @@ class ShortConvolution(nn.Module):
         return short_convolution(x, self.weight, state=state)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, channels] -> y of the same shape, and the state after it, which may be the given one, changed."""
+        """x [B, channels] -> y of the same shape, and the state after it, which may be the given one, changed.
+
+        Raises: ValueError for a state of another number of sequences, channels or tokens.
+        """
+        check_shape("a short convolution", "x", x, "B C", {"C": len(self.weight)})
+        want = (len(x), self.width - 1, len(self.weight))
+        if state.shape != want:
+            raise InputError(f"a short convolution needs a state of {list(want)}, got {list(state.shape)}.")
         if can_take(x, self.weight, state):
             return convolve_rows(x, self.weight, state), state
         y, state = self.forward(x.unsqueeze(1), state=state)

@@ -89,6 +89,26 @@ def test_a_failed_row_says_why(tmp_path: Path) -> None:
     assert "simplified" in json.loads((tmp_path / "result").read_text())["reason"]
 
 
+def test_a_prompt_whose_states_do_not_fit_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurements, "physical_memory", lambda: 10**4)
+    for implementation in ("prefill", "lkda"):
+        row = measure(request("mixers=[softmax]", "prefill=true", implementation=implementation))
+        assert row["bytes_needed"] > row["bytes_per_sequence"] > 10**4
+        assert "does not fit: the states take" in row["reason"]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_peer_generates_with_a_very_small_vocabulary(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurements, "SECONDS", 0.01)
+    monkeypatch.setattr(measurements, "copy_gb_per_s", lambda device: 1.0)
+    monkeypatch.setattr(measurements, "PEER_TOKENS", (1, 3))
+    # Of the longer text, then of the shorter one; a clock would say that they take the same time now and then.
+    seconds = iter([2.0, 1.0])
+    monkeypatch.setattr(measurements, "_seconds", lambda call, *_, times: (call(), next(seconds))[1])
+    options = ("mixers=[softmax]", "peers=[transformers]", f"vocab_size={size}")
+    assert measure(request(*options, implementation="transformers"))["tokens_per_s"] == 2 * 2
+
+
 class Children:
     """Stands in for the processes: a row for each log's name; another is said not to fit."""
 
@@ -158,6 +178,9 @@ def test_nothing_measured_is_a_failure(tmp_path: Path, monkeypatch: pytest.Monke
         (["contexts=[1.5]"], r"contexts must be "),
         (["top_p=0"], r"top_p in \(0, 1\]"),
         (["overrides=['model.num_heads=3']"], r"num_heads"),
+        (["overrides=['mixer=softmax']"], r"overrides: mixer is what mixers=... is for"),
+        (["overrides=['model.vocab_size=9']"], r"overrides: model.vocab_size is what vocab_size=... is for"),
+        (["overrides=['mixer.kda.state_dtype=int8']"], r"mixer.kda.state_dtype is what state_dtypes=... is for"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_a_row(

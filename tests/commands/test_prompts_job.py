@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
 import lkda
 from lkda.commands.generate import generate
 from tests.commands.small import composed
+from tests.commands.test_full_disk import largest_file
 from tests.generation.test_generate import byte_tokenizer, model_of
 
 PROMPTS = ["ab", "cde", "f"]
@@ -77,6 +79,81 @@ def test_an_interrupted_job_continues(exported: Path, monkeypatch: pytest.Monkey
     assert lines(exported.parent / "out.jsonl") == lines(exported.parent / "whole.jsonl")
 
 
+def test_what_is_refused_leaves_nothing_that_is_in_the_way(exported: Path) -> None:
+    lkda.export(model_of(["softmax"]), byte_tokenizer(), exported.parent / "softmax")
+    out = exported.parent / "new" / "out.jsonl"
+    given = (f"ckpt={exported.parent}/softmax", f"out={out}")
+    with pytest.raises(ValueError, match="give a smaller max_new_tokens"):
+        run(exported, *given, "max_new_tokens=1000000000000")
+    assert not out.parent.exists()
+    run(exported, *given)
+    assert len(lines(out)) == 6
+
+
+def test_a_journal_without_texts_is_of_no_job(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lkda.commands import prompts_job
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts_job, "_record", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(exported)
+    assert len(lines(exported.parent / "out.jsonl.part")) == 1
+    run(exported, "seed=7")
+    assert len(lines(exported.parent / "out.jsonl")) == 6
+
+
+@pytest.mark.parametrize("size", [0, 5, 60])
+def test_a_first_line_that_was_cut_off_is_of_no_job(exported: Path, size: int) -> None:
+    with pytest.raises(OSError, match="File too large"), largest_file(size):
+        run(exported)
+    assert (exported.parent / "out.jsonl.part").stat().st_size == size
+    run(exported, "seed=7")
+    assert len(lines(exported.parent / "out.jsonl")) == 6
+
+
+def interrupt(result: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_processes_do_not_write_to_one_file(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lkda.commands import prompts_job
+
+    tried, record = [], prompts_job._record
+
+    def recording(result):
+        if not tried:
+            tried.append((exported.parent / "out.jsonl.part").read_text())
+            with pytest.raises(ValueError, match=r"another process is writing to .*out.jsonl: wait for it"):
+                run(exported)
+            assert (exported.parent / "out.jsonl.part").read_text() == tried[0]
+        return record(result)
+
+    monkeypatch.setattr(prompts_job, "_record", recording)
+    run(exported)
+    assert len(lines(exported.parent / "out.jsonl")) == 6
+
+
+def test_a_full_disk_is_named_and_the_job_continues(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(exported, f"out={exported.parent}/whole.jsonl")
+    with pytest.raises(OSError, match="File too large") as error, largest_file(900):
+        run(exported)
+    journal = exported.parent / "out.jsonl.part"
+    assert error.value.filename == str(journal)
+    assert journal.stat().st_size == 900
+    run(exported)
+    assert lines(exported.parent / "out.jsonl") == lines(exported.parent / "whole.jsonl")
+
+
+def test_a_prompt_without_tokens_is_named(exported: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"x": 0, "ab": 1}))
+    lkda.export(model_of(["kda"]), tokenizer, exported.parent / "words")
+    source = exported.parent / "prompts.jsonl"
+    source.write_text('{"prompt": "ab"}\n{"prompt": ""}\n')
+    with pytest.raises(ValueError, match=r"prompt 1 \(from 0\) of .*prompts.jsonl is empty, and the tokenizer has no"):
+        run(exported, f"ckpt={exported.parent}/words", f"prompts={source}")
+    assert list(exported.parent.glob("*.part")) == []
+
+
 def test_prompts_as_json(exported: Path) -> None:
     source = exported.parent / "prompts.jsonl"
     source.write_bytes('{"prompt": "ab"}\r\n\n{"prompt": "line\\nbreak"}\n{"prompt": "a\u2028b"}'.encode())
@@ -110,7 +187,7 @@ def test_bad_files_are_one_line(exported: Path, content: str, overrides: list[st
         run(exported, *(overrides if any("prompts=" in x for x in overrides) else [f"prompts={source}", *overrides]))
 
 
-@pytest.mark.parametrize("content", ["[]\n", "", '{"prompts": ""}\n{"text": "x"}\n', "words\n"])
+@pytest.mark.parametrize("content", ["[]\n", "{x", '{"prompts": ""}\n{"text": "x"}\n', "words\n"])
 def test_a_file_that_is_no_journal_is_kept(exported: Path, content: str) -> None:
     journal = exported.parent / "out.jsonl.part"
     journal.write_text(content)

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+import lkda
+from lkda.bench import decode
+from lkda.bench.decode import decode_row
 from lkda.commands.train import train
 from lkda.models import mixers
+from lkda.models.decoder import Sampling
 from tests.documentation.commands import ROOT
+from tests.generation.test_generate import byte_tokenizer, model_of
 from tests.models import test_mixers as contract
 
 PAGE = ROOT / "docs" / "guides" / "adding_a_mixer.md"
@@ -44,6 +49,23 @@ def test_it_keeps_the_contract(added: Path) -> None:
     assert len(checks) > 4
     for name in checks:
         getattr(contract.TestEveryMixer(), name)([NAME])
+
+
+def test_it_generates(added: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of any size, in a session that is saved, and as the benchmark of decoding runs it."""
+    model, tokenizer = model_of([NAME]), byte_tokenizer()
+    options = {"max_new_tokens": 20, "temperature": 0, "ignore_eos": True}
+    found = lkda.generate(model, tokenizer, ["ab", "cde"], **options)
+    assert lkda.generate(model, tokenizer, ["ab", "cde"], batch_size=2, **options) == found
+    session = lkda.Session(model, tokenizer)
+    session.read("ab")
+    session.save(added / "session")
+    options = {"max_new_tokens": 5, "seed": 1}
+    again = lkda.Session.load(added / "session", model, tokenizer).generate(**options)
+    assert session.generate(**options) == again
+    monkeypatch.setattr(decode, "SECONDS", 0.01)
+    monkeypatch.setattr(decode, "copy_gb_per_s", lambda device: 10.0)
+    assert decode_row(model.bfloat16(), 2, 256, Sampling(0.0))["tokens_per_s"] > 0
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import lkda
 from lkda.generation.text import GrowingText
@@ -155,11 +155,68 @@ def test_the_space_before_the_first_word_is_kept_after_a_prompt():
 
 
 @pytest.mark.parametrize(
+    ("tokens", "want"), [(["abc"], "x"), (["a", "b", "c"], "x"), (["ab", "c"], "x"), (["a", "bc"], "x")]
+)
+def test_stop_strings_inside_one_another_do_not_depend_on_the_borders_of_tokens(tokens, want):
+    """Of "abc" and "b" the second is complete first, also where one token completes both."""
+    words = {word: i for i, word in enumerate(["x", "abc", "a", "b", "c", "ab", "bc"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="x"))
+    tokenizer.decoder = decoders.Fuse()
+    for stop, kept in ((["abc", "b"], "xa"), (["b", "abc"], "xa"), (["bc", "abc"], want), (["abc", "abcd"], want)):
+        text = GrowingText(tokenizer, stop)
+        pieces = [text.add(words[word]) for word in ["x", *tokens] if not text.stopped]
+        assert (text.text, "".join(pieces), text.stopped) == (kept, kept, True)
+
+
+def test_bytes_that_are_no_character_do_not_end_the_text():
+    """A decoder with bytes as a fallback changes the characters before such bytes."""
+    words = ["<s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab"]
+    numbers = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(numbers, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    for given, want in (
+        (["<0x24>", "<0xA1>", "a"], "$\ufffda"),
+        (["<0x24>", "<0x25>", "<0xA1>", "▁", "b"], "$%\ufffd b"),
+        (["<0xC3>", "<0xA9>", "<0xE0>", "<0x60>", "a", "<0xC3>", "<0xA9>"], "é\ufffd\ufffd\ufffdaé"),
+        (["<0x0A>", "<0xE6>", "<0x97>", "<0xA5>", "b"], "\n日b"),
+    ):
+        text = GrowingText(tokenizer)
+        pieces = [text.add(numbers[word]) for word in given]
+        assert "".join(pieces) + text.finish() == text.text == want
+    generator = torch.Generator().manual_seed(0)
+    for tokens in torch.randint(2, len(words), (200, 12), generator=generator).tolist():
+        text = GrowingText(tokenizer, continues=True)
+        pieces = [text.add(token) for token in tokens]
+        assert "".join(pieces) + text.finish() == text.text
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: "exported/one", "model must be a model of lkda, as lkda.load returns, got str"),
+        (lambda: torch.nn.Linear(3, 3), "model must be a model of lkda, as lkda.load returns, got Linear"),
+        (lambda: model_of(["kda"]).to("meta"), "the model has no weights"),
+    ],
+    ids=["str", "Linear", "meta"],
+)
+def test_another_object_in_place_of_the_model_is_an_error(model, message):
+    with pytest.raises(ValueError, match=message):
+        lkda.generate(model(), byte_tokenizer(), "a")
+    with pytest.raises(ValueError, match=message):
+        lkda.Session(model(), byte_tokenizer())
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prompts": 3}, "prompts must be a text or a list of texts, got 3"),
         ({"num_samples": 0}, "num_samples must be a whole number of 1 or more, got 0"),
         ({"num_samples": 10**9}, "num_samples must be at most 1000000, got 1000000000"),
+        (
+            {"num_samples": 10**6, "prompts": ["a"] * 11},
+            "11 prompts with num_samples=1,000,000 are 11,000,000",
+        ),
         ({"stop": ""}, "stop must be a text that is not empty"),
         ({"stop": [1]}, "stop must be a text that is not empty, or a list of such texts, got"),
         ({"top_k": 0}, "top_k must be a whole number of 1 or more, got 0"),
@@ -169,7 +226,7 @@ def test_the_space_before_the_first_word_is_kept_after_a_prompt():
         ({"batch_size": 0}, "batch_size must be a whole number of 1 or more"),
         ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of 0 or more"),
         ({"temperature": 10**400}, "temperature must be >= 0"),
-        ({"prompts": ["a", "\ud800"]}, "the prompt is not UTF-8: .*surrogates not allowed"),
+        ({"prompts": ["a", "\ud800"]}, r"prompts\[1\] is not UTF-8: .*surrogates not allowed"),
     ],
 )
 def test_bad_values_are_one_line_at_once(options, message):

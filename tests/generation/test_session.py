@@ -110,6 +110,12 @@ def test_another_model_is_refused_by_name(tmp_path):
         other.norm.weight.add_(1)
     with pytest.raises(ValueError, match="its weights are others"):
         lkda.Session.load(tmp_path / "session", other, tokenizer)
+    mixer = {"pattern": ["kda"], "num_heads": 2, "kda": {"negative_eigenvalues": True}}
+    with pytest.raises(ValueError, match=r"it has another kda.negative_eigenvalues \("):
+        lkda.Session.load(tmp_path / "session", small([], vocab_size=257, num_layers=2, mixer=mixer), tokenizer)
+    mixer["kda"] = {"negative_eigenvalues": False, "conv_width": 4}
+    same = small([], vocab_size=257, num_layers=2, mixer=mixer)
+    assert lkda.Session.load(tmp_path / "session", same, tokenizer).tokens == session.tokens
     (tmp_path / "broken").write_bytes((tmp_path / "session").read_bytes()[:200])
     with pytest.raises(ValueError, match="is not a session, or is incomplete"):
         lkda.Session.load(tmp_path / "broken", other, tokenizer)
@@ -130,13 +136,14 @@ def test_a_damaged_file_is_refused_in_one_line(pattern, tmp_path):
     cut = [[part[..., :1] for part in layer] for layer in whole["state"]]
     values = {
         "model": [None, {}, "x"],
-        "tokens": [None, 5, ["a"], [10**9, *whole["tokens"][1:]], []],
+        "tokens": [None, 5, ["a"], [10**9, *whole["tokens"][1:]], [], [True] * len(whole["tokens"])],
         "unread": [None, [300], [0, 0], 5],
         "length": [None, -1, 10**9, "x", 0],
-        "logits": [None, 5, torch.zeros(1, 7)],
+        "logits": [None, 5, torch.zeros(1, 7), torch.zeros(1, 257).bool(), torch.zeros(1, 257).to_sparse()],
         "state": [None, [], whole["state"][:1], cut, [["a"] * len(layer) for layer in whole["state"]]],
     }
     damaged = [whole | {name: value} for name, some in values.items() for value in some]
+    damaged.append(whole | {"tokens": tuple(whole["tokens"]), "unread": ()})
     damaged += [{key: value for key, value in whole.items() if key != name} for name in values]
     for content in damaged:
         torch.save(content, path)
@@ -159,6 +166,37 @@ def test_a_stream_checks_at_once_and_nothing_comes_between():
     session.read("d")
     with pytest.raises(ValueError, match="has read or generated something else since the last piece"):
         next(stream)
+
+
+@pytest.mark.parametrize("pattern", [["softmax"], ["kda", "mla"]], ids="-".join)
+@pytest.mark.parametrize("more", [-(10**6), -1, 1, 10**6])
+def test_a_file_with_another_length_of_a_cache_is_refused(pattern, more, tmp_path):
+    """A step in C++ would write where the length says, also outside of the cache."""
+    model, tokenizer = model_of(pattern), byte_tokenizer()
+    session, path = lkda.Session(model, tokenizer), tmp_path / "session"
+    session.read("abc")
+    session.save(path)
+    whole = torch.load(path, weights_only=True)
+    state = [[part + more if part.dtype == torch.int64 else part for part in layer] for layer in whole["state"]]
+    torch.save(whole | {"state": state}, path)
+    with pytest.raises(ValueError, match=r"is damaged: .* a cache of .* tokens does not fit 4 tokens"):
+        lkda.Session.load(path, model, tokenizer)
+
+
+@pytest.mark.parametrize("pattern", [["kda"], ["softmax"]], ids=["kda", "softmax"])
+def test_a_stream_goes_on_after_a_call_that_reads_nothing(pattern):
+    model, tokenizer = model_of(pattern), byte_tokenizer()
+    session = lkda.Session(model, tokenizer)
+    session.read("abc")
+    fork = session.clone()
+    want = fork.generate(max_new_tokens=8, temperature=0).tokens
+    stream = session.stream(max_new_tokens=8, temperature=0)
+    next(stream)
+    session.read("")
+    assert session.generate(max_new_tokens=0).tokens == ()
+    list(stream)
+    assert tuple(session.tokens[4:]) == want
+    assert session._decoder.lengths == fork._decoder.lengths
 
 
 @pytest.mark.slow

@@ -6,8 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lkda.models import decoder as decoding
+from lkda.models import decoding_block
+from lkda.models.cached_attention import CachedAttention
 from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import _use_few_launches
 from lkda.models.decoding_block import DecodingBlock
@@ -53,6 +57,18 @@ def test_sequences_of_unequal_lengths_read_on(pattern):
         got, _ = model.forward_from(more, state)
         for row, (start, end) in enumerate([(9, 20), (4, 15)]):
             torch.testing.assert_close(got[row], model(texts[row, None, :end])[0, start:])
+
+
+def test_a_state_that_does_not_keep_its_shape_is_an_error(monkeypatch):
+    """A mixer that grows by copying, although `max_tokens` was given."""
+    made = CachedAttention.init_state
+    monkeypatch.setattr(CachedAttention, "init_state", lambda self, batch, max_tokens=None: made(self, batch))
+    message = r"state of \[2, 0, 16\] per sequence.* has become \[2, 3, 16\]: the mixer must allocate it for max_tokens"
+    decoder = Decoder(small(["softmax"]), 1, 20, Sampling())
+    with pytest.raises(ValueError, match=message):
+        decoder.admit([0], [[1, 2, 3]], [0], [5])
+    with pytest.raises(ValueError, match=message):
+        decoder.read([1, 2, 3])
 
 
 @pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
@@ -216,6 +232,88 @@ def test_blocks_of_few_launches_are_the_blocks(make):
             logits.append(new)
         found.append(torch.stack(logits))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+MLA = [{}, {"conv_width": 3}, {"qk_norm": True}, {"kv_lora_rank": 5, "qk_nope_head_dim": 6, "v_head_dim": 7}]
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["many", "few"])
+@pytest.mark.parametrize("options", MLA, ids=str)
+@torch.no_grad()
+def test_mla_steps_in_pytorch(monkeypatch, options, kernel):
+    """As on a GPU, with blocks of few launches: sequences of unequal lengths, in caches cut to a bucket, and alone.
+    Few sequences have the projections of the heads in those before and after them."""
+    monkeypatch.setattr(CachedAttention, "state_fits_cpp", lambda *_: False)
+    monkeypatch.setattr(decoding_block, "takes", lambda x: kernel)
+    plain = with_options("mla", options).double()
+    fused, texts, bounds = copy.deepcopy(plain), tokens(2, 13), torch.tensor([0, 7, 9], dtype=torch.int32)
+    _use_few_launches(fused, torch.float64)
+    for block in fused.blocks:
+        assert block._projections is not None
+        assert (block._last is not None) == ("conv_width" not in options and "qk_norm" not in options)
+        if kernel and block._last is not None:
+            monkeypatch.setattr(block.mixer, "step_from", None)
+    packed = torch.cat([texts[:1, :7], texts[1:, :2]], 1)
+    for model in (plain, fused):
+        _, state = model.prefill_packed(packed, model.init_state(2, max_tokens=20), cu_seqlens=bounds)
+        state, single = model.cut_state(state, 14), model.init_state(1)
+        for t in range(6):
+            logits, state = model.step(torch.stack([texts[0, 7 + t], texts[1, 2 + t]]), state)
+            for row, end in enumerate([8 + t, 3 + t]):
+                torch.testing.assert_close(logits[row], plain(texts[row, None, :end])[0, -1], rtol=1e-9, atol=1e-9)
+            logits, single = model.step(texts[:1, t], single)
+            torch.testing.assert_close(logits, plain(texts[:1, : t + 1])[:, -1], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_projections_of_heads_are_absorbed_where_that_costs_little():
+    """In bfloat16 they are rounded once, so that the output is as near to float64 as with both factors."""
+    mixer, x = with_options("mla", {}, d_model=64).blocks[0].mixer, torch.randn(2, 12, 64)
+    more = 2 * (2 * (2 * 32 - 32 - 32) * 64 - 2 * 64 * 32)
+    assert mixer.bfloat16().absorbed(most_bytes=more - 1) is None
+    weights, last = mixer.absorbed(most_bytes=more)
+    assert [len(weight) for weight in weights] == [2 * (32 + 16), 32 + 16]
+    assert last.shape == (64, 2 * 32)
+    x = x.bfloat16()
+    want, _ = copy.deepcopy(mixer).double()(x.double())
+    states = [mixer.init_state(2, max_tokens=12) for _ in range(2)]
+    found = ([], [])
+    for t in range(12):
+        both, states[0] = mixer.step(x[:, t], states[0])
+        o, states[1] = mixer.absorbed_step_from([linear(x[:, t], weight) for weight in weights], states[1])
+        found[0].append(both)
+        found[1].append(linear(o, last))
+    errors = [(torch.stack(y, 1).double() - want).norm() for y in found]
+    assert errors[1] < 1.2 * errors[0]
+
+
+@torch.no_grad()
+def test_mla_attends_with_few_launches():
+    """Scaling, the sum of both products and the mask are no products and copies of their own."""
+    mixer = small(["mla"]).blocks[0].mixer.bfloat16()
+    q, latent, shared = (torch.randn(3, *s).bfloat16() for s in ((2, 24), (8, mixer.rank), (8, mixer.rope)))
+    empty = torch.arange(8) >= torch.tensor([[2], [8], [5]])
+    with Called() as called:
+        mixer._attend_one(q, (latent, shared), empty)
+    assert called.names == ["bmm", "bmm", "baddbmm_", "masked_fill_", "_softmax", "bmm", "bmm"]
+    with Called() as called:
+        mixer._sum_of_latents(q[..., :16], q[..., 16:], latent, shared, empty)
+    assert called.names == ["bmm", "baddbmm_", "masked_fill_", "_softmax", "bmm"]
+
+
+class Called(TorchDispatchMode):
+    """Names of the operations that are called, but for views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        returned = [value.alias_info for value in function._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in returned):
+            self.names.append(function.overloadpacket.__name__)
+        return found
 
 
 @pytest.mark.parametrize("name", ["kda", "simplified"])

@@ -103,6 +103,37 @@ class TestEveryMixer:
                     torch.testing.assert_close(logits, want[:, t], rtol=1e-11, atol=1e-11)
 
     @torch.no_grad()
+    def test_a_state_that_is_not_of_the_batch_or_the_model_is_refused(self, pattern):
+        """In C++ a step would read and write beside the tensors of the state."""
+        model, x = small(pattern), torch.zeros(2, dtype=torch.int64)
+        other = small(pattern, d_model=16)
+        for max_tokens in (8, None):
+            states = [model.init_state(n, max_tokens=max_tokens) for n in (1, 3)]
+            for state in (*states, model.init_state(2, max_tokens=max_tokens)[1:]):
+                with pytest.raises(ValueError, match="the state must have"):
+                    model.step(x, state)
+            with pytest.raises((ValueError, RuntimeError), match=r"must be|needs a state of|of this mixer|must match"):
+                model.step(x, other.init_state(2, max_tokens=max_tokens))
+        with pytest.raises(ValueError, match=r"a step takes tokens \[B\]"):
+            model.step(x[:, None], model.init_state(2, max_tokens=8))
+        with pytest.raises(ValueError, match="max_tokens must be a whole number of 0 or more, got -1"):
+            model.init_state(2, max_tokens=-1)
+
+    @torch.no_grad()
+    def test_bfloat16_states_do_not_wear_out(self, pattern):
+        """With weights in bfloat16, steps after 260 tokens are as near to the logits in float64 as the whole is."""
+        model, x = small(pattern, scale=1), tokens(1, 300)
+        want = model.double()(x)[:, 260:]
+        model.bfloat16()
+        whole, (_, state) = model(x)[:, 260:], model.prefill(x[:, :260], model.init_state(1, max_tokens=300))
+        steps = []
+        for t in range(260, 300):
+            logits, state = model.step(x[:, t], state)
+            steps.append(logits)
+        error, allowed = ((y.double() - want).norm() for y in (torch.stack(steps, 1), whole))
+        assert error < 1.5 * allowed
+
+    @torch.no_grad()
     def test_preallocated_caches_equal_growing_ones(self, pattern):
         """Packed, in steps, and read on: two sequences of unequal length, each as it is alone, in float64 exactly."""
         model, x = small(pattern).double(), tokens(2, 30)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lkda.checks import check_count
 from lkda.models.cached_attention import CachedAttention, refuse_full
-from lkda.models.growing_cache import append_one, filled, masked_softmax
+from lkda.models.growing_cache import append_one, filled, masked_softmax, softmax_of_filled
 from lkda.models.linear import fused_linear, is_plain
 from lkda.models.mixer import State
+from lkda.models.projected_mixer import ProjectedMixer
 from lkda.models.recurrent_mixer import linear
 from lkda.models.residual import normed_residual
 from lkda.models.rows import is_plain_norm
@@ -21,7 +22,7 @@ from lkda.ops import latent_keys, short_convolution
 from lkda.ops.softmax.cpu.step import advance_, can_take, latent_step_cpu
 
 
-class MultiHeadLatentAttention(CachedAttention):
+class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
     """Softmax attention whose keys and values are computed from one latent per token, which is all that is cached.
 
         c, r = split(kv_a x)        k = [k_nope(RMSNorm c), r], v = v(RMSNorm c)        scale = (nope + rope)^-0.5
@@ -76,6 +77,7 @@ class MultiHeadLatentAttention(CachedAttention):
         self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=norm_eps)
         self.kv_b_proj = linear(self.rank, num_heads * (self.nope + self.v_dim))
         self.o_proj = linear(num_heads * self.v_dim, d_model)
+        self.o_norm = None
         norms = (nn.RMSNorm(self.nope + self.rope, eps=norm_eps) if qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
         widths = (num_heads * (self.nope + self.rope), self.rank + self.rope)
@@ -85,7 +87,7 @@ class MultiHeadLatentAttention(CachedAttention):
     def inputs(
         self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequence[Tensor]]:
-        q, kv = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
+        q, kv = fused_linear(x, self.step_layers())
         return self._heads(q, kv, cu_seqlens, state)
 
     def _heads(
@@ -107,14 +109,20 @@ class MultiHeadLatentAttention(CachedAttention):
         latent, shared = kv.split([self.rank, self.rope], -1)
         return q, (self._normed(latent, self.kv_a_layernorm), shared), convolved
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        q, kv = fused_linear(x, [self.q_proj, self.kv_a_proj_with_mqa])
+    def step_layers(self) -> list[nn.Linear]:
+        return [self.q_proj, self.kv_a_proj_with_mqa]
+
+    def step_from(
+        self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
+    ) -> tuple[Tensor, Tensor | None, State]:
+        q, kv = projected
+        self.check_state(state, len(q))
         if self._steps_in_cpp(q, kv, state):
-            return self.o_proj(self._attend_in_cpp(q, kv, state).flatten(1)), state
+            return self._attend_in_cpp(q, kv, state), None, state
         q, entries, convolved = self._heads(q.unsqueeze(1), kv.unsqueeze(1), None, state)
         caches = append_one(state[:2], entries, state[2])
         o = self._attend_one(q[:, 0], *filled(caches, state[2]))
-        return self.o_proj(o.flatten(1)), (*caches, state[2], *convolved)
+        return o, None, (*caches, state[2], *convolved)
 
     def _steps_in_cpp(self, q: Tensor, kv: Tensor, state: State) -> bool:
         plain = self.k_norm is None and is_plain(self.kv_b_proj) and is_plain_norm(self.kv_a_layernorm)
@@ -151,7 +159,7 @@ class MultiHeadLatentAttention(CachedAttention):
     def _normed(x: Tensor, norm: nn.Module) -> Tensor:
         return normed_residual(x, None, norm)[1]
 
-    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], empty: Tensor | None) -> Tensor:
         """q [B, H, nope + rope], the latents [B, S, rank] and the shared key channels [B, S, rope] -> [B, H, v_dim].
 
         Without a norm of the keys, the query is projected to the latent and the sum of latents to the values (as in
@@ -162,14 +170,56 @@ class MultiHeadLatentAttention(CachedAttention):
         scale = q.shape[-1] ** -0.5
         if self.k_norm is not None or not is_plain(self.kv_b_proj):
             k, v = (y.transpose(1, 2) for y in self.keys_and_values(latent, shared))
-            weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), mask, scale)
+            weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), empty, scale=scale)
             return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
-        to_key, to_value = self.kv_b_proj.weight.view(self.num_heads, -1, self.rank).split([self.nope, self.v_dim], 1)
+        to_key, to_value = self._weights_of_heads()
         nope, rope = q.split([self.nope, self.rope], -1)
-        nope = torch.einsum("bhn,hnr->bhr", nope, to_key)
-        scores = torch.matmul(nope, latent.mT) + torch.matmul(rope, shared.mT)
-        summed = torch.matmul(masked_softmax(scores, mask, scale), latent)
-        return torch.einsum("bhr,hvr->bhv", summed, to_value)
+        nope = torch.bmm(nope.transpose(0, 1), to_key).transpose(0, 1)  # [B, H, rank]
+        summed = self._sum_of_latents(nope, rope, latent, shared, empty)
+        return torch.bmm(summed.transpose(0, 1), to_value.mT).transpose(0, 1)
+
+    def _weights_of_heads(self) -> tuple[Tensor, Tensor]:
+        """The weights from the latent to the keys [H, nope, rank] and to the values [H, v_dim, rank] of each head."""
+        to_key, to_value = self.kv_b_proj.weight.view(self.num_heads, -1, self.rank).split([self.nope, self.v_dim], 1)
+        return to_key, to_value
+
+    def _sum_of_latents(
+        self, query: Tensor, rope: Tensor, latent: Tensor, shared: Tensor, empty: Tensor | None
+    ) -> Tensor:
+        """Attention in the latent space: query [B, H, rank], rope [B, H, rope] and the caches -> [B, H, rank].
+
+        On a GPU with few sequences the time is that of the launches. So the second product adds and scales, too.
+        """
+        scale = (self.nope + self.rope) ** -0.5
+        scores = torch.bmm(rope, shared.mT).baddbmm_(query, latent.mT, beta=scale, alpha=scale)
+        return torch.bmm(softmax_of_filled(scores, empty), latent)
+
+    @torch.no_grad()
+    def absorbed(self, *, most_bytes: int) -> tuple[list[Tensor], Tensor] | None:
+        """q_proj times the projection of q to the latent, [H * (rank + rope), d_model], the layer of the latent, and
+        o_proj times the projection of latents to the values, [d_model, H * rank]."""
+        layers = (self.q_proj, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj)
+        if self.q_norm is not None or self.q_conv1d is not None or not all(map(is_plain, layers)):
+            return None
+        q, o = self.q_proj.weight, self.o_proj.weight
+        numbers = self.num_heads * (2 * self.rank - self.nope - self.v_dim) * len(o) - self.kv_b_proj.weight.numel()
+        if numbers * o.element_size() > most_bytes:
+            return None
+        to_key, to_value = (weight.double() for weight in self._weights_of_heads())
+        nope, rope = self.heads(q.double().T).split([self.nope, self.rope], -1)  # [d_model, H, ...]
+        query = torch.cat([torch.einsum("dhn,hnr->hrd", nope, to_key), rope.permute(1, 2, 0)], 1)
+        values = torch.einsum("dhv,hvr->dhr", self.heads(o.double()), to_value)
+        return [query.flatten(0, 1).to(q.dtype), self.kv_a_proj_with_mqa.weight], values.flatten(1).to(o.dtype)
+
+    def absorbed_step_from(self, projected: Sequence[Tensor], state: State) -> tuple[Tensor, State]:
+        query, kv = projected
+        self.check_state(state, len(query))
+        q, entries, _ = self._heads(query.unsqueeze(1), kv.unsqueeze(1), None, state)
+        caches = append_one(state[:2], entries, state[2])
+        to_attend, empty = filled(caches, state[2])
+        latent, shared = (cache.to(q.dtype) for cache in to_attend)
+        query, rope = q[:, 0].split([self.rank, self.rope], -1)
+        return self._sum_of_latents(query, rope, latent, shared, empty).flatten(1), (*caches, state[2])
 
     def convolutions(self) -> list[ShortConvolution]:
         return [convolve for convolve in (self.q_conv1d, self.kv_conv1d) if convolve is not None]

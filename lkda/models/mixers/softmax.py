@@ -71,6 +71,7 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
     def step_from(
         self, projected: Sequence[Tensor], factors: Sequence[Tensor], state: State
     ) -> tuple[Tensor, Tensor | None, State]:
+        self.check_state(state, len(projected[0]))
         if all(self.state_fits_cpp(y, state) for y in projected):
             return self._attend_in_cpp(projected, state), None, state
         q, k, v, convolved = self._heads([y.unsqueeze(1) for y in projected], None, state)
@@ -164,10 +165,10 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
         q, k = self._normed(q, k)
         return rotate(q, position, self.rope_base), rotate(k, position, self.rope_base)
 
-    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    def _attend_one(self, q: Tensor, caches: Sequence[Tensor], empty: Tensor | None) -> Tensor:
         """q [B, H, D] and keys and values [B, H, S, D] -> [B, H, D]."""
         k, v = (cache.to(q.dtype) for cache in caches)
-        weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), mask, self.head_dim**-0.5)
+        weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), empty, scale=self.head_dim**-0.5)
         return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
 
     def convolutions(self) -> list[ShortConvolution]:
