@@ -16,11 +16,11 @@ from lkda.commands.overrides import override
 from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
 from lkda.commands.run_setup import RunPlan
-from lkda.commands.summary import TOO_LARGE
 from lkda.commands.text import encode_prompt, text_pieces
 from lkda.formats import has_folded_embedding
 from lkda.models.generate import generate
 from lkda.models.lm import LanguageModel
+from lkda.perplexity import TOO_LARGE
 from lkda.special_tokens import document_ends
 from lkda.training.callbacks import InterruptedRunError
 from lkda.training.options import SampleOptions

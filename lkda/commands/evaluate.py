@@ -27,7 +27,6 @@ from lkda.commands.data_options import build_data, check_data_options
 from lkda.commands.invocation import typed_overrides
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.paths import data_with_absolute_paths
-from lkda.commands.summary import TOO_LARGE, perplexity
 from lkda.commands.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import NAMES, differences, in_words
@@ -37,6 +36,7 @@ from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
 from lkda.ops.kda.state import STATE_DTYPES
+from lkda.perplexity import TOO_LARGE, perplexity
 from lkda.training import positions
 from lkda.training.accuracy import METRICS, by_subset
 from lkda.training.losses import next_token_losses

@@ -14,9 +14,9 @@ from lkda.checks import check_values
 from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
 from lkda.commands.config import resolve
 from lkda.commands.run_directory import read_summary
-from lkda.commands.summary import perplexity
 from lkda.formats import check_export, find_format
 from lkda.metrics_file import read_metrics
+from lkda.perplexity import perplexity
 
 
 def export(config: DictConfig) -> Path:

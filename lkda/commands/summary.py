@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from lkda.commands.fit import Outcome
 from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.run_directory import RunDirectory
 from lkda.models.lm import LanguageModel
+from lkda.perplexity import perplexity
 from lkda.training.accuracy import by_subset
 from lkda.training.callbacks import DivergedError, InterruptedRunError
 
@@ -133,16 +133,6 @@ def _state_dtype(model: LanguageModel) -> str | None:
         return None
     double = model.embed_tokens.weight.dtype == torch.float64
     return "float64" if double and words[0] == "float32" else str(words[0])
-
-
-_LARGEST_LOSS = 700.0  # exp overflows a float above 709
-# Shown in place of a perplexity that is None although there is a loss.
-TOO_LARGE = "too large for a number"
-
-
-def perplexity(loss: float | None) -> float | None:
-    """exp(loss); None without a loss, or if it is larger than any float."""
-    return math.exp(loss) if loss is not None and loss < _LARGEST_LOSS else None
 
 
 def _by_subset(subsets: list[dict[str, int]], latest: dict[str, float], model: LanguageModel) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lkda.models.mixers import find_mixer
 from lkda.ops.sampling.reference import draw_key
 from lkda.special_tokens import document_ends
 
-FORMAT = 1
+FORMAT = 2
 SMALLEST_CACHE = 1024
 
 
@@ -42,14 +42,14 @@ class Session:
     The state has a constant size if `constant` is true (KDA, simplified). Otherwise it grows linearly with the tokens.
 
     Attributes:
-        tokens: all tokens that were read or generated.
+        num_tokens: the tokens that were read or generated so far.
         constant: whether the size of the state does not depend on the number of tokens.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         check_tokenizer(tokenizer)
         check_model(model)
-        self.tokens: list[int] = []
+        self.num_tokens = 0
         self._model, self._tokenizer = prepare_decoding(model), tokenizer
         self._name_of_model = fingerprint(model)
         self.constant = model.has_constant_state
@@ -64,7 +64,7 @@ class Session:
 
     def __repr__(self) -> str:
         growth = "constant" if self.constant else "grows with the tokens"
-        return f"Session({len(self.tokens):,} tokens, state of {self.state_bytes:,} bytes, {growth})"
+        return f"Session({self.num_tokens:,} tokens, state of {self.state_bytes:,} bytes, {growth})"
 
     def read(self, text: str) -> None:
         """Read a text, after what was read and generated. The first one begins a document.
@@ -74,7 +74,7 @@ class Session:
         if not isinstance(text, str):
             raise InputError(f"Session.read: text must be text, got {text!r}.")
         check_unicode("Session.read: the text", text)
-        start = document_start(self._tokenizer) if not self.tokens else None
+        start = document_start(self._tokenizer) if not self.num_tokens else None
         tokens = [*([] if start is None else [start]), *encode_text(self._tokenizer, text)]
         if tokens:
             check_prompt(tokens, self._model.embed_tokens.num_embeddings)
@@ -126,12 +126,15 @@ class Session:
         """A session that continues from here by itself."""
         other = object.__new__(Session)
         other.__dict__.update(self.__dict__)
-        other.tokens, other._unread = list(self.tokens), list(self._unread)
+        other._unread = list(self._unread)
         other._decoder = self._decoder_of(self._decoder.max_tokens)
         return other
 
     def save(self, path: str | Path) -> None:
-        """Write the session to a file, atomically. The weights are not in it. Missing folders are made.
+        """Write the session to a file, atomically. Missing folders are made.
+
+        The file holds the state and the logits of the next token, but neither weights nor text, so that its size is
+        constant where that of the state is.
 
         Raises: ValueError if no file can be written there.
         """
@@ -143,7 +146,7 @@ class Session:
         content = {
             "lkda_session": FORMAT,
             "model": self._name_of_model,
-            "tokens": self.tokens,
+            "num_tokens": self.num_tokens,
             "unread": self._unread,
             "length": length,
             "logits": None if self._logits is None else self._logits.cpu(),
@@ -167,24 +170,27 @@ class Session:
 
     def _restore(self, content: dict[str, Any]) -> None:
         """Take over what `save` wrote. Raises what Python raises for a value of a wrong kind, if it is damaged."""
-        tokens, unread, length, logits = (content[name] for name in ("tokens", "unread", "length", "logits"))
+        count, unread, length, logits = (content[name] for name in ("num_tokens", "unread", "length", "logits"))
         vocabulary = self._model.embed_tokens.num_embeddings
-        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+        if not isinstance(unread, list) or not all(type(token) is int and 0 <= token < vocabulary for token in unread):
             raise ValueError(f"the tokens are no list of numbers from 0 to {vocabulary - 1}")
-        if unread != tokens[len(tokens) - len(unread) :] or length != len(tokens) - len(unread):
-            raise ValueError(f"{len(tokens)} tokens, {len(unread)} unread and {length} read do not fit together")
-        if (logits is None) != (not tokens) or (tokens and logits.shape != (1, vocabulary)):
+        if any(type(number) is not int for number in (count, length)) or not 0 <= count - len(unread) == length:
+            raise ValueError(f"{count} tokens, {len(unread)} unread and {length} read do not fit together")
+        if (logits is None) != (not count) or (count and logits.shape != (1, vocabulary)):
             raise ValueError("the logits do not fit the vocabulary")
-        if tokens and (not logits.is_floating_point() or logits.layout != torch.strided):
+        if count and (not logits.is_floating_point() or logits.layout != torch.strided):
             raise ValueError(f"the logits are {logits.dtype}, {logits.layout}")
-        self.tokens, self._unread = tokens, unread
+        for mixer, layer in zip(self._model.mixers(), content["state"], strict=True):
+            # The length says how much memory is made, and the step in C++ writes where the length of the state says.
+            if isinstance(mixer, CachedAttention) and (layer[2].tolist(), layer[0].shape[-2]) != (
+                [[length]],
+                max(1, length),
+            ):
+                raise ValueError(f"a cache of {layer[2].tolist()} tokens does not fit {length} tokens")
+        self.num_tokens, self._unread = count, unread
         self._logits = None if logits is None else logits.detach().to(self._decoder.device)
         self._decoder = Decoder(self._model, 1, _room(length), Sampling())
         self._fill(self._decoder, content["state"], length)
-        for mixer, layer in zip(self._model.mixers(), self._decoder.state, strict=True):
-            # The step in C++ takes the length that the state has for the place in the memory where it writes.
-            if isinstance(mixer, CachedAttention) and layer[2].tolist() != [[length]]:
-                raise ValueError(f"a cache of {layer[2].tolist()} tokens does not fit {length} tokens")
 
     def _pieces(
         self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], seed: int
@@ -192,10 +198,10 @@ class Session:
         """Pieces of the text; the last one comes with the whole. Arguments are checked at once."""
         check_sampling(max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0)
         check_seed("Session.generate", seed)
-        if not self.tokens:
+        if not self.num_tokens:
             raise InputError("Session.generate: the session is empty; read a text first.")
         if max_new_tokens:
-            check_states_fit(self._model, rows=1, tokens=len(self.tokens) + max_new_tokens)
+            check_states_fit(self._model, rows=1, tokens=self.num_tokens + max_new_tokens)
         return self._continued(max_new_tokens, sampling, stop, seed)
 
     def _continued(
@@ -203,7 +209,10 @@ class Session:
     ) -> Iterator[tuple[str, Generated | None]]:
         if max_new_tokens:
             self._read([])
-        text = GrowingText(self._tokenizer, stop, continues=self.tokens != [document_start(self._tokenizer)])
+        begins = (
+            document_start(self._tokenizer) is not None and self.num_tokens == 1
+        )  # no more than the mark of a document
+        text = GrowingText(self._tokenizer, stop, continues=not begins)
         ends, reason = document_ends(self._tokenizer), LENGTH
         for token in self._sampled(max_new_tokens, sampling, seed):
             if token in ends:
@@ -212,7 +221,7 @@ class Session:
                     assert self._decoder.logits is not None
                     self._logits = self._decoder.logits.clone()
                 break
-            self.tokens.append(token)
+            self.num_tokens += 1
             self._unread = [token]
             yield text.add(token), None
             if text.stopped:
@@ -231,7 +240,7 @@ class Session:
         if decoder.sampling != sampling:
             decoder = self._decoder = self._decoder_of(decoder.max_tokens, sampling)
         assert self._logits is not None
-        key, position = draw_key(seed, 0, 0), len(self.tokens)
+        key, position = draw_key(seed, 0, 0), self.num_tokens
         with torch.inference_mode():
             decoder.keys.fill_(key)
             decoder.positions.fill_(position)
@@ -242,7 +251,7 @@ class Session:
             if token < 0:
                 raise InputError("Session.generate: the model's logits are not finite numbers.")
             yield token
-            if len(self.tokens) != position + count - left + 1 or self._unread != [token]:
+            if self.num_tokens != position + count - left + 1 or self._unread != [token]:
                 raise InputError(
                     "Session.stream: the session has read or generated something else since the last piece."
                 )
@@ -254,7 +263,7 @@ class Session:
         unread = [*self._unread, *tokens]
         if unread:
             self._reserve(self._decoder.lengths[0] + len(unread))
-            self.tokens.extend(tokens)
+            self.num_tokens += len(tokens)
             self._logits, self._unread = self._decoder.read(unread), []
 
     def _reserve(self, tokens: int) -> None:

@@ -150,8 +150,9 @@ def test_the_space_before_the_first_word_is_kept_after_a_prompt():
     assert tokenizer.decode([*tokenizer.encode("ab", add_special_tokens=False).ids, *found.tokens]) == "ab" + found.text
     session = lkda.Session(model, tokenizer)
     session.read("ab")
-    text = session.generate(max_new_tokens=4, seed=4).text + session.generate(max_new_tokens=5, seed=4).text
-    assert tokenizer.decode(session.tokens) == "ab" + text
+    parts = [session.generate(max_new_tokens=count, seed=4) for count in (4, 5)]
+    tokens = [*tokenizer.encode("ab", add_special_tokens=False).ids, *parts[0].tokens, *parts[1].tokens]
+    assert tokenizer.decode(tokens) == "ab" + parts[0].text + parts[1].text
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_a_session_generates_what_the_whole_text_gives(pattern, tmp_path):
     assert fork.generate(**OPTIONS) == first
     fork.save(tmp_path / "session")
     loaded = lkda.Session.load(tmp_path / "session", model, tokenizer)
-    assert loaded.tokens == fork.tokens
+    assert loaded.num_tokens == fork.num_tokens == 7 + len(first.tokens)
     assert loaded.generate(max_new_tokens=10, seed=3) == fork.generate(max_new_tokens=10, seed=3)
     constant = "softmax" not in pattern and "mla" not in pattern
     assert session.constant == constant
@@ -44,12 +44,13 @@ def test_after_the_end_of_a_document_it_continues_what_it_has_generated(pattern)
     model, tokenizer = model_of(pattern).double(), byte_tokenizer()
     session = lkda.Session(model, tokenizer)
     session.read("abc")
-    reasons = []
+    tokens, reasons = [0, *tokenizer.encode("abc").ids], []
     for seed in range(40):  # an end after some tokens, and one at once
         generated = session.generate(max_new_tokens=40, temperature=1.5, seed=seed)
+        tokens += generated.tokens
         reasons.append((generated.reason, bool(generated.tokens)))
         with torch.inference_mode():
-            want = int(model(torch.tensor([session.tokens]))[0, -1].argmax())
+            want = int(model(torch.tensor([tokens]))[0, -1].argmax())
         after = session.clone().generate(max_new_tokens=1, temperature=0)
         assert (after.tokens or (0,)) == (want,)
         if ("end of document", True) in reasons:
@@ -73,16 +74,16 @@ def test_what_is_not_text_is_not_read(text):
     session = lkda.Session(model_of(["kda"]), byte_tokenizer())
     with pytest.raises(ValueError, match=r"Session.read: (text must be text|the text is not UTF-8)"):
         session.read(text)
-    assert session.tokens == []
+    assert session.num_tokens == 0
 
 
 def test_tokens_that_the_model_lacks_are_not_read():
     session = lkda.Session(small(["kda"], vocab_size=90), byte_tokenizer())
     session.read("0")
-    before = list(session.tokens)
+    before = session.num_tokens
     with pytest.raises(ValueError, match=r"token ids from \d+ to \d+ and the model knows 0 to 89"):
         session.read("~")
-    assert session.tokens == before
+    assert session.num_tokens == before
     session.read("1")
     with pytest.raises(ValueError, match=r"must be a tokenizers.Tokenizer, as lkda.load returns, got str"):
         lkda.Session(model_of(["kda"]), "tokenizer")
@@ -115,7 +116,7 @@ def test_another_model_is_refused_by_name(tmp_path):
         lkda.Session.load(tmp_path / "session", small([], vocab_size=257, num_layers=2, mixer=mixer), tokenizer)
     mixer["kda"] = {"negative_eigenvalues": False, "conv_width": 4}
     same = small([], vocab_size=257, num_layers=2, mixer=mixer)
-    assert lkda.Session.load(tmp_path / "session", same, tokenizer).tokens == session.tokens
+    assert lkda.Session.load(tmp_path / "session", same, tokenizer).num_tokens == session.num_tokens
     (tmp_path / "broken").write_bytes((tmp_path / "session").read_bytes()[:200])
     with pytest.raises(ValueError, match="is not a session, or is incomplete"):
         lkda.Session.load(tmp_path / "broken", other, tokenizer)
@@ -136,14 +137,14 @@ def test_a_damaged_file_is_refused_in_one_line(pattern, tmp_path):
     cut = [[part[..., :1] for part in layer] for layer in whole["state"]]
     values = {
         "model": [None, {}, "x"],
-        "tokens": [None, 5, ["a"], [10**9, *whole["tokens"][1:]], [], [True] * len(whole["tokens"])],
-        "unread": [None, [300], [0, 0], 5],
+        "num_tokens": [None, "a", [5], 0, -1, 10**12, True, float(whole["num_tokens"])],
+        "unread": [None, [300], [0, 0], 5, ["a"], [True]],
         "length": [None, -1, 10**9, "x", 0],
         "logits": [None, 5, torch.zeros(1, 7), torch.zeros(1, 257).bool(), torch.zeros(1, 257).to_sparse()],
         "state": [None, [], whole["state"][:1], cut, [["a"] * len(layer) for layer in whole["state"]]],
     }
     damaged = [whole | {name: value} for name, some in values.items() for value in some]
-    damaged.append(whole | {"tokens": tuple(whole["tokens"]), "unread": ()})
+    damaged.append(whole | {"unread": ()})
     damaged += [{key: value for key, value in whole.items() if key != name} for name in values]
     for content in damaged:
         torch.save(content, path)
@@ -195,8 +196,33 @@ def test_a_stream_goes_on_after_a_call_that_reads_nothing(pattern):
     session.read("")
     assert session.generate(max_new_tokens=0).tokens == ()
     list(stream)
-    assert tuple(session.tokens[4:]) == want
+    assert session.num_tokens == fork.num_tokens
+    after = [each.generate(max_new_tokens=8, temperature=0).tokens for each in (session, fork)]
+    assert after[0] == after[1] != want
     assert session._decoder.lengths == fork._decoder.lengths
+
+
+def test_the_file_of_a_constant_state_has_a_constant_size(tmp_path):
+    session = lkda.Session(model_of(["kda", "simplified"]), byte_tokenizer())
+    sizes = []
+    for text in ("abc", "d" * 3000):
+        session.read(text)
+        session.save(tmp_path / "session")
+        sizes.append((tmp_path / "session").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("pattern", [["softmax"], ["kda", "mla"]], ids="-".join)
+def test_a_file_that_claims_many_tokens_takes_no_memory(pattern, tmp_path):
+    model, tokenizer = model_of(pattern), byte_tokenizer()
+    session, path = lkda.Session(model, tokenizer), tmp_path / "session"
+    session.read("abc")
+    session.save(path)
+    whole, many = torch.load(path, weights_only=True), 10**12
+    state = [[torch.full_like(p, many) if p.dtype == torch.int64 else p for p in layer] for layer in whole["state"]]
+    torch.save(whole | {"num_tokens": many, "length": many, "state": state}, path)
+    with pytest.raises(ValueError, match=r"is damaged: .* does not fit 1000000000000 tokens"):
+        lkda.Session.load(path, model, tokenizer)
 
 
 @pytest.mark.slow

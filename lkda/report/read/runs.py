@@ -17,6 +17,7 @@ from lkda import records
 from lkda.checks import InputError, refusing_damage
 from lkda.metrics_file import MOST_BYTES, metrics_rows
 from lkda.old_names import translated_summary, with_data_name
+from lkda.perplexity import perplexity
 from lkda.report.read.files import read_results_file
 from lkda.run_failure import FAILURE
 
@@ -80,13 +81,13 @@ def _at(run: Run, step: int) -> Run:
         name: value for name, value in then.items() if name.startswith(("val/", "test/")) and name.count("/") == 1
     }
     if "test/loss" in then:
-        summary["test/perplexity"] = math.exp(then["test/loss"])
+        summary["test/perplexity"] = perplexity(then["test/loss"])
     summary |= {"at_step": step, "steps": step, "tokens": int(then["tokens"]), "seconds": then["seconds"]}
     if "val_subsets" in summary:
         summary["val_subsets"] = [subset | _measured_on(subset, then) for subset in summary["val_subsets"]]
         summary["val/perplexity"] = None
     else:
-        summary["val/perplexity"] = math.exp(then["val/loss"])
+        summary["val/perplexity"] = perplexity(then["val/loss"])
     return Run(run.name, run.config, summary, metrics)
 
 

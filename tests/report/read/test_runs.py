@@ -174,6 +174,12 @@ def test_runs_of_earlier_comparisons_are_read_again(tmp_path, runs):
     assert {run.summary["at_step"] for run in read_runs([path], step=400)[0]} == {400}
 
 
+def test_a_loss_whose_perplexity_no_number_holds_is_read(tmp_path):
+    path = write_run(tmp_path / "a", "kda")
+    (path / "metrics.csv").write_text("step,tokens,seconds,val/loss\n200,4096,1,5.0\n400,8192,2,1000.0\n")
+    assert read_run(path, step=400).summary["val/perplexity"] is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
