@@ -113,8 +113,8 @@ def _measure(settings: dict[str, Any], device: torch.device) -> None:
 def _check_milliseconds(milliseconds: float) -> None:
     if not 0 < milliseconds <= MOST_MILLISECONDS:
         raise InputError(
-            f"milliseconds must be above 0 and at most {MOST_MILLISECONDS}, got {milliseconds}: each row is "
-            "measured for so long."
+            f"milliseconds must be above 0 and at most {MOST_MILLISECONDS}, got {milliseconds}; it is the "
+            "measuring time of each row."
         )
 
 

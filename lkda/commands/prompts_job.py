@@ -70,7 +70,7 @@ class PromptsJob:
             if changed and lines:
                 raise InputError(
                     f"{self.journal} holds finished texts of another {', '.join(changed)}: start the command with the "
-                    "settings of before, or delete that file to begin again."
+                    "earlier settings, or delete that file to begin again."
                 )
             self.finished = {(line["prompt_index"], line["sample_index"]): line for line in lines}
             self.kept = 0 if changed else size

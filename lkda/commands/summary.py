@@ -33,11 +33,8 @@ def summarize(run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ou
     status = {InterruptedRunError: "interrupted", DivergedError: "diverged"}.get(type(ending), "finished")
     # The last step. It cannot be read from metrics.csv, which has only a row every few steps.
     step = max(prepared.first_step, prepared.total_steps) if ending is None else ending.step
-    metadata, device = prepared.metadata, prepared.plan.device
-    context, rows = metadata["context"], run.rows()
+    metadata, plan, rows = prepared.metadata, prepared.plan, run.rows()
     latest = {name: float(value) for row in rows for name, value in row.items() if value}
-    tokens, seconds = step * metadata["tokens_per_step"], latest.get("seconds", 0.0)
-    speeds = [float(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]]
     loss = latest.get("val/loss")
     return {
         "status": status,
@@ -46,36 +43,19 @@ def summarize(run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ou
         "val/bits_per_byte": latest.get("val/bits_per_byte"),
         "unigram_entropy": metadata["unigram_entropy"],
         **_of_test(metadata["test"], rows, step),
-        "tokens": tokens,
-        # A run that is shorter than the warm-up has no row with a speed.
-        "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
-        "tflops_per_s": latest.get("tflops_per_s"),
-        "mfu": latest.get("mfu"),
-        "peak_memory_gib": latest.get("peak_memory_gib"),
-        "params": model.num_parameters(embedding=True),
-        "params_non_embedding": model.num_parameters(embedding=False),
-        "state_bytes": model.state_bytes(context),
-        "flops_per_token": model.flops_per_token(context),
-        "mixer": metadata["mixer"],
-        "model": metadata["model"],
-        "data": metadata["data"],
-        "context": context,
-        "backend": " ".join(dict.fromkeys(prepared.plan.backends.values())) or None,
-        "device": _device(device, count=prepared.plan.trainer.world_size),
-        "devices": prepared.plan.trainer.world_size,
-        "strategy": prepared.plan.trainer.strategy,
-        "precision": prepared.plan.trainer.precision,
-        "checkpointing": prepared.plan.checkpointing,
-        "state_dtype": _state_dtype(model),
-        "seed": metadata["seed"],
-        "fingerprint": metadata["fingerprint"],
-        "steps": step,
-        "seconds": seconds,
-        "clipped_share": _clipped_share(rows),
+        **_of_training(rows, latest, step=step, tokens=step * metadata["tokens_per_step"]),
+        **_of_model(model, metadata["context"]),
+        **{name: metadata[name] for name in ("mixer", "model", "data", "context", "seed", "fingerprint")},
+        "backend": " ".join(dict.fromkeys(plan.backends.values())) or None,
+        "device": _device(plan.device, count=plan.trainer.world_size),
+        "devices": plan.trainer.world_size,
+        "strategy": plan.trainer.strategy,
+        "precision": plan.trainer.precision,
+        "checkpointing": plan.checkpointing,
+        "learning_rate": metadata["learning_rate"],
         "skipped_steps": outcome.skipped_steps,
         "checkpoints": outcome.checkpoints,
         "checkpoint_seconds": outcome.checkpoint_seconds,
-        "learning_rate": metadata["learning_rate"],
         "git_commit": git_commit(),
         "versions": {
             "python": platform.python_version(),
@@ -84,6 +64,35 @@ def summarize(run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ou
             "lkda": lkda.__version__,
         },
         **_by_subset(metadata["val_subsets"], latest, model),
+    }
+
+
+def _of_training(rows: list[dict[str, str]], latest: dict[str, float], *, step: int, tokens: int) -> dict[str, Any]:
+    """How far the training went and how fast.
+
+    Args:
+        latest: the last value in each column of the rows.
+    """
+    seconds = latest.get("seconds", 0.0)
+    speeds = [float(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]]
+    return {
+        "steps": step,
+        "tokens": tokens,
+        "seconds": seconds,
+        # A run that is shorter than the warm-up has no row with a speed.
+        "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
+        **{name: latest.get(name) for name in ("tflops_per_s", "mfu", "peak_memory_gib")},
+        "clipped_share": _clipped_share(rows),
+    }
+
+
+def _of_model(model: LanguageModel, context: int) -> dict[str, Any]:
+    return {
+        "params": model.num_parameters(embedding=True),
+        "params_non_embedding": model.num_parameters(embedding=False),
+        "state_bytes": model.state_bytes(context),
+        "flops_per_token": model.flops_per_token(context),
+        "state_dtype": _state_dtype(model),
     }
 
 

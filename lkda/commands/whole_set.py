@@ -181,7 +181,7 @@ def measure_whole_set(
             console.print(f"{part.name} failed:\n{traceback.format_exc()}", soft_wrap=True)
         except KeyboardInterrupt:
             _write_page(console, out, parts, done)
-            console.print(f"stopped in the part {part.name}; go on with: {_again(out)}", soft_wrap=True)
+            console.print(f"stopped in the part {part.name}; continue with: {_again(out)}", soft_wrap=True)
             raise
         else:
             done[part.name] = time.perf_counter() - started

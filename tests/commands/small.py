@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from functools import cache
 from pathlib import Path
 
@@ -23,3 +24,9 @@ def composed(name: str, *overrides: str) -> DictConfig:
     """The configuration of a script, as its command line would compose it. Nobody changes it."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return compose(name, overrides=list(overrides))
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    """metrics.csv of a run without the columns that depend on the clock."""
+    with open(directory / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]

@@ -1,6 +1,5 @@
 """A run is what its data are, not where they lie: other data are refused on resuming and named on evaluating."""
 
-import csv
 import errno
 import json
 import os
@@ -18,7 +17,7 @@ from lkda.commands.evaluate import evaluate
 from lkda.commands.train import train
 from lkda.ops import resolve_backend
 from lkda.training.task import LanguageModelTask
-from tests.commands.small import TIMES, composed
+from tests.commands.small import composed, rows
 
 SETTINGS = ("debug=fast", "data=files", "trainer=cpu", "sample.max_new_tokens=0", "trainer.max_steps=2")
 LONGER = ("trainer.max_steps=4",)
@@ -233,12 +232,6 @@ def test_files_of_others_are_not_written_over(
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "work", home / "texts")
     assert files(tmp_path / "work") == before
-
-
-def rows(directory: Path) -> list[dict[str, str]]:
-    """metrics.csv without the columns that tell the time."""
-    with open(directory / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A run that was stopped, by whatever means and at whatever moment, ends as one that was not."""
 
-import csv
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from lkda.commands.train import train
 from lkda.training.checkpoint import read_checkpoint, step_files, step_path
 from lkda.training.metrics_csv import MetricsCSV
 from lkda.training.task import LanguageModelTask
-from tests.commands.small import ROOT, TIMES, composed, small_run
+from tests.commands.small import ROOT, composed, rows, small_run
 
 LONG = (
     "trainer.max_steps=90",
@@ -33,12 +32,6 @@ SHORT = ("trainer.max_steps=7",)  # saves every 2 steps, validates every 3 and a
 SHORTER = ("trainer.max_steps=4", "sample.max_new_tokens=0")
 
 Rows = list[dict[str, str]]
-
-
-def rows(directory: Path) -> Rows:
-    """metrics.csv without the columns that tell the time."""
-    with open(directory / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
 def run(corpus: Path, directory: Path, *overrides: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pytest
 from lkda.checks import InputError
 from lkda.commands import scaling
 from lkda.commands.run_setup import plan_run
-from lkda.commands.scaling import LONG, SHORT, Case, Runs, first_cases, last_cases, longest_cases, side_by_side
+from lkda.commands.scaling import Runs
+from lkda.commands.scaling_cases import LONG, SHORT, Case, first_cases, last_cases, longest_cases, side_by_side
 from lkda.report.redraw import main as redraw
 from lkda.report.studies.scaling import PARTS, share_of_linear
 from tests.commands.small import composed

@@ -114,7 +114,7 @@ def test_an_interrupted_set_goes_on_with_the_part_that_it_was_in(tmp_path, capsy
         measure_whole_set(settings(tmp_path), CPU, interrupted, PARTS)
     shown = capsys.readouterr().out
     assert f"1 of 2 parts in 0.0 min; the page is {tmp_path}/report.html." in shown
-    assert "stopped in the part second; go on with: " in shown
+    assert "stopped in the part second; continue with: " in shown
     assert "simplified is faster from 64 to 128" in (tmp_path / "report.html").read_text()
     again = Measure()
     measure_whole_set(settings(tmp_path), CPU, again, PARTS)

@@ -1,6 +1,5 @@
 """Runs on data whose tokens are no text: what they leave behind, and what other commands make of them."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from lkda.commands.export import export
 from lkda.commands.generate import generate
 from lkda.commands.train import train
 from lkda.training.checkpoint import read_checkpoint
-from tests.commands.small import TIMES, composed, small_run
+from tests.commands.small import composed, rows, small_run
 
 TINY = (
     *("trainer=cpu", "callbacks=none", "model=recall", "mixer=conv_kda", "model.d_model=32", "data=mqar"),
@@ -20,11 +19,6 @@ TINY = (
     *("trainer.val_check_interval=3", "trainer.log_every_n_steps=1", "checkpoint.every_n_steps=2"),
 )
 SUBSETS = ("length_32_pairs_2", "length_64_pairs_8")
-
-
-def rows(directory: Path) -> list[dict[str, str]]:
-    with open(directory / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")

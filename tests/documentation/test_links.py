@@ -116,3 +116,15 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         beginning += [(page.parent / path).resolve() for path in targets if path and "://" not in path]
     written_by_hand = {path for path in committed_files("*.md") if path.name != "table.md"}  # `redraw` makes those
     assert written_by_hand - reached == set()
+
+
+def test_the_rewritten_sentences_are_those_of_their_pages() -> None:
+    """docs/dev/plain_english.md has a page, a sentence before, and the sentence now in each row."""
+    rows = [
+        line.strip("| \n").split(" | ") for line in (ROOT / "docs/dev/plain_english.md").read_text("utf-8").split("\n")
+    ]
+    rows = [row for row in rows if len(row) == 3 and row[0].endswith(".md")]
+    assert len(rows) > 40
+    for page, _, now in rows:
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert now in text, (page, now)

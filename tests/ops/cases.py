@@ -82,7 +82,7 @@ def simplified_inputs(
 
 def relative(got: Tensor, want: Tensor) -> float:
     """Relative L2 error; NaN never passes a comparison with it."""
-    got, want = got.detach().double(), want.detach().double()
+    got, want = got.detach().double().to(want.device), want.detach().double()
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,18 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 from rich.progress import Progress
 from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import PreTokenizer
 
 from lkda.checks import InputError
 from lkda.data.fingerprint import Fingerprint, check_same, of_arrays, of_documents, of_tokenizer
 from lkda.data.progress import patient_progress
 from lkda.data.text.cache import building, metadata_of, publish
 from lkda.data.text.documents import Splits, Text, Texts, blocks_of
+from lkda.data.text.pieces import batches_of, encode_batch, pieces_of
 from lkda.data.text.token_file import parts_of, positions_of, writing_token_file
 from lkda.data.text.tokenizer import (
     document_start,
     encode_texts,
-    first_unknown,
     load_tokenizer,
     train_tokenizer,
     unknown_token,
@@ -36,13 +34,8 @@ from lkda.data.text.tokenizer import (
 
 # Increase this when the content of a directory changes.
 FORMAT = 3
-# Characters that are tokenized at a time. Meanwhile `tokenizers` needs a few hundred bytes of memory per character.
-_AT_ONCE = 2**21
-_PIECE = 2**18
 # Characters of the training text that a tokenizer is trained on.
 TRAINS_ON = 2**28
-# Positions where a long document may be split: byte-level BPE never merges a word with a space after it.
-_SEAM = re.compile(r"(?<=\S) (?=\S)")
 
 
 @dataclass(frozen=True)
@@ -240,7 +233,7 @@ def train_on(documents: Iterable[Text], *, vocab_size: int, size: int, progress:
     task = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=int(size * share))
 
     def chosen() -> Iterator[str]:
-        pieces = (piece for document in documents for piece in _pieces(document, word_splitter()))
+        pieces = (piece for document in documents for piece in pieces_of(document, word_splitter()))
         for number, piece in enumerate(pieces):
             if int((number + 1) * share) > int(number * share):
                 progress.advance(task, len(piece))
@@ -259,8 +252,8 @@ def write_token_file(path: Path, tokenizer: Tokenizer, documents: Texts, progres
     begun = count = size = 0
     starts = array("q")
     with writing_token_file(path, dtype) as write:
-        for batch in _batches(documents, tokenizer):
-            tokens, begins = _encode(tokenizer, batch, unknown=unknown, dtype=dtype)
+        for batch in batches_of(documents, tokenizer):
+            tokens, begins = encode_batch(tokenizer, batch, unknown=unknown, dtype=dtype)
             write(tokens)
             starts.extend(count + place for place in begins)
             begun += len(begins)
@@ -297,84 +290,6 @@ def _check_alphabet(tokenizer: Tokenizer, documents: Iterable[Text]) -> None:
                 f"the tokenizer of data.tokenizer_path has no token for {character!r}, which is in the text; "
                 "give a tokenizer that has every byte, or leave data.tokenizer_path out."
             )
-
-
-def _pieces(document: Text, splitter: PreTokenizer | None) -> Iterator[str]:
-    """The text in pieces of about _PIECE characters, whose tokens are together those of the whole text.
-
-    Args:
-        splitter: the tokenizer's pre-tokenizer, if no normalizer changes the text before. It finds the positions where
-            a text without spaces may be split.
-    """
-    text, begin = "", 0
-    for block in blocks_of(document):
-        text, begin = text[begin:] + block, 0
-        while (end := _piece_end(text, begin, splitter)) is not None:
-            yield text[begin:end]
-            begin = end
-    if begin < len(text):
-        yield text[begin:]
-
-
-def _piece_end(text: str, begin: int, splitter: PreTokenizer | None) -> int | None:
-    """The end of the piece that begins at `begin`. None if the text has no such end, or does not show it yet."""
-    if begin + _PIECE >= len(text):
-        return None
-    seam = _SEAM.search(text, begin + _PIECE, begin + 2 * _PIECE)
-    if seam:
-        return seam.start()
-    if begin + 2 * _PIECE > len(text):  # a longer text may have a seam there
-        return None
-    words = splitter.pre_tokenize_str(text[begin : begin + _PIECE]) if splitter is not None else []
-    if splitter is not None and len(words) > 2:
-        word, (place, _) = words[-2]  # not the last one, which may be incomplete
-        again = splitter.pre_tokenize_str(text[begin + place : begin + _PIECE])
-        if again[0][0] == word:  # the word is the same at the beginning of a text; some splitters put a space before it
-            return begin + place
-    seam = _SEAM.search(text, begin + 2 * _PIECE)
-    return seam.start() if seam else None
-
-
-def _batches(documents: Iterable[Text], tokenizer: Tokenizer) -> Iterator[list[tuple[bool, str]]]:
-    """Batches of about _AT_ONCE characters: (whether a document begins here, piece) for each piece."""
-    splitter = tokenizer.pre_tokenizer if tokenizer.normalizer is None else None
-    batch, size = [], 0
-    for document in documents:
-        for n, piece in enumerate(_pieces(document, splitter)):
-            batch.append((n == 0, piece))
-            size += len(piece)
-            if size >= _AT_ONCE:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(
-    tokenizer: Tokenizer, batch: Sequence[tuple[bool, str]], *, unknown: int | None, dtype: np.dtype
-) -> tuple[np.ndarray, list[int]]:
-    """The token ids of a batch of pieces, and the positions where documents begin.
-
-    Args:
-        unknown: the token for unknown text, if there is one.
-    Raises: InputError for text outside the vocabulary.
-    """
-    start = document_start(tokenizer)
-    first = [] if start is None else [start]
-    parts, places, count = [], [], 0
-    encodings = encode_texts(tokenizer, [piece for _, piece in batch])
-    for (begins, piece), encoding in zip(batch, encodings):
-        ids = encoding.ids
-        if unknown is not None and unknown in ids:
-            raise InputError(
-                f"the tokenizer of data.tokenizer_path has no token for {first_unknown(tokenizer, piece)!r}, which is "
-                "in the text; give a tokenizer that has every byte, or leave data.tokenizer_path out."
-            )
-        if begins:
-            places.append(count)
-        parts.append(np.array([*first, *ids] if begins else ids, dtype=dtype))
-        count += len(parts[-1])
-    return np.concatenate(parts), places
 
 
 def load_tokenized(directory: Path, *, mix: str | None = None) -> TokenizedCorpus:

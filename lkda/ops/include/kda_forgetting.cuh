@@ -5,7 +5,7 @@
 // such pair of rows has numbers other than 0. The gradient of the state takes the same ways back, so it ends there too. With slow
 // gates no chunk forgets. Rows are taken by leaves of 8: a leaf counts if one of its rows does.
 //
-// float32 inputs are not asked: their chunks have 32 tokens, and the decays of a production model over so few are not 0 in tf32.
+// float32 inputs are not tested: their chunks have 32 tokens, and the decays of a production model over so few are not 0 in tf32.
 #pragma once
 #include "kda_inter_chunk.cuh"
 

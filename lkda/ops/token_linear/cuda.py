@@ -33,7 +33,7 @@ def cannot_run(device: torch.device, tokens: int, dtype: torch.dtype) -> str | N
         return f"the kernel takes bfloat16 and float32, got {dtype}; use backend='torch'."
     if device.type == "cuda" and tokens > TOKENS[dtype][-1]:
         most = " and ".join(f"{counts[-1]} in {DTYPES[kind]}" for kind, counts in TOKENS.items())
-        return f"the kernel takes at most so many tokens: {most}; got {tokens} in {DTYPES[dtype]}. Use backend='torch'."
+        return f"the kernel takes at most {most} tokens, got {tokens} in {DTYPES[dtype]}. Use backend='torch'."
     return reason_cannot_run(device)
 
 

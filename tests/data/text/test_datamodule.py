@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lkda.data.text import tokenize
+from lkda.data.text import pieces, tokenize
 from lkda.data.text.datamodule import TextDataModule
 from lkda.data.text.files import file_sources, sotu_sources
 from lkda.data.text.tokenizer import END_OF_TEXT
@@ -366,11 +366,11 @@ def test_a_changed_file_of_the_same_size_and_time_is_read_again(tmp_path):
 def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, texts, monkeypatch):
     whole = module(tmp_path, texts, cache_dir=str(tmp_path / "whole"))
     whole.prepare()
-    monkeypatch.setattr(tokenize, "_PIECE", 100)
-    monkeypatch.setattr(tokenize, "_AT_ONCE", 300)
+    monkeypatch.setattr(pieces, "_PIECE", 100)
+    monkeypatch.setattr(pieces, "_AT_ONCE", 300)
     cut = module(tmp_path, texts, cache_dir=str(tmp_path / "cut"))
     cut.prepare()
-    assert len(list(tokenize._pieces((texts / "0.txt").read_text(), None))) > 10
+    assert len(list(pieces.pieces_of((texts / "0.txt").read_text(), None))) > 10
     assert cut.tokenizer.to_str() == whole.tokenizer.to_str()
     assert (cut.train_tokens, cut.val_tokens, cut.bytes_per_token) == (
         whole.train_tokens,

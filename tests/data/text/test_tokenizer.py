@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lkda.data.text import tokenize
+from lkda.data.text import pieces
 from lkda.data.text.datamodule import TextDataModule
 from lkda.data.text.files import sotu_sources
 from lkda.data.text.tokenizer import (
@@ -128,14 +128,14 @@ def test_ordinary_text_has_the_tokens_it_always_had():
 def test_a_long_text_without_blanks_is_cut_where_words_end(monkeypatch, tmp_path):
     text = "".join(np.random.default_rng(0).choice(list("abcdé漢🙂0+ \n"), 20_000)).replace(" ", "")
     tokenizer = train_tokenizer([text], 400)
-    monkeypatch.setattr(tokenize, "_PIECE", 1000)
-    pieces = list(tokenize._pieces(text, tokenizer.pre_tokenizer))
-    assert "".join(pieces) == text
-    assert max(len(piece) for piece in pieces) <= 2000
-    assert [token for piece in pieces for token in encode_text(tokenizer, piece)] == encode_text(tokenizer, text)
+    monkeypatch.setattr(pieces, "_PIECE", 1000)
+    found = list(pieces.pieces_of(text, tokenizer.pre_tokenizer))
+    assert "".join(found) == text
+    assert max(len(piece) for piece in found) <= 2000
+    assert [token for piece in found for token in encode_text(tokenizer, piece)] == encode_text(tokenizer, text)
     # One that puts a space before every text would make other tokens of the pieces: it gets the whole.
-    assert list(tokenize._pieces(text, pre_tokenizers.ByteLevel(add_prefix_space=True))) == [text]
-    assert list(tokenize._pieces(text, None)) == [text]
+    assert list(pieces.pieces_of(text, pre_tokenizers.ByteLevel(add_prefix_space=True))) == [text]
+    assert list(pieces.pieces_of(text, None)) == [text]
 
 
 TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], str]] = {

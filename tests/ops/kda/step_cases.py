@@ -80,7 +80,3 @@ def exact(x, state, **options):
     after = (unpack_state(state).double(),)
     o = kda_step_fused(**wide, state=after, backend="torch", **options)
     return o, after[0], caches
-
-
-def relative(got, want):
-    return ((got.double() - want).norm() / want.norm()).item()

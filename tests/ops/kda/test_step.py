@@ -9,8 +9,9 @@ from lkda.ops import kda_attention_fused, kda_step_fused, short_convolutions
 from lkda.ops.kda.cpu import step as cpu_step
 from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.state import pack_state, unpack_state
+from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.kda.step_cases import STATES, copied, exact, moved, relative, state_of, token
+from tests.ops.kda.step_cases import STATES, copied, exact, moved, state_of, token
 
 # Relative, of a state rounded once, by half a step at most: 2^-9 of a number in bf16, 1/254 of a row's largest in int8.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.int8: 8e-3}

@@ -7,7 +7,8 @@ import torch
 
 from lkda.ops import kda_step_fused
 from lkda.ops.kda.state import unpack_state
-from tests.ops.kda.step_cases import STATES, copied, exact, relative, state_of, token
+from tests.ops.cases import relative
+from tests.ops.kda.step_cases import STATES, copied, exact, state_of, token
 from tests.ops.kda.test_step import OUTPUT, ROUNDING
 
 pytestmark = [

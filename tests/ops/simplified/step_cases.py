@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lkda.ops import simplified_step_fused
+from tests.ops.cases import relative
 
 # Relative, of o rounded once, and of a state in float32.
 OUTPUT = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -59,10 +60,6 @@ def exact(x):
     wide = moved(x, lambda y: y.double().clone())
     o = simplified_step_fused(**wide, backend="torch")
     return o, *written(wide)
-
-
-def relative(got, want):
-    return ((got.double() - want).norm() / want.norm()).item()
 
 
 def check(o, x, want):

@@ -8,8 +8,9 @@ import torch
 from lkda.ops import short_convolutions, simplified_attention, simplified_step_fused
 from lkda.ops.simplified.cpu.step import LIBRARY
 from lkda.ops.simplified.cuda import fused_step as cuda
+from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.simplified.step_cases import STATE, check, exact, moved, relative, token, written
+from tests.ops.simplified.step_cases import STATE, check, exact, moved, token, written
 
 
 def by_kernel(x):

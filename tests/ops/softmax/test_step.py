@@ -10,16 +10,13 @@ from lkda.ops.runtime.jit import ARCHITECTURES
 from lkda.ops.softmax.cpu.step import LIBRARY
 from lkda.ops.softmax.cuda import step as cuda
 from lkda.ops.softmax.rotary import frequencies
+from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 BASE = 10000.0
 needs_compiler = pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated")
-
-
-def relative(got, want):
-    return float((got.double().cpu() - want).norm() / want.norm())
 
 
 def drawn(lengths, H, D, S, dtype, *, device="cpu", capacity=None, seed=0):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lkda.ops.swiglu import cuda
 from lkda.ops.swiglu.linear import swiglu_linear
 from lkda.ops.swiglu.op import swiglu
+from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 
 # Relative, of a result rounded once.
@@ -26,10 +27,6 @@ def drawn(B, hidden, dtype, device="cpu"):
 def exact(x):
     gate, up = x.double().cpu().chunk(2, -1)
     return F.silu(gate) * up
-
-
-def relative(got, want):
-    return float((got.double().cpu() - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize("dtype", list(ERROR), ids=str)

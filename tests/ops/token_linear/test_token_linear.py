@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lkda.ops.token_linear import cuda
 from lkda.ops.token_linear.op import add_gated_linear_, add_linear_, grouped_linear, normed_linear
+from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
@@ -16,10 +17,6 @@ EPS = 1e-5
 
 def drawn(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def relative(got, want):
-    return float((got.double().cpu() - want).norm() / want.norm())
 
 
 def rms(x, weight):

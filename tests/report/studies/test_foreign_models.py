@@ -68,6 +68,7 @@ def test_what_is_not_of_the_command_is_named(tmp_path: Path) -> None:
 def test_the_committed_losses_differ_by_less_than_the_seeds(path: Path) -> None:
     groups = grouped(read_results_file(path, kind=KIND)["rows"])
     ours, theirs = (groups.get((name, False), []) for name in ("fla_lkda", "fla"))
-    if len(ours) > 2 and len(theirs) > 2:
-        difference, spread = difference_and_spread(ours, theirs)
-        assert abs(difference) < spread
+    if min(len(ours), len(theirs)) < 3:
+        pytest.skip("fewer than three seeds")
+    difference, spread = difference_and_spread(ours, theirs)
+    assert abs(difference) < spread

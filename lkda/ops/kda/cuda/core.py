@@ -37,8 +37,8 @@ def empty_bytes(count: int, device: torch.device) -> Tensor:
 
 def _scratch(plan: Plan, H: int) -> tuple[Tensor, int, int, int, int | None]:
     """One allocation for three float32 arrays [N * segments, H, K, V] and an int32 array [N, H, segments], and the four
-    addresses. The last is None for float32 inputs, whose chunks are not asked whether they forget. With optional
-    segments only the first and the last array are there."""
+    addresses. The last is None for float32 inputs, whose chunks are not tested (see kda_forgetting.cuh). With
+    optional segments only the first and the last array are there."""
     arrays = 1 if plan.optional else 3
     size_of_all = arrays * plan.state_numbers + plan.sequences * plan.segments * H
     memory = torch.empty(size_of_all, dtype=torch.float32, device=plan.device)

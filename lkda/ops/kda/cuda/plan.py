@@ -175,7 +175,7 @@ def _segments(x: Tensor, N: int | None) -> tuple[int, bool]:
     sequences = B if N is None else N
     chunks = B * T // (chunk_of(x.dtype) * sequences)
     count = segment_count(sequences, H, chunks)
-    if count > 1 or x.dtype.itemsize == 4:  # a chunk of float32 inputs is not asked whether it forgets
+    if count > 1 or x.dtype.itemsize == 4:  # chunks of float32 inputs are not tested
         return count, False
     count = optional_segment_count(sequences, H, chunks, D)
     return count, count > 1

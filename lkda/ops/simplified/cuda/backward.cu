@@ -108,18 +108,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   }
 
   State entered = ZERO;  // the state that enters this thread's strip of the current chunk
-  for (int turn = 0;; ++turn) {
-    const Stage& ahead = shared.stages[turn % STAGES];
-    const Stage& stage = shared.stages[(turn + STAGES - 1) % STAGES];
-    Exchange<true>& back_ahead = shared.strips_back[turn % 2];
-    const Exchange<true>& back = shared.strips_back[(turn + 1) % 2];
+  for (int iteration = 0;; ++iteration) {
+    const Stage& ahead = shared.stages[iteration % STAGES];
+    const Stage& stage = shared.stages[(iteration + STAGES - 1) % STAGES];
+    Exchange<true>& back_ahead = shared.strips_back[iteration % 2];
+    const Exchange<true>& back = shared.strips_back[(iteration + 1) % 2];
     wait_copies<0>();
-    __syncthreads();  // the next chunk has arrived, and the outputs of the turn before are written
+    __syncthreads();  // the next chunk has arrived, and the outputs of the iteration before are written
     const bool more = ahead.place.rank < chunks;
-    if (turn > 0 && stage.place.rank >= chunks) break;
-    if (STAGES == 3) begin_load(shared.stages[(turn + 1) % STAGES]);
-    Asked asked;
-    if (turn > 0) asked = ask({workspace, rows, stage.place.row, chunks}, stage.place.rank);
+    if (iteration > 0 && stage.place.rank >= chunks) break;
+    if (STAGES == 3) begin_load(shared.stages[(iteration + 1) % STAGES]);
+    PendingSummaries pending;
+    if (iteration > 0) pending = load_summaries({workspace, rows, stage.place.row, chunks}, stage.place.rank);
 
     // The next chunk: twice along the strip, from a zero state and from the state that enters it. On the way from a token back to
     // the strip's first token, a gradient is multiplied by the decays between them.
@@ -164,9 +164,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
 
     // The current chunk: forward along the strip, then back from the gradient that enters.
-    if (turn > 0) {
+    if (iteration > 0) {
       const Place at = stage.place;
-      State grad = enter_chunk({workspace, rows, at.row, chunks}, at.rank, asked, [&] { return back.all(); },
+      State grad = enter_chunk({workspace, rows, at.row, chunks}, at.rank, pending, [&] { return back.all(); },
                                PACKED ? nullptr : grad_final, at.row, shared.partial);
       grad = back.entering_strip(grad);
       State states[TOKENS];
@@ -225,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (threadIdx.x == 0) shared.drawn = item_of(number);
     if (STAGES == 2) {
       __syncthreads();
-      begin_load(shared.stages[(turn + 1) % STAGES]);
+      begin_load(shared.stages[(iteration + 1) % STAGES]);
     }
   }
 }

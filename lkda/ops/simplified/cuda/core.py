@@ -43,7 +43,7 @@ def _chunk(head_dim: int, dtype: torch.dtype, *, backward: bool) -> int:
 
 
 def _stages(arch: str) -> int:
-    """Chunks in shared memory at a time: 3 where they fit, so that a copy has a whole turn to arrive; else 2."""
+    """Chunks in shared memory at a time: 3 where they fit, so that a copy has a whole iteration to arrive; else 2."""
     return 3 if SHARED_BYTES_PER_BLOCK.get(arch, 0) >= 227 * 1024 else 2
 
 

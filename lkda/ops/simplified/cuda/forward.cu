@@ -70,22 +70,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (threadIdx.x == 0) shared.drawn = item_of(draw(workspace));
   }
 
-  for (int turn = 0;; ++turn) {
-    const Stage& ahead = shared.stages[turn % STAGES];
-    const Stage& stage = shared.stages[(turn + STAGES - 1) % STAGES];
-    Exchange<false>& strips_ahead = shared.strips[turn % 2];
-    const Exchange<false>& strips = shared.strips[(turn + 1) % 2];
+  for (int iteration = 0;; ++iteration) {
+    const Stage& ahead = shared.stages[iteration % STAGES];
+    const Stage& stage = shared.stages[(iteration + STAGES - 1) % STAGES];
+    Exchange<false>& strips_ahead = shared.strips[iteration % 2];
+    const Exchange<false>& strips = shared.strips[(iteration + 1) % 2];
     wait_copies<0>();
-    __syncthreads();  // the next chunk has arrived, and the outputs of the turn before are written
+    __syncthreads();  // the next chunk has arrived, and the outputs of the iteration before are written
     const bool more = ahead.place.rank < chunks;
-    const Place at = turn > 0 ? stage.place : Place{0, 0, 0, 0};
+    const Place at = iteration > 0 ? stage.place : Place{0, 0, 0, 0};
     if (at.rank >= chunks) break;
-    if (STAGES == 3) begin_load(shared.stages[(turn + 1) % STAGES]);
+    if (STAGES == 3) begin_load(shared.stages[(iteration + 1) % STAGES]);
 
     // Start loading what the outputs need.
     const int start = at.rank * CHUNK + strip * TOKENS;
     Pair<Element> query[TOKENS];
-    if (turn > 0) {
+    if (iteration > 0) {
       const int bytes = q.token * static_cast<int>(sizeof(Element));
       const Element* from = further(stage.q, start, bytes) + 2 * lane;
 #pragma unroll
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       }
     }
     const Published published(workspace, rows, at.row, chunks);
-    Asked asked = ask(published, at.rank);
+    PendingSummaries pending = load_summaries(published, at.rank);
 
     // The summary of the next chunk.
     if (more) {
@@ -108,8 +108,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       Published(workspace, rows, ahead.place.row, chunks).write(ahead.place.rank, strips_ahead.all());
     }
 
-    if (turn > 0) {
-      const State enters = enter_chunk(published, at.rank, asked, [&] { return strips.all(); }, PACKED ? nullptr : initial,
+    if (iteration > 0) {
+      const State enters = enter_chunk(published, at.rank, pending, [&] { return strips.all(); }, PACKED ? nullptr : initial,
                                        at.row, shared.partial);
       const State x = strips.entering_strip(enters);
       if (entering != nullptr && strip * TOKENS % BACKWARD_CHUNK == 0 && start < length) {
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (threadIdx.x == 0) shared.drawn = item_of(number);
     if (STAGES == 2) {
       __syncthreads();
-      begin_load(shared.stages[(turn + 1) % STAGES]);
+      begin_load(shared.stages[(iteration + 1) % STAGES]);
     }
   }
 }

@@ -11,8 +11,8 @@
 // results are the same in every run. Blocks take chunks from a counter in the order of their ranks, so no block waits for a chunk
 // that no block has begun.
 //
-// In one turn a block copies chunk i + 2 to shared memory, publishes the Summary of chunk i + 1, and writes the outputs of chunk i.
-// The chunks before i have then had a whole turn to publish theirs, so blocks seldom wait.
+// In one iteration a block copies chunk i + 2 to shared memory, publishes the Summary of chunk i + 1, and writes the outputs of chunk i.
+// The chunks before i have then had a whole iteration to publish theirs, so blocks seldom wait.
 #pragma once
 #include "async_copy.cuh"
 #include "numeric.cuh"
@@ -354,26 +354,26 @@ struct Ancestors {
 };
 
 // Their summaries, which may not be written yet.
-struct Asked {
+struct PendingSummaries {
   Summary found[Ancestors::SHARE];
 };
 
 // Starts loading the summaries that the chunk of a rank needs.
-__device__ __forceinline__ Asked ask(const Published& published, int rank) {
+__device__ __forceinline__ PendingSummaries load_summaries(const Published& published, int rank) {
   const Ancestors ancestors(published, rank);
-  Asked asked;
+  PendingSummaries pending;
 #pragma unroll
   for (int n = 0; n < Ancestors::SHARE; ++n) {
-    asked.found[n] = {{}, ZERO};
-    if (n < ancestors.count) asked.found[n] = published.read(ancestors.entry + n);
+    pending.found[n] = {{}, ZERO};
+    if (n < ancestors.count) pending.found[n] = published.read(ancestors.entry + n);
   }
-  return asked;
+  return pending;
 }
 
 // Waits for those summaries and returns the state that enters the chunk, in each thread. own() returns the chunk's Summary, for the last
 // strip. Row `row` of `initial` (may be null) enters rank 0. `partial` must be free. The block meets at one barrier inside.
 template <class Own>
-__device__ __forceinline__ State enter_chunk(const Published& published, int rank, Asked& asked, Own own, const float* initial,
+__device__ __forceinline__ State enter_chunk(const Published& published, int rank, PendingSummaries& pending, Own own, const float* initial,
                                              int row, Exchange<false>& partial) {
   constexpr int HALF = Ancestors::HALF;
   const int strip = strip_of_thread();
@@ -386,7 +386,7 @@ __device__ __forceinline__ State enter_chunk(const Published& published, int ran
   }
 #pragma unroll
   for (int n = 0; n < Ancestors::SHARE; ++n) {
-    Summary& next = asked.found[n];
+    Summary& next = pending.found[n];
     while (!is_written(next.decay) || !is_written(next.state)) next = published.read(ancestors.entry + n);
     share = then(share, next);
   }
