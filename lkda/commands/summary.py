@@ -37,7 +37,7 @@ def summarize(run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ou
     context, rows = metadata["context"], run.rows()
     latest = {name: float(value) for row in rows for name, value in row.items() if value}
     tokens, seconds = step * metadata["tokens_per_step"], latest.get("seconds", 0.0)
-    speeds = [float(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]]
+    speeds = {name: _values(rows, name) for name in ("tokens_per_s", "tflops_per_s", "mfu")}
     loss = latest.get("val/loss")
     return {
         "status": status,
@@ -47,11 +47,10 @@ def summarize(run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ou
         "unigram_entropy": metadata["unigram_entropy"],
         **_of_test(metadata["test"], rows, step),
         "tokens": tokens,
+        **{name: statistics.median(values) if values else None for name, values in speeds.items()},
         # A run that is shorter than the warm-up has no row with a speed.
-        "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
-        "tflops_per_s": latest.get("tflops_per_s"),
-        "mfu": latest.get("mfu"),
-        "peak_memory_gib": latest.get("peak_memory_gib"),
+        **({} if speeds["tokens_per_s"] else {"tokens_per_s": tokens / seconds if seconds else None}),
+        "peak_memory_gib": max(_values(rows, "peak_memory_gib"), default=None),
         "params": model.num_parameters(embedding=True),
         "params_non_embedding": model.num_parameters(embedding=False),
         "state_bytes": model.state_bytes(context),
@@ -85,6 +84,10 @@ def summarize(run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ou
         },
         **_by_subset(metadata["val_subsets"], latest, model),
     }
+
+
+def _values(rows: list[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row.get(name)]
 
 
 def _device(device: torch.device, *, count: int) -> str:
