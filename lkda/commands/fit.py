@@ -111,7 +111,7 @@ def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes
         val_subsets=data.val_subsets,
         test_batches=None if data.test is None else data.in_order(data.test.batches),
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
-        compile=plan.compile is True or automatic,
+        compile="auto" if automatic else plan.compile is True,
         checkpointing=plan.checkpointing,
         skips_bad_steps=plan.trainer.bad_steps == "skip",
         cuda_graphs=graphs,

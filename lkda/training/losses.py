@@ -112,6 +112,13 @@ class ModelLoss:
         return self.model.hidden_by(self.apply, tokens, cu_seqlens=cu_seqlens)
 
 
+def is_of_compiler(error: Exception) -> bool:
+    """Whether `torch.compile` raised the error, such as where it finds no C++ compiler."""
+    from torch._dynamo.exc import TorchDynamoException  # the import takes seconds, which a run without it saves
+
+    return isinstance(error, TorchDynamoException)
+
+
 def keeps_less(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """The default backend of `torch.compile`, with a partition that keeps less between forward and backward.
 
