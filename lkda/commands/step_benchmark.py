@@ -210,7 +210,7 @@ def cases_of(settings: Mapping[str, Any]) -> list[StepCase]:
         raise InputError(f"compile must be auto, true or false, got {settings['compile']!r}.")
     if any(packed not in (True, False) for packed in settings["packed"]):
         raise InputError(f"packed must be a list of true and false, got {list(settings['packed'])}.")
-    _check_overrides(settings["overrides"])
+    check_overrides(settings["overrides"], _OPTIONS)
     shared = {name: settings[name] for name in ("vocab_size", "compile", "steps")}
     shared["overrides"] = list(settings["overrides"])
     cases = []
@@ -224,26 +224,26 @@ def cases_of(settings: Mapping[str, Any]) -> list[StepCase]:
 
 # Settings of scripts/train.py that have an option of task=step: another value would be measured under a wrong name.
 _OPTIONS = {
-    "model": "models",
-    "mixer": "mixers",
-    "model.vocab_size": "vocab_size",
-    "data": "shapes and packed",
-    "data.batch_size": "shapes",
-    "data.context": "shapes",
-    "data.packed": "packed",
-    "compile": "compile",
-    "trainer.accelerator": "device",
-    "trainer.max_steps": "steps",
-    "trainer.max_tokens": "steps",
+    "model": "give models instead",
+    "mixer": "give mixers instead",
+    "model.vocab_size": "give vocab_size instead",
+    "data": "give shapes and packed instead",
+    "data.batch_size": "give shapes instead",
+    "data.context": "give shapes instead",
+    "data.packed": "give packed instead",
+    "compile": "give compile instead",
+    "trainer.accelerator": "give device instead",
+    "trainer.max_steps": "give steps instead",
+    "trainer.max_tokens": "give steps instead",
 }
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
-    """Raise InputError for a setting that an option of task=step has."""
+def check_overrides(overrides: Sequence[str], options: Mapping[str, str]) -> None:
+    """Raise InputError for an override of a setting in `options`, whose value says what to do instead."""
     for override in overrides:
         name = override.partition("=")[0].lstrip("+~")
-        if name in _OPTIONS:
-            raise InputError(f"overrides must not set {name}, got {override}: give {_OPTIONS[name]} instead.")
+        if name in options:
+            raise InputError(f"overrides must not set {name}, got {override}: {options[name]}.")
 
 
 def _implementations(settings: Mapping[str, Any], *, packed: bool) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -86,6 +85,6 @@ def without_dispatcher(
                 ctx.mark_non_differentiable(*(x for x in output[results:] if x is not None))
             return output
 
-        backward = staticmethod(once_differentiable(gradients))  # type: ignore[assignment]
+        backward = staticmethod(refusing_second_derivatives(gradients))
 
     return WithoutDispatcher.apply
