@@ -35,7 +35,7 @@ from lkda.training.callbacks import (
     StopRequest,
 )
 from lkda.training.checkpoint import AtomicCheckpointIO
-from lkda.training.memory import keep_freed_memory
+from lkda.training.memory import free_memory_of_earlier_runs, keep_freed_memory
 from lkda.training.metrics_csv import MetricsCSV
 from lkda.training.precision import PRECISIONS
 from lkda.training.processes import process_count
@@ -241,6 +241,7 @@ def fit(trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop
     """
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
+    free_memory_of_earlier_runs()
     data = prepared.data
     data.start_batch = prepared.first_step * prepared.plan.trainer.accumulate_grad_batches
     ending: InterruptedRunError | DivergedError | LearntRun | None = None
