@@ -230,7 +230,8 @@ def _loggers(prepared: PreparedRun, run: RunFiles) -> list[L.pytorch.loggers.Log
     also = accuracy.columns(data.val_subsets) if data.val_subsets else positions.columns(data.context)
     if data.test is not None:
         also += ["test/loss", "test/bits_per_byte", *positions.columns(data.context, split="test")]
-    chosen = [instantiate(node)(save_dir=str(run.path), config=plan.record) for node in plan.loggers]
+    config = plan.record | {"data": {**plan.record["data"], "source": data.source}}  # many data have no such option
+    chosen = [instantiate(node)(save_dir=str(run.path), config=config) for node in plan.loggers]
     return [MetricsCSV(run.metrics, also=also, resume_step=prepared.first_step), *chosen]
 
 
