@@ -203,7 +203,7 @@ class LanguageModelTask(L.LightningModule):
     def _mean_loss(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
         """The loss without CUDA graphs. Raises InputError if torch.compile fails that must compile."""
         try:
-            return self.loss.mean(**inputs)  # type: ignore[arg-type]
+            return self.loss.mean(*inputs.values())  # type: ignore[arg-type]
         except RuntimeError as error:
             if not self._compile or not is_of_compiler(error):
                 raise
@@ -212,7 +212,7 @@ class LanguageModelTask(L.LightningModule):
                 raise InputError(f"torch.compile failed: {why}. Use compile=false.") from error
         get_console().print(f"without torch.compile: {why}", markup=False, highlight=False, soft_wrap=True)
         self._compile, self.loss = False, self.loss.uncompiled()
-        return self.loss.mean(**inputs)  # type: ignore[arg-type]
+        return self.loss.mean(*inputs.values())  # type: ignore[arg-type]
 
     def loss_scale(self, weight: Tensor | None) -> Tensor:
         """The factor for the loss before its backward pass: the piece's weight, times the loss scale in float16."""

@@ -86,7 +86,7 @@ def test_a_validation_names_the_step_that_a_gpu_has_not_been_asked_for_yet(
         trainer: Any = SimpleNamespace(global_step=step, accumulate_grad_batches=1)
         guard.on_train_batch_end(trainer, model, {"mean": torch.tensor(loss)}, None, step)  # type: ignore[arg-type]
     trainer = SimpleNamespace(global_step=3, callback_metrics={"val/loss": torch.tensor(after)})
-    with pytest.raises(DivergedError, match="^the loss became NaN or infinite at step 2$"):
+    with pytest.raises(DivergedError, match=r"^the loss became NaN or infinite at step 2$"):
         guard.on_validation_end(trainer, model)  # type: ignore[arg-type]
 
 

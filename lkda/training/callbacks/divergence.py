@@ -41,8 +41,8 @@ class DivergenceGuard(L.Callback):
     """Raises DivergedError with the first step whose loss was not finite.
 
     On a GPU the loss is read only every `every_n_steps` steps, and after the next step has begun, so that the device
-    does not wait, and at each validation. The first bad step is stored on the device, so that the reported step is still
-    the first one.
+    does not wait, and at each validation. The first bad step is stored on the device, so that the reported step is
+    still the first one.
 
     Args:
         every_n_steps: optimizer steps, as of the rows of metrics.csv.
