@@ -71,6 +71,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # the values are already those of all processes
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated.*")
+    # On a CPU in bf16-mixed, a norm with weights in float32 is computed in float32 and rounded once, as it should be.
+    warnings.filterwarnings("ignore", message=".*Cannot dispatch to fused implementation.*")
 
 
 def share_data(prepared: PreparedRun, processes: Processes) -> None:
