@@ -20,15 +20,15 @@ HOME = Path(lkda.__file__).parent
 OPERATOR = {"ops.tensors", "ops.runtime", "ops.column_sums"}
 MAY_IMPORT: dict[str, set[str]] = {
     "base": set(),  # the modules of lkda/ itself, such as checks.py, device.py, io.py, metrics_file.py, records.py
-    "ops.tensors": set(),  # lkda/ops/checks.py, precision.py, recurrence.py, sequences.py
-    "ops.runtime": set(),
+    "ops.tensors": set(),  # lkda/ops/checks.py, derivatives.py, precision.py, recurrence.py, sequences.py
+    "ops.runtime": {"ops.tensors"},
     "ops.column_sums": {"ops.runtime"},
     "ops.gated_norm": OPERATOR,
     "ops.residual_norm": OPERATOR,
     "ops.short_conv": OPERATOR,
     "ops.softmax": OPERATOR,
     "ops.swiglu": OPERATOR,
-    "ops.products": {"ops.runtime"},
+    "ops.products": {"ops.tensors", "ops.runtime"},
     "ops.rows": {"ops.runtime"},
     "ops.cross_entropy": {"ops.tensors", "ops.runtime", "ops.products"},
     "ops.sampling": OPERATOR,

@@ -210,7 +210,8 @@ class LanguageModelTask(L.LightningModule):
             why = " ".join(str(error).split())[:300]
             if self._compile != "auto" or self.shares_weights:
                 raise InputError(f"torch.compile failed: {why}. Use compile=false.") from error
-        get_console().print(f"without torch.compile: {why}", markup=False, highlight=False, soft_wrap=True)
+        if self.trainer.is_global_zero:
+            get_console().print(f"without torch.compile: {why}", markup=False, highlight=False, soft_wrap=True)
         self._compile, self.loss = False, self.loss.uncompiled()
         return self.loss.mean(*inputs.values())  # type: ignore[arg-type]
 

@@ -9,8 +9,8 @@ from lkda.checks import InputError
 from lkda.ops.checks import check_alike, check_shape
 from lkda.ops.cross_entropy.cpu import can_take, rows_cpu
 from lkda.ops.cross_entropy.cuda import rows_cuda
+from lkda.ops.derivatives import refusing_second_derivatives
 from lkda.ops.products.op import product
-from lkda.ops.runtime.dispatch import refusing_second_derivatives
 from lkda.ops.runtime.jit import reason_cannot_run
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
 from lkda.targets import IGNORE_INDEX

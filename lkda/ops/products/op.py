@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lkda.ops.derivatives import refusing_second_derivatives
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 
 # Smaller products gain nothing.
@@ -77,7 +77,7 @@ class _Linear(torch.autograd.Function):
         return _product(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @refusing_second_derivatives
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])

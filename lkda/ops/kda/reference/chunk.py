@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lkda.ops.derivatives import refusing_second_derivatives
 from lkda.ops.kda.reference.decay import Decays, before_here, decays, from_here, pair_gradients, pair_scores
 from lkda.ops.kda.reference.recurrent import kda_recurrent
 from lkda.ops.recurrence import compute_dtype
@@ -91,7 +91,7 @@ class _KDA(torch.autograd.Function):
         return chunks.join(o, v), chunks.unsort(state)
 
     @staticmethod
-    @once_differentiable
+    @refusing_second_derivatives
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, initial_state, h = ctx.saved_tensors
         chunks: Chunks = ctx.chunks

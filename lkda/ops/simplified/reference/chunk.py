@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lkda.ops.derivatives import refusing_second_derivatives
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.sequences import Chunks, lengths_of
 from lkda.ops.simplified.reference.recurrent import EPS, simplified_recurrent
@@ -76,7 +76,7 @@ class _Simplified(torch.autograd.Function):
         return chunks.join(qc * (num / (den + EPS)), v), chunks.unsort(final).unflatten(-1, (2, -1))
 
     @staticmethod
-    @once_differentiable
+    @refusing_second_derivatives
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, initial_state, entries = ctx.saved_tensors
         chunks: Chunks = ctx.chunks
