@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops.swiglu": OPERATOR,
     "ops.products": {"ops.runtime"},
     "ops.rows": {"ops.runtime"},
-    "ops.cross_entropy": {"ops.runtime", "ops.products"},
+    "ops.cross_entropy": {"ops.tensors", "ops.runtime", "ops.products"},
     "ops.sampling": OPERATOR,
     "ops.token_linear": OPERATOR | {"ops.gated_norm", "ops.swiglu"},
     "ops.simplified.reference": {"ops.tensors"},

@@ -82,6 +82,8 @@ class RunConsole:
             )
         if plan.trainer.strategy != "single":
             self._print_devices(plan)
+        if plan.compile == "auto" and plan.device.type == "cuda":
+            self._print_what_is_not_compiled(plan)
         if prepared.data.left_out is not None:
             self._line(f"not trained on: {prepared.data.left_out}")
         if prepared.data.no_test is not None:
@@ -93,11 +95,14 @@ class RunConsole:
         parts = f", each {trainer.context_parallel} of them sharing a sequence" if trainer.context_parallel > 1 else ""
         devices = f"{trainer.world_size} device{'s' * (trainer.world_size != 1)} with {trainer.strategy}{parts}"
         self._line(f"{devices}; {sequences} sequence{'s' * (sequences != 1)} at a time on each")
-        if plan.compile == "auto" and plan.device.type == "cuda":
+
+    def _print_what_is_not_compiled(self, plan: RunPlan) -> None:
+        trainer = plan.trainer
+        if trainer.detect_anomaly or trainer.context_parallel > 1:
+            what = "trainer.detect_anomaly" if trainer.detect_anomaly else "context_parallel"
+            self._line(f"compile=auto: neither torch.compile nor CUDA graphs, which {what} does not allow")
+        elif trainer.strategy != "single":
             # A replayed graph would not run what the strategies add to the backward pass.
-            if trainer.context_parallel > 1:
-                self._line("compile=auto: neither torch.compile nor CUDA graphs, which context_parallel does not allow")
-                return
             self._line(f"compile=auto: torch.compile without CUDA graphs, which {trainer.strategy} does not allow")
 
     def print_interruption(self, ending: InterruptedRunError) -> None:

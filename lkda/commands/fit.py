@@ -35,7 +35,7 @@ from lkda.training.callbacks import (
     StopRequest,
 )
 from lkda.training.checkpoint import AtomicCheckpointIO
-from lkda.training.memory import keep_freed_memory
+from lkda.training.memory import free_memory_of_earlier_runs, keep_freed_memory
 from lkda.training.metrics_csv import MetricsCSV
 from lkda.training.precision import PRECISIONS
 from lkda.training.processes import process_count
@@ -71,6 +71,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # the values are already those of all processes
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated.*")
+    # On a CPU in bf16-mixed, a norm with weights in float32 is computed in float32 and rounded once, as it should be.
+    warnings.filterwarnings("ignore", message=".*Cannot dispatch to fused implementation.*")
 
 
 def share_data(prepared: PreparedRun, processes: Processes) -> None:
@@ -111,7 +113,7 @@ def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes
         val_subsets=data.val_subsets,
         test_batches=None if data.test is None else data.in_order(data.test.batches),
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
-        compile=plan.compile is True or automatic,
+        compile="auto" if automatic else plan.compile is True,
         checkpointing=plan.checkpointing,
         skips_bad_steps=plan.trainer.bad_steps == "skip",
         cuda_graphs=graphs,
@@ -230,7 +232,8 @@ def _loggers(prepared: PreparedRun, run: RunFiles) -> list[L.pytorch.loggers.Log
     also = accuracy.columns(data.val_subsets) if data.val_subsets else positions.columns(data.context)
     if data.test is not None:
         also += ["test/loss", "test/bits_per_byte", *positions.columns(data.context, split="test")]
-    chosen = [instantiate(node)(save_dir=str(run.path), config=plan.record) for node in plan.loggers]
+    config = plan.record | {"data": {**plan.record["data"], "source": data.source}}  # many data have no such option
+    chosen = [instantiate(node)(save_dir=str(run.path), config=config) for node in plan.loggers]
     return [MetricsCSV(run.metrics, also=also, resume_step=prepared.first_step), *chosen]
 
 
@@ -241,6 +244,7 @@ def fit(trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop
     """
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
+    free_memory_of_earlier_runs()
     data = prepared.data
     data.start_batch = prepared.first_step * prepared.plan.trainer.accumulate_grad_batches
     ending: InterruptedRunError | DivergedError | LearntRun | None = None

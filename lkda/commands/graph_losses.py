@@ -28,12 +28,19 @@ from lkda.commands.command_line import CommandError, readable_errors
 from lkda.commands.row_process import run_child
 from lkda.commands.run_setup import plan_run
 from lkda.commands.shipped import CONFIGS
-from lkda.commands.step_benchmark import check_names, choices, header_of, made_directory
+from lkda.commands.step_benchmark import check_names, check_overrides, choices, header_of, made_directory
 from lkda.io import write_atomically
 
 ORDERED = ("softmax", "mla")  # mixers whose backward pass adds in any order, unless it must be deterministic
 TIME_LIMIT = 1800.0  # seconds of a training
 CHILD = "lkda.commands.graph_losses_row"
+# Settings of scripts/train.py that a training here has already: another value would be compared under a wrong name.
+OPTIONS = {
+    "mixer": "give --mixers instead",
+    "trainer.max_steps": "give --steps instead",
+    "trainer.max_tokens": "give --steps instead",
+    **dict.fromkeys(("compile", "trainer.deterministic", "trainer.log_every_n_steps"), "leave it out, it is set here"),
+}
 Training = dict[str, Any]  # what `graph_losses_row.measure` returns
 
 
@@ -72,6 +79,7 @@ def run(mixers: Sequence[str], out: Path, overrides: Sequence[str], *, steps: in
     check_count("--steps", steps, least=1)
     check_count("--at-once", at_once, least=1)
     check_names("graph_losses", "--mixers", mixers, choices("mixer"))
+    check_overrides(overrides, OPTIONS)
     settings = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}", "trainer.log_every_n_steps=1"]
     settings += ["callbacks=none", "sample.max_new_tokens=0", *overrides]
     device, ordered = torch.device("cpu"), []

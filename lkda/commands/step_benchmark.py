@@ -17,10 +17,10 @@ from rich.console import Console
 
 import lkda
 from lkda.bench.measure import versions
-from lkda.checks import InputError, check_count
+from lkda.checks import InputError, check_count, check_types, check_values, refusing_damage
 from lkda.commands.command_line import CommandError
 from lkda.commands.row_process import measure_rows, run_child, run_fork
-from lkda.commands.run_setup import plan_run
+from lkda.commands.run_setup import plan_run, require_one_device
 from lkda.commands.shipped import CONFIGS
 from lkda.commands.step_clock import BLOCK_STEPS, PROFILED_STEPS
 from lkda.commands.step_peers import BARE, TRAIN, VARIANTS, variant
@@ -62,7 +62,7 @@ class StepCase:
     packed: bool
     vocab_size: int
     compile: bool | str
-    overrides: list[str]
+    overrides: Sequence[str]
     steps: int
 
     @property
@@ -133,34 +133,60 @@ def check_against(settings: Mapping[str, Any], device: torch.device) -> None:
         CommandError: a row is slower than recorded by more than SLOWER, or cannot be measured any more.
     """
     path = Path(settings["check"])
-    recorded = read_results_file(path / RESULT if path.is_dir() else path, kind=report.KIND)
-    here, there = device_name(device), str(recorded["header"].get("device"))
+    file = path / RESULT if path.is_dir() else path
+    there, before = _recorded(file)
+    here = device_name(device)
     if here != there:
         raise InputError(
             f"check={path} was recorded on {there}, and this is {here}: speeds of two kinds of device cannot be "
             f"compared. Run the check on {there}, or record these rows on this device: scripts/benchmark.py task=step."
         )
-    before = [row for row in recorded["rows"] if row["implementation"] in (TRAIN, BARE) and row.get("tokens_per_s")]
     if not before:
         raise InputError(f"check={path} holds no row of lkda with a speed: record one with task=step.")
+    cases = [case for case, _ in before]
+    _check_trainable(cases, device)
+    if file.resolve() == (Path(settings["out"]) / RESULT).resolve():
+        raise InputError(f"out={settings['out']} holds the recorded rows of check={path}: give another directory.")
     out = made_directory(Path(settings["out"]))
     console = open_console()
-    names = [field.name for field in fields(StepCase)]
-    cases = [StepCase(**{name: row[name] for name in names}) for row in before]
     found = _measure_all(cases, {**settings, "cold": False}, device, out, console)
     body, slower = [], []
-    for case, old, new in zip(cases, before, found["rows"], strict=True):
+    for (case, old), new in zip(before, found["rows"], strict=True):
         speed = new.get("tokens_per_s")
-        ratio = speed / old["tokens_per_s"] if speed else 0.0
-        if ratio < 1 - SLOWER:
+        ratio = speed / old if speed else 0.0
+        if not ratio >= 1 - SLOWER:
             slower.append(f"{case.name} ({ratio:.2f} times the recorded speed)" if speed else f"{case.name} (failed)")
         reason = "" if speed else new.get("reason", "")[:60]
         now = f"{speed:,.0f}" if speed else ""
-        body.append([case.name, f"{old['tokens_per_s']:,.0f}", now, f"{ratio:.3f}" if speed else "", reason])
+        body.append([case.name, f"{old:,.0f}", now, f"{ratio:.3f}" if speed else "", reason])
     console.print(rich_table(["row", "recorded tokens/s", "tokens/s now", "now / recorded", "why not"], body))
     if slower:
         raise CommandError(f"slower than recorded in {path} by more than {SLOWER:.0%}: {', '.join(slower)}.")
     console.print(f"no row is slower than recorded in {path} by more than {SLOWER:.0%}.")
+
+
+def _recorded(file: Path) -> tuple[str, list[tuple[StepCase, float]]]:
+    """The device of a results file, and of each of lkda's rows with a speed the case and the tokens/s.
+
+    Raises: InputError if the file cannot be read, or holds a value of a wrong kind.
+    """
+    recorded = read_results_file(file, kind=report.KIND)
+    with refusing_damage(file):
+        device = {"device": recorded["header"]["device"]}
+        check_values(device, {"device": str}, prefix=f"{file} is damaged: header.")
+        rows = [row for row in recorded["rows"] if row["implementation"] in (TRAIN, BARE) and "tokens_per_s" in row]
+        return device["device"], [_recorded_row(row, damaged=f"{file} is damaged: ") for row in rows]
+
+
+def _recorded_row(row: Mapping[str, Any], *, damaged: str) -> tuple[StepCase, float]:
+    given = {field.name: row[field.name] for field in fields(StepCase)}
+    check_types(StepCase, given, prefix=damaged)
+    check_values(row, {"tokens_per_s": float}, prefix=damaged)
+    for name in ("B", "T", "steps", "vocab_size"):
+        check_count(f"{damaged}{name}", given[name], least=1)
+    if not row["tokens_per_s"] > 0:
+        raise InputError(f"{damaged}tokens_per_s must be above 0, got {row['tokens_per_s']}.")
+    return StepCase(**given), float(row["tokens_per_s"])
 
 
 def cases_of(settings: Mapping[str, Any]) -> list[StepCase]:
@@ -184,6 +210,7 @@ def cases_of(settings: Mapping[str, Any]) -> list[StepCase]:
         raise InputError(f"compile must be auto, true or false, got {settings['compile']!r}.")
     if any(packed not in (True, False) for packed in settings["packed"]):
         raise InputError(f"packed must be a list of true and false, got {list(settings['packed'])}.")
+    check_overrides(settings["overrides"], _OPTIONS)
     shared = {name: settings[name] for name in ("vocab_size", "compile", "steps")}
     shared["overrides"] = list(settings["overrides"])
     cases = []
@@ -193,6 +220,30 @@ def cases_of(settings: Mapping[str, Any]) -> list[StepCase]:
                 for implementation, mixer in _implementations(settings, packed=packed):
                     cases.append(StepCase(implementation, model, mixer, B, T, packed, **shared))
     return cases
+
+
+# Settings of scripts/train.py that have an option of task=step: another value would be measured under a wrong name.
+_OPTIONS = {
+    "model": "give models instead",
+    "mixer": "give mixers instead",
+    "model.vocab_size": "give vocab_size instead",
+    "data": "give shapes and packed instead",
+    "data.batch_size": "give shapes instead",
+    "data.context": "give shapes instead",
+    "data.packed": "give packed instead",
+    "compile": "give compile instead",
+    "trainer.accelerator": "give device instead",
+    "trainer.max_steps": "give steps instead",
+    "trainer.max_tokens": "give steps instead",
+}
+
+
+def check_overrides(overrides: Sequence[str], options: Mapping[str, str]) -> None:
+    """Raise InputError for an override of a setting in `options`, whose value says what to do instead."""
+    for override in overrides:
+        name = override.partition("=")[0].lstrip("+~")
+        if name in options:
+            raise InputError(f"overrides must not set {name}, got {override}: {options[name]}.")
 
 
 def _implementations(settings: Mapping[str, Any], *, packed: bool) -> Iterator[tuple[str, str]]:
@@ -216,11 +267,12 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 def _check_trainable(cases: Sequence[StepCase], device: torch.device) -> None:
     """Raise InputError for settings with which a case cannot be trained, before the first row is measured."""
-    checked = {(case.model, case.mixer): case for case in cases}
+    checked = {(case.model, case.mixer, *case.overrides): case for case in cases}
     GlobalHydra.instance().clear()  # the configuration of scripts/benchmark.py is composed already
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for case in checked.values():
-            plan_run(compose("train", overrides=case.train_overrides(device)), Path("."))
+            plan = plan_run(compose("train", overrides=case.train_overrides(device)), Path("."))
+            require_one_device(plan, what="task=step")
 
 
 def choices(group: str) -> list[str]:

@@ -117,7 +117,8 @@ def _of_device(prepared: PreparedRun, row: dict[str, Any], *, lkda: bool) -> dic
         return shares
     dtype = PRECISIONS[plan.trainer.precision]
     throughput = Throughput.of(model, context=prepared.data.context, device=plan.device, dtype=dtype)
-    columns = throughput.columns(row["tokens_per_s"])
+    speed = row["tokens_per_s"]
+    columns = throughput.columns(speed, speed * throughput.flops_per_token(prepared.data.context))
     return shares | {name: columns[name] for name in ("tflops_per_s", "mfu") if name in columns}
 
 

@@ -68,22 +68,27 @@ def summarize(run: RunDirectory, model: LanguageModel, prepared: PreparedRun, ou
 
 
 def _of_training(rows: list[dict[str, str]], latest: dict[str, float], *, step: int, tokens: int) -> dict[str, Any]:
-    """How far the training went and how fast.
+    """How far the training went, how fast, and in how much memory.
 
     Args:
         latest: the last value in each column of the rows.
     """
     seconds = latest.get("seconds", 0.0)
-    speeds = [float(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]]
+    speeds = {name: _values(rows, name) for name in ("tokens_per_s", "tflops_per_s", "mfu")}
     return {
         "steps": step,
         "tokens": tokens,
         "seconds": seconds,
+        **{name: statistics.median(values) if values else None for name, values in speeds.items()},
         # A run that is shorter than the warm-up has no row with a speed.
-        "tokens_per_s": statistics.median(speeds) if speeds else (tokens / seconds if seconds else None),
-        **{name: latest.get(name) for name in ("tflops_per_s", "mfu", "peak_memory_gib")},
+        **({} if speeds["tokens_per_s"] else {"tokens_per_s": tokens / seconds if seconds else None}),
+        "peak_memory_gib": max(_values(rows, "peak_memory_gib"), default=None),
         "clipped_share": _clipped_share(rows),
     }
+
+
+def _values(rows: list[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row.get(name)]
 
 
 def _of_model(model: LanguageModel, context: int) -> dict[str, Any]:

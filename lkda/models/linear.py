@@ -64,8 +64,12 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether the layer has a hook of PyTorch's, which runs only if the layer is called."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    """Whether the layer has a hook of PyTorch's, or a forward of its own, which run only if the layer is called.
+
+    Packages such as accelerate replace the forward of a layer by one that moves its weights to the device first.
+    """
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooks) or "forward" in layer.__dict__
 
 
 def fused_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:

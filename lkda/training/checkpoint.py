@@ -118,6 +118,7 @@ def point_to(target: Path, link: Path) -> None:
             shutil.copyfileobj(source, file)
         return
     replace_file(temporary, link)
+    temporary.unlink(missing_ok=True)  # it stays if `link` was one to this file already, and would keep its bytes
 
 
 def delete_old(directory: Path, *, keep: int) -> None:

@@ -22,6 +22,8 @@ from lkda.targets import IGNORE_INDEX
 # The values of the option `checkpointing`.
 CHECKPOINTING = ("none", "block")
 
+_MOST_COMPILATIONS = 1024
+
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """The mean loss over all targets that are not IGNORE_INDEX, a scalar in nats per token.
@@ -68,6 +70,8 @@ class ModelLoss:
             if isinstance(module, Mixer):
                 module.recomputes = checkpointing == "none"
         apply: ApplyBlock = apply_block
+        if compile:
+            _allow_many_compilations()
         if compile and shares_weights:
             _compile_inside(model)
         elif compile:
@@ -110,6 +114,24 @@ class ModelLoss:
 
     def _hidden(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return self.model.hidden_by(self.apply, tokens, cu_seqlens=cu_seqlens)
+
+
+def _allow_many_compilations() -> None:
+    """Raises the limit of compilations of one function in this process, 8 by default, beyond which it runs uncompiled.
+
+    There is one for each kind of block and each shape of a batch, over all runs of a sweep.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, _MOST_COMPILATIONS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _MOST_COMPILATIONS)
+
+
+def is_of_compiler(error: Exception) -> bool:
+    """Whether `torch.compile` raised the error, such as where it finds no C++ compiler."""
+    from torch._dynamo.exc import TorchDynamoException  # the import takes seconds, which a run without it saves
+
+    return isinstance(error, TorchDynamoException)
 
 
 def keeps_less(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

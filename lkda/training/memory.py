@@ -1,10 +1,14 @@
-"""The memory of a training process on a CPU: how much a step needs at least, and how the C library manages it."""
+"""The memory of a training process: how much a step on a CPU needs at least, how the C library manages it, and what the
+jobs before this one have left on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from lkda.checks import InputError
 
@@ -24,6 +28,18 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, 2 * _LARGEST - 1))
+
+
+def free_memory_of_earlier_runs() -> None:
+    """Give back the memory of the GPU that earlier jobs of a sweep in this process have left, and forget their peak.
+
+    A run's peak_memory_gib is then its own, and other processes on the GPU have room.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    gc.collect()  # a trainer is in reference cycles
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def check_parameters(count: int, *, copies: int, available: int) -> None:

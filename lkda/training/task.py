@@ -14,11 +14,12 @@ from rich import get_console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lkda.checks import InputError
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
 from lkda.models.sequence_part import SequencePart
 from lkda.training.cuda_graphs import CaptureError, GraphedLoss
-from lkda.training.losses import ModelLoss
+from lkda.training.losses import ModelLoss, is_of_compiler
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
 from lkda.training.processes import process_count, process_count_of
@@ -53,7 +54,7 @@ class LanguageModelTask(L.LightningModule):
             text.
         val_subsets: of the validation; see `lkda.training.accuracy`.
         test_batches, test_bytes_per_token: of the test split, which is text; None if there is no test split.
-        compile: whether to compile the model's blocks with `torch.compile`.
+        compile: whether to compile the model's blocks with `torch.compile`. "auto": as long as it can compile them.
         skips_bad_steps: whether a step whose loss or gradient norm is not finite leaves the weights and the optimizer
             as they were. Its batch counts as seen. The optimizer must take `found_inf`: a fused AdamW or Muon.
         checkpointing: "none", or "block" to keep only the input of each block for the backward pass.
@@ -84,7 +85,7 @@ class LanguageModelTask(L.LightningModule):
         val_subsets: Sequence[Mapping[str, int]] = (),
         test_batches: Loader | None = None,
         test_bytes_per_token: float | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         checkpointing: str = "none",
         skips_bad_steps: bool = False,
         cuda_graphs: bool = False,
@@ -114,7 +115,8 @@ class LanguageModelTask(L.LightningModule):
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.longest_sequence = context
-        self.loss = ModelLoss(model, compile=compile, checkpointing=checkpointing, shares_weights=shares_weights)
+        self._compile = compile
+        self.loss = ModelLoss(model, compile=bool(compile), checkpointing=checkpointing, shares_weights=shares_weights)
         self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
         self.shares_weights = shares_weights
         self.context_group, self.context_number = context_group, context_number
@@ -171,7 +173,7 @@ class LanguageModelTask(L.LightningModule):
         inputs = {name: batch.get(name) for name in ("tokens", "targets", "cu_seqlens", "target_positions")}
         loss = self._replay(inputs, weight, first=first)
         if loss is None:
-            loss = self.loss.mean(batch["tokens"], batch["targets"], batch["cu_seqlens"], inputs["target_positions"])
+            loss = self._mean_loss(inputs)
         mean = loss
         if weight is not None:
             loss = self.step_mean.add(loss) * weight
@@ -193,10 +195,24 @@ class LanguageModelTask(L.LightningModule):
         except CaptureError as error:
             why = f"without torch.compile and CUDA graphs: {error}"
             get_console().print(why, markup=False, highlight=False, soft_wrap=True)
-            self._graphs, self.loss = None, self.loss.uncompiled()
+            self._graphs, self._compile, self.loss = None, False, self.loss.uncompiled()
             if first:  # otherwise the gradients of the step's earlier pieces stay, and those of this one are added
                 self.zero_grad()
             return None
+
+    def _mean_loss(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
+        """The loss without CUDA graphs. Raises InputError if torch.compile fails that must compile."""
+        try:
+            return self.loss.mean(*inputs.values())  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if not self._compile or not is_of_compiler(error):
+                raise
+            why = " ".join(str(error).split())[:300]
+            if self._compile != "auto" or self.shares_weights:
+                raise InputError(f"torch.compile failed: {why}. Use compile=false.") from error
+        get_console().print(f"without torch.compile: {why}", markup=False, highlight=False, soft_wrap=True)
+        self._compile, self.loss = False, self.loss.uncompiled()
+        return self.loss.mean(*inputs.values())  # type: ignore[arg-type]
 
     def loss_scale(self, weight: Tensor | None) -> Tensor:
         """The factor for the loss before its backward pass: the piece's weight, times the loss scale in float16."""

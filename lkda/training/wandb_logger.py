@@ -45,7 +45,7 @@ def wandb_logger(
     name: str | None,
     group: str | None,
     job_type: str | None,
-    tags: Sequence[str],
+    tags: Sequence[str] | None,
 ) -> WandbLogger:
     """A logger that sends the rows of metrics.csv, and once the resolved configuration, to W&B.
 
@@ -53,10 +53,14 @@ def wandb_logger(
 
     Args:
         save_dir: the run directory.
-        config: the resolved configuration.
-        project, name, group, job_type, tags: of the run in W&B; W&B chooses what is None. W&B shows the runs of a group
-            as one line, their mean, so a group has the runs that differ only in their seed.
+        config: the resolved configuration, with the names of mixer, model and data.
+        project, name, job_type: of the run in W&B; W&B chooses what is None.
+        group, tags: of the run in W&B; made of the names of mixer, model and data where None. W&B shows the runs of a
+            group as one line, their mean, so a group has the runs that differ only in their seed.
     """
+    if group is None or tags is None:
+        names = [str(config["mixer"]["name"]), str(config["model"]["name"]), str(config["data"]["source"])]
+        group, tags = "_".join(names) if group is None else group, names if tags is None else tags
 
     def begin(settings: Mapping[str, Any]) -> StepWandbLogger:
         made = StepWandbLogger(

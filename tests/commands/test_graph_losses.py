@@ -77,3 +77,15 @@ def test_one_training_gives_its_losses_and_weights(corpus: Path) -> None:
     assert len(first["losses"]) == 2
     assert not first["graphs"]
     assert first == second
+
+
+@pytest.mark.parametrize(
+    "override", ["mixer=mla", "trainer.log_every_n_steps=5", "trainer.max_steps=9", "compile=true"]
+)
+def test_what_each_training_has_already_is_refused(
+    override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--mixers", "kda", "--out", str(tmp_path), "trainer=cpu", override])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: overrides must not set {override.partition('=')[0]}, got")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lkda.checks import InputError
 from lkda.commands import step_benchmark as steps
 from lkda.commands.benchmark import benchmark
 from lkda.commands.command_line import CommandError
@@ -224,6 +226,72 @@ def test_a_check_on_another_device_says_what_to_do(tmp_path: Path, monkeypatch: 
     path.write_text(path.read_text().replace(steps.device_name(CPU), "NVIDIA H100 80GB HBM3"))
     with pytest.raises(ValueError, match=r"was recorded on NVIDIA H100 80GB HBM3, and this is .* Run the check on"):
         run(children, monkeypatch, f"check={path}")
+
+
+def drop(record: dict[str, Any], name: str) -> None:
+    del record[name]
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no rows": (lambda found: drop(found, "rows"), "is damaged: .*'rows'"),
+    "no header": (lambda found: drop(found, "header"), "is damaged: .*'header'"),
+    "no device": (lambda found: drop(found["header"], "device"), "is damaged: .*'device'"),
+    "rows of numbers": (lambda found: found.update(rows=[1]), "is damaged"),
+    "no steps": (lambda found: drop(found["rows"][0], "steps"), "is damaged: .*'steps'"),
+    "a speed in words": (lambda found: found["rows"][0].update(tokens_per_s="fast"), "tokens_per_s must be a finite"),
+    "no speed": (lambda found: found["rows"][0].update(tokens_per_s=float("nan")), "tokens_per_s must be a finite"),
+    "a speed below 0": (lambda found: found["rows"][0].update(tokens_per_s=-900.0), "tokens_per_s must be above 0"),
+    "a size in words": (lambda found: found["rows"][0].update(B="2"), "B must be a whole number"),
+    "another type": (lambda found: found["rows"][0].update(packed="no"), "packed must be true or false"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_check_of_a_damaged_file_measures_nothing(
+    damage: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run(Children(RECORDED, tmp_path / "before"), monkeypatch, *SMALL, "bare=false")
+    damage(found)
+    (tmp_path / "before/step_benchmark.json").write_text(json.dumps(found))
+    children = Children(RECORDED, tmp_path / "now")
+    with pytest.raises(InputError, match=message):
+        run(children, monkeypatch, f"check={tmp_path}/before")
+    assert not children.caches
+
+
+def test_a_check_does_not_overwrite_what_it_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(Children(RECORDED, tmp_path), monkeypatch, *SMALL)
+    recorded = (tmp_path / "step_benchmark.json").read_text()
+    with pytest.raises(InputError, match="give another directory"):
+        run(Children(RECORDED, tmp_path), monkeypatch, f"check={tmp_path}")
+    assert (tmp_path / "step_benchmark.json").read_text() == recorded
+
+
+def test_bare_loops_alone_are_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the loop of training has no memory left."""
+    rows = run(Children({"tiny_kda_2x16_bare": 900.0}, tmp_path), monkeypatch, *SMALL)["rows"]
+    assert ["tokens_per_s" in row for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [
+        ("mixer=softmax", "mixers"),
+        ("+data.context=4", "shapes"),
+        ("trainer.max_steps=3", "steps"),
+        ("data=mqar", "shapes"),
+    ],
+)
+def test_a_row_is_what_its_name_says(override: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=f"overrides must not set .* give {instead}"):
+        cases_of(settings(f"overrides=['{override}']"))
+
+
+def test_several_devices_are_refused_before_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = Children(RECORDED, tmp_path)
+    with pytest.raises(ValueError, match="task=step measures one device"):
+        run(children, monkeypatch, *SMALL, "overrides=['trainer=ddp']")
+    assert not children.caches
 
 
 def test_packed_rows_have_neither_peers_nor_bare_loops() -> None:

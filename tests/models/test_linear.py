@@ -158,3 +158,13 @@ def test_a_bias_and_a_hook_take_part() -> None:
     layers[0].register_forward_hook(lambda layer, inputs, output: output + 1)
     for got, layer in zip(fused_linear(x, layers), layers, strict=True):
         torch.testing.assert_close(got, layer(x))
+
+
+def test_a_layer_whose_forward_was_replaced_is_called() -> None:
+    """As by packages that move the weights of a layer to the device when it is called."""
+    layers, x = layers_of(8, 16), torch.randn(300, 16, dtype=torch.float64)
+    own = layers[1].forward
+    layers[1].forward = lambda y: 2 * own(y)  # type: ignore[method-assign]
+    for got, want in zip(fused_linear(x, layers), (layers[0](x), 2 * own(x)), strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(joined_linear(x, layers), torch.cat([layers[0](x), 2 * own(x)], -1))

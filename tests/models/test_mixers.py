@@ -226,6 +226,17 @@ def test_options_keep_the_contract(name, options):
     close(packed[:, 15:], want)
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunk", "recurrent"])
+@pytest.mark.parametrize("name", ["kda", "simplified", "softmax", "mla"])
+def test_a_batch_without_rows(name, backend):
+    """As the last share of a batch that others divide. Its gradients are zeros."""
+    model = small([name], backend=backend if name in ("kda", "simplified") else "auto")
+    logits = model(tokens(0, 70))
+    assert logits.shape == (0, 70, 50)
+    logits.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
 def test_steps_take_states_that_lie_apart(pattern):

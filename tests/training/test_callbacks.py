@@ -75,6 +75,21 @@ def test_a_bad_validation_loss_stops_too() -> None:
         DivergenceGuard().on_validation_end(trainer, model)
 
 
+@pytest.mark.parametrize("after", [1.5, float("nan")])
+def test_a_validation_names_the_step_that_a_gpu_has_not_been_asked_for_yet(
+    after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of the last step of a run, after which nothing else asks."""
+    guard, model = DivergenceGuard(every_n_steps=100), Any
+    monkeypatch.setattr(guard, "_read", lambda value, step: None)
+    for step, loss in enumerate([3.0, float("nan"), 3.0], 1):
+        trainer: Any = SimpleNamespace(global_step=step, accumulate_grad_batches=1)
+        guard.on_train_batch_end(trainer, model, {"mean": torch.tensor(loss)}, None, step)  # type: ignore[arg-type]
+    trainer = SimpleNamespace(global_step=3, callback_metrics={"val/loss": torch.tensor(after)})
+    with pytest.raises(DivergedError, match=r"^the loss became NaN or infinite at step 2$"):
+        guard.on_validation_end(trainer, model)  # type: ignore[arg-type]
+
+
 def test_parameters_must_be_finite_to_be_saved() -> None:
     layer = torch.nn.Linear(3, 3)
     require_finite(layer, step=7)

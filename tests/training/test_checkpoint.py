@@ -53,6 +53,14 @@ def test_names_point_to_the_same_file(saved: Path) -> None:
     assert read_checkpoint(saved / "last.ckpt")["lkda"]["step"] == 10
 
 
+def test_a_name_that_points_there_already_leaves_no_other_file(saved: Path) -> None:
+    """Renaming a link over another link to the same file does nothing, and the link would keep the file's bytes."""
+    for _ in range(2):
+        point_to(step_path(saved, 4), saved / "last.ckpt")
+        assert len(list(saved.iterdir())) == 4
+    assert (saved / "last.ckpt").samefile(step_path(saved, 4))
+
+
 def test_a_file_system_without_links_gets_a_copy(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*arguments: object) -> None:
         raise PermissionError("operation not permitted")

@@ -6,12 +6,15 @@ import csv
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
+from lkda.commands.console import RunConsole
 from lkda.commands.train import train
 from lkda.training import cuda_graphs
 from lkda.training.cuda_graphs import GraphedLoss, _Captured
@@ -91,3 +94,58 @@ def test_a_run_goes_on_and_says_why_in_one_line(
     assert losses(tmp_path / "run", pieces) == pytest.approx(want, abs=1e-6)
     said = [line for line in capsys.readouterr().out.splitlines() if "CUDA graphs" in line]
     assert said == ([] if why is None else [f"without torch.compile and CUDA graphs: {why}"])
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile fails, as where it finds no C++ compiler."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    def compiled(*arguments: Any, **options: Any) -> Any:
+        def fails(*arguments: Any) -> None:
+            raise TorchDynamoException("no C++ compiler\nwas found")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compiled)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_a_run_goes_on_unless_it_must_compile(
+    without_graphs: Callable[[int], list[float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(InputError, match=r"^torch.compile failed: no C\+\+ compiler was found. Use compile=false.$"):
+        train(composed("train", *WORDS, "compile=true"), tmp_path / "must")
+    plain, want = LanguageModelTask.__init__, without_graphs(1)
+
+    def automatic(self: LanguageModelTask, *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **{**options, "compile": "auto"})
+
+    monkeypatch.setattr(LanguageModelTask, "__init__", automatic)
+    assert losses(tmp_path / "run", 1) == want
+    assert capsys.readouterr().out.count("without torch.compile: no C++ compiler was found\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        (
+            {"detect_anomaly": True},
+            "neither torch.compile nor CUDA graphs, which trainer.detect_anomaly does not allow",
+        ),
+        ({"strategy": "ddp"}, "torch.compile without CUDA graphs, which ddp does not allow"),
+        ({"strategy": "ddp", "context_parallel": 2}, "nor CUDA graphs, which context_parallel does not allow"),
+    ],
+)
+def test_a_run_that_cannot_have_graphs_says_so_at_its_start(
+    changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = SimpleNamespace(**{"strategy": "single", "context_parallel": 1, "detect_anomaly": False, **changes})
+    RunConsole(SimpleNamespace())._print_what_is_not_compiled(SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert len(printed.splitlines()) == bool(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lkda.models.lm import LanguageModel
+from lkda.training import losses
 from lkda.training.losses import ModelLoss
 from tests.models.helpers import IDS, PATTERNS, small, tokens
 
@@ -47,6 +49,21 @@ def test_a_compiled_block_is_computed_again_too(monkeypatch: pytest.MonkeyPatch)
         loss = ModelLoss(model, compile=True, checkpointing=checkpointing).mean(x, x)
         found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     assert all(torch.equal(got, want) for got, want in zip(*found, strict=True))
+
+
+def test_every_kind_of_block_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for more than 8 of them together, where torch.compile would stop by default."""
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(losses, "keeps_less", backend)
+    loss = ModelLoss(small(["conv", "softmax"], scale=1), compile=True)
+    for length in range(20, 25):
+        loss.mean(tokens(1, length), tokens(1, length))
+    assert len(compiled) == 2 * 5
 
 
 def test_it_keeps_only_the_inputs_of_blocks() -> None:

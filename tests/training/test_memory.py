@@ -59,3 +59,23 @@ def test_no_batch_that_fits_is_refused(pattern: list[str], checkpointing: str) -
     with pytest.raises(ValueError, match=r"one batch of 512 tokens needs more than 0 GiB .*: lower data.batch_size"):
         memory.check_activations(model.config, **options, available=total // 100)
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_run_begins_without_the_memory_of_earlier_jobs(used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without creating a context on a GPU that the process has not used yet."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: done.append(name))
+    memory.free_memory_of_earlier_runs()
+    assert done == (["empty_cache", "reset_peak_memory_stats"] if used else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_peak_is_of_this_run() -> None:
+    x = torch.empty(2**28, device="cuda")
+    del x
+    memory.free_memory_of_earlier_runs()
+    assert torch.cuda.max_memory_reserved() < 2**28

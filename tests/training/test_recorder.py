@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +60,25 @@ def test_rows_that_come_late_are_the_same_rows(
     assert rows_of(tmp_path / "late") == rows_of(tmp_path / "at_once")
     assert dict(begun)[2] == 1  # the row of step 2 is not there when step 3 begins
     assert saved == {4: 4, 6: 6, 8: 8, 9: 9}  # a checkpoint is written after the rows of its step
+
+
+def test_the_speed_counts_the_tokens_of_each_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of a synthetic task differ in length, and have logits for few tokens."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr("lkda.training.device_time.time.perf_counter", lambda: float(next(clock)))
+    lengths = "data.train=[{length: 16, pairs: 2, examples: 16}, {length: 64, pairs: 2, examples: 16}]"
+    words = ("debug=fast", "data=mqar", "trainer=cpu", "mixer=softmax", "data.batch_size=4", lengths)
+    train(composed("train", *words, "trainer.max_steps=12", "trainer.val_check_interval=12"), tmp_path / "run")
+    rows = [row for row in read_metrics(tmp_path / "run/metrics.csv") if row["tokens_per_s"]]
+    seconds = {1.0, 2.0, 3.0}  # what the clock shows between two rows
+    speeds = {float(row["tokens_per_s"]) for row in rows}
+    assert speeds <= {4 * length / second for length in (16, 64) for second in seconds}
+    assert max(speeds) / min(speeds) >= 3
+    per_token = [1e12 * float(row["tflops_per_s"]) / float(row["tokens_per_s"]) for row in rows]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert max(per_token) < 3 * summary["flops_per_token"]  # which has the logits of every token
+    assert len({round(flops) for flops in per_token}) == 2
+    assert summary["tflops_per_s"] == statistics.median(float(row["tflops_per_s"]) for row in rows)
 
 
 @pytest.mark.usefixtures("late")

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import wandb
+from omegaconf import OmegaConf
 
+from lkda.commands.shipped import CONFIGS
 from lkda.commands.train import train
 from lkda.training import wandb_connection
 from lkda.training.task import LanguageModelTask
@@ -125,7 +127,7 @@ def test_a_server_that_does_not_accept_the_run(
     monkeypatch.setattr(wandb_connection, "why_offline", lambda: None)
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(wandb, "teardown", lambda: modes.append("teardown"))
-    made = wandb_logger(save_dir=str(tmp_path), config={}, project=None, name=None, group=None, job_type=None, tags=())
+    made = wandb_logger(save_dir=str(tmp_path), config={}, project=None, name=None, group="one", job_type=None, tags=())
     assert modes == ["online", "teardown"]
     assert made._wandb_init["mode"] == "offline"
     said = "wandb: offline, because the server does not accept the run (returned error 501: Unsupported method); upload"
@@ -133,5 +135,27 @@ def test_a_server_that_does_not_accept_the_run(
 
 
 def test_the_end_of_a_run_does_not_wait_for_a_lost_server(tmp_path: Path) -> None:
-    made = wandb_logger(save_dir=str(tmp_path), config={}, project=None, name=None, group=None, job_type=None, tags=())
+    made = wandb_logger(save_dir=str(tmp_path), config={}, project=None, name=None, group="one", job_type=None, tags=())
     assert made._wandb_init["settings"].finish_timeout == 120
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ({"group": None, "tags": None}, ("kda_recall_mqar", ["kda", "recall", "mqar"])),
+        ({"group": "mine", "tags": ["first"]}, ("mine", ["first"])),
+        ({"group": None, "tags": []}, ("kda_recall_mqar", [])),
+    ],
+)
+def test_a_group_is_of_one_mixer_model_and_data(
+    given: dict[str, Any], made: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    config = {"mixer": {"name": "kda"}, "model": {"name": "recall"}, "data": {"source": "mqar"}}
+    settings = wandb_logger(save_dir=str(tmp_path), config=config, project=None, name=None, job_type=None, **given)
+    assert (settings._wandb_init["group"], settings._wandb_init["tags"]) == made
+
+
+@pytest.mark.parametrize("data", [path.stem for path in (CONFIGS / "data").glob("*.yaml")])
+def test_it_logs_every_kind_of_data(data: str) -> None:
+    logger = OmegaConf.to_container(composed("train", f"data={data}", "logger=wandb").logger, resolve=True)
+    assert logger["wandb"]["project"] == "lkda"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkda.checks import InputError
+from lkda.ops.checks import check_alike, check_shape
 from lkda.ops.cross_entropy.cpu import can_take, rows_cpu
 from lkda.ops.cross_entropy.cuda import rows_cuda
 from lkda.ops.products.op import product
+from lkda.ops.runtime.dispatch import refusing_second_derivatives
 from lkda.ops.runtime.jit import reason_cannot_run
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
 from lkda.targets import IGNORE_INDEX
@@ -69,11 +72,14 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
 
 @torch.library.custom_op("lkda::linear_cross_entropy", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_classes(targets, len(weight))
     rows = weight.to(x.dtype)
     has_target = (targets != IGNORE_INDEX).sum().clamp(min=1)
     scale = 1.0 / has_target.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     piece = _pieces(len(x), len(weight))
     kind = torch.promote_types(weight.dtype, torch.float32)
+    if not len(x):
+        return scale.new_zeros(()), torch.empty_like(x), torch.zeros_like(weight)
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight, dtype=kind)
     losses = []
     for start in range(0, len(x), piece):
@@ -95,12 +101,38 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
+@refusing_second_derivatives
 def _backward(ctx, grad, *_):
     grad_x, grad_weight = ctx.saved_tensors
     return grad_x * grad, grad_weight * grad, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check(fn: str, x: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Raises ValueError unless the shapes, types and devices fit."""
+    sizes: dict[str, int] = {}
+    check_shape(fn, "x", x, "N d", sizes)
+    check_shape(fn, "weight", weight, "V d", sizes)
+    check_shape(fn, "targets", targets, "N", sizes)
+    check_alike(fn, {"x": x, "weight": weight}, same_dtype=())
+    if targets.dtype != torch.int64:
+        raise InputError(f"{fn}: targets must be int64, got {targets.dtype}.")
+    if targets.device != x.device:
+        raise InputError(f"{fn}: targets is on {targets.device} and x on {x.device}; move one of them.")
+
+
+def _check_classes(targets: Tensor, classes: int) -> None:
+    """Raises ValueError for a target on a CPU that is no class. To look at those of a GPU would wait for it."""
+    if targets.is_cpu and len(targets):
+        given = targets[targets != IGNORE_INDEX]
+        wrong = given[(given < 0) | (given >= classes)]
+        if len(wrong):
+            raise InputError(
+                f"a target must be from 0 to {classes - 1}, or {IGNORE_INDEX} where nothing is predicted; "
+                f"got {int(wrong[0])}."
+            )
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -112,8 +144,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         x: [N, d], of the type that the product is to have.
         weight: [V, d], of x's type or float32; its gradient is summed in float32 at least.
         targets: [N] int64.
-    Returns: a scalar in float32, or float64 where x is; 0 where the target is IGNORE_INDEX.
+    Returns: a scalar in float32, or float64 where x is; 0 where no target is left. It has no second derivatives.
+    Raises: ValueError if a shape, dtype or device does not fit, and on a CPU for a target that is no class.
     """
+    _check("linear_cross_entropy", x, weight, targets)
     loss: Tensor = _forward(x, weight, targets)[0]
     return loss
 
@@ -121,7 +155,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def linear_cross_entropies(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Of each target, [N] in float32, 0 where it is IGNORE_INDEX; without gradients. Arguments as of the mean."""
-    rows, piece = weight.to(x.dtype), _pieces(len(x), len(weight))
+    _check("linear_cross_entropies", x, weight, targets)
+    _check_classes(targets, len(weight))
+    rows, piece = weight.to(x.dtype), max(1, _pieces(len(x), len(weight)))
     parts = zip(x.split(piece), targets.split(piece), strict=True)
     losses = [
         torch.nn.functional.cross_entropy(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -36,6 +35,36 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def refusing_second_derivatives(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """`gradients`, a backward whose results are not differentiable. Whoever differentiates them gets an error.
+
+    PyTorch's `once_differentiable` gives the error only if an incoming gradient has a history. That of a loss has none,
+    and the derivative would silently lack what this operator adds to it.
+    """
+
+    def once(ctx: Any, *incoming: Tensor | None) -> Any:
+        with torch.no_grad():
+            found = gradients(ctx, *incoming)
+        if not torch.is_grad_enabled():
+            return found
+        histories = [x for x in (*ctx.saved_tensors, *incoming) if x is not None and x.requires_grad]
+        return tuple(None if x is None else _WithoutDerivative.apply(x, *histories) for x in found)
+
+    return once
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    """x, with the history of other tensors; its derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *histories: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Any:
+        raise RuntimeError("an operator of lkda has first derivatives only: leave create_graph=True out.")
+
+
 def without_dispatcher(
     forward: Callable[..., Any], save: Callable, gradients: Callable, *, results: int | None = None
 ) -> Callable[..., Any]:
@@ -56,6 +85,6 @@ def without_dispatcher(
                 ctx.mark_non_differentiable(*(x for x in output[results:] if x is not None))
             return output
 
-        backward = staticmethod(once_differentiable(gradients))  # type: ignore[assignment]
+        backward = staticmethod(refusing_second_derivatives(gradients))
 
     return WithoutDispatcher.apply

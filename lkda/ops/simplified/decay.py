@@ -35,7 +35,8 @@ def simplified_decay(logits: Tensor, bias: Tensor, *, backend: str = "auto") -> 
     fn = "simplified_decay"
     if bias.dim() != 1 or logits.dim() < 2 or logits.shape[-1] != bias.shape[0]:
         raise InputError(
-            f"{fn}: logits must be [..., H] and bias [H], got {list(logits.shape)} and {list(bias.shape)}."
+            f"{fn}: logits must be [..., H] of at least two dimensions and bias [H], got {list(logits.shape)} and "
+            f"{list(bias.shape)}."
         )
     check_alike(fn, {"logits": logits, "bias": bias}, same_dtype=())
     word = choose(fn, BACKENDS, backend, device=logits.device, head_dim=len(bias), dtype=logits.dtype)

@@ -67,11 +67,12 @@ def rotary_heads(
     B, T, _, D = q.shape
     if position.shape != (T,) and position.shape != (B, T):
         raise InputError(f"{fn}: position must be [T] or [B, T] for q {list(q.shape)}, got {list(position.shape)}.")
-    if weights is not None and any(w.shape != (D,) for w in weights):
-        raise InputError(
-            f"{fn}: weights must be two of [{D}], got {' and '.join(str(list(w.shape)) for w in weights)}."
-        )
-    q_weight, k_weight = weights or (None, None)
+    if position.device != q.device:
+        raise InputError(f"{fn}: position is on {position.device} and q on {q.device}; move one of them.")
+    if weights is not None and [None if w is None else tuple(w.shape) for w in weights] != [(D,), (D,)]:
+        got = " and ".join("None" if w is None else str(list(w.shape)) for w in weights)
+        raise InputError(f"{fn}: weights must be two of [{D}], for q and for k, got {got}.")
+    q_weight, k_weight = (None, None) if weights is None else weights
     tensors = {"q": q, "k": k, "weights[0]": q_weight, "weights[1]": k_weight}
     check_alike(fn, tensors, same_dtype=("q", "k"))
     word = choose(fn, BACKENDS, backend, device=q.device, head_dim=D, dtype=q.dtype)

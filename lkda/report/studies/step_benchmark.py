@@ -162,9 +162,10 @@ def redraw(path: Path) -> None:
             path.parent / "table.md": as_markdown(found) + "\n",
             path.parent / "table.json": json.dumps(table, indent=1) + "\n",  # lkda.report.readme writes it into a page
         }
-        if any(row.get("tokens_per_s") for row in found["rows"]):
+        drawn = [row for row in found["rows"] if row["implementation"] != "bare"]
+        if any(row.get("tokens_per_s") for row in drawn):
             files[path.parent / "tokens_per_s.png"] = speeds(found["rows"]).light
-        if any("profile" in row for row in found["rows"]):
+        if any(row.get("tokens_per_s") and "profile" in row for row in drawn):
             files[path.parent / "step_time.png"] = step_times(found["rows"]).light
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path} is not of scripts/benchmark.py task=step ({error!r}).") from error

@@ -41,7 +41,8 @@ class DivergenceGuard(L.Callback):
     """Raises DivergedError with the first step whose loss was not finite.
 
     On a GPU the loss is read only every `every_n_steps` steps, and after the next step has begun, so that the device
-    does not wait. The first bad step is stored on the device, so that the reported step is still the first one.
+    does not wait, and at each validation. The first bad step is stored on the device, so that the reported step is
+    still the first one.
 
     Args:
         every_n_steps: optimizer steps, as of the rows of metrics.csv.
@@ -100,5 +101,8 @@ class DivergenceGuard(L.Callback):
         return None if before is None else int(before.read()[0])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        first = -1 if self.first_bad_step is None else int(self.first_bad_step)
+        if first >= 0:
+            raise DivergedError("the loss", first)
         if not trainer.callback_metrics["val/loss"].isfinite():
             raise DivergedError("the validation loss", trainer.global_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +42,9 @@ class Recorder(L.Callback):
         self.seconds = 0.0
         self.latest: dict[str, float] = {}
         self._running_since: Moment | None = None
-        self._since: tuple[int, float] | None = None  # tokens and seconds at which the next speed measurement begins
+        self._since: tuple[_Work, float] | None = None  # work and seconds at which the next speed measurement begins
         self._steps_here = 0
+        self._work_here = _Work(0, 0.0)
         self._clipped = (0, 0)  # clipped steps and all steps of this process, at the last row
         self._waiting: _Row | None = None
 
@@ -69,6 +71,7 @@ class Recorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._write_waiting(trainer)
+        self._work_here = self._work_here.and_of(batch, self.throughput, devices=trainer.world_size)
         if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
@@ -77,10 +80,10 @@ class Recorder(L.Callback):
         if last:
             trainer.should_stop = True  # makes Lightning validate at the end, for any interval
         if self._steps_here == WARMUP_STEPS:
-            self._since = (step * self.tokens_per_step, self._seconds_at(Moment(pl_module.device)))
+            self._since = (self._work_here, self._seconds_at(Moment(pl_module.device)))
         if last or step == 1 or step % self.every_n_steps == 0:
             completes = not validation_follows(trainer, batch_idx)
-            self._waiting = _Row.of(trainer, steps_here=self._steps_here, completes=completes)
+            self._waiting = _Row.of(trainer, steps_here=self._steps_here, work=self._work_here, completes=completes)
             if last or self._waiting.values.have_arrived():
                 self._write_waiting(trainer)
 
@@ -91,12 +94,13 @@ class Recorder(L.Callback):
         found, self._waiting = self._waiting, None
         *values, clipped = found.values.read()
         row = {**dict(zip(found.names, values, strict=True)), "lr": found.lr}
-        tokens, seconds = found.step * self.tokens_per_step, self._seconds_at(found.values.moment)
+        seconds = self._seconds_at(found.values.moment)
         if self._since is not None and found.steps_here > WARMUP_STEPS:
-            tokens_before, seconds_before = self._since
-            row["tokens_per_s"] = (tokens - tokens_before) / (seconds - seconds_before)
-            row |= self.throughput.columns(row["tokens_per_s"])
-            self._since = (tokens, seconds)
+            before, seconds_before = self._since
+            passed = seconds - seconds_before
+            tokens, flops = found.work.tokens - before.tokens, found.work.flops - before.flops
+            row |= self.throughput.columns(tokens / passed, flops / passed)
+            self._since = (found.work, seconds)
         clipped_before, steps_before = self._clipped
         row["train/clipped_share"] = (clipped - clipped_before) / (found.steps_here - steps_before)
         self._clipped = (int(clipped), found.steps_here)
@@ -153,12 +157,25 @@ def _logged(trainer: L.Trainer, prefix: str) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
+class _Work:
+    """What this process and those beside it have trained on: tokens, and their FLOPs. Batches may differ in length."""
+
+    tokens: int
+    flops: float
+
+    def and_of(self, batch: Mapping[str, Any], throughput: Throughput, *, devices: int) -> _Work:
+        """With a batch, of which each device has an equal share like this one."""
+        tokens, flops = batch["tokens"].numel(), throughput.flops_of(batch)
+        return _Work(self.tokens + devices * tokens, self.flops + devices * flops)
+
+
+@dataclass(frozen=True)
 class _Row:
     """A row of a training step, whose values are on their way to the host.
 
     Attributes:
         step: the optimizer step.
-        steps_here: the number of optimizer steps of this process.
+        steps_here, work: the number of optimizer steps of this process, and their work.
         names: of the metrics.
         values: of the metrics, and the number of clipped steps of this process.
         lr: the learning rate.
@@ -167,16 +184,17 @@ class _Row:
 
     step: int
     steps_here: int
+    work: _Work
     names: tuple[str, ...]
     values: ComingValues
     lr: float
     completes: bool
 
     @classmethod
-    def of(cls, trainer: L.Trainer, *, steps_here: int, completes: bool) -> _Row:
+    def of(cls, trainer: L.Trainer, *, steps_here: int, work: _Work, completes: bool) -> _Row:
         """The row of the step that has just ended."""
         metrics, clipped = _logged(trainer, "train/"), trainer.lightning_module.clipped_steps
         assert isinstance(clipped, torch.Tensor)
         values = ComingValues([*metrics.values(), clipped.to(next(iter(metrics.values())).device)])
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        return cls(trainer.global_step, steps_here, tuple(metrics), values, lr, completes)
+        return cls(trainer.global_step, steps_here, work, tuple(metrics), values, lr, completes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,6 +54,54 @@ def test_without_targets_it_is_zero() -> None:
     loss = linear_cross_entropy(x, weight, targets)
     assert float(loss) == 0
     assert not any(gradient.any() for gradient in gradients(loss, x, weight))
+
+
+def test_without_tokens_it_is_zero() -> None:
+    x, weight, targets = inputs(0)
+    for tensor in (x, weight):
+        tensor.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets)
+    assert float(loss) == 0
+    grad_x, grad_weight = gradients(loss, x, weight)
+    assert grad_x.shape == x.shape
+    assert not grad_weight.any()
+    assert linear_cross_entropies(x, weight, targets).shape == (0,)
+
+
+@pytest.mark.parametrize("wrong", [CLASSES, 10**6, -1, -99])
+@pytest.mark.parametrize("loss", [linear_cross_entropy, linear_cross_entropies])
+def test_a_target_that_is_no_class_is_refused(loss: Any, wrong: int) -> None:
+    x, weight, targets = inputs(10)
+    targets[4] = wrong
+    with pytest.raises(ValueError, match=f"from 0 to {CLASSES - 1}, or -100 .* got {wrong}"):
+        loss(x, weight, targets)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w, t: (x, w, t.int()), "targets must be int64, got torch.int32"),
+        (lambda x, w, t: (x, w, t[:4]), r"targets must be \[N\] = \[10\], got \[4\]"),
+        (lambda x, w, t: (x, w[:, :3], t), r"weight must be \[V, d\]"),
+        (lambda x, w, t: (x.unsqueeze(0), w, t), r"x must be \[N, d\]"),
+        (lambda x, w, t: (x, w.long(), t), "weight must be a floating-point tensor"),
+    ],
+)
+def test_what_does_not_fit_is_said(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(*change(*inputs(10)))
+
+
+def test_a_second_derivative_is_refused_also_where_a_first_one_is_wanted() -> None:
+    """A penalty of the gradient, added to the loss, would otherwise silently change nothing."""
+    x, weight, targets = inputs(10)
+    x.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(x @ weight.mT, targets), x)[0])
+    for penalized in (gradient.square().sum(), loss + gradient.square().sum()):
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(penalized, x, retain_graph=True)
 
 
 def test_it_breaks_no_compiled_graph() -> None:

@@ -83,7 +83,10 @@ def test_pytorch_against_float64(norms):
         ({"k": torch.ones(2, 3, 2, 6)}, r"got \[2, 3, 4, 6\] and \[2, 3, 2, 6\]"),
         ({"k": torch.ones(2, 3, 4, 6).bfloat16()}, r"k is torch.bfloat16 and q torch.float32; cast one of them"),
         ({"position": torch.arange(4)}, r"position must be \[T\] or \[B, T\] for q \[2, 3, 4, 6\], got \[4\]"),
-        ({"weights": (torch.ones(6), torch.ones(5))}, r"weights must be two of \[6\], got \[6\] and \[5\]"),
+        ({"weights": (torch.ones(6), torch.ones(5))}, r"weights must be two of \[6\], .* got \[6\] and \[5\]"),
+        ({"weights": (torch.ones(6), None)}, r"weights must be two of \[6\], for q and for k, got \[6\] and None"),
+        ({"weights": 3 * (torch.ones(6),)}, r"got \[6\] and \[6\] and \[6\]"),
+        ({"position": torch.arange(3, device="meta")}, "position is on meta and q on cpu; move one of them"),
         ({"backend": "cuda"}, "not on a CUDA device; use backend='torch'"),
     ],
 )

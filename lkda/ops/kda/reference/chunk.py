@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lkda.ops.kda.reference.decay import Decays, before_here, decays, from_here, pair_gradients, pair_scores
+from lkda.ops.kda.reference.recurrent import kda_recurrent
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.sequences import Chunks, lengths_of
 
@@ -152,6 +153,8 @@ def kda_chunk(
 ) -> tuple[Tensor, Tensor]:
     """The chunked form on whole sequences. Arguments and results are those of `kda_attention`."""
     B, _, H, K = q.shape
+    if not B:  # there is no chunk
+        return kda_recurrent(q, k, v, g, beta, scale, initial_state, cu_seqlens)
     if initial_state is None:
         N = B if cu_seqlens is None else len(cu_seqlens) - 1
         initial_state = torch.zeros(N, H, K, v.shape[-1], dtype=compute_dtype(v), device=v.device)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lkda.ops.recurrence import compute_dtype
 from lkda.ops.sequences import Chunks, lengths_of
-from lkda.ops.simplified.reference.recurrent import EPS
+from lkda.ops.simplified.reference.recurrent import EPS, simplified_recurrent
 
 CHUNK = 64
 
@@ -121,6 +121,8 @@ def simplified_chunk(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The whole sequence; arguments as in `simplified_attention`, decay [B, T, H]."""
+    if not len(v):  # there is no chunk
+        return simplified_recurrent(q, k, v, decay, initial_state, cu_seqlens)
     if initial_state is None:
         N = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         initial_state = torch.zeros(N, *v.shape[2:3], 2, v.shape[3], dtype=compute_dtype(v), device=v.device)
