@@ -171,11 +171,11 @@ def run_jobs(
             fitting = [job for job in waiting if cut or (estimates[job.name] or 0.0) <= left()]
             for job in fitting[: len(places)]:
                 waiting.remove(job)
-                again = job.begins_again
-                if again:
+                how = "begins"
+                if job.begins_again:
                     job.set_aside()
+                    how = "begins again, as its checkpoints are gone"
                 running.append(_Running(job, places.pop(0), job.commands()))
-                how = "begins again, as its checkpoints are gone" if again else "begins"
                 said(f"{job.name}: {how}, {_about(estimates[job.name])}")
             if not running:
                 break
