@@ -277,11 +277,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="experiments, and settings key=value")
     parser.add_argument("--out", type=Path, default=Path("multirun"), help="directory of the run directories")
     parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU (without a GPU: the CPU)")
-    parser.add_argument("--slowdown", type=float, help="times as long as on a GPU of its own; default: by estimate")
+    parser.add_argument(
+        "--slowdown", type=float, help="how many times as long a job takes as on a GPU of its own; default: estimated"
+    )
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds after which everything has stopped")
     parser.add_argument("--cut", action="store_true", help="also begin jobs that will not end before the deadline")
-    parser.add_argument("--again", action="store_true", help="train again where weights to be measured are gone")
-    parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete those of finished jobs")
+    parser.add_argument(
+        "--again", action="store_true", help="train a job again if its weights are gone before all was measured"
+    )
+    parser.add_argument(
+        "--keep-checkpoints", action="store_true", help="keep the checkpoints and exports of finished jobs"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print the jobs and their estimated times")
     options = parser.parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # stops the jobs on the way out
