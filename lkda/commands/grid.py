@@ -14,7 +14,7 @@ An experiment may have keys for this command, which scripts/train.py ignores:
                 sweep, and takes the place of its values for the same setting
     estimate    {start: seconds until the first step, then: seconds of the commands below,
                 steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same},
-                gpu_share: of a GPU that a job keeps busy; 1 if left out. Small models keep less than one busy, so that
+                gpu_share: the share of a GPU that a job keeps busy; 1 if left out. It is small for small models, so that
                 several of them take hardly longer than one}
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
                 run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
@@ -147,7 +147,7 @@ def run_jobs(
         deadline: seconds from now; None means no deadline.
         cut: also begin jobs that will not end in time.
         again: also train jobs a second time whose weights are gone before all was measured.
-        keep_checkpoints: of jobs that are done.
+        keep_checkpoints: whether the checkpoints of jobs that are done stay.
         said: is given a line for each job that begins or ends.
     """
     end = None if deadline is None else time.monotonic() + deadline - GRACE
