@@ -14,8 +14,8 @@ An experiment may have keys for this command, which scripts/train.py ignores:
                 sweep, and takes the place of its values for the same setting
     estimate    {start: seconds until the first step, then: seconds of the commands below,
                 steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same},
-                gpu_share: the share of a GPU that a job keeps busy; 1 if left out. It is small for small models, so that
-                several of them take hardly longer than one}
+                gpu_share: the share of a GPU that a job keeps busy; 1 if left out. With small models it is less than 1,
+                and several of them together take hardly longer than one}
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
                 run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
                 continued. {only_with: mixer.kda, command: LINE} is run if the configuration of the job has that key.
