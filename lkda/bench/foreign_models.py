@@ -238,9 +238,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help=f"a directory, for {FILE}")
     parser.add_argument("--only", default=",".join(IMPLEMENTATIONS), help="implementations, separated by commas")
     parser.add_argument("--steps", type=int, default=40, help="training steps")
-    parser.add_argument("--warmup", type=int, default=10, help="of them the first, which are not timed")
-    parser.add_argument("--seeds", default="0", help="separated by commas")
-    parser.add_argument("--seconds", type=float, default=1200, help="the longest that a row may take")
+    parser.add_argument("--warmup", type=int, default=10, help="training steps at the beginning that are not timed")
+    parser.add_argument("--seeds", default="0", help="seeds, separated by commas")
+    parser.add_argument("--seconds", type=float, default=1200, help="time limit of a row in seconds")
     for name, value in asdict(Sizes()).items():
         kind: dict[str, Any] = {"action": "store_true"} if isinstance(value, bool) else {"type": int, "default": value}
         parser.add_argument(f"--{name.replace('_', '-')}", help="default: %(default)s", **kind)

@@ -26,13 +26,13 @@ SHAPES = ("8x2048x16x64", "1x8192x16x128")
 def errors(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
     """A row for each dtype of the inputs, with the relative L2 error of the gradient of each input."""
     B, T, H, D = shape.B, shape.T, shape.H, shape.D
-    draw = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=draw, device=device)
+        return torch.randn(*size, generator=generator, device=device)
 
     tokens = {name: normal(B, T, H, D) for name in ("q", "k", "v", "gate_logits")} | {"beta_logits": normal(B, T, H)}
-    A_log = torch.log(1 + 15 * torch.rand(H, generator=draw, device=device))
+    A_log = torch.log(1 + 15 * torch.rand(H, generator=generator, device=device))
     parameters = {"A_log": A_log, "dt_bias": normal(H * D) - 4.6}  # decays as in a newly initialised layer
     grad_o = normal(B, T, H, D).bfloat16()
 

@@ -135,14 +135,14 @@ def measure(
 ) -> Iterator[Row]:
     """Yields a row for each case, in order. Where nothing could be measured, `reason` says why."""
     inputs: Inputs = {}
-    drawn: tuple[Any, ...] = ()
+    inputs_of: tuple[Any, ...] = ()
     for case in cases:
         wanted = (case.benchmark.op, case.shape, case.dtype, case.gate)
-        if drawn != wanted:
+        if inputs_of != wanted:
             inputs.clear()  # frees them first: the next ones may need most of the memory
             torch.manual_seed(0)
             inputs.update(case.benchmark.inputs(case.shape, DTYPES[case.dtype], device, case.gate))
-            drawn = wanted
+            inputs_of = wanted
         yield _row(case, inputs, device, copy_speed, milliseconds)
 
 

@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/state_error"), help="directory of the results")
     parser.add_argument("--steps", type=int, default=STEPS, help="tokens of a sequence")
-    parser.add_argument("--sequences", type=int, default=4, help="the errors are averaged over these")
+    parser.add_argument("--sequences", type=int, default=4, help="sequences over which the errors are averaged")
     parser.add_argument("--head-dim", type=int, default=64, help="channels of a head")
     parser.add_argument("--rare", action="store_true", help=f"only every {RARE}th token writes")
     options = parser.parse_args()

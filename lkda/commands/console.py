@@ -30,7 +30,7 @@ def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleOption
     """The prompt of `sample`, followed by the model's continuation."""
     model.eval()
     tokens = encode_prompt(tokenizer, sample.prompt).to(next(model.parameters()).device)
-    drawn = generate(
+    sampled = generate(
         model,
         tokens,
         max_new_tokens=sample.max_new_tokens,
@@ -39,7 +39,7 @@ def draw_sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleOption
         seed=seed,
         end_tokens=document_ends(tokenizer),
     )
-    return sample.prompt + "".join(text_pieces(tokenizer, drawn, continues=bool(sample.prompt)))
+    return sample.prompt + "".join(text_pieces(tokenizer, sampled, continues=bool(sample.prompt)))
 
 
 class RunConsole:

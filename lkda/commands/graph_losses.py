@@ -102,10 +102,10 @@ def run(mixers: Sequence[str], out: Path, overrides: Sequence[str], *, steps: in
             logs = (out / "logs" / f"{name}_{run}.txt" for run in (1, 2))
             return [pool.submit(run_child, CHILD, request, TIME_LIMIT, log) for log in logs]
 
-        asked = [(mixer, which) for mixer in mixers for which in ([False, True] if mixer in ordered else [False])]
-        found = [[begun(*each, compile) for compile in ("false", "auto")] for each in asked]
+        cases = [(mixer, which) for mixer in mixers for which in ([False, True] if mixer in ordered else [False])]
+        found = [[begun(*each, compile) for compile in ("false", "auto")] for each in cases]
         rows, losses = [], {}
-        for (mixer, deterministic), futures in zip(asked, found, strict=True):
+        for (mixer, deterministic), futures in zip(cases, found, strict=True):
             plain, graphs = ([_done(future) for future in pair] for pair in futures)
             rows.append(compare(mixer, deterministic=deterministic, plain=plain, graphs=graphs))
             name = f"{mixer}, deterministic" if deterministic else mixer

@@ -14,8 +14,8 @@ An experiment may have keys for this command, which scripts/train.py ignores:
                 sweep, and takes the place of its values for the same setting
     estimate    {start: seconds until the first step, then: seconds of the commands below,
                 steps_per_s: {MIXER: steps per second of a job that has a GPU to itself, default: the same},
-                gpu_share: of a GPU that a job keeps busy; 1 if left out. Small models keep less than one busy, so that
-                several of them take hardly longer than one}
+                gpu_share: the share of a GPU that a job keeps busy; 1 if left out. With small models it is less than 1,
+                and several of them together take hardly longer than one}
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
                 run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
                 continued. {only_with: mixer.kda, command: LINE} is run if the configuration of the job has that key.
@@ -147,7 +147,7 @@ def run_jobs(
         deadline: seconds from now; None means no deadline.
         cut: also begin jobs that will not end in time.
         again: also train jobs a second time whose weights are gone before all was measured.
-        keep_checkpoints: of jobs that are done.
+        keep_checkpoints: whether the checkpoints of jobs that are done stay.
         said: is given a line for each job that begins or ends.
     """
     end = None if deadline is None else time.monotonic() + deadline - GRACE
@@ -171,11 +171,11 @@ def run_jobs(
             fitting = [job for job in waiting if cut or (estimates[job.name] or 0.0) <= left()]
             for job in fitting[: len(places)]:
                 waiting.remove(job)
-                again = job.begins_again
-                if again:
+                how = "begins"
+                if job.begins_again:
                     job.set_aside()
+                    how = "begins again, as its checkpoints are gone"
                 running.append(_Running(job, places.pop(0), job.commands()))
-                how = "begins again, as its checkpoints are gone" if again else "begins"
                 said(f"{job.name}: {how}, {_about(estimates[job.name])}")
             if not running:
                 break
@@ -277,11 +277,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="experiments, and settings key=value")
     parser.add_argument("--out", type=Path, default=Path("multirun"), help="directory of the run directories")
     parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU (without a GPU: the CPU)")
-    parser.add_argument("--slowdown", type=float, help="times as long as on a GPU of its own; default: by estimate")
+    parser.add_argument(
+        "--slowdown", type=float, help="how many times as long a job takes as on a GPU of its own; default: estimated"
+    )
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds after which everything has stopped")
     parser.add_argument("--cut", action="store_true", help="also begin jobs that will not end before the deadline")
-    parser.add_argument("--again", action="store_true", help="train again where weights to be measured are gone")
-    parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete those of finished jobs")
+    parser.add_argument(
+        "--again", action="store_true", help="train a job again if its weights are gone before all was measured"
+    )
+    parser.add_argument(
+        "--keep-checkpoints", action="store_true", help="keep the checkpoints and exports of finished jobs"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print the jobs and their estimated times")
     options = parser.parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # stops the jobs on the way out

@@ -37,8 +37,8 @@ class Job:
         directory: the run directory.
         steps: optimizer steps of the whole run; None where the length is given in tokens.
         start, then_seconds: seconds until the first step, and of the commands after the training.
-        steps_per_s: of a job that has a GPU to itself; None if it is not known.
-        gpu_share: of a GPU that a job keeps busy.
+        steps_per_s: the speed of a job that has a GPU to itself; None if it is not known.
+        gpu_share: the share of a GPU that a job keeps busy.
         then: the arguments of each command after the training.
     """
 

@@ -107,9 +107,11 @@ def measure(kind: str, size: float, folder: Path) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=5.0, help="of each text")
+    parser.add_argument("--gigabytes", type=float, default=5.0, help="size of each text in GB")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is tokenized; default: all")
-    parser.add_argument("--folder", type=Path, help="for the text and its tokens; default: that of the system")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the text and its tokens; default: the temporary folder of the system"
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
     given = parser.parse_args(arguments)
     with readable_errors():

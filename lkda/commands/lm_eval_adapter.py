@@ -107,12 +107,12 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         prompt = torch.tensor([ids(text) or [_between_documents(trained)]], device=device)
-        drawn: list[int] = []
+        sampled: list[int] = []
         written = ""
         longest, ends = int(options.get("max_gen_toks", 128)), document_ends(tokenizer)
         for token in generate(decoding, prompt, max_new_tokens=longest, temperature=0, end_tokens=ends):
-            drawn.append(token)
-            written = tokenizer.decode(drawn)
+            sampled.append(token)
+            written = tokenizer.decode(sampled)
             cuts = [written.index(stop) for stop in stops if stop in written]
             if cuts:
                 return written[: min(cuts)]

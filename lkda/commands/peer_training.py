@@ -193,7 +193,7 @@ def _header(overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default="llama,qwen3", help=f"of {', '.join(PEERS)}, separated by commas")
+    parser.add_argument("--peers", default="llama,qwen3", help=f"models, separated by commas: {', '.join(PEERS)}")
     parser.add_argument("--out", type=Path, default=Path("outputs/peer_training"), help="directory of the results")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of scripts/train.py")
     options = parser.parse_intermixed_args(arguments)

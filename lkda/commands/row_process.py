@@ -84,10 +84,10 @@ def run_child(
     source = str(Path(lkda.__file__).parents[1])  # the child must import this package, not an installed one
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory() as folder, open(log, "wb") as output:
-        asked, result = Path(folder, "request.json"), Path(folder, "result.json")
-        asked.write_text(json.dumps({**request, "started": time.time()}))
+        question, result = Path(folder, "request.json"), Path(folder, "result.json")
+        question.write_text(json.dumps({**request, "started": time.time()}))
         child = subprocess.Popen(
-            [sys.executable, "-m", module, str(asked), str(result)],
+            [sys.executable, "-m", module, str(question), str(result)],
             env={**os.environ, **(caches or {}), "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -111,9 +111,9 @@ def run_fork(module: str, request: Mapping[str, Any], limit: float, log: Path) -
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([module])
     with tempfile.TemporaryDirectory() as folder:
-        asked, result = Path(folder, "request.json"), Path(folder, "result.json")
-        asked.write_text(json.dumps(request))
-        child = server.Process(target=_answer_forked, args=(module, str(log), [str(asked), str(result)]))
+        question, result = Path(folder, "request.json"), Path(folder, "result.json")
+        question.write_text(json.dumps(request))
+        child = server.Process(target=_answer_forked, args=(module, str(log), [str(question), str(result)]))
         child.start()
         try:
             child.join(limit)

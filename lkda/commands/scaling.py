@@ -262,12 +262,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of scripts/train.py")
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
-    parser.add_argument("--gpus", type=int, nargs="+", help="numbers of GPUs; default: 1, 2, 4, 8 as far as there are")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", help="numbers of GPUs; default: those of 1, 2, 4, 8 that the machine has"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; default: all")
-    parser.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="of a run, at most; default: 180")
+    parser.add_argument(
+        "--limit", type=float, default=180, metavar="SECONDS", help="seconds that a run may take; default: 180"
+    )
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="seconds until everything has stopped")
     parser.add_argument("--dry-run", action="store_true", help="print the runs only")
-    parser.add_argument("--runs", type=Path, help="directory of the runs while they train; default: that of the system")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="directory of the runs while they train; default: the temporary directory of the system",
+    )
     options = parser.parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the runs on the way out
     with readable_errors():

@@ -39,7 +39,7 @@ class Case:
     Attributes:
         part: one of PARTS.
         how: single, ddp, fsdp or context_parallel.
-        tokens: of a sequence on each GPU, in the parts context and longest; None elsewhere.
+        tokens: the tokens of a sequence on each GPU, in the parts context and longest; None elsewhere.
     """
 
     part: str
@@ -101,7 +101,7 @@ def longest_cases(rows: Sequence[Row], counts: Sequence[int], *, memory_gib: flo
     or where 256K tokens on each GPU were not measured.
 
     Args:
-        memory_gib: of a GPU.
+        memory_gib: the memory of a GPU.
     """
     found = []
     for n in counts:

@@ -36,7 +36,7 @@ def autoload() -> None:
         sys.meta_path.insert(0, _AfterImport())
 
 
-def asked_parts() -> tuple[str, ...]:
+def requested_parts() -> tuple[str, ...]:
     """The parts that LKDA_FLA names: 1 or all for all of them. Raises InputError for an unknown one."""
     words = os.environ.get(VARIABLE, "")
     if words in ("1", "all"):
@@ -53,7 +53,7 @@ class _AfterImport(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         part = _COMPLETE.get(fullname)
-        if part is None or part not in asked_parts():
+        if part is None or part not in requested_parts():
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((found for found in others if found is not None), None)

@@ -3,8 +3,8 @@
     import lkda.integrations.fla
     lkda.integrations.fla.register()
 
-After that FLA's own functions, layers and models call lkda wherever lkda can do what is asked. A call that lkda cannot
-do is declined with a reason, which FLA logs at level INFO ("[FLA Backend] ... rejected: ..."), and FLA's code runs.
+After that FLA's own functions, layers and models call lkda wherever lkda supports the call. For any other call FLA
+logs the reason at level INFO ("[FLA Backend] ... rejected: ..."), and FLA's own code runs.
 Without a line of code, the environment variable LKDA_FLA=1 does the same; see `lkda.integrations.autoload`.
 """
 

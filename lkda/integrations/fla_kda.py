@@ -95,7 +95,7 @@ def chunk(given: Arguments) -> tuple[Tensor | None, ...]:
         o, final_state = kda_attention(*inputs, **options)
         return o, _final(given, final_state)
     o, final_state, states = kda_chunk_states(*inputs, **options, chunk_size=given.get("chunk_size", 64))
-    return o, _final(given, final_state), _as_asked(given, states.bfloat16())
+    return o, _final(given, final_state), _in_requested_layout(given, states.bfloat16())
 
 
 @torch.no_grad()
@@ -157,10 +157,10 @@ def _k_first(given: Arguments) -> Tensor | None:
 
 
 def _final(given: Arguments, state: Tensor) -> Tensor | None:
-    """The final state where it is asked for."""
-    return _as_asked(given, state) if given["output_final_state"] else None
+    """The final state if it is requested."""
+    return _in_requested_layout(given, state) if given["output_final_state"] else None
 
 
-def _as_asked(given: Arguments, state: Tensor) -> Tensor:
-    """A state [..., K, V] in the order of axes that is asked for."""
+def _in_requested_layout(given: Arguments, state: Tensor) -> Tensor:
+    """A state [..., K, V] in the requested order of axes."""
     return state.mT.contiguous() if given["state_v_first"] else state

@@ -32,7 +32,7 @@ class Request:
     Attributes:
         prompt: its tokens.
         prompt_index, sample_index: numbers of which the random numbers depend, beside the seed and the position.
-        count: of the tokens that were generated.
+        count: the number of generated tokens.
         reason: why the text ended; None before. Whoever consumes the tokens may set it (STOP) to end the text.
     """
 

@@ -33,7 +33,7 @@ class SequencePart:
 
     Args:
         group: the devices that divide the rows, in the order of the parts.
-        number, count: of this part, and of all.
+        number, count: the number of this part, from 0, and how many parts there are.
         before: [R] int64, tokens of the first sequence that are in earlier parts; 0 if it begins here.
         cu_seqlens: of this part; None for a batch [R, T].
         documents: for a packed batch, the number of the document of each token in the parts up to this one,

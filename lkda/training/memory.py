@@ -47,7 +47,7 @@ def check_parameters(count: int, *, copies: int, available: int) -> None:
     which the system would kill the process without a message.
 
     Args:
-        count: of the parameters.
+        count: the number of parameters.
         copies: how many processes of the machine hold all of them.
         available: bytes.
     """
@@ -66,7 +66,7 @@ def check_activations(model: Mapping[str, Any], *, tokens: int, checkpointing: s
 
     Args:
         model: the dict of `build_model`.
-        tokens: of one batch.
+        tokens: the number of tokens of one batch.
         checkpointing: "none" or "block", which keeps only the input of each block.
         available: bytes.
     """

@@ -78,7 +78,7 @@ def part_of(*, number: int, count: int, rows: int) -> Callable[[Batch], dict[str
     The part has further entries, for `SequencePart`: "before" [R], and for a packed batch "documents".
 
     Args:
-        number: of the part.
+        number: the number of the part.
         rows: rows of a packed batch.
     """
 

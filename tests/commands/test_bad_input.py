@@ -504,7 +504,7 @@ class OfLightning:
 def test_errors_of_the_libraries_below_are_one_line(name: str, message: str) -> None:
     with pytest.raises(Exception) as caught:
         getattr(OfLightning, name)()
-    told = _message(caught.value)
-    assert told is not None, caught.value
-    assert re.match(message, told), told
-    assert "\n" not in told
+    printed = _message(caught.value)
+    assert printed is not None, caught.value
+    assert re.match(message, printed), printed
+    assert "\n" not in printed

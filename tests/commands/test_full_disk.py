@@ -43,7 +43,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def told(
+def error_of(
     script: str, words: list[str], size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
     """What the script ends with on such a disk: one line."""
@@ -62,7 +62,7 @@ def test_the_cache(
     size: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*small_run(corpus), f"data.cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
-    line = told("train.py", words, size, monkeypatch, capsys)
+    line = error_of("train.py", words, size, monkeypatch, capsys)
     assert line.startswith(
         f"error: cannot write the cache {tmp_path}/cache/corpora: File too large. Set data.cache_dir"
     )
@@ -81,7 +81,7 @@ def test_a_result_of_evaluate(
     monkeypatch.setattr(evaluate_command, "_write", write_on_it)
     out = tmp_path / "result.json"
     out.write_text("the old one")
-    line = told("evaluate.py", [f"ckpt={run}", f"out={out}", "accelerator=cpu"], 1_000_000, monkeypatch, capsys)
+    line = error_of("evaluate.py", [f"ckpt={run}", f"out={out}", "accelerator=cpu"], 1_000_000, monkeypatch, capsys)
     assert line == f"error: {out}: File too large."
     assert files(tmp_path) == {out: b"the old one"}
 
@@ -91,7 +91,7 @@ def test_an_export(
     form: str, size: int, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "exported"
-    line = told("export.py", [f"ckpt={run}", f"out={out}", f"format={form}"], size, monkeypatch, capsys)
+    line = error_of("export.py", [f"ckpt={run}", f"out={out}", f"format={form}"], size, monkeypatch, capsys)
     assert line.startswith(f"error: {out}: ")
     assert not list(tmp_path.iterdir())
 
@@ -103,7 +103,7 @@ def test_a_comparison(
     compare(composed("compare", f"runs={run}", f"out={out}", "title=before"))
     before = files(tmp_path)
     capsys.readouterr()
-    line = told("compare.py", [f"runs={run}", f"out={out}", "title=after"], 20_000, monkeypatch, capsys)
+    line = error_of("compare.py", [f"runs={run}", f"out={out}", "title=after"], 20_000, monkeypatch, capsys)
     assert line == f"error: out={out} cannot be written: File too large."
     assert files(tmp_path) == before
 
@@ -111,7 +111,7 @@ def test_a_comparison(
 def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What was measured is kept; of what is made of it, all or nothing is new."""
     out = tmp_path / "benchmark"
-    line = told("benchmark.py", [*BENCHMARK, "milliseconds=1", f"out={out}"], 20_000, monkeypatch, capsys)
+    line = error_of("benchmark.py", [*BENCHMARK, "milliseconds=1", f"out={out}"], 20_000, monkeypatch, capsys)
     assert line.startswith(f"error: {out}/")
     assert line.endswith(": File too large.")
     assert list(files(tmp_path)) == [out / "benchmark.json"]

@@ -202,11 +202,11 @@ def test_a_run_that_fails_before_its_first_step_leaves_its_directory_free(
         with pytest.raises(torch.OutOfMemoryError) as caught:
             run(tmp_path / "new", home / "texts")
     assert not (tmp_path / "new").exists()
-    told = command_line._message(caught.value)
-    assert told is not None
-    assert told.startswith("out of memory (CUDA out of memory.")
-    assert "lower data.batch_size" in told
-    assert "\n" not in told
+    printed = command_line._message(caught.value)
+    assert printed is not None
+    assert printed.startswith("out of memory (CUDA out of memory.")
+    assert "lower data.batch_size" in printed
+    assert "\n" not in printed
     # As a process leaves it that is killed there.
     (tmp_path / "new").mkdir()
     shutil.copy(home / "run" / "config.yaml", tmp_path / "new")

@@ -217,8 +217,8 @@ class Page:
     def __init__(self, name: str, session: Session) -> None:
         made = tempfile.mkdtemp(prefix=re.sub(r"\W+", "_", name) + "_", dir=session.folder / "pages")
         self.folder, cache, self.log = Path(made, "checkout"), Path(made, "cache"), Path(made, "log.jsonl")
-        ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
-        patterns = [line.strip("/").rpartition("/")[2] for line in ignored]
+        ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+        patterns = [line.strip("/").rpartition("/")[2] for line in ignored if line and not line.startswith("#")]
         shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns(".git", *patterns))
         shutil.copytree(session.folder / "bin", self.folder / ".venv" / "bin")
         (self.folder / ".venv" / "bin" / "activate").write_text(f'PATH="{self.folder}/.venv/bin:$PATH"\n')

@@ -42,8 +42,8 @@ def test_transformers_computes_the_same(pattern: tuple[str, ...], tmp_path: Path
     transformers = pytest.importorskip("transformers", minversion="5.17")
     ours = model(pattern, scale=3, outer=OUTER["norm"], **QK_NORM)
     lkda.export(ours, tokenizer(), tmp_path / "out", format="hf")
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(told.values()), told
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if "softmax" in pattern else "KimiLinearForCausalLM")
     with torch.inference_mode():
         assert (theirs(tokens()).logits[0] - logits(ours, tokens())).abs().max() < 1e-4

@@ -23,8 +23,8 @@ def names(pattern: tuple[str, ...]) -> str:
 
 def theirs(directory: Path, **options: object):
     """Their model, every weight of it read from the directory, and every one there read."""
-    made, told = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
-    assert not any(told.values()), told
+    made, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    assert not any(info.values()), info
     return made
 
 

@@ -32,7 +32,7 @@ class Choices:
     Args:
         load_bytes: that a thread copies with one instruction.
         loaders: threads of a block that copy.
-        channels: of a head that one block has.
+        channels: the number of channels of a head that one block has.
         shared_kib: that a block may use.
     """
 
@@ -121,7 +121,7 @@ class Ablation:
 
     Args:
         op: whose inputs it takes.
-        threads: of a block.
+        threads: the number of threads of a block.
         blocks: shape -> of a launch.
     """
 

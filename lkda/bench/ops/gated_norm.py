@@ -18,8 +18,8 @@ NAMES = ("x", "gate", "norm")
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
     """x and gate [B, T, H, D] ~ N(0, 1); the weight [1, 1, 1, D] near 1 in float32."""
     B, T, H, D = shape.B, shape.T, shape.H, shape.D
-    x, drawn = (torch.randn(B, T, H, D, dtype=dtype, device=device) for _ in range(2))
-    return {"x": x, "gate": drawn, "norm": 1 + 0.1 * torch.randn(1, 1, 1, D, device=device)}
+    x, sampled = (torch.randn(B, T, H, D, dtype=dtype, device=device) for _ in range(2))
+    return {"x": x, "gate": sampled, "norm": 1 + 0.1 * torch.randn(1, 1, 1, D, device=device)}
 
 
 def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:

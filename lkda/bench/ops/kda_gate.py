@@ -18,8 +18,8 @@ NAMES = ("gate_logits", "beta_logits", "A_log", "dt_bias")
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
     """The same as those of the layer's benchmark."""
-    drawn = kda_layer.inputs(shape, dtype, device, gate)
-    return {name: drawn[name] for name in NAMES}
+    sampled = kda_layer.inputs(shape, dtype, device, gate)
+    return {name: sampled[name] for name in NAMES}
 
 
 def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:

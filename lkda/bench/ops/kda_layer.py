@@ -27,14 +27,14 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | N
     "fast", dt_bias is 0 and the logits are N(0, 1).
     """
     B, T, H, D = shape.B, shape.T, shape.H, shape.D
-    drawn = {name: torch.randn(B, T, H, D, dtype=dtype, device=device) for name in TOKENWISE if name != "beta_logits"}
+    sampled = {name: torch.randn(B, T, H, D, dtype=dtype, device=device) for name in TOKENWISE if name != "beta_logits"}
     if gate == "slow":
-        drawn["gate_logits"] *= 0.1
-    drawn["beta_logits"] = torch.randn(B, T, H, dtype=dtype, device=device)
+        sampled["gate_logits"] *= 0.1
+    sampled["beta_logits"] = torch.randn(B, T, H, dtype=dtype, device=device)
     dt = torch.exp(math.log(1e-3) + math.log(100) * torch.rand(1, 1, H, D, device=device))
     filters = {f"{name}_conv": torch.rand(1, 1, H, D, WIDTH, device=device) - 0.5 for name in "qkv"}
     return {
-        **drawn,
+        **sampled,
         **filters,
         "A_log": torch.log(1 + 15 * torch.rand(1, 1, H, device=device)),
         "dt_bias": torch.log(torch.expm1(dt)) if gate == "slow" else torch.zeros_like(dt),

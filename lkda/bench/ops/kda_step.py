@@ -22,16 +22,16 @@ STREAMS = ("q", "k", "v")
 def _inputs(kept: torch.dtype, shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
     """q, k, v, logits [B, 1, H, D] and caches ~ N(0, 1); decays and filters as in a newly initialised layer."""
     B, H, D = shape.B, shape.H, shape.D
-    drawn = {name: torch.randn(B, 1, H, D, dtype=dtype, device=device) for name in (*STREAMS, "gate_logits")}
-    drawn["beta_logits"] = torch.randn(B, 1, H, dtype=dtype, device=device)
-    drawn["A_log"] = torch.empty(H, device=device).uniform_(1, 16).log()
-    drawn["dt_bias"] = torch.full((H * D,), -4.6, device=device)
+    sampled = {name: torch.randn(B, 1, H, D, dtype=dtype, device=device) for name in (*STREAMS, "gate_logits")}
+    sampled["beta_logits"] = torch.randn(B, 1, H, dtype=dtype, device=device)
+    sampled["A_log"] = torch.empty(H, device=device).uniform_(1, 16).log()
+    sampled["dt_bias"] = torch.full((H * D,), -4.6, device=device)
     for name in STREAMS:
-        drawn[f"{name}_conv"] = torch.rand(H * D, 1, WIDTH, device=device) - 0.5
-        drawn[f"{name}_cache"] = torch.randn(B, WIDTH - 1, H * D, dtype=dtype, device=device)
+        sampled[f"{name}_conv"] = torch.rand(H * D, 1, WIDTH, device=device) - 0.5
+        sampled[f"{name}_cache"] = torch.randn(B, WIDTH - 1, H * D, dtype=dtype, device=device)
     for i, part in enumerate(pack_state(torch.zeros(1, H, D, D, device=device), kept)):
-        drawn[f"state{i}"] = part.new_zeros(B, *part.shape[1:])
-    return drawn
+        sampled[f"state{i}"] = part.new_zeros(B, *part.shape[1:])
+    return sampled
 
 
 def _moved_bytes(kept: torch.dtype, shape: Shape, dtype: torch.dtype, mode: str) -> int:

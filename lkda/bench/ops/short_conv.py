@@ -20,8 +20,8 @@ NAMES = (*STREAMS, *(f"{name}_conv" for name in STREAMS))
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:
     """q, k, v [B, T, H, D] ~ N(0, 1), filters [1, 1, H, D, width] ~ U(-1/2, 1/2) in float32."""
     B, T, H, D = shape.B, shape.T, shape.H, shape.D
-    drawn = {name: torch.randn(B, T, H, D, dtype=dtype, device=device) for name in STREAMS}
-    return drawn | {f"{name}_conv": torch.rand(1, 1, H, D, WIDTH, device=device) - 0.5 for name in STREAMS}
+    sampled = {name: torch.randn(B, T, H, D, dtype=dtype, device=device) for name in STREAMS}
+    return sampled | {f"{name}_conv": torch.rand(1, 1, H, D, WIDTH, device=device) - 0.5 for name in STREAMS}
 
 
 def moved_bytes(shape: Shape, dtype: torch.dtype, mode: str) -> int:

@@ -37,7 +37,7 @@ def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, n
         token_ids: the text, [N].
         start: the token that begins documents. It comes first, and is left out elsewhere.
         passages: how many passages are inserted, each TIMES times.
-        number: of the document.
+        number: the number of the document.
     """
     rng = np.random.default_rng((length, passages, number))
 
@@ -60,7 +60,7 @@ def write_passages(corpus: Path, out: Path, *, length: int, passages: int, docum
 
     Args:
         length: tokens of a document.
-        passages: of a document.
+        passages: the number of passages in a document.
         documents: how many.
     Returns: the number of tokens.
     Raises: InputError if `out` exists, or if the corpus is missing, too short, or does not mark where documents begin.

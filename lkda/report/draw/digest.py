@@ -9,8 +9,6 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,19 +52,3 @@ def with_digest(png: bytes, found: str) -> bytes:
     chunk = b"tEXt" + KEYWORD.encode() + b"\0" + found.encode()
     end = len(_SIGNATURE) + 25  # of the header
     return png[:end] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[end:]
-
-
-def digest_of(path: Path) -> str | None:
-    """The digest in a PNG file; None where it has none."""
-    for name, data in _chunks(path.read_bytes()):
-        if name == b"tEXt" and data.startswith(KEYWORD.encode() + b"\0"):
-            return data.partition(b"\0")[2].decode()
-    return None
-
-
-def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = len(_SIGNATURE)
-    while at < len(png):
-        (size,) = struct.unpack(">I", png[at : at + 4])
-        yield png[at + 4 : at + 8], png[at + 8 : at + 8 + size]
-        at += 12 + size

@@ -36,7 +36,7 @@ class Tradeoff:
 
     Attributes:
         groups: runs by row of the table; empty for benchmarks alone.
-        found: of benchmarks.
+        found: the measurements of benchmarks.
         recall: points of synthetic tasks; see `lkda.report.tradeoff.charts.recall`.
         exclusive_device: whether no run shared its device, so that their speeds can be compared.
     """

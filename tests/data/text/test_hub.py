@@ -109,14 +109,14 @@ def test_files_that_are_not_of_the_data_set_are_refused(tmp_path, folder, given)
 
 
 def test_the_documents_of_a_stream_are_counted(tmp_path, folder, monkeypatch):
-    told = []
+    shown = []
     monkeypatch.setattr("lkda.data.text.hub._DOCUMENTS_PER_UPDATE", 10)
-    monkeypatch.setattr(Progress, "update", lambda *_, description, **__: told.append(description))
+    monkeypatch.setattr(Progress, "update", lambda *_, description, **__: shown.append(description))
     module(tmp_path, folder, val_split="test", streaming=True).prepare()
-    assert [line for line in told if line.startswith("reading")] == [
+    assert [line for line in shown if line.startswith("reading")] == [
         f"reading train: {n} documents" for n in (10, 20, 30, 40)
     ]
-    assert any(line.startswith("tokenizing train: 36 documents, ") and line.endswith(" tokens") for line in told)
+    assert any(line.startswith("tokenizing train: 36 documents, ") and line.endswith(" tokens") for line in shown)
 
 
 def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path, folder, monkeypatch):
