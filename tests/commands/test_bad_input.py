@@ -190,8 +190,7 @@ TRAINING = [
     ("data.pin_memory=true", r"data.pin_memory has no effect where there is no GPU"),
     # the logger
     ("+logger.wandb.project=mine", r"logger.wandb is not a logger.*: choose logger=wandb"),
-    ("logger=wandb logger.wandb.tags=null", r"logger.wandb.tags must be a list, each entry text, got None"),
-    ("logger=wandb logger.wandb.tags=[1]", r"logger.wandb.tags must be a list, each entry text, got \[1\]"),
+    ("logger=wandb logger.wandb.tags=[1]", r"logger.wandb.tags must be a list, each entry text or null, got \[1\]"),
     ("logger=wandb logger.wandb._target_=lkda.nothing", r"logger.wandb._target_=lkda.nothing cannot be imported"),
     ("+logger.wandb=0", r"logger.wandb is not a logger"),
     ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),

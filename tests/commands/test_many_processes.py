@@ -98,7 +98,7 @@ def test_ddp_is_one_process(pieces: int, corpus: Path, tmp_path: Path, alone: Ru
     "overrides",
     [
         (),
-        ("trainer.accumulate_grad_batches=2", "checkpointing=block"),
+        pytest.param(("trainer.accumulate_grad_batches=2", "checkpointing=block"), marks=pytest.mark.slow),
         pytest.param(("optimizer=muon",), marks=pytest.mark.long),
     ],
 )

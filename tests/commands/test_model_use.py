@@ -14,7 +14,6 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, models
 
 import lkda
-from lkda.commands import summary as summary_of_run
 from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
@@ -64,7 +63,7 @@ def test_a_loss_whose_perplexity_is_no_number(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A learning rate that is too large may leave a finite loss of thousands. The run has finished all the same."""
-    monkeypatch.setattr(summary_of_run, "_LARGEST_LOSS", 1.0)
+    monkeypatch.setattr("lkda.perplexity._LARGEST_LOSS", 1.0)
     words = ("trainer.max_steps=1", "sample.max_new_tokens=0")
     assert train(composed("train", *small_run(corpus, *words)), tmp_path / "run")["status"] == "finished"
     assert evaluate(composed("evaluate", f"ckpt={tmp_path}/run", "accelerator=cpu"))["perplexity"] is None
