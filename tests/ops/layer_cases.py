@@ -24,6 +24,13 @@ def outputs_and_gradients(op: Callable[..., Sequence[Tensor]], inputs: dict[str,
     return found | {f"d{name}": x for name, x in zip(leaves, gradients)}
 
 
+def assert_same_bits_traced(op: Callable[..., Sequence[Tensor]], inputs: dict[str, Tensor]) -> None:
+    """torch.compile traces the op in one graph, whose outputs and gradients are those of the op itself."""
+    want = outputs_and_gradients(op, inputs)
+    got = outputs_and_gradients(torch.compile(op, backend="aot_eager", fullgraph=True), inputs)
+    assert [name for name, x in want.items() if not torch.equal(got[name], x)] == []
+
+
 def assert_within_yardstick(got: dict[str, Tensor], want: dict[str, Tensor], *, sums: float = SUMS) -> None:
     """The ops have no matrix product, so the yardstick is the float64 truth rounded to what a result is stored in; a
     kernel may err twice that, and need not beat float32 sums."""

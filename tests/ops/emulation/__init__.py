@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,3 +78,13 @@ def kernels_on_the_cpu(monkeypatch):
     monkeypatch.setattr(Kernel, "__call__", launch)
     few = SimpleNamespace(multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: few)
+
+
+@contextmanager
+def ops_run_on_the_cpu(**launches: Callable) -> Iterator[None]:
+    """The custom ops `lkda::NAME` themselves, also on the CPU, where these functions launch emulated kernels."""
+    library = torch.library.Library("lkda", "FRAGMENT")
+    for name, launch in launches.items():
+        library.impl(name, launch, "CPU")
+    yield
+    library._destroy()

@@ -12,8 +12,8 @@ from lkda.ops import residual_norm
 from lkda.ops.residual_norm import cuda
 from lkda.ops.residual_norm.op import BACKENDS
 from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK, _reason_no_compiler
-from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
+from tests.ops.emulation import kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
 
 EPS = 1e-5
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -222,12 +222,8 @@ class TestKernels:
 
 @pytest.fixture
 def ops_on_the_cpu(kernels_on_the_cpu):  # noqa: F811
-    """The custom ops themselves, with the kernels' sources run on the CPU."""
-    library = torch.library.Library("lkda", "FRAGMENT")
-    library.impl("residual_norm", cuda._launch_new, "CPU")
-    library.impl("residual_norm_backward", cuda.launch_backward, "CPU")
-    yield
-    library._destroy()
+    with ops_run_on_the_cpu(residual_norm=cuda._launch_new, residual_norm_backward=cuda.launch_backward):
+        yield
 
 
 @pytest.mark.usefixtures("ops_on_the_cpu")
@@ -244,11 +240,7 @@ class TestOps:
 
     @pytest.mark.parametrize("y", [BF16, FP32, None])
     def test_traced_in_one_graph(self, y):
-        inputs = inputs_of(3, 4, 72, y=y)
-        want = outputs_and_gradients(norm("cuda", BF16), inputs)
-        traced = torch.compile(norm("cuda", BF16), backend="aot_eager", fullgraph=True)
-        got = outputs_and_gradients(traced, inputs)
-        assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+        assert_same_bits_traced(norm("cuda", BF16), inputs_of(3, 4, 72, y=y))
 
 
 def on_gpu(*shape, **types):

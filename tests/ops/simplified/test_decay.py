@@ -11,8 +11,8 @@ from lkda.ops import simplified_decay
 from lkda.ops.runtime.jit import ARCHITECTURES, _reason_no_compiler
 from lkda.ops.simplified.cuda import decay as cuda
 from lkda.ops.simplified.decay import BACKENDS
-from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
+from tests.ops.emulation import kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 gpu = [
@@ -119,12 +119,8 @@ class TestKernels:
 
 @pytest.fixture
 def ops_on_the_cpu(kernels_on_the_cpu):  # noqa: F811
-    """The custom ops themselves, with the kernels' sources run on the CPU."""
-    library = torch.library.Library("lkda", "FRAGMENT")
-    library.impl("simplified_decay", cuda.launch_forward, "CPU")
-    library.impl("simplified_decay_backward", cuda.launch_backward, "CPU")
-    yield
-    library._destroy()
+    with ops_run_on_the_cpu(simplified_decay=cuda.launch_forward, simplified_decay_backward=cuda.launch_backward):
+        yield
 
 
 @pytest.mark.usefixtures("ops_on_the_cpu")
@@ -136,11 +132,7 @@ class TestOps:
         torch.library.opcheck(torch.ops.lkda.simplified_decay, (logits, bias))
 
     def test_traced_in_one_graph(self):
-        inputs = inputs_of(2, 5, 4)
-        want = outputs_and_gradients(decays("cuda"), inputs)
-        traced = torch.compile(decays("cuda"), backend="aot_eager", fullgraph=True)
-        got = outputs_and_gradients(traced, inputs)
-        assert all(torch.equal(got[name], x) for name, x in want.items())
+        assert_same_bits_traced(decays("cuda"), inputs_of(2, 5, 4))
 
 
 class TestOnAGPU:

@@ -12,8 +12,8 @@ from lkda.ops.runtime.jit import ARCHITECTURES, _reason_no_compiler
 from lkda.ops.softmax.cuda import rotary as cuda
 from lkda.ops.softmax.heads import BACKENDS
 from lkda.ops.softmax.rotary import cos_sin
-from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
+from tests.ops.emulation import kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
 
 EPS, BASE = 1e-5, 10000.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -169,12 +169,8 @@ class TestKernels:
 
 @pytest.fixture
 def ops_on_the_cpu(kernels_on_the_cpu):  # noqa: F811
-    """The custom ops themselves, with the kernels' sources run on the CPU."""
-    library = torch.library.Library("lkda", "FRAGMENT")
-    library.impl("rotary_heads", cuda.launch_forward, "CPU")
-    library.impl("rotary_heads_backward", cuda.launch_backward, "CPU")
-    yield
-    library._destroy()
+    with ops_run_on_the_cpu(rotary_heads=cuda.launch_forward, rotary_heads_backward=cuda.launch_backward):
+        yield
 
 
 @pytest.mark.usefixtures("ops_on_the_cpu")
@@ -189,10 +185,7 @@ class TestOps:
         torch.library.opcheck(torch.ops.lkda.rotary_heads, (q, k, *angles, *(weights or (None, None)), EPS))
 
     def test_traced_in_one_graph(self, norms):
-        inputs, run = inputs_of(2, 5, 3, 64, norms=norms), heads("cuda", torch.arange(5))
-        want = outputs_and_gradients(run, inputs)
-        got = outputs_and_gradients(torch.compile(run, backend="aot_eager", fullgraph=True), inputs)
-        assert all(torch.equal(got[name], x) for name, x in want.items())
+        assert_same_bits_traced(heads("cuda", torch.arange(5)), inputs_of(2, 5, 3, 64, norms=norms))
 
 
 class TestOnAGPU:
