@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,15 @@ import torch
 
 from lkda.ops.runtime.jit import INCLUDE, Kernel
 
+# Marks of the tests of an operator: those that run its kernels, and those that emulate them.
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated, not run"),
+]
+EMULATED = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("kernels_on_the_cpu"),
+]
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
 _KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float, "d": ctypes.c_double}

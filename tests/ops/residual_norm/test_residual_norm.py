@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from lkda.ops import residual_norm
 from lkda.ops.residual_norm import cuda
 from lkda.ops.residual_norm.op import BACKENDS
 from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK, _reason_no_compiler
-from tests.ops.emulation import kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.emulation import EMULATED, ON_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
 from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
 
 EPS = 1e-5
@@ -21,14 +19,6 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 TYPES = [
     *((FP32, BF16, BF16), (FP32, FP16, FP16), (FP32, FP32, FP32), (BF16, BF16, BF16), (FP16, FP16, FP16)),
     *((FP32, None, BF16), (FP32, None, FP32), (BF16, None, BF16), (BF16, BF16, FP32)),
-]
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated, not run"),
-]
-emulated = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("kernels_on_the_cpu"),
 ]
 
 
@@ -132,7 +122,7 @@ def test_kernels_compile_without_spills(arch):
 
 
 class TestKernels:
-    pytestmark = emulated
+    pytestmark = EMULATED
 
     @pytest.mark.parametrize("types", TYPES, ids=str)
     def test_forward_and_backward(self, types):
@@ -228,7 +218,7 @@ def ops_on_the_cpu(kernels_on_the_cpu):  # noqa: F811
 
 @pytest.mark.usefixtures("ops_on_the_cpu")
 class TestOps:
-    pytestmark = emulated[:1]
+    pytestmark = EMULATED[:1]
 
     @pytest.mark.parametrize("types", [(FP32, BF16, BF16), (FP32, None, BF16), (FP32, FP32, FP32)], ids=str)
     def test_opcheck(self, types):
@@ -248,7 +238,7 @@ def on_gpu(*shape, **types):
 
 
 class TestOnAGPU:
-    pytestmark = gpu
+    pytestmark = ON_A_GPU
 
     @pytest.mark.parametrize("types", TYPES, ids=str)
     @pytest.mark.parametrize(("rows", "width"), [(1, 8), (257, 512), (3000, 1024), (33, 1544), (65, 4096), (9, 8192)])

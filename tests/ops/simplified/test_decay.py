@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
@@ -11,18 +9,10 @@ from lkda.ops import simplified_decay
 from lkda.ops.runtime.jit import ARCHITECTURES, _reason_no_compiler
 from lkda.ops.simplified.cuda import decay as cuda
 from lkda.ops.simplified.decay import BACKENDS
-from tests.ops.emulation import kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.emulation import EMULATED, ON_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
 from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated, not run"),
-]
-emulated = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("kernels_on_the_cpu"),
-]
 
 
 def inputs_of(*shape, dtype=BF16, device="cpu"):
@@ -79,7 +69,7 @@ def test_kernels_compile_without_spills(arch):
 
 
 class TestKernels:
-    pytestmark = emulated
+    pytestmark = EMULATED
 
     @pytest.mark.parametrize(("T", "H", "dtype"), [(1, 1, BF16), (300, 8, BF16), (70, 7, FP16), (9, 256, FP32)])
     def test_forward_and_backward(self, T, H, dtype):
@@ -125,7 +115,7 @@ def ops_on_the_cpu(kernels_on_the_cpu):  # noqa: F811
 
 @pytest.mark.usefixtures("ops_on_the_cpu")
 class TestOps:
-    pytestmark = emulated[:1]
+    pytestmark = EMULATED[:1]
 
     def test_opcheck(self):
         logits, bias = (x.requires_grad_() for x in inputs_of(6, 4).values())
@@ -136,7 +126,7 @@ class TestOps:
 
 
 class TestOnAGPU:
-    pytestmark = gpu
+    pytestmark = ON_A_GPU
 
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
     @pytest.mark.parametrize(("T", "H"), [(1, 1), (2000, 8), (333, 12), (100, 256)])

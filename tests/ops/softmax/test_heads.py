@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
@@ -12,19 +10,11 @@ from lkda.ops.runtime.jit import ARCHITECTURES, _reason_no_compiler
 from lkda.ops.softmax.cuda import rotary as cuda
 from lkda.ops.softmax.heads import BACKENDS
 from lkda.ops.softmax.rotary import cos_sin
-from tests.ops.emulation import kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.emulation import EMULATED, ON_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
 from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
 
 EPS, BASE = 1e-5, 10000.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated, not run"),
-]
-emulated = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("kernels_on_the_cpu"),
-]
 
 
 def inputs_of(B, T, H, D, *, dtype=BF16, norms=True, device="cpu"):
@@ -107,7 +97,7 @@ def test_kernels_compile_without_spills(arch):
 
 
 class TestKernels:
-    pytestmark = emulated
+    pytestmark = EMULATED
 
     @pytest.mark.parametrize("norms", [True, False])
     @pytest.mark.parametrize(("dtype", "D"), [(BF16, 64), (FP16, 32), (FP32, 128)])
@@ -176,7 +166,7 @@ def ops_on_the_cpu(kernels_on_the_cpu):  # noqa: F811
 @pytest.mark.usefixtures("ops_on_the_cpu")
 @pytest.mark.parametrize("norms", [True, False])
 class TestOps:
-    pytestmark = emulated[:1]
+    pytestmark = EMULATED[:1]
 
     def test_opcheck(self, norms):
         inputs = {name: x.requires_grad_() for name, x in inputs_of(2, 3, 2, 64, norms=norms).items()}
@@ -189,7 +179,7 @@ class TestOps:
 
 
 class TestOnAGPU:
-    pytestmark = gpu
+    pytestmark = ON_A_GPU
 
     @pytest.mark.parametrize("norms", [True, False])
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
