@@ -18,11 +18,11 @@ import torch
 
 from lkda.ops.runtime.jit import INCLUDE, Kernel
 
-# Marks of the tests of an operator: those that run its kernels, and those that emulate them.
-ON_A_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated, not run"),
-]
+# Of tests that run an operator's kernels. `pytest -m gpu` opens only files that hold "mark.gpu", so they add it.
+NEEDS_A_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated, not run"
+)
+# Of tests that emulate them.
 EMULATED = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
     pytest.mark.usefixtures("kernels_on_the_cpu"),

@@ -10,7 +10,7 @@ from lkda.ops import residual_norm
 from lkda.ops.residual_norm import cuda
 from lkda.ops.residual_norm.op import BACKENDS
 from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK, _reason_no_compiler
-from tests.ops.emulation import EMULATED, ON_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.emulation import EMULATED, NEEDS_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
 from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
 
 EPS = 1e-5
@@ -237,9 +237,9 @@ def on_gpu(*shape, **types):
     return inputs_of(*shape, device="cuda", **types)
 
 
+@pytest.mark.gpu
+@NEEDS_A_GPU
 class TestOnAGPU:
-    pytestmark = ON_A_GPU
-
     @pytest.mark.parametrize("types", TYPES, ids=str)
     @pytest.mark.parametrize(("rows", "width"), [(1, 8), (257, 512), (3000, 1024), (33, 1544), (65, 4096), (9, 8192)])
     def test_against_float64(self, rows, width, types):

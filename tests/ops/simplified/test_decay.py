@@ -9,7 +9,7 @@ from lkda.ops import simplified_decay
 from lkda.ops.runtime.jit import ARCHITECTURES, _reason_no_compiler
 from lkda.ops.simplified.cuda import decay as cuda
 from lkda.ops.simplified.decay import BACKENDS
-from tests.ops.emulation import EMULATED, ON_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.emulation import EMULATED, NEEDS_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
 from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -125,9 +125,9 @@ class TestOps:
         assert_same_bits_traced(decays("cuda"), inputs_of(2, 5, 4))
 
 
+@pytest.mark.gpu
+@NEEDS_A_GPU
 class TestOnAGPU:
-    pytestmark = ON_A_GPU
-
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
     @pytest.mark.parametrize(("T", "H"), [(1, 1), (2000, 8), (333, 12), (100, 256)])
     def test_against_float64(self, T, H, dtype):

@@ -10,7 +10,7 @@ from lkda.ops.runtime.jit import ARCHITECTURES, _reason_no_compiler
 from lkda.ops.softmax.cuda import rotary as cuda
 from lkda.ops.softmax.heads import BACKENDS
 from lkda.ops.softmax.rotary import cos_sin
-from tests.ops.emulation import EMULATED, ON_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.emulation import EMULATED, NEEDS_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
 from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
 
 EPS, BASE = 1e-5, 10000.0
@@ -178,9 +178,9 @@ class TestOps:
         assert_same_bits_traced(heads("cuda", torch.arange(5)), inputs_of(2, 5, 3, 64, norms=norms))
 
 
+@pytest.mark.gpu
+@NEEDS_A_GPU
 class TestOnAGPU:
-    pytestmark = ON_A_GPU
-
     @pytest.mark.parametrize("norms", [True, False])
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
     @pytest.mark.parametrize(("T", "D"), [(1, 32), (777, 64), (300, 128)])
