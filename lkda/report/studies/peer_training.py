@@ -96,7 +96,8 @@ def _picture(peers: list[dict[str, Any]]) -> Picture:
         panels[1, 0].set_ylabel("difference\nfrom lkda, nats")
         handles = [*panels[0, 0].lines, panels[1, 0].lines[0], panels[1, 0].patches[0]]
         names = ["lkda", "peer", "lkda, from rounded weights", f"±{CLOSE:g} nats"]
-        figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+        columns = min(4, 2 * panels.shape[1])  # a figure with one panel is too narrow for all in one line
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
         return figure
 
     return picture(draw)
