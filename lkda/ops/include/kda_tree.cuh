@@ -45,6 +45,15 @@ struct Leaf {
   }
 };
 
+// The leaf in float16.
+template <class T>
+__device__ __forceinline__ Leaf<float16> in_float16(const Leaf<T>& leaf) {
+  Leaf<float16> half;
+#pragma unroll
+  for (int i = 0; i < LEAF; ++i) half.pair[i] = same<T, float16> ? leaf.pair[i] : pack(float16{}, leaf[i]);
+  return half;
+}
+
 // E of a leaf's tokens; it is 1 past the chunk's last token. decay(j..i) and the factors are running products of E.
 struct Gates {
   float2 e[LEAF];
@@ -136,5 +145,17 @@ struct Level {
     char* to = Columns::from(tile + columns, first_column(level, leaf));
 #pragma unroll
     for (int j = 0; j < LEAF; ++j) store_pair(Columns::at(to, j, channel), times(reach, k[j]));
+  }
+
+  // The same for pairs of float16. On level 0 the reach is 1 and is not multiplied.
+  static __device__ __forceinline__ void write_rows(char* tile, int level, int leaf, int channel, unsigned reach, const unsigned (&x)[LEAF], bool of_q) {
+    char* to = Rows::from(tile + rows, first_row(level, leaf) + (of_q ? LEAF << level : 0));
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) *reinterpret_cast<unsigned*>(Rows::at(to, i, channel)) = level == 0 ? x[i] : product_of_pairs(float16{}, reach, x[i]);
+  }
+  static __device__ __forceinline__ void write_columns(char* tile, int level, int leaf, int channel, unsigned reach, const unsigned (&k)[LEAF]) {
+    char* to = Columns::from(tile + columns, first_column(level, leaf));
+#pragma unroll
+    for (int j = 0; j < LEAF; ++j) *reinterpret_cast<unsigned*>(Columns::at(to, j, channel)) = level == 0 ? k[j] : product_of_pairs(float16{}, reach, k[j]);
   }
 };

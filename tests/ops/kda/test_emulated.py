@@ -64,11 +64,13 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
         run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, forgotten, segments, H, int(backward))
         return found
 
-    intra_chunk_fwd = emulated(cuda_kernels.intra_chunk_fwd_kernel(D, dtype, ARCH))
-    intra_chunk_fwd(min(3, slots * H), layout.threads, q, k, g, beta, workspaces, None, slots * H, T, H, scale)
+    intra_chunk = cuda_kernels.IntraChunkFwd(D, dtype, ARCH)
+    blocks, given = min(3, slots * H), (q, k, v, g, beta)
+    emulated(intra_chunk.kernel)(blocks, intra_chunk.threads, *given, workspaces, amax, None, slots * H, T, H, scale)
     if dtype.itemsize == 2:
         find_amax = emulated(cuda_kernels.amax_kernel(D, dtype))
-        find_amax(-(-slots * H // 8), 256, v, amax, None, slots * H, T, H)
+        if not intra_chunk.finds_amax:
+            find_amax(-(-slots * H // 8), 256, v, amax, None, slots * H, T, H)
         find_amax(-(-slots * H // 8), 256, grad_o, d_amax, None, slots * H, T, H)
     entering, leaving = state, grad_state
     if segments > 1:

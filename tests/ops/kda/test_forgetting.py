@@ -31,8 +31,9 @@ def forgets_of(g):
     inputs = kda_inputs(1, T, 1, D, D, dtype=dtype)
     k = torch.nn.functional.normalize(inputs["k"].float().sign() + inputs["k"].float(), dim=-1).to(dtype)
     workspaces = torch.full((chunks * layout.workspace,), 255, dtype=torch.uint8)
-    intra_chunk_fwd = emulated(cuda_kernels.intra_chunk_fwd_kernel(D, dtype, ARCH))
-    intra_chunk_fwd(2, layout.threads, inputs["q"], k, g, inputs["beta"], workspaces, None, chunks, T, 1, 1.0)
+    intra_chunk = cuda_kernels.IntraChunkFwd(D, dtype, ARCH)
+    given, amax = (inputs["q"], k, inputs["v"], g, inputs["beta"]), torch.empty(chunks)
+    emulated(intra_chunk.kernel)(2, intra_chunk.threads, *given, workspaces, amax, None, chunks, T, 1, 1.0)
     summary = cuda_kernels.InterChunkKernel("inter_chunk_fwd", D, dtype, ARCH, "summary")
     offsets, transposed = (torch.full((segments, D, D), torch.nan) for _ in range(2))
     forgotten, amax = torch.full((segments,), -1, dtype=torch.int32), torch.ones(chunks)
@@ -117,8 +118,8 @@ def with_and_without(inputs, monkeypatch, **options):
         return cuda.kda_cuda(**given, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
     def run(remembers):
-        def launched(q, k, g, beta, plan, spans, scale):
-            workspaces = launch(q, k, g, beta, plan, spans, scale)
+        def launched(q, k, v, g, beta, plan, spans, scale):
+            workspaces = launch(q, k, v, g, beta, plan, spans, scale)
             D, layout = q.shape[-1], cuda_kernels.Layout(q.shape[-1], inputs["q"].dtype)
             start = 3 * layout.chunk * D * layout.operand + layout.chunk**2 * layout.operand
             each = workspaces[: plan.items * layout.workspace].view(plan.items, layout.workspace)

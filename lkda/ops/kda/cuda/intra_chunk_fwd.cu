@@ -6,32 +6,66 @@
 // decay(j..i) is the product of E over (j, i]. It is never computed as a quotient of running products. Instead each pair (i, j)
 // belongs to the smallest group of 2h tokens, h = 8, 16 or 32, that has j in its first half and i in its second. With f_i the
 // product of E from the boundary of the halves through i, and f_j the product after j up to it, both <= 1, decay = f_i f_j. So
-// each level of the tree is a product of two matrices of rounded numbers <= |k|. Pairs inside 8 tokens are summed in float32.
-#include "kda_tree.cuh"
+// each level of the tree is a product of two matrices of rounded numbers <= |k|. Pairs inside 8 tokens are summed in float32, or
+// with LEAF_PRODUCTS on tensor cores too (kda_leaf_products.cuh).
+//
+// With HELPER_WARPS a block has that many warps more. They invert the matrix of an item while the other warps, the workers, go on to
+// the next one. With FINDS_AMAX they find the largest |v| of each item too, as amax.cu does otherwise.
+#include "kda_leaf_products.cuh"
+#include "kda_scale.cuh"
+#include "named_barrier.cuh"
 
-constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
+using Value = VALUE;
+constexpr int THREADS = D * LEAVES / 2;  // the workers; each holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
+constexpr int HELPERS = 32 * HELPER_WARPS;
+static_assert(HELPERS == 0 || LEAF_PRODUCTS, "the helpers need the registers that LEAF_PRODUCTS frees");
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;        // lanes of a warp that share a leaf
 constexpr int WARPS_PER_LEAF = D / 2 > 32 ? D / 64 : 1;
 
 struct Shared {
   static constexpr int leaf_logs = 0;                                        // float [LEAVES][D]
-  static constexpr int beta = leaf_logs + LEAVES * D * 4;                    // float [C]
-  static constexpr int corner = beta + C * 4;                                // float [C][17]: the diagonal 16x16 blocks of Akk
+  static constexpr int beta = leaf_logs + LEAVES * D * 4;                    // float [C]; two in turns if helpers read them
+  static constexpr int amax = beta + (HELPERS > 0 ? 2 : 1) * C * 4;          // float [2][HELPER_WARPS]
+  static constexpr int corner = amax + 8 * HELPER_WARPS;                                // float [C][17]: the diagonal 16x16 blocks of Akk
   static constexpr int pairs = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square
   static constexpr int below = pairs + Square::bytes;                        // Square: Akk below the diagonal blocks
-  static constexpr int tree = below + Square::bytes;                    // LEVELS x Level, then T and T~
-  static constexpr int inverse = tree, inverse_rest = tree + Square::bytes;
+  static constexpr int leaf_operands = below + Square::bytes;                // LeafProducts [WARPS]
+  static constexpr int tree = leaf_operands + (LEAF_PRODUCTS ? WARPS * LeafProducts::bytes : 0);  // LEVELS x Level, then T and T~
+  static constexpr int inverse = HELPERS > 0 ? tree + LEVELS * Level::bytes : tree;
+  static constexpr int inverse_rest = inverse + Square::bytes;
   static constexpr int leaf_t = inverse_rest + Square::bytes;           // float [8][C]: columns of T and T~ of the leaves
   static constexpr int leaf_rest = leaf_t + 8 * C * 4;
-  static constexpr int after_tree = leaf_rest + 8 * C * 4 - tree;
-  static constexpr int tree_bytes = LEVELS * Level::bytes > after_tree ? LEVELS * Level::bytes : after_tree;
+  static constexpr int end = leaf_rest + 8 * C * 4;
   static constexpr int partial = below;                                      // float [WARPS][64], in the place of Akk before it is written: sums over half the channels
-  static constexpr int bytes = tree + tree_bytes;
+  static constexpr int bytes = end > tree + LEVELS * Level::bytes ? end : tree + LEVELS * Level::bytes;
 };
 static_assert(WARPS_PER_LEAF == 1 || WARPS * 64 * 4 <= Square::bytes, "the partial sums fit where Akk will be");
 static_assert(THREADS >= C + D / 2, "a thread for each column of the leaves' inverses, and for two channels");
 static_assert(Shared::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
+
+// Barriers between workers and helpers (named_barrier.cuh).
+constexpr int WORKERS = 1, HELPERS_ONLY = 2, FREE = 3, FILLED = 4;
+
+__device__ __forceinline__ void wait_for_workers() {
+  if constexpr (HELPERS == 0) {
+    __syncthreads();
+  } else {
+    wait_at_barrier(WORKERS, THREADS);
+  }
+}
+
+// The threads that invert: the helpers, or all if there are none.
+constexpr int TEAM = HELPERS > 0 ? HELPERS : THREADS;
+
+__device__ __forceinline__ int team_thread() { return opaque(threadIdx.x) - (HELPERS > 0 ? THREADS : 0); }
+__device__ __forceinline__ void wait_for_team() {
+  if constexpr (HELPERS == 0) {
+    __syncthreads();
+  } else {
+    wait_at_barrier(HELPERS_ONLY, HELPERS);
+  }
+}
 
 // Sums value[0..31] over LANES lanes. Lane l of them gets the sums of the 32 / LANES values from 32 / LANES * l on.
 __device__ __forceinline__ void sum_over_lanes(float (&value)[32]) {
@@ -120,8 +154,55 @@ __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& 
   }
 }
 
-// Akk and Aqk between the halves of each group of each level, on tensor cores. A task is 16 rows of one level.
-__device__ __forceinline__ void tree_pairs(char* shared) {
+// The sums of one warp over its 64 channels, in the place of its operands.
+struct LeafSumsOfWarp {
+  static __device__ __forceinline__ float4* at(char* shared, int warp, int product) {
+    return reinterpret_cast<float4*>(shared + Shared::leaf_operands + warp * LeafProducts::bytes) + product * 32 + lane_id();
+  }
+  static __device__ __forceinline__ void write(char* shared, int warp, int product, const LeafSums& sums) {
+    *at(shared, warp, product) = {sums.top.x, sums.top.y, sums.bottom.x, sums.bottom.y};
+  }
+  // Summed over the warps of a leaf, of which `warp` is one.
+  static __device__ __forceinline__ LeafSums read(char* shared, int warp, int product) {
+    float4 a = *at(shared, warp, product);
+    if constexpr (WARPS_PER_LEAF > 1) {
+      const float4 b = *at(shared, warp ^ 1, product);
+      a = {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+    }
+    return {{a.x, a.y}, {a.z, a.w}};
+  }
+};
+
+// Akk and Aqk inside a leaf, as far as a warp has its channels. They are stored after a barrier, by store_leaf_pairs.
+__device__ __forceinline__ void multiply_leaf(char* shared, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k) {
+  const int warp = opaque(threadIdx.x) / 32;
+  const LeafProducts products(shared + Shared::leaf_operands + warp * LeafProducts::bytes, gates, q, k);
+  const LeafSums neighbours = products.neighbours(), farther = products.farther(gates);
+  LeafSumsOfWarp::write(shared, warp, 0, neighbours);
+  LeafSumsOfWarp::write(shared, warp, 1, farther);
+}
+
+__device__ __forceinline__ void store_leaf_pairs(char* shared, float scale) {
+  const int warp = opaque(threadIdx.x) / 32, first = warp / WARPS_PER_LEAF * LEAF;
+  float* corner = reinterpret_cast<float*>(shared + Shared::corner) + first * 17 + first % 16;
+  if (warp % WARPS_PER_LEAF == 0) {
+    for_neighbours(
+        LeafSumsOfWarp::read(shared, warp, 0), [&](int i, int j, float a) { corner[i * 17 + j] = a; },
+        [&](int i, int j, float a) { store_one(Square::at(shared + Shared::pairs, first + i, first + j), scale * a); });
+  }
+  if (warp % WARPS_PER_LEAF == WARPS_PER_LEAF - 1) {
+    for_farther(
+        LeafSumsOfWarp::read(shared, warp, 1),
+        [&](int i, int j, float2 a) {
+          corner[i * 17 + j] = a.x;
+          corner[i * 17 + j + 1] = a.y;
+        },
+        [&](int i, int j, float2 a) { store_pair(Square::at(shared + Shared::pairs, first + i, first + j), times(make_float2(scale, scale), a)); });
+  }
+}
+
+// Akk and Aqk between the halves of each group of each level, on tensor cores. A task is 16 rows of one level. scale: of Aqk, 1 if q^ has it.
+__device__ __forceinline__ void tree_pairs(char* shared, float scale) {
   for (int task = opaque(threadIdx.x / 32); task < LEVELS * BLOCKS; task += WARPS) {
     const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
     const char* tree = shared + Shared::tree + level * Level::bytes;
@@ -145,7 +226,7 @@ __device__ __forceinline__ void tree_pairs(char* shared) {
       const float2 m = group % 2 == 0 ? s.pair[0] : s.pair[2], p = group % 2 == 0 ? s.pair[1] : s.pair[3];
       corner[0] = m.x;
       corner[1] = m.y;
-      store_pair(Square::at(shared + Shared::pairs, i, j), p);
+      store_pair(Square::at(shared + Shared::pairs, i, j), times(make_float2(scale, scale), p));
       continue;
     }
 #pragma unroll
@@ -155,7 +236,7 @@ __device__ __forceinline__ void tree_pairs(char* shared) {
         for (int q = 0; q < 4; ++q) {
           const int i = start + half + (rows & (half - 1)) + quadrant_row(q), j = start + n * 16 + quadrant_column(q);
           if (rows & half) {
-            store_pair(Square::at(shared + Shared::pairs, i, j), sum[n].pair[q]);
+            store_pair(Square::at(shared + Shared::pairs, i, j), times(make_float2(scale, scale), sum[n].pair[q]));
           } else {
             store_pair(Square::at(shared + Shared::below, i, j), sum[n].pair[q]);
           }
@@ -167,13 +248,12 @@ __device__ __forceinline__ void tree_pairs(char* shared) {
 
 // T and T~ of the 8x8 diagonal blocks, by substitution in float32. Each thread has one column c:
 //   T~_ic = -sum_{c <= j < i} Akk_ij T_jc,    T_ic = [i = c] + beta_i T~_ic
-__device__ __forceinline__ void invert_leaves(char* shared) {
-  if (threadIdx.x >= C) return;
-  const int leaf = threadIdx.x / LEAF, c = threadIdx.x % LEAF, first = leaf * LEAF;
+__device__ __forceinline__ void invert_column(char* shared, const float* betas, int column) {
+  const int leaf = column / LEAF, c = column % LEAF, first = leaf * LEAF;
   const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + first * 17 + leaf % 2 * LEAF;
-  const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + first;
-  float* leaf_t = reinterpret_cast<float*>(shared + Shared::leaf_t) + threadIdx.x;
-  float* leaf_rest = reinterpret_cast<float*>(shared + Shared::leaf_rest) + threadIdx.x;
+  const float* beta = betas + first;
+  float* leaf_t = reinterpret_cast<float*>(shared + Shared::leaf_t) + column;
+  float* leaf_rest = reinterpret_cast<float*>(shared + Shared::leaf_rest) + column;
   float entry[LEAF * (LEAF - 1) / 2], weight[LEAF], t[LEAF], rest[LEAF];  // all read first: a load would wait for the stores before it
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
@@ -194,10 +274,18 @@ __device__ __forceinline__ void invert_leaves(char* shared) {
     leaf_rest[i * C] = rest[i];
   }
 }
+__device__ __forceinline__ void invert_leaves(char* shared, const float* betas) {
+  if constexpr (HELPERS == 0) {
+    if (threadIdx.x < C) invert_column(shared, betas, threadIdx.x);
+  } else {
+#pragma unroll 1
+    for (int column = team_thread(); column < C; column += TEAM) invert_column(shared, betas, column);
+  }
+}
 
 // Copies entry (i, c) of each inverted leaf to the matrices that use it.
 __device__ __forceinline__ void spread_leaves(char* shared) {
-  for (int n = opaque(threadIdx.x); n < C * LEAF; n += THREADS) {
+  for (int n = team_thread(); n < C * LEAF; n += TEAM) {
     const int i = n / C, column = n % C, row = column / LEAF * LEAF + i;
     const float t = reinterpret_cast<const float*>(shared + Shared::leaf_t)[n], rest = reinterpret_cast<const float*>(shared + Shared::leaf_rest)[n];
     store_one(Square::at(shared + Shared::inverse, row, column), t);
@@ -206,9 +294,9 @@ __device__ __forceinline__ void spread_leaves(char* shared) {
   }
 }
 
-// exp(G_C), by the threads that invert nothing.
+// exp(G_C), by the threads that invert nothing, or the first workers.
 __device__ __forceinline__ void whole_decay(const char* shared, char* workspace) {
-  const int channel = 2 * (opaque(threadIdx.x) - C);
+  const int channel = 2 * (opaque(threadIdx.x) - (HELPERS > 0 ? 0 : C));
   if (channel < 0 || channel >= D) return;
   float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
@@ -218,11 +306,11 @@ __device__ __forceinline__ void whole_decay(const char* shared, char* workspace)
 
 // The 8x8 block of T~ below two diagonal blocks 1 and 2, in float32. Eight neighbouring threads have a column:
 //   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
-__device__ __forceinline__ void merge_leaves(char* shared) {
-  for (int n = opaque(threadIdx.x); n < BLOCKS * 64; n += THREADS) {
+__device__ __forceinline__ void merge_leaves(char* shared, const float* betas) {
+  for (int n = team_thread(); n < BLOCKS * 64; n += TEAM) {
     const int block = n / 64, c = n % 64 / LEAF, i = n % LEAF, upper = block * 16, lower = upper + LEAF;
     const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + (lower + i) * 17;
-    const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + lower;
+    const float* beta = betas + lower;
     const float* leaf_t = reinterpret_cast<const float*>(shared + Shared::leaf_t) + upper + c;
     const float* leaf_rest = reinterpret_cast<const float*>(shared + Shared::leaf_rest) + lower;
     float x = 0.f;
@@ -247,10 +335,9 @@ __device__ __forceinline__ void merge_leaves(char* shared) {
 //   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
 // It is computed transposed, X^T = T_11^T Akk_21^T: then a sum is the next operand, and the result lies as `pairs` holds it.
 template <int HALF>
-__device__ __forceinline__ void merge(char* shared) {
+__device__ __forceinline__ void merge(char* shared, const float* beta) {
   constexpr int N = HALF / 16;
-  const float* beta = reinterpret_cast<const float*>(shared + Shared::beta);
-  for (int task = opaque(threadIdx.x / 32); task < C / (2 * HALF) * N; task += WARPS) {
+  for (int task = team_thread() / 32; task < C / (2 * HALF) * N; task += TEAM / 32) {
     const int upper = task / N * 2 * HALF, lower = upper + HALF, column = upper + task % N * 16;
     Sum x[N];
     Block<Operand> weighted[N];  // X^T B_2
@@ -290,14 +377,111 @@ __device__ __forceinline__ void merge(char* shared) {
   }
 }
 
-// q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. workspaces: [chunks, H] ChunkWorkspace, result. An item is
-// one chunk of one head, items = chunks x H. A block takes item blockIdx.x, then every gridDim.x-th, and reads the inputs of the
-// next one while it computes.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_fwd(
-    const Element* q, const Element* k, const float* g, const float* beta, char* workspaces, const int4* spans, int items, int length, int heads, float scale) {
+// T~ of the chunk from Akk, and the pairs to the workspace. Called by the team after a barrier.
+__device__ __forceinline__ void invert(char* shared, const float* betas, char* workspace) {
+  invert_leaves(shared, betas);
+  if constexpr (HELPERS == 0) whole_decay(shared, workspace);
+  wait_for_team();
+  spread_leaves(shared);
+  merge_leaves(shared, betas);
+  wait_for_team();
+  merge<16>(shared, betas);
+  if constexpr (C == 64) {
+    wait_for_team();
+    merge<32>(shared, betas);
+  }
+  wait_for_team();
+  for (int at = team_thread() * 16; at < Square::bytes; at += TEAM * 16)
+    *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
+}
+
+// Writes the largest |v| of a chunk. The helpers do not wait for each other again until `turn` has changed.
+template <class Half>
+__device__ __forceinline__ void find_amax(char* shared, const Half* v, const Span& span, int heads, int head, int turn, float* amax) {
+  const float x = amax_in_warp(packed_amax_of(v, span, heads, head, team_thread(), HELPERS));
+  float* of_warps = reinterpret_cast<float*>(shared + Shared::amax) + turn * HELPER_WARPS;
+  const int warp = team_thread() / 32;
+  if (lane_id() == 0) of_warps[warp] = x;
+  wait_for_team();
+  if (team_thread() == 0) {
+    float largest = of_warps[0];
+    for (int w = 1; w < HELPER_WARPS; ++w) largest = fmaxf(largest, of_warps[w]);
+    *amax = largest;
+  }
+}
+
+// A thread's two channels and its leaf, computed again, so that no address computed from them is kept in registers.
+__device__ __forceinline__ void place(int& channel, int& leaf) {
+  const int thread = opaque(threadIdx.x);
+  channel = thread % (D / 2) * 2;
+  leaf = thread / (D / 2);
+}
+
+// Writes the operands of all levels. They and their factors are rounded to float16.
+__device__ __forceinline__ void write_levels(char* tree, const Gates& gates, const unsigned (&reaches)[LEVELS], const Leaf<float16>& q, const Leaf<float16>& k) {
+  int channel, leaf;
+  place(channel, leaf);
+  unsigned near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
+  gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
+    const unsigned factor = pack(float16{}, f);
+    near_k[i] = product_of_pairs(float16{}, factor, k.pair[i]);
+    near_q[i] = product_of_pairs(float16{}, factor, q.pair[i]);
+  });
+#pragma unroll
+  for (int level = 0; level < LEVELS; ++level)
+    if (Level::is_row(level, leaf)) {
+      Level::write_rows(tree + level * Level::bytes, level, leaf, channel, reaches[level], near_k, false);
+      Level::write_rows(tree + level * Level::bytes, level, leaf, channel, reaches[level], near_q, true);
+    }
+  gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = product_of_pairs(float16{}, pack(float16{}, f), k.pair[j]); });
+#pragma unroll
+  for (int level = 0; level < LEVELS; ++level)
+    if (!Level::is_row(level, leaf)) Level::write_columns(tree + level * Level::bytes, level, leaf, channel, reaches[level], near_k);
+}
+
+// Writes k_in, qg and kg. Their factors are not rounded.
+__device__ __forceinline__ void write_workspace(char* workspace, const Gates& gates, const Reach& reach, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
+  int channel, leaf;
+  place(channel, leaf);
+  gates.rows(reach.before, [&](int i, float2 f) {
+    char* at = workspace + static_cast<unsigned>(Rows::offset(leaf * LEAF + i, channel));
+    store_pair(reinterpret_cast<float16*>(at + ChunkWorkspace::k_in), times(f, k[i]));
+    store_pair(reinterpret_cast<float16*>(at + ChunkWorkspace::qg), times(make_float2(scale * f.x, scale * f.y), q[i]));
+  });
+  gates.columns(reach.after, [&](int j, float2 f) {
+    char* at = workspace + static_cast<unsigned>(Rows::offset(leaf * LEAF + j, channel));
+    store_pair(reinterpret_cast<float16*>(at + ChunkWorkspace::kg), times(f, k[j]));
+  });
+}
+
+// q, k: [rows, H, D] Element. v: [rows, H, D] Value. g: [rows, H, D], beta: [rows, H] float32. workspaces: [chunks, H] ChunkWorkspace,
+// result. amax: [chunks, H] float32, the largest |v|, result of the helpers. An item is one chunk of one head, items = chunks x H. A
+// block takes item blockIdx.x, then every gridDim.x-th, and reads the inputs of the next one while it computes.
+extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_intra_chunk_fwd(
+    const Element* q, const Element* k, const Value* v, const float* g, const float* beta, char* workspaces, float* amax, const int4* spans, int items, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
+  auto workspace_of = [&](int item) { return workspaces + static_cast<long long>(item) * ChunkWorkspace::bytes; };
+  float* const betas = reinterpret_cast<float*>(shared + Shared::beta);
+  int turn = 0;  // which of two betas, with helpers
+
+  if (HELPERS > 0 && threadIdx.x >= THREADS) {
+#pragma unroll 1
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+      const Span span = span_of(item / heads, length, spans);
+      if (span.tokens <= 0) continue;
+      arrive_at_barrier(FREE, THREADS + HELPERS);
+      if constexpr (FINDS_AMAX) find_amax(shared, v, span, heads, item % heads, turn, amax + item);
+      wait_at_barrier(FILLED, THREADS + HELPERS);
+      invert(shared, betas + turn * C, workspace_of(item));
+      turn ^= 1;
+    }
+    return;
+  }
+
+#if !LEAF_PRODUCTS
   const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
+#endif
 
   bool exists = false;
   Leaf<float> nats;
@@ -320,23 +504,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
       if (item + gridDim.x < items) ask(item + gridDim.x);
       continue;
     }
-    auto workspace_of = [&](int item) { return workspaces + static_cast<long long>(item) * ChunkWorkspace::bytes; };
+#if LEAF_PRODUCTS
+    int channel = 0, leaf = 0;
+    place(channel, leaf);
+#endif
     char* workspace = workspace_of(item);
     if (threadIdx.x < C) {
-      reinterpret_cast<float*>(shared + Shared::beta)[threadIdx.x] = own_beta;
+      betas[turn * C + threadIdx.x] = own_beta;
       reinterpret_cast<float*>(workspace + ChunkWorkspace::beta)[threadIdx.x] = own_beta;
     }
     Gates gates;
     gates.set(nats);
     Gates::share(nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), leaf, channel);
-    __syncthreads();  // the workspace of the item before has been copied out
+    wait_for_workers();  // they have computed the products of the item before, and without helpers copied its pairs
 
+#if LEAF_PRODUCTS
+    place(channel, leaf);
+#endif
     const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
     Reach reach;
     float2 near[LEVELS];  // the reach on each level
+    unsigned near_halves[LEVELS];
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
       near[level] = reach.at(level, leaf);
+      near_halves[level] = pack(float16{}, near[level]);
 #if __CUDA_ARCH__ < 900  // for fewer registers; the compiler for later architectures does better without it
       reach.widen(leaf_logs, level, opaque(leaf), channel);
 #else
@@ -345,6 +537,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     }
     reach.before = exp2_fast(reach.before);
     reach.after = exp2_fast(reach.after);
+#if LEAF_PRODUCTS
+    __syncwarp();
+    const Leaf<float16> queries = in_float16(qs), keys = in_float16(ks);
+    write_levels(shared + Shared::tree, gates, near_halves, queries, keys);
+    __syncwarp();
+    write_workspace(workspace, gates, reach, queries, keys, scale);
+    __syncwarp();
+#else
     float2 near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
     gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
       near_k[i] = times(f, ks[i]);
@@ -370,25 +570,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
       if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k);
 #pragma unroll
     for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, near_k[j]));
+#endif
+#if LEAF_PRODUCTS
+    multiply_leaf(shared, gates, queries, keys);
+#else
     leaf_pairs(shared, leaf, gates, qs, ks, scale);
+#endif
     workspace = workspace_of(opaque(item));  // computed again, to save registers
+    if constexpr (HELPERS > 0) whole_decay(shared, workspace);
     if (item + gridDim.x < items) ask(item + gridDim.x);
-    __syncthreads();
-    tree_pairs(shared);
-    __syncthreads();  // T and T~ take the place of the level tiles
-    invert_leaves(shared);
-    whole_decay(shared, workspace);
-    __syncthreads();
-    spread_leaves(shared);
-    merge_leaves(shared);
-    __syncthreads();
-    merge<16>(shared);
-    if constexpr (C == 64) {
+    if constexpr (HELPERS == 0) {
       __syncthreads();
-      merge<32>(shared);
+    } else {
+      wait_at_barrier(FREE, THREADS + HELPERS);  // the helpers have read the matrices of the item before
     }
-    __syncthreads();
-    for (int at = opaque(threadIdx.x) * 16; at < Square::bytes; at += THREADS * 16)
-      *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
+    tree_pairs(shared, LEAF_PRODUCTS ? scale : 1.f);
+#if LEAF_PRODUCTS
+    store_leaf_pairs(shared, scale);
+#endif
+    if constexpr (HELPERS == 0) {
+      __syncthreads();  // T and T~ take the place of the level tiles
+      invert(shared, betas, workspace);
+    } else {
+      arrive_at_barrier(FILLED, THREADS + HELPERS);
+      turn ^= 1;
+    }
   }
 }

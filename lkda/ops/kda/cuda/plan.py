@@ -15,7 +15,7 @@ from lkda.ops.kda.cuda.variants import (
     chunk_of,
     inter_chunk_kernel,
     intra_chunk_bwd_kernel,
-    intra_chunk_fwd_kernel,
+    intra_chunk_fwd,
     layout_of,
     parts_of,
     saved_state_bytes,
@@ -91,6 +91,8 @@ class Sizes:
 class Plan(Sizes):
     """Sizes, and a launch for each kernel on a device: a function of the kernel's arguments alone.
 
+    `finds_amax_of_v`: whether `intra_chunk_fwd` finds the amax of v too.
+
     Args:
         shape, dtype: of v, [B, T, H, D].
         N: the number of packed sequences; None where each row of the batch is one.
@@ -122,7 +124,9 @@ class Plan(Sizes):
 
         part = "segment" if segments > 1 and "segment" in parts_of(D) else "whole"
         resident_blocks = min(self.items, multiprocessors(device) * layout.resident)
-        self.intra_chunk_fwd = launch(intra_chunk_fwd_kernel(D, dtype, arch, query), resident_blocks, layout.threads)
+        intra_chunk = intra_chunk_fwd(D, dtype, arch, query)
+        self.intra_chunk_fwd = launch(intra_chunk.kernel, resident_blocks, intra_chunk.threads)
+        self.finds_amax_of_v = intra_chunk.finds_amax
         self.inter_chunk_fwd, self.inter_chunk_bwd = scan("inter_chunk_fwd", part), scan("inter_chunk_bwd", part)
         self.summarize_fwd, self.summarize_bwd = scan("inter_chunk_fwd", "summary"), scan("inter_chunk_bwd", "summary")
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
@@ -141,6 +145,10 @@ class Plan(Sizes):
         if self._amax is not None:
             self._amax(x, self.amax_in(memory), spans, self.items, T, H)
         return self.amax_in(memory)
+
+    def amax_of_v(self, v: Tensor, spans: Tensor | None, workspaces: Tensor) -> int:
+        """The address of the largest |v| of each chunk and head. They are found now if intra_chunk_fwd has not."""
+        return self.amax_in(workspaces) if self.finds_amax_of_v else self.find_amax(v, spans, workspaces)
 
     def chunks(self, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """For packed sequences: bounds [2 (N + 1)] and spans [slots, 4], as sequences.cu describes them. Else Nones."""

@@ -17,6 +17,9 @@ HERE = Path(__file__).parent
 
 LEAF = 8
 WARPGROUPS = True  # whether the inter-chunk kernels use wgmma where there is one (sm_90a)
+LEAF_PRODUCTS = True  # whether intra_chunk_fwd computes the pairs inside a leaf on tensor cores there
+HELPER_WARPS = 0  # of intra_chunk_fwd there, that invert; 0: all warps do
+FINDS_AMAX = False  # whether they also find the largest |v|, instead of amax.cu
 MAX_STAGES = 3  # chunks in the shared memory of an inter-chunk kernel: one is computed on, the others are being fetched
 INTER_CHUNK = ("inter_chunk_fwd", "inter_chunk_bwd")
 
@@ -71,11 +74,13 @@ class Layout:
             "OPERAND": "tf32" if wide else "float16",
         }
 
-    def intra_chunk_fwd_shared(self) -> int:
+    def intra_chunk_fwd_shared(self, leaf_products: bool = False, helper_warps: int = 0) -> int:
         C, D, size = self.chunk, self.D, self.operand
-        small = _round_up(4 * self.leaves * D + 4 * C + 4 * C * 17, 128)
-        tree = self.levels * (C + C // 2) * D * size
-        return small + 2 * C * C * size + max(tree, 2 * C * C * size + 64 * C)
+        betas = 2 if helper_warps else 1
+        small = _round_up(4 * self.leaves * D + betas * 4 * C + 8 * helper_warps + 4 * C * 17, 128)
+        leaf_operands = 24 * 64 * 2 * (self.threads // 32) if leaf_products else 0
+        tree, inverse = self.levels * (C + C // 2) * D * size, 2 * C * C * size + 64 * C
+        return small + 2 * C * C * size + leaf_operands + (tree + inverse if helper_warps else max(tree, inverse))
 
     def stage(self, streams: int, warps: int) -> int:
         """Bytes of one stage of an inter-chunk kernel: a workspace, and a chunk's rows of `streams` tensors.
@@ -113,18 +118,43 @@ def layout_of(D: int, dtype: torch.dtype) -> Layout:
     return Layout(D, dtype)
 
 
+class IntraChunkFwd:
+    """The kernel intra_chunk_fwd.
+
+    Args:
+        query: the dtype of q and k, where v is of `dtype`. None: all three are of `dtype`.
+
+    Attributes:
+        threads: threads in a block.
+        finds_amax: whether it finds the largest |v| of each chunk and head.
+    """
+
+    def __init__(self, D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None):
+        layout = layout_of(D, query or dtype)
+        products = LEAF_PRODUCTS and arch == "sm_90a" and layout.operand == 2 and D % 64 == 0
+        helper_warps = HELPER_WARPS if products else 0
+        self.threads = layout.threads + 32 * helper_warps
+        self.finds_amax = FINDS_AMAX and helper_warps > 0
+        shared_bytes = layout.intra_chunk_fwd_shared(products, helper_warps)
+        room = layout.room(shared_bytes, arch)
+        choices = {"LEAF_PRODUCTS": int(products), "HELPER_WARPS": helper_warps, "FINDS_AMAX": int(self.finds_amax)}
+        module = Module(
+            HERE / "intra_chunk_fwd.cu", layout.defines | room | choices | {"VALUE": ELEMENTS[dtype]}
+        )
+        module.precompile_with = lambda: (
+            intra_chunk_bwd_kernel(D, dtype, arch, query).module,
+            *(inter_chunk_kernel(name, D, dtype, arch, "whole").kernel.module for name in INTER_CHUNK),
+        )
+        self.kernel = module.kernel("kda_intra_chunk_fwd", "PPPPPPPPiiif", shared_bytes=shared_bytes)
+
+
 @cache
+def intra_chunk_fwd(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> IntraChunkFwd:
+    return IntraChunkFwd(D, dtype, arch, query)
+
+
 def intra_chunk_fwd_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
-    """The kernel for q and k of dtype `query`, where v is of `dtype`. None: all three are of `dtype`."""
-    layout = layout_of(D, query or dtype)
-    shared_bytes = layout.intra_chunk_fwd_shared()
-    defines = layout.defines | layout.room(shared_bytes, arch)
-    module = Module(HERE / "intra_chunk_fwd.cu", defines)
-    module.precompile_with = lambda: (
-        intra_chunk_bwd_kernel(D, dtype, arch, query).module,
-        *(inter_chunk_kernel(name, D, dtype, arch, "whole").kernel.module for name in INTER_CHUNK),
-    )
-    return module.kernel("kda_intra_chunk_fwd", "PPPPPPiiif", shared_bytes=shared_bytes)
+    return intra_chunk_fwd(D, dtype, arch, query).kernel
 
 
 class InterChunkKernel:
