@@ -25,8 +25,8 @@ constexpr int WARPS_PER_LEAF = D / 2 > 32 ? D / 64 : 1;
 
 struct Shared {
   static constexpr int leaf_logs = 0;                                        // float [LEAVES][D]
-  static constexpr int beta = leaf_logs + LEAVES * D * 4;                    // float [C]; two in turns if helpers read them
-  static constexpr int amax = beta + (HELPERS > 0 ? 2 : 1) * C * 4;          // float [2][HELPER_WARPS]
+  static constexpr int beta = leaf_logs + LEAVES * D * 4;                    // float [C]
+  static constexpr int amax = beta + C * 4;                                     // float [2][HELPER_WARPS]
   static constexpr int corner = amax + 8 * HELPER_WARPS;                                // float [C][17]: the diagonal 16x16 blocks of Akk
   static constexpr int pairs = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square
   static constexpr int below = pairs + Square::bytes;                        // Square: Akk below the diagonal blocks
@@ -421,37 +421,30 @@ __device__ __forceinline__ void place(int& channel, int& leaf) {
 __device__ __forceinline__ void write_levels(char* tree, const Gates& gates, const unsigned (&reaches)[LEVELS], const Leaf<float16>& q, const Leaf<float16>& k) {
   int channel, leaf;
   place(channel, leaf);
-  unsigned near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
-  gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
-    const unsigned factor = pack(float16{}, f);
-    near_k[i] = product_of_pairs(float16{}, factor, k.pair[i]);
-    near_q[i] = product_of_pairs(float16{}, factor, q.pair[i]);
-  });
+  unsigned near[LEAF];  // products inside the leaf
+  gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { near[i] = pack(float16{}, f); });
 #pragma unroll
   for (int level = 0; level < LEVELS; ++level)
-    if (Level::is_row(level, leaf)) {
-      Level::write_rows(tree + level * Level::bytes, level, leaf, channel, reaches[level], near_k, false);
-      Level::write_rows(tree + level * Level::bytes, level, leaf, channel, reaches[level], near_q, true);
-    }
-  gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = product_of_pairs(float16{}, pack(float16{}, f), k.pair[j]); });
+    if (Level::is_row(level, leaf)) Level::write_rows(tree + level * Level::bytes, level, leaf, channel, reaches[level], near, q, k);
+  gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near[j] = product_of_pairs(float16{}, pack(float16{}, f), k.pair[j]); });
 #pragma unroll
   for (int level = 0; level < LEVELS; ++level)
-    if (!Level::is_row(level, leaf)) Level::write_columns(tree + level * Level::bytes, level, leaf, channel, reaches[level], near_k);
+    if (!Level::is_row(level, leaf)) Level::write_columns(tree + level * Level::bytes, level, leaf, channel, reaches[level], near);
 }
 
-// Writes k_in, qg and kg. Their factors are not rounded.
+// Writes k_in, qg and kg. Their factors are rounded to float16 too.
 __device__ __forceinline__ void write_workspace(char* workspace, const Gates& gates, const Reach& reach, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
   int channel, leaf;
   place(channel, leaf);
+  auto write = [&](int matrix, int i, float2 factor, const Leaf<float16>& x) {
+    char* at = workspace + static_cast<unsigned>(Rows::offset(leaf * LEAF + i, channel)) + matrix;
+    *reinterpret_cast<unsigned*>(at) = product_of_pairs(float16{}, pack(float16{}, factor), x.pair[i]);
+  };
   gates.rows(reach.before, [&](int i, float2 f) {
-    char* at = workspace + static_cast<unsigned>(Rows::offset(leaf * LEAF + i, channel));
-    store_pair(reinterpret_cast<float16*>(at + ChunkWorkspace::k_in), times(f, k[i]));
-    store_pair(reinterpret_cast<float16*>(at + ChunkWorkspace::qg), times(make_float2(scale * f.x, scale * f.y), q[i]));
+    write(ChunkWorkspace::k_in, i, f, k);
+    write(ChunkWorkspace::qg, i, make_float2(scale * f.x, scale * f.y), q);
   });
-  gates.columns(reach.after, [&](int j, float2 f) {
-    char* at = workspace + static_cast<unsigned>(Rows::offset(leaf * LEAF + j, channel));
-    store_pair(reinterpret_cast<float16*>(at + ChunkWorkspace::kg), times(f, k[j]));
-  });
+  gates.columns(reach.after, [&](int j, float2 f) { write(ChunkWorkspace::kg, j, f, k); });
 }
 
 // q, k: [rows, H, D] Element. v: [rows, H, D] Value. g: [rows, H, D], beta: [rows, H] float32. workspaces: [chunks, H] ChunkWorkspace,
@@ -463,18 +456,23 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
   char* shared = reinterpret_cast<char*>(shared_memory);
   auto workspace_of = [&](int item) { return workspaces + static_cast<long long>(item) * ChunkWorkspace::bytes; };
   float* const betas = reinterpret_cast<float*>(shared + Shared::beta);
-  int turn = 0;  // which of two betas, with helpers
+  auto beta_of = [&](int token, const Span& span, int item) { return token < span.tokens ? beta[static_cast<long long>(span.start + token) * heads + item % heads] : 0.f; };
 
   if (HELPERS > 0 && threadIdx.x >= THREADS) {
+    int turn = 0;
 #pragma unroll 1
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    for (int item = blockIdx.x; item < items; item += gridDim.x, turn ^= 1) {
       const Span span = span_of(item / heads, length, spans);
       if (span.tokens <= 0) continue;
       arrive_at_barrier(FREE, THREADS + HELPERS);
       if constexpr (FINDS_AMAX) find_amax(shared, v, span, heads, item % heads, turn, amax + item);
+      for (int token = team_thread(); token < C; token += HELPERS) {
+        const float x = beta_of(token, span, item);
+        betas[token] = x;
+        reinterpret_cast<float*>(workspace_of(item) + ChunkWorkspace::beta)[token] = x;
+      }
       wait_at_barrier(FILLED, THREADS + HELPERS);
-      invert(shared, betas + turn * C, workspace_of(item));
-      turn ^= 1;
+      invert(shared, betas, workspace_of(item));
     }
     return;
   }
@@ -495,13 +493,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     nats.read(g, span, heads, item % heads, leaf, channel);
     qs.read(q, span, heads, item % heads, leaf, channel);
     ks.read(k, span, heads, item % heads, leaf, channel);
-    if (threadIdx.x < C) own_beta = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + item % heads] : 0.f;
+    if (HELPERS == 0 && threadIdx.x < C) own_beta = beta_of(threadIdx.x, span, item);
   };
   ask(blockIdx.x);
+#if LEAF_PRODUCTS
+  Leaf<float16> queries = in_float16(qs), keys = in_float16(ks);
+#endif
 #pragma unroll 1
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     if (!exists) {
       if (item + gridDim.x < items) ask(item + gridDim.x);
+#if LEAF_PRODUCTS
+      queries = in_float16(qs), keys = in_float16(ks);
+#endif
       continue;
     }
 #if LEAF_PRODUCTS
@@ -509,8 +513,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     place(channel, leaf);
 #endif
     char* workspace = workspace_of(item);
-    if (threadIdx.x < C) {
-      betas[turn * C + threadIdx.x] = own_beta;
+    if (HELPERS == 0 && threadIdx.x < C) {
+      betas[threadIdx.x] = own_beta;
       reinterpret_cast<float*>(workspace + ChunkWorkspace::beta)[threadIdx.x] = own_beta;
     }
     Gates gates;
@@ -529,7 +533,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     for (int level = 0; level < LEVELS; ++level) {
       near[level] = reach.at(level, leaf);
       near_halves[level] = pack(float16{}, near[level]);
-#if __CUDA_ARCH__ < 900  // for fewer registers; the compiler for later architectures does better without it
+#if LEAF_PRODUCTS
+      reach.widen_both(leaf_logs, level, leaf, channel);
+#elif __CUDA_ARCH__ < 900  // for fewer registers; the compiler for later architectures does better without it
       reach.widen(leaf_logs, level, opaque(leaf), channel);
 #else
       reach.widen(leaf_logs, level, leaf, channel);
@@ -539,10 +545,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     reach.after = exp2_fast(reach.after);
 #if LEAF_PRODUCTS
     __syncwarp();
-    const Leaf<float16> queries = in_float16(qs), keys = in_float16(ks);
-    write_levels(shared + Shared::tree, gates, near_halves, queries, keys);
-    __syncwarp();
     write_workspace(workspace, gates, reach, queries, keys, scale);
+    __syncwarp();
+    write_levels(shared + Shared::tree, gates, near_halves, queries, keys);
     __syncwarp();
 #else
     float2 near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
@@ -587,13 +592,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     tree_pairs(shared, LEAF_PRODUCTS ? scale : 1.f);
 #if LEAF_PRODUCTS
     store_leaf_pairs(shared, scale);
+    queries = in_float16(qs), keys = in_float16(ks);
 #endif
     if constexpr (HELPERS == 0) {
       __syncthreads();  // T and T~ take the place of the level tiles
       invert(shared, betas, workspace);
     } else {
       arrive_at_barrier(FILLED, THREADS + HELPERS);
-      turn ^= 1;
     }
   }
 }

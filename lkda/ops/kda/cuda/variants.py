@@ -76,8 +76,7 @@ class Layout:
 
     def intra_chunk_fwd_shared(self, leaf_products: bool = False, helper_warps: int = 0) -> int:
         C, D, size = self.chunk, self.D, self.operand
-        betas = 2 if helper_warps else 1
-        small = _round_up(4 * self.leaves * D + betas * 4 * C + 8 * helper_warps + 4 * C * 17, 128)
+        small = _round_up(4 * self.leaves * D + 4 * C + 8 * helper_warps + 4 * C * 17, 128)
         leaf_operands = 24 * 64 * 2 * (self.threads // 32) if leaf_products else 0
         tree, inverse = self.levels * (C + C // 2) * D * size, 2 * C * C * size + 64 * C
         return small + 2 * C * C * size + leaf_operands + (tree + inverse if helper_warps else max(tree, inverse))
