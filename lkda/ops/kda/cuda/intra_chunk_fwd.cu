@@ -55,6 +55,9 @@ __device__ __forceinline__ void wait_for_workers() {
   }
 }
 
+// The number of the thread's warp, in a form that the compiler knows to be equal in all lanes.
+__device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0); }
+
 // The threads that invert: the helpers, or all if there are none.
 constexpr int TEAM = HELPERS > 0 ? HELPERS : THREADS;
 
@@ -174,16 +177,15 @@ struct LeafSumsOfWarp {
 };
 
 // Akk and Aqk inside a leaf, as far as a warp has its channels. They are stored after a barrier, by store_leaf_pairs.
-__device__ __forceinline__ void multiply_leaf(char* shared, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k) {
-  const int warp = opaque(threadIdx.x) / 32;
+__device__ __forceinline__ void multiply_leaf(char* shared, int warp, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k) {
   const LeafProducts products(shared + Shared::leaf_operands + warp * LeafProducts::bytes, gates, q, k);
   const LeafSums neighbours = products.neighbours(), farther = products.farther(gates);
   LeafSumsOfWarp::write(shared, warp, 0, neighbours);
   LeafSumsOfWarp::write(shared, warp, 1, farther);
 }
 
-__device__ __forceinline__ void store_leaf_pairs(char* shared, float scale) {
-  const int warp = opaque(threadIdx.x) / 32, first = warp / WARPS_PER_LEAF * LEAF;
+__device__ __forceinline__ void store_leaf_pairs(char* shared, int warp, float scale) {
+  const int first = warp / WARPS_PER_LEAF * LEAF;
   float* corner = reinterpret_cast<float*>(shared + Shared::corner) + first * 17 + first % 16;
   if (warp % WARPS_PER_LEAF == 0) {
     for_neighbours(
@@ -202,8 +204,8 @@ __device__ __forceinline__ void store_leaf_pairs(char* shared, float scale) {
 }
 
 // Akk and Aqk between the halves of each group of each level, on tensor cores. A task is 16 rows of one level. scale: of Aqk, 1 if q^ has it.
-__device__ __forceinline__ void tree_pairs(char* shared, float scale) {
-  for (int task = opaque(threadIdx.x / 32); task < LEVELS * BLOCKS; task += WARPS) {
+__device__ __forceinline__ void tree_pairs(char* shared, int warp, float scale) {
+  for (int task = warp; task < LEVELS * BLOCKS; task += WARPS) {
     const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
     const char* tree = shared + Shared::tree + level * Level::bytes;
     const int group = rows >> (bits + 1), columns = (half + 15) / 16, first = group << bits & ~15;
@@ -410,17 +412,16 @@ __device__ __forceinline__ void find_amax(char* shared, const Half* v, const Spa
   }
 }
 
-// A thread's two channels and its leaf, computed again, so that no address computed from them is kept in registers.
-__device__ __forceinline__ void place(int& channel, int& leaf) {
-  const int thread = opaque(threadIdx.x);
-  channel = thread % (D / 2) * 2;
-  leaf = thread / (D / 2);
+// A thread's two channels and its leaf. The channels are computed again, so that no address computed from them is kept in registers.
+__device__ __forceinline__ void place(int warp, int& channel, int& leaf) {
+  channel = warp % WARPS_PER_LEAF * 64 + 2 * (opaque(threadIdx.x) % 32);
+  leaf = warp / WARPS_PER_LEAF;
 }
 
 // Writes the operands of all levels. They and their factors are rounded to float16.
-__device__ __forceinline__ void write_levels(char* tree, const Gates& gates, const unsigned (&reaches)[LEVELS], const Leaf<float16>& q, const Leaf<float16>& k) {
+__device__ __forceinline__ void write_levels(char* tree, int warp, const Gates& gates, const unsigned (&reaches)[LEVELS], const Leaf<float16>& q, const Leaf<float16>& k) {
   int channel, leaf;
-  place(channel, leaf);
+  place(warp, channel, leaf);
   unsigned near[LEAF];  // products inside the leaf
   gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { near[i] = pack(float16{}, f); });
 #pragma unroll
@@ -433,9 +434,9 @@ __device__ __forceinline__ void write_levels(char* tree, const Gates& gates, con
 }
 
 // Writes k_in, qg and kg. Their factors are rounded to float16 too.
-__device__ __forceinline__ void write_workspace(char* workspace, const Gates& gates, const Reach& reach, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
+__device__ __forceinline__ void write_workspace(char* workspace, int warp, const Gates& gates, const Reach& reach, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
   int channel, leaf;
-  place(channel, leaf);
+  place(warp, channel, leaf);
   auto write = [&](int matrix, int i, float2 factor, const Leaf<float16>& x) {
     char* at = workspace + static_cast<unsigned>(Rows::offset(leaf * LEAF + i, channel)) + matrix;
     *reinterpret_cast<unsigned*>(at) = product_of_pairs(float16{}, pack(float16{}, factor), x.pair[i]);
@@ -458,7 +459,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
   float* const betas = reinterpret_cast<float*>(shared + Shared::beta);
   auto beta_of = [&](int token, const Span& span, int item) { return token < span.tokens ? beta[static_cast<long long>(span.start + token) * heads + item % heads] : 0.f; };
 
-  if (HELPERS > 0 && threadIdx.x >= THREADS) {
+#if LEAF_PRODUCTS
+  const int warp = warp_number();
+#else
+  const int warp = 0;  // not used
+#endif
+  if (HELPERS > 0 && warp >= WARPS) {
     int turn = 0;
 #pragma unroll 1
     for (int item = blockIdx.x; item < items; item += gridDim.x, turn ^= 1) {
@@ -485,8 +491,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
   Leaf<float> nats;
   Leaf<Element> qs, ks;
   float own_beta = 0.f;  // of token threadIdx.x
-  auto ask = [&](int item) {
+  auto ask = [&](int item, Leaf<Element>& qs, Leaf<Element>& ks) {
+#if LEAF_PRODUCTS
+    int channel, leaf;
+    place(warp, channel, leaf);
+#else
     const int channel = opaque(threadIdx.x) % (D / 2) * 2, leaf = opaque(threadIdx.x) / (D / 2);
+#endif
     const Span span = span_of(item / heads, length, spans);
     exists = span.tokens > 0;
     if (!exists) return;
@@ -495,14 +506,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     ks.read(k, span, heads, item % heads, leaf, channel);
     if (HELPERS == 0 && threadIdx.x < C) own_beta = beta_of(threadIdx.x, span, item);
   };
-  ask(blockIdx.x);
+  ask(blockIdx.x, qs, ks);
 #if LEAF_PRODUCTS
   Leaf<float16> queries = in_float16(qs), keys = in_float16(ks);
 #endif
 #pragma unroll 1
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     if (!exists) {
-      if (item + gridDim.x < items) ask(item + gridDim.x);
+#if LEAF_PRODUCTS
+      Leaf<Element> qs{}, ks{};  // not those outside the loop, which would be kept in registers beside the rounded ones
+#endif
+      if (item + gridDim.x < items) ask(item + gridDim.x, qs, ks);
 #if LEAF_PRODUCTS
       queries = in_float16(qs), keys = in_float16(ks);
 #endif
@@ -510,7 +524,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     }
 #if LEAF_PRODUCTS
     int channel = 0, leaf = 0;
-    place(channel, leaf);
+    place(warp, channel, leaf);
 #endif
     char* workspace = workspace_of(item);
     if (HELPERS == 0 && threadIdx.x < C) {
@@ -523,7 +537,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     wait_for_workers();  // they have computed the products of the item before, and without helpers copied its pairs
 
 #if LEAF_PRODUCTS
-    place(channel, leaf);
+    place(warp, channel, leaf);
 #endif
     const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
     Reach reach;
@@ -545,9 +559,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     reach.after = exp2_fast(reach.after);
 #if LEAF_PRODUCTS
     __syncwarp();
-    write_workspace(workspace, gates, reach, queries, keys, scale);
+    write_workspace(workspace, warp, gates, reach, queries, keys, scale);
     __syncwarp();
-    write_levels(shared + Shared::tree, gates, near_halves, queries, keys);
+    write_levels(shared + Shared::tree, warp, gates, near_halves, queries, keys);
     __syncwarp();
 #else
     float2 near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
@@ -577,21 +591,26 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, near_k[j]));
 #endif
 #if LEAF_PRODUCTS
-    multiply_leaf(shared, gates, queries, keys);
+    multiply_leaf(shared, warp, gates, queries, keys);
 #else
     leaf_pairs(shared, leaf, gates, qs, ks, scale);
 #endif
+#if !LEAF_PRODUCTS
     workspace = workspace_of(opaque(item));  // computed again, to save registers
+#endif
     if constexpr (HELPERS > 0) whole_decay(shared, workspace);
-    if (item + gridDim.x < items) ask(item + gridDim.x);
+#if LEAF_PRODUCTS
+    Leaf<Element> qs{}, ks{};
+#endif
+    if (item + gridDim.x < items) ask(item + gridDim.x, qs, ks);
     if constexpr (HELPERS == 0) {
       __syncthreads();
     } else {
       wait_at_barrier(FREE, THREADS + HELPERS);  // the helpers have read the matrices of the item before
     }
-    tree_pairs(shared, LEAF_PRODUCTS ? scale : 1.f);
+    tree_pairs(shared, LEAF_PRODUCTS ? warp : opaque(threadIdx.x / 32), LEAF_PRODUCTS ? scale : 1.f);
 #if LEAF_PRODUCTS
-    store_leaf_pairs(shared, scale);
+    store_leaf_pairs(shared, warp, scale);
     queries = in_float16(qs), keys = in_float16(ks);
 #endif
     if constexpr (HELPERS == 0) {

@@ -18,8 +18,8 @@ HERE = Path(__file__).parent
 LEAF = 8
 WARPGROUPS = True  # whether the inter-chunk kernels use wgmma where there is one (sm_90a)
 LEAF_PRODUCTS = True  # whether intra_chunk_fwd computes the pairs inside a leaf on tensor cores there
-HELPER_WARPS = 0  # of intra_chunk_fwd there, that invert; 0: all warps do
-FINDS_AMAX = False  # whether they also find the largest |v|, instead of amax.cu
+HELPER_WARPS = 2  # of intra_chunk_fwd there, that invert; 0: all warps do
+FINDS_AMAX = True  # whether they also find the largest |v|, instead of amax.cu
 MAX_STAGES = 3  # chunks in the shared memory of an inter-chunk kernel: one is computed on, the others are being fetched
 INTER_CHUNK = ("inter_chunk_fwd", "inter_chunk_bwd")
 
