@@ -97,7 +97,7 @@ struct LeafProducts {
 // Calls of_k(i, j, a) and of_q(i, j, a) with the sums over channels a_ij of tokens i and j that a lane has.
 template <class OfK, class OfQ>
 __device__ __forceinline__ void for_neighbours(const LeafSums& sums, OfK of_k, OfQ of_q) {
-  const int row = lane_row(), m = row % 4, column = lane_id() % 4;
+  const int lane = opaque(lane_id()), row = lane / 4, m = row % 4, column = lane % 4;
   if (column == m) {
     if (row < 4) {
       of_k(2 * m + 1, 2 * m, sums.top.x);
@@ -111,7 +111,7 @@ __device__ __forceinline__ void for_neighbours(const LeafSums& sums, OfK of_k, O
 // The same with two neighbouring tokens j at a time: of_k(i, j, (a_ij, a_i(j+1))).
 template <class OfK, class OfQ>
 __device__ __forceinline__ void for_farther(const LeafSums& sums, OfK of_k, OfQ of_q) {
-  const int row = lane_row(), m = row % 4, column = lane_id() % 4;
+  const int lane = opaque(lane_id()), row = lane / 4, m = row % 4, column = lane % 4;
   const bool far = column >= 2;  // n = 4
   if (!far && column != m / 2) return;  // tokens of two groups
   const int i = far ? 4 + m : 2 + m + m / 2 * 2, j = far ? 2 * column - 4 : 4 * column;

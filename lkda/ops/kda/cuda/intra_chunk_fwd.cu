@@ -160,7 +160,7 @@ __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& 
 // The sums of one warp over its 64 channels, in the place of its operands.
 struct LeafSumsOfWarp {
   static __device__ __forceinline__ float4* at(char* shared, int warp, int product) {
-    return reinterpret_cast<float4*>(shared + Shared::leaf_operands + warp * LeafProducts::bytes) + product * 32 + lane_id();
+    return reinterpret_cast<float4*>(shared + Shared::leaf_operands + warp * LeafProducts::bytes) + product * 32 + opaque(lane_id());
   }
   static __device__ __forceinline__ void write(char* shared, int warp, int product, const LeafSums& sums) {
     *at(shared, warp, product) = {sums.top.x, sums.top.y, sums.bottom.x, sums.bottom.y};
@@ -281,7 +281,7 @@ __device__ __forceinline__ void invert_leaves(char* shared, const float* betas) 
     if (threadIdx.x < C) invert_column(shared, betas, threadIdx.x);
   } else {
 #pragma unroll 1
-    for (int column = team_thread(); column < C; column += TEAM) invert_column(shared, betas, column);
+    for (int first = 0; first < C; first += TEAM) invert_column(shared, betas, first + team_thread());
   }
 }
 
@@ -400,7 +400,7 @@ __device__ __forceinline__ void invert(char* shared, const float* betas, char* w
 // Writes the largest |v| of a chunk. The helpers do not wait for each other again until `turn` has changed.
 template <class Half>
 __device__ __forceinline__ void find_amax(char* shared, const Half* v, const Span& span, int heads, int head, int turn, float* amax) {
-  const float x = amax_in_warp(packed_amax_of(v, span, heads, head, team_thread(), HELPERS));
+  const float x = amax_in_warp(packed_amax_of<HELPERS>(v, span, heads, head, team_thread()));
   float* of_warps = reinterpret_cast<float*>(shared + Shared::amax) + turn * HELPER_WARPS;
   const int warp = team_thread() / 32;
   if (lane_id() == 0) of_warps[warp] = x;
@@ -472,7 +472,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
       if (span.tokens <= 0) continue;
       arrive_at_barrier(FREE, THREADS + HELPERS);
       if constexpr (FINDS_AMAX) find_amax(shared, v, span, heads, item % heads, turn, amax + item);
-      for (int token = team_thread(); token < C; token += HELPERS) {
+#pragma unroll
+      for (int first = 0; first < C; first += HELPERS) {
+        const int token = first + team_thread();
         const float x = beta_of(token, span, item);
         betas[token] = x;
         reinterpret_cast<float*>(workspace_of(item) + ChunkWorkspace::beta)[token] = x;
@@ -591,18 +593,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, near_k[j]));
 #endif
 #if LEAF_PRODUCTS
+    Leaf<Element> qs{}, ks{};
+    nats = {};  // so that those of this item need no registers any more, whether there is a next one or not
+    if (item + gridDim.x < items) ask(item + gridDim.x, qs, ks);
     multiply_leaf(shared, warp, gates, queries, keys);
 #else
     leaf_pairs(shared, leaf, gates, qs, ks, scale);
-#endif
-#if !LEAF_PRODUCTS
     workspace = workspace_of(opaque(item));  // computed again, to save registers
+    if (item + gridDim.x < items) ask(item + gridDim.x, qs, ks);
 #endif
     if constexpr (HELPERS > 0) whole_decay(shared, workspace);
-#if LEAF_PRODUCTS
-    Leaf<Element> qs{}, ks{};
-#endif
-    if (item + gridDim.x < items) ask(item + gridDim.x, qs, ks);
     if constexpr (HELPERS == 0) {
       __syncthreads();
     } else {
