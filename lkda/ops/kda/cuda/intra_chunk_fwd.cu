@@ -500,12 +500,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
 #else
     const int channel = opaque(threadIdx.x) % (D / 2) * 2, leaf = opaque(threadIdx.x) / (D / 2);
 #endif
-    const Span span = span_of(item / heads, length, spans);
+    const int chunk = static_cast<unsigned>(item) / static_cast<unsigned>(heads), head = item - chunk * heads;
+    const Span span = span_of(chunk, length, spans);
     exists = span.tokens > 0;
     if (!exists) return;
-    nats.read(g, span, heads, item % heads, leaf, channel);
-    qs.read(q, span, heads, item % heads, leaf, channel);
-    ks.read(k, span, heads, item % heads, leaf, channel);
+    nats.read(g, span, heads, head, leaf, channel);
+    qs.read(q, span, heads, head, leaf, channel);
+    ks.read(k, span, heads, head, leaf, channel);
     if (HELPERS == 0 && threadIdx.x < C) own_beta = beta_of(threadIdx.x, span, item);
   };
   ask(blockIdx.x, qs, ks);
@@ -563,6 +564,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     __syncwarp();
     write_workspace(workspace, warp, gates, reach, queries, keys, scale);
     __syncwarp();
+    Leaf<Element> qs{}, ks{};
+    nats = {};  // so that those of this item need no registers any more, whether there is a next one or not
+    if (item + gridDim.x < items) ask(item + gridDim.x, qs, ks);
     write_levels(shared + Shared::tree, warp, gates, near_halves, queries, keys);
     __syncwarp();
 #else
@@ -593,9 +597,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, near_k[j]));
 #endif
 #if LEAF_PRODUCTS
-    Leaf<Element> qs{}, ks{};
-    nats = {};  // so that those of this item need no registers any more, whether there is a next one or not
-    if (item + gridDim.x < items) ask(item + gridDim.x, qs, ks);
     multiply_leaf(shared, warp, gates, queries, keys);
 #else
     leaf_pairs(shared, leaf, gates, qs, ks, scale);
