@@ -137,9 +137,7 @@ class IntraChunkFwd:
         shared_bytes = layout.intra_chunk_fwd_shared(products, helper_warps)
         room = layout.room(shared_bytes, arch)
         choices = {"LEAF_PRODUCTS": int(products), "HELPER_WARPS": helper_warps, "FINDS_AMAX": int(self.finds_amax)}
-        module = Module(
-            HERE / "intra_chunk_fwd.cu", layout.defines | room | choices | {"VALUE": ELEMENTS[dtype]}
-        )
+        module = Module(HERE / "intra_chunk_fwd.cu", layout.defines | room | choices | {"VALUE": ELEMENTS[dtype]})
         module.precompile_with = lambda: (
             intra_chunk_bwd_kernel(D, dtype, arch, query).module,
             *(inter_chunk_kernel(name, D, dtype, arch, "whole").kernel.module for name in INTER_CHUNK),
