@@ -62,6 +62,7 @@ __device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, s
 constexpr int TEAM = HELPERS > 0 ? HELPERS : THREADS;
 
 __device__ __forceinline__ int team_thread() { return opaque(threadIdx.x) - (HELPERS > 0 ? THREADS : 0); }
+__device__ __forceinline__ int team_warp() { return HELPERS > 0 ? team_thread() / 32 : opaque(threadIdx.x / 32); }
 __device__ __forceinline__ void wait_for_team() {
   if constexpr (HELPERS == 0) {
     __syncthreads();
@@ -339,7 +340,7 @@ __device__ __forceinline__ void merge_leaves(char* shared, const float* betas) {
 template <int HALF>
 __device__ __forceinline__ void merge(char* shared, const float* beta) {
   constexpr int N = HALF / 16;
-  for (int task = team_thread() / 32; task < C / (2 * HALF) * N; task += TEAM / 32) {
+  for (int task = team_warp(); task < C / (2 * HALF) * N; task += TEAM / 32) {
     const int upper = task / N * 2 * HALF, lower = upper + HALF, column = upper + task % N * 16;
     Sum x[N];
     Block<Operand> weighted[N];  // X^T B_2
@@ -402,7 +403,7 @@ template <class Half>
 __device__ __forceinline__ void find_amax(char* shared, const Half* v, const Span& span, int heads, int head, int turn, float* amax) {
   const float x = amax_in_warp(packed_amax_of<HELPERS>(v, span, heads, head, team_thread()));
   float* of_warps = reinterpret_cast<float*>(shared + Shared::amax) + turn * HELPER_WARPS;
-  const int warp = team_thread() / 32;
+  const int warp = team_warp();
   if (lane_id() == 0) of_warps[warp] = x;
   wait_for_team();
   if (team_thread() == 0) {
@@ -500,14 +501,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
 #else
     const int channel = opaque(threadIdx.x) % (D / 2) * 2, leaf = opaque(threadIdx.x) / (D / 2);
 #endif
+#if LEAF_PRODUCTS  // without signs, which would take registers
     const int chunk = static_cast<unsigned>(item) / static_cast<unsigned>(heads), head = item - chunk * heads;
+#else
+    const int chunk = item / heads, head = item % heads;
+#endif
     const Span span = span_of(chunk, length, spans);
     exists = span.tokens > 0;
     if (!exists) return;
     nats.read(g, span, heads, head, leaf, channel);
     qs.read(q, span, heads, head, leaf, channel);
     ks.read(k, span, heads, head, leaf, channel);
-    if (HELPERS == 0 && threadIdx.x < C) own_beta = beta_of(threadIdx.x, span, item);
+    if (HELPERS == 0 && threadIdx.x < C) own_beta = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
   };
   ask(blockIdx.x, qs, ks);
 #if LEAF_PRODUCTS
@@ -529,6 +534,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
     int channel = 0, leaf = 0;
     place(warp, channel, leaf);
 #endif
+    auto workspace_of = [&](int item) { return workspaces + static_cast<long long>(item) * ChunkWorkspace::bytes; };
     char* workspace = workspace_of(item);
     if (HELPERS == 0 && threadIdx.x < C) {
       betas[threadIdx.x] = own_beta;
@@ -549,7 +555,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + HELPERS, RESIDENT) kda_in
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
       near[level] = reach.at(level, leaf);
+#if LEAF_PRODUCTS
       near_halves[level] = pack(float16{}, near[level]);
+#endif
 #if LEAF_PRODUCTS
       reach.widen_both(leaf_logs, level, leaf, channel);
 #elif __CUDA_ARCH__ < 900  // for fewer registers; the compiler for later architectures does better without it

@@ -136,8 +136,9 @@ class IntraChunkFwd:
         self.finds_amax = FINDS_AMAX and helper_warps > 0
         shared_bytes = layout.intra_chunk_fwd_shared(products, helper_warps)
         room = layout.room(shared_bytes, arch)
+        value = ELEMENTS[dtype if self.finds_amax else query or dtype]  # of v, which is read only then
         choices = {"LEAF_PRODUCTS": int(products), "HELPER_WARPS": helper_warps, "FINDS_AMAX": int(self.finds_amax)}
-        module = Module(HERE / "intra_chunk_fwd.cu", layout.defines | room | choices | {"VALUE": ELEMENTS[dtype]})
+        module = Module(HERE / "intra_chunk_fwd.cu", layout.defines | room | choices | {"VALUE": value})
         module.precompile_with = lambda: (
             intra_chunk_bwd_kernel(D, dtype, arch, query).module,
             *(inter_chunk_kernel(name, D, dtype, arch, "whole").kernel.module for name in INTER_CHUNK),
@@ -152,6 +153,10 @@ def intra_chunk_fwd(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | 
 
 def intra_chunk_fwd_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
     return intra_chunk_fwd(D, dtype, arch, query).kernel
+
+
+def _finds_amax(D: int, arch: str) -> bool:
+    return intra_chunk_fwd(D, torch.bfloat16, arch).finds_amax
 
 
 class InterChunkKernel:
@@ -239,6 +244,7 @@ def kernels(arch: str) -> list[Kernel]:
     ]
     return (
         intra_chunk
+        + [intra_chunk_fwd_kernel(D, torch.bfloat16, arch, torch.float16) for D in HEAD_DIMS if _finds_amax(D, arch)]
         + [intra_chunk_bwd_kernel(D, torch.bfloat16, arch, torch.float16) for D in HEAD_DIMS]
         + inter_chunk
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
