@@ -72,7 +72,7 @@ def launch_forward(
     o, final_state = empty_results(v, cu_seqlens)
     saved = empty_bytes(plan.saved, q.device) if save else None
     states, v_tilde, transitions, v_scales = (None,) * 4 if saved is None else plan.saved_parts(saved)
-    first = (plan.amax_of_v(v, spans, workspaces), initial_state)
+    first = (plan.amax_in(workspaces), initial_state)
     shape = (bounds, plan.sequences, T, H, plan.segments, int(plan.optional))
     entering: Tensor | int | None = initial_state
     forgotten: int | None = None
@@ -94,11 +94,9 @@ def launch_forward(
 def launch_intra_chunk_fwd(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, plan: Plan, spans: Tensor | None, scale: float
 ) -> Tensor:
-    """The workspaces. The end of the memory is for the amax of v, see `Plan.amax_of_v`."""
-    _, T, H, _ = q.shape
+    """The workspaces, and after them the amax of v, see `Sizes.workspaces`."""
     workspaces = empty_bytes(plan.workspaces, q.device)
-    amax = plan.amax_in(workspaces)
-    plan.intra_chunk_fwd(q, k, v, g, beta, workspaces, amax, spans, plan.items, T, H, scale)
+    plan.intra_chunk_fwd(q, k, v, g, beta, workspaces, spans, scale)
     return workspaces
 
 

@@ -91,8 +91,6 @@ class Sizes:
 class Plan(Sizes):
     """Sizes, and a launch for each kernel on a device: a function of the kernel's arguments alone.
 
-    `finds_amax_of_v`: whether `intra_chunk_fwd` finds the amax of v too.
-
     Args:
         shape, dtype: of v, [B, T, H, D].
         N: the number of packed sequences; None where each row of the batch is one.
@@ -125,8 +123,8 @@ class Plan(Sizes):
         part = "segment" if segments > 1 and "segment" in parts_of(D) else "whole"
         resident_blocks = min(self.items, multiprocessors(device) * layout.resident)
         intra_chunk = intra_chunk_fwd(D, dtype, arch, query)
-        self.intra_chunk_fwd = launch(intra_chunk.kernel, resident_blocks, intra_chunk.threads)
-        self.finds_amax_of_v = intra_chunk.finds_amax
+        self._intra_chunk_fwd = launch(intra_chunk.kernel, resident_blocks, intra_chunk.threads)
+        self._finds_amax_of_v = intra_chunk.helpers
         self.inter_chunk_fwd, self.inter_chunk_bwd = scan("inter_chunk_fwd", part), scan("inter_chunk_bwd", part)
         self.summarize_fwd, self.summarize_bwd = scan("inter_chunk_fwd", "summary"), scan("inter_chunk_bwd", "summary")
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
@@ -135,6 +133,26 @@ class Plan(Sizes):
         if dtype.itemsize == 2:
             self._amax = launch(amax_kernel(D, dtype), -(-self.items // 8), 256)
         self._sequences = launch(sequences_kernel(torch.float32 if layout.operand == 4 else torch.bfloat16), 1, 1024)
+
+    def intra_chunk_fwd(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        workspaces: Tensor,
+        spans: Tensor | None,
+        scale: float,
+    ) -> None:
+        """Writes the workspaces, and the largest |v| of each chunk and head to the end of their memory."""
+        _, T, H, _ = v.shape
+        shape = (spans, self.items, T, H, scale)
+        if self._finds_amax_of_v:
+            self._intra_chunk_fwd(q, k, v, g, beta, workspaces, self.amax_in(workspaces), *shape)
+        else:
+            self._intra_chunk_fwd(q, k, g, beta, workspaces, *shape)
+            self.find_amax(v, spans, workspaces)
 
     def find_amax(self, x: Tensor, spans: Tensor | None, memory: Tensor) -> int:
         """Writes the largest |x| of each chunk and head to the end of `memory` and returns its address.
@@ -145,10 +163,6 @@ class Plan(Sizes):
         if self._amax is not None:
             self._amax(x, self.amax_in(memory), spans, self.items, T, H)
         return self.amax_in(memory)
-
-    def amax_of_v(self, v: Tensor, spans: Tensor | None, workspaces: Tensor) -> int:
-        """The address of the largest |v| of each chunk and head. They are found now if intra_chunk_fwd has not."""
-        return self.amax_in(workspaces) if self.finds_amax_of_v else self.find_amax(v, spans, workspaces)
 
     def chunks(self, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """For packed sequences: bounds [2 (N + 1)] and spans [slots, 4], as sequences.cu describes them. Else Nones."""
