@@ -55,7 +55,7 @@ __device__ __forceinline__ void tree_pairs(char* shared, int warp, float scale) 
 // T and T~ of the 8x8 diagonal blocks, by substitution in float32. A call computes one column c of a block:
 //   T~_ic = -sum_{c <= j < i} Akk_ij T_jc,    T_ic = [i = c] + beta_i T~_ic
 template <class Shared>
-__device__ __forceinline__ void invert_column(char* shared, int column) {
+__device__ __forceinline__ void invert_column(char* shared, unsigned column) {
   const int leaf = column / LEAF, c = column % LEAF, first = leaf * LEAF;
   const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + first * 17 + leaf % 2 * LEAF;
   const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + first;

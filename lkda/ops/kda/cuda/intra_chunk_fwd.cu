@@ -122,6 +122,11 @@ __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& 
   }
 }
 
+__device__ __forceinline__ void invert_leaves(char* shared) {
+  if (threadIdx.x >= C) return;
+  invert_column<Shared>(shared, threadIdx.x);
+}
+
 // q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. workspaces: [chunks, H] ChunkWorkspace, result. An item is
 // one chunk of one head, items = chunks x H. A block takes item blockIdx.x, then every gridDim.x-th, and reads the inputs of the
 // next one while it computes.
@@ -208,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     __syncthreads();
     tree_pairs<Shared, WARPS>(shared, opaque(threadIdx.x / 32), 1.f);
     __syncthreads();  // T and T~ take the place of the level tiles
-    if (threadIdx.x < C) invert_column<Shared>(shared, threadIdx.x);
+    invert_leaves(shared);
     whole_decay<Shared>(shared, 2 * (opaque(threadIdx.x) - C), workspace);  // by the threads that invert nothing
     __syncthreads();
     spread_leaves<Shared, THREADS>(shared, opaque(threadIdx.x));

@@ -48,6 +48,10 @@ struct Arguments {
   int items, length, heads;
   float scale;
 
+  // 0 past the end.
+  __device__ __forceinline__ float beta_of(int token, const Span& span, int item) const {
+    return token < span.tokens ? beta[static_cast<long long>(span.start + token) * heads + item % heads] : 0.f;
+  }
   __device__ __forceinline__ char* workspace(int item) const { return workspaces + static_cast<long long>(item) * ChunkWorkspace::bytes; }
 };
 
@@ -57,8 +61,8 @@ __device__ __forceinline__ int helper() { return opaque(threadIdx.x) - WORKERS; 
 __device__ __forceinline__ void wait_for_helpers() { wait_at_barrier(AMONG_HELPERS, HELPERS); }
 
 // Writes the largest |v| of an item. `turn` changes with each item, so that no warp waits until the one before has been read.
-__device__ __forceinline__ void find_amax(char* shared, const Arguments& given, const Span& span, int item, int turn) {
-  const float x = amax_in_warp(packed_amax_of<HELPERS>(given.v, span, given.heads, item % given.heads, helper()));
+__device__ __forceinline__ void find_amax(char* shared, const Arguments& given, const Span& span, int head, int turn, float* amax) {
+  const float x = amax_in_warp(packed_amax_of<HELPERS>(given.v, span, given.heads, head, helper()));
   float* of_warps = reinterpret_cast<float*>(shared + Shared::amax) + turn * HELPER_WARPS;
   const int warp = helper() / 32;
   if (lane_id() == 0) of_warps[warp] = x;
@@ -66,16 +70,16 @@ __device__ __forceinline__ void find_amax(char* shared, const Arguments& given, 
   if (helper() == 0) {
     float largest = of_warps[0];
     for (int w = 1; w < HELPER_WARPS; ++w) largest = fmaxf(largest, of_warps[w]);
-    given.amax[item] = largest;
+    *amax = largest;
   }
 }
 
-// Copies beta of an item to shared memory and to the workspace, 0 past the end.
+// Copies beta of an item to shared memory and to the workspace.
 __device__ __forceinline__ void copy_beta(char* shared, const Arguments& given, const Span& span, int item) {
 #pragma unroll
   for (int first = 0; first < C; first += HELPERS) {
     const int token = first + helper();
-    const float x = token < span.tokens ? given.beta[static_cast<long long>(span.start + token) * given.heads + item % given.heads] : 0.f;
+    const float x = given.beta_of(token, span, item);
     reinterpret_cast<float*>(shared + Shared::beta)[token] = x;
     reinterpret_cast<float*>(given.workspace(item) + ChunkWorkspace::beta)[token] = x;
   }
@@ -103,7 +107,7 @@ __device__ __forceinline__ void help(char* shared, const Arguments& given) {
     const Span span = span_of(item / given.heads, given.length, given.spans);
     if (span.tokens <= 0) continue;
     arrive_at_barrier(FREE, WORKERS + HELPERS);
-    find_amax(shared, given, span, item, turn);
+    find_amax(shared, given, span, item % given.heads, turn, given.amax + item);
     copy_beta(shared, given, span, item);
     wait_at_barrier(FILLED, WORKERS + HELPERS);
     invert(shared, given.workspace(item));
@@ -119,32 +123,17 @@ struct Place {
   __device__ __forceinline__ explicit Place(int warp) : channel(warp % 2 * 64 + 2 * (opaque(threadIdx.x) % 32)), leaf(warp / 2) {}
 };
 
-// What a worker reads of an item.
-struct Inputs {
-  bool exists = false;
-  Leaf<float> nats;
-  Leaf<Element> q, k;
-
-  __device__ __forceinline__ void read(const Arguments& given, int item, int warp) {
-    const Place at(warp);
-    const int chunk = static_cast<unsigned>(item) / static_cast<unsigned>(given.heads), head = item - chunk * given.heads;  // without signs, which would take registers
-    const Span span = span_of(chunk, given.length, given.spans);
-    exists = span.tokens > 0;
-    if (!exists) return;
-    nats.read(given.g, span, given.heads, head, at.leaf, at.channel);
-    q.read(given.q, span, given.heads, head, at.leaf, at.channel);
-    k.read(given.k, span, given.heads, head, at.leaf, at.channel);
-  }
-};
-
-// What a worker computes with: the logs of the gates in nats, and q and k in float16.
-struct Item {
-  bool exists;
-  Leaf<float> nats;
-  Leaf<float16> q, k;
-
-  __device__ __forceinline__ explicit Item(const Inputs& inputs) : exists(inputs.exists), nats(inputs.nats), q(in_float16(inputs.q)), k(in_float16(inputs.k)) {}
-};
+// Reads what a worker needs of an item. exists: whether it has tokens; if not, nothing is read.
+__device__ __forceinline__ void read(const Arguments& given, int item, int warp, bool& exists, Leaf<float>& nats, Leaf<Element>& q, Leaf<Element>& k) {
+  const Place at(warp);
+  const int chunk = static_cast<unsigned>(item) / static_cast<unsigned>(given.heads), head = item - chunk * given.heads;  // without signs, which would take registers
+  const Span span = span_of(chunk, given.length, given.spans);
+  exists = span.tokens > 0;
+  if (!exists) return;
+  nats.read(given.g, span, given.heads, head, at.leaf, at.channel);
+  q.read(given.q, span, given.heads, head, at.leaf, at.channel);
+  k.read(given.k, span, given.heads, head, at.leaf, at.channel);
+}
 
 // The factors of a worker's leaf: between its tokens, from it to the boundaries on each level, and to the ends of the chunk.
 struct Factors {
@@ -171,29 +160,29 @@ struct Factors {
 };
 
 // Writes k_in, qg and kg. They and their factors are rounded to float16.
-__device__ __forceinline__ void write_workspace(char* workspace, int warp, const Factors& factors, const Item& item, float scale) {
+__device__ __forceinline__ void write_workspace(char* workspace, int warp, const Factors& factors, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
   const Place place(warp);
   auto write = [&](int matrix, int i, float2 factor, const Leaf<float16>& x) {
     char* at = workspace + static_cast<unsigned>(Rows::offset(place.leaf * LEAF + i, place.channel)) + matrix;
     *reinterpret_cast<unsigned*>(at) = product_of_pairs(float16{}, pack(float16{}, factor), x.pair[i]);
   };
   factors.gates.rows(factors.reach.before, [&](int i, float2 f) {
-    write(ChunkWorkspace::k_in, i, f, item.k);
-    write(ChunkWorkspace::qg, i, make_float2(scale * f.x, scale * f.y), item.q);
+    write(ChunkWorkspace::k_in, i, f, k);
+    write(ChunkWorkspace::qg, i, make_float2(scale * f.x, scale * f.y), q);
   });
-  factors.gates.columns(factors.reach.after, [&](int j, float2 f) { write(ChunkWorkspace::kg, j, f, item.k); });
+  factors.gates.columns(factors.reach.after, [&](int j, float2 f) { write(ChunkWorkspace::kg, j, f, k); });
 }
 
 // Writes the operands of all levels. They and their factors are rounded to float16.
-__device__ __forceinline__ void write_levels(char* shared, int warp, const Factors& factors, const Item& item) {
+__device__ __forceinline__ void write_levels(char* shared, int warp, const Factors& factors, const Leaf<float16>& q, const Leaf<float16>& k) {
   const Place place(warp);
   char* tree = shared + Shared::tree;
   unsigned inside[LEAF];  // products inside the leaf
   factors.gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { inside[i] = pack(float16{}, f); });
 #pragma unroll
   for (int level = 0; level < LEVELS; ++level)
-    if (Level::is_row(level, place.leaf)) Level::write_rows(tree + level * Level::bytes, level, place.leaf, place.channel, factors.near[level], inside, item.q, item.k);
-  factors.gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { inside[j] = product_of_pairs(float16{}, pack(float16{}, f), item.k.pair[j]); });
+    if (Level::is_row(level, place.leaf)) Level::write_rows(tree + level * Level::bytes, level, place.leaf, place.channel, factors.near[level], inside, q, k);
+  factors.gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { inside[j] = product_of_pairs(float16{}, pack(float16{}, f), k.pair[j]); });
 #pragma unroll
   for (int level = 0; level < LEVELS; ++level)
     if (!Level::is_row(level, place.leaf)) Level::write_columns(tree + level * Level::bytes, level, place.leaf, place.channel, factors.near[level], inside);
@@ -215,8 +204,8 @@ struct LeafSumsOfWarp {
 };
 
 // Akk and Aqk inside a leaf, as far as a warp has its channels. They are stored after a barrier, by store_leaf_pairs.
-__device__ __forceinline__ void multiply_leaf(char* shared, int warp, const Gates& gates, const Item& item) {
-  const LeafProducts products(shared + Shared::leaf_operands + warp * LeafProducts::bytes, gates, item.q, item.k);
+__device__ __forceinline__ void multiply_leaf(char* shared, int warp, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k) {
+  const LeafProducts products(shared + Shared::leaf_operands + warp * LeafProducts::bytes, gates, q, k);
   const LeafSums neighbours = products.neighbours(), farther = products.farther(gates);
   LeafSumsOfWarp::write(shared, warp, 0, neighbours);
   LeafSumsOfWarp::write(shared, warp, 1, farther);
@@ -230,7 +219,8 @@ __device__ __forceinline__ void store_leaf_pairs(char* shared, int warp, float s
     for_neighbours(
         LeafSumsOfWarp::read(shared, warp, 0), [&](int i, int j, float a) { corner[i * 17 + j] = a; },
         [&](int i, int j, float a) { store_one(Square::at(shared + Shared::pairs, first + i, first + j), scale * a); });
-  } else {
+  }
+  if (warp % 2 == 1) {
     for_farther(
         LeafSumsOfWarp::read(shared, warp, 1),
         [&](int i, int j, float2 a) {
@@ -242,33 +232,35 @@ __device__ __forceinline__ void store_leaf_pairs(char* shared, int warp, float s
 }
 
 __device__ __forceinline__ void work(char* shared, const Arguments& given, int warp) {
-  Inputs first;
-  first.read(given, blockIdx.x, warp);
-  Item item(first);
+  bool exists = false;
+  Leaf<float> nats;
+  Leaf<Element> first_q, first_k;
+  read(given, blockIdx.x, warp, exists, nats, first_q, first_k);
+  Leaf<float16> q = in_float16(first_q), k = in_float16(first_k);
 #pragma unroll 1
-  for (int n = blockIdx.x; n < given.items; n += gridDim.x) {
-    Inputs next{};
-    const bool more = n + gridDim.x < given.items;
-    if (!item.exists) {
-      if (more) next.read(given, n + gridDim.x, warp);
-      item = Item(next);
+  for (int item = blockIdx.x; item < given.items; item += gridDim.x) {
+    if (!exists) {
+      Leaf<Element> next_q{}, next_k{};  // a new one for each item, because one that is kept takes registers
+      if (item + gridDim.x < given.items) read(given, item + gridDim.x, warp, exists, nats, next_q, next_k);
+      q = in_float16(next_q), k = in_float16(next_k);
       continue;
     }
-    char* workspace = given.workspace(n);
-    const Factors factors(shared, item.nats, warp);
+    char* workspace = given.workspace(item);
+    const Factors factors(shared, nats, warp);
     __syncwarp();
-    write_workspace(workspace, warp, factors, item, given.scale);
+    write_workspace(workspace, warp, factors, q, k, given.scale);
     __syncwarp();
-    if (more) next.read(given, n + gridDim.x, warp);
-    write_levels(shared, warp, factors, item);
+    Leaf<Element> next_q{}, next_k{};
+    nats = {};  // so that those of this item need no registers any more, whether there is a next one or not
+    if (item + gridDim.x < given.items) read(given, item + gridDim.x, warp, exists, nats, next_q, next_k);
+    write_levels(shared, warp, factors, q, k);
     __syncwarp();
-    multiply_leaf(shared, warp, factors.gates, item);
-    const int channel = 2 * opaque(threadIdx.x);
-    if (channel < D) whole_decay<Shared>(shared, channel, workspace);
+    multiply_leaf(shared, warp, factors.gates, q, k);
+    whole_decay<Shared>(shared, 2 * opaque(threadIdx.x), workspace);  // by the first of them
     wait_at_barrier(FREE, WORKERS + HELPERS);
     tree_pairs<Shared, WORKER_WARPS>(shared, warp, given.scale);
     store_leaf_pairs(shared, warp, given.scale);
-    item = Item(next);
+    q = in_float16(next_q), k = in_float16(next_k);
     arrive_at_barrier(FILLED, WORKERS + HELPERS);
   }
 }
@@ -282,9 +274,9 @@ extern "C" __global__ void __launch_bounds__(WORKERS + HELPERS, RESIDENT) kda_in
   char* shared = reinterpret_cast<char*>(shared_memory);
   const Arguments given = {q, k, v, g, beta, workspaces, amax, spans, items, length, heads, scale};
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // which the compiler knows to be equal in all lanes
-  if (warp < WORKER_WARPS) {
-    work(shared, given, warp);
-  } else {
+  if (warp >= WORKER_WARPS) {
     help(shared, given);
+    return;
   }
+  work(shared, given, warp);
 }
