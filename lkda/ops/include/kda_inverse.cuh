@@ -54,8 +54,8 @@ __device__ __forceinline__ void tree_pairs(char* shared, int warp, float scale) 
 
 // T and T~ of the 8x8 diagonal blocks, by substitution in float32. A call computes one column c of a block:
 //   T~_ic = -sum_{c <= j < i} Akk_ij T_jc,    T_ic = [i = c] + beta_i T~_ic
-template <class Shared>
-__device__ __forceinline__ void invert_column(char* shared, unsigned column) {
+template <class Shared, class Index>
+__device__ __forceinline__ void invert_column(char* shared, Index column) {
   const int leaf = column / LEAF, c = column % LEAF, first = leaf * LEAF;
   const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + first * 17 + leaf % 2 * LEAF;
   const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + first;
@@ -176,9 +176,10 @@ __device__ __forceinline__ void copy_pairs(const char* shared, int thread, char*
     *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
 }
 
-// exp(G_C) of a thread's two channels.
-template <class Shared>
-__device__ __forceinline__ void whole_decay(const char* shared, int channel, char* workspace) {
+// exp(G_C), by D / 2 threads from number FIRST of the block on.
+template <class Shared, int FIRST>
+__device__ __forceinline__ void whole_decay(const char* shared, char* workspace) {
+  const int channel = 2 * (opaque(threadIdx.x) - FIRST);
   if (channel < 0 || channel >= D) return;
   float2 sum = make_float2(0.f, 0.f);
 #pragma unroll

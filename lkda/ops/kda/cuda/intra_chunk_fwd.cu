@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     tree_pairs<Shared, WARPS>(shared, opaque(threadIdx.x / 32), 1.f);
     __syncthreads();  // T and T~ take the place of the level tiles
     invert_leaves(shared);
-    whole_decay<Shared>(shared, 2 * (opaque(threadIdx.x) - C), workspace);  // by the threads that invert nothing
+    whole_decay<Shared, C>(shared, workspace);  // by threads that invert nothing
     __syncthreads();
     spread_leaves<Shared, THREADS>(shared, opaque(threadIdx.x));
     merge_leaves<Shared, THREADS>(shared, opaque(threadIdx.x));
