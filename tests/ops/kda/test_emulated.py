@@ -14,31 +14,26 @@ from tests.ops.emulation import emulated, kernels_on_the_cpu  # noqa: F401
 from tests.ops.yardstick import kda_truth, outputs_and_gradients
 
 ARCH = "sm_90a"
-OFF = {"WARPGROUPS": False, "LEAF_PRODUCTS": False, "HELPER_WARPS": 0, "FINDS_AMAX": False}
 ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # about twice what the GPU shows
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("dtype", "gate", "segments", "D", "hopper"),
+    ("dtype", "gate", "segments", "D", "warpgroups"),
     [
-        (torch.bfloat16, "slow", 1, 32, OFF),
-        (torch.bfloat16, "resets", 1, 32, OFF),
-        (torch.float32, "slow", 1, 32, OFF),
-        (torch.bfloat16, "slow", 4, 32, OFF),
-        (torch.float16, "slow", 1, 64, OFF),
-        (torch.bfloat16, "fast", 1, 64, OFF | {"LEAF_PRODUCTS": True}),
-        (torch.bfloat16, "resets", 1, 64, OFF | {"LEAF_PRODUCTS": True, "HELPER_WARPS": 2}),
-        (torch.float16, "slow", 1, 64, {}),
-        (torch.bfloat16, "resets", 4, 64, {}),
-        (torch.bfloat16, "fast", 1, 128, {}),
+        (torch.bfloat16, "slow", 1, 32, False),
+        (torch.bfloat16, "resets", 1, 32, False),
+        (torch.float32, "slow", 1, 32, False),
+        (torch.bfloat16, "slow", 4, 32, False),
+        (torch.float16, "slow", 1, 64, True),
+        (torch.bfloat16, "resets", 4, 64, True),
+        (torch.bfloat16, "fast", 1, 128, True),
+        (torch.float16, "resets", 4, 128, True),
     ],
 )
-def test_forward_and_backward(dtype, gate, segments, D, hopper, monkeypatch):
-    """With segments, of two chunks each, the last one shorter and one empty. `hopper`: what is used of sm_90a, all of
-    it if nothing is said."""
-    for name, choice in hopper.items():
-        monkeypatch.setattr(cuda_kernels, name, choice)
+def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch):
+    """With segments, of two chunks each, the last one shorter and one empty."""
+    monkeypatch.setattr(cuda_kernels, "WARPGROUPS", warpgroups)
     B, T, H = 1, 70 if segments == 1 else 300, max(1, 64 // D)
     inputs = kda_inputs(B, T, H, D, D, gate=gate, dtype=dtype)
     q, k, v, g, beta, state = inputs.values()
@@ -72,14 +67,16 @@ def test_forward_and_backward(dtype, gate, segments, D, hopper, monkeypatch):
         return found
 
     intra_chunk = cuda_kernels.IntraChunkFwd(D, dtype, ARCH)
-    blocks, given = min(3, slots * H), (q, k, v, g, beta)
-    emulated(intra_chunk.kernel)(blocks, intra_chunk.threads, *given, workspaces, amax, None, slots * H, T, H, scale)
+    launch, where = (min(3, slots * H), intra_chunk.threads), (None, slots * H, T, H)
+    if intra_chunk.helpers:
+        found = unwritten(slots, H)
+        emulated(intra_chunk.kernel)(*launch, q, k, v, g, beta, workspaces, found, *where, scale)
+    else:
+        emulated(intra_chunk.kernel)(*launch, q, k, g, beta, workspaces, *where, scale)
     if dtype.itemsize == 2:
-        find_amax, found = emulated(cuda_kernels.amax_kernel(D, dtype)), unwritten(slots, H)
-        find_amax(-(-slots * H // 8), 256, v, found, None, slots * H, T, H)
-        if intra_chunk.finds_amax:
-            assert torch.equal(amax, found)
-        amax = found
+        find_amax = emulated(cuda_kernels.amax_kernel(D, dtype))
+        find_amax(-(-slots * H // 8), 256, v, amax, None, slots * H, T, H)
+        assert not intra_chunk.helpers or torch.equal(found, amax)
         find_amax(-(-slots * H // 8), 256, grad_o, d_amax, None, slots * H, T, H)
     entering, leaving = state, grad_state
     if segments > 1:
@@ -129,14 +126,15 @@ def test_forward_and_backward(dtype, gate, segments, D, hopper, monkeypatch):
         (70, 32, True, True, 1, True),
         (70, 32, False, False, 1, True),
         (300, 32, False, True, 4, False),
-        (70, 64, True, True, 1, True),
+        (70, 128, False, True, 1, False),
+        (70, 128, True, True, 1, True),
     ],
 )
 def test_the_op_around_the_kernels(T, D, packed, state, segments, normalize, monkeypatch):
     """Forward, what is saved, backward: the launches and their arguments as a GPU would get them."""
     monkeypatch.setattr(cuda_plan, "architecture", lambda device: ARCH)
     monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
-    inputs = kda_inputs(1, T, 64 // D, D, D, gate="slow", dtype=torch.bfloat16)
+    inputs = kda_inputs(1, T, max(1, 64 // D), D, D, gate="slow", dtype=torch.bfloat16)
     options = {}
     if packed:
         options["cu_seqlens"] = torch.tensor([0, 0, 20, T], dtype=torch.int32)

@@ -60,7 +60,7 @@ struct Arguments {
 __device__ __forceinline__ int helper() { return opaque(threadIdx.x) - WORKERS; }
 __device__ __forceinline__ void wait_for_helpers() { wait_at_barrier(AMONG_HELPERS, HELPERS); }
 
-// Writes the largest |v| of an item. `turn` changes with each item, so that no warp waits until the one before has been read.
+// Writes the largest |v| of an item. `turn` is 0 and 1 in turns, so that the values of the item before may still be read.
 __device__ __forceinline__ void find_amax(char* shared, const Arguments& given, const Span& span, int head, int turn, float* amax) {
   const float x = amax_in_warp(packed_amax_of<HELPERS>(given.v, span, given.heads, head, helper()));
   float* of_warps = reinterpret_cast<float*>(shared + Shared::amax) + turn * HELPER_WARPS;
@@ -273,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + HELPERS, RESIDENT) kda_in
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   const Arguments given = {q, k, v, g, beta, workspaces, amax, spans, items, length, heads, scale};
-  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // which the compiler knows to be equal in all lanes
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // so that the compiler knows that all lanes have the same
   if (warp >= WORKER_WARPS) {
     help(shared, given);
     return;
