@@ -240,7 +240,11 @@ def kernels(arch: str) -> list[Kernel]:
     ]
     return (
         intra_chunk
-        + [intra_chunk_fwd_kernel(D, torch.bfloat16, arch, torch.float16) for D in HEAD_DIMS if intra_chunk_fwd(D, torch.bfloat16, arch).helpers]
+        + [
+            intra_chunk_fwd_kernel(D, torch.bfloat16, arch, torch.float16)
+            for D in HEAD_DIMS
+            if intra_chunk_fwd(D, torch.bfloat16, arch).helpers
+        ]
         + [intra_chunk_bwd_kernel(D, torch.bfloat16, arch, torch.float16) for D in HEAD_DIMS]
         + inter_chunk
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
