@@ -224,10 +224,14 @@ end("finished", 0)
 
 
 def ran(jobs: list[Job], **options: object) -> list[str]:
+    return ran_and_failed(jobs, **options)[0]
+
+
+def ran_and_failed(jobs: list[Job], **options: object) -> tuple[list[str], set[str]]:
     lines: list[str] = []
     given = {"gpus": ["3", "5"], "per_gpu": 1, "slowdown": 1.0, "deadline": None, "cut": False, "again": False}
-    run_jobs(jobs, **{**given, "keep_checkpoints": False, **options}, said=lines.append)  # type: ignore[arg-type]
-    return lines
+    given |= {"keep_checkpoints": False, **options}
+    return lines, run_jobs(jobs, **given, said=lines.append)  # type: ignore[arg-type]
 
 
 def test_jobs_begin_in_their_order_on_gpus_of_their_own(imitated: Path) -> None:
@@ -306,12 +310,41 @@ def _wait_for(true: Callable[[], bool]) -> None:
     assert true()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such signal")
+def test_two_commands_at_once_share_the_jobs(imitated: Path) -> None:
+    """The second does not take the first's run, which has no checkpoint yet, for one whose checkpoints are gone."""
+    jobs = [job(imitated, "long", steps=5), job(imitated, "a", steps=1)]
+    first = multiprocessing.get_context("fork").Process(target=ran, args=([jobs[0]],))
+    first.start()
+    _wait_for((imitated / "long" / "ready").exists)
+    (imitated / "long" / "metrics.csv").write_text("step,tokens\n1,3\n")
+    lines = ran(jobs, gpus=["0"], deadline=8.0)
+    assert lines == [
+        "long: another process is running it, which is waited for",
+        *("a: begins, about 1 s", "a: finished", "long: not begun, about 5 s"),
+    ]
+    assert not (imitated / ".long.before").exists()
+    first.kill()
+    _wait_for((imitated / "long" / "summary.json").exists)
+    assert "long: begins again, as its checkpoints are gone, about 5 s" in ran([jobs[0]], deadline=8.0)
+    assert [path.name for path in imitated.glob(".*.lock")] == []
+
+
+def test_the_reason_of_a_failed_job_is_not_that_of_an_earlier_attempt(imitated: Path) -> None:
+    (imitated / "fails").mkdir()
+    (imitated / "fails" / "grid.log").write_text("error: another one\n")
+    (imitated / "imitated" / "lkda.py").write_text("import os; os.kill(os.getpid(), 9)")
+    assert ran([job(imitated, "fails", steps=9)])[-1] == f"fails: failed ({imitated}/fails/grid.log): killed by SIGKILL"
+    (imitated / "imitated" / "lkda.py").write_text("print('Oh!'); exit(1)")
+    assert ran([job(imitated, "fails", steps=9)])[-1] == f"fails: failed ({imitated}/fails/grid.log): Oh!"
+
+
 def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:
     jobs = [job(imitated, "fails", steps=9), job(imitated, "a", steps=1)]
-    lines = ran(jobs, gpus=[])  # one after the other on the CPU
+    lines, failed = ran_and_failed(jobs, gpus=[])  # one after the other on the CPU
     assert lines[1] == f"fails: failed ({imitated}/fails/grid.log): no such data"
     assert lines[-1] == "a: finished"
-    assert [row[:2] for row in table(jobs)[1]] == [["fails", "not begun"], ["a", "done"]]
+    assert [row[:2] for row in table(jobs, failed)[1]] == [["fails", "failed"], ["a", "done"]]
 
 
 # Each job is three processes that import torch; the tests above run several jobs side by side.
