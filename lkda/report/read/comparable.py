@@ -25,7 +25,7 @@ def check_one_run_each(runs: Iterable[tuple[Hashable, object]]) -> None:
 
 
 def check_same_text(fingerprints: Iterable[tuple[Mapping[str, Any] | None, object]], *, split: str) -> None:
-    """Raises InputError for runs that were measured on different texts. Runs of earlier versions do not say on which.
+    """Raises InputError for runs that were measured on different tokens. Runs of earlier versions do not say on which.
 
     Args:
         fingerprints: of the data of each run, and its name.
@@ -39,6 +39,6 @@ def check_same_text(fingerprints: Iterable[tuple[Mapping[str, Any] | None, objec
     if len(first) > 1:
         one, other, *_ = first.values()
         raise InputError(
-            f"the {split} text of {one} is not that of {other}, as if it was prepared with other sources: give runs of "
-            "one text."
+            f"the {split} tokens of {one} are not those of {other}, because the texts differ, or their tokenizers: give "
+            "runs of one corpus."
         )

@@ -73,6 +73,7 @@ def _of_settings(runs: Sequence[Run], groups: Sequence[Group], across_tokenizers
         found.append(f"The data differ: {'; '.join(data)}. Only rows of the same data can be compared.")
     elif across_tokenizers:
         found.append("The tokenizers differ, so compare bits per byte and not the loss per token.")
+        found.append("If the texts differ too, as where a corpus was prepared with other sources, compare neither.")
     differing = also_differing(runs)
     if differing:
         found.append(f"Besides the mixer, these settings differ between the rows: {', '.join(differing)}.")

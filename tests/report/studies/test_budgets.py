@@ -89,7 +89,7 @@ def test_run_directories_are_collected_and_drawn_again(tmp_path: Path, capsys: p
         ({"tokens": 400, "device": "cpu"}, "the runs must have the same device to be compared; got a GPU, cpu"),
         (
             {"tokens": 400, "fingerprint": {"test": "b"}},
-            "the test text of one is not that of two",
+            "the test tokens of one are not those of two",
         ),
         (
             {"tokens": 100, "mixer": "kda"},

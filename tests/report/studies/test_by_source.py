@@ -49,7 +49,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     [
         ({"run": {"mixer": "kda", "seed": 1}}, "a.json and .*b.json have the same mixer and seed"),
         ({"split": "validation"}, "evaluations on english are of different splits: .*a.json, .*b.json"),
-        ({"fingerprint": {"test": "y"}}, "the test text of .*a.json is not that of .*b.json"),
+        ({"fingerprint": {"test": "y"}}, "the test tokens of .*a.json are not those of .*b.json"),
     ],
 )
 def test_means_are_over_seeds_on_one_text(changes: dict[str, object], message: str, tmp_path: Path) -> None:
