@@ -39,6 +39,6 @@ def check_same_text(fingerprints: Iterable[tuple[Mapping[str, Any] | None, objec
     if len(first) > 1:
         one, other, *_ = first.values()
         raise InputError(
-            f"the {split} tokens of {one} are not those of {other}, because the texts differ, or their tokenizers: give "
-            "runs of one corpus."
+            f"the {split} tokens of {one} are not those of {other}, because the texts differ, or their tokenizers: "
+            "give runs of one corpus."
         )
