@@ -111,8 +111,8 @@ def _of_times(groups: Sequence[Group], exclusive_device: bool, benchmark: bench.
     seconds = table.equal_wall_clock(groups) if exclusive_device else None
     if seconds is not None:
         found.append(
-            f"Equal wall-clock: after {seconds:.1f} s of training, when the first run ended, interpolated linearly "
-            "between validations. Each run had its device to itself."
+            f"Equal wall-clock: after {seconds:.1f} s of training at the median speed of each run, when the first run "
+            "ended, interpolated linearly between validations. Each run had its device to itself."
         )
     timed = bench.kernel_times(benchmark.rows)[0] if benchmark else ""
     if benchmark and timed:
