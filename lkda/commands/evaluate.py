@@ -216,7 +216,7 @@ def _data(chosen: dict[str, Any], trained: TrainedModel, *, limit: int | None) -
             own = {"tokenizer_path": str(path)}
         data = build_data(chosen | own)
         if limit is not None and isinstance(data, PackedDataModule):
-            data.max_val_batches = min(limit, data.max_val_batches or limit)
+            data.measure_at_most(limit)
         data.prepare()
     name = chosen.get("_target_")
     if data.tokenizer is None and trained.vocabulary is not None:

@@ -97,6 +97,10 @@ class PackedDataModule(IndexedDataModule):
         self.max_val_batches = max_val_batches
         self._text: PackedText | None = None
 
+    def measure_at_most(self, batches: int) -> None:
+        """Lower `max_val_batches` to a number of batches, before `prepare`."""
+        self.max_val_batches = min(batches, self.max_val_batches or batches)
+
     def _read(self) -> PackedText:
         """The text. Raises InputError for data that cannot be used."""
         raise NotImplementedError
