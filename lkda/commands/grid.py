@@ -308,6 +308,9 @@ def _print_plan(jobs: Sequence[Job], options: argparse.Namespace, *, places: int
         + (f", and {unknown} of unknown length" if unknown else ""),
         soft_wrap=True,
     )
+    left_out = sum(bool(job.commands()) for job in jobs) - len(open_jobs)
+    if left_out:
+        out.print(f"{left_out} are trained, not all measured, and their weights are gone: --again trains them again")
 
 
 def main(arguments: Sequence[str]) -> None:

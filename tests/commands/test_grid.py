@@ -170,6 +170,18 @@ def test_a_job_without_weights_for_its_measurements_begins_again(tmp_path: Path)
     assert (job.directory.with_name(".seed=1_mixer=softmax.before") / "test.json").is_file()
 
 
+def test_a_plan_names_what_only_again_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "lm_by_mixer_full" / "seed=1_mixer=softmax"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text('{"status": "finished"}')
+    words = ["lm_by_mixer_full", "mixer=softmax", "--out", str(tmp_path), "--dry-run"]
+    with pytest.raises(SystemExit):
+        main(words)
+    said = capsys.readouterr().out
+    assert "0 of 1 jobs are to be done" in said
+    assert "1 are trained, not all measured, and their weights are gone: --again trains them again" in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
