@@ -238,7 +238,7 @@ def _end(one: _Running, said: Callable[[str], None], *, keep_checkpoints: bool) 
     if not job.commands():
         if not keep_checkpoints:
             job.delete_weights()
-        said(f"{job.name}: {job.status}")
+        said(f"{job.name}: {'diverged' if job.standing == 'diverged' else job.status}")
     elif one.stopped:
         said(f"{job.name}: stopped; the same command continues it")
     else:

@@ -108,6 +108,19 @@ def test_a_job_that_is_done_needs_no_exported_weights(tmp_path: Path) -> None:
     assert [words[0] for words in only_exported._open()] == ["export"]
 
 
+def test_a_training_that_diverged_is_not_repeated(tmp_path: Path) -> None:
+    (job,) = jobs_of(["lm_by_mixer_full"], ["mixer=softmax"], tmp_path)
+    (job.directory / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    (job.directory / "summary.json").write_text('{"status": "finished"}')
+    (job.directory / "long_context").mkdir()
+    (job.directory / "long_context" / "summary.json").write_text('{"status": "diverged"}')
+    assert [words[0] for words in job.commands()] == ["evaluate"]  # of the first training
+    (job.directory / "test.json").touch()
+    assert (job.standing, job.commands()) == ("diverged", [])
+    (job.directory / "summary.json").write_text('{"status": "diverged"}')
+    assert (job.standing, job.commands()) == ("diverged", [])
+
+
 @pytest.mark.usefixtures("several_sweeps")
 def test_each_line_of_several_sweeps_is_added_to_the_sweep(tmp_path: Path) -> None:
     jobs = jobs_of(["several"], ["seed=4", "trainer.max_steps=5"], tmp_path)
