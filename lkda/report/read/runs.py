@@ -258,7 +258,7 @@ def from_record(record: dict[str, Any]) -> Run:
 def training_seconds(run: Run, row: Mapping[str, float]) -> float:
     """The seconds of training up to a row of metrics.csv, at the median speed of the run.
 
-    The row's own seconds also have the first step, which compiles for 2 to 20 seconds, depending on what an earlier run
+    The row's own seconds also have the first step, which compiles for some seconds, depending on what an earlier run
     has left in the caches of the machine.
     """
     return row["tokens"] / float(run.summary["tokens_per_s"])
