@@ -90,7 +90,8 @@ class HubCorpus:
             train, validation = _every_so_many(train, self.val_fraction)
             if not validation:
                 raise InputError(
-                    f"{count} documents are too few to hold out the fraction {self.val_fraction}: give data.val_split."
+                    f"{count} documents are too few to hold out the fraction {self.val_fraction}: give a larger "
+                    "data.val_fraction, or data.val_split."
                 )
         if self.test_split is not None:
             return Splits(train, validation, self._split(self.test_split, scratch / "test", progress))
