@@ -113,6 +113,8 @@ class HubCorpus:
         try:
             with nullcontext() if downloads else without_bars_of_datasets():
                 found = datasets.load_dataset(self.name, self.subset, **options)
+        except StopIteration as error:  # of a file without a row
+            raise InputError(f"split {split!r} of {self.name} holds no row.") from error
         except Exception as error:  # a loader may raise any type
             reason = " ".join(str(error).split())
             raise InputError(f"data.name={self.name} cannot be loaded: {type(error).__name__}: {reason}") from error
