@@ -31,6 +31,7 @@ from lkda.commands.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import NAMES, differences, in_words
 from lkda.data.text.cache import expanded
+from lkda.data.text.packed import PackedDataModule
 from lkda.device import resolve_device
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
@@ -94,7 +95,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         _write(config, trained, result, device, ran | {"backend": backends})
         return result
     chosen = _data_options(settings, trained)
-    data = _data(chosen, trained)
+    data = _data(chosen, trained, limit=config.max_batches)
     if config.split == "test" and data.test is None:
         why = f": {data.no_test}" if data.no_test is not None else ""
         raise InputError(f"{data.source} has no test split{why}. Leave split=test out for the validation.")
@@ -199,11 +200,12 @@ def _check(config: DictConfig, settings: dict[str, Any]) -> None:
         )
 
 
-def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
+def _data(chosen: dict[str, Any], trained: TrainedModel, *, limit: int | None) -> IndexedDataModule:
     """The data to measure on, prepared. Text is tokenized with the model's own tokenizer.
 
     Args:
         chosen: the resolved group `data`.
+        limit: the largest number of batches to measure; the bytes of a text are those of these batches.
     """
     check_data_options(chosen)
     with tempfile.TemporaryDirectory() as folder:
@@ -213,6 +215,8 @@ def _data(chosen: dict[str, Any], trained: TrainedModel) -> IndexedDataModule:
             write_atomically(path, trained.tokenizer.to_str())
             own = {"tokenizer_path": str(path)}
         data = build_data(chosen | own)
+        if limit is not None and isinstance(data, PackedDataModule):
+            data.measure_at_most(limit)
         data.prepare()
     name = chosen.get("_target_")
     if data.tokenizer is None and trained.vocabulary is not None:

@@ -8,6 +8,7 @@ run directory is OUT/EXPERIMENT/JOB; its output is grid.log there. The same comm
 and continues those that were stopped. A job that was cut off and whose checkpoints are gone, for example on another
 machine to which only the small files were copied, begins again. If its training had ended and only a measurement is
 missing, it begins again only with --again, after all others. What it had written is kept in OUT/EXPERIMENT/.JOB.before.
+A job that another such command runs in the same OUT is waited for.
 
 An experiment may have keys for this command, which scripts/train.py ignores:
     sweeps      settings of scripts/train.py, several sweeps in place of one: each line is added to the experiment's
@@ -35,7 +36,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ import lkda
 from lkda.checks import check_count
 from lkda.commands.command_line import FAILED, TRACEBACKS, readable_errors
 from lkda.commands.grid_jobs import Job, jobs_of
+from lkda.commands.job_lock import JobLock
 from lkda.commands.run_directory import read_summary
 from lkda.commands.sweep_gpus import jobs_at_once, visible_gpus
 from lkda.report.draw.tables import rich_table
@@ -69,6 +71,8 @@ class _Running:
     job: Job
     gpu: str | None
     commands: list[list[str]]
+    lock: JobLock
+    printed_before: int = 0  # bytes of the log
     process: subprocess.Popen[bytes] | None = None
     measures: bool = False
     stopped: bool = False
@@ -100,6 +104,7 @@ class _Running:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                pass_fds=(self.lock.descriptor,),  # the job is this command's until its processes have ended
                 process_group=0,  # Ctrl-C reaches this process alone, which then stops the jobs: once each
             )
         return True
@@ -110,6 +115,15 @@ class _Running:
         self.stopped = True
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def reason(self) -> str:
+        """Why it failed: the last error of its log, or its last line. Earlier processes have printed into it too."""
+        if self.process is not None and self.process.returncode < 0:
+            return f"killed by {signal.Signals(-self.process.returncode).name}"
+        with open(self.job.directory / LOG, "rb") as log:
+            log.seek(self.printed_before)
+            lines = log.read().decode(errors="replace").splitlines() or ["it printed nothing"]
+        return ([line for line in lines if line.startswith("error:")] or lines)[-1].removeprefix("error: ")
 
     def wait(self, seconds: float) -> None:
         """Wait for its end, and kill it after so many seconds."""
@@ -138,7 +152,7 @@ def run_jobs(
     again: bool,
     keep_checkpoints: bool,
     said: Callable[[str], None],
-) -> None:
+) -> set[str]:
     """Run what is to be done of the jobs, in the order of `to_be_done`. One that would not end in time is passed over.
 
     Args:
@@ -149,6 +163,7 @@ def run_jobs(
         again: also train jobs a second time whose weights are gone before all was measured.
         keep_checkpoints: whether the checkpoints of jobs that are done stay.
         said: is given a line for each job that begins or ends.
+    Returns: the names of the jobs that failed.
     """
     end = None if deadline is None else time.monotonic() + deadline - GRACE
     places: list[str | None] = [gpu for _ in range(per_gpu) for gpu in gpus] or [None] * per_gpu
@@ -158,6 +173,7 @@ def run_jobs(
         if job.commands() and job not in waiting:
             said(f"{job.name}: trained, not all measured, and its weights are gone; --again trains it again")
     running: list[_Running] = []
+    elsewhere, failed = set[str](), set[str]()
 
     def left() -> float:
         return float("inf") if end is None else end - time.monotonic()
@@ -167,17 +183,17 @@ def run_jobs(
             for one in [one for one in running if not one.goes_on()]:
                 running.remove(one)
                 places.append(one.gpu)
-                _say_end(one, said, keep_checkpoints=keep_checkpoints)
+                failed |= _end(one, said, keep_checkpoints=keep_checkpoints)
             fitting = [job for job in waiting if cut or (estimates[job.name] or 0.0) <= left()]
-            for job in fitting[: len(places)]:
-                waiting.remove(job)
-                how = "begins"
-                if job.begins_again:
-                    job.set_aside()
-                    how = "begins again, as its checkpoints are gone"
-                running.append(_Running(job, places.pop(0), job.commands()))
-                said(f"{job.name}: {how}, {_about(estimates[job.name])}")
-            if not running:
+            for job in fitting:
+                lock = JobLock.take(job.directory) if places else None
+                if lock is not None:
+                    waiting.remove(job)
+                    running += _begun(job, lock, places, estimates[job.name], said)
+                elif places and job.name not in elsewhere:
+                    elsewhere.add(job.name)
+                    said(f"{job.name}: another process is running it, which is waited for")
+            if not running and not fitting:
                 break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     finally:
@@ -187,31 +203,53 @@ def run_jobs(
         for one in running:
             if one.process is not None:
                 one.wait(until - time.monotonic())
-            _say_end(one, said, keep_checkpoints=keep_checkpoints)
+            failed |= _end(one, said, keep_checkpoints=keep_checkpoints)
     for job in waiting:
         said(f"{job.name}: not begun, {_about(estimates[job.name])}")
+    return failed
+
+
+def _begun(
+    job: Job, lock: JobLock, places: list[str | None], seconds: float | None, said: Callable[[str], None]
+) -> list[_Running]:
+    """The job, on the first of the places. None if another process has done it before its lock was free."""
+    if not job.commands():
+        lock.release()
+        said(f"{job.name}: {job.status}")
+        return []
+    how = "begins"
+    if job.begins_again:
+        job.set_aside()
+        how = "begins again, as its checkpoints are gone"
+    said(f"{job.name}: {how}, {_about(seconds)}")
+    log = job.directory / LOG
+    printed = log.stat().st_size if log.exists() else 0
+    return [_Running(job, places.pop(0), job.commands(), lock, printed)]
 
 
 def _about(seconds: float | None) -> str:
     return "of unknown length" if seconds is None else f"about {seconds:.0f} s"
 
 
-def _say_end(one: _Running, said: Callable[[str], None], *, keep_checkpoints: bool) -> None:
+def _end(one: _Running, said: Callable[[str], None], *, keep_checkpoints: bool) -> set[str]:
+    """Give the job's lock back, and say how it ended. Returns: its name if it failed."""
     job, log = one.job, one.job.directory / LOG
+    failed = False
     if not job.commands():
         if not keep_checkpoints:
             job.delete_weights()
-        said(f"{job.name}: {job.status}")
+        said(f"{job.name}: {'diverged' if job.standing == 'diverged' else job.status}")
     elif one.stopped:
         said(f"{job.name}: stopped; the same command continues it")
     else:
-        lines = log.read_text(errors="replace").splitlines() or ["it printed nothing"]
-        reasons = [line for line in lines if line.startswith("error:")] or lines
-        said(f"{job.name}: failed ({log}): {reasons[-1].removeprefix('error: ')}")
+        failed = True
+        said(f"{job.name}: failed ({log}): {one.reason()}")
+    one.lock.release()
+    return {job.name} if failed else set()
 
 
-def table(jobs: Sequence[Job]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: a row for each job."""
+def table(jobs: Sequence[Job], failed: Collection[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: a row for each job. `failed` are the names of those that did."""
     head = ["job", "status", "steps", "validation", "test", "rate", "clipped", "tokens/s", "seconds"]
     body = []
     for job in jobs:
@@ -223,7 +261,7 @@ def table(jobs: Sequence[Job]) -> tuple[list[str], list[list[str]]]:
             *(_number(found.get("clipped_share"), ".1%"), _number(found.get("tokens_per_s"), ",.0f")),
             _number(found.get("seconds"), ".0f"),
         ]
-        body.append([job.name, job.standing, *cells])
+        body.append([job.name, "failed" if job.name in failed else job.standing, *cells])
     return head, body
 
 
@@ -242,7 +280,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     if options.dry_run:
         return True
     deadline = None if options.deadline is None else options.deadline - (time.monotonic() - started)
-    run_jobs(
+    failed = run_jobs(
         jobs,
         gpus=gpus,
         per_gpu=options.per_gpu,
@@ -253,7 +291,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
         keep_checkpoints=options.keep_checkpoints,
         said=lambda line: console.print(f"{time.monotonic() - started:5.0f} s  {line}", soft_wrap=True),
     )
-    head, body = table(jobs)
+    head, body = table(jobs, failed)
     console.print(rich_table(head, body, names=2))
     return not any(job.commands() for job in jobs)
 
@@ -270,6 +308,9 @@ def _print_plan(jobs: Sequence[Job], options: argparse.Namespace, *, places: int
         + (f", and {unknown} of unknown length" if unknown else ""),
         soft_wrap=True,
     )
+    left_out = sum(bool(job.commands()) for job in jobs) - len(open_jobs)
+    if left_out:
+        out.print(f"{left_out} are trained, not all measured, and their weights are gone: --again trains them again")
 
 
 def main(arguments: Sequence[str]) -> None:

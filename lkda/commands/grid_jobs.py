@@ -61,7 +61,7 @@ class Job:
     def standing(self) -> str:
         """How far the job is, in words for a table."""
         if not self.commands():
-            return "diverged" if self.status == "diverged" else "done"
+            return "done" if len(self._all()) == 1 + len(self.then) else "diverged"
         if self.status == "finished":
             return "trained, not all measured"
         return "cut off" if self.has_begun else "not begun"
@@ -83,16 +83,19 @@ class Job:
         return self.status == "finished" and self.begins_again
 
     def commands(self) -> list[list[str]]:
-        """The arguments of lkda for what is still to be done. A run that diverged is not trained again."""
+        """The arguments of lkda for what is still to be done. A training that diverged is not repeated."""
         return [_continuing(words) for words in (self._all() if self.begins_again else self._open())]
 
     def _all(self) -> list[tuple[str, ...]]:
-        return [("train", *self.overrides, f"hydra.run.dir={self.directory}"), *self.then]
+        """All commands, or those before a training that diverged: there is nothing to measure after it."""
+        found = [("train", *self.overrides, f"hydra.run.dir={self.directory}"), *self.then]
+        ends = [n for n, words in enumerate(found) if words[0] == "train" and _training_status(words) == "diverged"]
+        return found[: min(ends, default=len(found))]
 
     def _open(self) -> list[tuple[str, ...]]:
         """What has no result yet. A missing export is none if all that comes after it is done."""
         found: list[tuple[str, ...]] = []
-        for words in reversed([] if self.status == "diverged" else self._all()):
+        for words in reversed(self._all()):
             needed = words[0] != "export" or found or words is self.then[-1]
             if needed and not _is_done(words):
                 found.insert(0, words)
@@ -146,7 +149,11 @@ def _result(words: Sequence[str]) -> Path:
 
 def _is_done(words: Sequence[str]) -> bool:
     path = _result(words)
-    return path.exists() if words[0] != "train" else read_summary(path / "summary.json").get("status") == "finished"
+    return path.exists() if words[0] != "train" else _training_status(words) == "finished"
+
+
+def _training_status(words: Sequence[str]) -> str | None:
+    return read_summary(_result(words) / "summary.json").get("status")
 
 
 def _continuing(words: Sequence[str]) -> list[str]:

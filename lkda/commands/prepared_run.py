@@ -15,6 +15,7 @@ from lkda.commands.data_options import build_data
 from lkda.commands.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.run_setup import RunPlan
 from lkda.data.datamodule import IndexedDataModule, TestSplit
+from lkda.data.text.packed import PackedDataModule
 from lkda.device import physical_memory
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
@@ -71,6 +72,9 @@ def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
     if plan.device.type == "cpu":  # a GPU has an error of its own for this
         check_activations(plan.model, tokens=tokens, checkpointing=plan.checkpointing, available=physical_memory())
     data.expected = fingerprint_of(saved[1]) if saved else {}
+    limit = plan.trainer.limit_val_batches
+    if isinstance(data, PackedDataModule) and isinstance(limit, int):
+        data.measure_at_most(limit)  # bits per byte are those of the measured part
     data.prepare()
     return data
 

@@ -108,6 +108,19 @@ def test_a_job_that_is_done_needs_no_exported_weights(tmp_path: Path) -> None:
     assert [words[0] for words in only_exported._open()] == ["export"]
 
 
+def test_a_training_that_diverged_is_not_repeated(tmp_path: Path) -> None:
+    (job,) = jobs_of(["lm_by_mixer_full"], ["mixer=softmax"], tmp_path)
+    (job.directory / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    (job.directory / "summary.json").write_text('{"status": "finished"}')
+    (job.directory / "long_context").mkdir()
+    (job.directory / "long_context" / "summary.json").write_text('{"status": "diverged"}')
+    assert [words[0] for words in job.commands()] == ["evaluate"]  # of the first training
+    (job.directory / "test.json").touch()
+    assert (job.standing, job.commands()) == ("diverged", [])
+    (job.directory / "summary.json").write_text('{"status": "diverged"}')
+    assert (job.standing, job.commands()) == ("diverged", [])
+
+
 @pytest.mark.usefixtures("several_sweeps")
 def test_each_line_of_several_sweeps_is_added_to_the_sweep(tmp_path: Path) -> None:
     jobs = jobs_of(["several"], ["seed=4", "trainer.max_steps=5"], tmp_path)
@@ -170,6 +183,18 @@ def test_a_job_without_weights_for_its_measurements_begins_again(tmp_path: Path)
     assert (job.directory.with_name(".seed=1_mixer=softmax.before") / "test.json").is_file()
 
 
+def test_a_plan_names_what_only_again_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "lm_by_mixer_full" / "seed=1_mixer=softmax"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text('{"status": "finished"}')
+    words = ["lm_by_mixer_full", "mixer=softmax", "--out", str(tmp_path), "--dry-run"]
+    with pytest.raises(SystemExit):
+        main(words)
+    said = capsys.readouterr().out
+    assert "0 of 1 jobs are to be done" in said
+    assert "1 are trained, not all measured, and their weights are gone: --again trains them again" in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -224,10 +249,14 @@ end("finished", 0)
 
 
 def ran(jobs: list[Job], **options: object) -> list[str]:
+    return ran_and_failed(jobs, **options)[0]
+
+
+def ran_and_failed(jobs: list[Job], **options: object) -> tuple[list[str], set[str]]:
     lines: list[str] = []
     given = {"gpus": ["3", "5"], "per_gpu": 1, "slowdown": 1.0, "deadline": None, "cut": False, "again": False}
-    run_jobs(jobs, **{**given, "keep_checkpoints": False, **options}, said=lines.append)  # type: ignore[arg-type]
-    return lines
+    given |= {"keep_checkpoints": False, **options}
+    return lines, run_jobs(jobs, **given, said=lines.append)  # type: ignore[arg-type]
 
 
 def test_jobs_begin_in_their_order_on_gpus_of_their_own(imitated: Path) -> None:
@@ -306,12 +335,41 @@ def _wait_for(true: Callable[[], bool]) -> None:
     assert true()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such signal")
+def test_two_commands_at_once_share_the_jobs(imitated: Path) -> None:
+    """The second does not take the first's run, which has no checkpoint yet, for one whose checkpoints are gone."""
+    jobs = [job(imitated, "long", steps=5), job(imitated, "a", steps=1)]
+    first = multiprocessing.get_context("fork").Process(target=ran, args=([jobs[0]],))
+    first.start()
+    _wait_for((imitated / "long" / "ready").exists)
+    (imitated / "long" / "metrics.csv").write_text("step,tokens\n1,3\n")
+    lines = ran(jobs, gpus=["0"], deadline=8.0)
+    assert lines == [
+        "long: another process is running it, which is waited for",
+        *("a: begins, about 1 s", "a: finished", "long: not begun, about 5 s"),
+    ]
+    assert not (imitated / ".long.before").exists()
+    first.kill()
+    _wait_for((imitated / "long" / "summary.json").exists)
+    assert "long: begins again, as its checkpoints are gone, about 5 s" in ran([jobs[0]], deadline=8.0)
+    assert [path.name for path in imitated.glob(".*.lock")] == []
+
+
+def test_the_reason_of_a_failed_job_is_not_that_of_an_earlier_attempt(imitated: Path) -> None:
+    (imitated / "fails").mkdir()
+    (imitated / "fails" / "grid.log").write_text("error: another one\n")
+    (imitated / "imitated" / "lkda.py").write_text("import os; os.kill(os.getpid(), 9)")
+    assert ran([job(imitated, "fails", steps=9)])[-1] == f"fails: failed ({imitated}/fails/grid.log): killed by SIGKILL"
+    (imitated / "imitated" / "lkda.py").write_text("print('Oh!'); exit(1)")
+    assert ran([job(imitated, "fails", steps=9)])[-1] == f"fails: failed ({imitated}/fails/grid.log): Oh!"
+
+
 def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:
     jobs = [job(imitated, "fails", steps=9), job(imitated, "a", steps=1)]
-    lines = ran(jobs, gpus=[])  # one after the other on the CPU
+    lines, failed = ran_and_failed(jobs, gpus=[])  # one after the other on the CPU
     assert lines[1] == f"fails: failed ({imitated}/fails/grid.log): no such data"
     assert lines[-1] == "a: finished"
-    assert [row[:2] for row in table(jobs)[1]] == [["fails", "not begun"], ["a", "done"]]
+    assert [row[:2] for row in table(jobs, failed)[1]] == [["fails", "failed"], ["a", "done"]]
 
 
 # Each job is three processes that import torch; the tests above run several jobs side by side.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lkda.checks import InputError
 from lkda.commands.train import train
 from lkda.data.text.tokenizer import load_tokenizer
 from tests.commands.small import ROOT, composed
@@ -31,6 +32,13 @@ def test_a_run_trains_on_a_directory(tmp_path: Path) -> None:
     assert summary["status"] == "finished"
     assert summary["steps"] == 2
     assert summary["data"] == str(folder)
+
+
+def test_a_file_without_a_row_is_named(tmp_path: Path) -> None:
+    (folder := tmp_path / "set").mkdir()
+    (folder / "train.jsonl").touch()
+    with pytest.raises(InputError, match=rf"split 'train' of {folder} holds no row"):
+        train(composed("train", *SMALL, f"data.name={folder}", f"data.cache_dir={tmp_path}/cache"), tmp_path / "run")
 
 
 def test_the_command_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,10 @@ def test_a_model_of_prepared_text_is_evaluated_on_it_and_on_no_other(run: Path, 
     own = [(source["tokens"], source["loss"]) for source in result["by_source"].values()]
     assert [count for count, _ in own] == [tokens // 2 - 1, tokens - tokens // 2]
     assert sum(count * loss for count, loss in own) / sum(count for count, _ in own) == pytest.approx(result["loss"])
+    part = evaluate(composed("evaluate", f"ckpt={tmp_path / 'run'}", "accelerator=cpu", "max_batches=1"))
+    sizes = [source["tokens"] * source["loss"] / source["bits_per_byte"] for source in part["by_source"].values()]
+    assert part["tokens"] < tokens - 1
+    assert sum(sizes) == pytest.approx(part["tokens"] * part["loss"] / part["bits_per_byte"], rel=0.02)
     weights = {name: count for name, count in result.items() if name.startswith("loss_from_")}
     assert set(weights) == {"loss_from_0", *(f"loss_from_{2**n}" for n in range(5))}
     with pytest.raises(ValueError, match="another tokenizer"):

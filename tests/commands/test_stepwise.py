@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lkda.commands.evaluate import evaluate
 from lkda.commands.train import train
@@ -35,6 +36,15 @@ def test_in_float32_it_agrees_with_the_usual_evaluation(run: Path) -> None:
 def test_max_batches_measures_the_first_of_them(run: Path) -> None:
     counts = [measured(run, f"max_batches={n}")["tokens"] for n in (1, 2)]
     assert counts[1] == 2 * counts[0] < measured(run)["tokens"]
+
+
+def test_a_training_that_validates_on_a_part_has_its_bits_per_byte(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    part = measured(run, f"max_batches={config['trainer']['limit_val_batches']}")
+    assert part["tokens"] < measured(run, "max_batches=null")["tokens"]
+    for name in ("bits_per_byte", "unigram_entropy"):
+        assert summary.get(f"val/{name}", summary.get(name)) == pytest.approx(part[name], rel=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 0.003), ("int8", 0.01)])

@@ -113,6 +113,8 @@ def _build(
                 if len(sizes) % _DOCUMENTS_PER_UPDATE == 0:
                     progress.update(task, description=f"reading {source.name}: {len(sizes):,} documents")
     if not sizes:
+        if path is not None:
+            raise InputError(f"{path} has no text.")
         raise InputError(f"{manifest['archive']} has no text at {source.files}; another version may have it.")
     share = 1.0 if megabytes is None else min(1.0, megabytes * 1e6 / sum(sizes))
     manifest |= _split(_chosen(everything, share), built)

@@ -83,13 +83,17 @@ def c_files_of(path: Path) -> Iterator[Document]:
 
 def rows_of(path: Path) -> Iterator[Document]:
     """The rows of a file of JSON lines {"text", "author", "title"}, which may end in .gz or .xz. An author is a group.
+    Empty lines are no rows.
 
     Raises: InputError for a line that is not an object with a text.
     """
     opened: Callable[..., IO[str]] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)  # type: ignore[assignment]
+    number = 0
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise InputError(
@@ -98,8 +102,13 @@ def rows_of(path: Path) -> Iterator[Document]:
                 row["text"].encode()
                 author, title = (str(row.get(name, "")) for name in ("author", "title"))
                 yield Document(row["text"], f"{author}: {title}" if author or title else str(number), author)
-    except (OSError, EOFError, lzma.LZMAError, UnicodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON lines: {error}.") from error
+    except json.JSONDecodeError as error:
+        where = f"line {number} is no JSON ({error.msg} at its character {error.colno})"
+        raise InputError(f"{path} cannot be read as JSON lines: {where}.") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path} cannot be read as JSON lines: line {number} is no UTF-8 ({error}).") from error
+    except (OSError, EOFError, lzma.LZMAError, UnicodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON lines, after line {number}: {error}.") from error
 
 
 def _content(path: Path) -> str:

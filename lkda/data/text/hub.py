@@ -90,7 +90,8 @@ class HubCorpus:
             train, validation = _every_so_many(train, self.val_fraction)
             if not validation:
                 raise InputError(
-                    f"{count} documents are too few to hold out the fraction {self.val_fraction}: give data.val_split."
+                    f"{count} documents are too few to hold out the fraction {self.val_fraction}: give a larger "
+                    "data.val_fraction, or data.val_split."
                 )
         if self.test_split is not None:
             return Splits(train, validation, self._split(self.test_split, scratch / "test", progress))
@@ -112,6 +113,8 @@ class HubCorpus:
         try:
             with nullcontext() if downloads else without_bars_of_datasets():
                 found = datasets.load_dataset(self.name, self.subset, **options)
+        except StopIteration as error:  # of a file without a row
+            raise InputError(f"split {split!r} of {self.name} holds no row.") from error
         except Exception as error:  # a loader may raise any type
             reason = " ".join(str(error).split())
             raise InputError(f"data.name={self.name} cannot be loaded: {type(error).__name__}: {reason}") from error

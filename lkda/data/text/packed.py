@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from lkda.checks import check_count
 from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.data.fingerprint import Fingerprint, check_same
 from lkda.data.packing import RowSource, TrainingBatches, ValidationBatches, cu_seqlens_length
+from lkda.data.text.tokenize import bytes_of, unigram_entropy
 from lkda.data.text.tokenizer import vocabulary_rows
 from lkda.data.text_sources import TextSource
+from lkda.targets import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class PackedDataModule(IndexedDataModule):
         self.max_val_batches = max_val_batches
         self._text: PackedText | None = None
 
+    def measure_at_most(self, batches: int) -> None:
+        """Lower `max_val_batches` to a number of batches, before `prepare`."""
+        self.max_val_batches = min(batches, self.max_val_batches or batches)
+
     def _read(self) -> PackedText:
         """The text. Raises InputError for data that cannot be used."""
         raise NotImplementedError
@@ -116,14 +123,14 @@ class PackedDataModule(IndexedDataModule):
             [text.train, *(split.rows for split in held_out)], batch_size=self.batch_size
         )
         self.val_batches = len(self.validation_batches())
-        self.unigram_entropy = text.validation.unigram_entropy
-        self.bytes_per_token = text.validation.bytes_per_token
-        self.val_sources = text.validation.sources
+        measured = self._measured(text.validation, text.tokenizer)
+        self.unigram_entropy, self.bytes_per_token = measured.unigram_entropy, measured.bytes_per_token
+        self.val_sources = measured.sources
         self.no_test, self.left_out = text.no_test, text.left_out
         if text.test is not None:
-            batches = self._measured_batches(text.test.rows)
-            measures = text.test.bytes_per_token, text.test.unigram_entropy
-            self.test = TestSplit(batches, text.test.tokens, *measures, sources=text.test.sources)
+            batches, measured = self._measured_batches(text.test.rows), self._measured(text.test, text.tokenizer)
+            measures = measured.bytes_per_token, measured.unigram_entropy
+            self.test = TestSplit(batches, text.test.tokens, *measures, sources=measured.sources)
         self._text = text
 
     def training_batches(self, *, rank: int, world_size: int) -> TrainingBatches:
@@ -140,6 +147,26 @@ class PackedDataModule(IndexedDataModule):
 
     def validation_batches(self) -> ValidationBatches:
         return self._measured_batches(self._validation)
+
+    def _measured(self, split: HeldOut, tokenizer: Tokenizer) -> HeldOut:
+        """The split with the bytes, the entropy and the sources of the part that is measured."""
+        batches = self._measured_batches(split.rows)
+        if len(batches) * self.batch_size >= split.rows.count:
+            return split
+        targets = np.concatenate([batches[n]["targets"].numpy()[0] for n in range(len(batches))])
+        predicted = targets[targets != IGNORE_INDEX]
+        # Of a split with sources, these are its tokens from the second on.
+        ends = [(source, min(source.end, len(predicted) + 1)) for source in split.sources]
+        return replace(
+            split,
+            bytes_per_token=bytes_of(predicted, tokenizer) / len(predicted),
+            unigram_entropy=unigram_entropy(predicted),
+            sources=[
+                replace(source, end=end, bytes=bytes_of(predicted[max(0, source.begin - 1) : end - 1], tokenizer))
+                for source, end in ends
+                if source.begin < end
+            ],
+        )
 
     def _measured_batches(self, rows: RowSource) -> ValidationBatches:
         return ValidationBatches(

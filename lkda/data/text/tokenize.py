@@ -94,6 +94,15 @@ def unigram_entropy_of(arrays: Sequence[np.ndarray]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
+def bytes_of(token_ids: np.ndarray, tokenizer: Tokenizer) -> int:
+    """The UTF-8 bytes of the text of tokens. A token that begins a document has none."""
+    text, start = 0, document_start(tokenizer)
+    for part in parts_of(token_ids):
+        tokens = part if start is None else part[part != start]
+        text += len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode())
+    return text
+
+
 class Corpus(Protocol):
     """A corpus that can be tokenized."""
 

@@ -18,7 +18,7 @@ from lkda.data.text.cache import expanded
 from lkda.data.text.packed import HeldOut, PackedDataModule, PackedText
 from lkda.data.text.token_file import parts_of, positions_of
 from lkda.data.text.token_shards import DTYPES, Shard, check_tokens, hash_of_files, load_shard, shard_paths
-from lkda.data.text.tokenize import unigram_entropy_of
+from lkda.data.text.tokenize import bytes_of, unigram_entropy_of
 from lkda.data.text.tokenizer import document_start, load_tokenizer, vocabulary_rows
 
 TOKENIZER = "tokenizer.json"
@@ -239,7 +239,7 @@ class TokensDataModule(PackedDataModule):
         return HeldOut(
             self._rows(shards, tokenizer, partial=True),
             tokens=tokens,
-            bytes_per_token=sum(_bytes_of(array, tokenizer) for array in arrays) / tokens,
+            bytes_per_token=sum(bytes_of(array, tokenizer) for array in arrays) / tokens,
             unigram_entropy=unigram_entropy_of(arrays),
         )
 
@@ -254,15 +254,6 @@ def _check_apart(train: Sequence[Shard], validation: Sequence[Shard], test: Sequ
     shared = (paths[0] & paths[1]) | (paths[0] & paths[2]) | (paths[1] & paths[2])
     if shared:
         raise InputError(f"{min(shared)} is in two splits; a file must belong to only one.")
-
-
-def _bytes_of(token_ids: np.ndarray, tokenizer: Tokenizer) -> int:
-    """The UTF-8 bytes of the text of tokens. A token that begins a document has none."""
-    text, start = 0, document_start(tokenizer)
-    for part in parts_of(token_ids):
-        tokens = part if start is None else part[part != start]
-        text += len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode())
-    return text
 
 
 def _hash_of_arrays(shards: Sequence[Shard]) -> str:

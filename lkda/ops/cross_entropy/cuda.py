@@ -10,13 +10,15 @@ from torch import Tensor
 
 from lkda.ops.runtime.jit import Kernel, Module
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
+from lkda.targets import IGNORE_INDEX
 
 THREADS = 512  # as in rows.cu
 
 
 @cache
 def rows_kernel(dtype: torch.dtype) -> Kernel:
-    module = Module(Path(__file__).with_name("rows.cu"), {"ELEMENT": ELEMENTS[dtype]})
+    defines: dict[str, str | int | float] = {"ELEMENT": ELEMENTS[dtype], "IGNORE_INDEX": IGNORE_INDEX}
+    module = Module(Path(__file__).with_name("rows.cu"), defines)
     return module.kernel("cross_entropy_rows", "PPPPi")
 
 

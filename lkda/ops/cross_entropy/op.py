@@ -21,13 +21,15 @@ _LOGITS = 2**26
 
 def rows_torch(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of each row of `logits` [N, V], 0 where the target is IGNORE_INDEX, and the gradient of `scale` times
-    their sum, [N, V] in the logits' dtype. Computed in float32, or float64 where the logits are."""
+    their sum, [N, V] in the logits' dtype. Computed in float32, or float64 where the logits are. The loss of a target
+    that is no class is NaN."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     wide = wide - wide.amax(1, keepdim=True)  # the logarithm of the sum would be lost in logits of 1e30
     has_target = targets != IGNORE_INDEX
-    place = targets.clamp(min=0).unsqueeze(1)
+    place = targets.clamp(0, logits.shape[1] - 1).unsqueeze(1)
     log_sum = wide.logsumexp(1, keepdim=True)
-    losses = torch.where(has_target, (log_sum - wide.gather(1, place)).squeeze(1), 0.0)
+    losses = (log_sum - wide.gather(1, place)).squeeze(1)
+    losses = torch.where(has_target, losses.masked_fill(place.squeeze(1) != targets, torch.nan), 0.0)
     gradient = (wide - log_sum).exp_().scatter_add_(1, place, wide.new_full(place.shape, -1.0))
     return losses, (gradient * torch.where(has_target, scale, 0.0).unsqueeze(1)).to(logits.dtype)
 
@@ -124,7 +126,8 @@ def _check(fn: str, x: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def _check_classes(targets: Tensor, classes: int) -> None:
-    """Raises ValueError for a target on a CPU that is no class. To look at those of a GPU would wait for it."""
+    """Raises ValueError for a target on a CPU that is no class. To look at those of a GPU would wait for it: there the
+    loss is NaN."""
     if targets.is_cpu and len(targets):
         given = targets[targets != IGNORE_INDEX]
         wrong = given[(given < 0) | (given >= classes)]
@@ -145,7 +148,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         weight: [V, d], of x's type or float32; its gradient is summed in float32 at least.
         targets: [N] int64.
     Returns: a scalar in float32, or float64 where x is; 0 where no target is left. It has no second derivatives.
-    Raises: ValueError if a shape, dtype or device does not fit, and on a CPU for a target that is no class.
+    Raises: ValueError if a shape, dtype or device does not fit, and on a CPU for a target that is no class; on a GPU
+        such a target makes the loss NaN.
     """
     _check("linear_cross_entropy", x, weight, targets)
     loss: Tensor = _forward(x, weight, targets)[0]

@@ -1,5 +1,6 @@
 // Of each row of logits: its loss, log(sum exp logits) - logits[target], and over the logits the gradient of `scale`
-// times the loss, (softmax - one at the target) scale. A row without a target (-100) has a loss and a gradient of 0.
+// times the loss, (softmax - one at the target) scale. A row without a target (IGNORE_INDEX) has a loss and a gradient of
+// 0. A target that is no class gives a loss of NaN, since a kernel cannot raise an error.
 //
 // A block has a row and reads it twice; the second time it is still in the cache. The logits' sums are float32.
 #include "vector.cuh"
@@ -47,14 +48,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     mine = combine(mine, theirs);
   }
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
-  const float wanted = target >= 0 ? load_number(at + target) : 0.f;
+  const bool has_target = target != IGNORE_INDEX, is_class = target >= 0 && target < classes;
+  const float wanted = is_class ? load_number(at + target) : __uint_as_float(0x7fc00000u);  // NaN
   __syncthreads();
   float2 all = parts[0];
   for (int i = 1; i < WARPS; ++i) all = combine(all, parts[i]);
   const float log_sum = all.x + log2f(all.y);  // to the base 2
-  if (threadIdx.x == 0) losses[row] = target >= 0 ? log_sum * LN2 - wanted : 0.f;
+  if (threadIdx.x == 0) losses[row] = has_target ? log_sum * LN2 - wanted : 0.f;
 
-  const float factor = target >= 0 ? *scale : 0.f;
+  const float factor = has_target ? *scale : 0.f;
   for (int i = threadIdx.x * N; i < whole; i += THREADS * N) {
     Raw<16> raw;
     raw = *reinterpret_cast<const Raw<16>*>(at + i);

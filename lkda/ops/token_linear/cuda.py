@@ -32,8 +32,9 @@ def cannot_run(device: torch.device, tokens: int, dtype: torch.dtype) -> str | N
     if device.type == "cuda" and dtype not in DTYPES:
         return f"the kernel takes bfloat16 and float32, got {dtype}; use backend='torch'."
     if device.type == "cuda" and tokens > TOKENS[dtype][-1]:
-        most = " and ".join(f"{counts[-1]} in {DTYPES[kind]}" for kind, counts in TOKENS.items())
-        return f"the kernel takes at most {most} tokens, got {tokens} in {DTYPES[dtype]}. Use backend='torch'."
+        name = {kind: str(kind).removeprefix("torch.") for kind in TOKENS}
+        most = " and ".join(f"{counts[-1]} in {name[kind]}" for kind, counts in TOKENS.items())
+        return f"the kernel takes few tokens (at most {most}), got {tokens} in {name[dtype]}. Use backend='torch'."
     return reason_cannot_run(device)
 
 

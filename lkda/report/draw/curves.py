@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lkda.report.read.runs import Run
+from lkda.report.read.runs import Run, training_seconds
 
 # With fewer validations than this, the curve of a run is its training loss.
 ENOUGH = 4
@@ -25,9 +25,16 @@ class Curve:
 
 
 def points(run: Run, x: str, y: str) -> dict[float, tuple[float, float]]:
-    """{step: (x, y)} of the rows that have both columns, without those of a step that diverged."""
-    rows = [row for row in run.metrics if x in row and y in row]
-    return {row["step"]: (row[x], row[y]) for row in rows if math.isfinite(row[x]) and math.isfinite(row[y])}
+    """{step: (x, y)} of the rows that have both columns, without those of a step that diverged.
+
+    Seconds are those of `training_seconds`.
+    """
+    found = {}
+    for row in (row for row in run.metrics if x in row and y in row):
+        at = training_seconds(run, row) if x == "seconds" else row[x]
+        if math.isfinite(at) and math.isfinite(row[y]):
+            found[row["step"]] = (at, row[y])
+    return found
 
 
 def mean_curve(runs: Sequence[Run], x: str, y: str) -> Curve:

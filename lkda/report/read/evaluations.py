@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lkda.checks import InputError
+from lkda.report.read.comparable import check_one_run_each, check_same_text
 from lkda.report.read.files import read_results_file, write_atomically
 
 EVALUATIONS = "evaluations.json"
 Record = Mapping[str, Any]
+# Settings of data that change nothing of what is measured.
+_OF_NO_EFFECT = ("batch_size", "num_workers", "pin_memory", "cache_dir", "seed")
 
 
 def evaluations_of_arguments(
@@ -36,12 +39,14 @@ def evaluations_of_arguments(
 def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list[Record]:
     """The entries "run", "data" and "result" of each file, and those named in `also`.
 
-    Raises: ValueError where a file is not one of `scripts/evaluate.py out=`, does not say which run the model is of, or
-        where there are no files.
+    Raises: ValueError where a file is not one of `scripts/evaluate.py out=`, does not say which run the model is of,
+        where there are no files, or where they cannot be compared.
     """
     records: list[Record] = []
+    measured: list[tuple[Path, Mapping[str, Any]]] = []
     for path in paths:
         record = read_results_file(path, kind="evaluation")
+        measured.append((path, record))
         try:
             records.append({name: record[name] for name in ("run", "data", "result", *also)})
         except KeyError as error:
@@ -52,7 +57,32 @@ def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list
             )
     if not records:
         raise InputError("there are no evaluations: give files that scripts/evaluate.py out=... wrote.")
+    _check_comparable(measured)
     return records
+
+
+def _check_comparable(measured: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+    """Raises InputError where a mean would be of runs with other settings, or figures of different texts."""
+    check_one_run_each((_identity(record), path) for path, record in measured if record["run"].get("seed") is not None)
+    texts: dict[str, list[tuple[Path, Mapping[str, Any]]]] = {}
+    for path, record in measured:
+        if "bits_per_byte" in record["result"] and "split" in record:
+            texts.setdefault(str(record["data"].get("source")), []).append((path, record))
+    for source, found in texts.items():
+        splits = {record["split"]: path for path, record in found}
+        if len(splits) > 1:
+            raise InputError(
+                f"evaluations on {source} are of different splits: " + ", ".join(map(str, splits.values()))
+            )
+        check_same_text(((record.get("fingerprint"), path) for path, record in found), split=found[0][1]["split"])
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    """What two evaluations must not have in common: the mixer, the seed, and what was measured and how."""
+    data = {name: value for name, value in record["data"].items() if name not in _OF_NO_EFFECT}
+    how = {name: record.get(name) for name in ("split", "stepwise", "state_dtype", "max_batches", "precision")}
+    own = {name: record["run"].get(name) for name in ("mixer", "model", "seed")}
+    return json.dumps([own, data, how], sort_keys=True)
 
 
 def keep_evaluations(records: Sequence[Record], directory: Path, *, kind: str) -> None:

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,15 @@ def as_record(run: Run) -> dict[str, Any]:
 def from_record(record: dict[str, Any]) -> Run:
     """The inverse of `as_record`."""
     return Run(str(record["name"]), record["config"], record["summary"], record["metrics"])
+
+
+def training_seconds(run: Run, row: Mapping[str, float]) -> float:
+    """The seconds of training up to a row of metrics.csv, at the median speed of the run.
+
+    The row's own seconds also have the first step, which compiles for some seconds, depending on what an earlier run
+    has left in the caches of the machine.
+    """
+    return row["tokens"] / float(run.summary["tokens_per_s"])
 
 
 def reported_split(runs: Iterable[Run]) -> str:

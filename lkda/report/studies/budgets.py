@@ -27,6 +27,7 @@ from lkda.checks import InputError
 from lkda.report.draw.labels import Label, label_ends
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.units import count, three
+from lkda.report.read.comparable import check_one_run_each, check_same_text
 from lkda.report.read.files import read_results_file, write_atomically
 from lkda.report.read.runs import Run as TrainedRun
 from lkda.report.read.runs import reported_split
@@ -42,7 +43,8 @@ Curve = list[tuple[float, float]]  # (seconds of training, bits per byte), means
 def collect(runs: Sequence[TrainedRun]) -> dict[str, Any]:
     """The content of runs.json.
 
-    Raises: InputError for runs that are not of the same text and device.
+    Raises: InputError for runs that are not of the same text and device, or that differ in more than their mixer, seed
+        and tokens.
     """
     if not runs:
         raise InputError("none of the directories is that of a finished run.")
@@ -53,9 +55,14 @@ def collect(runs: Sequence[TrainedRun]) -> dict[str, Any]:
         if len(found) > 1:
             raise InputError(f"the runs must have the same {what} to be compared; got {', '.join(found)}.")
     split = reported_split(runs)
+    name = {"test": "test", "val": "validation"}[split]
+    check_same_text(((run.summary.get("fingerprint"), run.name) for run in runs), split=name)
+    check_one_run_each(
+        ((run.summary["mixer"], run.summary["tokens"], run.summary.get("seed")), run.name) for run in runs
+    )
     return {
         "kind": KIND,
-        "split": {"test": "test", "val": "validation"}[split],
+        "split": name,
         "device": runs[0].summary.get("device"),
         "runs": [
             {name: run.summary.get(name) for name in ("mixer", "seed", "tokens", "tokens_per_s", "params")}

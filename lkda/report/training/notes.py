@@ -73,6 +73,7 @@ def _of_settings(runs: Sequence[Run], groups: Sequence[Group], across_tokenizers
         found.append(f"The data differ: {'; '.join(data)}. Only rows of the same data can be compared.")
     elif across_tokenizers:
         found.append("The tokenizers differ, so compare bits per byte and not the loss per token.")
+        found.append("If the texts differ too, as where a corpus was prepared with other sources, compare neither.")
     differing = also_differing(runs)
     if differing:
         found.append(f"Besides the mixer, these settings differ between the rows: {', '.join(differing)}.")
@@ -110,8 +111,8 @@ def _of_times(groups: Sequence[Group], exclusive_device: bool, benchmark: bench.
     seconds = table.equal_wall_clock(groups) if exclusive_device else None
     if seconds is not None:
         found.append(
-            f"Equal wall-clock: after {seconds:.1f} s of training, when the first run ended, interpolated linearly "
-            "between validations. Each run had its device to itself."
+            f"Equal wall-clock: after {seconds:.1f} s of training at the median speed of each run, when the first run "
+            "ended, interpolated linearly between validations. Each run had its device to itself."
         )
     timed = bench.kernel_times(benchmark.rows)[0] if benchmark else ""
     if benchmark and timed:

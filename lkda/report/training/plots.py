@@ -33,7 +33,7 @@ def loss_curves(groups: Sequence[Group], *, x: str, y: str, bits_per_nat: float 
     """Loss against `x`: the mean over a group's seeds, in a band from the smallest to the largest.
 
     Args:
-        x: tokens or seconds, columns of metrics.csv.
+        x: tokens, or seconds as in `training_seconds`.
         y: val/loss or val/bits_per_byte.
         bits_per_nat: bits per byte for a loss of one nat per token. Adds a second scale at the right.
     """

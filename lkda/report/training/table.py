@@ -13,7 +13,7 @@ import numpy as np
 
 from lkda.report.draw.units import count, memory
 from lkda.report.read.groups import Group
-from lkda.report.read.runs import Run
+from lkda.report.read.runs import Run, training_seconds
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def bits_after(run: Run, seconds: float) -> float:
 
 def _bits_by_time(run: Run) -> list[tuple[float, float]]:
     name = "val/bits_per_byte"
-    return [(row["seconds"], row[name]) for row in run.metrics if name in row]
+    return [(training_seconds(run, row), row[name]) for row in run.metrics if name in row]
 
 
 def _cell(row: Row, column: Column) -> str:

@@ -316,9 +316,9 @@ def test_c_files_licences_services_and_prose_are_read(tmp_path):
     ("content", "message"),
     [
         (b'{"title": "no text"}\n', 'a JSON object with a "text" in each line; line 1 has none'),
-        (b'{"text": "a"}\nnot json\n', "cannot be read as JSON lines"),
-        (b'{"text": "\\ud800"}\n', "cannot be read as JSON lines"),
-        (b"\xff\n", "cannot be read as JSON lines"),
+        (b'{"text": "a"}\nnot json\n', r"line 2 is no JSON \(Expecting value at its character 1\)"),
+        (b'{"text": "a"}\n\n{"text": "\\ud800"}\n', "line 3 is no UTF-8"),
+        (b"\xff\n", "cannot be read as JSON lines, after line 0"),
     ],
 )
 def test_a_local_file_that_cannot_be_read_gets_one_clear_message(tmp_path, content, message):
@@ -328,6 +328,19 @@ def test_a_local_file_that_cannot_be_read_gets_one_clear_message(tmp_path, conte
     (tmp_path / "a.jsonl.xz").write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read as JSON lines"):
         list(readers.rows_of(tmp_path / "a.jsonl.xz"))
+
+
+def test_empty_lines_and_a_byte_order_mark_of_a_local_file_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b"}\n\n')
+    assert [document.text for document in readers.rows_of(tmp_path / "a.jsonl")] == ["a", "b"]
+
+
+def test_a_local_file_without_text_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": " "}\n')
+    options = {"vocab_size": 300, "cache_dir": tmp_path / "cache", "paths": {"novels": path}}
+    with pytest.raises(ValueError, match=rf"^{path} has no text\.$"):
+        prepare_mix(tmp_path / "mix", sources={SOURCES["novels"]: None}, **options)
 
 
 def test_every_mix_has_a_configuration_and_known_sources():

@@ -411,6 +411,23 @@ def test_validation_may_be_limited(tmp_path, texts):
     assert data.val_batches == len(list(data.val_dataloader())) == 2
 
 
+def test_bytes_and_entropy_are_those_of_the_measured_part(tmp_path, texts):
+    """The first half of the validation and the second have other numbers of bytes per token."""
+    for name in ("val", "test"):
+        (tmp_path / f"{name}.txt").write_text(prose(400) + "漢字" * 400)
+    options = {f"{name}_paths": [str(tmp_path / f"{name}.txt")] for name in ("val", "test")}
+    whole, data = (module(tmp_path, texts, **options, max_val_batches=n) for n in (None, 2))
+    whole.prepare()
+    data.prepare()
+    tokens = [data.tokenizer.token_to_id(END_OF_TEXT), *data.tokenizer.encode((tmp_path / "val.txt").read_text()).ids]
+    predicted = tokens[1 : 1 + 2 * 4 * 16]
+    share = [n / len(predicted) for n in Counter(predicted).values()]
+    for split in (data, data.test):
+        assert split.bytes_per_token == pytest.approx(len(data.tokenizer.decode(predicted).encode()) / len(predicted))
+        assert split.unigram_entropy == pytest.approx(-sum(p * math.log(p) for p in share))
+    assert whole.bytes_per_token < 0.8 * data.bytes_per_token, "the parts would be alike"
+
+
 def test_one_document_at_least_is_trained_on(tmp_path, texts):
     data = module(tmp_path, [texts / "0.txt", texts / "1.txt"], val_fraction=0.9)
     data.prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lkda.ops.cross_entropy import cpu, op
+from lkda.ops.cross_entropy import cpu, cuda, op
 from lkda.ops.cross_entropy.op import linear_cross_entropies, linear_cross_entropy
 from lkda.targets import IGNORE_INDEX
 
@@ -132,6 +133,30 @@ def test_the_kernel_agrees_with_float64(dtype: torch.dtype, classes: int, monkey
     torch.testing.assert_close(got.double(), want, rtol=error, atol=0)
     for mine, theirs in zip(gradients(got, rounded, narrow), gradients(want, wide, same), strict=True):
         assert (mine.double() - theirs).norm() < 2 * error * theirs.norm()
+
+
+def rows_with_wrong_targets(rows: Any, device: str) -> tuple[list[float], Tensor]:
+    """The losses of six rows whose targets are a class, none, and no class, beside that of PyTorch for the first."""
+    logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.tensor([5, IGNORE_INDEX, 64, 10**9, -1, -(10**9)], device=device)
+    want = F.cross_entropy(logits[:1], targets[:1])
+    return rows(logits, targets, torch.ones((), device=device))[0].tolist(), want
+
+
+def check_wrong_targets(losses: list[float], want: Tensor) -> None:
+    assert losses[0] == pytest.approx(float(want), rel=1e-5)
+    assert losses[1] == 0
+    assert all(math.isnan(loss) for loss in losses[2:])
+
+
+def test_without_a_check_of_the_host_a_target_that_is_no_class_has_the_loss_nan() -> None:
+    check_wrong_targets(*rows_with_wrong_targets(op.rows_torch, "cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_in_the_kernel_a_target_that_is_no_class_has_the_loss_nan() -> None:
+    check_wrong_targets(*rows_with_wrong_targets(cuda.rows_cuda, "cuda"))
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])

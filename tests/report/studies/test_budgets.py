@@ -87,11 +87,19 @@ def test_run_directories_are_collected_and_drawn_again(tmp_path: Path, capsys: p
     [
         ({"tokens": 400, "data": "prose"}, "the runs must have the same data to be compared; got english, prose"),
         ({"tokens": 400, "device": "cpu"}, "the runs must have the same device to be compared; got a GPU, cpu"),
+        (
+            {"tokens": 400, "fingerprint": {"test": "b"}},
+            "the test tokens of one are not those of two",
+        ),
+        (
+            {"tokens": 100, "mixer": "kda"},
+            "one and two have the same mixer and seed",
+        ),
     ],
 )
 def test_runs_that_cannot_be_compared(changes: dict[str, object], message: str, tmp_path: Path) -> None:
-    trained(tmp_path / "runs" / "one", "kda", 100)
-    trained(tmp_path / "runs" / "two", "mla", **{"tokens": 400, **changes})  # type: ignore[arg-type]
+    trained(tmp_path / "runs" / "one", "kda", 100, fingerprint={"test": "a"})
+    trained(tmp_path / "runs" / "two", **{"mixer": "mla", "tokens": 400, **changes})  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match=message):
         collect_and_draw([f"{tmp_path}/runs/*", f"{tmp_path}/out"])
     assert not (tmp_path / "out").exists()

@@ -42,3 +42,23 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="an evaluation has no sources"):
         main([f"{tmp_path}/b.json", f"{tmp_path}/out"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": {"mixer": "kda", "seed": 1}}, "a.json and .*b.json have the same mixer and seed"),
+        ({"split": "validation"}, "evaluations on english are of different splits: .*a.json, .*b.json"),
+        ({"fingerprint": {"test": "y"}}, "the test tokens of .*a.json are not those of .*b.json"),
+    ],
+)
+def test_means_are_over_seeds_on_one_text(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        evaluation(tmp_path / f"{name}.json", "kda", {"novels": 1.0})
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        record |= {"run": {"mixer": "kda", "seed": "ab".index(name) + 1}, "split": "test", "fingerprint": {"test": "x"}}
+        record |= {"data": {"source": "english"}, **(changes if name == "b" else {})}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=message):
+        main([f"{tmp_path}/*.json", f"{tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
