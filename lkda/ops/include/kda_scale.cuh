@@ -27,6 +27,28 @@ __device__ __forceinline__ float amax_of(const Element* values, const Span& span
   return x;
 }
 
+// Bits that make a float16 or bfloat16 that is infinite or NaN negative if they are added to its absolute value, and no other number.
+__device__ __forceinline__ constexpr unsigned above_finite(float16) { return 0x04000400u; }
+__device__ __forceinline__ constexpr unsigned above_finite(bfloat16) { return 0x00800080u; }
+
+// As amax_of, for elements of 16 bits, with a fifth of the instructions: the bits of absolute values are compared, two at a time.
+template <int THREADS, class Half>
+__device__ __forceinline__ float packed_amax_of(const Half* values, const Span& span, int heads, int head, int thread) {
+  constexpr int PIECES = D / 8, ROWS = THREADS / PIECES;
+  static_assert(THREADS % PIECES == 0 && C % ROWS == 0, "each thread reads one piece of every ROWS-th row");
+  const Half* at = values + (static_cast<long long>(span.start) * heads + head) * D + thread % PIECES * 8;
+  unsigned largest = above_finite(Half{});
+#pragma unroll 8
+  for (int first = 0; first < C; first += ROWS) {
+    Raw<16> piece;
+    fetch(piece, at + static_cast<long long>(min(first + thread / PIECES, span.tokens - 1)) * heads * D);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = max_of_pairs(largest, (piece.word[i] & 0x7fff7fffu) + above_finite(Half{}));
+  }
+  const float2 both = unpack(Half{}, largest - above_finite(Half{}));
+  return fmaxf(both.x, both.y);
+}
+
 // The maximum of x >= 0 over the lanes of a warp.
 __device__ __forceinline__ float amax_in_warp(float x) { return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x))); }
 

@@ -45,6 +45,15 @@ struct Leaf {
   }
 };
 
+// The leaf in float16.
+template <class T>
+__device__ __forceinline__ Leaf<float16> in_float16(const Leaf<T>& leaf) {
+  Leaf<float16> half;
+#pragma unroll
+  for (int i = 0; i < LEAF; ++i) half.pair[i] = same<T, float16> ? leaf.pair[i] : pack(float16{}, unpack(T{}, leaf.pair[i]));
+  return half;
+}
+
 // E of a leaf's tokens; it is 1 past the chunk's last token. decay(j..i) and the factors are running products of E.
 struct Gates {
   float2 e[LEAF];
@@ -103,6 +112,17 @@ struct Reach {
     for (int l = first; l < first + (1 << level); ++l) add_to(other, *reinterpret_cast<const float2*>(leaf_logs + l * D + channel));
     add_to(leaf >> level & 1 ? before : after, other);
   }
+  // The same with fewer instructions: a choice between two references is a choice between addresses.
+  __device__ __forceinline__ void widen_both(const float* leaf_logs, int level, int leaf, int channel) {
+    const int first = ((leaf >> level) ^ 1) << level;
+    const float* at = leaf_logs + first * D + channel;
+    float2 other = *reinterpret_cast<const float2*>(at);
+#pragma unroll
+    for (int l = 1; l < 1 << level; ++l) add_to(other, *reinterpret_cast<const float2*>(at + l * D));
+    const bool row = leaf >> level & 1;
+    add_to(before, row ? other : make_float2(0.f, 0.f));
+    add_to(after, row ? make_float2(0.f, 0.f) : other);
+  }
 };
 
 // The operands of one level, k^ = f k and q^ = f q. From row 2 h n on, `rows` holds the second half of group n: h tokens of k^, then
@@ -136,5 +156,22 @@ struct Level {
     char* to = Columns::from(tile + columns, first_column(level, leaf));
 #pragma unroll
     for (int j = 0; j < LEAF; ++j) store_pair(Columns::at(to, j, channel), times(reach, k[j]));
+  }
+
+  // The same for pairs of float16, for k and q together. f: the factors inside the leaf. On level 0 the reach is 1 and is not multiplied.
+  static __device__ __forceinline__ void write_rows(char* tile, int level, int leaf, int channel, unsigned reach, const unsigned (&f)[LEAF], const Leaf<float16>& q, const Leaf<float16>& k) {
+    char* to = Rows::from(tile + rows, first_row(level, leaf));
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) {
+      const unsigned factor = level == 0 ? f[i] : product_of_pairs(float16{}, reach, f[i]);
+      char* at = reinterpret_cast<char*>(Rows::at(to, i, channel));
+      *reinterpret_cast<unsigned*>(at) = product_of_pairs(float16{}, factor, k.pair[i]);
+      *reinterpret_cast<unsigned*>(at + Rows::offset(LEAF << level, 0)) = product_of_pairs(float16{}, factor, q.pair[i]);
+    }
+  }
+  static __device__ __forceinline__ void write_columns(char* tile, int level, int leaf, int channel, unsigned reach, const unsigned (&k)[LEAF]) {
+    char* to = Columns::from(tile + columns, first_column(level, leaf));
+#pragma unroll
+    for (int j = 0; j < LEAF; ++j) *reinterpret_cast<unsigned*>(Columns::at(to, j, channel)) = level == 0 ? k[j] : product_of_pairs(float16{}, reach, k[j]);
   }
 };

@@ -54,6 +54,20 @@ __device__ __forceinline__ unsigned pack(float16, float2 x) {
   return pair;
 }
 
+// (a.x b.x, a.y b.y), rounded.
+__device__ __forceinline__ unsigned product_of_pairs(float16, unsigned a, unsigned b) {
+  unsigned pair;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
+// The greater of the signed 16-bit integers in each half.
+__device__ __forceinline__ unsigned max_of_pairs(unsigned a, unsigned b) {
+  unsigned pair;
+  asm("max.s16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
 // Loads or stores two neighbouring elements. The address is aligned to both together.
 template <class Half>
 __device__ __forceinline__ float2 load_pair(const Half* at) {

@@ -80,6 +80,7 @@ inline float __shfl_sync(unsigned, float x, int lane) {
   warp_barrier();
   return y;
 }
+inline int __shfl_sync(unsigned mask, int x, int lane) { return static_cast<int>(__float_as_uint(__shfl_sync(mask, __uint_as_float(static_cast<unsigned>(x)), lane))); }
 inline int __shfl_up_sync(unsigned, int x, int lanes) {
   exchange().word[threadIdx.x % 32][0] = static_cast<unsigned>(x);
   warp_barrier();

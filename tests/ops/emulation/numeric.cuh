@@ -36,6 +36,14 @@ template <class Half>
 unsigned pack(Half, float2 x) {
   return rounded(Half{}, x.x) | rounded(Half{}, x.y) << 16;
 }
+inline unsigned product_of_pairs(float16, unsigned a, unsigned b) {
+  const float2 x = unpack(float16{}, a), y = unpack(float16{}, b);
+  return pack(float16{}, {x.x * y.x, x.y * y.y});
+}
+inline unsigned max_of_pairs(unsigned a, unsigned b) {
+  const short low = max(static_cast<short>(a), static_cast<short>(b)), high = max(static_cast<short>(a >> 16), static_cast<short>(b >> 16));
+  return static_cast<unsigned short>(low) | static_cast<unsigned>(static_cast<unsigned short>(high)) << 16;
+}
 template <class Half>
 float2 load_pair(const Half* at) {
   return unpack(Half{}, *reinterpret_cast<const unsigned*>(at));

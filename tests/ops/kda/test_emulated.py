@@ -27,12 +27,14 @@ ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # ab
         (torch.bfloat16, "slow", 4, 32, False),
         (torch.float16, "slow", 1, 64, True),
         (torch.bfloat16, "resets", 4, 64, True),
+        (torch.bfloat16, "fast", 1, 128, True),
+        (torch.float16, "resets", 4, 128, True),
     ],
 )
 def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch):
     """With segments, of two chunks each, the last one shorter and one empty."""
     monkeypatch.setattr(cuda_kernels, "WARPGROUPS", warpgroups)
-    B, T, H = 1, 70 if segments == 1 else 300, 64 // D
+    B, T, H = 1, 70 if segments == 1 else 300, max(1, 64 // D)
     inputs = kda_inputs(B, T, H, D, D, gate=gate, dtype=dtype)
     q, k, v, g, beta, state = inputs.values()
     layout, scale = cuda_kernels.Layout(D, dtype), D**-0.5
@@ -64,11 +66,17 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
         run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, forgotten, segments, H, int(backward))
         return found
 
-    intra_chunk_fwd = emulated(cuda_kernels.intra_chunk_fwd_kernel(D, dtype, ARCH))
-    intra_chunk_fwd(min(3, slots * H), layout.threads, q, k, g, beta, workspaces, None, slots * H, T, H, scale)
+    intra_chunk = cuda_kernels.IntraChunkFwd(D, dtype, ARCH)
+    launch, where = (min(3, slots * H), intra_chunk.threads), (None, slots * H, T, H)
+    if intra_chunk.helpers:
+        found = unwritten(slots, H)
+        emulated(intra_chunk.kernel)(*launch, q, k, v, g, beta, workspaces, found, *where, scale)
+    else:
+        emulated(intra_chunk.kernel)(*launch, q, k, g, beta, workspaces, *where, scale)
     if dtype.itemsize == 2:
         find_amax = emulated(cuda_kernels.amax_kernel(D, dtype))
         find_amax(-(-slots * H // 8), 256, v, amax, None, slots * H, T, H)
+        assert not intra_chunk.helpers or torch.equal(found, amax)
         find_amax(-(-slots * H // 8), 256, grad_o, d_amax, None, slots * H, T, H)
     entering, leaving = state, grad_state
     if segments > 1:
@@ -112,19 +120,21 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.usefixtures("kernels_on_the_cpu")
 @pytest.mark.parametrize(
-    ("T", "packed", "state", "segments", "normalize"),
+    ("T", "D", "packed", "state", "segments", "normalize"),
     [
-        (70, False, True, 1, False),
-        (70, True, True, 1, True),
-        (70, False, False, 1, True),
-        (300, False, True, 4, False),
+        (70, 32, False, True, 1, False),
+        (70, 32, True, True, 1, True),
+        (70, 32, False, False, 1, True),
+        (300, 32, False, True, 4, False),
+        (70, 128, False, True, 1, False),
+        (70, 128, True, True, 1, True),
     ],
 )
-def test_the_op_around_the_kernels(T, packed, state, segments, normalize, monkeypatch):
+def test_the_op_around_the_kernels(T, D, packed, state, segments, normalize, monkeypatch):
     """Forward, what is saved, backward: the launches and their arguments as a GPU would get them."""
     monkeypatch.setattr(cuda_plan, "architecture", lambda device: ARCH)
     monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
-    inputs, D = kda_inputs(1, T, 2, 32, 32, gate="slow", dtype=torch.bfloat16), 32
+    inputs = kda_inputs(1, T, max(1, 64 // D), D, D, gate="slow", dtype=torch.bfloat16)
     options = {}
     if packed:
         options["cu_seqlens"] = torch.tensor([0, 0, 20, T], dtype=torch.int32)

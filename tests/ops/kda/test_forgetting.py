@@ -117,8 +117,8 @@ def with_and_without(inputs, monkeypatch, **options):
         return cuda.kda_cuda(**given, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
     def run(remembers):
-        def launched(q, k, g, beta, plan, spans, scale):
-            workspaces = launch(q, k, g, beta, plan, spans, scale)
+        def launched(q, k, v, g, beta, plan, spans, scale):
+            workspaces = launch(q, k, v, g, beta, plan, spans, scale)
             D, layout = q.shape[-1], cuda_kernels.Layout(q.shape[-1], inputs["q"].dtype)
             start = 3 * layout.chunk * D * layout.operand + layout.chunk**2 * layout.operand
             each = workspaces[: plan.items * layout.workspace].view(plan.items, layout.workspace)

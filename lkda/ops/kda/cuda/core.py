@@ -68,11 +68,11 @@ def launch_forward(
     plan = plan_of(v, cu_seqlens, q.dtype)
     bounds, spans = plan.chunks(cu_seqlens)
     if workspaces is None:
-        workspaces = launch_intra_chunk_fwd(q, k, g, beta, plan, spans, scale)
+        workspaces = launch_intra_chunk_fwd(q, k, v, g, beta, plan, spans, scale)
     o, final_state = empty_results(v, cu_seqlens)
     saved = empty_bytes(plan.saved, q.device) if save else None
     states, v_tilde, transitions, v_scales = (None,) * 4 if saved is None else plan.saved_parts(saved)
-    first = (plan.find_amax(v, spans, workspaces), initial_state)
+    first = (plan.amax_in(workspaces), initial_state)
     shape = (bounds, plan.sequences, T, H, plan.segments, int(plan.optional))
     entering: Tensor | int | None = initial_state
     forgotten: int | None = None
@@ -92,12 +92,11 @@ def launch_forward(
 
 
 def launch_intra_chunk_fwd(
-    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, plan: Plan, spans: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, plan: Plan, spans: Tensor | None, scale: float
 ) -> Tensor:
-    """The workspaces. The end of the memory is left for the amax of v, see `Sizes.workspaces`."""
-    _, T, H, _ = q.shape
+    """The workspaces, and after them the amax of v, see `Sizes.workspaces`."""
     workspaces = empty_bytes(plan.workspaces, q.device)
-    plan.intra_chunk_fwd(q, k, g, beta, workspaces, spans, plan.items, T, H, scale)
+    plan.intra_chunk_fwd(q, k, v, g, beta, workspaces, spans, scale)
     return workspaces
 
 
@@ -106,7 +105,7 @@ def launch_workspaces(
 ) -> Tensor:
     """The workspaces of contiguous q and k, which are normalised, v, g and beta, for `launch_forward`."""
     plan = plan_of(v, cu_seqlens, q.dtype)
-    return launch_intra_chunk_fwd(q, k, g, beta, plan, plan.chunks(cu_seqlens)[1], scale)
+    return launch_intra_chunk_fwd(q, k, v, g, beta, plan, plan.chunks(cu_seqlens)[1], scale)
 
 
 def _forward_op(

@@ -7,7 +7,9 @@
 // belongs to the smallest group of 2h tokens, h = 8, 16 or 32, that has j in its first half and i in its second. With f_i the
 // product of E from the boundary of the halves through i, and f_j the product after j up to it, both <= 1, decay = f_i f_j. So
 // each level of the tree is a product of two matrices of rounded numbers <= |k|. Pairs inside 8 tokens are summed in float32.
-#include "kda_tree.cuh"
+//
+// For heads of 128 in half precision on Hopper there is intra_chunk_fwd_helpers.cu.
+#include "kda_inverse.cuh"
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
@@ -120,174 +122,9 @@ __device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& 
   }
 }
 
-// Akk and Aqk between the halves of each group of each level, on tensor cores. A task is 16 rows of one level.
-__device__ __forceinline__ void tree_pairs(char* shared) {
-  for (int task = opaque(threadIdx.x / 32); task < LEVELS * BLOCKS; task += WARPS) {
-    const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
-    const char* tree = shared + Shared::tree + level * Level::bytes;
-    const int group = rows >> (bits + 1), columns = (half + 15) / 16, first = group << bits & ~15;
-    Sum sum[BLOCKS / 2];
-#pragma unroll
-    for (int n = 0; n < BLOCKS / 2; ++n) clear(sum[n]);
-#pragma unroll
-    for (int d = 0; d < D; d += 16) {
-      const Block<Operand> a = Level::Rows::load(tree + Level::rows, rows, d);
-#pragma unroll
-      for (int n = 0; n < BLOCKS / 2; ++n) {
-        if (n < columns) product(sum[n], a, Level::Columns::load_right(tree + Level::columns, first + n * 16, d));
-      }
-    }
-    const int start = group << (bits + 1);  // the group's first token
-    if (level == 0) {  // rows 0-7 are of k, 8-15 of q; half of the columns are another group's
-      const Sum& s = sum[0];
-      const int i = start + LEAF + lane_row(), j = start + lane_column();
-      float* corner = reinterpret_cast<float*>(shared + Shared::corner) + i * 17 + lane_column();
-      const float2 m = group % 2 == 0 ? s.pair[0] : s.pair[2], p = group % 2 == 0 ? s.pair[1] : s.pair[3];
-      corner[0] = m.x;
-      corner[1] = m.y;
-      store_pair(Square::at(shared + Shared::pairs, i, j), p);
-      continue;
-    }
-#pragma unroll
-    for (int n = 0; n < BLOCKS / 2; ++n) {
-      if (n < columns) {
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          const int i = start + half + (rows & (half - 1)) + quadrant_row(q), j = start + n * 16 + quadrant_column(q);
-          if (rows & half) {
-            store_pair(Square::at(shared + Shared::pairs, i, j), sum[n].pair[q]);
-          } else {
-            store_pair(Square::at(shared + Shared::below, i, j), sum[n].pair[q]);
-          }
-        }
-      }
-    }
-  }
-}
-
-// T and T~ of the 8x8 diagonal blocks, by substitution in float32. Each thread has one column c:
-//   T~_ic = -sum_{c <= j < i} Akk_ij T_jc,    T_ic = [i = c] + beta_i T~_ic
 __device__ __forceinline__ void invert_leaves(char* shared) {
   if (threadIdx.x >= C) return;
-  const int leaf = threadIdx.x / LEAF, c = threadIdx.x % LEAF, first = leaf * LEAF;
-  const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + first * 17 + leaf % 2 * LEAF;
-  const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + first;
-  float* leaf_t = reinterpret_cast<float*>(shared + Shared::leaf_t) + threadIdx.x;
-  float* leaf_rest = reinterpret_cast<float*>(shared + Shared::leaf_rest) + threadIdx.x;
-  float entry[LEAF * (LEAF - 1) / 2], weight[LEAF], t[LEAF], rest[LEAF];  // all read first: a load would wait for the stores before it
-#pragma unroll
-  for (int i = 0; i < LEAF; ++i) {
-    weight[i] = beta[i];
-#pragma unroll
-    for (int j = 0; j < i; ++j) entry[i * (i - 1) / 2 + j] = m[i * 17 + j];
-  }
-#pragma unroll
-  for (int i = 0; i < LEAF; ++i) {
-    rest[i] = 0.f;
-#pragma unroll
-    for (int j = 0; j < i; ++j) rest[i] -= j >= c ? entry[i * (i - 1) / 2 + j] * t[j] : 0.f;
-    t[i] = i == c ? 1.f : i > c ? weight[i] * rest[i] : 0.f;
-  }
-#pragma unroll
-  for (int i = 0; i < LEAF; ++i) {
-    leaf_t[i * C] = t[i];
-    leaf_rest[i * C] = rest[i];
-  }
-}
-
-// Copies entry (i, c) of each inverted leaf to the matrices that use it.
-__device__ __forceinline__ void spread_leaves(char* shared) {
-  for (int n = opaque(threadIdx.x); n < C * LEAF; n += THREADS) {
-    const int i = n / C, column = n % C, row = column / LEAF * LEAF + i;
-    const float t = reinterpret_cast<const float*>(shared + Shared::leaf_t)[n], rest = reinterpret_cast<const float*>(shared + Shared::leaf_rest)[n];
-    store_one(Square::at(shared + Shared::inverse, row, column), t);
-    store_one(Square::at(shared + Shared::inverse_rest, row, column), rest);
-    if (row > column) store_one(Square::at(shared + Shared::pairs, column, row), rest);
-  }
-}
-
-// exp(G_C), by the threads that invert nothing.
-__device__ __forceinline__ void whole_decay(const char* shared, char* workspace) {
-  const int channel = 2 * (opaque(threadIdx.x) - C);
-  if (channel < 0 || channel >= D) return;
-  float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-  for (int leaf = 0; leaf < LEAVES; ++leaf) add_to(sum, *reinterpret_cast<const float2*>(shared + Shared::leaf_logs + (leaf * D + channel) * 4));
-  *reinterpret_cast<float2*>(workspace + ChunkWorkspace::decay + channel * 4) = exp2_fast(sum);
-}
-
-// The 8x8 block of T~ below two diagonal blocks 1 and 2, in float32. Eight neighbouring threads have a column:
-//   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
-__device__ __forceinline__ void merge_leaves(char* shared) {
-  for (int n = opaque(threadIdx.x); n < BLOCKS * 64; n += THREADS) {
-    const int block = n / 64, c = n % 64 / LEAF, i = n % LEAF, upper = block * 16, lower = upper + LEAF;
-    const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + (lower + i) * 17;
-    const float* beta = reinterpret_cast<const float*>(shared + Shared::beta) + lower;
-    const float* leaf_t = reinterpret_cast<const float*>(shared + Shared::leaf_t) + upper + c;
-    const float* leaf_rest = reinterpret_cast<const float*>(shared + Shared::leaf_rest) + lower;
-    float x = 0.f;
-#pragma unroll
-    for (int l = 0; l < LEAF; ++l) x += m[l] * leaf_t[l * C];
-    float rest = -x;
-    const float weighted = beta[i] * x;
-#pragma unroll
-    for (int l = 0; l < LEAF - 1; ++l) {
-      const float other = __shfl_sync(0xffffffffu, weighted, (lane_id() & ~7) + l);
-      rest -= l < i ? leaf_rest[i * C + l] * other : 0.f;
-    }
-    store_one(Square::at(shared + Shared::inverse, lower + i, upper + c), beta[i] * rest);
-    store_one(Square::at(shared + Shared::inverse, upper + c, lower + i), 0.f);
-    store_one(Square::at(shared + Shared::inverse_rest, lower + i, upper + c), rest);
-    store_one(Square::at(shared + Shared::inverse_rest, upper + c, lower + i), 0.f);
-    store_one(Square::at(shared + Shared::pairs, upper + c, lower + i), rest);
-  }
-}
-
-// The block of T~ below two inverted diagonal blocks 1 and 2 of HALF tokens:
-//   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
-// It is computed transposed, X^T = T_11^T Akk_21^T: then a sum is the next operand, and the result lies as `pairs` holds it.
-template <int HALF>
-__device__ __forceinline__ void merge(char* shared) {
-  constexpr int N = HALF / 16;
-  const float* beta = reinterpret_cast<const float*>(shared + Shared::beta);
-  for (int task = opaque(threadIdx.x / 32); task < C / (2 * HALF) * N; task += WARPS) {
-    const int upper = task / N * 2 * HALF, lower = upper + HALF, column = upper + task % N * 16;
-    Sum x[N];
-    Block<Operand> weighted[N];  // X^T B_2
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      clear(x[n]);
-#pragma unroll
-      for (int l = 0; l < N; ++l)
-        if (upper + l * 16 >= column)  // T_11 is lower triangular, and only that part was written
-          product(x[n], Square::load_transposed(shared + Shared::inverse, upper + l * 16, column),
-                  Square::load_right(shared + Shared::below, lower + n * 16, upper + l * 16));
-      Sum scaled;
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const int i = lower + n * 16 + quadrant_column(q);
-        scaled.pair[q] = make_float2(x[n].pair[q].x * beta[i], x[n].pair[q].y * beta[i + 1]);
-      }
-      weighted[n] = round_to<Operand>(scaled);
-    }
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int l = 0; l <= n; ++l) product(x[n], weighted[l], Square::load_right(shared + Shared::inverse_rest, lower + n * 16, lower + l * 16));
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const int j = column + quadrant_row(q), i = lower + n * 16 + quadrant_column(q);
-        const float2 rest = make_float2(-x[n].pair[q].x, -x[n].pair[q].y);
-        store_pair(Square::at(shared + Shared::pairs, j, i), rest);
-        if (2 * HALF < C) {
-          store_one(Square::at(shared + Shared::inverse_rest, i, j), rest.x);
-          store_one(Square::at(shared + Shared::inverse_rest, i + 1, j), rest.y);
-          store_one(Square::at(shared + Shared::inverse, i, j), rest.x * beta[i]);
-          store_one(Square::at(shared + Shared::inverse, i + 1, j), rest.y * beta[i + 1]);
-        }
-      }
-    }
-  }
+  invert_column<Shared>(shared, threadIdx.x);
 }
 
 // q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. workspaces: [chunks, H] ChunkWorkspace, result. An item is
@@ -374,21 +211,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     workspace = workspace_of(opaque(item));  // computed again, to save registers
     if (item + gridDim.x < items) ask(item + gridDim.x);
     __syncthreads();
-    tree_pairs(shared);
+    tree_pairs<Shared, WARPS>(shared, opaque(threadIdx.x / 32), 1.f);
     __syncthreads();  // T and T~ take the place of the level tiles
     invert_leaves(shared);
-    whole_decay(shared, workspace);
+    whole_decay<Shared, C>(shared, workspace);  // by threads that invert nothing
     __syncthreads();
-    spread_leaves(shared);
-    merge_leaves(shared);
+    spread_leaves<Shared, THREADS>(shared, opaque(threadIdx.x));
+    merge_leaves<Shared, THREADS>(shared, opaque(threadIdx.x));
     __syncthreads();
-    merge<16>(shared);
+    merge<Shared, WARPS, 16>(shared, opaque(threadIdx.x / 32));
     if constexpr (C == 64) {
       __syncthreads();
-      merge<32>(shared);
+      merge<Shared, WARPS, 32>(shared, opaque(threadIdx.x / 32));
     }
     __syncthreads();
-    for (int at = opaque(threadIdx.x) * 16; at < Square::bytes; at += THREADS * 16)
-      *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
+    copy_pairs<Shared, THREADS>(shared, opaque(threadIdx.x), workspace);
   }
 }

@@ -15,7 +15,7 @@ from lkda.ops.kda.cuda.variants import (
     chunk_of,
     inter_chunk_kernel,
     intra_chunk_bwd_kernel,
-    intra_chunk_fwd_kernel,
+    intra_chunk_fwd,
     layout_of,
     parts_of,
     saved_state_bytes,
@@ -122,7 +122,9 @@ class Plan(Sizes):
 
         part = "segment" if segments > 1 and "segment" in parts_of(D) else "whole"
         resident_blocks = min(self.items, multiprocessors(device) * layout.resident)
-        self.intra_chunk_fwd = launch(intra_chunk_fwd_kernel(D, dtype, arch, query), resident_blocks, layout.threads)
+        intra_chunk = intra_chunk_fwd(D, dtype, arch, query)
+        self._intra_chunk_fwd = launch(intra_chunk.kernel, resident_blocks, intra_chunk.threads)
+        self._finds_amax_of_v = intra_chunk.helpers
         self.inter_chunk_fwd, self.inter_chunk_bwd = scan("inter_chunk_fwd", part), scan("inter_chunk_bwd", part)
         self.summarize_fwd, self.summarize_bwd = scan("inter_chunk_fwd", "summary"), scan("inter_chunk_bwd", "summary")
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
@@ -131,6 +133,26 @@ class Plan(Sizes):
         if dtype.itemsize == 2:
             self._amax = launch(amax_kernel(D, dtype), -(-self.items // 8), 256)
         self._sequences = launch(sequences_kernel(torch.float32 if layout.operand == 4 else torch.bfloat16), 1, 1024)
+
+    def intra_chunk_fwd(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        workspaces: Tensor,
+        spans: Tensor | None,
+        scale: float,
+    ) -> None:
+        """Writes the workspaces, and the largest |v| of each chunk and head to the end of their memory."""
+        _, T, H, _ = v.shape
+        shape = (spans, self.items, T, H, scale)
+        if self._finds_amax_of_v:
+            self._intra_chunk_fwd(q, k, v, g, beta, workspaces, self.amax_in(workspaces), *shape)
+        else:
+            self._intra_chunk_fwd(q, k, g, beta, workspaces, *shape)
+            self.find_amax(v, spans, workspaces)
 
     def find_amax(self, x: Tensor, spans: Tensor | None, memory: Tensor) -> int:
         """Writes the largest |x| of each chunk and head to the end of `memory` and returns its address.

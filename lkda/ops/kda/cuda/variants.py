@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 
 LEAF = 8
 WARPGROUPS = True  # whether the inter-chunk kernels use wgmma where there is one (sm_90a)
+HELPER_WARPS = 2  # in a block of intra_chunk_fwd_helpers.cu, besides those that a block of intra_chunk_fwd.cu has
 MAX_STAGES = 3  # chunks in the shared memory of an inter-chunk kernel: one is computed on, the others are being fetched
 INTER_CHUNK = ("inter_chunk_fwd", "inter_chunk_bwd")
 
@@ -71,11 +72,14 @@ class Layout:
             "OPERAND": "tf32" if wide else "float16",
         }
 
-    def intra_chunk_fwd_shared(self) -> int:
+    def intra_chunk_fwd_shared(self, helpers: bool) -> int:
         C, D, size = self.chunk, self.D, self.operand
-        small = _round_up(4 * self.leaves * D + 4 * C + 4 * C * 17, 128)
-        tree = self.levels * (C + C // 2) * D * size
-        return small + 2 * C * C * size + max(tree, 2 * C * C * size + 64 * C)
+        small = 4 * self.leaves * D + 4 * C + 4 * C * 17
+        tree, inverse = self.levels * (C + C // 2) * D * size, 2 * C * C * size + 64 * C
+        if not helpers:
+            return _round_up(small, 128) + 2 * C * C * size + max(tree, inverse)
+        leaf_operands = 24 * 64 * 2 * (self.threads // 32)
+        return _round_up(small + 8 * HELPER_WARPS, 128) + 2 * C * C * size + leaf_operands + tree + inverse
 
     def stage(self, streams: int, warps: int) -> int:
         """Bytes of one stage of an inter-chunk kernel: a workspace, and a chunk's rows of `streams` tensors.
@@ -113,18 +117,42 @@ def layout_of(D: int, dtype: torch.dtype) -> Layout:
     return Layout(D, dtype)
 
 
+class IntraChunkFwd:
+    """The kernel intra_chunk_fwd: intra_chunk_fwd_helpers.cu where that is faster, else intra_chunk_fwd.cu.
+
+    Args:
+        query: the dtype of q and k, where v is of `dtype`. None: all three are of `dtype`.
+
+    Attributes:
+        helpers: whether it is the kernel with helper warps, which takes v too and finds the largest |v|.
+        threads: threads in a block.
+    """
+
+    def __init__(self, D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None):
+        layout = layout_of(D, query or dtype)
+        self.helpers = D == 128 and layout.operand == 2 and arch == "sm_90a"
+        self.threads = layout.threads + (32 * HELPER_WARPS if self.helpers else 0)
+        shared_bytes = layout.intra_chunk_fwd_shared(self.helpers)
+        defines = layout.defines | layout.room(shared_bytes, arch)
+        source, signature = "intra_chunk_fwd.cu", "PPPPPPiiif"
+        if self.helpers:
+            source, signature = "intra_chunk_fwd_helpers.cu", "PPPPPPPPiiif"
+            defines |= {"VALUE": ELEMENTS[dtype], "HELPER_WARPS": HELPER_WARPS}
+        module = Module(HERE / source, defines)
+        module.precompile_with = lambda: (
+            intra_chunk_bwd_kernel(D, dtype, arch, query).module,
+            *(inter_chunk_kernel(name, D, dtype, arch, "whole").kernel.module for name in INTER_CHUNK),
+        )
+        self.kernel = module.kernel("kda_intra_chunk_fwd", signature, shared_bytes=shared_bytes)
+
+
 @cache
+def intra_chunk_fwd(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> IntraChunkFwd:
+    return IntraChunkFwd(D, dtype, arch, query)
+
+
 def intra_chunk_fwd_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
-    """The kernel for q and k of dtype `query`, where v is of `dtype`. None: all three are of `dtype`."""
-    layout = layout_of(D, query or dtype)
-    shared_bytes = layout.intra_chunk_fwd_shared()
-    defines = layout.defines | layout.room(shared_bytes, arch)
-    module = Module(HERE / "intra_chunk_fwd.cu", defines)
-    module.precompile_with = lambda: (
-        intra_chunk_bwd_kernel(D, dtype, arch, query).module,
-        *(inter_chunk_kernel(name, D, dtype, arch, "whole").kernel.module for name in INTER_CHUNK),
-    )
-    return module.kernel("kda_intra_chunk_fwd", "PPPPPPiiif", shared_bytes=shared_bytes)
+    return intra_chunk_fwd(D, dtype, arch, query).kernel
 
 
 class InterChunkKernel:
@@ -212,6 +240,11 @@ def kernels(arch: str) -> list[Kernel]:
     ]
     return (
         intra_chunk
+        + [
+            intra_chunk_fwd_kernel(D, torch.bfloat16, arch, torch.float16)
+            for D in HEAD_DIMS
+            if intra_chunk_fwd(D, torch.bfloat16, arch).helpers
+        ]
         + [intra_chunk_bwd_kernel(D, torch.bfloat16, arch, torch.float16) for D in HEAD_DIMS]
         + inter_chunk
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
