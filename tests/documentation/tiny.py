@@ -220,6 +220,7 @@ def provide(arguments: Sequence[str], stock: Path) -> list[str]:
             if kind and not _is_there(option, path) and _untouched(option, Path(path)):
                 target = Path(re.sub(r"\[[^\]]*\]|\*\*?", "0", path))
                 _lay(kind, target, stock)
+                _give_seed(target, len(laid))
                 laid.append(f"{path} ({kind})")
     return laid
 
@@ -268,6 +269,18 @@ def _lay(kind: str, target: Path, stock: Path) -> None:
         shutil.copy(stock / kind, target)
     if len(target.parts) > 1:
         Path(target.parts[0], ".provided").touch()
+
+
+def _give_seed(target: Path, seed: int) -> None:
+    """Of the runs and evaluations that are laid for one command, each has a seed of its own, as if trained apart."""
+    path = target / "summary.json" if target.is_dir() else target
+    if path.suffix != ".json" or not path.is_file():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for summary in (found, found.get("run")):
+        if isinstance(summary, dict) and "seed" in summary:
+            summary["seed"] += seed
+    path.write_text(json.dumps(found), encoding="utf-8")
 
 
 def stand_in_for_the_hub(load: Any, stock: Path, told: Any) -> Any:
