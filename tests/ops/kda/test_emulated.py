@@ -19,10 +19,10 @@ ARCH = "sm_90a"
 @pytest.fixture(autouse=True)
 def helpers(monkeypatch):
     """Heads of 128 run the kernel with helper warps, which is not the default."""
-    monkeypatch.setattr(variants, "HELPERS", True)
-    variants.intra_chunk_fwd.cache_clear()
+    monkeypatch.setattr(cuda_kernels, "HELPERS", True)
+    cuda_kernels.intra_chunk_fwd.cache_clear()
     yield
-    variants.intra_chunk_fwd.cache_clear()
+    cuda_kernels.intra_chunk_fwd.cache_clear()
 
 
 ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # about twice what the GPU shows

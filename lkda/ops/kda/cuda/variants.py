@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 
 LEAF = 8
 WARPGROUPS = True  # whether the inter-chunk kernels use wgmma where there is one (sm_90a)
-# Whether heads of 128 on Hopper use intra_chunk_fwd_helpers.cu. It is faster and its results are right in all tests, but
-# compute-sanitizer's racecheck has not been clean yet.
+# Whether heads of 128 on Hopper use intra_chunk_fwd_helpers.cu. It is faster, but the racecheck of
+# compute-sanitizer is not clean; docs/dev/kernels.md says what it reports.
 HELPERS = False
 HELPER_WARPS = 2  # in a block of intra_chunk_fwd_helpers.cu, besides those that a block of intra_chunk_fwd.cu has
 MAX_STAGES = 3  # chunks in the shared memory of an inter-chunk kernel: one is computed on, the others are being fetched
@@ -121,7 +121,7 @@ def layout_of(D: int, dtype: torch.dtype) -> Layout:
 
 
 class IntraChunkFwd:
-    """The kernel intra_chunk_fwd: intra_chunk_fwd_helpers.cu for heads of 128 on Hopper with HELPERS, else intra_chunk_fwd.cu.
+    """The kernel intra_chunk_fwd: with HELPERS, intra_chunk_fwd_helpers.cu for heads of 128 on Hopper.
 
     Args:
         query: the dtype of q and k, where v is of `dtype`. None: all three are of `dtype`.
