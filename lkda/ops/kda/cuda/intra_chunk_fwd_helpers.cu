@@ -106,7 +106,7 @@ __device__ __forceinline__ void help(char* shared, const Arguments& given) {
   for (int item = blockIdx.x; item < given.items; item += gridDim.x, turn ^= 1) {
     const Span span = span_of(item / given.heads, given.length, given.spans);
     if (span.tokens <= 0) continue;
-    arrive_at_barrier(FREE, WORKERS + HELPERS);
+    wait_at_barrier(FREE, WORKERS + HELPERS);
     find_amax(shared, given, span, item % given.heads, turn, given.amax + item);
     copy_beta(shared, given, span, item);
     wait_at_barrier(FILLED, WORKERS + HELPERS);
@@ -261,7 +261,7 @@ __device__ __forceinline__ void work(char* shared, const Arguments& given, int w
     tree_pairs<Shared, WORKER_WARPS>(shared, warp, given.scale);
     store_leaf_pairs(shared, warp, given.scale);
     q = in_float16(next_q), k = in_float16(next_k);
-    arrive_at_barrier(FILLED, WORKERS + HELPERS);
+    wait_at_barrier(FILLED, WORKERS + HELPERS);
   }
 }
 

@@ -19,7 +19,7 @@ LEAF = 8
 WARPGROUPS = True  # whether the inter-chunk kernels use wgmma where there is one (sm_90a)
 # Whether heads of 128 on Hopper use intra_chunk_fwd_helpers.cu. It is faster, but the racecheck of
 # compute-sanitizer is not clean; docs/dev/kernels.md says what it reports.
-HELPERS = False
+HELPERS = True
 HELPER_WARPS = 2  # in a block of intra_chunk_fwd_helpers.cu, besides those that a block of intra_chunk_fwd.cu has
 MAX_STAGES = 3  # chunks in the shared memory of an inter-chunk kernel: one is computed on, the others are being fetched
 INTER_CHUNK = ("inter_chunk_fwd", "inter_chunk_bwd")
