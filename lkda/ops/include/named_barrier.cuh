@@ -3,13 +3,3 @@
 
 // Waits until `threads` threads have come to the barrier, in whole warps. What they wrote before is visible to all who wait.
 __device__ __forceinline__ void wait_at_barrier(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-
-// Comes to the barrier and does not wait. With the macro ARRIVALS_WAIT it waits too, which serves to check a kernel with the racecheck of
-// compute-sanitizer.
-__device__ __forceinline__ void arrive_at_barrier(int number, int threads) {
-#ifdef ARRIVALS_WAIT
-  wait_at_barrier(number, threads);
-#else
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-#endif
-}

@@ -25,22 +25,18 @@ static void give_way() {
   if (!_setjmp(fibers[current].resume)) _longjmp(scheduler, 1);
   threadIdx.x = current;
 }
-static void come_to(Barrier& barrier, int expected) {
+static void wait_at(Barrier& barrier, int expected) {
+  const int generation = barrier.generation;
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-}
-static void wait_at(Barrier& barrier, int expected) {
-  const int generation = barrier.generation;
-  come_to(barrier, expected);
   while (barrier.generation == generation) give_way();
 }
 Exchange& exchange() { return exchanges[threadIdx.x / 32]; }
 void warp_barrier() { wait_at(warp_barriers[threadIdx.x / 32], 32); }
 void __syncthreads() { wait_at(block_barrier, alive); }
 void wait_at_barrier(int number, int threads) { wait_at(named_barriers[number], threads); }
-void arrive_at_barrier(int number, int threads) { come_to(named_barriers[number], threads); }
 
 static void run_fiber() {
   entry(argument);

@@ -2,4 +2,3 @@
 #pragma once
 
 void wait_at_barrier(int number, int threads);
-void arrive_at_barrier(int number, int threads);

@@ -16,15 +16,6 @@ from tests.ops.yardstick import kda_truth, outputs_and_gradients
 ARCH = "sm_90a"
 
 
-@pytest.fixture(autouse=True)
-def helpers(monkeypatch):
-    """Heads of 128 run the kernel with helper warps, which is not the default."""
-    monkeypatch.setattr(cuda_kernels, "HELPERS", True)
-    cuda_kernels.intra_chunk_fwd.cache_clear()
-    yield
-    cuda_kernels.intra_chunk_fwd.cache_clear()
-
-
 ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # about twice what the GPU shows
 
 
@@ -40,6 +31,7 @@ ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # ab
         (torch.bfloat16, "resets", 4, 64, True),
         (torch.bfloat16, "fast", 1, 128, True),
         (torch.float16, "resets", 4, 128, True),
+        (torch.bfloat16, "resets", 1, 128, False),
     ],
 )
 def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch):
@@ -77,7 +69,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
         run(B * H * (D // 8), 2 * D, matrices, offsets, start, found, forgotten, segments, H, int(backward))
         return found
 
-    intra_chunk = cuda_kernels.IntraChunkFwd(D, dtype, ARCH)
+    intra_chunk = cuda_kernels.IntraChunkFwd(D, dtype, ARCH if warpgroups else "sm_80")  # with helper warps, without
     launch, where = (min(3, slots * H), intra_chunk.threads), (None, slots * H, T, H)
     if intra_chunk.helpers:
         found = unwritten(slots, H)

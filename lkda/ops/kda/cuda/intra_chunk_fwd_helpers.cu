@@ -4,9 +4,9 @@
 //   A block has HELPER_WARPS warps more, the helpers. They invert the matrix of an item while the workers go on to the next one.
 //   The helpers also find the largest |v| of each item, which amax.cu does for the other kernel.
 //
-// Workers and helpers meet twice for each item. Both wait for whom they need and no longer:
-//   FREE    the helpers have read the matrices of the item before. The workers wait, then write those of this item.
-//   FILLED  the workers have written them. The helpers wait, then invert.
+// Workers and helpers meet at two barriers for each item:
+//   FREE    the helpers have read the matrices of the item before. The workers then write those of this item.
+//   FILLED  the workers have written them. The helpers then invert.
 #include "kda_inverse.cuh"
 #include "kda_leaf_products.cuh"
 #include "kda_scale.cuh"

@@ -17,9 +17,6 @@ HERE = Path(__file__).parent
 
 LEAF = 8
 WARPGROUPS = True  # whether the inter-chunk kernels use wgmma where there is one (sm_90a)
-# Whether heads of 128 on Hopper use intra_chunk_fwd_helpers.cu. It is faster, but the racecheck of
-# compute-sanitizer is not clean; docs/dev/kernels.md says what it reports.
-HELPERS = True
 HELPER_WARPS = 2  # in a block of intra_chunk_fwd_helpers.cu, besides those that a block of intra_chunk_fwd.cu has
 MAX_STAGES = 3  # chunks in the shared memory of an inter-chunk kernel: one is computed on, the others are being fetched
 INTER_CHUNK = ("inter_chunk_fwd", "inter_chunk_bwd")
@@ -121,7 +118,8 @@ def layout_of(D: int, dtype: torch.dtype) -> Layout:
 
 
 class IntraChunkFwd:
-    """The kernel intra_chunk_fwd: with HELPERS, intra_chunk_fwd_helpers.cu for heads of 128 on Hopper.
+    """The kernel intra_chunk_fwd: intra_chunk_fwd_helpers.cu for heads of 128 in half precision on Hopper, else
+    intra_chunk_fwd.cu.
 
     Args:
         query: the dtype of q and k, where v is of `dtype`. None: all three are of `dtype`.
@@ -133,7 +131,7 @@ class IntraChunkFwd:
 
     def __init__(self, D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None):
         layout = layout_of(D, query or dtype)
-        self.helpers = HELPERS and D == 128 and layout.operand == 2 and arch == "sm_90a"
+        self.helpers = D == 128 and layout.operand == 2 and arch == "sm_90a"
         self.threads = layout.threads + (32 * HELPER_WARPS if self.helpers else 0)
         shared_bytes = layout.intra_chunk_fwd_shared(self.helpers)
         defines = layout.defines | layout.room(shared_bytes, arch)
