@@ -116,6 +116,22 @@ class ModelLoss:
         return self.model.hidden_by(self.apply, tokens, cu_seqlens=cu_seqlens)
 
 
+class MeanLoss(nn.Module):
+    """`ModelLoss.mean` as a module, which DDP can wrap.
+
+    Attributes:
+        loss: the `ModelLoss`.
+    """
+
+    def __init__(self, loss: ModelLoss) -> None:
+        super().__init__()
+        self.model, self.loss = loss.model, loss
+
+    def forward(self, **inputs: Tensor | None) -> Tensor:
+        """As `ModelLoss.mean`."""
+        return self.loss.mean(**inputs)  # type: ignore[arg-type]
+
+
 def _allow_many_compilations() -> None:
     """Raises the limit of compilations of one function in this process, 8 by default, beyond which it runs uncompiled.
 

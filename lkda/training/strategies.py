@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -36,7 +37,7 @@ def build_strategy(
     """
     if name == "ddp":
         # Buffers hold what each process has measured of its own share.
-        return DDPStrategy(
+        return ReplicatedStrategy(
             broadcast_buffers=False, gradient_as_bucket_view=True, timeout=timeout, cluster_environment=environment
         )
     if name == "fsdp":
@@ -44,6 +45,29 @@ def build_strategy(
         strategy.cluster_environment = environment
         return strategy
     return "auto"
+
+
+class AveragesGradients(Protocol):
+    """A task whose gradients DDP averages."""
+
+    def average_gradients(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Compute the loss for training with a module that `wrap` returns."""
+
+    def without_averaging(self) -> AbstractContextManager[None]:
+        """In this context a backward pass adds to the gradients and does not average them."""
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """Lightning's strategy for DDP. DDP wraps the loss instead of the whole task, so that forward, backward and the
+    averaging of the gradients are one function."""
+
+    def configure_ddp(self) -> None:
+        cast(AveragesGradients, self.lightning_module).average_gradients(self._setup_model)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        with cast(AveragesGradients, self.lightning_module).without_averaging():
+            yield
 
 
 class ShardedStrategy(ModelParallelStrategy):

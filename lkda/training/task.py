@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from rich import get_console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lkda.checks import InputError
@@ -19,7 +20,7 @@ from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
 from lkda.models.sequence_part import SequencePart
 from lkda.training.cuda_graphs import CaptureError, GraphedLoss
-from lkda.training.losses import ModelLoss, is_of_compiler
+from lkda.training.losses import MeanLoss, ModelLoss, is_of_compiler
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
 from lkda.training.processes import process_count, process_count_of
@@ -118,6 +119,8 @@ class LanguageModelTask(L.LightningModule):
         self._compile = compile
         self.loss = ModelLoss(model, compile=bool(compile), checkpointing=checkpointing, shares_weights=shares_weights)
         self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
+        # The loss that DDP wraps; none on one device. It is in a list, because a submodule would be saved.
+        self._averaged: list[Any] = []
         self.shares_weights = shares_weights
         self.context_group, self.context_number = context_group, context_number
 
@@ -131,6 +134,20 @@ class LanguageModelTask(L.LightningModule):
             assert self.device_mesh is not None
             methods = ("training_step", "validation_step", "measure_test_batch")
             share_weights(self, self.model.blocks, self.device_mesh["data_parallel"], methods=methods)
+
+    def average_gradients(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Let DDP average the gradients over the processes.
+
+        Args:
+            wrap: returns DDP around a module.
+        """
+        self._averaged = [wrap(MeanLoss(self.loss))]
+
+    @contextmanager
+    def without_averaging(self) -> Iterator[None]:
+        """In this context a backward pass adds to the gradients and does not average them."""
+        with self._averaged[0].no_sync():
+            yield
 
     def _take_part(self, batch: Batch) -> None:
         """Tell the mixers which part of its rows the batch is. It is so until the next batch, whose backward pass may
@@ -203,7 +220,7 @@ class LanguageModelTask(L.LightningModule):
     def _mean_loss(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
         """The loss without CUDA graphs. Raises InputError if torch.compile fails that must compile."""
         try:
-            return self.loss.mean(*inputs.values())  # type: ignore[arg-type]
+            return self._loss_for_training(inputs)
         except RuntimeError as error:
             if not self._compile or not is_of_compiler(error):
                 raise
@@ -213,7 +230,13 @@ class LanguageModelTask(L.LightningModule):
         if self.trainer.is_global_zero:
             get_console().print(f"without torch.compile: {why}", markup=False, highlight=False, soft_wrap=True)
         self._compile, self.loss = False, self.loss.uncompiled()
-        return self.loss.mean(*inputs.values())  # type: ignore[arg-type]
+        for averaged in self._averaged:
+            averaged.module.loss = self.loss
+        return self._loss_for_training(inputs)
+
+    def _loss_for_training(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
+        """The mean loss, whose gradients DDP averages where it is used."""
+        return self._averaged[0](**inputs) if self._averaged else self.loss.mean(**inputs)  # type: ignore[arg-type]
 
     def loss_scale(self, weight: Tensor | None) -> Tensor:
         """The factor for the loss before its backward pass: the piece's weight, times the loss scale in float16."""
