@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of six text files of simple sentences, about 20 kB: easy to learn, the same each time."""
-    directory = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for number in range(6):
-        sentences = (f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)}." for _ in range(100))
-        (directory / f"{number}.txt").write_text(" ".join(sentences), encoding="utf-8")
-    return directory
+def simple_text(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Writes six text files of that many simple sentences, the same each time, and returns their directory."""
+
+    def written(count: int) -> Path:
+        directory = tmp_path_factory.mktemp("corpus")
+        draw = random.Random(0)
+        for number in range(6):
+            sentences = (f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)}." for _ in range(count))
+            (directory / f"{number}.txt").write_text(" ".join(sentences), encoding="utf-8")
+        return directory
+
+    return written
+
+
+@pytest.fixture(scope="session")
+def corpus(simple_text: Callable[[int], Path]) -> Path:
+    """A directory of about 20 kB of simple sentences: easy to learn, the same each time."""
+    return simple_text(100)

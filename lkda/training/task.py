@@ -118,7 +118,8 @@ class LanguageModelTask(L.LightningModule):
                 module.longest_sequence = context
         self._compile = compile
         self.loss = ModelLoss(model, compile=bool(compile), checkpointing=checkpointing, shares_weights=shares_weights)
-        self._graphs = GraphedLoss(self.loss.mean, model.parameters()) if cuda_graphs else None
+        self.cuda_graphs = cuda_graphs
+        self._graphs: GraphedLoss | None = None
         # The loss that DDP wraps; none on one device. It is in a list, because a submodule would be saved.
         self._averaged: list[Any] = []
         self.shares_weights = shares_weights
@@ -132,7 +133,7 @@ class LanguageModelTask(L.LightningModule):
     def configure_model(self) -> None:
         if self.shares_weights:
             assert self.device_mesh is not None
-            methods = ("training_step", "validation_step", "measure_test_batch")
+            methods = ("loss_for_training", "validation_step", "measure_test_batch")
             share_weights(self, self.model.blocks, self.device_mesh["data_parallel"], methods=methods)
 
     def average_gradients(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
@@ -169,6 +170,10 @@ class LanguageModelTask(L.LightningModule):
         for module in self.model.modules():
             if isinstance(module, Mixer):
                 module.part = part
+
+    def on_fit_start(self) -> None:
+        if self.cuda_graphs:  # the strategy may have replaced the parameters since the task was made
+            self._graphs = GraphedLoss(self.loss_for_training, self.model.parameters())
 
     def on_fit_end(self) -> None:
         self._tell_mixers(None)
@@ -220,7 +225,7 @@ class LanguageModelTask(L.LightningModule):
     def _mean_loss(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
         """The loss without CUDA graphs. Raises InputError if torch.compile fails that must compile."""
         try:
-            return self._loss_for_training(inputs)
+            return self.loss_for_training(**inputs)
         except RuntimeError as error:
             if not self._compile or not is_of_compiler(error):
                 raise
@@ -232,10 +237,10 @@ class LanguageModelTask(L.LightningModule):
         self._compile, self.loss = False, self.loss.uncompiled()
         for averaged in self._averaged:
             averaged.module.loss = self.loss
-        return self._loss_for_training(inputs)
+        return self.loss_for_training(**inputs)
 
-    def _loss_for_training(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        """The mean loss, whose gradients DDP averages where it is used."""
+    def loss_for_training(self, **inputs: Tensor | None) -> Tensor:
+        """The mean loss, whose gradients the devices average."""
         return self._averaged[0](**inputs) if self._averaged else self.loss.mean(**inputs)  # type: ignore[arg-type]
 
     def loss_scale(self, weight: Tensor | None) -> Tensor:

@@ -64,10 +64,10 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     calls = 0
     mean = ModelLoss.mean
 
-    def spoilt(self: ModelLoss, *arguments: Any) -> torch.Tensor:
+    def spoilt(self: ModelLoss, **inputs: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        loss = mean(self, *arguments)
+        loss = mean(self, **inputs)
         return loss * math.nan if calls in bad else loss
 
     monkeypatch.setattr(ModelLoss, "mean", spoilt)
