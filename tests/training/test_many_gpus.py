@@ -19,9 +19,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 STEPS = 200
-# Losses of bf16 runs whose sums have another order, relative. The data are text, so that there is something to learn. At
-# first the losses of every step agree. Later rounding has grown: two runs on one device of which one adds up each
-# gradient in two pieces differ by up to 4.5% in a step after the 60th, and by 0.5% in the mean of the last ten rows.
+# Losses of bf16 runs whose sums have another order, relative. The data are text, so that there is something to learn.
+# At first the losses of every step agree. Later rounding has grown: two runs on one device, of which one adds up each
+# gradient in two pieces, differ by up to 4.5% in a step after the 60th, and by 0.5% in the mean of the last ten rows.
 FIRST_STEPS, FIRST = 30, 1e-2
 MEAN = 2e-2
 SENTENCES = 6000  # in each of six files; the runs read less than all of them
