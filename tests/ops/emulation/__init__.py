@@ -36,7 +36,8 @@ class Emulated:
     """Launched like the kernel that it stands for: `emulated(blocks, threads, *arguments)`; tensors on the CPU."""
 
     def __init__(self, kernel: Kernel):
-        source = kernel.module.source.read_text()
+        # `extern __shared__` is what launch.h defines; other shared variables are static ones, which all threads see.
+        source = kernel.module.source.read_text().replace("extern __shared__", "extern")
         parameters = re.search(rf"{kernel.entry}\((.*?)\) \{{", source, re.DOTALL).group(1)
         names = ", ".join(parameter.split()[-1] for parameter in parameters.split(","))
         text = (

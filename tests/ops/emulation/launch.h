@@ -4,11 +4,12 @@
 Dim threadIdx, blockIdx, gridDim;
 alignas(1024) unsigned char shared_memory[256 * 1024];
 
+constexpr size_t STACK = 256 * 1024;  // bytes; only those that are used take memory
 struct Fiber {
   ucontext_t context;
   jmp_buf resume;
   bool started, done;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack{new char[STACK]};
 };
 struct Barrier {
   int arrived, generation;
@@ -52,16 +53,13 @@ template <class Kernel>
 void launch(int blocks, int threads, Kernel kernel) {
   entry = [](void* p) { (*static_cast<Kernel*>(p))(); };
   argument = &kernel;
-  fibers.resize(threads);
+  fibers = std::vector<Fiber>(threads);
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
   for (int block = 0; block < blocks; ++block) {
     blockIdx = {static_cast<unsigned>(block), 0, 0};
     memset(shared_memory, 0xff, sizeof(shared_memory));
     alive = threads;
-    for (Fiber& fiber : fibers) {
-      fiber.started = fiber.done = false;
-      fiber.stack.resize(256 * 1024);
-    }
+    for (Fiber& fiber : fibers) fiber.started = fiber.done = false;
     while (alive > 0) {
       for (current = 0; current < threads; ++current) {
         Fiber& fiber = fibers[current];
@@ -71,11 +69,12 @@ void launch(int blocks, int threads, Kernel kernel) {
         if (fiber.started) _longjmp(fiber.resume, 1);
         fiber.started = true;
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = STACK;
         makecontext(&fiber.context, run_fiber, 0);
         setcontext(&fiber.context);
       }
     }
   }
+  fibers = std::vector<Fiber>();  // the library of each kernel has its own, and is never unloaded
 }
