@@ -101,7 +101,8 @@ class RunConsole:
         if trainer.detect_anomaly or trainer.context_parallel > 1:
             what = "trainer.detect_anomaly" if trainer.detect_anomaly else "context_parallel"
             self._line(f"compile=auto: neither torch.compile nor CUDA graphs, which {what} does not allow")
-        elif not trainer.has_graphs:
+        elif trainer.strategy != "single":
+            # A replayed graph would not run what the strategies add to the backward pass.
             self._line(f"compile=auto: torch.compile without CUDA graphs, which {trainer.strategy} does not allow")
 
     def print_interruption(self, ending: InterruptedRunError) -> None:

@@ -96,7 +96,7 @@ def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes
     """
     plan, data = prepared.plan, prepared.data
     automatic = plan.compile == "auto" and plan.device.type == "cuda" and not plan.trainer.detect_anomaly
-    graphs = automatic and plan.trainer.has_graphs
+    graphs = automatic and plan.trainer.strategy == "single"
     context_parallel = plan.trainer.context_parallel
     automatic = automatic and context_parallel == 1  # its exchanges are not traced
     group = processes.context_group(context_parallel) if processes is not None and context_parallel > 1 else None

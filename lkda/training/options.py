@@ -76,11 +76,6 @@ class TrainerOptions:
         """The number of groups of devices that train on different sequences."""
         return self.world_size // self.context_parallel
 
-    @property
-    def has_graphs(self) -> bool:
-        """Whether forward and backward of a step can be one CUDA graph on each device."""
-        return self.strategy == "single"
-
     def steps(self, tokens_per_step: int) -> int:
         """The optimizer steps of the run: enough for max_tokens if that is given, else max_steps."""
         return self.max_steps if self.max_tokens is None else math.ceil(self.max_tokens / tokens_per_step)

@@ -19,7 +19,7 @@ from lkda.checks import InputError
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
 from lkda.models.sequence_part import SequencePart
-from lkda.training.cuda_graphs import WARMUP_CALLS, WARMUP_CALLS_OF_DDP, CaptureError, GraphedLoss
+from lkda.training.cuda_graphs import CaptureError, GraphedLoss
 from lkda.training.losses import MeanLoss, ModelLoss, is_of_compiler
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
@@ -173,8 +173,7 @@ class LanguageModelTask(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.cuda_graphs:  # the strategy may have replaced the parameters since the task was made
-            calls = WARMUP_CALLS_OF_DDP if self._averaged else WARMUP_CALLS
-            self._graphs = GraphedLoss(self.loss_for_training, self.model.parameters(), warmup_calls=calls)
+            self._graphs = GraphedLoss(self.loss_for_training, self.model.parameters())
 
     def on_fit_end(self) -> None:
         self._tell_mixers(None)
@@ -218,8 +217,7 @@ class LanguageModelTask(L.LightningModule):
         except CaptureError as error:
             why = f"without torch.compile and CUDA graphs: {error}"
             get_console().print(why, markup=False, highlight=False, soft_wrap=True)
-            self._graphs = None
-            self._stop_compiling()
+            self._graphs, self._compile, self.loss = None, False, self.loss.uncompiled()
             if first:  # otherwise the gradients of the step's earlier pieces stay, and those of this one are added
                 self.zero_grad()
             return None
@@ -236,13 +234,10 @@ class LanguageModelTask(L.LightningModule):
                 raise InputError(f"torch.compile failed: {why}. Use compile=false.") from error
         if self.trainer.is_global_zero:
             get_console().print(f"without torch.compile: {why}", markup=False, highlight=False, soft_wrap=True)
-        self._stop_compiling()
-        return self.loss_for_training(**inputs)
-
-    def _stop_compiling(self) -> None:
         self._compile, self.loss = False, self.loss.uncompiled()
         for averaged in self._averaged:
             averaged.module.loss = self.loss
+        return self.loss_for_training(**inputs)
 
     def loss_for_training(self, **inputs: Tensor | None) -> Tensor:
         """The mean loss, whose gradients the devices average."""

@@ -144,8 +144,7 @@ def test_without_a_compiler_a_run_goes_on_unless_it_must_compile(
 def test_a_run_that_cannot_have_graphs_says_so_at_its_start(
     changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"strategy": "single", "context_parallel": 1, "detect_anomaly": False, **changes}
-    trainer = SimpleNamespace(**options, has_graphs=options["strategy"] == "single")
+    trainer = SimpleNamespace(**{"strategy": "single", "context_parallel": 1, "detect_anomaly": False, **changes})
     RunConsole(SimpleNamespace())._print_what_is_not_compiled(SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]
     printed = capsys.readouterr().out
     assert said in printed
