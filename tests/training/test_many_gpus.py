@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 import torch
@@ -20,10 +19,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 STEPS = 200
 # Losses of bf16 runs whose sums have another order, relative. The data are text, so that there is something to learn.
-# At first the losses of every step agree. Later rounding has grown: two runs on one device, of which one adds up each
-# gradient in two pieces, differ by up to 4.5% in a step after the 60th, and by 0.5% in the mean of the last ten rows.
-FIRST_STEPS, FIRST = 30, 1e-2
-MEAN = 2e-2
+TOLERANCE = 1e-2
+# At the usual rate of 4e-3 rounding grows to several percent after 60 steps, also between two runs on one device of
+# which one adds up each gradient in two pieces. At this rate those two differ by 0.1% at most (KDA on a CPU).
+RATE = 5e-4
 SENTENCES = 6000  # in each of six files; the runs read less than all of them
 MINUTES = 0.5  # that a process waits for one that does not answer
 # NVLink multicast needs rights that containers often lack.
@@ -44,14 +43,14 @@ def settings(corpus: Path, directory: Path) -> tuple[str, ...]:
     return (
         *("data=files", f"data.paths=[{corpus}]", "data.vocab_size=300", "data.context=128", "data.batch_size=8"),
         *("model=tiny", "model.vocab_size=null", f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}"),
-        *("sample.max_new_tokens=0", "callbacks=none", f"hydra.run.dir={directory}"),
+        *(f"optimizer.lr={RATE}", "sample.max_new_tokens=0", "callbacks=none", f"hydra.run.dir={directory}"),
     )
 
 
 @pytest.fixture(scope="module")
 def corpus(simple_text: Callable[[int], Path]) -> Path:
-    """So much text that nothing is read twice. What is read again and again is learned by heart, and its loss falls so
-    steeply that rounding makes differences of several percent, also between two runs on one device."""
+    """So much text that nothing is read twice. What is read again and again is learned by heart, and rounding makes
+    large differences in its small loss."""
     return simple_text(SENTENCES)
 
 
@@ -77,10 +76,8 @@ def test_as_on_one_gpu(how: str, count: int, mixer: str, corpus: Path, tmp_path:
     found, expected = trained(corpus, tmp_path / "run", *many), on_one(mixer)
     assert found.keys() == expected.keys()
     assert max(expected) == STEPS
-    for step in (step for step in expected if step <= FIRST_STEPS):
-        assert found[step] == pytest.approx(expected[step], rel=FIRST), step
-    last = [step for step in expected if step > STEPS / 2]
-    assert fmean(found[step] for step in last) == pytest.approx(fmean(expected[step] for step in last), rel=MEAN)
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=TOLERANCE), step
 
 
 @pytest.mark.gpu
