@@ -83,7 +83,7 @@ class RunConsole:
         if plan.trainer.strategy != "single":
             self._print_devices(plan)
         if plan.compile == "auto" and plan.device.type == "cuda":
-            self._print_what_is_not_compiled(plan)
+            self._print_what_is_not_compiled(prepared)
         if prepared.data.left_out is not None:
             self._line(f"not trained on: {prepared.data.left_out}")
         if prepared.data.no_test is not None:
@@ -96,14 +96,13 @@ class RunConsole:
         devices = f"{trainer.world_size} device{'s' * (trainer.world_size != 1)} with {trainer.strategy}{parts}"
         self._line(f"{devices}; {sequences} sequence{'s' * (sequences != 1)} at a time on each")
 
-    def _print_what_is_not_compiled(self, plan: RunPlan) -> None:
-        trainer = plan.trainer
+    def _print_what_is_not_compiled(self, prepared: PreparedRun) -> None:
+        trainer = prepared.plan.trainer
         if trainer.detect_anomaly or trainer.context_parallel > 1:
             what = "trainer.detect_anomaly" if trainer.detect_anomaly else "context_parallel"
             self._line(f"compile=auto: neither torch.compile nor CUDA graphs, which {what} does not allow")
-        elif trainer.strategy != "single":
-            # A replayed graph would not run what the strategies add to the backward pass.
-            self._line(f"compile=auto: torch.compile without CUDA graphs, which {trainer.strategy} does not allow")
+        elif (reason := prepared.without_graphs) is not None:
+            self._line(f"compile=auto: torch.compile without CUDA graphs, which {reason} does not allow")
 
     def print_interruption(self, ending: InterruptedRunError) -> None:
         """Print how to continue the run."""

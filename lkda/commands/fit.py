@@ -96,9 +96,9 @@ def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes
     """
     plan, data = prepared.plan, prepared.data
     automatic = plan.compile == "auto" and plan.device.type == "cuda" and not plan.trainer.detect_anomaly
-    graphs = automatic and plan.trainer.strategy == "single"
     context_parallel = plan.trainer.context_parallel
     automatic = automatic and context_parallel == 1  # its exchanges are not traced
+    graphs = automatic and prepared.without_graphs is None
     group = processes.context_group(context_parallel) if processes is not None and context_parallel > 1 else None
     if plan.trainer.strategy == "ddp" and (plan.compile is True or automatic):
         # A block is compiled as a whole. Its gradients are averaged while the block before it runs backward.
@@ -264,6 +264,8 @@ def fit(trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop
                 f"another process of the run has ended, or did not answer for {minutes} minutes "
                 "(trainer.timeout_minutes). Continue from the last checkpoint with resume=true."
             ) from error
+        finally:
+            task.free_graphs()
     if ending is None and trainer.global_step < prepared.total_steps:
         ending = LearntRun(trainer.global_step)
     (checkpoints,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))

@@ -52,6 +52,20 @@ class PreparedRun:
         """Whether the directory already holds the result of this many steps."""
         return self.first_step >= self.total_steps and run.read_summary().get("status") == "finished"
 
+    @property
+    def without_graphs(self) -> str | None:
+        """What does not allow CUDA graphs on a GPU; None if a step can replay one.
+
+        The processes of a run must capture and replay the same exchanges at the same time. So their batches have one
+        shape, and each is a step.
+        """
+        strategy = self.plan.trainer.strategy
+        if strategy != "single" and self.plan.trainer.accumulate_grad_batches > 1:
+            return f"{strategy} with trainer.accumulate_grad_batches"
+        if strategy != "single" and self.data.val_subsets:  # the number of targets differs from batch to batch
+            return f"{strategy} with data={self.data.source}"
+        return None
+
     def check_steps(self, run: RunDirectory) -> None:
         """Raise InputError if the run has already done more than `total_steps` steps, or this many without a
         validation."""

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Calls before a capture. The first calls compile, choose algorithms and allocate workspaces.
-WARMUP_CALLS = 2
+# Calls before a capture. The first calls compile, choose algorithms and allocate workspaces. In its first calls DDP
+# also forms its buckets and times itself
+# (https://docs.pytorch.org/docs/stable/notes/cuda.html#usage-with-distributeddataparallel).
+WARMUP_CALLS, WARMUP_CALLS_OF_DDP = 2, 11
 # The largest number of batch shapes. Each shape has its own graph, and all graphs share the memory for activations.
 MOST_GRAPHS = 16
 
@@ -48,10 +50,13 @@ class GraphedLoss:
         loss: a function of named tensors (some may be None) that returns a scalar. It must not read a tensor on the
             host.
         parameters: the parameters that get gradients.
+        warmup_calls: calls before a capture.
     """
 
-    def __init__(self, loss: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> None:
-        self._loss = loss
+    def __init__(
+        self, loss: Callable[..., Tensor], parameters: Iterable[nn.Parameter], *, warmup_calls: int = WARMUP_CALLS
+    ) -> None:
+        self._loss, self._warmup_calls = loss, warmup_calls
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._captured: dict[Shapes, _Captured] = {}
         self._scale: Tensor | None = None
@@ -117,7 +122,7 @@ class GraphedLoss:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARMUP_CALLS):
+            for _ in range(self._warmup_calls):
                 self._give(self._summed or none)
                 self._forward_backward(inputs)
         torch.cuda.current_stream().wait_stream(stream)

@@ -143,7 +143,7 @@ def _allow_many_compilations() -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _MOST_COMPILATIONS)
 
 
-def is_of_compiler(error: Exception) -> bool:
+def is_of_compiler(error: BaseException | None) -> bool:
     """Whether `torch.compile` raised the error, such as where it finds no C++ compiler."""
     from torch._dynamo.exc import TorchDynamoException  # the import takes seconds, which a run without it saves
 

@@ -13,13 +13,14 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from rich import get_console
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lkda.checks import InputError
 from lkda.models.lm import LanguageModel
 from lkda.models.mixer import Mixer
 from lkda.models.sequence_part import SequencePart
-from lkda.training.cuda_graphs import CaptureError, GraphedLoss
+from lkda.training.cuda_graphs import WARMUP_CALLS, WARMUP_CALLS_OF_DDP, CaptureError, GraphedLoss
 from lkda.training.losses import MeanLoss, ModelLoss, is_of_compiler
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
@@ -173,10 +174,16 @@ class LanguageModelTask(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.cuda_graphs:  # the strategy may have replaced the parameters since the task was made
-            self._graphs = GraphedLoss(self.loss_for_training, self.model.parameters())
+            calls = WARMUP_CALLS_OF_DDP if self._averaged else WARMUP_CALLS
+            self._graphs = GraphedLoss(self.loss_for_training, self.model.parameters(), warmup_calls=calls)
 
     def on_fit_end(self) -> None:
         self._tell_mixers(None)
+
+    def free_graphs(self) -> None:
+        """Free the CUDA graphs. Call it before the processes of a run part: they wait until no graph needs the
+        connections between their devices."""
+        self._graphs = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set the learning rate of this batch's step. It depends only on the step and the settings, not on the
@@ -215,6 +222,11 @@ class LanguageModelTask(L.LightningModule):
         try:
             return self._graphs(inputs, scale=scale, first=first, accumulates=pieces > 1)
         except CaptureError as error:
+            if self._averaged or self.shares_weights:
+                if not is_of_compiler(error.__cause__):  # the processes cannot change their exchanges within a step
+                    raise InputError(f"CUDA graphs: {error}. Use compile=true, which has none.") from error
+                self._graphs = None
+                return None
             why = f"without torch.compile and CUDA graphs: {error}"
             get_console().print(why, markup=False, highlight=False, soft_wrap=True)
             self._graphs, self._compile, self.loss = None, False, self.loss.uncompiled()
@@ -268,10 +280,17 @@ class LanguageModelTask(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.validation.compute(), logger=False)
+        self._free_gathered_weights()
         last = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.global_step >= self.total_steps
         if last and self.test_batches is not None:
             self._measure_test(self.test_batches)
+            self._free_gathered_weights()
             self.log_dict(self.test.compute(), logger=False)
+
+    def _free_gathered_weights(self) -> None:
+        """Have the next validation gather the weights again. A step does it too, but not one that replays a graph."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
 
     def _measure_test(self, batches: Loader) -> None:
         """Measure the test split like a validation: with the same limit on batches, in the same precision."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.commands.console import RunConsole
+from lkda.commands.prepared_run import PreparedRun
 from lkda.commands.train import train
 from lkda.training import cuda_graphs
 from lkda.training.cuda_graphs import GraphedLoss, _Captured
@@ -137,15 +138,41 @@ def test_without_a_compiler_a_run_goes_on_unless_it_must_compile(
             {"detect_anomaly": True},
             "neither torch.compile nor CUDA graphs, which trainer.detect_anomaly does not allow",
         ),
-        ({"strategy": "ddp"}, "torch.compile without CUDA graphs, which ddp does not allow"),
         ({"strategy": "ddp", "context_parallel": 2}, "nor CUDA graphs, which context_parallel does not allow"),
     ],
 )
 def test_a_run_that_cannot_have_graphs_says_so_at_its_start(
     changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = SimpleNamespace(**{"strategy": "single", "context_parallel": 1, "detect_anomaly": False, **changes})
-    RunConsole(SimpleNamespace())._print_what_is_not_compiled(SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]
+    starting(capsys, changes, source="files", subsets=(), said=said)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pieces", "source", "said"),
+    [
+        ("single", 4, "mqar", ""),
+        ("ddp", 1, "files", ""),
+        ("fsdp", 1, "files", ""),
+        ("ddp", 4, "files", "ddp with trainer.accumulate_grad_batches does not allow"),
+        ("fsdp", 1, "mqar", "torch.compile without CUDA graphs, which fsdp with data=mqar does not allow"),
+    ],
+)
+def test_processes_have_graphs_if_all_batches_are_alike(
+    strategy: str, pieces: int, source: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subsets = ({"length": 64},) if source == "mqar" else ()
+    starting(capsys, {"strategy": strategy, "accumulate_grad_batches": pieces}, source, subsets, said)
+
+
+def starting(capsys: Any, changes: dict[str, Any], source: str, subsets: tuple[Any, ...], said: str) -> None:
+    """Checks what a run with these settings of the trainer says."""
+    usual = {"strategy": "single", "context_parallel": 1, "accumulate_grad_batches": 1, "detect_anomaly": False}
+    plan: Any = SimpleNamespace(trainer=SimpleNamespace(**usual | changes))
+    data: Any = SimpleNamespace(source=source, val_subsets=subsets)
+    prepared = PreparedRun(
+        plan=plan, data=data, model_config={}, metadata={}, total_steps=1, checkpoint=None, first_step=0
+    )
+    RunConsole(SimpleNamespace())._print_what_is_not_compiled(prepared)  # type: ignore[arg-type]
     printed = capsys.readouterr().out
     assert said in printed
     assert len(printed.splitlines()) == bool(said)

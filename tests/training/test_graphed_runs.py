@@ -83,6 +83,8 @@ OPTIONS = {
     "float16": ("trainer.precision=16-mixed",),
     "muon": ("optimizer=muon",),
     "skip": ("trainer.bad_steps=skip",),
+    "ddp": ("trainer.strategy=ddp",),
+    "fsdp": ("trainer.strategy=fsdp",),
     "shapes": (
         "data=mqar",
         LENGTHS,
