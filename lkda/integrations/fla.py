@@ -1,4 +1,4 @@
-"""lkda as a backend of flash-linear-attention (FLA): its KDA, short convolution and gated norm run lkda's kernels.
+"""lkda as a backend of flash-linear-attention (FLA): its KDA, short convolution and norms run lkda's kernels.
 
     import lkda.integrations.fla
     lkda.integrations.fla.register()
@@ -32,6 +32,8 @@ ENTRY_POINTS: dict[str, tuple[tuple[str, str, str | None], ...]] = {
     "norm": (
         ("fla.modules.norm.fused_norm_gate", "layer_norm_gated_fwd", None),
         ("fla.modules.norm.fused_norm_gate", "layer_norm_gated_bwd", None),
+        ("fla.modules.norm.layernorm", "layer_norm_fwd", None),
+        ("fla.modules.norm.layernorm", "layer_norm_bwd", None),
     ),
     "swiglu": (
         ("fla.modules.activations.ops", "swiglu_fwd", None),
@@ -47,7 +49,8 @@ def register(parts: Sequence[str] = PARTS) -> None:
 
     Args:
         parts: which of kda (`chunk_kda` and `fused_recurrent_kda`), conv (`ShortConvolution`), norm
-            (`FusedRMSNormGated`) and swiglu (`GatedMLP`: PyTorch's functions, in place of kernels that FLA tunes).
+            (`FusedRMSNormGated` and `RMSNorm`) and swiglu (`GatedMLP`: PyTorch's functions, in place of kernels that
+            FLA tunes).
     Raises: InputError (a ValueError) for an unknown part, if FLA is not installed, if its registry is switched off, or
         if the installed FLA has functions that differ from those that lkda knows.
     """

@@ -20,6 +20,8 @@ from lkda.integrations import fla_kda
 from lkda.integrations.fla_kda import names
 from lkda.ops import gated_rms_norm, short_convolution
 from lkda.ops.gated_norm import cuda as norm_cuda
+from lkda.ops.residual_norm import cuda as residual_cuda
+from lkda.ops.residual_norm.op import residual_norm
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher
 from lkda.ops.short_conv import cuda as conv_cuda
 from lkda.ops.short_conv.reference import last_of_sequences
@@ -41,6 +43,10 @@ KNOWN: dict[str, frozenset[str]] = {
     "layer_norm_gated_fwd": names("x g weight bias activation eps residual out_dtype residual_dtype is_rms_norm"),
     "layer_norm_gated_bwd": names(
         "dy x g weight bias activation eps mean rstd dresidual has_residual is_rms_norm x_dtype recompute_output"
+    ),
+    "layer_norm_fwd": names("x weight bias eps residual out_dtype residual_dtype is_rms_norm num_groups"),
+    "layer_norm_bwd": names(
+        "dy x weight bias mean rstd dres has_residual is_rms_norm x_dtype recompute_output num_groups"
     ),
     "swiglu_fwd": names("x y output_contiguous"),
     "swiglu_fwdbwd": names("x y g use_weight output_contiguous"),
@@ -116,7 +122,7 @@ class ConvBackend(_Backend):
 
 
 class NormBackend(_Backend):
-    """The RMSNorm gated by a sigmoid."""
+    """RMSNorm: of a residual sum, and gated by a sigmoid."""
 
 
 class SwiGLUBackend(_Backend):
@@ -285,6 +291,56 @@ def _norm_bwd(given: Arguments) -> tuple[Tensor | None, ...]:
     return *_gradients(norm, (x, g, weight), (dy,)), None, None
 
 
+def _rms_declined(given: Arguments) -> str | None:
+    """For both directions; x is the residual sum in the backward."""
+    x, weight = given["x"], given["weight"]
+    if not given["is_rms_norm"] or weight is None or given["bias"] is not None or given["num_groups"] != 1:
+        return "lkda's norm is an RMSNorm of whole rows, with a weight and without a bias"
+    return residual_cuda.cannot_run(x.device, x.shape[-1], x.dtype) if x.is_cuda else None
+
+
+def _rms_fwd_declined(given: Arguments) -> str | None:
+    x, residual, wanted = given["x"], given["residual"], given["residual_dtype"]
+    stream = x.dtype if residual is None else residual.dtype
+    if torch.promote_types(x.dtype, stream) != stream or (residual is None and wanted not in (None, x.dtype)):
+        return "the sum of lkda's norm has the wider dtype of x and the residual"
+    return _rms_declined(given)
+
+
+def _rms_bwd_declined(given: Arguments) -> str | None:
+    if given["recompute_output"]:
+        return "lkda's norm does not compute its output again"
+    return _rms_declined(given)
+
+
+@torch.no_grad()
+def _rms_fwd(given: Arguments) -> tuple[Tensor, None, Tensor | None, Tensor]:
+    """y, and what FLA saves for its own backward: mean, which an RMSNorm lacks, rstd and the sum."""
+    x, residual, weight, eps = (given[name] for name in ("x", "residual", "weight", "eps"))
+    stream, added = (x, None) if residual is None else (residual, x)
+    dtype = given["out_dtype"] or x.dtype
+    if _runs_kernels(stream, x, weight):
+        s, y, rstd = residual_cuda.launch_forward(stream, added, weight.float(), eps, dtype)
+        return y, None, rstd, s
+    s, y = residual_norm(stream, added, weight, eps=eps, dtype=dtype)
+    rstd = (s.float().square().mean(-1) + eps).rsqrt()
+    return y, None, rstd, s
+
+
+def _rms_bwd(given: Arguments) -> tuple[Tensor | None, ...]:
+    dy, x, weight, rstd, ds = (given[name] for name in ("dy", "x", "weight", "rstd", "dres"))
+    if _runs_kernels(dy, x, weight):
+        ds = None if ds is None else ds.to(x.dtype)
+        dx, _, dw = residual_cuda.launch_backward(ds, dy, x, None, weight.float(), rstd, True)
+    else:
+        normed, scale = x.float() * rstd[:, None], dy.float() * weight.float()
+        dx = (scale - normed * (scale * normed).mean(-1, keepdim=True)) * rstd[:, None]
+        dx = (dx if ds is None else dx + ds.float()).to(x.dtype)
+        dw = (dy.float() * normed).sum(0)
+    narrow = dx if given["x_dtype"] is None else dx.to(given["x_dtype"])
+    return narrow, dw.to(weight.dtype), None, dx if given["has_residual"] else None
+
+
 def _swiglu_declined(given: Arguments) -> str | None:
     tensors = [given[name] for name in ("x", "y", "g") if name in given]
     if len({(x.shape, x.dtype) for x in tensors}) > 1:
@@ -312,5 +368,7 @@ _add(ConvBackend, "causal_conv1d_bwd", _conv_declined, _conv_bwd)
 _add(ConvBackend, "causal_conv1d_update", _update_declined, _conv_update)
 _add(NormBackend, "layer_norm_gated_fwd", _norm_fwd_declined, _norm_fwd)
 _add(NormBackend, "layer_norm_gated_bwd", _norm_bwd_declined, _norm_bwd)
+_add(NormBackend, "layer_norm_fwd", _rms_fwd_declined, _rms_fwd)
+_add(NormBackend, "layer_norm_bwd", _rms_bwd_declined, _rms_bwd)
 _add(SwiGLUBackend, "swiglu_fwd", _swiglu_declined, _swiglu_fwd)
 _add(SwiGLUBackend, "swiglu_fwdbwd", _swiglu_declined, _swiglu_fwdbwd)

@@ -30,6 +30,16 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, 2 * _LARGEST - 1))
 
 
+def return_freed_memory() -> bool:
+    """Has the C library return memory that is freed to the system, also where it lies between blocks in use.
+
+    It does so by itself only at the end of its heap. The copies of checkpoints are freed from the middle of it, and a
+    few of them would otherwise stay with the process. Only glibc has the function. Returns whether it returned some.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and bool(trim(0))
+
+
 def free_memory_of_earlier_runs() -> None:
     """Give back the memory of the GPU that earlier jobs of a sweep in this process have left, and forget their peak.
 

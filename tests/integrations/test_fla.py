@@ -19,7 +19,7 @@ pytest.importorskip("fla.ops.kda", reason="flash-linear-attention is not install
 
 from fla.layers import KimiDeltaAttention
 from fla.models import KDAConfig, KDAForCausalLM
-from fla.modules import FusedRMSNormGated, GatedMLP, ShortConvolution
+from fla.modules import FusedRMSNormGated, GatedMLP, RMSNorm, ShortConvolution
 from fla.modules.activations import swiglu
 from fla.ops.kda import chunk_kda, fused_recurrent_kda
 from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
@@ -281,6 +281,40 @@ class TestGatedNorm:
         assert "got activation='swish'" in reason(caplog, layer, torch.randn(B, 5, K), torch.randn(B, 5, K))
 
 
+def rms(x, residual, weight, eps):
+    """The norm of the sum, and the sum, in the dtypes of FLA."""
+    total = x if residual is None else x + residual
+    return F.rms_norm(total.double(), weight.shape, weight.double(), eps).to(x.dtype), total
+
+
+class TestNorm:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("adds", [False, True])
+    def test_of_a_residual_sum(self, adds, dtype):
+        self.check(adds, dtype)
+
+    @staticmethod
+    def check(adds, dtype):
+        layer = RMSNorm(64, eps=1e-3)
+        torch.nn.init.normal_(layer.weight)
+        x = torch.randn(B, 5, 64).to(dtype).requires_grad_()
+        residual = torch.randn(B, 5, 64, requires_grad=True) if adds else None
+        leaves = [x, layer.weight, *([residual] if adds else [])]
+        pairs = [layer(x, residual, True), rms(x, residual, layer.weight, 1e-3)]
+        found = [torch.autograd.grad(y.square().sum() + s.sin().sum(), leaves) for y, s in pairs]
+        assert [y.dtype for y in pairs[0]] == [y.dtype for y in pairs[1]]
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        same([*pairs[0], *found[0]], [*pairs[1], *found[1]], tolerance)
+
+    def test_a_bias_is_declined(self, caplog):
+        assert "without a bias" in reason(caplog, RMSNorm(64, bias=True), torch.randn(B, 5, 64))
+
+    def test_a_residual_that_is_narrower_is_declined(self):
+        x = torch.randn(5, 64)
+        found = fla_backends._rms_fwd_declined({"x": x, "residual": x.bfloat16(), "residual_dtype": None})
+        assert found == "the sum of lkda's norm has the wider dtype of x and the residual"
+
+
 class TestSwiGLU:
     def test_it_is_the_product_of_a_silu(self):
         layer = GatedMLP(hidden_size=16, intermediate_size=24)
@@ -347,6 +381,11 @@ class TestKernelsCalledDirectly:
         assert got.dtype == dtype
         same([got.double(), *found[0]], [want, *found[1]], 1e-5 if dtype == torch.float32 else 1e-2)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("adds", [False, True])
+    def test_norm(self, adds, dtype):
+        TestNorm.check(adds, dtype)
+
 
 def test_missing_and_surplus_arguments_are_said_as_python_does():
     with pytest.raises(TypeError, match="missing a required argument: 'v'"):
@@ -357,10 +396,10 @@ def test_missing_and_surplus_arguments_are_said_as_python_does():
 
 @torch.no_grad()
 def test_flas_own_model_continues_a_cache():
-    """Its norms and its loss in PyTorch, since FLA's have no CPU form."""
+    """Its loss in PyTorch, since FLA's has no CPU form."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_heads": 2, "num_v_heads": 4, "head_dim": 16}
-    model = KDAForCausalLM(KDAConfig(**sizes, **heads, fuse_norm=False, fuse_cross_entropy=False)).eval()
+    model = KDAForCausalLM(KDAConfig(**sizes, **heads, fuse_cross_entropy=False)).eval()
     x, cache, found = torch.randint(3, 50, (B, 80)), None, []
     for part in x.split([10, 66, 1, 1, 2], 1):
         results = model(input_ids=part, past_key_values=cache, use_cache=True)

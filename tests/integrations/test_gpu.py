@@ -168,6 +168,28 @@ class TestFLA:
         errors = [relative(x, y) for x, y in zip(got, want, strict=True)]
         assert max(errors) < 0.03, errors
 
+    @pytest.mark.parametrize("width", [512, 1024])
+    @pytest.mark.parametrize("adds", [False, True])
+    def test_a_norm_gives_its_own_results(self, layers, adds, width):
+        from fla.modules import RMSNorm
+
+        torch.manual_seed(0)
+        layer = RMSNorm(width).cuda()
+        torch.nn.init.normal_(layer.weight)
+        x = torch.randn(2, 300, width, device="cuda").bfloat16().requires_grad_()
+        residual = torch.randn(2, 300, width, device="cuda", requires_grad=True) if adds else None
+
+        def results():
+            y, s = layer(x, residual, True)
+            leaves = [x, layer.weight, *([residual] if adds else [])]
+            return [y, s, *torch.autograd.grad(y.float().square().mean() + s.float().sin().mean(), leaves)]
+
+        integration.unregister()
+        want = results()
+        integration.register()
+        errors = [relative(x.float(), y.float()) for x, y in zip(results(), want, strict=True)]
+        assert max(errors) < 0.01, errors
+
     def test_decoding_gives_its_own_results(self, layers):
         from fla.models.utils import Cache
 

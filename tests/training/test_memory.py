@@ -34,9 +34,34 @@ def test_freed_memory_is_used_again():
     assert kept < plain / 4
 
 
+RETURNED = """
+import torch
+from lkda.training.memory import return_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+for _ in range(2):  # the first time, glibc learns from what is freed to take such blocks from its heap
+    blocks = [torch.ones(500_000) for _ in range(100)]
+    last = torch.ones(500_000)  # so that the others are not at the end of the heap
+    full = resident()
+    del blocks
+kept = resident()
+assert return_freed_memory()
+print(full, kept, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the function")
+def test_freed_memory_is_returned():
+    done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
+    full, kept, left = map(int, done.stdout.split())
+    assert full - kept < 100_000_000
+    assert full - left > 190_000_000
+
+
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert memory.keep_freed_memory() is False
+    assert memory.return_freed_memory() is False
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])

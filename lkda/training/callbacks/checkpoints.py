@@ -16,6 +16,7 @@ from lkda.training.callbacks.divergence import require_finite
 from lkda.training.callbacks.interruption import InterruptedRunError, StopRequest
 from lkda.training.callbacks.steps import ends_step, validation_follows
 from lkda.training.checkpoint import FORMAT, delete_old, point_to, step_path
+from lkda.training.memory import return_freed_memory
 from lkda.training.processes import process_count, value_of_first
 
 _NONE_YET = {"step": 0, "loss": float("inf")}
@@ -123,6 +124,8 @@ class Checkpoints(Checkpoint):
         require_finite(trainer.lightning_module, step=trainer.global_step)
         self.writer.wait()
         trainer.save_checkpoint(step_path(self.directory, trainer.global_step))
+        if trainer.strategy.root_device.type != "cpu":  # there the steps use the memory again
+            self.writer.submit(return_freed_memory)
         self.saved_step, self._saved_at = trainer.global_step, time.monotonic()
         self.count += 1
         self.seconds += time.perf_counter() - start
