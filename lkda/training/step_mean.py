@@ -3,13 +3,11 @@ among processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lkda.targets import IGNORE_INDEX
-from lkda.training.processes import local, process_count, sum_over_processes
+from lkda.training.processes import process_count, sum_over_processes
 
 
 class StepMean:
@@ -20,7 +18,7 @@ class StepMean:
     is the mean over the step's targets only if all pieces have the same number of targets, as the rows of a text have.
     Otherwise a piece must be weighted by its number of targets, and the total is known only after the last piece.
     Therefore the loss of a piece with n targets is multiplied by n / n_1, where n_1 is the number of the first piece,
-    averaged over the processes. After the last piece, `normalize` multiplies the gradients by
+    averaged over the processes. After the last piece, the gradients must be multiplied by `factor`, which is
     pieces * processes * n_1 / (sum of n). If all numbers are equal, both factors are exactly 1. All values stay on the
     device, so that no step waits for it.
     """
@@ -64,7 +62,6 @@ class StepMean:
         after `complete`, and that of this process before."""
         return self.total / self.count
 
-    def normalize(self, parameters: Iterable[nn.Parameter], *, pieces: int) -> None:
-        """Scale the gradients to those of `loss`. Call it after `complete`."""
-        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(gradients, pieces * process_count() * self.unit / self.count.clamp(min=1))
+    def factor(self, pieces: int) -> Tensor:
+        """What the gradients must be multiplied by to be those of `loss`. Call it after `complete`."""
+        return pieces * process_count() * self.unit / self.count.clamp(min=1)

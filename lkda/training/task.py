@@ -24,7 +24,7 @@ from lkda.training.cuda_graphs import WARMUP_CALLS, WARMUP_CALLS_OF_DDP, Capture
 from lkda.training.losses import MeanLoss, ModelLoss, is_of_compiler
 from lkda.training.old_checkpoint import current_optimizer_state
 from lkda.training.optimizer import build_optimizer, learning_rate_factor
-from lkda.training.processes import process_count, process_count_of
+from lkda.training.processes import local, process_count, process_count_of
 from lkda.training.step_mean import StepMean
 from lkda.training.strategies import share_weights
 from lkda.training.validation import Batch, ValidationMetrics, with_bits
@@ -269,11 +269,6 @@ class LanguageModelTask(L.LightningModule):
         if self._graphs is None:  # otherwise the graph has already overwritten the gradients
             optimizer.zero_grad()
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        pieces = self.trainer.accumulate_grad_batches
-        if pieces * process_count() > 1:
-            self.step_mean.normalize(self.parameters(), pieces=pieces)
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._take_part(batch)
         self.validation.update(self.model, batch, token_losses=self.loss.each)
@@ -310,15 +305,20 @@ class LanguageModelTask(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient norm over all parameters.
+        """Clip the gradient norm over all parameters. The same pass over the gradients makes them those of the mean
+        over the step's targets.
 
         Lightning's own method rejects a fused optimizer under mixed precision, because such an optimizer would unscale
         the gradients after the clipping. `configure_optimizers` uses no fused optimizer if there is a loss scale.
         """
         limit = gradient_clip_val or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm, pieces = torch.nn.utils.get_total_norm(gradients), self.trainer.accumulate_grad_batches
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
+        mean = self.step_mean.factor(pieces) if pieces * process_count() > 1 else torch.ones_like(norm)
+        norm = norm * mean
+        torch._foreach_mul_([local(gradient) for gradient in gradients], mean * (limit / (norm + 1e-6)).clamp(max=1))
         self.log("train/grad_norm", norm, logger=False)
         self.clipped_steps += norm > limit
         if self.skips_bad_steps:

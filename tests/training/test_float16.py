@@ -21,16 +21,15 @@ def norms(
 ) -> tuple[list[float], list[float], torch.nn.Module]:
     """The gradients' norms before and after clipping in each step, and the trained model; float16 with a scale."""
     before, after = [], []
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = LanguageModelTask.configure_gradient_clipping
 
-    def witnessed(parameters: Any, max_norm: float) -> torch.Tensor:
-        parameters = list(parameters)
-        found = clip(parameters, max_norm)
-        before.append(float(found))
-        after.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])))
-        return found
+    def witnessed(self: LanguageModelTask, *arguments: Any, **options: Any) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        before.append(float(torch.nn.utils.get_total_norm(gradients)))
+        clip(self, *arguments, **options)
+        after.append(float(torch.nn.utils.get_total_norm(gradients)))
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", witnessed)
+    monkeypatch.setattr(LanguageModelTask, "configure_gradient_clipping", witnessed)
     tokens, targets = rows(asked=[LENGTH] * ROWS)
     size = ROWS // pieces
     batches = [
