@@ -184,13 +184,16 @@ def _does_not_fit(needed: int, free: int) -> Row:
     return {"bytes_needed": needed, "reason": reason}
 
 
-def _seconds(call: Callable[[], object], device: torch.device, times: int = INTERVALS) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, times: int | None = None) -> float:
+    """The shortest time of `times` calls; by default of INTERVALS, or of all that end within INTERVALS of SECONDS. Of a
+    call of milliseconds the first dozens are slower, because Python's interpreter still adapts to them."""
     call()
-    best = float("inf")
-    for _ in range(times):
+    found: list[float] = []
+    start = time.perf_counter()
+    while len(found) < (times or INTERVALS) or (times is None and time.perf_counter() - start < SECONDS * INTERVALS):
         synchronize(device)
         begin = time.perf_counter()
         call()
         synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return best
+        found.append(time.perf_counter() - begin)
+    return min(found)
