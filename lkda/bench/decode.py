@@ -185,8 +185,8 @@ def _does_not_fit(needed: int, free: int) -> Row:
 
 
 def _seconds(call: Callable[[], object], device: torch.device, times: int | None = None) -> float:
-    """The shortest time of `times` calls; by default of INTERVALS, or of all that end within INTERVALS of SECONDS. Of a
-    call of milliseconds the first dozens are slower, because Python's interpreter still adapts to them."""
+    """The shortest time of `times` calls. By default of as many as begin within SECONDS * INTERVALS, at least INTERVALS:
+    the time of a short call varies with what else the host does."""
     call()
     found: list[float] = []
     start = time.perf_counter()
