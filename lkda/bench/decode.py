@@ -185,8 +185,8 @@ def _does_not_fit(needed: int, free: int) -> Row:
 
 
 def _seconds(call: Callable[[], object], device: torch.device, times: int | None = None) -> float:
-    """The shortest time of `times` calls. By default of as many as begin within SECONDS * INTERVALS, at least INTERVALS:
-    the time of a short call varies with what else the host does."""
+    """The shortest time of `times` calls. By default of as many as begin within SECONDS * INTERVALS, and at least
+    INTERVALS: the time of a short call varies with what else the host does."""
     call()
     found: list[float] = []
     start = time.perf_counter()
