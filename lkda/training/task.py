@@ -275,16 +275,13 @@ class LanguageModelTask(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.validation.compute(), logger=False)
-        self._free_gathered_weights()
         last = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.global_step >= self.total_steps
         if last and self.test_batches is not None:
             self._measure_test(self.test_batches)
-            self._free_gathered_weights()
             self.log_dict(self.test.compute(), logger=False)
-
-    def _free_gathered_weights(self) -> None:
-        """Have the next validation gather the weights again. A step does it too, but not one that replays a graph."""
         if isinstance(self, FSDPModule):
+            # Frees the gathered weights, so that the next validation gathers the new ones. A step that replays a graph
+            # does not do it.
             self.reshard()
 
     def _measure_test(self, batches: Loader) -> None:
