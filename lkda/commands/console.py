@@ -97,12 +97,9 @@ class RunConsole:
         self._line(f"{devices}; {sequences} sequence{'s' * (sequences != 1)} at a time on each")
 
     def _print_what_is_not_compiled(self, prepared: PreparedRun) -> None:
-        trainer = prepared.plan.trainer
-        if trainer.detect_anomaly or trainer.context_parallel > 1:
-            what = "trainer.detect_anomaly" if trainer.detect_anomaly else "context_parallel"
-            self._line(f"compile=auto: neither torch.compile nor CUDA graphs, which {what} does not allow")
-        elif (reason := prepared.without_graphs) is not None:
-            self._line(f"compile=auto: torch.compile without CUDA graphs, which {reason} does not allow")
+        for what, reason in (("torch.compile", prepared.without_compiler), ("CUDA graphs", prepared.without_graphs)):
+            if reason is not None:
+                self._line(f"compile=auto: without {what}, which {reason} does not allow")
 
     def print_interruption(self, ending: InterruptedRunError) -> None:
         """Print how to continue the run."""

@@ -95,12 +95,11 @@ def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes
         processes: of the run, which have joined; None for a run of one process.
     """
     plan, data = prepared.plan, prepared.data
-    automatic = plan.compile == "auto" and plan.device.type == "cuda" and not plan.trainer.detect_anomaly
+    on_gpu = plan.compile == "auto" and plan.device.type == "cuda"
+    compiles = on_gpu and prepared.without_compiler is None
     context_parallel = plan.trainer.context_parallel
-    automatic = automatic and context_parallel == 1  # its exchanges are not traced
-    graphs = automatic and prepared.without_graphs is None
     group = processes.context_group(context_parallel) if processes is not None and context_parallel > 1 else None
-    if plan.trainer.strategy == "ddp" and (plan.compile is True or automatic):
+    if plan.trainer.strategy == "ddp" and (plan.compile is True or compiles):
         # A block is compiled as a whole. Its gradients are averaged while the block before it runs backward.
         torch._dynamo.config.optimize_ddp = False
     return LanguageModelTask(
@@ -113,10 +112,10 @@ def build_task(prepared: PreparedRun, model: LanguageModel, processes: Processes
         val_subsets=data.val_subsets,
         test_batches=None if data.test is None else data.in_order(data.test.batches),
         test_bytes_per_token=None if data.test is None else data.test.bytes_per_token,
-        compile="auto" if automatic else plan.compile is True,
+        compile="auto" if compiles else plan.compile is True,
         checkpointing=plan.checkpointing,
         skips_bad_steps=plan.trainer.bad_steps == "skip",
-        cuda_graphs=graphs,
+        cuda_graphs=on_gpu and prepared.without_graphs is None,
         shares_weights=plan.trainer.strategy == "fsdp",
         context_group=group,
         context_number=0 if processes is None else processes.rank % context_parallel,

@@ -53,17 +53,26 @@ class PreparedRun:
         return self.first_step >= self.total_steps and run.read_summary().get("status") == "finished"
 
     @property
+    def without_compiler(self) -> str | None:
+        """What does not allow torch.compile on a GPU; None if nothing does."""
+        if self.plan.trainer.detect_anomaly:
+            return "trainer.detect_anomaly"
+        return "context_parallel" if self.plan.trainer.context_parallel > 1 else None  # its exchanges are not traced
+
+    @property
     def without_graphs(self) -> str | None:
-        """What does not allow CUDA graphs on a GPU; None if a step can replay one.
+        """What does not allow CUDA graphs on a GPU; None if nothing does.
 
         The processes of a run must capture and replay the same exchanges at the same time. So their batches have one
         shape, and each is a step.
         """
-        strategy = self.plan.trainer.strategy
-        if strategy != "single" and self.plan.trainer.accumulate_grad_batches > 1:
-            return f"{strategy} with trainer.accumulate_grad_batches"
-        if strategy != "single" and self.data.val_subsets:  # the number of targets differs from batch to batch
-            return f"{strategy} with data={self.data.source}"
+        trainer = self.plan.trainer
+        if trainer.detect_anomaly:
+            return "trainer.detect_anomaly"
+        if trainer.strategy != "single" and trainer.accumulate_grad_batches > 1:
+            return f"{trainer.strategy} with trainer.accumulate_grad_batches"
+        if trainer.strategy != "single" and self.data.val_subsets:  # the number of targets differs from batch to batch
+            return f"{trainer.strategy} with data={self.data.source}"
         return None
 
     def check_steps(self, run: RunDirectory) -> None:

@@ -29,6 +29,9 @@ from lkda.training.step_mean import StepMean
 from lkda.training.strategies import share_weights
 from lkda.training.validation import Batch, ValidationMetrics, with_bits
 
+# The entries of a batch that the loss depends on. The last two say which part of its rows it is.
+INPUTS = ("tokens", "targets", "cu_seqlens", "target_positions", "before", "documents")
+
 
 class Loader(Protocol):
     """An iterable of batches with a length."""
@@ -151,16 +154,18 @@ class LanguageModelTask(L.LightningModule):
         with self._averaged[0].no_sync():
             yield
 
-    def _take_part(self, batch: Batch) -> None:
+    def _take_part(self, batch: Mapping[str, Tensor | None]) -> None:
         """Tell the mixers which part of its rows the batch is. It is so until the next batch, whose backward pass may
         compute blocks again."""
         if self.context_group is None:
             return
+        before = batch["before"]
+        assert before is not None
         part = SequencePart(
             self.context_group,
             self.context_number,
             process_count_of(self.context_group),
-            before=batch["before"],
+            before=before,
             cu_seqlens=batch["cu_seqlens"],
             documents=batch.get("documents"),
         )
@@ -196,10 +201,9 @@ class LanguageModelTask(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         pieces = self.trainer.accumulate_grad_batches
         first = batch_idx % pieces == 0
-        self._take_part(batch)
         parts = pieces * process_count()
         weight = self.step_mean.weight(batch["targets"], first=first) if parts > 1 else None
-        inputs = {name: batch.get(name) for name in ("tokens", "targets", "cu_seqlens", "target_positions")}
+        inputs = {name: batch.get(name) for name in INPUTS}
         loss = self._replay(inputs, weight, first=first)
         if loss is None:
             loss = self._mean_loss(inputs)
@@ -251,8 +255,11 @@ class LanguageModelTask(L.LightningModule):
             averaged.module.loss = self.loss
         return self.loss_for_training(**inputs)
 
-    def loss_for_training(self, **inputs: Tensor | None) -> Tensor:
-        """The mean loss, whose gradients the devices average."""
+    def loss_for_training(
+        self, *, before: Tensor | None = None, documents: Tensor | None = None, **inputs: Tensor | None
+    ) -> Tensor:
+        """The mean loss, whose gradients the devices average. Arguments: the entries of a batch."""
+        self._take_part({"before": before, "cu_seqlens": inputs.get("cu_seqlens"), "documents": documents})
         return self._averaged[0](**inputs) if self._averaged else self.loss.mean(**inputs)  # type: ignore[arg-type]
 
     def loss_scale(self, weight: Tensor | None) -> Tensor:
