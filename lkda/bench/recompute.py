@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lkda.bench.files import write_json
+from lkda.bench.kda_inputs import NAMES, inputs
 from lkda.bench.measure import header
 from lkda.bench.op_benchmark import DTYPES, Shape
-from lkda.bench.ops import kda
 from lkda.bench.timing import graph_of, steady_clock
 from lkda.ops import kda_attention
 
@@ -67,9 +67,9 @@ def row(
 def measure(shape: Shape, dtype: str, device: torch.device, milliseconds: float) -> list[dict[str, Any]]:
     """Rows without and with `recompute`, at slow gates. `same bits` says whether all results are equal."""
     torch.manual_seed(0)
-    inputs = kda.inputs(shape, DTYPES[dtype], device, "slow")
-    leaves = [inputs[name].requires_grad_() for name in kda.NAMES]
-    grad_o = torch.randn_like(inputs["v"])
+    drawn = inputs(shape, DTYPES[dtype], device, "slow")
+    leaves = [drawn[name].requires_grad_() for name in NAMES]
+    grad_o = torch.randn_like(drawn["v"])
     kept, want = row(shape, dtype, leaves, grad_o, False, milliseconds)
     again, got = row(shape, dtype, leaves, grad_o, True, milliseconds)
     same = all(torch.equal(x, y) for x, y in zip(got, want, strict=True))

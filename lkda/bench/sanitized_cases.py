@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lkda.bench.kda_inputs import NAMES, inputs
 from lkda.bench.op_benchmark import DTYPES, Shape
-from lkda.bench.ops import kda
 from lkda.ops import KDAGate
 from lkda.ops.kda.cuda import recurrent
 from lkda.ops.kda.cuda.core import kda_cuda
@@ -49,12 +49,13 @@ def chunked(
 ) -> None:
     """Forward and backward of the chunked kernels from an initial state, of which there is a gradient too, and a
     forward that saves nothing."""
-    inputs = kda.inputs(shape, dtype, device, gate)
-    leaves = [inputs[name].requires_grad_() for name in kda.NAMES]
+    drawn = inputs(shape, dtype, device, gate)
+    q, k, v, g, beta = leaves = [drawn[name].requires_grad_() for name in NAMES]
     sequences = shape.B if bounds is None else len(bounds) - 1
     state = torch.randn(sequences, shape.H, shape.D, shape.D, device=device, requires_grad=True)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
-    call = partial(kda_cuda, *leaves, shape.D**-0.5, state, cu_seqlens, normalize=normalize, recompute=recompute)
+    options = {"normalize": normalize, "recompute": recompute}
+    call = partial(kda_cuda, q, k, v, g, beta, shape.D**-0.5, state, cu_seqlens, **options)
     o, final = call()
     torch.autograd.grad((o, final), [*leaves, state], (torch.randn_like(o), torch.randn_like(final)))
     with torch.no_grad():
@@ -69,10 +70,11 @@ def at_both_gates(shape: Shape, dtype: torch.dtype, device: torch.device) -> Non
 
 def recurrence(D: int, dtype: torch.dtype, device: torch.device) -> None:
     """The kernel that goes token by token, for packed sequences."""
-    inputs = kda.inputs(Shape(1, PACKED[-1], 2, D), dtype, device, "slow")
+    drawn = inputs(Shape(1, PACKED[-1], 2, D), dtype, device, "slow")
+    q, k, v, g, beta = (drawn[name] for name in NAMES)
     state = torch.randn(len(PACKED) - 1, 2, D, D, device=device)
     bounds = torch.tensor(PACKED, dtype=torch.int32, device=device)
-    recurrent.forward(*(inputs[name] for name in kda.NAMES), state, bounds, D**-0.5)
+    recurrent.forward(q, k, v, g, beta, state, bounds, D**-0.5)
 
 
 def gate_of(H: int, D: int, device: torch.device) -> KDAGate:
@@ -87,13 +89,19 @@ def step(D: int, dtype: torch.dtype, device: torch.device) -> None:
         return torch.randn(*size, dtype=dtype, device=device)
 
     for state_dtype in STATES:
-        kept = pack_state(normal(B, H, D, D, dtype=torch.float32), state_dtype)
-        tokens = [normal(B, H, D) for _ in range(4)]
+        state, *factors = pack_state(normal(B, H, D, D, dtype=torch.float32), state_dtype)
+        q, k, v, gate_logits = (normal(B, H, D) for _ in range(4))
         kda_step_cuda(
-            *(*tokens, normal(B, H), gate_of(H, D, device)),
-            *(kept[0].contiguous(), kept[1].contiguous() if len(kept) > 1 else None),
-            [normal(H * D, 1, WIDTH, dtype=torch.float32) for _ in range(3)],
-            [normal(B, WIDTH - 1, H * D, dtype=torch.float32) for _ in range(3)],
+            q,
+            k,
+            v,
+            gate_logits,
+            normal(B, H),
+            gate_of(H, D, device),
+            state.contiguous(),
+            factors[0].contiguous() if factors else None,
+            weights=[normal(H * D, 1, WIDTH, dtype=torch.float32) for _ in range(3)],
+            caches=[normal(B, WIDTH - 1, H * D, dtype=torch.float32) for _ in range(3)],
             normalize=True,
             scale=D**-0.5,
         )
@@ -111,13 +119,25 @@ def layer(D: int, dtype: torch.dtype, device: torch.device) -> None:
     assert gate.dt_bias is not None
     for cu_seqlens in (None, bounds):
         x, filters = leaf(1, PACKED[-1], 3 * H * D), [leaf(H * D, 1, WIDTH, dtype=torch.float32) for _ in range(3)]
-        decay = [leaf(1, PACKED[-1], R), leaf(H * D, R), leaf(1, PACKED[-1], H)]
-        output = [leaf(1, PACKED[-1], R), leaf(H * D, R), leaf(D, dtype=torch.float32)]
+        latent, weight, beta_logits = leaf(1, PACKED[-1], R), leaf(H * D, R), leaf(1, PACKED[-1], H)
+        out_latent, out_weight, norm = leaf(1, PACKED[-1], R), leaf(H * D, R), leaf(D, dtype=torch.float32)
         parameters = [gate.A_log.requires_grad_(), gate.dt_bias.requires_grad_()]
-        results = kda_layer_cuda(x, filters, *decay, gate, *output, head_dim=D, cu_seqlens=cu_seqlens)
-        y, final_state, lasts = results
-        found = [y, final_state, *lasts]
-        torch.autograd.grad(found, [x, *filters, *decay, *output, *parameters], [torch.randn_like(r) for r in found])
+        y, final_state, lasts = kda_layer_cuda(
+            x,
+            filters,
+            latent,
+            weight,
+            beta_logits,
+            gate,
+            out_latent,
+            out_weight,
+            norm,
+            head_dim=D,
+            cu_seqlens=cu_seqlens,
+        )
+        results = [y, final_state, *lasts]
+        leaves = [x, *filters, latent, weight, beta_logits, out_latent, out_weight, norm, *parameters]
+        torch.autograd.grad(results, leaves, [torch.randn_like(result) for result in results])
 
 
 def planted_fault(device: torch.device) -> None:
@@ -140,9 +160,7 @@ def cases() -> dict[str, Case]:
             found[f"step-{D}-{word}"] = partial(step, D, dtype)
             found[f"layer-{D}-{word}"] = partial(layer, D, dtype)
         long = Shape(1, LONG_PACKED[-1], 2, D)
-        found[f"chunked-{D}-bf16-packed-segments"] = partial(
-            chunked, long, torch.bfloat16, "slow", bounds=LONG_PACKED
-        )
+        found[f"chunked-{D}-bf16-packed-segments"] = partial(chunked, long, torch.bfloat16, "slow", bounds=LONG_PACKED)
     for word in ("bf16", "fp16"):
         many = Shape(1, 1030, 34, 64)  # so many heads that segments are worth it only where chunks forget
         found[f"chunked-64-{word}-optional-segments"] = partial(at_both_gates, many, DTYPES[word])
@@ -154,11 +172,11 @@ def launched(case: Case, device: torch.device) -> list[str]:
     kernels: dict[str, None] = {}
     launch = Kernel.__call__
 
-    def recording(kernel: Kernel, *arguments, **options) -> None:
+    def recording(kernel: Kernel, grid: tuple[int, int, int], block: int, *arguments, device: torch.device) -> None:
         kernels[f"{kernel.entry} {kernel.module.source.name} {' '.join(kernel.module.defines)}"] = None
-        launch(kernel, *arguments, **options)
+        launch(kernel, grid, block, *arguments, device=device)
 
-    Kernel.__call__ = recording  # type: ignore[method-assign]
+    Kernel.__call__ = recording  # type: ignore[assignment, method-assign]
     try:
         case(device)
     finally:

@@ -59,9 +59,7 @@ def kda_attention_fused(
     else:
         g, beta = kda_gate_torch(gate_logits, beta_logits, gate, head_dim=sizes["K"])
     check_attention(fn, q, k, v, g, beta, initial_state, cu_seqlens)
-    return attend(
-        word, q, k, v, g, beta, scale, initial_state, cu_seqlens, normalized=normalized, recompute=recompute
-    )
+    return attend(word, q, k, v, g, beta, scale, initial_state, cu_seqlens, normalized=normalized, recompute=recompute)
 
 
 def kda_gate(

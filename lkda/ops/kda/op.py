@@ -77,9 +77,7 @@ def kda_attention(
     check_attention("kda_attention", q, k, v, g, beta, initial_state, cu_seqlens)
     word = backend_of("kda_attention", backend, q)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return attend(
-        word, q, k, v, g, beta, scale, initial_state, cu_seqlens, normalized=normalized, recompute=recompute
-    )
+    return attend(word, q, k, v, g, beta, scale, initial_state, cu_seqlens, normalized=normalized, recompute=recompute)
 
 
 def attend(

@@ -9,6 +9,7 @@ from lkda.ops import KDAGate, kda_attention, kda_attention_fused
 from lkda.ops.kda.cuda import core as cuda
 from lkda.ops.kda.cuda import plan as cuda_plan
 from lkda.ops.kda.cuda.plan import sizes_of
+from lkda.ops.short_conv import cuda as short_conv
 from tests.ops.cases import kda_inputs, poisoned
 from tests.ops.emulation import EMULATED, NEEDS_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
 from tests.ops.yardstick import outputs_and_gradients
@@ -116,6 +117,8 @@ class TestOnTheCPU:
             "kda_workspaces": cuda.launch_workspaces,
             "kda_inter_chunk_bwd": cuda._inter_chunk_bwd_op,
             "kda_intra_chunk_bwd": cuda.launch_intra_chunk_bwd,
+            "short_conv_forward": short_conv.launch_forward,
+            "short_conv_backward": short_conv.launch_backward,
         }
         with ops_run_on_the_cpu(**launches):
             for backend in ("aot_eager", "aot_eager_decomp_partition"):
