@@ -25,6 +25,7 @@ def kda_attention_fused(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    recompute: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`kda_attention` from the outputs of a KDA layer's projections.
@@ -37,7 +38,7 @@ def kda_attention_fused(
         beta_logits: [B, T, HV].
         gate: what turns the logits into g and beta, with parameters for HV heads.
         normalized: whether q and k already have unit norm, as `short_convolutions` can return them.
-        scale, initial_state, cu_seqlens, backend: as in `kda_attention`.
+        scale, initial_state, cu_seqlens, recompute, backend: as in `kda_attention`.
     Returns: as `kda_attention`.
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
@@ -58,7 +59,7 @@ def kda_attention_fused(
     else:
         g, beta = kda_gate_torch(gate_logits, beta_logits, gate, head_dim=sizes["K"])
     check_attention(fn, q, k, v, g, beta, initial_state, cu_seqlens)
-    return attend(word, q, k, v, g, beta, scale, initial_state, cu_seqlens, normalized=normalized)
+    return attend(word, q, k, v, g, beta, scale, initial_state, cu_seqlens, normalized=normalized, recompute=recompute)
 
 
 def kda_gate(

@@ -297,14 +297,20 @@ class TestProperties:
 @gpu
 @needs_gpu
 class TestTorch:
+    @pytest.mark.parametrize("recompute", [False, True])
     @pytest.mark.parametrize("normalize", [False, True])
-    def test_opcheck(self, normalize):
+    def test_opcheck(self, normalize, recompute):
         """Schema, fake, autograd, and tracing with sizes that are symbols."""
         q, k, v, g, beta, state = (x.requires_grad_() for x in on_gpu(2, 100, 2, 64).values())
-        forward = (q, k, v, g, beta, state, None, 0.125, normalize, True)
+        forward = (q, k, v, g, beta, state, None, 0.125, normalize, True, recompute)
         torch.library.opcheck(torch.ops.lkda.kda_forward, forward)
         q, k, v, g, beta, state = (x.detach() for x in forward[:6])
         o, _, workspaces, saved, *normalized = torch.ops.lkda.kda_forward(q, k, v, g, beta, state, *forward[6:])
+        if recompute:
+            assert not workspaces.numel()
+            tensors = (*(normalized if normalize else (q, k)), v, g, beta, None, 0.125)
+            torch.library.opcheck(torch.ops.lkda.kda_workspaces, tensors)
+            workspaces = torch.ops.lkda.kda_workspaces(*tensors)
         inter_chunk = (o, None, v, None, workspaces, saved, True)
         torch.library.opcheck(torch.ops.lkda.kda_inter_chunk_bwd, inter_chunk)
         _, d_saved = torch.ops.lkda.kda_inter_chunk_bwd(*inter_chunk)

@@ -9,7 +9,8 @@ docs/dev/kernels.md explains the kernels, docs/reference/mixers.md the notation.
 
 The forward saves three things for the backward: the workspaces that intra_chunk_fwd writes, the state h that enters
 each chunk, and v~ (v_new without its factor beta). Only inter_chunk_bwd reads the workspaces; they are freed before
-intra_chunk_bwd allocates the gradients.
+intra_chunk_bwd allocates the gradients. With `recompute` they are not saved, and the backward runs intra_chunk_fwd
+again, which gives the same bits.
 
 The op itself can normalise q and k. In half precision the kernels then get them in float16, because the gradients of
 A_log and dt_bias are sums over all tokens and would show the rounding of bfloat16.
@@ -57,10 +58,11 @@ def launch_forward(
     scale: float,
     normalize: bool,
     save: bool,
+    recompute: bool = False,
     workspaces: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Returns o and final_state; with `save` also the workspaces, the memory that `Sizes.saved` describes, and with
-    `normalize` the normalised q and k. What is not computed is None. `workspaces` are those that
+    """Returns o and final_state; with `save` also the workspaces (not with `recompute`), the memory that `Sizes.saved`
+    describes, and with `normalize` the normalised q and k. What is not returned is None. `workspaces` are those that
     `launch_workspaces` computed, if it has been called already."""
     _, T, H, _ = q.shape
     q, k = normalize_heads(q, k) if normalize else (readable(q), readable(k))
@@ -88,7 +90,8 @@ def launch_forward(
     plan.inter_chunk_fwd(workspaces, v, *first, entering, *outputs, *shape)
     if not save:
         return o, final_state, None, None, None, None
-    return o, final_state, workspaces, saved, q if normalize else None, k if normalize else None
+    kept = None if recompute else workspaces
+    return o, final_state, kept, saved, q if normalize else None, k if normalize else None
 
 
 def launch_intra_chunk_fwd(
@@ -103,7 +106,9 @@ def launch_intra_chunk_fwd(
 def launch_workspaces(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
-    """The workspaces of contiguous q and k, which are normalised, v, g and beta, for `launch_forward`."""
+    """The workspaces of q and k, which are normalised, v, g and beta: for `launch_forward`, or for the backward after a
+    forward with `recompute`."""
+    q, k, v, g, beta = readable(q), readable(k), readable(v), readable(g), readable(beta)
     plan = plan_of(v, cu_seqlens, q.dtype)
     return launch_intra_chunk_fwd(q, k, v, g, beta, plan, plan.chunks(cu_seqlens)[1], scale)
 
@@ -119,9 +124,10 @@ def _forward_op(
     scale: float,
     normalize: bool,
     save: bool,
+    recompute: bool,
 ) -> tuple[Tensor, ...]:
     """`launch_forward` as a custom op, which may not return None: an empty tensor stands for it."""
-    results = launch_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save)
+    results = launch_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save, recompute)
     return tuple(_nothing(v) if x is None else x for x in results)
 
 
@@ -221,7 +227,10 @@ def _gradients_of(grad_o: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tens
 _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(
     "kda_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens,"
-    " float scale, bool normalize, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " float scale, bool normalize, bool save, bool recompute) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "kda_workspaces(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? cu_seqlens, float scale) -> Tensor"
 )
 _library.define(
     "kda_inter_chunk_bwd(Tensor grad_o, Tensor? grad_final, Tensor v, Tensor? cu_seqlens, Tensor workspaces,"
@@ -233,20 +242,27 @@ _library.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("kda_forward", _forward_op, "CUDA")
+_library.impl("kda_workspaces", launch_workspaces, "CUDA")
 _library.impl("kda_inter_chunk_bwd", _inter_chunk_bwd_op, "CUDA")
 _library.impl("kda_intra_chunk_bwd", launch_intra_chunk_bwd, "CUDA")
 
 
 @torch.library.register_fake("lkda::kda_forward", lib=_library)
-def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save):
+def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save, recompute):
     if not save:
         return *empty_results(v, cu_seqlens), *(_nothing(v) for _ in range(4))
     sizes = sizes_of(v, cu_seqlens)
-    saved = (empty_bytes(sizes.workspaces, v.device), empty_bytes(sizes.saved, v.device))
+    workspaces = _nothing(v) if recompute else empty_bytes(sizes.workspaces, v.device)
+    saved = (workspaces, empty_bytes(sizes.saved, v.device))
     if not normalize:
         return *empty_results(v, cu_seqlens), *saved, _nothing(v), _nothing(v)
     normalized = (x.new_empty(x.shape, dtype=normalized_dtype(x.dtype)) for x in (q, k))
     return *empty_results(v, cu_seqlens), *saved, *normalized
+
+
+@torch.library.register_fake("lkda::kda_workspaces", lib=_library)
+def _(q, k, v, g, beta, cu_seqlens, scale):
+    return empty_bytes(sizes_of(v, cu_seqlens).workspaces, v.device)
 
 
 @torch.library.register_fake("lkda::kda_inter_chunk_bwd", lib=_library)
@@ -261,11 +277,11 @@ def _(grad_o, grad_final, q, k, g, beta, *rest):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save = inputs
+    q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, save, recompute = inputs
     if not save:
         raise RuntimeError("lkda::kda_forward needs save=True where a gradient is wanted")
     ctx.set_materialize_grads(False)
-    ctx.scale, ctx.normalize = scale, normalize
+    ctx.scale, ctx.normalize, ctx.recompute = scale, normalize, recompute
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2:])
 
 
@@ -277,14 +293,18 @@ def _gradients(ctx, grad_o, grad_final, *grad_saved):
     bypass = can_bypass_dispatcher(grad_o)
     inter_chunk_bwd: Callable = launch_inter_chunk_bwd if bypass else torch.ops.lkda.kda_inter_chunk_bwd
     intra_chunk_bwd: Callable = launch_intra_chunk_bwd if bypass else torch.ops.lkda.kda_intra_chunk_bwd
+    heads = normalized if ctx.normalize else (q, k)
+    if ctx.recompute:
+        compute: Callable = launch_workspaces if bypass else torch.ops.lkda.kda_workspaces
+        workspaces = compute(*heads, v, g, beta, cu_seqlens, ctx.scale)
     wants_initial = initial_state is not None
     d_initial, d_saved = inter_chunk_bwd(grad_o, grad_final, v, cu_seqlens, workspaces, saved, wants_initial)
     del workspaces  # the gradients are allocated in the memory that this frees
-    inputs = (*(normalized if ctx.normalize else (q, k)), g, beta, initial_state, cu_seqlens)
+    inputs = (*heads, g, beta, initial_state, cu_seqlens)
     dq, dk, *grads = intra_chunk_bwd(grad_o, grad_final, *inputs, saved, d_saved, ctx.scale)
     if ctx.normalize:
         dq, dk = normalize_heads_backward(dq, dk, q, k)
-    return dq, dk, *grads, d_initial if wants_initial else None, None, None, None, None
+    return dq, dk, *grads, d_initial if wants_initial else None, *[None] * 5
 
 
 torch.library.register_autograd("lkda::kda_forward", _gradients, setup_context=_save, lib=_library)
@@ -304,11 +324,13 @@ def kda_cuda(
     cu_seqlens: Tensor | None,
     *,
     normalize: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The chunked kernels, differentiable. Arguments and results are those of `kda_attention`.
 
     Args:
         normalize: whether to divide each q and k by its L2 norm first.
+        recompute: whether the backward computes the workspaces again.
     Raises: ValueError if K and V differ.
     """
     if k.shape[-1] != v.shape[-1]:
@@ -325,5 +347,6 @@ def kda_cuda(
     forward: Callable = torch.ops.lkda.kda_forward
     if can_bypass_dispatcher(*inputs):
         forward = _with_autograd if save else launch_forward
-    o, final_state, *_ = forward(q, k, v, g.float(), beta.float(), initial_state, cu_seqlens, scale, normalize, save)
+    tensors = (q, k, v, g.float(), beta.float(), initial_state, cu_seqlens)
+    o, final_state, *_ = forward(*tensors, scale, normalize, save, recompute)
     return o, final_state

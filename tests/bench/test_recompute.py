@@ -1,0 +1,31 @@
+"""The benchmark of `recompute`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from lkda.bench import recompute
+
+
+def test_a_machine_without_a_gpu_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["recompute", "--out", str(tmp_path / "table.json")])
+    with pytest.raises(SystemExit, match="error: torch sees no CUDA device"):
+        recompute.main()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: it measures times and memory of one")
+def test_the_workspaces_are_not_kept(monkeypatch, tmp_path):
+    out = tmp_path / "table.json"
+    words = ["recompute", "--out", str(out), "--shapes", "2x4096x16x64", "--milliseconds", "10"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert recompute.main() == 0
+    without, with_it = json.loads(out.read_text())["rows"]
+    kept = "kept, bytes per token and head"
+    assert 510 < without[kept] - with_it[kept] < 530
+    assert with_it["same bits"] is True
