@@ -150,7 +150,7 @@ def test_the_whole_command(imitation, monkeypatch, tmp_path, capsys, errors, cod
     written = json.loads(out.read_text())
     found = {(row["case"], row["tool"]): row["errors"] for row in written["rows"]}
     assert found == {(name, tool): errors.get(name, 0) for name in TWO for tool in sanitize.TOOLS}
-    assert written["kernels"] == dict.fromkeys(TWO, ["kda_gate"])
+    assert written["kernels"] == {name: ["kda_gate"] for name in TWO}
     assert "memcheck: it finds the planted fault (1 errors)" in capsys.readouterr().out
 
 
