@@ -27,6 +27,11 @@ from lkda.ops import kda_attention
 SHAPES = ("8x2048x16x64", "8x2048x8x128", "1x8192x64x128")
 
 
+def requested(device: torch.device) -> int:
+    """Allocated bytes, without what the allocator rounds up, which depends on what was allocated before."""
+    return torch.cuda.memory_stats(device)["requested_bytes.all.current"]
+
+
 def row(
     shape: Shape, dtype: str, leaves: list[Tensor], grad_o: Tensor, recompute: bool, milliseconds: float
 ) -> tuple[dict[str, Any], list[Tensor]]:
@@ -42,9 +47,9 @@ def row(
 
     results = both()
     torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
+    before, requested_before = torch.cuda.memory_allocated(device), requested(device)
     outputs = forward()
-    kept = torch.cuda.memory_allocated(device) - before - sum(x.nbytes for x in outputs)
+    kept = requested(device) - requested_before - sum(x.nbytes for x in outputs)
     del outputs
     torch.cuda.reset_peak_memory_stats(device)
     both()

@@ -221,6 +221,17 @@ def sanitizer_version(sanitizer: Path) -> str:
     return version[1] if version else "unknown"
 
 
+def write(out: Path | None, found: Sequence[Checked], texts: str, kernels: dict[str, list[str]], version: str) -> None:
+    """Writes the results with the device and the versions, the kernels of each case, and beside it what was printed."""
+    if out is None:
+        return
+    machine = header(torch.device("cuda", 0)) | {"compute-sanitizer": version}
+    note = f"{machine['device']}, torch {machine['torch']}, compute-sanitizer {version}."
+    rows = [asdict(result) for result in found]
+    write_json(out, {"kind": "table", "header": machine, "rows": rows, "note": note, "kernels": kernels})
+    out.with_suffix(".txt").write_text(texts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tool", nargs="+", default=TOOLS, choices=TOOLS, help="default: both")
@@ -241,13 +252,9 @@ def main() -> int:
             find_planted_fault(sanitizer, tool)
             results, text = check(sanitizer, tool, names)
             found, texts = found + results, texts + text
+            write(options.out, found, texts, kernels, version)
+    write(options.out, found, texts, kernels, version)
     print(table(found))
-    machine = header(torch.device("cuda", 0)) | {"compute-sanitizer": version}
-    if options.out is not None:
-        note = f"{machine['device']}, torch {machine['torch']}, compute-sanitizer {version}."
-        content = {"kind": "table", "header": machine, "rows": [asdict(result) for result in found], "note": note}
-        write_json(options.out, content | {"kernels": kernels})
-        options.out.with_suffix(".txt").write_text(texts)
     bad = sum(not result.clean for result in found)
     launched = len({kernel for kernels_of_case in kernels.values() for kernel in kernels_of_case})
     print(f"{len(names)} cases, {launched} kernels, {bad} results with an error")

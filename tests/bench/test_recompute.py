@@ -27,5 +27,5 @@ def test_the_workspaces_are_not_kept(monkeypatch, tmp_path):
     assert recompute.main() == 0
     without, with_it = json.loads(out.read_text())["rows"]
     kept = "kept, bytes per token and head"
-    assert 510 < without[kept] - with_it[kept] < 530
+    assert 520 <= round(without[kept] - with_it[kept], 1) < 521
     assert with_it["same bits"] is True

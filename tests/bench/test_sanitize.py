@@ -99,7 +99,7 @@ def test_the_command_of_a_tool():
 
 
 @pytest.fixture
-def imitation(tmp_path, monkeypatch):
+def imitation(tmp_path):
     """A program in place of compute-sanitizer that answers as it would; `errors` maps a case to its errors."""
 
     def write(errors):
@@ -112,14 +112,13 @@ def imitation(tmp_path, monkeypatch):
             "for name in names:",
             "    print(json.dumps({'case': name}))",
             "    print(json.dumps({'case': name, 'seconds': 0.5, 'kernels': ['kda_gate']}))",
-            "found = sum(errors.get(name, 0) for name in names)",
+            "found = sum(errors.get(name, 0) for name in names) if tool != 'none' else 0",
             "both = {'memcheck': f'ERROR SUMMARY: {found} errors', 'racecheck': f'RACECHECK SUMMARY: {found} hazards'}",
-            "print('=========', both[tool])",
+            "print('=========', both.get(tool, 'no tool'))",
             f"sys.exit({sanitize.FOUND} if found else 0)",
         ]
         program.write_text("\n".join(lines) + "\n")
         program.chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
         return program
 
     return write
@@ -130,6 +129,29 @@ def test_each_case_runs_alone_where_all_together_are_not_clean(imitation, capsys
     assert [(x.case, x.errors) for x in found] == [(TWO[0], 0), (TWO[1], 2)]
     assert "racecheck: not all cases are clean; each runs again alone" in capsys.readouterr().out
     assert "layer-64-bf16                        racecheck            0      0.5" in sanitize.table(found)
+
+
+@pytest.mark.parametrize(("errors", "code"), [({}, 0), ({TWO[0]: 1}, 1)])
+def test_the_whole_command(imitation, monkeypatch, tmp_path, capsys, errors, code):
+    program, out = imitation(errors | {sanitized_cases.PLANTED_FAULT: 1}), tmp_path / "table.json"
+    plain = command
+
+    def with_program_instead_of_the_cases(sanitizer, tool, names):
+        words = plain(sanitizer, tool, names)
+        return [str(program), "--tool", tool, *words] if tool == sanitize.NO_TOOL else words
+
+    monkeypatch.setattr(sanitize, "command", with_program_instead_of_the_cases)
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: program)
+    monkeypatch.setattr(sanitize, "header", lambda device: {"device": "a GPU", "torch": "2"})
+    monkeypatch.setattr(sanitize, "sanitizer_version", lambda sanitizer: "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["sanitize", "--out", str(out), "--only", *TWO])
+    assert sanitize.main() == code
+    written = json.loads(out.read_text())
+    found = {(row["case"], row["tool"]): row["errors"] for row in written["rows"]}
+    assert found == {(name, tool): errors.get(name, 0) for name in TWO for tool in sanitize.TOOLS}
+    assert written["kernels"] == {name: ["kda_gate"] for name in TWO}
+    assert "memcheck: it finds the planted fault (1 errors)" in capsys.readouterr().out
 
 
 def test_a_tool_that_misses_the_planted_fault_is_refused(imitation):

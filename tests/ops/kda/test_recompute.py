@@ -162,10 +162,10 @@ class TestOnAGPU:
         inputs = on_gpu(2, 300, 2, 64)
         inputs["gate_logits"] = inputs.pop("g").bfloat16()
         inputs["beta_logits"] = inputs.pop("beta").bfloat16()
-        gate = KDAGate(torch.zeros(2, device="cuda"), torch.zeros(128, device="cuda"))
+        inputs |= {"A_log": torch.zeros(2, device="cuda"), "dt_bias": torch.zeros(128, device="cuda")}
 
-        def op(*, recompute, **given):
-            return kda_attention_fused(**given, gate=gate, recompute=recompute)
+        def op(*, recompute, A_log, dt_bias, **given):
+            return kda_attention_fused(**given, gate=KDAGate(A_log, dt_bias), recompute=recompute)
 
         assert_equal(*of_both(torch.compile(op, fullgraph=True) if fullgraph else op, inputs))
 
