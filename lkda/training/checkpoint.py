@@ -97,7 +97,10 @@ def copy_to_cpu(value: Any) -> Any:
             return type(entry)(copied(part) for part in entry)
         return entry
 
-    return copied(value)
+    try:
+        return copied(value)
+    finally:
+        copies.clear()  # `copied` refers to itself, so it and `copies` stay until the next garbage collection
 
 
 def point_to(target: Path, link: Path) -> None:

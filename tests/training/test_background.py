@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 
+from lkda.training import checkpoint
 from lkda.training.background import BackgroundWriter
 from lkda.training.checkpoint import AtomicCheckpointIO, copy_to_cpu, read_checkpoint
 
@@ -41,6 +44,30 @@ def test_tied_weights_are_copied_once_and_types_are_kept() -> None:
     assert found["a"].data_ptr() != weight.data_ptr()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     assert found["also"].shape == (0, 5)
+
+
+def test_a_copy_is_freed_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by the next garbage collection: until then a run would keep a second copy of its weights."""
+    copies: list[weakref.ref[torch.Tensor]] = []
+
+    def copying(content):
+        made = copy_to_cpu(content)
+        copies.extend(weakref.ref(tensor) for tensor in made["state_dict"].values())
+        return made
+
+    monkeypatch.setattr(checkpoint, "copy_to_cpu", copying)
+    gc.collect()
+    gc.disable()
+    try:
+        writer = BackgroundWriter()
+        content = {"lkda": {"format": 1}, "state_dict": {"w": torch.zeros(8)}}
+        AtomicCheckpointIO(writer).save_checkpoint(content, tmp_path / "a.ckpt")
+        left: list[torch.Tensor | None] = []
+        writer.submit(lambda: left.extend(copy() for copy in copies))  # as `return_freed_memory` comes after it
+        writer.wait()
+        assert left == [None]
+    finally:
+        gc.enable()
 
 
 def test_the_first_error_is_raised_and_nothing_runs_after_it() -> None:
