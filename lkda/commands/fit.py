@@ -29,6 +29,7 @@ from lkda.training.callbacks import (
     Checkpoints,
     DivergedError,
     DivergenceGuard,
+    HangGuard,
     InterruptedRunError,
     LearntRun,
     Recorder,
@@ -160,6 +161,9 @@ def build_trainer(
     }
     writer = BackgroundWriter()
     callbacks = [*_own_callbacks(prepared, model, run, stop_request, writer), *shown]
+    if plan.trainer.world_size > 1:
+        minutes = plan.trainer.timeout_minutes
+        callbacks.append(HangGuard(60 * minutes, lambda: processes.give_up(_no_answer(minutes))))
     loggers = _loggers(prepared, run) if processes.is_first else []
     strategy = build_strategy(
         plan.trainer.strategy,
@@ -236,10 +240,17 @@ def _loggers(prepared: PreparedRun, run: RunFiles) -> list[L.pytorch.loggers.Log
     return [MetricsCSV(run.metrics, also=also, resume_step=prepared.first_step), *chosen]
 
 
-def fit(trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop_request: StopRequest) -> Outcome:
+def fit(
+    trainer: L.Trainer,
+    task: LanguageModelTask,
+    prepared: PreparedRun,
+    stop_request: StopRequest,
+    processes: Processes,
+) -> Outcome:
     """Train, beginning with the plan's first step.
 
-    Raises: InputError if Lightning rejects the settings; CommandError if another process of the run has ended.
+    Raises: InputError if Lightning rejects the settings; CommandError if another process of the run has ended. On a GPU
+        the process then ends at once instead, because a GPU that waits for another lets nothing be freed.
     """
     if prepared.plan.device.type == "cpu":
         keep_freed_memory()
@@ -258,11 +269,10 @@ def fit(trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop
         except RuntimeError as error:
             if process_count() == 1 or not is_of_another_process(error):
                 raise
-            minutes = prepared.plan.trainer.timeout_minutes
-            raise CommandError(
-                f"another process of the run has ended, or did not answer for {minutes} minutes "
-                "(trainer.timeout_minutes). Continue from the last checkpoint with resume=true."
-            ) from error
+            message = _no_answer(prepared.plan.trainer.timeout_minutes)
+            if prepared.plan.device.type == "cuda":
+                processes.give_up(message)
+            raise CommandError(message) from error
         finally:
             task.free_graphs()
     if ending is None and trainer.global_step < prepared.total_steps:
@@ -270,6 +280,13 @@ def fit(trainer: L.Trainer, task: LanguageModelTask, prepared: PreparedRun, stop
     (checkpoints,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
     (guard,) = (callback for callback in trainer.callbacks if isinstance(callback, DivergenceGuard))  # type: ignore[attr-defined]
     return Outcome(ending, checkpoints.count, checkpoints.seconds, guard.skipped_steps(task))
+
+
+def _no_answer(minutes: float) -> str:
+    return (
+        f"another process of the run has ended, or did not answer for {minutes} minutes (trainer.timeout_minutes). "
+        "Continue from the last checkpoint with resume=true."
+    )
 
 
 def _on_one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
@@ -105,6 +105,13 @@ class Processes:
             if value is not None:
                 os.environ[name] = value
         rank_zero_only.rank = fabric_rank_zero_only.rank = 0
+
+    def give_up(self, message: str) -> NoReturn:
+        """Print the error and end this process at once, with those that it has started. Nothing is freed."""
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        for other in self._others:
+            other.kill()
+        os._exit(FAILED)
 
     def _end_others(self) -> None:
         """Wait a while for the processes that were started, and kill those that do not end."""

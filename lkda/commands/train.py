@@ -73,7 +73,7 @@ def _fit(prepared: PreparedRun, model: LanguageModel, run: RunFiles, processes: 
     share_data(prepared, processes)
     stop_request = StopRequest(processes.group)
     trainer = build_trainer(prepared, model, run, stop_request, processes)
-    return fit(trainer, build_task(prepared, model, processes), prepared, stop_request)
+    return fit(trainer, build_task(prepared, model, processes), prepared, stop_request, processes)
 
 
 def _train(plan: RunPlan, run: RunDirectory, processes: Processes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from lkda.training.callbacks.checkpoints import Checkpoints
 from lkda.training.callbacks.divergence import DivergedError, DivergenceGuard
+from lkda.training.callbacks.hang import HangGuard
 from lkda.training.callbacks.interruption import InterruptedRunError, StopRequest
 from lkda.training.callbacks.learnt import LearntRun, StopWhenLearnt
 from lkda.training.callbacks.overview import ModelOverview
@@ -12,6 +13,7 @@ __all__ = [
     "Checkpoints",
     "DivergedError",
     "DivergenceGuard",
+    "HangGuard",
     "InterruptedRunError",
     "LearntRun",
     "ModelOverview",
