@@ -93,7 +93,7 @@ class SimplifiedAttention(RecurrentMixer):
         _, Z = self.attend(q, k, v, gates, state=None, cu_seqlens=part.cu_seqlens)
         decay = part.by_row(self.decay(*gates).expand(*q.shape[:3]))
         length = decay.shape[1]
-        A = torch.where(part.is_whole(length=length).unsqueeze(1), decay.prod(1), 0.0).to(Z.dtype)
+        A = torch.where(part.is_whole(length=length).unsqueeze(1), _product(decay), 0.0).to(Z.dtype)
         S = part.entering(A[..., None, None], part.last_of(Z, length=length), matrix=False)
         entering = part.initial_states(S, length=length)
         return self.attend(q, k, v, gates, state=entering, cu_seqlens=part.cu_seqlens)
@@ -123,3 +123,12 @@ class SimplifiedAttention(RecurrentMixer):
     def flops_per_token(self, context: int) -> float:
         """FLOPs of the linear layers, the convolutions, and ten operations per channel."""
         return self.projection_flops() + 10 * self.num_heads * self.head_dim
+
+
+def _product(x: Tensor) -> Tensor:
+    """The product over dim 1, whose backward, unlike that of `Tensor.prod`, does not wait for the device."""
+    while (length := x.shape[1]) > 1:
+        half = length // 2
+        pairs = x[:, :half] * x[:, half : 2 * half]
+        x = pairs if length % 2 == 0 else torch.cat([pairs, x[:, -1:]], 1)
+    return x[:, 0]
