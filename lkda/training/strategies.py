@@ -20,6 +20,10 @@ from torch.optim import Optimizer
 from lkda.training.checkpoint import read_checkpoint
 from lkda.training.sharded_checkpoint import complete, rows_of, write_part
 
+# Of gradients that DDP averages in one exchange. DDP's own size is 25 MB. `base` on two H200, tokens/s: 282,869 with
+# 25 MB, 289,237 with 200 MB, 288,414 with all gradients in one exchange.
+BUCKET_MB = 200
+
 
 def build_strategy(
     name: str, *, world_size: int, timeout: timedelta, environment: ClusterEnvironment | None
@@ -38,7 +42,11 @@ def build_strategy(
     if name == "ddp":
         # Buffers hold what each process has measured of its own share.
         return ReplicatedStrategy(
-            broadcast_buffers=False, gradient_as_bucket_view=True, timeout=timeout, cluster_environment=environment
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=BUCKET_MB,
+            timeout=timeout,
+            cluster_environment=environment,
         )
     if name == "fsdp":
         strategy = ShardedStrategy(data_parallel_size=world_size, tensor_parallel_size=1, timeout=timeout)
