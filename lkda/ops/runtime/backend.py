@@ -7,6 +7,7 @@ automatic one that can run on the device. Asking for a backend that cannot run i
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,8 @@ def choose(
     dtype: torch.dtype,
 ) -> str:
     """The name of the backend that runs. Raises ValueError if `backend` is unknown or cannot run."""
+    # torch.compile makes a size that has changed symbolic; this makes it a number again.
+    head_dim = operator.index(head_dim)
     if backend == "auto":
         for word, candidate in backends.items():
             if candidate.automatic and candidate.cannot_run(device, head_dim, dtype) is None:

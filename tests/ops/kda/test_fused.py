@@ -162,6 +162,15 @@ def test_without_logits_nothing_decays():
 
 
 @pytest.mark.slow  # imports torch._dynamo
+def test_one_compiled_function_takes_heads_of_several_sizes():
+    run = torch.compile(kda_attention, backend="eager", fullgraph=True)
+    for K in (8, 16, 32):
+        q, k, v, g = (torch.randn(1, 20, 2, K) for _ in range(4))
+        inputs = (q, F.normalize(k, dim=-1), v, -g.abs(), torch.rand(1, 20, 2))
+        assert torch.equal(run(*inputs)[0], kda_attention(*inputs)[0])
+
+
+@pytest.mark.slow  # imports torch._dynamo
 def test_a_gate_made_in_a_compiled_function_breaks_no_graph():
     inputs = gate_inputs(1, 4, 2, 8, dtype=torch.float32)
     run = gates("torch", 8, "bounded", -3.0, True)
