@@ -64,8 +64,15 @@ def _peers(path: Path) -> str:
 def _table(path: Path) -> str:
     found = read_results_file(path, kind="table")
     rows = found["rows"]
-    cells = [[x if isinstance(x, str) else f"{x:.3g}" for x in row.values()] for row in rows]
-    return markdown_table([*rows[0]], cells) + "\n" + found["note"]
+    return markdown_table([*rows[0]], [[_cell(x) for x in row.values()] for row in rows]) + "\n" + found["note"]
+
+
+def _cell(x: str | float | bool) -> str:
+    if isinstance(x, bool):
+        return "yes" if x else "no"
+    if isinstance(x, str):
+        return x
+    return f"{x:.3g}" if x < 999.5 else f"{x:,.0f}"
 
 
 def _summary(path: Path) -> str:

@@ -16,3 +16,4 @@ inline void copy_4_async(void* to, const void* from) { copy_async<4>(to, from); 
 inline void commit_copies() {}
 template <int NEWEST>
 void wait_copies() {}
+inline void prefetch(const void*) {}

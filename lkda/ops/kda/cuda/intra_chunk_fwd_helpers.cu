@@ -16,6 +16,7 @@ using Value = VALUE;
 constexpr int WORKERS = D * LEAVES / 2, HELPERS = 32 * HELPER_WARPS;  // threads; a worker holds two channels of one leaf
 constexpr int WORKER_WARPS = WORKERS / 32;
 static_assert(D == 128 && C == 64, "two warps have the channels of a leaf");
+static_assert(HELPERS == C, "a helper prefetches one row of v");
 
 struct Shared {
   static constexpr int leaf_logs = 0;                                    // float [LEAVES][D]
@@ -74,6 +75,16 @@ __device__ __forceinline__ void find_amax(char* shared, const Arguments& given, 
   }
 }
 
+// Begins to bring v of an item to the L2 cache, where find_amax reads it.
+__device__ __forceinline__ void prefetch_values(const Arguments& given, int item) {
+  if (item >= given.items) return;
+  const Span span = span_of(item / given.heads, given.length, given.spans);
+  if (helper() >= span.tokens) return;
+  const Value* row = given.v + (static_cast<long long>(span.start + helper()) * given.heads + item % given.heads) * D;
+  prefetch(row);
+  prefetch(row + 64);
+}
+
 // Copies beta of an item to shared memory and to the workspace.
 __device__ __forceinline__ void copy_beta(char* shared, const Arguments& given, const Span& span, int item) {
 #pragma unroll
@@ -110,6 +121,7 @@ __device__ __forceinline__ void help(char* shared, const Arguments& given) {
     find_amax(shared, given, span, item % given.heads, turn, given.amax + item);
     copy_beta(shared, given, span, item);
     wait_at_barrier(FILLED, WORKERS + HELPERS);
+    prefetch_values(given, item + gridDim.x);
     invert(shared, given.workspace(item));
   }
 }
