@@ -122,7 +122,7 @@ MOMENTS: dict[str, tuple[Any, str, int, float]] = {
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        pytest.param(n, moment, marks=[pytest.mark.long] if n >= 3 else [])
+        pytest.param(n, moment, marks=[pytest.mark.long] if n >= 3 else [pytest.mark.slow] if n else [])
         for n, moment in zip(range(30), itertools.cycle([*MOMENTS, "anywhere"]))
     ],
 )
@@ -273,6 +273,7 @@ def test_a_removed_data_file(corpus: Path, tmp_path: Path, capsys: pytest.Captur
     assert str(texts) in line(lambda: run(texts, directory, *again), capsys)
 
 
+@pytest.mark.slow
 def test_a_token_file_that_becomes_shorter_during_the_run(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +299,7 @@ def test_a_token_file_that_becomes_shorter_during_the_run(
     assert rows(directory) == rows(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock(corpus: Path, tmp_path: Path, whole: Path) -> None:
     """They stop nothing else: the run is the same, and its summary says how long they stopped it."""
     directory = tmp_path / "run"

@@ -96,6 +96,7 @@ def test_an_export(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_comparison(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ SMALL_JOBS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("experiment", SMALL_JOBS)
 def test_small_models_that_share_a_gpu_begin_before_a_deadline_of_ten_minutes(experiment: str, tmp_path: Path) -> None:
     (job,) = jobs_of([experiment], SMALL_JOBS[experiment], tmp_path)
@@ -56,6 +57,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("experiment", ORDERS)
 def test_a_grid_that_is_cut_off_has_whole_comparisons(experiment: str, tmp_path: Path) -> None:
     """All mixers are compared at one seed, width or length before the next one begins."""
@@ -121,6 +123,7 @@ def test_a_training_that_diverged_is_not_repeated(tmp_path: Path) -> None:
     assert (job.standing, job.commands()) == ("diverged", [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("several_sweeps")
 def test_each_line_of_several_sweeps_is_added_to_the_sweep(tmp_path: Path) -> None:
     jobs = jobs_of(["several"], ["seed=4", "trainer.max_steps=5"], tmp_path)
@@ -138,6 +141,7 @@ def test_each_line_of_several_sweeps_is_added_to_the_sweep(tmp_path: Path) -> No
     assert set(jobs[5].overrides) == given | {"mixer=softmax", "mixer.softmax.qk_norm=False"}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("several_sweeps")
 @pytest.mark.parametrize(
     ("sweeps", "message"),
@@ -195,6 +199,7 @@ def test_a_plan_names_what_only_again_trains(tmp_path: Path, capsys: pytest.Capt
     assert "1 are trained, not all measured, and their weights are gone: --again trains them again" in said
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -275,6 +280,7 @@ def test_nothing_begins_that_would_not_end_in_time(imitated: Path) -> None:
     assert [row[:2] for row in table(jobs)[1]] == [["b", "not begun"], ["a", "done"]]
 
 
+@pytest.mark.slow
 def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -> None:
     """The small files of two jobs were copied, without checkpoints: one is done and one was cut off."""
     jobs = [job(imitated, name, steps=1) for name in ("unmeasured", "cut", "ended", "new")]
@@ -297,6 +303,7 @@ def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -
     assert json.loads((imitated / "ended" / "summary.json").read_text())["mark"] == 1
 
 
+@pytest.mark.slow
 def test_a_job_is_stopped_at_the_deadline(imitated: Path) -> None:
     begun = time.monotonic()
     (imitated / "long" / "checkpoints").mkdir(parents=True)
@@ -335,6 +342,7 @@ def _wait_for(true: Callable[[], bool]) -> None:
     assert true()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no such signal")
 def test_two_commands_at_once_share_the_jobs(imitated: Path) -> None:
     """The second does not take the first's run, which has no checkpoint yet, for one whose checkpoints are gone."""

@@ -122,6 +122,7 @@ def test_without_a_fingerprint_the_place_must_be_the_same_and_the_tokenizer_too(
         run(home / "run", home / "texts", *LONGER, "resume=true")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("override", "differs"),
     [
@@ -243,7 +244,9 @@ def undisturbed(finished: Path) -> list[dict[str, str]]:
 FILES = ["config.yaml", "tokenizer.json", "metrics.csv", "step_0000002.ckpt", "step_0000004.ckpt", "summary.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FILES[-2:] else [pytest.mark.slow]) for name in FILES]
+)
 def test_a_full_disk_damages_nothing(
     home: Path, tmp_path: Path, undisturbed: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

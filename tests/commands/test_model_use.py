@@ -29,9 +29,9 @@ from lkda.models.decoder import Decoder
 from lkda.special_tokens import document_ends
 from tests.commands.small import composed, small_run
 
-# The first three have every kind of state among them.
-ALONE = (pytest.param(mixer, marks=pytest.mark.long) for mixer in ("kda", "mla"))
-MIXERS = ["simplified", "softmax", "kda_mla_3to1", *ALONE]
+# The hybrid has both kinds of state, one that grows and one that does not.
+MIXERS = ["kda_mla_3to1", *(pytest.param(mixer, marks=pytest.mark.slow) for mixer in ("simplified", "softmax"))]
+MIXERS += [pytest.param(mixer, marks=pytest.mark.long) for mixer in ("kda", "mla")]
 
 
 @pytest.fixture(scope="module", params=MIXERS)
@@ -93,6 +93,7 @@ def test_an_exported_directory_is_measured_on_the_data_of_its_run(run: Path, for
         evaluate(composed("evaluate", f"ckpt={tmp_path}/two", "accelerator=cpu"))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "data",
     [

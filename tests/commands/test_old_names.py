@@ -104,6 +104,7 @@ def earlier(tmp_path: Path) -> Path:
     return tmp_path / "earlier"
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on_as_it_was(earlier: Path) -> None:
     """Without the options that came later: an embedding norm would be another model, and rates by kind another run."""
     before = list(csv.DictReader((earlier / "metrics.csv").read_text().splitlines()))
@@ -143,6 +144,7 @@ def train_from_command_line(overrides: tuple[str, ...], directory: Path) -> None
     train(config, directory)
 
 
+@pytest.mark.long
 def test_it_is_evaluated_and_exported(earlier: Path, tmp_path: Path) -> None:
     (earlier / "checkpoints/step_0000006.ckpt").rename(earlier / "checkpoints/last.ckpt")
     loss = pytest.approx(json.loads((earlier / "summary.json").read_text())["val/loss"], abs=1e-5)

@@ -162,6 +162,7 @@ def test_prompts_as_json(exported: Path) -> None:
     assert [json.loads(line)["prompt"] for line in found] == ["ab", "line\nbreak", "a\u2028b"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("content", "overrides", "message"),
     [

@@ -30,6 +30,7 @@ def planned(*overrides: str, run_dir: Path = Path("nowhere")) -> RunPlan:
     return plan_run(composed("train", "trainer=cpu", *overrides), run_dir)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_has_a_rate_for_every_model(mixer: str) -> None:
     settings = resolve(composed("train", f"mixer={mixer}"))
@@ -38,6 +39,7 @@ def test_every_mixer_has_a_rate_for_every_model(mixer: str) -> None:
         assert 0 < measured_learning_rate({"name": model.name}, settings["mixer"]) < 0.1
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
     ("given", "rate"),
@@ -56,6 +58,7 @@ def test_the_rate_is_the_one_given_or_the_measured_one(given: tuple[str, ...], r
     assert "learning_rate" not in plan.record["mixer"] | plan.record["model"] | plan.model | plan.model["mixer"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -153,8 +153,10 @@ class Command:
 
         from lkda.bench import decode
         from lkda.commands import whole_set
+        from lkda.report.draw import chart, style
 
-        decode.SECONDS = 0.01
+        decode.SECONDS, decode.FORWARD = 0.01, (1, 64)
+        chart.PNG_SCALE, style.MOST_PIXELS = 0.25, (400, 250)  # compressing all pixels takes seconds
         vl_convert.javascript_bundle = self._kept(vl_convert.javascript_bundle)
         whole_set.ON_CPU = tuple(tiny.small_parts(whole_set.ON_CPU))
         # Rows that `row_process.run_fork` measures are forks of this process, which has imported everything already.

@@ -30,7 +30,7 @@ def test_a_short_one_is_measured() -> None:
     assert 2**26 < rows[-1]["resident_bytes"] < 2**36
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_some_minutes_is_measured_and_kept(tmp_path: Path) -> None:
     """It ends by itself. Each row is written before the next is measured, so that nothing is lost if it is stopped."""
     kept: list[int] = []

@@ -47,8 +47,9 @@ def test_two_layers_of_kda_solve_recall(length: int, pairs: int, width: int, ste
     assert trained(tmp_path, "data=mqar", *sizes, *mixture)["val/accuracy"] >= 0.99
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(name, marks=pytest.mark.slow if name == "mqar_kimi" else pytest.mark.long) for name in TASKS]
+)
 def test_it_learns(task: str, tmp_path: Path) -> None:
     overrides, least = TASKS[task]
     summary = trained(tmp_path, f"data={task}", "model.d_model=64", "data.val_examples=128", *overrides)
