@@ -56,6 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if mark := item.get_closest_marker("sample"):
             test = item.nodeid.partition("[")[0]
             if cases[test] % mark.args[0]:
+                item.own_markers[:] = [own for own in item.own_markers if own.name != "slow"]
                 item.add_marker(pytest.mark.long)
             cases[test] += 1
 

@@ -94,6 +94,7 @@ def _is_a_word(value: str) -> bool:
     return not value.strip()[0].isdigit()
 
 
+@pytest.mark.slow
 def test_mixers_compared_in_language_have_the_same_parameters() -> None:
     mixers = composed("experiment=lm_by_mixer", with_hydra=True).hydra.sweeper.params.mixer.split(",")
     sizes = []
@@ -138,6 +139,7 @@ def test_every_mixer_fits_every_model(model: str, mixer: str) -> None:
     assert {mixer.head_dim for mixer in built.mixers()} == {head}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["optimizer", "scheduler", "trainer", "callbacks", "logger"])
 def test_every_choice_composes(group: str) -> None:
     choices = names(group)

@@ -42,7 +42,7 @@ def same_run(words: tuple[str, ...], more: tuple[str, ...], directory: Path, *, 
     assert_same_rows(directory / "many", directory / "one", rel=rel)
 
 
-@pytest.mark.parametrize("mixer", mixers(fast=("kda", "simplified"), slow=("mla",)))
+@pytest.mark.parametrize("mixer", mixers(fast=("kda",), slow=("simplified", "mla")))
 def test_rows_of_one_document(mixer: str, tmp_path: Path) -> None:
     same_run((*RANDOM, f"mixer={mixer}"), in_parts(2), tmp_path, processes=2, rel=1e-6)
 

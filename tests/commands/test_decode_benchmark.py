@@ -68,6 +68,7 @@ def test_a_row_is_measured(options: tuple[str, ...], monkeypatch: pytest.MonkeyP
     assert row["bytes_per_step"] > row["weight_bytes"]
 
 
+@pytest.mark.slow
 def test_an_int8_state_takes_less_than_a_float32_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurements, "SECONDS", 0.01)
     monkeypatch.setattr(measurements, "copy_gb_per_s", lambda device: 1.0)

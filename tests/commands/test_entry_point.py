@@ -68,7 +68,7 @@ def test_what_the_output_cannot_encode_is_replaced(tmp_path: Path, monkeypatch: 
 
 
 # Hydra takes seconds to list the groups; tests/scripts/test_help.py reads the help of every script.
-HELP = [pytest.param(name, marks=[] if name == "prepare-data" else [pytest.mark.long]) for name in COMMANDS]
+HELP = [pytest.param(name, marks=pytest.mark.slow if name == "prepare-data" else pytest.mark.long) for name in COMMANDS]
 
 
 @pytest.mark.parametrize("name", HELP)
@@ -112,6 +112,7 @@ def test_errors_name_the_door_that_was_used(
     assert "make it with /somewhere/bin/lkda prepare-data." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = []
 
@@ -162,6 +163,7 @@ def test_an_experiment_that_was_run_once_is_printed_as_one_run(
     assert again == ["train", *words[:-1], "mixer=softmax"]
 
 
+@pytest.mark.slow
 def test_printed_commands_can_be_pasted(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +211,7 @@ def test_a_reader_that_leaves_ends_a_command_quietly(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_ends_generating_quietly(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,8 +29,8 @@ def of_bytes(*special: str) -> Tokenizer:
     ("format", "special"),
     [
         ("lkda", ()),
-        ("hf", ("<s>", "</s>")),
-        pytest.param("lkda", ("<pad>", "[EOS]"), marks=pytest.mark.slow),
+        pytest.param("hf", ("<s>", "</s>"), marks=pytest.mark.slow),
+        pytest.param("lkda", ("<pad>", "[EOS]"), marks=pytest.mark.long),
         pytest.param("hf", (), marks=pytest.mark.long),
         pytest.param("lkda", ("<s>", "</s>"), marks=pytest.mark.long),
         pytest.param("hf", ("<pad>", "[EOS]"), marks=pytest.mark.long),

@@ -109,6 +109,7 @@ def test_a_comparison(
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What was measured is kept; of what is made of it, all or nothing is new."""
     out = tmp_path / "benchmark"

@@ -245,7 +245,7 @@ FILES = ["config.yaml", "tokenizer.json", "metrics.csv", "step_0000002.ckpt", "s
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FILES[-2:] else [pytest.mark.slow]) for name in FILES]
+    "name", [pytest.param(name, marks=() if name == FILES[-1] else pytest.mark.slow) for name in FILES]
 )
 def test_a_full_disk_damages_nothing(
     home: Path, tmp_path: Path, undisturbed: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, name: str

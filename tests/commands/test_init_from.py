@@ -32,7 +32,9 @@ def fine_tuned(corpus: Path, start: Path, into: Path, *overrides: str) -> dict[s
     return train(composed("train", *small_run(corpus, f"init_from={start}", WHOLE_VALIDATION, *overrides)), into)
 
 
-@pytest.mark.parametrize("format", [pytest.param("hf", marks=pytest.mark.slow), "lkda"])
+@pytest.mark.parametrize(
+    "format", [pytest.param("hf", marks=pytest.mark.slow), pytest.param("lkda", marks=pytest.mark.long)]
+)
 def test_the_validation_loss_survives(
     format: str, run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,7 +98,7 @@ def test_ddp_is_one_process(pieces: int, corpus: Path, tmp_path: Path, alone: Ru
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param(("trainer.accumulate_grad_batches=2", "checkpointing=block"), marks=pytest.mark.long),
         pytest.param(("optimizer=muon",), marks=pytest.mark.long),
     ],
@@ -263,6 +263,7 @@ def test_accuracies_count_every_example_once(strategy: str, tmp_path: Path) -> N
     assert_same_rows(tmp_path / "two", tmp_path / "one", rel=1e-4)
 
 
+@pytest.mark.slow
 def test_unequal_numbers_of_targets(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is the mean over all targets, not over processes, also where one has none."""
     step = LanguageModelTask.training_step

@@ -244,8 +244,8 @@ def assert_the_same_run(directory: Path, straight: Path) -> None:
 @pytest.mark.parametrize(
     ("pieces", "validate", "save", "log"),
     [
-        (3, 4, 2, 3),
-        pytest.param(4, 6, 3, 2, marks=pytest.mark.slow),
+        pytest.param(3, 4, 2, 3, marks=pytest.mark.slow),
+        pytest.param(4, 6, 3, 2, marks=pytest.mark.long),
         pytest.param(6, 5, 4, 5, marks=pytest.mark.long),
         pytest.param(3, 1, 7, 4, marks=pytest.mark.long),
     ],
@@ -337,6 +337,7 @@ def test_what_is_left_of_the_checkpoints_is_resumed_from(
     assert rows(directory) == uninterrupted(SHORT)
 
 
+@pytest.mark.slow
 def test_a_lost_best_is_taken_from_the_validations_to_come(corpus: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     constant = "scheduler=constant"

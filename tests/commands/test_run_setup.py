@@ -116,6 +116,7 @@ def test_the_resolved_rate_is_said_everywhere(corpus: Path, tmp_path: Path, caps
     assert re.search(r"; 2 steps of 64 tokens, peak learning rate 0\.004\n", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_rate(run: Path, corpus: Path, tmp_path: Path) -> None:
     """Whatever the measured one is by then."""
     shutil.copytree(run, tmp_path / "run")
@@ -155,6 +156,7 @@ def test_the_model_is_built_once(corpus: Path, tmp_path: Path, monkeypatch: pyte
     assert built == []
 
 
+@pytest.mark.slow
 def test_the_record_of_init_from_is_the_models_own(run: Path, corpus: Path, tmp_path: Path) -> None:
     """As it is of a fresh run: a logger's name has the mixer that trains, not the one that would be the default."""
     out = export(composed("export", f"ckpt={run}", f"out={tmp_path}/out"))

@@ -54,6 +54,7 @@ def test_a_row_is_measured_through_the_loop_of_training() -> None:
     assert {"reserved_gib", "mfu"}.isdisjoint(row)  # of a GPU
 
 
+@pytest.mark.slow
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("word", ["bare", "llama"])
 def test_a_row_is_measured_in_a_bare_loop(word: str) -> None:
@@ -113,7 +114,7 @@ def test_a_row_has_a_time_limit(tmp_path: Path) -> None:
 
 
 # Each mixer is two processes that import torch, one of them with cold caches.
-@pytest.mark.long  # the one of decoding runs in CI, and documented commands measure steps
+@pytest.mark.long  # that of decoding runs in CI
 @pytest.mark.parametrize("mixers", [["kda"], ["kda", "simplified"]])
 def test_a_whole_benchmark_in_processes_of_its_own(mixers: list[str], tmp_path: Path) -> None:
     overrides = f"overrides=[{','.join(repr(word) for word in TINY)}]"
@@ -192,7 +193,7 @@ def test_nothing_measured_is_a_failure(tmp_path: Path, monkeypatch: pytest.Monke
         run(Children({}, tmp_path), monkeypatch, *SMALL)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("speeds", "message"),
     [

@@ -53,6 +53,7 @@ def test_a_narrower_state_costs_little(run: Path, dtype: str, most: float) -> No
     assert 1e-6 < abs(narrow["bits_per_byte"] / usual["bits_per_byte"] - 1) < most
 
 
+@pytest.mark.slow
 def test_the_dtype_is_written_down_and_drawn(run: Path, tmp_path: Path) -> None:
     found = {}
     for dtype in ("float32", "int8"):
@@ -89,6 +90,7 @@ def test_precision_of_whole_sequences(run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text())["precision"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_recall_is_measured_so_too(tmp_path: Path) -> None:
     tiny = ("trainer=cpu", "callbacks=none", "model=recall", "mixer=conv_kda", "model.d_model=32", "data=mqar")
     shapes = ("data.vocab_size=64", "data.batch_size=4", "data.train=[{length: 32, pairs: 2, examples: 16}]", SUBSETS)

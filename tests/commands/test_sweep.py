@@ -30,6 +30,7 @@ def test_mixers_and_seeds(corpus: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert not any("=" in name for name in found)  # a path with one could not be given as ckpt=
 
 
+@pytest.mark.slow
 def test_one_bad_job_does_not_stop_the_others(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -154,7 +154,7 @@ class Doubled(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "name", ["kda", "softmax", *(pytest.param(name, marks=pytest.mark.long) for name in ("simplified", "mla", "conv"))]
+    "name", ["kda", *(pytest.param(name, marks=pytest.mark.long) for name in ("simplified", "softmax", "mla", "conv"))]
 )
 def test_modules_that_were_replaced_are_called_in_steps(name):
     """Linear layers, norms and the embedding, by the outputs of the whole sequence. A hook is called at each step."""

@@ -20,10 +20,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def choices() -> Iterator[ParameterSet]:
-    """The mixers of configs/mixer: two that are fast, those of which the README speaks, and the others."""
+    """The mixers of configs/mixer: a fast one, those of which the README speaks, and the others."""
     for path in sorted((CONFIGS / "mixer").glob("*.yaml")):
         mark = pytest.mark.slow if path.stem in STATED else pytest.mark.long
-        yield pytest.param(path.stem, marks=[] if path.stem in ("kda", "softmax") else [mark])
+        yield pytest.param(path.stem, marks=() if path.stem == "kda" else mark)
 
 
 STEPS = 100

@@ -25,6 +25,7 @@ def trained(directory: Path, *overrides: str) -> dict[str, Any]:
     return train(composed("train", *SETTINGS, *overrides), directory)
 
 
+@pytest.mark.slow
 def test_a_small_task_is_learnt_in_seconds(tmp_path: Path) -> None:
     """Guessing gets a quarter."""
     sizes = ("data.stacks=2", "data.elements=4", "data.context=24", "data.val_examples=64")

@@ -89,7 +89,11 @@ def emulated(kernels_on_the_cpu, monkeypatch):  # noqa: F811
 class TestOnTheCPU:
     @pytest.mark.parametrize(
         ("decay", "gated", "packed"),
-        [("channel", True, False), pytest.param("head", True, True, marks=pytest.mark.slow), ("none", False, False)],
+        [
+            ("channel", True, False),
+            pytest.param("head", True, True, marks=pytest.mark.slow),
+            pytest.param("none", False, False, marks=pytest.mark.slow),
+        ],
     )
     def test_equals_its_pieces(self, decay, gated, packed):
         cu_seqlens = torch.tensor([0, 0, 20, 70], dtype=torch.int32) if packed else None

@@ -136,9 +136,8 @@ class TestKernels:
     @pytest.mark.parametrize(
         ("rows", "width"),
         [
-            (1, 8),
             (5, 520),
-            *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((9, 512), (3, 2056), (1, 8192))),
+            *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 8), (9, 512), (3, 2056), (1, 8192))),
         ],
     )
     def test_every_number_of_warps_for_a_row(self, rows, width):
@@ -241,6 +240,7 @@ class TestOps:
             torch.ops.lkda.residual_norm, (inputs["x"], inputs.get("y"), inputs["weight"], EPS, dtype)
         )
 
+    @pytest.mark.slow
     @pytest.mark.sample(3)
     @pytest.mark.parametrize("y", [BF16, FP32, None])
     def test_traced_in_one_graph(self, y):

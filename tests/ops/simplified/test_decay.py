@@ -60,6 +60,7 @@ def test_what_the_kernels_cannot_take_is_said():
     assert "got torch.float64; use backend='torch'" in str(cuda.cannot_run(device, 8, torch.float64))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.skipif(_reason_no_compiler() is not None, reason=str(_reason_no_compiler()))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch):

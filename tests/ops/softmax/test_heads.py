@@ -86,6 +86,7 @@ def test_what_does_not_fit_is_said(changes, message):
         rotary_heads(**({"q": q, "k": k, "position": torch.arange(3), "base": BASE} | changes))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.skipif(_reason_no_compiler() is not None, reason=str(_reason_no_compiler()))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch):

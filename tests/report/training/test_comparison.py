@@ -201,6 +201,7 @@ def test_charts_of_an_earlier_comparison_in_the_same_directory_are_removed(tmp_p
     assert {"mine.png", "loss_by_tokens.png", "front_by_state.svg", "report.html"} <= left
 
 
+@pytest.mark.slow
 def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):
     result = compare(runs, tmp_path / "out", title="t", exclusive_device=False)
     assert "Runs shared a device, so times are not compared." in result.notes
@@ -263,11 +264,13 @@ def test_bad_input_gets_one_clear_error(tmp_path, runs, changes, message):
         compare_command(config)
 
 
+@pytest.mark.long
 def test_a_directory_that_is_given_twice_is_one_run(tmp_path, runs):
     compare_command(configuration(runs=[str(runs[0]), f"{runs[1]}/../{runs[0].name}"], out=f"{tmp_path}/out"))
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 1
 
 
+@pytest.mark.long
 def test_the_script_ends_with_one_line_and_code_2(tmp_path):
     command = [sys.executable, str(SCRIPT), f"runs={tmp_path}/*", f"out={tmp_path}/out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -323,6 +326,7 @@ def with_test(loss: float) -> dict[str, float]:
     return {"test/loss": loss, "test/bits_per_byte": loss / 2.5, "test/perplexity": 2 * loss}
 
 
+@pytest.mark.slow
 def test_figures_are_of_the_test_split_where_every_run_has_one(tmp_path):
     """Softmax validates worse and tests better."""
     paths = [
