@@ -57,11 +57,9 @@ def run(config: DictConfig, directory: Path) -> None:
 
 
 # Those of one job or two are fast, and in each of the slow ones something else is swept. The long ones are larger forms
-# of these, or sweep the settings of the recipe, which have tests of their own.
+# of these, or sweep settings that have tests of their own.
 MARKS = dict.fromkeys(names("experiment"), pytest.mark.long)
-MARKS |= dict.fromkeys(
-    ("ablations", "lm_by_mixer", "mqar_by_state_size", "kimi_synthetics", "long_context"), pytest.mark.slow
-)
+MARKS |= dict.fromkeys(("lm_by_mixer", "mqar_by_state_size", "long_context"), pytest.mark.slow)
 MARKS |= dict.fromkeys(("learning_rates", "mqar_learnt"), ())
 EXPERIMENTS = [pytest.param(name, marks=MARKS[name]) for name in names("experiment")]
 
@@ -94,7 +92,7 @@ def _is_a_word(value: str) -> bool:
     return not value.strip()[0].isdigit()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mixers_compared_in_language_have_the_same_parameters() -> None:
     mixers = composed("experiment=lm_by_mixer", with_hydra=True).hydra.sweeper.params.mixer.split(",")
     sizes = []

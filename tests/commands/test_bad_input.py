@@ -344,7 +344,7 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     return Places(tmp, run)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("arguments", "expected"), TRAINING)
 def test_train(
     arguments: str,
@@ -390,7 +390,7 @@ def test_checkpoints(
     assert re.search(expected, printed), printed
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [

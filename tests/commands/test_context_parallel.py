@@ -63,9 +63,8 @@ def test_four_parts(packed: str, tmp_path: Path) -> None:
     same_run(words, in_parts(4), tmp_path, processes=4, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_beside_data_parallelism(strategy: str, corpus: Path, tmp_path: Path) -> None:
     words = tuple(small_run(corpus, *SAME, "trainer.accumulate_grad_batches=2"))
     same_run(words, in_parts(2, strategy, 4), tmp_path, processes=4, rel=2e-5)

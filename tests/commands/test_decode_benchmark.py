@@ -68,7 +68,7 @@ def test_a_row_is_measured(options: tuple[str, ...], monkeypatch: pytest.MonkeyP
     assert row["bytes_per_step"] > row["weight_bytes"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_int8_state_takes_less_than_a_float32_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurements, "SECONDS", 0.01)
     monkeypatch.setattr(measurements, "copy_gb_per_s", lambda device: 1.0)
@@ -90,6 +90,7 @@ def test_a_failed_row_says_why(tmp_path: Path) -> None:
     assert "simplified" in json.loads((tmp_path / "result").read_text())["reason"]
 
 
+@pytest.mark.slow
 def test_a_prompt_whose_states_do_not_fit_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurements, "physical_memory", lambda: 10**4)
     for implementation in ("prefill", "lkda"):

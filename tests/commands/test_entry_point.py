@@ -133,7 +133,7 @@ def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert job == ("train", RunMode.MULTIRUN, given, name, resume)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_of_an_experiment_resumes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experiment asks for a sweep; the command that is printed for one of its jobs does not."""
     jobs: list[tuple[str, RunMode, list[str]]] = []

@@ -177,7 +177,8 @@ def test_two_one_two_processes_see_every_example_once(corpus: Path, tmp_path: Pa
     assert sum((all_rows - seen).values()) == data._train.count - 16 * epoch < 16  # and all but the incomplete batch
 
 
-@pytest.mark.parametrize("strategy", [LONG_DDP, SLOW_FSDP])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resumed_with_another_number(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
     """2 -> 1 -> 2 processes end as one process that was not stopped."""
     run = tmp_path / "run"
@@ -210,7 +211,7 @@ def test_a_shared_checkpoint_is_loaded_and_exported_on_one_device(corpus: Path, 
     torch.testing.assert_close(loaded.model(tokens), shared.model(tokens))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_damaged_parts_are_named(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained(corpus, run, *on("fsdp"), processes=2)
@@ -254,7 +255,9 @@ MQAR = (
 )
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+@pytest.mark.slow
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_accuracies_count_every_example_once(strategy: str, tmp_path: Path) -> None:
     """The last validation batch of a subset has fewer examples than there are processes."""
     train(composed("train", *MQAR), tmp_path / "one")
@@ -341,7 +344,7 @@ def test_a_bad_loss_of_one_process_stops_all(corpus: Path, tmp_path: Path) -> No
     assert second == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_of_a_sweep_follow_each_other(corpus: Path, tmp_path: Path) -> None:
     """In the same processes."""
 
@@ -355,7 +358,7 @@ def test_runs_of_a_sweep_follow_each_other(corpus: Path, tmp_path: Path) -> None
     assert rows(tmp_path / "1") == rows(tmp_path / "2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_run_has_nothing_to_do(corpus: Path, tmp_path: Path) -> None:
     first, _ = trained(corpus, tmp_path / "run", "trainer.max_steps=1", *on("ddp"), processes=2)
     again = trained(corpus, tmp_path / "run", "trainer.max_steps=1", *on("ddp"), "resume=true", processes=2)
@@ -454,7 +457,7 @@ def test_a_process_that_does_not_come(corpus: Path, tmp_path: Path) -> None:
     assert "\n" not in message
 
 
-@pytest.mark.slow  # it waits for the end of the timeout
+@pytest.mark.long  # it waits for the end of the timeout
 def test_a_process_that_does_not_answer_ends_the_run(corpus: Path, tmp_path: Path, alone: Run) -> None:
     """It is stopped, as a process that hangs in a driver or a file system."""
 

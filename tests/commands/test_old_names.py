@@ -81,6 +81,7 @@ def test_an_old_run_resumes(old_run: Path, corpus: Path) -> None:
     assert OmegaConf.load(old_run / "config.yaml").data._target_ == NEW
 
 
+@pytest.mark.slow
 def test_an_old_exported_directory_is_evaluated_and_exported_again(old_run: Path, run: Path, tmp_path: Path) -> None:
     for n, source in enumerate((run, tmp_path / "out0")):
         export(composed("export", f"ckpt={source}", "format=lkda", f"out={tmp_path}/out{n}"))

@@ -428,6 +428,7 @@ def test_two_processes_do_not_share_a_directory(corpus: Path, tmp_path: Path) ->
     run(corpus, tmp_path / "run", *SHORT)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -156,7 +156,7 @@ def test_the_model_is_built_once(corpus: Path, tmp_path: Path, monkeypatch: pyte
     assert built == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_record_of_init_from_is_the_models_own(run: Path, corpus: Path, tmp_path: Path) -> None:
     """As it is of a fresh run: a logger's name has the mixer that trains, not the one that would be the default."""
     out = export(composed("export", f"ckpt={run}", f"out={tmp_path}/out"))

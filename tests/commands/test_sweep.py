@@ -20,7 +20,7 @@ def results(directory: Path) -> dict[str, dict[str, object]]:
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(directory.glob("*/summary.json"))}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mixers_and_seeds(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep(corpus, tmp_path, monkeypatch, "mixer=kda,softmax", "seed=1,2")
     found = results(tmp_path)

@@ -238,6 +238,7 @@ def test_a_compiled_run_learns_the_same(corpus: Path, tmp_path: Path, monkeypatc
     assert found["val/loss"] == pytest.approx(usual["val/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_loss(run: Path, corpus: Path, tmp_path: Path) -> None:
     """The run without the option in its configuration, as of an earlier version, can be resumed."""
     words = ("trainer.max_steps=7", "sample.max_new_tokens=0")
@@ -252,6 +253,7 @@ def test_checkpointing_changes_no_loss(run: Path, corpus: Path, tmp_path: Path) 
     assert (found["steps"], found["checkpointing"]) == (8, "none")
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_nobody_reads_what_it_prints(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,7 @@ def test_every_part_is_measured_once(tmp_path, capsys):
     assert second.names == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_part_whose_results_were_removed_is_measured_again(tmp_path):
     measure_whole_set(settings(tmp_path), CPU, Measure(), PARTS)
     (tmp_path / "first" / "benchmark.json").unlink()
@@ -124,7 +124,7 @@ def test_an_interrupted_set_goes_on_with_the_part_that_it_was_in(tmp_path, capsy
     assert again.names == ["second"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_limit_of_minutes_begins_no_part_that_would_end_after_it(tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 100_000, 30))  # half a minute from one look to the next
     monkeypatch.setattr(whole_set.time, "perf_counter", lambda: float(next(clock)))

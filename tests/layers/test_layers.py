@@ -203,7 +203,7 @@ def test_a_sharded_layer_has_the_same_gradients(cls, one_process):
         close(q.grad.full_tensor(), p.grad, 1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_share_a_layer(tmp_path):
     torch.multiprocessing.spawn(_one_of_two, (KimiDeltaAttention, str(tmp_path)), nprocs=2)
 

@@ -35,11 +35,12 @@ def test_a_small_task_is_learnt_in_seconds(tmp_path: Path) -> None:
 
 # Tokens, pairs, width and steps.
 SOLVED = [
-    pytest.param(24, 2, 64, 250, marks=pytest.mark.slow),
-    pytest.param(64, 4, 128, 400, marks=pytest.mark.long),
+    (24, 2, 64, 250),
+    (64, 4, 128, 400),
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("length", "pairs", "width", "steps"), SOLVED)
 def test_two_layers_of_kda_solve_recall(length: int, pairs: int, width: int, steps: int, tmp_path: Path) -> None:
     part = f"length: {length}, pairs: {pairs}"

@@ -240,7 +240,7 @@ class TestOps:
             torch.ops.lkda.residual_norm, (inputs["x"], inputs.get("y"), inputs["weight"], EPS, dtype)
         )
 
-    @pytest.mark.slow
+    @pytest.mark.long
     @pytest.mark.sample(3)
     @pytest.mark.parametrize("y", [BF16, FP32, None])
     def test_traced_in_one_graph(self, y):

@@ -201,7 +201,7 @@ def test_charts_of_an_earlier_comparison_in_the_same_directory_are_removed(tmp_p
     assert {"mine.png", "loss_by_tokens.png", "front_by_state.svg", "report.html"} <= left
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):
     result = compare(runs, tmp_path / "out", title="t", exclusive_device=False)
     assert "Runs shared a device, so times are not compared." in result.notes
@@ -224,6 +224,7 @@ def configuration(**changes):
     return OmegaConf.create(others | changes)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, capsys):
     (tmp_path / "nothing").mkdir()
     home = runs[0].parent
