@@ -50,15 +50,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`@pytest.mark.sample(n)`: CI runs the first and every n-th case of a test, and `make test-long` the others."""
+    """`@pytest.mark.sample(n)`: CI runs the first and every n-th case of a test, and `make test-long` the others.
+
+    What is marked as both long and slow is long.
+    """
     cases: Counter[str] = Counter()
     for item in items:
         if mark := item.get_closest_marker("sample"):
             test = item.nodeid.partition("[")[0]
             if cases[test] % mark.args[0]:
-                item.own_markers[:] = [own for own in item.own_markers if own.name != "slow"]
                 item.add_marker(pytest.mark.long)
             cases[test] += 1
+        if item.get_closest_marker("long"):
+            item.own_markers[:] = [own for own in item.own_markers if own.name != "slow"]
 
 
 @pytest.fixture(autouse=True)

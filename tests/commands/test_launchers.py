@@ -121,7 +121,7 @@ def test_submitit_on_this_machine(corpus: Path, tmp_path: Path, capsys: pytest.C
     assert_named(tmp_path / "runs", tmp_path / "comparison", capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_optuna(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

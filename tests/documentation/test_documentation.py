@@ -143,7 +143,7 @@ def documentation() -> Iterator[Session]:
 IN_CI = (
     *("README.md", "docs/guides/quickstart.md", "docs/guides/exporting.md", "docs/guides/generating.md"),
     *("docs/guides/adding_a_mixer.md", "docs/guides/other_models.md", "docs/reference/", "examples/"),
-    *("docs/results/notes.md", "lkda/report/readme.py", "scripts/train.py --help"),
+    *("docs/results/notes.md", "lkda/report/readme.py", "scripts/export.py --help"),
 )
 
 
