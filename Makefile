@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 # Two tests at a time, each with one thread of torch.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Python keeps what it compiled, also where an environment forbids it: the tests start many processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: train help test test-slow test-long test-fla lint clean
 
 train: $(VENV)/installed

@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     files = [collection_path] if collection_path.is_file() else collection_path.rglob("test_*.py")
     texts = (file.read_text(encoding="utf-8") for file in files)
-    return None if any(f"mark.{mark}" in text for text in texts for mark in marks) else True
+    words = [f"mark.{mark}" for mark in marks] + ["mark.sample"] * ("long" in marks)
+    return None if any(word in text for text in texts for word in words) else True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.sample(n)`: CI runs the first and every n-th case of a test, and `make test-long` the others.
+
+    What is marked as both long and slow is long.
+    """
+    cases: Counter[str] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("sample"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % mark.args[0]:
+                item.add_marker(pytest.mark.long)
+            cases[test] += 1
+        if item.get_closest_marker("long"):
+            item.own_markers[:] = [own for own in item.own_markers if own.name != "slow"]
 
 
 @pytest.fixture(autouse=True)

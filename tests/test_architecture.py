@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,13 @@ def imports(path: Path, *, at_import_only: bool = False) -> list[str]:
                     found.extend(f"{child.module}.{alias.name}" for alias in child.names)
             walk(child, function)
 
-    walk(ast.parse(path.read_text(encoding="utf-8")), False)
+    walk(_parsed(path, path.stat().st_mtime_ns), False)
     return found
+
+
+@cache
+def _parsed(path: Path, changed: int) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def place(module: str) -> str | None:
@@ -253,6 +259,7 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
     assert {path: heavy for path, names in found.items() if (heavy := names & NEVER_AT_IMPORT)} == {}
 
 
+@pytest.mark.slow
 def test_the_ops_need_torch_alone() -> None:
     """A machine with nothing but torch can import them: everything else is hidden from the import."""
     absent = [
@@ -276,6 +283,7 @@ def test_the_version_is_said_once() -> None:
     assert pyproject["project"]["version"] == lkda.__version__ == importlib.metadata.version("lkda")
 
 
+@pytest.mark.slow
 def test_kernel_tests_need_no_more_than_torch(tmp_path: Path) -> None:
     """`pytest -m gpu` on a machine where the rest is not installed: its tests are found, and skipped without a GPU."""
     missing = ("hydra", "omegaconf", "datasets", "wandb", "tokenizers", "lightning", "transformers")

@@ -56,12 +56,12 @@ def run(config: DictConfig, directory: Path) -> None:
     assert summary["val/loss"] < 20
 
 
-# These are others with more sizes,
-MARKS = dict.fromkeys(("lm_by_mixer_full", "mqar_by_state_size_full", "kimi_synthetics_full"), pytest.mark.long)
-# and these have many jobs or a deep model.
-SLOW = ("ablations", "learning_rates_small", "learning_rates_base", "base_preliminary", "recipe_tiny")
-MARKS |= dict.fromkeys(SLOW, pytest.mark.slow)
-EXPERIMENTS = [pytest.param(name, marks=MARKS.get(name, ())) for name in names("experiment")]
+# Those of one job or two are fast, and in each of the slow ones something else is swept. The long ones are larger forms
+# of these, or sweep settings that have tests of their own.
+MARKS = dict.fromkeys(names("experiment"), pytest.mark.long)
+MARKS |= dict.fromkeys(("lm_by_mixer", "mqar_by_state_size", "long_context"), pytest.mark.slow)
+MARKS |= dict.fromkeys(("learning_rates", "mqar_learnt"), ())
+EXPERIMENTS = [pytest.param(name, marks=MARKS[name]) for name in names("experiment")]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -92,6 +92,7 @@ def _is_a_word(value: str) -> bool:
     return not value.strip()[0].isdigit()
 
 
+@pytest.mark.long
 def test_mixers_compared_in_language_have_the_same_parameters() -> None:
     mixers = composed("experiment=lm_by_mixer", with_hydra=True).hydra.sweeper.params.mixer.split(",")
     sizes = []
@@ -107,16 +108,20 @@ def test_mixers_compared_in_language_have_the_same_parameters() -> None:
     assert max(sizes) < 1.01 * min(sizes)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("task", OF_TASKS)
 def test_every_task_runs(task: str, tmp_path: Path) -> None:
     run(composed(f"data={task}", "model=recall", *BRIEF, *OF_TASKS[task]), tmp_path / "run")
 
 
-@pytest.mark.parametrize("debug", names("debug"))
+@pytest.mark.parametrize(
+    "debug", [pytest.param(name, marks=() if name == "fast" else pytest.mark.slow) for name in names("debug")]
+)
 def test_every_debug_configuration_runs(debug: str, corpus: Path, tmp_path: Path) -> None:
     run(composed(f"debug={debug}", "data=files", f"data.paths=[{corpus}]", *OF_TEXT), tmp_path / "run")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("model", "mixer"),
     [*(("small", mixer) for mixer in names("mixer")), ("base", "simplified"), ("base", "kda_mla_3to1")],
@@ -132,6 +137,7 @@ def test_every_mixer_fits_every_model(model: str, mixer: str) -> None:
     assert {mixer.head_dim for mixer in built.mixers()} == {head}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["optimizer", "scheduler", "trainer", "callbacks", "logger"])
 def test_every_choice_composes(group: str) -> None:
     choices = names(group)

@@ -69,6 +69,7 @@ class TestCommand:
         call.asked, call.reasons = asked, reasons
         return call
 
+    @pytest.mark.slow
     def test_a_later_call_measures_only_what_is_missing(self, call, capsys):
         call.reasons["fla"] = "no"
         assert [row["implementation"] for row in call("--only", "kimi_lkda,fla")] == ["kimi_lkda", "fla"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
+
 from lkda.bench import state_error
 from lkda.ops.kda.state import STATE_DTYPES
 from lkda.report.redraw import redraw
 
 
+@pytest.mark.slow
 def test_a_short_one_writes_rows_of_which_table_and_plot_are_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["state_error", "--out", str(tmp_path), "--steps", "100"])
     state_error.main()

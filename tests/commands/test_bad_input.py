@@ -344,6 +344,7 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     return Places(tmp, run)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("arguments", "expected"), TRAINING)
 def test_train(
     arguments: str,
@@ -366,6 +367,7 @@ def test_train(
     assert {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [
@@ -388,6 +390,7 @@ def test_checkpoints(
     assert re.search(expected, printed), printed
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [

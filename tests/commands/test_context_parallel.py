@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from lkda.checks import InputError
 from lkda.commands.prepared_run import prepare_data, with_data
@@ -24,6 +25,12 @@ RANDOM = (
 MIXERS = ("kda", "simplified", "softmax", "mla", "conv_kda", "conv_softmax")
 
 
+def mixers(*, fast: tuple[str, ...], slow: tuple[str, ...]) -> list[ParameterSet]:
+    """Every mixer; the two tests below run each of them in CI once."""
+    marks = dict.fromkeys(MIXERS, pytest.mark.long) | dict.fromkeys(slow, pytest.mark.slow) | dict.fromkeys(fast, ())
+    return [pytest.param(mixer, marks=marks[mixer]) for mixer in MIXERS]
+
+
 def in_parts(count: int, strategy: str = "ddp", devices: int | None = None) -> tuple[str, ...]:
     return (*on(strategy, devices or count), f"trainer.context_parallel={count}")
 
@@ -35,12 +42,12 @@ def same_run(words: tuple[str, ...], more: tuple[str, ...], directory: Path, *, 
     assert_same_rows(directory / "many", directory / "one", rel=rel)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", mixers(fast=("kda",), slow=("simplified", "mla")))
 def test_rows_of_one_document(mixer: str, tmp_path: Path) -> None:
     same_run((*RANDOM, f"mixer={mixer}"), in_parts(2), tmp_path, processes=2, rel=1e-6)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", mixers(fast=("softmax",), slow=("kda", "conv_kda", "conv_softmax")))
 def test_packed_documents(mixer: str, tmp_path: Path) -> None:
     """Of all lengths: some end at the border of two parts, some cross several."""
     words = (*RANDOM, f"mixer={mixer}", "data.packed=true", "data.shortest=2")
@@ -56,7 +63,8 @@ def test_four_parts(packed: str, tmp_path: Path) -> None:
     same_run(words, in_parts(4), tmp_path, processes=4, rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_beside_data_parallelism(strategy: str, corpus: Path, tmp_path: Path) -> None:
     words = tuple(small_run(corpus, *SAME, "trainer.accumulate_grad_batches=2"))
     same_run(words, in_parts(2, strategy, 4), tmp_path, processes=4, rel=2e-5)

@@ -56,6 +56,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", CHOICES)
 def test_it_trains_on_every_choice(name: str, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()

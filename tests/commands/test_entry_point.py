@@ -67,7 +67,11 @@ def test_what_the_output_cannot_encode_is_replaced(tmp_path: Path, monkeypatch: 
     assert printed.getvalue() == b"na?ve\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+# Hydra takes seconds to list the groups; tests/scripts/test_help.py reads the help of every script.
+HELP = [pytest.param(name, marks=pytest.mark.slow if name == "prepare-data" else pytest.mark.long) for name in COMMANDS]
+
+
+@pytest.mark.parametrize("name", HELP)
 def test_the_help_of_a_command_names_it(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +112,7 @@ def test_errors_name_the_door_that_was_used(
     assert "make it with /somewhere/bin/lkda prepare-data." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = []
 
@@ -128,6 +133,7 @@ def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert job == ("train", RunMode.MULTIRUN, given, name, resume)
 
 
+@pytest.mark.long
 def test_a_job_of_an_experiment_resumes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experiment asks for a sweep; the command that is printed for one of its jobs does not."""
     jobs: list[tuple[str, RunMode, list[str]]] = []
@@ -157,6 +163,7 @@ def test_an_experiment_that_was_run_once_is_printed_as_one_run(
     assert again == ["train", *words[:-1], "mixer=softmax"]
 
 
+@pytest.mark.slow
 def test_printed_commands_can_be_pasted(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +199,9 @@ def closed_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("words", [["train", "--help"], ["train", "--cfg", "job"]])
+@pytest.mark.parametrize(
+    "words", [pytest.param(["train", "--help"], marks=pytest.mark.long), ["train", "--cfg", "job"]]
+)
 def test_a_reader_that_leaves_ends_a_command_quietly(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +211,7 @@ def test_a_reader_that_leaves_ends_a_command_quietly(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_ends_generating_quietly(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

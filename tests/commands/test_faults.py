@@ -122,7 +122,7 @@ MOMENTS: dict[str, tuple[Any, str, int, float]] = {
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        pytest.param(n, moment, marks=[pytest.mark.long] if n >= 3 else [])
+        pytest.param(n, moment, marks=pytest.mark.long if n >= 3 else pytest.mark.slow)
         for n, moment in zip(range(30), itertools.cycle([*MOMENTS, "anywhere"]))
     ],
 )
@@ -252,6 +252,7 @@ def test_a_run_directory_that_can_only_be_read(tmp_path: Path) -> None:
         os.seteuid(0)
 
 
+@pytest.mark.slow
 def test_a_removed_data_file(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run is not continued with other data than it began with, and continues when they are back."""
     texts, directory = tmp_path / "texts", tmp_path / "run"
@@ -273,6 +274,7 @@ def test_a_removed_data_file(corpus: Path, tmp_path: Path, capsys: pytest.Captur
     assert str(texts) in line(lambda: run(texts, directory, *again), capsys)
 
 
+@pytest.mark.slow
 def test_a_token_file_that_becomes_shorter_during_the_run(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +300,7 @@ def test_a_token_file_that_becomes_shorter_during_the_run(
     assert rows(directory) == rows(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock(corpus: Path, tmp_path: Path, whole: Path) -> None:
     """They stop nothing else: the run is the same, and its summary says how long they stopped it."""
     directory = tmp_path / "run"

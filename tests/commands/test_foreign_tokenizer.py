@@ -25,8 +25,18 @@ def of_bytes(*special: str) -> Tokenizer:
     return made
 
 
-@pytest.mark.parametrize("special", [(), ("<s>", "</s>"), ("<pad>", "[EOS]")], ids=str)
-@pytest.mark.parametrize("format", ["lkda", "hf"])
+@pytest.mark.parametrize(
+    ("format", "special"),
+    [
+        ("lkda", ()),
+        pytest.param("hf", ("<s>", "</s>"), marks=pytest.mark.slow),
+        pytest.param("lkda", ("<pad>", "[EOS]"), marks=pytest.mark.long),
+        pytest.param("hf", (), marks=pytest.mark.long),
+        pytest.param("lkda", ("<s>", "</s>"), marks=pytest.mark.long),
+        pytest.param("hf", ("<pad>", "[EOS]"), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_a_model_is_fine_tuned_evaluated_and_continued(special, format, corpus: Path, tmp_path: Path) -> None:
     tokenizer = of_bytes(*special)
     mixer = {"pattern": ["kda", "mla"], "num_heads": 2}

@@ -70,6 +70,7 @@ def test_the_cache(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_result_of_evaluate(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_result_of_evaluate(
     assert files(tmp_path) == {out: b"the old one"}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("form", "size"), [("lkda", 1_000), ("hf", 1_000), ("lkda", 50_000), ("gguf", 50_000)])
 def test_an_export(
     form: str, size: int, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -96,6 +98,7 @@ def test_an_export(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_comparison(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +111,7 @@ def test_a_comparison(
     assert files(tmp_path) == before
 
 
+@pytest.mark.long
 def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What was measured is kept; of what is made of it, all or nothing is new."""
     out = tmp_path / "benchmark"

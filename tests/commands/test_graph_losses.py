@@ -71,6 +71,7 @@ def test_a_failed_training_is_one_line(
     assert not (tmp_path / "table.json").exists()
 
 
+@pytest.mark.slow
 def test_one_training_gives_its_losses_and_weights(corpus: Path) -> None:
     words = small_run(corpus, "trainer.max_steps=2", "trainer.val_check_interval=2", "checkpoint.every_n_steps=2")
     first, second = (graph_losses_row.measure({"overrides": words}) for _ in range(2))

@@ -20,6 +20,7 @@ from lkda.commands.grid_jobs import Job, jobs_of
 from tests.commands.small import small_run
 
 
+@pytest.mark.slow
 def test_a_job_for_each_combination(tmp_path: Path) -> None:
     jobs = jobs_of(["ablations"], ["mixer=kda,{num_heads:4,kda:{gate:head}}", "trainer.max_steps=568"], tmp_path)
     names = [f"seed={seed}_mixer={mixer}" for seed in (1, 2) for mixer in ("kda", "num_heads=4_kda.gate=head")]
@@ -39,6 +40,7 @@ SMALL_JOBS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("experiment", SMALL_JOBS)
 def test_small_models_that_share_a_gpu_begin_before_a_deadline_of_ten_minutes(experiment: str, tmp_path: Path) -> None:
     (job,) = jobs_of([experiment], SMALL_JOBS[experiment], tmp_path)
@@ -56,6 +58,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("experiment", ORDERS)
 def test_a_grid_that_is_cut_off_has_whole_comparisons(experiment: str, tmp_path: Path) -> None:
     """All mixers are compared at one seed, width or length before the next one begins."""
@@ -121,6 +124,7 @@ def test_a_training_that_diverged_is_not_repeated(tmp_path: Path) -> None:
     assert (job.standing, job.commands()) == ("diverged", [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("several_sweeps")
 def test_each_line_of_several_sweeps_is_added_to_the_sweep(tmp_path: Path) -> None:
     jobs = jobs_of(["several"], ["seed=4", "trainer.max_steps=5"], tmp_path)
@@ -138,6 +142,7 @@ def test_each_line_of_several_sweeps_is_added_to_the_sweep(tmp_path: Path) -> No
     assert set(jobs[5].overrides) == given | {"mixer=softmax", "mixer.softmax.qk_norm=False"}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("several_sweeps")
 @pytest.mark.parametrize(
     ("sweeps", "message"),
@@ -195,6 +200,7 @@ def test_a_plan_names_what_only_again_trains(tmp_path: Path, capsys: pytest.Capt
     assert "1 are trained, not all measured, and their weights are gone: --again trains them again" in said
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -237,7 +243,9 @@ run = Path(next(word for word in sys.argv if word.startswith("hydra.run.dir="))[
 run.mkdir(exist_ok=True)
 def end(status, code):
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
-    (run / "summary.json").write_text(json.dumps({"status": status, "gpu": gpu, "seconds": time.monotonic()}))
+    text = json.dumps({"status": status, "gpu": gpu, "seconds": time.monotonic()})
+    (run / "summary").write_text(text)
+    (run / "summary").rename(run / "summary.json")  # a reader finds all of it
     sys.exit(code)
 signal.signal(signal.SIGTERM, lambda *_: end("interrupted", 143))
 if "fails" in run.name:
@@ -275,6 +283,7 @@ def test_nothing_begins_that_would_not_end_in_time(imitated: Path) -> None:
     assert [row[:2] for row in table(jobs)[1]] == [["b", "not begun"], ["a", "done"]]
 
 
+@pytest.mark.slow
 def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -> None:
     """The small files of two jobs were copied, without checkpoints: one is done and one was cut off."""
     jobs = [job(imitated, name, steps=1) for name in ("unmeasured", "cut", "ended", "new")]
@@ -297,6 +306,7 @@ def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -
     assert json.loads((imitated / "ended" / "summary.json").read_text())["mark"] == 1
 
 
+@pytest.mark.slow
 def test_a_job_is_stopped_at_the_deadline(imitated: Path) -> None:
     begun = time.monotonic()
     (imitated / "long" / "checkpoints").mkdir(parents=True)
@@ -306,6 +316,7 @@ def test_a_job_is_stopped_at_the_deadline(imitated: Path) -> None:
     assert (imitated / "long" / "checkpoints").is_dir()
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_does_not_stop_the_others(imitated: Path) -> None:
     run = imitated / "a"
     then = tuple(("evaluate", f"hydra.run.dir={run}/{name}", f"out={run}/{name}/ready") for name in ("fails", "well"))
@@ -335,6 +346,7 @@ def _wait_for(true: Callable[[], bool]) -> None:
     assert true()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no such signal")
 def test_two_commands_at_once_share_the_jobs(imitated: Path) -> None:
     """The second does not take the first's run, which has no checkpoint yet, for one whose checkpoints are gone."""
@@ -373,10 +385,8 @@ def test_a_failed_job_does_not_stop_the_others(imitated: Path) -> None:
 
 
 # Each job is three processes that import torch; the tests above run several jobs side by side.
-MIXERS = [pytest.param("softmax", marks=pytest.mark.slow), pytest.param("kda,softmax", marks=pytest.mark.long)]
-
-
-@pytest.mark.parametrize("mixers", MIXERS)
+@pytest.mark.long  # the tests above imitate the commands
+@pytest.mark.parametrize("mixers", ["softmax", "kda,softmax"])
 def test_real_runs(mixers: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are trained, exported and measured; only the results are kept."""
     then = "then=['export ckpt={run} out={run}/exported','evaluate ckpt={run} out={run}/val.json']"

@@ -84,6 +84,7 @@ FINEWEB = """- config_name: default
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["tinystories", "fineweb_edu"])
 def test_a_recipe_trains_on_a_directory_of_the_same_layout(tmp_path: Path, name: str) -> None:
     """A local directory stands for the data set of the hub. Everything else is as in the configuration."""

@@ -103,6 +103,7 @@ def without_fingerprint(run_directory: Path) -> None:
         torch.save(checkpoint, path)
 
 
+@pytest.mark.slow
 def test_a_run_of_before_fingerprints_resumes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_fingerprint(home / "run")
     recorded = home / "run" / "config.yaml"
@@ -112,6 +113,7 @@ def test_a_run_of_before_fingerprints_resumes(home: Path, monkeypatch: pytest.Mo
     assert evaluate(composed("evaluate", f"ckpt={home}/run", "accelerator=cpu", "max_batches=1"))["loss"] > 0
 
 
+@pytest.mark.slow
 def test_without_a_fingerprint_the_place_must_be_the_same_and_the_tokenizer_too(home: Path) -> None:
     without_fingerprint(home / "run")
     shutil.copytree(home / "texts", home / "moved")
@@ -122,6 +124,7 @@ def test_without_a_fingerprint_the_place_must_be_the_same_and_the_tokenizer_too(
         run(home / "run", home / "texts", *LONGER, "resume=true")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("override", "differs"),
     [
@@ -162,6 +165,7 @@ def test_evaluating_other_data_says_so(home: Path, tmp_path: Path, capsys: pytes
     assert (same["precision"], same["backend"], same["device"]) == ("float32", {"kda": kda}, "cpu")
 
 
+@pytest.mark.slow
 def test_relative_paths_mean_the_same_from_anywhere(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,7 +247,9 @@ def undisturbed(finished: Path) -> list[dict[str, str]]:
 FILES = ["config.yaml", "tokenizer.json", "metrics.csv", "step_0000002.ckpt", "step_0000004.ckpt", "summary.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == FILES[-1] else pytest.mark.slow) for name in FILES]
+)
 def test_a_full_disk_damages_nothing(
     home: Path, tmp_path: Path, undisturbed: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -32,7 +32,9 @@ def fine_tuned(corpus: Path, start: Path, into: Path, *overrides: str) -> dict[s
     return train(composed("train", *small_run(corpus, f"init_from={start}", WHOLE_VALIDATION, *overrides)), into)
 
 
-@pytest.mark.parametrize("format", ["hf", "lkda"])
+@pytest.mark.parametrize(
+    "format", [pytest.param("hf", marks=pytest.mark.slow), pytest.param("lkda", marks=pytest.mark.long)]
+)
 def test_the_validation_loss_survives(
     format: str, run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +56,7 @@ def test_the_validation_loss_survives(
     assert result["loss"] == pytest.approx(trained["val/loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_and_resumes(run: Path, corpus: Path, tmp_path: Path) -> None:
     out = export(composed("export", f"ckpt={run}", f"out={tmp_path}/out", "format=hf"))
     summary = fine_tuned(corpus, out, tmp_path / "again", "trainer.max_steps=20", "trainer.val_check_interval=20")

@@ -55,6 +55,7 @@ def test_they_share_one_if_asked(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 1.4  # neither waited for the other
 
 
+@pytest.mark.slow
 def test_a_job_may_have_several(tmp_path: Path) -> None:
     def claim(rank: int) -> list[str]:
         return wait_for_gpus(["0", "1", "2"], needed=2, places=1, folder=tmp_path / "locks")
@@ -120,6 +121,7 @@ def test_submitit_on_this_machine(corpus: Path, tmp_path: Path, capsys: pytest.C
     assert_named(tmp_path / "runs", tmp_path / "comparison", capsys)
 
 
+@pytest.mark.long
 def test_optuna(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +139,7 @@ def test_optuna(
     assert {summary["val/loss"] for summary in summaries if summary["status"] == "finished"} == {best["best_value"]}
 
 
+@pytest.mark.slow
 def test_a_search_without_a_finished_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     optuna = pytest.importorskip("optuna")
     with pytest.raises(SystemExit), readable_errors():

@@ -38,6 +38,7 @@ SAME = (
     "sample.max_new_tokens=0",
 )
 STRATEGIES = ("ddp", "fsdp")
+LONG_DDP, SLOW_FSDP = pytest.param("ddp", marks=pytest.mark.long), pytest.param("fsdp", marks=pytest.mark.slow)
 Run = Callable[..., Path]
 
 
@@ -77,7 +78,7 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return of
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("pieces", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_ddp_is_one_process(pieces: int, corpus: Path, tmp_path: Path, alone: Run) -> None:
     overrides = ("trainer.precision=64-true", f"trainer.accumulate_grad_batches={pieces}")
     summaries = trained(corpus, tmp_path / "run", *overrides, *on("ddp"), processes=2)
@@ -97,8 +98,8 @@ def test_ddp_is_one_process(pieces: int, corpus: Path, tmp_path: Path, alone: Ru
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
-        pytest.param(("trainer.accumulate_grad_batches=2", "checkpointing=block"), marks=pytest.mark.slow),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("trainer.accumulate_grad_batches=2", "checkpointing=block"), marks=pytest.mark.long),
         pytest.param(("optimizer=muon",), marks=pytest.mark.long),
     ],
 )
@@ -114,7 +115,7 @@ def test_bf16_and_fsdp(corpus: Path, tmp_path: Path, alone: Run) -> None:
     assert_same_rows(tmp_path / "run", alone("trainer.precision=bf16-mixed"), rel=1e-2)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [LONG_DDP, SLOW_FSDP])
 def test_the_first_weights_are_those_of_one_process(strategy: str, corpus: Path, tmp_path: Path) -> None:
     """Bit for bit, in every process."""
 
@@ -152,6 +153,7 @@ def seen_rows(rank: int, config: Any, directory: Path) -> list[tuple[int, ...]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_one_two_processes_see_every_example_once(corpus: Path, tmp_path: Path) -> None:
     """A run that is resumed with other numbers of processes, in the middle of an epoch, and with other strategies."""
     changes: list[tuple[int, int, str]] = [(2, 2, "fsdp"), (3, 1, "single"), (5, 2, "ddp")]
@@ -175,7 +177,8 @@ def test_two_one_two_processes_see_every_example_once(corpus: Path, tmp_path: Pa
     assert sum((all_rows - seen).values()) == data._train.count - 16 * epoch < 16  # and all but the incomplete batch
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resumed_with_another_number(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
     """2 -> 1 -> 2 processes end as one process that was not stopped."""
     run = tmp_path / "run"
@@ -187,6 +190,7 @@ def test_resumed_with_another_number(strategy: str, corpus: Path, tmp_path: Path
     assert every[1.0] == pytest.approx(last[1.0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_shared_checkpoint_is_loaded_and_exported_on_one_device(corpus: Path, tmp_path: Path, alone: Run) -> None:
     run = tmp_path / "run"
     trained(corpus, run, "checkpoint.keep=1", *on("fsdp"), processes=2)
@@ -207,6 +211,7 @@ def test_a_shared_checkpoint_is_loaded_and_exported_on_one_device(corpus: Path, 
     torch.testing.assert_close(loaded.model(tokens), shared.model(tokens))
 
 
+@pytest.mark.long
 def test_damaged_parts_are_named(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained(corpus, run, *on("fsdp"), processes=2)
@@ -250,6 +255,8 @@ MQAR = (
 )
 
 
+@pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_accuracies_count_every_example_once(strategy: str, tmp_path: Path) -> None:
     """The last validation batch of a subset has fewer examples than there are processes."""
@@ -259,6 +266,7 @@ def test_accuracies_count_every_example_once(strategy: str, tmp_path: Path) -> N
     assert_same_rows(tmp_path / "two", tmp_path / "one", rel=1e-4)
 
 
+@pytest.mark.slow
 def test_unequal_numbers_of_targets(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is the mean over all targets, not over processes, also where one has none."""
     step = LanguageModelTask.training_step
@@ -288,7 +296,9 @@ def test_a_batch_size_for_each_device(corpus: Path, tmp_path: Path, alone: Run) 
     assert trained(corpus, tmp_path / "run", "resume=true", "trainer.max_steps=5")[0]["steps"] == 5
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp", marks=pytest.mark.long)]
+)
 def test_a_signal_to_one_process_stops_all(strategy: str, corpus: Path, tmp_path: Path) -> None:
     """After the same step, which is saved. The run then continues."""
     step = LanguageModelTask.training_step
@@ -334,6 +344,7 @@ def test_a_bad_loss_of_one_process_stops_all(corpus: Path, tmp_path: Path) -> No
     assert second == {}
 
 
+@pytest.mark.long
 def test_runs_of_a_sweep_follow_each_other(corpus: Path, tmp_path: Path) -> None:
     """In the same processes."""
 
@@ -347,6 +358,7 @@ def test_runs_of_a_sweep_follow_each_other(corpus: Path, tmp_path: Path) -> None
     assert rows(tmp_path / "1") == rows(tmp_path / "2")
 
 
+@pytest.mark.long
 def test_a_finished_run_has_nothing_to_do(corpus: Path, tmp_path: Path) -> None:
     first, _ = trained(corpus, tmp_path / "run", "trainer.max_steps=1", *on("ddp"), processes=2)
     again = trained(corpus, tmp_path / "run", "trainer.max_steps=1", *on("ddp"), "resume=true", processes=2)
@@ -424,7 +436,7 @@ def assert_continues(strategy: str, corpus: Path, run: Path, alone: Run) -> None
     assert_same_rows(run, alone(), rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [LONG_DDP, SLOW_FSDP])
 def test_a_killed_process_ends_the_run_with_one_line(strategy: str, corpus: Path, tmp_path: Path, alone: Run) -> None:
     message = ends_by_itself(strategy, corpus, tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert message.startswith("another process of the run has ended, or did not answer for 30 minutes")
@@ -445,7 +457,7 @@ def test_a_process_that_does_not_come(corpus: Path, tmp_path: Path) -> None:
     assert "\n" not in message
 
 
-@pytest.mark.slow  # it waits for the end of the timeout
+@pytest.mark.long  # it waits for the end of the timeout
 def test_a_process_that_does_not_answer_ends_the_run(corpus: Path, tmp_path: Path, alone: Run) -> None:
     """It is stopped, as a process that hangs in a driver or a file system."""
 

@@ -31,6 +31,7 @@ def settings(command: str) -> dict:
     return resolve(composed("benchmark", *as_typed(words)))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("directory", DIRECTORIES)
 def test_the_command_of_a_row_measures_that_row(directory):
     rows = measurements(find_results([RESULTS / directory]))

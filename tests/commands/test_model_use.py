@@ -29,9 +29,9 @@ from lkda.models.decoder import Decoder
 from lkda.special_tokens import document_ends
 from tests.commands.small import composed, small_run
 
-# The first three have every kind of state among them.
-ALONE = (pytest.param(mixer, marks=pytest.mark.long) for mixer in ("kda", "mla"))
-MIXERS = ["simplified", "softmax", "kda_mla_3to1", *ALONE]
+# The hybrid has both kinds of state, one that grows and one that does not.
+MIXERS = ["kda_mla_3to1", *(pytest.param(mixer, marks=pytest.mark.slow) for mixer in ("simplified", "softmax"))]
+MIXERS += [pytest.param(mixer, marks=pytest.mark.long) for mixer in ("kda", "mla")]
 
 
 @pytest.fixture(scope="module", params=MIXERS)
@@ -59,6 +59,7 @@ def test_evaluating_repeats_the_validation(run: Path) -> None:
     assert result["unigram_entropy"] == pytest.approx(summary["unigram_entropy"])
 
 
+@pytest.mark.slow
 def test_a_loss_whose_perplexity_is_no_number(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +80,7 @@ def test_what_is_measured_can_be_written_down(run: Path, tmp_path: Path) -> None
     assert record["data"]["context"] == 32
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("form", ["lkda", "hf"])
 def test_an_exported_directory_is_measured_on_the_data_of_its_run(run: Path, form: str, tmp_path: Path) -> None:
     """Also one that was exported from an exported one."""
@@ -93,6 +95,7 @@ def test_an_exported_directory_is_measured_on_the_data_of_its_run(run: Path, for
         evaluate(composed("evaluate", f"ckpt={tmp_path}/two", "accelerator=cpu"))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "data",
     [
@@ -149,6 +152,7 @@ def prepared(directory: Path, text: str) -> list[str]:
     return ["data=prose", f"data.directory={directory}", "data.context=32", "data.batch_size=2"]
 
 
+@pytest.mark.slow
 def test_a_model_of_prepared_text_is_evaluated_on_it_and_on_no_other(run: Path, corpus: Path, tmp_path: Path) -> None:
     data = prepared(tmp_path / "prose", "It was the best of times, it was the worst of times. ")
     changes = [override for override in small_run(corpus) if not override.startswith("data")]

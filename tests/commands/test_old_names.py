@@ -81,6 +81,7 @@ def test_an_old_run_resumes(old_run: Path, corpus: Path) -> None:
     assert OmegaConf.load(old_run / "config.yaml").data._target_ == NEW
 
 
+@pytest.mark.slow
 def test_an_old_exported_directory_is_evaluated_and_exported_again(old_run: Path, run: Path, tmp_path: Path) -> None:
     for n, source in enumerate((run, tmp_path / "out0")):
         export(composed("export", f"ckpt={source}", "format=lkda", f"out={tmp_path}/out{n}"))
@@ -104,6 +105,7 @@ def earlier(tmp_path: Path) -> Path:
     return tmp_path / "earlier"
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on_as_it_was(earlier: Path) -> None:
     """Without the options that came later: an embedding norm would be another model, and rates by kind another run."""
     before = list(csv.DictReader((earlier / "metrics.csv").read_text().splitlines()))
@@ -143,6 +145,7 @@ def train_from_command_line(overrides: tuple[str, ...], directory: Path) -> None
     train(config, directory)
 
 
+@pytest.mark.long
 def test_it_is_evaluated_and_exported(earlier: Path, tmp_path: Path) -> None:
     (earlier / "checkpoints/step_0000006.ckpt").rename(earlier / "checkpoints/last.ckpt")
     loss = pytest.approx(json.loads((earlier / "summary.json").read_text())["val/loss"], abs=1e-5)

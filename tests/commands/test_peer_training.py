@@ -40,8 +40,18 @@ def differences(found: dict[str, Any], side: str = "theirs") -> list[float]:
     return [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
 
 
-@pytest.mark.parametrize("more", [(), ("model.tie_embeddings=false", "trainer.accumulate_grad_batches=2")])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+MORE = ("model.tie_embeddings=false", "trainer.accumulate_grad_batches=2")
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("llama", ()),
+        ("qwen3", MORE),
+        pytest.param("llama", MORE, marks=pytest.mark.long),
+        pytest.param("qwen3", (), marks=pytest.mark.long),
+    ],
+)
 def test_the_losses_are_equal(name: str, more: tuple[str, ...], settings: tuple[str, ...]) -> None:
     """In float64, but for what is float32 on both sides, the loss (numbers near 6 are 5e-7 apart there), and on theirs,
     the norms and the rotary angles."""
@@ -129,6 +139,7 @@ def test_a_peer_that_trains_other_parameters_is_refused(
         compare_training("llama", config("llama", settings), QUIET)
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_does_not_stop_the_others(
     settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

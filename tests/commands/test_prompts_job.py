@@ -162,6 +162,7 @@ def test_prompts_as_json(exported: Path) -> None:
     assert [json.loads(line)["prompt"] for line in found] == ["ab", "line\nbreak", "a\u2028b"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("content", "overrides", "message"),
     [
@@ -203,6 +204,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(exported: Path) -> None:
     assert [line["prompt"] for line in lines(exported.parent / "out.jsonl")] == ["ab"]
 
 
+@pytest.mark.long
 def test_a_stop_text_has_escapes(exported: Path) -> None:
     # Hydra and the shell leave the two signs \\n as they are.
     run(exported, 'stop=["\\n","b\\t"]', "max_new_tokens=300", "temperature=1.5", "num_samples=8", "ignore_eos=true")

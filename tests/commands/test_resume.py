@@ -96,7 +96,7 @@ def test_kill_9_in_the_middle(corpus: Path, tmp_path: Path, uninterrupted: Any, 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 
 
-# The test below sends all of them to its own process.
+# The test below sends them to its own process, in CI the first.
 IN_A_PROCESS = [
     pytest.param(*pair, marks=pytest.mark.slow if pair[0] == signal.SIGTERM else pytest.mark.long) for pair in SIGNALS
 ]
@@ -118,7 +118,9 @@ def test_ctrl_c_and_sigterm(signum: int, exit_code: int, corpus: Path, tmp_path:
     assert rows(directory) == uninterrupted(LONG)
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), SIGNALS)
+@pytest.mark.parametrize(
+    ("signum", "exit_code"), [*SIGNALS[:1], *(pytest.param(*pair, marks=pytest.mark.long) for pair in SIGNALS[1:])]
+)
 def test_a_signal_during_a_step(
     signum: int,
     exit_code: int,
@@ -155,7 +157,7 @@ class Killed(BaseException):
     """Ends the process in the place where it is raised, as far as a test can."""
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [pytest.param(4, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_writes(
     every: int, corpus: Path, tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +207,7 @@ def test_a_finished_run_stays_as_it_is(corpus: Path, tmp_path: Path, capsys: Any
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_from_the_end(corpus: Path, tmp_path: Path, uninterrupted: Any, capsys: Any) -> None:
     """With a schedule that does not depend on the length, 4 steps and then 3 are 7 steps."""
     directory = tmp_path / "run"
@@ -241,8 +244,8 @@ def assert_the_same_run(directory: Path, straight: Path) -> None:
 @pytest.mark.parametrize(
     ("pieces", "validate", "save", "log"),
     [
-        (3, 4, 2, 3),
-        (4, 6, 3, 2),
+        pytest.param(3, 4, 2, 3, marks=pytest.mark.slow),
+        pytest.param(4, 6, 3, 2, marks=pytest.mark.long),
         pytest.param(6, 5, 4, 5, marks=pytest.mark.long),
         pytest.param(3, 1, 7, 4, marks=pytest.mark.long),
     ],
@@ -288,7 +291,9 @@ def test_a_run_that_accumulates_resumes_as_the_same_run(
     assert_the_same_run(resumed, straight)
 
 
-@pytest.mark.parametrize("scheduler", ["wsd", pytest.param("cosine", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "scheduler", [pytest.param("wsd", marks=pytest.mark.slow), pytest.param("cosine", marks=pytest.mark.long)]
+)
 def test_a_finished_run_that_goes_on_has_the_rates_of_the_longer_run(
     scheduler: str, corpus: Path, tmp_path: Path
 ) -> None:
@@ -312,6 +317,7 @@ def test_a_finished_run_that_goes_on_has_the_rates_of_the_longer_run(
     assert all(float(rate) > 0 for rate in longer)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("left", ["last.ckpt", "best.ckpt"])
 def test_what_is_left_of_the_checkpoints_is_resumed_from(
     left: str, corpus: Path, tmp_path: Path, uninterrupted: Any, capsys: Any
@@ -331,6 +337,7 @@ def test_what_is_left_of_the_checkpoints_is_resumed_from(
     assert rows(directory) == uninterrupted(SHORT)
 
 
+@pytest.mark.slow
 def test_a_lost_best_is_taken_from_the_validations_to_come(corpus: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     constant = "scheduler=constant"
@@ -355,6 +362,7 @@ def test_checkpoints_without_their_run_are_not_overwritten(corpus: Path, tmp_pat
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_are_done_leave_nothing_to_train(corpus: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run(corpus, directory, *SHORT, "trainer.val_check_interval=5")
@@ -377,6 +385,7 @@ def test_fewer_steps_than_are_done_leave_nothing_to_train(corpus: Path, tmp_path
     assert (directory / "metrics.csv").read_bytes() == before
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("damage", ["truncated", "a flipped bit"])
 def test_a_damaged_newest_checkpoint_is_passed_over(
     damage: str, corpus: Path, tmp_path: Path, uninterrupted: Any
@@ -419,6 +428,7 @@ def test_two_processes_do_not_share_a_directory(corpus: Path, tmp_path: Path) ->
     run(corpus, tmp_path / "run", *SHORT)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

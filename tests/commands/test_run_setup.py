@@ -30,6 +30,7 @@ def planned(*overrides: str, run_dir: Path = Path("nowhere")) -> RunPlan:
     return plan_run(composed("train", "trainer=cpu", *overrides), run_dir)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_has_a_rate_for_every_model(mixer: str) -> None:
     settings = resolve(composed("train", f"mixer={mixer}"))
@@ -38,6 +39,7 @@ def test_every_mixer_has_a_rate_for_every_model(mixer: str) -> None:
         assert 0 < measured_learning_rate({"name": model.name}, settings["mixer"]) < 0.1
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
     ("given", "rate"),
@@ -56,6 +58,7 @@ def test_the_rate_is_the_one_given_or_the_measured_one(given: tuple[str, ...], r
     assert "learning_rate" not in plan.record["mixer"] | plan.record["model"] | plan.model | plan.model["mixer"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -113,6 +116,7 @@ def test_the_resolved_rate_is_said_everywhere(corpus: Path, tmp_path: Path, caps
     assert re.search(r"; 2 steps of 64 tokens, peak learning rate 0\.004\n", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_rate(run: Path, corpus: Path, tmp_path: Path) -> None:
     """Whatever the measured one is by then."""
     shutil.copytree(run, tmp_path / "run")
@@ -152,6 +156,7 @@ def test_the_model_is_built_once(corpus: Path, tmp_path: Path, monkeypatch: pyte
     assert built == []
 
 
+@pytest.mark.long
 def test_the_record_of_init_from_is_the_models_own(run: Path, corpus: Path, tmp_path: Path) -> None:
     """As it is of a fresh run: a logger's name has the mixer that trains, not the one that would be the default."""
     out = export(composed("export", f"ckpt={run}", f"out={tmp_path}/out"))

@@ -54,6 +54,8 @@ def test_a_row_is_measured_through_the_loop_of_training() -> None:
     assert {"reserved_gib", "mfu"}.isdisjoint(row)  # of a GPU
 
 
+@pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("word", ["bare", "llama"])
 def test_a_row_is_measured_in_a_bare_loop(word: str) -> None:
     if word == "llama":
@@ -112,10 +114,8 @@ def test_a_row_has_a_time_limit(tmp_path: Path) -> None:
 
 
 # Each mixer is two processes that import torch, one of them with cold caches.
-MIXERS = [pytest.param(["kda"], marks=pytest.mark.slow), pytest.param(["kda", "simplified"], marks=pytest.mark.long)]
-
-
-@pytest.mark.parametrize("mixers", MIXERS)
+@pytest.mark.long  # that of decoding runs in CI
+@pytest.mark.parametrize("mixers", [["kda"], ["kda", "simplified"]])
 def test_a_whole_benchmark_in_processes_of_its_own(mixers: list[str], tmp_path: Path) -> None:
     overrides = f"overrides=[{','.join(repr(word) for word in TINY)}]"
     options = ("task=step", "device=cpu", "models=[tiny]", "shapes=[2x16]", "vocab_size=60", "compile=false")
@@ -193,6 +193,7 @@ def test_nothing_measured_is_a_failure(tmp_path: Path, monkeypatch: pytest.Monke
         run(Children({}, tmp_path), monkeypatch, *SMALL)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("speeds", "message"),
     [
@@ -246,6 +247,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_a_check_of_a_damaged_file_measures_nothing(
     damage: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ def measured(run: Path, *overrides: str) -> dict[str, float]:
     return evaluate(composed("evaluate", f"ckpt={run}", "accelerator=cpu", "max_batches=3", *overrides))
 
 
+@pytest.mark.slow
 def test_in_float32_it_agrees_with_the_usual_evaluation(run: Path) -> None:
     usual, stepwise = measured(run), measured(run, "stepwise=true", "state_dtype=float32")
     assert usual["loss"] < usual["unigram_entropy"] - 0.1, "the model has learnt nothing to be measured by"
@@ -47,12 +48,14 @@ def test_a_training_that_validates_on_a_part_has_its_bits_per_byte(run: Path) ->
         assert summary.get(f"val/{name}", summary.get(name)) == pytest.approx(part[name], rel=1e-4)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 0.003), ("int8", 0.01)])
 def test_a_narrower_state_costs_little(run: Path, dtype: str, most: float) -> None:
     usual, narrow = measured(run), measured(run, "stepwise=true", f"state_dtype={dtype}")
     assert 1e-6 < abs(narrow["bits_per_byte"] / usual["bits_per_byte"] - 1) < most
 
 
+@pytest.mark.slow
 def test_the_dtype_is_written_down_and_drawn(run: Path, tmp_path: Path) -> None:
     found = {}
     for dtype in ("float32", "int8"):
@@ -89,6 +92,7 @@ def test_precision_of_whole_sequences(run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text())["precision"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_recall_is_measured_so_too(tmp_path: Path) -> None:
     tiny = ("trainer=cpu", "callbacks=none", "model=recall", "mixer=conv_kda", "model.d_model=32", "data=mqar")
     shapes = ("data.vocab_size=64", "data.batch_size=4", "data.train=[{length: 32, pairs: 2, examples: 16}]", SUBSETS)

@@ -20,6 +20,7 @@ def results(directory: Path) -> dict[str, dict[str, object]]:
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(directory.glob("*/summary.json"))}
 
 
+@pytest.mark.long
 def test_mixers_and_seeds(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep(corpus, tmp_path, monkeypatch, "mixer=kda,softmax", "seed=1,2")
     found = results(tmp_path)
@@ -29,6 +30,7 @@ def test_mixers_and_seeds(corpus: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert not any("=" in name for name in found)  # a path with one could not be given as ckpt=
 
 
+@pytest.mark.slow
 def test_one_bad_job_does_not_stop_the_others(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_token_budget_is_turned_into_steps(corpus: Path, tmp_path: Path) -> No
     assert train(config, tmp_path / "run")["steps"] == 4  # 200 tokens at 64 a step
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_step(corpus: Path, tmp_path: Path) -> None:
     """Four batches of one row, two of two and one of four are the same steps: the same losses, and weights."""
 
@@ -187,6 +188,7 @@ def test_a_validation_of_less_than_a_batch_is_refused(corpus: Path, tmp_path: Pa
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -217,6 +219,7 @@ def test_the_same_seed_gives_the_same_run(run: Path, corpus: Path, tmp_path: Pat
     assert losses(tmp_path / "2") != losses(run)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_learns_the_same(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run as traced: what inductor makes of it is not ours to test. The mixer is one that is traced
     in a second; tests/models traces the others, whole."""
@@ -235,6 +238,7 @@ def test_a_compiled_run_learns_the_same(corpus: Path, tmp_path: Path, monkeypatc
     assert found["val/loss"] == pytest.approx(usual["val/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_loss(run: Path, corpus: Path, tmp_path: Path) -> None:
     """The run without the option in its configuration, as of an earlier version, can be resumed."""
     words = ("trainer.max_steps=7", "sample.max_new_tokens=0")
@@ -249,6 +253,7 @@ def test_checkpointing_changes_no_loss(run: Path, corpus: Path, tmp_path: Path) 
     assert (found["steps"], found["checkpointing"]) == (8, "none")
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_nobody_reads_what_it_prints(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ def composed_again(command: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -76,6 +76,7 @@ def test_every_part_is_measured_once(tmp_path, capsys):
     assert second.names == []
 
 
+@pytest.mark.long
 def test_a_part_whose_results_were_removed_is_measured_again(tmp_path):
     measure_whole_set(settings(tmp_path), CPU, Measure(), PARTS)
     (tmp_path / "first" / "benchmark.json").unlink()
@@ -84,6 +85,7 @@ def test_a_part_whose_results_were_removed_is_measured_again(tmp_path):
     assert again.names == ["first"]
 
 
+@pytest.mark.slow
 def test_a_part_that_failed_is_measured_again_and_costs_no_other(tmp_path):
     with pytest.raises(CommandError, match=r"not measured: first: nothing was measured: out of memory .*out="):
         measure_whole_set(settings(tmp_path), CPU, Measure(fail="first"), PARTS)
@@ -104,6 +106,7 @@ def test_what_a_package_raises_in_a_part_costs_no_other(tmp_path, capsys):
     assert "in out_of_memory" in capsys.readouterr().out  # the traceback
 
 
+@pytest.mark.slow
 def test_an_interrupted_set_goes_on_with_the_part_that_it_was_in(tmp_path, capsys):
     def interrupted(part: dict[str, Any]) -> None:
         if part["task"] == "decode":
@@ -121,6 +124,7 @@ def test_an_interrupted_set_goes_on_with_the_part_that_it_was_in(tmp_path, capsy
     assert again.names == ["second"]
 
 
+@pytest.mark.long
 def test_a_limit_of_minutes_begins_no_part_that_would_end_after_it(tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 100_000, 30))  # half a minute from one look to the next
     monkeypatch.setattr(whole_set.time, "perf_counter", lambda: float(next(clock)))
@@ -165,7 +169,7 @@ def test_a_directory_that_cannot_be_used_is_refused_before_anything_is_measured(
     assert measured.asked == []
 
 
-@pytest.mark.parametrize("parts", [ON_GPU, ON_CPU])
+@pytest.mark.parametrize("parts", [pytest.param(ON_GPU, marks=pytest.mark.slow), ON_CPU])
 def test_the_options_of_every_part_are_known(parts):
     for part in parts:
         assert part.minutes < 10

@@ -55,6 +55,7 @@ def test_the_closing_lines_say_what_was_measured(tmp_path: Path, capsys: pytest.
     assert "generate.py" not in shown
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run(run: Path, tmp_path: Path) -> None:
     constant = "scheduler=constant"
     train(composed("train", *TINY, constant, "trainer.max_steps=7"), tmp_path / "straight")

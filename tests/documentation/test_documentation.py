@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
 
 from tests.documentation.checkout import PLACEHOLDERS, Page, Session, run_source, session, with_placeholders
 from tests.documentation.commands import ROOT, Snippet, comments, of_markdown, of_text
 from tests.documentation.sources import help_of, names, settings, snippets
+from tests.documentation.tiny import check_settings
 
 PAGE = """# A page
 Prose with `a span`, `python -m lkda.thing
@@ -135,21 +138,37 @@ def documentation() -> Iterator[Session]:
         yield made
 
 
-# Commands of measurements and of experiments that other pages show too, or that are larger forms of others.
-SELDOM = (
-    "lkda/bench/",
-    "lkda/commands/",
-    "configs/experiment/base_preliminary",
-    "configs/experiment/learning_rates_base",
+# What a reader meets first, and one page of each other kind: CI runs these. It has no time for the others, such as the
+# guides with sweeps, benchmarks and prepared corpora, and the notes of measurements. `make test-long` runs them.
+IN_CI = (
+    *("README.md", "docs/guides/quickstart.md", "docs/guides/exporting.md", "docs/guides/generating.md"),
+    *("docs/guides/adding_a_mixer.md", "docs/guides/other_models.md", "docs/reference/", "examples/"),
+    *("docs/results/notes.md", "lkda/report/readme.py", "scripts/export.py --help"),
 )
 
 
-def _seldom(name: str) -> bool:
-    return name.startswith(SELDOM) or name.endswith("_full.yaml")
+@pytest.mark.slow
+def test_the_settings_of_the_other_pages_exist() -> None:
+    """CI composes their configurations and does not run them."""
+    others = [snippet for name in names() if not name.startswith(IN_CI) for snippet in snippets(name)]
+    found = [command for snippet in others if (command := _of_a_script(snippet)) is not None]
+    assert len(found) > 30
+    for script, words in found:
+        check_settings(script, words, ROOT / "configs")
+    with pytest.raises(ConfigCompositionException):
+        check_settings("train", ["model.no_such=1"], ROOT / "configs")
+
+
+def _of_a_script(snippet: Snippet) -> tuple[str, list[str]] | None:
+    """The name and the settings of a line that calls one of scripts/ and nothing else."""
+    line, _ = with_placeholders(re.sub(r"#.*", "", snippet.text.replace("\\\n", " ")))
+    match = re.fullmatch(r"(?:[A-Z_]+=\S+ )*python scripts/(\w+)\.py (?!.*--)([^$|&;\n]*)", line.strip())
+    return (match[1], shlex.split(match[2])) if match else None
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if _seldom(name) else pytest.mark.slow) for name in names()]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name.startswith(IN_CI) else pytest.mark.long) for name in names()],
 )
 def test_what_is_documented_runs(name: str, documentation: Session) -> None:
     """In order, in one checkout. Every failure is shown, with what the command printed."""

@@ -267,6 +267,7 @@ def test_compiles_without_a_graph_break(calls):
     close(gotten, wanted, 2e-4)
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_it(tmp_path, calls):
     pytest.importorskip("accelerate")
     losses = []

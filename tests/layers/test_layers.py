@@ -145,8 +145,13 @@ def test_compiles_without_a_graph_break(cls, masked):
         close(one, two, 1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize(
+    "cls",
+    [
+        pytest.param(KimiDeltaAttention, marks=pytest.mark.slow),
+        pytest.param(SimplifiedAttention, marks=pytest.mark.long),
+    ],
+)
 def test_compiles_for_every_length(cls):
     """The second length makes torch.compile trace with a symbol for it."""
     layer = layer_of(cls)
@@ -198,7 +203,7 @@ def test_a_sharded_layer_has_the_same_gradients(cls, one_process):
         close(q.grad.full_tensor(), p.grad, 1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_share_a_layer(tmp_path):
     torch.multiprocessing.spawn(_one_of_two, (KimiDeltaAttention, str(tmp_path)), nprocs=2)
 

@@ -72,6 +72,7 @@ def operators(graph):
     return [(*name, value.dtype if isinstance(value, torch.Tensor) else None) for name, value in found]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("mixer", "options"),
     [

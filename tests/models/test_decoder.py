@@ -16,7 +16,7 @@ from lkda.models.decoder import Decoder, Sampling
 from lkda.models.decoding import _use_few_launches
 from lkda.models.decoding_block import DecodingBlock
 from lkda.models.mixers import softmax
-from lkda.ops.rows.cpu import LIBRARY
+from lkda.ops.runtime import cpp
 from lkda.ops.runtime.backend import Backend
 from lkda.ops.softmax import step as softmax_step
 from lkda.ops.softmax.cuda import step as softmax_cuda
@@ -71,7 +71,7 @@ def test_a_state_that_does_not_keep_its_shape_is_an_error(monkeypatch):
         decoder.read([1, 2, 3])
 
 
-@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
 def test_recorded_steps_are_the_steps(pattern, dtype):
@@ -105,7 +105,7 @@ RECORDED = [
 ]
 
 
-@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(("name", "options"), RECORDED, ids=str)
 def test_options_are_recorded_too(name, options):
     model = small([name], mixer={"pattern": [name], "num_heads": 2, name: options}, embed_norm=True, embed_scale=2.0)
@@ -153,7 +153,9 @@ class Doubled(torch.nn.Module):
         return 2 * self.inner(*x)
 
 
-@pytest.mark.parametrize("name", ["kda", "simplified", "softmax", "mla", "conv"])
+@pytest.mark.parametrize(
+    "name", ["kda", *(pytest.param(name, marks=pytest.mark.long) for name in ("simplified", "softmax", "mla", "conv"))]
+)
 def test_modules_that_were_replaced_are_called_in_steps(name):
     """Linear layers, norms and the embedding, by the outputs of the whole sequence. A hook is called at each step."""
     wide = small([name]).double()
@@ -184,7 +186,7 @@ def test_modules_that_were_replaced_are_called_in_steps(name):
     assert decoder.not_recorded == "a hook of blocks.0.mixer.o_proj"
 
 
-@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 def test_recorded_steps_keep_the_memory_of_the_weights():
     """Where the model's weights move to other memory, the steps go on with those that were recorded."""
     model = small(["kda", "mla"])

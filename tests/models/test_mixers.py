@@ -167,10 +167,10 @@ class TestEveryMixer:
         assert all(torch.equal(a, b) for one, two in zip(state, left) for a, b in zip(one, two))
 
 
-# Mixers of a hybrid are traced one by one; the hybrid itself, where minutes count less.
+# Of the mixers, simplified takes the tracer longest. Those of a hybrid are traced one by one.
+MARKS = {"kda": [], "softmax": [pytest.mark.slow], "simplified": [pytest.mark.slow]}
 TRACED = [
-    pytest.param(pattern, id=name, marks=[pytest.mark.slow] if len(pattern) > 1 else [])
-    for pattern, name in zip(PATTERNS, IDS)
+    pytest.param(pattern, id=name, marks=MARKS.get(name, [pytest.mark.long])) for pattern, name in zip(PATTERNS, IDS)
 ]
 
 

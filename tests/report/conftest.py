@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from lkda.report.draw import chart, style
 
 STATE_BYTES = {"kda": 149_504, "simplified": 22_528, "softmax": 1_048_576, "kda_mla_3to1": 210_944}
 FLOOR = {"kda": 4.3, "simplified": 4.5, "softmax": 4.4, "kda_mla_3to1": 4.2}
@@ -87,6 +90,15 @@ def write_run(
     }
     (directory / "summary.json").write_text(json.dumps(summary | changes))
     return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pixels() -> Iterator[None]:
+    """Pictures are as large as ever, in fewer pixels: compressing those took half the time of a comparison."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chart, "PNG_SCALE", 0.25)
+        patch.setattr(style, "MOST_PIXELS", (400, 250))
+        yield
 
 
 @pytest.fixture(scope="session")

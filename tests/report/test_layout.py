@@ -30,6 +30,7 @@ def test_the_picture_is_current() -> None:
     assert (ROOT / "docs" / "layout.svg").read_text(encoding="utf-8") == svg(), "python -m lkda.report.layout draws it"
 
 
+@pytest.mark.slow
 def test_no_box_is_cut_off_or_covers_another() -> None:
     picture = ElementTree.fromstring((ROOT / "docs" / "layout.svg").read_text(encoding="utf-8"))
     _, _, right, bottom = map(float, picture.attrib["viewBox"].split())

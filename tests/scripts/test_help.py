@@ -24,6 +24,8 @@ def helped(script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_how_to_call_it(script: str) -> None:
     text = helped(script)

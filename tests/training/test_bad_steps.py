@@ -107,6 +107,7 @@ def test_without_it_the_run_stops(corpus: Path, tmp_path: Path, bad_batches: set
         run(corpus, tmp_path / "run", "trainer.max_steps=6")
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_over_a_resume(corpus: Path, tmp_path: Path, bad_batches: set[int]) -> None:
     bad_batches |= {2, 5}
     skip = ("trainer.bad_steps=skip", "scheduler=constant")
@@ -115,12 +116,14 @@ def test_skipped_steps_are_counted_over_a_resume(corpus: Path, tmp_path: Path, b
     assert summary["skipped_steps"] == 2
 
 
+@pytest.mark.long
 def test_a_run_that_only_skips_ends(corpus: Path, tmp_path: Path, bad_batches: set[int]) -> None:
     bad_batches |= set(range(4, 200))
     with pytest.raises(CommandError, match=rf"each of the last {MOST_SKIPPED} steps became NaN or infinite at step 23"):
         run(corpus, tmp_path / "run", "trainer.bad_steps=skip", "trainer.max_steps=60")
 
 
+@pytest.mark.slow
 def test_skipping_reads_nothing_on_the_host(
     corpus: Path, tmp_path: Path, bad_batches: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

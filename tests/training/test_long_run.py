@@ -22,6 +22,7 @@ def test_nothing_grows_in_20_000_steps() -> None:
         assert last <= most * second, (column, second, last)
 
 
+@pytest.mark.long
 def test_a_short_one_is_measured() -> None:
     rows = measure("mixer=softmax", steps=8)
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -30,7 +31,7 @@ def test_a_short_one_is_measured() -> None:
     assert 2**26 < rows[-1]["resident_bytes"] < 2**36
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_some_minutes_is_measured_and_kept(tmp_path: Path) -> None:
     """It ends by itself. Each row is written before the next is measured, so that nothing is lost if it is stopped."""
     kept: list[int] = []
@@ -77,6 +78,7 @@ def test_a_run_on_a_gpu_is_drawn(tmp_path: Path) -> None:
     assert "NVIDIA H200, torch 2.11" in table["note"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("growth", "shown"), [(0.0, "+0.0%"), (1.0, "+36.8%")])
 def test_growth_is_shown(growth: float, shown: str, tmp_path: Path) -> None:
     header = {"device": "cpu", "steps": 1000, "threads": 1, "torch": "2.9"}

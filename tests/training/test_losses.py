@@ -40,7 +40,7 @@ def test_losses_and_gradients_are_equal_bit_for_bit(pattern: list[str], precisio
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_block_is_computed_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model, x = small(["conv"], scale=1), tokens(1, 20)
@@ -51,6 +51,7 @@ def test_a_compiled_block_is_computed_again_too(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(got, want) for got, want in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_every_kind_of_block_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for more than 8 of them together, where torch.compile would stop by default."""
     compiled: list[int] = []

@@ -27,6 +27,7 @@ print(plain, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 def test_freed_memory_is_used_again():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
@@ -50,6 +51,7 @@ print(full, kept, resident())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the function")
 def test_freed_memory_is_returned():
     done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)

@@ -133,7 +133,7 @@ def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped() -> None:
     assert losses(again, resumed, 3) == want
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_muon_on_more_devices_than_a_matrix_has_rows(tmp_path: Path) -> None:
     """The projections to the heads' write strengths have 2 rows. Three devices share them and all other weights."""
 

@@ -25,6 +25,7 @@ def trained(directory: Path, *overrides: str) -> dict[str, Any]:
     return train(composed("train", *SETTINGS, *overrides), directory)
 
 
+@pytest.mark.slow
 def test_a_small_task_is_learnt_in_seconds(tmp_path: Path) -> None:
     """Guessing gets a quarter."""
     sizes = ("data.stacks=2", "data.elements=4", "data.context=24", "data.val_examples=64")
@@ -34,11 +35,12 @@ def test_a_small_task_is_learnt_in_seconds(tmp_path: Path) -> None:
 
 # Tokens, pairs, width and steps.
 SOLVED = [
-    pytest.param(24, 2, 64, 250, marks=pytest.mark.slow),
-    pytest.param(64, 4, 128, 400, marks=pytest.mark.long),
+    (24, 2, 64, 250),
+    (64, 4, 128, 400),
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("length", "pairs", "width", "steps"), SOLVED)
 def test_two_layers_of_kda_solve_recall(length: int, pairs: int, width: int, steps: int, tmp_path: Path) -> None:
     part = f"length: {length}, pairs: {pairs}"
@@ -47,8 +49,9 @@ def test_two_layers_of_kda_solve_recall(length: int, pairs: int, width: int, ste
     assert trained(tmp_path, "data=mqar", *sizes, *mixture)["val/accuracy"] >= 0.99
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(name, marks=pytest.mark.slow if name == "mqar_kimi" else pytest.mark.long) for name in TASKS]
+)
 def test_it_learns(task: str, tmp_path: Path) -> None:
     overrides, least = TASKS[task]
     summary = trained(tmp_path, f"data={task}", "model.d_model=64", "data.val_examples=128", *overrides)

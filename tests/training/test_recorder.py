@@ -37,6 +37,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ComingValues, "have_arrived", lambda self: False)
 
 
+@pytest.mark.slow
 def test_rows_that_come_late_are_the_same_rows(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -39,6 +39,7 @@ def recorded(run: Path) -> dict[int, dict[str, float]]:
     return merged
 
 
+@pytest.mark.slow
 def test_the_offline_run_is_metrics_csv(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train(composed("train", *small_run(corpus, "logger=wandb")), run)
@@ -60,6 +61,7 @@ class Killed(BaseException):
     """Ends the process, as far as a test can."""
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_axis(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after step 5 and resumed from step 4: W&B's step is the optimiser step in both files."""
     run = tmp_path / "run"

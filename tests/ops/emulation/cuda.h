@@ -1,14 +1,7 @@
 // What a kernel's source takes for granted of CUDA, for a host compiler. Threads of a block are fibers that run in turn and
 // give way at barriers and warp-wide instructions: arithmetic and indices are checked, races and timing are not.
 #pragma once
-#include <csetjmp>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <ucontext.h>
-#include <vector>
+#include "standard.h"
 
 #define __device__
 #define __global__

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from lkda.ops import gated_rms_norm
-from lkda.ops.gated_norm import cpu
+from lkda.ops.runtime import cpp
 from tests.ops.cases import relative
 from tests.ops.layer_cases import outputs_and_gradients
 
-pytestmark = pytest.mark.skipif(
-    cpu.reason_cannot_run(torch.device("cpu"), 8, torch.float32) is not None, reason="no C++ compiler"
-)
+pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

@@ -7,13 +7,14 @@ import torch
 
 from lkda.ops import kda_attention, resolve_backend
 from lkda.ops.kda.cpu import core
+from lkda.ops.runtime import cpp
 from tests.ops.cases import GATES, kda_inputs, poisoned, relative
 from tests.ops.yardstick import kda_truth, outputs_and_gradients
 
 NAMES = ("q", "k", "v", "g", "beta")
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(core.reason_cannot_run(CPU, 64, torch.float32) is not None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 
 
 def run(inputs, **options):

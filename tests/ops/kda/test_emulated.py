@@ -27,11 +27,11 @@ ALLOWED = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 8e-4}  # ab
         (torch.bfloat16, "resets", 1, 32, False),
         (torch.float32, "slow", 1, 32, False),
         (torch.bfloat16, "slow", 4, 32, False),
-        (torch.float16, "slow", 1, 64, True),
-        (torch.bfloat16, "resets", 4, 64, True),
-        (torch.bfloat16, "fast", 1, 128, True),
-        (torch.float16, "resets", 4, 128, True),
-        (torch.bfloat16, "resets", 1, 128, False),
+        pytest.param(torch.float16, "slow", 1, 64, True, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "resets", 4, 64, True, marks=pytest.mark.long),
+        pytest.param(torch.bfloat16, "fast", 1, 128, True, marks=pytest.mark.slow),
+        pytest.param(torch.float16, "resets", 4, 128, True, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "resets", 1, 128, False, marks=pytest.mark.long),
     ],
 )
 def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch):
@@ -125,12 +125,12 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
 @pytest.mark.parametrize(
     ("T", "D", "packed", "state", "segments", "normalize"),
     [
-        (70, 32, False, True, 1, False),
+        pytest.param(70, 32, False, True, 1, False, marks=pytest.mark.long),
         (70, 32, True, True, 1, True),
         (70, 32, False, False, 1, True),
-        (300, 32, False, True, 4, False),
-        (70, 128, False, True, 1, False),
-        (70, 128, True, True, 1, True),
+        pytest.param(300, 32, False, True, 4, False, marks=pytest.mark.slow),
+        pytest.param(70, 128, False, True, 1, False, marks=pytest.mark.long),
+        pytest.param(70, 128, True, True, 1, True, marks=pytest.mark.slow),
     ],
 )
 def test_the_op_around_the_kernels(T, D, packed, state, segments, normalize, monkeypatch):

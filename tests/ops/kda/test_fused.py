@@ -76,8 +76,8 @@ class TestGateKernels:
         [
             (torch.bfloat16, 64, 200, False),
             (torch.float16, 128, 7, True),
-            (torch.float32, 32, 40, False),
-            (torch.float32, 32, 40, True),
+            pytest.param(torch.float32, 32, 40, False, marks=pytest.mark.slow),
+            pytest.param(torch.float32, 32, 40, True, marks=pytest.mark.long),
         ],
     )
     def test_forward_and_backward(self, dtype, K, T, per_head, form):

@@ -87,8 +87,10 @@ def emulated(kernels_on_the_cpu, monkeypatch):  # noqa: F811
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.usefixtures("emulated")
 class TestOnTheCPU:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("decay", "gated", "packed"), [("channel", True, False), ("head", True, True), ("none", False, False)]
+        ("decay", "gated", "packed"),
+        [("channel", True, False), ("head", True, True), ("none", False, False)],
     )
     def test_equals_its_pieces(self, decay, gated, packed):
         cu_seqlens = torch.tensor([0, 0, 20, 70], dtype=torch.int32) if packed else None

@@ -25,6 +25,7 @@ def test_chunk_equals_recurrence_in_float64(T, gate):
     assert {name: relative(got[name], x) < 1e-12 for name, x in want.items()} == dict.fromkeys(want, True)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("K", [32, 64, 96, 128])
 def test_chunk_float32_at_1000_tokens_errs_by_rounding_alone(K):
     inputs = kda_inputs(1, 1000, 1, K, K, gate="resets", dtype=torch.float32)
@@ -43,6 +44,7 @@ def test_chunk_bfloat16_inputs_err_by_the_rounding_of_what_is_stored(gate):
         assert relative(got[name], want) < 3e-3, name
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("gate", GATES)
 def test_yardstick_is_the_error_of_bf16_operands(gate):
     inputs = kda_inputs(1, 200, 2, 64, 64, gate=gate, dtype=torch.bfloat16)

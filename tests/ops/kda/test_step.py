@@ -9,6 +9,7 @@ from lkda.ops import kda_attention_fused, kda_step_fused, short_convolutions
 from lkda.ops.kda.cpu import step as cpu_step
 from lkda.ops.kda.cuda import step as cuda_step
 from lkda.ops.kda.state import pack_state, unpack_state
+from lkda.ops.runtime import cpp
 from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 from tests.ops.kda.step_cases import STATES, copied, exact, moved, state_of, token
@@ -32,12 +33,12 @@ def by_kernel(x, state, *, normalized=False, scale=None):
 @pytest.mark.parametrize(
     ("dtype", "D", "state_dtype"),
     [  # each two of the three meet
-        (torch.bfloat16, 32, torch.float32),
         (torch.float32, 32, torch.bfloat16),
         (torch.bfloat16, 64, torch.int8),
-        (torch.float32, 64, torch.float32),
-        (torch.bfloat16, 128, torch.bfloat16),
-        (torch.float32, 128, torch.int8),
+        pytest.param(torch.bfloat16, 32, torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 128, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 64, torch.float32, marks=pytest.mark.long),
+        pytest.param(torch.float32, 128, torch.int8, marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -52,6 +53,7 @@ def test_kernel_against_float64(kernels_on_the_cpu, dtype, D, state_dtype):  # n
         torch.testing.assert_close(got.double(), truth, rtol=0, atol=0)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 def test_a_block_takes_several_heads(kernels_on_the_cpu, state_dtype):  # noqa: F811
     x, state = token(7, 9, 64, torch.bfloat16), state_of(7, 9, 64, state_dtype)
@@ -83,7 +85,7 @@ def test_options(kernels_on_the_cpu, shape, options):  # noqa: F811
         torch.testing.assert_close(got, truth.to(got.dtype), rtol=0, atol=0)
 
 
-@pytest.mark.skipif(cpu_step.LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(("shape", "options"), [({}, {}), *OPTIONS])
 def test_options_in_cpp(shape, options):
     shape = {name: value for name, value in shape.items() if name != "cache_dtype"}
@@ -95,7 +97,7 @@ def test_options_in_cpp(shape, options):
         torch.testing.assert_close(got, truth.to(got.dtype), rtol=0, atol=0)
 
 
-@pytest.mark.skipif(cpu_step.LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 def test_what_the_cpp_cannot_take_runs_in_pytorch():
     x = token(1, 1, 32, torch.float32)
     for state_dtype in (torch.bfloat16, torch.int8):
@@ -105,6 +107,7 @@ def test_what_the_cpp_cannot_take_runs_in_pytorch():
             kda_step_fused(**x, state=state, backend="cpu")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 def test_kernel_rounds_as_the_form_in_pytorch(kernels_on_the_cpu, state_dtype):  # noqa: F811
     """Where the numbers before rounding agree to the last bit, so do those after."""
@@ -118,6 +121,7 @@ def test_kernel_rounds_as_the_form_in_pytorch(kernels_on_the_cpu, state_dtype): 
         assert (state[0] != in_torch[0]).float().mean() < 0.01
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 def test_a_number_that_is_none_is_not_hidden(kernels_on_the_cpu, state_dtype):  # noqa: F811
     x, state = token(1, 1, 32, torch.float32, width=0), state_of(1, 1, 32, state_dtype)

@@ -20,6 +20,9 @@ TYPES = [
     *((FP32, BF16, BF16), (FP32, FP16, FP16), (FP32, FP32, FP32), (BF16, BF16, BF16), (FP16, FP16, FP16)),
     *((FP32, None, BF16), (FP32, None, FP32), (BF16, None, BF16), (BF16, BF16, FP32)),
 ]
+# Each type of x once, with and without y; each costs the compilation of two kernels.
+FEW = ((FP32, BF16, BF16), (FP16, FP16, FP16), (BF16, None, BF16))
+MARKED = [pytest.param(types, marks=[] if types in FEW else [pytest.mark.long]) for types in TYPES]
 
 
 def inputs_of(*shape, x=FP32, y=BF16, device="cpu"):
@@ -110,6 +113,7 @@ def test_what_the_kernels_cannot_take_is_said(width, dtype, reason):
         raise AssertionError(cuda.cannot_run(torch.device("cuda", 0), width, dtype))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.skipif(_reason_no_compiler() is not None, reason=str(_reason_no_compiler()))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch):
@@ -124,12 +128,18 @@ def test_kernels_compile_without_spills(arch):
 class TestKernels:
     pytestmark = EMULATED
 
-    @pytest.mark.parametrize("types", TYPES, ids=str)
+    @pytest.mark.parametrize("types", MARKED, ids=str)
     def test_forward_and_backward(self, types):
         x, y, dtype = types
         check(inputs_of(2, 7, 72, x=x, y=y), dtype)
 
-    @pytest.mark.parametrize(("rows", "width"), [(1, 8), (9, 512), (5, 520), (3, 2056), (1, 8192)])
+    @pytest.mark.parametrize(
+        ("rows", "width"),
+        [
+            (5, 520),
+            *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 8), (9, 512), (3, 2056), (1, 8192))),
+        ],
+    )
     def test_every_number_of_warps_for_a_row(self, rows, width):
         check(inputs_of(rows, width), BF16)
 
@@ -161,6 +171,7 @@ class TestKernels:
         (s.sum() + n.sum()).backward()  # gradients of stride 0
         assert all(tensor.grad.isfinite().all() for tensor in leaves.values())
 
+    @pytest.mark.sample(3)
     @pytest.mark.parametrize("y", [BF16, FP32, None])
     def test_a_loss_of_one_output_alone(self, y):
         inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(5, 72, y=y).items()}
@@ -220,6 +231,7 @@ def ops_on_the_cpu(kernels_on_the_cpu):  # noqa: F811
 class TestOps:
     pytestmark = EMULATED[:1]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("types", [(FP32, BF16, BF16), (FP32, None, BF16), (FP32, FP32, FP32)], ids=str)
     def test_opcheck(self, types):
         x, y, dtype = types
@@ -228,6 +240,8 @@ class TestOps:
             torch.ops.lkda.residual_norm, (inputs["x"], inputs.get("y"), inputs["weight"], EPS, dtype)
         )
 
+    @pytest.mark.long
+    @pytest.mark.sample(3)
     @pytest.mark.parametrize("y", [BF16, FP32, None])
     def test_traced_in_one_graph(self, y):
         assert_same_bits_traced(norm("cuda", BF16), inputs_of(3, 4, 72, y=y))

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkda.ops.rows import cpu
+from lkda.ops.runtime import cpp
 
-pytestmark = pytest.mark.skipif(cpu.LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 ALLOWED = {torch.float32: 2e-5, torch.float64: 1e-12}
 
 

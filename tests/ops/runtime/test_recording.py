@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lkda.ops.rows.cpu import LIBRARY, add_rows, norm_rows
+from lkda.ops.rows.cpu import add_rows, norm_rows
+from lkda.ops.runtime import cpp
 from lkda.ops.runtime.recording import recorded
 
-pytestmark = pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 
 
 WEIGHT = torch.tensor([1.0, 2.0])

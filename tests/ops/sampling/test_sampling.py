@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from lkda.ops.sampling.cpu import LIBRARY, sample_cpu
+from lkda.ops.runtime import cpp
+from lkda.ops.sampling.cpu import sample_cpu
 from lkda.ops.sampling.cuda import sample_cuda
 from lkda.ops.sampling.op import sample_tokens
 from lkda.ops.sampling.reference import draw_key, sample_torch, uniforms
@@ -106,7 +107,7 @@ def test_the_kernel_gives_no_token_for_logits_that_are_not_finite():
     assert got.tolist() == [-1, -1, 3]
 
 
-@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("scale", [0.0, 0.1, 2.0])
 @pytest.mark.parametrize("options", [*OPTIONS, (1.0, 3, 1.0, 0.0), (1.0, 0, 0.01, 0.0), (1.0, 0, 1.0, 0.3)])
 def test_the_cpp_samples_what_the_definition_does(options, scale):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lkda.ops import short_convolutions
+from lkda.ops.runtime import cpp
 from lkda.ops.short_conv import cpu
 from tests.ops.cases import relative
 from tests.ops.layer_cases import outputs_and_gradients
@@ -15,9 +16,7 @@ from tests.ops.layer_cases import outputs_and_gradients
 PACKED = [0, 0, 1, 3, 3, 20, 41, 41]
 NORMS = [((True, False, True), 8), ((False, False, False), None), ((True, True, True), 24)]
 
-pytestmark = pytest.mark.skipif(
-    cpu.reason_cannot_run(torch.device("cpu"), 8, torch.float32) is not None, reason="no C++ compiler"
-)
+pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 
 
 def inputs_of(packed: bool, width: int, dtype: torch.dtype, states: bool) -> dict[str, Tensor]:

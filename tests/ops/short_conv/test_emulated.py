@@ -52,9 +52,9 @@ def check(inputs, **options):
         (1, torch.bfloat16, 32, True),
         (2, torch.float16, 64, True),
         (3, torch.float32, 128, False),
-        (64, torch.bfloat16, 64, False),
-        (66, torch.float32, 32, True),
-        (600, torch.bfloat16, 128, True),
+        pytest.param(64, torch.bfloat16, 64, False, marks=pytest.mark.long),
+        pytest.param(66, torch.float32, 32, True, marks=pytest.mark.slow),
+        pytest.param(600, torch.bfloat16, 128, True, marks=pytest.mark.slow),
     ],
 )
 def test_forward_and_backward(T, dtype, head_dim, states):
@@ -126,7 +126,7 @@ def test_a_loss_of_one_output_alone():
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_the_norm_alone(dtype):
     def norms(backend):
         return lambda **xs: BACKENDS[backend].run(list(xs.values()), None, (True, True), 64, None, None)[0]

@@ -60,6 +60,7 @@ def test_what_the_kernels_cannot_take_is_said():
     assert "got torch.float64; use backend='torch'" in str(cuda.cannot_run(device, 8, torch.float64))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.skipif(_reason_no_compiler() is not None, reason=str(_reason_no_compiler()))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch):
@@ -71,7 +72,10 @@ def test_kernels_compile_without_spills(arch):
 class TestKernels:
     pytestmark = EMULATED
 
-    @pytest.mark.parametrize(("T", "H", "dtype"), [(1, 1, BF16), (300, 8, BF16), (70, 7, FP16), (9, 256, FP32)])
+    @pytest.mark.parametrize(
+        ("T", "H", "dtype"),
+        [(1, 1, BF16), (300, 8, BF16), (70, 7, FP16), pytest.param(9, 256, FP32, marks=pytest.mark.slow)],
+    )
     def test_forward_and_backward(self, T, H, dtype):
         check(inputs_of(2, T, H, dtype=dtype))
 

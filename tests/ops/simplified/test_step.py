@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lkda.ops import short_convolutions, simplified_attention, simplified_step_fused
-from lkda.ops.simplified.cpu.step import LIBRARY
+from lkda.ops.runtime import cpp
 from lkda.ops.simplified.cuda import fused_step as cuda
 from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
@@ -59,7 +59,7 @@ def test_options(kernels_on_the_cpu, options):  # noqa: F811
 CPP_OPTIONS = [{}, {"decay": "constant"}, {"width": 0}, {"width": 1}, {"width": 6}]
 
 
-@pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+@pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("options", CPP_OPTIONS, ids=str)
 def test_cpp(options):
     x = token(3, 2, 20, torch.float32, **options)

@@ -86,6 +86,7 @@ def test_what_does_not_fit_is_said(changes, message):
         rotary_heads(**({"q": q, "k": k, "position": torch.arange(3), "base": BASE} | changes))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.skipif(_reason_no_compiler() is not None, reason=str(_reason_no_compiler()))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch):
@@ -99,8 +100,16 @@ def test_kernels_compile_without_spills(arch):
 class TestKernels:
     pytestmark = EMULATED
 
-    @pytest.mark.parametrize("norms", [True, False])
-    @pytest.mark.parametrize(("dtype", "D"), [(BF16, 64), (FP16, 32), (FP32, 128)])
+    @pytest.mark.parametrize(
+        ("dtype", "D", "norms"),
+        [
+            *((BF16, 64, True), (FP16, 32, False), (FP32, 128, True)),
+            *(
+                pytest.param(*case, marks=pytest.mark.long)
+                for case in ((BF16, 64, False), (FP16, 32, True), (FP32, 128, False))
+            ),
+        ],
+    )
     def test_forward_and_backward(self, dtype, D, norms):
         check(inputs_of(2, 7, 3, D, dtype=dtype, norms=norms))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from lkda.ops import softmax_step
+from lkda.ops.runtime import cpp
 from lkda.ops.runtime.jit import ARCHITECTURES
-from lkda.ops.softmax.cpu.step import LIBRARY
 from lkda.ops.softmax.cuda import step as cuda
 from lkda.ops.softmax.rotary import frequencies
 from tests.ops.cases import relative
@@ -15,7 +17,7 @@ from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 BASE = 10000.0
-needs_compiler = pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels are emulated")
 
 
@@ -86,8 +88,18 @@ def few_tokens_a_part(monkeypatch):
         monkeypatch.setattr(cuda, name, tokens)
 
 
-@pytest.mark.parametrize("D", [32, 64, 128])
-@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+# Every size and every type, and in the long tests every pair.
+PAIRS = ((torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 128))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D"),
+    [
+        pytest.param(*pair, marks=[] if pair in PAIRS else [pytest.mark.long])
+        for pair in itertools.product(ERROR, (32, 64, 128))
+    ],
+    ids=str,
+)
 def test_kernels_against_float64(kernels_on_the_cpu, few_tokens_a_part, dtype, D):  # noqa: F811
     """Sequences that have nothing, end before, at and after a part's bounds, and fill the cache."""
     assert cuda.parts_of(2, 70, 6) == (24, 3)
@@ -211,6 +223,7 @@ def test_bad_input(spoil, message):
         softmax_step(*x, rope_base=BASE)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch):
     kernel = cuda.step_kernel(64, torch.bfloat16)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lkda.ops import softmax_step
-from lkda.ops.softmax.cpu.step import LIBRARY, advance_, is_full, latent_step_cpu
+from lkda.ops.runtime import cpp
+from lkda.ops.softmax.cpu.step import advance_, is_full, latent_step_cpu
 
-pytestmark = pytest.mark.skipif(LIBRARY.reason_cannot_run() is not None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler")
 
 
 def test_lengths() -> None:

@@ -60,7 +60,11 @@ def check_all(dtype, tokens, inputs, outputs, head_dim, device, normed, grouped,
 
 @pytest.mark.parametrize(
     ("dtype", "tokens", "inputs", "outputs", "head_dim"),
-    [(torch.bfloat16, 1, 1344, 9, 64), (torch.float32, 1, 640, 13, 32), (torch.bfloat16, 4, 256, 20, 128)],
+    [
+        (torch.bfloat16, 1, 1344, 9, 64),
+        pytest.param(torch.float32, 1, 640, 13, 32, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 4, 256, 20, 128, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_kernel_against_float64(kernels_on_the_cpu, dtype, tokens, inputs, outputs, head_dim):  # noqa: F811
@@ -73,6 +77,7 @@ def test_kernel_against_float64(kernels_on_the_cpu, dtype, tokens, inputs, outpu
     )
 
 
+@pytest.mark.slow
 def test_many_outputs(kernels_on_the_cpu):  # noqa: F811
     for tokens in (1, 2):
         x, norm, weight = cases(torch.bfloat16, tokens, 64, 8195)

@@ -16,6 +16,11 @@ from lkda.report.draw.style import DARK, KNOWN, LIGHT, picture
 from lkda.report.draw.units import count, length, memory, three
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_pixels() -> None:
+    """All of them: how large pictures are is tested here."""
+
+
 @pytest.mark.parametrize("heights", [[1.0, 1.01, 1.02, 5.0], [0.0, 0.0, 0.0], [1.0, 2.0, 2.9, 3.0, 3.1], [4.0]])
 def test_heights_are_spread_in_order_and_apart(heights):
     placed = spread(heights, gap=0.5)

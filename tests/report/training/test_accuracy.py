@@ -100,6 +100,7 @@ def test_by_length_each_model_is_read_at_the_length_it_was_trained_at(tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("accuracy*.png")} == {"accuracy_by_length.png"}
 
 
+@pytest.mark.slow
 def test_a_task_beside_text_is_compared_by_loss(sweep, tmp_path):
     text = write_run(tmp_path / "text", "kda")
     compare([*sweep, text], tmp_path / "out", title="Both")

@@ -20,12 +20,12 @@ from lkda.commands.compare import compare as compare_command
 from lkda.report.draw.chart import SCHEMA
 from lkda.report.draw.curves import mean_curve
 from lkda.report.read.groups import group_runs
-from lkda.report.read.runs import read_run
+from lkda.report.read.runs import read_run, read_runs
 from lkda.report.readme import fill
 from lkda.report.redraw import redraw
-from lkda.report.training.comparison import compare
+from lkda.report.training.comparison import Comparison, compare
 from lkda.report.training.plots import loss_curves
-from lkda.report.training.table import equal_wall_clock, rows
+from lkda.report.training.table import as_cells, equal_wall_clock, rows
 from tests.report.conftest import bench_row, write_run
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "compare.py"
@@ -41,6 +41,12 @@ def compared(runs, tmp_path_factory):
     stopped = write_run(home / "stopped <1>", "kda", status="interrupted")
     result = compare([*runs, stopped], home / "out", title="All & every mixer", benchmarks=[home / "b.json"])
     return result, home / "out"
+
+
+def read(directories, **options):
+    """The comparison without its files, which take seconds to draw."""
+    found, skipped = read_runs(directories)
+    return Comparison("t", found, skipped, [], **options)
 
 
 def coloured(path):
@@ -127,13 +133,13 @@ def test_files_of_other_paths_are_other_data(tmp_path):
         write_run(tmp_path / name, "kda", data="files", settings={"data": {"source": "files", "paths": [f"{name}/*"]}})
         for name in "ab"
     ]
-    result = compare(paths, tmp_path / "out", title="t")
+    result = read(paths)
     assert "The data differ: files (a/*); files (b/*). Only rows of the same data can be compared." in result.notes
 
 
 def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path):
     paths = [write_run(tmp_path / "a", "kda"), write_run(tmp_path / "b", "softmax", unigram_entropy=5.0)]
-    result = compare(paths, tmp_path / "out", title="t")
+    result = read(paths)
     assert "The tokenizers differ, so compare bits per byte and not the loss per token." in result.notes
     assert not any("val/loss" in row for row in result.rows)
 
@@ -145,11 +151,11 @@ def test_runs_of_one_name_and_runs_of_one_seed_are_told_apart(tmp_path):
     assert [run.name for run in result.runs] == ["1", "a/0", "b/0"]
     assert any("have the same seed and settings: kda (seed 0, 2 times)." in note for note in result.notes)
     copies = [write_run(tmp_path / f"c{seed}_{n}", "kda", seed=seed) for seed in range(9) for n in (0, 1)]
-    many = compare(copies, tmp_path / "many", title="t")
+    many = read(copies)
     assert any("(seed 4, 2 times); and 4 more. If they are copies" in note for note in many.notes)
     marks = many.tradeoff.charts()[0].spec["data"]["values"]
     assert marks[-1]["seed"] == "0, 0, 1, 1, 2, 2, 3, 3, ... (18 in all)"
-    again = compare([tmp_path / "out" / "results.json"], tmp_path / "again", title="t")
+    again = read([tmp_path / "out" / "results.json"])
     assert [run.name for run in again.runs] == ["1", "a/0", "b/0"]
 
 
@@ -165,10 +171,14 @@ def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
 @pytest.mark.parametrize(
     "metrics",
     [
-        "step,tokens,seconds,val/loss,val/bits_per_byte\n20,10,2,4.0,1.6\n",  # nothing was logged between validations
+        pytest.param(  # nothing was logged between validations
+            "step,tokens,seconds,val/loss,val/bits_per_byte\n20,10,2,4.0,1.6\n", marks=pytest.mark.long
+        ),
         "step,tokens,seconds,train/loss,train/bits_per_byte,val/loss,val/bits_per_byte\n10,5,1,nan,nan,inf,inf\n"
         "20,10,2,4.0,1.6,4.0,1.6\n",  # a step that nearly diverged
-        "step,tokens,seconds,val/loss,val/bits_per_byte\n20,10,2,4.0,1.6\n40,20,",  # cut in the middle of a row
+        pytest.param(  # cut in the middle of a row
+            "step,tokens,seconds,val/loss,val/bits_per_byte\n20,10,2,4.0,1.6\n40,20,", marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_course_with_gaps_is_compared(tmp_path, metrics):
@@ -179,6 +189,7 @@ def test_a_course_with_gaps_is_compared(tmp_path, metrics):
     assert "NaN" not in (tmp_path / "out" / "report.html").read_text().partition('id="charts">')[2].partition("<")[0]
 
 
+@pytest.mark.slow
 def test_charts_of_an_earlier_comparison_in_the_same_directory_are_removed(tmp_path, runs):
     compare(runs[:2], tmp_path, title="t")
     (tmp_path / "mine.png").touch()
@@ -190,6 +201,7 @@ def test_charts_of_an_earlier_comparison_in_the_same_directory_are_removed(tmp_p
     assert {"mine.png", "loss_by_tokens.png", "front_by_state.svg", "report.html"} <= left
 
 
+@pytest.mark.long
 def test_of_runs_that_shared_a_device_nothing_of_time_is_compared(tmp_path, runs):
     result = compare(runs, tmp_path / "out", title="t", exclusive_device=False)
     assert "Runs shared a device, so times are not compared." in result.notes
@@ -212,6 +224,7 @@ def configuration(**changes):
     return OmegaConf.create(others | changes)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, capsys):
     (tmp_path / "nothing").mkdir()
     home = runs[0].parent
@@ -252,11 +265,13 @@ def test_bad_input_gets_one_clear_error(tmp_path, runs, changes, message):
         compare_command(config)
 
 
+@pytest.mark.long
 def test_a_directory_that_is_given_twice_is_one_run(tmp_path, runs):
     compare_command(configuration(runs=[str(runs[0]), f"{runs[1]}/../{runs[0].name}"], out=f"{tmp_path}/out"))
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 1
 
 
+@pytest.mark.long
 def test_the_script_ends_with_one_line_and_code_2(tmp_path):
     command = [sys.executable, str(SCRIPT), f"runs={tmp_path}/*", f"out={tmp_path}/out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -312,6 +327,7 @@ def with_test(loss: float) -> dict[str, float]:
     return {"test/loss": loss, "test/bits_per_byte": loss / 2.5, "test/perplexity": 2 * loss}
 
 
+@pytest.mark.slow
 def test_figures_are_of_the_test_split_where_every_run_has_one(tmp_path):
     """Softmax validates worse and tests better."""
     paths = [
@@ -330,11 +346,11 @@ def test_figures_are_of_the_test_split_where_every_run_has_one(tmp_path):
 
 def test_where_a_run_has_no_test_split_all_are_compared_by_validation(tmp_path):
     paths = [write_run(tmp_path / "a", "kda_mla_3to1"), write_run(tmp_path / "b", "softmax", **with_test(4.0))]
-    result = compare(paths, tmp_path / "out", title="t")
+    result = read(paths)
     assert [row["mixer"] for row in result.rows] == ["kda_mla_3to1", "softmax"]
-    head = (tmp_path / "out" / "table.md").read_text().splitlines()[0]
-    assert "| test loss |" in head
-    assert "| val loss |" in head
+    head, _ = as_cells(result.rows)
+    assert "test loss" in head
+    assert "val loss" in head
     assert "1 of the 2 runs has a test split. Columns not named test are of the validation split." in result.notes
 
 
