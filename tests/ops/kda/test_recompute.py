@@ -66,10 +66,10 @@ class TestOnTheCPU:
     @pytest.mark.parametrize(
         ("T", "D", "packed", "state", "segments", "normalize"),
         [
-            (70, 32, False, True, 1, False),
+            pytest.param(70, 32, False, True, 1, False, marks=pytest.mark.long),
             (70, 32, True, True, 1, True),
-            (300, 32, False, False, 4, True),
-            (70, 128, True, True, 1, True),
+            pytest.param(300, 32, False, False, 4, True, marks=pytest.mark.slow),
+            pytest.param(70, 128, True, True, 1, True, marks=pytest.mark.long),
         ],
     )
     def test_same_bits(self, T, D, packed, state, segments, normalize, monkeypatch):
