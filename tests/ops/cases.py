@@ -68,6 +68,18 @@ def kda_inputs(
     }
 
 
+def small_kda_inputs(T: int, D: int, *, packed: bool, state: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """bfloat16 inputs of one row with 64 channels or one head, and the options of the call: as three sequences, of which
+    the first is empty, where it is packed."""
+    inputs, options = kda_inputs(1, T, max(1, 64 // D), D, D, dtype=torch.bfloat16), {}
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, 0, 20, T], dtype=torch.int32)
+        inputs["initial_state"] = inputs["initial_state"].repeat(3, 1, 1, 1)
+    if not state:
+        del inputs["initial_state"]
+    return inputs, options
+
+
 def simplified_inputs(
     B: int, T: int, H: int, D: int, *, memory: float = 30.0, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> dict[str, Tensor]:

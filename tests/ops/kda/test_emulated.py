@@ -9,7 +9,7 @@ from lkda.ops import kda_attention, l2_normalized
 from lkda.ops.kda.cuda import core as cuda
 from lkda.ops.kda.cuda import plan as cuda_plan
 from lkda.ops.kda.cuda import variants as cuda_kernels
-from tests.ops.cases import kda_inputs, relative
+from tests.ops.cases import kda_inputs, relative, small_kda_inputs
 from tests.ops.emulation import emulated, kernels_on_the_cpu  # noqa: F401
 from tests.ops.yardstick import kda_truth, outputs_and_gradients
 
@@ -137,14 +137,7 @@ def test_the_op_around_the_kernels(T, D, packed, state, segments, normalize, mon
     """Forward, what is saved, backward: the launches and their arguments as a GPU would get them."""
     monkeypatch.setattr(cuda_plan, "architecture", lambda device: ARCH)
     monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
-    inputs = kda_inputs(1, T, max(1, 64 // D), D, D, gate="slow", dtype=torch.bfloat16)
-    options = {}
-    if packed:
-        options["cu_seqlens"] = torch.tensor([0, 0, 20, T], dtype=torch.int32)
-        inputs["initial_state"] = inputs["initial_state"].repeat(3, 1, 1, 1)
-    if not state:
-        del inputs["initial_state"]
-
+    inputs, options = small_kda_inputs(T, D, packed=packed, state=state)
     if normalize:
         inputs |= {name: (3 * inputs[name]).contiguous() for name in ("q", "k")}
 

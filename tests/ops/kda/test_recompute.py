@@ -10,7 +10,7 @@ from lkda.ops.kda.cuda import core as cuda
 from lkda.ops.kda.cuda import plan as cuda_plan
 from lkda.ops.kda.cuda.plan import sizes_of
 from lkda.ops.short_conv import cuda as short_conv
-from tests.ops.cases import kda_inputs, poisoned
+from tests.ops.cases import kda_inputs, poisoned, small_kda_inputs
 from tests.ops.emulation import EMULATED, NEEDS_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
 from tests.ops.yardstick import outputs_and_gradients
 
@@ -74,13 +74,7 @@ class TestOnTheCPU:
     )
     def test_same_bits(self, T, D, packed, state, segments, normalize, monkeypatch):
         monkeypatch.setattr(cuda_plan, "segment_count", lambda *sizes: segments)
-        inputs = kda_inputs(1, T, max(1, 64 // D), D, D, dtype=torch.bfloat16)
-        options = {}
-        if packed:
-            options["cu_seqlens"] = torch.tensor([0, 0, 20, T], dtype=torch.int32)
-            inputs["initial_state"] = inputs["initial_state"].repeat(3, 1, 1, 1)
-        if not state:
-            del inputs["initial_state"]
+        inputs, options = small_kda_inputs(T, D, packed=packed, state=state)
         op = emulated_op(normalize=normalize)
         got, want = (outputs_and_gradients(op, inputs, **options, recompute=recompute) for recompute in (True, False))
         assert_equal(got, want)
