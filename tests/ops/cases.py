@@ -69,7 +69,7 @@ def kda_inputs(
 
 
 def small_kda_inputs(T: int, D: int, *, packed: bool, state: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """bfloat16 inputs of one row with 64 channels or one head, and the options of the call: as three sequences, of which
+    """bfloat16 inputs of one row of 64 channels, or one head, and the options of the call: as three sequences, of which
     the first is empty, where it is packed."""
     inputs, options = kda_inputs(1, T, max(1, 64 // D), D, D, dtype=torch.bfloat16), {}
     if packed:
