@@ -59,7 +59,7 @@ def run(config: DictConfig, directory: Path) -> None:
 # Those of one job or two are fast, and in each of the slow ones something else is swept. The long ones are larger forms
 # of these, or sweep settings that have tests of their own.
 MARKS = dict.fromkeys(names("experiment"), pytest.mark.long)
-MARKS |= dict.fromkeys(("lm_by_mixer", "mqar_by_state_size", "long_context"), pytest.mark.slow)
+MARKS |= dict.fromkeys(("mqar_by_state_size", "long_context"), pytest.mark.slow)
 MARKS |= dict.fromkeys(("learning_rates", "mqar_learnt"), ())
 EXPERIMENTS = [pytest.param(name, marks=MARKS[name]) for name in names("experiment")]
 

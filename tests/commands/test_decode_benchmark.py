@@ -196,7 +196,7 @@ def test_what_cannot_be_measured_is_refused_before_a_row(
     assert not children.rows_before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_benchmark_in_processes_of_its_own(tmp_path: Path) -> None:
     benchmark(composed("benchmark", *SMALL, "batches=[1]", "contexts=[256]", f"out={tmp_path}"))
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]

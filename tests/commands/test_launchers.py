@@ -139,7 +139,7 @@ def test_optuna(
     assert {summary["val/loss"] for summary in summaries if summary["status"] == "finished"} == {best["best_value"]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_without_a_finished_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     optuna = pytest.importorskip("optuna")
     with pytest.raises(SystemExit), readable_errors():

@@ -28,7 +28,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_projects_own_task_on_a_run_and_on_what_it_exports(run: Path, tmp_path: Path) -> None:
     words = ("tasks=[sotu_word_order]", "limit=6", "accelerator=cpu")
     found = evaluate(composed("evaluate", f"ckpt={run}", *words, f"out={tmp_path}/scores.json"))

@@ -139,7 +139,7 @@ def test_a_peer_that_trains_other_parameters_is_refused(
         compare_training("llama", config("llama", settings), QUIET)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_peer_that_fails_does_not_stop_the_others(
     settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

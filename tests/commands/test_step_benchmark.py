@@ -114,7 +114,7 @@ def test_a_row_has_a_time_limit(tmp_path: Path) -> None:
 
 
 # Each mixer is two processes that import torch, one of them with cold caches.
-@pytest.mark.long  # that of decoding runs in CI
+@pytest.mark.long
 @pytest.mark.parametrize("mixers", [["kda"], ["kda", "simplified"]])
 def test_a_whole_benchmark_in_processes_of_its_own(mixers: list[str], tmp_path: Path) -> None:
     overrides = f"overrides=[{','.join(repr(word) for word in TINY)}]"

@@ -85,7 +85,7 @@ def test_a_part_whose_results_were_removed_is_measured_again(tmp_path):
     assert again.names == ["first"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_part_that_failed_is_measured_again_and_costs_no_other(tmp_path):
     with pytest.raises(CommandError, match=r"not measured: first: nothing was measured: out of memory .*out="):
         measure_whole_set(settings(tmp_path), CPU, Measure(fail="first"), PARTS)

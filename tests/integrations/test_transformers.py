@@ -252,7 +252,7 @@ def test_gradient_checkpointing_has_the_same_gradients(calls):
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiles_without_a_graph_break(calls):
     theirs, ours = pair(lambda: kimi(layer_types=["linear_attention"], num_hidden_layers=1, mlp_layer_types=["dense"]))
     x = tokens(1, 20)

@@ -145,13 +145,8 @@ def test_compiles_without_a_graph_break(cls, masked):
         close(one, two, 1e-4)
 
 
-@pytest.mark.parametrize(
-    "cls",
-    [
-        pytest.param(KimiDeltaAttention, marks=pytest.mark.slow),
-        pytest.param(SimplifiedAttention, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("cls", LAYERS)
 def test_compiles_for_every_length(cls):
     """The second length makes torch.compile trace with a symbol for it."""
     layer = layer_of(cls)

@@ -168,7 +168,7 @@ class TestEveryMixer:
 
 
 # Of the mixers, simplified takes the tracer longest. Those of a hybrid are traced one by one.
-MARKS = {"kda": [], "softmax": [pytest.mark.slow], "simplified": [pytest.mark.slow]}
+MARKS = {"kda": [], "simplified": [pytest.mark.slow]}
 TRACED = [
     pytest.param(pattern, id=name, marks=MARKS.get(name, [pytest.mark.long])) for pattern, name in zip(PATTERNS, IDS)
 ]

@@ -28,6 +28,7 @@ def test_float64_stays_float64() -> None:
     torch.testing.assert_close(StepwiseModel(model)(x), model(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", [["kda"], ["kda", "kda", "kda", "mla"]], ids=["kda", "hybrid"])
 @torch.no_grad()

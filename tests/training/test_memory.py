@@ -27,7 +27,7 @@ print(plain, faults())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 def test_freed_memory_is_used_again():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)

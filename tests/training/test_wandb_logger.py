@@ -61,7 +61,7 @@ class Killed(BaseException):
     """Ends the process, as far as a test can."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_run_is_one_axis(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after step 5 and resumed from step 4: W&B's step is the optimiser step in both files."""
     run = tmp_path / "run"

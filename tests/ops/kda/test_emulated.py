@@ -130,7 +130,7 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
         (70, 32, False, False, 1, True),
         pytest.param(300, 32, False, True, 4, False, marks=pytest.mark.slow),
         pytest.param(70, 128, False, True, 1, False, marks=pytest.mark.long),
-        pytest.param(70, 128, True, True, 1, True, marks=pytest.mark.slow),
+        pytest.param(70, 128, True, True, 1, True, marks=pytest.mark.long),
     ],
 )
 def test_the_op_around_the_kernels(T, D, packed, state, segments, normalize, monkeypatch):

@@ -132,7 +132,7 @@ def compile_in_a_process(source):
     return jit.Module(source, {"FACTOR": 3}).binary("sm_90a").cubin
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_share_the_cache(source):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         cubins = pool.map(compile_in_a_process, [source] * 4)
