@@ -28,7 +28,9 @@ from lkda.training.sharded_checkpoint import REST, rows_of
 from tests.formats.models import model, tokenizer
 from tests.fuzz.mutations import ODD, cases, loads_or_refuses, spoilt, spoilt_bytes, spoilt_json
 
-COUNTS = pytest.mark.parametrize("count", [20, pytest.param(5_000, marks=pytest.mark.long)])
+COUNTS = pytest.mark.parametrize(
+    "count", [20, pytest.param(200, marks=pytest.mark.slow), pytest.param(5_000, marks=pytest.mark.long)]
+)
 ROOT = Path(__file__).parents[2]
 # The smallest models of each format: most of the time of a case is building one.
 PATTERNS = {"lkda": ("kda",), "hf": ("softmax",)}
