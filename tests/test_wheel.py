@@ -14,7 +14,6 @@ import pytest
 
 from lkda.ops.runtime import jit
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SOURCES = ("lkda", "configs", "tasks", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
@@ -59,6 +58,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_nothing_of_the_checkout_is_missing(wheel: Path) -> None:
     kinds = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h", "py.typed")
     wanted = {path.relative_to(ROOT) for kind in kinds for path in (ROOT / "lkda").rglob(kind)}
@@ -68,6 +68,7 @@ def test_nothing_of_the_checkout_is_missing(wheel: Path) -> None:
     assert packed == wanted
 
 
+@pytest.mark.long
 def test_the_command_trains_and_exports(installed: Path, corpus: Path, tmp_path: Path) -> None:
     lkda = str(installed / "bin" / "lkda")
     data = ["data=files", f"data.paths=[{corpus}]"]
@@ -88,6 +89,7 @@ def test_the_command_trains_and_exports(installed: Path, corpus: Path, tmp_path:
 
 
 @pytest.mark.skipif(jit._reason_no_compiler() is not None, reason=str(jit._reason_no_compiler()))
+@pytest.mark.slow
 def test_a_kernel_compiles(installed: Path, tmp_path: Path) -> None:
     code = (
         "import lkda\n"
