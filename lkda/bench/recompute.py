@@ -22,6 +22,7 @@ from lkda.bench.kda_inputs import NAMES, inputs
 from lkda.bench.measure import header
 from lkda.bench.op_benchmark import DTYPES, Shape
 from lkda.bench.timing import graph_of, steady_clock
+from lkda.checks import InputError
 from lkda.ops import kda_attention
 
 SHAPES = ("8x2048x16x64", "8x2048x8x128", "1x8192x64x128")
@@ -88,7 +89,10 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES, help="of q, k and v")
     parser.add_argument("--milliseconds", type=float, default=300, help="measuring time of each number")
     options = parser.parse_args()
-    shapes = [Shape.parse(text) for text in options.shapes]
+    try:
+        shapes = [Shape.parse(text) for text in options.shapes]
+    except InputError as error:
+        raise SystemExit(f"error: --shapes: {error}") from None
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no CUDA device.")
     machine, rows = header(torch.device("cuda", 0)), list[dict[str, Any]]()

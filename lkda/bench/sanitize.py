@@ -34,6 +34,7 @@ import torch
 from lkda.bench.files import write_json
 from lkda.bench.measure import header
 from lkda.bench.sanitized_cases import PLANTED_FAULT, cases
+from lkda.io import write_atomically
 
 TOOLS = ("memcheck", "racecheck")
 NO_TOOL = "none"
@@ -229,7 +230,7 @@ def write(out: Path | None, found: Sequence[Checked], texts: str, kernels: dict[
     note = f"{machine['device']}, torch {machine['torch']}, compute-sanitizer {version}."
     rows = [asdict(result) for result in found]
     write_json(out, {"kind": "table", "header": machine, "rows": rows, "note": note, "kernels": kernels})
-    out.with_suffix(".txt").write_text(texts)
+    write_atomically(out.with_suffix(".txt"), texts)
 
 
 def main() -> int:

@@ -18,6 +18,12 @@ def test_a_machine_without_a_gpu_is_refused(monkeypatch, tmp_path):
         recompute.main()
 
 
+def test_a_shape_that_is_none_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["recompute", "--out", str(tmp_path / "table.json"), "--shapes", "8x2048"])
+    with pytest.raises(SystemExit, match=r"error: --shapes: a shape is B x T x H x D, .* got 8x2048"):
+        recompute.main()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: it measures times and memory of one")
 def test_the_workspaces_are_not_kept(monkeypatch, tmp_path):

@@ -18,9 +18,9 @@ class HangGuard(L.Callback):
     """Calls `give_up` if the GPU has finished no backward pass and no validation batch for `seconds`, although one was
     launched.
 
-    This is so if another process of the run hangs. NCCL measures the time of an exchange itself, but not of those in a
-    CUDA graph. While the GPU waits, calls of CUDA may block, so the GPU counts what it has finished in the memory of
-    the host, and a thread reads it there.
+    This is so if another process of the run hangs. PyTorch measures the time of each exchange through NCCL, but not of
+    those in a CUDA graph. While the GPU waits, calls of CUDA may block. Therefore the GPU counts in the memory of the
+    host what it has finished, and a thread reads the count there.
 
     Args:
         give_up: ends the process. It is called in the thread.
