@@ -174,8 +174,9 @@ def _draw_longest(axis: Axes, rows: Sequence[Row], style: Style) -> None:
             longest[row["gpus"]] = max(row["context"], longest.get(row["gpus"], 0))
     gpus = sorted(longest)
     axis.plot(gpus, [longest[n] for n in gpus], "o-", markersize=4, color=style.palette[0])
-    for n in gpus:
-        axis.annotate(length(longest[n]), (n, longest[n]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    for n in gpus:  # the line rises from the first, whose label is therefore below it
+        offset = (0, -14) if n == gpus[0] else (0, 6)
+        axis.annotate(length(longest[n]), (n, longest[n]), offset, textcoords="offset points", ha="center", fontsize=8)
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda tokens, _: length(tokens)))
     axis.yaxis.set_minor_locator(NullLocator())
