@@ -33,7 +33,7 @@ test: $(VENV)/installed-dev
 test-slow: $(VENV)/installed-dev
 	$(PARALLEL) -m slow $(ARGS)
 
-test-long: $(VENV)/installed-dev
+test-long: $(VENV)/installed-long
 	$(PARALLEL) -m "long or readers" $(ARGS)
 
 test-fla: $(VENV)/fla/installed
@@ -54,6 +54,11 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	@echo "installing lkda and its development tools into $(VENV)"
 	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-long: $(VENV)/installed-dev
+	@echo "installing lm-eval into $(VENV)"
+	$(BIN)/python -m pip install --progress-bar on -e '.[dev,eval]'
+	@touch $@
 
 # In a folder of its own: transformers calls flash-linear-attention wherever it is installed.
 $(VENV)/fla/installed: | $(VENV)/installed-dev

@@ -44,7 +44,8 @@ PLACEHOLDERS = {
     "EVERYTHING": "everything",
 }
 SENTENCE = "the president reads a letter of every citizen who signs some law and carries the map to an old senate"
-NEEDS_GPU = re.compile(r"^error: .*torch sees no CUDA device", re.MULTILINE)  # said once all else is checked
+# Said once all else is checked: there is no GPU, or no lm-eval, which `make test-long` installs and CI does not.
+NEEDS_MORE = re.compile(r"^error: .*(torch sees no CUDA device|needs lm-eval: pip install)", re.MULTILINE)
 
 
 @dataclass
@@ -222,7 +223,7 @@ class Page:
         shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns(".git", *patterns))
         shutil.copytree(session.folder / "bin", self.folder / ".venv" / "bin")
         (self.folder / ".venv" / "bin" / "activate").write_text(f'PATH="{self.folder}/.venv/bin:$PATH"\n')
-        for stamp in ("installed", "installed-dev"):
+        for stamp in ("installed", "installed-dev", "installed-long"):
             (self.folder / ".venv" / stamp).touch()
         cache.mkdir()
         for part in (session.folder / "cache").iterdir():
@@ -254,7 +255,7 @@ class Page:
             code, output = done.returncode, done.stdout.decode(errors="replace")
         except subprocess.TimeoutExpired as error:
             code, output = 1, f"{(error.stdout or b'').decode(errors='replace')}\nnot done after {SECONDS} s"
-        outcome = "ran" if code == 0 else "composed" if NEEDS_GPU.search(output) else "failed"
+        outcome = "ran" if code == 0 else "composed" if NEEDS_MORE.search(output) else "failed"
         records = [json.loads(line) for line in self._told()[len(told) :]]
         return Result(snippet, outcome, time.perf_counter() - begin, output, records)
 
