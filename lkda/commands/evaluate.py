@@ -21,13 +21,13 @@ from rich.text import Text
 from torch import Tensor
 
 from lkda.checks import InputError, check_count, check_values
-from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
-from lkda.commands.config import resolve
-from lkda.commands.data_options import build_data, check_data_options
-from lkda.commands.invocation import typed_overrides
+from lkda.commands.command_line.invocation import typed_overrides
 from lkda.commands.lm_eval_adapter import run_tasks
-from lkda.commands.paths import data_with_absolute_paths
-from lkda.commands.unused_options import EVALUATE, check_unused
+from lkda.commands.run.checkpoint_loading import TrainedModel, config_of_run, load_trained
+from lkda.commands.settings.config import resolve
+from lkda.commands.settings.data_options import build_data, check_data_options
+from lkda.commands.settings.paths import data_with_absolute_paths
+from lkda.commands.settings.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import NAMES, differences, in_words
 from lkda.data.text.cache import expanded

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import lkda
-from lkda.commands.command_line import _message
+from lkda.commands.command_line.errors import _message
 from lkda.commands.train import train
 from lkda.ops.runtime import cubin_cache
 from tests.commands.error_line import error_line

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hydra.utils import get_class
 
-from lkda.commands.config import resolve
-from lkda.commands.data_options import build_data, check_data_options
+from lkda.commands.settings.config import resolve
+from lkda.commands.settings.data_options import build_data, check_data_options
 from tests.commands.small import ROOT, composed
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))

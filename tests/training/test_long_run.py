@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lkda.commands.long_run import BLOCKS, main, measure
+from lkda.commands.studies.long_run import BLOCKS, main, measure
 from lkda.report.redraw import main as redraw
 from lkda.report.studies.long_run import quarters
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lkda.commands.large_text import KINDS, main, tokenize, variations, write_text
+from lkda.commands.studies.large_text import KINDS, main, tokenize, variations, write_text
 from lkda.data.text.tokenizer import load_tokenizer
 from lkda.data.text.tokens import TokensDataModule
 
