@@ -16,10 +16,11 @@ from lkda.commands.settings.config import resolve
 from lkda.commands.settings.unused_options import PREPARE_DATA, check_unused
 from lkda.data.prose.prepare import OF_BEFORE, is_without_test, prepare_mix
 from lkda.data.prose.sources import MIXES, SOURCES, Source
-from lkda.data.text.cache import default_cache_dir, expanded
+from lkda.data.text.cache import expanded
 from lkda.data.text.files import file_sources
 from lkda.data.text.tokenize import tokenize_into
 from lkda.data.text.tokenizer import check_vocab_size
+from lkda.io import default_cache_dir
 
 OPTIONS = {
     "mix": str | None,

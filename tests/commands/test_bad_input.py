@@ -459,7 +459,7 @@ def test_no_home_directory(
     monkeypatch.setattr(Path, "home", unknown)
     printed = error_line("train.py", [*small_run(corpus), f"hydra.run.dir={tmp_path}/run"], monkeypatch, capsys)
     assert "there is no home directory for the cache: set LKDA_CACHE to a directory" in printed
-    with pytest.raises(ValueError, match="no home directory to keep compiled kernels in: set LKDA_CACHE"):
+    with pytest.raises(ValueError, match="no home directory for the cache: set LKDA_CACHE"):
         cubin_cache.directory()
     assert not (tmp_path / "run").exists()
 
