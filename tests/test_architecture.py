@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.text": {"data"},
     "data.prose": {"data", "data.text"},
     "data.synthetic": {"data"},
-    "bench": {"integrations", "models", "generation", "ops.*", "data.synthetic"},
+    "bench": {"integrations", "models", "ops.*", "data.synthetic"},
     "bench.ops": {"bench", "ops.*"},
     "bench.notes": {"bench", "bench.ops", "ops.*"},
     "report.read": set(),
