@@ -1,4 +1,4 @@
-"""Atomic writes: a file is written completely or not at all."""
+"""Files: atomic writes, which write a file completely or not at all, and the directory of the caches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lkda.checks import InputError
+
+
+def default_cache_dir() -> Path:
+    """The directory LKDA_CACHE, or ~/.cache/lkda if it is not set. Raises InputError if neither is known."""
+    given = os.environ.get("LKDA_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "lkda"
+    except RuntimeError as error:  # HOME is not set, and the system has no home directory for this user
+        raise InputError(
+            "there is no home directory for the cache: set LKDA_CACHE to a directory that can be written."
+        ) from error
 
 
 @contextmanager

@@ -29,6 +29,15 @@ DATA_MODULES = {
     "lkda.data.palindrome.Palindrome": "lkda.data.synthetic.palindrome.Palindrome",
     "lkda.data.stack.Stack": "lkda.data.synthetic.stack.Stack",
 }
+# Modules that recorded commands run.
+_COMMANDS = {
+    "lkda.commands.grid": "lkda.commands.sweeps.grid",
+    "lkda.commands.graph_losses": "lkda.commands.studies.graph_losses",
+    "lkda.commands.large_text": "lkda.commands.studies.large_text",
+    "lkda.commands.long_run": "lkda.commands.studies.long_run",
+    "lkda.commands.peer_training": "lkda.commands.studies.peer_training",
+    "lkda.commands.scaling": "lkda.commands.studies.scaling",
+}
 # Renamed options of the scheduler.
 _SCHEDULER = {"final": "min_lr_ratio", "decay": "decay_fraction"}
 # Options that were added later, by group, with the value that all earlier runs had in effect.
@@ -184,6 +193,7 @@ def translated_results(found: Record) -> Record:
         "evaluation": _evaluation,
         "long_context": _evaluations,
         "state_dtypes": _evaluations,
+        "table": _table,
     }.get(str(found.get("kind")))
     return translate(found) if translate else found
 
@@ -211,6 +221,18 @@ def _subset_name(subset: Mapping[str, int]) -> str:
 
 def _renamed(record: Mapping[str, Any], names: Mapping[str, str]) -> Record:
     return {names.get(name, name): value for name, value in record.items()}
+
+
+def _table(found: Record) -> Record:
+    """A table may have the list "commands", which made it."""
+    if "commands" not in found:
+        return found
+    return found | {"commands": [_command(line) for line in found["commands"]]}
+
+
+def _command(line: str) -> str:
+    """A command that runs a module of _COMMANDS, with today's name of the module."""
+    return " ".join(_COMMANDS.get(word, word) for word in line.split(" "))
 
 
 def _benchmark(found: Record) -> Record:

@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from lkda.commands.config import resolve
-from lkda.commands.prepared_run import model_config
-from lkda.commands.run_setup import model_options
+from lkda.commands.run.prepared_run import model_config
+from lkda.commands.run.run_setup import model_options
+from lkda.commands.settings.config import resolve
 from lkda.commands.train import train
 from lkda.models.build import build_model
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 
-from lkda.old_names import main, translated_results, with_data_name
+from lkda.old_names import _COMMANDS, main, translated_results, with_data_name
 from lkda.report.operators.benchmark import read_benchmark
 from lkda.report.read.evaluations import read_evaluations
 from lkda.report.read.files import read_results_file
@@ -110,6 +111,17 @@ def test_an_evaluation_has_subsets_instead_of_names_to_take_apart(tmp_path):
 def test_other_kinds_are_left_as_they_are(kind):
     found = {"kind": kind, "rows": [{"floor_ms": 1}], "alone": 2}
     assert translated_results(found) == found
+
+
+def test_the_commands_of_a_table_name_the_modules_of_today():
+    found = {"kind": "table", "commands": ["python -m lkda.commands.grid lkda.commands.grids", "lkda train"]}
+    commands = translated_results(found)["commands"]
+    assert commands == ["python -m lkda.commands.sweeps.grid lkda.commands.grids", "lkda train"]
+
+
+def test_renamed_modules_exist():
+    missing = [new for old, new in _COMMANDS.items() if find_spec(new) is None or find_spec(old) is not None]
+    assert missing == []
 
 
 def test_files_are_rewritten_once(tmp_path, capsys):

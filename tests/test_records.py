@@ -11,7 +11,7 @@ import pytest
 
 from lkda import metrics_file, records
 from lkda.checks import InputError
-from lkda.commands.run_directory import read_summary, recorded_config
+from lkda.commands.run.run_directory import read_summary, recorded_config
 from lkda.data.text.tokenizer import load_tokenizer
 from lkda.formats import recorded_config as config_of_card
 from lkda.formats.common.reading import read_config, read_tokenizer

@@ -1,8 +1,8 @@
 """Measure the operators: time against the lower bound, error against float64, and both against other packages.
 
-With task=step, training steps of whole models are measured instead; see `lkda.commands.step_benchmark`. With
-task=decode, their decoding; see `lkda.commands.decode_benchmark`. With task=notes, the table that the project began
-with; see `lkda.commands.notes_benchmark`. With task=all, everything; see `lkda.commands.whole_set`.
+With task=step, training steps of whole models are measured instead; with task=decode, their decoding; with task=notes,
+the table that the project began with; with task=all, everything. `lkda.commands.benchmarks` has a module for each of
+these tasks: `step_benchmark`, `decode_benchmark`, `notes_benchmark` and `whole_set`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lkda.bench import measure, ops
 from lkda.bench.op_benchmark import Shape
 from lkda.checks import InputError, check_values
-from lkda.commands.config import resolve
-from lkda.commands.decode_benchmark import decode_benchmark
-from lkda.commands.notes_benchmark import notes_benchmark
-from lkda.commands.step_benchmark import check_against, step_benchmark
-from lkda.commands.unused_options import BENCHMARK, check_unused, given_options
-from lkda.commands.whole_set import measure_whole_set
+from lkda.commands.benchmarks.decode_benchmark import decode_benchmark
+from lkda.commands.benchmarks.notes_benchmark import notes_benchmark
+from lkda.commands.benchmarks.step_benchmark import check_against, step_benchmark
+from lkda.commands.benchmarks.whole_set import measure_whole_set
+from lkda.commands.settings.config import resolve
+from lkda.commands.settings.unused_options import BENCHMARK, check_unused, given_options
 from lkda.device import resolve_device
 from lkda.report.operators import report as bench_report
 from lkda.report.operators.benchmark import KIND, Benchmark, as_rich

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 
 from lkda.checks import InputError, check_values
-from lkda.commands.config import resolve
-from lkda.commands.train_again import train_again
+from lkda.commands.run.train_again import train_again
+from lkda.commands.settings.config import resolve
 from lkda.commands.wandb_report import offline_runs, send_report, sync_command
 from lkda.report.draw.tables import rich_table
 from lkda.report.training.comparison import Comparison

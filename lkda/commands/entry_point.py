@@ -17,12 +17,12 @@ from omegaconf import DictConfig
 
 import lkda
 from lkda.checks import InputError
-from lkda.commands.command_line import BAD_INPUT, output_that_may_end, readable_errors, recorded_failure
-from lkda.commands.config import check_keys
-from lkda.commands.invocation import with_started_command
-from lkda.commands.overrides import as_typed
-from lkda.commands.shipped import CONFIGS
-from lkda.commands.sweep_gpus import claim_gpus, defaults_of_plugins, register
+from lkda.commands.command_line.errors import BAD_INPUT, output_that_may_end, readable_errors, recorded_failure
+from lkda.commands.command_line.invocation import with_started_command
+from lkda.commands.command_line.overrides import as_typed
+from lkda.commands.settings.config import check_keys
+from lkda.commands.settings.shipped import CONFIGS
+from lkda.commands.sweeps.sweep_gpus import claim_gpus, defaults_of_plugins, register
 
 COMMANDS = {
     "train": "train a language model",

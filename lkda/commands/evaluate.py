@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -21,13 +22,13 @@ from rich.text import Text
 from torch import Tensor
 
 from lkda.checks import InputError, check_count, check_values
-from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
-from lkda.commands.config import resolve
-from lkda.commands.data_options import build_data, check_data_options
-from lkda.commands.invocation import typed_overrides
+from lkda.commands.command_line.invocation import typed_overrides
 from lkda.commands.lm_eval_adapter import run_tasks
-from lkda.commands.paths import data_with_absolute_paths
-from lkda.commands.unused_options import EVALUATE, check_unused
+from lkda.commands.run.checkpoint_loading import TrainedModel, config_of_run, load_trained
+from lkda.commands.settings.config import resolve
+from lkda.commands.settings.data_options import build_data, check_data_options
+from lkda.commands.settings.paths import data_with_absolute_paths
+from lkda.commands.settings.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import NAMES, differences, in_words
 from lkda.data.text.cache import expanded
@@ -65,6 +66,29 @@ OPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """The checked options of an evaluation, as configs/evaluate.yaml names them.
+
+    Attributes:
+        data: the resolved group `data`; None means the data of the run.
+    """
+
+    ckpt: str
+    accelerator: str
+    backend: str
+    precision: str
+    out: str | None
+    stepwise: bool
+    state_dtype: str | None
+    split: str
+    max_batches: int | None
+    tasks: list[str]
+    tasks_path: str | None
+    limit: int | None
+    data: dict[str, Any] | None
+
+
 def evaluate(config: DictConfig) -> dict[str, Any]:
     """Measure the model in `ckpt` on the validation split, or with split=test on the test split.
 
@@ -82,37 +106,36 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         InputError: for a checkpoint or data that cannot be used, an unknown task, or settings that contradict each
             other.
     """
-    settings = resolve(config)
-    _check(config, settings)
+    plan = plan_evaluation(config)
     console = Console(soft_wrap=True, markup=False, emoji=False)
-    device = resolve_device(config.accelerator)
-    trained = load_trained(config.ckpt, backend=config.backend)
-    dtype = DTYPES[config.precision]
+    device = resolve_device(plan.accelerator)
+    trained = load_trained(plan.ckpt, backend=plan.backend)
+    dtype = DTYPES[plan.precision]
     backends = trained.model.resolve_backends(device, dtype)
-    if config.tasks:
-        result = _tasks(config, trained, device, console)
-        ran = {name: settings[name] for name in ("tasks", "tasks_path", "limit")}
-        _write(config, trained, result, device, ran | {"backend": backends})
+    if plan.tasks:
+        result = _tasks(plan, trained, device, console)
+        ran: dict[str, Any] = {"tasks": plan.tasks, "tasks_path": plan.tasks_path, "limit": plan.limit}
+        _write(plan, trained, result, device, ran | {"backend": backends})
         return result
-    chosen = _data_options(settings, trained)
-    data = _data(chosen, trained, limit=config.max_batches)
-    if config.split == "test" and data.test is None:
+    chosen = _data_options(plan, trained)
+    data = _data(chosen, trained, limit=plan.max_batches)
+    if plan.split == "test" and data.test is None:
         why = f": {data.no_test}" if data.no_test is not None else ""
         raise InputError(f"{data.source} has no test split{why}. Leave split=test out for the validation.")
     changed = differences(trained.fingerprint, data.fingerprint)
     if changed:
         message = f"{in_words(changed)} of {data.source} are not those of the run that trained {trained.path}"
-        seen = config.split == "test" and NAMES["train"] in changed
+        seen = plan.split == "test" and NAMES["train"] in changed
         also = ", which may have seen some of the test split in training" if seen else ""
         console.print(f"note: {message}{also}.", highlight=False, markup=False, emoji=False)
     model = trained.model.to(device)
-    title, state_dtype = f"{trained.path} on {data.source}, {config.split}", None
-    if config.stepwise:
-        model = StepwiseModel(model, state_dtype=config.state_dtype)
+    title, state_dtype = f"{trained.path} on {data.source}, {plan.split}", None
+    if plan.stepwise:
+        model = StepwiseModel(model, state_dtype=plan.state_dtype)
         state_dtype = model.state_dtype
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        result = _measure(model, data, split=config.split, device=device, limit=config.max_batches)
+        result = _measure(model, data, split=plan.split, device=device, limit=plan.max_batches)
     table = Table(title=Text(title), show_header=False)
     for name, value in _lines(result):
         table.add_row(name, _shown(value))
@@ -121,22 +144,22 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "data": chosen,
         "fingerprint": dict(data.fingerprint),
         "differs_from_the_run": changed,
-        "split": config.split,
-        "stepwise": config.stepwise,
+        "split": plan.split,
+        "stepwise": plan.stepwise,
         "state_dtype": state_dtype,
-        "max_batches": config.max_batches,
+        "max_batches": plan.max_batches,
         # A stepwise model calls the step form of the operators, which has no option `backend`.
-        "backend": None if config.stepwise else backends,
+        "backend": None if plan.stepwise else backends,
     }
-    _write(config, trained, result, device, ran)
+    _write(plan, trained, result, device, ran)
     return result
 
 
 def _write(
-    config: DictConfig, trained: TrainedModel, result: dict[str, Any], device: torch.device, ran: dict[str, Any]
+    plan: EvaluationPlan, trained: TrainedModel, result: dict[str, Any], device: torch.device, ran: dict[str, Any]
 ) -> None:
     """Write the results and the settings as JSON into `out`, if given. Raises OSError if it cannot be written."""
-    if config.out is None:
+    if plan.out is None:
         return
     record = {
         "kind": "evaluation",
@@ -145,57 +168,79 @@ def _write(
         "run": trained.run,
         **ran,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": str(DTYPES[config.precision]).removeprefix("torch."),
+        "precision": str(DTYPES[plan.precision]).removeprefix("torch."),
         "result": result,
     }
-    out = expanded(config.out)
+    out = expanded(plan.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(record, indent=1) + "\n")
 
 
-def _check(config: DictConfig, settings: dict[str, Any]) -> None:
+def plan_evaluation(config: DictConfig) -> EvaluationPlan:
+    """Resolve and check the configuration. Raises InputError for settings that are wrong or contradict each other."""
+    settings = resolve(config)
     check_values(settings, OPTIONS)
     check_unused(EVALUATE, settings)
-    if config.split not in SPLITS:
-        raise InputError(f"split must be {' or '.join(SPLITS)}, got {config.split!r}.")
-    if config.precision not in PRECISIONS:
-        raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got {config.precision!r}.")
-    if config.max_batches is not None:
-        check_count("max_batches", config.max_batches, least=1)
-    if config.limit is not None:
-        check_count("limit", config.limit, least=1)
-    for_data = {"stepwise": config.stepwise or None, "max_batches": config.max_batches, "data": config.get("data")}
-    for_data["split"] = config.split if config.split != "validation" else None
-    for_data["precision"] = config.precision if config.precision != PRECISIONS[0] else None
-    for_tasks = {"tasks_path": config.tasks_path, "limit": config.limit}
-    unused = [name for name, value in (for_data if config.tasks else for_tasks).items() if value is not None]
-    if unused and config.tasks:
+    plan = EvaluationPlan(
+        ckpt=settings["ckpt"],
+        accelerator=settings["accelerator"],
+        backend=settings["backend"],
+        precision=settings["precision"],
+        out=settings["out"],
+        stepwise=settings["stepwise"],
+        state_dtype=settings["state_dtype"],
+        split=settings["split"],
+        max_batches=settings["max_batches"],
+        tasks=settings["tasks"],
+        tasks_path=settings["tasks_path"],
+        limit=settings["limit"],
+        data=settings.get("data"),
+    )
+    _check(plan)
+    return plan
+
+
+def _check(plan: EvaluationPlan) -> None:
+    if plan.split not in SPLITS:
+        raise InputError(f"split must be {' or '.join(SPLITS)}, got {plan.split!r}.")
+    if plan.precision not in PRECISIONS:
+        raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got {plan.precision!r}.")
+    if plan.max_batches is not None:
+        check_count("max_batches", plan.max_batches, least=1)
+    if plan.limit is not None:
+        check_count("limit", plan.limit, least=1)
+    for_data: dict[str, Any] = {"stepwise": plan.stepwise or None, "max_batches": plan.max_batches, "data": plan.data}
+    for_data["split"] = plan.split if plan.split != "validation" else None
+    for_data["precision"] = plan.precision if plan.precision != PRECISIONS[0] else None
+    for_tasks = {"tasks_path": plan.tasks_path, "limit": plan.limit}
+    unused = [name for name, value in (for_data if plan.tasks else for_tasks).items() if value is not None]
+    if unused and plan.tasks:
         message = f"{unused[0]} has no effect with tasks=[...], which are measured in place of data"
         raise InputError(f"{message}: leave out one of the two.")
     if unused:
         raise InputError(f"{unused[0]} has an effect only with tasks=[...]: name some tasks, or leave it out.")
-    if config.stepwise and config.backend != "auto":
+    if plan.stepwise and plan.backend != "auto":
         raise InputError(
-            f"backend={config.backend} is for whole sequences, but stepwise=true reads one token at a time: leave out "
+            f"backend={plan.backend} is for whole sequences, but stepwise=true reads one token at a time: leave out "
             "one of the two."
         )
-    if config.stepwise and config.precision != PRECISIONS[0]:
+    if plan.stepwise and plan.precision != PRECISIONS[0]:
         raise InputError(
-            f"precision={config.precision} is for whole sequences, but stepwise=true reads one token at a time in "
+            f"precision={plan.precision} is for whole sequences, but stepwise=true reads one token at a time in "
             f"{PRECISIONS[0]}: leave out one of the two."
         )
-    if config.out is not None:
-        check_output_file(expanded(config.out), option="out")
-    if config.state_dtype is None:
+    if plan.out is not None:
+        check_output_file(expanded(plan.out), option="out")
+    if plan.state_dtype is None:
         return
-    if config.state_dtype not in STATE_DTYPES:
+    if plan.state_dtype not in STATE_DTYPES:
         known = ", ".join(STATE_DTYPES)
         raise InputError(
-            f"state_dtype must be one of {known}, got {config.state_dtype!r}; leave it out to use the model's own."
+            f"state_dtype must be one of {known}, got {plan.state_dtype!r}; leave it out to use the model's own."
         )
-    if not config.stepwise:
+    if not plan.stepwise:
         raise InputError(
-            f"state_dtype={config.state_dtype} has an effect only when the model reads one token at a time: add "
+            f"state_dtype={plan.state_dtype} has an effect only when the model reads one token at a time: add "
             "stepwise=true."
         )
 
@@ -322,8 +367,8 @@ def _batches(model: LanguageModel, data: IndexedDataModule, split: str, limit: i
             bar.update(task, completed=done)
 
 
-def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, console: Console) -> dict[str, float]:
-    found = run_tasks(trained, list(config.tasks), folder=config.tasks_path, limit=config.limit, device=device)
+def _tasks(plan: EvaluationPlan, trained: TrainedModel, device: torch.device, console: Console) -> dict[str, float]:
+    found = run_tasks(trained, plan.tasks, folder=plan.tasks_path, limit=plan.limit, device=device)
     result = {f"{task}/{metric}": value for task, values in found.items() for metric, value in values.items()}
     table = Table(title=Text(f"{trained.path}, lm-eval"), show_header=False)
     for name, value in result.items():
@@ -332,18 +377,18 @@ def _tasks(config: DictConfig, trained: TrainedModel, device: torch.device, cons
     return result
 
 
-def _data_options(settings: dict[str, Any], trained: TrainedModel) -> dict[str, Any]:
+def _data_options(plan: EvaluationPlan, trained: TrainedModel) -> dict[str, Any]:
     """The chosen group `data`, resolved. If none is chosen, the group with which the model was trained.
 
     A recorded `_target_` names code. It is therefore accepted only if it is a data module of lkda.
 
     Raises: InputError if no data are recorded, or if their module is not one of lkda's.
     """
-    if "data" in settings:
+    if plan.data is not None:
         unused = [word for word in typed_overrides() if word.startswith(("data.tokenizer_path=", "data.vocab_size="))]
-        if unused and "tokenizer_path" in settings["data"]:
+        if unused and "tokenizer_path" in plan.data:
             raise InputError(f"text is always measured with the model's own tokenizer: leave out {unused[0]}.")
-        return data_with_absolute_paths(settings["data"])
+        return data_with_absolute_paths(plan.data)
     data = config_of_run(trained).get("data")
     if not isinstance(data, dict):
         where = "is in no run directory that records" if trained.step is not None else "does not record"

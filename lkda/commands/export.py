@@ -11,9 +11,9 @@ from rich.console import Console
 
 import lkda
 from lkda.checks import check_values
-from lkda.commands.checkpoint_loading import TrainedModel, config_of_run, load_trained
-from lkda.commands.config import resolve
-from lkda.commands.run_directory import read_summary
+from lkda.commands.run.checkpoint_loading import TrainedModel, config_of_run, load_trained
+from lkda.commands.run.run_directory import read_summary
+from lkda.commands.settings.config import resolve
 from lkda.formats import check_export, find_format
 from lkda.metrics_file import read_metrics
 from lkda.perplexity import perplexity

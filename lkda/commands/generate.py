@@ -13,11 +13,11 @@ import torch
 from omegaconf import DictConfig
 
 from lkda.checks import InputError, check_count
-from lkda.commands.checkpoint_loading import load_trained
-from lkda.commands.config import resolve
+from lkda.commands.command_line.text import check_text, encode_prompt
 from lkda.commands.prompts_job import check_prompts_job
-from lkda.commands.text import check_text, encode_prompt
-from lkda.commands.unused_options import GENERATE, check_unused
+from lkda.commands.run.checkpoint_loading import load_trained
+from lkda.commands.settings.config import resolve
+from lkda.commands.settings.unused_options import GENERATE, check_unused
 from lkda.device import resolve_device
 from lkda.generation.generate import Piece, check_number_of_texts, pieces_of
 from lkda.generation.text import check_stop

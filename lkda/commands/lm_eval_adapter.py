@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.commands.checkpoint_loading import TrainedModel
-from lkda.commands.shipped import TASKS
+from lkda.commands.run.checkpoint_loading import TrainedModel
+from lkda.commands.settings.shipped import TASKS
 from lkda.data.text.tokenizer import document_start, encode_text
 from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import generate

@@ -10,16 +10,17 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lkda.checks import InputError, check_values
-from lkda.commands.config import resolve
-from lkda.commands.invocation import command
-from lkda.commands.overrides import override
-from lkda.commands.unused_options import PREPARE_DATA, check_unused
+from lkda.commands.command_line.invocation import command
+from lkda.commands.command_line.overrides import override
+from lkda.commands.settings.config import resolve
+from lkda.commands.settings.unused_options import PREPARE_DATA, check_unused
 from lkda.data.prose.prepare import OF_BEFORE, is_without_test, prepare_mix
 from lkda.data.prose.sources import MIXES, SOURCES, Source
-from lkda.data.text.cache import default_cache_dir, expanded
+from lkda.data.text.cache import expanded
 from lkda.data.text.files import file_sources
 from lkda.data.text.tokenize import tokenize_into
 from lkda.data.text.tokenizer import check_vocab_size
+from lkda.io import default_cache_dir
 
 OPTIONS = {
     "mix": str | None,

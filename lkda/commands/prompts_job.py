@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lkda.checks import InputError
-from lkda.commands.text import check_text
+from lkda.commands.command_line.text import check_text
 from lkda.data.progress import patient_progress
 from lkda.generation.generate import Generated, Piece
 from lkda.generation.session import fingerprint

@@ -8,15 +8,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lkda.commands.checkpoint_loading import load_trained
-from lkda.commands.command_line import CommandError
-from lkda.commands.console import RunConsole, draw_sample
-from lkda.commands.fit import Outcome, build_task, build_trainer, fit, quiet_libraries, share_data
-from lkda.commands.launch import Processes
-from lkda.commands.prepared_run import PreparedRun, Saved, model_of, prepare_data, with_data
-from lkda.commands.run_directory import RunDirectory, RunFiles
-from lkda.commands.run_setup import RunPlan, plan_run
-from lkda.commands.summary import summarize
+from lkda.commands.command_line.errors import CommandError
+from lkda.commands.run.checkpoint_loading import load_trained
+from lkda.commands.run.console import RunConsole, draw_sample
+from lkda.commands.run.fit import Outcome, build_task, build_trainer, fit, quiet_libraries, share_data
+from lkda.commands.run.launch import Processes
+from lkda.commands.run.prepared_run import PreparedRun, Saved, model_of, prepare_data, with_data
+from lkda.commands.run.run_directory import RunDirectory, RunFiles
+from lkda.commands.run.run_setup import RunPlan, plan_run
+from lkda.commands.run.summary import summarize
 from lkda.models.lm import LanguageModel
 from lkda.training.callbacks import DivergedError, InterruptedRunError, StopRequest
 from lkda.training.checkpoint import step_files

@@ -101,7 +101,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "summary": ("results.json", "scripts/compare.py", _summary),
     "answers": ("results.json", "scripts/compare.py", _answers),
     "crossings": ("results.json", "scripts/compare.py", _crossings),
-    "agreement": ("agreement.json", "lkda.commands.scaling", _table),
+    "agreement": ("agreement.json", "lkda.commands.studies.scaling", _table),
     **{
         f"notes_{name}": ("notes.json", "scripts/benchmark.py task=notes", partial(notes.block, name))
         for name in notes.TITLES

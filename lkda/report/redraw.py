@@ -40,15 +40,15 @@ KINDS: dict[str, Callable[[Path], None] | None] = {
     "decode": decode.redraw,  # written by scripts/benchmark.py task=decode
     "state_error": state_error.redraw,  # written by lkda.bench.state_error
     "long_context": long_context.redraw,
-    "long_run": long_run.redraw,  # written by lkda.commands.long_run
+    "long_run": long_run.redraw,  # written by lkda.commands.studies.long_run
     "state_dtypes": state_dtypes.redraw,
     "by_source": by_source.redraw,
     "budgets": budgets.redraw,
     "recipe": recipe.redraw,
     "learning_rates": learning_rates.redraw,
     "notes": notes.redraw,  # written by scripts/benchmark.py task=notes
-    "peer_training": peer_training.redraw,  # written by lkda.commands.peer_training
-    "scaling": scaling.redraw,  # written by lkda.commands.scaling
+    "peer_training": peer_training.redraw,  # written by lkda.commands.studies.peer_training
+    "scaling": scaling.redraw,  # written by lkda.commands.studies.scaling
     "foreign_models": foreign_models.redraw,  # written by lkda.bench.foreign_models
     "evaluation": None,  # written by scripts/evaluate.py out=; long_context and state_dtypes collect them
     "table": None,  # lkda.report.readme writes it into a page

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import lkda
-from lkda.commands.command_line import _message
+from lkda.commands.command_line.errors import _message
 from lkda.commands.train import train
 from lkda.ops.runtime import cubin_cache
 from tests.commands.error_line import error_line
@@ -459,7 +459,7 @@ def test_no_home_directory(
     monkeypatch.setattr(Path, "home", unknown)
     printed = error_line("train.py", [*small_run(corpus), f"hydra.run.dir={tmp_path}/run"], monkeypatch, capsys)
     assert "there is no home directory for the cache: set LKDA_CACHE to a directory" in printed
-    with pytest.raises(ValueError, match="no home directory to keep compiled kernels in: set LKDA_CACHE"):
+    with pytest.raises(ValueError, match="no home directory for the cache: set LKDA_CACHE"):
         cubin_cache.directory()
     assert not (tmp_path / "run").exists()
 

@@ -9,8 +9,8 @@ import torch
 from _pytest.mark import ParameterSet
 
 from lkda.checks import InputError
-from lkda.commands.prepared_run import prepare_data, with_data
-from lkda.commands.run_setup import plan_run
+from lkda.commands.run.prepared_run import prepare_data, with_data
+from lkda.commands.run.run_setup import plan_run
 from lkda.commands.train import train
 from lkda.training.shares import part_of
 from tests.commands.ranks import on_ranks

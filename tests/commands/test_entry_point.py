@@ -18,11 +18,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import lkda
-from lkda.commands import command_line
+from lkda.commands.command_line import errors
 from lkda.commands.compare import _find
-from lkda.commands.console import resume_command
 from lkda.commands.entry_point import COMMANDS, _imported, main
-from lkda.commands.run_directory import RunDirectory
+from lkda.commands.run.console import resume_command
+from lkda.commands.run.run_directory import RunDirectory
 from tests.commands.small import ROOT, small_run
 from tests.generation.test_generate import byte_tokenizer, model_of
 
@@ -253,9 +253,9 @@ def test_imports_are_not_searched_for_garbage(tmp_path: Path, monkeypatch: pytes
 def test_a_started_process_takes_no_traceback_for_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command sets HYDRA_FULL_ERROR for Hydra, and the processes of a run inherit it."""
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    assert not command_line.asks_for_tracebacks()
-    with command_line.readable_errors():
+    assert not errors.asks_for_tracebacks()
+    with errors.readable_errors():
         assert os.environ["HYDRA_FULL_ERROR"] == "1"
-    assert not command_line.asks_for_tracebacks()
+    assert not errors.asks_for_tracebacks()
     monkeypatch.delenv("LKDA_SETS_HYDRA_FULL_ERROR")
-    assert command_line.asks_for_tracebacks()
+    assert errors.asks_for_tracebacks()

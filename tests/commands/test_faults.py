@@ -26,8 +26,8 @@ import pytest
 import torch
 
 from lkda.checks import InputError
-from lkda.commands.command_line import readable_errors
-from lkda.commands.run_directory import RunDirectory
+from lkda.commands.command_line.errors import readable_errors
+from lkda.commands.run.run_directory import RunDirectory
 from lkda.commands.train import train
 from lkda.training.checkpoint import read_checkpoint, step_files
 from lkda.training.task import LanguageModelTask

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import lkda
-from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.evaluate import evaluate
 from lkda.commands.lm_eval_adapter import _language_model
+from lkda.commands.run.checkpoint_loading import load_trained
 from lkda.commands.train import train
 from lkda.models.generate import generate
 from tests.commands.small import composed, small_run

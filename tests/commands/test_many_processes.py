@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from lkda.checks import InputError
-from lkda.commands.checkpoint_loading import load_trained
-from lkda.commands.command_line import CommandError
-from lkda.commands.data_options import build_data
+from lkda.commands.command_line.errors import CommandError
 from lkda.commands.export import export
-from lkda.commands.run_setup import plan_run
+from lkda.commands.run.checkpoint_loading import load_trained
+from lkda.commands.run.run_setup import plan_run
+from lkda.commands.settings.data_options import build_data
 from lkda.commands.train import train
 from lkda.training import losses
 from lkda.training.checkpoint import read_checkpoint

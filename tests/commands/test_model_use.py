@@ -14,12 +14,12 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, models
 
 import lkda
-from lkda.commands.checkpoint_loading import load_trained
+from lkda.commands.command_line.overrides import override
+from lkda.commands.command_line.text import encode_prompt, text_pieces
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.generate import generate
-from lkda.commands.overrides import override
-from lkda.commands.text import encode_prompt, text_pieces
+from lkda.commands.run.checkpoint_loading import load_trained
 from lkda.commands.train import train
 from lkda.data.text.cache import publish
 from lkda.data.text.documents import Splits

@@ -13,9 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import OmegaConf, open_dict
 
-from lkda.commands.checkpoint_loading import load_trained
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
+from lkda.commands.run.checkpoint_loading import load_trained
 from lkda.commands.train import train
 from lkda.data.datamodule import IndexedDataModule
 from lkda.old_names import DATA_MODULES, translated

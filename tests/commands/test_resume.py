@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lkda.checks import InputError
-from lkda.commands.run_directory import RunDirectory
+from lkda.commands.run.run_directory import RunDirectory
 from lkda.commands.train import train
 from lkda.training.checkpoint import read_checkpoint, step_files, step_path
 from lkda.training.metrics_csv import MetricsCSV

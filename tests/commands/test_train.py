@@ -13,9 +13,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lkda.commands.checkpoint_loading import load_trained
-from lkda.commands.console import draw_sample
-from lkda.commands.text import encode_prompt, text_pieces
+from lkda.commands.command_line.text import encode_prompt, text_pieces
+from lkda.commands.run.checkpoint_loading import load_trained
+from lkda.commands.run.console import draw_sample
 from lkda.commands.train import train
 from lkda.models.generate import generate
 from lkda.ops import resolve_backend
@@ -159,7 +159,7 @@ def test_the_summary_says_what_ran(asked: str, ran: str, state: str, corpus: Pat
 def test_a_precision_that_the_trainer_changes_is_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lkda.commands.run_setup.resolve_precision", lambda word, device: "16-mixed")
+    monkeypatch.setattr("lkda.commands.run.run_setup.resolve_precision", lambda word, device: "16-mixed")
     with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed would run as bf16-mixed"):
         train(composed("train", *small_run(corpus)), tmp_path / "run")
 
@@ -278,7 +278,7 @@ def test_the_sample_ends_with_its_document(corpus: Path, tmp_path: Path, monkeyp
     prompt = encode_prompt(trained.tokenizer, "The people")
     drawn = list(generate(trained.model, prompt, seed=1, **options))
     end = next(n for n in range(2, 20) if drawn[n] not in drawn[:n])
-    monkeypatch.setattr("lkda.commands.console.document_ends", lambda tokenizer: (drawn[end],))
+    monkeypatch.setattr("lkda.commands.run.console.document_ends", lambda tokenizer: (drawn[end],))
     sample = draw_sample(trained.model, trained.tokenizer, SampleOptions("The people", **options), seed=1)
     assert sample == "The people" + "".join(text_pieces(trained.tokenizer, drawn[:end]))
 

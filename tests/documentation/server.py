@@ -154,7 +154,7 @@ class Command:
         import vl_convert
 
         from lkda.bench import decode
-        from lkda.commands import whole_set
+        from lkda.commands.benchmarks import whole_set
         from lkda.report.draw import chart, style
 
         decode.SECONDS, decode.FORWARD = 0.01, (1, 64)

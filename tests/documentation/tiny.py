@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from lkda.commands.whole_set import Part
+from lkda.commands.benchmarks.whole_set import Part
 from lkda.data.text.packed import PackedDataModule
 
 PART = "[{length: 32, pairs: 2, examples: 4}]"
@@ -131,7 +131,7 @@ def overrides(name: str, arguments: Sequence[str], configs: Path, tokenizer: Pat
 
 def small_parts(parts: Sequence[Part]) -> list[Part]:
     """The first part of two tasks of the whole set of scripts/benchmark.py, with the sizes of the task. The options of
-    the other parts are checked by tests/commands/test_whole_set.py, and pages have commands of every task.
+    the other parts are checked by tests/commands/benchmarks/test_whole_set.py, and pages have commands of every task.
     """
     firsts = {part.task: part for part in reversed(parts) if part.task in ("op", "decode")}
     return [replace(part, options={**part.options, **_values(TINY_BENCHMARK[part.task])}) for part in firsts.values()]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import lkda
 from lkda.bench.files import write_json
-from lkda.commands.checkpoint_loading import load_trained
+from lkda.commands.run.checkpoint_loading import load_trained
 from lkda.commands.train import train
 from lkda.data.text.files import sotu_sources
 from lkda.generation.text import encode_prompt

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lkda
-from lkda.commands.checkpoint_loading import load_trained
-from lkda.commands.run_directory import read_summary, recorded_config
+from lkda.commands.run.checkpoint_loading import load_trained
+from lkda.commands.run.run_directory import read_summary, recorded_config
 from lkda.data.text.tokenizer import encode_text, load_tokenizer
 from lkda.data.text.tokens import TokensDataModule
 from lkda.formats.common.reading import read_tokenizer

@@ -13,8 +13,8 @@ import torch
 
 import lkda
 from lkda.checks import InputError
-from lkda.commands.checkpoint_loading import load_trained
-from lkda.commands.run_directory import fingerprint_of
+from lkda.commands.run.checkpoint_loading import load_trained
+from lkda.commands.run.run_directory import fingerprint_of
 from lkda.data.text.token_shards import load_shard
 from lkda.report.read.runs import read_run
 from tests.formats.models import model, tokenizer

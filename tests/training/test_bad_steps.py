@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lkda.checks import InputError
-from lkda.commands.command_line import CommandError
+from lkda.commands.command_line.errors import CommandError
 from lkda.commands.train import train
 from lkda.training.callbacks.divergence import MOST_SKIPPED
 from lkda.training.checkpoint import read_checkpoint

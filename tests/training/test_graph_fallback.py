@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.commands.console import RunConsole
-from lkda.commands.prepared_run import PreparedRun
+from lkda.commands.run.console import RunConsole
+from lkda.commands.run.prepared_run import PreparedRun
 from lkda.commands.train import train
 from lkda.training import cuda_graphs
 from lkda.training.cuda_graphs import GraphedLoss, _Captured

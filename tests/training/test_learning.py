@@ -10,8 +10,8 @@ import torch
 from _pytest.mark import ParameterSet
 from hydra import compose, initialize_config_dir
 
-from lkda.commands.config import resolve
-from lkda.commands.run_setup import model_options
+from lkda.commands.run.run_setup import model_options
+from lkda.commands.settings.config import resolve
 from lkda.models.build import build_model
 from lkda.training.losses import next_token_loss
 from lkda.training.optimizer import build_optimizer

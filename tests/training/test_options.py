@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lkda.commands.config import resolve
+from lkda.commands.settings.config import resolve
 from lkda.training.optimizer import check_optimizer, check_schedule
 from lkda.training.options import (
     CheckpointOptions,

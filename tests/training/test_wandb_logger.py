@@ -10,7 +10,7 @@ import pytest
 import wandb
 from omegaconf import OmegaConf
 
-from lkda.commands.shipped import CONFIGS
+from lkda.commands.settings.shipped import CONFIGS
 from lkda.commands.train import train
 from lkda.training import wandb_connection
 from lkda.training.task import LanguageModelTask

@@ -19,19 +19,6 @@ _METADATA_FILE = "facts.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
-def default_cache_dir() -> Path:
-    """The directory LKDA_CACHE, or ~/.cache/lkda if it is not set. Raises InputError if neither is known."""
-    given = os.environ.get("LKDA_CACHE")
-    if given:
-        return Path(given)
-    try:
-        return Path.home() / ".cache" / "lkda"
-    except RuntimeError as error:  # HOME is not set, and the system has no home directory for this user
-        raise InputError(
-            "there is no home directory for the cache: set LKDA_CACHE to a directory that can be written."
-        ) from error
-
-
 def expanded(path: str) -> Path:
     """`path` with ~ replaced by the home directory. Raises InputError if the home directory is not known."""
     try:

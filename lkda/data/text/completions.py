@@ -15,13 +15,14 @@ from tokenizers import Tokenizer
 from lkda.checks import InputError
 from lkda.data.fingerprint import of_texts, of_tokenizer
 from lkda.data.progress import patient_progress
-from lkda.data.text.cache import building, default_cache_dir, expanded, metadata_of, publish
+from lkda.data.text.cache import building, expanded, metadata_of, publish
 from lkda.data.text.examples import ExampleRows, Examples, read_examples, write_examples
 from lkda.data.text.files import Sources, file_sources
 from lkda.data.text.packed import HeldOut, PackedDataModule, PackedText
 from lkda.data.text.table import Table
 from lkda.data.text.tokenize import train_on, unigram_entropy
 from lkda.data.text.tokenizer import check_vocab_size, load_tokenizer
+from lkda.io import default_cache_dir
 
 # Increase this when the content of a directory in the cache changes.
 FORMAT = 1

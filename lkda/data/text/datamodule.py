@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lkda.checks import InputError, check_count
 from lkda.data.packing import Rows
-from lkda.data.text.cache import default_cache_dir, expanded
+from lkda.data.text.cache import expanded
 from lkda.data.text.files import file_sources, sotu_sources
 from lkda.data.text.packed import HeldOut, PackedDataModule, PackedText
 from lkda.data.text.tokenize import (
@@ -20,6 +20,7 @@ from lkda.data.text.tokenize import (
 )
 from lkda.data.text.tokenizer import check_vocab_size
 from lkda.data.text_sources import sources_of
+from lkda.io import default_cache_dir
 
 # Corpora that scripts/prepare_data.py makes.
 PREPARED = ("prose", "english", "code")

@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 
 from lkda.checks import InputError, check_count
 from lkda.data.datamodule import IndexedDataModule, TestSplit
-from lkda.data.text.cache import default_cache_dir, expanded
+from lkda.data.text.cache import expanded
 from lkda.data.text.tokenize import load_tokenized, without_test
 from lkda.data.text.tokenizer import vocabulary_rows
+from lkda.io import default_cache_dir
 from lkda.targets import IGNORE_INDEX
 
 

@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from lkda.checks import InputError, check_count
-from lkda.data.text.cache import building, default_cache_dir, expanded, publish
+from lkda.data.text.cache import building, expanded, publish
 from lkda.data.text.token_file import writing_token_file
 from lkda.data.text.tokenize import load_tokenized
 from lkda.data.text.tokenizer import document_start
+from lkda.io import default_cache_dir
 
 PASSAGE = 32  # tokens of a passage, as those of data=needle by default (data.cue + data.answer)
 TIMES = 4  # that a passage occurs in its document

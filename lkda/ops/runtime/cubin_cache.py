@@ -6,26 +6,18 @@ cannot be used, kernels are compiled again in each process, with one warning.
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from lkda.checks import InputError
-from lkda.io import write_atomically
+from lkda.io import default_cache_dir, write_atomically
 
 _warned = False
 
 
 def directory() -> Path:
-    """The directory `kernels` in LKDA_CACHE, or in ~/.cache/lkda. Raises ValueError if neither is known."""
-    given = os.environ.get("LKDA_CACHE")
-    try:
-        return (Path(given) if given else Path.home() / ".cache" / "lkda") / "kernels"
-    except RuntimeError as error:  # HOME is not set, and the system knows no home of this user
-        raise InputError(
-            "there is no home directory to keep compiled kernels in: set LKDA_CACHE to a directory that can be written."
-        ) from error
+    """The directory `kernels` of the cache. Raises InputError if there is no home directory for the cache."""
+    return default_cache_dir() / "kernels"
 
 
 def key(words: Iterable[str], texts: Iterable[bytes]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of an experiment that lkda.commands.grid reads, or whose values other settings take. The last one is of earlier
-# versions.
+# Keys of an experiment that lkda.commands.sweeps.grid reads, or whose values other settings take. The last one is of
+# earlier versions.
 GRID_KEYS = ("estimate", "then", "sweeps", "values", "jobs_per_gpu")
 
 

@@ -1,8 +1,8 @@
 """Draws decode.json of `scripts/benchmark.py task=decode`: a table, and plots by context and batch.
 
 The JSON is {"kind": "decode", "header": {device, torch, lkda, versions, git_commit, date}, "rows": [...]}. A row holds
-the case (`lkda.commands.decode_case`) and the measurements of `lkda.bench.decode`; or the reason why nothing was
-measured, with the bytes needed where the states do not fit into the memory.
+the case (`lkda.commands.benchmarks.decode_case`) and the measurements of `lkda.bench.decode`; or the reason why nothing
+was measured, with the bytes needed where the states do not fit into the memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draws long_run.json of `lkda.commands.long_run`: memory and the time of a step over a long run, and table.json."""
+"""Draws long_run.json of `lkda.commands.studies.long_run`, memory and step time over a long run, and table.json."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = {
 
 
 def redraw(path: Path) -> None:
-    """Writes table.json and long_run.png beside a file of `lkda.commands.long_run`.
+    """Writes table.json and long_run.png beside a file of `lkda.commands.studies.long_run`.
 
     Raises: ValueError where it is not such a file.
     """
@@ -38,7 +38,7 @@ def redraw(path: Path) -> None:
         table = {"kind": "table", "rows": _table(rows), "note": _note(header)}
         drawn = _plot(rows)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{path} is not of lkda.commands.long_run ({error}).") from error
+        raise InputError(f"{path} is not of lkda.commands.studies.long_run ({error}).") from error
     write_atomically(path.parent / "table.json", json.dumps(table, indent=1) + "\n")
     write_atomically(path.parent / "long_run.png", drawn.light)
 

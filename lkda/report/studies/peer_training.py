@@ -1,4 +1,4 @@
-"""Draws results.json of `lkda.commands.peer_training`: table.json, and a plot of the losses and their differences."""
+"""Draws results.json of `lkda.commands.studies.peer_training`: table.json, and a plot of losses and differences."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rows(found: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def redraw(path: Path) -> None:
-    """Writes table.json and peer_training.png beside a file of `lkda.commands.peer_training`.
+    """Writes table.json and peer_training.png beside a file of `lkda.commands.studies.peer_training`.
 
     Raises: ValueError where it is not such a file.
     """
@@ -56,7 +56,7 @@ def redraw(path: Path) -> None:
         table = {"kind": "table", "rows": rows(found), "note": _note(found)}
         drawn = _picture(found["peers"])
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{path} is not of lkda.commands.peer_training ({error}).") from error
+        raise InputError(f"{path} is not of lkda.commands.studies.peer_training ({error}).") from error
     write_atomically(path.parent / "table.json", json.dumps(table, indent=1) + "\n")
     write_atomically(path.parent / "peer_training.png", drawn.light)
 

@@ -1,4 +1,4 @@
-"""Draws scaling.json of `lkda.commands.scaling`: table.json, agreement.json, and a plot of speed and contexts."""
+"""Draws scaling.json of `lkda.commands.studies.scaling`: table.json, agreement.json, a plot of speed and contexts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lkda.report.draw.units import length
 from lkda.report.read.files import read_results_file, write_together
 
 KIND = "scaling"
-# What `lkda.commands.scaling` measures, in the order of importance.
+# What `lkda.commands.studies.scaling` measures, in the order of importance.
 PARTS = ("base", "large", "context", "agreement", "longest")
 _NAMES = {"single": "one device", "ddp": "DDP", "fsdp": "FSDP", "context_parallel": "context parallel"}
 
@@ -25,8 +25,9 @@ Row = Mapping[str, Any]
 
 
 def redraw(path: Path) -> None:
-    """Writes table.json, agreement.json and scaling.png beside a file of `lkda.commands.scaling`. Where no run of a
-    table was measured, there is none.
+    """Writes table.json, agreement.json and scaling.png beside a file of `lkda.commands.studies.scaling`.
+
+    A table of which no run was measured is not written.
 
     Raises: ValueError where it is not such a file.
     """
@@ -43,7 +44,7 @@ def redraw(path: Path) -> None:
         if made["table.json"]:
             files[path.parent / "scaling.png"] = _plot(rows).light
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not of lkda.commands.scaling ({error!r}).") from error
+        raise InputError(f"{path} is not of lkda.commands.studies.scaling ({error!r}).") from error
     write_together(files)
 
 

@@ -3,7 +3,7 @@
 The JSON is {"kind": "step_benchmark", "header": {device, torch, lkda, versions, git_commit, date}, "rows": [...]}. A
 row holds title, implementation ("train": scripts/train.py's loop; "bare": the same model without Lightning; else a
 model of another package), model, mixer, B, T, packed, the settings it was measured with, and the measurements of
-`lkda.commands.step_clock`; or the reason why nothing was measured.
+`lkda.commands.benchmarks.step_clock`; or the reason why nothing was measured.
 """
 
 from __future__ import annotations

@@ -45,10 +45,10 @@ def test_what_is_not_of_the_command_is_named(tmp_path: Path) -> None:
     broken = peer()
     del broken["theirs"]
     path.write_text(json.dumps({"kind": KIND, "header": {}, "peers": [broken]}))
-    with pytest.raises(ValueError, match=r"results.json is not of lkda.commands.peer_training \('theirs'\)"):
+    with pytest.raises(ValueError, match=r"results.json is not of lkda.commands.studies.peer_training \('theirs'\)"):
         redraw(path)
     path.write_text(json.dumps({"kind": KIND, "header": {}, "peers": []}))
-    with pytest.raises(ValueError, match=r"is not of lkda\.commands\.peer_training"):
+    with pytest.raises(ValueError, match=r"is not of lkda\.commands\.studies\.peer_training"):
         redraw(path)
 
 

@@ -1,0 +1,253 @@
+"""Error handling of every command: a user's mistake gives one line and exit code 2, a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+import lkda
+from lkda.checks import InputError
+from lkda.commands.command_line.invocation import with_started_command
+from lkda.io import write_atomically
+from lkda.run_failure import FAILURE
+
+BAD_INPUT = 2
+FAILED = 1
+# Tells the processes that this one starts, which inherit HYDRA_FULL_ERROR, that it is not from the user.
+_NOT_FROM_THE_USER = "LKDA_SETS_HYDRA_FULL_ERROR"
+_HOME = Path(lkda.__file__).parent
+# Packages that receive settings unchanged from the configuration. Their errors about a value are shown to the user.
+_CONFIGURED = ("lightning", "lightning_utilities", "hydra", "omegaconf", "joblib")
+
+
+def asks_for_tracebacks() -> bool:
+    """Whether the user has set HYDRA_FULL_ERROR=1."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" and _NOT_FROM_THE_USER not in os.environ
+
+
+TRACEBACKS = asks_for_tracebacks()  # before this module sets the variable too
+
+
+class CommandError(RuntimeError):
+    """A command failed for a reason that is neither a bug nor bad input. Only its message is printed."""
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn an error that the user can correct into one line `error: ...` and exit code 2. HYDRA_FULL_ERROR=1 keeps the
+    traceback.
+
+    It is used twice: around `main()`, where it also catches Hydra's errors about the command line, and around the
+    command inside, where it prints before Hydra adds a line of its own.
+    """
+    # With this, Hydra raises its errors. Otherwise it prints them in its own format and exits with 1.
+    if not TRACEBACKS:
+        os.environ[_NOT_FROM_THE_USER] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        _leave_the_pipe()
+        raise SystemExit(FAILED) from None
+    except Exception as error:
+        message = _message(error)
+        if TRACEBACKS or message is None:
+            raise
+        print(f"error: {with_started_command(message)}", file=sys.stderr)
+        _leave_no_empty_directory()
+        if _in_a_sweep():
+            raise  # an exception fails only this job; the other jobs of the sweep continue
+        raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None
+
+
+@contextmanager
+def recorded_failure() -> Iterator[None]:
+    """If a job of a sweep fails, write the reason into FAILURE in its directory, where compare.py finds it."""
+    try:
+        yield
+    except Exception as error:
+        if _in_a_sweep():
+            directory = Path(HydraConfig.get().runtime.output_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            reason = _message(error) or f"{type(error).__name__}: {_on_one_line(str(error))}"
+            write_atomically(directory / FAILURE, reason + "\n")
+        raise
+
+
+def _leave_the_pipe() -> None:
+    """Discard buffered output without a message, after the reader of a pipe has exited (`... | head`)."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+@contextmanager
+def output_that_may_end() -> Iterator[None]:
+    """Once the reader of the output has exited (`... | head`), discard what is printed and continue the work.
+
+    For a command that writes its result into files: hours of training must not end because a pipe was closed.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _MayEnd(before[0]), _MayEnd(before[1])
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _MayEnd:
+    """A text stream whose reader may exit. Everything except writing and flushing is passed to the stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._let_go()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Send what is buffered, and everything written from now on, to the null device."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        print("the output is no longer read: training continues without printing", file=sys.stderr)
+
+
+def _in_a_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _leave_no_empty_directory() -> None:
+    """Remove the output directory if it is empty. Hydra creates it before a command begins."""
+    runtime = HydraConfig.get().runtime if HydraConfig.initialized() else None
+    if runtime is None or OmegaConf.is_missing(runtime, "output_dir"):
+        return
+    made = Path(runtime.output_dir)
+    if made.absolute() != Path.cwd():
+        with suppress(OSError):  # fails if the directory is not empty
+            made.rmdir()
+
+
+def _message(error: Exception) -> str | None:
+    """The one-line message for an error that the user can correct; None for a bug."""
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+        known = _message(error.__cause__)
+        # For example a class that does not exist. An error raised inside a class of lkda's is a bug.
+        within = any(path.is_relative_to(_HOME) for path in _files(error.__cause__))
+        return known if known is not None or within else _configuration_message(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is required: give {error.full_key}=..."
+    if isinstance(error, (CommandError, InputError)):
+        return _on_one_line(str(error))
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _configuration_message(error)
+    if isinstance(error, OSError):
+        return _of_the_system(error)
+    if _out_of_memory(error):
+        return (
+            f"out of memory ({_on_one_line(str(error))[:200]}): lower data.batch_size (with "
+            "trainer.accumulate_grad_batches in its place), data.context or the size of the model."
+        )
+    if isinstance(error, ValueError) and _raised_by(error, ("optuna",)) and "No trials are completed" in str(error):
+        return "no run of the search has finished, so there is no best one: the file failure.txt of each says why."
+    if isinstance(error, (ValueError, TypeError, *_misconfiguration())) and _raised_by(error, _CONFIGURED):
+        return f"a setting cannot be used: {_on_one_line(str(error))}"
+    return None
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _of_the_system(error: OSError) -> str:
+    """The message for an error of the operating system: a missing or protected file, a full disk, a network failure."""
+    what = error.strerror or _on_one_line(str(error)) or type(error).__name__
+    if error.filename is None:
+        return f"{what}." if _inside_lkda(error) else f"cannot print: {what}."
+    if _inside_lkda(error):
+        return f"{error.filename}: {what}."
+    return f"cannot create the output directory {error.filename}: {what}."
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU. For the CPU torch has no error type of its own."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _misconfiguration() -> tuple[type[Exception], ...]:
+    """Lightning's error type for a wrong setting, if Lightning is loaded."""
+    module = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return () if module is None else (module.MisconfigurationException,)
+
+
+def _files(error: Exception) -> list[Path]:
+    """The source files in the error's traceback. The file that raised it is the last."""
+    return [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _raised_by(error: Exception, packages: tuple[str, ...]) -> bool:
+    """Whether a module of one of `packages` raised the error."""
+    files = _files(error)
+    return bool(files) and any(package in files[-1].parts for package in packages)
+
+
+def _inside_lkda(error: Exception) -> bool:
+    """Whether a command had begun. If not, Hydra failed to create the output directory."""
+    begin = (Path(__file__), _HOME / "commands" / "entry_point.py")
+    return any(path.is_relative_to(_HOME) and path not in begin for path in _files(error))
+
+
+def _configuration_message(error: Exception) -> str:
+    """Hydra's message on one line. For an unknown key it adds the nearest existing key and the list of all keys."""
+    text = " ".join(re.split(r"\n\s*(?:full_key|Config search path)|, set env var HYDRA", str(error))[0].split())
+    if isinstance(error, (InterpolationKeyError, InterpolationResolutionError)):
+        return f"{error.full_key}: {text}. ${{...}} stands for another setting; in a text, write \\${{...}}."
+    cause = error.__cause__
+    if not isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or not isinstance(cause.parent_node, DictConfig):
+        return text
+    known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
+    near = difflib.get_close_matches(str(cause.key), known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    there = f" It has {', '.join(known)}." if known else ""
+    return f"{text.split(' To append')[0]}{hint}{there}"

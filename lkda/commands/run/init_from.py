@@ -1,0 +1,49 @@
+"""Starts a run from the weights of an exported directory instead of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lkda
+from lkda.checks import InputError
+from lkda.commands.command_line.invocation import command, typed_overrides
+from lkda.commands.command_line.overrides import override
+from lkda.models.lm import LanguageModel
+
+# Options that the exported directory decides, by the first part of their names.
+_BROUGHT = ("model", "mixer", "data.tokenizer_path", "data.vocab_size")
+# Options of the group model that do not change the model.
+_HARMLESS = ("model.name", "model.learning_rate")
+
+
+def load_initial_model(directory: Path, *, backend: str, data: Mapping[str, Any]) -> LanguageModel:
+    """Load the model of `directory`, in training mode.
+
+    Args:
+        directory: an exported directory, the option `init_from`.
+        backend: of the operators.
+        data: the resolved group, which must be text.
+    Raises: InputError if the directory is not a usable exported directory, or if the command line also sets options of
+        the model.
+    """
+    names = {word: word.lstrip("+~").split("=")[0] for word in typed_overrides()}
+    clashing = [word for word, name in names.items() if name.startswith(_BROUGHT) and name not in _HARMLESS]
+    if clashing:
+        raise InputError(f"init_from has a model and a tokenizer of its own: leave out {' '.join(clashing)}.")
+    if "tokenizer_path" not in data:
+        raise InputError("init_from needs data of text, because its model was trained on text: give data=files, say.")
+    if (directory / "checkpoints").is_dir() and not (directory / "config.json").exists():
+        raise InputError(
+            f"init_from needs an exported directory, but {directory} is a run directory: export it first with "
+            f"{command('export', override('ckpt', str(directory)), 'out=...')}"
+        )
+    model, _ = lkda.load(directory, backend=backend)
+    return model.train()
+
+
+def mixer_name(model: LanguageModel) -> str:
+    """The name of the model's mixer. If its config has none, the kinds of its layers, such as kda_mla."""
+    mixer = model.config["mixer"]
+    return str(mixer.get("name") or "_".join(dict.fromkeys(mixer["pattern"])))

@@ -1,0 +1,176 @@
+"""A plan together with its prepared data, and everything that depends on the data or on the run that is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lkda.checks import InputError
+from lkda.commands.run.run_directory import RunDirectory, fingerprint_of
+from lkda.commands.run.run_setup import RunPlan
+from lkda.commands.settings.data_options import build_data
+from lkda.data.datamodule import IndexedDataModule, TestSplit
+from lkda.data.text.packed import PackedDataModule
+from lkda.device import physical_memory
+from lkda.models.build import build_model
+from lkda.models.lm import LanguageModel
+from lkda.training.memory import check_activations
+from lkda.training.metrics_csv import steps_with
+from lkda.training.options import check_validation_batches
+
+# A checkpoint to resume from: its path and its content.
+Saved = tuple[Path, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """Everything that is known before the first step.
+
+    Attributes:
+        data: the prepared data module.
+        model_config: the complete dict of `build_model`.
+        metadata: plain values that describe the run, for its checkpoints and its summary.
+        total_steps: optimizer steps of the whole run.
+        checkpoint: the file to resume from; None for a new run.
+        first_step: the number of steps that are already done.
+    """
+
+    plan: RunPlan
+    data: IndexedDataModule
+    model_config: dict[str, Any]
+    metadata: dict[str, Any]
+    total_steps: int
+    checkpoint: Path | None
+    first_step: int
+
+    def is_finished(self, run: RunDirectory) -> bool:
+        """Whether the directory already holds the result of this many steps."""
+        return self.first_step >= self.total_steps and run.read_summary().get("status") == "finished"
+
+    @property
+    def without_compiler(self) -> str | None:
+        """What does not allow torch.compile on a GPU; None if nothing does."""
+        if self.plan.trainer.detect_anomaly:
+            return "trainer.detect_anomaly"
+        return "context_parallel" if self.plan.trainer.context_parallel > 1 else None  # its exchanges are not traced
+
+    @property
+    def without_graphs(self) -> str | None:
+        """What does not allow CUDA graphs on a GPU; None if nothing does.
+
+        The processes of a run must capture and replay the same exchanges at the same time. So their batches have one
+        shape, and each is a step.
+        """
+        trainer = self.plan.trainer
+        if trainer.detect_anomaly:
+            return "trainer.detect_anomaly"
+        if trainer.strategy != "single" and trainer.accumulate_grad_batches > 1:
+            return f"{trainer.strategy} with trainer.accumulate_grad_batches"
+        if trainer.strategy != "single" and self.data.val_subsets:  # the number of targets differs from batch to batch
+            return f"{trainer.strategy} with data={self.data.source}"
+        return None
+
+    def check_steps(self, run: RunDirectory) -> None:
+        """Raise InputError if the run has already done more than `total_steps` steps, or this many without a
+        validation."""
+        step = self.first_step
+        if step < self.total_steps:
+            return
+        if step > self.total_steps or step not in steps_with(run.metrics, "val/loss"):
+            raise InputError(
+                f"{run.path} has already done {step} steps, so {self.total_steps} steps leave nothing to train: "
+                f"give trainer.max_steps={step + 1} or more."
+            )
+
+
+def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
+    """The prepared data of the run. Raises InputError if they are not the data of the run that is resumed."""
+    data = build_data(plan.data)
+    tokens = data.tokens_per_batch  # raises for data that cannot be trained on, before they are prepared
+    if plan.device.type == "cpu":  # a GPU has an error of its own for this
+        check_activations(plan.model, tokens=tokens, checkpointing=plan.checkpointing, available=physical_memory())
+    data.expected = fingerprint_of(saved[1]) if saved else {}
+    limit = plan.trainer.limit_val_batches
+    if isinstance(data, PackedDataModule) and isinstance(limit, int):
+        data.measure_at_most(limit)  # bits per byte are those of the measured part
+    data.prepare()
+    return data
+
+
+def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> PreparedRun:
+    """The plan with its prepared data. Raises InputError if they do not fit together."""
+    check_validation_batches(plan.trainer.limit_val_batches, data.val_batches)
+    parts = plan.trainer.context_parallel
+    if data.context % parts:
+        raise InputError(
+            f"data.context={data.context} tokens cannot be divided among trainer.context_parallel={parts} devices: "
+            f"give a multiple of {parts}."
+        )
+    if parts > 1 and data.val_subsets:
+        raise InputError(f"trainer.context_parallel={parts} needs data of text or data=random, got data={data.source}.")
+    tokens_per_step = data.tokens_per_batch * plan.trainer.accumulate_grad_batches
+    metadata = {
+        "mixer": plan.mixer_name,
+        "model": plan.model_name,
+        "data": data.source,
+        "seed": plan.seed,
+        "learning_rate": plan.optimizer["lr"],
+        "context": data.context,
+        "tokens_per_step": tokens_per_step,
+        "bytes_per_token": data.bytes_per_token,
+        "unigram_entropy": data.unigram_entropy,
+        "val_subsets": [dict(subset) for subset in data.val_subsets],
+        "test": None if data.test is None else _test_metadata(data.test),
+        "fingerprint": dict(data.fingerprint),
+    }
+    return PreparedRun(
+        plan=plan,
+        data=data,
+        model_config=model_config(plan.model, vocab_size=data.vocab_size, context=data.context),
+        metadata=metadata,
+        total_steps=plan.trainer.steps(tokens_per_step),
+        checkpoint=saved[0] if saved else None,
+        first_step=saved[1]["lkda"]["step"] if saved else 0,
+    )
+
+
+def _test_metadata(test: TestSplit) -> dict[str, Any]:
+    return {name: getattr(test, name) for name in ("tokens", "bytes_per_token", "unigram_entropy")}
+
+
+def model_config(model: Mapping[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:
+    """The complete dict of `build_model`.
+
+    Args:
+        model: as in a plan.
+        vocab_size: of the tokenizer. The embedding has as many rows, unless model.vocab_size is larger.
+        context: training length in tokens.
+    Raises: InputError if the tokenizer has more tokens than the embedding has rows.
+    """
+    rows = model["vocab_size"] or vocab_size
+    if vocab_size > rows:
+        raise InputError(
+            f"the tokenizer has {vocab_size} tokens, but the model has only {rows} rows: "
+            f"set model.vocab_size to {vocab_size} or more, or data.vocab_size to {rows} or less."
+        )
+    return {**model, "vocab_size": rows, "context": context}
+
+
+def model_of(prepared: PreparedRun) -> LanguageModel:
+    """The model to train, on the CPU: initialized at random from the run's seed, or the model of `init_from`.
+
+    If the run is resumed, the weights of the checkpoint replace these later.
+    """
+    plan = prepared.plan
+    L.seed_everything(plan.seed, workers=True, verbose=False)
+    if plan.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # matrix products that stay in float32 may use TF32
+    if plan.initial is None:
+        return build_model(prepared.model_config)
+    plan.initial.config = prepared.model_config
+    return plan.initial

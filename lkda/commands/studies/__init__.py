@@ -1,0 +1,1 @@
+"""Measurements with a command of their own, `python -m lkda.commands.studies.NAME`, which train or prepare data."""

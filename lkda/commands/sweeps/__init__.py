@@ -1,0 +1,1 @@
+"""Many runs at the same time: the jobs of experiments, and the GPUs of each job."""

@@ -1,0 +1,275 @@
+"""The jobs of an experiment's sweep: what each has done, what is left of it, and how long that takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from lkda.checks import InputError, check_values
+from lkda.commands.run.run_directory import RunFiles, read_summary
+from lkda.commands.settings.shipped import CONFIGS
+from lkda.metrics_file import read_metrics
+
+_ESTIMATE = {"start": int | float, "then": int | float, "steps_per_s": dict, "gpu_share": int | float}
+_CONDITIONAL = {"only_with": str, "command": str}  # an entry of `then`
+# A job writes into a log, where a bar would be redrawn line by line.
+_QUIET = ("callbacks.overview=null", "callbacks.progress=null")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of an experiment.
+
+    Attributes:
+        name: EXPERIMENT/JOB, the run directory below --out.
+        overrides: of scripts/train.py.
+        directory: the run directory.
+        steps: optimizer steps of the whole run; None where the length is given in tokens.
+        start, then_seconds: seconds until the first step, and of the commands after the training.
+        steps_per_s: the speed of a job that has a GPU to itself; None if it is not known.
+        gpu_share: the share of a GPU that a job keeps busy.
+        then: the arguments of each command after the training.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    directory: Path
+    steps: int | None
+    start: float
+    then_seconds: float
+    steps_per_s: float | None
+    then: tuple[tuple[str, ...], ...]
+    gpu_share: float = 1.0
+
+    @property
+    def status(self) -> str:
+        """new, or the status in summary.json: finished, interrupted or diverged."""
+        return str(read_summary(self.directory / "summary.json").get("status", "new"))
+
+    @property
+    def standing(self) -> str:
+        """How far the job is, in words for a table."""
+        if not self.commands():
+            return "done" if len(self._all()) == 1 + len(self.then) else "diverged"
+        if self.status == "finished":
+            return "trained, not all measured"
+        return "cut off" if self.has_begun else "not begun"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run directory has a summary, or measurements of a training."""
+        run = RunFiles(self.directory)
+        return run.summary.exists() or run.metrics.exists()
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether the job has begun, is not done, and has no checkpoint to go on from."""
+        return self.has_begun and bool(self._open()) and not any(RunFiles(self.directory).checkpoints.glob("*.ckpt*"))
+
+    @property
+    def trains_a_second_time(self) -> bool:
+        """Whether its training has ended, but has to be repeated for a measurement."""
+        return self.status == "finished" and self.begins_again
+
+    def commands(self) -> list[list[str]]:
+        """The arguments of lkda for what is still to be done. A training that diverged is not repeated."""
+        return [_continuing(words) for words in (self._all() if self.begins_again else self._open())]
+
+    def _all(self) -> list[tuple[str, ...]]:
+        """All commands, or those before a training that diverged: there is nothing to measure after it."""
+        found = [("train", *self.overrides, f"hydra.run.dir={self.directory}"), *self.then]
+        ends = [n for n, words in enumerate(found) if words[0] == "train" and _training_status(words) == "diverged"]
+        return found[: min(ends, default=len(found))]
+
+    def _open(self) -> list[tuple[str, ...]]:
+        """What has no result yet. A missing export is none if all that comes after it is done."""
+        found: list[tuple[str, ...]] = []
+        for words in reversed(self._all()):
+            needed = words[0] != "export" or found or words is self.then[-1]
+            if needed and not _is_done(words):
+                found.insert(0, words)
+        return found
+
+    def set_aside(self) -> None:
+        """Rename the run directory to .JOB.before. An earlier directory of this name is deleted."""
+        before = self.directory.with_name(f".{self.directory.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        self.directory.rename(before)
+
+    def delete_weights(self) -> None:
+        """Delete the checkpoints, and what was exported. The directory of an export stays, and is empty."""
+        shutil.rmtree(RunFiles(self.directory).checkpoints, ignore_errors=True)
+        for words in self.then:
+            path = _result(words)
+            if words[0] == "train":
+                shutil.rmtree(RunFiles(path).checkpoints, ignore_errors=True)
+            elif words[0] == "export":
+                shutil.rmtree(path)
+                path.mkdir()
+
+    def seconds(self, *, per_gpu: int = 1, slowdown: float | None = None) -> float | None:
+        """The estimated time of what is still to be done; None if it cannot be estimated.
+
+        Args:
+            per_gpu: jobs that share a GPU.
+            slowdown: how much longer the training and the commands after it take for that reason. None means that the
+                jobs need `per_gpu` times `gpu_share` of a GPU.
+        """
+        slowdown = max(1.0, per_gpu * self.gpu_share) if slowdown is None else slowdown
+        train = self.begins_again or self.status not in ("finished", "diverged")
+        after = slowdown * self.then_seconds * (len(self.commands()) - train) / max(1, len(self.then))
+        if not train:
+            return after
+        if self.steps is None or self.steps_per_s is None:
+            return None
+        rows = [] if self.begins_again else read_metrics(RunFiles(self.directory).metrics)
+        done = int(rows[-1]["step"]) if rows else 0
+        return self.start + slowdown * max(0, self.steps - done) / self.steps_per_s + after
+
+
+def _result(words: Sequence[str]) -> Path:
+    """What a command makes: its run directory, or its `out`. Raises: InputError where it names none."""
+    option = "hydra.run.dir=" if words[0] == "train" else "out="
+    named = [word.removeprefix(option) for word in words if word.startswith(option)]
+    if not named:
+        raise InputError(f"a command of `then` needs {option}..., which says whether it is done: {' '.join(words)}")
+    return Path(named[-1])
+
+
+def _is_done(words: Sequence[str]) -> bool:
+    path = _result(words)
+    return path.exists() if words[0] != "train" else _training_status(words) == "finished"
+
+
+def _training_status(words: Sequence[str]) -> str | None:
+    return read_summary(_result(words) / "summary.json").get("status")
+
+
+def _continuing(words: Sequence[str]) -> list[str]:
+    return [*words, *_QUIET, "hydra.mode=RUN", "resume=true"] if words[0] == "train" else [*words]
+
+
+def jobs_of(experiments: Sequence[str], overrides: Sequence[str], out: Path) -> list[Job]:
+    """The jobs of the experiments, in the order of their sweeps.
+
+    Args:
+        overrides: of scripts/train.py; a sweep in them takes the place of the experiment's over the same setting.
+    Raises: InputError for an unknown experiment, or settings that cannot be composed.
+    """
+    there = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+    unknown = [name for name in experiments if name not in there]
+    if unknown or not experiments:
+        raise InputError(f"give names of experiments: {', '.join(there)}; got {', '.join(unknown) or 'none'}.")
+    jobs: list[Job] = []
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for name in experiments:
+            jobs += [_job(name, swept, fixed, out) for swept, fixed in _combinations(name, overrides)]
+    names = [job.name for job in jobs]
+    double = [name for name in names if names.count(name) > 1]
+    if double:
+        raise InputError(f"two jobs would have the run directory {double[0]}: give each experiment and value once.")
+    return jobs
+
+
+def _combinations(experiment: str, overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """For each job, the values of the swept settings and those of the settings that all jobs share."""
+    config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
+    params = config.hydra.sweeper.get("params") or {}
+    own = [f"{key}={value}" for key, value in params.items()]
+    lines = _plain(config, "sweeps", [""])
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise InputError(f"sweeps of {experiment} must be a list of lines such as 'seed=1,2 mixer=kda'; got {lines}.")
+    parser = OverridesParser.create()
+    found = []
+    for line in lines:
+        try:
+            listed = parser.parse_overrides([*own, *shlex.split(line)])
+            given = parser.parse_overrides([*overrides])
+            combined = BasicSweeper.split_arguments([*listed, *given], max_batch_size=None)[0]
+        except (HydraException, ValueError) as error:
+            raise InputError(f"the sweep of {experiment} cannot be read: {' '.join(str(error).split())}") from error
+        swept = {one.get_key_element() for one in (*listed, *(one for one in given if one.is_sweep_override()))}
+        found += [_parted(words, swept) for words in combined]
+    return found
+
+
+def _parted(words: Sequence[str], swept: Collection[str]) -> tuple[list[str], list[str]]:
+    """The overrides of the swept settings, and the others."""
+
+    def is_swept(word: str) -> bool:
+        return word.partition("=")[0] in swept
+
+    return [word for word in words if is_swept(word)], [word for word in words if not is_swept(word)]
+
+
+def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path) -> Job:
+    overrides = (f"experiment={experiment}", *swept, *fixed)
+    try:
+        config = compose("train", list(overrides))
+    except HydraException as error:
+        raise InputError(f"{' '.join(overrides)} cannot be composed: {' '.join(str(error).split())}") from error
+    if config.trainer.devices != 1:
+        raise InputError(f"trainer.devices={config.trainer.devices}: a job has one GPU; run {experiment} by train.py.")
+    estimate = _plain(config, "estimate", {})
+    check_values(estimate, {key: kind for key, kind in _ESTIMATE.items() if key in estimate}, prefix="estimate.")
+    speeds = estimate.get("steps_per_s", {})
+    name = f"{experiment}/{_directory_name(swept)}"
+    directory = out.absolute() / name
+    then = tuple(tuple(shlex.split(line.replace("{run}", str(directory)))) for line in _lines_after(config))
+    for words in then:
+        _result(words)  # raises where a command names none
+    return Job(
+        name=name,
+        overrides=overrides,
+        directory=directory,
+        steps=config.trainer.max_steps if config.trainer.max_tokens is None else None,
+        start=estimate.get("start", 0),
+        then_seconds=estimate.get("then", 0),
+        steps_per_s=speeds.get(config.mixer.name, speeds.get("default")),
+        then=then,
+        gpu_share=estimate.get("gpu_share", 1.0),
+    )
+
+
+def _lines_after(config: DictConfig) -> list[str]:
+    """The lines of `then` that are for this job."""
+    lines = []
+    for entry in _plain(config, "then", []):
+        if isinstance(entry, dict):
+            if entry.keys() != _CONDITIONAL.keys():
+                raise InputError(f"an entry of `then` is a line, or has the keys only_with and command; got {entry}.")
+            check_values(entry, _CONDITIONAL, prefix="then.")
+            if OmegaConf.select(config, entry["only_with"]) is None:
+                continue
+            entry = entry["command"]
+        lines.append(str(entry))
+    return lines
+
+
+def _plain(config: DictConfig, key: str, otherwise: Any) -> Any:
+    found = config.get(key)
+    return otherwise if found is None else OmegaConf.to_container(found, resolve=True)
+
+
+def _directory_name(swept: Sequence[str]) -> str:
+    """As mixer=kda_seed=1; a dictionary {kda:{gate:head}} becomes kda.gate=head. It has no comma, as Hydra would take a
+    path with one for a sweep."""
+    return "_".join(_word(override) for override in swept) or "run"
+
+
+def _word(override: str) -> str:
+    key, _, value = override.partition("=")
+    if value.startswith("{"):
+        value = value.strip("{}").replace(":{", ".").replace("}", "").replace(":", "=")
+    return re.sub(r"[^\w.=+-]+", "_", f"{key.rpartition('.')[2]}={value}").strip("_")
