@@ -25,7 +25,7 @@ from lkda.report.tradeoff.measurements import STAGES, WHOLE_SET, Measurement, Re
 
 # What the cells of a table are sorted by; -1 stands for a missing number.
 Cells = list[list[float | str | None]]
-FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one of both and as good in the other."
+FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one and at least as good in the other."
 CHARTS = ("front_by_speed", "front_by_state", "curves_by_tokens", "curves_by_seconds", "recall_by_state")  # of runs
 AGAIN = 'Open a cell of the column "{column}" for the command.'
 
