@@ -13,7 +13,7 @@ from lkda.ops.kda.cuda import plan as cuda_plan
 from lkda.ops.kda.cuda import variants as cuda_kernels
 from tests.ops.cases import kda_inputs, poisoned
 from tests.ops.emulation import emulated, kernels_on_the_cpu  # noqa: F401
-from tests.ops.yardstick import outputs_and_gradients
+from tests.ops.rounded_reference import outputs_and_gradients
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
