@@ -15,9 +15,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lkda.checks import InputError
+from lkda.io import write_together
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.units import memory
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 
 KIND = "foreign_models"
 LAST = 50  # the loss at the end is the mean over this many steps

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lkda.checks import InputError
+from lkda.io import write_together
 from lkda.report.draw.labels import ABOVE_GRID
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.units import length
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 
 KIND = "scaling"
 # What `lkda.commands.scaling` measures, in the order of importance.

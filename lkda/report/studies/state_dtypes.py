@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.draw.tables import rich_table
 from lkda.report.read.evaluations import Record, evaluations_of_arguments, keep_evaluations, kept_evaluations
-from lkda.report.read.files import write_atomically
 
 KIND = "state_dtypes"
 DTYPES = ("float32", "bfloat16", "int8")

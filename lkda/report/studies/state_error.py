@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.draw.style import LINES, Picture, Style, picture
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file
 
 KIND = "state_error"
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from lkda.io import write_together
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.page import Section, page
 from lkda.report.draw.tables import markdown_table, markdown_text
@@ -16,7 +17,7 @@ from lkda.report.draw.units import length, memory
 from lkda.report.operators import report as bench_report
 from lkda.report.operators.benchmark import KIND as BENCHMARK
 from lkda.report.operators.benchmark import Benchmark
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 from lkda.report.read.groups import Group
 from lkda.report.studies import notes
 from lkda.report.tradeoff import answers, charts, records
