@@ -66,6 +66,7 @@ _OF_COMPARISON_ROWS = {
     "bits_at_same_time sd": "bits_at_equal_wall_clock sd",
 }
 _OF_STATE_ERRORS = {"kept": "state_dtype"}
+_OF_CHECKPOINTS = {"parts": "val_subsets"}  # what a checkpoint says of its run
 # Names that did not say what they name.
 _PEERS = {
     "sdpa": "softmax attention (SDPA)",
@@ -134,23 +135,33 @@ def with_options(config: Mapping[Any, Any], options: Mapping[str, Any]) -> dict[
 
 def translated(config: Mapping[Any, Any]) -> dict[Any, Any]:
     """A copy of a recorded configuration as it would be written today. The copy is equal if nothing in it is old."""
-    found, data = with_options(config, later_options(config)), config.get("data")
+    found = _with_todays_names(with_options(config, later_options(config)))
     if isinstance(found.get("model"), dict):
         found["model"] = _without_filters(found["model"])
-    if isinstance(scheduler := found.get("scheduler"), Mapping):
-        found["scheduler"] = _translated_scheduler(scheduler)
+    scheduler = found.get("scheduler")
+    if isinstance(scheduler, dict) and scheduler.get("name") == "constant":
+        scheduler.pop("min_lr_ratio", None)  # it had no effect
     if isinstance(found.get("mixer"), dict) and isinstance(found.get("model"), dict):
         _move_to_their_groups(found)
-    if isinstance(data, Mapping) and isinstance(target := data.get("_target_"), str):
-        found["data"]["_target_"] = DATA_MODULES.get(target, target)
     return found
 
 
-def _translated_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    found = {_SCHEDULER.get(name, name): value for name, value in scheduler.items()}
-    if found.get("name") == "constant":
-        found.pop("min_lr_ratio", None)  # it had no effect
+def _with_todays_names(config: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A recorded configuration in which options of the scheduler and the data module have the names of today. No option
+    is added, moved or removed, so that a results file says what was recorded."""
+    found = dict(config)
+    if isinstance(scheduler := found.get("scheduler"), Mapping):
+        found["scheduler"] = _renamed(scheduler, _SCHEDULER)
+    if isinstance(data := found.get("data"), Mapping):
+        found["data"] = _data_settings(data)
     return found
+
+
+def _data_settings(data: Mapping[str, Any]) -> Record:
+    """The settings of data with today's `_target_`."""
+    target = data.get("_target_")
+    known = isinstance(target, str) and target in DATA_MODULES
+    return dict(data) | {"_target_": DATA_MODULES[str(target)]} if known else dict(data)
 
 
 def _move_to_their_groups(config: dict[str, Any]) -> None:
@@ -190,6 +201,7 @@ def translated_results(found: Record) -> Record:
         "benchmark": _benchmark,
         "comparison": _comparison,
         "state_error": lambda found: found | {"rows": [_renamed(row, _OF_STATE_ERRORS) for row in found["rows"]]},
+        "peer_training": _peer_training,
         "evaluation": _evaluation,
         "long_context": _evaluations,
         "state_dtypes": _evaluations,
@@ -266,7 +278,8 @@ def _comparison(found: Record) -> Record:
 
 
 def _run(run: Record) -> Record:
-    return run | {"summary": with_data_name(translated_summary(run["summary"]), run["config"])}
+    summary = with_data_name(translated_summary(run["summary"]), run["config"])
+    return run | {"config": _with_todays_names(run["config"]), "summary": summary}
 
 
 def _comparison_row(row: Record, data_names: Mapping[str, str]) -> Record:
@@ -277,12 +290,24 @@ def _comparison_row(row: Record, data_names: Mapping[str, str]) -> Record:
     return row
 
 
+def _peer_training(found: Record) -> Record:
+    peers = [peer | {"settings": _with_todays_names(peer["settings"])} for peer in found["peers"]]
+    return found | {"peers": peers}
+
+
 def _evaluations(found: Record) -> Record:
     return found | {"evaluations": [_evaluation(record) for record in found["evaluations"]]}
 
 
 def _evaluation(record: Record) -> Record:
-    """Earlier versions wrote "accuracy/length_256_pairs_64" where there is a list "val_subsets" today."""
+    """Earlier versions wrote "accuracy/length_256_pairs_64" where there is a list "val_subsets" today, and "parts" for
+    the subsets that the model's checkpoint describes."""
+    record = dict(record)
+    data = record.get("data")
+    if isinstance(run := record.get("run"), Mapping):
+        record["run"] = with_data_name(_renamed(run, _OF_CHECKPOINTS), {"data": data})
+    if isinstance(data, Mapping):
+        record["data"] = _data_settings(data)
     result: Record = {}
     subsets: dict[str, Record] = {}
     for key, value in record["result"].items():

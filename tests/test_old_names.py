@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-from lkda.old_names import _COMMANDS, main, translated_results, with_data_name
+from lkda.old_names import _COMMANDS, DATA_MODULES, main, translated_results, with_data_name
 from lkda.report.operators.benchmark import read_benchmark
 from lkda.report.read.evaluations import read_evaluations
 from lkda.report.read.files import read_results_file
@@ -20,6 +21,20 @@ SUBSET = {
     **{"name": "length_64_pairs_4", "subset": {"length": 64, "pairs": 4}},
     **{"accuracy": 0.5, "sequence_accuracy": 0.25, "loss": 1.0, "state_bytes": 100},
 }
+
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+OLD_KEYS = {"floor_ms", "fraction_of_floor", "alone", "bits_at_same_time", "kept"}
+OLD_SCHEDULER = {"name": "constant", "warmup_steps": 100, "final": 0.1, "decay": 0.2}
+SCHEDULER = {"name": "constant", "warmup_steps": 100, "min_lr_ratio": 0.1, "decay_fraction": 0.2}
+
+
+def entries(found):
+    """The keys and values of nested lists and dictionaries."""
+    for key, value in found.items() if isinstance(found, dict) else ((None, value) for value in found):
+        yield key, value
+        if isinstance(value, (dict, list)):
+            yield from entries(value)
 
 
 def old_row(**changes):
@@ -77,6 +92,16 @@ def test_a_comparison_names_data_as_they_are_called_today(tmp_path):
     assert translated_results(found) == found
 
 
+def test_recorded_settings_have_todays_names_and_nothing_is_added_or_left_out():
+    config = {"data": {"_target_": "lkda.data.stack.Stack"}, "scheduler": OLD_SCHEDULER, "model": {"num_heads": 2}}
+    today = config | {"data": {"_target_": "lkda.data.synthetic.stack.Stack"}, "scheduler": SCHEDULER}
+    run = {"name": "a", "config": config, "summary": {"mixer": "kda"}, "metrics": []}
+    found = translated_results({"kind": "comparison", "runs": [run], "rows": [], "benchmarks": []})
+    assert found["runs"][0]["config"] == today
+    peers = translated_results({"kind": "peer_training", "peers": [{"peer": "llama", "settings": config}]})
+    assert peers["peers"] == [{"peer": "llama", "settings": today}]
+
+
 def test_the_mqar_of_today_keeps_its_name():
     config = {"data": {"_target_": "lkda.data.synthetic.mqar_kimi.ConsecutiveMQAR"}}
     assert with_data_name({"data": "mqar_kimi"}, config) == {"data": "mqar_kimi"}
@@ -105,6 +130,34 @@ def test_an_evaluation_has_subsets_instead_of_names_to_take_apart(tmp_path):
             },
         ],
     }
+
+
+def test_an_evaluation_names_the_subsets_and_the_data_of_its_run_as_today():
+    run = {"mixer": "kda", "data": "mqar_kimi", "parts": [{"length": 64, "examples": 8}]}
+    old = {"run": run, "data": {"_target_": "lkda.data.mqar_kimi.KimiMQAR"}, "result": {"loss": 1.0}}
+    found = translated_results({"kind": "state_dtypes", "evaluations": [old]})
+    assert found["evaluations"] == [
+        {
+            "run": {"mixer": "kda", "data": "mqar_answered", "val_subsets": [{"length": 64, "examples": 8}]},
+            "data": {"_target_": "lkda.data.synthetic.mqar_answered.AnsweredMQAR"},
+            "result": {"loss": 1.0},
+        }
+    ]
+    assert translated_results(found) == found
+
+
+def test_committed_results_have_the_names_of_today():
+    paths = sorted(RESULTS.glob("**/*.json"))
+    assert len(paths) > 70
+    for path in paths:
+        found = json.loads(path.read_text())
+        assert translated_results(found) == found, path
+        old = {key for key, _ in entries(found)} & OLD_KEYS
+        old |= {value for key, value in entries(found) if key == "_target_" and value in DATA_MODULES}
+        old |= {name for key, value in entries(found) if key == "scheduler" for name in {"final", "decay"} & {*value}}
+        if found["kind"] != "measurements":  # parts.json lists the parts of a whole set
+            old |= {key for key, _ in entries(found) if key == "parts"}
+        assert not old, path
 
 
 @pytest.mark.parametrize("kind", ["table", "measurements", "of the future"])

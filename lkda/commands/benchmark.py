@@ -27,9 +27,9 @@ from lkda.commands.benchmarks.whole_set import measure_whole_set
 from lkda.commands.settings.config import resolve
 from lkda.commands.settings.unused_options import BENCHMARK, check_unused, given_options
 from lkda.device import resolve_device
+from lkda.io import write_atomically
 from lkda.report.operators import report as bench_report
 from lkda.report.operators.benchmark import KIND, Benchmark, as_rich
-from lkda.report.read.files import write_atomically
 
 _WORDS = ("ops", "shapes", "dtypes", "backends", "peers", "modes", "replays")
 MOST_MILLISECONDS = 600_000

@@ -123,21 +123,27 @@ def _kept_forward(module: nn.Module) -> str | None:
 
 
 def _is_kda_layer(module: nn.Module) -> bool:
-    """Whether the method of a module calls transformers' function of KDA. False where it was changed already.
+    """Whether a module is a KDA layer of transformers: the forward of its class, or of a base, is of a family with KDA,
+    and it has a gate. False where it was changed already.
 
     Raises: InputError for a class that is derived from a KDA layer and has another forward, which cannot be changed.
     """
-    if hasattr(module, _ORIGINAL):
+    if hasattr(module, _ORIGINAL) or not _gates(module):
         return False
-    found = [_calls_kda(base) for base in type(module).__mro__ if "forward" in vars(base)]
+    found = [_is_of_family(base) for base in type(module).__mro__ if "forward" in vars(base)]
     if any(found) and not found[0]:
         raise InputError(f"use_lkda_kernels: {type(module).__name__} is a KDA layer with a forward of its own.")
     return any(found)
 
 
-def _calls_kda(layer: type) -> bool:
+def _is_of_family(layer: type) -> bool:
+    """Whether the forward of a class lies in a module with transformers' function of KDA."""
     forward = inspect.unwrap(vars(layer)["forward"])
-    return _KDA in getattr(getattr(forward, "__code__", None), "co_names", ())
+    return hasattr(sys.modules.get(getattr(forward, "__module__", "")), _KDA)
+
+
+def _gates(layer: nn.Module) -> list[nn.Module]:
+    return [part for part in layer.children() if hasattr(part, "A_log") and hasattr(part, "dt_bias")]
 
 
 def _changes(layer: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
@@ -145,7 +151,7 @@ def _changes(layer: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     family = sys.modules[inspect.unwrap(type(layer).forward).__module__]
     for name in _REPLACEMENTS:
         _check_function(family, name)
-    gates = [part for part in layer.children() if hasattr(part, "A_log") and hasattr(part, "dt_bias")]
+    gates = _gates(layer)
     norms = [part for part in layer.children() if getattr(part, "activation", None) == "sigmoid"]
     if len(gates) != 1 or len(norms) != 1:
         raise _unknown(f"{type(layer).__name__} has {len(gates)} gates and {len(norms)} gated norms, not one of each")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from lkda.io import write_atomically
 from lkda.report.draw.tables import markdown_table
-from lkda.report.read.files import write_atomically
 
 CONFIGS, PAGE = Path("configs"), Path("docs/reference/configuration.md")
 # Keys that are Hydra's own, and the section of the command itself, which --help prints.

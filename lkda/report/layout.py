@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from lkda.checks import InputError
-from lkda.report.read.files import write_atomically
+from lkda.io import write_atomically
 
 HOME = Path(__file__).parents[1]
 

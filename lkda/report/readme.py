@@ -25,12 +25,13 @@ from functools import partial
 from pathlib import Path
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import length
 from lkda.report.operators.benchmark import as_markdown, read_benchmark
 from lkda.report.operators.peers import side_by_side
 from lkda.report.operators.report import metadata
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file
 from lkda.report.read.runs import from_record
 from lkda.report.studies import notes
 from lkda.report.tradeoff.crossings import pairs

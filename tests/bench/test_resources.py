@@ -9,13 +9,13 @@ pytestmark = pytest.mark.skipif(jit._reason_no_compiler() is not None, reason=st
 
 
 def row(**changes):
-    facts = {"op": "kda", "kernel": "scan", "variant": "HEAD_DIM=64", "arch": "sm_86", "registers": 64}
-    return resources.Usage(**(facts | {"shared_bytes": 99 * 1024, "stack_bytes": 0, "spill_bytes": 0} | changes))
+    usage = {"op": "kda", "kernel": "inter_chunk_fwd", "variant": "HEAD_DIM=64", "arch": "sm_86", "registers": 64}
+    return resources.Usage(**(usage | {"shared_bytes": 99 * 1024, "stack_bytes": 0, "spill_bytes": 0} | changes))
 
 
 def test_a_spill_and_too_much_shared_memory_are_complaints():
     assert row().complaint() is None
-    assert row(spill_bytes=8).complaint() == "kda/scan [HEAD_DIM=64] on sm_86 spills 8 bytes of registers"
+    assert row(spill_bytes=8).complaint() == "kda/inter_chunk_fwd [HEAD_DIM=64] on sm_86 spills 8 bytes of registers"
     assert "needs 101377 bytes of shared memory, and a block can have 101376" in row(shared_bytes=101377).complaint()
     assert row(arch="sm_90a", shared_bytes=101377).complaint() is None
 

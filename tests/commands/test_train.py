@@ -67,7 +67,7 @@ def test_the_summary_says_what_was_measured(run: Path) -> None:
     assert summary["val/perplexity"] == pytest.approx(math.exp(summary["val/loss"]))
     assert summary["params"] - summary["params_non_embedding"] == 300 * 32
     assert summary["tokens_per_s"] > 0
-    # KDA of 2 layers and 2 heads of 16: a 16 x 16 state a head, and 3 caches of 3 tokens of 32 channels, in float32.
+    # KDA of 2 layers and 2 heads of 16: a 16 x 16 state per head, and 3 caches of 3 tokens of 32 channels, in float32.
     assert summary["state_bytes"] == 2 * 4 * (2 * 16 * 16 + 3 * 3 * 32)
     assert summary["backend"] == resolve_backend("kda", "auto", device="cpu", head_dim=16, dtype=torch.float32)
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_is_plain_and_enough(run: Path) -> None:
 
 def test_a_token_budget_is_turned_into_steps(corpus: Path, tmp_path: Path) -> None:
     config = composed("train", *small_run(corpus, "trainer.max_tokens=200", "sample.max_new_tokens=0"))
-    assert train(config, tmp_path / "run")["steps"] == 4  # 200 tokens at 64 a step
+    assert train(config, tmp_path / "run")["steps"] == 4  # 200 tokens at 64 per step
 
 
 @pytest.mark.slow

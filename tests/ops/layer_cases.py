@@ -31,9 +31,9 @@ def assert_same_bits_traced(op: Callable[..., Sequence[Tensor]], inputs: dict[st
     assert [name for name, x in want.items() if not torch.equal(got[name], x)] == []
 
 
-def assert_within_yardstick(got: dict[str, Tensor], want: dict[str, Tensor], *, sums: float = SUMS) -> None:
-    """The ops have no matrix product, so the yardstick is the float64 truth rounded to what a result is stored in; a
-    kernel may err twice that, and need not beat float32 sums."""
+def assert_error_within_reference(got: dict[str, Tensor], want: dict[str, Tensor], *, sums: float = SUMS) -> None:
+    """An error may be at most twice that of the reference, or that of sums in float32. The operators have no matrix
+    product, so the reference is the float64 result, rounded to the dtype in which it is stored."""
     assert got.keys() == want.keys()
     for name, x in want.items():
         allowed = max(2 * relative(x.to(got[name].dtype), x), sums)

@@ -16,9 +16,9 @@ from lkda.ops import gated_rms_norm, l2_normalized, short_convolutions
 from tests.ops.cases import relative
 from tests.ops.gated_norm.test_op import inputs_of as norm_inputs
 from tests.ops.kda.test_fused import FORMS, attention, gate_inputs, gates, layer_inputs
-from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
+from tests.ops.layer_cases import assert_error_within_reference, outputs_and_gradients
+from tests.ops.rounded_reference import operands_rounded
 from tests.ops.short_conv.test_emulated import inputs_of as conv_inputs
-from tests.ops.yardstick import operands_rounded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,7 +88,7 @@ def on_gpu(name, B=2, T=500, D=64, dtype=torch.bfloat16):
 
 def check(name, inputs, **options):
     want = outputs_and_gradients(OPS[name].bind("torch", **options), {key: x.double() for key, x in inputs.items()})
-    assert_within_yardstick(outputs_and_gradients(OPS[name].bind("cuda", **options), inputs), want, sums=SUMS)
+    assert_error_within_reference(outputs_and_gradients(OPS[name].bind("cuda", **options), inputs), want, sums=SUMS)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -213,7 +213,7 @@ def test_opcheck_of_the_gate():
 def test_gates_of_every_form(form, per_head):
     inputs = {name: x.cuda() for name, x in gate_inputs(2, 700, 6, 64, per_head=per_head).items()}
     want = outputs_and_gradients(gates("torch", 64, *form), {name: x.double() for name, x in inputs.items()})
-    assert_within_yardstick(outputs_and_gradients(gates("cuda", 64, *form), inputs), want, sums=SUMS)
+    assert_error_within_reference(outputs_and_gradients(gates("cuda", 64, *form), inputs), want, sums=SUMS)
 
 
 @pytest.mark.parametrize("shape", ["8x2048x16x64", "1x8192x16x128"])
@@ -240,7 +240,7 @@ def test_attention_from_raw_logits(D, gate, lower_bound, negative, per_head):
 
     want = outputs_and_gradients(op("chunk"), {name: x.double() for name, x in inputs.items()})
     with operands_rounded():
-        yardstick = outputs_and_gradients(op("chunk"), inputs)
+        reference = outputs_and_gradients(op("chunk"), inputs)
     for name, x in outputs_and_gradients(op("cuda"), inputs).items():
-        error, allowed = relative(x, want[name]), 2 * relative(yardstick[name], want[name]) + 1e-6
+        error, allowed = relative(x, want[name]), 2 * relative(reference[name], want[name]) + 1e-6
         assert error <= allowed, f"{name} errs {error:.1e}, allowed {allowed:.1e}"

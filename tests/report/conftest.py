@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from lkda.report.draw import chart, style
 
@@ -125,3 +126,11 @@ def bench_row(
         },
         **{"error": 4e-3, "errors": {"o": 4e-3}, "peak_mib": 200.0, "reason": None},
     } | changes
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> list[Figure]:
+    """The figures that a call draws, which then have no pixels."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    call()
+    return figures

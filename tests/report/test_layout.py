@@ -14,7 +14,7 @@ from lkda.report.layout import BATCH_PATH, arrows, dependencies, levels, svg
 ROOT = Path(__file__).parents[2]
 
 
-def a_house(home: Path, **imports: str) -> Path:
+def packages(home: Path, **imports: str) -> Path:
     """Packages with one module each, and the files of the path of a batch."""
     for _, file in BATCH_PATH:
         (home / file).parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def test_no_box_is_cut_off_or_covers_another() -> None:
 
 
 def test_packages_and_arrows_follow_the_imports(tmp_path: Path) -> None:
-    home = a_house(
+    home = packages(
         tmp_path,
         commands="def run():\n    from lkda.training import task\n    import lkda.ops.kda.op\n",
         training="from lkda.ops import kda_attention\n",
@@ -79,7 +79,7 @@ def test_packages_and_arrows_follow_the_imports(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_drawn_is_an_error(tmp_path: Path) -> None:
-    home = a_house(tmp_path, commands="import lkda.data.packing\n", data="import lkda.commands.train\n")
+    home = packages(tmp_path, commands="import lkda.data.packing\n", data="import lkda.commands.train\n")
     with pytest.raises(CycleError):
         svg(home)
     (home / BATCH_PATH[0][1]).unlink()

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lkda.bench.notes import table
 from lkda.checks import InputError
 from lkda.commands.benchmarks.step_benchmark import open_console
+from lkda.io import write_atomically
 from lkda.report.draw.tables import rich_table
-from lkda.report.read.files import write_atomically
 from lkda.report.studies import notes as report
 
 RESULT = "notes.json"

@@ -45,20 +45,20 @@ Training = dict[str, Any]  # what `graph_losses_row.measure` returns
 
 
 def compare(
-    mixer: str, *, deterministic: bool, plain: Sequence[Training], graphs: Sequence[Training]
+    mixer: str, *, deterministic: bool, without_graphs: Sequence[Training], graphs: Sequence[Training]
 ) -> dict[str, Any]:
     """A row of the table, from two trainings without graphs and two with them."""
-    differences = _differences(plain[0], graphs[0])
+    differences = _differences(without_graphs[0], graphs[0])
     return {
         "mixer": mixer,
         "trainer.deterministic": str(deterministic).lower(),
-        "CUDA graphs": "yes" if graphs[0]["graphs"] and not plain[0]["graphs"] else "no",
-        "loss at the end": f"{plain[0]['losses'][-1]:.3f}",
+        "CUDA graphs": "yes" if graphs[0]["graphs"] and not without_graphs[0]["graphs"] else "no",
+        "loss at the end": f"{without_graphs[0]['losses'][-1]:.3f}",
         "largest difference": f"{max(differences):.1e}",
         "mean difference": f"{statistics.fmean(differences):.1e}",
         "at the first step": f"{differences[0]:.1e}",
         "two runs with graphs": _how_equal(*graphs),
-        "two runs without": _how_equal(*plain),
+        "two runs without": _how_equal(*without_graphs),
     }
 
 
@@ -106,10 +106,10 @@ def run(mixers: Sequence[str], out: Path, overrides: Sequence[str], *, steps: in
         found = [[begun(*each, compile) for compile in ("false", "auto")] for each in cases]
         rows, losses = [], {}
         for (mixer, deterministic), futures in zip(cases, found, strict=True):
-            plain, graphs = ([_done(future) for future in pair] for pair in futures)
-            rows.append(compare(mixer, deterministic=deterministic, plain=plain, graphs=graphs))
+            without_graphs, graphs = ([_done(future) for future in pair] for pair in futures)
+            rows.append(compare(mixer, deterministic=deterministic, without_graphs=without_graphs, graphs=graphs))
             name = f"{mixer}, deterministic" if deterministic else mixer
-            losses[name] = {"compile=false": plain[0]["losses"], "compile=auto": graphs[0]["losses"]}
+            losses[name] = {"compile=false": without_graphs[0]["losses"], "compile=auto": graphs[0]["losses"]}
             print(" ".join(rows[-1].values()), flush=True)
             table = {"kind": "table", "header": header, "rows": rows, "note": note, "losses": losses}
             write_atomically(out / "table.json", json.dumps(table, indent=1) + "\n")

@@ -15,7 +15,8 @@ from typing import Any
 
 from lkda.checks import InputError
 
-_METADATA_FILE = "facts.json"
+_METADATA_FILE, _METADATA = "metadata.json", "metadata"
+_EARLIER = ("facts.json", "facts")  # the file and its entry in versions before
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -78,7 +79,7 @@ def _not_writable(entry: Path, error: OSError) -> InputError:
 def publish(built: Path, entry: Path, metadata: dict[str, Any]) -> None:
     """Write `metadata` into the finished directory `built` and rename it to `entry`. A broken entry is replaced."""
     sizes = {str(path.relative_to(built)): path.stat().st_size for path in built.rglob("*") if path.is_file()}
-    (built / _METADATA_FILE).write_text(json.dumps({"facts": metadata, "sizes": sizes}), encoding="utf-8")
+    (built / _METADATA_FILE).write_text(json.dumps({_METADATA: metadata, "sizes": sizes}), encoding="utf-8")
     if entry.exists():
         shutil.rmtree(entry)
     os.rename(built, entry)
@@ -86,9 +87,11 @@ def publish(built: Path, entry: Path, metadata: dict[str, Any]) -> None:
 
 def metadata_of(entry: Path) -> dict[str, Any] | None:
     """The metadata that was published with the entry. None if there is no entry, or a file in it has another size."""
+    file, key = _EARLIER if (entry / _EARLIER[0]).is_file() else (_METADATA_FILE, _METADATA)
     try:
-        record = json.loads((entry / _METADATA_FILE).read_text(encoding="utf-8"))
+        record = json.loads((entry / file).read_text(encoding="utf-8"))
+        metadata: dict[str, Any] = record[key]
         whole = all((entry / name).stat().st_size == size for name, size in record["sizes"].items())
     except (OSError, ValueError, KeyError):
         return None
-    return record["facts"] if whole else None
+    return metadata if whole else None

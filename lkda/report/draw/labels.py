@@ -1,4 +1,4 @@
-"""Labels beside curves and points, used instead of a legend. They overlap neither each other nor the grid lines."""
+"""Labels beside curves and points, used instead of a legend. They do not overlap, and grid lines end at them."""
 
 from __future__ import annotations
 

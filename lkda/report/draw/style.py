@@ -19,6 +19,16 @@ from lkda.report.draw.digest import contents, digest, with_digest
 # lightened for text on black. These mixers have the first six colours; other names share the rest.
 KNOWN = ("kda", "softmax", "simplified", "mla", "kda_mla_3to1", "kda_softmax_3to1")
 
+# The settings of configs/mixer, as labels write them. Of several curves of a mixer, the one with most of them has the
+# mixer's colour.
+DEFAULTS = {
+    "kda": {
+        *("gate channel", "gate_form softplus", "conv_width 4", "activation silu", "output_gate True"),
+        "negative_eigenvalues False",
+    },
+    "simplified": {"decay token", "conv_width 4", "activation silu", "output_norm True", "output_gate True"},
+}
+
 # The first, second, ... curve of one mixer.
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -73,6 +83,12 @@ class Style:
         }
         return mpl.rc_context(settings)
 
+    @property
+    def implementations(self) -> tuple[str, str, str]:
+        """Colours for implementations of one mixer: lkda's, and two others. No mixer has them, and where two curves
+        coincide, both can be seen."""
+        return self.palette[7], self.palette[9], self.palette[11]
+
     def colours(self, names: Sequence[str]) -> dict[str, str]:
         """A colour for each name. A known mixer has its own; for any other name it is chosen by a hash of the name.
 
@@ -94,10 +110,10 @@ class Style:
     def looks(self, mixers: Sequence[str], labels: Sequence[str]) -> list[Look]:
         """A look for each curve of these mixers and labels.
 
-        The first curve of a mixer has the mixer's colour and a solid line. Its further curves have a colour of their
-        own, by their label, and another line style and marker.
+        One curve of each mixer has the mixer's colour and a solid line: the first of those with most of DEFAULTS in
+        their labels. Its further curves have a colour of their own, by their label, and another line style and marker.
         """
-        occurrences = occurrence_index(mixers)
+        occurrences = variant_index(mixers, labels)
         names = [label if n else mixer for mixer, label, n in zip(mixers, labels, occurrences, strict=True)]
         chosen = self.colours(names)
         return [Look(chosen[x], LINES[n % len(LINES)], MARKERS[n % len(MARKERS)]) for x, n in zip(names, occurrences)]
@@ -123,6 +139,14 @@ DARK = Style(
         *("#b9b9b9", "#b39df0", "#f2708f", "#a3cf5b", "#55c8d3", "#d79a75"),
     ),
 )
+
+
+def variant_index(mixers: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """For each curve, its number among those of its mixer: 0 for the one with most of DEFAULTS in its label."""
+    shared = [len(DEFAULTS.get(mixer, set()) & {*label.split(" · ")}) for mixer, label in zip(mixers, labels)]
+    order = sorted(range(len(mixers)), key=lambda n: -shared[n])
+    found = dict(zip(order, occurrence_index([mixers[n] for n in order]), strict=True))
+    return [found[n] for n in range(len(mixers))]
 
 
 def occurrence_index(names: Sequence[str]) -> list[int]:

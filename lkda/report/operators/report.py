@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from lkda.io import write_together
 from lkda.report.draw.page import Section, page
 from lkda.report.draw.style import Picture
 from lkda.report.operators import plots as bench_plots
 from lkda.report.operators import time_grid
 from lkda.report.operators.benchmark import Benchmark, as_cells, as_csv, as_markdown, names_of, read_benchmark
-from lkda.report.read.files import write_together
 
 
 def table_section(benchmark: Benchmark) -> Section:

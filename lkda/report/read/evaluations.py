@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.read.comparable import check_one_run_each, check_same_text
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file
 
 EVALUATIONS = "evaluations.json"
 Record = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Reading and writing results files. Each file names its kind."""
+"""Reading results files. Each file names its kind."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lkda.checks import InputError
-from lkda.io import write_atomically, write_together
 from lkda.old_names import translated_results
 from lkda.records import read_record
-
-__all__ = ["read_results_file", "write_atomically", "write_together"]
 
 
 def read_results_file(path: Path, *, kind: str | None = None) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.draw.labels import Label, label_ends
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.units import count, three
 from lkda.report.read.comparable import check_one_run_each, check_same_text
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file
 from lkda.report.read.runs import Run as TrainedRun
 from lkda.report.read.runs import reported_split
 from lkda.report.studies.from_runs import print_rows, write_study

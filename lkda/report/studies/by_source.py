@@ -19,9 +19,9 @@ from pathlib import Path
 from rich.console import Console
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.draw.tables import rich_table
 from lkda.report.read.evaluations import Record, evaluations_of_arguments, keep_evaluations, kept_evaluations
-from lkda.report.read.files import write_atomically
 
 KIND = "by_source"
 _ALL = "all"

@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lkda.checks import InputError
+from lkda.io import write_together
 from lkda.report.draw.style import Look, Picture, Style, picture
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import count, length, memory
 from lkda.report.read.crossings import crossings as points_in_common
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 
 KIND = "decode"
 NAMES = 2  # the first columns of the table are names

@@ -15,9 +15,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lkda.checks import InputError
+from lkda.io import write_together
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.units import memory
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 
 KIND = "foreign_models"
 LAST = 50  # the loss at the end is the mean over this many steps
@@ -29,6 +30,11 @@ NAMES = {
     "fla": ("KDA of FLA", "its own", False),
     "fla_core": ("KDA of FLA", "lkda's chunk_kda alone", False),
     "fla_lkda": ("KDA of FLA", "lkda's", True),
+}
+# The kernels of each implementation in a legend.
+LEGEND = {
+    **{"kimi_torch": "PyTorch", "kimi_fla": "FLA's kernels", "kimi_lkda": "lkda's kernels"},
+    **{"fla": "FLA's kernels", "fla_core": "lkda's chunk_kda, else FLA's kernels", "fla_lkda": "lkda's kernels"},
 }
 Row = dict[str, Any]
 Case = tuple[str, bool]
@@ -150,6 +156,10 @@ def _note(header: dict[str, Any], row: Row) -> str:
     )
 
 
+def _of_seeds(rows: Sequence[Row]) -> str:
+    return f", {len(rows)} seeds" if len(rows) > 1 else ""
+
+
 def _picture(groups: dict[Case, list[Row]]) -> Picture:
     """The loss of every seed: a colour for each implementation, and one panel for each model."""
     measured = {name: _done(rows) for (name, checkpointing), rows in groups.items() if not checkpointing}
@@ -159,13 +169,15 @@ def _picture(groups: dict[Case, list[Row]]) -> Picture:
         figure = Figure(figsize=(1.5 + 4.5 * len(models), 3.2), layout="constrained")
         for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
             names = [name for name in measured if NAMES[name][0] == model]
-            for name, colour, line in zip(names, style.palette, ("-", "--", ":")):
+            labels = {name: LEGEND[name] + _of_seeds(measured[name]) for name in names}
+            lkda, *others = style.implementations
+            colours = dict(zip((name for name in names if not NAMES[name][2]), others, strict=False))
+            for name, line in zip(names, ("-", "--", ":")):
                 for n, row in enumerate(measured[name]):
-                    label = "_" if n else NAMES[name][1]
-                    steps = range(1, len(row["losses"]) + 1)
-                    panel.plot(steps, row["losses"], line, color=colour, linewidth=1.0, label=label)
+                    steps, label = range(1, len(row["losses"]) + 1), "_" if n else labels[name]
+                    panel.plot(steps, row["losses"], line, color=colours.get(name, lkda), linewidth=1.0, label=label)
             panel.set(title=model, xlabel="step", ylabel="training loss, nats")
-            panel.legend(frameon=False, fontsize=9)
+            panel.legend(edgecolor="none", framealpha=1, fontsize=9)
         return figure
 
     return picture(draw)

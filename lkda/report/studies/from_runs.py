@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lkda.report.read.files import write_atomically
+from lkda.io import write_atomically
 from lkda.report.read.runs import Run, read_runs
 
 

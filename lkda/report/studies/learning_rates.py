@@ -22,8 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.draw.style import Picture, Style, picture
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file
 from lkda.report.read.runs import Run as TrainedRun
 from lkda.report.studies.from_runs import print_rows, write_study
 

@@ -21,11 +21,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from lkda.io import write_atomically
 from lkda.report.draw.labels import Label, label_ends
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.units import length
 from lkda.report.read.evaluations import Record, evaluations_of_arguments, keep_evaluations, kept_evaluations
-from lkda.report.read.files import write_atomically
 
 KIND = "long_context"
 SIZE = (7.2, 4.3)

@@ -10,8 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.draw.style import Picture, Style, picture
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file
 
 KIND = "long_run"
 Row = dict[str, Any]

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from lkda.checks import InputError
+from lkda.io import write_together
 from lkda.report.draw.style import LINES, MARKERS, Picture, Style, occurrence_index, picture
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import count, length, memory, three
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 from lkda.report.studies.notes_claims import claims, decoding_beside, exponent, part_of
 
 KIND = "notes"

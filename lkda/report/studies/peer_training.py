@@ -10,8 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.draw.style import Picture, Style, picture
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file
 
 KIND = "peer_training"
 LAST = 50  # the training loss is averaged over this many steps at the end
@@ -75,18 +76,26 @@ def _note(found: dict[str, Any]) -> str:
 
 
 def _picture(peers: list[dict[str, Any]]) -> Picture:
-    """A column for each peer: both training losses, and below them the differences, with a grey band of +-CLOSE."""
+    """A column for each peer: both training losses, and below them the differences, with a grey band of +-CLOSE.
+
+    The curves are implementations of one mixer, and have none of the colours of mixers.
+    """
+    packages = {peer["version"].split()[0] for peer in peers}
+    owner = packages.pop() if len(packages) == 1 else "the other package"
+    names = ["model of lkda", f"model of {owner}", "model of lkda from rounded weights", f"±{CLOSE:g} nats"]
 
     def draw(style: Style) -> Figure:
         figure = Figure(figsize=(1.5 + 3.2 * len(peers), 4.4), layout="constrained")
         panels = figure.subplots(2, len(peers), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
+        lkda, other, _ = style.implementations
         for (upper, lower), peer in zip(panels.T, peers):
             ours, theirs = peer["ours"]["loss"], peer["theirs"]["loss"]
             steps = range(1, len(ours) + 1)
-            colour, other = style.palette[0], style.palette[1]
-            upper.plot(steps, ours, color=colour, linewidth=1.2)
+            upper.plot(steps, ours, color=lkda, linewidth=1.2)
             upper.plot(steps, theirs, "--", color=other, linewidth=1.2)
-            upper.set_title(f"{peer['peer']} ({peer['version']})", fontsize=10)
+            upper.set_title(
+                f"{peer['peer']} ({peer['version']})\nmixer={peer['settings']['mixer']['name']}", fontsize=10
+            )
             lower.axhspan(-CLOSE, CLOSE, color=style.grid, linewidth=0)
             for side, shade in (("ours_rounded", style.faint), ("theirs", other)):
                 difference = [b - a for a, b in zip(ours, peer[side]["loss"], strict=True)]
@@ -95,8 +104,7 @@ def _picture(peers: list[dict[str, Any]]) -> Picture:
         panels[0, 0].set_ylabel("training loss, nats")
         panels[1, 0].set_ylabel("difference\nfrom lkda, nats")
         handles = [*panels[0, 0].lines, panels[1, 0].lines[0], panels[1, 0].patches[0]]
-        names = ["lkda", "peer", "lkda, from rounded weights", f"±{CLOSE:g} nats"]
-        columns = min(4, 2 * panels.shape[1])  # a figure with one panel is too narrow for all in one line
+        columns = 4 if len(peers) > 1 else 1  # a figure with one panel is too narrow for more
         figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
         return figure
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.old_names import translated
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file
 from lkda.report.read.runs import Run
 from lkda.report.read.settings import flatten
 from lkda.report.studies.from_runs import print_rows, write_study

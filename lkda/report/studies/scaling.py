@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lkda.checks import InputError
+from lkda.io import write_together
+from lkda.report.draw.labels import ABOVE_GRID
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.units import length
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 
 KIND = "scaling"
 # What `lkda.commands.studies.scaling` measures, in the order of importance.
@@ -136,7 +138,7 @@ def _plot(rows: Sequence[Row]) -> Picture:
     measured = [row for row in rows if "reason" not in row and row["part"] != "agreement"]
 
     def draw(style: Style) -> Figure:
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(9, 4.3), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw_shares(left, measured, style)
         _draw_longest(right, measured, style)
@@ -146,6 +148,8 @@ def _plot(rows: Sequence[Row]) -> Picture:
             axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda gpus, _: f"{gpus:g}"))
             axis.set_xlabel("devices")
+        if left.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower left", ncols=2, fontsize=9, frameon=False)
         return figure
 
     return picture(draw)
@@ -156,16 +160,15 @@ def _draw_shares(axis: Axes, rows: Sequence[Row], style: Style) -> None:
     for row in rows:
         share = share_of_linear(row, rows)
         if share is not None and row["gpus"] > 1:
-            sequence = f", {length(row['tokens'])} a device" if row["tokens"] else ""
+            sequence = f", {length(row['tokens'])} tokens per device" if row["tokens"] else ""
             name = f"{row['model']}, {_NAMES[row['how']]}{sequence}"
             curves.setdefault(name, {1: 1.0})[row["gpus"]] = share
-    for number, (name, curve) in enumerate(curves.items()):
-        axis.plot(list(curve), list(curve.values()), "o-", markersize=4, color=style.palette[number], label=name)
+    colours = style.colours(list(curves))
+    for name, curve in curves.items():
+        axis.plot(list(curve), list(curve.values()), "o-", markersize=4, color=colours[name], label=name)
     axis.axhline(1.0, color=style.faint, linewidth=0.8, linestyle=":")
     axis.set_ylim(0, 1.1)
     axis.set_title("tokens/s, as a share of linear scaling", fontsize=10, loc="left")
-    if curves:
-        axis.legend(fontsize=8, frameon=False, loc="lower left")
 
 
 def _draw_longest(axis: Axes, rows: Sequence[Row], style: Style) -> None:
@@ -175,9 +178,17 @@ def _draw_longest(axis: Axes, rows: Sequence[Row], style: Style) -> None:
             longest[row["gpus"]] = max(row["context"], longest.get(row["gpus"], 0))
     gpus = sorted(longest)
     axis.plot(gpus, [longest[n] for n in gpus], "o-", markersize=4, color=style.palette[0])
-    for n in gpus:  # the line rises from the first, whose label is therefore below it
-        offset = (0, -14) if n == gpus[0] else (0, 6)
-        axis.annotate(length(longest[n]), (n, longest[n]), offset, textcoords="offset points", ha="center", fontsize=8)
+    for n in gpus:  # a rising line leaves the place below the first point and those above and left of the others free
+        axis.annotate(
+            length(longest[n]),
+            (n, longest[n]),
+            (0, -16) if n == gpus[0] else (0, 11),
+            textcoords="offset points",
+            ha="left" if n == gpus[0] else "right",
+            fontsize=9,
+            zorder=ABOVE_GRID,
+            bbox={"facecolor": style.background, "edgecolor": "none", "pad": 0.5},
+        )
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda tokens, _: length(tokens)))
     axis.yaxis.set_minor_locator(NullLocator())

@@ -20,10 +20,9 @@ from typing import Any
 from rich.console import Console
 
 from lkda.checks import InputError
-from lkda.old_names import DATA_MODULES
+from lkda.io import write_atomically
 from lkda.report.draw.tables import rich_table
 from lkda.report.read.evaluations import Record, evaluations_of_arguments, keep_evaluations, kept_evaluations
-from lkda.report.read.files import write_atomically
 
 KIND = "state_dtypes"
 DTYPES = ("float32", "bfloat16", "int8")
@@ -63,13 +62,8 @@ def rows(records: Sequence[Record]) -> list[dict[str, str]]:
 
 def _data(config: Mapping[str, Any]) -> str:
     """The name of the data and the tokens per sequence, as "prose 1024". Synthetic tasks are named by their module."""
-    name = config.get("source") or _module_of(config["_target_"])
+    name = config.get("source") or config["_target_"].split(".")[-2]
     return f"{name} {config['context']}" if "context" in config else name
-
-
-def _module_of(target: str) -> str:
-    """Today's name of the module of a class, without its package: mqar for lkda.data.synthetic.mqar.MQAR."""
-    return DATA_MODULES.get(target, target).split(".")[-2]
 
 
 def _cell(values: Values, dtype: str) -> str:

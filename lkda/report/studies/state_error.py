@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lkda.checks import InputError
+from lkda.io import write_atomically
 from lkda.report.draw.style import LINES, Picture, Style, picture
-from lkda.report.read.files import read_results_file, write_atomically
+from lkda.report.read.files import read_results_file
 
 KIND = "state_error"
 
@@ -67,7 +68,7 @@ def _growth(rows: list[dict[str, Any]]) -> Picture:
                 found = [row for row in rows if row["state_dtype"] == dtype and row["decay"] == decay]
                 x, y = [row["step"] for row in found], [row["error_o"] for row in found]
                 panel.loglog(x, y, LINES[n], color=colours[dtype], label=dtype)
-            panel.set_title(f"{decay:g} nats per token", fontsize=9)
+            panel.set_title(f"decay {decay:g} nats per token", fontsize=9)
             panel.set_xlabel("tokens")
         panels[0].set_ylabel("relative error of o")
         figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)

@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from lkda.checks import InputError
+from lkda.io import write_together
 from lkda.report.draw.style import Picture, Style, picture
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import count
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 
 KIND = "step_benchmark"
 NAMES = 3  # the first columns of the table are names

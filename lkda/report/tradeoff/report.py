@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from lkda.io import write_together
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.page import Section, page
 from lkda.report.draw.tables import markdown_table, markdown_text
@@ -16,7 +17,7 @@ from lkda.report.draw.units import length, memory
 from lkda.report.operators import report as bench_report
 from lkda.report.operators.benchmark import KIND as BENCHMARK
 from lkda.report.operators.benchmark import Benchmark
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 from lkda.report.read.groups import Group
 from lkda.report.studies import notes
 from lkda.report.tradeoff import answers, charts, records
@@ -25,7 +26,7 @@ from lkda.report.tradeoff.measurements import STAGES, WHOLE_SET, Measurement, Re
 
 # What the cells of a table are sorted by; -1 stands for a missing number.
 Cells = list[list[float | str | None]]
-FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one of both and as good in the other."
+FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one and at least as good in the other."
 CHARTS = ("front_by_speed", "front_by_state", "curves_by_tokens", "curves_by_seconds", "recall_by_state")  # of runs
 AGAIN = 'Open a cell of the column "{column}" for the command.'
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lkda.checks import InputError
+from lkda.io import write_together
 from lkda.report.draw.page import Section, page
 from lkda.report.draw.style import Picture
 from lkda.report.draw.tables import markdown_table
 from lkda.report.operators import benchmark as bench
 from lkda.report.operators import report as bench_report
-from lkda.report.read.files import read_results_file, write_together
+from lkda.report.read.files import read_results_file
 from lkda.report.read.groups import Group, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, find_results, measurements

@@ -58,10 +58,7 @@ def loss_curves(groups: Sequence[Group], *, x: str, y: str, bits_per_nat: float 
         axes.set_xlim(left=0)
         axes.set_xlabel(NAMES[x])
         axes.set_ylabel(("training " if by_training else "validation ") + NAMES[y])
-        if by_training:
-            axes.set_title(
-                "Lines: training, smoothed. Points and numbers: validation.", fontsize=9, color=style.faint, loc="left"
-            )
+        axes.set_title(_legend(groups, by_training=by_training), fontsize=9, color=style.faint, loc="left")
         if bits_per_nat is not None:
             _second_scale(axes, bits_per_nat, style)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
@@ -107,6 +104,7 @@ def loss_by_position(groups: Sequence[Group], *, bits_per_nat: float | None = No
         axes.set_xticks([start for start in starts if start <= middles[-1]])
         axes.set_xlabel("position in the context (token)")
         axes.set_ylabel("validation " + NAMES["val/loss"])
+        axes.set_title(_legend(groups), fontsize=9, color=style.faint, loc="left")
         if bits_per_nat is not None:
             _second_scale(axes, bits_per_nat, style)
         label_ends(axes, labels)
@@ -150,6 +148,19 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
         return figure
 
     return picture(draw)
+
+
+def _legend(groups: Sequence[Group], *, by_training: bool = False) -> str:
+    """What lines, points and bands show."""
+    several = any(len(group.runs) > 1 for group in groups)
+    if not by_training:
+        return "Lines: mean over the seeds. Bands: from the best to the worst seed." if several else ""
+    if not several:
+        return "Lines: training, smoothed. Points and numbers: validation."
+    return (
+        "Lines: training, smoothed, mean over the seeds. Bands: from the best to the worst seed.\n"
+        "Points and numbers: validation, mean over the seeds."
+    )
 
 
 def _looks(groups: Sequence[Group], style: Style) -> list[Look]:

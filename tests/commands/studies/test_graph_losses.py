@@ -18,7 +18,7 @@ GRAPHS = {"losses": [5.0, 4.01, 2.99], "weights": "b", "graphs": True}
 
 
 def test_a_row_says_how_far_losses_are_apart_and_whether_two_runs_are_one() -> None:
-    row = compare("kda", deterministic=False, plain=[PLAIN, PLAIN], graphs=[GRAPHS, GRAPHS])
+    row = compare("kda", deterministic=False, without_graphs=[PLAIN, PLAIN], graphs=[GRAPHS, GRAPHS])
     assert (row["largest difference"], row["mean difference"], row["at the first step"]) == (
         *("1.0e-02", "6.7e-03"),
         "0.0e+00",
@@ -26,10 +26,10 @@ def test_a_row_says_how_far_losses_are_apart_and_whether_two_runs_are_one() -> N
     assert row["CUDA graphs"] == "yes"
     assert row["two runs with graphs"] == row["two runs without"] == "equal bit for bit"
     other = {**GRAPHS, "losses": [5.0, 4.0, 3.0]}
-    later = compare("kda", deterministic=False, plain=[PLAIN, PLAIN], graphs=[GRAPHS, other])
+    later = compare("kda", deterministic=False, without_graphs=[PLAIN, PLAIN], graphs=[GRAPHS, other])
     assert later["two runs with graphs"] == "apart after step 1, at most 1.0e-02, mean 6.7e-03"
     other = {**GRAPHS, "weights": "c"}
-    weights = compare("kda", deterministic=False, plain=[PLAIN, PLAIN], graphs=[GRAPHS, other])
+    weights = compare("kda", deterministic=False, without_graphs=[PLAIN, PLAIN], graphs=[GRAPHS, other])
     assert weights["two runs with graphs"] == "the same loss for 3 steps"
 
 

@@ -134,11 +134,12 @@ def test_a_mix_that_is_there_is_not_overwritten(tmp_path, sources):
 
 
 def without_test(directory: Path) -> None:
-    """Make it a mix of a version that knew no test split."""
-    metadata = json.loads((directory / "facts.json").read_text())
+    """Make it a mix of a version that knew no test split, and called the metadata facts."""
+    found = json.loads((directory / "metadata.json").read_text())
     (directory / "test.npy").unlink()
-    del metadata["facts"]["test_bytes"], metadata["sizes"]["test.npy"]
-    (directory / "facts.json").write_text(json.dumps(metadata))
+    (directory / "metadata.json").unlink()
+    del found["metadata"]["test_bytes"], found["sizes"]["test.npy"]
+    (directory / "facts.json").write_text(json.dumps({"facts": found["metadata"], "sizes": found["sizes"]}))
 
 
 def test_a_mix_of_before_the_test_split_still_trains_and_says_so(tmp_path, sources):

@@ -242,7 +242,7 @@ def test_the_same_bytes_are_another_corpus_as_text_than_as_json_lines(tmp_path):
     assert '"}' in decoded[1]
 
 
-@pytest.mark.parametrize("name", ["train.npy", "validation.npy", "tokenizer.json", "facts.json"])
+@pytest.mark.parametrize("name", ["train.npy", "validation.npy", "tokenizer.json", "metadata.json"])
 def test_a_damaged_entry_is_built_again(tmp_path, texts, name):
     first = module(tmp_path, texts)
     first.prepare()

@@ -9,7 +9,7 @@ from lkda.ops import gated_rms_norm
 from lkda.ops.gated_norm import cuda
 from lkda.ops.gated_norm.op import BACKENDS
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
+from tests.ops.layer_cases import assert_error_within_reference, outputs_and_gradients
 
 emulated = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
@@ -33,7 +33,7 @@ def norm(backend):
 
 def check(inputs):
     want = outputs_and_gradients(norm("torch"), {name: x.double() for name, x in inputs.items()})
-    assert_within_yardstick(outputs_and_gradients(norm("cuda"), inputs), want)
+    assert_error_within_reference(outputs_and_gradients(norm("cuda"), inputs), want)
 
 
 def test_is_the_norm_times_weight_and_gate():

@@ -9,7 +9,7 @@ from lkda.ops import kda_attention, resolve_backend
 from lkda.ops.kda.cpu import core
 from lkda.ops.runtime import cpp
 from tests.ops.cases import GATES, kda_inputs, poisoned, relative
-from tests.ops.yardstick import kda_truth, outputs_and_gradients
+from tests.ops.rounded_reference import kda_truth, outputs_and_gradients
 
 NAMES = ("q", "k", "v", "g", "beta")
 CPU = torch.device("cpu")

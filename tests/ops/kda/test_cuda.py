@@ -12,7 +12,7 @@ from lkda.ops.kda.cuda.segments import segment_count
 from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK
 from lkda.ops.runtime.kernel_inputs import ELEMENTS, HEAD_DIMS
 from tests.ops.cases import GATES, LENGTHS, kda_inputs, poisoned, relative
-from tests.ops.yardstick import kda_truth, kda_yardstick, outputs_and_gradients
+from tests.ops.rounded_reference import kda_rounded_reference, kda_truth, outputs_and_gradients
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(
@@ -48,20 +48,20 @@ def run(inputs, backend="cuda", **options):
 
 
 def errors(inputs, *, truth="recurrent", **options):
-    """{(result, gate): (error, twice the yardstick's)}"""
-    got, yardstick = run(inputs, **options), kda_yardstick(inputs, **options)
+    """{(result, gate): (error, twice that of the rounded reference)}"""
+    got, reference = run(inputs, **options), kda_rounded_reference(inputs, **options)
     want = kda_truth(inputs, backend=truth, **options)
     found = {}
     for name in want:
         axis = HEAD_AXIS.get(name, 2)
-        parts = [x[name].split(HEADS, axis) for x in (got, want, yardstick)]
+        parts = [x[name].split(HEADS, axis) for x in (got, want, reference)]
         for gate, mine, exact, rounded in zip(GATES, *parts):
             found[name, gate] = relative(mine, exact), 2 * relative(rounded, exact) + 1e-6
     return found
 
 
-def assert_within_yardstick(inputs, **options):
-    """At most twice the yardstick's error, in every result, gate by gate."""
+def assert_error_within_reference(inputs, **options):
+    """At most twice the error of the rounded reference, in every result, gate by gate."""
     for (name, gate), (error, allowed) in errors(inputs, **options).items():
         assert error <= allowed, f"{name} at {gate} gates: {error:.2e} > {allowed:.2e}"
 
@@ -88,18 +88,18 @@ class TestError:
     @pytest.mark.parametrize("T", LENGTHS)
     @pytest.mark.parametrize("D", HEAD_DIMS)
     def test_at_every_gate_head_size_and_length(self, D, T):
-        assert_within_yardstick(every_gate(2, T, D))
+        assert_error_within_reference(every_gate(2, T, D))
 
     @pytest.mark.parametrize("T", [17, 65, 200])
     @pytest.mark.parametrize("D", HEAD_DIMS)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
     def test_in_other_dtypes(self, dtype, D, T):
-        assert_within_yardstick(every_gate(2, T, D, dtype=dtype))
+        assert_error_within_reference(every_gate(2, T, D, dtype=dtype))
 
     @pytest.mark.parametrize(("D", "truth"), [(32, "recurrent"), (64, "chunk"), (128, "chunk")])
     def test_over_a_long_sequence(self, D, truth):
         """Wider heads against the chunked form in float64: the recurrence would keep more than the memory holds."""
-        assert_within_yardstick(every_gate(1, 8192, D), truth=truth)
+        assert_error_within_reference(every_gate(1, 8192, D), truth=truth)
 
     @pytest.mark.parametrize("D", [64, 128])
     def test_at_slow_gates_is_no_larger_than_public_kernels(self, D):
@@ -116,7 +116,7 @@ class TestError:
         inputs = every_gate(1, PACKED[-1], D, dtype=dtype)
         heads = inputs["q"].shape[2]
         inputs["initial_state"] = torch.randn(len(PACKED) - 1, heads, D, D, device="cuda")
-        assert_within_yardstick(inputs, cu_seqlens=torch.tensor(PACKED, device="cuda"))
+        assert_error_within_reference(inputs, cu_seqlens=torch.tensor(PACKED, device="cuda"))
 
     @pytest.mark.parametrize("D", HEAD_DIMS)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -129,7 +129,7 @@ class TestError:
             heads = inputs["q"].shape[2]
             inputs["initial_state"] = torch.randn(len(PACKED) - 1, heads, D, D, device="cuda")
             options = {"cu_seqlens": torch.tensor(PACKED, device="cuda")}
-        assert_within_yardstick(inputs, **options)
+        assert_error_within_reference(inputs, **options)
 
     @pytest.mark.parametrize("D", HEAD_DIMS)
     def test_segments_change_nothing_but_roundings(self, D, monkeypatch):
@@ -151,32 +151,32 @@ class TestError:
             options["cu_seqlens"] = torch.tensor([0, 70, 70, 200], device="cuda")
             inputs["initial_state"] = inputs["initial_state"].repeat(3, 1, 1, 1)
         got = outputs_and_gradients(kda_attention, inputs, backend="cuda", **options)
-        want, allowed = kda_truth(inputs, **options), kda_yardstick(inputs, **options)
+        want, allowed = kda_truth(inputs, **options), kda_rounded_reference(inputs, **options)
         for name, x in want.items():
             assert relative(got[name], x) <= 2 * relative(allowed[name], x) + 1e-6, name
 
     def test_with_beta_of_zero_and_one(self):
         inputs = every_gate(2, 300, 64)
         inputs["beta"] = (inputs["beta"] > 0.5).float()
-        assert_within_yardstick(inputs)
+        assert_error_within_reference(inputs)
 
     @pytest.mark.parametrize("D", HEAD_DIMS)
     def test_with_beta_of_one_in_every_token(self, D):
         inputs = every_gate(2, 300, D)
         inputs["beta"] = torch.ones_like(inputs["beta"])
-        assert_within_yardstick(inputs)
+        assert_error_within_reference(inputs)
 
     @pytest.mark.parametrize("D", HEAD_DIMS)
     def test_with_beta_of_zero_in_every_token(self, D):
         inputs = every_gate(2, 300, D)
         inputs["beta"] = torch.zeros_like(inputs["beta"])
-        assert_within_yardstick(inputs)
+        assert_error_within_reference(inputs)
 
     def test_with_one_key_repeated_and_beta_one(self):
         inputs = every_gate(2, 300, 64)
         inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"]).contiguous()
         inputs["beta"] = torch.ones_like(inputs["beta"])
-        assert_within_yardstick(inputs)
+        assert_error_within_reference(inputs)
 
     def test_with_a_gate_of_minus_infinity(self):
         inputs = on_gpu(2, 200, 2, 64)

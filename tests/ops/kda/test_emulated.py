@@ -11,7 +11,7 @@ from lkda.ops.kda.cuda import plan as cuda_plan
 from lkda.ops.kda.cuda import variants as cuda_kernels
 from tests.ops.cases import kda_inputs, relative, small_kda_inputs
 from tests.ops.emulation import emulated, kernels_on_the_cpu  # noqa: F401
-from tests.ops.yardstick import kda_truth, outputs_and_gradients
+from tests.ops.rounded_reference import kda_truth, outputs_and_gradients
 
 ARCH = "sm_90a"
 

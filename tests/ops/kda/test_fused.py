@@ -11,7 +11,7 @@ from lkda.ops.kda.cuda.gate import kda_gate_cuda
 from lkda.ops.kda.reference.gate import kda_gate_torch
 from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
+from tests.ops.layer_cases import assert_error_within_reference, outputs_and_gradients
 
 FORMS = [("softplus", -5.0, False), ("bounded", -3.0, True)]
 
@@ -39,7 +39,7 @@ def gates(backend, K, form="softplus", lower_bound=-5.0, negative=False):
 
 def check_gates(inputs, K, *form):
     want = outputs_and_gradients(gates("torch", K, *form), {name: x.double() for name, x in inputs.items()})
-    assert_within_yardstick(outputs_and_gradients(gates("cuda", K, *form), inputs), want)
+    assert_error_within_reference(outputs_and_gradients(gates("cuda", K, *form), inputs), want)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -91,7 +91,7 @@ class TestGateKernels:
             return lambda strengths: gates(backend, 32, "softplus", -5.0, True)(strengths)[1:]
 
         want = outputs_and_gradients(beta("torch"), {"strengths": strengths.double()})
-        assert_within_yardstick(outputs_and_gradients(beta("cuda"), {"strengths": strengths}), want)
+        assert_error_within_reference(outputs_and_gradients(beta("cuda"), {"strengths": strengths}), want)
 
     def test_where_logits_are_large(self):
         """softplus keeps its digits where it is tiny, and is the identity where it is large."""

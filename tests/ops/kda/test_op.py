@@ -11,7 +11,7 @@ from lkda.ops import KDAGate, kda_attention, kda_chunk_states, kda_step, kda_ste
 from lkda.ops.kda.heads import in_square_heads
 from lkda.ops.kda.reference.chunk import kda_chunk
 from tests.ops.cases import GATES, kda_inputs, relative
-from tests.ops.yardstick import kda_truth, kda_yardstick, outputs_and_gradients
+from tests.ops.rounded_reference import kda_rounded_reference, kda_truth, outputs_and_gradients
 
 NAMES = ("q", "k", "v", "g", "beta")
 
@@ -46,9 +46,9 @@ def test_chunk_bfloat16_inputs_err_by_the_rounding_of_what_is_stored(gate):
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("gate", GATES)
-def test_yardstick_is_the_error_of_bf16_operands(gate):
+def test_the_rounded_reference_has_the_error_of_bf16_operands(gate):
     inputs = kda_inputs(1, 200, 2, 64, 64, gate=gate, dtype=torch.bfloat16)
-    truth, measured = kda_truth(inputs), kda_yardstick(inputs)
+    truth, measured = kda_truth(inputs), kda_rounded_reference(inputs)
     errors = {name: relative(measured[name], want) for name, want in truth.items()}
     assert all(1e-4 < error < 1e-2 for error in errors.values()), errors
 

@@ -12,7 +12,7 @@ from lkda.ops.kda.cuda.plan import sizes_of
 from lkda.ops.short_conv import cuda as short_conv
 from tests.ops.cases import kda_inputs, poisoned, small_kda_inputs
 from tests.ops.emulation import EMULATED, NEEDS_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
-from tests.ops.yardstick import outputs_and_gradients
+from tests.ops.rounded_reference import outputs_and_gradients
 
 PACKED = [0, 0, 5, 69, 69, 169, 170, 600, 601, 700, 700]
 

@@ -11,7 +11,7 @@ from lkda.ops.residual_norm import cuda
 from lkda.ops.residual_norm.op import BACKENDS
 from lkda.ops.runtime.jit import ARCHITECTURES, SHARED_BYTES_PER_BLOCK, _reason_no_compiler
 from tests.ops.emulation import EMULATED, NEEDS_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
-from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
+from tests.ops.layer_cases import assert_error_within_reference, assert_same_bits_traced, outputs_and_gradients
 
 EPS = 1e-5
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -51,7 +51,7 @@ def check(inputs, dtype):
         rounded = {"x": got["out0"].double(), "weight": exact["weight"]}
         of_rounded = outputs_and_gradients(norm("torch", FP64), rounded)
         want |= {name: of_rounded[name] for name in ("out1", "dx", "dweight")} | {"dy": of_rounded["dx"]}
-    assert_within_yardstick(got, want)
+    assert_error_within_reference(got, want)
     assert {name: got[f"d{name}"].dtype for name in inputs} == {name: tensor.dtype for name, tensor in inputs.items()}
     assert (got["out0"].dtype, got["out1"].dtype) == (inputs["x"].dtype, dtype)
 

@@ -7,7 +7,7 @@ import torch
 
 from lkda.ops.short_conv.op import BACKENDS
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
-from tests.ops.layer_cases import assert_within_yardstick, outputs_and_gradients
+from tests.ops.layer_cases import assert_error_within_reference, outputs_and_gradients
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
@@ -43,7 +43,7 @@ def inputs_of(B, T, C, *, width=4, streams=3, dtype=torch.bfloat16, sequences=No
 def check(inputs, **options):
     got = outputs_and_gradients(convolutions("cuda", **options), inputs)
     want = outputs_and_gradients(convolutions("torch", **options), {name: x.double() for name, x in inputs.items()})
-    assert_within_yardstick(got, want)
+    assert_error_within_reference(got, want)
 
 
 @pytest.mark.parametrize(
@@ -133,4 +133,4 @@ def test_the_norm_alone(dtype):
 
     inputs = {name: x for name, x in inputs_of(2, 300, 192, dtype=dtype).items() if name in ("x0", "x1")}
     want = outputs_and_gradients(norms("torch"), {name: x.double() for name, x in inputs.items()})
-    assert_within_yardstick(outputs_and_gradients(norms("cuda"), inputs), want)
+    assert_error_within_reference(outputs_and_gradients(norms("cuda"), inputs), want)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lkda.ops import simplified_attention, simplified_step
 from lkda.ops.simplified.cuda import core as cuda
 from tests.ops.cases import poisoned, relative, simplified_inputs
-from tests.ops.yardstick_simplified import assert_within_yardstick, outputs_and_gradients, simplified_truth
+from tests.ops.simplified_reference import assert_error_within_reference, outputs_and_gradients, simplified_truth
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(
@@ -60,7 +60,7 @@ class TestError:
     @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
     def test_at_every_head_size_dtype_and_length(self, D, T, dtype):
         inputs = on_gpu(2, T, 3, D, dtype=dtype)
-        assert_within_yardstick(run(inputs), simplified_truth(inputs))
+        assert_error_within_reference(run(inputs), simplified_truth(inputs))
 
     @pytest.mark.parametrize("memory", [1e5, 1.0, "mixed"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -68,13 +68,13 @@ class TestError:
         inputs = on_gpu(1, 9000, 4, 64, dtype=dtype, memory=30.0 if memory == "mixed" else memory)
         if memory == "mixed":
             inputs["decay"] = mixed_decays(inputs["decay"].cpu()).cuda()
-        assert_within_yardstick(run(inputs), simplified_truth(inputs))
+        assert_error_within_reference(run(inputs), simplified_truth(inputs))
 
     @pytest.mark.parametrize("T", [16384, 131072])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_over_long_sequences_with_long_memory(self, T, dtype):
         inputs = on_gpu(1, T, 2, 64, dtype=dtype, memory=1e5)
-        assert_within_yardstick(run(inputs), simplified_truth(inputs))
+        assert_error_within_reference(run(inputs), simplified_truth(inputs))
 
     @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -82,7 +82,7 @@ class TestError:
         inputs = on_gpu(1, PACKED[-1], 2, D, dtype=dtype)
         inputs["initial_state"] = torch.rand(len(PACKED) - 1, 2, 2, D, device="cuda")
         bounds = torch.tensor(PACKED, device="cuda")
-        assert_within_yardstick(run(inputs, cu_seqlens=bounds), simplified_truth(inputs, cu_seqlens=bounds))
+        assert_error_within_reference(run(inputs, cu_seqlens=bounds), simplified_truth(inputs, cu_seqlens=bounds))
 
     def test_without_an_initial_state_and_with_a_decay_per_head(self):
         inputs = on_gpu(2, 300, 2, 64, dtype=torch.float32)
@@ -91,7 +91,7 @@ class TestError:
         want = outputs_and_gradients(
             simplified_attention, {k: x.double() for k, x in inputs.items()}, backend="recurrent"
         )
-        assert_within_yardstick(run(inputs), want)
+        assert_error_within_reference(run(inputs), want)
 
     @pytest.mark.parametrize("D", cuda.HEAD_DIMS)
     def test_of_the_baseline(self, D):
@@ -99,7 +99,9 @@ class TestError:
         want = simplified_truth(inputs)
         with poisoned(), torch.no_grad():
             o, final = simplified_attention(**inputs, backend="cuda_baseline")
-        assert_within_yardstick({"o": o, "final_state": final}, {name: want[name] for name in ("o", "final_state")})
+        assert_error_within_reference(
+            {"o": o, "final_state": final}, {name: want[name] for name in ("o", "final_state")}
+        )
 
     def test_of_decoding(self):
         inputs = on_gpu(2, 50, 3, 64)
@@ -109,7 +111,7 @@ class TestError:
             o, state = simplified_step(*(inputs[name][:, t] for name in ("q", "k", "v", "decay")), state)
             outputs.append(o)
         got = {"o": torch.stack(outputs, 1), "final_state": state}
-        assert_within_yardstick(got, {name: want[name] for name in got})
+        assert_error_within_reference(got, {name: want[name] for name in got})
 
 
 @gpu

@@ -10,7 +10,7 @@ from lkda.ops.runtime.jit import ARCHITECTURES, _reason_no_compiler
 from lkda.ops.simplified.cuda import decay as cuda
 from lkda.ops.simplified.decay import BACKENDS
 from tests.ops.emulation import EMULATED, NEEDS_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
-from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
+from tests.ops.layer_cases import assert_error_within_reference, assert_same_bits_traced, outputs_and_gradients
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -28,7 +28,7 @@ def decays(backend):
 def check(inputs):
     want = outputs_and_gradients(decays("torch"), {name: x.double() for name, x in inputs.items()})
     got = outputs_and_gradients(decays("cuda"), inputs)
-    assert_within_yardstick(got, want)
+    assert_error_within_reference(got, want)
     assert got["out0"].dtype == FP32
     assert got["dlogits"].dtype == inputs["logits"].dtype
 

@@ -7,7 +7,7 @@ import torch
 
 from lkda.ops import simplified_attention, simplified_step
 from tests.ops.cases import relative, simplified_inputs
-from tests.ops.yardstick import outputs_and_gradients
+from tests.ops.rounded_reference import outputs_and_gradients
 
 NAMES = ("q", "k", "v", "decay")
 

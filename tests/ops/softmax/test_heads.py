@@ -11,7 +11,7 @@ from lkda.ops.softmax.cuda import rotary as cuda
 from lkda.ops.softmax.heads import BACKENDS
 from lkda.ops.softmax.rotary import cos_sin
 from tests.ops.emulation import EMULATED, NEEDS_A_GPU, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
-from tests.ops.layer_cases import assert_same_bits_traced, assert_within_yardstick, outputs_and_gradients
+from tests.ops.layer_cases import assert_error_within_reference, assert_same_bits_traced, outputs_and_gradients
 
 EPS, BASE = 1e-5, 10000.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -52,7 +52,7 @@ def check(inputs, position=None):
     position = torch.arange(q.shape[1], device=q.device) if position is None else position
     want = outputs_and_gradients(exact(position), {name: x.double() for name, x in inputs.items()})
     got = outputs_and_gradients(heads("cuda", position), inputs)
-    assert_within_yardstick(got, want)
+    assert_error_within_reference(got, want)
     assert {got[name].dtype for name in ("out0", "out1", "dq", "dk")} == {q.dtype}
 
 
@@ -60,7 +60,7 @@ def check(inputs, position=None):
 def test_pytorch_against_float64(norms):
     inputs, position = inputs_of(2, 5, 3, 6, dtype=FP32, norms=norms), torch.tensor([3, 4, 5, 900, 901])
     want = outputs_and_gradients(exact(position), {name: x.double() for name, x in inputs.items()})
-    assert_within_yardstick(outputs_and_gradients(heads("torch", position), inputs), want)
+    assert_error_within_reference(outputs_and_gradients(heads("torch", position), inputs), want)
     weights = (inputs["q_weight"], inputs["k_weight"]) if norms else None
     got = rotary_heads(inputs["q"], inputs["k"], position, base=BASE, weights=weights, eps=EPS)
     assert all(map(torch.equal, got, heads("torch", position)(**inputs)))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import itertools
+from pathlib import Path
 
 import matplotlib.image
 import pytest
+import yaml
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from lkda.report.draw.labels import ABOVE_GRID, Label, label_ends, label_points, spread
-from lkda.report.draw.style import DARK, KNOWN, LIGHT, picture
+from lkda.report.draw.style import DARK, DEFAULTS, KNOWN, LIGHT, LINES, picture
 from lkda.report.draw.units import count, length, memory, three
 
 
@@ -64,6 +66,29 @@ def test_several_curves_of_a_mixer_have_colours_of_their_own():
     assert other.colour == LIGHT.colours(["softmax"])["softmax"]
     assert len({look.colour for look in (one, two, three, other)}) == 4
     assert len({(look.line, look.marker) for look in (one, two, three)}) == 3
+
+
+def test_the_variant_of_the_configuration_has_the_mixers_colour():
+    """Wherever it comes among the curves of the mixer, which are sorted by their accuracy."""
+    labels = ["kda · gate none", "kda · gate head", "kda · gate channel", "softmax"]
+    none, head, channel, softmax = LIGHT.looks(["kda"] * 3 + ["softmax"], labels)
+    own = LIGHT.colours(["kda", "softmax"])
+    assert (channel.colour, channel.line) == (own["kda"], LINES[0])
+    assert softmax.colour == own["softmax"]
+    assert len({look.colour for look in (none, head, channel, softmax)}) == 4
+    assert {look.line for look in (none, head)} == {LINES[1], LINES[2]}
+
+
+def test_the_defaults_are_those_of_the_configurations():
+    for mixer, defaults in DEFAULTS.items():
+        path = Path(__file__).parents[3] / "configs" / "mixer" / f"{mixer}.yaml"
+        options = yaml.safe_load(path.read_text())[mixer]
+        assert defaults <= {f"{name} {value}" for name, value in options.items()}
+
+
+@pytest.mark.parametrize("style", [LIGHT, DARK])
+def test_implementations_of_a_mixer_have_no_colour_of_a_mixer(style):
+    assert not {*style.implementations} & {*style.palette[: len(KNOWN)]}
 
 
 @pytest.mark.parametrize("style", [LIGHT, DARK])

@@ -9,7 +9,6 @@ import json
 
 import matplotlib.image
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
@@ -21,7 +20,7 @@ from lkda.report.operators import time_grid
 from lkda.report.operators.plots import SOFTMAX
 from lkda.report.readme import fill
 from lkda.report.redraw import redraw
-from tests.report.conftest import bench_row
+from tests.report.conftest import bench_row, drawn
 
 ROWS = [
     bench_row(),
@@ -173,14 +172,6 @@ def test_no_text_of_a_plot_crosses_a_curve_another_text_or_a_grid_line(monkeypat
         assert [text for text, box in boxes.items() if path.intersects_bbox(box, filled=False)] == []
     assert {text.get_zorder() >= ABOVE_GRID for text in axes.texts} == {True}
     assert any(isinstance(patch, Rectangle) for patch in axes.patches)  # it hides the grid behind the labels
-
-
-def drawn(monkeypatch, call):
-    """The figures of the light style that a call draws."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    call()
-    return figures[::2]
 
 
 def marks(axes):

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from lkda.commands.compare import compare as compare_command
 from lkda.report.draw.chart import SCHEMA
 from lkda.report.draw.curves import mean_curve
+from lkda.report.draw.style import LIGHT
 from lkda.report.read.groups import group_runs
 from lkda.report.read.runs import read_run, read_runs
 from lkda.report.readme import fill
@@ -217,6 +218,14 @@ def test_a_course_with_few_validations_is_drawn_by_the_training_loss(tmp_path):
     seldom = group_runs([read_run(write_run(tmp_path / "a", "kda", every=500))])
     (tmp_path / "a.png").write_bytes(loss_curves(seldom, x="tokens", y="val/loss").light)
     assert coloured(tmp_path / "a.png").any(axis=0).mean() > 0.5  # a line, not the one point
+
+
+def test_a_plot_of_several_seeds_says_what_its_bands_are(tmp_path):
+    runs = [read_run(write_run(tmp_path / f"seed{seed}", "kda", seed=seed)) for seed in (1, 2)]
+    for several in (True, False):
+        drawn = loss_curves(group_runs(runs if several else runs[:1]), x="tokens", y="val/loss")
+        said = drawn.draw(LIGHT).axes[0].get_title(loc="left")
+        assert ("Bands: from the best to the worst seed." in said) == several
 
 
 def configuration(**changes):

@@ -90,8 +90,8 @@ def launch_forward(
     plan.inter_chunk_fwd(workspaces, v, *first, entering, *outputs, *shape)
     if not save:
         return o, final_state, None, None, None, None
-    kept = None if recompute else workspaces
-    return o, final_state, kept, saved, q if normalize else None, k if normalize else None
+    saved_workspaces = None if recompute else workspaces
+    return o, final_state, saved_workspaces, saved, q if normalize else None, k if normalize else None
 
 
 def launch_intra_chunk_fwd(

@@ -30,7 +30,7 @@ from lkda.ops.short_conv import cuda as short_conv
 # products of low rank again.
 SAVED_FOR_BACKWARD = ("inputs", "workspaces", "core")
 _NORMALIZED = 0b011  # q and k
-_RESULTS = 5  # y, the final state and three last inputs; what is kept follows
+_RESULTS = 5  # y, the final state and three last inputs; what is saved for backward follows
 # latent, weight, beta_logits, A_log and bias
 _Decay = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
@@ -105,17 +105,17 @@ def _forward(
     save_for_backward: str,
 ) -> tuple[Tensor, ...]:
     """y [B, T, H, D], the final state, the last inputs of the three convolutions, and for `_backward` the workspaces,
-    what else the core saves, and o. Of these three, what is not kept is empty."""
+    what else the core saves, and o. Of these three, what is not saved is empty."""
     decay, options = (latent, weight, beta_logits, a_log, bias), (bounded, lower_bound, strength)
     here = _before_core(x, (w0, w1, w2), decay, cu_seqlens, head_dim, options)
     inputs = (here.q, here.k, here.v, here.g, here.beta)
-    kept = core.launch_workspaces(*inputs, cu_seqlens, scale) if save_for_backward == "workspaces" else None
+    saved_workspaces = core.launch_workspaces(*inputs, cu_seqlens, scale) if save_for_backward == "workspaces" else None
     o, final_state, workspaces, saved, _, _ = core.launch_forward(
-        *inputs, None, cu_seqlens, scale, normalize=False, save=save_for_backward == "core", workspaces=kept
+        *inputs, None, cu_seqlens, scale, normalize=False, save=save_for_backward == "core", workspaces=saved_workspaces
     )
     y = gated_norm.launch_forward(o, _output_gate(out_latent, out_weight, head_dim), norm_weight, eps)
     more = (
-        kept if save_for_backward == "workspaces" else workspaces,
+        saved_workspaces if save_for_backward == "workspaces" else workspaces,
         saved,
         o if save_for_backward == "core" else None,
     )
@@ -164,14 +164,14 @@ def _backward(
     decay, options = (latent, weight, beta_logits, a_log, bias), (bounded, lower_bound, strength)
     q, k, v, logits, g, beta, _ = _before_core(x, (w0, w1, w2), decay, cu_seqlens, head_dim, options)
     if save_for_backward != "core":
-        kept = workspaces if save_for_backward == "workspaces" else None
+        saved_workspaces = workspaces if save_for_backward == "workspaces" else None
         o, _, found, more, _, _ = core.launch_forward(
-            *(q, k, v, g, beta), None, cu_seqlens, scale, normalize=False, save=True, workspaces=kept
+            *(q, k, v, g, beta), None, cu_seqlens, scale, normalize=False, save=True, workspaces=saved_workspaces
         )
         assert found is not None
         assert more is not None
         workspaces, saved = found, more
-        del kept, found, more
+        del saved_workspaces, found, more
     output_gate = _output_gate(out_latent, out_weight, head_dim)
     do, d_output_gate, d_norm_weight = gated_norm.launch_backward(dy, o, output_gate, norm_weight, eps)
     del o, output_gate
@@ -226,12 +226,12 @@ def _(
     head_dim, *_, save_for_backward = options
     ys, lasts = short_conv.forward_outputs(x.chunk(3, -1)[0], w0, 3, cu_seqlens)
     y = _heads(ys[0], head_dim)
-    sizes, kept = core.sizes_of(y, cu_seqlens), [x.new_empty(0) for _ in range(3)]
+    sizes, for_backward = core.sizes_of(y, cu_seqlens), [x.new_empty(0) for _ in range(3)]
     if save_for_backward != "inputs":
-        kept[0] = core.empty_bytes(sizes.workspaces, x.device)
+        for_backward[0] = core.empty_bytes(sizes.workspaces, x.device)
     if save_for_backward == "core":
-        kept[1:] = core.empty_bytes(sizes.saved, x.device), torch.empty_like(y)
-    return y, core.empty_results(y, cu_seqlens)[1], *lasts, *kept
+        for_backward[1:] = core.empty_bytes(sizes.saved, x.device), torch.empty_like(y)
+    return y, core.empty_results(y, cu_seqlens)[1], *lasts, *for_backward
 
 
 @torch.library.register_fake("lkda::kda_layer_backward", lib=_library)

@@ -1,8 +1,8 @@
-"""The yardstick of a kernel: float64 truth, and the error that bf16 operands cost the chunked form.
+"""What KDA's kernels are tested against: the float64 recurrence, and the reference with rounded operands.
 
-A kernel may err twice the yardstick's error in the output, the state and every gradient. It is the chunked PyTorch form
-with the operands of every matrix product rounded to bf16, sums, state and triangular solve in float32, and what is
-stored in bf16 rounded.
+A kernel's error may be at most twice that of the reference, in the output, the state and every gradient. The reference
+is the chunked form in PyTorch: the operands of every matrix product are rounded to bf16, sums, state and triangular
+solve are in float32, and what is stored in bf16 is rounded.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def operands_rounded() -> Iterator[None]:
         yield
 
 
-def kda_yardstick(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+def kda_rounded_reference(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
     """The chunked form with bf16 operands, of inputs in their own dtypes."""
     with operands_rounded():
         return outputs_and_gradients(kda_attention, inputs, backend="chunk", **options)

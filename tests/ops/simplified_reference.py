@@ -1,9 +1,9 @@
-"""Truth and allowance for the simplified kernels.
+"""What the simplified kernels are tested against.
 
-The truth is the float64 recurrence, computed by doubling (the same sums, in log2 T steps instead of T), so that a
-hundred thousand tokens are affordable. The operator has no matrix product, so the yardstick is the truth itself,
-rounded to the dtype in which a tensor is stored; a kernel may err twice that, and need not beat float32 sums:
-1e-5, and 1e-4 for the gradient of the decay.
+It is the float64 recurrence, computed by doubling (the same sums, in log2 T steps instead of T), so that a hundred
+thousand tokens are affordable. The operator has no matrix product, so the reference is the same result, rounded to the
+dtype in which a tensor is stored. A kernel's error may be at most twice that of the reference, or that of sums in
+float32: 1e-5, and 1e-4 for the gradient of the decay.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def simplified_truth(inputs: dict[str, Tensor], **options: object) -> dict[str, 
     return outputs_and_gradients(simplified_by_doubling, {k: x.double() for k, x in inputs.items()}, **options)
 
 
-def assert_within_yardstick(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+def assert_error_within_reference(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     for name, x in want.items():
         stored = relative(x.to(got[name].dtype), x)
