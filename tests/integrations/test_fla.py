@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lkda.bench import fla_tests
 from lkda.integrations import fla as integration
 from tests.ops.cases import relative
 from tests.ops.emulation import kernels_on_the_cpu  # noqa: F401
@@ -385,6 +386,29 @@ class TestKernelsCalledDirectly:
     @pytest.mark.parametrize("adds", [False, True])
     def test_norm(self, adds, dtype):
         TestNorm.check(adds, dtype)
+
+
+def test_calls_of_flas_tests_are_counted_in_its_registries(tmp_path):
+    """As `lkda.bench.fla_tests` counts them, whose other tests need no FLA."""
+    file = tmp_path / fla_tests.TESTS
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import pytest, torch\n"
+        "from fla.ops.kda import chunk_kda, fused_recurrent_kda\n"
+        "x, beta = torch.ones(1, 4, 2, 32), torch.ones(1, 4, 2)\n"
+        "def test_computed():\n"
+        "    chunk_kda(x, x, x, -x, beta)\n"
+        "    fused_recurrent_kda(x, x, x, -x, beta)\n"
+        "def test_declined():\n"
+        "    chunk_kda(x, x, x, -x, beta)\n"
+        "    with pytest.raises(ValueError):\n"
+        "        chunk_kda(x, x, x, -x, beta, chunk_size=16)\n"
+    )
+    found, _ = fla_tests.run(tmp_path, fla_tests.registered_backends(), lambda results: None)
+    assert [(test.test, test.result, test.calls, test.declined) for test in found] == [
+        ("test_computed", "passed", {"chunk_kda": 1, "fused_recurrent_kda_fwd": 1}, {}),
+        ("test_declined", "declined", {"chunk_kda": 1}, {"chunk_kda: FLA refuses this chunk_size": 1}),
+    ]
 
 
 def test_missing_and_surplus_arguments_are_said_as_python_does():
