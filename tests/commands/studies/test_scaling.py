@@ -155,7 +155,7 @@ def test_runs_on_a_cpu(corpus: Path, tmp_path: Path) -> None:
     )
     parts = ["--parts", "base", "--gpus", "1", "2", "--out", str(tmp_path / "out"), "--runs", str(tmp_path)]
     with pytest.raises(SystemExit) as ending:
-        scaling.main([*words, "base:trainer.devices=3", *parts])
+        scaling.main([*words, "base:data.batch_size=0", *parts])
     assert ending.value.code == 1
     found = json.loads((tmp_path / "out" / "scaling.json").read_text())["rows"]
     assert all("reason" in one for one in found)

@@ -269,6 +269,6 @@ def test_drawing_is_fast_enough():
     """A batch of 256 of the training mixture's largest subset within 100 ms; it takes about 2."""
     data, generator = mqar(), rng()
     data.sample(256, generator, length=256, pairs=64)
-    begin = time.perf_counter()
+    begin = time.process_time()
     data.sample(256, generator, length=256, pairs=64)
-    assert time.perf_counter() - begin < 0.1
+    assert time.process_time() - begin < 0.1
