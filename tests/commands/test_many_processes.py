@@ -115,7 +115,7 @@ def test_bf16_and_fsdp(corpus: Path, tmp_path: Path, alone: Run) -> None:
     assert_same_rows(tmp_path / "run", alone("trainer.precision=bf16-mixed"), rel=1e-2)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_first_weights_are_those_of_one_process(strategy: str, corpus: Path, tmp_path: Path) -> None:
     """Bit for bit, in every process."""
