@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from lkda.checks import InputError
+from lkda.checks import InputError, refusing_damage
 from lkda.commands.run.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.run.run_setup import RunPlan
 from lkda.commands.settings.data_options import build_data
@@ -20,7 +20,7 @@ from lkda.device import physical_memory
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.training.memory import check_activations
-from lkda.training.metrics_csv import steps_with
+from lkda.training.metrics_csv import check_rows, steps_with
 from lkda.training.options import check_validation_batches
 
 # A checkpoint to resume from: its path and its content.
@@ -38,6 +38,7 @@ class PreparedRun:
         total_steps: optimizer steps of the whole run.
         checkpoint: the file to resume from; None for a new run.
         first_step: the number of steps that are already done.
+        steps_since_row: how many of them were done after the last row of training; None if that is not known.
     """
 
     plan: RunPlan
@@ -47,6 +48,7 @@ class PreparedRun:
     total_steps: int
     checkpoint: Path | None
     first_step: int
+    steps_since_row: int | None
 
     def is_finished(self, run: RunDirectory) -> bool:
         """Whether the directory already holds the result of this many steps."""
@@ -74,6 +76,18 @@ class PreparedRun:
         if trainer.strategy != "single" and self.data.val_subsets:  # the number of targets differs from batch to batch
             return f"{trainer.strategy} with data={self.data.source}"
         return None
+
+    def check_rows(self, run: RunDirectory) -> bool:
+        """Whether metrics.csv has rows up to the step from which the run is resumed. True for a new run.
+
+        Raises: InputError if only some of these rows are there.
+        """
+        return self.first_step == 0 or check_rows(
+            run.metrics,
+            step=self.first_step,
+            since_row=self.steps_since_row,
+            validation_interval=self.plan.trainer.val_check_interval,
+        )
 
     def check_steps(self, run: RunDirectory) -> None:
         """Raise InputError if the run has already done more than `total_steps` steps, or this many without a
@@ -136,7 +150,14 @@ def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> Pr
         total_steps=plan.trainer.steps(tokens_per_step),
         checkpoint=saved[0] if saved else None,
         first_step=saved[1]["lkda"]["step"] if saved else 0,
+        steps_since_row=_steps_since_row(saved[1]) if saved else None,
     )
+
+
+def _steps_since_row(checkpoint: Mapping[str, Any]) -> int | None:
+    """Checkpoints of earlier versions do not have it."""
+    with refusing_damage("the checkpoint"):
+        return int(checkpoint["lkda_clipped"][1]) if "lkda_clipped" in checkpoint else None
 
 
 def _test_metadata(test: TestSplit) -> dict[str, Any]:
