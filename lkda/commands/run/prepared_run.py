@@ -22,6 +22,7 @@ from lkda.models.lm import LanguageModel
 from lkda.training.memory import check_activations
 from lkda.training.metrics_csv import check_rows, steps_with
 from lkda.training.options import check_validation_batches
+from lkda.training.precision import PRECISIONS
 
 # A checkpoint to resume from: its path and its content.
 Saved = tuple[Path, dict[str, Any]]
@@ -107,7 +108,13 @@ def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
     data = build_data(plan.data)
     tokens = data.tokens_per_batch  # raises for data that cannot be trained on, before they are prepared
     if plan.device.type == "cpu":  # a GPU has an error of its own for this
-        check_activations(plan.model, tokens=tokens, checkpointing=plan.checkpointing, available=physical_memory())
+        check_activations(
+            plan.model,
+            tokens=tokens,
+            checkpointing=plan.checkpointing,
+            dtype=PRECISIONS[plan.trainer.precision],
+            available=physical_memory(),
+        )
     data.expected = fingerprint_of(saved[1]) if saved else {}
     limit = plan.trainer.limit_val_batches
     if isinstance(data, PackedDataModule) and isinstance(limit, int):

@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure(*given.overrides, steps=steps, minutes=given.minutes, keep=keep)
         finally:  # also if the command is stopped
             if rows:
-                print(f"{path} has {len(rows)} rows, up to step {rows[-1]['step']}.")
+                print(f"{path} has {len(rows)} row{'s' * (len(rows) != 1)}, up to step {rows[-1]['step']}.")
 
 
 def _header(rows: Rows, *, minutes: float | None, settings: Sequence[str]) -> dict[str, Any]:

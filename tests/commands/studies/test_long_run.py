@@ -56,7 +56,7 @@ def test_no_command_is_printed_for_the_directory_that_is_gone(
 
     monkeypatch.setattr(long_run, "train", trained)
     main(["--steps", "4", "--out", str(tmp_path / "out")])
-    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'long_run.json'} has 1 rows, up to step 0.\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'long_run.json'} has 1 row, up to step 0.\n"
 
 
 @pytest.mark.parametrize("words", [["--steps", "100", "--minutes", "1"], ["--minutes", "0"], ["--steps", "-1"]])
