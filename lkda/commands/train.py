@@ -84,6 +84,8 @@ def _train(plan: RunPlan, run: RunDirectory, processes: Processes) -> dict[str, 
         processes.dismiss()
         console.print_nothing_to_do(prepared.first_step)
         return run.read_summary()
+    if not prepared.check_rows(run):
+        console.print_lost_rows(prepared.first_step)
     prepared.check_steps(run)
     model = model_of(prepared)
     run.write_config(plan.record)

@@ -70,7 +70,9 @@ def check_parameters(count: int, *, copies: int, available: int) -> None:
         )
 
 
-def check_activations(model: Mapping[str, Any], *, tokens: int, checkpointing: str, available: int) -> None:
+def check_activations(
+    model: Mapping[str, Any], *, tokens: int, checkpointing: str, dtype: torch.dtype, available: int
+) -> None:
     """Raise InputError if the activations of one batch cannot fit into the memory, in which the system would kill the
     process without a message. They are a lower bound: what the layers of every mixer keep for the backward pass.
 
@@ -78,11 +80,13 @@ def check_activations(model: Mapping[str, Any], *, tokens: int, checkpointing: s
         model: the dict of `build_model`.
         tokens: the number of tokens of one batch.
         checkpointing: "none" or "block", which keeps only the input of each block.
+        dtype: of the layers' inputs.
         available: bytes.
     """
     width = model["d_model"]
-    # The inputs of a block's two norms and four linear layers, two projections, and the products of the MLP, in bf16.
-    kept = 4 * width if checkpointing == "block" else 2 * (8 * width + 3 * model["mlp_hidden"])
+    # The inputs of a block's two norms and four linear layers, two projections, and the products of the MLP.
+    of_block = dtype.itemsize * (8 * width + 3 * model["mlp_hidden"])
+    kept = 4 * width if checkpointing == "block" else of_block
     needed = tokens * model["num_layers"] * kept
     if needed > available:
         raise InputError(

@@ -39,6 +39,44 @@ def steps_with(path: Path, column: str) -> set[int]:
     return {int(row["step"]) for row in read_metrics(path) if row.get(column)}
 
 
+def check_rows(path: Path, *, step: int, since_row: int | None, validation_interval: int) -> bool:
+    """Check that the rows that were written before a checkpoint are still there.
+
+    A file that was moved away begins anew in the resumed run, so rows before its first one are not missed.
+
+    Args:
+        path: a metrics.csv.
+        step: of the checkpoint.
+        since_row: steps between the last row of training and the checkpoint; None if it is not known.
+        validation_interval: optimizer steps between two validations. A step with a validation is saved after it.
+    Returns: whether there is a row up to that step.
+    Raises: InputError if some are there, and the last row of training or of a validation is not.
+    """
+    rows = read_metrics(path)
+    first = min((int(row["step"]) for row in rows), default=step + 1)
+    if first > step:
+        return False
+    logged = None if since_row is None else step - since_row
+    validated = step - step % validation_interval
+    missing = []
+    if logged is not None and logged >= first and not _has(rows, logged, "train/loss"):
+        missing.append(f"the row of step {logged}")
+    if validated >= first and not _has(rows, validated, "val/loss"):
+        missing.append(f"the validation at step {validated}")
+    if missing:
+        last = max(int(row["step"]) for row in rows if int(row["step"]) <= step)
+        raise InputError(
+            f"{path} is damaged: {' and '.join(missing)} must be there, because the run continues from step {step}, "
+            f"but its last row up to there is of step {last}. Put it back, or move it away to continue without its "
+            "rows."
+        )
+    return True
+
+
+def _has(rows: Sequence[Mapping[str, str]], step: int, column: str) -> bool:
+    return any(int(row["step"]) == step and row.get(column) for row in rows)
+
+
 class MetricsCSV(Logger):
     """Appends one row at a time. The row is on disk when `log_metrics` returns.
 

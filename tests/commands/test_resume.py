@@ -448,3 +448,24 @@ def test_a_damaged_record_is_refused(
         # A run that is finished already has its summary read, and another its metrics.
         run(corpus, directory, *SHORTER, *(("trainer.max_steps=5",) if name == "metrics.csv" else ()), "resume=true")
     assert (directory / name).read_bytes() == content
+
+
+def test_rows_that_are_missing_are_named(short_run: Path, corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    """A file that is put back loses nothing, and without the file the run goes on."""
+    directory = tmp_path / "run"
+    shutil.copytree(short_run, directory)
+    longer = (*SHORTER, "trainer.max_steps=5", "resume=true")
+    metrics = directory / "metrics.csv"
+    content = metrics.read_text()
+    damaged = "".join(content.splitlines(keepends=True)[:3])
+    metrics.write_text(damaged)
+    with pytest.raises(
+        InputError, match=r"metrics\.csv is damaged: the row of step 4 .* continues from step 4, .* is of step 2\. Put"
+    ):
+        run(corpus, directory, *longer)
+    assert metrics.read_text() == damaged
+    metrics.unlink()
+    capsys.readouterr()
+    assert run(corpus, directory, *longer)["status"] == "finished"
+    assert f"warning: {metrics} has no row up to step 4" in capsys.readouterr().out
+    assert {row["step"] for row in rows(directory)} == {"5"}

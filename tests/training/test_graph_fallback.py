@@ -172,7 +172,14 @@ def starting(capsys: Any, changes: dict[str, Any], source: str, subsets: tuple[A
     plan: Any = SimpleNamespace(trainer=SimpleNamespace(**usual | changes))
     data: Any = SimpleNamespace(source=source, val_subsets=subsets)
     prepared = PreparedRun(
-        plan=plan, data=data, model_config={}, metadata={}, total_steps=1, checkpoint=None, first_step=0
+        plan=plan,
+        data=data,
+        model_config={},
+        metadata={},
+        total_steps=1,
+        checkpoint=None,
+        first_step=0,
+        steps_since_row=None,
     )
     RunConsole(SimpleNamespace())._print_what_is_not_compiled(prepared)  # type: ignore[arg-type]
     assert capsys.readouterr().out.splitlines() == [f"compile=auto: {line}" for line in said]

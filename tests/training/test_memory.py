@@ -66,10 +66,11 @@ def test_another_c_library_is_left_alone(monkeypatch):
     assert memory.return_freed_memory() is False
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
-def test_no_batch_that_fits_is_refused(pattern: list[str], checkpointing: str) -> None:
-    """What autograd keeps of a batch, in bf16, is more than the bound."""
+def test_no_batch_that_fits_is_refused(pattern: list[str], checkpointing: str, dtype: torch.dtype) -> None:
+    """What autograd keeps of a batch is more than the bound."""
     model, x = small(pattern).train(), tokens(2, 256)
     kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in model.parameters()}
 
@@ -78,10 +79,11 @@ def test_no_batch_that_fits_is_refused(pattern: list[str], checkpointing: str) -
         kept.setdefault(storage.data_ptr(), storage.nbytes())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
         loss = ModelLoss(model, checkpointing=checkpointing).mean(x, x)
     total = sum(kept.values())
-    options = {"tokens": x.numel(), "checkpointing": checkpointing}
+    options = {"tokens": x.numel(), "checkpointing": checkpointing, "dtype": dtype}
     memory.check_activations(model.config, **options, available=total)
     with pytest.raises(ValueError, match=r"one batch of 512 tokens needs more than 0 GiB .*: lower data.batch_size"):
         memory.check_activations(model.config, **options, available=total // 100)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lkda.training.metrics_csv import COLUMNS, MetricsCSV
+from lkda.checks import InputError
+from lkda.training.metrics_csv import COLUMNS, MetricsCSV, check_rows
 
 HEADER = ",".join(COLUMNS) + "\n"
 
@@ -42,3 +43,62 @@ def test_rows_of_an_older_version_stand_under_todays_names(tmp_path: Path) -> No
 def test_a_name_without_a_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column for train/accuracy"):
         MetricsCSV(tmp_path / "metrics.csv").log_metrics({"train/accuracy": 1.0}, step=1)
+
+
+def written(path: Path, *rows: tuple[int, str]) -> Path:
+    logger = MetricsCSV(path)
+    for step, column in rows:
+        logger.log_metrics({column: 1.0}, step=step)
+    return path
+
+
+# A run that logs every 10 steps and validates every 16, and has a checkpoint of step 34.
+ROWS = (
+    (1, "train/loss"),
+    (10, "train/loss"),
+    (16, "val/loss"),
+    (20, "train/loss"),
+    (30, "train/loss"),
+    (32, "val/loss"),
+)
+
+
+def test_rows_up_to_a_checkpoint_are_complete(tmp_path: Path) -> None:
+    path = written(tmp_path / "metrics.csv", *ROWS)
+    assert check_rows(path, step=34, since_row=4, validation_interval=16)
+    assert check_rows(path, step=34, since_row=None, validation_interval=16)
+    assert check_rows(path, step=15, since_row=5, validation_interval=16)  # no validation is due before the first
+    with open(path, "a") as file:
+        file.write("36,")  # cut by a kill after the checkpoint
+    assert check_rows(path, step=34, since_row=4, validation_interval=16)
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing"),
+    [
+        (2, "the row of step 30 and the validation at step 32 must be there, .* continues from step 34, .* of step 10"),
+        (5, "damaged: the validation at step 32 must be there, .* is of step 30. Put it back, or move it away"),
+    ],
+)
+def test_rows_that_were_removed_are_missed(kept: int, missing: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "metrics.csv", *ROWS[:kept])
+    with pytest.raises(InputError, match=missing):
+        check_rows(path, step=34, since_row=4, validation_interval=16)
+
+
+def test_a_row_of_a_checkpoint_that_is_cut_is_missed(tmp_path: Path) -> None:
+    path = written(tmp_path / "metrics.csv", *ROWS)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="the validation at step 32 must be there"):
+        check_rows(path, step=34, since_row=4, validation_interval=16)
+
+
+def test_a_file_that_was_moved_away_begins_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    assert not check_rows(path, step=34, since_row=4, validation_interval=16)
+    written(path, (40, "train/loss"))
+    assert not check_rows(path, step=34, since_row=4, validation_interval=16)
+    assert check_rows(path, step=42, since_row=2, validation_interval=16)  # the validation at 32 went with the old file
+    assert check_rows(path, step=49, since_row=9, validation_interval=50)
+    with pytest.raises(InputError, match="the validation at step 48"):
+        check_rows(path, step=49, since_row=9, validation_interval=16)

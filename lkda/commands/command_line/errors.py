@@ -189,6 +189,11 @@ def _message(error: Exception) -> str | None:
         )
     if isinstance(error, ValueError) and _raised_by(error, ("optuna",)) and "No trials are completed" in str(error):
         return "no run of the search has finished, so there is no best one: the file failure.txt of each says why."
+    if isinstance(error, RuntimeError) and _raised_by(error, ("submitit",)) and "slurm cluster" in str(error):
+        return (
+            "hydra/launcher=submitit_slurm needs Slurm, and this machine has no srun and sbatch: start the sweep on a "
+            "machine of the cluster, or use hydra/launcher=submitit_local or hydra/launcher=joblib."
+        )
     if isinstance(error, (ValueError, TypeError, *_misconfiguration())) and _raised_by(error, _CONFIGURED):
         return f"a setting cannot be used: {_on_one_line(str(error))}"
     return None

@@ -56,6 +56,12 @@ class RunConsole:
     def print_nothing_to_do(self, steps: int) -> None:
         self._line(f"{self.run.path} holds a finished run of {steps} steps: nothing to do.")
 
+    def print_lost_rows(self, step: int) -> None:
+        self._line(
+            f"warning: {self.run.metrics} has no row up to step {step}, from which the run continues. Its rows begin "
+            "after that step. If you have the file, stop the run and put it back."
+        )
+
     def print_start(self, prepared: PreparedRun) -> None:
         """Print the model, the data, the device, and the weights that the run starts from."""
         plan, metadata = prepared.plan, prepared.metadata

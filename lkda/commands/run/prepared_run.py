@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from lkda.checks import InputError
+from lkda.checks import InputError, refusing_damage
 from lkda.commands.run.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.run.run_setup import RunPlan
 from lkda.commands.settings.data_options import build_data
@@ -20,8 +20,9 @@ from lkda.device import physical_memory
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 from lkda.training.memory import check_activations
-from lkda.training.metrics_csv import steps_with
+from lkda.training.metrics_csv import check_rows, steps_with
 from lkda.training.options import check_validation_batches
+from lkda.training.precision import PRECISIONS
 
 # A checkpoint to resume from: its path and its content.
 Saved = tuple[Path, dict[str, Any]]
@@ -38,6 +39,7 @@ class PreparedRun:
         total_steps: optimizer steps of the whole run.
         checkpoint: the file to resume from; None for a new run.
         first_step: the number of steps that are already done.
+        steps_since_row: how many of them were done after the last row of training; None if that is not known.
     """
 
     plan: RunPlan
@@ -47,6 +49,7 @@ class PreparedRun:
     total_steps: int
     checkpoint: Path | None
     first_step: int
+    steps_since_row: int | None
 
     def is_finished(self, run: RunDirectory) -> bool:
         """Whether the directory already holds the result of this many steps."""
@@ -75,6 +78,18 @@ class PreparedRun:
             return f"{trainer.strategy} with data={self.data.source}"
         return None
 
+    def check_rows(self, run: RunDirectory) -> bool:
+        """Whether metrics.csv has rows up to the step from which the run is resumed. True for a new run.
+
+        Raises: InputError if only some of these rows are there.
+        """
+        return self.first_step == 0 or check_rows(
+            run.metrics,
+            step=self.first_step,
+            since_row=self.steps_since_row,
+            validation_interval=self.plan.trainer.val_check_interval,
+        )
+
     def check_steps(self, run: RunDirectory) -> None:
         """Raise InputError if the run has already done more than `total_steps` steps, or this many without a
         validation."""
@@ -93,7 +108,13 @@ def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
     data = build_data(plan.data)
     tokens = data.tokens_per_batch  # raises for data that cannot be trained on, before they are prepared
     if plan.device.type == "cpu":  # a GPU has an error of its own for this
-        check_activations(plan.model, tokens=tokens, checkpointing=plan.checkpointing, available=physical_memory())
+        check_activations(
+            plan.model,
+            tokens=tokens,
+            checkpointing=plan.checkpointing,
+            dtype=PRECISIONS[plan.trainer.precision],
+            available=physical_memory(),
+        )
     data.expected = fingerprint_of(saved[1]) if saved else {}
     limit = plan.trainer.limit_val_batches
     if isinstance(data, PackedDataModule) and isinstance(limit, int):
@@ -136,7 +157,14 @@ def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> Pr
         total_steps=plan.trainer.steps(tokens_per_step),
         checkpoint=saved[0] if saved else None,
         first_step=saved[1]["lkda"]["step"] if saved else 0,
+        steps_since_row=_steps_since_row(saved[1]) if saved else None,
     )
+
+
+def _steps_since_row(checkpoint: Mapping[str, Any]) -> int | None:
+    """Checkpoints of earlier versions do not have it."""
+    with refusing_damage("the checkpoint"):
+        return int(checkpoint["lkda_clipped"][1]) if "lkda_clipped" in checkpoint else None
 
 
 def _test_metadata(test: TestSplit) -> dict[str, Any]:

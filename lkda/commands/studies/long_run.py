@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +143,7 @@ def measure(
     minutes: float | None = None,
     keep: Callable[[Rows], None] = lambda rows: None,
 ) -> Rows:
-    """Train, in a directory that is removed afterwards. Returns the rows of `GrowthMeter`.
+    """Train, in a directory that is removed afterwards, without printing. Returns the rows of `GrowthMeter`.
 
     Args:
         steps: optimizer steps of a very small model on the CPU; None: the run ends after `minutes`.
@@ -163,7 +165,8 @@ def measure(
     with open_dict(config):
         config.callbacks.growth = {"_target_": f"{__name__}.meter", "number": id(rows)}
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        # What a run prints at its end are commands for its directory.
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             train(config, Path(folder) / "run")
     except SystemExit as ending:
         if ending.code != _STOPPED or minutes is None or len(rows) < BLOCKS:
@@ -198,14 +201,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_count("--steps", steps, least=4)
         given.out.mkdir(parents=True, exist_ok=True)
         path = given.out / "long_run.json"
+        rows: Rows = []
 
-        def keep(rows: Rows) -> None:
+        def keep(found: Rows) -> None:
+            rows[:] = found
             header = _header(rows, minutes=given.minutes, settings=given.overrides)
             write_atomically(path, json.dumps({"kind": KIND, "header": header, "rows": rows}, indent=1) + "\n")
             if len(rows) >= 4:  # a quarter has a row
                 redraw(path)
 
-        measure(*given.overrides, steps=steps, minutes=given.minutes, keep=keep)
+        try:
+            measure(*given.overrides, steps=steps, minutes=given.minutes, keep=keep)
+        finally:  # also if the command is stopped
+            if rows:
+                print(f"{path} has {len(rows)} row{'s' * (len(rows) != 1)}, up to step {rows[-1]['step']}.")
 
 
 def _header(rows: Rows, *, minutes: float | None, settings: Sequence[str]) -> dict[str, Any]:

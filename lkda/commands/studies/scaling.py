@@ -9,7 +9,8 @@ Each row is a short run of scripts/train.py, in processes of its own. The parts:
                 checkpointing=block
     agreement   200 steps on text at the same global batch on one GPU, with DDP, FSDP and context parallelism
     longest     the longest context of model=small with checkpointing=block, found from the memory of 256K tokens
-Runs that measure a speed have their GPUs to themselves; runs on different GPUs are at the same time.
+Runs that measure a speed have their GPUs to themselves; runs on different GPUs are at the same time. A machine without
+GPUs does not run the parts context and longest, which can fill its memory.
 
 The results are written to OUT after each run: scaling.json, and from it table.json, agreement.json and scaling.png. The
 same command measures what is missing, also with other numbers of GPUs or after a deadline. key=value is a setting of
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,8 +96,7 @@ class Runs:
         environment = {**os.environ, "PYTHONPATH": path}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        own = [word.removeprefix(f"{case.part}:") for word in self.overrides if _part(word) in (None, case.part)]
-        words = [*case.overrides(), *own, f"hydra.run.dir={self.folder / case.name}"]
+        words = [*case.overrides(), *_of_part(self.overrides, case.part), f"hydra.run.dir={self.folder / case.name}"]
         with open(self._log(case), "wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "lkda", "train", *words],
@@ -114,7 +115,7 @@ class Runs:
         log = self._log(case)
         try:
             process.wait(max(0.0, until - time.monotonic()))
-            reason = _reason(log) if process.returncode else None
+            reason = _reason(log, process.returncode) if process.returncode else None
         except subprocess.TimeoutExpired:
             reason = f"it had not ended after {until - begun:.0f} seconds"
         finally:
@@ -133,6 +134,11 @@ class Runs:
         for path in sorted((directory / "checkpoints").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         return row
+
+
+def _of_part(overrides: Sequence[str], part: str) -> list[str]:
+    """The overrides for the runs of that part, without its name."""
+    return [word.removeprefix(f"{part}:") for word in overrides if _part(word) in (None, part)]
 
 
 def _part(word: str) -> str | None:
@@ -154,11 +160,21 @@ def measured(summary: Row) -> Row:
     return row
 
 
-def _reason(log: Path) -> str:
-    """Why a run failed. If several processes did, memory that ran out in one is the reason of the others."""
+def _reason(log: Path, code: int) -> str:
+    """Why a run failed. If several processes did, memory that ran out in one is the reason of the others.
+
+    Args:
+        code: with which its first process ended; of one that a signal has ended, the negative number of the signal.
+    """
     lines = log.read_text(errors="replace").splitlines() or ["it printed nothing"]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
     memory = [line for line in errors if "out of memory" in line]
+    # The launcher says so of another process, and then kills the first.
+    killed = [int(found[1]) for line in lines if (found := re.search(r"terminated with code -(\d+)", line))]
+    killed += [-code] if code < 0 else []
+    if killed and not memory:
+        name = signal.Signals(killed[0]).name
+        return f"killed by {name}{' (out of memory?)' * (name == 'SIGKILL')}"
     return (memory or errors or lines)[-1][:300]
 
 
@@ -170,14 +186,16 @@ def _is_final(row: Row) -> bool:
 def measure(
     runs: Runs, parts: Sequence[str], counts: Sequence[int], rows: list[Row], *, keep: Callable[[list[Row]], None]
 ) -> list[Case]:
-    """Measure what `rows` does not have, and append it. Returns the cases for which there was no time.
+    """Measure what `rows` does not have, and append it. Returns the cases for which there was no time. Cases that are
+    refused on a machine without GPUs are passed over.
 
     Args:
         keep: is called with new rows after each group of runs.
     """
 
     def left_of(cases: Sequence[Case]) -> list[Case]:
-        waiting = [case for case in cases if case not in {_case(row) for row in rows}]
+        there = {_case(row) for row in rows} | refusals(cases, runs.overrides, gpus=runs.gpus).keys()
+        waiting = [case for case in cases if case not in there]
         for group in side_by_side(list(waiting), len(runs.gpus) or max(counts)):
             if runs.left() < _LEAST:
                 break
@@ -194,6 +212,19 @@ def measure(
             break
         waiting = left_of(tried)
     return waiting + left_of(last_cases(parts, counts))
+
+
+def refusals(cases: Sequence[Case], overrides: Sequence[str], *, gpus: Sequence[str]) -> dict[Case, str]:
+    """The cases that this machine does not run, with the reasons.
+
+    Args:
+        overrides: key=value for all runs, and PART:key=value.
+        gpus: as in CUDA_VISIBLE_DEVICES; none on a CPU.
+    """
+    if gpus:
+        return {}
+    found = {case: case.refusal_on_cpu(_of_part(overrides, case.part)) for case in cases}
+    return {case: reason for case, reason in found.items() if reason is not None}
 
 
 def _case(row: Row) -> Case:
@@ -220,10 +251,12 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     path = options.out / "scaling.json"
     rows: list[Row] = read_results_file(path, kind=KIND)["rows"] if path.exists() else []
     rows = [row for row in rows if _is_final(row)]
+    cases = [*first_cases(options.parts, counts), *last_cases(options.parts, counts)]
+    refused = refusals([case for case in cases if case not in map(_case, rows)], options.overrides, gpus=gpus)
+    for case, reason in refused.items():
+        console.print(f"{case.name}: refused, because {reason}.", soft_wrap=True)
     if options.dry_run:
-        _print_plan(
-            [*first_cases(options.parts, counts), *last_cases(options.parts, counts)], rows, max(counts), console
-        )
+        _print_plan([case for case in cases if case not in refused], rows, max(counts), console)
         return True
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -248,7 +281,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
         waiting = measure(runs, options.parts, counts, rows, keep=keep)
     for case in waiting:
         console.print(f"{case.name}: no time", soft_wrap=True)
-    return not waiting and all(_is_final(row) for row in rows)
+    return not waiting and not refused and all(_is_final(row) for row in rows)
 
 
 def _print_plan(cases: Sequence[Case], rows: Sequence[Row], gpus: int, console: Console) -> None:

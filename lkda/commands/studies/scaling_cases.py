@@ -57,6 +57,21 @@ class Case:
         """Whether others may run on its GPUs at the same time, because no speed is measured."""
         return self.part == "agreement"
 
+    def refusal_on_cpu(self, overrides: Sequence[str]) -> str | None:
+        """Why a machine without GPUs does not run it; None if it does.
+
+        The processes of a CPU share its memory, and the system kills them without a message when it is full.
+
+        Args:
+            overrides: of this part, after those of the case.
+        """
+        if self.tokens is None or any(word.startswith("data.context=") for word in overrides):
+            return None
+        return (
+            f"it needs GPUs: {self.tokens:,} tokens on each device can fill the memory of a machine without GPUs. "
+            f"Give {self.part}:data.context=N for a short sequence, or leave the part {self.part} out of --parts"
+        )
+
     def overrides(self) -> list[str]:
         """Of scripts/train.py."""
         steps = _STEPS["longest" if self.tokens is not None and self.tokens >= LONG else self.part]

@@ -13,7 +13,7 @@ from typing import Any
 from lkda.checks import InputError
 from lkda.report.draw.units import length
 from lkda.report.operators.plots import SOFTMAX
-from lkda.report.read.files import read_results_file
+from lkda.report.read.files import OtherFileError, read_results_file
 from lkda.report.studies import notes
 
 KINDS = ("benchmark", "step_benchmark", "decode", "notes")
@@ -76,6 +76,7 @@ class Measurement:
 
 def find_results(paths: Sequence[Path]) -> list[Results]:
     """Reads results files; of a directory, all files of these kinds that lie in it or below, or a whole set's file.
+    Files in it that cannot be read are left out; `damaged_files` names them.
 
     Raises: InputError where a path is not there, a file is of another kind or lacks what its kind holds, or a directory
         holds none.
@@ -85,20 +86,34 @@ def find_results(paths: Sequence[Path]) -> list[Results]:
         if not path.is_dir():
             found[path.resolve()] = _read(path)
             continue
-        kinds = {file: _kind(file) for file in sorted(path.rglob("*.json"))}
+        kinds, damaged = _files_of(path)
         files = [file for file, kind in kinds.items() if kind in KINDS]
         files = files or [file for file, kind in kinds.items() if kind == WHOLE_SET]
         if not files:
-            raise InputError(f"bench={path} holds no results of scripts/benchmark.py ({', '.join(KINDS)}).")
+            reasons = ": " + "; ".join(f"{file} {reason}" for file, reason in damaged.items()) if damaged else "."
+            raise InputError(f"bench={path} holds no results of scripts/benchmark.py ({', '.join(KINDS)}){reasons}")
         found |= {file.resolve(): _read(file) for file in files}
     return [result for results in found.values() for result in results]
 
 
-def _kind(file: Path) -> str | None:
-    try:
-        return str(read_results_file(file)["kind"])
-    except InputError:  # another JSON file, such as a log of another program
-        return None
+def damaged_files(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """The JSON files in or below these directories that cannot be read and that `find_results` therefore leaves out,
+    with the reasons."""
+    found = {file: reason for path in paths if path.is_dir() for file, reason in _files_of(path)[1].items()}
+    return list(found.items())
+
+
+def _files_of(directory: Path) -> tuple[dict[Path, str], dict[Path, str]]:
+    """The kinds of the results files in or below a directory, and the reasons why others cannot be read."""
+    kinds, damaged = {}, {}
+    for file in sorted(directory.rglob("*.json")):
+        try:
+            kinds[file] = str(read_results_file(file)["kind"])
+        except OtherFileError:  # such as a log of another program
+            continue
+        except InputError as error:
+            damaged[file] = str(error).removeprefix(f"{file} ")
+    return kinds, damaged
 
 
 def _read(path: Path) -> list[Results]:

@@ -18,7 +18,7 @@ from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file
 from lkda.report.read.groups import Group, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
-from lkda.report.tradeoff.measurements import Results, find_results, measurements
+from lkda.report.tradeoff.measurements import Results, damaged_files, find_results, measurements
 from lkda.report.tradeoff.records import COMMAND, best_of, by_data, reproduce, within_spread
 from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections, remove_stale
 from lkda.report.training import accuracy, accuracy_plots, plots, table
@@ -39,7 +39,7 @@ class Comparison:
     """The runs to compare.
 
     Attributes:
-        skipped: directories that were left out, with the reasons.
+        skipped: run directories, and files of the benchmarks, that were left out, with the reasons.
         results: of scripts/benchmark.py.
         exclusive_device: whether no run shared its device with another process.
     """
@@ -132,7 +132,8 @@ def compare(
     if train_again is not None:
         runs = [replace(run, summary=run.summary | {COMMAND: train_again(run.config)}) for run in runs]
     results = find_results(benchmarks)
-    result = Comparison(title, runs, [(str(path), reason) for path, reason in skipped], results, exclusive_device)
+    left_out = [(str(path), reason) for path, reason in [*skipped, *damaged_files(benchmarks)]]
+    result = Comparison(title, runs, left_out, results, exclusive_device)
     out.mkdir(parents=True, exist_ok=True)
     write(result, out / RESULTS)
     return result

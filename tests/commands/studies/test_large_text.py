@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lkda.commands.studies import large_text
 from lkda.commands.studies.large_text import KINDS, main, tokenize, variations, write_text
 from lkda.data.text.tokenizer import load_tokenizer
 from lkda.data.text.tokens import TokensDataModule
@@ -49,3 +50,17 @@ def test_the_table(kinds: list[str], tmp_path: Path) -> None:
     assert [row["text"] for row in found["rows"]] == [NAMES[kind] for kind in kinds]
     assert all(0.05 < float(row["largest memory in GB"]) < MEMORY for row in found["rows"])
     assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_a_size_that_is_no_size_is_refused(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is written: a text of nan bytes has no end."""
+    monkeypatch.setattr(large_text, "measure", lambda *given: pytest.fail("a text was begun"))
+    with pytest.raises(SystemExit) as ending:
+        main([f"--gigabytes={size}", "--folder", str(tmp_path / "folder"), "--out", str(tmp_path / "out")])
+    assert ending.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: --gigabytes must be a finite number above 0, got {size}."
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
+from lkda.commands.studies import long_run
 from lkda.commands.studies.long_run import BLOCKS, main, measure
 from lkda.report.redraw import main as redraw
 from lkda.report.studies.long_run import quarters
@@ -41,6 +43,20 @@ def test_a_run_of_some_minutes_is_measured_and_kept(tmp_path: Path) -> None:
     assert len(rows) == BLOCKS
     steps = [row["step"] for row in rows]
     assert steps == sorted(set(steps))
+
+
+def test_no_command_is_printed_for_the_directory_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trained(config: DictConfig, directory: Path) -> None:
+        print(f"next: {directory}")
+        meter = long_run._METERS[config.callbacks.growth.number]
+        meter.rows.append(rows_of(0.0)[0])
+        meter.keep()
+
+    monkeypatch.setattr(long_run, "train", trained)
+    main(["--steps", "4", "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'long_run.json'} has 1 row, up to step 0.\n"
 
 
 @pytest.mark.parametrize("words", [["--steps", "100", "--minutes", "1"], ["--minutes", "0"], ["--steps", "-1"]])

@@ -109,6 +109,63 @@ def test_a_dry_run_prints_the_runs(tmp_path: Path, capsys: Any) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_long_sequences_are_refused_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(scaling, "visible_gpus", lambda: [])
+    words = ["--dry-run", "--gpus", "1", "2", "--parts", "context", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        scaling.main(words)
+    shown = capsys.readouterr().out.splitlines()
+    names = ["context_single_1_262144", "context_single_1_65536"]
+    names += ["context_context_parallel_2_262144", "context_context_parallel_2_65536"]
+    assert [line.split(": refused, because it needs GPUs: ")[0] for line in shown] == names
+    assert "262,144 tokens on each device" in shown[2]
+    with pytest.raises(SystemExit):
+        scaling.main([*words, "context:data.context=64"])
+    assert all(line.startswith("at the same time: context_") for line in capsys.readouterr().out.splitlines())
+    monkeypatch.setattr(scaling, "visible_gpus", lambda: ["0", "1"])
+    with pytest.raises(SystemExit):
+        scaling.main(words)
+    assert "refused" not in capsys.readouterr().out
+
+
+def test_a_refused_run_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    begun: list[str] = []
+
+    def start(runs: Runs, cases: Any) -> list[dict[str, Any]]:
+        begun.extend(case.name for case in cases)
+        return [row(case.part, case.how, case.gpus, case.tokens, reason="failed") for case in cases]
+
+    monkeypatch.setattr(scaling, "visible_gpus", lambda: [])
+    monkeypatch.setattr(Runs, "measure", start)
+    with pytest.raises(SystemExit) as ending:
+        scaling.main(["--gpus", "2", "--parts", "large", "context", "longest", "--out", str(tmp_path / "out")])
+    assert begun == ["large_fsdp_2"]
+    assert ending.value.code == 1
+    assert "context_context_parallel_2_262144: refused" in capsys.readouterr().out
+
+
+# Of Lightning's launcher.
+_CHILD = "[rank: 1] Child process with PID 7 terminated with code -9. Forcefully terminating all other processes"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "reason"),
+    [
+        ("42.5 M parameters\n", -9, "killed by SIGKILL (out of memory?)"),
+        ("42.5 M parameters\n", -11, "killed by SIGSEGV"),
+        (f"{_CHILD}\n", -15, "killed by SIGKILL (out of memory?)"),
+        (f"error: another process\n{_CHILD}\n", 1, "killed by SIGKILL (out of memory?)"),
+        ("error: out of memory (CUDA): lower\nerror: another process\n", -9, "out of memory (CUDA): lower"),
+        ("error: data.batch_size must be\nmore\n", 2, "data.batch_size must be"),
+        ("", 1, "it printed nothing"),
+    ],
+)
+def test_the_reason_of_a_failure(text: str, code: int, reason: str, tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text(text)
+    assert scaling._reason(log, code).startswith(reason)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["--gpus", "0"], "--gpus must be"), (["x", "--gpus", "1"], "x is not a setting: give key=value")],

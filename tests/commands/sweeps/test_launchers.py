@@ -96,6 +96,18 @@ def assert_named(directory: Path, out: Path, capsys: pytest.CaptureFixture[str])
     assert re.search(r"left out \S*0_kda_debug_seed1: failed: the loss became NaN or infinite at step 2", shown)
 
 
+def test_a_machine_without_slurm_gets_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))  # also on a cluster
+    with pytest.raises(SystemExit) as ending, readable_errors():
+        submitit.AutoExecutor(cluster="slurm", folder=tmp_path / "jobs")
+    assert ending.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: hydra/launcher=submitit_slurm needs Slurm, and this machine has no srun and sbatch")
+
+
 @pytest.mark.long
 def test_joblib(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")

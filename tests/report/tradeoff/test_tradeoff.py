@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lkda.checks import InputError
 from lkda.report.read.crossings import crossings
 from lkda.report.read.groups import group_runs
 from lkda.report.read.runs import read_runs
@@ -160,6 +161,15 @@ def test_a_number_that_cannot_be_drawn_is_refused(tmp_path, changes, message):
     path = write_results(tmp_path / "a.json", "decode", [decode_row("kda", 1024, 1.0) | changes])
     with pytest.raises(ValueError, match=f"a.json is not what scripts/benchmark.py writes .*{message}"):
         find_results([path])
+
+
+def test_a_directory_of_damaged_results_says_which(tmp_path):
+    path = write_results(tmp_path / "a.json", "decode", [decode_row("kda", 1024, 1.0)])
+    path.write_text(path.read_text()[:-5])
+    (tmp_path / "log.json").write_text("[1]")  # of another program
+    with pytest.raises(InputError, match=rf"holds no results of .*: {path} cannot be read as JSON \(") as caught:
+        find_results([tmp_path])
+    assert "log.json" not in str(caught.value)
 
 
 def test_notes_of_another_form_are_refused(tmp_path):

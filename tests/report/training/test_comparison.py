@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import io
 import json
 import re
@@ -34,13 +35,16 @@ SCRIPT = Path(__file__).parents[3] / "scripts" / "compare.py"
 
 @pytest.fixture(scope="module")
 def compared(runs, tmp_path_factory):
-    """The result of a comparison with a benchmark and a run that stopped, and its directory."""
+    """The result of a comparison with a benchmark beside a damaged one and a run that stopped, and its directory."""
     home = tmp_path_factory.mktemp("compared")
     rows = [bench_row(mode=mode, ms=1.5) for mode in ("fwd", "fwd+bwd")]
     found = {"kind": "benchmark", "header": {"device": "an H100"}, "rows": rows}
-    (home / "b.json").write_text(json.dumps(found))
+    (home / "bench").mkdir()
+    (home / "bench" / "b.json").write_text(json.dumps(found))
+    (home / "bench" / "damaged.json").write_text(json.dumps(found)[:-10])
+    (home / "bench" / "log.json").write_text("{}")  # of another program
     stopped = write_run(home / "stopped <1>", "kda", status="interrupted")
-    result = compare([*runs, stopped], home / "out", title="All & every mixer", benchmarks=[home / "b.json"])
+    result = compare([*runs, stopped], home / "out", title="All & every mixer", benchmarks=[home / "bench"])
     return result, home / "out"
 
 
@@ -54,6 +58,14 @@ def coloured(path):
     """Where the picture is neither black nor white nor grey."""
     pixels = matplotlib.image.imread(path)[..., :3]
     return pixels.max(-1) - pixels.min(-1) > 0.3
+
+
+def test_a_damaged_benchmark_is_named(compared):
+    result, out = compared
+    (reason,) = (reason for path, reason in result.skipped if path == str(out.parent / "bench" / "damaged.json"))
+    assert reason.startswith("cannot be read as JSON")
+    assert len(result.skipped) == 2  # with the run that stopped
+    assert f"{out.parent / 'bench' / 'damaged.json'}: {reason}" in html.unescape((out / "report.html").read_text())
 
 
 def test_table_plots_and_page_are_written(compared):
