@@ -19,6 +19,10 @@ class InputError(ValueError):
     """The caller gave a value that cannot be used. The message is written for the caller."""
 
 
+class PlainWarning(UserWarning):
+    """A warning whose message is written for the caller. Commands print only the message, on one line."""
+
+
 @contextmanager
 def refusing_damage(source: object) -> Iterator[None]:
     """Within it, what Python and the libraries raise for values of a wrong kind becomes an InputError of one line.

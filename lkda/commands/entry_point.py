@@ -20,9 +20,10 @@ from lkda.checks import InputError
 from lkda.commands.command_line.errors import BAD_INPUT, output_that_may_end, readable_errors, recorded_failure
 from lkda.commands.command_line.invocation import with_started_command
 from lkda.commands.command_line.overrides import as_typed
+from lkda.commands.command_line.warning_lines import plain_warnings
 from lkda.commands.settings.config import check_keys
 from lkda.commands.settings.shipped import CONFIGS
-from lkda.commands.sweeps.sweep_gpus import claim_gpus, defaults_of_plugins, register
+from lkda.commands.sweeps.sweep_gpus import check_search, claim_gpus, defaults_of_plugins, register
 
 COMMANDS = {
     "train": "train a language model",
@@ -83,12 +84,14 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             return None
 
     _replace_what_cannot_be_printed()
-    with readable_errors():
+    with readable_errors(), plain_warnings():
         if name == "generate":
             _check_words(arguments)
         if name == "evaluate":
             _check_data_options(arguments)
         register()
+        if name == "train":
+            check_search(arguments)
         words = as_typed(arguments, verbatim=_VERBATIM.get(name, ()))
         sys.argv[1:] = [*words, *defaults_of_plugins(words)]
         # The output is flushed here, not when the interpreter exits, because a closed pipe shows only at a flush.

@@ -12,7 +12,7 @@ from torch import Tensor
 from lkda.checks import InputError
 from lkda.commands.run.checkpoint_loading import TrainedModel
 from lkda.commands.settings.shipped import TASKS
-from lkda.data.text.tokenizer import document_start, encode_text
+from lkda.data.text.tokenizer import decode_tokens, document_start, encode_text
 from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import generate
 from lkda.special_tokens import document_ends
@@ -112,7 +112,7 @@ def _language_model(trained: TrainedModel, device: torch.device) -> Any:
         longest, ends = int(options.get("max_gen_toks", 128)), document_ends(tokenizer)
         for token in generate(decoding, prompt, max_new_tokens=longest, temperature=0, end_tokens=ends):
             sampled.append(token)
-            written = tokenizer.decode(sampled)
+            written = decode_tokens(tokenizer, sampled)
             cuts = [written.index(stop) for stop in stops if stop in written]
             if cuts:
                 return written[: min(cuts)]

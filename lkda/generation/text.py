@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.data.text.tokenizer import document_start, encode_text
+from lkda.data.text.tokenizer import decode_tokens, document_start, encode_text
 
 WORD = "a"
 # What decoders write for bytes that are no character, or only the beginning of one.
@@ -136,8 +136,7 @@ class GrowingText:
         return new
 
     def _decoded(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(tokens)
-        return text
+        return decode_tokens(self._tokenizer, tokens)
 
     def finish(self) -> str:
         """The rest of the text. An incomplete character at the end is U+FFFD."""

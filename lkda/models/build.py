@@ -78,6 +78,11 @@ def _mixers(config: dict[str, Any]) -> list[Mixer]:
             f"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern {pattern!r} and "
             f"num_heads {mixer.get('num_heads')!r}. A model of one mixer has a pattern of one name, as [kda]."
         )
+    if len(pattern) > _MOST["num_layers"]:
+        raise InputError(
+            f"mixer.pattern holds {len(pattern):,} names, expected at most {_MOST['num_layers']:,}, the most layers of "
+            "a model: it is repeated over the layers, so give its names once."
+        )
     unknown = set(mixer) - {"name", "pattern", "num_heads", *mixer_names()}
     if unknown:
         raise InputError(
@@ -85,7 +90,10 @@ def _mixers(config: dict[str, Any]) -> list[Mixer]:
             f"({', '.join(mixer_names())}); "
             f"unknown: {', '.join(sorted(unknown))}."
         )
-    classes = {name: find_mixer(name) for name in pattern}
+    classes: dict[str, type[Mixer]] = {}
+    for name in pattern:
+        if not isinstance(name, str) or name not in classes:  # finding one lists the modules of the package
+            classes[name] = find_mixer(name)
     backend = config["backend"]
     known_words = {name: ("auto",) if cls.op is None else available_backends(cls.op) for name, cls in classes.items()}
     known = {name: backend in words for name, words in known_words.items()}

@@ -21,7 +21,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
-from lkda.checks import InputError
+from lkda.checks import InputError, PlainWarning
 from lkda.io import replace_file, replacing
 from lkda.training.background import BackgroundWriter
 from lkda.training.sharded_checkpoint import is_sharded, read_sharded, remove
@@ -189,7 +189,7 @@ def newest_intact(directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
         except UnreadableError:
             raise
         except ValueError as error:
-            warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=2)
+            warnings.warn(f"skipping a broken checkpoint: {error}", PlainWarning, stacklevel=2)
             broken.append(path)
             continue
         if found is None or checkpoint["lkda"]["step"] > found[1]["lkda"]["step"]:

@@ -7,9 +7,11 @@ import io
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -18,6 +20,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import lkda
+from lkda.checks import PlainWarning
+from lkda.commands import entry_point
 from lkda.commands.command_line import errors
 from lkda.commands.compare import _find
 from lkda.commands.entry_point import COMMANDS, _imported, main
@@ -259,3 +263,17 @@ def test_a_started_process_takes_no_traceback_for_asked(monkeypatch: pytest.Monk
     assert not errors.asks_for_tracebacks()
     monkeypatch.delenv("LKDA_SETS_HYDRA_FULL_ERROR")
     assert errors.asks_for_tracebacks()
+
+
+def test_a_warning_for_the_user_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    def export(config: DictConfig) -> None:
+        for kind in (PlainWarning, RuntimeWarning):
+            shown.append(warnings.formatwarning(kind("the file\nis broken"), kind, __file__, 1, "warn()"))
+
+    monkeypatch.setattr(entry_point, "_imported", lambda name: SimpleNamespace(export=export))
+    assert typed(monkeypatch, "export", "ckpt=a", f"out={tmp_path / 'out'}", f"hydra.run.dir={tmp_path}") == 0
+    assert shown[0] == "warning: the file is broken\n"
+    assert "RuntimeWarning: the file" in shown[1]
+    assert "warn()" in shown[1]

@@ -78,6 +78,16 @@ def test_a_spoilt_directory(spoil: Callable[[Path], object], message: str, expor
         lkda.load(exported)
 
 
+def test_a_pattern_of_a_million_names(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    if config["model_type"] != "lkda":
+        pytest.skip("only lkda's own config.json holds a pattern")
+    config["model"]["mixer"]["pattern"] = ["kda"] * 10**6
+    (exported / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"mixer.pattern holds 1,000,000 names, expected at most 16,384"):
+        lkda.load(exported)
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 

@@ -409,6 +409,10 @@ def test_a_mixer_dropped_into_the_package_is_found(tmp_path, monkeypatch):
             r"gate must be one of channel, head, none",
         ),
         ({"mixer": {"pattern": [], "num_heads": 2}}, "mixer must hold `pattern`"),
+        (
+            {"mixer": {"pattern": ["kda"] * 10**6, "num_heads": 2}},
+            r"mixer.pattern holds 1,000,000 names, expected at most 16,384",
+        ),
         ({"mixer": {"pattern": "kda", "num_heads": 2}}, r"got pattern 'kda' .* has a pattern of one name, as \[kda\]"),
         ({"mixer": {"pattern": ["kda"], "num_heads": 2, "patern": 1}}, "under the mixers' names .*; unknown: patern"),
         ({"num_layers": 0}, "model.num_layers must be a whole number of 1 or more, got 0"),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from lkda.checks import PlainWarning
 from lkda.io import write_atomically
 from lkda.training.checkpoint import (
     AtomicCheckpointIO,
@@ -86,7 +87,7 @@ def test_the_newest_intact_is_found(saved: Path) -> None:
 
 def test_a_broken_newest_is_skipped_with_its_name(saved: Path) -> None:
     truncate(step_path(saved, 10))
-    with pytest.warns(UserWarning, match=r"skipping a broken checkpoint: .*step_0000010.ckpt is truncated"):
+    with pytest.warns(PlainWarning, match=r"skipping a broken checkpoint: .*step_0000010.ckpt is truncated"):
         path, _ = newest_intact(saved) or pytest.fail("nothing found")
     assert path == step_path(saved, 4)
     # It is set aside, so that it neither counts among those to keep nor is found again.

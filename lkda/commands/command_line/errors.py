@@ -174,6 +174,8 @@ def _message(error: Exception) -> str | None:
         # For example a class that does not exist. An error raised inside a class of lkda's is a bug.
         within = any(path.is_relative_to(_HOME) for path in _files(error.__cause__))
         return known if known is not None or within else _configuration_message(error)
+    if isinstance(error, InterpolationResolutionError) and (found := _input_error_of(error)) is not None:
+        return _message(found)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is required: give {error.full_key}=..."
     if isinstance(error, (CommandError, InputError)):
@@ -197,6 +199,13 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, (ValueError, TypeError, *_misconfiguration())) and _raised_by(error, _CONFIGURED):
         return f"a setting cannot be used: {_on_one_line(str(error))}"
     return None
+
+
+def _input_error_of(error: BaseException) -> InputError | None:
+    """The InputError of a function of lkda's that computes a setting, as `${lkda_jobs_at_once:}` does, if that is the
+    reason."""
+    reason = error.__cause__ or error.__context__
+    return reason if reason is None or isinstance(reason, InputError) else _input_error_of(reason)
 
 
 def _on_one_line(text: str) -> str:

@@ -24,6 +24,7 @@ from lkda.metrics_file import read_metrics
 from lkda.old_names import translated
 from lkda.records import check_yaml, read_record
 from lkda.run_failure import FAILURE
+from lkda.tokenizer_loading import tokenizer_from_text
 from lkda.training.checkpoint import newest_intact
 from lkda.training.options import sequences_per_batch
 from lkda.training.sharded_checkpoint import remove
@@ -230,10 +231,7 @@ def fingerprint_of(checkpoint: Mapping[str, Any]) -> dict[str, str | None]:
 
 def tokenizer_of(text: str, *, source: object) -> Tokenizer:
     """The tokenizer that a checkpoint holds as JSON. Raises: InputError, naming `source`, if it is not one."""
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{source} is damaged: it holds no tokenizer ({error}).") from error
+    return tokenizer_from_text(text, problem=f"{source} is damaged: it holds no tokenizer")
 
 
 def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:

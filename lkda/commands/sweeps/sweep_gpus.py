@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -48,6 +49,14 @@ def defaults_of_plugins(arguments: Sequence[str]) -> list[str]:
         for choice, override in _DEFAULTS.items()
         if choice in arguments and override.partition("=")[0] not in given
     ]
+
+
+def check_search(arguments: Sequence[str]) -> None:
+    """Raises InputError for a search without a run: Optuna would look for the best of none, or never end."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key in ("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs") and re.fullmatch(r"[+-]?\d+", value):
+            check_count(key, int(value), least=1)
 
 
 def visible_gpus() -> list[str]:

@@ -110,10 +110,8 @@ class CompletionsDataModule(PackedDataModule):
             test_paths=self.test_paths,
             test_fraction=self.test_fraction,
             text_column=self.columns[1],
+            suffixes=(".jsonl", ".parquet"),
         )
-        for path in (*sources.train, *sources.validation, *sources.test):
-            if path.suffix.lower() not in (".jsonl", ".parquet"):
-                raise InputError(f"data path {path} must be a .jsonl or .parquet file.")
         entry = self._tokenized(sources)
         metadata = metadata_of(entry)
         assert metadata is not None, "it was published"
@@ -140,9 +138,10 @@ class CompletionsDataModule(PackedDataModule):
         fitting = np.flatnonzero(places <= self.context)
         excess = len(places) - len(fitting)
         if excess and (self.too_long == "error" or not len(fitting)):
+            drop = ", or data.too_long=drop to leave them out" if len(fitting) else ""
             raise InputError(
                 f"{excess} of {len(places)} examples for {name} have more than data.context={self.context} tokens, the "
-                f"longest {int(places.max())}: give a larger data.context, or data.too_long=drop to leave them out."
+                f"longest {int(places.max())}: give a larger data.context{drop}."
             )
         self.dropped += excess
         return ExampleRows(examples, fitting, context=self.context)

@@ -118,6 +118,7 @@ def file_sources(
     test_paths: Sequence[str] = (),
     test_fraction: float = 0.0,
     test_from_year: int | None = None,
+    suffixes: Sequence[str] = (),
 ) -> Sources:
     """The sources for files, directories and globs. A directory means all files of a known kind below it, without
     hidden ones.
@@ -126,6 +127,8 @@ def file_sources(
     fraction of the documents. The test split is chosen in the same way. If both are split by year, the split with the
     earlier year ends where the other begins.
 
+    Args:
+        suffixes: those that files may have, as (".jsonl",). Empty means all known ones.
     Raises: InputError for a path that does not exist or is of an unknown kind, a fraction outside its range, or a split
         by year that leaves a split empty or meets a name without a year.
     """
@@ -150,6 +153,11 @@ def file_sources(
     validation, test = validation or late_validation, test or late_test
     fraction, test_fraction = 0.0 if validation else val_fraction, 0.0 if test else test_fraction
     check_test_fraction(fraction, test_fraction)
+    wrong = [path for path in (*train, *validation, *test) if suffixes and path.suffix.lower() not in suffixes]
+    if wrong:
+        raise InputError(
+            f"data path {wrong[0]} must be a {' or '.join(suffixes)} file: give files of these kinds alone."
+        )
     kinds = sorted({str(kind_of(path)) for path in (*train, *validation, *test)})
     if len(kinds) > 1:
         raise InputError(f"data.paths mixes {' and '.join(kinds)} files; give files of one kind.")

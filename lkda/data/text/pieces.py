@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from lkda.checks import InputError
 from lkda.data.text.documents import Text, blocks_of
 from lkda.data.text.tokenizer import document_start, encode_texts, first_unknown
+from lkda.tokenizer_loading import refusing_panics
 
 # Characters that are tokenized at a time. Meanwhile `tokenizers` needs a few hundred bytes of memory per character.
 _AT_ONCE = 2**21
@@ -37,6 +38,7 @@ def pieces_of(document: Text, splitter: PreTokenizer | None) -> Iterator[str]:
         yield text[begin:]
 
 
+@refusing_panics()
 def _piece_end(text: str, begin: int, splitter: PreTokenizer | None) -> int | None:
     """The end of the piece that begins at `begin`. None if the text has no such end, or does not show it yet."""
     if begin + _PIECE >= len(text):

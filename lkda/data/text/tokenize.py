@@ -23,6 +23,7 @@ from lkda.data.text.documents import Splits, Text, Texts, blocks_of
 from lkda.data.text.pieces import batches_of, encode_batch, pieces_of
 from lkda.data.text.token_file import parts_of, positions_of, writing_token_file
 from lkda.data.text.tokenizer import (
+    decode_tokens,
     document_start,
     encode_texts,
     load_tokenizer,
@@ -99,7 +100,7 @@ def bytes_of(token_ids: np.ndarray, tokenizer: Tokenizer) -> int:
     text, start = 0, document_start(tokenizer)
     for part in parts_of(token_ids):
         tokens = part if start is None else part[part != start]
-        text += len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode())
+        text += len(decode_tokens(tokenizer, tokens.tolist()).encode())
     return text
 
 

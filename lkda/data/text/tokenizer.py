@@ -12,14 +12,15 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 
 from lkda.checks import InputError
 from lkda.data.words import LONGEST_WORD, word_splitter
-from lkda.records import check_record
 from lkda.special_tokens import END_OF_TEXT, document_start, special_tokens
+from lkda.tokenizer_loading import refusing_panics, tokenizer_from_file
 
 __all__ = [
     "END_OF_TEXT",
     "LONGEST_WORD",
     "SMALLEST_VOCABULARY",
     "check_vocab_size",
+    "decode_tokens",
     "document_start",
     "encode_text",
     "encode_texts",
@@ -65,19 +66,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer.json, with its truncation and padding turned off.
 
-    Raises: InputError if it is missing or broken.
+    Raises: InputError if it is missing or broken, or could make texts very long.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no tokenizer at {path}.")
-    check_record(path)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{path} is not a tokenizer.json ({error}).") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return tokenizer_from_file(path)
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -94,6 +88,13 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
     return _without_special(tokenizer, texts, encodings)
 
 
+def decode_tokens(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text of tokens, without special tokens."""
+    with refusing_panics():
+        text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return text
+
+
 def first_unknown(tokenizer: Tokenizer, text: str) -> str:
     """The part of a text that the first token for unknown text stands for. The text must have one."""
     unknown = unknown_token(tokenizer)
@@ -106,15 +107,18 @@ def first_unknown(tokenizer: Tokenizer, text: str) -> str:
 
 @contextmanager
 def _special_tokens_as_text(tokenizer: Tokenizer) -> Iterator[None]:
-    """A context in which special tokens are not recognized in text. A tokenizer file cannot store this setting."""
-    before = tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = True
-    try:
-        yield
-    finally:
-        tokenizer.encode_special_tokens = before
+    """A context in which special tokens are not recognized in text, which a tokenizer file cannot ask for, and in which
+    a panic of the library becomes an InputError."""
+    with refusing_panics():
+        before = tokenizer.encode_special_tokens
+        tokenizer.encode_special_tokens = True
+        try:
+            yield
+        finally:
+            tokenizer.encode_special_tokens = before
 
 
+@refusing_panics()
 def _without_special(tokenizer: Tokenizer, texts: Sequence[str], encodings: list[Encoding]) -> list[Encoding]:
     """`encodings`, or new ones if the tokenizer's model itself (a WordLevel or a Unigram model) found a special token
     in a text.

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lkda.checks import InputError, check_count
-from lkda.records import check_record, read_record
+from lkda.records import read_record
+from lkda.tokenizer_loading import tokenizer_from_file
 
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
@@ -64,14 +65,8 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 def read_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of tokenizer.json, without special tokens around a text, truncation and padding."""
-    check_record(directory / "tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises Exception itself
-        raise InputError(f"{directory / 'tokenizer.json'} is not a tokenizer ({error}).") from error
+    tokenizer = tokenizer_from_file(directory / "tokenizer.json")
     tokenizer.post_processor = None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 

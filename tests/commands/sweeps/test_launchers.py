@@ -24,6 +24,7 @@ from lkda.commands.run import launch
 from lkda.commands.run.run_setup import plan_run
 from lkda.commands.sweeps.sweep_gpus import defaults_of_plugins, jobs_at_once, visible_gpus, wait_for_gpus
 from lkda.commands.train import train
+from tests.commands.error_line import error_line
 from tests.commands.ranks import on_ranks
 from tests.commands.small import ROOT, composed, small_run
 
@@ -79,6 +80,34 @@ def test_what_is_given_is_kept() -> None:
     assert defaults_of_plugins(["-m", "hydra/launcher=joblib"]) == ["hydra.launcher.n_jobs=${lkda_jobs_at_once:}"]
     assert defaults_of_plugins(["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]) == []
     assert defaults_of_plugins(["hydra/sweeper=optuna"]) == ["hydra.sweeper.max_failure_rate=1.0"]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "words", "message"),
+    [
+        (
+            "joblib_launcher",
+            "hydra/launcher=joblib jobs_per_gpu=0",
+            "jobs_per_gpu must be a whole number of 1 or more, got 0.",
+        ),
+        (
+            "optuna_sweeper",
+            "hydra/sweeper=optuna hydra.sweeper.n_trials=0",
+            "hydra.sweeper.n_trials must be a whole number of 1 or more, got 0.",
+        ),
+        (
+            "optuna_sweeper",
+            "hydra/sweeper=optuna hydra.sweeper.n_jobs=0",
+            "hydra.sweeper.n_jobs must be a whole number of 1 or more, got 0.",
+        ),
+    ],
+)
+def test_no_jobs_at_all(
+    plugin: str, words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}")
+    given = ["-m", "debug=fast", "trainer=cpu", "seed=1,2", *words.split()]
+    assert error_line("train.py", given, monkeypatch, capsys) == f"error: {message}"
 
 
 def swept(corpus: Path, directory: Path, *overrides: str, gpus: str = "") -> subprocess.CompletedProcess[str]:

@@ -102,6 +102,22 @@ def test_long_examples_are_refused_or_dropped(pairs):
     assert re.fullmatch(r"\d\d of \d+ examples, which are too long", data.left_out)  # of those for training
 
 
+@pytest.mark.parametrize("too_long", ["error", "drop"])
+def test_dropping_is_not_advised_where_no_example_fits(pairs, too_long):
+    with pytest.raises(ValueError, match=r"data.context=4 tokens, the longest \d+: give a larger data.context\.$"):
+        module(pairs, too_long=too_long, context=4).prepare()
+
+
+def test_other_files_are_refused_by_their_name(pairs, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    for paths in ([str(folder)], [str(pairs), str(folder)]):
+        data = module(pairs, paths=paths)
+        with pytest.raises(ValueError, match=r"texts/a.txt must be a .jsonl or .parquet file: give files of these"):
+            data.prepare()
+
+
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
