@@ -71,18 +71,52 @@ def test_a_tie_at_the_longest_context_has_the_winner_of_the_one_before(tmp_path)
 
 def test_the_summary_says_how_far_its_contexts_reach_and_which_device_is_another(tmp_path):
     rows = [decode_row(m, T, speed, batch=B) for m, speed in (("kda", 2.0), ("softmax", 1.0)) for B, T in _BATCHES]
+    rows += [
+        decode_row(m, T, speed, implementation="prefill", title=f"{m}, prefill")
+        for m, speed in (("kda", 2.0), ("softmax", 1.0))
+        for T in (1024, 2048)
+    ]
     here = write_results(tmp_path / "a.json", "decode", rows)
     other = [decode_row(m, 1024, speed, batch=4) for m, speed in (("kda", 1.0), ("softmax", 2.0))]
     there = write_results(tmp_path / "b.json", "decode", other, device="another")
     said = answers.summary([], measurements(find_results([here, there])), None)[-1]
     assert said == (
-        "At every measured context, kda is faster than softmax: decode, tiny, bf16, batch 1 (1K to 4K); "
-        "decode, tiny, bf16, batch 2 (only at 1K). At every measured context, softmax is faster than kda: "
-        "decode, tiny, bf16, batch 4, another (only at 1K)."
+        "At every measured context, kda is faster than softmax (model tiny, bf16) in prefill (batch 1, 1K to 2K) and "
+        "in decode (batch 1 at 1K to 4K; batches of 2, 16 and 1,024 at 1K). At every measured context, softmax is "
+        "faster than kda (model tiny, bf16) in decode (batch 4, another, 1K)."
     )
 
 
-_BATCHES = ((1, 1024), (1, 4096), (2, 1024))
+_BATCHES = ((1, 1024), (1, 4096), (2, 1024), (1024, 1024), (16, 1024))
+
+
+def test_an_answer_says_of_how_many_mixers_it_is(tmp_path):
+    """A single mixer beside models of other packages is no answer."""
+    rows = [decode_row(mixer, 1024, speed) for mixer, speed in (("kda", 3.0), ("softmax", 2.0), ("mla", 1.0))]
+    rows += [decode_row(mixer, 1024, speed, batch=4) for mixer, speed in (("kda", 30.0), ("softmax", 20.0))]
+    rows += [decode_row("kda", 4096, 3.0), decode_row("softmax", 4096, 1.0, implementation="fla", title="Llama")]
+    found = measurements(find_results([write_results(tmp_path / "a.json", "decode", rows)]))
+    said = {(one.question, one.of, one.context): one.why for one in answers.answers([], found, None)}
+    one, four = "tiny, bf16, batch 1, a GPU", "tiny, bf16, batch 4, a GPU"
+    assert said == {
+        ("fastest decode", one, 1024): "3 tokens/s, 1.50 times softmax",
+        ("least state of one sequence", one, 1024): "1.98 KiB",
+        ("fastest decode", four, 1024): "30 tokens/s, 1.50 times softmax, of 2 of 3 mixers",
+        ("least state of one sequence", four, 1024): "1.98 KiB, of 2 of 3 mixers",
+    }
+    groups = group_runs(read_runs([write_run(tmp_path / "run", "simplified")])[0])
+    joined = answers.answers(groups, found, records.quality_of(groups))
+    assert [one.why for one in joined if one.question == "fastest decode"] == [
+        "3 tokens/s, 1.50 times softmax, of 3 of 4 mixers",
+        "30 tokens/s, 1.50 times softmax, of 2 of 4 mixers",
+    ]
+
+
+def test_a_reason_does_not_begin_with_the_class_of_an_error(tmp_path):
+    reasons = ["ValueError: too long", "InputError: too long", "RuntimeError: no memory", None]
+    rows = [bench_row(T=T, ms=None, reason=reason) for T, reason in enumerate(reasons, 1)]
+    found = measurements(find_results([write_results(tmp_path / "a.json", "benchmark", rows)]))
+    assert [one.reason for one in found] == ["too long", "too long", "RuntimeError: no memory", "not measured"]
 
 
 @pytest.mark.parametrize(
@@ -219,8 +253,11 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     assert means[at, "softmax"] == 500
     report = (out / "report.md").read_text()
     assert "fastest decode at 15.6K: kda, 1,000 tokens/s, 2.00 times softmax (tiny, bf16, batch 1, a GPU)." in report
-    assert "kda is faster than softmax from a context of about 7.8K (decode, tiny, bf16, batch 1)." in report
-    assert "At every measured context, kda is faster than softmax: training step, tiny, bf16-mixed, 8K tokens" in report
+    assert (
+        "As the context grows, kda overtakes softmax (model tiny, bf16) in decode (batch 1, at about 7.8K). "
+        "At every measured context, kda is faster than softmax (model tiny, bf16-mixed) in training steps (8K tokens "
+        "per batch, 1K to 4K)."
+    ) in report
     assert "Not measured: kda, FLA: fla is not installed." in report
 
 
