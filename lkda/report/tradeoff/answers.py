@@ -11,7 +11,7 @@ from lkda.report.draw.units import length, memory
 from lkda.report.read.groups import Group
 from lkda.report.tradeoff.kda_or_softmax import said_of_crossings
 from lkda.report.tradeoff.measurements import OF_MODELS, Measurement
-from lkda.report.tradeoff.records import Quality, best_of, budget_of, by_data, on_front, within_spread
+from lkda.report.tradeoff.records import Quality, best_of, budget_of, by_data, on_front, quality_of, within_spread
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Answer:
     rivals: int = 0
 
 
-def answers(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[Answer]:
+def answers(groups: Sequence[Group], found: Sequence[Measurement]) -> list[Answer]:
     """The best by accuracy at each limit of memory, and the fastest and the smallest at each context."""
     parts = by_data(groups)
-    of_runs = [_by_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
+    of_runs = [_by_accuracy(same, quality_of(same), _budget(same, data, parts)) for data, same in parts.items()]
     return [*(answer for part in of_runs for answer in part), *_by_context(found, _trained(groups))]
 
 
@@ -135,10 +135,10 @@ def _among(here: Sequence[Measurement], known: set[str]) -> str:
     return f", of {several} of {len(known)} mixers" if several < len(known) else ""
 
 
-def summary(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[str]:
+def summary(groups: Sequence[Group], found: Sequence[Measurement]) -> list[str]:
     """What to choose, a paragraph each: by accuracy and memory, by speed at the longest context, and KDA or softmax."""
     parts = by_data(groups)
-    said = [_said_of_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
+    said = [_said_of_accuracy(same, quality_of(same), _budget(same, data, parts)) for data, same in parts.items()]
     said += [_said_of_speed(found, _trained(groups)), said_of_crossings(found)]
     return [paragraph for paragraph in said if paragraph]
 

@@ -80,6 +80,26 @@ def test_everything_is_drawn_and_nothing_is_wider_than_the_screen(open_page, wid
     assert page.evaluate(BACKGROUNDS) == [background]
 
 
+def test_the_runs_fit_a_laptop_and_a_phone_is_told_that_tables_scroll(open_page):
+    hint = "e => getComputedStyle(e.parentElement, '::before').content"
+    wide = table(open_page(1440), "Runs")
+    assert wide.evaluate("e => e.offsetWidth <= e.parentElement.clientWidth")
+    assert wide.evaluate(hint) == "none"
+    head = wide.locator("thead tr").first.locator("th").all_inner_texts()
+    assert [text.strip() for text in head][3:6] == ["seeds", "bits/byte", "state"]
+    narrow = table(open_page(360), "Runs")
+    assert narrow.evaluate("e => e.offsetWidth > e.parentElement.clientWidth")
+    assert "Scroll sideways" in narrow.evaluate(hint)
+
+
+def test_a_context_is_found_as_it_is_typed(open_page):
+    page = open_page()
+    for typed in ("4K", "4,096"):
+        page.locator("input[type=search]").first.fill(typed)
+        page.wait_for_timeout(500)
+        assert column(page.locator("table.sortable").first, 2) == ["4K"]
+
+
 def test_the_charts_follow_a_change_of_the_theme(open_page):
     page = open_page()
     page.emulate_media(color_scheme="dark")
