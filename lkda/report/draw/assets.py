@@ -41,6 +41,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
   for (const [name, value] of [["tabindex", "0"], ["role", "region"], ["aria-label", table.ariaLabel]])
     scrolled.setAttribute(name, value);
 }
+const wide = new ResizeObserver(() => {
+  for (const {parentElement: box} of document.querySelectorAll(".scroll table"))
+    box.toggleAttribute("data-wide", box.scrollWidth > box.clientWidth + 1);
+});
+document.querySelectorAll(".scroll table, body").forEach(seen => wide.observe(seen));
 document.documentElement.dataset.ready = "true";
 """
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lkda.report.draw.assets import scripts, styles
 from lkda.report.draw.chart import Chart
 from lkda.report.draw.style import DARK, LIGHT, Picture
-from lkda.report.draw.units import quantity
+from lkda.report.draw.units import length, quantity
 
 LONG = 40  # characters of a cell
 
@@ -43,7 +43,10 @@ h3 {{ font-weight: 600; font-size: 1rem; margin: 2.4rem 0 0.2rem; }}
 .chart .vega-bindings {{ order: -1; margin-bottom: 0.6rem; font-size: 0.875rem; }}
 table.sortable td, table.sortable th {{ text-align: left; }}
 table.sortable .dt-type-numeric {{ text-align: right; }}
-table.sortable td:last-child {{ white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }}
+table.sortable th {{ white-space: normal; vertical-align: bottom; }} table.sortable th.name {{ max-width: 11rem; }}
+[role=region][data-wide]::before {{ content: "Scroll sideways for more \\2192"; display: block;
+  position: sticky; left: 0; width: max-content; margin-bottom: 0.4rem; font-size: 0.875rem; font-weight: 600; }}
+table.sortable td:last-child:not(.dt-type-numeric) {{ white-space: normal; min-width: 11rem; overflow-wrap: anywhere; }}
 td button.dtcc-button_dropdown {{ opacity: 1 !important; }}
 td .dtcc-button_active.dtcc-button_dropdown > .dtcc-button-text {{ color: var(--text); font-weight: 600; }}
 td .dtcc-button_dropdown > .dtcc-button-text {{ display: inline !important; font-size: 0.75rem; color: var(--faint); }}
@@ -139,7 +142,10 @@ def _contents(sections: Sequence[Section]) -> str:
 def _table(section: Section) -> str:
     """The keyboard scrolls a table that is wider than the screen once it has the focus."""
     orders = section.sort_by or (_orders(section.body) if section.sortable else [()] * len(section.body))
-    lines = "".join(_line("td", line, section.names, by) for line, by in zip(section.body, orders, strict=True))
+    lengths = _lengths(section.body, orders) if section.sortable else set()
+    lines = "".join(
+        _line("td", line, section.names, by, lengths) for line, by in zip(section.body, orders, strict=True)
+    )
     head = _line("th", section.head, section.names)
     label = f'aria-label="{html.escape(section.heading or "table")}"'
     lists = f"data-lists='{json.dumps(list(section.lists))}'"
@@ -160,17 +166,37 @@ def _orders(body: Sequence[Sequence[str]]) -> list[list[float | None]]:
     return [list(line) for line in zip(*columns, strict=True)]
 
 
-def _line(tag: str, cells: Sequence[str], names: int, sort_by: Sequence[float | str | None] = ()) -> str:
-    """A row of a table. A cell that is a command is folded. Long text beside the first column gets some width, so that
-    a row is not high on a narrow screen."""
+def _lengths(body: Sequence[Sequence[str]], orders: Sequence[Sequence[float | str | None]]) -> set[int]:
+    """The columns of lengths, as in 8K."""
+    return {
+        n
+        for line, by in zip(body, orders, strict=True)
+        for n, (cell, order) in enumerate(zip(line, by, strict=True))
+        if isinstance(order, int) and order > 0 and cell == length(order)
+    }
+
+
+def _line(
+    tag: str,
+    cells: Sequence[str],
+    names: int,
+    sort_by: Sequence[float | str | None] = (),
+    lengths: Collection[int] = (),
+) -> str:
+    """A row of a table. A cell that is a command is folded, and a length is found as 8K, 8,192 and 8192. Long text
+    beside the first column gets some width, so that a row is not high on a narrow screen."""
     written = []
     for n, cell in enumerate(cells):
         order = sort_by[n] if n < len(sort_by) else None
-        kind = "name long" if n > 0 and len(cell) > LONG else "name"
+        command = cell.startswith("python ")
+        kind = "name long" if n > 0 and len(cell) > LONG and not command else "name"
         attributes = f' class="{kind}"' if n < names else ""
         attributes += f' data-order="{html.escape(str(order))}"' if order is not None else ""
+        if n in lengths:  # in each row, else DataTables searches the column by its text
+            numbers = f" {order:,} {order}" if isinstance(order, int) and cell else ""
+            attributes += f' data-search="{html.escape(cell)}{numbers}"'
         text = html.escape(cell)
-        if cell.startswith("python "):
+        if command:
             text = f"<details><summary>command</summary><code>{text}</code></details>"
         written.append(f"<{tag}{attributes}>{text}</{tag}>")
     return f"<tr>{''.join(written)}</tr>"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ def shape(row: Row) -> str:
 def implementation(row: Row) -> str:
     """What was measured, in words: a function of another library, or a backend of lkda."""
     return str(row.get("peer") or f"lkda {row['backend']}")
+
+
+def why_not(row: Row) -> str:
+    """The reason why nothing was measured, without the name of the class of an error of the caller."""
+    return re.sub(r"^(ValueError|InputError): ", "", str(row.get("reason") or ""))
 
 
 def measured(rows: Sequence[Row], *, mode: str, replay: str) -> list[Row]:
@@ -144,7 +150,7 @@ def as_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         has_time = row.get("ms_median") is not None
         cells = [column.write(row) for column in names]
         cells += [column.write(row) if has_time else "" for column in numbers]
-        body.append(cells + ([("" if has_time else row.get("reason") or "not said")] if unmeasured else []))
+        body.append(cells + ([("" if has_time else why_not(row) or "not said")] if unmeasured else []))
     return head, body
 
 

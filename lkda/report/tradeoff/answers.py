@@ -9,9 +9,9 @@ from typing import Any
 
 from lkda.report.draw.units import length, memory
 from lkda.report.read.groups import Group
-from lkda.report.tradeoff.crossings import pairs, rounded
-from lkda.report.tradeoff.measurements import Measurement
-from lkda.report.tradeoff.records import Quality, best_of, budget_of, by_data, on_front, within_spread
+from lkda.report.tradeoff.kda_or_softmax import said_of_crossings
+from lkda.report.tradeoff.measurements import OF_MODELS, Measurement
+from lkda.report.tradeoff.records import Quality, best_of, budget_of, by_data, on_front, quality_of, within_spread
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Answer:
         why: the figures.
         of: where they are from.
         context: for answers about a context.
-        rivals: the number of mixers that were compared.
+        rivals: the number of mixers that lkda was measured with.
     """
 
     question: str
@@ -34,11 +34,15 @@ class Answer:
     rivals: int = 0
 
 
-def answers(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[Answer]:
+def answers(groups: Sequence[Group], found: Sequence[Measurement]) -> list[Answer]:
     """The best by accuracy at each limit of memory, and the fastest and the smallest at each context."""
     parts = by_data(groups)
-    of_runs = [_by_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
-    return [*(answer for part in of_runs for answer in part), *_by_context(found)]
+    of_runs = [_by_accuracy(same, quality_of(same), _budget(same, data, parts)) for data, same in parts.items()]
+    return [*(answer for part in of_runs for answer in part), *_by_context(found, _trained(groups))]
+
+
+def _trained(groups: Sequence[Group]) -> set[str]:
+    return {group.mixer for group in groups}
 
 
 def _budget(groups: Sequence[Group], data: str, parts: Mapping[str, Any]) -> str:
@@ -82,36 +86,60 @@ def _figure(group: Group, quality: Quality) -> str:
     return f"{quality.write(statistics.fmean(values))}{spread}, {state} of state per sequence"
 
 
-def _by_context(found: Sequence[Measurement]) -> list[Answer]:
-    """The fastest mixer at each stage, setting and context at which there are several; and the smallest state."""
+def _by_context(found: Sequence[Measurement], trained: set[str]) -> list[Answer]:
+    """The fastest mixer at each stage, setting and context at which lkda has several; and the smallest state.
+
+    Args:
+        trained: the mixers of the runs. Answers about models say where some of these, or of those of other
+            measurements of models, were not measured.
+    """
     result = []
+    models = trained | _mixers([one for one in found if one.stage in OF_MODELS])
     for stage in ("training step", "prefill", "decode", "kernel"):
         measured = [one for one in found if one.stage == stage and one.tokens_per_s]
+        known = models if stage in OF_MODELS else _mixers(measured)
         for where, context in dict.fromkeys((one.where, one.context) for one in measured):
             here = [one for one in measured if (one.where, one.context) == (where, context)]
-            ranked = sorted(here, key=lambda one: -(one.tokens_per_s or 0))
-            if len({one.mixer for one in here}) < 2:
+            if len(_mixers(here)) < 2:
                 continue
-            first = ranked[0]
-            second = next(one for one in ranked if one.mixer != first.mixer)
-            ratio = (first.tokens_per_s or 0) / (second.tokens_per_s or 1)
-            why = f"{first.tokens_per_s:,.0f} tokens/s, {ratio:.2f} times {second.series}"
-            why += " (noisy)" if first.noisy or second.noisy else ""
-            question, rivals = f"fastest {stage}", len({one.mixer for one in here})
-            result.append(Answer(question, first.series, why, where, context, rivals))
+            why = _of_fastest(first := max(here, key=_speed), here)
+            rivals = len(_mixers(here))
+            result.append(Answer(f"fastest {stage}", first.series, why + _among(here, known), where, context, rivals))
             of_state = [one for one in here if one.memory]
-            if stage == "decode" and len(of_state) > 1:
+            if stage == "decode" and len(_mixers(of_state)) > 1:
                 smallest = min(of_state, key=lambda one: one.memory or 0)
-                size = memory(smallest.memory or 0)
-                result.append(Answer("least state of one sequence", smallest.series, size, where, context, rivals))
+                why = memory(smallest.memory or 0) + _among(of_state, known)
+                result.append(Answer("least state of one sequence", smallest.series, why, where, context, rivals))
     return result
 
 
-def summary(groups: Sequence[Group], found: Sequence[Measurement], quality: Quality | None) -> list[str]:
+def _of_fastest(first: Measurement, here: Sequence[Measurement]) -> str:
+    """Its speed, beside that of the fastest measurement of another mixer."""
+    second = max((one for one in here if one.mixer != first.mixer), key=_speed)
+    noisy = " (noisy)" if first.noisy or second.noisy else ""
+    return f"{_speed(first):,.0f} tokens/s, {_speed(first) / _speed(second):.2f} times {second.series}{noisy}"
+
+
+def _speed(one: Measurement) -> float:
+    return float(one.tokens_per_s or 0)
+
+
+def _mixers(found: Sequence[Measurement]) -> set[str]:
+    """Those that lkda itself was measured with."""
+    return {one.mixer for one in found if not one.peer}
+
+
+def _among(here: Sequence[Measurement], known: set[str]) -> str:
+    """Of how many of the mixers an answer is, where it is not of all."""
+    several = len(_mixers(here))
+    return f", of {several} of {len(known)} mixers" if several < len(known) else ""
+
+
+def summary(groups: Sequence[Group], found: Sequence[Measurement]) -> list[str]:
     """What to choose, a paragraph each: by accuracy and memory, by speed at the longest context, and KDA or softmax."""
     parts = by_data(groups)
-    said = [_said_of_accuracy(same, quality, _budget(same, data, parts)) for data, same in parts.items() if quality]
-    said += [_said_of_speed(found), _said_of_crossings(found)]
+    said = [_said_of_accuracy(same, quality_of(same), _budget(same, data, parts)) for data, same in parts.items()]
+    said += [_said_of_speed(found, _trained(groups)), said_of_crossings(found)]
     return [paragraph for paragraph in said if paragraph]
 
 
@@ -130,9 +158,9 @@ def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) ->
     return " ".join([*said, *(f"The least state at equal accuracy: {answer.mixer}, {answer.why}." for answer in equal)])
 
 
-def _said_of_speed(found: Sequence[Measurement]) -> str:
+def _said_of_speed(found: Sequence[Measurement], trained: set[str]) -> str:
     """Of each stage at the longest of the contexts at which most mixers were measured."""
-    fastest = [answer for answer in _by_context(found) if answer.question.startswith("fastest")]
+    fastest = [answer for answer in _by_context(found, trained) if answer.question.startswith("fastest")]
     said = []
     for stage in ("training step", "prefill", "decode"):
         of_stage = [answer for answer in fastest if answer.question == f"fastest {stage}"]
@@ -140,28 +168,3 @@ def _said_of_speed(found: Sequence[Measurement]) -> str:
             most = max(of_stage, key=lambda answer: (answer.rivals, answer.context))
             said.append(f"{most.question} at {length(most.context)}: {most.mixer}, {most.why} ({most.of})")
     return f"F{'; '.join(said)[1:]}." if said else ""
-
-
-def _said_of_crossings(found: Sequence[Measurement]) -> str:
-    """Where lkda's KDA overtakes softmax attention."""
-    measured = {one.where: one for one in found if one.tokens_per_s}
-    usual = max(devices := [one.device for one in measured.values()], key=devices.count) if measured else ""
-    between = [pair for pair in pairs(found) if pair.own and set(pair.mixers) == {"kda", "softmax"}]
-    said = []
-    for mixer, other in (("kda", "softmax"), ("softmax", "kda")):
-        overtakes, always = [], []
-        for pair in (pair for pair in between if pair.mixers[0] == mixer):
-            setting = measured[pair.where].setting
-            place = f"{pair.stage}, {setting.partition(',')[0] if pair.stage == 'kernel' else setting}"
-            place += "" if measured[pair.where].device == usual else f", {measured[pair.where].device}"
-            if pair.shortest == pair.longest:
-                always.append(f"{place} (only at {length(pair.longest)})")
-            elif pair.context is None:
-                always.append(f"{place} ({length(pair.shortest)} to {length(pair.longest)})")
-            else:
-                overtakes.append(f"{rounded(pair.context)} ({place})")
-        if overtakes:
-            said.append(f"{mixer} is faster than {other} from a context of about {' and of '.join(overtakes)}.")
-        if always:
-            said.append(f"At every measured context, {mixer} is faster than {other}: {'; '.join(always)}.")
-    return " ".join(dict.fromkeys(said))

@@ -12,6 +12,7 @@ from typing import Any
 
 from lkda.checks import InputError
 from lkda.report.draw.units import length
+from lkda.report.operators.benchmark import why_not
 from lkda.report.operators.plots import SOFTMAX
 from lkda.report.read.files import OtherFileError, read_results_file
 from lkda.report.studies import notes
@@ -50,6 +51,7 @@ class Measurement:
         reason: why nothing was measured.
         file, command: where it is recorded, and how to measure it again.
         own: whether it is lkda's implementation; a kernel of softmax attention is that of PyTorch, which lkda calls.
+        peer: whether it is an implementation of another package, other than a kernel of softmax attention.
         noisy: whether repeated measurements differ by more than `lkda.bench.timing` takes for steady.
     """
 
@@ -66,6 +68,7 @@ class Measurement:
     file: str
     command: str
     own: bool = True
+    peer: bool = False
     noisy: bool = False
 
     @property
@@ -200,10 +203,11 @@ def _operator(row: Row, result: Results, device: str) -> Measurement:
         context=int(row["T"]),
         tokens_per_s=1000 * row["B"] * row["T"] / time if time else None,
         memory=row["peak_mib"] * 2**20 if row.get("peak_mib") else None,
-        reason="" if time else str(row.get("reason") or "not measured"),
+        reason="" if time else why_not(row) or "not measured",
         file=result.name,
         command=_command(words),
         own=softmax or (peer is None and row["backend"] == "cuda"),
+        peer=peer is not None and not softmax,
         noisy=bool(row.get("noisy")),
     )
 
@@ -234,10 +238,11 @@ def _step(row: Row, result: Results, device: str) -> Measurement:
         context=int(row["T"]),
         tokens_per_s=row.get("tokens_per_s"),
         memory=row["reserved_gib"] * 2**30 if row.get("reserved_gib") else None,
-        reason=str(row.get("reason", "")),
+        reason=why_not(row),
         file=result.name,
         command=_command([*words, *_further(row)]),
         own=row["implementation"] == "train",
+        peer=row["implementation"] not in ("train", "bare"),
         noisy=(row.get("noise") or 0) > LARGEST_SPREAD,
     )
 
@@ -273,10 +278,11 @@ def _decode(row: Row, result: Results, device: str) -> Measurement:
         context=int(row["context"]),
         tokens_per_s=row.get("tokens_per_s"),
         memory=row.get("peak_bytes") if prefill else row.get("bytes_per_sequence"),
-        reason=str(row.get("reason", "")),
+        reason=why_not(row),
         file=result.name,
         command=_command([*words, *_further(row)]),
         own=row["implementation"] in ("lkda", "prefill"),
+        peer=row["implementation"] not in ("lkda", "prefill"),
     )
 
 

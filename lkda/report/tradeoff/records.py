@@ -22,6 +22,7 @@ LOGGED = "training, as the runs logged it"
 MEAN = "mean over seeds"
 MOST_POINTS, FEWEST_POINTS = 2000, 10  # of all curves of training in a chart, and of one of them
 MOST_SEEDS = 8  # that a tooltip names
+KEYS = ("val/accuracy", *(f"{split}/{what}" for split in ("val", "test") for what in ("bits_per_byte", "loss")))
 COMMAND = "train_again"  # an entry of a summary: the command that trains the run again
 
 
@@ -47,7 +48,8 @@ class Quality:
 
 
 def quality_of(groups: Sequence[Group]) -> Quality:
-    """Bits per byte for runs of text, accuracy for synthetic tasks, and the loss where both occur."""
+    """Bits per byte for runs of text, accuracy for synthetic tasks, and the loss where both occur. `by_quality` parts
+    groups so that both do not occur."""
     runs = [run for group in groups for run in group.runs]
     split = reported_split(runs)
     if all(run.summary.get("val/bits_per_byte") is not None for run in runs):
@@ -93,6 +95,17 @@ def by_data(groups: Sequence[Group]) -> dict[str, list[Group]]:
     for group in groups:
         found[_data_of(group.runs[0])].append(group)
     return dict(found)
+
+
+def by_quality(groups: Sequence[Group]) -> list[tuple[Quality, list[Group]]]:
+    """What says how good a model is, for each data set; data sets for which it is the same stand together, those of
+    text first."""
+    qualities: dict[str, Quality] = {}
+    found: dict[str, list[Group]] = defaultdict(list)
+    for same in by_data(groups).values():
+        quality = quality_of(same)
+        found[qualities.setdefault(quality.key, quality).key] += same
+    return [(qualities[key], found[key]) for key in sorted(found, key=lambda key: qualities[key].more_is_better)]
 
 
 def _data_of(run: Run) -> str:
@@ -194,8 +207,17 @@ def configuration(run: Run) -> str:
 
 
 def reproduce(group: Group, groups: Sequence[Group]) -> str:
-    """The command that trains the first run of a row again; where it is not recorded, with what tells rows apart."""
+    """The command that trains the first run of a row again; where it is not recorded, with what tells rows apart.
+
+    A comment names the command that prepares a mix of public texts, which refuses to do it twice.
+    """
     run = group.runs[0]
+    data = run.config.get("data") or {}
+    command, mix = _train(run, groups), _PREPARED.get(str(data.get("source")))
+    return command if mix is None or data.get("directory") else f"{command}  # first, once: {mix}"
+
+
+def _train(run: Run, groups: Sequence[Group]) -> str:
     if COMMAND in run.summary:
         return str(run.summary[COMMAND])
     known = settings(run)
@@ -209,6 +231,8 @@ def reproduce(group: Group, groups: Sequence[Group]) -> str:
     return shlex.join(["python", "scripts/train.py", *words, *([f"trainer.max_steps={steps}"] if steps else [])])
 
 
+_PREPARED = {"prose": "python scripts/prepare_data.py", "code": "python scripts/prepare_data.py mix=code"}
+_PREPARED |= {"english": "python scripts/prepare_data.py mix=english path=NOVELS"}
 _CHOICES = (("mixer", "mixer.name"), ("model", "model.name"), ("data", "data.source"))
 
 

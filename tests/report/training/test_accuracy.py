@@ -10,7 +10,7 @@ import pytest
 from lkda.report.read.runs import read_run, read_runs
 from lkda.report.readme import fill
 from lkda.report.training import accuracy
-from lkda.report.training.comparison import compare
+from lkda.report.training.comparison import Comparison, compare
 from tests.report.conftest import write_run
 
 SCORES = {("kda", 64, 3e-3): 0.5, ("kda", 64, 1e-2): 0.9, ("kda", 128, 3e-3): 1.0, ("softmax", 64, 3e-3): 0.8}
@@ -100,11 +100,38 @@ def test_by_length_each_model_is_read_at_the_length_it_was_trained_at(tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("accuracy*.png")} == {"accuracy_by_length.png"}
 
 
+def test_a_task_beside_text_is_compared_by_its_accuracy(sweep, tmp_path):
+    """Each data set has its own measure, and the recall is drawn."""
+    tested = {"test/loss": 4.0, "test/perplexity": 54.6, "test/bits_per_byte": 1.6}
+    texts = [write_run(tmp_path / mixer, mixer, **tested) for mixer in ("kda", "softmax")]
+    found, skipped = read_runs([*sweep, *texts])
+    both = Comparison("Both", found, skipped, [])
+    said = both.tradeoff.summary
+    assert "on mqar, choose kda · recall · d_model 128 · lr 0.003: it has the best validation accuracy (100.0%" in said
+    assert "on sotu, choose " in said
+    assert "it has the best test bits per byte (1.600" in said
+    charts = {chart.name: chart for chart in both.tradeoff.charts()}
+    assert set(charts) == {
+        *(f"{name}{of}" for name in ("front_by_speed", "front_by_state") for of in ("", "_val_accuracy")),
+        *("curves_by_tokens", "curves_by_seconds", "recall_by_state"),
+    }
+    shown = {record["series"] for record in charts["front_by_state_val_accuracy"].spec["data"]["values"]}
+    assert shown == {group.label for group in both.groups if "val_subsets" in group.runs[0].summary}
+    runs = both.tables()["runs"]
+    assert runs.head[1] == "differs from the best in test bits per byte or validation accuracy"
+    assert [line[1] for line in runs.body].count("this is the best") == 2
+
+
 @pytest.mark.slow
-def test_a_task_beside_text_is_compared_by_loss(sweep, tmp_path):
-    text = write_run(tmp_path / "text", "kda")
-    compare([*sweep, text], tmp_path / "out", title="Both")
-    assert (tmp_path / "out" / "loss_by_tokens.png").exists()
+def test_the_pictures_of_a_task_stand_beside_those_of_text(sweep, tmp_path):
+    compare([*sweep, write_run(tmp_path / "text", "kda")], tmp_path / "out", title="Both")
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert {"loss_by_tokens.png", "accuracy_by_state.png", "recall_by_state.png", "curves_by_tokens.png"} <= names
+    assert "4 pairs in 64" in (tmp_path / "out" / "report.html").read_text()
+    compare(sweep, tmp_path / "out", title="One")
+    assert not {"loss_by_tokens.png", "front_by_state_val_accuracy.png"} & {
+        path.name for path in (tmp_path / "out").glob("*.png")
+    }
 
 
 def test_a_run_that_measured_nothing_is_left_out(tmp_path):
