@@ -7,6 +7,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from tests.report.tradeoff.conftest import bench as bench  # a fixture
+
 
 @pytest.fixture(autouse=True)
 def fresh_hydra() -> Iterator[None]:
