@@ -302,7 +302,7 @@ def _evaluations(found: Record) -> Record:
 def _evaluation(record: Record) -> Record:
     """Earlier versions wrote "accuracy/length_256_pairs_64" where there is a list "val_subsets" today, and "parts" for
     the subsets that the model's checkpoint describes."""
-    record = dict(record)
+    record = {**record}  # a TypeError if it is none
     data = record.get("data")
     if isinstance(run := record.get("run"), Mapping):
         record["run"] = with_data_name(_renamed(run, _OF_CHECKPOINTS), {"data": data})

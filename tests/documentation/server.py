@@ -12,6 +12,7 @@ import gc
 import glob
 import hashlib
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -290,7 +291,7 @@ def serve(address: str, stock: Path) -> None:
     while True:
         connection, _ = listener.accept()
         message, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-        if message.startswith(b"{") and b"tasks=" in message:
+        if message.startswith(b"{") and b"tasks=" in message and importlib.util.find_spec("lm_eval"):
             importlib.import_module("lm_eval")
         if os.fork() == 0:
             listener.close()
