@@ -68,7 +68,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
 
     def task(config: DictConfig) -> float | None:
         # Errors are made readable here too, before Hydra adds a line of its own.
-        with recorded_failure(), readable_errors():
+        with recorded_failure(), readable_errors(of_job=True):
             check_keys(config, module)
             if name == "train":
                 claim_gpus(config)

@@ -53,12 +53,16 @@ class CommandError(RuntimeError):
 
 
 @contextmanager
-def readable_errors() -> Iterator[None]:
+def readable_errors(*, of_job: bool = False) -> Iterator[None]:
     """Turn an error that the user can correct into one line `error: ...` and exit code 2. HYDRA_FULL_ERROR=1 keeps the
     traceback.
 
     It is used twice: around `main()`, where it also catches Hydra's errors about the command line, and around the
     command inside, where it prints before Hydra adds a line of its own.
+
+    Args:
+        of_job: whether it is the one inside. In a sweep that one raises the error again, because an exception fails
+            only its job, and the other jobs continue.
     """
     # With this, Hydra raises its errors. Otherwise it prints them in its own format and exits with 1.
     if not TRACEBACKS:
@@ -78,8 +82,8 @@ def readable_errors() -> Iterator[None]:
             raise
         print(f"error: {with_started_command(message)}", file=sys.stderr)
         _leave_no_empty_directory()
-        if _in_a_sweep():
-            raise  # an exception fails only this job; the other jobs of the sweep continue
+        if of_job and _in_a_sweep():
+            raise
         raise SystemExit(FAILED if isinstance(error, CommandError) else BAD_INPUT) from None
 
 

@@ -49,3 +49,13 @@ def test_the_directory_of_a_single_run_is_refused(
         sweep(corpus, tmp_path, monkeypatch, f"hydra.run.dir={tmp_path}/one")
     assert "hydra.run.dir has no effect in a sweep, which uses hydra.sweep.dir" in capsys.readouterr().err
     assert not results(tmp_path)
+
+
+def test_a_setting_that_no_job_can_read(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ending:
+        sweep(corpus, tmp_path, monkeypatch, "seed=${nothing}")
+    assert ending.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert "Interpolation key 'nothing' not found" in line
