@@ -1,4 +1,4 @@
-"""The public layers in models of others: padding, torch.compile, autocast, FSDP and activation checkpointing."""
+"""The public layers in models of others: padding, torch.compile, autocast, FSDP, DDP and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lkda.layers import KimiDeltaAttention, SimplifiedAttention
@@ -196,6 +197,15 @@ def test_a_sharded_layer_has_the_same_gradients(cls, one_process):
     got.square().sum().backward()
     for p, q in zip(layer.parameters(), sharded.parameters(), strict=True):
         close(q.grad.full_tensor(), p.grad, 1e-6)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_layer_in_ddp_has_the_same_gradients(cls, one_process):
+    layer, parallel = layer_of(cls), DistributedDataParallel(layer_of(cls))
+    layer(inputs(), mask_of())[0].square().sum().backward()
+    parallel(inputs(), mask_of())[0].square().sum().backward()
+    for p, q in zip(layer.parameters(), parallel.parameters(), strict=True):
+        close(q.grad, p.grad, 1e-6)
 
 
 @pytest.mark.long
