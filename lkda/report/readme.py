@@ -12,6 +12,7 @@ A block stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`, and shows
     crossings   the same file: where KDA overtakes softmax attention
     benchmark   benchmark.json, as `scripts/benchmark.py` writes it: every row
     peers       the same file: the device's times of all implementations, side by side
+    by_shape    the same file: a line for each shape and decay, with eager times and the peak memory
     table       table.json: {"kind": "table", "rows": [{column: text or number}], "note": text}
     agreement   agreement.json of the same form: losses on several GPUs beside those on one
     notes_X     notes.json, as `scripts/benchmark.py task=notes` writes it: the table X of `lkda.report.studies.notes`
@@ -29,6 +30,7 @@ from lkda.io import write_atomically
 from lkda.report.draw.tables import markdown_table
 from lkda.report.draw.units import length
 from lkda.report.operators.benchmark import as_markdown, read_benchmark
+from lkda.report.operators.by_shape import by_shape, remark
 from lkda.report.operators.peers import side_by_side
 from lkda.report.operators.report import metadata
 from lkda.report.read.files import read_results_file
@@ -60,6 +62,12 @@ def _benchmark(path: Path) -> str:
 def _peers(path: Path) -> str:
     benchmark = read_benchmark(path)
     return markdown_table(*side_by_side(benchmark.rows), names=2) + "\n" + metadata(benchmark)
+
+
+def _by_shape(path: Path) -> str:
+    benchmark = read_benchmark(path)
+    table = markdown_table(*by_shape(benchmark.rows), names=2)
+    return f"{table}\n{metadata(benchmark)} {remark(benchmark)}"
 
 
 def _table(path: Path) -> str:
@@ -98,6 +106,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "accuracy": ("results.json", "scripts/compare.py", _accuracy),
     "benchmark": ("benchmark.json", "scripts/benchmark.py", _benchmark),
     "peers": ("benchmark.json", "scripts/benchmark.py", _peers),
+    "by_shape": ("benchmark.json", "scripts/benchmark.py", _by_shape),
     "table": ("table.json", "what measures it,", _table),
     "summary": ("results.json", "scripts/compare.py", _summary),
     "answers": ("results.json", "scripts/compare.py", _answers),

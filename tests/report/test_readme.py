@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lkda.report.operators.by_shape import by_shape
 from lkda.report.operators.peers import side_by_side
 from lkda.report.readme import KINDS, fill
 from lkda.report.training.comparison import read_comparison
@@ -53,3 +54,25 @@ def test_implementations_stand_side_by_side() -> None:
     head, body = side_by_side(rows)
     assert head[2:] == ["lkda cuda", "fla chunk_kda", "cudnn"]
     assert [line[2:] for line in body] == [["0.150 / 0.500", "1.100", ""]]
+
+
+def test_a_line_for_each_shape_has_eager_times_and_other_libraries_at_fast_gates() -> None:
+    peer = {"backend": None, "peer": "cudnn kimi_delta_attention", "replay": "graph"}
+    rows = [
+        bench_row(replay="graph", ms=0.15),
+        bench_row(ms=0.2),
+        bench_row(gate="fast", mode="fwd+bwd", replay="graph", ms=0.5, peak_mib=325.6),
+        bench_row(gate="slow", **peer, ms=2.0),
+        bench_row(gate="fast", **peer, ms=0.1),
+    ]
+    head, body = by_shape(rows)
+    lines = [{name: cell for name, cell in zip(head, line, strict=True) if cell} for line in body]
+    assert lines == [
+        {"B T H D": "8 2048 16 64", "gates": "slow", "forward": "0.150", "eager: forward": "0.200"},
+        {
+            **{"B T H D": "8 2048 16 64", "gates": "fast", "forward + backward": "0.500"},
+            **{"cuDNN: forward": "0.100", "peak MiB": "326"},
+        },
+    ]
+    with pytest.raises(ValueError, match="of one backend of lkda, and the benchmark has 2"):
+        by_shape([*rows, bench_row(backend="chunk")])
