@@ -102,6 +102,13 @@ def few_pixels() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and charts are empty files, for a test that reads nothing but text and numbers."""
+    monkeypatch.setattr(style, "_png", lambda *_: b"")
+    monkeypatch.setattr(chart.Chart, "files", property(lambda own: {f"{own.name}.svg": "", f"{own.name}.png": b""}))
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Every mixer once, KDA with three seeds; to be read only."""

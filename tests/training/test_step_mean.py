@@ -79,6 +79,7 @@ def trained(*, pieces: int, asked: list[int], flat: bool) -> tuple[list[float], 
     return losses.seen, task.state_dict()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("asked", [[12, 12, 12, 12], [1, 12, 3, 7], [12, 1, 1, 0], [0, 5, 2, 9]], ids=str)
