@@ -9,7 +9,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from tests.commands import compositions
+
 ROOT = Path(__file__).parents[2]
+compositions.remember(str(ROOT / "configs"))
 # Columns of metrics.csv that depend on the clock.
 TIMES = ("seconds", "tokens_per_s", "tflops_per_s")
 
@@ -19,7 +22,7 @@ def small_run(corpus: Path, *overrides: str) -> list[str]:
     return ["debug=fast", "data=files", f"data.paths=[{corpus}]", "trainer=cpu", *overrides]
 
 
-@cache  # parsing the YAMLs takes longer than such a run
+@cache  # composing takes about as long as such a run
 def composed(name: str, *overrides: str) -> DictConfig:
     """The configuration of a script, as its command line would compose it. Nobody changes it."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

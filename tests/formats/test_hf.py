@@ -28,6 +28,7 @@ def theirs(directory: Path, **options: object):
     return made
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("head_dim", "scale"), [(32, 1.0), (64, 3.0), (128, 3.0)])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=names)
 def test_logits_of_500_tokens(pattern: tuple[str, ...], head_dim: int, scale: float, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lkda.models.generate import BatchGenerator, Request
 from lkda.models.lm import LanguageModel
 from lkda.ops.rows.cpu import LIBRARY
 from lkda.special_tokens import END_OF_TEXT
-from tests.models.helpers import IDS, PATTERNS, small
+from tests.models.helpers import FEW, small
 
 PROMPTS = ["ab", "c", "abcdefgh", "ba ab", ""]
 
@@ -32,7 +32,7 @@ def model_of(pattern, **changes):
     return small(pattern, vocab_size=257, **changes)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+@pytest.mark.parametrize("pattern", FEW)
 def test_a_text_is_the_same_in_any_batch(pattern):
     model, tokenizer = model_of(pattern), byte_tokenizer()
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, "num_samples": 2, "seed": 5}
@@ -46,7 +46,7 @@ def test_a_text_is_the_same_in_any_batch(pattern):
     assert len(set(lkda.generate(model, tokenizer, "ab", **(options | {"temperature": 0})).texts)) == 1
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+@pytest.mark.parametrize("pattern", FEW)
 def test_a_prompt_is_read_once_for_all_its_samples(pattern, monkeypatch):
     model, tokenizer = model_of(pattern), byte_tokenizer()
     options = {"max_new_tokens": 5, "num_samples": 3}
@@ -74,7 +74,7 @@ def one_by_one(decoder, prompts, prefill):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+@pytest.mark.parametrize("pattern", FEW)
 def test_rows_of_a_batch_decode_what_they_decode_alone(pattern, dtype):
     """The batched step, with places that are taken again. In C++ a row has the same bits in any batch; in PyTorch only
     float64 is tested, where rounding flips no draw."""

@@ -10,12 +10,12 @@ import torch
 
 import lkda
 from tests.generation.test_generate import byte_tokenizer, model_of
-from tests.models.helpers import IDS, PATTERNS, small
+from tests.models.helpers import FEW, small
 
 OPTIONS = {"max_new_tokens": 10, "temperature": 0}
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+@pytest.mark.parametrize("pattern", FEW)
 def test_a_session_generates_what_the_whole_text_gives(pattern, tmp_path):
     model, tokenizer = model_of(pattern).double(), byte_tokenizer()
     session = lkda.Session(model, tokenizer)

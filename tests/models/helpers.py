@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from lkda.models import LanguageModel, build_model
@@ -12,6 +13,13 @@ from lkda.models.mixers import mixer_names
 # Every mixer alone, and hybrids of those that carry a growing cache with those that carry a constant state.
 PATTERNS = [*([name] for name in mixer_names()), ["kda", "kda", "kda", "mla"], ["simplified", "softmax"]]
 IDS = ["_".join(pattern) for pattern in PATTERNS]
+# Of what holds for any model whose mixers keep their contract: in CI these three, which have every mixer but conv.
+IN_CI = ("kda", "kda_kda_kda_mla", "simplified_softmax")
+FEW = [
+    pytest.param(pattern, id=name, marks=() if name in IN_CI else pytest.mark.long)
+    for pattern, name in zip(PATTERNS, IDS, strict=True)
+]
+assert set(IN_CI) <= set(IDS)
 
 
 def config(pattern: list[str], **changes: Any) -> dict[str, Any]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import vl_convert
 import yaml
 from matplotlib.figure import Figure
 
+from lkda.io import write_atomically
 from lkda.report.draw import chart, style
 
 STATE_BYTES = {"kda": 149_504, "simplified": 22_528, "softmax": 1_048_576, "kda_mla_3to1": 210_944}
@@ -100,6 +104,31 @@ def few_pixels() -> Iterator[None]:
         patch.setattr(chart, "PNG_SCALE", 0.25)
         patch.setattr(style, "MOST_PIXELS", (400, 250))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_bundle() -> Iterator[None]:
+    """The charts' JavaScript is bundled once, not by each process of the tests: that takes seconds."""
+    bundle = vl_convert.javascript_bundle
+
+    def kept(snippet: str) -> str:
+        name = hashlib.sha256(f"{vl_convert.__version__} {snippet}".encode()).hexdigest()
+        file = Path(os.environ["LKDA_CACHE"]) / f"bundle-{name}.js"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, bundle(snippet))
+        return file.read_bytes().decode()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl_convert, "javascript_bundle", kept)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and charts are empty files, for a test that reads nothing but text and numbers."""
+    monkeypatch.setattr(style, "_png", lambda *_: b"")
+    monkeypatch.setattr(chart.Chart, "files", property(lambda own: {f"{own.name}.svg": "", f"{own.name}.png": b""}))
 
 
 @pytest.fixture(scope="session")

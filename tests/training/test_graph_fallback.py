@@ -69,11 +69,11 @@ def without_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], 
     return cache(lambda pieces: losses(tmp_path_factory.mktemp("plain") / "run", pieces))
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize(
     ("most", "why"),
     [(16, None), (1, "batches have more than 1 shapes"), (2, "operation not permitted when a stream is capturing")],
 )
+@pytest.mark.parametrize("pieces", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_run_goes_on_and_says_why_in_one_line(
     pieces: int,
     most: int,

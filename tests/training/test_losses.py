@@ -12,7 +12,7 @@ from torch import Tensor
 from lkda.models.lm import LanguageModel
 from lkda.training import losses
 from lkda.training.losses import ModelLoss
-from tests.models.helpers import IDS, PATTERNS, small, tokens
+from tests.models.helpers import FEW, small, tokens
 
 PRECISIONS = {"float32": (torch.float32, False), "float64": (torch.float64, False), "bfloat16": (torch.float32, True)}
 
@@ -30,7 +30,7 @@ def results(model: LanguageModel, *, autocast: bool = False, **options: object) 
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
+@pytest.mark.parametrize("pattern", FEW)
 def test_losses_and_gradients_are_equal_bit_for_bit(pattern: list[str], precision: str) -> None:
     dtype, autocast = PRECISIONS[precision]
     model = small(pattern, scale=1).to(dtype)

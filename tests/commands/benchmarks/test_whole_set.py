@@ -23,6 +23,7 @@ from lkda.commands.settings.config import resolve
 from lkda.device import device_name
 from tests.commands.small import composed
 from tests.report.conftest import bench_row
+from tests.report.conftest import undrawn as undrawn  # a fixture
 from tests.report.tradeoff.conftest import decode_row, write_results
 
 CPU = torch.device("cpu")
@@ -60,6 +61,7 @@ def settings(out: Path, **changes: Any) -> dict[str, Any]:
     return resolve(composed("benchmark")) | {"out": str(out)} | changes
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_part_is_measured_once(tmp_path, capsys):
     first, second = Measure(), Measure()
     measure_whole_set(settings(tmp_path), CPU, first, PARTS)
@@ -107,6 +109,7 @@ def test_what_a_package_raises_in_a_part_costs_no_other(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_set_goes_on_with_the_part_that_it_was_in(tmp_path, capsys):
     def interrupted(part: dict[str, Any]) -> None:
         if part["task"] == "decode":
@@ -136,6 +139,7 @@ def test_a_limit_of_minutes_begins_no_part_that_would_end_after_it(tmp_path, mon
     assert measured.names == ["first", "second"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_parts_that_were_fast_do_not_promise_that_a_later_one_is(tmp_path, monkeypatch):
     """The first part takes a tenth of its estimate. The second one's estimate is above what is left all the same."""
     clock = iter([0.0, 0.0, 0.0, 6.0, 6.0])

@@ -19,13 +19,32 @@ from tests.commands.small import ROOT, composed, small_run
 WHOLE_VALIDATION = "trainer.limit_val_batches=1.0"
 
 
-@pytest.fixture(scope="module", params=["kda_mla_3to1", pytest.param("softmax", marks=pytest.mark.long)])
+MIXERS = ["kda_mla_3to1", pytest.param("softmax", marks=pytest.mark.long)]
+
+
+def trained(corpus: Path, directory: Path, mixer: str, steps: int) -> Path:
+    chosen = (
+        f"mixer={mixer}",
+        "model.num_layers=4",
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={steps}",
+    )
+    train(
+        composed("train", *small_run(corpus, *chosen, WHOLE_VALIDATION, f"checkpoint.every_n_steps={steps}")), directory
+    )
+    return directory
+
+
+@pytest.fixture(scope="module", params=MIXERS)
 def run(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifty steps."""
-    directory = tmp_path_factory.mktemp("runs") / request.param
-    chosen = (f"mixer={request.param}", "model.num_layers=4", "trainer.max_steps=50", "trainer.val_check_interval=50")
-    train(composed("train", *small_run(corpus, *chosen, WHOLE_VALIDATION, "checkpoint.every_n_steps=50")), directory)
-    return directory
+    return trained(corpus, tmp_path_factory.mktemp("runs") / request.param, request.param, 50)
+
+
+@pytest.fixture(scope="module", params=MIXERS)
+def short_run(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps, where nothing need be learnt."""
+    return trained(corpus, tmp_path_factory.mktemp("short") / request.param, request.param, 3)
 
 
 def fine_tuned(corpus: Path, start: Path, into: Path, *overrides: str) -> dict[str, object]:
@@ -40,20 +59,20 @@ def test_the_validation_loss_survives(
 ) -> None:
     """Train, export, start from the export: the same loss to 1e-6, by a run whose steps are too small to count and by
     evaluating the directory."""
-    trained = json.loads((run / "summary.json").read_text())
+    before = json.loads((run / "summary.json").read_text())
     out = export(composed("export", f"ckpt={run}", f"out={tmp_path}/out", f"format={format}"))
     summary = fine_tuned(corpus, out, tmp_path / "again", "trainer.max_steps=1", "optimizer.lr=1e-30")
-    assert summary["val/loss"] == pytest.approx(trained["val/loss"], abs=1e-6)
+    assert summary["val/loss"] == pytest.approx(before["val/loss"], abs=1e-6)
     # hf holds the normalised table, and a head of its own in place of the norm; lkda keeps the model as it is.
     model = load_trained(run).model
     folded = model.lm_head.weight.numel() - model.config["d_model"] if format == "hf" else 0
-    assert summary["params"] == trained["params"] + folded
+    assert summary["params"] == before["params"] + folded
     assert ("folded the norm or scale of the embedding into the embedding table" in capsys.readouterr().out) == (
         format == "hf"
     )
     data = ("data=files", f"data.paths=[{corpus}]", "data.context=32", "data.batch_size=2")
     result = evaluate(composed("evaluate", f"ckpt={out}", "accelerator=cpu", *data))
-    assert result["loss"] == pytest.approx(trained["val/loss"], abs=1e-6)
+    assert result["loss"] == pytest.approx(before["val/loss"], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -66,14 +85,14 @@ def test_fine_tuning_learns_and_resumes(run: Path, corpus: Path, tmp_path: Path)
     assert "init_from" in (tmp_path / "again/config.yaml").read_text()
 
 
-def test_a_run_directory_must_be_exported_first(run: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_directory_must_be_exported_first(short_run: Path, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs an exported directory, but .* is a run directory: export it first"):
-        fine_tuned(corpus, run, tmp_path / "again")
+        fine_tuned(corpus, short_run, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-def test_another_model_on_the_command_line_is_refused(run: Path, corpus: Path, tmp_path: Path) -> None:
-    out = export(composed("export", f"ckpt={run}", f"out={tmp_path}/out"))
+def test_another_model_on_the_command_line_is_refused(short_run: Path, corpus: Path, tmp_path: Path) -> None:
+    out = export(composed("export", f"ckpt={short_run}", f"out={tmp_path}/out"))
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         overrides = small_run(corpus, f"init_from={out}", "model.d_model=64", f"hydra.run.dir={tmp_path}/again")
         config = compose("train", overrides=overrides, return_hydra_config=True)
@@ -84,21 +103,21 @@ def test_another_model_on_the_command_line_is_refused(run: Path, corpus: Path, t
         train(config, tmp_path / "again")
 
 
-def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
-    summary = json.loads((run / "summary.json").read_text())
-    out = export(composed("export", f"ckpt={run}", f"out={tmp_path}/out", "format=hf"))
+def test_the_card_tells_of_the_run(short_run: Path, tmp_path: Path) -> None:
+    summary = json.loads((short_run / "summary.json").read_text())
+    out = export(composed("export", f"ckpt={short_run}", f"out={tmp_path}/out", "format=hf"))
     card = (out / "README.md").read_text()
     assert f"| validation bits per byte | {summary['val/bits_per_byte']:.6g} |" in card
     assert f"| tokens | {summary['tokens']:,} |" in card
     assert f"| parameters | {summary['params']:,} |" in card
     assert "| data | files |" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
-    assert "max_steps: 50" in card
+    assert "max_steps: 3\n" in card
 
 
-def test_the_card_claims_no_metrics_of_another_step(run: Path, tmp_path: Path) -> None:
+def test_the_card_claims_no_metrics_of_another_step(short_run: Path, tmp_path: Path) -> None:
     """A checkpoint without a validation of its own has no results."""
-    model, tokenizer = lkda.load(export(composed("export", f"ckpt={run}", f"out={tmp_path}/one")))
+    model, tokenizer = lkda.load(export(composed("export", f"ckpt={short_run}", f"out={tmp_path}/one")))
     lkda.export(model, tokenizer, tmp_path / "two", dtype="bfloat16")
     card = (tmp_path / "two/README.md").read_text()
     assert "Nothing was measured." in card

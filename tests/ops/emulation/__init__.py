@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ EMULATED = [
 ]
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O0", "-w", "-fPIC", "-fno-strict-aliasing"]
+# The linker needs as long for the C++ library as g++ for a kernel. The process has it: `Emulated` makes it visible.
+LINKED = ["-shared", "-nodefaultlibs"] if sys.platform == "linux" else ["-shared"]
 _KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
@@ -45,6 +48,8 @@ class Emulated:
             f'extern "C" void run(int blocks, int threads, {parameters}) {{\n'
             f"  launch(blocks, threads, [&] {{ {kernel.entry}({names}); }});\n}}\n"
         )
+        if "-nodefaultlibs" in LINKED:
+            ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
         self._run = ctypes.CDLL(str(_compiled(text, [f"-D{define}" for define in kernel.module.defines]))).run
         self._kinds = [_KINDS[letter] for letter in kernel.signature]
 
@@ -72,7 +77,7 @@ def _compiled(text: str, defines: list[str]) -> Path:
             (Path(work) / "kernel.cpp").write_text(text)
             begin = ["-include", str(_precompiled(folder, headers["standard.h"]))]
             subprocess.run(
-                ["g++", *FLAGS, "-shared", *defines, *begin, "-o", "kernel.so", "kernel.cpp"], check=True, cwd=work
+                ["g++", *FLAGS, *LINKED, *defines, *begin, "-o", "kernel.so", "kernel.cpp"], check=True, cwd=work
             )
             os.replace(Path(work) / "kernel.so", library)
     return library

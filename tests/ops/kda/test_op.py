@@ -177,7 +177,9 @@ def test_chunk_is_ten_times_faster_than_the_recurrence_on_two_threads():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        ratio = seconds("recurrent", 2) / seconds("chunk", 10)
+        short = kda_inputs(1, 8, 4, 64, 64, dtype=torch.float32)
+        outputs_and_gradients(kda_attention, short, backend="recurrent")  # what a first call does besides
+        ratio = seconds("recurrent", 1) / seconds("chunk", 10)
     finally:
         torch.set_num_threads(threads)
     assert ratio >= 10

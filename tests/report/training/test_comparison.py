@@ -157,6 +157,7 @@ def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path):
     assert not any("val/loss" in row for row in result.rows)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_one_name_and_runs_of_one_seed_are_told_apart(tmp_path):
     """The jobs of every sweep are called 0, 1, ..."""
     paths = [write_run(tmp_path / sweep / "0", "kda") for sweep in ("a", "b")]
