@@ -2,7 +2,7 @@
 # make test        install the development tools, then run the tests that take seconds
 # make test-slow   the tests that take longer; CI runs them too
 # make test-long   the tests that CI has no time for, and those that need other programs
-# make test-fla    the tests of lkda's kernels in flash-linear-attention, on a CPU
+# make test-fla    the tests of lkda's kernels in flash-linear-attention, on a CPU; CI runs them too
 # make lint        ruff, ruff format and mypy
 # make clean       delete .venv, builds and caches
 # ARGS are passed on: make train ARGS="trainer.max_steps=200", make test ARGS="tests/ops -k simplified"
