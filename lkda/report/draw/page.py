@@ -50,7 +50,9 @@ table.sortable td:last-child:not(.dt-type-numeric) {{ white-space: normal; min-w
 html:root.dark {{ --dt-html-background: var(--back); }}
 div.dtcc-dropdown button.dtcc-button span.dtcc-button-text {{ white-space: normal; overflow-wrap: anywhere; }}
 #vg-tooltip-element {{ max-width: calc(100vw - 16px); box-sizing: border-box; }}
-#vg-tooltip-element table tr td {{ overflow: visible; overflow-wrap: anywhere; white-space: normal; }}
+#vg-tooltip-element.vg-tooltip {{ background-color: var(--back); }}
+#vg-tooltip-element table tr td {{ overflow: visible; overflow-wrap: anywhere; white-space: normal; border: 0;
+  padding: 2px 4px; font-size: 0.75rem; line-height: 1.3; }}
 #vg-tooltip-element table tr td.value {{ max-width: min(20rem, calc(100vw - 12rem)); max-height: none; }}
 td button.dtcc-button_dropdown {{ opacity: 1 !important; }}
 td .dtcc-button_active.dtcc-button_dropdown > .dtcc-button-text {{ color: var(--text); font-weight: 600; }}
@@ -70,8 +72,9 @@ dd {{ margin: 0; color: var(--faint); }}
   table.stacked thead :is(th, td) {{ border: 0 !important; }}
   table.stacked tbody tr {{ padding: 0.6rem 0; border-bottom: 1px solid var(--line); }}
   table.stacked tbody td {{ padding: 0 !important; border: 0 !important; text-align: left !important; }}
-  table.stacked tbody td:nth-child(3) {{ font-weight: 600; }}
-  table.stacked tbody td:nth-child(2)::before {{ content: "context "; }} }}
+  table.stacked:not(.sortable) thead {{ display: none; }} table.stacked tbody td:first-child {{ font-weight: 600; }}
+  table.stacked tbody td:not(:first-child)::before {{ content: attr(data-label) ": "; color: var(--faint); }}
+  table.stacked tbody td:empty {{ display: none; }} }}
 """
 
 
@@ -168,16 +171,19 @@ def _contents(sections: Sequence[Section]) -> str:
 
 def _table(section: Section) -> str:
     """The keyboard scrolls a table that is wider than the screen once it has the focus."""
+    # On a phone, the cells of a table of text, and those of the answers, stand below each other.
+    stacked = " stacked" if section.lead or section.names == len(section.head) else ""
+    labels = section.head if stacked else ()
     orders = section.sort_by or (_orders(section.body) if section.sortable else [()] * len(section.body))
     lengths = _lengths(section.body, orders) if section.sortable else set()
     lines = "".join(
-        _line("td", line, section.names, by, lengths) for line, by in zip(section.body, orders, strict=True)
+        _line("td", line, section.names, by, lengths, labels) for line, by in zip(section.body, orders, strict=True)
     )
     head = _line("th", section.head, section.names)
     label = f'aria-label="{html.escape(section.heading or "table")}"'
     lists = f"data-lists='{json.dumps(list(section.lists))}'"
-    stacked = " stacked" if section.lead else ""  # on a phone, the cells of the answers stand below each other
-    name = f' class="sortable display compact{stacked}" {label} {lists}' if section.sortable else ""
+    name = f' class="{stacked.strip()}"' if stacked else ""
+    name = f' class="sortable display compact{stacked}" {label} {lists}' if section.sortable else name
     region = (
         "" if section.sortable else f' tabindex="0" role="region" {label}'
     )  # of a sortable one, its script makes one
@@ -210,6 +216,7 @@ def _line(
     names: int,
     sort_by: Sequence[float | str | None] = (),
     lengths: Collection[int] = (),
+    labels: Sequence[str] = (),
 ) -> str:
     """A row of a table. A cell that is a command is folded, and a length is found as 8K, 8,192 and 8192. Long text
     beside the first column gets some width, so that a row is not high on a narrow screen."""
@@ -220,6 +227,7 @@ def _line(
         kind = "name long" if n > 0 and len(cell) > LONG and not command else "name"
         kind = kind if n < names else "wraps" if len(cell) > LONG / 2 and not command else ""
         attributes = f' class="{kind}"' if kind else ""
+        attributes += f' data-label="{html.escape(labels[n])}"' if labels else ""
         attributes += f' data-order="{html.escape(str(order))}"' if order is not None else ""
         if n in lengths:  # in each row, else DataTables searches the column by its text
             numbers = f" {order:,} {order}" if isinstance(order, int) and cell else ""

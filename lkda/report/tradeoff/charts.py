@@ -18,7 +18,7 @@ FEW_POINTS = 15  # of a line, each with a large mark
 _LEGEND: dict[str, Any] = {
     "orient": "bottom",
     "columns": {"expr": "width < 420 ? 1 : 2"},
-    "labelLimit": {"expr": "width < 420 ? width : width / 2 - 30"},
+    "labelLimit": {"expr": "width < 420 ? width : width / 2 + 10"},
     "symbolOpacity": 1,
     "title": None,
 }
@@ -138,7 +138,6 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     records: list[Record] = [
         {"context": one.context, "us": 1e6 / float(one.tokens_per_s or 1), "memory": one.memory, "series": one.series}
         | {"mixer": one.mixer, "setting": one.where, "tokens_per_s": one.tokens_per_s, "file": one.file}
-        | {"measured_with": one.command}
         for one in measured
         if one.where in settings
     ]
@@ -201,7 +200,7 @@ def _tooltip_of_context(of_memory: str | None) -> list[Encoding]:
         "us": "microseconds per token",
     }
     shown |= {} if of_memory is None else {"memory": f"{of_memory}, bytes"}
-    shown |= {"setting": "setting", "file": "file", "measured_with": "measured with"}
+    shown |= {"setting": "setting", "file": "file"}
     return _tooltip(shown, format={"context": ",", "tokens_per_s": ",.0f", "us": ",.4~r", "memory": ",.0f"})
 
 

@@ -442,7 +442,7 @@ def test_every_chart_says_what_it_shows(joined):
         encodings = [layer["encoding"] for layer in chart.spec["layer"]]
         assert all(encoding[axis]["title"] for encoding in encodings for axis in "xy")
         fields = {entry["field"] for encoding in encodings for entry in encoding.get("tooltip", [])}
-        assert fields >= ({"run", "seed", "configuration"} if chart.name in runs else {"setting", "measured_with"})
+        assert fields >= ({"run", "seed", "configuration"} if chart.name in runs else {"setting", "file"})
 
 
 def test_the_committed_crossings_lie_where_the_rows_change_places():
