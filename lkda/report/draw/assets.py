@@ -59,7 +59,7 @@ document.addEventListener("click", tap => {  // a finger does not hover: a tap o
   if (tap.pointerType === "touch" && tap.target.closest(".chart svg"))
     tap.target.dispatchEvent(new PointerEvent("pointermove", at));
 });
-addEventListener("scroll", () => document.getElementById("vg-tooltip-element")?.classList.remove("visible"));
+addEventListener("touchmove", () => document.getElementById("vg-tooltip-element")?.classList.remove("visible"));
 for (const table of document.querySelectorAll("table.sortable")) {
   new DataTable(table, {
     order: [], pageLength: 15, lengthMenu: [15, 50, {label: "all", value: -1}], autoWidth: false,

@@ -30,7 +30,7 @@ th, td {{ padding: 0.45rem 0 0.45rem 0.9rem; text-align: right; white-space: now
   border-bottom: 1px solid var(--line); }}
 th {{ color: var(--faint); font-weight: 500; white-space: normal; vertical-align: bottom; }}
 .name {{ text-align: left; padding-left: 0; padding-right: 0.9rem; }}
-td.name {{ white-space: normal; min-width: 7rem; }}
+td.name {{ white-space: normal; }} td.name:first-child {{ min-width: 7rem; }}
 td.name.long {{ min-width: 14rem; }} td.wraps {{ white-space: normal; min-width: 9rem; }}
 figure {{ margin: 0 0 1.8rem; }} .note + figure {{ margin-top: 1.8rem; }}
 img {{ display: block; width: 100%; max-width: 46rem; height: auto; }}
