@@ -77,7 +77,7 @@ def test_the_command_trains_and_exports(installed: Path, corpus: Path, tmp_path:
     run([lkda, "export", "ckpt=run", "out=exported"], tmp_path, installed)
     code = (
         "import torch, lkda\n"
-        "from lkda.commands.settings.shipped import CONFIGS, TASKS\n"
+        "from lkda.shipped import CONFIGS, TASKS\n"
         f"home = {str(installed / 'lkda')!r}\n"
         "assert all(str(path).startswith(home) for path in (lkda.__file__, CONFIGS, TASKS))\n"
         "model, tokenizer = lkda.load('exported')\n"

@@ -22,8 +22,8 @@ from lkda.commands.command_line.invocation import with_started_command
 from lkda.commands.command_line.overrides import as_typed
 from lkda.commands.command_line.warning_lines import plain_warnings
 from lkda.commands.settings.config import check_keys
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.commands.sweeps.sweep_gpus import check_search, claim_gpus, defaults_of_plugins, register
+from lkda.shipped import CONFIGS
 
 COMMANDS = {
     "train": "train a language model",

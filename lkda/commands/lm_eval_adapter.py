@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lkda.checks import InputError
 from lkda.commands.run.checkpoint_loading import TrainedModel
-from lkda.commands.settings.shipped import TASKS
 from lkda.data.text.tokenizer import decode_tokens, document_start, encode_text
 from lkda.models.decoding import prepare_decoding
 from lkda.models.generate import generate
+from lkda.shipped import TASKS
 from lkda.special_tokens import document_ends
 
 

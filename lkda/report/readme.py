@@ -90,7 +90,7 @@ def _summary(path: Path) -> str:
 
 def _answers(path: Path) -> str:
     first = read_comparison(path).tradeoff.first_section()
-    return markdown_table(first.head, first.body, names=5)
+    return "\n".join([markdown_table(first.head, first.body, names=5), *first.notes])
 
 
 def _crossings(path: Path) -> str:
@@ -98,7 +98,9 @@ def _crossings(path: Path) -> str:
     found = pairs(read_comparison(path).tradeoff.found)
     between = [pair for pair in found if pair.own and set(pair.mixers) == {"kda", "softmax"}]
     body = [[pair.stage, pair.where, pair.text, f"{pair.ratio:.2f}", length(pair.longest)] for pair in between]
-    return markdown_table(["stage", "measured with", "finding", "speed ratio", "at context"], body, names=3)
+    return markdown_table(
+        ["stage", "measured with", "finding", "times faster at the longest context", "longest context"], body, names=3
+    )
 
 
 KINDS: dict[str, tuple[str, str, Callable[[Path], str]]] = {

@@ -10,8 +10,8 @@ import pytest
 import wandb
 from omegaconf import OmegaConf
 
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.commands.train import train
+from lkda.shipped import CONFIGS
 from lkda.training import wandb_connection
 from lkda.training.task import LanguageModelTask
 from lkda.training.wandb_connection import why_offline

@@ -20,11 +20,11 @@ from lkda.commands.benchmarks.row_process import measure_rows, run_fork
 from lkda.commands.benchmarks.step_benchmark import check_names, choices, header_of, made_directory, open_console
 from lkda.commands.command_line.errors import CommandError
 from lkda.commands.run.run_setup import plan_run
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.models.decoder import Sampling
 from lkda.ops.kda.state import STATE_DTYPES
 from lkda.report.draw.tables import rich_table
 from lkda.report.studies import decode as report
+from lkda.shipped import CONFIGS
 
 RESULT = "decode.json"
 # Settings of a model that are options of their own.

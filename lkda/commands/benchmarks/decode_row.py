@@ -17,10 +17,10 @@ from lkda.commands.benchmarks.row_process import answer
 from lkda.commands.run.fit import quiet_libraries
 from lkda.commands.run.prepared_run import model_of, prepare_data, with_data
 from lkda.commands.run.run_setup import plan_run
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.models.decoder import Sampling
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import set_state_dtype
+from lkda.shipped import CONFIGS
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from lkda.commands.benchmarks.step_peers import BARE, TRAIN, VARIANTS, variant
 from lkda.commands.command_line.errors import CommandError
 from lkda.commands.run.run_setup import plan_run, require_one_device
 from lkda.commands.run.summary import git_commit
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.device import device_name
 from lkda.report.draw.tables import rich_table
 from lkda.report.read.files import read_results_file
 from lkda.report.studies import step_benchmark as report
+from lkda.shipped import CONFIGS
 
 WARMUP_STEPS = 10
 SLOWER = 0.05  # a row is slower than recorded if its tokens/s are lower by more than this share

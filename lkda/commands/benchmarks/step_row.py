@@ -35,11 +35,11 @@ from lkda.commands.benchmarks.step_peers import BARE, TRAIN, check_peer, variant
 from lkda.commands.run.fit import build_task, quiet_libraries
 from lkda.commands.run.prepared_run import PreparedRun, model_of, prepare_data, with_data
 from lkda.commands.run.run_setup import plan_run, require_one_device
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.commands.train import train
 from lkda.metrics_file import read_metrics
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
+from lkda.shipped import CONFIGS
 from lkda.training.cuda_graphs import GraphedLoss
 from lkda.training.optimizer import build_optimizer
 from lkda.training.precision import PRECISIONS

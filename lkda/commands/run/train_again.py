@@ -12,8 +12,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lkda.commands.command_line.overrides import override
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.report.read.settings import GRID_KEYS, flatten
+from lkda.shipped import CONFIGS
 
 # The groups of configs/ with the setting that names the choice.
 _CHOICES = {"mixer": "mixer.name", "model": "model.name", "data": "data.source"}

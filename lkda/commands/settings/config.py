@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import InputError
 from lkda.commands.command_line.invocation import typed_overrides
-from lkda.commands.settings.shipped import CONFIGS
+from lkda.shipped import CONFIGS
 
 
 def check_keys(config: DictConfig, command: str) -> None:

@@ -28,8 +28,8 @@ from lkda.commands.benchmarks.row_process import run_child
 from lkda.commands.benchmarks.step_benchmark import check_names, check_overrides, choices, header_of, made_directory
 from lkda.commands.command_line.errors import CommandError, readable_errors
 from lkda.commands.run.run_setup import plan_run
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.io import write_atomically
+from lkda.shipped import CONFIGS
 
 ORDERED = ("softmax", "mla")  # mixers whose backward pass adds in any order, unless it must be deterministic
 TIME_LIMIT = 1800.0  # seconds of a training

@@ -16,10 +16,10 @@ from omegaconf import open_dict
 
 from lkda.commands.benchmarks.row_process import answer, end_with_parent
 from lkda.commands.run.fit import quiet_libraries
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.commands.train import train
 from lkda.io import write_atomically
 from lkda.metrics_file import read_metrics
+from lkda.shipped import CONFIGS
 from lkda.training.task import LanguageModelTask
 
 

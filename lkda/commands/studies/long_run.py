@@ -35,10 +35,10 @@ from omegaconf import open_dict
 
 from lkda.checks import InputError, check_count
 from lkda.commands.command_line.errors import readable_errors
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.commands.train import train
 from lkda.io import write_atomically
 from lkda.report.studies.long_run import KIND, redraw
+from lkda.shipped import CONFIGS
 from lkda.training.callbacks.steps import ends_step
 
 Rows = list[dict[str, float]]

@@ -40,11 +40,11 @@ from lkda.commands.run.fit import build_task, quiet_libraries, trainer_options
 from lkda.commands.run.prepared_run import PreparedRun, model_of, prepare_data, with_data
 from lkda.commands.run.run_setup import plan_run, require_one_device
 from lkda.commands.run.summary import git_commit
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.io import check_output_file
 from lkda.models.lm import LanguageModel
 from lkda.report.draw.tables import rich_table
 from lkda.report.studies.peer_training import KIND, redraw, rows
+from lkda.shipped import CONFIGS
 from lkda.training.callbacks import DivergenceGuard
 from lkda.training.callbacks.steps import ends_step
 

@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import InputError, check_values
 from lkda.commands.run.run_directory import RunFiles, read_summary
-from lkda.commands.settings.shipped import CONFIGS
 from lkda.metrics_file import read_metrics
+from lkda.shipped import CONFIGS
 
 _ESTIMATE = {"start": int | float, "then": int | float, "steps_per_s": dict, "gpu_share": int | float}
 _CONDITIONAL = {"only_with": str, "command": str}  # an entry of `then`

@@ -120,7 +120,7 @@ NAMES = (
 NUMBERS = (
     _Column("graph ms", _milliseconds("graph")),
     _Column("eager ms", _milliseconds("eager")),
-    _Column("p20-p80", lambda row: f"{row['ms_p20']:.3f}-{row['ms_p80']:.3f}"),
+    _Column("p20-p80 ms", lambda row: f"{row['ms_p20']:.3f}-{row['ms_p80']:.3f}"),
     _Column("x lower bound", _times_the_lower_bound),
     _Column("GB/s", lambda row: "" if row.get("gb_per_s") is None else three(row["gb_per_s"])),
     _Column("error", _number("error", "{:.1e}")),

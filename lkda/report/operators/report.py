@@ -12,11 +12,20 @@ from lkda.report.operators import plots as bench_plots
 from lkda.report.operators import time_grid
 from lkda.report.operators.benchmark import Benchmark, as_cells, as_csv, as_markdown, names_of, read_benchmark
 
+COLUMNS = (
+    "B x T x H x D: sequences, tokens, heads, and channels of a head. gate: how fast the state fades in these inputs. "
+    "graph ms: the replay of a CUDA graph, which is the time of the device alone. eager ms: a call with the time that "
+    "the host needs to launch the kernels. p20-p80 ms: the percentiles. x lower bound: the time divided by the least "
+    "that the device allows. error: the largest relative error of the outputs and the gradients against float64. "
+    "launches, host us: kernels, and microseconds of the host, for a call. shared KiB: shared memory of a block."
+)
+
 
 def table_section(benchmark: Benchmark) -> Section:
     """The table of the benchmark as a section of a page."""
     head, body = as_cells(benchmark.rows)
-    return Section("Operators", head=head, body=body, names=names_of(head), notes=[metadata(benchmark)])
+    hints = [COLUMNS] if body else []
+    return Section("Operators", hints=hints, head=head, body=body, names=names_of(head), notes=[metadata(benchmark)])
 
 
 def metadata(benchmark: Benchmark) -> str:

@@ -64,6 +64,16 @@ def note(found: dict[str, Any]) -> str:
     )
 
 
+def shape_of(found: dict[str, Any], name: str) -> str:
+    """The batch and the heads of a table that does not have them in its rows, in words; else empty."""
+    rows = {"times": part_of(found["rows"], "length"), "heads": part_of(found["rows"], "head size")}.get(name)
+    if not rows:
+        return ""
+    B, T, H, D = (rows[0][axis] for axis in "BTHD")
+    sequences = f"{B} sequence{'s' if B > 1 else ''}"
+    return f"{sequences}, {H} heads of {D}." if name == "times" else f"{sequences} of {length(T)} tokens, {H} heads."
+
+
 def block(name: str, path: Path) -> str:
     """A table of notes.json for a page, with a note."""
     found = read_results_file(path, kind=KIND)
@@ -103,7 +113,7 @@ def _times(rows: Sequence[Row]) -> Cells:
     """Milliseconds of each implementation at each length, the exponent of T, and the resources."""
     table = part_of(rows, "length")
     head = ["operator", *(f"ms at {length(T)}" for T in sorted({row["T"] for row in table}))]
-    head += ["exponent of T", "at the end", "complexity", "registers", "shared KiB"]
+    head += ["exponent of T", "exponent of the last two", "complexity", "registers", "shared KiB"]
     body = []
     for name in _names(table):
         line = _line(table, name, "T", "ms_median")
@@ -129,18 +139,18 @@ def _heads(rows: Sequence[Row]) -> Cells:
     for name in _names(table):
         line, operations = (_line(table, name, "D", key) for key in ("ms_median", "operations"))
         body.append([name, *(_ms(ms) for _, ms in line), _fit(line), _fit(operations)])
-    return [*head, "exponent of D", "of its operations"], body
+    return [*head, "exponent of D", "exponent of D of the operations"], body
 
 
 def _rows(rows: Sequence[Row]) -> Cells:
-    head = ["operator", "B x T x H x D", "ms", "operations", "bytes", "bound by", "of lower bound", "GB/s", "TFLOP/s"]
-    head += ["error", "registers", "shared KiB", "state per sequence", "peak MiB"]
+    head = ["operator", "B x T x H x D", "ms", "operations", "bytes", "bound by", "x lower bound", "GB/s", "TFLOP/s"]
+    head += ["relative error", "registers", "shared KiB", "state per sequence", "peak MiB"]
     body = []
     for row in [*part_of(rows, "length"), *part_of(rows, "head size")]:
         tflops = row["operations"] / row["ms_median"] / 1e9
         cells = [row["name"], _shape(row), _ms(row["ms_median"]) + " (noisy)" * bool(row["noisy"])]
         cells += [count(row["operations"]), memory(row["bytes"]), row["bound_by"]]
-        cells += [f"{100 * row['fraction_of_lower_bound']:.3g}%", three(row["gb_per_s"]), three(tflops)]
+        cells += [three(1 / row["fraction_of_lower_bound"]), three(row["gb_per_s"]), three(tflops)]
         cells += ["" if row["error"] is None else f"{row['error']:.1e}", *_resources(row)]
         body.append([*cells, memory(row["state_bytes"]), f"{row['peak_mib']:,.0f}"])
     return head, body
@@ -152,8 +162,8 @@ def _ablations(rows: Sequence[Row], op: str) -> Cells:
     shapes = list(dict.fromkeys(map(_shape, table)))
     head = ["variant"]
     for shape in shapes:
-        head += [f"ms, {shape}", "x the first", "occupancy"]
-    head += ["registers", "spilled bytes", "shared KiB", "most occupancy", "error"]
+        head += [f"ms, {shape}", "time / first variant's", "occupancy"]
+    head += ["registers", "spilled bytes", "shared KiB", "possible occupancy", "relative error"]
     first = {_shape(row): row["ms_median"] for row in reversed(table)}
     body = []
     for name in _names(table):

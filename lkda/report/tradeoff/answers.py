@@ -9,6 +9,7 @@ from typing import Any
 
 from lkda.report.draw.units import length, memory
 from lkda.report.read.groups import Group
+from lkda.report.tradeoff.host_bound import comparable
 from lkda.report.tradeoff.kda_or_softmax import said_of_crossings
 from lkda.report.tradeoff.measurements import OF_MODELS, Measurement
 from lkda.report.tradeoff.records import Quality, best_of, budget_of, by_data, on_front, quality_of, within_spread
@@ -22,7 +23,7 @@ class Answer:
         question, mixer: in words.
         why: the figures.
         of: where they are from.
-        context: for answers about a context.
+        context: that of a measurement, or of the training; 0 where there are several.
         rivals: the number of mixers that lkda was measured with.
     """
 
@@ -52,31 +53,35 @@ def _budget(groups: Sequence[Group], data: str, parts: Mapping[str, Any]) -> str
 
 def _by_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> list[Answer]:
     result = []
+    contexts = {int(run.summary.get("context") or 0) for group in groups for run in group.runs}
+    context = contexts.pop() if len(contexts) == 1 else 0
     best = best_of(groups, quality)
     equal = [group for group in groups if group is not best and within_spread(group, best, quality)]
     also = f"; within the spread over seeds: {', '.join(group.label for group in equal)}" if equal else ""
     result.append(
-        Answer(f"best {quality.title}, any memory", best.label, _figure(best, quality) + also, f"runs, {budget}")
+        Answer(
+            f"best {quality.title}, any memory", best.label, _figure(best, quality) + also, f"runs, {budget}", context
+        )
     )
     states = [(group.mean("state_bytes"), group.mean(quality.key)) for group in groups]
     front = on_front([(state, y if quality.more_is_better else -y) for state, y in states])
     kept = [(state, group) for (state, _), group, is_front in zip(states, groups, front, strict=True) if is_front]
     for state, group in sorted(kept, key=lambda pair: pair[0]):
         if group is not best:
-            question = f"best {quality.title} with {memory(state)} of state per sequence or little more"
-            result.append(Answer(question, group.label, _figure(group, quality), f"runs, {budget}"))
+            question = f"best {quality.title} with at most {memory(state)} of state per sequence"
+            result.append(Answer(question, group.label, _figure(group, quality), f"runs, {budget}", context))
     for group, is_front in zip(groups, front, strict=True):
         if not is_front:
             as_good = [one for _, one in kept if not quality.better(group.mean(quality.key), one.mean(quality.key))]
             least = min(as_good, key=lambda one: one.mean("state_bytes"))
             question = f"least state at {quality.title} of {group.label} or better"
             why = f"{_figure(least, quality)}; {group.label} has {_figure(group, quality)}"
-            result.append(Answer(question, least.label, why, f"runs, {budget}"))
+            result.append(Answer(question, least.label, why, f"runs, {budget}", context))
     smallest = min([best, *equal], key=lambda group: group.mean("state_bytes"))
     none = "no other is as good within the spread over seeds" if len(best.runs) > 1 else "one seed has no spread"
     why = memory(smallest.mean("state_bytes")) + ("" if equal else f"; {none}")
     question = f"least state at {quality.title} equal to the best within the spread over seeds"
-    return [*result, Answer(question, smallest.label, why, f"runs, {budget}")]
+    return [*result, Answer(question, smallest.label, why, f"runs, {budget}", context)]
 
 
 def _figure(group: Group, quality: Quality) -> str:
@@ -96,7 +101,7 @@ def _by_context(found: Sequence[Measurement], trained: set[str]) -> list[Answer]
     result = []
     models = trained | _mixers([one for one in found if one.stage in OF_MODELS])
     for stage in ("training step", "prefill", "decode", "kernel"):
-        measured = [one for one in found if one.stage == stage and one.tokens_per_s]
+        measured = [one for one in comparable(found) if one.stage == stage and one.tokens_per_s]
         known = models if stage in OF_MODELS else _mixers(measured)
         for where, context in dict.fromkeys((one.where, one.context) for one in measured):
             here = [one for one in measured if (one.where, one.context) == (where, context)]
@@ -130,9 +135,9 @@ def _mixers(found: Sequence[Measurement]) -> set[str]:
 
 
 def _among(here: Sequence[Measurement], known: set[str]) -> str:
-    """Of how many of the mixers an answer is, where it is not of all."""
+    """How many of the mixers were measured, where it is not all."""
     several = len(_mixers(here))
-    return f", of {several} of {len(known)} mixers" if several < len(known) else ""
+    return f"; only {several} of {len(known)} mixers were measured" if several < len(known) else ""
 
 
 def summary(groups: Sequence[Group], found: Sequence[Measurement]) -> list[str]:
@@ -148,7 +153,7 @@ def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) ->
     if len(groups) == 1:
         return f"With {budget}, {best.mixer} is the only model: its {quality.title} is {best.why}."
     said = [f"With {budget}, choose {best.mixer}: it has the best {quality.title} ({best.why})."]
-    smaller = [answer for answer in others if "or little more" in answer.question]
+    smaller = [answer for answer in others if "with at most" in answer.question]
     if smaller:  # from the largest state to the smallest
         choices = " or ".join(f"{answer.mixer} ({answer.why})" for answer in reversed(smaller))
         said.append(f"If memory is short, choose {choices}.")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lkda.report.draw.chart import SCHEMA, Chart
+from lkda.report.tradeoff import host_bound
 from lkda.report.tradeoff.measurements import Measurement
 
 Record = dict[str, Any]
@@ -17,7 +18,7 @@ FEW_POINTS = 15  # of a line, each with a large mark
 _LEGEND: dict[str, Any] = {
     "orient": "bottom",
     "columns": {"expr": "width < 420 ? 1 : 2"},
-    "labelLimit": 320,
+    "labelLimit": {"expr": "width < 420 ? width : width / 2 + 10"},
     "symbolOpacity": 1,
     "title": None,
 }
@@ -137,7 +138,6 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
     records: list[Record] = [
         {"context": one.context, "us": 1e6 / float(one.tokens_per_s or 1), "memory": one.memory, "series": one.series}
         | {"mixer": one.mixer, "setting": one.where, "tokens_per_s": one.tokens_per_s, "file": one.file}
-        | {"measured_with": one.command}
         for one in measured
         if one.where in settings
     ]
@@ -158,10 +158,11 @@ def by_context(found: Sequence[Measurement], *, stage: str, value: str) -> Chart
         },
     }
     what = "time per token" if of_time else of_memory
+    left_out = host_bound.note(found) if stage == "prefill" and of_time else ""
     return Chart(
         f"{stage.replace(' ', '_')}_{'time' if of_time else 'memory'}",
         f"{stage.capitalize()}: {what} against the context",
-        settings[0],
+        f"{settings[0]}. {left_out}" if left_out else settings[0],
         _spec(records, settings, lines),
         domain,
         mixers,
@@ -199,7 +200,7 @@ def _tooltip_of_context(of_memory: str | None) -> list[Encoding]:
         "us": "microseconds per token",
     }
     shown |= {} if of_memory is None else {"memory": f"{of_memory}, bytes"}
-    shown |= {"setting": "setting", "file": "file", "measured_with": "measured with"}
+    shown |= {"setting": "setting", "file": "file"}
     return _tooltip(shown, format={"context": ",", "tokens_per_s": ",.0f", "us": ",.4~r", "memory": ",.0f"})
 
 
@@ -233,11 +234,11 @@ def against(
     up["scale"] = up["scale"] | {"padding": 20}
     up["axis"] = {"format": ".4~r"}
     tooltip = _tooltip(
-        {"series": "mixer", "run": "run", "seed": "seed", "y": y, "x": x, "shown": "", "configuration": "configuration"}
-        | {"setting": "speed of"},
+        {"series": "mixer", "run": "run", "seed": "seed", "y": y, "x": f"{x}, bytes" if bytes_ else x}
+        | {"configuration": "configuration", "setting": "speed of"},
         format={"y": ".4f", "x": ",.0f"},
     )
-    tooltip = [entry for entry in tooltip if entry["title"] and (entry["field"] != "setting" or not bytes_)]
+    tooltip = [entry for entry in tooltip if entry["field"] != "setting" or not bytes_]
     position = {"x": across, "y": up}
     shown = position | {"color": _colour(domain), "tooltip": tooltip}
     runs = {

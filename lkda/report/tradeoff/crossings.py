@@ -8,6 +8,7 @@ from itertools import combinations
 
 from lkda.report.draw.units import length
 from lkda.report.read.crossings import crossings
+from lkda.report.tradeoff.host_bound import comparable
 from lkda.report.tradeoff.measurements import STAGES, Measurement, series
 
 
@@ -56,7 +57,9 @@ def rounded(context: float) -> str:
 
 def pairs(found: Sequence[Measurement]) -> list[Pair]:
     """Each pair of series of different mixers that have a context in common, by stage, those that cross first."""
-    curves = {name: points for name, points in series(found, value="tokens_per_s").items() if name[0] in STAGES}
+    curves = {
+        name: points for name, points in series(comparable(found), value="tokens_per_s").items() if name[0] in STAGES
+    }
     own = {(one.stage, one.where, one.series) for one in found if one.own}
     result = []
     for (name, points), (other_name, other_points) in combinations(curves.items(), 2):

@@ -27,7 +27,7 @@ def said_of_crossings(found: Sequence[Measurement]) -> str:
         if overtakes:
             said.append(f"As the context grows, {mixer} overtakes {other}{_places(overtakes, parts)}.")
         if always:
-            said.append(f"At every measured context, {mixer} is faster than {other}{_places(always, parts)}.")
+            said.append(f"At every compared context, {mixer} is faster than {other}{_places(always, parts)}.")
     return " ".join(said)
 
 

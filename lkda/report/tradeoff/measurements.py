@@ -53,6 +53,8 @@ class Measurement:
         own: whether it is lkda's implementation; a kernel of softmax attention is that of PyTorch, which lkda calls.
         peer: whether it is an implementation of another package, other than a kernel of softmax attention.
         noisy: whether repeated measurements differ by more than `lkda.bench.timing` takes for steady.
+        forward_tokens_per_s: of prefill, the speed of a forward pass of a large batch in the same process.
+        vocab_size: of the model.
     """
 
     stage: str
@@ -70,6 +72,8 @@ class Measurement:
     own: bool = True
     peer: bool = False
     noisy: bool = False
+    forward_tokens_per_s: float | None = None
+    vocab_size: int | None = None
 
     @property
     def where(self) -> str:
@@ -244,6 +248,7 @@ def _step(row: Row, result: Results, device: str) -> Measurement:
         own=row["implementation"] == "train",
         peer=row["implementation"] not in ("train", "bare"),
         noisy=(row.get("noise") or 0) > LARGEST_SPREAD,
+        vocab_size=row.get("vocab_size"),
     )
 
 
@@ -283,6 +288,8 @@ def _decode(row: Row, result: Results, device: str) -> Measurement:
         command=_command([*words, *_further(row)]),
         own=row["implementation"] in ("lkda", "prefill"),
         peer=row["implementation"] not in ("lkda", "prefill"),
+        forward_tokens_per_s=row.get("forward_tokens_per_s") if prefill else None,
+        vocab_size=row.get("vocab_size"),
     )
 
 

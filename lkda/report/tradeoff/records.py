@@ -15,6 +15,7 @@ from lkda.report.draw.curves import ENOUGH, mean_curve, points, running_mean
 from lkda.report.draw.units import count, length
 from lkda.report.read.groups import Group, also_differing, settings
 from lkda.report.read.runs import Run, reported_split
+from lkda.report.tradeoff.host_bound import comparable
 from lkda.report.tradeoff.measurements import OF_MODELS, STAGES, Measurement
 
 Record = dict[str, Any]
@@ -132,14 +133,29 @@ def by_speed(
     if exclusive_device and len(devices) == 1:
         speeds = [(group, lambda run: float(run.summary["tokens_per_s"])) for group in groups]
         records += _points(speeds, quality, setting=LOGGED, more_x_is_better=True)
-    settings_found = {(one.stage, one.where, one.context) for one in found if one.stage in OF_MODELS}
+    usable = comparable(found)
+    settings_found = {(one.stage, one.where, one.context) for one in usable if one.stage in OF_MODELS}
     for stage, where, context in sorted(settings_found, key=lambda found: (STAGES.index(found[0]), *found[1:])):
-        here = [one for one in found if (one.stage, one.where, one.context) == (stage, where, context)]
+        here = [one for one in usable if (one.stage, one.where, one.context) == (stage, where, context)]
         joined = [(group, _constant(speed)) for group in groups if (speed := speed_of(group, here)) is not None]
         if len(joined) > 1:
             setting = f"{stage} at a context of {length(context)}: {where}"
             records += _points(joined, quality, setting=setting, more_x_is_better=True)
     return records
+
+
+def of_other_models(groups: Sequence[Group], found: Sequence[Measurement]) -> list[str]:
+    """A sentence where the vocabularies of the trained and of the measured models differ."""
+    models = {group.runs[0].summary.get("model") for group in groups}
+    runs = [run for group in groups for run in group.runs]
+    trained = {int(size) for run in runs if (size := (run.config.get("model") or {}).get("vocab_size"))}
+    measured = {one.vocab_size for one in found if one.model in models and one.vocab_size}
+    if not trained or not measured or trained == measured:
+        return []
+    theirs, others = (" or ".join(f"{size:,}" for size in sorted(sizes)) for sizes in (trained, measured))
+    return [
+        f"The accuracy is of models with a vocabulary of {theirs}, and the benchmarks' speeds are with one of {others}."
+    ]
 
 
 def _constant(value: float) -> Callable[[Run], float]:
@@ -207,14 +223,27 @@ def configuration(run: Run) -> str:
 
 
 def reproduce(group: Group, groups: Sequence[Group]) -> str:
-    """The command that trains the first run of a row again; where it is not recorded, with what tells rows apart.
+    """The command that trains the runs of a row again; where it is not recorded, with what tells rows apart.
 
-    A comment names the command that prepares a mix of public texts, which refuses to do it twice.
+    Above it stands the command that prepares a mix of public texts, which refuses to do it twice.
     """
-    run = group.runs[0]
-    data = run.config.get("data") or {}
-    command, mix = _train(run, groups), _PREPARED.get(str(data.get("source")))
-    return command if mix is None or data.get("directory") else f"{command}  # first, once: {mix}"
+    data = group.runs[0].config.get("data") or {}
+    command = _of_seeds([_train(run, groups) for run in group.runs])
+    mix = _PREPARED.get(str(data.get("source")))
+    return command if mix is None or data.get("directory") else f"{mix}  # once\n{command}"
+
+
+def _of_seeds(commands: Sequence[str]) -> str:
+    """One command for those that differ only in the seed, else each in a line of its own. Without it, the seed is 1."""
+    bare = {_SEED.sub("", command) for command in commands}
+    seeds = dict.fromkeys(found[1] if (found := _SEED.search(command)) else "1" for command in commands)
+    if len(bare) > 1 or len(seeds) == 1:
+        return "\n".join(dict.fromkeys(commands))
+    command, comment, rest = bare.pop().partition("  # ")
+    return f"{command.replace('train.py ', 'train.py -m ', 1)} seed={','.join(seeds)}{comment}{rest}"
+
+
+_SEED = re.compile(r" seed=(\d+)")
 
 
 def _train(run: Run, groups: Sequence[Group]) -> str:

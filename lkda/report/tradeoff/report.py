@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lkda.io import write_together
 from lkda.report.draw.chart import Chart
+from lkda.report.draw.curves import ENOUGH
 from lkda.report.draw.page import Section, page
 from lkda.report.draw.tables import markdown_table, markdown_text
 from lkda.report.draw.units import length, memory
@@ -20,15 +23,20 @@ from lkda.report.operators.benchmark import Benchmark
 from lkda.report.read.files import read_results_file
 from lkda.report.read.groups import Group
 from lkda.report.studies import notes
-from lkda.report.tradeoff import answers, charts, records
-from lkda.report.tradeoff.crossings import Pair, pairs
+from lkda.report.tradeoff import answers, charts, host_bound, records
+from lkda.report.tradeoff.crossings import Pair, pairs, rounded
+from lkda.report.tradeoff.glossary import glossary
 from lkda.report.tradeoff.measurements import STAGES, WHOLE_SET, Measurement, Results, find_results, measurements
+from lkda.report.tradeoff.repeat import how_to_repeat
 
 # What the cells of a table are sorted by; -1 stands for a missing number.
 Cells = list[list[float | str | None]]
-FRONT = "Dashed line and rings: the Pareto front. No other mixer is better in one and at least as good in the other."
+FRONT = (
+    "Dashed line and rings: the Pareto front. No other mixer beats these on one measure without losing on the other."
+)
 CHARTS = ("front_by_speed", "front_by_state", "curves_by_tokens", "curves_by_seconds", "recall_by_state")  # of runs
-AGAIN = 'Open a cell of the column "{column}" for the command.'
+AGAIN = "measure again"
+_DEVICE = 3  # the column of measurement_cells
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,14 @@ class Tradeoff:
         found: the measurements of benchmarks.
         recall: points of synthetic tasks; see `lkda.report.tradeoff.charts.recall`.
         exclusive_device: whether no run shared its device, so that their speeds can be compared.
+        how_to_repeat: a paragraph about the commands of the page.
     """
 
     groups: Sequence[Group]
     found: Sequence[Measurement]
     recall: Sequence[records.Record] = ()
     exclusive_device: bool = True
+    how_to_repeat: str = ""
 
     @property
     def summary(self) -> str:
@@ -68,7 +78,7 @@ class Tradeoff:
         drawn, where = [], records.caption_of(groups)
         speeds = records.by_speed(groups, self.found, quality, exclusive_device=self.exclusive_device)
         if speeds:
-            caption = f"{where}. {FRONT}"
+            caption = " ".join([f"{where}. {FRONT}", *records.of_other_models(groups, self.found)])
             title = f"{quality.title.capitalize()} against speed"
             drawn.append(charts.against("front_by_speed", title, caption, speeds, x="tokens/s", y=quality.title))
         title, x = f"{quality.title.capitalize()} against memory", "state of one sequence"
@@ -82,7 +92,7 @@ class Tradeoff:
         drawn = []
         y, of_y = records.course_of(groups, quality)
         smoothed = (
-            " The lines are of training, smoothed, because some runs have few validations."
+            f" The lines are of training, smoothed: a run has fewer than {ENOUGH} validations."
             if y.startswith("train/")
             else ""
         )
@@ -115,14 +125,19 @@ class Tradeoff:
         sort_by: Cells = [[one.question, one.context or -1, one.mixer, one.why, one.of] for one in found]
         return Section(
             lead=self.summary,
-            hint="Choose a question and a context below the headings to find the answer for your case, or type a "
-            "context, such as 8K or 8,192, into the field Search.",
+            hints=[
+                "Choose a question and a context below the headings to find the answer for your case, or type a "
+                'context as a whole number, such as 8,192, into the field Search. In "1.24 times kda", the speed is '
+                "compared with that of the second fastest mixer.",
+                *([self.how_to_repeat] if self.how_to_repeat else []),
+            ],
             head=head,
             body=body,
             names=5,
             sortable=True,
             sort_by=sort_by,
             lists=(0, 1, 2),
+            notes=self._left_out(),
         )
 
     def chart_section(self) -> Section:
@@ -138,12 +153,17 @@ class Tradeoff:
         head, body, sort_by = crossing_cells(pairs(self.found))
         notes = [
             "The context from which one is faster is interpolated between the measured contexts, on logarithmic axes. "
-            "A pair without one has the same faster mixer at every context that both have.",
+            "Blank: the same mixer is faster at every context measured for both.",
+            *self._left_out(),
             *self._noise(),
         ]
         heading = "Where one mixer overtakes another"
         lists = (0, 1, 2)
         return Section(heading, head=head, body=body, names=4, sortable=True, sort_by=sort_by, notes=notes, lists=lists)
+
+    def _left_out(self) -> list[str]:
+        """A sentence where the host's time left answers and crossings out."""
+        return [note] if (note := host_bound.note(self.found)) else []
 
     def _noise(self) -> list[str]:
         """A sentence where some measurements are noisy."""
@@ -154,19 +174,34 @@ class Tradeoff:
     def measurement_section(self) -> Section:
         """Every measurement, with its file and its command."""
         head, body, sort_by = measurement_cells(self.found)
-        absent = sorted({f"{one.series}: {one.reason}" for one in self.found if one.reason})
-        notes = [AGAIN.format(column="measure again"), *([f"Not measured: {'; '.join(absent)}."] if absent else [])]
+        devices = {one.device for one in self.found}
+        hints = [f"All of these are of {next(iter(devices))}."] if len(devices) == 1 else []
+        hints.append("memory: of decode the state of one sequence, of all other stages the peak of the device.")
+        notes = _not_measured(self.found)
+        notes += [host_bound.MEANING, *self._left_out()] if self._left_out() else []
         notes += self._noise()
+        lists: tuple[int, ...] = (0, 1, 3, 4)
+        if len(devices) == 1:  # its column would be the same in every row
+            head, lists = _without(head, _DEVICE), (0, 1, 3)
+            body, sort_by = [_without(line, _DEVICE) for line in body], [_without(line, _DEVICE) for line in sort_by]
         return Section(
             "All measurements",
+            hints=[" ".join(hints)],
             head=head,
             body=body,
-            names=4,
+            names=3,
             sortable=True,
             sort_by=sort_by,
             notes=notes,
-            lists=(0, 1, 3, 4),
+            lists=lists,
         )
+
+    def explained(self, sections: Sequence[Section]) -> Section:
+        """The first of the sections, with a glossary of all."""
+        mixers = [*(group.mixer for group in self.groups), *(one.mixer for one in self.found)]
+        models = [*(str(group.runs[0].summary.get("model")) for group in self.groups)]
+        models += [one.model for one in self.found if one.model]
+        return replace(sections[0], terms=glossary(sections, mixers=mixers, models=models))
 
     def sections(self) -> list[Section]:
         """What the benchmarks add to the page, below the runs."""
@@ -193,9 +228,11 @@ class Tradeoff:
         for chart in drawn:
             files |= chart.files
         if self.found:
-            crossing, measured = below
-            files["crossings.csv"] = _csv(crossing.head, crossing.sort_by)
-            files["measurements.csv"] = _csv(measured.head, measured.sort_by)
+            for name, (head, _, sort_by) in (
+                ("crossings.csv", crossing_cells(pairs(self.found))),
+                ("measurements.csv", measurement_cells(self.found)),
+            ):
+                files[name] = _csv(head, sort_by)
         return files
 
 
@@ -220,12 +257,14 @@ def remove_stale(out: Path, written: Collection[Path], *, plots: Sequence[str] =
 
 def write_whole_set(results: Sequence[Results], path: Path, *, title: str) -> None:
     """Writes results of benchmarks to `path`, and beside it report.html and what `Tradeoff.files` makes."""
-    joined = Tradeoff([], measurements(results))
+    repeat = how_to_repeat([], [result.header.get("git_commit") for result in results])
+    joined = Tradeoff([], measurements(results), how_to_repeat=repeat)
     content = {"kind": WHOLE_SET, "title": title, "benchmarks": [asdict(result) for result in results]}
     crossing, measured = joined.sections()
     sections = [joined.first_section(), crossing, joined.chart_section(), *notes_sections(results), measured]
     operators = benchmark_of(results)
     sections += [replace(bench_report.table_section(operators), sortable=True)] if operators else []
+    sections[0] = joined.explained(sections)
     files = joined.files(title, table="", notes=())
     files |= {path.name: json.dumps(content, indent=1) + "\n", "report.html": page(title, sections)}
     written = {path.parent / name: text for name, text in files.items()}
@@ -255,19 +294,30 @@ def notes_sections(results: Sequence[Results]) -> list[Section]:
         decoding = [row for one in same if one.kind == "decode" for row in one.rows]
         for name, (head, body) in notes.tables(found, decoding).items():
             heading = f"The notes: {notes.TITLES[name][0].lower()}{notes.TITLES[name][1:]}"
-            shown = Section(heading, head=head, body=body, names=notes.NAMES[name], notes=[notes.note(found)])
-            sections.append(replace(shown, sortable=name == "rows"))
+            said, hint = [notes.note(found)], notes.shape_of(found, name)
+            shown = Section(heading, head=head, body=body, names=notes.NAMES[name], notes=said, sortable=name == "rows")
+            sections.append(replace(shown, hints=[hint] if hint else []))
     return sections
+
+
+def _not_measured(found: Sequence[Measurement]) -> list[str]:
+    """What was not measured, a sentence for each reason."""
+    absent: dict[str, set[str]] = defaultdict(set)
+    for one in found:
+        if one.reason:
+            absent[one.reason.rstrip(".")].add(one.series)
+    return [f"Not measured: {'; '.join(sorted(names))}. Reason: {reason}." for reason, names in sorted(absent.items())]
 
 
 def crossing_cells(found: Sequence[Pair]) -> tuple[list[str], list[list[str]], Cells]:
     """Headings, cells, and what the cells are sorted by."""
-    head = ["stage", "faster", "slower", "finding", "from context", "times faster", "at context", "setting"]
+    head = ["stage", "faster", "slower", "finding", "from context", "times faster at the longest context"]
+    head += ["longest context", "setting"]
     body: list[list[str]] = []
     order: Cells = []
     for pair in found:
         names = [pair.stage, pair.faster, pair.slower, pair.text]
-        context = "" if pair.context is None else f"{pair.context:,.0f}"
+        context = "" if pair.context is None else rounded(pair.context)
         body.append([*names, context, f"{pair.ratio:.2f}", length(pair.longest), pair.where])
         order.append([*names, pair.context if pair.context is not None else -1, pair.ratio, pair.longest, pair.where])
     return head, body, order
@@ -278,17 +328,22 @@ def measurement_cells(
 ) -> tuple[list[str], list[list[str]], Cells]:
     """Headings, cells, and what the cells are sorted by."""
     why_not = ["why not"] if any(one.reason for one in found) else []
-    head = ["stage", "mixer", "setting", "device", "context", "tokens/s", "memory", "measure again", *why_not, "file"]
+    head = ["stage", "mixer", "setting", "device", "context", "tokens/s", "memory", *why_not, "file", AGAIN]
     body: list[list[str]] = []
     order: Cells = []
     for one in found:
         names = [one.stage, one.series, one.setting, one.device]
-        speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}" + " (noisy)" * one.noisy
+        marks = " (noisy)" * one.noisy + f" ({host_bound.MARK})" * host_bound.is_host_bound(one)
+        speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}{marks}"
         space = "" if one.memory is None else memory(one.memory)
-        rest = [one.command, *([one.reason] if why_not else []), one.file]
+        rest = [*([one.reason] if why_not else []), one.file, one.command]
         body.append([*names, length(one.context), speed, space, *rest])
         order.append([*names, one.context, one.tokens_per_s or -1, one.memory or -1, *rest])
     return head, body, order
+
+
+def _without(cells: Sequence[Any], n: int) -> list[Any]:
+    return [*cells[:n], *cells[n + 1 :]]
 
 
 def _csv(head: Sequence[str], rows: Sequence[Sequence[float | str | None]]) -> str:

@@ -16,17 +16,19 @@ from lkda.report.draw.tables import markdown_table
 from lkda.report.operators import benchmark as bench
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file
-from lkda.report.read.groups import Group, group_runs
+from lkda.report.read.groups import NULL, Group, also_differing, group_runs, settings
 from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
 from lkda.report.tradeoff.measurements import Results, damaged_files, find_results, measurements
 from lkda.report.tradeoff.records import COMMAND, best_of, by_data, by_quality, quality_of, reproduce, within_spread
-from lkda.report.tradeoff.report import AGAIN, Tradeoff, benchmark_of, notes_sections, remove_stale
+from lkda.report.tradeoff.repeat import how_to_repeat
+from lkda.report.tradeoff.report import Tradeoff, benchmark_of, notes_sections, remove_stale
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 from lkda.report.training.notes import notes as table_notes
 
 RESULTS = "results.json"
 Cell = TypeVar("Cell")
 KIND = "comparison"
+MOST_DIFFERING = 3  # settings that have a column in the table of runs
 PLOTS = (
     *("loss_by_tokens", "loss_by_seconds", "loss_by_position", "loss_by_state"),
     *("accuracy_by_state", "accuracy_by_length"),
@@ -60,7 +62,11 @@ class Comparison:
     def tradeoff(self) -> Tradeoff:
         """The runs joined with the benchmarks."""
         recall = accuracy.records(accuracy.lines(self.runs_of_tasks))
-        return Tradeoff(self.groups, measurements(self.results), recall, self.exclusive_device)
+        repeat = how_to_repeat(
+            [run.summary.get("git_commit") for run in self.runs],
+            [result.header.get("git_commit") for result in self.results],
+        )
+        return Tradeoff(self.groups, measurements(self.results), recall, self.exclusive_device, repeat)
 
     @property
     def groups(self) -> list[Group]:
@@ -208,6 +214,7 @@ def write(comparison: Comparison, path: Path) -> None:
         sections += [replace(bench_report.table_section(comparison.benchmark), sortable=True)]
     left_out = [f"{path}: {reason}" for path, reason in comparison.skipped]
     sections += [Section("Left out", items=left_out)] if left_out else []
+    sections[0] = tradeoff.explained(sections)
     files[out / "report.html"] = page(comparison.title, sections)
     write_together(files)
     remove_stale(out, files, plots=PLOTS)
@@ -221,30 +228,54 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
     bests = {id(group): (best_of(same, quality), quality) for quality, same in of_data for group in same}
     said = {True: "no, within the spread over seeds", False: "yes", None: "unknown, one seed"}
     head, body = table.as_cells(rows)
-    extra = [
-        (
-            "this is the best" if group is best else said[within_spread(group, best, quality)],
-            reproduce(group, groups),
-        )
+    differs = [
+        "this is the best" if group is best else said[within_spread(group, best, quality)]
         for group in groups
         for best, quality in [bests[id(group)]]
     ]
     order = _order(head, [quality.key for quality in qualities])
     values = table.as_values(rows)
+    differing = also_differing(comparison.runs)[:MOST_DIFFERING]
+    settings_of = [_settings_of(group, differing) for group in groups]
     return Section(
         "Runs",
         head=[
             head[0],
             f"differs from the best in {' or '.join(one.title for one in qualities)}",
-            "train it again",
             *_ordered(head, order),
+            *differing,
+            "train it again",
         ],
-        body=[[line[0], *more, *_ordered(line, order)] for line, more in zip(body, extra, strict=True)],
-        names=3,
+        body=[
+            [line[0], said, *_ordered(line, order), *chosen, reproduce(group, groups)]
+            for line, said, chosen, group in zip(body, differs, settings_of, groups, strict=True)
+        ],
+        names=2,
         sortable=True,
-        sort_by=[[line[0], None, None, *_ordered(line, order)] for line in values],
-        notes=[f"{AGAIN.format(column='train it again')} It is that of the first seed.", *notes],
+        sort_by=[
+            [line[0], None, *_ordered(line, order), *map(_number, chosen), None]
+            for line, chosen in zip(values, settings_of, strict=True)
+        ],
+        hints=[
+            "Losses are in nats per token, FLOP/token are those of a forward pass, and tokens those of the training. "
+            "state: the memory that generation keeps for one sequence as long as the training context."
+        ],
+        notes=notes,
     )
+
+
+def _settings_of(group: Group, keys: Sequence[str]) -> list[str]:
+    """The values of these settings, of all runs of the group."""
+    found = [settings(run) for run in group.runs]
+    return [", ".join(dict.fromkeys(one.get(key, NULL) for one in found)) for key in keys]
+
+
+def _number(text: str) -> float | None:
+    """What a cell is sorted by, if it is a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _order(head: Sequence[str], keys: Sequence[str]) -> list[int]:

@@ -43,8 +43,8 @@ def _of_splits(runs: Sequence[Run]) -> list[str]:
     tested = sum("test/loss" in run.summary for run in runs)
     if tested == len(runs):
         return [
-            "Columns named test are of the test split, which is measured once, at the end of a run. All other losses, "
-            "also those of the plots, are of the validation split."
+            "Columns named test are of the test split, which is measured once, at the end of a run. Other losses of "
+            "the table are of the validation split, and each chart names its split."
         ]
     if not tested:
         return []
@@ -101,8 +101,8 @@ def _of_state(runs: Sequence[Run]) -> list[str]:
     if not all(str(run.summary.get("precision", "")).endswith(("-mixed", "32-true")) for run in runs):
         return []
     return [
-        "The column state is for one sequence as long as the training context, in float32. In bf16, a key-value cache "
-        "takes half of that."
+        "The column state is for one sequence as long as the training context, in float32. In bf16, the caches of "
+        "keys, values and convolutions take half of that, and recurrent states stay in float32."
     ]
 
 
@@ -114,7 +114,7 @@ def _of_times(groups: Sequence[Group], exclusive_device: bool, benchmark: bench.
             f"Equal wall-clock: after {seconds:.1f} s of training at the median speed of each run, when the first run "
             "ended, interpolated linearly between validations. Each run had its device to itself."
         )
-    timed = bench.kernel_times(benchmark.rows)[0] if benchmark else ""
-    if benchmark and timed:
+    timed, times = bench.kernel_times(benchmark.rows) if benchmark else ("", {})
+    if benchmark and any(group.mixer in times for group in groups):
         found.append(f"kernel ms: the time of the operator, {timed}, on {benchmark.device}.")
     return found

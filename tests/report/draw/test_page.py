@@ -39,7 +39,9 @@ def chart(text: str) -> Chart:
 def section(text: str) -> Section:
     """One with this text in every place."""
     cells = [[text, text]]
-    return Section(text, text, text, [text, text], cells, 2, True, [0], cells, [text], {}, [chart(text)], [text])
+    return Section(
+        text, {text: text}, text, [text], [text, text], cells, 2, True, [0], cells, [text], {}, [chart(text)], [text]
+    )
 
 
 def test_text_stays_text_everywhere() -> None:

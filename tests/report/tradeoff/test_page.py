@@ -62,7 +62,7 @@ def open_page(browser, path):
 
 
 def table(page, heading):
-    return page.locator(f"h2:has-text('{heading}') + div table.sortable")
+    return page.locator(f"h2:has-text('{heading}') ~ div.scroll table.sortable").first
 
 
 def column(shown, n):
@@ -85,8 +85,8 @@ def test_the_state_is_on_a_laptop_and_a_phone_is_told_that_tables_scroll(open_pa
     wide = table(open_page(1440), "Runs")
     assert wide.evaluate("e => e.offsetWidth") < 1440
     head = wide.locator("thead tr").first.locator("th")
-    assert [text.strip() for text in head.all_inner_texts()][3:6] == ["seeds", "bits/byte", "state"]
-    box = head.nth(5).bounding_box()
+    assert [text.strip() for text in head.all_inner_texts()][2:5] == ["seeds", "bits/byte", "state"]
+    box = head.nth(4).bounding_box()
     assert box["x"] + box["width"] < 900
     narrow = table(open_page(360), "Runs")
     assert narrow.evaluate("e => e.offsetWidth > e.parentElement.clientWidth")
@@ -97,7 +97,7 @@ def test_the_state_is_on_a_laptop_and_a_phone_is_told_that_tables_scroll(open_pa
 
 def test_a_context_is_found_as_it_is_typed(open_page):
     page = open_page()
-    for typed in ("4K", "4,096"):
+    for typed in ("4,096", "4096"):
         page.locator("input[type=search]").first.fill(typed)
         page.wait_for_timeout(500)
         assert column(page.locator("table.sortable").first, 2) == ["4K"]
@@ -115,10 +115,10 @@ def test_a_table_is_sorted_by_number(open_page):
     heading = shown.locator("thead th", has_text="tokens/s").first
     heading.click()
     page.wait_for_timeout(500)
-    rising = [float(text.replace(",", "") or -1) for text in column(shown, 6)]
+    rising = [float(text.replace(",", "") or -1) for text in column(shown, 5)]
     heading.click()
     page.wait_for_timeout(500)
-    falling = [float(text.replace(",", "") or -1) for text in column(shown, 6)]
+    falling = [float(text.replace(",", "") or -1) for text in column(shown, 5)]
     assert rising == sorted(rising)
     assert falling == sorted(falling, reverse=True)
     assert falling[0] >= rising[-1] > rising[0]
@@ -229,3 +229,84 @@ def test_the_menu_changes_the_chart(open_page):
     page.locator("#front_by_speed select").select_option(index=2)
     page.wait_for_timeout(300)
     assert [marks.nth(n).get_attribute("transform") for n in range(marks.count())] != before
+
+
+def filtered(page, shown, heading, condition, typed):
+    """The cells of a column after its filter."""
+    names = [text.strip() for text in shown.locator("thead tr").first.locator("th").all_inner_texts()]
+    n = names.index(heading)
+    control = shown.locator("thead tr").nth(1).locator("td").nth(n)
+    control.locator("select").select_option(condition)
+    control.locator("input").fill(typed)
+    page.wait_for_timeout(300)
+    cells = [] if shown.locator("td.dt-empty").count() else column(shown, n + 1)
+    control.locator("input").fill("")
+    page.wait_for_timeout(300)
+    return cells
+
+
+def test_numbers_are_filtered_by_their_value_whatever_their_cells_say(open_page):
+    page = open_page()
+    runs = table(page, "Runs")
+    assert filtered(page, runs, "seeds", "equal", "2") == ["2", "2"]
+    assert filtered(page, runs, "seeds", "less", "2") == []
+    accuracies = filtered(page, runs, "bits/byte", "less", "100")
+    assert len(accuracies) == 2
+    assert all(" ± " in cell for cell in accuracies)
+    assert filtered(page, runs, "bits/byte", "equal", accuracies[0].split()[0]) == accuracies[:1]
+    assert filtered(page, runs, "state", "less", "1 MiB") == ["146 KiB"]
+    assert filtered(page, runs, "state", "greaterOrEqual", "1048576") == ["1 MiB"]
+    assert filtered(page, runs, "params", "equal", "1.19M") == ["1.19M", "1.19M"]
+    assert filtered(page, runs, "params", "equal", "a word") == []
+    crossing = table(page, "Where one mixer overtakes another")
+    assert filtered(page, crossing, "longest context", "equal", "4K") == ["4K"]
+    assert filtered(page, crossing, "from context", "less", "1M") == ["7.8K"]  # empty cells are not less
+    measured = table(page, "All measurements")
+    assert "" not in filtered(page, measured, "tokens/s", "less", "1e12")
+    assert "" not in filtered(page, measured, "tokens/s", "notEqual", "50")
+    assert set(filtered(page, measured, "tokens/s", "lessOrEqual", "50")) == {"50"}
+
+
+def test_a_command_opens_without_moving_the_other_columns(open_page):
+    page = open_page()
+    for heading in ("Runs", "All measurements"):
+        shown = table(page, heading)
+        first = shown.locator("tbody tr").first.locator("td").first
+        before = first.bounding_box()["width"]
+        shown.locator("summary").first.click()
+        assert shown.locator("details[open] code").is_visible()
+        assert shown.evaluate("e => e.offsetWidth <= e.parentElement.clientWidth")
+        assert before - 20 < first.bounding_box()["width"]
+
+
+def test_a_tooltip_is_within_a_phone_and_shows_the_whole_command(browser, path):
+    context = browser.new_context(viewport={"width": 360, "height": 800}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    for name in ("front_by_state", "decode_time"):
+        marks = page.locator(f"#{name} .role-mark.mark-symbol path")
+        marks.last.wait_for()
+        page.evaluate(f"document.querySelector('#{name}').scrollIntoView({{block: 'center'}})")
+        for n in (0, marks.count() - 1):
+            marks.nth(n).tap(force=True)
+            box = page.locator("#vg-tooltip-element.visible").bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 360
+            cut = "e => [...e.querySelectorAll('td')].some(c => c.scrollWidth > c.clientWidth + 1)"
+            assert not page.locator("#vg-tooltip-element").evaluate(cut)
+    context.close()
+
+
+def test_an_answer_is_wholly_on_a_phone(open_page):
+    page = open_page(360, "light")
+    cells = page.locator("table.sortable").first.locator("tbody tr").first.locator("td")
+    for cell in cells.all():
+        box = cell.bounding_box()
+        assert box is None or box["x"] + box["width"] <= 360
+
+
+def test_the_words_of_the_page_are_explained_under_its_title(open_page):
+    page = open_page()
+    page.locator("details.terms summary").click()
+    assert page.locator("details.terms dt").first.inner_text() == "mixer"
+    assert "Kimi Delta Attention" in page.locator("details.terms").inner_text()

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from lkda.checks import InputError
+from lkda.report.draw.page import Section
 from lkda.report.read.crossings import crossings
 from lkda.report.read.groups import group_runs
 from lkda.report.read.runs import read_runs
-from lkda.report.tradeoff import answers, records
+from lkda.report.tradeoff import answers, host_bound, records
 from lkda.report.tradeoff.crossings import pairs, rounded
+from lkda.report.tradeoff.glossary import glossary
 from lkda.report.tradeoff.measurements import find_results, measurements
+from lkda.report.tradeoff.repeat import how_to_repeat
 from lkda.report.tradeoff.report import Tradeoff
 from lkda.report.training.comparison import compare
 from tests.report.conftest import bench_row, write_run
@@ -82,8 +85,8 @@ def test_the_summary_says_how_far_its_contexts_reach_and_which_device_is_another
     there = write_results(tmp_path / "b.json", "decode", other, device="another")
     said = answers.summary([], measurements(find_results([here, there])))[-1]
     assert said == (
-        "At every measured context, kda is faster than softmax (model tiny, bf16) in prefill (batch 1, 1K to 2K) and "
-        "in decode (batch 1 at 1K to 4K; batches of 2, 16 and 1,024 at 1K). At every measured context, softmax is "
+        "At every compared context, kda is faster than softmax (model tiny, bf16) in prefill (batch 1, 1K to 2K) and "
+        "in decode (batch 1 at 1K to 4K; batches of 2, 16 and 1,024 at 1K). At every compared context, softmax is "
         "faster than kda (model tiny, bf16) in decode (batch 4, another, 1K)."
     )
 
@@ -102,14 +105,14 @@ def test_an_answer_says_of_how_many_mixers_it_is(tmp_path):
     assert said == {
         ("fastest decode", one, 1024): "3 tokens/s, 1.50 times softmax",
         ("least state of one sequence", one, 1024): "1.98 KiB",
-        ("fastest decode", four, 1024): "30 tokens/s, 1.50 times softmax, of 2 of 3 mixers",
-        ("least state of one sequence", four, 1024): "1.98 KiB, of 2 of 3 mixers",
+        ("fastest decode", four, 1024): "30 tokens/s, 1.50 times softmax; only 2 of 3 mixers were measured",
+        ("least state of one sequence", four, 1024): "1.98 KiB; only 2 of 3 mixers were measured",
     }
     groups = group_runs(read_runs([write_run(tmp_path / "run", "simplified")])[0])
     joined = answers.answers(groups, found)
     assert [one.why for one in joined if one.question == "fastest decode"] == [
-        "3 tokens/s, 1.50 times softmax, of 3 of 4 mixers",
-        "30 tokens/s, 1.50 times softmax, of 2 of 4 mixers",
+        "3 tokens/s, 1.50 times softmax; only 3 of 4 mixers were measured",
+        "30 tokens/s, 1.50 times softmax; only 2 of 4 mixers were measured",
     ]
 
 
@@ -171,7 +174,7 @@ def test_what_depends_on_a_noisy_measurement_says_so(tmp_path):
     found = measurements(find_results([write_results(tmp_path / "a.json", "benchmark", rows)]))
     assert all(answer.why.endswith("(noisy)") for answer in answers.answers([], found))
     joined = Tradeoff([], found)
-    assert [cells[5].endswith("(noisy)") for cells in joined.measurement_section().body] == [True, True, False, False]
+    assert [cells[4].endswith("(noisy)") for cells in joined.measurement_section().body] == [True, True, False, False]
     assert any(note.startswith("2 of the measurements, marked") for note in joined.crossing_section().notes)
     calm = Tradeoff([], [replace(one, noisy=False) for one in found])
     assert "(noisy)" not in str(calm.sections()) + str(answers.answers([], calm.found))
@@ -267,25 +270,133 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     assert "fastest decode at 15.6K: kda, 1,000 tokens/s, 2.00 times softmax (tiny, bf16, batch 1, a GPU)." in report
     assert (
         "As the context grows, kda overtakes softmax (model tiny, bf16) in decode (batch 1, at about 7.8K). "
-        "At every measured context, kda is faster than softmax (model tiny, bf16-mixed) in training steps (8K tokens "
+        "At every compared context, kda is faster than softmax (model tiny, bf16-mixed) in training steps (8K tokens "
         "per batch, 1K to 4K)."
     ) in report
-    assert "Not measured: kda, FLA: fla is not installed." in report
+    assert "Not measured: kda, FLA. Reason: fla is not installed." in report
 
 
 @pytest.mark.parametrize(
-    ("data", "ending"),
+    ("data", "first"),
     [
-        ({"source": "prose"}, "  # first, once: python scripts/prepare_data.py"),
-        ({"source": "english"}, "  # first, once: python scripts/prepare_data.py mix=english path=NOVELS"),
+        ({"source": "prose"}, "python scripts/prepare_data.py  # once\n"),
+        ({"source": "english"}, "python scripts/prepare_data.py mix=english path=NOVELS  # once\n"),
         ({"source": "prose", "directory": "tokens/mine"}, ""),
         ({"source": "sotu"}, ""),
     ],
 )
-def test_the_command_of_a_mix_of_texts_says_what_prepares_it(tmp_path, data, ending):
+def test_the_command_of_a_mix_of_texts_comes_after_the_one_that_prepares_it(tmp_path, data, first):
     groups = group_runs(read_runs([write_run(tmp_path / "a", "kda", settings={"data": data})])[0])
     command = f"python scripts/train.py mixer=kda model=tiny data={data['source']} seed=0 trainer.max_steps=500"
-    assert records.reproduce(groups[0], groups) == command + ending
+    assert records.reproduce(groups[0], groups) == first + command
+
+
+def test_the_command_of_several_seeds_trains_all_of_them(tmp_path):
+    def command(*seeds, **summary):
+        home = tmp_path / str(len(list(tmp_path.iterdir())))
+        runs = [write_run(home / str(n), "kda", seed=n, **(summary | given)) for n, given in enumerate(seeds)]
+        groups = group_runs(read_runs(runs)[0])
+        return records.reproduce(groups[0], groups)
+
+    recorded = "python scripts/train.py mixer=kda{} model.d_model=64"
+    one, two, other = ({records.COMMAND: recorded.format(word)} for word in ("", " seed=2", " seed=3 optimizer.lr=1"))
+    assert command({}, {}) == (
+        "python scripts/train.py -m mixer=kda model=tiny data=sotu trainer.max_steps=500 seed=0,1"
+    )
+    assert command(one, two) == "python scripts/train.py -m mixer=kda model.d_model=64 seed=1,2"
+    assert command(two) == recorded.format(" seed=2")
+    assert command(two, two) == recorded.format(" seed=2")
+    assert command(two, other).splitlines() == [recorded.format(" seed=2"), other[records.COMMAND]]
+    comment = {name: f"{text}  # settings of another version: a=1" for name, text in two.items()}
+    assert command(comment, {records.COMMAND: comment[records.COMMAND].replace("seed=2", "seed=4")}) == (
+        "python scripts/train.py -m mixer=kda model.d_model=64 seed=2,4  # settings of another version: a=1"
+    )
+
+
+def test_the_page_says_where_its_commands_run_and_of_which_version_its_results_are():
+    said = how_to_repeat([None, "0123456789abcdef", "0123456789abcdef"], ["fedcba9876543210+changes"])
+    assert "pip install -e ." in said
+    assert said.endswith(
+        " The runs are of commit 0123456789ab. The measurements are of commit fedcba987654 with uncommitted changes."
+    )
+    assert "commit" not in how_to_repeat([None], []).replace("command", "")
+
+
+def test_the_glossary_has_the_words_that_occur_and_the_files_of_mixers_and_models():
+    sections = [Section("Prefill", body=[["fastest decode", "8K", "HF Llama, compiled"]])]
+    words = glossary(sections, mixers=["kda", "kda", "kda_softmax_3to1", "mine"], models=["small", "mine"])
+    assert [*words] == ["prefill", "decode", "K", "HF Llama", "kda", "kda_softmax_3to1", "small"]
+    assert words["kda"].startswith("Kimi Delta Attention. Each head has a D x D state.")
+    assert words["kda_softmax_3to1"] == "Three KDA layers, then one layer of softmax attention with rotary positions."
+    assert words["small"] == "A model of 8 layers of width 512."
+
+
+def _prefill(tmp_path, *, speeds, forward):
+    """Of KDA and softmax attention at 1K, 8K and 32K tokens."""
+    rows = [
+        decode_row(mixer, T, speed, implementation="prefill", title=f"{mixer}, prefill", forward_tokens_per_s=forward)
+        for mixer, found in speeds.items()
+        for T, speed in zip((1024, 8192, 32_768), found, strict=True)
+    ]
+    return measurements(find_results([write_results(tmp_path / "a.json", "decode", rows)]))
+
+
+def test_nothing_is_concluded_from_prefill_that_waits_for_the_host(tmp_path):
+    """KDA would overtake twice, and be the fastest at 1K."""
+    speeds = {"kda": (1e5, 4e5, 2e6), "softmax": (0.9e5, 4.9e5, 5e5)}
+    found = _prefill(tmp_path, speeds=speeds, forward=1e6)
+    (pair,) = pairs(found)
+    assert pair.text == "kda is faster at 32K, the only context that both have"
+    assert [(one.question, one.context) for one in answers.answers([], found)] == [("fastest prefill", 32_768)]
+    said = (
+        "Reading a prompt of 8K tokens or fewer takes 10 to 20 ms with every mixer, which is the time that Python "
+        "needs to start the kernels, so nothing is concluded from it."
+    )
+    joined = Tradeoff([], found)
+    first, (crossing, measured) = joined.first_section(), joined.sections()
+    assert all(said in section.notes for section in (first, crossing, measured))
+    marked = [line[3] for line in measured.body if line[4].endswith(" (host-bound)")]
+    assert marked == ["1K", "8K", "1K", "8K"]
+    (chart,) = joined.charts()
+    assert said in chart.caption
+    assert len(chart.spec["data"]["values"]) == 6
+
+
+@pytest.mark.parametrize("forward", [None, 0.9e6])
+def test_prefill_that_keeps_the_device_busy_is_compared(tmp_path, forward):
+    speeds = {"kda": (4.6e5, 5e5, 2e5), "softmax": (5e5, 4.6e5, 3e5)}  # less than half at 32K, where it is the device
+    found = _prefill(tmp_path, speeds=speeds, forward=forward)
+    assert host_bound.note(found) == ""
+    assert pairs(found)[0].context is not None
+    assert len(answers.answers([], found)) == 3
+
+
+def test_a_context_at_which_one_mixer_waits_for_the_host_is_left_out_for_all(tmp_path):
+    found = _prefill(tmp_path, speeds={"kda": (1e5, 9e5, 2e6), "softmax": (6e5, 8e5, 5e5)}, forward=1e6)
+    assert [answer.context for answer in answers.answers([], found)] == [8192, 32_768]
+    assert "a prompt of 1K tokens takes 10 ms with kda, which" in host_bound.note(found)
+
+
+def test_the_chart_of_accuracy_and_speed_says_where_their_models_differ(tmp_path):
+    model = {"model": {"name": "tiny", "vocab_size": 500}}
+    runs = [write_run(tmp_path / mixer, mixer, settings=model, model="tiny") for mixer in ("kda", "softmax")]
+    groups = group_runs(read_runs(runs)[0])
+    steps = [step_row(mixer, 1, 1024, 1.0) for mixer in ("kda", "softmax")]
+    found = measurements(find_results([write_results(tmp_path / "b.json", "step_benchmark", steps)]))
+    said = "The accuracy is of models with a vocabulary of 500, and the benchmarks' speeds are with one of 300."
+    charts = {chart.name: chart for chart in Tradeoff(groups, found).charts()}
+    assert charts["front_by_speed"].caption.endswith(said)
+    assert said not in charts["front_by_state"].caption
+    assert records.of_other_models(groups, [replace(one, vocab_size=500) for one in found]) == []
+
+
+def test_an_answer_about_accuracy_has_the_context_of_the_training(tmp_path):
+    runs = [write_run(tmp_path / mixer, mixer, context=256) for mixer in ("kda", "simplified")]
+    found = answers.answers(group_runs(read_runs(runs)[0]), [])
+    assert {one.context for one in found} == {256}
+    assert any(
+        one.question == "best validation bits per byte with at most 22 KiB of state per sequence" for one in found
+    )
 
 
 def test_a_course_with_few_validations_is_that_of_training(tmp_path):
@@ -331,7 +442,7 @@ def test_every_chart_says_what_it_shows(joined):
         encodings = [layer["encoding"] for layer in chart.spec["layer"]]
         assert all(encoding[axis]["title"] for encoding in encodings for axis in "xy")
         fields = {entry["field"] for encoding in encodings for entry in encoding.get("tooltip", [])}
-        assert fields >= ({"run", "seed", "configuration"} if chart.name in runs else {"setting", "measured_with"})
+        assert fields >= ({"run", "seed", "configuration"} if chart.name in runs else {"setting", "file"})
 
 
 def test_the_committed_crossings_lie_where_the_rows_change_places():
