@@ -53,7 +53,7 @@ def rotary_heads(
     the norm and its rotation, the kernel the rotation alone.
 
     Args:
-        q, k: [B, T, H, D], D even.
+        q, k: [B, T, H, D], D even. They may have different numbers H of heads.
         position: [T], or [B, T].
         weights: [D] for q and [D] for k, which all heads share. None for no norm.
         eps: added to the mean.
@@ -62,7 +62,7 @@ def rotary_heads(
     Raises: ValueError if a shape, dtype or device does not fit; the message names the tensor.
     """
     fn = "rotary_heads"
-    if q.dim() != 4 or q.shape[-1] % 2 or k.shape != q.shape:
+    if q.dim() != 4 or q.shape[-1] % 2 or k.dim() != 4 or k.shape[:2] + k.shape[3:] != q.shape[:2] + q.shape[3:]:
         raise InputError(f"{fn}: q and k must be [B, T, H, D], D even, got {list(q.shape)} and {list(k.shape)}.")
     B, T, _, D = q.shape
     if position.shape != (T,) and position.shape != (B, T):

@@ -70,7 +70,8 @@ def test_pytorch_against_float64(norms):
     ("changes", "message"),
     [
         ({"q": torch.ones(2, 3, 4, 5)}, r"q and k must be \[B, T, H, D\], D even, got \[2, 3, 4, 5\]"),
-        ({"k": torch.ones(2, 3, 2, 6)}, r"got \[2, 3, 4, 6\] and \[2, 3, 2, 6\]"),
+        ({"k": torch.ones(2, 2, 4, 6)}, r"got \[2, 3, 4, 6\] and \[2, 2, 4, 6\]"),
+        ({"k": torch.ones(2, 3, 4, 8)}, r"got \[2, 3, 4, 6\] and \[2, 3, 4, 8\]"),
         ({"k": torch.ones(2, 3, 4, 6).bfloat16()}, r"k is torch.bfloat16 and q torch.float32; cast one of them"),
         ({"position": torch.arange(4)}, r"position must be \[T\] or \[B, T\] for q \[2, 3, 4, 6\], got \[4\]"),
         ({"weights": (torch.ones(6), torch.ones(5))}, r"weights must be two of \[6\], .* got \[6\] and \[5\]"),
@@ -115,6 +116,11 @@ class TestKernels:
 
     def test_positions_of_each_sequence(self):
         check(inputs_of(2, 3, 2, 64), torch.tensor([[5, 6, 7], [1000, 1001, 1002]]))
+
+    @pytest.mark.parametrize(("heads", "norms"), [((3, 1), False), ((1, 2), True)])
+    def test_k_has_other_heads_than_q(self, heads, norms):
+        inputs, others = (inputs_of(2, 40, H, 32, dtype=FP32, norms=norms) for H in heads)
+        check(inputs | {"k": others["k"]})
 
     def test_one_row_and_no_rows(self):
         check(inputs_of(1, 1, 1, 64), torch.tensor([70]))
@@ -195,6 +201,11 @@ class TestOnAGPU:
     @pytest.mark.parametrize(("T", "D"), [(1, 32), (777, 64), (300, 128)])
     def test_against_float64(self, T, D, dtype, norms):
         check(inputs_of(2, T, 5, D, dtype=dtype, norms=norms, device="cuda"))
+
+    @pytest.mark.parametrize("norms", [True, False])
+    def test_k_has_one_head(self, norms):
+        inputs = inputs_of(2, 777, 5, 32, norms=norms, device="cuda")
+        check(inputs | {"k": inputs["k"][:, :, :1]})
 
     @pytest.mark.parametrize("norms", [True, False])
     def test_the_same_bits_in_every_run_and_form(self, norms):

@@ -29,6 +29,7 @@ def test_a_full_cache_of_latents_loses_its_last_token() -> None:
         norm=torch.ones(6),
         eps=1e-6,
         projection=torch.randn(3 * (6 + 5), 6),
+        rope_base=None,
         latents=latents,
         shareds=shareds,
         lengths=lengths,

@@ -74,7 +74,8 @@ struct Latent {
     int64_t q_stride, latent_stride, shared_stride;
     const T* norm;
     T eps;
-    const T* projection;  // [H, nope + v_dim, rank]
+    const T* projection;   // [H, nope + v_dim, rank]
+    const T* frequencies;  // [rope / 2]; null: nothing is rotated
     T *latents, *shareds;
     int64_t latents_stride, shareds_stride, S;
     const int64_t* lengths;
@@ -86,18 +87,27 @@ struct Latent {
     void append(int64_t b) const {
         int64_t at = place(b);
         rms_norm(rank, latent + b * latent_stride, norm, eps, latents + b * latents_stride + at * rank);
-        std::memcpy(shareds + b * shareds_stride + at * rope, shared + b * shared_stride, sizeof(T) * rope);
+        turn(b, shared + b * shared_stride, shareds + b * shareds_stride + at * rope);
+    }
+
+    // y is x [rope], rotated where there are frequencies.
+    void turn(int64_t b, const T* x, T* y) const {
+        if (frequencies)
+            rotate(rope / 2, T(lengths[b]), frequencies, x, y);
+        else
+            std::memcpy(y, x, sizeof(T) * rope);
     }
 
     void head(int64_t b, int64_t h) const {
         int64_t at = place(b);
-        std::vector<T> numbers(2 * rank + at + 1);
-        T *query = numbers.data(), *sum = query + rank, *scores = sum + rank;
+        std::vector<T> numbers(2 * rank + rope + at + 1);
+        T *query = numbers.data(), *sum = query + rank, *turned = sum + rank, *scores = turned + rope;
         const T *own = q + b * q_stride + h * (nope + rope), *rows = projection + h * (nope + v_dim) * rank;
         const T *L = latents + b * latents_stride, *R = shareds + b * shareds_stride;
         for (int64_t n = 0; n < nope; n++) accumulate(rank, own[n], rows + n * rank, query);
+        turn(b, own + nope, turned);
         for (int64_t s = 0; s <= at; s++)
-            scores[s] = scale * (inner(rank, query, L + s * rank) + inner(rope, own + nope, R + s * rope));
+            scores[s] = scale * (inner(rank, query, L + s * rank) + inner(rope, turned, R + s * rope));
         softmax(at + 1, scores);
         for (int64_t s = 0; s <= at; s++) accumulate(rank, scores[s], L + s * rank, sum);
         T* out = o + (b * H + h) * v_dim;
@@ -141,11 +151,11 @@ extern "C" void advance(int64_t B, int64_t* lengths) {
     extern "C" void latent_step_##NAME(                                                                                \
         int64_t B, int64_t H, int64_t nope, int64_t rope, int64_t rank, int64_t v_dim, const T* q, const T* latent,    \
         const T* shared, int64_t q_stride, int64_t latent_stride, int64_t shared_stride, const T* norm, double eps,    \
-        const T* projection, T* latents, T* shareds, int64_t latents_stride, int64_t shareds_stride, int64_t S,        \
-        const int64_t* lengths, double scale, T* o, int64_t threads) {                                                 \
+        const T* projection, const T* frequencies, T* latents, T* shareds, int64_t latents_stride,                     \
+        int64_t shareds_stride, int64_t S, const int64_t* lengths, double scale, T* o, int64_t threads) {              \
         latent_step<T>({B, H, nope, rope, rank, v_dim, q, latent, shared, q_stride, latent_stride, shared_stride,      \
-                        norm, T(eps), projection, latents, shareds, latents_stride, shareds_stride, S, lengths,        \
-                        T(scale), o},                                                                                  \
+                        norm, T(eps), projection, frequencies, latents, shareds, latents_stride, shareds_stride, S,    \
+                        lengths, T(scale), o},                                                                         \
                        threads);                                                                                       \
     }
 

@@ -51,6 +51,7 @@ def latent_step_cpu(
     norm: Tensor,
     eps: float,
     projection: Tensor,
+    rope_base: float | None,
     latents: Tensor,
     shareds: Tensor,
     lengths: Tensor,
@@ -61,6 +62,7 @@ def latent_step_cpu(
         q: [B, H, nope + rope], latent: [B, rank] before its RMSNorm, and shared: [B, rope]; rows may lie apart.
         norm: [rank], the weight of that norm.
         projection: [H * (nope + v_dim), rank], from the latent to the keys without the shared channels, and values.
+        rope_base: of the rotation of `shared` and of the last channels of q; None for none.
         latents: [B, S, rank] and shareds: [B, S, rope], whose entries lie side by side.
         lengths: int64 [B], contiguous, the entries that are filled before this token. They are not changed.
     Returns: o [B, H, v_dim].
@@ -69,11 +71,12 @@ def latent_step_cpu(
     rank, rope = latent.shape[1], shared.shape[1]
     v_dim = len(projection) // H - (K - rope)
     o = q.new_empty(B, H, v_dim)
+    turning = None if rope_base is None else _known_frequencies(rope, rope_base, q.dtype, q.device)
     LIBRARY.call(
         f"latent_step_{NAMES[q.dtype]}",
         *(B, H, K - rope, rope, rank, v_dim, q, latent, shared, q.stride(0), latent.stride(0), shared.stride(0)),
-        *(norm, eps, projection, latents, shareds, latents.stride(0), shareds.stride(0), latents.shape[1], lengths),
-        *(K**-0.5, o, torch.get_num_threads()),
+        *(norm, eps, projection, turning, latents, shareds, latents.stride(0), shareds.stride(0), latents.shape[1]),
+        *(lengths, K**-0.5, o, torch.get_num_threads()),
     )
     return o
 

@@ -30,9 +30,9 @@ def rotary_kernel(name: str, head_dim: int, dtype: torch.dtype) -> Kernel:
     """`forward` or `backward`."""
     module = Module(HERE / f"rotary_{name}.cu", {"HEAD_DIM": head_dim, "ELEMENT": ELEMENTS[dtype]})
     if name == "forward":
-        return module.kernel("rotary_forward", "PPPPPPPPiiiqqf")
+        return module.kernel("rotary_forward", "PPPPPPPPiiiiqqf")
     shared_bytes = 4 * head_dim * _rows_of_a_block(head_dim, dtype)
-    return module.kernel("rotary_backward", "PPPPPPPPPPPiiiqqf", shared_bytes=shared_bytes)
+    return module.kernel("rotary_backward", "PPPPPPPPPPPiiiiqqf", shared_bytes=shared_bytes)
 
 
 def kernels(arch: str) -> list[Kernel]:
@@ -44,10 +44,16 @@ def _rows_of_a_block(head_dim: int, dtype: torch.dtype) -> int:
     return THREADS * 2 * (16 // dtype.itemsize) // head_dim
 
 
-def _blocks(name: str, x: Tensor) -> int:
-    """The number of blocks for q or k, so that each group of rows has one."""
-    rows = x.numel() // x.shape[-1]
-    return -(-rows // (_rows_of_a_block(x.shape[-1], x.dtype) * ROWS[name]))
+def _blocks(name: str, q: Tensor, k: Tensor) -> int:
+    """The number of blocks for q, and for k, so that each group of rows has one."""
+    rows = max(q.numel(), k.numel()) // q.shape[-1]
+    return -(-rows // (_rows_of_a_block(q.shape[-1], q.dtype) * ROWS[name]))
+
+
+def _sizes(q: Tensor, k: Tensor, cosines: Tensor) -> tuple[int, int, int, int]:
+    """Tokens, heads of q and of k, and rows of the cosines, as the kernels take them."""
+    B, T, H, D = q.shape
+    return B * T, H, k.shape[2], cosines.numel() // (D // 2)
 
 
 def _with_stride(x: Tensor) -> tuple[Tensor, int]:
@@ -74,13 +80,13 @@ def launch_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The turned heads, contiguous."""
-    H, D = q.shape[2:]
+    D = q.shape[3]
     (q, q_stride), (k, k_stride) = _with_stride(q), _with_stride(k)
     q_turned, k_turned = _like(q), _like(k)
     weights = (None if w is None else readable(w) for w in (q_weight, k_weight))
     tensors = (q, k, readable(cosines), readable(sines), *weights, q_turned, k_turned)
-    sizes = (q.numel() // D, H, cosines.numel() // (D // 2), q_stride, k_stride, eps)
-    blocks = 2 * _blocks("forward", q)
+    sizes = (*_sizes(q, k, cosines), q_stride, k_stride, eps)
+    blocks = 2 * _blocks("forward", q, k)
     rotary_kernel("forward", D, q.dtype)((blocks, 1, 1), THREADS, *tensors, *sizes, device=q.device)
     return q_turned, k_turned
 
@@ -97,15 +103,15 @@ def launch_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, of k, and of the weights [2, D], empty where there are none; then q and k are not needed."""
-    H, D = dq_turned.shape[2:]
+    D = dq_turned.shape[3]
     dq_turned, dk_turned = readable(dq_turned), readable(dk_turned)
     (q, q_stride), (k, k_stride) = ((None, 0) if x is None else _with_stride(x) for x in (q, k))
     dq, dk = _like(dq_turned), _like(dk_turned)
     weights = [None if w is None else readable(w) for w in (q_weight, k_weight)]
-    blocks = min(_blocks("backward", dq), MAX_BLOCKS)
+    blocks = min(_blocks("backward", dq, dk), MAX_BLOCKS)
     partials = None if q_weight is None else torch.empty(blocks, 2 * D, dtype=torch.float32, device=dq.device)
     tensors = (dq_turned, dk_turned, q, k, readable(cosines), readable(sines), *weights, dq, dk, partials)
-    sizes = (dq.numel() // D, H, cosines.numel() // (D // 2), q_stride, k_stride, eps)
+    sizes = (*_sizes(dq, dk, cosines), q_stride, k_stride, eps)
     rotary_kernel("backward", D, dq.dtype)((2 * blocks, 1, 1), THREADS, *tensors, *sizes, device=dq.device)
     empty = torch.empty(0, D, dtype=torch.float32, device=dq.device)
     return dq, dk, empty if partials is None else column_sums(partials).view(2, D)

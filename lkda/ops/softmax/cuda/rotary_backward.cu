@@ -11,9 +11,10 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
     rotary_backward(const Element* dq_turned, const Element* dk_turned, const Element* q, const Element* k, const float* cosines,
                     const float* sines, const float* q_weight, const float* k_weight, Element* dq, Element* dk, float* partials,
-                    int rows, int heads, int table, long long q_stride, long long k_stride, float eps) {
+                    int tokens, int q_heads, int k_heads, int table, long long q_stride, long long k_stride, float eps) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const bool of_k = blockIdx.x % 2;
+  const int heads = of_k ? k_heads : q_heads, rows = tokens * heads;
   const Element *upper = of_k ? dk_turned : dq_turned, *inputs = of_k ? k : q;
   Element* to = of_k ? dk : dq;
   const float* weight = of_k ? k_weight : q_weight;
