@@ -24,6 +24,7 @@ from lkda.models.growing_cache import (
 from lkda.models.mixer import Mixer, State, linear_flops, refuse_packed_state
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import softmax_attention
+from lkda.ops.sequences import positions
 from lkda.ops.softmax.cpu.step import can_take, is_full
 
 
@@ -78,6 +79,18 @@ class CachedAttention(Mixer):
         q, entries, convolved = self.inputs(x, cu_seqlens=cu_seqlens, state=None)
         fill_packed(state[:2], entries, state[2], cu_seqlens.diff().tolist())
         return self._output(q, entries, None, cu_seqlens), (*state[:3], *convolved)
+
+    def token_positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
+        """The position of each token of x [B, T, ...] in its sequence, [T], or [B, T] where the lengths before them
+        differ."""
+        new = torch.arange(x.shape[1], device=x.device)
+        if self.part is not None:
+            return self.part.positions(new if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[0])
+        if cu_seqlens is not None:
+            return positions(cu_seqlens, x.shape[1])[0]
+        if state is None:
+            return new
+        return new + (state[2] if is_preallocated(state[2]) else state[0].shape[-2])
 
     def check_state(self, state: State, sequences: int) -> None:
         """Raises ValueError unless it is a state of this mixer, for so many sequences."""

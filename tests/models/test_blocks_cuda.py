@@ -22,6 +22,7 @@ MIXERS = {
     "softmax, convolutions": {"conv_width": 4, "qk_norm": True},
     "mla": {},
     "mla, norm of heads": {"qk_norm": True},
+    "mla, rotary positions": {"rope_base": 10000.0},
 }
 
 

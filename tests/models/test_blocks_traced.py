@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lkda.ops
 from lkda.models import residual
-from lkda.models.mixers import softmax
+from lkda.models.mixers import mla, softmax
 from tests.models.helpers import small
 
 # They move numbers, convert them or multiply matrices. A sum of two numbers and a conversion round once, whoever
@@ -24,6 +24,7 @@ LAYOUT = {"view", "_unsafe_view", "t", "transpose", "permute", "unsqueeze", "squ
 LAYOUT |= {"split_with_sizes", "alias", "detach", "unbind", "cat", "clone", "new_zeros", "zeros", "arange"}
 SAME_BITS = LAYOUT | {"mm", "_to_copy", "add"}
 KEYS_AS_WIDE_AS_VALUES = {"qk_nope_head_dim": 48, "qk_rope_head_dim": 16}
+ROTARY = {"rope_base": 10000.0}
 ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 
 
@@ -34,7 +35,7 @@ def traced_as_on_a_gpu(monkeypatch):
         loaded = importlib.import_module(module.name)
         if hasattr(loaded, "choose"):
             monkeypatch.setattr(loaded, "choose", lambda fn, backends, *_, **__: next(iter(backends)))
-    for module in (residual, softmax):
+    for module in (residual, softmax, mla):
         monkeypatch.setattr(module, "are_ordinary", lambda *tensors: True)
     monkeypatch.setattr(residual, "_multiplied_dtype", lambda x: torch.bfloat16)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
@@ -78,7 +79,7 @@ def operators(graph):
     [
         *(("kda", {}), ("kda", {"gate": "head"}), ("simplified", {}), ("softmax", {}), ("softmax", {"qk_norm": True})),
         # Keys as wide as values: the attention of a CPU is one operator then, as that of a GPU is for all widths.
-        *(("mla", KEYS_AS_WIDE_AS_VALUES | {"qk_norm": norm, "conv_width": 4 * norm}) for norm in (False, True)),
+        *(("mla", KEYS_AS_WIDE_AS_VALUES | options) for options in ({"qk_norm": True, "conv_width": 4}, ROTARY)),
     ],
     ids=str,
 )

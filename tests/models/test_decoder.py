@@ -45,10 +45,15 @@ def test_a_long_prompt_is_read_in_pieces(pattern, monkeypatch):
         torch.testing.assert_close(decoder.read(prompt[0].tolist())[0], want)
 
 
-@pytest.mark.parametrize("pattern", [["softmax"], ["mla"], ["kda", "mla"]])
-def test_sequences_of_unequal_lengths_read_on(pattern):
+@pytest.mark.parametrize(
+    ("pattern", "of_mla"),
+    [(["softmax"], {}), (["mla"], {}), (["mla"], {"rope_base": 100.0}), (["kda", "mla"], {})],
+    ids=["softmax", "mla", "mla_rotary", "kda_mla"],
+)
+def test_sequences_of_unequal_lengths_read_on(pattern, of_mla):
     """Each gives the logits that it has alone."""
-    model, texts = small(pattern).double(), tokens(2, 30)
+    mixer = {"pattern": pattern, "num_heads": 2, "mla": of_mla}
+    model, texts = small(pattern, mixer=mixer).double(), tokens(2, 30)
     with torch.inference_mode():
         state = model.init_state(2, max_tokens=30)
         packed = torch.cat([texts[:1, :9], texts[1:, :4]], 1)
@@ -97,7 +102,7 @@ def test_recorded_steps_are_the_steps(pattern, dtype):
 RECORDED = [
     ("softmax", {"qk_norm": True}),
     ("softmax", {"conv_width": 3}),
-    ("mla", {"conv_width": 4}),
+    ("mla", {"conv_width": 4, "rope_base": 100.0}),
     ("kda", {"gate": "head", "gate_form": "bounded"}),
     ("kda", {"gate": "none", "conv_width": 0, "activation": "none", "negative_eigenvalues": True}),
     ("kda", {"output_gate": False}),
@@ -237,6 +242,7 @@ def test_blocks_of_few_launches_are_the_blocks(make):
 
 
 MLA = [{}, {"conv_width": 3}, {"qk_norm": True}, {"kv_lora_rank": 5, "qk_nope_head_dim": 6, "v_head_dim": 7}]
+MLA += [{"rope_base": 100.0}, {"rope_base": 100.0, "conv_width": 3, "kv_lora_rank": 5}]
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["many", "few"])

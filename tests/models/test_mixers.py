@@ -204,6 +204,8 @@ OPTIONS = [
     ("softmax", {"conv_width": 4}),
     ("mla", {"qk_norm": True}),
     ("mla", {"conv_width": 3}),
+    ("mla", {"rope_base": 100.0}),
+    ("mla", {"rope_base": 100.0, "conv_width": 3}),
 ]
 
 

@@ -86,6 +86,16 @@ def test_filters_begin_as_their_mixer_says(name: str) -> None:
     assert filters.abs().max() > 0.25  # normal, not uniform
 
 
+@pytest.mark.parametrize("options", [{}, {"qk_norm": False, "conv_width": 0, "conv_std": None}], ids=["first", "later"])
+def test_an_old_config_of_mla_has_no_positions(options: dict[str, object]) -> None:
+    old = {**SIZES, "mixer": {"pattern": ["mla"], "num_heads": 2, "mla": {"kv_lora_rank": 20, **options}}}
+    today = current_model_config(old)["mixer"]["mla"]
+    assert today == {"kv_lora_rank": 20, "rope_base": None, "qk_norm": False, "conv_width": 0, "conv_std": None}
+    rotary = {**SIZES, "mixer": {"pattern": ["mla"], "num_heads": 2, "mla": {**today, "rope_base": 500.0}}}
+    assert current_model_config(rotary) == rotary
+    assert build_model(current_model_config(old)).mixers()[0].rope_base is None
+
+
 def test_filters_that_the_model_began_are_the_mixers_today() -> None:
     old = {**SIZES, "mixer": {"pattern": ["simplified"], "num_heads": 2, "simplified": {"conv_width": 4}}}
     old |= {"embed_norm": True, "init": {"conv_std": 0.02, "outputs": "zero"}}

@@ -15,9 +15,13 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
-def test_it_is_the_whole_forward(pattern: list[str]) -> None:
-    model, whole, packed = small(pattern), tokens(3, 20), tokens(1, 99)
+CASES = [*((pattern, {}) for pattern in PATTERNS), (["mla"], {"mla": {"rope_base": 100.0}})]
+
+
+@pytest.mark.parametrize(("pattern", "options"), CASES, ids=[*IDS, "mla_rotary"])
+def test_it_is_the_whole_forward(pattern: list[str], options: dict[str, dict[str, float]]) -> None:
+    mixer = {"pattern": pattern, "num_heads": 2, **options}
+    model, whole, packed = small(pattern, mixer=mixer), tokens(3, 20), tokens(1, 99)
     stepwise = StepwiseModel(model)
     close(stepwise(whole), model(whole))
     close(stepwise(packed, cu_seqlens=BOUNDS), model(packed, cu_seqlens=BOUNDS))

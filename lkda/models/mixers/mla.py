@@ -1,25 +1,27 @@
-"""Multi-head latent attention without position encoding, as in Kimi Linear (arXiv:2510.26692)."""
+"""Multi-head latent attention (arXiv:2405.04434); also without positions, as in Kimi Linear (arXiv:2510.26692)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lkda.checks import check_count
+from lkda.checks import InputError, check_count
 from lkda.models.cached_attention import CachedAttention, refuse_full
 from lkda.models.growing_cache import append_one, filled, masked_softmax, softmax_of_filled
 from lkda.models.linear import fused_linear, is_plain
 from lkda.models.mixer import State
 from lkda.models.projected_mixer import ProjectedMixer
 from lkda.models.recurrent_mixer import linear
-from lkda.models.residual import normed_residual
+from lkda.models.residual import are_ordinary, normed_residual
 from lkda.models.rows import is_plain_norm
 from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
-from lkda.ops import latent_keys, short_convolution
+from lkda.ops import latent_keys, rotary_heads, short_convolution
 from lkda.ops.softmax.cpu.step import advance_, can_take, latent_step_cpu
+from lkda.ops.softmax.rotary import rotate
 
 
 class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
@@ -27,16 +29,19 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
 
         c, r = split(kv_a x)        k = [k_nope(RMSNorm c), r], v = v(RMSNorm c)        scale = (nope + rope)^-0.5
 
+    With rotary positions, r and the last `qk_rope_head_dim` channels of each head of q are rotated. The cache then
+    holds the rotated r.
+
     Args:
         kv_lora_rank: width of the latent c; half of d_model where None.
         qk_nope_head_dim: key channels per head from the latent; d_model / num_heads where None.
-        qk_rope_head_dim: key channels r that the heads share; half a head where None. (Elsewhere rotary positions are
-            applied to them, hence the name; not here.)
+        qk_rope_head_dim: key channels r that the heads share; half a head where None.
         v_head_dim: value channels per head; d_model / num_heads where None.
+        rope_base: of the rotary frequencies; None for no position encoding, as in Kimi Linear.
         norm_eps: of the RMSNorm of the latent; 1e-6 as in transformers' Kimi Linear, whose other norms have 1e-5.
-        qk_norm: whether each head of q and k has an RMSNorm; all heads share its weight.
+        qk_norm: whether each head of q and k has an RMSNorm; all heads share its weight. Not with rotary positions.
         conv_width: of short convolutions with SiLU, of q and of the latent with its shared key channels (before the
-            latent's norm); 0 for none (then no SiLU either). The cache then holds what was convolved.
+            latent's norm and the rotation); 0 for none (then no SiLU either). The cache then holds what was convolved.
         conv_std: standard deviation of their initial filters, N(0, conv_std); where None, they are uniform within
             1/sqrt(conv_width).
         backend: of `softmax_attention`.
@@ -51,6 +56,7 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         qk_nope_head_dim: int | None = None,
         qk_rope_head_dim: int | None = None,
         v_head_dim: int | None = None,
+        rope_base: float | None = None,
         norm_eps: float = 1e-6,
         qk_norm: bool = False,
         conv_width: int = 0,
@@ -71,7 +77,9 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         self.nope = qk_nope_head_dim or self.head_dim
         self.rope = qk_rope_head_dim or self.head_dim // 2
         self.v_dim = v_head_dim or self.head_dim
-        self.norm_eps, self.backend = norm_eps, backend
+        self.rope_base, self.norm_eps, self.backend = rope_base, norm_eps, backend
+        if rope_base is not None:
+            self._check_rotary(rope_base, qk_norm=qk_norm)
         self.q_proj = linear(d_model, num_heads * (self.nope + self.rope))
         self.kv_a_proj_with_mqa = linear(d_model, self.rank + self.rope)
         self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=norm_eps)
@@ -83,6 +91,21 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         widths = (num_heads * (self.nope + self.rope), self.rank + self.rope)
         convolutions = (ShortConvolution(size, conv_width, std=conv_std) if conv_width else None for size in widths)
         self.q_conv1d, self.kv_conv1d = convolutions
+
+    def _check_rotary(self, base: float, *, qk_norm: bool) -> None:
+        leave_out = "or rope_base=null for no position encoding"
+        if not 0 < base < math.inf:
+            raise InputError(f"mixer.mla.rope_base must be a number above 0, got {base}: choose one, {leave_out}.")
+        if self.rope % 2:
+            raise InputError(
+                f"rotary positions turn pairs of channels: mixer.mla.qk_rope_head_dim must be even, got {self.rope}: "
+                f"choose an even number, {leave_out}."
+            )
+        if qk_norm:
+            raise InputError(
+                f"mixer.mla.qk_norm must be false with rotary positions, got true with rope_base={base}: the norm of a "
+                f"key has a weight per channel, which would follow the rotation. Choose qk_norm=false, {leave_out}."
+            )
 
     def inputs(
         self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None
@@ -107,7 +130,20 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         if self.q_norm is not None:
             q = self._normed(q, self.q_norm).to(kv.dtype)
         latent, shared = kv.split([self.rank, self.rope], -1)
+        if self.rope_base is not None:
+            q, shared = self._rotated(q, shared, self.token_positions(kv, cu_seqlens, state), self.rope_base)
         return q, (self._normed(latent, self.kv_a_layernorm), shared), convolved
+
+    def _rotated(self, q: Tensor, shared: Tensor, position: Tensor, base: float) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, ... + rope] and shared [B, T, rope], with the last `rope` channels rotated: on a GPU in one
+        launch."""
+        nope, rope = q.split([q.shape[-1] - self.rope, self.rope], -1)
+        keys = shared.unsqueeze(2)
+        if q.is_cuda and are_ordinary(q, shared):
+            rope, keys = rotary_heads(rope, keys, position, base=base)
+        else:
+            rope, keys = rotate(rope, position, base), rotate(keys, position, base)
+        return torch.cat([nope, rope], -1), keys.squeeze(2)
 
     def step_layers(self) -> list[nn.Linear]:
         return [self.q_proj, self.kv_a_proj_with_mqa]
@@ -142,6 +178,7 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
             norm=self.kv_a_layernorm.weight,
             eps=self.norm_eps,
             projection=self.kv_b_proj.weight,
+            rope_base=self.rope_base,
             latents=latents,
             shareds=shareds,
             lengths=length[:, 0],

@@ -20,7 +20,6 @@ from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import rotary_heads, short_convolutions, softmax_step
 from lkda.ops.runtime.dispatch import wants_gradient
-from lkda.ops.sequences import positions
 from lkda.ops.softmax.cpu.step import advance_
 from lkda.ops.softmax.rotary import rotate
 from lkda.ops.softmax.step import has_kernel
@@ -81,7 +80,7 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
             o = softmax_step(q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, length[:, 0], rope_base=self.rope_base)
             length.add_(1)
             return o, None, (*state[:3], *convolved)
-        q, k = self._rotated(q, k, self._positions(q, None, state))
+        q, k = self._rotated(q, k, self.token_positions(q, None, state))
         caches = append_one(state[:2], (k.transpose(1, 2), v.transpose(1, 2)), state[2])
         o = self._attend_one(q[:, 0], *filled(caches, state[2]))
         return o, None, (*caches, state[2], *convolved)
@@ -104,24 +103,13 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
         """Whether a step is the operator `softmax_step`, which has no gradients."""
         return is_preallocated(state[2]) and has_kernel(q, state[0]) and not wants_gradient(q, k, v)
 
-    def _positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
-        """The position of each token in its sequence, [T], or [B, T] where the lengths before them differ."""
-        new = torch.arange(x.shape[1], device=x.device)
-        if self.part is not None:
-            return self.part.positions(new if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[0])
-        if cu_seqlens is not None:
-            return positions(cu_seqlens, x.shape[1])[0]
-        if state is None:
-            return new
-        return new + (state[2] if is_preallocated(state[2]) else state[0].shape[2])
-
     def inputs(
         self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequence[Tensor]]:
         layers = self.step_layers()
         projected = joined_linear(x, layers) if self.filters() else fused_linear(x, layers)
         q, k, v, convolved = self._heads(projected, cu_seqlens, state)
-        q, k = self._rotated(q, k, self._positions(x, cu_seqlens, state))
+        q, k = self._rotated(q, k, self.token_positions(x, cu_seqlens, state))
         return q, (k.transpose(1, 2), v.transpose(1, 2)), convolved
 
     def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
