@@ -49,7 +49,7 @@ _LATER_OF_MIXERS: dict[str, dict[str, Any]] = {
     "kda": {"activation": "silu", "conv_std": None},
     "simplified": {"activation": "silu", "conv_std": None},
     "softmax": {"qk_norm": False, "conv_width": 0, "conv_std": None},
-    "mla": {"qk_norm": False, "conv_width": 0, "conv_std": None},
+    "mla": {"rope_base": None, "qk_norm": False, "conv_width": 0, "conv_std": None},
     "conv": {"conv_std": None},
 }
 # The same for data, by source: earlier versions had no test split of text.

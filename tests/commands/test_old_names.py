@@ -16,6 +16,7 @@ from omegaconf import OmegaConf, open_dict
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.run.checkpoint_loading import load_trained
+from lkda.commands.run.run_setup import with_recorded_options
 from lkda.commands.train import train
 from lkda.data.datamodule import IndexedDataModule
 from lkda.old_names import DATA_MODULES, translated
@@ -127,6 +128,16 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(earlier: Path) -> None:
     assert model.embed_norm is None
     # Two steps of a run that had begun so are no break: the loss stays where it was.
     assert summary["val/loss"] == pytest.approx(float(before[-1]["val/loss"]), abs=0.05)
+
+
+def test_a_resumed_run_of_mla_goes_on_without_positions() -> None:
+    """As it began, where its config.yaml does not name them."""
+    settings = OmegaConf.to_container(composed("train", "mixer=mla"))
+    assert settings["mixer"]["mla"]["rope_base"] == 10000.0
+    recorded = {"mixer": {"pattern": ["mla"], "mla": {"qk_norm": False}}}
+    assert with_recorded_options(settings, recorded)["mixer"]["mla"]["rope_base"] is None
+    recorded["mixer"]["mla"]["rope_base"] = 500.0
+    assert with_recorded_options(settings, recorded)["mixer"]["mla"]["rope_base"] == 10000.0  # is compared later
 
 
 def test_options_that_came_later_can_not_be_brought_into_it(earlier: Path) -> None:

@@ -29,6 +29,7 @@ KDA = ("kda",)
         (("softmax",), {"qk_norm": True, "norm_eps": 1e-6}, r"cannot express a QK-norm whose norm_eps .*; lkda can"),
         (("mla",), {"conv_width": 4}, r"cannot express MLA with convolutions; lkda can"),
         (("mla",), {"qk_norm": True}, r"cannot express MLA with a QK-norm; lkda can"),
+        (("mla",), {"rope_base": 1e4}, r"cannot express MLA with rotary positions \(mixer.mla.rope_base\); lkda can"),
     ],
 )
 def test_hf_and_gguf(

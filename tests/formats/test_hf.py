@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lkda
+from lkda.formats.common.layers import options_of
 from lkda.models.generate import generate
 from tests.formats.models import HYBRID, TEXT, logits, model, tokenizer, tokens
 
@@ -138,6 +139,7 @@ def kimi_made_elsewhere(directory: Path, *, shards: bool = False, **changes: obj
 def test_a_kimi_linear_made_elsewhere(shards: bool, tmp_path: Path) -> None:
     kimi_made_elsewhere(tmp_path / "out", shards=shards)
     loaded, _ = lkda.load(tmp_path / "out")
+    assert options_of(loaded.config, "mla")["rope_base"] is None
     with torch.inference_mode():
         want = theirs(tmp_path / "out", dtype=torch.float32)(tokens(100)).logits[0]
     assert (logits(loaded, tokens(100)) - want).abs().max() < 1e-4

@@ -51,6 +51,17 @@ def test_without_convolutions_the_silu_is_kept(name: str, tmp_path: Path) -> Non
     assert loaded.config["mixer"][name]["activation"] == "silu"
 
 
+def test_rotary_positions_of_mla_are_kept(tmp_path: Path) -> None:
+    """And a directory of an earlier version, which does not name them, has none."""
+    tokens, mixer = torch.arange(12).view(1, 12), {"pattern": ["mla"], "num_heads": 2}
+    for base in (100.0, None):
+        model = build_model({**CONFIG, "mixer": mixer | {"mla": {} if base is None else {"rope_base": base}}}).eval()
+        lkda.export(model, Tokenizer(models.BPE()), tmp_path / str(base))
+        loaded, _ = lkda.load(tmp_path / str(base))
+        assert torch.equal(loaded(tokens), model(tokens))
+        assert loaded.config["mixer"]["mla"]["rope_base"] == base
+
+
 def test_the_config_is_plain_and_without_a_backend(exported: Path) -> None:
     config = json.loads((exported / "config.json").read_text())
     assert config["model_type"] == "lkda"

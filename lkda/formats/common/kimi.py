@@ -38,6 +38,8 @@ def unsupported_feature(config: Mapping[str, Any]) -> str | None:
         options = options_of(config, "mla")
         if options["conv_width"]:
             return "MLA with convolutions"
+        if options["rope_base"] is not None:
+            return "MLA with rotary positions (mixer.mla.rope_base)"
         if options["qk_norm"]:
             return "MLA with a QK-norm"
     if "kda" in names:
