@@ -108,3 +108,11 @@ def test_the_operator_of_a_gpu_computes_the_same(cu_seqlens: Tensor | None, monk
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     assert_same(with_gradients(mixer(given, cu_seqlens=cu_seqlens)[0], mixer, x), want)
     assert calls == [(3, 1)]
+
+
+@pytest.mark.slow
+def test_the_tracer_takes_it_whole() -> None:
+    """torch.compile(fullgraph=True), forward and backward."""
+    mixer, x = mixer_and_input()
+    compiled = torch.compile(lambda given: mixer(given)[0], fullgraph=True, dynamic=False, backend="aot_eager")
+    assert_same(with_gradients(compiled(x), mixer, x), with_gradients(mixer(x)[0], mixer, x))
