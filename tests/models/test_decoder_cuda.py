@@ -49,6 +49,19 @@ def test_captured_steps_over_a_long_cache(options):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"conv_width": 4}], ids=["plain", "conv"])
+def test_captured_steps_of_latents_with_rotary_positions(options):
+    """Also of sequences of unequal lengths. Heads of 64 have 32 rotary channels, which the kernel takes."""
+    mixer = {"pattern": ["mla"], "num_heads": 2, "mla": {"rope_base": 100.0, **options}}
+    model, found = small(["mla"], d_model=128, scale=2, mixer=mixer).cuda(), []
+    for graphs in (True, False):
+        decoder = Decoder(model, 4, 600, Sampling(top_p=0.9), graphs=graphs)
+        decoder.admit(range(4), PROMPTS, range(4), [5, 6, 7, 8])
+        found.append([decoder.step().tolist() for _ in range(300)])  # across a bucket
+        assert decoder.not_captured == (None if graphs else "graphs=False")
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
 def test_greedy_texts_part_from_those_of_a_cpu_only_at_near_ties(pattern):
     model, texts = model_of(pattern), []

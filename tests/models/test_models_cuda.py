@@ -61,6 +61,8 @@ OPTIONS = [
     ("kda", {"negative_eigenvalues": True, "output_gate": False}),
     ("simplified", {"conv_width": 0}),
     ("simplified", {"output_gate": False}),
+    ("mla", {"rope_base": 100.0}),
+    ("mla", {"rope_base": 100.0, "qk_rope_head_dim": 32}),
 ]
 
 
