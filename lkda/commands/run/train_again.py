@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lkda.commands.command_line.overrides import override
+from lkda.old_names import later_options, with_options
 from lkda.report.read.settings import GRID_KEYS, flatten
 from lkda.shipped import CONFIGS
 
@@ -29,10 +30,12 @@ _OF_TRAINER = ("max_steps", "max_tokens", "precision", "accumulate_grad_batches"
 def train_again(config: Mapping[str, Any]) -> str:
     """The command, for the shell. Settings that there are no more stand behind it in a comment.
 
+    An option that came later than the run has the value that was then in effect.
+
     Args:
         config: the content of a run's config.yaml.
     """
-    found = flatten(config)
+    found = flatten(with_options(config, later_options(config)))
     module = str(found.get("data._target_")).split(".")[-2:][0]  # of a synthetic task, whose data has no source
     names = {group: found.get(name) for group, name in _CHOICES.items()}
     names["data"] = names["data"] or module

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lkda.commands.run.train_again import train_again
+from lkda.old_names import translated
 from tests.commands.small import ROOT, composed
 
 RECORDED = ROOT / "docs" / "results" / "small_by_mixer_h200" / "results.json"
@@ -42,11 +43,17 @@ def test_the_command_composes_the_same_configuration(overrides: tuple[str, ...])
 
 
 def test_a_recorded_run_is_repeated_with_its_settings() -> None:
-    config = json.loads(Path(RECORDED).read_text())["runs"][0]["config"]
-    again = composed_again(train_again(config))
-    assert again["model"]["vocab_size"] == config["model"]["vocab_size"]
-    for section in ("mixer", "scheduler", "optimizer"):
-        assert again[section].items() >= config[section].items()
+    """MLA alone had no positions when it was recorded, and has some by default."""
+    configs = {run["config"]["mixer"]["name"]: run["config"] for run in json.loads(Path(RECORDED).read_text())["runs"]}
+    assert "rope_base" not in configs["mla"]["mixer"]["mla"]
+    for name in ("mla", "kda_mla_3to1"):
+        command = train_again(configs[name])
+        again, config = composed_again(command), translated(configs[name])
+        assert ("mixer.mla.rope_base=null" in command) == (name == "mla")
+        assert again["mixer"]["mla"]["rope_base"] is None
+        assert again["model"]["vocab_size"] == config["model"]["vocab_size"]
+        for section in ("mixer", "scheduler", "optimizer"):
+            assert again[section].items() >= config[section].items()
 
 
 def test_settings_that_there_are_no_more_are_named() -> None:
