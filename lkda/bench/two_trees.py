@@ -65,10 +65,9 @@ def lines_of(tree: Path, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
         assert process.stdout is not None
         try:
             yield from (json.loads(line) for line in process.stdout if line.startswith('{"'))
-        finally:
-            if process.poll() is None:
-                process.stdout.close()
-                process.terminate()
+        except BaseException:  # also where the caller reads no further
+            process.terminate()
+            raise
     if process.returncode:
         raise InputError(f"the process that measures {tree} ended with {process.returncode}; it wrote why above.")
 
