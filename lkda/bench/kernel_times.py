@@ -4,9 +4,9 @@
 
 Each shape is measured with slow gates, as a newly initialised layer has them, and with fast ones. A column named after
 a kernel has its milliseconds in one forward and backward, by torch.profiler; where there are two passes over segments,
-or a kernel runs in the forward and in the backward, it is their sum. "all kernels" is the sum of all, and "replayed" the
-time of the call as a CUDA graph, with the gaps between the kernels. Columns that begin with "forward" are of a forward
-alone.
+or a kernel runs in the forward and in the backward, it is their sum. "all kernels" is the sum of all, and "replayed" is
+the time of the call as a CUDA graph, with the gaps between the kernels. Columns that begin with "forward" are of a
+forward alone.
 """
 
 from __future__ import annotations
