@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from lkda.bench.op_benchmark import Inputs, Shape
+if TYPE_CHECKING:  # `lkda.bench.tree_times` loads this file beside a package `lkda` that may lack the module
+    from lkda.bench.op_benchmark import Inputs, Shape
 
 NAMES = ("q", "k", "v", "g", "beta")
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lkda.ops import KDAGate, kda_attention, kda_chunk_states, kda_gate, kda_step_fused
 from lkda.ops.kda.op import BACKENDS
 from lkda.ops.kda.reference.gate import LOWEST_BOUND
 from lkda.ops.recurrence import compute_dtype
+from lkda.ops.runtime.kernel_inputs import HEAD_DIMS
 
 Arguments = dict[str, Any]
 
@@ -82,20 +84,53 @@ def _declined(given: Arguments) -> str | None:
             return "FLA refuses use_gate_in_kernel without A_log and lower_bound"
         if lowest is not None and not LOWEST_BOUND <= lowest < 0:
             return f"lkda takes a lower_bound in [{LOWEST_BOUND:g}, 0), got {lowest}"
-    return BACKENDS["cuda"].cannot_run(q.device, K, q.dtype) if q.is_cuda else None
+    return BACKENDS["cuda"].cannot_run(q.device, _kernel_head(K), q.dtype) if q.is_cuda else None
+
+
+def _kernel_head(K: int) -> int:
+    """The smallest size of a head that the kernels have and that K channels fit into; K if there is none."""
+    return next((size for size in HEAD_DIMS if size >= K), K)
+
+
+def with_wider_heads(given: Arguments, K: int) -> Arguments:
+    """The arguments with heads of K channels instead of fewer: zeros in q and k make the others of no effect.
+
+    The states then have K rows, of which the additional ones are zero.
+    """
+    had = given["q"].shape[3]
+    more = K - had
+    wider = {name: F.pad(given[name], (0, more)) for name in ("q", "k", "g")}
+    state, bias = given["initial_state"], given.get("dt_bias")
+    if state is not None:
+        wider["initial_state"] = F.pad(state, (0, more) if given["state_v_first"] else (0, 0, 0, more))
+    if bias is not None:
+        wider["dt_bias"] = F.pad(bias.reshape(-1, had), (0, more)).flatten()
+    return given | wider | {"scale": had**-0.5 if given["scale"] is None else given["scale"]}
 
 
 def chunk(given: Arguments) -> tuple[Tensor | None, ...]:
-    """`chunk_kda`: o, the final state, and with return_intermediate_states the states before each chunk in bf16."""
+    """`chunk_kda`: o, the final state, and with return_intermediate_states the states before each chunk in bf16.
+
+    Heads of a size that the kernels do not have are computed as the next larger ones.
+    """
+    q = given["q"]
+    K = q.shape[3]
+    if q.is_cuda and _kernel_head(K) != K:
+        given = with_wider_heads(given, _kernel_head(K))
+    return _chunk(given, K)
+
+
+def _chunk(given: Arguments, K: int) -> tuple[Tensor | None, ...]:
+    """As `chunk`, for heads that the kernels have. The states have the first K rows."""
     g, beta = _gates(given)
     inputs = (given["q"], given["k"], given["v"], g, beta)
     options = {name: given[name] for name in ("scale", "cu_seqlens")}
     options |= {"initial_state": _k_first(given), "normalized": not given["use_qk_l2norm_in_kernel"]}
     if not given["return_intermediate_states"]:
         o, final_state = kda_attention(*inputs, **options)
-        return o, _final(given, final_state)
+        return o, _final(given, final_state[..., :K, :])
     o, final_state, states = kda_chunk_states(*inputs, **options, chunk_size=given.get("chunk_size", 64))
-    return o, _final(given, final_state), _in_requested_layout(given, states.bfloat16())
+    return o, _final(given, final_state[..., :K, :]), _in_requested_layout(given, states[..., :K, :].bfloat16())
 
 
 @torch.no_grad()

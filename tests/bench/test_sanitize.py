@@ -42,6 +42,23 @@ def launches_do_nothing(monkeypatch):
 
 
 @pytest.mark.usefixtures("launches_do_nothing")
+def test_the_layer_makes_no_product_in_half_precision():
+    """Not in its backward either, which autograd runs; afterwards products are as before."""
+    device, a = torch.device("cpu"), torch.randn(3, 40).bfloat16()
+    plain = a @ a.mT
+    with torch.profiler.profile(record_shapes=True) as profile, sanitized_cases.products_in_float32(device):
+        rounded = a @ a.mT
+    assert "aten::bmm" in {event.name for event in profile.events()}
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, (a.float() @ a.float().mT).bfloat16())
+    assert torch.equal(a @ a.mT, plain)
+    with torch.profiler.profile() as profile:
+        sanitized_cases.layer(64, torch.bfloat16, device)
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::bmm") == names.count("aten::mm") > 0
+
+
+@pytest.mark.usefixtures("launches_do_nothing")
 def test_the_cases_launch_every_kernel():
     """Of heads of 64 and 128, for sm_90a: also each part of a sequence, and both kernels of the intra-chunk forward."""
     launched = set()

@@ -35,7 +35,7 @@ def transformers(monkeypatch):
     return found
 
 
-def dense_kimi(transformers, layers=4, width=512, seed=0):
+def dense_kimi(transformers, layers=12, width=1024, seed=0):
     """Three KDA layers for each MLA layer, heads of 128."""
     heads = width // 128
     kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)]
@@ -51,6 +51,14 @@ def dense_kimi(transformers, layers=4, width=512, seed=0):
 
 def tokens(*shape):
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(0)).cuda()
+
+
+def lkdas_kernels(call):
+    """The names of lkda's kernels for KDA that a call launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return {event.key for event in profile.key_averages() if event.key.startswith("kda_")}
 
 
 def logits_and_gradients(model, x, mask):
@@ -97,12 +105,17 @@ class TestKimiLinear:
         assert torch.equal(ours.generate(x, **options), theirs.generate(x, **options))
 
     def test_compiles_without_a_graph_break(self, transformers):
-        ours = dense_kimi(transformers).bfloat16()
+        """The compiled model rounds at other places: against float32 it errs as much as the eager one."""
+        truth = dense_kimi(transformers)
+        ours = copy.deepcopy(truth).bfloat16()
+        truth.load_state_dict({name: x.float() for name, x in ours.state_dict().items()})
         use_lkda_kernels(ours)
         x = tokens(2, 300)
-        want = ours(input_ids=x, use_cache=False).logits.float()
         compiled = torch.compile(ours, fullgraph=True)
-        assert relative(compiled(input_ids=x, use_cache=False).logits.float(), want) < 0.02
+        with torch.no_grad():
+            want, eager, got = (model(input_ids=x, use_cache=False).logits.float() for model in (truth, ours, compiled))
+        assert relative(got, want) < 1.1 * relative(eager, want)
+        assert {"kda_inter_chunk_fwd"} <= lkdas_kernels(lambda: compiled(input_ids=x, use_cache=False))
 
     def test_two_layers_of_the_published_48b_train_and_decode(self, transformers):
         """Hidden 2304, 32 heads of 128, 256 experts: one KDA layer and one MLA layer, random weights in bf16."""
@@ -116,18 +129,25 @@ class TestKimiLinear:
             model = transformers.KimiLinearForCausalLM._from_config(config, dtype=torch.bfloat16)
         use_lkda_kernels(model)
         x = torch.randint(3, config.vocab_size, (1, 2048), device="cuda")
-        loss = model(input_ids=x, labels=x, use_cache=False).loss
-        loss.backward()
-        assert loss.isfinite()
-        gradients = [p.grad for p in model.model.layers[0].self_attn.parameters()]
-        assert all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in gradients)
+        losses, found = [], []
+
+        def train():
+            losses.append(model(input_ids=x, labels=x, use_cache=False).loss)
+            losses[0].backward()
+
+        assert {"kda_inter_chunk_fwd", "kda_inter_chunk_bwd"} <= lkdas_kernels(train)
+        assert losses[0].isfinite()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        right = [name for name, grad in gradients.items() if grad is not None and grad.isfinite().all() and grad.any()]
+        assert right == list(gradients)
         model.zero_grad()
         model.eval()
         prompt = x[:, :100]
-        found = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, min_new_tokens=20, do_sample=False,
-            eos_token_id=None,
-        )  # fmt: skip
+        options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+        mask = torch.ones_like(prompt)
+        kernels = lkdas_kernels(lambda: found.append(model.generate(prompt, attention_mask=mask, **options)))
+        assert {"kda_inter_chunk_fwd", "kda_recurrent"} <= kernels
+        (found,) = found
         with torch.no_grad():
             logits = model(input_ids=found[:, :-1], use_cache=False).logits[0, 99:].float()
         chosen = logits.gather(1, found[0, 100:, None]).squeeze(1)

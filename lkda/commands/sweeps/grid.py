@@ -31,13 +31,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -72,23 +73,31 @@ class _Running:
     gpu: str | None
     commands: list[list[str]]
     lock: JobLock
+    at_once: int = 1  # measurements
     printed_before: int = 0  # bytes of the log
-    process: subprocess.Popen[bytes] | None = None
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     measures: bool = False
     stopped: bool = False
 
     def goes_on(self) -> bool:
-        """Begin the next command where one has ended. Returns whether there is more to wait for.
+        """Begin the next command or measurements where the last have ended. Returns whether there is more to wait for.
 
         The commands after a training or an export need it, so they are not run if it failed. After a measurement that
         failed, the others are run: the weights may be gone later.
         """
-        if self.process is not None and self.process.poll() is None:
+        codes = [process.poll() for process in self.processes]
+        if None in codes:
             return True
-        if (self.process is not None and self.process.returncode != 0 and not self.measures) or not self.commands:
+        if (any(codes) and not self.measures) or not self.commands:
             return False
-        self.measures = self.commands[0][0] == "evaluate"
+        self.measures = _measures(self.commands[0])
+        following = itertools.takewhile(_measures, self.commands[: self.at_once])
+        count = len(list(following)) if self.measures else 1
         self.job.directory.mkdir(parents=True, exist_ok=True)
+        self.processes = [self._process(self.commands.pop(0)) for _ in range(count)]
+        return True
+
+    def _process(self, command: list[str]) -> subprocess.Popen[bytes]:
         source = str(Path(lkda.__file__).parents[1])  # the child must import this package, not an installed one
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
         environment = {**os.environ, "PYTHONPATH": path}
@@ -97,8 +106,8 @@ class _Running:
         if not TRACEBACKS:  # `readable_errors` has set it for this process
             environment.pop("HYDRA_FULL_ERROR", None)
         with open(self.job.directory / LOG, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "lkda", *self.commands.pop(0)],
+            return subprocess.Popen(
+                [sys.executable, "-m", "lkda", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -107,19 +116,20 @@ class _Running:
                 pass_fds=(self.lock.descriptor,),  # the job is this command's until its processes have ended
                 process_group=0,  # Ctrl-C reaches this process alone, which then stops the jobs: once each
             )
-        return True
 
     def stop(self) -> None:
         """Tell it to save a checkpoint and stop."""
         self.commands.clear()
         self.stopped = True
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
 
     def reason(self) -> str:
         """Why it failed: the last error of its log, or its last line. Earlier processes have printed into it too."""
-        if self.process is not None and self.process.returncode < 0:
-            return f"killed by {signal.Signals(-self.process.returncode).name}"
+        killed = [-process.returncode for process in self.processes if process.returncode < 0]
+        if killed:
+            return f"killed by {signal.Signals(killed[0]).name}"
         with open(self.job.directory / LOG, "rb") as log:
             log.seek(self.printed_before)
             lines = log.read().decode(errors="replace").splitlines() or ["it printed nothing"]
@@ -127,12 +137,17 @@ class _Running:
 
     def wait(self, seconds: float) -> None:
         """Wait for its end, and kill it after so many seconds."""
-        assert self.process is not None
-        try:
-            self.process.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _measures(command: Sequence[str]) -> bool:
+    return command[0] == "evaluate"
 
 
 def to_be_done(jobs: Sequence[Job], *, again: bool) -> list[Job]:
@@ -146,6 +161,7 @@ def run_jobs(
     *,
     gpus: Sequence[str],
     per_gpu: int,
+    at_once: int,
     slowdown: float | None,
     deadline: float | None,
     cut: bool,
@@ -158,6 +174,7 @@ def run_jobs(
     Args:
         gpus: as in CUDA_VISIBLE_DEVICES; if empty, `per_gpu` jobs share the CPU.
         per_gpu, slowdown: see `Job.seconds`.
+        at_once: measurements of a job that run side by side.
         deadline: seconds from now; None means no deadline.
         cut: also begin jobs that will not end in time.
         again: also train jobs a second time whose weights are gone before all was measured.
@@ -189,7 +206,7 @@ def run_jobs(
                 lock = JobLock.take(job.directory) if places else None
                 if lock is not None:
                     waiting.remove(job)
-                    running += _begun(job, lock, places, estimates[job.name], said)
+                    running += _begun(job, lock, places, at_once, estimates[job.name], said)
                 elif places and job.name not in elsewhere:
                     elsewhere.add(job.name)
                     said(f"{job.name}: another process is running it, which is waited for")
@@ -201,8 +218,7 @@ def run_jobs(
             one.stop()
         until = time.monotonic() + GRACE
         for one in running:
-            if one.process is not None:
-                one.wait(until - time.monotonic())
+            one.wait(until - time.monotonic())
             failed |= _end(one, said, keep_checkpoints=keep_checkpoints)
     for job in waiting:
         said(f"{job.name}: not begun, {_about(estimates[job.name])}")
@@ -210,7 +226,12 @@ def run_jobs(
 
 
 def _begun(
-    job: Job, lock: JobLock, places: list[str | None], seconds: float | None, said: Callable[[str], None]
+    job: Job,
+    lock: JobLock,
+    places: list[str | None],
+    at_once: int,
+    seconds: float | None,
+    said: Callable[[str], None],
 ) -> list[_Running]:
     """The job, on the first of the places. None if another process has done it before its lock was free."""
     if not job.commands():
@@ -224,7 +245,7 @@ def _begun(
     said(f"{job.name}: {how}, {_about(seconds)}")
     log = job.directory / LOG
     printed = log.stat().st_size if log.exists() else 0
-    return [_Running(job, places.pop(0), job.commands(), lock, printed)]
+    return [_Running(job, places.pop(0), job.commands(), lock, at_once, printed)]
 
 
 def _about(seconds: float | None) -> str:
@@ -273,6 +294,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     """Run the command. Returns whether all jobs are done."""
     started = time.monotonic()
     check_count("--per-gpu", options.per_gpu, least=1)
+    check_count("--measure-at-once", options.measure_at_once, least=1)
     overrides = [word for word in options.words if "=" in word]
     jobs = jobs_of([word for word in options.words if "=" not in word], overrides, options.out)
     gpus = visible_gpus()
@@ -284,6 +306,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
         jobs,
         gpus=gpus,
         per_gpu=options.per_gpu,
+        at_once=options.measure_at_once,
         slowdown=options.slowdown,
         deadline=deadline,
         cut=options.cut,
@@ -318,6 +341,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="experiments, and settings key=value")
     parser.add_argument("--out", type=Path, default=Path("multirun"), help="directory of the run directories")
     parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU (without a GPU: the CPU)")
+    parser.add_argument(
+        "--measure-at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="measurements of a job (evaluate, after its training) that run side by side, if the memory is enough",
+    )
     parser.add_argument(
         "--slowdown", type=float, help="how many times as long a job takes as on a GPU of its own; default: estimated"
     )

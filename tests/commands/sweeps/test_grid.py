@@ -251,6 +251,11 @@ signal.signal(signal.SIGTERM, lambda *_: end("interrupted", 143))
 if "fails" in run.name:
     print("error: no such data"); sys.exit(2)
 (run / "ready").touch()
+if "meets" in run.name:
+    until = time.monotonic() + 5
+    while len(list(run.parent.glob("meets_*/ready"))) < 2:
+        if time.monotonic() > until: sys.exit(3)
+        time.sleep(0.01)
 time.sleep(30 if "long" in run.name else 0.1)
 end("finished", 0)
 """
@@ -262,7 +267,15 @@ def ran(jobs: list[Job], **options: object) -> list[str]:
 
 def ran_and_failed(jobs: list[Job], **options: object) -> tuple[list[str], set[str]]:
     lines: list[str] = []
-    given = {"gpus": ["3", "5"], "per_gpu": 1, "slowdown": 1.0, "deadline": None, "cut": False, "again": False}
+    given = {
+        "gpus": ["3", "5"],
+        "per_gpu": 1,
+        "at_once": 1,
+        "slowdown": 1.0,
+        "deadline": None,
+        "cut": False,
+        "again": False,
+    }
     given |= {"keep_checkpoints": False, **options}
     return lines, run_jobs(jobs, **given, said=lines.append)  # type: ignore[arg-type]
 
@@ -327,6 +340,18 @@ def test_a_measurement_that_fails_does_not_stop_the_others(imitated: Path) -> No
     shutil.rmtree(run)
     ran([replace(job(imitated, "a", steps=1), then=after_export)])
     assert not (run / "well").exists()
+
+
+def test_measurements_side_by_side(imitated: Path) -> None:
+    """Two that wait for each other, and one that fails; the command after them begins when all have ended."""
+    run = imitated / "a"
+    names = ("meets_1", "meets_2", "fails")
+    then = tuple(("evaluate", f"hydra.run.dir={run}/{name}", f"out={run}/{name}/summary.json") for name in names)
+    after = ("train", f"hydra.run.dir={run}/after")
+    one = replace(job(imitated, "a", steps=1), then=(*then, after))
+    assert ran([one], at_once=2)[-1].startswith("a: failed")
+    ends = {name: json.loads((run / name / "summary.json").read_text())["seconds"] for name in ("meets_1", "after")}
+    assert ends["after"] > ends["meets_1"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no such signal")
