@@ -83,6 +83,8 @@ class CachedAttention(Mixer):
     def token_positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
         """The position of each token of x [B, T, ...] in its sequence, [T], or [B, T] where the lengths before them
         differ."""
+        if state is not None and x.shape[1] == 1 and is_preallocated(state[2]):
+            return state[2]
         new = torch.arange(x.shape[1], device=x.device)
         if self.part is not None:
             return self.part.positions(new if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[0])

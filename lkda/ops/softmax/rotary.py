@@ -25,7 +25,7 @@ def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
 @torch.library.custom_op("lkda::rotary_cos_sin", mutates_args=())
 def cos_sin(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The cosines and the sines of the angles, [T or B, T, D/2] each."""
-    angle = position.to(dtype).unsqueeze(-1) * frequencies(head_dim, base, dtype, position.device)
+    angle = position.unsqueeze(-1) * frequencies(head_dim, base, dtype, position.device)
     return angle.cos(), angle.sin()
 
 
@@ -35,8 +35,17 @@ def _(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple
     return angle, torch.empty_like(angle)
 
 
+_known: dict[tuple[int, float, torch.dtype, torch.device], Tensor] = {}
+
+
 def frequencies(head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The angles [D/2] of position 1, base^(-2i/D)."""
+    """The angles [D/2] of position 1, base^(-2i/D). They are computed once: a step of decoding would otherwise compute
+    them again in each layer, and a recorded step must find them. A CUDA graph that is being captured gets its own."""
+    key = head_dim, base, dtype, device
+    if key in _known:
+        return _known[key]
     half = head_dim // 2
-    rotary: Tensor = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
-    return rotary
+    found: Tensor = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return found
+    return _known.setdefault(key, found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,8 +14,6 @@ LIBRARY = Library(Path(__file__).with_name("step.cpp"))
 
 can_take = LIBRARY.can_take
 reason_cannot_run = cpu_only(LIBRARY, otherwise="torch", dtypes=NAMES)
-# A recorded step must find them computed.
-_known_frequencies = cache(frequencies)
 
 
 def softmax_step_cpu(
@@ -37,7 +34,7 @@ def softmax_step_cpu(
     LIBRARY.call(
         f"softmax_step_{NAMES[q.dtype]}",
         *(B, H, D, q, k, v, q.stride(0), k.stride(0), v.stride(0)),
-        *(_known_frequencies(D, rope_base, q.dtype, q.device), k_cache, v_cache),
+        *(frequencies(D, rope_base, q.dtype, q.device), k_cache, v_cache),
         *(k_cache.stride(0), k_cache.stride(1), k_cache.shape[2], lengths, float(scale), o, torch.get_num_threads()),
     )
     return o
@@ -71,7 +68,7 @@ def latent_step_cpu(
     rank, rope = latent.shape[1], shared.shape[1]
     v_dim = len(projection) // H - (K - rope)
     o = q.new_empty(B, H, v_dim)
-    turning = None if rope_base is None else _known_frequencies(rope, rope_base, q.dtype, q.device)
+    turning = None if rope_base is None else frequencies(rope, rope_base, q.dtype, q.device)
     LIBRARY.call(
         f"latent_step_{NAMES[q.dtype]}",
         *(B, H, K - rope, rope, rank, v_dim, q, latent, shared, q.stride(0), latent.stride(0), shared.stride(0)),

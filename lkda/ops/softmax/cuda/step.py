@@ -69,20 +69,6 @@ def parts_of(items: int, tokens: int, room: int) -> tuple[int, int]:
     return part, -(-tokens // part)
 
 
-_frequencies: dict[tuple[int, float, torch.device], Tensor] = {}
-
-
-def _known_frequencies(head_dim: int, base: float, device: torch.device) -> Tensor:
-    """The frequencies in float32, computed once. A graph that is being captured gets its own, which it computes."""
-    key = head_dim, base, device
-    if key in _frequencies:
-        return _frequencies[key]
-    found = frequencies(head_dim, base, torch.float32, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return found
-    return _frequencies.setdefault(key, found)
-
-
 def _step(
     q: Tensor,
     k: Tensor,
@@ -102,7 +88,7 @@ def _step(
     step_kernel(D, q.dtype)(
         (items * splits, 1, 1),
         THREADS,
-        *(q, k, v, _known_frequencies(D, rope_base, q.device), lengths, k_cache, v_cache, o, sums),
+        *(q, k, v, frequencies(D, rope_base, torch.float32, q.device), lengths, k_cache, v_cache, o, sums),
         *(H, q.stride(0), S, part, splits, k_cache.stride(0), k_cache.stride(1), scale),
         device=q.device,
     )
