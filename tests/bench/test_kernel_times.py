@@ -23,7 +23,7 @@ def test_launches_are_summed_by_kernel() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["kernel_times", "--out", str(tmp_path / "table.json")])
-    with pytest.raises(SystemExit, match="^error: kernel_times measures on a GPU, and torch sees no CUDA device.$"):
+    with pytest.raises(SystemExit, match=r"^error: kernel_times measures on a GPU, and torch sees no CUDA device\.$"):
         kernel_times.main()
     assert not list(tmp_path.iterdir())
 
