@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # `lkda.bench.tree_times` loads this file beside a package `l
     from lkda.bench.op_benchmark import Inputs, Shape
 
 NAMES = ("q", "k", "v", "g", "beta")
+GATES = ("slow", "fast")  # regimes of the decay, see `inputs`
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gate: str | None) -> Inputs:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lkda.bench.files import write_json
-from lkda.bench.kda_inputs import NAMES, inputs
+from lkda.bench.kda_inputs import GATES, NAMES, inputs
 from lkda.bench.measure import header
 from lkda.bench.op_benchmark import DTYPES, Shape
 from lkda.bench.step_profile import events_of, profiler
@@ -33,7 +33,6 @@ from lkda.io import check_output_file
 from lkda.ops import kda_attention
 
 KERNELS = ("intra_chunk_fwd", "amax", "inter_chunk_fwd", "segments", "inter_chunk_bwd", "intra_chunk_bwd")
-GATES = ("slow", "fast")
 CALLS = 20  # under the profiler
 
 

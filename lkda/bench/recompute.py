@@ -21,16 +21,11 @@ from lkda.bench.files import write_json
 from lkda.bench.kda_inputs import NAMES, inputs
 from lkda.bench.measure import header
 from lkda.bench.op_benchmark import DTYPES, Shape
-from lkda.bench.timing import graph_of, steady_clock
+from lkda.bench.timing import graph_of, requested_bytes, steady_clock
 from lkda.checks import InputError
 from lkda.ops import kda_attention
 
 SHAPES = ("8x2048x16x64", "8x2048x8x128", "1x8192x64x128")
-
-
-def requested(device: torch.device) -> int:
-    """Allocated bytes, without what the allocator rounds up, which depends on what was allocated before."""
-    return torch.cuda.memory_stats(device)["requested_bytes.all.current"]
 
 
 def row(
@@ -48,9 +43,9 @@ def row(
 
     results = both()
     torch.cuda.synchronize(device)
-    before, requested_before = torch.cuda.memory_allocated(device), requested(device)
+    before, requested_before = torch.cuda.memory_allocated(device), requested_bytes(device)
     outputs = forward()
-    kept = requested(device) - requested_before - sum(x.nbytes for x in outputs)
+    kept = requested_bytes(device) - requested_before - sum(x.nbytes for x in outputs)
     del outputs
     torch.cuda.reset_peak_memory_stats(device)
     both()

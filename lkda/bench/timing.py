@@ -1,4 +1,4 @@
-"""How long a call takes, and how fast memory can be copied."""
+"""How long a call takes, how fast memory can be copied, and how much of it is allocated."""
 
 from __future__ import annotations
 
@@ -74,6 +74,11 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has computed what was launched. On a CPU nothing is left to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def requested_bytes(device: torch.device) -> int:
+    """Allocated bytes of a GPU, without what the allocator rounds up, which depends on what was allocated before."""
+    return torch.cuda.memory_stats(device)["requested_bytes.all.current"]
 
 
 def once(call: Callable[[], object]) -> float:

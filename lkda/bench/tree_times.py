@@ -19,9 +19,6 @@ import torch
 import lkda
 from lkda.ops import kda_attention
 
-GATES = ("slow", "fast")
-NAMES = ("q", "k", "v", "g", "beta")
-
 
 def beside(name: str) -> ModuleType:
     """The module `name` of this folder, whose package need not be `lkda` here. It may import torch, but not lkda."""
@@ -36,10 +33,6 @@ def beside(name: str) -> ModuleType:
 timing, kda_inputs = beside("timing"), beside("kda_inputs")
 
 
-def requested(device: torch.device) -> int:
-    return torch.cuda.memory_stats(device)["requested_bytes.all.current"]
-
-
 def row(text: str, gate: str, device: torch.device, backend: str, milliseconds: float) -> dict[str, Any]:
     """Times in ms [median, 20th and 80th percentile], and the bytes kept between forward and backward beyond inputs and
     outputs. On a CPU there are no replayed graphs and no such bytes."""
@@ -47,7 +40,7 @@ def row(text: str, gate: str, device: torch.device, backend: str, milliseconds: 
     shape = SimpleNamespace(**dict(zip("BTHD", map(int, text.split("x")), strict=True)))
     drawn = kda_inputs.inputs(shape, torch.bfloat16, device, gate)
     found: dict[str, Any] = {"shape": text, "gate": gate, "mean_g": float(drawn["g"].mean()), "kept_bytes": None}
-    leaves = [drawn[name].requires_grad_() for name in NAMES]
+    leaves = [drawn[name].requires_grad_() for name in kda_inputs.NAMES]
     grad_o = torch.randn_like(drawn["v"])
 
     def forward() -> object:
@@ -59,9 +52,9 @@ def row(text: str, gate: str, device: torch.device, backend: str, milliseconds: 
 
     both()
     if device.type == "cuda":
-        before = requested(device)
+        before = timing.requested_bytes(device)
         outputs = kda_attention(*leaves, backend=backend)
-        found["kept_bytes"] = requested(device) - before - sum(x.nbytes for x in outputs if x is not None)
+        found["kept_bytes"] = timing.requested_bytes(device) - before - sum(x.nbytes for x in outputs if x is not None)
         del outputs
     calls: list[tuple[str, Callable[[], object]]] = [("fwd", forward), ("fwd+bwd", both)]
     for mode, call in calls:
@@ -77,7 +70,7 @@ def main(backend: str, milliseconds: str, *shapes: str) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(json.dumps({"lkda": lkda.__file__, "device": name, "torch": torch.__version__}), flush=True)
     for text in shapes:
-        for gate in GATES:
+        for gate in kda_inputs.GATES:
             print(json.dumps(row(text, gate, device, backend, float(milliseconds))), flush=True)
 
 

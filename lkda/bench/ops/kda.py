@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lkda.bench.kda_inputs import NAMES, inputs
+from lkda.bench.kda_inputs import GATES, NAMES, inputs
 from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
 from lkda.checks import InputError
 from lkda.ops import kda_attention, softmax_attention
@@ -83,7 +83,7 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
 
 BENCHMARK = OpBenchmark(
     op="kda",
-    gates=("slow", "fast"),
+    gates=GATES,
     inputs=inputs,
     moved_bytes=moved_bytes,
     backends={

@@ -91,8 +91,7 @@ class _Running:
         if (any(codes) and not self.measures) or not self.commands:
             return False
         self.measures = _measures(self.commands[0])
-        following = itertools.takewhile(_measures, self.commands[: self.at_once])
-        count = len(list(following)) if self.measures else 1
+        count = len(list(itertools.takewhile(_measures, self.commands[: self.at_once]))) or 1
         self.job.directory.mkdir(parents=True, exist_ok=True)
         self.processes = [self._process(self.commands.pop(0)) for _ in range(count)]
         return True
