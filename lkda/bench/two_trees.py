@@ -133,7 +133,7 @@ def main() -> int:
         shapes = [str(Shape.parse(text)) for text in options.shapes]
         check_count("--rounds", options.rounds, least=1)
         if options.backend == "cuda" and not torch.cuda.is_available():
-            raise InputError("torch sees no CUDA device.")
+            raise InputError("torch sees no CUDA device; --backend chunk measures eager calls on the CPU.")
         for tree in trees.values():
             if not (tree / "lkda" / "__init__.py").is_file():
                 raise InputError(f"{tree} has no package lkda: give the root of a checkout.")
