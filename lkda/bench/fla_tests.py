@@ -9,8 +9,8 @@ version into a temporary folder.
 
 At the end the command prints how many tests passed through lkda, and names each test with a call that lkda declined,
 with the reason; FLA's own code ran there. It exits with 1 if a test failed, or if none passed through lkda. The file
-has the device, the versions and the result of every test. It is written again after each test, and `finished` is false
-in it until the last one.
+has the device, the versions, the result of every test (`results`) and for each test function the number of tests with
+each result (`rows`). It is written again after each test, and `finished` is false in it until the last one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 
 from lkda.bench.files import write_json
 from lkda.bench.measure import header, versions
-from lkda.bench.watched_tests import FAILED, PASSED, Watch, Watched, summary
+from lkda.bench.watched_tests import FAILED, PASSED, Watch, Watched, counts, summary
 from lkda.checks import InputError
 from lkda.integrations import fla
 from lkda.io import check_output_file
@@ -146,8 +146,11 @@ def _tested(options: argparse.Namespace, temporary: Path) -> int:
     settings = {name: value for name, value in os.environ.items() if name.startswith("FLA_")}
 
     def save(results: Sequence[Watched], finished: bool = False) -> None:
-        record = {"kind": "measurements", "header": machine, "tests": tests, "environment": settings}
-        write_json(options.out, record | {"finished": finished, "rows": [asdict(result) for result in results]})
+        note = f"FLA {installed}, tests of version {version}, {machine['device']}, torch {machine['torch']}, "
+        note += f"{machine['date'][:10]}." + ("" if finished else " The command was stopped before the last test.")
+        record = {"kind": "table", "header": machine, "tests": tests, "environment": settings, "note": note}
+        record |= {"finished": finished, "rows": counts(results), "results": [asdict(result) for result in results]}
+        write_json(options.out, record)
 
     results, status = run(source, backends, save, select=options.k)
     ended = status in (0, 1)  # all pass, some fail

@@ -133,6 +133,22 @@ def _reason(report: Any) -> str:
     return lines[-1].removeprefix("E ").strip() if lines else ""
 
 
+def counts(results: Sequence[Watched]) -> list[dict[str, str | int]]:
+    """For each test function how many of its tests have each result, and a last row with the sums.
+
+    Returns: rows of columns `test`, `tests`, `passed`, `declined`, `uncalled`, `skipped` and `failed`.
+    """
+    functions: dict[str, list[Watched]] = {}
+    for test in results:
+        functions.setdefault(f"`{test.test.partition('[')[0]}`", []).append(test)
+    functions["all"] = list(results)
+    names = (PASSED, DECLINED, UNCALLED, SKIPPED, FAILED)
+    return [
+        {"test": function, "tests": len(tests)} | {name: sum(test.result == name for test in tests) for name in names}
+        for function, tests in functions.items()
+    ]
+
+
 def summary(results: Sequence[Watched]) -> str:
     """How many tests have each result, and the names of those that did not run through lkda."""
 

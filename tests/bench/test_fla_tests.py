@@ -96,7 +96,11 @@ def call(source, tmp_path, monkeypatch, capsys):
     out = tmp_path / "made" / "fla.json"
     monkeypatch.setattr(fla_tests.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fla_tests.torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(fla_tests, "header", lambda device: {"device": "a GPU", "versions": {}})
+    monkeypatch.setattr(
+        fla_tests,
+        "header",
+        lambda device: {"device": "a GPU", "torch": "2.11", "date": "2026-11-30T09:00", "versions": {}},
+    )
     monkeypatch.setattr(fla_tests, "registered_backends", lambda: [Backend])
     monkeypatch.setitem(sys.modules, "fla", SimpleNamespace(__version__="0.6.0"))
 
@@ -131,11 +135,21 @@ def test_every_test_is_told_by_name_and_the_file_has_all_of_it(call, monkeypatch
         "  test_wrong_in_flas_code: AssertionError: assert 'FLA' == 2 (lkda computed 0 calls and declined 1)\n"
         "  test_torn_down: RuntimeError: of the tear-down (lkda computed 1 calls and declined 0)\n"
     )
-    rows = {row["test"]: row for row in found["rows"]}
+    rows = {row["test"]: row for row in found["results"]}
     assert rows["test_computed[2]"]["calls"] == {"attend": 2}
     assert rows["test_declined"]["calls"] == {"attend": 1}
     assert rows["test_declined"]["declined"] == {"attend: lkda takes positive numbers": 2}
     assert len(rows) == 10
+    kinds = {"tests": 2, "passed": 2, "declined": 0, "uncalled": 0, "skipped": 0, "failed": 0}
+    assert found["rows"][0] == {"test": "`test_computed`"} | kinds
+    assert found["rows"][-1] == {"test": "all", "tests": 10} | {
+        "passed": 2,
+        "declined": 1,
+        "uncalled": 2,
+        "skipped": 2,
+        "failed": 3,
+    }
+    assert found["note"] == "FLA 0.6.0, tests of version 0.6.0, a GPU, torch 2.11, 2026-11-30."
     assert (found["finished"], found["header"]["device"]) == (True, "a GPU")
     assert (found["tests"]["version"], found["tests"]["installed"]) == ("0.6.0", "0.6.0")
     assert found["tests"]["sha256"] == hashlib.sha256(TESTS.encode()).hexdigest()
@@ -165,7 +179,8 @@ def test_the_file_is_written_after_each_test(source):
 
 def test_no_test_is_said(call):
     status, told, found = call("-k", "no_such")
-    assert (status, found["finished"], found["rows"]) == (1, False, [])
+    assert (status, found["finished"], found["results"], found["rows"][0]["tests"]) == (1, False, [], 0)
+    assert found["note"].endswith(" The command was stopped before the last test.")
     assert told.endswith("pytest ended with the status 5, so that not all tests ran.\n")
 
 
