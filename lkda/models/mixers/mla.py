@@ -254,9 +254,8 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         scale = (self.nope + self.rope) ** -0.5 if inverse is None else 1.0
         scores = torch.bmm(rope, shared.mT).baddbmm_(query, latent.mT, beta=scale, alpha=scale)
         if inverse is not None:
-            scores = (
-                scores * inverse.mT
-            )  # in float32 at least: rounded once more, they would err more than computed keys
+            # In float32 at least: rounded once more, scores would have a larger error than with computed keys.
+            scores = scores * inverse.mT
         return torch.bmm(softmax_of_filled(scores, empty).to(latent.dtype), latent)
 
     @torch.no_grad()
