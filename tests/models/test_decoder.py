@@ -314,8 +314,9 @@ def test_mla_attends_with_few_launches():
     with Called() as called:
         mixer._sum_of_latents(q[..., :16], q[..., 16:], latent, shared, empty)
     assert called.names == ["bmm", "baddbmm_", "masked_fill_", "_softmax", "bmm"]
+    inverse = torch.rand(3, 8, 2)
     with Called() as called:
-        mixer._sum_of_latents(q[..., :16], q[..., 16:], latent, shared, empty, torch.rand(3, 8, 2))
+        mixer._sum_of_latents(q[..., :16], q[..., 16:], latent, shared, empty, inverse)
     assert called.names == ["bmm", "baddbmm_", "mul", "masked_fill_", "_softmax", "_to_copy", "bmm"]
 
 
