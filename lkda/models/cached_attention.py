@@ -29,9 +29,9 @@ from lkda.ops.softmax.cpu.step import can_take, is_full
 
 
 class CachedAttention(Mixer):
-    """Softmax attention to two growing caches (see `lkda.models.growing_cache`).
+    """Softmax attention to growing caches (see `lkda.models.growing_cache`), two or more.
 
-    The state holds the two caches, their length, and the caches of the convolutions.
+    The state holds these caches, their length, and the caches of the convolutions.
     """
 
     op: ClassVar[str | None] = "softmax"
@@ -39,8 +39,12 @@ class CachedAttention(Mixer):
     o_proj: nn.Linear
 
     @abstractmethod
-    def entry_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def entry_shapes(self) -> Sequence[tuple[int, ...]]:
         """The shapes of what the caches hold for a token: (..., width) each."""
+
+    def entry_dtypes(self) -> Sequence[torch.dtype]:
+        """The data types of the caches."""
+        return [self.o_proj.weight.dtype] * len(self.entry_shapes())
 
     @abstractmethod
     def convolutions(self) -> list[ShortConvolution]:
@@ -50,11 +54,21 @@ class CachedAttention(Mixer):
     def inputs(
         self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequence[Tensor]]:
-        """q [B, T, H, K], the entries [B, ..., T, width] of the tokens of x, and the caches of the convolutions."""
+        """q [B, T, H, K], the entries [B, ..., T, width] of the tokens of x from which `keys_and_values` computes, and
+        the caches of the convolutions."""
 
     @abstractmethod
     def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
         """k [B, S, H, K] and v [B, S, H, V] of caches [B, ..., S, width]."""
+
+    def stored(self, *entries: Tensor) -> Sequence[Tensor]:
+        """The entries of all caches, from those that `inputs` returns, which come first."""
+        return entries
+
+    def split_state(self, state: State) -> tuple[State, Tensor, State]:
+        """The growing caches, their length, and the caches of the convolutions."""
+        count = len(self.entry_shapes())
+        return state[:count], state[count], state[count + 1 :]
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
@@ -63,43 +77,47 @@ class CachedAttention(Mixer):
         if state is not None:
             self.check_state(state, len(x))
         q, entries, convolved = self.inputs(x, cu_seqlens=cu_seqlens, state=state)
-        caches, lengths = list(entries), None
-        length = new_length(x.shape[0], None, x.device) if state is None else state[2]
-        if state is not None:
-            caches, lengths = append_many(state[:2], caches, length)
-        y = self._output(q, caches, lengths, cu_seqlens)
         if cu_seqlens is not None:
-            return y, ()
-        return y, (*(caches if state is None or not is_preallocated(length) else state[:2]), length, *convolved)
+            return self._output(q, entries, None, cu_seqlens), ()
+        stored = self.stored(*entries)
+        if state is None:
+            length = new_length(x.shape[0], None, x.device)
+            return self._output(q, entries, None, None), (*stored, length, *convolved)
+        before, length, _ = self.split_state(state)
+        caches, lengths = append_many(before, stored, length)
+        y = self._output(q, caches, lengths, None)
+        return y, (*(before if is_preallocated(length) else caches), length, *convolved)
 
     def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
-        if not is_preallocated(state[2]):
+        caches, length, _ = self.split_state(state)
+        if not is_preallocated(length):
             return super().forward_packed(x, state, cu_seqlens=cu_seqlens)
         self.check_state(state, len(cu_seqlens) - 1)
         q, entries, convolved = self.inputs(x, cu_seqlens=cu_seqlens, state=None)
-        fill_packed(state[:2], entries, state[2], cu_seqlens.diff().tolist())
-        return self._output(q, entries, None, cu_seqlens), (*state[:3], *convolved)
+        fill_packed(caches, self.stored(*entries), length, cu_seqlens.diff().tolist())
+        return self._output(q, entries, None, cu_seqlens), (*caches, length, *convolved)
 
     def token_positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
         """The position of each token of x [B, T, ...] in its sequence, [T], or [B, T] where the lengths before them
         differ."""
-        if state is not None and x.shape[1] == 1 and is_preallocated(state[2]):
-            return state[2]
+        caches, length, _ = self.split_state(state) if state is not None else ((), None, ())
+        if length is not None and x.shape[1] == 1 and is_preallocated(length):
+            return length
         new = torch.arange(x.shape[1], device=x.device)
         if self.part is not None:
             return self.part.positions(new if cu_seqlens is None else positions(cu_seqlens, x.shape[1])[0])
         if cu_seqlens is not None:
             return positions(cu_seqlens, x.shape[1])[0]
-        if state is None:
+        if length is None:
             return new
-        return new + (state[2] if is_preallocated(state[2]) else state[0].shape[-2])
+        return new + (length if is_preallocated(length) else caches[0].shape[-2])
 
     def check_state(self, state: State, sequences: int) -> None:
         """Raises ValueError unless it is a state of this mixer, for so many sequences."""
-        count = 3 + len(self.convolutions())
         shapes = [(sequences, *shape) for shape in self.entry_shapes()]
-        found = [(*cache.shape[:-2], *cache.shape[-1:]) for cache in state[:2]]
-        if len(state) != count or found != shapes or len(state[2]) != sequences:
+        count = len(shapes) + 1 + len(self.convolutions())
+        found = [(*cache.shape[:-2], *cache.shape[-1:]) for cache in state[: len(shapes)]]
+        if len(state) != count or found != shapes or len(state[len(shapes)]) != sequences:
             raise InputError(
                 f"a state of {sequences} sequences of this mixer has caches of {shapes} per token and {count} parts in "
                 f"all, got {found} and {len(state)}: give the state of this model for this batch."
@@ -107,11 +125,12 @@ class CachedAttention(Mixer):
 
     def state_fits_cpp(self, x: Tensor, state: State) -> bool:
         """Whether a step can be in C++ on a CPU, from x [B, channels] on, with this state changed in place."""
-        if not can_take(x) or not len(x) or not is_preallocated(state[2]) or not state[2].is_contiguous():
+        caches, length, convolved = self.split_state(state)
+        if not can_take(x) or not len(x) or not is_preallocated(length) or not length.is_contiguous():
             return False
         # Of a cache that was cut, the entries of each sequence and head lie side by side.
-        entries = [cache[(0,) * (cache.dim() - 2)] for cache in state[:2]]
-        return can_take(x, *self.filters(), *entries, *state[3:])
+        entries = [cache[(0,) * (cache.dim() - 2)] for cache in caches]
+        return can_take(x, *self.filters(), *entries, *convolved)
 
     def _output(
         self, q: Tensor, caches: Sequence[Tensor], lengths: Sequence[int] | None, cu_seqlens: Tensor | None
@@ -130,22 +149,24 @@ class CachedAttention(Mixer):
     def init_state(
         self, batch_size: int, *, max_tokens: int | None = None, device: torch.device | None = None
     ) -> State:
-        w = self.o_proj.weight
-        device = device or w.device
-        first, second = (new_cache(batch_size, max_tokens, shape, w, device) for shape in self.entry_shapes())
-        caches = (convolve.init_state(batch_size, device=device) for convolve in self.convolutions())
-        return first, second, new_length(batch_size, max_tokens, device), *caches
+        device = device or self.o_proj.weight.device
+        entries = zip(self.entry_shapes(), self.entry_dtypes(), strict=True)
+        caches = [new_cache(batch_size, max_tokens, shape, dtype, device) for shape, dtype in entries]
+        convolved = (convolve.init_state(batch_size, device=device) for convolve in self.convolutions())
+        return *caches, new_length(batch_size, max_tokens, device), *convolved
 
     def cut_state(self, state: State, tokens: int) -> State:
-        return cut(state[0], tokens), cut(state[1], tokens), *state[2:]
+        caches, length, convolved = self.split_state(state)
+        return *(cut(cache, tokens) for cache in caches), length, *convolved
 
     def filters(self) -> list[Tensor]:
         return [convolve.weight for convolve in self.convolutions()]
 
     def state_bytes(self, context: int) -> int:
         cached = sum(weight.numel() - len(weight) for weight in self.filters())
-        entries = sum(math.prod(shape) for shape in self.entry_shapes())
-        return (context * entries + cached) * self.o_proj.weight.element_size()
+        entries = zip(self.entry_shapes(), self.entry_dtypes(), strict=True)
+        per_token = sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries)
+        return context * per_token + cached * self.o_proj.weight.element_size()
 
     def projection_flops(self) -> float:
         """FLOPs of one token in the linear layers and convolutions."""

@@ -21,12 +21,11 @@ from lkda.ops.precision import at_least_float32
 
 
 def new_cache(
-    batch_size: int, max_tokens: int | None, shape: Sequence[int], like: Tensor, device: torch.device
+    batch_size: int, max_tokens: int | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """An empty cache [batch_size, *shape[:-1], max_tokens, shape[-1]] in the dtype of `like`; without `max_tokens` S is
-    0."""
+    """An empty cache [batch_size, *shape[:-1], max_tokens, shape[-1]]; without `max_tokens` S is 0."""
     *heads, width = shape
-    return torch.zeros(batch_size, *heads, max_tokens or 0, width, device=device, dtype=like.dtype)
+    return torch.zeros(batch_size, *heads, max_tokens or 0, width, device=device, dtype=dtype)
 
 
 def new_length(batch_size: int, max_tokens: int | None, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lkda.models.rows import is_plain_norm
+from lkda.models.rows import is_rms_norm
 from lkda.ops import residual_norm
 
 
@@ -18,10 +18,12 @@ def normed_residual(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tenso
     Args:
         x: [..., d_model], the residual stream.
         y: of x's shape, what a layer adds to the stream.
+        norm: an RMSNorm may have no weight.
     """
-    if x.is_cuda and is_plain_norm(norm) and are_ordinary(x, y, norm.weight):
+    if x.is_cuda and is_rms_norm(norm) and are_ordinary(x, y, norm.weight):
         assert norm.eps is not None
-        return residual_norm(x, y, norm.weight, eps=norm.eps, dtype=_multiplied_dtype(x))
+        weight = x.new_ones(x.shape[-1], dtype=torch.float32) if norm.weight is None else norm.weight
+        return residual_norm(x, y, weight, eps=norm.eps, dtype=_multiplied_dtype(x))
     s = x if y is None else x + y
     return s, norm(s)
 

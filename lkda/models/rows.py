@@ -25,7 +25,12 @@ def normed(x: Tensor, norm: nn.Module) -> Tensor:
 
 def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.RMSNorm]:
     """Whether a call of `norm` is an RMSNorm with its weight and nothing else."""
-    return type(norm) is nn.RMSNorm and norm.eps is not None and norm.weight is not None and not has_hooks(norm)
+    return is_rms_norm(norm) and norm.weight is not None
+
+
+def is_rms_norm(norm: nn.Module) -> TypeGuard[nn.RMSNorm]:
+    """Whether a call of `norm` is an RMSNorm and nothing else; it may have no weight."""
+    return type(norm) is nn.RMSNorm and norm.eps is not None and not has_hooks(norm)
 
 
 def added(x: Tensor, y: Tensor) -> Tensor:

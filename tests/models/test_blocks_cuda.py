@@ -23,6 +23,7 @@ MIXERS = {
     "mla": {},
     "mla, norm of heads": {"qk_norm": True},
     "mla, rotary positions": {"rope_base": 10000.0},
+    "mla, rotary positions, norm of heads": {"rope_base": 10000.0, "qk_norm": True},
 }
 
 

@@ -21,10 +21,11 @@ from tests.models.helpers import small
 # They move numbers, convert them or multiply matrices. A sum of two numbers and a conversion round once, whoever
 # computes them.
 LAYOUT = {"view", "_unsafe_view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "split"}
-LAYOUT |= {"split_with_sizes", "alias", "detach", "unbind", "cat", "clone", "new_zeros", "zeros", "arange"}
+LAYOUT |= {"split_with_sizes", "alias", "detach", "unbind", "cat", "clone", "new_zeros", "zeros", "new_ones", "arange"}
 SAME_BITS = LAYOUT | {"mm", "_to_copy", "add"}
 KEYS_AS_WIDE_AS_VALUES = {"qk_nope_head_dim": 48, "qk_rope_head_dim": 16}
 ROTARY = {"rope_base": 10000.0}
+OF_MLA = ({"qk_norm": True, "conv_width": 4}, ROTARY | {"qk_norm": True}, ROTARY)
 ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 
 
@@ -79,7 +80,7 @@ def operators(graph):
     [
         *(("kda", {}), ("kda", {"gate": "head"}), ("simplified", {}), ("softmax", {}), ("softmax", {"qk_norm": True})),
         # Keys as wide as values: the attention of a CPU is one operator then, as that of a GPU is for all widths.
-        *(("mla", KEYS_AS_WIDE_AS_VALUES | options) for options in ({"qk_norm": True, "conv_width": 4}, ROTARY)),
+        *(("mla", KEYS_AS_WIDE_AS_VALUES | options) for options in OF_MLA),
     ],
     ids=str,
 )

@@ -47,8 +47,11 @@ def test_a_long_prompt_is_read_in_pieces(pattern, monkeypatch):
 
 @pytest.mark.parametrize(
     ("pattern", "of_mla"),
-    [(["softmax"], {}), (["mla"], {}), (["mla"], {"rope_base": 100.0}), (["kda", "mla"], {})],
-    ids=["softmax", "mla", "mla_rotary", "kda_mla"],
+    [
+        *((["softmax"], {}), (["mla"], {}), (["mla"], {"rope_base": 100.0}), (["kda", "mla"], {})),
+        *((["mla"], {"rope_base": base, "qk_norm": True}) for base in (100.0, None)),
+    ],
+    ids=["softmax", "mla", "mla_rotary", "kda_mla", "mla_rotary_norm", "mla_norm"],
 )
 def test_sequences_of_unequal_lengths_read_on(pattern, of_mla):
     """Each gives the logits that it has alone."""
@@ -125,8 +128,11 @@ def test_options_are_recorded_too(name, options):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("mla", {"qk_norm": True}), ("kda", {"state_dtype": "int8"}), ("simplified", {"conv_width": 0})],
-    ids=["norm", "int8", "silu"],
+    [
+        *(("mla", {"qk_norm": True}), ("mla", {"qk_norm": True, "rope_base": 100.0})),
+        *(("kda", {"state_dtype": "int8"}), ("simplified", {"conv_width": 0})),
+    ],
+    ids=["norm", "norm_rotary", "int8", "silu"],
 )
 def test_what_cannot_be_recorded_is_called(name, options):
     model = small([name], mixer={"pattern": [name], "num_heads": 2, name: options})
@@ -243,6 +249,7 @@ def test_blocks_of_few_launches_are_the_blocks(make):
 
 MLA = [{}, {"conv_width": 3}, {"qk_norm": True}, {"kv_lora_rank": 5, "qk_nope_head_dim": 6, "v_head_dim": 7}]
 MLA += [{"rope_base": 100.0}, {"rope_base": 100.0, "conv_width": 3, "kv_lora_rank": 5}]
+MLA += [{"rope_base": 100.0, "qk_norm": True}, {"rope_base": 100.0, "qk_norm": True, "conv_width": 3}]
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["many", "few"])
@@ -307,6 +314,10 @@ def test_mla_attends_with_few_launches():
     with Called() as called:
         mixer._sum_of_latents(q[..., :16], q[..., 16:], latent, shared, empty)
     assert called.names == ["bmm", "baddbmm_", "masked_fill_", "_softmax", "bmm"]
+    inverse = torch.rand(3, 8, 2)
+    with Called() as called:
+        mixer._sum_of_latents(q[..., :16], q[..., 16:], latent, shared, empty, inverse)
+    assert called.names == ["bmm", "baddbmm_", "mul", "masked_fill_", "_softmax", "_to_copy", "bmm"]
 
 
 class Called(TorchDispatchMode):

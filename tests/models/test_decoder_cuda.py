@@ -49,7 +49,7 @@ def test_captured_steps_over_a_long_cache(options):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"conv_width": 4}], ids=["plain", "conv"])
+@pytest.mark.parametrize("options", [{}, {"conv_width": 4}, {"qk_norm": True}], ids=["plain", "conv", "norm"])
 def test_captured_steps_of_latents_with_rotary_positions(options):
     """Also of sequences of unequal lengths. Heads of 64 have 32 rotary channels, which the kernel takes."""
     mixer = {"pattern": ["mla"], "num_heads": 2, "mla": {"rope_base": 100.0, **options}}

@@ -206,6 +206,7 @@ OPTIONS = [
     ("mla", {"conv_width": 3}),
     ("mla", {"rope_base": 100.0}),
     ("mla", {"rope_base": 100.0, "conv_width": 3}),
+    ("mla", {"rope_base": 100.0, "qk_norm": True}),
 ]
 
 

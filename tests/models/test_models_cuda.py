@@ -63,6 +63,8 @@ OPTIONS = [
     ("simplified", {"output_gate": False}),
     ("mla", {"rope_base": 100.0}),
     ("mla", {"rope_base": 100.0, "qk_rope_head_dim": 32}),
+    ("mla", {"rope_base": 100.0, "qk_rope_head_dim": 32, "qk_norm": True}),
+    ("mla", {"qk_norm": True}),
 ]
 
 

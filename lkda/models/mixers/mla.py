@@ -16,7 +16,7 @@ from lkda.models.mixer import State
 from lkda.models.projected_mixer import ProjectedMixer
 from lkda.models.recurrent_mixer import linear
 from lkda.models.residual import are_ordinary, normed_residual
-from lkda.models.rows import is_plain_norm
+from lkda.models.rows import is_plain_norm, is_rms_norm
 from lkda.models.sequence_part import states_before
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import latent_keys, rotary_heads, short_convolution
@@ -30,7 +30,7 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         c, r = split(kv_a x)        k = [k_nope(RMSNorm c), r], v = v(RMSNorm c)        scale = (nope + rope)^-0.5
 
     With rotary positions, r and the last `qk_rope_head_dim` channels of each head of q are rotated. The cache then
-    holds the rotated r.
+    holds the rotated r. With `qk_norm` it also holds 1 / |k| of each head.
 
     Args:
         kv_lora_rank: width of the latent c; half of d_model where None.
@@ -39,7 +39,9 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         v_head_dim: value channels per head; d_model / num_heads where None.
         rope_base: of the rotary frequencies; None for no position encoding, as in Kimi Linear.
         norm_eps: of the RMSNorm of the latent; 1e-6 as in transformers' Kimi Linear, whose other norms have 1e-5.
-        qk_norm: whether each head of q and k has an RMSNorm; all heads share its weight. Not with rotary positions.
+        qk_norm: whether each head of q and k has an RMSNorm. All heads share its weight. With rotary positions the
+            norm of q comes before the rotation, and that of k has no weight; so it may come after the rotation, which
+            keeps its length.
         conv_width: of short convolutions with SiLU, of q and of the latent with its shared key channels (before the
             latent's norm and the rotation); 0 for none (then no SiLU either). The cache then holds what was convolved.
         conv_std: standard deviation of their initial filters, N(0, conv_std); where None, they are uniform within
@@ -79,20 +81,21 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         self.v_dim = v_head_dim or self.head_dim
         self.rope_base, self.norm_eps, self.backend = rope_base, norm_eps, backend
         if rope_base is not None:
-            self._check_rotary(rope_base, qk_norm=qk_norm)
+            self._check_rotary(rope_base)
         self.q_proj = linear(d_model, num_heads * (self.nope + self.rope))
         self.kv_a_proj_with_mqa = linear(d_model, self.rank + self.rope)
         self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=norm_eps)
         self.kv_b_proj = linear(self.rank, num_heads * (self.nope + self.v_dim))
         self.o_proj = linear(num_heads * self.v_dim, d_model)
         self.o_norm = None
-        norms = (nn.RMSNorm(self.nope + self.rope, eps=norm_eps) if qk_norm else None for _ in range(2))
-        self.q_norm, self.k_norm = norms
+        width, weighted = self.nope + self.rope, rope_base is None
+        self.q_norm = nn.RMSNorm(width, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width, eps=norm_eps, elementwise_affine=weighted) if qk_norm else None
         widths = (num_heads * (self.nope + self.rope), self.rank + self.rope)
         convolutions = (ShortConvolution(size, conv_width, std=conv_std) if conv_width else None for size in widths)
         self.q_conv1d, self.kv_conv1d = convolutions
 
-    def _check_rotary(self, base: float, *, qk_norm: bool) -> None:
+    def _check_rotary(self, base: float) -> None:
         leave_out = "or rope_base=null for no position encoding"
         if not 0 < base < math.inf:
             raise InputError(f"mixer.mla.rope_base must be a number above 0, got {base}: choose one, {leave_out}.")
@@ -100,11 +103,6 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
             raise InputError(
                 f"rotary positions turn pairs of channels: mixer.mla.qk_rope_head_dim must be even, got {self.rope}: "
                 f"choose an even number, {leave_out}."
-            )
-        if qk_norm:
-            raise InputError(
-                f"mixer.mla.qk_norm must be false with rotary positions, got true with rope_base={base}: the norm of a "
-                f"key has a weight per channel, which would follow the rotation. Choose qk_norm=false, {leave_out}."
             )
 
     def inputs(
@@ -119,7 +117,7 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         """`inputs`, from the outputs [B, T, ...] of both linear layers on."""
         convolved: State = ()
         if self.q_conv1d is not None and self.kv_conv1d is not None:
-            q_cache, kv_cache = (None, None) if state is None else state[3:]
+            q_cache, kv_cache = (None, None) if state is None else self.split_state(state)[2]
             if self.part is not None:
                 (q_cache,) = states_before(q, [self.q_conv1d.weight], self.part)
                 (kv_cache,) = states_before(kv, [self.kv_conv1d.weight], self.part)
@@ -156,12 +154,13 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         if self._steps_in_cpp(q, kv, state):
             return self._attend_in_cpp(q, kv, state), None, state
         q, entries, convolved = self._heads(q.unsqueeze(1), kv.unsqueeze(1), None, state)
-        caches = append_one(state[:2], entries, state[2])
-        o = self._attend_one(q[:, 0], *filled(caches, state[2]))
-        return o, None, (*caches, state[2], *convolved)
+        before, length, _ = self.split_state(state)
+        caches = append_one(before, self.stored(*entries), length)
+        o = self._attend_one(q[:, 0], *filled(caches, length))
+        return o, None, (*caches, length, *convolved)
 
     def _steps_in_cpp(self, q: Tensor, kv: Tensor, state: State) -> bool:
-        plain = self.k_norm is None and is_plain(self.kv_b_proj) and is_plain_norm(self.kv_a_layernorm)
+        plain = self.q_norm is None and is_plain(self.kv_b_proj) and is_plain_norm(self.kv_a_layernorm)
         fits = plain and all(self.state_fits_cpp(y, state) for y in (q, kv))
         return fits and can_take(q, self.kv_b_proj.weight, self.kv_a_layernorm.weight)
 
@@ -187,32 +186,51 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         return o
 
     def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
-        latent, shared = caches
-        k, v = self.heads(self.kv_b_proj(latent)).split([self.nope, self.v_dim], -1)
-        k = latent_keys(k, shared.to(k.dtype))
+        k, v = self._keys_and_values(*caches[:2])
         return k if self.k_norm is None else self._normed(k, self.k_norm).to(v.dtype), v
+
+    def _keys_and_values(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """As `keys_and_values`, without the norm of k."""
+        k, v = self.heads(self.kv_b_proj(latent)).split([self.nope, self.v_dim], -1)
+        return latent_keys(k, shared.to(k.dtype)), v
+
+    def stored(self, *entries: Tensor) -> Sequence[Tensor]:
+        """With a norm of the keys, also 1 / |k| [B, T, H], with |k|^2 = sum of k_i^2 + K eps over the K channels.
+
+        It is 1 / rms of a key, divided by sqrt(K). So the product of q and k, times it, is a score with its scale.
+        """
+        if self.k_norm is None:
+            return entries
+        k, _ = self._keys_and_values(*entries)
+        wide = torch.promote_types(k.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(k, dim=-1, dtype=wide).square()
+        return *entries, (squares + k.shape[-1] * self.norm_eps).rsqrt()
 
     @staticmethod
     def _normed(x: Tensor, norm: nn.Module) -> Tensor:
         return normed_residual(x, None, norm)[1]
 
     def _attend_one(self, q: Tensor, caches: Sequence[Tensor], empty: Tensor | None) -> Tensor:
-        """q [B, H, nope + rope], the latents [B, S, rank] and the shared key channels [B, S, rope] -> [B, H, v_dim].
+        """q [B, H, nope + rope], the latents [B, S, rank], the shared key channels [B, S, rope], and with a norm of the
+        keys 1 / |k| [B, S, H] -> [B, H, v_dim].
 
-        Without a norm of the keys, the query is projected to the latent and the sum of latents to the values (as in
-        arXiv:2405.04434, section 2.1.2), which costs nothing per cached token. With it the keys are computed again, as
-        they are where another module has taken the place of kv_b_proj.
+        The query is projected to the latent and the sum of latents to the values (as in arXiv:2405.04434, section
+        2.1.2), which costs nothing per cached token. The keys are computed again where another module has taken the
+        place of kv_b_proj or of their norm.
         """
-        latent, shared = (cache.to(q.dtype) for cache in caches)
+        latent, shared, *inverse = caches
+        latent, shared = latent.to(q.dtype), shared.to(q.dtype)
         scale = q.shape[-1] ** -0.5
-        if self.k_norm is not None or not is_plain(self.kv_b_proj):
+        if not is_plain(self.kv_b_proj) or not (self.k_norm is None or is_rms_norm(self.k_norm)):
             k, v = (y.transpose(1, 2) for y in self.keys_and_values(latent, shared))
             weights = masked_softmax(torch.matmul(k, q.unsqueeze(-1)).squeeze(-1), empty, scale=scale)
             return torch.matmul(weights.unsqueeze(2), v).squeeze(2)
         to_key, to_value = self._weights_of_heads()
+        if self.k_norm is not None and self.k_norm.weight is not None:
+            q = (q * self.k_norm.weight).to(q.dtype)
         nope, rope = q.split([self.nope, self.rope], -1)
         nope = torch.bmm(nope.transpose(0, 1), to_key).transpose(0, 1)  # [B, H, rank]
-        summed = self._sum_of_latents(nope, rope, latent, shared, empty)
+        summed = self._sum_of_latents(nope, rope, latent, shared, empty, *inverse)
         return torch.bmm(summed.transpose(0, 1), to_value.mT).transpose(0, 1)
 
     def _weights_of_heads(self) -> tuple[Tensor, Tensor]:
@@ -221,15 +239,24 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         return to_key, to_value
 
     def _sum_of_latents(
-        self, query: Tensor, rope: Tensor, latent: Tensor, shared: Tensor, empty: Tensor | None
+        self,
+        query: Tensor,
+        rope: Tensor,
+        latent: Tensor,
+        shared: Tensor,
+        empty: Tensor | None,
+        inverse: Tensor | None = None,
     ) -> Tensor:
         """Attention in the latent space: query [B, H, rank], rope [B, H, rope] and the caches -> [B, H, rank].
 
         On a GPU with few sequences the time is that of the launches. So the second product adds and scales, too.
         """
-        scale = (self.nope + self.rope) ** -0.5
+        scale = (self.nope + self.rope) ** -0.5 if inverse is None else 1.0
         scores = torch.bmm(rope, shared.mT).baddbmm_(query, latent.mT, beta=scale, alpha=scale)
-        return torch.bmm(softmax_of_filled(scores, empty), latent)
+        if inverse is not None:
+            # In float32 at least: rounded once more, scores would have a larger error than with computed keys.
+            scores = scores * inverse.mT
+        return torch.bmm(softmax_of_filled(scores, empty).to(latent.dtype), latent)
 
     @torch.no_grad()
     def absorbed(self, *, most_bytes: int) -> tuple[list[Tensor], Tensor] | None:
@@ -261,8 +288,12 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
     def convolutions(self) -> list[ShortConvolution]:
         return [convolve for convolve in (self.q_conv1d, self.kv_conv1d) if convolve is not None]
 
-    def entry_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (self.rank,), (self.rope,)
+    def entry_shapes(self) -> Sequence[tuple[int, ...]]:
+        return [(self.rank,), (self.rope,), *([] if self.k_norm is None else [(self.num_heads,)])]
+
+    def entry_dtypes(self) -> Sequence[torch.dtype]:
+        own = self.o_proj.weight.dtype
+        return [own, own, *([] if self.k_norm is None else [torch.promote_types(own, torch.float32)])]
 
     def flops_per_token(self, context: int) -> float:
         """FLOPs of linear layers, convolutions, scores and sums; a token sees (context + 1) / 2 tokens on average."""

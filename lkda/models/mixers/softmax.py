@@ -162,7 +162,7 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
     def convolutions(self) -> list[ShortConvolution]:
         return [convolve for convolve in (self.q_conv1d, self.k_conv1d, self.v_conv1d) if convolve is not None]
 
-    def entry_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def entry_shapes(self) -> Sequence[tuple[int, ...]]:
         shape = (self.num_heads, self.head_dim)
         return shape, shape
 
