@@ -16,7 +16,6 @@
 
 constexpr int WIDTH = WARPS * 16;        // columns of a block
 constexpr int SPLITS = COLUMNS / WIDTH;  // blocks of a head
-constexpr int STEPS = D / 16;            // 16-channel blocks of K
 constexpr int VALUES = WIDTH < D ? WIDTH : D;  // columns of V of a block
 using Values = Tile<Element, C, VALUES>;
 

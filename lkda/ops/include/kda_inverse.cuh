@@ -176,10 +176,10 @@ __device__ __forceinline__ void copy_pairs(const char* shared, int thread, char*
     *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
 }
 
-// exp(G_C), by D / 2 threads from number FIRST of the block on.
-template <class Shared, int FIRST>
-__device__ __forceinline__ void whole_decay(const char* shared, char* workspace) {
-  const int channel = 2 * (opaque(threadIdx.x) - FIRST);
+// exp(G_C), by the threads number 0 to D / 2 - 1.
+template <class Shared>
+__device__ __forceinline__ void whole_decay(const char* shared, char* workspace, int thread) {
+  const int channel = 2 * thread;
   if (channel < 0 || channel >= D) return;
   float2 sum = make_float2(0.f, 0.f);
 #pragma unroll

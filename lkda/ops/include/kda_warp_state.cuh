@@ -1,6 +1,11 @@
 // A warp's part of a state: 16 columns of V and all of K, transposed: S^T [16 of V, K], float32 in registers.
 #pragma once
-#include "kda_inter_chunk.cuh"
+#include "kda_scale.cuh"
+#if WARPGROUPS
+#include "warpgroup.cuh"
+#endif
+
+constexpr int STEPS = D / 16;  // 16-channel blocks of K
 
 #if WARPGROUPS
 // x[V, tokens] += left rows^T, summed over all channels. rows: Rows in shared memory. left: [16 of V, channels].

@@ -268,7 +268,7 @@ __device__ __forceinline__ void work(char* shared, const Arguments& given, int w
     write_levels(shared, warp, factors, q, k);
     __syncwarp();
     multiply_leaf(shared, warp, factors.gates, q, k);
-    whole_decay<Shared, 0>(shared, workspace);
+    whole_decay<Shared>(shared, workspace, opaque(threadIdx.x));
     wait_at_barrier(FREE, WORKERS + HELPERS);
     tree_pairs<Shared, WORKER_WARPS>(shared, warp, given.scale);
     store_leaf_pairs(shared, warp, given.scale);

@@ -1,0 +1,295 @@
+// The forward in one kernel, where no backward follows: what intra_chunk_fwd.cu and inter_chunk_fwd.cu compute, with the same bits,
+// but the ChunkWorkspaces stay in shared memory. For heads of 64 in half precision on Hopper. One block per head of a sequence.
+//
+// A block has two teams of eight warps and four scanners. Team t computes the ChunkWorkspaces of the chunks t, t + 2, t + 4, ...,
+// each in one of SLOTS slots. The scanners go from chunk to chunk, and have all 64 columns of V. First they find the largest |v| of
+// the sequence, while the teams compute the first two chunks.
+//
+// A team and the scanners meet once for each chunk, at the barrier FILLED + t. The team has then filled the slot of chunk m, and the
+// scanners are done with chunk m - 1. So when the team goes on to chunk m + 2, the slot of chunk m - 1 is free for it.
+#include "kda_intra_chunk.cuh"
+#include "kda_scale.cuh"
+#include "kda_solve.cuh"
+#include "named_barrier.cuh"
+#include "registers.cuh"
+
+using Value = VALUE;
+using Values = Tile<Value, C, D>;
+constexpr int TEAMS = 2, SCANNERS = 128, SLOTS = TEAMS + 1;
+constexpr int AMONG_TEAM = 1, FILLED = AMONG_TEAM + TEAMS, AMONG_SCANNERS = FILLED + TEAMS;  // barriers; the first two are one for each team
+static_assert(D == 64 && HALVES && THREADS == 256, "a warp has 16 columns of V, and a team's registers fit");
+
+struct Memory {
+  static constexpr int slot = (ChunkWorkspace::bytes + 1023) / 1024 * 1024;
+  static constexpr int values = SLOTS * slot;              // Values
+  static constexpr int teams = values + Values::bytes;     // Shared of each team
+  static constexpr int amax = ChunkWorkspace::bytes;       // float [4], behind the first slot's workspace
+  static constexpr int bytes = teams + TEAMS * Shared::bytes;
+};
+static_assert(Memory::amax + SCANNERS / 32 * 4 <= Memory::slot, "it fits where a slot is rounded up");
+static_assert(Memory::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
+
+// The arguments of the kernel, and what this block computes: one head of one sequence.
+struct Arguments {
+  const Element *q, *k;
+  const Value* v;
+  const float *g, *beta, *initial_state;
+  Value* o;
+  float* final_state;
+  int heads, head, sequence, length, chunks;
+  float scale;
+
+  __device__ __forceinline__ Span span(int m) const { return {sequence, sequence * length + m * C, min(C, length - m * C), m == 0, m == chunks - 1}; }
+  // The first channel of a token.
+  __device__ __forceinline__ long long at(int token) const { return ((static_cast<long long>(sequence) * length + token) * heads + head) * D; }
+  __device__ __forceinline__ long long state() const { return (static_cast<long long>(sequence) * heads + head) * D * D; }
+};
+
+// A team's warp has one leaf, and its lanes have two channels each.
+struct Team {
+  int number, leaf;
+
+  __device__ __forceinline__ int thread() const { return threadIdx.x % THREADS; }
+  __device__ __forceinline__ int opaque_thread() const { return opaque(threadIdx.x) % THREADS; }
+  __device__ __forceinline__ int channel() const { return opaque(threadIdx.x) % 32 * 2; }
+  __device__ __forceinline__ void wait() const { wait_at_barrier(AMONG_TEAM + number, THREADS); }
+};
+
+// A thread's part of q or k, which lies in shared memory in place of a Square that is written later, to save registers.
+struct SharedLeaf {
+  volatile unsigned* pair;
+
+  __device__ __forceinline__ SharedLeaf(char* square, int thread) : pair(reinterpret_cast<volatile unsigned*>(square) + thread) {
+    static_assert(LEAF * THREADS * 4 <= Square::bytes, "it fits");
+  }
+  __device__ __forceinline__ void set(const Leaf<Element>& leaf) const {
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) pair[i * THREADS] = leaf.pair[i];
+  }
+  __device__ __forceinline__ float2 operator[](int i) const { return unpack(Element{}, pair[i * THREADS]); }
+};
+
+// Writes the operands of all levels, and k_in, qg and kg, as intra_chunk_fwd.cu does, but one matrix after another, which takes fewer
+// registers.
+__device__ __forceinline__ void write_operands(const Team& team, char* shared, char* workspace, const Gates& gates, const SharedLeaf& q, const SharedLeaf& k, float scale) {
+  const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
+  const int leaf = team.leaf;
+  Reach reach;
+  float2 near[LEVELS];  // the reach on each level
+#pragma unroll
+  for (int level = 0; level < LEVELS; ++level) {
+    near[level] = reach.at(level, leaf);
+    reach.widen_both(leaf_logs, level, leaf, team.channel());
+  }
+  reach.before = exp2_fast(reach.before);
+  reach.after = exp2_fast(reach.after);
+  float2 x[LEAF];  // k or q, times the product inside the leaf
+  auto write_rows = [&](int matrix, bool of_q) {
+    const int channel = team.channel();
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level)
+      if (Level::is_row(level, leaf)) Level::write_rows(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], x, of_q);
+    char* to = Rows::from(workspace + matrix, leaf * LEAF);
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) store_pair(Rows::at(to, i, channel), times(reach.before, x[i]));
+    __syncwarp();
+  };
+  gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { x[i] = times(f, k[i]); });
+  write_rows(ChunkWorkspace::k_in, false);
+  gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { x[i] = times(make_float2(scale * f.x, scale * f.y), q[i]); });
+  write_rows(ChunkWorkspace::qg, true);
+  gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { x[j] = times(f, k[j]); });
+  const int channel = team.channel();
+#pragma unroll
+  for (int level = 0; level < LEVELS; ++level)
+    if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], x);
+  char* kg = Rows::from(workspace + ChunkWorkspace::kg, leaf * LEAF);
+#pragma unroll
+  for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, x[j]));
+  __syncwarp();
+}
+
+__device__ __forceinline__ void compute_chunks(char* memory, const Arguments& given, const Team& team) {
+  char* shared = memory + Memory::teams + team.number * Shared::bytes;
+  ChunkInputs inputs;
+  auto ask = [&](int chunk) {  // past the last chunk the last one: if nothing were read there, the old inputs would need registers
+    const int m = min(chunk, given.chunks - 1);
+    inputs.read(given.q, given.k, given.g, given.beta, given.span(m), given.heads, given.head, team.leaf, team.channel(), team.thread());
+  };
+  ask(team.number);
+#pragma unroll 1
+  for (int m = team.number; m < given.chunks; m += TEAMS) {
+    char* slot = memory + m % SLOTS * Memory::slot;
+    if (team.thread() < C) {
+      reinterpret_cast<float*>(shared + Shared::beta)[team.thread()] = inputs.beta;
+      reinterpret_cast<float*>(slot + ChunkWorkspace::beta)[team.thread()] = inputs.beta;
+    }
+    const SharedLeaf q(shared + Shared::below, team.thread()), k(slot + ChunkWorkspace::pairs, team.thread());
+    q.set(inputs.q);
+    k.set(inputs.k);
+    Gates gates;
+    gates.set(inputs.nats);
+    Gates::share(inputs.nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), team.leaf, team.channel());
+    team.wait();
+    write_operands(team, shared, slot, gates, q, k, given.scale);
+    leaf_pairs(team, shared, team.leaf, gates, q, k, given.scale);
+    ask(m + TEAMS);
+    pairs_and_inverse(team, shared, slot);
+    copy_pairs<Shared, THREADS>(shared, team.opaque_thread(), slot);
+    show_to_products();
+    wait_at_barrier(FILLED + team.number, THREADS + SCANNERS);
+  }
+}
+
+// Scanners.
+
+__device__ __forceinline__ int scanner() { return threadIdx.x - TEAMS * THREADS; }
+
+// The power-of-two scale of v and the state (kda_scale.cuh).
+__device__ __forceinline__ float find_scale(char* memory, const Arguments& given) {
+  float x = packed_amax_of_rows<SCANNERS>(given.v + given.at(0), given.length, given.heads, scanner());
+  if (given.initial_state != nullptr) {
+    const float* state = given.initial_state + given.state();
+#pragma unroll 4
+    for (int i = scanner(); i < D * D; i += SCANNERS) x = max_finite(x, state[i]);
+  }
+  x = amax_in_warp(x);
+  float* of_warps = reinterpret_cast<float*>(memory + Memory::amax);
+  if (lane_id() == 0) of_warps[scanner() / 32] = x;
+  wait_at_barrier(AMONG_SCANNERS, SCANNERS);
+#pragma unroll
+  for (int warp = 0; warp < SCANNERS / 32; ++warp) x = fmaxf(x, of_warps[warp]);
+  return value_scale(x);
+}
+
+// Starts copying a warp's 16 columns of v of a chunk. Rows past the last token become zeros.
+__device__ __forceinline__ void fetch_values(char* memory, const Arguments& given, int m, int column) {
+  const int tokens = min(C, given.length - m * C);
+#pragma unroll
+  for (int n = 0; n < C * 2; n += 32) {
+    const int t = (n + opaque(lane_id())) / 2, at = column + lane_id() % 2 * 8;
+    copy_16_async(Values::at(memory + Memory::values, t, at), given.v + given.at(m * C + min(t, tokens - 1)) + at, t < tokens);
+  }
+  commit_copies();
+}
+
+// -v^T of a warp's 16 columns, times the scale.
+__device__ __forceinline__ void load_values(Sum (&x)[BLOCKS], const char* memory, int column, float scale) {
+#pragma unroll
+  for (int t = 0; t < BLOCKS; ++t) {
+    const Block<Value> value = Values::load_transposed(memory + Memory::values, t * 16, column);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float2 pair = get_pair(value, q);
+      x[t].pair[q] = make_float2(-scale * pair.x, -scale * pair.y);
+    }
+  }
+}
+
+// Writes o of a chunk from o^T in float32.
+__device__ __forceinline__ void write_output(const Arguments& given, int m, int column, Sum (&out)[BLOCKS], float factor) {
+  const int tokens = min(C, given.length - m * C);
+#pragma unroll
+  for (int t = 0; t < BLOCKS; ++t) {
+    scale_all(out[t], factor);
+    Block<Value> rows = round_to<Value>(out[t]);
+    rows = {{transpose(rows.word[0]), transpose(rows.word[2]), transpose(rows.word[1]), transpose(rows.word[3])}};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int token = t * 16 + quadrant_row(q);
+      if (token < tokens) store_quadrant(given.o + given.at(m * C + token) + column + quadrant_column(q), rows, q);
+    }
+  }
+}
+
+__device__ __forceinline__ void scan(char* memory, const Arguments& given) {
+  const int column = scanner() / 32 * 16;  // the warp's first column of V
+  fetch_values(memory, given, 0, column);
+  const float scale = find_scale(memory, given);
+  Sum state[STEPS];
+  if (given.initial_state != nullptr) {
+    read_state(state, given.initial_state + given.state() + column, scale);
+  } else {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) clear(state[i]);
+  }
+#pragma unroll 1
+  for (int m = 0; m < given.chunks; ++m) {
+    wait_copies<0>();
+    wait_at_barrier(FILLED + m % TEAMS, THREADS + SCANNERS);
+    const char* workspace = memory + m % SLOTS * Memory::slot;
+    const char* pairs = workspace + ChunkWorkspace::pairs;
+    const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
+    const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);
+
+    Sum x[BLOCKS];  // -r^T, then -v~^T, then v~^T
+    load_values(x, memory, column, scale);
+    __syncwarp();  // the warp has read its columns of v
+    if (m + 1 < given.chunks) fetch_values(memory, given, m + 1, column);
+    Block<Operand> entry[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
+    settle(x);
+    open_products();
+    products_over_channels(x, entry, workspace + ChunkWorkspace::k_in);
+    close_products();
+    wait_products<0>();
+    settle(x);
+    __syncwarp();
+    solve(x, pairs, beta);
+    __syncwarp();
+    Block<Operand> written[BLOCKS];  // v_new^T
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) x[t].pair[q] = make_float2(-x[t].pair[q].x, -x[t].pair[q].y);
+      scale_columns(x[t], beta + t * 16);
+      written[t] = round_to<Operand>(x[t]);
+    }
+    Sum out[BLOCKS];  // [16 of V, tokens]
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
+    settle(out);
+    settle(state);
+    open_products();
+    products_over_channels(out, entry, workspace + ChunkWorkspace::qg);
+    close_products();
+    products_over_tokens(state, written, workspace + ChunkWorkspace::kg);
+    close_products();
+    wait_products<1>();
+    settle(out);
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t)
+#pragma unroll
+      for (int j = 0; j <= t; ++j) {
+        Right<Operand> p = Square::load_right(pairs, t * 16, j * 16);
+        if (j == t) keep<Triangle::lower, true>(p);
+        product(out[t], written[j], p);
+      }
+    wait_products<0>();
+    settle(state);
+    write_output(given, m, column, out, inverse_of(scale));
+  }
+  write_state(state, given.final_state + given.state() + column, inverse_of(scale));
+}
+
+// q, k: [N, length, H, D] Element. v, o: the same, Value. g: the same, beta: [N, length, H], float32. initial_state (may be null,
+// zeros), final_state: [N, H, K, V] float32. Grid: N x H.
+extern "C" __global__ void __launch_bounds__(TEAMS * THREADS + SCANNERS, 1) kda_chunk_fwd(
+    const Element* q, const Element* k, const Value* v, const float* g, const float* beta, const float* initial_state, Value* o, float* final_state, int length, int heads, float scale) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  char* shared = reinterpret_cast<char*>(shared_memory);
+  const int sequence = blockIdx.x / heads, head = blockIdx.x % heads, chunks = (length + C - 1) / C;
+  const Arguments given = {q, k, v, g, beta, initial_state, o, final_state, heads, head, sequence, length, chunks, scale};
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // so that the compiler knows that all lanes have the same
+  const int team = warp / (THREADS / 32);
+  if (team == TEAMS) {
+    take_registers<SCANNER_REGISTERS>();
+    scan(shared, given);
+  } else {
+    give_registers<TEAM_REGISTERS>();
+    compute_chunks(shared, given, {team, warp % LEAVES});
+  }
+}
