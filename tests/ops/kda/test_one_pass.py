@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from lkda.ops.kda.cuda import variants
+from lkda.ops import kda_attention, l2_normalized
+from lkda.ops.kda.cuda import core, plan, variants
 from tests.ops.cases import kda_inputs, relative
-from tests.ops.emulation import emulated
-from tests.ops.rounded_reference import kda_truth  # noqa: F401
+from tests.ops.emulation import emulated, kernels_on_the_cpu  # noqa: F401
 
 ARCH, D = "sm_90a", 64
 
@@ -57,3 +57,44 @@ def test_equal_to_the_kernels_with_workspaces(T, gate, dtype, query, with_state)
     for got, want in zip(in_one_kernel(*given), in_two_kernels(*given), strict=True):
         assert torch.isfinite(want.float()).all()
         assert torch.equal(got, want), relative(got, want)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.usefixtures("kernels_on_the_cpu")
+@pytest.mark.parametrize(
+    ("T", "gate", "with_state"), [(200, "slow", True), pytest.param(130, "fast", False, marks=pytest.mark.slow)]
+)
+def test_the_op_in_one_kernel(T, gate, with_state, monkeypatch):
+    """Against the recurrence in float64. The backward needs the workspaces, so with a gradient nothing changes."""
+    monkeypatch.setattr(variants, "ONE_PASS", True)
+    monkeypatch.setattr(plan, "architecture", lambda device: ARCH)
+    monkeypatch.setattr(plan, "BLOCKS", 3)
+    monkeypatch.setattr(plan, "optional_segment_count", lambda *sizes: 1)
+    monkeypatch.setattr(plan, "segment_count", lambda *sizes: 1)
+    plan._plan.cache_clear()
+    launched = []
+    launch = core.Plan.intra_chunk_fwd
+    monkeypatch.setattr(core.Plan, "intra_chunk_fwd", lambda *given: (launched.append(1), launch(*given)))
+    inputs = kda_inputs(1, T, 3, D, D, gate=gate, dtype=torch.bfloat16)
+    inputs |= {name: (3 * inputs[name]).contiguous() for name in ("q", "k")}
+    state = inputs.pop("initial_state")
+    state = state if with_state else None
+    got = core.kda_cuda(**inputs, scale=D**-0.5, initial_state=state, cu_seqlens=None, normalize=True)
+    assert not launched
+    wide = {name: x.double() for name, x in inputs.items()}
+    wide |= {name: l2_normalized(wide[name], wide[name], backend="torch")[0] for name in ("q", "k")}
+    state = None if state is None else state.double()
+    want = kda_attention(**wide, scale=D**-0.5, initial_state=state, backend="recurrent")
+    for one, other in zip(got, want, strict=True):
+        assert relative(one, other) < 6e-3
+    inputs["v"].requires_grad_()
+    core.kda_cuda(**inputs, scale=D**-0.5, initial_state=None, cu_seqlens=None)
+    assert launched
+    plan._plan.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "fills"), [(1, False), (87, False), (88, True), (128, True), (132, True), (140, False), (512, True)]
+)
+def test_how_many_blocks_fill_the_gpu(blocks, fills):
+    assert plan.fills_in_one_pass(blocks) is fills

@@ -55,6 +55,20 @@ struct Team {
   __device__ __forceinline__ void wait() const { wait_at_barrier(AMONG_TEAM + number, THREADS); }
 };
 
+// What a thread reads of a chunk: two channels of one leaf, and beta of the token that has the thread's number.
+struct ChunkInputs {
+  Leaf<float> nats;
+  Leaf<Element> q, k;
+  float beta = 0.f;
+
+  __device__ __forceinline__ void read(const Element* q_of_all, const Element* k_of_all, const float* g, const float* beta_of_all, const Span& span, int heads, int head, int leaf, int channel, int thread) {
+    nats.read(g, span, heads, head, leaf, channel);
+    q.read(q_of_all, span, heads, head, leaf, channel);
+    k.read(k_of_all, span, heads, head, leaf, channel);
+    if (thread < C) beta = thread < span.tokens ? beta_of_all[static_cast<long long>(span.start + thread) * heads + head] : 0.f;
+  }
+};
+
 // A thread's part of q or k, which lies in shared memory in place of a Square that is written later, to save registers.
 struct SharedLeaf {
   volatile unsigned* pair;

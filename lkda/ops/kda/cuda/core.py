@@ -68,6 +68,10 @@ def launch_forward(
     q, k = normalize_heads(q, k) if normalize else (readable(q), readable(k))
     v, g, beta = readable(v), readable(g), readable(beta)
     plan = plan_of(v, cu_seqlens, q.dtype)
+    if plan.chunk_fwd is not None and T > 0 and workspaces is None and not save:
+        o, final_state = empty_results(v, cu_seqlens)
+        plan.chunk_fwd(q, k, v, g, beta, initial_state, o, final_state, T, H, scale)
+        return o, final_state, None, None, None, None
     bounds, spans = plan.chunks(cu_seqlens)
     if workspaces is None:
         workspaces = launch_intra_chunk_fwd(q, k, v, g, beta, plan, spans, scale)

@@ -22,38 +22,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
   char* shared = reinterpret_cast<char*>(shared_memory);
 
   struct {
-    __device__ __forceinline__ int thread() const { return threadIdx.x; }
+    __device__ __forceinline__ unsigned thread() const { return threadIdx.x; }
     __device__ __forceinline__ int opaque_thread() const { return opaque(threadIdx.x); }
     __device__ __forceinline__ void wait() const { __syncthreads(); }
   } const block;
   const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
 
   bool exists = false;
-  ChunkInputs inputs;
+  Leaf<float> nats;
+  Leaf<Element> qs, ks;
+  float own_beta = 0.f;  // of token threadIdx.x
   auto ask = [&](int item) {
+    const int channel = opaque(threadIdx.x) % (D / 2) * 2, leaf = opaque(threadIdx.x) / (D / 2);
     const Span span = span_of(item / heads, length, spans);
     exists = span.tokens > 0;
-    if (exists) inputs.read(q, k, g, beta, span, heads, item % heads, block.opaque_thread() / (D / 2), block.opaque_thread() % (D / 2) * 2, threadIdx.x);
+    if (!exists) return;
+    nats.read(g, span, heads, item % heads, leaf, channel);
+    qs.read(q, span, heads, item % heads, leaf, channel);
+    ks.read(k, span, heads, item % heads, leaf, channel);
+    if (threadIdx.x < C) own_beta = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + item % heads] : 0.f;
   };
   ask(blockIdx.x);
 #pragma unroll 1
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    auto ask_next = [&] {
-      if (item + gridDim.x < items) ask(item + gridDim.x);
-    };
     if (!exists) {
-      ask_next();
+      if (item + gridDim.x < items) ask(item + gridDim.x);
       continue;
     }
     auto workspace_of = [&](int item) { return workspaces + static_cast<long long>(item) * ChunkWorkspace::bytes; };
     char* workspace = workspace_of(item);
     if (threadIdx.x < C) {
-      reinterpret_cast<float*>(shared + Shared::beta)[threadIdx.x] = inputs.beta;
-      reinterpret_cast<float*>(workspace + ChunkWorkspace::beta)[threadIdx.x] = inputs.beta;
+      reinterpret_cast<float*>(shared + Shared::beta)[threadIdx.x] = own_beta;
+      reinterpret_cast<float*>(workspace + ChunkWorkspace::beta)[threadIdx.x] = own_beta;
     }
     Gates gates;
-    gates.set(inputs.nats);
-    Gates::share(inputs.nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), leaf, channel);
+    gates.set(nats);
+    Gates::share(nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), leaf, channel);
     block.wait();  // the workspace of the item before has been copied out
 
     const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
@@ -72,8 +76,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     reach.after = exp2_fast(reach.after);
     float2 near_k[LEAF], near_q[LEAF];  // times the product inside the leaf
     gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) {
-      near_k[i] = times(f, inputs.k[i]);
-      near_q[i] = times(make_float2(scale * f.x, scale * f.y), inputs.q[i]);
+      near_k[i] = times(f, ks[i]);
+      near_q[i] = times(make_float2(scale * f.x, scale * f.y), qs[i]);
     });
     char* k_in = Rows::from(workspace + ChunkWorkspace::k_in, leaf * LEAF);
     char* qg = Rows::from(workspace + ChunkWorkspace::qg, leaf * LEAF);
@@ -89,15 +93,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
       store_pair(Rows::at(k_in, i, channel), times(reach.before, near_k[i]));
       store_pair(Rows::at(qg, i, channel), times(reach.before, near_q[i]));
     }
-    gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, inputs.k[j]); });
+    gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { near_k[j] = times(f, ks[j]); });
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level)
       if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k);
 #pragma unroll
     for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, near_k[j]));
-    leaf_pairs(block, shared, leaf, gates, inputs.q, inputs.k, scale);
+    leaf_pairs(block, shared, leaf, gates, qs, ks, scale);
     workspace = workspace_of(opaque(item));  // computed again, to save registers
-    ask_next();
+    if (item + gridDim.x < items) ask(item + gridDim.x);
     pairs_and_inverse(block, shared, workspace);
     copy_pairs<Shared, THREADS>(shared, block.opaque_thread(), workspace);
   }
