@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -76,8 +77,9 @@ def one_pass(dtype: torch.dtype, query: torch.dtype | None, device: torch.device
     q, k = (drawn[name].to(query or dtype) for name in ("q", "k"))
     v, g, beta = (drawn[name] for name in ("v", "g", "beta"))
     o, final_state = torch.empty_like(v), torch.empty(B, H, D, D, device=device)
-    one = variants.chunk_fwd(dtype, query)
-    for state in (None, torch.randn(B, H, D, D, device=device)):
+    states = (None, torch.randn(B, H, D, D, device=device))
+    for state, products in product(states, (False, True)):
+        one = variants.chunk_fwd(dtype, query, products)
         given = (q, k, v, g, beta, state, o, final_state)
         one.kernel((B * H, 1, 1), one.threads, *given, T, H, D**-0.5, device=device)
 

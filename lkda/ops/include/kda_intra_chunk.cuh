@@ -118,11 +118,11 @@ __device__ __forceinline__ void leaf_pairs(const Team& team, char* shared, int l
 }
 
 // Akk and Aqk on the levels, and T~. The matrix of Aqk and T~ is left in `shared`, and exp(G_C) in the workspace. The operands of all
-// levels, and the pairs inside leaves, are in `shared` already.
+// levels, and the pairs inside leaves, are in `shared` already. scale: of Aqk; 1 if q^ is already multiplied by it.
 template <class Team>
-__device__ __forceinline__ void pairs_and_inverse(const Team& team, char* shared, char* workspace) {
+__device__ __forceinline__ void pairs_and_inverse(const Team& team, char* shared, char* workspace, float scale) {
   team.wait();
-  tree_pairs<Shared, WARPS>(shared, opaque(team.thread() / 32), 1.f);
+  tree_pairs<Shared, WARPS>(shared, opaque(team.thread() / 32), scale);
   team.wait();  // T and T~ take the place of the level tiles
   if (team.thread() < C) invert_column<Shared>(shared, team.thread());
   whole_decay<Shared>(shared, workspace, team.opaque_thread() - C);  // by threads that invert nothing

@@ -31,9 +31,9 @@ def in_two_kernels(q, k, v, g, beta, state, scale):
     return o, final
 
 
-def in_one_kernel(q, k, v, g, beta, state, scale):
+def in_one_kernel(q, k, v, g, beta, state, scale, products=False):
     B, T, H, _ = v.shape
-    kernel = variants.chunk_fwd(v.dtype, q.dtype)
+    kernel = variants.chunk_fwd(v.dtype, q.dtype, products)
     o, final = torch.full_like(v, torch.nan), torch.full((B, H, D, D), torch.nan)
     emulated(kernel.kernel)(B * H, kernel.threads, q, k, v, g, beta, state, o, final, T, H, scale)
     return o, final
@@ -60,13 +60,26 @@ def test_equal_to_the_kernels_with_workspaces(T, gate, dtype, query, with_state)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("T", "gate"), [(200, "slow"), (200, "fast"), (130, "resets"), (70, "zero"), (130, "mixed")])
+def test_products_inside_leaves(T, gate):
+    """They round other numbers than sums do. Their error is about the same."""
+    inputs = kda_inputs(1, T, 2, D, D, gate=gate, dtype=torch.bfloat16)
+    q, k, v, g, beta, state = inputs.values()
+    got = in_one_kernel(q, k, v, g, beta, state, D**-0.5, products=True)
+    sums = in_one_kernel(q, k, v, g, beta, state, D**-0.5)
+    truth = kda_attention(*(x.double() for x in (q, k, v, g, beta)), initial_state=state.double(), backend="recurrent")
+    for one, other, want in zip(got, sums, truth, strict=True):
+        assert relative(one, want) < max(1.3 * relative(other, want), 1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.usefixtures("kernels_on_the_cpu")
 @pytest.mark.parametrize(
     ("T", "gate", "with_state"), [(200, "slow", True), pytest.param(130, "fast", False, marks=pytest.mark.slow)]
 )
 def test_the_op_in_one_kernel(T, gate, with_state, monkeypatch):
     """Against the recurrence in float64. The backward needs the workspaces, so with a gradient nothing changes."""
-    monkeypatch.setattr(variants, "ONE_PASS", True)
+    monkeypatch.setattr(variants, "ONE_PASS", "sums")
     monkeypatch.setattr(plan, "architecture", lambda device: ARCH)
     monkeypatch.setattr(plan, "BLOCKS", 3)
     monkeypatch.setattr(plan, "optional_segment_count", lambda *sizes: 1)

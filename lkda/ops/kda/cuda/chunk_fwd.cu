@@ -1,5 +1,8 @@
-// The forward in one kernel, where no backward follows: what intra_chunk_fwd.cu and inter_chunk_fwd.cu compute, with the same bits,
-// but the ChunkWorkspaces stay in shared memory. For heads of 64 in half precision on Hopper. One block per head of a sequence.
+// The forward in one kernel, where no backward follows: what intra_chunk_fwd.cu and inter_chunk_fwd.cu compute, but the
+// ChunkWorkspaces stay in shared memory. For heads of 64 in half precision on Hopper. One block per head of a sequence.
+//
+// With PRODUCTS pairs inside a leaf are multiplied on tensor cores, and the factors of all operands are rounded to float16, as
+// intra_chunk_fwd_helpers.cu does. Without, all bits are those of intra_chunk_fwd.cu.
 //
 // A block has two teams of eight warps and four scanners. Team t computes the ChunkWorkspaces of the chunks t, t + 2, t + 4, ...,
 // each in one of SLOTS slots. The scanners go from chunk to chunk, and have all 64 columns of V. First they find the largest |v| of
@@ -7,7 +10,9 @@
 //
 // A team and the scanners meet once for each chunk, at the barrier FILLED + t. The team has then filled the slot of chunk m, and the
 // scanners are done with chunk m - 1. So when the team goes on to chunk m + 2, the slot of chunk m - 1 is free for it.
+#include "kda_half_operands.cuh"
 #include "kda_intra_chunk.cuh"
+#include "kda_leaf_products.cuh"
 #include "kda_scale.cuh"
 #include "kda_solve.cuh"
 #include "named_barrier.cuh"
@@ -28,6 +33,8 @@ struct Memory {
 };
 static_assert(Memory::amax + SCANNERS / 32 * 4 <= Memory::slot, "it fits where a slot is rounded up");
 static_assert(Memory::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
+
+__device__ __forceinline__ char* slot_of(char* memory, int m) { return memory + m % SLOTS * Memory::slot; }
 
 // The arguments of the kernel, and what this block computes: one head of one sequence.
 struct Arguments {
@@ -123,6 +130,45 @@ __device__ __forceinline__ void write_operands(const Team& team, char* shared, c
   __syncwarp();
 }
 
+// Akk and Aqk inside a leaf, on tensor cores. The operands lie where the warp's rows of k_in, qg and kg are written later.
+__device__ __forceinline__ void multiply_leaf(const Team& team, char* shared, char* workspace, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
+  const int first = team.leaf * LEAF;
+  const LeafProducts<Rows::bytes> products(Rows::from(workspace, first), gates, q, k);
+  const LeafSums neighbours = products.neighbours(), farther = products.farther(gates);
+  float* corner = reinterpret_cast<float*>(shared + Shared::corner) + first * 17 + first % 16;
+  for_neighbours(
+      neighbours, [&](int i, int j, float a) { corner[i * 17 + j] = a; },
+      [&](int i, int j, float a) { store_one(Square::at(shared + Shared::pairs, first + i, first + j), scale * a); });
+  for_farther(
+      farther,
+      [&](int i, int j, float2 a) {
+        corner[i * 17 + j] = a.x;
+        corner[i * 17 + j + 1] = a.y;
+      },
+      [&](int i, int j, float2 a) { store_pair(Square::at(shared + Shared::pairs, first + i, first + j), times(make_float2(scale, scale), a)); });
+}
+
+// The same as write_operands, with factors in float16.
+__device__ __forceinline__ void write_half_operands(const Team& team, char* shared, char* workspace, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
+  const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
+  Reach reach;
+  unsigned near[LEVELS];
+#pragma unroll
+  for (int level = 0; level < LEVELS; ++level) {
+    near[level] = pack(float16{}, reach.at(level, team.leaf));
+    reach.widen_both(leaf_logs, level, team.leaf, team.channel());
+  }
+  reach.before = exp2_fast(reach.before);
+  reach.after = exp2_fast(reach.after);
+  struct {
+    int leaf, channel;
+  } const place = {team.leaf, team.channel()};
+  write_workspace(workspace, place, gates, reach, q, k, scale);
+  __syncwarp();
+  write_levels(shared + Shared::tree, place, gates, near, q, k);
+  __syncwarp();
+}
+
 __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& given, const Team& team) {
   char* shared = memory + Memory::teams + team.number * Shared::bytes;
   ChunkInputs inputs;
@@ -133,22 +179,30 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
   ask(team.number);
 #pragma unroll 1
   for (int m = team.number; m < given.chunks; m += TEAMS) {
-    char* slot = memory + m % SLOTS * Memory::slot;
+    char* slot = slot_of(memory, m);
     if (team.thread() < C) {
       reinterpret_cast<float*>(shared + Shared::beta)[team.thread()] = inputs.beta;
       reinterpret_cast<float*>(slot + ChunkWorkspace::beta)[team.thread()] = inputs.beta;
     }
-    const SharedLeaf q(shared + Shared::below, team.thread()), k(slot + ChunkWorkspace::pairs, team.thread());
-    q.set(inputs.q);
-    k.set(inputs.k);
     Gates gates;
     gates.set(inputs.nats);
     Gates::share(inputs.nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), team.leaf, team.channel());
-    team.wait();
-    write_operands(team, shared, slot, gates, q, k, given.scale);
-    leaf_pairs(team, shared, team.leaf, gates, q, k, given.scale);
+    if constexpr (PRODUCTS) {
+      const Leaf<float16> q = in_float16(inputs.q), k = in_float16(inputs.k);
+      multiply_leaf(team, shared, slot, gates, q, k, given.scale);
+      team.wait();  // the sums of all leaves' logs are there
+      write_half_operands(team, shared, slot, gates, q, k, given.scale);
+    } else {
+      const SharedLeaf q(shared + Shared::below, team.thread()), k(slot + ChunkWorkspace::pairs, team.thread());
+      q.set(inputs.q);
+      k.set(inputs.k);
+      team.wait();
+      write_operands(team, shared, slot, gates, q, k, given.scale);
+      leaf_pairs(team, shared, team.leaf, gates, q, k, given.scale);
+    }
     ask(m + TEAMS);
-    pairs_and_inverse(team, shared, slot);
+    slot = slot_of(memory, opaque(m));  // computed again, to save registers
+    pairs_and_inverse(team, shared, slot, PRODUCTS ? given.scale : 1.f);
     copy_pairs<Shared, THREADS>(shared, team.opaque_thread(), slot);
     show_to_products();
     wait_at_barrier(FILLED + team.number, THREADS + SCANNERS);
@@ -231,7 +285,7 @@ __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
   for (int m = 0; m < given.chunks; ++m) {
     wait_copies<0>();
     wait_at_barrier(FILLED + m % TEAMS, THREADS + SCANNERS);
-    const char* workspace = memory + m % SLOTS * Memory::slot;
+    const char* workspace = slot_of(memory, m);
     const char* pairs = workspace + ChunkWorkspace::pairs;
     const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
     const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);

@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     leaf_pairs(block, shared, leaf, gates, qs, ks, scale);
     workspace = workspace_of(opaque(item));  // computed again, to save registers
     if (item + gridDim.x < items) ask(item + gridDim.x);
-    pairs_and_inverse(block, shared, workspace);
+    pairs_and_inverse(block, shared, workspace, 1.f);
     copy_pairs<Shared, THREADS>(shared, block.opaque_thread(), workspace);
   }
 }

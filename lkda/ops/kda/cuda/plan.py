@@ -132,10 +132,10 @@ class Plan(Sizes):
         self.summarize_fwd, self.summarize_bwd = scan("inter_chunk_fwd", "summary"), scan("inter_chunk_bwd", "summary")
         self.chunk_fwd: Launch | None = None
         """The whole forward in one kernel, where no backward follows; None where it is not used."""
-        if variants.ONE_PASS and N is None and has_chunk_fwd(D, dtype, arch):
-            if segments == 1 and fills_in_one_pass(self.sequences * H):
-                one_pass = chunk_fwd(dtype, query)
-                self.chunk_fwd = launch(one_pass.kernel, self.sequences * H, one_pass.threads)
+        whole = N is None and segments == 1 and fills_in_one_pass(self.sequences * H)
+        if variants.ONE_PASS and has_chunk_fwd(D, dtype, arch) and whole:
+            one_pass = chunk_fwd(dtype, query, variants.ONE_PASS == "products")
+            self.chunk_fwd = launch(one_pass.kernel, self.sequences * H, one_pass.threads)
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
         self.intra_chunk_bwd = launch(intra_chunk_bwd_kernel(D, dtype, arch, query), self.items, layout.threads)
         self._amax: Launch | None = None

@@ -18,7 +18,9 @@ HERE = Path(__file__).parent
 
 LEAF = 8
 WARPGROUPS = True  # whether the inter-chunk kernels use wgmma where there is one (sm_90a)
-ONE_PASS = os.environ.get("LKDA_KDA_ONE_PASS") == "1"  # whether chunk_fwd.cu is used where it can be
+# Whether chunk_fwd.cu is used where it can be: "" no, "sums" with all bits of the other kernels, "products" with pairs
+# inside a leaf on tensor cores.
+ONE_PASS = os.environ.get("LKDA_KDA_ONE_PASS", "")
 HELPER_WARPS = 2  # in a block of intra_chunk_fwd_helpers.cu, besides those that a block of intra_chunk_fwd.cu has
 MAX_STAGES = 3  # chunks in the shared memory of an inter-chunk kernel: one is computed on, the others are being fetched
 INTER_CHUNK = ("inter_chunk_fwd", "inter_chunk_bwd")
@@ -167,6 +169,7 @@ class ChunkFwd:
 
     Args:
         query: the dtype of q and k, where v is of `dtype`. None: all three are of `dtype`.
+        products: whether pairs inside a leaf are computed on tensor cores.
 
     Attributes:
         threads: threads in a block: two teams and the scanners.
@@ -175,13 +178,14 @@ class ChunkFwd:
     # Together at most what a launch gives: 96 registers for each of 640 threads.
     TEAM_REGISTERS, SCANNER_REGISTERS = 88, 128
 
-    def __init__(self, dtype: torch.dtype, query: torch.dtype | None = None):
+    def __init__(self, dtype: torch.dtype, query: torch.dtype | None = None, products: bool = False):
         layout = layout_of(64, query or dtype)
         self.threads = 2 * layout.threads + 128
         shared_bytes = layout.chunk_fwd_shared(slots=3, teams=2)
         defines = layout.defines | {
             "VALUE": ELEMENTS[dtype],
             "WARPGROUPS": 1,
+            "PRODUCTS": int(products),
             "TEAM_REGISTERS": self.TEAM_REGISTERS,
             "SCANNER_REGISTERS": self.SCANNER_REGISTERS,
             "SHARED_BYTES": shared_bytes,
@@ -191,8 +195,8 @@ class ChunkFwd:
 
 
 @cache
-def chunk_fwd(dtype: torch.dtype, query: torch.dtype | None = None) -> ChunkFwd:
-    return ChunkFwd(dtype, query)
+def chunk_fwd(dtype: torch.dtype, query: torch.dtype | None = None, products: bool = False) -> ChunkFwd:
+    return ChunkFwd(dtype, None if query == dtype else query, products)
 
 
 # Of v, and of q and k.
@@ -298,5 +302,10 @@ def kernels(arch: str) -> list[Kernel]:
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
         + [amax_kernel(D, dtype) for D, dtype in variants if dtype.itemsize == 2]
         + [sequences_kernel(torch.bfloat16), sequences_kernel(torch.float32)]
-        + ([chunk_fwd(*dtypes).kernel for dtypes in CHUNK_FWD_DTYPES] if arch == "sm_90a" else [])
+        + [
+            chunk_fwd(*dtypes, products).kernel
+            for dtypes in CHUNK_FWD_DTYPES
+            for products in (False, True)
+            if arch == "sm_90a"
+        ]
     )
