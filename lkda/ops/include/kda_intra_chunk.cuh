@@ -47,11 +47,11 @@ __device__ __forceinline__ void sum_over_lanes(float (&value)[32]) {
 // The row i of pair number n = i (i - 1) / 2 + j, j < i, of a leaf. There are 28 pairs.
 __device__ __forceinline__ int pair_row(int n) { return n < 1 ? 1 : n < 3 ? 2 : n < 6 ? 3 : n < 10 ? 4 : n < 15 ? 5 : n < 21 ? 6 : 7; }
 
-__device__ __forceinline__ void store_leaf_sum(char* shared, int leaf, int batch, int n, float sum) {
+__device__ __forceinline__ void store_leaf_sum(char* shared, char* pairs, int leaf, int batch, int n, float sum) {
   const int first = leaf * LEAF;
   if (n >= 28) {  // Aqk_ii
     const int i = first + (n - 28) + 4 * batch;
-    store_one(Square::at(shared + Shared::pairs, i, i), sum);
+    store_one(Square::at(pairs, i, i), sum);
     return;
   }
   const int i = pair_row(n), j = n - i * (i - 1) / 2;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void store_leaf_sum(char* shared, int leaf, int batch
     const int row = first + i, column = first + j;
     corner[row * 17 + column % 16] = sum;
   } else {
-    store_one(Square::at(shared + Shared::pairs, first + i, first + j), sum);
+    store_one(Square::at(pairs, first + i, first + j), sum);
   }
 }
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ void store_leaf_sum(char* shared, int leaf, int batch
 // `team`, here and below: the THREADS threads that call a function together. thread() is a thread's number among them,
 // opaque_thread() the same (see opaque), and wait() a barrier for them.
 template <class Team, class Pairs>
-__device__ __forceinline__ void leaf_pairs(const Team& team, char* shared, int leaf, const Gates& gates, const Pairs& q, const Pairs& k, float scale) {
+__device__ __forceinline__ void leaf_pairs(const Team& team, char* shared, char* pairs, int leaf, const Gates& gates, const Pairs& q, const Pairs& k, float scale) {
 #pragma unroll 1
   for (int batch = 0; batch < 2; ++batch) {
     float sum[32];
@@ -101,7 +101,7 @@ __device__ __forceinline__ void leaf_pairs(const Team& team, char* shared, int l
       reinterpret_cast<float*>(shared + Shared::partial)[(team.thread() / 32) * 64 + batch * 32 + lane] = sum[0];
     } else {
 #pragma unroll
-      for (int n = 0; n < each; ++n) store_leaf_sum(shared, leaf, batch, lane * each + n, sum[n]);
+      for (int n = 0; n < each; ++n) store_leaf_sum(shared, pairs, leaf, batch, lane * each + n, sum[n]);
     }
   }
   if constexpr (WARPS_PER_LEAF > 1) {
@@ -112,28 +112,27 @@ __device__ __forceinline__ void leaf_pairs(const Team& team, char* shared, int l
       float sum = 0.f;
 #pragma unroll
       for (int w = 0; w < WARPS_PER_LEAF; ++w) sum += partial[(of * WARPS_PER_LEAF + w) * 64 + n % 64];
-      store_leaf_sum(shared, of, n % 64 / 32, n % 32, sum);
+      store_leaf_sum(shared, pairs, of, n % 64 / 32, n % 32, sum);
     }
   }
 }
 
-// Akk and Aqk on the levels, and T~. The matrix of Aqk and T~ is left in `shared`, and exp(G_C) in the workspace. The operands of all
-// levels, and the pairs inside leaves, are in `shared` already. scale: of Aqk; 1 if q^ is already multiplied by it.
+// Akk and Aqk on the levels, and T~. Aqk and T~ are complete in `pairs` after the next barrier. exp(G_C) goes to the workspace. The
+// operands of all levels are in `shared` already, and the pairs inside leaves there and in `pairs`. scale: of Aqk; 1 if q^ is already multiplied by it.
 template <class Team>
-__device__ __forceinline__ void pairs_and_inverse(const Team& team, char* shared, char* workspace, float scale) {
+__device__ __forceinline__ void pairs_and_inverse(const Team& team, char* shared, char* pairs, char* workspace, float scale) {
   team.wait();
-  tree_pairs<Shared, WARPS>(shared, opaque(team.thread() / 32), scale);
+  tree_pairs<Shared, WARPS>(shared, pairs, opaque(team.thread() / 32), scale);
   team.wait();  // T and T~ take the place of the level tiles
   if (team.thread() < C) invert_column<Shared>(shared, team.thread());
   whole_decay<Shared>(shared, workspace, team.opaque_thread() - C);  // by threads that invert nothing
   team.wait();
-  spread_leaves<Shared, THREADS>(shared, team.opaque_thread());
-  merge_leaves<Shared, THREADS>(shared, team.opaque_thread());
+  spread_leaves<Shared, THREADS>(shared, pairs, team.opaque_thread());
+  merge_leaves<Shared, THREADS>(shared, pairs, team.opaque_thread());
   team.wait();
-  merge<Shared, WARPS, 16>(shared, opaque(team.thread() / 32));
+  merge<Shared, WARPS, 16>(shared, pairs, opaque(team.thread() / 32));
   if constexpr (C == 64) {
     team.wait();
-    merge<Shared, WARPS, 32>(shared, opaque(team.thread() / 32));
+    merge<Shared, WARPS, 32>(shared, pairs, opaque(team.thread() / 32));
   }
-  team.wait();
 }

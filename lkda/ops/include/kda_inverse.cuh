@@ -1,6 +1,6 @@
 // What the two kernels of intra_chunk_fwd have in common: the pairs on the levels of the tree, and T~ from Akk.
 //
-// `Shared` says where a kernel has its arrays in shared memory. The THREADS threads or WARPS warps that call a function together
+// `Shared` says where a kernel has its arrays in shared memory, and `pairs` is the Square of Aqk and T~ there. The THREADS threads or WARPS warps that call a function together
 // share its work; each gives its number among them.
 #pragma once
 #include "kda_tree.cuh"
@@ -8,7 +8,7 @@
 // Akk and Aqk between the halves of each group of each level, on tensor cores. A task is 16 rows of one level. scale: of Aqk; 1
 // if q^ is already multiplied by it.
 template <class Shared, int WARPS>
-__device__ __forceinline__ void tree_pairs(char* shared, int warp, float scale) {
+__device__ __forceinline__ void tree_pairs(char* shared, char* pairs, int warp, float scale) {
   for (int task = warp; task < LEVELS * BLOCKS; task += WARPS) {
     const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
     const char* tree = shared + Shared::tree + level * Level::bytes;
@@ -32,7 +32,7 @@ __device__ __forceinline__ void tree_pairs(char* shared, int warp, float scale) 
       const float2 m = group % 2 == 0 ? s.pair[0] : s.pair[2], p = group % 2 == 0 ? s.pair[1] : s.pair[3];
       corner[0] = m.x;
       corner[1] = m.y;
-      store_pair(Square::at(shared + Shared::pairs, i, j), times(make_float2(scale, scale), p));
+      store_pair(Square::at(pairs, i, j), times(make_float2(scale, scale), p));
       continue;
     }
 #pragma unroll
@@ -42,7 +42,7 @@ __device__ __forceinline__ void tree_pairs(char* shared, int warp, float scale) 
         for (int q = 0; q < 4; ++q) {
           const int i = start + half + (rows & (half - 1)) + quadrant_row(q), j = start + n * 16 + quadrant_column(q);
           if (rows & half) {
-            store_pair(Square::at(shared + Shared::pairs, i, j), times(make_float2(scale, scale), sum[n].pair[q]));
+            store_pair(Square::at(pairs, i, j), times(make_float2(scale, scale), sum[n].pair[q]));
           } else {
             store_pair(Square::at(shared + Shared::below, i, j), sum[n].pair[q]);
           }
@@ -84,20 +84,20 @@ __device__ __forceinline__ void invert_column(char* shared, Index column) {
 
 // Copies entry (i, c) of each inverted leaf to the matrices that use it.
 template <class Shared, int THREADS>
-__device__ __forceinline__ void spread_leaves(char* shared, int thread) {
+__device__ __forceinline__ void spread_leaves(char* shared, char* pairs, int thread) {
   for (int n = thread; n < C * LEAF; n += THREADS) {
     const int i = n / C, column = n % C, row = column / LEAF * LEAF + i;
     const float t = reinterpret_cast<const float*>(shared + Shared::leaf_t)[n], rest = reinterpret_cast<const float*>(shared + Shared::leaf_rest)[n];
     store_one(Square::at(shared + Shared::inverse, row, column), t);
     store_one(Square::at(shared + Shared::inverse_rest, row, column), rest);
-    if (row > column) store_one(Square::at(shared + Shared::pairs, column, row), rest);
+    if (row > column) store_one(Square::at(pairs, column, row), rest);
   }
 }
 
 // The 8x8 block of T~ below two diagonal blocks 1 and 2, in float32. Eight neighbouring threads have a column:
 //   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
 template <class Shared, int THREADS>
-__device__ __forceinline__ void merge_leaves(char* shared, int thread) {
+__device__ __forceinline__ void merge_leaves(char* shared, char* pairs, int thread) {
   for (int n = thread; n < BLOCKS * 64; n += THREADS) {
     const int block = n / 64, c = n % 64 / LEAF, i = n % LEAF, upper = block * 16, lower = upper + LEAF;
     const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + (lower + i) * 17;
@@ -118,7 +118,7 @@ __device__ __forceinline__ void merge_leaves(char* shared, int thread) {
     store_one(Square::at(shared + Shared::inverse, upper + c, lower + i), 0.f);
     store_one(Square::at(shared + Shared::inverse_rest, lower + i, upper + c), rest);
     store_one(Square::at(shared + Shared::inverse_rest, upper + c, lower + i), 0.f);
-    store_one(Square::at(shared + Shared::pairs, upper + c, lower + i), rest);
+    store_one(Square::at(pairs, upper + c, lower + i), rest);
   }
 }
 
@@ -126,7 +126,7 @@ __device__ __forceinline__ void merge_leaves(char* shared, int thread) {
 //   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
 // It is computed transposed, X^T = T_11^T Akk_21^T: then a sum is the next operand, and the result lies as `pairs` holds it.
 template <class Shared, int WARPS, int HALF>
-__device__ __forceinline__ void merge(char* shared, int warp) {
+__device__ __forceinline__ void merge(char* shared, char* pairs, int warp) {
   constexpr int N = HALF / 16;
   const float* beta = reinterpret_cast<const float*>(shared + Shared::beta);
   for (int task = warp; task < C / (2 * HALF) * N; task += WARPS) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void merge(char* shared, int warp) {
       for (int q = 0; q < 4; ++q) {
         const int j = column + quadrant_row(q), i = lower + n * 16 + quadrant_column(q);
         const float2 rest = make_float2(-x[n].pair[q].x, -x[n].pair[q].y);
-        store_pair(Square::at(shared + Shared::pairs, j, i), rest);
+        store_pair(Square::at(pairs, j, i), rest);
         if (2 * HALF < C) {
           store_one(Square::at(shared + Shared::inverse_rest, i, j), rest.x);
           store_one(Square::at(shared + Shared::inverse_rest, i + 1, j), rest.y);
@@ -170,10 +170,10 @@ __device__ __forceinline__ void merge(char* shared, int warp) {
 }
 
 // Copies the finished matrix of Aqk and T~ to the workspace.
-template <class Shared, int THREADS>
-__device__ __forceinline__ void copy_pairs(const char* shared, int thread, char* workspace) {
+template <int THREADS>
+__device__ __forceinline__ void copy_pairs(const char* pairs, int thread, char* workspace) {
   for (int at = thread * 16; at < Square::bytes; at += THREADS * 16)
-    *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
+    *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(pairs + at);
 }
 
 // exp(G_C), by the threads number 0 to D / 2 - 1.

@@ -54,12 +54,14 @@ struct Arguments {
 
 // A team's warp has one leaf, and its lanes have two channels each.
 struct Team {
-  int number, leaf;
+  int warp;  // of the block
 
+  __device__ __forceinline__ int number() const { return warp / LEAVES; }
+  __device__ __forceinline__ int leaf() const { return warp % LEAVES; }
   __device__ __forceinline__ int thread() const { return threadIdx.x % THREADS; }
   __device__ __forceinline__ int opaque_thread() const { return opaque(threadIdx.x) % THREADS; }
   __device__ __forceinline__ int channel() const { return opaque(threadIdx.x) % 32 * 2; }
-  __device__ __forceinline__ void wait() const { wait_at_barrier(AMONG_TEAM + number, THREADS); }
+  __device__ __forceinline__ void wait() const { wait_at_barrier(AMONG_TEAM + number(), THREADS); }
 };
 
 // What a thread reads of a chunk: two channels of one leaf, and beta of the token that has the thread's number.
@@ -94,7 +96,7 @@ struct SharedLeaf {
 // registers.
 __device__ __forceinline__ void write_operands(const Team& team, char* shared, char* workspace, const Gates& gates, const SharedLeaf& q, const SharedLeaf& k, float scale) {
   const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
-  const int leaf = team.leaf;
+  const int leaf = team.leaf();
   Reach reach;
   float2 near[LEVELS];  // the reach on each level
 #pragma unroll
@@ -132,20 +134,21 @@ __device__ __forceinline__ void write_operands(const Team& team, char* shared, c
 
 // Akk and Aqk inside a leaf, on tensor cores. The operands lie where the warp's rows of k_in, qg and kg are written later.
 __device__ __forceinline__ void multiply_leaf(const Team& team, char* shared, char* workspace, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
-  const int first = team.leaf * LEAF;
+  const int first = team.leaf() * LEAF;
   const LeafProducts<Rows::bytes> products(Rows::from(workspace, first), gates, q, k);
   const LeafSums neighbours = products.neighbours(), farther = products.farther(gates);
+  char* pairs = workspace + ChunkWorkspace::pairs;
   float* corner = reinterpret_cast<float*>(shared + Shared::corner) + first * 17 + first % 16;
   for_neighbours(
       neighbours, [&](int i, int j, float a) { corner[i * 17 + j] = a; },
-      [&](int i, int j, float a) { store_one(Square::at(shared + Shared::pairs, first + i, first + j), scale * a); });
+      [&](int i, int j, float a) { store_one(Square::at(pairs, first + i, first + j), scale * a); });
   for_farther(
       farther,
       [&](int i, int j, float2 a) {
         corner[i * 17 + j] = a.x;
         corner[i * 17 + j + 1] = a.y;
       },
-      [&](int i, int j, float2 a) { store_pair(Square::at(shared + Shared::pairs, first + i, first + j), times(make_float2(scale, scale), a)); });
+      [&](int i, int j, float2 a) { store_pair(Square::at(pairs, first + i, first + j), times(make_float2(scale, scale), a)); });
 }
 
 // The same as write_operands, with factors in float16.
@@ -155,14 +158,14 @@ __device__ __forceinline__ void write_half_operands(const Team& team, char* shar
   unsigned near[LEVELS];
 #pragma unroll
   for (int level = 0; level < LEVELS; ++level) {
-    near[level] = pack(float16{}, reach.at(level, team.leaf));
-    reach.widen_both(leaf_logs, level, team.leaf, team.channel());
+    near[level] = pack(float16{}, reach.at(level, team.leaf()));
+    reach.widen_both(leaf_logs, level, team.leaf(), team.channel());
   }
   reach.before = exp2_fast(reach.before);
   reach.after = exp2_fast(reach.after);
   struct {
     int leaf, channel;
-  } const place = {team.leaf, team.channel()};
+  } const place = {team.leaf(), team.channel()};
   write_workspace(workspace, place, gates, reach, q, k, scale);
   __syncwarp();
   write_levels(shared + Shared::tree, place, gates, near, q, k);
@@ -170,15 +173,15 @@ __device__ __forceinline__ void write_half_operands(const Team& team, char* shar
 }
 
 __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& given, const Team& team) {
-  char* shared = memory + Memory::teams + team.number * Shared::bytes;
+  char* shared = memory + Memory::teams + team.number() * Shared::bytes;
   ChunkInputs inputs;
   auto ask = [&](int chunk) {  // past the last chunk the last one: if nothing were read there, the old inputs would need registers
     const int m = min(chunk, given.chunks - 1);
-    inputs.read(given.q, given.k, given.g, given.beta, given.span(m), given.heads, given.head, team.leaf, team.channel(), team.thread());
+    inputs.read(given.q, given.k, given.g, given.beta, given.span(m), given.heads, given.head, team.leaf(), team.channel(), team.thread());
   };
-  ask(team.number);
+  ask(team.number());
 #pragma unroll 1
-  for (int m = team.number; m < given.chunks; m += TEAMS) {
+  for (int m = team.number(); m < given.chunks; m += TEAMS) {
     char* slot = slot_of(memory, m);
     if (team.thread() < C) {
       reinterpret_cast<float*>(shared + Shared::beta)[team.thread()] = inputs.beta;
@@ -186,26 +189,25 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
     }
     Gates gates;
     gates.set(inputs.nats);
-    Gates::share(inputs.nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), team.leaf, team.channel());
+    Gates::share(inputs.nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), team.leaf(), team.channel());
     if constexpr (PRODUCTS) {
       const Leaf<float16> q = in_float16(inputs.q), k = in_float16(inputs.k);
       multiply_leaf(team, shared, slot, gates, q, k, given.scale);
       team.wait();  // the sums of all leaves' logs are there
       write_half_operands(team, shared, slot, gates, q, k, given.scale);
     } else {
-      const SharedLeaf q(shared + Shared::below, team.thread()), k(slot + ChunkWorkspace::pairs, team.thread());
+      const SharedLeaf q(shared + Shared::below, team.thread()), k(shared + Shared::pairs, team.thread());
       q.set(inputs.q);
       k.set(inputs.k);
       team.wait();
       write_operands(team, shared, slot, gates, q, k, given.scale);
-      leaf_pairs(team, shared, team.leaf, gates, q, k, given.scale);
+      leaf_pairs(team, shared, slot + ChunkWorkspace::pairs, team.leaf(), gates, q, k, given.scale);
     }
     ask(m + TEAMS);
     slot = slot_of(memory, opaque(m));  // computed again, to save registers
-    pairs_and_inverse(team, shared, slot, PRODUCTS ? given.scale : 1.f);
-    copy_pairs<Shared, THREADS>(shared, team.opaque_thread(), slot);
+    pairs_and_inverse(team, shared, slot + ChunkWorkspace::pairs, slot, PRODUCTS ? given.scale : 1.f);
     show_to_products();
-    wait_at_barrier(FILLED + team.number, THREADS + SCANNERS);
+    wait_at_barrier(FILLED + team.number(), THREADS + SCANNERS);
   }
 }
 
@@ -230,16 +232,35 @@ __device__ __forceinline__ float find_scale(char* memory, const Arguments& given
   return value_scale(x);
 }
 
-// Starts copying a warp's 16 columns of v of a chunk. Rows past the last token become zeros.
-__device__ __forceinline__ void fetch_values(char* memory, const Arguments& given, int m, int column) {
-  const int tokens = min(C, given.length - m * C);
+// A warp's 16 columns of v of a chunk, which only this warp reads, in pieces of 16 bytes. A lane has four of them.
+struct ValuePieces {
+  char* values;
+  int lane, column;  // the lane's first column
+
+  __device__ __forceinline__ ValuePieces(char* memory) : values(memory + Memory::values), lane(opaque(threadIdx.x) % 32), column((opaque(threadIdx.x) - TEAMS * THREADS) / 32 * 16 + lane % 2 * 8) {}
+  __device__ __forceinline__ int token(int n) const { return n * 16 + lane / 2; }
+  __device__ __forceinline__ Value* at(int n) const { return Values::at(values, token(n), column); }
+
+  // Starts copying the pieces. Rows past the last token become zeros.
+  __device__ __forceinline__ void fetch(const Arguments& given, int m) const {
+    const int tokens = min(C, given.length - m * C);
 #pragma unroll
-  for (int n = 0; n < C * 2; n += 32) {
-    const int t = (n + opaque(lane_id())) / 2, at = column + lane_id() % 2 * 8;
-    copy_16_async(Values::at(memory + Memory::values, t, at), given.v + given.at(m * C + min(t, tokens - 1)) + at, t < tokens);
+    for (int n = 0; n < 4; ++n) copy_16_async(at(n), given.v + given.at(m * C + min(token(n), tokens - 1)) + column, token(n) < tokens);
+    commit_copies();
   }
-  commit_copies();
-}
+  // After v has been read, something else may be kept in its place.
+  __device__ __forceinline__ void keep(const Block<Operand> (&x)[4]) const {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) *reinterpret_cast<uint4*>(at(n)) = {x[n].word[0], x[n].word[1], x[n].word[2], x[n].word[3]};
+  }
+  __device__ __forceinline__ void get(Block<Operand> (&x)[4]) const {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const uint4 word = *reinterpret_cast<const uint4*>(at(n));
+      x[n] = {{word.x, word.y, word.z, word.w}};
+    }
+  }
+};
 
 // -v^T of a warp's 16 columns, times the scale.
 __device__ __forceinline__ void load_values(Sum (&x)[BLOCKS], const char* memory, int column, float scale) {
@@ -272,7 +293,7 @@ __device__ __forceinline__ void write_output(const Arguments& given, int m, int 
 
 __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
   const int column = scanner() / 32 * 16;  // the warp's first column of V
-  fetch_values(memory, given, 0, column);
+  ValuePieces(memory).fetch(given, 0);
   const float scale = find_scale(memory, given);
   Sum state[STEPS];
   if (given.initial_state != nullptr) {
@@ -284,19 +305,19 @@ __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
 #pragma unroll 1
   for (int m = 0; m < given.chunks; ++m) {
     wait_copies<0>();
-    wait_at_barrier(FILLED + m % TEAMS, THREADS + SCANNERS);
-    const char* workspace = slot_of(memory, m);
+    wait_at_barrier(FILLED + opaque(m) % TEAMS, THREADS + SCANNERS);
+    const char* workspace = slot_of(memory, opaque(m));
     const char* pairs = workspace + ChunkWorkspace::pairs;
     const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
     const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);
 
     Sum x[BLOCKS];  // -r^T, then -v~^T, then v~^T
-    load_values(x, memory, column, scale);
+    load_values(x, memory, opaque(column), scale);
     __syncwarp();  // the warp has read its columns of v
-    if (m + 1 < given.chunks) fetch_values(memory, given, m + 1, column);
     Block<Operand> entry[STEPS];
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
+    ValuePieces(memory).keep(entry);  // so that it takes no registers while v~ is computed
     settle(x);
     open_products();
     products_over_channels(x, entry, workspace + ChunkWorkspace::k_in);
@@ -314,6 +335,7 @@ __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
       scale_columns(x[t], beta + t * 16);
       written[t] = round_to<Operand>(x[t]);
     }
+    ValuePieces(memory).get(entry);
     Sum out[BLOCKS];  // [16 of V, tokens]
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
@@ -326,6 +348,7 @@ __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
     close_products();
     products_over_tokens(state, written, workspace + ChunkWorkspace::kg);
     close_products();
+    if (m + 1 < given.chunks) ValuePieces(memory).fetch(given, m + 1);
     wait_products<1>();
     settle(out);
 #pragma unroll
@@ -338,7 +361,7 @@ __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
       }
     wait_products<0>();
     settle(state);
-    write_output(given, m, column, out, inverse_of(scale));
+    write_output(given, m, opaque(column), out, inverse_of(scale));
   }
   write_state(state, given.final_state + given.state() + column, inverse_of(scale));
 }
@@ -358,6 +381,6 @@ extern "C" __global__ void __launch_bounds__(TEAMS * THREADS + SCANNERS, 1) kda_
     scan(shared, given);
   } else {
     give_registers<TEAM_REGISTERS>();
-    compute_chunks(shared, given, {team, warp % LEAVES});
+    compute_chunks(shared, given, {warp});
   }
 }

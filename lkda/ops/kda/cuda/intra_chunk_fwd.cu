@@ -99,10 +99,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
       if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k);
 #pragma unroll
     for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, near_k[j]));
-    leaf_pairs(block, shared, leaf, gates, qs, ks, scale);
+    leaf_pairs(block, shared, shared + Shared::pairs, leaf, gates, qs, ks, scale);
     workspace = workspace_of(opaque(item));  // computed again, to save registers
     if (item + gridDim.x < items) ask(item + gridDim.x);
-    pairs_and_inverse(block, shared, workspace, 1.f);
-    copy_pairs<Shared, THREADS>(shared, block.opaque_thread(), workspace);
+    pairs_and_inverse(block, shared, shared + Shared::pairs, workspace, 1.f);
+    block.wait();
+    copy_pairs<THREADS>(shared + Shared::pairs, block.opaque_thread(), workspace);
   }
 }

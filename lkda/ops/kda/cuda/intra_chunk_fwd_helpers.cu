@@ -102,14 +102,14 @@ __device__ __forceinline__ void invert(char* shared, char* workspace) {
 #pragma unroll 1
   for (int first = 0; first < C; first += HELPERS) invert_column<Shared>(shared, first + helper());
   wait_for_helpers();
-  spread_leaves<Shared, HELPERS>(shared, helper());
-  merge_leaves<Shared, HELPERS>(shared, helper());
+  spread_leaves<Shared, HELPERS>(shared, shared + Shared::pairs, helper());
+  merge_leaves<Shared, HELPERS>(shared, shared + Shared::pairs, helper());
   wait_for_helpers();
-  merge<Shared, HELPER_WARPS, 16>(shared, helper() / 32);
+  merge<Shared, HELPER_WARPS, 16>(shared, shared + Shared::pairs, helper() / 32);
   wait_for_helpers();
-  merge<Shared, HELPER_WARPS, 32>(shared, helper() / 32);
+  merge<Shared, HELPER_WARPS, 32>(shared, shared + Shared::pairs, helper() / 32);
   wait_for_helpers();
-  copy_pairs<Shared, HELPERS>(shared, helper(), workspace);
+  copy_pairs<HELPERS>(shared + Shared::pairs, helper(), workspace);
 }
 
 __device__ __forceinline__ void help(char* shared, const Arguments& given) {
@@ -242,7 +242,7 @@ __device__ __forceinline__ void work(char* shared, const Arguments& given, int w
     multiply_leaf(shared, warp, factors.gates, q, k);
     whole_decay<Shared>(shared, workspace, opaque(threadIdx.x));
     wait_at_barrier(FREE, WORKERS + HELPERS);
-    tree_pairs<Shared, WORKER_WARPS>(shared, warp, given.scale);
+    tree_pairs<Shared, WORKER_WARPS>(shared, shared + Shared::pairs, warp, given.scale);
     store_leaf_pairs(shared, warp, given.scale);
     q = in_float16(next_q), k = in_float16(next_k);
     wait_at_barrier(FILLED, WORKERS + HELPERS);
