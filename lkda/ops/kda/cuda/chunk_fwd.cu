@@ -305,8 +305,8 @@ __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
 #pragma unroll 1
   for (int m = 0; m < given.chunks; ++m) {
     wait_copies<0>();
-    wait_at_barrier(FILLED + opaque(m) % TEAMS, THREADS + SCANNERS);
-    const char* workspace = slot_of(memory, opaque(m));
+    wait_at_barrier(FILLED + m % TEAMS, THREADS + SCANNERS);
+    const char* workspace = slot_of(memory, m);
     const char* pairs = workspace + ChunkWorkspace::pairs;
     const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
     const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);
