@@ -6,10 +6,12 @@
 #include "kda_tree.cuh"
 
 // Akk and Aqk between the halves of each group of each level, on tensor cores. A task is 16 rows of one level. scale: of Aqk; 1
-// if q^ is already multiplied by it.
-template <class Shared, int WARPS>
+// if q^ is already multiplied by it. EVEN: the last tasks, which are the shortest, go to the last warps, whose first task is shorter.
+template <class Shared, int WARPS, bool EVEN = false>
 __device__ __forceinline__ void tree_pairs(char* shared, char* pairs, int warp, float scale) {
-  for (int task = warp; task < LEVELS * BLOCKS; task += WARPS) {
+  constexpr int TASKS = LEVELS * BLOCKS;
+  static_assert(!EVEN || (TASKS > WARPS && TASKS <= 2 * WARPS), "a warp has one or two tasks");
+  for (int task = warp; task < TASKS; task = EVEN ? (task >= WARPS || task < 2 * WARPS - TASKS ? TASKS : task + TASKS - WARPS) : task + WARPS) {
     const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
     const char* tree = shared + Shared::tree + level * Level::bytes;
     const int group = rows >> (bits + 1), columns = (half + 15) / 16, first = group << bits & ~15;

@@ -73,6 +73,28 @@ def test_products_inside_leaves(T, gate):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_large_value_lowers_the_scale(with_state):
+    """Products: the chunks before it have the bits that they have without it. Within a chunk all tokens have one scale."""
+    inputs = kda_inputs(1, 200, 1, D, D, gate="slow", dtype=torch.bfloat16)
+    q, k, v, g, beta, state = inputs.values()
+    v[:, :64] *= 2.0**-20
+    state = state * 2.0**-30 if with_state else None
+    large = v.clone()
+    large[:, 130] *= 2.0**30
+    large[0, 130, 0, 5] = torch.inf
+    before, _ = in_one_kernel(q, k, v, g, beta, state, D**-0.5, products=True)
+    got = in_one_kernel(q, k, large, g, beta, state, D**-0.5, products=True)
+    assert torch.equal(got[0][:, :128], before[:, :128])
+    wide = (x.double() for x in (q, k, large, g, beta))
+    truth = kda_attention(*wide, initial_state=None if state is None else state.double(), backend="recurrent")
+    other = [column for column in range(D) if column != 5]  # the infinity is of this column
+    for t in (range(64), range(64, 128), range(130, 200)):
+        assert relative(got[0][:, t][..., other], truth[0][:, t][..., other]) < 6e-3
+    assert relative(got[1][..., other], truth[1][..., other]) < 6e-3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.usefixtures("kernels_on_the_cpu")
 @pytest.mark.parametrize(
     ("T", "gate", "with_state"), [(200, "slow", True), pytest.param(130, "fast", False, marks=pytest.mark.slow)]

@@ -5,8 +5,9 @@
 // intra_chunk_fwd_helpers.cu does. Without, all bits are those of intra_chunk_fwd.cu.
 //
 // A block has two teams of eight warps and four scanners. Team t computes the ChunkWorkspaces of the chunks t, t + 2, t + 4, ...,
-// each in one of SLOTS slots. The scanners go from chunk to chunk, and have all 64 columns of V. First they find the largest |v| of
-// the sequence, while the teams compute the first two chunks.
+// each in one of SLOTS slots. The scanners go from chunk to chunk, and have all 64 columns of V. Without PRODUCTS they first find the
+// largest |v| of the sequence, for its scale, while the teams compute the first two chunks. With PRODUCTS each scanner has a scale
+// of its own for its columns, that of the largest |v| so far.
 //
 // A team and the scanners meet once for each chunk, at the barrier FILLED + t. The team has then filled the slot of chunk m, and the
 // scanners are done with chunk m - 1. So when the team goes on to chunk m + 2, the slot of chunk m - 1 is free for it.
@@ -205,7 +206,7 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
     }
     ask(m + TEAMS);
     slot = slot_of(memory, opaque(m));  // computed again, to save registers
-    pairs_and_inverse(team, shared, slot + ChunkWorkspace::pairs, slot, PRODUCTS ? given.scale : 1.f);
+    pairs_and_inverse<true>(team, shared, slot + ChunkWorkspace::pairs, slot, PRODUCTS ? given.scale : 1.f);
     show_to_products();
     wait_at_barrier(FILLED + team.number(), THREADS + SCANNERS);
   }
@@ -262,17 +263,53 @@ struct ValuePieces {
   }
 };
 
-// -v^T of a warp's 16 columns, times the scale.
-__device__ __forceinline__ void load_values(Sum (&x)[BLOCKS], const char* memory, int column, float scale) {
+// Multiplies a state by to / from, two powers of two.
+__device__ __forceinline__ void change_scale(Sum (&state)[STEPS], float from, float to) {
 #pragma unroll
-  for (int t = 0; t < BLOCKS; ++t) {
-    const Block<Value> value = Values::load_transposed(memory + Memory::values, t * 16, column);
+  for (int i = 0; i < STEPS; ++i) {
+    scale_all(state[i], inverse_of(from));
+    scale_all(state[i], to);
+  }
+}
+
+// The scale of a warp's columns of the initial state.
+__device__ __forceinline__ float scale_of_state(const Sum (&state)[STEPS]) {
+  float x = 0.f;
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) x = max_finite(max_finite(x, state[i].pair[q].x), state[i].pair[q].y);
+  return value_scale(amax_in_warp(x));
+}
+
+// Where a number of v is too large for the scale of those before it: a smaller scale, also for the state.
+__device__ __forceinline__ void lower_scale(float& scale, Sum (&state)[STEPS], const Block<Value> (&values)[BLOCKS]) {
+  unsigned largest = above_finite(Value{});
+#pragma unroll
+  for (int t = 0; t < BLOCKS; ++t)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) largest = max_of_pairs(largest, (values[t].word[q] & 0x7fff7fffu) + above_finite(Value{}));
+  const float2 both = unpack(Value{}, largest - above_finite(Value{}));
+  const float needed = value_scale(amax_in_warp(fmaxf(both.x, both.y)));
+  if (needed < scale) {
+    change_scale(state, scale, needed);
+    scale = needed;
+  }
+}
+
+// -v^T of a warp's 16 columns, times the scale, which with PRODUCTS is lowered first where it must be.
+__device__ __forceinline__ void load_values(Sum (&x)[BLOCKS], Sum (&state)[STEPS], const char* memory, int column, float& scale) {
+  Block<Value> values[BLOCKS];
+#pragma unroll
+  for (int t = 0; t < BLOCKS; ++t) values[t] = Values::load_transposed(memory + Memory::values, t * 16, column);
+  if constexpr (PRODUCTS) lower_scale(scale, state, values);
+#pragma unroll
+  for (int t = 0; t < BLOCKS; ++t)
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const float2 pair = get_pair(value, q);
+      const float2 pair = get_pair(values[t], q);
       x[t].pair[q] = make_float2(-scale * pair.x, -scale * pair.y);
     }
-  }
 }
 
 // Writes o of a chunk from o^T in float32.
@@ -294,10 +331,14 @@ __device__ __forceinline__ void write_output(const Arguments& given, int m, int 
 __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
   const int column = scanner() / 32 * 16;  // the warp's first column of V
   ValuePieces(memory).fetch(given, 0);
-  const float scale = find_scale(memory, given);
+  float scale = PRODUCTS ? value_scale(0.f) : find_scale(memory, given);
   Sum state[STEPS];
   if (given.initial_state != nullptr) {
-    read_state(state, given.initial_state + given.state() + column, scale);
+    read_state(state, given.initial_state + given.state() + column, PRODUCTS ? 1.f : scale);
+    if constexpr (PRODUCTS) {
+      scale = scale_of_state(state);
+      change_scale(state, 1.f, scale);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) clear(state[i]);
@@ -312,7 +353,7 @@ __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
     const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);
 
     Sum x[BLOCKS];  // -r^T, then -v~^T, then v~^T
-    load_values(x, memory, opaque(column), scale);
+    load_values(x, state, memory, opaque(column), scale);
     __syncwarp();  // the warp has read its columns of v
     Block<Operand> entry[STEPS];
 #pragma unroll
