@@ -119,10 +119,14 @@ __device__ __forceinline__ void leaf_pairs(const Team& team, char* shared, char*
 
 // Akk and Aqk on the levels, and T~. Aqk and T~ are complete in `pairs` after the next barrier. exp(G_C) goes to the workspace. The
 // operands of all levels are in `shared` already, and the pairs inside leaves there and in `pairs`. scale: of Aqk; 1 if q^ is already multiplied by it.
-template <bool EVEN = false, class Team>
+template <bool LEVELS_APART = false, class Team>
 __device__ __forceinline__ void pairs_and_inverse(const Team& team, char* shared, char* pairs, char* workspace, float scale) {
   team.wait();
-  tree_pairs<Shared, WARPS, EVEN>(shared, pairs, opaque(team.thread() / 32), scale);
+  if constexpr (LEVELS_APART) {
+    tree_pairs_of_eight<Shared>(shared, pairs, opaque(team.thread() / 32), scale);
+  } else {
+    tree_pairs<Shared, WARPS>(shared, pairs, opaque(team.thread() / 32), scale);
+  }
   team.wait();  // T and T~ take the place of the level tiles
   if (team.thread() < C) invert_column<Shared>(shared, team.thread());
   whole_decay<Shared>(shared, workspace, team.opaque_thread() - C);  // by threads that invert nothing

@@ -6,12 +6,10 @@
 #include "kda_tree.cuh"
 
 // Akk and Aqk between the halves of each group of each level, on tensor cores. A task is 16 rows of one level. scale: of Aqk; 1
-// if q^ is already multiplied by it. EVEN: the last tasks, which are the shortest, go to the last warps, whose first task is shorter.
-template <class Shared, int WARPS, bool EVEN = false>
+// if q^ is already multiplied by it.
+template <class Shared, int WARPS>
 __device__ __forceinline__ void tree_pairs(char* shared, char* pairs, int warp, float scale) {
-  constexpr int TASKS = LEVELS * BLOCKS;
-  static_assert(!EVEN || (TASKS > WARPS && TASKS <= 2 * WARPS), "a warp has one or two tasks");
-  for (int task = warp; task < TASKS; task = EVEN ? (task >= WARPS || task < 2 * WARPS - TASKS ? TASKS : task + TASKS - WARPS) : task + WARPS) {
+  for (int task = warp; task < LEVELS * BLOCKS; task += WARPS) {
     const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
     const char* tree = shared + Shared::tree + level * Level::bytes;
     const int group = rows >> (bits + 1), columns = (half + 15) / 16, first = group << bits & ~15;
@@ -51,6 +49,53 @@ __device__ __forceinline__ void tree_pairs(char* shared, char* pairs, int warp, 
         }
       }
     }
+  }
+}
+
+// A task of tree_pairs whose level the compiler knows, so that it reads operands while it multiplies others. number: of the task on
+// its level.
+template <class Shared, int LEVEL>
+__device__ __forceinline__ void level_pairs(char* shared, char* pairs, int number, float scale) {
+  constexpr int HALF = LEAF << LEVEL, COLUMNS = (HALF + 15) / 16;
+  const char* tree = shared + Shared::tree + LEVEL * Level::bytes;
+  const int rows = number * 16, group = rows / (2 * HALF), start = group * 2 * HALF;
+  Sum sum[COLUMNS];
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n) clear(sum[n]);
+#pragma unroll
+  for (int d = 0; d < D; d += 16) {
+    const Block<Operand> a = Level::Rows::load(tree + Level::rows, rows, d);
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n) product(sum[n], a, Level::Columns::load_right(tree + Level::columns, (group * HALF & ~15) + n * 16, d));
+  }
+  const float2 scales = make_float2(scale, scale);
+  if constexpr (LEVEL == 0) {
+    const bool odd = group % 2;
+    const float2 m = odd ? sum[0].pair[2] : sum[0].pair[0], p = odd ? sum[0].pair[3] : sum[0].pair[1];
+    float* corner = reinterpret_cast<float*>(shared + Shared::corner) + (start + LEAF + lane_row()) * 17 + lane_column();
+    corner[0] = m.x;
+    corner[1] = m.y;
+    store_pair(Square::at(Square::from(pairs, start + LEAF), lane_row(), start + lane_column()), times(scales, p));
+  } else {
+    const bool of_q = rows & HALF;
+    char* to = Square::from(of_q ? pairs : shared + Shared::below, start + HALF + (rows & (HALF - 1)));
+    const float2 factor = of_q ? scales : make_float2(1.f, 1.f);
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+      for (int q = 0; q < 4; ++q) store_pair(Square::at(to, quadrant_row(q), start + n * 16 + quadrant_column(q)), times(factor, sum[n].pair[q]));
+  }
+}
+
+// tree_pairs by eight warps.
+template <class Shared>
+__device__ __forceinline__ void tree_pairs_of_eight(char* shared, char* pairs, int warp, float scale) {
+  static_assert(LEVELS == 3 && BLOCKS == 4, "half of the warps multiply as much on level 2 as the others on levels 0 and 1");
+  if (warp < 4) {
+    level_pairs<Shared, 2>(shared, pairs, warp, scale);
+  } else {
+    level_pairs<Shared, 1>(shared, pairs, warp - 4, scale);
+    level_pairs<Shared, 0>(shared, pairs, warp - 4, scale);
   }
 }
 
