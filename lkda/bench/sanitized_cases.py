@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -71,15 +70,14 @@ def at_both_gates(shape: Shape, dtype: torch.dtype, device: torch.device) -> Non
 
 
 def one_pass(dtype: torch.dtype, query: torch.dtype | None, device: torch.device) -> None:
-    """The forward in one kernel, launched as the plan of a larger batch does it: seven chunks, the last one shorter."""
+    """The forward in one kernel, launched as the plan of a larger batch launches it. Seven chunks, the last one shorter."""
     B, T, H, D = 1, 410, 2, 64
     drawn = inputs(Shape(B, T, H, D), dtype, device, "slow")
     q, k = (drawn[name].to(query or dtype) for name in ("q", "k"))
     v, g, beta = (drawn[name] for name in ("v", "g", "beta"))
     o, final_state = torch.empty_like(v), torch.empty(B, H, D, D, device=device)
-    states = (None, torch.randn(B, H, D, D, device=device))
-    for state, products in product(states, (False, True)):
-        one = variants.chunk_fwd(dtype, query, products)
+    one = variants.chunk_fwd(dtype, query)
+    for state in (None, torch.randn(B, H, D, D, device=device)):
         given = (q, k, v, g, beta, state, o, final_state)
         one.kernel((B * H, 1, 1), one.threads, *given, T, H, D**-0.5, device=device)
 

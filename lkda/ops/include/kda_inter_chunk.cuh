@@ -14,6 +14,7 @@
 #include "warpgroup.cuh"
 #endif
 
+static_assert(!WARPGROUPS || WARPS % 4 == 0, "wgmma is an instruction of four warps");
 constexpr int WIDTH = WARPS * 16;        // columns of a block
 constexpr int SPLITS = COLUMNS / WIDTH;  // blocks of a head
 constexpr int VALUES = WIDTH < D ? WIDTH : D;  // columns of V of a block

@@ -1,7 +1,7 @@
-// What the two kernels of intra_chunk_fwd have in common: the pairs on the levels of the tree, and T~ from Akk.
+// What the two kernels of intra_chunk_fwd and chunk_fwd.cu have in common: the pairs on the levels of the tree, and T~ from Akk.
 //
-// `Shared` says where a kernel has its arrays in shared memory, and `pairs` is the Square of Aqk and T~ there. The THREADS threads or WARPS warps that call a function together
-// share its work; each gives its number among them.
+// `Shared` says where a kernel has its arrays in shared memory, and `pairs` is the Square there that gets Aqk and T~. The THREADS
+// threads or WARPS warps that call a function together share its work; each gives its number among them.
 #pragma once
 #include "kda_tree.cuh"
 
@@ -52,8 +52,8 @@ __device__ __forceinline__ void tree_pairs(char* shared, char* pairs, int warp, 
   }
 }
 
-// A task of tree_pairs whose level the compiler knows, so that it reads operands while it multiplies others. number: of the task on
-// its level.
+// A task of tree_pairs whose level the compiler knows. It then has no branches, and operands are read while others are multiplied.
+// number: of the task on its level, 0 to BLOCKS - 1.
 template <class Shared, int LEVEL>
 __device__ __forceinline__ void level_pairs(char* shared, char* pairs, int number, float scale) {
   constexpr int HALF = LEAF << LEVEL, COLUMNS = (HALF + 15) / 16;
@@ -87,10 +87,10 @@ __device__ __forceinline__ void level_pairs(char* shared, char* pairs, int numbe
   }
 }
 
-// tree_pairs by eight warps.
+// tree_pairs by eight warps. A warp multiplies a task of level 2, or one of level 1 and one of level 0.
 template <class Shared>
 __device__ __forceinline__ void tree_pairs_of_eight(char* shared, char* pairs, int warp, float scale) {
-  static_assert(LEVELS == 3 && BLOCKS == 4, "half of the warps multiply as much on level 2 as the others on levels 0 and 1");
+  static_assert(LEVELS == 3 && BLOCKS == 4, "a warp has one of the four tasks of level 2, or of each of the other two levels");
   if (warp < 4) {
     level_pairs<Shared, 2>(shared, pairs, warp, scale);
   } else {
@@ -217,13 +217,13 @@ __device__ __forceinline__ void merge(char* shared, char* pairs, int warp) {
 }
 
 // Copies the finished matrix of Aqk and T~ to the workspace.
-template <int THREADS>
-__device__ __forceinline__ void copy_pairs(const char* pairs, int thread, char* workspace) {
+template <class Shared, int THREADS>
+__device__ __forceinline__ void copy_pairs(const char* shared, int thread, char* workspace) {
   for (int at = thread * 16; at < Square::bytes; at += THREADS * 16)
-    *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(pairs + at);
+    *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
 }
 
-// exp(G_C), by the threads number 0 to D / 2 - 1.
+// exp(G_C), by the threads with the numbers 0 to D / 2 - 1.
 template <class Shared>
 __device__ __forceinline__ void whole_decay(const char* shared, char* workspace, int thread) {
   const int channel = 2 * thread;

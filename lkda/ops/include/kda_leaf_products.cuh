@@ -15,7 +15,7 @@ struct LeafSums {
   float2 top = {0.f, 0.f}, bottom = {0.f, 0.f};
 };
 
-// Every eight rows of the operands are APART bytes after the eight before.
+// Rows 8 to 15 of the operands begin APART bytes after rows 0 to 7, and the columns as far after rows 8 to 15.
 template <int APART = 8 * 128>
 struct LeafProducts {
   using Operands = Tile<float16, 24, 64>;  // 16 rows, then 8 columns; one for each warp

@@ -49,26 +49,6 @@ __device__ __forceinline__ float packed_amax_of(const Half* values, const Span& 
   return fmaxf(both.x, both.y);
 }
 
-// The same of `rows` rows of one head, D numbers each; `values` points to the first.
-template <int THREADS, class Half>
-__device__ __forceinline__ float packed_amax_of_rows(const Half* values, int rows, int heads, int thread) {
-  constexpr int PIECES = D / 8, EACH = THREADS / PIECES, AT_ONCE = 16;
-  const Half* at = values + thread % PIECES * 8;
-  unsigned largest = above_finite(Half{});
-#pragma unroll 1
-  for (int first = thread / PIECES; first < rows; first += EACH * AT_ONCE) {
-    Raw<16> piece[AT_ONCE];
-#pragma unroll
-    for (int n = 0; n < AT_ONCE; ++n) fetch(piece[n], at + static_cast<long long>(min(first + n * EACH, rows - 1)) * heads * D);
-#pragma unroll
-    for (int n = 0; n < AT_ONCE; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) largest = max_of_pairs(largest, (piece[n].word[i] & 0x7fff7fffu) + above_finite(Half{}));
-  }
-  const float2 both = unpack(Half{}, largest - above_finite(Half{}));
-  return fmaxf(both.x, both.y);
-}
-
 // The maximum of x >= 0 over the lanes of a warp.
 __device__ __forceinline__ float amax_in_warp(float x) { return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x))); }
 

@@ -10,7 +10,7 @@ constexpr int STEPS = D / 16;  // 16-channel blocks of K
 #if WARPGROUPS
 // x[V, tokens] += left rows^T, summed over all channels. rows: Rows in shared memory. left: [16 of V, channels].
 __device__ __forceinline__ void products_over_channels(Sum (&x)[BLOCKS], const Block<Operand> (&left)[STEPS], const char* rows) {
-  static_assert(BLOCKS == 4 && STEPS % 4 == 0 && WARPS % 4 == 0, "four warps, 64 tokens, panels of 64 channels");
+  static_assert(BLOCKS == 4 && STEPS % 4 == 0, "64 tokens, panels of 64 channels");
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) product_of_four<false>(x, left[i], Rows::at(rows, 0, i * 16));
 }

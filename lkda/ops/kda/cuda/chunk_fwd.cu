@@ -1,18 +1,25 @@
-// The forward in one kernel, where no backward follows: what intra_chunk_fwd.cu and inter_chunk_fwd.cu compute, but the
-// ChunkWorkspaces stay in shared memory. For heads of 64 in half precision on Hopper. One block per head of a sequence.
+// The whole forward in one kernel, for a forward that no backward follows. Heads of 64 in half precision on Hopper.
 //
-// With PRODUCTS pairs inside a leaf are multiplied on tensor cores, and the factors of all operands are rounded to float16, as
-// intra_chunk_fwd_helpers.cu does. Without, all bits are those of intra_chunk_fwd.cu.
+// It computes what intra_chunk_fwd.cu and inter_chunk_fwd.cu compute (their comments have the equations), but a ChunkWorkspace never
+// leaves shared memory. As in intra_chunk_fwd_helpers.cu the factors of all operands are rounded to float16, and pairs inside a leaf
+// are multiplied on tensor cores, so the last bits are not those of the two kernels. A block has one head of one sequence, and a
+// multiprocessor holds one block.
 //
-// A block has two teams of eight warps and four scanners. Team t computes the ChunkWorkspaces of the chunks t, t + 2, t + 4, ...,
-// each in one of SLOTS slots. The scanners go from chunk to chunk, and have all 64 columns of V. Without PRODUCTS they first find the
-// largest |v| of the sequence, for its scale, while the teams compute the first two chunks. With PRODUCTS each scanner has a scale
-// of its own for its columns, that of the largest |v| so far.
+// Threads: two teams of eight warps, and four scanners, which are warps too.
+//   Team t computes the ChunkWorkspaces of the chunks t, t + 2, t + 4, ... A warp has one leaf.
+//   The scanners go from chunk to chunk and compute the state and o. A scanner has 16 columns of V.
 //
-// A team and the scanners meet once for each chunk, at the barrier FILLED + t. The team has then filled the slot of chunk m, and the
-// scanners are done with chunk m - 1. So when the team goes on to chunk m + 2, the slot of chunk m - 1 is free for it.
+// Shared memory: SLOTS ChunkWorkspaces, that of chunk m in slot m % SLOTS; v of one chunk; and what each team needs besides (Shared).
+//
+// Barriers: the teams and the scanners meet once for each chunk m, at FILLED + m % TEAMS. The team has then filled the slot of chunk m,
+// and the scanners are done with chunk m - 1. So the slot of chunk m - 1 is free for chunk m + 2, which the team computes next, and no
+// other barrier is needed. AMONG_TEAM + t is for the warps of one team alone. Scanners exchange nothing: each copies its own columns
+// of v, and has its own power-of-two scale.
+//
+// The scale (kda_scale.cuh) is that of the largest |v| of the 16 columns so far, and of the initial state. A chunk with a larger |v|
+// lowers it, and the state is multiplied by the ratio. So o of a chunk does not depend on v of later chunks.
 #include "kda_half_operands.cuh"
-#include "kda_intra_chunk.cuh"
+#include "kda_inverse.cuh"
 #include "kda_leaf_products.cuh"
 #include "kda_scale.cuh"
 #include "kda_solve.cuh"
@@ -21,18 +28,32 @@
 
 using Value = VALUE;
 using Values = Tile<Value, C, D>;
-constexpr int TEAMS = 2, SCANNERS = 128, SLOTS = TEAMS + 1;
-constexpr int AMONG_TEAM = 1, FILLED = AMONG_TEAM + TEAMS, AMONG_SCANNERS = FILLED + TEAMS;  // barriers; the first two are one for each team
-static_assert(D == 64 && HALVES && THREADS == 256, "a warp has 16 columns of V, and a team's registers fit");
+constexpr int TEAMS = 2, SLOTS = TEAMS + 1;
+constexpr int WARPS = LEAVES, THREADS = 32 * WARPS;  // of a team
+constexpr int SCANNERS = 32 * D / 16;                // threads
+constexpr int AMONG_TEAM = 1, FILLED = AMONG_TEAM + TEAMS;  // the first of TEAMS barriers each
+static_assert(D == 64 && HALVES, "a lane has two channels of its warp's leaf, and the scanners are one warp group");
+
+// What a team needs beside its slot.
+struct Shared {
+  static constexpr int leaf_logs = 0;                                    // float [LEAVES][D]
+  static constexpr int beta = leaf_logs + LEAVES * D * 4;                // float [C]
+  static constexpr int corner = beta + C * 4;                            // float [C][17]: the diagonal 16x16 blocks of Akk
+  static constexpr int below = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square: Akk below the diagonal blocks
+  static constexpr int tree = below + Square::bytes;                     // LEVELS x Level, then T and T~
+  static constexpr int inverse = tree, inverse_rest = inverse + Square::bytes;
+  static constexpr int leaf_t = inverse_rest + Square::bytes;            // float [8][C]: columns of T and T~ of the leaves
+  static constexpr int leaf_rest = leaf_t + 8 * C * 4;
+  static constexpr int bytes = tree + LEVELS * Level::bytes;
+  static_assert(leaf_rest + 8 * C * 4 <= bytes, "T and T~ fit in the place of the levels");
+};
 
 struct Memory {
   static constexpr int slot = (ChunkWorkspace::bytes + 1023) / 1024 * 1024;
-  static constexpr int values = SLOTS * slot;              // Values
-  static constexpr int teams = values + Values::bytes;     // Shared of each team
-  static constexpr int amax = ChunkWorkspace::bytes;       // float [4], behind the first slot's workspace
+  static constexpr int values = SLOTS * slot;           // Values
+  static constexpr int teams = values + Values::bytes;  // Shared of each team
   static constexpr int bytes = teams + TEAMS * Shared::bytes;
 };
-static_assert(Memory::amax + SCANNERS / 32 * 4 <= Memory::slot, "it fits where a slot is rounded up");
 static_assert(Memory::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
 
 __device__ __forceinline__ char* slot_of(char* memory, int m) { return memory + m % SLOTS * Memory::slot; }
@@ -53,15 +74,17 @@ struct Arguments {
   __device__ __forceinline__ long long state() const { return (static_cast<long long>(sequence) * heads + head) * D * D; }
 };
 
-// A team's warp has one leaf, and its lanes have two channels each.
+// Teams.
+
+// A thread's place in its team. Its warp has one leaf, and a lane has two channels of it.
 struct Team {
   int warp;  // of the block
 
-  __device__ __forceinline__ int number() const { return warp / LEAVES; }
-  __device__ __forceinline__ int leaf() const { return warp % LEAVES; }
+  __device__ __forceinline__ int number() const { return warp / WARPS; }
+  __device__ __forceinline__ int leaf() const { return warp % WARPS; }
   __device__ __forceinline__ int thread() const { return threadIdx.x % THREADS; }
   __device__ __forceinline__ int opaque_thread() const { return opaque(threadIdx.x) % THREADS; }
-  __device__ __forceinline__ int channel() const { return opaque(threadIdx.x) % 32 * 2; }
+  __device__ __forceinline__ int channel() const { return opaque(threadIdx.x) % 32 * 2; }  // the first of the two
   __device__ __forceinline__ void wait() const { wait_at_barrier(AMONG_TEAM + number(), THREADS); }
 };
 
@@ -71,69 +94,17 @@ struct ChunkInputs {
   Leaf<Element> q, k;
   float beta = 0.f;
 
-  __device__ __forceinline__ void read(const Element* q_of_all, const Element* k_of_all, const float* g, const float* beta_of_all, const Span& span, int heads, int head, int leaf, int channel, int thread) {
-    nats.read(g, span, heads, head, leaf, channel);
-    q.read(q_of_all, span, heads, head, leaf, channel);
-    k.read(k_of_all, span, heads, head, leaf, channel);
-    if (thread < C) beta = thread < span.tokens ? beta_of_all[static_cast<long long>(span.start + thread) * heads + head] : 0.f;
+  __device__ __forceinline__ void read(const Arguments& given, int m, const Team& team) {
+    const Span span = given.span(m);
+    const int leaf = team.leaf(), channel = team.channel(), token = team.thread();
+    nats.read(given.g, span, given.heads, given.head, leaf, channel);
+    q.read(given.q, span, given.heads, given.head, leaf, channel);
+    k.read(given.k, span, given.heads, given.head, leaf, channel);
+    if (token < C) beta = token < span.tokens ? given.beta[static_cast<long long>(span.start + token) * given.heads + given.head] : 0.f;
   }
 };
 
-// A thread's part of q or k, which lies in shared memory in place of a Square that is written later, to save registers.
-struct SharedLeaf {
-  volatile unsigned* pair;
-
-  __device__ __forceinline__ SharedLeaf(char* square, int thread) : pair(reinterpret_cast<volatile unsigned*>(square) + thread) {
-    static_assert(LEAF * THREADS * 4 <= Square::bytes, "it fits");
-  }
-  __device__ __forceinline__ void set(const Leaf<Element>& leaf) const {
-#pragma unroll
-    for (int i = 0; i < LEAF; ++i) pair[i * THREADS] = leaf.pair[i];
-  }
-  __device__ __forceinline__ float2 operator[](int i) const { return unpack(Element{}, pair[i * THREADS]); }
-};
-
-// Writes the operands of all levels, and k_in, qg and kg, as intra_chunk_fwd.cu does, but one matrix after another, which takes fewer
-// registers.
-__device__ __forceinline__ void write_operands(const Team& team, char* shared, char* workspace, const Gates& gates, const SharedLeaf& q, const SharedLeaf& k, float scale) {
-  const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
-  const int leaf = team.leaf();
-  Reach reach;
-  float2 near[LEVELS];  // the reach on each level
-#pragma unroll
-  for (int level = 0; level < LEVELS; ++level) {
-    near[level] = reach.at(level, leaf);
-    reach.widen_both(leaf_logs, level, leaf, team.channel());
-  }
-  reach.before = exp2_fast(reach.before);
-  reach.after = exp2_fast(reach.after);
-  float2 x[LEAF];  // k or q, times the product inside the leaf
-  auto write_rows = [&](int matrix, bool of_q) {
-    const int channel = team.channel();
-#pragma unroll
-    for (int level = 0; level < LEVELS; ++level)
-      if (Level::is_row(level, leaf)) Level::write_rows(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], x, of_q);
-    char* to = Rows::from(workspace + matrix, leaf * LEAF);
-#pragma unroll
-    for (int i = 0; i < LEAF; ++i) store_pair(Rows::at(to, i, channel), times(reach.before, x[i]));
-    __syncwarp();
-  };
-  gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { x[i] = times(f, k[i]); });
-  write_rows(ChunkWorkspace::k_in, false);
-  gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { x[i] = times(make_float2(scale * f.x, scale * f.y), q[i]); });
-  write_rows(ChunkWorkspace::qg, true);
-  gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { x[j] = times(f, k[j]); });
-  const int channel = team.channel();
-#pragma unroll
-  for (int level = 0; level < LEVELS; ++level)
-    if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], x);
-  char* kg = Rows::from(workspace + ChunkWorkspace::kg, leaf * LEAF);
-#pragma unroll
-  for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, x[j]));
-  __syncwarp();
-}
-
-// Akk and Aqk inside a leaf, on tensor cores. The operands lie where the warp's rows of k_in, qg and kg are written later.
+// Akk and Aqk inside a leaf. The operands of these products lie where the warp's rows of k_in, qg and kg are written later.
 __device__ __forceinline__ void multiply_leaf(const Team& team, char* shared, char* workspace, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
   const int first = team.leaf() * LEAF;
   const LeafProducts<Rows::bytes> products(Rows::from(workspace, first), gates, q, k);
@@ -152,35 +123,48 @@ __device__ __forceinline__ void multiply_leaf(const Team& team, char* shared, ch
       [&](int i, int j, float2 a) { store_pair(Square::at(pairs, first + i, first + j), times(make_float2(scale, scale), a)); });
 }
 
-// The same as write_operands, with factors in float16.
-__device__ __forceinline__ void write_half_operands(const Team& team, char* shared, char* workspace, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
+// Writes k_in, qg and kg of a leaf, and its operands of all levels.
+__device__ __forceinline__ void write_operands(const Team& team, char* shared, char* workspace, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
   const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
-  Reach reach;
-  unsigned near[LEVELS];
-#pragma unroll
-  for (int level = 0; level < LEVELS; ++level) {
-    near[level] = pack(float16{}, reach.at(level, team.leaf()));
-    reach.widen_both(leaf_logs, level, team.leaf(), team.channel());
-  }
-  reach.before = exp2_fast(reach.before);
-  reach.after = exp2_fast(reach.after);
   struct {
     int leaf, channel;
   } const place = {team.leaf(), team.channel()};
+  Reach reach;
+  unsigned near[LEVELS];  // the reach on each level
+#pragma unroll
+  for (int level = 0; level < LEVELS; ++level) {
+    near[level] = pack(float16{}, reach.at(level, place.leaf));
+    reach.widen_both(leaf_logs, level, place.leaf, place.channel);
+  }
+  reach.before = exp2_fast(reach.before);
+  reach.after = exp2_fast(reach.after);
   write_workspace(workspace, place, gates, reach, q, k, scale);
   __syncwarp();
   write_levels(shared + Shared::tree, place, gates, near, q, k);
   __syncwarp();
 }
 
+// Akk and Aqk on the levels, T~ and exp(G_C). Aqk and T~ are complete in the workspace after the next barrier.
+__device__ __forceinline__ void invert(const Team& team, char* shared, char* workspace, float scale) {
+  char* pairs = workspace + ChunkWorkspace::pairs;
+  team.wait();
+  tree_pairs_of_eight<Shared>(shared, pairs, opaque(team.thread() / 32), scale);
+  team.wait();  // T and T~ take the place of the levels
+  if (team.thread() < C) invert_column<Shared>(shared, team.thread());
+  whole_decay<Shared>(shared, workspace, team.opaque_thread() - C);  // by threads that invert nothing
+  team.wait();
+  spread_leaves<Shared, THREADS>(shared, pairs, team.opaque_thread());
+  merge_leaves<Shared, THREADS>(shared, pairs, team.opaque_thread());
+  team.wait();
+  merge<Shared, WARPS, 16>(shared, pairs, opaque(team.thread() / 32));
+  team.wait();
+  merge<Shared, WARPS, 32>(shared, pairs, opaque(team.thread() / 32));
+}
+
 __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& given, const Team& team) {
   char* shared = memory + Memory::teams + team.number() * Shared::bytes;
   ChunkInputs inputs;
-  auto ask = [&](int chunk) {  // past the last chunk the last one: if nothing were read there, the old inputs would need registers
-    const int m = min(chunk, given.chunks - 1);
-    inputs.read(given.q, given.k, given.g, given.beta, given.span(m), given.heads, given.head, team.leaf(), team.channel(), team.thread());
-  };
-  ask(team.number());
+  inputs.read(given, min(team.number(), given.chunks - 1), team);
 #pragma unroll 1
   for (int m = team.number(); m < given.chunks; m += TEAMS) {
     char* slot = slot_of(memory, m);
@@ -191,22 +175,13 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
     Gates gates;
     gates.set(inputs.nats);
     Gates::share(inputs.nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), team.leaf(), team.channel());
-    if constexpr (PRODUCTS) {
-      const Leaf<float16> q = in_float16(inputs.q), k = in_float16(inputs.k);
-      multiply_leaf(team, shared, slot, gates, q, k, given.scale);
-      team.wait();  // the sums of all leaves' logs are there
-      write_half_operands(team, shared, slot, gates, q, k, given.scale);
-    } else {
-      const SharedLeaf q(shared + Shared::below, team.thread()), k(shared + Shared::pairs, team.thread());
-      q.set(inputs.q);
-      k.set(inputs.k);
-      team.wait();
-      write_operands(team, shared, slot, gates, q, k, given.scale);
-      leaf_pairs(team, shared, slot + ChunkWorkspace::pairs, team.leaf(), gates, q, k, given.scale);
-    }
-    ask(m + TEAMS);
-    slot = slot_of(memory, opaque(m));  // computed again, to save registers
-    pairs_and_inverse<true>(team, shared, slot + ChunkWorkspace::pairs, slot, PRODUCTS ? given.scale : 1.f);
+    const Leaf<float16> q = in_float16(inputs.q), k = in_float16(inputs.k);
+    multiply_leaf(team, shared, slot, gates, q, k, given.scale);
+    team.wait();  // the sums of all leaves' logs are there
+    write_operands(team, shared, slot, gates, q, k, given.scale);
+    // The team's next chunk. After the last one it is read again: if nothing were read, the old inputs would need registers.
+    inputs.read(given, min(m + TEAMS, given.chunks - 1), team);
+    invert(team, shared, slot_of(memory, opaque(m)), given.scale);  // the address is computed again, to save registers
     show_to_products();
     wait_at_barrier(FILLED + team.number(), THREADS + SCANNERS);
   }
@@ -214,26 +189,10 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
 
 // Scanners.
 
+// A thread's number among them.
 __device__ __forceinline__ int scanner() { return threadIdx.x - TEAMS * THREADS; }
 
-// The power-of-two scale of v and the state (kda_scale.cuh).
-__device__ __forceinline__ float find_scale(char* memory, const Arguments& given) {
-  float x = packed_amax_of_rows<SCANNERS>(given.v + given.at(0), given.length, given.heads, scanner());
-  if (given.initial_state != nullptr) {
-    const float* state = given.initial_state + given.state();
-#pragma unroll 4
-    for (int i = scanner(); i < D * D; i += SCANNERS) x = max_finite(x, state[i]);
-  }
-  x = amax_in_warp(x);
-  float* of_warps = reinterpret_cast<float*>(memory + Memory::amax);
-  if (lane_id() == 0) of_warps[scanner() / 32] = x;
-  wait_at_barrier(AMONG_SCANNERS, SCANNERS);
-#pragma unroll
-  for (int warp = 0; warp < SCANNERS / 32; ++warp) x = fmaxf(x, of_warps[warp]);
-  return value_scale(x);
-}
-
-// A warp's 16 columns of v of a chunk, which only this warp reads, in pieces of 16 bytes. A lane has four of them.
+// A scanner's 16 columns of v of a chunk, which no other warp reads, in pieces of 16 bytes. A lane has four of them.
 struct ValuePieces {
   char* values;
   int lane, column;  // the lane's first column
@@ -272,7 +231,7 @@ __device__ __forceinline__ void change_scale(Sum (&state)[STEPS], float from, fl
   }
 }
 
-// The scale of a warp's columns of the initial state.
+// The scale of the initial state.
 __device__ __forceinline__ float scale_of_state(const Sum (&state)[STEPS]) {
   float x = 0.f;
 #pragma unroll
@@ -282,7 +241,8 @@ __device__ __forceinline__ float scale_of_state(const Sum (&state)[STEPS]) {
   return value_scale(amax_in_warp(x));
 }
 
-// Where a number of v is too large for the scale of those before it: a smaller scale, also for the state.
+// Where a number of v is too large for the scale of those before it, lowers the scale, and that of the state with it. Infinities
+// and NaNs are left out.
 __device__ __forceinline__ void lower_scale(float& scale, Sum (&state)[STEPS], const Block<Value> (&values)[BLOCKS]) {
   unsigned largest = above_finite(Value{});
 #pragma unroll
@@ -297,12 +257,12 @@ __device__ __forceinline__ void lower_scale(float& scale, Sum (&state)[STEPS], c
   }
 }
 
-// -v^T of a warp's 16 columns, times the scale, which with PRODUCTS is lowered first where it must be.
+// -v^T times the scale, which is lowered first where it must be.
 __device__ __forceinline__ void load_values(Sum (&x)[BLOCKS], Sum (&state)[STEPS], const char* memory, int column, float& scale) {
   Block<Value> values[BLOCKS];
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t) values[t] = Values::load_transposed(memory + Memory::values, t * 16, column);
-  if constexpr (PRODUCTS) lower_scale(scale, state, values);
+  lower_scale(scale, state, values);
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t)
 #pragma unroll
@@ -329,16 +289,14 @@ __device__ __forceinline__ void write_output(const Arguments& given, int m, int 
 }
 
 __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
-  const int column = scanner() / 32 * 16;  // the warp's first column of V
+  const int column = scanner() / 32 * 16;  // the first of the warp's 16 columns of V
   ValuePieces(memory).fetch(given, 0);
-  float scale = PRODUCTS ? value_scale(0.f) : find_scale(memory, given);
+  float scale = value_scale(0.f);
   Sum state[STEPS];
   if (given.initial_state != nullptr) {
-    read_state(state, given.initial_state + given.state() + column, PRODUCTS ? 1.f : scale);
-    if constexpr (PRODUCTS) {
-      scale = scale_of_state(state);
-      change_scale(state, 1.f, scale);
-    }
+    read_state(state, given.initial_state + given.state() + column, 1.f);
+    scale = scale_of_state(state);
+    change_scale(state, 1.f, scale);
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) clear(state[i]);
@@ -358,7 +316,7 @@ __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
     Block<Operand> entry[STEPS];
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
-    ValuePieces(memory).keep(entry);  // so that it takes no registers while v~ is computed
+    ValuePieces(memory).keep(entry);  // in the place of v, so that it takes no registers while v~ is computed
     settle(x);
     open_products();
     products_over_channels(x, entry, workspace + ChunkWorkspace::k_in);

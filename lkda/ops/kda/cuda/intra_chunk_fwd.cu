@@ -9,9 +9,123 @@
 // each level of the tree is a product of two matrices of rounded numbers <= |k|. Pairs inside 8 tokens are summed in float32.
 //
 // For heads of 128 in half precision on Hopper there is intra_chunk_fwd_helpers.cu.
-#include "kda_intra_chunk.cuh"
+#include "kda_inverse.cuh"
 
+constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
+constexpr int WARPS = THREADS / 32;
+constexpr int LANES = D / 2 < 32 ? D / 2 : 32;        // lanes of a warp that share a leaf
+constexpr int WARPS_PER_LEAF = D / 2 > 32 ? D / 64 : 1;
+
+struct Shared {
+  static constexpr int leaf_logs = 0;                                        // float [LEAVES][D]
+  static constexpr int beta = leaf_logs + LEAVES * D * 4;                    // float [C]
+  static constexpr int corner = beta + C * 4;                                // float [C][17]: the diagonal 16x16 blocks of Akk
+  static constexpr int pairs = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square
+  static constexpr int below = pairs + Square::bytes;                        // Square: Akk below the diagonal blocks
+  static constexpr int tree = below + Square::bytes;                    // LEVELS x Level, then T and T~
+  static constexpr int inverse = tree, inverse_rest = tree + Square::bytes;
+  static constexpr int leaf_t = inverse_rest + Square::bytes;           // float [8][C]: columns of T and T~ of the leaves
+  static constexpr int leaf_rest = leaf_t + 8 * C * 4;
+  static constexpr int after_tree = leaf_rest + 8 * C * 4 - tree;
+  static constexpr int tree_bytes = LEVELS * Level::bytes > after_tree ? LEVELS * Level::bytes : after_tree;
+  static constexpr int partial = below;                                      // float [WARPS][64], in the place of Akk before it is written: sums over half the channels
+  static constexpr int bytes = tree + tree_bytes;
+};
+static_assert(WARPS_PER_LEAF == 1 || WARPS * 64 * 4 <= Square::bytes, "the partial sums fit where Akk will be");
+static_assert(THREADS >= C + D / 2, "a thread for each column of the leaves' inverses, and for two channels");
 static_assert(Shared::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
+
+// Sums value[0..31] over LANES lanes. Lane l of them gets the sums of the 32 / LANES values from 32 / LANES * l on.
+__device__ __forceinline__ void sum_over_lanes(float (&value)[32]) {
+  int count = 32;
+#pragma unroll
+  for (int step = LANES / 2; step >= 1; step /= 2) {
+    count /= 2;
+    const bool upper = lane_id() & step;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (i < count) {
+        const float mine = upper ? value[i + count] : value[i];
+        const float other = upper ? value[i] : value[i + count];
+        value[i] = mine + __shfl_xor_sync(0xffffffffu, other, step);
+      }
+    }
+  }
+}
+
+// The row i of pair number n = i (i - 1) / 2 + j, j < i, of a leaf. There are 28 pairs.
+__device__ __forceinline__ int pair_row(int n) { return n < 1 ? 1 : n < 3 ? 2 : n < 6 ? 3 : n < 10 ? 4 : n < 15 ? 5 : n < 21 ? 6 : 7; }
+
+__device__ __forceinline__ void store_leaf_sum(char* shared, int leaf, int batch, int n, float sum) {
+  const int first = leaf * LEAF;
+  if (n >= 28) {  // Aqk_ii
+    const int i = first + (n - 28) + 4 * batch;
+    store_one(Square::at(shared + Shared::pairs, i, i), sum);
+    return;
+  }
+  const int i = pair_row(n), j = n - i * (i - 1) / 2;
+  if (batch == 0) {
+    float* corner = reinterpret_cast<float*>(shared + Shared::corner);
+    const int row = first + i, column = first + j;
+    corner[row * 17 + column % 16] = sum;
+  } else {
+    store_one(Square::at(shared + Shared::pairs, first + i, first + j), sum);
+  }
+}
+
+// Akk and Aqk inside a leaf. Batch 0 is the 28 entries of Akk and Aqk_00..Aqk_33, batch 1 the 28 of Aqk and Aqk_44..Aqk_77.
+__device__ __forceinline__ void leaf_pairs(char* shared, int leaf, const Gates& gates, const Leaf<Element>& q, const Leaf<Element>& k, float scale) {
+#pragma unroll 1
+  for (int batch = 0; batch < 2; ++batch) {
+    float sum[32];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = batch == 0 ? q[i] : q[i + 4], y = batch == 0 ? k[i] : k[i + 4];
+      sum[28 + i] = scale * (x.x * y.x + x.y * y.y);
+    }
+#pragma unroll
+    for (int channel = 0; channel < 2; ++channel) {
+      float decayed[LEAF];  // k_j decay(j..i)
+#pragma unroll
+      for (int i = 0; i < LEAF; ++i) {
+        const float e = channel == 0 ? gates.e[i].x : gates.e[i].y;
+        const float ki = channel == 0 ? k[i].x : k[i].y, qi = channel == 0 ? q[i].x : q[i].y;
+        const float row = batch == 0 ? ki : scale * qi;
+#pragma unroll
+        for (int j = 0; j < i; ++j) {
+          decayed[j] *= e;
+          const float term = row * decayed[j];
+          sum[i * (i - 1) / 2 + j] = channel == 0 ? term : sum[i * (i - 1) / 2 + j] + term;
+        }
+        decayed[i] = ki;
+      }
+    }
+    sum_over_lanes(sum);
+    const int each = 32 / LANES, lane = lane_id() % LANES;
+    if constexpr (WARPS_PER_LEAF > 1) {
+      reinterpret_cast<float*>(shared + Shared::partial)[(threadIdx.x / 32) * 64 + batch * 32 + lane] = sum[0];
+    } else {
+#pragma unroll
+      for (int n = 0; n < each; ++n) store_leaf_sum(shared, leaf, batch, lane * each + n, sum[n]);
+    }
+  }
+  if constexpr (WARPS_PER_LEAF > 1) {
+    __syncthreads();
+    const float* partial = reinterpret_cast<const float*>(shared + Shared::partial);
+    for (int n = threadIdx.x; n < LEAVES * 64; n += THREADS) {
+      const int of = n / 64;
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS_PER_LEAF; ++w) sum += partial[(of * WARPS_PER_LEAF + w) * 64 + n % 64];
+      store_leaf_sum(shared, of, n % 64 / 32, n % 32, sum);
+    }
+  }
+}
+
+__device__ __forceinline__ void invert_leaves(char* shared) {
+  if (threadIdx.x >= C) return;
+  invert_column<Shared>(shared, threadIdx.x);
+}
 
 // q, k: [rows, H, D] Element. g: [rows, H, D], beta: [rows, H] float32. workspaces: [chunks, H] ChunkWorkspace, result. An item is
 // one chunk of one head, items = chunks x H. A block takes item blockIdx.x, then every gridDim.x-th, and reads the inputs of the
@@ -20,12 +134,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     const Element* q, const Element* k, const float* g, const float* beta, char* workspaces, const int4* spans, int items, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
-
-  struct {
-    __device__ __forceinline__ unsigned thread() const { return threadIdx.x; }
-    __device__ __forceinline__ int opaque_thread() const { return opaque(threadIdx.x); }
-    __device__ __forceinline__ void wait() const { __syncthreads(); }
-  } const block;
   const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
 
   bool exists = false;
@@ -58,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     Gates gates;
     gates.set(nats);
     Gates::share(nats, reinterpret_cast<float*>(shared + Shared::leaf_logs), leaf, channel);
-    block.wait();  // the workspace of the item before has been copied out
+    __syncthreads();  // the workspace of the item before has been copied out
 
     const float* leaf_logs = reinterpret_cast<const float*>(shared + Shared::leaf_logs);
     Reach reach;
@@ -99,11 +207,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
       if (!Level::is_row(level, leaf)) Level::write_columns(shared + Shared::tree + level * Level::bytes, level, leaf, channel, near[level], near_k);
 #pragma unroll
     for (int j = 0; j < LEAF; ++j) store_pair(Rows::at(kg, j, channel), times(reach.after, near_k[j]));
-    leaf_pairs(block, shared, shared + Shared::pairs, leaf, gates, qs, ks, scale);
+    leaf_pairs(shared, leaf, gates, qs, ks, scale);
     workspace = workspace_of(opaque(item));  // computed again, to save registers
     if (item + gridDim.x < items) ask(item + gridDim.x);
-    pairs_and_inverse(block, shared, shared + Shared::pairs, workspace, 1.f);
-    block.wait();
-    copy_pairs<THREADS>(shared + Shared::pairs, block.opaque_thread(), workspace);
+    __syncthreads();
+    tree_pairs<Shared, WARPS>(shared, shared + Shared::pairs, opaque(threadIdx.x / 32), 1.f);
+    __syncthreads();  // T and T~ take the place of the level tiles
+    invert_leaves(shared);
+    whole_decay<Shared>(shared, workspace, opaque(threadIdx.x) - C);  // by threads that invert nothing
+    __syncthreads();
+    spread_leaves<Shared, THREADS>(shared, shared + Shared::pairs, opaque(threadIdx.x));
+    merge_leaves<Shared, THREADS>(shared, shared + Shared::pairs, opaque(threadIdx.x));
+    __syncthreads();
+    merge<Shared, WARPS, 16>(shared, shared + Shared::pairs, opaque(threadIdx.x / 32));
+    if constexpr (C == 64) {
+      __syncthreads();
+      merge<Shared, WARPS, 32>(shared, shared + Shared::pairs, opaque(threadIdx.x / 32));
+    }
+    __syncthreads();
+    copy_pairs<Shared, THREADS>(shared, opaque(threadIdx.x), workspace);
   }
 }

@@ -7,8 +7,8 @@
 // Workers and helpers meet at two barriers for each item:
 //   FREE    the helpers have read the matrices of the item before. The workers then write those of this item.
 //   FILLED  the workers have written them. The helpers then invert.
-#include "kda_inverse.cuh"
 #include "kda_half_operands.cuh"
+#include "kda_inverse.cuh"
 #include "kda_leaf_products.cuh"
 #include "kda_scale.cuh"
 #include "named_barrier.cuh"
@@ -109,7 +109,7 @@ __device__ __forceinline__ void invert(char* shared, char* workspace) {
   wait_for_helpers();
   merge<Shared, HELPER_WARPS, 32>(shared, shared + Shared::pairs, helper() / 32);
   wait_for_helpers();
-  copy_pairs<HELPERS>(shared + Shared::pairs, helper(), workspace);
+  copy_pairs<Shared, HELPERS>(shared, helper(), workspace);
 }
 
 __device__ __forceinline__ void help(char* shared, const Arguments& given) {

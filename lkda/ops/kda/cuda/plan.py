@@ -8,7 +8,6 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from lkda.ops.kda.cuda import variants
 from lkda.ops.kda.cuda.segments import BLOCKS, optional_segment_count, segment_count
 from lkda.ops.kda.cuda.variants import (
     InterChunkKernel,
@@ -131,10 +130,10 @@ class Plan(Sizes):
         self.inter_chunk_fwd, self.inter_chunk_bwd = scan("inter_chunk_fwd", part), scan("inter_chunk_bwd", part)
         self.summarize_fwd, self.summarize_bwd = scan("inter_chunk_fwd", "summary"), scan("inter_chunk_bwd", "summary")
         self.chunk_fwd: Launch | None = None
-        """The whole forward in one kernel, where no backward follows; None where it is not used."""
-        whole = N is None and segments == 1 and fills_in_one_pass(self.sequences * H)
-        if variants.ONE_PASS and has_chunk_fwd(D, dtype, arch) and whole:
-            one_pass = chunk_fwd(dtype, query, variants.ONE_PASS == "products")
+        """The whole forward in one kernel, for a forward that no backward follows. None where the other kernels run."""
+        uncut = N is None and segments == 1
+        if has_chunk_fwd(D, dtype, arch) and uncut and fills_in_one_pass(self.sequences * H):
+            one_pass = chunk_fwd(dtype, query)
             self.chunk_fwd = launch(one_pass.kernel, self.sequences * H, one_pass.threads)
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
         self.intra_chunk_bwd = launch(intra_chunk_bwd_kernel(D, dtype, arch, query), self.items, layout.threads)
@@ -185,10 +184,11 @@ class Plan(Sizes):
 
 
 def fills_in_one_pass(blocks: int) -> bool:
-    """Whether so many blocks, one for each head of a sequence, keep the GPU busy for as long as the last of them runs.
+    """Whether so many blocks of chunk_fwd.cu, one for each head of a sequence, keep the GPU busy until the last one ends.
 
-    A multiprocessor holds one block of chunk_fwd.cu. Packed sequences are not asked: the longest may be much longer
-    than the others, and its block would run alone.
+    A multiprocessor holds one block, so the blocks run in turns of BLOCKS, and at least two thirds of the places must
+    be taken. With fewer the other kernels are faster. Packed sequences do not get this kernel at all: the longest may
+    be much longer than the others, and its block would run alone.
     """
     turns = -(-blocks // BLOCKS)
     return blocks >= 2 / 3 * turns * BLOCKS

@@ -5,7 +5,6 @@ docs/dev/kernels.md explains the kernels. `lkda.ops.kda.cuda.plan` binds them to
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
@@ -18,9 +17,6 @@ HERE = Path(__file__).parent
 
 LEAF = 8
 WARPGROUPS = True  # whether the inter-chunk kernels use wgmma where there is one (sm_90a)
-# Whether chunk_fwd.cu is used where it can be: "" no, "sums" with all bits of the other kernels, "products" with pairs
-# inside a leaf on tensor cores.
-ONE_PASS = os.environ.get("LKDA_KDA_ONE_PASS", "")
 HELPER_WARPS = 2  # in a block of intra_chunk_fwd_helpers.cu, besides those that a block of intra_chunk_fwd.cu has
 MAX_STAGES = 3  # chunks in the shared memory of an inter-chunk kernel: one is computed on, the others are being fetched
 INTER_CHUNK = ("inter_chunk_fwd", "inter_chunk_bwd")
@@ -93,9 +89,11 @@ class Layout:
         values = self.chunk * min(16 * warps, self.D) * self.item
         return _round_up(_round_up(self.workspace, 128) + streams * values, 1024)
 
-    def chunk_fwd_shared(self, slots: int, teams: int) -> int:
-        values = self.chunk * self.D * self.item
-        return slots * _round_up(self.workspace, 1024) + values + teams * self.intra_chunk_fwd_shared(False)
+    def chunk_fwd_shared(self, teams: int) -> int:
+        """A team has what a block of intra_chunk_fwd.cu has, but for the C x C matrix of Aqk and T~."""
+        C, D = self.chunk, self.D
+        team = self.intra_chunk_fwd_shared(False) - C * C * self.operand
+        return (teams + 1) * _round_up(self.workspace, 1024) + C * D * self.item + teams * team
 
     def intra_chunk_bwd_shared(self, roomy: bool) -> int:
         C, D, size = self.chunk, self.D, self.operand
@@ -169,23 +167,21 @@ class ChunkFwd:
 
     Args:
         query: the dtype of q and k, where v is of `dtype`. None: all three are of `dtype`.
-        products: whether pairs inside a leaf are computed on tensor cores.
 
     Attributes:
         threads: threads in a block: two teams and the scanners.
     """
 
-    # Together at most what a launch gives: 96 registers for each of 640 threads.
+    # Of a thread. Together at most what a launch gives: 96 registers for each of 640 threads.
     TEAM_REGISTERS, SCANNER_REGISTERS = 88, 128
 
-    def __init__(self, dtype: torch.dtype, query: torch.dtype | None = None, products: bool = False):
+    def __init__(self, dtype: torch.dtype, query: torch.dtype | None = None):
         layout = layout_of(64, query or dtype)
         self.threads = 2 * layout.threads + 128
-        shared_bytes = layout.chunk_fwd_shared(slots=3, teams=2)
+        shared_bytes = layout.chunk_fwd_shared(teams=2)
         defines = layout.defines | {
             "VALUE": ELEMENTS[dtype],
             "WARPGROUPS": 1,
-            "PRODUCTS": int(products),
             "TEAM_REGISTERS": self.TEAM_REGISTERS,
             "SCANNER_REGISTERS": self.SCANNER_REGISTERS,
             "SHARED_BYTES": shared_bytes,
@@ -195,11 +191,11 @@ class ChunkFwd:
 
 
 @cache
-def chunk_fwd(dtype: torch.dtype, query: torch.dtype | None = None, products: bool = False) -> ChunkFwd:
-    return ChunkFwd(dtype, None if query == dtype else query, products)
+def chunk_fwd(dtype: torch.dtype, query: torch.dtype | None = None) -> ChunkFwd:
+    return ChunkFwd(dtype, None if query == dtype else query)
 
 
-# Of v, and of q and k.
+# The dtypes of v, and of q and k where they have another.
 CHUNK_FWD_DTYPES = ((torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float16))
 
 
@@ -302,10 +298,5 @@ def kernels(arch: str) -> list[Kernel]:
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
         + [amax_kernel(D, dtype) for D, dtype in variants if dtype.itemsize == 2]
         + [sequences_kernel(torch.bfloat16), sequences_kernel(torch.float32)]
-        + [
-            chunk_fwd(*dtypes, products).kernel
-            for dtypes in CHUNK_FWD_DTYPES
-            for products in (False, True)
-            if arch == "sm_90a"
-        ]
+        + [chunk_fwd(*dtypes).kernel for dtypes in CHUNK_FWD_DTYPES if arch == "sm_90a"]
     )
