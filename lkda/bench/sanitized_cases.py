@@ -70,7 +70,7 @@ def at_both_gates(shape: Shape, dtype: torch.dtype, device: torch.device) -> Non
 
 
 def one_pass(dtype: torch.dtype, query: torch.dtype | None, device: torch.device) -> None:
-    """The forward in one kernel, launched as the plan of a larger batch launches it. Seven chunks, the last one shorter."""
+    """The forward in one kernel, launched as for a larger batch. Seven chunks, the last one shorter."""
     B, T, H, D = 1, 410, 2, 64
     drawn = inputs(Shape(B, T, H, D), dtype, device, "slow")
     q, k = (drawn[name].to(query or dtype) for name in ("q", "k"))

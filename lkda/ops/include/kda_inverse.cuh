@@ -223,10 +223,9 @@ __device__ __forceinline__ void copy_pairs(const char* shared, int thread, char*
     *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
 }
 
-// exp(G_C), by the threads with the numbers 0 to D / 2 - 1.
+// exp(G_C) of two channels. A thread does nothing if `channel`, the first of the two, is not one.
 template <class Shared>
-__device__ __forceinline__ void whole_decay(const char* shared, char* workspace, int thread) {
-  const int channel = 2 * thread;
+__device__ __forceinline__ void whole_decay(const char* shared, char* workspace, int channel) {
   if (channel < 0 || channel >= D) return;
   float2 sum = make_float2(0.f, 0.f);
 #pragma unroll

@@ -15,10 +15,9 @@ struct LeafSums {
   float2 top = {0.f, 0.f}, bottom = {0.f, 0.f};
 };
 
-// Rows 8 to 15 of the operands begin APART bytes after rows 0 to 7, and the columns as far after rows 8 to 15.
-template <int APART = 8 * 128>
+// Operands: where a warp has the operands, a Tile or a class like it: 16 rows, then 8 columns.
+template <class Operands = Tile<float16, 24, 64>>
 struct LeafProducts {
-  using Operands = Tile<float16, 24, 64>;  // 16 rows, then 8 columns; one for each warp
   static constexpr int bytes = Operands::bytes;
 
   char* operands;
@@ -72,9 +71,8 @@ struct LeafProducts {
   }
 
  private:
-  __device__ __forceinline__ float16* at(int eight, int row, int column) const { return Operands::at(operands + eight * APART, row, column); }
   static __device__ __forceinline__ unsigned times(unsigned a, unsigned b) { return product_of_pairs(float16{}, a, b); }
-  __device__ __forceinline__ void write(int row, unsigned pair) const { *reinterpret_cast<unsigned*>(at(row / 8, row % 8, 2 * lane)) = pair; }
+  __device__ __forceinline__ void write(int row, unsigned pair) const { *reinterpret_cast<unsigned*>(Operands::at(operands, row, 2 * lane)) = pair; }
   __device__ __forceinline__ void write_row(int row_of_k, int row_of_q, int token, unsigned factor) const {
     write(row_of_k, times(factor, k[token]));
     write(row_of_q, times(factor, q[token]));
@@ -85,11 +83,10 @@ struct LeafProducts {
 #pragma unroll
     for (int d = 0; d < 64; d += 32) {
       unsigned columns[4];
-      load_matrices(columns, at(2, lane_id() % 8, d + lane_id() / 8 * 8));
+      load_matrices(columns, Operands::at(operands, 16 + lane_id() % 8, d + lane_id() / 8 * 8));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Block<float16> rows;
-        load_matrices(rows.word, at(lane_id() / 8 % 2, lane_id() % 8, d + 16 * half + lane_id() / 16 * 8));
+        const Block<float16> rows = Operands::load(operands, 0, d + 16 * half);
         multiply(float16{}, sums.top, sums.bottom, rows.word, columns[2 * half], columns[2 * half + 1]);
       }
     }

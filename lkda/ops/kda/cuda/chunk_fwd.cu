@@ -104,10 +104,21 @@ struct ChunkInputs {
   }
 };
 
-// Akk and Aqk inside a leaf. The operands of these products lie where the warp's rows of k_in, qg and kg are written later.
+// The operands of LeafProducts, 24 rows: eight each in the place of a leaf's rows of k_in, qg and kg, which are written later.
+struct LeafOperands {
+  static constexpr int bytes = 24 * D * sizeof(float16);
+  static __device__ __forceinline__ float16* at(char* leaf, int row, int column) { return Rows::at(leaf + row / LEAF * Rows::bytes, row % LEAF, column); }
+  static __device__ __forceinline__ Block<float16> load(char* leaf, int row, int column) {
+    Block<float16> rows;
+    load_matrices(rows.word, at(leaf, row + lane_id() % 16, column + lane_id() / 16 * 8));
+    return rows;
+  }
+};
+
+// Akk and Aqk inside a leaf.
 __device__ __forceinline__ void multiply_leaf(const Team& team, char* shared, char* workspace, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
   const int first = team.leaf() * LEAF;
-  const LeafProducts<Rows::bytes> products(Rows::from(workspace, first), gates, q, k);
+  const LeafProducts<LeafOperands> products(Rows::from(workspace, first), gates, q, k);
   const LeafSums neighbours = products.neighbours(), farther = products.farther(gates);
   char* pairs = workspace + ChunkWorkspace::pairs;
   float* corner = reinterpret_cast<float*>(shared + Shared::corner) + first * 17 + first % 16;
@@ -151,7 +162,7 @@ __device__ __forceinline__ void invert(const Team& team, char* shared, char* wor
   tree_pairs_of_eight<Shared>(shared, pairs, opaque(team.thread() / 32), scale);
   team.wait();  // T and T~ take the place of the levels
   if (team.thread() < C) invert_column<Shared>(shared, team.thread());
-  whole_decay<Shared>(shared, workspace, team.opaque_thread() - C);  // by threads that invert nothing
+  whole_decay<Shared>(shared, workspace, 2 * (team.opaque_thread() - C));  // by threads that invert nothing
   team.wait();
   spread_leaves<Shared, THREADS>(shared, pairs, team.opaque_thread());
   merge_leaves<Shared, THREADS>(shared, pairs, team.opaque_thread());

@@ -32,7 +32,7 @@ from lkda.ops.short_conv.cuda import normalize_heads, normalize_heads_backward, 
 
 reason_cannot_run = cannot_take(otherwise="chunk")
 
-# Whether chunk_fwd computes a forward that no backward follows, where the plan has it (`Plan.chunk_fwd`, a rule of shapes).
+# Whether chunk_fwd computes a forward that no backward follows, at the shapes where the plan has it (`Plan.chunk_fwd`).
 # Its last bits are not those of a forward that a backward follows. Tests and benchmarks set this to False to compare.
 ONE_PASS = True
 

@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     tree_pairs<Shared, WARPS>(shared, shared + Shared::pairs, opaque(threadIdx.x / 32), 1.f);
     __syncthreads();  // T and T~ take the place of the level tiles
     invert_leaves(shared);
-    whole_decay<Shared>(shared, workspace, opaque(threadIdx.x) - C);  // by threads that invert nothing
+    whole_decay<Shared>(shared, workspace, 2 * (opaque(threadIdx.x) - C));  // by threads that invert nothing
     __syncthreads();
     spread_leaves<Shared, THREADS>(shared, shared + Shared::pairs, opaque(threadIdx.x));
     merge_leaves<Shared, THREADS>(shared, shared + Shared::pairs, opaque(threadIdx.x));

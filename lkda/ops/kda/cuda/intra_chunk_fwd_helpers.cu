@@ -240,7 +240,7 @@ __device__ __forceinline__ void work(char* shared, const Arguments& given, int w
     write_levels(shared + Shared::tree, Place(warp), factors.gates, factors.near, q, k);
     __syncwarp();
     multiply_leaf(shared, warp, factors.gates, q, k);
-    whole_decay<Shared>(shared, workspace, opaque(threadIdx.x));
+    whole_decay<Shared>(shared, workspace, 2 * opaque(threadIdx.x));
     wait_at_barrier(FREE, WORKERS + HELPERS);
     tree_pairs<Shared, WORKER_WARPS>(shared, shared + Shared::pairs, warp, given.scale);
     store_leaf_pairs(shared, warp, given.scale);
