@@ -187,8 +187,8 @@ def fills_in_one_pass(blocks: int) -> bool:
     """Whether so many blocks of chunk_fwd.cu, one for each head of a sequence, keep the GPU busy until the last ends.
 
     A multiprocessor holds one block, so the blocks run in turns of BLOCKS, and at least two thirds of the places must
-    be taken. With fewer the other kernels are faster. Packed sequences do not get this kernel at all: the longest may
-    be much longer than the others, and its block would run alone.
+    be taken. With fewer the other kernels are expected to be faster. Packed sequences do not get this kernel at all:
+    the longest may be much longer than the others, and its block would run alone.
     """
     turns = -(-blocks // BLOCKS)
     return blocks >= 2 / 3 * turns * BLOCKS
