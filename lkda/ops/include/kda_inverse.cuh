@@ -87,10 +87,9 @@ __device__ __forceinline__ void level_pairs(char* shared, char* pairs, int numbe
   }
 }
 
-// tree_pairs by eight warps. A warp multiplies a task of level 2, or one of level 1 and one of level 0.
+// tree_pairs by eight warps, for three levels of four tasks each. A warp has a task of level 2, or one of each of the other levels.
 template <class Shared>
 __device__ __forceinline__ void tree_pairs_of_eight(char* shared, char* pairs, int warp, float scale) {
-  static_assert(LEVELS == 3 && BLOCKS == 4, "a warp has one of the four tasks of level 2, or of each of the other two levels");
   if (warp < 4) {
     level_pairs<Shared, 2>(shared, pairs, warp, scale);
   } else {

@@ -32,6 +32,7 @@ constexpr int TEAMS = 2, SLOTS = TEAMS + 1;
 constexpr int WARPS = LEAVES, THREADS = 32 * WARPS;  // of a team
 constexpr int SCANNERS = 32 * D / 16;                // threads
 constexpr int AMONG_TEAM = 1, FILLED = AMONG_TEAM + TEAMS;  // the first of TEAMS barriers each
+static_assert(WARPS == 8 && LEVELS == 3 && BLOCKS == 4, "tree_pairs_of_eight");
 static_assert(D == 64 && HALVES, "a lane has two channels of its warp's leaf, and the scanners are one warp group");
 
 // What a team needs beside its slot.
