@@ -6,7 +6,7 @@ Each shape is measured with slow gates, as a newly initialised layer has them, a
 a kernel has its milliseconds in one forward and backward, by torch.profiler; where there are two passes over segments,
 or a kernel runs in the forward and in the backward, it is their sum. "all kernels" is the sum of all, and "replayed" is
 the time of the call as a CUDA graph, with the gaps between the kernels. Columns that begin with "forward" are of a
-forward alone.
+forward alone, without gradients, which one kernel computes at some shapes: chunk_fwd.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from lkda.io import check_output_file
 from lkda.ops import kda_attention
 
 KERNELS = ("intra_chunk_fwd", "amax", "inter_chunk_fwd", "segments", "inter_chunk_bwd", "intra_chunk_bwd")
+FORWARD = ("intra_chunk_fwd", "inter_chunk_fwd", "chunk_fwd")
 CALLS = 20  # under the profiler
 
 
@@ -50,8 +51,9 @@ def kernel_ms(call: Callable[[], object], device: torch.device) -> dict[str, flo
 def by_kernel(events: list[tuple[str, float]], *, calls: int) -> dict[str, float]:
     """Milliseconds of each kernel in one call, from the names and microseconds of launches in `calls` calls."""
     found: dict[str, float] = defaultdict(float)
+    known = (*KERNELS, "chunk_fwd")
     for name, microseconds in events:
-        found[next((kernel for kernel in KERNELS if f"kda_{kernel}" in name), "others")] += microseconds / 1000 / calls
+        found[next((kernel for kernel in known if f"kda_{kernel}" in name), "others")] += microseconds / 1000 / calls
     return dict(found)
 
 
@@ -74,8 +76,7 @@ def row(shape: Shape, gate: str, leaves: list[Tensor], grad_o: Tensor, milliseco
         **{name: _ms(kernels.get(name)) for name in (*KERNELS, "others")},
         "all kernels": _ms(sum(kernels.values())),
         "replayed": _ms(replayed[1]),
-        "forward: intra_chunk_fwd": _ms(alone.get("intra_chunk_fwd")),
-        "forward: inter_chunk_fwd": _ms(alone.get("inter_chunk_fwd")),
+        **{f"forward: {name}": _ms(alone.get(name)) for name in FORWARD},
         "forward: all kernels": _ms(sum(alone.values())),
         "forward: replayed": _ms(replayed[0]),
     }

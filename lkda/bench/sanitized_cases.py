@@ -23,7 +23,7 @@ from torch import Tensor
 from lkda.bench.kda_inputs import NAMES, inputs
 from lkda.bench.op_benchmark import DTYPES, Shape
 from lkda.ops import KDAGate
-from lkda.ops.kda.cuda import recurrent
+from lkda.ops.kda.cuda import recurrent, variants
 from lkda.ops.kda.cuda.core import kda_cuda
 from lkda.ops.kda.cuda.layer import kda_layer_cuda
 from lkda.ops.kda.cuda.step import STATES, kda_step_cuda
@@ -67,6 +67,19 @@ def at_both_gates(shape: Shape, dtype: torch.dtype, device: torch.device) -> Non
     """Chunks that forget the state before them take another way through the kernels of segments."""
     for gate in ("slow", "fast"):
         chunked(shape, dtype, gate, device)
+
+
+def one_pass(dtype: torch.dtype, query: torch.dtype | None, device: torch.device) -> None:
+    """The forward in one kernel, launched as for a larger batch. Seven chunks, the last one shorter."""
+    B, T, H, D = 1, 410, 2, 64
+    drawn = inputs(Shape(B, T, H, D), dtype, device, "slow")
+    q, k = (drawn[name].to(query or dtype) for name in ("q", "k"))
+    v, g, beta = (drawn[name] for name in ("v", "g", "beta"))
+    o, final_state = torch.empty_like(v), torch.empty(B, H, D, D, device=device)
+    one = variants.chunk_fwd(dtype, query)
+    for state in (None, torch.randn(B, H, D, D, device=device)):
+        given = (q, k, v, g, beta, state, o, final_state)
+        one.kernel((B * H, 1, 1), one.threads, *given, T, H, D**-0.5, device=device)
 
 
 def recurrence(D: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -186,6 +199,10 @@ def cases() -> dict[str, Case]:
     for word in ("bf16", "fp16"):
         many = Shape(1, 1030, 34, 64)  # so many heads that segments are worth it only where chunks forget
         found[f"chunked-64-{word}-optional-segments"] = partial(at_both_gates, many, DTYPES[word])
+    for dtype, query in variants.CHUNK_FWD_DTYPES:
+        words = {dtype: word for word, dtype in DTYPES.items()}
+        name = "one-pass-64-" + words[dtype] + (f"-{words[query]}" if query else "")
+        found[name] = partial(one_pass, dtype, query)
     return found
 
 

@@ -13,6 +13,7 @@ from lkda.checks import InputError
 from lkda.ops import kda_attention, softmax_attention
 from lkda.ops.kda.cuda import recurrent as cuda_recurrent
 from lkda.ops.kda.cuda import variants as cuda_kernels
+from lkda.ops.kda.cuda.plan import fills_in_one_pass
 from lkda.ops.runtime.jit import Kernel
 from lkda.ops.runtime.kernel_inputs import ELEMENTS
 
@@ -77,8 +78,12 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
         return []
     variant = {f"HEAD_DIM={shape.D}", f"ELEMENT={ELEMENTS[dtype]}"}
     found = [kernel for kernel in listed(arch) if variant <= set(kernel.module.defines)]
-    forward = ("kda_intra_chunk_fwd", "kda_inter_chunk_fwd", "kda_recurrent")
-    return [kernel for kernel in found if mode != "fwd" or kernel.entry in forward]
+    entries = {kernel.entry for kernel in found} - {"kda_chunk_fwd"}
+    if mode == "fwd":
+        entries &= {"kda_intra_chunk_fwd", "kda_inter_chunk_fwd", "kda_recurrent"}
+        if word == "cuda" and cuda_kernels.has_chunk_fwd(shape.D, dtype, arch) and fills_in_one_pass(shape.B * shape.H):
+            entries = {"kda_chunk_fwd"}
+    return [kernel for kernel in found if kernel.entry in entries]
 
 
 BENCHMARK = OpBenchmark(

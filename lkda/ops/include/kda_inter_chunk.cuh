@@ -14,9 +14,9 @@
 #include "warpgroup.cuh"
 #endif
 
+static_assert(!WARPGROUPS || WARPS % 4 == 0, "wgmma is an instruction of four warps");
 constexpr int WIDTH = WARPS * 16;        // columns of a block
 constexpr int SPLITS = COLUMNS / WIDTH;  // blocks of a head
-constexpr int STEPS = D / 16;            // 16-channel blocks of K
 constexpr int VALUES = WIDTH < D ? WIDTH : D;  // columns of V of a block
 using Values = Tile<Element, C, VALUES>;
 

@@ -1,14 +1,14 @@
-// What the two kernels of intra_chunk_fwd have in common: the pairs on the levels of the tree, and T~ from Akk.
+// What the two kernels of intra_chunk_fwd and chunk_fwd.cu have in common: the pairs on the levels of the tree, and T~ from Akk.
 //
-// `Shared` says where a kernel has its arrays in shared memory. The THREADS threads or WARPS warps that call a function together
-// share its work; each gives its number among them.
+// `Shared` says where a kernel has its arrays in shared memory, and `pairs` is the Square there that gets Aqk and T~. The THREADS
+// threads or WARPS warps that call a function together share its work; each gives its number among them.
 #pragma once
 #include "kda_tree.cuh"
 
 // Akk and Aqk between the halves of each group of each level, on tensor cores. A task is 16 rows of one level. scale: of Aqk; 1
 // if q^ is already multiplied by it.
 template <class Shared, int WARPS>
-__device__ __forceinline__ void tree_pairs(char* shared, int warp, float scale) {
+__device__ __forceinline__ void tree_pairs(char* shared, char* pairs, int warp, float scale) {
   for (int task = warp; task < LEVELS * BLOCKS; task += WARPS) {
     const int level = LEVELS - 1 - task / BLOCKS, rows = task % BLOCKS * 16, bits = LEAF_BITS + level, half = 1 << bits;
     const char* tree = shared + Shared::tree + level * Level::bytes;
@@ -32,7 +32,7 @@ __device__ __forceinline__ void tree_pairs(char* shared, int warp, float scale) 
       const float2 m = group % 2 == 0 ? s.pair[0] : s.pair[2], p = group % 2 == 0 ? s.pair[1] : s.pair[3];
       corner[0] = m.x;
       corner[1] = m.y;
-      store_pair(Square::at(shared + Shared::pairs, i, j), times(make_float2(scale, scale), p));
+      store_pair(Square::at(pairs, i, j), times(make_float2(scale, scale), p));
       continue;
     }
 #pragma unroll
@@ -42,13 +42,59 @@ __device__ __forceinline__ void tree_pairs(char* shared, int warp, float scale) 
         for (int q = 0; q < 4; ++q) {
           const int i = start + half + (rows & (half - 1)) + quadrant_row(q), j = start + n * 16 + quadrant_column(q);
           if (rows & half) {
-            store_pair(Square::at(shared + Shared::pairs, i, j), times(make_float2(scale, scale), sum[n].pair[q]));
+            store_pair(Square::at(pairs, i, j), times(make_float2(scale, scale), sum[n].pair[q]));
           } else {
             store_pair(Square::at(shared + Shared::below, i, j), sum[n].pair[q]);
           }
         }
       }
     }
+  }
+}
+
+// A task of tree_pairs whose level the compiler knows. It then has no branches, and operands are read while others are multiplied.
+// number: of the task on its level, 0 to BLOCKS - 1.
+template <class Shared, int LEVEL>
+__device__ __forceinline__ void level_pairs(char* shared, char* pairs, int number, float scale) {
+  constexpr int HALF = LEAF << LEVEL, COLUMNS = (HALF + 15) / 16;
+  const char* tree = shared + Shared::tree + LEVEL * Level::bytes;
+  const int rows = number * 16, group = rows / (2 * HALF), start = group * 2 * HALF;
+  Sum sum[COLUMNS];
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n) clear(sum[n]);
+#pragma unroll
+  for (int d = 0; d < D; d += 16) {
+    const Block<Operand> a = Level::Rows::load(tree + Level::rows, rows, d);
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n) product(sum[n], a, Level::Columns::load_right(tree + Level::columns, (group * HALF & ~15) + n * 16, d));
+  }
+  const float2 scales = make_float2(scale, scale);
+  if constexpr (LEVEL == 0) {
+    const bool odd = group % 2;
+    const float2 m = odd ? sum[0].pair[2] : sum[0].pair[0], p = odd ? sum[0].pair[3] : sum[0].pair[1];
+    float* corner = reinterpret_cast<float*>(shared + Shared::corner) + (start + LEAF + lane_row()) * 17 + lane_column();
+    corner[0] = m.x;
+    corner[1] = m.y;
+    store_pair(Square::at(Square::from(pairs, start + LEAF), lane_row(), start + lane_column()), times(scales, p));
+  } else {
+    const bool of_q = rows & HALF;
+    char* to = Square::from(of_q ? pairs : shared + Shared::below, start + HALF + (rows & (HALF - 1)));
+    const float2 factor = of_q ? scales : make_float2(1.f, 1.f);
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+      for (int q = 0; q < 4; ++q) store_pair(Square::at(to, quadrant_row(q), start + n * 16 + quadrant_column(q)), times(factor, sum[n].pair[q]));
+  }
+}
+
+// tree_pairs by eight warps, for three levels of four tasks each. A warp has a task of level 2, or one of each of the other levels.
+template <class Shared>
+__device__ __forceinline__ void tree_pairs_of_eight(char* shared, char* pairs, int warp, float scale) {
+  if (warp < 4) {
+    level_pairs<Shared, 2>(shared, pairs, warp, scale);
+  } else {
+    level_pairs<Shared, 1>(shared, pairs, warp - 4, scale);
+    level_pairs<Shared, 0>(shared, pairs, warp - 4, scale);
   }
 }
 
@@ -84,20 +130,20 @@ __device__ __forceinline__ void invert_column(char* shared, Index column) {
 
 // Copies entry (i, c) of each inverted leaf to the matrices that use it.
 template <class Shared, int THREADS>
-__device__ __forceinline__ void spread_leaves(char* shared, int thread) {
+__device__ __forceinline__ void spread_leaves(char* shared, char* pairs, int thread) {
   for (int n = thread; n < C * LEAF; n += THREADS) {
     const int i = n / C, column = n % C, row = column / LEAF * LEAF + i;
     const float t = reinterpret_cast<const float*>(shared + Shared::leaf_t)[n], rest = reinterpret_cast<const float*>(shared + Shared::leaf_rest)[n];
     store_one(Square::at(shared + Shared::inverse, row, column), t);
     store_one(Square::at(shared + Shared::inverse_rest, row, column), rest);
-    if (row > column) store_one(Square::at(shared + Shared::pairs, column, row), rest);
+    if (row > column) store_one(Square::at(pairs, column, row), rest);
   }
 }
 
 // The 8x8 block of T~ below two diagonal blocks 1 and 2, in float32. Eight neighbouring threads have a column:
 //   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
 template <class Shared, int THREADS>
-__device__ __forceinline__ void merge_leaves(char* shared, int thread) {
+__device__ __forceinline__ void merge_leaves(char* shared, char* pairs, int thread) {
   for (int n = thread; n < BLOCKS * 64; n += THREADS) {
     const int block = n / 64, c = n % 64 / LEAF, i = n % LEAF, upper = block * 16, lower = upper + LEAF;
     const float* m = reinterpret_cast<const float*>(shared + Shared::corner) + (lower + i) * 17;
@@ -118,7 +164,7 @@ __device__ __forceinline__ void merge_leaves(char* shared, int thread) {
     store_one(Square::at(shared + Shared::inverse, upper + c, lower + i), 0.f);
     store_one(Square::at(shared + Shared::inverse_rest, lower + i, upper + c), rest);
     store_one(Square::at(shared + Shared::inverse_rest, upper + c, lower + i), 0.f);
-    store_one(Square::at(shared + Shared::pairs, upper + c, lower + i), rest);
+    store_one(Square::at(pairs, upper + c, lower + i), rest);
   }
 }
 
@@ -126,7 +172,7 @@ __device__ __forceinline__ void merge_leaves(char* shared, int thread) {
 //   T~_21 = -(I + T~_22 B_2) X,    X = Akk_21 T_11
 // It is computed transposed, X^T = T_11^T Akk_21^T: then a sum is the next operand, and the result lies as `pairs` holds it.
 template <class Shared, int WARPS, int HALF>
-__device__ __forceinline__ void merge(char* shared, int warp) {
+__device__ __forceinline__ void merge(char* shared, char* pairs, int warp) {
   constexpr int N = HALF / 16;
   const float* beta = reinterpret_cast<const float*>(shared + Shared::beta);
   for (int task = warp; task < C / (2 * HALF) * N; task += WARPS) {
@@ -157,7 +203,7 @@ __device__ __forceinline__ void merge(char* shared, int warp) {
       for (int q = 0; q < 4; ++q) {
         const int j = column + quadrant_row(q), i = lower + n * 16 + quadrant_column(q);
         const float2 rest = make_float2(-x[n].pair[q].x, -x[n].pair[q].y);
-        store_pair(Square::at(shared + Shared::pairs, j, i), rest);
+        store_pair(Square::at(pairs, j, i), rest);
         if (2 * HALF < C) {
           store_one(Square::at(shared + Shared::inverse_rest, i, j), rest.x);
           store_one(Square::at(shared + Shared::inverse_rest, i + 1, j), rest.y);
@@ -176,10 +222,9 @@ __device__ __forceinline__ void copy_pairs(const char* shared, int thread, char*
     *reinterpret_cast<uint4*>(workspace + ChunkWorkspace::pairs + at) = *reinterpret_cast<const uint4*>(shared + Shared::pairs + at);
 }
 
-// exp(G_C), by D / 2 threads from number FIRST of the block on.
-template <class Shared, int FIRST>
-__device__ __forceinline__ void whole_decay(const char* shared, char* workspace) {
-  const int channel = 2 * (opaque(threadIdx.x) - FIRST);
+// exp(G_C) of two channels. A thread does nothing if `channel`, the first of the two, is not one.
+template <class Shared>
+__device__ __forceinline__ void whole_decay(const char* shared, char* workspace, int channel) {
   if (channel < 0 || channel >= D) return;
   float2 sum = make_float2(0.f, 0.f);
 #pragma unroll

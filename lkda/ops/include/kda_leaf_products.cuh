@@ -15,8 +15,9 @@ struct LeafSums {
   float2 top = {0.f, 0.f}, bottom = {0.f, 0.f};
 };
 
+// Operands: where a warp has the operands, a Tile or a class like it: 16 rows, then 8 columns.
+template <class Operands = Tile<float16, 24, 64>>
 struct LeafProducts {
-  using Operands = Tile<float16, 24, 64>;  // 16 rows, then 8 columns; one for each warp
   static constexpr int bytes = Operands::bytes;
 
   char* operands;

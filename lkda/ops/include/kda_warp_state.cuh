@@ -1,11 +1,16 @@
 // A warp's part of a state: 16 columns of V and all of K, transposed: S^T [16 of V, K], float32 in registers.
 #pragma once
-#include "kda_inter_chunk.cuh"
+#include "kda_scale.cuh"
+#if WARPGROUPS
+#include "warpgroup.cuh"
+#endif
+
+constexpr int STEPS = D / 16;  // 16-channel blocks of K
 
 #if WARPGROUPS
 // x[V, tokens] += left rows^T, summed over all channels. rows: Rows in shared memory. left: [16 of V, channels].
 __device__ __forceinline__ void products_over_channels(Sum (&x)[BLOCKS], const Block<Operand> (&left)[STEPS], const char* rows) {
-  static_assert(BLOCKS == 4 && STEPS % 4 == 0 && WARPS % 4 == 0, "four warps, 64 tokens, panels of 64 channels");
+  static_assert(BLOCKS == 4 && STEPS % 4 == 0, "64 tokens, panels of 64 channels");
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) product_of_four<false>(x, left[i], Rows::at(rows, 0, i * 16));
 }

@@ -6,6 +6,7 @@ docs/dev/kernels.md explains the kernels, docs/reference/mixers.md the notation.
     inter_chunk_fwd   one chunk after another: the state and the output
     inter_chunk_bwd   one chunk after another, from the last to the first: the gradient of the state
     intra_chunk_bwd   all chunks in parallel: the gradients of q, k, v, g and beta
+    chunk_fwd         both kernels of the forward in one, for some shapes where no backward follows (`ONE_PASS`)
 
 The forward saves three things for the backward: the workspaces that intra_chunk_fwd writes, the state h that enters
 each chunk, and v~ (v_new without its factor beta). Only inter_chunk_bwd reads the workspaces; they are freed before
@@ -30,6 +31,10 @@ from lkda.ops.runtime.kernel_inputs import cannot_take, readable
 from lkda.ops.short_conv.cuda import normalize_heads, normalize_heads_backward, normalized_dtype
 
 reason_cannot_run = cannot_take(otherwise="chunk")
+
+# Whether chunk_fwd computes a forward that no backward follows, at the shapes where the plan has it (`Plan.chunk_fwd`).
+# Its last bits are not those of a forward that a backward follows. Tests and benchmarks set this to False to compare.
+ONE_PASS = True
 
 
 def empty_bytes(count: int, device: torch.device) -> Tensor:
@@ -60,14 +65,21 @@ def launch_forward(
     save: bool,
     recompute: bool = False,
     workspaces: Tensor | None = None,
+    recomputed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Returns o and final_state; with `save` also the workspaces (not with `recompute`), the memory that `Sizes.saved`
     describes, and with `normalize` the normalised q and k. What is not returned is None. `workspaces` are those that
-    `launch_workspaces` computed, if it has been called already."""
+    `launch_workspaces` computed, if it has been called already. `recomputed`: whether a backward calls this function
+    again with `save`, and must get the same bits."""
     _, T, H, _ = q.shape
     q, k = normalize_heads(q, k) if normalize else (readable(q), readable(k))
     v, g, beta = readable(v), readable(g), readable(beta)
     plan = plan_of(v, cu_seqlens, q.dtype)
+    no_backward = not save and not recomputed and workspaces is None
+    if ONE_PASS and no_backward and plan.chunk_fwd is not None and T > 0:
+        o, final_state = empty_results(v, cu_seqlens)
+        plan.chunk_fwd(q, k, v, g, beta, initial_state, o, final_state, T, H, scale)
+        return o, final_state, None, None, None, None
     bounds, spans = plan.chunks(cu_seqlens)
     if workspaces is None:
         workspaces = launch_intra_chunk_fwd(q, k, v, g, beta, plan, spans, scale)

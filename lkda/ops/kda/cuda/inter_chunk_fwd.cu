@@ -21,26 +21,8 @@
 constexpr int STREAMS = 1;                                  // tensors that are fetched beside the workspace: v
 constexpr int COLUMNS = SUMMARY ? 2 * HEAD_DIM : HEAD_DIM;  // columns per head: of Z and A, or of o
 #include "kda_forgetting.cuh"
+#include "kda_solve.cuh"
 #include "kda_warp_state.cuh"
-
-// Computes -v~^T = -r^T + (-r^T B) T~^T from -r^T, in place. x: the C / 16 blocks of [16 of V, C].
-__device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const float* beta) {
-  Block<Operand> weighted[BLOCKS];
-#pragma unroll
-  for (int j = 0; j < BLOCKS; ++j) {
-    Sum y = x[j];
-    scale_columns(y, beta + j * 16);
-    weighted[j] = round_to<Operand>(y);
-  }
-#pragma unroll
-  for (int j = 0; j < BLOCKS; ++j)
-#pragma unroll
-    for (int i = j; i < BLOCKS; ++i) {
-      Right<Operand> t = Square::load_right_transposed(pairs, j * 16, i * 16);
-      if (i == j) keep<Triangle::lower, false>(t);
-      product(x[i], weighted[j], t);
-    }
-}
 
 // workspaces: [chunks, H] ChunkWorkspace. v, o: [rows, H, D]. amax: [chunks, H] float32, of v.
 // entering (may be null, zeros): [N, H, K, V] float32, the state that enters each sequence; its scale depends on it.

@@ -211,18 +211,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     workspace = workspace_of(opaque(item));  // computed again, to save registers
     if (item + gridDim.x < items) ask(item + gridDim.x);
     __syncthreads();
-    tree_pairs<Shared, WARPS>(shared, opaque(threadIdx.x / 32), 1.f);
+    tree_pairs<Shared, WARPS>(shared, shared + Shared::pairs, opaque(threadIdx.x / 32), 1.f);
     __syncthreads();  // T and T~ take the place of the level tiles
     invert_leaves(shared);
-    whole_decay<Shared, C>(shared, workspace);  // by threads that invert nothing
+    whole_decay<Shared>(shared, workspace, 2 * (opaque(threadIdx.x) - C));  // by threads that invert nothing
     __syncthreads();
-    spread_leaves<Shared, THREADS>(shared, opaque(threadIdx.x));
-    merge_leaves<Shared, THREADS>(shared, opaque(threadIdx.x));
+    spread_leaves<Shared, THREADS>(shared, shared + Shared::pairs, opaque(threadIdx.x));
+    merge_leaves<Shared, THREADS>(shared, shared + Shared::pairs, opaque(threadIdx.x));
     __syncthreads();
-    merge<Shared, WARPS, 16>(shared, opaque(threadIdx.x / 32));
+    merge<Shared, WARPS, 16>(shared, shared + Shared::pairs, opaque(threadIdx.x / 32));
     if constexpr (C == 64) {
       __syncthreads();
-      merge<Shared, WARPS, 32>(shared, opaque(threadIdx.x / 32));
+      merge<Shared, WARPS, 32>(shared, shared + Shared::pairs, opaque(threadIdx.x / 32));
     }
     __syncthreads();
     copy_pairs<Shared, THREADS>(shared, opaque(threadIdx.x), workspace);

@@ -7,6 +7,7 @@
 // Workers and helpers meet at two barriers for each item:
 //   FREE    the helpers have read the matrices of the item before. The workers then write those of this item.
 //   FILLED  the workers have written them. The helpers then invert.
+#include "kda_half_operands.cuh"
 #include "kda_inverse.cuh"
 #include "kda_leaf_products.cuh"
 #include "kda_scale.cuh"
@@ -26,7 +27,7 @@ struct Shared {
   static constexpr int pairs = (corner + C * 17 * 4 + 127) / 128 * 128;  // Square
   static constexpr int below = pairs + Square::bytes;                    // Square: Akk below the diagonal blocks
   static constexpr int leaf_operands = below + Square::bytes;            // LeafProducts [WORKER_WARPS]
-  static constexpr int tree = leaf_operands + WORKER_WARPS * LeafProducts::bytes;  // LEVELS x Level
+  static constexpr int tree = leaf_operands + WORKER_WARPS * LeafProducts<>::bytes;  // LEVELS x Level
   static constexpr int inverse = tree + LEVELS * Level::bytes;           // Square: T
   static constexpr int inverse_rest = inverse + Square::bytes;           // Square: T~
   static constexpr int leaf_t = inverse_rest + Square::bytes;            // float [8][C]: columns of T and T~ of the leaves
@@ -101,12 +102,12 @@ __device__ __forceinline__ void invert(char* shared, char* workspace) {
 #pragma unroll 1
   for (int first = 0; first < C; first += HELPERS) invert_column<Shared>(shared, first + helper());
   wait_for_helpers();
-  spread_leaves<Shared, HELPERS>(shared, helper());
-  merge_leaves<Shared, HELPERS>(shared, helper());
+  spread_leaves<Shared, HELPERS>(shared, shared + Shared::pairs, helper());
+  merge_leaves<Shared, HELPERS>(shared, shared + Shared::pairs, helper());
   wait_for_helpers();
-  merge<Shared, HELPER_WARPS, 16>(shared, helper() / 32);
+  merge<Shared, HELPER_WARPS, 16>(shared, shared + Shared::pairs, helper() / 32);
   wait_for_helpers();
-  merge<Shared, HELPER_WARPS, 32>(shared, helper() / 32);
+  merge<Shared, HELPER_WARPS, 32>(shared, shared + Shared::pairs, helper() / 32);
   wait_for_helpers();
   copy_pairs<Shared, HELPERS>(shared, helper(), workspace);
 }
@@ -171,39 +172,10 @@ struct Factors {
   }
 };
 
-// Writes k_in, qg and kg. They and their factors are rounded to float16.
-__device__ __forceinline__ void write_workspace(char* workspace, int warp, const Factors& factors, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
-  const Place place(warp);
-  auto write = [&](int matrix, int i, float2 factor, const Leaf<float16>& x) {
-    char* at = workspace + static_cast<unsigned>(Rows::offset(place.leaf * LEAF + i, place.channel)) + matrix;
-    *reinterpret_cast<unsigned*>(at) = product_of_pairs(float16{}, pack(float16{}, factor), x.pair[i]);
-  };
-  factors.gates.rows(factors.reach.before, [&](int i, float2 f) {
-    write(ChunkWorkspace::k_in, i, f, k);
-    write(ChunkWorkspace::qg, i, make_float2(scale * f.x, scale * f.y), q);
-  });
-  factors.gates.columns(factors.reach.after, [&](int j, float2 f) { write(ChunkWorkspace::kg, j, f, k); });
-}
-
-// Writes the operands of all levels. They and their factors are rounded to float16.
-__device__ __forceinline__ void write_levels(char* shared, int warp, const Factors& factors, const Leaf<float16>& q, const Leaf<float16>& k) {
-  const Place place(warp);
-  char* tree = shared + Shared::tree;
-  unsigned inside[LEAF];  // products inside the leaf
-  factors.gates.rows(make_float2(1.f, 1.f), [&](int i, float2 f) { inside[i] = pack(float16{}, f); });
-#pragma unroll
-  for (int level = 0; level < LEVELS; ++level)
-    if (Level::is_row(level, place.leaf)) Level::write_rows(tree + level * Level::bytes, level, place.leaf, place.channel, factors.near[level], inside, q, k);
-  factors.gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { inside[j] = product_of_pairs(float16{}, pack(float16{}, f), k.pair[j]); });
-#pragma unroll
-  for (int level = 0; level < LEVELS; ++level)
-    if (!Level::is_row(level, place.leaf)) Level::write_columns(tree + level * Level::bytes, level, place.leaf, place.channel, factors.near[level], inside);
-}
-
 // The sums of one warp over its 64 channels, in the place of its operands.
 struct LeafSumsOfWarp {
   static __device__ __forceinline__ float4* at(char* shared, int warp, int product) {
-    return reinterpret_cast<float4*>(shared + Shared::leaf_operands + warp * LeafProducts::bytes) + product * 32 + opaque(lane_id());
+    return reinterpret_cast<float4*>(shared + Shared::leaf_operands + warp * LeafProducts<>::bytes) + product * 32 + opaque(lane_id());
   }
   static __device__ __forceinline__ void write(char* shared, int warp, int product, const LeafSums& sums) {
     *at(shared, warp, product) = {sums.top.x, sums.top.y, sums.bottom.x, sums.bottom.y};
@@ -217,7 +189,7 @@ struct LeafSumsOfWarp {
 
 // Akk and Aqk inside a leaf, as far as a warp has its channels. They are stored after a barrier, by store_leaf_pairs.
 __device__ __forceinline__ void multiply_leaf(char* shared, int warp, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k) {
-  const LeafProducts products(shared + Shared::leaf_operands + warp * LeafProducts::bytes, gates, q, k);
+  const LeafProducts<> products(shared + Shared::leaf_operands + warp * LeafProducts<>::bytes, gates, q, k);
   const LeafSums neighbours = products.neighbours(), farther = products.farther(gates);
   LeafSumsOfWarp::write(shared, warp, 0, neighbours);
   LeafSumsOfWarp::write(shared, warp, 1, farther);
@@ -260,17 +232,17 @@ __device__ __forceinline__ void work(char* shared, const Arguments& given, int w
     char* workspace = given.workspace(item);
     const Factors factors(shared, nats, warp);
     __syncwarp();
-    write_workspace(workspace, warp, factors, q, k, given.scale);
+    write_workspace(workspace, Place(warp), factors.gates, factors.reach, q, k, given.scale);
     __syncwarp();
     Leaf<Element> next_q{}, next_k{};
     nats = {};  // so that those of this item need no registers any more, whether there is a next one or not
     if (item + gridDim.x < given.items) read(given, item + gridDim.x, warp, exists, nats, next_q, next_k);
-    write_levels(shared, warp, factors, q, k);
+    write_levels(shared + Shared::tree, Place(warp), factors.gates, factors.near, q, k);
     __syncwarp();
     multiply_leaf(shared, warp, factors.gates, q, k);
-    whole_decay<Shared, 0>(shared, workspace);
+    whole_decay<Shared>(shared, workspace, 2 * opaque(threadIdx.x));
     wait_at_barrier(FREE, WORKERS + HELPERS);
-    tree_pairs<Shared, WORKER_WARPS>(shared, warp, given.scale);
+    tree_pairs<Shared, WORKER_WARPS>(shared, shared + Shared::pairs, warp, given.scale);
     store_leaf_pairs(shared, warp, given.scale);
     q = in_float16(next_q), k = in_float16(next_k);
     wait_at_barrier(FILLED, WORKERS + HELPERS);

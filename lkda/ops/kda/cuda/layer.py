@@ -29,6 +29,7 @@ from lkda.ops.short_conv import cuda as short_conv
 # workspaces, the states and the output of the core, so that the backward computes only element-wise results and
 # products of low rank again.
 SAVED_FOR_BACKWARD = ("inputs", "workspaces", "core")
+_NO_BACKWARD = "nothing"  # in their place, where no backward follows
 _NORMALIZED = 0b011  # q and k
 _RESULTS = 5  # y, the final state and three last inputs; what is saved for backward follows
 # latent, weight, beta_logits, A_log and bias
@@ -111,7 +112,11 @@ def _forward(
     inputs = (here.q, here.k, here.v, here.g, here.beta)
     saved_workspaces = core.launch_workspaces(*inputs, cu_seqlens, scale) if save_for_backward == "workspaces" else None
     o, final_state, workspaces, saved, _, _ = core.launch_forward(
-        *inputs, None, cu_seqlens, scale, normalize=False, save=save_for_backward == "core", workspaces=saved_workspaces
+        *(*inputs, None, cu_seqlens, scale),
+        normalize=False,
+        save=save_for_backward == "core",
+        workspaces=saved_workspaces,
+        recomputed=save_for_backward == "inputs",
     )
     y = gated_norm.launch_forward(o, _output_gate(out_latent, out_weight, head_dim), norm_weight, eps)
     more = (
@@ -227,7 +232,7 @@ def _(
     ys, lasts = short_conv.forward_outputs(x.chunk(3, -1)[0], w0, 3, cu_seqlens)
     y = _heads(ys[0], head_dim)
     sizes, for_backward = core.sizes_of(y, cu_seqlens), [x.new_empty(0) for _ in range(3)]
-    if save_for_backward != "inputs":
+    if save_for_backward in ("workspaces", "core"):
         for_backward[0] = core.empty_bytes(sizes.workspaces, x.device)
     if save_for_backward == "core":
         for_backward[1:] = core.empty_bytes(sizes.saved, x.device), torch.empty_like(y)
@@ -254,6 +259,8 @@ def _(dy, d_final, e0, e1, e2, workspaces, saved, o, *inputs):
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     *tensors, head_dim, bounded, lower_bound, strength, scale, eps, save_for_backward = inputs
+    if save_for_backward == _NO_BACKWARD:
+        raise RuntimeError("lkda::kda_layer needs one of SAVED_FOR_BACKWARD where a gradient is wanted")
     ctx.options = (head_dim, bounded, lower_bound, strength, scale, eps, save_for_backward)
     ctx.save_for_backward(*output[_RESULTS:], *tensors)
 
@@ -333,5 +340,5 @@ def kda_layer_cuda(
     if can_bypass_dispatcher(*tensors):
         forward = _with_autograd if wanted else _forward
     options = (head_dim, gate.bounded, gate.lower_bound, gate.strength, head_dim**-0.5, eps)
-    y, final_state, *more = forward(*tensors, cu_seqlens, *options, save_for_backward if wanted else "inputs")
+    y, final_state, *more = forward(*tensors, cu_seqlens, *options, save_for_backward if wanted else _NO_BACKWARD)
     return y, final_state, tuple(last.to(w.dtype) for last, w in zip(more, filters))

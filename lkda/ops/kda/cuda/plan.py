@@ -8,11 +8,13 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from lkda.ops.kda.cuda.segments import optional_segment_count, segment_count
+from lkda.ops.kda.cuda.segments import BLOCKS, optional_segment_count, segment_count
 from lkda.ops.kda.cuda.variants import (
     InterChunkKernel,
     amax_kernel,
+    chunk_fwd,
     chunk_of,
+    has_chunk_fwd,
     inter_chunk_kernel,
     intra_chunk_bwd_kernel,
     intra_chunk_fwd,
@@ -127,6 +129,12 @@ class Plan(Sizes):
         self._finds_amax_of_v = intra_chunk.helpers
         self.inter_chunk_fwd, self.inter_chunk_bwd = scan("inter_chunk_fwd", part), scan("inter_chunk_bwd", part)
         self.summarize_fwd, self.summarize_bwd = scan("inter_chunk_fwd", "summary"), scan("inter_chunk_bwd", "summary")
+        self.chunk_fwd: Launch | None = None
+        """The whole forward in one kernel, for a forward that no backward follows. None where the other kernels run."""
+        uncut = N is None and segments == 1
+        if has_chunk_fwd(D, dtype, arch) and uncut and fills_in_one_pass(self.sequences * H):
+            one_pass = chunk_fwd(dtype, query)
+            self.chunk_fwd = launch(one_pass.kernel, self.sequences * H, one_pass.threads)
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
         self.intra_chunk_bwd = launch(intra_chunk_bwd_kernel(D, dtype, arch, query), self.items, layout.threads)
         self._amax: Launch | None = None
@@ -173,6 +181,17 @@ class Plan(Sizes):
         spans = torch.empty(self.slots, 4, dtype=torch.int32, device=self.device)
         self._sequences(cu_seqlens, bounds, spans, N, self.slots)
         return bounds, spans
+
+
+def fills_in_one_pass(blocks: int) -> bool:
+    """Whether so many blocks of chunk_fwd.cu, one for each head of a sequence, keep the GPU busy until the last ends.
+
+    A multiprocessor holds one block, so the blocks run in turns of BLOCKS, and at least two thirds of the places must
+    be taken. With fewer the other kernels are expected to be faster. Packed sequences do not get this kernel at all:
+    the longest may be much longer than the others, and its block would run alone.
+    """
+    turns = -(-blocks // BLOCKS)
+    return blocks >= 2 / 3 * turns * BLOCKS
 
 
 def sizes_of(x: Tensor, cu_seqlens: Tensor | None) -> Sizes:

@@ -89,6 +89,12 @@ class Layout:
         values = self.chunk * min(16 * warps, self.D) * self.item
         return _round_up(_round_up(self.workspace, 128) + streams * values, 1024)
 
+    def chunk_fwd_shared(self, teams: int) -> int:
+        """A team has what a block of intra_chunk_fwd.cu has, but for the C x C matrix of Aqk and T~."""
+        C, D = self.chunk, self.D
+        team = self.intra_chunk_fwd_shared(False) - C * C * self.operand
+        return (teams + 1) * _round_up(self.workspace, 1024) + C * D * self.item + teams * team
+
     def intra_chunk_bwd_shared(self, roomy: bool) -> int:
         C, D, size = self.chunk, self.D, self.operand
         slice_ = 32 if D == 32 or size == 4 else 64
@@ -154,6 +160,47 @@ def intra_chunk_fwd(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | 
 
 def intra_chunk_fwd_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
     return intra_chunk_fwd(D, dtype, arch, query).kernel
+
+
+class ChunkFwd:
+    """The kernel chunk_fwd.cu: the whole forward of heads of 64 in half precision on Hopper, where no backward follows.
+
+    Args:
+        query: the dtype of q and k, where v is of `dtype`. None: all three are of `dtype`.
+
+    Attributes:
+        threads: threads in a block: two teams and the scanners.
+    """
+
+    # Of a thread. Together at most what a launch gives: 96 registers for each of 640 threads.
+    TEAM_REGISTERS, SCANNER_REGISTERS = 88, 128
+
+    def __init__(self, dtype: torch.dtype, query: torch.dtype | None = None):
+        layout = layout_of(64, query or dtype)
+        self.threads = 2 * layout.threads + 128
+        shared_bytes = layout.chunk_fwd_shared(teams=2)
+        defines = layout.defines | {
+            "VALUE": ELEMENTS[dtype],
+            "WARPGROUPS": 1,
+            "TEAM_REGISTERS": self.TEAM_REGISTERS,
+            "SCANNER_REGISTERS": self.SCANNER_REGISTERS,
+            "SHARED_BYTES": shared_bytes,
+        }
+        module = Module(HERE / "chunk_fwd.cu", defines)
+        self.kernel = module.kernel("kda_chunk_fwd", "PPPPPPPPiif", shared_bytes=shared_bytes)
+
+
+@cache
+def chunk_fwd(dtype: torch.dtype, query: torch.dtype | None = None) -> ChunkFwd:
+    return ChunkFwd(dtype, None if query == dtype else query)
+
+
+# The dtypes of v, and of q and k where they have another.
+CHUNK_FWD_DTYPES = ((torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float16))
+
+
+def has_chunk_fwd(D: int, dtype: torch.dtype, arch: str) -> bool:
+    return D == 64 and dtype.itemsize == 2 and arch == "sm_90a"
 
 
 class InterChunkKernel:
@@ -251,4 +298,5 @@ def kernels(arch: str) -> list[Kernel]:
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
         + [amax_kernel(D, dtype) for D, dtype in variants if dtype.itemsize == 2]
         + [sequences_kernel(torch.bfloat16), sequences_kernel(torch.float32)]
+        + [chunk_fwd(*dtypes).kernel for dtypes in CHUNK_FWD_DTYPES if arch == "sm_90a"]
     )

@@ -1,0 +1,352 @@
+"""chunk_fwd.cu, the forward in one kernel: its arithmetic on the CPU, when it runs, and what only a GPU can show."""
+
+import shutil
+
+import pytest
+import torch
+
+from lkda.ops import kda_attention, l2_normalized
+from lkda.ops.kda.cuda import core, plan, variants
+from lkda.ops.runtime.jit import Kernel
+from tests.ops.cases import kda_inputs, poisoned, relative
+from tests.ops.emulation import emulated, kernels_on_the_cpu, ops_run_on_the_cpu  # noqa: F401
+from tests.ops.kda.test_layer import as_one, kda_layer_inputs
+
+ARCH, D = "sm_90a", 64
+TENSORS = ("q", "k", "v", "g", "beta")
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+def in_two_kernels(q, k, v, g, beta, state):
+    """o and the final state from emulated intra_chunk_fwd.cu, amax.cu and inter_chunk_fwd.cu."""
+    B, T, H, _ = v.shape
+    dtype, layout = v.dtype, variants.layout_of(D, q.dtype)
+    slots = B * -(-T // layout.chunk)
+    workspaces = torch.full((slots * H * layout.workspace,), 255, dtype=torch.uint8)
+    amax, o = torch.full((slots, H), torch.nan), torch.full_like(v, torch.nan)
+    final = torch.full((B, H, D, D), torch.nan)
+    intra = variants.IntraChunkFwd(D, dtype, ARCH, q.dtype)
+    items = slots * H
+    emulated(intra.kernel)(min(3, items), intra.threads, q, k, g, beta, workspaces, None, items, T, H, D**-0.5)
+    emulated(variants.amax_kernel(D, dtype))(-(-items // 8), 256, v, amax, None, items, T, H)
+    inter = variants.InterChunkKernel("inter_chunk_fwd", D, dtype, ARCH, "whole")
+    results = (o, final, *(None,) * 6)
+    emulated(inter.kernel)(
+        B * H * inter.blocks, 32 * inter.warps, workspaces, v, amax, state, state, *results, None, B, T, H, 1, 0
+    )
+    return o, final
+
+
+def in_one_kernel(q, k, v, g, beta, state):
+    """o and the final state from emulated chunk_fwd.cu."""
+    B, T, H, _ = v.shape
+    one = variants.chunk_fwd(v.dtype, q.dtype)
+    o, final = torch.full_like(v, torch.nan), torch.full((B, H, D, D), torch.nan)
+    emulated(one.kernel)(B * H, one.threads, q, k, v, g, beta, state, o, final, T, H, D**-0.5)
+    return o, final
+
+
+def truth(q, k, v, g, beta, state):
+    """The recurrence in float64."""
+    wide = (x.double() for x in (q, k, v, g, beta))
+    return kda_attention(*wide, initial_state=None if state is None else state.double(), backend="recurrent")
+
+
+@needs_a_compiler
+class TestEmulated:
+    @pytest.mark.parametrize(
+        ("B", "T", "gate", "dtype", "query", "with_state"),
+        [
+            (2, 5, "slow", torch.bfloat16, torch.bfloat16, True),
+            (1, 64, "mixed", torch.bfloat16, torch.float16, False),
+            (1, 200, "slow", torch.bfloat16, torch.float16, True),
+            (1, 200, "fast", torch.float16, torch.float16, False),
+            (2, 130, "resets", torch.bfloat16, torch.bfloat16, True),
+            (1, 70, "zero", torch.float16, torch.float16, True),
+            (1, 130, "brutal", torch.bfloat16, torch.float16, True),
+        ],
+    )
+    def test_errs_at_most_1_3_times_as_much_as_the_two_kernels(self, B, T, gate, dtype, query, with_state):
+        q, k, v, g, beta, state = kda_inputs(B, T, 2, D, D, gate=gate, dtype=dtype).values()
+        given = (q.to(query), k.to(query), v, g, beta, state if with_state else None)
+        for one, two, want in zip(in_one_kernel(*given), in_two_kernels(*given), truth(*given), strict=True):
+            assert relative(one, want) <= max(1.3 * relative(two, want), 1e-4)
+
+    def test_future_tokens_never_change_past_outputs(self):
+        drawn = (kda_inputs(1, 200, 1, D, D, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+        (*first, state), (*second, _) = (x.values() for x in drawn)
+        o, _ = in_one_kernel(*first, state)
+        for t in (7, 64, 130):
+            mixed = (torch.cat([x[:, :t], y[:, t:]], 1) for x, y in zip(first, second, strict=True))
+            assert torch.equal(in_one_kernel(*mixed, state)[0][:, :t], o[:, :t]), t
+
+    def test_a_gate_of_minus_infinity_is_a_reset(self):
+        q, k, v, g, beta, state = kda_inputs(1, 130, 1, D, D, dtype=torch.bfloat16).values()
+        results = []
+        for reset in (-torch.inf, -1e4):
+            g[:, 70:72] = reset
+            results.append(in_one_kernel(q, k, v, g, beta, state))
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want)
+
+    @pytest.mark.parametrize("with_state", [True, False])
+    def test_a_large_value_lowers_the_scale(self, with_state):
+        """Earlier chunks have the bits that they have without it. All tokens of a chunk have one scale."""
+        q, k, v, g, beta, state = kda_inputs(1, 200, 1, D, D, dtype=torch.bfloat16).values()
+        v[:, :64] *= 2.0**-20
+        state = state * 2.0**-30 if with_state else None
+        large = v.clone()
+        large[:, 130] *= 2.0**30
+        large[0, 130, 0, 5] = torch.inf
+        before, _ = in_one_kernel(q, k, v, g, beta, state)
+        got = in_one_kernel(q, k, large, g, beta, state)
+        assert torch.equal(got[0][:, :128], before[:, :128])
+        want = truth(q, k, large, g, beta, state)
+        other = [column for column in range(D) if column != 5]  # the infinity is of this column
+        for t in (range(64), range(64, 128), range(130, 200)):
+            assert relative(got[0][:, t][..., other], want[0][:, t][..., other]) < 6e-3
+        assert relative(got[1][..., other], want[1][..., other]) < 6e-3
+
+
+@pytest.fixture
+def three_heads_fill_the_gpu(monkeypatch):
+    monkeypatch.setattr(plan, "architecture", lambda device: ARCH)
+    monkeypatch.setattr(plan, "BLOCKS", 3)
+    for name in ("segment_count", "optional_segment_count"):
+        monkeypatch.setattr(plan, name, lambda *sizes: 1)
+    plan._plan.cache_clear()
+    yield
+    plan._plan.cache_clear()
+
+
+def unnormalized(T, gate):
+    inputs = kda_inputs(1, T, 3, D, D, gate=gate, dtype=torch.bfloat16)
+    return inputs | {name: (3 * inputs[name]).contiguous() for name in ("q", "k")}
+
+
+def normalizing(q, k, v, g, beta, initial_state=None):
+    return core.kda_cuda(q, k, v, g, beta, D**-0.5, initial_state, None, normalize=True)
+
+
+@needs_a_compiler
+@pytest.mark.usefixtures("kernels_on_the_cpu", "three_heads_fill_the_gpu")
+@pytest.mark.parametrize(
+    ("T", "gate", "with_state"), [(200, "slow", True), pytest.param(130, "fast", False, marks=pytest.mark.slow)]
+)
+def test_the_op_that_normalizes(T, gate, with_state):
+    inputs = unnormalized(T, gate)
+    if not with_state:
+        del inputs["initial_state"]
+    got = normalizing(**inputs)
+    q, k = (l2_normalized(inputs[name].double(), inputs[name].double(), backend="torch")[0] for name in ("q", "k"))
+    want = truth(q, k, *(inputs.get(name) for name in ("v", "g", "beta", "initial_state")))
+    for one, exact in zip(got, want, strict=True):
+        assert relative(one, exact) < 6e-3
+
+
+@needs_a_compiler
+@pytest.mark.slow  # imports torch._dynamo
+@pytest.mark.usefixtures("kernels_on_the_cpu", "three_heads_fill_the_gpu")
+def test_compiled_in_one_graph(monkeypatch):
+    inputs = {name: x for name, x in unnormalized(70, "slow").items() if name != "initial_state"}
+    with torch.no_grad():
+        want = normalizing(**inputs)
+        launched, launch = [], Kernel.__call__
+        monkeypatch.setattr(
+            Kernel, "__call__", lambda kernel, *a, **o: (launched.append(kernel.entry), launch(kernel, *a, **o))
+        )
+        with ops_run_on_the_cpu(kda_forward=core._forward_op, **short_convolution_ops()):
+            got = torch.compile(normalizing, backend="aot_eager", fullgraph=True)(**inputs)
+    torch._dynamo.reset()
+    assert "kda_chunk_fwd" in launched
+    assert not {"kda_intra_chunk_fwd", "kda_inter_chunk_fwd"} & set(launched)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def short_convolution_ops():
+    from lkda.ops.short_conv import cuda as short_conv
+
+    return {"short_conv_forward": short_conv.launch_forward}
+
+
+class TestWhenItRuns:
+    """Nothing runs here. The names of the launched kernels are recorded."""
+
+    B, T, H = 2, 70, 64
+
+    @pytest.fixture(autouse=True)
+    def launched(self, monkeypatch):
+        names: list[str] = []
+
+        def launch(kernel, grid, block, *arguments, device):
+            names.append(kernel.entry)
+
+        monkeypatch.setattr(Kernel, "__call__", launch)
+        monkeypatch.setattr(plan, "architecture", lambda device: ARCH)
+        monkeypatch.setattr(plan, "multiprocessors", lambda device: 132)
+        plan._plan.cache_clear()
+        yield names
+        plan._plan.cache_clear()
+
+    def call(self, T=T, H=H, dim=D, dtype=torch.bfloat16, cu_seqlens=None, gradient=False, **options):
+        shape = (1 if cu_seqlens is not None else self.B, T, H, dim)
+        q, k, v = (torch.zeros(shape, dtype=dtype) for _ in range(3))
+        g, beta = torch.zeros(shape), torch.zeros(shape[:3])
+        if gradient:
+            g.requires_grad_()
+        return core.kda_cuda(q, k, v, g, beta, 1.0, None, cu_seqlens, **options)
+
+    def test_where_no_backward_follows(self, launched):
+        o, final = self.call()
+        assert launched == ["kda_chunk_fwd"]
+        assert o.shape == (self.B, self.T, self.H, D)
+        assert final.shape == (self.B, self.H, D, D)
+        for no_gradient in (torch.no_grad, torch.inference_mode):
+            launched.clear()
+            with no_gradient():
+                self.call(gradient=True)
+            assert launched == ["kda_chunk_fwd"]
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_not_where_one_does(self, recompute, launched):
+        self.call(gradient=True, recompute=recompute)
+        assert launched == ["kda_intra_chunk_fwd", "kda_amax", "kda_inter_chunk_fwd"]
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"dtype": torch.float32},
+            {"dim": 32},
+            {"dim": 128},
+            {"H": 40},  # 80 of 132 multiprocessors
+            {"H": 4, "T": 4096},  # segments
+            {"cu_seqlens": torch.tensor([0, 20, 70], dtype=torch.int32)},
+        ],
+        ids=str,
+    )
+    def test_not_at_other_shapes(self, given, launched):
+        self.call(**given)
+        assert "kda_chunk_fwd" not in launched
+        assert "kda_inter_chunk_fwd" in launched
+
+    def test_not_on_other_architectures(self, launched, monkeypatch):
+        monkeypatch.setattr(plan, "architecture", lambda device: "sm_100a")
+        self.call()
+        assert "kda_chunk_fwd" not in launched
+
+    def test_not_where_it_is_switched_off(self, launched, monkeypatch):
+        monkeypatch.setattr(core, "ONE_PASS", False)
+        self.call()
+        assert "kda_chunk_fwd" not in launched
+
+    @pytest.mark.parametrize("save_for_backward", ["inputs", "workspaces", "core"])
+    def test_in_a_layer_that_computes_its_forward_again(self, save_for_backward, launched):
+        """Its backward calls the two kernels, so its forward does: both must have the same bits."""
+        inputs = kda_layer_inputs(self.B, self.T, heads=self.H, dim=D)
+        run = as_one(D, save_for_backward=save_for_backward)
+        with torch.no_grad():
+            run(**inputs)
+        assert "kda_chunk_fwd" in launched
+        launched.clear()
+        y = run(**{name: x.requires_grad_() for name, x in inputs.items()})[0]
+        y.sum().backward()
+        assert "kda_inter_chunk_fwd" in launched
+        assert "kda_chunk_fwd" not in launched
+
+    @pytest.mark.parametrize(
+        ("blocks", "fills"), [(1, False), (87, False), (88, True), (128, True), (132, True), (140, False), (512, True)]
+    )
+    def test_how_many_blocks_fill_the_gpu(self, blocks, fills):
+        assert plan.fills_in_one_pass(blocks) is fills
+
+
+@pytest.fixture
+def on_and_off(monkeypatch):
+    """A function that calls `kda_attention` with chunk_fwd.cu, or without."""
+
+    def call(inputs, one_pass=True):
+        monkeypatch.setattr(core, "ONE_PASS", one_pass)
+        with poisoned(), torch.no_grad():
+            return kda_attention(**inputs, backend="cuda")
+
+    return call
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="no Hopper GPU: the kernel is emulated, not run",
+)
+class TestOnAGPU:
+    @staticmethod
+    def inputs(T, *, B=2, H=64, gate="slow", dtype=torch.bfloat16, seed=0):
+        drawn = kda_inputs(B, T, H, D, D, gate=gate, dtype=dtype, seed=seed)
+        inputs = {name: x.cuda() for name, x in drawn.items()}
+        assert plan.plan_of(inputs["v"], None).chunk_fwd is not None
+        return inputs
+
+    @pytest.mark.parametrize("T", [1, 15, 64, 65, 128, 129, 1000])
+    @pytest.mark.parametrize("gate", ["slow", "fast", "mixed", "resets", "brutal", "zero"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_errs_at_most_1_3_times_as_much_as_the_two_kernels(self, dtype, gate, T, on_and_off):
+        inputs = self.inputs(T, gate=gate, dtype=dtype)
+        one, two = on_and_off(inputs), on_and_off(inputs, one_pass=False)
+        for got, other, want in zip(one, two, truth(*inputs.values()), strict=True):
+            assert relative(got, want) <= max(1.3 * relative(other, want), 1e-4)
+
+    @pytest.mark.parametrize(("B", "T", "H"), [(8, 2048, 16), (3, 1000, 44), (16, 300, 32)])
+    def test_bitwise_equal_from_run_to_run(self, B, T, H, on_and_off):
+        """The last shape has more blocks than multiprocessors."""
+        inputs = self.inputs(T, B=B, H=H)
+        first = on_and_off(inputs)
+        for _ in range(10):
+            assert all(torch.equal(x, y) for x, y in zip(on_and_off(inputs), first, strict=True))
+
+    def test_future_tokens_never_change_past_outputs(self, on_and_off):
+        one, two = self.inputs(300, seed=0), self.inputs(300, seed=1)
+        o, _ = on_and_off(one)
+        for t in (1, 7, 64, 100, 191):
+            mixed = {name: torch.cat([one[name][:, :t], two[name][:, t:]], 1) for name in TENSORS}
+            assert torch.equal(on_and_off(mixed | {"initial_state": one["initial_state"]})[0][:, :t], o[:, :t]), t
+
+    def test_a_state_carries_on(self, on_and_off):
+        inputs = self.inputs(333)
+        whole, final = on_and_off(inputs)
+        state, parts = inputs.pop("initial_state"), []
+        for tokens in (slice(0, 100), slice(100, 101), slice(101, 333)):
+            o, state = on_and_off({name: x[:, tokens] for name, x in inputs.items()} | {"initial_state": state})
+            parts.append(o)
+        assert relative(torch.cat(parts, 1), whole) < 5e-3
+        assert relative(state, final) < 2e-3
+
+    def test_strided_inputs(self, on_and_off):
+        inputs = self.inputs(200)
+        strided = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
+        assert all(torch.equal(x, y) for x, y in zip(on_and_off(strided), on_and_off(inputs), strict=True))
+
+    def test_compiles_without_a_graph_break(self, on_and_off):
+        inputs = self.inputs(200)
+        want = on_and_off(inputs)
+        with torch.no_grad():
+            got = torch.compile(lambda **given: kda_attention(**given, backend="auto"), fullgraph=True)(**inputs)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+    def test_replays_in_a_cuda_graph(self, on_and_off):
+        inputs = self.inputs(200)
+        on_and_off(inputs)  # compiles and loads the kernel
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            captured = kda_attention(**inputs, backend="cuda")
+        for name in ("q", "k", "v"):
+            inputs[name].copy_(inputs[name].flip(1))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(x, y) for x, y in zip(captured, on_and_off(inputs), strict=True))
+
+    def test_a_forward_with_a_gradient_has_the_bits_of_the_two_kernels(self, on_and_off):
+        inputs = self.inputs(200)
+        want = on_and_off(inputs, one_pass=False)
+        on_and_off(inputs)
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        got = kda_attention(**leaves, backend="cuda")
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
