@@ -148,7 +148,13 @@ def _tested(options: argparse.Namespace, temporary: Path) -> int:
     def save(results: Sequence[Watched], finished: bool = False) -> None:
         note = f"FLA {installed}, tests of version {version}, {machine['device']}, torch {machine['torch']}, "
         note += f"{machine['date'][:10]}." + ("" if finished else " The command was stopped before the last test.")
-        record = {"kind": "table", "header": machine, "tests": tests, "environment": settings, "note": note}
+        record: dict[str, Any] = {
+            "kind": "table",
+            "header": machine,
+            "tests": tests,
+            "environment": settings,
+            "note": note,
+        }
         record |= {"finished": finished, "rows": counts(results), "results": [asdict(result) for result in results]}
         write_json(options.out, record)
 

@@ -133,7 +133,7 @@ def _reason(report: Any) -> str:
     return lines[-1].removeprefix("E ").strip() if lines else ""
 
 
-def counts(results: Sequence[Watched]) -> list[dict[str, str | int]]:
+def counts(results: Sequence[Watched]) -> list[dict[str, Any]]:
     """For each test function how many of its tests have each result, and a last row with the sums.
 
     Returns: rows of columns `test`, `tests`, `passed`, `declined`, `uncalled`, `skipped` and `failed`.
