@@ -1,10 +1,13 @@
-"""How fast one core generates the batches of the synthetic tasks: `python -m lkda.bench.synthetic_draws OUT.json`."""
+"""How fast one core generates the batches of the synthetic tasks.
+
+python -m lkda.bench.synthetic_draws --out docs/results/synthetic_draws/table.json
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,14 @@ from typing import Any
 import torch
 
 from lkda.bench.files import write_json
+from lkda.checks import InputError
 from lkda.data.synthetic.datamodule import SyntheticDataModule
 from lkda.data.synthetic.mqar import MQAR
 from lkda.data.synthetic.mqar_answered import AnsweredMQAR
 from lkda.data.synthetic.mqar_kimi import ConsecutiveMQAR
 from lkda.data.synthetic.palindrome import Palindrome
 from lkda.data.synthetic.stack import Stack
+from lkda.io import check_output_file
 
 REPEATS = 15
 SHAPES = [(64, 4), (128, 8), (256, 16), (256, 32), (256, 64), (1024, 256)]
@@ -52,16 +57,23 @@ def measure(data: SyntheticDataModule) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str]) -> None:
-    """Writes the table to the path given as the only argument."""
-    if len(arguments) != 1:
-        raise SystemExit(__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    out = parser.parse_args().out
+    try:
+        check_output_file(out, option="--out")
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
     torch.set_num_threads(1)
-    out = Path(arguments[0])
+    rows = []
+    for data in tasks():
+        rows.append(measure(data))
+        row = rows[-1]
+        print(f"{row['task']} of {row['length']} tokens: {row['ms per batch']:.1f} ms per batch", flush=True)
     note = f"One core ({platform.machine()}), the median of {REPEATS} batches."
-    table = {"kind": "table", "rows": [measure(data) for data in tasks()], "note": note}
-    write_json(out, table)
+    write_json(out, {"kind": "table", "rows": rows, "note": note})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
