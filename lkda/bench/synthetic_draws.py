@@ -1,6 +1,8 @@
 """How fast one core generates the batches of the synthetic tasks.
 
-python -m lkda.bench.synthetic_draws --out docs/results/synthetic_draws/table.json
+    python -m lkda.bench.synthetic_draws --out docs/results/synthetic_draws/table.json
+
+Each task is generated on one thread. The table names the median time of a batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// v~ from the residual r, for the 16 columns of V of a warp.
+// v~ from the residual r, and what a chunk's own tokens add to its output, for the 16 columns of V of a warp.
 #pragma once
 #include "kda_warp_state.cuh"
 
@@ -18,5 +18,17 @@ __device__ __forceinline__ void solve(Sum (&x)[BLOCKS], const char* pairs, const
       Right<Operand> t = Square::load_right_transposed(pairs, j * 16, i * 16);
       if (i == j) keep<Triangle::lower, false>(t);
       product(x[i], weighted[j], t);
+    }
+}
+
+// out^T += v_new^T Aqk^T. out: the C / 16 blocks of [16 of V, C]; written: those of v_new^T.
+__device__ __forceinline__ void add_within_chunk(Sum (&out)[BLOCKS], const Block<Operand> (&written)[BLOCKS], const char* pairs) {
+#pragma unroll
+  for (int t = 0; t < BLOCKS; ++t)
+#pragma unroll
+    for (int j = 0; j <= t; ++j) {
+      Right<Operand> p = Square::load_right(pairs, t * 16, j * 16);
+      if (j == t) keep<Triangle::lower, true>(p);
+      product(out[t], written[j], p);
     }
 }

@@ -362,14 +362,7 @@ __device__ __forceinline__ void scan(char* memory, const Arguments& given) {
     if (m + 1 < given.chunks) ValuePieces(memory).fetch(given, m + 1);
     wait_products<1>();
     settle(out);
-#pragma unroll
-    for (int t = 0; t < BLOCKS; ++t)
-#pragma unroll
-      for (int j = 0; j <= t; ++j) {
-        Right<Operand> p = Square::load_right(pairs, t * 16, j * 16);
-        if (j == t) keep<Triangle::lower, true>(p);
-        product(out[t], written[j], p);
-      }
+    add_within_chunk(out, written, pairs);
     wait_products<0>();
     settle(state);
     write_output(given, m, opaque(column), out, inverse_of(scale));

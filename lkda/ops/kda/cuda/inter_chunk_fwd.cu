@@ -191,14 +191,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) kda_inter_chunk_fwd(
       continue;
     }
     settle(out);
-#pragma unroll
-    for (int t = 0; t < BLOCKS; ++t)
-#pragma unroll
-      for (int j = 0; j <= t; ++j) {
-        Right<Operand> p = Square::load_right(pairs, t * 16, j * 16);
-        if (j == t) keep<Triangle::lower, true>(p);
-        product(out[t], written[j], p);
-      }
+    add_within_chunk(out, written, pairs);
 #else
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t)
