@@ -8,17 +8,22 @@ the options.
 
 A model that is trained on it, beside the corpus, learns the recall that data=needle measures: a passage occurs, and
 later its beginning occurs again, from which the rest can be named. Each document is a piece of training text into which
-passages from elsewhere in that text are inserted, each at four random places. The validation and the test text are not
-used. data=tokens reads the directory: data.paths=[CORPUS,PASSAGES] data.weights=[0.7,0.3].
+passages from elsewhere in that text are inserted, each at four random places. Half of a document's tokens are those of
+passages. Documents have several lengths, with about as many tokens of each, because recall over short distances is
+learnt first. The validation and the test text are not used. data=tokens reads the directory:
+data.paths=[CORPUS,PASSAGES] data.weights=[0.5,0.5].
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from lkda.checks import InputError, check_count
 from lkda.data.text.cache import building, expanded, publish
@@ -29,6 +34,7 @@ from lkda.io import default_cache_dir
 
 PASSAGE = 32  # tokens of a passage, as those of data=needle by default (data.cue + data.answer)
 TIMES = 4  # that a passage occurs in its document
+EVERY = 2 * TIMES * PASSAGE  # tokens of a document for each of its passages
 
 
 def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, number: int) -> np.ndarray:
@@ -56,19 +62,21 @@ def document(token_ids: np.ndarray, *, start: int, length: int, passages: int, n
     return np.concatenate([[start], *joined]).astype(np.int64)
 
 
-def write_passages(corpus: Path, out: Path, *, length: int, passages: int, documents: int) -> int:
+def write_passages(
+    corpus: Path, out: Path, *, lengths: Sequence[int], tokens: int, console: Console | None = None
+) -> tuple[int, int]:
     """Write train.npy and the tokenizer of `corpus` into `out`, which is created atomically.
 
     Args:
-        length: tokens of a document.
-        passages: the number of passages in a document.
-        documents: how many.
-    Returns: the number of tokens.
+        lengths: tokens of a document. There are about as many tokens of each length, in documents of random order.
+        tokens: how many in all, at least the sum of the lengths.
+        console: where progress is shown.
+    Returns: the numbers of documents and of tokens.
     Raises: InputError if `out` exists, or if the corpus is missing, too short, or does not mark where documents begin.
     """
-    for name, value in {"--passages": passages, "--documents": documents}.items():
-        check_count(name, value, least=1)
-    check_count("--length", length, least=2 * TIMES * passages * PASSAGE)
+    for length in lengths:
+        check_count("--lengths", length, least=EVERY)
+    check_count("--tokens", tokens, least=sum(lengths))
     if out.exists():
         raise InputError(f"{out} exists already: give another --out, or remove it.")
     tokenized = load_tokenized(corpus)
@@ -76,32 +84,35 @@ def write_passages(corpus: Path, out: Path, *, length: int, passages: int, docum
     if start is None:
         raise InputError(f"the tokenizer of {corpus} has no token that begins documents, which is needed here.")
     found = len(tokenized.train)
-    if found < 4 * length:
-        raise InputError(f"{corpus} has {found} tokens for training: give a --length of at most {found // 4}.")
+    if found < 4 * max(lengths):
+        raise InputError(f"{corpus} has {found} tokens for training: give --lengths of at most {found // 4}.")
+    order = np.random.default_rng(0).permutation(
+        np.repeat(lengths, [tokens // len(lengths) // length or 1 for length in lengths])
+    )
     with building(out) as scratch:
         built = scratch / "built"
         built.mkdir()
         (built / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
         with writing_token_file(built / "train.npy", tokenized.train.dtype) as write:
-            for number in range(documents):
-                write(document(tokenized.train, start=start, length=length, passages=passages, number=number))
+            for number, length in enumerate(track(order, "documents", console=console, disable=console is None)):
+                write(document(tokenized.train, start=start, length=length, passages=length // EVERY, number=number))
         publish(built, out, {})
-    return documents * length
+    return len(order), int(order.sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", help="a directory of scripts/prepare_data.py; default: english in the cache")
     parser.add_argument("--out", help="the directory to create; default: that of the corpus with _passages at the end")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of a document")
-    parser.add_argument("--passages", type=int, default=32, help=f"passages of {PASSAGE} tokens in a document")
-    parser.add_argument("--documents", type=int, default=2048)
+    what = f"tokens of a document, {EVERY} or more"
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help=what)
+    parser.add_argument("--tokens", type=int, default=2**25, help="of all documents")
     given = parser.parse_args()
-    sizes = {"length": given.length, "passages": given.passages, "documents": given.documents}
     corpus = expanded(given.corpus) if given.corpus else default_cache_dir() / "english"
     out = expanded(given.out) if given.out else corpus.with_name(f"{corpus.name}_passages")
-    tokens = write_passages(corpus, out, **sizes)
-    print(f"{given.documents} documents, {tokens:,} tokens, are in {out}")
+    console = Console()
+    documents, tokens = write_passages(corpus, out, lengths=given.lengths, tokens=given.tokens, console=console)
+    console.print(f"{documents:,} documents, {tokens:,} tokens, are in {out}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

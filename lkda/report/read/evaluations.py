@@ -1,4 +1,4 @@
-"""Reads the files of `scripts/evaluate.py out=`, and keeps many of them in one file."""
+"""Reads the files of `scripts/evaluate.py out=`, and keeps many of them in one file, to which more can be added."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lkda.report.read.files import read_results_file
 
 EVALUATIONS = "evaluations.json"
 Record = Mapping[str, Any]
+# What a record keeps of its file besides, if it is there, to tell whether records can be compared.
+_COMPARED = ("split", "fingerprint", "stepwise", "state_dtype", "max_batches", "precision")
 # Settings of data that change nothing of what is measured.
 _OF_NO_EFFECT = ("batch_size", "num_workers", "pin_memory", "cache_dir", "seed")
 
@@ -38,20 +40,22 @@ def evaluations_of_arguments(
 
 
 def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list[Record]:
-    """The entries "run", "data" and "result" of each file, and those named in `also`.
+    """The entries "run", "data" and "result" of each evaluation, those named in `also`, and those by which evaluations
+    are compared.
 
-    Raises: ValueError where a file is not one of `scripts/evaluate.py out=`, does not say which run the model is of,
-        where there are no files, or where they cannot be compared.
+    Args:
+        paths: files of `scripts/evaluate.py out=`, or an evaluations.json, which holds those of an earlier report.
+    Raises: ValueError where a file is neither, does not say which run the model is of, where there are no files, or
+        where they cannot be compared.
     """
     records: list[Record] = []
-    measured: list[tuple[Path, Mapping[str, Any]]] = []
-    for path in paths:
-        record = read_results_file(path, kind="evaluation")
-        measured.append((path, record))
+    measured = [(path, record) for path in paths for record in _in_file(path)]
+    for path, record in measured:
         try:
-            records.append({name: record[name] for name in ("run", "data", "result", *also)})
-        except KeyError as error:
+            kept = {name: record[name] for name in ("run", "data", "result", *also)}
+        except (KeyError, TypeError) as error:
             raise InputError(f"{path} was not written by scripts/evaluate.py out=... ({error}).") from error
+        records.append(kept | {name: record[name] for name in _COMPARED if name in record})
         if not record["run"]:
             raise InputError(
                 f"{path} does not name the model's mixer: evaluate the run's own checkpoint ({record.get('ckpt')})."
@@ -60,6 +64,12 @@ def read_evaluations(paths: Sequence[Path], *, also: Sequence[str] = ()) -> list
         raise InputError("there are no evaluations: give files that scripts/evaluate.py out=... wrote.")
     _check_comparable(measured)
     return records
+
+
+def _in_file(path: Path) -> list[Record]:
+    if path.name == EVALUATIONS:
+        return kept_evaluations(path)
+    return [read_results_file(path, kind="evaluation")]
 
 
 def _check_comparable(measured: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
@@ -93,7 +103,7 @@ def keep_evaluations(records: Sequence[Record], directory: Path, *, kind: str) -
     write_atomically(directory / EVALUATIONS, json.dumps(found, indent=1) + "\n")
 
 
-def kept_evaluations(path: Path, *, kind: str) -> list[Record]:
+def kept_evaluations(path: Path, *, kind: str | None = None) -> list[Record]:
     """The records that `keep_evaluations` wrote. Raises: ValueError where `path` is not of `kind` or holds none."""
     found = read_results_file(path, kind=kind).get("evaluations")
     if not isinstance(found, list) or not found:

@@ -5,6 +5,7 @@
 The files are evaluations on a prepared corpus. This writes evaluations.json, which holds what it read, and table.json
 with a row for each mixer and a column for each source. A cell is the mean over runs of the bits per byte, and in
 brackets, with several runs, their standard deviation. The best of a column is in bold.
+An evaluations.json that it wrote before may be among the files: what it holds is added.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ r"""How models do on texts longer than those of training, from files of `scripts
 The files are evaluations of text, one for each `data.context`, and of `data=needle`. This writes evaluations.json,
 table.json, and plots of the loss by position, of bits per byte against the context, and of how much of a hidden passage
 is recalled in texts of each length. `lkda.report.redraw` draws them again.
+An evaluations.json that it wrote before may be among the files: what it holds is added.
 """
 
 from __future__ import annotations

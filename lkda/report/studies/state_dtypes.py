@@ -5,6 +5,7 @@
 This writes evaluations.json, which holds what it read, and table.json with a row for each mixer and data set and a
 column for each dtype. A cell is the mean over runs of bits per byte for text and of the accuracy for other data. In
 brackets is the difference from float32. Evaluations that were not stepwise, and models without KDA, are left out.
+An evaluations.json that it wrote before may be among the files: what it holds is added.
 """
 
 from __future__ import annotations

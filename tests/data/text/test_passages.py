@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,22 +41,35 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_is_read_beside_the_corpus(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "passages"
-    assert write_passages(corpus, out, length=256, passages=1, documents=5) == 5 * 256
+    assert write_passages(corpus, out, lengths=[256], tokens=5 * 256) == (5, 5 * 256)
     data = TokensDataModule(paths=[str(corpus), str(out)], weights=[0.5, 0.5], context=256, batch_size=1)
     data.prepare()
     assert data.train_tokens == len(np.load(corpus / "train.npy")) + 5 * 256
     assert data.val_tokens == len(np.load(corpus / "validation.npy"))  # the passages add nothing to it
 
 
+def test_documents_of_several_lengths_have_about_as_many_tokens_each(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "passages"
+    assert write_passages(corpus, out, lengths=[256, 512, 1024], tokens=7000) == (
+        9 + 4 + 2,
+        9 * 256 + 4 * 512 + 2 * 1024,
+    )
+    token_ids = np.load(out / "train.npy")
+    starts = np.flatnonzero(token_ids == token_ids[0])  # no document has the token that begins it elsewhere
+    lengths = np.diff([*starts, len(token_ids)]).tolist()
+    assert Counter(lengths) == {256: 9, 512: 4, 1024: 2}
+    assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"length": 200, "passages": 1, "documents": 1}, "--length must be a whole number of 256 or more, got 200"),
-        ({"length": 256, "passages": 0, "documents": 1}, "--passages must be a whole number of 1 or more, got 0"),
-        ({"length": 10**6, "passages": 1, "documents": 1}, "give a --length of at most"),
+        ({"lengths": [256, 200], "tokens": 9999}, "--lengths must be a whole number of 256 or more, got 200"),
+        ({"lengths": [256, 512], "tokens": 700}, "--tokens must be a whole number of 768 or more, got 700"),
+        ({"lengths": [256, 10**6], "tokens": 10**7}, "give --lengths of at most"),
     ],
 )
-def test_bad_input(sizes: dict[str, int], message: str, corpus: Path, tmp_path: Path) -> None:
+def test_bad_input(sizes: dict[str, Any], message: str, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         write_passages(corpus, tmp_path / "passages", **sizes)
     assert not (tmp_path / "passages").exists()
@@ -63,6 +77,6 @@ def test_bad_input(sizes: dict[str, int], message: str, corpus: Path, tmp_path: 
 
 def test_an_existing_directory_is_kept(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already"):
-        write_passages(corpus, tmp_path, length=256, passages=1, documents=1)
+        write_passages(corpus, tmp_path, lengths=[256], tokens=256)
     with pytest.raises(InputError, match="no complete tokenized corpus"):
-        write_passages(tmp_path / "none", tmp_path / "out", length=256, passages=1, documents=1)
+        write_passages(tmp_path / "none", tmp_path / "out", lengths=[256], tokens=256)

@@ -32,6 +32,20 @@ def test_a_column_for_each_source(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "table.json").read_text() == written
 
 
+def test_a_later_run_is_added(tmp_path: Path) -> None:
+    evaluation(tmp_path / "a.json", "kda", {"novels": 1.0})
+    main([f"{tmp_path}/a.json", f"{tmp_path}/first"])
+    evaluation(tmp_path / "b.json", "softmax", {"novels": 1.3})
+    main([f"{tmp_path}/first/evaluations.json", f"{tmp_path}/b.json", f"{tmp_path}/second"])
+    assert [row["mixer"] for row in json.loads((tmp_path / "second" / "table.json").read_text())["rows"]] == [
+        "kda",
+        "softmax",
+    ]
+    (tmp_path / "first" / "evaluations.json").write_text(json.dumps({"kind": "by_source", "evaluations": [3]}))
+    with pytest.raises(SystemExit, match="was not written by"):
+        main([f"{tmp_path}/first/evaluations.json", f"{tmp_path}/third"])
+
+
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     evaluation(tmp_path / "a.json", "kda", {"novels": 1.0})
     evaluation(tmp_path / "b.json", "kda", {"docs": 1.0})
