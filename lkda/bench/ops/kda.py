@@ -11,7 +11,6 @@ from lkda.bench.kda_inputs import GATES, NAMES, inputs
 from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
 from lkda.checks import InputError
 from lkda.ops import kda_attention, softmax_attention
-from lkda.ops.kda.cuda import core
 from lkda.ops.kda.cuda import recurrent as cuda_recurrent
 from lkda.ops.kda.cuda import variants as cuda_kernels
 from lkda.ops.kda.cuda.plan import fills_in_one_pass
@@ -82,8 +81,7 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
     entries = {kernel.entry for kernel in found} - {"kda_chunk_fwd"}
     if mode == "fwd":
         entries &= {"kda_intra_chunk_fwd", "kda_inter_chunk_fwd", "kda_recurrent"}
-        in_one_pass = cuda_kernels.has_chunk_fwd(shape.D, dtype, arch) and fills_in_one_pass(shape.B * shape.H)
-        if word == "cuda" and core.ONE_PASS and in_one_pass:
+        if word == "cuda" and cuda_kernels.has_chunk_fwd(shape.D, dtype, arch) and fills_in_one_pass(shape.B * shape.H):
             entries = {"kda_chunk_fwd"}
     return [kernel for kernel in found if kernel.entry in entries]
 

@@ -17,12 +17,6 @@ TENSORS = ("q", "k", "v", "g", "beta")
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
-@pytest.fixture(autouse=True)
-def on(monkeypatch):
-    """The kernel is not in use yet; these tests switch it on."""
-    monkeypatch.setattr(core, "ONE_PASS", True)
-
-
 def in_two_kernels(q, k, v, g, beta, state):
     """o and the final state from emulated intra_chunk_fwd.cu, amax.cu and inter_chunk_fwd.cu."""
     B, T, H, _ = v.shape

@@ -33,9 +33,8 @@ from lkda.ops.short_conv.cuda import normalize_heads, normalize_heads_backward, 
 reason_cannot_run = cannot_take(otherwise="chunk")
 
 # Whether chunk_fwd computes a forward that no backward follows, at the shapes where the plan has it (`Plan.chunk_fwd`).
-# Its last bits are not those of a forward that a backward follows. Tests and benchmarks set this to compare. False
-# until the present form of the kernel has run on a GPU under racecheck.
-ONE_PASS = False
+# Its last bits are not those of a forward that a backward follows. Tests and benchmarks set this to False to compare.
+ONE_PASS = True
 
 
 def empty_bytes(count: int, device: torch.device) -> Tensor:
