@@ -27,7 +27,7 @@ struct alignas(8) Signal {
   __device__ __forceinline__ void wait(int phase) {
     unsigned ended;
     do {
-      asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
+      asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
                    : "=r"(ended)
                    : "r"(shared_address(this)), "r"(phase & 1)
                    : "memory");
@@ -35,11 +35,11 @@ struct alignas(8) Signal {
   }
   // Arrives at the signal of another block.
   __device__ __forceinline__ void arrive_in(int rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in(this, rank)) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(this, rank)) : "memory");
   }
   // The same, and announces bytes that copies to this block will bring.
   __device__ __forceinline__ void announce_in(int rank, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(address_in(this, rank)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(address_in(this, rank)), "r"(bytes) : "memory");
   }
 };
 

@@ -38,8 +38,8 @@ __device__ __forceinline__ void write_levels(const Levels& levels, const Place& 
     if (!Level::is_row(level, place.leaf)) Level::write_columns(levels.at(level), level, place.leaf, place.channel, near[level], inside);
 }
 
-// Computes the reach of a leaf on each level, in float16, and returns the one to both ends of the chunk. leaf_logs: the sums of all
-// leaves' logs, from all threads.
+// The reach of a leaf to both ends of the chunk. near: that on each level, in float16, result. leaf_logs: the sums of all leaves' logs,
+// from all threads.
 template <class Place>
 __device__ __forceinline__ Reach find_reach(const float* leaf_logs, const Place& place, unsigned (&near)[LEVELS]) {
   Reach reach;

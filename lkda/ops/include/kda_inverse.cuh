@@ -62,7 +62,7 @@ __device__ __forceinline__ void level_pairs(char* shared, const char* operands, 
   Sum sum[COLUMNS];
 #pragma unroll
   for (int n = 0; n < COLUMNS; ++n) clear(sum[n]);
-#pragma unroll
+#pragma unroll (D < 128 ? D / 16 : 2)
   for (int d = 0; d < D; d += 16) {
     const Block<Operand> a = Level::Rows::load(operands + Level::rows, rows, d);
 #pragma unroll

@@ -28,50 +28,40 @@ struct Arguments {
   __device__ __forceinline__ Span span(int m) const { return {sequence, sequence * length + m * C, min(C, length - m * C), m == 0, m == chunks - 1}; }
   // The first channel of a token.
   __device__ __forceinline__ long long at(int token) const { return ((static_cast<long long>(sequence) * length + token) * heads + head) * D; }
+  // beta of a chunk's token. It is 0 past the end.
+  __device__ __forceinline__ const float* beta_at(int m, int token) const { return beta + static_cast<long long>(span(m).start + token) * heads + head; }
+  __device__ __forceinline__ float beta_of(int m, int token) const { return token < span(m).tokens ? *beta_at(m, token) : 0.f; }
   __device__ __forceinline__ long long state() const { return (static_cast<long long>(sequence) * heads + head) * D * D; }
 };
 
 // Teams.
 
-// What a thread reads of a chunk: two channels of one leaf, and beta of the token that has the thread's number.
+// What a thread reads of a chunk: two channels of one leaf.
 struct ChunkInputs {
   Leaf<float> nats;
   Leaf<Element> q, k;
-  float beta = 0.f;
 
   template <class Team>
   __device__ __forceinline__ void read(const Arguments& given, int m, const Team& team) {
     const Span span = given.span(m);
-    const int leaf = team.leaf(), channel = team.channel(), token = team.thread();
+    const int leaf = team.leaf(), channel = team.channel();
     nats.read(given.g, span, given.heads, given.head, leaf, channel);
     q.read(given.q, span, given.heads, given.head, leaf, channel);
     k.read(given.k, span, given.heads, given.head, leaf, channel);
-    if (token < C) beta = token < span.tokens ? given.beta[static_cast<long long>(span.start + token) * given.heads + given.head] : 0.f;
-  }
-};
-
-// The operands of LeafProducts, 24 rows: eight each in the place of a leaf's rows of k_in, qg and kg, which are written later.
-struct LeafOperands {
-  static constexpr int bytes = 24 * D * sizeof(float16);
-  static __device__ __forceinline__ float16* at(char* leaf, int row, int column) { return Rows::at(leaf + row / LEAF * Rows::bytes, row % LEAF, column); }
-  static __device__ __forceinline__ Block<float16> load(char* leaf, int row, int column) {
-    Block<float16> rows;
-    load_matrices(rows.word, at(leaf, row + lane_id() % 16, column + lane_id() / 16 * 8));
-    return rows;
   }
 };
 
 // Scanners.
 
-// A thread's number among them.
-__device__ __forceinline__ int scanner() { return threadIdx.x - FIRST_SCANNER; }
+// The first of the warp's 16 columns of V. It is computed again for each use, to save a register.
+__device__ __forceinline__ int scanner_column() { return (opaque(threadIdx.x) - FIRST_SCANNER) / 32 * 16; }
 
 // A scanner's 16 columns of v of a chunk, which no other warp reads, in pieces of 16 bytes. A lane has four of them.
 struct ValuePieces {
   char* values;
   int lane, column;  // the lane's first column
 
-  __device__ __forceinline__ ValuePieces(char* values) : values(values), lane(opaque(threadIdx.x) % 32), column((opaque(threadIdx.x) - FIRST_SCANNER) / 32 * 16 + lane % 2 * 8) {}
+  __device__ __forceinline__ ValuePieces(char* values) : values(values), lane(opaque(threadIdx.x) % 32), column(scanner_column() + lane % 2 * 8) {}
   __device__ __forceinline__ int token(int n) const { return n * 16 + lane / 2; }
   __device__ __forceinline__ Value* at(int n) const { return Values::at(values, token(n), column); }
 
@@ -82,12 +72,12 @@ struct ValuePieces {
     for (int n = 0; n < 4; ++n) copy_16_async(at(n), given.v + given.at(m * C + min(token(n), tokens - 1)) + column, token(n) < tokens);
     commit_copies();
   }
-  // After v has been read, as many other words may be kept in its place.
-  __device__ __forceinline__ void keep(const Block<Operand> (&x)[STEPS]) const {
+  // After v has been read, four blocks may be kept in its place.
+  __device__ __forceinline__ void keep(const Block<Operand>* x) const {
 #pragma unroll
     for (int n = 0; n < 4; ++n) *reinterpret_cast<uint4*>(at(n)) = {x[n].word[0], x[n].word[1], x[n].word[2], x[n].word[3]};
   }
-  __device__ __forceinline__ void get(Block<Operand> (&x)[STEPS]) const {
+  __device__ __forceinline__ void get(Block<Operand>* x) const {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const uint4 word = *reinterpret_cast<const uint4*>(at(n));
@@ -96,11 +86,9 @@ struct ValuePieces {
   }
 };
 
-constexpr bool KEEPS_ENTRY = STEPS == BLOCKS;
-__device__ __forceinline__ void round_state(Block<Operand> (&entry)[STEPS], const Sum (&state)[STEPS]) {
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
-}
+// Whether the product for the output runs while v~ is computed, as in inter_chunk_fwd.cu. If not, the rounded state is kept in the place of v
+// meanwhile, so that it takes no registers.
+constexpr bool IN_BACKGROUND = STEPS > BLOCKS;
 
 // Multiplies a state by to / from, two powers of two.
 __device__ __forceinline__ void change_scale(Sum (&state)[STEPS], float from, float to) {
@@ -168,16 +156,15 @@ __device__ __forceinline__ void write_output(const Arguments& given, int m, int 
   }
 }
 
-// Goes through all chunks. values: where a chunk's v lies in shared memory. workspaces: `wait(m)` waits for that of chunk m and says where
-// it lies; after `release(m)` this warp does not read it any more.
+// Goes through all chunks. values: where a chunk's v lies in shared memory. workspaces: `has(m)` says whether there is a chunk m; `wait(m)` waits for its workspace and
+// says where it lies; after `release(m)` this warp does not read it any more.
 template <class Workspaces>
 __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values, const Arguments& given) {
-  const int column = scanner() / 32 * 16;  // the first of the warp's 16 columns of V
   ValuePieces(values).fetch(given, 0);
   float scale = value_scale(0.f);
   Sum state[STEPS];
   if (given.initial_state != nullptr) {
-    read_state(state, given.initial_state + given.state() + column, 1.f);
+    read_state(state, given.initial_state + given.state() + scanner_column(), 1.f);
     scale = scale_of_state(state);
     change_scale(state, 1.f, scale);
   } else {
@@ -185,7 +172,7 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
     for (int i = 0; i < STEPS; ++i) clear(state[i]);
   }
 #pragma unroll 1
-  for (int m = 0; m < given.chunks; ++m) {
+  for (int m = 0; workspaces.has(m); ++m) {
     wait_copies<0>();
     const char* workspace = workspaces.wait(m);
     const char* pairs = workspace + ChunkWorkspace::pairs;
@@ -193,17 +180,29 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
     const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);
 
     Sum x[BLOCKS];  // -r^T, then -v~^T, then v~^T
-    load_values(x, state, values, opaque(column), scale);
+    load_values(x, state, values, scanner_column(), scale);
     __syncwarp();  // the warp has read its columns of v
     Block<Operand> entry[STEPS];
-    round_state(entry, state);
-    // The rounded state takes no registers while v~ is computed: it is kept in the place of v, or if it is larger it is rounded again.
-    if constexpr (KEEPS_ENTRY) ValuePieces(values).keep(entry);
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
+    if constexpr (!IN_BACKGROUND) ValuePieces(values).keep(entry);
+    Sum out[BLOCKS];  // [16 of V, tokens]
+    const auto multiply_by_qg = [&] {
+      products_over_channels(out, entry, workspace + ChunkWorkspace::qg);
+      close_products();
+      if (workspaces.has(m + 1)) ValuePieces(values).fetch(given, m + 1);
+    };
     settle(x);
+    if constexpr (IN_BACKGROUND) {
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
+      settle(out);
+    }
     open_products();
     products_over_channels(x, entry, workspace + ChunkWorkspace::k_in);
     close_products();
-    wait_products<0>();
+    if constexpr (IN_BACKGROUND) multiply_by_qg();
+    wait_products<IN_BACKGROUND ? 1 : 0>();
     settle(x);
     __syncwarp();
     solve(x, pairs, beta);
@@ -216,32 +215,26 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
       scale_columns(x[t], beta + t * 16);
       written[t] = round_to<Operand>(x[t]);
     }
-    if constexpr (KEEPS_ENTRY) {
+    if constexpr (!IN_BACKGROUND) {
       ValuePieces(values).get(entry);
-    } else {
-      settle(state);
-      round_state(entry, state);
-    }
-    Sum out[BLOCKS];  // [16 of V, tokens]
 #pragma unroll
-    for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
+      for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
+    }
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
-    settle(out);
+    if constexpr (!IN_BACKGROUND) settle(out);
     settle(state);
     open_products();
-    products_over_channels(out, entry, workspace + ChunkWorkspace::qg);
-    close_products();
+    if constexpr (!IN_BACKGROUND) multiply_by_qg();
     products_over_tokens(state, written, workspace + ChunkWorkspace::kg);
     close_products();
-    if (m + 1 < given.chunks) ValuePieces(values).fetch(given, m + 1);
     wait_products<1>();
     settle(out);
     add_within_chunk(out, written, pairs);
     wait_products<0>();
     settle(state);
     workspaces.release(m);
-    write_output(given, m, opaque(column), out, inverse_of(scale));
+    write_output(given, m, scanner_column(), out, inverse_of(scale));
   }
-  write_state(state, given.final_state + given.state() + column, inverse_of(scale));
+  write_state(state, given.final_state + given.state() + scanner_column(), inverse_of(scale));
 }

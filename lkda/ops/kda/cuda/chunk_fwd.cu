@@ -69,6 +69,17 @@ struct Team {
   __device__ __forceinline__ void wait() const { wait_at_barrier(AMONG_TEAM + number(), THREADS); }
 };
 
+// The operands of LeafProducts, 24 rows: eight each in the place of a leaf's rows of k_in, qg and kg, which are written later.
+struct LeafOperands {
+  static constexpr int bytes = 24 * D * sizeof(float16);
+  static __device__ __forceinline__ float16* at(char* leaf, int row, int column) { return Rows::at(leaf + row / LEAF * Rows::bytes, row % LEAF, column); }
+  static __device__ __forceinline__ Block<float16> load(char* leaf, int row, int column) {
+    Block<float16> rows;
+    load_matrices(rows.word, at(leaf, row + lane_id() % 16, column + lane_id() / 16 * 8));
+    return rows;
+  }
+};
+
 // Akk and Aqk inside a leaf.
 __device__ __forceinline__ void multiply_leaf(const Team& team, char* shared, char* workspace, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k, float scale) {
   const int first = team.leaf() * LEAF;
@@ -122,13 +133,18 @@ __device__ __forceinline__ void invert(const Team& team, char* shared, char* wor
 __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& given, const Team& team) {
   char* shared = memory + Memory::teams + team.number() * Shared::bytes;
   ChunkInputs inputs;
-  inputs.read(given, min(team.number(), given.chunks - 1), team);
+  float beta = 0.f;  // of the token that has the thread's number
+  const auto read = [&](int m) {
+    inputs.read(given, m, team);
+    if (team.thread() < C) beta = given.beta_of(m, team.thread());
+  };
+  read(min(team.number(), given.chunks - 1));
 #pragma unroll 1
   for (int m = team.number(); m < given.chunks; m += TEAMS) {
     char* slot = slot_of(memory, m);
     if (team.thread() < C) {
-      reinterpret_cast<float*>(shared + Shared::beta)[team.thread()] = inputs.beta;
-      reinterpret_cast<float*>(slot + ChunkWorkspace::beta)[team.thread()] = inputs.beta;
+      reinterpret_cast<float*>(shared + Shared::beta)[team.thread()] = beta;
+      reinterpret_cast<float*>(slot + ChunkWorkspace::beta)[team.thread()] = beta;
     }
     Gates gates;
     gates.set(inputs.nats);
@@ -138,7 +154,7 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
     team.wait();  // the sums of all leaves' logs are there
     write_operands(team, shared, slot, gates, q, k, given.scale);
     // The team's next chunk. After the last one it is read again: if nothing were read, the old inputs would need registers.
-    inputs.read(given, min(m + TEAMS, given.chunks - 1), team);
+    read(min(m + TEAMS, given.chunks - 1));
     invert(team, shared, slot_of(memory, opaque(m)), given.scale);  // the address is computed again, to save registers
     show_to_products();
     wait_at_barrier(FILLED + team.number(), THREADS + SCANNERS);
@@ -150,7 +166,9 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
 // The workspaces of both teams, for the scanners.
 struct Workspaces {
   char* memory;
+  int chunks;
 
+  __device__ __forceinline__ bool has(int m) const { return m < chunks; }
   __device__ __forceinline__ const char* wait(int m) const {
     wait_at_barrier(FILLED + m % TEAMS, THREADS + SCANNERS);
     return slot_of(memory, m);
@@ -170,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(TEAMS * THREADS + SCANNERS, 1) kda_
   const int team = warp / (THREADS / 32);
   if (team == TEAMS) {
     take_registers<SCANNER_REGISTERS>();
-    scan(Workspaces{shared}, shared + Memory::values, given);
+    scan(Workspaces{shared, chunks}, shared + Memory::values, given);
   } else {
     give_registers<TEAM_REGISTERS>();
     compute_chunks(shared, given, {warp});

@@ -76,47 +76,64 @@ struct Signals {
 
 // Teams.
 
+// A leaf and two channels of it.
+struct Place {
+  int leaf, channel;
+};
+
 // A thread's place in its team. Two warps have one leaf, and a lane has two channels of it.
 struct Team {
   int warp;
 
   __device__ __forceinline__ int leaf() const { return warp / 2; }
   __device__ __forceinline__ int half() const { return warp % 2; }  // of the channels
-  __device__ __forceinline__ int thread() const { return threadIdx.x; }
-  __device__ __forceinline__ int opaque_thread() const { return opaque(threadIdx.x); }
-  __device__ __forceinline__ int channel() const { return half() * 64 + opaque(threadIdx.x) % 32 * 2; }  // the first of the two
+  __device__ __forceinline__ int thread() const { return opaque(threadIdx.x); }
+  __device__ __forceinline__ int channel() const { return half() * 64 + static_cast<unsigned>(opaque(threadIdx.x)) % 32 * 2; }  // the first of the two
+  // It is computed again for each use, so that no address computed from it is kept in registers.
+  __device__ __forceinline__ Place place() const { return {leaf(), channel()}; }
   __device__ __forceinline__ void wait() const { wait_at_barrier(AMONG_TEAM, THREADS); }
 };
 
-// What a lane needs of the two products of a leaf, each summed over one warp's channels.
-struct LeafSumsOfWarp {
-  static __device__ __forceinline__ bool takes_bottom(int lane) { return lane % 4 >= 2; }  // of for_farther
-  static __device__ __forceinline__ float4* at(char* shared, int warp) { return reinterpret_cast<float4*>(shared + Shared::below) + warp * 32 + opaque(lane_id()); }
-
-  static __device__ __forceinline__ void write(char* shared, int warp, const LeafSums& neighbours, const LeafSums& farther) {
-    const int lane = opaque(lane_id());
-    const float2 far = lane % 4 >= 2 ? farther.bottom : farther.top;
-    *at(shared, warp) = {neighbours.top.x, lane / 4 % 2 ? neighbours.bottom.y : neighbours.bottom.x, far.x, far.y};
+// The operands of LeafProducts: 24 rows of 64 channels. A row begins 16 bytes after a multiple of 128 bytes from the one before, so that eight rows
+// of one column lie in different banks, and all addresses of a lane are one register plus constants.
+struct LeafOperands {
+  static constexpr int row_bytes = 64 * sizeof(float16) + 16;
+  static constexpr int bytes = 24 * row_bytes;
+  static __device__ __forceinline__ float16* at(char* leaf, int row, int column) { return reinterpret_cast<float16*>(leaf + row * row_bytes) + column; }
+  static __device__ __forceinline__ Block<float16> load(char* leaf, int row, int column) {
+    Block<float16> rows;
+    load_matrices(rows.word, at(leaf, row + lane_id() % 16, column + lane_id() / 16 * 8));
+    return rows;
   }
-  // Summed over both warps of a leaf, of which `warp` is one. Each number is where for_neighbours or for_farther looks for it.
+};
+static_assert(WARPS * LeafOperands::bytes <= ChunkWorkspace::decay, "they fit in a slot, before beta");
+
+// What a lane needs of the two products of a leaf (for_neighbours, for_farther), each summed over one warp's channels.
+struct LeafSumsOfWarp {
+  static __device__ __forceinline__ float2* at(char* shared, int warp, int product) { return reinterpret_cast<float2*>(shared + Shared::below) + (warp * 2 + product) * 32 + opaque(lane_id()); }
+
+  static __device__ __forceinline__ void write_neighbours(char* shared, int warp, const LeafSums& sums) {
+    *at(shared, warp, 0) = make_float2(sums.top.x, lane_row() % 2 ? sums.bottom.y : sums.bottom.x);
+  }
+  static __device__ __forceinline__ void write_farther(char* shared, int warp, const LeafSums& sums) { *at(shared, warp, 1) = lane_id() % 4 >= 2 ? sums.bottom : sums.top; }
+
+  // Summed over both warps of a leaf, of which `warp` is one. Each number is where the function for it looks.
   static __device__ __forceinline__ LeafSums neighbours(char* shared, int warp) {
-    const float4 a = *at(shared, warp & ~1), b = *at(shared, warp | 1);
+    const float2 a = *at(shared, warp, 0), b = *at(shared, warp ^ 1, 0);
     const float bottom = a.y + b.y;
     return {{a.x + b.x, 0.f}, {bottom, bottom}};
   }
   static __device__ __forceinline__ LeafSums farther(char* shared, int warp) {
-    const float4 a = *at(shared, warp & ~1), b = *at(shared, warp | 1);
-    const float2 far = {a.z + b.z, a.w + b.w};
-    return {far, far};
+    const float2 a = *at(shared, warp, 1), b = *at(shared, warp ^ 1, 1), sum = make_float2(a.x + b.x, a.y + b.y);
+    return {sum, sum};
   }
 };
 
 // Akk and Aqk inside a leaf, as far as a warp has its channels. They are stored after a barrier, by store_leaf_pairs.
 __device__ __forceinline__ void multiply_leaf(const Team& team, char* shared, char* slot, const Gates& gates, const Leaf<float16>& q, const Leaf<float16>& k) {
-  char* rows = Rows::from(slot, team.leaf() * LEAF) + Rows::offset(0, 64) * team.half();
-  const LeafProducts<LeafOperands> products(rows, gates, q, k);
-  const LeafSums neighbours = products.neighbours();
-  LeafSumsOfWarp::write(shared, team.warp, neighbours, products.farther(gates));
+  const LeafProducts<LeafOperands> products(slot + team.warp * LeafOperands::bytes, gates, q, k);
+  LeafSumsOfWarp::write_neighbours(shared, team.warp, products.neighbours());
+  LeafSumsOfWarp::write_farther(shared, team.warp, products.farther(gates));
 }
 
 // The two warps of a leaf store one product each.
@@ -138,6 +155,34 @@ __device__ __forceinline__ void store_leaf_pairs(const Team& team, char* shared,
   }
 }
 
+// Starts copying beta of a chunk to two places. Past the end it is 0.
+__device__ __forceinline__ void fetch_beta(const Arguments& given, int m, int token, char* to, char* and_to) {
+  if (token >= C) return;
+  float *first = reinterpret_cast<float*>(to) + token, *second = reinterpret_cast<float*>(and_to) + token;
+  if (token < min(C, given.length - m * C)) {
+    copy_4_async(first, given.beta_at(m, token));
+    copy_4_async(second, given.beta_at(m, token));
+  } else {
+    *first = *second = 0.f;
+  }
+  commit_copies();
+}
+
+// Begins to bring the inputs of a chunk to the L2 cache. Each of the team's threads has 128 bytes of them.
+__device__ __forceinline__ void prefetch_inputs(const Arguments& given, int m, int thread) {
+  static_assert(THREADS == C * D * (2 * sizeof(Element) + sizeof(float)) / 128, "a thread has 128 bytes");
+  constexpr int LINES = D * sizeof(Element) / 128;  // of a row of q or k
+  const int part = thread / (LINES * C), line = thread % (LINES * C);
+  const int token = part < 2 ? line / LINES : line / (2 * LINES) + (part - 2) * (C / 2);
+  if (token >= given.span(m).tokens) return;
+  const long long row = given.at(m * C + token);
+  if (part < 2) {
+    prefetch((part == 0 ? given.q : given.k) + row + line % LINES * 64);
+  } else {
+    prefetch(given.g + row + line % (2 * LINES) * 32);
+  }
+}
+
 // The operands of level 0 have a place of their own. Those of the others are where k_in, qg and kg are written later.
 struct Levels {
   char *level_0, *slot;
@@ -148,18 +193,18 @@ static_assert(ChunkWorkspace::k_in == 0 && (LEVELS - 1) * Level::bytes <= ChunkW
 
 // T~ from Akk. Aqk and T~ are complete in the slot after the next barrier.
 __device__ __forceinline__ void merge_inverse(const Team& team, char* shared, char* pairs) {
-  spread_leaves<Shared, THREADS>(shared, pairs, team.opaque_thread());
-  merge_leaves<Shared, THREADS>(shared, pairs, team.opaque_thread());
+  spread_leaves<Shared, THREADS>(shared, pairs, team.thread());
+  merge_leaves<Shared, THREADS>(shared, pairs, team.thread());
   team.wait();
-  merge<Shared, WARPS, 16>(shared, pairs, opaque(team.thread() / 32));
+  merge<Shared, WARPS, 16>(shared, pairs, opaque(team.warp));
   team.wait();
-  merge<Shared, WARPS, 32>(shared, pairs, opaque(team.thread() / 32));
+  merge<Shared, WARPS, 32>(shared, pairs, opaque(team.warp));
 }
 
 // Copies of workspaces to the other block, which one thread starts.
 struct Sender {
   char* memory;
-  int chunks, rank;  // of the other block
+  int rank;  // of the other block
 
   // Of a warp that has no part in the merges.
   __device__ __forceinline__ bool is_here() const { return threadIdx.x == THREADS - 1; }
@@ -184,47 +229,46 @@ struct Sender {
   }
 };
 
-__device__ __forceinline__ void compute_chunks(char* memory, const Arguments& given, const Team& team, int rank) {
+// arguments() returns the Arguments. They are computed again for each use, to save registers.
+template <class Compute>
+__device__ __forceinline__ void compute_chunks(char* memory, const Compute& arguments, const Team& team, int rank) {
   char* shared = memory + Memory::team;
-  const Sender sender = {memory, given.chunks, rank ^ 1};
+  const Sender sender = {memory, rank ^ 1};
+  const int length = arguments().length;
+  const float scale = arguments().scale;
   ChunkInputs inputs;
-  inputs.read(given, min(rank, given.chunks - 1), team);
+  inputs.read(arguments(), rank * C < length ? rank : 0, team);
 #pragma unroll 1
-  for (int m = rank; m < given.chunks; m += BLOCKS_OF_A_HEAD) {
-    char* slot = slot_of(memory, m);
-    char* pairs = slot + ChunkWorkspace::pairs;
-    if (team.thread() < C) {
-      reinterpret_cast<float*>(shared + Shared::beta)[team.thread()] = inputs.beta;
-      reinterpret_cast<float*>(slot + ChunkWorkspace::beta)[team.thread()] = inputs.beta;
-    }
+  for (int m = rank; m * C < length; m += BLOCKS_OF_A_HEAD) {
+    const auto slot = [&] { return slot_of(memory, opaque(m)); };  // the address is computed again for each use, to save registers
+    fetch_beta(arguments(), m, team.thread(), shared + Shared::beta, slot() + ChunkWorkspace::beta);
     float* leaf_logs = reinterpret_cast<float*>(shared + Shared::leaf_logs);
-    struct {
-      int leaf, channel;
-    } const place = {team.leaf(), team.channel()};
     Gates gates;
     gates.set(inputs.nats);
-    Gates::share(inputs.nats, leaf_logs, place.leaf, place.channel);
+    Gates::share(inputs.nats, leaf_logs, team.leaf(), team.channel());
     const Leaf<float16> q = in_float16(inputs.q), k = in_float16(inputs.k);
-    multiply_leaf(team, shared, slot, gates, q, k);
+    multiply_leaf(team, shared, slot(), gates, q, k);
     team.wait();  // the sums of all leaves' logs are there, and those of the products
-    store_leaf_pairs(team, shared, pairs, given.scale);
+    store_leaf_pairs(team, shared, slot() + ChunkWorkspace::pairs, scale);
     unsigned near[LEVELS];
-    const Reach reach = find_reach(leaf_logs, place, near);
-    const Levels levels = {shared + Shared::level_0, slot};
-    write_levels(levels, place, gates, near, q, k);
+    const Reach reach = find_reach(leaf_logs, team.place(), near);
+    write_levels(Levels{shared + Shared::level_0, slot()}, team.place(), gates, near, q, k);
     team.wait();
-    tree_pairs_of_sixteen<Shared>(shared, levels, pairs, opaque(team.warp), given.scale);
+    tree_pairs_of_sixteen<Shared>(shared, Levels{shared + Shared::level_0, slot()}, slot() + ChunkWorkspace::pairs, opaque(team.warp), scale);
+    wait_copies<0>();  // beta
     team.wait();  // the operands of the levels make place
-    write_workspace(slot, place, gates, reach, q, k, given.scale);
+    write_workspace(slot(), team.place(), gates, reach, q, k, scale);
     __syncwarp();
     if (team.thread() < C) invert_column<Shared>(shared, team.thread());
-    whole_decay<Shared>(shared, slot, 2 * (team.opaque_thread() - C));  // by threads that invert nothing
+    whole_decay<Shared>(shared, slot(), 2 * (team.thread() - C));  // by threads that invert nothing
     // The team's next chunk. After the last one it is read again: if nothing were read, the old inputs would need registers.
-    inputs.read(given, min(m + BLOCKS_OF_A_HEAD, given.chunks - 1), team);
+    const auto next = [&] { return (opaque(m) + BLOCKS_OF_A_HEAD) * C < length ? opaque(m) + BLOCKS_OF_A_HEAD : opaque(m); };
+    prefetch_inputs(arguments(), next(), team.thread());
     show_to_products();
     team.wait();
     sender.send_rows(m);
-    merge_inverse(team, shared, slot_of(memory, opaque(m)) + ChunkWorkspace::pairs);  // the address is computed again, to save registers
+    merge_inverse(team, shared, slot() + ChunkWorkspace::pairs);
+    inputs.read(arguments(), next(), team);  // only now, because there are no registers for them during the merges
     show_to_products();
     team.wait();
     sender.send_rest(m);
@@ -237,8 +281,9 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
 // The workspaces of both blocks, for the scanners.
 struct Workspaces {
   char* memory;
-  int rank, chunks;
+  int rank, length;
 
+  __device__ __forceinline__ bool has(int m) const { return m * C < length; }
   __device__ __forceinline__ bool made_here(int m) const { return m % BLOCKS_OF_A_HEAD == rank; }
   __device__ __forceinline__ const char* wait(int m) const {
     if (made_here(m)) {
@@ -251,7 +296,7 @@ struct Workspaces {
   }
   // The next chunk in the slot of one that was made here comes from the other block.
   __device__ __forceinline__ void release(int m) const {
-    if (!made_here(m) || m + SLOTS >= chunks) return;
+    if (!made_here(m) || !has(m + SLOTS)) return;
     __syncwarp();
     if (lane_id() == 0) Signals(memory).emptied[m % SLOTS].arrive_in(rank ^ 1);
   }
@@ -263,19 +308,25 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS +
     const Element* q, const Element* k, const Value* v, const float* g, const float* beta, const float* initial_state, Value* o, float* final_state, int length, int heads, float scale) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
-  const int rank = blockIdx.x % BLOCKS_OF_A_HEAD, run = blockIdx.x / BLOCKS_OF_A_HEAD;
-  const int sequence = run / heads, head = run % heads, chunks = (length + C - 1) / C, column = rank * COLUMNS;
-  const float* initial_columns = initial_state == nullptr ? nullptr : initial_state + column;
-  const Arguments given = {q, k, v + column, g, beta, initial_columns, o + column, final_state + column, heads, head, sequence, length, chunks, scale};
   if (threadIdx.x == 0) Signals(shared).prepare();
   meet_cluster();
+  const auto arguments_of = [&](unsigned block) {
+    const unsigned column = block % BLOCKS_OF_A_HEAD * COLUMNS;
+    const int run = block / BLOCKS_OF_A_HEAD, sequence = run / heads, head = run % heads, chunks = (length + C - 1) / C;
+    const float* initial_columns = initial_state == nullptr ? nullptr : initial_state + column;
+    return Arguments{q, k, v + column, g, beta, initial_columns, o + column, final_state + column, heads, head, sequence, length, chunks, scale};
+  };
+  const int rank = blockIdx.x % BLOCKS_OF_A_HEAD;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // so that the compiler knows that all lanes have the same
   if (warp >= WARPS) {
     take_registers<SCANNER_REGISTERS>();
-    scan(Workspaces{shared, rank, chunks}, shared + Memory::values, given);
+    Arguments given = arguments_of(blockIdx.x);
+    given.head = __shfl_sync(0xffffffffu, given.head, 0);  // as for `warp`
+    scan(Workspaces{shared, rank, length}, shared + Memory::values, given);
   } else {
     give_registers<TEAM_REGISTERS>();
-    compute_chunks(shared, given, {warp}, rank);
+    const auto arguments = [&] { return arguments_of(opaque(blockIdx.x)); };
+    compute_chunks(shared, arguments, {warp}, rank);
   }
   meet_cluster();  // until here the other block may write to this one
 }
