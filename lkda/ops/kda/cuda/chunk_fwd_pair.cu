@@ -251,13 +251,13 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Compute& argu
     team.wait();  // the sums of all leaves' logs are there, and those of the products
     store_leaf_pairs(team, shared, slot() + ChunkWorkspace::pairs, scale);
     unsigned near[LEVELS];
-    const Reach reach = find_reach(leaf_logs, team.place(), near);
+    find_reach(leaf_logs, team.place(), near);
     write_levels(Levels{shared + Shared::level_0, slot()}, team.place(), gates, near, q, k);
     team.wait();
     tree_pairs_of_sixteen<Shared>(shared, Levels{shared + Shared::level_0, slot()}, slot() + ChunkWorkspace::pairs, opaque(team.warp), scale);
     wait_copies<0>();  // beta
     team.wait();  // the operands of the levels make place
-    write_workspace(slot(), team.place(), gates, reach, q, k, scale);
+    write_workspace(slot(), team.place(), gates, find_reach(leaf_logs, team.place(), near), q, k, scale);  // found again, to save registers
     __syncwarp();
     if (team.thread() < C) invert_column<Shared>(shared, team.thread());
     whole_decay<Shared>(shared, slot(), 2 * (team.thread() - C));  // by threads that invert nothing
