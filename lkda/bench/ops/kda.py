@@ -79,12 +79,13 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
         return []
     variant = {f"HEAD_DIM={shape.D}", f"ELEMENT={ELEMENTS[dtype]}"}
     found = [kernel for kernel in listed(arch) if variant <= set(kernel.module.defines)]
-    entries = {kernel.entry for kernel in found} - {"kda_chunk_fwd"}
+    one_pass = {kernel.entry for kernel in found if kernel.entry.startswith("kda_chunk_fwd")}
+    entries = {kernel.entry for kernel in found} - one_pass
     if mode == "fwd":
         entries &= {"kda_intra_chunk_fwd", "kda_inter_chunk_fwd", "kda_recurrent"}
-        in_one_pass = cuda_kernels.has_chunk_fwd(shape.D, dtype, arch) and fills_in_one_pass(shape.B * shape.H)
-        if word == "cuda" and core.ONE_PASS and in_one_pass:
-            entries = {"kda_chunk_fwd"}
+        if one_pass and core.runs_in_one_kernel(shape.D):
+            blocks = shape.B * shape.H * cuda_kernels.chunk_fwd(shape.D, dtype).blocks
+            entries = one_pass if fills_in_one_pass(blocks) else entries
     return [kernel for kernel in found if kernel.entry in entries]
 
 
