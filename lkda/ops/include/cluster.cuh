@@ -15,7 +15,11 @@ __device__ __forceinline__ unsigned address_in(const void* at, int rank) {
 }
 
 // An mbarrier. Its phases are numbered from 0 on. A phase ends when as many arrivals as `prepare` says have come, and all bytes that they
-// announced. What was written before an arrival, and the bytes, are visible to who has waited.
+// announced, which are then visible to who has waited. An arrival also says that the thread has read what it read before.
+//
+// Arrivals and waits have the scope of a block, which is the default, and as CUTLASS has it for clusters. With the scope of the cluster an
+// arrival would first wait for all that its thread has written to global memory, and a wait would empty the L1 cache. Neither is needed:
+// only copies write to another block, and the signal counts their bytes.
 struct alignas(8) Signal {
   unsigned long long word;
 
