@@ -52,8 +52,16 @@ class Emulated:
         )
         if "-nodefaultlibs" in LINKED:
             ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
-        self._run = ctypes.CDLL(str(_compiled(text, [f"-D{define}" for define in kernel.module.defines]))).run
+        library = ctypes.CDLL(str(_compiled(text, [f"-D{define}" for define in kernel.module.defines])))
+        self._run, self._make_late = library.run, library.make_late
         self._kinds = [_KINDS[letter] for letter in kernel.signature]
+
+    @contextmanager
+    def late(self, first: int, last: int) -> Iterator[None]:
+        """Of each cluster, the threads from `first` to before `last` run seldom, counted through its blocks."""
+        self._make_late(first, last)
+        yield
+        self._make_late(0, 0)
 
     def __call__(self, blocks, threads, *arguments):
         values = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)

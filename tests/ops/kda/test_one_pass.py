@@ -101,6 +101,22 @@ class TestEmulated:
             assert relative(one, want) <= max(1.3 * relative(two, want), 1e-4)
             assert D == 64 or torch.equal(one, two)
 
+    @pytest.mark.parametrize(
+        ("first", "last"),
+        [
+            pytest.param(0, 512, id="team 0"),
+            pytest.param(512, 640, id="scanners 0", marks=pytest.mark.slow),
+            pytest.param(640, 1152, id="team 1", marks=pytest.mark.slow),
+            pytest.param(1152, 1280, id="scanners 1"),
+        ],
+    )
+    def test_a_part_of_a_cluster_may_be_late(self, first, last):
+        """The others wait for it."""
+        inputs = inputs_of(1, 400, 1, 128, 128, dtype=torch.bfloat16).values()
+        want = in_one_kernel(*inputs)
+        with emulated(variants.chunk_fwd(128, torch.bfloat16).kernel).late(first, last):
+            assert all(torch.equal(x, y) for x, y in zip(in_one_kernel(*inputs), want, strict=True))
+
     @each_head_size
     def test_without_writes_the_state_only_decays(self, D):
         q, k, v, g, beta, state = inputs_of(1, 130, 1, D, D, dtype=torch.bfloat16).values()
