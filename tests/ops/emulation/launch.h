@@ -28,7 +28,10 @@ static int current, threads_of_block, first_block;
 static Threads blocks_of_cluster[LARGEST_CLUSTER];
 static Barrier cluster_barrier;
 // Threads of a cluster that run only in every PACE-th round, so that the others are as far ahead of them as barriers and signals let them be.
-constexpr int PACE = 40;
+// Copies between blocks are done in every PACE-th round too.
+constexpr int PACE = 10;
+static std::vector<std::function<void()>> postponed;
+void do_later(std::function<void()> copy) { postponed.push_back(std::move(copy)); }
 static int first_late, last_late;
 extern "C" void make_late(int first, int last) { first_late = first, last_late = last; }
 static void (*entry)(void*);
@@ -85,6 +88,10 @@ void launch(int blocks, int cluster, int threads, Kernel kernel) {
     for (Fiber& fiber : fibers) fiber.started = fiber.done = false;
     for (int round = 0; left > 0; ++round) {
       left = 0;
+      if (round % PACE == PACE - 1) {
+        for (auto& copy : postponed) copy();
+        postponed.clear();
+      }
       for (current = 0; current < static_cast<int>(fibers.size()); ++current) {
         Fiber& fiber = fibers[current];
         if (fiber.done) continue;
