@@ -6,7 +6,7 @@ Each shape is measured with slow gates, as a newly initialised layer has them, a
 a kernel has its milliseconds in one forward and backward, by torch.profiler; where there are two passes over segments,
 or a kernel runs in the forward and in the backward, it is their sum. "all kernels" is the sum of all, and "replayed" is
 the time of the call as a CUDA graph, with the gaps between the kernels. Columns that begin with "forward" are of a
-forward alone, without gradients, which one kernel computes at some shapes: chunk_fwd.
+forward alone, without gradients, which one kernel computes at some shapes: chunk_fwd or chunk_fwd_pair.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def kernel_ms(call: Callable[[], object], device: torch.device) -> dict[str, flo
 def by_kernel(events: list[tuple[str, float]], *, calls: int) -> dict[str, float]:
     """Milliseconds of each kernel in one call, from the names and microseconds of launches in `calls` calls."""
     found: dict[str, float] = defaultdict(float)
-    known = (*KERNELS, "chunk_fwd")
+    known = (*KERNELS, "chunk_fwd_pair", "chunk_fwd")
     for name, microseconds in events:
         found[next((kernel for kernel in known if f"kda_{kernel}" in name), "others")] += microseconds / 1000 / calls
     return dict(found)

@@ -1,4 +1,5 @@
-"""KDA's forward in one kernel (chunk_fwd.cu) beside the two that it replaces: times, and how far the results differ.
+"""KDA's forward in one kernel (chunk_fwd.cu, or chunk_fwd_pair.cu for heads of 128) beside the two that it replaces:
+times, and how far the results differ.
 
     python -m lkda.bench.one_pass --out docs/results/kda_one_pass_NAME/table.json
 
@@ -38,13 +39,13 @@ LARGEST_DIFFERENCE = 5e-3
 
 @contextmanager
 def one_pass(runs: bool) -> Iterator[None]:
-    """Whether chunk_fwd.cu runs where the plan has it."""
-    before = core.ONE_PASS
-    core.ONE_PASS = runs
+    """Whether chunk_fwd.cu and chunk_fwd_pair.cu run where the plan has them."""
+    before = core.ONE_PASS, core.PAIR
+    core.ONE_PASS = core.PAIR = runs
     try:
         yield
     finally:
-        core.ONE_PASS = before
+        core.ONE_PASS, core.PAIR = before
 
 
 def forward(drawn: Inputs) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,7 @@ def what_is_wrong(drawn: Inputs, results: tuple[Tensor, Tensor], differences: li
 
 
 def row(shape: Shape, gate: str, dtype: str, device: torch.device, milliseconds: float) -> dict[str, Any]:
-    """Raises: InputError if chunk_fwd.cu does not run at this shape."""
+    """Raises: InputError if one kernel does not compute this shape."""
     torch.manual_seed(0)
     drawn = inputs(shape, DTYPES[dtype], device, gate)
     name = f"{shape.B} {shape.T} {shape.H} {shape.D}"

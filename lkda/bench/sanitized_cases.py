@@ -69,17 +69,17 @@ def at_both_gates(shape: Shape, dtype: torch.dtype, device: torch.device) -> Non
         chunked(shape, dtype, gate, device)
 
 
-def one_pass(dtype: torch.dtype, query: torch.dtype | None, device: torch.device) -> None:
+def one_pass(D: int, dtype: torch.dtype, query: torch.dtype | None, device: torch.device) -> None:
     """The forward in one kernel, launched as for a larger batch. Seven chunks, the last one shorter."""
-    B, T, H, D = 1, 410, 2, 64
+    B, T, H = 1, 410, 2
     drawn = inputs(Shape(B, T, H, D), dtype, device, "slow")
     q, k = (drawn[name].to(query or dtype) for name in ("q", "k"))
     v, g, beta = (drawn[name] for name in ("v", "g", "beta"))
     o, final_state = torch.empty_like(v), torch.empty(B, H, D, D, device=device)
-    one = variants.chunk_fwd(dtype, query)
+    one = variants.chunk_fwd(D, dtype, query)
     for state in (None, torch.randn(B, H, D, D, device=device)):
         given = (q, k, v, g, beta, state, o, final_state)
-        one.kernel((B * H, 1, 1), one.threads, *given, T, H, D**-0.5, device=device)
+        one.kernel((B * H * one.blocks, 1, 1), one.threads, *given, T, H, D**-0.5, device=device)
 
 
 def recurrence(D: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -201,8 +201,9 @@ def cases() -> dict[str, Case]:
         found[f"chunked-64-{word}-optional-segments"] = partial(at_both_gates, many, DTYPES[word])
     for dtype, query in variants.CHUNK_FWD_DTYPES:
         words = {dtype: word for word, dtype in DTYPES.items()}
-        name = "one-pass-64-" + words[dtype] + (f"-{words[query]}" if query else "")
-        found[name] = partial(one_pass, dtype, query)
+        for D in HEAD_DIMS:
+            name = f"one-pass-{D}-{words[dtype]}" + (f"-{words[query]}" if query else "")
+            found[name] = partial(one_pass, D, dtype, query)
     return found
 
 

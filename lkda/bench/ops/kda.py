@@ -11,6 +11,7 @@ from lkda.bench.kda_inputs import GATES, NAMES, inputs
 from lkda.bench.op_benchmark import Implementation, Inputs, OpBenchmark, Shape
 from lkda.checks import InputError
 from lkda.ops import kda_attention, softmax_attention
+from lkda.ops.kda.cuda import core
 from lkda.ops.kda.cuda import recurrent as cuda_recurrent
 from lkda.ops.kda.cuda import variants as cuda_kernels
 from lkda.ops.kda.cuda.plan import fills_in_one_pass
@@ -78,11 +79,13 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
         return []
     variant = {f"HEAD_DIM={shape.D}", f"ELEMENT={ELEMENTS[dtype]}"}
     found = [kernel for kernel in listed(arch) if variant <= set(kernel.module.defines)]
-    entries = {kernel.entry for kernel in found} - {"kda_chunk_fwd"}
+    one_pass = {kernel.entry for kernel in found if kernel.entry.startswith("kda_chunk_fwd")}
+    entries = {kernel.entry for kernel in found} - one_pass
     if mode == "fwd":
         entries &= {"kda_intra_chunk_fwd", "kda_inter_chunk_fwd", "kda_recurrent"}
-        if word == "cuda" and cuda_kernels.has_chunk_fwd(shape.D, dtype, arch) and fills_in_one_pass(shape.B * shape.H):
-            entries = {"kda_chunk_fwd"}
+        if word == "cuda" and one_pass and core.runs_in_one_kernel(shape.D):
+            blocks = shape.B * shape.H * cuda_kernels.chunk_fwd(shape.D, dtype).blocks
+            entries = one_pass if fills_in_one_pass(blocks) else entries
     return [kernel for kernel in found if kernel.entry in entries]
 
 

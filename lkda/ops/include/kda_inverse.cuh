@@ -1,4 +1,4 @@
-// What the two kernels of intra_chunk_fwd and chunk_fwd.cu have in common: the pairs on the levels of the tree, and T~ from Akk.
+// What the two kernels of intra_chunk_fwd, chunk_fwd.cu and chunk_fwd_pair.cu have in common: the pairs on the levels of the tree, and T~ from Akk.
 //
 // `Shared` says where a kernel has its arrays in shared memory, and `pairs` is the Square there that gets Aqk and T~. The THREADS
 // threads or WARPS warps that call a function together share its work; each gives its number among them.
@@ -53,20 +53,20 @@ __device__ __forceinline__ void tree_pairs(char* shared, char* pairs, int warp, 
 }
 
 // A task of tree_pairs whose level the compiler knows. It then has no branches, and operands are read while others are multiplied.
-// number: of the task on its level, 0 to BLOCKS - 1.
-template <class Shared, int LEVEL>
-__device__ __forceinline__ void level_pairs(char* shared, char* pairs, int number, float scale) {
-  constexpr int HALF = LEAF << LEVEL, COLUMNS = (HALF + 15) / 16;
-  const char* tree = shared + Shared::tree + LEVEL * Level::bytes;
+// operands: of the level. number: of the task on its level, 0 to BLOCKS - 1. Of the level's columns it multiplies COLUMNS blocks, from
+// `column` on.
+template <class Shared, int LEVEL, int COLUMNS = ((LEAF << LEVEL) + 15) / 16>
+__device__ __forceinline__ void level_pairs(char* shared, const char* operands, char* pairs, int number, float scale, int column = 0) {
+  constexpr int HALF = LEAF << LEVEL;
   const int rows = number * 16, group = rows / (2 * HALF), start = group * 2 * HALF;
   Sum sum[COLUMNS];
 #pragma unroll
   for (int n = 0; n < COLUMNS; ++n) clear(sum[n]);
-#pragma unroll
+#pragma unroll (D < 128 ? D / 16 : 2)
   for (int d = 0; d < D; d += 16) {
-    const Block<Operand> a = Level::Rows::load(tree + Level::rows, rows, d);
+    const Block<Operand> a = Level::Rows::load(operands + Level::rows, rows, d);
 #pragma unroll
-    for (int n = 0; n < COLUMNS; ++n) product(sum[n], a, Level::Columns::load_right(tree + Level::columns, (group * HALF & ~15) + n * 16, d));
+    for (int n = 0; n < COLUMNS; ++n) product(sum[n], a, Level::Columns::load_right(operands + Level::columns, (group * HALF & ~15) + column + n * 16, d));
   }
   const float2 scales = make_float2(scale, scale);
   if constexpr (LEVEL == 0) {
@@ -83,18 +83,31 @@ __device__ __forceinline__ void level_pairs(char* shared, char* pairs, int numbe
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
-      for (int q = 0; q < 4; ++q) store_pair(Square::at(to, quadrant_row(q), start + n * 16 + quadrant_column(q)), times(factor, sum[n].pair[q]));
+      for (int q = 0; q < 4; ++q) store_pair(Square::at(to, quadrant_row(q), start + column + n * 16 + quadrant_column(q)), times(factor, sum[n].pair[q]));
   }
 }
 
 // tree_pairs by eight warps, for three levels of four tasks each. A warp has a task of level 2, or one of each of the other levels.
 template <class Shared>
 __device__ __forceinline__ void tree_pairs_of_eight(char* shared, char* pairs, int warp, float scale) {
+  const char* tree = shared + Shared::tree;
   if (warp < 4) {
-    level_pairs<Shared, 2>(shared, pairs, warp, scale);
+    level_pairs<Shared, 2>(shared, tree + 2 * Level::bytes, pairs, warp, scale);
   } else {
-    level_pairs<Shared, 1>(shared, pairs, warp - 4, scale);
-    level_pairs<Shared, 0>(shared, pairs, warp - 4, scale);
+    level_pairs<Shared, 1>(shared, tree + Level::bytes, pairs, warp - 4, scale);
+    level_pairs<Shared, 0>(shared, tree, pairs, warp - 4, scale);
+  }
+}
+
+// The same by sixteen warps. Each has one block of 16x16. levels: `at(level)` says where the operands of a level lie.
+template <class Shared, class Levels>
+__device__ __forceinline__ void tree_pairs_of_sixteen(char* shared, const Levels& levels, char* pairs, int warp, float scale) {
+  if (warp < 8) {
+    level_pairs<Shared, 2, 1>(shared, levels.at(2), pairs, warp / 2, scale, warp % 2 * 16);
+  } else if (warp < 12) {
+    level_pairs<Shared, 1>(shared, levels.at(1), pairs, warp - 8, scale);
+  } else {
+    level_pairs<Shared, 0>(shared, levels.at(0), pairs, warp - 12, scale);
   }
 }
 

@@ -39,19 +39,29 @@ class Emulated:
     """Launched like the kernel that it stands for: `emulated(blocks, threads, *arguments)`; tensors on the CPU."""
 
     def __init__(self, kernel: Kernel):
-        # `extern __shared__` is what launch.h defines; other shared variables are static ones, which all threads see.
-        source = kernel.module.source.read_text().replace("extern __shared__", "extern")
+        # Dynamic shared memory is what launch.h defines; other shared variables are static ones, which all threads see.
+        source = re.sub(r"extern __shared__ .*shared_memory\[\];", "", kernel.module.source.read_text())
+        clusters = re.search(r"__cluster_dims__\((\d+)", source)
+        cluster = int(clusters.group(1)) if clusters else 1
         parameters = re.search(rf"{kernel.entry}\((.*?)\) \{{", source, re.DOTALL).group(1)
         names = ", ".join(parameter.split()[-1] for parameter in parameters.split(","))
         text = (
             f'#include "mma.cuh"\n{source}\n#include "launch.h"\n'
             f'extern "C" void run(int blocks, int threads, {parameters}) {{\n'
-            f"  launch(blocks, threads, [&] {{ {kernel.entry}({names}); }});\n}}\n"
+            f"  launch(blocks, {cluster}, threads, [&] {{ {kernel.entry}({names}); }});\n}}\n"
         )
         if "-nodefaultlibs" in LINKED:
             ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
-        self._run = ctypes.CDLL(str(_compiled(text, [f"-D{define}" for define in kernel.module.defines]))).run
+        library = ctypes.CDLL(str(_compiled(text, [f"-D{define}" for define in kernel.module.defines])))
+        self._run, self._make_late = library.run, library.make_late
         self._kinds = [_KINDS[letter] for letter in kernel.signature]
+
+    @contextmanager
+    def late(self, first: int, last: int) -> Iterator[None]:
+        """Of each cluster, the threads from `first` to before `last` run seldom, counted through its blocks."""
+        self._make_late(first, last)
+        yield
+        self._make_late(0, 0)
 
     def __call__(self, blocks, threads, *arguments):
         values = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)

@@ -1,4 +1,4 @@
-// What a kernel's source takes for granted of CUDA, for a host compiler. Threads of a block are fibers that run in turn and
+// What a kernel's source takes for granted of CUDA, for a host compiler. Threads of a block, or of a cluster, are fibers that run in turn and
 // give way at barriers and warp-wide instructions: arithmetic and indices are checked, races and timing are not.
 #pragma once
 #include "standard.h"
@@ -8,6 +8,7 @@
 #define __shared__ static
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
 struct float2 {
@@ -30,7 +31,7 @@ struct Dim {
   unsigned x, y, z;
 };
 extern Dim threadIdx, blockIdx, gridDim;
-extern unsigned char shared_memory[];
+extern unsigned char* shared_memory;  // of the running thread's block
 
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float __uint_as_float(unsigned bits) {

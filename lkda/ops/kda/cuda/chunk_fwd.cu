@@ -18,22 +18,18 @@
 //
 // The scale (kda_scale.cuh) is that of the largest |v| of the 16 columns so far, and of the initial state. A chunk with a larger |v|
 // lowers it, and the state is multiplied by the ratio. So o of a chunk does not depend on v of later chunks.
-#include "kda_half_operands.cuh"
 #include "kda_inverse.cuh"
-#include "kda_leaf_products.cuh"
-#include "kda_scale.cuh"
-#include "kda_solve.cuh"
 #include "named_barrier.cuh"
 #include "registers.cuh"
 
-using Value = VALUE;
-using Values = Tile<Value, C, D>;
 constexpr int TEAMS = 2, SLOTS = TEAMS + 1;
-constexpr int WARPS = LEAVES, THREADS = 32 * WARPS;  // of a team
-constexpr int SCANNERS = 32 * D / 16;                // threads
+constexpr int WARPS = CHUNK / 8, THREADS = 32 * WARPS;  // of a team
+constexpr int FIRST_SCANNER = TEAMS * THREADS;
+#include "kda_one_pass.cuh"
+
 constexpr int AMONG_TEAM = 1, FILLED = AMONG_TEAM + TEAMS;  // the first of TEAMS barriers each
-static_assert(WARPS == 8 && LEVELS == 3 && BLOCKS == 4, "tree_pairs_of_eight");
-static_assert(D == 64 && HALVES, "a lane has two channels of its warp's leaf, and the scanners are one warp group");
+static_assert(WARPS == LEAVES && WARPS == 8 && LEVELS == 3 && BLOCKS == 4, "tree_pairs_of_eight");
+static_assert(D == COLUMNS, "a lane has two channels of its warp's leaf, and the scanners have all columns of V");
 
 // What a team needs beside its slot.
 struct Shared {
@@ -59,22 +55,6 @@ static_assert(Memory::bytes == SHARED_BYTES, "variants.py allocates what this ke
 
 __device__ __forceinline__ char* slot_of(char* memory, int m) { return memory + m % SLOTS * Memory::slot; }
 
-// The arguments of the kernel, and what this block computes: one head of one sequence.
-struct Arguments {
-  const Element *q, *k;
-  const Value* v;
-  const float *g, *beta, *initial_state;
-  Value* o;
-  float* final_state;
-  int heads, head, sequence, length, chunks;
-  float scale;
-
-  __device__ __forceinline__ Span span(int m) const { return {sequence, sequence * length + m * C, min(C, length - m * C), m == 0, m == chunks - 1}; }
-  // The first channel of a token.
-  __device__ __forceinline__ long long at(int token) const { return ((static_cast<long long>(sequence) * length + token) * heads + head) * D; }
-  __device__ __forceinline__ long long state() const { return (static_cast<long long>(sequence) * heads + head) * D * D; }
-};
-
 // Teams.
 
 // A thread's place in its team. Its warp has one leaf, and a lane has two channels of it.
@@ -87,22 +67,6 @@ struct Team {
   __device__ __forceinline__ int opaque_thread() const { return opaque(threadIdx.x) % THREADS; }
   __device__ __forceinline__ int channel() const { return opaque(threadIdx.x) % 32 * 2; }  // the first of the two
   __device__ __forceinline__ void wait() const { wait_at_barrier(AMONG_TEAM + number(), THREADS); }
-};
-
-// What a thread reads of a chunk: two channels of one leaf, and beta of the token that has the thread's number.
-struct ChunkInputs {
-  Leaf<float> nats;
-  Leaf<Element> q, k;
-  float beta = 0.f;
-
-  __device__ __forceinline__ void read(const Arguments& given, int m, const Team& team) {
-    const Span span = given.span(m);
-    const int leaf = team.leaf(), channel = team.channel(), token = team.thread();
-    nats.read(given.g, span, given.heads, given.head, leaf, channel);
-    q.read(given.q, span, given.heads, given.head, leaf, channel);
-    k.read(given.k, span, given.heads, given.head, leaf, channel);
-    if (token < C) beta = token < span.tokens ? given.beta[static_cast<long long>(span.start + token) * given.heads + given.head] : 0.f;
-  }
 };
 
 // The operands of LeafProducts, 24 rows: eight each in the place of a leaf's rows of k_in, qg and kg, which are written later.
@@ -141,18 +105,11 @@ __device__ __forceinline__ void write_operands(const Team& team, char* shared, c
   struct {
     int leaf, channel;
   } const place = {team.leaf(), team.channel()};
-  Reach reach;
-  unsigned near[LEVELS];  // the reach on each level
-#pragma unroll
-  for (int level = 0; level < LEVELS; ++level) {
-    near[level] = pack(float16{}, reach.at(level, place.leaf));
-    reach.widen_both(leaf_logs, level, place.leaf, place.channel);
-  }
-  reach.before = exp2_fast(reach.before);
-  reach.after = exp2_fast(reach.after);
+  unsigned near[LEVELS];
+  const Reach reach = find_reach(leaf_logs, place, near);
   write_workspace(workspace, place, gates, reach, q, k, scale);
   __syncwarp();
-  write_levels(shared + Shared::tree, place, gates, near, q, k);
+  write_levels(Tree{shared + Shared::tree}, place, gates, near, q, k);
   __syncwarp();
 }
 
@@ -176,13 +133,18 @@ __device__ __forceinline__ void invert(const Team& team, char* shared, char* wor
 __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& given, const Team& team) {
   char* shared = memory + Memory::teams + team.number() * Shared::bytes;
   ChunkInputs inputs;
-  inputs.read(given, min(team.number(), given.chunks - 1), team);
+  float beta = 0.f;  // of the token that has the thread's number
+  const auto read = [&](int m) {
+    inputs.read(given, m, team);
+    if (team.thread() < C) beta = given.beta_of(m, team.thread());
+  };
+  read(min(team.number(), given.chunks - 1));
 #pragma unroll 1
   for (int m = team.number(); m < given.chunks; m += TEAMS) {
     char* slot = slot_of(memory, m);
     if (team.thread() < C) {
-      reinterpret_cast<float*>(shared + Shared::beta)[team.thread()] = inputs.beta;
-      reinterpret_cast<float*>(slot + ChunkWorkspace::beta)[team.thread()] = inputs.beta;
+      reinterpret_cast<float*>(shared + Shared::beta)[team.thread()] = beta;
+      reinterpret_cast<float*>(slot + ChunkWorkspace::beta)[team.thread()] = beta;
     }
     Gates gates;
     gates.set(inputs.nats);
@@ -192,7 +154,7 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
     team.wait();  // the sums of all leaves' logs are there
     write_operands(team, shared, slot, gates, q, k, given.scale);
     // The team's next chunk. After the last one it is read again: if nothing were read, the old inputs would need registers.
-    inputs.read(given, min(m + TEAMS, given.chunks - 1), team);
+    read(min(m + TEAMS, given.chunks - 1));
     invert(team, shared, slot_of(memory, opaque(m)), given.scale);  // the address is computed again, to save registers
     show_to_products();
     wait_at_barrier(FILLED + team.number(), THREADS + SCANNERS);
@@ -201,174 +163,18 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Arguments& gi
 
 // Scanners.
 
-// A thread's number among them.
-__device__ __forceinline__ int scanner() { return threadIdx.x - TEAMS * THREADS; }
+// The workspaces of both teams, for the scanners.
+struct Workspaces {
+  char* memory;
+  int chunks;
 
-// A scanner's 16 columns of v of a chunk, which no other warp reads, in pieces of 16 bytes. A lane has four of them.
-struct ValuePieces {
-  char* values;
-  int lane, column;  // the lane's first column
-
-  __device__ __forceinline__ ValuePieces(char* memory) : values(memory + Memory::values), lane(opaque(threadIdx.x) % 32), column((opaque(threadIdx.x) - TEAMS * THREADS) / 32 * 16 + lane % 2 * 8) {}
-  __device__ __forceinline__ int token(int n) const { return n * 16 + lane / 2; }
-  __device__ __forceinline__ Value* at(int n) const { return Values::at(values, token(n), column); }
-
-  // Starts copying the pieces. Rows past the last token become zeros.
-  __device__ __forceinline__ void fetch(const Arguments& given, int m) const {
-    const int tokens = min(C, given.length - m * C);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) copy_16_async(at(n), given.v + given.at(m * C + min(token(n), tokens - 1)) + column, token(n) < tokens);
-    commit_copies();
-  }
-  // After v has been read, something else may be kept in its place.
-  __device__ __forceinline__ void keep(const Block<Operand> (&x)[4]) const {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) *reinterpret_cast<uint4*>(at(n)) = {x[n].word[0], x[n].word[1], x[n].word[2], x[n].word[3]};
-  }
-  __device__ __forceinline__ void get(Block<Operand> (&x)[4]) const {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const uint4 word = *reinterpret_cast<const uint4*>(at(n));
-      x[n] = {{word.x, word.y, word.z, word.w}};
-    }
-  }
-};
-
-// Multiplies a state by to / from, two powers of two.
-__device__ __forceinline__ void change_scale(Sum (&state)[STEPS], float from, float to) {
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i) {
-    scale_all(state[i], inverse_of(from));
-    scale_all(state[i], to);
-  }
-}
-
-// The scale of the initial state.
-__device__ __forceinline__ float scale_of_state(const Sum (&state)[STEPS]) {
-  float x = 0.f;
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i)
-#pragma unroll
-    for (int q = 0; q < 4; ++q) x = max_finite(max_finite(x, state[i].pair[q].x), state[i].pair[q].y);
-  return value_scale(amax_in_warp(x));
-}
-
-// Where a number of v is too large for the scale of those before it, lowers the scale, and that of the state with it. Infinities
-// and NaNs are left out.
-__device__ __forceinline__ void lower_scale(float& scale, Sum (&state)[STEPS], const Block<Value> (&values)[BLOCKS]) {
-  unsigned largest = above_finite(Value{});
-#pragma unroll
-  for (int t = 0; t < BLOCKS; ++t)
-#pragma unroll
-    for (int q = 0; q < 4; ++q) largest = max_of_pairs(largest, (values[t].word[q] & 0x7fff7fffu) + above_finite(Value{}));
-  const float2 both = unpack(Value{}, largest - above_finite(Value{}));
-  const float needed = value_scale(amax_in_warp(fmaxf(both.x, both.y)));
-  if (needed < scale) {
-    change_scale(state, scale, needed);
-    scale = needed;
-  }
-}
-
-// -v^T times the scale, which is lowered first where it must be.
-__device__ __forceinline__ void load_values(Sum (&x)[BLOCKS], Sum (&state)[STEPS], const char* memory, int column, float& scale) {
-  Block<Value> values[BLOCKS];
-#pragma unroll
-  for (int t = 0; t < BLOCKS; ++t) values[t] = Values::load_transposed(memory + Memory::values, t * 16, column);
-  lower_scale(scale, state, values);
-#pragma unroll
-  for (int t = 0; t < BLOCKS; ++t)
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const float2 pair = get_pair(values[t], q);
-      x[t].pair[q] = make_float2(-scale * pair.x, -scale * pair.y);
-    }
-}
-
-// Writes o of a chunk from o^T in float32.
-__device__ __forceinline__ void write_output(const Arguments& given, int m, int column, Sum (&out)[BLOCKS], float factor) {
-  const int tokens = min(C, given.length - m * C);
-#pragma unroll
-  for (int t = 0; t < BLOCKS; ++t) {
-    scale_all(out[t], factor);
-    Block<Value> rows = round_to<Value>(out[t]);
-    rows = {{transpose(rows.word[0]), transpose(rows.word[2]), transpose(rows.word[1]), transpose(rows.word[3])}};
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const int token = t * 16 + quadrant_row(q);
-      if (token < tokens) store_quadrant(given.o + given.at(m * C + token) + column + quadrant_column(q), rows, q);
-    }
-  }
-}
-
-__device__ __forceinline__ void scan(char* memory, const Arguments& given) {
-  const int column = scanner() / 32 * 16;  // the first of the warp's 16 columns of V
-  ValuePieces(memory).fetch(given, 0);
-  float scale = value_scale(0.f);
-  Sum state[STEPS];
-  if (given.initial_state != nullptr) {
-    read_state(state, given.initial_state + given.state() + column, 1.f);
-    scale = scale_of_state(state);
-    change_scale(state, 1.f, scale);
-  } else {
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) clear(state[i]);
-  }
-#pragma unroll 1
-  for (int m = 0; m < given.chunks; ++m) {
-    wait_copies<0>();
+  __device__ __forceinline__ bool has(int m) const { return m < chunks; }
+  __device__ __forceinline__ const char* wait(int m) const {
     wait_at_barrier(FILLED + m % TEAMS, THREADS + SCANNERS);
-    const char* workspace = slot_of(memory, m);
-    const char* pairs = workspace + ChunkWorkspace::pairs;
-    const float* beta = reinterpret_cast<const float*>(workspace + ChunkWorkspace::beta);
-    const float* decay = reinterpret_cast<const float*>(workspace + ChunkWorkspace::decay);
-
-    Sum x[BLOCKS];  // -r^T, then -v~^T, then v~^T
-    load_values(x, state, memory, opaque(column), scale);
-    __syncwarp();  // the warp has read its columns of v
-    Block<Operand> entry[STEPS];
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) entry[i] = round_to<Operand>(state[i]);
-    ValuePieces(memory).keep(entry);  // in the place of v, so that it takes no registers while v~ is computed
-    settle(x);
-    open_products();
-    products_over_channels(x, entry, workspace + ChunkWorkspace::k_in);
-    close_products();
-    wait_products<0>();
-    settle(x);
-    __syncwarp();
-    solve(x, pairs, beta);
-    __syncwarp();
-    Block<Operand> written[BLOCKS];  // v_new^T
-#pragma unroll
-    for (int t = 0; t < BLOCKS; ++t) {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) x[t].pair[q] = make_float2(-x[t].pair[q].x, -x[t].pair[q].y);
-      scale_columns(x[t], beta + t * 16);
-      written[t] = round_to<Operand>(x[t]);
-    }
-    ValuePieces(memory).get(entry);
-    Sum out[BLOCKS];  // [16 of V, tokens]
-#pragma unroll
-    for (int t = 0; t < BLOCKS; ++t) clear(out[t]);
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) scale_columns(state[i], decay + i * 16);
-    settle(out);
-    settle(state);
-    open_products();
-    products_over_channels(out, entry, workspace + ChunkWorkspace::qg);
-    close_products();
-    products_over_tokens(state, written, workspace + ChunkWorkspace::kg);
-    close_products();
-    if (m + 1 < given.chunks) ValuePieces(memory).fetch(given, m + 1);
-    wait_products<1>();
-    settle(out);
-    add_within_chunk(out, written, pairs);
-    wait_products<0>();
-    settle(state);
-    write_output(given, m, opaque(column), out, inverse_of(scale));
+    return slot_of(memory, m);
   }
-  write_state(state, given.final_state + given.state() + column, inverse_of(scale));
-}
+  __device__ __forceinline__ void release(int) const {}
+};
 
 // q, k: [N, length, H, D] Element. v, o: the same, Value. g: the same, beta: [N, length, H], float32. initial_state (may be null,
 // zeros), final_state: [N, H, K, V] float32. Grid: N x H.
@@ -382,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(TEAMS * THREADS + SCANNERS, 1) kda_
   const int team = warp / (THREADS / 32);
   if (team == TEAMS) {
     take_registers<SCANNER_REGISTERS>();
-    scan(shared, given);
+    scan(Workspaces{shared, chunks}, shared + Memory::values, given);
   } else {
     give_registers<TEAM_REGISTERS>();
     compute_chunks(shared, given, {warp});

@@ -6,7 +6,7 @@ docs/dev/kernels.md explains the kernels, docs/reference/mixers.md the notation.
     inter_chunk_fwd   one chunk after another: the state and the output
     inter_chunk_bwd   one chunk after another, from the last to the first: the gradient of the state
     intra_chunk_bwd   all chunks in parallel: the gradients of q, k, v, g and beta
-    chunk_fwd         both kernels of the forward in one, for some shapes where no backward follows (`ONE_PASS`)
+    chunk_fwd         both kernels of the forward in one, for some shapes where no backward follows (`ONE_PASS`, `PAIR`)
 
 The forward saves three things for the backward: the workspaces that intra_chunk_fwd writes, the state h that enters
 each chunk, and v~ (v_new without its factor beta). Only inter_chunk_bwd reads the workspaces; they are freed before
@@ -34,7 +34,14 @@ reason_cannot_run = cannot_take(otherwise="chunk")
 
 # Whether chunk_fwd computes a forward that no backward follows, at the shapes where the plan has it (`Plan.chunk_fwd`).
 # Its last bits are not those of a forward that a backward follows. Tests and benchmarks set this to False to compare.
+# ONE_PASS is for heads of 64, and PAIR for heads of 128, whose kernel is chunk_fwd_pair.cu.
 ONE_PASS = True
+PAIR = True
+
+
+def runs_in_one_kernel(D: int) -> bool:
+    """Whether chunk_fwd computes forwards of heads of D at the shapes where the plan has it."""
+    return PAIR if D == 128 else ONE_PASS
 
 
 def empty_bytes(count: int, device: torch.device) -> Tensor:
@@ -76,7 +83,7 @@ def launch_forward(
     v, g, beta = readable(v), readable(g), readable(beta)
     plan = plan_of(v, cu_seqlens, q.dtype)
     no_backward = not save and not recomputed and workspaces is None
-    if ONE_PASS and no_backward and plan.chunk_fwd is not None and T > 0:
+    if runs_in_one_kernel(v.shape[-1]) and no_backward and plan.chunk_fwd is not None and T > 0:
         o, final_state = empty_results(v, cu_seqlens)
         plan.chunk_fwd(q, k, v, g, beta, initial_state, o, final_state, T, H, scale)
         return o, final_state, None, None, None, None
@@ -220,7 +227,7 @@ def launch_intra_chunk_bwd(
     states, v_tilde, _, v_scales = plan.saved_parts(saved)
     d_states, d_residual, beta_parts, do_scales = plan.d_saved_parts(d_saved)
     passed = (states, v_tilde, d_states, d_residual, beta_parts, v_scales, do_scales, initial_state, grad_final)
-    plan.intra_chunk_bwd(q, k, g, beta, grad_o, *passed, *grads, spans, T, H, scale)
+    plan.intra_chunk_bwd(q, k, g, beta, grad_o, *passed, *grads, spans, plan.items, T, H, scale)
     return grads
 
 

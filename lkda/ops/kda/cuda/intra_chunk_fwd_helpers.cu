@@ -161,14 +161,7 @@ struct Factors {
     gates.set(nats);
     Gates::share(nats, leaf_logs, writes.leaf, writes.channel);
     wait_at_barrier(AMONG_WORKERS, WORKERS);  // they have also computed the products of the item before
-    const Place reads(warp);
-#pragma unroll
-    for (int level = 0; level < LEVELS; ++level) {
-      near[level] = pack(float16{}, reach.at(level, reads.leaf));
-      reach.widen_both(leaf_logs, level, reads.leaf, reads.channel);
-    }
-    reach.before = exp2_fast(reach.before);
-    reach.after = exp2_fast(reach.after);
+    reach = find_reach(leaf_logs, Place(warp), near);
   }
 };
 
@@ -237,7 +230,7 @@ __device__ __forceinline__ void work(char* shared, const Arguments& given, int w
     Leaf<Element> next_q{}, next_k{};
     nats = {};  // so that those of this item need no registers any more, whether there is a next one or not
     if (item + gridDim.x < given.items) read(given, item + gridDim.x, warp, exists, nats, next_q, next_k);
-    write_levels(shared + Shared::tree, Place(warp), factors.gates, factors.near, q, k);
+    write_levels(Tree{shared + Shared::tree}, Place(warp), factors.gates, factors.near, q, k);
     __syncwarp();
     multiply_leaf(shared, warp, factors.gates, q, k);
     whole_decay<Shared>(shared, workspace, 2 * opaque(threadIdx.x));

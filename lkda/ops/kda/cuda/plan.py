@@ -132,9 +132,11 @@ class Plan(Sizes):
         self.chunk_fwd: Launch | None = None
         """The whole forward in one kernel, for a forward that no backward follows. None where the other kernels run."""
         uncut = N is None and segments == 1
-        if has_chunk_fwd(D, dtype, arch) and uncut and fills_in_one_pass(self.sequences * H):
-            one_pass = chunk_fwd(dtype, query)
-            self.chunk_fwd = launch(one_pass.kernel, self.sequences * H, one_pass.threads)
+        if has_chunk_fwd(D, dtype, arch) and uncut:
+            one_pass = chunk_fwd(D, dtype, query)
+            blocks = self.sequences * H * one_pass.blocks
+            if fills_in_one_pass(blocks):
+                self.chunk_fwd = launch(one_pass.kernel, blocks, one_pass.threads)
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
         self.intra_chunk_bwd = launch(intra_chunk_bwd_kernel(D, dtype, arch, query), self.items, layout.threads)
         self._amax: Launch | None = None
@@ -184,7 +186,8 @@ class Plan(Sizes):
 
 
 def fills_in_one_pass(blocks: int) -> bool:
-    """Whether so many blocks of chunk_fwd.cu, one for each head of a sequence, keep the GPU busy until the last ends.
+    """Whether so many blocks of chunk_fwd.cu, one for each head of a sequence, or of chunk_fwd_pair.cu, two for each,
+    keep the GPU busy until the last ends.
 
     A multiprocessor holds one block, so the blocks run in turns of BLOCKS, and at least two thirds of the places must
     be taken. With fewer the other kernels are expected to be faster. Packed sequences do not get this kernel at all:

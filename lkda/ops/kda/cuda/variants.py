@@ -95,6 +95,13 @@ class Layout:
         team = self.intra_chunk_fwd_shared(False) - C * C * self.operand
         return (teams + 1) * _round_up(self.workspace, 1024) + C * D * self.item + teams * team
 
+    def chunk_fwd_pair_shared(self) -> int:
+        """As chunk_fwd_shared, for one team and half of V. Operands of two levels are in the place of k_in, qg and kg,
+        and there are six signals of 8 bytes."""
+        C, D = self.chunk, self.D
+        team = self.intra_chunk_fwd_shared(False) - C * C * self.operand - 3 * C * D * self.operand
+        return 3 * _round_up(self.workspace, 1024) + C * D // 2 * self.item + team + 6 * 8
+
     def intra_chunk_bwd_shared(self, roomy: bool) -> int:
         C, D, size = self.chunk, self.D, self.operand
         slice_ = 32 if D == 32 or size == 4 else 64
@@ -162,37 +169,44 @@ def intra_chunk_fwd_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.d
     return intra_chunk_fwd(D, dtype, arch, query).kernel
 
 
+# Registers of a thread of a team and of a scanner, for each head size that has the kernel. Together they are what a
+# launch gives: 96 for each of 640 threads.
+CHUNK_FWD_REGISTERS = {64: (88, 128), 128: (72, 192)}
+
+
 class ChunkFwd:
-    """The kernel chunk_fwd.cu: the whole forward of heads of 64 in half precision on Hopper, where no backward follows.
+    """The kernel chunk_fwd.cu or, for heads of 128, chunk_fwd_pair.cu: the whole forward in half precision on Hopper,
+    where no backward follows.
 
     Args:
         query: the dtype of q and k, where v is of `dtype`. None: all three are of `dtype`.
 
     Attributes:
-        threads: threads in a block: two teams and the scanners.
+        threads: threads in a block: 16 warps in one or two teams, and 4 scanners.
+        blocks: blocks for one head of one sequence. Two are a cluster.
     """
 
-    # Of a thread. Together at most what a launch gives: 96 registers for each of 640 threads.
-    TEAM_REGISTERS, SCANNER_REGISTERS = 88, 128
-
-    def __init__(self, dtype: torch.dtype, query: torch.dtype | None = None):
-        layout = layout_of(64, query or dtype)
-        self.threads = 2 * layout.threads + 128
-        shared_bytes = layout.chunk_fwd_shared(teams=2)
+    def __init__(self, D: int, dtype: torch.dtype, query: torch.dtype | None = None):
+        layout = layout_of(D, query or dtype)
+        self.threads, self.blocks = 512 + 128, D // 64
+        shared_bytes = layout.chunk_fwd_shared(teams=2) if D == 64 else layout.chunk_fwd_pair_shared()
+        team, scanner = CHUNK_FWD_REGISTERS[D]
         defines = layout.defines | {
             "VALUE": ELEMENTS[dtype],
             "WARPGROUPS": 1,
-            "TEAM_REGISTERS": self.TEAM_REGISTERS,
-            "SCANNER_REGISTERS": self.SCANNER_REGISTERS,
+            "TEAM_REGISTERS": team,
+            "SCANNER_REGISTERS": scanner,
             "SHARED_BYTES": shared_bytes,
         }
-        module = Module(HERE / "chunk_fwd.cu", defines)
-        self.kernel = module.kernel("kda_chunk_fwd", "PPPPPPPPiif", shared_bytes=shared_bytes)
+        name = "chunk_fwd" if D == 64 else "chunk_fwd_pair"
+        self.kernel = Module(HERE / f"{name}.cu", defines).kernel(
+            f"kda_{name}", "PPPPPPPPiif", shared_bytes=shared_bytes
+        )
 
 
 @cache
-def chunk_fwd(dtype: torch.dtype, query: torch.dtype | None = None) -> ChunkFwd:
-    return ChunkFwd(dtype, None if query == dtype else query)
+def chunk_fwd(D: int, dtype: torch.dtype, query: torch.dtype | None = None) -> ChunkFwd:
+    return ChunkFwd(D, dtype, None if query == dtype else query)
 
 
 # The dtypes of v, and of q and k where they have another.
@@ -200,7 +214,7 @@ CHUNK_FWD_DTYPES = ((torch.bfloat16, None), (torch.float16, None), (torch.bfloat
 
 
 def has_chunk_fwd(D: int, dtype: torch.dtype, arch: str) -> bool:
-    return D == 64 and dtype.itemsize == 2 and arch == "sm_90a"
+    return D in CHUNK_FWD_REGISTERS and dtype.itemsize == 2 and arch == "sm_90a"
 
 
 class InterChunkKernel:
@@ -298,5 +312,5 @@ def kernels(arch: str) -> list[Kernel]:
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
         + [amax_kernel(D, dtype) for D, dtype in variants if dtype.itemsize == 2]
         + [sequences_kernel(torch.bfloat16), sequences_kernel(torch.float32)]
-        + [chunk_fwd(*dtypes).kernel for dtypes in CHUNK_FWD_DTYPES if arch == "sm_90a"]
+        + [chunk_fwd(D, *dtypes).kernel for D in CHUNK_FWD_REGISTERS for dtypes in CHUNK_FWD_DTYPES if arch == "sm_90a"]
     )
