@@ -110,11 +110,12 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
     )
     saved = (got["dinitial_state"], d_states, d_residual, do_scales, beta_parts, None)
     inter_chunk("inter_chunk_bwd", "whole", workspaces, v, grad_o, d_amax, grad_state, leaving, *saved)
-    intra_chunk_bwd = emulated(cuda_kernels.intra_chunk_bwd_kernel(D, dtype, ARCH))
+    intra_chunk_bwd = cuda_kernels.intra_chunk_bwd(D, dtype, ARCH)
+    blocks = min(2, slots * H) if intra_chunk_bwd.persistent else slots * H
     passed = (states, v_tilde, d_states, d_residual, beta_parts, v_scales, do_scales)
     given = (q, k, g, beta, grad_o, *passed, state, grad_state)
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
-    intra_chunk_bwd(slots * H, layout.threads, *given, *results, None, T, H, scale)
+    emulated(intra_chunk_bwd.kernel)(blocks, layout.threads, *given, *results, None, slots * H, T, H, scale)
 
     for name, want in kda_truth(inputs).items():
         assert relative(got[name], want) < ALLOWED[dtype], name

@@ -221,7 +221,7 @@ def launch_intra_chunk_bwd(
     states, v_tilde, _, v_scales = plan.saved_parts(saved)
     d_states, d_residual, beta_parts, do_scales = plan.d_saved_parts(d_saved)
     passed = (states, v_tilde, d_states, d_residual, beta_parts, v_scales, do_scales, initial_state, grad_final)
-    plan.intra_chunk_bwd(q, k, g, beta, grad_o, *passed, *grads, spans, T, H, scale)
+    plan.intra_chunk_bwd(q, k, g, beta, grad_o, *passed, *grads, spans, plan.items, T, H, scale)
     return grads
 
 
