@@ -128,11 +128,14 @@ static_assert(!PERSISTENT || Shared::q + C * D * static_cast<int>(sizeof(Query))
 static_assert(Shared::last_exchange + 2 * HandOver::bytes <= Shared::bytes && Shared::columns_exchange + HandOver::bytes <= Shared::bytes, "the exchanges fit");
 static_assert(Shared::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
 
+// The number of a thread that copies. A persistent block computes it again for each copy, so that no address is kept in registers.
+__device__ __forceinline__ unsigned copier() { return PERSISTENT ? opaque(threadIdx.x) : threadIdx.x; }
+
 // Starts copying rows first .. first + SLICE of a tiled image, which are consecutive bytes.
 template <class Slice>
 __device__ __forceinline__ void fetch_rows(char* to, const char* image, int first) {
-  image += Slice::bytes / SLICE * first + threadIdx.x * 16;
-  to += threadIdx.x * 16;
+  image += Slice::bytes / SLICE * first + copier() * 16;
+  to += copier() * 16;
 #pragma unroll
   for (int n = 0; n < Slice::bytes / 16; n += THREADS)
     // with the size argument (`true`), because the compiler spills for the instruction without it
@@ -462,13 +465,12 @@ struct Arguments {
   // to(token, column): where a piece of 16 bytes goes.
   template <int COLUMNS, class T, class To>
   __device__ __forceinline__ void copy_rows(const T* from, const Span& span, int head, int first, To to) const {
-    constexpr int PIECE = 16 / sizeof(T), PIECES = COLUMNS / PIECE;
+    constexpr int PIECE = 16 / sizeof(T), PIECES = COLUMNS / PIECE, TOKENS = THREADS / PIECES;
+    static_assert(C % TOKENS == 0, "each thread has whole pieces, always of the same columns");
+    const int n = copier() / PIECES, column = copier() % PIECES * PIECE, stride = heads * D;
+    from += (static_cast<long long>(span.start) * heads + head) * D + first + column;
 #pragma unroll
-    for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
-      const int t = n / PIECES, column = n % PIECES * PIECE;
-      const long long row = span.start + min(t, span.tokens - 1);
-      copy_16_async(to(t, column), from + (row * heads + head) * D + first + column, t < span.tokens);
-    }
+    for (int t = 0; t < C; t += TOKENS) copy_16_async(to(t + n, column), from + min(t + n, span.tokens - 1) * stride, t + n < span.tokens);
   }
   __device__ __forceinline__ void copy_output(char* output, const Span& span, int head, int first) const {
     copy_rows<SLICE>(d_o, span, head, first, [&](int t, int column) { return OutputSlice::at(output, t, column); });
@@ -519,19 +521,16 @@ struct Arguments {
   // What an item needs later.
   __device__ __forceinline__ void copy_second(char* shared, long long item, const Span& span, int head) const {
     copy_slices(shared + Shared::from_first_to_second, item, SLICE);
-    const int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
+    const int channel = copier() % (D / 2) * 2, t = copier() / (D / 2) * LEAF, stride = heads * D;
+    const float* from = g + (static_cast<long long>(span.start) * heads + head) * D + channel;
 #pragma unroll
-    for (int i = 0; i < LEAF; ++i) {
-      const int t = leaf * LEAF + i;
-      const long long row = span.start + min(t, span.tokens - 1);
-      copy_8_async(own_g(shared, i), g + (row * heads + head) * D + channel, t < span.tokens);
-    }
+    for (int i = 0; i < LEAF; ++i) copy_8_async(own_g(shared, i), from + min(t + i, span.tokens - 1) * stride, t + i < span.tokens);
     auto in_rows = [&](int offset) { return [=](int t, int column) { return reinterpret_cast<Query*>(shared + offset) + t * D + column; }; };
     copy_rows<D>(q, span, head, 0, in_rows(Shared::q));
     copy_rows<D>(k, span, head, 0, in_rows(Shared::k));
     commit_copies();
   }
-  static __device__ __forceinline__ char* own_g(char* shared, int i) { return shared + Shared::g + (i * THREADS + threadIdx.x) * 8; }
+  static __device__ __forceinline__ char* own_g(char* shared, int i) { return shared + Shared::g + (i * THREADS + copier()) * 8; }
   static __device__ __forceinline__ Leaf<float> copied_g(char* shared) {
     Leaf<float> nats;
 #pragma unroll
@@ -587,6 +586,8 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
     Gates::share(nats, leaf_logs, leaf, channel);
   }
 
+  auto this_item = [&] { return *reinterpret_cast<const int*>(shared + Shared::place + 28); };  // of a persistent block
+
   // Products with the states, summed over slices of V.
   Gathered out;
   Sum pairs[ROUNDS];  // blocks of dAqk or dAkk
@@ -604,7 +605,7 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
   for (int first = 0; first < D; first += SLICE) {
     if constexpr (PERSISTENT) {
       if (first > 0) {
-        if (threadIdx.x == 0) find_next(shared, item + gridDim.x);
+        if (threadIdx.x == 0) find_next(shared, this_item() + gridDim.x);
         wait_copies<0>();
         Gates::share(copied_g(shared), leaf_logs, leaf, channel);
         __syncthreads();
@@ -624,7 +625,7 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
 #pragma unroll
       for (int level = 0; level < LEVELS; ++level) {
         if (level > 0) *total(1 + level, leaf) = reach.at(level, leaf);
-        reach.widen(leaf_logs, level, leaf, channel);
+        reach.widen_both(leaf_logs, level, leaf, channel);
       }
       *total(0, leaf) = exp2_fast(reach.before);
       *total(1, leaf) = exp2_fast(reach.after);
@@ -839,7 +840,7 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
   read_rows();
   __syncthreads();
   if constexpr (PERSISTENT) {
-    copy_beta_parts(shared, item);
+    copy_beta_parts(shared, this_item());
     copy_first(shared);
     commit_copies();
   }
