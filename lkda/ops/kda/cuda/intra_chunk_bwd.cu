@@ -266,10 +266,63 @@ __device__ __forceinline__ void make_operands(char* output, float factor) {
   }
 }
 
-// h . dh' of this lane's channel, summed over V: eight rows of V and 32 channels at a time, the warps of these channels in turn, into
-// straight [BLOCKS][D]. The states at a sequence's ends are read unrounded in float32, since in a short sequence they are all there
-// is. Numbers in float16 are each read here once, and are turned into operands in place.
+// h . dh' of each channel, summed over V, into straight [BLOCKS][D]: a warp has 32 channels, and shares V with the other warps of
+// these. In float16 it is the diagonal of a product of the numbers as they were saved, with all their digits. They are each read here
+// once, and are turned into operands in place. The states at a sequence's ends are read unrounded in float32, since in a short sequence
+// they are all there is; these and float32 inputs are summed on ordinary cores, eight rows of V at a time.
 struct Straight {
+  // A power of two as two factors, since float16 does not hold the smallest ones. The second is 1 but for factors below 2^-14.
+  struct Factor {
+    unsigned first, second;
+
+    __device__ __forceinline__ explicit Factor(float x) : first(both(fminf(fmaxf(x, SMALL), 32768.f))), second(both(fminf(x / SMALL, 1.f))) {}
+    __device__ __forceinline__ void scale(unsigned& word) const { word = product_of_pairs(float16{}, product_of_pairs(float16{}, word, first), second); }
+
+   private:
+    static constexpr float SMALL = 1.f / 16384;
+    static __device__ __forceinline__ unsigned both(float x) { return pack(float16{}, make_float2(x, x)); }
+  };
+  // Turns the warp's 16 rows of V, from `rows` on, into operands.
+  static __device__ __forceinline__ void make_operands_of(char* rows, const Factor& factor) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      uint4& piece = *reinterpret_cast<uint4*>(StateSlice::from(rows, n * 8) + lane_id() * 16);  // a lane has one row of a square
+      uint4 word = piece;
+      factor.scale(word.x);
+      factor.scale(word.y);
+      factor.scale(word.z);
+      factor.scale(word.w);
+      piece = word;
+    }
+  }
+  // The diagonal's element of this lane, which only every fourth lane has.
+  static __device__ __forceinline__ float diagonal(float2 x) { return lane_row() % 2 == 0 ? x.x : x.y; }
+  static __device__ __forceinline__ void add_products(char* shared, char* slice, int block, int channels, int first) {
+    static_assert(SLICE <= BLOCKS * 16, "a warp has at most 16 rows of V");
+    float sum[4] = {};  // of eight channels each
+    if (block * 16 < SLICE) {
+      char* h_rows = StateSlice::from(slice + Shared::state, block * 16, channels);
+      char* dh_rows = StateSlice::from(slice + Shared::d_state, block * 16, channels);
+      const float* scales = reinterpret_cast<const float*>(shared + Shared::state_scales) + (first / 16 + block) * SavedState::REPEATS;
+      const float of_h = scales[0], of_dh = scales[32];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const Block<Operand> h = StateSlice::load_transposed(h_rows, 0, c * 16), dh = StateSlice::load_transposed(dh_rows, 0, c * 16);
+        Sum x;
+        clear(x);
+        product(x, h, as_right(dh));
+        sum[2 * c] = of_h * (of_dh * diagonal(x.pair[0]));
+        sum[2 * c + 1] = of_h * (of_dh * diagonal(x.pair[3]));
+      }
+      __syncwarp();  // all lanes have read the numbers as they were saved
+      make_operands_of(h_rows, Factor(of_h));
+      make_operands_of(dh_rows, Factor(of_dh));
+    }
+    if (lane_id() % 4 != lane_row() / 2) return;
+    float* to = reinterpret_cast<float*>(shared + Shared::straight) + block * D + channels + lane_row();
+#pragma unroll
+    for (int n = 0; n < 4; ++n) to[n * 8] = first == 0 ? sum[n] : to[n * 8] + sum[n];
+  }
   static __device__ __forceinline__ float2 halves(unsigned& word, float scale) {
     float2 x = unpack(float16{}, word);
     x = make_float2(scale * x.x, scale * x.y);
@@ -315,9 +368,15 @@ struct Straight {
   }
   // exact_initial, exact_final (may be null): [K, V], from this slice's first column of V on. placed: from where `Scales` are read.
   static __device__ __forceinline__ void add(char* shared, char* slice, int block, int channels, int first, const float* exact_initial, const float* exact_final, const char* placed) {
+    if constexpr (HALVES) {
+      if (exact_initial == nullptr && exact_final == nullptr) {
+        add_products(shared, slice, block, channels, first);
+        return;
+      }
+    }
     const int channel = channels + lane_id() / 8 * 8;
     float sum[8] = {};
-    if (exact_initial != nullptr || exact_final != nullptr) {
+    if (HALVES || exact_initial != nullptr || exact_final != nullptr) {
       sums<true>(sum, shared, slice, block, channel, first, exact_initial, exact_final, placed);
     } else {
       sums<false>(sum, shared, slice, block, channel, first, nullptr, nullptr, placed);
