@@ -733,14 +733,6 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
       }
     }
   }
-  Gates gates;
-  Leaf<Query> qs, ks;  // read again later instead of being held, to save registers
-  if constexpr (PERSISTENT) {  // before the exchanges take their place
-    gates.set(copied_g(shared));
-    read_copied(qs, shared + Shared::q, leaf, channel);
-  }
-  __syncthreads();  // the slices are no longer needed
-
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const Task task(round * WARPS + warp);
@@ -752,6 +744,14 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
     }
     store_pairs(shared, task, pairs[round]);
   }
+
+  Gates gates;
+  Leaf<Query> qs, ks;  // read again later instead of being held, to save registers
+  if constexpr (PERSISTENT) {  // before the exchanges take their place
+    gates.set(copied_g(shared));
+    read_copied(qs, shared + Shared::q, leaf, channel);
+  }
+  __syncthreads();  // the slices are no longer needed
 
   // The parts from the past (dq, rows) and to the future (columns).
 #pragma unroll
