@@ -814,7 +814,7 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
   near_q();
   if constexpr (ROOMY) read_k();
   __syncthreads();
-  constexpr bool LAID_DOWN = D == 64;  // the first sum is held in shared memory, to save a register
+  constexpr bool LAID_DOWN = D == 64 || PERSISTENT;  // the first sum is held in shared memory, to save a register
   float2 sum;
   if constexpr (LAID_DOWN) {
     *total(0, leaf) = sum_of(exchange);
