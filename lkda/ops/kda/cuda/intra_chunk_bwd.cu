@@ -162,6 +162,17 @@ struct Task {
   }
 };
 
+// Adds the part of a task's block that a slice of V contributes. left_at(v): the left operand of 16 columns of V. A persistent block has the
+// registers to load all operands at once. It matters, since in the last round only some of its warps have a task.
+template <class LeftAt>
+__device__ __forceinline__ void add_task(Sum& sum, const char* slice, int column, LeftAt left_at) {
+#pragma unroll(PERSISTENT ? SLICE / 16 : 1)
+  for (int v = 0; v < SLICE; v += 16) {
+    const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, column * 16);
+    product(sum, left_at(v), n);
+  }
+}
+
 // Stores a task's block where its pairs are used: in their leaf, or in their level.
 __device__ __forceinline__ void store_pairs(char* shared, const Task& task, const Sum& sum) {
   if (task.row != task.column) {
@@ -720,19 +731,16 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
     }
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
-        const Task task(round * WARPS + warp);
+      const Task task(round * WARPS + warp);
       if (!task.exists) continue;
-#pragma unroll 1
-      for (int v = 0; v < SLICE; v += 16) {
-        const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, task.column * 16);
-        if (task.of_aqk) {
-          product(pairs[round], output_of(output, task.row * 16, v), n);
-        } else {
-          product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, task.row * 16), n);
-        }
+      if (task.of_aqk) {
+        add_task(pairs[round], slice, task.column, [&](int v) { return output_of(output, task.row * 16, v); });
+      } else {
+        add_task(pairs[round], slice, task.column, [&](int v) { return ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, task.row * 16); });
       }
     }
   }
+
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const Task task(round * WARPS + warp);
