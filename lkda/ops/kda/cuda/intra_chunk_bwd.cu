@@ -31,6 +31,7 @@ constexpr int ROUNDS = (2 * LOWER + WARPS - 1) / WARPS;               // rounds 
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // lanes of a warp that share a leaf
 constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
 static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
+static_assert(!PERSISTENT || SLICE / 16 == D / 32, "each warp stores dv of 16 columns of a slice");
 
 using Query = QUERY;  // type of q and k in memory: Element, or float16 where `lkda::kda_forward` normalised half-precision inputs
 
@@ -206,7 +207,7 @@ __device__ __forceinline__ void leaf_gradients(
   float2 w[LEAF];
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
-    if constexpr (same<Query, float16>) __syncwarp();  // no load moves up past this: there are no registers for it
+    if constexpr (PERSISTENT || same<Query, float16>) __syncwarp();  // no load moves up past this: there are no registers for it
     const float2 qi = q[i], weighted = scaled(beta[i], k[i]);
     float2 a = make_float2(0.f, 0.f), b = a, sum = a;
 #pragma unroll
@@ -708,10 +709,19 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
       if (!PERSISTENT || first == 0) make_operands<Element, PERSISTENT ? D / SLICE : 1>(output, Scales::of_do(placed));
       __syncthreads();  // h, dh' and do have been converted
     }
-#pragma unroll(SLICE == D ? SLICE / 16 : 1)
+    auto load_y = [&](int v) { return ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, tokens); };
+    auto store_dv = [&](int v, const Block<Operand>& y) {  // the warps that have these tokens share dv
+#pragma unroll
+      for (int q4 = 0; q4 < 4; ++q4) {
+        const int t = tokens + quadrant_row(q4);
+        stream_pair_if(t < span.tokens, d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4),
+                       scaled(Scales::inverse_of_do(shared) * betas[t], get_pair(y, q4)));
+      }
+    };
+#pragma unroll(SLICE == D ? SLICE / 16 : PERSISTENT ? 4 : 1)
     for (int v = 0; v < SLICE; v += 16) {
       const Right<Operand> d_out = as_right(output_of(output, tokens, v));
-      const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, tokens);
+      const Block<Operand> y = load_y(v);
       const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, tokens);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -720,14 +730,11 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
         product(out.row[c], h, as_right(y));
         product(out.column[c], StateSlice::load_transposed(StateSlice::from(slice + Shared::d_state, v, c * 16), 0, channels), n);
       }
-      if (warp / BLOCKS == v / 16 % (D / 32)) {  // the warps that have these tokens share dv
-#pragma unroll
-        for (int q4 = 0; q4 < 4; ++q4) {
-          const int t = tokens + quadrant_row(q4);
-          stream_pair_if(t < span.tokens, d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4),
-                         scaled(Scales::inverse_of_do(shared) * betas[t], get_pair(y, q4)));
-        }
-      }
+      if (!PERSISTENT && warp / BLOCKS == v / 16 % (D / 32)) store_dv(v, y);
+    }
+    if constexpr (PERSISTENT) {  // not in the loop, where it would separate the products
+      __syncwarp();  // nothing of this moves up into the loop: there are no registers for it
+      store_dv(warp / BLOCKS * 16, load_y(warp / BLOCKS * 16));
     }
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
@@ -991,7 +998,7 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
   if constexpr (!PERSISTENT) __syncthreads();  // the exchange is no longer needed
   // [PARTS][C]: parts of dbeta, of 64 channels each
   float* shares = reinterpret_cast<float*>(shared + (PERSISTENT ? Shared::pairs : Shared::last_exchange));
-  sum_over_channels(share, shares + (PARTS > 1 ? warp % PARTS * C : 0) + leaf * LEAF);
+  sum_over_channels(share, shares + (PARTS > 1 ? my_warp() % PARTS * C : 0) + opaque(threadIdx.x) / (D / 2) * LEAF);
   const int head_here = place_head();
   if constexpr (PERSISTENT) wait_copies<0>();  // for what the next item needs at its start
   __syncthreads();
