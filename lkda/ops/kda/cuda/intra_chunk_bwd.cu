@@ -928,13 +928,17 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
 #pragma unroll
   for (int l = 0; l < LEAVES; ++l) add_to(gamma, *reinterpret_cast<const float2*>(leaf_logs + l * D + channel));
   rest = times(exp2_fast(gamma), rest);
-  for (int l = leaf + 1; l < LEAVES; ++l) add_to(rest, *total(0, l));
-  for (int l = 0; l < leaf; ++l) add_to(rest, *total(1, l));
+  // Of rows in the leaves after this one, then of columns in those before it, which follow directly: totals [1] lie behind totals [0].
+#pragma unroll
+  for (int n = 1; n < LEAVES; ++n) add_to(rest, *total(0, leaf + n));
 #pragma unroll
   for (int level = 1; level < LEVELS; ++level) {
-    const int first = leaf >> level << level;  // of the leaves in this half
+    const int half = 1 << level, before = leaf % half;  // leaves of a half, and those before this one in its half
     const bool row = Level::is_row(level, leaf);
-    for (int l = row ? leaf + 1 : first; l < (row ? first + (1 << level) : leaf); ++l) add_to(rest, *total(1 + level, l));
+    const int first = row ? leaf + 1 : leaf - before, count = row ? half - 1 - before : before;
+#pragma unroll
+    for (int n = 0; n < half - 1; ++n)
+      if (n < count) add_to(rest, *total(1 + level, first + n));
   }
   float2 dg[LEAF];
   float2 inside = make_float2(1.f, 1.f);
