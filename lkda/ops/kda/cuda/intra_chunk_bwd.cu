@@ -28,6 +28,7 @@ constexpr int SLICE = D == 32 ? 32 : sizeof(Operand) == 2 ? 64 : 32;  // columns
 constexpr bool PERSISTENT = ROOMY && D == 2 * SLICE && sizeof(Operand) == 2;  // whether blocks are; as in variants.py
 constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2;                      // 16x16 blocks on and below the diagonal
 constexpr int ROUNDS = (2 * LOWER + WARPS - 1) / WARPS;               // rounds of tasks; a task is a block of dAqk or of dAkk
+constexpr int FINDER = THREADS - 32;  // the thread that finds a persistent block's next item: its warp has no task in the last round
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // lanes of a warp that share a leaf
 constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
 static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
@@ -676,7 +677,7 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
   for (int first = 0; first < D; first += SLICE) {
     if constexpr (PERSISTENT) {
       if (first > 0) {
-        if (threadIdx.x == 0) find_next(shared, this_item() + gridDim.x);
+        if (threadIdx.x == FINDER) find_next(shared, this_item() + gridDim.x);
         wait_copies<0>();
         Gates::share(copied_g(shared), leaf_logs, leaf, channel);
         __syncthreads();
@@ -1029,7 +1030,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
   char* shared = reinterpret_cast<char*>(shared_memory);
   const Arguments given = {q, k, g, beta, d_o, states, v_tilde, d_states, d_residual, beta_parts, v_scales, do_scales, initial_state, d_final, d_q, d_k, d_v, d_g, d_beta, spans, items, length, heads, scale};
   if constexpr (PERSISTENT) {
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == FINDER) {
       given.find_next(shared, blockIdx.x);
       wait_copies<0>();
     }
