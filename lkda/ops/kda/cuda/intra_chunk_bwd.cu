@@ -31,6 +31,11 @@ constexpr int ROUNDS = (2 * LOWER + WARPS - 1) / WARPS;               // rounds 
 constexpr int FINDER = THREADS - 32;  // the thread that finds a persistent block's next item: its warp has no task in the last round
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // lanes of a warp that share a leaf
 constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
+#if __CUDA_ARCH__ >= 1000
+constexpr int STEPS = 1;  // of 16 columns of V whose operands are loaded at once; with more, the compiler spills
+#else
+constexpr int STEPS = PERSISTENT ? SLICE / 16 : 1;
+#endif
 static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
 static_assert(!PERSISTENT || SLICE / 16 == D / 32, "each warp stores dv of 16 columns of a slice");
 
@@ -168,7 +173,7 @@ struct Task {
 // registers to load all operands at once. It matters, since in the last round only some of its warps have a task.
 template <class LeftAt>
 __device__ __forceinline__ void add_task(Sum& sum, const char* slice, int column, LeftAt left_at) {
-#pragma unroll(PERSISTENT ? SLICE / 16 : 1)
+#pragma unroll(STEPS)
   for (int v = 0; v < SLICE; v += 16) {
     const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, column * 16);
     product(sum, left_at(v), n);
@@ -208,7 +213,7 @@ __device__ __forceinline__ void leaf_gradients(
   float2 w[LEAF];
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
-    if constexpr (PERSISTENT || same<Query, float16>) __syncwarp();  // no load moves up past this: there are no registers for it
+    if constexpr (HALVES) __syncwarp();  // no load moves up past this: there are no registers for it
     const float2 qi = q[i], weighted = scaled(beta[i], k[i]);
     float2 a = make_float2(0.f, 0.f), b = a, sum = a;
 #pragma unroll
@@ -719,7 +724,7 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
                        scaled(Scales::inverse_of_do(shared) * betas[t], get_pair(y, q4)));
       }
     };
-#pragma unroll(SLICE == D ? SLICE / 16 : PERSISTENT ? 4 : 1)
+#pragma unroll(SLICE == D ? SLICE / 16 : STEPS)
     for (int v = 0; v < SLICE; v += 16) {
       const Right<Operand> d_out = as_right(output_of(output, tokens, v));
       const Block<Operand> y = load_y(v);
@@ -749,6 +754,8 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
     }
   }
 
+  if constexpr (!PERSISTENT) __syncthreads();  // the slices are no longer needed
+
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const Task task(round * WARPS + warp);
@@ -766,8 +773,8 @@ __device__ __forceinline__ void Arguments::work(char* shared, int item, Span spa
   if constexpr (PERSISTENT) {  // before the exchanges take their place
     gates.set(copied_g(shared));
     read_copied(qs, shared + Shared::q, leaf, channel);
+    __syncthreads();  // the slices are no longer needed
   }
-  __syncthreads();  // the slices are no longer needed
 
   // The parts from the past (dq, rows) and to the future (columns).
 #pragma unroll
