@@ -163,7 +163,8 @@ def test_a_persistent_block_goes_from_chunk_to_chunk(query):
         found.append(unwritten_gradients(rows, H, D, dtype))
         emulated(kernel.kernel)(blocks, layout.threads, *inputs, *found[-1], *where)
     for several, one in zip(found[1] + found[2], found[0] + found[0], strict=True):
-        assert one.isfinite().all() and torch.equal(several, one)
+        assert one.isfinite().all()
+        assert torch.equal(several, one)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
