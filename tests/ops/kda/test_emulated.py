@@ -110,14 +110,61 @@ def test_forward_and_backward(dtype, gate, segments, D, warpgroups, monkeypatch)
     )
     saved = (got["dinitial_state"], d_states, d_residual, do_scales, beta_parts, None)
     inter_chunk("inter_chunk_bwd", "whole", workspaces, v, grad_o, d_amax, grad_state, leaving, *saved)
-    intra_chunk_bwd = emulated(cuda_kernels.intra_chunk_bwd_kernel(D, dtype, ARCH))
+    intra_chunk_bwd = cuda_kernels.intra_chunk_bwd(D, dtype, ARCH)
+    blocks = 1 if intra_chunk_bwd.persistent else slots * H
     passed = (states, v_tilde, d_states, d_residual, beta_parts, v_scales, do_scales)
     given = (q, k, g, beta, grad_o, *passed, state, grad_state)
     results = [got[name] for name in ("dq", "dk", "dv", "dg", "dbeta")]
-    intra_chunk_bwd(slots * H, layout.threads, *given, *results, None, T, H, scale)
+    emulated(intra_chunk_bwd.kernel)(blocks, layout.threads, *given, *results, None, slots * H, T, H, scale)
 
     for name, want in kda_truth(inputs).items():
         assert relative(got[name], want) < ALLOWED[dtype], name
+
+
+def unwritten_gradients(rows, H, D, dtype):
+    shape = (1, rows, H, D)
+    gradients = [torch.full(shape, torch.nan, dtype=of) for of in (dtype, dtype, dtype, torch.float32)]
+    return [*gradients, torch.full(shape[:3], torch.nan)]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("query", [torch.bfloat16, torch.float16])
+def test_a_persistent_block_goes_from_chunk_to_chunk(query):
+    """Packed sequences with short last chunks, and places without a chunk between them and at the end: the bits do not
+    depend on how many chunks a block works on."""
+    D, H, dtype = 128, 2, torch.bfloat16
+    layout, kernel = cuda_kernels.layout_of(D, dtype), cuda_kernels.intra_chunk_bwd(D, dtype, ARCH, query)
+    assert kernel.persistent
+    spans = [(0, 0, 5, 3), (0, 0, 0, 0), (1, 5, 64, 3), (2, 69, 64, 1), (2, 133, 64, 0), (2, 197, 9, 2), (0, 0, 0, 0)]
+    rows, slots, sequences = 206, len(spans), 3
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def drawn_states():
+        states = torch.zeros(slots, H, layout.saved_state, dtype=torch.uint8)
+        states[..., : 2 * D * D] = drawn(slots, H, D * D, dtype=torch.float16).view(torch.uint8)
+        exponents = torch.randint(-20, 3, (slots, H, D // 16, 1), generator=generator)
+        scales = torch.exp2(exponents.float()).expand(-1, -1, -1, 512 // D).reshape(slots, H, -1)
+        states[..., 2 * D * D :] = scales.contiguous().view(torch.uint8)
+        return states
+
+    inputs = [drawn(1, rows, H, D, dtype=query) for _ in "qk"]
+    gates = -torch.rand(1, rows, H, D, generator=generator) * torch.logspace(-3, 0, D)
+    inputs += [gates, torch.rand(1, rows, H, generator=generator), drawn(1, rows, H, D, dtype=dtype)]
+    v_tilde, d_residual = (drawn(slots, H, D, 64, dtype=torch.float16) for _ in range(2))
+    inputs += [drawn_states(), v_tilde, drawn_states(), d_residual, drawn(slots, H, D // 16, 64)]
+    inputs += [torch.full((sequences, H), x) for x in (0.5, 4.0)]
+    inputs += [drawn(sequences, H, D, D) for _ in range(2)]
+    where = (torch.tensor(spans, dtype=torch.int32), slots * H, rows, H, D**-0.5)
+    found = []
+    for blocks in (slots * H, 3, 1):
+        found.append(unwritten_gradients(rows, H, D, dtype))
+        emulated(kernel.kernel)(blocks, layout.threads, *inputs, *found[-1], *where)
+    for several, one in zip(found[1] + found[2], found[0] + found[0], strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(several, one)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -15,18 +15,29 @@
 // tokens of a, b and c. It adds up all levels, each times its reach, in the layout in which products leave them. The product
 // inside the leaf is applied at the end, by threads that have two channels of a leaf. The sums are exchanged through shared
 // memory only then.
+//
+// A PERSISTENT block works on one item (a chunk of a head) after another. It copies an item's first slices of V, do and beta while
+// it computes the leaves of the item before, in the place of that one's operands of the levels. At the start of an item it copies
+// the second slices, g, q and k, which arrive while the first slices are multiplied.
 #include "kda_tree.cuh"
 #include "kda_scale.cuh"
 
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
 constexpr int SLICE = D == 32 ? 32 : sizeof(Operand) == 2 ? 64 : 32;  // columns of V that are in shared memory at a time
-constexpr bool BOTH = ROOMY && D == 2 * SLICE && sizeof(Operand) == 2;  // whether both slices are fetched at once
+constexpr bool PERSISTENT = ROOMY && D == 2 * SLICE && sizeof(Operand) == 2;  // whether blocks are; as in variants.py
 constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2;                      // 16x16 blocks on and below the diagonal
 constexpr int ROUNDS = (2 * LOWER + WARPS - 1) / WARPS;               // rounds of tasks; a task is a block of dAqk or of dAkk
+constexpr int FINDER = THREADS - 32;  // the thread that finds a persistent block's next item: its warp has no task in the last round
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // lanes of a warp that share a leaf
 constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
+#if __CUDA_ARCH__ >= 1000
+constexpr int STEPS = 1;  // of 16 columns of V whose operands are loaded at once; with more, the compiler spills
+#else
+constexpr int STEPS = PERSISTENT ? SLICE / 16 : 1;
+#endif
 static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
+static_assert(!PERSISTENT || SLICE / 16 == D / 32, "each warp stores dv of 16 columns of a slice");
 
 using Query = QUERY;  // type of q and k in memory: Element, or float16 where `lkda::kda_forward` normalised half-precision inputs
 
@@ -89,7 +100,7 @@ struct Shared {
   static constexpr int straight = leaf_logs + LEAVES * D * 4;          // float [BLOCKS][D]: partial sums of h dh' 
   static constexpr int totals = straight + BLOCKS * D * 4;              // float [LEVELS + 1][LEAVES][D]: reaches, then sums over a leaf
   static constexpr int beta = totals + (LEVELS + 1) * LEAVES * D * 4;   // float [C]
-  static constexpr int place = beta + C * 4;                            // Span, head, scales of v and do: read again after each barrier, as q and k
+  static constexpr int place = beta + C * 4;                            // Span, head, scales of v and do, item: read again after each barrier, as q and k
   static constexpr int state_scales = place + 32;                           // of h and of dh', 128 bytes each, as in SavedState
   static constexpr int leaf_daqk = state_scales + 256;                         // float [LEAVES][8][8]
   static constexpr int leaf_dakk = leaf_daqk + LEAVES * 64 * 4;
@@ -105,18 +116,33 @@ struct Shared {
   static constexpr int last_exchange = ROOMY ? exchange : pairs;                // of dq and of the rows' part of dk
   static constexpr int columns_exchange = ROOMY ? exchange + 2 * HandOver::bytes : work;
   static constexpr int end_of_operands = ROOMY ? exchange + 3 * HandOver::bytes : work + Level::bytes;
-  static constexpr int end_of_slices = work + (BOTH ? 2 : 1) * slices;
-  static constexpr int bytes = end_of_operands > end_of_slices ? end_of_operands : end_of_slices;
+  static constexpr int end_of_slices = work + slices;
+  static constexpr int not_persistent = end_of_operands > end_of_slices ? end_of_operands : end_of_slices;
+  // For persistent blocks. First slices and all of do are copied to the place of the operands of the levels, which the leaves do not
+  // need; second slices, g and q to that of the exchanges. k stays until the leaves read it.
+  static constexpr int from_first_to_second = slices + OutputSlice::bytes;  // of h, dh', v~ and Y; do of the second slice follows that of the first
+  static constexpr int end_of_first = work + slices + OutputSlice::bytes;
+  static constexpr int g = work + 2 * slices;                        // float2 [LEAF][THREADS]: each thread copies and reads its own
+  static constexpr int q = g + C * D * 4;                            // Query [C][D]
+  static constexpr int k = end_of_operands;                          // likewise
+  static constexpr int beta_parts = k + C * D * static_cast<int>(sizeof(Query));  // float [D / 16][C]
+  static constexpr int next_beta = beta_parts + D / 16 * C * 4;      // float [C], of the next item
+  static constexpr int next_place = next_beta + C * 4;               // as `place`, of the next item
+  static constexpr int bytes = PERSISTENT ? next_place + 32 : not_persistent;
 };
-static_assert(!BOTH || Shared::end_of_slices <= Shared::end_of_operands, "both slices fit where the operands and exchanges will be");
+static_assert(!PERSISTENT || Shared::end_of_first <= Shared::exchange, "the first slices fit where the leaves need nothing");
+static_assert(!PERSISTENT || Shared::q + C * D * static_cast<int>(sizeof(Query)) <= Shared::end_of_operands, "the second slices, g and q fit before k");
 static_assert(Shared::last_exchange + 2 * HandOver::bytes <= Shared::bytes && Shared::columns_exchange + HandOver::bytes <= Shared::bytes, "the exchanges fit");
 static_assert(Shared::bytes == SHARED_BYTES, "variants.py allocates what this kernel uses");
+
+// The number of a thread that copies. A persistent block computes it again for each copy, so that no address is kept in registers.
+__device__ __forceinline__ unsigned copier() { return PERSISTENT ? opaque(threadIdx.x) : threadIdx.x; }
 
 // Starts copying rows first .. first + SLICE of a tiled image, which are consecutive bytes.
 template <class Slice>
 __device__ __forceinline__ void fetch_rows(char* to, const char* image, int first) {
-  image += Slice::bytes / SLICE * first + threadIdx.x * 16;
-  to += threadIdx.x * 16;
+  image += Slice::bytes / SLICE * first + copier() * 16;
+  to += copier() * 16;
 #pragma unroll
   for (int n = 0; n < Slice::bytes / 16; n += THREADS)
     // with the size argument (`true`), because the compiler spills for the instruction without it
@@ -126,9 +152,9 @@ __device__ __forceinline__ void fetch_rows(char* to, const char* image, int firs
 __device__ __forceinline__ float2 scaled(float a, float2 x) { return make_float2(a * x.x, a * x.y); }
 __device__ __forceinline__ float2 fused(float a, float2 x, float2 y) { return make_float2(a * x.x + y.x, a * x.y + y.y); }
 
-__device__ __forceinline__ Block<Operand> output_of(const char* slice, int token, int column) {
-  if constexpr (HALVES) return OutputOperand::load(slice + Shared::d_output, token, column);
-  else return convert<Operand>(OutputSlice::load(slice + Shared::d_output, token, column));
+__device__ __forceinline__ Block<Operand> output_of(const char* output, int token, int column) {
+  if constexpr (HALVES) return OutputOperand::load(output, token, column);
+  else return convert<Operand>(OutputSlice::load(output, token, column));
 }
 
 // A warp's task: a 16x16 block of dAqk or dAkk, on or below the diagonal.
@@ -142,6 +168,17 @@ struct Task {
     column = of - row * (row + 1) / 2;
   }
 };
+
+// Adds the part of a task's block that a slice of V contributes. left_at(v): the left operand of 16 columns of V. A persistent block has the
+// registers to load all operands at once. It matters, since in the last round only some of its warps have a task.
+template <class LeftAt>
+__device__ __forceinline__ void add_task(Sum& sum, const char* slice, int column, LeftAt left_at) {
+#pragma unroll(STEPS)
+  for (int v = 0; v < SLICE; v += 16) {
+    const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, column * 16);
+    product(sum, left_at(v), n);
+  }
+}
 
 // Stores a task's block where its pairs are used: in their leaf, or in their level.
 __device__ __forceinline__ void store_pairs(char* shared, const Task& task, const Sum& sum) {
@@ -176,7 +213,7 @@ __device__ __forceinline__ void leaf_gradients(
   float2 w[LEAF];
 #pragma unroll
   for (int i = 0; i < LEAF; ++i) {
-    if constexpr (same<Query, float16>) __syncwarp();  // no load moves up past this: there are no registers for it
+    if constexpr (HALVES) __syncwarp();  // no load moves up past this: there are no registers for it
     const float2 qi = q[i], weighted = scaled(beta[i], k[i]);
     float2 a = make_float2(0.f, 0.f), b = a, sum = a;
 #pragma unroll
@@ -227,12 +264,12 @@ struct Scales {
   }
 };
 
-// Converts a thread's share of do from memory's type to scaled operands, in place.
-template <class Half>
+// Converts a thread's share of SLICES slices of do from memory's type to scaled operands, in place.
+template <class Half, int SLICES>
 __device__ __forceinline__ void make_operands(char* output, float factor) {
   static_assert(OutputSlice::bytes % (THREADS * 16) == 0, "each thread has whole pieces");
 #pragma unroll
-  for (int at = threadIdx.x * 16; at < OutputSlice::bytes; at += THREADS * 16) {
+  for (int at = threadIdx.x * 16; at < SLICES * OutputSlice::bytes; at += THREADS * 16) {
     uint4& piece = *reinterpret_cast<uint4*>(output + at);
     uint4 word = piece;
     auto converted = [&](unsigned pair) {
@@ -247,10 +284,63 @@ __device__ __forceinline__ void make_operands(char* output, float factor) {
   }
 }
 
-// h . dh' of this lane's channel, summed over V: eight rows of V and 32 channels at a time, the warps of these channels in turn, into
-// straight [BLOCKS][D]. The states at a sequence's ends are read unrounded in float32, since in a short sequence they are all there
-// is. Numbers in float16 are each read here once, and are turned into operands in place.
+// h . dh' of each channel, summed over V, into straight [BLOCKS][D]: a warp has 32 channels, and shares V with the other warps of
+// these. In float16 it is the diagonal of a product of the numbers as they were saved, with all their digits. They are each read here
+// once, and are turned into operands in place. The states at a sequence's ends are read unrounded in float32, since in a short sequence
+// they are all there is; these and float32 inputs are summed on ordinary cores, eight rows of V at a time.
 struct Straight {
+  // A power of two as two factors, since float16 does not hold the smallest ones. The second is 1 but for factors below 2^-14.
+  struct Factor {
+    unsigned first, second;
+
+    __device__ __forceinline__ explicit Factor(float x) : first(both(fminf(fmaxf(x, SMALL), 32768.f))), second(both(fminf(x / SMALL, 1.f))) {}
+    __device__ __forceinline__ void scale(unsigned& word) const { word = product_of_pairs(float16{}, product_of_pairs(float16{}, word, first), second); }
+
+   private:
+    static constexpr float SMALL = 1.f / 16384;
+    static __device__ __forceinline__ unsigned both(float x) { return pack(float16{}, make_float2(x, x)); }
+  };
+  // Turns the warp's 16 rows of V, from `rows` on, into operands.
+  static __device__ __forceinline__ void make_operands_of(char* rows, const Factor& factor) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      uint4& piece = *reinterpret_cast<uint4*>(StateSlice::from(rows, n * 8) + lane_id() * 16);  // a lane has one row of a square
+      uint4 word = piece;
+      factor.scale(word.x);
+      factor.scale(word.y);
+      factor.scale(word.z);
+      factor.scale(word.w);
+      piece = word;
+    }
+  }
+  // The diagonal's element of this lane, which only every fourth lane has.
+  static __device__ __forceinline__ float diagonal(float2 x) { return lane_row() % 2 == 0 ? x.x : x.y; }
+  static __device__ __forceinline__ void add_products(char* shared, char* slice, int block, int channels, int first) {
+    static_assert(SLICE <= BLOCKS * 16, "a warp has at most 16 rows of V");
+    float sum[4] = {};  // of eight channels each
+    if (block * 16 < SLICE) {
+      char* h_rows = StateSlice::from(slice + Shared::state, block * 16, channels);
+      char* dh_rows = StateSlice::from(slice + Shared::d_state, block * 16, channels);
+      const float* scales = reinterpret_cast<const float*>(shared + Shared::state_scales) + (first / 16 + block) * SavedState::REPEATS;
+      const float of_h = scales[0], of_dh = scales[32];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const Block<Operand> h = StateSlice::load_transposed(h_rows, 0, c * 16), dh = StateSlice::load_transposed(dh_rows, 0, c * 16);
+        Sum x;
+        clear(x);
+        product(x, h, as_right(dh));
+        sum[2 * c] = of_h * (of_dh * diagonal(x.pair[0]));
+        sum[2 * c + 1] = of_h * (of_dh * diagonal(x.pair[3]));
+      }
+      __syncwarp();  // all lanes have read the numbers as they were saved
+      make_operands_of(h_rows, Factor(of_h));
+      make_operands_of(dh_rows, Factor(of_dh));
+    }
+    if (lane_id() % 4 != lane_row() / 2) return;
+    float* to = reinterpret_cast<float*>(shared + Shared::straight) + block * D + channels + lane_row();
+#pragma unroll
+    for (int n = 0; n < 4; ++n) to[n * 8] = first == 0 ? sum[n] : to[n * 8] + sum[n];
+  }
   static __device__ __forceinline__ float2 halves(unsigned& word, float scale) {
     float2 x = unpack(float16{}, word);
     x = make_float2(scale * x.x, scale * x.y);
@@ -276,7 +366,7 @@ struct Straight {
     for (int n = 0; n < 4; ++n) x[n] = make_float2(factor * exact[2 * n * D], factor * exact[(2 * n + 1) * D]);
   }
   template <bool AT_AN_END>
-  static __device__ __forceinline__ void sums(float (&sum)[8], char* shared, char* slice, int block, int channel, int first, const float* exact_initial, const float* exact_final) {
+  static __device__ __forceinline__ void sums(float (&sum)[8], char* shared, char* slice, int block, int channel, int first, const float* exact_initial, const float* exact_final, const char* placed) {
 #pragma unroll 1
     for (int v = block * 8 + lane_id() % 8; v < SLICE; v += BLOCKS * 8) {
       float2 h[4], dh[4];
@@ -284,8 +374,8 @@ struct Straight {
       eight(h, StateSlice::at(slice + Shared::state, v, channel), scales[0]);
       eight(dh, StateSlice::at(slice + Shared::d_state, v, channel), scales[32]);
       if constexpr (AT_AN_END) {
-        if (exact_initial != nullptr) replace(h, exact_initial + channel * D + v, Scales::of_v(shared));
-        if (exact_final != nullptr) replace(dh, exact_final + channel * D + v, Scales::of_do(shared));
+        if (exact_initial != nullptr) replace(h, exact_initial + channel * D + v, Scales::of_v(placed));
+        if (exact_final != nullptr) replace(dh, exact_final + channel * D + v, Scales::of_do(placed));
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -294,14 +384,20 @@ struct Straight {
       }
     }
   }
-  // exact_initial, exact_final (may be null): [K, V], from this slice's first column of V on.
-  static __device__ __forceinline__ void add(char* shared, char* slice, int block, int channels, int first, const float* exact_initial, const float* exact_final) {
+  // exact_initial, exact_final (may be null): [K, V], from this slice's first column of V on. placed: from where `Scales` are read.
+  static __device__ __forceinline__ void add(char* shared, char* slice, int block, int channels, int first, const float* exact_initial, const float* exact_final, const char* placed) {
+    if constexpr (HALVES) {
+      if (exact_initial == nullptr && exact_final == nullptr) {
+        add_products(shared, slice, block, channels, first);
+        return;
+      }
+    }
     const int channel = channels + lane_id() / 8 * 8;
     float sum[8] = {};
-    if (exact_initial != nullptr || exact_final != nullptr) {
-      sums<true>(sum, shared, slice, block, channel, first, exact_initial, exact_final);
+    if (HALVES || exact_initial != nullptr || exact_final != nullptr) {
+      sums<true>(sum, shared, slice, block, channel, first, exact_initial, exact_final, placed);
     } else {
-      sums<false>(sum, shared, slice, block, channel, first, nullptr, nullptr);
+      sums<false>(sum, shared, slice, block, channel, first, nullptr, nullptr, placed);
     }
     int count = 8;  // sum over eight lanes: each step halves the sums that a lane has
 #pragma unroll
@@ -417,62 +513,157 @@ __device__ __forceinline__ void level_gradients(Gathered& out, const char* tile,
   }
 }
 
-// q, k: [rows, H, D] Query. d_o, d_q, d_k, d_v: likewise, Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
-// initial_state, d_final (each may be null): [N, H, K, V] float32. beta_parts: [chunks, H, D / 16, C] float32.
-// states, d_states: [chunks, H] SavedState. v_tilde, d_residual: [chunks, H] Columns. v_scales, do_scales: [N, H] float32.
-// Grid: chunks x H.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_bwd(
-    const Query* q, const Query* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* v_tilde,
-    const char* d_states, const char* d_residual, const float* beta_parts, const float* v_scales, const float* do_scales, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
-    const int4* spans, int length, int heads, float scale) {
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
-  char* shared = reinterpret_cast<char*>(shared_memory);
-  const long long slot = blockIdx.x;
-  const int chunk = blockIdx.x / heads, head = blockIdx.x % heads;
-  const Span span = span_of(chunk, length, spans);
-  if (span.tokens <= 0) return;
+// The kernel's arguments, and what a block does with an item, which is one chunk of one head.
+struct Arguments {
+  const Query *q, *k;
+  const float *g, *beta;
+  const Element* d_o;
+  const char *states, *v_tilde, *d_states, *d_residual;
+  const float *beta_parts, *v_scales, *do_scales, *initial_state, *d_final;
+  Element *d_q, *d_k, *d_v;
+  float *d_g, *d_beta;
+  const int4* spans;
+  int items, length, heads;
+  float scale;
+
+  // Starts copying columns first .. first + SLICE of V of h, dh', v~ and Y to `slice`.
+  __device__ __forceinline__ void copy_slices(char* slice, long long item, int first) const {
+    fetch_rows<StateSlice>(slice + Shared::state, states + item * SavedState::bytes, first);
+    fetch_rows<StateSlice>(slice + Shared::d_state, d_states + item * SavedState::bytes, first);
+    fetch_rows<ColumnsSlice>(slice + Shared::v_tilde, v_tilde + item * Columns::bytes, first);
+    fetch_rows<ColumnsSlice>(slice + Shared::d_residual, d_residual + item * Columns::bytes, first);
+  }
+  __device__ __forceinline__ void copy_state_scales(char* shared, long long item) const {
+    if (!HALVES || threadIdx.x >= 16) return;
+    const char* saved = (threadIdx.x < 8 ? states : d_states) + item * SavedState::bytes;
+    copy_16_async(shared + Shared::state_scales + threadIdx.x * 16, saved + SavedState::scales + threadIdx.x % 8 * 16, true);
+  }
+  // Starts copying COLUMNS columns, from `first` on, of a chunk's rows of a tensor [rows, H, D]. Rows past the last token become zeros.
+  // to(token, column): where a piece of 16 bytes goes.
+  template <int COLUMNS, class T, class To>
+  __device__ __forceinline__ void copy_rows(const T* from, const Span& span, int head, int first, To to) const {
+    constexpr int PIECE = 16 / sizeof(T), PIECES = COLUMNS / PIECE, TOKENS = THREADS / PIECES;
+    static_assert(C % TOKENS == 0, "each thread has whole pieces, always of the same columns");
+    const int n = copier() / PIECES, column = copier() % PIECES * PIECE, stride = heads * D;
+    from += (static_cast<long long>(span.start) * heads + head) * D + first + column;
+#pragma unroll
+    for (int t = 0; t < C; t += TOKENS) copy_16_async(to(t + n, column), from + min(t + n, span.tokens - 1) * stride, t + n < span.tokens);
+  }
+  __device__ __forceinline__ void copy_output(char* output, const Span& span, int head, int first) const {
+    copy_rows<SLICE>(d_o, span, head, first, [&](int t, int column) { return OutputSlice::at(output, t, column); });
+  }
+
+  // The rest of this struct's copies are for persistent blocks.
+
+  static __device__ __forceinline__ const Span& next_span(const char* shared) { return *reinterpret_cast<const Span*>(shared + Shared::next_place); }
+  static __device__ __forceinline__ int& next_head(char* shared) { return *reinterpret_cast<int*>(shared + Shared::next_place + 16); }
+  static __device__ __forceinline__ int& next_item(char* shared) { return *reinterpret_cast<int*>(shared + Shared::next_place + 28); }
+
+  // One thread writes the place of the first item from `item` on, in this block's steps, that has tokens. Item -1 stands for none.
+  // The thread has to wait for its copies before the barrier after which the place is read.
+  __device__ __forceinline__ void find_next(char* shared, int item) const {
+    Span span = {};
+    for (; item < items; item += gridDim.x) {
+      span = span_of(item / heads, length, spans);
+      if (span.tokens > 0) break;
+    }
+    next_item(shared) = item < items ? item : -1;
+    if (item >= items) return;
+    *reinterpret_cast<Span*>(shared + Shared::next_place) = span;
+    next_head(shared) = item % heads;
+    const long long of = static_cast<long long>(span.sequence) * heads + item % heads;
+    constexpr int from_place = Shared::next_place - Shared::place;
+    copy_4_async(shared + from_place + Scales::values, v_scales + of);
+    copy_4_async(shared + from_place + Scales::gradients, do_scales + of);
+    commit_copies();
+  }
+  // What the next item, if there is one, needs at its start.
+  __device__ __forceinline__ void copy_first(char* shared) const {
+    const int item = next_item(shared);
+    if (item < 0) return;
+    copy_slices(shared, item, 0);
+    copy_state_scales(shared, item);
+    const Span span = next_span(shared);
+    const int head = next_head(shared);
+    copy_rows<D>(d_o, span, head, 0, [&](int t, int column) {
+      return OutputSlice::at(shared + Shared::d_output + column / SLICE * OutputSlice::bytes, t, column % SLICE);
+    });
+    if (threadIdx.x < C) {
+      float* to = reinterpret_cast<float*>(shared + Shared::next_beta) + threadIdx.x;
+      if (threadIdx.x < span.tokens) copy_4_async(to, beta + static_cast<long long>(span.start + threadIdx.x) * heads + head);
+      else *to = 0.f;
+    }
+    commit_copies();
+  }
+  // What an item needs later.
+  __device__ __forceinline__ void copy_second(char* shared, long long item, const Span& span, int head) const {
+    copy_slices(shared + Shared::from_first_to_second, item, SLICE);
+    const int channel = copier() % (D / 2) * 2, t = copier() / (D / 2) * LEAF, stride = heads * D;
+    const float* from = g + (static_cast<long long>(span.start) * heads + head) * D + channel;
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) copy_8_async(own_g(shared, i), from + min(t + i, span.tokens - 1) * stride, t + i < span.tokens);
+    auto in_rows = [&](int offset) { return [=](int t, int column) { return reinterpret_cast<Query*>(shared + offset) + t * D + column; }; };
+    copy_rows<D>(q, span, head, 0, in_rows(Shared::q));
+    copy_rows<D>(k, span, head, 0, in_rows(Shared::k));
+    commit_copies();
+  }
+  static __device__ __forceinline__ char* own_g(char* shared, int i) { return shared + Shared::g + (i * THREADS + copier()) * 8; }
+  static __device__ __forceinline__ Leaf<float> copied_g(char* shared) {
+    Leaf<float> nats;
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) nats.pair[i] = *reinterpret_cast<const float2*>(own_g(shared, i));
+    return nats;
+  }
+  static __device__ __forceinline__ void read_copied(Leaf<Query>& x, const char* rows, int leaf, int channel) {
+#pragma unroll
+    for (int i = 0; i < LEAF; ++i) x.pair[i] = *reinterpret_cast<const typename Leaf<Query>::Pair*>(reinterpret_cast<const Query*>(rows) + (leaf * LEAF + i) * D + channel);
+  }
+  __device__ __forceinline__ void copy_beta_parts(char* shared, long long item) const {
+    constexpr int pieces = D / 16 * C / 4;
+    if (threadIdx.x < pieces) copy_16_async(shared + Shared::beta_parts + threadIdx.x * 16, beta_parts + item * (D / 16 * C) + threadIdx.x * 4);
+  }
+
+  __device__ __forceinline__ void work(char* shared, int item, Span span, int head) const;
+};
+
+// The gradients of one item.
+__device__ __forceinline__ void Arguments::work(char* shared, int item, Span span, int head) const {
   int channel = threadIdx.x % (D / 2) * 2, leaf = threadIdx.x / (D / 2);
   const int warp = threadIdx.x / 32, block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;  // of the warp's sums
   float* betas = reinterpret_cast<float*>(shared + Shared::beta);
   float* leaf_logs = reinterpret_cast<float*>(shared + Shared::leaf_logs);
   float* totals = reinterpret_cast<float*>(shared + Shared::totals);  // [0]: of rows from the chunk's start, [1]: of columns to its end, [1 + level]
   auto total = [&](int which, int of) { return reinterpret_cast<float2*>(totals + (which * LEAVES + of) * D + channel); };
-  if (threadIdx.x == 0) {
-    *reinterpret_cast<Span*>(shared + Shared::place) = span;
-    *reinterpret_cast<int*>(shared + Shared::place + 16) = head;
-    if (HALVES) {
-      *reinterpret_cast<float*>(shared + Scales::values) = v_scales[static_cast<long long>(span.sequence) * heads + head];
-      *reinterpret_cast<float*>(shared + Scales::gradients) = do_scales[static_cast<long long>(span.sequence) * heads + head];
+  if constexpr (PERSISTENT) {
+    copy_second(shared, item, span, head);
+    // It is read after the next barrier. The next place is only written after that.
+    if (threadIdx.x < 8) reinterpret_cast<int*>(shared + Shared::place)[threadIdx.x] = reinterpret_cast<const int*>(shared + Shared::next_place)[threadIdx.x];
+    if (threadIdx.x < C) betas[threadIdx.x] = reinterpret_cast<const float*>(shared + Shared::next_beta)[threadIdx.x];
+  } else {
+    if (threadIdx.x == 0) {
+      *reinterpret_cast<Span*>(shared + Shared::place) = span;
+      *reinterpret_cast<int*>(shared + Shared::place + 16) = head;
+      if (HALVES) {
+        *reinterpret_cast<float*>(shared + Scales::values) = v_scales[static_cast<long long>(span.sequence) * heads + head];
+        *reinterpret_cast<float*>(shared + Scales::gradients) = do_scales[static_cast<long long>(span.sequence) * heads + head];
+      }
     }
+    if (threadIdx.x < C) betas[threadIdx.x] = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
   }
-  if (threadIdx.x < C) betas[threadIdx.x] = threadIdx.x < span.tokens ? beta[static_cast<long long>(span.start + threadIdx.x) * heads + head] : 0.f;
-
   auto fetch = [&](int first) {
-    char* slice = shared + (BOTH && first > 0 ? Shared::slices : 0);
-    fetch_rows<StateSlice>(slice + Shared::state, states + slot * SavedState::bytes, first);
-    fetch_rows<StateSlice>(slice + Shared::d_state, d_states + slot * SavedState::bytes, first);
-    if (HALVES && first == 0 && threadIdx.x < 16) {
-      const char* saved = (threadIdx.x < 8 ? states : d_states) + slot * SavedState::bytes;
-      copy_16_async(shared + Shared::state_scales + threadIdx.x * 16, saved + SavedState::scales + threadIdx.x % 8 * 16, true);
-    }
-    fetch_rows<ColumnsSlice>(slice + Shared::v_tilde, v_tilde + slot * Columns::bytes, first);
-    fetch_rows<ColumnsSlice>(slice + Shared::d_residual, d_residual + slot * Columns::bytes, first);
-    constexpr int PIECE = 16 / sizeof(Element), PIECES = SLICE / PIECE;
-#pragma unroll
-    for (int n = threadIdx.x; n < C * PIECES; n += THREADS) {
-      const int t = n / PIECES, column = n % PIECES * PIECE;
-      const long long row = span.start + min(t, span.tokens - 1);
-      copy_16_async(OutputSlice::at(slice + Shared::d_output, t, column), d_o + (row * heads + head) * D + first + column, t < span.tokens);
-    }
+    copy_slices(shared, item, first);
+    if (first == 0) copy_state_scales(shared, item);
+    copy_output(shared + Shared::d_output, span, head, first);
     commit_copies();
   };
-  {
+  if constexpr (!PERSISTENT) {
     Leaf<float> nats;
     nats.read(g, span, heads, head, leaf, channel);
     fetch(0);
-    if constexpr (BOTH) fetch(SLICE);
     Gates::share(nats, leaf_logs, leaf, channel);
   }
+
+  auto this_item = [&] { return *reinterpret_cast<const int*>(shared + Shared::place + 28); };  // of a persistent block
 
   // Products with the states, summed over slices of V.
   Gathered out;
@@ -489,38 +680,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
   const float* exact_initial = span.first && initial_state != nullptr ? initial_state + ends_at : nullptr;
   const float* exact_final = span.last && d_final != nullptr ? d_final + ends_at : nullptr;
   for (int first = 0; first < D; first += SLICE) {
-    if (!BOTH && first > 0) {
-      __syncthreads();
-      fetch(first);
-    }
-    if (BOTH && first == 0) {
-      wait_copies<1>();
+    if constexpr (PERSISTENT) {
+      if (first > 0) {
+        if (threadIdx.x == FINDER) find_next(shared, this_item() + gridDim.x);
+        wait_copies<0>();
+        Gates::share(copied_g(shared), leaf_logs, leaf, channel);
+        __syncthreads();
+      }
     } else {
+      if (first > 0) {
+        __syncthreads();
+        fetch(first);
+      }
       wait_copies<0>();
+      __syncthreads();
     }
-    __syncthreads();
-    char* slice = shared + (BOTH && first > 0 ? Shared::slices : 0);
-    if (first == 0) {
+    char* slice = shared + (PERSISTENT && first > 0 ? Shared::from_first_to_second : 0);
+    char* output = shared + Shared::d_output + (PERSISTENT && first > 0 ? OutputSlice::bytes : 0);
+    if (first == (PERSISTENT ? SLICE : 0)) {
       Reach reach;
 #pragma unroll
       for (int level = 0; level < LEVELS; ++level) {
         if (level > 0) *total(1 + level, leaf) = reach.at(level, leaf);
-        reach.widen(leaf_logs, level, leaf, channel);
+        reach.widen_both(leaf_logs, level, leaf, channel);
       }
       *total(0, leaf) = exp2_fast(reach.before);
       *total(1, leaf) = exp2_fast(reach.after);
     }
     const int warp = opaque(threadIdx.x / 32), block = warp % BLOCKS, tokens = block * 16, channels = warp / BLOCKS * 32;
+    const char* placed = shared + (PERSISTENT && first == 0 ? Shared::next_place - Shared::place : 0);
     Straight::add(shared, slice, block, channels, first, exact_initial == nullptr ? nullptr : exact_initial + first,
-                  exact_final == nullptr ? nullptr : exact_final + first);
+                  exact_final == nullptr ? nullptr : exact_final + first, placed);
     if constexpr (HALVES) {
-      make_operands<Element>(slice + Shared::d_output, Scales::of_do(shared));
-      __syncthreads();  // all of do has been converted
+      if (!PERSISTENT || first == 0) make_operands<Element, PERSISTENT ? D / SLICE : 1>(output, Scales::of_do(placed));
+      __syncthreads();  // h, dh' and do have been converted
     }
-#pragma unroll(SLICE == D ? SLICE / 16 : 1)
+    auto load_y = [&](int v) { return ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, tokens); };
+    auto store_dv = [&](int v, const Block<Operand>& y) {  // the warps that have these tokens share dv
+#pragma unroll
+      for (int q4 = 0; q4 < 4; ++q4) {
+        const int t = tokens + quadrant_row(q4);
+        stream_pair_if(t < span.tokens, d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4),
+                       scaled(Scales::inverse_of_do(shared) * betas[t], get_pair(y, q4)));
+      }
+    };
+#pragma unroll(SLICE == D ? SLICE / 16 : STEPS)
     for (int v = 0; v < SLICE; v += 16) {
-      const Right<Operand> d_out = as_right(output_of(slice, tokens, v));
-      const Block<Operand> y = ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, tokens);
+      const Right<Operand> d_out = as_right(output_of(output, tokens, v));
+      const Block<Operand> y = load_y(v);
       const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, tokens);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -529,31 +736,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
         product(out.row[c], h, as_right(y));
         product(out.column[c], StateSlice::load_transposed(StateSlice::from(slice + Shared::d_state, v, c * 16), 0, channels), n);
       }
-      if (warp / BLOCKS == v / 16 % (D / 32)) {  // the warps that have these tokens share dv
-#pragma unroll
-        for (int q4 = 0; q4 < 4; ++q4) {
-          const int t = tokens + quadrant_row(q4);
-          stream_pair_if(t < span.tokens, d_v + (static_cast<long long>(span.start + t) * heads + head) * D + first + v + quadrant_column(q4),
-                         scaled(Scales::inverse_of_do(shared) * betas[t], get_pair(y, q4)));
-        }
-      }
+      if (!PERSISTENT && warp / BLOCKS == v / 16 % (D / 32)) store_dv(v, y);
+    }
+    if constexpr (PERSISTENT) {  // not in the loop, where it would separate the products
+      __syncwarp();  // nothing of this moves up into the loop: there are no registers for it
+      store_dv(warp / BLOCKS * 16, load_y(warp / BLOCKS * 16));
     }
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
-        const Task task(round * WARPS + warp);
+      const Task task(round * WARPS + warp);
       if (!task.exists) continue;
-#pragma unroll 1
-      for (int v = 0; v < SLICE; v += 16) {
-        const Right<Operand> n = ColumnsSlice::load_right_transposed(ColumnsSlice::from(slice + Shared::v_tilde, v), 0, task.column * 16);
-        if (task.of_aqk) {
-          product(pairs[round], output_of(slice, task.row * 16, v), n);
-        } else {
-          product(pairs[round], ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, task.row * 16), n);
-        }
+      if (task.of_aqk) {
+        add_task(pairs[round], slice, task.column, [&](int v) { return output_of(output, task.row * 16, v); });
+      } else {
+        add_task(pairs[round], slice, task.column, [&](int v) { return ColumnsSlice::load_transposed(ColumnsSlice::from(slice + Shared::d_residual, v), 0, task.row * 16); });
       }
     }
   }
-  __syncthreads();  // the slices are no longer needed
+
+  if constexpr (!PERSISTENT) __syncthreads();  // the slices are no longer needed
 
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
@@ -565,6 +766,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
       pairs[round].pair[q4] = scaled(task.of_aqk ? scale : -1.f, times(b, pairs[round].pair[q4]));
     }
     store_pairs(shared, task, pairs[round]);
+  }
+
+  Gates gates;
+  Leaf<Query> qs, ks;  // read again later instead of being held, to save registers
+  if constexpr (PERSISTENT) {  // before the exchanges take their place
+    gates.set(copied_g(shared));
+    read_copied(qs, shared + Shared::q, leaf, channel);
+    __syncthreads();  // the slices are no longer needed
   }
 
   // The parts from the past (dq, rows) and to the future (columns).
@@ -582,12 +791,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
 
   auto place_head = [&] { return *reinterpret_cast<const int*>(shared + Shared::place + 16); };
   auto place = [&] { return *reinterpret_cast<const Span*>(shared + Shared::place); };
-  Gates gates;
-  gates.read(g, place(), heads, place_head(), leaf, channel);
-  Leaf<Query> qs, ks;  // read again later instead of being held, to save registers
+  if constexpr (!PERSISTENT) gates.read(g, place(), heads, place_head(), leaf, channel);
+  auto read_k = [&] {
+    if constexpr (PERSISTENT) read_copied(ks, shared + Shared::k, leaf, channel);
+    else ks.read(k, place(), heads, place_head(), leaf, channel);
+  };
   auto read_rows = [&] {
     qs.read(q, place(), heads, place_head(), leaf, channel);
-    ks.read(k, place(), heads, place_head(), leaf, channel);
+    read_k();
   };
   channel = opaque(threadIdx.x) % (D / 2) * 2;  // computed again, to save registers
   leaf = opaque(threadIdx.x) / (D / 2);
@@ -602,8 +813,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
   auto write_columns = [&](int level, char* tile) {
     if (!Level::is_row(level, leaf)) Level::write_columns(tile, level, leaf, channel, reach_of(level), near);
   };
-  qs.read(q, place(), heads, place_head(), leaf, channel);
-  if constexpr (!ROOMY) ks.read(k, place(), heads, place_head(), leaf, channel);
+  if constexpr (!PERSISTENT) qs.read(q, place(), heads, place_head(), leaf, channel);
+  if constexpr (!ROOMY) read_k();
 
   // Their sums over a leaf are needed for the dg of the other leaves.
   char* exchange = shared + Shared::exchange;
@@ -624,9 +835,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
     HandOver::give(exchange + 2 * HandOver::bytes, out.column, tokens, channels);
   }
   near_q();
-  if constexpr (ROOMY) ks.read(k, place(), heads, place_head(), leaf, channel);
+  if constexpr (ROOMY) read_k();
   __syncthreads();
-  constexpr bool LAID_DOWN = D == 64;  // the first sum is held in shared memory, to save a register
+  constexpr bool LAID_DOWN = D == 64 || PERSISTENT;  // the first sum is held in shared memory, to save a register
   float2 sum;
   if constexpr (LAID_DOWN) {
     *total(0, leaf) = sum_of(exchange);
@@ -710,6 +921,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
   gates.read(g, place(), heads, place_head(), leaf, channel);
   read_rows();
   __syncthreads();
+  if constexpr (PERSISTENT) {
+    copy_beta_parts(shared, this_item());
+    copy_first(shared);
+    commit_copies();
+  }
   if constexpr (ROOMY) take_columns();
   gates.columns(make_float2(1.f, 1.f), [&](int j, float2 f) { column[j] = times(f, column[j]); });
 
@@ -720,13 +936,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
 #pragma unroll
   for (int l = 0; l < LEAVES; ++l) add_to(gamma, *reinterpret_cast<const float2*>(leaf_logs + l * D + channel));
   rest = times(exp2_fast(gamma), rest);
-  for (int l = leaf + 1; l < LEAVES; ++l) add_to(rest, *total(0, l));
-  for (int l = 0; l < leaf; ++l) add_to(rest, *total(1, l));
+  // Of rows in the leaves after this one, then of columns in those before it, which follow directly: totals [1] lie behind totals [0].
+#pragma unroll
+  for (int n = 1; n < LEAVES; ++n) add_to(rest, *total(0, leaf + n));
 #pragma unroll
   for (int level = 1; level < LEVELS; ++level) {
-    const int first = leaf >> level << level;  // of the leaves in this half
+    const int half = 1 << level, before = leaf % half;  // leaves of a half, and those before this one in its half
     const bool row = Level::is_row(level, leaf);
-    for (int l = row ? leaf + 1 : first; l < (row ? first + (1 << level) : leaf); ++l) add_to(rest, *total(1 + level, l));
+    const int first = row ? leaf + 1 : leaf - before, count = row ? half - 1 - before : before;
+#pragma unroll
+    for (int n = 0; n < half - 1; ++n)
+      if (n < count) add_to(rest, *total(1 + level, first + n));
   }
   float2 dg[LEAF];
   float2 inside = make_float2(1.f, 1.f);
@@ -787,16 +1007,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_
   }
   float share[LEAF];
   HandOver::take_ones(share, shared + Shared::last_exchange, leaf, channel);
-  __syncthreads();  // the exchange is no longer needed
-  float* shares = reinterpret_cast<float*>(shared + Shared::last_exchange);  // [PARTS][C]: parts of dbeta, of 64 channels each
-  sum_over_channels(share, shares + (PARTS > 1 ? warp % PARTS * C : 0) + leaf * LEAF);
+  if constexpr (!PERSISTENT) __syncthreads();  // the exchange is no longer needed
+  // [PARTS][C]: parts of dbeta, of 64 channels each
+  float* shares = reinterpret_cast<float*>(shared + (PERSISTENT ? Shared::pairs : Shared::last_exchange));
+  sum_over_channels(share, shares + (PARTS > 1 ? my_warp() % PARTS * C : 0) + opaque(threadIdx.x) / (D / 2) * LEAF);
+  const int head_here = place_head();
+  if constexpr (PERSISTENT) wait_copies<0>();  // for what the next item needs at its start
   __syncthreads();
   if (threadIdx.x < here.tokens) {
+    const float* parts = PERSISTENT ? reinterpret_cast<const float*>(shared + Shared::beta_parts) : beta_parts + static_cast<long long>(item) * (D / 16 * C);
     float d = 0.f;
 #pragma unroll
-    for (int n = 0; n < D / 16; ++n) d += beta_parts[(static_cast<long long>(blockIdx.x) * (D / 16) + n) * C + threadIdx.x];
+    for (int n = 0; n < D / 16; ++n) d += parts[n * C + threadIdx.x];
 #pragma unroll
     for (int n = 0; n < PARTS; ++n) d += one * shares[n * C + threadIdx.x];
-    d_beta[static_cast<long long>(here.start + threadIdx.x) * heads + place_head()] = d;
+    d_beta[static_cast<long long>(here.start + threadIdx.x) * heads + head_here] = d;
+  }
+}
+
+// q, k: [rows, H, D] Query. d_o, d_q, d_k, d_v: likewise, Element. g, d_g: [rows, H, D], beta, d_beta: [rows, H] float32.
+// initial_state, d_final (each may be null): [N, H, K, V] float32. beta_parts: [chunks, H, D / 16, C] float32.
+// states, d_states: [chunks, H] SavedState. v_tilde, d_residual: [chunks, H] Columns. v_scales, do_scales: [N, H] float32.
+// items = chunks x H. A block takes item blockIdx.x and, if it is persistent, every gridDim.x-th after it; else the grid is the items.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) kda_intra_chunk_bwd(
+    const Query* q, const Query* k, const float* g, const float* beta, const Element* d_o, const char* states, const char* v_tilde,
+    const char* d_states, const char* d_residual, const float* beta_parts, const float* v_scales, const float* do_scales, const float* initial_state, const float* d_final, Element* d_q, Element* d_k, Element* d_v, float* d_g, float* d_beta,
+    const int4* spans, int items, int length, int heads, float scale) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  char* shared = reinterpret_cast<char*>(shared_memory);
+  const Arguments given = {q, k, g, beta, d_o, states, v_tilde, d_states, d_residual, beta_parts, v_scales, do_scales, initial_state, d_final, d_q, d_k, d_v, d_g, d_beta, spans, items, length, heads, scale};
+  if constexpr (PERSISTENT) {
+    if (threadIdx.x == FINDER) {
+      given.find_next(shared, blockIdx.x);
+      wait_copies<0>();
+    }
+    __syncthreads();
+    given.copy_first(shared);
+    wait_copies<0>();
+    __syncthreads();
+#pragma unroll 1
+    for (int item; (item = Arguments::next_item(shared)) >= 0;) given.work(shared, item, Arguments::next_span(shared), Arguments::next_head(shared));
+  } else {
+    const Span span = span_of(blockIdx.x / heads, length, spans);
+    if (span.tokens > 0) given.work(shared, blockIdx.x, span, blockIdx.x % heads);
   }
 }

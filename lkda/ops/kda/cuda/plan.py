@@ -16,7 +16,7 @@ from lkda.ops.kda.cuda.variants import (
     chunk_of,
     has_chunk_fwd,
     inter_chunk_kernel,
-    intra_chunk_bwd_kernel,
+    intra_chunk_bwd,
     intra_chunk_fwd,
     layout_of,
     parts_of,
@@ -138,7 +138,9 @@ class Plan(Sizes):
             if fills_in_one_pass(blocks):
                 self.chunk_fwd = launch(one_pass.kernel, blocks, one_pass.threads)
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
-        self.intra_chunk_bwd = launch(intra_chunk_bwd_kernel(D, dtype, arch, query), self.items, layout.threads)
+        backward = intra_chunk_bwd(D, dtype, arch, query)
+        backward_blocks = min(self.items, multiprocessors(device)) if backward.persistent else self.items
+        self.intra_chunk_bwd = launch(backward.kernel, backward_blocks, layout.threads)
         self._amax: Launch | None = None
         if dtype.itemsize == 2:
             self._amax = launch(amax_kernel(D, dtype), -(-self.items // 8), 256)

@@ -109,7 +109,12 @@ class Layout:
         slices = 2 * slice_ * (D + C) * size + C * slice_ * self.item
         level = (C + C // 2) * D * size
         operands = self.levels * level + 3 * 4 * C * D if roomy else level
-        return small + self.levels * C * (C // 2) * size + max(slices, operands)
+        copied = C * D * 2 + 4 * C * (D // 16) + 4 * C + 32 if self.intra_chunk_bwd_persists(roomy) else 0
+        return small + self.levels * C * (C // 2) * size + max(slices, operands) + copied
+
+    def intra_chunk_bwd_persists(self, roomy: bool) -> bool:
+        """Whether a block works on several chunks, and copies parts of the next one early."""
+        return roomy and self.D == 128 and self.operand == 2
 
     def room(self, shared_bytes: int, arch: str) -> dict[str, str | int | float]:
         """Macros of an intra-chunk kernel: its shared memory, and how many blocks one multiprocessor should hold.
@@ -267,15 +272,33 @@ def segments_kernel(D: int, arch: str) -> Kernel:
     return Module(HERE / "segments.cu", defines).kernel("kda_segments", "PPPPPiii", shared_bytes=shared_bytes)
 
 
+class IntraChunkBwd:
+    """The kernel intra_chunk_bwd.
+
+    Args:
+        query: the dtype of q and k, where the others are of `dtype`. None: all are of `dtype`.
+
+    Attributes:
+        persistent: whether a block works on several chunks. Else each chunk and head needs a block.
+    """
+
+    def __init__(self, D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None):
+        layout = layout_of(D, dtype)
+        roomy = SHARED_BYTES_PER_BLOCK[arch] >= layout.intra_chunk_bwd_shared(True) * (2 if D < 128 else 1)
+        self.persistent = layout.intra_chunk_bwd_persists(roomy)
+        shared_bytes = layout.intra_chunk_bwd_shared(roomy)
+        more = layout.room(shared_bytes, arch) | {"ROOMY": int(roomy), "QUERY": ELEMENTS[query or dtype]}
+        module = Module(HERE / "intra_chunk_bwd.cu", layout.defines | more)
+        self.kernel = module.kernel("kda_intra_chunk_bwd", "P" * 20 + "iiif", shared_bytes=shared_bytes)
+
+
 @cache
+def intra_chunk_bwd(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> IntraChunkBwd:
+    return IntraChunkBwd(D, dtype, arch, query)
+
+
 def intra_chunk_bwd_kernel(D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None) -> Kernel:
-    """The kernel for q and k of dtype `query`, where the others are of `dtype`. None: all are of `dtype`."""
-    layout = layout_of(D, dtype)
-    roomy = SHARED_BYTES_PER_BLOCK[arch] >= layout.intra_chunk_bwd_shared(True) * (2 if D < 128 else 1)
-    shared_bytes = layout.intra_chunk_bwd_shared(roomy)
-    more = layout.room(shared_bytes, arch) | {"ROOMY": int(roomy), "QUERY": ELEMENTS[query or dtype]}
-    module = Module(HERE / "intra_chunk_bwd.cu", layout.defines | more)
-    return module.kernel("kda_intra_chunk_bwd", "P" * 20 + "iif", shared_bytes=shared_bytes)
+    return intra_chunk_bwd(D, dtype, arch, query).kernel
 
 
 @cache
