@@ -25,17 +25,13 @@
 constexpr int THREADS = D * LEAVES / 2;  // a thread holds two channels of one leaf
 constexpr int WARPS = THREADS / 32;
 constexpr int SLICE = D == 32 ? 32 : sizeof(Operand) == 2 ? 64 : 32;  // columns of V that are in shared memory at a time
-constexpr bool PERSISTENT = ROOMY && D == 2 * SLICE && sizeof(Operand) == 2;  // whether blocks are; as in variants.py
+static_assert(!PERSISTENT || (ROOMY && D == 2 * SLICE && sizeof(Operand) == 2), "the shared memory is laid out for that");
 constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2;                      // 16x16 blocks on and below the diagonal
 constexpr int ROUNDS = (2 * LOWER + WARPS - 1) / WARPS;               // rounds of tasks; a task is a block of dAqk or of dAkk
 constexpr int FINDER = THREADS - 32;  // the thread that finds a persistent block's next item: its warp has no task in the last round
 constexpr int LANES = D / 2 < 32 ? D / 2 : 32;  // lanes of a warp that share a leaf
 constexpr int PARTS = D / 2 > 32 ? D / 64 : 1;  // warps that share a leaf
-#if __CUDA_ARCH__ >= 1000
-constexpr int STEPS = 1;  // of 16 columns of V whose operands are loaded at once; with more, the compiler spills
-#else
-constexpr int STEPS = PERSISTENT ? SLICE / 16 : 1;
-#endif
+constexpr int STEPS = PERSISTENT ? SLICE / 16 : 1;  // of 16 columns of V whose operands are loaded at once
 static_assert(WARPS == BLOCKS * (D / 32), "a warp has 16 tokens x 32 channels");
 static_assert(!PERSISTENT || SLICE / 16 == D / 32, "each warp stores dv of 16 columns of a slice");
 

@@ -102,19 +102,15 @@ class Layout:
         team = self.intra_chunk_fwd_shared(False) - C * C * self.operand - 3 * C * D * self.operand
         return 3 * _round_up(self.workspace, 1024) + C * D // 2 * self.item + team + 6 * 8
 
-    def intra_chunk_bwd_shared(self, roomy: bool) -> int:
+    def intra_chunk_bwd_shared(self, roomy: bool, persistent: bool = False) -> int:
         C, D, size = self.chunk, self.D, self.operand
         slice_ = 32 if D == 32 or size == 4 else 64
         small = _round_up(4 * ((self.levels + 2) * self.leaves + C // 16) * D + 4 * C + 288 + 8 * 64 * self.leaves, 128)
         slices = 2 * slice_ * (D + C) * size + C * slice_ * self.item
         level = (C + C // 2) * D * size
         operands = self.levels * level + 3 * 4 * C * D if roomy else level
-        copied = C * D * 2 + 4 * C * (D // 16) + 4 * C + 32 if self.intra_chunk_bwd_persists(roomy) else 0
+        copied = C * D * 2 + 4 * C * (D // 16) + 4 * C + 32 if persistent else 0
         return small + self.levels * C * (C // 2) * size + max(slices, operands) + copied
-
-    def intra_chunk_bwd_persists(self, roomy: bool) -> bool:
-        """Whether a block works on several chunks, and copies parts of the next one early."""
-        return roomy and self.D == 128 and self.operand == 2
 
     def room(self, shared_bytes: int, arch: str) -> dict[str, str | int | float]:
         """Macros of an intra-chunk kernel: its shared memory, and how many blocks one multiprocessor should hold.
@@ -285,9 +281,10 @@ class IntraChunkBwd:
     def __init__(self, D: int, dtype: torch.dtype, arch: str, query: torch.dtype | None = None):
         layout = layout_of(D, dtype)
         roomy = SHARED_BYTES_PER_BLOCK[arch] >= layout.intra_chunk_bwd_shared(True) * (2 if D < 128 else 1)
-        self.persistent = layout.intra_chunk_bwd_persists(roomy)
-        shared_bytes = layout.intra_chunk_bwd_shared(roomy)
+        self.persistent = D == 128 and layout.operand == 2 and arch == "sm_90a"  # on sm_100a it would spill
+        shared_bytes = layout.intra_chunk_bwd_shared(roomy, self.persistent)
         more = layout.room(shared_bytes, arch) | {"ROOMY": int(roomy), "QUERY": ELEMENTS[query or dtype]}
+        more |= {"PERSISTENT": int(self.persistent)}
         module = Module(HERE / "intra_chunk_bwd.cu", layout.defines | more)
         self.kernel = module.kernel("kda_intra_chunk_bwd", "P" * 20 + "iiif", shared_bytes=shared_bytes)
 
