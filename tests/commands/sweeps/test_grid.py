@@ -73,7 +73,7 @@ def test_a_command_for_jobs_that_have_a_key(tmp_path: Path) -> None:
     dtypes = [[word for line in job.then for word in line if word.startswith("state_dtype=")] for job in jobs]
     assert dtypes == [["state_dtype=float32", "state_dtype=bfloat16", "state_dtype=int8"], []]
     rates = [word for job in jobs for line in job.then for word in line if word.startswith("optimizer.lr=")]
-    assert rates == ["optimizer.lr=0.001", "optimizer.lr=0.0005"]
+    assert rates == ["optimizer.lr=0.002", "optimizer.lr=0.001"]
 
 
 @pytest.fixture
