@@ -24,7 +24,7 @@ def test_every_results_file_says_what_it_is() -> None:
     ("study", "plots"),
     [
         ("state_dtypes_h100", set()),
-        ("long_context_h200", {"loss_by_position.png", "bits_by_context.png", "needle_by_length.png"}),
+        ("long_context_h200", {"loss_by_position.png", "bits_by_context.png", "needle_by_distance.png"}),
     ],
 )
 def test_studies_that_gather_evaluations_keep_their_own_tables(study: str, plots: set[str], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ r"""How models do on texts longer than those of training, from files of `scripts
 
 The files are evaluations of text, one for each `data.context`, and of `data=needle`. This writes evaluations.json,
 table.json, and plots of the loss by position, of bits per byte against the context, and of how much of a hidden passage
-is recalled in texts of each length. `lkda.report.redraw` draws them again.
+is recalled against its distance from the repetition. `lkda.report.redraw` draws them again.
 An evaluations.json that it wrote before may be among the files: what it holds is added.
 """
 
@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,22 @@ KIND = "long_context"
 SIZE = (7.2, 4.3)
 MOST_TICKS = 10
 
-Lines = dict[str, dict[float, float]]  # mixer -> {x: the mean over seeds}
+Points = dict[Any, float]
+Lines = dict[str, Points]  # mixer -> {x: the mean over seeds}
 
 
 def write(records: Sequence[Record], directory: Path) -> None:
     """Writes the table of the evaluations and their plots into `directory`."""
     by_context, by_position = _means(records, _bits), _means(_longest(records), _positions)
-    recalled, guessed = _means(records, _recalled), _means(records, _guessed)
-    write_atomically(directory / "table.json", json.dumps(_table(by_context, recalled, guessed), indent=1) + "\n")
+    recalled = _means(records, _recalled)
+    table = _table(by_context, recalled, _means(records, _guessed))
+    write_atomically(directory / "table.json", json.dumps(table, indent=1) + "\n")
     trained = sorted({record["run"]["context"] for record in records})
     drawn = {
         "loss_by_position": _picture(by_position, "position in the context (token)", "loss (nats per token)", trained),
         "bits_by_context": _picture(by_context, "context (tokens)", "bits per byte", trained),
-        "needle_by_length": _picture(
-            recalled, "context (tokens)", "tokens of the passage recalled", trained, share=True
+        "needle_by_distance": _picture(
+            _by_distance(recalled), "distance of the passage (tokens)", "tokens of it recalled", trained, share=True
         ),
     }
     for name, image in drawn.items():
@@ -66,23 +68,30 @@ def _positions(record: Record) -> dict[float, float]:
     }  # the first tokens are equally hard for every model
 
 
-def _recalled(record: Record) -> dict[float, float]:
-    """{length of the text: accuracy on the hidden passage, mean over its depths}"""
-    return _by_length(record, hidden=True)
+def _recalled(record: Record) -> Points:
+    """{(length of the text, depth of the passage in percent): accuracy on it}"""
+    return {
+        (subset["length"], subset["depth"]): accuracy for subset, accuracy in _needles(record) if subset["needles"] > 0
+    }
 
 
-def _guessed(record: Record) -> dict[float, float]:
+def _guessed(record: Record) -> Points:
     """{length of the text: accuracy where the passage was not hidden in the text before}"""
-    return _by_length(record, hidden=False)
+    return {subset["length"]: accuracy for subset, accuracy in _needles(record) if subset["needles"] == 0}
 
 
-def _by_length(record: Record, *, hidden: bool) -> dict[float, float]:
-    found = defaultdict(list)
+def _needles(record: Record) -> Iterator[tuple[Mapping[str, int], float]]:
     for measured in record["result"].get("val_subsets", ()):
-        subset = measured["subset"]
-        if "needles" in subset and (subset["needles"] > 0) == hidden and "accuracy" in measured:
-            found[float(subset["length"])].append(measured["accuracy"])
-    return {tokens: statistics.fmean(accuracies) for tokens, accuracies in found.items()}
+        if "needles" in measured["subset"] and "accuracy" in measured:
+            yield measured["subset"], measured["accuracy"]
+
+
+def _by_distance(recalled: Lines) -> Lines:
+    """{mixer: {tokens from the passage to its repetition: accuracy}}"""
+    return {
+        mixer: dict(sorted((length * (100 - depth) / 100, x) for (length, depth), x in points.items()))
+        for mixer, points in recalled.items()
+    }
 
 
 def _longest(records: Sequence[Record]) -> list[Record]:
@@ -92,7 +101,7 @@ def _longest(records: Sequence[Record]) -> list[Record]:
 
 
 def _means(records: Sequence[Record], of: Any) -> Lines:
-    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         for x, y in of(record).items():
             found[record["run"]["mixer"]][x].append(y)
@@ -103,17 +112,21 @@ def _means(records: Sequence[Record], of: Any) -> Lines:
 
 def _table(by_context: Lines, recalled: Lines, guessed: Lines) -> dict[str, Any]:
     contexts = sorted({x for line in by_context.values() for x in line})
-    lengths = sorted({x for line in recalled.values() for x in line})
+    lengths = sorted({x for line in recalled.values() for x, _ in line})
     rows = []
     for mixer in sorted({*by_context, *recalled}):
-        row = {"mixer": mixer}
         bits, known, luck = (lines.get(mixer, {}) for lines in (by_context, recalled, guessed))
+        row = {"mixer": mixer}
         row |= {f"bits/byte at {length(x)}": f"{bits[x]:.3f}" if x in bits else "" for x in contexts}
         for x in lengths:
-            row[f"recalled at {length(x)}"] = f"{known[x]:.1%} ({luck[x]:.1%})" if x in known else ""
+            depths = [f"{accuracy:.0%}" for (of, _), accuracy in known.items() if of == x]
+            row[f"recalled at {length(x)}"] = f"{' / '.join(depths)} ({luck[x]:.0%})" if depths else ""
         rows.append(row)
-    note = "Recalled: tokens of a hidden passage, mean over depths. In brackets: without the passage in the text."
-    return {"kind": "table", "rows": rows, "note": note}
+    where = " / ".join(f"{depth}%" for depth in sorted({depth for line in recalled.values() for _, depth in line}))
+    note = (
+        f"Recalled: tokens of a passage that was hidden after {where} of the text. In brackets: without it in the text."
+    )
+    return {"kind": "table", "rows": rows, "note": note if lengths else ""}
 
 
 def _picture(lines: Lines, x: str, y: str, trained: Sequence[int], *, share: bool = False) -> Picture | None:
@@ -135,7 +148,8 @@ def _picture(lines: Lines, x: str, y: str, trained: Sequence[int], *, share: boo
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(value)))
         ticks = sorted({x for points in lines.values() for x in points})
-        axes.set_xticks(ticks if len(ticks) <= MOST_TICKS else ticks[::2])
+        powers = [4.0**n for n in range(20) if ticks[0] <= 4.0**n <= ticks[-1]]
+        axes.set_xticks(ticks if len(ticks) <= MOST_TICKS else powers)
         if share:
             axes.set_ylim(0, 1.03)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))

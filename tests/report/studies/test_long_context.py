@@ -37,10 +37,10 @@ def test_table_and_plots_and_drawn_again(files, tmp_path, capsys):
     (row,) = json.loads((out / "table.json").read_text())["rows"]
     assert row == {
         **{"mixer": "kda", "bits/byte at 2K": "1.650", "bits/byte at 4K": "1.400", "bits/byte at 8K": "0.900"},
-        **{"recalled at 2K": "46.7% (25.0%)", "recalled at 4K": "46.7% (25.0%)"},
+        **{"recalled at 2K": "0% / 50% / 90% (25%)", "recalled at 4K": "0% / 50% / 90% (25%)"},
     }
     pictures = {path.name: path.read_bytes() for path in out.glob("*.png")}
-    assert set(pictures) == {"loss_by_position.png", "bits_by_context.png", "needle_by_length.png"}
+    assert set(pictures) == {"loss_by_position.png", "bits_by_context.png", "needle_by_distance.png"}
     redraw(out / "evaluations.json")
     assert {path.name: path.read_bytes() for path in out.glob("*.png")} == pictures
 
