@@ -234,10 +234,11 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
     model = model_options(settings) if initial is None else model_options_of(initial)
     copies = devices if trainer["strategy"] == "ddp" else 1
     backends = check_model(model, device=device, precision=PRECISIONS[precision], copies=copies, initial=initial)
+    model_name = settings["model"]["name"] if initial is None else _name_of_initial(model, settings["model"])
     return RunPlan(
-        record=settings | groups_of(model, model_name=settings["model"]["name"]) | {"trainer": trainer},
+        record=settings | groups_of(model, model_name=model_name) | {"trainer": trainer},
         seed=settings["seed"],
-        model_name=settings["model"]["name"],
+        model_name=model_name,
         mixer_name=settings["mixer"]["name"],
         model=model,
         initial=initial,
@@ -294,6 +295,14 @@ def model_options_of(initial: LanguageModel) -> dict[str, Any]:
     """The dict of `build_model`, without the context, of a model that exists already."""
     mixer = {"name": mixer_name(initial), **initial.config["mixer"]}
     return {**{name: value for name, value in initial.config.items() if name != "context"}, "mixer": mixer}
+
+
+def _name_of_initial(model: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    """The name of the model of `init_from`, whose directory has none: that of the chosen `model=` if it has the same
+    depth and width or if model.name is given, otherwise LAYERSxWIDTH."""
+    same_size = all(model[name] == chosen.get(name) for name in ("num_layers", "d_model"))
+    given = any(word.lstrip("+").startswith("model.name=") for word in given_overrides(without=()))
+    return str(chosen["name"]) if same_size or given else f"{model['num_layers']}x{model['d_model']}"
 
 
 def groups_of(model: Mapping[str, Any], *, model_name: str) -> dict[str, dict[str, Any]]:

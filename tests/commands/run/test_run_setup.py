@@ -171,6 +171,7 @@ def test_the_record_of_init_from_is_the_models_own(run: Path, corpus: Path, tmp_
         planned(*words)  # the measured rates are of fresh models
     larger = planned(*words, "optimizer.lr=1e-3")  # of the size that is the default
     assert larger.model["d_model"] == 32
+    assert larger.model_name == larger.record["model"]["name"] == f"{larger.model['num_layers']}x32"
     assert larger.record["data"]["vocab_size"] == larger.record["model"]["vocab_size"] == 300
 
 
