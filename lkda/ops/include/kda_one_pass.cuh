@@ -1,7 +1,7 @@
 // What chunk_fwd.cu and chunk_fwd_pair.cu share: what their teams read, and all that their scanners do. Their comments explain both.
 //
-// Macros, besides those of kda_chunk.cuh: VALUE (type in memory of v and o). The including file defines FIRST_SCANNER, the number of
-// threads before the scanners.
+// Macros, besides those of kda_chunk.cuh: VALUE (type in memory of v and o), and SAVES (1: a backward follows). The including file defines
+// FIRST_SCANNER, the number of threads before the scanners.
 #pragma once
 #include "kda_half_operands.cuh"
 #include "kda_leaf_products.cuh"
@@ -14,6 +14,14 @@ constexpr int SCANNERS = 32 * COLUMNS / 16;  // threads
 using Values = Tile<Value, C, COLUMNS>;
 static_assert(HALVES && SCANNERS == 128, "the scanners are one warp group");
 
+// What is written for a backward, and read to write it, both as in inter_chunk_fwd.cu.
+struct Saved {
+  const float *amax, *entering;           // the largest |v| of each chunk, and the whole initial state
+  char *workspaces, *states, *v_tilde;
+  float* scales;
+  int column;                             // the first one of this block
+};
+
 // The arguments of the kernel, and what this block computes: COLUMNS columns of V of one head of one sequence. v, o and the states begin
 // at the first of them.
 struct Arguments {
@@ -24,6 +32,7 @@ struct Arguments {
   float* final_state;
   int heads, head, sequence, length, chunks;
   float scale;
+  Saved saved;  // with SAVES
 
   __device__ __forceinline__ Span span(int m) const { return {sequence, sequence * length + m * C, min(C, length - m * C), m == 0, m == chunks - 1}; }
   // The first channel of a token.
@@ -32,6 +41,8 @@ struct Arguments {
   __device__ __forceinline__ const float* beta_at(int m, int token) const { return beta + static_cast<long long>(span(m).start + token) * heads + head; }
   __device__ __forceinline__ float beta_of(int m, int token) const { return token < span(m).tokens ? *beta_at(m, token) : 0.f; }
   __device__ __forceinline__ long long state() const { return (static_cast<long long>(sequence) * heads + head) * D * D; }
+  // The number of a chunk and head among all, in the order of what is saved.
+  __device__ __forceinline__ long long item(int m) const { return (static_cast<long long>(sequence) * chunks + m) * heads + head; }
 };
 
 // Teams.
@@ -125,12 +136,37 @@ __device__ __forceinline__ void lower_scale(float& scale, Sum (&state)[STEPS], c
   }
 }
 
+// With SAVES: the one scale of the head, for all chunks and columns, because the backward multiplies what they saved. As SharedScale::find.
+__device__ __forceinline__ float scale_of_head(const Arguments& given) {
+  const Sequence whole = {given.sequence * given.length, given.length, given.sequence * given.chunks};
+  const float* entering = given.saved.entering;
+  const float scale = value_scale(amax_of_sequence(given.saved.amax, whole, given.heads, given.head, entering == nullptr ? nullptr : entering + given.state()));
+  if (given.saved.column == 0 && threadIdx.x == FIRST_SCANNER) given.saved.scales[given.sequence * given.heads + given.head] = scale;
+  return scale;
+}
+
+// Reads the initial state, or zeros, and returns the scale of both.
+__device__ __forceinline__ float begin(Sum (&state)[STEPS], const Arguments& given) {
+  float scale = SAVES ? scale_of_head(given) : value_scale(0.f);
+  if (given.initial_state != nullptr) {
+    read_state(state, given.initial_state + given.state() + scanner_column(), SAVES ? scale : 1.f);
+    if constexpr (!SAVES) {
+      scale = scale_of_state(state);
+      change_scale(state, 1.f, scale);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) clear(state[i]);
+  }
+  return scale;
+}
+
 // -v^T times the scale, which is lowered first where it must be.
 __device__ __forceinline__ void load_values(Sum (&x)[BLOCKS], Sum (&state)[STEPS], const char* values, int column, float& scale) {
   Block<Value> blocks[BLOCKS];
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t) blocks[t] = Values::load_transposed(values, t * 16, column);
-  lower_scale(scale, state, blocks);
+  if constexpr (!SAVES) lower_scale(scale, state, blocks);
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t)
 #pragma unroll
@@ -156,21 +192,20 @@ __device__ __forceinline__ void write_output(const Arguments& given, int m, int 
   }
 }
 
+// Saves the warp's rows of v~^T.
+__device__ __forceinline__ void save_residual(const Arguments& given, int m, const Block<Operand> (&rows)[BLOCKS]) {
+  char* to = given.saved.v_tilde + given.item(m) * Columns::bytes;
+#pragma unroll
+  for (int t = 0; t < BLOCKS; ++t) write_block<Columns>(to, given.saved.column + scanner_column(), t * 16, rows[t]);
+}
+
 // Goes through all chunks. values: where a chunk's v lies in shared memory. workspaces: `has(m)` says whether there is a chunk m; `wait(m)` waits for its workspace and
 // says where it lies; after `release(m)` this warp does not read it any more.
 template <class Workspaces>
 __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values, const Arguments& given) {
   ValuePieces(values).fetch(given, 0);
-  float scale = value_scale(0.f);
   Sum state[STEPS];
-  if (given.initial_state != nullptr) {
-    read_state(state, given.initial_state + given.state() + scanner_column(), 1.f);
-    scale = scale_of_state(state);
-    change_scale(state, 1.f, scale);
-  } else {
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) clear(state[i]);
-  }
+  float scale = begin(state, given);
 #pragma unroll 1
   for (int m = 0; workspaces.has(m); ++m) {
     wait_copies<0>();
@@ -202,16 +237,18 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
     products_over_channels(x, entry, workspace + ChunkWorkspace::k_in);
     close_products();
     if constexpr (IN_BACKGROUND) multiply_by_qg();
+    if constexpr (SAVES) save_state(given.saved.states + given.item(m) * SavedState::bytes, given.saved.column + scanner_column(), state);
     wait_products<IN_BACKGROUND ? 1 : 0>();
     settle(x);
     __syncwarp();
     solve(x, pairs, beta);
     __syncwarp();
-    Block<Operand> written[BLOCKS];  // v_new^T
+    Block<Operand> written[BLOCKS], unweighted[BLOCKS];  // v_new^T, and v~^T to save
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[t].pair[q] = make_float2(-x[t].pair[q].x, -x[t].pair[q].y);
+      if constexpr (SAVES) unweighted[t] = round_to<Operand>(x[t]);
       scale_columns(x[t], beta + t * 16);
       written[t] = round_to<Operand>(x[t]);
     }
@@ -228,6 +265,7 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
     if constexpr (!IN_BACKGROUND) multiply_by_qg();
     products_over_tokens(state, written, workspace + ChunkWorkspace::kg);
     close_products();
+    if constexpr (SAVES) save_residual(given, m, unweighted);
     wait_products<1>();
     settle(out);
     add_within_chunk(out, written, pairs);
