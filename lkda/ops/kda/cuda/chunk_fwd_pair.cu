@@ -214,47 +214,43 @@ struct Sender {
   // Of a warp that has no part in the merges.
   __device__ __forceinline__ bool is_here() const { return threadIdx.x == THREADS - 1; }
   // k_in, qg and kg, as soon as their place in the other block is free.
-  template <class Compute>
-  __device__ __forceinline__ void send_rows(int m, const Compute& arguments) const {
+  __device__ __forceinline__ void send_rows(int m, int length) const {
     if (is_here()) {
       const Signals signals(memory);
       const int slot = m % SLOTS;
-      if constexpr (SAVES) release(m - BLOCKS_OF_A_HEAD, arguments().length);
+      if (SAVES && m >= BLOCKS_OF_A_HEAD) release(m - BLOCKS_OF_A_HEAD, length);
       if (m >= SLOTS) {
         signals.emptied[slot].wait(Signals::phase(m - SLOTS));
         signals.arrived[slot].wait(Signals::phase(m - SLOTS));
       }
       signals.arrived[slot].announce_in(rank, ChunkWorkspace::bytes);
       copy_to_block(slot_of(memory, m), ChunkWorkspace::pairs, signals.arrived + slot, rank);
-      if constexpr (SAVES) save(m, arguments(), 0, ChunkWorkspace::pairs);
     }
     __syncwarp();
   }
-  // The pairs, decay and beta.
+  // The pairs, decay and beta. Only then the whole workspace to GPU memory: the other block waits for its copy, and nothing for this one until
+  // the team's next chunk.
   template <class Compute>
   __device__ __forceinline__ void send_rest(int m, const Compute& arguments) const {
     if (is_here()) {
       copy_to_block(slot_of(memory, m) + ChunkWorkspace::pairs, ChunkWorkspace::bytes - ChunkWorkspace::pairs, Signals(memory).arrived + m % SLOTS, rank);
-      if constexpr (SAVES) save(m, arguments(), ChunkWorkspace::pairs, ChunkWorkspace::bytes);
+      if constexpr (SAVES) {
+        const Arguments given = arguments();
+        char* workspaces = given.saved.workspaces;  // null where the backward computes them again
+        if (workspaces != nullptr) copy_to_memory(workspaces + given.item(m) * ChunkWorkspace::bytes, slot_of(memory, m), ChunkWorkspace::bytes);
+      }
     }
     __syncwarp();
+  }
+  // The team's chunk before, m, has been read for its copy to GPU memory, so the other block may fill its slot, as Workspaces::release has it.
+  __device__ __forceinline__ void release(int m, int length) const {
+    wait_until_read();
+    if ((m + SLOTS) * C < length) Signals(memory).emptied[m % SLOTS].arrive_in(rank);
   }
   // After the last chunk.
   __device__ __forceinline__ void finish() const {
     if (SAVES && is_here()) wait_until_copied();
     __syncwarp();
-  }
-
- private:
-  // The bytes from `first` to before `last`. They are not saved where the backward computes them again.
-  __device__ __forceinline__ void save(int m, const Arguments& given, int first, int last) const {
-    if (given.saved.workspaces != nullptr) copy_to_memory(given.saved.workspaces + given.item(m) * ChunkWorkspace::bytes + first, slot_of(memory, m) + first, last - first);
-  }
-  // The team's chunk before, m, has been read for its copy to GPU memory, so the other block may fill its slot, as Workspaces::release has it.
-  __device__ __forceinline__ void release(int m, int length) const {
-    if (m < 0) return;
-    wait_until_read();
-    if ((m + SLOTS) * C < length) Signals(memory).emptied[m % SLOTS].arrive_in(rank);
   }
 };
 
@@ -295,7 +291,7 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Compute& argu
     prefetch_inputs(arguments(), next(), team.thread());
     show_to_products();
     team.wait();
-    sender.send_rows(m, arguments);
+    sender.send_rows(m, length);
     merge_inverse(team, shared, slot() + ChunkWorkspace::pairs);
     inputs.read(arguments(), next(), team);  // only now, because there are no registers for them during the merges
     show_to_products();
