@@ -31,16 +31,31 @@ def inputs_of(*shape, **options):
     return {name: x.contiguous() for name, x in kda_inputs(*shape, **options).items()}
 
 
+SAVED = ("workspaces", "states", "v_tilde", "scales")
+
+
+def saved_of(v, D, items):
+    """What a backward reads, not written yet: workspaces, states, v~ and the scales of v."""
+    layout, (B, _, H, _) = variants.layout_of(D, v.dtype), v.shape
+    sizes = (layout.workspace, layout.saved_state, layout.columns)
+    return *(torch.full((items, size), 255, dtype=torch.uint8) for size in sizes), torch.full((B, H), torch.nan)
+
+
 def in_two_kernels(q, k, v, g, beta, state):
     """o and the final state from the emulated kernels of intra_chunk_fwd, amax and inter_chunk_fwd."""
+    return saving_in_two_kernels(q, k, v, g, beta, state)[:2]
+
+
+def saving_in_two_kernels(q, k, v, g, beta, state):
+    """The same, and what they save."""
     B, T, H, D = v.shape
     dtype, layout = v.dtype, variants.layout_of(D, q.dtype)
     slots = B * -(-T // layout.chunk)
-    workspaces = torch.full((slots * H * layout.workspace,), 255, dtype=torch.uint8)
+    items = slots * H
+    workspaces, *saved = saved_of(v, D, items)
     amax, o = torch.full((slots, H), torch.nan), torch.full_like(v, torch.nan)
     final = torch.full((B, H, D, D), torch.nan)
     intra = variants.IntraChunkFwd(D, dtype, ARCH, q.dtype)
-    items = slots * H
     launch, where = (min(3, items), intra.threads), (None, items, T, H)
     if intra.helpers:
         emulated(intra.kernel)(*launch, q, k, v, g, beta, workspaces, amax, *where, D**-0.5)
@@ -48,11 +63,11 @@ def in_two_kernels(q, k, v, g, beta, state):
         emulated(intra.kernel)(*launch, q, k, g, beta, workspaces, *where, D**-0.5)
         emulated(variants.amax_kernel(D, dtype))(-(-items // 8), 256, v, amax, *where)
     inter = variants.InterChunkKernel("inter_chunk_fwd", D, dtype, ARCH, "whole")
-    results = (o, final, *(None,) * 6)
+    results = (o, final, *saved, *(None,) * 3)
     emulated(inter.kernel)(
         B * H * inter.blocks, 32 * inter.warps, workspaces, v, amax, state, state, *results, None, B, T, H, 1, 0
     )
-    return o, final
+    return o, final, workspaces, *saved
 
 
 def in_one_kernel(q, k, v, g, beta, state):
@@ -62,6 +77,21 @@ def in_one_kernel(q, k, v, g, beta, state):
     o, final = torch.full_like(v, torch.nan), torch.full((B, H, D, D), torch.nan)
     emulated(one.kernel)(B * H * one.blocks, one.threads, q, k, v, g, beta, state, o, final, T, H, D**-0.5)
     return o, final
+
+
+def saving_in_one_kernel(q, k, v, g, beta, state, *, workspaces=True):
+    """o, the final state, and what emulated chunk_fwd_pair.cu saves after emulated amax.cu."""
+    B, T, H, D = v.shape
+    one, slots = variants.chunk_fwd(D, v.dtype, q.dtype, saves=True), B * -(-T // 64)
+    items = slots * H
+    o, final = torch.full_like(v, torch.nan), torch.full((B, H, D, D), torch.nan)
+    amax, saved = torch.full((slots, H), torch.nan), list(saved_of(v, D, items))
+    if not workspaces:
+        saved[0] = None
+    emulated(variants.amax_kernel(D, v.dtype))(-(-items // 8), 256, v, amax, None, items, T, H)
+    given = (q, k, v, g, beta, state, o, final, amax, *saved)
+    emulated(one.kernel)(B * H * one.blocks, one.threads, *given, T, H, D**-0.5)
+    return o, final, *saved
 
 
 def truth(q, k, v, g, beta, state):
@@ -161,6 +191,67 @@ class TestEmulated:
         for t in (range(64), range(64, 128), range(130, 200)):
             assert relative(got[0][:, t][..., other], want[0][:, t][..., other]) < 6e-3
         assert relative(got[1][..., other], want[1][..., other]) < 6e-3
+
+
+def assert_all_equal(got, want):
+    """Bit for bit: a NaN must be where there is one."""
+    for name, x, y in zip(("o", "final state", *SAVED), got, want, strict=True):
+        assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), name
+
+
+@needs_a_compiler
+class TestSaves:
+    """chunk_fwd_pair.cu for a forward that a backward follows, beside the two kernels."""
+
+    @pytest.mark.parametrize(
+        ("B", "T", "gate", "dtype", "query", "with_state"),
+        [
+            (2, 5, "slow", torch.bfloat16, torch.bfloat16, True),
+            (1, 64, "mixed", torch.bfloat16, torch.float16, False),
+            (1, 128, "fast", torch.float16, torch.float16, False),
+            (2, 150, "resets", torch.bfloat16, torch.bfloat16, True),
+            pytest.param(1, 200, "brutal", torch.bfloat16, torch.float16, True, marks=pytest.mark.slow),
+            pytest.param(1, 70, "zero", torch.float16, torch.float16, True, marks=pytest.mark.slow),
+            pytest.param(1, 830, "mixed", torch.bfloat16, torch.bfloat16, False, marks=pytest.mark.slow),
+        ],
+    )
+    def test_all_bits_of_the_two_kernels(self, B, T, gate, dtype, query, with_state):
+        q, k, v, g, beta, state = inputs_of(B, T, 2, 128, 128, gate=gate, dtype=dtype).values()
+        given = (q.to(query), k.to(query), v, g, beta, state if with_state else None)
+        assert_all_equal(saving_in_one_kernel(*given), saving_in_two_kernels(*given))
+
+    def test_without_workspaces(self):
+        inputs = inputs_of(1, 70, 1, 128, 128, dtype=torch.bfloat16).values()
+        got, want = saving_in_one_kernel(*inputs, workspaces=False), saving_in_two_kernels(*inputs)
+        assert got[2] is None
+        assert_all_equal((*got[:2], want[2], *got[3:]), want)
+
+    @pytest.mark.parametrize("with_state", [True, False])
+    def test_one_scale_for_all_chunks_and_columns(self, with_state):
+        """Also where the largest |v| is of a late chunk and of one column, and for a head of another scale."""
+        q, k, v, g, beta, state = inputs_of(1, 200, 2, 128, 128, dtype=torch.bfloat16).values()
+        v[:, :64] *= 2.0**-20
+        v[:, 130, 0, 77] *= 2.0**30
+        state = state * 2.0**-30 if with_state else None
+        got = saving_in_one_kernel(q, k, v, g, beta, state)
+        assert got[-1][0, 0] < got[-1][0, 1]
+        assert_all_equal(got, saving_in_two_kernels(q, k, v, g, beta, state))
+
+    @pytest.mark.parametrize(
+        ("first", "last"),
+        [
+            pytest.param(0, 511, id="team 0 but for its sender", marks=pytest.mark.slow),
+            pytest.param(511, 512, id="sender 0"),
+            pytest.param(512, 640, id="scanners 0", marks=pytest.mark.slow),
+            pytest.param(1151, 1152, id="sender 1", marks=pytest.mark.slow),
+            pytest.param(1152, 1280, id="scanners 1", marks=pytest.mark.slow),
+        ],
+    )
+    def test_a_part_of_a_cluster_may_be_late(self, first, last):
+        inputs = inputs_of(1, 410, 1, 128, 128, dtype=torch.bfloat16).values()
+        with emulated(variants.chunk_fwd(128, torch.bfloat16, saves=True).kernel).late(first, last):
+            got = saving_in_one_kernel(*inputs)
+        assert_all_equal(got, saving_in_two_kernels(*inputs))
 
 
 @pytest.fixture
