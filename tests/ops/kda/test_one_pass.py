@@ -14,6 +14,7 @@ from tests.ops.emulation import emulated, kernels_on_the_cpu, ops_run_on_the_cpu
 from tests.ops.kda.test_layer import as_one, kda_layer_inputs
 
 ARCH = "sm_90a"
+SAVING = "kda_chunk_fwd_pair_saves"
 TENSORS = ("q", "k", "v", "g", "beta")
 each_head_size = pytest.mark.parametrize("D", [64, 128])
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -193,10 +194,14 @@ class TestEmulated:
         assert relative(got[1][..., other], want[1][..., other]) < 6e-3
 
 
+def same_bits(x, y):
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
 def assert_all_equal(got, want):
     """Bit for bit: a NaN must be where there is one."""
-    for name, x, y in zip(("o", "final state", *SAVED), got, want, strict=True):
-        assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), name
+    pairs = zip(("o", "final state", *SAVED), got, want, strict=True)
+    assert [name for name, x, y in pairs if not same_bits(x, y)] == []
 
 
 @needs_a_compiler
@@ -297,6 +302,34 @@ def test_the_op_that_normalizes(D, T, gate, with_state):
 
 
 @needs_a_compiler
+@pytest.mark.usefixtures("kernels_on_the_cpu", "three_heads_fill_the_gpu")
+@pytest.mark.parametrize(
+    ("recompute", "with_state"),
+    [(False, True), pytest.param(True, False, marks=pytest.mark.slow)],
+)
+def test_gradients_where_the_forward_saves(recompute, with_state, monkeypatch):
+    """All bits of those where the two kernels do."""
+    inputs = unnormalized(70, "slow", 128)
+    if not with_state:
+        inputs["initial_state"] = None
+    results, launched, launch = [], [], Kernel.__call__
+    monkeypatch.setattr(
+        Kernel, "__call__", lambda kernel, *a, **o: (launched.append(kernel.entry), launch(kernel, *a, **o))
+    )
+    for saves in (True, False):
+        monkeypatch.setattr(core, "PAIR_SAVES", saves)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs.values()]
+        o, final = core.kda_cuda(*leaves[:5], 128**-0.5, leaves[5], None, normalize=True, recompute=recompute)
+        loss = (o.float() * inputs["v"].float()).sum() + final.square().sum()
+        results.append((o, final, *torch.autograd.grad(loss, [x for x in leaves if x is not None])))
+        assert (SAVING in launched) is saves
+        assert ("kda_inter_chunk_fwd" in launched) is not saves
+        assert ("kda_intra_chunk_fwd" in launched) is (recompute or not saves)
+        launched.clear()
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@needs_a_compiler
 @pytest.mark.slow  # imports torch._dynamo
 @pytest.mark.usefixtures("kernels_on_the_cpu", "three_heads_fill_the_gpu")
 def test_compiled_in_one_graph(monkeypatch):
@@ -374,6 +407,16 @@ class TestWhenItRuns:
         self.call(gradient=True, recompute=recompute)
         assert launched == self.two
 
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_where_one_does_with_pair_saves(self, recompute, launched, monkeypatch):
+        monkeypatch.setattr(core, "PAIR_SAVES", True)
+        self.call(gradient=True, recompute=recompute)
+        assert launched == (["kda_amax", SAVING] if self.D == 128 else self.two)
+        for given in ({"blocks": 80}, {"cu_seqlens": torch.tensor([0, 20, 70], dtype=torch.int32)}):
+            launched.clear()
+            self.call(gradient=True, **given)
+            assert SAVING not in launched
+
     @pytest.mark.parametrize(
         "given",
         [
@@ -417,6 +460,16 @@ class TestWhenItRuns:
         y = run(**{name: x.requires_grad_() for name, x in inputs.items()})[0]
         y.sum().backward()
         assert "kda_inter_chunk_fwd" in launched
+        assert self.one not in launched
+
+    @pytest.mark.parametrize("save_for_backward", ["inputs", "workspaces", "core"])
+    def test_in_a_layer_with_pair_saves(self, save_for_backward, launched, monkeypatch):
+        """The kernel has the bits of the two others, so it may run where they ran before."""
+        monkeypatch.setattr(core, "PAIR_SAVES", True)
+        inputs = kda_layer_inputs(self.B, self.T, heads=self.H, dim=self.D)
+        inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+        as_one(self.D, save_for_backward=save_for_backward)(**inputs)[0].sum().backward()
+        assert launched.count(SAVING) == (self.D == 128 and save_for_backward != "workspaces")
         assert self.one not in launched
 
 
@@ -521,3 +574,53 @@ class TestOnAGPU:
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
         got = kda_attention(**leaves, backend="cuda")
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="no Hopper GPU: the kernel is emulated, not run",
+)
+class TestSavesOnAGPU:
+    """All results and gradients have the bits of the two kernels."""
+
+    def results(self, inputs, saves, monkeypatch, **options):
+        monkeypatch.setattr(core, "PAIR_SAVES", saves)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs.values()]
+        assert plan.plan_of(leaves[2], None).chunk_fwd_saves is not None
+        with poisoned():
+            o, final = core.kda_cuda(*leaves[:5], 128**-0.5, leaves[5], None, **options)
+            loss = (o.float() * inputs["v"].float()).sum() + final.square().sum()
+            return o, final, *torch.autograd.grad(loss, [x for x in leaves if x is not None])
+
+    def inputs(self, T, *, B=2, H=32, gate="slow", dtype=torch.bfloat16):
+        return {name: x.cuda() for name, x in kda_inputs(B, T, H, 128, 128, gate=gate, dtype=dtype).items()}
+
+    @pytest.mark.parametrize("T", [1, 15, 64, 65, 129, 1000])
+    @pytest.mark.parametrize("gate", ["slow", "fast", "mixed", "resets", "brutal", "zero"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_all_bits_of_the_two_kernels(self, dtype, gate, T, monkeypatch):
+        inputs = self.inputs(T, gate=gate, dtype=dtype)
+        got, want = (self.results(inputs, saves, monkeypatch) for saves in (True, False))
+        assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
+
+    @pytest.mark.parametrize("options", [{"normalize": True}, {"recompute": True}], ids=str)
+    def test_options(self, options, monkeypatch):
+        inputs = self.inputs(300) | {"initial_state": None}
+        got, want = (self.results(inputs, saves, monkeypatch, **options) for saves in (True, False))
+        assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
+
+    def test_a_large_value_late(self, monkeypatch):
+        inputs = self.inputs(300)
+        inputs["v"][:, 250] *= 2.0**20
+        got, want = (self.results(inputs, saves, monkeypatch) for saves in (True, False))
+        assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
+
+    @pytest.mark.parametrize(("B", "T", "H"), [(8, 2048, 8), (3, 1000, 20), (16, 300, 16)])
+    def test_the_same_in_every_run(self, B, T, H, monkeypatch):
+        """The last shape has more blocks than multiprocessors."""
+        inputs = self.inputs(T, B=B, H=H)
+        first = self.results(inputs, False, monkeypatch)
+        for _ in range(5):
+            got = self.results(inputs, True, monkeypatch)
+            assert all(same_bits(x, y) for x, y in zip(got, first, strict=True))

@@ -38,8 +38,8 @@ reason_cannot_run = cannot_take(otherwise="chunk")
 # of 128, whose kernel, chunk_fwd_pair.cu, has not run on a GPU at all.
 ONE_PASS = False
 PAIR = False
-# Whether chunk_fwd_pair.cu also computes a forward that a backward follows (`Plan.chunk_fwd_saves`). Then it writes what
-# the two kernels write, with the same bits. False until that has run on a GPU.
+# Whether chunk_fwd_pair.cu computes a forward that a backward follows too (`Plan.chunk_fwd_saves`). It writes what
+# the two kernels write for the backward, with the same bits. False until that has run on a GPU.
 PAIR_SAVES = False
 
 
