@@ -97,9 +97,11 @@ struct ValuePieces {
   }
 };
 
-// Whether the product for the output runs while v~ is computed, as in inter_chunk_fwd.cu. If not, the rounded state is kept in the place of v
-// meanwhile, so that it takes no registers.
+// Whether the product for the output is started before v~ is computed, as in inter_chunk_fwd.cu. If not, the rounded state is kept in the place of v
+// meanwhile, so that it takes no registers. With SAVES that product is waited for before v~ is computed: while it runs its left operand
+// takes registers, and with those for saving v~ there are too few. The compiler would then wait for each part of each product.
 constexpr bool IN_BACKGROUND = STEPS > BLOCKS;
+static_assert(IN_BACKGROUND || !SAVES, "heads of 128");
 
 // Multiplies a state by to / from, two powers of two.
 __device__ __forceinline__ void change_scale(Sum (&state)[STEPS], float from, float to) {
@@ -192,11 +194,12 @@ __device__ __forceinline__ void write_output(const Arguments& given, int m, int 
   }
 }
 
-// Saves the warp's rows of v~^T.
-__device__ __forceinline__ void save_residual(const Arguments& given, int m, const Block<Operand> (&rows)[BLOCKS]) {
-  char* to = given.saved.v_tilde + given.item(m) * Columns::bytes;
-#pragma unroll
-  for (int t = 0; t < BLOCKS; ++t) write_block<Columns>(to, given.saved.column + scanner_column(), t * 16, rows[t]);
+// Saves the state that enters a chunk, and a block of v~^T.
+__device__ __forceinline__ void save_entry(const Arguments& given, int m, const Sum (&state)[STEPS]) {
+  save_state(given.saved.states + given.item(m) * SavedState::bytes, given.saved.column + scanner_column(), state);
+}
+__device__ __forceinline__ void save_residual(const Arguments& given, int m, int t, const Sum& x) {
+  write_block<Columns>(given.saved.v_tilde + given.item(m) * Columns::bytes, given.saved.column + scanner_column(), t * 16, round_to<Operand>(x));
 }
 
 // Goes through all chunks. values: where a chunk's v lies in shared memory. workspaces: `has(m)` says whether there is a chunk m; `wait(m)` waits for its workspace and
@@ -208,6 +211,8 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
   float scale = begin(state, given);
 #pragma unroll 1
   for (int m = 0; workspaces.has(m); ++m) {
+    // Here and not while products run, for which there would be too few registers. If the teams are slower, the scanner would only wait.
+    if constexpr (SAVES) save_entry(given, m, state);
     wait_copies<0>();
     const char* workspace = workspaces.wait(m);
     const char* pairs = workspace + ChunkWorkspace::pairs;
@@ -237,18 +242,18 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
     products_over_channels(x, entry, workspace + ChunkWorkspace::k_in);
     close_products();
     if constexpr (IN_BACKGROUND) multiply_by_qg();
-    if constexpr (SAVES) save_state(given.saved.states + given.item(m) * SavedState::bytes, given.saved.column + scanner_column(), state);
-    wait_products<IN_BACKGROUND ? 1 : 0>();
+    wait_products<IN_BACKGROUND && !SAVES ? 1 : 0>();
     settle(x);
+    if constexpr (SAVES) settle(out);
     __syncwarp();
     solve(x, pairs, beta);
     __syncwarp();
-    Block<Operand> written[BLOCKS], unweighted[BLOCKS];  // v_new^T, and v~^T to save
+    Block<Operand> written[BLOCKS];  // v_new^T
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[t].pair[q] = make_float2(-x[t].pair[q].x, -x[t].pair[q].y);
-      if constexpr (SAVES) unweighted[t] = round_to<Operand>(x[t]);
+      if constexpr (SAVES) save_residual(given, m, t, x[t]);
       scale_columns(x[t], beta + t * 16);
       written[t] = round_to<Operand>(x[t]);
     }
@@ -265,7 +270,6 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
     if constexpr (!IN_BACKGROUND) multiply_by_qg();
     products_over_tokens(state, written, workspace + ChunkWorkspace::kg);
     close_products();
-    if constexpr (SAVES) save_residual(given, m, unweighted);
     wait_products<1>();
     settle(out);
     add_within_chunk(out, written, pairs);

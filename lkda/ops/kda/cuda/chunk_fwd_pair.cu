@@ -345,11 +345,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS +
   if (threadIdx.x == 0) Signals(shared).prepare();
   meet_cluster();
   const auto arguments_of = [&](unsigned block) {
-    const int column = block % BLOCKS_OF_A_HEAD * COLUMNS, chunks = (length + C - 1) / C;
-    const int sequence = block / BLOCKS_OF_A_HEAD / heads, head = block / BLOCKS_OF_A_HEAD % heads;
+    const unsigned column = block % BLOCKS_OF_A_HEAD * COLUMNS;
+    const int run = block / BLOCKS_OF_A_HEAD, sequence = run / heads, head = run % heads, chunks = (length + C - 1) / C;
     const float* initial_columns = initial_state == nullptr ? nullptr : initial_state + column;
 #if SAVES
-    const Saved saved = {amax, initial_state, workspaces, states, v_tilde, scales, column};
+    const Saved saved = {amax, initial_state, workspaces, states, v_tilde, scales, static_cast<int>(column)};
 #else
     const Saved saved = {};
 #endif
