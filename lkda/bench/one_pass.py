@@ -2,7 +2,7 @@
 times, and how far the results differ.
 
     python -m lkda.bench.one_pass --out docs/results/kda_one_pass_NAME/table.json
-    python -m lkda.bench.one_pass --out docs/results/NAME/table.json --backward --shapes 1x8192x64x128
+    python -m lkda.bench.one_pass --out docs/results/NAME/table.json --backward
 
 It needs a GPU of compute capability 9.0, because other GPUs do not have this kernel. Each shape is measured at slow
 gates, as a newly initialised layer has them, and at fast ones, by calls of `kda_attention` without gradients. The times
@@ -38,6 +38,7 @@ from lkda.ops.kda.cuda import core
 from lkda.ops.kda.cuda.plan import plan_of
 
 SHAPES = ("8x2048x16x64", "4x2048x32x64", "1x8192x128x64", "3x1000x44x64", "16x1024x32x64", "8x4096x12x64")
+SHAPES_THAT_SAVE = ("1x8192x64x128", "8x2048x8x128")
 LARGEST_DIFFERENCE = 5e-3
 
 
@@ -128,13 +129,14 @@ def row(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, anew after each row")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B x T x H x D")
+    parser.add_argument("--shapes", nargs="+", help="B x T x H x D")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"), help="of q, k and v")
     parser.add_argument("--milliseconds", type=float, default=100, help="measuring time of each number")
     parser.add_argument("--backward", action="store_true", help="a forward and its backward, for heads of 128")
     options = parser.parse_args()
     try:
-        shapes = [Shape.parse(text) for text in options.shapes]
+        default = SHAPES_THAT_SAVE if options.backward else SHAPES
+        shapes = [Shape.parse(text) for text in options.shapes or default]
         if not torch.cuda.is_available():
             raise InputError("one_pass measures on a GPU, and torch sees no CUDA device.")
         check_output_file(options.out, option="--out")
