@@ -6,7 +6,8 @@ Each shape is measured with slow gates, as a newly initialised layer has them, a
 a kernel has its milliseconds in one forward and backward, by torch.profiler; where there are two passes over segments,
 or a kernel runs in the forward and in the backward, it is their sum. "all kernels" is the sum of all, and "replayed" is
 the time of the call as a CUDA graph, with the gaps between the kernels. Columns that begin with "forward" are of a
-forward alone, without gradients, which one kernel computes at some shapes: chunk_fwd or chunk_fwd_pair.
+forward alone, without gradients, which one kernel computes at some shapes: chunk_fwd or chunk_fwd_pair. The latter
+has a form for forwards that a backward follows too.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from lkda.io import check_output_file
 from lkda.ops import kda_attention
 
 KERNELS = ("intra_chunk_fwd", "amax", "inter_chunk_fwd", "segments", "inter_chunk_bwd", "intra_chunk_bwd")
-FORWARD = ("intra_chunk_fwd", "inter_chunk_fwd", "chunk_fwd")
+ONE_PASS = ("chunk_fwd_pair", "chunk_fwd")
+FORWARD = ("intra_chunk_fwd", "inter_chunk_fwd", *ONE_PASS)
 CALLS = 20  # under the profiler
 
 
@@ -51,7 +53,7 @@ def kernel_ms(call: Callable[[], object], device: torch.device) -> dict[str, flo
 def by_kernel(events: list[tuple[str, float]], *, calls: int) -> dict[str, float]:
     """Milliseconds of each kernel in one call, from the names and microseconds of launches in `calls` calls."""
     found: dict[str, float] = defaultdict(float)
-    known = (*KERNELS, "chunk_fwd_pair", "chunk_fwd")
+    known = (*KERNELS, *ONE_PASS)
     for name, microseconds in events:
         found[next((kernel for kernel in known if f"kda_{kernel}" in name), "others")] += microseconds / 1000 / calls
     return dict(found)
@@ -73,7 +75,7 @@ def row(shape: Shape, gate: str, leaves: list[Tensor], grad_o: Tensor, milliseco
     return {
         "B T H D": f"{shape.B} {shape.T} {shape.H} {shape.D}",
         "gates": gate,
-        **{name: _ms(kernels.get(name)) for name in (*KERNELS, "others")},
+        **{name: _ms(kernels.get(name)) for name in (*KERNELS, "chunk_fwd_pair", "others")},
         "all kernels": _ms(sum(kernels.values())),
         "replayed": _ms(replayed[1]),
         **{f"forward: {name}": _ms(alone.get(name)) for name in FORWARD},

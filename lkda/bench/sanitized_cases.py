@@ -24,8 +24,9 @@ from lkda.bench.kda_inputs import NAMES, inputs
 from lkda.bench.op_benchmark import DTYPES, Shape
 from lkda.ops import KDAGate
 from lkda.ops.kda.cuda import recurrent, variants
-from lkda.ops.kda.cuda.core import kda_cuda
+from lkda.ops.kda.cuda.core import kda_cuda, launch_and_save
 from lkda.ops.kda.cuda.layer import kda_layer_cuda
+from lkda.ops.kda.cuda.plan import plan_of
 from lkda.ops.kda.cuda.step import STATES, kda_step_cuda
 from lkda.ops.kda.state import pack_state
 from lkda.ops.runtime.jit import Kernel, Module
@@ -80,6 +81,18 @@ def one_pass(D: int, dtype: torch.dtype, query: torch.dtype | None, device: torc
     for state in (None, torch.randn(B, H, D, D, device=device)):
         given = (q, k, v, g, beta, state, o, final_state)
         one.kernel((B * H * one.blocks, 1, 1), one.threads, *given, T, H, D**-0.5, device=device)
+
+
+def one_pass_that_saves(dtype: torch.dtype, query: torch.dtype | None, device: torch.device) -> None:
+    """The same for a forward that a backward follows, for heads of 128: with and without workspaces."""
+    B, T, H, D = 1, 410, 2, 128
+    drawn = inputs(Shape(B, T, H, D), dtype, device, "slow")
+    q, k = (drawn[name].to(query or dtype) for name in ("q", "k"))
+    v, g, beta = (drawn[name] for name in ("v", "g", "beta"))
+    one, plan = variants.chunk_fwd(D, dtype, query, saves=True), plan_of(v, None, q.dtype)
+    launch = partial(one.kernel, (B * H * one.blocks, 1, 1), one.threads, device=device)
+    for state, recompute in ((None, True), (torch.randn(B, H, D, D, device=device), False)):
+        launch_and_save(q, k, v, g, beta, state, plan, launch, D**-0.5, recompute)
 
 
 def recurrence(D: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -200,10 +213,11 @@ def cases() -> dict[str, Case]:
         many = Shape(1, 1030, 34, 64)  # so many heads that segments are worth it only where chunks forget
         found[f"chunked-64-{word}-optional-segments"] = partial(at_both_gates, many, DTYPES[word])
     for dtype, query in variants.CHUNK_FWD_DTYPES:
-        words = {dtype: word for word, dtype in DTYPES.items()}
+        words = {known: word for word, known in DTYPES.items()}
+        word = words[dtype] + (f"-{words[query]}" if query else "")
         for D in HEAD_DIMS:
-            name = f"one-pass-{D}-{words[dtype]}" + (f"-{words[query]}" if query else "")
-            found[name] = partial(one_pass, D, dtype, query)
+            found[f"one-pass-{D}-{word}"] = partial(one_pass, D, dtype, query)
+        found[f"one-pass-128-saves-{word}"] = partial(one_pass_that_saves, dtype, query)
     return found
 
 

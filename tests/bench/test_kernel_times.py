@@ -19,9 +19,10 @@ def test_launches_are_summed_by_kernel() -> None:
     events = [("kda_inter_chunk_fwd", 2000.0), ("kda_inter_chunk_fwd", 1000.0), ("kda_amax", 500.0), ("copy", 250.0)]
     assert by_kernel(events, calls=2) == {"inter_chunk_fwd": 1.5, "amax": 0.25, "others": 0.125}
     events = [("kda_chunk_fwd", 10.0), ("kda_chunk_fwd_pair", 30.0), ("kda_intra_chunk_fwd", 20.0)]
+    events.append(("kda_chunk_fwd_pair_saves", 10.0))
     assert by_kernel(events, calls=1) == {
         "chunk_fwd": 0.01,
-        "chunk_fwd_pair": 0.03,
+        "chunk_fwd_pair": 0.04,
         "intra_chunk_fwd": 0.02,
     }
 

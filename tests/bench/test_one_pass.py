@@ -65,6 +65,20 @@ class TestRow:
         )
         assert self.row()["wrong"] == "differs by inf, not deterministic, not causal"
 
+    @pytest.mark.parametrize("error", [0.0, 1e-7])
+    def test_with_a_backward_all_bits_must_be_equal(self, monkeypatch, error):
+        monkeypatch.setattr(one_pass, "plan_of", lambda v, bounds: SimpleNamespace(chunk_fwd_saves=1))
+
+        def attention(q, k, v, g, beta, backend):
+            o = sum(x.cumsum(1) for x in (q, k, v, g)) * beta[..., None]
+            return o * (1 + error * core.PAIR_SAVES), torch.ones(2)
+
+        monkeypatch.setattr(one_pass, "kda_attention", attention)
+        found = one_pass.row(self.shape, "slow", "bf16", torch.device("cpu"), 1.0, backward=True)
+        assert (found["wrong"] == "") is (found["of the gradients"] == "0.0e+00") is (error == 0)
+        assert found["wrong"].startswith("differs by" if error else "")
+        assert core.PAIR_SAVES is False
+
     def test_a_shape_of_the_two_kernels_is_refused(self, monkeypatch):
         monkeypatch.setattr(one_pass, "plan_of", lambda v, bounds: SimpleNamespace(chunk_fwd=None))
         with pytest.raises(InputError, match="1 8 2 4: two kernels compute this shape"):

@@ -1,7 +1,7 @@
 // What chunk_fwd.cu and chunk_fwd_pair.cu share: what their teams read, and all that their scanners do. Their comments explain both.
 //
-// Macros, besides those of kda_chunk.cuh: VALUE (type in memory of v and o). The including file defines FIRST_SCANNER, the number of
-// threads before the scanners.
+// Macros, besides those of kda_chunk.cuh: VALUE (type in memory of v and o), and SAVES (1: a backward follows). The including file defines
+// FIRST_SCANNER, the number of threads before the scanners.
 #pragma once
 #include "kda_half_operands.cuh"
 #include "kda_leaf_products.cuh"
@@ -14,6 +14,14 @@ constexpr int SCANNERS = 32 * COLUMNS / 16;  // threads
 using Values = Tile<Value, C, COLUMNS>;
 static_assert(HALVES && SCANNERS == 128, "the scanners are one warp group");
 
+// What is written for a backward, and read to write it, both as in inter_chunk_fwd.cu.
+struct Saved {
+  const float *amax, *entering;           // the largest |v| of each chunk, and the whole initial state
+  char *workspaces, *states, *v_tilde;
+  float* scales;
+  int column;                             // the first one of this block
+};
+
 // The arguments of the kernel, and what this block computes: COLUMNS columns of V of one head of one sequence. v, o and the states begin
 // at the first of them.
 struct Arguments {
@@ -24,6 +32,9 @@ struct Arguments {
   float* final_state;
   int heads, head, sequence, length, chunks;
   float scale;
+#if SAVES
+  Saved saved;
+#endif
 
   __device__ __forceinline__ Span span(int m) const { return {sequence, sequence * length + m * C, min(C, length - m * C), m == 0, m == chunks - 1}; }
   // The first channel of a token.
@@ -32,6 +43,8 @@ struct Arguments {
   __device__ __forceinline__ const float* beta_at(int m, int token) const { return beta + static_cast<long long>(span(m).start + token) * heads + head; }
   __device__ __forceinline__ float beta_of(int m, int token) const { return token < span(m).tokens ? *beta_at(m, token) : 0.f; }
   __device__ __forceinline__ long long state() const { return (static_cast<long long>(sequence) * heads + head) * D * D; }
+  // The number of a chunk and head among all, in the order of what is saved.
+  __device__ __forceinline__ long long item(int m) const { return (static_cast<long long>(sequence) * chunks + m) * heads + head; }
 };
 
 // Teams.
@@ -86,9 +99,11 @@ struct ValuePieces {
   }
 };
 
-// Whether the product for the output runs while v~ is computed, as in inter_chunk_fwd.cu. If not, the rounded state is kept in the place of v
-// meanwhile, so that it takes no registers.
+// Whether the product for the output is started before v~ is computed, as in inter_chunk_fwd.cu. If not, the rounded state is kept in the place of v
+// meanwhile, so that it takes no registers. With SAVES that product is waited for before v~ is computed: while it runs its left operand
+// takes registers, and with those for saving v~ there are too few. The compiler would then wait for each part of each product.
 constexpr bool IN_BACKGROUND = STEPS > BLOCKS;
+static_assert(IN_BACKGROUND || !SAVES, "heads of 128");
 
 // Multiplies a state by to / from, two powers of two.
 __device__ __forceinline__ void change_scale(Sum (&state)[STEPS], float from, float to) {
@@ -125,12 +140,51 @@ __device__ __forceinline__ void lower_scale(float& scale, Sum (&state)[STEPS], c
   }
 }
 
+#if SAVES
+// The one scale of the head, for all chunks and columns, because the backward multiplies what they saved. As SharedScale::find.
+__device__ __forceinline__ float scale_of_head(const Arguments& given) {
+  const Sequence whole = {given.sequence * given.length, given.length, given.sequence * given.chunks};
+  const float* entering = given.saved.entering;
+  const float scale = value_scale(amax_of_sequence(given.saved.amax, whole, given.heads, given.head, entering == nullptr ? nullptr : entering + given.state()));
+  if (given.saved.column == 0 && threadIdx.x == FIRST_SCANNER) given.saved.scales[given.sequence * given.heads + given.head] = scale;
+  return scale;
+}
+
+// Saves the state that enters a chunk, and a block of v~^T.
+__device__ __forceinline__ void save_entry(const Arguments& given, int m, const Sum (&state)[STEPS]) {
+  save_state(given.saved.states + given.item(m) * SavedState::bytes, given.saved.column + scanner_column(), state);
+}
+__device__ __forceinline__ void save_residual(const Arguments& given, int m, int t, const Sum& x) {
+  write_block<Columns>(given.saved.v_tilde + given.item(m) * Columns::bytes, given.saved.column + scanner_column(), t * 16, round_to<Operand>(x));
+}
+#else  // never called
+__device__ __forceinline__ float scale_of_head(const Arguments&) { return 0.f; }
+__device__ __forceinline__ void save_entry(const Arguments&, int, const Sum (&)[STEPS]) {}
+__device__ __forceinline__ void save_residual(const Arguments&, int, int, const Sum&) {}
+#endif
+
+// Reads the initial state, or zeros, and returns the scale of both.
+__device__ __forceinline__ float begin(Sum (&state)[STEPS], const Arguments& given) {
+  float scale = SAVES ? scale_of_head(given) : value_scale(0.f);
+  if (given.initial_state != nullptr) {
+    read_state(state, given.initial_state + given.state() + scanner_column(), SAVES ? scale : 1.f);
+    if constexpr (!SAVES) {
+      scale = scale_of_state(state);
+      change_scale(state, 1.f, scale);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) clear(state[i]);
+  }
+  return scale;
+}
+
 // -v^T times the scale, which is lowered first where it must be.
 __device__ __forceinline__ void load_values(Sum (&x)[BLOCKS], Sum (&state)[STEPS], const char* values, int column, float& scale) {
   Block<Value> blocks[BLOCKS];
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t) blocks[t] = Values::load_transposed(values, t * 16, column);
-  lower_scale(scale, state, blocks);
+  if constexpr (!SAVES) lower_scale(scale, state, blocks);
 #pragma unroll
   for (int t = 0; t < BLOCKS; ++t)
 #pragma unroll
@@ -161,18 +215,12 @@ __device__ __forceinline__ void write_output(const Arguments& given, int m, int 
 template <class Workspaces>
 __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values, const Arguments& given) {
   ValuePieces(values).fetch(given, 0);
-  float scale = value_scale(0.f);
   Sum state[STEPS];
-  if (given.initial_state != nullptr) {
-    read_state(state, given.initial_state + given.state() + scanner_column(), 1.f);
-    scale = scale_of_state(state);
-    change_scale(state, 1.f, scale);
-  } else {
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) clear(state[i]);
-  }
+  float scale = begin(state, given);
 #pragma unroll 1
   for (int m = 0; workspaces.has(m); ++m) {
+    // Here and not while products run, for which there would be too few registers. If the teams are slower, the scanner would only wait.
+    if constexpr (SAVES) save_entry(given, m, state);
     wait_copies<0>();
     const char* workspace = workspaces.wait(m);
     const char* pairs = workspace + ChunkWorkspace::pairs;
@@ -202,8 +250,9 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
     products_over_channels(x, entry, workspace + ChunkWorkspace::k_in);
     close_products();
     if constexpr (IN_BACKGROUND) multiply_by_qg();
-    wait_products<IN_BACKGROUND ? 1 : 0>();
+    wait_products<IN_BACKGROUND && !SAVES ? 1 : 0>();
     settle(x);
+    if constexpr (SAVES) settle(out);
     __syncwarp();
     solve(x, pairs, beta);
     __syncwarp();
@@ -212,6 +261,7 @@ __device__ __forceinline__ void scan(const Workspaces& workspaces, char* values,
     for (int t = 0; t < BLOCKS; ++t) {
 #pragma unroll
       for (int q = 0; q < 4; ++q) x[t].pair[q] = make_float2(-x[t].pair[q].x, -x[t].pair[q].y);
+      if constexpr (SAVES) save_residual(given, m, t, x[t]);
       scale_columns(x[t], beta + t * 16);
       written[t] = round_to<Operand>(x[t]);
     }

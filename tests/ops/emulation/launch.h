@@ -13,6 +13,7 @@ struct Fiber {
   jmp_buf resume;
   bool started, done;
   std::unique_ptr<char[]> stack{new char[STACK]};
+  std::vector<std::function<void()>> copies;  // to GPU memory, which are done when the thread waits for them
 };
 struct Barrier {
   int arrived, generation;
@@ -32,6 +33,11 @@ static Barrier cluster_barrier;
 constexpr int PACE = 10;
 static std::vector<std::function<void()>> postponed;
 void do_later(std::function<void()> copy) { postponed.push_back(std::move(copy)); }
+void do_at_wait(std::function<void()> copy) { fibers[current].copies.push_back(std::move(copy)); }
+void do_what_waits() {
+  for (auto& copy : fibers[current].copies) copy();
+  fibers[current].copies.clear();
+}
 static int first_late, last_late;
 extern "C" void make_late(int first, int last) { first_late = first, last_late = last; }
 static void (*entry)(void*);
@@ -65,6 +71,7 @@ void* place_in(const void* at, int rank) { return const_cast<unsigned char*>(sta
 
 static void run_fiber() {
   entry(argument);
+  if (!fibers[current].copies.empty()) abort();  // a block's shared memory ends with it
   fibers[current].done = true;
   if (block().all.arrived == --block().alive && block().alive > 0) {
     block().all.arrived = 0;

@@ -14,6 +14,7 @@ from tests.ops.emulation import emulated, kernels_on_the_cpu, ops_run_on_the_cpu
 from tests.ops.kda.test_layer import as_one, kda_layer_inputs
 
 ARCH = "sm_90a"
+SAVING = "kda_chunk_fwd_pair_saves"
 TENSORS = ("q", "k", "v", "g", "beta")
 each_head_size = pytest.mark.parametrize("D", [64, 128])
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -24,16 +25,31 @@ def inputs_of(*shape, **options):
     return {name: x.contiguous() for name, x in kda_inputs(*shape, **options).items()}
 
 
+SAVED = ("workspaces", "states", "v_tilde", "scales")
+
+
+def saved_of(v, D, items):
+    """What a backward reads, not written yet: workspaces, states, v~ and the scales of v."""
+    layout, (B, _, H, _) = variants.layout_of(D, v.dtype), v.shape
+    sizes = (layout.workspace, layout.saved_state, layout.columns)
+    return *(torch.full((items, size), 255, dtype=torch.uint8) for size in sizes), torch.full((B, H), torch.nan)
+
+
 def in_two_kernels(q, k, v, g, beta, state):
     """o and the final state from the emulated kernels of intra_chunk_fwd, amax and inter_chunk_fwd."""
+    return saving_in_two_kernels(q, k, v, g, beta, state)[:2]
+
+
+def saving_in_two_kernels(q, k, v, g, beta, state):
+    """The same, and what they save."""
     B, T, H, D = v.shape
     dtype, layout = v.dtype, variants.layout_of(D, q.dtype)
     slots = B * -(-T // layout.chunk)
-    workspaces = torch.full((slots * H * layout.workspace,), 255, dtype=torch.uint8)
+    items = slots * H
+    workspaces, *saved = saved_of(v, D, items)
     amax, o = torch.full((slots, H), torch.nan), torch.full_like(v, torch.nan)
     final = torch.full((B, H, D, D), torch.nan)
     intra = variants.IntraChunkFwd(D, dtype, ARCH, q.dtype)
-    items = slots * H
     launch, where = (min(3, items), intra.threads), (None, items, T, H)
     if intra.helpers:
         emulated(intra.kernel)(*launch, q, k, v, g, beta, workspaces, amax, *where, D**-0.5)
@@ -41,11 +57,11 @@ def in_two_kernels(q, k, v, g, beta, state):
         emulated(intra.kernel)(*launch, q, k, g, beta, workspaces, *where, D**-0.5)
         emulated(variants.amax_kernel(D, dtype))(-(-items // 8), 256, v, amax, *where)
     inter = variants.InterChunkKernel("inter_chunk_fwd", D, dtype, ARCH, "whole")
-    results = (o, final, *(None,) * 6)
+    results = (o, final, *saved, *(None,) * 3)
     emulated(inter.kernel)(
         B * H * inter.blocks, 32 * inter.warps, workspaces, v, amax, state, state, *results, None, B, T, H, 1, 0
     )
-    return o, final
+    return o, final, workspaces, *saved
 
 
 def in_one_kernel(q, k, v, g, beta, state):
@@ -55,6 +71,21 @@ def in_one_kernel(q, k, v, g, beta, state):
     o, final = torch.full_like(v, torch.nan), torch.full((B, H, D, D), torch.nan)
     emulated(one.kernel)(B * H * one.blocks, one.threads, q, k, v, g, beta, state, o, final, T, H, D**-0.5)
     return o, final
+
+
+def saving_in_one_kernel(q, k, v, g, beta, state, *, workspaces=True):
+    """o, the final state, and what emulated chunk_fwd_pair.cu saves after emulated amax.cu."""
+    B, T, H, D = v.shape
+    one, slots = variants.chunk_fwd(D, v.dtype, q.dtype, saves=True), B * -(-T // 64)
+    items = slots * H
+    o, final = torch.full_like(v, torch.nan), torch.full((B, H, D, D), torch.nan)
+    amax, saved = torch.full((slots, H), torch.nan), list(saved_of(v, D, items))
+    if not workspaces:
+        saved[0] = None
+    emulated(variants.amax_kernel(D, v.dtype))(-(-items // 8), 256, v, amax, None, items, T, H)
+    given = (q, k, v, g, beta, state, o, final, amax, *saved)
+    emulated(one.kernel)(B * H * one.blocks, one.threads, *given, T, H, D**-0.5)
+    return o, final, *saved
 
 
 def truth(q, k, v, g, beta, state):
@@ -156,6 +187,71 @@ class TestEmulated:
         assert relative(got[1][..., other], want[1][..., other]) < 6e-3
 
 
+def same_bits(x, y):
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def assert_all_equal(got, want):
+    """Bit for bit: a NaN must be where there is one."""
+    pairs = zip(("o", "final state", *SAVED), got, want, strict=True)
+    assert [name for name, x, y in pairs if not same_bits(x, y)] == []
+
+
+@needs_a_compiler
+class TestSaves:
+    """chunk_fwd_pair.cu for a forward that a backward follows, beside the two kernels."""
+
+    @pytest.mark.parametrize(
+        ("B", "T", "gate", "dtype", "query", "with_state"),
+        [
+            (2, 5, "slow", torch.bfloat16, torch.bfloat16, True),
+            (1, 64, "mixed", torch.bfloat16, torch.float16, False),
+            (1, 128, "fast", torch.float16, torch.float16, False),
+            (2, 150, "resets", torch.bfloat16, torch.bfloat16, True),
+            pytest.param(1, 200, "brutal", torch.bfloat16, torch.float16, True, marks=pytest.mark.slow),
+            pytest.param(1, 70, "zero", torch.float16, torch.float16, True, marks=pytest.mark.slow),
+            pytest.param(1, 830, "mixed", torch.bfloat16, torch.bfloat16, False, marks=pytest.mark.slow),
+        ],
+    )
+    def test_all_bits_of_the_two_kernels(self, B, T, gate, dtype, query, with_state):
+        q, k, v, g, beta, state = inputs_of(B, T, 2, 128, 128, gate=gate, dtype=dtype).values()
+        given = (q.to(query), k.to(query), v, g, beta, state if with_state else None)
+        assert_all_equal(saving_in_one_kernel(*given), saving_in_two_kernels(*given))
+
+    def test_without_workspaces(self):
+        inputs = inputs_of(1, 70, 1, 128, 128, dtype=torch.bfloat16).values()
+        got, want = saving_in_one_kernel(*inputs, workspaces=False), saving_in_two_kernels(*inputs)
+        assert got[2] is None
+        assert_all_equal((*got[:2], want[2], *got[3:]), want)
+
+    @pytest.mark.parametrize("with_state", [True, False])
+    def test_one_scale_for_all_chunks_and_columns(self, with_state):
+        """Also where the largest |v| is of a late chunk and of one column, and for a head of another scale."""
+        q, k, v, g, beta, state = inputs_of(1, 200, 2, 128, 128, dtype=torch.bfloat16).values()
+        v[:, :64] *= 2.0**-20
+        v[:, 130, 0, 77] *= 2.0**30
+        state = state * 2.0**-30 if with_state else None
+        got = saving_in_one_kernel(q, k, v, g, beta, state)
+        assert got[-1][0, 0] < got[-1][0, 1]
+        assert_all_equal(got, saving_in_two_kernels(q, k, v, g, beta, state))
+
+    @pytest.mark.parametrize(
+        ("first", "last"),
+        [
+            pytest.param(0, 511, id="team 0 but for its sender", marks=pytest.mark.slow),
+            pytest.param(511, 512, id="sender 0"),
+            pytest.param(512, 640, id="scanners 0", marks=pytest.mark.slow),
+            pytest.param(1151, 1152, id="sender 1", marks=pytest.mark.slow),
+            pytest.param(1152, 1280, id="scanners 1", marks=pytest.mark.slow),
+        ],
+    )
+    def test_a_part_of_a_cluster_may_be_late(self, first, last):
+        inputs = inputs_of(1, 410, 1, 128, 128, dtype=torch.bfloat16).values()
+        with emulated(variants.chunk_fwd(128, torch.bfloat16, saves=True).kernel).late(first, last):
+            got = saving_in_one_kernel(*inputs)
+        assert_all_equal(got, saving_in_two_kernels(*inputs))
+
+
 @pytest.fixture
 def three_heads_fill_the_gpu(monkeypatch):
     """With one block each, or with two."""
@@ -196,6 +292,34 @@ def test_the_op_that_normalizes(D, T, gate, with_state):
     want = truth(q, k, *(inputs.get(name) for name in ("v", "g", "beta", "initial_state")))
     for one, exact in zip(got, want, strict=True):
         assert relative(one, exact) < 6e-3
+
+
+@needs_a_compiler
+@pytest.mark.usefixtures("kernels_on_the_cpu", "three_heads_fill_the_gpu")
+@pytest.mark.parametrize(
+    ("recompute", "with_state"),
+    [(False, True), pytest.param(True, False, marks=pytest.mark.slow)],
+)
+def test_gradients_where_the_forward_saves(recompute, with_state, monkeypatch):
+    """All bits of those where the two kernels do."""
+    inputs = unnormalized(70, "slow", 128)
+    if not with_state:
+        inputs["initial_state"] = None
+    results, launched, launch = [], [], Kernel.__call__
+    monkeypatch.setattr(
+        Kernel, "__call__", lambda kernel, *a, **o: (launched.append(kernel.entry), launch(kernel, *a, **o))
+    )
+    for saves in (True, False):
+        monkeypatch.setattr(core, "PAIR_SAVES", saves)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs.values()]
+        o, final = core.kda_cuda(*leaves[:5], 128**-0.5, leaves[5], None, normalize=True, recompute=recompute)
+        loss = (o.float() * inputs["v"].float()).sum() + final.square().sum()
+        results.append((o, final, *torch.autograd.grad(loss, [x for x in leaves if x is not None])))
+        assert (SAVING in launched) is saves
+        assert ("kda_inter_chunk_fwd" in launched) is not saves
+        assert ("kda_intra_chunk_fwd" in launched) is (recompute or not saves)
+        launched.clear()
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @needs_a_compiler
@@ -276,6 +400,16 @@ class TestWhenItRuns:
         self.call(gradient=True, recompute=recompute)
         assert launched == self.two
 
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_where_one_does_with_pair_saves(self, recompute, launched, monkeypatch):
+        monkeypatch.setattr(core, "PAIR_SAVES", True)
+        self.call(gradient=True, recompute=recompute)
+        assert launched == (["kda_amax", SAVING] if self.D == 128 else self.two)
+        for given in ({"blocks": 80}, {"cu_seqlens": torch.tensor([0, 20, 70], dtype=torch.int32)}):
+            launched.clear()
+            self.call(gradient=True, **given)
+            assert SAVING not in launched
+
     @pytest.mark.parametrize(
         "given",
         [
@@ -319,6 +453,16 @@ class TestWhenItRuns:
         y = run(**{name: x.requires_grad_() for name, x in inputs.items()})[0]
         y.sum().backward()
         assert "kda_inter_chunk_fwd" in launched
+        assert self.one not in launched
+
+    @pytest.mark.parametrize("save_for_backward", ["inputs", "workspaces", "core"])
+    def test_in_a_layer_with_pair_saves(self, save_for_backward, launched, monkeypatch):
+        """The kernel has the bits of the two others, so it may run where they ran before."""
+        monkeypatch.setattr(core, "PAIR_SAVES", True)
+        inputs = kda_layer_inputs(self.B, self.T, heads=self.H, dim=self.D)
+        inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+        as_one(self.D, save_for_backward=save_for_backward)(**inputs)[0].sum().backward()
+        assert launched.count(SAVING) == (self.D == 128 and save_for_backward != "workspaces")
         assert self.one not in launched
 
 
@@ -423,3 +567,53 @@ class TestOnAGPU:
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
         got = kda_attention(**leaves, backend="cuda")
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="no Hopper GPU: the kernel is emulated, not run",
+)
+class TestSavesOnAGPU:
+    """All results and gradients have the bits of the two kernels."""
+
+    def results(self, inputs, saves, monkeypatch, **options):
+        monkeypatch.setattr(core, "PAIR_SAVES", saves)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs.values()]
+        assert plan.plan_of(leaves[2], None).chunk_fwd_saves is not None
+        with poisoned():
+            o, final = core.kda_cuda(*leaves[:5], 128**-0.5, leaves[5], None, **options)
+            loss = (o.float() * inputs["v"].float()).sum() + final.square().sum()
+            return o, final, *torch.autograd.grad(loss, [x for x in leaves if x is not None])
+
+    def inputs(self, T, *, B=2, H=32, gate="slow", dtype=torch.bfloat16):
+        return {name: x.cuda() for name, x in kda_inputs(B, T, H, 128, 128, gate=gate, dtype=dtype).items()}
+
+    @pytest.mark.parametrize("T", [1, 15, 64, 65, 129, 1000])
+    @pytest.mark.parametrize("gate", ["slow", "fast", "mixed", "resets", "brutal", "zero"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_all_bits_of_the_two_kernels(self, dtype, gate, T, monkeypatch):
+        inputs = self.inputs(T, gate=gate, dtype=dtype)
+        got, want = (self.results(inputs, saves, monkeypatch) for saves in (True, False))
+        assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
+
+    @pytest.mark.parametrize("options", [{"normalize": True}, {"recompute": True}], ids=str)
+    def test_options(self, options, monkeypatch):
+        inputs = self.inputs(300) | {"initial_state": None}
+        got, want = (self.results(inputs, saves, monkeypatch, **options) for saves in (True, False))
+        assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
+
+    def test_a_large_value_late(self, monkeypatch):
+        inputs = self.inputs(300)
+        inputs["v"][:, 250] *= 2.0**20
+        got, want = (self.results(inputs, saves, monkeypatch) for saves in (True, False))
+        assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
+
+    @pytest.mark.parametrize(("B", "T", "H"), [(8, 2048, 8), (3, 1000, 20), (16, 300, 16)])
+    def test_the_same_in_every_run(self, B, T, H, monkeypatch):
+        """The last shape has more blocks than multiprocessors."""
+        inputs = self.inputs(T, B=B, H=H)
+        first = self.results(inputs, False, monkeypatch)
+        for _ in range(5):
+            got = self.results(inputs, True, monkeypatch)
+            assert all(same_bits(x, y) for x, y in zip(got, first, strict=True))

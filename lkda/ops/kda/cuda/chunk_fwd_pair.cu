@@ -1,5 +1,5 @@
-// The whole forward in one kernel, for a forward that no backward follows, as chunk_fwd.cu computes it. Heads of 128 in half precision
-// on Hopper. A head of one sequence has a cluster of two blocks, and a multiprocessor holds one block.
+// The whole forward in one kernel, as chunk_fwd.cu computes it. Heads of 128 in half precision on Hopper. A head of one sequence has a
+// cluster of two blocks, and a multiprocessor holds one block.
 //
 // Each block computes one half of the columns of V. Both need all ChunkWorkspaces, so each computes those of every second chunk and
 // copies them to the other, from shared memory to shared memory.
@@ -18,6 +18,11 @@
 //   emptied    the scanners of the other block are done with chunk m - SLOTS, so the copy of m may take its slot there.
 // The copy of chunk m - SLOTS, which came from that slot of the other block, must have arrived too, so that nothing reads the slot any more.
 // All that a chunk waits for belongs to earlier chunks, so the waiting ends. AMONG_TEAM is for the warps of the team alone.
+//
+// With SAVES a backward follows, and its two kernels get what intra_chunk_fwd and inter_chunk_fwd write for them. The block that makes
+// a workspace also copies it to GPU memory, and `emptied` then waits for that copy as well. The scanners write the state that enters
+// each chunk, and v~^T. One scale holds for a whole head there, as in inter_chunk_fwd.cu, so amax.cu finds the largest |v| first.
+#include "bulk_copy.cuh"
 #include "cluster.cuh"
 #include "kda_inverse.cuh"
 #include "named_barrier.cuh"
@@ -66,7 +71,7 @@ struct Signals {
   __device__ __forceinline__ void prepare() const {
     for (int slot = 0; slot < SLOTS; ++slot) {
       arrived[slot].prepare(1);              // by who sends
-      emptied[slot].prepare(SCANNER_WARPS);  // of the other block
+      emptied[slot].prepare(SCANNER_WARPS + SAVES);  // of the other block, and its sender
     }
     show_signals();
   }
@@ -201,7 +206,7 @@ __device__ __forceinline__ void merge_inverse(const Team& team, char* shared, ch
   merge<Shared, WARPS, 32>(shared, pairs, opaque(team.warp));
 }
 
-// Copies of workspaces to the other block, which one thread starts.
+// Copies of workspaces to the other block, and with SAVES to GPU memory, all of which one thread starts.
 struct Sender {
   char* memory;
   int rank;  // of the other block
@@ -209,10 +214,11 @@ struct Sender {
   // Of a warp that has no part in the merges.
   __device__ __forceinline__ bool is_here() const { return threadIdx.x == THREADS - 1; }
   // k_in, qg and kg, as soon as their place in the other block is free.
-  __device__ __forceinline__ void send_rows(int m) const {
+  __device__ __forceinline__ void send_rows(int m, int length) const {
     if (is_here()) {
       const Signals signals(memory);
       const int slot = m % SLOTS;
+      if (SAVES && m >= BLOCKS_OF_A_HEAD) release(m - BLOCKS_OF_A_HEAD, length);
       if (m >= SLOTS) {
         signals.emptied[slot].wait(Signals::phase(m - SLOTS));
         signals.arrived[slot].wait(Signals::phase(m - SLOTS));
@@ -222,9 +228,28 @@ struct Sender {
     }
     __syncwarp();
   }
-  // The pairs, decay and beta.
-  __device__ __forceinline__ void send_rest(int m) const {
-    if (is_here()) copy_to_block(slot_of(memory, m) + ChunkWorkspace::pairs, ChunkWorkspace::bytes - ChunkWorkspace::pairs, Signals(memory).arrived + m % SLOTS, rank);
+  // The pairs, decay and beta. Only then the whole workspace to GPU memory: the other block waits for its copy, and nothing for this one until
+  // the team's next chunk.
+  template <class Compute>
+  __device__ __forceinline__ void send_rest(int m, const Compute& arguments) const {
+    if (is_here()) {
+      copy_to_block(slot_of(memory, m) + ChunkWorkspace::pairs, ChunkWorkspace::bytes - ChunkWorkspace::pairs, Signals(memory).arrived + m % SLOTS, rank);
+#if SAVES
+      const Arguments given = arguments();
+      char* workspaces = given.saved.workspaces;  // null where the backward computes them again
+      if (workspaces != nullptr) copy_to_memory(workspaces + given.item(m) * ChunkWorkspace::bytes, slot_of(memory, m), ChunkWorkspace::bytes);
+#endif
+    }
+    __syncwarp();
+  }
+  // The team's chunk before, m, has been read for its copy to GPU memory, so the other block may fill its slot, as Workspaces::release has it.
+  __device__ __forceinline__ void release(int m, int length) const {
+    wait_until_read();
+    if ((m + SLOTS) * C < length) Signals(memory).emptied[m % SLOTS].arrive_in(rank);
+  }
+  // After the last chunk.
+  __device__ __forceinline__ void finish() const {
+    if (is_here()) wait_until_copied();
     __syncwarp();
   }
 };
@@ -266,14 +291,15 @@ __device__ __forceinline__ void compute_chunks(char* memory, const Compute& argu
     prefetch_inputs(arguments(), next(), team.thread());
     show_to_products();
     team.wait();
-    sender.send_rows(m);
+    sender.send_rows(m, length);
     merge_inverse(team, shared, slot() + ChunkWorkspace::pairs);
     inputs.read(arguments(), next(), team);  // only now, because there are no registers for them during the merges
     show_to_products();
     team.wait();
-    sender.send_rest(m);
+    sender.send_rest(m, arguments);
     wait_at_barrier(FILLED, THREADS + SCANNERS);
   }
+  if constexpr (SAVES) sender.finish();
 }
 
 // Scanners.
@@ -303,9 +329,17 @@ struct Workspaces {
 };
 
 // q, k: [N, length, H, D] Element. v, o: the same, Value. g: the same, beta: [N, length, H], float32. initial_state (may be null,
-// zeros), final_state: [N, H, K, V] float32. Grid: N x H x 2.
+// zeros), final_state: [N, H, K, V] float32. With SAVES, amax: [chunks, H] float32, of v; workspaces (may be null): [chunks, H] ChunkWorkspace;
+// states: [chunks, H] SavedState, the h that enters each chunk; v_tilde: [chunks, H] Columns, v~^T; scales: [N, H] float32, those of v.
+// Grid: N x H x 2.
+#if SAVES
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS + SCANNERS, 1) kda_chunk_fwd_pair_saves(
+    const Element* q, const Element* k, const Value* v, const float* g, const float* beta, const float* initial_state, Value* o, float* final_state,
+    const float* amax, char* workspaces, char* states, char* v_tilde, float* scales, int length, int heads, float scale) {
+#else
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS + SCANNERS, 1) kda_chunk_fwd_pair(
     const Element* q, const Element* k, const Value* v, const float* g, const float* beta, const float* initial_state, Value* o, float* final_state, int length, int heads, float scale) {
+#endif
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   char* shared = reinterpret_cast<char*>(shared_memory);
   if (threadIdx.x == 0) Signals(shared).prepare();
@@ -314,7 +348,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS +
     const unsigned column = block % BLOCKS_OF_A_HEAD * COLUMNS;
     const int run = block / BLOCKS_OF_A_HEAD, sequence = run / heads, head = run % heads, chunks = (length + C - 1) / C;
     const float* initial_columns = initial_state == nullptr ? nullptr : initial_state + column;
-    return Arguments{q, k, v + column, g, beta, initial_columns, o + column, final_state + column, heads, head, sequence, length, chunks, scale};
+    return Arguments{
+        q, k, v + column, g, beta, initial_columns, o + column, final_state + column, heads, head, sequence, length, chunks, scale,
+#if SAVES
+        {amax, initial_state, workspaces, states, v_tilde, scales, static_cast<int>(column)},
+#endif
+    };
   };
   const int rank = blockIdx.x % BLOCKS_OF_A_HEAD;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // so that the compiler knows that all lanes have the same

@@ -6,7 +6,7 @@ docs/dev/kernels.md explains the kernels, docs/reference/mixers.md the notation.
     inter_chunk_fwd   one chunk after another: the state and the output
     inter_chunk_bwd   one chunk after another, from the last to the first: the gradient of the state
     intra_chunk_bwd   all chunks in parallel: the gradients of q, k, v, g and beta
-    chunk_fwd         both kernels of the forward in one, for some shapes where no backward follows (`ONE_PASS`, `PAIR`)
+    chunk_fwd         both kernels of the forward in one, for some shapes (`ONE_PASS`, `PAIR`, `PAIR_SAVES`)
 
 The forward saves three things for the backward: the workspaces that intra_chunk_fwd writes, the state h that enters
 each chunk, and v~ (v_new without its factor beta). Only inter_chunk_bwd reads the workspaces; they are freed before
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lkda.checks import InputError
-from lkda.ops.kda.cuda.plan import Plan, plan_of, sizes_of
+from lkda.ops.kda.cuda.plan import Launch, Plan, plan_of, sizes_of
 from lkda.ops.runtime.dispatch import can_bypass_dispatcher, wants_gradient, without_dispatcher
 from lkda.ops.runtime.kernel_inputs import cannot_take, readable
 from lkda.ops.short_conv.cuda import normalize_heads, normalize_heads_backward, normalized_dtype
@@ -37,6 +37,9 @@ reason_cannot_run = cannot_take(otherwise="chunk")
 # ONE_PASS is for heads of 64, and PAIR for heads of 128, whose kernel is chunk_fwd_pair.cu.
 ONE_PASS = True
 PAIR = True
+# Whether chunk_fwd_pair.cu computes a forward that a backward follows too (`Plan.chunk_fwd_saves`). It writes what
+# the two kernels write for the backward, with the same bits. False until that has run on a GPU.
+PAIR_SAVES = False
 
 
 def runs_in_one_kernel(D: int) -> bool:
@@ -87,6 +90,9 @@ def launch_forward(
         o, final_state = empty_results(v, cu_seqlens)
         plan.chunk_fwd(q, k, v, g, beta, initial_state, o, final_state, T, H, scale)
         return o, final_state, None, None, None, None
+    if PAIR_SAVES and save and workspaces is None and plan.chunk_fwd_saves is not None and T > 0:
+        results = launch_and_save(q, k, v, g, beta, initial_state, plan, plan.chunk_fwd_saves, scale, recompute)
+        return *results, q if normalize else None, k if normalize else None
     bounds, spans = plan.chunks(cu_seqlens)
     if workspaces is None:
         workspaces = launch_intra_chunk_fwd(q, k, v, g, beta, plan, spans, scale)
@@ -111,6 +117,31 @@ def launch_forward(
         return o, final_state, None, None, None, None
     saved_workspaces = None if recompute else workspaces
     return o, final_state, saved_workspaces, saved, q if normalize else None, k if normalize else None
+
+
+def launch_and_save(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    plan: Plan,
+    launch: Launch,
+    scale: float,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The first four results of `launch_forward` with `save`, by one kernel after that of the amax."""
+    _, T, H, _ = q.shape
+    o, final_state = empty_results(v, None)
+    memory = empty_bytes(plan.amax if recompute else plan.workspaces, q.device)
+    workspaces = None if recompute else memory
+    amax = plan.find_amax(v, None, memory)
+    saved = empty_bytes(plan.saved, q.device)
+    states, v_tilde, _, v_scales = plan.saved_parts(saved)
+    passed = (amax, workspaces, states, v_tilde, v_scales)
+    launch(q, k, v, g, beta, initial_state, o, final_state, *passed, T, H, scale)
+    return o, final_state, workspaces, saved
 
 
 def launch_intra_chunk_fwd(

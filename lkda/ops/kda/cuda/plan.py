@@ -131,12 +131,17 @@ class Plan(Sizes):
         self.summarize_fwd, self.summarize_bwd = scan("inter_chunk_fwd", "summary"), scan("inter_chunk_bwd", "summary")
         self.chunk_fwd: Launch | None = None
         """The whole forward in one kernel, for a forward that no backward follows. None where the other kernels run."""
+        self.chunk_fwd_saves: Launch | None = None
+        """The same for a forward that a backward follows."""
         uncut = N is None and segments == 1
         if has_chunk_fwd(D, dtype, arch) and uncut:
             one_pass = chunk_fwd(D, dtype, query)
             blocks = self.sequences * H * one_pass.blocks
             if fills_in_one_pass(blocks):
                 self.chunk_fwd = launch(one_pass.kernel, blocks, one_pass.threads)
+                if D == 128:
+                    saving = chunk_fwd(D, dtype, query, saves=True).kernel
+                    self.chunk_fwd_saves = launch(saving, blocks, one_pass.threads)
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
         backward = intra_chunk_bwd(D, dtype, arch, query)
         backward_blocks = min(self.items, multiprocessors(device)) if backward.persistent else self.items

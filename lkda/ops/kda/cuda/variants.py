@@ -176,18 +176,18 @@ CHUNK_FWD_REGISTERS = {64: (88, 128), 128: (72, 192)}
 
 
 class ChunkFwd:
-    """The kernel chunk_fwd.cu or, for heads of 128, chunk_fwd_pair.cu: the whole forward in half precision on Hopper,
-    where no backward follows.
+    """The kernel chunk_fwd.cu or, for heads of 128, chunk_fwd_pair.cu: the whole forward in half precision on Hopper.
 
     Args:
         query: the dtype of q and k, where v is of `dtype`. None: all three are of `dtype`.
+        saves: whether a backward follows, for heads of 128.
 
     Attributes:
         threads: threads in a block: 16 warps in one or two teams, and 4 scanners.
         blocks: blocks for one head of one sequence. Two are a cluster.
     """
 
-    def __init__(self, D: int, dtype: torch.dtype, query: torch.dtype | None = None):
+    def __init__(self, D: int, dtype: torch.dtype, query: torch.dtype | None = None, saves: bool = False):
         layout = layout_of(D, query or dtype)
         self.threads, self.blocks = 512 + 128, D // 64
         shared_bytes = layout.chunk_fwd_shared(teams=2) if D == 64 else layout.chunk_fwd_pair_shared()
@@ -195,19 +195,19 @@ class ChunkFwd:
         defines = layout.defines | {
             "VALUE": ELEMENTS[dtype],
             "WARPGROUPS": 1,
+            "SAVES": int(saves),
             "TEAM_REGISTERS": team,
             "SCANNER_REGISTERS": scanner,
             "SHARED_BYTES": shared_bytes,
         }
         name = "chunk_fwd" if D == 64 else "chunk_fwd_pair"
-        self.kernel = Module(HERE / f"{name}.cu", defines).kernel(
-            f"kda_{name}", "PPPPPPPPiif", shared_bytes=shared_bytes
-        )
+        entry, signature = (f"kda_{name}_saves", "P" * 13 + "iif") if saves else (f"kda_{name}", "P" * 8 + "iif")
+        self.kernel = Module(HERE / f"{name}.cu", defines).kernel(entry, signature, shared_bytes=shared_bytes)
 
 
 @cache
-def chunk_fwd(D: int, dtype: torch.dtype, query: torch.dtype | None = None) -> ChunkFwd:
-    return ChunkFwd(D, dtype, None if query == dtype else query)
+def chunk_fwd(D: int, dtype: torch.dtype, query: torch.dtype | None = None, saves: bool = False) -> ChunkFwd:
+    return ChunkFwd(D, dtype, None if query == dtype else query, saves)
 
 
 # The dtypes of v, and of q and k where they have another.
@@ -332,5 +332,10 @@ def kernels(arch: str) -> list[Kernel]:
         + [segments_kernel(D, arch) for D in HEAD_DIMS]
         + [amax_kernel(D, dtype) for D, dtype in variants if dtype.itemsize == 2]
         + [sequences_kernel(torch.bfloat16), sequences_kernel(torch.float32)]
-        + [chunk_fwd(D, *dtypes).kernel for D in CHUNK_FWD_REGISTERS for dtypes in CHUNK_FWD_DTYPES if arch == "sm_90a"]
+        + [
+            chunk_fwd(D, *dtypes, saves).kernel
+            for D, saves in ((64, False), (128, False), (128, True))
+            for dtypes in CHUNK_FWD_DTYPES
+            if arch == "sm_90a"
+        ]
     )
