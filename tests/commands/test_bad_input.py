@@ -107,6 +107,12 @@ TRAINING = [
     ("mixer.name=null", r"mixer.name must be text, got None"),
     ("~model.learning_rate init_from=5", r"no learning rate is known for the model of init_from: give optimizer.lr="),
     ("init_from=5", r"5 is no exported model: it has no config.json"),
+    (
+        "rope_base=500000",
+        r"rope_base changes the model of init_from. Without init_from, set mixer.softmax.rope_base or",
+    ),
+    ("init_from=5 rope_base=0", r"rope_base must be a number above 0, got 0"),
+    ("init_from=5 rope_base=far", r"rope_base must be a finite number or null, got 'far'"),
     # data
     (
         "data.paths=[2012]",

@@ -31,7 +31,7 @@ from lkda.training.sharded_checkpoint import remove
 
 _CONFIG = "config.yaml"
 # Settings that change what a run computes. A resumed run must have the same values.
-_FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from", "trainer")
+_FIXED = ("model", "mixer", "data", "optimizer", "scheduler", "seed", "init_from", "rope_base", "trainer")
 # Settings in these groups that a resumed run may change: the length of the run, the place of the cache, the number of
 # workers and what is printed. The groups outside _FIXED may change too: backend, compile, checkpointing, checkpoint,
 # logger, callbacks and sample.

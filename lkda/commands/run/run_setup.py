@@ -162,6 +162,19 @@ def _check(settings: dict[str, Any]) -> None:
         raise InputError(f"checkpointing must be {' or '.join(CHECKPOINTING)}, got {settings['checkpointing']!r}.")
     if not isinstance(settings["init_from"], str | None):
         raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
+    _check_rope_base(settings.get("rope_base"), init_from=settings["init_from"])
+
+
+def _check_rope_base(base: object, *, init_from: str | None) -> None:
+    """Raise InputError for a base that is no positive number, or without a model to use it in."""
+    check_values({"rope_base": base}, {"rope_base": float | None})
+    if isinstance(base, int | float) and base <= 0:
+        raise InputError(f"rope_base must be a number above 0, got {base}.")
+    if base is not None and init_from is None:
+        raise InputError(
+            "rope_base changes the model of init_from. Without init_from, set mixer.softmax.rope_base or "
+            "mixer.mla.rope_base."
+        )
 
 
 def _located(part: str, target: str) -> Callable[..., Any]:
@@ -179,7 +192,9 @@ def _with_initial_model(settings: dict[str, Any], config: DictConfig) -> tuple[d
     if settings["init_from"] is None:
         return settings, None
     directory = Path(settings["init_from"])
-    initial = load_initial_model(directory, backend=settings["backend"], data=settings["data"])
+    initial = load_initial_model(
+        directory, backend=settings["backend"], data=settings["data"], rope_base=settings.get("rope_base")
+    )
     data = {**settings["data"], "tokenizer_path": str(directory / "tokenizer.json")}
     if "vocab_size" in data:
         data["vocab_size"] = initial.config["vocab_size"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
@@ -13,8 +14,10 @@ import lkda
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.run.checkpoint_loading import load_trained
+from lkda.commands.run.init_from import with_rope_base
 from lkda.commands.train import train
 from tests.commands.small import ROOT, composed, small_run
+from tests.models.helpers import small, tokens
 
 WHOLE_VALIDATION = "trainer.limit_val_batches=1.0"
 
@@ -125,3 +128,30 @@ def test_the_card_claims_no_metrics_of_another_step(short_run: Path, tmp_path: P
     back, _ = lkda.load(tmp_path / "two")
     for before, after in zip(model.parameters(), back.parameters(), strict=True):
         torch.testing.assert_close(after, before, rtol=2**-8, atol=0)
+
+
+def test_another_base_of_the_rotary_positions() -> None:
+    """Weights stay, outputs change, and a model without rotary positions is the same object."""
+    model = small(["kda", "softmax"])
+    changed = with_rope_base(model, 500000)
+    assert {key for key in model.config if model.config[key] != changed.config[key]} == {"mixer"}
+    assert changed.config["mixer"]["softmax"]["rope_base"] == 500000.0
+    assert all(torch.equal(x, y) for x, y in zip(changed.parameters(), model.parameters(), strict=True))
+    words = tokens(1, 40)
+    with torch.no_grad():
+        assert not torch.equal(changed.eval()(words), model(words))
+        again = with_rope_base(changed, 10000)
+        assert torch.equal(again.eval()(words), model(words))
+    without = small(["kda"])
+    assert with_rope_base(without, 500000) is without
+    mla = small(["mla"])  # no positions by default, and none are added
+    assert with_rope_base(mla, 500000) is mla
+
+
+def test_the_base_is_recorded_and_trained_with(tmp_path: Path, corpus: Path) -> None:
+    before = trained(corpus, tmp_path / "before", "softmax", 2)
+    exported = export(composed("export", f"ckpt={before}", f"out={tmp_path}/out"))
+    fine_tuned(corpus, exported, tmp_path / "run", "rope_base=500000", "trainer.max_steps=2")
+    recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert recorded["rope_base"] == recorded["mixer"]["softmax"]["rope_base"] == 500000
+    assert load_trained(tmp_path / "run").model.config["mixer"]["softmax"]["rope_base"] == 500000
