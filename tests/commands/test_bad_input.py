@@ -109,7 +109,7 @@ TRAINING = [
     ("init_from=5", r"5 is no exported model: it has no config.json"),
     (
         "rope_base=500000",
-        r"rope_base changes the model of init_from. Without init_from, set mixer.softmax.rope_base or",
+        r"rope_base=500000 changes the model of init_from, which is null: give init_from, or leave",
     ),
     ("init_from=5 rope_base=0", r"rope_base must be a number above 0, got 0"),
     ("init_from=5 rope_base=far", r"rope_base must be a finite number or null, got 'far'"),

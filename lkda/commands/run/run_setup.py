@@ -172,8 +172,8 @@ def _check_rope_base(base: object, *, init_from: str | None) -> None:
         raise InputError(f"rope_base must be a number above 0, got {base}.")
     if base is not None and init_from is None:
         raise InputError(
-            "rope_base changes the model of init_from. Without init_from, set mixer.softmax.rope_base or "
-            "mixer.mla.rope_base."
+            f"rope_base={base} changes the model of init_from, which is null: give init_from, or leave rope_base out "
+            "and set mixer.softmax.rope_base or mixer.mla.rope_base."
         )
 
 

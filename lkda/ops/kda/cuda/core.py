@@ -33,8 +33,8 @@ from lkda.ops.short_conv.cuda import normalize_heads, normalize_heads_backward, 
 reason_cannot_run = cannot_take(otherwise="chunk")
 
 # Whether chunk_fwd computes a forward that no backward follows, at the shapes where the plan has it (`Plan.chunk_fwd`).
-# Its last bits are not those of a forward that a backward follows. Tests and benchmarks set this to False to compare.
-# ONE_PASS is for heads of 64, and PAIR for heads of 128, whose kernel is chunk_fwd_pair.cu.
+# Its last bits need not be those of a forward that a backward follows. Tests and benchmarks set this to False to
+# compare. ONE_PASS is for heads of 64, and PAIR for heads of 128, whose kernel is chunk_fwd_pair.cu.
 ONE_PASS = True
 PAIR = True
 # Whether chunk_fwd_pair.cu computes a forward that a backward follows too (`Plan.chunk_fwd_saves`). It writes what
