@@ -80,12 +80,16 @@ def kernels(word: str, mode: str, shape: Shape, dtype: torch.dtype, arch: str) -
     variant = {f"HEAD_DIM={shape.D}", f"ELEMENT={ELEMENTS[dtype]}"}
     found = [kernel for kernel in listed(arch) if variant <= set(kernel.module.defines)]
     one_pass = {kernel.entry for kernel in found if kernel.entry.startswith("kda_chunk_fwd")}
+    that_save = {entry for entry in one_pass if entry.endswith("_saves")}
     entries = {kernel.entry for kernel in found} - one_pass
+    two_kernels = {"kda_intra_chunk_fwd", "kda_inter_chunk_fwd"}
+    blocks = shape.B * shape.H * cuda_kernels.chunk_fwd(shape.D, dtype).blocks if one_pass else 0
     if mode == "fwd":
-        entries &= {"kda_intra_chunk_fwd", "kda_inter_chunk_fwd", "kda_recurrent"}
-        if word == "cuda" and one_pass and core.runs_in_one_kernel(shape.D):
-            blocks = shape.B * shape.H * cuda_kernels.chunk_fwd(shape.D, dtype).blocks
-            entries = one_pass if fills_in_one_pass(blocks) else entries
+        entries &= two_kernels | {"kda_recurrent"}
+        if one_pass and core.runs_in_one_kernel(shape.D) and fills_in_one_pass(blocks):
+            entries = one_pass - that_save
+    elif that_save and core.PAIR_SAVES and fills_in_one_pass(blocks, saves=True):
+        entries = entries - two_kernels | that_save
     return [kernel for kernel in found if kernel.entry in entries]
 
 

@@ -395,16 +395,15 @@ class TestWhenItRuns:
             assert launched == [self.one]
 
     @pytest.mark.parametrize("recompute", [False, True])
-    def test_not_where_one_does(self, recompute, launched):
-        self.call(gradient=True, recompute=recompute)
-        assert launched == self.two
-
-    @pytest.mark.parametrize("recompute", [False, True])
-    def test_where_one_does_with_pair_saves(self, recompute, launched, monkeypatch):
-        monkeypatch.setattr(core, "PAIR_SAVES", True)
+    def test_where_one_does(self, recompute, launched, monkeypatch):
         self.call(gradient=True, recompute=recompute)
         assert launched == (["kda_amax", SAVING] if self.D == 128 else self.two)
-        for given in ({"blocks": 80}, {"cu_seqlens": torch.tensor([0, 20, 70], dtype=torch.int32)}):
+        launched.clear()
+        monkeypatch.setattr(core, "PAIR_SAVES", False)
+        self.call(gradient=True, recompute=recompute)
+        assert launched == self.two
+        monkeypatch.setattr(core, "PAIR_SAVES", True)
+        for given in ({"blocks": 90}, {"cu_seqlens": torch.tensor([0, 20, 70], dtype=torch.int32)}):
             launched.clear()
             self.call(gradient=True, **given)
             assert SAVING not in launched
@@ -441,8 +440,9 @@ class TestWhenItRuns:
         assert launched == self.two
 
     @pytest.mark.parametrize("save_for_backward", ["inputs", "workspaces", "core"])
-    def test_in_a_layer_that_computes_its_forward_again(self, save_for_backward, launched):
+    def test_in_a_layer_that_computes_its_forward_again(self, save_for_backward, launched, monkeypatch):
         """Its backward calls the two kernels, so its forward does: both must have the same bits."""
+        monkeypatch.setattr(core, "PAIR_SAVES", False)
         inputs = kda_layer_inputs(self.B, self.T, heads=self.H, dim=self.D)
         run = as_one(self.D, save_for_backward=save_for_backward)
         with torch.no_grad():
@@ -455,9 +455,8 @@ class TestWhenItRuns:
         assert self.one not in launched
 
     @pytest.mark.parametrize("save_for_backward", ["inputs", "workspaces", "core"])
-    def test_in_a_layer_with_pair_saves(self, save_for_backward, launched, monkeypatch):
+    def test_in_a_layer_with_pair_saves(self, save_for_backward, launched):
         """The kernel has the bits of the two others, so it may run where they ran before."""
-        monkeypatch.setattr(core, "PAIR_SAVES", True)
         inputs = kda_layer_inputs(self.B, self.T, heads=self.H, dim=self.D)
         inputs = {name: x.requires_grad_() for name, x in inputs.items()}
         as_one(self.D, save_for_backward=save_for_backward)(**inputs)[0].sum().backward()
@@ -470,3 +469,10 @@ class TestWhenItRuns:
 )
 def test_how_many_blocks_fill_the_gpu(blocks, fills):
     assert plan.fills_in_one_pass(blocks) is fills
+
+
+@pytest.mark.parametrize(
+    ("blocks", "fills"), [(1, False), (98, False), (99, True), (132, True), (192, False), (198, True), (512, True)]
+)
+def test_how_many_blocks_that_save_fill_the_gpu(blocks, fills):
+    assert plan.fills_in_one_pass(blocks, saves=True) is fills

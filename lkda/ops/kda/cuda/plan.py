@@ -139,9 +139,9 @@ class Plan(Sizes):
             blocks = self.sequences * H * one_pass.blocks
             if fills_in_one_pass(blocks):
                 self.chunk_fwd = launch(one_pass.kernel, blocks, one_pass.threads)
-                if D == 128:
-                    saving = chunk_fwd(D, dtype, query, saves=True).kernel
-                    self.chunk_fwd_saves = launch(saving, blocks, one_pass.threads)
+            if D == 128 and fills_in_one_pass(blocks, saves=True):
+                saving = chunk_fwd(D, dtype, query, saves=True).kernel
+                self.chunk_fwd_saves = launch(saving, blocks, one_pass.threads)
         self.segment_entries = launch(segments_kernel(D, arch), self.sequences * H * (D // 8), 2 * D)
         backward = intra_chunk_bwd(D, dtype, arch, query)
         backward_blocks = min(self.items, multiprocessors(device)) if backward.persistent else self.items
@@ -192,16 +192,16 @@ class Plan(Sizes):
         return bounds, spans
 
 
-def fills_in_one_pass(blocks: int) -> bool:
+def fills_in_one_pass(blocks: int, saves: bool = False) -> bool:
     """Whether so many blocks of chunk_fwd.cu, one for each head of a sequence, or of chunk_fwd_pair.cu, two for each,
-    keep the GPU busy until the last ends.
+    keep the GPU busy until the last ends. `saves`: whether a backward follows.
 
     A multiprocessor holds one block, so the blocks run in turns of BLOCKS, and at least two thirds of the places must
-    be taken. With fewer the other kernels are expected to be faster. Packed sequences do not get this kernel at all:
-    the longest may be much longer than the others, and its block would run alone.
+    be taken, three quarters for a kernel that saves. With fewer the other kernels are as fast. Packed sequences do not
+    get this kernel at all: the longest may be much longer than the others, and its block would run alone.
     """
     turns = -(-blocks // BLOCKS)
-    return blocks >= 2 / 3 * turns * BLOCKS
+    return blocks >= (3 / 4 if saves else 2 / 3) * turns * BLOCKS
 
 
 def sizes_of(x: Tensor, cu_seqlens: Tensor | None) -> Sizes:
