@@ -100,6 +100,7 @@ TRAINING = [
     ("mixer=mla mixer.mla.qk_nope_head_dim=-1", r"mixer.mla.qk_nope_head_dim must be a whole number of 1 or more"),
     ("mixer=mla mixer.mla.kv_lora_rank=0", r"mixer.mla.kv_lora_rank must be a whole number of 1 or more, got 0"),
     ("mixer=mla mixer.mla.qk_rope_head_dim=7", r"mla.qk_rope_head_dim must be even, got 7: choose an even number, or"),
+    ("mixer.softmax.rope_base=0", r"mixer.softmax.rope_base must be a number above 0, got 0.* or rope_base=null"),
     ("mixer=mla mixer.mla.rope_base=0", r"mixer.mla.rope_base must be a number above 0, got 0.* or rope_base=null"),
     ("mixer.pattern=-1", r"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern -1 "),
     ("mixer.pattern=[null]", r"unknown mixer None; there are conv, "),

@@ -26,6 +26,7 @@ KDA = ("kda",)
         (KDA, {"output_gate": False}, r"cannot express KDA without an output gate; lkda can"),
         (KDA, {"conv_width": 0}, r"cannot express KDA without convolutions; lkda can"),
         (("softmax",), {"conv_width": 4}, r"cannot express softmax attention with convolutions; lkda can"),
+        (("softmax",), {"rope_base": None}, r"cannot express softmax attention without rotary positions .*; lkda can"),
         (("softmax",), {"qk_norm": True, "norm_eps": 1e-6}, r"cannot express a QK-norm whose norm_eps .*; lkda can"),
         (("mla",), {"conv_width": 4}, r"cannot express MLA with convolutions; lkda can"),
         (("mla",), {"qk_norm": True}, r"cannot express MLA with a QK-norm; lkda can"),

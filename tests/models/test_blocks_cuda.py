@@ -19,6 +19,7 @@ MIXERS = {
     "simplified": {},
     "softmax": {},
     "softmax, norm of heads": {"qk_norm": True},
+    "softmax, norm of heads, no positions": {"qk_norm": True, "rope_base": None},
     "softmax, convolutions": {"conv_width": 4, "qk_norm": True},
     "mla": {},
     "mla, norm of heads": {"qk_norm": True},

@@ -218,6 +218,7 @@ OPTIONS = [
     ("softmax", {"qk_norm": True}),
     ("softmax", {"conv_width": 4}),
     ("softmax", {"conv_width": 3, "qk_norm": True, "rope_base": 500.0}),
+    ("softmax", {"qk_norm": True, "rope_base": None}),
     ("simplified", {"output_norm": False, "output_gate": False}),
 ]
 

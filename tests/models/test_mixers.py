@@ -200,6 +200,7 @@ OPTIONS = [
     ("simplified", {"output_gate": False}),
     ("mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 10}),
     ("softmax", {"rope_base": 500.0}),
+    ("softmax", {"rope_base": None}),
     ("softmax", {"qk_norm": True}),
     ("softmax", {"conv_width": 4}),
     ("mla", {"qk_norm": True}),
@@ -227,6 +228,16 @@ def test_options_keep_the_contract(name, options):
     close(torch.cat(pieces, 1), want)
     packed = model(torch.cat([x[:, 5:], x], 1), cu_seqlens=torch.tensor([0, 15, 35], dtype=torch.int32))
     close(packed[:, 15:], want)
+
+
+def test_softmax_without_positions_does_not_know_the_order():
+    """The last output of one layer is that of the same tokens before it in another order."""
+    x = tokens(1, 20)
+    shuffled = torch.cat([x[:, torch.randperm(19)], x[:, 19:]], 1)
+    for base, same in ((None, True), (10000.0, False)):
+        mixer = {"pattern": ["softmax"], "num_heads": 2, "softmax": {"rope_base": base, "qk_norm": True}}
+        model = small(["softmax"], scale=2, num_layers=1, mixer=mixer)
+        assert torch.allclose(model(shuffled)[:, -1], model(x)[:, -1], rtol=1e-4, atol=1e-4) is same
 
 
 @pytest.mark.parametrize("backend", ["auto", "chunk", "recurrent"])

@@ -61,6 +61,7 @@ OPTIONS = [
     ("kda", {"negative_eigenvalues": True, "output_gate": False}),
     ("simplified", {"conv_width": 0}),
     ("simplified", {"output_gate": False}),
+    ("softmax", {"rope_base": None}),
     ("mla", {"rope_base": 100.0}),
     ("mla", {"rope_base": 100.0, "qk_rope_head_dim": 32}),
     ("mla", {"rope_base": 100.0, "qk_rope_head_dim": 32, "qk_norm": True}),

@@ -25,6 +25,8 @@ def unsupported_feature(config: Mapping[str, Any]) -> str | None:
         return "layers without an MLP"
     if options["conv_width"]:
         return "softmax attention with convolutions"
+    if options["rope_base"] is None:
+        return "softmax attention without rotary positions (mixer.softmax.rope_base=null)"
     if options["qk_norm"] and options["norm_eps"] != config["norm_eps"]:
         return "a QK-norm whose norm_eps is not the model's"
     return None

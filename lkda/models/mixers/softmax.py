@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,8 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
     and values, its length (see `lkda.models.growing_cache`), and the caches of the convolutions.
 
     Args:
-        rope_base: of the rotary frequencies.
+        rope_base: of the rotary frequencies; None for no position encoding, in hybrids whose other layers know the
+            order.
         qk_norm: whether each head of q and k has an RMSNorm before the rotation, as in Qwen3. All heads share a weight.
         norm_eps: of that norm.
         conv_width: of short convolutions with SiLU of q, k and v, as in KDA; 0 for none, and then no SiLU either.
@@ -44,7 +46,7 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
         d_model: int,
         num_heads: int,
         *,
-        rope_base: float = 10000.0,
+        rope_base: float | None = 10000.0,
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         conv_width: int = 0,
@@ -55,6 +57,11 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
         if self.head_dim % 2:
             raise InputError(
                 f"rotary positions turn pairs of channels: d_model / mixer.num_heads must be even, got {self.head_dim}."
+            )
+        if rope_base is not None and not 0 < rope_base < math.inf:
+            raise InputError(
+                f"mixer.softmax.rope_base must be a number above 0, got {rope_base}: choose one, or rope_base=null for "
+                "no position encoding."
             )
         self.rope_base, self.backend = rope_base, backend
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(d_model, d_model) for _ in range(4))

@@ -17,7 +17,7 @@ def _torch(
     q: Tensor,
     k: Tensor,
     position: Tensor,
-    base: float,
+    base: float | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
@@ -42,7 +42,7 @@ def rotary_heads(
     k: Tensor,
     position: Tensor,
     *,
-    base: float,
+    base: float | None,
     weights: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     backend: str = "auto",
@@ -55,6 +55,7 @@ def rotary_heads(
     Args:
         q, k: [B, T, H, D], D even. They may have different numbers H of heads.
         position: [T], or [B, T].
+        base: None for no rotation.
         weights: [D] for q and [D] for k, which all heads share. None for no norm.
         eps: added to the mean.
         backend: auto | cuda | torch.

@@ -21,7 +21,7 @@ def _torch(
     v_cache: Tensor,
     lengths: Tensor,
     *,
-    rope_base: float,
+    rope_base: float | None,
     scale: float,
 ) -> Tensor:
     """The step in PyTorch, in float32 at least: the definition that the kernels are compared with."""
@@ -60,7 +60,7 @@ def softmax_step(
     v_cache: Tensor,
     lengths: Tensor,
     *,
-    rope_base: float,
+    rope_base: float | None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -76,7 +76,7 @@ def softmax_step(
         k_cache, v_cache: [B, H, S, D], of which each sequence has the first `lengths` tokens; of one layout, in which
             the tokens of a head follow one another, as in the first S tokens of larger caches.
         lengths: int64 [B], the tokens of each sequence before this one. They are not changed.
-        rope_base: of the rotary frequencies.
+        rope_base: of the rotary frequencies; None for no rotation.
         scale: the factor of the scores; None for D^-0.5.
         backend: auto | cuda | cpu | torch.
     Returns: o [B, H, D] in v's dtype.

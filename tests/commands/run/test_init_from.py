@@ -146,6 +146,10 @@ def test_another_base_of_the_rotary_positions() -> None:
     assert with_rope_base(without, 500000) is without
     mla = small(["mla"])  # no positions by default, and none are added
     assert with_rope_base(mla, 500000) is mla
+    softmax = small(
+        ["kda", "softmax"], mixer={"pattern": ["kda", "softmax"], "num_heads": 2, "softmax": {"rope_base": None}}
+    )
+    assert with_rope_base(softmax, 500000) is softmax
 
 
 def test_the_base_is_recorded_and_trained_with(tmp_path: Path, corpus: Path) -> None:

@@ -24,7 +24,7 @@ def softmax_step_cpu(
     v_cache: Tensor,
     lengths: Tensor,
     *,
-    rope_base: float,
+    rope_base: float | None,
     scale: float,
 ) -> Tensor:
     """Arguments and result as of `softmax_step`, already checked, and all of one dtype."""

@@ -164,7 +164,7 @@ def rotary_heads_cuda(
     q: Tensor,
     k: Tensor,
     position: Tensor,
-    base: float,
+    base: float | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,

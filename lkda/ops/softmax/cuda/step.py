@@ -76,7 +76,7 @@ def _step(
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
-    rope_base: float,
+    rope_base: float | None,
     scale: float,
 ) -> Tensor:
     (B, H, D), S = q.shape, k_cache.shape[2]
@@ -101,7 +101,7 @@ def _step(
 _library = torch.library.Library("lkda", "FRAGMENT")
 _library.define(
     "softmax_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
-    "float rope_base, float scale) -> Tensor"
+    "float? rope_base, float scale) -> Tensor"
 )
 _library.impl("softmax_step", _step, "CUDA")
 
@@ -119,7 +119,7 @@ def softmax_step_cuda(
     v_cache: Tensor,
     lengths: Tensor,
     *,
-    rope_base: float,
+    rope_base: float | None,
     scale: float,
 ) -> Tensor:
     """The kernels. The arguments are those of `softmax_step`, already checked."""
