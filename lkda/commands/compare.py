@@ -63,7 +63,9 @@ def compare(config: DictConfig) -> None:
         raise InputError(f"out={out} cannot be written: {error.strerror}.") from error
     terminal = Console(highlight=False, markup=False, emoji=False)
     console = terminal if terminal.is_terminal else Console(width=140, highlight=False, markup=False, emoji=False)
-    console.print(rich_table(*as_cells(result.rows)))
+    # Into a file or a pipe, the table is as wide as it needs to be.
+    wide = terminal if terminal.is_terminal else Console(width=400, highlight=False, markup=False, emoji=False)
+    wide.print(rich_table(*as_cells(result.rows)))
     for note in result.notes:
         console.print(note, style="dim")
     for path, reason in result.skipped:

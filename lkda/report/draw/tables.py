@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -12,12 +13,12 @@ HEADING_WIDTH = 16  # characters; longer headings are broken into lines, in the 
 
 
 def rich_table(head: Sequence[str], body: Sequence[Sequence[str]], *, names: int = 1) -> Table:
-    """For the terminal. The first `names` columns are aligned to the left, the others, numbers, to the right."""
+    """For the terminal. The first `names` columns are aligned to the left, the others, numbers, to the right. A name
+    that has no room is broken into lines."""
     shown = Table(header_style="bold", box=None, pad_edge=False)
     for n, heading in enumerate(head):
-        shown.add_column(
-            textwrap.fill(heading, HEADING_WIDTH), justify="right" if n >= names else "left", no_wrap=n >= names
-        )
+        look: dict[str, Any] = {"justify": "right", "no_wrap": True} if n >= names else {"overflow": "fold"}
+        shown.add_column(textwrap.fill(heading, HEADING_WIDTH), **look)
     for line in body:
         shown.add_row(*line)
     return shown
