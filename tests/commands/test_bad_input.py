@@ -100,14 +100,22 @@ TRAINING = [
     ("mixer=mla mixer.mla.qk_nope_head_dim=-1", r"mixer.mla.qk_nope_head_dim must be a whole number of 1 or more"),
     ("mixer=mla mixer.mla.kv_lora_rank=0", r"mixer.mla.kv_lora_rank must be a whole number of 1 or more, got 0"),
     ("mixer=mla mixer.mla.qk_rope_head_dim=7", r"mla.qk_rope_head_dim must be even, got 7: choose an even number, or"),
-    ("mixer.softmax.rope_base=0", r"mixer.softmax.rope_base must be a number above 0, got 0.* or rope_base=null"),
+    (
+        "mixer=softmax mixer.softmax.rope_base=0",
+        r"mixer.softmax.rope_base must be a number above 0, got 0.* or rope_base=null",
+    ),
     ("mixer=mla mixer.mla.rope_base=0", r"mixer.mla.rope_base must be a number above 0, got 0.* or rope_base=null"),
     ("mixer.pattern=-1", r"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern -1 "),
     ("mixer.pattern=[null]", r"unknown mixer None; there are conv, "),
     ("model.name=null", r"model.name must be text, got None"),
     ("mixer.name=null", r"mixer.name must be text, got None"),
-    ("~model.learning_rate init_from=5", r"no learning rate is known for the model of init_from: give optimizer.lr="),
-    ("init_from=5", r"5 is no exported model: it has no config.json"),
+    ("init_from=nowhere", r"init_from: nowhere does not exist: give a directory that .* has written with format=lkda"),
+    ("~model.learning_rate init_from=nowhere", r"init_from: nowhere does not exist"),
+    ("init_from={tmp}/short.txt", r"init_from: .*short.txt is a file: give a directory that"),
+    ("init_from={tmp}/folder", r"init_from: .*folder is no exported model: it has no config.json"),
+    ("init_from={run}", r"init_from needs an exported directory, but .*run is a run directory: export it first with"),
+    ("init_from={tmp}/gguf", r"init_from: .*gguf holds a GGUF file, which is for llama.cpp .*export .* format=lkda or"),
+    ("init_from=''", r"init_from must be the path of an exported directory, got ''"),
     (
         "rope_base=500000",
         r"rope_base=500000 changes the model of init_from, which is null: give init_from, or leave",
@@ -336,6 +344,8 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     (tmp / "mixed.jsonl").write_text('{"text": "a b c"}\n{"text": 6}\n')
     Tokenizer(WordLevel({"a": 0})).save(str(tmp / "one_word.json"))
     (tmp / "folder").mkdir()
+    (tmp / "gguf").mkdir()
+    (tmp / "gguf" / "model-float32.gguf").write_bytes(b"GGUF")
     (tmp / "loop.txt").symlink_to("loop.txt")
     (tmp / "set").mkdir()
     (tmp / "set" / "train.jsonl").write_text('{"text": "a document of a few words"}\n' * 40)
