@@ -386,6 +386,32 @@ def test_train(
     assert {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("words", [(), ("hydra.run.dir=runs/${now:%H}",)])
+def test_a_run_is_resumed_in_a_given_directory(
+    words: tuple[str, ...],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without one, a new run would begin in a new directory. Job scripts always give resume=true, and a directory that
+    need not exist yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lkda.commands.train.train", lambda config, directory: {"val/loss": directory})
+    printed = error_line("train.py", [*small_run(corpus, "resume=true"), *words], monkeypatch, capsys)
+    assert "resume=true needs the directory of the run to continue: give hydra.run.dir=DIRECTORY" in printed
+    assert not [path for path in tmp_path.rglob("*") if path.name not in ("outputs", "runs")]
+
+
+def test_resume_may_also_start_a_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr("lkda.commands.train.train", lambda config, directory: started.append(directory) or {})
+    words = small_run(corpus, "resume=true", f"hydra.run.dir={tmp_path}/new")
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    assert started == [f"{tmp_path}/new"]
+
+
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
