@@ -62,7 +62,7 @@ def _prepare_files(config: DictConfig, tokenizer_path: Path | None, console: Con
         raise InputError(f"{given[0]} has no effect beside paths, which are tokenized instead of a mix: leave it out.")
     if config.out is None:
         raise InputError("out is missing: with paths=..., give the directory to write the tokens to.")
-    check_vocab_size(config.vocab_size)
+    check_vocab_size(config.vocab_size, option="vocab_size")
     sources = file_sources(
         list(config.paths),
         val_paths=(),

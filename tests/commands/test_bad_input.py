@@ -88,6 +88,9 @@ TRAINING = [
     ("mixer.kda=5", r"mixer.kda must hold the options of that mixer by name, got 5"),
     ("mixer.kda.conv_width=wide", r"mixer.kda.conv_width must be a whole number .*, got 'wide'"),
     ("mixer.kda.output_gate=5", r"mixer.kda.output_gate must be true or false, got 5"),
+    ("model.vocab_size=10", r"model.vocab_size must be at least 257 \(256 bytes and <.endoftext.>\), got 10"),
+    ("data.vocab_size=10", r"data.vocab_size must be at least 257 "),
+    ("model.vocab_size=large", r"model.vocab_size must be a whole number of 1 or more, got 'large'"),
     ("model.vocab_size=-1", r"model.vocab_size must be a whole number of 1 or more, got -1"),
     ("model.init=null", r"model.init must hold embedding_std, .*, got None"),
     ("model.embed_norm=5", r"model.embed_norm must be true or false, got 5"),
@@ -322,6 +325,8 @@ OTHERS = [
     ("prepare_data.py", "out={tmp}/new sources=[]", r"sources is empty; give some of sotu, "),
     ("prepare_data.py", "out={tmp}/new sources=sotu", r"sources must be a list, each entry text or null, got 'sotu'"),
     ("prepare_data.py", "out={tmp}/new vocab_size=x", r"vocab_size must be a whole number"),
+    ("prepare_data.py", "out={tmp}/new vocab_size=3", r"error: vocab_size must be at least 257 "),
+    ("prepare_data.py", "out={tmp}/new paths=[{tmp}/a.txt] vocab_size=3", r"error: vocab_size must be at least 257 "),
     ("prepare_data.py", "out={tmp}/folder", r"folder exists already: give another out, or remove it"),
 ]
 

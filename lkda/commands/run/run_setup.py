@@ -22,6 +22,7 @@ from lkda.commands.settings.data_options import check_data_options
 from lkda.commands.settings.paths import with_absolute_paths
 from lkda.commands.settings.unused_options import RATES, check_unused, of_training
 from lkda.data.text.cache import expanded
+from lkda.data.text.tokenizer import check_vocab_size
 from lkda.device import physical_memory, resolve_device, resolve_device_count
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
@@ -115,6 +116,8 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
     _check(settings)
     settings = with_absolute_paths(settings)
     settings, initial = _with_initial_model(settings, config)
+    if initial is None:
+        _check_vocabulary(settings["data"], config)
     check_data_options(settings["data"])
     settings = with_recorded_options(settings, recorded or {}, of_model=initial is None)
     plan = _plan(settings, initial)
@@ -187,6 +190,16 @@ def _check_init_from(given: object, *, rope_base: object) -> None:
     _check_rope_base(rope_base, init_from=given)
     if given is not None:
         check_exported(expanded(given))
+
+
+def _check_vocabulary(data: Mapping[str, Any], config: DictConfig) -> None:
+    """Raise InputError for a model.vocab_size that is also the data.vocab_size of a tokenizer to train, and too small.
+    The data module would name data.vocab_size, which nobody gave."""
+    trains_one = "vocab_size" in data and data.get("tokenizer_path", "absent") is None
+    if not trains_one or not OmegaConf.is_interpolation(config.data, "vocab_size"):
+        return
+    check_count("model.vocab_size", data["vocab_size"], least=1)
+    check_vocab_size(data["vocab_size"], option="model.vocab_size")
 
 
 def _located(part: str, target: str) -> Callable[..., Any]:

@@ -36,11 +36,11 @@ __all__ = [
 SMALLEST_VOCABULARY = 257
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Raises InputError for a vocabulary that cannot hold every byte."""
+def check_vocab_size(vocab_size: int, *, option: str = "data.vocab_size") -> None:
+    """Raises InputError, naming the option, for a vocabulary that cannot hold every byte."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
-            f"data.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
+            f"{option} must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
         )
 
 
