@@ -29,7 +29,12 @@ TRAINING = [
     ("~resume", r"train needs its option resume: leave ~resume out"),
     ("~seed", r"train needs its option seed: leave ~seed out"),
     ("modle.d_model=5", r"Could not override 'modle.d_model'.* Did you mean model\?"),
-    ("mixer=kdaa", r"Could not find 'mixer/kdaa'.*kda_mla_3to1.*simplified"),
+    ("mixer=kdaa", r"mixer=kdaa: there is no such mixer; there are .*kda_mla_3to1.*softmax_conv; did you mean kda\?$"),
+    ("model=tinny", r"model=tinny: there is no such model; there are .*; did you mean tiny\?$"),
+    ("data=texts", r"data=texts: there is no such data set; there are .*, files, [^?]*\.$"),
+    ("experiment=ablation", r"experiment=ablation: there is no such experiment; .* did you mean ablations\?$"),
+    ("hydra/launcher=jobli", r"hydra/launcher=jobli: there is no such launcher; .* did you mean joblib\?$"),
+    ("optimizer.learning_rate=1", r"Could not override 'optimizer.learning_rate'. Did you mean lr\? It has name, lr"),
     ("mixer.kda.gates=head", r"Could not override 'mixer.kda.gates'. Did you mean gate\?"),
     ("mixer.kda.gate=heads", r"mixer.kda.gate must be one of channel, head, none, got 'heads'"),
     ("+mixer.kda.colour=red", r"mixer 'kda' has no option colour; it has conv_width, conv_std, activation, gate, "),
@@ -233,7 +238,7 @@ TRAINING = [
 ]
 
 CHECKPOINT = [
-    ("", r"ckpt is required: give ckpt=..."),
+    ("", r"ckpt is required: give ckpt=..., for example ckpt=runs/one, the directory of a run.$"),
     ("ckpt={tmp}/missing.ckpt", r"there is no checkpoint at .*missing.ckpt"),
     ("ckpt={tmp}/short.txt", r"short.txt is truncated or not a checkpoint"),
     ("ckpt={tmp}/truncated.ckpt", r"truncated.ckpt is truncated or not a checkpoint"),
@@ -316,6 +321,13 @@ EVALUATE = [
 ]
 
 OTHERS = [
+    ("compare.py", "", r"runs is required: give runs=..., for example runs='outputs/\*', which are the directories"),
+    ("export.py", "ckpt={run}", r"out is required: give out=..., for example out=exported/one.$"),
+    (
+        "train.py",
+        "data=files",
+        r"data.paths is required: give data.paths=..., for example data.paths='\[texts/\*.txt\]'.$",
+    ),
     ("compare.py", "runs=[]", r"runs is empty: give run directories"),
     ("compare.py", "runs=5", r"runs=5 matches nothing"),
     ("compare.py", "runs={run} out={tmp}/short.txt", r"out=.*short.txt cannot be written: File exists"),
