@@ -146,11 +146,17 @@ TRAINING = [
     ("data.paths=[{tmp}/mixed.jsonl]", r"column 'text' of .*mixed.jsonl holds a number, not text, in row 2"),
     ("data.paths=['~nobody_of_this_name/a.txt']", r"the home directory in ~nobody_of_this_name/a.txt is not known"),
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
-    ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
+    (
+        "data.paths=[{tmp}/missing.txt]",
+        r"missing.txt does not exist: give the path of a file or a directory, or a glob",
+    ),
+    ("data.paths=[{tmp}/*.none]", r"data path .*/\*.none matches no file: give a glob that matches some, or the path"),
+    ("data=tokens data.paths=[{tmp}/*.bin]", r"data.paths: .*/\*.bin matches no file: give a glob that matches some"),
     ("data.paths=[]", r"data.paths is empty"),
     ("data.paths=[{tmp}/loop.txt]", r"data path .*loop.txt is a link to nothing"),
     ("data.paths=[{tmp}/folder]", r"folder holds no file of a known kind: .txt"),
-    ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
+    ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty: leave it out, or give a file with text"),
+    ("data.paths=[{tmp}/blank.txt]", r"blank.txt holds only white space: leave it out, or give a file with text"),
     ("data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
     ("data.paths=[{tmp}/short.txt]", r"the training text must have at least 33 tokens"),
     ("data.context=0", r"data.context must be a whole number of 1 or more, got 0"),
@@ -162,6 +168,8 @@ TRAINING = [
         "data.tokenizer_path={tmp}/one_word.json",
         r"the tokenizer of data.tokenizer_path cannot encode the text \(.*UNK.*\); give one that knows every byte",
     ),
+    ("data.tokenizer_path={tmp}/no.json", r"no tokenizer at .*/no.json, which does not exist: give the path of a tok"),
+    ("data.tokenizer_path={run}", r"no tokenizer at .*run, which is a directory: give .*/run/tokenizer.json\.$"),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
     # options that another one leaves without effect
     ("mixer.kda.lower_bound=-4", r"mixer.kda.lower_bound has no effect without mixer.kda.gate_form=bounded; leave it"),
@@ -239,13 +247,20 @@ TRAINING = [
 
 CHECKPOINT = [
     ("", r"ckpt is required: give ckpt=..., for example ckpt=runs/one, the directory of a run.$"),
-    ("ckpt={tmp}/missing.ckpt", r"there is no checkpoint at .*missing.ckpt"),
-    ("ckpt={tmp}/short.txt", r"short.txt is truncated or not a checkpoint"),
+    ("ckpt={tmp}/missing.ckpt", r"there is no checkpoint at .*missing.ckpt. Give the directory of a run, a file in"),
+    ("ckpt={tmp}/short.txt", r"short.txt is truncated or not a checkpoint \(.*\). Give the directory of a run"),
+    (
+        "ckpt={tmp}/gguf",
+        r"gguf holds a GGUF file, which is for llama.cpp and cannot be loaded .* format=lkda or format=hf",
+    ),
     ("ckpt={tmp}/truncated.ckpt", r"truncated.ckpt is truncated or not a checkpoint"),
     ("ckpt={tmp}/foreign.ckpt", r"foreign.ckpt is not a checkpoint of lkda"),
     ("ckpt={tmp}/other.ckpt", r"other.ckpt holds the weights of another model: blocks.0.* is .*, expected "),
     ("ckpt={tmp}/no_last", r"no checkpoint at .*last.ckpt; beside it there is best.ckpt: give one as ckpt="),
-    ("ckpt={tmp}", r"there is no checkpoint at .*checkpoints/last.ckpt, and .* is no exported directory"),
+    (
+        "ckpt={tmp}",
+        r"no checkpoint at .*checkpoints/last.ckpt, and .* is no exported directory .* config.json. Give the directory",
+    ),
 ]
 
 GENERATE = [
@@ -256,7 +271,11 @@ GENERATE = [
     ("ckpt={run} prompt=a top_p=0", r"top_p in \(0, 1\] and min_p in \[0, 1\], got .*, 0 and 0"),
     ("ckpt={run} prompt=a max_new_tokens=-1", r"max_new_tokens must be a whole number of 0 or more, got -1"),
     ("ckpt={run} prompt=a prompt_file={tmp}/short.txt", r"give either prompt=... or prompt_file=..., not both"),
-    ("ckpt={run} prompt_file={tmp}/missing.txt", r"cannot read prompt_file .*missing.txt: No such file"),
+    (
+        "ckpt={run} prompt_file={tmp}/missing.txt",
+        r"cannot read prompt_file .*missing.txt: No such file .* Give a text file",
+    ),
+    ("ckpt={run} prompt_file={tmp}", r"cannot read prompt_file .*: Is a directory. Give a text file that exists"),
     ("ckpt={run} prompt_file={tmp}/latin1.txt", r"the prompt in .*latin1.txt is not UTF-8"),
     ("ckpt={run} prompt=a seed=x", r"seed must be a whole number of 0 or more, got 'x'"),
     ("ckpt={run} prompt=a seed=99999999999999999999", r"seed must be at most 4294967295"),
@@ -356,6 +375,7 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     run = tmp_path_factory.mktemp("runs") / "run"
     train(composed("train", *small_run(corpus)), run)
     (tmp / "empty.txt").write_text("")
+    (tmp / "blank.txt").write_text(" \n\n")
     (tmp / "short.txt").write_text("a few words")
     (tmp / "latin1.txt").write_bytes("déjà vu, and more".encode("latin-1"))
     (tmp / "mixed.jsonl").write_text('{"text": "a b c"}\n{"text": 6}\n')

@@ -70,7 +70,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"there is no tokenizer at {path}.")
+        what = "is a directory" if path.is_dir() else "does not exist"
+        inside = path / "tokenizer.json"
+        advice = str(inside) if inside.is_file() else "the path of a tokenizer.json"
+        raise InputError(f"there is no tokenizer at {path}, which {what}: give {advice}.")
     return tokenizer_from_file(path)
 
 
