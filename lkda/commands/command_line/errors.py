@@ -29,7 +29,7 @@ import lkda
 from lkda.checks import InputError
 from lkda.commands.command_line.examples import is_required
 from lkda.commands.command_line.invocation import with_started_command
-from lkda.io import write_atomically
+from lkda.io import file_in_the_way, write_atomically
 from lkda.run_failure import FAILURE
 
 BAD_INPUT = 2
@@ -224,6 +224,9 @@ def _of_the_system(error: OSError) -> str:
         return f"{what}." if _inside_lkda(error) else f"cannot print: {what}."
     if _inside_lkda(error):
         return f"{error.filename}: {what}."
+    file = file_in_the_way(Path(str(error.filename)))
+    if file is not None:
+        what = f"{file} is a file, and a directory is expected. Choose another directory"
     return f"cannot create the output directory {error.filename}: {what}."
 
 
