@@ -64,7 +64,7 @@ TRAINING = [
     ("optimizer.lr=0", r"optimizer.lr must be greater than 0, got 0"),
     ("optimizer=muon optimizer.momentum=1", r"optimizer.momentum must be in \[0, 1\), got 1"),
     ("scheduler.name=linear", r"scheduler.name must be one of constant, cosine, wsd, got 'linear'"),
-    ("backend=cuda", r"kda\(backend='cuda'\): the tensors are on cpu, not on a CUDA device"),
+    ("backend=cuda", r"kda\(backend='cuda'\): the tensors are on cpu, .*; use backend='auto' or backend='chunk', or"),
     ("backend=cudda", r"no mixer of kda has a backend 'cudda'; they have auto, .*chunk"),
     ("trainer.limit_val_batches=0", r"trainer.limit_val_batches must be above 0: a run always validates at the end"),
     ("trainer.devices=2", r"trainer.devices=2 needs several devices: choose trainer=ddp, or trainer=fsdp"),
@@ -238,6 +238,14 @@ TRAINING = [
     (
         "hydra.run.dir={tmp}/foreign",
         r"foreign/config.yaml is not a configuration of lkda: choose another hydra.run.dir",
+    ),
+    (
+        "hydra.run.dir={run} resume=true mixer=softmax",
+        r"other settings \(mixer.name: kda is recorded, softmax is given\), so it cannot be resumed. Give the recorded",
+    ),
+    (
+        "hydra.run.dir={run} resume=true data=sotu",
+        r"other settings \(data.source: files is recorded, sotu is given\), so it cannot be resumed",
     ),
     ("hydra.run.dir={run}", r"already holds a run. Continue it with resume=true"),
     (
