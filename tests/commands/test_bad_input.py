@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -162,7 +163,11 @@ TRAINING = [
     ("data.context=0", r"data.context must be a whole number of 1 or more, got 0"),
     (
         "data.vocab_size=350",
-        r"the tokenizer has 350 tokens, but the model has only 300 rows: set model.vocab_size to 350",
+        r"the tokenizer has 350 tokens, but the model has only 300 rows: set model.vocab_size to 350 or more, or data.",
+    ),
+    (
+        "data=tokens data.paths=[{tmp}/tokens] model.vocab_size=3",
+        r"has 300 tokens, but the model has only 3 rows: set model.vocab_size to 300 or more\.$",
     ),
     (
         "data.tokenizer_path={tmp}/one_word.json",
@@ -363,6 +368,11 @@ OTHERS = [
         r"out=.*short.txt: .*short.txt is a file, and a directory is expected",
     ),
     ("compare.py", "runs={run} out={tmp}/short.txt/x", r"out=.*/x: .*short.txt is a file, and a directory is expected"),
+    (
+        "compare.py",
+        "runs={run} out={tmp}/new step=4000",
+        r"none of the runs has a validation at step 4000 \(.*run: there are [0-9, ]+\); give a step at which all",
+    ),
     ("compare.py", "runs={run} out={tmp}/new step=x", r"step must be a whole number .* or null, got 'x'"),
     ("compare.py", "runs={run} out={tmp}/new exclusive_device=maybe", r"exclusive_device must be true or false, got"),
     ("compare.py", "runs={run} out={tmp}/new title=null", r"title must be text, got None"),
@@ -401,6 +411,10 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     (tmp / "set" / "train.jsonl").write_text('{"text": "a document of a few words"}\n' * 40)
     (tmp / "foreign").mkdir()
     (tmp / "foreign" / "config.yaml").write_text("port: 8080\n")
+    (tmp / "tokens").mkdir()
+    (tmp / "tokens" / "tokenizer.json").write_bytes((run / "tokenizer.json").read_bytes())
+    for name in ("train", "validation"):
+        np.save(tmp / "tokens" / f"{name}.npy", np.arange(250, dtype=np.uint16))
     last = run / "checkpoints" / "last.ckpt"
     (tmp / "truncated.ckpt").write_bytes(last.read_bytes()[:5000])
     (tmp / "alone.ckpt").write_bytes(last.read_bytes())
