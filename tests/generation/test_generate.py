@@ -221,7 +221,7 @@ def test_another_object_in_place_of_the_model_is_an_error(model, message):
         ({"stop": ""}, "stop must be a text that is not empty"),
         ({"stop": [1]}, "stop must be a text that is not empty, or a list of such texts, got"),
         ({"top_k": 0}, "top_k must be a whole number of 1 or more, got 0"),
-        ({"min_p": 1.5}, r"min_p in \[0, 1\], got 1.0, 1.0 and 1.5"),
+        ({"min_p": 1.5}, r"min_p must be from 0 to 1 \(0: all tokens\), got 1.5"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"ignore_eos": "yes"}, "ignore_eos must be true or false"),
         ({"batch_size": 0}, "batch_size must be a whole number of 1 or more"),
