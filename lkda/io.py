@@ -79,6 +79,13 @@ def named(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror or str(error), str(path))
 
 
+def file_in_the_way(directory: Path) -> Path | None:
+    """The file that does not allow `directory` to be one: itself or one of its parents. None if there is none."""
+    # os.path, because it answers for names that are too long too.
+    nearest = next((path for path in (directory, *directory.parents) if os.path.exists(path)), None)
+    return None if nearest is None or os.path.isdir(nearest) else nearest
+
+
 def check_output_file(path: Path, *, option: str) -> None:
     """Raises InputError if a file cannot be written to `path`. Its folder need not exist yet.
 

@@ -15,6 +15,7 @@ from lkda.checks import InputError, check_values
 from lkda.commands.run.train_again import train_again
 from lkda.commands.settings.config import resolve
 from lkda.commands.wandb_report import offline_runs, send_report, sync_command
+from lkda.io import file_in_the_way
 from lkda.report.draw.tables import rich_table
 from lkda.report.training.comparison import Comparison
 from lkda.report.training.comparison import compare as compare_runs
@@ -49,6 +50,8 @@ def compare(config: DictConfig) -> None:
     what = "results of scripts/benchmark.py: files, or directories that hold some"
     benchmarks = [] if config.bench is None else _find(config.bench, option="bench", what=what)
     out = Path(config.out)
+    if (file := file_in_the_way(out)) is not None:
+        raise InputError(f"out={out}: {file} is a file, and a directory is expected. Choose another directory.")
     try:
         result = compare_runs(
             directories,

@@ -6,6 +6,7 @@ import difflib
 import gc
 import importlib
 import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -13,7 +14,8 @@ from types import ModuleType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 import lkda
 from lkda.checks import InputError
@@ -77,6 +79,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             if name == "train":
                 if not HydraConfig.get().run.dir:
                     raise InputError("hydra.run.dir is empty: give a directory, or leave it out.")
+                _check_resume(config)
                 with output_that_may_end():
                     summary = function(config, HydraConfig.get().runtime.output_dir)
                 return summary.get("val/loss")  # what hydra/sweeper=optuna makes small
@@ -134,6 +137,21 @@ def _help_as_started(arguments: Sequence[str]) -> Iterator[None]:
             yield
     finally:
         print(with_started_command(text.getvalue()), end="")
+
+
+def _check_resume(config: DictConfig) -> None:
+    """Raises InputError for resume=true with a run directory that is a new one at each start, because its name has the
+    time. In a sweep, and in processes that another one has started, the directory is decided elsewhere."""
+    named = OmegaConf.to_container(HydraConfig.get().run, resolve=False)
+    assert isinstance(named, dict)
+    started_by_another = os.environ.get("LOCAL_RANK", "0") != "0"
+    if HydraConfig.get().mode != RunMode.RUN or started_by_another:
+        return
+    if config.resume is True and "${now:" in str(named["dir"]):
+        raise InputError(
+            "resume=true needs the directory of the run to continue: give hydra.run.dir=DIRECTORY, for example "
+            "hydra.run.dir=runs/one. Without it, each run has a new directory."
+        )
 
 
 def _check_words(arguments: Sequence[str]) -> None:

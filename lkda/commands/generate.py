@@ -133,7 +133,7 @@ def _prompt(config: DictConfig) -> str:
                 print("type the prompt, then Ctrl-D:", file=sys.stderr)
             text = sys.stdin.buffer.read().decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror}.") from error
+        raise InputError(f"cannot read {source}: {error.strerror}. Give a text file that exists.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt in {source} is not UTF-8: {error}.") from error
     return text.removesuffix("\n").removesuffix("\r")

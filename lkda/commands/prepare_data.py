@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from lkda.checks import InputError, check_values
 from lkda.commands.command_line.invocation import command
@@ -19,7 +20,7 @@ from lkda.data.prose.sources import MIXES, SOURCES, Source
 from lkda.data.text.cache import expanded
 from lkda.data.text.files import file_sources
 from lkda.data.text.tokenize import tokenize_into
-from lkda.data.text.tokenizer import check_vocab_size
+from lkda.data.text.tokenizer import check_vocab_size, load_tokenizer, vocabulary_rows
 from lkda.io import default_cache_dir
 
 OPTIONS = {
@@ -62,7 +63,7 @@ def _prepare_files(config: DictConfig, tokenizer_path: Path | None, console: Con
         raise InputError(f"{given[0]} has no effect beside paths, which are tokenized instead of a mix: leave it out.")
     if config.out is None:
         raise InputError("out is missing: with paths=..., give the directory to write the tokens to.")
-    check_vocab_size(config.vocab_size)
+    check_vocab_size(config.vocab_size, option="vocab_size")
     sources = file_sources(
         list(config.paths),
         val_paths=(),
@@ -77,9 +78,14 @@ def _prepare_files(config: DictConfig, tokenizer_path: Path | None, console: Con
     quoted = override("out", str(out)).partition("=")[2]
     console.print(
         f"{len(corpus.train):,} tokens for training, {sizes}, and tokenizer.json are in {out}; train on them with\n"
-        f"  {command('train', 'data=tokens', f'data.paths=[{quoted}]')}",
+        f"  {command('train', 'data=tokens', f'data.paths=[{quoted}]', _rows(corpus.tokenizer))}",
         soft_wrap=True,
     )
+
+
+def _rows(tokenizer: Tokenizer) -> str:
+    """The override of scripts/train.py for a model with a row for each token. The default model has fewer."""
+    return f"model.vocab_size={vocabulary_rows(tokenizer)}"
 
 
 def _prepare_mix(config: DictConfig, tokenizer_path: Path | None, console: Console) -> None:
@@ -112,7 +118,7 @@ def _prepare_mix(config: DictConfig, tokenizer_path: Path | None, console: Conso
     elsewhere = [] if out == default else [override("data.directory", str(out))]
     console.print(
         f"the token files, the tokenizer, licences and manifest.json are in {out}; train on them with\n"
-        f"  {command('train', f'data={mix}', *elsewhere)}",
+        f"  {command('train', f'data={mix}', *elsewhere, _rows(load_tokenizer(out / 'tokenizer.json')))}",
         soft_wrap=True,
     )
 

@@ -143,7 +143,7 @@ def _read_prompts(path: Path) -> list[str]:
         # The byte order mark with which some editors begin a file is no part of the first prompt.
         lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
-        raise InputError(f"cannot read prompts={path}: {error.strerror}.") from error
+        raise InputError(f"cannot read prompts={path}: {error.strerror}. Give a .txt or .jsonl file.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"prompts={path} is not UTF-8: {error}.") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -133,23 +133,25 @@ def delete_old(directory: Path, *, keep: int) -> None:
             remove(old)
 
 
-def read_checkpoint(path: str | Path, *, rank: int = 0, count: int = 1) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, rank: int = 0, count: int = 1, advice: str = "") -> dict[str, Any]:
     """Load a checkpoint of lkda onto the CPU with `weights_only=True`: no code in the file is executed.
 
     Args:
         rank, count: the process that reads, if `count` processes share the tensors. It may then get only its rows of a
             tensor; see `read_sharded`. By default all tensors are whole.
+        advice: what to give instead of a path that is no checkpoint, a sentence for the message.
     Raises: InputError if the file is missing or truncated, or is not a checkpoint of lkda.
     """
     path = Path(path)
     if not path.is_file() and not is_sharded(path):
-        raise InputError(f"there is no checkpoint at {path}.")
+        raise InputError(f"there is no checkpoint at {path}. {advice}".rstrip())
     if path.is_dir():
         checkpoint = read_sharded(path, rank=rank, count=count)
     else:
-        checkpoint = read_torch_file(path, what="a checkpoint", mmap=count > 1)
+        checkpoint = read_torch_file(path, what="a checkpoint", mmap=count > 1, advice=advice)
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("lkda"), Mapping):
-        raise InputError(f"{path} is not a checkpoint of lkda: it has no entry 'lkda', which scripts/train.py writes.")
+        what = f"{path} is not a checkpoint of lkda: it has no entry 'lkda', which scripts/train.py writes."
+        raise InputError(f"{what} {advice}".rstrip())
     ours = checkpoint["lkda"]
     if type(ours.get("format")) is not int or ours["format"] != FORMAT:
         raise InputError(

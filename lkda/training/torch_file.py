@@ -19,11 +19,12 @@ class UnreadableError(InputError):
     """A file cannot be read for a reason that is not in the file, which may be whole."""
 
 
-def read_torch_file(path: Path, *, what: str, mmap: bool = False) -> Any:
+def read_torch_file(path: Path, *, what: str, mmap: bool = False, advice: str = "") -> Any:
     """The content of a file of torch.save, on the CPU: tensors and plain values.
 
     Args:
         what: what the file should be, for the message: "a checkpoint".
+        advice: what to do about a file that is not of this kind, a sentence for the message.
         mmap: whether the tensors stay in the file until they are used. Their bytes are then not checked.
     Raises: InputError if the file is truncated, changed in any byte that counts, compressed, or not of this kind;
         UnreadableError if this process cannot read it.
@@ -35,7 +36,8 @@ def read_torch_file(path: Path, *, what: str, mmap: bool = False) -> Any:
         reason = _not_its_fault(error)
         if reason is not None:
             raise UnreadableError(f"{path} cannot be read: {reason}.") from error
-        raise InputError(f"{path} is truncated or not {what} ({type(error).__name__} while reading it).") from error
+        message = f"{path} is truncated or not {what} ({type(error).__name__} while reading it). {advice}"
+        raise InputError(message.rstrip()) from error
 
 
 def _not_its_fault(error: Exception) -> str | None:

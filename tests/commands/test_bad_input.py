@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -29,7 +30,12 @@ TRAINING = [
     ("~resume", r"train needs its option resume: leave ~resume out"),
     ("~seed", r"train needs its option seed: leave ~seed out"),
     ("modle.d_model=5", r"Could not override 'modle.d_model'.* Did you mean model\?"),
-    ("mixer=kdaa", r"Could not find 'mixer/kdaa'.*kda_mla_3to1.*simplified"),
+    ("mixer=kdaa", r"mixer=kdaa: there is no such mixer; there are .*kda_mla_3to1.*softmax_conv; did you mean kda\?$"),
+    ("model=tinny", r"model=tinny: there is no such model; there are .*; did you mean tiny\?$"),
+    ("data=texts", r"data=texts: there is no such data set; there are .*, files, [^?]*\.$"),
+    ("experiment=ablation", r"experiment=ablation: there is no such experiment; .* did you mean ablations\?$"),
+    ("hydra/launcher=jobli", r"hydra/launcher=jobli: there is no such launcher; .* did you mean joblib\?$"),
+    ("optimizer.learning_rate=1", r"Could not override 'optimizer.learning_rate'. Did you mean lr\? It has name, lr"),
     ("mixer.kda.gates=head", r"Could not override 'mixer.kda.gates'. Did you mean gate\?"),
     ("mixer.kda.gate=heads", r"mixer.kda.gate must be one of channel, head, none, got 'heads'"),
     ("+mixer.kda.colour=red", r"mixer 'kda' has no option colour; it has conv_width, conv_std, activation, gate, "),
@@ -59,7 +65,7 @@ TRAINING = [
     ("optimizer.lr=0", r"optimizer.lr must be greater than 0, got 0"),
     ("optimizer=muon optimizer.momentum=1", r"optimizer.momentum must be in \[0, 1\), got 1"),
     ("scheduler.name=linear", r"scheduler.name must be one of constant, cosine, wsd, got 'linear'"),
-    ("backend=cuda", r"kda\(backend='cuda'\): the tensors are on cpu, not on a CUDA device"),
+    ("backend=cuda", r"kda\(backend='cuda'\): the tensors are on cpu, .*; use backend='auto' or backend='chunk', or"),
     ("backend=cudda", r"no mixer of kda has a backend 'cudda'; they have auto, .*chunk"),
     ("trainer.limit_val_batches=0", r"trainer.limit_val_batches must be above 0: a run always validates at the end"),
     ("trainer.devices=2", r"trainer.devices=2 needs several devices: choose trainer=ddp, or trainer=fsdp"),
@@ -88,6 +94,9 @@ TRAINING = [
     ("mixer.kda=5", r"mixer.kda must hold the options of that mixer by name, got 5"),
     ("mixer.kda.conv_width=wide", r"mixer.kda.conv_width must be a whole number .*, got 'wide'"),
     ("mixer.kda.output_gate=5", r"mixer.kda.output_gate must be true or false, got 5"),
+    ("model.vocab_size=10", r"model.vocab_size must be at least 257 \(256 bytes and <.endoftext.>\), got 10"),
+    ("data.vocab_size=10", r"data.vocab_size must be at least 257 "),
+    ("model.vocab_size=large", r"model.vocab_size must be a whole number of 1 or more, got 'large'"),
     ("model.vocab_size=-1", r"model.vocab_size must be a whole number of 1 or more, got -1"),
     ("model.init=null", r"model.init must hold embedding_std, .*, got None"),
     ("model.embed_norm=5", r"model.embed_norm must be true or false, got 5"),
@@ -100,14 +109,22 @@ TRAINING = [
     ("mixer=mla mixer.mla.qk_nope_head_dim=-1", r"mixer.mla.qk_nope_head_dim must be a whole number of 1 or more"),
     ("mixer=mla mixer.mla.kv_lora_rank=0", r"mixer.mla.kv_lora_rank must be a whole number of 1 or more, got 0"),
     ("mixer=mla mixer.mla.qk_rope_head_dim=7", r"mla.qk_rope_head_dim must be even, got 7: choose an even number, or"),
-    ("mixer.softmax.rope_base=0", r"mixer.softmax.rope_base must be a number above 0, got 0.* or rope_base=null"),
+    (
+        "mixer=softmax mixer.softmax.rope_base=0",
+        r"mixer.softmax.rope_base must be a number above 0, got 0.* or rope_base=null",
+    ),
     ("mixer=mla mixer.mla.rope_base=0", r"mixer.mla.rope_base must be a number above 0, got 0.* or rope_base=null"),
     ("mixer.pattern=-1", r"mixer must hold `pattern`, a list of mixer names, and `num_heads`; got pattern -1 "),
     ("mixer.pattern=[null]", r"unknown mixer None; there are conv, "),
     ("model.name=null", r"model.name must be text, got None"),
     ("mixer.name=null", r"mixer.name must be text, got None"),
-    ("~model.learning_rate init_from=5", r"no learning rate is known for the model of init_from: give optimizer.lr="),
-    ("init_from=5", r"5 is no exported model: it has no config.json"),
+    ("init_from=nowhere", r"init_from: nowhere does not exist: give a directory that .* has written with format=lkda"),
+    ("~model.learning_rate init_from=nowhere", r"init_from: nowhere does not exist"),
+    ("init_from={tmp}/short.txt", r"init_from: .*short.txt is a file: give a directory that"),
+    ("init_from={tmp}/folder", r"init_from: .*folder is no exported model: it has no config.json"),
+    ("init_from={run}", r"init_from needs an exported directory, but .*run is a run directory: export it first with"),
+    ("init_from={tmp}/gguf", r"init_from: .*gguf holds a GGUF file, which is for llama.cpp .*export .* format=lkda or"),
+    ("init_from=''", r"init_from must be the path of an exported directory, got ''"),
     (
         "rope_base=500000",
         r"rope_base=500000 changes the model of init_from, which is null: give init_from, or leave",
@@ -130,22 +147,34 @@ TRAINING = [
     ("data.paths=[{tmp}/mixed.jsonl]", r"column 'text' of .*mixed.jsonl holds a number, not text, in row 2"),
     ("data.paths=['~nobody_of_this_name/a.txt']", r"the home directory in ~nobody_of_this_name/a.txt is not known"),
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
-    ("data.paths=[{tmp}/missing.txt]", r"missing.txt does not exist"),
+    (
+        "data.paths=[{tmp}/missing.txt]",
+        r"missing.txt does not exist: give the path of a file or a directory, or a glob",
+    ),
+    ("data.paths=[{tmp}/*.none]", r"data path .*/\*.none matches no file: give a glob that matches some, or the path"),
+    ("data=tokens data.paths=[{tmp}/*.bin]", r"data.paths: .*/\*.bin matches no file: give a glob that matches some"),
     ("data.paths=[]", r"data.paths is empty"),
     ("data.paths=[{tmp}/loop.txt]", r"data path .*loop.txt is a link to nothing"),
     ("data.paths=[{tmp}/folder]", r"folder holds no file of a known kind: .txt"),
-    ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty"),
+    ("data.paths=[{tmp}/empty.txt]", r"empty.txt is empty: leave it out, or give a file with text"),
+    ("data.paths=[{tmp}/blank.txt]", r"blank.txt holds only white space: leave it out, or give a file with text"),
     ("data.paths=[{tmp}/latin1.txt]", r"latin1.txt is not UTF-8"),
     ("data.paths=[{tmp}/short.txt]", r"the training text must have at least 33 tokens"),
     ("data.context=0", r"data.context must be a whole number of 1 or more, got 0"),
     (
         "data.vocab_size=350",
-        r"the tokenizer has 350 tokens, but the model has only 300 rows: set model.vocab_size to 350",
+        r"the tokenizer has 350 tokens, but the model has only 300 rows: set model.vocab_size to 350 or more, or data.",
+    ),
+    (
+        "data=tokens data.paths=[{tmp}/tokens] model.vocab_size=3",
+        r"has 300 tokens, but the model has only 3 rows: set model.vocab_size to 300 or more\.$",
     ),
     (
         "data.tokenizer_path={tmp}/one_word.json",
         r"the tokenizer of data.tokenizer_path cannot encode the text \(.*UNK.*\); give one that knows every byte",
     ),
+    ("data.tokenizer_path={tmp}/no.json", r"no tokenizer at .*/no.json, which does not exist: give the path of a tok"),
+    ("data.tokenizer_path={run}", r"no tokenizer at .*run, which is a directory: give .*/run/tokenizer.json\.$"),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
     # options that another one leaves without effect
     ("mixer.kda.lower_bound=-4", r"mixer.kda.lower_bound has no effect without mixer.kda.gate_form=bounded; leave it"),
@@ -208,11 +237,20 @@ TRAINING = [
     ("sample.prompt=${{x}}", r"sample.prompt: Interpolation key 'x' not found. .*; in a text, write \\\$\{...\}"),
     ("sample.prompt=null", r"sample.prompt must be text, got None"),
     # directories
-    ("hydra.run.dir={tmp}/short.txt/run", r"cannot create the output directory .*short.txt/run: Not a directory"),
+    ("hydra.run.dir={tmp}/short.txt", r"cannot create the output directory .*short.txt: .*short.txt is a file, and a"),
+    ("hydra.run.dir={tmp}/short.txt/run", r"directory .*short.txt/run: .*short.txt is a file, and a directory is exp"),
     ("hydra.run.dir=/proc/lkda", r"cannot create the output directory /proc/lkda: No such file or directory"),
     (
         "hydra.run.dir={tmp}/foreign",
         r"foreign/config.yaml is not a configuration of lkda: choose another hydra.run.dir",
+    ),
+    (
+        "hydra.run.dir={run} resume=true mixer=softmax",
+        r"other settings \(mixer.name: kda is recorded, softmax is given\), so it cannot be resumed. Give the recorded",
+    ),
+    (
+        "hydra.run.dir={run} resume=true data=sotu",
+        r"other settings \(data.source: files is recorded, sotu is given\), so it cannot be resumed",
     ),
     ("hydra.run.dir={run}", r"already holds a run. Continue it with resume=true"),
     (
@@ -222,32 +260,42 @@ TRAINING = [
 ]
 
 CHECKPOINT = [
-    ("", r"ckpt is required: give ckpt=..."),
-    ("ckpt={tmp}/missing.ckpt", r"there is no checkpoint at .*missing.ckpt"),
-    ("ckpt={tmp}/short.txt", r"short.txt is truncated or not a checkpoint"),
+    ("", r"ckpt is required: give ckpt=..., for example ckpt=runs/one, the directory of a run.$"),
+    ("ckpt={tmp}/missing.ckpt", r"there is no checkpoint at .*missing.ckpt. Give the directory of a run, a file in"),
+    ("ckpt={tmp}/short.txt", r"short.txt is truncated or not a checkpoint \(.*\). Give the directory of a run"),
+    (
+        "ckpt={tmp}/gguf",
+        r"gguf holds a GGUF file, which is for llama.cpp and cannot be loaded .* format=lkda or format=hf",
+    ),
     ("ckpt={tmp}/truncated.ckpt", r"truncated.ckpt is truncated or not a checkpoint"),
     ("ckpt={tmp}/foreign.ckpt", r"foreign.ckpt is not a checkpoint of lkda"),
     ("ckpt={tmp}/other.ckpt", r"other.ckpt holds the weights of another model: blocks.0.* is .*, expected "),
     ("ckpt={tmp}/no_last", r"no checkpoint at .*last.ckpt; beside it there is best.ckpt: give one as ckpt="),
-    ("ckpt={tmp}", r"there is no checkpoint at .*checkpoints/last.ckpt, and .* is no exported directory"),
+    (
+        "ckpt={tmp}",
+        r"no checkpoint at .*checkpoints/last.ckpt, and .* is no exported directory .* config.json. Give the directory",
+    ),
 ]
 
 GENERATE = [
+    ("ckpt={run} prompt=a temperature=-1", r"temperature must be a number of 0 or more \(0: .*\), got -1\.$"),
     (
-        "ckpt={run} prompt=a temperature=-1",
-        r"temperature must be >= 0, .* and min_p in \[0, 1\], got -1,",
+        "ckpt={run} prompt=a top_p=0",
+        r"error: generate: top_p must be above 0 and at most 1 \(1: all tokens\), got 0\.$",
     ),
-    ("ckpt={run} prompt=a top_p=0", r"top_p in \(0, 1\] and min_p in \[0, 1\], got .*, 0 and 0"),
+    ("ckpt={run} prompt=a top_p=1.5", r"error: generate: top_p must be above 0 and at most 1 .*, got 1.5\.$"),
+    ("ckpt={run} prompt=a min_p=2", r"error: generate: min_p must be from 0 to 1 \(0: all tokens\), got 2\.$"),
     ("ckpt={run} prompt=a max_new_tokens=-1", r"max_new_tokens must be a whole number of 0 or more, got -1"),
     ("ckpt={run} prompt=a prompt_file={tmp}/short.txt", r"give either prompt=... or prompt_file=..., not both"),
-    ("ckpt={run} prompt_file={tmp}/missing.txt", r"cannot read prompt_file .*missing.txt: No such file"),
+    (
+        "ckpt={run} prompt_file={tmp}/missing.txt",
+        r"cannot read prompt_file .*missing.txt: No such file .* Give a text file",
+    ),
+    ("ckpt={run} prompt_file={tmp}", r"cannot read prompt_file .*: Is a directory. Give a text file that exists"),
     ("ckpt={run} prompt_file={tmp}/latin1.txt", r"the prompt in .*latin1.txt is not UTF-8"),
     ("ckpt={run} prompt=a seed=x", r"seed must be a whole number of 0 or more, got 'x'"),
     ("ckpt={run} prompt=a seed=99999999999999999999", r"seed must be at most 4294967295"),
-    (
-        "ckpt={run} prompt=a temperature=warm",
-        r"temperature must be >= 0, .* and min_p in \[0, 1\], got 'warm'",
-    ),
+    ("ckpt={run} prompt=a temperature=warm", r"temperature must be a number of 0 or more \(0: .*\), got 'warm'"),
     ("ckpt={run} prompt=a ignore_eos=perhaps", r"ignore_eos must be true or false, got 'perhaps'"),
     ("ckpt={run} prompt=two words", r"'words' is not key=value. A prompt of several words must be in quotes"),
     ("ckpt={run} prompt=\udcff", r"prompt is not UTF-8"),
@@ -305,15 +353,34 @@ EVALUATE = [
 ]
 
 OTHERS = [
+    ("compare.py", "", r"runs is required: give runs=..., for example runs='outputs/\*', which are the directories"),
+    ("export.py", "ckpt={run}", r"out is required: give out=..., for example out=exported/one.$"),
+    (
+        "train.py",
+        "data=files",
+        r"data.paths is required: give data.paths=..., for example data.paths='\[texts/\*.txt\]'.$",
+    ),
     ("compare.py", "runs=[]", r"runs is empty: give run directories"),
     ("compare.py", "runs=5", r"runs=5 matches nothing"),
-    ("compare.py", "runs={run} out={tmp}/short.txt", r"out=.*short.txt cannot be written: File exists"),
+    (
+        "compare.py",
+        "runs={run} out={tmp}/short.txt",
+        r"out=.*short.txt: .*short.txt is a file, and a directory is expected",
+    ),
+    ("compare.py", "runs={run} out={tmp}/short.txt/x", r"out=.*/x: .*short.txt is a file, and a directory is expected"),
+    (
+        "compare.py",
+        "runs={run} out={tmp}/new step=4000",
+        r"none of the runs has a validation at step 4000 \(.*run: there are [0-9, ]+\); give a step at which all",
+    ),
     ("compare.py", "runs={run} out={tmp}/new step=x", r"step must be a whole number .* or null, got 'x'"),
     ("compare.py", "runs={run} out={tmp}/new exclusive_device=maybe", r"exclusive_device must be true or false, got"),
     ("compare.py", "runs={run} out={tmp}/new title=null", r"title must be text, got None"),
     ("prepare_data.py", "out={tmp}/new sources=[]", r"sources is empty; give some of sotu, "),
     ("prepare_data.py", "out={tmp}/new sources=sotu", r"sources must be a list, each entry text or null, got 'sotu'"),
     ("prepare_data.py", "out={tmp}/new vocab_size=x", r"vocab_size must be a whole number"),
+    ("prepare_data.py", "out={tmp}/new vocab_size=3", r"error: vocab_size must be at least 257 "),
+    ("prepare_data.py", "out={tmp}/new paths=[{tmp}/a.txt] vocab_size=3", r"error: vocab_size must be at least 257 "),
     ("prepare_data.py", "out={tmp}/folder", r"folder exists already: give another out, or remove it"),
 ]
 
@@ -331,16 +398,23 @@ def places(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     run = tmp_path_factory.mktemp("runs") / "run"
     train(composed("train", *small_run(corpus)), run)
     (tmp / "empty.txt").write_text("")
+    (tmp / "blank.txt").write_text(" \n\n")
     (tmp / "short.txt").write_text("a few words")
     (tmp / "latin1.txt").write_bytes("déjà vu, and more".encode("latin-1"))
     (tmp / "mixed.jsonl").write_text('{"text": "a b c"}\n{"text": 6}\n')
     Tokenizer(WordLevel({"a": 0})).save(str(tmp / "one_word.json"))
     (tmp / "folder").mkdir()
+    (tmp / "gguf").mkdir()
+    (tmp / "gguf" / "model-float32.gguf").write_bytes(b"GGUF")
     (tmp / "loop.txt").symlink_to("loop.txt")
     (tmp / "set").mkdir()
     (tmp / "set" / "train.jsonl").write_text('{"text": "a document of a few words"}\n' * 40)
     (tmp / "foreign").mkdir()
     (tmp / "foreign" / "config.yaml").write_text("port: 8080\n")
+    (tmp / "tokens").mkdir()
+    (tmp / "tokens" / "tokenizer.json").write_bytes((run / "tokenizer.json").read_bytes())
+    for name in ("train", "validation"):
+        np.save(tmp / "tokens" / f"{name}.npy", np.arange(250, dtype=np.uint16))
     last = run / "checkpoints" / "last.ckpt"
     (tmp / "truncated.ckpt").write_bytes(last.read_bytes()[:5000])
     (tmp / "alone.ckpt").write_bytes(last.read_bytes())
@@ -374,6 +448,32 @@ def test_train(
     assert re.search(expected, printed), printed
     assert not (tmp_path / "run").exists()
     assert {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("words", [(), ("hydra.run.dir=runs/${now:%H}",)])
+def test_a_run_is_resumed_in_a_given_directory(
+    words: tuple[str, ...],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without one, a new run would begin in a new directory. Job scripts always give resume=true, and a directory that
+    need not exist yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lkda.commands.train.train", lambda config, directory: {"val/loss": directory})
+    printed = error_line("train.py", [*small_run(corpus, "resume=true"), *words], monkeypatch, capsys)
+    assert "resume=true needs the directory of the run to continue: give hydra.run.dir=DIRECTORY" in printed
+    assert not [path for path in tmp_path.rglob("*") if path.name not in ("outputs", "runs")]
+
+
+def test_resume_may_also_start_a_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr("lkda.commands.train.train", lambda config, directory: started.append(directory) or {})
+    words = small_run(corpus, "resume=true", f"hydra.run.dir={tmp_path}/new")
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    assert started == [f"{tmp_path}/new"]
 
 
 @pytest.mark.sample(3)

@@ -93,9 +93,9 @@ def test_the_flags_of_hydra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["evaluate"], "error: ckpt is required: give ckpt=...\n"),
-        (["evaluate", "ckpt=/nowhere/a=b"], "error: there is no checkpoint at /nowhere/a=b.\n"),
-        (["export", "ckpt=[a]", "out=x"], "error: there is no checkpoint at [a].\n"),
+        (["evaluate"], "error: ckpt is required: give ckpt=..., for example ckpt=runs/one, the directory of a run.\n"),
+        (["evaluate", "ckpt=/nowhere/a=b"], "error: there is no checkpoint at /nowhere/a=b. Give the directory of a"),
+        (["export", "ckpt=[a]", "out=x"], "error: there is no checkpoint at [a]. Give the directory of a run, a"),
         (["train", "hydra.run.dir=/proc/lkda"], "error: cannot create the output directory /proc/lkda: "),
     ],
 )

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+import lkda
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.generate import generate
 from lkda.commands.train import train
 from lkda.training.checkpoint import read_checkpoint
 from tests.commands.small import composed, rows, small_run
+from tests.generation.test_generate import byte_tokenizer, model_of
 
 TINY = (
     *("trainer=cpu", "callbacks=none", "model=recall", "mixer=conv_kda", "model.d_model=32", "data=mqar"),
@@ -82,6 +84,7 @@ def test_what_needs_text_says_so(run: Path, corpus: Path, tmp_path: Path) -> Non
         export(composed("export", f"ckpt={run}", f"out={tmp_path}/out"))
     with pytest.raises(ValueError, match=no_text):
         evaluate(composed("evaluate", f"ckpt={run}", "data=files", f"data.paths=[{corpus}]", "accelerator=cpu"))
+    lkda.export(model_of(["kda"]), byte_tokenizer(), tmp_path / "exported")
     with pytest.raises(ValueError, match="init_from needs data of text"):
         train(composed("train", *TINY, f"init_from={tmp_path}/exported", "optimizer.lr=1e-3"), tmp_path / "run")
 

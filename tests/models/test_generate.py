@@ -57,13 +57,13 @@ def test_an_end_token_ends_the_text():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": float("nan")}, "temperature must be >= 0"),
-        ({"temperature": True}, "temperature must be >= 0"),
-        ({"top_p": True}, "top_p in"),
-        ({"temperature": "hot"}, "temperature must be >= 0"),
+        ({"temperature": float("nan")}, "temperature must be a number of 0 or more"),
+        ({"temperature": True}, "temperature must be a number of 0 or more"),
+        ({"top_p": True}, "top_p must be above 0 and at most 1"),
+        ({"temperature": "hot"}, "temperature must be a number of 0 or more"),
         ({"max_new_tokens": 1.5}, "whole number of 0 or more, got 1.5"),
-        ({"temperature": -1.0}, "temperature must be >= 0"),
-        ({"top_p": 0.0}, "top_p in"),
+        ({"temperature": -1.0}, "temperature must be a number of 0 or more"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"max_new_tokens": -1}, "whole number of 0 or more, got -1"),
     ],
 )

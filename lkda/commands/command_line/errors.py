@@ -7,13 +7,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -27,8 +27,9 @@ from omegaconf.errors import (
 
 import lkda
 from lkda.checks import InputError
+from lkda.commands.command_line.examples import is_required
 from lkda.commands.command_line.invocation import with_started_command
-from lkda.io import write_atomically
+from lkda.io import file_in_the_way, write_atomically
 from lkda.run_failure import FAILURE
 
 BAD_INPUT = 2
@@ -181,7 +182,7 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, InterpolationResolutionError) and (found := _input_error_of(error)) is not None:
         return _message(found)
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is required: give {error.full_key}=..."
+        return is_required(str(error.full_key))
     if isinstance(error, (CommandError, InputError)):
         return _on_one_line(str(error))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
@@ -223,6 +224,9 @@ def _of_the_system(error: OSError) -> str:
         return f"{what}." if _inside_lkda(error) else f"cannot print: {what}."
     if _inside_lkda(error):
         return f"{error.filename}: {what}."
+    file = file_in_the_way(Path(str(error.filename)))
+    if file is not None:
+        what = f"{file} is a file, and a directory is expected. Choose another directory"
     return f"cannot create the output directory {error.filename}: {what}."
 
 
@@ -256,8 +260,27 @@ def _inside_lkda(error: Exception) -> bool:
     return any(path.is_relative_to(_HOME) and path not in begin for path in _files(error))
 
 
+def _near(name: str, known: Sequence[str]) -> str | None:
+    """The name in `known` that was probably meant: a similar one, or the initials of `name`, as lr of learning_rate."""
+    initials = "".join(word[:1] for word in name.split("_"))
+    close = difflib.get_close_matches(name, known, n=1)
+    return close[0] if close else initials if "_" in name and initials in known else None
+
+
+def _unknown_choice(group: str, name: str, choices: Sequence[str]) -> str:
+    """The message for a choice that a group of the configuration does not have, as in mixer=kdaa."""
+    near = _near(name, choices)
+    hint = f"; did you mean {near}?" if near else "."
+    there = f"there are {', '.join(choices)}" if choices else "there are none"
+    what = {"data": "data set", "callbacks": "choice of callbacks", "debug": "kind of debug run"}
+    return f"{group}={name}: there is no such {what.get(group, group.rpartition('/')[2])}; {there}{hint}"
+
+
 def _configuration_message(error: Exception) -> str:
     """Hydra's message on one line. For an unknown key it adds the nearest existing key and the list of all keys."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return _unknown_choice(group, name, error.options)
     text = " ".join(re.split(r"\n\s*(?:full_key|Config search path)|, set env var HYDRA", str(error))[0].split())
     if isinstance(error, (InterpolationKeyError, InterpolationResolutionError)):
         return f"{error.full_key}: {text}. ${{...}} stands for another setting; in a text, write \\${{...}}."
@@ -265,7 +288,7 @@ def _configuration_message(error: Exception) -> str:
     if not isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or not isinstance(cause.parent_node, DictConfig):
         return text
     known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
-    near = difflib.get_close_matches(str(cause.key), known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    near = _near(str(cause.key), known)
+    hint = f" Did you mean {near}?" if near else ""
     there = f" It has {', '.join(known)}." if known else ""
     return f"{text.split(' To append')[0]}{hint}{there}"

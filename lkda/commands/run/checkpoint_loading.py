@@ -12,10 +12,13 @@ from lkda.checks import InputError, refusing_damage
 from lkda.commands.run.run_directory import fingerprint_of, read_yaml, tokenizer_of
 from lkda.formats import load, recorded_config
 from lkda.formats.common.building import build_with_weights
+from lkda.formats.common.reading import without_config
 from lkda.models.lm import LanguageModel
 from lkda.old_names import current_model_config, translated
 from lkda.training.checkpoint import read_checkpoint
 from lkda.training.sharded_checkpoint import is_sharded
+
+_WHAT_CKPT_TAKES = "Give the directory of a run, a file in its checkpoints/, or an exported directory (lkda or hf)."
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
         return TrainedModel(model, tokenizer, path)
     if path.is_dir() and not is_sharded(path):
         path = _last_of_run(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, advice=_WHAT_CKPT_TAKES)
     with refusing_damage(path):
         ours = checkpoint["lkda"]
         prefix = "model."
@@ -90,9 +93,11 @@ def _last_of_run(directory: Path) -> Path:
         raise InputError(
             f"there is no checkpoint at {last}; beside it there is {', '.join(others)}: give one as ckpt=."
         )
+    if any(directory.glob("*.gguf")):
+        raise InputError(without_config(directory))
     raise InputError(
         f"there is no checkpoint at {last}, and {directory} is no exported directory that lkda reads: it has no "
-        "config.json."
+        f"config.json. {_WHAT_CKPT_TAKES}"
     )
 
 

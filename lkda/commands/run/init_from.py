@@ -11,6 +11,7 @@ from lkda.checks import InputError
 from lkda.commands.command_line.invocation import command, typed_overrides
 from lkda.commands.command_line.overrides import override
 from lkda.formats.common.layers import layer_names, options_of
+from lkda.formats.common.reading import read_config
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
 
@@ -20,13 +21,27 @@ _BROUGHT = ("model", "mixer", "data.tokenizer_path", "data.vocab_size")
 _HARMLESS = ("model.name", "model.learning_rate")
 
 
+def check_exported(directory: Path) -> None:
+    """Raise InputError unless the option `init_from` is an exported directory that has all files. None is read but its
+    config.json."""
+    if (directory / "checkpoints").is_dir() and not (directory / "config.json").exists():
+        raise InputError(
+            f"init_from needs an exported directory, but {directory} is a run directory: export it first with "
+            f"{command('export', override('ckpt', str(directory)), 'out=exported/one')}"
+        )
+    try:
+        read_config(directory)
+    except InputError as error:
+        raise InputError(f"init_from: {error}") from error
+
+
 def load_initial_model(
     directory: Path, *, backend: str, data: Mapping[str, Any], rope_base: float | None = None
 ) -> LanguageModel:
     """Load the model of `directory`, in training mode.
 
     Args:
-        directory: an exported directory, the option `init_from`.
+        directory: an exported directory, the option `init_from`, after `check_exported`.
         backend: of the operators.
         data: the resolved group, which must be text.
         rope_base: of the rotary positions; None for the model's own.
@@ -39,11 +54,6 @@ def load_initial_model(
         raise InputError(f"init_from has a model and a tokenizer of its own: leave out {' '.join(clashing)}.")
     if "tokenizer_path" not in data:
         raise InputError("init_from needs data of text, because its model was trained on text: give data=files, say.")
-    if (directory / "checkpoints").is_dir() and not (directory / "config.json").exists():
-        raise InputError(
-            f"init_from needs an exported directory, but {directory} is a run directory: export it first with "
-            f"{command('export', override('ckpt', str(directory)), 'out=...')}"
-        )
     model, _ = lkda.load(directory, backend=backend)
     if rope_base is not None:
         model = with_rope_base(model, rope_base)

@@ -152,7 +152,13 @@ def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> Pr
     return PreparedRun(
         plan=plan,
         data=data,
-        model_config=model_config(plan.model, vocab_size=data.vocab_size, context=data.context),
+        model_config=model_config(
+            plan.model,
+            vocab_size=data.vocab_size,
+            context=data.context,
+            # Of these data, data.vocab_size says how many tokens there are.
+            data_has_vocab_size="vocab_size" in plan.data and plan.data.get("tokenizer_path") is None,
+        ),
         metadata=metadata,
         total_steps=plan.trainer.steps(tokens_per_step),
         checkpoint=saved[0] if saved else None,
@@ -171,20 +177,24 @@ def _test_metadata(test: TestSplit) -> dict[str, Any]:
     return {name: getattr(test, name) for name in ("tokens", "bytes_per_token", "unigram_entropy")}
 
 
-def model_config(model: Mapping[str, Any], *, vocab_size: int, context: int) -> dict[str, Any]:
+def model_config(
+    model: Mapping[str, Any], *, vocab_size: int, context: int, data_has_vocab_size: bool = False
+) -> dict[str, Any]:
     """The complete dict of `build_model`.
 
     Args:
         model: as in a plan.
         vocab_size: of the tokenizer. The embedding has as many rows, unless model.vocab_size is larger.
         context: training length in tokens.
+        data_has_vocab_size: whether data.vocab_size may be advised, where the embedding has too few rows.
     Raises: InputError if the tokenizer has more tokens than the embedding has rows.
     """
     rows = model["vocab_size"] or vocab_size
     if vocab_size > rows:
+        instead = f", or data.vocab_size to {rows} or less" if data_has_vocab_size else ""
         raise InputError(
             f"the tokenizer has {vocab_size} tokens, but the model has only {rows} rows: "
-            f"set model.vocab_size to {vocab_size} or more, or data.vocab_size to {rows} or less."
+            f"set model.vocab_size to {vocab_size} or more{instead}."
         )
     return {**model, "vocab_size": rows, "context": context}
 

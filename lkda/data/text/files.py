@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from lkda.checks import InputError
 from lkda.data.progress import without_bars_of_datasets
-from lkda.data.text.cache import expanded
+from lkda.data.text.cache import expanded, nothing_found
 from lkda.data.text.documents import Documents, Splits, Text, TextFiles, blocks_of, part_of
 from lkda.data.text.table import Table, TableTexts, kind_of_value
 from lkda.io import named
@@ -237,7 +237,7 @@ def _expand(paths: Sequence[str]) -> tuple[Path, ...]:
         literal = expanded(pattern)  # checked first, because a name may contain [ or *
         matches = [literal] if literal.exists() else [Path(m) for m in glob.glob(str(literal), recursive=True)]
         if not matches:
-            raise InputError(f"data path {pattern} does not exist.")
+            raise InputError(f"data path {pattern} {nothing_found(pattern)}")
         for match in matches:
             inside = _inside(match) if match.is_dir() else [match]
             if not inside:
@@ -382,4 +382,5 @@ def _check_utf8(path: Path) -> None:
             if not block:
                 break
     if blank:
-        raise InputError(f"{path} is empty.")
+        what = "holds only white space" if place else "is empty"
+        raise InputError(f"{path} {what}: leave it out, or give a file with text.")

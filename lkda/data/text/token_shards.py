@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lkda.checks import InputError
-from lkda.data.text.cache import expanded
+from lkda.data.text.cache import expanded, nothing_found
 from lkda.data.text.token_file import parts_of
 
 SUFFIXES = (".npy", ".bin")
@@ -44,7 +44,7 @@ def shard_paths(patterns: Sequence[str], *, option: str) -> list[Path]:
         literal = expanded(pattern)
         matches = [literal] if literal.exists() else [Path(match) for match in sorted(glob.glob(str(literal)))]
         if not matches:
-            raise InputError(f"{option}: {pattern} does not exist.")
+            raise InputError(f"{option}: {pattern} {nothing_found(pattern)}")
         for match in matches:
             inside = sorted(path for path in match.iterdir() if path.suffix in SUFFIXES) if match.is_dir() else [match]
             wrong = [path for path in inside or [match] if path.suffix not in SUFFIXES]

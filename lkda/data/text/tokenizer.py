@@ -36,11 +36,11 @@ __all__ = [
 SMALLEST_VOCABULARY = 257
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Raises InputError for a vocabulary that cannot hold every byte."""
+def check_vocab_size(vocab_size: int, *, option: str = "data.vocab_size") -> None:
+    """Raises InputError, naming the option, for a vocabulary that cannot hold every byte."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
-            f"data.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
+            f"{option} must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), got {vocab_size}."
         )
 
 
@@ -70,7 +70,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"there is no tokenizer at {path}.")
+        what = "is a directory" if path.is_dir() else "does not exist"
+        inside = path / "tokenizer.json"
+        advice = str(inside) if inside.is_file() else "the path of a tokenizer.json"
+        raise InputError(f"there is no tokenizer at {path}, which {what}: give {advice}.")
     return tokenizer_from_file(path)
 
 

@@ -29,7 +29,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise InputError(f"{directory} is no exported model: it has no config.json.")
+        raise InputError(without_config(directory))
     config = _read_json(path)
     if not any((directory / name).is_file() for name in (WEIGHTS, SHARDS)):
         pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
@@ -42,6 +42,21 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not (directory / "tokenizer.json").is_file():
         raise InputError(f"{directory} is no exported model: it has no tokenizer.json.")
     return config
+
+
+def without_config(directory: Path) -> str:
+    """The message for a path that was given as an exported directory, and has no config.json."""
+    advice = "give a directory that scripts/export.py has written with format=lkda or format=hf."
+    if not directory.exists():
+        return f"{directory} does not exist: {advice}"
+    if not directory.is_dir():
+        return f"{directory} is a file: {advice}"
+    if any(directory.glob("*.gguf")):
+        return (
+            f"{directory} holds a GGUF file, which is for llama.cpp and cannot be loaded by lkda: export the model "
+            "with format=lkda or format=hf."
+        )
+    return f"{directory} is no exported model: it has no config.json. Instead, {advice}"
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

@@ -184,7 +184,8 @@ def cpu_only(
             names = " and ".join(str(one).removeprefix("torch.") for one in dtypes)
             return f"it computes in {names}, got {dtype}; use backend={otherwise!r}."
         if device.type != "cpu":
-            return f"the tensors are on {device.type}, not on a CPU; use backend={otherwise!r}, or move them."
+            where = f"the tensors are on {device.type}, not on a CPU"
+            return f"{where}; use backend='auto' or backend={otherwise!r}, or move them."
         why = library.reason_cannot_run()
         return None if why is None else f"its C++ cannot be compiled: {why}; use backend={otherwise!r}."
 

@@ -99,7 +99,8 @@ def reason_cannot_run(device: torch.device, otherwise: str = "torch") -> str | N
         otherwise: the backend to name in the reason, which can run there.
     """
     if device.type != "cuda":
-        return f"the tensors are on {device.type}, not on a CUDA device; use backend={otherwise!r}, or move them."
+        where = f"the tensors are on {device.type}, not on a CUDA device"
+        return f"{where}; use backend='auto' or backend={otherwise!r}, or move them."
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has compute capability below 8.0; use backend={otherwise!r}."
     return _reason_no_compiler()

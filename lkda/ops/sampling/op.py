@@ -24,12 +24,14 @@ SMALLEST_TEMPERATURE = 1e-20
 
 def check_sampling(*, temperature: float, top_k: int | None, top_p: float, min_p: float) -> None:
     """Raises ValueError for values that `sample_tokens` cannot sample with."""
-    given = (temperature, top_p, min_p)
-    if not all(_is_number(value) for value in given) or temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+    if not _is_number(temperature) or temperature < 0:
         raise InputError(
-            "generate: temperature must be >= 0, top_p in (0, 1] and min_p in [0, 1], got "
-            f"{temperature!r}, {top_p!r} and {min_p!r}."
+            f"generate: temperature must be a number of 0 or more (0: always the likeliest token), got {temperature!r}."
         )
+    if not _is_number(top_p) or not 0 < top_p <= 1:
+        raise InputError(f"generate: top_p must be above 0 and at most 1 (1: all tokens), got {top_p!r}.")
+    if not _is_number(min_p) or not 0 <= min_p <= 1:
+        raise InputError(f"generate: min_p must be from 0 to 1 (0: all tokens), got {min_p!r}.")
     if top_k is not None:
         check_count("generate: top_k", top_k, least=1)
 

@@ -28,6 +28,7 @@ MAY_BE_MISSING = ("context", "flops_per_token", "unigram_entropy")  # else they 
 OF_TEXT, OF_TASKS = "val/bits_per_byte", "val/accuracy"  # one of these is needed too
 
 RECORDED_ROWS = 300
+NO_VALIDATION = "no validation at step"  # how the reason begins that a run is left out for
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def _at(run: Run, step: int) -> Run:
     metrics = [row for row in run.metrics if row["step"] <= step]
     validations = [row for row in metrics if row["step"] == step and "val/loss" in row]
     if not validations:
-        there = ", ".join(f"{row['step']:.0f}" for row in run.metrics if "val/loss" in row)
-        raise InputError(f"no validation at step {step}; there are {there}")
+        there = [f"{row['step']:.0f}" for row in run.metrics if "val/loss" in row]
+        shown = ", ".join(there if len(there) <= 12 else [*there[:4], "...", *there[-4:]])
+        raise InputError(f"{NO_VALIDATION} {step}; there are {shown or 'none at all'}")
     then = validations[-1]
     kept = {name: value for name, value in run.summary.items() if not name.startswith("test")}
     summary = kept | {

@@ -17,7 +17,15 @@ from lkda.report.operators import benchmark as bench
 from lkda.report.operators import report as bench_report
 from lkda.report.read.files import read_results_file
 from lkda.report.read.groups import NULL, Group, also_differing, group_runs, settings
-from lkda.report.read.runs import Run, as_record, from_record, read_runs, reported_split, tokenizers_differ
+from lkda.report.read.runs import (
+    NO_VALIDATION,
+    Run,
+    as_record,
+    from_record,
+    read_runs,
+    reported_split,
+    tokenizers_differ,
+)
 from lkda.report.tradeoff.measurements import Results, damaged_files, find_results, measurements
 from lkda.report.tradeoff.records import COMMAND, best_of, by_data, by_quality, quality_of, reproduce, within_spread
 from lkda.report.tradeoff.repeat import how_to_repeat
@@ -136,6 +144,12 @@ def compare(
     runs, skipped = read_runs(directories, step=step)
     if not runs:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in skipped[:5])
+        if any(reason.startswith(NO_VALIDATION) for _, reason in skipped):
+            there = reasons.replace(f"{NO_VALIDATION} {step}; ", "")
+            raise InputError(
+                f"none of the runs has a validation at step {step} ({there}); "
+                "give a step at which all of them have one, or leave step out for finished runs at their end."
+            )
         raise InputError(
             f"none of the {len(directories)} paths is the directory of a finished run ({reasons}); give those that "
             "hold a summary.json."

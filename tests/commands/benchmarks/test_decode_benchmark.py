@@ -180,7 +180,7 @@ def test_nothing_measured_is_a_failure(tmp_path: Path, monkeypatch: pytest.Monke
         (["batches=[0]"], r"batches must be a whole number of 1 or more, got 0"),
         (["contexts=[255]"], r"contexts must be a whole number of 256 or more, got 255"),
         (["contexts=[1.5]"], r"contexts must be "),
-        (["top_p=0"], r"top_p in \(0, 1\]"),
+        (["top_p=0"], r"top_p must be above 0 and at most 1"),
         (["overrides=['model.num_heads=3']"], r"num_heads"),
         (["overrides=['mixer=softmax']"], r"overrides: mixer is what mixers=... is for"),
         (["overrides=['model.vocab_size=9']"], r"overrides: model.vocab_size is what vocab_size=... is for"),

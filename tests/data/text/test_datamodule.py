@@ -465,7 +465,7 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
     return {
         "missing": ({"paths": ["/no/such"]}, "data path /no/such does not exist"),
         "none": ({"paths": []}, "data.paths is empty: give files"),
-        "empty": ({"paths": [str(tmp_path / "empty.txt")]}, "empty.txt is empty"),
+        "empty": ({"paths": [str(tmp_path / "empty.txt")]}, "empty.txt holds only white space: leave it out"),
         "empty folder": ({"paths": [str(tmp_path / "folder")]}, "holds no file of a known kind: .txt"),
         "not utf-8": ({"paths": [str(tmp_path / "latin.txt")]}, "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
         "short": (
@@ -510,7 +510,10 @@ def bad(tmp_path: Path, texts: Path) -> dict[str, tuple[dict[str, object], str]]
             good | {"test_from_year": 2012, "test_paths": [str(texts / "1.txt")]},
             "data.test_from_year and data.test_paths both choose the test split",
         ),
-        "tokenizer": (good | {"tokenizer_path": "/no/t.json"}, "there is no tokenizer at /no/t.json"),
+        "tokenizer": (
+            good | {"tokenizer_path": "/no/t.json"},
+            "there is no tokenizer at /no/t.json, which does not exist: give the path of a tok",
+        ),
         "numbers": (
             {"paths": [str(tmp_path / "numbers.jsonl")]},
             "column 'text' of .*numbers.jsonl holds a number, not text, in row 1",

@@ -90,7 +90,7 @@ def test_the_sum_has_the_type_that_pytorch_gives_it(types):
         ({"y": torch.ones(2, 3, 6, dtype=torch.int32)}, r"y must be a floating-point tensor, got torch\.int32"),
         ({"weight": torch.ones(6, device="meta")}, "weight is on meta and x on cpu"),
         ({"dtype": torch.int32}, r"dtype, that of the norm, must be a floating-point type, got torch\.int32"),
-        ({"backend": "cuda"}, "not on a CUDA device; use backend='torch'"),
+        ({"backend": "cuda"}, "not on a CUDA device; use backend='auto' or backend='torch'"),
         ({"backend": "cpu"}, "backend must be one of auto, cuda, torch"),
     ],
 )

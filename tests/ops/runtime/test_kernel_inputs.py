@@ -24,7 +24,7 @@ MODULES = {
 @pytest.mark.parametrize(("module", "otherwise"), MODULES.items())
 def test_what_the_kernels_cannot_take_is_said(module, otherwise, monkeypatch):
     reason, device = importlib.import_module(f"lkda.ops.{module}").reason_cannot_run, torch.device("cuda", 0)
-    on_cpu = f"not on a CUDA device; use backend='{otherwise}', or move them"
+    on_cpu = f"not on a CUDA device; use backend='auto' or backend='{otherwise}', or move them"
     assert on_cpu in reason(torch.device("cpu"), 64, torch.bfloat16)
     assert on_cpu in reason(torch.device("cpu"), 96, torch.float64)
     monkeypatch.setattr(kernel_inputs, "reason_cannot_run", lambda device, otherwise: None)  # as on a machine that can

@@ -46,7 +46,7 @@ def test_the_definition():
         ({"bias": torch.ones(3)}, r"logits must be \[..., H\] .* and bias \[H\], got \[2, 5, 4\] and \[3\]"),
         ({"logits": torch.ones(4)}, r"at least two dimensions .* got \[4\] and \[4\]"),
         ({"bias": torch.ones(4, dtype=torch.int32)}, "bias must be a floating-point tensor"),
-        ({"backend": "cuda"}, "not on a CUDA device; use backend='torch'"),
+        ({"backend": "cuda"}, "not on a CUDA device; use backend='auto' or backend='torch'"),
     ],
 )
 def test_what_does_not_fit_is_said(changes, message):

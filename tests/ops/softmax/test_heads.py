@@ -78,7 +78,7 @@ def test_pytorch_against_float64(norms):
         ({"weights": (torch.ones(6), None)}, r"weights must be two of \[6\], for q and for k, got \[6\] and None"),
         ({"weights": 3 * (torch.ones(6),)}, r"got \[6\] and \[6\] and \[6\]"),
         ({"position": torch.arange(3, device="meta")}, "position is on meta and q on cpu; move one of them"),
-        ({"backend": "cuda"}, "not on a CUDA device; use backend='torch'"),
+        ({"backend": "cuda"}, "not on a CUDA device; use backend='auto' or backend='torch'"),
     ],
 )
 def test_what_does_not_fit_is_said(changes, message):

@@ -94,7 +94,9 @@ def test_it_compiles_without_spills_and_with_under_a_kib_of_shared_memory(arch):
 
 class TestRefusals:
     def test_a_cpu(self):
-        with pytest.raises(ValueError, match=r"cuda_naive.*on cpu, not on a CUDA device; use backend='naive'"):
+        with pytest.raises(
+            ValueError, match=r"cuda_naive.*on cpu, not on a CUDA device; use backend='auto' or backend='naive'"
+        ):
             by_function(*drawn(1, 4, 4, 1, 32, torch.float32))
 
     def test_a_gradient(self):

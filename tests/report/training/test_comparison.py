@@ -263,7 +263,7 @@ def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, caps
     [
         ({"runs": "{}/non*"}, r"runs=.*/non\* matches nothing; give run directories"),
         ({"runs": "{}"}, r"none of the 1 paths is the directory of a finished run \(.*no summary.json: not a run\)"),
-        ({"out": "{}/file"}, r"out=.*/file cannot be written: File exists"),
+        ({"out": "{}/file"}, r"out=.*/file: .*/file is a file, and a directory is expected"),
         ({"bench": "{}/file"}, r"file cannot be read as JSON"),
         ({"bench": "{}/missing"}, r"bench=.*/missing matches nothing; give results of scripts/benchmark.py"),
         ({"bench": "{}/empty"}, r"bench=.*/empty holds no results of scripts/benchmark.py \(benchmark, step_benchmark"),
