@@ -62,7 +62,9 @@ def _prepare_files(config: DictConfig, tokenizer_path: Path | None, console: Con
     if given:
         raise InputError(f"{given[0]} has no effect beside paths, which are tokenized instead of a mix: leave it out.")
     if config.out is None:
-        raise InputError("out is missing: with paths=..., give the directory to write the tokens to.")
+        raise InputError(
+            "out is missing: with paths=..., give the directory to write the tokens to, for example out=tokens/mine."
+        )
     check_vocab_size(config.vocab_size, option="vocab_size")
     sources = file_sources(
         list(config.paths),
@@ -137,7 +139,7 @@ def _sources(mix: str, wanted: Sequence[str] | None, path: Path | None) -> dict[
     if path is not None and not any(SOURCES[name].is_local for name in chosen):
         raise InputError(f"path={path} has no effect: no chosen source of mix={mix} is a local file; leave it out.")
     if path is not None and not path.is_file():
-        raise InputError(f"path={path} must be a file of JSON lines, but there is none.")
+        raise InputError(f"path={path} does not exist: give a file of JSON lines, as docs/guides/data.md explains.")
     return {SOURCES[name]: known[name] for name in chosen}
 
 

@@ -79,7 +79,7 @@ def write_passages(
     check_count("--tokens", tokens, least=sum(lengths))
     if out.exists():
         raise InputError(f"{out} exists already: give another --out, or remove it.")
-    tokenized = load_tokenized(corpus)
+    tokenized = load_tokenized(corpus, mix="english" if corpus.name == "english" else None)
     start = document_start(tokenized.tokenizer)
     if start is None:
         raise InputError(f"the tokenizer of {corpus} has no token that begins documents, which is needed here.")

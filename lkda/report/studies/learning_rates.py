@@ -147,7 +147,7 @@ def collect(runs: Sequence[TrainedRun]) -> dict[str, Any]:
     Raises: InputError where there are none, or where some are not of text.
     """
     if not runs:
-        raise InputError("there are no finished runs: give run directories.")
+        raise InputError("there are no finished runs: give run directories, or a pattern that matches some.")
     without = [run.name for run in runs if run.summary.get("val/bits_per_byte") is None]
     if without:
         raise InputError(f"{without[0]} has no bits per byte: give runs on text.")

@@ -78,7 +78,7 @@ def collect(runs: Sequence[Run]) -> dict[str, Any]:
     Raises: InputError where there are none, where one is not of text, or where two have the same settings.
     """
     if not runs:
-        raise InputError("there are no finished runs: give run directories.")
+        raise InputError("there are no finished runs: give run directories, or a pattern that matches some.")
     for run in runs:
         missing = [key for key in (*_MEASURED.values(), *_COPIED, "versions") if run.summary.get(key) is None]
         if missing:
