@@ -27,6 +27,16 @@ from lkda.ops import softmax_attention
 from lkda.ops.sequences import positions
 from lkda.ops.softmax.cpu.step import can_take, is_full
 
+LEAVE_OUT_POSITIONS = "or rope_base=null for no position encoding"
+
+
+def check_rope_base(mixer: str, base: float | None) -> None:
+    """Raises InputError unless the base of the rotary frequencies is a number above 0, or None for no positions."""
+    if base is not None and not 0 < base < math.inf:
+        raise InputError(
+            f"mixer.{mixer}.rope_base must be a number above 0, got {base}: choose one, {LEAVE_OUT_POSITIONS}."
+        )
+
 
 class CachedAttention(Mixer):
     """Softmax attention to growing caches (see `lkda.models.growing_cache`), two or more.

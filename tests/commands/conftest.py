@@ -7,9 +7,10 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from tests.report.conftest import few_pixels as few_pixels  # fixtures
+from tests.commands.bad_places import places as places  # fixtures
+from tests.report.conftest import few_pixels as few_pixels
 from tests.report.conftest import one_bundle as one_bundle
-from tests.report.tradeoff.conftest import bench as bench  # a fixture
+from tests.report.tradeoff.conftest import bench as bench
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lkda.checks import InputError, check_count
-from lkda.models.cached_attention import CachedAttention, refuse_full
+from lkda.models.cached_attention import LEAVE_OUT_POSITIONS, CachedAttention, check_rope_base, refuse_full
 from lkda.models.growing_cache import append_one, filled, masked_softmax, softmax_of_filled
 from lkda.models.linear import fused_linear, is_plain
 from lkda.models.mixer import State
@@ -80,8 +79,12 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         self.rope = qk_rope_head_dim or self.head_dim // 2
         self.v_dim = v_head_dim or self.head_dim
         self.rope_base, self.norm_eps, self.backend = rope_base, norm_eps, backend
-        if rope_base is not None:
-            self._check_rotary(rope_base)
+        check_rope_base("mla", rope_base)
+        if rope_base is not None and self.rope % 2:
+            raise InputError(
+                f"rotary positions turn pairs of channels: mixer.mla.qk_rope_head_dim must be even, got {self.rope}: "
+                f"choose an even number, {LEAVE_OUT_POSITIONS}."
+            )
         self.q_proj = linear(d_model, num_heads * (self.nope + self.rope))
         self.kv_a_proj_with_mqa = linear(d_model, self.rank + self.rope)
         self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=norm_eps)
@@ -94,16 +97,6 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         widths = (num_heads * (self.nope + self.rope), self.rank + self.rope)
         convolutions = (ShortConvolution(size, conv_width, std=conv_std) if conv_width else None for size in widths)
         self.q_conv1d, self.kv_conv1d = convolutions
-
-    def _check_rotary(self, base: float) -> None:
-        leave_out = "or rope_base=null for no position encoding"
-        if not 0 < base < math.inf:
-            raise InputError(f"mixer.mla.rope_base must be a number above 0, got {base}: choose one, {leave_out}.")
-        if self.rope % 2:
-            raise InputError(
-                f"rotary positions turn pairs of channels: mixer.mla.qk_rope_head_dim must be even, got {self.rope}: "
-                f"choose an even number, {leave_out}."
-            )
 
     def inputs(
         self, x: Tensor, *, cu_seqlens: Tensor | None, state: State | None

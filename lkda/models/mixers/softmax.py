@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lkda.checks import InputError
-from lkda.models.cached_attention import CachedAttention, refuse_full
+from lkda.models.cached_attention import CachedAttention, check_rope_base, refuse_full
 from lkda.models.growing_cache import append_one, filled, is_preallocated, masked_softmax
 from lkda.models.linear import fused_linear, joined_linear
 from lkda.models.mixer import State
@@ -58,11 +57,7 @@ class SoftmaxAttention(ProjectedMixer, CachedAttention):
             raise InputError(
                 f"rotary positions turn pairs of channels: d_model / mixer.num_heads must be even, got {self.head_dim}."
             )
-        if rope_base is not None and not 0 < rope_base < math.inf:
-            raise InputError(
-                f"mixer.softmax.rope_base must be a number above 0, got {rope_base}: choose one, or rope_base=null for "
-                "no position encoding."
-            )
+        check_rope_base("softmax", rope_base)
         self.rope_base, self.backend = rope_base, backend
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(d_model, d_model) for _ in range(4))
         self.o_norm = None
