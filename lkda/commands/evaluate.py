@@ -33,7 +33,7 @@ from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import NAMES, differences, in_words
 from lkda.data.text.cache import expanded
 from lkda.data.text.packed import PackedDataModule
-from lkda.device import resolve_device
+from lkda.device import one_cpu_thread, resolve_device
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
@@ -134,7 +134,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         model = StepwiseModel(model, state_dtype=plan.state_dtype)
         state_dtype = model.state_dtype
         title += ", stepwise" if state_dtype is None else f", stepwise, states in {state_dtype}"
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with one_cpu_thread(device), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         result = _measure(model, data, split=plan.split, device=device, limit=plan.max_batches)
     table = Table(title=Text(title), show_header=False)
     for name, value in _lines(result):

@@ -13,6 +13,7 @@ from lkda.models.block import Block
 from lkda.models.init import STD, apply_initialization
 from lkda.models.linear import Linear
 from lkda.models.mixer import Mixer, State
+from lkda.models.residual import normed_residual
 from lkda.models.rows import embedded, normed
 from lkda.models.short_conv import ShortConvolution
 from lkda.ops import resolve_backend
@@ -84,7 +85,7 @@ class LanguageModel(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = apply(block, x, cu_seqlens)
-        return self.norm(x)
+        return normed_residual(x, None, self.norm)[1]
 
     def forward_from(self, tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         """tokens [B, T], which continue the sequences of `state` -> logits [B, T, vocab] and the state after them."""

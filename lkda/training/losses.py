@@ -99,7 +99,7 @@ class ModelLoss:
         x = self._hidden(tokens, cu_seqlens)
         if target_positions is not None:
             targets = targets.flatten()[target_positions].unsqueeze(0)
-            return next_token_loss(self.model.lm_head(x.flatten(0, 1)[target_positions]).unsqueeze(0), targets)
+            x = x.flatten(0, 1).index_select(0, target_positions).unsqueeze(0)
         if is_plain(self.model.lm_head) and (x.is_cuda or not torch.is_autocast_enabled("cpu")):
             return linear_cross_entropy(_as_multiplied(x), self.model.lm_head.weight, targets.flatten())
         return next_token_loss(self.model.lm_head(x), targets)

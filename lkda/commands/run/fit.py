@@ -22,6 +22,7 @@ from lkda.commands.run.launch import Processes, is_of_another_process
 from lkda.commands.run.prepared_run import PreparedRun
 from lkda.commands.run.run_directory import RunFiles
 from lkda.commands.run.run_setup import RunPlan
+from lkda.device import one_cpu_thread
 from lkda.models.lm import LanguageModel
 from lkda.training import accuracy, positions
 from lkda.training.background import BackgroundWriter
@@ -258,7 +259,7 @@ def fit(
     data = prepared.data
     data.start_batch = prepared.first_step * prepared.plan.trainer.accumulate_grad_batches
     ending: InterruptedRunError | DivergedError | LearntRun | None = None
-    with stop_request:
+    with stop_request, one_cpu_thread(prepared.plan.device):
         try:
             trainer.fit(task, datamodule=data, ckpt_path=prepared.checkpoint, weights_only=True)
             stop_request.finish()
