@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -142,8 +143,12 @@ DARK = Style(
 
 
 def variant_index(mixers: Sequence[str], labels: Sequence[str]) -> list[int]:
-    """For each curve, its number among those of its mixer: 0 for the one with most of DEFAULTS in its label."""
-    shared = [len(DEFAULTS.get(mixer, set()) & {*label.split(" · ")}) for mixer, label in zip(mixers, labels)]
+    """For each curve, its number among those of its mixer: 0 for the one whose label is the mixer alone, or which has
+    most of DEFAULTS in its label."""
+    shared = [
+        math.inf if label == mixer else len(DEFAULTS.get(mixer, set()) & {*label.split(" · ")})
+        for mixer, label in zip(mixers, labels)
+    ]
     order = sorted(range(len(mixers)), key=lambda n: -shared[n])
     found = dict(zip(order, occurrence_index([mixers[n] for n in order]), strict=True))
     return [found[n] for n in range(len(mixers))]

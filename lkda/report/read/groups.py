@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,8 @@ EFFECTIVE = {
 NULL = "None"
 # Entries of the summary: what was used in the end, whatever the settings were.
 ACTUAL = ("tokens", "backend", "device", "precision")
+# If labels would name more settings of a mixer than this, they name only the differences from one group of the mixer.
+MOST_SHOWN = 2
 # Compared first, because one of these names explains the differences of many settings.
 NAMES = ("mixer.name", "model.name", "data.source")
 Settings = dict[str, Any]
@@ -38,11 +40,14 @@ class Group:
 
     Attributes:
         label: the mixer, and what distinguishes this group from the other groups of the mixer.
+        unnamed: settings of the mixer that this group has and does not name, but that other groups name if they have
+            others.
     """
 
     label: str
     mixer: str
     runs: list[Run]
+    unnamed: tuple[str, ...] = ()
 
     def values(self, key: str) -> list[float]:
         """An entry of each run's summary."""
@@ -68,17 +73,33 @@ def group_runs(runs: Iterable[Run], *, within: Collection[str] = ()) -> list[Gro
     for _, found in described:
         for key in distinguishing:
             values[found["mixer"], key].add(found.get(key, NULL))
-    groups = []
+    of_groups: list[tuple[str, dict[str, str], list[Run]]] = []  # mixer, its settings as text, runs
     for same in members.values():
         found = same[0][1]
+        mixer = found["mixer"]
         # A setting with one value for the mixer adds nothing to its label.
-        follows = {key for key in distinguishing if _of_mixer(key) and len(values[found["mixer"], key]) == 1}
-        shown = [key for key in distinguishing[1:] if key in found and key not in follows]
-        label = " · ".join([found["mixer"], *(_show(key, found[key]) for key in shown)])
-        groups.append(Group(label, found["mixer"], [run for run, _ in same]))
+        follows = {key for key in distinguishing if _of_mixer(key) and len(values[mixer, key]) == 1}
+        shown = {key: _show(key, found[key]) for key in distinguishing[1:] if key in found and key not in follows}
+        of_groups.append((mixer, shown, [run for run, _ in same]))
+    groups = []
+    for mixer, shown, own in of_groups:
+        common = _common([others for name, others, _ in of_groups if name == mixer])
+        named = {key: text for key, text in shown.items() if common.get(key) != text}
+        unnamed = tuple(text for key, text in common.items() if key not in named)
+        groups.append(Group(" · ".join([mixer, *named.values()]), mixer, own, unnamed))
     texts = all(run.summary.get("val/bits_per_byte") is not None for run, _ in described)
     split = reported_split([run for run, _ in described])
     return sorted(groups, key=lambda group: group.mean(f"{split}/bits_per_byte" if texts else f"{split}/loss"))
+
+
+def _common(of_groups: Sequence[dict[str, str]]) -> dict[str, str]:
+    """What the labels of a mixer's groups do not name: the mixer's settings in the group that has most in common with
+    the others. Nothing if there are few."""
+    of_mixer = [{key: text for key, text in one.items() if _of_mixer(key)} for one in of_groups]
+    if max(map(len, of_mixer)) <= MOST_SHOWN:
+        return {}
+    counts = Counter(item for one in of_mixer for item in one.items())
+    return max(of_mixer, key=lambda one: sum(counts[item] for item in one.items()))
 
 
 def _without(sections: Collection[str], found: Settings) -> Settings:

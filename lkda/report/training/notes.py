@@ -69,6 +69,11 @@ def _of_steps(runs: Sequence[Run]) -> list[str]:
 
 def _of_settings(runs: Sequence[Run], groups: Sequence[Group], across_tokenizers: bool) -> list[str]:
     found, data = [], list(by_data(groups))
+    found += [
+        f"{group.label} without a setting has {', '.join(group.unnamed)}."
+        for group in groups
+        if group.unnamed and group.label == group.mixer
+    ]
     if len(data) > 1:
         found.append(f"The data differ: {'; '.join(data)}. Only rows of the same data can be compared.")
     elif across_tokenizers:

@@ -182,6 +182,22 @@ def test_a_label_says_only_what_differs_between_runs_of_its_mixer(tmp_path):
     assert labels == {"kda · gate channel", "kda · gate none", "kda_mla_3to1"}
 
 
+def test_labels_that_would_be_long_name_only_what_differs_from_the_commonest(tmp_path):
+    """An ablation changes one part in each run."""
+    plain = {"gate": "channel", "conv_width": 4, "output_gate": True}
+    changed = ({}, {"gate": "none"}, {"conv_width": 0}, {"output_gate": False})
+    runs = [
+        read_run(write_run(tmp_path / str(n), "kda", settings={"mixer": {"kda": plain | one}}))
+        for n, one in enumerate(changed)
+    ]
+    groups = {group.label: group for group in group_runs(runs)}
+    assert set(groups) == {"kda", "kda · gate none", "kda · conv_width 0", "kda · output_gate False"}
+    assert set(groups["kda"].unnamed) == {"gate channel", "conv_width 4", "output_gate True"}
+    assert set(groups["kda · gate none"].unnamed) == {"conv_width 4", "output_gate True"}
+    said = " ".join(Comparison("Parts", runs, [], []).notes)
+    assert "kda without a setting has conv_width 4, gate channel, output_gate True." in said
+
+
 @pytest.mark.parametrize(
     "metrics",
     [
