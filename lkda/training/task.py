@@ -44,10 +44,9 @@ class Loader(Protocol):
 class LanguageModelTask(L.LightningModule):
     """Trains a language model and measures it.
 
-    It logs train/loss, the mean over all targets of an optimizer step in nats per token, at the last batch of the step.
-    If the tokens are text, it also logs train/bits_per_byte. train/grad_norm is the norm of the step's gradient before
-    clipping. For a validation it logs what `ValidationMetrics` computes, and after the last step of the run the same
-    for the test split, if there is one.
+    For a validation it logs what `ValidationMetrics` computes, and after the last step of the run the same for the test
+    split, if there is one. What it measures at a step is in `step_metrics` instead, because to log a value of a GPU
+    takes Lightning half a millisecond.
 
     Args:
         model: the model to train.
@@ -69,6 +68,9 @@ class LanguageModelTask(L.LightningModule):
         shares_weights: whether the devices share the weights. The trainer's strategy must be a `ShardedStrategy`.
 
     Attributes:
+        step_metrics: of the last batch of an optimizer step. train/loss: the mean over all targets of the step, in nats
+            per token. train/bits_per_byte: the same, if the tokens are text. train/grad_norm: the norm of the step's
+            gradient before clipping.
         clipped_steps: the number of optimizer steps of this process whose gradient norm was above the limit.
         skipped_steps, skipped_in_a_row: the number of skipped steps of this process, and of those since the last step
             that was not skipped.
@@ -108,6 +110,7 @@ class LanguageModelTask(L.LightningModule):
         for name in ("skipped_steps", "skipped_in_a_row"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long), persistent=False)
         self.skips_bad_steps = skips_bad_steps
+        self.step_metrics: dict[str, Tensor] = {}
         self.step_mean = StepMean()
         rows = model.config["vocab_size"]
         self.validation = ValidationMetrics(
@@ -213,9 +216,9 @@ class LanguageModelTask(L.LightningModule):
             if (batch_idx + 1) % pieces == 0:
                 self.step_mean.complete()
             mean = self.step_mean.loss
-        self.log_dict(with_bits("train", mean.detach(), self.bytes_per_token), logger=False)
-        self._step_loss = mean.detach()
-        return {"loss": loss, "mean": self._step_loss}
+        mean = mean.detach()
+        self.step_metrics = with_bits("train", mean, self.bytes_per_token)
+        return {"loss": loss, "mean": mean}
 
     def _replay(self, inputs: Mapping[str, Tensor | None], weight: Tensor | None, *, first: bool) -> Tensor | None:
         """The loss, whose gradients are already added to those of the parameters; None without CUDA graphs."""
@@ -316,21 +319,21 @@ class LanguageModelTask(L.LightningModule):
         the gradients after the clipping. `configure_optimizers` uses no fused optimizer if there is a loss scale.
         """
         limit = gradient_clip_val or math.inf
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm, pieces = torch.nn.utils.get_total_norm(gradients), self.trainer.accumulate_grad_batches
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         mean = self.step_mean.factor(pieces) if pieces * process_count() > 1 else torch.ones_like(norm)
         norm = norm * mean
         torch._foreach_mul_([local(gradient) for gradient in gradients], mean * (limit / (norm + 1e-6)).clamp(max=1))
-        self.log("train/grad_norm", norm, logger=False)
+        self.step_metrics["train/grad_norm"] = norm
         self.clipped_steps += norm > limit
         if self.skips_bad_steps:
             self._skip_if_bad(optimizer, norm)
 
     def _skip_if_bad(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
         """Tell the optimizer on the device whether to skip this step, so that the host does not wait for the answer."""
-        bad = ~(norm.isfinite() & self._step_loss.isfinite())
+        bad = ~(norm.isfinite() & self.step_metrics["train/loss"].isfinite())
         self.skipped_steps += bad
         self.skipped_in_a_row.copy_(torch.where(bad, self.skipped_in_a_row + 1, 0))
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined] # torch's own name, which loss scaling uses

@@ -43,7 +43,7 @@ class Losses(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:
         if (rest[2] + 1) % trainer.accumulate_grad_batches == 0:
-            self.seen.append(float(trainer.callback_metrics["train/loss"]))
+            self.seen.append(float(pl_module.step_metrics["train/loss"]))
 
 
 def trained(*, pieces: int, asked: list[int], flat: bool) -> tuple[list[float], dict[str, Tensor]]:

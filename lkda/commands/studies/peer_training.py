@@ -47,6 +47,7 @@ from lkda.report.studies.peer_training import KIND, redraw, rows
 from lkda.shipped import CONFIGS
 from lkda.training.callbacks import DivergenceGuard
 from lkda.training.callbacks.steps import ends_step
+from lkda.training.task import LanguageModelTask
 
 # The groups of configs/train.yaml that are used here. The mixer is decided by the peer.
 _USED = ("model", "data", "optimizer", "scheduler", "trainer", "seed", "backend", "debug")
@@ -64,7 +65,8 @@ class LossRecorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if ends_step(trainer, batch_idx):
-            self.losses.append(trainer.callback_metrics["train/loss"].detach().clone())
+            assert isinstance(pl_module, LanguageModelTask)
+            self.losses.append(pl_module.step_metrics["train/loss"].clone())
 
 
 def compare_training(name: str, config: DictConfig, console: Console) -> dict[str, Any]:

@@ -193,7 +193,9 @@ class _Row:
     @classmethod
     def of(cls, trainer: L.Trainer, *, steps_here: int, work: _Work, completes: bool) -> _Row:
         """The row of the step that has just ended."""
-        metrics, clipped = _logged(trainer, "train/"), trainer.lightning_module.clipped_steps
+        task = trainer.lightning_module
+        metrics, clipped = task.step_metrics, task.clipped_steps
+        assert isinstance(metrics, dict)
         assert isinstance(clipped, torch.Tensor)
         values = ComingValues([*metrics.values(), clipped.to(next(iter(metrics.values())).device)])
         lr = trainer.optimizers[0].param_groups[0]["lr"]
