@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SECONDS = 60  # after which the processes of a test are ended
 
 
@@ -67,6 +69,7 @@ def _fork(rank: int, count: int, port: int, function: Callable[[int], Any], dire
     if child:
         return child
     code = 1
+    torch.set_num_threads(1)  # a fork has none of the threads of its parent, and would wait for them
     try:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
         os.environ.update({name: str(value) for name, value in names.items()})
