@@ -60,7 +60,7 @@ def one_cpu_thread(device: torch.device) -> Iterator[None]:
     batches. Users who set OMP_NUM_THREADS have that many threads.
 
     With a thread for each core, copying a batch into pinned memory waits for several threads. Those of runs side by
-    side then slow each other down: four small models on one H200 took 20 ms per step, and with one thread each 7.5.
+    side then slow each other down: four small models on one H200 took 21 ms per step, and with one thread each 7.4.
     """
     before = torch.get_num_threads()
     if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:

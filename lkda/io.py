@@ -79,11 +79,14 @@ def named(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror or str(error), str(path))
 
 
-def file_in_the_way(directory: Path) -> Path | None:
-    """The file that does not allow `directory` to be one: itself or one of its parents. None if there is none."""
+def file_in_the_way(directory: Path) -> str | None:
+    """For a message: which file does not allow `directory` to be one, itself or one of its parents, and what to do.
+    None if there is no such file."""
     # os.path, because it answers for names that are too long too.
     nearest = next((path for path in (directory, *directory.parents) if os.path.exists(path)), None)
-    return None if nearest is None or os.path.isdir(nearest) else nearest
+    if nearest is None or os.path.isdir(nearest):
+        return None
+    return f"{nearest} is a file, and a directory is expected. Choose another directory."
 
 
 def check_output_file(path: Path, *, option: str) -> None:

@@ -50,8 +50,8 @@ def compare(config: DictConfig) -> None:
     what = "results of scripts/benchmark.py: files, or directories that hold some"
     benchmarks = [] if config.bench is None else _find(config.bench, option="bench", what=what)
     out = Path(config.out)
-    if (file := file_in_the_way(out)) is not None:
-        raise InputError(f"out={out}: {file} is a file, and a directory is expected. Choose another directory.")
+    if (reason := file_in_the_way(out)) is not None:
+        raise InputError(f"out={out}: {reason}")
     try:
         result = compare_runs(
             directories,

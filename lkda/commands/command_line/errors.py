@@ -224,10 +224,7 @@ def _of_the_system(error: OSError) -> str:
         return f"{what}." if _inside_lkda(error) else f"cannot print: {what}."
     if _inside_lkda(error):
         return f"{error.filename}: {what}."
-    file = file_in_the_way(Path(str(error.filename)))
-    if file is not None:
-        what = f"{file} is a file, and a directory is expected. Choose another directory"
-    return f"cannot create the output directory {error.filename}: {what}."
+    return f"cannot create the output directory {error.filename}: {file_in_the_way(Path(error.filename)) or f'{what}.'}"
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -79,6 +79,12 @@ def test_the_variant_of_the_configuration_has_the_mixers_colour():
     assert {look.line for look in (none, head)} == {LINES[1], LINES[2]}
 
 
+def test_a_label_that_is_the_mixer_alone_has_the_mixers_colour():
+    """Labels of many variants name only what differs from the commonest."""
+    other, plain = LIGHT.looks(["kda"] * 2, ["kda · num_heads 4", "kda"])
+    assert plain.colour == LIGHT.colours(["kda"])["kda"] != other.colour
+
+
 def test_the_defaults_are_those_of_the_configurations():
     for mixer, defaults in DEFAULTS.items():
         path = Path(__file__).parents[3] / "configs" / "mixer" / f"{mixer}.yaml"
