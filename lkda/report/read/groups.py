@@ -108,12 +108,16 @@ def _without(sections: Collection[str], found: Settings) -> Settings:
 
 def settings(run: Run) -> Settings:
     """The settings that may distinguish runs, in the order of a label: {dotted name: value as text}."""
-    flat = {key: str(value) for key, value in flatten(translated(run.config)).items() if not _neutral(key)}
+    flat = {key: _text(value) for key, value in flatten(translated(run.config)).items() if not _neutral(key)}
     flat |= {key: str(run.summary[key]) for key in ACTUAL if key in run.summary}
     if "data" in run.summary:  # a synthetic task has no setting that names it
         flat.setdefault("data.source", str(run.summary["data"]))
     first = {key: flat[key] for key in NAMES if key in flat}
     return {"mixer": str(run.summary["mixer"])} | first | flat
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _of_mixer(key: str) -> bool:

@@ -112,6 +112,14 @@ def test_an_option_of_the_mixer_makes_another_group(tmp_path):
     assert labels(paths) == {"kda · gate channel", "kda · gate head", "softmax"}
 
 
+def test_a_pattern_is_named_by_its_layers(tmp_path):
+    paths = [
+        write_run(tmp_path / "a", "softmax"),
+        write_run(tmp_path / "b", "softmax", settings={"mixer": {"name": "softmax", "pattern": ["conv", "softmax"]}}),
+    ]
+    assert labels(paths) == {"softmax · pattern softmax", "softmax · pattern conv, softmax"}
+
+
 def test_a_backend_is_named_where_a_mixer_ran_on_several(tmp_path):
     paths = [write_run(tmp_path / backend, "kda", backend=backend) for backend in ("chunk", "cuda")]
     assert labels([*paths, write_run(tmp_path / "a", "softmax")]) == {"kda · chunk", "kda · cuda", "softmax"}
