@@ -20,6 +20,8 @@ _TEXTS = {
 }
 # Those of the settings above that also take a list.
 _MAY_BE_A_LIST = ("runs", "bench")
+# A setting of a command that has no sweeps, and whose text may have commas.
+_NO_SWEEP = ("title",)
 # A list of settings of another command, as in overrides=[trainer.precision=32-true]. Hydra's grammar has no `=` there.
 _SETTINGS = "overrides"
 # OmegaConf reads this word as a value that is required and missing.
@@ -79,7 +81,7 @@ def _outer_words(text: str) -> list[str]:
 def _is_hydras(parsed: Override, value: str) -> bool:
     """Whether Hydra should parse the `value` of a text setting itself."""
     if parsed.is_sweep_override():
-        return not Path(value).exists()
+        return parsed.key_or_group not in _NO_SWEEP and not Path(value).exists()
     read = parsed.value()
     return read is None or value[:1] in ("'", '"') or (isinstance(read, list) and parsed.key_or_group in _MAY_BE_A_LIST)
 

@@ -122,6 +122,11 @@ def test_other_settings_keep_hydras_grammar() -> None:
     assert as_typed(words) == words
 
 
+def test_a_title_may_have_commas() -> None:
+    (word,) = as_typed(["title=Recall, by length"])
+    assert read(word.replace("title=", "key=", 1)) == "Recall, by length"
+
+
 def test_a_literal_path_comes_before_a_pattern(tmp_path: Path) -> None:
     found = partial(_find, option="runs", what="run directories")
     (tmp_path / "run[1]").mkdir()
