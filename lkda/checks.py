@@ -105,7 +105,7 @@ def _in_words(declared: Any) -> str:
     if origin is Sequence:
         return f"a list, each entry {_in_words(parts[0])}"
     if origin is Mapping:
-        return f"names with values, each {_in_words(parts[1])}"
+        return f"names with values as in {{name: value}}, each value {_in_words(parts[1])}"
     words: dict[Any, str] = {Path: "a path (quote it if it is a number)"}
     words |= {bool: "true or false", int: f"a whole number (at most {MOST})", float: "a finite number", str: "text"}
     return words.get(declared, "null")
