@@ -63,6 +63,7 @@ def read_run(directory: Path, *, step: int | None = None) -> Run:
     summary = _read_summary(directory / "summary.json", finished=step is None)
     config = _read_config(directory / "config.yaml")
     run = Run(directory.name, config, with_data_name(summary, config), _read_metrics(directory / "metrics.csv"))
+    _check_task(run.summary, config)
     if step is None:
         return run
     with refusing_damage("the run's summary.json or metrics.csv"):
@@ -77,6 +78,8 @@ def _at(run: Run, step: int) -> Run:
         there = [f"{row['step']:.0f}" for row in run.metrics if "val/loss" in row]
         shown = ", ".join(there if len(there) <= 12 else [*there[:4], "...", *there[-4:]])
         raise InputError(f"{NO_VALIDATION} {step}; there are {shown or 'none at all'}")
+    if not _is_number((run.config.get("trainer") or {}).get("max_steps")):
+        raise InputError("config.yaml lacks trainer.max_steps")
     then = validations[-1]
     kept = {name: value for name, value in run.summary.items() if not name.startswith("test")}
     summary = kept | {
@@ -140,6 +143,25 @@ def _check_summary(summary: dict[str, Any], *, finished: bool) -> None:
     nothing = [key for key in POSITIVE if not summary[key] > 0]
     if nothing:
         raise InputError(f"summary.json has {nothing[0]} = {summary[nothing[0]]}, and a number above 0 is needed")
+
+
+def _check_task(summary: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises: InputError where a run of a synthetic task lacks what the table by subset of the validation needs."""
+    if "val_subsets" not in summary:
+        return
+    missing = [f"summary.json lacks {key}" for key in ("context", "learning_rate") if not _is_number(summary.get(key))]
+    missing += [] if isinstance(summary.get("data"), str) else ["summary.json lacks data"]
+    model = config.get("model")
+    if not isinstance(model, dict) or not _is_number(model.get("d_model")):
+        missing.append("config.yaml lacks model.d_model")
+    if missing:
+        raise InputError("; ".join(missing))
+    with refusing_damage("val_subsets of summary.json"):
+        for measured in summary["val_subsets"]:
+            sizes = [*measured["subset"].values(), measured["subset"]["length"], measured["state_bytes"]]
+            shares = [measured["accuracy"], measured["sequence_accuracy"]] if "accuracy" in measured else []
+            if not all(map(_is_number, sizes + shares)):
+                raise InputError(f"summary.json has a subset of the validation without numbers: {measured}")
 
 
 def _is_number(value: Any) -> bool:
@@ -239,6 +261,7 @@ def _recorded(path: Path, step: int | None) -> list[Run]:
         for run in runs:
             _check_summary(run.summary, finished=False)
             _check_config(run.config)
+            _check_task(run.summary, run.config)
             _check_metrics(run.metrics)
         return runs if step is None else [_at(run, step) for run in runs]
 

@@ -12,7 +12,16 @@ from lkda.report.read.groups import Group
 from lkda.report.tradeoff.host_bound import comparable
 from lkda.report.tradeoff.kda_or_softmax import said_of_crossings
 from lkda.report.tradeoff.measurements import OF_MODELS, Measurement
-from lkda.report.tradeoff.records import Quality, best_of, budget_of, by_data, on_front, quality_of, within_spread
+from lkda.report.tradeoff.records import (
+    Quality,
+    best_of,
+    budget_of,
+    by_data,
+    on_front,
+    quality_of,
+    ties,
+    within_spread,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,10 @@ def _by_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> list
     context = contexts.pop() if len(contexts) == 1 else 0
     best = best_of(groups, quality)
     equal = [group for group in groups if group is not best and within_spread(group, best, quality)]
-    also = f"; within the spread over seeds: {', '.join(group.label for group in equal)}" if equal else ""
+    same = ties(groups, best, quality)
+    near = [group for group in equal if group not in same]
+    also = f"; the same, with no less state: {_names(same)}" if same else ""
+    also += f"; within the spread over seeds: {_names(near)}" if near else ""
     result.append(
         Answer(
             f"best {quality.title}, any memory", best.label, _figure(best, quality) + also, f"runs, {budget}", context
@@ -82,6 +94,10 @@ def _by_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> list
     why = memory(smallest.mean("state_bytes")) + ("" if equal else f"; {none}")
     question = f"least state at {quality.title} equal to the best within the spread over seeds"
     return [*result, Answer(question, smallest.label, why, f"runs, {budget}", context)]
+
+
+def _names(groups: Sequence[Group]) -> str:
+    return ", ".join(group.label for group in groups)
 
 
 def _figure(group: Group, quality: Quality) -> str:
@@ -152,6 +168,13 @@ def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) ->
     best, *others = _by_accuracy(groups, quality, budget)
     if len(groups) == 1:
         return f"With {budget}, {best.mixer} is the only model: its {quality.title} is {best.why}."
+    value = quality.write(groups[0].mean(quality.key))
+    if len(ties(groups, groups[0], quality)) == len(groups) - 1:
+        every = "both" if len(groups) == 2 else f"all {len(groups)}"
+        return (
+            f"With {budget}, {every} models have the same {quality.title}, {value}, so it does not say which "
+            f"to choose. The least state: {_least_state(groups)}."
+        )
     said = [f"With {budget}, choose {best.mixer}: it has the best {quality.title} ({best.why})."]
     smaller = [answer for answer in others if "with at most" in answer.question]
     if smaller:  # from the largest state to the smallest
@@ -161,6 +184,11 @@ def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) ->
         said.append("Models with one seed have no spread over seeds, so small differences from them may be chance.")
     equal = [answer for answer in others if "equal to the best" in answer.question and "; " not in answer.why]
     return " ".join([*said, *(f"The least state at equal accuracy: {answer.mixer}, {answer.why}." for answer in equal)])
+
+
+def _least_state(groups: Sequence[Group]) -> str:
+    least = min(group.mean("state_bytes") for group in groups)
+    return f"{_names([one for one in groups if one.mean('state_bytes') == least])}, {memory(least)} per sequence"
 
 
 def _said_of_speed(found: Sequence[Measurement], trained: set[str]) -> str:

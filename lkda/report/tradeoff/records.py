@@ -66,18 +66,26 @@ _SPLITS = {"val": "validation", "test": "test"}
 def within_spread(group: Group, best: Group, quality: Quality) -> bool | None:
     """Whether the difference from the best is not larger than the larger of both standard deviations over seeds.
 
-    None where either has one seed, so that there is no spread.
+    None where either has one seed, so that there is no spread, unless both are equal.
     """
+    difference = abs(group.mean(quality.key) - best.mean(quality.key))
+    if difference == 0:
+        return True
     if len(group.runs) < 2 or len(best.runs) < 2:
         return None
     spread = max(statistics.stdev(one.values(quality.key)) for one in (group, best))
-    return abs(group.mean(quality.key) - best.mean(quality.key)) <= spread
+    return difference <= spread
 
 
 def best_of(groups: Sequence[Group], quality: Quality) -> Group:
-    """The group with the best mean."""
-    choose = max if quality.more_is_better else min
-    return choose(groups, key=lambda group: group.mean(quality.key))
+    """The group with the best mean. Of several with the same mean, the one with the least state."""
+    sign = -1 if quality.more_is_better else 1
+    return min(groups, key=lambda group: (sign * group.mean(quality.key), group.mean("state_bytes")))
+
+
+def ties(groups: Sequence[Group], best: Group, quality: Quality) -> list[Group]:
+    """The other groups whose mean is that of the best: to the last digit, as accuracies of 0% and 100% often are."""
+    return [one for one in groups if one is not best and one.mean(quality.key) == best.mean(quality.key)]
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:

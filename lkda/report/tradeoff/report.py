@@ -6,9 +6,10 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lkda.io import write_together
@@ -207,12 +208,15 @@ class Tradeoff:
         """What the benchmarks add to the page, below the runs."""
         return [self.crossing_section(), self.measurement_section()] if self.found else []
 
-    def files(self, title: str, *, table: str, notes: Sequence[str]) -> dict[str, str | bytes]:
+    def files(
+        self, title: str, *, table: str, notes: Sequence[str], pictures: Mapping[str, str] = MappingProxyType({})
+    ) -> dict[str, str | bytes]:
         """report.md, the tables of the benchmarks as CSV, and each chart as SVG and PNG.
 
         Args:
             table: that of the runs, in Markdown; empty without runs.
             notes: below it.
+            pictures: files beside report.md that it shows below the charts, by heading.
         """
         drawn = self.charts()
         first, below = self.first_section(), self.sections()
@@ -221,6 +225,7 @@ class Tradeoff:
         parts += [table, *map(markdown_text, notes)] if table else []
         for chart in drawn:
             parts.append(markdown_text(f"## {chart.title}\n\n{chart.caption}\n\n![{chart.title}]({chart.name}.svg)"))
+        parts += [markdown_text(f"## {heading}\n\n![{heading}]({name})") for heading, name in pictures.items()]
         for section in below:
             parts += [f"## {section.heading}", markdown_table(section.head, section.body, names=4)]
             parts += map(markdown_text, section.notes)

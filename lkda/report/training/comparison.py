@@ -27,7 +27,17 @@ from lkda.report.read.runs import (
     tokenizers_differ,
 )
 from lkda.report.tradeoff.measurements import Results, damaged_files, find_results, measurements
-from lkda.report.tradeoff.records import COMMAND, best_of, by_data, by_quality, quality_of, reproduce, within_spread
+from lkda.report.tradeoff.records import (
+    COMMAND,
+    Quality,
+    best_of,
+    by_data,
+    by_quality,
+    quality_of,
+    reproduce,
+    ties,
+    within_spread,
+)
 from lkda.report.tradeoff.repeat import how_to_repeat
 from lkda.report.tradeoff.report import Tradeoff, benchmark_of, notes_sections, remove_stale
 from lkda.report.training import accuracy, accuracy_plots, plots, table
@@ -203,10 +213,11 @@ def write(comparison: Comparison, path: Path) -> None:
     }
     tradeoff = comparison.tradeoff
     markdown = markdown_table(head, body)
-    beside = tradeoff.files(comparison.title, table=markdown, notes=notes)
-    files |= {out / name: content for name, content in beside.items()}
     drawn = _pictures(comparison)
     files |= {out / f"{name}.png": picture.light for (name, _), picture in drawn.items()}
+    pictures = {heading: f"{name}.png" for (name, heading) in drawn if name not in AS_CHARTS}
+    beside = tradeoff.files(comparison.title, table=markdown, notes=notes, pictures=pictures)
+    files |= {out / name: content for name, content in beside.items()}
     tables = comparison.tables()
     sections = [tables.pop("which_mixer"), tables.pop("runs")]
     if comparison.runs_of_tasks:
@@ -238,15 +249,9 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
     """The table of the runs with, for each row, whether it differs from the best, and the command that trains it."""
     groups = comparison.groups
     qualities = [quality for quality, _ in by_quality(groups)]
-    of_data = [(quality_of(same), same) for same in by_data(groups).values()]
-    bests = {id(group): (best_of(same, quality), quality) for quality, same in of_data for group in same}
-    said = {True: "no, within the spread over seeds", False: "yes", None: "unknown, one seed"}
+    of_group = {id(group): (same, quality_of(same)) for same in by_data(groups).values() for group in same}
     head, body = table.as_cells(rows)
-    differs = [
-        "this is the best" if group is best else said[within_spread(group, best, quality)]
-        for group in groups
-        for best, quality in [bests[id(group)]]
-    ]
+    differs = [_differs(group, same, quality) for group in groups for same, quality in [of_group[id(group)]]]
     order = _order(head, [quality.key for quality in qualities])
     values = table.as_values(rows)
     differing = also_differing(comparison.runs)[:MOST_DIFFERING]
@@ -276,6 +281,17 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
         ],
         notes=notes,
     )
+
+
+def _differs(group: Group, groups: Sequence[Group], quality: Quality) -> str:
+    """Whether it differs from the best of the groups of its data, in words."""
+    best = best_of(groups, quality)
+    same = ties(groups, best, quality)
+    if group is best or group in same:
+        return "no, several share the best value" if same else "this is the best"
+    return {True: "no, within the spread over seeds", False: "yes", None: "unknown, one seed"}[
+        within_spread(group, best, quality)
+    ]
 
 
 def _settings_of(group: Group, keys: Sequence[str]) -> list[str]:

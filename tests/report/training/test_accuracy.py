@@ -7,6 +7,7 @@ import json
 import matplotlib.image
 import pytest
 
+from lkda.checks import InputError
 from lkda.report.read.runs import read_run, read_runs
 from lkda.report.readme import fill
 from lkda.report.training import accuracy
@@ -30,7 +31,7 @@ def task_run(directory, mixer, width, rate, score, *, seed=0, data="mqar", conte
     settings = {"model": {"name": "recall", "d_model": width}, "data": {}, "optimizer": {"name": "adamw", "lr": rate}}
     summary = {
         **{"val/bits_per_byte": None, "unigram_entropy": None, "val/perplexity": None, "data": data},
-        **{"context": context, "learning_rate": rate, "val_subsets": subsets},
+        **{"context": context, "learning_rate": rate, "val_subsets": subsets, "state_bytes": 400 * width},
         **{"val/accuracy": score, "val/sequence_accuracy": score / 2},
     }
     return write_run(directory, mixer, seed=seed, settings=settings, **summary)
@@ -98,12 +99,65 @@ def test_by_length_each_model_is_read_at_the_length_it_was_trained_at(tmp_path):
     assert body == [["kda", "64", "0.001", "9 B", "100.0%", "100.0%"]]
     compare(runs, tmp_path / "out", title="Stack")
     assert {path.name for path in (tmp_path / "out").glob("accuracy*.png")} == {"accuracy_by_length.png"}
+    shown = (tmp_path / "out" / "report.md").read_text()
+    assert "## Accuracy against length\n\n![Accuracy against length](accuracy_by_length.png)" in shown
+    assert "accuracy_by_state.png" not in shown  # an interactive chart takes its place
+
+
+def test_a_run_without_its_width_is_left_out(sweep, tmp_path):
+    """As when the file was cut off, and what is left can be read."""
+    path = sweep[0] / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace(", d_model: 64", "") if ", d_model: 64" in text else text.replace("d_model: 64", ""))
+    result = compare(sweep, tmp_path / "out", title="Recall")
+    assert result.skipped == [(str(sweep[0]), "config.yaml lacks model.d_model")]
+    assert len(result.runs) == len(sweep) - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"learning_rate": None}, "summary.json lacks learning_rate"),
+        ({"context": "long"}, "context = 'long', and a number"),
+        ({"val_subsets": [{"subset": {"pairs": 4}}]}, r"val_subsets of summary.json .*length"),
+        ({"val_subsets": [measured(length=64, accuracy=None, sequence_accuracy=0.0, state_bytes=1)]}, "without number"),
+    ],
+)
+def test_a_run_whose_subsets_cannot_be_shown_is_left_out(tmp_path, change, reason):
+    run = task_run(tmp_path / "a", "kda", 64, 1e-3, 0.5)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | change))
+    with pytest.raises(InputError, match=reason):
+        read_run(run)
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_none_of_equal_models_is_called_the_best(tmp_path, score):
+    runs = [task_run(tmp_path / str(width), "kda", width, 1e-3, score) for width in (128, 64)]
+    result = Comparison("Equal", *read_runs(runs), [])
+    shown = result.tradeoff.summary
+    assert f"both models have the same validation accuracy, {score:.1%}, so it does not say which to choose" in shown
+    assert "The least state: kda · d_model 64, 25 KiB per sequence." in shown
+    assert [line[1] for line in result.tables()["runs"].body] == ["no, several share the best value"] * 2
+
+
+def test_the_best_of_equal_models_has_the_least_state(tmp_path):
+    scores = {32: 0.5, 64: 1.0, 128: 1.0}
+    runs = [task_run(tmp_path / str(width), "kda", width, 1e-3, scores[width]) for width in reversed(scores)]
+    result = Comparison("Equal", *read_runs(runs), [])
+    best = result.tradeoff.first_section().body[0]
+    assert best[2].endswith("d_model 64")
+    assert "; the same, with no less state: kda · d_model 128" in best[3]
+    said = {line[0].rpartition(" ")[2]: line[1] for line in result.tables()["runs"].body}
+    shared = "no, several share the best value"
+    assert said == {"32": "unknown, one seed", "64": shared, "128": shared}
 
 
 def test_a_task_beside_text_is_compared_by_its_accuracy(sweep, tmp_path):
     """Each data set has its own measure, and the recall is drawn."""
-    tested = {"test/loss": 4.0, "test/perplexity": 54.6, "test/bits_per_byte": 1.6}
-    texts = [write_run(tmp_path / mixer, mixer, **tested) for mixer in ("kda", "softmax")]
+    tested = {"test/loss": 4.0, "test/perplexity": 54.6}
+    bits = {"kda": 1.6, "softmax": 1.7}
+    texts = [write_run(tmp_path / mixer, mixer, **tested, **{"test/bits_per_byte": bits[mixer]}) for mixer in bits]
     found, skipped = read_runs([*sweep, *texts])
     both = Comparison("Both", found, skipped, [])
     said = both.tradeoff.summary
