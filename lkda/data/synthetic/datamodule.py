@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lkda.checks import InputError, check_count
+from lkda.checks import InputError, check_count, check_distinct
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import check_same, of_arrays, of_texts
 from lkda.data.shuffle import shuffled
@@ -72,6 +73,8 @@ class SyntheticDataModule(IndexedDataModule):
             raise InputError(
                 "data.train and data.validation need at least one subset, as in [{length: 64, examples: 1000}]."
             )
+        # The results of a subset are named by its shape, so that one of two with the same shape would be lost.
+        check_distinct("data.validation", [_in_words(subset) for subset in self.val_subsets])
         self.source = type(self).__module__.rpartition(".")[2]
         self.context = max(subset["length"] for subset in self.train_subsets)
 
@@ -80,22 +83,26 @@ class SyntheticDataModule(IndexedDataModule):
         raise NotImplementedError
 
     def check(self, *_: Any, **shape: Any) -> None:
-        """check(*, length, ...): raises InputError for a shape that cannot be sampled."""
+        """check(*, length, ...): raises InputError for a shape that cannot be sampled.
+
+        The names of its arguments are those of the entries of a subset, beside "examples".
+        """
         raise NotImplementedError
 
     def _checked(self, group: str, subset: Mapping[str, int]) -> dict[str, int]:
         if not isinstance(subset, Mapping):
             raise InputError(f"a subset of data.{group} must be like {{length: 64, examples: 1000}}, got {subset!r}.")
         plain = dict(subset)
-        missing = {"length", "examples"} - plain.keys()
-        if missing:
-            raise InputError(f"a subset of data.{group} needs the entries {', '.join(sorted(missing))}, got {plain}.")
+        entries = (*inspect.signature(self.check).parameters, "examples")
+        wrong = [f"{name} is missing" for name in entries if name not in plain]
+        wrong += [f"{name} is none of them" for name in plain if name not in entries]
+        if wrong:
+            raise InputError(
+                f"a subset of data.{group} must have the entries {', '.join(entries)}; {', '.join(wrong)} in {plain}."
+            )
         for name, value in plain.items():
             check_count(f"{name} of a subset of data.{group}", value, least=1)
-        try:
-            self.check(**_shape(plain))
-        except TypeError as error:
-            raise InputError(f"a subset of data.{group} has the wrong entries: {plain} ({error}).") from error
+        self.check(**_shape(plain))
         return plain
 
     def prepare(self) -> None:
@@ -203,3 +210,7 @@ def _rounded(positions: Tensor, targets: Tensor) -> Tensor:
 
 def _shape(subset: Mapping[str, int]) -> dict[str, int]:
     return {name: value for name, value in subset.items() if name != "examples"}
+
+
+def _in_words(subset: Mapping[str, int]) -> str:
+    return "a subset of " + ", ".join(f"{name} {value}" for name, value in sorted(_shape(subset).items()))
