@@ -165,6 +165,28 @@ TRAINING = [
     ("data.tokenizer_path={tmp}/no.json", r"no tokenizer at .*/no.json, which does not exist: give the path of a tok"),
     ("data.tokenizer_path={run}", r"no tokenizer at .*run, which is a directory: give .*/run/tokenizer.json\.$"),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
+    # lists of the configuration
+    (
+        "data=mqar data.train=[{{length:32,examples:16}}]",
+        r"data.train must have the entries length, pairs, examples; pairs is missing in {'length': 32, 'examples': 16}",
+    ),
+    (
+        "data=mqar data.train={{length:32,pairs:2,examples:16}}",
+        r"data.train must be a list, got {length:32,pairs:2,examples:16}: put it into brackets, data.train='\[{length",
+    ),
+    (
+        "data=mqar data.train[0].pairs=5",
+        r"data.train\[0\].pairs is not a setting: an entry of a list is named with dots, as in data.train.0.pairs=5$",
+    ),
+    ("data=mqar data.train.9.pairs=5", r"there is no data.train\[9\]: the list has 1, numbered from 0"),
+    ("data=mqar data.train.x.pairs=5", r"'x' is not the number of an entry of a list: entries are numbered from 0"),
+    ("data=mqar data.train.pairs=5", r"'pairs' is not the number of an entry of a list: .* data.train.0.pairs=5 for"),
+    ("mixer.kda=[1]", r"mixer.kda must hold names with values as in {name: value}, got \[1\]"),
+    (
+        "data=mqar data.validation=[{{length:32,pairs:2,examples:4}},{{length:32,pairs:2,examples:9}}]",
+        r"data.validation has a subset of length 32, pairs 2 twice: leave one of them out",
+    ),
+    ("data=palindrome data.val_lengths=[64,64]", r"data.val_lengths has 64 twice: leave one of them out"),
     # options that another one leaves without effect
     ("mixer.kda.lower_bound=-4", r"mixer.kda.lower_bound has no effect without mixer.kda.gate_form=bounded; leave it"),
     ("mixer.kda.gate=none mixer.kda.gate_form=bounded", r"mixer.kda.gate_form has no effect beside mixer.kda.gate"),
