@@ -9,6 +9,7 @@ from omegaconf import ListConfig
 from omegaconf.errors import ConfigIndexError, ConfigTypeError
 
 _EXAMPLE = "as in data.train.0.pairs=5 for the first entry"
+_NO_NUMBER = re.compile(r"Index '.*' \(str\) is not an int|invalid literal for int")
 _IN_BRACKETS = re.compile(r"\[(\d+)\]")
 
 
@@ -17,7 +18,7 @@ def list_entry_message(error: Exception) -> str | None:
     if isinstance(error, OverrideParseException):
         return _of_brackets(str(error.override))
     text = str(error)
-    if isinstance(error, TypeError | ValueError) and re.match(r"Index '.*' \(str\) is not an int|invalid literal", text):
+    if isinstance(error, TypeError | ValueError) and _NO_NUMBER.match(text):
         found = re.findall(r"'(.*?)'", text)
         return f"{found[0]!r} is not the number of an entry of a list: entries are numbered from 0, {_EXAMPLE}."
     cause = error.__cause__

@@ -19,6 +19,7 @@ from lkda.data.text.packed import PackedDataModule
 from lkda.device import physical_memory
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
+from lkda.training.callbacks.learnt import check_has_accuracy
 from lkda.training.memory import check_activations
 from lkda.training.metrics_csv import check_rows, steps_with
 from lkda.training.options import check_validation_batches
@@ -106,6 +107,8 @@ class PreparedRun:
 def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
     """The prepared data of the run. Raises InputError if they are not the data of the run that is resumed."""
     data = build_data(plan.data)
+    if plan.stop_accuracy is not None:
+        check_has_accuracy(data.val_subsets)
     tokens = data.tokens_per_batch  # raises for data that cannot be trained on, before they are prepared
     if plan.device.type == "cpu":  # a GPU has an error of its own for this
         check_activations(

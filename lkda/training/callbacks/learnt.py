@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lkda.checks import InputError
+
+
+def check_has_accuracy(val_subsets: Sequence[Mapping[str, int]]) -> None:
+    """Raise InputError if the validation has no subsets, as that of text, so that its accuracy is not measured."""
+    if not val_subsets:
+        raise InputError("StopWhenLearnt needs data with an accuracy, such as data=mqar: leave it out for text.")
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,7 @@ class StopWhenLearnt(L.Callback):
         self.accuracy = accuracy
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not trainer.datamodule.val_subsets:  # type: ignore[attr-defined]
-            raise InputError("StopWhenLearnt needs data with an accuracy, such as data=mqar: leave it out for text.")
+        check_has_accuracy(trainer.datamodule.val_subsets)  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         early = trainer.state.fn == TrainerFn.FITTING and trainer.global_step < trainer.max_steps
