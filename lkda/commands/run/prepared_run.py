@@ -53,8 +53,22 @@ class PreparedRun:
     steps_since_row: int | None
 
     def is_finished(self, run: RunDirectory) -> bool:
-        """Whether the directory already holds the result of this many steps."""
-        return self.first_step >= self.total_steps and run.read_summary().get("status") == "finished"
+        """Whether the directory already holds the result of this many steps, or of a run that has learnt its task."""
+        summary = run.read_summary()
+        ended = self.first_step >= self.total_steps or self.learnt_accuracy(summary) is not None
+        return ended and summary.get("status") == "finished"
+
+    def learnt_accuracy(self, summary: Mapping[str, Any]) -> float | None:
+        """The accuracy of a run in a validation at its last step, if a callback ends the run at this accuracy. None if
+        the run trains on.
+
+        Args:
+            summary: the content of summary.json.
+        """
+        found = summary.get("val/accuracy")
+        if self.plan.stop_accuracy is None or summary.get("steps") != self.first_step or not isinstance(found, float):
+            return None
+        return found if found >= self.plan.stop_accuracy[1] else None
 
     @property
     def without_compiler(self) -> str | None:
