@@ -225,6 +225,10 @@ TRAINING = [
         r"data.validation has a subset of length 32, pairs 2 twice: leave one of them out",
     ),
     ("data=palindrome data.val_lengths=[64,64]", r"data.val_lengths has 64 twice: leave one of them out"),
+    (
+        "data=palindrome data.val_lengths=[2000000000] data.val_examples=4096 data.batch_size=4096",
+        r"of 2,000,000,000 tokens, 4096 at a time, need more than [\d,]+ GiB of memory, .*: lower data.val_lengths or",
+    ),
     # options that another one leaves without effect
     ("mixer.kda.lower_bound=-4", r"mixer.kda.lower_bound has no effect without mixer.kda.gate_form=bounded; leave it"),
     ("mixer.kda.gate=none mixer.kda.gate_form=bounded", r"mixer.kda.gate_form has no effect beside mixer.kda.gate"),

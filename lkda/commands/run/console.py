@@ -155,9 +155,10 @@ def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool)
         same = [f"data={summary['data']}", f"model={summary['model']}"]
     beside = f"{glob.escape(short(run.path.parent))}/*"
     sample = command("generate", override("ckpt", f"{checkpoints}/last.ckpt"), "prompt=The people")
+    evaluate = command("evaluate", override("ckpt", f"{checkpoints}/best.ckpt"))
     return [
         *([sample] if of_text else []),
-        command("evaluate", override("ckpt", f"{checkpoints}/best.ckpt")),
+        *([evaluate] if of_text or "val_subsets" in summary else []),  # not of random tokens
         command("train", *same, f"mixer={other}"),
         command("compare", override("runs", beside), "out=comparison"),
     ]

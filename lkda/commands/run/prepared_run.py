@@ -13,6 +13,7 @@ import torch
 from lkda.checks import InputError, refusing_damage
 from lkda.commands.run.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.run.run_setup import RunPlan
+from lkda.commands.run.sequence_memory import check_sequence_memory
 from lkda.commands.settings.data_options import build_data
 from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.data.text.packed import PackedDataModule
@@ -132,6 +133,14 @@ def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
             dtype=PRECISIONS[plan.trainer.precision],
             available=physical_memory(),
         )
+    check_sequence_memory(
+        data,
+        plan.data,
+        width=plan.model["d_model"],
+        device=plan.device,
+        limit=plan.trainer.limit_val_batches,
+        available=physical_memory(),
+    )
     data.expected = fingerprint_of(saved[1]) if saved else {}
     limit = plan.trainer.limit_val_batches
     if isinstance(data, PackedDataModule) and isinstance(limit, int):

@@ -20,7 +20,7 @@ from lkda.targets import IGNORE_INDEX
 
 Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORE_INDEX where nothing is predicted
 _TRAINING, _VALIDATION = 0, 1
-_FINGERPRINT_EXAMPLES = 16  # of each subset
+FINGERPRINT_EXAMPLES = 16  # of each subset
 _SHARES_OF_BATCH = 64  # see `_rounded`
 
 
@@ -121,7 +121,7 @@ class SyntheticDataModule(IndexedDataModule):
 
         The seed is left out: it only selects which examples of the same data a run uses.
         """
-        sampled = [self.sample(_FINGERPRINT_EXAMPLES, np.random.default_rng(0), **_shape(subset)) for subset in subsets]
+        sampled = [self.sample(FINGERPRINT_EXAMPLES, np.random.default_rng(0), **_shape(subset)) for subset in subsets]
         arrays = of_arrays(*(array for example in sampled for array in example))
         return of_texts([json.dumps([self.fingerprint_name or self.source, self.vocab_size, *description]), arrays])
 
@@ -137,6 +137,13 @@ class SyntheticDataModule(IndexedDataModule):
 
     def validation_batches(self) -> ValidationBatches:
         return ValidationBatches(self)
+
+    def measured_subsets(self, limit: int | float | None) -> list[Mapping[str, int]]:
+        """The validation subsets of which there is a batch among the first `limit`, or in that share of all batches.
+        None means all of them."""
+        batches = self.validation_batches()
+        most = len(batches) if limit is None else limit if isinstance(limit, int) else int(limit * len(batches))
+        return [subset for number, subset in enumerate(self.val_subsets) if batches.first_batch(number) < most]
 
     def batch(self, subset: Mapping[str, int], number: int, count: int, *key: int) -> dict[str, Any]:
         """A batch of `count` examples of `subset`, whose index is `number`. Every `key` gives other examples."""
@@ -176,20 +183,22 @@ class ValidationBatches(Dataset[dict[str, Any]]):
 
     def __init__(self, data: SyntheticDataModule) -> None:
         self.data = data
-        self.places = [
-            (number, first, min(data.batch_size, subset["examples"] - first))
-            for number, subset in enumerate(data.val_subsets)
-            for first in range(0, subset["examples"], data.batch_size)
-        ]
+        self.ends = np.cumsum([-(-subset["examples"] // data.batch_size) for subset in data.val_subsets])
 
     def __len__(self) -> int:
-        return len(self.places)
+        return int(self.ends[-1])
 
     def __getitem__(self, batch: int) -> dict[str, Any]:
         if not 0 <= batch < len(self):
             raise IndexError(batch)
-        number, first, count = self.places[batch]
-        return self.data.batch(self.data.val_subsets[number], number, count, _VALIDATION, number, first)
+        number = int(np.searchsorted(self.ends, batch, side="right"))
+        subset, size = self.data.val_subsets[number], self.data.batch_size
+        first = size * (batch - self.first_batch(number))
+        return self.data.batch(subset, number, min(size, subset["examples"] - first), _VALIDATION, number, first)
+
+    def first_batch(self, subset: int) -> int:
+        """The number of the first batch of a subset."""
+        return int(self.ends[subset - 1]) if subset else 0
 
 
 def _rounded(positions: Tensor, targets: Tensor) -> Tensor:

@@ -236,6 +236,19 @@ def test_validation_is_the_same_for_every_seed_and_unlike_training():
         one[3]
 
 
+def test_validation_batches_follow_subset_by_subset():
+    """The last of a subset has what is left. A large number of examples takes no time and no memory."""
+    part, large = MIXTURE[0], {**MIXTURE[1], "examples": 2 * 10**9}
+    data = mqar(validation=[{**part, "examples": 40}, {**MIXTURE[1], "examples": 5}, large | {"length": 256}])
+    batches = data.validation_batches()
+    found = [batches[n] for n in range(5)]
+    assert [(x["subset"], *x["tokens"].shape) for x in found[:4]] == [(0, 16, 64), (0, 16, 64), (0, 8, 64), (1, 5, 128)]
+    assert (found[4]["subset"], len(batches)) == (2, 4 + 125 * 10**6)
+    expected = data.batch(data.val_subsets[0], 0, 8, 1, 0, 32)
+    assert torch.equal(found[2]["tokens"], expected["tokens"])
+    assert [len(data.measured_subsets(limit)) for limit in (1, 3, 4, 5, None, 1e-8, 0.5)] == [1, 1, 2, 3, 3, 1, 3]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
