@@ -195,8 +195,8 @@ def _message(error: Exception) -> str | None:
     if _out_of_memory(error):
         return (
             f"out of memory ({_on_one_line(str(error))[:200]}): lower data.batch_size (with "
-            "trainer.accumulate_grad_batches in its place), data.context (of a synthetic task also data.val_lengths, or "
-            "the lengths in data.validation) or the size of the model."
+            "trainer.accumulate_grad_batches in its place), data.context (of a synthetic task also data.val_lengths "
+            "or the lengths in data.validation) or the size of the model."
         )
     if isinstance(error, ValueError) and _raised_by(error, ("optuna",)) and "No trials are completed" in str(error):
         return "no run of the search has finished, so there is no best one: the file failure.txt of each says why."
