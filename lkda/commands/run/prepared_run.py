@@ -55,6 +55,8 @@ class PreparedRun:
 
     def is_finished(self, run: RunDirectory) -> bool:
         """Whether the directory already holds the result of this many steps, or of a run that has learnt its task."""
+        if self.first_step < self.total_steps and self.plan.stop_accuracy is None:
+            return False
         summary = run.read_summary()
         ended = self.first_step >= self.total_steps or self.learnt_accuracy(summary) is not None
         return ended and summary.get("status") == "finished"
